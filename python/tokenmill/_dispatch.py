@@ -315,7 +315,7 @@ def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any
             against[name] = why
         elif name != chosen:
             against[name] = [_passed_over(name, _wanted(backend))]
-    return Explanation(spec.name, chosen, kernel_name(spec, chosen, lowered), against)
+    return Explanation(spec.name, chosen, kernel_name(spec, chosen, lowered, out), against)
 
 
 def _passed_over(name: str, asked: str | None) -> str:
@@ -326,26 +326,31 @@ def _passed_over(name: str, asked: str | None) -> str:
     return "comes later in the order of preference"
 
 
-def kernel_name(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> str:
+def kernel_name(
+    spec: OpSpec, backend: str, lowered: tuple[Any, ...], out: torch.Tensor | None = None
+) -> str:
     dtype = str(next(t for t in lowered if isinstance(t, torch.Tensor)).dtype)[6:]
     if backend == "cpu":
         return f"csrc/{spec.family}/{spec.name}, {_library.native.cpu_isa()}, {dtype}"
     if backend == "cuda":
-        return f"{_cuda_kernel(spec, backend, lowered)}, {dtype}"
+        return f"{_cuda_kernel(spec, backend, lowered, out)}, {dtype}"
     if backend == "emulated":
-        return f"{_cuda_kernel(spec, backend, lowered)} in the PTX machine, {dtype}"
+        return f"{_cuda_kernel(spec, backend, lowered, out)} in the PTX machine, {dtype}"
     if backend == "triton":
         return f"triton_kernels/{spec.forward.triton}, {dtype}"
     return f"reference/{spec.family}/{spec.name}, plain PyTorch, {dtype}"
 
 
-def _cuda_kernel(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> str:
+def _cuda_kernel(
+    spec: OpSpec, backend: str, lowered: tuple[Any, ...], out: torch.Tensor | None
+) -> str:
     name = f"csrc/{spec.family}/{spec.name}"
     if spec.unsupported_sm90 is None or not _is_sm90(backend, lowered):
         return name
-    if backend == "cuda" and not any(a.startswith("90a") for a in build_info()["cuda_archs"]):
+    archs = build_info().get("cuda_archs")  # None without tokenmill._C
+    if backend == "cuda" and archs is not None and not any(a.startswith("90a") for a in archs):
         return f"{name} (not kernel_sm90: the build has no 90a)"
-    why = spec.unsupported_sm90(*lowered)
+    why = spec.unsupported_sm90(*lowered, out=out)
     forward = f"{name} (not kernel_sm90: {'; '.join(why)})" if why else f"{name}/kernel_sm90"
     tensors = (t for t in lowered if isinstance(t, torch.Tensor))
     if spec.unsupported_sm90_backward is None or not any(t.requires_grad for t in tensors):

@@ -41,9 +41,11 @@ const char* launch_cuda(const Masked<AttentionParams>& m, void* stream) {
     return cuda::refuse("q", "must have at most 2^31 - 1 heads in all sequences on CUDA",
                         p.batch * p.heads);
   const auto on = static_cast<cudaStream_t>(stream);
-  if (cuda::kHasSm90 && cuda::takes_sm90(p) && cuda::compute_capability() == 90)
-    return p.dtype == DType::float16 ? cuda::launch_on_sm90<__half>(p, on)
-                                     : cuda::launch_on_sm90<__nv_bfloat16>(p, on);
+  if (cuda::kHasSm90 && cuda::takes_sm90(p) && cuda::compute_capability() == 90) {
+    const char* error = p.dtype == DType::float16 ? cuda::launch_on_sm90<__half>(p, on)
+                                                  : cuda::launch_on_sm90<__nv_bfloat16>(p, on);
+    if (error != cuda::kNotMapped) return error;
+  }
   if (p.mask.any())
     if (const char* error = cuda::launch_bounds(p, m.bounds, on)) return error;
   return cuda::visit_dtype(p.dtype,

@@ -21,16 +21,24 @@ struct Sm90Tensors {
         out{p.out, batch, p.seqlen_q, p.heads, p.value_dim} {}
 };
 
-// With fewer queries most of a tile of 64 rows would be idle.
+// With fewer queries of a sequence most of a tile of 64 rows would be idle.
 constexpr int64_t kLeastSm90Queries = 32;
+
+// Scales are normal numbers, and what one is divided by to give the argument of a tanh leaves
+// something of it.
+inline bool has_sm90_scale(const AttentionParams& p) {
+  if (!(p.scale >= 0x1p-126f)) return false;
+  return !(p.softcap > 0) || (p.softcap < 1e38f && p.scale >= 0x1p-64 * p.softcap);
+}
 
 // The rules of python/tokenmill/dense/attention_kernels.py, in its order.
 inline bool takes_sm90(const AttentionParams& p) {
   const bool head_dim = p.head_dim == p.value_dim && (p.head_dim == 64 || p.head_dim == 128);
   if (p.dtype == DType::float32 || !head_dim) return false;
   if (weights_of(p) == Weights::elementwise) return false;
-  if (p.mask.any() || p.bias || p.alibi_slopes || !(p.scale > 0)) return false;
-  if (p.seqlen_q < kLeastSm90Queries || p.seqlen_k < 1) return false;
+  if (p.mask.any() || p.bias || p.alibi_slopes || !has_sm90_scale(p)) return false;
+  const int64_t sequences = p.cu_seqlens_q && p.batch > 1 ? p.batch : 1;
+  if (p.seqlen_q < kLeastSm90Queries * sequences || p.seqlen_k < 1) return false;
   const Sm90Tensors t(p);
   if (max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, 64) * t.q.batch * p.heads > 1 << 30)
     return false;

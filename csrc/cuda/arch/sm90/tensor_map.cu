@@ -34,7 +34,7 @@ int64_t stride_of(int64_t stride, int64_t extent, int64_t columns) {
 bool can_map(const MappedRows& t) {
   const auto fits = [&](int64_t stride, int64_t extent) {
     const int64_t bytes = stride_of(stride, extent, t.columns);
-    return bytes > 0 && bytes % 16 == 0 && bytes < int64_t{1} << 40 && extent > 0 &&
+    return bytes >= 2 * t.columns && bytes % 16 == 0 && bytes < int64_t{1} << 40 && extent > 0 &&
            extent <= int64_t{1} << 32;
   };
   return reinterpret_cast<uintptr_t>(t.rows.data) % 16 == 0 && t.columns % kBoxColumns == 0 &&
@@ -43,7 +43,7 @@ bool can_map(const MappedRows& t) {
 
 const char* encode_map(CUtensorMap& map, const MappedRows& t, DType dtype, int box_rows) {
   static const Encode encode = find_encode();
-  if (!encode) return "the driver has no cuTensorMapEncodeTiled";
+  if (!encode) return kNotMapped;
   const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
   const cuuint64_t extents[] = {size(t.columns), size(t.tokens), size(t.heads), size(t.batch)};
   const cuuint64_t strides[] = {size(stride_of(t.rows.seq, t.tokens, t.columns)),
@@ -57,7 +57,7 @@ const char* encode_map(CUtensorMap& map, const MappedRows& t, DType dtype, int b
       4, t.rows.data, extents, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses the tensor";
+  return result == CUDA_SUCCESS ? nullptr : kNotMapped;
 }
 
 }  // namespace tokenmill::cuda

@@ -16,11 +16,13 @@ struct MappedRows {
   int64_t batch, tokens, heads, columns;
 };
 
-// Addresses and strides must be multiples of 16 bytes, and rows must not lie on each other.
+// Addresses and strides must be multiples of 16 bytes, and no stride shorter than a row.
 bool can_map(const MappedRows& tensor);
 
+inline constexpr char kNotMapped[] = "the driver has no map of the tensor";
+
 // A map of boxes of box_rows tokens and kBoxColumns columns, in the layout of tma.cuh. null, or
-// what went wrong.
+// kNotMapped.
 const char* encode_map(CUtensorMap& map, const MappedRows& tensor, DType dtype, int box_rows);
 
 }  // namespace tokenmill::cuda
