@@ -376,8 +376,8 @@ def emulated_cuda(device: str | None = None) -> Iterator[None]:
 
     Args:
         device: whose limits the kernels meet: sm_80, sm_86, sm_89, sm_90a or sm_120 (shared memory,
-            multiprocessors, capability, and kernels of sm_90a; the others are those of sm_80). None
-            leaves the one that PTXVM_DEVICE names, else sm_80.
+            multiprocessors and compute capability). sm_90a also runs the kernels for 9.0; all else
+            runs those for 8.0. None leaves the one that PTXVM_DEVICE names, else sm_80.
 
     Raises:
         ValueError: for another device.

@@ -1,4 +1,7 @@
 // Barriers in shared memory that count arrivals of threads and bytes of copies.
+//
+// Waits and arrivals order accesses to shared memory. CUTLASS's do not say so to the compiler (no
+// "memory" among what they change), so that it might move an access across one.
 #pragma once
 #include "cuda/arch/shared_memory.cuh"
 
