@@ -36,12 +36,17 @@ __device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
   constexpr int kRows = Shape::kRows, kKeys = Shape::kTileKeys, kHeadDim = Shape::kHeadDim;
   const int group = static_cast<int>(p.heads / p.kv_heads);
   const bool issues = threadIdx.x == 0;
+  // The phase that follows cannot end before all lanes have seen that this one has.
+  const auto wait = [](Mbarrier& empty, unsigned parity) {
+    empty.wait(parity);
+    __syncwarp();
+  };
   unsigned number = 0;  // of tiles of keys
 #pragma unroll 1
   for (unsigned round = 0; index_of(round) < plan.tiles; ++round) {
     const Sm90Tile tile = find_sm90_tile<Shape>(p, plan, index_of(round));
     if (tile.b < 0) {
-      shared.q_empty.wait(round % 2 ^ 1);
+      wait(shared.q_empty, round % 2 ^ 1);
       if (issues) shared.q_full.arrive();
       continue;
     }
@@ -49,7 +54,7 @@ __device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
     const auto load = [&](const CUtensorMap& map, int key0, auto& stages, Mbarrier* full,
                           Mbarrier* empty) {
       const Stage<Shape> stage(number);
-      empty[stage.index].wait(stage.parity ^ 1);
+      wait(empty[stage.index], stage.parity ^ 1);
       if (!issues) return;
       full[stage.index].arrive_expecting(Shape::kKeyBytes);
       load_boxes<kKeys, kHeadDim>(map, {tile.s.k_start + key0, tile.h / group, batch},
@@ -59,7 +64,7 @@ __device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
       load(plan.k, key0, shared.k, shared.k_full, shared.k_empty);
     };
     if (tile.begin < tile.end) load_keys(tile.begin);  // while the tile before is still at work
-    shared.q_empty.wait(round % 2 ^ 1);
+    wait(shared.q_empty, round % 2 ^ 1);
     if (issues) {
       shared.q_full.arrive_expecting(Shape::kWarpgroups * Shape::kQueryBytes);
       for (int w = 0; w < Shape::kWarpgroups; ++w)
@@ -322,10 +327,13 @@ class Sm90Rows {
       const RowScale scale = weights.finish(h, p_.sink ? p_.sink + tile.h : nullptr, shift);
       if (kWeights == Weights::softmax && lane % 4 == 0 && row(h) < rows)
         lse_at(p_, p_.lse, tile.b, tile.s.q_start, tile.h)[first + row(h)] = scale.lse;
+      // A bias of NaN makes NaN of the weights of hidden keys too.
+      const bool empty = kWeights == Weights::sigmoid &&
+                         tile.band.begin(first + row(h)) >= tile.band.end(first + row(h));
       unroll<kHeadDim / 8>([&](auto n) {
         const float low = o_[4 * n + 2 * h], high = o_[4 * n + 2 * h + 1];
-        store_shared<n / 8 * kBlock + h * 8 * kBoxRowBytes>(
-            own ^ n % 8 * 16, pack<T>(low * scale.factor, high * scale.factor));
+        const uint32_t both = pack<T>(low * scale.factor, high * scale.factor);
+        store_shared<n / 8 * kBlock + h * 8 * kBoxRowBytes>(own ^ n % 8 * 16, empty ? 0 : both);
       });
     });
     fence_stores();
@@ -414,8 +422,8 @@ const char* launch_sm90(const AttentionParams& p, cudaStream_t stream) {
   plan.tiles = plan.tiles_of_head * plan.heads;
   const int64_t group = p.heads / p.kv_heads;
   const int64_t at_once = kSectionBytes / (p.seqlen_k * kHeadDim * 4);
-  plan.section_heads = static_cast<int>(group * (at_once < 1 ? 1 : at_once));
-  if (plan.section_heads > plan.heads) plan.section_heads = plan.heads;
+  const int64_t section = group * (at_once < 1 ? 1 : at_once);
+  plan.section_heads = static_cast<int>(section < plan.heads ? section : plan.heads);
   plan.fast = p.fast;
   plan.factor = kWeights == Weights::sigmoid && p.fast ? 0.5f : kLog2e;
   plan.factor *= p.softcap > 0 ? p.softcap : p.scale;

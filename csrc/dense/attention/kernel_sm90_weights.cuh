@@ -37,7 +37,9 @@ template <typename T, Weights kWeights>
 class RowWeights;
 
 // p = 2^(factor s - row_max). row_max moves when an exponent exceeds it by kHeadroom: the sums of a
-// row are rarely rescaled, and whether they are depends on that row alone.
+// row are rarely rescaled, and whether they are depends on that row alone. row_max is rounded, the
+// exponent is not: where half a unit in its last place counts, p = 2^(factor (s - top)) of the
+// score that row_max is of.
 template <typename T>
 class RowWeights<T, Weights::softmax> {
  public:
@@ -51,17 +53,30 @@ class RowWeights<T, Weights::softmax> {
       float top = -infinity();
 #pragma unroll
       for (int i = 0; i < kCount / 2; ++i) top = fmaxf(top, s[i / 2 * 4 + 2 * h + i % 2]);
-      top = quad_max(top * plan_.factor);
+      top = quad_max(top);
+      const float exponent = top * plan_.factor;
       shrink_[h] = 1;
-      if (top + neg_row_max_[h] > kHeadroom) {
-        shrink_[h] = exp2_approx(-neg_row_max_[h] - top);
-        neg_row_max_[h] = -top;
+      if (exponent + neg_row_max_[h] > kHeadroom) {
+        shrink_[h] =
+            exp2_approx(is_large(h) ? (top_[h] - top) * plan_.factor : -neg_row_max_[h] - exponent);
+        neg_row_max_[h] = -exponent;
+        top_[h] = top;
       }
       sum_[h] *= shrink_[h];
     }
+    float offset[2] = {neg_row_max_[0], neg_row_max_[1]};
+    if (__any_sync(kFullWarp, is_large(0) || is_large(1))) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float subtracted = is_large(h) ? top_[h] : 0;
+        if (is_large(h)) offset[h] = 0;
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) s[i / 2 * 4 + 2 * h + i % 2] -= subtracted;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      s[i] = exp2_approx(fmaf(s[i], plan_.factor, neg_row_max_[i / 2 % 2]));
+      s[i] = exp2_approx(fmaf(s[i], plan_.factor, offset[i / 2 % 2]));
       sum_[i / 2 % 2] += s[i];
     }
   }
@@ -82,9 +97,15 @@ class RowWeights<T, Weights::softmax> {
   }
 
  private:
+  // From here on row_max is wrong by more than 2^-13. Not before the first weights.
+  __device__ __forceinline__ bool is_large(int h) const {
+    return fabsf(neg_row_max_[h]) > 0x1p12f && neg_row_max_[h] != kFloatMax;
+  }
+
   const Sm90Plan& plan_;
   // The first weights overflow this one, see ForwardWarp.
   float neg_row_max_[2] = {kFloatMax, kFloatMax};
+  float top_[2];  // scores
   float sum_[2] = {0, 0}, shrink_[2];
 };
 
