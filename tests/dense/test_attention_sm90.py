@@ -10,7 +10,7 @@ import torch
 from conftest import backends
 
 import tokenmill as tm
-from tokenmill import _emulator
+from tokenmill import _dispatch, _emulator, registry
 from tokenmill.dense.attention_draws import draw_tensor
 
 pytestmark = pytest.mark.skipif("emulated" not in backends(), reason="not a development build")
@@ -86,6 +86,10 @@ CASES = {
         {"sq": 140, "sk": 200, "d": 128, "h": 2},
         {"kind": "sigmoid", "score_bias": torch.tensor([-5.0, 1.0]), "causal": True},
     ),
+    "sigmoid, wide, bfloat16": (
+        {"sq": 40, "sk": 130, "d": 128, "dtype": BF16},
+        {"kind": "sigmoid"},
+    ),
     "sigmoid fast": (
         {"sq": 33, "sk": 130, "dtype": BF16},
         {"kind": "sigmoid", "precision": "fast"},
@@ -99,11 +103,19 @@ def test_results_keep_the_budget(name):
     check_budget(*inputs(**shapes), **options)
 
 
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_every_order_of_events_gives_the_same_bits(kind):
-    """Two heads of more tiles of queries and keys than there are stages."""
-    q, k, v = inputs(200, 640, h=2)
-    options = {"kind": kind, "window": (500, 0)}
+ORDERS = {
+    "softmax": ({"sq": 200, "sk": 640, "h": 2}, {"window": (500, 0)}),
+    "softmax, wide": ({"sq": 64, "sk": 640, "d": 128}, {}),
+    "sigmoid": ({"sq": 200, "sk": 640, "h": 2}, {"window": (500, 0), "kind": "sigmoid"}),
+    "sigmoid, wide": ({"sq": 64, "sk": 640, "d": 128}, {"kind": "sigmoid"}),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_every_order_of_events_gives_the_same_bits(name):
+    """More tiles of keys than there are stages; of queries too where there are two heads."""
+    shapes, options = ORDERS[name]
+    q, k, v = inputs(**shapes)
     with _emulator.configured("device=sm_90a"):
         first = run(q, k, v, **options)
     for mode in MODES:
@@ -114,7 +126,26 @@ def test_every_order_of_events_gives_the_same_bits(kind):
 
 def test_blocks_take_several_tiles():
     """More tiles than multiprocessors, so that barriers and stages go on from tile to tile."""
-    check_budget(*inputs(33, 140, h=134), kind="sigmoid", window=(100, -1))
+    check_budget(*inputs(33, 300, h=134), kind="sigmoid", window=(280, -1))
+
+
+def test_the_largest_scores_keep_the_weights():
+    """Half a unit in the last place of their exponents is 256 and more."""
+    g = torch.Generator().manual_seed(3)
+    q, v = torch.full((1, 32, 1, 64), 20000.0).half(), torch.randn(1, 130, 1, 64, generator=g)
+    k = torch.arange(1, 131).mul(16).view(1, 130, 1, 1).expand(v.shape)  # the last key has all
+    with hopper():
+        out, lse = run(q, k.half(), v.half())
+        single, _ = run(q, (q - 16)[:, :1], v.half()[:, :1])
+    assert (out == v.half()[:, -1:]).all() and (single == v.half()[:, :1]).all()
+    torch.testing.assert_close(lse, torch.full_like(lse, 8 * 20000.0 * 2080))
+
+
+def test_a_bias_of_nan_shows_in_rows_that_see_a_key():
+    q, k, v = inputs(39, 6)
+    with hopper():
+        (out,) = run(q, k, v, kind="sigmoid", causal=True, score_bias=NAN)
+    assert (out[:, :33] == 0).all() and out[:, 33:].isnan().all()
 
 
 PACKED = [{}, {"kind": "sigmoid", "score_bias": -6.0}]
@@ -204,9 +235,32 @@ TAKEN = {
     "normalize: must be 'none'": ({"sq": 32}, {"kind": "sigmoid", "normalize": "sum"}),
     "bias: must be None": ({"sq": 32}, {"bias": draw_tensor(1, 1, 1, 32)}),
     "alibi_slopes: must be None": ({"sq": 32}, {"alibi_slopes": torch.ones(1)}),
-    "scale: must be above 0": ({"sq": 32}, {"scale": -1.0}),
-    "q: must have 32 tokens": ({"sq": 31}, {}),
+    "scale: must be 2^-126 or more in float32; got -1.0": ({"sq": 32}, {"scale": -1.0}),
+    "scale: must be 2^-126 or more in float32; got 1e-46": ({"sq": 32}, {"scale": 1e-46}),
+    "softcap: must be below 1e38 and at most 2^64 scale; got 3e+38": (
+        {"sq": 32},
+        {"softcap": 3e38},
+    ),
+    "softcap: must be below 1e38 and at most 2^64 scale; got 9e+37": (
+        {"sq": 32},
+        {"softcap": 9e37, "scale": 1e-8},
+    ),
+    "q: must have 32 tokens for each sequence; got 31": ({"sq": 31}, {}),
 }
+
+
+def check_explanation(why, q, k, v, **options):
+    """The kernel that runs is the one that explain names, and its results are right."""
+    with _emulator.configured("device=sm_90a"), _emulator.counting() as launches:
+        kernel = tm.explain("attention", q, k, v, backend="emulated", **options).kernel
+        found = tm.attention(q, k, v, backend="emulated", **options)
+    # Without keys nothing is launched.
+    takes = any("sm90" in launch["kernel"] for launch in launches)
+    assert takes == ("attention/kernel_sm90 in" in kernel) == (why == "")
+    assert f"(not kernel_sm90: {why}" in kernel or takes
+    options.pop("out", None)
+    wanted = tm.attention(q, k, v, backend="reference", **options)
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("why", TAKEN)
@@ -215,12 +269,58 @@ def test_explain_names_the_kernel_that_runs(why):
     q, k, v = inputs(**shapes)
     if callable(options.get("bias")):
         options = {"bias": options["bias"](q.dtype, torch.Generator())}
-    with _emulator.configured("device=sm_90a"), _emulator.counting() as launches:
-        kernel = tm.explain("attention", q, k, v, backend="emulated", **options).kernel
-        run(q, k, v, **options)
-    takes = "sm90" in launches[0]["kernel"]
-    assert takes == ("attention/kernel_sm90 in" in kernel) == (why == "")
-    assert why in kernel
+    check_explanation(why, q, k, v, **options)
+
+
+def test_explain_knows_widths_keys_masks_and_sequences():
+    q, k, v = inputs(64)
+    check_explanation("v: must have the head_dim of q", q, k, v[..., :32].contiguous())
+    check_explanation("k: must have tokens", q, k[:, :0], v[:, :0])
+    end = torch.arange(1, 65, dtype=torch.int32).view(1, 1, 64, 1)
+    mask = tm.masks.ranges(end - 1, end)
+    check_explanation("mask_ranges: must be None", q, k, v, mask=mask)
+    for ends, why in (
+        ([0, 31, 64], ""),
+        ([0, 20, 30, 64], "q: must have 32 tokens for each sequence; got 64"),
+    ):
+        cu = torch.tensor(ends, dtype=torch.int32)
+        check_explanation(why, q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu)
+
+
+def test_explain_knows_the_layouts_of_tensor_maps():
+    q, k, v = inputs(64, h=2, hk=2)
+    start = "must start at a multiple of 16 bytes; got 2 bytes behind one"
+    strides = "must have strides that are multiples of 8, of 64 or more; got "
+
+    def shifted(x):
+        return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+    check_explanation(f"q: {start}", shifted(q), k, v)
+    check_explanation(f"out: {start}", q, k, v, out=shifted(q))
+    padded = torch.empty(1, 64, 2, 68, dtype=q.dtype)[..., :64]
+    check_explanation(f"out: {strides}(8704, 136, 68, 1)", q, k, v, out=padded)
+    check_explanation(f"v: {strides}(8704, 136, 68, 1)", q, k, padded.copy_(v))
+    check_explanation(f"k: {strides}(8192, 128, 0, 1)", q, k[:, :, :1].expand(q.shape), v)
+    overlapping = k.flatten().as_strided((1, 64, 2, 64), (4096, 64, 8, 1))
+    check_explanation(f"k: {strides}(4096, 64, 8, 1)", q, overlapping, v)
+
+
+@pytest.mark.parametrize(
+    ("archs", "why"),
+    [
+        ({}, ""),
+        ({"cuda_archs": ["80-real", "90a-real"]}, ""),
+        ({"cuda_archs": ["80-virtual"]}, "no"),
+    ],
+    ids=["without tokenmill._C", "with 90a", "without 90a"],
+)
+def test_explain_names_the_kernel_of_a_card(archs, why, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_is_sm90", lambda *_: True)
+    monkeypatch.setattr(_dispatch, "build_info", lambda: archs)
+    spec = registry.get("attention")
+    kernel = _dispatch.kernel_name(spec, "cuda", spec.lower(*inputs(32)))
+    ending = " (not kernel_sm90: the build has no 90a)" if why else "/kernel_sm90"
+    assert kernel == f"csrc/dense/attention{ending}, float16"
 
 
 def test_other_devices_have_the_kernel_of_every_chip():
