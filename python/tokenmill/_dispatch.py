@@ -299,8 +299,7 @@ def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any
         spec = registry.get(spec.over_cache)
     out = kwargs.pop("out", None) if spec.out is not None else None
     try:
-        with torch.no_grad():
-            lowered = spec.lower(*args, **kwargs)
+        lowered = spec.lower(*args, **kwargs)
         if out is None and _autocast.device_of(lowered):
             lowered = spec.forward.cast(lowered)
         spec.forward.check(*lowered, float64=True)
@@ -353,11 +352,12 @@ def _cuda_kernel(
     why = spec.unsupported_sm90(*lowered, out=out)
     forward = f"{name} (not kernel_sm90: {'; '.join(why)})" if why else f"{name}/kernel_sm90"
     tensors = (t for t in lowered if isinstance(t, torch.Tensor))
-    if spec.unsupported_sm90_backward is None or not any(t.requires_grad for t in tensors):
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if spec.unsupported_sm90_backward is None or not needs_gradient:
         return forward
-    why = spec.unsupported_sm90_backward(*lowered)
-    backward = f"backward of every chip, {'; '.join(why)}" if why else "kernel_backward_sm90"
-    return f"{forward} and {backward}"
+    if why := spec.unsupported_sm90_backward(*lowered):
+        return f"{forward} and {name}'s backward (not kernel_backward_sm90: {'; '.join(why)})"
+    return f"{forward} and kernel_backward_sm90"
 
 
 def _is_sm90(backend: str, lowered: tuple[Any, ...]) -> bool:

@@ -87,8 +87,8 @@ class OpSpec:
     unsupported(backend, *lowered) lists why CUDA or Triton cannot run a call, beyond what holds for
     every operator. The cpu backend runs all calls.
     unsupported_sm90(*lowered, out=out) lists why the kernel for compute capability 9.0 does not
-    take a call, which the one for all chips then runs. None: there is no such kernel. unsupported_sm90_backward does so for the
-    gradient of a call.
+    take a call, which the one for all chips then runs. None: there is no such kernel.
+    unsupported_sm90_backward(*lowered) does so for the gradient of a call.
     plain is what PyTorch code without care for precision would do in the dtype of the inputs: the
     baseline of the error budget.
     over_cache names the operator that answers calls of the public function with seqlens_k.

@@ -31,9 +31,11 @@ def inputs(sq, sk=None, *, b=1, h=1, hk=1, d=64, dtype=F16):
 
 
 def gradients(q, k, v, dout, attend=None, **options):
-    """Of q, k, v and, for a softmax with return_lse, with a gradient of lse."""
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    found = (attend or tm.attention)(*leaves, **options)
+    """Of q, k, v and options that require one; for a softmax with return_lse, with one of lse."""
+    asked = {n: t for n, t in options.items() if isinstance(t, torch.Tensor) and t.requires_grad}
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, *asked.values())]
+    options |= dict(zip(asked, leaves[3:], strict=True))
+    found = (attend or tm.attention)(*leaves[:3], **options)
     out, *lse = found if isinstance(found, tuple) else (found,)
     cotangents = [dout, *(torch.ones_like(x) for x in lse)]
     return torch.autograd.grad([out, *lse], leaves, cotangents)
@@ -45,19 +47,19 @@ def plain(q, k, v, **options):
     return SPEC.plain(*SPEC.lower(q, k, v, **options))[:count]
 
 
-def run(tensors, mode=MODES[0], kernel=KERNEL, **options):
+def run(tensors, mode=MODES[0], taken=True, **options):
     with _emulator.configured(f"device=sm_90a,check=1,{mode}"), _emulator.counting() as launches:
         found = gradients(*tensors, backend="emulated", **options)
-    assert any(kernel in launch["kernel"] for launch in launches)
+    assert any(KERNEL in launch["kernel"] for launch in launches) == taken
     return found
 
 
-def check_budget(tensors, **options):
-    found = run(tensors, **options)
+def check_budget(tensors, mode=MODES[0], taken=True, **options):
+    found = run(tensors, mode, taken, **options)
     wide = gradients(*(x.double() for x in tensors), backend="reference", **options)
     eager = gradients(*tensors, attend=plain, **options)
-    for name, actual, oracle, baseline in zip("qkv", found, wide, eager, strict=True):
-        tm.testing.assert_accurate(actual, oracle, baseline, gradient=True, name=f"d{name}")
+    for i, (actual, oracle, baseline) in enumerate(zip(found, wide, eager, strict=True)):
+        tm.testing.assert_accurate(actual, oracle, baseline, gradient=True, name=f"gradient {i}")
     return found
 
 
@@ -69,6 +71,13 @@ CASES = {
         {"window": (70, 20)},
     ),
     "softmax, gradient of lse": ({"sq": 64, "sk": 40, "d": 128}, {"return_lse": True}),
+    "softmax, gradients of sink and score_bias": (
+        {"sq": 64, "sk": 128, "h": 2},
+        {
+            "sink": torch.tensor([0.5, -1.0], requires_grad=True),
+            "score_bias": torch.tensor([0.2, -2.0], requires_grad=True),
+        },
+    ),
     "softmax, bfloat16, few queries": (
         {"sq": 32, "sk": 300, "dtype": BF16},
         {"window": (30, 0), "scale": 0.5},
@@ -112,6 +121,11 @@ def test_every_order_of_events_and_blocks_gives_the_same_bits(shape, options):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_blocks_that_begin_last_wait_for_none_that_have_not_begun():
+    """Of 134 blocks 132 run at once, and each waits for those of later keys."""
+    check_budget(inputs(32, 128 * 134), "async=latest,order=reverse")
+
+
 def test_keys_and_queries_that_see_nothing_have_no_gradient():
     dq, dk, dv = run(inputs(340, 300), window=(20, 0))
     assert (dq[:, :40] == 0).all() and dq[:, 40:].any(dim=-1).all()
@@ -130,6 +144,17 @@ def test_a_later_token_touches_no_earlier_tile():
     assert torch.equal(dirty[0][:, :128], clean[0][:, :128]) and dirty[0][:, 280:].isnan().all()
 
 
+def test_an_earlier_query_touches_no_later_tile():
+    """NaN of queries and of gradients that a causal mask hides from whole tiles."""
+    q, k, v, dout = inputs(300)
+    clean = run((q, k, v, dout), causal=True)
+    q[:, :10] = math.nan
+    dout[:, 20:30] = math.nan
+    dirty = run((q, k, v, dout), causal=True)
+    for a, b in zip(dirty, clean, strict=True):
+        assert torch.equal(a[:, 128:], b[:, 128:]) and a[:, :10].isnan().all()
+
+
 def test_strides():
     """One projection for all; heads in front of tokens."""
     packed = torch.randn(2, 70, 3, 2, 64, generator=torch.Generator().manual_seed(1)).half()
@@ -137,39 +162,66 @@ def test_strides():
     check_budget((*packed.unbind(2), dout.transpose(1, 2)), kind="sigmoid")
 
 
-def test_sink():
-    sink = torch.tensor([0.5, -1.0]).requires_grad_()
-    q, k, v, dout = inputs(64, 128, h=2)
-    found = []
-    for backend in ("emulated", "reference"):
-        with _emulator.configured("device=sm_90a"):
-            out = tm.attention(q.requires_grad_(), k, v, sink=sink, backend=backend)
-            found.append(torch.autograd.grad(out, (q, sink), dout))
-    for actual, wanted in zip(*found, strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=2e-3, atol=2e-3)
+def unaligned(x):
+    padded = torch.zeros(x.numel() + 8, dtype=x.dtype)
+    return padded[1 : 1 + x.numel()].view(x.shape).copy_(x)
 
 
-TAKEN = {
-    "": ({"sq": 32}, {}),
-    "backward of every chip, softcap: must be 0": ({"sq": 32}, {"softcap": 2.0}),
-    "backward of every chip, cu_seqlens_q: must be None": ({"sq": 32}, {"cu": True}),
-    "backward of every chip, score_bias: must not require a gradient": (
-        {"sq": 32},
-        {"kind": "sigmoid", "score_bias": torch.zeros(1, requires_grad=True)},
-    ),
+ENDS = torch.tensor([0, 32], dtype=torch.int32)
+ZEROS = torch.zeros(1, 1, 32, 1, dtype=torch.int32)
+LEFT = {
+    "softcap: must be 0": {"softcap": 2.0},
+    "cu_seqlens_q: must be None": {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS},
+    "score_bias: must not require a gradient": {
+        "kind": "sigmoid",
+        "score_bias": torch.zeros(1, dtype=F16, requires_grad=True),
+    },
+    "kind: must be 'softmax' or 'sigmoid'": {"kind": "relu"},
+    "normalize: must be 'none'": {"kind": "sigmoid", "normalize": "sum"},
+    "bias: must be None": {"bias": torch.ones(32, 32)},
+    "mask_ranges: must be None": {"mask": tm.masks.ranges(ZEROS, ZEROS + 9)},
+    "alibi_slopes: must be None": {"alibi_slopes": torch.ones(1)},
+    "q: must start at a multiple of 16 bytes": {},
+    "k: must have strides": {},
+    "k: must have tokens": {},
 }
 
 
-@pytest.mark.parametrize("why", TAKEN)
-def test_explain_names_the_backward_that_runs(why):
-    shapes, options = TAKEN[why]
-    q, k, v, dout = inputs(**shapes)
-    if options.get("cu"):
-        q, k, v, dout = (x[0] for x in (q, k, v, dout))
-        ends = torch.tensor([0, 32], dtype=torch.int32)
-        options = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
-    run((q, k, v, dout), kernel="backward_kernel" if why else KERNEL, **options)
+def explained(q, k, v, **options):
     with _emulator.configured("device=sm_90a"):
-        q.requires_grad_()
-        kernel = tm.explain("attention", q, k, v, backend="emulated", **options).kernel
-    assert ("kernel_backward_sm90" in kernel) == (why == "") and why in kernel
+        return tm.explain("attention", q, k, v, backend="emulated", **options).kernel
+
+
+@pytest.mark.parametrize("why", LEFT)
+def test_explain_names_the_rule_of_a_call_that_is_left(why):
+    """The backward of every chip is right for it."""
+    q, k, v, dout = inputs(32)
+    options = LEFT[why]
+    if "cu_seqlens_q" in options:
+        q, k, v, dout = (x[0] for x in (q, k, v, dout))
+    if why.startswith("q: must start"):
+        q = unaligned(q)
+    if why == "k: must have strides":
+        k = k[:, :1].expand(-1, 32, -1, -1)
+    if why == "k: must have tokens":
+        k, v = k[:, :0], v[:, :0]
+        assert all((x == 0).all() for x in run((q, k, v, dout), taken=False))
+    else:
+        check_budget((q, k, v, dout), taken=False, **options)
+    kernel = explained(q.detach().requires_grad_(), k, v, **options)
+    assert "attention's backward (not kernel_backward_sm90: " in kernel and why in kernel
+
+
+def test_explain_names_the_backward_of_calls_that_need_one():
+    q, k, v, dout = inputs(32)
+    assert "backward" not in explained(q, k, v)
+    q.requires_grad_()
+    assert "/kernel_sm90 and kernel_backward_sm90" in explained(q, k, v, softcap=1e-46)
+    with torch.no_grad():
+        assert "backward" not in explained(q, k, v)
+    run((q, k, v, dout), softcap=1e-46)  # 0 in float32
+
+
+def test_a_gradient_of_the_output_that_is_broadcast_is_left():
+    q, k, v, dout = inputs(32)
+    check_budget((q, k, v, dout[:, :1].expand(q.shape)), taken=False)

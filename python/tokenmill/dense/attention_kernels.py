@@ -1,5 +1,5 @@
 """Which calls of attention the kernels of compute capability 9.0 take: launch_sm90.h and
-launch_backward_sm90.h of csrc/dense/attention have the same rules in the same order."""
+launch_backward_sm90.h of csrc/dense/attention have the same rules."""
 
 from __future__ import annotations
 
@@ -14,76 +14,80 @@ from .attention_rules import Arguments
 LEAST_QUERIES = 32  # of a tile of 64 rows, and of one of 64 or 128
 HEAD_DIMS = (64, 128)
 MOST_TILES = 2**30
+MOST_BACKWARD_TILES = 2**31 - 1
+
+
+class _Rules:
+    """Those that a call breaks: "argument: rule; got value" each."""
+
+    def __init__(self) -> None:
+        self.broken: list[str] = []
+
+    def check(self, holds: bool, argument: str, rule: str, value: object) -> None:
+        if not holds:
+            self.broken.append(f"{argument}: {rule}; got {value}")
+
+    def check_both_passes(self, a: Arguments) -> None:
+        tokens, columns = a.q.shape[-3], a.q.shape[-1]
+        check = self.check
+        check(a.q.dtype != torch.float32, "q", "must be float16 or bfloat16", a.q.dtype)
+        check(columns in HEAD_DIMS, "q", "must have head_dim 64 or 128", columns)
+        check(a.v.shape[-1] == columns, "v", "must have the head_dim of q", a.v.shape[-1])
+        check(a.kind in ("softmax", "sigmoid"), "kind", "must be 'softmax' or 'sigmoid'", a.kind)
+        check(a.normalize == "none", "normalize", "must be 'none'", a.normalize)
+        for name in ("mask_ranges", "mask_q_spans", "bias", "alibi_slopes"):
+            check(getattr(a, name) is None, name, "must be None", "a tensor")
+        sequences = 1 if a.cu_seqlens_q is None else max(a.cu_seqlens_q.shape[0] - 1, 1)
+        rule = f"must have {LEAST_QUERIES} tokens for each sequence"
+        check(tokens >= LEAST_QUERIES * sequences, "q", rule, tokens)
+        check(a.k.shape[-3] > 0, "k", "must have tokens", a.k.shape[-3])
+        for name in ("q", "k", "v"):
+            self.check_layout(name, getattr(a, name))
+
+    def check_layout(self, name: str, t: Tensor) -> None:
+        past = t.data_ptr() % 16
+        rule = "must start at a multiple of 16 bytes"
+        self.check(past == 0, name, rule, f"{past} bytes behind one")
+        rule = f"must have strides that are multiples of 8, of {t.shape[-1]} or more"
+        self.check(past > 0 or _can_map(t), name, rule, t.stride())
 
 
 def unsupported_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
-    """Why it does not take a call: "argument: rule; got value" each."""
+    """Why the forward does not take a call."""
     a = Arguments(*lowered)
-    why = []
-
-    def check(holds: bool, argument: str, rule: str, value: object) -> None:
-        if not holds:
-            why.append(f"{argument}: {rule}; got {value}")
-
+    rules = _Rules()
+    rules.check_both_passes(a)
     tokens, heads, columns = a.q.shape[-3:]
-    check(a.q.dtype != torch.float32, "q", "must be float16 or bfloat16", a.q.dtype)
-    check(columns in HEAD_DIMS, "q", "must have head_dim 64 or 128", columns)
-    check(a.v.shape[-1] == columns, "v", "must have the head_dim of q", a.v.shape[-1])
-    check(a.kind in ("softmax", "sigmoid"), "kind", "must be 'softmax' or 'sigmoid'", a.kind)
-    check(a.normalize == "none", "normalize", "must be 'none'", a.normalize)
-    for name in ("mask_ranges", "mask_q_spans", "bias", "alibi_slopes"):
-        check(getattr(a, name) is None, name, "must be None", "a tensor")
     scale = _float32(columns**-0.5 if a.scale is None else a.scale)
-    check(scale >= 2**-126, "scale", "must be 2^-126 or more in float32", a.scale)
+    rules.check(scale >= 2**-126, "scale", "must be 2^-126 or more in float32", a.scale)
     softcap = _float32(a.softcap)
     capped = softcap <= 0 or (softcap < _float32(1e38) and scale >= 2**-64 * softcap)
-    check(capped, "softcap", "must be below 1e38 and at most 2^64 scale", a.softcap)
-    sequences = 1 if a.cu_seqlens_q is None else max(a.cu_seqlens_q.shape[0] - 1, 1)
-    rule = f"must have {LEAST_QUERIES} tokens for each sequence"
-    check(tokens >= LEAST_QUERIES * sequences, "q", rule, tokens)
-    check(a.k.shape[-3] > 0, "k", "must have tokens", a.k.shape[-3])
+    rules.check(capped, "softcap", "must be below 1e38 and at most 2^64 scale", a.softcap)
     if a.cu_seqlens_q is None:
         tiles = a.q.shape[0] * heads * -(-tokens // 64)
     else:
         tiles = heads * (tokens // 64 + a.cu_seqlens_q.shape[0])
-    check(tiles <= MOST_TILES, "q", "must have at most 2^30 tiles of 64 rows", tiles)
-    for name, t in (("q", a.q), ("k", a.k), ("v", a.v), ("out", out)):
-        if t is None:
-            continue
-        past = t.data_ptr() % 16
-        check(past == 0, name, "must start at a multiple of 16 bytes", f"{past} bytes behind one")
-        rule = f"must have strides that are multiples of 8, of {t.shape[-1]} or more"
-        check(past > 0 or _can_map(t), name, rule, t.stride())
-    return why
+    rules.check(tiles <= MOST_TILES, "q", "must have at most 2^30 tiles of 64 rows", tiles)
+    if out is not None:
+        rules.check_layout("out", out)
+    return rules.broken
 
 
 def unsupported_sm90_backward(*lowered: Any) -> list[str]:
-    """The same of the gradient of a call."""
+    """Why the backward does not take the gradient of a call. That of `out` must lie as q does."""
     a = Arguments(*lowered)
-    why = []
-
-    def check(holds: bool, argument: str, rule: str, value: object) -> None:
-        if not holds:
-            why.append(f"{argument}: {rule}; got {value}")
-
-    width = a.q.shape[-1]
-    check(a.q.dtype != torch.float32, "q", "must be float16 or bfloat16", a.q.dtype)
-    check(width in HEAD_DIMS, "q", "must have head_dim 64 or 128", width)
-    check(a.v.shape[-1] == width, "v", "must have the head_dim of q", a.v.shape[-1])
-    check(a.kind in ("softmax", "sigmoid"), "kind", "must be 'softmax' or 'sigmoid'", a.kind)
-    check(a.normalize == "none", "normalize", "must be 'none'", a.normalize)
-    for name in ("mask_ranges", "mask_q_spans", "bias", "alibi_slopes"):
-        check(getattr(a, name) is None, name, "must be None", "a tensor")
-    check(a.softcap == 0, "softcap", "must be 0", a.softcap)
-    check(a.cu_seqlens_q is None, "cu_seqlens_q", "must be None", "a tensor")
+    rules = _Rules()
+    rules.check_both_passes(a)
+    rules.check(_float32(a.softcap) <= 0, "softcap", "must be 0 in float32", a.softcap)
+    rules.check(a.cu_seqlens_q is None, "cu_seqlens_q", "must be None", "a tensor")
     summed = a.kind == "sigmoid" and a.score_bias is not None and a.score_bias.requires_grad
-    check(not summed, "score_bias", "must not require a gradient", "a tensor that does")
-    check(a.q.shape[-3] >= LEAST_QUERIES, "q", f"must have {LEAST_QUERIES} tokens", a.q.shape[-3])
-    check(a.k.shape[-3] > 0, "k", "must have tokens", a.k.shape[-3])
-    for name in ("q", "k", "v"):
-        rule = "must lie at multiples of 16 bytes, its rows apart"
-        check(_can_map(getattr(a, name)), name, rule, getattr(a, name).stride())
-    return why
+    rules.check(not summed, "score_bias", "must not require a gradient", "a tensor that does")
+    tokens, heads, columns = a.q.shape[-3:]
+    rows = 128 if columns <= 64 else 64
+    tiles = a.q.shape[:-3].numel() * heads * -(-tokens // rows)
+    rule = f"must have fewer than 2^31 tiles of {rows} rows"
+    rules.check(tiles <= MOST_BACKWARD_TILES, "q", rule, tiles)
+    return rules.broken
 
 
 def _float32(x: float) -> float:
