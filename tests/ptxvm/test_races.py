@@ -467,7 +467,9 @@ def run(case: Case, text: str) -> None:
     )
 
 
-def check(case: Case, order: str, modes: tuple[str, ...] = ("latest", "earliest", "seed:1")) -> None:
+def check(
+    case: Case, order: str, modes: tuple[str, ...] = ("latest", "earliest", "seed:1")
+) -> None:
     fuel = 7 if order == "seeded" else 20000
     for mode in modes:
         with sm90(check=1, **{"async": mode}, order=order, seed=3, fuel=fuel, watchdog=1):

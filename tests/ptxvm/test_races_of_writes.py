@@ -38,8 +38,7 @@ CASES = {
         block=32,
     ),
     "mbarrier.init before an arrival": Case(
-        "@%p0 mbarrier.init.shared.b64 [bar], 64;\nHERE\n"
-        "mbarrier.arrive.shared.b64 _, [bar];\n",
+        "@%p0 mbarrier.init.shared.b64 [bar], 64;\nHERE\nmbarrier.arrive.shared.b64 _, [bar];\n",
         "bar.sync 0;",
         "",
         rf"race: write to shared .*{NONE}|uninitialised|mbarrier",
