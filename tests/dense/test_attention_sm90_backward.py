@@ -126,6 +126,16 @@ def test_blocks_that_begin_last_wait_for_none_that_have_not_begun():
     check_budget(inputs(32, 128 * 134), "async=latest,order=reverse")
 
 
+def test_small_slopes_in_float16_keep_their_digits():
+    """Of weights of 2^-20."""
+    q, k, v, dout = inputs(64, 130)
+    tensors = q, k, v, 1024 * dout
+    options = {"kind": "sigmoid", "score_bias": -20 * math.log(2)}
+    wide = gradients(*(x.double() for x in tensors), backend="reference", **options)
+    for actual, oracle in zip(run(tensors, **options), wide, strict=True):
+        assert (actual - oracle).norm() < 1e-3 * oracle.norm()
+
+
 def test_keys_and_queries_that_see_nothing_have_no_gradient():
     dq, dk, dv = run(inputs(340, 300), window=(20, 0))
     assert (dq[:, :40] == 0).all() and dq[:, 40:].any(dim=-1).all()

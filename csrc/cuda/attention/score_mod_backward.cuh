@@ -28,14 +28,15 @@ struct Weight {
   float p, slope, through;
 };
 
-// From log2 of e^-z. kScale: e^-z is divided by kHalfScale, P is multiplied by it.
-template <bool kScale>
+// From log2 of e^-z. kScale: e^-z is divided by kHalfScale, P is multiplied by it, and so is the
+// slope where kScaleSlope.
+template <bool kScale, bool kScaleSlope = false>
 __device__ __forceinline__ Weight sigmoid_weight(float odds) {
   constexpr float kOne = kScale ? 1 / kHalfScale : 1.f;
   const float e =
       exp2_approx(min_or_nan(odds, kScale ? kMaxOddsLog2 - kHalfScaleLog2 : kMaxOddsLog2));
   const float p = reciprocal_approx(e + kOne);
-  return {p, e * p * (kScale ? p * kOne : p), 1.f};  // e p is 1 - P
+  return {p, e * p * (kScale && !kScaleSlope ? p * kOne : p), 1.f};  // e p is 1 - P
 }
 
 // From t = tanh(z / 2): P = (1 + t) / 2. The slope is 4 times that of P.

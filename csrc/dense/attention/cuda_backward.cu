@@ -67,6 +67,22 @@ const char* launch_on_sm90(const Sm90Backward& call, cudaStream_t stream) {
 }
 
 template <typename T>
+const char* launch_on_every_chip(BackwardArgs& args, Mode mode, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    const auto launch_plain = [&]<Mode kMode>(float unit) {
+      args.factor = unit * args.p.forward.scale;
+      return launch_pairs<T, kMode>(args, stream);
+    };
+    if (mode == Mode::softmax) return launch_plain.template operator()<Mode::softmax>(kLog2e);
+    if (mode == Mode::sigmoid) return launch_plain.template operator()<Mode::sigmoid>(-kLog2e);
+    if (mode == Mode::fast_sigmoid)
+      return launch_plain.template operator()<Mode::fast_sigmoid>(0.5f);
+    if (mode == Mode::elementwise) return launch_plain.template operator()<Mode::elementwise>(1);
+  }
+  return launch_pairs<T, Mode::general>(args, stream);
+}
+
+template <typename T>
 const char* launch_backward(BackwardArgs args, float* dq_sums, cudaStream_t stream) {
   const AttentionBackwardParams& bp = args.p;
   const AttentionParams& p = bp.forward;
@@ -83,27 +99,14 @@ const char* launch_backward(BackwardArgs args, float* dq_sums, cudaStream_t stre
   args.direct_bias = bp.dbias && !bias_is_broadcast;
   args.weight_scale = std::is_same_v<T, __half> && scales_weights(p) ? kHalfScale : 1;
   const Mode mode = mode_of<T>(bp, args.largest_dim());
-  const bool general = mode == Mode::general;
   const char* error = nullptr;
   if (p.mask.any()) error = launch_bounds(p, args.bounds, stream);
   if (error) return error;
   if (has_backward_statistics(p) && p.seqlen_q > 0)
-    error = launch_statistics<T>(args, general, stream);
+    error = launch_statistics<T>(args, mode == Mode::general, stream);
   if (error) return error;
-  if (dq_sums) {
-    error = launch_on_sm90<T>({bp, dq_sums}, stream);
-  } else if constexpr (sizeof(T) == 2) {
-    const auto launch_plain = [&]<Mode kMode>(float unit) {
-      args.factor = unit * p.scale;
-      return launch_pairs<T, kMode>(args, stream);
-    };
-    if (mode == Mode::softmax) error = launch_plain.template operator()<Mode::softmax>(kLog2e);
-    if (mode == Mode::sigmoid) error = launch_plain.template operator()<Mode::sigmoid>(-kLog2e);
-    if (mode == Mode::fast_sigmoid)
-      error = launch_plain.template operator()<Mode::fast_sigmoid>(0.5f);
-    if (mode == Mode::elementwise) error = launch_plain.template operator()<Mode::elementwise>(1);
-  }
-  if (general && !dq_sums) error = launch_pairs<T, Mode::general>(args, stream);
+  error = dq_sums ? launch_on_sm90<T>({bp, dq_sums}, stream) : kNotMapped;
+  if (error == kNotMapped) error = launch_on_every_chip<T>(args, mode, stream);
   if (!error && bp.dbias && bias_is_broadcast && p.seqlen_q > 0 && p.seqlen_k > 0)
     error = launch_bias(args, stream);
   if (error || !(bp.sums || bp.dsink || bp.dscore_bias)) return error;

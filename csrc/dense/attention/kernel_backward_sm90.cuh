@@ -45,7 +45,8 @@ __device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90
     for (int tile = keys.begin; tile < keys.end; ++tile, ++number) {
       const Sm90BackwardStage<Shape> stage(number);
       const int first = tile * kQueries;
-      shared.empty[stage.index].wait(stage.parity ^ 1);
+      // Lanes that do nothing else must not wait: they could be two phases late.
+      if (kStatistics || lane == 0) shared.empty[stage.index].wait(stage.parity ^ 1);
       if constexpr (kStatistics) {
         const float* lse = lse_at(p, bp.minus_lse, keys.b, 0, head) + first;
         const float* delta = lse_at(p, bp.minus_delta, keys.b, 0, head) + first;
@@ -106,6 +107,8 @@ class Sm90Keys {
   static constexpr bool kScales = !kSoftmax && std::is_same_v<T, __half>;  // see kHalfScale
   // What registers allow: slopes in float32, and dP that runs while weights are made.
   static constexpr bool kPacked = kQueries > 64, kEarly = kSoftmax || !kPacked;
+  // Slopes that are packed reach 1 / n as weights do. Those of the fast map do not.
+  static constexpr bool kScalesSlope = kScales && kPacked;
 
   __device__ Sm90Keys(const AttentionBackwardParams& bp, const Sm90BackwardPlan& plan,
                       Sm90BackwardShared<Shape>& shared, const Sm90KeyTile& keys, int warpgroup)
@@ -188,13 +191,21 @@ class Sm90Keys {
     wait_for_product<1>(dp);
     const uint32_t delta = shared_address(shared_.minus_delta[stage]) + own;
     unroll<kQueries / 8>([&](auto n) {
-      float2 minus_delta{0, 0};
+      [[maybe_unused]] float2 minus_delta;
       if constexpr (kSoftmax) minus_delta = load_float2<n * 32>(delta);
       unroll<2>([&](auto h) {
         float2 slope{s[4 * n + 2 * h], s[4 * n + 2 * h + 1]};
         if constexpr (kPacked) slope = unpack<T>(kSoftmax ? p[2 * n + h] : ds[2 * n + h]);
-        const float x = slope.x * (dp[4 * n + 2 * h] + minus_delta.x);
-        const float y = slope.y * (dp[4 * n + 2 * h + 1] + minus_delta.y);
+        float x = dp[4 * n + 2 * h], y = dp[4 * n + 2 * h + 1];
+        if constexpr (kSoftmax) {
+          x += minus_delta.x;
+          y += minus_delta.y;
+        } else if constexpr (kScalesSlope) {
+          x *= plan_.slope_factor;
+          y *= plan_.slope_factor;
+        }
+        x *= slope.x;
+        y *= slope.y;
         ds[2 * n + h] = pack<T>(kCut && slope.x == 0 ? 0 : x, kCut && slope.y == 0 ? 0 : y);
       });
     });
@@ -249,7 +260,7 @@ class Sm90Keys {
     } else if (plan_.fast) {
       weigh_by([](float x) { return fast_sigmoid_weight<kScales>(x); });
     } else {
-      weigh_by([](float x) { return sigmoid_weight<kScales>(x); });
+      weigh_by([](float x) { return sigmoid_weight<kScales, kScalesSlope>(x); });
     }
   }
 
@@ -261,13 +272,13 @@ class Sm90Keys {
     const uint32_t k =
         shared_address(shared_.k[0]) + (kByRows ? 0 : warpgroup_ * kRows * kBoxRowBytes);
     float dq[32];
-    const bool others = keys_.sees<Shape>(0, query0);
-    if (others && keys_.sees<Shape>(1, query0)) {
+    const bool first_sees = keys_.sees<Shape>(0, query0);
+    if (first_sees && keys_.sees<Shape>(1, query0)) {
       start_by_columns<T, 2>(dq, ds, k, Shape::kSlabBytes);
       wait_for_product<0>(dq);
     } else {
-      start_by_columns<T, 1>(dq, ds + (others ? 0 : kRows * kBoxRowBytes),
-                             k + (others ? 0 : Shape::kSlabBytes));
+      start_by_columns<T, 1>(dq, ds + (first_sees ? 0 : kRows * kBoxRowBytes),
+                             k + (first_sees ? 0 : Shape::kSlabBytes));
       wait_for_product<0>(dq);
     }
     fence_accumulators(dk_);
@@ -356,8 +367,8 @@ __global__ void __launch_bounds__(2 * kWarpgroupThreads)
   const int share = threadIdx.x / kWarpgroupThreads;
   float sums[1][8][4] = {};
   if (plan.turns[blockIdx.x] > 0) {
-    const auto* from = reinterpret_cast<const float4*>(plan.dq + blockIdx.x * Shape::kTileFloats +
-                                                       share * Shape::kShareFloats);
+    const int64_t at = int64_t{blockIdx.x} * Shape::kTileFloats + share * Shape::kShareFloats;
+    const auto* from = reinterpret_cast<const float4*>(plan.dq + at);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const float4 x = from[n * kWarpgroupThreads + thread];
@@ -393,7 +404,9 @@ const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) 
   const bool fast = kWeights == Weights::sigmoid && p.fast;
   plan.factor = p.scale * (kWeights == Weights::softmax ? kLog2e : fast ? 0.5f : -kLog2e);
   plan.dq_factor = fast ? 0.25f * p.scale : p.scale;
-  plan.dv_factor = Sm90Keys<T, Shape, kWeights>::kScales ? 1 / kHalfScale : 1;
+  using Keys = Sm90Keys<T, Shape, kWeights>;
+  plan.dv_factor = Keys::kScales ? 1 / kHalfScale : 1;
+  plan.slope_factor = Keys::kScalesSlope && !fast ? 1 / kHalfScale : 1;
   const int64_t tiles = sm90_query_tiles(p);
   static_assert(Shape::kTileFloats == kSm90TileFloats);
   plan.dq = call.dq_sums;

@@ -4,6 +4,7 @@
 #include "cuda/arch/sm90/tensor_map.h"
 #include "cuda/arch/sm90/warpgroup.cuh"
 #include "cuda/attention/mask.cuh"
+#include "dense/attention/launch_backward_sm90.h"
 
 namespace tokenmill::cuda {
 
@@ -16,7 +17,7 @@ struct Sm90BackwardShape {
   static constexpr int kBlockKeys = kWarpgroups * kRows;
   // Queries of a tile. The accumulators of S, dP, dK and dV take kTileQueries + kHeadDim registers
   // of a thread, the words of P and dS kTileQueries / 2.
-  static constexpr int kTileQueries = kHeadDim <= 64 ? 128 : 64;
+  static constexpr int kTileQueries = sm90_tile_queries(kHeadDim);
   static constexpr int kStages = 2;
   static constexpr int kLoadRegisters = 24, kMultiplyRegisters = 240;  // 168 at the launch
   static constexpr int kThreads = (1 + kWarpgroups) * kWarpgroupThreads;
@@ -36,6 +37,7 @@ struct Sm90BackwardPlan {
   int heads, group;            // KV heads of all sequences, query heads of one of them
   float factor;                // from q.k to the exponent of a weight (fast: the argument of tanh)
   float dq_factor, dv_factor;  // of the sums; dK has that of dQ
+  float slope_factor;          // of packed slopes in float16
   bool fast;
   // [query heads of all sequences, query_tiles, kTileFloats]: sums of dQ, in the order in which
   // threads hold them.

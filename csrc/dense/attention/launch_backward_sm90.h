@@ -2,9 +2,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include "cuda/arch/sm90/tensor_map.h"
-#include "cuda/attention/score_map.cuh"
-#include "cuda/sequences.cuh"
+#include "dense/attention/launch_sm90.h"
 #include "dense/attention/params_backward_sm90.h"
 
 namespace tokenmill::cuda {
@@ -23,12 +21,11 @@ struct Sm90BackwardTensors {
         dout{dout, p.batch, p.seqlen_q, p.heads, p.value_dim} {}
 };
 
-// With fewer queries most of a tile would be idle.
-constexpr int64_t kLeastSm90BackwardQueries = 32;
-
+// Queries of a tile.
+constexpr int sm90_tile_queries(int64_t head_dim) { return head_dim <= 64 ? 128 : 64; }
 // Tiles of queries of all heads, each with its sums of dQ.
 inline int64_t sm90_query_tiles(const AttentionParams& p) {
-  return p.batch * p.heads * ceil_div(p.seqlen_q, p.head_dim <= 64 ? 128 : 64);
+  return p.batch * p.heads * ceil_div(p.seqlen_q, sm90_tile_queries(p.head_dim));
 }
 constexpr int64_t kSm90TileFloats = 8192;
 // Behind the sums come counters of blocks: of those that have begun, and of those in each sum.
@@ -36,15 +33,11 @@ inline int64_t sm90_workspace_bytes(const AttentionParams& p) {
   return 4 * (sm90_query_tiles(p) * (kSm90TileFloats + 1) + 1);
 }
 
-// The rules of python/tokenmill/dense/attention_kernels.py, in its order.
+// The rules of python/tokenmill/dense/attention_kernels.py, which does not know dout.
 inline bool takes_sm90(const AttentionBackwardParams& bp) {
   const AttentionParams& p = bp.forward;
-  const bool head_dim = p.head_dim == p.value_dim && (p.head_dim == 64 || p.head_dim == 128);
-  if (p.dtype == DType::float32 || !head_dim) return false;
-  if (weights_of(p) == Weights::elementwise) return false;
-  if (p.mask.any() || p.bias || p.alibi_slopes || p.softcap > 0 || p.cu_seqlens_q) return false;
+  if (!is_sm90_attention(p) || p.softcap > 0 || p.cu_seqlens_q) return false;
   if (bp.dscore_bias && p.map != ScoreMap::softmax) return false;
-  if (p.seqlen_q < kLeastSm90BackwardQueries || p.seqlen_k < 1) return false;
   if (sm90_query_tiles(p) > 0x7fffffff) return false;
   const Sm90BackwardTensors t(bp);
   return can_map(t.q) && can_map(t.k) && can_map(t.v) && can_map(t.dout);

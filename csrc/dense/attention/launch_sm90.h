@@ -31,14 +31,19 @@ inline bool has_sm90_scale(const AttentionParams& p) {
   return !(p.softcap > 0) || (p.softcap < 1e38f && p.scale >= 0x1p-64 * p.softcap);
 }
 
-// The rules of python/tokenmill/dense/attention_kernels.py, in its order.
-inline bool takes_sm90(const AttentionParams& p) {
+// The rules of python/tokenmill/dense/attention_kernels.py: those of both passes.
+inline bool is_sm90_attention(const AttentionParams& p) {
   const bool head_dim = p.head_dim == p.value_dim && (p.head_dim == 64 || p.head_dim == 128);
   if (p.dtype == DType::float32 || !head_dim) return false;
   if (weights_of(p) == Weights::elementwise) return false;
-  if (p.mask.any() || p.bias || p.alibi_slopes || !has_sm90_scale(p)) return false;
+  if (p.mask.any() || p.bias || p.alibi_slopes) return false;
   const int64_t sequences = p.cu_seqlens_q && p.batch > 1 ? p.batch : 1;
-  if (p.seqlen_q < kLeastSm90Queries * sequences || p.seqlen_k < 1) return false;
+  return p.seqlen_q >= kLeastSm90Queries * sequences && p.seqlen_k > 0;
+}
+
+// Those of the forward.
+inline bool takes_sm90(const AttentionParams& p) {
+  if (!is_sm90_attention(p) || !has_sm90_scale(p)) return false;
   const Sm90Tensors t(p);
   if (max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, 64) * t.q.batch * p.heads > 1 << 30)
     return false;

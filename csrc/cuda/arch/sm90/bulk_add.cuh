@@ -1,5 +1,6 @@
 // Contiguous bytes from shared to global memory by the copy engine, stored or added as floats, and
-// the order of blocks that add to the same ones. One thread issues and waits.
+// the order of blocks that add to the same ones. One thread issues and waits. CuTe has no such copy
+// that adds; its store (SM90_BULK_COPY_S2G) takes generic pointers, not shared addresses.
 #pragma once
 #include <cute/arch/copy_sm90_tma.hpp>
 

@@ -34,7 +34,7 @@ __device__ __forceinline__ void start_by_columns(float (&d)[32], uint32_t a, uin
 }
 
 // Words of accumulators of 16 rows and 16 columns, rounded. Lane i gives the address of row i % 16,
-// columns 8 (i / 16) ...
+// columns 8 (i / 16) ... CuTe's (SM90_U32x4_STSM_N) has no constant offset beside the address.
 template <int kOffset>
 __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&words)[4]) {
   asm volatile(
