@@ -189,6 +189,7 @@ class Sm90Rows {
       multiply_seen_values(p, key0, stage.index);
     else
       start_pv<T, kKeys>(o_, p, shared_address(shared_.v[stage.index]));
+    fence_stores();  // values were read as ordinary memory is, and the next copy overwrites them
     finish_values(number_);
     ++number_;
     key0 += kKeys;

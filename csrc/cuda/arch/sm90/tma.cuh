@@ -43,7 +43,8 @@ __device__ __forceinline__ void store_boxes(const CUtensorMap& map, const BoxPla
   cute::tma_store_arrive();
 }
 
-// What a thread wrote to shared memory is seen by copies that are issued behind it.
+// What a thread wrote to shared memory is seen by copies that are issued behind it, and what it
+// read is not overwritten by them before.
 __device__ __forceinline__ void fence_stores() { cute::tma_store_fence(); }
 
 // The thread's groups of stores have read shared memory.
