@@ -27,7 +27,7 @@ class _Rules:
         if not holds:
             self.broken.append(f"{argument}: {rule}; got {value}")
 
-    def check_both_passes(self, a: Arguments) -> None:
+    def check_both_passes(self, a: Any) -> None:
         tokens, columns = a.q.shape[-3], a.q.shape[-1]
         check = self.check
         check(a.q.dtype != torch.float32, "q", "must be float16 or bfloat16", a.q.dtype)
