@@ -274,8 +274,7 @@ char* access(Warp& warp, const Instruction& instruction, Space space, uint64_t a
   if (space == Space::cluster) return access_cluster(warp, instruction, address, lane, bytes, kind);
   if (space == Space::global || space == Space::constant) {
     const Extent* extent = reachable(kind).find(address, bytes);
-    if (!extent)
-      return no_memory(warp, instruction, lane, describe_global(address, bytes, kind));
+    if (!extent) return no_memory(warp, instruction, lane, describe_global(address, bytes, kind));
     if (!extent->constant && warp.timeline) {
       uint64_t addresses[kLanes];
       addresses[lane] = address;
