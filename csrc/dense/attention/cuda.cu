@@ -14,12 +14,6 @@ extern template const char* launch_forward<__nv_bfloat16>(const AttentionParams&
 extern template const char* launch_forward<float>(const AttentionParams&, const MaskBounds&,
                                                   cudaStream_t);
 
-#if defined(TOKENMILL_SM90)
-constexpr bool kHasSm90 = true;
-#else
-constexpr bool kHasSm90 = false;
-#endif
-
 template <typename T>
 const char* launch_on_sm90(const AttentionParams& p, cudaStream_t stream) {
   if constexpr (kHasSm90) {

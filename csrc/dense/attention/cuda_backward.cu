@@ -50,12 +50,6 @@ Mode mode_of(const AttentionBackwardParams& bp, int64_t dim) {
   }
 }
 
-#if defined(TOKENMILL_SM90)
-constexpr bool kHasSm90 = true;
-#else
-constexpr bool kHasSm90 = false;
-#endif
-
 template <typename T>
 const char* launch_on_sm90(const Sm90Backward& call, cudaStream_t stream) {
   if constexpr (kHasSm90 && sizeof(T) == 2) {

@@ -43,7 +43,7 @@ __device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90
     const int head = keys.h * plan.group + i;
 #pragma unroll 1
     for (int tile = keys.begin; tile < keys.end; ++tile, ++number) {
-      const Sm90BackwardStage<Shape> stage(number);
+      const Stage<Shape> stage(number);
       const int first = tile * kQueries;
       // Lanes that do nothing else must not wait: they could be two phases late.
       if (kStatistics || lane == 0) shared.empty[stage.index].wait(stage.parity ^ 1);
@@ -126,7 +126,8 @@ class Sm90Keys {
 #pragma unroll 1
       for (int tile = keys_.begin; tile < keys_.end; ++tile, ++number) {
         const int first = tile * kQueries;
-        shared_.full[number % Shape::kStages].wait(number / Shape::kStages % 2);
+        const Stage<Shape> stage(number);
+        shared_.full[stage.index].wait(stage.parity);
         if (!keys_.sees<Shape>(warpgroup_, first))
           meet();
         else if (keys_.is_whole<Shape>(warpgroup_, first))
@@ -174,7 +175,7 @@ class Sm90Keys {
   // dV and dK of a tile, and its dS to shared memory. kCut: a mask or an end cuts it.
   template <bool kCut>
   __device__ __forceinline__ void add_tile(int query0, unsigned number) {
-    const int stage = number % Shape::kStages;
+    const int stage = Stage<Shape>(number).index;
     const uint32_t q = shared_address(shared_.q[stage]);
     const uint32_t dout = shared_address(shared_.dout[stage]);
     const uint32_t own = threadIdx.x % 4 * 8;
@@ -285,7 +286,7 @@ class Sm90Keys {
     fence_accumulators(dv_);
     __syncwarp();
     const bool is_first = threadIdx.x % kWarpSize == 0;
-    if (is_first) shared_.empty[number % Shape::kStages].arrive();
+    if (is_first) shared_.empty[Stage<Shape>(number).index].arrive();
     shared_.dq_empty.wait(number % 2 ^ 1);
     const uint32_t to = shared_address(shared_.dq) + warpgroup_ * Shape::kShareFloats * 4 +
                         threadIdx.x % kWarpgroupThreads * 16;
@@ -390,12 +391,12 @@ const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) 
   constexpr int kRows = Shape::kRows, kQueries = Shape::kTileQueries;
   const AttentionBackwardParams& bp = call.params;
   const AttentionParams& p = bp.forward;
-  const Sm90BackwardTensors tensors(bp);
+  const Sm90Tensors tensors(p, bp.dout);
   Sm90BackwardPlan plan{};
   if (const char* error = encode_map(plan.q, tensors.q, p.dtype, kQueries)) return error;
   if (const char* error = encode_map(plan.k, tensors.k, p.dtype, kRows)) return error;
   if (const char* error = encode_map(plan.v, tensors.v, p.dtype, kRows)) return error;
-  if (const char* error = encode_map(plan.dout, tensors.dout, p.dtype, kQueries)) return error;
+  if (const char* error = encode_map(plan.dout, tensors.out, p.dtype, kQueries)) return error;
   plan.key_tiles = static_cast<int>(ceil_div(p.seqlen_k, Shape::kBlockKeys));
   plan.query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kQueries));
   plan.heads = static_cast<int>(p.batch * p.kv_heads);

@@ -133,14 +133,4 @@ struct alignas(1024) Sm90BackwardShared {
   }
 };
 
-// Number of a stage's use, and the parity of its phase.
-template <typename Shape>
-struct Sm90BackwardStage {
-  int index;
-  unsigned parity;
-
-  __device__ explicit Sm90BackwardStage(unsigned number)
-      : index(number % Shape::kStages), parity(number / Shape::kStages % 2) {}
-};
-
 }  // namespace tokenmill::cuda

@@ -16,16 +16,6 @@
 
 namespace tokenmill::cuda {
 
-// The tile of a stage, and the parity of the phase in which it holds tile `number`.
-template <typename Shape>
-struct Stage {
-  int index;
-  unsigned parity;
-
-  __device__ explicit Stage(unsigned number)
-      : index(number % Shape::kStages), parity(number / Shape::kStages % 2) {}
-};
-
 // Of the tile of queries that a block takes in its round.
 __device__ inline int index_of(unsigned round) { return blockIdx.x + round * gridDim.x; }
 
@@ -412,7 +402,7 @@ template <typename T, int kHeadDim, Weights kWeights>
 const char* launch_sm90(const AttentionParams& p, cudaStream_t stream) {
   using Shape = Sm90Shape<kHeadDim>;
   Sm90Plan plan{};
-  const Sm90Tensors tensors(p);
+  const Sm90Tensors tensors(p, p.out);
   if (const char* error = encode_map(plan.q, tensors.q, p.dtype, Shape::kRows)) return error;
   if (const char* error = encode_map(plan.k, tensors.k, p.dtype, Shape::kTileKeys)) return error;
   if (const char* error = encode_map(plan.v, tensors.v, p.dtype, Shape::kTileKeys)) return error;

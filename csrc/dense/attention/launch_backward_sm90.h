@@ -7,20 +7,6 @@
 
 namespace tokenmill::cuda {
 
-struct Sm90BackwardTensors {
-  MappedRows q, k, v, dout;
-
-  explicit Sm90BackwardTensors(const AttentionBackwardParams& bp)
-      : Sm90BackwardTensors(bp.forward, bp.dout) {}
-
- private:
-  Sm90BackwardTensors(const AttentionParams& p, const Rows& dout)
-      : q{p.q, p.batch, p.seqlen_q, p.heads, p.head_dim},
-        k{p.k, p.batch, p.seqlen_k, p.kv_heads, p.head_dim},
-        v{p.v, p.batch, p.seqlen_k, p.kv_heads, p.value_dim},
-        dout{dout, p.batch, p.seqlen_q, p.heads, p.value_dim} {}
-};
-
 // Queries of a tile.
 constexpr int sm90_tile_queries(int64_t head_dim) { return head_dim <= 64 ? 128 : 64; }
 // Tiles of queries of all heads, each with its sums of dQ.
@@ -39,8 +25,7 @@ inline bool takes_sm90(const AttentionBackwardParams& bp) {
   if (!is_sm90_attention(p) || p.softcap > 0 || p.cu_seqlens_q) return false;
   if (bp.dscore_bias && p.map != ScoreMap::softmax) return false;
   if (sm90_query_tiles(p) > 0x7fffffff) return false;
-  const Sm90BackwardTensors t(bp);
-  return can_map(t.q) && can_map(t.k) && can_map(t.v) && can_map(t.dout);
+  return Sm90Tensors(p, bp.dout).can_be_mapped();
 }
 
 template <typename T, Weights kWeights>

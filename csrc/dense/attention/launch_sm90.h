@@ -8,17 +8,28 @@
 
 namespace tokenmill::cuda {
 
+// Whether the build has the kernels. Only cuda.cu and cuda_backward.cu may ask: CMake tells no
+// other source.
+#if defined(TOKENMILL_SM90)
+constexpr bool kHasSm90 = true;
+#else
+constexpr bool kHasSm90 = false;
+#endif
+
+// out: what has the shape of the output, in the backward its gradient.
 struct Sm90Tensors {
   MappedRows q, k, v, out;
 
-  explicit Sm90Tensors(const AttentionParams& p) : Sm90Tensors(p, p.cu_seqlens_q ? 1 : p.batch) {}
+  Sm90Tensors(const AttentionParams& p, const Rows& out)
+      : Sm90Tensors(p, out, p.cu_seqlens_q ? 1 : p.batch) {}
+  bool can_be_mapped() const { return can_map(q) && can_map(k) && can_map(v) && can_map(out); }
 
  private:
-  Sm90Tensors(const AttentionParams& p, int64_t batch)
+  Sm90Tensors(const AttentionParams& p, const Rows& out, int64_t batch)
       : q{p.q, batch, p.seqlen_q, p.heads, p.head_dim},
         k{p.k, batch, p.seqlen_k, p.kv_heads, p.head_dim},
         v{p.v, batch, p.seqlen_k, p.kv_heads, p.value_dim},
-        out{p.out, batch, p.seqlen_q, p.heads, p.value_dim} {}
+        out{out, batch, p.seqlen_q, p.heads, p.value_dim} {}
 };
 
 // With fewer queries of a sequence most of a tile of 64 rows would be idle.
@@ -44,10 +55,10 @@ inline bool is_sm90_attention(const AttentionParams& p) {
 // Those of the forward.
 inline bool takes_sm90(const AttentionParams& p) {
   if (!is_sm90_attention(p) || !has_sm90_scale(p)) return false;
-  const Sm90Tensors t(p);
+  const Sm90Tensors t(p, p.out);
   if (max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, 64) * t.q.batch * p.heads > 1 << 30)
     return false;
-  return can_map(t.q) && can_map(t.k) && can_map(t.v) && can_map(t.out);
+  return t.can_be_mapped();
 }
 
 template <typename T, Weights kWeights>

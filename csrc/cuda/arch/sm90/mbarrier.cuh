@@ -52,4 +52,14 @@ __device__ inline void publish_mbarriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// Of Shape::kStages tiles, used in turn: the one for tile `number`, and the parity of its phase.
+template <typename Shape>
+struct Stage {
+  int index;
+  unsigned parity;
+
+  __device__ explicit Stage(unsigned number)
+      : index(number % Shape::kStages), parity(number / Shape::kStages % 2) {}
+};
+
 }  // namespace tokenmill::cuda
