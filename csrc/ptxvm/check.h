@@ -1,11 +1,12 @@
 // One hook for every access to memory. Bounds and alignment are always checked; in check mode also
-// initialisation and races of shared memory, and in counting mode the traffic is counted.
+// initialisation and races, and in counting mode the traffic is counted.
 #pragma once
 #include "ptxvm/machine.h"
 
 namespace ptxvm {
 
-// Strong accesses (volatile, relaxed, acquire, release, atomic) do not race with one another.
+// Strong accesses (volatile, relaxed, acquire, release, atomic) do not race with one another
+// where the scope of each holds the other.
 enum class Access : uint8_t { read, write, strong_read, strong_write, atomic };
 enum class Traffic : uint8_t { load, store, atomic, copy, matrix };  // row of the counters
 

@@ -17,8 +17,7 @@ namespace ptxvm {
 
 // Instruction::order: the scope in the lowest two bits, and what the access or fence is.
 constexpr uint8_t kCta = 0, kClusterScope = 1, kGpu = 2, kScopes = 3;  // .sys is .gpu here
-constexpr uint8_t kScopeBits = 3, kIsStrong = 4, kAcquires = 8, kReleases = 16, kSequential = 32,
-                  kWidest = 64;  // no scope was named
+constexpr uint8_t kScopeBits = 3, kIsStrong = 4, kAcquires = 8, kReleases = 16, kSequential = 32;
 inline uint8_t scope_of(const Instruction& in) { return in.order & kScopeBits; }
 
 using Times = std::vector<uint32_t>;  // by agent of a cluster; those that are missing are 0
@@ -116,7 +115,7 @@ struct Timeline {
     const Instruction *written_by = nullptr, *used_by = nullptr;
   };
   std::vector<Register> registers;
-  uint32_t register_fences = 1, groups_waited = 0;
+  uint32_t register_fences = 1, products_waited_for = 0;
 
   bool has_passed(uint32_t id) const { return ordered[id % kRemembered] == id; }
   bool has_passed_async(uint32_t id) const { return async_ordered[id % kRemembered] == id; }

@@ -319,7 +319,7 @@ void accumulators_landed(Warp& warp, const Instruction& instruction, int count, 
 
 void accumulators_waited(Warp& warp, uint64_t keep) {
   if (warp.timeline && warp.product_groups > keep)
-    warp.timeline->groups_waited = warp.product_groups - static_cast<uint32_t>(keep);
+    warp.timeline->products_waited_for = warp.product_groups - static_cast<uint32_t>(keep);
   std::erase_if(warp.flights, [&](const auto& flight) {
     if (flight.second.group + keep >= warp.product_groups) return false;
     defined(warp, flight.first) = flight.second.settled;
@@ -353,7 +353,7 @@ void write_registers(Warp& warp, Timeline& t, const Instruction& in, Mask mask) 
     Timeline::Register& written = t.registers[in.slots[i] / kUnit];
     written.fence = t.register_fences;
     written.written_by = &in;
-    if (written.group > t.groups_waited)
+    if (written.group > t.products_waited_for)
       broke_rule(warp, in, __builtin_ctz(mask), "register of wgmma",
                  "write to a register of wgmma at line " + std::to_string(written.used_by->line) +
                      ": " + written.used_by->text + ", before its wgmma.wait_group");

@@ -199,8 +199,6 @@ class Grid {
     Block& block = resident.block;
     block.exited = 0;
     block.shadow.reset();
-    if (!options.check)
-      for (Warp& warp : block.warps) warp.timeline.reset();
     std::memset(block.shared, 0xff, shared_bytes_);
     std::memset(block.local, 0xff, uint64_t{threads_} * kernel_.local_bytes);
     for (Barrier& barrier : resident.barriers) barrier = {};

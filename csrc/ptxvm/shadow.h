@@ -1,6 +1,6 @@
 // What check mode knows of memory: who wrote and read it last, and which bytes of a block's shared
-// and local memory hold values. Only memory_map.cpp, check.cpp and clocks.cpp see it; everybody
-// else goes through check.h.
+// and local memory hold values. Only memory_map.cpp, check.cpp, clocks.cpp, shadow.cpp and
+// synchronise.cpp see it; everybody else goes through check.h.
 #pragma once
 #include <array>
 #include <unordered_map>

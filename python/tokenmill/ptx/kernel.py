@@ -206,13 +206,17 @@ def _differences(
     for i, (wanted, got) in enumerate(zip(first, values, strict=True)):
         if not isinstance(got, np.ndarray):
             continue
-        bits = np.dtype(f"u{got.itemsize}")
-        differ = int((wanted.view(bits) != got.view(bits)).sum())
-        if differ:
+        if differ := _differ(wanted, got):
             name = launch.kernel.name
             what = f"{differ} of {got.size} elements of argument {i} are not those of "
             found.append(Report(name, 0, f"other result {i}", f"{name}: {what}[{done[0].mode}]"))
     return found
+
+
+def _differ(a: np.ndarray, b: np.ndarray) -> int:
+    """Elements whose bits differ."""
+    bits = np.dtype(f"u{a.itemsize}")
+    return int((a.view(bits) != b.view(bits)).sum())
 
 
 def _show(options: argparse.Namespace, launch: Launch, before: list[Any], after: list[Any]) -> None:
@@ -222,8 +226,7 @@ def _show(options: argparse.Namespace, launch: Launch, before: list[Any], after:
         if not isinstance(new, np.ndarray):
             continue
         kind = arguments.kind_of(launch.arguments[i])
-        bits = np.dtype(f"u{new.itemsize}")
-        changed = int((old.view(bits) != new.view(bits)).sum())
+        changed = _differ(old, new)
         total += changed
         values = arguments.readable(new, kind)
         if i in options.shown:
