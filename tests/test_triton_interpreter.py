@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 
 import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
+
+import tokenmill as tm
+from tokenmill import _library
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -104,3 +108,30 @@ def test_operations_are_those_of_triton(operation, monkeypatch):
     for pair, one, other in zip(pairs, found, want, strict=True):
         assert one == other, pair
     assert sum(isinstance(one, tuple) for one in found) > 20
+
+
+@pytest.mark.parametrize(
+    "versions, reason",
+    [
+        ({"triton": "3.6.0", "numpy": "2.4.6"}, "needs Triton 3.7 or later, or NumPy below 2.4"),
+        ({"triton": "3.6.0+git1", "numpy": "2.3.5"}, None),
+        ({"triton": "3.7.0", "numpy": "2.4.0rc1"}, None),
+        ({"triton": "3.7.0"}, "needs NumPy"),
+    ],
+    ids=str,
+)
+def test_an_interpreter_that_cannot_run_says_what_it_needs(versions, reason, monkeypatch):
+    def version(package):
+        if package not in versions:
+            raise importlib.metadata.PackageNotFoundError
+        return versions[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    fault = _library.interpreter_fault.__wrapped__()
+    assert fault == (reason and f"Triton's interpreter {reason}")
+    monkeypatch.setattr(_library, "interpreter_fault", lambda: fault)
+    rows = torch.zeros(1, 8)
+    states = tm.backends()["triton"], tm.explain("topk_select", rows, 2)
+    for said in map(str, states):
+        assert not fault or fault in said

@@ -59,6 +59,8 @@ def reasons(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
             why.append("Triton is not installed (pip install tokenmill[triton])")
         elif device == "cpu" and not _library.triton_interpreted():
             why.append("the tensors are on cpu (TRITON_INTERPRET=1 runs the kernel's interpreter)")
+        elif device == "cpu" and (fault := _library.interpreter_fault()):
+            why.append(fault)
     return why + unsupported(spec, backend, lowered)
 
 
@@ -401,9 +403,9 @@ def backends() -> dict[str, str]:
             if not triton
             else "available"
             if cuda
-            else "interpreter"
-            if _library.triton_interpreted()
             else "no GPU (TRITON_INTERPRET=1 interprets)"
+            if not _library.triton_interpreted()
+            else _library.interpreter_fault() or "interpreter"
         ),
         "emulated": "interpreter",
         "reference": "available",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import threading
@@ -331,6 +332,26 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 def triton_installed() -> bool:
     return _TRITON_INSTALLED
+
+
+@functools.cache
+def interpreter_fault() -> str | None:
+    """Why the interpreter of the installed Triton runs no kernel, if it does not."""
+    triton, numpy = (_minor_version(name) for name in ("triton", "numpy"))
+    if not numpy:
+        return "Triton's interpreter needs NumPy"
+    # 3.6 makes an int of an array with a dimension, which is an error from NumPy 2.4 on.
+    if triton and triton < (3, 7) and numpy >= (2, 4):
+        return "Triton's interpreter needs Triton 3.7 or later, or NumPy below 2.4"
+    return None
+
+
+def _minor_version(package: str) -> tuple[int, ...]:
+    """(major, minor), or () of a package that is not installed."""
+    try:
+        return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))
+    except importlib.metadata.PackageNotFoundError:
+        return ()
 
 
 EMULATED_PATH = Path(os.environ.get("TOKENMILL_EMULATED") or Path(__file__).parent / "_emulated.so")
