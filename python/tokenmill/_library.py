@@ -334,9 +334,15 @@ def triton_installed() -> bool:
     return _TRITON_INSTALLED
 
 
-@functools.cache
-def interpreter_fault() -> str | None:
-    """Why the interpreter of the installed Triton runs no kernel, if it does not."""
+def _minor_version(package: str) -> tuple[int, ...]:
+    """(major, minor), or () of a package that is not installed."""
+    try:
+        return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+
+
+def _find_interpreter_fault() -> str | None:
     triton, numpy = (_minor_version(name) for name in ("triton", "numpy"))
     if not numpy:
         return "Triton's interpreter needs NumPy"
@@ -346,12 +352,12 @@ def interpreter_fault() -> str | None:
     return None
 
 
-def _minor_version(package: str) -> tuple[int, ...]:
-    """(major, minor), or () of a package that is not installed."""
-    try:
-        return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))
-    except importlib.metadata.PackageNotFoundError:
-        return ()
+_INTERPRETER_FAULT = _find_interpreter_fault() if _TRITON_INSTALLED else None
+
+
+def interpreter_fault() -> str | None:
+    """Why the interpreter of the installed Triton runs no kernel, if it does not."""
+    return _INTERPRETER_FAULT
 
 
 EMULATED_PATH = Path(os.environ.get("TOKENMILL_EMULATED") or Path(__file__).parent / "_emulated.so")
