@@ -71,7 +71,7 @@ def keep_best(memory, count, wanted, NODES: tl.constexpr):
     b_taken = m_half.to(tl.int32)
     if count > wanted:
         b_bits = (b_score + 0.0).to(tl.uint32, bitcast=True)  # -0 + 0 = 0
-        b_key = tl.where((b_bits >> 31) != 0, ~b_bits, b_bits | 0x80000000).to(tl.uint32)
+        b_key = tl.where((b_bits >> 31) != 0, b_bits ^ 0xFFFFFFFF, b_bits | 0x80000000)
         bar, ties = bar_of(b_key, m_half, wanted)
         b_tied = (m_half & (b_key == bar)).to(tl.int32)
         o_tie = tl.cumsum(b_tied, 0) - b_tied

@@ -45,7 +45,7 @@ def keys_of(p_row, o_i, m_i):
     b_x = tl.load(p_row + o_i, mask=m_i, other=-INF).to(tl.float32)
     b_bits = (b_x + 0.0).to(tl.uint32, bitcast=True)  # -0 + 0 = 0
     b_negative = (b_bits >> 31) != 0
-    b_key = tl.where(b_negative, ~b_bits, b_bits | 0x80000000)
+    b_key = tl.where(b_negative, b_bits ^ 0xFFFFFFFF, b_bits | 0x80000000)
     return tl.where(b_x > -INF, b_key, 0).to(tl.uint32)
 
 

@@ -31,7 +31,7 @@ def keys_of(row, o_i, tokens, protect_first, protect_last, LARGEST: tl.constexpr
     if not LARGEST:
         b_x = -b_x
     b_bits = (b_x + 0.0).to(tl.uint32, bitcast=True)  # -0 + 0 = 0
-    b_key = tl.where((b_bits >> 31) != 0, ~b_bits, b_bits | 0x80000000)
+    b_key = tl.where((b_bits >> 31) != 0, b_bits ^ 0xFFFFFFFF, b_bits | 0x80000000)
     b_key = tl.where(b_x > -INF, b_key, INVALID + 1)
     if row.valid is not None:
         m_valid = tl.load(row.valid + o_i, mask=m_i, other=0) != 0
