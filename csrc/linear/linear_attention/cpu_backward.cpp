@@ -11,6 +11,8 @@
 // and after the chunk, between which the chunk's decay lies. Nothing of it cancels (the difference
 // of q.dq and k.dk, summed over the tokens behind, would leave the rounding of both). S is saved
 // before each segment and from there computed again.
+#include <initializer_list>
+
 #include "cpu/parallel.h"
 #include "linear/linear_attention/cpu_gradients.h"
 

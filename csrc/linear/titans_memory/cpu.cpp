@@ -1,4 +1,6 @@
 // Forward: block by block, the state in cache. A worker owns a head of a sequence.
+#include <initializer_list>
+
 #include "cpu/parallel.h"
 #include "linear/titans_memory/cpu_block.h"
 

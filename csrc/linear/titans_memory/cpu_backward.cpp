@@ -8,6 +8,8 @@
 //   dK = -diag(w) U dM'^T - diag(e) U dS'^T - (W o X)^T Q + dU G^T
 //
 // where dM' and dS' are the gradients of the state behind it.
+#include <initializer_list>
+
 #include "cpu/parallel.h"
 #include "linear/titans_memory/cpu_block.h"
 

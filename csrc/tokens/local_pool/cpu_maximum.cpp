@@ -2,6 +2,8 @@
 // first in its row, of the first row whose maximum is the greatest. A gradient goes to that row of
 // its window first (along Y), and there to the token (along X). Elements are compared as integers
 // as wide as they are; lines follow each other in rings.
+#include <initializer_list>
+
 #include "tokens/local_pool/cpu_lanes.h"
 #include "tokens/local_pool/cpu_windows.h"
 
