@@ -90,6 +90,28 @@ CASES = {
         {"sq": 40, "sk": 130, "d": 128, "dtype": BF16},
         {"kind": "sigmoid"},
     ),
+    "softmax, heads of 96": ({"sq": 70, "sk": 300, "d": 96, "h": 2}, {"window": (200, 10)}),
+    "softmax, heads of 192": (
+        {"sq": 65, "sk": 129, "d": 192, "dtype": BF16},
+        {"causal": True, "sink": torch.tensor([0.5])},
+    ),
+    "softmax, heads of 256": (
+        {"sq": 130, "sk": 200, "d": 256, "b": 2},
+        {"causal": True, "softcap": 4.0, "scale": 0.5},
+    ),
+    "softmax, heads of 256, one key": ({"sq": 40, "sk": 1, "d": 256, "dtype": BF16}, {}),
+    "sigmoid, heads of 96": (
+        {"sq": 65, "sk": 130, "d": 96, "dtype": BF16},
+        {"kind": "sigmoid", "score_bias": -6.0},
+    ),
+    "sigmoid, heads of 192": (
+        {"sq": 130, "sk": 190, "d": 192},
+        {"kind": "sigmoid", "score_bias": "neg_log_n", "causal": True},
+    ),
+    "sigmoid, heads of 256": (
+        {"sq": 70, "sk": 193, "d": 256, "h": 2, "hk": 1},
+        {"kind": "sigmoid", "window": (100, 20)},
+    ),
     "sigmoid fast": (
         {"sq": 33, "sk": 130, "dtype": BF16},
         {"kind": "sigmoid", "precision": "fast"},
@@ -106,6 +128,9 @@ def test_results_keep_the_budget(name):
 ORDERS = {
     "softmax": ({"sq": 200, "sk": 640, "h": 2}, {"window": (500, 0)}),
     "softmax, wide": ({"sq": 64, "sk": 640, "d": 128}, {}),
+    "softmax, heads of 96": ({"sq": 64, "sk": 600, "d": 96}, {}),
+    "softmax, heads of 192": ({"sq": 64, "sk": 300, "d": 192}, {}),
+    "softmax, heads of 256": ({"sq": 64, "sk": 300, "d": 256}, {}),
     "sigmoid": ({"sq": 200, "sk": 640, "h": 2}, {"window": (500, 0), "kind": "sigmoid"}),
     "sigmoid, wide": ({"sq": 64, "sk": 640, "d": 128}, {"kind": "sigmoid"}),
 }
@@ -124,9 +149,11 @@ def test_every_order_of_events_gives_the_same_bits(name):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_blocks_take_several_tiles():
+@pytest.mark.parametrize(("head_dim", "keys"), [(64, 300), (256, 40)])
+def test_blocks_take_several_tiles(head_dim, keys):
     """More tiles than multiprocessors, so that barriers and stages go on from tile to tile."""
-    check_budget(*inputs(33, 300, h=134), kind="sigmoid", window=(280, -1))
+    shape = inputs(33, keys, h=134, d=head_dim)
+    check_budget(*shape, kind="sigmoid", window=(keys - 20, -1))
 
 
 def test_the_largest_scores_keep_the_weights():
@@ -148,13 +175,19 @@ def test_a_bias_of_nan_shows_in_rows_that_see_a_key():
     assert (out[:, :33] == 0).all() and out[:, 33:].isnan().all()
 
 
-PACKED = [{}, {"kind": "sigmoid", "score_bias": -6.0}]
+PACKED = {
+    "softmax": (64, {}),
+    "softmax, heads of 96": (96, {}),
+    "sigmoid": (64, {"kind": "sigmoid", "score_bias": -6.0}),
+    "sigmoid, heads of 256": (256, {"kind": "sigmoid"}),
+}
 
 
-@pytest.mark.parametrize("options", PACKED, ids=["softmax", "sigmoid"])
-def test_packed_sequences(options):
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_sequences(name):
     """They end inside of tiles; one is empty, one has queries alone, one fills its tile."""
-    q, k, v = (x[0] for x in inputs(290, 340, h=2))
+    head_dim, options = PACKED[name]
+    q, k, v = (x[0] for x in inputs(290, 340, h=2, d=head_dim))
     cu_q, cu_k = (
         torch.tensor(ends, dtype=torch.int32)
         for ends in ([0, 70, 70, 200, 264, 290], [0, 60, 60, 300, 300, 340])
@@ -162,8 +195,9 @@ def test_packed_sequences(options):
     check_budget(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, causal=True, **options)
 
 
-def test_rows_without_a_sequence():
-    q, k, v = (x[0] for x in inputs(300))
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_rows_without_a_sequence(head_dim):
+    q, k, v = (x[0] for x in inputs(300, d=head_dim))
     inner = torch.tensor([0, 65, 250], dtype=torch.int32)
     with hopper():
         out, lse = run(q, k, v, cu_seqlens_q=inner + 5, cu_seqlens_k=inner + 5)
@@ -194,10 +228,20 @@ def test_strides():
     check_budget(q, k, v, causal=True)
 
 
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("value", [NAN, INF])
-def test_a_later_token_touches_no_earlier_row(kind, value):
-    q, k, v = inputs(140, d=128 if kind == "softmax" else 64)
+LATER = [
+    ("softmax", 128, NAN),
+    ("softmax", 128, INF),
+    ("softmax", 96, INF),
+    ("softmax", 256, NAN),
+    ("sigmoid", 64, NAN),
+    ("sigmoid", 64, INF),
+    ("sigmoid", 192, NAN),
+]
+
+
+@pytest.mark.parametrize(("kind", "head_dim", "value"), LATER)
+def test_a_later_token_touches_no_earlier_row(kind, head_dim, value):
+    q, k, v = inputs(140, d=head_dim)
     with hopper():
         (clean, *_) = run(q, k, v, kind=kind, causal=True)
         k[:, 120:, :, ::3] = NAN
@@ -207,8 +251,9 @@ def test_a_later_token_touches_no_earlier_row(kind, value):
     assert not out[:, 120:, :, ::3].isfinite().any()
 
 
-def test_values_that_are_not_finite_show_where_they_are_seen():
-    q, k, v = inputs(140)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_values_that_are_not_finite_show_where_they_are_seen(head_dim):
+    q, k, v = inputs(140, d=head_dim)
     v[:, 5, :, 7] = v[:, 100, :, 9] = INF
     v[:, 130, :, 7] = -INF
     with hopper():
@@ -230,7 +275,7 @@ def test_results_agree_with_the_kernel_of_every_chip():
 TAKEN = {
     "": ({"sq": 32}, {}),
     "q: must be float16 or bfloat16": ({"sq": 32, "dtype": torch.float32}, {}),
-    "q: must have head_dim 64 or 128": ({"sq": 32, "d": 80}, {}),
+    "q: must have head_dim 64, 96, 128, 192 or 256": ({"sq": 32, "d": 80}, {}),
     "kind: must be 'softmax' or 'sigmoid'": ({"sq": 32}, {"kind": "relu"}),
     "normalize: must be 'none'": ({"sq": 32}, {"kind": "sigmoid", "normalize": "sum"}),
     "bias: must be None": ({"sq": 32}, {"bias": draw_tensor(1, 1, 1, 32)}),

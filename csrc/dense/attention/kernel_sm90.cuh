@@ -23,7 +23,7 @@ __device__ inline int index_of(unsigned round) { return blockIdx.x + round * gri
 template <typename Shape>
 __device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
                           Sm90Shared<Shape>& shared) {
-  constexpr int kRows = Shape::kRows, kKeys = Shape::kTileKeys, kHeadDim = Shape::kHeadDim;
+  constexpr int kRows = Shape::kRows, kKeys = Shape::kTileKeys, kColumns = Shape::kColumns;
   const int group = static_cast<int>(p.heads / p.kv_heads);
   const bool issues = threadIdx.x == 0;
   // The phase that follows cannot end before all lanes have seen that this one has.
@@ -47,7 +47,7 @@ __device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
       wait(empty[stage.index], stage.parity ^ 1);
       if (!issues) return;
       full[stage.index].arrive_expecting(Shape::kKeyBytes);
-      load_boxes<kKeys, kHeadDim>(map, {tile.s.k_start + key0, tile.h / group, batch},
+      load_boxes<kKeys, kColumns>(map, {tile.s.k_start + key0, tile.h / group, batch},
                                   stages[stage.index], full[stage.index]);
     };
     const auto load_keys = [&](int key0) {
@@ -58,7 +58,7 @@ __device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
     if (issues) {
       shared.q_full.arrive_expecting(Shape::kWarpgroups * Shape::kQueryBytes);
       for (int w = 0; w < Shape::kWarpgroups; ++w)
-        load_boxes<kRows, kHeadDim>(plan.q,
+        load_boxes<kRows, kColumns>(plan.q,
                                     {tile.s.q_start + tile.first + w * kRows, tile.h, batch},
                                     shared.q[w], shared.q_full);
     }
@@ -75,6 +75,7 @@ template <typename T, typename Shape, Weights kWeights>
 class Sm90Rows {
  public:
   static constexpr int kRows = Shape::kRows, kKeys = Shape::kTileKeys, kHeadDim = Shape::kHeadDim;
+  static constexpr int kColumns = Shape::kColumns;
 
   __device__ Sm90Rows(const AttentionParams& p, const Sm90Plan& plan, Sm90Shared<Shape>& shared,
                       int warpgroup)
@@ -95,7 +96,7 @@ class Sm90Rows {
       if (first_ >= tile.s.q_length) first_ = -2 * static_cast<int>(kMaxLength);
       band_ = tile.band;
 #pragma unroll
-      for (int j = 0; j < kHeadDim / 2; ++j) o_[j] = 0;
+      for (int j = 0; j < kColumns / 2; ++j) o_[j] = 0;
       RowWeights<T, kWeights> weights(plan_, constant_of(p_, tile.b, tile.h, tile.s.k_length));
 #pragma unroll 1
       for (int key0 = tile.begin; key0 < tile.end;) {
@@ -103,10 +104,10 @@ class Sm90Rows {
           skip_tile(key0);
         else if (is_whole(key0))
           add_whole_tiles(key0, weights);
-        else if (band_.end(last()) > key0 + kKeys / 2)
+        else if (kKeys == kRows || band_.end(last()) > key0 + kRows)
           add_cut_tile<kKeys>(key0, weights);
         else
-          add_cut_tile<kKeys / 2>(key0, weights);
+          add_cut_tile<kRows>(key0, weights);
       }
       release(shared_.q_empty);
       keep(round);  // found again: what the loop does not need takes none of its registers
@@ -248,7 +249,7 @@ class Sm90Rows {
 #pragma unroll 1
     for (int i = 0; i < kSteps; ++i, at += kBytes) {
       if (16 * i >= seen_begin && 16 * i + 16 <= seen_end) continue;
-      unroll<kHeadDim / kBoxColumns>([&](auto block) {
+      unroll<kColumns / kBoxColumns>([&](auto block) {
         uint32_t w[4];
         load_shared<block * kKeys * kBoxRowBytes>(w, at);
 #pragma unroll
@@ -259,29 +260,31 @@ class Sm90Rows {
   }
 
   // O += P V where V has values that are not finite, see hidden_values.cuh: products with finite
-  // ones in their place, 64 keys at a time in the memory of `out`, then what rows see of them.
+  // ones in their place, as many keys at a time as the memory of `out` holds, then what rows see of
+  // them.
   template <int kCount>
   __device__ __forceinline__ void multiply_seen_values(const uint32_t (&p)[kCount], int key0,
                                                        int stage) {
-    static_assert(kKeys == 2 * kRows);
-    constexpr int kBlock = kRows * kBoxRowBytes;  // of 64 columns
+    constexpr int kStep = Shape::kOutBytes / (2 * kColumns), kWords = kStep / 4;
+    static_assert(kCount % kWords == 0 && kStep % 8 == 0);
+    // Of 64 columns: of a step, and of the tile.
+    constexpr int kBlock = kStep * kBoxRowBytes, kTileBlock = kKeys * kBoxRowBytes;
     const uint32_t values = shared_address(shared_.v[stage]);
     const uint32_t clean = shared_address(shared_.out[warpgroup_]);
     if (is_first_thread()) wait_for_stores();
-    unroll<4 * kCount / kRows>([&](auto half) {
+    unroll<kCount / kWords>([&](auto step) {
       sync_warpgroup(warpgroup_);  // all are done with the memory
 #pragma unroll 1
-      for (int at = thread() * 16; at < Shape::kQueryBytes; at += kWarpgroupThreads * 16) {
+      for (int at = thread() * 16; at < Shape::kOutBytes; at += kWarpgroupThreads * 16) {
         uint32_t w[4];
-        load_shared(w, values + at / kBlock * (2 * kBlock) + half * kBlock + at % kBlock);
+        load_shared(w, values + at / kBlock * kTileBlock + step * kBlock + at % kBlock);
 #pragma unroll
         for (int i = 0; i < 4; ++i) w[i] = make_finite<T>(w[i]);
         store_shared(clean + at, w);
       }
       fence_stores();
       sync_warpgroup(warpgroup_);
-      constexpr int kWords = kRows / 4;
-      start_pv<T, kRows>(o_, reinterpret_cast<const uint32_t (&)[kWords]>(p[half * kWords]), clean);
+      start_pv<T, kStep>(o_, reinterpret_cast<const uint32_t (&)[kWords]>(p[step * kWords]), clean);
       wait_for_product<0>(o_);
     });
     const int c = threadIdx.x % 4;
@@ -291,7 +294,7 @@ class Sm90Rows {
       const bool sees[2] = {key >= seen.begin[0] && key < seen.end[0],
                             key >= seen.begin[1] && key < seen.end[1]};
       unroll<kHeadDim / 8>([&](auto n) {
-        const uint32_t chunk = n / 8 * (2 * kBlock) + key * kBoxRowBytes + (n % 8 ^ key % 8) * 16;
+        const uint32_t chunk = n / 8 * kTileBlock + key * kBoxRowBytes + (n % 8 ^ key % 8) * 16;
         const float2 x = unpack<T>(load_word<0>(values + chunk + 4 * c));
         unroll<4>([&](auto i) {
           const float value = i % 2 ? x.y : x.x;
@@ -305,25 +308,37 @@ class Sm90Rows {
   // Rows of O through shared memory to the tensor, and their lse.
   __device__ __forceinline__ void store(const Sm90Tile& tile,
                                         const RowWeights<T, kWeights>& weights) {
+    const int first = tile.first + warpgroup_ * kRows, rows = min(tile.s.q_length - first, kRows);
+    const float shift = constant_of(p_, tile.b, tile.h, tile.s.k_length);
+    float factor[2];
+    unroll<2>([&](auto h) {
+      const RowScale scale = weights.finish(h, p_.sink ? p_.sink + tile.h : nullptr, shift);
+      factor[h] = scale.factor;
+      if (kWeights == Weights::softmax && thread() % 4 == 0 && row(h) < rows)
+        lse_at(p_, p_.lse, tile.b, tile.s.q_start, tile.h)[first + row(h)] = scale.lse;
+    });
+    unroll<kColumns / Shape::kOutColumns>(
+        [&](auto part) { store_columns<part * Shape::kOutColumns>(tile, first, rows, factor); });
+  }
+
+  // Those of `out` from kFirst on.
+  template <int kFirst>
+  __device__ __forceinline__ void store_columns(const Sm90Tile& tile, int first, int rows,
+                                                const float (&factor)[2]) {
     constexpr int kBlock = kRows * kBoxRowBytes;  // of 64 columns
     const int lane = thread() % kWarpSize, g = lane / 4;
     const uint32_t staged = shared_address(shared_.out[warpgroup_]);
     const uint32_t own =
         staged + thread() / kWarpSize * 16 * kBoxRowBytes + g * (kBoxRowBytes + 16) + lane % 4 * 4;
-    const int first = tile.first + warpgroup_ * kRows, rows = min(tile.s.q_length - first, kRows);
-    if (is_first_thread()) wait_for_stores();  // of the tile before
+    if (is_first_thread()) wait_for_stores();  // of what lay there before
     sync_warpgroup(warpgroup_);
-    const float shift = constant_of(p_, tile.b, tile.h, tile.s.k_length);
     unroll<2>([&](auto h) {
-      const RowScale scale = weights.finish(h, p_.sink ? p_.sink + tile.h : nullptr, shift);
-      if (kWeights == Weights::softmax && lane % 4 == 0 && row(h) < rows)
-        lse_at(p_, p_.lse, tile.b, tile.s.q_start, tile.h)[first + row(h)] = scale.lse;
       // A bias of NaN makes NaN of the weights of hidden keys too.
       const bool empty = kWeights == Weights::sigmoid &&
                          tile.band.begin(first + row(h)) >= tile.band.end(first + row(h));
-      unroll<kHeadDim / 8>([&](auto n) {
-        const float low = o_[4 * n + 2 * h], high = o_[4 * n + 2 * h + 1];
-        const uint32_t both = pack<T>(low * scale.factor, high * scale.factor);
+      unroll<Shape::kOutColumns / 8>([&](auto n) {
+        constexpr int at = 4 * (kFirst / 8 + n) + 2 * h;
+        const uint32_t both = pack<T>(o_[at] * factor[h], o_[at + 1] * factor[h]);
         store_shared<n / 8 * kBlock + h * 8 * kBoxRowBytes>(own ^ n % 8 * 16, empty ? 0 : both);
       });
     });
@@ -331,13 +346,15 @@ class Sm90Rows {
     sync_warpgroup(warpgroup_);
     if (!p_.cu_seqlens_q || rows == kRows) {  // rows that the tensor does not have are left out
       if (is_first_thread() && rows > 0)
-        store_boxes<kRows, kHeadDim>(plan_.out,
-                                     {tile.s.q_start + first, tile.h, p_.cu_seqlens_q ? 0 : tile.b},
-                                     shared_.out[warpgroup_]);
+        store_boxes<kRows, Shape::kOutColumns>(
+            plan_.out, {tile.s.q_start + first, tile.h, p_.cu_seqlens_q ? 0 : tile.b, kFirst},
+            shared_.out[warpgroup_]);
       return;
     }
-    constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, of a row
-    T* const to = rows_at<T>(p_.out, tile.b, tile.s.q_start, tile.h);
+    // Of 16 bytes, of a row.
+    constexpr int kChunks =
+        (kHeadDim - kFirst < Shape::kOutColumns ? kHeadDim - kFirst : Shape::kOutColumns) / 8;
+    T* const to = rows_at<T>(p_.out, tile.b, tile.s.q_start, tile.h) + kFirst;
 #pragma unroll 1
     for (int i = thread(); i < rows * kChunks; i += kWarpgroupThreads) {
       const int r = i / kChunks, chunk = i % kChunks;
@@ -371,7 +388,7 @@ class Sm90Rows {
   int first_;  // row of the sequence
   MaskBand band_;
   unsigned number_ = 0;  // of the next tile of keys
-  float o_[kHeadDim / 2];
+  float o_[kColumns / 2];
 };
 
 template <typename T, int kHeadDim, Weights kWeights>
@@ -430,8 +447,9 @@ const char* launch_sm90(const AttentionParams& p, cudaStream_t stream) {
 // Defined in a generated source for each element type and map.
 template <typename T, Weights kWeights>
 const char* launch_forward_sm90(const AttentionParams& p, cudaStream_t stream) {
-  if (p.head_dim == 64) return launch_sm90<T, 64, kWeights>(p, stream);
-  return launch_sm90<T, 128, kWeights>(p, stream);
+  return visit_sm90_dim(p.head_dim, [&](auto dim) -> const char* {
+    return launch_sm90<T, dim, kWeights>(p, stream);
+  });
 }
 
 }  // namespace tokenmill::cuda

@@ -11,19 +11,25 @@ namespace tokenmill::cuda {
 template <int kHeadDim_>
 struct Sm90Shape {
   static constexpr int kHeadDim = kHeadDim_;
+  // Of tiles and of O, whole boxes: those behind kHeadDim are zeros, which no product of Q K^T
+  // takes.
+  static constexpr int kColumns = (kHeadDim + kBoxColumns - 1) / kBoxColumns * kBoxColumns;
   static constexpr int kRows = 64;  // of a warpgroup
-  static constexpr int kTileKeys = 128;
+  static constexpr int kTileKeys = kHeadDim <= 128 ? 128 : 64;
   // Tiles of keys, and of values, that lie in shared memory.
   static constexpr int kStages = kHeadDim <= 64 ? 4 : 2;
-  // The accumulators of a warpgroup take kTileKeys / 2 + kHeadDim / 2 registers of a thread, its
+  // The accumulators of a warpgroup take kTileKeys / 2 + kColumns / 2 registers of a thread, its
   // weights kTileKeys / 4. 64 Ki registers make 128 x 512 or 168 x 384 at the launch.
   static constexpr int kWarpgroups = kHeadDim <= 64 ? 3 : 2;
   static constexpr int kLoadRegisters = kHeadDim <= 64 ? 32 : 24;
   static constexpr int kMultiplyRegisters = kHeadDim <= 64 ? 160 : 240;
   static constexpr int kThreads = (1 + kWarpgroups) * kWarpgroupThreads;
   static constexpr int kBlockRows = kWarpgroups * kRows;
-  static constexpr int kQueryBytes = kRows * kHeadDim * 2;
-  static constexpr int kKeyBytes = kTileKeys * kHeadDim * 2;
+  static constexpr int kQueryBytes = kRows * kColumns * 2;
+  static constexpr int kKeyBytes = kTileKeys * kColumns * 2;
+  // Of O that go through shared memory at once, all that fit.
+  static constexpr int kOutColumns = kHeadDim <= 192 ? kColumns : 128;
+  static constexpr int kOutBytes = kRows * kOutColumns * 2;
 };
 
 // Shared memory of a block. A barrier `full` ends its phase when the copies into its tile are done,
@@ -31,7 +37,7 @@ struct Sm90Shape {
 template <typename Shape>
 struct alignas(1024) Sm90Shared {
   char q[Shape::kWarpgroups][Shape::kQueryBytes];
-  char out[Shape::kWarpgroups][Shape::kQueryBytes];
+  char out[Shape::kWarpgroups][Shape::kOutBytes];
   char k[Shape::kStages][Shape::kKeyBytes];
   char v[Shape::kStages][Shape::kKeyBytes];
   Mbarrier q_full, q_empty;

@@ -22,6 +22,7 @@ inline int64_t sm90_workspace_bytes(const AttentionParams& p) {
 // The rules of python/tokenmill/dense/attention_kernels.py, which does not know dout.
 inline bool takes_sm90(const AttentionBackwardParams& bp) {
   const AttentionParams& p = bp.forward;
+  if (p.head_dim != 64 && p.head_dim != 128) return false;
   if (!is_sm90_attention(p) || p.softcap > 0 || p.cu_seqlens_q) return false;
   if (bp.dscore_bias && p.map != ScoreMap::softmax) return false;
   if (sm90_query_tiles(p) > 0x7fffffff) return false;

@@ -5,6 +5,7 @@
 #include "cuda/arch/sm90/tensor_map.h"
 #include "cuda/attention/score_map.cuh"
 #include "cuda/sequences.cuh"
+#include "dense/attention/head_dim.cuh"
 
 namespace tokenmill::cuda {
 
@@ -42,10 +43,18 @@ inline bool has_sm90_scale(const AttentionParams& p) {
   return !(p.softcap > 0) || (p.softcap < 1e38f && p.scale >= 0x1p-64 * p.softcap);
 }
 
+// visit(Index<kDim>{}) with the head dimension of a forward, of those that have a kernel.
+template <typename Visit>
+auto visit_sm90_dim(int64_t head_dim, const Visit& visit) {
+  return visit_least_dim<64, 96, 128, 192, 256>(head_dim, visit);
+}
+inline bool has_sm90_dim(int64_t head_dim) {
+  return visit_sm90_dim(head_dim, [&](auto dim) { return dim == head_dim; });
+}
+
 // The rules of python/tokenmill/dense/attention_kernels.py: those of both passes.
 inline bool is_sm90_attention(const AttentionParams& p) {
-  const bool head_dim = p.head_dim == p.value_dim && (p.head_dim == 64 || p.head_dim == 128);
-  if (p.dtype == DType::float32 || !head_dim) return false;
+  if (p.dtype == DType::float32 || p.head_dim != p.value_dim) return false;
   if (weights_of(p) == Weights::elementwise) return false;
   if (p.mask.any() || p.bias || p.alibi_slopes) return false;
   const int64_t sequences = p.cu_seqlens_q && p.batch > 1 ? p.batch : 1;
@@ -54,7 +63,7 @@ inline bool is_sm90_attention(const AttentionParams& p) {
 
 // Those of the forward.
 inline bool takes_sm90(const AttentionParams& p) {
-  if (!is_sm90_attention(p) || !has_sm90_scale(p)) return false;
+  if (!is_sm90_attention(p) || !has_sm90_dim(p.head_dim) || !has_sm90_scale(p)) return false;
   const Sm90Tensors t(p, p.out);
   if (max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, 64) * t.q.batch * p.heads > 1 << 30)
     return false;

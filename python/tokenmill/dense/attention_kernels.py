@@ -12,7 +12,8 @@ from torch import Tensor
 from .attention_rules import Arguments
 
 LEAST_QUERIES = 32  # of a tile of 64 rows, and of one of 64 or 128
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 96, 128, 192, 256)
+BACKWARD_HEAD_DIMS = (64, 128)
 MOST_TILES = 2**30
 MOST_BACKWARD_TILES = 2**31 - 1
 
@@ -27,11 +28,12 @@ class _Rules:
         if not holds:
             self.broken.append(f"{argument}: {rule}; got {value}")
 
-    def check_both_passes(self, a: Any) -> None:
+    def check_both_passes(self, a: Any, head_dims: tuple[int, ...]) -> None:
         tokens, columns = a.q.shape[-3], a.q.shape[-1]
         check = self.check
         check(a.q.dtype != torch.float32, "q", "must be float16 or bfloat16", a.q.dtype)
-        check(columns in HEAD_DIMS, "q", "must have head_dim 64 or 128", columns)
+        rule = f"must have head_dim {', '.join(map(str, head_dims[:-1]))} or {head_dims[-1]}"
+        check(columns in head_dims, "q", rule, columns)
         check(a.v.shape[-1] == columns, "v", "must have the head_dim of q", a.v.shape[-1])
         check(a.kind in ("softmax", "sigmoid"), "kind", "must be 'softmax' or 'sigmoid'", a.kind)
         check(a.normalize == "none", "normalize", "must be 'none'", a.normalize)
@@ -56,7 +58,7 @@ def unsupported_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
     """Why the forward does not take a call."""
     a = Arguments(*lowered)
     rules = _Rules()
-    rules.check_both_passes(a)
+    rules.check_both_passes(a, HEAD_DIMS)
     tokens, heads, columns = a.q.shape[-3:]
     scale = _float32(columns**-0.5 if a.scale is None else a.scale)
     rules.check(scale >= 2**-126, "scale", "must be 2^-126 or more in float32", a.scale)
@@ -77,7 +79,7 @@ def unsupported_sm90_backward(*lowered: Any) -> list[str]:
     """Why the backward does not take the gradient of a call. That of `out` must lie as q does."""
     a = Arguments(*lowered)
     rules = _Rules()
-    rules.check_both_passes(a)
+    rules.check_both_passes(a, BACKWARD_HEAD_DIMS)
     rules.check(_float32(a.softcap) <= 0, "softcap", "must be 0 in float32", a.softcap)
     rules.check(a.cu_seqlens_q is None, "cu_seqlens_q", "must be None", "a tensor")
     summed = a.kind == "sigmoid" and a.score_bias is not None and a.score_bias.requires_grad

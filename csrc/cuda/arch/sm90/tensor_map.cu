@@ -37,8 +37,8 @@ bool can_map(const MappedRows& t) {
     return bytes >= 2 * t.columns && bytes % 16 == 0 && bytes < int64_t{1} << 40 && extent > 0 &&
            extent <= int64_t{1} << 32;
   };
-  return reinterpret_cast<uintptr_t>(t.rows.data) % 16 == 0 && t.columns % kBoxColumns == 0 &&
-         fits(t.rows.seq, t.tokens) && fits(t.rows.head, t.heads) && fits(t.rows.batch, t.batch);
+  return reinterpret_cast<uintptr_t>(t.rows.data) % 16 == 0 && fits(t.rows.seq, t.tokens) &&
+         fits(t.rows.head, t.heads) && fits(t.rows.batch, t.batch);
 }
 
 const char* encode_map(CUtensorMap& map, const MappedRows& t, DType dtype, int box_rows) {

@@ -13,13 +13,14 @@
 
 namespace tokenmill::cuda {
 
-// Where a box begins: row `row` of head `head` of batch entry `batch`.
+// Where boxes begin: row `row` of head `head` of batch entry `batch`, and its column.
 struct BoxPlace {
   int row, head, batch;
+  int column = 0;
 };
 
-// kColumns of kRows rows to shared memory, zeros where the tensor has none. `full` takes the bytes,
-// kRows * kColumns * 2.
+// kColumns of kRows rows to shared memory, zeros where the tensor has none: neither rows nor
+// columns. `full` takes the bytes, kRows * kColumns * 2.
 template <int kRows, int kColumns>
 __device__ __forceinline__ void load_boxes(const CUtensorMap& map, const BoxPlace& at, void* tile,
                                            Mbarrier& full) {
@@ -28,18 +29,18 @@ __device__ __forceinline__ void load_boxes(const CUtensorMap& map, const BoxPlac
   for (int i = 0; i < kColumns / kBoxColumns; ++i)
     cute::SM90_TMA_LOAD_4D::copy(&map, full.word(), kHint,
                                  static_cast<char*>(tile) + i * kRows * kBoxRowBytes,
-                                 i * kBoxColumns, at.row, at.head, at.batch);
+                                 at.column + i * kBoxColumns, at.row, at.head, at.batch);
 }
 
-// The other way, of what all threads wrote before a fence_stores; rows that the tensor does not
-// have are left out. The stores are a group.
+// The other way, of what all threads wrote before a fence_stores; rows and columns that the tensor
+// does not have are left out. The stores are a group.
 template <int kRows, int kColumns>
 __device__ __forceinline__ void store_boxes(const CUtensorMap& map, const BoxPlace& at,
                                             const void* tile) {
 #pragma unroll
   for (int i = 0; i < kColumns / kBoxColumns; ++i)
     cute::SM90_TMA_STORE_4D::copy(&map, static_cast<const char*>(tile) + i * kRows * kBoxRowBytes,
-                                  i * kBoxColumns, at.row, at.head, at.batch);
+                                  at.column + i * kBoxColumns, at.row, at.head, at.batch);
   cute::tma_store_arrive();
 }
 

@@ -35,6 +35,14 @@ struct WgmmaAtoms<__half, 128> {
   using Columns = gmma::MMA_64x128x16_F32F16F16_RS<gmma::Major::K, gmma::Major::MN>;
 };
 template <>
+struct WgmmaAtoms<__half, 192> {
+  using Columns = gmma::MMA_64x192x16_F32F16F16_RS<gmma::Major::K, gmma::Major::MN>;
+};
+template <>
+struct WgmmaAtoms<__half, 256> {
+  using Columns = gmma::MMA_64x256x16_F32F16F16_RS<gmma::Major::K, gmma::Major::MN>;
+};
+template <>
 struct WgmmaAtoms<__nv_bfloat16, 64> {
   using Rows = gmma::MMA_64x64x16_F32BF16BF16_SS<gmma::Major::K, gmma::Major::K>;
   using Columns = gmma::MMA_64x64x16_F32BF16BF16_RS<gmma::Major::K, gmma::Major::MN>;
@@ -43,6 +51,14 @@ template <>
 struct WgmmaAtoms<__nv_bfloat16, 128> {
   using Rows = gmma::MMA_64x128x16_F32BF16BF16_SS<gmma::Major::K, gmma::Major::K>;
   using Columns = gmma::MMA_64x128x16_F32BF16BF16_RS<gmma::Major::K, gmma::Major::MN>;
+};
+template <>
+struct WgmmaAtoms<__nv_bfloat16, 192> {
+  using Columns = gmma::MMA_64x192x16_F32BF16BF16_RS<gmma::Major::K, gmma::Major::MN>;
+};
+template <>
+struct WgmmaAtoms<__nv_bfloat16, 256> {
+  using Columns = gmma::MMA_64x256x16_F32BF16BF16_RS<gmma::Major::K, gmma::Major::MN>;
 };
 
 constexpr int kWgmmaDepth = 16;
