@@ -37,7 +37,9 @@ __device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
     const Sm90Tile tile = find_sm90_tile<Shape>(p, plan, index_of(round));
     if (tile.b < 0) {
       wait(shared.q_empty, round % 2 ^ 1);
-      if (issues) shared.q_full.arrive();
+      if (!issues) continue;
+      shared.tiles[round % 2] = tile;
+      shared.q_full.arrive();
       continue;
     }
     const int batch = p.cu_seqlens_q ? 0 : tile.b;
@@ -56,6 +58,7 @@ __device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
     if (tile.begin < tile.end) load_keys(tile.begin);  // while the tile before is still at work
     wait(shared.q_empty, round % 2 ^ 1);
     if (issues) {
+      shared.tiles[round % 2] = tile;
       shared.q_full.arrive_expecting(Shape::kWarpgroups * Shape::kQueryBytes);
       for (int w = 0; w < Shape::kWarpgroups; ++w)
         load_boxes<kRows, kColumns>(plan.q,
@@ -84,8 +87,8 @@ class Sm90Rows {
   __device__ __forceinline__ void run() {
 #pragma unroll 1
     for (unsigned round = 0; index_of(round) < plan_.tiles; ++round) {
-      const Sm90Tile tile = find_sm90_tile<Shape>(p_, plan_, index_of(round));
       shared_.q_full.wait(round % 2);
+      const Sm90Tile tile = shared_.tiles[round % 2];
       if (tile.b < 0) {
         clear(tile);
         release(shared_.q_empty);
@@ -110,8 +113,8 @@ class Sm90Rows {
           add_cut_tile<kRows>(key0, weights);
       }
       release(shared_.q_empty);
-      keep(round);  // found again: what the loop does not need takes none of its registers
-      store(find_sm90_tile<Shape>(p_, plan_, index_of(round)), weights);
+      keep(round);  // read again: what the loop does not need takes none of its registers
+      store(shared_.tiles[round % 2], weights);
     }
     if (is_first_thread()) wait_for_stores();
   }
@@ -265,8 +268,9 @@ class Sm90Rows {
   template <int kCount>
   __device__ __forceinline__ void multiply_seen_values(const uint32_t (&p)[kCount], int key0,
                                                        int stage) {
-    constexpr int kStep = Shape::kOutBytes / (2 * kColumns), kWords = kStep / 4;
-    static_assert(kCount % kWords == 0 && kStep % 8 == 0);
+    constexpr int kStep = Shape::kOutBytes / (2 * kColumns) / kWgmmaDepth * kWgmmaDepth;
+    constexpr int kWords = kStep / 4;
+    static_assert(kCount % kWords == 0);
     // Of 64 columns: of a step, and of the tile.
     constexpr int kBlock = kStep * kBoxRowBytes, kTileBlock = kKeys * kBoxRowBytes;
     const uint32_t values = shared_address(shared_.v[stage]);
@@ -275,7 +279,7 @@ class Sm90Rows {
     unroll<kCount / kWords>([&](auto step) {
       sync_warpgroup(warpgroup_);  // all are done with the memory
 #pragma unroll 1
-      for (int at = thread() * 16; at < Shape::kOutBytes; at += kWarpgroupThreads * 16) {
+      for (int at = thread() * 16; at < kStep * kColumns * 2; at += kWarpgroupThreads * 16) {
         uint32_t w[4];
         load_shared(w, values + at / kBlock * kTileBlock + step * kBlock + at % kBlock);
 #pragma unroll
@@ -317,7 +321,7 @@ class Sm90Rows {
       if (kWeights == Weights::softmax && thread() % 4 == 0 && row(h) < rows)
         lse_at(p_, p_.lse, tile.b, tile.s.q_start, tile.h)[first + row(h)] = scale.lse;
     });
-    unroll<kColumns / Shape::kOutColumns>(
+    unroll<(kColumns + Shape::kOutColumns - 1) / Shape::kOutColumns>(
         [&](auto part) { store_columns<part * Shape::kOutColumns>(tile, first, rows, factor); });
   }
 
@@ -325,6 +329,8 @@ class Sm90Rows {
   template <int kFirst>
   __device__ __forceinline__ void store_columns(const Sm90Tile& tile, int first, int rows,
                                                 const float (&factor)[2]) {
+    constexpr int kLeft = kColumns - kFirst;
+    constexpr int kTaken = kLeft < Shape::kOutColumns ? kLeft : Shape::kOutColumns;
     constexpr int kBlock = kRows * kBoxRowBytes;  // of 64 columns
     const int lane = thread() % kWarpSize, g = lane / 4;
     const uint32_t staged = shared_address(shared_.out[warpgroup_]);
@@ -336,7 +342,7 @@ class Sm90Rows {
       // A bias of NaN makes NaN of the weights of hidden keys too.
       const bool empty = kWeights == Weights::sigmoid &&
                          tile.band.begin(first + row(h)) >= tile.band.end(first + row(h));
-      unroll<Shape::kOutColumns / 8>([&](auto n) {
+      unroll<kTaken / 8>([&](auto n) {
         constexpr int at = 4 * (kFirst / 8 + n) + 2 * h;
         const uint32_t both = pack<T>(o_[at] * factor[h], o_[at + 1] * factor[h]);
         store_shared<n / 8 * kBlock + h * 8 * kBoxRowBytes>(own ^ n % 8 * 16, empty ? 0 : both);
@@ -346,14 +352,13 @@ class Sm90Rows {
     sync_warpgroup(warpgroup_);
     if (!p_.cu_seqlens_q || rows == kRows) {  // rows that the tensor does not have are left out
       if (is_first_thread() && rows > 0)
-        store_boxes<kRows, Shape::kOutColumns>(
+        store_boxes<kRows, kTaken>(
             plan_.out, {tile.s.q_start + first, tile.h, p_.cu_seqlens_q ? 0 : tile.b, kFirst},
             shared_.out[warpgroup_]);
       return;
     }
-    // Of 16 bytes, of a row.
-    constexpr int kChunks =
-        (kHeadDim - kFirst < Shape::kOutColumns ? kHeadDim - kFirst : Shape::kOutColumns) / 8;
+    // Of 16 bytes, of a row. Columns that it does not have are in the last part.
+    constexpr int kChunks = (kTaken < kLeft ? kTaken : kHeadDim - kFirst) / 8;
     T* const to = rows_at<T>(p_.out, tile.b, tile.s.q_start, tile.h) + kFirst;
 #pragma unroll 1
     for (int i = thread(); i < rows * kChunks; i += kWarpgroupThreads) {

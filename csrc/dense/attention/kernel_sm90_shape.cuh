@@ -15,7 +15,7 @@ struct Sm90Shape {
   // takes.
   static constexpr int kColumns = (kHeadDim + kBoxColumns - 1) / kBoxColumns * kBoxColumns;
   static constexpr int kRows = 64;  // of a warpgroup
-  static constexpr int kTileKeys = kHeadDim <= 128 ? 128 : 64;
+  static constexpr int kTileKeys = kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 96 : 64;
   // Tiles of keys, and of values, that lie in shared memory.
   static constexpr int kStages = kHeadDim <= 64 ? 4 : 2;
   // The accumulators of a warpgroup take kTileKeys / 2 + kColumns / 2 registers of a thread, its
@@ -27,32 +27,9 @@ struct Sm90Shape {
   static constexpr int kBlockRows = kWarpgroups * kRows;
   static constexpr int kQueryBytes = kRows * kColumns * 2;
   static constexpr int kKeyBytes = kTileKeys * kColumns * 2;
-  // Of O that go through shared memory at once, all that fit.
-  static constexpr int kOutColumns = kHeadDim <= 192 ? kColumns : 128;
+  // Of O that go through shared memory at once, as many as fit.
+  static constexpr int kOutColumns = kColumns <= 128 ? kColumns : 128;
   static constexpr int kOutBytes = kRows * kOutColumns * 2;
-};
-
-// Shared memory of a block. A barrier `full` ends its phase when the copies into its tile are done,
-// `empty` when all warps that multiply are done with the tile.
-template <typename Shape>
-struct alignas(1024) Sm90Shared {
-  char q[Shape::kWarpgroups][Shape::kQueryBytes];
-  char out[Shape::kWarpgroups][Shape::kOutBytes];
-  char k[Shape::kStages][Shape::kKeyBytes];
-  char v[Shape::kStages][Shape::kKeyBytes];
-  Mbarrier q_full, q_empty;
-  Mbarrier k_full[Shape::kStages], k_empty[Shape::kStages];
-  Mbarrier v_full[Shape::kStages], v_empty[Shape::kStages];
-
-  __device__ void init_barriers() {
-    constexpr int kWarps = Shape::kWarpgroups * kWarpgroupThreads / 32;
-    q_full.init(1), q_empty.init(kWarps);
-    for (int i = 0; i < Shape::kStages; ++i) {
-      k_full[i].init(1), k_empty[i].init(kWarps);
-      v_full[i].init(1), v_empty[i].init(kWarps);
-    }
-    publish_mbarriers();
-  }
 };
 
 // What the host chose for a launch. Blocks take tiles of queries in turn.
@@ -75,6 +52,30 @@ struct Sm90Tile {
   Sequence s;
   MaskBand band;
   int begin, end;  // begin: a multiple of the tile of keys
+};
+
+// Shared memory of a block. A barrier `full` ends its phase when the copies into its tile are done,
+// `empty` when all warps that multiply are done with the tile.
+template <typename Shape>
+struct alignas(1024) Sm90Shared {
+  char q[Shape::kWarpgroups][Shape::kQueryBytes];
+  char out[Shape::kWarpgroups][Shape::kOutBytes];
+  char k[Shape::kStages][Shape::kKeyBytes];
+  char v[Shape::kStages][Shape::kKeyBytes];
+  Sm90Tile tiles[2];  // of a round and of the one before, whose rows are on their way out
+  Mbarrier q_full, q_empty;
+  Mbarrier k_full[Shape::kStages], k_empty[Shape::kStages];
+  Mbarrier v_full[Shape::kStages], v_empty[Shape::kStages];
+
+  __device__ void init_barriers() {
+    constexpr int kWarps = Shape::kWarpgroups * kWarpgroupThreads / 32;
+    q_full.init(1), q_empty.init(kWarps);
+    for (int i = 0; i < Shape::kStages; ++i) {
+      k_full[i].init(1), k_empty[i].init(kWarps);
+      v_full[i].init(1), v_empty[i].init(kWarps);
+    }
+    publish_mbarriers();
+  }
 };
 
 // Tile `index`, for all lanes of a warp together. Heads come in sections; within one the last rows

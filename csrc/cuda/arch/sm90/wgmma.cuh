@@ -30,6 +30,10 @@ struct WgmmaAtoms<__half, 64> {
   using Columns = gmma::MMA_64x64x16_F32F16F16_RS<gmma::Major::K, gmma::Major::MN>;
 };
 template <>
+struct WgmmaAtoms<__half, 96> {
+  using Rows = gmma::MMA_64x96x16_F32F16F16_SS<gmma::Major::K, gmma::Major::K>;
+};
+template <>
 struct WgmmaAtoms<__half, 128> {
   using Rows = gmma::MMA_64x128x16_F32F16F16_SS<gmma::Major::K, gmma::Major::K>;
   using Columns = gmma::MMA_64x128x16_F32F16F16_RS<gmma::Major::K, gmma::Major::MN>;
@@ -46,6 +50,10 @@ template <>
 struct WgmmaAtoms<__nv_bfloat16, 64> {
   using Rows = gmma::MMA_64x64x16_F32BF16BF16_SS<gmma::Major::K, gmma::Major::K>;
   using Columns = gmma::MMA_64x64x16_F32BF16BF16_RS<gmma::Major::K, gmma::Major::MN>;
+};
+template <>
+struct WgmmaAtoms<__nv_bfloat16, 96> {
+  using Rows = gmma::MMA_64x96x16_F32BF16BF16_SS<gmma::Major::K, gmma::Major::K>;
 };
 template <>
 struct WgmmaAtoms<__nv_bfloat16, 128> {
