@@ -180,6 +180,7 @@ def unaligned(x):
 ENDS = torch.tensor([0, 32], dtype=torch.int32)
 ZEROS = torch.zeros(1, 1, 32, 1, dtype=torch.int32)
 LEFT = {
+    "q: must have head_dim 64 or 128; got 96": {},
     "softcap: must be 0": {"softcap": 2.0},
     "cu_seqlens_q: must be None": {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS},
     "score_bias: must not require a gradient": {
@@ -205,7 +206,7 @@ def explained(q, k, v, **options):
 @pytest.mark.parametrize("why", LEFT)
 def test_explain_names_the_rule_of_a_call_that_is_left(why):
     """The backward of every chip is right for it."""
-    q, k, v, dout = inputs(32)
+    q, k, v, dout = inputs(32, d=96 if why.endswith("96") else 64)
     options = LEFT[why]
     if "cu_seqlens_q" in options:
         q, k, v, dout = (x[0] for x in (q, k, v, dout))
