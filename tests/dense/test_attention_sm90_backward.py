@@ -165,6 +165,66 @@ def test_an_earlier_query_touches_no_later_tile():
         assert torch.equal(a[:, 128:], b[:, 128:]) and a[:, :10].isnan().all()
 
 
+def packed(sq, sk=None, **shape):
+    return tuple(x[0] for x in inputs(sq, sk, **shape))
+
+
+def ends(*rows):
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "shape, options",
+    [({"h": 2}, {"causal": True}), ({"d": 128}, {"kind": "sigmoid", "score_bias": "neg_log_n"})],
+    ids=["softmax", "sigmoid"],
+)
+def test_packed_sequences(shape, options):
+    """One is empty, one has keys alone, one queries alone, one fills its tile."""
+    cu_q, cu_k = ends(0, 70, 70, 70, 110, 174, 200), ends(0, 60, 60, 100, 100, 300, 340)
+    check_budget(packed(200, 340, **shape), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_a_packed_sequence_has_the_bits_that_it_has_alone(kind):
+    """In every order; rows that no sequence has, NaN here, have no gradient."""
+    tensors = packed(262, d=128 if kind == "softmax" else 64)
+    alone = [run([x[None, a:b] for x in tensors], kind=kind) for a, b in ((5, 70), (70, 250))]
+    for x in tensors:
+        x[:5] = x[250:] = math.nan
+    cu = ends(5, 70, 250)
+    for mode in MODES:
+        found = run(tensors, mode, kind=kind, cu_seqlens_q=cu, cu_seqlens_k=cu)
+        for i, x in enumerate(found):
+            assert torch.equal(x[5:250], torch.cat([y[i][0] for y in alone]))
+            assert (x[:5] == 0).all() and (x[250:] == 0).all()
+
+
+def test_a_packed_sequence_takes_no_nan_of_another_one():
+    tensors = packed(160)
+    cu = ends(0, 100, 160)
+    clean = run(tensors, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    for x in tensors:
+        x[100:] = math.nan
+    for a, b in zip(run(tensors, cu_seqlens_q=cu, cu_seqlens_k=cu), clean, strict=True):
+        assert torch.equal(a[:100], b[:100]) and a[100:].isnan().all()
+
+
+@pytest.fixture
+def nan_of_what_is_not_written():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("rows", [(9, -7, 90, 40, 2**31 - 1), (150, 20, 80, 100, 130)])
+def test_cu_seqlens_out_of_order_and_range_stay_in_bounds(rows, nan_of_what_is_not_written):
+    """No block waits for a turn that does not come, and all rows are written."""
+    other = ends(0, 40, 80, 120, 170)
+    for cu_q, cu_k in ((ends(*rows), other), (other, ends(*rows))):
+        for x in run(packed(170), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k):
+            assert x.isfinite().all()
+
+
 def test_strides():
     """One projection for all; heads in front of tokens."""
     packed = torch.randn(2, 70, 3, 2, 64, generator=torch.Generator().manual_seed(1)).half()
@@ -177,12 +237,14 @@ def unaligned(x):
     return padded[1 : 1 + x.numel()].view(x.shape).copy_(x)
 
 
-ENDS = torch.tensor([0, 32], dtype=torch.int32)
 ZEROS = torch.zeros(1, 1, 32, 1, dtype=torch.int32)
 LEFT = {
     "q: must have head_dim 64 or 128; got 96": {},
     "softcap: must be 0": {"softcap": 2.0},
-    "cu_seqlens_q: must be None": {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS},
+    "q: must have 32 tokens for each sequence": {
+        "cu_seqlens_q": ends(0, 20, 32),
+        "cu_seqlens_k": ends(0, 20, 32),
+    },
     "score_bias: must not require a gradient": {
         "kind": "sigmoid",
         "score_bias": torch.zeros(1, dtype=F16, requires_grad=True),

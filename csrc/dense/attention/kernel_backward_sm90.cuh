@@ -11,91 +11,14 @@
 // blocks of later keys have added theirs: the order is always the same. A second kernel then rounds
 // the sums.
 #pragma once
-#include "cuda/arch/sm90/bulk_add.cuh"
-#include "cuda/arch/sm90/tma.cuh"
 #include "cuda/arch/sm90/wgmma_columns.cuh"
 #include "cuda/attention/score_mod_backward.cuh"
 #include "cuda/launch.cuh"
-#include "dense/attention/kernel_backward_sm90_shape.cuh"
+#include "dense/attention/kernel_backward_sm90_load.cuh"
 #include "dense/attention/kernel_backward_store.cuh"
 #include "dense/attention/launch_backward_sm90.h"
 
 namespace tokenmill::cuda {
-
-// The warp that loads.
-template <typename Shape, bool kStatistics>
-__device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90BackwardPlan& plan,
-                                   Sm90BackwardShared<Shape>& shared, const Sm90KeyTile& keys) {
-  constexpr int kRows = Shape::kRows, kQueries = Shape::kTileQueries, kHeadDim = Shape::kHeadDim;
-  const AttentionParams& p = bp.forward;
-  const int lane = threadIdx.x % kWarpSize;
-  if (lane == 0) {
-    shared.keys_full.arrive_expecting(2 * Shape::kWarpgroups * Shape::kSlabBytes);
-    for (int w = 0; w < Shape::kWarpgroups; ++w) {
-      const BoxPlace at{keys.first + w * kRows, keys.h, keys.b};
-      load_boxes<kRows, kHeadDim>(plan.k, at, shared.k[w], shared.keys_full);
-      load_boxes<kRows, kHeadDim>(plan.v, at, shared.v[w], shared.keys_full);
-    }
-  }
-  unsigned number = 0;
-#pragma unroll 1
-  for (int i = 0; i < plan.group; ++i) {
-    const int head = keys.h * plan.group + i;
-#pragma unroll 1
-    for (int tile = keys.begin; tile < keys.end; ++tile, ++number) {
-      const Stage<Shape> stage(number);
-      const int first = tile * kQueries;
-      // Lanes that do nothing else must not wait: they could be two phases late.
-      if (kStatistics || lane == 0) shared.empty[stage.index].wait(stage.parity ^ 1);
-      if constexpr (kStatistics) {
-        const float* lse = lse_at(p, bp.minus_lse, keys.b, 0, head) + first;
-        const float* delta = lse_at(p, bp.minus_delta, keys.b, 0, head) + first;
-        const int rows = static_cast<int>(p.seqlen_q) - first;
-#pragma unroll
-        for (int j = lane; j < kQueries; j += kWarpSize) {
-          shared.minus_lse[stage.index][j] = j < rows ? lse[j] : 0;
-          shared.minus_delta[stage.index][j] = j < rows ? delta[j] : 0;
-        }
-        __syncwarp();
-      }
-      if (lane > 0) continue;
-      Mbarrier& full = shared.full[stage.index];
-      full.arrive_expecting(2 * Shape::kQueryBytes);
-      const BoxPlace at{first, head, keys.b};
-      load_boxes<kQueries, kHeadDim>(plan.q, at, shared.q[stage.index], full);
-      load_boxes<kQueries, kHeadDim>(plan.dout, at, shared.dout[stage.index], full);
-    }
-  }
-}
-
-// The thread that adds tiles of dQ to the sums, in turns.
-template <typename Shape>
-__device__ void add_queries_sm90(const AttentionParams& p, const Sm90BackwardPlan& plan,
-                                 Sm90BackwardShared<Shape>& shared, const Sm90KeyTile& keys) {
-  constexpr int kBytes = Shape::kTileFloats * 4;
-  unsigned number = 0;
-#pragma unroll 1
-  for (int i = 0; i < plan.group; ++i) {
-    const int64_t head = (keys.b * p.kv_heads + keys.h) * plan.group + i;
-#pragma unroll 1
-    for (int tile = keys.begin; tile < keys.end; ++tile, ++number) {
-      const int64_t at = head * plan.query_tiles + tile;
-      const unsigned turn = keys.turn<Shape>(p, tile);
-      float* const to = plan.dq + at * Shape::kTileFloats;
-      const uint32_t from = shared_address(shared.dq);
-      shared.dq_full.wait(number % 2);
-      await_turn(plan.turns + at, turn);
-      if (turn == 0)
-        store_bulk(to, from, kBytes);
-      else
-        add_bulk(to, from, kBytes);
-      wait_for_stores();
-      shared.dq_empty.arrive();
-      wait_for_bulk();
-      end_turn(plan.turns + at, turn);
-    }
-  }
-}
 
 // A warpgroup that multiplies: 64 keys.
 template <typename T, typename Shape, Weights kWeights>
@@ -146,8 +69,8 @@ class Sm90Keys {
   __device__ void set_constant(int head) {
     const AttentionParams& p = bp_.forward;
     constant_ = plan_.fast
-                    ? BackwardScoreMod<Mode::fast_sigmoid, kScales>(p, keys_.b, head).constant
-                    : BackwardScoreMod<Mode::sigmoid, kScales>(p, keys_.b, head).constant;
+                    ? BackwardScoreMod<Mode::fast_sigmoid, kScales>(p, keys_.place.b, head).constant
+                    : BackwardScoreMod<Mode::sigmoid, kScales>(p, keys_.place.b, head).constant;
   }
 
   // What a lane's two keys see of a tile, by columns from the lane's first one on.
@@ -160,12 +83,12 @@ class Sm90Keys {
   };
   __device__ __forceinline__ Seen seen(int query0) const {
     Seen s;
-    const MaskBand band = Sm90KeyTile::queries_of(bp_.forward);
+    const MaskBand& band = keys_.band;
     const int own = query0 + 2 * static_cast<int>(threadIdx.x % 4);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int key = first_key() + row(h);
-      const bool exists = key < keys_.keys;
+      const bool exists = key < keys_.place.rows.length;
       s.begin[h] = exists ? band.begin(key) - own : kQueries;
       s.end[h] = exists ? band.end(key) - own : 0;
     }
@@ -300,11 +223,12 @@ class Sm90Keys {
 
   __device__ __forceinline__ void store() const {
     const int lane = threadIdx.x % kWarpSize, own = first_key() + row(0) - lane / 4;
-    const int rows = keys_.keys - own;
+    const PackedRows& keys = keys_.place.rows;
     const auto store_rows = [&](const Rows& to, const float (&x)[kHeadDim / 2], float factor) {
       store_accumulators<1, T, 1, kHeadDim / 16>(
           reinterpret_cast<const float (&)[1][kHeadDim / 8][4]>(x), factor,
-          rows_at<T>(to, keys_.b, own, keys_.h), to.seq, rows, 0, kHeadDim, lane);
+          rows_at<T>(to, keys_.place.b, keys.start + own, keys_.h), to.seq, keys.length - own, 0,
+          kHeadDim, lane);
     };
     store_rows(bp_.dv, dv_, plan_.dv_factor);
     store_rows(bp_.dk, dk_, plan_.dq_factor);
@@ -335,12 +259,24 @@ __global__ void __launch_bounds__(Sm90BackwardShape<kHeadDim>::kThreads, 1)
   using Shape = Sm90BackwardShape<kHeadDim>;
   extern __shared__ __align__(1024) char sm90_shared[];
   auto& shared = *reinterpret_cast<Sm90BackwardShared<Shape>*>(sm90_shared);
-  if (threadIdx.x == 0) {
-    shared.init_barriers();
-    shared.keys = Sm90KeyTile::of<Shape>(bp.forward, plan, atomicAdd(plan.begun, 1u));
+  if (threadIdx.x < kWarpSize) {
+    unsigned number = 0;
+    if (threadIdx.x == 0) number = atomicAdd(plan.begun, 1u);
+    number = __shfl_sync(kFullWarp, number, 0);
+    const Sm90KeyTile keys = Sm90KeyTile::of<Shape>(bp.forward, plan, number);
+    if (threadIdx.x == 0) {
+      shared.init_barriers();
+      shared.keys = keys;
+    }
   }
   __syncthreads();
   const Sm90KeyTile& keys = shared.keys;
+  if (keys.place.b < 0) {
+    const LooseRows none(keys.place, bp.forward.seqlen_k, Shape::kBlockKeys);
+    for (const Rows* to : {&bp.dk, &bp.dv})
+      none.fill(rows_at<T>(*to, 0, 0, keys.h), to->seq, kHeadDim, 0);
+    return;
+  }
   // From the first lane: the compiler then knows that it is the same for a warp.
   const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpSize, 0);
   if (warp < kWarpgroupThreads / kWarpSize) {
@@ -362,13 +298,25 @@ __global__ void __launch_bounds__(2 * kWarpgroupThreads)
                                     const __grid_constant__ Sm90BackwardPlan plan) {
   using Shape = Sm90BackwardShape<kHeadDim>;
   const AttentionParams& p = bp.forward;
-  const int64_t head = blockIdx.x / plan.query_tiles;
-  const int tile = static_cast<int>(blockIdx.x % plan.query_tiles);
+  const int64_t head = blockIdx.x / plan.query_tiles, b = head / p.heads, h = head % p.heads;
+  int64_t number = blockIdx.x;
+  TilePlace place{static_cast<int>(b),
+                  static_cast<int>(blockIdx.x % plan.query_tiles),
+                  {0, static_cast<int>(p.seqlen_q)}};
+  if (p.cu_seqlens_q) {
+    place = find_tile(p.cu_seqlens_q, p.batch, p.seqlen_q, Shape::kTileQueries, place.tile);
+    if (place.b < 0) {
+      const LooseRows none(place, p.seqlen_q, Shape::kTileQueries);
+      return none.fill(rows_at<T>(bp.dq, 0, 0, h), bp.dq.seq, kHeadDim, 0);
+    }
+    number =
+        head * plan.query_tiles + first_slot(place.rows, place.b, Shape::kTileQueries) + place.tile;
+  }
   const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % kWarpSize;
   const int share = threadIdx.x / kWarpgroupThreads;
   float sums[1][8][4] = {};
-  if (plan.turns[blockIdx.x] > 0) {
-    const int64_t at = int64_t{blockIdx.x} * Shape::kTileFloats + share * Shape::kShareFloats;
+  if (plan.turns[number] > 0) {
+    const int64_t at = number * Shape::kTileFloats + share * Shape::kShareFloats;
     const auto* from = reinterpret_cast<const float4*>(plan.dq + at);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
@@ -377,12 +325,11 @@ __global__ void __launch_bounds__(2 * kWarpgroupThreads)
     }
   }
   constexpr bool kByRows = Shape::kTileQueries > 64;
-  const int64_t row =
-      int64_t{tile} * Shape::kTileQueries + (kByRows ? share * 64 : 0) + thread / kWarpSize * 16;
-  T* const to = rows_at<T>(bp.dq, head / p.heads, row, head % p.heads);
-  store_accumulators<1, T, 1, 4>(sums, plan.dq_factor, to, bp.dq.seq,
-                                 static_cast<int>(p.seqlen_q - row), kByRows ? 0 : share * 64,
-                                 kHeadDim, lane);
+  const int row =
+      place.tile * Shape::kTileQueries + (kByRows ? share * 64 : 0) + thread / kWarpSize * 16;
+  T* const to = rows_at<T>(bp.dq, b, place.rows.start + row, h);
+  store_accumulators<1, T, 1, 4>(sums, plan.dq_factor, to, bp.dq.seq, place.rows.length - row,
+                                 kByRows ? 0 : share * 64, kHeadDim, lane);
 }
 
 template <typename T, int kHeadDim, Weights kWeights>
@@ -397,9 +344,9 @@ const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) 
   if (const char* error = encode_map(plan.k, tensors.k, p.dtype, kRows)) return error;
   if (const char* error = encode_map(plan.v, tensors.v, p.dtype, kRows)) return error;
   if (const char* error = encode_map(plan.dout, tensors.out, p.dtype, kQueries)) return error;
-  plan.key_tiles = static_cast<int>(ceil_div(p.seqlen_k, Shape::kBlockKeys));
-  plan.query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kQueries));
-  plan.heads = static_cast<int>(p.batch * p.kv_heads);
+  const int64_t key_tiles = max_tiles(p.cu_seqlens_k, p.batch, p.seqlen_k, Shape::kBlockKeys);
+  plan.query_tiles = static_cast<int>(max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, kQueries));
+  plan.heads = static_cast<int>(tensors.q.batch * p.kv_heads);
   plan.group = static_cast<int>(p.heads / p.kv_heads);
   plan.fast = p.fast;
   const bool fast = kWeights == Weights::sigmoid && p.fast;
@@ -416,8 +363,8 @@ const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) 
   if (const char* error = set_bytes(plan.begun, 0, (tiles + 1) * sizeof(unsigned), stream))
     return error;
   if (const char* error = launch<attention_backward_sm90_kernel<T, kHeadDim, kWeights>>(
-          int64_t{plan.key_tiles} * plan.heads, Shape::kThreads, sizeof(Sm90BackwardShared<Shape>),
-          stream, bp, plan))
+          key_tiles * plan.heads, Shape::kThreads, sizeof(Sm90BackwardShared<Shape>), stream, bp,
+          plan))
     return error;
   return launch<attention_backward_round_kernel<T, kHeadDim>>(tiles, 2 * kWarpgroupThreads, 0,
                                                               stream, bp, plan);

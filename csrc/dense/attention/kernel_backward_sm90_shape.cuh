@@ -33,9 +33,9 @@ struct Sm90BackwardShape {
 // What the host chose for a launch.
 struct Sm90BackwardPlan {
   CUtensorMap q, k, v, dout;
-  int key_tiles, query_tiles;  // of a head
-  int heads, group;            // KV heads of all sequences, query heads of one of them
-  float factor;                // from q.k to the exponent of a weight (fast: the argument of tanh)
+  int query_tiles;   // of a head, packed: numbers for those of all sequences
+  int heads, group;  // KV heads of all sequences, packed: of one; query heads of one of them
+  float factor;      // from q.k to the exponent of a weight (fast: the argument of tanh)
   float dq_factor, dv_factor;  // of the sums; dK has that of dQ
   float slope_factor;          // of packed slopes in float16
   bool fast;
@@ -46,38 +46,52 @@ struct Sm90BackwardPlan {
   unsigned *begun, *turns;
 };
 
-// Keys first .. of KV head h of sequence b, and the tiles of queries that see any of them.
+// Keys first .. of KV head h of a sequence, and the tiles of queries that see any of them.
 struct Sm90KeyTile {
-  int index, b, h, first, keys;  // keys: of the sequence
-  int begin, end;                // tiles of queries
+  TilePlace place;  // rows: keys of the sequence. b = -1: a share in the keys that none has
+  PackedRows queries;
+  MaskBand band;       // queries that a key sees
+  int64_t first_tile;  // of the queries, of the first head of the group: its number
+  int index, h, first;
+  int begin, end;  // tiles of queries
   // Queries that see any key of each warpgroup, and those that see all of them.
   int seen_begin[2], seen_end[2], whole_begin[2], whole_end[2];
 
-  // Blocks begin in the order of their numbers. The last keys come first: then those that a tile
-  // of queries waits for have begun, and under a causal mask its turns need no wait.
+  // Blocks begin in the order of their numbers. The last keys of a sequence come first: then those
+  // that a tile of queries waits for have begun, and under a causal mask its turns need no wait.
+  // All lanes of a warp together.
   template <typename Shape>
   __device__ static Sm90KeyTile of(const AttentionParams& p, const Sm90BackwardPlan& plan,
                                    unsigned number) {
     constexpr int kQueries = Shape::kTileQueries, kRows = Shape::kRows;
     const int head = static_cast<int>(number % plan.heads), kv_heads = static_cast<int>(p.kv_heads);
     Sm90KeyTile t;
-    t.index = plan.key_tiles - 1 - static_cast<int>(number / plan.heads);
-    t.b = head / kv_heads;
+    t.place = {
+        head / kv_heads, static_cast<int>(number / plan.heads), {0, static_cast<int>(p.seqlen_k)}};
+    t.queries = {0, static_cast<int>(p.seqlen_q)};
     t.h = head % kv_heads;
+    t.first_tile = int64_t{head} * plan.group * plan.query_tiles;
+    if (p.cu_seqlens_k) {
+      t.place = find_tile(p.cu_seqlens_k, p.batch, p.seqlen_k, Shape::kBlockKeys, t.place.tile);
+      if (t.place.b < 0) return t;
+      t.queries = rows_of_sequence(p.cu_seqlens_q, p.batch, p.seqlen_q, t.place.b);
+      t.first_tile += first_slot(t.queries, t.place.b, kQueries);
+    }
+    const int keys = t.place.rows.length;
+    t.index = (keys - 1) / Shape::kBlockKeys - t.place.tile;
     t.first = t.index * Shape::kBlockKeys;
-    t.keys = static_cast<int>(p.seqlen_k);
-    const MaskBand band = queries_of(p);
-    const int last = min(t.first + Shape::kBlockKeys, t.keys) - 1;
-    const int begin = band.begin(t.first), end = band.end(last);
+    t.band = MaskBand::of(t.window(p).transposed(t.queries.length));
+    const int last = min(t.first + Shape::kBlockKeys, keys) - 1;
+    const int begin = t.band.begin(t.first), end = t.band.end(last);
     t.begin = begin / kQueries;
     t.end = end > begin ? (end + kQueries - 1) / kQueries : t.begin;
 #pragma unroll
     for (int w = 0; w < Shape::kWarpgroups; ++w) {
-      const int a = t.first + w * kRows, z = min(a + kRows, t.keys) - 1;
-      t.seen_begin[w] = band.begin(a);
-      t.seen_end[w] = z >= a ? band.end(z) : 0;
-      t.whole_begin[w] = band.begin(z);
-      t.whole_end[w] = z - a == kRows - 1 ? band.end(a) : 0;
+      const int a = t.first + w * kRows, z = min(a + kRows, keys) - 1;
+      t.seen_begin[w] = t.band.begin(a);
+      t.seen_end[w] = z >= a ? t.band.end(z) : 0;
+      t.whole_begin[w] = t.band.begin(z);
+      t.whole_end[w] = z - a == kRows - 1 ? t.band.end(a) : 0;
     }
     return t;
   }
@@ -93,17 +107,14 @@ struct Sm90KeyTile {
   // The turn of this block at a tile of queries that it sees: after those of later keys.
   template <typename Shape>
   __device__ unsigned turn(const AttentionParams& p, int tile) const {
-    const int tokens = static_cast<int>(p.seqlen_q);
-    const int last = min((tile + 1) * Shape::kTileQueries, tokens) - 1;
-    const MaskBand band =
-        MaskBand::of(Band::of_window(p.window_left, p.window_right, p.seqlen_q, p.seqlen_k));
-    return (band.end(last) - 1) / Shape::kBlockKeys - index;
+    const int last = min((tile + 1) * Shape::kTileQueries, queries.length) - 1;
+    return (MaskBand::of(window(p)).end(last) - 1) / Shape::kBlockKeys - index;
   }
 
-  // Those that a key sees.
-  __device__ static MaskBand queries_of(const AttentionParams& p) {
-    const Band band = Band::of_window(p.window_left, p.window_right, p.seqlen_q, p.seqlen_k);
-    return MaskBand::of(band.transposed(p.seqlen_q));
+ private:
+  // Keys that a query sees.
+  __device__ Band window(const AttentionParams& p) const {
+    return Band::of_window(p.window_left, p.window_right, queries.length, place.rows.length);
   }
 };
 
@@ -119,14 +130,14 @@ struct alignas(1024) Sm90BackwardShared {
   float dq[Shape::kTileFloats];
   float minus_lse[Shape::kStages][Shape::kTileQueries];
   float minus_delta[Shape::kStages][Shape::kTileQueries];
-  Mbarrier keys_full;
+  Mbarrier keys_full, cut_full;  // cut_full: of tiles whose last rows are then cleared
   Mbarrier full[Shape::kStages], empty[Shape::kStages];
   Mbarrier dq_full, dq_empty;
   Sm90KeyTile keys;  // of the block: the loop has no registers to spare
 
   __device__ void init_barriers() {
     constexpr int kWarps = Shape::kWarpgroups * kWarpgroupThreads / 32;
-    keys_full.init(1);
+    keys_full.init(1), cut_full.init(1);
     for (int i = 0; i < Shape::kStages; ++i) full[i].init(1), empty[i].init(kWarps);
     dq_full.init(kWarps), dq_empty.init(1);
     publish_mbarriers();

@@ -9,9 +9,10 @@ namespace tokenmill::cuda {
 
 // Queries of a tile.
 constexpr int sm90_tile_queries(int64_t head_dim) { return head_dim <= 64 ? 128 : 64; }
-// Tiles of queries of all heads, each with its sums of dQ.
+// Tiles of queries of all heads, each with its sums of dQ; packed: a bound on them.
 inline int64_t sm90_query_tiles(const AttentionParams& p) {
-  return p.batch * p.heads * ceil_div(p.seqlen_q, sm90_tile_queries(p.head_dim));
+  return (p.cu_seqlens_q ? 1 : p.batch) * p.heads *
+         max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, sm90_tile_queries(p.head_dim));
 }
 constexpr int64_t kSm90TileFloats = 8192;
 // Behind the sums come counters of blocks: of those that have begun, and of those in each sum.
@@ -23,7 +24,7 @@ inline int64_t sm90_workspace_bytes(const AttentionParams& p) {
 inline bool takes_sm90(const AttentionBackwardParams& bp) {
   const AttentionParams& p = bp.forward;
   if (p.head_dim != 64 && p.head_dim != 128) return false;
-  if (!is_sm90_attention(p) || p.softcap > 0 || p.cu_seqlens_q) return false;
+  if (!is_sm90_attention(p) || p.softcap > 0) return false;
   if (bp.dscore_bias && p.map != ScoreMap::softmax) return false;
   if (sm90_query_tiles(p) > 0x7fffffff) return false;
   return Sm90Tensors(p, bp.dout).can_be_mapped();

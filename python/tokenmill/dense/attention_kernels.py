@@ -59,16 +59,12 @@ def unsupported_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
     a = Arguments(*lowered)
     rules = _Rules()
     rules.check_both_passes(a, HEAD_DIMS)
-    tokens, heads, columns = a.q.shape[-3:]
-    scale = _float32(columns**-0.5 if a.scale is None else a.scale)
+    scale = _float32(a.q.shape[-1] ** -0.5 if a.scale is None else a.scale)
     rules.check(scale >= 2**-126, "scale", "must be 2^-126 or more in float32", a.scale)
     softcap = _float32(a.softcap)
     capped = softcap <= 0 or (softcap < _float32(1e38) and scale >= 2**-64 * softcap)
     rules.check(capped, "softcap", "must be below 1e38 and at most 2^64 scale", a.softcap)
-    if a.cu_seqlens_q is None:
-        tiles = a.q.shape[0] * heads * -(-tokens // 64)
-    else:
-        tiles = heads * (tokens // 64 + a.cu_seqlens_q.shape[0])
+    tiles = _tiles(a, 64)
     rules.check(tiles <= MOST_TILES, "q", "must have at most 2^30 tiles of 64 rows", tiles)
     if out is not None:
         rules.check_layout("out", out)
@@ -81,15 +77,21 @@ def unsupported_sm90_backward(*lowered: Any) -> list[str]:
     rules = _Rules()
     rules.check_both_passes(a, BACKWARD_HEAD_DIMS)
     rules.check(_float32(a.softcap) <= 0, "softcap", "must be 0 in float32", a.softcap)
-    rules.check(a.cu_seqlens_q is None, "cu_seqlens_q", "must be None", "a tensor")
     summed = a.kind == "sigmoid" and a.score_bias is not None and a.score_bias.requires_grad
     rules.check(not summed, "score_bias", "must not require a gradient", "a tensor that does")
-    tokens, heads, columns = a.q.shape[-3:]
-    rows = 128 if columns <= 64 else 64
-    tiles = a.q.shape[:-3].numel() * heads * -(-tokens // rows)
+    rows = 128 if a.q.shape[-1] <= 64 else 64
+    tiles = _tiles(a, rows)
     rule = f"must have fewer than 2^31 tiles of {rows} rows"
     rules.check(tiles <= MOST_BACKWARD_TILES, "q", rule, tiles)
     return rules.broken
+
+
+def _tiles(a: Any, rows: int) -> int:
+    """A bound on those of `rows` queries of all heads."""
+    tokens, heads = a.q.shape[-3:-1]
+    if a.cu_seqlens_q is not None:
+        return int(heads * (tokens // rows + a.cu_seqlens_q.shape[0]))
+    return int(a.q.shape[0] * heads * -(-tokens // rows))
 
 
 def _float32(x: float) -> float:

@@ -1,0 +1,127 @@
+// What the first warpgroup of the backward on compute capability 9.0a does: it loads, and adds
+// tiles of dQ to their sums.
+#pragma once
+#include "cuda/arch/sm90/bulk_add.cuh"
+#include "cuda/arch/sm90/tma.cuh"
+#include "dense/attention/kernel_backward_sm90_shape.cuh"
+
+namespace tokenmill::cuda {
+
+// Zeros in rows first .. of a tile in the layout of tma.cuh. All lanes of a warp together.
+template <int kRows, int kColumns>
+__device__ __forceinline__ void clear_rows(void* tile, int first) {
+  constexpr uint32_t kZeros[4] = {0, 0, 0, 0};
+  const uint32_t to = shared_address(tile);
+  int at = max(first, 0) * kBoxRowBytes + threadIdx.x % kWarpSize * 16;
+#pragma unroll 1
+  for (; at < kRows * kBoxRowBytes; at += kWarpSize * 16)
+    unroll<kColumns / kBoxColumns>(
+        [&](auto block) { store_shared<block * kRows * kBoxRowBytes>(to + at, kZeros); });
+}
+
+// The warp that loads. Behind the end of a packed sequence lie rows of another one, which may be
+// NaN: zeros replace those that a tile has.
+template <typename Shape, bool kStatistics>
+__device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90BackwardPlan& plan,
+                                   Sm90BackwardShared<Shape>& shared, const Sm90KeyTile& keys) {
+  constexpr int kRows = Shape::kRows, kQueries = Shape::kTileQueries, kHeadDim = Shape::kHeadDim;
+  const AttentionParams& p = bp.forward;
+  const int lane = threadIdx.x % kWarpSize, batch = p.cu_seqlens_q ? 0 : keys.place.b;
+  unsigned cuts = 0;  // tiles with an end so far
+  // load(barrier) and clear() of a tile, then `full` ends its phase.
+  const auto load_tile = [&](bool cut, Mbarrier& full, const auto& load, const auto& clear) {
+    if (lane == 0) load(cut ? shared.cut_full : full);
+    if (!cut) return;
+    shared.cut_full.wait(cuts++ % 2);
+    clear();
+    fence_stores();
+    __syncwarp();
+    if (lane == 0) full.arrive();
+  };
+  const auto is_cut = [&](const PackedRows& rows, int end) {
+    return p.cu_seqlens_q && end > rows.length;
+  };
+  load_tile(
+      is_cut(keys.place.rows, keys.first + Shape::kBlockKeys), shared.keys_full,
+      [&](Mbarrier& full) {
+        full.arrive_expecting(2 * Shape::kWarpgroups * Shape::kSlabBytes);
+        for (int w = 0; w < Shape::kWarpgroups; ++w) {
+          const BoxPlace at{keys.place.rows.start + keys.first + w * kRows, keys.h, batch};
+          load_boxes<kRows, kHeadDim>(plan.k, at, shared.k[w], full);
+          load_boxes<kRows, kHeadDim>(plan.v, at, shared.v[w], full);
+        }
+      },
+      [&] {
+        for (int w = 0; w < Shape::kWarpgroups; ++w) {
+          const int rows = keys.place.rows.length - keys.first - w * kRows;
+          clear_rows<kRows, kHeadDim>(shared.k[w], rows);
+          clear_rows<kRows, kHeadDim>(shared.v[w], rows);
+        }
+      });
+  unsigned number = 0;
+#pragma unroll 1
+  for (int i = 0; i < plan.group; ++i) {
+    const int head = keys.h * plan.group + i;
+#pragma unroll 1
+    for (int tile = keys.begin; tile < keys.end; ++tile, ++number) {
+      const Stage<Shape> stage(number);
+      const int first = tile * kQueries;
+      // Lanes that do nothing else must not wait: they could be two phases late.
+      if (kStatistics || lane == 0) shared.empty[stage.index].wait(stage.parity ^ 1);
+      if constexpr (kStatistics) {
+        const int start = keys.queries.start, rows = keys.queries.length - first;
+        const float* lse = lse_at(p, bp.minus_lse, keys.place.b, start, head) + first;
+        const float* delta = lse_at(p, bp.minus_delta, keys.place.b, start, head) + first;
+#pragma unroll
+        for (int j = lane; j < kQueries; j += kWarpSize) {
+          shared.minus_lse[stage.index][j] = j < rows ? lse[j] : 0;
+          shared.minus_delta[stage.index][j] = j < rows ? delta[j] : 0;
+        }
+        __syncwarp();
+      }
+      load_tile(
+          is_cut(keys.queries, first + kQueries), shared.full[stage.index],
+          [&](Mbarrier& full) {
+            full.arrive_expecting(2 * Shape::kQueryBytes);
+            const BoxPlace at{keys.queries.start + first, head, batch};
+            load_boxes<kQueries, kHeadDim>(plan.q, at, shared.q[stage.index], full);
+            load_boxes<kQueries, kHeadDim>(plan.dout, at, shared.dout[stage.index], full);
+          },
+          [&] {
+            clear_rows<kQueries, kHeadDim>(shared.q[stage.index], keys.queries.length - first);
+            clear_rows<kQueries, kHeadDim>(shared.dout[stage.index], keys.queries.length - first);
+          });
+    }
+  }
+}
+
+// The thread that adds tiles of dQ to the sums, in turns.
+template <typename Shape>
+__device__ void add_queries_sm90(const AttentionParams& p, const Sm90BackwardPlan& plan,
+                                 Sm90BackwardShared<Shape>& shared, const Sm90KeyTile& keys) {
+  constexpr int kBytes = Shape::kTileFloats * 4;
+  unsigned number = 0;
+#pragma unroll 1
+  for (int i = 0; i < plan.group; ++i) {
+    const int64_t first_tile = keys.first_tile + int64_t{i} * plan.query_tiles;
+#pragma unroll 1
+    for (int tile = keys.begin; tile < keys.end; ++tile, ++number) {
+      const int64_t at = first_tile + tile;
+      const unsigned turn = keys.turn<Shape>(p, tile);
+      float* const to = plan.dq + at * Shape::kTileFloats;
+      const uint32_t from = shared_address(shared.dq);
+      shared.dq_full.wait(number % 2);
+      await_turn(plan.turns + at, turn);
+      if (turn == 0)
+        store_bulk(to, from, kBytes);
+      else
+        add_bulk(to, from, kBytes);
+      wait_for_stores();
+      shared.dq_empty.arrive();
+      wait_for_bulk();
+      end_turn(plan.turns + at, turn);
+    }
+  }
+}
+
+}  // namespace tokenmill::cuda
