@@ -95,11 +95,41 @@ CASES = {
         {"sq": 64, "sk": 130},
         {"kind": "sigmoid", "score_bias": -math.log(4096)},
     ),
+    "softmax, capped": ({"sq": 70, "sk": 130, "h": 2}, {"softcap": 1.5, "causal": True}),
+    "softmax, capped, wide": (
+        {"sq": 70, "sk": 130, "d": 128, "dtype": BF16},
+        {"softcap": 0.7, "return_lse": True},
+    ),
+    "sigmoid, capped": ({"sq": 130}, {"kind": "sigmoid", "softcap": 1.0, "score_bias": -2.0}),
+    "sigmoid fast, capped": (
+        {"sq": 64, "d": 128},
+        {"kind": "sigmoid", "softcap": 2.0, "precision": "fast", "window": (9, 3)},
+    ),
+    "sigmoid, gradient of score_bias": (
+        {"sq": 140, "sk": 300, "h": 4, "hk": 2, "b": 2},
+        {
+            "kind": "sigmoid",
+            "causal": True,
+            "score_bias": torch.tensor([0.3, -3.0, 1.0, -6.0], requires_grad=True),
+        },
+    ),
+    "sigmoid fast, gradient of score_bias": (
+        {"sq": 70, "sk": 130, "d": 128, "dtype": BF16},
+        {
+            "kind": "sigmoid",
+            "precision": "fast",
+            "window": (20, 0),
+            "score_bias": torch.tensor([-1.0], requires_grad=True),
+        },
+    ),
     "sigmoid fast": (
         {"sq": 130, "sk": 130, "d": 128, "dtype": BF16},
         {"kind": "sigmoid", "precision": "fast", "scale": -0.1, "causal": True},
     ),
 }
+
+
+GRADED = torch.tensor([-0.5, -3.0], requires_grad=True)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -110,7 +140,10 @@ def test_gradients_keep_the_budget(name):
 
 @pytest.mark.parametrize(
     "shape, options",
-    [({"d": 128}, {"causal": True}), ({"h": 2}, {"kind": "sigmoid", "window": (200, 90)})],
+    [
+        ({"d": 128}, {"causal": True}),
+        ({"h": 2}, {"kind": "sigmoid", "window": (200, 90), "score_bias": GRADED}),
+    ],
     ids=["softmax", "sigmoid"],
 )
 def test_every_order_of_events_and_blocks_gives_the_same_bits(shape, options):
@@ -184,6 +217,13 @@ def test_packed_sequences(shape, options):
     check_budget(packed(200, 340, **shape), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)
 
 
+def test_packed_sequences_have_gradients_of_score_bias_each():
+    cu_q, cu_k = ends(0, 70, 70, 200), ends(0, 60, 100, 300)
+    bias = torch.tensor([[0.5, -1.0], [0.0, 0.0], [-4.0, 1.0]], requires_grad=True)
+    options = {"kind": "sigmoid", "score_bias": bias, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    check_budget(packed(200, 300, h=2), **options)
+
+
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_a_packed_sequence_has_the_bits_that_it_has_alone(kind):
     """In every order; rows that no sequence has, NaN here, have no gradient."""
@@ -240,13 +280,15 @@ def unaligned(x):
 ZEROS = torch.zeros(1, 1, 32, 1, dtype=torch.int32)
 LEFT = {
     "q: must have head_dim 64 or 128; got 96": {},
-    "softcap: must be 0": {"softcap": 2.0},
+    "softcap: must be below 1e38": {"softcap": 1e38},
+    "scale: must be 2^-126 or more": {"softcap": 2.0, "scale": -1.0},
     "q: must have 32 tokens for each sequence": {
         "cu_seqlens_q": ends(0, 20, 32),
         "cu_seqlens_k": ends(0, 20, 32),
     },
-    "score_bias: must not require a gradient": {
+    "score_bias: must not require a gradient with a softcap": {
         "kind": "sigmoid",
+        "softcap": 2.0,
         "score_bias": torch.zeros(1, dtype=F16, requires_grad=True),
     },
     "kind: must be 'softmax' or 'sigmoid'": {"kind": "relu"},

@@ -100,12 +100,13 @@ const char* launch_backward(BackwardArgs args, float* dq_sums, cudaStream_t stre
     error = launch_statistics<T>(args, mode == Mode::general, stream);
   if (error) return error;
   error = dq_sums ? launch_on_sm90<T>({bp, dq_sums}, stream) : kNotMapped;
-  if (error == kNotMapped) error = launch_on_every_chip<T>(args, mode, stream);
+  const bool on_sm90 = error != kNotMapped;
+  if (!on_sm90) error = launch_on_every_chip<T>(args, mode, stream);
   if (!error && bp.dbias && bias_is_broadcast && p.seqlen_q > 0 && p.seqlen_k > 0)
     error = launch_bias(args, stream);
   if (error || !(bp.sums || bp.dsink || bp.dscore_bias)) return error;
-  return launch<sum_kernel>(p.batch * p.heads, kSumThreads, 0, stream, args,
-                            rows_of_sum<T>(args.largest_dim()));
+  const int step = on_sm90 ? sm90_tile_queries(p.head_dim) : rows_of_sum<T>(args.largest_dim());
+  return launch<sum_kernel>(p.batch * p.heads, kSumThreads, 0, stream, args, step);
 }
 
 }  // namespace

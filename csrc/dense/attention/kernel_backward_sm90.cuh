@@ -11,6 +11,8 @@
 // blocks of later keys have added theirs: the order is always the same. A second kernel then rounds
 // the sums.
 #pragma once
+#include <algorithm>
+
 #include "cuda/arch/sm90/wgmma_columns.cuh"
 #include "cuda/attention/score_mod_backward.cuh"
 #include "cuda/launch.cuh"
@@ -28,8 +30,11 @@ class Sm90Keys {
   static constexpr int kHeadDim = Shape::kHeadDim;
   static constexpr bool kSoftmax = kWeights == Weights::softmax;
   static constexpr bool kScales = !kSoftmax && std::is_same_v<T, __half>;  // see kHalfScale
-  // What registers allow: slopes in float32, and dP that runs while weights are made.
-  static constexpr bool kPacked = kQueries > 64, kEarly = kSoftmax || !kPacked;
+  // What registers allow: slopes in float32, else in words; dP that runs while weights are made,
+  // but not where words of slopes are made, too.
+  static constexpr bool kPacked = kQueries > 64;
+  template <bool kGeneral>
+  static constexpr bool kEarly = !kPacked || (kSoftmax && !kGeneral);
   // Slopes that are packed reach 1 / n as weights do. Those of the fast map do not.
   static constexpr bool kScalesSlope = kScales && kPacked;
 
@@ -52,8 +57,8 @@ class Sm90Keys {
         const Stage<Shape> stage(number);
         shared_.full[stage.index].wait(stage.parity);
         if (!keys_.sees<Shape>(warpgroup_, first))
-          meet();
-        else if (keys_.is_whole<Shape>(warpgroup_, first))
+          skip_tile(number);
+        else if (!plan_.general && keys_.is_whole<Shape>(warpgroup_, first))
           add_tile<false>(first, number);
         else
           add_tile<true>(first, number);
@@ -95,8 +100,20 @@ class Sm90Keys {
     return s;
   }
 
-  // dV and dK of a tile, and its dS to shared memory. kCut: a mask or an end cuts it.
-  template <bool kCut>
+  __device__ void skip_tile(unsigned number) {
+    if (bp_.sums) note_slopes(0, number);
+    meet();
+  }
+  // The sum of a lane's dS, of which scale and softcap have no part.
+  __device__ void note_slopes(float sum, unsigned number) {
+    sum = warp_sum(sum);
+    if (threadIdx.x % kWarpSize == 0)
+      shared_.slope_sums[number % 2][threadIdx.x / kWarpSize - kWarpgroupThreads / kWarpSize] = sum;
+  }
+
+  // dV and dK of a tile, and its dS to shared memory. kGeneral: a mask or an end cuts it, or the
+  // plan is general.
+  template <bool kGeneral>
   __device__ __forceinline__ void add_tile(int query0, unsigned number) {
     const int stage = Stage<Shape>(number).index;
     const uint32_t q = shared_address(shared_.q[stage]);
@@ -105,21 +122,22 @@ class Sm90Keys {
     float s[kQueries / 2], dp[kQueries / 2];
     uint32_t p[kQueries / 4], ds[kQueries / 4];  // ds: of packed slopes first
     start_qk<T, kHeadDim, kQueries>(s, shared_address(shared_.k[warpgroup_]), q);
-    if constexpr (kEarly)
+    if constexpr (kEarly<kGeneral>)
       start_qk<T, kHeadDim, kQueries>(dp, shared_address(shared_.v[warpgroup_]), dout);
-    wait_for_product<kEarly ? 1 : 0>(s);
-    weigh<kCut>(p, ds, s, query0, shared_address(shared_.minus_lse[stage]) + own);
-    if constexpr (!kEarly)
+    wait_for_product<kEarly<kGeneral> ? 1 : 0>(s);
+    weigh<kGeneral>(p, ds, s, query0, shared_address(shared_.minus_lse[stage]) + own);
+    if constexpr (!kEarly<kGeneral>)
       start_qk<T, kHeadDim, kQueries>(dp, shared_address(shared_.v[warpgroup_]), dout);
     start_pv<T, kQueries>(dv_, p, dout);
     wait_for_product<1>(dp);
+    [[maybe_unused]] float sum = 0;
     const uint32_t delta = shared_address(shared_.minus_delta[stage]) + own;
     unroll<kQueries / 8>([&](auto n) {
       [[maybe_unused]] float2 minus_delta;
       if constexpr (kSoftmax) minus_delta = load_float2<n * 32>(delta);
       unroll<2>([&](auto h) {
         float2 slope{s[4 * n + 2 * h], s[4 * n + 2 * h + 1]};
-        if constexpr (kPacked) slope = unpack<T>(kSoftmax ? p[2 * n + h] : ds[2 * n + h]);
+        if constexpr (kPacked) slope = unpack<T>(kEarly<kGeneral> ? p[2 * n + h] : ds[2 * n + h]);
         float x = dp[4 * n + 2 * h], y = dp[4 * n + 2 * h + 1];
         if constexpr (kSoftmax) {
           x += minus_delta.x;
@@ -130,7 +148,10 @@ class Sm90Keys {
         }
         x *= slope.x;
         y *= slope.y;
-        ds[2 * n + h] = pack<T>(kCut && slope.x == 0 ? 0 : x, kCut && slope.y == 0 ? 0 : y);
+        if (kGeneral && slope.x == 0) x = 0;
+        if (kGeneral && slope.y == 0) y = 0;
+        if constexpr (kGeneral && !kSoftmax) sum += x + y;
+        ds[2 * n + h] = pack<T>(x, y);
       });
     });
     start_pv<T, kQueries>(dk_, ds, q);
@@ -143,6 +164,9 @@ class Sm90Keys {
       store_matrices<n / 4 * kBlock>(scores ^ n % 4 * 32,
                                      reinterpret_cast<const uint32_t (&)[4]>(ds[4 * n]));
     });
+    if constexpr (kGeneral && !kSoftmax) {
+      if (bp_.sums) note_slopes(sum, number);
+    }
     fence_stores();
     wait_for_product<0>(dk_);
     fence_accumulators(dv_);
@@ -150,13 +174,13 @@ class Sm90Keys {
   }
 
   // Words of weights from scores, which become slopes of the map or are packed into words of them.
-  // Slopes of a softmax are its weights.
-  template <bool kCut>
+  // Slopes of a softmax without a cap are its weights.
+  template <bool kGeneral>
   __device__ __forceinline__ void weigh(uint32_t (&p)[kQueries / 4],
                                         uint32_t (&slopes)[kQueries / 4], float (&s)[kQueries / 2],
                                         int query0, uint32_t minus_lse) const {
-    const Seen sees = kCut ? seen(query0) : Seen{};
-    const auto weigh_by = [&](const auto& weight_of) {
+    const Seen sees = kGeneral ? seen(query0) : Seen{};
+    const auto weigh_by = [&]<bool kCapped>(const auto& weight_of) {
       unroll<kQueries / 8>([&](auto n) {
         float2 addend{constant_, constant_};
         if constexpr (kSoftmax) addend = load_float2<n * 32>(minus_lse);
@@ -164,27 +188,41 @@ class Sm90Keys {
           float &x = s[4 * n + 2 * h], &y = s[4 * n + 2 * h + 1];
           Weight a = weight_of(fmaf(x, plan_.factor, addend.x));
           Weight b = weight_of(fmaf(y, plan_.factor, addend.y));
-          if (kCut && !sees(h, n * 8)) a.p = a.slope = 0;
-          if (kCut && !sees(h, n * 8 + 1)) b.p = b.slope = 0;
+          if constexpr (kCapped) {
+            a.slope *= fmaf(-x, x, 1.f);
+            b.slope *= fmaf(-y, y, 1.f);
+          }
+          if (kGeneral && !sees(h, n * 8)) a.p = a.slope = 0;
+          if (kGeneral && !sees(h, n * 8 + 1)) b.p = b.slope = 0;
           p[2 * n + h] = pack<T>(a.p, b.p);
           if constexpr (!kPacked) {
             x = a.slope;
             y = b.slope;
-          } else if constexpr (!kSoftmax) {
+          } else if constexpr (!kEarly<kGeneral>) {
             slopes[2 * n + h] = pack<T>(a.slope, b.slope);
           }
         });
       });
     };
+    const auto weigh_map = [&](const auto& weight_of) {
+      if constexpr (kGeneral)
+        if (plan_.cap_scale > 0) return weigh_by.template operator()<true>(weight_of);
+      weigh_by.template operator()<false>(weight_of);
+    };
+    if constexpr (kGeneral)
+      if (plan_.cap_scale > 0) {
+#pragma unroll
+        for (int i = 0; i < kQueries / 2; ++i) s[i] = tanh_accurate(s[i] * plan_.cap_scale);
+      }
     if constexpr (kSoftmax) {
-      weigh_by([](float x) {
+      weigh_map([](float x) {
         const float w = exp2_approx(x);
         return Weight{w, w, 1};
       });
     } else if (plan_.fast) {
-      weigh_by([](float x) { return fast_sigmoid_weight<kScales>(x); });
+      weigh_map([](float x) { return fast_sigmoid_weight<kScales>(x); });
     } else {
-      weigh_by([](float x) { return sigmoid_weight<kScales, kScalesSlope>(x); });
+      weigh_map([](float x) { return sigmoid_weight<kScales, kScalesSlope>(x); });
     }
   }
 
@@ -284,7 +322,7 @@ __global__ void __launch_bounds__(Sm90BackwardShape<kHeadDim>::kThreads, 1)
     if (warp == 0)
       load_backward_sm90<Shape, kWeights == Weights::softmax>(bp, plan, shared, keys);
     else if (threadIdx.x == kWarpSize)
-      add_queries_sm90<Shape>(bp.forward, plan, shared, keys);
+      add_queries_sm90<Shape>(bp, plan, shared, keys);
   } else {
     grow_registers<Shape::kMultiplyRegisters>();
     Sm90Keys<T, Shape, kWeights>(bp, plan, shared, keys, warp / 4 - 1).run();
@@ -350,7 +388,14 @@ const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) 
   plan.group = static_cast<int>(p.heads / p.kv_heads);
   plan.fast = p.fast;
   const bool fast = kWeights == Weights::sigmoid && p.fast;
-  plan.factor = p.scale * (kWeights == Weights::softmax ? kLog2e : fast ? 0.5f : -kLog2e);
+  const bool caps = p.softcap > 0;
+  plan.factor = (caps ? p.softcap : p.scale) * (kWeights == Weights::softmax ? kLog2e
+                                                : fast                       ? 0.5f
+                                                                             : -kLog2e);
+  if (caps) plan.cap_scale = std::min(p.scale / p.softcap, kFloatMax);  // inf * 0 would be NaN
+  plan.lse_factor = caps ? kLog2e : 1;                                  // see launch_statistics
+  plan.general = caps || bp.sums;
+  plan.head_sums = blocks_of_sums(p);
   plan.dq_factor = fast ? 0.25f * p.scale : p.scale;
   using Keys = Sm90Keys<T, Shape, kWeights>;
   plan.dv_factor = Keys::kScales ? 1 / kHalfScale : 1;
@@ -362,6 +407,11 @@ const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) 
   plan.turns = plan.begun + 1;
   if (const char* error = set_bytes(plan.begun, 0, (tiles + 1) * sizeof(unsigned), stream))
     return error;
+  const int64_t heads = int64_t{plan.heads} * plan.group;
+  if (bp.sums)
+    if (const char* error =
+            set_bytes(bp.sums, 0, heads * plan.head_sums * 2 * sizeof(float), stream))
+      return error;
   if (const char* error = launch<attention_backward_sm90_kernel<T, kHeadDim, kWeights>>(
           key_tiles * plan.heads, Shape::kThreads, sizeof(Sm90BackwardShared<Shape>), stream, bp,
           plan))

@@ -60,8 +60,7 @@ __device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90
       });
   unsigned number = 0;
 #pragma unroll 1
-  for (int i = 0; i < plan.group; ++i) {
-    const int head = keys.h * plan.group + i;
+  for (int head = keys.h * plan.group; head < (keys.h + 1) * plan.group; ++head) {
 #pragma unroll 1
     for (int tile = keys.begin; tile < keys.end; ++tile, ++number) {
       const Stage<Shape> stage(number);
@@ -72,9 +71,9 @@ __device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90
         const int start = keys.queries.start, rows = keys.queries.length - first;
         const float* lse = lse_at(p, bp.minus_lse, keys.place.b, start, head) + first;
         const float* delta = lse_at(p, bp.minus_delta, keys.place.b, start, head) + first;
-#pragma unroll
+#pragma unroll 2
         for (int j = lane; j < kQueries; j += kWarpSize) {
-          shared.minus_lse[stage.index][j] = j < rows ? lse[j] : 0;
+          shared.minus_lse[stage.index][j] = j < rows ? lse[j] * plan.lse_factor : 0;
           shared.minus_delta[stage.index][j] = j < rows ? delta[j] : 0;
         }
         __syncwarp();
@@ -95,19 +94,20 @@ __device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90
   }
 }
 
-// The thread that adds tiles of dQ to the sums, in turns.
+// The thread that adds tiles of dQ, and slopes of theirs, to the sums, in turns.
 template <typename Shape>
-__device__ void add_queries_sm90(const AttentionParams& p, const Sm90BackwardPlan& plan,
+__device__ void add_queries_sm90(const AttentionBackwardParams& bp, const Sm90BackwardPlan& plan,
                                  Sm90BackwardShared<Shape>& shared, const Sm90KeyTile& keys) {
   constexpr int kBytes = Shape::kTileFloats * 4;
   unsigned number = 0;
 #pragma unroll 1
   for (int i = 0; i < plan.group; ++i) {
     const int64_t first_tile = keys.first_tile + int64_t{i} * plan.query_tiles;
+    const int64_t first_sum = keys.first_sum + i * plan.head_sums;
 #pragma unroll 1
     for (int tile = keys.begin; tile < keys.end; ++tile, ++number) {
       const int64_t at = first_tile + tile;
-      const unsigned turn = keys.turn<Shape>(p, tile);
+      const unsigned turn = keys.turn<Shape>(bp.forward, tile);
       float* const to = plan.dq + at * Shape::kTileFloats;
       const uint32_t from = shared_address(shared.dq);
       shared.dq_full.wait(number % 2);
@@ -116,6 +116,13 @@ __device__ void add_queries_sm90(const AttentionParams& p, const Sm90BackwardPla
         store_bulk(to, from, kBytes);
       else
         add_bulk(to, from, kBytes);
+      if (bp.sums) {
+        const float* slopes = shared.slope_sums[number % 2];
+        float sum = 0;
+        for (int w = 0; w < Shape::kWarpgroups * 4; ++w) sum += slopes[w];
+        bp.sums[2 * (first_sum + tile * (Shape::kTileQueries / 16))] +=
+            plan.fast ? 0.25f * sum : sum;
+      }
       wait_for_stores();
       shared.dq_empty.arrive();
       wait_for_bulk();

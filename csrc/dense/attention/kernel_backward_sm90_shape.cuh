@@ -38,10 +38,14 @@ struct Sm90BackwardPlan {
   float factor;      // from q.k to the exponent of a weight (fast: the argument of tanh)
   float dq_factor, dv_factor;  // of the sums; dK has that of dQ
   float slope_factor;          // of packed slopes in float16
+  float cap_scale;             // softcap: from q.k to the argument of its tanh, which factor takes
+  float lse_factor;            // from minus_lse to bits
   bool fast;
+  bool general;  // scores are capped, or slopes summed: no tile is plain
   // [query heads of all sequences, query_tiles, kTileFloats]: sums of dQ, in the order in which
   // threads hold them.
   float* dq;
+  int64_t head_sums;  // of one head, in AttentionBackwardParams::sums
   // Zeros at first: the number of blocks that have begun, then how many have added to a tile of dq.
   unsigned *begun, *turns;
 };
@@ -50,8 +54,9 @@ struct Sm90BackwardPlan {
 struct Sm90KeyTile {
   TilePlace place;  // rows: keys of the sequence. b = -1: a share in the keys that none has
   PackedRows queries;
-  MaskBand band;       // queries that a key sees
-  int64_t first_tile;  // of the queries, of the first head of the group: its number
+  MaskBand band;  // queries that a key sees
+  // Of the first head of the group: the number of the first tile of queries, and its place in sums.
+  int64_t first_tile, first_sum;
   int index, h, first;
   int begin, end;  // tiles of queries
   // Queries that see any key of each warpgroup, and those that see all of them.
@@ -71,11 +76,13 @@ struct Sm90KeyTile {
     t.queries = {0, static_cast<int>(p.seqlen_q)};
     t.h = head % kv_heads;
     t.first_tile = int64_t{head} * plan.group * plan.query_tiles;
+    t.first_sum = int64_t{head} * plan.group * plan.head_sums;
     if (p.cu_seqlens_k) {
       t.place = find_tile(p.cu_seqlens_k, p.batch, p.seqlen_k, Shape::kBlockKeys, t.place.tile);
       if (t.place.b < 0) return t;
       t.queries = rows_of_sequence(p.cu_seqlens_q, p.batch, p.seqlen_q, t.place.b);
       t.first_tile += first_slot(t.queries, t.place.b, kQueries);
+      t.first_sum += first_slot(t.queries, t.place.b, 16);
     }
     const int keys = t.place.rows.length;
     t.index = (keys - 1) / Shape::kBlockKeys - t.place.tile;
@@ -130,6 +137,7 @@ struct alignas(1024) Sm90BackwardShared {
   float dq[Shape::kTileFloats];
   float minus_lse[Shape::kStages][Shape::kTileQueries];
   float minus_delta[Shape::kStages][Shape::kTileQueries];
+  float slope_sums[2][Shape::kWarpgroups * kWarpgroupThreads / 32];  // of warps, of tiles in turn
   Mbarrier keys_full, cut_full;  // cut_full: of tiles whose last rows are then cleared
   Mbarrier full[Shape::kStages], empty[Shape::kStages];
   Mbarrier dq_full, dq_empty;

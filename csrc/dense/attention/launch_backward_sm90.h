@@ -24,8 +24,11 @@ inline int64_t sm90_workspace_bytes(const AttentionParams& p) {
 inline bool takes_sm90(const AttentionBackwardParams& bp) {
   const AttentionParams& p = bp.forward;
   if (p.head_dim != 64 && p.head_dim != 128) return false;
-  if (!is_sm90_attention(p) || p.softcap > 0) return false;
-  if (bp.dscore_bias && p.map != ScoreMap::softmax) return false;
+  if (!is_sm90_attention(p)) return false;
+  if (p.softcap > 0) {
+    const bool sums_slopes = bp.dscore_bias && p.map != ScoreMap::softmax;
+    if (!has_sm90_scale(p) || sums_slopes) return false;
+  }
   if (sm90_query_tiles(p) > 0x7fffffff) return false;
   return Sm90Tensors(p, bp.dout).can_be_mapped();
 }

@@ -46,6 +46,13 @@ class _Rules:
         for name in ("q", "k", "v"):
             self.check_layout(name, getattr(a, name))
 
+    def check_scale(self, a: Any) -> None:
+        scale = _float32(a.q.shape[-1] ** -0.5 if a.scale is None else a.scale)
+        self.check(scale >= 2**-126, "scale", "must be 2^-126 or more in float32", a.scale)
+        softcap = _float32(a.softcap)
+        capped = softcap <= 0 or (softcap < _float32(1e38) and scale >= 2**-64 * softcap)
+        self.check(capped, "softcap", "must be below 1e38 and at most 2^64 scale", a.softcap)
+
     def check_layout(self, name: str, t: Tensor) -> None:
         past = t.data_ptr() % 16
         rule = "must start at a multiple of 16 bytes"
@@ -59,11 +66,7 @@ def unsupported_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
     a = Arguments(*lowered)
     rules = _Rules()
     rules.check_both_passes(a, HEAD_DIMS)
-    scale = _float32(a.q.shape[-1] ** -0.5 if a.scale is None else a.scale)
-    rules.check(scale >= 2**-126, "scale", "must be 2^-126 or more in float32", a.scale)
-    softcap = _float32(a.softcap)
-    capped = softcap <= 0 or (softcap < _float32(1e38) and scale >= 2**-64 * softcap)
-    rules.check(capped, "softcap", "must be below 1e38 and at most 2^64 scale", a.softcap)
+    rules.check_scale(a)
     tiles = _tiles(a, 64)
     rules.check(tiles <= MOST_TILES, "q", "must have at most 2^30 tiles of 64 rows", tiles)
     if out is not None:
@@ -76,9 +79,11 @@ def unsupported_sm90_backward(*lowered: Any) -> list[str]:
     a = Arguments(*lowered)
     rules = _Rules()
     rules.check_both_passes(a, BACKWARD_HEAD_DIMS)
-    rules.check(_float32(a.softcap) <= 0, "softcap", "must be 0 in float32", a.softcap)
-    summed = a.kind == "sigmoid" and a.score_bias is not None and a.score_bias.requires_grad
-    rules.check(not summed, "score_bias", "must not require a gradient", "a tensor that does")
+    if _float32(a.softcap) > 0:
+        rules.check_scale(a)
+        summed = a.kind == "sigmoid" and a.score_bias is not None and a.score_bias.requires_grad
+        rule = "must not require a gradient with a softcap"
+        rules.check(not summed, "score_bias", rule, "a tensor that does")
     rows = 128 if a.q.shape[-1] <= 64 else 64
     tiles = _tiles(a, rows)
     rule = f"must have fewer than 2^31 tiles of {rows} rows"
