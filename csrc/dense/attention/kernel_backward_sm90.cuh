@@ -6,8 +6,8 @@
 // A block owns kBlockKeys keys of a KV head and runs over the tiles of queries, of all heads of the
 // group, that see them. One warp loads Q, dO and the statistics of rows into kStages stages. Each
 // of two warpgroups owns 64 keys: their S^T, P^T, dP^T and dS^T are accumulators, which, rounded,
-// are the left operands of dV and dK as they are. dS goes through shared memory, and each warpgroup
-// makes half of the tile of dQ. Another warp adds it to a sum in float32 in global memory, when the
+// are the left operands of dV and dK as they are. dS goes through shared memory, and the warpgroups
+// make tiles of dQ in turn. Another warp adds them to a sum in float32 in global memory, when the
 // blocks of later keys have added theirs: the order is always the same. A second kernel then rounds
 // the sums.
 #pragma once
@@ -62,7 +62,7 @@ class Sm90Keys {
           add_tile<false>(first, number);
         else
           add_tile<true>(first, number);
-        add_to_queries(first, number);
+        if (number % Shape::kWarpgroups == warpgroup_) add_to_queries(first, number);
       }
     }
     store();
@@ -102,13 +102,13 @@ class Sm90Keys {
 
   __device__ void skip_tile(unsigned number) {
     if (bp_.sums) note_slopes(0, number);
-    meet();
+    finish_tile(number);
   }
   // The sum of a lane's dS, of which scale and softcap have no part.
   __device__ void note_slopes(float sum, unsigned number) {
     sum = warp_sum(sum);
     if (threadIdx.x % kWarpSize == 0)
-      shared_.slope_sums[number % 2][threadIdx.x / kWarpSize - kWarpgroupThreads / kWarpSize] = sum;
+      shared_.slope_sums[number % 3][threadIdx.x / kWarpSize - kWarpgroupThreads / kWarpSize] = sum;
   }
 
   // dV and dK of a tile, and its dS to shared memory. kGeneral: a mask or an end cuts it, or the
@@ -170,6 +170,13 @@ class Sm90Keys {
     fence_stores();
     wait_for_product<0>(dk_);
     fence_accumulators(dv_);
+    finish_tile(number);
+  }
+
+  // The stage may be loaded again, and dS of both warpgroups is written.
+  __device__ void finish_tile(unsigned number) {
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) shared_.empty[Stage<Shape>(number).index].arrive();
     meet();
   }
 
@@ -226,37 +233,31 @@ class Sm90Keys {
     }
   }
 
-  // Our half of the tile's dQ: rows 64 warpgroup_ .. of 64 columns, or columns of 64 rows.
+  // The tile's dQ or, see Shape, dQ^T.
   __device__ __forceinline__ void add_to_queries(int query0, unsigned number) {
-    constexpr bool kByRows = kQueries > 64;
-    const uint32_t ds = shared_address(shared_.ds[number % 2]) +
-                        (kByRows ? warpgroup_ * Shape::kBlockKeys * kBoxRowBytes : 0);
-    const uint32_t k =
-        shared_address(shared_.k[0]) + (kByRows ? 0 : warpgroup_ * kRows * kBoxRowBytes);
-    float dq[32];
+    const ColumnOperand ds{shared_address(shared_.ds[number % 2]), Shape::kBlockKeys * kBoxRowBytes,
+                           kRows * kBoxRowBytes};
+    const ColumnOperand k{shared_address(shared_.k[0]), kRows * kBoxRowBytes, Shape::kSlabBytes};
+    const ColumnOperand &a = Shape::kTransposed ? k : ds, &b = Shape::kTransposed ? ds : k;
+    float dq[64];
     const bool first_sees = keys_.sees<Shape>(0, query0);
     if (first_sees && keys_.sees<Shape>(1, query0)) {
-      start_by_columns<T, 2>(dq, ds, k, Shape::kSlabBytes);
+      start_by_columns<T, 2>(dq, a, b);
       wait_for_product<0>(dq);
     } else {
-      start_by_columns<T, 1>(dq, ds + (first_sees ? 0 : kRows * kBoxRowBytes),
-                             k + (first_sees ? 0 : Shape::kSlabBytes));
+      start_by_columns<T, 1>(dq, a, b, first_sees ? 0 : 1);
       wait_for_product<0>(dq);
     }
     fence_accumulators(dk_);
     fence_accumulators(dv_);
-    __syncwarp();
-    const bool is_first = threadIdx.x % kWarpSize == 0;
-    if (is_first) shared_.empty[Stage<Shape>(number).index].arrive();
     shared_.dq_empty.wait(number % 2 ^ 1);
-    const uint32_t to = shared_address(shared_.dq) + warpgroup_ * Shape::kShareFloats * 4 +
-                        threadIdx.x % kWarpgroupThreads * 16;
-    unroll<8>([&](auto n) {
+    const uint32_t to = shared_address(shared_.dq) + threadIdx.x % kWarpgroupThreads * 16;
+    unroll<16>([&](auto n) {
       store_floats<n * kWarpgroupThreads * 16>(to, reinterpret_cast<const float (&)[4]>(dq[4 * n]));
     });
     fence_stores();
     __syncwarp();
-    if (is_first) shared_.dq_full.arrive();
+    if (threadIdx.x % kWarpSize == 0) shared_.dq_full.arrive();
   }
 
   __device__ __forceinline__ void store() const {
@@ -350,11 +351,12 @@ __global__ void __launch_bounds__(2 * kWarpgroupThreads)
     number =
         head * plan.query_tiles + first_slot(place.rows, place.b, Shape::kTileQueries) + place.tile;
   }
+  // Half of the threads take the first half of each thread's sums, see add_to_queries.
   const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % kWarpSize;
-  const int share = threadIdx.x / kWarpgroupThreads;
+  const int half = threadIdx.x / kWarpgroupThreads, own = thread / kWarpSize * 16;
   float sums[1][8][4] = {};
   if (plan.turns[number] > 0) {
-    const int64_t at = number * Shape::kTileFloats + share * Shape::kShareFloats;
+    const int64_t at = number * Shape::kTileFloats + half * (Shape::kTileFloats / 2);
     const auto* from = reinterpret_cast<const float4*>(plan.dq + at);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
@@ -362,12 +364,14 @@ __global__ void __launch_bounds__(2 * kWarpgroupThreads)
       sums[0][n][0] = x.x, sums[0][n][1] = x.y, sums[0][n][2] = x.z, sums[0][n][3] = x.w;
     }
   }
-  constexpr bool kByRows = Shape::kTileQueries > 64;
-  const int row =
-      place.tile * Shape::kTileQueries + (kByRows ? share * 64 : 0) + thread / kWarpSize * 16;
+  const int row = place.tile * Shape::kTileQueries + (Shape::kTransposed ? half * 64 : own);
   T* const to = rows_at<T>(bp.dq, b, place.rows.start + row, h);
-  store_accumulators<1, T, 1, 4>(sums, plan.dq_factor, to, bp.dq.seq, place.rows.length - row,
-                                 kByRows ? 0 : share * 64, kHeadDim, lane);
+  const int rows = place.rows.length - row;
+  if constexpr (Shape::kTransposed)
+    store_transposed<T>(sums[0], plan.dq_factor, to + own, bp.dq.seq, rows, lane);
+  else
+    store_accumulators<1, T, 1, 4>(sums, plan.dq_factor, to, bp.dq.seq, rows, half * 64, kHeadDim,
+                                   lane);
 }
 
 template <typename T, int kHeadDim, Weights kWeights>

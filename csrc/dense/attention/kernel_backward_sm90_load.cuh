@@ -117,7 +117,7 @@ __device__ void add_queries_sm90(const AttentionBackwardParams& bp, const Sm90Ba
       else
         add_bulk(to, from, kBytes);
       if (bp.sums) {
-        const float* slopes = shared.slope_sums[number % 2];
+        const float* slopes = shared.slope_sums[number % 3];
         float sum = 0;
         for (int w = 0; w < Shape::kWarpgroups * 4; ++w) sum += slopes[w];
         bp.sums[2 * (first_sum + tile * (Shape::kTileQueries / 16))] +=

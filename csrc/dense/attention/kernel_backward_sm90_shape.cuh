@@ -24,9 +24,10 @@ struct Sm90BackwardShape {
   static constexpr int kSlabBytes = kRows * kHeadDim * 2;  // of K, V
   static constexpr int kQueryBytes = kTileQueries * kHeadDim * 2;
   static constexpr int kScoreBytes = kBlockKeys * kTileQueries * 2;
-  // A warpgroup makes 64 rows and 64 columns of a tile of dQ: of 128 rows or 128 columns.
-  static constexpr int kShareFloats = 64 * 64;
-  static constexpr int kTileFloats = kWarpgroups * kShareFloats;
+  // A tile of dQ is made by one warpgroup, those of 128 queries as dQ^T: a product of 64 rows and
+  // 128 columns reads fewer operands than two of 64.
+  static constexpr bool kTransposed = kTileQueries > 64;
+  static constexpr int kTileFloats = 64 * 128;
   static_assert(kTileFloats == kTileQueries * kHeadDim);
 };
 
@@ -137,7 +138,8 @@ struct alignas(1024) Sm90BackwardShared {
   float dq[Shape::kTileFloats];
   float minus_lse[Shape::kStages][Shape::kTileQueries];
   float minus_delta[Shape::kStages][Shape::kTileQueries];
-  float slope_sums[2][Shape::kWarpgroups * kWarpgroupThreads / 32];  // of warps, of tiles in turn
+  // Of warps, of tiles in turn: a warpgroup may be two tiles ahead of what is added.
+  float slope_sums[3][Shape::kWarpgroups * kWarpgroupThreads / 32];
   Mbarrier keys_full, cut_full;  // cut_full: of tiles whose last rows are then cleared
   Mbarrier full[Shape::kStages], empty[Shape::kStages];
   Mbarrier dq_full, dq_empty;
@@ -147,7 +149,7 @@ struct alignas(1024) Sm90BackwardShared {
     constexpr int kWarps = Shape::kWarpgroups * kWarpgroupThreads / 32;
     keys_full.init(1), cut_full.init(1);
     for (int i = 0; i < Shape::kStages; ++i) full[i].init(1), empty[i].init(kWarps);
-    dq_full.init(kWarps), dq_empty.init(1);
+    dq_full.init(kWarpgroupThreads / 32), dq_empty.init(1);
     publish_mbarriers();
   }
 };

@@ -1,5 +1,6 @@
 // Gradients on their way from accumulators to global memory.
 #pragma once
+#include "cuda/arch/ldmatrix.cuh"
 #include "cuda/arch/shared_memory.cuh"
 #include "cuda/math.cuh"
 #include "cuda/tile.cuh"
@@ -68,6 +69,22 @@ __device__ __forceinline__ void store_accumulators(const float (&acc)[kTiles][2 
       }
       to += 8 * stride;
     }
+}
+
+// Transposed accumulators, of 16 columns and 8 kCount rows, times factor to `rows` rows.
+template <typename T, int kCount>
+__device__ __forceinline__ void store_transposed(const float (&acc)[kCount][4], float factor, T* to,
+                                                 int64_t stride, int rows, int lane) {
+  const int g = lane / 4, c = lane % 4;
+  to += g * stride + c % 2 * 8 + c / 2 * 4;  // as in store_accumulators
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) {
+    const uint32_t a = transpose(pack<T>(acc[n][0] * factor, acc[n][1] * factor));
+    const uint32_t b = transpose(pack<T>(acc[n][2] * factor, acc[n][3] * factor));
+    const uint32_t got = __shfl_xor_sync(kFullWarp, c % 2 ? a : b, 1);
+    if (8 * n + g < rows)
+      *reinterpret_cast<uint2*>(to + 8 * n * stride) = c % 2 ? uint2{got, b} : uint2{a, got};
+  }
 }
 
 // `rows` rows of a tile to global memory, one element at a time, by one warp.

@@ -19,13 +19,6 @@ __device__ __forceinline__ void store_accumulators(float* out, int64_t step,
     }
 }
 
-// Of an 8 by 8 matrix of 16-bit elements, two of a row per lane.
-__device__ __forceinline__ uint32_t transpose(uint32_t word) {
-  uint32_t y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(word));
-  return y;
-}
-
 // 16-bit results pass through the warp's own columns of the values, from `own` of their subtile on,
 // which nobody needs any more.
 template <typename T, typename Shape>

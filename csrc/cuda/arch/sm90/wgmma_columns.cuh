@@ -8,26 +8,36 @@ template <typename T>
 struct WgmmaByColumns;
 template <>
 struct WgmmaByColumns<__half> {
-  using Atom = gmma::MMA_64x64x16_F32F16F16_SS<gmma::Major::MN, gmma::Major::MN>;
+  using Atom = gmma::MMA_64x128x16_F32F16F16_SS<gmma::Major::MN, gmma::Major::MN>;
 };
 template <>
 struct WgmmaByColumns<__nv_bfloat16> {
-  using Atom = gmma::MMA_64x64x16_F32BF16BF16_SS<gmma::Major::MN, gmma::Major::MN>;
+  using Atom = gmma::MMA_64x128x16_F32BF16BF16_SS<gmma::Major::MN, gmma::Major::MN>;
 };
 
-// Starts d [64, 64] = a^T b, of a and b [64 kSlabs, 64]: blocks of 64 columns, 64 rows of which
-// are a slab. slab_bytes: from a slab of b to the next one; those of a follow each other.
+// Blocks of 64 columns, 64 rows of which are a slab; from one to the next.
+struct ColumnOperand {
+  uint32_t address;
+  int block_bytes, slab_bytes;
+
+  __device__ uint64_t slab(int i) const {
+    return wgmma_operand(address + i * slab_bytes, block_bytes);
+  }
+};
+
+// Starts d [64, 128] = a^T b, of kSlabs slabs of a and b from `first` on.
 template <typename T, int kSlabs>
-__device__ __forceinline__ void start_by_columns(float (&d)[32], uint32_t a, uint32_t b,
-                                                 int slab_bytes = 0) {
+__device__ __forceinline__ void start_by_columns(float (&d)[64], const ColumnOperand& a,
+                                                 const ColumnOperand& b, int first = 0) {
   constexpr int kSteps = 64 / kWgmmaDepth, kStepBytes = kWgmmaDepth * kBoxRowBytes;
-  const uint64_t left = wgmma_operand(a);
-  const uint64_t right[2] = {wgmma_operand(b), wgmma_operand(b + slab_bytes)};
   fence_accumulators(d);
   cute::warpgroup_arrive();
-  unroll<kSlabs * kSteps>([&](auto i) {
-    wgmma<typename WgmmaByColumns<T>::Atom>(d, i > 0, left + i * (kStepBytes / 16),
-                                            right[i / kSteps] + i % kSteps * (kStepBytes / 16));
+  unroll<kSlabs>([&](auto slab) {
+    const uint64_t left = a.slab(first + slab), right = b.slab(first + slab);
+    unroll<kSteps>([&](auto i) {
+      wgmma<typename WgmmaByColumns<T>::Atom>(d, slab + i > 0, left + i * (kStepBytes / 16),
+                                              right + i * (kStepBytes / 16));
+    });
   });
   cute::warpgroup_commit_batch();
   fence_accumulators(d);
