@@ -200,6 +200,8 @@ char* access_cluster(Warp& warp, const Instruction& instruction, uint64_t addres
     uint64_t offsets[kLanes];
     offsets[lane] = address;
     shadow_shared(warp, instruction, target, offsets, Mask{1} << lane, bytes, kind);
+    // What another block sees of a strong access it may know from its value alone.
+    if (kind < Access::strong_read) reached(warp, instruction, lane, target);
   }
   return target.shared + address;
 }

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 
+#include "ptxvm/knowledge.h"
+#include "ptxvm/reports.h"
+
 namespace ptxvm {
 namespace {
 
@@ -45,6 +48,7 @@ void block_started(Block& block) {
   shadow.local_written.assign(size_t{kernel.local_bytes} * block.warps.size() * kLanes, 0);
   shadow.signals.clear();
   shadow.barriers = {};
+  shadow.remote.clear();
   start_timelines(block);
   for (Warp& warp : block.warps) {
     warp.defined.assign(kernel.file_bytes / kUnit + 1, 0);
@@ -56,8 +60,30 @@ void block_started(Block& block) {
   }
 }
 
+void reached(Warp& warp, const Instruction& in, int lane, Block& block) {
+  if (!warp.timeline || !block.shadow || &block == warp.block) return;
+  const Timeline& t = *warp.timeline;
+  const Remote now{t.agent, t.near.seen[t.agent], &warp, &in, lane};
+  for (Remote& remote : block.shadow->remote)
+    if (remote.agent == t.agent) {
+      remote = now;
+      return;
+    }
+  block.shadow->remote.push_back(now);
+}
+
 void block_finished(Block& block) {
-  if (block.shadow) spare_shadows.push_back(std::move(block.shadow));
+  if (!block.shadow) return;
+  // A block ends with its last warp, so it is enough that one of them knows.
+  for (const Remote& remote : block.shadow->remote)
+    if (std::none_of(block.warps.begin(), block.warps.end(), [&](const Warp& warp) {
+          return at(warp.timeline->near.seen, remote.agent) >= remote.time;
+        }))
+      broke_rule(*remote.warp, *remote.in, remote.lane, "access to a block that may have finished",
+                 "block " + std::to_string(block.rank) +
+                     " of the cluster may finish before this access to its shared memory: it waits "
+                     "for nothing that follows it");
+  spare_shadows.push_back(std::move(block.shadow));
 }
 
 }  // namespace ptxvm

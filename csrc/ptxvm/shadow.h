@@ -40,6 +40,14 @@ struct Region {
   void refine(uint32_t bytes);
 };
 
+// The last access of a warp of another block that is over when its time is known.
+struct Remote {
+  uint32_t agent, time;
+  Warp* warp;
+  const Instruction* in;
+  int lane;
+};
+
 struct SharedShadow {
   const Kernel* kernel = nullptr;
   std::vector<Region> regions;
@@ -48,6 +56,7 @@ struct SharedShadow {
   std::vector<uint8_t> local_written;  // per byte of the local memory of all threads
   std::unordered_map<uint32_t, Signal> signals;  // by the place of the mbarrier
   std::array<Gathered, 16> barriers;
+  std::vector<Remote> remote;
 
   uint32_t unset_in(uint64_t offset, uint32_t bytes) const {
     return unset[offset / 16] >> offset % 16 & ((1u << bytes) - 1);
@@ -59,6 +68,8 @@ void shadow_shared(Warp&, const Instruction&, Block&, const uint64_t* offsets, M
                    Access);
 void shadow_global(Warp&, const Instruction&, const uint64_t* addresses, Mask, uint32_t bytes,
                    Access);
+// An access to shared memory of another block, which must have happened before that block ends.
+void reached(Warp&, const Instruction&, int lane, Block&);
 void shadow_local(Warp&, const Instruction&, uint64_t offset, int lane, uint32_t bytes, Access);
 
 // Before the shadow of global memory would grow without bounds, or numbers begin again.

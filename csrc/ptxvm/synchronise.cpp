@@ -74,10 +74,12 @@ void mbarrier_arrived(Warp& warp, const Instruction& in, Block& block, uint32_t 
   Gathered& gathered = signal.gathering[remote];
   const uint8_t scope = scope_of(in);
   if (in.order & kReleases) {
-    if (remote && scope < kClusterScope)
+    if (remote && scope < kClusterScope) {
       refuse(signal.refused, publish(t), scope, kClusterScope);
-    else
+    } else {
       gather(gathered, t);
+      if (remote) reached(warp, in, __builtin_ctz(warp.mask), block);
+    }
     tick(t);
   } else {
     take(t.cluster, gathered.near, gathered.far, t.fences[remote ? kClusterScope : kCta]);
