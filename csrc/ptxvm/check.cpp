@@ -34,7 +34,9 @@ struct Look {
   const Instruction& in;
   int lane;
   const Block* block;
-  bool writes, async, strong;
+  bool writes;
+  Proxy proxy;
+  bool strong;
   uint8_t scope;
   uint32_t flight;    // bits of what is in flight from now on
   uint64_t host = 0;  // address of what a lane accesses
@@ -64,7 +66,7 @@ struct Look {
     return !strong || !other.strong || std::min(scope, other.scope) < distance(warp, other);
   }
   std::string missing(const Segment& other) const {
-    if (!strong || !other.strong) return remedy(warp, other, async);
+    if (!strong || !other.strong) return remedy(warp, other, proxy);
     return "one of them is of " + name_of_scope(std::min(scope, other.scope)) +
            " scope: " + name_of_scope(distance(warp, other)) + " is needed";
   }
@@ -100,7 +102,7 @@ void explain_race(const Look& look, const Cell& cell, uint64_t where, uint32_t o
 // with `last`, below 2^bits.
 uint32_t race_in(const Look& look, uint32_t id, uint32_t last, uint32_t bits) {
   const auto races = [&](uint32_t each) {
-    return first_unordered(look.warp, each, look.async) && look.is_race(segment(each));
+    return first_unordered(look.warp, each, look.proxy) && look.is_race(segment(each));
   };
   if (is_over(id)) return 0;
   if (!(id & kSet)) return races(id) ? id : 0;
@@ -117,11 +119,11 @@ Timeline::Saw& saw_at(const Look& look, uint64_t host) {
 // Whether one of those that have read the bytes since they were written comes before the access: it
 // saw them, so that they were written before.
 bool was_seen(const Look& look, const Cell& cell, uint64_t host) {
-  if (look.async) return false;
+  if (look.proxy != kGeneric) return false;
   const Timeline::Saw& saw = saw_at(look, host);
   if (saw.place == host && saw.wrote == cell.wrote) return true;
   if (is_over(cell.read)) return false;
-  const auto before = [&](uint32_t each) { return !first_unordered(look.warp, each, false); };
+  const auto before = [&](uint32_t each) { return !first_unordered(look.warp, each, kGeneric); };
   if (!(cell.read & kSet)) return before(cell.read);
   const auto& all = members(cell.read);
   return std::any_of(all.begin(), all.end(), before);
@@ -140,8 +142,10 @@ uint32_t racing_writer(const Look& look, const Cell& cell, uint64_t host) {
     return race_in(look, cell.wrote, cell.write_info >> kWriterShift, 32 - kWriterShift);
   };
   const uint32_t other = find();
-  if (!other || !look.strong || look.async || !(look.in.order & kAcquires)) return other;
+  if (!other || !look.strong || look.proxy != kGeneric || !(look.in.order & kAcquires))
+    return other;
   flag_acquired(look.warp, look.in, look.host);
+  if (host != look.host) flag_acquired(look.warp, look.in, host);  // of a later element
   return find();
 }
 
@@ -151,29 +155,29 @@ uint32_t racing_writer(const Look& look, const Cell& cell, uint64_t host) {
   const bool both_reduce = look.flight & cell.write_info & kReducing;
   if (!over && cell.write_info & kInFlight && !both_reduce) {
     explain_flight(look, cell, where);
-  } else if (!comes_before(look.warp, cell.wrote, look.async) &&
+  } else if (!comes_before(look.warp, cell.wrote, look.proxy) &&
              !is_of_another_lane(cell, mine, info)) {
     if (const uint32_t other = racing_writer(look, cell, host))
       explain_race(look, cell, where, other, true);
-    else if (look.strong && !look.writes && !look.async)
+    else if (look.strong && !look.writes && look.proxy == kGeneric)
       saw_at(look, host) = {host, cell.wrote};
   }
   if (look.writes) {
-    if (!comes_before(look.warp, cell.read, look.async))
+    if (!comes_before(look.warp, cell.read, look.proxy))
       if (const uint32_t other = race_in(look, cell.read, cell.read_info >> kIndexBits, 8))
         explain_race(look, cell, where, other, false);
     if (!look.strong && cell.write_info & kStrongWrite && !over) forget_flag(host);
     if (look.strong) {
-      const bool sees = !look.async && observes(look.in);
-      cell.wrote = join_writers(look.warp, cell.wrote, mine, look.async, sees);
-      cell.write_info = write_info(info, mine) | (look.async ? 0 : kStrongWrite) | look.flight;
+      const bool sees = look.proxy == kGeneric && observes(look.in);
+      cell.wrote = join_writers(look.warp, cell.wrote, mine, look.proxy, sees);
+      cell.write_info = write_info(info, mine) | (look.proxy ? 0 : kStrongWrite) | look.flight;
     } else {
       cell.wrote = mine;
       cell.write_info = info | look.flight;
     }
     cell.read = cell.read_info = 0;
   } else if (cell.read != mine) {
-    const uint32_t readers = join_readers(look.warp, cell.read, mine, look.async);
+    const uint32_t readers = join_readers(look.warp, cell.read, mine, look.proxy);
     if (readers != cell.read) cell.read_info = read_info(info, mine);
     cell.read = readers;
   }
@@ -184,9 +188,7 @@ template <bool writes, bool async>
 inline void touch(const Look& look, Cell& cell, uint64_t where, uint64_t host, uint32_t mine,
                   uint32_t info) {
   const Timeline& t = *look.warp.timeline;
-  const auto passed = [&](uint32_t id) {
-    return async ? t.has_passed_async(id) : t.has_passed(id);
-  };
+  const auto passed = [&](uint32_t id) { return t.has_passed(id, async ? look.proxy : kGeneric); };
   if constexpr (writes) {
     if (passed(cell.wrote) && passed(cell.read) && !(cell.write_info >> kIndexBits) && !look.strong)
         [[likely]] {
@@ -269,7 +271,7 @@ void shadow_lanes(Look look, SharedShadow& shadow, const uint64_t* offsets, Mask
 }
 
 Look look_of(Warp& warp, const Instruction& in, const Block* block, Access kind) {
-  return {warp, in, 0, block, !is_read(kind), false, is_strong(kind), reach(in), 0};
+  return {warp, in, 0, block, !is_read(kind), kGeneric, is_strong(kind), reach(in), 0};
 }
 uint32_t segment_for(const Look& look) {
   return look.strong ? strong_segment_of(look.warp, look.scope) : segment_of(look.warp);
@@ -313,9 +315,10 @@ void shadow_addresses(Look look, const uint64_t* addresses, Mask mask, uint32_t 
   }
 }
 
-// Bytes in a row, at any address, that something asynchronous touches.
+// Bytes in a row, at any address, that something asynchronous touches; host: of the first.
 template <bool writes, typename Of>
-void touch_range(const Look& look, uint64_t begin, uint64_t bytes, uint32_t mine, Of region_of) {
+void touch_range(const Look& look, uint64_t begin, uint64_t host, uint64_t bytes, uint32_t mine,
+                 Of region_of) {
   const uint32_t info = index_of(look.warp, look.in);
   for (uint64_t where = begin; where < begin + bytes;) {
     Region& region = region_of(where);
@@ -327,7 +330,7 @@ void touch_range(const Look& look, uint64_t begin, uint64_t bytes, uint32_t mine
     const uint64_t end = std::min(region_end, begin + bytes);
     const uint32_t step = 1u << region.shift;
     for (; where + step <= end; where += step, ++cell)
-      touch<writes, true>(look, *cell, where, 0, mine, info);
+      touch<writes, true>(look, *cell, where, host + (where - begin), mine, info);
   }
 }
 
@@ -407,7 +410,7 @@ void bulk_issued(Warp& warp, const Instruction& in, int lane, Block& target, uin
                   lane,
                   &target,
                   true,
-                  true,
+                  kAsyncShared,
                   reduces,
                   kClusterScope,
                   reduces ? kBulk | kReducing : kBulk};
@@ -421,9 +424,9 @@ void bulk_issued(Warp& warp, const Instruction& in, int lane, Block& target, uin
     shadow.unset[at / 16] &= static_cast<uint16_t>(~(((1u << size) - 1) << at % 16));
     at += size;
   }
-  touch_range<true>(look, offset, bytes, segment, [&](uint64_t where) -> Region& {
-    return shadow.regions[where >> Region::kShift];
-  });
+  touch_range<true>(
+      look, offset, reinterpret_cast<uint64_t>(target.shared) + offset, bytes, segment,
+      [&](uint64_t where) -> Region& { return shadow.regions[where >> Region::kShift]; });
 }
 
 void bulk_landed(Block& target, uint32_t offset, uint32_t bytes, bool reduces, uint32_t segment) {
@@ -452,7 +455,7 @@ void bulk_read(Warp& warp, const Instruction& in, int lane, uint64_t offset, uin
                uint32_t segment) {
   if (!warp.block->shadow) return;
   SharedShadow& shadow = *warp.block->shadow;
-  const Look look{warp, in, lane, warp.block, false, true, false, kCta, 0};
+  const Look look{warp, in, lane, warp.block, false, kAsyncShared, false, kCta, 0};
   for (uint64_t at = offset; at < offset + bytes;) {
     const auto size = static_cast<uint32_t>(std::min(16 - at % 16, offset + bytes - at));
     if (const uint32_t unset = shadow.unset_in(at, size)) {
@@ -461,25 +464,25 @@ void bulk_read(Warp& warp, const Instruction& in, int lane, uint64_t offset, uin
     }
     at += size;
   }
-  touch_range<false>(look, offset, bytes, segment, [&](uint64_t where) -> Region& {
-    return shadow.regions[where >> Region::kShift];
-  });
+  touch_range<false>(
+      look, offset, reinterpret_cast<uint64_t>(warp.block->shared) + offset, bytes, segment,
+      [&](uint64_t where) -> Region& { return shadow.regions[where >> Region::kShift]; });
 }
 
 void bulk_global(Warp& warp, const Instruction& in, int lane, uint64_t address, uint32_t bytes,
                  bool writes, bool reduces, uint32_t segment) {
   if (!warp.timeline || (!writes && is_constant(address, bytes))) return;
-  const Look look{warp, in, lane, nullptr, writes, true, reduces, kGpu, 0};
+  const Look look{warp, in, lane, nullptr, writes, kAsyncGlobal, reduces, kGpu, 0};
   const auto region = [](uint64_t where) -> Region& { return global_region(where); };
   if (writes)
-    touch_range<true>(look, address, bytes, segment, region);
+    touch_range<true>(look, address, address, bytes, segment, region);
   else
-    touch_range<false>(look, address, bytes, segment, region);
+    touch_range<false>(look, address, address, bytes, segment, region);
 }
 
 void operand_read(Warp& warp, const Instruction& in, uint64_t offset, uint32_t segment) {
   SharedShadow& shadow = *warp.block->shadow;
-  const Look look{warp, in, 0, warp.block, false, true, false, kCta, 0};
+  const Look look{warp, in, 0, warp.block, false, kAsyncShared, false, kCta, 0};
   const uint32_t info = index_of(warp, in);
   Region& region = shadow.regions[offset >> Region::kShift];
   Cell* cell = region.at(offset, 16);

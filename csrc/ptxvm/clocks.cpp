@@ -31,7 +31,7 @@ uint32_t new_segment(const Warp& warp, uint32_t agent, uint32_t time, Segment::K
 
 uint32_t new_agent(const Warp& warp) { return warp.block->cluster->clocks->agents++; }
 
-bool comes_before(const Timeline& t, const Segment& s, bool async) {
+bool comes_before(const Timeline& t, const Segment& s, Proxy proxy) {
   const Known* known = &t.near;
   if (s.cluster != t.cluster) {
     if (!t.far) return false;
@@ -40,7 +40,8 @@ bool comes_before(const Timeline& t, const Segment& s, bool async) {
     if (found == t.far->end() || found->first != s.cluster) return false;
     known = found->second.get();
   }
-  return at(async && !s.async() ? known->proxied : known->seen, s.agent) >= s.time;
+  const bool crosses = proxy != kGeneric && !s.async();
+  return at(crosses ? known->proxied[proxy - 1] : known->seen, s.agent) >= s.time;
 }
 
 }  // namespace
@@ -88,7 +89,7 @@ uint32_t segment_of(Warp& warp) {
   Timeline& t = *warp.timeline;
   if (!t.weak) {
     t.weak = new_segment(warp, t.agent, t.near.seen[t.agent], Segment::Kind::warp, false, 0);
-    t.ordered[t.weak % kRemembered] = t.weak;
+    t.ordered[kGeneric][t.weak % kRemembered] = t.weak;
   }
   return t.weak;
 }
@@ -98,7 +99,7 @@ uint32_t strong_segment_of(Warp& warp, uint8_t scope) {
   uint32_t& id = t.strong[scope];
   if (!id) {
     id = new_segment(warp, t.agent, t.near.seen[t.agent], Segment::Kind::warp, true, scope);
-    t.ordered[id % kRemembered] = id;
+    t.ordered[kGeneric][id % kRemembered] = id;
   }
   return id;
 }
@@ -114,19 +115,18 @@ bool is_over(uint32_t id) { return id & kSet ? (id & ~kSet) < first_set : id < f
 
 const std::vector<uint32_t>& members(uint32_t set) { return sets[(set & ~kSet) - first_set]; }
 
-uint32_t first_unordered(Warp& warp, uint32_t id, bool async) {
+uint32_t first_unordered(Warp& warp, uint32_t id, Proxy proxy) {
   if (is_over(id)) return 0;
   const Timeline& t = *warp.timeline;
-  if (!(id & kSet)) return comes_before(t, segment(id), async) ? 0 : id;
+  if (!(id & kSet)) return comes_before(t, segment(id), proxy) ? 0 : id;
   for (const uint32_t member : members(id))
-    if (!comes_before(t, segment(member), async)) return member;
+    if (!comes_before(t, segment(member), proxy)) return member;
   return 0;
 }
 
-bool comes_before(Warp& warp, uint32_t id, bool async) {
-  if (first_unordered(warp, id, async)) return false;
-  auto& remembered = async ? warp.timeline->async_ordered : warp.timeline->ordered;
-  remembered[id % kRemembered] = id;
+bool comes_before(Warp& warp, uint32_t id, Proxy proxy) {
+  if (first_unordered(warp, id, proxy)) return false;
+  warp.timeline->ordered[proxy][id % kRemembered] = id;
   return true;
 }
 
@@ -165,23 +165,23 @@ std::vector<uint32_t> those_kept(uint32_t before, const Segment& own, Keeps keep
 
 }  // namespace
 
-uint32_t join_readers(Warp& warp, uint32_t before, uint32_t reader, bool async) {
+uint32_t join_readers(Warp& warp, uint32_t before, uint32_t reader, Proxy proxy) {
   Timeline::Joined& known = warp.timeline->joined[before % kRemembered];
   if (known.set == before && known.with == reader) return known.result;
   std::vector<uint32_t> kept = those_kept(before, segment(reader), [&](const Segment& s) {
-    return !comes_before(*warp.timeline, s, async);
+    return !comes_before(*warp.timeline, s, proxy);
   });
   if (kept.size() >= kMostReaders) kept.erase(kept.begin());
   known = {before, reader, number_of(kept, reader)};
   return known.result;
 }
 
-uint32_t join_writers(Warp& warp, uint32_t before, uint32_t writer, bool async, bool sees) {
+uint32_t join_writers(Warp& warp, uint32_t before, uint32_t writer, Proxy proxy, bool sees) {
   const uint32_t with = writer | (sees ? kSet : 0);
   Timeline::Joined& known = warp.timeline->joined_writes[before % kRemembered];
   if (known.set == before && known.with == with) return known.result;
   std::vector<uint32_t> kept = those_kept(before, segment(writer), [&](const Segment& s) {
-    return !s.strong || !(sees || comes_before(*warp.timeline, s, async));
+    return !s.strong || !(sees || comes_before(*warp.timeline, s, proxy));
   });
   // At most one is weak.
   if (kept.size() >= kMostWriters)
@@ -282,13 +282,17 @@ std::string name_of(const Warp& reader, const Segment& s) {
          std::to_string(z) + ")";
 }
 
-std::string remedy(const Warp& warp, const Segment& s, bool async) {
+std::string remedy(const Warp& warp, const Segment& s, Proxy proxy) {
   const Timeline& t = *warp.timeline;
   for (const Timeline::Refused& refused : t.refused)
     if (holds(refused.what, s))
       return "a release and acquire of " + name_of_scope(refused.has) +
              " scope does not order them: " + name_of_scope(refused.needs) + " is needed";
-  if (async && comes_before(t, s, false)) return "fence.proxy.async is missing between them";
+  if (proxy != kGeneric && comes_before(t, s, kGeneric)) {
+    const bool other = comes_before(t, s, proxy == kAsyncShared ? kAsyncGlobal : kAsyncShared);
+    return other ? "fence.proxy.async between them is not of this memory"
+                 : "fence.proxy.async is missing between them";
+  }
   switch (s.kind) {
     case Segment::Kind::bulk:
     case Segment::Kind::copies:

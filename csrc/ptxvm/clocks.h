@@ -22,10 +22,15 @@ inline uint8_t scope_of(const Instruction& in) { return in.order & kScopeBits; }
 
 using Times = std::vector<uint32_t>;  // by agent of a cluster; those that are missing are 0
 
+// The proxy of an access: generic or, of memory of one kind, the asynchronous one.
+enum Proxy : uint8_t { kGeneric, kAsyncShared, kAsyncGlobal };
+
 // Of the agents of one cluster.
 struct Known {
-  Times seen;     // comes before what the warp does next ...
-  Times proxied;  // ... with a proxy fence between, so before its asynchronous operations too
+  Times seen;  // comes before what the warp does next ...
+  // ... with a proxy fence of shared or of global memory between, so before its asynchronous
+  // operations there too
+  Times proxied[2];
 };
 
 // Of clusters, ascending by their number.
@@ -84,10 +89,10 @@ struct Timeline {
   // Segments of now, 0 where there is none yet: of weak accesses and, by scope, of strong ones.
   uint32_t weak = 0;
   std::array<uint32_t, kScopes> strong{};
-  // Segments and sets that come before the next access, of the generic and of the asynchronous
-  // proxy, and what sets of readers and writers become when a segment joins them (that of a writer
-  // that sees them with kSet); by number modulo kRemembered.
-  std::array<uint32_t, kRemembered> ordered{}, async_ordered{};
+  // Segments and sets that come before the next access of a proxy, and what sets of readers and
+  // writers become when a segment joins them (that of a writer that sees them with kSet); by number
+  // modulo kRemembered.
+  std::array<std::array<uint32_t, kRemembered>, 3> ordered{};
   struct Joined {
     uint32_t set, with, result;
   };
@@ -117,8 +122,9 @@ struct Timeline {
   std::vector<Register> registers;
   uint32_t register_fences = 1, products_waited_for = 0;
 
-  bool has_passed(uint32_t id) const { return ordered[id % kRemembered] == id; }
-  bool has_passed_async(uint32_t id) const { return async_ordered[id % kRemembered] == id; }
+  bool has_passed(uint32_t id, Proxy proxy = kGeneric) const {
+    return ordered[proxy][id % kRemembered] == id;
+  }
 };
 
 // The mbarrier at a place: knowledge of its arrivals, of threads of its block and of others.
@@ -158,12 +164,12 @@ bool is_over(uint32_t id);                   // of an earlier launch, or 0
 const std::vector<uint32_t>& members(uint32_t set);
 // Whether all that a number names comes before the next access of the warp; remembers it. The
 // first segment that does not.
-bool comes_before(Warp&, uint32_t id, bool async);
-uint32_t first_unordered(Warp&, uint32_t id, bool async);
+bool comes_before(Warp&, uint32_t id, Proxy);
+uint32_t first_unordered(Warp&, uint32_t id, Proxy);
 // Readers of `before` that are still needed when `reader` joins them. Writers of `before` when the
 // strong `writer` joins them: weak ones, and strong ones unless it sees what they wrote.
-uint32_t join_readers(Warp&, uint32_t before, uint32_t reader, bool async);
-uint32_t join_writers(Warp&, uint32_t before, uint32_t writer, bool async, bool sees);
+uint32_t join_readers(Warp&, uint32_t before, uint32_t reader, Proxy);
+uint32_t join_writers(Warp&, uint32_t before, uint32_t writer, Proxy, bool sees);
 
 // Segments of operations beside the warp: wgmma of its warpgroup; a bulk copy that belongs to the
 // bulk group `group`, its reads and its writes; one that signals an mbarrier.
@@ -187,10 +193,11 @@ void mbarrier_arrived(Warp&, const Instruction&, Block&, uint32_t offset);
 void mbarrier_completed(Block&, uint32_t offset);
 void mbarrier_passed(Warp&, const Instruction&, Block&, uint32_t offset);
 void fence_executed(Warp&, const Instruction&);
-void proxy_fence_executed(Warp&);
-// An access to host addresses that acquires, releases or is strong.
+void proxy_fence_executed(Warp&, bool shared, bool global);
+// An access to host addresses that acquires, releases or is strong; of vectors, to so many elements
+// of so many bytes.
 void strong_accessed(Warp&, const Instruction&, const uint64_t* places, Mask, bool reads,
-                     bool writes);
+                     bool writes, int elements, uint32_t bytes);
 void flag_acquired(Warp&, const Instruction&, uint64_t place);  // the acquire of one of them alone
 void forget_flag(uint64_t place);                               // a weak write
 // Whether a strong access gives the program the value that it finds.
@@ -203,6 +210,6 @@ uint8_t distance(const Warp&, const Segment&);
 // an access of the warp.
 std::string name_of(const Warp& reader, const Segment&);
 std::string name_of_scope(uint8_t);
-std::string remedy(const Warp&, const Segment&, bool async);
+std::string remedy(const Warp&, const Segment&, Proxy);
 
 }  // namespace ptxvm

@@ -17,7 +17,7 @@ void raise(Times& times, const Times& others) {
 
 void raise(Known& known, const Known& other) {
   raise(known.seen, other.seen);
-  raise(known.proxied, other.proxied);
+  for (int i = 0; i < 2; ++i) raise(known.proxied[i], other.proxied[i]);
 }
 
 bool covers(const Times& times, const Times& others) {
@@ -27,7 +27,8 @@ bool covers(const Times& times, const Times& others) {
 }
 
 bool covers(const Known& known, const Known& other) {
-  return covers(known.seen, other.seen) && covers(known.proxied, other.proxied);
+  return covers(known.seen, other.seen) && covers(known.proxied[0], other.proxied[0]) &&
+         covers(known.proxied[1], other.proxied[1]);
 }
 
 }  // namespace

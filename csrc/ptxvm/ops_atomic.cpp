@@ -102,7 +102,7 @@ void run_atomic(Warp& warp, const Instruction& in, Mask mask) {
   constexpr uint32_t bytes = sizeof(T) * vector;
   if (options.count) count_request(warp, in, space_of(in), addresses, mask, bytes, Traffic::atomic);
   resolve(warp, in, space_of(in), addresses, mask, bytes, Access::atomic);
-  strong_accessed(warp, in, addresses, mask, true, true);
+  strong_accessed(warp, in, addresses, mask, true, true, vector, sizeof(T));
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int i = __builtin_ctz(rest);
     char* memory = reinterpret_cast<char*>(addresses[i]);

@@ -18,7 +18,10 @@ void nothing(Warp&, const Instruction&, Mask) {}
 
 void run_fence(Warp& warp, const Instruction& in, Mask) { fence_executed(warp, in); }
 
-void run_proxy_fence(Warp& warp, const Instruction&, Mask) { proxy_fence_executed(warp); }
+template <bool shared, bool global>
+void run_proxy_fence(Warp& warp, const Instruction&, Mask) {
+  proxy_fence_executed(warp, shared, global);
+}
 
 uint8_t scope_named(const std::string& word) {
   return word == "cta" ? kCta : word == "cluster" ? kClusterScope : kGpu;
@@ -46,7 +49,10 @@ void decode_fence(Decoder& decoder, const Statement& statement, Instruction& in)
                        parts[3] == "cluster";
   require(decoder, (has_scope || is_proxy || is_async || is_init) && statement.operands.empty());
   if (is_proxy || is_async) {
-    in.run = parts[2] == "async" ? run_proxy_fence : nothing;
+    in.run = parts[2] != "async"    ? nothing
+             : !is_async            ? run_proxy_fence<true, true>
+             : parts[3] == "global" ? run_proxy_fence<false, true>
+                                    : run_proxy_fence<true, false>;
     return;
   }
   // Without .sc and the like a fence is .acq_rel. That of mbarrier.init counts for all writes.

@@ -53,7 +53,8 @@ void load(Warp& warp, const Instruction& in, Mask mask) {
   if (options.count) count_request(warp, in, space_of(in), addresses, mask, bytes, Traffic::load);
   resolve(warp, in, space_of(in), addresses, mask, bytes,
           in.order & kIsStrong ? Access::strong_read : Access::read);
-  if (in.order & kIsStrong) strong_accessed(warp, in, addresses, mask, true, false);
+  if (in.order & kIsStrong)
+    strong_accessed(warp, in, addresses, mask, true, false, vector, sizeof(M));
 
   alignas(64) R values[vector][kLanes];
   if constexpr (vector == 1) {
@@ -90,7 +91,8 @@ void store(Warp& warp, const Instruction& in, Mask mask) {
   if (options.count) count_request(warp, in, space_of(in), addresses, mask, bytes, Traffic::store);
   resolve(warp, in, space_of(in), addresses, mask, bytes,
           in.order & kIsStrong ? Access::strong_write : Access::write);
-  if (in.order & kIsStrong) strong_accessed(warp, in, addresses, mask, false, true);
+  if (in.order & kIsStrong)
+    strong_accessed(warp, in, addresses, mask, false, true, vector, sizeof(M));
 
   const R* values[vector];
   for (int j = 0; j < vector; ++j) values[j] = lanes<const R>(warp, in.slots[1 + j]);

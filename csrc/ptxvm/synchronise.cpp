@@ -140,14 +140,21 @@ void fence_executed(Warp& warp, const Instruction& in) {
   }
 }
 
-void proxy_fence_executed(Warp& warp) {
+void proxy_fence_executed(Warp& warp, bool shared, bool global) {
   if (!warp.timeline) return;
   Timeline& t = *warp.timeline;
-  t.near.proxied = t.near.seen;
+  const auto fence = [&](Known& known) {
+    if (shared) known.proxied[0] = known.seen;
+    if (global) known.proxied[1] = known.seen;
+  };
+  fence(t.near);
   if (t.far) {
     auto fenced = std::make_shared<Far>();
-    for (const auto& [cluster, known] : *t.far)
-      fenced->push_back({cluster, std::make_shared<const Known>(Known{known->seen, known->seen})});
+    for (const auto& [cluster, known] : *t.far) {
+      auto own = std::make_shared<Known>(*known);
+      fence(*own);
+      fenced->push_back({cluster, std::move(own)});
+    }
     t.far = fenced;
   }
   tick(t);
@@ -186,11 +193,8 @@ void write_flag(Warp& warp, Flag& flag, uint8_t scope, const Published& what) {
   flag.releases.push_back({scope, t.cluster, rank, false, what});
 }
 
-}  // namespace
-
-void strong_accessed(Warp& warp, const Instruction& in, const uint64_t* places, Mask mask,
-                     bool reads, bool writes) {
-  if (!warp.timeline) return;
+void access_flags(Warp& warp, const Instruction& in, const uint64_t* places, Mask mask, bool reads,
+                  bool writes) {
   Timeline& t = *warp.timeline;
   const uint8_t scope = scope_of(in);
   const bool releases = writes && in.order & kReleases;
@@ -228,6 +232,19 @@ void strong_accessed(Warp& warp, const Instruction& in, const uint64_t* places, 
     }
   }
   if (releases) tick(t);
+}
+
+}  // namespace
+
+void strong_accessed(Warp& warp, const Instruction& in, const uint64_t* places, Mask mask,
+                     bool reads, bool writes, int elements, uint32_t bytes) {
+  if (!warp.timeline) return;
+  access_flags(warp, in, places, mask, reads, writes);
+  for (int i = 1; i < elements; ++i) {
+    uint64_t at[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) at[lane] = places[lane] + i * bytes;
+    access_flags(warp, in, at, mask, reads, writes);
+  }
 }
 
 void flag_acquired(Warp& warp, const Instruction& in, uint64_t place) {

@@ -360,7 +360,7 @@ mapa.shared::cluster.u32 %r5, %r2, %r4; mapa.shared::cluster.u32 %r7, %r6, %r4;
         ),
         (f"{expect(16)}@%p0 {LOAD} [%r2], [%d0], 16, [bar];", "the blocks finished while"),
         (f"@%p0 {STORE} [%d0], [data+512], 16;\n{DRAIN}", "read of uninitialised shared address"),
-        (f"@%p0 {STORE} [%d0], [%r2], 16;", "the block finished while this copy had to read"),
+        (f"@%p0 {STORE} [%d0+2048], [%r2], 16;", "the block finished while this copy had to read"),
         (
             f"{expect(16)}bar.sync 0;\n@%p2 ld.shared.u32 %r5, [%r2];\n"
             f"@%p0 {LOAD} [%r2], [%d0], 16, [bar];",
@@ -401,6 +401,29 @@ WAIT:
 {wait("0")}"""
     with sm90(check=1), pytest.raises(MachineError, match="block 1 of the cluster finished while"):
         machine.run(kernel(body, cluster=2), "k", np.zeros(4, np.uint32), grid=2)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_a_copy_over_a_flag_releases_nothing(order: str) -> None:
+    """Warp 1 waits for the copy and acquires what it left, not what warp 0 had released."""
+    word = "@%p0 st.shared.u32 [%r2+512], 5;\n"
+
+    def body(first: str, then: str) -> str:
+        return f"""{init(1)}@%p2 bra READ;
+{first}{expect(16)}{then}
+@%p0 st.release.cta.shared.u32 [%r2], 1;
+fence.proxy.async;
+@%p0 {LOAD} [%r2], [%d0], 16, [bar];
+ret;
+READ: {wait("0")}
+ld.acquire.cta.shared.u32 %r4, [%r2]; ld.shared.u32 %r5, [%r2+512];"""
+
+    data = np.ones(4, np.uint32)
+    for mode in MODES[:2]:
+        with sm90(check=1, order=order, **{"async": mode}):
+            machine.run(kernel(body(word, "")), "k", data, block=64)
+            with pytest.raises(MachineError, match="race: read of shared address 0x200"):
+                machine.run(kernel(body("", word)), "k", data, block=64)
 
 
 def test_counters() -> None:

@@ -228,6 +228,12 @@ CASES = {
     "bulk store: proxy fence of the writers": Case(
         FILLED, FENCE + "bar.sync 0;\n", "bar.sync 0;\n", rf"race: read of .*written by .*{PROXY}"
     ),
+    "bulk store: proxy fence of another memory": Case(
+        FILLED.replace("HERE", "fence.proxy.async.HERE;\nbar.sync 0;"),
+        "shared::cta",
+        "global",
+        r"fence\.proxy\.async between them is not of this memory",
+    ),
     "bulk store: proxy fence behind the barrier": Case(
         FILLED, "bar.sync 0;\n" + FENCE, FENCE, rf"race: .*{NONE}|uninitialised"
     ),

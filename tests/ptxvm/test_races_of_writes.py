@@ -1,5 +1,5 @@
-"""A strong write does not hide what was written before it: each case with a kernel that orders the
-writes and one that does not."""
+"""A strong write does not hide what was written before it, and each word of a vector is a flag:
+cases with a kernel that orders the accesses and one that does not."""
 
 from __future__ import annotations
 
@@ -60,6 +60,29 @@ CASES = {
         "st.relaxed.gpu.global.u32 [%d0+128], 1;\n",
         "ld.acquire",
         "ld.relaxed",
+        rf"race: read of global .*{GPU}",
+        grid=2,
+        block=32,
+    ),
+    "a flag in the second word of a vector": Case(
+        "@!%p5 bra READ;\n@%p0 st.global.u32 [%d0+256], 7;\n"
+        "@%p0 st.HERE.gpu.global.v2.u32 [%d0], {%r21, %r21};\nret;\n"
+        "READ: ld.acquire.gpu.global.u32 %r5, [%d0+4]; setp.eq.u32 %p4, %r5, 0; @%p4 bra READ;\n"
+        "ld.global.u32 %r6, [%d0+256];\n",
+        "release",
+        "relaxed",
+        rf"race: read of global .*{GPU}",
+        grid=2,
+        block=32,
+    ),
+    "a flag that is read as the fourth word of a vector": Case(
+        "@!%p5 bra READ;\n@%p0 st.global.u32 [%d0+256], 7;\n"
+        "@%p0 st.release.gpu.global.u32 [%d0+12], %r21;\nret;\n"
+        "READ: ld.HERE.gpu.global.v4.u32 {%r5, %r6, %r7, %r8}, [%d0];\n"
+        "setp.eq.u32 %p4, %r8, 0; @%p4 bra READ;\n"
+        "ld.global.u32 %r6, [%d0+256];\n",
+        "acquire",
+        "relaxed",
         rf"race: read of global .*{GPU}",
         grid=2,
         block=32,
