@@ -23,6 +23,7 @@ class Mutation:
     kernel: str  # found in the name of the entry
     kind: str
     seed: int  # which of the places
+    drawn: bool = True  # else in the order of the text
 
     def __str__(self) -> str:
         return f"{self.kernel}-{self.kind}-{self.seed}"
@@ -103,6 +104,17 @@ def _word(**words: str) -> Edit:
     return edit
 
 
+def _without_wait(found: re.Match[str], _: random.Random) -> str:
+    """No look: the phase has ended."""
+    new = f"mov.u32 {found['n']}, 1;"
+    return new + re.sub(r"[^\n]", " ", found[0][len(new) :])
+
+
+def _behind(found: re.Match[str], _: random.Random) -> str:
+    """What comes first behind the rest."""
+    return found["rest"] + found["first"]
+
+
 _COMPARISONS = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt", "eq": "ne", "ne": "eq"}
 
 
@@ -150,12 +162,30 @@ KINDS: dict[str, tuple[str, Edit]] = {
     "phase": (r"mbarrier\.(try|test)_wait\.parity[^;\[]*\[[^\]]*\], (?P<n>%\w+)", _other_phase),
     # The loop of a wait, not the first look.
     "wait skipped": (r"mbarrier\.try_wait[^;]*;\s*@P1 bra DONE;\s*bra\s+LAB_WAIT;", _blank),
+    "wait removed": (
+        r"mbarrier\.try_wait[^;]*;\s*selp\.u32[ \t]+(?P<n>%\w+), 1, 0, \w+;",
+        _without_wait,
+    ),
     "proxy fence dropped": (_GUARD + r"fence\.proxy\.async[^;]*;", _blank),
     "products awaited late": (
         r"wgmma\.wait_group\.sync\.aligned[ \t]+(?P<n>\d+)",
         _digits(lambda n, _: n + 1),
     ),
     "products not awaited": (_GUARD + r"wgmma\.wait_group[^;]*;", _blank),
+    # A stage is given back, or a turn is over, before what used it has finished.
+    "products awaited behind the release": (
+        r"(?P<first>wgmma\.wait_group[^;]*;)"
+        r"(?P<rest>((?!wgmma)[\s\S])*?mbarrier\.arrive((?!wgmma)[\s\S])*?\n\$L\w+:)",
+        _behind,
+    ),
+    "copies awaited behind the release": (
+        r"(?P<first>cp\.async\.bulk\.wait_group[ \t]+\d+;)(?P<rest>[^}]*?st\.release[^;]*;)",
+        _behind,
+    ),
+    "value behind its flag": (
+        r"(?P<first>st\.cg[^;]*;)(?P<rest>((?!st\.)[\s\S])*?st\.release[^;]*;)",
+        _behind,
+    ),
     "bulk wait dropped": (_GUARD + r"cp\.async\.bulk\.wait_group[^;]*;", _blank),
     "cluster barrier dropped": (_GUARD + r"barrier\.cluster\.(arrive|wait)[^;]*;", _blank),
     "fence dropped": (_GUARD + r"(membar\.(gl|sys)|fence\.(acq_rel|sc)\.\w+)[^;]*;", _blank),
@@ -214,8 +244,11 @@ def _at(text: str, found: re.Match[str], kind: str, choice: random.Random) -> tu
 
 def mutate(text: str, mutation: Mutation) -> tuple[str, Change]:
     """The text with one fault; the same one every time."""
-    choice = random.Random(str(mutation))
     candidates = places(text, mutation.kernel, mutation.kind)
+    if not mutation.drawn:
+        at = mutation.seed
+        return _at(text, candidates[at], mutation.kind, random.Random(at))
+    choice = random.Random(str(mutation))
     choice.shuffle(candidates)
     for found in candidates[mutation.seed % max(len(candidates), 1) :] + candidates:
         changed, change = _at(text, found, mutation.kind, choice)

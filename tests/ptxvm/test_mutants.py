@@ -5,6 +5,7 @@ Which of them survive, and why, is in docs/notebook/ptxvm.md.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -74,15 +75,20 @@ GRID_MUTATIONS = [
 ]
 
 
-def run(mutations: Sequence[Mutation]) -> list[dict[str, Any]]:
-    # The rows of merge_case fill so many multiprocessors: merge_kernel runs, not that for few rows.
+# The rows of merge_case fill so many: merge_kernel runs, not that for few rows.
+MULTIPROCESSORS = 16
+
+
+def run(
+    mutations: Sequence[Mutation], multiprocessors: int = MULTIPROCESSORS
+) -> list[dict[str, Any]]:
     environment = os.environ | {
         "TOKENMILL_EMULATED": str(_library.EMULATED_PATH),
-        "PTXVM_SMS": "16",
+        "PTXVM_SMS": str(multiprocessors),
     }
     done = subprocess.run(
         [sys.executable, str(HERE / "mutant_runner.py")],
-        input=json.dumps([[m.kernel, m.kind, m.seed] for m in mutations]),
+        input=json.dumps([dataclasses.astuple(m) for m in mutations]),
         env=environment,
         capture_output=True,
         text=True,
@@ -140,13 +146,19 @@ mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f1}, {%r1,%r2}, {%r5}, {%f1
 ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r1, %r2}, [%r3];
 mbarrier.init.shared::cta.b64 [%r1], %r2;
 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], %r2;
+wgmma.wait_group.sync.aligned 1;
 mbarrier.arrive.shared::cta.b64 _, [%r1];
+$L__1:
+mbarrier.try_wait.parity.shared::cta.b64 p, [%r1], %r2;
+selp.u32 %r3, 1, 0, p;
 LAB_WAIT: mbarrier.try_wait.parity.shared::cta.b64 P1, [%r1], %r2;
 @P1 bra DONE;
 bra LAB_WAIT;
 DONE: fence.proxy.async.shared::cta;
 wgmma.wait_group.sync.aligned 1;
 cp.async.bulk.wait_group.read 0;
+cp.async.bulk.wait_group 0;
+st.cg.u64 [%rd1], %rd2;
 barrier.cluster.arrive.aligned;
 membar.gl;
 st.release.gpu.global.u32 [%rd1], %r1;
