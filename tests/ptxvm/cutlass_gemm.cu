@@ -15,7 +15,7 @@ using Gemm = cutlass::gemm::device::Gemm<
     cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<>, 4>;
 
 int wrong(int m, int n, int k) {
-  return count_wrong(m, n, k, [=](Half* a, Half* b, float* c) {
+  return count_wrong(m, n, k, false, [=](Half* a, Half* b, float* c) {
     return Gemm()({{m, n, k}, {a, k}, {b, k}, {c, n}, {c, n}, {1.0f, 0.0f}});
   });
 }

@@ -28,14 +28,17 @@ T* upload(const std::vector<T>& values) {
   return static_cast<T*>(device);
 }
 
-// Wrong elements of c = a b^T, which gemm(on_a, on_b, on_c) computes on the device and gives the
-// status of: a [m, k], b [n, k], c [m, n].
+// Wrong elements of c = a b^T or, if it adds, c += a b^T, which gemm(on_a, on_b, on_c) computes on
+// the device and gives the status of: a [m, k], b [n, k], c [m, n].
 template <typename Gemm>
-int count_wrong(int m, int n, int k, const Gemm& gemm) {
+int count_wrong(int m, int n, int k, bool adds, const Gemm& gemm) {
   std::vector<Half> a(size_t(m) * k), b(size_t(n) * k);
   for (size_t i = 0; i < a.size(); ++i) a[i] = Half(float(int(i * 37 % 101) - 50) / 64);
   for (size_t i = 0; i < b.size(); ++i) b[i] = Half(float(int(i * 53 % 97) - 48) / 64);
+  const auto before = [&](size_t i) { return adds ? float(i % 13) : 0; };
   std::vector<float> c(size_t(m) * n, NAN);
+  if (adds)
+    for (size_t i = 0; i < c.size(); ++i) c[i] = before(i);
   Half *on_a = upload(a), *on_b = upload(b);
   float* on_c = upload(c);
   const cutlass::Status status = gemm(on_a, on_b, on_c);
@@ -48,7 +51,7 @@ int count_wrong(int m, int n, int k, const Gemm& gemm) {
   int wrong = 0;
   for (int i = 0; i < m; ++i)
     for (int j = 0; j < n; ++j) {
-      double sum = 0;
+      double sum = before(size_t(i) * n + j);
       for (int l = 0; l < k; ++l)
         sum += double(float(a[size_t(i) * k + l])) * double(float(b[size_t(j) * k + l]));
       wrong += !(double(c[size_t(i) * n + j]) == sum);

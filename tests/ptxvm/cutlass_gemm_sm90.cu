@@ -1,5 +1,8 @@
 // A warp-specialised GEMM of CUTLASS for sm_90a (TMA, mbarrier pipelines, wgmma, a cluster of 2 x 1
 // blocks with multicast): prints a line "M N K wrong" per shape, the number of wrong elements.
+//
+// As it stands a block computes one tile of a b^T. With PINGPONG two warpgroups take turns at the
+// tiles of a block, of which one cluster has all, and add them to c.
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 
 #include <array>
@@ -13,15 +16,29 @@
 using namespace cute;
 using RowMajor = cutlass::layout::RowMajor;
 using ColumnMajor = cutlass::layout::ColumnMajor;
-using BlockTile = Shape<_128, _64, _64>;
 using Cluster = Shape<_2, _1, _1>;
+#ifdef PINGPONG
+using BlockTile = Shape<_64, _64, _64>;
+using Schedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
+using Source = float;
+constexpr std::array<int, 3> kShapes[] = {{200, 200, 200}};
+#else
+using BlockTile = Shape<_128, _64, _64>;
+using Schedule = cutlass::gemm::KernelTmaWarpSpecialized;
+using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
+using Source = void;
+constexpr std::array<int, 3> kShapes[] = {{256, 64, 64}, {200, 72, 200}};
+#endif
+constexpr bool kAdds = !std::is_void_v<Source>;
+constexpr int kMultiprocessors = kAdds ? 2 : 0;  // 0: those of the device
 using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, BlockTile, Cluster,
-    cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, RowMajor, 4, float,
-    RowMajor, 4, cutlass::epilogue::TmaWarpSpecialized>::CollectiveOp;
+    cutlass::epilogue::collective::EpilogueTileAuto, float, float, Source, RowMajor, 4, float,
+    RowMajor, 4, EpilogueSchedule>::CollectiveOp;
 using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Half, RowMajor, 8, Half, ColumnMajor, 8,
-    float, BlockTile, Cluster, _2, cutlass::gemm::KernelTmaWarpSpecialized>::CollectiveOp;
+    float, BlockTile, Cluster, _2, Schedule>::CollectiveOp;
 using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>;
 using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
@@ -29,16 +46,17 @@ int wrong(int m, int n, int k) {
   const auto stride_a = cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, {m, k, 1});
   const auto stride_b = cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, {n, k, 1});
   const auto stride_d = cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, {m, n, 1});
-  return count_wrong(m, n, k, [&](Half* a, Half* b, float* c) {
-    typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
-                                       {m, n, k, 1},
-                                       {a, stride_a, b, stride_b},
-                                       {{1.0f, 0.0f}, nullptr, {}, c, stride_d}};
+  return count_wrong(m, n, k, kAdds, [&](Half* a, Half* b, float* c) {
+    typename Gemm::Arguments arguments{
+        cutlass::gemm::GemmUniversalMode::kGemm,
+        {m, n, k, 1},
+        {a, stride_a, b, stride_b},
+        {{1.0f, kAdds ? 1.0f : 0.0f}, kAdds ? c : nullptr, stride_d, c, stride_d},
+        {0, kMultiprocessors}};
     return Gemm().run(arguments);
   });
 }
 
 int main() {
-  constexpr std::array<int, 3> shapes[] = {{256, 64, 64}, {200, 72, 200}};
-  for (auto [m, n, k] : shapes) std::printf("%d %d %d %d\n", m, n, k, wrong(m, n, k));
+  for (auto [m, n, k] : kShapes) std::printf("%d %d %d %d\n", m, n, k, wrong(m, n, k));
 }

@@ -1,5 +1,5 @@
-"""Faults in what kernels of compute capability 9.0a wait for: Triton's matmul and attention, and a
-GEMM of CUTLASS. Which of them survive, and why, is in docs/notebook/ptxvm.md."""
+"""Faults in what kernels of compute capability 9.0a wait for: Triton's matmul and attention, and
+GEMMs of CUTLASS. Which of them survive, and why, is in docs/notebook/ptxvm.md."""
 
 from __future__ import annotations
 
@@ -52,14 +52,20 @@ WITHOUT_EFFECT = {
     ("attention_fp16", "barrier dropped", 2),
     ("attention_fp16", "wait weakened", 1),
     ("attention_fp16", "proxy fence dropped", 1),
-    *(("gemm", "arrivals", number) for number in range(4, 12)),
-    ("gemm", "phase", 1),
-    ("gemm", "phase", 5),
-    ("gemm", "wait skipped", 3),
-    ("gemm", "barrier dropped", 1),
-    ("gemm", "barrier dropped", 7),
-    ("gemm", "bulk wait dropped", 0),
-    ("gemm", "bulk wait dropped", 3),
+    *(("cluster", "arrivals", number) for number in range(4, 12)),
+    ("cluster", "phase", 1),
+    ("cluster", "phase", 5),
+    ("cluster", "wait skipped", 3),
+    ("cluster", "barrier dropped", 1),
+    ("cluster", "barrier dropped", 7),
+    ("cluster", "bulk wait dropped", 0),
+    ("cluster", "bulk wait dropped", 3),
+    ("pingpong", "arrivals", 10),
+    *(("pingpong", "phase", number) for number in (1, 2, 9, 11, 12, 13, 17)),
+    *(("pingpong", "wait skipped", number) for number in (3, 7, 9, 10, 11, 14, 15, 16)),
+    ("pingpong", "barrier dropped", 1),
+    ("pingpong", "barrier dropped", 3),
+    ("pingpong", "bulk wait dropped", 0),
 }
 DRAWN = 5  # of Triton's, every day
 Fault = tuple[str, str, int]
@@ -125,13 +131,14 @@ def judge_program(path: Path) -> tuple[str, str]:
 
 
 @full_only
-def test_mutants_of_cutlass_are_reported(tmp_path: Path) -> None:
-    program, mutated = compile_gemm("cutlass_gemm_sm90.cu", tmp_path), tmp_path / "mutated"
+@pytest.mark.parametrize("name", ["cluster", "pingpong"])
+def test_mutants_of_cutlass_are_reported(name: str, tmp_path: Path) -> None:
+    program, mutated = compile_gemm(name, tmp_path), tmp_path / "mutated"
     texts = [text for _, text in sections(program.read_bytes())]
     (at,) = (i for i, text in enumerate(texts) if ".entry" in text)
     rows = []
     for kind, number, text, change in mutants(texts[at], CUTLASS_KINDS):
         shutil.copy(program, mutated)
         write_text(mutated, at, text)
-        rows.append((("gemm", kind, number), change, *judge_program(mutated)))
+        rows.append(((name, kind, number), change, *judge_program(mutated)))
     assert_reported(rows)

@@ -14,6 +14,7 @@ import pytest
 import toolchain
 import torch
 from machine import LIBRARY, machine
+from tier import FULL, daily
 
 HERE = Path(__file__).parent
 
@@ -63,17 +64,24 @@ def within(got: torch.Tensor, exact: torch.Tensor, share: float) -> None:
     assert error <= share
 
 
-MODES = [
+# Everything that can differ and must not be seen, of programs that are checked.
+CHECKED = [
+    {"check": 1, "order": order, "async": moment, "fuel": 300 if order == "seeded" else 20000}
+    for order in ("forward", "reverse", "seeded")
+    for moment in ("latest", "earliest", "seed:1", "seed:2")
+]
+MODES: list[dict[str, Any]] = [
     {},
     {"check": 1},
     {"order": "reverse"},
     {"order": "seeded", "seed": 5},
     {"mma": "hardware"},
+    *CHECKED * FULL,
 ]
 # With wgmma.
-MODES_SM90 = [
-    {"device": "sm_90a"} | mode
-    for mode in ({"check": 1}, {"async": "earliest"}, {"async": "seed:1", "order": "seeded"})
+SOME = [{"check": 1}, {"async": "earliest"}, {"async": "seed:1", "order": "seeded"}]
+MODES_SM90: list[dict[str, Any]] = [
+    {"device": "sm_90a"} | mode for mode in (CHECKED if FULL else SOME)
 ]
 MATMULS = [(torch.float16, 1e-6), (torch.bfloat16, 1e-6), (torch.float32, 2e-3)]
 
@@ -134,20 +142,19 @@ def test_attention_sm90(programs_sm90: Path, dtype: torch.dtype, mode: dict[str,
     run_attention(programs_sm90, dtype, 200, mode)
 
 
+MODES_OF_GEMMS: dict[str, list[dict[str, Any]]] = {
+    "80": [{}, {"check": 1}, {"order": "reverse"}],
+    "90a": [
+        {"check": 1},
+        {"async": "earliest", "order": "reverse"},
+        *({"async": f"seed:{i}", "order": "seeded", "fuel": 200} for i in range(3)),
+    ],
+}
+# Source, architecture, macros, shapes.
 GEMMS = {
-    "cutlass_gemm.cu": ("80", 5, [{}, {"PTXVM_CHECK": "1"}, {"PTXVM_ORDER": "reverse"}]),
-    "cutlass_gemm_sm90.cu": (
-        "90a",
-        2,
-        [
-            {"PTXVM_CHECK": "1"},
-            {"PTXVM_ASYNC": "earliest", "PTXVM_ORDER": "reverse"},
-            *(
-                {"PTXVM_ASYNC": f"seed:{i}", "PTXVM_ORDER": "seeded", "PTXVM_FUEL": "200"}
-                for i in range(3)
-            ),
-        ],
-    ),
+    "multistage": ("cutlass_gemm.cu", "80", (), 5),
+    "cluster": ("cutlass_gemm_sm90.cu", "90a", (), 2),
+    "pingpong": ("cutlass_gemm_sm90.cu", "90a", ("-DPINGPONG",), 1),
 }
 
 
@@ -156,26 +163,27 @@ def compile_gemm(name: str, folder: Path) -> Path:
     nvcc, include = toolchain.nvcc(), toolchain.cutlass_include()
     if nvcc is None or include is None:
         pytest.skip("needs nvcc and the CUTLASS headers")
-    architecture = GEMMS[name][0]
+    source, architecture, macros, _ = GEMMS[name]
     utilities = include.parent / "tools" / "util" / "include"
     if architecture == "90a" and not utilities.is_dir():
         pytest.skip("needs the utilities of CUTLASS")
     program = folder / "gemm"
     target = f"compute_{architecture}"
     flags = ["-std=c++20", "-O1", "-w", "-cudart=shared", "--compress-mode=none"]
-    flags += [f"-gencode=arch={target},code={target}", f"-I{include}", f"-I{utilities}"]
-    subprocess.run([nvcc, *flags, str(HERE / name), "-o", str(program)], check=True)
+    flags += [f"-gencode=arch={target},code={target}", f"-I{include}", f"-I{utilities}", *macros]
+    subprocess.run([nvcc, *flags, str(HERE / source), "-o", str(program)], check=True)
     return program
 
 
-@pytest.mark.parametrize("name", GEMMS)
+@pytest.mark.parametrize("name", daily("multistage", "cluster", full=("pingpong",)))
 def test_cutlass_gemm(name: str, tmp_path: Path) -> None:
-    architecture, shapes, modes = GEMMS[name]
+    _, architecture, _, shapes = GEMMS[name]
     program = compile_gemm(name, tmp_path)
-    for mode in modes:
-        environment = os.environ | {"LD_LIBRARY_PATH": str(LIBRARY.parent)} | mode
+    for mode in MODES_OF_GEMMS[architecture] + CHECKED * FULL:
+        options = {f"PTXVM_{option.upper()}": str(value) for option, value in mode.items()}
+        environment = os.environ | {"LD_LIBRARY_PATH": str(LIBRARY.parent)} | options
         environment["PTXVM_DEVICE"] = f"sm_{architecture}"
         done = subprocess.run([program], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert (done.returncode, done.stderr) == (0, "")
         wrong = [line.split()[3] for line in done.stdout.splitlines()]
         assert wrong == ["0"] * shapes, mode
