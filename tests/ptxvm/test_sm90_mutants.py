@@ -32,6 +32,7 @@ KINDS = (
 WITHOUT_EFFECT = {
     (FORWARD, "products awaited late", 5),
     (FORWARD, "products not awaited", 5),
+    *((FORWARD, "wait removed", number) for number in (1, 2)),
     (BACKWARD, "phase", 1),
     *((BACKWARD, "proxy fence dropped", number) for number in (0, 1)),
     *((BACKWARD, "products awaited late", number) for number in (2, 5)),
