@@ -32,16 +32,11 @@ uint32_t new_segment(const Warp& warp, uint32_t agent, uint32_t time, Segment::K
 uint32_t new_agent(const Warp& warp) { return warp.block->cluster->clocks->agents++; }
 
 bool comes_before(const Timeline& t, const Segment& s, Proxy proxy) {
-  const Known* known = &t.near;
-  if (s.cluster != t.cluster) {
-    if (!t.far) return false;
-    const auto found = std::lower_bound(t.far->begin(), t.far->end(), s.cluster,
-                                        [](const auto& e, uint32_t c) { return e.first < c; });
-    if (found == t.far->end() || found->first != s.cluster) return false;
-    known = found->second.get();
-  }
-  const bool crosses = proxy != kGeneric && !s.async();
-  return at(crosses ? known->proxied[proxy - 1] : known->seen, s.agent) >= s.time;
+  const int crossed = proxy != kGeneric && !s.async() ? proxy - 1 : -1;
+  const Times* known = crossed < 0 ? &t.near.seen : &t.near.proxied[crossed];
+  if (s.cluster != t.cluster)
+    known = (crossed < 0 ? t.far.seen : t.far.proxied[crossed]).find(s.cluster);
+  return known && at(*known, s.agent) >= s.time;
 }
 
 }  // namespace
@@ -62,6 +57,7 @@ void clocks_launched(const uint32_t grid[3], const uint32_t cluster[3]) {
     shape[i] = std::max(cluster[i], 1u);
     if (i < 2) clusters[i] = grid[i] / shape[i];
   }
+  set_clusters(uint64_t{clusters[0]} * clusters[1] * (grid[2] / shape[2]));
 }
 
 void start_timelines(Block& block) {

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "ptxvm/far.h"
 #include "ptxvm/machine.h"
 
 namespace ptxvm {
@@ -19,8 +20,6 @@ namespace ptxvm {
 constexpr uint8_t kCta = 0, kClusterScope = 1, kGpu = 2, kScopes = 3;  // .sys is .gpu here
 constexpr uint8_t kScopeBits = 3, kIsStrong = 4, kAcquires = 8, kReleases = 16, kSequential = 32;
 inline uint8_t scope_of(const Instruction& in) { return in.order & kScopeBits; }
-
-using Times = std::vector<uint32_t>;  // by agent of a cluster; those that are missing are 0
 
 // The proxy of an access: generic or, of memory of one kind, the asynchronous one.
 enum Proxy : uint8_t { kGeneric, kAsyncShared, kAsyncGlobal };
@@ -33,9 +32,12 @@ struct Known {
   Times proxied[2];
 };
 
-// Of clusters, ascending by their number.
-using Far = std::vector<std::pair<uint32_t, std::shared_ptr<const Known>>>;
-using Published = std::shared_ptr<const Far>;
+// The same of many clusters.
+struct Published {
+  Far seen, proxied[2];
+  bool empty() const { return seen.empty(); }
+  bool operator==(const Published&) const = default;
+};
 
 // What several releases brought together, in one cluster.
 struct Gathered {
@@ -66,7 +68,7 @@ constexpr uint32_t kRemembered = 64;
 struct Timeline {
   uint32_t cluster = 0, agent = 0;
   Known near;     // near.seen[agent] is its own time
-  Published far;  // clusters but its own
+  Published far;  // of other clusters; what it has of its own lies in near too
   // What a strong write publishes, by its scope: what was known at the last fence of that scope.
   std::array<Published, kScopes> fences;
   // What strong reads saw, by the scope of the fence that takes it over.

@@ -5,11 +5,10 @@
 
 namespace ptxvm {
 
-uint32_t at(const Times&, uint32_t agent);
-void raise(Times&, uint32_t agent, uint32_t time);
+void raise(Known&, const Known&);
 bool holds(const Published&, const Segment&);
 
-// The later of each time.
+// The later of each time, here and above.
 Published merge(const Published&, const Published&);
 Published publish(uint32_t cluster, const Known& near, const Published& far);
 Published publish(const Timeline&);

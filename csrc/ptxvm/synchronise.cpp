@@ -124,12 +124,12 @@ void fence_executed(Warp& warp, const Instruction& in) {
   if (in.order & kAcquires) {
     const Published wider = t.pending[kGpu];
     take(t, t.pending[scope]);
-    if (wider && wider != t.pending[scope]) refuse(t.refused, wider, scope, kGpu);
+    if (!wider.empty() && wider != t.pending[scope]) refuse(t.refused, wider, scope, kGpu);
     if (in.order & kSequential) {
       take(t, t.met_read[scope]);
-      for (uint8_t s = 0; s <= scope; ++s) t.met_read[s] = nullptr;
+      for (uint8_t s = 0; s <= scope; ++s) t.met_read[s] = {};
     }
-    for (uint8_t s = 0; s <= scope; ++s) t.pending[s] = nullptr;
+    for (uint8_t s = 0; s <= scope; ++s) t.pending[s] = {};
   }
   if (in.order & kReleases) {
     const Published now = publish(t);
@@ -143,19 +143,10 @@ void fence_executed(Warp& warp, const Instruction& in) {
 void proxy_fence_executed(Warp& warp, bool shared, bool global) {
   if (!warp.timeline) return;
   Timeline& t = *warp.timeline;
-  const auto fence = [&](Known& known) {
-    if (shared) known.proxied[0] = known.seen;
-    if (global) known.proxied[1] = known.seen;
-  };
-  fence(t.near);
-  if (t.far) {
-    auto fenced = std::make_shared<Far>();
-    for (const auto& [cluster, known] : *t.far) {
-      auto own = std::make_shared<Known>(*known);
-      fence(*own);
-      fenced->push_back({cluster, std::move(own)});
-    }
-    t.far = fenced;
+  for (int i = 0; i < 2; ++i) {
+    if (!(i == 0 ? shared : global)) continue;
+    t.near.proxied[i] = t.near.seen;
+    t.far.proxied[i] = t.far.seen;
   }
   tick(t);
 }
@@ -180,7 +171,7 @@ void read_flag(Warp& warp, const Instruction& in, const Flag& flag) {
 }
 
 void write_flag(Warp& warp, Flag& flag, uint8_t scope, const Published& what) {
-  if (!what) return;
+  if (what.empty()) return;
   const Timeline& t = *warp.timeline;
   const auto rank = static_cast<uint8_t>(warp.block->rank);
   for (Flag::Release& release : flag.releases) {
@@ -198,7 +189,8 @@ void access_flags(Warp& warp, const Instruction& in, const uint64_t* places, Mas
   Timeline& t = *warp.timeline;
   const uint8_t scope = scope_of(in);
   const bool releases = writes && in.order & kReleases;
-  const bool publishes = writes && (releases || t.fences[kCta] || t.met_release[kClusterScope]);
+  const bool publishes =
+      writes && (releases || !t.fences[kCta].empty() || !t.met_release[kClusterScope].empty());
   if (!publishes && t.released.empty() && global_flags.empty() && shared_flags.empty()) return;
   const bool shared = is_shared(warp, places[__builtin_ctz(mask)]);
   auto& flags = shared ? shared_flags : global_flags;
@@ -215,10 +207,10 @@ void access_flags(Warp& warp, const Instruction& in, const uint64_t* places, Mas
     Flag& flag = found != flags.end() ? found->second : flags[place];
     if (!reads) flag.releases.clear();
     if (releases) {
-      if (!own) own = publish(t);
+      if (own.empty()) own = publish(t);
       write_flag(warp, flag, scope, own);
       Timeline::Releases& all = t.released[place];
-      std::fill_n(all.begin(), scope + 1, nullptr);
+      std::fill_n(all.begin(), scope + 1, Published{});
       all[scope] = own;
     } else {
       if (goes_on)

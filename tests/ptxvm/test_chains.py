@@ -1,0 +1,66 @@
+"""What many blocks know of one another: each waits for the flags of two blocks before it and learns
+from them of all others."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import numpy as np
+import pytest
+from machine import MachineError, machine
+
+# A warp a block. Block b writes x[b], waits for the flags b - 1 and b - 7, reads x[b / 2] and
+# raises its own flag; HERE is what it does behind that.
+CHAIN = """
+.visible .entry k(.param .u64 x, .param .u64 flags) {
+.reg .b64 %x, %flags, %d<6>;
+.reg .b32 %tid, %block, %r<8>;
+.reg .pred %first, %p<4>;
+ld.param.u64 %x, [x];
+ld.param.u64 %flags, [flags];
+mov.u32 %tid, %tid.x;
+mov.u32 %block, %ctaid.x;
+setp.eq.u32 %first, %tid, 0;
+mul.wide.u32 %d0, %block, 4;
+add.u64 %d1, %d0, %x;
+add.u64 %d2, %d0, %flags;
+@%first st.global.u32 [%d1], %block;
+setp.lt.u32 %p0, %block, 1;
+@%p0 bra TELL;
+NEAR: ld.acquire.gpu.global.u32 %r0, [%d2-4];
+setp.eq.u32 %p0, %r0, 0;
+@%p0 bra NEAR;
+setp.lt.u32 %p0, %block, 7;
+@%p0 bra READ;
+FAR: ld.acquire.gpu.global.u32 %r0, [%d2-28];
+setp.eq.u32 %p0, %r0, 0;
+@%p0 bra FAR;
+READ: shr.u32 %r7, %block, 1;
+mad.wide.u32 %d3, %r7, 4, %x;
+ld.global.u32 %r1, [%d3];
+TELL: @%first st.release.gpu.global.u32 [%d2], 1;
+setp.eq.u32 %p1, %block, 37;
+HERE
+ret; }
+"""
+
+
+def launch(blocks: int, behind: str = "") -> None:
+    x, flags = np.zeros(blocks, np.uint32), np.zeros(blocks, np.uint32)
+    machine.run(CHAIN.replace("HERE", behind), "k", x, flags, grid=blocks, block=32)
+
+
+def test_knowledge_passes_along() -> None:
+    with machine.options(check=1):
+        launch(300)
+        with pytest.raises(MachineError, match=r"race: .*global.*block \(37, 0, 0\)"):
+            launch(300, "@%p1 st.global.u32 [%d1], 0;")  # which blocks 74 and 75 read
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss in KiB")
+def test_memory_of_a_chain_is_not_quadratic() -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with machine.options(check=1):
+        launch(6000)  # 700 MB as lists of all that each block knows
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000
