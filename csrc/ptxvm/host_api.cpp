@@ -251,7 +251,9 @@ const char* ptxvm_kernels(void* module) {
     text += (text.size() > 1 ? ", " : "") + quoted(name) + ": [";
     for (const Parameter& parameter : kernel->parameters)
       text += (text.back() == '[' ? "" : ", ") + std::string("{\"name\": ") +
-              quoted(parameter.name) + ", \"bytes\": " + std::to_string(parameter.bytes) + "}";
+              quoted(parameter.name) + ", \"type\": " + quoted(parameter.type) +
+              ", \"count\": " + std::to_string(parameter.count) +
+              ", \"bytes\": " + std::to_string(parameter.bytes) + "}";
     text += "]";
   }
   text += "}";

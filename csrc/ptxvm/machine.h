@@ -87,8 +87,9 @@ constexpr int kRankShift = 24;  // of addresses in shared memory; 0 in the bits 
 constexpr uint64_t kRankMask = 0x1f;
 
 struct Parameter {
-  std::string name;
+  std::string name, type;  // of an element: u64, f32, b8, ...
   uint32_t offset, bytes, alignment;
+  uint32_t count;  // elements of an array, such as a struct; 0: a scalar
 };
 
 // One statement of a kernel body, taken apart but not yet understood.

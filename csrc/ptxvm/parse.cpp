@@ -227,7 +227,8 @@ class Parser {
                                                     part == ".local" || part == ".const"))) {
           continue;
         } else if (part[0] == '.') {
-          bytes = static_cast<uint32_t>(bits_of_type(part.substr(1)) / 8);
+          parameter.type = part.substr(1);
+          bytes = static_cast<uint32_t>(bits_of_type(parameter.type) / 8);
           if (!bytes) fail(begin, "unknown type or directive " + part + " of a parameter");
         } else {
           declared += part;
@@ -237,8 +238,10 @@ class Parser {
       parameter.name = declared.substr(0, bracket);
       parameter.alignment = alignment ? alignment : bytes;
       parameter.bytes = bytes;
-      if (bracket != std::string::npos)
-        parameter.bytes *= static_cast<uint32_t>(std::strtoul(&declared[bracket + 1], nullptr, 0));
+      if (bracket != std::string::npos) {
+        parameter.count = static_cast<uint32_t>(std::strtoul(&declared[bracket + 1], nullptr, 0));
+        parameter.bytes *= parameter.count;
+      }
       if (parameter.name.empty() || !bytes) fail(begin, "a parameter without name or type");
       offset = round_up(offset, parameter.alignment);
       parameter.offset = offset;

@@ -20,7 +20,7 @@ from machine import LIBRARY
 import tokenmill
 from tokenmill import _library, ptx
 from tokenmill.__main__ import main
-from tokenmill.ptx import arguments, binary, kernel, text
+from tokenmill.ptx import arguments, binary, kernel
 
 if ptx.find_library() is None:
     pytest.skip("no PTX machine: not a development build", allow_module_level=True)
@@ -309,10 +309,10 @@ def test_the_program_of_the_guide(tmp_path, capfd):
 
 
 def test_arguments_as_text(tmp_path):
-    struct = text.Parameter("b8", "p", 4)
+    struct = arguments.Parameter("b8", "p", 4)
     assert arguments.make("bytes:00ff1234", struct).tobytes() == bytes.fromhex("00ff1234")
-    assert arguments.make("0x10", text.Parameter("u32", "n")) == np.uint32(16)
-    assert arguments.make("-1", text.Parameter("s64", "n")).dtype == np.int64
+    assert arguments.make("0x10", arguments.Parameter("u32", "n")) == np.uint32(16)
+    assert arguments.make("-1", arguments.Parameter("s64", "n")).dtype == np.int64
     bits = arguments.make("bf16[2,2]=1.00390625", None)  # half of a unit: to even
     assert bits.shape == (2, 2) and set(bits.ravel().tolist()) == {0x3F80}
     assert np.isnan(arguments.readable(arguments.make("bf16[1]=nan", None), "bf16")).all()
@@ -341,11 +341,14 @@ def test_arguments_as_text(tmp_path):
 
 
 def test_kernels_of_a_text():
-    found = text.kernels(
+    module = ptx.machine().load(
         "// .entry not()\n.visible .entry a(\n\t.param .u64 .ptr .align 1 a_0,\n"
-        "\t.param .align 8 .b8 a_1[24]\n)\n.maxntid 32, 1, 1\n{ ret; }\n.entry b { ret; }"
+        "\t.param .align 8 .b8 a_1[24], .param .f32 a_2\n)\n.maxntid 32, 1, 1\n{ ret; }\n"
+        ".func f(.param .b32 x) { ret; }\n.entry b { ret; }"
     )
-    assert [str(kernel) for kernel in found.values()] == ["a(.u64 a_0, .b8 a_1[24])", "b()"]
+    found = [arguments.Kernel.of(*each) for each in module.parameters.items()]
+    assert [str(each) for each in found] == ["a(.u64 a_0, .b8 a_1[24], .f32 a_2)", "b()"]
+    assert [parameter["bytes"] for parameter in module.parameters["a"]] == [8, 24, 4]
 
 
 def test_binaries_are_read(tmp_path):

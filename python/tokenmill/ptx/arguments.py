@@ -6,13 +6,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from .text import Kernel, Parameter
 
 TYPES: dict[str, Any] = {
     **{f"{kind}{bits}": np.dtype(f"{name}{bits}") for bits in (8, 16, 32, 64)
@@ -27,6 +26,30 @@ _SCALAR = re.compile(r"((?P<type>[a-z]+\d+)=)?(?P<value>[^=]+)")
 MOST_SIZES = 32  # of NumPy
 COPIES = 4  # of an array: before, after the first run, after another, and while it is made
 ALIGNMENT = 256  # bytes
+
+
+@dataclass(frozen=True)
+class Parameter:
+    type: str  # u64, f32, b8, ...
+    name: str
+    count: int = 0  # elements of an array in the parameter itself, such as a struct; 0: a scalar
+
+    def __str__(self) -> str:
+        return f".{self.type} {self.name}" + (f"[{self.count}]" if self.count else "")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    parameters: tuple[Parameter, ...]
+
+    @classmethod
+    def of(cls, name: str, parameters: Iterable[Mapping[str, Any]]) -> Kernel:
+        """One of Module.parameters."""
+        return cls(name, tuple(Parameter(p["type"], p["name"], p["count"]) for p in parameters))
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(map(str, self.parameters))})"
 
 
 class BadArgument(ValueError):

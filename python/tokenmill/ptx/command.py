@@ -329,8 +329,7 @@ def _print(
 
 
 def _print_findings(findings: Sequence[Finding], modes: Sequence[Mode], ptx: str | None) -> None:
-    from . import text
-    from .findings import modes_in_words
+    from .findings import around, modes_in_words
 
     for finding in findings:
         report = finding.report
@@ -340,7 +339,7 @@ def _print_findings(findings: Sequence[Finding], modes: Sequence[Mode], ptx: str
         print(f"{rule}: {name}{line}" + (f" [{shown_in}]" if shown_in else ""))
         said = report.report.rstrip()
         print(textwrap.indent(said.replace(report.kernel, name) if name else said, "    "))
-        for row in text.around(ptx, report.line) if ptx else []:
+        for row in around(ptx, report.line) if ptx else []:
             print(f"  {row}")
         print()
     at_lines = [finding.report.report for finding in findings if finding.report.line]

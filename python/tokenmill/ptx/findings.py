@@ -108,3 +108,15 @@ def as_json(findings: Sequence[Finding], counted: bool) -> list[dict[str, Any]]:
             del document["count"]
         documents.append(document | {"modes": [m.options for m in finding.modes]})
     return documents
+
+
+def around(ptx: str, line: int, margin: int = 2) -> list[str]:
+    """A line of the text and its neighbours, numbered."""
+    lines = ptx.splitlines()
+    if not 1 <= line <= len(lines):
+        return []
+    first, last = max(line - margin, 1), min(line + margin, len(lines))
+    return [
+        f"{'>' if i == line else ' '} {i:5} | {lines[i - 1].expandtabs(4)[:100]}"
+        for i in range(first, last + 1)
+    ]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import _cli
-from . import arguments, machine, text
+from . import arguments, machine
 from .command import machine_options, say
 from .findings import FAULTS, Mode, Run
 from .vm import Machine, MachineError, Module, Report
@@ -52,21 +52,22 @@ def text_of(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Launch:
-    kernel: text.Kernel
+    kernel: arguments.Kernel
     grid: list[int]
     block: list[int]
     shared: int
     arguments: list[str]
 
 
-def launch_of(options: argparse.Namespace, ptx: str) -> Launch:
+def launch_of(options: argparse.Namespace, module: Module) -> Launch:
     """What the file of --launch says, with what flags say instead."""
     given = _read(options.launch) if options.launch else {}
     flags = {name: getattr(options, name) for name in ("kernel", "grid", "block", "shared")}
     given |= {name: value for name, value in flags.items() if value is not None}
     if options.arg is not None:
         given["args"] = options.arg
-    kernel = _choose(text.kernels(ptx), given.get("kernel"))
+    kernels = {n: arguments.Kernel.of(n, each) for n, each in module.parameters.items()}
+    kernel = _choose(kernels, given.get("kernel"))
     return Launch(
         kernel,
         given.get("grid", [1]),
@@ -110,7 +111,7 @@ def _fits(name: str, value: Any, kind: type) -> bool:
     return True
 
 
-def _choose(kernels: dict[str, text.Kernel], name: str | None) -> text.Kernel:
+def _choose(kernels: dict[str, arguments.Kernel], name: str | None) -> arguments.Kernel:
     listed = "; ".join(map(str, kernels.values()))
     if name in kernels:
         return kernels[name]
@@ -122,7 +123,13 @@ def _choose(kernels: dict[str, text.Kernel], name: str | None) -> text.Kernel:
 
 
 def runs(options: argparse.Namespace, modes: Sequence[Mode], ptx: str) -> list[Run]:
-    launch = launch_of(options, ptx)
+    vm = machine()
+    try:
+        with vm.options(**machine_options(options)):
+            module = vm.load(ptx)
+    except MachineError as error:
+        raise _cli.UsageError(str(error)) from None
+    launch = launch_of(options, module)
     inputs = _arguments(launch)
     numbers = [*getattr(options, "shown", []), *(n for n, _ in getattr(options, "save", []))]
     for number in numbers:
@@ -131,12 +138,10 @@ def runs(options: argparse.Namespace, modes: Sequence[Mode], ptx: str) -> list[R
             raise _cli.UsageError(f"{flag}: must be the number of an array; got {number}")
     for _, path in getattr(options, "save", []):
         _ask_for(path)
-    vm = machine()
     done: list[Run] = []
     first: list[Any] = []
     try:
         with vm.options(**machine_options(options)):
-            module = vm.load(ptx)
             for mode in modes:
                 values = _arguments(launch)
                 done.append(_launch(vm, module, launch, mode, values))

@@ -63,7 +63,8 @@ class Module:
         self._machine = machine
         self._handle = ctypes.c_void_p(handle)
         kernels = json.loads(machine.library.ptxvm_kernels(self._handle))
-        self.parameters: dict[str, list[dict[str, Any]]] = kernels  # name and bytes, by kernel
+        # By kernel, name, type of an element, number of elements of an array (0: a scalar), bytes.
+        self.parameters: dict[str, list[dict[str, Any]]] = kernels
 
     def __del__(self) -> None:
         self._machine.library.ptxvm_unload(self._handle)
