@@ -107,6 +107,7 @@ struct Timeline {
   };
   std::array<Saw, kRemembered> saw{};
   uint32_t bulk_agent = 0;  // of bulk groups: their reads; their writes are the next agent
+  // Of wgmma, in the first warp of the warpgroup: the segment of the group that issues.
   uint32_t product_agent = 0, product_segment = 0, product_time = 0;
   // Arrivals that follow copies of cp.async, with the number of the copies before them.
   struct Arrival {
@@ -135,18 +136,6 @@ struct Signal {
   uint32_t phases = 0;  // completed
   std::array<Gathered, 2> gathering, complete;
   std::vector<Timeline::Refused> refused;
-};
-
-// Places that strong accesses touch: what reading the value there brings.
-struct Flag {
-  struct Release {
-    uint8_t scope;
-    uint32_t cluster;
-    uint8_t rank;
-    bool several;  // blocks
-    Published what;
-  };
-  std::vector<Release> releases;
 };
 
 // Of a cluster; of a launch.

@@ -8,6 +8,24 @@
 namespace ptxvm {
 namespace {
 
+// A place that strong accesses touch: what reading the value there brings.
+struct Flag {
+  struct Release {
+    uint8_t scope;
+    uint32_t cluster;
+    uint8_t rank;
+    bool several;  // blocks
+    Published what;
+  };
+  // One of .gpu scope; those of narrower scopes order the blocks of their own cluster alone.
+  std::vector<Release> releases;
+  uint32_t wide = kNone;
+  std::unordered_map<uint32_t, std::vector<uint32_t>> narrow;  // by cluster
+
+  static constexpr uint32_t kNone = UINT32_MAX;
+  static constexpr size_t kLatest = 16;  // of those that order nothing: for reports
+};
+
 std::unordered_map<uint64_t, Flag> shared_flags, global_flags;  // by host address
 
 bool is_shared(const Warp& warp, uint64_t place) {
@@ -153,33 +171,52 @@ void proxy_fence_executed(Warp& warp, bool shared, bool global) {
 
 namespace {
 
-void read_flag(Warp& warp, const Instruction& in, const Flag& flag) {
+void see_release(Warp& warp, const Instruction& in, const Flag::Release& release) {
   Timeline& t = *warp.timeline;
   const uint8_t scope = scope_of(in);
   const bool acquires = in.order & kAcquires;
-  for (const Flag::Release& release : flag.releases) {
-    const uint8_t needs = release.several ? kGpu : distance(warp, release.cluster, release.rank);
-    if (release.scope < needs || (acquires && scope < needs)) {
-      refuse(t.refused, release.what, std::min(release.scope, acquires ? scope : kGpu), needs);
-    } else if (acquires) {
-      take(t, release.what);
-    } else {
-      for (uint8_t s = 0; s < kScopes; ++s)
-        if (std::min(s, scope) >= needs) t.pending[s] = merge(t.pending[s], release.what);
-    }
+  const uint8_t needs = release.several ? kGpu : distance(warp, release.cluster, release.rank);
+  if (release.scope < needs || (acquires && scope < needs)) {
+    refuse(t.refused, release.what, std::min(release.scope, acquires ? scope : kGpu), needs);
+  } else if (acquires) {
+    take(t, release.what);
+  } else {
+    for (uint8_t s = 0; s < kScopes; ++s)
+      if (std::min(s, scope) >= needs) t.pending[s] = merge(t.pending[s], release.what);
   }
+}
+
+void read_flag(Warp& warp, const Instruction& in, const Flag& flag) {
+  const size_t count = flag.releases.size();
+  const size_t latest = count - std::min(count, Flag::kLatest);
+  if (latest > 0) {
+    if (flag.wide < latest) see_release(warp, in, flag.releases[flag.wide]);
+    if (const auto own = flag.narrow.find(warp.timeline->cluster); own != flag.narrow.end())
+      for (const uint32_t position : own->second)
+        if (position < latest) see_release(warp, in, flag.releases[position]);
+  }
+  for (size_t i = latest; i < count; ++i) see_release(warp, in, flag.releases[i]);
 }
 
 void write_flag(Warp& warp, Flag& flag, uint8_t scope, const Published& what) {
   if (what.empty()) return;
   const Timeline& t = *warp.timeline;
   const auto rank = static_cast<uint8_t>(warp.block->rank);
-  for (Flag::Release& release : flag.releases) {
-    const bool same = release.cluster == t.cluster && release.rank == rank;
-    if (release.scope != scope || (scope < kGpu && !same)) continue;
-    release.several = release.several || !same;
+  const auto next = static_cast<uint32_t>(flag.releases.size());
+  const auto join = [&](Flag::Release& release) {
+    release.several = release.several || release.cluster != t.cluster || release.rank != rank;
     release.what = merge(release.what, what);
-    return;
+  };
+  if (scope == kGpu) {
+    if (flag.wide != Flag::kNone) return join(flag.releases[flag.wide]);
+    flag.wide = next;
+  } else {
+    auto& own = flag.narrow[t.cluster];
+    for (const uint32_t position : own) {
+      Flag::Release& release = flag.releases[position];
+      if (release.scope == scope && release.rank == rank) return join(release);
+    }
+    own.push_back(next);
   }
   flag.releases.push_back({scope, t.cluster, rank, false, what});
 }
@@ -205,7 +242,7 @@ void access_flags(Warp& warp, const Instruction& in, const uint64_t* places, Mas
     const bool goes_on = earlier != t.released.end();
     if (!publishes && !goes_on && (reads || found == flags.end())) continue;
     Flag& flag = found != flags.end() ? found->second : flags[place];
-    if (!reads) flag.releases.clear();
+    if (!reads) flag = {};
     if (releases) {
       if (own.empty()) own = publish(t);
       write_flag(warp, flag, scope, own);
