@@ -241,6 +241,7 @@ void shadow_lanes(Look look, SharedShadow& shadow, const uint64_t* offsets, Mask
                   uint32_t bytes, bool atomic, uint32_t mine) {
   Warp& warp = look.warp;
   const uint32_t info = index_of(warp, look.in);
+  if (writes) ++shadow.writes;
   const bool stores = writes && warp.undefined.by == &look.in;
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int lane = __builtin_ctz(rest);
@@ -397,6 +398,7 @@ void copy_landed(Warp& warp, const AsyncCopy& copy, uint32_t segment) {
   Region& region = warp.block->shadow->regions[copy.destination >> Region::kShift];
   Cell* cell = region.at(copy.destination, copy.bytes);
   const uint32_t mine = segment ? segment : segment_of(warp);
+  ++warp.block->shadow->writes;
   for (uint32_t n = copy.bytes >> region.shift; n > 0; --n, ++cell)
     *cell = {mine, index_of(warp, *copy.from), 0, 0};
 }
@@ -414,6 +416,7 @@ void bulk_issued(Warp& warp, const Instruction& in, int lane, Block& target, uin
                   reduces,
                   kClusterScope,
                   reduces ? kBulk | kReducing : kBulk};
+  ++shadow.writes;
   if (reduces) shadow.reductions.resize(shadow.unset.size());
   for (uint32_t at = offset; at < offset + bytes;) {
     const uint32_t size = std::min(16 - at % 16, offset + bytes - at);
@@ -432,6 +435,7 @@ void bulk_issued(Warp& warp, const Instruction& in, int lane, Block& target, uin
 void bulk_landed(Block& target, uint32_t offset, uint32_t bytes, bool reduces, uint32_t segment) {
   if (!target.shadow) return;
   SharedShadow& shadow = *target.shadow;
+  ++shadow.writes;
   for (uint32_t at = offset; at < offset + bytes;) {
     Region& region = shadow.regions[at >> Region::kShift];
     Cell* cell = region.at(at, 1u << region.shift);
@@ -480,14 +484,18 @@ void bulk_global(Warp& warp, const Instruction& in, int lane, uint64_t address, 
     touch_range<false>(look, address, address, bytes, segment, region);
 }
 
-void operand_read(Warp& warp, const Instruction& in, uint64_t offset, uint32_t segment) {
+void operand_read(Warp& warp, const Instruction& in, const uint64_t* offsets, uint32_t count,
+                  uint32_t segment) {
   SharedShadow& shadow = *warp.block->shadow;
   const Look look{warp, in, 0, warp.block, false, kAsyncShared, false, kCta, 0};
   const uint32_t info = index_of(warp, in);
-  Region& region = shadow.regions[offset >> Region::kShift];
-  Cell* cell = region.at(offset, 16);
-  for (uint32_t n = 16 >> region.shift; n > 0; --n, ++cell, offset += 1u << region.shift)
-    touch<false, true>(look, *cell, offset, 0, segment, info);
+  for (uint32_t i = 0; i < count; ++i) {
+    uint64_t where = offsets[i];
+    Region& region = shadow.regions[where >> Region::kShift];
+    Cell* cell = region.at(where, 16);
+    for (uint32_t n = 16 >> region.shift; n > 0; --n, ++cell, where += 1u << region.shift)
+      touch<false, true>(look, *cell, where, 0, segment, info);
+  }
 }
 
 }  // namespace ptxvm

@@ -188,19 +188,17 @@ uint32_t join_writers(Warp& warp, uint32_t before, uint32_t writer, Proxy proxy,
 }
 
 uint32_t product_segment(Warp& warp) {
-  Timeline& t = *warp.timeline;
-  Timeline& lead = *warp.block->warps[warp.index / 4 * 4].timeline;
+  // The four warps read as one.
+  const Warp& first = warp.block->warps[warp.index / 4 * 4];
+  Timeline& lead = *first.timeline;
   const uint32_t time = warp.product_groups + 1;
   if (!lead.product_agent) lead.product_agent = new_agent(warp);
-  if (!t.product_segment || t.product_time != time) {
-    t.product_time = time;
-    // The four warps read as one.
-    t.product_segment =
-        lead.product_time == time && lead.product_segment
-            ? lead.product_segment
-            : new_segment(warp, lead.product_agent, time, Segment::Kind::products, false, 0);
+  if (!lead.product_segment || lead.product_time != time) {
+    lead.product_time = time;
+    lead.product_segment =
+        new_segment(first, lead.product_agent, time, Segment::Kind::products, false, 0);
   }
-  return t.product_segment;
+  return lead.product_segment;
 }
 
 void products_waited(Warp& warp, uint32_t due) {

@@ -299,8 +299,12 @@ void accumulators_issued(Warp& warp, const Instruction& instruction, int count) 
   for (int i = 0; i < count; ++i) {
     const uint32_t slot = instruction.slots[i];
     if (slot == kNoSlot) continue;
-    warp.flights.try_emplace(slot, Warp::Flight{defined(warp, slot), 0}).first->second.group =
-        warp.product_groups;
+    uint32_t& place = warp.flight_of[slot / kUnit];
+    if (!place) {
+      warp.flights.push_back({slot, defined(warp, slot), 0});
+      place = static_cast<uint32_t>(warp.flights.size());
+    }
+    warp.flights[place - 1].group = warp.product_groups;
     defined(warp, slot) = 0;
     warp.origins[slot / kUnit] = &instruction;
   }
@@ -310,9 +314,10 @@ void accumulators_landed(Warp& warp, const Instruction& instruction, int count, 
                          const Mask* lost) {
   if (warp.defined.empty()) return;
   for (int i = 0; i < count; ++i) {
-    const auto flight = warp.flights.find(instruction.slots[i]);
-    if (flight == warp.flights.end()) continue;
-    Mask& settled = flight->second.settled;
+    const uint32_t slot = instruction.slots[i];
+    const uint32_t place = slot == kNoSlot ? 0 : warp.flight_of[slot / kUnit];
+    if (!place) continue;
+    Mask& settled = warp.flights[place - 1].settled;
     settled = (accumulates ? settled : kFullMask) & ~lost[i];
   }
 }
@@ -320,11 +325,18 @@ void accumulators_landed(Warp& warp, const Instruction& instruction, int count, 
 void accumulators_waited(Warp& warp, uint64_t keep) {
   if (warp.timeline && warp.product_groups > keep)
     warp.timeline->products_waited_for = warp.product_groups - static_cast<uint32_t>(keep);
-  std::erase_if(warp.flights, [&](const auto& flight) {
-    if (flight.second.group + keep >= warp.product_groups) return false;
-    defined(warp, flight.first) = flight.second.settled;
-    return true;
-  });
+  uint32_t kept = 0;
+  for (const Warp::Flight flight : warp.flights) {
+    uint32_t& place = warp.flight_of[flight.slot / kUnit];
+    if (flight.group + keep >= warp.product_groups) {
+      warp.flights[kept++] = flight;
+      place = kept;
+    } else {
+      defined(warp, flight.slot) = flight.settled;
+      place = 0;
+    }
+  }
+  warp.flights.resize(kept);
 }
 
 void product_registers(Warp& warp, const Instruction& in, const uint32_t* slots, int count) {
@@ -364,8 +376,8 @@ void write_registers(Warp& warp, Timeline& t, const Instruction& in, Mask mask) 
 
 void define_registers(Warp& warp, const Instruction& instruction, Mask mask) {
   if (warp.defined.empty()) return;
-  if (instruction.writes && !warp.flights.empty() && warp.flights.contains(instruction.slots[0]) &&
-      opcode_of(instruction).starts_with("wgmma")) {
+  if (instruction.writes && !warp.flights.empty() && instruction.slots[0] != kNoSlot &&
+      warp.flight_of[instruction.slots[0] / kUnit] && opcode_of(instruction).starts_with("wgmma")) {
     warp.undefined.by = nullptr;
     return;
   }

@@ -44,9 +44,9 @@ int ptxvm_launch(void* module, const char* kernel, const uint32_t grid[3], const
 void ptxvm_unload(void* module);
 
 // What ptxvm_launch takes, as JSON: {"kernel": [{"name": "x", "type": "u64", "count": 0,
-// "bytes": 8}, ...], ...}, with the parameters of each kernel of a text in their order. type is that
-// of an element, count the number of elements of an array (0: a scalar). Valid until the next call
-// in this thread.
+// "bytes": 8}, ...], ...}, with the parameters of each kernel of a text in their order. type is
+// that of an element, count the number of elements of an array (0: a scalar). Valid until the next
+// call in this thread.
 const char* ptxvm_kernels(void* module);
 
 #ifdef __cplusplus

@@ -28,8 +28,7 @@ Published publish(uint32_t cluster, const Known& near, const Published& far) {
   Published all = far;
   if (!near.seen.empty()) all.seen = far.seen.with(cluster, near.seen);
   for (int i = 0; i < 2; ++i)
-    if (!near.proxied[i].empty())
-      all.proxied[i] = far.proxied[i].with(cluster, near.proxied[i]);
+    if (!near.proxied[i].empty()) all.proxied[i] = far.proxied[i].with(cluster, near.proxied[i]);
   return all;
 }
 

@@ -205,11 +205,13 @@ struct Warp {
   // Check mode: slots that products which nothing has waited for write; lanes that will hold a
   // value after those that have landed, and the group of the last.
   struct Flight {
+    uint32_t slot;
     Mask settled;
     uint32_t group;
   };
-  std::map<uint32_t, Flight> flights;
-  uint32_t product_groups = 0;  // wgmma.commit_group executed
+  std::vector<Flight> flights;
+  std::vector<uint32_t> flight_of;  // by 64-byte unit of the file: its place in flights + 1, or 0
+  uint32_t product_groups = 0;      // wgmma.commit_group executed
   // What warps of a warpgroup do alike (async.h): how often this one did; in the first of them,
   // what some have done and others have not, after those that all have.
   struct Alike {

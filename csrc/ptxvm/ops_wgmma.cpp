@@ -10,10 +10,10 @@
 #include "ptxvm/check.h"
 #include "ptxvm/control.h"
 #include "ptxvm/decode.h"
+#include "ptxvm/descriptor.h"
 #include "ptxvm/memory_ops.h"
 #include "ptxvm/parse.h"
 #include "ptxvm/tensor.h"
-#include "ptxvm/tensor_map.h"
 
 namespace ptxvm {
 
@@ -43,51 +43,16 @@ struct Form {
   int per_block() const { return packed ? 2 : 4; }
 };
 
-// The layout of a matrix in shared memory: PTX ISA, "Matrix descriptor".
-class Descriptor {
- public:
-  Descriptor(uint64_t bits, bool transposed)
-      : base_(address_in(bits)),
-        leading_(address_in(bits >> 16)),
-        stride_(address_in(bits >> 32)),
-        offset_(bits >> 49 & 7),
-        swizzle_(static_cast<int>(4 - (bits >> 62)) & 3),
-        transposed_(transposed) {}
-
-  bool has_offset() const { return offset_ != 0; }
-  // Row `row` of 16 bytes of the 8 x 16-byte core matrix whose first row or column (of M or N) is
-  // `first`, with k from 16 * `chunk` bytes on. A transposed core matrix has rows of 8 elements of
-  // M or N, one row per k.
-  uint64_t row_of_core(uint32_t first, uint32_t chunk, uint32_t row) const {
-    const uint64_t pitch = uint64_t{16} << swizzle_, in_pitch = pitch / 16;
-    uint64_t address = base_ + row * pitch;
-    if (!transposed_)
-      address += first / 8 * stride_ + chunk * (swizzle_ ? 16 : leading_);
-    else if (swizzle_)
-      address += first / 8 / in_pitch * leading_ + first / 8 % in_pitch * 16 + chunk * stride_;
-    else
-      address += first / 8 * stride_ + chunk * leading_;
-    return swizzled(address, swizzle_);
-  }
-  bool transposed() const { return transposed_; }
-
- private:
-  static uint64_t address_in(uint64_t bits) { return (bits & 0x3fff) << 4; }
-
-  uint64_t base_, leading_, stride_, offset_;
-  int swizzle_;
-  bool transposed_;
-};
-
 // Loads core matrices, each into a slot of scratch registers.
 class Loader {
  public:
   Loader(Warp& warp, const Product& product) : warp_(warp), in_(*product.from) {}
 
-  // The rows of a core matrix, where all memory holds values.
-  void find(const Descriptor& matrix, uint32_t first, uint32_t chunk, const char** rows) {
+  // The rows of a core matrix. False if one of them holds no value.
+  bool find(const Descriptor& matrix, uint32_t first, uint32_t chunk, const char** rows) {
     uint8_t lost = 0;
     for (uint32_t r = 0; r < 8; ++r) rows[r] = row_at(matrix.row_of_core(first, chunk, r), lost, r);
+    return !lost;
   }
 
   // Returns the rows (of M or N) that hold no value; of a transposed matrix all, if one is missing.
@@ -145,11 +110,11 @@ struct SharedPanel {
   Panel panel;
 };
 
-// The vectorised products of f32 accumulators. False if this is none, or none that needs checks.
+// The vectorised products of f32 accumulators. False if this is none, or if A or B lacks a value.
 bool land_panel(Warp& warp, const Product& product, SharedPanel& shared) {
   const Instruction& in = *product.from;
   const Form form(in);
-  if (warp.block->shadow || options.hardware_mma || form.kind > 2 || form.packed) return false;
+  if (options.hardware_mma || form.kind > 2 || form.packed) return false;
   const auto type = static_cast<Operand>(form.kind);
   const uint32_t scratch = warp.block->kernel->scratch;
   Loader loader(warp, product);
@@ -159,8 +124,8 @@ bool land_panel(Warp& warp, const Product& product, SharedPanel& shared) {
     for (uint32_t n = 0; n < form.n; n += 8)
       for (uint32_t i = 0; i < kFragmentsB; ++i) {
         const char* rows[8];
-        loader.find(matrix, n, i, rows);
-        if (!widen_core(type, rows, matrix.transposed(), in.flags & kNegateB, n, i, shared.panel))
+        if (!loader.find(matrix, n, i, rows) ||
+            !widen_core(type, rows, matrix.transposed(), in.flags & kNegateB, n, i, shared.panel))
           return false;
       }
     shared.from = &in;
@@ -169,15 +134,21 @@ bool land_panel(Warp& warp, const Product& product, SharedPanel& shared) {
   const uint32_t* fragments[kFragmentsA];
   for (uint32_t i = 0; i < kFragmentsA; ++i) {
     const uint32_t slot = scratch + i * kSlotBytes;
-    if (in.flags & kRegisters)
+    if (in.flags & kRegisters) {
+      if (product.lost[i]) return false;
       std::memcpy(lanes<uint32_t>(warp, slot), product.fragments[i], kSlotBytes);
-    else
-      loader.load(Descriptor(product.a, in.flags & kTransposeA), warp.index % 4 * 16 + i % 2 * 8,
-                  i / 2, slot);
+    } else if (loader.load(Descriptor(product.a, in.flags & kTransposeA),
+                           warp.index % 4 * 16 + i % 2 * 8, i / 2, slot)) {
+      return false;
+    }
     if (in.flags & kNegateA) negate(warp, slot, form.kind);
     fragments[i] = lanes<uint32_t>(warp, slot);
   }
-  return multiply_panel(type, warp, in.slots, fragments, shared.panel, form.n, product.accumulates);
+  if (!multiply_panel(type, warp, in.slots, fragments, shared.panel, form.n, product.accumulates))
+    return false;
+  static constexpr Mask kNoneLost[128] = {};
+  accumulators_landed(warp, in, form.registers(), product.accumulates, kNoneLost);
+  return true;
 }
 
 void land(Warp& warp, const Product& product, SharedPanel& shared) {
@@ -260,22 +231,29 @@ uint64_t uniform(Warp& warp, const Instruction& in, uint32_t slot) {
   return values[0];
 }
 
-// Check mode: rows of core matrices, from the issue on.
-void watch_matrix(Warp& warp, const Instruction& in, const Descriptor& matrix, uint32_t first,
-                  uint32_t rows, uint32_t segment) {
+// Check mode: rows of core matrices, read from the issue on. Their number.
+uint32_t watch_matrix(Warp& warp, const Instruction& in, const Descriptor& matrix, uint32_t first,
+                      uint32_t rows, uint32_t segment, uint64_t* offsets) {
+  uint32_t count = 0;
   for (uint32_t row = 0; row < rows; ++row)
     for (uint32_t chunk = 0; chunk < 2; ++chunk) {
-      const uint64_t address = matrix.row_of_core(first + row / 8 * 8, chunk, row % 8);
-      if (address + 16 <= warp.block->shared_bytes) operand_read(warp, in, address, segment);
+      const uint64_t offset = matrix.row_of_core(first + row / 8 * 8, chunk, row % 8);
+      if (offset + 16 <= warp.block->shared_bytes) offsets[count++] = offset;
     }
+  operand_read(warp, in, offsets, count, segment);
+  return count;
 }
 
 void watch_operands(Warp& warp, const Instruction& in, const Product& product) {
   const uint32_t segment = product_segment(warp);
+  uint64_t offsets[2 * 256];
   if (!(in.flags & kRegisters))
     watch_matrix(warp, in, Descriptor(product.a, in.flags & kTransposeA), warp.index % 4 * 16, 16,
-                 segment);
-  watch_matrix(warp, in, Descriptor(product.b, in.flags & kTransposeB), 0, Form(in).n, segment);
+                 segment, offsets);
+  if (was_read_alike(warp, in, product.b, segment)) return;
+  const uint32_t count = watch_matrix(warp, in, Descriptor(product.b, in.flags & kTransposeB), 0,
+                                      Form(in).n, segment, offsets);
+  read_alike(warp, in, product.b, segment, offsets, count);
 }
 
 void run_product(Warp& warp, const Instruction& in, Mask mask) {

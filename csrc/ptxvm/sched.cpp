@@ -215,7 +215,6 @@ class Grid {
       std::fill(std::begin(warp.copy_groups), std::end(warp.copy_groups), 0);
       std::fill(std::begin(warp.bulk_groups), std::end(warp.bulk_groups), 0);
       warp.products.clear();
-      warp.flights.clear();
       warp.product_groups = warp.polls = 0;
       warp.alike.clear();
       warp.alike_done = warp.alike_by_all = 0;

@@ -49,10 +49,13 @@ void block_started(Block& block) {
   shadow.signals.clear();
   shadow.barriers = {};
   shadow.remote.clear();
+  shadow.operands = {};
   start_timelines(block);
   for (Warp& warp : block.warps) {
     warp.defined.assign(kernel.file_bytes / kUnit + 1, 0);
     warp.origins.assign(warp.defined.size(), nullptr);
+    warp.flights.clear();
+    warp.flight_of.assign(kernel.scratch != kNoSlot ? warp.defined.size() : 0, 0);
     warp.undefined = {};
     if (kernel.scratch != kNoSlot) warp.timeline->registers.assign(warp.defined.size(), {});
     for (const auto& constant : kernel.constants) warp.defined[constant.slot / kUnit] = kFullMask;
@@ -84,6 +87,38 @@ void block_finished(Block& block) {
                      " of the cluster may finish before this access to its shared memory: it waits "
                      "for nothing that follows it");
   spare_shadows.push_back(std::move(block.shadow));
+}
+
+void read_alike(Warp& warp, const Instruction& in, uint64_t b, uint32_t segment,
+                const uint64_t* offsets, uint32_t count) {
+  SharedShadow& shadow = *warp.block->shadow;
+  ReadOperand& operand = shadow.operand(b);
+  operand = {};
+  ReadOperand found{&in, b, segment, shadow.writes};
+  for (uint32_t i = 0; i < count; ++i) {
+    Region& region = shadow.regions[offsets[i] >> Region::kShift];
+    const Cell* cell = region.at(offsets[i], 16);
+    for (uint32_t n = 16 >> region.shift; n > 0; --n, ++cell) {
+      if (cell->read != segment || cell->write_info & kInFlight) return;
+      const auto end = found.writers.begin() + found.count;
+      if (std::find(found.writers.begin(), end, cell->wrote) != end) continue;
+      if (found.count == ReadOperand::kMostWriters) return;
+      found.writers[found.count++] = cell->wrote;
+    }
+  }
+  operand = found;
+}
+
+bool was_read_alike(Warp& warp, const Instruction& in, uint64_t b, uint32_t segment) {
+  const SharedShadow& shadow = *warp.block->shadow;
+  const ReadOperand& operand = warp.block->shadow->operand(b);
+  return operand.by == &in && operand.b == b && operand.segment == segment &&
+         operand.writes == shadow.writes &&
+         std::all_of(operand.writers.begin(), operand.writers.begin() + operand.count,
+                     [&](uint32_t id) {
+                       return warp.timeline->has_passed(id, kAsyncShared) ||
+                              comes_before(warp, id, kAsyncShared);
+                     });
 }
 
 }  // namespace ptxvm

@@ -48,6 +48,17 @@ struct Remote {
   int lane;
 };
 
+// B of a wgmma that a warp has read for the segment, and who wrote it: the other warps of the
+// warpgroup read the same cells.
+struct ReadOperand {
+  static constexpr uint32_t kMostWriters = 6;
+  const Instruction* by = nullptr;
+  uint64_t b = 0;
+  uint32_t segment = 0, writes = 0;  // SharedShadow::writes
+  uint32_t count = 0;
+  std::array<uint32_t, kMostWriters> writers{};
+};
+
 struct SharedShadow {
   const Kernel* kernel = nullptr;
   std::vector<Region> regions;
@@ -57,6 +68,10 @@ struct SharedShadow {
   std::unordered_map<uint32_t, Signal> signals;  // by the place of the mbarrier
   std::array<Gathered, 16> barriers;
   std::vector<Remote> remote;
+  uint32_t writes = 0;  // changes of who wrote a cell, and of what is in flight
+  std::array<ReadOperand, 32> operands;
+
+  ReadOperand& operand(uint64_t b) { return operands[b / 2 % operands.size()]; }
 
   uint32_t unset_in(uint64_t offset, uint32_t bytes) const {
     return unset[offset / 16] >> offset % 16 & ((1u << bytes) - 1);
