@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import build_results
 import numpy as np
 import pytest
 import torch
@@ -95,6 +96,11 @@ def results() -> bytes:
     return sums.tobytes() + count.tobytes() + d.tobytes()
 
 
+def everything() -> bytes:
+    """Results, products and reports."""
+    return results() + build_results.products() + "\n".join(build_results.reports()).encode()
+
+
 def test_runs_and_orders() -> None:
     seen: list[tuple[bytes, list[dict[str, Any]]]] = []
     for options in (
@@ -134,7 +140,8 @@ def test_the_caller_s_handling_of_denormals_does_not_matter() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler to build another machine")
 @pytest.mark.skipif(not SOURCES.exists(), reason="the sources are not beside the tests")
 def test_builds_for_other_instruction_sets(tmp_path: Path) -> None:
-    """The machine that is tested runs what this host can; one for AVX2 gives the same bits."""
+    """The machine that is tested runs what this host can; one for AVX2 gives the same bits and
+    says the same of races."""
     flags = ["-std=c++20", "-O2", "-march=x86-64-v3", "-ffp-contract=off", "-fno-math-errno"]
     flags += ["-fno-trapping-math", "-fPIC", "-fvisibility=hidden", f"-I{SOURCES}"]
     compilers = [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
@@ -161,8 +168,8 @@ def test_builds_for_other_instruction_sets(tmp_path: Path) -> None:
         ["g++", "-shared", *map(str, compiled), version, "-ldl", "-o", str(library)], check=True
     )
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from test_determinism import results;"
-        "sys.stdout.buffer.write(results())"
+        "import sys; sys.path.insert(0, sys.argv[1]); from test_determinism import everything;"
+        "sys.stdout.buffer.write(everything())"
     )
     output = subprocess.run(
         [sys.executable, "-c", script, str(Path(__file__).parent)],
@@ -170,4 +177,4 @@ def test_builds_for_other_instruction_sets(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         check=True,
     ).stdout
-    assert output == results()
+    assert output == everything()
