@@ -492,9 +492,8 @@ void operand_read(Warp& warp, const Instruction& in, const uint64_t* offsets, ui
   for (uint32_t i = 0; i < count; ++i) {
     uint64_t where = offsets[i];
     Region& region = shadow.regions[where >> Region::kShift];
-    Cell* cell = region.at(where, 16);
-    for (uint32_t n = 16 >> region.shift; n > 0; --n, ++cell, where += 1u << region.shift)
-      touch<false, true>(look, *cell, where, 0, segment, info);
+    for (Cell* cell = region.at(where, 16); where < offsets[i] + 16; where += 1u << region.shift)
+      touch<false, true>(look, *cell++, where, 0, segment, info);
   }
 }
 
