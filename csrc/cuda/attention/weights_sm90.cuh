@@ -5,9 +5,23 @@
 #include "cuda/attention/online_softmax.cuh"
 #include "cuda/attention/score_map.cuh"
 #include "cuda/attention/score_mod.cuh"
-#include "dense/attention/kernel_sm90_shape.cuh"
 
 namespace tokenmill::cuda {
+
+// What the host makes of scale and softcap for a launch.
+struct Sm90Scores {
+  float factor;     // from q.k to the exponent of a weight (fast: the argument of tanh)
+  float cap_scale;  // softcap: from q.k to the argument of its tanh, whose result factor takes
+  bool fast;
+
+  // unit: of exponents, or of the arguments of tanh.
+  static Sm90Scores of(float scale, float softcap, float unit = kLog2e, bool fast = false) {
+    Sm90Scores s{unit * (softcap > 0 ? softcap : scale), softcap > 0 ? scale / softcap : 0, fast};
+    for (float* x : {&s.factor, &s.cap_scale})  // 0 times infinity would be NaN
+      if (*x > kFloatMax) *x = kFloatMax;
+    return s;
+  }
+};
 
 // What a mask hides: pairs outside columns begin[h] .. end[h] - 1 of row g + 8 h, counted from the
 // lane's first column.
@@ -44,7 +58,7 @@ template <typename T>
 class RowWeights<T, Weights::softmax> {
  public:
   // The constant of the head, `shift`, is left out of the exponents.
-  __device__ RowWeights(const Sm90Plan& plan, float) : plan_(plan) {}
+  __device__ RowWeights(const Sm90Scores& plan, float) : plan_(plan) {}
 
   template <int kCount>
   __device__ __forceinline__ void weigh(float (&s)[kCount]) {
@@ -102,7 +116,7 @@ class RowWeights<T, Weights::softmax> {
     return fabsf(neg_row_max_[h]) > 0x1p12f && neg_row_max_[h] != kFloatMax;
   }
 
-  const Sm90Plan& plan_;
+  const Sm90Scores& plan_;
   // The first weights overflow this one, see ForwardWarp.
   float neg_row_max_[2] = {kFloatMax, kFloatMax};
   float top_[2];  // scores
@@ -113,7 +127,7 @@ class RowWeights<T, Weights::softmax> {
 template <typename T>
 class RowWeights<T, Weights::sigmoid> {
  public:
-  __device__ RowWeights(const Sm90Plan& plan, float shift) : plan_(plan) {
+  __device__ RowWeights(const Sm90Scores& plan, float shift) : plan_(plan) {
     offset_ = shift * (plan_.fast ? 0.5f : kLog2e);
     // A hidden pair, whose logit is -inf, stays hidden.
     offset_ = offset_ > kFloatMax ? kFloatMax : offset_ < -kFloatMax ? -kFloatMax : offset_;
@@ -212,7 +226,7 @@ class RowWeights<T, Weights::sigmoid> {
     return max_packed<T>(e, __shfl_xor_sync(kFullWarp, e, 2));
   }
 
-  const Sm90Plan& plan_;
+  const Sm90Scores& plan_;
   float offset_;
 };
 

@@ -11,7 +11,7 @@
 #include "cuda/arch/sm90/wgmma.cuh"
 #include "cuda/attention/hidden_values.cuh"
 #include "cuda/launch.cuh"
-#include "dense/attention/kernel_sm90_weights.cuh"
+#include "dense/attention/kernel_sm90_shape.cuh"
 #include "dense/attention/launch_sm90.h"
 
 namespace tokenmill::cuda {
@@ -437,12 +437,8 @@ const char* launch_sm90(const AttentionParams& p, cudaStream_t stream) {
   const int64_t at_once = kSectionBytes / (p.seqlen_k * kHeadDim * 4);
   const int64_t section = group * (at_once < 1 ? 1 : at_once);
   plan.section_heads = static_cast<int>(section < plan.heads ? section : plan.heads);
-  plan.fast = p.fast;
-  plan.factor = kWeights == Weights::sigmoid && p.fast ? 0.5f : kLog2e;
-  plan.factor *= p.softcap > 0 ? p.softcap : p.scale;
-  if (p.softcap > 0) plan.cap_scale = p.scale / p.softcap;
-  for (float* x : {&plan.factor, &plan.cap_scale})  // 0 times infinity would be NaN
-    if (*x > kFloatMax) *x = kFloatMax;
+  const float unit = kWeights == Weights::sigmoid && p.fast ? 0.5f : kLog2e;
+  static_cast<Sm90Scores&>(plan) = Sm90Scores::of(p.scale, p.softcap, unit, p.fast);
   const int blocks = multiprocessors();
   return launch<attention_forward_sm90_kernel<T, kHeadDim, kWeights>>(
       plan.tiles < blocks ? plan.tiles : blocks, Shape::kThreads, sizeof(Sm90Shared<Shape>), stream,

@@ -4,6 +4,7 @@
 #include "cuda/arch/sm90/tensor_map.h"
 #include "cuda/arch/sm90/warpgroup.cuh"
 #include "cuda/attention/mask.cuh"
+#include "cuda/attention/weights_sm90.cuh"
 
 namespace tokenmill::cuda {
 
@@ -33,15 +34,12 @@ struct Sm90Shape {
 };
 
 // What the host chose for a launch. Blocks take tiles of queries in turn.
-struct Sm90Plan {
+struct Sm90Plan : Sm90Scores {
   CUtensorMap q, k, v, out;
   int tiles;          // of all heads
   int tiles_of_head;  // of kBlockRows rows; packed: of all sequences
   int heads;          // of all sequences; packed: of one
   int section_heads;  // whose keys and values stay in the L2 cache at once
-  float factor;       // from q.k to the exponent of a weight (fast: the argument of tanh)
-  float cap_scale;    // softcap: from q.k to the argument of its tanh, whose result factor takes
-  bool fast;
 };
 
 // Of a block: rows first .. of head h of sequence b, and the keys that any of them sees. Without a

@@ -47,6 +47,12 @@ class Mbarrier {
   uint64_t word_;
 };
 
+// A warp is done with what `empty` guards, where one arrival is that of a warp.
+__device__ __forceinline__ void release(Mbarrier& empty) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) empty.arrive();
+}
+
 // Makes initialised barriers visible to copies. The threads of the block meet behind it.
 __device__ inline void publish_mbarriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -8,6 +8,13 @@ namespace tokenmill::cuda {
 
 constexpr int kWarpgroupThreads = 128;
 
+// Of the warpgroup, 0 .. 127.
+__device__ __forceinline__ int warpgroup_thread() { return threadIdx.x % kWarpgroupThreads; }
+// Of the 64 rows of accumulators, those of a thread: h = 0 and 1.
+__device__ __forceinline__ int warpgroup_row(int h) {
+  return warpgroup_thread() / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h;
+}
+
 // Registers that each thread has from here on, a multiple of 8. Those that one warpgroup gives back
 // another may take, which waits for them.
 template <int kRegisters>

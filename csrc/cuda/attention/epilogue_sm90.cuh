@@ -1,0 +1,41 @@
+// Rows of a warpgroup on compute capability 9.0a from accumulators to shared memory, in the layout
+// of tma.cuh, and from there to a tensor where the copy engine cannot take them.
+#pragma once
+#include "cuda/arch/shared_memory.cuh"
+#include "cuda/arch/sm90/tensor_map.h"
+#include "cuda/arch/sm90/warpgroup.cuh"
+#include "cuda/math.cuh"
+#include "cuda/unroll.cuh"
+
+namespace tokenmill::cuda {
+
+// Row h of this thread (0 or 1), times a factor, to the tile of 64 rows and 2 kCount columns at
+// `tile`; cleared: zeros, whatever the sums are.
+template <typename T, int h, int kCount>
+__device__ __forceinline__ void stage_row(uint32_t tile, const float (&o)[kCount], float factor,
+                                          bool cleared) {
+  constexpr int kBlock = 64 * kBoxRowBytes;  // of 64 columns
+  const int g = threadIdx.x % 32 / 4;
+  const uint32_t own = tile + warpgroup_thread() / 32 * 16 * kBoxRowBytes +
+                       g * (kBoxRowBytes + 16) + threadIdx.x % 4 * 4;
+  unroll<kCount / 4>([&](auto n) {
+    const uint32_t both = pack<T>(o[4 * n + 2 * h] * factor, o[4 * n + 2 * h + 1] * factor);
+    store_shared<n / 8 * kBlock + h * 8 * kBoxRowBytes>(own ^ n % 8 * 16, cleared ? 0 : both);
+  });
+}
+
+// The first rows of such a tile; row r goes to `to` + r step.
+template <typename T, int kColumns>
+__device__ __forceinline__ void store_rows(T* to, int64_t step, int rows, uint32_t tile) {
+  constexpr int kChunks = kColumns / 8;  // of 16 bytes, of a row
+#pragma unroll 1
+  for (int i = warpgroup_thread(); i < rows * kChunks; i += kWarpgroupThreads) {
+    const int r = i / kChunks, chunk = i % kChunks;
+    uint32_t w[4];
+    load_shared(w,
+                tile + chunk / 8 * 64 * kBoxRowBytes + r * kBoxRowBytes + (chunk % 8 ^ r % 8) * 16);
+    store_global(to + r * step + chunk * 8, w);
+  }
+}
+
+}  // namespace tokenmill::cuda
