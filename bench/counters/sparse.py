@@ -4,6 +4,7 @@ to landmarks reads those of causal attention."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import tokenmill as tm
+from tokenmill import _emulator
 
 from .attention import Shape
 from .case import Counted, CounterCase, products
@@ -88,22 +90,50 @@ def regions_cases() -> Iterator[CounterCase]:
 
 def _blocks(dtype: torch.dtype, block_k: int, backward: bool = False) -> CounterCase:
     """A quarter of 1024 keys for each block of 64 queries and each head."""
-    heads, dim, tokens, block_q = 2, 64, 1024, 64
+    return _quarter(f"256 of 1024 keys in blocks of {block_k}", dtype, block_k, backward)
+
+
+def _blocks_sm90(
+    title: str, heads: int = 2, dim: int = 64, block: int = 64, device: str = "sm_90a"
+) -> CounterCase:
+    """The same on compute capability 9.0, a list for each KV head, of which there are two."""
+    case = _quarter(
+        f"{device} D={dim}, blocks of {block}, {title}", F16, block, False, heads, dim, block
+    )
+
+    def prepare() -> Callable[[], object]:
+        call = case.prepare()
+
+        def on_device() -> object:
+            with _emulator.configured(f"device={device}"):
+                return call()
+
+        return on_device
+
+    return dataclasses.replace(case, prepare=prepare)
+
+
+def _quarter(
+    title: str, dtype: torch.dtype, block_k: int, backward: bool, heads: int = 2, dim: int = 64,
+    block_q: int = 64,
+) -> CounterCase:  # fmt: skip
+    tokens, kv_heads = 1024, 2
     entries = tokens // 4 // block_k
     g = torch.Generator().manual_seed(1)
-    drawn = torch.rand(1, heads, tokens // block_q, tokens // block_k, generator=g)
+    drawn = torch.rand(1, kv_heads, tokens // block_q, tokens // block_k, generator=g)
     indices = drawn.argsort(3)[..., :entries].sort(3).values.int()
     counts = torch.full(indices.shape[:3], entries, dtype=torch.int32)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = k[:, :, :kv_heads], v[:, :, :kv_heads]
         return tm.block_sparse_attention(
             q, k, v, indices, counts, block_q=block_q, block_k=block_k, causal=False,
             backend="emulated",
         )  # fmt: skip
 
     return _listed(
-        f"256 of {tokens} keys in blocks of {block_k}", dtype, call, (1, tokens, heads, dim),
-        tokens * heads, entries, tokens // 4, block_q, backward,
+        title, dtype, call, (1, tokens, heads, dim), tokens * heads, entries, tokens // 4,
+        block_q * heads // kv_heads, backward,
     )  # fmt: skip
 
 
@@ -194,6 +224,10 @@ def blocks_cases() -> Iterator[CounterCase]:
         yield _blocks(F16, block_k)
     yield _blocks(F32, 64)
     yield _blocks(F16, 64, backward=True)
+    for dim in (64, 128):
+        yield _blocks_sm90("one head of a list", dim=dim)
+        yield _blocks_sm90("three heads of a list", 6, dim)
+        yield _blocks_sm90("four heads of a list", 8, dim, 128)
     yield _requests(F16)
     yield _requests(F16, backward=True)
     yield _mass()

@@ -1,0 +1,42 @@
+// Which calls the forward of compute capability 9.0a takes, and their launch.
+#pragma once
+#include "dense/attention/launch_sm90.h"
+#include "sparse/block_sparse_attention/params.h"
+
+namespace tokenmill::cuda::block_sparse_attention {
+
+struct Sm90Tensors {
+  MappedRows q, k, v, out;
+
+  explicit Sm90Tensors(const AttentionParams& p)
+      : q{p.q, p.cu_seqlens_q ? 1 : p.batch, p.seqlen_q, p.heads, p.head_dim},
+        k{p.k, p.cu_seqlens_k ? 1 : p.batch, p.seqlen_k, p.kv_heads, p.head_dim},
+        v{p.v, k.batch, p.seqlen_k, p.kv_heads, p.value_dim},
+        out{p.out, q.batch, p.seqlen_q, p.heads, p.value_dim} {}
+  bool can_be_mapped() const { return can_map(q) && can_map(k) && can_map(v) && can_map(out); }
+};
+
+// Units of 64 rows in the rows of a block of queries, see Sm90Launch.
+inline int64_t sm90_units(const BlockSparseParams& d) {
+  const int64_t block_q = int64_t{1} << d.log2_block_q, queries = d.attention.seqlen_q;
+  return ceil_div(block_q < queries ? block_q : queries, 64) * d.heads_together();
+}
+
+// The rules of python/tokenmill/sparse/block_sparse_kernels.py.
+inline bool takes_sm90(const BlockSparseParams& d) {
+  const AttentionParams& p = d.attention;
+  if (p.dtype == DType::float32 || p.head_dim != p.value_dim) return false;
+  if (p.head_dim != 64 && p.head_dim != 128) return false;
+  if (d.log2_block_q < 6 || d.log2_block_k < 6 || d.pages.table || !has_sm90_scale(p)) return false;
+  const int64_t sequences = p.cu_seqlens_q && p.batch > 1 ? p.batch : 1;
+  if (p.seqlen_q < kLeastSm90Queries * sequences || p.seqlen_k == 0) return false;
+  const Sm90Tensors t(p);
+  if (max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, 64) * t.q.batch * p.heads > 1 << 30)
+    return false;
+  return t.can_be_mapped();
+}
+
+template <typename T>
+const char* launch_block_sparse_sm90(const BlockSparseParams& d, cudaStream_t stream);
+
+}  // namespace tokenmill::cuda::block_sparse_attention

@@ -1,0 +1,69 @@
+"""Which calls kernels of compute capability 9.0 take: the rules that operators share, as in
+launch_sm90.h and tensor_map.cu of csrc."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAST_QUERIES = 32  # of a tile of 64 rows, and of one of 64 or 128
+MOST_TILES = 2**30  # of a forward
+
+
+class Rules:
+    """Those that a call breaks: "argument: rule; got value" each."""
+
+    def __init__(self) -> None:
+        self.broken: list[str] = []
+
+    def check(self, holds: bool, argument: str, rule: str, value: object) -> None:
+        if not holds:
+            self.broken.append(f"{argument}: {rule}; got {value}")
+
+    def check_heads(self, q: Tensor, v: Tensor, head_dims: tuple[int, ...]) -> None:
+        columns, named = q.shape[-1], " or ".join(map(str, head_dims))
+        self.check(q.dtype != torch.float32, "q", "must be float16 or bfloat16", q.dtype)
+        self.check(columns in head_dims, "q", f"must have head_dim {named}", columns)
+        self.check(v.shape[-1] == columns, "v", "must have the head_dim of q", v.shape[-1])
+
+    def check_tokens(self, q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None) -> None:
+        sequences = 1 if cu_seqlens_q is None else max(cu_seqlens_q.shape[0] - 1, 1)
+        tokens = q.shape[-3]
+        rule = f"must have {LEAST_QUERIES} tokens for each sequence"
+        self.check(tokens >= LEAST_QUERIES * sequences, "q", rule, tokens)
+        self.check(k.shape[-3] > 0, "k", "must have tokens", k.shape[-3])
+
+    def check_layout(self, name: str, t: Tensor) -> None:
+        past = t.data_ptr() % 16
+        rule = "must start at a multiple of 16 bytes"
+        self.check(past == 0, name, rule, f"{past} bytes behind one")
+        rule = f"must have strides that are multiples of 8, of {t.shape[-1]} or more"
+        self.check(past > 0 or _has_mapped_strides(t), name, rule, t.stride())
+
+    def check_scale(self, a: Any) -> None:
+        scale = float32(a.q.shape[-1] ** -0.5 if a.scale is None else a.scale)
+        self.check(scale >= 2**-126, "scale", "must be 2^-126 or more in float32", a.scale)
+        softcap = float32(a.softcap)
+        capped = softcap <= 0 or (softcap < float32(1e38) and scale >= 2**-64 * softcap)
+        self.check(capped, "softcap", "must be below 1e38 and at most 2^64 scale", a.softcap)
+
+    def check_tiles(self, q: Tensor, cu_seqlens_q: Tensor | None) -> None:
+        tokens, heads = q.shape[-3:-1]
+        if cu_seqlens_q is None:
+            tiles = q.shape[0] * heads * -(-tokens // 64)
+        else:
+            tiles = heads * (tokens // 64 + cu_seqlens_q.shape[0])
+        self.check(tiles <= MOST_TILES, "q", "must have at most 2^30 tiles of 64 rows", tiles)
+
+
+def float32(x: float) -> float:
+    return ctypes.c_float(x).value
+
+
+def _has_mapped_strides(t: Tensor) -> bool:
+    """Strides of extents of 1 do not matter, and a map has 40 bits for the others, in bytes."""
+    strides = (s for s, extent in zip(t.stride()[:-1], t.shape[:-1], strict=True) if extent > 1)
+    return all(t.shape[-1] <= s < 2**39 and s % 8 == 0 for s in strides)

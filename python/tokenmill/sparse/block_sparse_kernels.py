@@ -1,0 +1,33 @@
+"""Which calls of block_sparse_attention the kernel of compute capability 9.0 takes: launch_sm90.h
+of csrc/sparse/block_sparse_attention has the same rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .._sm90 import Rules
+from .block_sparse_rules import Arguments
+
+HEAD_DIMS = (64, 128)
+LEAST_BLOCK = 64  # of queries and of keys: the rows of a warpgroup, and of a tile of keys
+
+
+def unsupported_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
+    """Why the forward does not take a call."""
+    a = Arguments(*lowered)
+    rules = Rules()
+    rules.check_heads(a.q, a.v, HEAD_DIMS)
+    for name in ("block_q", "block_k"):
+        size = getattr(a, name)
+        rules.check(size >= LEAST_BLOCK, name, f"must be {LEAST_BLOCK} or more", size)
+    rules.check(a.block_table is None, "block_table", "must be None", "a tensor")
+    rules.check_scale(a)
+    rules.check_tokens(a.q, a.k, a.cu_seqlens_q)
+    rules.check_tiles(a.q, a.cu_seqlens_q)
+    for name in ("q", "k", "v"):
+        rules.check_layout(name, getattr(a, name))
+    if out is not None:
+        rules.check_layout("out", out)
+    return rules.broken
