@@ -78,6 +78,9 @@ cuda_instances(sparse/block_sparse_attention/cuda_launch.cuh
 cuda_instances(sparse/block_sparse_attention/kernel_sm90.cuh
   "const char* block_sparse_attention::launch_block_sparse_sm90<ELEMENT>(const BlockSparseParams&, cudaStream_t)"
   ELEMENTS __half __nv_bfloat16 INTO cuda_sm90)
+cuda_instances(sparse/block_sparse_attention/kernel_backward_sm90.cuh
+  "const char* block_sparse_attention::launch_gradients_sm90<ELEMENT>(const BlockSparseBackwardParams&, const block_sparse_attention::BlockSparseGradients&, cudaStream_t)"
+  ELEMENTS __half __nv_bfloat16 INTO cuda_sm90)
 cuda_instances(sparse/block_sparse_attention/cuda_requests_launch.cuh
   "const char* block_sparse_attention::launch_requests<ELEMENT>(const BlockSparseParams&, cudaStream_t)")
 cuda_instances(sparse/block_sparse_attention/cuda_latent_launch.cuh

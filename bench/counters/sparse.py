@@ -94,15 +94,17 @@ def _blocks(dtype: torch.dtype, block_k: int, backward: bool = False) -> Counter
 
 
 def _blocks_sm90(
-    title: str, heads: int = 2, dim: int = 64, block: int = 64, device: str = "sm_90a"
-) -> CounterCase:
+    title: str, heads: int = 2, dim: int = 64, block: int = 64, backward: bool = False,
+    device: str = "sm_90a",
+) -> CounterCase:  # fmt: skip
     """The same on compute capability 9.0, a list for each KV head, of which there are two."""
     case = _quarter(
-        f"{device} D={dim}, blocks of {block}, {title}", F16, block, False, heads, dim, block
+        f"{device} D={dim}, blocks of {block}, {title}", F16, block, backward, heads, dim, block
     )
 
     def prepare() -> Callable[[], object]:
-        call = case.prepare()
+        with _emulator.configured(f"device={device}"):
+            call = case.prepare()
 
         def on_device() -> object:
             with _emulator.configured(f"device={device}"):
@@ -228,6 +230,8 @@ def blocks_cases() -> Iterator[CounterCase]:
         yield _blocks_sm90("one head of a list", dim=dim)
         yield _blocks_sm90("three heads of a list", 6, dim)
         yield _blocks_sm90("four heads of a list", 8, dim, 128)
+        yield _blocks_sm90("one head of a list", dim=dim, backward=True)
+        yield _blocks_sm90("four heads of a list", 8, dim, 128, backward=True)
     yield _requests(F16)
     yield _requests(F16, backward=True)
     yield _mass()

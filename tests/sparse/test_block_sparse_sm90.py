@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from block_sparse_calls import INF, NAN, full_lists
+from block_sparse_sm90_calls import BF16, F16, MODES, PACKED, PACKED_KEYS, drawn, hopper
 from conftest import backends
 
 import tokenmill as tm
 from tokenmill import _emulator
-from tokenmill.sparse.block_sparse_attention_cases import block_sparse_call
 
 pytestmark = pytest.mark.skipif("emulated" not in backends(), reason="not a development build")
 
-F16, BF16 = torch.float16, torch.bfloat16
 KERNEL = "block_sparse_forward_sm90_kernel"
-MODES = (
-    "async=latest",
-    "async=earliest,order=reverse",
-    "async=seed:1,order=seeded,fuel=300",
-)
-
-
-@contextlib.contextmanager
-def hopper(mode=MODES[0]):
-    with _emulator.configured(f"device=sm_90a,check=1,{mode}"):
-        yield
-
-
-def drawn(dtype=F16, seed=0, **options):
-    """A call: of one request and head, 64 columns, blocks of 64 queries and keys unless it says."""
-    defaults = {"b": 1, "h": 1, "hk": 1, "lists": 1, "d": 64, "block_q": 64, "block_k": 64}
-    options = defaults | options
-    options.setdefault("dv", options["d"])
-    return block_sparse_call(**options)(dtype, torch.Generator().manual_seed(seed))
 
 
 def run(args, kwargs, backend="emulated", **changes):
@@ -124,19 +102,18 @@ def test_every_order_of_events_gives_the_same_bits(d):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-PACKED = {"sq": 150, "sk": 150, "b": 4, "entries": 2, "ends_q": (70, 70, 134, 290)}
-
-
-@pytest.mark.parametrize("ends_k", [(), (60, 60, 300, 340)], ids=["padded keys", "packed keys"])
-def test_packed_requests(ends_k):
+@pytest.mark.parametrize(
+    "options",
+    [PACKED_KEYS, PACKED | {"seqlens_k": torch.tensor([60, 0, 150, 90], dtype=torch.int32)}],
+    ids=["packed keys", "padded keys"],
+)
+def test_packed_requests(options):
     """They end inside of tiles; one is empty, one fills its tile."""
-    options = PACKED | {"causal": True, "num_recent": 10}
-    options |= {"ends_k": ends_k} if ends_k else {"seqlens_k": torch.tensor([60, 0, 150, 90]).int()}
-    check_budget(*drawn(h=2, **options))
+    check_budget(*drawn(h=2, causal=True, num_recent=10, **options))
 
 
 def test_a_packed_request_has_the_bits_that_it_has_alone():
-    (q, k, v, indices, counts), kwargs = drawn(**PACKED | {"ends_k": (60, 60, 300, 340)})
+    (q, k, v, indices, counts), kwargs = drawn(**PACKED_KEYS)
     cu_q, cu_k = kwargs.pop("cu_seqlens_q"), kwargs.pop("cu_seqlens_k")
     rows = slice(134 // 64 + 3, 134 // 64 + 6)  # of the last one
     with hopper():

@@ -1,5 +1,7 @@
+#include "cuda/capability.h"
 #include "dense/attention/kernel_backward_rows.cuh"
 #include "sparse/block_sparse_attention/cuda_requests_backward_launch.cuh"
+#include "sparse/block_sparse_attention/launch_backward_sm90.h"
 
 namespace tokenmill {
 namespace cuda::block_sparse_attention {
@@ -15,6 +17,17 @@ extern template const char* launch_requests<__nv_bfloat16>(const BlockSparseBack
                                                            cudaStream_t);
 extern template const char* launch_requests<float>(const BlockSparseBackwardParams&, cudaStream_t);
 
+template <typename T>
+const char* launch_on_sm90(const BlockSparseBackwardParams& p, cudaStream_t stream) {
+  if constexpr (kHasSm90 && !std::is_same_v<T, float>) {
+    if (!takes_backward_sm90(p) || compute_capability() != 90) return kNotMapped;
+    BlockSparseGradients d;
+    if (const char* error = launch_statistics<T>(with_ends_of_keys(p), stream, d)) return error;
+    return launch_gradients_sm90<T>(p, d, stream);
+  }
+  return kNotMapped;
+}
+
 }  // namespace cuda::block_sparse_attention
 
 int64_t workspace_bytes(const BlockSparseBackwardParams& p) {
@@ -27,6 +40,8 @@ const char* launch_cuda(const BlockSparseBackwardParams& p, void* stream) {
   const AttentionParams& f = p.forward.attention;
   const char* error = cuda::visit_dtype(f.dtype, [&]<typename T>() {
     using namespace cuda::block_sparse_attention;
+    const char* error = launch_on_sm90<T>(p, queue);
+    if (error != cuda::kNotMapped) return error;
     return f.cu_seqlens_q ? launch_requests<T>(p, queue) : launch_block_sparse<T>(p, queue);
   });
   if (error || !p.dsink) return error;

@@ -1,17 +1,21 @@
 // Tiles of the forward on compute capability 9.0a, and what its parts share.
 #pragma once
+#include "cuda/arch/shared_memory.cuh"
 #include "cuda/arch/sm90/mbarrier.cuh"
 #include "cuda/arch/sm90/tensor_map.h"
 #include "cuda/arch/sm90/warpgroup.cuh"
 #include "cuda/attention/weights_sm90.cuh"
+#include "cuda/unroll.cuh"
 #include "sparse/block_sparse_attention/kernel_requests.cuh"
 
 namespace tokenmill::cuda::block_sparse_attention {
 
 // A block is one warpgroup that loads and 1 to kMaxWarpgroups that multiply.
-template <int kHeadDim_>
+// kGradient: of the kernel that makes dQ.
+template <int kHeadDim_, bool kGradient_ = false>
 struct Sm90Shape {
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kGradient = kGradient_;
   static constexpr int kRows = 64;  // of a warpgroup: queries of one head
   static constexpr int kTileKeys = 64;
   // Tiles of keys, and of values, that lie in shared memory: two blocks of one warpgroup fit.
@@ -29,6 +33,23 @@ struct Sm90Shape {
 struct alignas(16) TileSight {
   int begin, end;  // in the tile; end < 0: this is behind the last tile
   int low, high;
+
+  // kRows rows from position `first` on see some of the keys; all of them see all of the 64. Rows
+  // behind the last query count too.
+  template <int kRows>
+  __device__ bool any(int first) const {
+    return max(begin, first + low) < min(end, first + kRows - 1 + high);
+  }
+  template <int kRows>
+  __device__ bool all(int first) const {
+    return max(begin, first + kRows - 1 + low) <= 0 && min(end, first + high) >= 64;
+  }
+  // Of the thread's rows, from column `own` of the tile on.
+  __device__ __forceinline__ RowBounds bounds(int first, int own) const {
+    const int at[2] = {first + warpgroup_row(0), first + warpgroup_row(1)};
+    return {{max(begin, at[0] + low) - own, max(begin, at[1] + low) - own},
+            {min(end, at[0] + high) - own, min(end, at[1] + high) - own}};
+  }
 };
 
 // Shared memory of a block. A barrier `full` ends its phase when the copies into its tile are done,
@@ -36,12 +57,12 @@ struct alignas(16) TileSight {
 template <typename Shape>
 struct alignas(1024) Sm90Shared {
   struct alignas(1024) Rows {
-    char q[Shape::kQueryBytes], out[Shape::kQueryBytes];
+    char q[Shape::kQueryBytes], out[Shape::kQueryBytes];  // kGradient: dO in the place of out
   };
 
   char k[Shape::kStages][Shape::kKeyBytes];
   char v[Shape::kStages][Shape::kKeyBytes];
-  Mbarrier q_full;
+  Mbarrier q_full, part_full;  // part: of a tile whose rows do not all count
   Mbarrier k_full[Shape::kStages], k_empty[Shape::kStages];
   Mbarrier v_full[Shape::kStages], v_empty[Shape::kStages];
   TileSight sight[Shape::kStages];
@@ -53,7 +74,7 @@ struct alignas(1024) Sm90Shared {
 
   __device__ void init_barriers(int warpgroups) {
     const int warps = warpgroups * kWarpgroupThreads / kWarpSize;
-    q_full.init(1);
+    q_full.init(1), part_full.init(1);
     for (int i = 0; i < Shape::kStages; ++i) {
       k_full[i].init(1), k_empty[i].init(warps);
       v_full[i].init(1), v_empty[i].init(warps);
@@ -70,6 +91,28 @@ struct Sm90Launch : BlockSparseLaunch {
   Sm90Scores scores;
   int units, warpgroups;
 };
+
+// Makes zeros of rows begin .. end - 1 of a tile of 64 rows, which has arrived, before products
+// read it. The lanes of a warp together; the caller then says that the tile is full.
+template <int kColumns>
+__device__ __forceinline__ void clear_rows(char* tile, int begin, int end) {
+  constexpr int kChunks = kBoxRowBytes / 16, kBlock = 64 * kBoxRowBytes;
+  constexpr uint32_t kZeros[4] = {0, 0, 0, 0};
+  const uint32_t at = shared_address(tile);
+#pragma unroll 1
+  for (int i = begin * kChunks + static_cast<int>(threadIdx.x % kWarpSize); i < end * kChunks;
+       i += kWarpSize)
+    unroll<kColumns / kBoxColumns>(
+        [&](auto block) { store_shared(at + block * kBlock + i * 16, kZeros); });
+}
+
+// Words of dS where those of P are 0: a hidden pair's dP need not be finite.
+template <int kCount>
+__device__ __forceinline__ void clear_hidden(uint32_t (&ds)[kCount], const uint32_t (&p)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    ds[i] &= (p[i] & 0xffff ? 0xffff : 0) | (p[i] >> 16 ? 0xffff0000 : 0);
+}
 
 // The queries of a unit, rows first_query .. first_query + queries - 1 of q: none if queries <= 0.
 struct Sm90Unit {

@@ -8,11 +8,11 @@ namespace tokenmill::cuda::block_sparse_attention {
 struct Sm90Tensors {
   MappedRows q, k, v, out;
 
-  explicit Sm90Tensors(const AttentionParams& p)
+  Sm90Tensors(const AttentionParams& p, const Rows& out)
       : q{p.q, p.cu_seqlens_q ? 1 : p.batch, p.seqlen_q, p.heads, p.head_dim},
         k{p.k, p.cu_seqlens_k ? 1 : p.batch, p.seqlen_k, p.kv_heads, p.head_dim},
         v{p.v, k.batch, p.seqlen_k, p.kv_heads, p.value_dim},
-        out{p.out, q.batch, p.seqlen_q, p.heads, p.value_dim} {}
+        out{out, q.batch, p.seqlen_q, p.heads, p.value_dim} {}
   bool can_be_mapped() const { return can_map(q) && can_map(k) && can_map(v) && can_map(out); }
 };
 
@@ -30,7 +30,7 @@ inline bool takes_sm90(const BlockSparseParams& d) {
   if (d.log2_block_q < 6 || d.log2_block_k < 6 || d.pages.table || !has_sm90_scale(p)) return false;
   const int64_t sequences = p.cu_seqlens_q && p.batch > 1 ? p.batch : 1;
   if (p.seqlen_q < kLeastSm90Queries * sequences || p.seqlen_k == 0) return false;
-  const Sm90Tensors t(p);
+  const Sm90Tensors t(p, p.out);
   if (max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, 64) * t.q.batch * p.heads > 1 << 30)
     return false;
   return t.can_be_mapped();

@@ -21,7 +21,7 @@ from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
 from ..reference.sparse import block_sparse_attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from .block_sparse_kernels import unsupported_sm90
+from .block_sparse_kernels import unsupported_sm90, unsupported_sm90_backward
 from .block_sparse_rules import (
     OP,
     check_block_sparse,
@@ -475,6 +475,7 @@ SPEC = register_op(
         differentiable=("q", "k", "v", "sink"),
         logarithms=(1,),
         unsupported_sm90=unsupported_sm90,
+        unsupported_sm90_backward=unsupported_sm90_backward,
         sharding=Sharding(
             {
                 "q k v": "b.h.",

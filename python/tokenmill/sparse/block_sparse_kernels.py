@@ -1,5 +1,5 @@
-"""Which calls of block_sparse_attention the kernel of compute capability 9.0 takes: launch_sm90.h
-of csrc/sparse/block_sparse_attention has the same rules."""
+"""Which calls of block_sparse_attention the kernels of compute capability 9.0 take: launch_sm90.h
+and launch_backward_sm90.h of csrc/sparse/block_sparse_attention have the same rules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._sm90 import Rules
+from .._sm90 import Rules, float32
 from .block_sparse_rules import Arguments
 
 HEAD_DIMS = (64, 128)
@@ -17,6 +17,21 @@ LEAST_BLOCK = 64  # of queries and of keys: the rows of a warpgroup, and of a ti
 def unsupported_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
     """Why the forward does not take a call."""
     a = Arguments(*lowered)
+    rules = _rules_of_both_passes(a)
+    if out is not None:
+        rules.check_layout("out", out)
+    return rules.broken
+
+
+def unsupported_sm90_backward(*lowered: Any) -> list[str]:
+    """Why the backward does not take the gradient of a call. That of `out` must lie as q does."""
+    a = Arguments(*lowered)
+    rules = _rules_of_both_passes(a)
+    rules.check(float32(a.softcap) <= 0, "softcap", "must be 0 in float32", a.softcap)
+    return rules.broken
+
+
+def _rules_of_both_passes(a: Any) -> Rules:
     rules = Rules()
     rules.check_heads(a.q, a.v, HEAD_DIMS)
     for name in ("block_q", "block_k"):
@@ -28,6 +43,4 @@ def unsupported_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
     rules.check_tiles(a.q, a.cu_seqlens_q)
     for name in ("q", "k", "v"):
         rules.check_layout(name, getattr(a, name))
-    if out is not None:
-        rules.check_layout("out", out)
-    return rules.broken
+    return rules

@@ -1,0 +1,35 @@
+"""Calls of block_sparse_attention for compute capability 9.0a, on the PTX machine."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from tokenmill import _emulator
+from tokenmill.sparse.block_sparse_attention_cases import block_sparse_call
+
+F16, BF16 = torch.float16, torch.bfloat16
+MODES = (
+    "async=latest",
+    "async=earliest,order=reverse",
+    "async=seed:1,order=seeded,fuel=300",
+)
+
+
+@contextlib.contextmanager
+def hopper(mode=MODES[0]):
+    with _emulator.configured(f"device=sm_90a,check=1,{mode}"):
+        yield
+
+
+def drawn(dtype=F16, seed=0, **options):
+    """A call: of one request and head, 64 columns, blocks of 64 queries and keys unless it says."""
+    defaults = {"b": 1, "h": 1, "hk": 1, "lists": 1, "d": 64, "block_q": 64, "block_k": 64}
+    options = defaults | options
+    options.setdefault("dv", options["d"])
+    return block_sparse_call(**options)(dtype, torch.Generator().manual_seed(seed))
+
+
+PACKED = {"sq": 150, "sk": 150, "b": 4, "entries": 2, "ends_q": (70, 70, 134, 290)}
+PACKED_KEYS = PACKED | {"ends_k": (60, 60, 300, 340)}
