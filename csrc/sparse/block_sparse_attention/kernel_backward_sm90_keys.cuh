@@ -23,7 +23,7 @@ struct Sm90KeyShape {
   static constexpr int kTileQueries = 64;
   static constexpr int kStages = 2;
   static constexpr int kThreads = 2 * kWarpgroupThreads;
-  static constexpr int kLoadRegisters = 48, kMultiplyRegisters = 208;  // 128 at the launch
+  static constexpr int kLoadRegisters = 56, kMultiplyRegisters = 200;  // 128 at the launch
   static constexpr int kTileBytes = 64 * kHeadDim * 2;
 };
 
@@ -56,7 +56,7 @@ struct alignas(1024) Sm90KeyShared {
   float minus_lse[Shape::kStages][Shape::kTileQueries];
   float minus_delta[Shape::kStages][Shape::kTileQueries];
   QuerySight sight[Shape::kStages];
-  RequestKeyTile tile;  // of the warp that loads, whose registers are short
+  RequestKeyTile tile;  // here, as registers are short
   Sm90Queries queries;
   Mbarrier keys_full, part_full;  // part: of a tile whose rows do not all count
   Mbarrier full[Shape::kStages], empty[Shape::kStages];
@@ -217,11 +217,8 @@ class Sm90KeyRows {
   static constexpr bool kEarly = kHeadDim <= 64;
   using Shared = Sm90KeyShared<Shape>;
 
-  __device__ Sm90KeyRows(const Sm90KeyGradients& d, Shared& shared) : d_(d), shared_(shared) {
-    const RequestKeyTile tile = RequestKeyTile::of(d);
-    first_ = tile.first;
-    seen_ = tile.seen;
-  }
+  __device__ Sm90KeyRows(const Sm90KeyGradients& d, Shared& shared)
+      : d_(d), shared_(shared), tile_(shared.tile) {}
 
   __device__ __forceinline__ void run() {
 #pragma unroll
@@ -242,10 +239,10 @@ class Sm90KeyRows {
  private:
   // All queries see all keys.
   __device__ bool all_seen(const QuerySight& q) const {
-    const int last = first_ + kKeys - 1;
-    if (seen_ < kKeys || q.count < kQueries || (d_.causal && q.first < last)) return false;
+    const int last = tile_.first + kKeys - 1;
+    if (tile_.seen < kKeys || q.count < kQueries || (d_.causal && q.first < last)) return false;
     return q.listed || last < d_.num_sink ||
-           (d_.num_recent > 0 && q.first + kQueries - 1 < first_ + d_.num_recent);
+           (d_.num_recent > 0 && q.first + kQueries - 1 < tile_.first + d_.num_recent);
   }
 
   // The queries that see the thread's keys, by columns from the thread's first one on.
@@ -254,8 +251,8 @@ class Sm90KeyRows {
     RowBounds r;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = warpgroup_row(h), key = first_ + row;
-      int end = row < seen_ ? q.count : 0;
+      const int row = warpgroup_row(h), key = tile_.first + row;
+      int end = row < tile_.seen ? q.count : 0;
       if (!q.listed && key >= d_.num_sink)
         end = d_.num_recent > 0 ? static_cast<int>(min(int64_t{end}, key + d_.num_recent - q.first))
                                 : 0;
@@ -307,16 +304,15 @@ class Sm90KeyRows {
   }
 
   __device__ __forceinline__ void store() {
-    const RequestKeyTile tile = RequestKeyTile::of(d_);
     const int lane = threadIdx.x % kWarpSize, first = warpgroup_row(0) - lane / 4;
     // Keys behind the request's last one: 0 times what is not finite.
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i)
-      if (warpgroup_row(i / 2 % 2) >= seen_) dk_[i] = dv_[i] = 0;
+      if (warpgroup_row(i / 2 % 2) >= tile_.seen) dk_[i] = dv_[i] = 0;
     const auto store_rows = [&](const Rows& to, const float (&x)[kHeadDim / 2], float factor) {
       store_accumulators<1, T, 1, kHeadDim / 16>(
           reinterpret_cast<const float (&)[1][kHeadDim / 8][4]>(x), factor,
-          rows_at<T>(to, tile.b, tile.key(first), tile.kv_head), to.seq, tile.rows - first, 0,
+          rows_at<T>(to, tile_.b, tile_.key(first), tile_.kv_head), to.seq, tile_.rows - first, 0,
           kHeadDim, lane);
     };
     store_rows(d_.dv, dv_, 1);
@@ -325,7 +321,7 @@ class Sm90KeyRows {
 
   const Sm90KeyGradients& d_;
   Shared& shared_;
-  int first_, seen_;  // key of the request; how many there are
+  const RequestKeyTile& tile_;  // there when keys_full has ended
   float dk_[kHeadDim / 2], dv_[kHeadDim / 2];
 };
 
