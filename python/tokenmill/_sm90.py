@@ -24,7 +24,8 @@ class Rules:
             self.broken.append(f"{argument}: {rule}; got {value}")
 
     def check_heads(self, q: Tensor, v: Tensor, head_dims: tuple[int, ...]) -> None:
-        columns, named = q.shape[-1], " or ".join(map(str, head_dims))
+        columns = q.shape[-1]
+        named = f"{', '.join(map(str, head_dims[:-1]))} or {head_dims[-1]}"
         self.check(q.dtype != torch.float32, "q", "must be float16 or bfloat16", q.dtype)
         self.check(columns in head_dims, "q", f"must have head_dim {named}", columns)
         self.check(v.shape[-1] == columns, "v", "must have the head_dim of q", v.shape[-1])
@@ -51,12 +52,16 @@ class Rules:
         self.check(capped, "softcap", "must be below 1e38 and at most 2^64 scale", a.softcap)
 
     def check_tiles(self, q: Tensor, cu_seqlens_q: Tensor | None) -> None:
-        tokens, heads = q.shape[-3:-1]
-        if cu_seqlens_q is None:
-            tiles = q.shape[0] * heads * -(-tokens // 64)
-        else:
-            tiles = heads * (tokens // 64 + cu_seqlens_q.shape[0])
+        tiles = most_tiles(q, cu_seqlens_q, 64)
         self.check(tiles <= MOST_TILES, "q", "must have at most 2^30 tiles of 64 rows", tiles)
+
+
+def most_tiles(q: Tensor, cu_seqlens_q: Tensor | None, rows: int) -> int:
+    """A bound on those of `rows` queries of all heads."""
+    tokens, heads = q.shape[-3:-1]
+    if cu_seqlens_q is not None:
+        return int(heads * (tokens // rows + cu_seqlens_q.shape[0]))
+    return int(q.shape[0] * heads * -(-tokens // rows))
 
 
 def float32(x: float) -> float:
