@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -93,11 +94,10 @@ def _blocks(dtype: torch.dtype, block_k: int, backward: bool = False) -> Counter
     return _quarter(f"256 of 1024 keys in blocks of {block_k}", dtype, block_k, backward)
 
 
-def _blocks_sm90(
-    title: str, heads: int = 2, dim: int = 64, block: int = 64, backward: bool = False,
-    device: str = "sm_90a",
-) -> CounterCase:  # fmt: skip
-    """The same on compute capability 9.0, a list for each KV head, of which there are two."""
+def _blocks_on(
+    device: str, title: str, heads: int = 2, dim: int = 64, block: int = 64, backward: bool = False
+) -> CounterCase:
+    """The same on a device, a list for each KV head, of which there are two."""
     case = _quarter(
         f"{device} D={dim}, blocks of {block}, {title}", F16, block, backward, heads, dim, block
     )
@@ -226,12 +226,13 @@ def blocks_cases() -> Iterator[CounterCase]:
         yield _blocks(F16, block_k)
     yield _blocks(F32, 64)
     yield _blocks(F16, 64, backward=True)
-    for dim in (64, 128):
-        yield _blocks_sm90("one head of a list", dim=dim)
-        yield _blocks_sm90("three heads of a list", 6, dim)
-        yield _blocks_sm90("four heads of a list", 8, dim, 128)
-        yield _blocks_sm90("one head of a list", dim=dim, backward=True)
-        yield _blocks_sm90("four heads of a list", 8, dim, 128, backward=True)
+    for device, dim in itertools.product(("sm_90a", "sm_80"), (64, 128)):
+        on_device = functools.partial(_blocks_on, device, dim=dim)
+        yield on_device("one head of a list")
+        yield on_device("three heads of a list", 6)
+        yield on_device("four heads of a list", 8, block=128)
+        yield on_device("one head of a list", backward=True)
+        yield on_device("four heads of a list", 8, block=128, backward=True)
     yield _requests(F16)
     yield _requests(F16, backward=True)
     yield _mass()
