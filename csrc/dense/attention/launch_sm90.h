@@ -9,14 +9,6 @@
 
 namespace tokenmill::cuda {
 
-// Whether the build has the kernels. Only cuda.cu and cuda_backward.cu may ask: CMake tells no
-// other source.
-#if defined(TOKENMILL_SM90)
-constexpr bool kHasSm90 = true;
-#else
-constexpr bool kHasSm90 = false;
-#endif
-
 // out: what has the shape of the output, in the backward its gradient.
 struct Sm90Tensors {
   MappedRows q, k, v, out;
