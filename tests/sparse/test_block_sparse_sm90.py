@@ -209,6 +209,18 @@ def test_tiles_that_nobody_sees_are_not_loaded():
         run(args, kwargs)
     (launch,) = launches
     assert launch["wgmma"]["b_bytes"] == 3 * 2 * 64 * 64 * 2
+    assert launch["shared"]["bulk"]["bytes"] == (2 * 2 + 3 * 2) * 64 * 64 * 2  # Q, O; K, V
+
+
+def test_blocks_of_threads_without_queries_load_nothing():
+    """Two queries behind a block of 128: units of their first half alone have any."""
+    args, kwargs = drawn(sq=130, sk=64, h=4, block_q=128, entries=1)
+    args[3][:], args[4][:] = 0, 1
+    with _emulator.configured("device=sm_90a"), _emulator.counting() as launches:
+        run(args, kwargs)
+    (launch,) = launches
+    boxes = (8 + 4) * 2 + (3 + 2) * 2  # Q and O of 12 units; K and V of 5 blocks
+    assert launch["shared"]["bulk"]["bytes"] == boxes * 64 * 64 * 2
 
 
 TAKEN = {
