@@ -78,6 +78,13 @@ CASES = {
     "packed, padded keys": PACKED | {
         "h": 2, "seqlens_k": torch.tensor([60, 0, 150, 90], dtype=torch.int32),
     },
+    "packed, wide, lists of anything": PACKED_KEYS | {
+        "d": 128, "hostile": True, "causal": True, "num_recent": 70, "sink": True,
+    },
+    "packed, blocks of 128 of three heads": PACKED | {
+        "h": 3, "block_q": 128, "block_k": 128, "dtype": BF16,
+        "seqlens_k": torch.tensor([60, 0, 150, 90], dtype=torch.int32),
+    },
 }  # fmt: skip
 
 
@@ -90,6 +97,18 @@ def test_gradients_keep_the_budget(name):
 def test_hostile_lists(seed):
     """Ids that are doubled, unsorted or of no block; more rows than a warp reads at once."""
     check_budget(*drawn(seed=seed, sq=130, sk=150, entries=40, hostile=True, num_sink=seed * 40))
+
+
+def test_a_scale_that_overflows_in_base_2():
+    """Exponents of 0 stay 0."""
+    args, kwargs = drawn(sq=32, sk=64, entries=1, scale=3e38)
+    args[0].zero_()
+    args[3][:], args[4][:] = 0, 1
+    with hopper():
+        _, dk, dv = gradients(args, kwargs)
+    _, _, wanted = gradients(args, kwargs, reference)
+    assert (dk == 0).all()
+    torch.testing.assert_close(dv, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_many_blocks_of_queries_list_a_block():

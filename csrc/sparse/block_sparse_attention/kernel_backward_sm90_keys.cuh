@@ -349,9 +349,12 @@ template <typename T, int kHeadDim>
 const char* launch_keys_sm90(const Sm90Launch& queries, const BlockSparseGradients& g,
                              cudaStream_t stream) {
   using Shape = Sm90KeyShape<kHeadDim>;
+  using QueryShape = Sm90Shape<kHeadDim>;
+  static_assert(Shape::kTileQueries == QueryShape::kRows && Shape::kKeys == QueryShape::kTileKeys);
   const AttentionParams& p = queries.attention;
   Sm90KeyGradients plan{g};
   static_cast<BlockSparseLaunch&>(plan) = queries;
+  plan.factor = queries.scores.factor;
   plan.query_map = queries.query_map;
   plan.dout_map = queries.out_map;
   plan.key_map = queries.key_map;
