@@ -288,6 +288,8 @@ class Sm90KeyRows {
     if constexpr (!kEarly) start_dp();
     wait_for_product<0>(dp);
     unroll<kQueries / 8>([&](auto n) {
+      // Else ptxas adds all deltas before it multiplies, and registers are short.
+      if constexpr (!kEarly && n == kQueries / 16) __syncwarp();
       const float2 delta = load_float2<n * 32>(shared_address(shared_.minus_delta[stage]) + own);
       unroll<2>([&](auto h) {
         const float2 w = unpack<T>(p[2 * n + h]);
