@@ -63,6 +63,9 @@ cuda_instances(dense/attention_decode/prefill_float8_launch.cuh
   "const char* launch_prefill_float8<ELEMENT>(const DecodeParams&, const MaskBounds&, cudaStream_t)")
 cuda_instances(linear/linear_attention/cuda_launch.cuh
   "const char* linear_attention::launch_recurrence<ELEMENT>(const Recurrence&, const RecurrencePlan&, cudaStream_t)")
+cuda_instances(linear/linear_attention/kernel_sm90.cuh
+  "const char* linear_attention::launch_sm90<ELEMENT>(const Recurrence&, const RecurrencePlan&, cudaStream_t)"
+  ELEMENTS __half __nv_bfloat16 INTO cuda_sm90)
 cuda_instances(select/attention_column_scores/cuda_launch.cuh
   "const char* attention_column_scores::launch_pass<ELEMENT>(const ColumnScoresParams&, const ScorePlan&, ScorePass, cudaStream_t)")
 cuda_instances(sparse/sparse_decode_attention/cuda_launch.cuh

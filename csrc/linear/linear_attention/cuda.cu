@@ -1,5 +1,7 @@
+#include "cuda/capability.h"
 #include "cuda/refuse.cuh"
 #include "linear/linear_attention/cuda_launch.cuh"
+#include "linear/linear_attention/launch_sm90.h"
 
 namespace tokenmill {
 namespace cuda::linear_attention {
@@ -86,6 +88,37 @@ Recurrence forward_of(const LinearAttentionParams& p) {
   return r;
 }
 
+// Parts that are not chained: what they alone would leave goes ahead of the outputs.
+template <typename Launch>
+const char* launch_all_parts(const Recurrence& p, RecurrencePlan plan, cudaStream_t stream,
+                             const Launch& launch_parts) {
+  if (plan.from_workspace && !plan.chained) {
+    plan.states_only = true;
+    if (const char* error = launch_parts(plan)) return error;
+    plan.states_only = false;
+    const dim3 grid(static_cast<unsigned>(ceil_div(plan.slot_floats, int64_t{4} * kMaxThreads)),
+                    static_cast<unsigned>(p.heads * plan.slices), static_cast<unsigned>(p.batch));
+    if (const char* error = launch<recurrence_scan_kernel>(grid, kMaxThreads, 0, stream, p, plan))
+      return error;
+  }
+  return launch_parts(plan);
+}
+
+// kNotMapped: left to the kernel of every chip.
+const char* launch_on_sm90(const Recurrence& p, cudaStream_t stream) {
+#if defined(TOKENMILL_SM90)
+  if (p.seqlen < kMaxRecurrenceLength && takes_sm90(p) && compute_capability() == 90) {
+    RecurrencePlan plan = plan_recurrence(p, 1);
+    plan.chained = false;
+    return launch_all_parts(p, plan, stream, [&](const RecurrencePlan& plan) {
+      return p.dtype == DType::float16 ? launch_sm90<__half>(p, plan, stream)
+                                       : launch_sm90<__nv_bfloat16>(p, plan, stream);
+    });
+  }
+#endif
+  return kNotMapped;
+}
+
 }  // namespace
 
 int64_t workspace_floats(const Recurrence& p) {
@@ -102,7 +135,7 @@ const char* launch_recurrence(const Recurrence& p, bool reverse, void* stream_ha
     return refuse("q", "must have fewer than 2^29 tokens on CUDA", p.seqlen);
   RecurrencePlan plan = plan_recurrence(p);
   plan.reverse = reverse;
-  const auto launch_parts = [&] {
+  const auto launch_parts = [&](const RecurrencePlan& plan) {
     return visit_dtype(p.dtype,
                        [&]<typename T>() { return launch_recurrence<T>(p, plan, stream); });
   };
@@ -112,16 +145,8 @@ const char* launch_recurrence(const Recurrence& p, bool reverse, void* stream_ha
     plan.arrived = plan.begun + 1;
     if (const char* error = set_bytes(plan.begun, 0, (slots + 1) * sizeof(unsigned), stream))
       return error;
-  } else if (plan.from_workspace) {
-    plan.states_only = true;
-    if (const char* error = launch_parts()) return error;
-    plan.states_only = false;
-    const dim3 grid(static_cast<unsigned>(ceil_div(plan.slot_floats, int64_t{4} * kMaxThreads)),
-                    static_cast<unsigned>(p.heads * plan.slices), static_cast<unsigned>(p.batch));
-    if (const char* error = launch<recurrence_scan_kernel>(grid, kMaxThreads, 0, stream, p, plan))
-      return error;
   }
-  return launch_parts();
+  return launch_all_parts(p, plan, stream, launch_parts);
 }
 
 }  // namespace cuda::linear_attention
@@ -133,8 +158,11 @@ int64_t workspace_bytes(const LinearAttentionParams& p) {
 
 const char* launch_cuda(const LinearAttentionParams& p, void* stream) {
   if (p.batch == 0 || p.heads == 0) return nullptr;
-  return cuda::linear_attention::launch_recurrence(cuda::linear_attention::forward_of(p), false,
-                                                   stream);
+  const auto forward = cuda::linear_attention::forward_of(p);
+  const char* error =
+      cuda::linear_attention::launch_on_sm90(forward, static_cast<cudaStream_t>(stream));
+  if (error != cuda::kNotMapped) return error;
+  return cuda::linear_attention::launch_recurrence(forward, false, stream);
 }
 
 }  // namespace tokenmill

@@ -57,8 +57,9 @@ inline int warps_of(const Recurrence& p) {
   return bytes <= shared_limit() ? 8 : 4;
 }
 
-// What does not depend on the instance, from shapes alone.
-inline RecurrencePlan plan_recurrence(const Recurrence& p) {
+// What does not depend on the instance, from shapes alone. resident: blocks that run at once on a
+// multiprocessor; with fewer of them the workspace is no larger.
+inline RecurrencePlan plan_recurrence(const Recurrence& p, int resident = 2) {
   RecurrencePlan plan{};
   plan.warps = warps_of(p);
   plan.slices = static_cast<int>(ceil_div(p.columns, plan.warps * kColumnsPerWarp));
@@ -70,7 +71,7 @@ inline RecurrencePlan plan_recurrence(const Recurrence& p) {
   plan.slot_floats = int64_t{plan.features} * columns + plan.tail + 4;
   plan.segments = p.cu_seqlens ? p.seqlen / kSegment + p.batch
                                : p.batch * ceil_div(p.seqlen, int64_t{kSegment});
-  const int64_t blocks = p.heads * plan.slices, wanted = 2 * multiprocessors();
+  const int64_t blocks = p.heads * plan.slices, wanted = resident * multiprocessors();
   const int64_t sequences = p.cu_seqlens ? 1 : p.batch;
   int64_t tokens = p.seqlen;
   if (p.batch * blocks < wanted) tokens = ceil_div(sequences * p.seqlen * blocks, wanted);

@@ -38,10 +38,10 @@ class Decays {
 
   // By one warp: the vectors of the n tokens from `first` on. `scale` goes into `start` or, with
   // scale_keys, `end`. With drop_last the last token leaves nothing in the state.
-  template <int kTokens>
-  __device__ __forceinline__ void prepare(SharedVectors<kTokens>& to, int first, int n, float scale,
+  template <typename Vectors>
+  __device__ __forceinline__ void prepare(Vectors& to, int first, int n, float scale,
                                           bool scale_keys, bool drop_last) const {
-    constexpr int kEach = kTokens / kWarpSize;
+    constexpr int kEach = sizeof(to.start) / sizeof(float) / kWarpSize;
     const int lane = threadIdx.x % kWarpSize;
     const int kept = n - (drop_last && first + n == length_);
     double x[kEach];

@@ -26,6 +26,7 @@ from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
 from ..reference.linear import linear_attention as reference
 from ..registry import OpSpec, Sharding, register_op
+from .linear_attention_kernels import unsupported_sm90
 from .rules import LINEAR_ATTENTION as OP
 from .rules import (
     check_decay_values,
@@ -449,5 +450,6 @@ SPEC = register_op(
         paper="Lightning Attention-2 (Qin et al. 2024); Based (Arora et al. 2024)",
         flops=flops,
         backward_flops=lambda *lowered: 3.0 * flops(*lowered),  # three recurrences
+        unsupported_sm90=functools.partial(unsupported_sm90, FORWARD),
     )
 )

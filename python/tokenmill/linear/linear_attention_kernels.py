@@ -1,0 +1,36 @@
+"""Which calls of linear_attention the kernel of compute capability 9.0 takes: launch_sm90.h of
+csrc/linear/linear_attention has the same rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._library import TorchOp
+from .._sm90 import Rules
+
+LEAST_TOKENS = 32  # of a chunk of 64
+HEAD_DIMS = (128, 256)
+
+
+def unsupported_sm90(op: TorchOp, *lowered: Any, out: Tensor | None = None) -> list[str]:
+    """Why the forward does not take a call."""
+    a = op.record(*lowered)
+    rules = Rules()
+    tokens = a.q.shape[-3]
+    rules.check(a.q.dtype != torch.float32, "q", "must be float16 or bfloat16", a.q.dtype)
+    for name, t in (("q", a.q), ("v", a.v)):
+        columns = t.shape[-1]
+        rules.check(columns in HEAD_DIMS, name, "must have head_dim 128 or 256", columns)
+    plain = a.feature_map == "identity"
+    rules.check(plain, "feature_map", "must be 'identity'", a.feature_map)
+    rules.check(not a.normalize, "normalize", "must be False", a.normalize)
+    sequences = 1 if a.cu_seqlens is None else max(a.cu_seqlens.shape[0] - 1, 1)
+    rule = f"must have {LEAST_TOKENS} tokens for each sequence"
+    rules.check(tokens >= LEAST_TOKENS * sequences, "q", rule, tokens)
+    for name, t in (("q", a.q), ("k", a.k), ("v", a.v), ("out", out)):
+        if t is not None:
+            rules.check_layout(name, t)
+    return rules.broken
