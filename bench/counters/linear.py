@@ -1,5 +1,6 @@
 """Cases of linear_attention, beside the Triton kernels of lightning-attention and
-flash-linear-attention, each as compiled for 8.0 and for 9.0."""
+flash-linear-attention, each as compiled for 8.0 and for 9.0; on sm_90a the forward for compute
+capability 9.0."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 import tokenmill as tm
+from tokenmill import _emulator
 
 from ..linear_attention import useful_work
 from .case import Counted, CounterCase, peer_rows
@@ -28,10 +30,15 @@ class Shape:
     gates: bool = False  # a decay of each token, with its gradient, instead of one of each head
     dtype: torch.dtype = torch.float16
     batch: int = 1
+    sm90: bool = False
 
     @property
     def title(self) -> str:
-        parts = ["backward" if self.backward else "forward", f"D{self.head_dim} S{LENGTH} H{HEADS}"]
+        parts = ["sm_90a"] if self.sm90 else []
+        parts += [
+            "backward" if self.backward else "forward",
+            f"D{self.head_dim} S{LENGTH} H{HEADS}",
+        ]
         parts += [f"B{self.batch}"] if self.batch > 1 else []
         parts += [str(self.dtype)[6:]] if self.dtype != torch.float16 else []
         return " ".join(parts) + (", gates of tokens" if self.gates else ", decay of a head")
@@ -61,6 +68,8 @@ def prepare(shape: Shape) -> Callable[[], object]:
 
     def draw() -> torch.Tensor:
         x = torch.randn(size, generator=generator).to(shape.dtype).expand(shape.batch, *size)
+        if shape.sm90:
+            x = x.contiguous()  # tensor maps have no rows that repeat
         return x.detach().requires_grad_(shape.backward)
 
     q, k, v = draw(), draw(), draw()
@@ -75,8 +84,12 @@ def prepare(shape: Shape) -> Callable[[], object]:
     def forward() -> Any:
         return tm.linear_attention(q, k, v, log_decay=log_decay, backend="emulated")
 
+    def on_sm90() -> Any:
+        with _emulator.configured("device=sm_90a"):
+            return forward()
+
     if not shape.backward:
-        return forward
+        return on_sm90 if shape.sm90 else forward
     out = forward()
     cotangent = torch.randn(size, generator=generator).to(shape.dtype).expand_as(out)
     return lambda: torch.autograd.grad(out, leaves, cotangent)
@@ -119,6 +132,11 @@ def shapes() -> Iterator[Shape]:
     for head_dim in (64, 128):
         yield Shape(head_dim, dtype=torch.bfloat16)
     yield Shape(256, batch=FILLING)
+    for gates in (False, True):
+        yield Shape(128, gates=gates, sm90=True)
+    for dtype in (torch.float16, torch.bfloat16):
+        for head_dim in (128, 256):
+            yield Shape(head_dim, dtype=dtype, batch=FILLING, sm90=True)
 
 
 def cases() -> Iterator[CounterCase]:
