@@ -142,6 +142,13 @@ def test_packed_sequences():
     assert torch.equal(state[1], options["initial_state"][1])
 
 
+def test_sequences_that_fill_the_device_are_not_cut():
+    """Longer ones neither: there is no memory for states of parts."""
+    lengths = torch.tensor([0] + [32] * 132 + [300])
+    q, k, v = (x[0] for x in inputs(int(lengths.sum())))
+    check_budget(q, k, v, cu_seqlens=lengths.cumsum(0).to(torch.int32))
+
+
 def test_a_sequence_does_not_see_what_is_packed_behind_it():
     q, k, v = (x[0] for x in inputs(160))
     cu = torch.tensor([0, 100, 160], dtype=torch.int32)

@@ -108,9 +108,7 @@ const char* launch_all_parts(const Recurrence& p, RecurrencePlan plan, cudaStrea
 const char* launch_on_sm90(const Recurrence& p, cudaStream_t stream) {
 #if defined(TOKENMILL_SM90)
   if (p.seqlen < kMaxRecurrenceLength && takes_sm90(p) && compute_capability() == 90) {
-    RecurrencePlan plan = plan_recurrence(p, 1);
-    plan.chained = false;
-    return launch_all_parts(p, plan, stream, [&](const RecurrencePlan& plan) {
+    return launch_all_parts(p, plan_sm90(p), stream, [&](const RecurrencePlan& plan) {
       return p.dtype == DType::float16 ? launch_sm90<__half>(p, plan, stream)
                                        : launch_sm90<__nv_bfloat16>(p, plan, stream);
     });

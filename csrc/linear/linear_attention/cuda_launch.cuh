@@ -57,9 +57,19 @@ inline int warps_of(const Recurrence& p) {
   return bytes <= shared_limit() ? 8 : 4;
 }
 
-// What does not depend on the instance, from shapes alone. resident: blocks that run at once on a
-// multiprocessor; with fewer of them the workspace is no larger.
-inline RecurrencePlan plan_recurrence(const Recurrence& p, int resident = 2) {
+// Cuts sequences into parts of so many tokens, or more where there are too few.
+inline void set_parts(RecurrencePlan& plan, const Recurrence& p, int64_t tokens) {
+  tokens = round_up(tokens < kLeastTokens ? kLeastTokens : tokens, 64);
+  plan.tokens_per_part = static_cast<int>(tokens < p.seqlen ? tokens : round_up(p.seqlen + 64, 64));
+  plan.parts = p.cu_seqlens || p.seqlen == 0 ? 1 : ceil_div(p.seqlen, plan.tokens_per_part);
+  plan.all_parts = p.cu_seqlens ? p.seqlen / plan.tokens_per_part + p.batch : p.batch * plan.parts;
+  plan.blocks = (plan.all_parts + (p.cu_seqlens ? 1 : 0)) * p.heads * plan.slices;
+  plan.from_workspace = tokens < p.seqlen;
+  plan.chained = plan.from_workspace && has_chains(p) && ceil_div(p.seqlen, tokens) <= kMostChained;
+}
+
+// What does not depend on the instance, from shapes alone.
+inline RecurrencePlan plan_recurrence(const Recurrence& p) {
   RecurrencePlan plan{};
   plan.warps = warps_of(p);
   plan.slices = static_cast<int>(ceil_div(p.columns, plan.warps * kColumnsPerWarp));
@@ -71,17 +81,23 @@ inline RecurrencePlan plan_recurrence(const Recurrence& p, int resident = 2) {
   plan.slot_floats = int64_t{plan.features} * columns + plan.tail + 4;
   plan.segments = p.cu_seqlens ? p.seqlen / kSegment + p.batch
                                : p.batch * ceil_div(p.seqlen, int64_t{kSegment});
-  const int64_t blocks = p.heads * plan.slices, wanted = resident * multiprocessors();
+  const int64_t blocks = p.heads * plan.slices, wanted = 2 * multiprocessors();
   const int64_t sequences = p.cu_seqlens ? 1 : p.batch;
   int64_t tokens = p.seqlen;
   if (p.batch * blocks < wanted) tokens = ceil_div(sequences * p.seqlen * blocks, wanted);
-  tokens = round_up(tokens < kLeastTokens ? kLeastTokens : tokens, 64);
-  plan.tokens_per_part = static_cast<int>(tokens < p.seqlen ? tokens : round_up(p.seqlen + 64, 64));
-  plan.parts = p.cu_seqlens || p.seqlen == 0 ? 1 : ceil_div(p.seqlen, plan.tokens_per_part);
-  plan.all_parts = p.cu_seqlens ? p.seqlen / plan.tokens_per_part + p.batch : p.batch * plan.parts;
-  plan.blocks = (plan.all_parts + (p.cu_seqlens ? 1 : 0)) * blocks;
-  plan.from_workspace = tokens < p.seqlen;
-  plan.chained = plan.from_workspace && has_chains(p) && ceil_div(p.seqlen, tokens) <= kMostChained;
+  set_parts(plan, p, tokens);
+  return plan;
+}
+
+// Of compute capability 9.0, where a multiprocessor has one block: as many parts as run at once.
+// They are no more than those of plan_recurrence, whose workspace they have.
+inline RecurrencePlan plan_sm90(const Recurrence& p) {
+  RecurrencePlan plan = plan_recurrence(p);
+  const int64_t blocks = p.heads * plan.slices, sequences = p.cu_seqlens ? 1 : p.batch;
+  const bool fill = p.batch * blocks > multiprocessors();
+  set_parts(plan, p,
+            fill ? p.seqlen : ceil_div(p.seqlen, multiprocessors() / (sequences * blocks)));
+  plan.chained = false;
   return plan;
 }
 
