@@ -105,15 +105,13 @@ const char* launch_all_parts(const Recurrence& p, RecurrencePlan plan, cudaStrea
 }
 
 // kNotMapped: left to the kernel of every chip.
+template <typename T>
 const char* launch_on_sm90(const Recurrence& p, cudaStream_t stream) {
-#if defined(TOKENMILL_SM90)
-  if (p.seqlen < kMaxRecurrenceLength && takes_sm90(p) && compute_capability() == 90) {
-    return launch_all_parts(p, plan_sm90(p), stream, [&](const RecurrencePlan& plan) {
-      return p.dtype == DType::float16 ? launch_sm90<__half>(p, plan, stream)
-                                       : launch_sm90<__nv_bfloat16>(p, plan, stream);
-    });
-  }
-#endif
+  if constexpr (kHasSm90 && !std::is_same_v<T, float>)
+    if (p.seqlen < kMaxRecurrenceLength && takes_sm90(p) && compute_capability() == 90)
+      return launch_all_parts(p, plan_sm90(p), stream, [&](const RecurrencePlan& plan) {
+        return launch_sm90<T>(p, plan, stream);
+      });
   return kNotMapped;
 }
 
@@ -157,8 +155,9 @@ int64_t workspace_bytes(const LinearAttentionParams& p) {
 const char* launch_cuda(const LinearAttentionParams& p, void* stream) {
   if (p.batch == 0 || p.heads == 0) return nullptr;
   const auto forward = cuda::linear_attention::forward_of(p);
-  const char* error =
-      cuda::linear_attention::launch_on_sm90(forward, static_cast<cudaStream_t>(stream));
+  const char* error = cuda::visit_dtype(p.dtype, [&]<typename T>() {
+    return cuda::linear_attention::launch_on_sm90<T>(forward, static_cast<cudaStream_t>(stream));
+  });
   if (error != cuda::kNotMapped) return error;
   return cuda::linear_attention::launch_recurrence(forward, false, stream);
 }
