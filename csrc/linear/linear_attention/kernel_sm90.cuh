@@ -62,11 +62,6 @@ struct Sm90Block {
   }
 };
 
-__device__ __forceinline__ void arrive_as_warp(Mbarrier& barrier) {
-  __syncwarp();
-  if (threadIdx.x % kWarpSize == 0) barrier.arrive();
-}
-
 // The warp that loads.
 template <typename Shape>
 __device__ void load_sm90(const Sm90Block<Shape>& b) {
@@ -118,7 +113,7 @@ __device__ void decay_sm90(const Sm90Block<Shape>& b) {
       for (auto& block : shared.v[stage.index]) clear(block);
       fence_stores();
     }
-    arrive_as_warp(shared.ready[stage.index]);
+    release(shared.ready[stage.index]);
   });
   if (b.states_only() && first_lane) b.slot(0)[b.plan.parts.slot_floats - 4] = remaining;
 }
@@ -129,7 +124,7 @@ __device__ void weigh_sm90(const Sm90Block<Shape>& b) {
   constexpr int kTokens = Shape::kTokens;
   auto& shared = b.shared;
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
-  const int warp = threadIdx.x % kWarpgroupThreads / kWarpSize, row = 16 * warp + g;
+  const int warp = warpgroup_thread() / kWarpSize, row = 16 * warp + g;
   b.each_chunk([&](unsigned number, int, int) {
     const Stage<Shape> stage(number);
     const Stage<Sm90WeightStages> to(number);
@@ -162,8 +157,8 @@ __device__ void weigh_sm90(const Sm90Block<Shape>& b) {
       store_matrices<0>(own ^ pair * 32, words);
     });
     fence_stores();
-    arrive_as_warp(shared.weights_full[to.index]);
-    arrive_as_warp(shared.empty[stage.index]);
+    release(shared.weights_full[to.index]);
+    release(shared.empty[stage.index]);
   });
 }
 
@@ -184,7 +179,7 @@ class Sm90State {
       b_.await_chunk(stage);
       add_chunk(stage, number);
       fence_stores();  // values were read as ordinary memory is, and the next copy overwrites them
-      arrive_as_warp(b_.shared.empty[stage.index]);
+      release(b_.shared.empty[stage.index]);
       if (!b_.states_only()) store(first, n);
     });
     finish_state();
@@ -192,10 +187,9 @@ class Sm90State {
   }
 
  private:
-  __device__ static int thread() { return threadIdx.x % kWarpgroupThreads; }
-  __device__ static bool is_first_thread() { return thread() == 0; }
+  __device__ static bool is_first_thread() { return warpgroup_thread() == 0; }
   // Of the warpgroup.
-  __device__ static int warp_column() { return thread() / kWarpSize * kColumnsPerWarp; }
+  __device__ static int warp_column() { return warpgroup_thread() / kWarpSize * kColumnsPerWarp; }
   // Of the values.
   __device__ int column() const {
     return b_.slice * Shape::kBlockColumns + warpgroup_ * Shape::kColumns;
@@ -295,8 +289,7 @@ class Sm90State {
     start_by_rows<T, 0>(
         o_, true, reinterpret_cast<const uint32_t (&)[kTokens / 4]>(fragments.words), weights);
     wait_for_product<0>(o_);
-    fence_stores();
-    arrive_as_warp(b_.shared.weights_empty[from.index]);
+    release(b_.shared.weights_empty[from.index]);
   }
 
   // Through shared memory to the tensor.
@@ -323,7 +316,7 @@ class Sm90State {
     constexpr int kChunks = Shape::kColumns / 8;  // of 16 bytes, of a row
     T* const to = rows_at<T>(b_.p.out, 0, token, b_.h) + column();
 #pragma unroll 1
-    for (int i = thread(); i < n * kChunks; i += kWarpgroupThreads) {
+    for (int i = warpgroup_thread(); i < n * kChunks; i += kWarpgroupThreads) {
       const int row = i / kChunks, chunk = i % kChunks;
       uint32_t words[4];
       load_shared(words, shared_address(staged) + Shape::ValueTile::offset(row, chunk));
@@ -338,7 +331,8 @@ class Sm90State {
   template <typename Visit>
   __device__ __forceinline__ void each_of_slot(float* slot, const Visit& visit) {
     constexpr int kThreads = Shape::kWarpgroups * kWarpgroupThreads;
-    float4* const own = reinterpret_cast<float4*>(slot) + warpgroup_ * kWarpgroupThreads + thread();
+    float4* const own =
+        reinterpret_cast<float4*>(slot) + warpgroup_ * kWarpgroupThreads + warpgroup_thread();
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) visit(own[n * kThreads], s_[n / 16] + n % 16 * 4);
   }
@@ -427,6 +421,8 @@ template <typename T, int kHeadDim>
 const char* launch_sm90_kernel(const Recurrence& p, const RecurrencePlan& parts,
                                cudaStream_t stream) {
   using Shape = Sm90Shape<kHeadDim>;
+  // warps_of: slices and slots of the plan are those of 8 warps.
+  static_assert(Shape::kBlockColumns == 8 * kColumnsPerWarp);
   Sm90Plan plan{};
   plan.parts = parts;
   const Sm90Tensors tensors(p);
