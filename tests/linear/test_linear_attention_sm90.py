@@ -50,17 +50,22 @@ def run(q, k, v, backend="emulated", **options):
     return tm.linear_attention(q, k, v, return_final_state=True, backend=backend, **options)
 
 
-def check_budget(q, k, v, launches=1, **options):
-    """Against float64, within the budget; returns the results."""
-    with hopper(), _emulator.counting() as counted:
-        found = run(q, k, v, **options)
-    assert sum("recurrence_sm90_kernel" in c["kernel"] for c in counted) == launches
+def check_results(found, q, k, v, **options):
+    """Against float64, within the budget."""
     wide_call = tm.testing.convert(((q, k, v), options), torch.float64)
     wide = run(*wide_call[0], backend="reference", **wide_call[1])
     lowered = SPEC.lower(q, k, v, return_final_state=True, **options)
     plain = reference.linear_attention_quadratic(*lowered, upcast=False)
     for name, *results in zip(("out", "state"), found, wide, plain, strict=False):
         tm.testing.assert_accurate(*results, name=name)
+
+
+def check_budget(q, k, v, launches=1, **options):
+    """Runs the kernel so often, checks the results and returns them."""
+    with hopper(), _emulator.counting() as counted:
+        found = run(q, k, v, **options)
+    assert sum("recurrence_sm90_kernel" in c["kernel"] for c in counted) == launches
+    check_results(found, q, k, v, **options)
     return found
 
 
@@ -142,9 +147,23 @@ def test_packed_sequences():
     assert torch.equal(state[1], options["initial_state"][1])
 
 
+def test_packed_sequences_of_several_parts():
+    """530 tokens in three parts between two short sequences, whose values it does not see."""
+    q, k, v = (x[0] for x in inputs(640))
+    cu = torch.tensor([0, 70, 600, 640], dtype=torch.int32)
+    options = {"log_decay": gates(640, 1), "initial_state": draw(3, 1, 128, 128), "cu_seqlens": cu}
+    out, state = check_budget(q, k, v, launches=2, **options)
+    for x in (q, k, v):
+        x[:70] = x[600:] = NAN
+    with hopper():
+        again, state_again = run(q, k, v, **options)
+    assert torch.equal(out[70:600], again[70:600]) and torch.equal(state[1], state_again[1])
+    assert again[:70].isnan().all() and again[600:].isnan().all()
+
+
 def test_sequences_that_fill_the_device_are_not_cut():
-    """Longer ones neither: there is no memory for states of parts."""
-    lengths = torch.tensor([0] + [32] * 132 + [300])
+    """A longer one among them neither."""
+    lengths = torch.tensor([0] + [32] * 131 + [300])
     q, k, v = (x[0] for x in inputs(int(lengths.sum())))
     check_budget(q, k, v, cu_seqlens=lengths.cumsum(0).to(torch.int32))
 
@@ -242,10 +261,12 @@ def check_explanation(why, q, k, v, **options):
     """The kernel that runs is the one that explain names."""
     with _emulator.configured("device=sm_90a"), _emulator.counting() as launches:
         name = tm.explain("linear_attention", q, k, v, backend="emulated", **options).kernel
-        tm.linear_attention(q, k, v, backend="emulated", **options)
+        found = run(q, k, v, **options)
     takes = any("sm90" in launch["kernel"] for launch in launches)
     assert takes == ("linear_attention/kernel_sm90 in" in name) == (why == "")
     assert f"(not kernel_sm90: {why}" in name or takes
+    options.pop("out", None)
+    check_results(found, q, k, v, **options)
 
 
 @pytest.mark.parametrize("why", TAKEN)

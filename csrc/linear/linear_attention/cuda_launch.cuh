@@ -89,14 +89,14 @@ inline RecurrencePlan plan_recurrence(const Recurrence& p) {
   return plan;
 }
 
-// Of compute capability 9.0, where a multiprocessor has one block: as many parts as run at once.
-// They are no more than those of plan_recurrence, whose workspace they have.
+// Of compute capability 9.0, where a multiprocessor has one block: at most as many parts as run at
+// once. Packed, each sequence may end with a short one. They are no more than those of
+// plan_recurrence, whose workspace they have.
 inline RecurrencePlan plan_sm90(const Recurrence& p) {
   RecurrencePlan plan = plan_recurrence(p);
-  const int64_t blocks = p.heads * plan.slices, sequences = p.cu_seqlens ? 1 : p.batch;
-  const bool fill = p.batch * blocks > multiprocessors();
-  set_parts(plan, p,
-            fill ? p.seqlen : ceil_div(p.seqlen, multiprocessors() / (sequences * blocks)));
+  const int64_t at_once = multiprocessors() / (p.heads * plan.slices);
+  const int64_t full = p.cu_seqlens ? at_once - p.batch : at_once / p.batch;
+  set_parts(plan, p, full > 0 ? ceil_div(p.seqlen, full) : p.seqlen);
   plan.chained = false;
   return plan;
 }
