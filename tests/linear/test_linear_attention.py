@@ -320,6 +320,13 @@ def test_sugar_and_out_compile_as_one_graph(backend):
     assert torch.equal(compiled(q, k, v, slopes), run(q, k, v, slopes))
 
 
+def test_the_state_of_a_float64_call_is_float64():
+    q, k, v = (t.double() for t in inputs("cpu", 4))
+    with pytest.raises(tm.InputError, match="initial_state: must be float64; got float32"):
+        state = torch.zeros(1, 2, 16, 16)
+        tm.linear_attention(q, k, v, initial_state=state, backend="reference")
+
+
 @each_backend
 def test_out_has_no_gradient(backend):
     q, k, v = inputs(backend, 5)

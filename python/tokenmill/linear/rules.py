@@ -148,7 +148,7 @@ def _check_inputs(
 
 def _check_wide(op: str, name: str, t: Tensor, q: Tensor) -> None:
     wide = torch.promote_types(q.dtype, torch.float32)
-    check(t.dtype == wide, op, name, "must be float32", t.dtype)
+    check(t.dtype == wide, op, name, f"must be {show(wide)}", t.dtype)
 
 
 def _head_state(q: Tensor, v: Tensor, feature_map: str, normalize: bool) -> tuple[int, int, int]:
