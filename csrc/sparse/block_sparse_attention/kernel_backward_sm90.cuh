@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim>::threads(Sm90Shape<kHeadDi
   const auto make_zero = [&](const LooseRows& loose, int64_t h) {
     loose.fill(rows_at<T>(d.dq, 0, 0, h), d.dq.seq, d.attention.head_dim, 0);
   };
-  if (fill_loose_rows(d, make_zero) || !has_queries(d)) return;
+  if (fill_loose_rows(d, make_zero)) return;
   extern __shared__ __align__(1024) char sm90_shared[];
   auto& shared = *reinterpret_cast<Sm90Shared<Shape>*>(sm90_shared);
   if (threadIdx.x == 0) shared.init_barriers(d.warpgroups);

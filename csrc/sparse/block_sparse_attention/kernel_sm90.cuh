@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim>::threads(Sm90Shape<kHeadDi
     loose.fill(rows_at<T>(p.out, 0, 0, h), p.out.seq, p.value_dim, 0);
     loose.fill(p.lse + h * p.seqlen_q, 1, 1, -infinity());
   };
-  if (fill_loose_rows(d, make_empty) || !has_queries(d)) return;
+  if (fill_loose_rows(d, make_empty)) return;
   extern __shared__ __align__(1024) char sm90_shared[];
   auto& shared = *reinterpret_cast<Sm90Shared<Shape>*>(sm90_shared);
   if (threadIdx.x == 0) shared.init_barriers(d.warpgroups);

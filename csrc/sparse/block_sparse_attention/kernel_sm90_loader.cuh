@@ -25,6 +25,18 @@ class Sm90Loader {
 
   __device__ __forceinline__ void run() {
     load_queries();
+    // The first unit has the least part of the queries: if it has none, no unit has any.
+    if (Sm90Unit::of(d_, number_, block_, 0).queries > 0) load_keys();
+    const Stage<Shape> stage(tiles_);
+    wait(shared_.k_empty[stage.index], stage.parity ^ 1);
+    if (!issues()) return;
+    shared_.sight[stage.index] = {0, -1, 0, 0};
+    shared_.k_full[stage.index].arrive();
+  }
+
+ private:
+  // Those that any unit sees, with their values.
+  __device__ __forceinline__ void load_keys() {
     const int last_query = block_.first_query + block_.queries - 1;
     const SeenKeys of_first = d_.seen_from(block_.first_query + block_.diagonal, block_.length);
     const SeenKeys of_last = d_.seen_from(last_query + block_.diagonal, block_.length);
@@ -41,14 +53,8 @@ class Sm90Loader {
       for (int key0 = begin; key0 < end; key0 += kKeys)
         load_tile(key0, {begin, end, high - recent, high});
     }
-    const Stage<Shape> stage(tiles_);
-    wait(shared_.k_empty[stage.index], stage.parity ^ 1);
-    if (!issues()) return;
-    shared_.sight[stage.index] = {0, -1, 0, 0};
-    shared_.k_full[stage.index].arrive();
   }
 
- private:
   static __device__ bool issues() { return threadIdx.x == 0; }
   static __device__ int bounded(int64_t keys) {
     return static_cast<int>(keys < Seeing::kFar ? keys : Seeing::kFar);

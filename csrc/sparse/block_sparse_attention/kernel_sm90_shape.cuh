@@ -127,10 +127,4 @@ struct Sm90Unit {
   }
 };
 
-// Whether any unit of a block of threads does: the first one has the least part.
-__device__ __forceinline__ bool has_queries(const Sm90Launch& d) {
-  const TileNumber number = TileNumber::of(d);
-  return Sm90Unit::of(d, number, RequestBlock::of(d, number.b, number.block), 0).queries > 0;
-}
-
 }  // namespace tokenmill::cuda::block_sparse_attention
