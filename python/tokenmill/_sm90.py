@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST_QUERIES = 32  # of a tile of 64 rows, and of one of 64 or 128
+LEAST_TOKENS = 32  # queries, of a tile of 64 or 128 rows or a chunk of 64
 MOST_TILES = 2**30  # of a forward
 
 
@@ -30,11 +30,11 @@ class Rules:
         self.check(columns in head_dims, "q", f"must have head_dim {named}", columns)
         self.check(v.shape[-1] == columns, "v", "must have the head_dim of q", v.shape[-1])
 
-    def check_tokens(self, q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None) -> None:
-        sequences = 1 if cu_seqlens_q is None else max(cu_seqlens_q.shape[0] - 1, 1)
+    def check_tokens(self, q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> None:
+        sequences = 1 if cu_seqlens is None else max(cu_seqlens.shape[0] - 1, 1)
         tokens = q.shape[-3]
-        rule = f"must have {LEAST_QUERIES} tokens for each sequence"
-        self.check(tokens >= LEAST_QUERIES * sequences, "q", rule, tokens)
+        rule = f"must have {LEAST_TOKENS} tokens for each sequence"
+        self.check(tokens >= LEAST_TOKENS * sequences, "q", rule, tokens)
         self.check(k.shape[-3] > 0, "k", "must have tokens", k.shape[-3])
 
     def check_layout(self, name: str, t: Tensor) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from .._library import TorchOp
 from .._sm90 import Rules
 
-LEAST_TOKENS = 32  # of a chunk of 64
 HEAD_DIMS = (128, 256)
 
 
@@ -19,7 +18,6 @@ def unsupported_sm90(op: TorchOp, *lowered: Any, out: Tensor | None = None) -> l
     """Why the forward does not take a call."""
     a = op.record(*lowered)
     rules = Rules()
-    tokens = a.q.shape[-3]
     rules.check(a.q.dtype != torch.float32, "q", "must be float16 or bfloat16", a.q.dtype)
     for name, t in (("q", a.q), ("v", a.v)):
         columns = t.shape[-1]
@@ -27,9 +25,7 @@ def unsupported_sm90(op: TorchOp, *lowered: Any, out: Tensor | None = None) -> l
     plain = a.feature_map == "identity"
     rules.check(plain, "feature_map", "must be 'identity'", a.feature_map)
     rules.check(not a.normalize, "normalize", "must be False", a.normalize)
-    sequences = 1 if a.cu_seqlens is None else max(a.cu_seqlens.shape[0] - 1, 1)
-    rule = f"must have {LEAST_TOKENS} tokens for each sequence"
-    rules.check(tokens >= LEAST_TOKENS * sequences, "q", rule, tokens)
+    rules.check_tokens(a.q, a.k, a.cu_seqlens)
     for name, t in (("q", a.q), ("k", a.k), ("v", a.v), ("out", out)):
         if t is not None:
             rules.check_layout(name, t)
