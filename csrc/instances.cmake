@@ -41,7 +41,7 @@ endfunction()
 cuda_instances(dense/attention/kernel.cuh
   "const char* launch_forward<ELEMENT>(const AttentionParams&, const MaskBounds&, cudaStream_t)")
 cuda_instances(dense/attention/kernel_sm90.cuh
-  "const char* launch_forward_sm90<ELEMENT, Weights::MODE>(const AttentionParams&, cudaStream_t)"
+  "const char* launch_forward_sm90<ELEMENT, Weights::MODE>(const AttentionParams&, const KvCache&, cudaStream_t)"
   ELEMENTS __half __nv_bfloat16 MODES softmax sigmoid INTO cuda_sm90)
 cuda_instances(dense/attention/kernel_backward_sm90.cuh
   "const char* launch_backward_sm90<ELEMENT, Weights::MODE>(const Sm90Backward&, cudaStream_t)"
@@ -58,7 +58,7 @@ cuda_instances(dense/attention_decode/cuda_launch.cuh
 cuda_instances(dense/attention_decode/float8_launch.cuh
   "const char* launch_float8<ELEMENT>(const DecodeParams&, cudaStream_t)")
 cuda_instances(dense/attention_decode/prefill_launch.cuh
-  "const char* launch_prefill<ELEMENT>(const DecodeParams&, const MaskBounds&, cudaStream_t)")
+  "const char* launch_prefill<ELEMENT>(const DecodeParams&, const MaskBounds&, int most_queries, cudaStream_t)")
 cuda_instances(dense/attention_decode/prefill_float8_launch.cuh
   "const char* launch_prefill_float8<ELEMENT>(const DecodeParams&, const MaskBounds&, cudaStream_t)")
 cuda_instances(linear/linear_attention/cuda_launch.cuh

@@ -299,6 +299,7 @@ def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any
     spec = registry.get(op if isinstance(op, str) else op.__name__)
     if spec.over_cache and kwargs.get("seqlens_k") is not None:
         spec = registry.get(spec.over_cache)
+        kwargs.setdefault("causal", False)
     out = kwargs.pop("out", None) if spec.out is not None else None
     try:
         lowered = spec.lower(*args, **kwargs)
@@ -352,7 +353,10 @@ def _cuda_kernel(
     if backend == "cuda" and archs is not None and not any(a.startswith("90a") for a in archs):
         return f"{name} (not kernel_sm90: the build has no 90a)"
     why = spec.unsupported_sm90(*lowered, out=out)
-    forward = f"{name} (not kernel_sm90: {'; '.join(why)})" if why else f"{name}/kernel_sm90"
+    if why:
+        forward = f"{name} (not kernel_sm90: {'; '.join(why)})"
+    else:
+        forward = spec.sm90_kernel(*lowered) if spec.sm90_kernel else f"{name}/kernel_sm90"
     tensors = (t for t in lowered if isinstance(t, torch.Tensor))
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if spec.unsupported_sm90_backward is None or not needs_gradient:

@@ -23,12 +23,14 @@ class Rules:
         if not holds:
             self.broken.append(f"{argument}: {rule}; got {value}")
 
-    def check_heads(self, q: Tensor, v: Tensor, head_dims: tuple[int, ...]) -> None:
+    def check_heads(
+        self, q: Tensor, v: Tensor, head_dims: tuple[int, ...], values: str = "v"
+    ) -> None:
         columns = q.shape[-1]
         named = f"{', '.join(map(str, head_dims[:-1]))} or {head_dims[-1]}"
         self.check(q.dtype != torch.float32, "q", "must be float16 or bfloat16", q.dtype)
         self.check(columns in head_dims, "q", f"must have head_dim {named}", columns)
-        self.check(v.shape[-1] == columns, "v", "must have the head_dim of q", v.shape[-1])
+        self.check(v.shape[-1] == columns, values, "must have the head_dim of q", v.shape[-1])
 
     def check_tokens(self, q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> None:
         sequences = 1 if cu_seqlens is None else max(cu_seqlens.shape[0] - 1, 1)

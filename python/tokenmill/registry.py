@@ -88,6 +88,8 @@ class OpSpec:
     every operator. The cpu backend runs all calls.
     unsupported_sm90(*lowered, out=out) lists why the kernel for compute capability 9.0 does not
     take a call, which the one for all chips then runs. None: there is no such kernel.
+    sm90_kernel(*lowered) names the kernels of a call that it takes, if they are not
+    csrc/<family>/<name>/kernel_sm90.
     unsupported_sm90_backward(*lowered) does so for the gradient of a call.
     plain is what PyTorch code without care for precision would do in the dtype of the inputs: the
     baseline of the error budget.
@@ -117,6 +119,7 @@ class OpSpec:
     logarithms: tuple[int, ...] = ()
     unsupported: Callable[..., list[str]] | None = None
     unsupported_sm90: Callable[..., list[str]] | None = None
+    sm90_kernel: Callable[..., str] | None = None
     unsupported_sm90_backward: Callable[..., list[str]] | None = None
     sharding: Sharding | str | None = None
     written: tuple[str, ...] = ()

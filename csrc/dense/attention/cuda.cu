@@ -14,15 +14,6 @@ extern template const char* launch_forward<__nv_bfloat16>(const AttentionParams&
 extern template const char* launch_forward<float>(const AttentionParams&, const MaskBounds&,
                                                   cudaStream_t);
 
-template <typename T>
-const char* launch_on_sm90(const AttentionParams& p, cudaStream_t stream) {
-  if constexpr (kHasSm90) {
-    if (p.map == ScoreMap::softmax) return launch_forward_sm90<T, Weights::softmax>(p, stream);
-    return launch_forward_sm90<T, Weights::sigmoid>(p, stream);
-  }
-  return nullptr;
-}
-
 }  // namespace cuda
 
 const char* launch_cuda(const Masked<AttentionParams>& m, void* stream) {
@@ -36,8 +27,7 @@ const char* launch_cuda(const Masked<AttentionParams>& m, void* stream) {
                         p.batch * p.heads);
   const auto on = static_cast<cudaStream_t>(stream);
   if (cuda::kHasSm90 && cuda::takes_sm90(p) && cuda::compute_capability() == 90) {
-    const char* error = p.dtype == DType::float16 ? cuda::launch_on_sm90<__half>(p, on)
-                                                  : cuda::launch_on_sm90<__nv_bfloat16>(p, on);
+    const char* error = cuda::launch_on_sm90(p, {}, on);
     if (error != cuda::kNotMapped) return error;
   }
   if (p.mask.any())

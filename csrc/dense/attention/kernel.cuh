@@ -24,9 +24,10 @@ struct ForwardPlan {
   int64_t key_step, value_step;  // TileLoader::step
   float factor;                  // ForwardWarp::factor
   bool inputs_aligned, output_aligned;
-  bool inputs_whole;  // aligned, and rows of keys and values fill those of their tiles
-  MaskBounds bounds;  // of a call with a mask
-  KvCache cache;      // where keys lie that are cached
+  bool inputs_whole;     // aligned, and rows of keys and values fill those of their tiles
+  uint8_t most_queries;  // cached: requests with more are another kernel's; 0: none is
+  MaskBounds bounds;     // of a call with a mask
+  KvCache cache;         // where keys lie that are cached
 };
 
 // What queries without a sequence get, in a block of heads.
@@ -92,6 +93,8 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
       clear_queries<T>(p, plan, LooseRows(place, p.seqlen_q, block_rows), in_sequence);
       return;
     }
+    if constexpr (kCached && !kFloat8 && !Shape::kFloat)
+      if (plan.most_queries > 0 && place.rows.length > plan.most_queries) return;
   }
   Sequence s{place.rows.start, 0, place.rows.length, 0};
   if constexpr (kCached)
@@ -325,9 +328,10 @@ ForwardPlan plan_forward(const AttentionParams& p) {
 }
 
 // cache: where the keys lie that p does not have, if there is one (Cache as in run_forward).
+// most_queries: as in ForwardPlan.
 template <typename T, int kBucket, Weights kWeights, bool kGeneral, typename Cache = void>
 const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds, cudaStream_t stream,
-                           const KvCache& cache = {}) {
+                           const KvCache& cache = {}, int most_queries = 0) {
   constexpr bool kCached = !std::is_void_v<Cache>, kFloat8 = std::is_same_v<Cache, Float8>;
   using Element = std::conditional_t<kCached, Cache, T>;
   const Rows &k = kCached ? cache.k : p.k, &v = kCached ? cache.v : p.v;
@@ -344,6 +348,7 @@ const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds, c
   plan.key_step = Keys::step(k.seq, plan.warps * kWarpSize);
   plan.value_step = Keys::step(v.seq, plan.warps * kWarpSize);
   plan.cache = cache;
+  plan.most_queries = static_cast<uint8_t>(most_queries);
   plan.factor = ForwardWarp<T, kBucket, kWeights, kGeneral>::factor(p);
   const int staged = plan.warps * Shape::kWarpRows * Shape::kRowBytes;
   const int work = kFloat8 ? Float8Stages<T, kBucket>::kBytes : Shape::kSharedBytes;

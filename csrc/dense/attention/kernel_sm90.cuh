@@ -7,6 +7,8 @@
 // warpgroups owns 64 rows. It runs over the tiles of keys that its rows see and keeps S, P and O in
 // registers. Where no mask cuts, Q K^T of a tile and P V of the one before run while P is made.
 #pragma once
+#include <numeric>
+
 #include "cuda/arch/sm90/tma.cuh"
 #include "cuda/arch/sm90/wgmma.cuh"
 #include "cuda/attention/hidden_values.cuh"
@@ -18,6 +20,15 @@ namespace tokenmill::cuda {
 
 // Of the tile of queries that a block takes in its round.
 __device__ inline int index_of(unsigned round) { return blockIdx.x + round * gridDim.x; }
+
+// Keys of a cached tile from `key` on, which share a page. Behind the last key there may be none: a
+// box outside of the tensor has zeros.
+__device__ inline BoxPlace find_cached_box(const KvCache& cache, const Sm90Tile& tile, int key,
+                                           int head) {
+  if (key >= tile.s.k_length) return {0, head, -1};
+  const KvCache::Slot at = cache.slot(tile.b, key);
+  return {at.row, head, at.page};
+}
 
 // The warp that loads.
 template <typename Shape>
@@ -42,15 +53,22 @@ __device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
       shared.q_full.arrive();
       continue;
     }
-    const int batch = p.cu_seqlens_q ? 0 : tile.b;
+    const int batch = p.cu_seqlens_q ? 0 : tile.b, kv_head = tile.h / group;
     const auto load = [&](const CUtensorMap& map, int key0, auto& stages, Mbarrier* full,
                           Mbarrier* empty) {
       const Stage<Shape> stage(number);
       wait(empty[stage.index], stage.parity ^ 1);
       if (!issues) return;
       full[stage.index].arrive_expecting(Shape::kKeyBytes);
-      load_boxes<kKeys, kColumns>(map, {tile.s.k_start + key0, tile.h / group, batch},
-                                  stages[stage.index], full[stage.index]);
+      if (!plan.cache.seqlens) {
+        load_boxes<kKeys, kColumns>(map, {tile.s.k_start + key0, kv_head, batch},
+                                    stages[stage.index], full[stage.index]);
+        return;
+      }
+#pragma unroll 1
+      for (int i = 0; i < kKeys; i += plan.box_keys)
+        load_boxes<kKeys, kColumns>(map, find_cached_box(plan.cache, tile, key0 + i, kv_head),
+                                    stages[stage.index] + i * kBoxRowBytes, full[stage.index]);
     };
     const auto load_keys = [&](int key0) {
       load(plan.k, key0, shared.k, shared.k_full, shared.k_empty);
@@ -89,6 +107,10 @@ class Sm90Rows {
     for (unsigned round = 0; index_of(round) < plan_.tiles; ++round) {
       shared_.q_full.wait(round % 2);
       const Sm90Tile tile = shared_.tiles[round % 2];
+      queries_ = shared_address(shared_.q[warpgroup_]);
+      // Or the loop over tiles of keys computes the operand from warpgroup_. With 256 columns of O
+      // no register is left for it.
+      if constexpr (kColumns < 256) keep(queries_);
       if (tile.b < 0) {
         clear(tile);
         release(shared_.q_empty);
@@ -193,8 +215,7 @@ class Sm90Rows {
   __device__ __forceinline__ void multiply_keys(float (&s)[kCount], unsigned number) {
     const Stage<Shape> stage(number);
     shared_.k_full[stage.index].wait(stage.parity);
-    start_qk<T, kHeadDim, kKeys>(s, shared_address(shared_.q[warpgroup_]),
-                                 shared_address(shared_.k[stage.index]));
+    start_qk<T, kHeadDim, kKeys>(s, queries_, shared_address(shared_.k[stage.index]));
   }
   template <int kPending, int kCount>
   __device__ __forceinline__ void finish_keys(float (&s)[kCount], unsigned number) {
@@ -390,7 +411,8 @@ class Sm90Rows {
   const Sm90Plan& plan_;
   Sm90Shared<Shape>& shared_;
   int warpgroup_;
-  int first_;  // row of the sequence
+  uint32_t queries_;  // address of its own
+  int first_;         // row of the sequence
   MaskBand band_;
   unsigned number_ = 0;  // of the next tile of keys
   float o_[kColumns / 2];
@@ -421,13 +443,19 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim>::kThreads, 1)
 constexpr int64_t kSectionBytes = 32 << 20;
 
 template <typename T, int kHeadDim, Weights kWeights>
-const char* launch_sm90(const AttentionParams& p, cudaStream_t stream) {
+const char* launch_sm90(const AttentionParams& p, const KvCache& cache, cudaStream_t stream) {
   using Shape = Sm90Shape<kHeadDim>;
   Sm90Plan plan{};
-  const Sm90Tensors tensors(p, p.out);
+  const Sm90Tensors tensors(p, cache);
+  plan.cache = cache;
+  plan.ragged = p.cu_seqlens_q || cache.seqlens;
+  plan.box_keys = Shape::kTileKeys;
+  if (cache.block_table)
+    plan.box_keys = static_cast<int>(std::gcd(page_size(cache), int64_t{Shape::kTileKeys}));
+  if (cache.seqlens && p.cu_seqlens_q) plan.least_rows = kLeastSm90Queries;
   if (const char* error = encode_map(plan.q, tensors.q, p.dtype, Shape::kRows)) return error;
-  if (const char* error = encode_map(plan.k, tensors.k, p.dtype, Shape::kTileKeys)) return error;
-  if (const char* error = encode_map(plan.v, tensors.v, p.dtype, Shape::kTileKeys)) return error;
+  if (const char* error = encode_map(plan.k, tensors.k, p.dtype, plan.box_keys)) return error;
+  if (const char* error = encode_map(plan.v, tensors.v, p.dtype, plan.box_keys)) return error;
   if (const char* error = encode_map(plan.out, tensors.out, p.dtype, Shape::kRows)) return error;
   plan.tiles_of_head =
       static_cast<int>(max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, Shape::kBlockRows));
@@ -447,9 +475,10 @@ const char* launch_sm90(const AttentionParams& p, cudaStream_t stream) {
 
 // Defined in a generated source for each element type and map.
 template <typename T, Weights kWeights>
-const char* launch_forward_sm90(const AttentionParams& p, cudaStream_t stream) {
+const char* launch_forward_sm90(const AttentionParams& p, const KvCache& cache,
+                                cudaStream_t stream) {
   return visit_sm90_dim(p.head_dim, [&](auto dim) -> const char* {
-    return launch_sm90<T, dim, kWeights>(p, stream);
+    return launch_sm90<T, dim, kWeights>(p, cache, stream);
   });
 }
 

@@ -1,5 +1,6 @@
 // Tiles of the forward on compute capability 9.0a, and what its parts share.
 #pragma once
+#include "core/kv_cache.h"
 #include "cuda/arch/sm90/mbarrier.cuh"
 #include "cuda/arch/sm90/tensor_map.h"
 #include "cuda/arch/sm90/warpgroup.cuh"
@@ -40,6 +41,10 @@ struct Sm90Plan : Sm90Scores {
   int tiles_of_head;  // of kBlockRows rows; packed: of all sequences
   int heads;          // of all sequences; packed: of one
   int section_heads;  // whose keys and values stay in the L2 cache at once
+  KvCache cache;      // where keys lie that are cached; else its seqlens are null
+  int box_keys;       // cached: that lie in one page, of a tile
+  bool ragged;        // lengths lie on the device
+  int least_rows;     // packed: sequences with fewer are another kernel's
 };
 
 // Of a block: rows first .. of head h of sequence b, and the keys that any of them sees. Without a
@@ -87,12 +92,30 @@ __device__ inline Sm90Tile find_sm90_tile(const AttentionParams& p, const Sm90Pl
   const int heads = min(plan.section_heads, plan.heads - first_head);
   const int in_section = index % section_tiles;
   const int head = first_head + in_section % heads;
-  TilePlace place{
-      head / static_cast<int>(p.heads), in_section / heads, {0, static_cast<int>(p.seqlen_q)}};
-  if (p.cu_seqlens_q) place = find_tile(p.cu_seqlens_q, p.batch, p.seqlen_q, kRows, place.tile);
-  Sm90Tile tile{place.b, head % static_cast<int>(p.heads), place.tile * kRows, place.rows};
-  if (place.b < 0) return tile;
-  tile.s = sequence_of(p, place.b, place.rows);
+  Sm90Tile tile{head / static_cast<int>(p.heads), head % static_cast<int>(p.heads),
+                in_section / heads * kRows};
+  if (plan.ragged) {
+    tile.rows = {0, static_cast<int>(p.seqlen_q)};
+    if (p.cu_seqlens_q) {
+      const TilePlace place =
+          find_tile(p.cu_seqlens_q, p.batch, p.seqlen_q, kRows, in_section / heads);
+      tile.b = place.b;
+      tile.first = place.tile * kRows;
+      tile.rows = place.rows;
+      if (tile.b < 0) return tile;
+      if (tile.rows.length < plan.least_rows) {  // nor are there rows without a sequence
+        tile.b = -1;
+        tile.first = static_cast<int>(p.seqlen_q);
+        return tile;
+      }
+    }
+    if (plan.cache.seqlens)
+      tile.s = {tile.rows.start, 0, tile.rows.length, static_cast<int>(plan.cache.length(tile.b))};
+    else
+      tile.s = sequence_of(p, tile.b, tile.rows);
+  } else {
+    tile.s = {0, 0, static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k)};
+  }
   tile.first = ((tile.s.q_length + kRows - 1) / kRows - 1) * kRows - tile.first;
   tile.band = MaskBand::of(p, tile.s);
   tile.begin = tile.band.begin(tile.first) / Shape::kTileKeys * Shape::kTileKeys;

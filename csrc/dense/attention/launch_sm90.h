@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include "core/kv_cache.h"
 #include "cuda/arch/sm90/tensor_map.h"
 #include "cuda/attention/score_map.cuh"
 #include "cuda/sequences.cuh"
@@ -9,12 +10,23 @@
 
 namespace tokenmill::cuda {
 
+// Without a table each request has one page.
+inline int64_t page_size(const KvCache& cache) {
+  return cache.block_table ? int64_t{1} << cache.log2_page_size : cache.capacity;
+}
+
 // out: what has the shape of the output, in the backward its gradient.
 struct Sm90Tensors {
   MappedRows q, k, v, out;
 
   Sm90Tensors(const AttentionParams& p, const Rows& out)
       : Sm90Tensors(p, out, p.cu_seqlens_q ? 1 : p.batch) {}
+  // Of the forward, with keys in pages of a cache if there is one.
+  Sm90Tensors(const AttentionParams& p, const KvCache& cache) : Sm90Tensors(p, p.out) {
+    if (!cache.seqlens) return;
+    k = {cache.k, cache.pages, page_size(cache), p.kv_heads, p.head_dim};
+    v = {cache.v, cache.pages, page_size(cache), p.kv_heads, p.value_dim};
+  }
   bool can_be_mapped() const { return can_map(q) && can_map(k) && can_map(v) && can_map(out); }
 
  private:
@@ -26,7 +38,7 @@ struct Sm90Tensors {
 };
 
 // With fewer queries of a sequence most of a tile of 64 rows would be idle.
-constexpr int64_t kLeastSm90Queries = 32;
+constexpr int kLeastSm90Queries = 32;
 
 // Scales are normal numbers, and what one is divided by to give the argument of a tanh leaves
 // something of it.
@@ -44,25 +56,63 @@ inline bool has_sm90_dim(int64_t head_dim) {
   return visit_sm90_dim(head_dim, [&](auto dim) { return dim == head_dim; });
 }
 
-// The rules of python/tokenmill/dense/attention_kernels.py: those of both passes.
-inline bool is_sm90_attention(const AttentionParams& p) {
+// The rules of python/tokenmill/dense/attention_kernels.py: those that hold with a cache too, ...
+inline bool has_sm90_form(const AttentionParams& p) {
   if (p.dtype == DType::float32 || p.head_dim != p.value_dim) return false;
   if (weights_of(p) == Weights::elementwise) return false;
-  if (p.mask.any() || p.bias || p.alibi_slopes) return false;
+  return !p.mask.any() && !p.bias && !p.alibi_slopes && p.seqlen_k > 0;
+}
+
+// ... those of both passes, ...
+inline bool is_sm90_attention(const AttentionParams& p) {
   const int64_t sequences = p.cu_seqlens_q && p.batch > 1 ? p.batch : 1;
-  return p.seqlen_q >= kLeastSm90Queries * sequences && p.seqlen_k > 0;
+  return has_sm90_form(p) && p.seqlen_q >= kLeastSm90Queries * sequences;
 }
 
-// Those of the forward.
+// ... those of every forward, ...
+inline bool is_sm90_forward(const AttentionParams& p, const Sm90Tensors& t) {
+  if (!has_sm90_dim(p.head_dim) || !has_sm90_scale(p)) return false;
+  const int64_t tiles = max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, 64);
+  return tiles * t.q.batch * p.heads <= 1 << 30 && t.can_be_mapped();
+}
+
+// ... of the forward without a cache, ...
 inline bool takes_sm90(const AttentionParams& p) {
-  if (!is_sm90_attention(p) || !has_sm90_dim(p.head_dim) || !has_sm90_scale(p)) return false;
-  const Sm90Tensors t(p, p.out);
-  if (max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, 64) * t.q.batch * p.heads > 1 << 30)
-    return false;
-  return t.can_be_mapped();
+  return is_sm90_attention(p) && is_sm90_forward(p, {p, p.out});
 }
 
+// A tile of keys has three boxes at most.
+constexpr int64_t kLeastSm90Page = 64;
+
+// ... and of the one with keys in a cache. Of packed requests it takes those with
+// kLeastSm90Queries queries or more, so that a request has the same bits in any batch.
+inline bool takes_sm90(const AttentionParams& p, const KvCache& cache) {
+  if (!has_sm90_form(p) || p.seqlen_q < kLeastSm90Queries) return false;
+  if (cache.dtype != p.dtype) return false;
+  if (cache.block_table && page_size(cache) < kLeastSm90Page) return false;
+  return is_sm90_forward(p, {p, cache});
+}
+
+// cache: where the keys lie that p does not have; else its seqlens are null.
 template <typename T, Weights kWeights>
-const char* launch_forward_sm90(const AttentionParams& p, cudaStream_t stream);
+const char* launch_forward_sm90(const AttentionParams& p, const KvCache& cache,
+                                cudaStream_t stream);
+
+template <typename T>
+const char* launch_on_sm90(const AttentionParams& p, const KvCache& cache, cudaStream_t stream) {
+  if constexpr (kHasSm90) {
+    if (p.map == ScoreMap::softmax)
+      return launch_forward_sm90<T, Weights::softmax>(p, cache, stream);
+    return launch_forward_sm90<T, Weights::sigmoid>(p, cache, stream);
+  }
+  return kNotMapped;
+}
+
+// Of a call that takes_sm90 lets in: null, kNotMapped, or what went wrong.
+inline const char* launch_on_sm90(const AttentionParams& p, const KvCache& cache,
+                                  cudaStream_t stream) {
+  return p.dtype == DType::float16 ? launch_on_sm90<__half>(p, cache, stream)
+                                   : launch_on_sm90<__nv_bfloat16>(p, cache, stream);
+}
 
 }  // namespace tokenmill::cuda

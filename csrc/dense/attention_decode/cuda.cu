@@ -1,5 +1,7 @@
+#include "cuda/capability.h"
 #include "cuda/refuse.cuh"
 #include "dense/attention/kernel_mask.cuh"
+#include "dense/attention/launch_sm90.h"
 #include "dense/attention_decode/cuda_launch.cuh"
 
 namespace tokenmill {
@@ -18,12 +20,12 @@ extern template const char* launch_float8<float>(const DecodeParams&, cudaStream
 
 // Of prefill_launch.cuh.
 template <typename T>
-const char* launch_prefill(const DecodeParams&, const MaskBounds&, cudaStream_t);
-extern template const char* launch_prefill<__half>(const DecodeParams&, const MaskBounds&,
+const char* launch_prefill(const DecodeParams&, const MaskBounds&, int most_queries, cudaStream_t);
+extern template const char* launch_prefill<__half>(const DecodeParams&, const MaskBounds&, int,
                                                    cudaStream_t);
 extern template const char* launch_prefill<__nv_bfloat16>(const DecodeParams&, const MaskBounds&,
-                                                          cudaStream_t);
-extern template const char* launch_prefill<float>(const DecodeParams&, const MaskBounds&,
+                                                          int, cudaStream_t);
+extern template const char* launch_prefill<float>(const DecodeParams&, const MaskBounds&, int,
                                                   cudaStream_t);
 
 // Of prefill_float8_launch.cuh.
@@ -40,6 +42,20 @@ extern template const char* launch_prefill_float8<float>(const DecodeParams&, co
 
 // The kernels for a few rows have as many of each request, and see no key behind them.
 static bool prefills(const AttentionParams& p) { return p.cu_seqlens_q || p.window_right != 0; }
+
+// Tiles of 64 rows from which on they fill a GPU where kernels for a few rows would divide keys.
+constexpr int64_t kManySm90Tiles = 256;
+
+// The rules of python/tokenmill/dense/attention_kernels.py.
+static bool takes_sm90(const DecodeParams& d) {
+  const AttentionParams& p = d.attention;
+  if (p.seqlen_q > cuda::kMaxLength) return false;
+  if (!prefills(p)) {
+    const int64_t tiles = p.batch * p.heads * ceil_div(p.seqlen_q, 64);
+    if (!d.stream_k || tiles < kManySm90Tiles) return false;
+  }
+  return cuda::takes_sm90(p, d.cache);
+}
 
 int64_t workspace_bytes(const DecodeParams& d) {
   if (prefills(d.attention)) return MaskBounds::bytes(d.attention);
@@ -63,27 +79,37 @@ const char* launch_cuda(const DecodeParams& d, void* stream) {
   if (d.cache.pages > 0x7fffffff)
     return cuda::refuse("k_cache", "must have at most 2^31 - 1 pages on CUDA", d.cache.pages);
   const AttentionParams& p = d.attention;
+  if (prefills(p)) {
+    const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
+    if (dim > 256)
+      return cuda::refuse(
+          "q", "must be causal and not packed with head dimensions beyond 256 on CUDA", dim);
+    if (p.seqlen_q > cuda::kMaxLength)
+      return cuda::refuse("q", "must have at most 2^29 tokens on CUDA", p.seqlen_q);
+    if (p.batch * p.heads > 0x7fffffff)
+      return cuda::refuse("q", "must have at most 2^31 - 1 heads in all requests on CUDA",
+                          p.batch * p.heads);
+  }
   const auto on = static_cast<cudaStream_t>(stream);
+  int most_queries = 0;
+  if (cuda::kHasSm90 && takes_sm90(d) && cuda::compute_capability() == 90) {
+    const char* error = cuda::launch_on_sm90(p, d.cache, on);
+    if (error != cuda::kNotMapped) {
+      if (error || !p.cu_seqlens_q) return error;
+      most_queries = cuda::kLeastSm90Queries - 1;
+    }
+  }
   const bool float8 = d.cache.dtype == DType::float8_e4m3fn;
   if (!prefills(p))
     return cuda::visit_dtype(p.dtype, [&]<typename T>() {
       return float8 ? cuda::launch_float8<T>(d, on) : cuda::launch_decode<T>(d, on);
     });
-  const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
-  if (dim > 256)
-    return cuda::refuse(
-        "q", "must be causal and not packed with head dimensions beyond 256 on CUDA", dim);
-  if (p.seqlen_q > cuda::kMaxLength)
-    return cuda::refuse("q", "must have at most 2^29 tokens on CUDA", p.seqlen_q);
-  if (p.batch * p.heads > 0x7fffffff)
-    return cuda::refuse("q", "must have at most 2^31 - 1 heads in all requests on CUDA",
-                        p.batch * p.heads);
   const MaskBounds bounds = MaskBounds::at(p, d.workspace);
   if (p.mask.any())
     if (const char* error = cuda::launch_bounds(p, bounds, on)) return error;
   return cuda::visit_dtype(p.dtype, [&]<typename T>() {
     return float8 ? cuda::launch_prefill_float8<T>(d, bounds, on)
-                  : cuda::launch_prefill<T>(d, bounds, on);
+                  : cuda::launch_prefill<T>(d, bounds, most_queries, on);
   });
 }
 

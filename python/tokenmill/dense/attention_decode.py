@@ -25,6 +25,7 @@ from .attention_decode_rules import (
     lower_cache_mask,
     unsupported,
 )
+from .attention_kernels import cached_sm90_kernel, unsupported_cached_sm90
 from .terms import (
     NO_WINDOW,
     Kind,
@@ -389,6 +390,8 @@ SPEC = register_op(
         differentiable=(),
         logarithms=(1,),
         unsupported=unsupported,
+        unsupported_sm90=unsupported_cached_sm90,
+        sm90_kernel=cached_sm90_kernel,
         sharding=Sharding(
             {
                 "q k_cache v_cache": "b.h.",
