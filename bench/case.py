@@ -21,8 +21,13 @@ def place(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(device)
 
 
-# Compositions of operators that are measured as one, with their family: modules of this package.
-RECIPES = {"moba_attention": "sparse", "native_sparse_attention": "sparse"}
+# What is measured beside the operators, with its family: compositions of them, and attention at
+# other sizes. Modules of this package.
+RECIPES = {
+    "moba_attention": "sparse",
+    "native_sparse_attention": "sparse",
+    "attention_rates": "dense",
+}
 
 
 class Absent(Exception):

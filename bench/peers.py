@@ -49,6 +49,17 @@ def _flash_attention(*, causal: bool, left: int) -> Forward:
     return forward
 
 
+def _flash_attention_3(*, causal: bool, left: int) -> Forward:
+    from flash_attn_interface import flash_attn_func
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _sixteen_bits("flash-attn 3", (q,))
+        found = flash_attn_func(q, k, v, causal=causal, window_size=(left, 0 if left >= 0 else -1))
+        return found[0] if isinstance(found, tuple) else found  # older ones return lse, too
+
+    return forward
+
+
 def _flash_decode(*, seqlens_k: Tensor) -> Forward:
     from flash_attn import flash_attn_with_kvcache
 
@@ -157,6 +168,7 @@ def _flex(*, causal: bool, left: int) -> Forward:
 PEERS = (
     Peer("flash-attn", "flash_attn", "flash-attn",
          {"attention": _flash_attention, "attention_decode": _flash_decode}),
+    Peer("flash-attn 3", "flash_attn_interface", "flash-attn-3", {"attention": _flash_attention_3}),
     Peer("flashinfer", "flashinfer", "flashinfer-python",
          {"attention": _flashinfer_prefill, "attention_decode": _flashinfer_decode}),
     Peer("xformers", "xformers", "xformers", {"attention": _xformers}),

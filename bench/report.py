@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--counters or --launches",
     )
     parser.add_argument(
+        "--rates",
+        action="store_true",
+        help="print TFLOP/s of every case and its peers, and nothing else",
+    )
+    parser.add_argument(
         "--update",
         metavar="PAGE",
         help=f"rewrite the lines of this page between '{BEGIN}' and '{END}', instead of printing",
@@ -44,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    tables = "\n".join(markdown(Path(name).stem, load(name)) for name in options.files)
+    show = rates if options.rates else markdown
+    tables = "\n".join(show(Path(name).stem, load(name)) for name in options.files)
     if options.update is None:
         print(tables, end="")
         return 0
@@ -207,6 +213,24 @@ def _times(op: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> list
     if absent:
         lines += ["", f"Absent: {'; '.join(f'{name} ({why})' for name, why in absent)}."]
     return lines
+
+
+def rates(name: str, results: dict[str, Any]) -> str:
+    """TFLOP/s of the rows of one file, a line each: ours and those of the peers."""
+    rows = [row for row in results["rows"] if "error" in row or row.get("flops")]
+    peers = list(dict.fromkeys(name for row in rows for name in row.get("peers", ())))
+    found = [[f"{name}: TFLOP/s", "tokenmill", *peers]]
+    for row in rows:
+        if "error" in row:
+            cells = [f"failed: {row['error']}"]
+        else:
+            others = (row["peers"].get(peer, {}).get("flops", 0) for peer in peers)
+            cells = [figure(flops / 1e12) if flops else "" for flops in (row["flops"], *others)]
+        found.append([row["case"], *cells])
+    columns = max(len(cells) for cells in found)
+    widths = [max(len(cells[i]) for cells in found if i < len(cells)) for i in range(columns)]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=False)) for cells in found)
+    return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
 def _line(cells: list[str]) -> str:

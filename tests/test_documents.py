@@ -157,6 +157,24 @@ def test_a_report_of_launches_shows_calls_side_by_side(tmp_path, capsys):
     ]
 
 
+def test_rates_are_in_teraflops_beside_those_of_peers(tmp_path, capsys):
+    rows = [
+        {"op": "a", "case": "short", "flops": 4.5e14, "peers": {"p": {"flops": 3e13}}},
+        {"op": "a", "case": "longer", "flops": 1.23456e15, "peers": {}},
+        {"op": "a", "case": "none", "error": "no memory"},
+    ]
+    name = tmp_path / "r.json"
+    name.write_text(json.dumps(RUN | {"rows": rows}))
+    assert main(["bench", "report", "--rates", str(name)]) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert [[word.strip() for word in line if word] for line in lines] == [
+        ["r: TFLOP/s", "tokenmill", "p"],
+        ["short", "450", "30.0"],
+        ["longer", "1235"],
+        ["none", "failed: no memory"],
+    ]
+
+
 def test_a_report_refuses_what_is_no_result_and_pages_without_markers(tmp_path, capsys):
     headless, good, page = (tmp_path / name for name in ("h.json", "g.json", "page.md"))
     headless.write_text('{"rows": []}')
