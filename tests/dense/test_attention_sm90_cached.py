@@ -78,6 +78,22 @@ CASES = {
         {"page_size": 64, "queries": (66,), "d": 128, "dtype": BF16},
         {"kind": "sigmoid", "causal": True},
     ),
+    "tiles of 128, columns behind the last": (
+        (150,),
+        {"page_size": 64, "queries": (33,), "h": 1, "d": 96, "dtype": BF16},
+        {"causal": True},
+    ),
+    "tiles of 96 in boxes of 32": (
+        (230, 97),
+        {"page_size": 64, "queries": (40, 33), "h": 1, "d": 192},
+        {"causal": True},
+    ),
+    "tiles of 96, no pages": ((190,), {"sq": 32, "h": 1, "d": 192, "capacity": 200}, {}),
+    "tiles of 64": (
+        (130, 70),
+        {"page_size": 128, "queries": (32, 1), "h": 1, "d": 256},
+        {"kind": "sigmoid", "window": (80, 3)},
+    ),
 }
 
 
