@@ -1,8 +1,7 @@
-#include "cuda/capability.h"
 #include "cuda/refuse.cuh"
+#include "dense/attention/choose_sm90.h"
 #include "dense/attention/kernel.cuh"
 #include "dense/attention/kernel_mask.cuh"
-#include "dense/attention/launch_sm90.h"
 
 namespace tokenmill {
 namespace cuda {

@@ -1,7 +1,6 @@
-#include "cuda/capability.h"
 #include "cuda/refuse.cuh"
+#include "dense/attention/choose_sm90.h"
 #include "dense/attention/kernel_mask.cuh"
-#include "dense/attention/launch_sm90.h"
 #include "dense/attention_decode/cuda_launch.cuh"
 
 namespace tokenmill {
