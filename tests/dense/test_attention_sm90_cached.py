@@ -130,6 +130,21 @@ def test_a_request_has_the_bits_that_it_has_alone():
         assert torch.equal(out[rows], alone) and torch.equal(lse[:, rows], alone_lse), b
 
 
+def test_short_requests_have_no_tiles_of_the_first_launch():
+    """Nor is there one where the host knows that all are short."""
+    args, kwargs = drawn((9,) * 64, page_size=64, queries=(1,) * 64, capacity=64)
+    found, counts = [], []
+    for most in (None, 1):
+        with _emulator.configured("device=sm_90a,check=1"), _emulator.counting() as launches:
+            options = kwargs | {"max_seqlen_q": most, "backend": "emulated"}
+            found.append(tm.attention(*args, **options))
+        counts.append([(SM90 in x["kernel"], x["instructions"]) for x in launches])
+    (first, rest), (alone,) = counts
+    assert first[0] and not rest[0] and not alone[0]
+    assert first[1] < 20_000  # tiles of a head: 2 and the one of rows without a request
+    assert torch.equal(*found)
+
+
 def test_requests_share_pages():
     """Two requests with the same first page, in a table with its pages in any order."""
     (q, k, v), kwargs = drawn((256, 256), page_size=64, sq=32)
@@ -191,9 +206,16 @@ def test_explain_names_the_kernel_that_runs():
     check_explanation("k_cache: must have the dtype of q", args, kwargs)
     args, kwargs = drawn((70, 9), page_size=64, queries=(32, 1), h=1, capacity=128)
     check_explanation("", args, kwargs)
+    check_explanation("", args, kwargs | {"max_seqlen_q": 32})
     with _emulator.configured("device=sm_90a"):
         kernel = tm.explain("attention", *args, **kwargs, backend="emulated").kernel
     assert "and csrc/dense/attention_decode for requests with fewer than 32 queries in" in kernel
+
+
+def test_explain_knows_a_bound_on_queries():
+    args, kwargs = drawn((70, 9), page_size=64, queries=(31, 1), h=1, capacity=128)
+    rule = "max_seqlen_q: must be 32 or more; got 31"
+    check_explanation(rule, args, kwargs | {"max_seqlen_q": 31})
 
 
 def test_causal_calls_of_decode_have_it_where_tiles_fill_a_gpu():

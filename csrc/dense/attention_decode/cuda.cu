@@ -48,7 +48,7 @@ constexpr int64_t kManySm90Tiles = 256;
 // The rules of python/tokenmill/dense/attention_kernels.py.
 static bool takes_sm90(const DecodeParams& d) {
   const AttentionParams& p = d.attention;
-  if (p.seqlen_q > cuda::kMaxLength) return false;
+  if (p.seqlen_q > cuda::kMaxLength || d.max_seqlen_q < cuda::kLeastSm90Queries) return false;
   if (!prefills(p)) {
     const int64_t tiles = p.batch * p.heads * ceil_div(p.seqlen_q, 64);
     if (!d.stream_k || tiles < kManySm90Tiles) return false;

@@ -96,6 +96,7 @@ DecodeParams make_params(const AttentionDecodeArgs& a) {
   AttentionParams& p = d.attention;
   p.batch = batch;
   p.seqlen_q = a.q.size(a.packed() ? 0 : 1);
+  d.max_seqlen_q = a.max_seqlen_q ? *a.max_seqlen_q : p.seqlen_q;
   p.heads = a.q.size(-2);
   p.kv_heads = a.k_cache.size(2);
   p.head_dim = a.q.size(-1);

@@ -30,9 +30,10 @@ struct DecodeParams : CacheAttention {
   // queries each.
   const int32_t* requests;
   int64_t num_requests, queries;
-  int64_t num_splits;  // 0: automatic
-  bool stream_k;       // CUDA: ranges of equal length over all requests
-  void* workspace;     // CUDA
+  int64_t num_splits;    // 0: automatic
+  bool stream_k;         // CUDA: ranges of equal length over all requests
+  void* workspace;       // CUDA
+  int64_t max_seqlen_q;  // CUDA: no request has more queries
 };
 
 // The keys that each of `queries` queries of a request with `length` keys sees.

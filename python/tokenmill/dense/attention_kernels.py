@@ -43,6 +43,8 @@ def unsupported_cached_sm90(*lowered: Any, out: Tensor | None = None) -> list[st
     check(pages > 0 and size > 0, "k_cache", "must have tokens", a.k_cache.shape)
     tokens = a.q.shape[-3]
     check(tokens >= LEAST_TOKENS, "q", f"must have {LEAST_TOKENS} tokens", tokens)
+    most = LEAST_TOKENS if a.max_seqlen_q is None else a.max_seqlen_q
+    check(most >= LEAST_TOKENS, "max_seqlen_q", f"must be {LEAST_TOKENS} or more", most)
     if a.cu_seqlens_q is None and (a.causal or a.window_right == 0):
         # Kernels that divide the keys of a request could answer, too.
         check(a.num_splits == 0, "num_splits", "must be 0", a.num_splits)
