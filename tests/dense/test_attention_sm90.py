@@ -179,6 +179,7 @@ PACKED = {
     "softmax": (64, {}),
     "softmax, heads of 96": (96, {}),
     "sigmoid": (64, {"kind": "sigmoid", "score_bias": -6.0}),
+    "softmax, heads of 192": (192, {}),
     "sigmoid, heads of 256": (256, {"kind": "sigmoid"}),
 }
 
@@ -228,27 +229,32 @@ def test_strides():
     check_budget(q, k, v, causal=True)
 
 
+# Queries, keys, and tokens at their end.
+SQUARE = 140, 140, 20
+CUT = 60, 180, 15  # rows in front see more than 64 keys of the last tile, of 96
 LATER = [
-    ("softmax", 128, NAN),
-    ("softmax", 128, INF),
-    ("softmax", 96, INF),
-    ("softmax", 256, NAN),
-    ("sigmoid", 64, NAN),
-    ("sigmoid", 64, INF),
-    ("sigmoid", 192, NAN),
+    ("softmax", 128, NAN, SQUARE),
+    ("softmax", 128, INF, SQUARE),
+    ("softmax", 96, INF, SQUARE),
+    ("softmax", 192, INF, CUT),
+    ("softmax", 256, NAN, SQUARE),
+    ("sigmoid", 64, NAN, SQUARE),
+    ("sigmoid", 64, INF, SQUARE),
+    ("sigmoid", 192, NAN, SQUARE),
 ]
 
 
-@pytest.mark.parametrize(("kind", "head_dim", "value"), LATER)
-def test_a_later_token_touches_no_earlier_row(kind, head_dim, value):
-    q, k, v = inputs(140, d=head_dim)
+@pytest.mark.parametrize(("kind", "head_dim", "value", "shape"), LATER)
+def test_a_later_token_touches_no_earlier_row(kind, head_dim, value, shape):
+    queries, keys, late = shape
+    q, k, v = inputs(queries, keys, d=head_dim)
     with hopper():
         (clean, *_) = run(q, k, v, kind=kind, causal=True)
-        k[:, 120:, :, ::3] = NAN
-        v[:, 120:, :, ::3] = v[:, 131:, :, 1] = value
+        k[:, -late:, :, ::3] = NAN
+        v[:, -late:, :, ::3] = v[:, -9:, :, 1] = value
         (out, *_) = run(q, k, v, kind=kind, causal=True)
-    assert torch.equal(out[:, :120], clean[:, :120])
-    assert not out[:, 120:, :, ::3].isfinite().any()
+    assert torch.equal(out[:, :-late], clean[:, :-late])
+    assert not out[:, -late:, :, ::3].isfinite().any()
 
 
 @pytest.mark.parametrize("head_dim", [64, 256])
