@@ -57,7 +57,7 @@ const char* launch_on_sm90(const Sm90Backward& call, cudaStream_t stream) {
       return launch_backward_sm90<T, Weights::softmax>(call, stream);
     return launch_backward_sm90<T, Weights::sigmoid>(call, stream);
   }
-  return nullptr;
+  return kNotMapped;
 }
 
 template <typename T>
