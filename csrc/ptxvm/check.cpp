@@ -40,6 +40,7 @@ struct Look {
   uint8_t scope;
   uint32_t flight;    // bits of what is in flight from now on
   uint64_t host = 0;  // address of what a lane accesses
+  uint32_t cell = 0;  // bytes of a cell there, of writes
 
   std::string place(uint64_t where) const {
     char text[64];
@@ -166,7 +167,7 @@ uint32_t racing_writer(const Look& look, const Cell& cell, uint64_t host) {
     if (!comes_before(look.warp, cell.read, look.proxy))
       if (const uint32_t other = race_in(look, cell.read, cell.read_info >> kIndexBits, 8))
         explain_race(look, cell, where, other, false);
-    if (!look.strong && cell.write_info & kStrongWrite && !over) forget_flag(host);
+    if (!look.strong && cell.write_info & kStrongWrite && !over) forget_flags(host, look.cell);
     if (look.strong) {
       const bool sees = look.proxy == kGeneric && observes(look.in);
       cell.wrote = join_writers(look.warp, cell.wrote, mine, look.proxy, sees);
@@ -249,6 +250,7 @@ void shadow_lanes(Look look, SharedShadow& shadow, const uint64_t* offsets, Mask
     Region& region = shadow.regions[offset >> Region::kShift];
     Cell* cell = region.at(offset, bytes);
     look.lane = lane;
+    look.cell = 1u << region.shift;
     look.host = reinterpret_cast<uint64_t>(look.block->shared) + offset;
     uint64_t where = offset;
     for (uint32_t n = bytes >> region.shift; n > 0; --n, ++cell, where += 1u << region.shift)
@@ -311,14 +313,15 @@ void shadow_addresses(Look look, const uint64_t* addresses, Mask mask, uint32_t 
     uint64_t where = look.host = addresses[look.lane];
     Region& region = global_region(where);
     Cell* cell = region.at(where, bytes);
-    for (uint32_t n = bytes >> region.shift; n > 0; --n, ++cell, where += 1u << region.shift)
+    look.cell = 1u << region.shift;
+    for (uint32_t n = bytes >> region.shift; n > 0; --n, ++cell, where += look.cell)
       touch<writes, false>(look, *cell, where, where, mine, info);
   }
 }
 
 // Bytes in a row, at any address, that something asynchronous touches; host: of the first.
 template <bool writes, typename Of>
-void touch_range(const Look& look, uint64_t begin, uint64_t host, uint64_t bytes, uint32_t mine,
+void touch_range(Look look, uint64_t begin, uint64_t host, uint64_t bytes, uint32_t mine,
                  Of region_of) {
   const uint32_t info = index_of(look.warp, look.in);
   for (uint64_t where = begin; where < begin + bytes;) {
@@ -329,8 +332,8 @@ void touch_range(const Look& look, uint64_t begin, uint64_t host, uint64_t bytes
     // Cells up to the end of the region or of the range.
     const uint64_t region_end = (where | (Region::kBytes - 1)) + 1;
     const uint64_t end = std::min(region_end, begin + bytes);
-    const uint32_t step = 1u << region.shift;
-    for (; where + step <= end; where += step, ++cell)
+    look.cell = 1u << region.shift;
+    for (; where + look.cell <= end; where += look.cell, ++cell)
       touch<writes, true>(look, *cell, where, host + (where - begin), mine, info);
   }
 }
@@ -407,15 +410,8 @@ void bulk_issued(Warp& warp, const Instruction& in, int lane, Block& target, uin
                  uint32_t bytes, bool reduces, uint32_t segment) {
   if (!target.shadow) return;
   SharedShadow& shadow = *target.shadow;
-  const Look look{warp,
-                  in,
-                  lane,
-                  &target,
-                  true,
-                  kAsyncShared,
-                  reduces,
-                  kClusterScope,
-                  reduces ? kBulk | kReducing : kBulk};
+  const uint32_t flight = reduces ? kBulk | kReducing : kBulk;
+  const Look look{warp, in, lane, &target, true, kAsyncShared, reduces, kClusterScope, flight};
   ++shadow.writes;
   if (reduces) shadow.reductions.resize(shadow.unset.size());
   for (uint32_t at = offset; at < offset + bytes;) {

@@ -190,7 +190,7 @@ void proxy_fence_executed(Warp&, bool shared, bool global);
 void strong_accessed(Warp&, const Instruction&, const uint64_t* places, Mask, bool reads,
                      bool writes, int elements, uint32_t bytes);
 void flag_acquired(Warp&, const Instruction&, uint64_t place);  // the acquire of one of them alone
-void forget_flag(uint64_t place);                               // a weak write
+void forget_flags(uint64_t place, uint32_t bytes);              // a weak write over them
 // Whether a strong access gives the program the value that it finds.
 bool observes(const Instruction&);
 

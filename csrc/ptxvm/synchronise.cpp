@@ -284,9 +284,11 @@ void flag_acquired(Warp& warp, const Instruction& in, uint64_t place) {
 
 bool observes(const Instruction& in) { return in.writes > 0; }
 
-void forget_flag(uint64_t place) {
-  shared_flags.erase(place);
-  global_flags.erase(place);
+void forget_flags(uint64_t place, uint32_t bytes) {
+  for (uint64_t end = place + bytes; place < end; ++place) {
+    shared_flags.erase(place);
+    global_flags.erase(place);
+  }
 }
 
 }  // namespace ptxvm

@@ -404,19 +404,25 @@ WAIT:
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse"])
-def test_a_copy_over_a_flag_releases_nothing(order: str) -> None:
+@pytest.mark.parametrize("vector", [False, True])
+def test_a_copy_over_a_flag_releases_nothing(order: str, vector: bool) -> None:
     """Warp 1 waits for the copy and acquires what it left, not what warp 0 had released."""
-    word = "@%p0 st.shared.u32 [%r2+512], 5;\n"
+    v4, one, five, flag, read = (
+        (".v4", "{1, 1, 1, 1}", "{5, 5, 5, 5}", "{%r4, %r6, %r7, %r8}", "{%r5, %r9, %r10, %r11}")
+        if vector
+        else ("", "1", "5", "%r4", "%r5")
+    )
+    word = f"@%p0 st.shared{v4}.u32 [%r2+512], {five};\n"
 
     def body(first: str, then: str) -> str:
         return f"""{init(1)}@%p2 bra READ;
 {first}{expect(16)}{then}
-@%p0 st.release.cta.shared.u32 [%r2], 1;
+@%p0 st.release.cta.shared{v4}.u32 [%r2], {one};
 fence.proxy.async;
 @%p0 {LOAD} [%r2], [%d0], 16, [bar];
 ret;
 READ: {wait("0")}
-ld.acquire.cta.shared.u32 %r4, [%r2]; ld.shared.u32 %r5, [%r2+512];"""
+ld.acquire.cta.shared{v4}.u32 {flag}, [%r2]; ld.shared{v4}.u32 {read}, [%r2+512];"""
 
     data = np.ones(4, np.uint32)
     for mode in MODES[:2]:
