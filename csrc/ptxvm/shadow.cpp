@@ -75,13 +75,28 @@ void reached(Warp& warp, const Instruction& in, int lane, Block& block) {
   block.shadow->remote.push_back(now);
 }
 
+namespace {
+
+// Whether the warp has waited for the access. What relaxed waits and reads saw is pending: it
+// orders no access of the warp, but the warp did not end before it.
+bool has_waited(const Warp& warp, const Remote& remote) {
+  const Timeline& t = *warp.timeline;
+  const auto& pending = t.pending;
+  return at(t.near.seen, remote.agent) >= remote.time ||
+         std::any_of(pending.begin(), pending.end(), [&](const Published& seen) {
+           const Times* own = seen.seen.find(t.cluster);
+           return own && at(*own, remote.agent) >= remote.time;
+         });
+}
+
+}  // namespace
+
 void block_finished(Block& block) {
   if (!block.shadow) return;
-  // A block ends with its last warp, so it is enough that one of them knows.
+  // A block ends with its last warp, so it is enough that one of them has waited.
   for (const Remote& remote : block.shadow->remote)
-    if (std::none_of(block.warps.begin(), block.warps.end(), [&](const Warp& warp) {
-          return at(warp.timeline->near.seen, remote.agent) >= remote.time;
-        }))
+    if (std::none_of(block.warps.begin(), block.warps.end(),
+                     [&](const Warp& warp) { return has_waited(warp, remote); }))
       broke_rule(*remote.warp, *remote.in, remote.lane, "access to a block that may have finished",
                  "block " + std::to_string(block.rank) +
                      " of the cluster may finish before this access to its shared memory: it waits "

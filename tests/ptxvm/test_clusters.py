@@ -173,12 +173,19 @@ st.shared::cluster.u32 [%r5], 1;"""
         machine.run(kernel(body, cluster=2), "k", np.zeros(1), grid=2)
 
 
-ACCESSES = {
-    "arrive": "@%p3 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r6];",
-    "store": "@%p3 st.shared::cluster.u32 [%r7], 1;",
-    "load": "@%p3 ld.shared::cluster.u32 %r8, [%r7];",
-}
+ARRIVE = "@%p3 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r6];"
 WAIT = f"@!%p4 bra OUT; {wait('0')} OUT:"
+LOAD = "@%p3 ld.shared::cluster.u32 %r8, [%r7];"
+RAISE = "@%p3 st.release.cluster.shared::cluster.u32 [%r7+4], 1;"
+POLL = "POLL: ld.relaxed.cluster.shared.u32 %r9, [%r2+4]; setp.eq.u32 %p5, %r9, 0; @%p5 bra POLL;"
+# What block 1 does with the memory of block 0, and how that waits for it.
+ACCESSES = {
+    "arrive": (ARRIVE, WAIT),
+    "arrive, relaxed wait": (ARRIVE, WAIT.replace(".parity", ".parity.relaxed.cluster")),
+    "store": ("@%p3 st.shared::cluster.u32 [%r7], 1;", MEET),
+    "load": (LOAD, MEET),
+    "load, relaxed poll": (LOAD + RAISE, f"@!%p4 bra OUT; {POLL} OUT:"),
+}
 WITHOUT_A_WAIT = "block 0 of the cluster may finish before this access to its shared memory"
 
 
@@ -186,17 +193,18 @@ WITHOUT_A_WAIT = "block 0 of the cluster may finish before this access to its sh
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_block_waits_for_accesses_of_others_to_its_memory(access: str, waits: bool) -> None:
     """Even where it happens to finish last."""
+    does, then = ACCESSES[access]
     body = f"""
 @%p0 mbarrier.init.shared::cta.b64 [bar], 1;
-@%p0 st.shared.u32 [%r2], 7;
+@%p0 st.shared.v2.u32 [%r2], {{7, 0}};
 fence.mbarrier_init.release.cluster;
 {MEET}
 mov.u32 %r4, 0; mov.u32 %r5, bar; mapa.shared::cluster.u32 %r6, %r5, %r4;
 mapa.shared::cluster.u32 %r7, %r2, %r4;
 setp.eq.u32 %p3, %r1, 1; and.pred %p3, %p3, %p0;
-{ACCESSES[access]}
+{does}
 setp.eq.u32 %p4, %r1, 0;
-{(WAIT if access == "arrive" else MEET) if waits else ""}"""
+{then if waits else ""}"""
     for order in ORDERS:
         with machine.options(on_fault="stop"), sm90(order=order, check=1):
             if waits:
