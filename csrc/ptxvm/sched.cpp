@@ -78,7 +78,11 @@ class Grid {
           land_for_those_that_poll(*block.cluster);
           if ((*resident)->unfinished == 0) {
             finish_transfers(block);
-            if (--block.cluster->unfinished == 0) finish_transfers(*block.cluster);
+            if (--block.cluster->unfinished == 0) {
+              finish_transfers(*block.cluster);
+              // All at once: a block that is given back becomes one of another cluster.
+              for (Block* each : block.cluster->blocks) block_finished(*each);
+            }
           }
         }
         // The memory of a block stays until the last block of its cluster has finished.
@@ -86,7 +90,6 @@ class Grid {
           ++resident;
           continue;
         }
-        block_finished(block);
         spare_.splice(spare_.end(), residents_, resident++);
         rounds_ = 0;
         since_finish_ = 0;

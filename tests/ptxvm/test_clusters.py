@@ -214,6 +214,21 @@ setp.eq.u32 %p4, %r1, 0;
                 machine.run(kernel(body, cluster=2), "k", np.zeros(1), grid=2)
 
 
+def test_a_report_names_the_block_that_did_the_access() -> None:
+    """Even where it ends first and another cluster could take its place."""
+    body = f"""@%p0 st.shared.u32 [%r2], 7;
+{MEET}mov.u32 %r4, 0; mapa.shared::cluster.u32 %r7, %r2, %r4;
+setp.eq.u32 %p3, %r1, 1; and.pred %p4, %p3, %p0; mov.u32 %r9, 0;
+@%p4 ld.shared::cluster.u32 %r8, [%r7]; @!%p3 bra OUT;
+SPIN: add.u32 %r9, %r9, 1; setp.lt.u32 %p5, %r9, TURNS; @%p5 bra SPIN; OUT:"""
+    options = {"on_fault": "stop", "resident_blocks": 2, "fuel": 50, "check": 1}
+    for turns in (20, 60, 150):
+        with sm90(**options), pytest.raises(MachineError, match=r"block \(1, 0, 0\)") as error:
+            text = kernel(body.replace("TURNS", str(turns)), cluster=2)
+            machine.run(text, "k", np.zeros(1), grid=16, block=32)
+        assert WITHOUT_A_WAIT in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("grid", "cluster", "device", "report"),
     [
