@@ -180,7 +180,7 @@ void barrier_emptied(Block&, uint32_t number);
 void cluster_arrived(Warp&, const Instruction&);
 void cluster_completed(Cluster&);
 void cluster_passed(Warp&);
-void mbarrier_arrived(Warp&, const Instruction&, Block&, uint32_t offset);
+void mbarrier_arrived(Warp&, const Instruction&, int lane, Block&, uint32_t offset);
 void mbarrier_completed(Block&, uint32_t offset);
 void mbarrier_passed(Warp&, const Instruction&, Block&, uint32_t offset);
 void fence_executed(Warp&, const Instruction&);

@@ -177,7 +177,7 @@ void run_arrive(Warp& warp, const Instruction& in, Mask mask) {
     if (in.flags & kArrives) {
       const Place place = place_of(warp, in, lane, address);
       object.arrive(count, !(in.flags & kNoComplete));
-      mbarrier_arrived(warp, in, place.block, place.offset);
+      mbarrier_arrived(warp, in, lane, place.block, place.offset);
     }
     object.store();
     if (in.writes && in.slots[0] != kNoSlot) lanes<uint64_t>(warp, in.slots[0])[lane] = before;

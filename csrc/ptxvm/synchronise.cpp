@@ -84,7 +84,7 @@ void cluster_passed(Warp& warp) {
   if (warp.timeline) take(*warp.timeline, warp.block->cluster->clocks->complete);
 }
 
-void mbarrier_arrived(Warp& warp, const Instruction& in, Block& block, uint32_t offset) {
+void mbarrier_arrived(Warp& warp, const Instruction& in, int lane, Block& block, uint32_t offset) {
   if (!warp.timeline || !block.shadow) return;
   Timeline& t = *warp.timeline;
   Signal& signal = block.shadow->signals[offset];
@@ -96,7 +96,7 @@ void mbarrier_arrived(Warp& warp, const Instruction& in, Block& block, uint32_t 
       refuse(signal.refused, publish(t), scope, kClusterScope);
     } else {
       gather(gathered, t);
-      if (remote) reached(warp, in, __builtin_ctz(warp.mask), block);
+      if (remote) reached(warp, in, lane, block);
     }
     tick(t);
   } else {

@@ -189,6 +189,15 @@ ACCESSES = {
 WITHOUT_A_WAIT = "block 0 of the cluster may finish before this access to its shared memory"
 
 
+def test_a_report_names_the_lane_that_arrived() -> None:
+    body = f"""@%p0 mbarrier.init.shared::cta.b64 [bar], 1; fence.mbarrier_init.release.cluster;
+{MEET}mov.u32 %r4, 0; mov.u32 %r5, bar; mapa.shared::cluster.u32 %r6, %r5, %r4;
+setp.eq.u32 %p3, %r1, 1; setp.eq.u32 %p4, %r0, 5; and.pred %p3, %p3, %p4;
+{ARRIVE}"""
+    with sm90(order="reverse", check=1), pytest.raises(MachineError, match=r"thread \(5, 0, 0\)"):
+        machine.run(kernel(body, cluster=2), "k", np.zeros(1), grid=2)
+
+
 @pytest.mark.parametrize("access", ACCESSES)
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_block_waits_for_accesses_of_others_to_its_memory(access: str, waits: bool) -> None:
