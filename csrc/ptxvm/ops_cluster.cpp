@@ -148,7 +148,7 @@ void decode_dependents(Decoder& decoder, const Statement& statement, Instruction
 uint32_t registers_at_start(const Kernel& kernel, uint32_t warps) {
   if (kernel.registers) return (kernel.registers + 7) / 8 * 8;
   // The compiler has the bound on threads, which a launch may stay below.
-  const uint32_t most = std::max(warps, kernel.max_threads / kLanes);
+  const uint32_t most = std::max(warps, (kernel.max_threads + kLanes - 1) / kLanes);
   const uint32_t all = kRegistersPerMultiprocessor / kLanes / kernel.min_blocks / most;
   return std::min(all / 8 * 8, 256u);
 }

@@ -276,6 +276,11 @@ GIVE: setmaxnreg.dec.sync.aligned.u32 LESS;"""
             text = text.replace(") ", ") .maxntid 512, 1, 1 ", 1)
             machine.run(text, "k", out, np.uint32(0), block=256)
         assert out[0] == 1
+    # 304 threads are 10 warps, of 200 registers each.
+    text = kernel("setmaxnreg.dec.sync.aligned.u32 208;", extra=".param .u32 b")
+    text = text.replace(") ", ") .maxntid 304, 1, 1 ", 1)
+    with sm90(), pytest.raises(MachineError, match="to 208 registers where the warp has 200"):
+        machine.run(text, "k", np.zeros(1), np.uint32(0), block=128)
 
 
 @pytest.mark.parametrize(
