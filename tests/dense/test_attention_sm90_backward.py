@@ -208,8 +208,12 @@ def ends(*rows):
 
 @pytest.mark.parametrize(
     "shape, options",
-    [({"h": 2}, {"causal": True}), ({"d": 128}, {"kind": "sigmoid", "score_bias": "neg_log_n"})],
-    ids=["softmax", "sigmoid"],
+    [
+        ({"h": 2}, {"causal": True}),
+        ({"h": 4, "hk": 2}, {"softcap": 1.5, "window": (40, 10)}),
+        ({"d": 128}, {"kind": "sigmoid", "score_bias": "neg_log_n"}),
+    ],
+    ids=["softmax", "softmax, capped", "sigmoid"],
 )
 def test_packed_sequences(shape, options):
     """One is empty, one has keys alone, one queries alone, one fills its tile."""
