@@ -71,6 +71,7 @@ struct SharedShadow {
   uint32_t writes = 0;  // changes of who wrote a cell, and of what is in flight
   std::array<ReadOperand, 32> operands;
 
+  // Serves one warpgroup for each B: another one that reads the same takes its place.
   ReadOperand& operand(uint64_t b) { return operands[b / 2 % operands.size()]; }
 
   uint32_t unset_in(uint64_t offset, uint32_t bytes) const {
