@@ -194,7 +194,10 @@ def test_a_report_names_the_lane_that_arrived() -> None:
 {MEET}mov.u32 %r4, 0; mov.u32 %r5, bar; mapa.shared::cluster.u32 %r6, %r5, %r4;
 setp.eq.u32 %p3, %r1, 1; setp.eq.u32 %p4, %r0, 5; and.pred %p3, %p3, %p4;
 {ARRIVE}"""
-    with sm90(order="reverse", check=1), pytest.raises(MachineError, match=r"thread \(5, 0, 0\)"):
+    with (
+        sm90(order="reverse", check=1),
+        pytest.raises(MachineError, match="thread 5, warp 0, lane 5"),
+    ):
         machine.run(kernel(body, cluster=2), "k", np.zeros(1), grid=2)
 
 
