@@ -64,6 +64,7 @@ class Decay2d(NamedTuple):
 
 
 Mask: TypeAlias = Prefix | Segments | Ranges
+MASKS = (Prefix, Segments, Ranges)  # torch 2.10 does not trace isinstance with the union
 Masks: TypeAlias = Mask | tuple[Mask, ...] | None
 
 
@@ -302,13 +303,13 @@ def _fits(q: Tensor, packed: bool, cu_q: Tensor | None, cu_k: Tensor | None) -> 
 
 
 def _by_class(op: str, mask: Any, q: Tensor) -> dict[type, Any]:
-    masks = (mask,) if isinstance(mask, Mask) else mask
+    masks = (mask,) if isinstance(mask, MASKS) else mask
     rule = "must be of tokenmill.masks, or a tuple of at most one of each class"
     if not isinstance(masks, tuple | list):
         fail(op, "mask", rule, mask)
     found: dict[type, Any] = {}
     for m in masks:
-        if not isinstance(m, Mask):
+        if not isinstance(m, MASKS):
             fail(op, "mask", rule, m)
         if type(m) in found:
             fail(op, "mask", rule, f"two {type(m).__name__}")

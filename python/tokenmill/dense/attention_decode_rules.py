@@ -22,7 +22,7 @@ from .._kv_cache import (
 )
 from .._library import record_of
 from .._written import check_out
-from ..masks import NO_MASK, Lowered, Mask, Masks, Prefix, Segments, lower_mask
+from ..masks import MASKS, NO_MASK, Lowered, Masks, Prefix, Segments, lower_mask
 from .terms import check_kind, check_mask, check_scale, check_terms
 
 OP = "attention_decode"
@@ -89,7 +89,7 @@ def lower_cache_mask(mask: Masks, q: Tensor, causal: bool, cu_seqlens_q: Tensor 
     """Positions of keys are those of the request: a prefix would need its length."""
     if mask is None:
         return NO_MASK
-    several = isinstance(mask, tuple | list) and not isinstance(mask, Mask)
+    several = isinstance(mask, tuple | list) and not isinstance(mask, MASKS)
     for m in mask if several else (mask,):
         if isinstance(m, Prefix):
             fail(OP, "mask", "must not be a prefix with a cache", "prefix")
