@@ -9,17 +9,18 @@
 
 namespace tokenmill::cuda {
 
-// Row h of this thread (0 or 1), times a factor, to the tile of 64 rows and 2 kCount columns at
-// `tile`; cleared: zeros, whatever the sums are.
-template <typename T, int h, int kCount>
+// Columns kFirst and on of row h of this thread (0 or 1), times a factor, to the tile of 64 rows
+// and kColumns columns at `tile`; cleared: zeros, whatever the sums are.
+template <typename T, int h, int kColumns, int kFirst = 0, int kCount>
 __device__ __forceinline__ void stage_row(uint32_t tile, const float (&o)[kCount], float factor,
                                           bool cleared) {
   constexpr int kBlock = 64 * kBoxRowBytes;  // of 64 columns
   const int g = threadIdx.x % 32 / 4;
   const uint32_t own = tile + warpgroup_thread() / 32 * 16 * kBoxRowBytes +
                        g * (kBoxRowBytes + 16) + threadIdx.x % 4 * 4;
-  unroll<kCount / 4>([&](auto n) {
-    const uint32_t both = pack<T>(o[4 * n + 2 * h] * factor, o[4 * n + 2 * h + 1] * factor);
+  unroll<kColumns / 8>([&](auto n) {
+    constexpr int at = 4 * (kFirst / 8 + n) + 2 * h;
+    const uint32_t both = pack<T>(o[at] * factor, o[at + 1] * factor);
     store_shared<n / 8 * kBlock + h * 8 * kBoxRowBytes>(own ^ n % 8 * 16, cleared ? 0 : both);
   });
 }

@@ -12,14 +12,14 @@ namespace tokenmill::cuda {
 // Whether some of the values that this thread looks at are not finite, of the first kSeen keys of a
 // tile of kTileKeys. Rows see all keys from seen_begin to seen_end - 1: whole 16 of these are
 // passed over.
-template <typename T, int kHeadDim, int kTileKeys, int kSeen>
+template <typename T, int kColumns, int kTileKeys, int kSeen>
 __device__ __forceinline__ bool has_infinite_values(uint32_t values, int seen_begin, int seen_end) {
   constexpr int kBytes = kWarpgroupThreads * 16, kSteps = kSeen / 16;
   uint32_t found = 0, at = values + warpgroup_thread() * 16;
 #pragma unroll 1
   for (int i = 0; i < kSteps; ++i, at += kBytes) {
     if (16 * i >= seen_begin && 16 * i + 16 <= seen_end) continue;
-    unroll<kHeadDim / kBoxColumns>([&](auto block) {
+    unroll<kColumns / kBoxColumns>([&](auto block) {
       uint32_t w[4];
       load_shared<block * kTileKeys * kBoxRowBytes>(w, at);
 #pragma unroll
@@ -30,15 +30,15 @@ __device__ __forceinline__ bool has_infinite_values(uint32_t values, int seen_be
 }
 
 // o [64, 2 kCount] += P V of the first 4 kWords keys of a tile of kTileKeys: products with finite
-// values in the place of others, 64 keys at a time in the memory at `clean`, then what rows see of
+// values in the place of others, kKeys at a time in the memory at `clean`, then what rows see of
 // the others. seen: from the first key of the tile on. No copy reads `clean`.
-template <typename T, int kTileKeys, int kCount, int kWords>
+template <typename T, int kTileKeys, int kKeys, int kCount, int kWords>
 __device__ __forceinline__ void multiply_seen_values(float (&o)[kCount],
                                                      const uint32_t (&p)[kWords], uint32_t values,
                                                      uint32_t clean, int warpgroup,
                                                      const RowBounds& seen) {
-  constexpr int kKeys = 64, kBlock = kKeys * kBoxRowBytes;  // of 64 columns
-  constexpr int kTileBlock = kTileKeys * kBoxRowBytes;
+  // Of 64 columns: of kKeys, and of the tile.
+  constexpr int kBlock = kKeys * kBoxRowBytes, kTileBlock = kTileKeys * kBoxRowBytes;
   static_assert(4 * kWords % kKeys == 0);
   unroll<4 * kWords / kKeys>([&](auto part) {
     sync_warpgroup(warpgroup);  // all are done with the memory

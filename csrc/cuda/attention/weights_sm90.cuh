@@ -1,6 +1,7 @@
 // From scores to weights, in the registers of a warpgroup on compute capability 9.0a. A lane has
 // rows g and g + 8 of the 16 rows of its warp: element 4 n + i of `s` is of row g + 8 (i / 2).
 #pragma once
+#include "cuda/arch/sm90/wgmma.cuh"
 #include "cuda/attention/epilogue.cuh"
 #include "cuda/attention/online_softmax.cuh"
 #include "cuda/attention/score_map.cuh"
@@ -20,6 +21,13 @@ struct Sm90Scores {
     for (float* x : {&s.factor, &s.cap_scale})  // 0 times infinity would be NaN
       if (*x > kFloatMax) *x = kFloatMax;
     return s;
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void cap(float (&s)[kCount]) const {
+    if (cap_scale == 0) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) s[i] = tanh_accurate(s[i] * cap_scale);
   }
 };
 
@@ -229,5 +237,14 @@ class RowWeights<T, Weights::sigmoid> {
   const Sm90Scores& plan_;
   float offset_;
 };
+
+// Words of two weights, the left operand of the next product.
+template <typename Weighing, int kCount>
+__device__ __forceinline__ void pack_weights(uint32_t (&p)[kCount / 2], float (&s)[kCount],
+                                             const Weighing& weights) {
+  fence_accumulators(s);
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) p[i] = weights.pack(s[2 * i], s[2 * i + 1]);
+}
 
 }  // namespace tokenmill::cuda

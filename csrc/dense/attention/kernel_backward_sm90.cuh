@@ -92,7 +92,7 @@ class Sm90Keys {
     const int own = query0 + 2 * static_cast<int>(threadIdx.x % 4);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int key = first_key() + row(h);
+      const int key = first_key() + warpgroup_row(h);
       const bool exists = key < keys_.place.rows.length;
       s.begin[h] = exists ? band.begin(key) - own : kQueries;
       s.end[h] = exists ? band.end(key) - own : 0;
@@ -156,9 +156,10 @@ class Sm90Keys {
     });
     start_pv<T, kQueries>(dk_, ds, q);
     const int lane = threadIdx.x % kWarpSize;
-    const uint32_t scores = shared_address(shared_.ds[number % 2]) +
-                            (warpgroup_ * kRows + row(0) - lane / 4 + lane % 16) * kBoxRowBytes +
-                            (lane / 16 ^ lane % 8) * 16;
+    const uint32_t scores =
+        shared_address(shared_.ds[number % 2]) +
+        (warpgroup_ * kRows + warpgroup_row(0) - lane / 4 + lane % 16) * kBoxRowBytes +
+        (lane / 16 ^ lane % 8) * 16;
     constexpr int kBlock = Shape::kBlockKeys * kBoxRowBytes;  // of 64 queries
     unroll<kQueries / 16>([&](auto n) {
       store_matrices<n / 4 * kBlock>(scores ^ n % 4 * 32,
@@ -175,8 +176,7 @@ class Sm90Keys {
 
   // The stage may be loaded again, and dS of both warpgroups is written.
   __device__ void finish_tile(unsigned number) {
-    __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) shared_.empty[Stage<Shape>(number).index].arrive();
+    release(shared_.empty[Stage<Shape>(number).index]);
     meet();
   }
 
@@ -251,17 +251,16 @@ class Sm90Keys {
     fence_accumulators(dk_);
     fence_accumulators(dv_);
     shared_.dq_empty.wait(number % 2 ^ 1);
-    const uint32_t to = shared_address(shared_.dq) + threadIdx.x % kWarpgroupThreads * 16;
+    const uint32_t to = shared_address(shared_.dq) + warpgroup_thread() * 16;
     unroll<16>([&](auto n) {
       store_floats<n * kWarpgroupThreads * 16>(to, reinterpret_cast<const float (&)[4]>(dq[4 * n]));
     });
     fence_stores();
-    __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) shared_.dq_full.arrive();
+    release(shared_.dq_full);
   }
 
   __device__ __forceinline__ void store() const {
-    const int lane = threadIdx.x % kWarpSize, own = first_key() + row(0) - lane / 4;
+    const int lane = threadIdx.x % kWarpSize, own = first_key() + warpgroup_row(0) - lane / 4;
     const PackedRows& keys = keys_.place.rows;
     const auto store_rows = [&](const Rows& to, const float (&x)[kHeadDim / 2], float factor) {
       store_accumulators<1, T, 1, kHeadDim / 16>(
@@ -273,10 +272,6 @@ class Sm90Keys {
     store_rows(bp_.dk, dk_, plan_.dq_factor);
   }
 
-  // A row of the accumulators, of 64.
-  static __device__ int row(int h) {
-    return threadIdx.x % kWarpgroupThreads / kWarpSize * 16 + threadIdx.x % kWarpSize / 4 + 8 * h;
-  }
   // The threads of both warpgroups.
   static __device__ void meet() {
     asm volatile("barrier.sync 1, %0;" ::"n"(Shape::kWarpgroups * kWarpgroupThreads) : "memory");
@@ -352,7 +347,7 @@ __global__ void __launch_bounds__(2 * kWarpgroupThreads)
         head * plan.query_tiles + first_slot(place.rows, place.b, Shape::kTileQueries) + place.tile;
   }
   // Half of the threads take the first half of each thread's sums, see add_to_queries.
-  const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % kWarpSize;
+  const int thread = warpgroup_thread(), lane = thread % kWarpSize;
   const int half = threadIdx.x / kWarpgroupThreads, own = thread / kWarpSize * 16;
   float sums[1][8][4] = {};
   if (plan.turns[number] > 0) {

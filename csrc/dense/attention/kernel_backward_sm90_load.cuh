@@ -7,18 +7,6 @@
 
 namespace tokenmill::cuda {
 
-// Zeros in rows first .. of a tile in the layout of tma.cuh. All lanes of a warp together.
-template <int kRows, int kColumns>
-__device__ __forceinline__ void clear_rows(void* tile, int first) {
-  constexpr uint32_t kZeros[4] = {0, 0, 0, 0};
-  const uint32_t to = shared_address(tile);
-  int at = max(first, 0) * kBoxRowBytes + threadIdx.x % kWarpSize * 16;
-#pragma unroll 1
-  for (; at < kRows * kBoxRowBytes; at += kWarpSize * 16)
-    unroll<kColumns / kBoxColumns>(
-        [&](auto block) { store_shared<block * kRows * kBoxRowBytes>(to + at, kZeros); });
-}
-
 // The warp that loads. Behind the end of a packed sequence lie rows of another one, which may be
 // NaN: zeros replace those that a tile has.
 template <typename Shape, bool kStatistics>
@@ -53,7 +41,7 @@ __device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90
       },
       [&] {
         for (int w = 0; w < Shape::kWarpgroups; ++w) {
-          const int rows = keys.place.rows.length - keys.first - w * kRows;
+          const int rows = max(keys.place.rows.length - keys.first - w * kRows, 0);
           clear_rows<kRows, kHeadDim>(shared.k[w], rows);
           clear_rows<kRows, kHeadDim>(shared.v[w], rows);
         }
@@ -87,8 +75,9 @@ __device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90
             load_boxes<kQueries, kHeadDim>(plan.dout, at, shared.dout[stage.index], full);
           },
           [&] {
-            clear_rows<kQueries, kHeadDim>(shared.q[stage.index], keys.queries.length - first);
-            clear_rows<kQueries, kHeadDim>(shared.dout[stage.index], keys.queries.length - first);
+            const int rows = max(keys.queries.length - first, 0);
+            clear_rows<kQueries, kHeadDim>(shared.q[stage.index], rows);
+            clear_rows<kQueries, kHeadDim>(shared.dout[stage.index], rows);
           });
     }
   }

@@ -9,9 +9,8 @@
 #pragma once
 #include <numeric>
 
-#include "cuda/arch/sm90/tma.cuh"
-#include "cuda/arch/sm90/wgmma.cuh"
-#include "cuda/attention/hidden_values.cuh"
+#include "cuda/attention/epilogue_sm90.cuh"
+#include "cuda/attention/hidden_values_sm90.cuh"
 #include "cuda/launch.cuh"
 #include "dense/attention/kernel_sm90_shape.cuh"
 #include "dense/attention/launch_sm90.h"
@@ -37,17 +36,12 @@ __device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
   constexpr int kRows = Shape::kRows, kKeys = Shape::kTileKeys, kColumns = Shape::kColumns;
   const int group = static_cast<int>(p.heads / p.kv_heads);
   const bool issues = threadIdx.x == 0;
-  // The phase that follows cannot end before all lanes have seen that this one has.
-  const auto wait = [](Mbarrier& empty, unsigned parity) {
-    empty.wait(parity);
-    __syncwarp();
-  };
   unsigned number = 0;  // of tiles of keys
 #pragma unroll 1
   for (unsigned round = 0; index_of(round) < plan.tiles; ++round) {
     const Sm90Tile tile = find_sm90_tile<Shape>(p, plan, index_of(round));
     if (tile.b < 0) {
-      wait(shared.q_empty, round % 2 ^ 1);
+      wait_as_warp(shared.q_empty, round % 2 ^ 1);
       if (!issues) continue;
       shared.tiles[round % 2] = tile;
       shared.q_full.arrive();
@@ -57,7 +51,7 @@ __device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
     const auto load = [&](const CUtensorMap& map, int key0, auto& stages, Mbarrier* full,
                           Mbarrier* empty) {
       const Stage<Shape> stage(number);
-      wait(empty[stage.index], stage.parity ^ 1);
+      wait_as_warp(empty[stage.index], stage.parity ^ 1);
       if (!issues) return;
       full[stage.index].arrive_expecting(Shape::kKeyBytes);
       if (!plan.cache.seqlens) {
@@ -74,7 +68,7 @@ __device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
       load(plan.k, key0, shared.k, shared.k_full, shared.k_empty);
     };
     if (tile.begin < tile.end) load_keys(tile.begin);  // while the tile before is still at work
-    wait(shared.q_empty, round % 2 ^ 1);
+    wait_as_warp(shared.q_empty, round % 2 ^ 1);
     if (issues) {
       shared.tiles[round % 2] = tile;
       shared.q_full.arrive_expecting(Shape::kWarpgroups * Shape::kQueryBytes);
@@ -138,7 +132,7 @@ class Sm90Rows {
       keep(round);  // read again: what the loop does not need takes none of its registers
       store(shared_.tiles[round % 2], weights);
     }
-    if (is_first_thread()) wait_for_stores();
+    if (warpgroup_thread() == 0) wait_for_stores();
   }
 
  private:
@@ -194,17 +188,24 @@ class Sm90Rows {
     multiply_keys(s, number_);
     finish_keys<0>(s, number_);
     const int seen_begin = band_.begin(last()) - key0, seen_end = band_.end(first_) - key0;
-    bounds(key0).hide(s, seen_begin > 0, seen_end < kSeen);
+    bounds(key0, 2 * static_cast<int>(threadIdx.x % 4)).hide(s, seen_begin > 0, seen_end < kSeen);
     weights.weigh(s);
     weights.rescale(o_);
     pack_weights(p, s, weights);
     const Stage<Shape> stage(number_);
     shared_.v_full[stage.index].wait(stage.parity);
-    const bool infinite = has_infinite_values<kSeen>(stage.index, seen_begin, seen_end);
-    if (any_in_warpgroup(warpgroup_, infinite))
-      multiply_seen_values(p, key0, stage.index);
-    else
-      start_pv<T, kKeys>(o_, p, shared_address(shared_.v[stage.index]));
+    const uint32_t values = shared_address(shared_.v[stage.index]);
+    const bool infinite =
+        has_infinite_values<T, kColumns, kKeys, kSeen>(values, seen_begin, seen_end);
+    if (any_in_warpgroup(warpgroup_, infinite)) {
+      // As many keys at a time as the memory of `out` holds.
+      constexpr int kStep = Shape::kOutBytes / (2 * kColumns) / kWgmmaDepth * kWgmmaDepth;
+      if (warpgroup_thread() == 0) wait_for_stores();
+      multiply_seen_values<T, kKeys, kStep>(o_, p, values, shared_address(shared_.out[warpgroup_]),
+                                            warpgroup_, bounds(key0, 0));
+    } else {
+      start_pv<T, kKeys>(o_, p, values);
+    }
     fence_stores();  // values were read as ordinary memory is, and the next copy overwrites them
     finish_values(number_);
     ++number_;
@@ -221,9 +222,7 @@ class Sm90Rows {
   __device__ __forceinline__ void finish_keys(float (&s)[kCount], unsigned number) {
     wait_for_product<kPending>(s);
     release(shared_.k_empty[Stage<Shape>(number).index]);
-    if (plan_.cap_scale == 0) return;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) s[i] = tanh_accurate(s[i] * plan_.cap_scale);
+    plan_.cap(s);
   }
   __device__ __forceinline__ void multiply_values(const uint32_t (&p)[kKeys / 4], unsigned number) {
     const Stage<Shape> stage(number);
@@ -235,99 +234,12 @@ class Sm90Rows {
     release(shared_.v_empty[Stage<Shape>(number).index]);
   }
 
-  template <int kCount>
-  __device__ __forceinline__ static void pack_weights(uint32_t (&p)[kCount / 2], float (&s)[kCount],
-                                                      const RowWeights<T, kWeights>& weights) {
-    fence_accumulators(s);
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) p[i] = weights.pack(s[2 * i], s[2 * i + 1]);
-  }
-
-  // The warp is done with a tile.
-  __device__ __forceinline__ void release(Mbarrier& empty) {
-    __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) empty.arrive();
-  }
-
-  static __device__ int thread() { return threadIdx.x % kWarpgroupThreads; }
-  // Of the warpgroup, 0 .. 63.
-  static __device__ int row(int h) {
-    return thread() / kWarpSize * 16 + thread() % kWarpSize / 4 + 8 * h;
-  }
-  static __device__ bool is_first_thread() { return thread() == 0; }
-
-  __device__ __forceinline__ RowBounds bounds(int key0) const {
-    const int own = key0 + 2 * static_cast<int>(threadIdx.x % 4);
-    const int rows[2] = {first_ + row(0), first_ + row(1)};
-    return {{band_.begin(rows[0]) - own, band_.begin(rows[1]) - own},
-            {band_.end(rows[0]) - own, band_.end(rows[1]) - own}};
-  }
-
-  // Of the first kSeen keys of a stage, those that this thread looks at; not keys that all rows
-  // see, whole 16 of them.
-  template <int kSeen>
-  __device__ __forceinline__ bool has_infinite_values(int stage, int seen_begin,
-                                                      int seen_end) const {
-    constexpr int kBytes = kWarpgroupThreads * 16, kSteps = kSeen / 16;
-    uint32_t found = 0, at = shared_address(shared_.v[stage]) + thread() * 16;
-#pragma unroll 1
-    for (int i = 0; i < kSteps; ++i, at += kBytes) {
-      if (16 * i >= seen_begin && 16 * i + 16 <= seen_end) continue;
-      unroll<kColumns / kBoxColumns>([&](auto block) {
-        uint32_t w[4];
-        load_shared<block * kKeys * kBoxRowBytes>(w, at);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) note_infinite<T>(found, w[j]);
-      });
-    }
-    return found != 0;
-  }
-
-  // O += P V where V has values that are not finite, see hidden_values.cuh: products with finite
-  // ones in their place, as many keys at a time as the memory of `out` holds, then what rows see of
-  // them.
-  template <int kCount>
-  __device__ __forceinline__ void multiply_seen_values(const uint32_t (&p)[kCount], int key0,
-                                                       int stage) {
-    constexpr int kStep = Shape::kOutBytes / (2 * kColumns) / kWgmmaDepth * kWgmmaDepth;
-    constexpr int kWords = kStep / 4;
-    static_assert(kCount % kWords == 0);
-    // Of 64 columns: of a step, and of the tile.
-    constexpr int kBlock = kStep * kBoxRowBytes, kTileBlock = kKeys * kBoxRowBytes;
-    const uint32_t values = shared_address(shared_.v[stage]);
-    const uint32_t clean = shared_address(shared_.out[warpgroup_]);
-    if (is_first_thread()) wait_for_stores();
-    unroll<kCount / kWords>([&](auto step) {
-      sync_warpgroup(warpgroup_);  // all are done with the memory
-#pragma unroll 1
-      for (int at = thread() * 16; at < kStep * kColumns * 2; at += kWarpgroupThreads * 16) {
-        uint32_t w[4];
-        load_shared(w, values + at / kBlock * kTileBlock + step * kBlock + at % kBlock);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) w[i] = make_finite<T>(w[i]);
-        store_shared(clean + at, w);
-      }
-      fence_stores();
-      sync_warpgroup(warpgroup_);
-      start_pv<T, kStep>(o_, reinterpret_cast<const uint32_t (&)[kWords]>(p[step * kWords]), clean);
-      wait_for_product<0>(o_);
-    });
-    const int c = threadIdx.x % 4;
-    const RowBounds seen = bounds(key0 - 2 * c);
-#pragma unroll 1
-    for (int key = 0; key < 4 * kCount; ++key) {
-      const bool sees[2] = {key >= seen.begin[0] && key < seen.end[0],
-                            key >= seen.begin[1] && key < seen.end[1]};
-      unroll<kHeadDim / 8>([&](auto n) {
-        const uint32_t chunk = n / 8 * kTileBlock + key * kBoxRowBytes + (n % 8 ^ key % 8) * 16;
-        const float2 x = unpack<T>(load_word<0>(values + chunk + 4 * c));
-        unroll<4>([&](auto i) {
-          const float value = i % 2 ? x.y : x.x;
-          // 4 x as in add_infinite: a weight of 0 would make NaN of an infinity.
-          if (!is_finite<T>(value) && sees[i / 2]) o_[4 * n + i] += 4 * value;
-        });
-      });
-    }
+  // From column `own` of a tile on.
+  __device__ __forceinline__ RowBounds bounds(int key0, int own) const {
+    const int rows[2] = {first_ + warpgroup_row(0), first_ + warpgroup_row(1)};
+    const int from = key0 + own;
+    return {{band_.begin(rows[0]) - from, band_.begin(rows[1]) - from},
+            {band_.end(rows[0]) - from, band_.end(rows[1]) - from}};
   }
 
   // Rows of O through shared memory to the tensor, and their lse.
@@ -339,8 +251,8 @@ class Sm90Rows {
     unroll<2>([&](auto h) {
       const RowScale scale = weights.finish(h, p_.sink ? p_.sink + tile.h : nullptr, shift);
       factor[h] = scale.factor;
-      if (kWeights == Weights::softmax && thread() % 4 == 0 && row(h) < rows)
-        lse_at(p_, p_.lse, tile.b, tile.s.q_start, tile.h)[first + row(h)] = scale.lse;
+      if (kWeights == Weights::softmax && threadIdx.x % 4 == 0 && warpgroup_row(h) < rows)
+        lse_at(p_, p_.lse, tile.b, tile.s.q_start, tile.h)[first + warpgroup_row(h)] = scale.lse;
     });
     unroll<(kColumns + Shape::kOutColumns - 1) / Shape::kOutColumns>(
         [&](auto part) { store_columns<part * Shape::kOutColumns>(tile, first, rows, factor); });
@@ -352,42 +264,28 @@ class Sm90Rows {
                                                 const float (&factor)[2]) {
     constexpr int kLeft = kColumns - kFirst;
     constexpr int kTaken = kLeft < Shape::kOutColumns ? kLeft : Shape::kOutColumns;
-    constexpr int kBlock = kRows * kBoxRowBytes;  // of 64 columns
-    const int lane = thread() % kWarpSize, g = lane / 4;
     const uint32_t staged = shared_address(shared_.out[warpgroup_]);
-    const uint32_t own =
-        staged + thread() / kWarpSize * 16 * kBoxRowBytes + g * (kBoxRowBytes + 16) + lane % 4 * 4;
-    if (is_first_thread()) wait_for_stores();  // of what lay there before
+    if (warpgroup_thread() == 0) wait_for_stores();  // of what lay there before
     sync_warpgroup(warpgroup_);
     unroll<2>([&](auto h) {
       // A bias of NaN makes NaN of the weights of hidden keys too.
-      const bool empty = kWeights == Weights::sigmoid &&
-                         tile.band.begin(first + row(h)) >= tile.band.end(first + row(h));
-      unroll<kTaken / 8>([&](auto n) {
-        constexpr int at = 4 * (kFirst / 8 + n) + 2 * h;
-        const uint32_t both = pack<T>(o_[at] * factor[h], o_[at + 1] * factor[h]);
-        store_shared<n / 8 * kBlock + h * 8 * kBoxRowBytes>(own ^ n % 8 * 16, empty ? 0 : both);
-      });
+      const int row = first + warpgroup_row(h);
+      const bool empty = kWeights == Weights::sigmoid && tile.band.begin(row) >= tile.band.end(row);
+      stage_row<T, h, kTaken, kFirst>(staged, o_, factor[h], empty);
     });
     fence_stores();
     sync_warpgroup(warpgroup_);
     if (!p_.cu_seqlens_q || rows == kRows) {  // rows that the tensor does not have are left out
-      if (is_first_thread() && rows > 0)
+      if (warpgroup_thread() == 0 && rows > 0)
         store_boxes<kRows, kTaken>(
             plan_.out, {tile.s.q_start + first, tile.h, p_.cu_seqlens_q ? 0 : tile.b, kFirst},
             shared_.out[warpgroup_]);
       return;
     }
-    // Of 16 bytes, of a row. Columns that it does not have are in the last part.
-    constexpr int kChunks = (kTaken < kLeft ? kTaken : kHeadDim - kFirst) / 8;
-    T* const to = rows_at<T>(p_.out, tile.b, tile.s.q_start, tile.h) + kFirst;
-#pragma unroll 1
-    for (int i = thread(); i < rows * kChunks; i += kWarpgroupThreads) {
-      const int r = i / kChunks, chunk = i % kChunks;
-      uint32_t w[4];
-      load_shared(w, staged + chunk / 8 * kBlock + r * kBoxRowBytes + (chunk % 8 ^ r % 8) * 16);
-      store_global(to + (first + r) * p_.out.seq + chunk * 8, w);
-    }
+    // Columns that it does not have are in the last part.
+    constexpr int kOwn = kTaken < kLeft ? kTaken : kHeadDim - kFirst;
+    T* const to = rows_at<T>(p_.out, tile.b, tile.s.q_start + first, tile.h) + kFirst;
+    store_rows<T, kOwn>(to, p_.out.seq, rows, staged);
   }
 
   // What rows without a sequence get.

@@ -12,6 +12,7 @@
 #include "cuda/arch/sm90/tma.cuh"
 #include "cuda/arch/sm90/wgmma_columns.cuh"
 #include "cuda/arch/sm90/wgmma_rows.cuh"
+#include "cuda/attention/epilogue_sm90.cuh"
 #include "cuda/launch.cuh"
 #include "linear/linear_attention/kernel_decay.cuh"
 #include "linear/linear_attention/kernel_part.cuh"
@@ -57,8 +58,7 @@ struct Sm90Block {
   }
   // For a warp that writes into the stage.
   __device__ __forceinline__ void await_empty(const Stage<Shape>& stage) const {
-    shared.empty[stage.index].wait(stage.parity ^ 1);
-    __syncwarp();  // all lanes have seen this phase before the next one may end
+    wait_as_warp(shared.empty[stage.index], stage.parity ^ 1);
   }
 };
 
@@ -102,15 +102,8 @@ __device__ void decay_sm90(const Sm90Block<Shape>& b) {
     if (first_lane) remaining *= to.total[0];
     if (b.p.cu_seqlens && n < kTokens) {
       shared.full[stage.index].wait(stage.parity);
-      const auto clear = [&](void* block) {
-        constexpr uint32_t kZeros[4] = {0, 0, 0, 0};
-        for (int at = n * kBoxRowBytes + threadIdx.x % kWarpSize * 16; at < Shape::kBlockBytes;
-             at += kWarpSize * 16)
-          store_shared(shared_address(block) + at, kZeros);
-      };
-      for (int i = 0; i < Shape::kHeadDim / kBoxColumns; ++i)
-        clear(shared.k[stage.index] + i * Shape::kBlockBytes);
-      for (auto& block : shared.v[stage.index]) clear(block);
+      clear_rows<kTokens, Shape::kHeadDim>(shared.k[stage.index], n);
+      clear_rows<kTokens, Shape::kBlockColumns>(shared.v[stage.index], n);
       fence_stores();
     }
     release(shared.ready[stage.index]);
@@ -183,11 +176,10 @@ class Sm90State {
       if (!b_.states_only()) store(first, n);
     });
     finish_state();
-    if (is_first_thread()) wait_for_stores();
+    if (warpgroup_thread() == 0) wait_for_stores();
   }
 
  private:
-  __device__ static bool is_first_thread() { return warpgroup_thread() == 0; }
   // Of the warpgroup.
   __device__ static int warp_column() { return warpgroup_thread() / kWarpSize * kColumnsPerWarp; }
   // Of the values.
@@ -296,7 +288,7 @@ class Sm90State {
   __device__ __forceinline__ void store(int first, int n) {
     char* const staged = b_.shared.out[warpgroup_];
     const int token = b_.part.start + first;
-    if (is_first_thread()) wait_for_stores();  // of the chunk before
+    if (warpgroup_thread() == 0) wait_for_stores();  // of the chunk before
     sync_warpgroup(warpgroup_);
     const uint32_t own = ValueFragments<T, Shape>::own_chunk(shared_address(staged), warp_column());
     unroll<kTokens / 16>([&](auto t) {
@@ -308,20 +300,13 @@ class Sm90State {
     fence_stores();
     sync_warpgroup(warpgroup_);
     if (!b_.p.cu_seqlens || n == kTokens) {  // rows that the tensor does not have are left out
-      if (is_first_thread())
+      if (warpgroup_thread() == 0)
         store_boxes<kTokens, Shape::kColumns>(b_.plan.out, {token, b_.h, b_.batch(), column()},
                                               staged);
       return;
     }
-    constexpr int kChunks = Shape::kColumns / 8;  // of 16 bytes, of a row
-    T* const to = rows_at<T>(b_.p.out, 0, token, b_.h) + column();
-#pragma unroll 1
-    for (int i = warpgroup_thread(); i < n * kChunks; i += kWarpgroupThreads) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      uint32_t words[4];
-      load_shared(words, shared_address(staged) + Shape::ValueTile::offset(row, chunk));
-      store_global(to + row * b_.p.out.seq + chunk * 8, words);
-    }
+    store_rows<T, Shape::kColumns>(rows_at<T>(b_.p.out, 0, token, b_.h) + column(), b_.p.out.seq, n,
+                                   shared_address(staged));
   }
 
   __device__ CallerState caller_state(const StateRows& rows) const {

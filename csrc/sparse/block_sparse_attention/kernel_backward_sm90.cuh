@@ -66,7 +66,7 @@ class Sm90QueryRows {
     if (unit.queries <= 0) return;
     const uint32_t staged = shared_address(rows_.q);
     sync_warpgroup(warpgroup_);  // all are done with the memory
-    unroll<2>([&](auto h) { stage_row<T, h>(staged, dq_, p.scale, false); });
+    unroll<2>([&](auto h) { stage_row<T, h, kHeadDim>(staged, dq_, p.scale, false); });
     sync_warpgroup(warpgroup_);
     store_rows<T, kHeadDim>(rows_at<T>(d_.dq, block.b, unit.first_query, unit.head), d_.dq.seq,
                             unit.queries, staged);
@@ -134,20 +134,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim>::threads(Sm90Shape<kHeadDi
     loose.fill(rows_at<T>(d.dq, 0, 0, h), d.dq.seq, d.attention.head_dim, 0);
   };
   if (fill_loose_rows(d, make_zero)) return;
-  extern __shared__ __align__(1024) char sm90_shared[];
-  auto& shared = *reinterpret_cast<Sm90Shared<Shape>*>(sm90_shared);
-  if (threadIdx.x == 0) shared.init_barriers(d.warpgroups);
-  __syncthreads();
-  // From the first lane: the compiler then knows that it is the same for a warp.
-  const int warpgroup =
-      __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0) - 1;
-  if (warpgroup < 0) {
-    shrink_registers<Shape::kLoadRegisters>();
-    if (threadIdx.x < kWarpSize) Sm90Loader<Shape>(d, shared).run();
-  } else {
-    grow_registers<Shape::kMultiplyRegisters>();
-    Sm90QueryRows<T, Shape>(d, shared, warpgroup).run();
-  }
+  run_roles<Shape, Sm90QueryRows<T, Shape>>(d);
 }
 
 template <typename T, int kHeadDim>

@@ -97,7 +97,7 @@ class Sm90QueryLoader {
     for (int head = 0; head < group && tile_.seen > 0; head += together)
       load_list(tile_.kv_head * group + head, together);
     const Stage<Shape> stage(tiles_);
-    wait(shared_.empty[stage.index], stage.parity ^ 1);
+    wait_as_warp(shared_.empty[stage.index], stage.parity ^ 1);
     if (!issues()) return;
     shared_.sight[stage.index] = {0, -1, 0, 0};
     shared_.full[stage.index].arrive();
@@ -107,11 +107,6 @@ class Sm90QueryLoader {
   static constexpr int kNoBlock = 0x7fffffff;
 
   static __device__ bool issues() { return threadIdx.x == 0; }
-  // The phase that follows cannot end before all lanes have seen that this one has.
-  static __device__ __forceinline__ void wait(Mbarrier& barrier, unsigned parity) {
-    barrier.wait(parity);
-    __syncwarp();
-  }
 
   __device__ void load_keys() {
     if (!issues()) return;
@@ -172,7 +167,7 @@ class Sm90QueryLoader {
     if (count <= 0 || (d_.causal && position + count <= tile_.first)) return;
     const Stage<Shape> stage(tiles_++);
     const int s = stage.index;
-    wait(shared_.empty[s], stage.parity ^ 1);
+    wait_as_warp(shared_.empty[s], stage.parity ^ 1);
     const int64_t statistics =
         (int64_t{queries_.b} * d_.attention.heads + head) * d_.attention.seqlen_q + row;
 #pragma unroll
@@ -192,9 +187,9 @@ class Sm90QueryLoader {
       load_boxes<kQueries, kHeadDim>(d_.dout_map, at, shared_.dout[s], full);
     }
     if (!cleared) return;
-    wait(full, parts_++ % 2);
-    clear_rows<kHeadDim>(shared_.q[s], count, kQueries);
-    clear_rows<kHeadDim>(shared_.dout[s], count, kQueries);
+    wait_as_warp(full, parts_++ % 2);
+    clear_rows<kQueries, kHeadDim>(shared_.q[s], count);
+    clear_rows<kQueries, kHeadDim>(shared_.dout[s], count);
     fence_stores();
     __syncwarp();
     if (issues()) shared_.full[s].arrive();

@@ -78,7 +78,7 @@ class Sm90Rows {
     finish_keys<0>(s, number_);
     weights.weigh(s);
     weights.rescale(o_);
-    pack_weights(p, s);
+    pack_weights(p, s, weights);
     TileSight next;
 #pragma unroll 1
     for (next = await_keys(number_ + 1); next.all<kRows>(first_); next = await_keys(number_ + 1)) {
@@ -88,7 +88,7 @@ class Sm90Rows {
       weights.weigh(s);
       finish_values(number_);
       weights.rescale(o_);
-      pack_weights(p, s);
+      pack_weights(p, s, weights);
       ++number_;
     }
     multiply_values(p, number_);
@@ -110,15 +110,15 @@ class Sm90Rows {
         .hide(s, seen_begin > 0, seen_end < kKeys);
     weights.weigh(s);
     weights.rescale(o_);
-    pack_weights(p, s);
+    pack_weights(p, s, weights);
     const Stage<Shape> stage(number_);
     shared_.v_full[stage.index].wait(stage.parity);
     const uint32_t values = shared_address(shared_.v[stage.index]);
     const bool infinite =
         has_infinite_values<T, kHeadDim, kKeys, kKeys>(values, seen_begin, seen_end);
     if (any_in_warpgroup(warpgroup_, infinite))
-      multiply_seen_values<T, kKeys>(o_, p, values, shared_address(rows_.out), warpgroup_,
-                                     tile.bounds(first_, 0));
+      multiply_seen_values<T, kKeys, kKeys>(o_, p, values, shared_address(rows_.out), warpgroup_,
+                                            tile.bounds(first_, 0));
     else
       start_pv<T, kKeys>(o_, p, values);
     fence_stores();  // values were read as ordinary memory is, and the next copy overwrites them
@@ -135,9 +135,7 @@ class Sm90Rows {
   __device__ __forceinline__ void finish_keys(float (&s)[kKeys / 2], unsigned number) {
     wait_for_product<kPending>(s);
     release(shared_.k_empty[Stage<Shape>(number).index]);
-    if (d_.scores.cap_scale == 0) return;
-#pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i) s[i] = tanh_accurate(s[i] * d_.scores.cap_scale);
+    d_.scores.cap(s);
   }
   __device__ __forceinline__ void multiply_values(const uint32_t (&p)[kKeys / 4], unsigned number) {
     const Stage<Shape> stage(number);
@@ -147,13 +145,6 @@ class Sm90Rows {
   __device__ __forceinline__ void finish_values(unsigned number) {
     wait_for_product<0>(o_);
     release(shared_.v_empty[Stage<Shape>(number).index]);
-  }
-
-  __device__ __forceinline__ static void pack_weights(uint32_t (&p)[kKeys / 4],
-                                                      float (&s)[kKeys / 2]) {
-    fence_accumulators(s);
-#pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) p[i] = Scores::pack(s[2 * i], s[2 * i + 1]);
   }
 
   // Rows of O through shared memory to the tensor, and their lse.
@@ -169,7 +160,7 @@ class Sm90Rows {
       const RowScale scale = weights.finish(h, p.sink ? p.sink + unit.head : nullptr, 0);
       const int row = warpgroup_row(h);
       if (threadIdx.x % 4 == 0 && row < unit.queries) lse[row] = scale.lse;
-      stage_row<T, h>(staged, o_, scale.factor, false);
+      stage_row<T, h, kHeadDim>(staged, o_, scale.factor, false);
     });
     fence_stores();
     sync_warpgroup(warpgroup_);
@@ -202,20 +193,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim>::threads(Sm90Shape<kHeadDi
     loose.fill(p.lse + h * p.seqlen_q, 1, 1, -infinity());
   };
   if (fill_loose_rows(d, make_empty)) return;
-  extern __shared__ __align__(1024) char sm90_shared[];
-  auto& shared = *reinterpret_cast<Sm90Shared<Shape>*>(sm90_shared);
-  if (threadIdx.x == 0) shared.init_barriers(d.warpgroups);
-  __syncthreads();
-  // From the first lane: the compiler then knows that it is the same for a warp.
-  const int warpgroup =
-      __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0) - 1;
-  if (warpgroup < 0) {
-    shrink_registers<Shape::kLoadRegisters>();
-    if (threadIdx.x < kWarpSize) Sm90Loader<Shape>(d, shared).run();
-  } else {
-    grow_registers<Shape::kMultiplyRegisters>();
-    Sm90Rows<T, Shape>(d, shared, warpgroup).run();
-  }
+  run_roles<Shape, Sm90Rows<T, Shape>>(d);
 }
 
 template <typename T, int kHeadDim>

@@ -28,7 +28,7 @@ class Sm90Loader {
     // The first unit has the least part of the queries: if it has none, no unit has any.
     if (Sm90Unit::of(d_, number_, block_, 0).queries > 0) load_keys();
     const Stage<Shape> stage(tiles_);
-    wait(shared_.k_empty[stage.index], stage.parity ^ 1);
+    wait_as_warp(shared_.k_empty[stage.index], stage.parity ^ 1);
     if (!issues()) return;
     shared_.sight[stage.index] = {0, -1, 0, 0};
     shared_.k_full[stage.index].arrive();
@@ -58,11 +58,6 @@ class Sm90Loader {
   static __device__ bool issues() { return threadIdx.x == 0; }
   static __device__ int bounded(int64_t keys) {
     return static_cast<int>(keys < Seeing::kFar ? keys : Seeing::kFar);
-  }
-  // The phase that follows cannot end before all lanes have seen that this one has.
-  static __device__ __forceinline__ void wait(Mbarrier& empty, unsigned parity) {
-    empty.wait(parity);
-    __syncwarp();
   }
 
   __device__ void load_queries() {
@@ -127,7 +122,7 @@ class Sm90Loader {
                       p.cu_seqlens_k ? 0 : block_.request};
     const TileSight sight{max(by.begin - key0, 0), min(by.end - key0, kKeys), by.low - key0,
                           by.high - key0};
-    wait(shared_.k_empty[i], stage.parity ^ 1);
+    wait_as_warp(shared_.k_empty[i], stage.parity ^ 1);
     const bool cleared = Shape::kGradient && (sight.begin > 0 || sight.end < kKeys);
     Mbarrier& full = cleared ? shared_.part_full : shared_.k_full[i];
     if (issues()) {
@@ -136,14 +131,14 @@ class Sm90Loader {
       load_boxes<kKeys, kHeadDim>(d_.key_map, at, shared_.k[i], full);
     }
     if (cleared) {
-      wait(full, parts_++ % 2);
-      clear_rows<kHeadDim>(shared_.k[i], 0, sight.begin);
-      clear_rows<kHeadDim>(shared_.k[i], sight.end, kKeys);
+      wait_as_warp(full, parts_++ % 2);
+      clear_rows<kKeys, kHeadDim>(shared_.k[i], 0, sight.begin);
+      clear_rows<kKeys, kHeadDim>(shared_.k[i], sight.end);
       fence_stores();
       __syncwarp();
       if (issues()) shared_.k_full[i].arrive();
     }
-    wait(shared_.v_empty[i], stage.parity ^ 1);
+    wait_as_warp(shared_.v_empty[i], stage.parity ^ 1);
     if (issues()) {
       shared_.v_full[i].arrive_expecting(Shape::kKeyBytes);
       load_boxes<kKeys, kHeadDim>(d_.value_map, at, shared_.v[i], shared_.v_full[i]);
@@ -156,6 +151,25 @@ class Sm90Loader {
   RequestBlock block_;
   unsigned tiles_ = 0, parts_ = 0;  // so far; parts: through part_full
 };
+
+// A block of threads: a warp that loads, and a Rows for each warpgroup that multiplies.
+template <typename Shape, typename Rows, typename Launch>
+__device__ __forceinline__ void run_roles(const Launch& d) {
+  extern __shared__ __align__(1024) char sm90_shared[];
+  auto& shared = *reinterpret_cast<Sm90Shared<Shape>*>(sm90_shared);
+  if (threadIdx.x == 0) shared.init_barriers(d.warpgroups);
+  __syncthreads();
+  // From the first lane: the compiler then knows that it is the same for a warp.
+  const int warpgroup =
+      __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0) - 1;
+  if (warpgroup < 0) {
+    shrink_registers<Shape::kLoadRegisters>();
+    if (threadIdx.x < kWarpSize) Sm90Loader<Shape>(d, shared).run();
+  } else {
+    grow_registers<Shape::kMultiplyRegisters>();
+    Rows(d, shared, warpgroup).run();
+  }
+}
 
 // Blocks and maps of a launch; out has the shape of the output.
 template <typename Shape>

@@ -92,20 +92,6 @@ struct Sm90Launch : BlockSparseLaunch {
   int units, warpgroups;
 };
 
-// Makes zeros of rows begin .. end - 1 of a tile of 64 rows, which has arrived, before products
-// read it. The lanes of a warp together; the caller then says that the tile is full.
-template <int kColumns>
-__device__ __forceinline__ void clear_rows(char* tile, int begin, int end) {
-  constexpr int kChunks = kBoxRowBytes / 16, kBlock = 64 * kBoxRowBytes;
-  constexpr uint32_t kZeros[4] = {0, 0, 0, 0};
-  const uint32_t at = shared_address(tile);
-#pragma unroll 1
-  for (int i = begin * kChunks + static_cast<int>(threadIdx.x % kWarpSize); i < end * kChunks;
-       i += kWarpSize)
-    unroll<kColumns / kBoxColumns>(
-        [&](auto block) { store_shared(at + block * kBlock + i * 16, kZeros); });
-}
-
 // Words of dS where those of P are 0: a hidden pair's dP need not be finite.
 template <int kCount>
 __device__ __forceinline__ void clear_hidden(uint32_t (&ds)[kCount], const uint32_t (&p)[kCount]) {

@@ -53,6 +53,12 @@ __device__ __forceinline__ void release(Mbarrier& empty) {
   if (threadIdx.x % 32 == 0) empty.arrive();
 }
 
+// A warp waits: the phase that follows cannot end before all lanes have seen that this one has.
+__device__ __forceinline__ void wait_as_warp(Mbarrier& barrier, unsigned parity) {
+  barrier.wait(parity);
+  __syncwarp();
+}
+
 // Makes initialised barriers visible to copies. The threads of the block meet behind it.
 __device__ inline void publish_mbarriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

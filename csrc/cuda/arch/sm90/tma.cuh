@@ -8,8 +8,10 @@
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "cuda/arch/shared_memory.cuh"
 #include "cuda/arch/sm90/mbarrier.cuh"
 #include "cuda/arch/sm90/tensor_map.h"
+#include "cuda/unroll.cuh"
 
 namespace tokenmill::cuda {
 
@@ -42,6 +44,19 @@ __device__ __forceinline__ void store_boxes(const CUtensorMap& map, const BoxPla
     cute::SM90_TMA_STORE_4D::copy(&map, static_cast<const char*>(tile) + i * kRows * kBoxRowBytes,
                                   at.column + i * kBoxColumns, at.row, at.head, at.batch);
   cute::tma_store_arrive();
+}
+
+// Makes zeros of rows begin .. end - 1 of a tile of kRows rows, which has arrived. The lanes of a
+// warp together; a fence_stores comes before products read it.
+template <int kRows, int kColumns>
+__device__ __forceinline__ void clear_rows(void* tile, int begin, int end = kRows) {
+  constexpr uint32_t kZeros[4] = {0, 0, 0, 0};
+  const uint32_t to = shared_address(tile);
+#pragma unroll 1
+  for (int at = begin * kBoxRowBytes + threadIdx.x % 32 * 16; at < end * kBoxRowBytes;
+       at += 32 * 16)
+    unroll<kColumns / kBoxColumns>(
+        [&](auto block) { store_shared<block * kRows * kBoxRowBytes>(to + at, kZeros); });
 }
 
 // What a thread wrote to shared memory is seen by copies that are issued behind it, and what it
