@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import pytest
 import torch
 from conftest import backends
+from sm90 import check_every_order, check_explained, hopper
 
 import tokenmill as tm
 from tokenmill import _dispatch, _emulator, registry
@@ -17,17 +17,6 @@ pytestmark = pytest.mark.skipif("emulated" not in backends(), reason="not a deve
 
 F16, BF16 = torch.float16, torch.bfloat16
 NAN, INF = float("nan"), float("inf")
-MODES = (
-    "async=latest",
-    "async=earliest,order=reverse",
-    "async=seed:1,order=seeded,fuel=300",
-)
-
-
-@contextlib.contextmanager
-def hopper(mode: str = MODES[0]):
-    with _emulator.configured(f"device=sm_90a,check=1,{mode}"):
-        yield
 
 
 def inputs(sq, sk=None, *, b=1, h=1, hk=1, d=64, dtype=F16, seed=0):
@@ -141,12 +130,7 @@ def test_every_order_of_events_gives_the_same_bits(name):
     """More tiles of keys than there are stages; of queries too where there are two heads."""
     shapes, options = ORDERS[name]
     q, k, v = inputs(**shapes)
-    with _emulator.configured("device=sm_90a"):
-        first = run(q, k, v, **options)
-    for mode in MODES:
-        with hopper(mode):
-            again = run(q, k, v, **options)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    check_every_order(lambda: run(q, k, v, **options))
 
 
 @pytest.mark.parametrize(("head_dim", "keys"), [(64, 300), (256, 40)])
@@ -302,13 +286,7 @@ TAKEN = {
 
 def check_explanation(why, q, k, v, **options):
     """The kernel that runs is the one that explain names, and its results are right."""
-    with _emulator.configured("device=sm_90a"), _emulator.counting() as launches:
-        kernel = tm.explain("attention", q, k, v, backend="emulated", **options).kernel
-        found = tm.attention(q, k, v, backend="emulated", **options)
-    # Without keys nothing is launched.
-    takes = any("sm90" in launch["kernel"] for launch in launches)
-    assert takes == ("attention/kernel_sm90 in" in kernel) == (why == "")
-    assert f"(not kernel_sm90: {why}" in kernel or takes
+    found = check_explained("attention", why, q, k, v, **options)
     options.pop("out", None)
     wanted = tm.attention(q, k, v, backend="reference", **options)
     torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import sm90
 import torch
 from conftest import backends
 
@@ -16,11 +17,7 @@ pytestmark = pytest.mark.skipif("emulated" not in backends(), reason="not a deve
 
 F16, BF16 = torch.float16, torch.bfloat16
 KERNEL = "attention_backward_sm90_kernel"
-MODES = (
-    "async=latest",
-    "async=earliest,order=reverse",
-    "async=seed:1,order=seeded,fuel=300,resident_blocks=3",
-)
+MODES = (*sm90.MODES[:2], f"{sm90.MODES[2]},resident_blocks=3")
 
 
 def inputs(sq, sk=None, *, b=1, h=1, hk=1, d=64, dtype=F16):

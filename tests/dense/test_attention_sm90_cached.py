@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from conftest import backends
+from sm90 import MODES, hopper
 
 import tokenmill as tm
 from tokenmill import _emulator
@@ -17,11 +18,6 @@ pytestmark = pytest.mark.skipif("emulated" not in backends(), reason="not a deve
 F16, BF16 = torch.float16, torch.bfloat16
 INF = float("inf")
 SM90 = "attention_forward_sm90_kernel"
-MODES = (
-    "async=latest",
-    "async=earliest,order=reverse",
-    "async=seed:1,order=seeded,fuel=300",
-)
 
 
 def drawn(lengths, *, dtype=F16, **options):
@@ -35,8 +31,7 @@ def drawn(lengths, *, dtype=F16, **options):
 def run(args, kwargs, mode=MODES[0]):
     """out, lse or None, and the kernels that ran"""
     softmax = kwargs.get("kind", "softmax") == "softmax"
-    device = _emulator.configured(f"device=sm_90a,check=1,{mode}")
-    with device, _emulator.counting() as launches:
+    with hopper(mode), _emulator.counting() as launches:
         found = tm.attention(*args, **kwargs, return_lse=softmax, backend="emulated")
     out, lse = found if softmax else (found, None)
     return out, lse, [launch["kernel"] for launch in launches]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from conftest import backends
+from sm90 import check_every_order, check_explained, hopper
 
 import tokenmill as tm
 from tokenmill import _emulator, registry
@@ -16,18 +15,7 @@ pytestmark = pytest.mark.skipif("emulated" not in backends(), reason="not a deve
 
 F16, BF16 = torch.float16, torch.bfloat16
 NAN, INF = float("nan"), float("inf")
-MODES = (
-    "async=latest",
-    "async=earliest,order=reverse",
-    "async=seed:1,order=seeded,fuel=300",
-)
 SPEC = registry.get("linear_attention")
-
-
-@contextlib.contextmanager
-def hopper(mode: str = MODES[0]):
-    with _emulator.configured(f"device=sm_90a,check=1,{mode}"):
-        yield
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -120,12 +108,7 @@ def test_every_order_of_events_gives_the_same_bits(name):
     """More chunks than there are stages; parts, each with its launch, where it is long."""
     shapes, options = ORDERS[name]
     q, k, v = inputs(**shapes)
-    with _emulator.configured("device=sm_90a"):
-        first = run(q, k, v, **options)
-    for mode in MODES:
-        with hopper(mode):
-            again = run(q, k, v, **options)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    check_every_order(lambda: run(q, k, v, **options))
 
 
 @pytest.mark.parametrize("decay", [torch.tensor([-0.002]), gates(1, 600, 1)], ids=["head", "gates"])
@@ -259,12 +242,9 @@ TAKEN = {
 
 def check_explanation(why, q, k, v, **options):
     """The kernel that runs is the one that explain names."""
-    with _emulator.configured("device=sm_90a"), _emulator.counting() as launches:
-        name = tm.explain("linear_attention", q, k, v, backend="emulated", **options).kernel
-        found = run(q, k, v, **options)
-    takes = any("sm90" in launch["kernel"] for launch in launches)
-    assert takes == ("linear_attention/kernel_sm90 in" in name) == (why == "")
-    assert f"(not kernel_sm90: {why}" in name or takes
+    options["return_final_state"] = True
+    found = check_explained("linear_attention", why, q, k, v, **options)
+    del options["return_final_state"]
     options.pop("out", None)
     check_results(found, q, k, v, **options)
 

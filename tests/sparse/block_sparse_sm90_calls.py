@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
-from tokenmill import _emulator
 from tokenmill.sparse.block_sparse_attention_cases import block_sparse_call
 
 F16, BF16 = torch.float16, torch.bfloat16
-MODES = (
-    "async=latest",
-    "async=earliest,order=reverse",
-    "async=seed:1,order=seeded,fuel=300",
-)
-
-
-@contextlib.contextmanager
-def hopper(mode=MODES[0]):
-    with _emulator.configured(f"device=sm_90a,check=1,{mode}"):
-        yield
 
 
 def drawn(dtype=F16, seed=0, **options):

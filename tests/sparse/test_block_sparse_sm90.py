@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from block_sparse_calls import INF, NAN, full_lists
-from block_sparse_sm90_calls import BF16, F16, MODES, PACKED, PACKED_KEYS, drawn, hopper
+from block_sparse_sm90_calls import BF16, F16, PACKED, PACKED_KEYS, drawn
 from conftest import backends
+from sm90 import check_every_order, check_explained, hopper
 
 import tokenmill as tm
 from tokenmill import _emulator
@@ -94,12 +95,7 @@ def test_every_order_of_events_gives_the_same_bits(d):
     args, kwargs = drawn(
         sq=64, sk=448, h=2, d=d, entries=7, causal=True, num_sink=64, num_recent=70
     )
-    with _emulator.configured("device=sm_90a"):
-        first = run(args, kwargs)
-    for mode in MODES:
-        with hopper(mode):
-            again = run(args, kwargs)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    check_every_order(lambda: run(args, kwargs))
 
 
 @pytest.mark.parametrize(
@@ -247,12 +243,7 @@ def test_explain_names_the_kernel_that_runs(why):
 
 def check_explanation(why, args, kwargs):
     kwargs = kwargs | {"return_lse": False}
-    with _emulator.configured("device=sm_90a"), _emulator.counting() as launches:
-        kernel = tm.explain("block_sparse_attention", *args, backend="emulated", **kwargs).kernel
-        found = run(args, kwargs)
-    takes = any("sm90" in launch["kernel"] for launch in launches)
-    assert takes == ("attention/kernel_sm90 in" in kernel) == (why == "")
-    assert f"(not kernel_sm90: {why}" in kernel or takes
+    found = check_explained("block_sparse_attention", why, *args, **kwargs)
     kwargs.pop("out", None)
     torch.testing.assert_close(found, run(args, kwargs, "reference"), rtol=1e-2, atol=1e-2)
 
