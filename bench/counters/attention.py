@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 import tokenmill as tm
-from tokenmill import _emulator
 
-from .case import Counted, CounterCase, peer_rows
+from .case import Counted, CounterCase, on_device, peer_rows
 
 COMPARED = ("FlashAttention-2", "FlashSigmoid")
 COMPARED_SM90 = ("FlashAttention-3",)
@@ -135,16 +134,6 @@ def prepare(shape: Shape, variant: Variant) -> Callable[[], object]:
     return lambda: torch.autograd.grad(out, (q, k, v), cotangent)
 
 
-def prepare_sm90(shape: Shape, variant: Variant) -> Callable[[], object]:
-    call = prepare(shape, variant)
-
-    def on_sm90() -> object:
-        with _emulator.configured("device=sm_90a"):
-            return call()
-
-    return on_sm90
-
-
 def bounds(
     shape: Shape, variant: Variant, compared: tuple[str, ...] = COMPARED
 ) -> dict[str, float]:
@@ -203,7 +192,7 @@ def cases() -> Iterator[CounterCase]:
                 shape.scores / 1000,
                 shape.least_bytes(variant.kind),
                 shape.least_mma,
-                functools.partial(prepare_sm90, shape, variant),
+                functools.partial(on_device, "sm_90a", functools.partial(prepare, shape, variant)),
                 bounds(shape, variant, COMPARED_SM90),
                 held=variant.bias or variant.kind == "softmax",
             )

@@ -54,6 +54,18 @@ class CounterCase:
     with_moves: bool = False  # instructions: the peers' are known so alone
 
 
+def on_device(device: str, prepare: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """The call that prepare returns, both on a device of the PTX machine."""
+    with _emulator.configured(f"device={device}"):
+        call = prepare()
+
+    def run() -> object:
+        with _emulator.configured(f"device={device}"):
+            return call()
+
+    return run
+
+
 @dataclass(frozen=True)
 class Counted:
     """The cases of one operator."""

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 import tokenmill as tm
-from tokenmill import _emulator
 
 from ..linear_attention import useful_work
-from .case import Counted, CounterCase, peer_rows
+from .case import Counted, CounterCase, on_device, peer_rows
 
 LENGTH, HEADS = 1024, 2  # of the peers
 FILLING = 132  # sequences with which no sequence is cut into parts on the machine's H100
@@ -84,12 +83,8 @@ def prepare(shape: Shape) -> Callable[[], object]:
     def forward() -> Any:
         return tm.linear_attention(q, k, v, log_decay=log_decay, backend="emulated")
 
-    def on_sm90() -> Any:
-        with _emulator.configured("device=sm_90a"):
-            return forward()
-
     if not shape.backward:
-        return on_sm90 if shape.sm90 else forward
+        return forward
     out = forward()
     cotangent = torch.randn(size, generator=generator).to(shape.dtype).expand_as(out)
     return lambda: torch.autograd.grad(out, leaves, cotangent)
@@ -141,12 +136,13 @@ def shapes() -> Iterator[Shape]:
 
 def cases() -> Iterator[CounterCase]:
     for shape in shapes():
+        call = functools.partial(prepare, shape)
         yield CounterCase(
             shape.title,
             shape.tokens,
             shape.least_bytes,
             shape.least_mma,
-            functools.partial(prepare, shape),
+            functools.partial(on_device, "sm_90a", call) if shape.sm90 else call,
             {} if shape.backward else bounds(shape.head_dim),
         )
 

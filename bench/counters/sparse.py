@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 import tokenmill as tm
-from tokenmill import _emulator
 
 from .attention import Shape
-from .case import Counted, CounterCase, products
+from .case import Counted, CounterCase, on_device, products
 
 F16, F32 = torch.float16, torch.float32
 
@@ -101,18 +100,7 @@ def _blocks_on(
     case = _quarter(
         f"{device} D={dim}, blocks of {block}, {title}", F16, block, backward, heads, dim, block
     )
-
-    def prepare() -> Callable[[], object]:
-        with _emulator.configured(f"device={device}"):
-            call = case.prepare()
-
-        def on_device() -> object:
-            with _emulator.configured(f"device={device}"):
-                return call()
-
-        return on_device
-
-    return dataclasses.replace(case, prepare=prepare)
+    return dataclasses.replace(case, prepare=functools.partial(on_device, device, case.prepare))
 
 
 def _quarter(
@@ -227,12 +215,12 @@ def blocks_cases() -> Iterator[CounterCase]:
     yield _blocks(F32, 64)
     yield _blocks(F16, 64, backward=True)
     for device, dim in itertools.product(("sm_90a", "sm_80"), (64, 128)):
-        on_device = functools.partial(_blocks_on, device, dim=dim)
-        yield on_device("one head")
-        yield on_device("three heads", 6)
-        yield on_device("four heads", 8, block=128)
-        yield on_device("one head", backward=True)
-        yield on_device("four heads", 8, block=128, backward=True)
+        case = functools.partial(_blocks_on, device, dim=dim)
+        yield case("one head")
+        yield case("three heads", 6)
+        yield case("four heads", 8, block=128)
+        yield case("one head", backward=True)
+        yield case("four heads", 8, block=128, backward=True)
     yield _requests(F16)
     yield _requests(F16, backward=True)
     yield _mass()
