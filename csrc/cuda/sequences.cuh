@@ -5,6 +5,8 @@
 // entry so far. The rows in front of them and behind them belong to no sequence; blocks without a
 // tile write there what an empty row gets.
 #pragma once
+#include <type_traits>
+
 #include "core/dtype.h"
 #include "core/rows.h"
 #include "cuda/warp.cuh"
@@ -44,10 +46,12 @@ __device__ inline PackedRows rows_of_sequence(const int32_t* cu_seqlens, int64_t
   return {start, max(min(cu_seqlens[b + 1], last), start) - start};
 }
 
-// A bound on the tiles of `rows` rows in all sequences and in the rows without one, that depends on
-// shapes alone.
-inline int64_t max_tiles(const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t rows) {
-  return cu_seqlens ? tokens / rows + batch + 1 : ceil_div(tokens, rows);
+// A bound on the tiles of `rows` rows in all sequences, packed in those with `fewest` rows or more,
+// and in the rows without one, that depends on shapes alone.
+inline int64_t max_tiles(const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t rows,
+                         int64_t fewest = 1) {
+  if (!cu_seqlens) return ceil_div(tokens, rows);
+  return tokens / rows + (fewest > 1 && tokens / fewest < batch ? tokens / fewest : batch) + 1;
 }
 
 // A number for tile 0 of sequence b, from which on its tiles have numbers of their own, at most
@@ -62,10 +66,12 @@ struct TilePlace {
   PackedRows rows;  // packed: of the sequence; without one, of all sequences
 };
 
-// Tile number `index` of packed sequences, which have `least` tiles at least. All lanes of a warp
-// together.
+// Tile number `index` of packed sequences, which have `least` tiles at least; those with less than
+// `fewest` rows have none. All lanes of a warp together. Index: holds the number of all tiles.
+template <typename Index = int64_t>
 __device__ inline TilePlace find_tile(const int32_t* cu_seqlens, int64_t batch, int64_t tokens,
-                                      int rows, int64_t index, int least = 0) {
+                                      int rows, std::type_identity_t<Index> index, int least = 0,
+                                      int fewest = 0) {
   const int lane = threadIdx.x % kWarpSize;
   const PackedRows all = all_rows(cu_seqlens, batch, tokens);
   const int last = all.start + all.length;
@@ -78,11 +84,12 @@ __device__ inline TilePlace find_tile(const int32_t* cu_seqlens, int64_t batch, 
       row_end = max(row_end, __shfl_up_sync(kFullWarp, row_end, offset));
     const int own_start = __shfl_up_sync(kFullWarp, row_end, 1);
     const int start = lane > 0 ? own_start : before, length = row_end - start;
-    const int tiles = b >= batch ? 0 : length > 0 ? (length + rows - 1) / rows : least;
-    int64_t end = tiles;
+    const bool counts = b < batch && (fewest == 0 || length >= fewest);
+    const int tiles = !counts ? 0 : length > 0 ? (length + rows - 1) / rows : least;
+    Index end = tiles;
 #pragma unroll
     for (int offset = 1; offset < kWarpSize; offset *= 2) {
-      const int64_t tiles_before = __shfl_up_sync(kFullWarp, end, offset);
+      const Index tiles_before = __shfl_up_sync(kFullWarp, end, offset);
       if (lane >= offset) end += tiles_before;
     }
     const unsigned found = __ballot_sync(kFullWarp, index < end);

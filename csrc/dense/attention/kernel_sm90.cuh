@@ -350,12 +350,13 @@ const char* launch_sm90(const AttentionParams& p, const KvCache& cache, cudaStre
   plan.box_keys = Shape::kTileKeys;
   if (cache.block_table)
     plan.box_keys = static_cast<int>(std::gcd(page_size(cache), int64_t{Shape::kTileKeys}));
-  if (cache.seqlens && p.cu_seqlens_q) plan.least_rows = kLeastSm90Queries;
+  if (cache.seqlens && p.cu_seqlens_q) plan.least_rows = kLeastSm90Tokens;
   if (const char* error = encode_map(plan.q, tensors.q, p.dtype, Shape::kRows)) return error;
   if (const char* error = encode_map(plan.k, tensors.k, p.dtype, plan.box_keys)) return error;
   if (const char* error = encode_map(plan.v, tensors.v, p.dtype, plan.box_keys)) return error;
   if (const char* error = encode_map(plan.out, tensors.out, p.dtype, Shape::kRows)) return error;
-  plan.tiles_of_head = static_cast<int>(max_sm90_tiles(p, Shape::kBlockRows, plan.least_rows));
+  plan.tiles_of_head = static_cast<int>(
+      max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, Shape::kBlockRows, plan.least_rows));
   plan.heads = static_cast<int>(tensors.q.batch * p.heads);
   plan.tiles = plan.tiles_of_head * plan.heads;
   const int64_t group = p.heads / p.kv_heads;

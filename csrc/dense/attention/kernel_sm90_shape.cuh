@@ -1,7 +1,5 @@
 // Tiles of the forward on compute capability 9.0a, and what its parts share.
 #pragma once
-#include <algorithm>
-
 #include "core/kv_cache.h"
 #include "cuda/arch/sm90/mbarrier.cuh"
 #include "cuda/arch/sm90/tensor_map.h"
@@ -83,49 +81,6 @@ struct alignas(1024) Sm90Shared {
   }
 };
 
-// A bound on the tiles of `rows` rows in packed sequences with `least` rows or more; one more is of
-// the rows without a sequence.
-inline int64_t max_sm90_tiles(const AttentionParams& p, int64_t rows, int64_t least) {
-  if (least == 0) return max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, rows);
-  return p.seqlen_q / rows + std::min(p.batch, p.seqlen_q / least) + 1;
-}
-
-// Tile number `index` of packed sequences, as find_tile finds it, of those that are not empty and
-// have `least` rows or more. All lanes of a warp together.
-__device__ inline TilePlace find_sm90_place(const AttentionParams& p, int rows, int least,
-                                            int index) {
-  const int lane = threadIdx.x % kWarpSize;
-  const PackedRows all = all_rows(p.cu_seqlens_q, p.batch, p.seqlen_q);
-  const int last = all.start + all.length;
-  int before = all.start;  // where the sequence in front of lane 0's ends
-  for (int64_t first = 0; first < p.batch; first += kWarpSize) {
-    const int64_t b = first + lane;
-    int row_end = min(max(b < p.batch ? p.cu_seqlens_q[b + 1] : 0, before), last);
-#pragma unroll
-    for (int offset = 1; offset < kWarpSize; offset *= 2)
-      row_end = max(row_end, __shfl_up_sync(kFullWarp, row_end, offset));
-    const int own_start = __shfl_up_sync(kFullWarp, row_end, 1);
-    const int start = lane > 0 ? own_start : before, length = row_end - start;
-    const int tiles = b < p.batch && length >= least ? (length + rows - 1) / rows : 0;
-    int end = tiles;  // all tiles are 2^30 at most
-#pragma unroll
-    for (int offset = 1; offset < kWarpSize; offset *= 2) {
-      const int tiles_before = __shfl_up_sync(kFullWarp, end, offset);
-      if (lane >= offset) end += tiles_before;
-    }
-    const unsigned found = __ballot_sync(kFullWarp, index < end);
-    if (found) {
-      const int owner = __clz(__brev(found));  // the lowest bit
-      return {static_cast<int>(first) + owner,
-              __shfl_sync(kFullWarp, index - (end - tiles), owner),
-              {__shfl_sync(kFullWarp, start, owner), __shfl_sync(kFullWarp, length, owner)}};
-    }
-    index -= __shfl_sync(kFullWarp, end, kWarpSize - 1);
-    before = __shfl_sync(kFullWarp, row_end, kWarpSize - 1);
-  }
-  return {-1, index, all};
-}
-
 // Tile `index`, for all lanes of a warp together. Heads come in sections; within one the last rows
 // of all heads come first, because they see most keys under a causal mask.
 template <typename Shape>
@@ -142,7 +97,9 @@ __device__ inline Sm90Tile find_sm90_tile(const AttentionParams& p, const Sm90Pl
   if (plan.ragged) {
     tile.rows = {0, static_cast<int>(p.seqlen_q)};
     if (p.cu_seqlens_q) {
-      const TilePlace place = find_sm90_place(p, kRows, plan.least_rows, in_section / heads);
+      // All tiles are 2^30 at most.
+      const TilePlace place = find_tile<int>(p.cu_seqlens_q, p.batch, p.seqlen_q, kRows,
+                                             in_section / heads, 0, plan.least_rows);
       tile.b = place.b;
       tile.rows = place.rows;
       // From the end of the tensor on there are no rows.

@@ -3,7 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "core/kv_cache.h"
-#include "cuda/arch/sm90/tensor_map.h"
+#include "cuda/arch/sm90/calls.h"
 #include "cuda/attention/score_map.cuh"
 #include "cuda/sequences.cuh"
 #include "dense/attention/head_dim.cuh"
@@ -16,9 +16,7 @@ inline int64_t page_size(const KvCache& cache) {
 }
 
 // out: what has the shape of the output, in the backward its gradient.
-struct Sm90Tensors {
-  MappedRows q, k, v, out;
-
+struct Sm90Tensors : MappedTensors {
   Sm90Tensors(const AttentionParams& p, const Rows& out)
       : Sm90Tensors(p, out, p.cu_seqlens_q ? 1 : p.batch) {}
   // Of the forward, with keys in pages of a cache if there is one.
@@ -27,18 +25,14 @@ struct Sm90Tensors {
     k = {cache.k, cache.pages, page_size(cache), p.kv_heads, p.head_dim};
     v = {cache.v, cache.pages, page_size(cache), p.kv_heads, p.value_dim};
   }
-  bool can_be_mapped() const { return can_map(q) && can_map(k) && can_map(v) && can_map(out); }
 
  private:
   Sm90Tensors(const AttentionParams& p, const Rows& out, int64_t batch)
-      : q{p.q, batch, p.seqlen_q, p.heads, p.head_dim},
-        k{p.k, batch, p.seqlen_k, p.kv_heads, p.head_dim},
-        v{p.v, batch, p.seqlen_k, p.kv_heads, p.value_dim},
-        out{out, batch, p.seqlen_q, p.heads, p.value_dim} {}
+      : MappedTensors{{p.q, batch, p.seqlen_q, p.heads, p.head_dim},
+                      {p.k, batch, p.seqlen_k, p.kv_heads, p.head_dim},
+                      {p.v, batch, p.seqlen_k, p.kv_heads, p.value_dim},
+                      {out, batch, p.seqlen_q, p.heads, p.value_dim}} {}
 };
-
-// With fewer queries of a sequence most of a tile of 64 rows would be idle.
-constexpr int kLeastSm90Queries = 32;
 
 // Scales are normal numbers, and what one is divided by to give the argument of a tanh leaves
 // something of it.
@@ -65,8 +59,7 @@ inline bool has_sm90_form(const AttentionParams& p) {
 
 // ... those of both passes, ...
 inline bool is_sm90_attention(const AttentionParams& p) {
-  const int64_t sequences = p.cu_seqlens_q && p.batch > 1 ? p.batch : 1;
-  return has_sm90_form(p) && p.seqlen_q >= kLeastSm90Queries * sequences;
+  return has_sm90_form(p) && has_sm90_tokens(p.seqlen_q, p.cu_seqlens_q, p.batch);
 }
 
 // ... those of every forward, ...
@@ -85,9 +78,9 @@ inline bool takes_sm90(const AttentionParams& p) {
 constexpr int64_t kLeastSm90Page = 64;
 
 // ... and of the one with keys in a cache. Of packed requests it takes those with
-// kLeastSm90Queries queries or more, so that a request has the same bits in any batch.
+// kLeastSm90Tokens queries or more, so that a request has the same bits in any batch.
 inline bool takes_sm90(const AttentionParams& p, const KvCache& cache) {
-  if (!has_sm90_form(p) || p.seqlen_q < kLeastSm90Queries) return false;
+  if (!has_sm90_form(p) || p.seqlen_q < kLeastSm90Tokens) return false;
   if (cache.dtype != p.dtype) return false;
   if (cache.block_table && page_size(cache) < kLeastSm90Page) return false;
   return is_sm90_forward(p, {p, cache});

@@ -48,7 +48,7 @@ constexpr int64_t kManySm90Tiles = 256;
 // The rules of python/tokenmill/dense/attention_kernels.py.
 static bool takes_sm90(const DecodeParams& d) {
   const AttentionParams& p = d.attention;
-  if (p.seqlen_q > cuda::kMaxLength || d.max_seqlen_q < cuda::kLeastSm90Queries) return false;
+  if (p.seqlen_q > cuda::kMaxLength || d.max_seqlen_q < cuda::kLeastSm90Tokens) return false;
   if (!prefills(p)) {
     const int64_t tiles = p.batch * p.heads * ceil_div(p.seqlen_q, 64);
     if (!d.stream_k || tiles < kManySm90Tiles) return false;
@@ -95,7 +95,7 @@ const char* launch_cuda(const DecodeParams& d, void* stream) {
     const char* error = cuda::launch_on_sm90(p, d.cache, on);
     if (error != cuda::kNotMapped) {
       if (error || !p.cu_seqlens_q) return error;
-      most_queries = cuda::kLeastSm90Queries - 1;
+      most_queries = cuda::kLeastSm90Tokens - 1;
     }
   }
   const bool float8 = d.cache.dtype == DType::float8_e4m3fn;

@@ -5,15 +5,16 @@
 
 namespace tokenmill::cuda::block_sparse_attention {
 
-struct Sm90Tensors {
-  MappedRows q, k, v, out;
-
+struct Sm90Tensors : MappedTensors {
   Sm90Tensors(const AttentionParams& p, const Rows& out)
-      : q{p.q, p.cu_seqlens_q ? 1 : p.batch, p.seqlen_q, p.heads, p.head_dim},
-        k{p.k, p.cu_seqlens_k ? 1 : p.batch, p.seqlen_k, p.kv_heads, p.head_dim},
-        v{p.v, k.batch, p.seqlen_k, p.kv_heads, p.value_dim},
-        out{out, q.batch, p.seqlen_q, p.heads, p.value_dim} {}
-  bool can_be_mapped() const { return can_map(q) && can_map(k) && can_map(v) && can_map(out); }
+      : Sm90Tensors(p, out, p.cu_seqlens_q ? 1 : p.batch, p.cu_seqlens_k ? 1 : p.batch) {}
+
+ private:
+  Sm90Tensors(const AttentionParams& p, const Rows& out, int64_t batch_q, int64_t batch_k)
+      : MappedTensors{{p.q, batch_q, p.seqlen_q, p.heads, p.head_dim},
+                      {p.k, batch_k, p.seqlen_k, p.kv_heads, p.head_dim},
+                      {p.v, batch_k, p.seqlen_k, p.kv_heads, p.value_dim},
+                      {out, batch_q, p.seqlen_q, p.heads, p.value_dim}} {}
 };
 
 // Units of 64 rows in the rows of a block of queries, see Sm90Launch.
@@ -28,8 +29,7 @@ inline bool takes_sm90(const BlockSparseParams& d) {
   if (p.dtype == DType::float32 || p.head_dim != p.value_dim) return false;
   if (p.head_dim != 64 && p.head_dim != 128) return false;
   if (d.log2_block_q < 6 || d.log2_block_k < 6 || d.pages.table || !has_sm90_scale(p)) return false;
-  const int64_t sequences = p.cu_seqlens_q && p.batch > 1 ? p.batch : 1;
-  if (p.seqlen_q < kLeastSm90Queries * sequences || p.seqlen_k == 0) return false;
+  if (!has_sm90_tokens(p.seqlen_q, p.cu_seqlens_q, p.batch) || p.seqlen_k == 0) return false;
   const Sm90Tensors t(p, p.out);
   if (max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, 64) * t.q.batch * p.heads > 1 << 30)
     return false;

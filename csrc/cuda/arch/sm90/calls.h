@@ -1,0 +1,22 @@
+// What calls that kernels of compute capability 9.0a take have in common, as in
+// python/tokenmill/_sm90.py.
+#pragma once
+#include "cuda/arch/sm90/tensor_map.h"
+
+namespace tokenmill::cuda {
+
+struct MappedTensors {
+  MappedRows q, k, v, out;
+
+  bool can_be_mapped() const { return can_map(q) && can_map(k) && can_map(v) && can_map(out); }
+};
+
+// With fewer tokens of a sequence most of a tile of 64 rows would be idle.
+constexpr int kLeastSm90Tokens = 32;
+
+// Packed: for each sequence on average.
+inline bool has_sm90_tokens(int64_t tokens, const int32_t* cu_seqlens, int64_t batch) {
+  return tokens >= kLeastSm90Tokens * (cu_seqlens && batch > 1 ? batch : 1);
+}
+
+}  // namespace tokenmill::cuda
