@@ -27,10 +27,10 @@ def hopper(mode: str = MODES[0]) -> Iterator[None]:
 
 
 def check_every_order(call: Callable[[], Sequence[Tensor]]) -> None:
-    """The results have the same bits in all modes, and without the checks."""
-    with _emulator.configured("device=sm_90a"):
+    """The results have the same bits in all modes."""
+    with hopper():
         first = call()
-    for mode in MODES:
+    for mode in MODES[1:]:
         with hopper(mode):
             again = call()
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -55,7 +55,7 @@ class CounterCase:
 
 
 def on_device(device: str, prepare: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    """The call that prepare returns, both on a device of the PTX machine."""
+    """prepare, and the call that it returns, on a device of the PTX machine."""
     with _emulator.configured(f"device={device}"):
         call = prepare()
 

@@ -46,10 +46,10 @@ __device__ inline PackedRows rows_of_sequence(const int32_t* cu_seqlens, int64_t
   return {start, max(min(cu_seqlens[b + 1], last), start) - start};
 }
 
-// A bound on the tiles of `rows` rows in all sequences, packed in those with `fewest` rows or more,
-// and in the rows without one, that depends on shapes alone.
+// A bound on the tiles of `rows` rows in all sequences and in the rows without one, that depends on
+// shapes alone. Packed: sequences with fewer than `fewest` rows have none.
 inline int64_t max_tiles(const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t rows,
-                         int64_t fewest = 1) {
+                         int64_t fewest = 0) {
   if (!cu_seqlens) return ceil_div(tokens, rows);
   return tokens / rows + (fewest > 1 && tokens / fewest < batch ? tokens / fewest : batch) + 1;
 }
@@ -66,11 +66,11 @@ struct TilePlace {
   PackedRows rows;  // packed: of the sequence; without one, of all sequences
 };
 
-// Tile number `index` of packed sequences, which have `least` tiles at least; those with less than
-// `fewest` rows have none. All lanes of a warp together. Index: holds the number of all tiles.
-template <typename Index = int64_t>
+// Tile number `index` of packed sequences, which have `least` tiles at least; those with fewer than
+// `fewest` rows have none. All lanes of a warp together. Number: holds the number of all tiles.
+template <typename Number = int64_t>
 __device__ inline TilePlace find_tile(const int32_t* cu_seqlens, int64_t batch, int64_t tokens,
-                                      int rows, std::type_identity_t<Index> index, int least = 0,
+                                      int rows, std::type_identity_t<Number> index, int least = 0,
                                       int fewest = 0) {
   const int lane = threadIdx.x % kWarpSize;
   const PackedRows all = all_rows(cu_seqlens, batch, tokens);
@@ -84,12 +84,13 @@ __device__ inline TilePlace find_tile(const int32_t* cu_seqlens, int64_t batch, 
       row_end = max(row_end, __shfl_up_sync(kFullWarp, row_end, offset));
     const int own_start = __shfl_up_sync(kFullWarp, row_end, 1);
     const int start = lane > 0 ? own_start : before, length = row_end - start;
+    // fewest == 0: known when compiled
     const bool counts = b < batch && (fewest == 0 || length >= fewest);
     const int tiles = !counts ? 0 : length > 0 ? (length + rows - 1) / rows : least;
-    Index end = tiles;
+    Number end = tiles;
 #pragma unroll
     for (int offset = 1; offset < kWarpSize; offset *= 2) {
-      const Index tiles_before = __shfl_up_sync(kFullWarp, end, offset);
+      const Number tiles_before = __shfl_up_sync(kFullWarp, end, offset);
       if (lane >= offset) end += tiles_before;
     }
     const unsigned found = __ballot_sync(kFullWarp, index < end);

@@ -1,5 +1,5 @@
 """Which calls kernels of compute capability 9.0 take: the rules that operators share, as in
-launch_sm90.h and tensor_map.cu of csrc."""
+calls.h, launch_sm90.h and tensor_map.cu of csrc."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def plain(q, k, v, **options):
 
 
 def run(tensors, mode=MODES[0], taken=True, **options):
-    with _emulator.configured(f"device=sm_90a,check=1,{mode}"), _emulator.counting() as launches:
+    with sm90.hopper(mode), _emulator.counting() as launches:
         found = gradients(*tensors, backend="emulated", **options)
     assert any(KERNEL in launch["kernel"] for launch in launches) == taken
     return found

@@ -242,9 +242,7 @@ TAKEN = {
 
 def check_explanation(why, q, k, v, **options):
     """The kernel that runs is the one that explain names."""
-    options["return_final_state"] = True
-    found = check_explained("linear_attention", why, q, k, v, **options)
-    del options["return_final_state"]
+    found = check_explained("linear_attention", why, q, k, v, return_final_state=True, **options)
     options.pop("out", None)
     check_results(found, q, k, v, **options)
 

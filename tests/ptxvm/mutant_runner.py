@@ -185,7 +185,7 @@ CALLS = {
 }
 
 
-# The kernels of compute capability 9.0 must be right in each of these.
+# The kernels of compute capability 9.0 must be right in each of these, as MODES of tests/sm90.py.
 SM90_MODES = (
     "async=latest",
     "async=earliest,order=reverse",

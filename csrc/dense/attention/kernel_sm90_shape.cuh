@@ -97,7 +97,7 @@ __device__ inline Sm90Tile find_sm90_tile(const AttentionParams& p, const Sm90Pl
   if (plan.ragged) {
     tile.rows = {0, static_cast<int>(p.seqlen_q)};
     if (p.cu_seqlens_q) {
-      // All tiles are 2^30 at most.
+      // All tiles are 2^30 at most, see has_sm90_tiles.
       const TilePlace place = find_tile<int>(p.cu_seqlens_q, p.batch, p.seqlen_q, kRows,
                                              in_section / heads, 0, plan.least_rows);
       tile.b = place.b;

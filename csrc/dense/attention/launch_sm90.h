@@ -62,11 +62,15 @@ inline bool is_sm90_attention(const AttentionParams& p) {
   return has_sm90_form(p) && has_sm90_tokens(p.seqlen_q, p.cu_seqlens_q, p.batch);
 }
 
+// Tiles of 64 rows, of all heads. batch: of the map of q.
+inline bool has_sm90_tiles(const AttentionParams& p, int64_t batch) {
+  return max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, 64) * batch * p.heads <= 1 << 30;
+}
+
 // ... those of every forward, ...
 inline bool is_sm90_forward(const AttentionParams& p, const Sm90Tensors& t) {
   if (!has_sm90_dim(p.head_dim) || !has_sm90_scale(p)) return false;
-  const int64_t tiles = max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, 64);
-  return tiles * t.q.batch * p.heads <= 1 << 30 && t.can_be_mapped();
+  return has_sm90_tiles(p, t.q.batch) && t.can_be_mapped();
 }
 
 // ... of the forward without a cache, ...

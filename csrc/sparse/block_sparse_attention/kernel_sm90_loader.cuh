@@ -1,8 +1,7 @@
 // The warp of kernels on queries that walks over keys, on compute capability 9.0a: the first ones,
-// those of a list, the last ones.
+// those of a list, the last ones; and the roles of the warps of their blocks.
 #pragma once
 #include "cuda/arch/sm90/tma.cuh"
-#include "cuda/unroll.cuh"
 #include "sparse/block_sparse_attention/cuda_plan.cuh"
 #include "sparse/block_sparse_attention/kernel_sm90_shape.cuh"
 #include "sparse/block_sparse_attention/launch_sm90.h"
@@ -152,8 +151,8 @@ class Sm90Loader {
   unsigned tiles_ = 0, parts_ = 0;  // so far; parts: through part_full
 };
 
-// A block of threads: a warp that loads, and a Rows for each warpgroup that multiplies.
-template <typename Shape, typename Rows, typename Launch>
+// A block of threads: a warp that loads, and a Warpgroup for each warpgroup that multiplies.
+template <typename Shape, typename Warpgroup, typename Launch>
 __device__ __forceinline__ void run_roles(const Launch& d) {
   extern __shared__ __align__(1024) char sm90_shared[];
   auto& shared = *reinterpret_cast<Sm90Shared<Shape>*>(sm90_shared);
@@ -167,7 +166,7 @@ __device__ __forceinline__ void run_roles(const Launch& d) {
     if (threadIdx.x < kWarpSize) Sm90Loader<Shape>(d, shared).run();
   } else {
     grow_registers<Shape::kMultiplyRegisters>();
-    Rows(d, shared, warpgroup).run();
+    Warpgroup(d, shared, warpgroup).run();
   }
 }
 

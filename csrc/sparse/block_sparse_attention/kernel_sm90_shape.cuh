@@ -1,11 +1,9 @@
 // Tiles of the forward on compute capability 9.0a, and what its parts share.
 #pragma once
-#include "cuda/arch/shared_memory.cuh"
 #include "cuda/arch/sm90/mbarrier.cuh"
 #include "cuda/arch/sm90/tensor_map.h"
 #include "cuda/arch/sm90/warpgroup.cuh"
 #include "cuda/attention/weights_sm90.cuh"
-#include "cuda/unroll.cuh"
 #include "sparse/block_sparse_attention/kernel_requests.cuh"
 
 namespace tokenmill::cuda::block_sparse_attention {

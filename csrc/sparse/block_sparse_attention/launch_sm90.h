@@ -31,9 +31,7 @@ inline bool takes_sm90(const BlockSparseParams& d) {
   if (d.log2_block_q < 6 || d.log2_block_k < 6 || d.pages.table || !has_sm90_scale(p)) return false;
   if (!has_sm90_tokens(p.seqlen_q, p.cu_seqlens_q, p.batch) || p.seqlen_k == 0) return false;
   const Sm90Tensors t(p, p.out);
-  if (max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, 64) * t.q.batch * p.heads > 1 << 30)
-    return false;
-  return t.can_be_mapped();
+  return has_sm90_tiles(p, t.q.batch) && t.can_be_mapped();
 }
 
 template <typename T>

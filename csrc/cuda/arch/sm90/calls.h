@@ -1,5 +1,4 @@
-// What calls that kernels of compute capability 9.0a take have in common, as in
-// python/tokenmill/_sm90.py.
+// What the rules of kernels of compute capability 9.0a share, see python/tokenmill/_sm90.py.
 #pragma once
 #include "cuda/arch/sm90/tensor_map.h"
 
