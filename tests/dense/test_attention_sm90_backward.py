@@ -92,6 +92,14 @@ CASES = {
         {"sq": 64, "sk": 130},
         {"kind": "sigmoid", "score_bias": -math.log(4096)},
     ),
+    "softmax, heads of 96": (
+        {"sq": 70, "sk": 200, "h": 2, "d": 96},
+        {"causal": True, "return_lse": True},
+    ),
+    "sigmoid, heads of 96": (
+        {"sq": 130, "sk": 130, "d": 96, "dtype": BF16},
+        {"kind": "sigmoid", "softcap": 3.0, "score_bias": -3.0},
+    ),
     "softmax, capped": ({"sq": 70, "sk": 130, "h": 2}, {"softcap": 1.5, "causal": True}),
     "softmax, capped, wide": (
         {"sq": 70, "sk": 130, "d": 128, "dtype": BF16},
@@ -139,9 +147,10 @@ def test_gradients_keep_the_budget(name):
     "shape, options",
     [
         ({"d": 128}, {"causal": True}),
+        ({"d": 96}, {"window": (100, -1)}),
         ({"h": 2}, {"kind": "sigmoid", "window": (200, 90), "score_bias": GRADED}),
     ],
-    ids=["softmax", "sigmoid"],
+    ids=["softmax", "softmax, heads of 96", "sigmoid"],
 )
 def test_every_order_of_events_and_blocks_gives_the_same_bits(shape, options):
     """Four blocks add to the tiles of dQ."""
@@ -228,7 +237,7 @@ def test_packed_sequences_have_gradients_of_score_bias_each():
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_a_packed_sequence_has_the_bits_that_it_has_alone(kind):
     """In every order; rows that no sequence has, NaN here, have no gradient."""
-    tensors = packed(262, d=128 if kind == "softmax" else 64)
+    tensors = packed(262, d=96 if kind == "softmax" else 64)
     alone = [run([x[None, a:b] for x in tensors], kind=kind) for a, b in ((5, 70), (70, 250))]
     for x in tensors:
         x[:5] = x[250:] = math.nan
@@ -280,7 +289,7 @@ def unaligned(x):
 
 ZEROS = torch.zeros(1, 1, 32, 1, dtype=torch.int32)
 LEFT = {
-    "q: must have head_dim 64 or 128; got 96": {},
+    "q: must have head_dim 64, 96 or 128; got 80": {},
     "softcap: must be below 1e38": {"softcap": 1e38},
     "scale: must be 2^-126 or more": {"softcap": 2.0, "scale": -1.0},
     "q: must have 32 tokens for each sequence": {
@@ -311,7 +320,7 @@ def explained(q, k, v, **options):
 @pytest.mark.parametrize("why", LEFT)
 def test_explain_names_the_rule_of_a_call_that_is_left(why):
     """The backward of every chip is right for it."""
-    q, k, v, dout = inputs(32, d=96 if why.endswith("96") else 64)
+    q, k, v, dout = inputs(32, d=80 if why.endswith("80") else 64)
     options = LEFT[why]
     if "cu_seqlens_q" in options:
         q, k, v, dout = (x[0] for x in (q, k, v, dout))

@@ -27,7 +27,7 @@ template <typename T, typename Shape, Weights kWeights>
 class Sm90Keys {
  public:
   static constexpr int kRows = Shape::kRows, kQueries = Shape::kTileQueries;
-  static constexpr int kHeadDim = Shape::kHeadDim;
+  static constexpr int kHeadDim = Shape::kHeadDim, kColumns = Shape::kColumns;
   static constexpr bool kSoftmax = kWeights == Weights::softmax;
   static constexpr bool kScales = !kSoftmax && std::is_same_v<T, __half>;  // see kHalfScale
   // What registers allow: slopes in float32, else in words; dP that runs while weights are made,
@@ -44,7 +44,7 @@ class Sm90Keys {
 
   __device__ __forceinline__ void run() {
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) dk_[i] = dv_[i] = 0;
+    for (int i = 0; i < kColumns / 2; ++i) dk_[i] = dv_[i] = 0;
     shared_.keys_full.wait(0);
     unsigned number = 0;
 #pragma unroll 1
@@ -262,9 +262,9 @@ class Sm90Keys {
   __device__ __forceinline__ void store() const {
     const int lane = threadIdx.x % kWarpSize, own = first_key() + warpgroup_row(0) - lane / 4;
     const PackedRows& keys = keys_.place.rows;
-    const auto store_rows = [&](const Rows& to, const float (&x)[kHeadDim / 2], float factor) {
-      store_accumulators<1, T, 1, kHeadDim / 16>(
-          reinterpret_cast<const float (&)[1][kHeadDim / 8][4]>(x), factor,
+    const auto store_rows = [&](const Rows& to, const float (&x)[kColumns / 2], float factor) {
+      store_accumulators<1, T, 1, kColumns / 16>(
+          reinterpret_cast<const float (&)[1][kColumns / 8][4]>(x), factor,
           rows_at<T>(to, keys_.place.b, keys.start + own, keys_.h), to.seq, keys.length - own, 0,
           kHeadDim, lane);
     };
@@ -283,7 +283,7 @@ class Sm90Keys {
   const Sm90KeyTile& keys_;
   int warpgroup_;
   float constant_ = 0;  // sigmoid: of the argument of the map
-  float dk_[kHeadDim / 2], dv_[kHeadDim / 2];
+  float dk_[kColumns / 2], dv_[kColumns / 2];
 };
 
 template <typename T, int kHeadDim, Weights kWeights>
@@ -422,9 +422,9 @@ const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) 
 // Defined in a generated source for each element type and map.
 template <typename T, Weights kWeights>
 const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) {
-  if (call.params.forward.head_dim == 64)
-    return launch_backward_sm90<T, 64, kWeights>(call, stream);
-  return launch_backward_sm90<T, 128, kWeights>(call, stream);
+  return visit_sm90_backward_dim(call.params.forward.head_dim, [&](auto dim) -> const char* {
+    return launch_backward_sm90<T, dim, kWeights>(call, stream);
+  });
 }
 
 }  // namespace tokenmill::cuda

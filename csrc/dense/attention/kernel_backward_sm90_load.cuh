@@ -12,7 +12,7 @@ namespace tokenmill::cuda {
 template <typename Shape, bool kStatistics>
 __device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90BackwardPlan& plan,
                                    Sm90BackwardShared<Shape>& shared, const Sm90KeyTile& keys) {
-  constexpr int kRows = Shape::kRows, kQueries = Shape::kTileQueries, kHeadDim = Shape::kHeadDim;
+  constexpr int kRows = Shape::kRows, kQueries = Shape::kTileQueries, kColumns = Shape::kColumns;
   const AttentionParams& p = bp.forward;
   const int lane = threadIdx.x % kWarpSize, batch = p.cu_seqlens_q ? 0 : keys.place.b;
   unsigned cuts = 0;  // tiles with an end so far
@@ -35,15 +35,15 @@ __device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90
         full.arrive_expecting(2 * Shape::kWarpgroups * Shape::kSlabBytes);
         for (int w = 0; w < Shape::kWarpgroups; ++w) {
           const BoxPlace at{keys.place.rows.start + keys.first + w * kRows, keys.h, batch};
-          load_boxes<kRows, kHeadDim>(plan.k, at, shared.k[w], full);
-          load_boxes<kRows, kHeadDim>(plan.v, at, shared.v[w], full);
+          load_boxes<kRows, kColumns>(plan.k, at, shared.k[w], full);
+          load_boxes<kRows, kColumns>(plan.v, at, shared.v[w], full);
         }
       },
       [&] {
         for (int w = 0; w < Shape::kWarpgroups; ++w) {
           const int rows = max(keys.place.rows.length - keys.first - w * kRows, 0);
-          clear_rows<kRows, kHeadDim>(shared.k[w], rows);
-          clear_rows<kRows, kHeadDim>(shared.v[w], rows);
+          clear_rows<kRows, kColumns>(shared.k[w], rows);
+          clear_rows<kRows, kColumns>(shared.v[w], rows);
         }
       });
   unsigned number = 0;
@@ -71,13 +71,13 @@ __device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90
           [&](Mbarrier& full) {
             full.arrive_expecting(2 * Shape::kQueryBytes);
             const BoxPlace at{keys.queries.start + first, head, batch};
-            load_boxes<kQueries, kHeadDim>(plan.q, at, shared.q[stage.index], full);
-            load_boxes<kQueries, kHeadDim>(plan.dout, at, shared.dout[stage.index], full);
+            load_boxes<kQueries, kColumns>(plan.q, at, shared.q[stage.index], full);
+            load_boxes<kQueries, kColumns>(plan.dout, at, shared.dout[stage.index], full);
           },
           [&] {
             const int rows = max(keys.queries.length - first, 0);
-            clear_rows<kQueries, kHeadDim>(shared.q[stage.index], rows);
-            clear_rows<kQueries, kHeadDim>(shared.dout[stage.index], rows);
+            clear_rows<kQueries, kColumns>(shared.q[stage.index], rows);
+            clear_rows<kQueries, kColumns>(shared.dout[stage.index], rows);
           });
     }
   }

@@ -12,23 +12,26 @@ namespace tokenmill::cuda {
 template <int kHeadDim_>
 struct Sm90BackwardShape {
   static constexpr int kHeadDim = kHeadDim_;
+  // Of tiles and accumulators, whole boxes: those behind kHeadDim are zeros, which S and dP leave
+  // out.
+  static constexpr int kColumns = (kHeadDim + kBoxColumns - 1) / kBoxColumns * kBoxColumns;
   static constexpr int kWarpgroups = 2;
   static constexpr int kRows = 64;  // keys of a warpgroup
   static constexpr int kBlockKeys = kWarpgroups * kRows;
-  // Queries of a tile. The accumulators of S, dP, dK and dV take kTileQueries + kHeadDim registers
+  // Queries of a tile. The accumulators of S, dP, dK and dV take kTileQueries + kColumns registers
   // of a thread, the words of P and dS kTileQueries / 2.
   static constexpr int kTileQueries = sm90_tile_queries(kHeadDim);
   static constexpr int kStages = 2;
   static constexpr int kLoadRegisters = 24, kMultiplyRegisters = 240;  // 168 at the launch
   static constexpr int kThreads = (1 + kWarpgroups) * kWarpgroupThreads;
-  static constexpr int kSlabBytes = kRows * kHeadDim * 2;  // of K, V
-  static constexpr int kQueryBytes = kTileQueries * kHeadDim * 2;
+  static constexpr int kSlabBytes = kRows * kColumns * 2;  // of K, V
+  static constexpr int kQueryBytes = kTileQueries * kColumns * 2;
   static constexpr int kScoreBytes = kBlockKeys * kTileQueries * 2;
   // A tile of dQ is made by one warpgroup, those of 128 queries as dQ^T: a product of 64 rows and
   // 128 columns reads fewer operands than two of 64.
   static constexpr bool kTransposed = kTileQueries > 64;
   static constexpr int kTileFloats = 64 * 128;
-  static_assert(kTileFloats == kTileQueries * kHeadDim);
+  static_assert(kTileFloats == kTileQueries * kColumns);
 };
 
 // What the host chose for a launch.

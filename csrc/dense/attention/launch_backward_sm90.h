@@ -7,6 +7,16 @@
 
 namespace tokenmill::cuda {
 
+// visit(Index<kDim>{}) with the head dimension of a backward, of those that have a kernel: dK and
+// dV of 64 keys take kDim registers of a thread.
+template <typename Visit>
+auto visit_sm90_backward_dim(int64_t head_dim, const Visit& visit) {
+  return visit_least_dim<64, 96, 128>(head_dim, visit);
+}
+inline bool has_sm90_backward_dim(int64_t head_dim) {
+  return visit_sm90_backward_dim(head_dim, [&](auto dim) { return dim == head_dim; });
+}
+
 // Queries of a tile.
 constexpr int sm90_tile_queries(int64_t head_dim) { return head_dim <= 64 ? 128 : 64; }
 // Tiles of queries of all heads, each with its sums of dQ; packed: a bound on them.
@@ -23,8 +33,7 @@ inline int64_t sm90_workspace_bytes(const AttentionParams& p) {
 // The rules of python/tokenmill/dense/attention_kernels.py, which does not know dout.
 inline bool takes_sm90(const AttentionBackwardParams& bp) {
   const AttentionParams& p = bp.forward;
-  if (p.head_dim != 64 && p.head_dim != 128) return false;
-  if (!is_sm90_attention(p)) return false;
+  if (!is_sm90_attention(p) || !has_sm90_backward_dim(p.head_dim)) return false;
   if (p.softcap > 0) {
     const bool sums_slopes = bp.dscore_bias && p.map != ScoreMap::softmax;
     if (!has_sm90_scale(p) || sums_slopes) return false;

@@ -13,7 +13,7 @@ from .attention_decode_rules import Arguments as DecodeArguments
 from .attention_rules import Arguments
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
-BACKWARD_HEAD_DIMS = (64, 128)
+BACKWARD_HEAD_DIMS = (64, 96, 128)
 LEAST_PAGE = 64  # tokens; a tile has 64 to 128
 MANY_TILES = 256  # of 64 rows, which fill a GPU without dividing keys
 MOST_BACKWARD_TILES = 2**31 - 1
