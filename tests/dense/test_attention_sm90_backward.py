@@ -60,6 +60,7 @@ def check_budget(tensors, mode=MODES[0], taken=True, **options):
     return found
 
 
+GRADED = torch.tensor([-0.5, -3.0], requires_grad=True)
 CASES = {
     "softmax": ({"sq": 130, "sk": 260, "h": 2, "b": 2}, {}),
     "softmax causal, rows that see nothing": ({"sq": 300, "sk": 140}, {"causal": True}),
@@ -100,6 +101,34 @@ CASES = {
         {"sq": 130, "sk": 130, "d": 96, "dtype": BF16},
         {"kind": "sigmoid", "softcap": 3.0, "score_bias": -3.0},
     ),
+    "softmax, heads of 192, two of a group": (
+        {"sq": 100, "sk": 200, "h": 2, "d": 192, "dtype": BF16},
+        {"window": (70, 20), "softcap": 1.5},
+    ),
+    "softmax, heads of 192, gradients of sink and score_bias": (
+        {"sq": 65, "sk": 63, "h": 2, "hk": 2, "d": 192},
+        {
+            "sink": torch.tensor([0.5, -1.0], requires_grad=True),
+            "score_bias": torch.tensor([0.2, -2.0], requires_grad=True),
+        },
+    ),
+    "softmax, heads of 256": (
+        {"sq": 200, "sk": 130, "b": 2, "d": 256},
+        {"causal": True, "return_lse": True},
+    ),
+    "sigmoid, heads of 192": (
+        {"sq": 129, "sk": 129, "h": 2, "d": 192},
+        {"kind": "sigmoid", "causal": True, "score_bias": GRADED},
+    ),
+    "sigmoid, heads of 256, one key": ({"sq": 65, "sk": 1, "d": 256}, {"kind": "sigmoid"}),
+    "sigmoid, heads of 256": (
+        {"sq": 130, "sk": 127, "h": 2, "d": 256, "dtype": BF16},
+        {"kind": "sigmoid", "window": (70, 9), "score_bias": GRADED},
+    ),
+    "sigmoid fast, heads of 256, capped": (
+        {"sq": 32, "sk": 65, "d": 256},
+        {"kind": "sigmoid", "softcap": 2.0, "precision": "fast", "score_bias": -2.0},
+    ),
     "softmax, capped": ({"sq": 70, "sk": 130, "h": 2}, {"softcap": 1.5, "causal": True}),
     "softmax, capped, wide": (
         {"sq": 70, "sk": 130, "d": 128, "dtype": BF16},
@@ -134,9 +163,6 @@ CASES = {
 }
 
 
-GRADED = torch.tensor([-0.5, -3.0], requires_grad=True)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_keep_the_budget(name):
     shapes, options = CASES[name]
@@ -149,12 +175,14 @@ def test_gradients_keep_the_budget(name):
         ({"d": 128}, {"causal": True}),
         ({"d": 96}, {"window": (100, -1)}),
         ({"h": 2}, {"kind": "sigmoid", "window": (200, 90), "score_bias": GRADED}),
+        ({"sq": 150, "sk": 200, "h": 2, "d": 192}, {"kind": "sigmoid", "score_bias": GRADED}),
+        ({"sq": 200, "sk": 200, "h": 2, "d": 256}, {"causal": True}),
     ],
-    ids=["softmax", "softmax, heads of 96", "sigmoid"],
+    ids=["softmax", "heads of 96", "sigmoid", "heads of 192", "heads of 256"],
 )
 def test_every_order_of_events_and_blocks_gives_the_same_bits(shape, options):
     """Four blocks add to the tiles of dQ."""
-    tensors = inputs(260, 400, **shape)
+    tensors = inputs(**{"sq": 260, "sk": 400, **shape})
     first, *others = (run(tensors, mode, **options) for mode in MODES)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
@@ -183,9 +211,10 @@ def test_keys_and_queries_that_see_nothing_have_no_gradient():
     assert (dk[:, :240] == 0).all() and (dv[:, :240] == 0).all() and dv[:, 240:].any(dim=-1).all()
 
 
-def test_a_later_token_touches_no_earlier_tile():
+@pytest.mark.parametrize("d", [64, 256])
+def test_a_later_token_touches_no_earlier_tile(d):
     """NaN of tokens that a causal mask hides from whole tiles."""
-    q, k, v, dout = inputs(300)
+    q, k, v, dout = inputs(300, d=d)
     clean = run((q, k, v, dout), causal=True)
     for x in (k, v):
         x[:, 280:] = math.nan
@@ -193,9 +222,10 @@ def test_a_later_token_touches_no_earlier_tile():
     assert torch.equal(dirty[0][:, :128], clean[0][:, :128]) and dirty[0][:, 280:].isnan().all()
 
 
-def test_an_earlier_query_touches_no_later_tile():
+@pytest.mark.parametrize("d", [64, 192])
+def test_an_earlier_query_touches_no_later_tile(d):
     """NaN of queries and of gradients that a causal mask hides from whole tiles."""
-    q, k, v, dout = inputs(300)
+    q, k, v, dout = inputs(300, d=d)
     clean = run((q, k, v, dout), causal=True)
     q[:, :10] = math.nan
     dout[:, 20:30] = math.nan
@@ -218,8 +248,10 @@ def ends(*rows):
         ({"h": 2}, {"causal": True}),
         ({"h": 4, "hk": 2}, {"softcap": 1.5, "window": (40, 10)}),
         ({"d": 128}, {"kind": "sigmoid", "score_bias": "neg_log_n"}),
+        ({"d": 192}, {"kind": "sigmoid", "causal": True}),
+        ({"d": 256, "h": 2}, {"window": (40, 10), "return_lse": True}),
     ],
-    ids=["softmax", "softmax, capped", "sigmoid"],
+    ids=["softmax", "softmax, capped", "sigmoid", "heads of 192", "heads of 256"],
 )
 def test_packed_sequences(shape, options):
     """One is empty, one has keys alone, one queries alone, one fills its tile."""
@@ -234,10 +266,10 @@ def test_packed_sequences_have_gradients_of_score_bias_each():
     check_budget(packed(200, 300, h=2), **options)
 
 
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_a_packed_sequence_has_the_bits_that_it_has_alone(kind):
+@pytest.mark.parametrize("kind, d", [("softmax", 96), ("sigmoid", 64), ("softmax", 256)])
+def test_a_packed_sequence_has_the_bits_that_it_has_alone(kind, d):
     """In every order; rows that no sequence has, NaN here, have no gradient."""
-    tensors = packed(262, d=96 if kind == "softmax" else 64)
+    tensors = packed(262, d=d)
     alone = [run([x[None, a:b] for x in tensors], kind=kind) for a, b in ((5, 70), (70, 250))]
     for x in tensors:
         x[:5] = x[250:] = math.nan
@@ -249,8 +281,9 @@ def test_a_packed_sequence_has_the_bits_that_it_has_alone(kind):
             assert (x[:5] == 0).all() and (x[250:] == 0).all()
 
 
-def test_a_packed_sequence_takes_no_nan_of_another_one():
-    tensors = packed(160)
+@pytest.mark.parametrize("d", [64, 256])
+def test_a_packed_sequence_takes_no_nan_of_another_one(d):
+    tensors = packed(160, d=d)
     cu = ends(0, 100, 160)
     clean = run(tensors, cu_seqlens_q=cu, cu_seqlens_k=cu)
     for x in tensors:
@@ -266,12 +299,13 @@ def nan_of_what_is_not_written():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("d", [64, 256])
 @pytest.mark.parametrize("rows", [(9, -7, 90, 40, 2**31 - 1), (150, 20, 80, 100, 130)])
-def test_cu_seqlens_out_of_order_and_range_stay_in_bounds(rows, nan_of_what_is_not_written):
+def test_cu_seqlens_out_of_order_and_range_stay_in_bounds(rows, d, nan_of_what_is_not_written):
     """No block waits for a turn that does not come, and all rows are written."""
     other = ends(0, 40, 80, 120, 170)
     for cu_q, cu_k in ((ends(*rows), other), (other, ends(*rows))):
-        for x in run(packed(170), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k):
+        for x in run(packed(170, d=d), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k):
             assert x.isfinite().all()
 
 
@@ -289,7 +323,7 @@ def unaligned(x):
 
 ZEROS = torch.zeros(1, 1, 32, 1, dtype=torch.int32)
 LEFT = {
-    "q: must have head_dim 64, 96 or 128; got 80": {},
+    "q: must have head_dim 64, 96, 128, 192 or 256; got 80": {},
     "softcap: must be below 1e38": {"softcap": 1e38},
     "scale: must be 2^-126 or more": {"softcap": 2.0, "scale": -1.0},
     "q: must have 32 tokens for each sequence": {

@@ -9,15 +9,14 @@
 // are the left operands of dV and dK as they are. dS goes through shared memory, and the warpgroups
 // make tiles of dQ in turn. Another warp adds them to a sum in float32 in global memory, when the
 // blocks of later keys have added theirs: the order is always the same. A second kernel then rounds
-// the sums.
+// the sums. Of wide heads a block has 64 keys, see kernel_backward_sm90_wide.cuh.
 #pragma once
 #include <algorithm>
 
-#include "cuda/arch/sm90/wgmma_columns.cuh"
-#include "cuda/attention/score_mod_backward.cuh"
 #include "cuda/launch.cuh"
 #include "dense/attention/kernel_backward_sm90_load.cuh"
-#include "dense/attention/kernel_backward_store.cuh"
+#include "dense/attention/kernel_backward_sm90_weights.cuh"
+#include "dense/attention/kernel_backward_sm90_wide.cuh"
 #include "dense/attention/launch_backward_sm90.h"
 
 namespace tokenmill::cuda {
@@ -26,21 +25,20 @@ namespace tokenmill::cuda {
 template <typename T, typename Shape, Weights kWeights>
 class Sm90Keys {
  public:
-  static constexpr int kRows = Shape::kRows, kQueries = Shape::kTileQueries;
-  static constexpr int kHeadDim = Shape::kHeadDim, kColumns = Shape::kColumns;
-  static constexpr bool kSoftmax = kWeights == Weights::softmax;
-  static constexpr bool kScales = !kSoftmax && std::is_same_v<T, __half>;  // see kHalfScale
-  // What registers allow: slopes in float32, else in words; dP that runs while weights are made,
-  // but not where words of slopes are made, too.
-  static constexpr bool kPacked = kQueries > 64;
+  static constexpr int kQueries = Shape::kTileQueries, kHeadDim = Shape::kHeadDim;
+  static constexpr int kColumns = Shape::kColumns;
+  using Weighing = Sm90KeyWeights<T, Shape, kWeights>;
   template <bool kGeneral>
-  static constexpr bool kEarly = !kPacked || (kSoftmax && !kGeneral);
-  // Slopes that are packed reach 1 / n as weights do. Those of the fast map do not.
-  static constexpr bool kScalesSlope = kScales && kPacked;
+  static constexpr bool kEarly = Weighing::template kEarly<kGeneral>;
 
   __device__ Sm90Keys(const AttentionBackwardParams& bp, const Sm90BackwardPlan& plan,
                       Sm90BackwardShared<Shape>& shared, const Sm90KeyTile& keys, int warpgroup)
-      : bp_(bp), plan_(plan), shared_(shared), keys_(keys), warpgroup_(warpgroup) {}
+      : bp_(bp),
+        plan_(plan),
+        shared_(shared),
+        keys_(keys),
+        warpgroup_(warpgroup),
+        weighing_(bp, plan, keys, warpgroup) {}
 
   __device__ __forceinline__ void run() {
 #pragma unroll
@@ -49,8 +47,7 @@ class Sm90Keys {
     unsigned number = 0;
 #pragma unroll 1
     for (int i = 0; i < plan_.group; ++i) {
-      const int head = keys_.h * plan_.group + i;
-      if constexpr (!kSoftmax) set_constant(head);
+      weighing_.set_constant(keys_.h * plan_.group + i);
 #pragma unroll 1
       for (int tile = keys_.begin; tile < keys_.end; ++tile, ++number) {
         const int first = tile * kQueries;
@@ -69,46 +66,12 @@ class Sm90Keys {
   }
 
  private:
-  __device__ int first_key() const { return keys_.first + warpgroup_ * kRows; }
-
-  __device__ void set_constant(int head) {
-    const AttentionParams& p = bp_.forward;
-    constant_ = plan_.fast
-                    ? BackwardScoreMod<Mode::fast_sigmoid, kScales>(p, keys_.place.b, head).constant
-                    : BackwardScoreMod<Mode::sigmoid, kScales>(p, keys_.place.b, head).constant;
-  }
-
-  // What a lane's two keys see of a tile, by columns from the lane's first one on.
-  struct Seen {
-    int begin[2], end[2];
-
-    __device__ bool operator()(int h, int column) const {
-      return column >= begin[h] && column < end[h];
-    }
-  };
-  __device__ __forceinline__ Seen seen(int query0) const {
-    Seen s;
-    const MaskBand& band = keys_.band;
-    const int own = query0 + 2 * static_cast<int>(threadIdx.x % 4);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int key = first_key() + warpgroup_row(h);
-      const bool exists = key < keys_.place.rows.length;
-      s.begin[h] = exists ? band.begin(key) - own : kQueries;
-      s.end[h] = exists ? band.end(key) - own : 0;
-    }
-    return s;
-  }
-
   __device__ void skip_tile(unsigned number) {
     if (bp_.sums) note_slopes(0, number);
     finish_tile(number);
   }
-  // The sum of a lane's dS, of which scale and softcap have no part.
   __device__ void note_slopes(float sum, unsigned number) {
-    sum = warp_sum(sum);
-    if (threadIdx.x % kWarpSize == 0)
-      shared_.slope_sums[number % 3][threadIdx.x / kWarpSize - kWarpgroupThreads / kWarpSize] = sum;
+    shared_.slope_sums.note(sum, number, threadIdx.x / kWarpSize - kWarpgroupThreads / kWarpSize);
   }
 
   // dV and dK of a tile, and its dS to shared memory. kGeneral: a mask or an end cuts it, or the
@@ -125,47 +88,23 @@ class Sm90Keys {
     if constexpr (kEarly<kGeneral>)
       start_qk<T, kHeadDim, kQueries>(dp, shared_address(shared_.v[warpgroup_]), dout);
     wait_for_product<kEarly<kGeneral> ? 1 : 0>(s);
-    weigh<kGeneral>(p, ds, s, query0, shared_address(shared_.minus_lse[stage]) + own);
+    weighing_.template weigh<kGeneral>(p, ds, s, query0,
+                                       shared_address(shared_.minus_lse[stage]) + own);
     if constexpr (!kEarly<kGeneral>)
       start_qk<T, kHeadDim, kQueries>(dp, shared_address(shared_.v[warpgroup_]), dout);
     start_pv<T, kQueries>(dv_, p, dout);
     wait_for_product<1>(dp);
-    [[maybe_unused]] float sum = 0;
-    const uint32_t delta = shared_address(shared_.minus_delta[stage]) + own;
-    unroll<kQueries / 8>([&](auto n) {
-      [[maybe_unused]] float2 minus_delta;
-      if constexpr (kSoftmax) minus_delta = load_float2<n * 32>(delta);
-      unroll<2>([&](auto h) {
-        float2 slope{s[4 * n + 2 * h], s[4 * n + 2 * h + 1]};
-        if constexpr (kPacked) slope = unpack<T>(kEarly<kGeneral> ? p[2 * n + h] : ds[2 * n + h]);
-        float x = dp[4 * n + 2 * h], y = dp[4 * n + 2 * h + 1];
-        if constexpr (kSoftmax) {
-          x += minus_delta.x;
-          y += minus_delta.y;
-        } else if constexpr (kScalesSlope) {
-          x *= plan_.slope_factor;
-          y *= plan_.slope_factor;
-        }
-        x *= slope.x;
-        y *= slope.y;
-        if (kGeneral && slope.x == 0) x = 0;
-        if (kGeneral && slope.y == 0) y = 0;
-        if constexpr (kGeneral && !kSoftmax) sum += x + y;
-        ds[2 * n + h] = pack<T>(x, y);
-      });
-    });
+    [[maybe_unused]] const float sum = weighing_.template make_ds<kGeneral>(
+        ds, dp, shared_address(shared_.minus_delta[stage]) + own, [&](auto n) -> float4 {
+          if constexpr (!Weighing::kPacked)
+            return {s[4 * n], s[4 * n + 1], s[4 * n + 2], s[4 * n + 3]};
+          const auto& words = kEarly<kGeneral> ? p : ds;
+          const float2 a = unpack<T>(words[2 * n]), b = unpack<T>(words[2 * n + 1]);
+          return {a.x, a.y, b.x, b.y};
+        });
     start_pv<T, kQueries>(dk_, ds, q);
-    const int lane = threadIdx.x % kWarpSize;
-    const uint32_t scores =
-        shared_address(shared_.ds[number % 2]) +
-        (warpgroup_ * kRows + warpgroup_row(0) - lane / 4 + lane % 16) * kBoxRowBytes +
-        (lane / 16 ^ lane % 8) * 16;
-    constexpr int kBlock = Shape::kBlockKeys * kBoxRowBytes;  // of 64 queries
-    unroll<kQueries / 16>([&](auto n) {
-      store_matrices<n / 4 * kBlock>(scores ^ n % 4 * 32,
-                                     reinterpret_cast<const uint32_t (&)[4]>(ds[4 * n]));
-    });
-    if constexpr (kGeneral && !kSoftmax) {
+    weighing_.store_ds(shared_address(shared_.ds[number % 2]), ds);
+    if constexpr (kGeneral && !Weighing::kSoftmax) {
       if (bp_.sums) note_slopes(sum, number);
     }
     fence_stores();
@@ -180,64 +119,11 @@ class Sm90Keys {
     meet();
   }
 
-  // Words of weights from scores, which become slopes of the map or are packed into words of them.
-  // Slopes of a softmax without a cap are its weights.
-  template <bool kGeneral>
-  __device__ __forceinline__ void weigh(uint32_t (&p)[kQueries / 4],
-                                        uint32_t (&slopes)[kQueries / 4], float (&s)[kQueries / 2],
-                                        int query0, uint32_t minus_lse) const {
-    const Seen sees = kGeneral ? seen(query0) : Seen{};
-    const auto weigh_by = [&]<bool kCapped>(const auto& weight_of) {
-      unroll<kQueries / 8>([&](auto n) {
-        float2 addend{constant_, constant_};
-        if constexpr (kSoftmax) addend = load_float2<n * 32>(minus_lse);
-        unroll<2>([&](auto h) {
-          float &x = s[4 * n + 2 * h], &y = s[4 * n + 2 * h + 1];
-          Weight a = weight_of(fmaf(x, plan_.factor, addend.x));
-          Weight b = weight_of(fmaf(y, plan_.factor, addend.y));
-          if constexpr (kCapped) {
-            a.slope *= fmaf(-x, x, 1.f);
-            b.slope *= fmaf(-y, y, 1.f);
-          }
-          if (kGeneral && !sees(h, n * 8)) a.p = a.slope = 0;
-          if (kGeneral && !sees(h, n * 8 + 1)) b.p = b.slope = 0;
-          p[2 * n + h] = pack<T>(a.p, b.p);
-          if constexpr (!kPacked) {
-            x = a.slope;
-            y = b.slope;
-          } else if constexpr (!kEarly<kGeneral>) {
-            slopes[2 * n + h] = pack<T>(a.slope, b.slope);
-          }
-        });
-      });
-    };
-    const auto weigh_map = [&](const auto& weight_of) {
-      if constexpr (kGeneral)
-        if (plan_.cap_scale > 0) return weigh_by.template operator()<true>(weight_of);
-      weigh_by.template operator()<false>(weight_of);
-    };
-    if constexpr (kGeneral)
-      if (plan_.cap_scale > 0) {
-#pragma unroll
-        for (int i = 0; i < kQueries / 2; ++i) s[i] = tanh_accurate(s[i] * plan_.cap_scale);
-      }
-    if constexpr (kSoftmax) {
-      weigh_map([](float x) {
-        const float w = exp2_approx(x);
-        return Weight{w, w, 1};
-      });
-    } else if (plan_.fast) {
-      weigh_map([](float x) { return fast_sigmoid_weight<kScales>(x); });
-    } else {
-      weigh_map([](float x) { return sigmoid_weight<kScales, kScalesSlope>(x); });
-    }
-  }
-
   // The tile's dQ or, see Shape, dQ^T.
   __device__ __forceinline__ void add_to_queries(int query0, unsigned number) {
-    const ColumnOperand ds{shared_address(shared_.ds[number % 2]), Shape::kBlockKeys * kBoxRowBytes,
-                           kRows * kBoxRowBytes};
-    const ColumnOperand k{shared_address(shared_.k[0]), kRows * kBoxRowBytes, Shape::kSlabBytes};
+    constexpr int kBlock = Shape::kRows * kBoxRowBytes;
+    const ColumnOperand ds{shared_address(shared_.ds[number % 2]), Shape::kSlabs * kBlock, kBlock};
+    const ColumnOperand k{shared_address(shared_.k[0]), kBlock, Shape::kSlabBytes};
     const ColumnOperand &a = Shape::kTransposed ? k : ds, &b = Shape::kTransposed ? ds : k;
     float dq[64];
     const bool first_sees = keys_.sees<Shape>(0, query0);
@@ -250,7 +136,7 @@ class Sm90Keys {
     }
     fence_accumulators(dk_);
     fence_accumulators(dv_);
-    shared_.dq_empty.wait(number % 2 ^ 1);
+    shared_.dq_empty[0].wait(number % 2 ^ 1);
     const uint32_t to = shared_address(shared_.dq) + warpgroup_thread() * 16;
     unroll<16>([&](auto n) {
       store_floats<n * kWarpgroupThreads * 16>(to, reinterpret_cast<const float (&)[4]>(dq[4 * n]));
@@ -260,16 +146,8 @@ class Sm90Keys {
   }
 
   __device__ __forceinline__ void store() const {
-    const int lane = threadIdx.x % kWarpSize, own = first_key() + warpgroup_row(0) - lane / 4;
-    const PackedRows& keys = keys_.place.rows;
-    const auto store_rows = [&](const Rows& to, const float (&x)[kColumns / 2], float factor) {
-      store_accumulators<1, T, 1, kColumns / 16>(
-          reinterpret_cast<const float (&)[1][kColumns / 8][4]>(x), factor,
-          rows_at<T>(to, keys_.place.b, keys.start + own, keys_.h), to.seq, keys.length - own, 0,
-          kHeadDim, lane);
-    };
-    store_rows(bp_.dv, dv_, plan_.dv_factor);
-    store_rows(bp_.dk, dk_, plan_.dq_factor);
+    weighing_.store_sums(bp_.dv, dv_, plan_.dv_factor);
+    weighing_.store_sums(bp_.dk, dk_, plan_.dq_factor);
   }
 
   // The threads of both warpgroups.
@@ -282,15 +160,15 @@ class Sm90Keys {
   Sm90BackwardShared<Shape>& shared_;
   const Sm90KeyTile& keys_;
   int warpgroup_;
-  float constant_ = 0;  // sigmoid: of the argument of the map
+  Weighing weighing_;
   float dk_[kColumns / 2], dv_[kColumns / 2];
 };
 
 template <typename T, int kHeadDim, Weights kWeights>
-__global__ void __launch_bounds__(Sm90BackwardShape<kHeadDim>::kThreads, 1)
+__global__ void __launch_bounds__(Sm90BackwardShapeOf<kHeadDim>::kThreads, 1)
     attention_backward_sm90_kernel(const __grid_constant__ AttentionBackwardParams bp,
                                    const __grid_constant__ Sm90BackwardPlan plan) {
-  using Shape = Sm90BackwardShape<kHeadDim>;
+  using Shape = Sm90BackwardShapeOf<kHeadDim>;
   extern __shared__ __align__(1024) char sm90_shared[];
   auto& shared = *reinterpret_cast<Sm90BackwardShared<Shape>*>(sm90_shared);
   if (threadIdx.x < kWarpSize) {
@@ -316,21 +194,27 @@ __global__ void __launch_bounds__(Sm90BackwardShape<kHeadDim>::kThreads, 1)
   if (warp < kWarpgroupThreads / kWarpSize) {
     shrink_registers<Shape::kLoadRegisters>();
     if (warp == 0)
-      load_backward_sm90<Shape, kWeights == Weights::softmax>(bp, plan, shared, keys);
+      load_backward_sm90<kWeights == Weights::softmax>(bp, plan, shared, keys);
     else if (threadIdx.x == kWarpSize)
       add_queries_sm90<Shape>(bp, plan, shared, keys);
-  } else {
-    grow_registers<Shape::kMultiplyRegisters>();
-    Sm90Keys<T, Shape, kWeights>(bp, plan, shared, keys, warp / 4 - 1).run();
+    return;
   }
+  grow_registers<Shape::kMultiplyRegisters>();
+  const int warpgroup = warp / 4 - 1;
+  if constexpr (!Shape::kWide)
+    Sm90Keys<T, Shape, kWeights>(bp, plan, shared, keys, warpgroup).run();
+  else if (warpgroup == 0)
+    Sm90ValueGradient<T, Shape, kWeights>(bp, plan, shared, keys).run();
+  else
+    Sm90KeyGradient<T, Shape, kWeights>(bp, plan, shared, keys).run();
 }
 
 // Rounds the sums of a tile of queries. Nobody has added to one that sees no keys.
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(2 * kWarpgroupThreads)
+__global__ void __launch_bounds__(Sm90BackwardShapeOf<kHeadDim>::kTileFloats / 32)
     attention_backward_round_kernel(const __grid_constant__ AttentionBackwardParams bp,
                                     const __grid_constant__ Sm90BackwardPlan plan) {
-  using Shape = Sm90BackwardShape<kHeadDim>;
+  using Shape = Sm90BackwardShapeOf<kHeadDim>;
   const AttentionParams& p = bp.forward;
   const int64_t head = blockIdx.x / plan.query_tiles, b = head / p.heads, h = head % p.heads;
   int64_t number = blockIdx.x;
@@ -346,12 +230,13 @@ __global__ void __launch_bounds__(2 * kWarpgroupThreads)
     number =
         head * plan.query_tiles + first_slot(place.rows, place.b, Shape::kTileQueries) + place.tile;
   }
-  // Half of the threads take the first half of each thread's sums, see add_to_queries.
+  // 128 threads take 32 of each thread's sums, see add_to_queries: 64 columns or, of dQ^T, 64
+  // queries.
   const int thread = warpgroup_thread(), lane = thread % kWarpSize;
-  const int half = threadIdx.x / kWarpgroupThreads, own = thread / kWarpSize * 16;
+  const int block = threadIdx.x / kWarpgroupThreads, own = thread / kWarpSize * 16;
   float sums[1][8][4] = {};
   if (plan.turns[number] > 0) {
-    const int64_t at = number * Shape::kTileFloats + half * (Shape::kTileFloats / 2);
+    const int64_t at = number * Shape::kTileFloats + block * (32 * kWarpgroupThreads);
     const auto* from = reinterpret_cast<const float4*>(plan.dq + at);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
@@ -359,19 +244,19 @@ __global__ void __launch_bounds__(2 * kWarpgroupThreads)
       sums[0][n][0] = x.x, sums[0][n][1] = x.y, sums[0][n][2] = x.z, sums[0][n][3] = x.w;
     }
   }
-  const int row = place.tile * Shape::kTileQueries + (Shape::kTransposed ? half * 64 : own);
+  const int row = place.tile * Shape::kTileQueries + (Shape::kTransposed ? block * 64 : own);
   T* const to = rows_at<T>(bp.dq, b, place.rows.start + row, h);
   const int rows = place.rows.length - row;
   if constexpr (Shape::kTransposed)
     store_transposed<T>(sums[0], plan.dq_factor, to + own, bp.dq.seq, rows, lane);
   else
-    store_accumulators<1, T, 1, 4>(sums, plan.dq_factor, to, bp.dq.seq, rows, half * 64, kHeadDim,
+    store_accumulators<1, T, 1, 4>(sums, plan.dq_factor, to, bp.dq.seq, rows, block * 64, kHeadDim,
                                    lane);
 }
 
 template <typename T, int kHeadDim, Weights kWeights>
 const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) {
-  using Shape = Sm90BackwardShape<kHeadDim>;
+  using Shape = Sm90BackwardShapeOf<kHeadDim>;
   constexpr int kRows = Shape::kRows, kQueries = Shape::kTileQueries;
   const AttentionBackwardParams& bp = call.params;
   const AttentionParams& p = bp.forward;
@@ -396,11 +281,10 @@ const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) 
   plan.general = caps || bp.sums;
   plan.head_sums = blocks_of_sums(p);
   plan.dq_factor = fast ? 0.25f * p.scale : p.scale;
-  using Keys = Sm90Keys<T, Shape, kWeights>;
-  plan.dv_factor = Keys::kScales ? 1 / kHalfScale : 1;
-  plan.slope_factor = Keys::kScalesSlope && !fast ? 1 / kHalfScale : 1;
+  using Weighing = Sm90KeyWeights<T, Shape, kWeights>;
+  plan.dv_factor = Weighing::kScales ? 1 / kHalfScale : 1;
+  plan.slope_factor = Weighing::kScalesSlope && !fast ? 1 / kHalfScale : 1;
   const int64_t tiles = sm90_query_tiles(p);
-  static_assert(Shape::kTileFloats == kSm90TileFloats);
   plan.dq = call.dq_sums;
   plan.begun = reinterpret_cast<unsigned*>(call.dq_sums + tiles * Shape::kTileFloats);
   plan.turns = plan.begun + 1;
@@ -415,14 +299,14 @@ const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) 
           key_tiles * plan.heads, Shape::kThreads, sizeof(Sm90BackwardShared<Shape>), stream, bp,
           plan))
     return error;
-  return launch<attention_backward_round_kernel<T, kHeadDim>>(tiles, 2 * kWarpgroupThreads, 0,
+  return launch<attention_backward_round_kernel<T, kHeadDim>>(tiles, Shape::kTileFloats / 32, 0,
                                                               stream, bp, plan);
 }
 
 // Defined in a generated source for each element type and map.
 template <typename T, Weights kWeights>
 const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) {
-  return visit_sm90_backward_dim(call.params.forward.head_dim, [&](auto dim) -> const char* {
+  return visit_sm90_dim(call.params.forward.head_dim, [&](auto dim) -> const char* {
     return launch_backward_sm90<T, dim, kWeights>(call, stream);
   });
 }

@@ -1,23 +1,27 @@
 // Tiles of the backward on compute capability 9.0a, and what its parts share.
 #pragma once
+#include <type_traits>
+
 #include "cuda/arch/sm90/mbarrier.cuh"
 #include "cuda/arch/sm90/tensor_map.h"
 #include "cuda/arch/sm90/warpgroup.cuh"
 #include "cuda/attention/mask.cuh"
+#include "cuda/warp.cuh"
 #include "dense/attention/launch_backward_sm90.h"
 
 namespace tokenmill::cuda {
 
-// A block is one warpgroup that loads and adds to dQ, and two that multiply.
+// A block is one warpgroup that loads and adds to dQ, and two that multiply, of 64 keys each.
 template <int kHeadDim_>
 struct Sm90BackwardShape {
+  static constexpr bool kWide = false;
   static constexpr int kHeadDim = kHeadDim_;
   // Of tiles and accumulators, whole boxes: those behind kHeadDim are zeros, which S and dP leave
   // out.
   static constexpr int kColumns = (kHeadDim + kBoxColumns - 1) / kBoxColumns * kBoxColumns;
   static constexpr int kWarpgroups = 2;
   static constexpr int kRows = 64;  // keys of a warpgroup
-  static constexpr int kBlockKeys = kWarpgroups * kRows;
+  static constexpr int kSlabs = kWarpgroups, kBlockKeys = kSlabs * kRows;
   // Queries of a tile. The accumulators of S, dP, dK and dV take kTileQueries + kColumns registers
   // of a thread, the words of P and dS kTileQueries / 2.
   static constexpr int kTileQueries = sm90_tile_queries(kHeadDim);
@@ -30,9 +34,40 @@ struct Sm90BackwardShape {
   // A tile of dQ is made by one warpgroup, those of 128 queries as dQ^T: a product of 64 rows and
   // 128 columns reads fewer operands than two of 64.
   static constexpr bool kTransposed = kTileQueries > 64;
-  static constexpr int kTileFloats = 64 * 128;
-  static_assert(kTileFloats == kTileQueries * kColumns);
+  static constexpr int kTileFloats = sm90_tile_floats(kHeadDim);
+  static_assert(kTileFloats == 64 * 128);
+  static constexpr int kQueryParts = 1;  // of a tile, which go to the sum one by one
+  static constexpr int kEmptyBarriers = 1;
 };
+
+// Wide heads: both warpgroups have the block's 64 keys. The first one makes weights and dV, the
+// second one dS and dK.
+template <int kHeadDim_>
+struct Sm90WideShape {
+  static constexpr bool kWide = true;
+  static constexpr int kHeadDim = kHeadDim_, kColumns = kHeadDim;
+  static constexpr int kWarpgroups = 2;
+  static constexpr int kRows = 64, kSlabs = 1, kBlockKeys = kRows;
+  // The accumulators of dV or dK take kHeadDim / 2 registers of a thread, those of S or dP
+  // kTileQueries / 2, which are done when kPartColumns / 2 are taken by dQ.
+  static constexpr int kTileQueries = sm90_tile_queries(kHeadDim);
+  static constexpr int kLoadRegisters = 24, kMultiplyRegisters = 240;  // 168 at the launch
+  static constexpr int kThreads = (1 + kWarpgroups) * kWarpgroupThreads;
+  // Of Q, and as many of dO as fit: a warpgroup needs Q longer.
+  static constexpr int kStages = 2, kGradientStages = kHeadDim <= 192 ? 2 : 1;
+  static constexpr int kSlabBytes = kRows * kColumns * 2;
+  static constexpr int kQueryBytes = kTileQueries * kColumns * 2;
+  static constexpr int kScoreBytes = kBlockKeys * kTileQueries * 2;
+  static constexpr bool kTransposed = false;
+  static constexpr int kTileFloats = sm90_tile_floats(kHeadDim);
+  static constexpr int kQueryParts = kHeadDim <= 192 ? 1 : 2, kPartColumns = kColumns / kQueryParts;
+  // One for the parts of each warpgroup, since none waits for its own last one.
+  static constexpr int kEmptyBarriers = 2;
+};
+
+template <int kHeadDim>
+using Sm90BackwardShapeOf =
+    std::conditional_t<(kHeadDim > 128), Sm90WideShape<kHeadDim>, Sm90BackwardShape<kHeadDim>>;
 
 // What the host chose for a launch.
 struct Sm90BackwardPlan {
@@ -63,7 +98,7 @@ struct Sm90KeyTile {
   int64_t first_tile, first_sum;
   int index, h, first;
   int begin, end;  // tiles of queries
-  // Queries that see any key of each warpgroup, and those that see all of them.
+  // Queries that see any key of each slab of kRows keys, and those that see all of them.
   int seen_begin[2], seen_end[2], whole_begin[2], whole_end[2];
 
   // Blocks begin in the order of their numbers. The last keys of a sequence come first: then those
@@ -97,7 +132,7 @@ struct Sm90KeyTile {
     t.begin = begin / kQueries;
     t.end = end > begin ? (end + kQueries - 1) / kQueries : t.begin;
 #pragma unroll
-    for (int w = 0; w < Shape::kWarpgroups; ++w) {
+    for (int w = 0; w < Shape::kSlabs; ++w) {
       const int a = t.first + w * kRows, z = min(a + kRows, keys) - 1;
       t.seen_begin[w] = t.band.begin(a);
       t.seen_end[w] = z >= a ? t.band.end(z) : 0;
@@ -106,14 +141,14 @@ struct Sm90KeyTile {
     }
     return t;
   }
-  // Some of the queries of a tile see some of the keys of a warpgroup; all of them see all of them.
+  // Some of the queries of a tile see some of the keys of a slab; all of them see all of them.
   template <typename Shape>
-  __device__ bool sees(int warpgroup, int query0) const {
-    return query0 < seen_end[warpgroup] && query0 + Shape::kTileQueries > seen_begin[warpgroup];
+  __device__ bool sees(int slab, int query0) const {
+    return query0 < seen_end[slab] && query0 + Shape::kTileQueries > seen_begin[slab];
   }
   template <typename Shape>
-  __device__ bool is_whole(int warpgroup, int query0) const {
-    return query0 >= whole_begin[warpgroup] && query0 + Shape::kTileQueries <= whole_end[warpgroup];
+  __device__ bool is_whole(int slab, int query0) const {
+    return query0 >= whole_begin[slab] && query0 + Shape::kTileQueries <= whole_end[slab];
   }
   // The turn of this block at a tile of queries that it sees: after those of later keys.
   template <typename Shape>
@@ -129,30 +164,90 @@ struct Sm90KeyTile {
   }
 };
 
+// Sums of dS by warps, of tiles in turn: a warp may be two tiles ahead of what is added.
+template <int kWarps>
+class SlopeSums {
+ public:
+  __device__ void note(float sum, unsigned number, int warp) {
+    sum = warp_sum(sum);
+    if (threadIdx.x % kWarpSize == 0) sums_[number % 3][warp] = sum;
+  }
+  __device__ float of(unsigned number) const {
+    float sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += sums_[number % 3][w];
+    return sum;
+  }
+
+ private:
+  float sums_[3][kWarps];
+};
+
 // Shared memory of a block. A barrier `full` ends its phase when what it guards is written, `empty`
 // when it is read.
 template <typename Shape>
 struct alignas(1024) Sm90BackwardShared {
-  char k[Shape::kWarpgroups][Shape::kSlabBytes];
-  char v[Shape::kWarpgroups][Shape::kSlabBytes];
+  char k[Shape::kSlabs][Shape::kSlabBytes];
+  char v[Shape::kSlabs][Shape::kSlabBytes];
   char q[Shape::kStages][Shape::kQueryBytes];
   char dout[Shape::kStages][Shape::kQueryBytes];
   char ds[2][Shape::kScoreBytes];  // [keys, queries], blocks of 64 queries; of tiles in turn
   float dq[Shape::kTileFloats];
   float minus_lse[Shape::kStages][Shape::kTileQueries];
   float minus_delta[Shape::kStages][Shape::kTileQueries];
-  // Of warps, of tiles in turn: a warpgroup may be two tiles ahead of what is added.
-  float slope_sums[3][Shape::kWarpgroups * kWarpgroupThreads / 32];
+  SlopeSums<Shape::kWarpgroups * kWarpgroupThreads / kWarpSize> slope_sums;
   Mbarrier keys_full, cut_full;  // cut_full: of tiles whose last rows are then cleared
   Mbarrier full[Shape::kStages], empty[Shape::kStages];
-  Mbarrier dq_full, dq_empty;
+  Mbarrier dq_full, dq_empty[Shape::kEmptyBarriers];
   Sm90KeyTile keys;  // of the block: the loop has no registers to spare
 
   __device__ void init_barriers() {
     constexpr int kWarps = Shape::kWarpgroups * kWarpgroupThreads / 32;
     keys_full.init(1), cut_full.init(1);
     for (int i = 0; i < Shape::kStages; ++i) full[i].init(1), empty[i].init(kWarps);
-    dq_full.init(kWarpgroupThreads / 32), dq_empty.init(1);
+    dq_full.init(kWarpgroupThreads / 32), dq_empty[0].init(1);
+    publish_mbarriers();
+  }
+};
+
+// Stages of Q with minus lse in bits, or of dO with minus delta: a warpgroup is done with each of
+// them at a time of its own.
+template <typename Shape, int kStages_>
+struct QueryStages {
+  static constexpr int kStages = kStages_;
+  float statistics[kStages][Shape::kTileQueries];
+  Mbarrier full[kStages], empty[kStages];
+
+  __device__ void init_barriers() {
+    constexpr int kWarps = Shape::kWarpgroups * kWarpgroupThreads / kWarpSize;
+    for (int i = 0; i < kStages; ++i) full[i].init(1), empty[i].init(kWarps);
+  }
+};
+
+template <int kHeadDim>
+struct alignas(1024) Sm90BackwardShared<Sm90WideShape<kHeadDim>> {
+  using Shape = Sm90WideShape<kHeadDim>;
+
+  char k[Shape::kSlabs][Shape::kSlabBytes];
+  char v[Shape::kSlabs][Shape::kSlabBytes];
+  char q[Shape::kStages][Shape::kQueryBytes];
+  char dout[Shape::kGradientStages][Shape::kQueryBytes];
+  char ds[2][Shape::kScoreBytes];                         // as above
+  float slopes[Shape::kBlockKeys * Shape::kTileQueries];  // of the map, as threads hold them
+  float dq[Shape::kTileFloats / Shape::kQueryParts];
+  QueryStages<Shape, Shape::kStages> queries;
+  QueryStages<Shape, Shape::kGradientStages> gradients;
+  SlopeSums<kWarpgroupThreads / kWarpSize> slope_sums;
+  Mbarrier keys_full, cut_full;
+  Mbarrier slopes_full, ds_full;  // ds_full: and slopes are read
+  Mbarrier dq_full, dq_empty[Shape::kEmptyBarriers];
+  Sm90KeyTile keys;
+
+  __device__ void init_barriers() {
+    constexpr int kWarps = kWarpgroupThreads / kWarpSize;
+    keys_full.init(1), cut_full.init(1);
+    queries.init_barriers(), gradients.init_barriers();
+    slopes_full.init(kWarps), ds_full.init(kWarps);
+    dq_full.init(kWarps), dq_empty[0].init(1), dq_empty[1].init(1);
     publish_mbarriers();
   }
 };

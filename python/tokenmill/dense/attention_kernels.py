@@ -13,7 +13,6 @@ from .attention_decode_rules import Arguments as DecodeArguments
 from .attention_rules import Arguments
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
-BACKWARD_HEAD_DIMS = (64, 96, 128)
 LEAST_PAGE = 64  # tokens; a tile has 64 to 128
 MANY_TILES = 256  # of 64 rows, which fill a GPU without dividing keys
 MOST_BACKWARD_TILES = 2**31 - 1
@@ -22,7 +21,7 @@ MOST_BACKWARD_TILES = 2**31 - 1
 def unsupported_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
     """Why the forward does not take a call."""
     a = Arguments(*lowered)
-    rules = _rules_of_both_passes(a, HEAD_DIMS)
+    rules = _rules_of_both_passes(a)
     _check_forward(rules, a, out)
     return rules.broken
 
@@ -32,7 +31,7 @@ def unsupported_cached_sm90(*lowered: Any, out: Tensor | None = None) -> list[st
     a = DecodeArguments(*lowered)
     rules = Rules()
     check = rules.check
-    _check_form(rules, a, "k_cache", "v_cache", HEAD_DIMS)
+    _check_form(rules, a, "k_cache", "v_cache")
     rule = f"must have the dtype of q, {a.q.dtype}"
     check(a.k_cache.dtype == a.q.dtype, "k_cache", rule, a.k_cache.dtype)
     pages, size = a.k_cache.shape[:2]
@@ -66,7 +65,7 @@ def cached_sm90_kernel(*lowered: Any) -> str:
 def unsupported_sm90_backward(*lowered: Any) -> list[str]:
     """Why the backward does not take the gradient of a call. That of `out` must lie as q does."""
     a = Arguments(*lowered)
-    rules = _rules_of_both_passes(a, BACKWARD_HEAD_DIMS)
+    rules = _rules_of_both_passes(a)
     if float32(a.softcap) > 0:
         rules.check_scale(a)
         summed = a.kind == "sigmoid" and a.score_bias is not None and a.score_bias.requires_grad
@@ -79,17 +78,17 @@ def unsupported_sm90_backward(*lowered: Any) -> list[str]:
     return rules.broken
 
 
-def _rules_of_both_passes(a: Any, head_dims: tuple[int, ...]) -> Rules:
+def _rules_of_both_passes(a: Any) -> Rules:
     rules = Rules()
-    _check_form(rules, a, "k", "v", head_dims)
+    _check_form(rules, a, "k", "v")
     rules.check_tokens(a.q, a.k, a.cu_seqlens_q)
     return rules
 
 
-def _check_form(rules: Rules, a: Any, keys: str, values: str, head_dims: tuple[int, ...]) -> None:
+def _check_form(rules: Rules, a: Any, keys: str, values: str) -> None:
     """What holds with a cache too."""
     check = rules.check
-    rules.check_heads(a.q, getattr(a, values), head_dims, values)
+    rules.check_heads(a.q, getattr(a, values), HEAD_DIMS, values)
     check(a.kind in ("softmax", "sigmoid"), "kind", "must be 'softmax' or 'sigmoid'", a.kind)
     check(a.normalize == "none", "normalize", "must be 'none'", a.normalize)
     for name in ("mask_ranges", "mask_q_spans", "bias", "alibi_slopes"):

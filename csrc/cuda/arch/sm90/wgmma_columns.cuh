@@ -4,15 +4,23 @@
 
 namespace tokenmill::cuda {
 
-template <typename T>
+template <typename T, int kColumns>
 struct WgmmaByColumns;
 template <>
-struct WgmmaByColumns<__half> {
+struct WgmmaByColumns<__half, 128> {
   using Atom = gmma::MMA_64x128x16_F32F16F16_SS<gmma::Major::MN, gmma::Major::MN>;
 };
 template <>
-struct WgmmaByColumns<__nv_bfloat16> {
+struct WgmmaByColumns<__half, 192> {
+  using Atom = gmma::MMA_64x192x16_F32F16F16_SS<gmma::Major::MN, gmma::Major::MN>;
+};
+template <>
+struct WgmmaByColumns<__nv_bfloat16, 128> {
   using Atom = gmma::MMA_64x128x16_F32BF16BF16_SS<gmma::Major::MN, gmma::Major::MN>;
+};
+template <>
+struct WgmmaByColumns<__nv_bfloat16, 192> {
+  using Atom = gmma::MMA_64x192x16_F32BF16BF16_SS<gmma::Major::MN, gmma::Major::MN>;
 };
 
 // Blocks of 64 columns, 64 rows of which are a slab; from one to the next.
@@ -25,9 +33,9 @@ struct ColumnOperand {
   }
 };
 
-// Starts d [64, 128] = a^T b, of kSlabs slabs of a and b from `first` on.
-template <typename T, int kSlabs>
-__device__ __forceinline__ void start_by_columns(float (&d)[64], const ColumnOperand& a,
+// Starts d [64, 2 kCount] = a^T b, of kSlabs slabs of a and b from `first` on.
+template <typename T, int kSlabs, int kCount>
+__device__ __forceinline__ void start_by_columns(float (&d)[kCount], const ColumnOperand& a,
                                                  const ColumnOperand& b, int first = 0) {
   constexpr int kSteps = 64 / kWgmmaDepth, kStepBytes = kWgmmaDepth * kBoxRowBytes;
   fence_accumulators(d);
@@ -35,8 +43,8 @@ __device__ __forceinline__ void start_by_columns(float (&d)[64], const ColumnOpe
   unroll<kSlabs>([&](auto slab) {
     const uint64_t left = a.slab(first + slab), right = b.slab(first + slab);
     unroll<kSteps>([&](auto i) {
-      wgmma<typename WgmmaByColumns<T>::Atom>(d, slab + i > 0, left + i * (kStepBytes / 16),
-                                              right + i * (kStepBytes / 16));
+      wgmma<typename WgmmaByColumns<T, 2 * kCount>::Atom>(
+          d, slab + i > 0, left + i * (kStepBytes / 16), right + i * (kStepBytes / 16));
     });
   });
   cute::warpgroup_commit_batch();
