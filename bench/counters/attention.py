@@ -106,11 +106,12 @@ def shapes() -> Iterator[Shape]:
 
 
 def shapes_of_sm90() -> Iterator[Shape]:
-    """One head, and the widths of which no peer is counted, forward."""
+    """One head, and the widths of which no peer is counted."""
     yield from (shape for shape in shapes() if shape.heads == 1)
-    for head_dim in (96, 192, 256):
-        for causal in (True, False):
-            yield Shape(False, head_dim, 1024, 1, 1, causal)
+    for backward in (False, True):
+        for head_dim in (96, 192, 256):
+            for causal in (True, False):
+                yield Shape(backward, head_dim, 1024, 1, 1, causal)
 
 
 def prepare(shape: Shape, variant: Variant) -> Callable[[], object]:
