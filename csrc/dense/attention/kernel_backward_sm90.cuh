@@ -258,6 +258,7 @@ template <typename T, int kHeadDim, Weights kWeights>
 const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) {
   using Shape = Sm90BackwardShapeOf<kHeadDim>;
   constexpr int kRows = Shape::kRows, kQueries = Shape::kTileQueries;
+  static_assert(sizeof(Sm90BackwardShared<Shape>) <= 227 << 10);
   const AttentionBackwardParams& bp = call.params;
   const AttentionParams& p = bp.forward;
   const Sm90Tensors tensors(p, bp.dout);
