@@ -54,19 +54,21 @@ struct RowBounds {
 
 // A class of weights makes those of 64 rows and 2 kCount keys from scores, in their place. `pack`
 // then makes words of two, the left operand of the next product: no word may be written while a
-// product that reads others runs.
-template <typename T, Weights kWeights>
+// product that reads others runs. kShifts: constants of logits, one for all rows, or one for those
+// of g and one for those of g + 8.
+template <typename T, Weights kWeights, int kShifts = 1>
 class RowWeights;
 
 // p = 2^(factor s - row_max). row_max moves when an exponent exceeds it by kHeadroom: the sums of a
 // row are rarely rescaled, and whether they are depends on that row alone. row_max is rounded, the
 // exponent is not: where half a unit in its last place counts, p = 2^(factor (s - top)) of the
 // score that row_max is of.
-template <typename T>
-class RowWeights<T, Weights::softmax> {
+template <typename T, int kShifts>
+class RowWeights<T, Weights::softmax, kShifts> {
  public:
   // The constant of the head, `shift`, is left out of the exponents.
-  __device__ RowWeights(const Sm90Scores& plan, float) : plan_(plan) {}
+  template <typename... Shifts>
+  __device__ RowWeights(const Sm90Scores& plan, Shifts...) : plan_(plan) {}
 
   template <int kCount>
   __device__ __forceinline__ void weigh(float (&s)[kCount]) {
@@ -115,8 +117,11 @@ class RowWeights<T, Weights::softmax> {
   }
 
   __device__ __forceinline__ RowScale finish(int h, const float* sink, float shift) const {
-    return softmax_epilogue(quad_sum(sum_[h]), -neg_row_max_[h], sink, shift);
+    return softmax_epilogue(sum(h), row_max(h), sink, shift);
   }
+  // What partial results keep of a row. All lanes of a warp together.
+  __device__ __forceinline__ float sum(int h) const { return quad_sum(sum_[h]); }
+  __device__ __forceinline__ float row_max(int h) const { return -neg_row_max_[h]; }
 
  private:
   // From here on row_max is wrong by more than 2^-13. Not before the first weights.
@@ -132,14 +137,20 @@ class RowWeights<T, Weights::softmax> {
 };
 
 // p = 1 / (1 + e^-z), z = scale s + shift, times kScale<T>. Nothing is summed over a row.
-template <typename T>
-class RowWeights<T, Weights::sigmoid> {
+template <typename T, int kShifts>
+class RowWeights<T, Weights::sigmoid, kShifts> {
  public:
-  __device__ RowWeights(const Sm90Scores& plan, float shift) : plan_(plan) {
-    offset_ = shift * (plan_.fast ? 0.5f : kLog2e);
-    // A hidden pair, whose logit is -inf, stays hidden.
-    offset_ = offset_ > kFloatMax ? kFloatMax : offset_ < -kFloatMax ? -kFloatMax : offset_;
-    if (!plan_.fast) offset_ += kLog2Scale<T>;
+  template <typename... Shifts>
+  __device__ RowWeights(const Sm90Scores& plan, Shifts... shifts)
+      : plan_(plan), offset_{shifts...} {
+    static_assert(sizeof...(Shifts) == kShifts);
+#pragma unroll
+    for (float& offset : offset_) {
+      offset *= plan_.fast ? 0.5f : kLog2e;
+      // A hidden pair, whose logit is -inf, stays hidden.
+      offset = offset > kFloatMax ? kFloatMax : offset < -kFloatMax ? -kFloatMax : offset;
+      if (!plan_.fast) offset += kLog2Scale<T>;
+    }
   }
 
   template <int kCount>
@@ -159,6 +170,8 @@ class RowWeights<T, Weights::sigmoid> {
   __device__ __forceinline__ RowScale finish(int, const float*, float) const {
     return {plan_.fast ? 1 : 1 / kScale<T>, 0};
   }
+  __device__ __forceinline__ float sum(int) const { return 0; }
+  __device__ __forceinline__ float row_max(int) const { return 0; }
 
  private:
   static constexpr int kStep = 16;  // scores of a lane of 32 keys
@@ -169,7 +182,7 @@ class RowWeights<T, Weights::sigmoid> {
 
   __device__ __forceinline__ void weigh_step(float (&s)[kStep]) const {
 #pragma unroll
-    for (int i = 0; i < kStep; ++i) s[i] = fmaf(s[i], plan_.factor, offset_);
+    for (int i = 0; i < kStep; ++i) s[i] = fmaf(s[i], plan_.factor, offset_[i / 2 % 2 % kShifts]);
     if (plan_.fast) {
 #pragma unroll
       for (int i = 0; i < kStep; ++i) s[i] = fmaf(tanh_approx(s[i]), 0.5f, 0.5f);
@@ -235,7 +248,7 @@ class RowWeights<T, Weights::sigmoid> {
   }
 
   const Sm90Scores& plan_;
-  float offset_;
+  float offset_[kShifts];
 };
 
 // Words of two weights, the left operand of the next product.

@@ -39,6 +39,7 @@ struct DecodeShape : DecodeTiles<T, kBucket> {
   using Tiles::kFloat, Tiles::kRowBytes, Tiles::kTileKeys, Tiles::kStageBytes;
   static constexpr int kStepKeys = kMmaDepth<T>;  // of a warp
   static constexpr bool kFloat8 = std::is_same_v<Cache, Float8>;
+  static constexpr bool kWholeTiles = false;  // tiles begin where the first key lies
   using Value = std::conditional_t<kFloat8, Float8Value<T>, T>;  // as a product takes it
   static constexpr bool kQueryInRegisters = kRowBytes <= 256;
   static constexpr bool kLatent = kBucket > 256;
@@ -102,11 +103,19 @@ struct Segment {
 template <typename Shape>
 constexpr int kLeastSteps = 256 / Shape::kTileKeys;
 
+// The keys of an output tile of request b. kWholeTiles: from a multiple of kTileKeys on.
+template <typename Shape>
+__device__ __forceinline__ KeyRange keys_of(const DecodeParams& d, int b) {
+  const AttentionParams& p = d.attention;
+  KeyRange keys = KeyRange::of(decode_band(p, p.seqlen_q, d.cache.length(b)));
+  if constexpr (Shape::kWholeTiles) keys.begin -= keys.begin % Shape::kTileKeys;
+  return keys;
+}
+
 // Steps of one output tile of request b: one at least, which stores what there is without keys.
 template <typename Shape>
 __device__ __forceinline__ int steps_of(const DecodeParams& d, int b) {
-  const AttentionParams& p = d.attention;
-  const KeyRange keys = KeyRange::of(decode_band(p, p.seqlen_q, d.cache.length(b)));
+  const KeyRange keys = keys_of<Shape>(d, b);
   const int count = static_cast<int>(keys.end - keys.begin);
   return count > 0 ? (count + Shape::kTileKeys - 1) / Shape::kTileKeys : 1;
 }
@@ -164,8 +173,7 @@ class Segments {
       s.parts = static_cast<int>(block_of(first + steps_ - 1) - s.first_block) + 1;
     }
     s.part = static_cast<int>(blockIdx.x - s.first_block);
-    const AttentionParams& p = d_.attention;
-    const KeyRange keys = KeyRange::of(decode_band(p, p.seqlen_q, d_.cache.length(b_)));
+    const KeyRange keys = keys_of<Shape>(d_, b_);
     const KeyRange own = keys.part(step, step + count, Shape::kTileKeys);
     s.begin = static_cast<int>(own.begin);
     s.end = static_cast<int>(own.end);

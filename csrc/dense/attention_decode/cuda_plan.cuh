@@ -1,0 +1,76 @@
+// Chooses blocks for kernels of decode.
+#pragma once
+#include "cuda/launch.cuh"
+#include "dense/attention_decode/kernel_shape.cuh"
+
+namespace tokenmill::cuda {
+
+constexpr int64_t kMaxAutoSplits = 128;
+
+// One launch: its plan, and the workspace that it needs.
+struct DecodeLaunch {
+  DecodePlan plan;
+  int64_t blocks, outputs, partial_floats;
+  int shared_bytes;
+};
+
+// The row tiles of `heads` heads of a request, which have p.heads / heads query heads each, and
+// `longest` keys at most. By shapes alone: lengths lie on the device. Tiles have fewer rows where
+// the device has less shared memory than the largest need.
+template <typename Keys>
+DecodeLaunch plan_decode(const AttentionParams& p, int64_t heads, int64_t longest,
+                         int64_t num_splits, bool stream_k) {
+  using Shape = typename Keys::Shape;
+  DecodeLaunch launch{};
+  DecodePlan& plan = launch.plan;
+  const int64_t rows = p.heads / heads * p.seqlen_q;
+  const int most_bytes = shared_limit();
+  int row_warps = Shape::kMinRowWarps;
+  while (row_warps < Shape::kMaxRowWarps && 16 * row_warps < rows &&
+         Shape::shared_bytes(Keys::kBytes, 2 * row_warps) <= most_bytes)
+    row_warps *= 2;
+  while (1 << plan.log2_row_warps < row_warps) ++plan.log2_row_warps;
+  plan.group = static_cast<int>(p.heads / heads);
+  plan.rows = static_cast<int>(rows);
+  plan.tile_rows = 16 * row_warps;
+  plan.row_tiles = static_cast<int>(ceil_div(rows, plan.tile_rows));
+  launch.shared_bytes = Shape::shared_bytes(Keys::kBytes, row_warps);
+  launch.outputs = p.batch * heads * plan.row_tiles;
+  const int64_t filling = 2 * multiprocessors();
+  // What a request has room for may be far more than what it has: never more blocks than fill.
+  const int64_t worth = ceil_div(longest, kLeastSteps<Shape> * Shape::kTileKeys);
+  const int64_t most = worth < 1 ? 1 : worth < kMaxAutoSplits ? worth : kMaxAutoSplits;
+  if (stream_k) {
+    launch.blocks = launch.outputs * most < filling ? launch.outputs * most : filling;
+    launch.partial_floats = 2 * launch.blocks;
+  } else {
+    const int64_t wanted = launch.outputs > 0 ? ceil_div(filling, launch.outputs) : 1;
+    plan.splits = static_cast<int>(num_splits > 0 ? num_splits : wanted < most ? wanted : most);
+    launch.blocks = launch.outputs * plan.splits;
+    // float32 sums over many keys need room of their own.
+    launch.partial_floats = plan.splits > 1 || Shape::kFloat ? launch.blocks : 0;
+  }
+  launch.partial_floats *= plan.tile_rows * int64_t{Shape::kPartialRow};
+  return launch;
+}
+
+// Without what copies ask of rows.
+template <typename Keys>
+DecodeLaunch plan_segments(const DecodeParams& d) {
+  const AttentionParams& p = d.attention;
+  return plan_decode<Keys>(p, p.kv_heads, d.cache.capacity, d.num_splits, d.stream_k);
+}
+
+inline int64_t workspace_bytes(const DecodeLaunch& launch) {
+  return 4 * (launch.partial_floats + launch.outputs);
+}
+
+// Partial sums and counters lie at `workspace`.
+inline const char* place_partials(DecodePlan& plan, const DecodeLaunch& launch, void* workspace,
+                                  cudaStream_t stream) {
+  plan.partials = static_cast<float*>(workspace);
+  plan.arrived = reinterpret_cast<int*>(plan.partials + launch.partial_floats);
+  return set_bytes(plan.arrived, 0, launch.outputs * sizeof(int), stream);
+}
+
+}  // namespace tokenmill::cuda
