@@ -61,6 +61,9 @@ cuda_instances(dense/attention_decode/prefill_launch.cuh
   "const char* launch_prefill<ELEMENT>(const DecodeParams&, const MaskBounds&, int most_queries, cudaStream_t)")
 cuda_instances(dense/attention_decode/prefill_float8_launch.cuh
   "const char* launch_prefill_float8<ELEMENT>(const DecodeParams&, const MaskBounds&, cudaStream_t)")
+cuda_instances(dense/attention_decode/kernel_sm90.cuh
+  "const char* launch_decode_sm90<ELEMENT>(const DecodeParams&, cudaStream_t)"
+  ELEMENTS __half __nv_bfloat16 INTO cuda_sm90)
 cuda_instances(linear/linear_attention/cuda_launch.cuh
   "const char* linear_attention::launch_recurrence<ELEMENT>(const Recurrence&, const RecurrencePlan&, cudaStream_t)")
 cuda_instances(linear/linear_attention/kernel_sm90.cuh

@@ -1,7 +1,10 @@
+#include <algorithm>
+
 #include "cuda/refuse.cuh"
 #include "dense/attention/choose_sm90.h"
 #include "dense/attention/kernel_mask.cuh"
 #include "dense/attention_decode/cuda_launch.cuh"
+#include "dense/attention_decode/launch_sm90.h"
 
 namespace tokenmill {
 namespace cuda {
@@ -56,8 +59,20 @@ static bool takes_sm90(const DecodeParams& d) {
   return cuda::takes_sm90(p, d.cache);
 }
 
-int64_t workspace_bytes(const DecodeParams& d) {
-  if (prefills(d.attention)) return MaskBounds::bytes(d.attention);
+// The kernel for a few rows, where the forward does not take a call.
+static bool takes_few_sm90(const DecodeParams& d) {
+  return cuda::kHasSm90 && !prefills(d.attention) && !takes_sm90(d) && cuda::takes_decode_sm90(d) &&
+         cuda::compute_capability() == 90;
+}
+
+template <typename T>
+static const char* launch_few_sm90(const DecodeParams& d, cudaStream_t stream) {
+  if constexpr (cuda::kHasSm90) return cuda::launch_decode_sm90<T>(d, stream);
+  return cuda::kNotMapped;
+}
+
+// Of the kernel of every chip.
+static int64_t workspace_bytes_of_every_chip(const DecodeParams& d) {
   return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
     if (d.cache.dtype == DType::float8_e4m3fn)
       return cuda::visit_float8_bucket(d.attention, [&]<int kBucket>() {
@@ -68,6 +83,16 @@ int64_t workspace_bytes(const DecodeParams& d) {
       using Keys = cuda::CacheKeys<T, kBucket, kBucket == cuda::kLatentBucket>;
       return cuda::workspace_bytes(cuda::plan_decode<Keys>(d));
     });
+  });
+}
+
+int64_t workspace_bytes(const DecodeParams& d) {
+  if (prefills(d.attention)) return MaskBounds::bytes(d.attention);
+  const int64_t bytes = workspace_bytes_of_every_chip(d);
+  if (!takes_few_sm90(d)) return bytes;
+  return cuda::visit_decode_sm90_dim(d.attention.head_dim, [&]<int kHeadDim>() {
+    const auto planned = cuda::plan_segments<cuda::DecodeSm90Keys<kHeadDim>>(d);
+    return std::max(bytes, cuda::workspace_bytes(planned));
   });
 }
 
@@ -97,6 +122,11 @@ const char* launch_cuda(const DecodeParams& d, void* stream) {
       if (error || !p.cu_seqlens_q) return error;
       most_queries = cuda::kLeastSm90Tokens - 1;
     }
+  }
+  if (takes_few_sm90(d)) {
+    const char* error = p.dtype == DType::float16 ? launch_few_sm90<__half>(d, on)
+                                                  : launch_few_sm90<__nv_bfloat16>(d, on);
+    if (error != cuda::kNotMapped) return error;
   }
   const bool float8 = d.cache.dtype == DType::float8_e4m3fn;
   if (!prefills(p))

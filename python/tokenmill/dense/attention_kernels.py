@@ -1,6 +1,6 @@
 """Which calls of attention, and of requests with a cache, the kernels of compute capability 9.0
-take: launch_sm90.h and launch_backward_sm90.h of csrc/dense/attention, and cuda.cu of
-csrc/dense/attention_decode, have the same rules."""
+take: launch_sm90.h of csrc/dense/attention and csrc/dense/attention_decode, launch_backward_sm90.h
+of the first and cuda.cu of the second have the same rules."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from .attention_decode_rules import Arguments as DecodeArguments
 from .attention_rules import Arguments
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
+DECODE_HEAD_DIMS = (64, 128)
+DECODE_ROWS = 64  # queries times heads of a KV head, of a tile
 LEAST_PAGE = 64  # tokens; a tile has 64 to 128
 MANY_TILES = 256  # of 64 rows, which fill a GPU without dividing keys
 MOST_BACKWARD_TILES = 2**31 - 1
@@ -27,39 +29,58 @@ def unsupported_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
 
 
 def unsupported_cached_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
-    """Why the forward does not take requests with a cache: a call of attention_decode."""
+    """Why neither the forward nor the kernel for a few rows takes requests with a cache: a call of
+    attention_decode. The rules are those of the one that suits its number of rows."""
     a = DecodeArguments(*lowered)
+    broken = _unsupported_forward(a, out)
+    return _unsupported_decode(a, out) if broken and _has_few_rows(a) else broken
+
+
+def cached_sm90_kernel(*lowered: Any) -> str:
+    a = DecodeArguments(*lowered)
+    if _has_few_rows(a) and _unsupported_forward(a, None):
+        return "csrc/dense/attention_decode/kernel_sm90"
+    if a.cu_seqlens_q is None:
+        return "csrc/dense/attention/kernel_sm90"
+    few = f"csrc/dense/attention_decode for requests with fewer than {LEAST_TOKENS} queries"
+    return f"csrc/dense/attention/kernel_sm90 and {few}"
+
+
+def _divides_keys(a: DecodeArguments) -> bool:
+    """Kernels for a few rows, which divide the keys of a request, could answer."""
+    return a.cu_seqlens_q is None and (a.causal or a.window_right == 0)
+
+
+def _has_few_rows(a: DecodeArguments) -> bool:
+    group = a.q.shape[-2] // a.k_cache.shape[2]
+    return _divides_keys(a) and group * a.q.shape[-3] <= DECODE_ROWS
+
+
+def _unsupported_decode(a: DecodeArguments, out: Tensor | None) -> list[str]:
+    """The rules of the kernel for a few rows, where there are few."""
+    rules = Rules()
+    _check_cached_form(rules, a, DECODE_HEAD_DIMS)
+    rules.check_scale(a)
+    if out is not None:
+        rules.check_layout("out", out)
+    return rules.broken
+
+
+def _unsupported_forward(a: DecodeArguments, out: Tensor | None) -> list[str]:
     rules = Rules()
     check = rules.check
-    _check_form(rules, a, "k_cache", "v_cache")
-    rule = f"must have the dtype of q, {a.q.dtype}"
-    check(a.k_cache.dtype == a.q.dtype, "k_cache", rule, a.k_cache.dtype)
-    pages, size = a.k_cache.shape[:2]
-    if a.block_table is not None:
-        rule = f"must have pages of {LEAST_PAGE} tokens or more"
-        check(size >= LEAST_PAGE, "k_cache", rule, size)
-        check(a.block_table.shape[1] > 0, "block_table", "must have pages", 0)
-    check(pages > 0 and size > 0, "k_cache", "must have tokens", a.k_cache.shape)
+    _check_cached_form(rules, a, HEAD_DIMS)
     tokens = a.q.shape[-3]
     check(tokens >= LEAST_TOKENS, "q", f"must have {LEAST_TOKENS} tokens", tokens)
     most = LEAST_TOKENS if a.max_seqlen_q is None else a.max_seqlen_q
     check(most >= LEAST_TOKENS, "max_seqlen_q", f"must be {LEAST_TOKENS} or more", most)
-    if a.cu_seqlens_q is None and (a.causal or a.window_right == 0):
-        # Kernels that divide the keys of a request could answer, too.
+    if _divides_keys(a):
         check(a.num_splits == 0, "num_splits", "must be 0", a.num_splits)
         check(a.schedule != "split", "schedule", "must be 'auto' or 'stream_k'", a.schedule)
         tiles = most_tiles(a.q, None, 64)
         check(tiles >= MANY_TILES, "q", f"must have {MANY_TILES} tiles of 64 rows", tiles)
     _check_forward(rules, a, out)
     return rules.broken
-
-
-def cached_sm90_kernel(*lowered: Any) -> str:
-    a = DecodeArguments(*lowered)
-    if a.cu_seqlens_q is None:
-        return "csrc/dense/attention/kernel_sm90"
-    few = f"csrc/dense/attention_decode for requests with fewer than {LEAST_TOKENS} queries"
-    return f"csrc/dense/attention/kernel_sm90 and {few}"
 
 
 def unsupported_sm90_backward(*lowered: Any) -> list[str]:
@@ -80,21 +101,34 @@ def unsupported_sm90_backward(*lowered: Any) -> list[str]:
 
 def _rules_of_both_passes(a: Any) -> Rules:
     rules = Rules()
-    _check_form(rules, a, "k", "v")
+    _check_form(rules, a, "k", "v", HEAD_DIMS)
     rules.check_tokens(a.q, a.k, a.cu_seqlens_q)
     return rules
 
 
-def _check_form(rules: Rules, a: Any, keys: str, values: str) -> None:
+def _check_form(rules: Rules, a: Any, keys: str, values: str, head_dims: tuple[int, ...]) -> None:
     """What holds with a cache too."""
     check = rules.check
-    rules.check_heads(a.q, getattr(a, values), HEAD_DIMS, values)
+    rules.check_heads(a.q, getattr(a, values), head_dims, values)
     check(a.kind in ("softmax", "sigmoid"), "kind", "must be 'softmax' or 'sigmoid'", a.kind)
     check(a.normalize == "none", "normalize", "must be 'none'", a.normalize)
     for name in ("mask_ranges", "mask_q_spans", "bias", "alibi_slopes"):
         check(getattr(a, name, None) is None, name, "must be None", "a tensor")
     for name in ("q", keys, values):
         rules.check_layout(name, getattr(a, name))
+
+
+def _check_cached_form(rules: Rules, a: DecodeArguments, head_dims: tuple[int, ...]) -> None:
+    check = rules.check
+    _check_form(rules, a, "k_cache", "v_cache", head_dims)
+    rule = f"must have the dtype of q, {a.q.dtype}"
+    check(a.k_cache.dtype == a.q.dtype, "k_cache", rule, a.k_cache.dtype)
+    pages, size = a.k_cache.shape[:2]
+    if a.block_table is not None:
+        rule = f"must have pages of {LEAST_PAGE} tokens or more"
+        check(size >= LEAST_PAGE, "k_cache", rule, size)
+        check(a.block_table.shape[1] > 0, "block_table", "must have pages", 0)
+    check(pages > 0 and size > 0, "k_cache", "must have tokens", a.k_cache.shape)
 
 
 def _check_forward(rules: Rules, a: Any, out: Tensor | None) -> None:
