@@ -3,6 +3,8 @@ value; keys of a list are rows of each head that has a list or shares it."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +15,7 @@ import tokenmill as tm
 from tokenmill.dense.attention_decode_cases import decode_call
 from tokenmill.sparse.sparse_decode_attention_cases import sparse_call
 
-from .case import Counted, CounterCase, products
+from .case import Counted, CounterCase, on_device, products
 
 H, HK, D = 32, 8, 128
 F32, BF16 = torch.float32, torch.bfloat16
@@ -68,11 +70,12 @@ def _draw(make: Any, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any
 
 def _dense(
     name: str, lengths: tuple[int, ...], schedule: str, dtype: torch.dtype = BF16,
-    tokens: int = 1, page_size: int | None = None, dim: int = D, **options: Any,
+    tokens: int = 1, page_size: int | None = None, dim: int = D, heads: int = H, **options: Any,
 ) -> CounterCase:  # fmt: skip
     def prepare() -> Callable[[], object]:
+        capacity = max(lengths) if page_size is None else -(-max(lengths) // page_size) * page_size
         make = decode_call(
-            lengths, tokens, H, HK, dim, dim, page_size, max(lengths), schedule=schedule, **options
+            lengths, tokens, heads, HK, dim, dim, page_size, capacity, schedule=schedule, **options
         )
         args, kwargs = _draw(make, dtype)
         return lambda: tm.attention_decode(*args, **kwargs)
@@ -81,9 +84,26 @@ def _dense(
     rows = HK * sum(lengths)
     return _case(
         f"{str(dtype)[6:]}, keys {', '.join(map(str, lengths))}{name}, {schedule}",
-        rows, H // HK * tokens, len(lengths) * tokens * H, dim, dtype, prepare,
+        rows, heads // HK * tokens, len(lengths) * tokens * heads, dim, dtype, prepare,
         "float8" in options,
     )  # fmt: skip
+
+
+def _on(device: str, case: CounterCase) -> CounterCase:
+    prepare = functools.partial(on_device, device, case.prepare)
+    return dataclasses.replace(case, title=f"{device} {case.title}", prepare=prepare)
+
+
+def _device_cases(device: str) -> Iterator[CounterCase]:
+    """Of the kernel for 9.0, and of that of every chip on 8.0. Whole tiles: the machine also counts
+    what a box has outside of its tensor."""
+    lengths = (2048, 320)
+    for dim in (64, 128):
+        yield _on(device, _dense(f", D={dim}", lengths, "stream_k", dim=dim))
+        yield _on(device, _dense(f", D={dim}, 4 tokens", lengths, "stream_k", tokens=4, dim=dim))
+    yield _on(device, _dense(", one head", lengths, "stream_k", heads=HK))
+    yield _on(device, _dense(", pages of 64", lengths, "stream_k", page_size=64))
+    yield _on(device, _dense(", no parts", lengths, "split", num_splits=1))
 
 
 def _packed(
@@ -124,6 +144,8 @@ def dense_cases() -> Iterator[CounterCase]:
     yield _packed((512, 304), (64, 1), F32)
     yield _dense(", float8", (2000, 300), "split", **FLOAT8)
     yield _packed((512, 304), (64, 1), **FLOAT8)
+    for device in ("sm_90a", "sm_80"):
+        yield from _device_cases(device)
     latent = decode_call((2000,), capacity=2000, **LATENT)
     yield _latent("bfloat16, 16 heads on 2000 latent keys", tm.attention_decode, latent, 2000)
 
