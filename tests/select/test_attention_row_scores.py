@@ -12,6 +12,7 @@ from tier import examples
 
 import tokenmill as tm
 from tokenmill.registry import Sample
+from tokenmill.select.rules import check_lse
 
 SPEC = tm.registry.get("attention_row_scores")
 NAN = float("nan")
@@ -133,3 +134,10 @@ def test_argmax_of_nan_infinities_and_empty_rows(backend):
     for options, last in (({}, 0), ({"lse": lse}, -1)):
         found = tm.attention_row_scores(q, k, reduce="argmax", backend=backend, **options)
         assert found.flatten().tolist() == [1, 1, 0, last]
+
+
+def test_the_rule_about_lse_names_the_dtype_of_the_call():
+    q = torch.randn(1, 4, 1, 8)
+    for dtype, wide in ((torch.float16, "float32"), (torch.float64, "float64")):
+        with pytest.raises(ValueError, match=f"op: lse: must be {wide}; got float16"):
+            check_lse("op", torch.zeros(1, 1, 4).half(), q.to(dtype))

@@ -40,7 +40,7 @@ def check_lse(op: str, lse: Tensor | None, q: Tensor) -> None:
     if list(lse.shape) != wanted:
         fail(op, "lse", f"must have shape {show(wanted)}", lse.shape)
     wide = torch.promote_types(q.dtype, torch.float32)
-    check(lse.dtype == wide, op, "lse", "must be float32", lse.dtype)
+    check(lse.dtype == wide, op, "lse", f"must be {str(wide)[6:]}", lse.dtype)
     check_last_contiguous(op, "lse", lse)
     check_device_of_q(op, "lse", lse, q)
 
