@@ -66,6 +66,8 @@ BAD = [
     ("--nosuch info", "unrecognized arguments: --nosuch"),
     ("info x", "unrecognized arguments: x"),
     ("ops --all", "unrecognized arguments: --all"),
+    ("bench --out x", "unrecognized arguments: --out"),
+    ("explain --no=1 nosuch --dtype float9", "unrecognized arguments: --no=1"),
     ("explain", "required: op"),
     ("explain atention", "op: no operator 'atention' (did you mean 'attention'?); there are "),
     ("explain attention --sample x", "--sample: must be one of softmax, "),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -26,9 +27,30 @@ class UsageError(Exception):
 class Parser(argparse.ArgumentParser):
     """Raises UsageError instead of printing its usage."""
 
+    @property
+    def command(self) -> str:
+        return self.prog.removeprefix("python -m ")
+
     def error(self, message: str) -> NoReturn:
-        command = self.prog.removeprefix("python -m ")
-        raise UsageError(message.removeprefix("argument "), command)
+        raise UsageError(message.removeprefix("argument "), self.command)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Of a command line that is wrong the options that do not exist are named, not the words
+        behind them."""
+        try:
+            return super().parse_known_args(args, namespace)
+        except UsageError as error:
+            words = itertools.takewhile(lambda word: word != "--", args or ())
+            unknown = [word for word in words if self._is_unknown_option(word)]
+            if not unknown or error.command != self.command:
+                raise
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+
+    def _is_unknown_option(self, word: str) -> bool:
+        name = word.partition("=")[0]
+        if not re.match(r"--?[A-Za-z]", name):
+            return False
+        return not any(option.startswith(name) for option in self._option_string_actions)
 
 
 def operator(name: str) -> str:
