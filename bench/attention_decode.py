@@ -12,6 +12,7 @@ from torch import Tensor
 
 import tokenmill as tm
 
+from . import case
 from .case import Absent, Case, Run, place
 from .peers import builders
 
@@ -29,6 +30,7 @@ def _case(
     name: str, dtype: torch.dtype, lengths: Sequence[int], paged: bool = False, tokens: int = 1
 ) -> Case:
     longest, batch, keys = max(lengths), len(lengths), sum(lengths)
+    pairs = tokens * keys - batch * tokens * (tokens - 1) / 2
     size = torch.empty((), dtype=dtype).element_size()
 
     def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
@@ -72,7 +74,7 @@ def _case(
         "attention_decode",
         f"B={batch} H={HEADS}/{KV_HEADS} D={HEAD_DIM} {name}",
         dtype,
-        4.0 * tokens * HEADS * HEAD_DIM * keys,
+        4.0 * HEADS * HEAD_DIM * pairs,
         2.0 * keys * KV_HEADS * HEAD_DIM * size,
         prepare,
     )
@@ -148,10 +150,15 @@ def _latent(name: str, batch: int, length: int, heads: int = 16) -> Case:
     )
 
 
-def _served(name: str, dtype: torch.dtype, requests: Sequence[tuple[int, int]]) -> Case:
+def _served(
+    name: str,
+    dtype: torch.dtype,
+    requests: Sequence[tuple[int, int]],
+    page_size: int = PAGE_SIZE,
+) -> Case:
     """requests: (queries, keys) of each, in pages. PyTorch gets one request after the other."""
     queries, lengths = zip(*requests, strict=True)
-    pages = [-(-n // PAGE_SIZE) for n in lengths]
+    pages = [-(-n // page_size) for n in lengths]
 
     def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
         generator = torch.Generator().manual_seed(0)
@@ -160,7 +167,7 @@ def _served(name: str, dtype: torch.dtype, requests: Sequence[tuple[int, int]]) 
             return place(torch.randn(shape, generator=generator).to(dtype))
 
         q = draw(sum(queries), HEADS, HEAD_DIM)
-        k, v = (draw(sum(pages), PAGE_SIZE, KV_HEADS, HEAD_DIM) for _ in range(2))
+        k, v = (draw(sum(pages), page_size, KV_HEADS, HEAD_DIM) for _ in range(2))
         order = torch.randperm(sum(pages), generator=generator)
         table = torch.zeros(len(requests), max(pages), dtype=torch.int32)
         for row, own in zip(table, order.split(pages), strict=True):
@@ -224,3 +231,7 @@ def cases() -> Iterator[Case]:
     yield _latent("S=8192 latent", 1, 8192)
     served = ((256, 4096),) * 4 + ((1, 16384),) * 4
     yield _served("4 chunks of 256 on 4096, 4 rows on 16384", torch.bfloat16, served)
+    if case.device.type == "cuda":  # what kernels for compute capability 9.0 take
+        yield _served("4 chunks of 256 on 4096 pages of 64", torch.bfloat16, served[:4], 64)
+        for tokens in (128, 256, 512):
+            yield _case(f"S=8192 {tokens} tokens", torch.bfloat16, (8192,), tokens=tokens)

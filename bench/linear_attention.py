@@ -12,6 +12,7 @@ from torch import Tensor
 
 import tokenmill as tm
 
+from . import case
 from .attention import sdpa
 from .case import Case, Run, place
 from .peers import builders
@@ -122,6 +123,8 @@ def cases() -> Iterator[Case]:
         yield _case(8192, dtype, with_sdpa=dtype == BF16, with_eager=dtype == BF16)
     yield _case(8192, backward=True)
     yield _case(8192, head_dim=128)
+    if case.device.type == "cuda":
+        yield _case(8192, BF16, head_dim=128)
     yield _case(
         8192,
         with_eager=False,

@@ -72,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-order",
         action="store_true",
-        help="also knobs that change the order of sums, and so the last bits of results",
+        help="also knobs that change the order of sums, and so the last bits of results (which "
+        "kernel runs, for one, on compute capability 9.0)",
     )
     parser.add_argument("--list", action="store_true", help="show the knobs and stop")
     parser.add_argument(
@@ -126,7 +127,7 @@ def _unwritable(error: OSError) -> _cli.UsageError:
 def _list(knobs: list[Knob]) -> None:
     if torch.cuda.is_available():
         torch.cuda.init()  # which puts the values of the GPU in force
-    print(f"{'knob':<36}{'runs on':<9}{'value':>8}{'standard':>10}  candidates")
+    print(f"{'knob':<40}{'runs on':<9}{'value':>8}{'standard':>10}  candidates")
     for knob in knobs:
         standard, value = (
             "table" if knob.backend == "triton" and n == _knobs.TABLE else str(n)
@@ -134,7 +135,7 @@ def _list(knobs: list[Knob]) -> None:
         )
         order = "; order of sums: --allow-order" if knob.order else ""
         tried = " ".join(map(str, knob.candidates))
-        print(f"{knob.name:<36}{knob.backend:<9}{value:>8}{standard:>10}  {tried}")
+        print(f"{knob.name:<40}{knob.backend:<9}{value:>8}{standard:>10}  {tried}")
         print(f"    {knob.what}{order}")
     print(f"cache: {_knobs.path()}")
 
@@ -142,6 +143,8 @@ def _list(knobs: list[Knob]) -> None:
 def _usable(knob: Knob, device: str) -> bool:
     backends = ("cpu",) if device == "cpu" else ("cuda", "triton")
     if knob.backend not in backends:
+        return False
+    if knob.part and not (torch.cuda.get_device_capability() == (9, 0) and _dispatch.builds_sm90()):
         return False
     return _dispatch.kernels(registry.get(knob.op), knob.backend) != "-"
 
@@ -319,4 +322,4 @@ def _cells(found: Found) -> tuple[str, ...]:
 
 def _line(cells: tuple[str, ...]) -> str:
     name, standard, best, gain, rest = cells
-    return f"{name:<36}{standard:>9}{best:>9}{gain:>8}  {rest}"
+    return f"{name:<40}{standard:>9}{best:>9}{gain:>8}  {rest}"

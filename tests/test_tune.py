@@ -21,7 +21,7 @@ from tokenmill import _emulator, _knobs, _library, registry
 from tokenmill.__main__ import main
 from tokenmill._knobs import KNOBS, Knob
 from tokenmill._version import __version__
-from tokenmill.bench import tune
+from tokenmill.bench import case, tune
 from tokenmill.bench.case import cases
 from tokenmill.testing import emulated_cuda
 
@@ -63,7 +63,13 @@ def test_a_bad_knob_is_an_error(name, number, message):
         _library.native.knob(name, number)
 
 
-def test_every_knob_has_benchmarks():
+@pytest.fixture
+def gpu(monkeypatch):
+    """Lists the benchmarks of a GPU, which nothing prepares."""
+    monkeypatch.setattr(case, "device", torch.device("cuda"))
+
+
+def test_every_knob_has_benchmarks(gpu):
     titles = {op: [c.title for c in cases([op])] for op in {k.op for k in KNOBS.values()}}
     for knob in KNOBS.values():
         found = [title for title in titles[knob.op] if re.search(knob.cases, title)]
@@ -218,6 +224,10 @@ def of_this_machine(**knobs):
         (lambda: of_this_machine(attention__shares=3), "must be one of 1, 2, 4, 8, 16; got 3"),
         (lambda: of_this_machine(attention__shares=True), "must be one of .*; got True"),
         (lambda: of_this_machine(attention__shares="8"), "must be one of .*; got '8'"),
+        (
+            lambda: of_this_machine(attention__sm90_section=20),
+            "attention.sm90_section must be one of 0, 16, 24, 32, 48; got 20",
+        ),
         (lambda: of_this_machine(best_match__words=32768), "attention has no knob 'best_match.w"),
     ],
 )

@@ -24,6 +24,15 @@ constexpr Entry kEntries[] = {
     {"cluster_tokens.floats", 65536, 4096, 1 << 20},
     {"best_match.fill", 2, 1, 16},
     {"hip_block_select.fill", 1, 0, 16},
+    {"attention.sm90", 1, 0, 1},
+    {"attention.sm90_backward", 1, 0, 1},
+    {"attention.sm90_section", 32, 0, 1024},
+    {"attention.sm90_grid", 0, 0, 2},
+    {"attention_decode.sm90", 1, 0, 1},
+    {"attention_decode.sm90_tiles", 256, 1, 1 << 30},
+    {"block_sparse_attention.sm90", 1, 0, 1},
+    {"block_sparse_attention.sm90_backward", 1, 0, 1},
+    {"linear_attention.sm90", 1, 0, 1},
 };
 constexpr int kCount = static_cast<int>(Knob::count);
 static_assert(std::size(kEntries) == kCount);

@@ -14,6 +14,15 @@ enum class Knob : int {
   nearest_floats,
   best_match_fill,
   hip_fill,
+  attention_sm90,
+  attention_sm90_backward,
+  attention_sm90_section,
+  attention_sm90_grid,
+  attention_decode_sm90,
+  attention_decode_sm90_tiles,
+  block_sparse_attention_sm90,
+  block_sparse_attention_sm90_backward,
+  linear_attention_sm90,
   count,
 };
 

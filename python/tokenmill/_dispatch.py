@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _autocast, _emulator, _library
+from . import _autocast, _emulator, _knobs, _library
 from ._check import InputError, fail, synchronising_checks
 from ._derivatives import below_autograd, note_writes, refuse_gradient, transformed
 from ._door import compiling
@@ -265,19 +265,23 @@ def _needs_autograd(lowered: tuple[Any, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Answer of `explain`: the chosen backend with its kernel, and why not the others."""
+    """Answer of `explain`: the chosen backend with its kernel, and why not the others. knobs: how
+    `tune` can choose and cut the kernels for compute capability 9.0 that run, by name: "32
+    (standard)" or "16 (tuned; standard 32)"."""
 
     op: str
     backend: str | None
     kernel: str | None
     against: dict[str, list[str]]
     error: str | None = None
+    knobs: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if self.error:
             lines = [f"tokenmill.{self.op}: this call is refused", f"  {self.error}"]
         else:
             lines = [f"tokenmill.{self.op}: {self.backend} ({self.kernel})"]
+        lines += [f"  {name}: {value}" for name, value in self.knobs.items()]
         lines += [f"  not {name}: {'; '.join(why)}" for name, why in self.against.items()]
         return "\n".join(lines)
 
@@ -317,7 +321,9 @@ def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any
             against[name] = why
         elif name != chosen:
             against[name] = [_passed_over(name, _wanted(backend))]
-    return Explanation(spec.name, chosen, kernel_name(spec, chosen, lowered, out), against)
+    kernel = kernel_name(spec, chosen, lowered, out)
+    knobs = _knobs_of_call(spec, chosen, lowered, out)
+    return Explanation(spec.name, chosen, kernel, against, knobs=knobs)
 
 
 def _passed_over(name: str, asked: str | None) -> str:
@@ -349,21 +355,40 @@ def _cuda_kernel(
     name = f"csrc/{spec.family}/{spec.name}"
     if spec.unsupported_sm90 is None or not _is_sm90(backend, lowered):
         return name
-    archs = build_info().get("cuda_archs")  # None without tokenmill._C
-    if backend == "cuda" and archs is not None and not any(a.startswith("90a") for a in archs):
+    if backend == "cuda" and not builds_sm90():
         return f"{name} (not kernel_sm90: the build has no 90a)"
-    why = spec.unsupported_sm90(*lowered, out=out)
+    why = spec.unsupported_sm90(*lowered, out=out) + _knobs.refusals(f"{spec.name}.sm90")
     if why:
         forward = f"{name} (not kernel_sm90: {'; '.join(why)})"
     else:
         forward = spec.sm90_kernel(*lowered) if spec.sm90_kernel else f"{name}/kernel_sm90"
-    tensors = (t for t in lowered if isinstance(t, torch.Tensor))
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if spec.unsupported_sm90_backward is None or not needs_gradient:
+    if spec.unsupported_sm90_backward is None or not _needs_autograd(lowered):
         return forward
-    if why := spec.unsupported_sm90_backward(*lowered):
+    why = spec.unsupported_sm90_backward(*lowered)
+    if why := why + _knobs.refusals(f"{spec.name}.sm90_backward"):
         return f"{forward} and {name}'s backward (not kernel_backward_sm90: {'; '.join(why)})"
     return f"{forward} and kernel_backward_sm90"
+
+
+def _knobs_of_call(
+    spec: OpSpec, backend: str, lowered: tuple[Any, ...], out: torch.Tensor | None
+) -> dict[str, str]:
+    """Those of kernels for compute capability 9.0 that could take the call."""
+    asks = backend in ("cuda", "emulated") and spec.unsupported_sm90 is not None
+    if not asks or not _is_sm90(backend, lowered) or (backend == "cuda" and not builds_sm90()):
+        return {}
+    assert spec.unsupported_sm90 is not None
+    parts = [] if spec.unsupported_sm90(*lowered, out=out) else ["forward"]
+    backward = spec.unsupported_sm90_backward
+    if backward is not None and _needs_autograd(lowered) and not backward(*lowered):
+        parts.append("backward")
+    return {k.name: _knobs.shown(k) for k in _knobs.of_sm90(spec.name, parts)}
+
+
+def builds_sm90() -> bool:
+    """Whether this build has the kernels for compute capability 9.0."""
+    archs = build_info().get("cuda_archs")  # None without tokenmill._C
+    return archs is None or any(a.startswith("90a") for a in archs)
 
 
 def _is_sm90(backend: str, lowered: tuple[Any, ...]) -> bool:

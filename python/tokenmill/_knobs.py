@@ -16,7 +16,7 @@ import os
 import stat
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ TABLE = 0  # the value of a knob that leaves a number to the table of its kernel
 
 @dataclass(frozen=True)
 class Knob:
-    """cases: a pattern for titles of the operator's benchmarks, which measure the knob."""
+    """cases: a pattern for titles of the operator's benchmarks, which measure the knob.
+    part: of a knob of the kernels for compute capability 9.0, "forward" or "backward"."""
 
     name: str
     op: str
@@ -43,6 +44,7 @@ class Knob:
     what: str
     cases: str
     order: bool = False
+    part: str = ""
 
     @property
     def valid(self) -> frozenset[int]:
@@ -67,6 +69,48 @@ def _triton(op: str, width: int, cases: str, tiles: bool) -> Iterator[Knob]:
         if tiles or not name.startswith("block"):
             full = f"{op}.triton{width}.{name}"
             yield Knob(full, op, "triton", TABLE, candidates, what, cases, order)
+
+
+def _sm90() -> Iterator[Knob]:
+    """Of kernels for compute capability 9.0 (docs/hopper.md). Those of other devices do not read
+    them."""
+    dense = r"^(sigmoid \w+ S=2048 D=(64|128)|softmax causal S=\d+ D=128), bfloat16, forward"
+    listed = r"^S=8192 D=64 blocks 64x64 \d+ %, bfloat16, forward"
+    for op, cases, parts in (
+        ("attention", dense, ("forward", "backward")),
+        ("attention_decode", r"pages of 64, bfloat16, forward", ("forward",)),
+        ("block_sparse_attention", listed, ("forward", "backward")),
+        ("linear_attention", r"S=8192 D=128, bfloat16, forward", ("forward",)),
+    ):
+        for part in parts:
+            yield Knob(
+                f"{op}.sm90" + ("_backward" if part == "backward" else ""),
+                op, "cuda", 1, (0, 1),
+                f"{part}: the kernel for 9.0 where it takes a call (1), or that of every chip (0)",
+                cases + (r"\+backward$" if part == "backward" else "$"),
+                order=True, part=part,
+            )  # fmt: skip
+    yield Knob(
+        "attention.sm90_section", "attention", "cuda", 32, (0, 16, 24, 32, 48),
+        "MB of the L2 cache for keys and values of the heads that are in use at once (0: one "
+        "head); attention_decode too",
+        r"^softmax causal S=\d+ D=128, \w+, forward$",
+        part="forward",
+    )  # fmt: skip
+    yield Knob(
+        "attention.sm90_grid", "attention", "cuda", 0, (0, 1, 2),
+        "blocks: one for each multiprocessor (0), as few as need no more rounds (1), or one for "
+        "each tile of queries (2); attention_decode too",
+        dense + "$",
+        part="forward",
+    )  # fmt: skip
+    yield Knob(
+        "attention_decode.sm90_tiles", "attention_decode", "cuda", 256, (64, 128, 256, 512, 1024),
+        "tiles of 64 queries from which on causal calls take the kernel for 9.0, which does not "
+        "divide the keys of a request",
+        r"S=8192 (128|256|512) tokens, bfloat16, forward$",
+        order=True, part="forward",
+    )  # fmt: skip
 
 
 KNOBS = {
@@ -120,6 +164,7 @@ KNOBS = {
         *_triton("attention", 128, rf"{PLAIN} S=2048 D=128, bfloat16, forward$", tiles=True),
         *_triton("linear_attention", 64, r"S=8192 D=64, (bfloat16|float16), forward$", tiles=False),
         *_triton("block_sparse_attention", 64, r"64x(64|16) 20 %, bfloat16, forward$", tiles=False),
+        *_sm90(),
     )
 }  # fmt: skip
 triton_values = {k.name: k.standard for k in KNOBS.values() if k.backend == "triton"}
@@ -139,6 +184,25 @@ def put(name: str, number: int) -> None:
     _library.native.knob(name, number)
     if emulated := _library.loaded_emulated():
         emulated.knob(name, number)
+
+
+def refusals(name: str) -> list[str]:
+    """What keeps a call from a kernel that the knob turns off, as a rule that is broken."""
+    return [] if value(name) else [f"{name}: must be 1; got 0"]
+
+
+def of_sm90(op: str, parts: Container[str]) -> list[Knob]:
+    """What chooses and cuts the kernels for compute capability 9.0 of an operator's passes."""
+    shared = ("attention.sm90_section", "attention.sm90_grid") if op == "attention_decode" else ()
+    found = [knob for knob in KNOBS.values() if knob.op == op or knob.name in shared]
+    return [knob for knob in found if knob.part in parts]
+
+
+def shown(knob: Knob) -> str:
+    number = value(knob.name)
+    if number == knob.standard:
+        return f"{number} (standard)"
+    return f"{number} (tuned; standard {knob.standard})"
 
 
 @contextlib.contextmanager

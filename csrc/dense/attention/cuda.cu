@@ -1,3 +1,4 @@
+#include "core/knobs.h"
 #include "cuda/refuse.cuh"
 #include "dense/attention/choose_sm90.h"
 #include "dense/attention/kernel.cuh"
@@ -25,7 +26,8 @@ const char* launch_cuda(const Masked<AttentionParams>& m, void* stream) {
     return cuda::refuse("q", "must have at most 2^31 - 1 heads in all sequences on CUDA",
                         p.batch * p.heads);
   const auto on = static_cast<cudaStream_t>(stream);
-  if (cuda::kHasSm90 && cuda::takes_sm90(p) && cuda::compute_capability() == 90) {
+  if (cuda::kHasSm90 && knob(Knob::attention_sm90) && cuda::takes_sm90(p) &&
+      cuda::compute_capability() == 90) {
     const char* error = cuda::launch_on_sm90(p, {}, on);
     if (error != cuda::kNotMapped) return error;
   }

@@ -1,3 +1,4 @@
+#include "core/knobs.h"
 #include "cuda/capability.h"
 #include "dense/attention/kernel_backward_launch.cuh"
 #include "dense/attention/kernel_backward_rows.cuh"
@@ -113,7 +114,8 @@ const char* launch_backward(BackwardArgs args, float* dq_sums, cudaStream_t stre
 }  // namespace cuda
 
 int64_t workspace_bytes(const AttentionBackwardParams& bp) {
-  const bool sm90 = cuda::kHasSm90 && cuda::takes_sm90(bp) && cuda::compute_capability() == 90;
+  const bool sm90 = cuda::kHasSm90 && knob(Knob::attention_sm90_backward) && cuda::takes_sm90(bp) &&
+                    cuda::compute_capability() == 90;
   return sm90 ? cuda::sm90_workspace_bytes(bp.forward) : 0;
 }
 

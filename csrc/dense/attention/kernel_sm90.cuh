@@ -9,6 +9,7 @@
 #pragma once
 #include <numeric>
 
+#include "core/knobs.h"
 #include "cuda/attention/epilogue_sm90.cuh"
 #include "cuda/attention/hidden_values_sm90.cuh"
 #include "cuda/launch.cuh"
@@ -337,8 +338,22 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim>::kThreads, 1)
   }
 }
 
-// Bytes of keys and values that may be in use at once: most of the L2 cache of an H100, 50 MB.
-constexpr int64_t kSectionBytes = 32 << 20;
+// Knob::attention_sm90_grid: what blocks the grid has.
+enum class Sm90Grid { multiprocessors, even_rounds, tiles };
+
+inline int sm90_blocks(int tiles, Sm90Grid grid) {
+  const int at_once = multiprocessors();
+  if (grid == Sm90Grid::tiles || tiles <= at_once) return tiles;
+  if (grid == Sm90Grid::multiprocessors) return at_once;
+  return static_cast<int>(ceil_div(tiles, ceil_div(tiles, at_once)));
+}
+
+// Of KV heads whose keys and values may be in use at once. They have attention_sm90_section MB of
+// the L2 cache, of which an H100 has 50.
+inline int64_t sm90_section_heads(int64_t bytes_of_head) {
+  const int64_t heads = (knob(Knob::attention_sm90_section) << 20) / bytes_of_head;
+  return heads < 1 ? 1 : heads;
+}
 
 template <typename T, int kHeadDim, Weights kWeights>
 const char* launch_sm90(const AttentionParams& p, const KvCache& cache, cudaStream_t stream) {
@@ -360,15 +375,13 @@ const char* launch_sm90(const AttentionParams& p, const KvCache& cache, cudaStre
   plan.heads = static_cast<int>(tensors.q.batch * p.heads);
   plan.tiles = plan.tiles_of_head * plan.heads;
   const int64_t group = p.heads / p.kv_heads;
-  const int64_t at_once = kSectionBytes / (p.seqlen_k * kHeadDim * 4);
-  const int64_t section = group * (at_once < 1 ? 1 : at_once);
+  const int64_t section = group * sm90_section_heads(p.seqlen_k * kHeadDim * 4);
   plan.section_heads = static_cast<int>(section < plan.heads ? section : plan.heads);
   const float unit = kWeights == Weights::sigmoid && p.fast ? 0.5f : kLog2e;
   static_cast<Sm90Scores&>(plan) = Sm90Scores::of(p.scale, p.softcap, unit, p.fast);
-  const int blocks = multiprocessors();
+  const auto grid = static_cast<Sm90Grid>(knob(Knob::attention_sm90_grid));
   return launch<attention_forward_sm90_kernel<T, kHeadDim, kWeights>>(
-      plan.tiles < blocks ? plan.tiles : blocks, Shape::kThreads, sizeof(Sm90Shared<Shape>), stream,
-      p, plan);
+      sm90_blocks(plan.tiles, grid), Shape::kThreads, sizeof(Sm90Shared<Shape>), stream, p, plan);
 }
 
 // Defined in a generated source for each element type and map.

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "core/knobs.h"
 #include "cuda/refuse.cuh"
 #include "dense/attention/choose_sm90.h"
 #include "dense/attention/kernel_mask.cuh"
@@ -45,24 +46,23 @@ extern template const char* launch_prefill_float8<float>(const DecodeParams&, co
 // The kernels for a few rows have as many of each request, and see no key behind them.
 static bool prefills(const AttentionParams& p) { return p.cu_seqlens_q || p.window_right != 0; }
 
-// Tiles of 64 rows from which on they fill a GPU where kernels for a few rows would divide keys.
-constexpr int64_t kManySm90Tiles = 256;
-
 // The rules of python/tokenmill/dense/attention_kernels.py.
 static bool takes_sm90(const DecodeParams& d) {
   const AttentionParams& p = d.attention;
+  if (!knob(Knob::attention_decode_sm90)) return false;
   if (p.seqlen_q > cuda::kMaxLength || d.max_seqlen_q < cuda::kLeastSm90Tokens) return false;
   if (!prefills(p)) {
+    // Kernels for a few rows would divide keys where tiles do not fill a GPU.
     const int64_t tiles = p.batch * p.heads * ceil_div(p.seqlen_q, 64);
-    if (!d.stream_k || tiles < kManySm90Tiles) return false;
+    if (!d.stream_k || tiles < knob(Knob::attention_decode_sm90_tiles)) return false;
   }
   return cuda::takes_sm90(p, d.cache);
 }
 
 // The kernel for a few rows, where the forward does not take a call.
 static bool takes_few_sm90(const DecodeParams& d) {
-  return cuda::kHasSm90 && !prefills(d.attention) && !takes_sm90(d) && cuda::takes_decode_sm90(d) &&
-         cuda::compute_capability() == 90;
+  return cuda::kHasSm90 && knob(Knob::attention_decode_sm90) && !prefills(d.attention) &&
+         !takes_sm90(d) && cuda::takes_decode_sm90(d) && cuda::compute_capability() == 90;
 }
 
 template <typename T>

@@ -1,3 +1,4 @@
+#include "core/knobs.h"
 #include "cuda/capability.h"
 #include "cuda/refuse.cuh"
 #include "linear/linear_attention/cuda_launch.cuh"
@@ -108,7 +109,8 @@ const char* launch_all_parts(const Recurrence& p, RecurrencePlan plan, cudaStrea
 template <typename T>
 const char* launch_on_sm90(const Recurrence& p, cudaStream_t stream) {
   if constexpr (kHasSm90 && !std::is_same_v<T, float>)
-    if (p.seqlen < kMaxRecurrenceLength && takes_sm90(p) && compute_capability() == 90)
+    if (knob(Knob::linear_attention_sm90) && p.seqlen < kMaxRecurrenceLength && takes_sm90(p) &&
+        compute_capability() == 90)
       return launch_all_parts(p, plan_sm90(p), stream, [&](const RecurrencePlan& plan) {
         return launch_sm90<T>(p, plan, stream);
       });

@@ -1,3 +1,4 @@
+#include "core/knobs.h"
 #include "cuda/capability.h"
 #include "sparse/block_sparse_attention/cuda_launch.cuh"
 #include "sparse/block_sparse_attention/launch_sm90.h"
@@ -14,7 +15,8 @@ extern template const char* launch_block_sparse<float>(const BlockSparseParams&,
 template <typename T>
 const char* launch_on_sm90(const BlockSparseParams& d, cudaStream_t stream) {
   if constexpr (kHasSm90 && !std::is_same_v<T, float>)
-    if (takes_sm90(d) && compute_capability() == 90) return launch_block_sparse_sm90<T>(d, stream);
+    if (knob(Knob::block_sparse_attention_sm90) && takes_sm90(d) && compute_capability() == 90)
+      return launch_block_sparse_sm90<T>(d, stream);
   return kNotMapped;
 }
 

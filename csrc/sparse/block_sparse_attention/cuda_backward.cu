@@ -1,3 +1,4 @@
+#include "core/knobs.h"
 #include "cuda/capability.h"
 #include "dense/attention/kernel_backward_rows.cuh"
 #include "sparse/block_sparse_attention/cuda_requests_backward_launch.cuh"
@@ -20,7 +21,8 @@ extern template const char* launch_requests<float>(const BlockSparseBackwardPara
 template <typename T>
 const char* launch_on_sm90(const BlockSparseBackwardParams& p, cudaStream_t stream) {
   if constexpr (kHasSm90 && !std::is_same_v<T, float>) {
-    if (takes_backward_sm90(p) && compute_capability() == 90) {
+    if (knob(Knob::block_sparse_attention_sm90_backward) && takes_backward_sm90(p) &&
+        compute_capability() == 90) {
       BlockSparseGradients d;
       if (const char* error = launch_statistics<T>(with_ends_of_keys(p), stream, d)) return error;
       return launch_gradients_sm90<T>(p, d, stream);

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import _knobs
 from .._sm90 import LEAST_TOKENS, Rules, float32, most_tiles
 from .attention_decode_rules import Arguments as DecodeArguments
 from .attention_rules import Arguments
@@ -16,7 +17,6 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 DECODE_HEAD_DIMS = (64, 128)
 DECODE_ROWS = 64  # queries times heads of a KV head, of a tile
 LEAST_PAGE = 64  # tokens; a tile has 64 to 128
-MANY_TILES = 256  # of 64 rows, which fill a GPU without dividing keys
 MOST_BACKWARD_TILES = 2**31 - 1
 
 
@@ -77,8 +77,8 @@ def _unsupported_forward(a: DecodeArguments, out: Tensor | None) -> list[str]:
     if _divides_keys(a):
         check(a.num_splits == 0, "num_splits", "must be 0", a.num_splits)
         check(a.schedule != "split", "schedule", "must be 'auto' or 'stream_k'", a.schedule)
-        tiles = most_tiles(a.q, None, 64)
-        check(tiles >= MANY_TILES, "q", f"must have {MANY_TILES} tiles of 64 rows", tiles)
+        tiles, many = most_tiles(a.q, None, 64), _knobs.value("attention_decode.sm90_tiles")
+        check(tiles >= many, "q", f"must have {many} tiles of 64 rows", tiles)
     _check_forward(rules, a, out)
     return rules.broken
 
