@@ -32,6 +32,11 @@ inline void check_device_of_q(const char* op, const char* name, const View& t, c
   check_device_of(op, name, t, "q", q);
 }
 
+// Of scores: times log2(e) it is finite in float32.
+inline void check_scale(const char* op, double scale) {
+  check(std::abs(scale) <= 0x1p127, op, "scale", "must be at most 2^127 in size", scale);
+}
+
 inline void check_last_contiguous(const char* op, const char* name, const View& t) {
   check(t.last_contiguous(), op, name, "must have a contiguous last dimension; strides", t.strides);
 }

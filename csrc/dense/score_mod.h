@@ -31,7 +31,7 @@ inline Normalize normalize_of(const char* op, std::string_view normalize, ScoreM
 }
 
 inline void check_scale(const char* op, double scale, double softcap) {
-  check(std::isfinite(scale), op, "scale", "must be finite", scale);
+  check_scale(op, scale);
   check(std::isfinite(softcap) && softcap >= 0, op, "softcap",
         "must be finite and not negative (0 = off)", softcap);
 }

@@ -1,8 +1,6 @@
 // What calls of the linear family must keep to: the rules of python/tokenmill/linear/rules.py, in
 // its order and words.
 #pragma once
-#include <cmath>
-
 #include "core/qkv.h"
 #include "linear/params.h"
 
@@ -23,7 +21,7 @@ inline FeatureMap check_linear_inputs(const char* op, const View& q, const View&
   check(map != FeatureMap::taylor2 || q.size(-1) <= kMaxTaylorHeadDim, op, "q",
         Rule("must have a head dimension of 1 to ", kMaxTaylorHeadDim, " with 'taylor2'"),
         q.size(-1));
-  check(std::isfinite(scale), op, "scale", "must be finite", scale);
+  check_scale(op, scale);
   if (log_decay) {
     const std::vector<int64_t> head{q.size(-2)}, token(q.sizes.begin(), q.sizes.end() - 1);
     check(log_decay.sizes == head || log_decay.sizes == token, op, "log_decay",

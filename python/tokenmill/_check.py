@@ -94,6 +94,11 @@ def check_float32(op: str, argument: str, value: float, why: str = "") -> None:
     check(fits, op, argument, f"must be finite in float32{why}", value)
 
 
+def check_scale(op: str, scale: float) -> None:
+    """Of scores: times log2(e) it is finite in float32."""
+    check(abs(scale) <= 2.0**127, op, "scale", "must be at most 2^127 in size", scale)
+
+
 def check_bool(op: str, argument: str, value: Any) -> None:
     if not isinstance(value, bool):
         fail(op, argument, "must be a bool", value)

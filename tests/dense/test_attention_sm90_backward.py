@@ -203,6 +203,20 @@ def test_small_slopes_in_float16_keep_their_digits():
         assert (actual - oracle).norm() < 1e-3 * oracle.norm()
 
 
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("device", ["sm_80", "sm_90a"])
+def test_the_largest_scale_leaves_scores_of_zero(device, kind):
+    """Times log2(e) it is finite."""
+    q, k, v, dout = inputs(32, 40)
+    for scale in (2.0**127, -(2.0**127)):
+        options = {"kind": kind, "scale": scale}
+        with _emulator.configured(f"device={device},check=1"):
+            _, dk, dv = gradients(0 * q, k, v, dout, backend="emulated", **options)
+        _, _, wanted = gradients(0 * q, k, v, dout, backend="reference", **options)
+        assert (dk == 0).all()
+        torch.testing.assert_close(dv, wanted, rtol=2e-3, atol=2e-3)
+
+
 def test_keys_and_queries_that_see_nothing_have_no_gradient():
     dq, dk, dv = run(inputs(340, 300), window=(20, 0))
     assert (dq[:, :40] == 0).all() and dq[:, 40:].any(dim=-1).all()

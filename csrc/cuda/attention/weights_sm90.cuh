@@ -1,6 +1,8 @@
 // From scores to weights, in the registers of a warpgroup on compute capability 9.0a. A lane has
 // rows g and g + 8 of the 16 rows of its warp: element 4 n + i of `s` is of row g + 8 (i / 2).
 #pragma once
+#include <algorithm>
+
 #include "cuda/arch/sm90/wgmma.cuh"
 #include "cuda/attention/epilogue.cuh"
 #include "cuda/attention/online_softmax.cuh"
@@ -17,10 +19,8 @@ struct Sm90Scores {
 
   // unit: of exponents, or of the arguments of tanh.
   static Sm90Scores of(float scale, float softcap, float unit = kLog2e, bool fast = false) {
-    Sm90Scores s{unit * (softcap > 0 ? softcap : scale), softcap > 0 ? scale / softcap : 0, fast};
-    for (float* x : {&s.factor, &s.cap_scale})  // 0 times infinity would be NaN
-      if (*x > kFloatMax) *x = kFloatMax;
-    return s;
+    if (!(softcap > 0)) return {unit * scale, 0, fast};
+    return {unit * softcap, std::min(scale / softcap, kFloatMax), fast};  // inf * 0 would be NaN
   }
 
   template <int kCount>

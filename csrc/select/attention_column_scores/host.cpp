@@ -54,7 +54,7 @@ Array attention_column_scores(const AttentionColumnScoresArgs& a) {
   p.k = rows_of(a.k, false);
   set_lse(kOp, a.lse, a.q, p);
   if (a.lse) check(a.gumbel_tau == 0, kOp, "lse", "goes without gumbel_tau", a.lse.sizes);
-  check(std::isfinite(scale_of(a)), kOp, "scale", "must be finite", scale_of(a));
+  check_scale(kOp, scale_of(a));
   p.reduce = choose(kOp, "reduce", kReduces, a.reduce);
   check(!a.window_queries || *a.window_queries >= 1, kOp, "window_queries", "must be at least 1",
         a.window_queries.value_or(0));

@@ -1,5 +1,3 @@
-#include <cmath>
-
 #include "core/qkv.h"
 #include "core/stream.h"
 #include "select/attention_row_scores/params.h"
@@ -53,7 +51,7 @@ Array attention_row_scores(const AttentionRowScoresArgs& a) {
   p.q = rows_of(a.q, false);
   p.k = rows_of(a.k, false);
   set_lse(kOp, a.lse, a.q, p);
-  check(std::isfinite(scale_of(a)), kOp, "scale", "must be finite", scale_of(a));
+  check_scale(kOp, scale_of(a));
   p.reduce = choose(kOp, "reduce", kReduces, a.reduce);
   check(a.skip >= 0 && a.skip <= p.seqlen_k, kOp, "skip",
         Rule("must be 0 to the number of keys, ", p.seqlen_k), a.skip);

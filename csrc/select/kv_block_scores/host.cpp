@@ -1,4 +1,3 @@
-#include <cmath>
 #include <limits>
 
 #include "core/kv_cache_checks.h"
@@ -79,7 +78,7 @@ Array kv_block_scores(const KvBlockScoresArgs& a) {
     check(a.block_q == 1, kOp, "block_q", "must be 1 with q_reduce 'none'", a.block_q);
   BlockScoreParams p{};
   p.head_reduce = choose(kOp, "head_reduce", kHeadReduces, a.head_reduce);
-  check(std::isfinite(scale_of(a)), kOp, "scale", "must be finite", scale_of(a));
+  check_scale(kOp, scale_of(a));
   check(a.num_sink >= 0, kOp, "num_sink", "must not be negative", a.num_sink);
   check(a.num_recent >= 0, kOp, "num_recent", "must not be negative", a.num_recent);
   p.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, batch, "k", a.k);

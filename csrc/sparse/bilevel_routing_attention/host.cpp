@@ -60,7 +60,7 @@ BilevelParams make_params(const BilevelRoutingAttentionArgs& a) {
         Rule("must make as many regions of k along X as there are of q, ",
              int64_t{d.queries.columns()}),
         int64_t{d.keys.columns()});
-  check(std::isfinite(scale_of(a)), kOp, "scale", "must be finite", scale_of(a));
+  check_scale(kOp, scale_of(a));
   const int64_t batch = a.q.size(0), heads = a.q.size(3), kv_heads = a.k.size(3);
   const int64_t regions = d.queries.regions();
   const bool fits =

@@ -20,7 +20,7 @@ LandmarkParams make_params(const LandmarkAttentionArgs& a) {
   check_qkv(kOp, a.q, a.k, a.v, 4);
   const int64_t tokens = a.q.size(1);
   check(a.k.size(1) == tokens, kOp, "k", Rule("must have the length of q, ", tokens), a.k.size(1));
-  check_scale(kOp, scale_of(a), 0);
+  check_scale(kOp, scale_of(a));
   LandmarkParams d{};
   d.block = a.block;
   set_inputs(d.attention, a);

@@ -359,7 +359,9 @@ MALFORMED = (
         "return_lse: needs kind 'softmax' or normalize 'sum', not; got 'sigmoid'",
         set_options(kind="sigmoid", normalize="count"),
     ),
-    Malformed("scale", "scale: must be finite; got nan", set_options(scale=float("nan"))),
+    Malformed(
+        "scale", "scale: must be at most 2^127 in size; got nan", set_options(scale=float("nan"))
+    ),
     Malformed(
         "scale tensor",
         "scale: must be a number; got a tensor of shape []",

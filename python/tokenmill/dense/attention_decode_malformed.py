@@ -145,7 +145,9 @@ MALFORMED = (
         "return_lse: needs kind 'softmax' or normalize 'sum', not; got 'sigmoid'",
         set_options(kind="sigmoid", normalize="count"),
     ),
-    Malformed("scale", "scale: must be finite; got inf", set_options(scale=float("inf"))),
+    Malformed(
+        "scale", "scale: must be at most 2^127 in size; got inf", set_options(scale=float("inf"))
+    ),
     Malformed(
         "softcap",
         "softcap: must be finite and not negative (0 = off); got -1",

@@ -23,7 +23,7 @@ from .._kv_cache import (
 from .._library import record_of
 from .._written import check_out
 from ..masks import MASKS, NO_MASK, Lowered, Masks, Prefix, Segments, lower_mask
-from .terms import check_kind, check_mask, check_scale, check_terms
+from .terms import check_kind, check_mask, check_scale_and_cap, check_terms
 
 OP = "attention_decode"
 MAX_SPLITS = 1024
@@ -35,7 +35,7 @@ def check_decode(*lowered: Any, float64: bool = False) -> None:
     packed, paged = a.cu_seqlens_q is not None, a.block_table is not None
     batch = check_cache(OP, a.q, a.k_cache, a.v_cache, paged, float64, a.cu_seqlens_q)
     check_kind(OP, a.kind, a.normalize)
-    check_scale(OP, a.scale, a.softcap)
+    check_scale_and_cap(OP, a.scale, a.softcap)
     for side, limit in (("left", a.window_left), ("right", a.window_right)):
         check(limit >= -1, OP, "window", f"{side} must be >= -1 (-1 = no limit)", limit)
     if a.max_seqlen_q is not None:

@@ -21,7 +21,7 @@ from .._check import (
 )
 from .._library import record_of
 from .._written import check_out
-from .terms import check_kind, check_mask, check_scale, check_terms
+from .terms import check_kind, check_mask, check_scale_and_cap, check_terms
 
 OP = "attention"
 PRECISIONS = ("accurate", "fast")
@@ -35,7 +35,7 @@ def check_attention(*lowered: Any, float64: bool = False) -> None:
     check_qkv(OP, a.q, a.k, a.v, 3 if packed else 4, float64)
     check_kind(OP, a.kind, a.normalize)
     check(a.precision in PRECISIONS, OP, "precision", "must be 'accurate' or 'fast'", a.precision)
-    check_scale(OP, a.scale, a.softcap)
+    check_scale_and_cap(OP, a.scale, a.softcap)
     for side, limit in (("left", a.window_left), ("right", a.window_right)):
         check(limit >= -1, OP, "window", f"{side} must be >= -1 (-1 = no limit)", limit)
     batch = _check_cu_seqlens(a.q, a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k)

@@ -16,6 +16,7 @@ from .._check import (
     check,
     check_device_of_q,
     check_last_contiguous,
+    check_scale,
     check_tensor,
     check_text,
     fail,
@@ -90,8 +91,8 @@ def check_kind(op: str, kind: str, normalize: str) -> None:
         check(kind != "softmax", op, "normalize", rule, normalize)
 
 
-def check_scale(op: str, scale: float, softcap: float) -> None:
-    check(math.isfinite(scale), op, "scale", "must be finite", scale)
+def check_scale_and_cap(op: str, scale: float, softcap: float) -> None:
+    check_scale(op, scale)
     ok = math.isfinite(softcap) and softcap >= 0
     check(ok, op, "softcap", "must be finite and not negative (0 = off)", softcap)
 

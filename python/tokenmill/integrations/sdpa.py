@@ -15,7 +15,6 @@ them and that tokenmill does not take goes on to torch's kernel, with a warning 
 
 from __future__ import annotations
 
-import math
 import threading
 import warnings
 from collections import Counter
@@ -335,8 +334,8 @@ class _Call:
             return "the number of key heads must divide that of query heads"
         if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0]:
             return "tensors must agree in batch, key heads and keys"
-        if self.scale is not None and not math.isfinite(self.scale):
-            return "scale must be finite"
+        if self.scale is not None and not abs(self.scale) <= 2.0**127:
+            return "scale must be at most 2^127 in size"
         if self.mask is not None and self.mask.dtype not in (query.dtype, torch.float32):
             return "a mask must have the dtype of the query or float32"
         return None

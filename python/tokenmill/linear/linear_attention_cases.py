@@ -207,7 +207,9 @@ MALFORMED = (
         "q: must have a head dimension of 1 to 32 with 'taylor2'; got 33",
         _taylor2_of_33,
     ),
-    Malformed("scale", "scale: must be finite; got nan", set_options(scale=float("nan"))),
+    Malformed(
+        "scale", "scale: must be at most 2^127 in size; got nan", set_options(scale=float("nan"))
+    ),
     Malformed(
         "scale tensor",
         "scale: must be a number; got a tensor of shape []",

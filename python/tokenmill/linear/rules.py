@@ -3,7 +3,6 @@ same order and words; the contract test compares the two."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from .._check import (
     check_device_of_q,
     check_last_contiguous,
     check_qkv,
+    check_scale,
     fail,
     show,
 )
@@ -136,7 +136,7 @@ def _check_inputs(
     if feature_map == "taylor2" and q.shape[-1] > MAX_TAYLOR_HEAD_DIM:
         rule = f"must have a head dimension of 1 to {MAX_TAYLOR_HEAD_DIM} with 'taylor2'"
         fail(op, "q", rule, q.shape[-1])
-    check(math.isfinite(scale), op, "scale", "must be finite", scale)
+    check_scale(op, scale)
     if log_decay is not None:
         heads = q.shape[-2]
         token = tuple(q.shape[:-1])

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from .._autocast import Autocast
-from .._check import as_int, as_number, check, check_bool, check_qkv, check_tensor, check_text, fail
+from .._check import (
+    as_int,
+    as_number,
+    check,
+    check_bool,
+    check_qkv,
+    check_scale,
+    check_tensor,
+    check_text,
+    fail,
+)
 from .._dispatch import call
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
@@ -157,7 +167,7 @@ def _check(
     check_lse(OP, lse, q)
     if lse is not None:
         check(gumbel_tau == 0, OP, "lse", "goes without gumbel_tau", lse.shape)
-    check(math.isfinite(scale), OP, "scale", "must be finite", scale)
+    check_scale(OP, scale)
     rule = "must be 'sum', 'mean' or 'visible_mean'"
     check(reduce in REDUCTIONS, OP, "reduce", rule, reduce)
     if window_queries is not None:

@@ -141,7 +141,11 @@ MALFORMED = (
         "seed: must be 0 to 2^63 - 1; got -1",
         _negative_seed,
     ),
-    Malformed("scale", "scale: must be finite; got inf", lambda a, k: k.update(scale=float("inf"))),
+    Malformed(
+        "scale",
+        "scale: must be at most 2^127 in size; got inf",
+        lambda a, k: k.update(scale=float("inf")),
+    ),
     Malformed(
         "reduce",
         "reduce: must be 'sum', 'mean' or 'visible_mean'; got 'max'",

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .._autocast import Autocast
-from .._check import as_int, check, check_bool, check_qkv, check_tensor, check_text, fail
+from .._check import (
+    as_int,
+    check,
+    check_bool,
+    check_qkv,
+    check_scale,
+    check_tensor,
+    check_text,
+    fail,
+)
 from .._dispatch import call
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
@@ -129,7 +137,7 @@ def _check(
 ) -> None:
     check_qkv(OP, q, k, k, 4, float64)
     check_lse(OP, lse, q)
-    check(math.isfinite(scale), OP, "scale", "must be finite", scale)
+    check_scale(OP, scale)
     rule = "must be 'none', 'sum', 'mean', 'max' or 'argmax'"
     check(reduce in REDUCTIONS, OP, "reduce", rule, reduce)
     if not 0 <= skip <= k.shape[1]:

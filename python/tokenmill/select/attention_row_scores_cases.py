@@ -76,7 +76,7 @@ MALFORMED = (
     Malformed("lse shape", "lse: must have shape [2, 3, 1]; got [2, 3]", _with_lse((2, 3))),
     Malformed(
         "scale",
-        "scale: must be finite; got nan",
+        "scale: must be at most 2^127 in size; got nan",
         lambda a, k: k.update(scale=float("nan")),
     ),
     Malformed(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from .._check import (
     check_dtype_of,
     check_head_dim,
     check_last_contiguous,
+    check_scale,
     check_tensor,
     check_text,
     fail,
@@ -234,7 +234,7 @@ def _check(
         check(block_q == 1, OP, "block_q", "must be 1 with q_reduce 'none'", block_q)
     rule = "must be 'none', 'group_max', 'group_mean' or 'softmax_vote'"
     check(head_reduce in HEAD_REDUCES, OP, "head_reduce", rule, head_reduce)
-    check(math.isfinite(scale), OP, "scale", "must be finite", scale)
+    check_scale(OP, scale)
     check(num_sink >= 0, OP, "num_sink", "must not be negative", num_sink)
     check(num_recent >= 0, OP, "num_recent", "must not be negative", num_recent)
     check_per_request(OP, "seqlens_k", seqlens_k, batch, "k", k)

@@ -259,7 +259,7 @@ MALFORMED = (
         "head_reduce: must be 'none', 'group_max', 'group_mean' or 'softmax_vote'; got 'max'",
         _set(head_reduce="max"),
     ),
-    Malformed("scale", "scale: must be finite; got inf", _set(scale=float("inf"))),
+    Malformed("scale", "scale: must be at most 2^127 in size; got inf", _set(scale=float("inf"))),
     Malformed("num_sink", "num_sink: must not be negative; got -1", _set(num_sink=-1)),
     Malformed("num_recent", "num_recent: must not be negative; got -2", _set(num_recent=-2)),
     Malformed(

@@ -10,12 +10,20 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .._autocast import Autocast
-from .._check import as_int, check, check_bool, check_device_of_q, check_qkv, check_tensor, fail
+from .._check import (
+    as_int,
+    check,
+    check_bool,
+    check_device_of_q,
+    check_qkv,
+    check_scale,
+    check_tensor,
+    fail,
+)
 from .._dispatch import call
 from .._flops import known
 from .._kv_cache import check_int32
 from .._lowering import scale_or_default
-from ..dense.terms import check_scale
 from ..reference.sparse import bilevel_routing_attention as reference
 from ..registry import OpSpec, Sharding, register_op
 from .gradients import register_pair
@@ -291,7 +299,7 @@ def _check(
 ) -> None:
     check_qkv(OP, q, k, v, 5, float64)
     _check_regions(q, k, region_y, region_x, key_region_y, key_region_x)
-    check_scale(OP, scale, 0.0)
+    check_scale(OP, scale)
     regions = -(-q.shape[1] // region_y) * -(-q.shape[2] // region_x)
     shape, fits = _fits(indices, q, k, regions)
     check_list(OP, indices, counts, shape, fits, "q", q)

@@ -123,7 +123,9 @@ MALFORMED = (
         "key_region_x: must make as many regions of k along X as there are of q, 5; got 4",
         _of_narrow_keys,
     ),
-    Malformed("scale", "scale: must be finite; got inf", set_options(scale=float("inf"))),
+    Malformed(
+        "scale", "scale: must be at most 2^127 in size; got inf", set_options(scale=float("inf"))
+    ),
     Malformed(
         "nothing to route by",
         "topk: must be given, or region_graph; got None",

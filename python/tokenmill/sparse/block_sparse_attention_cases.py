@@ -305,7 +305,9 @@ MALFORMED = (
         "num_recent: goes with causal alone; got 4",
         set_options(num_recent=4),
     ),
-    Malformed("scale", "scale: must be finite; got inf", set_options(scale=float("inf"))),
+    Malformed(
+        "scale", "scale: must be at most 2^127 in size; got inf", set_options(scale=float("inf"))
+    ),
     Malformed(
         "rank of lists",
         "indices: must have shape [2, heads, 5, K] with 1, 2 or 4 heads; got [2, 5, 3]",

@@ -19,7 +19,7 @@ from .._check import (
 from .._kv_cache import MAX_CACHE_DIM, MAX_CACHE_VALUE_DIM
 from .._library import record_of
 from .._written import check_out
-from ..dense.terms import check_scale, check_sink
+from ..dense.terms import check_scale_and_cap, check_sink
 from ..select.rules import (
     check_block_table,
     check_block_table_values,
@@ -51,7 +51,7 @@ def check_block_sparse(*lowered: Any, float64: bool = False, op: str = OP) -> No
         check(number >= 0, op, name, "must not be negative", number)
     alone = a.num_recent == 0 or a.causal
     check(alone, op, "num_recent", "goes with causal alone", a.num_recent)
-    check_scale(op, a.scale, a.softcap)
+    check_scale_and_cap(op, a.scale, a.softcap)
     shape = list_shape(a, batch)
     fits = a.indices.dim() == len(shape) + 1
     fits = fits and [*a.indices.shape[:-3], a.indices.shape[-2]] == [*shape[:-2], shape[-1]]

@@ -8,11 +8,10 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from .._autocast import Autocast
-from .._check import as_int, check, check_bool, check_qkv, check_tensor
+from .._check import as_int, check, check_bool, check_qkv, check_scale, check_tensor
 from .._dispatch import call
 from .._flops import band
 from .._lowering import scale_or_default
-from ..dense.terms import check_scale
 from ..reference.sparse import landmark_attention as reference
 from ..registry import OpSpec, Sharding, register_op
 from .gradients import register_pair
@@ -130,7 +129,7 @@ def _check(
     check_block(OP, block)
     check_qkv(OP, q, k, v, 4, float64)
     check(k.shape[1] == q.shape[1], OP, "k", f"must have the length of q, {q.shape[1]}", k.shape[1])
-    check_scale(OP, scale, 0.0)
+    check_scale(OP, scale)
 
 
 def flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> float:

@@ -70,5 +70,7 @@ MALFORMED = (
     Malformed(
         "lengths", "k: must have the length of q, 69; got 70", set_argument(0, lambda q: q[:, 1:])
     ),
-    Malformed("scale", "scale: must be finite; got inf", set_options(scale=float("inf"))),
+    Malformed(
+        "scale", "scale: must be at most 2^127 in size; got inf", set_options(scale=float("inf"))
+    ),
 )

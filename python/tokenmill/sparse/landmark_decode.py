@@ -14,6 +14,7 @@ from .._check import (
     check_bool,
     check_dtype_of,
     check_head_dim,
+    check_scale,
     check_tensor,
     reads_values,
 )
@@ -21,7 +22,6 @@ from .._kv_cache import capacity, check_cache, check_lengths, check_lengths_valu
 from .._lowering import scale_or_default
 from ..dense.attention import attention
 from ..dense.merge_attention_states import merge_attention_states
-from ..dense.terms import check_scale
 from ..select.kv_block_scores import kv_block_scores
 from ..select.topk_select import topk_select
 from .landmark_attention import check_block
@@ -102,7 +102,7 @@ def landmark_decode(
     check(q.shape[1] == 1, OP, "q", "must have 1 token", q.shape[1])
     factor = scale_or_default(OP, scale, q)
     if scale is not None:
-        check_scale(OP, factor, 0.0)
+        check_scale(OP, factor)
     check_lengths(OP, q, q.shape[0], seqlens_k, block_table)
     if topk is not None:
         topk = as_int(OP, "topk", topk)

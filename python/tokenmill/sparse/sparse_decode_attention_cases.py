@@ -238,7 +238,9 @@ MALFORMED = (
     Malformed(
         "dtype of scales", "k_scale: must be float32; got float16", _scaled(torch.ones(2).half())
     ),
-    Malformed("scale", "scale: must be finite; got nan", set_options(scale=float("nan"))),
+    Malformed(
+        "scale", "scale: must be at most 2^127 in size; got nan", set_options(scale=float("nan"))
+    ),
     Malformed(
         "block", "block_k: must be a power of two up to 128; got 12", set_options(block_k=12)
     ),

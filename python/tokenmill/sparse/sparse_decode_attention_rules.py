@@ -27,7 +27,7 @@ from .._kv_cache import (
 from .._library import record_of
 from .._written import check_out
 from ..dense.attention_decode_rules import MAX_SPLITS
-from ..dense.terms import check_scale, check_small, check_terms
+from ..dense.terms import check_scale_and_cap, check_small, check_terms
 from .rules import check_block
 
 OP = "sparse_decode_attention"
@@ -38,7 +38,7 @@ def check_sparse_decode(*lowered: Any, float64: bool = False, op: str = OP) -> N
     a = Arguments(*lowered)
     q, k_cache = a.q, a.k_cache
     check_cache(op, q, k_cache, a.v_cache, a.block_table is not None, float64)
-    check_scale(op, a.scale, a.softcap)
+    check_scale_and_cap(op, a.scale, a.softcap)
     check_block(op, "block_k", a.block_k)
     for name, number in (("num_sink", a.num_sink), ("num_recent", a.num_recent)):
         check(number >= 0, op, name, "must not be negative", number)
