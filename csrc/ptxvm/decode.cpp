@@ -1,5 +1,6 @@
 // From statements to instructions: operands get values, labels get targets, calls are inlined.
 #include <algorithm>
+#include <new>
 #include <unordered_set>
 
 #include "ptxvm/decode_state.h"
@@ -46,10 +47,16 @@ const Variable* Decoder::State::find_variable(const std::string& name) const {
 
 namespace {
 
+// A place behind `top`. limit_of bounds a variable, so that sums of two stay within 32 bits.
 uint32_t allocate(uint32_t& top, const Variable& variable) {
   const uint32_t alignment = std::max(variable.alignment, 1u);
   const uint32_t offset = (top + alignment - 1) / alignment * alignment;
-  top = offset + static_cast<uint32_t>(variable.bytes);
+  const uint64_t most = limit_of(variable.space), end = offset + variable.bytes;
+  if (end > most)
+    throw Fault("PTX, line " + std::to_string(variable.line) + ": " + variable.name + " and " +
+                "those before it must have at most " + std::to_string(most) + " bytes; got " +
+                std::to_string(end));
+  top = static_cast<uint32_t>(end);
   return offset;
 }
 
@@ -381,6 +388,9 @@ void decode(Kernel& kernel) {
   kernel.device = &device();
   try {
     decode_into(kernel);
+  } catch (const std::bad_alloc&) {
+    kernel.code.clear();
+    throw Fault(kernel.name + ": no memory for its instructions");
   } catch (...) {
     kernel.code.clear();
     throw;

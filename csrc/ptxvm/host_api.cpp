@@ -35,7 +35,7 @@ void set_option(const std::string& name, const std::string& value) {
   } else if (name == "approximate") {
     if (value != "-1" && value != "0" && value != "1")
       throw Fault("ptxvm_configure: approximate: must be -1, 0 or 1; got " + value);
-    options.approximate = std::atoi(value.c_str());
+    options.approximate = value == "-1" ? -1 : value == "1";
   } else if (name == "mma") {
     if (value != "exact" && value != "hardware")
       throw Fault("ptxvm_configure: mma: must be exact or hardware; got " + value);

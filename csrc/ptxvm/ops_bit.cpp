@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "ptxvm/ops_arithmetic.h"
+#include "ptxvm/parse.h"
 
 namespace ptxvm {
 namespace {
@@ -257,13 +258,8 @@ void decode_logic(Decoder& decoder, const Statement& statement, Instruction& in)
 }
 
 uint32_t table_of(Decoder& decoder, const std::string& operand) {
-  size_t used = 0;
-  unsigned long value = 256;
-  try {
-    value = std::stoul(operand, &used, 0);
-  } catch (const std::exception&) {
-  }
-  if (used != operand.size() || value > 255)
+  uint64_t value = 0;
+  if (!parse_count(operand, 255, value))
     decoder.fail("the table must be a number from 0 to 255, got '" + operand + "'");
   return static_cast<uint32_t>(value);
 }

@@ -181,12 +181,9 @@ void decode_mma(Decoder& decoder, const Statement& statement, Instruction& in) {
       !depth_of(parts[3]) || parts[4] != "row" || parts[5] != "col")
     decoder.fail("unknown form of mma");
   const size_t n = parts.size();
-  const Shape shape{std::stoi(parts[3].substr(6)),
-                    operand_bits(parts[n - 3]),
-                    parts[n - 4],
-                    parts[n - 3],
-                    parts[n - 2],
-                    parts[n - 1],
+  const Shape shape{depth_of(parts[3]), operand_bits(parts[n - 3]),
+                    parts[n - 4],       parts[n - 3],
+                    parts[n - 2],       parts[n - 1],
                     saturates};
   in.run = operand_bits(shape.b) == shape.bits && shape.bits ? pick(shape) : nullptr;
   if (!in.run) decoder.fail("no mma of this shape and these types");

@@ -2,17 +2,26 @@
 #include "ptxvm/parse.h"
 
 #include <algorithm>
+#include <bit>
 #include <cctype>
-#include <cstdlib>
 
 #include "ptxvm/decode.h"
 
 namespace ptxvm {
 namespace {
 
+constexpr uint64_t kMostParameters = 32764;  // bytes of a kernel's (PTX ISA 8.1)
+constexpr uint64_t kMostAlignment = 1 << 16;
+constexpr uint64_t kMostRegisters = 1 << 20;  // that one declaration names
+
 bool is_blank(char c) { return std::isspace(static_cast<unsigned char>(c)); }
 bool is_name(char c) {
   return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%';
+}
+
+bool is_identifier(const std::string& text) {
+  return !text.empty() && !std::isdigit(static_cast<unsigned char>(text[0])) &&
+         std::all_of(text.begin(), text.end(), is_name);
 }
 
 std::string collapse_blanks(const std::string& text) {
@@ -134,6 +143,14 @@ class Parser {
     }
   }
 
+  uint32_t alignment_of(size_t begin, const std::string& text) {
+    uint64_t value = 0;
+    if (!parse_count(text, kMostAlignment, value) || !std::has_single_bit(value))
+      fail(begin, "an alignment must be a power of two, at most " + std::to_string(kMostAlignment) +
+                      "; got '" + text + "'");
+    return static_cast<uint32_t>(value);
+  }
+
   // ".visible .global .align 8 .b8 name[4] = {1, 2, 3, 4}, other" of [begin, end).
   std::vector<Variable> parse_variables(size_t begin, size_t end) {
     std::vector<Variable> variables;
@@ -145,7 +162,7 @@ class Parser {
     for (skip_blanks(); text_[at_] == '.'; skip_blanks()) {
       const std::string directive = word();
       if (directive == ".align") {
-        alignment = static_cast<uint32_t>(std::stoul(word()));
+        alignment = alignment_of(begin, word());
       } else if (directive == ".attribute") {
         until(")");
         ++at_;
@@ -170,7 +187,8 @@ class Parser {
     }
     if (bits < 8) fail(begin, "a variable needs a type of 8 bits or more");
     common.element_bytes = static_cast<uint32_t>(bits / 8);
-    common.alignment = std::max(alignment, common.element_bytes * static_cast<uint32_t>(vector));
+    if (at_ > end) fail(begin, "no ';' follows");
+    common.alignment = common.element_bytes * static_cast<uint32_t>(vector);
     if (alignment) common.alignment = alignment;
     for (const std::string& declaration : split_list(text_.substr(at_, end - at_))) {
       Variable variable = common;
@@ -179,18 +197,11 @@ class Parser {
       const std::string declared = trim(declaration.substr(0, equals));
       const size_t bracket = declared.find('[');
       variable.name = trim(declared.substr(0, bracket));
-      if (variable.name.empty()) fail(begin, "a variable without a name");
-      uint64_t count = static_cast<uint64_t>(vector);
-      for (size_t i = bracket; i != std::string::npos; i = declared.find('[', i + 1)) {
-        uint64_t extent = 0;
-        const std::string inside = trim(declared.substr(i + 1, declared.find(']', i) - i - 1));
-        if (inside.empty())
-          extent = variable.initial.empty() ? 0 : split_list(variable.initial.substr(1)).size();
-        else if (!parse_literal(inside, 64, extent))
-          fail(begin, "the extent '" + inside + "' is no number");
-        count *= extent;
-      }
-      variable.bytes = count * common.element_bytes;
+      if (!is_identifier(variable.name)) fail(begin, "a variable without a name");
+      const auto bytes = common.element_bytes * static_cast<uint32_t>(vector);
+      const std::string extents = bracket == std::string::npos ? "" : declared.substr(bracket);
+      if (const std::string rule = give_size(variable, bytes, extents); !rule.empty())
+        fail(begin, variable.name + " must have " + rule);
       variables.push_back(variable);
     }
     at_ = end;
@@ -198,7 +209,7 @@ class Parser {
   }
 
   // "(.param .u64 .ptr .global .align 1 name, ...)"
-  std::vector<Parameter> parse_parameters(uint32_t* total) {
+  std::vector<Parameter> parse_parameters(uint64_t most, uint32_t* total) {
     std::vector<Parameter> parameters;
     expect('(');
     const size_t begin = at_;
@@ -219,7 +230,7 @@ class Parser {
       };
       for (std::string part = next(); !part.empty(); part = next()) {
         if (part == ".align") {
-          const auto value = static_cast<uint32_t>(std::stoul(next()));
+          const uint32_t value = alignment_of(begin, next());
           if (!pointer) alignment = value;  // after .ptr it is that of what is pointed to
         } else if (part == ".ptr") {
           pointer = true;
@@ -238,14 +249,25 @@ class Parser {
       parameter.name = declared.substr(0, bracket);
       parameter.alignment = alignment ? alignment : bytes;
       parameter.bytes = bytes;
+      if (!is_identifier(parameter.name) || !bytes) fail(begin, "a parameter without name or type");
       if (bracket != std::string::npos) {
-        parameter.count = static_cast<uint32_t>(std::strtoul(&declared[bracket + 1], nullptr, 0));
+        const std::string extent = declared.substr(bracket);
+        uint64_t count = 0;
+        if (extent.find_first_not_of("0123456789", 1) != extent.size() - 1 ||
+            extent.back() != ']' ||
+            !parse_count(extent.substr(1, extent.size() - 2), most / bytes, count) || !count)
+          fail(begin, "parameter " + parameter.name +
+                          ": the number of elements must be from 1 to " +
+                          std::to_string(most / bytes) + "; got '" + extent + "'");
+        parameter.count = static_cast<uint32_t>(count);
         parameter.bytes *= parameter.count;
       }
-      if (parameter.name.empty() || !bytes) fail(begin, "a parameter without name or type");
       offset = round_up(offset, parameter.alignment);
       parameter.offset = offset;
       offset += parameter.bytes;
+      if (offset > most)
+        fail(begin, "parameters must have at most " + std::to_string(most) + " bytes; got " +
+                        std::to_string(offset) + " up to " + parameter.name);
       parameters.push_back(parameter);
     }
     if (total) *total = offset;
@@ -256,11 +278,14 @@ class Parser {
     auto function = std::make_unique<Function>();
     function->line = line_of(begin);
     skip_blanks();
-    if (text_[at_] == '(') function->results = parse_parameters(nullptr);
+    const uint64_t most = entry ? kMostParameters : limit_of(Space::local);
+    if (text_[at_] == '(') function->results = parse_parameters(most, nullptr);
     function->name = word();
+    if (!is_identifier(function->name)) fail(begin, "a function without a name");
     place_ = function->name;
     skip_blanks();
-    if (text_[at_] == '(') function->parameters = parse_parameters(&function->parameter_bytes);
+    if (text_[at_] == '(')
+      function->parameters = parse_parameters(most, &function->parameter_bytes);
     parse_attributes(*function);
     if (text_[at_] == '{') {
       function->body = at_;
@@ -297,7 +322,8 @@ class Parser {
         int count = 0;
         do {
           uint64_t value = 0;
-          if (count == 3 || !parse_literal(word(), 32, value)) fail(begin, "expected numbers");
+          if (count == 3 || !parse_count(word(), UINT32_MAX, value))
+            fail(begin, "expected numbers");
           values[count++] = static_cast<uint32_t>(value);
           skip_blanks();
         } while (text_[at_] == ',' && ++at_);
@@ -305,7 +331,11 @@ class Parser {
       uint32_t values[3] = {1, 1, 1};
       if (attribute == ".maxntid" || attribute == ".reqntid") {
         numbers(values);
-        function.max_threads = values[0] * values[1] * values[2];
+        uint32_t threads = 0;
+        if (__builtin_mul_overflow(values[0], values[1], &threads) ||
+            __builtin_mul_overflow(threads, values[2], &threads))
+          fail(begin, "the number of threads must have 32 bits");
+        function.max_threads = threads;
         if (attribute == ".reqntid") std::copy_n(values, 3, function.required);
       } else if (attribute == ".reqnctapercluster") {
         numbers(values);
@@ -341,9 +371,13 @@ class Parser {
           scope.registers[name] = bits;
           continue;
         }
-        const unsigned long count = std::strtoul(&name[angle + 1], nullptr, 10);
+        const std::string number = name.substr(angle + 1, name.size() - angle - 2);
+        uint64_t count = 0;
+        if (name.back() != '>' || !parse_count(number, kMostRegisters, count))
+          fail(begin, "the number of registers must be at most " + std::to_string(kMostRegisters) +
+                          "; got '" + name + "'");
         const std::string stem = name.substr(0, angle);
-        for (unsigned long i = 0; i < count; ++i) scope.registers[stem + std::to_string(i)] = bits;
+        for (uint64_t i = 0; i < count; ++i) scope.registers[stem + std::to_string(i)] = bits;
       }
     } else if (directive == ".shared" || directive == ".local" || directive == ".param" ||
                directive == ".extern") {
@@ -367,6 +401,7 @@ class Parser {
       statement.guard_negated = text[1] == '!';
       statement.guard =
           text.substr(1 + statement.guard_negated, blank - 1 - statement.guard_negated);
+      if (statement.guard.empty()) fail(begin, "a guard without a register");
       text = trim(text.substr(blank));
     }
     statement.text = text;

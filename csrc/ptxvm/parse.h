@@ -58,7 +58,7 @@ struct Module {
   std::unordered_map<std::string, Variable> variables;
   std::map<std::string, std::unique_ptr<Function>> functions;  // kernels among them
   std::map<std::string, std::unique_ptr<Kernel>> kernels;
-  std::vector<std::unique_ptr<char[]>> memory;
+  std::vector<std::unique_ptr<void, void (*)(void*)>> memory;
 
   Module() = default;
   Module(const Module&) = delete;
@@ -77,8 +77,18 @@ bool function_address(const Module&, const std::string& name, uint64_t& address)
 // Registers the variables of a module as memory that kernels may touch.
 void register_variables(const Module&);
 
+// Bytes that variables of a space have at most.
+uint64_t limit_of(Space);
+
+// Sets the bytes of a variable of `bytes` an element and of extents "[2][3]", of which an empty one
+// is as long as the initial values. What the variable must have instead, or nothing.
+std::string give_size(Variable&, uint64_t bytes, const std::string& extents);
+
 // Value of an integer or floating-point literal in a field of `bits`; false if it is none.
 bool parse_literal(const std::string& text, int bits, uint64_t& value);
+
+// A whole number of 0 to `most`, without a sign; false if the text is none.
+bool parse_count(const std::string& text, uint64_t most, uint64_t& value);
 
 // A list at its top-level commas: those outside (), [] and {}. Parts are trimmed.
 std::vector<std::string> split_list(const std::string& text);

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 #include <cctype>
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -113,6 +114,12 @@ std::string source_of(const Module& module, uint32_t ptx_line) {
   return " (" + file->second.substr(begin) + ":" + std::to_string(next->line) + ")";
 }
 
+namespace {
+
+size_t hexadecimals(const char* text) { return std::strspn(text, "0123456789abcdefABCDEF"); }
+
+}  // namespace
+
 bool parse_literal(const std::string& text, int bits, uint64_t& value) {
   if (text.empty()) return false;
   if (text == "WARP_SZ") {
@@ -133,8 +140,8 @@ bool parse_literal(const std::string& text, int bits, uint64_t& value) {
       value = std::bit_cast<uint64_t>(real);
   };
   if (*digits == '0' && (kind == 'f' || kind == 'F') && !std::strchr(digits, '.')) {
-    const auto raw = static_cast<uint32_t>(std::strtoull(digits + 2, &end, 16));
-    if (end != digits + 10 || *end) return false;
+    if (hexadecimals(digits + 2) != 8 || digits[10]) return false;
+    const auto raw = static_cast<uint32_t>(std::strtoull(digits + 2, nullptr, 16));
     if (bits == 64)
       store_real(std::bit_cast<float>(raw));
     else
@@ -142,8 +149,8 @@ bool parse_literal(const std::string& text, int bits, uint64_t& value) {
     return true;
   }
   if (*digits == '0' && (kind == 'd' || kind == 'D') && !std::strchr(digits, '.')) {
-    const uint64_t raw = std::strtoull(digits + 2, &end, 16);
-    if (end != digits + 18 || *end) return false;
+    if (hexadecimals(digits + 2) != 16 || digits[18]) return false;
+    const uint64_t raw = std::strtoull(digits + 2, nullptr, 16);
     store_real(std::bit_cast<double>(raw));
     return true;
   }
@@ -152,14 +159,22 @@ bool parse_literal(const std::string& text, int bits, uint64_t& value) {
     store_real(std::strtod(digits, &end));
     return *end == 0;
   }
-  if (*digits == '0' && (kind == 'b' || kind == 'B'))
-    value = std::strtoull(digits + 2, &end, 2);
-  else
-    value = std::strtoull(digits, &end, 0);
+  const bool binary = *digits == '0' && (kind == 'b' || kind == 'B');
+  if (binary && digits[2] != '0' && digits[2] != '1') return false;
+  errno = 0;
+  value = std::strtoull(digits + 2 * binary, &end, binary ? 2 : 0);
+  if (errno) return false;  // more than 64 bits
   if (*end == 'U') ++end;
   if (*end) return false;
   if (negative) value = ~value + 1;
   return true;
+}
+
+bool parse_count(const std::string& text, uint64_t most, uint64_t& value) {
+  const bool hexadecimal = text.size() > 1 && (text[1] == 'x' || text[1] == 'X');
+  const bool whole = hexadecimal || text.find_first_of(".eEfFdD") == std::string::npos;
+  return whole && !text.empty() && std::isdigit(static_cast<unsigned char>(text[0])) &&
+         parse_literal(text, 64, value) && value <= most;
 }
 
 int bits_of_type(const std::string& suffix) {
@@ -173,7 +188,7 @@ int bits_of_type(const std::string& suffix) {
   int bits = 0;
   for (size_t i = 1; i < suffix.size(); ++i) {
     if (!std::isdigit(static_cast<unsigned char>(suffix[i]))) return 0;
-    bits = bits * 10 + (suffix[i] - '0');
+    bits = std::min(bits * 10 + (suffix[i] - '0'), 1000);
   }
   for (const int known : {1, 4, 8, 16, 32, 64, 128})
     if (bits == known) return bits;

@@ -1,5 +1,7 @@
 // Memory of the module: variables of .global and .const get host memory and their initial values.
 #include <algorithm>
+#include <cstdlib>
+#include <new>
 
 #include "ptxvm/check.h"
 #include "ptxvm/decode.h"
@@ -60,6 +62,38 @@ bool has_memory(const Variable& variable) {
 
 }  // namespace
 
+uint64_t limit_of(Space space) {
+  switch (space) {
+    case Space::global:
+    case Space::constant:
+      return uint64_t{1} << 40;  // more than any device has
+    case Space::shared:
+      return uint64_t{1} << kRankShift;
+    default:  // local memory of a thread, where arguments of calls lie too
+      return 512 << 10;
+  }
+}
+
+std::string give_size(Variable& variable, uint64_t bytes, const std::string& extents) {
+  const uint64_t most = limit_of(variable.space) / bytes;
+  uint64_t count = 1;
+  for (size_t at = 0; at < extents.size();) {
+    const size_t close = extents.find(']', at);
+    const std::string inside = trim(extents.substr(at + 1, close - at - 1));
+    uint64_t extent = 0;
+    const bool open = inside.empty() && close != std::string::npos;
+    if (open && !variable.initial.empty()) extent = split_list(variable.initial.substr(1)).size();
+    if (extents[at] != '[' || close == std::string::npos ||
+        (!open && !parse_count(inside, most, extent)) || (extent && count > most / extent))
+      return "extents in brackets, of at most " + std::to_string(most) + " elements; got '" +
+             extents + "'";
+    count *= extent;
+    at = std::min(extents.find_first_not_of(" \t\r\n", close + 1), extents.size());
+  }
+  variable.bytes = count * bytes;
+  return {};
+}
+
 bool function_address(const Module& module, const std::string& name, uint64_t& address) {
   const auto found = module.functions.find(name);
   if (found == module.functions.end()) return false;
@@ -71,7 +105,11 @@ void place_variables(Module& module) {
   for (auto& [name, variable] : module.variables) {
     if (!has_memory(variable)) continue;
     const uint64_t alignment = std::max<uint64_t>(variable.alignment, 16);
-    module.memory.push_back(std::make_unique<char[]>(variable.bytes + alignment));
+    // Zeros that cost nothing until something touches them.
+    module.memory.emplace_back(std::calloc(variable.bytes + alignment, 1), std::free);
+    if (!module.memory.back())
+      throw Fault("PTX, line " + std::to_string(variable.line) + ": no memory for the " +
+                  std::to_string(variable.bytes) + " bytes of " + name);
     const auto base = reinterpret_cast<uint64_t>(module.memory.back().get());
     variable.memory = reinterpret_cast<char*>((base + alignment - 1) / alignment * alignment);
   }
@@ -90,7 +128,7 @@ Module::~Module() {
     if (variable.memory && variable.bytes) unregister_memory(variable.memory);
 }
 
-std::unique_ptr<Module> load_module(const std::string& ptx) {
+std::unique_ptr<Module> load_module(const std::string& ptx) try {
   auto module = std::make_unique<Module>();
   read_source_lines(*module, ptx);
   module->text = blank_comments(ptx);
@@ -98,6 +136,8 @@ std::unique_ptr<Module> load_module(const std::string& ptx) {
   place_variables(*module);
   register_variables(*module);
   return module;
+} catch (const std::bad_alloc&) {
+  throw Fault("PTX: no memory for the module");
 }
 
 }  // namespace ptxvm

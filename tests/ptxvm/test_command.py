@@ -309,10 +309,10 @@ def test_the_program_of_the_guide(tmp_path, capfd):
 
 
 def test_arguments_as_text(tmp_path):
-    struct = arguments.Parameter("b8", "p", 4)
+    struct = arguments.Parameter("b8", "p", 4, 4)
     assert arguments.make("bytes:00ff1234", struct).tobytes() == bytes.fromhex("00ff1234")
-    assert arguments.make("0x10", arguments.Parameter("u32", "n")) == np.uint32(16)
-    assert arguments.make("-1", arguments.Parameter("s64", "n")).dtype == np.int64
+    assert arguments.make("0x10", arguments.Parameter("u32", "n", 0, 4)) == np.uint32(16)
+    assert arguments.make("-1", arguments.Parameter("s64", "n", 0, 8)).dtype == np.int64
     bits = arguments.make("bf16[2,2]=1.00390625", None)  # half of a unit: to even
     assert bits.shape == (2, 2) and set(bits.ravel().tolist()) == {0x3F80}
     assert np.isnan(arguments.readable(arguments.make("bf16[1]=nan", None), "bf16")).all()
@@ -338,6 +338,16 @@ def test_arguments_as_text(tmp_path):
     for bad in ("bytes:00", "bytes:xyz", "7"):
         with pytest.raises(arguments.BadArgument, match="4 bytes"):
             arguments.make(bad, struct)
+
+
+def test_parameters_have_the_size_that_the_machine_says():
+    text = ".entry k(.param .f16x2 pairs[2], .param .b128 wide, .param .align 4 .b8 s[3]) { ret; }"
+    kernel_ = arguments.Kernel.of("k", ptx.machine().load(text).parameters["k"])
+    given = [f"bytes:{'ab' * size}" for size in (8, 16, 3)]
+    assert [x.nbytes for x in arguments.for_kernel(kernel_, given)] == [8, 16, 3]
+    for i, bad in ((0, "7"), (1, "7"), (1, "b128=7"), (2, "bytes:00"), (2, "u32=1")):
+        with pytest.raises(arguments.BadArgument, match=rf"number {i} \(.* must (be|have)"):
+            arguments.for_kernel(kernel_, [*given[:i], bad, *given[i + 1 :]])
 
 
 def test_kernels_of_a_text():

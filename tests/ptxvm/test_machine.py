@@ -49,6 +49,12 @@ def store(body: str, declarations: str = "", *, count: int = 32, **launch: Any) 
         (" {", "line 3: {: the braces that open here are not closed"),
         (" bar.red.popc.u32 %r1, 0;", "expected 3 or 4 operands"),
         (" barrier.cta 0;", "one of .sync and .arrive is needed"),
+        (" @ mov.u32 %r1, %r2;", "a guard without a register"),
+        (" .reg .b32 %x<-1>;", "the number of registers must be at most 1048576; got '%x<-1>'"),
+        (
+            " .local .b8 a[300000]; .local .b8 b[300000]; mov.u64 %rd1, a; mov.u64 %rd1, b;",
+            "b and those before it must have at most 524288 bytes; got 600000",
+        ),
     ],
 )
 def test_bad_statements_are_named(text: str, report: str) -> None:
@@ -67,6 +73,36 @@ def test_bad_statements_are_named(text: str, report: str) -> None:
         (".entry e(.param .c32 a) { ret; }", r"e, line 2: .*unknown type or directive \.c32"),
         (".entry e() .frob 3 { ret; }", "unknown attribute of a function"),
         (".entry e() { ret; } .entry e() { ret; }", "a second definition of e"),
+        (".entry e() .maxntid 65536, 65536 { ret; }", "the number of threads must have 32 bits"),
+        (".entry () { ret; }", "a function without a name"),
+        (".entry e(.param .b32 3) { ret; }", "a parameter without name or type"),
+        (".entry e(.param .b8 a[32760], .param .u64 b) { ret; }", "at most 32764 bytes; got 32768"),
+        *(
+            (
+                f".entry e(.param .{kind} p{extent}) {{ ret; }}",
+                rf"e, line 2: .*parameter p: the number of elements must be from 1 to {most}; "
+                rf"got '{re.escape(extent)}'",
+            )
+            for kind, extent, most in (
+                *(
+                    ("b8", x, 32764)
+                    for x in ("[]", "[0]", "[-1]", "[4", "[32765]", "[0x4]", "[4]]")
+                ),
+                ("u64", "[536870913]", 4095),
+                ("u64", "[99999999999999999999]", 4095),
+            )
+        ),
+        *(
+            (text.replace("N", number), f"a power of two, at most 65536; got '{number.strip('-')}'")
+            for text in (".entry e(.param .align N .b8 p[4]) { ret; }", ".global .align N .b8 x;")
+            for number in ("0", "3", "x", "131072", "0f00000001")
+        ),
+        (".global .b8 x[-1];", r"x must have extents in brackets, .*; got '\[-1\]'"),
+        (".global .b8 x[4;", r"x must have extents in brackets, .*; got '\[4'"),
+        (".global .b64 x[1099511627776][16777216];", "at most 137438953472 elements"),
+        (".shared .b8 x[16777217];", "at most 16777216 elements"),
+        (".global .f32 x = 0f-1234567;", "'0f-1234567' is neither a number"),
+        (".global .b64 x = 18446744073709551616;", "is neither a number"),
     ],
 )
 def test_bad_declarations_are_named(text: str, report: str) -> None:

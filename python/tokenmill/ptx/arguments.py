@@ -32,7 +32,8 @@ ALIGNMENT = 256  # bytes
 class Parameter:
     type: str  # u64, f32, b8, ...
     name: str
-    count: int = 0  # elements of an array in the parameter itself, such as a struct; 0: a scalar
+    count: int  # elements of an array in the parameter itself, such as a struct; 0: a scalar
+    bytes: int
 
     def __str__(self) -> str:
         return f".{self.type} {self.name}" + (f"[{self.count}]" if self.count else "")
@@ -46,7 +47,7 @@ class Kernel:
     @classmethod
     def of(cls, name: str, parameters: Iterable[Mapping[str, Any]]) -> Kernel:
         """One of Module.parameters."""
-        return cls(name, tuple(Parameter(p["type"], p["name"], p["count"]) for p in parameters))
+        return cls(name, tuple(Parameter(**p) for p in parameters))
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(map(str, self.parameters))})"
@@ -73,9 +74,8 @@ def _dtype(name: str) -> Any:
 
 def _scalar(text: str, found: re.Match[str], parameter: Parameter | None) -> Any:
     kind = found["type"] or (parameter and parameter.type)
-    if parameter and parameter.count and not found["type"]:
-        size = parameter.count * TYPES[parameter.type].itemsize
-        return _filled(np.empty(1, f"V{size}"), parameter.type, found["value"])[0]
+    if parameter and not found["type"] and (parameter.count or parameter.type not in TYPES):
+        return _filled(np.empty(1, f"V{parameter.bytes}"), parameter.type, found["value"])[0]
     if not kind:
         raise BadArgument(f"must name its type (TYPE=VALUE); got '{text}'")
     return _filled(np.empty(1, _dtype(kind)), kind, found["value"])[0]
@@ -207,10 +207,7 @@ def for_kernel(kernel: Kernel, texts: list[str]) -> list[Any]:
 
 
 def _check_size(i: int, text: str, value: Any, parameter: Parameter) -> None:
-    element = TYPES.get(parameter.type)
-    if element is None:
-        return
-    size = element.itemsize * max(parameter.count, 1)
     given = 8 if isinstance(value, np.ndarray) else value.nbytes
-    if given != size:
-        raise BadArgument(f"number {i} ({parameter}) must have {size} bytes; got '{text}'")
+    if given != parameter.bytes:
+        rule = f"must have {parameter.bytes} bytes"
+        raise BadArgument(f"number {i} ({parameter}) {rule}; got '{text}'")
