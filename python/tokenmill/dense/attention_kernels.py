@@ -46,17 +46,17 @@ def cached_sm90_kernel(*lowered: Any) -> str:
     return f"csrc/dense/attention/kernel_sm90 and {few}"
 
 
-def _divides_keys(a: DecodeArguments) -> bool:
+def _divides_keys(a: Any) -> bool:
     """Kernels for a few rows, which divide the keys of a request, could answer."""
-    return a.cu_seqlens_q is None and (a.causal or a.window_right == 0)
+    return a.cu_seqlens_q is None and bool(a.causal or a.window_right == 0)
 
 
-def _has_few_rows(a: DecodeArguments) -> bool:
-    group = a.q.shape[-2] // a.k_cache.shape[2]
-    return _divides_keys(a) and group * a.q.shape[-3] <= DECODE_ROWS
+def _has_few_rows(a: Any) -> bool:
+    rows = a.q.shape[-2] // a.k_cache.shape[2] * a.q.shape[-3]  # of a KV head
+    return _divides_keys(a) and bool(rows <= DECODE_ROWS)
 
 
-def _unsupported_decode(a: DecodeArguments, out: Tensor | None) -> list[str]:
+def _unsupported_decode(a: Any, out: Tensor | None) -> list[str]:
     """The rules of the kernel for a few rows, where there are few."""
     rules = Rules()
     _check_cached_form(rules, a, DECODE_HEAD_DIMS)
@@ -66,7 +66,7 @@ def _unsupported_decode(a: DecodeArguments, out: Tensor | None) -> list[str]:
     return rules.broken
 
 
-def _unsupported_forward(a: DecodeArguments, out: Tensor | None) -> list[str]:
+def _unsupported_forward(a: Any, out: Tensor | None) -> list[str]:
     rules = Rules()
     check = rules.check
     _check_cached_form(rules, a, HEAD_DIMS)
@@ -118,7 +118,7 @@ def _check_form(rules: Rules, a: Any, keys: str, values: str, head_dims: tuple[i
         rules.check_layout(name, getattr(a, name))
 
 
-def _check_cached_form(rules: Rules, a: DecodeArguments, head_dims: tuple[int, ...]) -> None:
+def _check_cached_form(rules: Rules, a: Any, head_dims: tuple[int, ...]) -> None:
     check = rules.check
     _check_form(rules, a, "k_cache", "v_cache", head_dims)
     rule = f"must have the dtype of q, {a.q.dtype}"
