@@ -71,12 +71,12 @@ void decode_mov(Decoder& decoder, const Statement& statement, Instruction& in) {
   if (unpacking && packing) decoder.fail("one side must be a scalar");
   if (unpacking || packing) {
     const std::vector<std::string> elements = Decoder::elements(unpacking ? to : from);
-    const int element_bits = bits / static_cast<int>(elements.size());
     in.run = unpacking ? choose_vector<false>(bits, elements.size())
                        : choose_vector<true>(bits, elements.size());
     if (!in.run || type[0] != 'b')
       decoder.fail(std::to_string(elements.size()) + " elements of type ." + type +
                    " are not supported here");
+    const int element_bits = bits / static_cast<int>(elements.size());
     for (const std::string& element : elements) {
       const int declared = decoder.width(element);
       if (declared && declared != element_bits)

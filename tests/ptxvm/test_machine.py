@@ -50,6 +50,7 @@ def store(body: str, declarations: str = "", *, count: int = 32, **launch: Any) 
         (" bar.red.popc.u32 %r1, 0;", "expected 3 or 4 operands"),
         (" barrier.cta 0;", "one of .sync and .arrive is needed"),
         (" @ mov.u32 %r1, %r2;", "a guard without a register"),
+        (" mov.b32 {}, %r1;", "0 elements of type .b32 are not supported here"),
         (" .reg .b32 %x<-1>;", "the number of registers must be at most 1048576; got '%x<-1>'"),
         (
             " .local .b8 a[300000]; .local .b8 b[300000]; mov.u64 %rd1, a; mov.u64 %rd1, b;",
