@@ -428,29 +428,6 @@ void bulk_issued(Warp& warp, const Instruction& in, int lane, Block& target, uin
       [&](uint64_t where) -> Region& { return shadow.regions[where >> Region::kShift]; });
 }
 
-void bulk_landed(Block& target, uint32_t offset, uint32_t bytes, bool reduces, uint32_t segment) {
-  if (!target.shadow) return;
-  SharedShadow& shadow = *target.shadow;
-  ++shadow.writes;
-  for (uint32_t at = offset; at < offset + bytes;) {
-    Region& region = shadow.regions[at >> Region::kShift];
-    Cell* cell = region.at(at, 1u << region.shift);
-    const uint32_t end = std::min((at | (Region::kBytes - 1)) + 1, offset + bytes);
-    for (; at < end; at += 1u << region.shift, ++cell) {
-      const uint32_t unit = at / 16;
-      // Where a cell is smaller than 16 bytes its first one counts.
-      if (reduces && at % 16 == 0 && --shadow.reductions[unit] > 0) {
-        const uint32_t skip = 16 >> region.shift;
-        cell += skip - 1;
-        at += 16 - (1u << region.shift);
-        continue;
-      }
-      cell->wrote = segment;
-      cell->write_info &= ~kInFlight;
-    }
-  }
-}
-
 void bulk_read(Warp& warp, const Instruction& in, int lane, uint64_t offset, uint32_t bytes,
                uint32_t segment) {
   if (!warp.block->shadow) return;
@@ -480,17 +457,40 @@ void bulk_global(Warp& warp, const Instruction& in, int lane, uint64_t address, 
     touch_range<false>(look, address, address, bytes, segment, region);
 }
 
+// Most cells are as the one before: written by the same, and read by the same or by nobody.
 void operand_read(Warp& warp, const Instruction& in, const uint64_t* offsets, uint32_t count,
-                  uint32_t segment) {
+                  uint32_t segment, const uint64_t* b) {
   SharedShadow& shadow = *warp.block->shadow;
   const Look look{warp, in, 0, warp.block, false, kAsyncShared, false, kCta, 0};
-  const uint32_t info = index_of(warp, in);
+  const uint32_t info = index_of(warp, in), reader_info = read_info(info, segment);
+  const Timeline& t = *warp.timeline;
+  ReadOperand found{&in, b ? *b : 0, segment, shadow.writes};
+  bool alike = b, known = false;
+  uint32_t wrote = 0, read = segment;  // what comes before the product, of writers if known
   for (uint32_t i = 0; i < count; ++i) {
     uint64_t where = offsets[i];
     Region& region = shadow.regions[where >> Region::kShift];
-    for (Cell* cell = region.at(where, 16); where < offsets[i] + 16; where += 1u << region.shift)
-      touch<false, true>(look, *cell++, where, 0, segment, info);
+    Cell* cell = region.at(where, 16);
+    const uint32_t size = 1u << region.shift;
+    for (; where < offsets[i] + 16; where += size, ++cell) {
+      if (known && cell->wrote == wrote && !(cell->write_info & kInFlight)) [[likely]] {
+        if (cell->read == segment) continue;
+        if (cell->read == read) {
+          cell->read = segment;
+          cell->read_info = reader_info;
+          continue;
+        }
+      }
+      const uint32_t before = cell->read;
+      touch<false, true>(look, *cell, where, 0, segment, info);
+      known = t.has_passed(cell->wrote, kAsyncShared);
+      wrote = cell->wrote;
+      if (t.has_passed(before, kAsyncShared)) read = before;
+      alike = alike && cell->read == segment && !(cell->write_info & kInFlight) &&
+              found.add_writer(wrote);
+    }
   }
+  if (b) shadow.operand(*b) = alike ? found : ReadOperand{};
 }
 
 }  // namespace ptxvm

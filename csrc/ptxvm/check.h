@@ -38,13 +38,11 @@ void bulk_read(Warp&, const Instruction&, int lane, uint64_t offset, uint32_t by
 // What it reads or writes of global memory.
 void bulk_global(Warp&, const Instruction&, int lane, uint64_t address, uint32_t bytes, bool writes,
                  bool reduces, uint32_t segment);
-// What wgmma reads of shared memory from its issue on, 16 bytes each; whether bytes hold values.
+// What wgmma reads of shared memory from its issue on, 16 bytes each; of B with its descriptor, for
+// the other warps of the warpgroup read the same. Whether one did, and this one would find no more.
+// Whether bytes hold values.
 void operand_read(Warp&, const Instruction&, const uint64_t* offsets, uint32_t count,
-                  uint32_t segment);
-// A warp has read those of B, of that descriptor; whether another warp of the warpgroup did,
-// and this one would find no more (shadow.cpp).
-void read_alike(Warp&, const Instruction&, uint64_t b, uint32_t segment, const uint64_t* offsets,
-                uint32_t count);
+                  uint32_t segment, const uint64_t* b);
 bool was_read_alike(Warp&, const Instruction&, uint64_t b, uint32_t segment);
 bool holds_values(const Block&, uint64_t offset, uint32_t bytes);
 

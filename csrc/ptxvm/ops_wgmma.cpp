@@ -231,29 +231,27 @@ uint64_t uniform(Warp& warp, const Instruction& in, uint32_t slot) {
   return values[0];
 }
 
-// Check mode: rows of core matrices, read from the issue on. Their number.
-uint32_t watch_matrix(Warp& warp, const Instruction& in, const Descriptor& matrix, uint32_t first,
-                      uint32_t rows, uint32_t segment, uint64_t* offsets) {
+// Check mode: rows of core matrices are read from the issue on. b: the descriptor, of B alone.
+void watch_matrix(Warp& warp, const Instruction& in, const Descriptor& matrix, uint32_t first,
+                  uint32_t rows, uint32_t segment, const uint64_t* b) {
+  uint64_t offsets[2 * 256];
   uint32_t count = 0;
   for (uint32_t row = 0; row < rows; ++row)
     for (uint32_t chunk = 0; chunk < 2; ++chunk) {
       const uint64_t offset = matrix.row_of_core(first + row / 8 * 8, chunk, row % 8);
       if (offset + 16 <= warp.block->shared_bytes) offsets[count++] = offset;
     }
-  operand_read(warp, in, offsets, count, segment);
-  return count;
+  operand_read(warp, in, offsets, count, segment, b);
 }
 
 void watch_operands(Warp& warp, const Instruction& in, const Product& product) {
   const uint32_t segment = product_segment(warp);
-  uint64_t offsets[2 * 256];
   if (!(in.flags & kRegisters))
     watch_matrix(warp, in, Descriptor(product.a, in.flags & kTransposeA), warp.index % 4 * 16, 16,
-                 segment, offsets);
+                 segment, nullptr);
   if (was_read_alike(warp, in, product.b, segment)) return;
-  const uint32_t count = watch_matrix(warp, in, Descriptor(product.b, in.flags & kTransposeB), 0,
-                                      Form(in).n, segment, offsets);
-  read_alike(warp, in, product.b, segment, offsets, count);
+  watch_matrix(warp, in, Descriptor(product.b, in.flags & kTransposeB), 0, Form(in).n, segment,
+               &product.b);
 }
 
 void run_product(Warp& warp, const Instruction& in, Mask mask) {

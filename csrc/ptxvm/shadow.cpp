@@ -104,24 +104,27 @@ void block_finished(Block& block) {
   spare_shadows.push_back(std::move(block.shadow));
 }
 
-void read_alike(Warp& warp, const Instruction& in, uint64_t b, uint32_t segment,
-                const uint64_t* offsets, uint32_t count) {
-  SharedShadow& shadow = *warp.block->shadow;
-  ReadOperand& operand = shadow.operand(b);
-  operand = {};
-  ReadOperand found{&in, b, segment, shadow.writes};
-  for (uint32_t i = 0; i < count; ++i) {
-    Region& region = shadow.regions[offsets[i] >> Region::kShift];
-    const Cell* cell = region.at(offsets[i], 16);
-    for (uint32_t n = 16 >> region.shift; n > 0; --n, ++cell) {
-      if (cell->read != segment || cell->write_info & kInFlight) return;
-      const auto end = found.writers.begin() + found.count;
-      if (std::find(found.writers.begin(), end, cell->wrote) != end) continue;
-      if (found.count == ReadOperand::kMostWriters) return;
-      found.writers[found.count++] = cell->wrote;
+void bulk_landed(Block& target, uint32_t offset, uint32_t bytes, bool reduces, uint32_t segment) {
+  if (!target.shadow) return;
+  SharedShadow& shadow = *target.shadow;
+  ++shadow.writes;
+  for (uint32_t at = offset; at < offset + bytes;) {
+    Region& region = shadow.regions[at >> Region::kShift];
+    Cell* cell = region.at(at, 1u << region.shift);
+    const uint32_t end = std::min((at | (Region::kBytes - 1)) + 1, offset + bytes);
+    for (; at < end; at += 1u << region.shift, ++cell) {
+      const uint32_t unit = at / 16;
+      // Where a cell is smaller than 16 bytes its first one counts.
+      if (reduces && at % 16 == 0 && --shadow.reductions[unit] > 0) {
+        const uint32_t skip = 16 >> region.shift;
+        cell += skip - 1;
+        at += 16 - (1u << region.shift);
+        continue;
+      }
+      cell->wrote = segment;
+      cell->write_info &= ~kInFlight;
     }
   }
-  operand = found;
 }
 
 bool was_read_alike(Warp& warp, const Instruction& in, uint64_t b, uint32_t segment) {

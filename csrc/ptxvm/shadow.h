@@ -2,6 +2,7 @@
 // and local memory hold values. Only memory_map.cpp, check.cpp, clocks.cpp, shadow.cpp and
 // synchronise.cpp see it; everybody else goes through check.h.
 #pragma once
+#include <algorithm>
 #include <array>
 #include <unordered_map>
 #include <vector>
@@ -57,6 +58,15 @@ struct ReadOperand {
   uint32_t segment = 0, writes = 0;  // SharedShadow::writes
   uint32_t count = 0;
   std::array<uint32_t, kMostWriters> writers{};
+
+  // False if it has no place left.
+  bool add_writer(uint32_t id) {
+    const auto end = writers.begin() + count;
+    if (std::find(writers.begin(), end, id) != end) return true;
+    if (count == kMostWriters) return false;
+    writers[count++] = id;
+    return true;
+  }
 };
 
 struct SharedShadow {
