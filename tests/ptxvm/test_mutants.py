@@ -6,10 +6,12 @@ Which of them survive, and why, is in docs/notebook/ptxvm.md.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from mutate import KINDS, Mutation, mutate
 from tier import full_only
 
 pytest.importorskip("tokenmill")
+import mutant_runner
+
 from tokenmill import _library
 
 if not _library.emulated_built():
@@ -102,6 +106,12 @@ def test_the_original_kernels_are_right_and_clean() -> None:
         [Mutation(kernel, "original", 0) for kernel in (*MERGE, ATTENTION, *OTHERS, *BACKWARD)]
     ):
         assert row["verdict"] == "survived", row
+
+
+def test_what_waits_without_the_processor_is_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mutant_runner, "CLOCK", 0.5)
+    waits = functools.partial(time.sleep, 60)
+    assert mutant_runner.in_child(_library.EMULATED_PATH, waits) == ("hang", "")
 
 
 @pytest.mark.parametrize("family", MUTATIONS)
