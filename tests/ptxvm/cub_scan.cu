@@ -1,4 +1,4 @@
-// Scans of CUB and, with SORT, a sum and a sort, unmodified: prints a line "what wrong" for each,
+// Scans of CUB and, with FULL, a sum and a sort, unmodified: prints a line "what wrong" for each,
 // or for those that the arguments name: the number of wrong elements. Blocks look back at what
 // earlier ones published: of numbers a flag and a value in one word, of pairs a value and then its
 // flag.
@@ -47,22 +47,28 @@ std::vector<T> run(const std::vector<T>& in, size_t outputs, const Call& call) {
   return out;
 }
 
-constexpr int kCount = 70000;  // more tiles than the 32 that a warp looks at at once
+// More tiles than the 32 that a warp looks at at once: 70000 pairs make them, and 300000 numbers.
+constexpr int kCount = 70000;
+#ifdef FULL
+constexpr int kNumbers = 300000;
+#else
+constexpr int kNumbers = kCount;
+#endif
 
 int scan(const std::vector<uint32_t>& numbers) {
   const auto out =
-      run(numbers, kCount, [](void* temporary, size_t& bytes, uint32_t* from, uint32_t* to) {
-        return cub::DeviceScan::InclusiveSum(temporary, bytes, from, to, kCount);
+      run(numbers, kNumbers, [](void* temporary, size_t& bytes, uint32_t* from, uint32_t* to) {
+        return cub::DeviceScan::InclusiveSum(temporary, bytes, from, to, kNumbers);
       });
   int wrong = 0;
   uint32_t sum = 0;
-  for (int i = 0; i < kCount; ++i) wrong += out[i] != (sum += numbers[i]);
+  for (int i = 0; i < kNumbers; ++i) wrong += out[i] != (sum += numbers[i]);
   return wrong;
 }
 
 int scan_of_pairs(const std::vector<uint32_t>& numbers) {
   std::vector<Pair> pairs;
-  for (const uint32_t x : numbers) pairs.push_back({x % 7, x % 3});
+  for (int i = 0; i < kCount; ++i) pairs.push_back({numbers[i] % 7, numbers[i] % 3});
   const auto out = run(pairs, kCount, [](void* temporary, size_t& bytes, Pair* from, Pair* to) {
     return cub::DeviceScan::ExclusiveScan(temporary, bytes, from, to, Add(), Pair{0, 0}, kCount);
   });
@@ -75,13 +81,13 @@ int scan_of_pairs(const std::vector<uint32_t>& numbers) {
   return wrong;
 }
 
-#ifdef SORT
+#ifdef FULL
 int sum(const std::vector<uint32_t>& numbers) {
   const auto out =
       run(numbers, 1, [](void* temporary, size_t& bytes, uint32_t* from, uint32_t* to) {
         return cub::DeviceReduce::Sum(temporary, bytes, from, to, kCount);
       });
-  return out[0] != std::accumulate(numbers.begin(), numbers.end(), 0u);
+  return out[0] != std::accumulate(numbers.begin(), numbers.begin() + kCount, 0u);
 }
 
 int sort(const std::vector<uint32_t>& numbers) {
@@ -89,7 +95,7 @@ int sort(const std::vector<uint32_t>& numbers) {
       run(numbers, kCount, [](void* temporary, size_t& bytes, uint32_t* from, uint32_t* to) {
         return cub::DeviceRadixSort::SortKeys(temporary, bytes, from, to, kCount);
       });
-  std::vector<uint32_t> wanted = numbers;
+  std::vector<uint32_t> wanted(numbers.begin(), numbers.begin() + kCount);
   std::sort(wanted.begin(), wanted.end());
   int wrong = 0;
   for (int i = 0; i < kCount; ++i) wrong += out[i] != wanted[i];
@@ -98,8 +104,8 @@ int sort(const std::vector<uint32_t>& numbers) {
 #endif
 
 int main(int count, char** names) {
-  std::vector<uint32_t> numbers(kCount);
-  for (int i = 0; i < kCount; ++i) numbers[i] = uint32_t(i) * 2654435761u;
+  std::vector<uint32_t> numbers(kNumbers);
+  for (int i = 0; i < kNumbers; ++i) numbers[i] = uint32_t(i) * 2654435761u;
   const auto tell = [&](const char* name, int (&wrong)(const std::vector<uint32_t>&)) {
     for (int i = 1; i < count || count == 1; ++i)
       if (count == 1 || !std::strcmp(names[i], name)) {
@@ -109,7 +115,7 @@ int main(int count, char** names) {
   };
   tell("scan", scan);
   tell("scan_of_pairs", scan_of_pairs);
-#ifdef SORT
+#ifdef FULL
   tell("sum", sum);
   tell("sort", sort);
 #endif
