@@ -88,7 +88,8 @@ def compile_kernel(
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": 4, "num_stages": 3}
+    # wgmma: a wait holds for all warps of one warpgroup, and not for those of another.
+    options = {"num_warps": 8 if capability == 90 else 4, "num_stages": 3}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -111,7 +112,11 @@ def main(folder: Path, capability: int) -> None:
         compiled = compile_kernel(function, signature, constants, capability)
         metadata = compiled.metadata
         (folder / f"{name}.ptx").write_text(compiled.asm["ptx"])
-        facts = {"name": metadata.name, "threads": 128, "shared": metadata.shared}
+        facts = {
+            "name": metadata.name,
+            "threads": 32 * metadata.num_warps,
+            "shared": metadata.shared,
+        }
         (folder / f"{name}.json").write_text(json.dumps(facts))
 
 
