@@ -1,8 +1,8 @@
 // A warp-specialised GEMM of CUTLASS for sm_90a (TMA, mbarrier pipelines, wgmma, a cluster of 2 x 1
 // blocks with multicast): prints a line "M N K wrong" per shape, the number of wrong elements.
 //
-// As it stands a block computes one tile of a b^T. With PINGPONG two warpgroups take turns at the
-// tiles of a block, of which one cluster has all, and add them to c.
+// It adds a b^T to c. As it stands a block has one tile. With PINGPONG two warpgroups take turns at
+// the tiles of a block, of which one cluster has all.
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 
 #include <array>
@@ -21,20 +21,18 @@ using Cluster = Shape<_2, _1, _1>;
 using BlockTile = Shape<_64, _64, _64>;
 using Schedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
 using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
-using Source = float;
-constexpr std::array<int, 3> kShapes[] = {{200, 200, 200}};
+// Three parts of k for two stages: a tile begins in either one, and in either phase.
+constexpr std::array<int, 3> kShapes[] = {{200, 200, 136}};
 #else
 using BlockTile = Shape<_128, _64, _64>;
-using Schedule = cutlass::gemm::KernelTmaWarpSpecialized;
-using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
-using Source = void;
-constexpr std::array<int, 3> kShapes[] = {{256, 64, 64}, {200, 72, 200}};
+using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
+constexpr std::array<int, 3> kShapes[] = {{256, 64, 64}, {200, 264, 136}};
 #endif
-constexpr bool kAdds = !std::is_void_v<Source>;
-constexpr int kMultiprocessors = kAdds ? 2 : 0;  // 0: those of the device
+constexpr int kMultiprocessors = 2;
 using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, BlockTile, Cluster,
-    cutlass::epilogue::collective::EpilogueTileAuto, float, float, Source, RowMajor, 4, float,
+    cutlass::epilogue::collective::EpilogueTileAuto, float, float, float, RowMajor, 4, float,
     RowMajor, 4, EpilogueSchedule>::CollectiveOp;
 using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Half, RowMajor, 8, Half, ColumnMajor, 8,
@@ -46,12 +44,12 @@ int wrong(int m, int n, int k) {
   const auto stride_a = cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, {m, k, 1});
   const auto stride_b = cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, {n, k, 1});
   const auto stride_d = cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, {m, n, 1});
-  return count_wrong(m, n, k, kAdds, [&](Half* a, Half* b, float* c) {
+  return count_wrong(m, n, k, true, [&](Half* a, Half* b, float* c) {
     typename Gemm::Arguments arguments{
         cutlass::gemm::GemmUniversalMode::kGemm,
         {m, n, k, 1},
         {a, stride_a, b, stride_b},
-        {{1.0f, kAdds ? 1.0f : 0.0f}, kAdds ? c : nullptr, stride_d, c, stride_d},
+        {{1.0f, 1.0f}, c, stride_d, c, stride_d},
         {0, kMultiprocessors}};
     return Gemm().run(arguments);
   });
