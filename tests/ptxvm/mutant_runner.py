@@ -27,6 +27,7 @@ from mutate import Change, Mutation, mutate, sections
 import tokenmill as tm
 from tokenmill import _emulator, _library
 from tokenmill.dense.attention_decode_cases import decode_call
+from tokenmill.sparse.block_sparse_attention_cases import block_sparse_call
 
 Tensors = list[torch.Tensor]
 DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "f": torch.float32}
@@ -39,6 +40,14 @@ INF, NAN = torch.inf, torch.nan
 VALUES = {torch.float32: (NAN,) * 3} | dict.fromkeys(
     (torch.float16, torch.bfloat16), (INF, -INF, NAN)
 )
+
+
+def spoil(v: torch.Tensor, random: torch.Generator) -> None:
+    """Each column of the values [batch, keys, heads, columns] gets one that is infinite or NaN."""
+    batch, keys, heads, columns = v.shape
+    key = torch.randint(keys, (batch, 1, heads, columns), generator=random)
+    kind = torch.randint(3, key.shape, generator=random)
+    v.scatter_(1, key, torch.tensor(VALUES[v.dtype])[kind].to(v.dtype))
 
 
 def merge_case(dtype: torch.dtype, dim: int, parts: int, lses: bool) -> Callable[[str], Tensors]:
@@ -76,8 +85,7 @@ def attention_case(
     finite: bool = True,
     **options: Any,
 ) -> Callable[[str], Tensors]:
-    """Two query heads share one of keys; dims are those of keys and of values. If not finite, each
-    column of the values has one that is infinite or NaN."""
+    """Two query heads share one of keys; dims are those of keys and of values."""
     random = torch.Generator().manual_seed(queries + keys)
     q = torch.randn(2, queries, 4, dims[0], generator=random).to(dtype)
     k = torch.randn(2, keys, 2, dims[0], generator=random).to(dtype)
@@ -87,9 +95,7 @@ def attention_case(
     # The first keys matter least: a running maximum rises for long.
     k *= torch.linspace(0.1, 1, keys)[:, None, None].to(dtype)
     if not finite:  # a sum of rounded parts makes NaN of infinities in float32
-        key = torch.randint(keys, (2, 1, 2, dims[1]), generator=random)
-        kind = torch.randint(3, key.shape, generator=random)
-        v.scatter_(1, key, torch.tensor(VALUES[dtype])[kind].to(dtype))
+        spoil(v, random)
 
     def run(backend: str) -> Tensors:
         wide = backend == "reference"
@@ -146,19 +152,38 @@ def packed_attention_case(
     return run
 
 
-def call_case(op: str, make: Callable[..., Any]) -> Callable[[str], Tensors]:
-    """A call of an operator with the arguments of one of its samples."""
-    args, kwargs = make(torch.float32, torch.Generator().manual_seed(0))
+def call_case(
+    op: str,
+    make: Callable[..., Any],
+    dtype: torch.dtype = torch.float32,
+    gradients: bool = False,
+    finite: bool = True,
+) -> Callable[[str], Tensors]:
+    """A call of an operator with the arguments of one of its samples: its results, or gradients of
+    q, k and v."""
+    random = torch.Generator().manual_seed(0)
+    args, kwargs = make(dtype, random)
+    if not finite:
+        spoil(args[2], random)
 
     def run(backend: str) -> Tensors:
         def given(value: Any) -> Any:
             is_wide = backend == "reference" and isinstance(value, torch.Tensor)
             return value.double() if is_wide and value.is_floating_point() else value
 
+        inputs = [*map(given, args)]
+        if gradients:
+            inputs[:3] = (x.clone().requires_grad_() for x in inputs[:3])
         found = getattr(tm, op)(
-            *map(given, args), **{k: given(v) for k, v in kwargs.items()}, backend=backend
+            *inputs, **{k: given(v) for k, v in kwargs.items()}, backend=backend
         )
-        return list(found) if isinstance(found, tuple) else [found]
+        results = list(found) if isinstance(found, tuple) else [found]
+        if not gradients:
+            return results
+        again = torch.Generator().manual_seed(1)
+        dout = torch.randn(results[0].shape, generator=again).to(dtype)
+        results[0].backward(dout.to(results[0].dtype))
+        return [x.grad for x in inputs[:3]]
 
     return run
 
@@ -173,6 +198,38 @@ def recurrence_call(dtype: torch.dtype, g: torch.Generator) -> Any:
     q, k, v = (torch.randn(1, 700, 2, d, generator=g).to(dtype) for d in (12, 12, 20))
     decay = torch.tensor([-0.01, -0.2])
     return (q, k, v), {"log_decay": decay, "return_final_state": True}
+
+
+def chunks_call(s: int, heads: int, **options: Any) -> Callable[..., Any]:
+    """Chunks of linear attention, of 128 features and columns."""
+
+    def make(dtype: torch.dtype, g: torch.Generator) -> Any:
+        q, k, v = (torch.randn(1, s, heads, 128, generator=g).to(dtype) for _ in range(3))
+        state = torch.randn(1, heads, 128, 128, generator=g)
+        decay = torch.linspace(-0.2, -0.01, heads)
+        return (q, k, v), {"log_decay": decay, "initial_state": state} | options
+
+    return make
+
+
+def packed_chunks_call(dtype: torch.dtype, g: torch.Generator) -> Any:
+    """Sequences that end inside of a chunk."""
+    q, k, v = (torch.randn(400, 1, 128, generator=g).to(dtype) for _ in range(3))
+    return (q, k, v), {
+        "log_decay": torch.tensor([-0.1]),
+        "cu_seqlens": torch.tensor([0, 330, 400]).int(),
+    }
+
+
+# The forward has values that are not finite in the first one, a path of their own. Then stages are
+# filled again: with first keys, with those of a list, with the last ones; a warpgroup has no rows.
+# Then requests of two heads end inside of a tile.
+BLOCK_SPARSE_CALLS: tuple[dict[str, Any], ...] = (
+    {"sq": 128, "sk": 330, "causal": True, "num_recent": 70},
+    {"sq": 192, "sk": 640, "block_q": 128, "causal": True, "num_sink": 330, "num_recent": 70},
+    {"b": 2, "sq": 330, "sk": 330, "h": 2, "num_sink": 70}
+    | {"ends_q": (300, 400), "ends_k": (330, 500)},
+)
 
 
 CALLS = {
@@ -219,15 +276,34 @@ def cases(kernel: str) -> Iterator[Callable[[str], Tensors]]:
     elif found := re.search(f"attention_forward_sm90_kernel{element}i(\\d+)E", kernel):
         dtype, dim = DTYPES[found[1]], int(found[2])
         yield from on_sm90(
+            attention_case(dtype, 200, 1024, (dim, dim)),
             attention_case(dtype, 200, 640, (dim, dim), window=(500, 0)),
-            attention_case(dtype, 150, 222, (dim, dim), finite=False, causal=True),
+            attention_case(dtype, 150, 278, (dim, dim), finite=False, causal=True),
             packed_attention_case(dtype, PACKED[:7], dim),
         )
     elif found := re.search(f"attention_backward_sm90_kernel{element}i(\\d+)E", kernel):
         dtype, dim = DTYPES[found[1]], int(found[2])
         yield from on_sm90(
-            attention_case(dtype, 128, 256, (dim, dim), True),
+            attention_case(dtype, 384, 256, (dim, dim), True),
             attention_case(dtype, 200, 300, (dim, dim), True, window=(150, 40)),
+            packed_attention_case(dtype, PACKED[:7], dim, True),
+        )
+    elif found := re.search(f"block_sparse_(\\w+)_sm90_kernel{element}i(\\d+)E", kernel):
+        dtype, dim, op = DTYPES[found[2]], int(found[3]), "block_sparse_attention"
+        gradients = found[1] != "forward"
+        options = {"b": 1, "h": 1, "hk": 1, "lists": 1, "entries": 10, "d": dim, "dv": dim}
+        options |= {"block_q": 64, "block_k": 64}
+        short, *long = (block_sparse_call(**options | given) for given in BLOCK_SPARSE_CALLS)
+        yield from on_sm90(
+            call_case(op, short, dtype, gradients, finite=gradients),
+            *(call_case(op, call, dtype, gradients) for call in long),
+        )
+    elif found := re.search(f"recurrence_sm90_kernel{element}i128E", kernel):
+        dtype, op = DTYPES[found[1]], "linear_attention"
+        yield from on_sm90(
+            call_case(op, chunks_call(450, 2), dtype),
+            call_case(op, chunks_call(1000, 1), dtype),
+            call_case(op, packed_chunks_call, dtype),
         )
     elif found := re.search(f"attention_forward_kernel{element}i(\\d+)E", kernel):
         dtype, dim = DTYPES[found[1]], int(found[2])

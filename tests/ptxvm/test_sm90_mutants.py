@@ -11,6 +11,11 @@ from tokenmill import _library
 
 FORWARD = "attention_forward_sm90_kernelI6__halfLi64ELNS0_7WeightsE0"
 BACKWARD = "attention_backward_sm90_kernelI6__halfLi64ELNS0_7WeightsE0"
+SPARSE = "block_sparse_forward_sm90_kernelI6__halfLi64E"
+SPARSE_QUERIES = "block_sparse_queries_sm90_kernelI6__halfLi64E"  # of the backward
+SPARSE_KEYS = "block_sparse_keys_sm90_kernelI6__halfLi64E"
+RECURRENCE = "recurrence_sm90_kernelI6__halfLi128E"  # of linear attention
+KERNELS = (FORWARD, BACKWARD, SPARSE, SPARSE_QUERIES, SPARSE_KEYS, RECURRENCE)
 MULTIPROCESSORS = 2  # so that a block has several tiles
 KINDS = (
     "arrive dropped",
@@ -30,13 +35,17 @@ KINDS = (
 )
 # Faults that nothing can show, by kernel, kind and number of the place; the page says why.
 WITHOUT_EFFECT = {
-    (FORWARD, "products awaited late", 5),
-    (FORWARD, "products not awaited", 5),
-    *((FORWARD, "wait removed", number) for number in (1, 2)),
-    (BACKWARD, "phase", 1),
+    *((FORWARD, "products awaited behind the release", number) for number in (1, 3)),
+    (FORWARD, "barrier dropped", 5),
+    *((BACKWARD, "phase", number) for number in (1, 4)),
     *((BACKWARD, "proxy fence dropped", number) for number in (0, 1)),
-    *((BACKWARD, "products awaited late", number) for number in (2, 5)),
-    *((BACKWARD, "products not awaited", number) for number in (2, 5)),
+    (SPARSE, "arrivals", 1),
+    (SPARSE, "phase", 1),
+    (SPARSE, "products awaited behind the release", 2),
+    *((SPARSE, "barrier dropped", number) for number in (1, 3)),
+    (SPARSE_QUERIES, "wait removed", 3),
+    (SPARSE_QUERIES, "products awaited behind the release", 0),
+    (SPARSE_QUERIES, "barrier dropped", 1),
 }
 DAILY = [
     Mutation(FORWARD, "arrive dropped", 1, drawn=False),
@@ -50,7 +59,7 @@ def faults() -> list[Mutation]:
     """All of these kinds, in the text of the library."""
     texts = [text for _, text in sections(_library.EMULATED_PATH.read_bytes())]
     found = []
-    for kernel in (FORWARD, BACKWARD):
+    for kernel in KERNELS:
         text = next(text for text in texts if kernel in text)
         for kind in KINDS:
             count = len(places(text, kernel, kind))
@@ -71,5 +80,6 @@ def test_mutants_of_the_kernels_for_sm90_are_reported() -> None:
 
 @full_only
 def test_the_kernels_for_sm90_are_right_and_clean() -> None:
-    originals = [Mutation(kernel, "original", 0) for kernel in (FORWARD, BACKWARD)]
-    assert [row["verdict"] for row in run(originals, MULTIPROCESSORS)] == ["survived"] * 2
+    originals = [Mutation(kernel, "original", 0) for kernel in KERNELS]
+    rows = run(originals, MULTIPROCESSORS)
+    assert [row["verdict"] for row in rows] == ["survived"] * len(KERNELS), rows
