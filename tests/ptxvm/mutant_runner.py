@@ -225,7 +225,7 @@ def packed_chunks_call(dtype: torch.dtype, g: torch.Generator) -> Any:
 # filled again: with first keys, with those of a list, with the last ones; a warpgroup has no rows.
 # Then requests of two heads end inside of a tile.
 BLOCK_SPARSE_CALLS: tuple[dict[str, Any], ...] = (
-    {"sq": 128, "sk": 330, "causal": True, "num_recent": 70},
+    {"sq": 250, "sk": 330, "causal": True, "num_sink": 20, "num_recent": 70},
     {"sq": 192, "sk": 640, "block_q": 128, "causal": True, "num_sink": 330, "num_recent": 70},
     {"b": 2, "sq": 330, "sk": 330, "h": 2, "num_sink": 70}
     | {"ends_q": (300, 400), "ends_k": (330, 500)},
@@ -276,17 +276,18 @@ def cases(kernel: str) -> Iterator[Callable[[str], Tensors]]:
     elif found := re.search(f"attention_forward_sm90_kernel{element}i(\\d+)E", kernel):
         dtype, dim = DTYPES[found[1]], int(found[2])
         yield from on_sm90(
-            attention_case(dtype, 200, 1024, (dim, dim)),
             attention_case(dtype, 200, 640, (dim, dim), window=(500, 0)),
+            attention_case(dtype, 200, 1024, (dim, dim)),
             attention_case(dtype, 150, 278, (dim, dim), finite=False, causal=True),
             packed_attention_case(dtype, PACKED[:7], dim),
         )
     elif found := re.search(f"attention_backward_sm90_kernel{element}i(\\d+)E", kernel):
         dtype, dim = DTYPES[found[1]], int(found[2])
         yield from on_sm90(
-            attention_case(dtype, 384, 256, (dim, dim), True),
+            attention_case(dtype, 128, 256, (dim, dim), True),
             attention_case(dtype, 200, 300, (dim, dim), True, window=(150, 40)),
             packed_attention_case(dtype, PACKED[:7], dim, True),
+            attention_case(dtype, 384, 256, (dim, dim), True),
         )
     elif found := re.search(f"block_sparse_(\\w+)_sm90_kernel{element}i(\\d+)E", kernel):
         dtype, dim, op = DTYPES[found[2]], int(found[3]), "block_sparse_attention"
