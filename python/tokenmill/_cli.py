@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import re
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 from . import registry
 
 PROGRAM = "python -m tokenmill"
+HELP = re.compile(r"-h|--h(el?|elp)?")
 
 
 class UsageError(Exception):
@@ -35,16 +35,37 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message.removeprefix("argument "), self.command)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Of a command line that is wrong the options that do not exist are named, not the words
-        behind them."""
+        """Of a command line that is wrong because of options that do not exist they are named, not
+        the words behind them."""
         try:
             return super().parse_known_args(args, namespace)
         except UsageError as error:
-            words = itertools.takewhile(lambda word: word != "--", args or ())
-            unknown = [word for word in words if self._is_unknown_option(word)]
-            if not unknown or error.command != self.command:
+            unknown, rest = self._split(list(args or ()))
+            if not unknown or error.command != self.command or self._error_of(rest) == str(error):
                 raise
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
+
+    def _split(self, words: list[str]) -> tuple[list[str], list[str]]:
+        """Options that do not exist, and the words without them and without what may be their
+        values. --help is left out: it would act."""
+        end = words.index("--") if "--" in words else len(words)
+        unknown, rest, takes = [], [], False
+        for word in words[:end]:
+            if self._is_unknown_option(word):
+                unknown.append(word)
+                takes = "=" not in word
+                continue
+            if (word.startswith("-") or not takes) and not HELP.fullmatch(word):
+                rest.append(word)
+            takes = False
+        return unknown, rest + words[end:]
+
+    def _error_of(self, words: list[str]) -> str:
+        try:
+            super().parse_known_args(words)
+        except UsageError as error:
+            return str(error)
+        return ""
 
     def _is_unknown_option(self, word: str) -> bool:
         name = word.partition("=")[0]
