@@ -140,7 +140,6 @@ def test_knobs_of_cuda_change_no_bit(name, values):
         "best_match.fill": lambda: tm.best_match(a, b),
         "hip_block_select.fill": lambda: tm.hip_block_select(q, k, **sizes),
     }[name]
-    assert _library.registered(name.partition(".")[0]).has_emulated()  # which loads the machine
     results, kernels = [], []
     for number in values:
         with emulated_cuda(), _knobs.override(**{name.replace(".", "__"): number}):

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import contextlib
 
+import fresh
 import pytest
 import torch
 from conftest import backends
 from sm90 import MODES, hopper
 
 import tokenmill as tm
-from tokenmill import _dispatch, _emulator, _knobs, _library
+from tokenmill import _dispatch, _emulator, _knobs
 from tokenmill._knobs import KNOBS
 from tokenmill.bench import tune
 
 pytestmark = pytest.mark.skipif("emulated" not in backends(), reason="not a development build")
 
 ENDS = torch.tensor([0, 70, 70, 270], dtype=torch.int32)
-
-
-@pytest.fixture(autouse=True)
-def loaded():
-    """Knobs reach the machine once it is loaded."""
-    assert _library.registered("attention").has_emulated()
 
 
 def draw(*shape, seed=0):
@@ -175,6 +170,28 @@ def test_explain_names_the_variant():
     assert "\n  attention.sm90_section: 16 (tuned; standard 32)\n" in str(tuned)
     assert "attention.sm90_backward" not in tuned.knobs
     assert not tm.explain("attention", q, k, v, backend="emulated").knobs  # another device
+
+
+SET_BEFORE_THE_FIRST_CALL = """
+import torch
+import tokenmill as tm
+from tokenmill import _emulator, _knobs, _library
+
+_knobs.put("attention.sm90", 0)
+assert not _library.loaded_emulated()
+q = torch.ones(1, 32, 1, 64).half()
+with _emulator.configured("device=sm_90a"), _emulator.counting() as launches:
+    print(tm.explain("attention", q, q, q, backend="emulated").kernel)
+    tm.attention(q, q, q, backend="emulated")
+print("runs", *(launch["kernel"] for launch in launches))
+"""
+
+
+def test_the_machine_begins_with_the_values_in_force(tmp_path):
+    (tmp_path / "script.py").write_text(SET_BEFORE_THE_FIRST_CALL)
+    explained, ran = fresh.run_script(tmp_path / "script.py").split("runs")
+    assert "not kernel_sm90: attention.sm90: must be 1; got 0" in explained
+    assert "forward" in ran and "sm90" not in ran
 
 
 def test_a_card_takes_what_its_cache_has(tmp_path, monkeypatch):

@@ -186,6 +186,14 @@ def put(name: str, number: int) -> None:
         emulated.knob(name, number)
 
 
+def copy_to(machine: Any) -> None:
+    """The PTX machine, a namespace of torch.ops that is being loaded, begins with the values that
+    are in force."""
+    for name in KNOBS:
+        if name not in triton_values:
+            machine.knob(name, value(name))
+
+
 def refusals(name: str) -> list[str]:
     """What keeps a call from a kernel that the knob turns off, as a rule that is broken."""
     return [] if value(name) else [f"{name}: must be 1; got 0"]

@@ -370,6 +370,8 @@ def emulated_built() -> bool:
 
 
 def _fill_emulated() -> None:
+    from . import _knobs  # which is above this module
+
     torch.ops.load_library(str(EMULATED_PATH))
     _direct[EMULATED_NAMESPACE] = _door.functions(EMULATED_PATH)
     _libraries[EMULATED_NAMESPACE] = torch.library.Library(EMULATED_NAMESPACE, "IMPL")
@@ -379,6 +381,7 @@ def _fill_emulated() -> None:
         if torch._C._dispatch_has_kernel_for_dispatch_key(qualname, "CPU"):
             found.append(op.name)
             _attach(op, EMULATED_NAMESPACE)
+    _knobs.copy_to(getattr(torch.ops, EMULATED_NAMESPACE))
     _emulated_ops.update(found)  # another thread sees all of them or none
 
 
