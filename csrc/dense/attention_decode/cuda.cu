@@ -49,7 +49,6 @@ static bool prefills(const AttentionParams& p) { return p.cu_seqlens_q || p.wind
 // The rules of python/tokenmill/dense/attention_kernels.py.
 static bool takes_sm90(const DecodeParams& d) {
   const AttentionParams& p = d.attention;
-  if (!knob(Knob::attention_decode_sm90)) return false;
   if (p.seqlen_q > cuda::kMaxLength || d.max_seqlen_q < cuda::kLeastSm90Tokens) return false;
   if (!prefills(p)) {
     // Kernels for a few rows would divide keys where tiles do not fill a GPU.
@@ -59,10 +58,9 @@ static bool takes_sm90(const DecodeParams& d) {
   return cuda::takes_sm90(p, d.cache);
 }
 
-// The kernel for a few rows, where the forward does not take a call.
+// Of the kernel for a few rows.
 static bool takes_few_sm90(const DecodeParams& d) {
-  return cuda::kHasSm90 && knob(Knob::attention_decode_sm90) && !prefills(d.attention) &&
-         !takes_sm90(d) && cuda::takes_decode_sm90(d) && cuda::compute_capability() == 90;
+  return !prefills(d.attention) && cuda::takes_decode_sm90(d);
 }
 
 template <typename T>
@@ -86,10 +84,11 @@ static int64_t workspace_bytes_of_every_chip(const DecodeParams& d) {
   });
 }
 
+// Reads no knob: the launch reads them, and another thread may have set them meanwhile.
 int64_t workspace_bytes(const DecodeParams& d) {
   if (prefills(d.attention)) return MaskBounds::bytes(d.attention);
   const int64_t bytes = workspace_bytes_of_every_chip(d);
-  if (!takes_few_sm90(d)) return bytes;
+  if (!cuda::kHasSm90 || !takes_few_sm90(d) || cuda::compute_capability() != 90) return bytes;
   return cuda::visit_decode_sm90_dim(d.attention.head_dim, [&]<int kHeadDim>() {
     const auto planned = cuda::plan_segments<cuda::DecodeSm90Keys<kHeadDim>>(d);
     return std::max(bytes, cuda::workspace_bytes(planned));
@@ -116,14 +115,15 @@ const char* launch_cuda(const DecodeParams& d, void* stream) {
   }
   const auto on = static_cast<cudaStream_t>(stream);
   int most_queries = 0;
-  if (cuda::kHasSm90 && takes_sm90(d) && cuda::compute_capability() == 90) {
+  const bool on_sm90 =
+      cuda::kHasSm90 && knob(Knob::attention_decode_sm90) && cuda::compute_capability() == 90;
+  if (on_sm90 && takes_sm90(d)) {
     const char* error = cuda::launch_on_sm90(p, d.cache, on);
     if (error != cuda::kNotMapped) {
       if (error || !p.cu_seqlens_q) return error;
       most_queries = cuda::kLeastSm90Tokens - 1;
     }
-  }
-  if (takes_few_sm90(d)) {
+  } else if (on_sm90 && takes_few_sm90(d)) {
     const char* error = p.dtype == DType::float16 ? launch_few_sm90<__half>(d, on)
                                                   : launch_few_sm90<__nv_bfloat16>(d, on);
     if (error != cuda::kNotMapped) return error;
