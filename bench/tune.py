@@ -238,10 +238,10 @@ def _with(knob: Knob, value: int, call: Callable[[], object]) -> Callable[[], ob
 
 def _tune_knob(knob: Knob, before: int, chosen: list[Case], clock: Clock, advance: Any) -> Found:
     """before: the value of a knob that was not tried to the end."""
-    if clock.over:
+    if why := _turned_off(knob) or ("not reached" if clock.over else ""):
         for _ in chosen:
             advance(done=True)
-        return Found(knob, before, note="not reached")
+        return Found(knob, before, note=why)
     values = list(dict.fromkeys((knob.standard, *knob.candidates)))
     try:
         ratios = _measure(knob, chosen, values, clock, advance)
@@ -257,6 +257,13 @@ def _tune_knob(knob: Knob, before: int, chosen: list[Case], clock: Clock, advanc
         return Found(knob, before, note=f"failed: {_cli.one_line(error)}")
     finally:
         _knobs.put(knob.name, knob.standard)
+
+
+def _turned_off(knob: Knob) -> str:
+    """Why no value of a knob changes anything: the kernel that it cuts does not run."""
+    switch = _knobs.switch(knob.op, knob.part)
+    off = knob.part and knob.name != switch and not _knobs.value(switch)
+    return f"{switch} is 0" if off else ""
 
 
 def _measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 
 import fresh
@@ -138,14 +139,40 @@ def test_causal_requests_take_it_from_a_number_of_tiles_on():
     wanted = tm.attention_decode(q, k, v, **options, backend="reference")
     rule = "(not kernel_sm90: q: must have 128 tiles of 64 rows; got 64)"
     options["backend"] = "emulated"
+    cuts = {"attention.sm90_section": "32 (standard)", "attention.sm90_grid": "0 (standard)"}
     for tiles in (128, 64):
         with chosen(attention_decode__sm90_tiles=tiles) as launches:
             found = tm.attention_decode(q, k, v, **options)
-            kernel = tm.explain("attention_decode", q, k, v, **options).kernel
-            knobs = tm.explain("attention_decode", q, k, v, **options).knobs
+            kernel, knobs = explained(q, k, v, **options)
         assert ("sm90" in launches[0]["kernel"]) == (rule not in kernel) == (tiles == 64)
-        assert ("attention.sm90_grid" in knobs) == (tiles == 64)
+        expected = {"attention_decode.sm90": "1 (standard)", **cuts} if tiles == 64 else {}
+        tuned = {"attention_decode.sm90_tiles": f"{tiles} (tuned; standard 256)"}
+        assert knobs == expected | tuned
         torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
+    with hopper():  # calls that never read the number of tiles
+        assert [*explained(q, k, v, causal=False, **options)[1]] == ["attention_decode.sm90", *cuts]
+
+
+def explained(*tensors, **options):
+    answer = tm.explain("attention_decode", *tensors, **options)
+    return answer.kernel, answer.knobs
+
+
+def test_one_switch_is_for_both_kernels_of_requests():
+    q, k, v = inputs(1, 64, 2, 1)
+    options = {"seqlens_k": torch.tensor([50], dtype=torch.int32), "backend": "emulated"}
+    with chosen() as launches:
+        kernel, knobs = explained(q, k, v, **options)
+        tm.attention_decode(q, k, v, **options)
+    assert kernel.startswith("csrc/dense/attention_decode/kernel_sm90 ")
+    assert "sm90" in launches[0]["kernel"]
+    assert [*knobs] == ["attention_decode.sm90", "attention_decode.sm90_tiles"]
+    with chosen(attention_decode__sm90=0) as launches:
+        kernel, knobs = explained(q, k, v, **options)
+        tm.attention_decode(q, k, v, **options)
+    assert "(not kernel_sm90: attention_decode.sm90: must be 1; got 0)" in kernel
+    assert not any("sm90" in launch["kernel"] for launch in launches)
+    assert knobs == {"attention_decode.sm90": "0 (tuned; standard 1)"}
 
 
 def test_explain_names_the_variant():
@@ -166,7 +193,8 @@ def test_explain_names_the_variant():
         assert not tm.explain("attention", q, k, v, kind="relu", backend="emulated").knobs
     assert "kernel_sm90: attention.sm90: must be 1; got 0)" in off.kernel
     assert "kernel_backward_sm90: attention.sm90_backward: must be 1; got 0)" in off.kernel
-    assert off.knobs["attention.sm90"] == "0 (tuned; standard 1)"
+    switches = ("attention.sm90", "attention.sm90_backward")
+    assert off.knobs == dict.fromkeys(switches, "0 (tuned; standard 1)")
     assert "\n  attention.sm90_section: 16 (tuned; standard 32)\n" in str(tuned)
     assert "attention.sm90_backward" not in tuned.knobs
     assert not tm.explain("attention", q, k, v, backend="emulated").knobs  # another device
@@ -221,3 +249,24 @@ def test_they_are_tuned_on_cards_that_have_the_kernels(capability, monkeypatch):
     assert not any(tune._usable(k, "cpu") for k in knobs)
     monkeypatch.setattr(_dispatch, "builds_sm90", lambda: False)
     assert not any(tune._usable(k, "cuda") for k in knobs)
+
+
+@pytest.mark.parametrize(
+    ("name", "off"),
+    [
+        ("attention.sm90_section", "attention.sm90"),
+        ("attention.sm90_grid", "attention.sm90"),
+        ("attention_decode.sm90_tiles", "attention_decode.sm90"),
+        ("attention.sm90", None),
+    ],
+)
+def test_what_cuts_a_kernel_that_is_turned_off_is_not_tried(name, off, monkeypatch):
+    done = []
+    monkeypatch.setattr(tune, "_measure", lambda *_: {KNOBS[name].standard: [1.0]})
+    clock = tune.Clock(argparse.Namespace(time_budget=60.0), 0.0)
+    with _knobs.override(attention__sm90=0, attention_decode__sm90=0):
+        found = tune._tune_knob(KNOBS[name], 7, [None], clock, lambda **_: done.append(1))
+    if off:
+        assert (found.best, found.ratios, found.note, done) == (7, (), f"{off} is 0", [1])
+    else:
+        assert found.ratios == (1.0,)

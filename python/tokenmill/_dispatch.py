@@ -266,8 +266,8 @@ def _needs_autograd(lowered: tuple[Any, ...]) -> bool:
 @dataclass(frozen=True)
 class Explanation:
     """Answer of `explain`: the chosen backend with its kernel, and why not the others. knobs: how
-    `tune` can choose and cut the kernels for compute capability 9.0 that run, by name: "32
-    (standard)" or "16 (tuned; standard 32)"."""
+    `tune` has chosen and cut the kernels for compute capability 9.0 that could take the call, by
+    name: "32 (standard)" or "16 (tuned; standard 32)"."""
 
     op: str
     backend: str | None
@@ -373,16 +373,20 @@ def _cuda_kernel(
 def _knobs_of_call(
     spec: OpSpec, backend: str, lowered: tuple[Any, ...], out: torch.Tensor | None
 ) -> dict[str, str]:
-    """Those of kernels for compute capability 9.0 that could take the call."""
+    """Those that chose and cut kernels for compute capability 9.0 that could take the call."""
     asks = backend in ("cuda", "emulated") and spec.unsupported_sm90 is not None
     if not asks or not _is_sm90(backend, lowered) or (backend == "cuda" and not builds_sm90()):
         return {}
     assert spec.unsupported_sm90 is not None
-    parts = [] if spec.unsupported_sm90(*lowered, out=out) else ["forward"]
+    names: list[str] = []
+    if spec.sm90_knobs:
+        names += spec.sm90_knobs(*lowered, out=out)
+    elif not spec.unsupported_sm90(*lowered, out=out):
+        names += _knobs.of_sm90(spec.name, "forward")
     backward = spec.unsupported_sm90_backward
     if backward is not None and _needs_autograd(lowered) and not backward(*lowered):
-        parts.append("backward")
-    return {k.name: _knobs.shown(k) for k in _knobs.of_sm90(spec.name, parts)}
+        names += _knobs.of_sm90(spec.name, "backward")
+    return {name: _knobs.shown(name) for name in names}
 
 
 def builds_sm90() -> bool:

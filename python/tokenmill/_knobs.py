@@ -1,4 +1,4 @@
-"""Whole numbers with which kernels cut up their work, and the tuned values of this machine.
+"""Whole numbers that choose kernels and cut up their work, and the tuned values of this machine.
 
 A call takes the standard values unless a cache holds better ones of `python -m tokenmill tune` for
 the device, this version and the operator. The cache is read once: for the CPU at import, for a GPU
@@ -16,7 +16,7 @@ import os
 import stat
 import tempfile
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,11 @@ def _triton(op: str, width: int, cases: str, tiles: bool) -> Iterator[Knob]:
             yield Knob(full, op, "triton", TABLE, candidates, what, cases, order)
 
 
+def switch(op: str, part: str) -> str:
+    """The knob that turns the kernel for compute capability 9.0 of a pass off."""
+    return f"{op}.sm90" + ("_backward" if part == "backward" else "")
+
+
 def _sm90() -> Iterator[Knob]:
     """Of kernels for compute capability 9.0 (docs/hopper.md). Those of other devices do not read
     them."""
@@ -84,8 +89,7 @@ def _sm90() -> Iterator[Knob]:
     ):
         for part in parts:
             yield Knob(
-                f"{op}.sm90" + ("_backward" if part == "backward" else ""),
-                op, "cuda", 1, (0, 1),
+                switch(op, part), op, "cuda", 1, (0, 1),
                 f"{part}: the kernel for 9.0 where it takes a call (1), or that of every chip (0)",
                 cases + (r"\+backward$" if part == "backward" else "$"),
                 order=True, part=part,
@@ -105,7 +109,7 @@ def _sm90() -> Iterator[Knob]:
         part="forward",
     )  # fmt: skip
     yield Knob(
-        "attention_decode.sm90_tiles", "attention_decode", "cuda", 256, (64, 128, 256, 512, 1024),
+        "attention_decode.sm90_tiles", "attention_decode", "cuda", 256, (64, 128, 256, 512),
         "tiles of 64 queries from which on causal calls take the kernel for 9.0, which does not "
         "divide the keys of a request",
         r"S=8192 (128|256|512) tokens, bfloat16, forward$",
@@ -199,18 +203,18 @@ def refusals(name: str) -> list[str]:
     return [] if value(name) else [f"{name}: must be 1; got 0"]
 
 
-def of_sm90(op: str, parts: Container[str]) -> list[Knob]:
-    """What chooses and cuts the kernels for compute capability 9.0 of an operator's passes."""
-    shared = ("attention.sm90_section", "attention.sm90_grid") if op == "attention_decode" else ()
-    found = [knob for knob in KNOBS.values() if knob.op == op or knob.name in shared]
-    return [knob for knob in found if knob.part in parts]
+def of_sm90(op: str, part: str) -> list[str]:
+    """What chooses the kernel for compute capability 9.0 of a pass and, if it is on, cuts it."""
+    chooses = switch(op, part)
+    cuts = [knob.name for knob in KNOBS.values() if knob.op == op and knob.part == part]
+    return [chooses, *(name for name in cuts if name != chooses and value(chooses))]
 
 
-def shown(knob: Knob) -> str:
-    number = value(knob.name)
-    if number == knob.standard:
+def shown(name: str) -> str:
+    number, standard = value(name), KNOBS[name].standard
+    if number == standard:
         return f"{number} (standard)"
-    return f"{number} (tuned; standard {knob.standard})"
+    return f"{number} (tuned; standard {standard})"
 
 
 @contextlib.contextmanager

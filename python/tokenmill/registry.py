@@ -90,6 +90,8 @@ class OpSpec:
     take a call, which the one for all chips then runs. None: there is no such kernel.
     sm90_kernel(*lowered) names the kernels of a call that it takes, if they are not
     csrc/<family>/<name>/kernel_sm90.
+    sm90_knobs(*lowered, out=out) names the knobs that choose and cut them, if they are not those of
+    the operator, or if one of them can keep a call from them by its size.
     unsupported_sm90_backward(*lowered) does so for the gradient of a call.
     plain is what PyTorch code without care for precision would do in the dtype of the inputs: the
     baseline of the error budget.
@@ -120,6 +122,7 @@ class OpSpec:
     unsupported: Callable[..., list[str]] | None = None
     unsupported_sm90: Callable[..., list[str]] | None = None
     sm90_kernel: Callable[..., str] | None = None
+    sm90_knobs: Callable[..., list[str]] | None = None
     unsupported_sm90_backward: Callable[..., list[str]] | None = None
     sharding: Sharding | str | None = None
     written: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ DECODE_HEAD_DIMS = (64, 128)
 DECODE_ROWS = 64  # queries times heads of a KV head, of a tile
 LEAST_PAGE = 64  # tokens; a tile has 64 to 128
 MOST_BACKWARD_TILES = 2**31 - 1
+SWITCH, LEAST_TILES = "attention_decode.sm90", "attention_decode.sm90_tiles"  # knobs
 
 
 def unsupported_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
@@ -44,6 +45,20 @@ def cached_sm90_kernel(*lowered: Any) -> str:
         return "csrc/dense/attention/kernel_sm90"
     few = f"csrc/dense/attention_decode for requests with fewer than {LEAST_TOKENS} queries"
     return f"csrc/dense/attention/kernel_sm90 and {few}"
+
+
+def cached_sm90_knobs(*lowered: Any, out: Tensor | None = None) -> list[str]:
+    """The number of tiles from which on the forward takes a call is among them where it matters,
+    whichever kernel takes the call."""
+    a = DecodeArguments(*lowered)
+    forward = not _unsupported_forward(a, out)
+    few = not forward and _has_few_rows(a) and not _unsupported_decode(a, out)
+    names = [SWITCH] if forward or few else []
+    if not _knobs.value(SWITCH):
+        return names
+    if forward:
+        names += ["attention.sm90_section", "attention.sm90_grid"]
+    return [*names, LEAST_TILES] if _divides_keys(a) else names
 
 
 def _divides_keys(a: Any) -> bool:
@@ -77,7 +92,7 @@ def _unsupported_forward(a: Any, out: Tensor | None) -> list[str]:
     if _divides_keys(a):
         check(a.num_splits == 0, "num_splits", "must be 0", a.num_splits)
         check(a.schedule != "split", "schedule", "must be 'auto' or 'stream_k'", a.schedule)
-        tiles, many = most_tiles(a.q, None, 64), _knobs.value("attention_decode.sm90_tiles")
+        tiles, many = most_tiles(a.q, None, 64), _knobs.value(LEAST_TILES)
         check(tiles >= many, "q", f"must have {many} tiles of 64 rows", tiles)
     _check_forward(rules, a, out)
     return rules.broken
