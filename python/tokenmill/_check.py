@@ -179,6 +179,13 @@ def check_dtype_of(
         fail(op, argument, f"must have the dtype of {other}, {show(first.dtype)}", t.dtype)
 
 
+def check_wide(op: str, argument: str, t: torch.Tensor, first: torch.Tensor) -> None:
+    """float32, or float64 beside a tensor in float64."""
+    wide = torch.promote_types(first.dtype, torch.float32)
+    if t.dtype != wide:
+        fail(op, argument, f"must be {show(wide)}", t.dtype)
+
+
 def check_device_of_q(op: str, argument: str, t: torch.Tensor, q: torch.Tensor) -> None:
     check_device_of(op, argument, t, "q", q)
 

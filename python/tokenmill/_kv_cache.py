@@ -83,7 +83,8 @@ def check_cache_scale(
     if not ((shared and shape in ([1], each)) or (token and shape == every)):
         fail(op, name, f"must have shape [1], {show(each)} or {show(every)}", t.shape)
     wide = torch.promote_types(rows.dtype, torch.float32)
-    check(t.dtype in (torch.float32, wide), op, name, "must be float32", t.dtype)
+    either = "" if wide == torch.float32 else f" or {show(wide)}"
+    check(t.dtype in (torch.float32, wide), op, name, f"must be float32{either}", t.dtype)
     check_device_of(op, name, t, of, cache)
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tier import examples
 
 import tokenmill as tm
+from tokenmill._check import check_wide
+from tokenmill._kv_cache import check_cache_scale
 
 LOWEST = torch.finfo(torch.float32).min
 each_backend = pytest.mark.parametrize("backend", backends("reference"))
@@ -75,3 +77,17 @@ def test_a_row_alone_has_the_bits_that_it_has_among_many(backend, dtype):
     many = merge(backend, outs.expand(-1, -1, 70, -1, -1), lses.expand(-1, -1, -1, 70))
     assert torch.equal(alone[0].expand_as(many[0]), many[0])
     assert torch.equal(alone[1].expand_as(many[1]), many[1])
+
+
+def test_a_rule_about_wide_dtypes_names_that_of_the_call():
+    for dtype, wide in ((torch.bfloat16, "float32"), (torch.float64, "float64")):
+        first = torch.zeros(1, 1, 2, 1, 4, dtype=dtype)
+        with pytest.raises(ValueError, match=f"op: t: must be {wide}; got float16"):
+            check_wide("op", "t", torch.zeros(1).half(), first)
+        check_wide("op", "t", torch.zeros(1, dtype=getattr(torch, wide)), first)
+    outs, lses = first, torch.zeros(1, 1, 1, 2)
+    with pytest.raises(ValueError, match="lses: must be float64; got float32"):
+        tm.merge_attention_states(outs, lses)
+    cache, scale = torch.zeros(1, 2, 1, 4, dtype=torch.float8_e4m3fn), torch.ones(1).half()
+    with pytest.raises(ValueError, match="k_scale: must be float32 or float64; got float16"):
+        check_cache_scale("op", "k_scale", scale, "k_cache", cache, outs)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._check import check, check_dtype, check_last_contiguous, check_tensor
+from .._check import check, check_dtype, check_last_contiguous, check_tensor, check_wide
 from .._dispatch import call
 from .._library import TorchOp, register
 from ..reference.dense import merge_attention_states as reference
@@ -89,8 +89,7 @@ def _check(outs: Tensor, lses: Tensor | None, *, float64: bool = False) -> None:
         f"must have shape [{', '.join(map(str, wanted))}]",
         lses.shape,
     )
-    wide = torch.promote_types(outs.dtype, torch.float32)
-    check(lses.dtype == wide, OP, "lses", "must be float32", lses.dtype)
+    check_wide(OP, "lses", lses, outs)
     check(lses.device == outs.device, OP, "lses", "must be on the device of outs", lses.device)
 
 

@@ -19,6 +19,7 @@ from .._check import (
     check_scale,
     check_tensor,
     check_text,
+    check_wide,
     fail,
 )
 from .._lowering import widen
@@ -170,8 +171,7 @@ def check_integers(op: str, name: str, t: Tensor, q: Tensor) -> None:
 
 
 def check_small(op: str, name: str, t: Tensor, q: Tensor) -> None:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    check(t.dtype == wide, op, name, "must be float32", t.dtype)
+    check_wide(op, name, t, q)
     check_last_contiguous(op, name, t)
     check_device_of_q(op, name, t, q)
 

@@ -15,6 +15,7 @@ from .._check import (
     check_last_contiguous,
     check_qkv,
     check_scale,
+    check_wide,
     fail,
     show,
 )
@@ -142,13 +143,8 @@ def _check_inputs(
         token = tuple(q.shape[:-1])
         if tuple(log_decay.shape) not in ((heads,), token):
             fail(op, "log_decay", f"must have shape [{heads}] or {show(token)}", log_decay.shape)
-        _check_wide(op, "log_decay", log_decay, q)
+        check_wide(op, "log_decay", log_decay, q)
         check_device_of_q(op, "log_decay", log_decay, q)
-
-
-def _check_wide(op: str, name: str, t: Tensor, q: Tensor) -> None:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    check(t.dtype == wide, op, name, f"must be {show(wide)}", t.dtype)
 
 
 def _head_state(q: Tensor, v: Tensor, feature_map: str, normalize: bool) -> tuple[int, int, int]:
@@ -157,7 +153,7 @@ def _head_state(q: Tensor, v: Tensor, feature_map: str, normalize: bool) -> tupl
 
 
 def _check_state(op: str, name: str, t: Tensor, q: Tensor) -> None:
-    _check_wide(op, name, t, q)
+    check_wide(op, name, t, q)
     check(
         rows_lie_together(t),
         op,

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from .._autocast import Autocast
-from .._check import check, check_device_of_q, check_tensor, fail, reads_values
+from .._check import check, check_device_of_q, check_tensor, check_wide, fail, reads_values
 from .._written import check_written
 from .rules import check_slot_values, check_slots
-from .titans_rules import check_chunk_size, check_dtype_wide, check_gates, check_queries
+from .titans_rules import check_chunk_size, check_gates, check_queries
 
 OP = "titans_memory_decode"
 AUTOCAST = Autocast(lower=("q", "k", "v"))
@@ -153,7 +153,7 @@ def _check_states(states: dict[str, Tensor], filled: Tensor, q: Tensor, v: Tenso
         if t.dim() != 4 or tuple(t.shape[1:]) != head:
             rule = f"must have shape [slots, {', '.join(map(str, head))}]"
             fail(OP, name, rule, t.shape)
-        check_dtype_wide(OP, name, t, q)
+        check_wide(OP, name, t, q)
         check_device_of_q(OP, name, t, q)
         slots = states["start"].shape[0]
         check(t.shape[0] == slots, OP, name, f"must have the slots of start, {slots}", t.shape[0])

@@ -3,7 +3,6 @@ has the same rules in the same order and words; the contract test compares the t
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .._check import (
@@ -14,6 +13,7 @@ from .._check import (
     check_dtype,
     check_dtype_of,
     check_last_contiguous,
+    check_wide,
     fail,
     show,
 )
@@ -56,7 +56,7 @@ def check_titans_memory(
             continue
         if tuple(state.shape) != shape:
             fail(op, "initial_state", f"must have shape {show(shape)}", state.shape)
-        check_dtype_wide(op, "initial_state", state, q)
+        check_wide(op, "initial_state", state, q)
         gaps = "must have the rows of a head without gaps; strides"
         check(rows_lie_together(state), op, "initial_state", gaps, state.stride())
         check_device_of_q(op, "initial_state", state, q)
@@ -84,7 +84,7 @@ def check_gates(op: str, gates: dict[str, Tensor], q: Tensor, *, wide: bool) -> 
     for name, t in gates.items():
         check(t.is_floating_point(), op, name, "must be a floating-point tensor", t.dtype)
         if wide:
-            check_dtype_wide(op, name, t, q)
+            check_wide(op, name, t, q)
         if t.shape != q.shape[:-1]:
             fail(op, name, f"must have shape {show(q.shape[:-1])}", t.shape)
         check_device_of_q(op, name, t, q)
@@ -94,8 +94,3 @@ def check_chunk_size(op: str, chunk_size: int) -> int:
     chunk_size = as_int(op, "chunk_size", chunk_size)
     check(chunk_size > 0, op, "chunk_size", "must be at least 1", chunk_size)
     return chunk_size
-
-
-def check_dtype_wide(op: str, name: str, t: Tensor, q: Tensor) -> None:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    check(t.dtype == wide, op, name, f"must be {show(wide)}", t.dtype)

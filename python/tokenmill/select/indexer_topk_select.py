@@ -19,6 +19,7 @@ from .._check import (
     check_last_contiguous,
     check_tensor,
     check_text,
+    check_wide,
     fail,
     show,
 )
@@ -238,8 +239,7 @@ def _check_scale(a: Any) -> None:
     each = list(a.k.shape[:-1])
     if list(a.k_scale.shape) not in ([1], each):
         fail(OP, "k_scale", f"must have shape [1] or {show(each)}", a.k_scale.shape)
-    wide = torch.promote_types(a.q.dtype, torch.float32)
-    check(a.k_scale.dtype == wide, OP, "k_scale", "must be float32", a.k_scale.dtype)
+    check_wide(OP, "k_scale", a.k_scale, a.q)
     check_device_of_q(OP, "k_scale", a.k_scale, a.q)
 
 

@@ -19,6 +19,7 @@ from .._check import (
     check_dtype_of,
     check_last_contiguous,
     check_tensor,
+    check_wide,
     fail,
     show,
 )
@@ -256,9 +257,8 @@ def _check_rope(a: Any) -> None:
         fail(OP, "rope", rule, a.cos.shape)
     same = a.sin.shape == a.cos.shape
     check(same, OP, "rope", "must have cos and sin of one shape", a.sin.shape)
-    wide = torch.promote_types(a.k.dtype, torch.float32)
     for t in (a.cos, a.sin):
-        check(t.dtype == wide, OP, "rope", "must be float32", t.dtype)
+        check_wide(OP, "rope", t, a.k)
         check_last_contiguous(OP, "rope", t)
         check_device_of(OP, "rope", t, "k_cache", a.k_cache)
     _check_ints("rope", "must have positions of", a.positions, a)

@@ -17,6 +17,7 @@ from .._check import (
     check_dtype,
     check_last_contiguous,
     check_tensor,
+    check_wide,
     fail,
     is_power_of_two,
     show,
@@ -190,8 +191,7 @@ def _check(
         ok = rotations.dim() == 2 and rotations.shape[0] == 2
         if not (ok and rotations.shape[1] >= 1 and 2 * rotations.shape[1] <= dim):
             fail(OP, "rerotate", f"must have 1 to {dim // 2} frequencies", rotations.shape)
-        wide = torch.promote_types(k_cache.dtype, torch.float32)
-        check(rotations.dtype == wide, OP, "rerotate", "must be float32", rotations.dtype)
+        check_wide(OP, "rerotate", rotations, k_cache)
         check_last_contiguous(OP, "rerotate", rotations)
         check_device_of(OP, "rerotate", rotations, "k_cache", k_cache)
     read = {

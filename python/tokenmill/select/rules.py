@@ -11,6 +11,7 @@ from .._check import (
     check_device_of,
     check_device_of_q,
     check_last_contiguous,
+    check_wide,
     fail,
     show,
 )
@@ -39,8 +40,7 @@ def check_lse(op: str, lse: Tensor | None, q: Tensor) -> None:
     wanted = [q.shape[0], q.shape[2], q.shape[1]]
     if list(lse.shape) != wanted:
         fail(op, "lse", f"must have shape {show(wanted)}", lse.shape)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    check(lse.dtype == wide, op, "lse", f"must be {str(wide)[6:]}", lse.dtype)
+    check_wide(op, "lse", lse, q)
     check_last_contiguous(op, "lse", lse)
     check_device_of_q(op, "lse", lse, q)
 
