@@ -1,5 +1,5 @@
-// Whole numbers with which kernels cut up their work, in the order of the table in knobs.cpp. A
-// launch reads a knob once: another thread may set it meanwhile.
+// Whole numbers that choose kernels and cut up their work, in the order of the table in knobs.cpp.
+// A launch reads a knob once: another thread may set it meanwhile.
 #pragma once
 #include <cstdint>
 
