@@ -1,4 +1,4 @@
-// Which calls the forward of compute capability 9.0a takes, and their launch.
+// Which calls the kernels of compute capability 9.0a take, and the launch of the forward.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -41,7 +41,7 @@ inline bool has_sm90_scale(const AttentionParams& p) {
   return !(p.softcap > 0) || (p.softcap < 1e38f && p.scale >= 0x1p-64 * p.softcap);
 }
 
-// visit(Index<kDim>{}) with the head dimension of a forward, of those that have a kernel.
+// visit(Index<kDim>{}) with the head dimension of a call, of those that have kernels.
 template <typename Visit>
 auto visit_sm90_dim(int64_t head_dim, const Visit& visit) {
   return visit_least_dim<64, 96, 128, 192, 256>(head_dim, visit);
