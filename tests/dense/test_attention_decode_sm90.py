@@ -110,6 +110,19 @@ def test_every_order_of_events_gives_the_same_bits(options):
     check_every_order(lambda: tm.attention_decode(q, k, v, **kwargs))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_parts_of_large_logits_are_merged_exactly(count):
+    """2^22 and 2^22 + 1, in parts of one key tile each: the unit in the last place of the row max
+    is half an exponent."""
+    q, k, v = torch.zeros(1, 1, 1, 64), *torch.zeros(2, 1, 128, 1, 64)
+    q[..., 0], q[..., 1] = 2048, 1
+    k[:, ::64, :, 0], k[:, 64, :, 1] = 2048, 1
+    v[:, 64] = 1
+    lengths = torch.tensor([128], dtype=torch.int32)
+    args = tuple(x.to(F16) for x in (q, k, v))
+    check_budget(args, {"seqlens_k": lengths, "scale": 1.0} | splits(count))
+
+
 def test_keys_that_a_query_does_not_see_do_not_show():
     (q, k, v), kwargs = drawn((130,), sq=3, capacity=130)
     k[:, 129], v[:, 128] = NAN, -INF  # of the last query, and of the last two

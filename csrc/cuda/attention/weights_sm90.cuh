@@ -122,6 +122,12 @@ class RowWeights<T, Weights::softmax, kShifts> {
   // What partial results keep of a row. All lanes of a warp together.
   __device__ __forceinline__ float sum(int h) const { return quad_sum(sum_[h]); }
   __device__ __forceinline__ float row_max(int h) const { return -neg_row_max_[h]; }
+  // What sums are multiplied by to be relative to row_max as it is rounded. It is cut where another
+  // score weighs nothing beside that of row_max.
+  __device__ __forceinline__ float to_row_max(int h) const {
+    if (!is_large(h)) return 1;
+    return exp2_approx(fminf(fmaxf(fmaf(top_[h], plan_.factor, neg_row_max_[h]), -64.f), 64.f));
+  }
 
  private:
   // From here on row_max is wrong by more than 2^-13. Not before the first weights.
@@ -172,6 +178,7 @@ class RowWeights<T, Weights::sigmoid, kShifts> {
   }
   __device__ __forceinline__ float sum(int) const { return 0; }
   __device__ __forceinline__ float row_max(int) const { return 0; }
+  __device__ __forceinline__ float to_row_max(int) const { return 1; }
 
  private:
   static constexpr int kStep = 16;  // scores of a lane of 32 keys

@@ -338,18 +338,19 @@ class DecodeSm90Rows {
            (slot_of(plan_, s, part) * plan_.tile_rows + r) * int64_t{Shape::kPartialRow};
   }
 
+  // Relative to the row max that they are merged by.
   __device__ __forceinline__ void store_sums(const Segment& s, const Scores& weights) const {
     if (!active_) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float sum = weights.sum(h);
+      const float factor = weights.to_row_max(h), sum = weights.sum(h) * factor;
       if (warpgroup_row(h) >= plan_.rows) continue;
       float* const row = sums_of(s, s.part, warpgroup_row(h));
       const bool empty = is_empty(h);
       const int c = threadIdx.x % 4;
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
-        const float2 x{o_[4 * n + 2 * h], o_[4 * n + 2 * h + 1]};
+        const float2 x{o_[4 * n + 2 * h] * factor, o_[4 * n + 2 * h + 1] * factor};
         *reinterpret_cast<float2*>(row + 8 * n + 2 * c) = empty ? float2{0, 0} : x;
       }
       if (c == 0) row[Shape::kSumAt] = sum, row[Shape::kRowMaxAt] = weights.row_max(h);
