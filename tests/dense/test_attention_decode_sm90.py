@@ -206,3 +206,13 @@ def test_explain_names_the_kernel_that_runs():
     rule = "k_cache: must have pages of 64 tokens or more; got 32"
     lengths = torch.tensor([60], dtype=torch.int32)
     check(rule, q, *small, block_table=table, seqlens_k=lengths)
+
+
+def test_explain_takes_calls_without_heads():
+    caches = torch.zeros(2, 1, 70, 0, 64, dtype=F16)
+    q = torch.zeros(1, 9, 0, 64, dtype=F16)
+    lengths = torch.tensor([70], dtype=torch.int32)
+    with hopper():
+        options = {"seqlens_k": lengths, "backend": "emulated"}
+        assert "sm90" in tm.explain("attention_decode", q, *caches, **options).kernel
+        assert tm.attention_decode(q, *caches, **options).shape == q.shape

@@ -66,9 +66,13 @@ def _divides_keys(a: Any) -> bool:
     return a.cu_seqlens_q is None and bool(a.causal or a.window_right == 0)
 
 
+def _rows(a: Any) -> int:
+    """Of a KV head, of which there may be none."""
+    return int(a.q.shape[-2] // max(a.k_cache.shape[2], 1) * a.q.shape[-3])
+
+
 def _has_few_rows(a: Any) -> bool:
-    rows = a.q.shape[-2] // a.k_cache.shape[2] * a.q.shape[-3]  # of a KV head
-    return _divides_keys(a) and bool(rows <= DECODE_ROWS)
+    return _divides_keys(a) and _rows(a) <= DECODE_ROWS
 
 
 def _unsupported_decode(a: Any, out: Tensor | None) -> list[str]:
