@@ -223,5 +223,9 @@ def test_causal_calls_of_decode_have_it_where_tiles_fill_a_gpu():
     with _emulator.configured("device=sm_90a"):
         options = kwargs | {"num_splits": 1, "schedule": "split", "backend": "emulated"}
         kernel = tm.explain("attention_decode", q, k, v, **options).kernel
-    rules = "num_splits: must be 0; got 1; schedule: must be 'auto' or 'stream_k'; got split"
+    rules = (
+        "num_splits: must be 0; got 1; schedule: must be 'auto' or 'stream_k'; got split; "
+        "q: must have at most 64 queries times heads of a KV head, or what the forward asks; "
+        "got 8192"
+    )
     assert f"(not kernel_sm90: {rules})" in kernel

@@ -34,7 +34,14 @@ def unsupported_cached_sm90(*lowered: Any, out: Tensor | None = None) -> list[st
     attention_decode. The rules are those of the one that suits its number of rows."""
     a = DecodeArguments(*lowered)
     broken = _unsupported_forward(a, out)
-    return _unsupported_decode(a, out) if broken and _has_few_rows(a) else broken
+    if not broken or not _divides_keys(a):
+        return broken
+    if _has_few_rows(a):
+        return _unsupported_decode(a, out)
+    rules = Rules()
+    few = f"must have at most {DECODE_ROWS} queries times heads of a KV head"
+    rules.check(False, "q", f"{few}, or what the forward asks", _rows(a))
+    return broken + rules.broken
 
 
 def cached_sm90_kernel(*lowered: Any) -> str:
