@@ -391,6 +391,8 @@ __global__ void __launch_bounds__(DecodeSm90Shape<kHeadDim>::kThreads, 2)
     attention_decode_sm90_kernel(const __grid_constant__ DecodeParams d,
                                  const __grid_constant__ DecodeSm90Plan plan) {
   using Shape = DecodeSm90Shape<kHeadDim>;
+  // Two blocks share the 228 KB of a multiprocessor, 1 KB of which is reserved for each block.
+  static_assert(2 * (sizeof(DecodeSm90Shared<Shape>) + 1024) <= 228 * 1024);
   extern __shared__ __align__(1024) char sm90_shared[];
   auto& shared = *reinterpret_cast<DecodeSm90Shared<Shape>*>(sm90_shared);
   if (threadIdx.x == 0) shared.init_barriers();

@@ -24,7 +24,8 @@ struct DecodeSm90Shape {
   static constexpr int kValueBucket = kHeadDim;
   static constexpr int kSumAt = kValueBucket, kRowMaxAt = kValueBucket + 1;
   static constexpr int kPartialRow = kValueBucket + 8;
-  static constexpr int shared_bytes(int, int) { return 0; }  // is that of DecodeSm90Shared
+  // Nothing that limits row warps: the launch takes sizeof(DecodeSm90Shared).
+  static constexpr int shared_bytes(int, int) { return 0; }
 };
 
 // For plan_decode.
