@@ -10,7 +10,8 @@
 namespace tokenmill::cuda {
 
 // Loads of a warp. Behind the end of a packed sequence lie rows of another one, which may be NaN:
-// zeros replace those that a tile has.
+// zeros replace those that a tile has. kStatistics: lanes load statistics of rows, too.
+template <typename Shape, bool kStatistics>
 class Sm90BackwardLoads {
  public:
   // cut_full: of tiles that have an end.
@@ -19,23 +20,39 @@ class Sm90BackwardLoads {
 
   const int batch;  // of boxes
 
-  // load(barrier) of tiles of rows up to `end`, and clear() if the sequence ends before, then
+  // Until a stage is empty. Lanes that load nothing must not wait: they could be two phases late.
+  __device__ __forceinline__ void wait(Mbarrier& empty, unsigned parity) {
+    if (kStatistics || threadIdx.x % kWarpSize == 0) empty.wait(parity);
+  }
+
+  // Of the first `rows`, times a factor, and zeros behind them.
+  __device__ __forceinline__ void load_statistics(float (&to)[Shape::kTileQueries],
+                                                  const float* from, int rows, float factor) {
+    if constexpr (kStatistics) {
+      constexpr int kAtOnce = Shape::kWide ? 1 : 2;  // wide heads have no registers for more
+#pragma unroll kAtOnce
+      for (int j = threadIdx.x % kWarpSize; j < Shape::kTileQueries; j += kWarpSize)
+        to[j] = j < rows ? from[j] * factor : 0;
+      __syncwarp();
+    }
+  }
+
+  // copy(barrier) of tiles of rows up to `end`, and clear_end() if the sequence ends before, then
   // `full` ends its phase.
-  template <typename Load, typename Clear>
+  template <typename Copy, typename ClearEnd>
   __device__ __forceinline__ void load(const PackedRows& rows, int end, Mbarrier& full,
-                                       const Load& load, const Clear& clear) {
+                                       const Copy& copy, const ClearEnd& clear_end) {
     const bool cut = packed_ && end > rows.length;
-    if (threadIdx.x % kWarpSize == 0) load(cut ? cut_full_ : full);
+    if (threadIdx.x % kWarpSize == 0) copy(cut ? cut_full_ : full);
     if (!cut) return;
     cut_full_.wait(cuts_++ % 2);
-    clear();
+    clear_end();
     fence_stores();
     __syncwarp();
     if (threadIdx.x % kWarpSize == 0) full.arrive();
   }
 
   // K and V of a block.
-  template <typename Shape>
   __device__ __forceinline__ void load_keys(const Sm90BackwardPlan& plan,
                                             Sm90BackwardShared<Shape>& shared,
                                             const Sm90KeyTile& keys) {
@@ -60,6 +77,19 @@ class Sm90BackwardLoads {
         });
   }
 
+  // visit(head, first query, number) of all tiles.
+  template <typename Visit>
+  __device__ __forceinline__ void for_tiles(const Sm90BackwardPlan& plan, const Sm90KeyTile& keys,
+                                            const Visit& visit) {
+    unsigned number = 0;
+#pragma unroll 1
+    for (int head = keys.h * plan.group; head < (keys.h + 1) * plan.group; ++head) {
+#pragma unroll 1
+      for (int tile = keys.begin; tile < keys.end; ++tile, ++number)
+        visit(head, tile * Shape::kTileQueries, number);
+    }
+  }
+
  private:
   Mbarrier& cut_full_;
   bool packed_;
@@ -72,44 +102,31 @@ __device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90
                                    Sm90BackwardShared<Shape>& shared, const Sm90KeyTile& keys) {
   constexpr int kQueries = Shape::kTileQueries, kColumns = Shape::kColumns;
   const AttentionParams& p = bp.forward;
-  const int lane = threadIdx.x % kWarpSize;
-  Sm90BackwardLoads loads(shared.cut_full, p, keys.place.b);
+  Sm90BackwardLoads<Shape, kStatistics> loads(shared.cut_full, p, keys.place.b);
   loads.load_keys(plan, shared, keys);
-  unsigned number = 0;
-#pragma unroll 1
-  for (int head = keys.h * plan.group; head < (keys.h + 1) * plan.group; ++head) {
-#pragma unroll 1
-    for (int tile = keys.begin; tile < keys.end; ++tile, ++number) {
-      const Stage<Shape> stage(number);
-      const int first = tile * kQueries;
-      // Lanes that do nothing else must not wait: they could be two phases late.
-      if (kStatistics || lane == 0) shared.empty[stage.index].wait(stage.parity ^ 1);
-      if constexpr (kStatistics) {
-        const int start = keys.queries.start, rows = keys.queries.length - first;
-        const float* lse = lse_at(p, bp.minus_lse, keys.place.b, start, head) + first;
-        const float* delta = lse_at(p, bp.minus_delta, keys.place.b, start, head) + first;
-#pragma unroll 2
-        for (int j = lane; j < kQueries; j += kWarpSize) {
-          shared.minus_lse[stage.index][j] = j < rows ? lse[j] * plan.lse_factor : 0;
-          shared.minus_delta[stage.index][j] = j < rows ? delta[j] : 0;
-        }
-        __syncwarp();
-      }
-      loads.load(
-          keys.queries, first + kQueries, shared.full[stage.index],
-          [&](Mbarrier& full) {
-            full.arrive_expecting(2 * Shape::kQueryBytes);
-            const BoxPlace at{keys.queries.start + first, head, loads.batch};
-            load_boxes<kQueries, kColumns>(plan.q, at, shared.q[stage.index], full);
-            load_boxes<kQueries, kColumns>(plan.dout, at, shared.dout[stage.index], full);
-          },
-          [&] {
-            const int rows = max(keys.queries.length - first, 0);
-            clear_rows<kQueries, kColumns>(shared.q[stage.index], rows);
-            clear_rows<kQueries, kColumns>(shared.dout[stage.index], rows);
-          });
-    }
-  }
+  loads.for_tiles(plan, keys, [&](int head, int first, unsigned number) {
+    const Stage<Shape> stage(number);
+    loads.wait(shared.empty[stage.index], stage.parity ^ 1);
+    const int start = keys.queries.start, rows = keys.queries.length - first;
+    const auto load_statistics = [&](auto& to, const float* from, float factor) {
+      loads.load_statistics(to[stage.index], lse_at(p, from, keys.place.b, start, head) + first,
+                            rows, factor);
+    };
+    load_statistics(shared.minus_lse, bp.minus_lse, plan.lse_factor);
+    load_statistics(shared.minus_delta, bp.minus_delta, 1);
+    loads.load(
+        keys.queries, first + kQueries, shared.full[stage.index],
+        [&](Mbarrier& full) {
+          full.arrive_expecting(2 * Shape::kQueryBytes);
+          const BoxPlace at{start + first, head, loads.batch};
+          load_boxes<kQueries, kColumns>(plan.q, at, shared.q[stage.index], full);
+          load_boxes<kQueries, kColumns>(plan.dout, at, shared.dout[stage.index], full);
+        },
+        [&] {
+          clear_rows<kQueries, kColumns>(shared.q[stage.index], max(rows, 0));
+          clear_rows<kQueries, kColumns>(shared.dout[stage.index], max(rows, 0));
+        });
+  });
 }
 
 template <bool kStatistics, int kHeadDim>
@@ -119,41 +136,28 @@ __device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90
   using Shape = Sm90WideShape<kHeadDim>;
   constexpr int kQueries = Shape::kTileQueries, kColumns = Shape::kColumns;
   const AttentionParams& p = bp.forward;
-  const int lane = threadIdx.x % kWarpSize;
-  Sm90BackwardLoads loads(shared.cut_full, p, keys.place.b);
+  Sm90BackwardLoads<Shape, kStatistics> loads(shared.cut_full, p, keys.place.b);
   loads.load_keys(plan, shared, keys);
-  unsigned number = 0;
-  // Queries first .. of a head, and their statistics times a factor.
-  const auto load_tile = [&](const CUtensorMap& map, auto& tiles, auto& stages, int head, int first,
-                             const float* statistics, float factor) {
-    const Stage<std::remove_reference_t<decltype(stages)>> stage(number);
-    if (kStatistics || lane == 0) stages.empty[stage.index].wait(stage.parity ^ 1);
+  loads.for_tiles(plan, keys, [&](int head, int first, unsigned number) {
     const int start = keys.queries.start, rows = max(keys.queries.length - first, 0);
-    if constexpr (kStatistics) {
-      const float* from = lse_at(p, statistics, keys.place.b, start, head) + first;
-#pragma unroll 1
-      for (int j = lane; j < kQueries; j += kWarpSize)
-        stages.statistics[stage.index][j] = j < rows ? from[j] * factor : 0;
-      __syncwarp();
-    }
-    loads.load(
-        keys.queries, first + kQueries, stages.full[stage.index],
-        [&](Mbarrier& full) {
-          full.arrive_expecting(Shape::kQueryBytes);
-          load_boxes<kQueries, kColumns>(map, {start + first, head, loads.batch},
-                                         tiles[stage.index], full);
-        },
-        [&] { clear_rows<kQueries, kColumns>(tiles[stage.index], rows); });
-  };
-#pragma unroll 1
-  for (int head = keys.h * plan.group; head < (keys.h + 1) * plan.group; ++head) {
-#pragma unroll 1
-    for (int tile = keys.begin; tile < keys.end; ++tile, ++number) {
-      const int first = tile * kQueries;
-      load_tile(plan.q, shared.q, shared.queries, head, first, bp.minus_lse, plan.lse_factor);
-      load_tile(plan.dout, shared.dout, shared.gradients, head, first, bp.minus_delta, 1);
-    }
-  }
+    const auto load_tile = [&](const CUtensorMap& map, auto& tiles, auto& stages,
+                               const float* statistics, float factor) {
+      const Stage<std::remove_reference_t<decltype(stages)>> stage(number);
+      loads.wait(stages.empty[stage.index], stage.parity ^ 1);
+      loads.load_statistics(stages.statistics[stage.index],
+                            lse_at(p, statistics, keys.place.b, start, head) + first, rows, factor);
+      loads.load(
+          keys.queries, first + kQueries, stages.full[stage.index],
+          [&](Mbarrier& full) {
+            full.arrive_expecting(Shape::kQueryBytes);
+            load_boxes<kQueries, kColumns>(map, {start + first, head, loads.batch},
+                                           tiles[stage.index], full);
+          },
+          [&] { clear_rows<kQueries, kColumns>(tiles[stage.index], rows); });
+    };
+    load_tile(plan.q, shared.q, shared.queries, bp.minus_lse, plan.lse_factor);
+    load_tile(plan.dout, shared.dout, shared.gradients, bp.minus_delta, 1);
+  });
 }
 
 // The thread that adds tiles of dQ, and slopes of theirs, to the sums, in turns.
@@ -164,9 +168,9 @@ __device__ void add_queries_sm90(const AttentionBackwardParams& bp, const Sm90Ba
   const uint32_t from = shared_address(shared.dq);
   unsigned number = 0;
 #pragma unroll 1
-  for (int i = 0; i < plan.group; ++i) {
-    const int64_t first_tile = keys.first_tile + int64_t{i} * plan.query_tiles;
-    const int64_t first_sum = keys.first_sum + i * plan.head_sums;
+  for (int member = 0; member < plan.group; ++member) {
+    const int64_t first_tile = keys.first_tile + int64_t{member} * plan.query_tiles;
+    const int64_t first_sum = keys.first_sum + member * plan.head_sums;
 #pragma unroll 1
     for (int tile = keys.begin; tile < keys.end; ++tile, ++number) {
       const int64_t at = first_tile + tile;
