@@ -83,15 +83,16 @@ def attention_case(
     dims: tuple[int, int],
     gradients: bool = False,
     finite: bool = True,
+    heads: int = 4,
     **options: Any,
 ) -> Callable[[str], Tensors]:
-    """Two query heads share one of keys; dims are those of keys and of values."""
+    """Query heads share two of keys; dims are those of keys and of values."""
     random = torch.Generator().manual_seed(queries + keys)
-    q = torch.randn(2, queries, 4, dims[0], generator=random).to(dtype)
+    q = torch.randn(2, queries, heads, dims[0], generator=random).to(dtype)
     k = torch.randn(2, keys, 2, dims[0], generator=random).to(dtype)
     v = torch.randn(2, keys, 2, dims[1], generator=random).to(dtype)
-    dout = torch.randn(2, queries, 4, dims[1], generator=random).to(dtype)
-    dlse = torch.randn(2, 4, queries, generator=random)
+    dout = torch.randn(2, queries, heads, dims[1], generator=random).to(dtype)
+    dlse = torch.randn(2, heads, queries, generator=random)
     # The first keys matter least: a running maximum rises for long.
     k *= torch.linspace(0.1, 1, keys)[:, None, None].to(dtype)
     if not finite:  # a sum of rounded parts makes NaN of infinities in float32
@@ -288,6 +289,7 @@ def cases(kernel: str) -> Iterator[Callable[[str], Tensors]]:
             attention_case(dtype, 200, 300, (dim, dim), True, window=(150, 40)),
             packed_attention_case(dtype, PACKED[:7], dim, True),
             attention_case(dtype, 384, 256, (dim, dim), True),
+            attention_case(dtype, 40, 64, (dim, dim), True, heads=2),  # one tile
         )
     elif found := re.search(f"block_sparse_(\\w+)_sm90_kernel{element}i(\\d+)E", kernel):
         dtype, dim, op = DTYPES[found[2]], int(found[3]), "block_sparse_attention"

@@ -11,11 +11,12 @@ from tokenmill import _library
 
 FORWARD = "attention_forward_sm90_kernelI6__halfLi64ELNS0_7WeightsE0"
 BACKWARD = "attention_backward_sm90_kernelI6__halfLi64ELNS0_7WeightsE0"
+WIDE = "attention_backward_sm90_kernelI6__halfLi256ELNS0_7WeightsE0"
 SPARSE = "block_sparse_forward_sm90_kernelI6__halfLi64E"
 SPARSE_QUERIES = "block_sparse_queries_sm90_kernelI6__halfLi64E"  # of the backward
 SPARSE_KEYS = "block_sparse_keys_sm90_kernelI6__halfLi64E"
 RECURRENCE = "recurrence_sm90_kernelI6__halfLi128E"  # of linear attention
-KERNELS = (FORWARD, BACKWARD, SPARSE, SPARSE_QUERIES, SPARSE_KEYS, RECURRENCE)
+KERNELS = (FORWARD, BACKWARD, WIDE, SPARSE, SPARSE_QUERIES, SPARSE_KEYS, RECURRENCE)
 MULTIPROCESSORS = 2  # so that a block has several tiles
 KINDS = (
     "arrive dropped",
@@ -38,7 +39,9 @@ WITHOUT_EFFECT = {
     *((FORWARD, "products awaited behind the release", number) for number in (1, 3)),
     (FORWARD, "barrier dropped", 5),
     *((BACKWARD, "phase", number) for number in (1, 4)),
-    *((BACKWARD, "proxy fence dropped", number) for number in (0, 1)),
+    *((kernel, "proxy fence dropped", number) for kernel in (BACKWARD, WIDE) for number in (0, 1)),
+    *((WIDE, "phase", number) for number in (2, 19)),
+    (WIDE, "wait removed", 16),
     (SPARSE, "arrivals", 1),
     (SPARSE, "phase", 1),
     (SPARSE, "products awaited behind the release", 2),
@@ -52,6 +55,8 @@ DAILY = [
     Mutation(FORWARD, "products awaited late", 3, drawn=False),
     Mutation(BACKWARD, "proxy fence dropped", 3, drawn=False),
     Mutation(BACKWARD, "bytes not expected", 0, drawn=False),
+    Mutation(WIDE, "phase", 0, drawn=False),
+    Mutation(WIDE, "arrive dropped", 5, drawn=False),
 ]
 
 
