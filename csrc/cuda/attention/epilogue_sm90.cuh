@@ -9,6 +9,11 @@
 
 namespace tokenmill::cuda {
 
+// Of 16 bytes of row r of a tile of 64 rows at `tile`.
+__device__ __forceinline__ uint32_t chunk_address(uint32_t tile, int r, int chunk) {
+  return tile + chunk / 8 * 64 * kBoxRowBytes + r * kBoxRowBytes + (chunk % 8 ^ r % 8) * 16;
+}
+
 // Columns kFirst and on of row h of this thread (0 or 1), times a factor, to the tile of 64 rows
 // and kColumns columns at `tile`; cleared: zeros, whatever the sums are.
 template <typename T, int h, int kColumns, int kFirst = 0, int kCount>
@@ -33,8 +38,7 @@ __device__ __forceinline__ void store_rows(T* to, int64_t step, int rows, uint32
   for (int i = warpgroup_thread(); i < rows * kChunks; i += kWarpgroupThreads) {
     const int r = i / kChunks, chunk = i % kChunks;
     uint32_t w[4];
-    load_shared(w,
-                tile + chunk / 8 * 64 * kBoxRowBytes + r * kBoxRowBytes + (chunk % 8 ^ r % 8) * 16);
+    load_shared(w, chunk_address(tile, r, chunk));
     store_global(to + r * step + chunk * 8, w);
   }
 }

@@ -176,15 +176,10 @@ class DecodeSm90Rows {
       const T* from = rows_at<T>(p_.q, s.b, i, s.h * plan_.group + r - i * plan_.group);
       const uint4 x = *reinterpret_cast<const uint4*>(from + chunk * 8);
       const uint32_t words[4] = {x.x, x.y, x.z, x.w};
-      store_shared(chunk_at(r, chunk), words);
+      store_shared(chunk_address(queries_, r, chunk), words);
     }
     fence_stores();
     sync_warpgroup(0);
-  }
-  // Of the tile of queries, where rows of the result lie later.
-  __device__ uint32_t chunk_at(int r, int chunk) const {
-    return queries_ + chunk / 8 * Shape::kRows * kBoxRowBytes + r * kBoxRowBytes +
-           (chunk % 8 ^ r % 8) * 16;
   }
 
   // All rows see all keys of a tile.
@@ -326,7 +321,7 @@ class DecodeSm90Rows {
     for (int at = warpgroup_thread(); at < plan_.rows * kChunks; at += kWarpgroupThreads) {
       const int r = at / kChunks, chunk = at % kChunks, i = r / plan_.group;
       uint32_t words[4];
-      load_shared(words, chunk_at(r, chunk));
+      load_shared(words, chunk_address(queries_, r, chunk));
       T* to = rows_at<T>(p_.out, s.b, i, s.h * plan_.group + r - i * plan_.group);
       store_global(to + chunk * 8, words);
     }
