@@ -45,12 +45,11 @@ int wrong(int m, int n, int k) {
   const auto stride_b = cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, {n, k, 1});
   const auto stride_d = cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, {m, n, 1});
   return count_wrong(m, n, k, true, [&](Half* a, Half* b, float* c) {
-    typename Gemm::Arguments arguments{
-        cutlass::gemm::GemmUniversalMode::kGemm,
-        {m, n, k, 1},
-        {a, stride_a, b, stride_b},
-        {{1.0f, 1.0f}, c, stride_d, c, stride_d},
-        {0, kMultiprocessors}};
+    typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
+                                       {m, n, k, 1},
+                                       {a, stride_a, b, stride_b},
+                                       {{1.0f, 1.0f}, c, stride_d, c, stride_d},
+                                       {0, kMultiprocessors}};
     return Gemm().run(arguments);
   });
 }
