@@ -137,7 +137,7 @@ def test_causal_requests_take_it_from_a_number_of_tiles_on():
     q, k, v = inputs(32, 64, 64, 1)  # 64 tiles
     options = {"seqlens_k": torch.tensor([50], dtype=torch.int32)}
     wanted = tm.attention_decode(q, k, v, **options, backend="reference")
-    rule = "(not kernel_sm90: q: must have 128 tiles of 64 rows; got 64)"
+    rule = "(not kernel_sm90: q: must have 128 tiles of 64 rows; got 64; "
     options["backend"] = "emulated"
     cuts = {"attention.sm90_section": "32 (standard)", "attention.sm90_grid": "0 (standard)"}
     for tiles in (128, 64):
