@@ -94,9 +94,13 @@ def check_float32(op: str, argument: str, value: float, why: str = "") -> None:
     check(fits, op, argument, f"must be finite in float32{why}", value)
 
 
-def check_scale(op: str, scale: float) -> None:
+def is_scale(scale: float) -> bool:
     """Of scores: times log2(e) it is finite in float32."""
-    check(abs(scale) <= 2.0**127, op, "scale", "must be at most 2^127 in size", scale)
+    return abs(scale) <= 2.0**127
+
+
+def check_scale(op: str, scale: float) -> None:
+    check(is_scale(scale), op, "scale", "must be at most 2^127 in size", scale)
 
 
 def check_bool(op: str, argument: str, value: Any) -> None:

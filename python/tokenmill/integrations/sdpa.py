@@ -26,7 +26,7 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
-from .._check import MAX_HEAD_DIM, InputError, fail
+from .._check import MAX_HEAD_DIM, InputError, fail, is_scale
 from .._derivatives import below_autograd
 from .._dispatch import choose, namespace, reasons
 from ..dense.attention import BACKWARD, FORWARD, OUT, SPEC, lower
@@ -334,7 +334,7 @@ class _Call:
             return "the number of key heads must divide that of query heads"
         if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0]:
             return "tensors must agree in batch, key heads and keys"
-        if self.scale is not None and not abs(self.scale) <= 2.0**127:
+        if self.scale is not None and not is_scale(self.scale):
             return "scale must be at most 2^127 in size"
         if self.mask is not None and self.mask.dtype not in (query.dtype, torch.float32):
             return "a mask must have the dtype of the query or float32"
