@@ -205,7 +205,7 @@ def test_where_no_value_is_read_none_leads_out_of_the_cache(monkeypatch):
         ({"seqlens_k": torch.tensor([9, 10]).int()},
          "seqlens_k: must be 0 to what the cache holds of a request, 9; got 10"),
         ({"seqlens_k": torch.tensor([9]).int()}, r"seqlens_k: must have shape \[2\]"),
-        ({"q": torch.zeros(2, 2, 4, 8)}, "q: must have 1 token; got 2"),
+        ({"q": torch.zeros(2, 4, 8)}, r"q: must have 4 dimensions \[B, Sq, H, D\]; got 3"),
     ],
 )  # fmt: skip
 def test_bad_steps_are_refused(edit, message):

@@ -150,9 +150,15 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
             "block_table": torch.tensor(TABLE, dtype=torch.int32), "block": 5, "topk": 2,
             "return_lse": True,
         },
+        lambda r: {
+            "q": r(2, 3, 4, 16), **r.cache(24), "seqlens_k": int32(24, 11), "block": 5, "topk": 2,
+            "share": "queries", "rope": (r(22, 8).cos(), r(22, 8).sin()), "interleaved": True,
+            "scale": 0.3,
+        },
     ),
     sparse.core_context_attention: (
         lambda r: {**r.qkv(37), "group": 4, "window": 8, "return_lse": True},
+        lambda r: {**r.qkv(37), "cores": "kv", "group": 4, "window": 6, "scale": 0.3},
     ),
     sparse.moba_attention: (
         lambda r: {

@@ -55,7 +55,7 @@ def check_sparse_decode(*lowered: Any, float64: bool = False, op: str = OP) -> N
     longest = capacity(k_cache, a.block_table)
     if a.pos_mode == "cache":
         longest = min(longest, a.num_sink + a.indices.shape[2] * a.block_k + a.num_recent)
-    _check_rope(op, q, a.cos, a.sin, max(longest, 1))
+    check_rope(op, q, a.cos, a.sin, max(longest, 1))
     _check_extra(op, q, k_cache, a.v_cache, a.extra_k, a.extra_v, a.extra_log_count)
     check_terms(op, q, q.shape[0], "softmax", None, None, a.sink)
 
@@ -73,7 +73,7 @@ def _check_lists(op: str, q: Tensor, k_cache: Tensor, indices: Tensor, counts: T
         check_device_of_q(op, name, t, q)
 
 
-def _check_rope(op: str, q: Tensor, cos: Tensor | None, sin: Tensor | None, longest: int) -> None:
+def check_rope(op: str, q: Tensor, cos: Tensor | None, sin: Tensor | None, longest: int) -> None:
     if cos is None or sin is None:
         return
     pairs = q.shape[3] // 2
