@@ -148,7 +148,8 @@ def _attend(
 
 
 def as_sizes(group: int, window: int, cores: Cores) -> tuple[int, int]:
-    check(cores in ("query", "kv"), OP, "cores", "must be 'query' or 'kv'", cores)
+    ok = isinstance(cores, str) and cores in ("query", "kv")
+    check(ok, OP, "cores", "must be 'query' or 'kv'", cores)
     group, window = as_int(OP, "group", group), as_int(OP, "window", window)
     ok = is_power_of_two(group) and group <= MAX_BLOCK
     check(ok, OP, "group", f"must be a power of two up to {MAX_BLOCK}", group)

@@ -139,13 +139,18 @@ def landmark_decode(
     if topk is not None:
         topk = as_int(OP, "topk", topk)
         check(topk >= 1, OP, "topk", "must be at least 1", topk)
-    ok = share in ("none", "queries", "heads")
+    ok = isinstance(share, str) and share in ("none", "queries", "heads")
     check(ok, OP, "share", "must be 'none', 'queries' or 'heads'", share)
     blocks = held // block
     topk = blocks if topk is None else min(topk, blocks)
     tables = _as_tables(q, rope, min(held, (topk + 2) * block + q.shape[1] - 1))
     if reads_values(seqlens_k):
         check_lengths_values(OP, k_cache, seqlens_k, block_table)
+    if held == 0 or q.shape[1] == 0:
+        batch, count, heads = q.shape[:3]
+        lse = q.new_full((batch, heads, count), -torch.inf, dtype=_wide(q))
+        empty = q.new_zeros((batch, count, heads, v_cache.shape[3]))
+        return (empty, lse) if return_lse else empty
     lengths = seqlens_k.long().clamp(0, held)
     call = _Call(
         _Cache(k_cache, v_cache, block_table, lengths - 1), lengths - q.shape[1], held, block, topk,
@@ -160,6 +165,10 @@ def landmark_decode(
     return (out, lse) if return_lse else out
 
 
+def _wide(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
 def _as_tables(
     q: Tensor, rope: tuple[Tensor, Tensor] | None, positions: int
 ) -> tuple[Tensor, ...] | None:
@@ -169,8 +178,7 @@ def _as_tables(
     check(pair, OP, "rope", "must be (cos, sin)", type(rope).__name__)
     for t in rope:
         check_tensor(OP, "rope", t)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    cos, sin = (t.to(wide) for t in rope)
+    cos, sin = (t.to(_wide(q)) for t in rope)
     check_rope(OP, q, cos, sin, max(positions, 1))
     return cos, sin
 
@@ -298,7 +306,7 @@ class _Call(NamedTuple):
             chosen = self._choose(q, share)
         if chosen.shape[2] == 1:
             return self._blocks(q, chosen)
-        steps = range(0, max(q.shape[1], 1), AT_ONCE)
+        steps = range(0, q.shape[1], AT_ONCE)
         parts = [self._blocks(q[:, i : i + AT_ONCE], chosen[:, :, i : i + AT_ONCE]) for i in steps]
         outs, logits = (torch.cat(t, 3) for t in zip(*parts, strict=True))
         return outs, logits
