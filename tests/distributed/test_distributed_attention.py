@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 
 import pytest
 import torch
@@ -237,16 +238,41 @@ def test_bad_calls_are_refused_before_anything_is_sent(ranks):
     ranks(2).run(refusals_on_a_rank)
 
 
-def mismatch_on_a_rank():
-    x = torch.randn(1, 8, 4, 16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOKENMILL_CHECK", "1")
-        with pytest.raises(RuntimeError, match="window: must be that of rank"):
-            tmd.attention(x, x, x, window=(dist.get_rank(), 0), causal=True)
+DIFFERENT = {
+    "window": lambda x, r: tmd.attention(x, x, x, window=(r, 0), causal=True),
+    "order": lambda x, r: tmd.attention(x, x, x, order=("zigzag", "contiguous")[r]),
+    "scale": lambda x, r: tmd.attention(x, x, x, scale=0.5 + r),
+    "softcap": lambda x, r: tmd.attention(x, x, x, softcap=1.0 + r),
+    "sink": lambda x, r: tmd.attention(x, x, x, sink=(None, torch.zeros(4))[r]),
+    "score_bias": lambda x, r: tmd.attention(x, x, x, kind="sigmoid", score_bias=float(r)),
+    "schedule": lambda x, r: tmd.attention(x, x, x, schedule=("ring", "allgather")[r]),
+    "dtype": lambda x, r: tmd.attention(*[x.to((x.dtype, torch.bfloat16)[r])] * 3),
+    "heads": lambda x, r: tmd.attention(*[x[:, :, : 4 - 2 * r]] * 3),
+    "tokens": lambda x, r: tmd.attention(*[x[:, : 8 - r]] * 3),
+    "requires_grad": lambda x, r: tmd.attention(x.clone().requires_grad_(r == 0), x, x),
+    "cu_seqlens": lambda x, r: tmd.attention(
+        *[x[0]] * 3, cu_seqlens=torch.tensor([0, 3 + r, 16], dtype=torch.int32)
+    ),
+    "operator": lambda x, r: (tmd.attention, tmd.linear_attention)[r](x, x, x),
+}
 
 
-def test_what_ranks_must_share_is_compared_on_request(ranks):
-    ranks(2).run(mismatch_on_a_rank)
+def differences_on_a_rank():
+    x, found = torch.randn(1, 8, 4, 16), {}
+    for name, call in DIFFERENT.items():
+        try:
+            call(x, dist.get_rank())
+            found[name] = "no error"
+        except RuntimeError as error:
+            found[name] = str(error)
+    return found
+
+
+def test_ranks_that_differ_all_say_in_what(ranks):
+    for rank, found in enumerate(ranks(2).run(differences_on_a_rank)):
+        for name, text in found.items():
+            rule = rf"attention: {name}: must be that of rank {1 - rank} in group '\w*'"
+            assert re.search(rule, text), (name, text)
 
 
 def test_without_a_group():

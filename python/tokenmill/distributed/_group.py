@@ -9,6 +9,7 @@ every run. They are PyTorch's functional collectives: a result is waited for whe
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -89,17 +90,58 @@ class Group:
         return found
 
     def check_alike(self, **values: Any) -> None:
-        """Compares what all ranks must have in common, where TOKENMILL_CHECK=1 asks for it."""
-        if self.size == 1 or not synchronising_checks():
+        """Compares what all ranks must have in common with the first message of a call, 8 bytes.
+
+        Where they differ, all ranks name the argument and both values. A group without a backend
+        for CPU tensors compares on the device, where a difference is an assertion, unless
+        TOKENMILL_CHECK=1 lets the host read it.
+        """
+        if self.size == 1 or torch.compiler.is_compiling():
             return
+        own = {"operator": self.op, **{name: _described(v) for name, v in values.items()}}
+        digest = hashlib.blake2b(repr(own).encode(), digest_size=8).digest()
+        device = "cpu" if self._has_cpu_backend() else "cuda"
+        sent = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=device)
+        found = torch.empty(self.size, dtype=torch.int64, device=device)
+        with self.named("the comparison of arguments"):
+            dist.all_gather_into_tensor(found, sent, group=self.group)
+        alike = (found == sent).all()
+        if device != "cpu" and not synchronising_checks():
+            torch._assert_async(alike, f"tokenmill.{self.op}: ranks differ in their arguments")
+        elif not alike:
+            self._name_difference(own)
+
+    def _has_cpu_backend(self) -> bool:
+        config = str(dist.get_backend_config(self.group))  # "cpu:gloo,cuda:nccl"
+        return any(part.startswith("cpu:") for part in config.split(","))
+
+    def _name_difference(self, own: dict[str, Any]) -> None:
+        """Every rank comes here: the digests that differ are those that all ranks have."""
         found: list[Any] = [None] * self.size
         with self.named("the comparison of arguments"):
-            dist.all_gather_object(found, values, group=self.group)
+            dist.all_gather_object(found, own, group=self.group)
         for rank, other in enumerate(found):
-            for name, value in values.items():
-                same = other.get(name) == value
+            for name in {**own, **other}:
                 rule = f"must be that of rank {rank} in {self.name}, {other.get(name)}"
-                check(same, self.op, name, rule, value)
+                check(other.get(name) == own.get(name), self.op, name, rule, own.get(name))
+
+
+def records_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Which tensors autograd records: a backward has collectives that every rank must enter."""
+    recording = torch.is_grad_enabled()
+    return tuple(recording and t is not None and t.requires_grad for t in tensors)
+
+
+def _described(value: Any) -> Any:
+    """What ranks compare of an argument: of tensors all but the values, of objects the type."""
+    if isinstance(value, Tensor):
+        gradient = " with a gradient" if value.requires_grad and torch.is_grad_enabled() else ""
+        return f"a tensor {[*value.shape]} of {str(value.dtype)[6:]}{gradient}"
+    if isinstance(value, (tuple, list, torch.Size)):
+        return tuple(_described(v) for v in value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value) if isinstance(value, torch.dtype) else type(value).__name__
 
 
 class _Exchange(torch.autograd.Function):

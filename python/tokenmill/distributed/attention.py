@@ -27,7 +27,7 @@ from ..dense.attention import SPEC, lower
 from ..dense.attention_options import AttentionOptions
 from ..dense.terms import as_window, check_return_lse
 from ._allgather import gathered_attention
-from ._group import Group
+from ._group import Group, records_gradients
 from ._ring import ring_attention
 from ._ulysses import head_attention, heads_divide
 from .plan import cheapest
@@ -105,8 +105,8 @@ def attention(
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is sent. PeerError: a
-            collective failed, naming rank and group. TOKENMILL_CHECK=1 compares what ranks must
-            have in common.
+            collective failed, naming rank and group. Ranks that differ in what
+            they must have in common all raise.
 
     Complexity: the operations of the rank's rows; bytes and steps: :func:`plan`.
 
@@ -239,6 +239,11 @@ def _prepare(
         dtype=q.dtype,
         window=(call.left, call.right),
         kind=(kind, normalize),
+        order=order,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.tolist(),
+        return_lse=return_lse,
+        requires_grad=records_gradients(q, k, v),
+        **{name: value for name, value in options.items() if name not in ("kind", "backend")},
     )
     return RUN[chosen], call
 

@@ -128,6 +128,9 @@ def attention_decode(
     check(right in (-1, 0), OP, "window", "right must be -1 or 0: no query sees a later key", right)
     ranks.check_alike(
         sizes=where.sizes, q=tuple(q.shape), dtype=q.dtype, kind=(kind, normalize), window=left,
+        scale=scale, softcap=softcap, score_bias=score_bias, alibi_slopes=alibi_slopes, sink=sink,
+        block_table=block_table is not None, return_lse=return_lse,
+        scales=(k_scale is not None, v_scale is not None),
         seqlens_k=seqlens_k.tolist() if reads_values(seqlens_k) else None,
     )  # fmt: skip
     options: dict[str, Any] = {

@@ -17,7 +17,7 @@ from .._dispatch import choose
 from ..reference.sparse._common import listed_entries
 from ..sparse.block_sparse_attention import SPEC, lower
 from ._blocks import arrange
-from ._group import Group
+from ._group import Group, records_gradients
 from .sequence import Layout, Piece, check_starts, layout_of_shard
 
 OP = "distributed.block_sparse_attention"
@@ -86,8 +86,8 @@ def block_sparse_attention(
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is sent. PeerError: a
-            collective failed, naming rank and group. TOKENMILL_CHECK=1 compares what ranks must
-            have in common.
+            collective failed, naming rank and group. Ranks that differ in what
+            they must have in common all raise.
 
     Complexity: the operations of the rank's rows. A rank sends the owner of each block B Hk bytes,
     which say who needs it, and block_k (D + Dv) elements for each block, request and key head that
@@ -144,7 +144,7 @@ def prepare(
         heads=(a.q.shape[2], a.k.shape[2], a.q.shape[3], a.v.shape[3]),
         batch=a.q.shape[0],
         dtype=a.q.dtype,
-        gradients=torch.is_grad_enabled() and (a.k.requires_grad or a.v.requires_grad),
+        requires_grad=records_gradients(a.q, a.k, a.v),
         **{name: getattr(a, name) for name in options},
         **alike,
     )

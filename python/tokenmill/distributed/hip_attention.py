@@ -92,8 +92,8 @@ def hip_attention(
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is sent. PeerError: a
-            collective failed, naming rank and group. TOKENMILL_CHECK=1 compares what ranks must
-            have in common.
+            collective failed, naming rank and group. Ranks that differ in what
+            they must have in common all raise.
 
     Complexity: the search and the attention of the rank's rows. A rank sends its B n Hk D elements
     of keys to every other, then what :func:`block_sparse_attention` sends; it holds the keys of all

@@ -17,7 +17,6 @@ from .._check import (
     check_cu_seqlens_values,
     check_tensor,
     reads_values,
-    synchronising_checks,
 )
 from .._dispatch import choose
 from ..select.indexer_topk_select import SPEC, lower
@@ -84,7 +83,8 @@ def indexer_topk_select(
 
     Raises:
         RuntimeError: naming argument, rule and value. PeerError: a collective failed.
-            TOKENMILL_CHECK=1 compares what ranks must have in common.
+            Ranks that differ in what
+            they must have in common all raise.
 
     Complexity: 2 Hi D operations for each pair of a query and a key of this rank that it sees; 8
     bytes for each of min(topk, n) candidates of each query, from each rank to all.
@@ -125,7 +125,7 @@ def indexer_topk_select(
         check_length_values(OP, "seqlens_k", seqlens_k, where.length)
     if cu_seqlens_q is not None and reads_values(cu_seqlens_q):
         check_cu_seqlens_values(OP, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    values = synchronising_checks()
+    values = reads_values(q)
     options = ("topk", "causal", "activation", "block_k", "num_sink", "num_recent")
     ranks.check_alike(
         sizes=where.sizes,
@@ -133,6 +133,8 @@ def indexer_topk_select(
         dtype=q.dtype,
         seqlens_k=seqlens_k.tolist() if values and seqlens_k is not None else None,
         cu_seqlens_q=cu_seqlens_q.tolist() if values and cu_seqlens_q is not None else None,
+        return_values=return_values,
+        block_table=block_table is not None,
         **{name: getattr(call, name) for name in options},
     )
     if ranks.size == 1:

@@ -36,7 +36,7 @@ from ..linear.rules import (
     check_linear_attention,
     check_linear_attention_out,
 )
-from ._group import Group
+from ._group import Group, records_gradients
 from .sequence import Layout, Order, layout_of_shard
 
 OP = "distributed.linear_attention"
@@ -103,8 +103,8 @@ def linear_attention(
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is sent. PeerError: a
-            collective failed, naming rank and group. TOKENMILL_CHECK=1 compares what ranks must
-            have in common.
+            collective failed, naming rank and group. Ranks that differ in what
+            they must have in common all raise.
 
     Complexity: twice the operations of the rank's rows, one half of them for the state that others
     need: packed, of the sequence that goes on behind the shard alone. A rank sends B H F Dv numbers
@@ -164,9 +164,11 @@ def linear_attention(
         dtype=q.dtype,
         cu_seqlens=ends,
         log_decay=None if log_decay is None else log_decay.dim(),
-        initial_state=initial_state is not None,
+        initial_state=initial_state,
         return_final_state=return_final_state,
-        feature_map=(feature_map, normalize),
+        out=out is not None,
+        requires_grad=records_gradients(q, k, v, log_decay),
+        **options,
     )
     options["backend"] = backend
     shard = Shard(ranks, hold(where, ends, return_final_state), q, k, v, log_decay, out, options)

@@ -97,7 +97,8 @@ def sparse_decode_attention(
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is sent. PeerError: a
-            collective failed. TOKENMILL_CHECK=1 compares what ranks must have in common.
+            collective failed. Ranks that differ in what
+            they must have in common all raise.
 
     Complexity: each rank reads its listed keys once; B Sq H (Dv + 1) float32 from each rank to all,
     with return_mass B K for each list more.
@@ -159,16 +160,18 @@ def _prepare(
         check(call.cos.shape[0] >= where.length, OP, "rope", rule, call.cos.shape[0])
     if reads_values(call.seqlens_k):
         check_length_values(OP, "seqlens_k", call.seqlens_k, where.length)
-    options = ("block_k", "num_sink", "num_recent", "scale", "softcap", "return_mass")
-    values = synchronising_checks()
+    options = ("block_k", "num_sink", "num_recent", "scale", "softcap", "return_mass", "pos_mode")
+    options += ("cos", "interleaved", "extra_log_count", "sink")
+    values = reads_values(call.seqlens_k)
     ranks.check_alike(
         sizes=where.sizes,
         q=tuple(call.q.shape),
         dtype=call.q.dtype,
         seqlens_k=call.seqlens_k.tolist() if values else None,
         indices=tuple(call.indices.shape),
-        checksum_of_indices=_checksum(call.indices) if values else None,
+        checksum_of_indices=_checksum(call.indices) if synchronising_checks() else None,
         counts=call.counts.tolist() if values else None,
+        block_table=table is not None,
         **{name: getattr(call, name) for name in options},
     )
     return ranks, where

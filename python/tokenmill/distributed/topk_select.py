@@ -82,7 +82,8 @@ def topk_select(
     check(where.length < 2**31, OP, "scores", rule, where.length)
     own = where.pieces[ranks.rank][0]
     ranks.check_alike(
-        sizes=where.sizes, rows=rows, k=k, dtype=scores.dtype, how=(tie, order),
+        sizes=where.sizes, rows=rows, k=k, dtype=scores.dtype, tie=tie, order=order,
+        return_values=return_values,
         lengths=None if lengths is None or not reads_values(lengths) else lengths.tolist(),
     )  # fmt: skip
     if ranks.size == 1:
