@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +174,8 @@ def call(
         with torch.autocast(device, enabled=False):
             return call(spec, lowered, backend, out)
     chosen = choose(spec, lowered, backend)
+    if chosen == "reference" and _wanted(backend) is None and not compiling():
+        _warn_of_missing_kernel(spec, lowered)
     sharding = sharding_of(lowered)
     checked, arguments = spec.forward, lowered
     if out is not None:
@@ -210,6 +213,24 @@ def call(
     results = below_autograd(checked, namespace(chosen), arguments)
     note_writes(checked, arguments)
     return _results(results, None, out)
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _warn_of_missing_kernel(spec: OpSpec, lowered: tuple[Any, ...]) -> None:
+    """Warns once for each operator and device whose kernel was left out of the build."""
+    first = next(t for t in lowered if isinstance(t, torch.Tensor))
+    device = first.device.type
+    missing = device in ("cpu", "cuda") and not spec.forward.has_native(device.upper())
+    if missing and first.dtype != torch.float64 and (spec.name, device) not in _warned:
+        _warned.add((spec.name, device))
+        warnings.warn(
+            f"tokenmill.{spec.name}: this build has no native {device.upper()} kernel of it, so "
+            "the reference runs, in plain PyTorch and slowly (tokenmill.explain says why; a build "
+            "without TOKENMILL_OPS has every kernel)",
+            stacklevel=4,
+        )
 
 
 def _call_and_record(op: _library.TorchOp, values: tuple[Any, ...]) -> Any:
