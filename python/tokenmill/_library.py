@@ -52,6 +52,9 @@ def record_of(name: str) -> Any:
     return collections.namedtuple(name, [a.name for a in schema.arguments])
 
 
+_direct = {NAMESPACE: _door.functions(_OPS)}
+
+
 @dataclass(frozen=True)
 class TorchOp:
     """One operator of the library. Every callable takes the arguments of the schema.
@@ -79,6 +82,12 @@ class TorchOp:
     defaults: tuple[Any, ...] = field(init=False)  # of the arguments, None where there is none
     written: tuple[str, ...] = field(init=False)  # those that a call writes into
     tensors: frozenset[str] = field(init=False)  # those that must be tensors
+    # The next two are made here, not at first use: a graph that Dynamo traces cannot make them.
+    record: Any = field(init=False, compare=False, repr=False)  # the arguments as a named tuple
+    # The operator as module _C has it for plain calls (_door.Door); None without one.
+    short: Callable[[tuple[Any, ...], int], Any] | None = field(
+        init=False, compare=False, repr=False
+    )
     _recorded: dict[str, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @property
@@ -112,11 +121,9 @@ class TorchOp:
         object.__setattr__(self, "written", written)
         tensors = frozenset(a.name for a in schema if str(a.type) == "Tensor")
         object.__setattr__(self, "tensors", tensors)
-
-    @functools.cached_property
-    def record(self) -> Any:
-        """The arguments of a call as a named tuple, in the order of the schema."""
-        return record_of(self.name)
+        object.__setattr__(self, "record", collections.namedtuple(self.name, self.arguments))
+        direct = _direct[NAMESPACE].get(self.name)
+        object.__setattr__(self, "short", direct and direct.plain)
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments of a call of torch.ops, in the order of the schema: a scale of None is that
@@ -163,12 +170,6 @@ class TorchOp:
         found = _direct.get(namespace, {}).get(self.name)
         return found and found.call
 
-    @functools.cached_property
-    def short(self) -> Callable[[tuple[Any, ...], int], Any] | None:
-        """The same for plain calls (_door.Door) of torch.ops.tokenmill."""
-        found = _direct[NAMESPACE].get(self.name)
-        return found and found.plain
-
     def run_direct(self, namespace: str, values: Sequence[Any]) -> Any:
         """The results of a call without dispatcher, as torch.ops gives them, or NotImplemented."""
         run = self.direct(namespace)
@@ -198,7 +199,6 @@ class TorchOp:
 
 
 _native_keys: set[tuple[str, str]] = set()
-_direct = {NAMESPACE: _door.functions(_OPS)}
 _registered: dict[str, TorchOp] = {}
 
 

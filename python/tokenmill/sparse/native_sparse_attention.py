@@ -130,8 +130,9 @@ def native_sparse_attention(
     keys, wanted = k.shape[1], max((k.shape[1] - block) // stride + 1, 0)
     if k_compressed is None or v_compressed is None:
         k_compressed, v_compressed = (_means(t, block, stride, wanted) for t in (k, v))
-    rule = f"must have floor((Sk - block) / stride) + 1 keys, {wanted}"
-    check(k_compressed.shape[1] == wanted, OP, "k_compressed", rule, k_compressed.shape[1])
+    if k_compressed.shape[1] != wanted:
+        rule = f"must have floor((Sk - block) / stride) + 1 keys, {wanted}"
+        fail(OP, "k_compressed", rule, k_compressed.shape[1])
 
     lengths = torch.full((1,), keys, dtype=torch.int32, device=q.device)
     at = positions(q.shape[1], lengths)
@@ -185,14 +186,16 @@ def _check_tensors(
                 continue
             count = given.shape[1] if what == "compressed" and given.dim() == 4 else k.shape[1]
             shape = [like.shape[0], count, *like.shape[2:]]
-            check([*given.shape] == shape, OP, name, f"must have shape {show(shape)}", given.shape)
+            if [*given.shape] != shape:
+                fail(OP, name, f"must have shape {show(shape)}", given.shape)
             check_dtype_of(OP, name, given, "q", q)
             check_device_of_q(OP, name, given, q)
         if keys is not None and values is not None and keys.shape[1] != values.shape[1]:
             rule = f"must have the keys of k_{what}, {keys.shape[1]}"
             fail(OP, f"v_{what}", rule, values.shape[1])
     wanted = (*q.shape[:3], 3)
-    check(gates.shape == wanted, OP, "gates", f"must have shape {show(wanted)}", gates.shape)
+    if gates.shape != wanted:
+        fail(OP, "gates", f"must have shape {show(wanted)}", gates.shape)
     check_dtype(OP, "gates", gates, float64=True)
     check_device_of_q(OP, "gates", gates, q)
 
