@@ -10,6 +10,7 @@ import pytest
 import torch
 from fresh import context
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from tokenmill import masks, nn, policies, registry
 from tokenmill.fuzz.compositions import COMPOSITIONS, Draw
@@ -42,10 +43,9 @@ def compile_first(name, sent):
     found = tensors_of(function(*args, **kwargs))
     args, kwargs = arguments_of(name)
     wanted = tensors_of(FUNCTIONS[name](*args, **kwargs))
-    with FakeTensorMode() as mode:
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            torch.Tensor, mode.from_tensor, arguments_of(name)
-        )
+    mode = FakeTensorMode()
+    args, kwargs = tree_map_only(torch.Tensor, mode.from_tensor, arguments_of(name))
+    with mode:
         fake = tensors_of(FUNCTIONS[name](*args, **kwargs))
     sent.send(
         [

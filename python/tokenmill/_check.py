@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _STRIDED = torch.strided
 
@@ -241,4 +242,4 @@ def synchronising_checks() -> bool:
 def reads_values(t: torch.Tensor) -> bool:
     """Whether a function made of operators may read the values of t."""
     here = t.device.type == "cpu" or synchronising_checks()
-    return here and not torch.compiler.is_compiling()
+    return here and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)

@@ -18,7 +18,7 @@ from .._check import (
     check_tensor,
     check_text,
     fail,
-    synchronising_checks,
+    reads_values,
 )
 from .._derivatives import keep, kept
 from .._dispatch import call
@@ -270,8 +270,7 @@ def decay_of_slopes(op: str, q: Tensor, slopes: Tensor) -> Tensor:
         fail(op, "slopes", "must be float32", slopes.dtype)
     if q.dim() >= 2 and tuple(slopes.shape) != (q.shape[-2],):
         fail(op, "slopes", f"must have shape [{q.shape[-2]}]", slopes.shape)
-    readable = slopes.device.type == "cpu" or synchronising_checks()
-    if readable and not torch.compiler.is_compiling():
+    if reads_values(slopes):
         negative = slopes[slopes < 0]
         if negative.numel() > 0:
             fail(op, "slopes", "must not be negative; least", negative.min().item())

@@ -113,7 +113,10 @@ def indexer_kl_loss(
     target = target.detach()
     if reads_values(q) and not torch._C._are_functorch_transforms_active():
         _check_values(k, indices, counts, target)
-    rows: Tensor = _Rows.apply(q, k, weights, indices, counts, target, activation)
+    apply = _Rows.apply
+    if torch.compiler.is_compiling() and not any(t.requires_grad for t in (q, k, weights)):
+        apply = _Rows.forward  # Dynamo would give it a context, which setup_context takes
+    rows: Tensor = apply(q, k, weights, indices, counts, target, activation)
     return _sum(rows.flatten())
 
 

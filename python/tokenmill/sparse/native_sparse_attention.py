@@ -205,16 +205,17 @@ def _check_sizes(
     window: int,
 ) -> None:  # fmt: skip
     check(1 <= stride < 2**31, OP, "stride", "must be 1 to 2^31 - 1", stride)
-    rule = f"must be a multiple of stride, {stride}, below 2^31"
-    check(0 < block < 2**31 and block % stride == 0, OP, "block", rule, block)
+    if not (0 < block < 2**31 and block % stride == 0):
+        fail(OP, "block", f"must be a multiple of stride, {stride}, below 2^31", block)
     check_block(OP, "select_block", select_block)
-    rule = f"must be a multiple of stride, {stride}"
-    check(select_block % stride == 0, OP, "select_block", rule, select_block)
+    if select_block % stride != 0:
+        fail(OP, "select_block", f"must be a multiple of stride, {stride}", select_block)
     check(1 <= topk <= MAX_K, OP, "topk", f"must be 1 to {MAX_K}", topk)
     for name, value in (("num_first", num_first), ("num_local", num_local)):
         check(value >= 0, OP, name, "must not be negative", value)
-    rule = f"must be at least num_first + num_local, {num_first + num_local}"
-    check(topk >= num_first + num_local, OP, "topk", rule, topk)
+    if topk < num_first + num_local:
+        rule = f"must be at least num_first + num_local, {num_first + num_local}"
+        fail(OP, "topk", rule, topk)
     check(window >= 1, OP, "window", "must be at least 1", window)
 
 
