@@ -13,6 +13,7 @@ import tokenmill as tm
 
 transformers = pytest.importorskip("transformers", minversion="5.4")
 integration = pytest.importorskip("tokenmill.integrations.transformers")
+padding_module = pytest.importorskip("tokenmill.integrations._padding")
 
 SMALL = {
     "vocab_size": 40,
@@ -301,8 +302,8 @@ def test_a_step_with_many_keys_runs_as_decode(padding, monkeypatch):
         for options in ({}, {"sliding_window": 40}, {"s_aux": torch.randn(4)}, {"softcap": 1.5})
     ]
     ran = []
-    real = integration._decoded
-    monkeypatch.setattr(integration, "_decoded", lambda *a, **o: ran.append(1) or real(*a, **o))
+    real = integration.decoded
+    monkeypatch.setattr(integration, "decoded", lambda *a, **o: ran.append(1) or real(*a, **o))
     found = [step() for step in steps]
     assert len(ran) == len(steps)
     monkeypatch.setattr(integration, "_few_queries", lambda *arguments: False)
@@ -336,7 +337,8 @@ def test_views_are_passed_without_copies(monkeypatch):
         seen.extend(tensors)
         return real(*tensors, **options)
 
-    monkeypatch.setattr(integration, "attention", spy)
+    for module in (integration, padding_module):
+        monkeypatch.setattr(module, "attention", spy)
     q, k, v = (x.transpose(1, 2) for x in torch.randn(2, 11, 3, 4, 8).unbind(2))
     padding = padding_mask("right")[:2].bool()
     for mask in (None, padding, padding[:, None, None].expand(2, 1, 11, 11)):
@@ -355,6 +357,62 @@ def test_what_needs_the_weights_is_refused(tokenmill):
         forward(q, k, v, head_mask=torch.ones(2))
     with pytest.raises(RuntimeError, match="output_attentions"):
         forward(q, k, v, output_attentions=True)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 4), slice(0, 3), slice(0, 1), slice(1, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("sq", [1, 4, 11])
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "as on a GPU"])
+def test_padding_hides_keys_and_nothing_else(sq, kind, rows, gpu, monkeypatch):
+    """Padding after the text, before it, around it and in it: each query sees the shown keys up to
+    its own place, padding or not, beside any other rows."""
+    if gpu:  # as packed sequences, where rows have one run each
+        monkeypatch.setattr(
+            padding_module, "_packs", lambda q, k, v, p, *_: sq > 1 and p.shape.runs
+        )
+    bits = ("11111100000", "00011111111", "00111110000", "11001110100")
+    mask = torch.tensor([[bit == "1" for bit in row] for row in bits])
+    q, k, v = torch.randn(4, 4, sq, 8), torch.randn(4, 2, 11, 8), torch.randn(4, 2, 11, 8)
+    options = {"kind": kind, "is_causal": True}
+    found = forward(q[rows], k[rows], v[rows], mask[rows], **options)
+    for row in range(4)[rows]:
+        n = mask[row].sum().log() if kind == "sigmoid" else 0
+        for i in range(sq):
+            shown = mask[row, : 11 - sq + i + 1].nonzero().flatten()
+            keys, values = (x[row, :, shown].repeat_interleave(2, 0) for x in (k, v))
+            scores = torch.einsum("hd,hkd->hk", q[row, :, i], keys) / 8**0.5 - n
+            weights = scores.sigmoid() if kind == "sigmoid" else scores.softmax(-1)
+            expected = torch.einsum("hk,hkd->hd", weights, values)
+            torch.testing.assert_close(found[row - rows.start, i], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_share_what_is_known_of_a_mask(tokenmill, monkeypatch):
+    """A mask is looked at once in a call of the model, and its sequences are cut once."""
+    cuts = []
+    real = padding_module._ends
+    monkeypatch.setattr(padding_module, "_ends", lambda *a: cuts.append(1) or real(*a))
+    model = bert().eval()
+    model.set_attn_implementation(tokenmill)
+    model(torch.randint(40, (3, 11)), attention_mask=padding_mask("right"))
+    assert len(cuts) == 1  # the model has two layers
+
+
+def test_a_row_has_its_bits_beside_any_others():
+    """On a CPU: alone, beside rows with padding on either side, and beside rows with holes."""
+    bits = ("11111111111", "11111100000", "00011111111", "11001110100")
+    mask = torch.tensor([[bit == "1" for bit in row] for row in bits])
+    q, k, v = torch.randn(4, 4, 11, 8), torch.randn(4, 2, 11, 8), torch.randn(4, 2, 11, 8)
+    for causal in (True, False):
+        alone = [
+            forward(*(x[i : i + 1] for x in (q, k, v)), mask[i : i + 1], is_causal=causal)[0]
+            for i in range(4)
+        ]
+        whole = forward(q[:1], k[:1], v[:1], None, is_causal=causal)[0]
+        assert torch.equal(alone[0], whole)
+        for rows in ([0, 1], [0, 2], [1, 2, 0], [3, 2, 1, 0]):
+            together = forward(q[rows], k[rows], v[rows], mask[rows], is_causal=causal)
+            for found, i in zip(together, rows, strict=True):
+                assert torch.equal(found, alone[i])
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left", "hole"])

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import masks
 from .._sharded import sharded_attention
 from ..dense.attention import NO_WINDOW, attention
 from ._needs import needs
@@ -30,6 +29,7 @@ try:
 except ModuleNotFoundError as missing:
     raise needs("transformers", missing) from missing
 
+from ._padding import Padding, decoded, packed, padded, padding_of
 from ._pages import Pages, attend_to_pages, give_pages
 from ._policy_cache import AppliedPolicy, PolicyCache, apply_policy, pretrained, register_beside
 from ._vision import patch, unpatch
@@ -157,12 +157,12 @@ def attention_forward(
 
     Args:
         module: the layer; its is_causal counts where the argument is None.
-        query: ``[B, H, Sq, D]``. Any strides do, without a copy, but a padding mask needs rows that
-            follow each other in memory and copies others.
+        query: ``[B, H, Sq, D]``. Any strides do, without a copy, but on a GPU a padding mask needs
+            rows that follow each other in memory and copies others.
         key, value: ``[B, Hk, Sk, D]`` and ``[B, Hk, Sk, Dv]``, likewise.
         attention_mask: None; a padding mask ``[B, Sk]`` of :func:`build_mask`, complete but for
-            causality; or a complete mask that broadcasts to ``[B, H, Sq, Sk]``, boolean (True is
-            visible) or additive.
+            causality with the last query at the last key; or a complete mask that broadcasts to
+            ``[B, H, Sq, Sk]``, boolean (True is visible) or additive.
         scaling: None = 1/sqrt(D).
         dropout: of the weights, in training. No kernel drops weights: the call goes to
             scaled_dot_product_attention, and a warning says so once.
@@ -180,7 +180,9 @@ def attention_forward(
         others: ignored, except what would change the result.
 
     Returns:
-        out ``[B, Sq, H, Dv]``, 0 for a query that sees no key, and None for the weights.
+        out ``[B, Sq, H, Dv]``, 0 for a query that sees no key, and None for the weights. A query
+        that is padding itself sees what any query at its place sees, so that no row depends on its
+        batch.
 
     Raises:
         RuntimeError: for a head mask or weights asked for, for dropout of sigmoid attention or with
@@ -237,28 +239,22 @@ def attention_forward(
         ), None
     if cu_seq_lens_q is not None:
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        return _packed(q, k, v, *lengths, **options), None
+        return packed(q, k, v, *lengths, **options), None
 
-    if position_bias is None and _few_queries(q, k, v, s_aux, attention_mask, kind):
-        if attention_mask is not None:
-            options["window"] = NO_WINDOW
-        return _decoded(q, k, v, attention_mask, **options), None
-
-    biases = [] if position_bias is None else [_additive(position_bias, q.dtype)]
+    padding = None
     if attention_mask is not None:
         options["window"] = NO_WINDOW
-        if attention_mask.dim() == 4:
-            options["causal"] = False
-            mask = attention_mask[..., : k.shape[1]]
-        elif position_bias is None and (not causal or q.shape[1] in (1, k.shape[1])):
-            return _padded(q, k, v, attention_mask, **options), None
-        else:
-            mask = attention_mask[:, None, None]
-            if kind == "sigmoid":
-                n = attention_mask.sum(1, keepdim=True).clamp(min=1)
-                options["score_bias"] = -n.float().log().repeat(1, q.shape[2])
-        biases.append(_additive(mask, q.dtype))
-    out = attention(q, k, v, bias=sum(biases[1:], biases[0]) if biases else None, **options)
+        padding = padding_of(attention_mask, q, k)
+    bias = None if position_bias is None else _additive(position_bias, q.dtype)
+    if bias is None and _few_queries(q, k, v, s_aux, attention_mask, padding, kind, backend):
+        return decoded(q, k, v, padding, **options), None
+    if padding is not None:
+        return padded(q, k, v, padding, bias, **options), None
+    if attention_mask is not None:
+        options["causal"] = False
+        mask = _additive(attention_mask[..., : k.shape[1]], q.dtype)
+        bias = mask if bias is None else bias + mask
+    out = attention(q, k, v, bias=bias, **options)
     assert isinstance(out, Tensor)
     return out, None
 
@@ -290,8 +286,8 @@ def build_mask(
 
     Returns:
         None or a padding mask ``[B, Sk]`` where all else that hides keys is causality with the
-        last query at the last key, and the keys of a row that are not padding are neighbours; else
-        the complete boolean mask ``[B, 1, Sq, Sk]``. True is visible.
+        last query at the last key; else the complete boolean mask ``[B, 1, Sq, Sk]``. True is
+        visible.
     """
     if sharded_attention.get() and attention_mask is None:
         return None  # causality and windows are about positions in the whole sequence
@@ -305,11 +301,7 @@ def build_mask(
         if not torch.compiler.is_compiling():
             missing = max(end - attention_mask.shape[1], 0)
             padding = torch.nn.functional.pad(attention_mask, (0, missing))[:, kv_offset:end]
-            if bool(padding.all()):
-                return None
-            begins = padding.int().diff(dim=1, prepend=padding.new_zeros(batch_size, 1).int()) > 0
-            if bool((begins.sum(1) <= 1).all()):
-                return padding
+            return None if bool(padding.all()) else padding
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -373,82 +365,23 @@ def _tokens_first(x: Tensor) -> Tensor:
 
 
 def _few_queries(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask: Tensor | None, kind: Kind
-) -> bool:
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask: Tensor | None,
+    padding: Padding | None, kind: Kind, backend: str | None,
+) -> bool:  # fmt: skip
     """Whether the call is a step of generate() that the kernel of attention_decode runs sooner: it
     reads keys once for all heads that share them, and divides long rows of keys. On a CPU attention
-    does so itself, but for padding, with which sequences would be packed."""
+    does so itself, but for padding."""
     sq, sk = q.shape[1], k.shape[1]
     if kind != "softmax" or not 0 < sq <= 8 or sk < 256 * sq:
         return False
-    if mask is None and q.device.type == "cpu":
+    if mask is None and q.device.type == "cpu" and backend in (None, "cpu"):
         return False
     if torch.is_autocast_enabled(q.device.type):  # attention casts, attention_decode does not
         return False
-    if mask is not None and (mask.dim() != 2 or sq > 1):
+    if mask is not None and (padding is None or sq > 1):
         return False
     inputs = (q, k, v) if sink is None else (q, k, v, sink)
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
-
-
-def _decoded(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, **options: Any) -> Tensor:
-    """Attention of the newest tokens to a cache; padding [B, Sk] is True on one run of each row."""
-    visible = None
-    if padding is None:
-        seqlens = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
-    else:
-        begin = padding.int().argmax(1)
-        seqlens = (begin + padding.sum(1)).int()
-        visible = masks.ranges(begin.int().view(-1, 1, 1, 1), seqlens.view(-1, 1, 1, 1))
-    out = attention(q, k, v, seqlens_k=seqlens, mask=visible, **options)
-    assert isinstance(out, Tensor)
-    return out
-
-
-def _padded(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, **options: Any) -> Tensor:
-    """Attention to one run of keys per row, those where padding [B, Sk] is True.
-
-    The rows are read as a packed batch in which the padding before the run, the run and the padding
-    after it are three sequences. The run has all queries of the row; if causal it has its own, and
-    the padding attends to itself.
-    """
-    sq, sk = q.shape[1], k.shape[1]
-    begin, length = padding.int().argmax(1), padding.sum(1)
-    row = torch.arange(len(padding), device=padding.device)[:, None]
-
-    def ends(first: Tensor, second: Tensor, third: int) -> Tensor:
-        in_row = torch.stack([first, second, torch.full_like(first, third)], dim=1)
-        return torch.nn.functional.pad((third * row + in_row).flatten(), (1, 0)).int()
-
-    ends_k = ends(begin, begin + length, sk)
-    if options["causal"] and sq > 1:
-        ends_q = ends_k
-    else:
-        ends_q = ends(torch.zeros_like(begin), torch.full_like(begin, sq), sq)
-    return _packed(q, k, v, ends_q, ends_k, sq, sk, **options)
-
-
-def _packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    **options: Any,
-) -> Tensor:
-    """[B, S, H, D] -> [B, S, H, Dv], with the B S tokens in sequences as cu_seqlens say."""
-    out = attention(
-        *(x.flatten(0, 1) for x in (q, k, v)),
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        **options,
-    )
-    assert isinstance(out, Tensor)
-    return out.unflatten(0, q.shape[:2])
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
