@@ -355,8 +355,9 @@ def test_what_needs_the_weights_is_refused(tokenmill):
             forward(q, k, v, dropout=0.1, **option)
     with pytest.raises(RuntimeError, match="head_mask"):
         forward(q, k, v, head_mask=torch.ones(2))
-    with pytest.raises(RuntimeError, match="output_attentions"):
-        forward(q, k, v, output_attentions=True)
+    ends = torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="output_attentions: must be False in packed sigmoid"):
+        forward(q, k, v, kind="sigmoid", cu_seq_lens_q=ends, output_attentions=True)
 
 
 @pytest.mark.parametrize("rows", [slice(0, 4), slice(0, 3), slice(0, 1), slice(1, 2)], ids=str)
@@ -413,6 +414,34 @@ def test_a_row_has_its_bits_beside_any_others():
             together = forward(q[rows], k[rows], v[rows], mask[rows], is_causal=causal)
             for found, i in zip(together, rows, strict=True):
                 assert torch.equal(found, alone[i])
+
+
+def test_weights_of_any_mask():
+    """output_attentions=True: the output is that of the kernels, and the weights make it."""
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    padding = torch.tensor([[True] * 7, [False] * 3 + [True] * 4])
+    ends_q, ends_k = torch.tensor([0, 2, 5]).int(), torch.tensor([0, 3, 7]).int()
+    one = (q[:1], k[:1], v[:1])
+    cases = [
+        ((q, k, v), {"is_causal": True}),
+        ((q, k, v), {"is_causal": True, "sliding_window": 3, "softcap": 1.5}),
+        ((q, k, v, padding), {"is_causal": True, "s_aux": torch.randn(4)}),
+        ((q, k, v, padding), {"is_causal": True, "kind": "sigmoid"}),
+        ((q, k, v, torch.rand(2, 1, 5, 7) < 0.6), {"position_bias": torch.randn(1, 4, 5, 7)}),
+        ((q, k, v, torch.randn(2, 1, 5, 7)), {"scaling": 0.3}),
+        (one, {"is_causal": True, "cu_seq_lens_q": ends_q, "cu_seq_lens_k": ends_k}),
+    ]
+    layer = torch.nn.Identity()
+    for tensors, options in cases:
+        mask = tensors[3] if len(tensors) > 3 else None
+        given = {"kind": "softmax", "backend": None, "is_causal": False} | options
+        expected = integration.attention_forward(layer, *tensors[:3], mask, **given)[0]
+        out, weights = integration.attention_forward(
+            layer, *tensors[:3], mask, output_attentions=True, **given
+        )
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        made = weights @ tensors[2].repeat_interleave(2, 1)
+        torch.testing.assert_close(out, made.transpose(1, 2))
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left", "hole"])

@@ -33,6 +33,7 @@ from ._padding import Padding, decoded, packed, padded, padding_of
 from ._pages import Pages, attend_to_pages, give_pages
 from ._policy_cache import AppliedPolicy, PolicyCache, apply_policy, pretrained, register_beside
 from ._vision import patch, unpatch
+from ._weights import attention_with_weights, weights_wanted
 
 __all__ = [
     "AppliedPolicy",
@@ -47,11 +48,11 @@ __all__ = [
 ]
 
 TO_SDPA = "no kernel drops weights, and scaled_dot_product_attention runs in place of one"
+TO_PYTORCH = "no kernel has the weights in memory, and plain PyTorch runs in place of one"
 Kind = Literal["softmax", "sigmoid"]
 UNSUPPORTED = {
     "head_mask": "a mask over heads needs the weights, which are never in memory",
     "layer_head_mask": "a mask over heads needs the weights, which are never in memory",
-    "output_attentions": "the weights are never in memory; use attn_implementation='eager'",
     "block_table": "paged caches are not supported",
 }
 
@@ -152,7 +153,7 @@ def attention_forward(
     max_length_k: int | None = None,
     tokenmill_pages: Pages | None = None,
     **others: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """The attention function of one layer, as transformers calls it.
 
     Args:
@@ -177,17 +178,18 @@ def attention_forward(
             batch (B = 1) begin; they take the place of a mask.
         tokenmill_pages: where the keys and values of these sequences are, in place of key and
             value; within :func:`continuous_batching`.
-        others: ignored, except what would change the result.
+        others: ignored, except what would change the result, and output_attentions: True runs the
+            call in plain PyTorch, which has the weights in memory.
 
     Returns:
-        out ``[B, Sq, H, Dv]``, 0 for a query that sees no key, and None for the weights. A query
-        that is padding itself sees what any query at its place sees, so that no row depends on its
-        batch.
+        out ``[B, Sq, H, Dv]``, 0 for a query that sees no key, and None, or with output_attentions
+        the weights ``[B, H, Sq, Sk]``, behind dropout as those of "eager". A query that is padding
+        itself sees what any query at its place sees, so that no row depends on its batch.
 
     Raises:
-        RuntimeError: for a head mask or weights asked for, for dropout of sigmoid attention or with
-            a soft cap or a sink, and for any mask or dropout within
-            :func:`tokenmill.distributed.context_parallel`.
+        RuntimeError: for a head mask, for dropout of sigmoid attention or with a soft cap or a
+            sink, for any mask or dropout within
+            :func:`tokenmill.distributed.context_parallel`, and for weights there and in pages.
     """
     _refuse(others)
     q, k, v = _tokens_first(query), _tokens_first(key), _tokens_first(value)
@@ -203,14 +205,34 @@ def attention_forward(
         "window": (reach, 0 if causal else reach),
         "backend": backend,
     }
+    weights = weights_wanted(module, others)
     if run := sharded_attention.get():
         for name, given in (
             ("attention_mask", attention_mask), ("position_bias", position_bias),
             ("cu_seq_lens_q", cu_seq_lens_q), ("dropout", dropout or None),
+            ("output_attentions", weights or None),
         ):  # fmt: skip
             if given is not None:
                 raise RuntimeError(f"tokenmill attention: {name}: must be None in context_parallel")
         return run(q, k, v, **options), None
+    if weights:
+        for what, given in (
+            ("continuous_batching", tokenmill_pages is not None),
+            ("packed sigmoid attention", cu_seq_lens_q is not None and kind == "sigmoid"),
+        ):
+            if given:
+                raise RuntimeError(
+                    f"tokenmill attention: output_attentions: must be False in {what}; got True"
+                )
+        _say_once(f"tokenmill attention: output_attentions: {TO_PYTORCH}")
+        mask = _complete(
+            attention_mask, q.shape[1], k.shape[1], causal, sliding_window, cu_seq_lens_q,
+            cu_seq_lens_k, q.device,
+        )  # fmt: skip
+        return attention_with_weights(
+            q, k, v, mask, attention_mask, position_bias, dropout if module.training else 0.0,
+            **options,
+        )  # fmt: skip
     if dropout > 0:
         for name, given in (
             ("kind", kind != "softmax"), ("softcap", softcap), ("s_aux", s_aux is not None),
