@@ -126,6 +126,7 @@ def pypi_nvcc_options() -> dict[str, object]:
 mapped = mapped_packages()
 setup(
     packages=[*find_packages("python"), *mapped],
+    py_modules=["tokenmill_vllm"],
     package_dir={"": "python", **mapped},
     package_data={
         "tokenmill": ["py.typed", "_C.pyi"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import importlib
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -118,7 +119,7 @@ def serve(backend, impl, layer, requests, dtype=torch.float32, budget=9):
     cache = torch.zeros(shape, dtype=dtype)
     free, waiting, running = list(torch.randperm(PAGES).tolist()), [*requests], []
     outputs = {request: [] for request in requests}
-    mixed = 0
+    mixed = uniform = 0
     while waiting or running:
         while waiting and len(running) < 3:
             running.append(waiting.pop(0))
@@ -134,6 +135,7 @@ def serve(backend, impl, layer, requests, dtype=torch.float32, budget=9):
                 request.pages.append(free.pop())
         counts = [count for _, count in step]
         mixed += len({count > 1 for count in counts}) == 2
+        uniform += {*counts} == {1}
         places = [range(r.done, r.done + n) for r, n in step]
         slots = [
             r.pages[p // PAGE] * PAGE + p % PAGE
@@ -168,7 +170,7 @@ def serve(backend, impl, layer, requests, dtype=torch.float32, budget=9):
             if request.done == request.length:
                 running.remove(request)
                 free += request.pages
-    assert mixed > 2 and sorted(free) == list(range(PAGES))
+    assert mixed > 2 and uniform > 2 and sorted(free) == list(range(PAGES))
     return [torch.cat(outputs[request]) for request in requests]
 
 
@@ -268,4 +270,32 @@ def test_the_entry_point_names_the_function():
     if not project.exists():
         pytest.skip("the project's metadata are not beside the tests")
     group = project.read_text().split('"vllm.general_plugins"]')[1]
-    assert re.match(r'\s*tokenmill = "tokenmill\.integrations\.vllm:register"', group)
+    assert re.match(r'\s*tokenmill = "tokenmill_vllm:register"', group)
+
+
+IN_A_PROCESS_OF_VLLM = """
+import sys, types
+before = set(sys.modules)
+for name in ("vllm", "vllm.v1", "vllm.v1.attention", "vllm.v1.attention.backends"):
+    sys.modules[name] = types.ModuleType(name)
+found = []
+registry = types.ModuleType("vllm.v1.attention.backends.registry")
+custom = types.SimpleNamespace(is_overridden=lambda: False)
+registry.AttentionBackendEnum = types.SimpleNamespace(CUSTOM=custom)
+registry.register_backend = lambda member, path: found.append(path)
+sys.modules[registry.__name__] = registry
+import tokenmill_vllm
+tokenmill_vllm.register()
+assert found == ["tokenmill.integrations._vllm_backend.TokenmillBackend"], found
+ours = {name for name in set(sys.modules) - before if not name.startswith("vllm")}
+assert ours <= {"tokenmill_vllm", "__future__", "warnings"}, ours
+"""
+
+
+def test_a_process_that_does_not_choose_the_backend_imports_nothing():
+    """vLLM calls the entry point in all of its processes: neither torch nor the package loads."""
+    folder = Path(importlib.import_module("tokenmill_vllm").__file__).resolve().parent
+    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(folder)!r})"]
+    command[-1] += IN_A_PROCESS_OF_VLLM
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
