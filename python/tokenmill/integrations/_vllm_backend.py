@@ -7,6 +7,7 @@ drafts and decode rows are one call.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -27,12 +28,15 @@ FP8 = ("fp8", "fp8_e4m3")
 WITHOUT_CACHE = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
 # Whether vLLM writes new keys by a call of its own. Where it does not know of one, forward writes.
 SEPARATE_UPDATE = hasattr(AttentionBackend, "forward_includes_kv_cache_update")
+ROWS_OF_DECODE = 64  # queries times heads of a KV head, of the kernels that divide keys
+INVARIANT = "VLLM_BATCH_INVARIANT"  # of the environment: the same bits in any batch
 
 
 @dataclass
 class TokenmillMetadata:
     """What all layers of a step share."""
 
+    num_reqs: int
     num_actual_tokens: int
     max_query_len: int
     query_start_loc: Tensor
@@ -40,6 +44,12 @@ class TokenmillMetadata:
     block_table: Tensor
     slot_mapping: Tensor
     causal: bool = True
+
+    @property
+    def queries(self) -> int:
+        """Of each request, if all have as many, else 0: nothing is read from the device."""
+        uniform = self.num_reqs * self.max_query_len == self.num_actual_tokens
+        return self.max_query_len if uniform and len(self.seq_lens) == self.num_reqs else 0
 
 
 class TokenmillMetadataBuilder(AttentionMetadataBuilder):
@@ -57,6 +67,7 @@ class TokenmillMetadataBuilder(AttentionMetadataBuilder):
         if not isinstance(common.causal, bool):
             raise NotImplementedError("tokenmill vllm: causal: must be the same for all requests")
         return TokenmillMetadata(
+            num_reqs=common.num_reqs,
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
             query_start_loc=common.query_start_loc,
@@ -106,6 +117,7 @@ class TokenmillImpl(AttentionImpl):
         self.softcap = logits_soft_cap or 0.0
         self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes)
         self.sinks = sinks
+        self.invariant = os.environ.get(INVARIANT, "0") not in ("", "0")
         self.window = NO_WINDOW
         if sliding_window is not None:
             reach = sliding_window - 1
@@ -138,26 +150,30 @@ class TokenmillImpl(AttentionImpl):
         tokens = slice(step.num_actual_tokens)
         if self.alibi_slopes is not None:
             self.alibi_slopes = self.alibi_slopes.to(query.device)
+        query = query[tokens]
+        out = output.view(-1, self.num_heads, self.head_size)[tokens]
         options: dict[str, Any] = {
-            "cu_seqlens_q": step.query_start_loc,
-            "max_seqlen_q": step.max_query_len,
             "scale": self.scale,
             "softcap": self.softcap,
             "window": self.window,
             "alibi_slopes": self.alibi_slopes,
             "sink": self.sinks,
-            "out": output.view(-1, self.num_heads, self.head_size)[tokens],
         }
+        if self._takes_decode(step):  # [R, n, H, D], which kernels that divide keys take
+            query, out = (x.unflatten(0, (step.num_reqs, step.queries)) for x in (query, out))
+        else:
+            options |= {"cu_seqlens_q": step.query_start_loc, "max_seqlen_q": step.max_query_len}
         if self.attn_type in WITHOUT_CACHE:
-            attention(query[tokens], key[tokens], value[tokens], causal=False, **options)
+            attention(query, key[tokens], value[tokens], causal=False, out=out, **options)
             return output
         if not SEPARATE_UPDATE:
             self.do_kv_cache_update(layer, key, value, kv_cache, step.slot_mapping)
         k_cache, v_cache, scales = self._pages(layer, kv_cache)
         attention(
-            query[tokens],
+            query,
             k_cache,
             v_cache,
+            out=out,
             causal=step.causal,
             seqlens_k=step.seq_lens,
             block_table=step.block_table,
@@ -165,6 +181,14 @@ class TokenmillImpl(AttentionImpl):
             **options,
         )
         return output
+
+    def _takes_decode(self, step: TokenmillMetadata) -> bool:
+        """Whether the requests of a step have equally many queries, and few. Longer prompts fill a
+        GPU without divided keys, and packed calls have the same bits in any batch."""
+        if self.attn_type in WITHOUT_CACHE or self.invariant or not step.causal:
+            return False
+        rows = step.queries * (self.num_heads // self.num_kv_heads)
+        return 0 < rows <= ROWS_OF_DECODE
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
