@@ -1,0 +1,108 @@
+"""Which operators the code under test calls, and which kernel takes each call: on a CPU, and on
+GPUs, without running there."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+import tokenmill as tm
+from tokenmill import _dispatch, registry
+
+
+class Call(NamedTuple):
+    """One of an operator, with the arguments of its public function, backend left out."""
+
+    op: str
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def explained(self, backend: str) -> Any:
+        return tm.explain(self.op, *self.args, backend=backend, **self.options)
+
+    def lowered(self) -> tuple[registry.OpSpec, tuple[Any, ...]]:
+        """The operator that runs and its arguments, as its schema has them."""
+        spec = registry.get(self.op)
+        options = {name: value for name, value in self.options.items() if name != "out"}
+        if spec.over_cache and options.get("seqlens_k") is not None:
+            spec = registry.get(spec.over_cache)
+            options.setdefault("causal", False)
+        return spec, spec.lower(*self.args, **options)
+
+    @property
+    def packed(self) -> bool:
+        return self.options.get("cu_seqlens_q") is not None
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """The calls of operators inside, in their order, from any module of the package. They run on
+    the CPU, whatever backend they ask for."""
+    calls: list[Call] = []
+    operators = {spec.function: name for name, spec in registry.ops().items()}
+    replaced: list[tuple[Any, str, Any]] = []
+
+    def wrap(function: Any, op: str) -> Any:
+        def record(*args: Any, backend: Any = None, **options: Any) -> Any:
+            calls.append(Call(op, _detached(args), _detached(options)))
+            return function(*args, **options)
+
+        return record
+
+    for path, module in [*sys.modules.items()]:
+        if path.split(".")[0] != "tokenmill" or module is None:
+            continue
+        for name, value in [*vars(module).items()]:
+            op = operators.get(value) if callable(value) and _hashable(value) else None
+            if op is not None and value.__module__ != path and not hasattr(module, "__path__"):
+                replaced.append((module, name, value))
+                setattr(module, name, wrap(value, op))
+    try:
+        yield calls
+    finally:
+        for module, name, value in replaced:
+            setattr(module, name, value)
+
+
+def kernels(calls: list[Call]) -> list[str]:
+    """The kernel of each call on a CPU: `dense/attention`. It must be a native one."""
+    found = []
+    for call in calls:
+        explained = call.explained("cpu")
+        assert explained.error is None, explained.error
+        assert explained.backend == "cpu" and explained.kernel.startswith("csrc/")
+        found.append(explained.kernel.split(",")[0].removeprefix("csrc/"))
+    return found
+
+
+def cuda_kernels(calls: list[Call], sm90: bool = True) -> list[str]:
+    """Of each call on a GPU, with compute capability 9.0 or another: `dense/attention/kernel_sm90`,
+    or `dense/attention (not kernel_sm90: NAME)` with the first argument that breaks a rule."""
+    found = []
+    with mock.patch.object(_dispatch, "_is_sm90", lambda *call: sm90):
+        for call in calls:
+            spec, lowered = call.lowered()
+            assert not (spec.unsupported and spec.unsupported("cuda", *lowered))
+            name = _dispatch.kernel_name(spec, "emulated", lowered, call.options.get("out"))
+            name = name.removeprefix("csrc/").rsplit(" in the PTX machine", 1)[0]
+            head, _, why = name.partition(" (not kernel_sm90: ")
+            found.append(f"{head} (not kernel_sm90: {why.split(':')[0]})" if why else name)
+    return found
+
+
+def _hashable(value: Any) -> bool:
+    return type(value).__hash__ is not None
+
+
+def _detached(arguments: Any) -> Any:
+    """Tensors as they are, but for their history: a call for a gradient is another call."""
+    if isinstance(arguments, dict):
+        return {name: _detached(value) for name, value in arguments.items()}
+    if isinstance(arguments, tuple) and type(arguments) is tuple:
+        return tuple(_detached(value) for value in arguments)
+    return arguments.detach() if isinstance(arguments, torch.Tensor) else arguments
