@@ -1,4 +1,10 @@
-"""Retrieval heads: how much of a needle a head's largest weights point at while it is copied."""
+"""Retrieval heads: how much of a needle a head's largest weights point at while it is copied.
+
+Released code: nightdessert/Retrieval_Head at 3ac171a, retrieval_head_detection.py: the key of the
+largest weight of each step counts if it is in the needle and has the token that the step generates,
+1 / (tokens of the needle) each time. The paper (section 2) has the share of the needle's tokens
+that were copied, each once.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +12,30 @@ import doctest
 
 import pytest
 import torch
-from tensors import draw, each_backend
+from conftest import backends
+from tensors import draw
 
 from tokenmill import policies
+
+every_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 CONTEXT, NEEDLE, AT, H, HK, D = 80, 6, 23, 6, 3, 16
 STEPS = NEEDLE + 14  # more than are in memory together
 
 
-def released(q, k, tokens, answer):
-    """The score of one head in the released code: the arg-max of each step's weights."""
+def released(q, k, tokens, answer, begin=AT, end=AT + NEEDLE):
+    """The score of one head in the released code, a token as often as it is copied."""
     score = 0.0
     for step, token in enumerate(answer):
         seen = len(k) - len(answer) + step + 1
         weights = torch.softmax(k[:seen] @ q[step] * D**-0.5, 0)
         i = int(weights.topk(1).indices)
-        if AT <= i < AT + NEEDLE and tokens[i] == token:
-            score += 1 / NEEDLE
+        if begin <= i < end and tokens[i] == token:
+            score += 1 / (end - begin)
     return score
 
 
-@each_backend
+@every_backend
 def test_score_of_each_head(backend):
     """Head 0 looks at what is copied, head 1 at every second token of it, head 2 at the needle but
     one token off, head 3 at other places with the same tokens, the rest anywhere."""
@@ -55,11 +64,18 @@ def test_score_of_each_head(backend):
     assert want[1][:2] == pytest.approx([5 / 6, 2 / 6])
 
 
-def test_a_token_counts_once():
-    k = 9 * torch.eye(6).view(1, 6, 1, 6)
-    tokens, twice = torch.tensor([[7, 5, 6, 7, 9, 9]]), torch.tensor([[5, 5]])
-    got = policies.profile_retrieval_heads(k[:, [1, 1]], k, tokens, twice, (1, 3))
-    assert got.tolist() == [[0.5]]
+@every_backend
+def test_a_token_that_is_copied_twice(backend):
+    """Counts once, and twice in the released code."""
+    (k,) = (9 * t.detach() for t in draw(backend, (1, 6, 1, 16)))
+    tokens = torch.tensor([[7, 5, 6, 7, 9, 9]], device=k.device)
+    answer = torch.tensor([[5, 5, 6]], device=k.device)
+    q = k[:, [1, 1, 0]]
+    call = (q, k, tokens, answer, (1, 3))
+    assert policies.profile_retrieval_heads(*call, backend=backend).tolist() == [[0.5]]
+    got = policies.profile_retrieval_heads(*call, every_step=True, backend=backend)
+    want = released(q[0, :, 0], k[0, :, 0], tokens[0], answer[0], 1, 3)
+    assert got.tolist() == [[want]] == [[1.0]]
 
 
 def test_wrong_calls_are_refused():
@@ -77,6 +93,6 @@ def test_wrong_calls_are_refused():
             profile(*call)
 
 
-def test_example_of_the_documentation():
+def test_examples_of_the_documentation():
     found = doctest.testmod(policies.retrieval)
     assert found.attempted > 0 and found.failed == 0

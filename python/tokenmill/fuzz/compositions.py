@@ -244,6 +244,10 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
             "q": r(2, 3, 4, 16), "k": r(2, 11, 2, 16), "tokens": r.ints(9, 2, 11),
             "answer": r.ints(9, 2, 3), "needle": (2, 6), "scale": 0.3,
         },
+        lambda r: {
+            "q": r(2, 3, 4, 16), "k": r(2, 11, 2, 16), "tokens": r.ints(9, 2, 11),
+            "answer": r.ints(9, 2, 3), "needle": (2, 6), "every_step": True,
+        },
     ),
     nn.keep_rate_schedule: (
         lambda r: {"step": 30, "steps_per_epoch": 5, "base_rate": 0.6, "start": 2, "epochs": 9},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._check import as_int, check, check_device_of_q, check_tensor, fail, show
+from .._check import as_int, check, check_bool, check_device_of_q, check_tensor, fail, show
 from ..select.attention_row_scores import attention_row_scores
 
 NAME = "policies.profile_retrieval_heads"
@@ -19,6 +19,7 @@ def profile_retrieval_heads(
     answer: Tensor,
     needle: tuple[int, int],
     *,
+    every_step: bool = False,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -38,11 +39,14 @@ def profile_retrieval_heads(
         tokens: int32 or int64 ``[B, S]``, the tokens of the keys.
         answer: int32 or int64 ``[B, R]``, the token that each step generates.
         needle: (begin, end) of the tokens to repeat, 0 <= begin < end <= S.
+        every_step: a token counts in each step that copies it, as in the released code, so that a
+            score may be above 1; False: once, as in the paper.
         scale: factor of q.k; None = 1/sqrt(D).
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        float32 ``[B, H]``, 0 to 1. Not differentiable. Of equal weights the first is the largest.
+        float32 ``[B, H]``, 0 to 1 (every_step: up to R divided by the tokens of the needle). Not
+        differentiable. Of equal weights the first is the largest.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -61,9 +65,10 @@ def profile_retrieval_heads(
         tensor([[1.0000, 0.5000]])
     """
     begin, end = _check(q, k, tokens, answer, needle)
+    check_bool(NAME, "every_step", every_step)
     steps, length = q.shape[1], k.shape[1]
     place = torch.arange(begin, end, device=q.device)
-    copied = torch.zeros(*q.shape[::2][:2], end - begin, dtype=torch.bool, device=q.device)
+    copied = torch.zeros(*q.shape[::2][:2], end - begin, dtype=torch.int32, device=q.device)
     for first in range(0, steps, ROWS):
         rows = q[:, first : first + ROWS]
         seen = length - steps + first + rows.shape[1]
@@ -71,8 +76,8 @@ def profile_retrieval_heads(
             rows, k[:, :seen], scale=scale, causal=True, reduce="argmax", backend=backend
         )  # [B, H, rows]
         same = tokens[:, None, begin:end] == answer[:, first : first + ROWS, None]
-        copied |= ((at[..., None] == place) & same[:, None]).any(2)
-    return copied.float().mean(-1)
+        copied += ((at[..., None] == place) & same[:, None]).sum(2, dtype=torch.int32)
+    return (copied if every_step else copied.clamp(max=1)).float().mean(-1)
 
 
 def _check(
