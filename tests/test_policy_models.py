@@ -428,7 +428,9 @@ def test_continuous_batching(name, pages, size, monkeypatch):
     assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("function", [apply_policy, integration.continuous_batching])
+@pytest.mark.parametrize(
+    "function", [apply_policy, integration.continuous_batching, integration.watch_attention]
+)
 def test_its_example_runs(function):
     (example,) = doctest.DocTestFinder(recurse=False).find(function, globs={})
     assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example).failed == 0

@@ -78,6 +78,45 @@ def test_a_token_that_is_copied_twice(backend):
     assert got.tolist() == [[want]] == [[1.0]]
 
 
+def test_heads_of_a_model_of_transformers():
+    """Queries and keys that watch_attention hands out, by the weights of eager attention."""
+    transformers = pytest.importorskip("transformers", minversion="5.24")
+    integration = pytest.importorskip("tokenmill.integrations.transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=12, hidden_size=32, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(12, (1, 30))
+    answer, begin, end = ids[:, 21:], 5, 12
+    found = {}
+
+    def visit(layer, q, k, scoring):
+        found[layer] = policies.profile_retrieval_heads(
+            q[:, 20:29], k[:, :29], ids[:, :29], answer, (begin, end), every_step=True,
+            scale=scoring["scale"],
+        )  # fmt: skip
+
+    with integration.watch_attention(model, visit), torch.no_grad():
+        model(ids)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(ids, output_attentions=True).attentions
+    for layer, p in enumerate(weights):
+        want = torch.zeros(4)
+        for step in range(9):
+            for h in range(4):
+                i = int(p[0, h, 20 + step].argmax())
+                if begin <= i < end and ids[0, i] == answer[0, step]:
+                    want[h] += 1 / (end - begin)
+        torch.testing.assert_close(found[layer][0], want)
+    assert any(x.sum() > 0 for x in found.values())
+    rule = "watch_attention: visit: must be callable; got 3"
+    with pytest.raises(RuntimeError, match=rule), integration.watch_attention(model, 3):
+        pass
+
+
 def test_wrong_calls_are_refused():
     q, k = torch.zeros(1, 2, 2, 4), torch.zeros(1, 6, 1, 4)
     ids, answer = torch.zeros(1, 6, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)

@@ -249,6 +249,15 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
             "answer": r.ints(9, 2, 3), "needle": (2, 6), "every_step": True,
         },
     ),
+    policies.profile_repeated_tokens: (
+        lambda r: {"q": r(2, 11, 4, 16), "k": r(2, 11, 2, 16), "period": 5, "scale": 0.3},
+        lambda r: {"q": r(1, 9, 4, 16), "k": r(1, 9, 2, 16), "period": 3, "softcap": 2.0,
+                   "sink": r(4).float()},
+    ),
+    policies.choose_retrieval_heads: (
+        lambda r: {"echo": r(3, 4), "induction": r(3, 4), "echo_part": 0.1,
+                   "induction_part": 0.25},
+    ),
     nn.keep_rate_schedule: (
         lambda r: {"step": 30, "steps_per_epoch": 5, "base_rate": 0.6, "start": 2, "epochs": 9},
     ),

@@ -79,6 +79,7 @@ POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
     policies.RazorAttention: (  # the cache is that of one of two key heads
         lambda r: _dense(r, **_RAZOR, **r.cache(24, hk=1)),
         lambda r: _paged(r, **_RAZOR, k_cache=r(8, 8, 1, 16), v_cache=r(8, 8, 1, 16)),
+        lambda r: _dense(r, **_RAZOR, **r.cache(24, hk=1), compensation="single"),
     ),
 }
 

@@ -22,7 +22,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from .._check import check, fail
 from ..policies import KVCache, Policy
-from ..policies.evicting import RazorAttention
 from ..policies.policy import Keeping
 from ._needs import check_version
 
@@ -140,9 +139,7 @@ class PolicyLayer(CacheLayerMixin):
 
     def _make(self, q: Tensor, k: Tensor, v: Tensor, scoring: dict[str, Any]) -> None:
         recipe = self.recipe
-        heads = k.shape[2]
-        if isinstance(recipe, RazorAttention) and isinstance(recipe.retrieval, tuple | list):
-            heads = len(recipe.retrieval)
+        heads = recipe.cache_heads(k.shape[2], self.number)
         end = _prompt_end.get() or self.columns
         slots = [max(end, self.columns) + SLACK, heads]
         cache = KVCache(*(t.new_zeros(t.shape[0], *slots, t.shape[3]) for t in (k, v)))
@@ -206,8 +203,7 @@ class AppliedPolicy:
         self.cache: PolicyCache | None = None
         self._parameters = [*inspect.signature(model.forward).parameters]
         self._argument = "cache" if "cache" in self._parameters else "past_key_values"
-        configs = _with_parts([*(m.config for m in pretrained(model)), config])
-        self._configs = [(c, c._attn_implementation) for c in configs]
+        self._configs = [(c, c._attn_implementation) for c in configs_of(model, config)]
         try:
             model.set_attn_implementation(IMPLEMENTATION)
             found = config._attn_implementation
@@ -308,8 +304,10 @@ def pretrained(model: torch.nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, PreTrainedModel)]
 
 
-def _with_parts(configs: list[Any]) -> list[Any]:
-    """Each of these and of the configurations in them once, those of no module among them."""
+def configs_of(model: torch.nn.Module, *others: Any) -> list[Any]:
+    """Each configuration of the models in a model, these others, and the configurations in them
+    once, those of no module among them."""
+    configs = [*(m.config for m in pretrained(model)), *others]
     found: dict[int, Any] = {}
     while configs:
         config = configs.pop(0)
@@ -391,7 +389,8 @@ def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy
     rule = f"must be a policy, or one for each of {sum(layers)} layers with full attention"
     check(several, NAME, "policy", rule, policy)
     check(len(recipes) == sum(layers), NAME, "policy", rule, len(recipes))
-    for recipe in recipes:
+    for number, recipe in enumerate(recipes):
+        recipe.cache_heads(0, number)  # raises where it has no heads for a layer
         rule = "must have no {}, as the model brings its own"
         for name in ("cache", "rope", "index_cache", "sink"):
             value = getattr(recipe, name, None)

@@ -32,6 +32,7 @@ except ModuleNotFoundError as missing:
 from ._padding import Padding, decoded, packed, padded, padding_of
 from ._pages import Pages, attend_to_pages, give_pages
 from ._policy_cache import AppliedPolicy, PolicyCache, apply_policy, pretrained, register_beside
+from ._profile import watch_attention
 from ._vision import patch, unpatch
 from ._weights import attention_with_weights, weights_wanted
 
@@ -45,6 +46,7 @@ __all__ = [
     "patch",
     "register",
     "unpatch",
+    "watch_attention",
 ]
 
 TO_SDPA = "no kernel drops weights, and scaled_dot_product_attention runs in place of one"

@@ -35,11 +35,16 @@ Example:
 """
 
 from .cache import KVCache
-from .evicting import H2O, Keyformer, RazorAttention, SnapKV, StreamingLLM
+from .evicting import H2O, Keyformer, SnapKV, StreamingLLM
 from .hip import HiP
 from .indexer import Indexer
 from .policy import FullAttention, Policy, stack
-from .retrieval import profile_retrieval_heads
+from .razor import RazorAttention
+from .retrieval import (
+    choose_retrieval_heads,
+    profile_repeated_tokens,
+    profile_retrieval_heads,
+)
 from .selecting import Quest, RecycledAttention, TidalDecode
 from .voting import TokenSelect
 
@@ -60,4 +65,6 @@ __all__ = [
     "TokenSelect",
     "profile_retrieval_heads",
     "stack",
+    "choose_retrieval_heads",
+    "profile_repeated_tokens",
 ]

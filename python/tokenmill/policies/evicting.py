@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from .._check import as_int, check, check_tensor
+from .._check import check
 from ..select.attention_column_scores import attention_column_scores
-from ..select.kv_cache_compact import kv_cache_compact
 from ..select.topk_select import topk_select
-from .cache import KVCache
-from .policy import FullAttention, Policy, rows_of, span
+from .policy import Policy, rows_of, span
 from .rotation import Rope, check_rope, rotated
 
 Share = int | float
@@ -259,147 +257,6 @@ class SnapKV(Policy):
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._append(k, v)
         return self._attend_all(q)
-
-
-@dataclass(eq=False)
-class RazorAttention(Policy):
-    r"""Retrieval heads attend to all keys; the others to sink and recent tokens, and to one
-    compensation token for the rest.
-
-    That token's key and value are the means of the keys and values left out, and its logit gets the
-    logarithm of their number. The cache is that of the retrieval heads, ``[B, S, len(retrieval),
-    D]``; the others have a short dense one of the policy's own.
-
-    Args:
-        retrieval: key heads that keep everything.
-        num_sink: sink (first) tokens that the others keep.
-        local, share: the others keep local last tokens, or the share-th part of the prompt if that
-            is more.
-        slack: tokens added to the short cache before it is compacted; results do not depend on it.
-
-    Paper: RazorAttention (Tang et al. 2024), section 3.3 and algorithm 1.
-    """
-
-    retrieval: tuple[int, ...] = ()
-    num_sink: int = 4
-    local: int = 4000
-    share: int = 5
-    slack: int = 64
-    _LEAST: ClassVar[dict[str, int]] = {"share": 1}
-
-    def begin(
-        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
-    ) -> None:
-        self._check_prompt(q, k)
-        heads = range(k.shape[2])
-        rule = f"must be a tuple of different key heads below {len(heads)}"
-        several = isinstance(self.retrieval, tuple | list)
-        check(several, self._name, "retrieval", rule, self.retrieval)
-        self.retrieval = tuple(as_int(self._name, "retrieval", h, rule) for h in self.retrieval)
-        fits = len({*self.retrieval}) == len(self.retrieval) and {*self.retrieval} <= {*heads}
-        check(fits, self._name, "retrieval", rule, self.retrieval)
-        others = [h for h in heads if h not in self.retrieval]
-        self._heads = [
-            torch.tensor(h, dtype=torch.long, device=k.device) for h in (self.retrieval, others)
-        ]
-        short = self.num_sink + max(self.local, k.shape[1] // self.share) + max(self.slack, 1)
-        cache = KVCache.like(k[:, :, : len(others)], v[:, :, : len(others)], short)
-        self._parts = (
-            FullAttention(self.cache, **self._scoring),
-            _Compensated(
-                cache, num_sink=self.num_sink, local=self.local, share=self.share, **self._scoring
-            ),
-        )
-        for part, own in zip(self._parts, self._heads, strict=True):
-            if self.sink is not None:
-                part.sink = self.sink.unflatten(0, (k.shape[2], -1))[own].flatten()
-            part.begin(q, k[:, :, own], v[:, :, own], lse, lengths=lengths)
-
-    def reorder(self, requests: Tensor) -> None:
-        super().reorder(requests)
-        if "_parts" in vars(self):
-            self._parts[1].reorder(requests)  # the cache of the first is that of the policy
-
-    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for name, t in (("q", q), ("k", k), ("v", v)):
-            check_tensor(self._name, name, t)
-            check(t.dim() == 4, self._name, name, "must have 4 dimensions [B, 1, H, D]", t.dim())
-        groups = k.shape[2] == sum(map(len, self._heads)) and q.shape[2] % max(k.shape[2], 1) == 0
-        rule = "must have the key heads of the prompt, which divide the heads of q"
-        check(groups, self._name, "k", rule, k.shape)
-        rule = f"must have the key heads of k, {k.shape[2]}"
-        check(v.shape[2] == k.shape[2], self._name, "v", rule, v.shape)
-        q = q.unflatten(2, (k.shape[2], -1))  # the query heads of each key head
-        out = q.new_empty(*q.shape[:4], v.shape[3])
-        for part, heads in zip(self._parts, self._heads, strict=True):
-            mine = part.step(q[:, :, heads].flatten(2, 3), k[:, :, heads], v[:, :, heads])
-            out[:, :, heads] = mine.unflatten(2, (len(heads), q.shape[3]))
-        self._reads = [read for part in self._parts for read in part._reads]
-        return out.flatten(2, 3)
-
-    @property
-    def kept(self) -> Tensor:
-        kept = self.cache.lengths[:, None].repeat(1, sum(len(h) for h in self._heads))
-        for part, heads in zip(self._parts, self._heads, strict=True):
-            kept[:, heads] = part.kept[:, None]
-        return kept
-
-
-@dataclass(eq=False)
-class _Compensated(Policy):
-    """Attends to sink and recent tokens and the mean of the rest. begin overwrites k and v."""
-
-    num_sink: int = 4
-    local: int = 4000
-    share: int = 5
-    _ROWS: ClassVar[tuple[str, ...]] = ("_local", "_k_sum", "_v_sum", "_dropped")
-
-    def begin(
-        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
-    ) -> None:
-        tokens = k.shape[1]
-        n = torch.full_like(self.cache.lengths, tokens) if lengths is None else lengths
-        self._local = (n // self.share).clamp(min=self.local)
-        self._width = max(self.local, tokens // self.share)
-        keep, counts = first_and_last(n, self.num_sink, self._local, self._width)
-        sums = kv_cache_compact(
-            k, v, keep, counts, seqlens_k=n, compensation=True, backend=self.backend
-        )
-        self._k_sum, self._v_sum, self._dropped = sums[1], sums[2], sums[3]
-        most = min(self.num_sink + self._width, tokens)
-        self.cache.fill(k[:, :most], v[:, :most], counts)
-
-    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache = self.cache
-        if cache.longest == cache.capacity:  # what goes is in the sums
-            keep, counts = first_and_last(cache.lengths, self.num_sink, self._local, self._width)
-            cache.compact(keep, counts, self.backend)
-        self._append(k, v)
-        self._drop()
-        count = self._dropped[:, None, :, None].clamp(min=1)
-        last = span((cache.lengths - self._local).clamp(min=0), self._width)[:, None]
-        out, _ = self._attend(
-            q, last, torch.minimum(cache.lengths, self._local)[:, None], num_sink=self.num_sink,
-            extra_k=(self._k_sum[:, None] / count).to(q.dtype),
-            extra_v=(self._v_sum[:, None] / count).to(q.dtype),
-            extra_log_count=self._dropped.float().log()[..., None],
-        )  # fmt: skip
-        self._reads.append((self._dropped.clamp(max=1), cache.token_bytes // max(k.shape[2], 1)))
-        return out
-
-    @property
-    def kept(self) -> Tensor:
-        return torch.minimum(self.cache.lengths, self._local + self.num_sink)
-
-    def _drop(self) -> None:
-        """Adds the token that is no longer recent to the sums."""
-        cache = self.cache
-        slot = (cache.lengths - 1 - self._local).long()
-        leaves = slot >= self.num_sink
-        at = (cache.requests, slot.clamp(min=0))
-        self._k_sum = self._k_sum + cache.k[at].float().where(leaves[:, None, None], 0)
-        self._v_sum = self._v_sum + cache.v[at].float().where(leaves[:, None, None], 0)
-        self._dropped = self._dropped + leaves[:, None].int()
 
 
 def amount(share: Share, of: Tensor) -> Tensor:

@@ -326,10 +326,19 @@ class Policy:
         self.cache.clear()
         self._waiting, self._reads = None, []
 
+    def cache_heads(self, heads: int, layer: int) -> int:
+        """How many of a layer's key heads the cache must have room for."""
+        return heads
+
     @property
     def kept(self) -> Tensor:
         """Keys of each request that later steps may attend to: int32 ``[B]`` or ``[B, Hk]``."""
         return self.cache.lengths
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the keys and values in the cache, of all requests. Waits for the device."""
+        return int(self.cache.lengths.sum()) * self.cache.token_bytes
 
     @property
     def bytes_read(self) -> int:

@@ -1,14 +1,27 @@
-"""Which heads copy: retrieval heads."""
+"""Which heads look things up: retrieval heads, by two kinds of texts."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .._check import as_int, check, check_bool, check_device_of_q, check_tensor, fail, show
+from .._check import (
+    as_int,
+    as_number,
+    check,
+    check_bool,
+    check_device_of_q,
+    check_dtype,
+    check_tensor,
+    fail,
+    show,
+)
+from ..dense.attention import attention
 from ..select.attention_row_scores import attention_row_scores
 
 NAME = "policies.profile_retrieval_heads"
+REPEATED = "policies.profile_repeated_tokens"
+CHOOSE = "policies.choose_retrieval_heads"
 ROWS = 16  # steps whose scores are in memory together
 
 
@@ -78,6 +91,147 @@ def profile_retrieval_heads(
         same = tokens[:, None, begin:end] == answer[:, first : first + ROWS, None]
         copied += ((at[..., None] == place) & same[:, None]).sum(2, dtype=torch.int32)
     return (copied if every_step else copied.clamp(max=1)).float().mean(-1)
+
+
+def profile_repeated_tokens(
+    q: Tensor,
+    k: Tensor,
+    period: int,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""How much each head of a layer attends to earlier occurrences of its token (echo), and to the
+    tokens after those (induction), while a model reads random tokens again and again.
+
+    .. math::
+        echo = mean_i \sum_{m \ge 1} P_{i, i - m p}, \qquad
+        induction = mean_i \sum_{m \ge 1} P_{i, i - m p + 1}
+
+    with the causal softmax weights P and the period p, over the queries i of all repetitions but
+    the first, m as far as the first. A head that looks up what stood at the same token has a large
+    score; what the tokens mean plays no part.
+
+    Args:
+        q: ``[B, S, H, D]`` float16, bfloat16 or float32 (float64 on the reference), as the layer
+            attends with them (rotated). The last tokens of the text are period random ones, at
+            least twice; the S % period tokens before them, as a begin token, are seen and do not
+            count.
+        k: ``[B, S, Hk, D]``, Hk a divisor of H.
+        period: number of different random tokens, 1 to S // 2.
+        scale: factor of q.k; None = 1/sqrt(D).
+        softcap, sink: as in :func:`tokenmill.attention`.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        echo and induction, float32 ``[B, H]``, 0 to 1. Not differentiable.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: causal attention once, for the normalisation; the weights that count are 2 S H for
+    each earlier occurrence. Memory linear in S.
+
+    Paper: RazorAttention (Tang et al. 2024), section 3.2. The release (golden-stick) divides by S^2
+    where this has a mean, which leaves the order of heads.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> k = 9 * torch.eye(5).repeat(3, 1).view(1, 15, 1, 5)  # five tokens, three times
+        >>> after = k.roll(-1, 1)
+        >>> echo, induction = tm.policies.profile_repeated_tokens(torch.cat([k, after], 2), k, 5)
+        >>> torch.cat([echo, induction]).round(decimals=2)
+        tensor([[0.5800, 0.0000],
+                [0.0000, 0.9200]])
+    """
+    period = _check_repeated(q, k, period)
+    q, k = q.detach(), k.detach()
+    capped = as_number(REPEATED, "softcap", softcap)
+    factor = q.shape[3] ** -0.5 if scale is None else as_number(REPEATED, "scale", scale)
+    _, lse = attention(
+        q, k, k, causal=True, scale=factor, softcap=capped, sink=sink, return_lse=True,
+        backend=backend,
+    )  # fmt: skip
+    length, group = q.shape[1], q.shape[2] // k.shape[2]
+    counted = length - length % period - period  # queries with an earlier occurrence
+    found = []
+    for after in (0, 1):
+        total = torch.zeros(q.shape[0], q.shape[2], dtype=lse.dtype, device=q.device)
+        for back in range(period, length - length % period, period):
+            queries = q[:, length % period + back :].to(lse.dtype)
+            keys = k[:, length % period + after : length - back + after].to(lse.dtype)
+            z = (queries.unflatten(2, (-1, group)) * keys[:, :, :, None]).sum(-1) * factor
+            if capped > 0:
+                z = capped * torch.tanh(z / capped)
+            z = z.flatten(2).transpose(1, 2)  # [B, H, queries]
+            total += (z - lse[..., length % period + back :]).exp().sum(-1)
+        found.append((total / counted).float())
+    return found[0], found[1]
+
+
+def choose_retrieval_heads(
+    echo: Tensor, induction: Tensor, *, echo_part: float = 0.01, induction_part: float = 0.14
+) -> tuple[tuple[int, ...], ...]:
+    r"""The key heads of a model that are worth a whole cache: those first by either score.
+
+    Args:
+        echo, induction: float ``[layers, Hk]``, the scores of each key head: the largest of its
+            query heads (see :func:`profile_repeated_tokens`).
+        echo_part, induction_part: the part of all heads of all layers that are taken for each
+            score, 0 to 1, rounded to the nearest number; at least one if the part is not 0. Of
+            equal scores the first layer, then the first head. NaN is never chosen.
+
+    Returns:
+        The heads of each layer, ascending: `retrieval` of :class:`RazorAttention`.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Paper: RazorAttention (Tang et al. 2024), section 3.2 and table 2. The release (golden-stick)
+    takes all heads of a score that equals the last one chosen, and none of a part below half a
+    head.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> echo = torch.tensor([[0.1, 0.7], [0.2, 0.3]])
+        >>> tm.policies.choose_retrieval_heads(echo, 1 - echo, induction_part=0.5)
+        ((0, 1), (0,))
+    """
+    for name, t in (("echo", echo), ("induction", induction)):
+        check_tensor(CHOOSE, name, t)
+        check_dtype(CHOOSE, name, t, float64=True)
+        check(t.dim() == 2, CHOOSE, name, "must have 2 dimensions [layers, Hk]", t.dim())
+    rule = f"must have the shape of echo, {show(echo.shape)}"
+    check(induction.shape == echo.shape, CHOOSE, "induction", rule, induction.shape)
+    check_device_of_q(CHOOSE, "induction", induction, echo)
+    heads = echo.shape[1]
+    chosen: set[int] = set()
+    parts = (("echo_part", echo_part, echo), ("induction_part", induction_part, induction))
+    for name, part, scores in parts:
+        part = as_number(CHOOSE, name, part)
+        check(0 <= part <= 1, CHOOSE, name, "must be 0 to 1", part)
+        wanted = max(round(scores.numel() * part), 1) if part > 0 else 0
+        flat = scores.flatten().nan_to_num(nan=-torch.inf)
+        order = flat.sort(descending=True, stable=True).indices[:wanted]
+        chosen |= {int(i) for i in order if flat[i] > -torch.inf}
+    return tuple(
+        tuple(h for h in range(heads) if layer * heads + h in chosen)
+        for layer in range(echo.shape[0])
+    )
+
+
+def _check_repeated(q: Tensor, k: Tensor, period: int) -> int:
+    for name, t in (("q", q), ("k", k)):
+        check_tensor(REPEATED, name, t)
+        check(t.dim() == 4, REPEATED, name, "must have 4 dimensions [B, S, H, D]", t.dim())
+    rule = f"must have the tokens of q, {q.shape[1]}"
+    check(k.shape[1] == q.shape[1], REPEATED, "k", rule, k.shape)
+    rule = f"must be 1 to half of the tokens, {q.shape[1] // 2}"
+    period = as_int(REPEATED, "period", period)
+    check(1 <= period <= q.shape[1] // 2, REPEATED, "period", rule, period)
+    return period
 
 
 def _check(
