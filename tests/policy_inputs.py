@@ -92,6 +92,8 @@ SPARING: list[tuple[type[policies.Policy], dict[str, Any]]] = [
     (policies.Indexer, {"topk": 8, "indexer": TinyIndexer()}),
     (policies.RecycledAttention, {"budget": 8, "stride": 3}),
     (policies.RecycledAttention, {"budget": 8, "stride": 3, "threshold": 0.5}),
+    (policies.RefreshKV, {"budget": 8, "stride": 2, "kernel": 3}),
+    (policies.RefreshKV, {"budget": 8, "stride": 2, "threshold": None}),
     (policies.StreamingLLM, {"num_recent": 20}),
     (policies.H2O, {}),
     (policies.Keyformer, {}),
@@ -136,10 +138,9 @@ def best(scores: Tensor, k: int) -> list[int]:
 
 def over(q: Tensor, k: Tensor, v: Tensor, chosen: list[list[int]]) -> Tensor:
     """All heads of a query, each over the keys chosen for it or for its key head."""
-    own = chosen if len(chosen) == H else [chosen[h // GROUP] for h in range(H)]
-    return torch.stack(
-        [attend(q[h], k[own[h], h // GROUP], v[own[h], h // GROUP]) for h in range(H)]
-    )
+    heads = range(len(q))
+    own = chosen if len(chosen) == len(q) else [chosen[h // GROUP] for h in heads]
+    return torch.stack([attend(q[h], k[own[h], h // GROUP], v[own[h], h // GROUP]) for h in heads])
 
 
 def rotation(positions: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,16 @@
-"""Recycled Attention: full steps by stride or by the likeness of queries, one request at a time."""
+"""Recycled Attention in its two versions, one request at a time.
+
+The first version has full steps by stride or by the likeness of queries, and attends to what the
+last of them weighed most and to all newer tokens. The published one, RefreshKV, begins with what
+the last query of the prompt weighed most, and replaces those keys one by one with newer ones. Its
+repository (carriex/refreshkv at 3e41006) has no code yet: both are read from the papers' text.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from conftest import backends, device_of
 from policy_inputs import (
     DV,
     GROUP,
@@ -13,6 +20,7 @@ from policy_inputs import (
     STEPS,
     D,
     assert_steps,
+    attend,
     best,
     draw,
     new_cache,
@@ -22,13 +30,15 @@ from policy_inputs import H as HEADS
 
 from tokenmill import policies
 
+every_backend = pytest.mark.parametrize("backend", backends("reference"))
+
 
 class Literal:
     """Of one request: which steps are full, and what the others attend to."""
 
-    def __init__(self, budget, stride, threshold):
+    def __init__(self, budget, stride, threshold, heads=HK):
         self.budget, self.stride, self.threshold = budget, stride, threshold
-        self.since, self.full = 0, []
+        self.heads, self.since, self.full = heads, 0, []
 
     def step(self, q, k, v):
         """q [H, D]; k and v with the new token."""
@@ -40,15 +50,16 @@ class Literal:
         self.full.append(again)
         if not again:
             self.since += 1
-            return over(q, k, v, [[*kept, *range(self.last, n)] for kept in self.kept])
+            rows = [[*kept, *range(self.last, n)] for kept in self.kept]
+            return over(q, k, v, [rows[h // GROUP] for h in range(len(q))])
         self.kept = []
-        for kv in range(HK):
+        for kv in range(self.heads):
             mass = torch.zeros(n, dtype=torch.float64)
             for h in range(kv * GROUP, (kv + 1) * GROUP):
                 mass += torch.softmax(k[:, kv] @ q[h] * SCALE, 0)
             self.kept.append(best(mass, self.budget))
         self.query, self.last, self.since = q, n, 1
-        return over(q, k, v, [list(range(n))] * HK)
+        return over(q, k, v, [list(range(n))] * len(q))
 
 
 @pytest.mark.parametrize("page", [None, 16])
@@ -110,3 +121,115 @@ def test_tokens_of_a_chunk_are_new_ones():
             policy.extend(*(torch.cat(t, 1) for t in zip(*tokens.steps[1:5], strict=True)))
         got, want = (policy.step(*tokens.steps[5]) for policy in (ours, full))
         torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+
+
+class Refresh:
+    """One request of RefreshKV: its partial cache, the key of the lowest score first."""
+
+    def __init__(self, budget, stride, threshold, kernel):
+        self.budget, self.stride, self.threshold, self.kernel = budget, stride, threshold, kernel
+        self.steps, self.full = 0, []
+
+    def choose(self, q, k):
+        """q [H, D] weighs keys k [n, HK, D]."""
+        side, self.query, self.partial = self.kernel // 2, q.mean(0), []
+        group = len(q) // k.shape[1]
+        for kv in range(k.shape[1]):
+            heads = range(kv * group, (kv + 1) * group)
+            p = torch.stack([torch.softmax(k[:, kv] @ q[h] * SCALE, 0) for h in heads]).amax(0)
+            scores = torch.stack([p[max(j - side, 0) : j + side + 1].amax() for j in range(len(p))])
+            order = sorted(range(len(p)), key=lambda j: (-scores[j].item(), j))
+            self.partial.append(order[: self.budget][::-1])
+
+    def step(self, q, k, v):
+        """q [H, D]; k and v with the new token."""
+        self.steps += 1
+        full = self.steps % self.stride == 0
+        if full and self.threshold is not None:
+            full = float(torch.cosine_similarity(q.mean(0), self.query, 0)) < self.threshold
+        self.full.append(full)
+        newest, group = len(k) - 1, len(q) // k.shape[1]
+        lists = [list(range(len(k)))] * k.shape[1]
+        if not full:
+            lists = [[*held, newest] for held in self.partial]
+        rows = [(q[h], lists[h // group], h // group) for h in range(len(q))]
+        out = torch.stack([attend(x, k[row, kv], v[row, kv]) for x, row, kv in rows])
+        if full:
+            self.choose(q, k)
+        else:
+            for held in self.partial:
+                held.append(newest)
+                del held[: max(len(held) - self.budget, 0)]
+        return out
+
+
+@pytest.mark.parametrize("page", [None, 16])
+@pytest.mark.parametrize(
+    ("budget", "stride", "threshold", "kernel"),
+    [(6, 4, None, 7), (3, 8, None, 1), (6, 2, 0.6, 3), (0.3, 3, 0.9, 5), (100, 2, 0.6, 7)],
+)
+def test_refresh(page, budget, stride, threshold, kernel):
+    policy = policies.RefreshKV(
+        new_cache(page), budget=budget, stride=stride, threshold=threshold, kernel=kernel
+    )
+    tokens = draw(alike=0.7)
+    policy.prefill(*tokens.prompt, lengths=torch.tensor(LENGTHS, dtype=torch.int32))
+    literals = []
+    for b, n in enumerate(LENGTHS):
+        keys = budget if isinstance(budget, int) else int(budget * n)
+        literals.append(Refresh(keys, stride, threshold, kernel))
+        q, k, _ = tokens.of(b)
+        literals[b].choose(q[n - 1], k[:n])
+    assert_steps(policy, tokens, literals)
+    schedules = [literal.full for literal in literals]
+    assert any(map(any, schedules)) and not any(map(all, schedules))
+    if threshold == 0.6:
+        assert schedules[0] != schedules[1]
+    if threshold is None:  # a step reads the budget and its own token, a full one the keys twice
+        last = [n + STEPS for n in LENGTHS]
+        partial = 4 * HK * (D + DV) * 2 * (min(budget, min(LENGTHS)) + 1)
+        full = 4 * HK * (2 * D + DV) * sum(last)
+        assert policy.bytes_read == (full if STEPS % stride == 0 else partial)
+
+
+@every_backend
+@pytest.mark.parametrize("published", [False, True])
+def test_both_versions(backend, published):
+    """Full steps by stride, and by likeness."""
+    h, hk, d, prompt, steps = 2, 1, 16, 11, 5
+    g = torch.Generator().manual_seed(1)
+    near = [torch.randn(1, prompt + steps, heads, d, generator=g) for heads in (h, hk, hk)]
+    exact = [t[0].double() for t in near]
+    near = [t.to(device_of(backend)) for t in near]
+    for threshold in (None, 0.2):
+        cache = policies.KVCache.like(near[1], near[2], 16)
+        options = {"budget": 4, "stride": 2, "threshold": threshold, "backend": backend}
+        if published:
+            policy = policies.RefreshKV(cache, kernel=3, **options)
+            literal = Refresh(4, 2, threshold, 3)
+            literal.choose(exact[0][prompt - 1], exact[1][:prompt])
+        else:
+            policy = policies.RecycledAttention(cache, **options)
+            literal = Literal(4, 2, threshold, hk)
+        policy.prefill(*(t[:, :prompt] for t in near))
+        for n in range(prompt, prompt + steps):
+            got = policy.step(*(t[:, n : n + 1] for t in near))
+            want = literal.step(exact[0][n], exact[1][: n + 1], exact[2][: n + 1])
+            torch.testing.assert_close(got[0, 0].cpu().double(), want, rtol=0, atol=2e-5)
+        assert any(literal.full) and not all(literal.full)
+
+
+def test_bytes_of_a_stride():
+    """RefreshKV at a budget of 1/8 and a full step in ten: nine steps read 126 keys and values, the
+    tenth all and the keys once more: 3.8 times less than full attention. A window of 126 keys,
+    which the paper compares with, reads 8 times less."""
+    n = 1000
+    x = torch.ones(1, n, 1, 1)
+    policy = policies.RefreshKV(policies.KVCache.like(x, x, n + 10), threshold=None)
+    policy.begin(x, x, x, torch.empty(0))
+    read = []
+    for _ in range(10):
+        policy.step(*(x[:, :1],) * 3)
+        read.append(policy.bytes_read / 8)
+    assert read == [126] * 9 + [1010 * 1.5]
+    assert sum(range(n + 1, n + 11)) / sum(read) == pytest.approx(3.8, abs=0.03)

@@ -32,6 +32,7 @@ GENEROUS = [
     (policies.HiP, {"budget": 64, "num_recent": 8, "refresh_interval": 1, "layer": 5}),
     (policies.Indexer, {"topk": 64, "indexer": TinyIndexer()}),
     (policies.RecycledAttention, {"budget": 64, "stride": 3}),
+    (policies.RefreshKV, {"budget": 64}),
     (policies.StreamingLLM, {"num_sink": 4, "num_recent": 60}),
     (policies.H2O, {"heavy": 64}),
     (policies.Keyformer, {"budget": 64}),

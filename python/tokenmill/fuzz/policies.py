@@ -69,6 +69,10 @@ POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
         *_both(budget=5, stride=2),
         *_both(budget=5, threshold=0.5),
     ),
+    policies.RefreshKV: (
+        *_both(budget=5, stride=2, kernel=3),
+        *_both(budget=0.4, stride=1, threshold=None),
+    ),
     policies.StreamingLLM: (
         *_both(num_sink=2, num_recent=6),
         lambda r: _dense(r, num_sink=2, num_recent=6, rope=(r(13, 8).float(), r(13, 8).float())),

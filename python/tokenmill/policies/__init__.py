@@ -15,6 +15,7 @@ policy                      keys attended to                                    
 :class:`HiP`                blocks that a tree search finds, sink, recent
 :class:`Indexer`            those that an indexer of the model scores highest
 :class:`RecycledAttention`  those of the last full step, new ones
+:class:`RefreshKV`          keys of the last full step, which new ones replace
 :class:`StreamingLLM`       sink, recent                                        evicts
 :class:`H2O`                those with the most attention so far, recent        evicts
 :class:`Keyformer`          the same, with noise                                evicts
@@ -40,6 +41,7 @@ from .hip import HiP
 from .indexer import Indexer
 from .policy import FullAttention, Policy, stack
 from .razor import RazorAttention
+from .refresh import RefreshKV
 from .retrieval import (
     choose_retrieval_heads,
     profile_repeated_tokens,
@@ -59,12 +61,13 @@ __all__ = [
     "Quest",
     "RazorAttention",
     "RecycledAttention",
+    "RefreshKV",
     "SnapKV",
     "StreamingLLM",
     "TidalDecode",
     "TokenSelect",
-    "profile_retrieval_heads",
-    "stack",
     "choose_retrieval_heads",
     "profile_repeated_tokens",
+    "profile_retrieval_heads",
+    "stack",
 ]

@@ -196,7 +196,8 @@ class RecycledAttention(Keeping):
         threshold: a step is full before that, request by request, if the cosine of its query and
             that of the last full step, all heads side by side, is less. None: by stride alone.
 
-    Paper: Recycled Attention (Xu et al. 2024), section 3, with its fixed and its dynamic schedule.
+    Paper: Recycled Attention (Xu et al. 2024), section 3, with its fixed and its dynamic schedule:
+    the first version of the paper. :class:`RefreshKV` is the published one.
     """
 
     budget: int = 4096

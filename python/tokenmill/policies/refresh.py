@@ -1,0 +1,149 @@
+"""RefreshKV: a small cache of each request, chosen anew when its queries have changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool1d, pad
+
+from .._check import check
+from ..select.attention_row_scores import attention_row_scores
+from ..select.query_similarity_gate import query_similarity_gate
+from ..select.topk_select import topk_select
+from .cache import Back
+from .chunks import of_rows
+from .evicting import Share, amount, most
+from .policy import Keeping, rows_of, span
+
+LATER = torch.iinfo(torch.int32).max  # after every position
+
+
+@dataclass(eq=False)
+class RefreshKV(Keeping):
+    r"""Recycled Attention as it was published: a partial cache that the prompt's last query chooses
+    and each full step chooses again.
+
+    A key's score is the largest probability that a query head of its key head gives to it or to one
+    of kernel neighbours; the budget keys with the largest scores make up the partial cache. A step
+    attends to it and to its own token, which then takes the place of the key with the lowest
+    score, and once all of these are gone, of the oldest token. In every stride-th step the query,
+    the mean of all heads, is compared with the query of the last full step (at first: of the last
+    token of the prompt): below the threshold the step is full and chooses again. All keys stay in
+    the cache.
+
+    Args:
+        budget: keys of the partial cache: a number, or a share of the prompt's tokens.
+        stride: steps from one comparison to the next; the first is in step stride.
+        threshold: least cosine at which the partial cache serves on; each request decides for
+            itself. None: every stride-th step is full.
+        kernel: neighbours of which a key gets the largest probability, odd; 1: its own.
+
+    Paper: RefreshKV (Xu et al. 2025), section 2.2 and appendix A.1, with a budget of 1/8, stride 5
+    or 10, threshold 0.85 (Llama 3.1) or 0.95 (Qwen 2), kernel 7. :class:`RecycledAttention` is its
+    first version.
+    """
+
+    budget: Share = 0.125
+    stride: int = 10
+    threshold: float | None = 0.85
+    kernel: int = 7
+    _LEAST: ClassVar[dict[str, int]] = {"budget": 1, "stride": 1, "kernel": 1}
+    _ROWS: ClassVar[tuple[str, ...]] = ("_ranked", "_counts", "_query", "_end", "_size")
+
+    def begin(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
+    ) -> None:
+        super().begin(q, k, v, lse, lengths=lengths)
+        check(self.kernel % 2 == 1, self._name, "kernel", "must be odd", self.kernel)
+        n = self.cache.lengths
+        self._query = q.new_zeros(q.shape[0], 1, 1, q.shape[3])  # of all heads, at a full step
+        self._end = torch.zeros_like(n)  # tokens at the last full step
+        self._size = torch.zeros_like(n)  # keys of the partial cache
+        self._ranked = n.new_zeros(len(n), k.shape[2], 0)  # its keys, the largest score first
+        self._counts = n.new_zeros(len(n), k.shape[2])
+        self._read_prompt(q, n)
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        out = super().extend(q, k, v, lengths=lengths)
+        self._read_prompt(q, self._count(q, k, v, lengths))
+        return out
+
+    def _read_prompt(self, q: Tensor, new: Tensor) -> None:
+        """The last of new[b] queries chooses, if there is one."""
+        self._steps = 0
+        wanted = amount(self.budget, self.cache.lengths).clamp(min=1)
+        self._size = torch.where(new > 0, wanted, self._size)
+        self._most = max(most(self.budget, self.cache.longest), 1, self._ranked.shape[2])
+        self._ranked = pad(self._ranked, (0, self._most - self._ranked.shape[2]))
+        if q.shape[1] > 0:
+            self._choose(of_rows(q, (new - 1).clamp(min=0)[:, None].long()), new > 0)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache = self.cache
+        self._append(k, v)
+        self._steps += 1
+        if self._steps % self.stride > 0:
+            return self._attend(q, *self._partial())[0]
+        if self.threshold is None:
+            out = self._attend_all(q)
+            self._choose(q, torch.ones_like(cache.lengths, dtype=torch.bool))
+            return out
+        mean = q.float().mean(2, keepdim=True).to(q)
+        serves = query_similarity_gate(mean, self._query, self.threshold, backend=self.backend)
+        rows, counts = self._partial()
+        width = max(rows.shape[2], cache.capacity)
+        everything = span(torch.zeros_like(cache.lengths), width)[:, None]
+        rows = pad(rows, (0, width - rows.shape[2]))
+        out, _ = self._attend(
+            q, torch.where(serves[:, None, None], rows, everything),
+            torch.where(serves[:, None], counts, cache.lengths[:, None]),
+        )  # fmt: skip
+        self._choose(q, ~serves)
+        return out
+
+    def _partial(self) -> tuple[Tensor, Tensor]:
+        """Lists [B, Hk, most + 1] of the partial cache and the newest token, and counts."""
+        n, size = self.cache.lengths, self._size[:, None]
+        newer = (n - 1 - self._end)[:, None]  # tokens since the full step, but the newest
+        left = (self._counts - (self._counts + newer - size).clamp(min=0)).clamp(min=0)
+        recent = torch.minimum(newer, size) + 1
+        at = torch.arange(self._most + 1, dtype=torch.int32, device=n.device)
+        ranked = pad(self._ranked, (0, 1)).masked_fill(at >= left[..., None], LATER)
+        last = n[:, None, None] - recent[..., None] + at - left[..., None]
+        rows = torch.where(at < left[..., None], ranked.sort(-1).values, last)
+        return rows, left + recent
+
+    def _choose(self, q: Tensor, full: Tensor) -> None:
+        """The partial cache by queries [B, 1, H, D], for the requests that are full [B]."""
+        cache, heads = self.cache, self.cache.k.shape[2]
+        n = cache.lengths.masked_fill(~full, 0)
+        p = attention_row_scores(
+            q, cache.dense(cache.k), scale=self.scale, reduce="none", seqlens_k=n,
+            backend=self.backend,
+        )  # fmt: skip
+        scores = p[:, :, 0].unflatten(1, (heads, -1)).amax(2)
+        scores = max_pool1d(scores, self.kernel, 1, self.kernel // 2)
+        ranked, counts = topk_select(
+            scores.flatten(0, 1), self._most, lengths=rows_of(n, heads), order="score",
+            backend=self.backend,
+        )  # fmt: skip
+        counts = torch.minimum(counts.view(-1, heads), self._size[:, None])
+        mean = q.float().mean(2, keepdim=True).to(q)
+        self._ranked = torch.where(full[:, None, None], ranked.view_as(self._ranked), self._ranked)
+        self._counts = torch.where(full[:, None], counts, self._counts)
+        self._end = torch.where(full, cache.lengths, self._end)
+        self._query = torch.where(full[:, None, None, None], mean, self._query)
+        self._reads.append((n, cache.key_bytes))
+
+    def rewind(self, tokens: Back) -> None:
+        super().rewind(tokens)
+        n = self.cache.lengths
+        at = torch.arange(self._most, device=n.device)
+        there = (at < self._counts[..., None]) & (self._ranked < n[:, None, None])
+        order = (~there).to(torch.uint8).sort(dim=-1, stable=True).indices
+        self._ranked, self._counts = self._ranked.gather(-1, order), there.sum(-1).int()
+        self._end = torch.minimum(self._end, n)
+        self._steps = max(self._steps - tokens, 0) if isinstance(tokens, int) else 0
