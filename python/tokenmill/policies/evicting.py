@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from .._check import check
+from .._check import as_int, check
 from ..select.attention_column_scores import attention_column_scores
 from ..select.topk_select import topk_select
 from .policy import Policy, rows_of, span
@@ -30,10 +30,14 @@ class StreamingLLM(Policy):
     Args:
         num_sink, num_recent: sink (first) and recent (last) tokens; the recent include the newest.
         rope: (cos, sin), float ``[positions, pairs]``, pairs up to D / 2; as many positions as the
+            The released code cuts its cache to start_size + recent_size after a token has attended
+            to it in eval_long_ppl.py, which is num_recent = recent_size + 1 here, and before a turn
+            in run_streaming_llama.py, which is :meth:`make_room`.
             longest prompt has tokens, and num_sink + num_recent.
         interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + pairs).
 
-    Paper: StreamingLLM (Xiao et al. 2024), section 3.2. Prompts are read with full attention.
+    Paper: StreamingLLM (Xiao et al. 2024), section 3.2. Prompts are read with full attention, as
+    in the released code.
     """
 
     num_sink: int = 4
@@ -50,7 +54,7 @@ class StreamingLLM(Policy):
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
         if cache.longest == cache.capacity:
-            self._evict()
+            self.make_room(1)
         self._append(k, v)
         nothing = cache.lengths.new_zeros(len(cache.lengths), 1)
         out, _ = self._attend(
@@ -66,9 +70,17 @@ class StreamingLLM(Policy):
     def slots(self, tokens: int) -> int | None:
         return max(tokens, self.num_sink + self.num_recent) + 1
 
-    def _evict(self) -> None:
-        """Evicts all but what the next step, which adds a token, attends to."""
-        recent = max(self.num_recent - 1, 0)
+    def make_room(self, tokens: int) -> None:
+        """Evicts all but the sink tokens and the last num_recent - tokens ones, for a turn of a
+        conversation: each of so many tokens to come, of the user and of the answer, then sees all
+        of the turn before it. Without it the window moves on with each token.
+
+        Args:
+            tokens: tokens of the turn; num_recent or more leave the sink tokens only.
+        """
+        tokens = as_int(self._name, "tokens", tokens)
+        check(tokens >= 0, self._name, "tokens", "must be at least 0", tokens)
+        recent = max(self.num_recent - tokens, 0)
         last = torch.full_like(self.cache.lengths, recent)
         keep, counts = first_and_last(self.cache.lengths, self.num_sink, last, recent)
         self.cache.compact(keep, counts, self.backend)
