@@ -78,7 +78,7 @@ POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
         lambda r: _dense(r, num_sink=2, num_recent=6, rope=(r(13, 8).float(), r(13, 8).float())),
     ),
     policies.H2O: (*_both(heavy=3, recent=3), *_both(heavy=3, recent=3, more=True)),
-    policies.Keyformer: _both(budget=6, recent=3),
+    policies.Keyformer: (*_both(budget=6, recent=3), *_both(released=True)),
     policies.SnapKV: (*_both(budget=8, window=4), *_both(budget=8, window=4, more=True)),
     policies.RazorAttention: (  # the cache is that of one of two key heads
         lambda r: _dense(r, **_RAZOR, **r.cache(24, hk=1)),

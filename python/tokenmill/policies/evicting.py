@@ -16,6 +16,7 @@ from .policy import Policy, rows_of, span
 from .rotation import Rope, check_rope, rotated
 
 Share = int | float
+ROUNDED = 1e-6  # 0.57 of 100 keys, 56.99999999999999 as doubles, are 57
 
 
 @dataclass(eq=False)
@@ -29,10 +30,10 @@ class StreamingLLM(Policy):
 
     Args:
         num_sink, num_recent: sink (first) and recent (last) tokens; the recent include the newest.
-        rope: (cos, sin), float ``[positions, pairs]``, pairs up to D / 2; as many positions as the
             The released code cuts its cache to start_size + recent_size after a token has attended
             to it in eval_long_ppl.py, which is num_recent = recent_size + 1 here, and before a turn
             in run_streaming_llama.py, which is :meth:`make_room`.
+        rope: (cos, sin), float ``[positions, pairs]``, pairs up to D / 2; as many positions as the
             longest prompt has tokens, and num_sink + num_recent.
         interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + pairs).
 
@@ -161,11 +162,16 @@ class Keyformer(Policy):
     Args:
         budget: keys kept: a number, or a share of the prompt's tokens.
         recent: of these the last ones: a number, or a share of the budget.
-        tau, tau_step: temperature for the prompt, and what each step adds.
+        tau, tau_step: temperature for the prompt, and what each step adds; the paper goes from 1 to
+            2, so that tau_step is 1 / new tokens.
         seed: of the noise.
+        released: keys as the released code chooses them: the token to come counts in the budget,
+            and a token that leaves the recent ones is dropped, without being compared with older
+            ones. What was chosen from the prompt then stays to the end. False: a token that leaves
+            them stays if its score is among the best, as in the paper.
 
-    Paper: Keyformer (Adnan et al. 2024), section 3; defaults of the released code, which only masks
-    what it drops, and sums the scores of all requests; here each request drops its own.
+    Paper: Keyformer (Adnan et al. 2024), algorithm 1; defaults of the released code, which only
+    masks what it drops, and sums the scores of all requests; here each request drops its own.
     """
 
     budget: Share = 0.6
@@ -173,7 +179,8 @@ class Keyformer(Policy):
     tau: float = 1.0
     tau_step: float = 0.01
     seed: int = 0
-    _ROWS: ClassVar[tuple[str, ...]] = ("_scores", "_budget", "_recent")
+    released: bool = False
+    _ROWS: ClassVar[tuple[str, ...]] = ("_scores", "_budget", "_recent", "_read")
     _LEAST: ClassVar[dict[str, int]] = {"seed": -(2**63)}
     _MOST: ClassVar[dict[str, int]] = {"seed": 2**63 - 1}
 
@@ -191,6 +198,7 @@ class Keyformer(Policy):
         super().begin(q, k, v, lse, lengths=lengths)
         n, tokens = self.cache.lengths, q.shape[1]
         self._steps = 0
+        self._read = n  # tokens so far
         self._budget = amount(self.budget, n).clamp(min=1)
         self._recent = amount(self.recent, self._budget).clamp(min=1)
         self._wanted = max(most(self.budget, tokens), 1)
@@ -201,11 +209,12 @@ class Keyformer(Policy):
         cache = self.cache
         self._append(k, v)
         self._steps += 1
+        self._read = self._read + 1
         out = self._attend_all(q)
         new = self._scores_of(q, cache.dense(cache.k), seqlens_k=cache.lengths)
         new[..., : self._scores.shape[-1]] += self._scores
-        self._evict(new)
         self._reads.append((cache.lengths, cache.key_bytes))
+        self._evict(new)
         return out
 
     def _scores_of(self, q: Tensor, k: Tensor, **options: Any) -> Tensor:
@@ -216,9 +225,16 @@ class Keyformer(Policy):
         )  # fmt: skip
 
     def _evict(self, scores: Tensor) -> None:
-        counts = self.cache.lengths[:, None].repeat(1, scores.shape[1])
+        n = self.cache.lengths
+        counts = n[:, None].repeat(1, scores.shape[1])
+        budget, recent = self._budget, self._recent
+        if self.released:
+            full = self._read > budget
+            leaves = torch.arange(scores.shape[2], device=n.device) == (n - recent)[:, None]
+            scores = scores.masked_fill((leaves & full[:, None])[:, None], -torch.inf)
+            budget, recent = torch.where(full, budget - 1, n), recent - 1
         chosen, self._scores, counts = keep_best(
-            scores, counts, self._budget, self._recent, self._most, self.backend
+            scores, counts, budget, recent, self._most, self.backend
         )
         self.cache.compact(chosen, counts, self.backend)
 
@@ -272,12 +288,14 @@ class SnapKV(Policy):
 
 
 def amount(share: Share, of: Tensor) -> Tensor:
-    """A number of keys for each request, given as such or as a share."""
-    return torch.full_like(of, share) if isinstance(share, int) else (of.double() * share).int()
+    """A number of keys for each request, given as such or as a share, rounded down."""
+    if isinstance(share, int):
+        return torch.full_like(of, share)
+    return (of.double() * share + ROUNDED).int()
 
 
 def most(share: Share, of: int) -> int:
-    return share if isinstance(share, int) else int(of * share)
+    return share if isinstance(share, int) else int(of * share + ROUNDED)
 
 
 def first_and_last(n: Tensor, first: int, last: Tensor, width: int) -> tuple[Tensor, Tensor]:
