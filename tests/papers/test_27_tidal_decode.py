@@ -1,4 +1,11 @@
-"""TidalDecode at the released defaults, its correction of the cache and prompts in chunks."""
+"""TidalDecode at the released defaults, its correction of the cache and prompts in chunks.
+
+Released code: DerrickYLJ/TidalDecode at d67a1bd. In src/tidal_build/modify_llama.py a selecting
+layer takes, for each query head, the token_budget largest logits of all keys, the newest among
+them; sparse layers mask the rest. In the kernels the newest token needs no place: it is attended to
+anyway. The first selecting layer is 2; the second 9 in modify_llama.py, 13 in enable_tidal.py and
+the scripts.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +13,12 @@ import itertools
 
 import pytest
 import torch
-from tensors import device_of, each_backend
+from conftest import backends, device_of
+from tensors import each_backend
 
 from tokenmill import policies
+
+every_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 LAYERS, HEADS, KEY_HEADS, D = 12, 4, 2, 8
 WIDTH = HEADS * D
@@ -41,8 +51,9 @@ class Model:
 class Literal:
     """The attention of the layers of one step over all keys so far, one head at a time."""
 
-    def __init__(self, budget, first, correction):
+    def __init__(self, budget, first, correction, keep_newest=True):
         self.budget, self.first, self.correction = budget, first, correction
+        self.keep_newest = keep_newest
         self.keys, self.values = {}, {}
 
     def layer(self, number):
@@ -57,9 +68,10 @@ class Literal:
             z = z.masked_fill(torch.ones(rows, tokens).tril(tokens - rows) == 0, -torch.inf)
             if not prompt and number >= self.first:
                 if number in (self.first, self.correction):
-                    older = z[..., :-1].topk(min(self.budget, tokens - 1), -1).indices
-                    self.seen = torch.zeros_like(z, dtype=torch.bool).scatter(-1, older, True)
-                    self.seen[..., -1] = True
+                    those = z[..., :-1] if self.keep_newest else z
+                    best = those.topk(min(self.budget, those.shape[-1]), -1).indices
+                    self.seen = torch.zeros_like(z, dtype=torch.bool).scatter(-1, best, True)
+                    self.seen[..., -1] |= self.keep_newest
                 else:
                     z = z.masked_fill(~self.seen, -torch.inf)
             return torch.einsum("bhqk,bkhd->bqhd", z.softmax(-1), v)
@@ -84,6 +96,43 @@ def test_selection_at_the_defaults(backend):
         got = model(x[:, begin:end].to(device), attends)
         want = exact(x[:, begin:end].double(), [literal.layer(i) for i in range(LAYERS)])
         torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=1e-4)
+
+
+@every_backend
+@pytest.mark.parametrize("keep_newest", [True, False])
+def test_the_newest_token(backend, keep_newest):
+    """Four layers, of which the second and the fourth select 3 of 9 to 11 tokens."""
+    tokens, steps, device = 8, 3, device_of(backend)
+    x = torch.randn(1, tokens + steps, WIDTH, generator=torch.Generator().manual_seed(4))
+    model, exact = Model(4, device), Model(4)
+    exact.layers = [[w.double() for w in layer] for layer in exact.layers]
+    stack = model.stack(
+        capacity=16, backend=backend, budget=3, first=1, correction=3, keep_newest=keep_newest
+    )
+    literal, left_out = Literal(3, 1, 3, keep_newest), 0
+    for begin, end in [(0, tokens), *itertools.pairwise(range(tokens, tokens + steps + 1))]:
+        attends = [layer.step if begin else layer.prefill for layer in stack]
+        got = model(x[:, begin:end].to(device), attends)
+        want = exact(x[:, begin:end].double(), [literal.layer(i) for i in range(4)])
+        torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=1e-4)
+        left_out += int((~literal.seen[..., -1]).sum()) if begin else 0
+    assert (left_out > 0) is not keep_newest
+
+
+@pytest.mark.parametrize(("tokens", "less"), [(10_000, 5.595), (100_000, 6.309)])
+def test_keys_read(tokens, less):
+    """32 layers at the defaults with lists of key heads: two full, two that read the keys once more
+    to select, 28 that read 257 keys. The paper's 2.1 is of the time of a whole step."""
+    x = torch.zeros(1, tokens, 1, 1)
+    caches = [policies.KVCache.like(x, x, tokens + 1) for _ in range(32)]
+    stack = policies.stack(policies.TidalDecode, caches, lists="key")
+    for layer in stack:
+        layer.begin(x, x, x, torch.empty(0))
+        layer.step(*(x[:, :1],) * 3)
+    read = [layer.bytes_read / (8 * (tokens + 1)) for layer in stack]  # of the layer's cache
+    few = pytest.approx(257 / (tokens + 1))
+    assert read == [1, 1, 1.5, *[few] * 6, 1.5, *[few] * 22]
+    assert 32 / sum(read) == pytest.approx(less, abs=0.001)
 
 
 @pytest.mark.parametrize("lists", ["query", "key"])

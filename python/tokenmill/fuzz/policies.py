@@ -54,7 +54,7 @@ POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
     ),
     policies.TidalDecode: (
         *_both(budget=5, layer=2),
-        lambda r: _dense(r, budget=5, layer=2, lists="key"),
+        lambda r: _dense(r, budget=5, layer=2, lists="key", keep_newest=False),
     ),
     policies.Quest: _both(budget=12, page=4, dense_layers=0),
     policies.HiP: (

@@ -30,21 +30,25 @@ class TidalDecode(Keeping):
     attention. :meth:`correct` recomputes them for the last tokens, from time to time.
 
     Args:
-        budget: tokens selected, beside the newest one.
+        budget: tokens selected.
         first: the first layer that selects.
         correction: the layer that selects again.
         lists: "query": each query head has its own list. "key": the query heads of a key head share
             one, of the tokens with the largest logit of any of them, so that a key is read once.
+        keep_newest: True: the newest token is attended to in any case and takes no place of the
+            budget, as in the released kernels. False: it competes with the others for one of the
+            budget places, as in the released model code.
 
-    Paper: TidalDecode (Yang et al. 2024), section 3; lists and layers of the released model code,
-    in which the newest token competes with the others (in the released kernels it does not). Those
-    kernels need one request and as many key heads as query heads.
+    Paper: TidalDecode (Yang et al. 2024), section 3; lists of the released model code. Its
+    correction layer is 9 or 13 by default, in different files; its kernels need one request and as
+    many key heads as query heads.
     """
 
     budget: int = 256
     first: int = 2
     correction: int = 9
     lists: Lists = "query"
+    keep_newest: bool = True
     _LEAST: ClassVar[dict[str, int]] = {"budget": 1, "first": -1, "correction": -1}
 
     def reorder(self, requests: Tensor) -> None:
@@ -80,7 +84,7 @@ class TidalDecode(Keeping):
             rule = "must be the TidalDecode of the layer before (see stack)"
             fail("policies.TidalDecode", "previous", rule, type(before).__name__)
         self._lists.append(before._lists[self._token])
-        return self._attend(q, *self._lists[-1], num_recent=1)[0]
+        return self._attend(q, *self._lists[-1], num_recent=int(self.keep_newest))[0]
 
     @property
     def _at_once(self) -> bool:
@@ -90,8 +94,8 @@ class TidalDecode(Keeping):
         cache = self.cache
         logits = kv_block_scores(
             q, cache.k, head_reduce=HEAD_REDUCE[self.lists],
-            scale=self.scale, num_recent=1, seqlens_k=cache.lengths, block_table=cache.block_table,
-            backend=self.backend,
+            scale=self.scale, num_recent=int(self.keep_newest), seqlens_k=cache.lengths,
+            block_table=cache.block_table, backend=self.backend,
         )  # fmt: skip
         rows = logits.shape[:2]
         indices, counts = topk_select(logits.flatten(0, 2), self.budget, backend=self.backend)
