@@ -67,7 +67,8 @@ def profile_retrieval_heads(
     Complexity: 2 B H R S D operations, and memory of B H S floats for each of 16 steps at a time.
 
     Paper: Retrieval Head Mechanistically Explains Long-Context Factuality (Wu et al. 2024), section
-    2. The released code counts a token again in each step that copies it.
+    2. The released code averages over the texts of which the answer has more than half of the
+    needle's words.
 
     Example:
         >>> import torch, tokenmill as tm
