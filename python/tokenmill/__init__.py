@@ -27,6 +27,7 @@ from ._info import build_info
 from ._version import __version__
 from .dense import (
     additive_attention,
+    amplified_attention,
     attention,
     attention_decode,
     merge_attention_states,
@@ -55,6 +56,7 @@ from .select import (
     kv_block_scores,
     kv_cache_append,
     kv_cache_compact,
+    paint_tokens,
     query_similarity_gate,
     token_select,
     topk_select,
@@ -91,6 +93,7 @@ __all__ = [
     "InputError",
     "__version__",
     "additive_attention",
+    "amplified_attention",
     "attention",
     "attention_column_scores",
     "attention_decode",
@@ -131,6 +134,7 @@ __all__ = [
     "moba_attention",
     "native_sparse_attention",
     "nn",
+    "paint_tokens",
     "papers",
     "pattention",
     "pointer_argmax",

@@ -1,6 +1,7 @@
 """Attention with any score map."""
 
 from .additive_attention import additive_attention, pointer_argmax
+from .amplified_attention import amplified_attention
 from .attention import attention
 from .attention_decode import attention_decode
 from .merge_attention_states import merge_attention_states
@@ -11,6 +12,7 @@ from .soft_causal_attention import soft_causal_attention
 
 __all__ = [
     "additive_attention",
+    "amplified_attention",
     "attention",
     "attention_decode",
     "merge_attention_states",
