@@ -35,6 +35,7 @@ from .dense import (
     pointer_argmax,
     reweighted_attention,
     sigmoid_attention,
+    sink_calibrated_attention,
     soft_causal_attention,
 )
 from .linear import (
@@ -148,6 +149,7 @@ __all__ = [
     "segment_reduce",
     "select",
     "sigmoid_attention",
+    "sink_calibrated_attention",
     "soft_causal_attention",
     "sparse",
     "sparse_decode_attention",

@@ -1,190 +1,125 @@
-"""Attention calibrated by group (ACT, VAR) against the matrices of the papers."""
+"""ACT against its released code: GATECH-EIC/ACT at a267af7, models/llama_modelling_aug.py, with the
+numbers of scripts/evaluation.sh."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, device_of
-from hypothesis import given
-from hypothesis import strategies as st
-from tensors import draw
-from tier import examples
+from conftest import backends, in_each_dtype
+from tensors import close, draw, same_gradients
 
 import tokenmill as tm
 from tokenmill.testing import assert_accurate
 
 each_backend = pytest.mark.parametrize("backend", backends("reference"))
+in_each_16_bits = pytest.mark.parametrize(
+    ("dtype", "backend"),
+    in_each_dtype([torch.bfloat16, torch.float16], [(b,) for b in backends("reference")]),
+)
+BETA, THRESHOLD = 0.4, 0.1
+S, H = 12, 4
+SHAPES = (2, S, H, 16), (2, S, 2, 16), (2, S, 2, 8)
+SEED = 370  # no mean of a column is near the threshold
 
 
-def weights_of(q, k, causal):
+def causal_weights(q, k):
     k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
     z = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
-    if causal:
-        seen = torch.ones_like(z[0, 0]).tril(k.shape[1] - q.shape[1])
-        z = z.masked_fill(seen == 0, -torch.inf)
-    return z.softmax(-1).nan_to_num()
+    return z.masked_fill(torch.ones_like(z[0, 0]).tril() == 0, -torch.inf).softmax(-1)
 
 
-def weigh(p, v, heads):
-    return torch.einsum("bhij,bjhd->bihd", p, v.repeat_interleave(heads // v.shape[2], 2))
+def sinks_of(p, threshold):
+    """In one head [S, S]: the columns whose mean over the rows from the diagonal down is above the
+    threshold, without the first of them."""
+    means = p.sum(0) / torch.arange(len(p), 0, -1, device=p.device)
+    assert ((means - threshold).abs() > 1e-3).all()  # rounding does not change the choice
+    return (means > threshold).nonzero().flatten().tolist()[1:]
 
 
-def by_hand(q, k, v, groups, factors, causal=False, renormalize="others"):
-    p = weights_of(q, k, causal)
-    b, h, _, keys = p.shape
-    of_head = factors if factors.dim() == 2 else factors.expand(h, -1)
-    places = groups.long().expand(b, h, keys)
-    f = of_head.expand(b, -1, -1).gather(2, places)[:, :, None]
-    changed = p * f
-    if renormalize == "all":
-        changed = changed / changed.sum(-1, keepdim=True).clamp(min=1e-300)
-    if renormalize == "others":
-        first = torch.where((places == 0)[:, :, None], p, 0.0)
-        share = first.sum(-1, keepdim=True)
-        lost = ((1 - f) * p).sum(-1, keepdim=True)
-        changed = changed + lost * first / share.clamp(min=1e-30)
-    return weigh(changed, v, h)
+def released(p, beta=BETA, threshold=THRESHOLD):
+    """The calibrated weights of one head [S, S]. (Row 0 of the released code is 1 at key 0, which
+    is all that it sees.)"""
+    sinks = sinks_of(p, threshold)
+    rest = p.clone()
+    rest[:, sinks] = 0
+    freed = (1 - beta) * p[:, sinks].sum(1, keepdim=True)
+    kept = p - rest
+    return beta * kept + rest + freed * rest / rest.sum(1, keepdim=True)
 
 
-def inputs(rows=19, keys=19, dtype=torch.float32, backend="cpu"):
-    shapes = (2, rows, 4, 16), (2, keys, 2, 16), (2, keys, 2, 8)
-    return draw(backend, *shapes, dtype=dtype)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
-def test_act_moves_the_weight_of_sinks_to_the_others(backend, beta):
-    """A'_ij = beta A_ij for sinks j > 0 with a mean column above a threshold; what they lose goes
-    to the other keys in proportion to A_ij."""
-    q, k, v = (t.detach() for t in inputs())
-    a = weights_of(q, k, True)
-    sinks = a.mean(2) > 1.2 / 19  # [B, H, S]
-    sinks[..., 0] = False
-    column = sinks[:, :, None]
-    lost = torch.where(column, (1 - beta) * a, 0.0).sum(-1, keepdim=True)
-    others = torch.where(column, 0.0, a)
-    calibrated = torch.where(column, beta * a, a + lost * others / others.sum(-1, keepdim=True))
-    out = tm.reweighted_attention(
-        q, k, v, sinks.int(), torch.tensor([1.0, beta]), causal=True, backend=backend
+def by_hand(q, k, v, heads, **numbers):
+    p = causal_weights(q, k)
+    changed = torch.stack(
+        [
+            torch.stack([released(m, **numbers) if h in heads else m for h, m in enumerate(each)])
+            for each in p
+        ]
     )
-    assert sinks.any() and not sinks.all()
-    torch.testing.assert_close(out, weigh(calibrated, v, 4), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_var_gives_the_budget_of_visual_sinks_to_other_visual_tokens(backend):
-    """Weights of sinks times p; the budget goes to the visual tokens that are none, the text stays
-    as it is."""
-    q, k, v = (t.detach() for t in inputs())
-    kinds = torch.tensor([2, 2, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 2, 2, 2, 2, 2, 2, 2])  # 2: text
-    a = weights_of(q, k, True)
-    budget = (0.4 * a)[..., kinds == 1].sum(-1, keepdim=True)
-    wanted = a.clone()
-    wanted[..., kinds == 1] *= 0.6
-    visual = a[..., kinds == 0]
-    share = visual / visual.sum(-1, keepdim=True)
-    wanted[..., kinds == 0] += (budget * share).nan_to_num()
-    factors = torch.tensor([1.0, 0.6, 1.0])
-    out = tm.reweighted_attention(
-        q, k, v, kinds.int()[None, None], factors, causal=True, backend=backend
-    )
-    torch.testing.assert_close(out, weigh(wanted, v, 4), rtol=1e-5, atol=1e-5)
-
-
-CALLS = [
-    ((2, 1), (3,), False, "others"),
-    ((1, 4), (4, 2), True, "others"),
-    ((2, 4), (4, 3), True, "all"),
-    ((1, 1), (2,), False, "none"),
-]
+    return torch.einsum("bhij,bjhd->bihd", changed, v.repeat_interleave(H // v.shape[2], 2))
 
 
 @each_backend
-@pytest.mark.parametrize(("shape", "size", "causal", "renormalize"), CALLS)
-def test_results_and_gradients(backend, shape, size, causal, renormalize):
-    q, k, v = inputs(backend=backend)
-    g = torch.Generator().manual_seed(1)
-    groups = torch.randint(size[-1], (*shape, 19), generator=g, dtype=torch.int32)
-    factors = 0.1 + 0.8 * torch.rand(size, generator=g)
-    factors[..., 0] = 1.0
-    groups, factors = (t.to(device_of(backend)) for t in (groups, factors))
-    factors.requires_grad_()
-    options = {"causal": causal, "renormalize": renormalize}
-    out = tm.reweighted_attention(q, k, v, groups, factors, backend=backend, **options)
-    wanted = by_hand(q, k, v, groups, factors, **options)
-    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
-    leaves, weight = (q, k, v, factors), torch.randn_like(wanted)
-    found = torch.autograd.grad(out, leaves, weight)
-    for a, b in zip(found, torch.autograd.grad(wanted, leaves, weight), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=3e-5)
+@pytest.mark.parametrize("heads", [[1, 2], None, []], ids=["two heads", "all", "none"])
+def test_chosen_heads_are_those_of_the_release(heads, backend):
+    q, k, v = leaves = draw(backend, *SHAPES, seed=SEED)
+    p = causal_weights(q, k)
+    counts = [len(sinks_of(m, THRESHOLD)) for m in p.flatten(0, 1)]
+    assert max(counts) > min(counts) and max(counts) >= 3
+    want = by_hand(q, k, v, range(H) if heads is None else heads)
+    got = tm.sink_calibrated_attention(q, k, v, heads=heads, backend=backend)
+    close(got, want)
+    same_gradients(got, want, leaves)
 
 
-@each_backend
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_mean_is_over_the_rows_that_see_a_key():
+    """The last key is seen by one row: a third of its weight makes it a sink, though the mean over
+    all rows is far below the threshold."""
+    q, k, v = (t.detach() for t in draw("reference", *SHAPES))
+    k[:, -1] = q[:, -1].unflatten(1, (2, 2)).mean(2) * 4
+    p = causal_weights(q, k)
+    assert (p[..., -1].mean(-1) < THRESHOLD).all()
+    assert all(S - 1 in sinks_of(m, THRESHOLD) for m in p[:, 0])
+    close(tm.sink_calibrated_attention(q, k, v), by_hand(q, k, v, range(H)))
+
+
+def test_the_first_sink_stays_wherever_it_is():
+    q, k, v = (t.detach() for t in draw("reference", *SHAPES))
+    k[:, 0] = -3 * q[:, 1:].unflatten(2, (2, 2)).mean((1, 3))
+    k[:, 3:6] = 2 * q.unflatten(2, (2, 2)).mean((1, 3))[:, None]
+    numbers = {"beta": 0.0, "threshold": 0.35}
+    p = causal_weights(q, k)
+    assert any(0 not in m.sum(0).div(torch.arange(S, 0, -1)).gt(0.35).nonzero()
+               for m in p.flatten(0, 1))  # fmt: skip
+    close(tm.sink_calibrated_attention(q, k, v, **numbers), by_hand(q, k, v, range(H), **numbers))
+
+
+@in_each_16_bits
 def test_16_bits_keep_the_error_budget(backend, dtype):
-    q, k, v = (t.detach() for t in inputs(dtype=dtype, backend=backend))
-    groups = (torch.arange(19, device=q.device) % 3)[None, None]
-    factors = torch.tensor([1.0, 0.25, 0.5], device=q.device)
-    out = tm.reweighted_attention(q, k, v, groups, factors, causal=True, backend=backend)
-    wide = by_hand(q.double(), k.double(), v.double(), groups, factors.double(), True)
-    plain = by_hand(q, k, v, groups, factors.to(dtype), True)
-    assert_accurate(out, wide, plain)
+    q, k, v = (t.detach() for t in draw(backend, *SHAPES, seed=SEED, dtype=dtype))
+    got = tm.sink_calibrated_attention(q, k, v, heads=[0, 3], backend=backend)
+    wide = by_hand(q.double(), k.double(), v.double(), [0, 3])
+    plain = by_hand(q, k, v, [0, 3])
+    assert_accurate(got, wide, plain)
 
 
-@examples(40)
-@given(data=st.data())
-def test_any_groups_in_float64(data):
-    rows, keys = data.draw(st.integers(0, 6)), data.draw(st.integers(0, 6))
-    q, k, v = (t.detach().double() for t in inputs(rows, keys))
-    count = data.draw(st.integers(1, 3))
-    groups = torch.tensor(
-        data.draw(st.lists(st.integers(0, count - 1), min_size=keys, max_size=keys)),
-        dtype=torch.int64,
-    )[None, None]
-    values = data.draw(st.lists(st.sampled_from([0.0, 0.3, 1.0]), min_size=count, max_size=count))
-    factors = torch.tensor([1.0, *values[1:]], dtype=torch.float64)
-    options = {
-        "causal": data.draw(st.booleans()),
-        "renormalize": data.draw(st.sampled_from(["others", "all", "none"])),
-    }
-    out = tm.reweighted_attention(q, k, v, groups, factors, **options)
-    wanted = by_hand(q, k, v, groups, factors, **options)
-    torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-12)
-
-
-def test_a_group_without_weight_loses_what_it_would_receive():
-    q, k, v = (t.detach() for t in inputs())
-    ones = torch.ones(1, 1, 19, dtype=torch.int32)
-    out = tm.reweighted_attention(q, k, v, ones, torch.tensor([1.0, 0.5]))
-    torch.testing.assert_close(out, 0.5 * tm.attention(q, k, v), rtol=1e-5, atol=1e-6)
-
-
-def test_factors_of_0_have_finite_gradients():
-    q, k, v = inputs()
-    factors = torch.tensor([1.0, 0.0], requires_grad=True)
-    groups = (torch.arange(19) % 2)[None, None].int()
-    out = tm.reweighted_attention(q, k, v, groups, factors)
-    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v, factors)))
+def test_no_choice_leaves_plain_attention():
+    q, k, v = (t.detach() for t in draw("cpu", *SHAPES))
+    plain = tm.attention(q, k, v, causal=True)
+    close(tm.sink_calibrated_attention(q, k, v, threshold=1.0), plain)
+    close(tm.sink_calibrated_attention(q, k, v, beta=1.0), plain)
 
 
 @pytest.mark.parametrize(
     ("edits", "says"),
     [
-        ({"groups": torch.full((1, 1, 19), 2)}, "groups: must be 0 to 1, .*; got 2"),
-        ({"groups": torch.full((1, 1, 19), -1)}, "groups: must be 0 to 1, .*; got -1"),
-        ({"groups": torch.zeros(3, 1, 19).int()}, "groups: must have shape .*; got"),
-        ({"groups": torch.zeros(1, 1, 18).int()}, "groups: must have 19 columns.*; got 18"),
-        ({"groups": torch.zeros(1, 1, 19)}, "groups: must be int32 or int64; got float32"),
-        ({"factors": torch.tensor([1.0, -0.5])}, "factors: must be finite and not negative; got"),
-        ({"factors": torch.tensor([1.0, torch.nan])}, "factors: must be finite and not negative"),
-        ({"factors": torch.tensor([1.0, 2.0])}, "factors: must be at most 1 .*; got 2"),
-        ({"factors": torch.tensor([0.5, 0.5])}, "factors: must be 1 for group 0 .*; got 0.5"),
-        ({"factors": torch.zeros(3, 2)}, "factors: must have shape .*; got"),
-        ({"renormalize": "some"}, "renormalize: must be 'others', 'all' or 'none'; got 'some'"),
+        ({"heads": [4]}, "heads: must be 0 to 3; got 4"),
+        ({"heads": [1, 1]}, "heads: must name each head once; got"),
+        ({"heads": 2}, "heads: must be a sequence of heads or None; got 2"),
+        ({"beta": 1.5}, "beta: must be 0 to 1; got 1.5"),
+        ({"threshold": -0.1}, "threshold: must be 0 to 1; got -0.1"),
     ],
 )
 def test_bad_input(edits, says):
-    q, k, v = inputs()
-    given = {"groups": torch.zeros(1, 1, 19).int(), "factors": torch.tensor([1.0, 0.5]), **edits}
-    with pytest.raises(RuntimeError, match=f"^tokenmill.reweighted_attention: {says}"):
-        tm.reweighted_attention(q, k, v, **given)
+    q, k, v = draw("cpu", *SHAPES)
+    with pytest.raises(RuntimeError, match=f"^tokenmill.sink_calibrated_attention: {says}"):
+        tm.sink_calibrated_attention(q, k, v, **edits)

@@ -8,6 +8,7 @@ from .merge_attention_states import merge_attention_states
 from .pattention import pattention
 from .reweighted_attention import reweighted_attention
 from .sigmoid_attention import sigmoid_attention
+from .sink_calibrated_attention import sink_calibrated_attention
 from .soft_causal_attention import soft_causal_attention
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "pointer_argmax",
     "reweighted_attention",
     "sigmoid_attention",
+    "sink_calibrated_attention",
     "soft_causal_attention",
 ]

@@ -78,11 +78,10 @@ def reweighted_attention(
     Complexity: one pass of :func:`attention` for "all", two for "none", three for "others"; memory
     linear in Sq and Sk.
 
-    Paper: Unveiling and Harnessing Hidden Attention Sinks (ACT, Yu et al. 2024), section 4: group 1
-    holds the sinks, its factor is beta; See What You Are Told (VAR, Kang et al. 2025), section 4:
-    group 0 holds the other visual tokens, group 1 the sinks with factor p, group 2 the text with
-    factor 1; both "others". Per-head factors with "all": Fixing Imbalanced Attention (Arif et al.
-    2025).
+    Paper: Unveiling and Harnessing Hidden Attention Sinks (ACT, Yu et al. 2024), section 4, and See
+    What You Are Told (VAR, Kang et al. 2025), section 4, redistribute weights by "others". Their
+    calls, which also choose sinks, heads and rows, are :func:`sink_calibrated_attention` and
+    :func:`redistributed_attention`; :func:`amplified_attention` has gains of logits.
 
     Example:
         >>> import torch, tokenmill as tm
