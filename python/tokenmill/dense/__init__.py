@@ -6,6 +6,7 @@ from .attention import attention
 from .attention_decode import attention_decode
 from .merge_attention_states import merge_attention_states
 from .pattention import pattention
+from .redistributed_attention import redistributed_attention
 from .reweighted_attention import reweighted_attention
 from .sigmoid_attention import sigmoid_attention
 from .sink_calibrated_attention import sink_calibrated_attention
@@ -19,6 +20,7 @@ __all__ = [
     "merge_attention_states",
     "pattention",
     "pointer_argmax",
+    "redistributed_attention",
     "reweighted_attention",
     "sigmoid_attention",
     "sink_calibrated_attention",

@@ -10,6 +10,7 @@ from .indexer_topk_select import indexer_topk_select
 from .kv_block_scores import kv_block_scores
 from .kv_cache_append import kv_cache_append
 from .kv_cache_compact import kv_cache_compact
+from .massive_activations import massive_activations
 from .paint_tokens import paint_tokens
 from .query_similarity_gate import query_similarity_gate
 from .token_select import token_select
@@ -27,6 +28,7 @@ __all__ = [
     "kv_block_scores",
     "kv_cache_append",
     "kv_cache_compact",
+    "massive_activations",
     "paint_tokens",
     "query_similarity_gate",
     "token_select",
