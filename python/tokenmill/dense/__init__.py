@@ -5,6 +5,7 @@ from .amplified_attention import amplified_attention
 from .attention import attention
 from .attention_decode import attention_decode
 from .merge_attention_states import merge_attention_states
+from .multi_subject_attention import multi_subject_attention
 from .pattention import pattention
 from .redistributed_attention import redistributed_attention
 from .reweighted_attention import reweighted_attention
@@ -18,6 +19,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "merge_attention_states",
+    "multi_subject_attention",
     "pattention",
     "pointer_argmax",
     "redistributed_attention",

@@ -9,6 +9,7 @@ from .local_pool import local_pool
 from .mask_partition import mask_partition
 from .merge_tokens import merge_tokens, unmerge_tokens
 from .reconstruct_tokens import reconstruct_tokens
+from .reposition_tokens import reposition_tokens, subject_boxes
 from .scatter_tokens import scatter_tokens
 from .segment_reduce import segment_reduce
 from .topk_partition import topk_partition
@@ -23,8 +24,10 @@ __all__ = [
     "mask_partition",
     "merge_tokens",
     "reconstruct_tokens",
+    "reposition_tokens",
     "scatter_tokens",
     "segment_reduce",
+    "subject_boxes",
     "topk_partition",
     "unmerge_tokens",
 ]
