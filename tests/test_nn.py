@@ -123,6 +123,10 @@ CASES = {
     "PoolFormerMixing, channels first": Case(
         lambda: nn.PoolFormerMixing(channels_first=True), lambda n: (randn(1, 16, n, 8),)
     ),
+    "PromptTokenPool": Case(
+        lambda: nn.PromptTokenPool(16, 8, match="nearest"),
+        lambda n: (randn(2, n, 16), torch.arange(2 * n).view(2, n) % 3 > 0),
+    ),
     "SegmentPooling": Case(
         lambda: nn.SegmentPooling(prefix=2), lambda n: (randn(n, 8), offsets(n))
     ),

@@ -23,6 +23,7 @@ from .lightning import LightningAttention, LightningState
 from .pattention import Pattention
 from .ponet import PoNetMixing, segments_of
 from .pooling import PoolFormerMixing, SegmentPooling
+from .prompt_pool import PromptTokenPool
 from .selector import SelectorSummary
 from .sigmoid import SigmoidAttention
 from .sparsifiner import SparsifinerAttention
@@ -53,6 +54,7 @@ __all__ = [
     "Pattention",
     "PoNetMixing",
     "PoolFormerMixing",
+    "PromptTokenPool",
     "SegmentPooling",
     "SelectorSummary",
     "SigmoidAttention",

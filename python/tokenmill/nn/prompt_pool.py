@@ -1,0 +1,157 @@
+"""Visual tokens replaced by learned prompt tokens that are assigned to them (Croc)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .._check import (
+    InputError,
+    as_int,
+    as_number,
+    check,
+    check_device_of,
+    check_tensor,
+    check_text,
+    fail,
+)
+
+OP = "nn.PromptTokenPool"
+Match = Literal["hungarian", "nearest"]
+
+
+class PromptTokenPool(nn.Module):
+    r"""A pool of learned prompt tokens that replace a random share of the tokens of an image, each
+    by the prompt token assigned to it.
+
+    With the distances :math:`d_{ij} = \lVert x_i - e_j \rVert_2` of the tokens that are replaced
+    from the prompt tokens, match "hungarian" gives each of them a prompt token of its own with the
+    least sum of distances, and "nearest" gives each the nearest one, the same to several if need
+    be.
+
+    Args:
+        dim: C, channels of a token.
+        num_prompts: prompt tokens of the pool, initially N(0, 1).
+        share: of the tokens that are replaced, of which the next integer is taken.
+        match: "hungarian" or "nearest".
+
+    Shape:
+        x ``[B, N, C]``, and optionally chosen bool ``[B, N]`` (None: a random share for each image,
+        drawn by torch's generator), to (y ``[B, N, C]``, assigned int64 ``[B, N]``): y is x with
+        the prompt token assigned in the place of each chosen one, and assigned is its place in the
+        pool, -1 of tokens that stay.
+
+    Gradients go to x where it stays and to :attr:`prompts` where they replace it, none through the
+    assignment.
+
+    "hungarian" solves on the CPU with scipy, image by image: on a GPU it synchronises.
+    torch.compile breaks its graph there.
+
+    Raises:
+        RuntimeError: naming argument, rule and value; with "hungarian" if more tokens are replaced
+            than the pool has, or scipy is missing (``pip install 'tokenmill[scipy]'``).
+
+    Complexity: for each image M chosen tokens times P prompt tokens: M P C operations for the
+    distances, M^2 P for the assignment ("hungarian").
+
+    Paper: Croc (Xie et al. 2024), section 3, whose text has the Hungarian assignment. The released
+    code takes the nearest prompt token of a pool of 2048, for three quarters of the tokens, which
+    it normalises first (``torch.nn.functional.normalize(x, dim=-1)``); the attention of its layers
+    has ``tokenmill.masks.prefix`` up to the first label.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> pool = tm.nn.PromptTokenPool(8, num_prompts=12, match="nearest")
+        >>> x = torch.nn.functional.normalize(torch.randn(2, 16, 8), dim=-1)
+        >>> y, assigned = pool(x)
+        >>> y.shape, (assigned >= 0).sum(1).tolist()
+        (torch.Size([2, 16, 8]), [12, 12])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_prompts: int = 2048,
+        *,
+        share: float = 0.75,
+        match: Match = "hungarian",
+    ) -> None:
+        super().__init__()
+        dim, num_prompts = as_int(OP, "dim", dim), as_int(OP, "num_prompts", num_prompts)
+        for name, value in (("dim", dim), ("num_prompts", num_prompts)):
+            check(value >= 1, OP, name, "must be at least 1", value)
+        self.share = as_number(OP, "share", share)
+        check(0 <= self.share <= 1, OP, "share", "must be 0 to 1", share)
+        check_text(OP, "match", match)
+        known = match in ("hungarian", "nearest")
+        check(known, OP, "match", "must be 'hungarian' or 'nearest'", match)
+        self.match = match
+        self.prompts = nn.Parameter(torch.randn(num_prompts, dim))
+
+    def forward(self, x: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check(x, chosen)
+        if chosen is None:
+            chosen = self.draw(x)
+        assigned = self.assign(x, chosen)
+        taken = self.prompts.to(x.dtype)[assigned.clamp(min=0)]
+        return torch.where(chosen[..., None], taken, x), assigned
+
+    def draw(self, x: Tensor) -> Tensor:
+        """bool ``[B, N]``: a random share of the tokens of each image."""
+        batch, tokens = x.shape[:2]
+        stay = int(tokens * (1 - self.share))
+        order = torch.rand(batch, tokens, device=x.device).argsort(-1)
+        places = torch.arange(tokens, device=x.device) >= stay
+        return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, places.expand(batch, -1))
+
+    @torch.no_grad()
+    def assign(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """int64 ``[B, N]``: the prompt token assigned to each chosen token, -1 to the others."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        distances = torch.cdist(x.to(wide), self.prompts.to(wide).expand(x.shape[0], -1, -1))
+        if self.match == "nearest":
+            return torch.where(chosen, distances.argmin(-1), -1)
+        return _hungarian(distances, chosen)
+
+    def extra_repr(self) -> str:
+        count, dim = self.prompts.shape
+        return f"{dim}, num_prompts={count}, share={self.share}, match={self.match!r}"
+
+    def _check(self, x: Tensor, chosen: Tensor | None) -> None:
+        check_tensor(OP, "x", x)
+        dim = self.prompts.shape[1]
+        ok = x.dim() == 3 and x.shape[2] == dim
+        check(ok, OP, "x", f"must have shape [B, N, {dim}]", x.shape)
+        check(x.is_floating_point(), OP, "x", "must be floating-point", x.dtype)
+        check_device_of(OP, "x", x, "prompts", self.prompts)
+        check_tensor(OP, "chosen", chosen, optional=True)
+        if chosen is not None:
+            check(chosen.dtype == torch.bool, OP, "chosen", "must be bool", chosen.dtype)
+            if chosen.shape != x.shape[:2]:
+                fail(OP, "chosen", f"must have shape {list(x.shape[:2])}", chosen.shape)
+            check_device_of(OP, "chosen", chosen, "x", x)
+
+
+@torch.compiler.disable
+def _hungarian(distances: Tensor, chosen: Tensor) -> Tensor:
+    """The assignment with the least sum of distances [B, N, P] for each row of chosen [B, N]."""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as missing:
+        raise InputError(
+            f"tokenmill.{OP}: match: 'hungarian' needs scipy: pip install 'tokenmill[scipy]', or "
+            f"match='nearest'; got {missing}"
+        ) from missing
+    assigned = torch.full(chosen.shape, -1, dtype=torch.int64)
+    pool = distances.shape[2]
+    for row, costs, mask in zip(assigned, distances.cpu(), chosen.cpu(), strict=True):
+        count = int(mask.sum())
+        rule = f"must name at most as many tokens as the pool has, {pool}, with 'hungarian'"
+        check(count <= pool, OP, "chosen", rule, count)
+        wanted = costs[mask]
+        check(bool(wanted.isfinite().all()), OP, "x", "must be finite where chosen", wanted)
+        _, columns = linear_sum_assignment(wanted.double().numpy())
+        row[mask] = torch.from_numpy(columns)
+    return assigned.to(chosen.device)
