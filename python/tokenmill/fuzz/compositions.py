@@ -19,6 +19,7 @@ from ..dense import (
     soft_causal_attention,
 )
 from ..registry import Sample
+from . import reweighting
 from .guard import tensors
 from .targets import Arguments, Target, with_backend
 
@@ -262,6 +263,7 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
         lambda r: {"step": 30, "steps_per_epoch": 5, "base_rate": 0.6, "start": 2, "epochs": 9},
     ),
     nn.segments_of: (lambda r: {"boundaries": r.bools(2, 9), "mask": r.bools(2, 9)},),
+    **reweighting.COMPOSITIONS,
 }  # fmt: skip
 
 
@@ -273,6 +275,7 @@ PLAIN: tuple[Any, ...] = (
     nn.TokenAwarePooling, nn.EmbeddingPooling,
     nn.WordPooling, nn.FocusScorer, nn.FocusDualAttention, nn.SelectorSummary, nn.BiFormer,
     nn.EViTEncoder,
+    *reweighting.PLAIN,
 )  # fmt: skip
 
 
@@ -432,6 +435,7 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
     (nn.TokenMerging, "forward", (
         lambda r: {"r": 3, "x": r(2, 11, 8), "metric": r(2, 11, 2, 4)},
     )),
+    *reweighting.MODULES,
 )  # fmt: skip
 
 
