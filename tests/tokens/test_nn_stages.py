@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import backends, device_of
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -12,22 +13,25 @@ import tokenmill as tm
 from tokenmill import nn
 
 each_backend = pytest.mark.parametrize("backend", [None, "reference"])
+kernels = pytest.mark.parametrize("backend", backends("reference"))
 
 
-def who_stays(p, threshold, keep):
-    """One picture, one class after the other."""
-    tokens = [
-        (max(row), min(c for c, value in enumerate(row) if value == max(row)), n)
-        for n, row in enumerate(p.tolist())
-    ]
-    stay = {n for value, _, n in tokens if not value > threshold}
-    for c in range(p.shape[1]):
-        sure = sorted((-value, n) for value, label, n in tokens if label == c and n not in stay)
-        stay |= {n for _, n in sure[:keep]}
-    return stay
+def who_stays(p, before, threshold, keep):
+    """One picture, p [N, classes], as the released head prunes it (zbwxp/Dynamic-Token-Pruning at
+    2baefff, prune_head.py): it predicts active tokens only, and takes the keep surest of each class
+    back from those that exit. Of equal ones the first."""
+    active = [n for n in range(len(p)) if before[n]]
+    value = {n: max(p[n].tolist()) for n in active}
+    label = {n: p[n].tolist().index(value[n]) for n in active}
+    sure = [n for n in active if value[n] > threshold]
+    exits = set(sure)
+    for c in {label[n] for n in sure}:
+        of_class = sorted((n for n in sure if label[n] == c), key=lambda n: (-value[n], n))
+        exits -= set(of_class[:keep])
+    return {n for n in active if n not in exits}
 
 
-@each_backend
+@kernels
 @examples(20)
 @given(
     seed=st.integers(0, 2**31),
@@ -42,14 +46,35 @@ def test_tokens_exit_one_by_one(seed, tokens, classes, keep, threshold, levels, 
     p = torch.randint(0, levels + 1, (2, tokens, classes), generator=g) / levels  # many ties
     x = torch.randn(2, tokens, 3, generator=g)
     before = torch.rand(2, tokens, generator=g) < 0.7
-    stage = nn.DToPExit(threshold, keep, backend=backend)(x, p, before)
+    device = device_of(backend)
+    stage = nn.DToPExit(threshold, keep, backend=backend)(*(t.to(device) for t in (x, p, before)))
+    stage = nn.ActiveTokens(*(t.cpu() for t in stage))
     for b in range(2):
-        stay = sorted(n for n in who_stays(p[b], threshold, keep) if before[b, n])
+        stay = sorted(who_stays(p[b], before[b], threshold, keep))
         begin, end = stage.cu_seqlens[b : b + 2].tolist()
         assert stage.indices[begin:end].tolist() == [b * tokens + n for n in stay]
         assert torch.equal(stage.tokens[begin:end], x[b, stay])
         assert stage.active[b].nonzero().flatten().tolist() == stay
     assert (stage.indices[stage.cu_seqlens[-1] :] == -1).all()
+
+
+@kernels
+def test_a_token_that_has_left_takes_no_place_of_its_class(backend):
+    """Two exits. In the second one, tokens that left in the first are still surer than those that
+    are active, as in a model that goes on predicting all of them."""
+    exits = nn.DToPExit(threshold=0.9, keep=5, backend=backend)
+    x = torch.randn(1, 14, 4, device=device_of(backend))
+    first, second = torch.zeros(2, 1, 14, 2, device=device_of(backend))
+    first[0, :12, 0] = torch.linspace(0.99, 0.91, 12)  # class 0: tokens 0 to 4 are the surest
+    first[0, 12:, 1] = 0.5
+    second[0, :12, 0] = torch.linspace(0.91, 0.99, 12)  # now those that have left
+    second[0, 12:, 1] = torch.tensor([0.95, 0.93])
+    active = exits(x, first).active
+    assert active.nonzero()[:, 1].tolist() == [0, 1, 2, 3, 4, 12, 13]
+    again = exits(x, second, active)
+    assert again.active.nonzero()[:, 1].tolist() == [0, 1, 2, 3, 4, 12, 13]
+    one = nn.DToPExit(threshold=0.9, keep=1, backend=backend)(x, second, active)
+    assert one.active.nonzero()[:, 1].tolist() == [4, 12]  # the surest active one of each class
 
 
 def test_what_has_left_stays_away_and_keeps_its_features():

@@ -35,9 +35,10 @@ class ActiveTokens(NamedTuple):
 class DToPExit(nn.Module):
     """Early exit: tokens that a head in the middle of a model is sure of leave the model.
 
-    A token exits if the probability of its likeliest class is above the threshold. So that a later
-    stage still sees every class that is in the picture, the ``keep`` surest of each class that
-    would exit go on nevertheless. What has left does not come back.
+    An active token exits if the probability of its likeliest class is above the threshold. So that
+    a later stage still sees every class that is in the picture, the ``keep`` surest of each class
+    that would exit go on nevertheless. They are chosen among active tokens only: a token that has
+    left takes no place and does not come back, whatever the probabilities say about it.
 
     The tokens that go on are packed for :func:`attention` with cu_seqlens (an image may have none
     left). Their results go back with ``scatter_tokens(y, stage.indices, x)``, which leaves those
@@ -62,8 +63,8 @@ class DToPExit(nn.Module):
     that go on.
 
     Paper: Dynamic Token Pruning (Tang et al. 2023), section 3.2. Threshold 0.9 and 5 tokens a class
-    are its defaults; a probability is the product of the softmax over classes and the sigmoid of
-    the mask in its segmentation heads.
+    are its defaults, after blocks 6 and 8 of 12; a probability is the product of the softmax over
+    (class, no class) of a query and the sigmoid of its mask in the segmentation heads.
 
     Example:
         >>> import torch
@@ -105,13 +106,14 @@ class DToPExit(nn.Module):
             fail(NAME, "probabilities", rule, probabilities.shape)
         if probabilities.shape[2] == 0:
             fail(NAME, "probabilities", "must have at least 1 class", probabilities.shape)
-        staying = ~self._exits(probabilities.detach())
         if active is not None:
             check_tensor(NAME, "active", active)
             check(active.dtype == torch.bool, NAME, "active", "must be bool", active.dtype)
             check_device_of(NAME, "active", active, "x", x)
             if active.shape != x.shape[:2]:
                 fail(NAME, "active", f"must have shape {show(x.shape[:2])}", active.shape)
+        staying = ~self._exits(probabilities.detach(), active)
+        if active is not None:
             staying = staying & active
         indices, cu_seqlens, _ = mask_partition(
             staying, max_total=self.max_total, backend=self.backend
@@ -119,9 +121,11 @@ class DToPExit(nn.Module):
         tokens = gather_tokens(x, indices, backend=self.backend)
         return ActiveTokens(tokens, cu_seqlens, indices, staying)
 
-    def _exits(self, probabilities: Tensor) -> Tensor:
+    def _exits(self, probabilities: Tensor, active: Tensor | None) -> Tensor:
         confidence, likeliest = probabilities.max(2)
         sure = confidence > self.threshold  # not if it is NaN
+        if active is not None:
+            sure = sure & active
         # Places within the tokens of an image that exit with the same class, the surest first.
         by_confidence = torch.sort(
             torch.where(sure, confidence, -torch.inf), dim=1, descending=True, stable=True
