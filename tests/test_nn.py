@@ -148,6 +148,10 @@ CASES = {
         lambda: nn.SparsifinerAttention(32, num_tokens=16, num_heads=2),
         lambda n: (randn(n // 8, 16, 32),),  # its length is fixed
     ),
+    "SparsifinerEncoder": Case(
+        lambda: nn.SparsifinerEncoder(32, 2, 2, num_tokens=16, layers=(0,), token_keep_rate=0.5),
+        lambda n: (randn(n // 8, 16, 32),),  # its length is fixed
+    ),
     "TitansMemory": Case(
         lambda: nn.TitansMemory(16, 2, chunk_size=4), lambda n: (randn(2, n, 16),), (3, 4)
     ),

@@ -274,7 +274,7 @@ PLAIN: tuple[Any, ...] = (
     nn.AgentAttention, nn.TitansMemory, nn.SigmoidAttention, nn.LightningAttention,
     nn.TokenAwarePooling, nn.EmbeddingPooling,
     nn.WordPooling, nn.FocusScorer, nn.FocusDualAttention, nn.SelectorSummary, nn.BiFormer,
-    nn.EViTEncoder,
+    nn.EViTEncoder, nn.SparsifinerEncoder,
     *reweighting.PLAIN,
 )  # fmt: skip
 
@@ -431,6 +431,15 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
     )),
     (nn.SparsifinerAttention, "forward", (
         lambda r: {"dim": 16, "num_tokens": 17, "num_heads": 2, "x": r(1, 17, 16)},
+        lambda r: {"dim": 16, "num_tokens": 17, "num_heads": 2, "x": r(1, 6, 16),
+                   "places": int32(0, 3, 4, 9, 15)[None]},
+    )),
+    (nn.SparsifinerAttention, "attend", (
+        lambda r: {"dim": 16, "num_tokens": 17, "num_heads": 2, "x": r(1, 17, 16)},
+    )),
+    (nn.SparsifinerEncoder, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "depth": 2, "num_tokens": 17, "layers": (0,),
+                   "token_keep_rate": 0.5, "x": r(1, 17, 16)},
     )),
     (nn.TokenMerging, "forward", (
         lambda r: {"r": 3, "x": r(2, 11, 8), "metric": r(2, 11, 2, 4)},

@@ -27,6 +27,7 @@ from .prompt_pool import PromptTokenPool
 from .selector import SelectorSummary
 from .sigmoid import SigmoidAttention
 from .sparsifiner import SparsifinerAttention
+from .sparsifiner_encoder import SparsifinerEncoder
 from .titans import TitansMemory
 from .token_aware_pooling import AttentionDiversificationLoss, TokenAwarePooling
 from .tome import TokenMerging
@@ -59,6 +60,7 @@ __all__ = [
     "SelectorSummary",
     "SigmoidAttention",
     "SparsifinerAttention",
+    "SparsifinerEncoder",
     "TitansMemory",
     "TokenAwarePooling",
     "TokenClustering",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._check import as_int, as_number, check, check_bool
+from .._check import as_int, as_number, check, check_bool, check_device_of, check_tensor
 from ..dense.attention import attention
 from ..select.topk_select import topk_select
 from ..sparse.block_sparse_attention import block_sparse_attention
+from ..tokens.gather_tokens import gather_tokens
+from .class_token import class_scores
 from .rules import check_input
 
 NAME = "nn.SparsifinerAttention"
@@ -20,7 +23,7 @@ class SparsifinerAttention(nn.Module):
     r"""Attention of each token to the tokens with the largest low-rank estimate of its attention.
 
     The estimate is a mixture of n' patterns over the tokens, the same for all inputs. With queries
-    and keys of c = D / 2 dimensions and the tokens reduced to n' = N / 8,
+    and keys of c = D / 2 dimensions and the tokens reduced to n' = N / 6,
 
     .. math::
        C = \operatorname{softmax}\!\big((q W_q + b_q)\,((k W_k + b_k)^\top W_n)\, H^{-1/2}\big),
@@ -31,19 +34,26 @@ class SparsifinerAttention(nn.Module):
     equal ones to the first. The class token attends to all. The choice has no gradient: the
     estimate is trained on its own, by :meth:`approximate`.
 
+    If tokens have left (:class:`SparsifinerEncoder`), those that are left attend to each other
+    only, and a budget above the number of patches becomes that number. The class token gives each
+    token that has left the weight of a logit 0 and a value 0, as in the published code, which sets
+    their keys and values to 0.
+
     Args:
         dim: channels C of the input.
         num_tokens: tokens N, the class token first: patterns belong to places.
         num_heads: heads H, which divide the channels.
         keep_rate: share of the tokens that each one attends to.
-        reduce_tokens, reduce_channels: N / n' and D / c.
+        reduce_tokens, reduce_channels: N / n' and D / c, rounded down: 32 patterns of 197 tokens.
         coefficients: patterns that an estimate is made of at most. None: all.
         basis_threshold: what a pattern must exceed.
         qkv_bias: whether the projection of queries, keys and values has a bias.
         backend: of the operators (see :func:`tokenmill.explain`).
 
     Shape:
-        x ``[B, N, C]`` to ``[B, N, C]``; float16, bfloat16, float32.
+        x ``[B, N, C]`` to ``[B, N, C]``; float16, bfloat16, float32. With places, an int32 or int64
+        ``[B, M]`` of patches from 0 to N - 2 in ascending order, x is ``[B, 1 + M, C]``: the class
+        token and these patches. :meth:`attend` also gives the attention of the class token.
 
     Weights: qkv, proj, and mask_predictor with proj_c_q, proj_c_k (linear), proj_n and proj_back_n
     ``[N, n']``, as the published models call them.
@@ -51,18 +61,25 @@ class SparsifinerAttention(nn.Module):
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 2 N c n' + 2 N N n' operations a head for the estimate and 4 N K D for the attention
-    to K tokens. Memory is that of the estimate, [B, H, N, N]; on a CPU, dense attention is the
-    faster one unless tokens keep less than about a sixteenth of the others (docs/sparse.md).
+    Complexity: for each head 4 N D c + 4 N c n' + 2 N^2 n' operations for the estimate (2 N^2 8
+    if only the products of coefficients and patterns that are not 0 are counted) and 4 N K D for
+    the attention to K tokens. The estimate is in memory, [B, H, N, N]; on a CPU, dense
+    attention is the faster one unless tokens keep less than about a sixteenth of the others
+    (docs/sparse.md).
 
-    Paper: Sparsifiner (Wei et al. 2023), sections 3.2 and 3.3. The factor of the estimate is 1 /
-    sqrt(H), not 1 / sqrt(c), as in the published code.
+    Paper: Sparsifiner (Wei et al. 2023), sections 3.2 and 3.3. reduce_tokens, coefficients,
+    keep_rate and basis_threshold have the values of the published experiment; its functions
+    default to 8 for reduce_tokens. The factor of the estimate is 1 / sqrt(H), not 1 / sqrt(c), as
+    in the published code.
 
     Example:
         >>> import torch, tokenmill as tm
         >>> layer = tm.nn.SparsifinerAttention(64, num_tokens=197, num_heads=2)
         >>> layer(torch.randn(1, 197, 64)).shape
         torch.Size([1, 197, 64])
+        >>> left = torch.arange(0, 196, 2)[None]
+        >>> layer(torch.randn(1, 99, 64), left).shape
+        torch.Size([1, 99, 64])
     """
 
     def __init__(
@@ -72,7 +89,7 @@ class SparsifinerAttention(nn.Module):
         num_heads: int = 8,
         *,
         keep_rate: float = 0.25,
-        reduce_tokens: int = 8,
+        reduce_tokens: int = 6,
         reduce_channels: int = 2,
         coefficients: int | None = 8,
         basis_threshold: float = 0.02,
@@ -107,21 +124,50 @@ class SparsifinerAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.mask_predictor = LowRankAttention(
             dim // num_heads, reduced, num_tokens, patterns, num_heads, coefficients,
-            basis_threshold,
+            basis_threshold, backend,
         )  # fmt: skip
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._qkv(x)
-        first = attention(q[:, :1], k, v, backend=self.backend)
+    def forward(self, x: Tensor, places: Tensor | None = None) -> Tensor:
+        return self.attend(x, places, scored=False)[0]
+
+    def attend(
+        self, x: Tensor, places: Tensor | None = None, scored: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """The result of a call, and the attention that the class token gives to each other token,
+        float32 ``[B, N - 1]`` (``[B, M]`` with places): the mean over the heads, without a
+        gradient. It says which tokens stay. Without scored it is None."""
+        check_bool(NAME, "scored", scored)
+        q, k, v = self._qkv(x, places)
+        scores = None
+        if scored:
+            # A token that has left has a logit of 0, as a key of zeros gives it.
+            keys = F.pad(k, (0, 0, 0, 0, 0, self.num_tokens - k.shape[1]))
+            with torch.no_grad():
+                scores = class_scores(q, keys, backend=self.backend)[:, : k.shape[1] - 1]
+        return self.proj(self._mixed(q, k, v, places).flatten(2)), scores
+
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, places: Tensor | None) -> Tensor:
+        """[B, M, H, D]"""
+        absent = self.num_tokens - k.shape[1]
+        budget, rows, sink = self.budget, None, None
+        if places is not None:
+            budget = min(budget, k.shape[1] - 1)
+            rows = F.pad(places.int() + 1, (1, 0))
+            if absent > 0:
+                sink = torch.full((self.num_heads,), math.log(absent), device=q.device)
+        first = attention(q[:, :1], k, v, sink=sink, backend=self.backend)
+        assert isinstance(first, Tensor)
+        if k.shape[1] == 1:
+            return first
         with torch.no_grad():
-            scores = self.mask_predictor(q[:, 1:], k, sparse=True)
-        lists = topk_select(scores.flatten(0, 2), self.budget, backend=self.backend)[:2]
+            scores = self.mask_predictor(q[:, 1:], k, sparse=True, rows=rows)
+        lists = topk_select(scores.flatten(0, 2), budget, backend=self.backend)[:2]
         indices, counts = (t.unflatten(0, scores.shape[:3]) for t in lists)
         others = block_sparse_attention(
             q[:, 1:], k, v, indices, counts,
             block_q=1, block_k=1, backend=self.backend,
         )  # fmt: skip
-        return self.proj(torch.cat([first, others], 1).flatten(2))
+        return torch.cat([first, others], 1)
 
     def approximate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The estimate ``[B, H, N - 1, N]``, of all patterns and with its gradient, and the
@@ -131,9 +177,20 @@ class SparsifinerAttention(nn.Module):
         z = torch.einsum("bihd,bjhd->bhij", q[:, 1:], k) * q.shape[-1] ** -0.5
         return self.mask_predictor(q[:, 1:], k, sparse=False), torch.softmax(z, -1)
 
-    def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _qkv(self, x: Tensor, places: Tensor | None = None) -> tuple[Tensor, ...]:
         check_input(NAME, "x", x, self.qkv.weight)
+        check_tensor(NAME, "places", places, optional=True)
         wanted = [self.num_tokens, self.proj.in_features]
+        if places is not None:
+            rule = f"must have shape [B, M] with M at most {self.num_tokens - 1}"
+            fits = places.dim() == 2 and places.shape[1] < self.num_tokens
+            check(fits, NAME, "places", rule, places.shape)
+            whole = places.dtype in (torch.int32, torch.int64)
+            check(whole, NAME, "places", "must be int32 or int64", places.dtype)
+            check_device_of(NAME, "places", places, "x", x)
+            fits = x.dim() == 3 and x.shape[0] == places.shape[0]
+            check(fits, NAME, "places", "must have a row for each of x", places.shape)
+            wanted[0] = 1 + places.shape[1]
         shaped = x.dim() == 3 and list(x.shape[1:]) == wanted
         check(shaped, NAME, "x", f"must have shape [B, {wanted[0]}, {wanted[1]}]", x.shape)
         return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
@@ -154,8 +211,10 @@ class LowRankAttention(nn.Module):
         num_heads: int,
         coefficients: int | None,
         basis_threshold: float,
+        backend: str | None,
     ) -> None:
         super().__init__()
+        self.backend = backend
         self.proj_c_q = nn.Linear(dim, reduced)
         self.proj_c_k = nn.Linear(dim, reduced)
         self.proj_n = nn.Parameter(torch.empty(num_tokens, patterns))
@@ -166,12 +225,21 @@ class LowRankAttention(nn.Module):
         self.coefficients = coefficients
         self.basis_threshold = basis_threshold
 
-    def forward(self, q: Tensor, k: Tensor, sparse: bool) -> Tensor:
-        """sparse: patterns above the threshold, and the largest coefficients alone."""
-        keys = torch.einsum("bjhc,jn->bhcn", self.proj_c_k(k), self.proj_n)
+    def forward(self, q: Tensor, k: Tensor, sparse: bool, rows: Tensor | None = None) -> Tensor:
+        """sparse: only patterns above the threshold, and the largest coefficients. rows int32
+        [B, N]: the places of the keys, which are then fewer than the patterns have."""
+        if rows is None:
+            keys = torch.einsum("bjhc,jn->bhcn", self.proj_c_k(k), self.proj_n)
+            basis = self.proj_back_n.T  # [n', N]
+        else:
+            down, back = (
+                gather_tokens(weight.expand(len(rows), -1, -1), rows, backend=self.backend)
+                for weight in (self.proj_n, self.proj_back_n)
+            )
+            keys = torch.einsum("bjhc,bjn->bhcn", self.proj_c_k(k), down)
+            basis = back.mT[:, None]  # [B, 1, n', N]
         weights = self.proj_c_q(q).transpose(1, 2) @ keys * self.scale
         weights = torch.softmax(weights, -1)
-        basis = self.proj_back_n.T
         if sparse:
             basis = basis.abs()
             basis = torch.where(basis > self.basis_threshold, basis, 0)
