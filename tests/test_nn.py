@@ -33,6 +33,14 @@ class Positioned(torch.nn.Linear):
         return tokens + super().forward(tokens + positions)
 
 
+def poolformer():
+    model = nn.PoolFormer((1,) * 4, (16,) * 4, num_classes=5, layer_scale=1)
+    for name, weight in model.named_parameters():
+        # The mixer takes a constant away: the gradient of this bias is 0 but for rounding.
+        weight.requires_grad_("norm1.bias" not in name)
+    return model.eval()
+
+
 @dataclass
 class Case:
     """A module and what it is called with at length n."""
@@ -119,6 +127,11 @@ CASES = {
     ),
     "Pattention": Case(lambda: nn.Pattention(16, 8, 6), lambda n: (randn(2, n, 16),)),
     "PoNetMixing": Case(lambda: nn.PoNetMixing(32, 4), lambda n: (randn(2, n, 32), segments(n))),
+    "PoolFormer": Case(
+        poolformer,
+        lambda n: (randn(2, 3, n, 32),),
+        (48, 48),  # its mixer is compiled at two lengths by itself
+    ),
     "PoolFormerMixing": Case(nn.PoolFormerMixing, lambda n: (randn(1, n, 8, 16),)),
     "PoolFormerMixing, channels first": Case(
         lambda: nn.PoolFormerMixing(channels_first=True), lambda n: (randn(1, 16, n, 8),)

@@ -274,7 +274,7 @@ PLAIN: tuple[Any, ...] = (
     nn.AgentAttention, nn.TitansMemory, nn.SigmoidAttention, nn.LightningAttention,
     nn.TokenAwarePooling, nn.EmbeddingPooling,
     nn.WordPooling, nn.FocusScorer, nn.FocusDualAttention, nn.SelectorSummary, nn.BiFormer,
-    nn.EViTEncoder, nn.SparsifinerEncoder,
+    nn.EViTEncoder, nn.PoolFormer, nn.SparsifinerEncoder,
     *reweighting.PLAIN,
 )  # fmt: skip
 
@@ -420,6 +420,10 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
     (nn.PoolFormerMixing, "forward", (
         lambda r: {"pool_size": 3, "x": r(1, 5, 6, 8)},
         lambda r: {"pool_size": 5, "channels_first": True, "x": r(1, 8, 5, 6)},
+    )),
+    (nn.PoolFormer, "forward", (
+        lambda r: {"depths": (1,) * 4, "channels": (8,) * 4, "num_classes": 3,
+                   "x": r(1, 3, 20, 16)},
     )),
     (nn.SegmentPooling, "forward", (
         lambda r: {"prefix": 2, "x": r(11, 8), "offsets": int32(0, 4, 9, 11)},

@@ -22,6 +22,14 @@ from .focus_encoder import FocusDualAttention, FocusEncoder, FocusScorer
 from .lightning import LightningAttention, LightningState
 from .pattention import Pattention
 from .ponet import PoNetMixing, segments_of
+from .poolformer import (
+    PoolFormer,
+    poolformer_m36,
+    poolformer_m48,
+    poolformer_s12,
+    poolformer_s24,
+    poolformer_s36,
+)
 from .pooling import PoolFormerMixing, SegmentPooling
 from .prompt_pool import PromptTokenPool
 from .selector import SelectorSummary
@@ -54,6 +62,7 @@ __all__ = [
     "LightningState",
     "Pattention",
     "PoNetMixing",
+    "PoolFormer",
     "PoolFormerMixing",
     "PromptTokenPool",
     "SegmentPooling",
@@ -72,5 +81,10 @@ __all__ = [
     "biformer_stl",
     "biformer_tiny",
     "keep_rate_schedule",
+    "poolformer_m36",
+    "poolformer_m48",
+    "poolformer_s12",
+    "poolformer_s24",
+    "poolformer_s36",
     "segments_of",
 ]

@@ -16,7 +16,8 @@ def check_input(name: str, argument: str, x: Tensor, weight: Tensor) -> None:
     """A tensor that a linear layer with this weight takes."""
     check_tensor(name, argument, x)
     check_device_of(name, argument, x, "the weights", weight)
-    if not torch.is_autocast_enabled(x.device.type):
+    # Autocast does not know the meta device.
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
         check_dtype_of(name, argument, x, "the weights", weight)
 
 
