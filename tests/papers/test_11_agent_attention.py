@@ -1,10 +1,13 @@
-"""AgentAttention against a literal reading of Agent Attention (Han et al. 2024), section 4."""
+"""AgentAttention against a literal reading of the released layers of Agent Attention (Han et al.
+2024; LeapLabTHU/Agent-Attention at 207ce3e, agent_transformer/models): DeiT has a class token,
+PVT, Swin and CSWin compute the same on maps without one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import backends
 from literal import assert_reads_as, randomised
 from tensors import each_backend
 
@@ -79,7 +82,7 @@ def test_the_equations(batch, dim, heads, grid, agents, class_token, backend):
     assert_reads_as(randomised(layer), reading(layer), x, backend=backend)
 
 
-@each_backend
+@pytest.mark.parametrize("backend", backends("reference"))
 def test_given_agents(backend):
     layer = tm.nn.AgentAttention(8, 2, (3, 4), (1, 5), backend=backend)
     x, agents = (torch.randn(2, n, 8, requires_grad=True) for n in (12, 5))
@@ -104,6 +107,52 @@ def test_published_names_load():
         "dwc.weight": (24, 1, 3, 3), "dwc.bias": (24,),
     }  # fmt: skip
     assert {name: tuple(t.shape) for name, t in layer.state_dict().items()} == shapes
+
+
+def published(kind, heads, dim, side, number, class_token):
+    """Names and shapes of a layer in the state dicts of the released models."""
+    inside = "attns.0." if kind == "cswin" else ""
+    local = inside + ("get_v" if kind == "cswin" else "dwc")
+    shapes = {
+        f"{inside}an_bias": (heads, number, 7, 7), f"{inside}na_bias": (heads, number, 7, 7),
+        f"{inside}ah_bias": (1, heads, number, side, 1),
+        f"{inside}aw_bias": (1, heads, number, 1, side),
+        f"{inside}ha_bias": (1, heads, side, 1, number),
+        f"{inside}wa_bias": (1, heads, 1, side, number),
+        f"{local}.weight": (dim, 1, 3, 3), f"{local}.bias": (dim,),
+        "proj.weight": (dim, dim), "proj.bias": (dim,),
+    }  # fmt: skip
+    if class_token:
+        shapes |= {"ac_bias": (1, heads, number, 1), "ca_bias": (1, heads, 1, number)}
+    projections = {"q": dim, "kv": 2 * dim} if kind == "pvt" else {"qkv": 3 * dim}
+    for name, rows in projections.items():
+        shapes |= {f"{name}.weight": (rows, dim), f"{name}.bias": (rows,)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads", "side", "agents"),
+    [("deit", 3, 14, 9), ("pvt", 1, 56, 3), ("swin", 2, 28, 4), ("cswin", 2, 28, 4)],
+)
+@torch.no_grad()
+def test_released_layers_load_and_give_their_results(kind, heads, side, agents):
+    """Agents and grids of agent_deit_b, and of the first or second stage of the others."""
+    dim, class_token = 12, kind == "deit"
+    state = published(kind, heads, dim, side, agents**2, class_token)
+    model = torch.nn.Sequential(
+        tm.nn.AgentAttention(dim, heads, side, agents, class_token=class_token, qkv_bias=True)
+    )
+    model.load_state_dict({f"0.{name}": t for name, t in state.items()})
+    w = {name.removeprefix("attns.0."): t.double() for name, t in state.items()}
+    if kind == "pvt":
+        for part in ("weight", "bias"):
+            w[f"qkv.{part}"] = torch.cat([w.pop(f"q.{part}"), w.pop(f"kv.{part}")])
+    if kind == "cswin":
+        w |= {f"dwc.{part}": w.pop(f"get_v.{part}") for part in ("weight", "bias")}
+    x = torch.randn(1, class_token + side**2, dim)
+    want = agent_attention(w, x.double(), heads=heads, grid=(side, side), cells=(agents, agents),
+                           class_token=class_token)  # fmt: skip
+    torch.testing.assert_close(model(x).double(), want, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,7 +50,9 @@ class AgentAttention(nn.Module):
     = ay ax the biases an_bias and na_bias ``[H, n, 7, 7]``, ah_bias ``[1, H, n, gy, 1]``, aw_bias
     ``[1, H, n, 1, gx]``, ha_bias ``[1, H, gy, 1, n]``, wa_bias ``[1, H, 1, gx, n]``, and with
     class_token ac_bias ``[1, H, n, 1]`` and ca_bias ``[1, H, 1, n]``. State dicts of the layers of
-    the published DeiT (with class_token) and Swin (without; the grid is a window) load as they are.
+    the published models load as they are: DeiT (with class_token), Swin (the grid is a window), PVT
+    (``q`` and ``kv`` instead of qkv) and CSWin (``attns.0.`` before all but qkv and proj, and
+    ``get_v`` instead of dwc).
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -55,8 +60,12 @@ class AgentAttention(nn.Module):
     Complexity: 8 n C operations for each token in place of 4 N C, beside 8 C^2 of the projections.
     No matrix of N x n is in memory but the biases, which all sequences share.
 
-    Paper: Agent Attention (Han et al. 2024), section 4; 49 agents, and a grid of
-    14 in its DeiT models.
+    Paper: Agent Attention (Han et al. 2024), section 4. Agents along each side in the released
+    models: 7 in DeiT-T and -S (grid 14), 9 in DeiT-B; 3, 4, 7 and 7 in the stages of PVT, Swin and
+    CSWin (grids 56, 28, 14 and 7), of which the last one of Swin and the last two of CSWin have
+    their own attention. Windows and stripes are whole maps there, without shifts. Not here: the
+    keys of fewer pixels (sr_ratio above 1) that the code of PVT allows and no released model has,
+    and stripes. :func:`tokenmill.integrations.diffusers.patch` has agents for Stable Diffusion.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -95,6 +104,7 @@ class AgentAttention(nn.Module):
         self.wa_bias = _bias(1, num_heads, 1, gx, number)
         self.ac_bias = _bias(1, num_heads, number, 1) if class_token else None
         self.ca_bias = _bias(1, num_heads, 1, number) if class_token else None
+        self.register_load_state_dict_pre_hook(_released)
 
     def forward(self, x: Tensor, agents: Tensor | None = None) -> Tensor:
         check_input(NAME, "x", x, self.qkv.weight)
@@ -147,6 +157,22 @@ class AgentAttention(nn.Module):
             f"num_heads={self.num_heads}, grid={self.grid}, agents={self.agents}, "
             f"class_token={self.class_token}"
         )
+
+
+def _released(
+    module: nn.Module, state: MutableMapping[str, Tensor], prefix: str, *args: Any
+) -> None:
+    """Renames the entries of the released PVT and CSWin."""
+    for name in [n for n in state if n.startswith(prefix)]:
+        new = name[len(prefix) :].removeprefix("attns.0.")
+        if new.startswith("get_v."):
+            new = "dwc." + new.removeprefix("get_v.")
+        if prefix + new != name:
+            state[prefix + new] = state.pop(name)
+    for kind in ("weight", "bias"):
+        names = [f"{prefix}{part}.{kind}" for part in ("q", "kv")]
+        if all(name in state for name in names):
+            state[f"{prefix}qkv.{kind}"] = torch.cat([state.pop(name) for name in names])
 
 
 def _pair(argument: str, sides: int | tuple[int, int]) -> tuple[int, int]:
