@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -32,22 +33,49 @@ def dit():
     return model.eval(), inputs, (4, 4)
 
 
-def literal(attn, x, grid, ratio):
-    """Of one picture: each of the most similar tokens goes into the first one of some cell."""
-    rows, columns = grid
-    cells = [i * columns + j for i in range(0, rows - 1, 2) for j in range(0, columns - 1, 2)]
-    others = [i for i in range(len(x)) if i not in cells]
+def groups_of(x, grid, ratio, cell=2):
+    """Rows of one picture that are one token: each of the most similar tokens goes into the first
+    one of some cell."""
+    columns = grid[1]
+    steps = (range(0, side // cell * cell, cell) for side in grid)
+    firsts = [i * columns + j for i, j in itertools.product(*steps)]
+    others = [i for i in range(len(x)) if i not in firsts]
     cosine = torch.nn.functional.normalize(x, dim=-1)
     cosine = cosine @ cosine.T
-    best = {i: max(cells, key=lambda j: cosine[i, j]) for i in others}
+    best = {i: max(firsts, key=lambda j: cosine[i, j]) for i in others}
     merged = sorted(others, key=lambda i: -cosine[i, best[i]])[: int(ratio * len(x))]
     stay = [i for i in range(len(x)) if i not in merged]
-    groups = [[i, *(m for m in merged if best[m] == i)] for i in stay]
-    out = attn(torch.stack([x[group].mean(0) for group in groups])[None])[0]
-    whole = torch.empty_like(x)
+    return [[i, *(m for m in merged if best[m] == i)] for i in stay]
+
+
+def whole(x, groups, out):
+    result = torch.empty_like(x)
     for row, group in zip(out, groups, strict=True):
-        whole[group] = row
-    return whole
+        result[group] = row
+    return result
+
+
+def literal(attn, x, grid, ratio):
+    """One picture."""
+    groups = groups_of(x, grid, ratio)
+    out = attn(torch.stack([x[group].mean(0) for group in groups])[None])[0]
+    return whole(x, groups, out)
+
+
+def literal_agents(attn, x, grid, ratio, agent_ratio, cell):
+    """One picture, as LeapLabTHU/Agent-Attention at 207ce3e, agentsd/patch.py, computes it."""
+    groups, coarse = (groups_of(x, grid, share, cell) for share in (ratio, agent_ratio))
+    tokens, agents = (torch.stack([x[g].mean(0) for g in some]) for some in (groups, coarse))
+    if 2 * len(agents) >= len(tokens):
+        return whole(x, groups, attn(tokens[None])[0])
+    parts = []
+    q, k, v = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
+    heads = zip(*(t.chunk(attn.heads, 1) for t in (q, k, v, attn.to_q(agents))), strict=True)
+    for qh, kh, vh, ah in heads:
+        scale = qh.shape[1] ** -0.5
+        gathered = (ah @ kh.T * scale).softmax(1) @ vh
+        parts.append((qh @ ah.T * scale**0.3).softmax(1) @ gathered + 0.075 * vh)
+    return whole(x, groups, attn.to_out[0](torch.cat(parts, 1)))
 
 
 @torch.no_grad()
@@ -72,10 +100,64 @@ def test_tokens_are_merged_around_attention(build):
     assert sizes == ({120, 30} if build is unet else {16})  # halved layers stay as they are
     for attn, x, out in patched:
         for b in range(2):
-            whole = x.shape[1] == grid[0] * grid[1]
-            expected = literal(attn, x[b], grid, 0.4) if whole else attn(x[b : b + 1])[0]
+            finest = x.shape[1] == grid[0] * grid[1]
+            expected = literal(attn, x[b], grid, 0.4) if finest else attn(x[b : b + 1])[0]
             torch.testing.assert_close(out[b], expected, rtol=1e-4, atol=1e-5)
     assert not [m for m in model.modules() if "forward" in vars(m)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("ratio", "agent_ratio", "cell"),
+    [(0.4, 0.95, 4), (0.4, 0.5, 2)],  # the first 20 steps of the release, and the others
+)
+@pytest.mark.parametrize("build", [unet, dit])
+def test_agents_without_training(build, ratio, agent_ratio, cell):
+    torch.manual_seed(0)
+    model, inputs, grid = build()
+    for name, weight in model.named_parameters():
+        if "to_q" in name or "to_k" in name:
+            weight.mul_(4)
+    library.patch(model, ratio, cell=(cell, cell), agent_ratio=agent_ratio)
+    seen = []
+    for block in model.modules():
+        if hasattr(block, "attn1"):
+            block.attn1.register_forward_hook(
+                lambda attn, given, out: seen.append((attn, given[0], out))
+            )
+    model(*inputs)
+    library.unpatch(model)
+    checked = [s for s in seen if s[1].shape[1] == grid[0] * grid[1]]
+    assert len(checked) >= 2
+    for attn, x, out in checked:
+        for b in range(2):
+            expected = literal_agents(attn, x[b], grid, ratio, agent_ratio, cell)
+            torch.testing.assert_close(out[b], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_agents_have_the_cells_of_the_merged_tokens():
+    """A generator says which token of a cell others go into, once for both."""
+    torch.manual_seed(0)
+    model, inputs, _ = unet()
+    seen = []
+    match = library.bipartite_match
+
+    def spy(metric, r, **options):
+        result = match(metric, r, **options)
+        seen.append(result[0])
+        return result
+
+    library.patch(model, 1.0, agent_ratio=1.0, generator=torch.Generator().manual_seed(5))
+    try:
+        library.bipartite_match = spy
+        model(*inputs)
+    finally:
+        library.bipartite_match = match
+    assert len(seen) >= 4
+    for tokens, agents in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(tokens, agents)
+    assert not torch.equal(seen[0], seen[2])
 
 
 @torch.no_grad()
@@ -122,6 +204,7 @@ def test_what_cannot_be_is_refused():
         (torch.nn.Identity(), {}, r"model: must have self-attention in blocks BasicTransformerBl"),
         (model, {"ratio": 1.5}, r"ratio: must be 0 to 1; got 1.5"),
         (model, {"cell": (2, 0)}, r"cell: must be \(rows, columns\), at least 1; got"),
+        (model, {"agent_ratio": 1.5}, r"agent_ratio: must be 0 to 1, or None; got 1.5"),
         (model, {"max_downsample": 0}, r"max_downsample: must be at least 1; got 0"),
     ):
         with pytest.raises(RuntimeError, match=name + words):

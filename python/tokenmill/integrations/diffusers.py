@@ -1,4 +1,4 @@
-"""Fewer tokens in the self-attention of diffusers' image models.
+"""Fewer tokens in the self-attention of diffusers' image models, and few agents.
 
 Example:
     >>> import torch
@@ -32,6 +32,7 @@ try:
 except ModuleNotFoundError as missing:
     raise needs("diffusers", missing) from missing
 
+from ..dense.attention import attention
 from ..tokens.bipartite_match import bipartite_match
 from ..tokens.merge_tokens import merge_tokens, unmerge_tokens
 from ._reduction import check_own_forward
@@ -52,6 +53,9 @@ class _Merging:
     generator: torch.Generator | None
     backend: str | None
     attentions: list[Any]
+    agent_ratio: float | None = None
+    agent_scale: float = 0.3
+    shortcut: float = 0.075
     hook: Any = None
     sample: tuple[int, int] = (0, 0)  # rows and columns of the latest input
     finest: int = 0  # tokens of the first self-attention of the latest call
@@ -81,20 +85,59 @@ class _Merging:
         self.finest = max(self.finest, tokens)
         if tokens * self.max_downsample**2 < self.finest:
             return plain(x, *args, **options)
+        state = None if self.generator is None else self.generator.get_state()
+        assign, rows = self.match(x, self.ratio)
+        merged, _ = merge_tokens(x, assign, rows, backend=self.backend)
+        if self.agent_ratio is None:
+            return unmerge_tokens(plain(merged, **options), assign, backend=self.backend)
+        if state is not None and self.generator is not None:
+            self.generator.set_state(state)  # agents have the same cells
+        assign_agents, number = self.match(x, self.agent_ratio)
+        if 2 * number < rows:
+            agents, _ = merge_tokens(x, assign_agents, number, backend=self.backend)
+            out = self.ask_agents(plain.__self__, merged, agents)
+        else:
+            out = plain(merged, **options)
+        return unmerge_tokens(out, assign, backend=self.backend)
+
+    def match(self, x: Tensor, ratio: float) -> tuple[Tensor, int]:
         assign, rows, _ = bipartite_match(
-            x.detach(), int(self.ratio * tokens), partition="grid", grid=self.grid(tokens),
+            x.detach(), int(ratio * x.shape[1]), partition="grid", grid=self.grid(x.shape[1]),
             cell=self.cell, generator=self.generator, backend=self.backend,
         )  # fmt: skip
-        merged, _ = merge_tokens(x, assign, rows, backend=self.backend)
-        return unmerge_tokens(plain(merged, **options), assign, backend=self.backend)
+        return assign, rows
+
+    def ask_agents(self, attn: Any, x: Tensor, agents: Tensor) -> Tensor:
+        """x [B, N, C]: agents [B, n, C] gather the values, and the queries ask the agents."""
+        layers = (attn.to_q, attn.to_k, attn.to_v, attn.to_q)
+        q, k, v, a = (
+            layer(t).unflatten(2, (attn.heads, -1))
+            for layer, t in zip(layers, (x, x, x, agents), strict=True)
+        )
+        gathered = attention(a, k, v, scale=attn.scale, backend=self.backend)
+        second = attn.scale**self.agent_scale
+        out = attention(q, a, gathered, scale=second, backend=self.backend)
+        y = (out + self.shortcut * v).flatten(2)
+        for layer in attn.to_out:
+            y = layer(y)
+        return y
 
 
 def patch(
     pipe_or_model: Any, ratio: float = 0.5, *, cell: tuple[int, int] = (2, 2),
-    max_downsample: int = 1, generator: torch.Generator | None = None, backend: str | None = None,
+    max_downsample: int = 1, generator: torch.Generator | None = None,
+    agent_ratio: float | None = None, agent_scale: float = 0.3, shortcut: float = 0.075,
+    backend: str | None = None,
 ) -> None:  # fmt: skip
-    """Merges similar tokens before each self-attention of an image model, and copies each row of
-    its result to the tokens that are in it.
+    r"""Merges similar tokens before each self-attention of an image model, and copies each row of
+    its result to the tokens that are in it. With agent_ratio, few agents A, made by merging more
+    tokens, gather the values V of the merged tokens, and the queries Q ask the agents:
+
+    .. math::
+       y = \operatorname{softmax}(d^{-s/2}\, Q A^\top)\,
+           \operatorname{softmax}(d^{-1/2}\, A K^\top)\, V + t V,
+
+    with d channels a head, s agent_scale and t shortcut. Neither needs training.
 
     Args:
         pipe_or_model: a pipeline with a unet or a transformer, or such a model, with layers of the
@@ -104,6 +147,11 @@ def patch(
         max_downsample: layers whose grid of tokens is smaller than the finest of the model by more
             than this factor on a side stay as they are.
         generator: which token of a cell; None: the first.
+        agent_ratio: share of the tokens that are merged for the agents, 0 to 1. None, or agents
+            that are not fewer than half of the merged tokens: the attention of the model. Agents
+            take the projections of a layer, and its processor does not run.
+        agent_scale: exponent s of the factor of the second product.
+        shortcut: t.
         backend: of the operators (see :func:`tokenmill.explain`).
 
     Raises:
@@ -112,12 +160,22 @@ def patch(
     Complexity: N^2 C / 2 operations to match N tokens with a quarter of them, instead of the share
     of N^2 C that attention saves.
 
-    Paper: ToMe for Stable Diffusion (Bolya and Hoffman 2023), section 4. Tokens are compared behind
-    the norm of the block.
+    Paper: ToMe for Stable Diffusion (Bolya and Hoffman 2023), section 4. Tokens are compared after
+    the norm of the block. Agent Attention (Han et al. 2024), applied to Stable Diffusion: the
+    released code has agents in the first 20 of 50 steps, ratio=0.4, cell=(4, 4) and
+    agent_ratio=0.95, and then only merges, ratio=0.4 and cell=(2, 2).
     """
     model = _model(NAME, pipe_or_model)
     ratio = as_number(NAME, "ratio", ratio)
     check(0 <= ratio <= 1, NAME, "ratio", "must be 0 to 1", ratio)
+    agents: dict[str, Any] = {
+        "agent_scale": as_number(NAME, "agent_scale", agent_scale),
+        "shortcut": as_number(NAME, "shortcut", shortcut),
+    }
+    if agent_ratio is not None:
+        agents["agent_ratio"] = as_number(NAME, "agent_ratio", agent_ratio)
+        fits = 0 <= agents["agent_ratio"] <= 1
+        check(fits, NAME, "agent_ratio", "must be 0 to 1, or None", agent_ratio)
     rule = "must be (rows, columns), at least 1"
     check(isinstance(cell, tuple | list) and len(cell) == 2, NAME, "cell", rule, cell)
     sizes = tuple(as_int(NAME, "cell", n, rule) for n in cell)
@@ -130,7 +188,13 @@ def patch(
     rule = "must have self-attention in blocks BasicTransformerBlock"
     check(len(attentions) > 0, NAME, "model", rule, type(model).__name__)
     check_own_forward(NAME, attentions)
-    merging = _Merging(ratio, (sizes[0], sizes[1]), max_downsample, generator, backend, attentions)
+    if agent_ratio is not None:
+        normed = any(getattr(a, "norm_q", None) is not None for a in attentions)
+        rule = "must be None where queries and keys have a norm"
+        check(not normed, NAME, "agent_ratio", rule, agent_ratio)
+    merging = _Merging(
+        ratio, (sizes[0], sizes[1]), max_downsample, generator, backend, attentions, **agents
+    )
     for attn in attentions:
         # Not a closure: a deep copy of the model has layers of its own in it.
         attn.forward = functools.partial(merging.attend, attn.forward)
