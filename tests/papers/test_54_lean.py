@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import device_of
+from conftest import backends, device_of
 from tensors import close, draw, each_backend
 
 import tokenmill as tm
@@ -64,3 +64,93 @@ def test_softmax_rescaling_is_associative(backend):
     out, again = tm.merge_attention_states(*both, backend=backend)
     close(out, whole)
     close(again, total)
+
+
+# How the work of a launch is cut. Values of float32 tell: the weights are 1, and -2^30, 2^30 and 1
+# lie at the first keys of tile 0, tile c and tile c + 1. A range that adds 1 to 2^30 loses it; a
+# range that begins with tile c + 1 keeps it, for -2^30 and 2^30 meet first where ranges are joined.
+RAGGED, KV_HEADS, SPLITS, GIANT = (700, 90, 1210), 2, 5, 2.0**30
+
+
+def tile_keys(backend):
+    """Keys of a step for float32 and heads of 64 dimensions; Triton's interpreter takes a sixteenth
+    of the next power of two."""
+    return 128 if backend == "triton" and device_of(backend) == "cpu" else 64
+
+
+def steps_of(backend):
+    return [-(-n // tile_keys(backend)) for n in RAGGED for _ in range(KV_HEADS)]
+
+
+def cut_equally(backend):
+    """Ranges of equal length of the steps of all requests and heads, one after the other, each of
+    256 keys or more."""
+    total, least = sum(steps_of(backend)), 256 // tile_keys(backend)
+    if backend == "triton":
+        programs = 2 * 8
+        if device_of(backend) == "cuda":
+            programs = 2 * torch.cuda.get_device_properties(0).multi_processor_count
+        share = max(-(-total // programs), least)
+        return [(a, min(a + share, total)) for a in range(0, total, share)]
+    blocks = -(-total // least)  # fewer than the device takes at once
+    return [(i * total // blocks, (i + 1) * total // blocks) for i in range(blocks)]
+
+
+def cut_by_request(backend):
+    """Each request and head in as many ranges as the others."""
+    ranges, before = [], 0
+    for steps in steps_of(backend):
+        parts = min(SPLITS, steps)
+        ranges += [(before + i * steps // parts, before + (i + 1) * steps // parts)
+                   for i in range(parts)]  # fmt: skip
+        before += steps
+    return ranges
+
+
+def kept(ranges, backend):
+    """Of each request and head and tile c, whether the 1 of tile c + 1 is in the result."""
+    owner = [i for i, (a, b) in enumerate(ranges) for _ in range(a, b)]
+    rows, before = [], 0
+    for steps in steps_of(backend):
+        own = owner[before : before + steps]
+        rows.append([own[c] != own[c + 1] or own[c] == own[0] for c in range(steps - 1)])
+        before += steps
+    return rows
+
+
+def seen(schedule, backend, **options):
+    tile, device = tile_keys(backend), device_of(backend)
+    longest, batch, channels = max(RAGGED), len(RAGGED), 64
+    v = torch.zeros(batch, longest, KV_HEADS, channels)
+    tiles = -(-longest // tile)
+    for c in range(tiles - 1):
+        v[:, 0, :, c] -= GIANT
+        v[:, c * tile, :, c] += GIANT
+        v[:, (c + 1) * tile, :, c] = 1
+    q, k = torch.zeros(batch, 1, KV_HEADS, channels), torch.randn_like(v)
+    out = tm.attention_decode(
+        *(t.to(device) for t in (q, k, v)),
+        seqlens_k=torch.tensor(RAGGED, dtype=torch.int32, device=device),
+        schedule=schedule, backend=backend, **options,
+    )  # fmt: skip
+    sums = out[:, 0].cpu() * torch.tensor(RAGGED)[:, None, None]
+    rows = sums.flatten(0, 1).tolist()
+    return [
+        [bool(x > 0.5) for x in row[: steps - 1]]
+        for row, steps in zip(rows, steps_of(backend), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
+def test_the_work_of_a_launch_is_cut_into_equal_ranges(backend):
+    """stream_k: equally many steps in each range, whatever the lengths of the requests; split:
+    each request for itself."""
+    ranges = cut_equally(backend)
+    lengths = [b - a for a, b in ranges]
+    assert max(lengths) - min(lengths[:-1]) <= 1 and sum(lengths) == sum(steps_of(backend))
+    equal, apart = kept(ranges, backend), kept(cut_by_request(backend), backend)
+    assert equal != apart
+    assert seen("stream_k", backend) == equal
+    assert seen("split", backend, num_splits=SPLITS) == apart
+    if backend != "triton":  # which splits by itself
+        assert seen("auto", backend) == equal
