@@ -1,14 +1,18 @@
-"""When Attention Sink Emerges: softmax with one logit or one key more, and no normaliser."""
+"""When Attention Sink Emerges: softmax with one logit or one key more, and no normaliser, as the
+released code has them (sail-sg/Attention-Sink at af49727, lit_gpt/model_kv_bias.py and
+model_attn_sim.py, where weights with a normaliser are divided by their sum and 1e-8)."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tensors import close, draw, each_backend, same_gradients
+from conftest import backends
+from tensors import close, draw, same_gradients
 
 import tokenmill as tm
 
-B, S, H, D = 2, 21, 3, 16
+each_backend = pytest.mark.parametrize("backend", backends("reference"))
+B, S, H, D = 1, 13, 3, 16
 
 
 def logits(q, k):
@@ -51,11 +55,15 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.parametrize("normalize", [None, "sum"])
 @pytest.mark.parametrize("kind", WEIGHTS)
 @each_backend
-def test_weights_without_a_normaliser(kind, backend):
+def test_weights_without_a_softmax(kind, normalize, backend):
     q, k, v = leaves = draw(backend, *[(B, S, H, D)] * 3)
-    want = torch.einsum("bhij,bjhd->bihd", WEIGHTS[kind](logits(q, k)).tril(), v)
-    got = tm.attention(q, k, v, kind=kind, causal=True, backend=backend)
+    weights = WEIGHTS[kind](logits(q, k)).tril()
+    if normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-8)
+    want = torch.einsum("bhij,bjhd->bihd", weights, v)
+    got = tm.attention(q, k, v, kind=kind, normalize=normalize, causal=True, backend=backend)
     close(got, want)
     same_gradients(got, want, leaves)

@@ -1,4 +1,6 @@
-"""Attention to parameter tokens against the formulas of TokenFormer."""
+"""Attention to parameter tokens against the formulas of TokenFormer, which are those of its
+released code: Haiyang-W/TokenFormer at 4d56c73, megatron/model/tokenformer.py,
+nonlinear_norm_func. A token of zeros divides by zero there."""
 
 from __future__ import annotations
 
