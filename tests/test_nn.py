@@ -122,8 +122,8 @@ CASES = {
         lambda: nn.FocusScorer(16, 2), lambda n: (randn(2, n, 4, 16), randn(2, n // 2, 2, 16))
     ),
     "FocusSelect": Case(nn.FocusSelect, lambda n: (torch.rand(2, n), torch.rand(2, n) < 0.8)),
-    "LightningAttention": Case(
-        lambda: nn.LightningAttention(16, 2, layer=1, num_layers=4), lambda n: (randn(2, n, 16),)
+    "MiniMaxLightningAttention": Case(
+        lambda: nn.MiniMaxLightningAttention(16, 2, layer=1, num_layers=4), lambda n: (randn(2, n, 16),)
     ),
     "Pattention": Case(lambda: nn.Pattention(16, 8, 6), lambda n: (randn(2, n, 16),)),
     "PoNetMixing": Case(lambda: nn.PoNetMixing(32, 4), lambda n: (randn(2, n, 32), segments(n))),

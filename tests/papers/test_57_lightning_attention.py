@@ -1,16 +1,17 @@
-"""LightningAttention against a literal reading of Qin et al. 2024, token by token, and against the
-layer of transformers."""
+"""MiniMaxLightningAttention against a literal reading of MiniMax-01, section 2, token by token, and
+against the layer of transformers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import device_of
+from conftest import backends, device_of
 from literal import assert_reads_as, randomised
 from tensors import each_backend
 
 import tokenmill as tm
+from tokenmill import nn
 
 
 def lightning(w, x, *, heads, decay):
@@ -50,7 +51,9 @@ def reading(layer, lengths=None):
     [(1, 67, 32, 4, None), (2, 1, 6, 3, 5), (1, 9, 5, 1, 3)],
 )
 def test_the_equations(batch, tokens, dim, heads, head_dim, backend):
-    layer = tm.nn.LightningAttention(dim, heads, head_dim, layer=1, num_layers=8, backend=backend)
+    layer = nn.MiniMaxLightningAttention(
+        dim, heads, head_dim, layer=1, num_layers=8, backend=backend
+    )
     x = torch.randn(batch, tokens, dim, requires_grad=True)
     assert_reads_as(randomised(layer), reading(layer), x, backend=backend, tolerance=5e-5)
 
@@ -59,7 +62,7 @@ def test_the_equations(batch, tokens, dim, heads, head_dim, backend):
 def test_packed_sequences(backend):
     lengths = [4, 0, 1, 9]
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    layer = tm.nn.LightningAttention(8, 2, backend=backend)
+    layer = nn.MiniMaxLightningAttention(8, 2, backend=backend)
     x = torch.randn(14, 8, requires_grad=True)
     assert_reads_as(randomised(layer), reading(layer, lengths), x, ends, backend=backend,
                     tolerance=5e-5)  # fmt: skip
@@ -68,7 +71,7 @@ def test_packed_sequences(backend):
 @each_backend
 def test_prefill_and_decode_continue_in_slots(backend):
     device = device_of(backend)
-    layer = tm.nn.LightningAttention(24, 3, layer=0, num_layers=4, backend=backend).to(device)
+    layer = nn.MiniMaxLightningAttention(24, 3, layer=0, num_layers=4, backend=backend).to(device)
     x = torch.randn(2, 12, 24, device=device)
     slots = torch.tensor([4, 1], dtype=torch.int32, device=device)
     with torch.no_grad():
@@ -92,18 +95,20 @@ def test_prefill_and_decode_continue_in_slots(backend):
 
 
 def test_slopes_stay_float32():
-    layer = tm.nn.LightningAttention(8, 2, layer=1, num_layers=3)
+    layer = nn.MiniMaxLightningAttention(8, 2, layer=1, num_layers=3)
     exact = layer.slopes.clone()
     layer.to(torch.bfloat16)
     assert layer.norm.weight.dtype == torch.bfloat16
     assert torch.equal(layer.slopes, exact)
     assert layer(torch.randn(1, 4, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    meta = tm.nn.LightningAttention(8, 2).to("meta")
+    meta = nn.MiniMaxLightningAttention(8, 2).to("meta")
     assert meta.slopes.is_meta and not meta.to_empty(device="cpu").slopes.is_meta
 
 
-def test_layers_of_transformers_load():
-    """The names of its weights are those of transformers, whose layer this one then agrees with."""
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_layers_of_transformers_load(backend):
+    """The names of its weights are those of transformers, whose layer this one then agrees with, in
+    results and gradients."""
     minimax = pytest.importorskip("transformers.models.minimax.modeling_minimax")
     config = minimax.MiniMaxConfig(
         hidden_size=24, num_attention_heads=3, num_hidden_layers=4, head_dim=8, block_size=5,
@@ -111,14 +116,31 @@ def test_layers_of_transformers_load():
     )  # fmt: skip
     theirs = minimax.MiniMaxLightningAttention(config, layer_idx=2)
     randomised(theirs)
-    layer = tm.nn.LightningAttention(24, 3, 8)
+    layer = nn.MiniMaxLightningAttention(24, 3, 8, backend=backend)
     layer.load_state_dict(theirs.state_dict())
     assert torch.equal(layer.slopes, theirs.slope_rate.flatten())
-    x = torch.randn(2, 13, 24)
+    layer.to(device_of(backend))
+    x = torch.randn(2, 13, 24, requires_grad=True)
     want = theirs(x, None, None)[0]
-    torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
-    without = {n: t for n, t in theirs.state_dict().items() if n.endswith("weight")}
-    other = tm.nn.LightningAttention(24, 3, 8, layer=2, num_layers=4)
+    got = layer(x.to(device_of(backend)))
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-5)
+    weight = torch.randn_like(want)
+    wanted = torch.autograd.grad((want * weight).sum(), [x, theirs.qkv_proj.weight])
+    leaves = [x, layer.qkv_proj.weight]
+    found = torch.autograd.grad((got * weight.to(got.device)).sum(), leaves)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
+
+
+def test_slopes_load_where_a_model_has_them():
+    minimax = pytest.importorskip("transformers.models.minimax.modeling_minimax")
+    config = minimax.MiniMaxConfig(
+        hidden_size=24, num_attention_heads=3, num_hidden_layers=4, head_dim=8,
+        layer_types=["linear_attention"] * 4, num_key_value_heads=3,
+    )  # fmt: skip
+    state = minimax.MiniMaxLightningAttention(config, layer_idx=2).state_dict()
+    without = {n: t for n, t in state.items() if n.endswith("weight")}
+    other = nn.MiniMaxLightningAttention(24, 3, 8, layer=2, num_layers=4)
     other.load_state_dict(without)
     assert torch.equal(other.slopes, tm.lightning_slopes(3, 2, 4))
 
@@ -126,23 +148,23 @@ def test_layers_of_transformers_load():
 @pytest.mark.parametrize(
     ("call", "error"),
     [
-        (lambda: tm.nn.LightningAttention(8, 3), "LightningAttention: num_heads: must divide dim"),
-        (lambda: tm.nn.LightningAttention(8, 2, 300), "LightningAttention: head_dim: must be 1 to"),
-        (lambda: tm.nn.LightningAttention(8, 2)(torch.zeros(3, 8)),
-         r"LightningAttention: x: must have shape \[B, N, 8\]; got \[3, 8\]"),
-        (lambda: tm.nn.LightningAttention(8, 2).decode(
-            torch.zeros(1, 1, 8), tm.nn.LightningAttention(8, 2).new_state(1)),
-         r"LightningAttention: state: goes with torch\.no_grad\(\) alone"),
-        (lambda: tm.nn.LightningAttention(8, 2).prefill(
-            torch.zeros(1, 1, 8), tm.nn.LightningAttention(8, 4).new_state(1)),
-         r"LightningAttention: state: must have shape \[slots, 2, 4, 4\]"),
-        (lambda: tm.nn.LightningAttention(8, 2).requires_grad_(False).prefill(
-            torch.zeros(1, 1, 8), tm.nn.LightningState(torch.zeros(3, 2, 4, 4)),
+        (lambda: nn.MiniMaxLightningAttention(8, 3), "Attention: num_heads: must divide dim"),
+        (lambda: nn.MiniMaxLightningAttention(8, 2, 300), "Attention: head_dim: must be 1 to"),
+        (lambda: nn.MiniMaxLightningAttention(8, 2)(torch.zeros(3, 8)),
+         r"Attention: x: must have shape \[B, N, 8\]; got \[3, 8\]"),
+        (lambda: nn.MiniMaxLightningAttention(8, 2).decode(
+            torch.zeros(1, 1, 8), nn.MiniMaxLightningAttention(8, 2).new_state(1)),
+         r"Attention: state: goes with torch\.no_grad\(\) alone"),
+        (lambda: nn.MiniMaxLightningAttention(8, 2).prefill(
+            torch.zeros(1, 1, 8), nn.MiniMaxLightningAttention(8, 4).new_state(1)),
+         r"Attention: state: must have shape \[slots, 2, 4, 4\]"),
+        (lambda: nn.MiniMaxLightningAttention(8, 2).requires_grad_(False).prefill(
+            torch.zeros(1, 1, 8), nn.MiniMaxLightningState(torch.zeros(3, 2, 4, 4)),
             torch.tensor([-1])),
-         r"LightningAttention: slots: must not be negative in prefill; got -1"),
-        (lambda: tm.nn.LightningState(torch.zeros(1, 2, 3)), "LightningState: kv: must have shape"),
+         r"Attention: slots: must not be negative in prefill; got -1"),
+        (lambda: nn.MiniMaxLightningState(torch.zeros(1, 2, 3)), "State: kv: must have shape"),
     ],
 )  # fmt: skip
 def test_bad_calls_are_refused(call, error):
-    with pytest.raises(RuntimeError, match=rf"tokenmill\.nn\.{error}"):
+    with pytest.raises(RuntimeError, match=rf"tokenmill\.nn\.MiniMaxLightning{error}"):
         call()

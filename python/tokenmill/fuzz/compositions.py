@@ -271,7 +271,7 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
 PLAIN: tuple[Any, ...] = (
     additive_attention, pattention, pointer_argmax, linear.titans_memory_decode,
     select.indexer_kl_loss, nn.Pattention,
-    nn.AgentAttention, nn.TitansMemory, nn.SigmoidAttention, nn.LightningAttention,
+    nn.AgentAttention, nn.TitansMemory, nn.SigmoidAttention, nn.MiniMaxLightningAttention,
     nn.TokenAwarePooling, nn.EmbeddingPooling,
     nn.WordPooling, nn.FocusScorer, nn.FocusDualAttention, nn.SelectorSummary, nn.BiFormer,
     nn.EViTEncoder, nn.PoolFormer, nn.SparsifinerEncoder,
@@ -378,7 +378,7 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
         lambda r: {"dim": 16, "num_heads": 2, "qkv": r(9, 48), "cu_seqlens": int32(0, 4, 9),
                    "max_seqlen": 5},
     )),
-    (nn.LightningAttention, "forward", (
+    (nn.MiniMaxLightningAttention, "forward", (
         lambda r: {"dim": 16, "num_heads": 2, "layer": 1, "num_layers": 4, "x": r(2, 9, 16)},
     )),
     (nn.TitansMemory, "forward", (

@@ -19,7 +19,7 @@ from .evit import EViTEncoder, keep_rate_schedule
 from .expedit import ExpeditedBlocks
 from .focus import FocusSelect
 from .focus_encoder import FocusDualAttention, FocusEncoder, FocusScorer
-from .lightning import LightningAttention, LightningState
+from .lightning import MiniMaxLightningAttention, MiniMaxLightningState
 from .pattention import Pattention
 from .ponet import PoNetMixing, segments_of
 from .poolformer import (
@@ -58,8 +58,8 @@ __all__ = [
     "FocusEncoder",
     "FocusScorer",
     "FocusSelect",
-    "LightningAttention",
-    "LightningState",
+    "MiniMaxLightningAttention",
+    "MiniMaxLightningState",
     "Pattention",
     "PoNetMixing",
     "PoolFormer",

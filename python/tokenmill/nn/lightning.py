@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,20 +12,21 @@ from .._check import as_int, as_number, check, check_device_of, check_tensor, fa
 from ..linear.lightning_slopes import lightning_slopes
 from ..linear.linear_attention import lightning_attention
 from ..linear.linear_attention_decode import linear_attention_decode
-from .rules import check_input, check_wide_heads
+from .rules import Slopes, check_input, check_wide_heads
 
-NAME, STATE = "nn.LightningAttention", "nn.LightningState"
+NAME, STATE = "nn.MiniMaxLightningAttention", "nn.MiniMaxLightningState"
 
 
-class LightningState:
-    """What :class:`LightningAttention` knows of the tokens that sequences had so far, in slots.
+class MiniMaxLightningState:
+    """What :class:`MiniMaxLightningAttention` knows of the tokens that sequences had so far, in
+    slots.
 
     Args:
         kv: float32 ``[slots, H, D, D]``, sums of outer products of keys and values.
 
     Example:
         >>> import torch, tokenmill as tm
-        >>> state = tm.nn.LightningAttention(64, 4).new_state(8)
+        >>> state = tm.nn.MiniMaxLightningAttention(64, 4).new_state(8)
         >>> state.kv.shape
         torch.Size([8, 4, 16, 16])
         >>> state.reset(torch.tensor([3]))
@@ -47,15 +47,17 @@ class LightningState:
             self.kv[slots.long()] = 0
 
 
-class LightningAttention(nn.Module):
-    r"""Causal linear attention whose weights decay with the distance, as in MiniMax-01:
+class MiniMaxLightningAttention(Slopes):
+    r"""The linear attention of MiniMax-01, whose weights decay with the distance:
 
     .. math::
        q, k, v = \operatorname{silu}(x W_{qkv}), \qquad
        o_t = \sum_{s \le t} e^{-\lambda_h (t - s)} (q_t \cdot k_s)\, v_s, \qquad
        y = (\sigma(x W_g) \odot \operatorname{RMSNorm}(o)) W_o.
 
-    The norm is over the channels of all heads.
+    The norm is over the channels of all heads. The layer that the paper of lightning attention
+    trained is another one, :class:`TransNormerAttention`: positions, no activation of values and
+    gate, a norm without weights.
 
     Args:
         dim: channels C of the input.
@@ -84,12 +86,12 @@ class LightningAttention(nn.Module):
     Complexity: 10 C H D + 4 H D^2 operations for each token, whatever the length; a state has 4 H
     D^2 bytes.
 
-    Paper: Various Lengths, Constant Speed (Qin et al. 2024), section 3; norm and gate as in
-    MiniMax-01 (2025), section 2.
+    Paper: MiniMax-01 (2025), section 2; the sum is that of Various Lengths, Constant Speed (Qin et
+    al. 2024), section 3.
 
     Example:
         >>> import torch, tokenmill as tm
-        >>> layer = tm.nn.LightningAttention(64, 4, layer=2, num_layers=12)
+        >>> layer = tm.nn.MiniMaxLightningAttention(64, 4, layer=2, num_layers=12)
         >>> x = torch.randn(2, 20, 64)
         >>> with torch.no_grad():
         ...     state = layer.new_state(2)
@@ -97,8 +99,6 @@ class LightningAttention(nn.Module):
         ...     torch.allclose(y, layer(x), atol=1e-4)
         True
     """
-
-    slopes: Tensor
 
     def __init__(
         self,
@@ -129,14 +129,16 @@ class LightningAttention(nn.Module):
         out = lightning_attention(q, k, v, self.slopes, cu_seqlens=cu_seqlens, backend=self.backend)
         return self._gated(out, x)
 
-    def new_state(self, slots: int) -> LightningState:
+    def new_state(self, slots: int) -> MiniMaxLightningState:
         """A state of so many sequences that have seen nothing."""
         slots = as_int(NAME, "slots", slots)
         check(slots >= 0, NAME, "slots", "must not be negative", slots)
         shape = (slots, self.num_heads, self.head_dim, self.head_dim)
-        return LightningState(torch.zeros(shape, device=self.slopes.device))
+        return MiniMaxLightningState(torch.zeros(shape, device=self.slopes.device))
 
-    def prefill(self, x: Tensor, state: LightningState, slots: Tensor | None = None) -> Tensor:
+    def prefill(
+        self, x: Tensor, state: MiniMaxLightningState, slots: Tensor | None = None
+    ) -> Tensor:
         """The next tokens x ``[B, N, C]`` of the sequences in slots int32 ``[B]`` (None: slot b for
         sequence b), many at once; the state is updated in place. Needs no_grad, as decode does."""
         self._check_state(x, state, slots, prefill=True)
@@ -149,7 +151,9 @@ class LightningAttention(nn.Module):
         state.kv[rows] = final
         return self._gated(out, x)
 
-    def decode(self, x: Tensor, state: LightningState, slots: Tensor | None = None) -> Tensor:
+    def decode(
+        self, x: Tensor, state: MiniMaxLightningState, slots: Tensor | None = None
+    ) -> Tensor:
         """The same for few tokens, one as a rule; reads and writes each state once. A slot of -1
         skips its sequence, whose result then is 0."""
         self._check_state(x, state, slots)
@@ -174,10 +178,16 @@ class LightningAttention(nn.Module):
         return y
 
     def _check_state(
-        self, x: Tensor, state: LightningState, slots: Tensor | None, prefill: bool = False
+        self, x: Tensor, state: MiniMaxLightningState, slots: Tensor | None, prefill: bool = False
     ) -> None:
         check_tensor(NAME, "x", x)
-        check(isinstance(state, LightningState), NAME, "state", "must be a LightningState", state)
+        check(
+            isinstance(state, MiniMaxLightningState),
+            NAME,
+            "state",
+            "must be a MiniMaxLightningState",
+            state,
+        )
         check_tensor(NAME, "slots", slots, optional=True)
         check_device_of(NAME, "state", state.kv, "the weights", self.slopes)
         wanted = [self.num_heads, self.head_dim, self.head_dim]
@@ -197,20 +207,13 @@ class LightningAttention(nn.Module):
                 least = int(slots.min())
                 check(least >= 0, NAME, "slots", "must not be negative in prefill", least)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LightningAttention:
-        slopes = self.slopes
-        super()._apply(fn, recurse)
-        if not slopes.is_meta:
-            self.slopes = slopes.to(self.slopes.device)
-        return self
-
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
 
 
 def _take_slopes(module: nn.Module, state: Any, prefix: str, *args: Any) -> None:
     """The slopes of a published layer; those of the module where there are none."""
-    assert isinstance(module, LightningAttention)
+    assert isinstance(module, MiniMaxLightningAttention)
     for name in ("query_decay", "key_decay", "diagonal_decay"):
         state.pop(prefix + name, None)
     rate = state.pop(prefix + "slope_rate", None)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from typing import Any
+from collections.abc import Callable, MutableMapping
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,22 @@ def begin(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+M = TypeVar("M", bound="Slopes")
+
+
+class Slopes(nn.Module):
+    """A module with a buffer of slopes, which stays float32 when the module changes its dtype."""
+
+    slopes: Tensor
+
+    def _apply(self: M, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> M:
+        slopes = self.slopes
+        super()._apply(fn, recurse)
+        if not slopes.is_meta:
+            self.slopes = slopes.to(self.slopes.device)
+        return self
 
 
 class DropPath(nn.Module):

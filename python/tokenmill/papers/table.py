@@ -410,7 +410,7 @@ TABLE = (
         "with Lightning Attention", "Qin et al.", "2405.17381",
         "sum over s <= t of lambda^(t - s) (q_t.k_s) v_s, by blocks with a state between them",
         ("tokenmill.lightning_attention", "tokenmill.lightning_slopes(convention='paper')",
-         "tokenmill.nn.LightningAttention(convention='paper')",
+         "tokenmill.nn.MiniMaxLightningAttention(convention='paper')",
          "tokenmill.linear_attention_decode"),
         "tests/papers/test_57_lightning.py", "examples/long_context_lm.py", BACKENDS,
         "the same tokens/s at any length",
