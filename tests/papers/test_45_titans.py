@@ -5,50 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import backends, device_of
 from literal import assert_reads_as, randomised
-from tensors import assert_keeps_budget, draw
+from tensors import assert_keeps_budget, close, draw
+from titans_literal import Memory, linear, of_heads
 
 import tokenmill as tm
 from tokenmill import nn
 
-
-def by_hand(q, k, v, alpha, eta, theta, memory, recall, chunk):
-    """Equations of sections 3.1 and 3.2 for one sequence and head: y_t = M_t(q_t), where M is what
-    recall makes of the tensors in memory, and the surprise of a token is the gradient of the loss
-    |M(k) - v|^2 at the memory before its chunk."""
-    momentum = [torch.zeros_like(m) for m in memory]
-    outs = []
-    for t in range(len(q)):
-        if t % chunk == 0:
-            before = memory
-        with torch.enable_grad():
-            leaves = [m if m.requires_grad else m.clone().requires_grad_() for m in before]
-            loss = (recall(leaves, k[t]) - v[t]).square().sum()
-            surprise = torch.autograd.grad(loss, leaves, create_graph=True)
-        momentum = [eta[t] * s - theta[t] * g for s, g in zip(momentum, surprise, strict=True)]
-        memory = [(1 - alpha[t]) * m + s for m, s in zip(memory, momentum, strict=True)]
-        outs.append(recall(memory, q[t]))
-    return torch.stack(outs)
-
-
-def linear(memory, x):
-    return x @ memory[0]
-
-
-def of_heads(q, k, v, alpha, eta, theta, memory, recall, chunk):
-    """by_hand for [B, S, H, ...] and memories [H, in, out], of a theta for half of the loss."""
-    batch, _, heads, _ = q.shape
-    rows = [
-        torch.stack([
-            by_hand(
-                *(t[b, :, h] for t in (q, k, v, alpha, eta, theta / 2)), [m[h] for m in memory],
-                recall, chunk,
-            )
-            for h in range(heads)
-        ], 1)
-        for b in range(batch)
-    ]  # fmt: skip
-    return torch.stack(rows)
+EVERY = pytest.mark.parametrize("backend", backends("reference"))
+# A memory of several matrices is PyTorch's own operations, whatever the backend.
+DEPTHS = pytest.mark.parametrize(
+    ("depth", "backend"), [(1, b) for b in backends("reference")] + [(2, "reference")]
+)
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"]
+)
 
 
 def literal(chunk):
@@ -60,16 +32,18 @@ def literal(chunk):
     return run
 
 
-def ours(chunk):
+def ours(chunk, backend=None):
     def run(q, k, v, *gates):
         alpha, eta, theta = (0.2 * torch.sigmoid(g) for g in gates)
-        return tm.titans_memory(q, k, v, alpha=alpha, eta=eta, theta=theta, chunk_size=chunk)
+        return tm.titans_memory(
+            q, k, v, alpha=alpha, eta=eta, theta=theta, chunk_size=chunk, backend=backend
+        )
 
     return run
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 64], ids=["each token", "chunks", "default"])
-def test_results_and_gradients(chunk):
+def test_the_reference_computes_the_equations(chunk):
     """With chunks of one token the recurrence of section 3.1, with others that of 3.2."""
     length = 70 if chunk == 64 else 20
     q, k, v, *gates = draw(
@@ -85,67 +59,105 @@ def test_results_and_gradients(chunk):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_the_error_budget():
-    inputs = draw("cpu", *[(1, 40, 1, 8)] * 3, *[(1, 40, 1)] * 3)
+@EVERY
+@DTYPES
+@pytest.mark.parametrize("chunk", [1, 5], ids=["each token", "chunks"])
+def test_results_and_gradients_keep_the_error_budget(chunk, dtype, backend):
+    q, k, v, *gates = draw(backend, *[(1, 12, 2, 8)] * 3, *[(1, 12, 2)] * 3, dtype=dtype)
+    with torch.no_grad():
+        for t in (q, k, v):
+            t.div_(8**0.5)
+    assert_keeps_budget(ours(chunk, backend), literal(chunk), [q, k, v, *gates])
+
+
+@EVERY
+def test_chunks_of_64_tokens(backend):
+    inputs = draw(backend, *[(1, 70, 1, 8)] * 3, *[(1, 70, 1)] * 3)
     with torch.no_grad():
         for t in inputs[:3]:
             t.div_(8**0.5)
-    assert_keeps_budget(ours(16), literal(16), inputs)
+    assert_keeps_budget(ours(64, backend), literal(64), inputs)
 
 
-def module_by_hand(layer, activation=F.gelu):
-    heads, dim, chunk, step = layer.num_heads, layer.head_dim, layer.chunk_size, layer.max_step
-
-    def recall(memory, x):
-        for i, matrix in enumerate(memory):
-            x = (activation(x) if i else x) @ matrix
-        return x
-
+def module_by_hand(layer):
     def run(weights, x):
-        projected = x @ weights["qkv_proj.weight"].T
-        conv = weights["conv"]
-        seen = [
-            sum(conv[-1 - back] * projected[:, t - back] for back in range(min(len(conv), t + 1)))
-            for t in range(x.shape[1])
-        ]
-        q, k, v = F.silu(torch.stack(seen, 1)).unflatten(-1, (3, heads, dim)).unbind(2)
-        q, k = (t / t.norm(dim=-1, keepdim=True) for t in (q, k))
-        gates = torch.sigmoid(x @ weights["gates.weight"].T + weights["gates.bias"])
-        alpha, eta, theta = gates.unflatten(-1, (3, heads)).unbind(2)
-        memory = [weights[f"memory.{i}"] for i in range(len(layer.memory))]
-        y = of_heads(q, k, v, alpha, eta, step * theta, memory, recall, chunk)
-        y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights["norm.weight"]
-        gate = torch.sigmoid(x @ weights["output_gate.weight"].T)
-        return (gate * y.flatten(2)) @ weights["out_proj.weight"].T
+        memory = Memory(layer, weights)
+        return memory.learn(x, memory.begin(len(x)))[0]
 
     return run
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_the_layer(depth):
+@DEPTHS
+def test_the_layer(depth, backend):
     torch.manual_seed(0)
-    layer = randomised(nn.TitansMemory(8, 2, depth=depth, expansion=2, chunk_size=4))
-    x = torch.randn(2, 7, 8, requires_grad=True)
+    layer = nn.TitansMemory(8, 2, depth=depth, expansion=2, chunk_size=4, backend=backend)
+    x = torch.randn(1, 6, 8, requires_grad=True)
+    assert_reads_as(randomised(layer), module_by_hand(layer), x, backend=backend, tolerance=2e-4)
+
+
+@DEPTHS
+def test_a_sequence_in_pieces(depth, backend):
+    """Results, recollections and gradients through the state are those of one call."""
+    torch.manual_seed(0)
+    layer = nn.TitansMemory(8, 2, depth=depth, expansion=2, chunk_size=2, backend=backend)
+    layer = randomised(layer).to(device_of(backend))
+    x = torch.randn(2, 11, 8, device=device_of(backend), requires_grad=True)
+    state, parts = None, []
+    for part in x.split([4, 6, 1], 1):
+        y, state = layer(part, state, return_state=True)
+        parts.append(y)
+    whole, last = layer(x, return_state=True)
+    close(torch.cat(parts, 1), whole)
+    close(layer.recall(x, state), layer.recall(x, last))
+    wanted = torch.autograd.grad(whole.square().sum(), x, retain_graph=True)
+    found = torch.autograd.grad(torch.cat(parts, 1).square().sum(), x)
+    close(found[0], wanted[0], 1e-4)
+
+
+@DEPTHS
+def test_what_a_memory_recalls(depth, backend):
+    torch.manual_seed(0)
+    layer = nn.TitansMemory(8, 2, depth=depth, expansion=2, chunk_size=4, backend=backend)
+    layer = randomised(layer).to(device_of(backend))
+    x = torch.randn(2, 6, 8, device=device_of(backend))
+    literal = Memory(layer.cpu(), {n: w.detach().double() for n, w in layer.named_parameters()})
+    layer.to(device_of(backend))
+    begun = literal.begin(2)
+    close(layer.recall(x).cpu(), literal.recall(x.cpu().double(), begun), 1e-4)
+    _, state = layer(x, return_state=True)
+    _, learned = literal.learn(x.cpu().double(), begun)
+    close(
+        layer.recall(x[:, :3], state).cpu(), literal.recall(x[:, :3].cpu().double(), learned), 1e-4
+    )
+
+
+def test_a_memory_of_three_matrices():
+    torch.manual_seed(0)
+    layer = randomised(nn.TitansMemory(8, 2, depth=3, expansion=2, chunk_size=4))
+    x = torch.randn(1, 5, 8, requires_grad=True)
     assert_reads_as(layer, module_by_hand(layer), x, backend="cpu", tolerance=2e-4)
 
 
-def test_the_layer_at_its_defaults():
+@EVERY
+def test_the_layer_at_its_defaults(backend):
     torch.manual_seed(0)
-    layer = nn.TitansMemory(16, 2)
+    layer = nn.TitansMemory(16, 2, backend=backend)
     assert (layer.chunk_size, layer.conv.shape[0], len(layer.memory)) == (64, 4, 1)
     assert layer.max_step == 2 / 8 and not layer.memory[0].any()
     x = torch.randn(1, 66, 16, requires_grad=True)
-    assert_reads_as(layer, module_by_hand(layer), x, backend="cpu", tolerance=2e-4)
+    assert_reads_as(layer, module_by_hand(layer), x, backend=backend, tolerance=2e-4)
 
 
-def test_the_layer_forgets_nothing_but_what_its_gate_says():
+@EVERY
+def test_the_memory_forgets_nothing_but_what_its_gate_says(backend):
     """A pair of key and value that was written is read many tokens later."""
-    q = F.normalize(torch.randn(1, 300, 1, 16), dim=-1)
-    v, gates = torch.randn(1, 300, 1, 8), torch.zeros(3, 1, 300, 1)
-    gates[2, :, 5] = 1  # a step for token 5 alone
+    device = device_of(backend)
+    q = F.normalize(torch.randn(1, 300, 1, 16, device=device), dim=-1)
+    v, gates = torch.randn(1, 300, 1, 8, device=device), torch.zeros(3, 1, 300, 1, device=device)
+    gates[2, :, 5] = 1  # a step for token 5 only
     q[:, 299] = q[:, 5]
     alpha, eta, theta = gates
-    out = tm.titans_memory(q, q, v, alpha=alpha, eta=eta, theta=theta)
+    out = tm.titans_memory(q, q, v, alpha=alpha, eta=eta, theta=theta, backend=backend)
     torch.testing.assert_close(out[:, 299], v[:, 5])
 
 
@@ -161,6 +173,24 @@ def test_the_layer_forgets_nothing_but_what_its_gate_says():
 def test_bad_options(options, says):
     with pytest.raises(RuntimeError, match=f"^tokenmill.nn.TitansMemory: {says}$"):
         nn.TitansMemory(**{"dim": 16, "num_heads": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda state: (), r"must be a TitansState; got \[\]"),
+        (lambda state: state._replace(memory=()), "must have 1 tensors of memory; got 0"),
+        (
+            lambda state: state._replace(tail=torch.zeros(2, 3, 40)),
+            r"must have tail of shape \[2, 3, 48\]; got \[2, 3, 40\]",
+        ),
+    ],
+)
+def test_bad_states(edit, says):
+    layer, x = nn.TitansMemory(16, 2), torch.zeros(2, 3, 16)
+    state = edit(layer(x, return_state=True)[1])
+    with pytest.raises(RuntimeError, match=f"^tokenmill.nn.TitansMemory: state: {says}$"):
+        layer(x, state)
 
 
 def test_bad_input():

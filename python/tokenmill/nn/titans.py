@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +11,43 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from .._autocast import Autocast
-from .._check import as_int, as_number, check, check_float32
+from .._check import (
+    as_int,
+    as_number,
+    check,
+    check_bool,
+    check_device_of,
+    check_float32,
+    check_tensor,
+    fail,
+)
 from ..linear.titans_memory import titans_memory
 from ..linear.titans_rules import check_chunk_size
 from ..reference.linear.titans_memory import weights_of
 from .rules import check_input, check_wide_heads
 
 NAME = "nn.TitansMemory"
+
+
+class TitansState(NamedTuple):
+    """What :class:`TitansMemory` knows of the tokens that it has read.
+
+    Args:
+        memory: a tensor ``[B, H, in, out]`` for each matrix of a memory, after the last token.
+        momentum: as memory, the momentum of gradient descent.
+        tail: ``[B, conv_size - 1, 3 H D]``, what the convolution still sees of the last tokens.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> layer = tm.nn.TitansMemory(64, 4, chunk_size=8)
+        >>> y, state = layer(torch.randn(2, 16, 64), return_state=True)
+        >>> state.memory[0].shape, state.tail.shape
+        (torch.Size([2, 4, 16, 16]), torch.Size([2, 3, 192]))
+    """
+
+    memory: tuple[Tensor, ...]
+    momentum: tuple[Tensor, ...]
+    tail: Tensor
 
 
 class TitansMemory(nn.Module):
@@ -44,9 +75,14 @@ class TitansMemory(nn.Module):
         max_step: the largest theta. None: 2 / D, a step of 1 for the mean of the squared errors of
             the channels instead of half of their sum.
         eps: of the norm, which is over the channels of a head.
+        backend: of :func:`tokenmill.titans_memory` (see :func:`tokenmill.explain`); a memory of
+            several matrices has none.
 
     Shape:
-        x ``[B, N, C]`` to the same; float16, bfloat16, float32, float64.
+        x ``[B, N, C]`` to the same; float16, bfloat16, float32, float64. With return_state also a
+        :class:`TitansState`, which a later call takes as ``state=``: the two are one call with all
+        tokens if the first has a multiple of chunk_size tokens, as a call begins a chunk.
+        :meth:`recall` reads a memory and leaves it as it is.
 
     Weights: qkv_proj ``[3 H D, C]``, rows of all queries, keys and values; conv ``[conv_size,
     3 H D]``, the last row that of the token itself; gates ``[3 H, C]`` with a bias, rows of alpha,
@@ -75,6 +111,10 @@ class TitansMemory(nn.Module):
         torch.Size([2, 100, 64])
         >>> tm.nn.TitansMemory(64, 4, depth=2, chunk_size=8)(torch.randn(2, 20, 64)).shape
         torch.Size([2, 20, 64])
+        >>> x = torch.randn(1, 192, 64)
+        >>> first, state = layer(x[:, :64], return_state=True)
+        >>> torch.allclose(layer(x)[:, 64:], layer(x[:, 64:], state), atol=1e-4)
+        True
     """
 
     def __init__(
@@ -89,6 +129,7 @@ class TitansMemory(nn.Module):
         conv_size: int = 4,
         max_step: float | None = None,
         eps: float = 1e-6,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         dim, num_heads, head_dim = check_wide_heads(NAME, dim, num_heads, head_dim, most=2**16)
@@ -101,7 +142,7 @@ class TitansMemory(nn.Module):
         check_float32(NAME, "max_step", max_step)
         inner = num_heads * head_dim
         self.num_heads, self.head_dim, self.chunk_size = num_heads, head_dim, chunk_size
-        self.max_step = max_step
+        self.max_step, self.backend = max_step, backend
         self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)
         self.conv = nn.Parameter(torch.randn(small["conv_size"], 3 * inner))
         with torch.no_grad():
@@ -120,70 +161,172 @@ class TitansMemory(nn.Module):
         self.norm = nn.RMSNorm(head_dim, eps=as_number(NAME, "eps", eps))
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_input(NAME, "x", x, self.qkv_proj.weight)
-        channels = self.qkv_proj.in_features
-        shaped = x.dim() == 3 and x.shape[-1] == channels
-        check(shaped, NAME, "x", f"must have shape [B, N, {channels}]", x.shape)
-        qkv = F.silu(_convolved(self.qkv_proj(x), self.conv))
+    @overload
+    def forward(
+        self, x: Tensor, state: TitansState | None = ..., *, return_state: Literal[False] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, state: TitansState | None = ..., *, return_state: Literal[True]
+    ) -> tuple[Tensor, TitansState]: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, state: TitansState | None = ..., *, return_state: bool
+    ) -> Tensor | tuple[Tensor, TitansState]: ...
+
+    def forward(
+        self, x: Tensor, state: TitansState | None = None, *, return_state: bool = False
+    ) -> Tensor | tuple[Tensor, TitansState]:
+        check_bool(NAME, "return_state", return_state)
+        self._check(x, state)
+        projected = self.qkv_proj(x)
+        tail = projected.new_zeros(x.shape[0], self.conv.shape[0] - 1, projected.shape[2])
+        if state is not None:
+            tail = state.tail.to(projected.dtype)
+        seen = torch.cat([tail, projected], 1)
+        qkv = F.silu(_convolved(seen, self.conv))
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         q, k = (F.normalize(t, dim=-1).to(v.dtype) for t in (q, k))
         wide = torch.promote_types(v.dtype, torch.float32)
         gates = torch.sigmoid(self.gates(x).to(wide)).unflatten(-1, (3, self.num_heads))
         alpha, eta, theta = gates.unbind(2)
         theta = theta * self.max_step
-        first = [w.to(wide).expand(x.shape[0], *w.shape) for w in self.memory]
+        after: tuple[Tensor, ...]
+        moved: tuple[Tensor, ...]
+        first = self._memory(x.shape[0], wide, state)
+        begun = [torch.zeros_like(w) for w in first]
+        if state is not None:
+            begun = [w.to(wide) for w in state.momentum]
         if len(first) == 1:
-            state = first[0], torch.zeros_like(first[0])
-            out = titans_memory(
+            out, (memory, momentum) = titans_memory(
                 q, k, v, alpha=alpha, eta=eta, theta=theta, chunk_size=self.chunk_size,
-                initial_state=state,
+                initial_state=(first[0], begun[0]), return_final_state=True, backend=self.backend,
             )  # fmt: skip
+            after, moved = (memory,), (momentum,)
         else:
-            out = _deep_memory(q, k, v, alpha, eta, theta, first, self.chunk_size)
+            out, after, moved = _deep_memory(
+                q, k, v, alpha, eta, theta, first, begun, self.chunk_size
+            )
+        y = self._gated(out, x)
+        if not return_state:
+            return y
+        return y, TitansState(after, moved, seen[:, x.shape[1] :])
+
+    def recall(self, x: Tensor, state: TitansState | None = None) -> Tensor:
+        """What the memory holds for tokens x ``[B, N, C]``, which it does not learn: y of the
+        equation above with the memory of the state (None: the one that a sequence begins with) for
+        every token. The convolution sees the tokens of x, not those before them."""
+        self._check(x, state)
+        inner = self.num_heads * self.head_dim
+        queries = F.linear(x, self.qkv_proj.weight[:inner])
+        size = self.conv.shape[0]
+        q = F.silu(_convolved(F.pad(queries, (0, 0, size - 1, 0)), self.conv[:, :inner]))
+        q = q.unflatten(-1, (self.num_heads, self.head_dim))
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q = F.normalize(q, dim=-1).to(q.dtype)
+        return self._gated(_read(q, self._memory(x.shape[0], wide, state)), x)
+
+    def _memory(self, batch: int, dtype: torch.dtype, state: TitansState | None) -> list[Tensor]:
+        """The matrices [B, H, in, out] that a call begins with."""
+        if state is not None:
+            return [w.to(dtype) for w in state.memory]
+        return [w.to(dtype).expand(batch, *w.shape) for w in self.memory]
+
+    def _gated(self, out: Tensor, x: Tensor) -> Tensor:
         out = self.norm(out.to(self.norm.weight.dtype)).flatten(-2)
         y: Tensor = self.out_proj(torch.sigmoid(self.output_gate(x)) * out)
         return y
+
+    def _check(self, x: Tensor, state: TitansState | None) -> None:
+        check_input(NAME, "x", x, self.qkv_proj.weight)
+        channels = self.qkv_proj.in_features
+        shaped = x.dim() == 3 and x.shape[-1] == channels
+        check(shaped, NAME, "x", f"must have shape [B, N, {channels}]", x.shape)
+        if state is None:
+            return
+        check(isinstance(state, TitansState), NAME, "state", "must be a TitansState", state)
+        tail = [x.shape[0], self.conv.shape[0] - 1, 3 * self.num_heads * self.head_dim]
+        matrices = [[x.shape[0], *w.shape] for w in self.memory]
+        wanted = {"memory": matrices, "momentum": matrices, "tail": [tail]}
+        for part, shapes in wanted.items():
+            _check_part(part, shapes, getattr(state, part), x)
 
     def extra_repr(self) -> str:
         sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}, depth={len(self.memory)}"
         return f"{sizes}, chunk_size={self.chunk_size}, max_step={self.max_step:g}"
 
 
-def _convolved(x: Tensor, weight: Tensor) -> Tensor:
-    """Each channel of x [B, N, C] with its causal filter, weight [size, C]."""
-    size, length = weight.shape[0], x.shape[1]
-    padded = F.pad(x, (0, 0, size - 1, 0))
-    y = weight[0] * padded[:, :length]
+def _check_part(part: str, shapes: list[Any], given: Any, x: Tensor) -> None:
+    """A part of a state has these shapes."""
+    given = given if isinstance(given, tuple) else (given,)
+    rule = f"must have {len(shapes)} tensors of {part}"
+    check(len(given) == len(shapes), NAME, "state", rule, len(given))
+    for t, shape in zip(given, shapes, strict=True):
+        check_tensor(NAME, "state", t)
+        check_device_of(NAME, "state", t, "x", x)
+        if list(t.shape) != shape:
+            fail(NAME, "state", f"must have {part} of shape {shape}", t.shape)
+
+
+def _convolved(seen: Tensor, weight: Tensor) -> Tensor:
+    """Each channel with its causal filter: seen [B, size - 1 + N, C], weight [size, C] to [B, N,
+    C]."""
+    size, length = weight.shape[0], seen.shape[1] - weight.shape[0] + 1
+    y = weight[0] * seen[:, :length]
     for i in range(1, size):
-        y = y + weight[i] * padded[:, i : i + length]
-    return y.to(x.dtype)
+        y = y + weight[i] * seen[:, i : i + length]
+    return y.to(seen.dtype)
+
+
+def _network(memory: Tensor, x: Tensor, shapes: list[torch.Size]) -> Tensor:
+    """x [.., in] through the matrices that lie in memory one after the other."""
+    for i, part in enumerate(memory.split([shape.numel() for shape in shapes])):
+        x = (F.gelu(x) if i else x) @ part.view(shapes[i])
+    return x
+
+
+def _flat(matrices: list[Tensor]) -> Tensor:
+    """[B, H, in, out] each, to [B H, numbers]."""
+    return torch.cat([w.flatten(2) for w in matrices], 2).flatten(0, 1)
+
+
+@Autocast(lower=("q",)).applied
+def _read(q: Tensor, memory: list[Tensor]) -> Tensor:
+    """q [B, N, H, D] through memories [B, H, in, out]."""
+    wide = q.to(memory[0].dtype).transpose(1, 2)
+    if len(memory) == 1:
+        return (wide @ memory[0]).transpose(1, 2).to(q.dtype)
+    if q.numel() == 0:
+        return torch.zeros_like(q)
+    shapes = [w.shape[2:] for w in memory]
+    read = vmap(lambda matrices, x: _network(matrices, x, shapes))
+    out: Tensor = read(_flat(memory), wide.flatten(0, 1))
+    return out.unflatten(0, wide.shape[:2]).transpose(1, 2).to(q.dtype)
 
 
 @Autocast(lower=("q", "k", "v")).applied
 def _deep_memory(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, eta: Tensor, theta: Tensor,
-    first: list[Tensor], chunk: int,
-) -> Tensor:  # fmt: skip
+    first: list[Tensor], begun: list[Tensor], chunk: int,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
     """titans_memory of memories that are networks, which begin with the matrices of first, [B, H,
-    in, out] each."""
+    in, out] each, and their momentum: out, memory and momentum."""
     if q.numel() == 0:
-        return torch.zeros_like(v)
+        return torch.zeros_like(v), tuple(first), tuple(begun)
     shapes = [w.shape[2:] for w in first]
 
     def recall(memory: Tensor, x: Tensor) -> Tensor:
-        for i, part in enumerate(memory.split([shape.numel() for shape in shapes])):
-            x = (F.gelu(x) if i else x) @ part.view(shapes[i])
-        return x
+        return _network(memory, x, shapes)
 
     def loss(memory: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return 0.5 * (recall(memory, key) - value).square().sum()
 
     gradients_of = vmap(vmap(grad(loss), (None, 0, 0)))
     read = vmap(vmap(recall))
-    memory = torch.cat([w.flatten(2) for w in first], 2).flatten(0, 1)  # [B H, numbers]
-    state = torch.stack([memory, torch.zeros_like(memory)], 1)
-    lanes = [t.to(memory.dtype).transpose(1, 2).flatten(0, 1) for t in (q, k, v, alpha, eta, theta)]
+    state = torch.stack([_flat(first), _flat(begun)], 1)  # [B H, 2, numbers]
+    lanes = [t.to(state.dtype).transpose(1, 2).flatten(0, 1) for t in (q, k, v, alpha, eta, theta)]
     outs = []
     for queries, keys, values, forget, keep, step in zip(
         *(t.split(chunk, 1) for t in lanes), strict=True
@@ -193,4 +336,16 @@ def _deep_memory(
         outs.append(read(w[..., :2] @ state - w[..., 2:] @ gradients, queries))
         end = torch.stack([w[:, -1], es[-1]], 1)
         state = end[..., :2] @ state - end[..., 2:] @ gradients
-    return torch.cat(outs, 1).unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2).to(q.dtype)
+    lead = (q.shape[0], q.shape[2])
+    out = torch.cat(outs, 1).unflatten(0, lead).transpose(1, 2).to(q.dtype)
+    final = state.unflatten(0, lead)  # [B, H, 2, numbers]
+    memory, momentum = (
+        tuple(
+            part.unflatten(-1, shape)
+            for part, shape in zip(
+                final[:, :, i].split([s.numel() for s in shapes], -1), shapes, strict=True
+            )
+        )
+        for i in range(2)
+    )
+    return out, memory, momentum

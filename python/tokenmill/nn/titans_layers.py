@@ -1,0 +1,432 @@
+"""The three ways in which Titans joins attention and a neural memory."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from .. import masks
+from .._check import (
+    as_int,
+    as_number,
+    check,
+    check_bool,
+    check_device_of,
+    check_tensor,
+    check_text,
+    fail,
+)
+from ..dense.attention import attention
+from .rules import check_input, check_wide_heads
+from .titans import TitansMemory, TitansState
+
+
+class TitansLayerState(NamedTuple):
+    """What :class:`TitansMAG` and :class:`TitansMAL` know of the tokens that they have read.
+
+    Args:
+        memory: that of their memory.
+        k, v: ``[B, M, H, D]``, keys and values of the last M tokens, at most window - 1 of them.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> layer = tm.nn.TitansMAG(64, 4, window=6)
+        >>> y, state = layer(torch.randn(2, 20, 64), return_state=True)
+        >>> state.k.shape
+        torch.Size([2, 5, 4, 16])
+    """
+
+    memory: TitansState
+    k: Tensor
+    v: Tensor
+
+
+class _Layer(nn.Module):
+    """Attention with persistent tokens, and a memory."""
+
+    name: str
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int | None,
+        persistent: int,
+        memory: TitansMemory | None,
+        gated: bool,
+        eps: float,
+        backend: str | None,
+    ) -> None:
+        super().__init__()
+        dim, num_heads, head_dim = check_wide_heads(self.name, dim, num_heads, head_dim, most=256)
+        persistent = as_int(self.name, "persistent", persistent)
+        check(0 <= persistent < 2**20, self.name, "persistent", "must be 0 to 2^20 - 1", persistent)
+        if memory is None:
+            memory = TitansMemory(dim, num_heads, head_dim, backend=backend)
+        held = isinstance(memory, TitansMemory)
+        check(held, self.name, "memory", "must be a TitansMemory or None", memory)
+        channels = memory.qkv_proj.in_features
+        check(channels == dim, self.name, "memory", f"must have {dim} channels", channels)
+        inner = num_heads * head_dim
+        self.num_heads, self.head_dim, self.backend = num_heads, head_dim, backend
+        self.persistent = nn.Parameter(0.02 * torch.randn(persistent, dim))
+        self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.memory = memory
+        if gated:
+            eps = as_number(self.name, "eps", eps)
+            self.norm, self.gate_norm = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
+
+    def _check_x(self, x: Tensor, return_state: bool) -> None:
+        check_bool(self.name, "return_state", return_state)
+        check_input(self.name, "x", x, self.qkv_proj.weight)
+        channels = self.qkv_proj.in_features
+        shaped = x.dim() == 3 and x.shape[-1] == channels
+        check(shaped, self.name, "x", f"must have shape [B, N, {channels}]", x.shape)
+
+    def _check_state(self, x: Tensor, state: TitansLayerState | None) -> None:
+        if state is None:
+            return
+        held = isinstance(state, TitansLayerState)
+        check(held, self.name, "state", "must be a TitansLayerState", state)
+        for part in ("k", "v"):
+            t = getattr(state, part)
+            check_tensor(self.name, "state", t)
+            check_device_of(self.name, "state", t, "x", x)
+            rows = state.k.shape[1] if state.k.dim() == 4 else 0
+            shape = [x.shape[0], rows, self.num_heads, self.head_dim]
+            if list(t.shape) != shape:
+                fail(self.name, "state", f"must have {part} of shape {shape}", t.shape)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        out = attention(q, k, v, **options, backend=self.backend)
+        y: Tensor = self.out_proj(out.flatten(-2))
+        return y
+
+    def _after_persistent(self, x: Tensor) -> Tensor:
+        """x [B, N, C] with the persistent tokens before it."""
+        first = self.persistent.to(x.dtype).expand(x.shape[0], *self.persistent.shape)
+        return torch.cat([first, x], 1)
+
+    def _gated(self, y: Tensor, m: Tensor) -> Tensor:
+        """norm(y) * sigmoid(norm(m)), each with its learned vector."""
+        dtype = self.norm.weight.dtype  # autocast leaves a norm alone
+        gate = torch.sigmoid(self.gate_norm(m.to(dtype)))
+        return (self.norm(y.to(dtype)) * gate).to(y.dtype)
+
+    def _kept(self, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+        """The keys and values that a next token sees."""
+        first = max(k.shape[1] - (window - 1), 0)
+        return k[:, first:], v[:, first:]
+
+    def extra_repr(self) -> str:
+        tokens = f"persistent={self.persistent.shape[0]}"
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, {tokens}"
+
+
+class TitansMAC(_Layer):
+    r"""Memory as context: attention in a segment sees what the memory holds for the segment, and
+    the memory learns what attention gives.
+
+    For segment t, with persistent tokens P and the memory M,
+
+    .. math::
+       h_t = M^*_{t-1}(S_t), \qquad y_t = \operatorname{Attn}([P, h_t, S_t]), \qquad
+       M_t = M_{t-1}(y_t), \qquad o_t = y_t \otimes M^*_t(y_t)
+
+    where M* reads and does not learn, y_t are the results for the tokens of the segment, and
+    :math:`a \otimes b = \operatorname{RMSNorm}(a) \odot \sigma(\operatorname{RMSNorm}(b))`.
+
+    Args:
+        dim: channels C of the input.
+        num_heads: heads H of the attention.
+        head_dim: channels D of a head. None: C / H.
+        segment: tokens of a segment. The last one may be shorter.
+        persistent: tokens P that every segment sees, which are learned.
+        retrieved: what a token sees of h_t, which has a token for each one of the segment: "past"
+            (those of tokens up to itself) or "segment" (all, as the paper draws it: a token then
+            depends on later ones of its segment).
+        memory: a :class:`TitansMemory` of C channels; its chunk_size cuts each segment. None: one
+            with a matrix for each head, of the same num_heads and head_dim.
+        eps: of the two norms.
+        backend: of the attention and of a memory that the layer makes.
+
+    Shape:
+        x ``[B, N, C]`` to the same; float16, bfloat16, float32. With return_state also a
+        :class:`TitansState`, which a later call takes as ``state=``: the two are one call with all
+        tokens if the first has whole segments. To generate, keep the state of the last whole
+        segment and call with the tokens of the open one.
+
+    Weights: persistent ``[P, C]``, qkv_proj ``[3 H D, C]``, out_proj ``[C, H D]``, norm and
+    gate_norm ``[C]``, memory.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: attention of N / segment segments to P + 2 segment keys, and a memory that reads N
+    tokens twice; segments are computed one after the other.
+
+    Paper: Titans: Learning to Memorize at Test Time (Behrouz et al. 2025), section 4.1, equations
+    21 to 25, and section 4.2 for the product. Two things are read here so that no token depends on
+    a later one: "past" above, and :math:`M^*_t(y_t)`, which reads for each token after that token
+    was learned, not after the segment. Positions of the attention are the caller's: the paper names
+    none. No code of the authors is released; titans-pytorch, the widely used implementation, has
+    learned tokens in place of h_t and adds what the memory reads to the stream of the layer.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> layer = tm.nn.TitansMAC(64, 4, segment=16)
+        >>> x = torch.randn(2, 40, 64)
+        >>> y, state = layer(x[:, :32], return_state=True)
+        >>> torch.allclose(layer(x[:, 32:], state), layer(x)[:, 32:], atol=1e-4)
+        True
+    """
+
+    name = "nn.TitansMAC"
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        *,
+        segment: int = 128,
+        persistent: int = 4,
+        retrieved: Literal["past", "segment"] = "past",
+        memory: TitansMemory | None = None,
+        eps: float = 1e-6,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(dim, num_heads, head_dim, persistent, memory, True, eps, backend)
+        segment = as_int(self.name, "segment", segment)
+        check(1 <= segment < 2**20, self.name, "segment", "must be 1 to 2^20 - 1", segment)
+        check_text(self.name, "retrieved", retrieved)
+        known = retrieved in ("past", "segment")
+        check(known, self.name, "retrieved", "must be 'past' or 'segment'", retrieved)
+        self.segment, self.retrieved = segment, retrieved
+
+    @overload
+    def forward(
+        self, x: Tensor, state: TitansState | None = ..., *, return_state: Literal[False] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, state: TitansState | None = ..., *, return_state: Literal[True]
+    ) -> tuple[Tensor, TitansState]: ...
+
+    def forward(
+        self, x: Tensor, state: TitansState | None = None, *, return_state: bool = False
+    ) -> Tensor | tuple[Tensor, TitansState]:
+        self._check_x(x, return_state)
+        outs = []
+        for part in x.split(self.segment, 1):
+            y = self._read(part, self.memory.recall(part, state))
+            learned, state = self.memory(y, state, return_state=True)
+            outs.append(self._gated(y, learned))
+        out = torch.cat(outs, 1)
+        if not return_state:
+            return out
+        assert state is not None
+        return out, state
+
+    def _read(self, part: Tensor, recalled: Tensor) -> Tensor:
+        """Attention of a segment's tokens to persistent tokens, recalled ones and themselves."""
+        tokens, first = part.shape[1], self.persistent.shape[0]
+        seen = self._after_persistent(torch.cat([recalled, part], 1))
+        q, k, v = self._heads(seen)
+        q = q[:, first + tokens :]
+        if self.retrieved == "segment":  # persistent and recalled tokens lie before the segment
+            return self._attend(q, k, v, causal=True)
+        row = torch.arange(tokens, device=part.device, dtype=torch.int32)
+        begin = torch.stack([torch.zeros_like(row), torch.full_like(row, first + tokens)], -1)
+        end = torch.stack([row + 1 + first, row + 1 + first + tokens], -1)
+        return self._attend(q, k, v, mask=masks.ranges(begin[None, None], end[None, None]))
+
+
+class TitansMAG(_Layer):
+    r"""Memory as gate: attention in a window and a memory, side by side.
+
+    .. math::
+       y = \operatorname{SW-Attn}^*([P, x]), \qquad o = y \otimes M([P, x])
+
+    where a token sees all persistent tokens P and a window of tokens that ends with itself, and
+    :math:`a \otimes b = \operatorname{RMSNorm}(a) \odot \sigma(\operatorname{RMSNorm}(b))`.
+
+    Args:
+        dim, num_heads, head_dim, persistent, memory, eps, backend: as :class:`TitansMAC` has them.
+        window: tokens that a token sees, itself included.
+
+    Shape:
+        x ``[B, N, C]`` to the same; float16, bfloat16, float32. With return_state also a
+        :class:`TitansLayerState`, which a later call takes as ``state=``: the two are one call with
+        all tokens if the first ends a chunk of the memory, which reads P + N tokens. With a memory
+        of chunk_size 1 every token does.
+
+    Weights: as :class:`TitansMAC`.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: attention of N tokens to P + window keys each, and a memory that reads P + N tokens.
+
+    Paper: Titans: Learning to Memorize at Test Time (Behrouz et al. 2025), section 4.2, equations
+    26 to 28. The nonlinearity of the product is a sigmoid of the memory's side, as titans-pytorch
+    gates what attention gives.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> layer = tm.nn.TitansMAG(64, 4, window=8, memory=tm.nn.TitansMemory(64, 4, chunk_size=1))
+        >>> x = torch.randn(2, 20, 64)
+        >>> y, state = layer(x[:, :19], return_state=True)
+        >>> torch.allclose(layer(x[:, 19:], state), layer(x)[:, 19:], atol=1e-4)
+        True
+    """
+
+    name = "nn.TitansMAG"
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        *,
+        window: int = 128,
+        persistent: int = 4,
+        memory: TitansMemory | None = None,
+        eps: float = 1e-6,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(dim, num_heads, head_dim, persistent, memory, True, eps, backend)
+        self.window = _window(self.name, window)
+
+    @overload
+    def forward(
+        self, x: Tensor, state: TitansLayerState | None = ..., *, return_state: Literal[False] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, state: TitansLayerState | None = ..., *, return_state: Literal[True]
+    ) -> tuple[Tensor, TitansLayerState]: ...
+
+    def forward(
+        self, x: Tensor, state: TitansLayerState | None = None, *, return_state: bool = False
+    ) -> Tensor | tuple[Tensor, TitansLayerState]:
+        self._check_x(x, return_state)
+        self._check_state(x, state)
+        first, tokens = self.persistent.shape[0], x.shape[1]
+        seen = self._after_persistent(x)
+        q, k, v = self._heads(seen)
+        persistent, near = ((k[:, :first], v[:, :first]), (k[:, first:], v[:, first:]))
+        if state is None:
+            learned, after = self.memory(seen, return_state=True)
+            learned = learned[:, first:]
+        else:
+            near = _joined((state.k, state.v), near)
+            learned, after = self.memory(x, state.memory, return_state=True)
+        k, v = _joined(persistent, near)
+        past = k.shape[1] - tokens
+        at = torch.arange(past, past + tokens, device=x.device, dtype=torch.int32)
+        begin = torch.stack([torch.zeros_like(at), (at + 1 - self.window).clamp(min=first)], -1)
+        end = torch.stack([torch.full_like(at, first), at + 1], -1)
+        mask = masks.ranges(begin[None, None], end[None, None])
+        y = self._attend(q[:, first:], k, v, mask=mask)
+        out = self._gated(y, learned)
+        if not return_state:
+            return out
+        return out, TitansLayerState(after, *self._kept(*near, self.window))
+
+
+class TitansMAL(_Layer):
+    r"""Memory as layer: a memory, and attention in a window to what it gives.
+
+    .. math::
+       y = M([P, x]), \qquad o = \operatorname{SW-Attn}(y)
+
+    Args:
+        dim, num_heads, head_dim, persistent, memory, backend: as :class:`TitansMAC` has them.
+        window: tokens that a token sees, itself included. What the memory gives for the
+            persistent tokens P lies before the first token.
+
+    Shape:
+        as :class:`TitansMAG`, state included.
+
+    Weights: persistent ``[P, C]``, memory, qkv_proj ``[3 H D, C]``, out_proj ``[C, H D]``.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: a memory that reads P + N tokens, and attention of N tokens to a window.
+
+    Paper: Titans: Learning to Memorize at Test Time (Behrouz et al. 2025), section 4.3, equations
+    29 to 31.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> layer = tm.nn.TitansMAL(64, 4, window=8)
+        >>> layer(torch.randn(2, 20, 64)).shape
+        torch.Size([2, 20, 64])
+    """
+
+    name = "nn.TitansMAL"
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        *,
+        window: int = 128,
+        persistent: int = 4,
+        memory: TitansMemory | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(dim, num_heads, head_dim, persistent, memory, False, 0.0, backend)
+        self.window = _window(self.name, window)
+
+    @overload
+    def forward(
+        self, x: Tensor, state: TitansLayerState | None = ..., *, return_state: Literal[False] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, state: TitansLayerState | None = ..., *, return_state: Literal[True]
+    ) -> tuple[Tensor, TitansLayerState]: ...
+
+    def forward(
+        self, x: Tensor, state: TitansLayerState | None = None, *, return_state: bool = False
+    ) -> Tensor | tuple[Tensor, TitansLayerState]:
+        self._check_x(x, return_state)
+        self._check_state(x, state)
+        tokens = x.shape[1]
+        if state is None:
+            learned, after = self.memory(self._after_persistent(x), return_state=True)
+        else:
+            learned, after = self.memory(x, state.memory, return_state=True)
+        q, k, v = self._heads(learned)
+        if state is not None:
+            k, v = _joined((state.k, state.v), (k, v))
+        q = q[:, q.shape[1] - tokens :]
+        out = self._attend(q, k, v, causal=True, window=(self.window - 1, 0))
+        if not return_state:
+            return out
+        return out, TitansLayerState(after, *self._kept(k, v, self.window))
+
+
+def _window(name: str, window: int) -> int:
+    window = as_int(name, "window", window)
+    check(1 <= window < 2**31, name, "window", "must be 1 to 2^31 - 1", window)
+    return window
+
+
+def _joined(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values, one after the other along the tokens."""
+    k, v = (torch.cat([a.to(b.dtype), b], 1) for a, b in zip(before, after, strict=True))
+    return k, v
