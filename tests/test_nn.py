@@ -80,6 +80,14 @@ CASES = {
         lambda: nn.BiFormerAttention(32, 4, regions=2, topk=2, padding="input"),
         lambda n: (randn(1, n, 8, 32),),
     ),
+    "CharacterAttention": Case(
+        lambda: nn.CharacterAttention(16, 2, grid=(2, 4)),
+        lambda n: (randn(n // 8, 8, 16),),  # its length is fixed
+    ),
+    "CharacterConsistencyLoss": Case(
+        lambda: nn.CharacterConsistencyLoss(5, 16),
+        lambda n: (randn(2, n, 16), torch.arange(2 * n).view(2, n) % 5),
+    ),
     "ClsTokenPruning": Case(
         lambda: nn.ClsTokenPruning(8), lambda n: (randn(2, 1 + n, 8), torch.rand(2, n))
     ),
@@ -123,7 +131,8 @@ CASES = {
     ),
     "FocusSelect": Case(nn.FocusSelect, lambda n: (torch.rand(2, n), torch.rand(2, n) < 0.8)),
     "MiniMaxLightningAttention": Case(
-        lambda: nn.MiniMaxLightningAttention(16, 2, layer=1, num_layers=4), lambda n: (randn(2, n, 16),)
+        lambda: nn.MiniMaxLightningAttention(16, 2, layer=1, num_layers=4),
+        lambda n: (randn(2, n, 16),),
     ),
     "Pattention": Case(lambda: nn.Pattention(16, 8, 6), lambda n: (randn(2, n, 16),)),
     "PoNetMixing": Case(lambda: nn.PoNetMixing(32, 4), lambda n: (randn(2, n, 32), segments(n))),
@@ -165,6 +174,21 @@ CASES = {
         lambda: nn.SparsifinerEncoder(32, 2, 2, num_tokens=16, layers=(0,), token_keep_rate=0.5),
         lambda n: (randn(n // 8, 16, 32),),  # its length is fixed
     ),
+    "TaylorAttention": Case(
+        lambda: nn.TaylorAttention(16, 2, 4), lambda n: (randn(2, n, 16),)
+    ),
+    "TaylorWindowBlock": Case(
+        lambda: nn.TaylorWindowBlock(16, 2, feature_dim=4, window=5), lambda n: (randn(2, n, 16),)
+    ),
+    "TitansMAC": Case(
+        lambda: nn.TitansMAC(16, 2, segment=4), lambda n: (randn(2, n, 16),), (6, 7)
+    ),
+    "TitansMAG": Case(
+        lambda: nn.TitansMAG(16, 2, window=5), lambda n: (randn(2, n, 16),), (3, 4)
+    ),
+    "TitansMAL": Case(
+        lambda: nn.TitansMAL(16, 2, window=5), lambda n: (randn(2, n, 16),), (3, 4)
+    ),
     "TitansMemory": Case(
         lambda: nn.TitansMemory(16, 2, chunk_size=4), lambda n: (randn(2, n, 16),), (3, 4)
     ),
@@ -182,6 +206,16 @@ CASES = {
     "TokenReconstruction": Case(
         nn.TokenReconstruction,
         lambda n: (randn(1, n, 8, 16), randn(1, 4, 4, 16), randn(1, 4, 4, 16)),
+    ),
+    "TransNormerAttention": Case(
+        lambda: nn.TransNormerAttention(16, 2, layer=0, num_layers=3),
+        lambda n: (randn(2, n, 16),),
+    ),
+    "TransNormerLayer": Case(
+        lambda: nn.TransNormerLayer(16, 2, layer=1, num_layers=3), lambda n: (randn(2, n, 16),)
+    ),
+    "WindowAttention": Case(
+        lambda: nn.WindowAttention(16, 2, window=5), lambda n: (randn(2, n, 16),)
     ),
     "WordPooling": Case(
         lambda: nn.WordPooling(16, 2, prefix=2, dim_feedforward=16),

@@ -272,6 +272,9 @@ PLAIN: tuple[Any, ...] = (
     additive_attention, pattention, pointer_argmax, linear.titans_memory_decode,
     select.indexer_kl_loss, nn.Pattention,
     nn.AgentAttention, nn.TitansMemory, nn.SigmoidAttention, nn.MiniMaxLightningAttention,
+    nn.TitansMAC, nn.TitansMAG, nn.TitansMAL, nn.TransNormerAttention, nn.TransNormerLayer,
+    nn.TaylorAttention, nn.WindowAttention, nn.TaylorWindowBlock, nn.CharacterAttention,
+    nn.CharacterConsistencyLoss,
     nn.TokenAwarePooling, nn.EmbeddingPooling,
     nn.WordPooling, nn.FocusScorer, nn.FocusDualAttention, nn.SelectorSummary, nn.BiFormer,
     nn.EViTEncoder, nn.PoolFormer, nn.SparsifinerEncoder,
@@ -385,6 +388,48 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
         lambda r: {"dim": 16, "num_heads": 2, "chunk_size": 4, "x": r(2, 9, 16)},
         lambda r: {"dim": 16, "num_heads": 2, "chunk_size": 4, "x": r(1, 6, 16), "depth": 2,
                    "expansion": 2},
+    )),
+    (nn.TitansMemory, "recall", (
+        lambda r: {"dim": 16, "num_heads": 2, "x": r(2, 9, 16)},
+        lambda r: {"dim": 16, "num_heads": 2, "x": r(1, 6, 16), "depth": 2, "expansion": 2},
+    )),
+    (nn.TitansMAC, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "segment": 4, "persistent": 2, "x": r(1, 9, 16)},
+        lambda r: {"dim": 16, "num_heads": 2, "segment": 4, "retrieved": "segment",
+                   "x": r(1, 6, 16), "return_state": True},
+    )),
+    (nn.TitansMAG, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "window": 4, "persistent": 2, "x": r(1, 9, 16)},
+    )),
+    (nn.TitansMAL, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "window": 4, "persistent": 2, "x": r(1, 9, 16),
+                   "return_state": True},
+    )),
+    (nn.TransNormerAttention, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "layer": 0, "num_layers": 4, "x": r(2, 9, 16)},
+    )),
+    (nn.TransNormerLayer, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "layer": 1, "num_layers": 4, "glu_dim": 8,
+                   "x": r(2, 9, 16), "return_state": True},
+    )),
+    (nn.TaylorAttention, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "feature_dim": 4, "x": r(2, 9, 16)},
+    )),
+    (nn.WindowAttention, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "window": 4, "x": r(2, 9, 16)},
+    )),
+    (nn.TaylorWindowBlock, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "feature_dim": 4, "window": 4, "mlp_dim": 8,
+                   "x": r(2, 9, 16), "return_state": True},
+    )),
+    (nn.CharacterAttention, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "grid": (2, 5), "x": r(2, 10, 16)},
+        lambda r: {"dim": 16, "num_heads": 2, "grid": (2, 5), "x": r(2, 10, 16),
+                   "distance": "manhattan", "qkv_bias": True},
+    )),
+    (nn.CharacterConsistencyLoss, "forward", (
+        lambda r: {"num_classes": 5, "dim": 8, "features": r(2, 7, 8),
+                   "targets": r.ints(5, 2, 7) - 1},
     )),
     (nn.TokenAwarePooling, "forward", (
         lambda r: {"dim": 8, "num_scales": 3, "x": r(2, 5, 6, 8)},

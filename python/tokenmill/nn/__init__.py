@@ -11,6 +11,7 @@ Example:
 from .agent import AgentAttention
 from .biformer import AttentionLePE, BiFormerAttention
 from .biformer_model import BiFormer, biformer_base, biformer_small, biformer_stl, biformer_tiny
+from .character import CharacterAttention, CharacterConsistencyLoss
 from .class_token import ClsTokenPruning, EViTReorganize
 from .clustering import TokenClustering, TokenReconstruction
 from .dtop import ActiveTokens, DToPExit
@@ -36,9 +37,17 @@ from .selector import SelectorSummary
 from .sigmoid import SigmoidAttention
 from .sparsifiner import SparsifinerAttention
 from .sparsifiner_encoder import SparsifinerEncoder
-from .titans import TitansMemory
+from .taylor_window import (
+    TaylorAttention,
+    TaylorWindowBlock,
+    TaylorWindowState,
+    WindowAttention,
+)
+from .titans import TitansMemory, TitansState
+from .titans_layers import TitansLayerState, TitansMAC, TitansMAG, TitansMAL
 from .token_aware_pooling import AttentionDiversificationLoss, TokenAwarePooling
 from .tome import TokenMerging
+from .transnormer import TransNormerAttention, TransNormerLayer, TransNormerState
 from .word_pooling import WordPooling
 
 __all__ = [
@@ -48,6 +57,8 @@ __all__ = [
     "AttentionLePE",
     "BiFormer",
     "BiFormerAttention",
+    "CharacterAttention",
+    "CharacterConsistencyLoss",
     "ClsTokenPruning",
     "DToPExit",
     "EViTEncoder",
@@ -70,11 +81,23 @@ __all__ = [
     "SigmoidAttention",
     "SparsifinerAttention",
     "SparsifinerEncoder",
+    "TaylorAttention",
+    "TaylorWindowBlock",
+    "TaylorWindowState",
+    "TitansLayerState",
+    "TitansMAC",
+    "TitansMAG",
+    "TitansMAL",
     "TitansMemory",
+    "TitansState",
     "TokenAwarePooling",
     "TokenClustering",
     "TokenMerging",
     "TokenReconstruction",
+    "TransNormerAttention",
+    "TransNormerLayer",
+    "TransNormerState",
+    "WindowAttention",
     "WordPooling",
     "biformer_base",
     "biformer_small",
