@@ -18,11 +18,13 @@ from tier import QUICK
 import tokenmill as tm
 import tokenmill._emulator
 
+SEED = os.environ.get("TOKENMILL_TEST_SEED")  # of drawn calls; unset: the same calls in each run
 settings.register_profile(
     "tokenmill",
     deadline=None,
     print_blob=True,
-    derandomize=True,
+    derandomize=SEED is None,
+    database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("tokenmill")
@@ -46,7 +48,10 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # Hypothesis reads its option in this hook
 def pytest_configure(config):
+    if SEED is not None:
+        config.option.hypothesis_seed = SEED
     _selected[:] = config.getoption("--backend")
     if tm._library.emulated_built():  # races and values that nobody set, beside the bounds
         tm._emulator.configure("check=1")
