@@ -1,4 +1,5 @@
-"""Where the time of a run went: seconds of each operator and backend, at the end of it."""
+"""The end of a run: packages that were not there to be compared with, and where the time went,
+as seconds of each operator and backend."""
 
 from __future__ import annotations
 
@@ -39,7 +40,23 @@ def table(seconds: Iterable[tuple[str, float]], operators: Collection[str], isas
     return sorted(rows, key=lambda row: -row[1])
 
 
+def not_installed(reports: Iterable[object]) -> dict[str, list[str]]:
+    """{folder: packages} by the reasons "not installed: NAME" of tests that were skipped."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for report in reports:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        _, told, name = reason.partition("not installed: ")
+        if told:
+            found[str(PurePosixPath(report.nodeid.partition("::")[0]).parent)].add(name)
+    return {folder: sorted(names) for folder, names in sorted(found.items())}
+
+
 def pytest_terminal_summary(terminalreporter):
+    missing = not_installed(terminalreporter.stats.get("skipped", ()))
+    if missing:
+        terminalreporter.section("packages to compare with that are missing")
+    for folder, names in missing.items():
+        terminalreporter.write_line(f"{folder}: not installed: {', '.join(names)}")
     reports = [r for of in terminalreporter.stats.values() for r in of if hasattr(r, "duration")]
     # A report stands once for each of setup, call and teardown.
     rows = table(((r.nodeid, r.duration) for r in reports), registry.ops(), testing.cpu_isas())
