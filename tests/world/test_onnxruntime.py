@@ -311,7 +311,7 @@ def recurrence(rule, decay, beta, domain, seed=0, h=4, hk=2, tokens=37):
     beta = torch.rand(b, tokens, hk, generator=g) if beta else None
     out, final = answer(
         "LinearAttention", [*(x.flatten(2) for x in (q, k, v)), state, decay, beta], 2,
-        opset=24 if domain else 27, domain=domain, new=True, update_rule=rule, q_num_heads=h,
+        opset=24 if domain else 27, domain=domain, update_rule=rule, q_num_heads=h,
         kv_num_heads=hk, scale=0.5,
     )  # fmt: skip
     return q, k, v, state, decay, beta, out.view(b, tokens, h, dv), final
