@@ -79,6 +79,19 @@ def device_of(backend: str) -> str:
     return "cpu" if backend in ("cpu", "emulated", "reference") else DEVICE
 
 
+def assert_same(found, wanted, backend: str) -> None:
+    """Tensors with the same bits. The reference promises values: its products are torch's BLAS,
+    which chooses an order of sums by shapes and strides, so two of its results are each within two
+    floors of the error budget."""
+    if isinstance(found, torch.Tensor):
+        found, wanted = (found,), (wanted,)
+    for x, y in zip(found, wanted, strict=True):
+        if backend != "reference" or not x.is_floating_point():
+            assert torch.equal(x, y)
+        else:
+            assert tm.testing.error(x, y) <= 4 * tm.testing.FORWARD_FLOOR[x.dtype]
+
+
 def cpu_variants() -> list[tuple[str, str | None]]:
     """(backend, instruction set) for every kernel; None where there is no choice of set."""
     others: list[tuple[str, str | None]] = [(b, None) for b in backends() if b != "cpu"]

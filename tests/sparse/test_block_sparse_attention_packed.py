@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from block_sparse_calls import INF, NAN, drawn, gradients, run
-from conftest import backends, device_of
+from conftest import assert_same, backends, device_of
 
 import tokenmill as tm
 
@@ -92,18 +92,15 @@ def test_a_request_has_the_bits_and_gradients_that_it_has_alone(backend, case):
         own, own_kwargs, queries, keys, lists = alone(backend, args, kwargs, b)
         of_b = run(backend, own, own_kwargs, return_mass=True)
         rows[:, lists] = True
-        for got, want in zip((out[queries], lse[:, queries], mass[:, lists]), of_b, strict=True):
-            assert torch.equal(got, want[0])
+        found = (out[queries], lse[:, queries], mass[:, lists])
+        assert_same(found, [x[0] for x in of_b], backend)
         g = torch.Generator().manual_seed(1)
         cotangents = [torch.randn(t.shape, generator=g).to(t) for t in (out, lse)]
         cotangents = [cotangents[0][None, queries], cotangents[1][None, :, queries]]
         seen = [torch.where(torch.isfinite(r), r, 0.0) for r in of_b[:2]]
         of_b = torch.autograd.grad(seen, leaves[:3], cotangents)
         for got, want, at in zip(grads, of_b, (queries, keys, keys), strict=False):
-            if backend == "reference":
-                torch.testing.assert_close(got[at], want[at])
-            else:
-                assert torch.equal(got[at], want[at])
+            assert_same(got[at], want[at], backend)
     assert (mass[~rows] == 0).all()
     if backend != "reference":
         want = run("reference", args, kwargs, return_mass=True)
@@ -180,9 +177,8 @@ def test_packed_queries_of_padded_keys_and_of_pages(backend, page):
         own, own_kwargs, queries, _, rows = alone(backend, (q, k, v, *lists), kwargs, b)
         of_b = run(backend, own, own_kwargs)
         found = results[0][queries], results[1][:, queries], results[2][:, rows]
-        for got, want in zip(found, of_b, strict=True):
-            assert torch.equal(got, want[0])
-            assert not got.isnan().any()
+        assert_same(found, [x[0] for x in of_b], backend)
+        assert not any(x.isnan().any() for x in found)
 
 
 @pytest.mark.parametrize("backend", [b for b in backends("reference") if b != "triton"])
@@ -257,4 +253,4 @@ def test_latent_heads_of_a_request_are_those_that_it_has_alone(backend, keys):
             if backend in ON_GPUS:
                 torch.testing.assert_close(got, want[0], rtol=2e-5, atol=2e-5)
             else:
-                assert torch.equal(got, want[0])
+                assert_same(got, want[0], backend)
