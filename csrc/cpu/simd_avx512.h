@@ -189,6 +189,11 @@ TM_INLINE void restore_columns(vf& low, vf& high) {
 TM_INLINE vf narrow_bfloat(vf first_half, vf second_half) {
   return reinterpret_cast<vf>(_mm512_cvtne2ps_pbh(second_half, first_half));
 }
+// As narrow_bfloat rounds, in float32.
+TM_INLINE vf round_bfloat(vf x) {
+  const __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
 #endif
 
 constexpr unsigned kFlushBits = 0x8040;  // FTZ and DAZ

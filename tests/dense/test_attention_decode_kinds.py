@@ -81,3 +81,26 @@ def test_a_request_without_keys_has_sum_0(backend):
         assert torch.all(out[0] == 0) and torch.all(s[0] == 0)
         assert out[1].isfinite().all()
         assert kind == "relu" or torch.all(s[1] != 0)
+
+
+@pytest.mark.parametrize(
+    ("backend", "isa"), [v for v in cpu_variants() if v[0] == "cpu"], indirect=["isa"], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", (*KINDS, "sigmoid"))
+def test_the_only_key_of_a_row_gives_its_value(kind, dtype, backend, isa):
+    """Its weight is divided by itself as the product with V took it: rounded to 16 bits, where that
+    is. Weights here are not numbers of 16 bits."""
+    (q, k, v), kwargs = drawn(backend, (0, 1, 0), dtype, h=6, d=32, dv=40, capacity=1)
+    bias = torch.linspace(1.1, 2.9, 6)
+    options = {"kind": kind, "normalize": "sum", "scale": 0.0, "score_bias": bias}
+    options["return_lse"] = True
+    kwargs |= options
+    value = v[1].repeat_interleave(3, 1)
+    out, s = tm.attention_decode(q, k, v, **kwargs, backend=backend)
+    assert torch.equal(out[1], value)
+    wide = (x.double() for x in (q, k, v))
+    _, exact = tm.attention_decode(*wide, **kwargs, backend="reference")
+    assert tm.testing.error(s, exact) < 2**-14  # of weights before they are rounded
+    rows, _ = tm.attention(q[1:2].expand(-1, 5, -1, -1), k[1:2], v[1:2], **options, backend=backend)
+    assert torch.equal(rows[0], value.expand(5, -1, -1))

@@ -330,8 +330,9 @@ class Worker {
   }
 
   RowScale divide(int64_t r) const {
-    const float statistic = p.normalize == Normalize::count ? visible(t.first + r) : t.sum(r);
-    return {normalizer(p, statistic), statistic};
+    if (p.normalize != Normalize::count) return {normalizer(p, t.divisor(r)), t.sum(r)};
+    const float keys = visible(t.first + r);
+    return {normalizer(p, keys), keys};
   }
 
   void store_rows() {

@@ -41,6 +41,10 @@ struct QueryRows {
   // softmax, per row: exponents are taken relative to row_max, the first maximum, so that the only
   // key of a row has weight 1; it moves when an exponent exceeds raise_above.
   float *row_max, *raise_above, *sums;
+  // Other kinds: sums of the weights as the product with V takes them. A row is divided by these,
+  // so that its only key gives its value; where weights stay float32 they are `sums`.
+  float* divisors;
+  bool rounds;  // weights to 16 bits
 
   template <class Op>
   void set_sizes(const AttentionParams& p, int64_t step) {
@@ -50,8 +54,9 @@ struct QueryRows {
     ldo = width + kRowPad;
     ldp = step / Op::kPair + kRowPad;
     adds_up = p.normalize == Normalize::sum;
+    rounds = Op::kPair != 1;
   }
-  int64_t size(int64_t most) const { return most * (ldq + ldo + ldp + kWidth + 2) + 6 * 16; }
+  int64_t size(int64_t most) const { return most * (ldq + ldo + ldp + 2 * kWidth + 2) + 7 * 16; }
   void place(cpu::Workspace& workspace, int64_t most) {
     q = workspace.take(most * ldq);
     out = workspace.take(most * ldo);
@@ -59,17 +64,20 @@ struct QueryRows {
     sums = workspace.take(most * kWidth);
     row_max = workspace.take(most);
     raise_above = workspace.take(most);
+    divisors = rounds ? workspace.take(most * kWidth) : sums;
   }
 
   template <Exponent kKind>
   void clear(int64_t padded) {
     std::memset(out, 0, padded * ldo * sizeof(float));
     if (kKind != Exponent::sigmoid) std::memset(sums, 0, padded * kWidth * sizeof(float));
+    if (kKind == Exponent::logit) std::memset(divisors, 0, padded * kWidth * sizeof(float));
     if (kKind == Exponent::softmax) {
       for (int64_t r = 0; r < padded; ++r) row_max[r] = 0, raise_above[r] = -kInf;
     }
   }
   float sum(int64_t r) const { return sum_lanes(load(sums + r * kWidth)); }
+  float divisor(int64_t r) const { return sum_lanes(load(divisors + r * kWidth)); }
   RowScale epilogue(int64_t r, const float* sink) const {
     return softmax_epilogue(sum(r), row_max[r], raise_above[r] > -kInf, sink, score_mod->shift);
   }
@@ -189,6 +197,17 @@ TM_INLINE void store_weights(const QueryRows& t, int64_t row, vf (&s)[kRows][kVe
         TM_UNROLL(4)
         for (int j = 0; j < kVectors; ++j) sum = sum + s[r][j];
         store(t.sums + (row + r) * kWidth, sum);
+#if defined(__AVX512BF16__)
+        if constexpr (Op::kPair != 1) {
+          sum = load(t.divisors + (row + r) * kWidth);
+          TM_UNROLL(4)
+          for (int j = 0; j < kVectors; ++j) {
+            s[r][j] = round_bfloat(s[r][j]);
+            sum = sum + s[r][j];
+          }
+          store(t.divisors + (row + r) * kWidth, sum);
+        }
+#endif
       }
     } else {
       TM_UNROLL(4)

@@ -151,7 +151,7 @@ class DecodeWorker {
         }
       }
       for (int l = 0; l < kWidth; ++l)
-        block.row_max[l] = block.sums[l] = 0, block.raise_above[l] = -kInf;
+        block.row_max[l] = block.sums[l] = block.divisors[l] = 0, block.raise_above[l] = -kInf;
     }
     for (int64_t i = 0; i < blocks_ * kRows * plan_.ldo; i += kWidth) store(out_ + i, zero());
   }
@@ -415,6 +415,17 @@ class DecodeWorker {
       }
     });
     store(block.sums, load(block.sums) + sum);
+#if defined(__AVX512BF16__)
+    if constexpr (Op::kPair != 1) {
+      if (p_.normalize != Normalize::sum) return;
+      sum = load(block.divisors);
+      for (int64_t j = 0; j < vectors; ++j) {
+        scores[j] = round_bfloat(scores[j]);
+        sum = sum + scores[j];
+      }
+      store(block.divisors, sum);
+    }
+#endif
   }
 
   void store_partial(float* to) {
@@ -422,13 +433,17 @@ class DecodeWorker {
       for (int64_t row = 0; row < plan_.rows; ++row, to += plan_.partial_row) {
         const int64_t n = own * plan_.head_blocks + row / kRows, lane = row % kRows * kCount;
         const RowBlock<kRows>& block = block_[n];
-        float sum = 0;
+        float sum = 0, divisor = 0;
         for (int k = 0; k < kCount; ++k) sum += block.sums[lane + k];
+        for (int k = 0; k < kCount; ++k) divisor += block.divisors[lane + k];
         float* from = out_ + (n * kRows + row % kRows) * plan_.ldo;
         if constexpr (!kTiles) restore_order<Op>(from, plan_.ldo);
         for (int64_t c = 0; c < plan_.ldo; c += kWidth) store(to + c, load(from + c));
         to[plan_.ldo] = sum;
-        to[plan_.ldo + 1] = block.raise_above[lane] > -kInf ? block.row_max[lane] : -kInf;
+        if (kind_ == Exponent::softmax)
+          to[plan_.ldo + 1] = block.raise_above[lane] > -kInf ? block.row_max[lane] : -kInf;
+        else
+          to[plan_.ldo + 1] = Op::kPair == 1 ? sum : divisor;
       }
   }
 
@@ -442,8 +457,9 @@ class DecodeWorker {
       if (i >= Keys::queries(plan_.d)) continue;
       const auto row_max_of = [&](int64_t n) { return first[n * between + plan_.ldo + 1]; };
       float top = -kInf;
-      for (int64_t n = 0; n < parts_; ++n) top = row_max_of(n) > top ? row_max_of(n) : top;
-      float sum = 0;
+      for (int64_t n = 0; n < parts_ && kind_ == Exponent::softmax; ++n)
+        top = row_max_of(n) > top ? row_max_of(n) : top;
+      float sum = 0, divisor = 0;
       for (int64_t c = 0; c < plan_.ldo; c += kWidth) store(out_ + c, zero());
       for (int64_t n = 0; n < parts_; ++n) {
         const float* from = first + n * between;
@@ -451,6 +467,7 @@ class DecodeWorker {
         const float factor =
             kind_ != Exponent::softmax || row_max_of(n) == top ? 1 : std::exp2(shrink);
         sum += from[plan_.ldo] * factor;
+        divisor += from[plan_.ldo + 1];
         for (int64_t c = 0; c < plan_.ldo; c += kWidth)
           store(out_ + c, fma(load(from + c), set(factor), load(out_ + c)));
       }
@@ -459,8 +476,8 @@ class DecodeWorker {
         scale = softmax_epilogue(sum, top, top > -kInf, p_.sink ? p_.sink + head : nullptr,
                                  constant_of(head).shift);
       } else if (kind_ == Exponent::logit) {
-        if (p_.normalize == Normalize::count) sum = keys_.visible(i, head);
-        scale = {normalizer(p_, sum), sum};
+        if (p_.normalize == Normalize::count) sum = divisor = keys_.visible(i, head);
+        scale = {normalizer(p_, divisor), sum};
       }
       if (p_.lse) *lse_at(plan_.d, b_, q_start_, i, head) = scale.lse;
       store_row(out_, scale.factor, row_at(p_.out, {i, head}), p_.dtype, p_.value_dim);

@@ -102,7 +102,9 @@ struct DecodePlan {
   Unit* unit;  // and one behind the last, which has first_item alone
   int64_t partial_floats = 0, kept_floats = 0;
   cpu::Workspace memory;
-  float* partials;  // [items][heads * rows][partial_row]: sums of values, of weights, row_max
+  // [items][heads * rows][partial_row]: sums of values, of weights, and row_max (other kinds than
+  // softmax: what a row is divided by)
+  float* partials;
   float* kept;
 
  private:

@@ -32,6 +32,8 @@ struct RowBlock {
   bool uneven;  // some of its queries may not see all keys that were read of the step
   alignas(64) float slope[kWidth], constant[kWidth];
   alignas(64) float row_max[kWidth], raise_above[kWidth], sums[kWidth];
+  // Other kinds than softmax: sums of weights that are rounded to 16 bits for their product with V.
+  alignas(64) float divisors[kWidth];
 };
 
 // f(r) in the lanes of row r.
