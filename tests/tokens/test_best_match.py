@@ -105,7 +105,10 @@ def test_lengths_do_not_matter(seed, channels, backend):
 
 @each_backend
 def test_of_equal_rows_the_first(backend):
-    b = torch.randn(2, 90, 24).repeat(1, 3, 1).to(device_of(backend))
+    b = torch.randn(2, 90, 24)
+    if backend == "reference":  # torch's product of equal rows is equal if nothing of it is rounded
+        b = torch.where(b.argsort(-1).argsort(-1) < 16, b.sign(), 0.0)  # of length 4
+    b = b.repeat(1, 3, 1).to(device_of(backend))
     index, score = tm.best_match(b, b, normalize=True, backend=backend)
     assert torch.equal(index.cpu(), torch.arange(90, dtype=torch.int32).repeat(2, 3))
     torch.testing.assert_close(score, torch.ones_like(score))
