@@ -108,6 +108,7 @@ def test_attention_of_other_opsets(opset, backend):
     close(ours(q, k, v, None, backend, is_causal=1), wanted)
 
 
+@pytest.mark.skipif(not ON_HOST, reason="neither cpu nor reference is selected")
 @examples(30)
 @given(data=st.data())
 def test_any_attention_is_that_of_onnx(data):

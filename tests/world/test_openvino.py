@@ -96,6 +96,7 @@ def test_attention_is_that_of_openvino(case, backend):
     torch.testing.assert_close(found.cpu(), wanted, **CLOSE)
 
 
+@pytest.mark.skipif(not ON_HOST, reason="neither cpu nor reference is selected")
 @examples(6)
 @given(
     sq=st.integers(1, 70), sk=st.integers(1, 300), d=st.integers(1, 80), dv=st.integers(1, 80),
