@@ -250,6 +250,22 @@ def test_mass_of_listed_keys_is_their_weight(backend):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("backend", "isa"), [v for v in cpu_variants() if v[0] == "cpu"], indirect=["isa"]
+)
+def test_many_equal_weights_add_up(backend, isa):
+    """224 rows of weight 1 / n for each key: rounding is the same in every sum."""
+    q, k = torch.ones(1, 64, 7, 1), torch.ones(1, 16, 1, 1)
+    ids = torch.zeros(1, 1, 2, 1, dtype=torch.int32)
+    counts = torch.ones(1, 1, 2, dtype=torch.int32)
+    for n in (3, 5, 7):
+        *_, mass = tm.block_sparse_attention(
+            q, k, k, ids, counts, block_q=32, block_k=16, return_lse=True, return_mass=True,
+            seqlens_k=torch.tensor([n], dtype=torch.int32), backend=backend,
+        )  # fmt: skip
+        assert tm.testing.error(mass, torch.full_like(mass, 224.0)) <= 1e-6
+
+
 @each_backend
 def test_mass_counts_what_an_entry_adds(backend):
     """First and last keys, an id that is repeated and entries behind the count have none."""

@@ -11,7 +11,9 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-constexpr int64_t kMassRows = 512;  // packed at once, a multiple of kTileRows
+constexpr int64_t kMassRows = 512;  // packed at once
+// Rows that are summed from zero and added once: equal weights round alike in every sum.
+constexpr int64_t kMassSum = 8 * kTileRows;
 
 // Keys, the entry of each, and the first query of the block that sees it through the list.
 struct KeyPanel {
@@ -102,12 +104,15 @@ class MassWorker {
   void add(KeyPanel& panel) {
     pack_transposed<Float32>(ScatteredRows{panel.rows}, p.dtype, panel.keys, p.head_dim, 1.f, keys);
     for (int64_t j = panel.keys; j < kPanel; ++j) panel.from[j] = SeenBy::kNever;
-    vf sums[kTileVectors];
-    for (vf& sum : sums) sum = zero();
-    for (int64_t r = 0; r < count; r += kTileRows)
-      score_mod.plain ? add_rows<true>(sums, panel, r) : add_rows<false>(sums, panel, r);
-    float sum[kPanel];
-    for (int n = 0; n < kTileVectors; ++n) store(sum + n * kWidth, sums[n]);
+    float sum[kPanel] = {};
+    for (int64_t begin = 0; begin < count; begin += kMassSum) {
+      vf sums[kTileVectors];
+      for (vf& x : sums) x = zero();
+      for (int64_t r = begin; r < count && r < begin + kMassSum; r += kTileRows)
+        score_mod.plain ? add_rows<true>(sums, panel, r) : add_rows<false>(sums, panel, r);
+      for (int n = 0; n < kTileVectors; ++n)
+        store(sum + n * kWidth, load(sum + n * kWidth) + sums[n]);
+    }
     for (int64_t j = 0; j < panel.keys; ++j) mass[panel.entry[j]] += sum[j];
     panel.keys = 0;
   }
