@@ -48,4 +48,33 @@ TM_INLINE Weight weight_of(vf z) {
   }
 }
 
+// Logits become weights, which are added to the lanes of sums.
+template <bool kCoarse>
+TM_INLINE void add_weights(ScoreMap kind, vf* scores, int64_t vectors, float* sums) {
+  vf sum = zero();
+  visit_map(kind, [&](auto map) TM_LAMBDA {
+    for (int64_t j = 0; j < vectors; ++j) {
+      scores[j] = weight_of<decltype(map)::value, kCoarse>(scores[j]).value;
+      sum = sum + scores[j];
+    }
+  });
+  store(sums, load(sums) + sum);
+}
+
+// Weights become what products of Op make of them, and are added to the lanes of sums. Nothing
+// happens where they stay float32.
+template <class Op>
+TM_INLINE void add_rounded(vf* weights, int64_t vectors, float* sums) {
+#if defined(__AVX512BF16__)
+  if constexpr (Op::kPair != 1) {
+    vf sum = load(sums);
+    for (int64_t j = 0; j < vectors; ++j) {
+      weights[j] = round_bfloat(weights[j]);
+      sum = sum + weights[j];
+    }
+    store(sums, sum);
+  }
+#endif
+}
+
 }  // namespace tokenmill::TOKENMILL_ISA

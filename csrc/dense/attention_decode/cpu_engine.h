@@ -407,25 +407,8 @@ class DecodeWorker {
 
   __attribute__((noinline)) void weigh_logits(int64_t n, vf* scores, int64_t vectors) {
     RowBlock<kRows>& block = block_[n];
-    vf sum = zero();
-    visit_map(p_.map, [&](auto map) TM_LAMBDA {
-      for (int64_t j = 0; j < vectors; ++j) {
-        scores[j] = weight_of<decltype(map)::value, kCoarse>(scores[j]).value;
-        sum = sum + scores[j];
-      }
-    });
-    store(block.sums, load(block.sums) + sum);
-#if defined(__AVX512BF16__)
-    if constexpr (Op::kPair != 1) {
-      if (p_.normalize != Normalize::sum) return;
-      sum = load(block.divisors);
-      for (int64_t j = 0; j < vectors; ++j) {
-        scores[j] = round_bfloat(scores[j]);
-        sum = sum + scores[j];
-      }
-      store(block.divisors, sum);
-    }
-#endif
+    add_weights<kCoarse>(p_.map, scores, vectors, block.sums);
+    if (p_.normalize == Normalize::sum) add_rounded<Op>(scores, vectors, block.divisors);
   }
 
   void store_partial(float* to) {
