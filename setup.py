@@ -1,15 +1,17 @@
 """Drives CMake. Everything that is not a compiler belongs in pyproject.toml.
 
-Environment: TOKENMILL_CPU_ONLY=1 leaves CUDA out; TOKENMILL_CUDA_ARCHS ("80-real;90a-real")
-replaces the default list and makes a missing nvcc an error; TOKENMILL_TORCH_ROOT names a torch
-package to build against, TOKENMILL_CUTLASS the headers of CUTLASS; TOKENMILL_CPU_ISAS=native (or
-"avx2;avx512") builds the CPU kernels for fewer instruction sets; MAX_JOBS limits parallel
-compilers. For wheels: TOKENMILL_MANYLINUX=1 needs no library younger than manylinux_2_28 has;
-TOKENMILL_PREBUILT names an _ops.so of the same sources and options, beside which the bindings of
-another Python are built alone. For development: TOKENMILL_PTXVM=1 adds the PTX machine,
-TOKENMILL_OPS ("select/topk_select;dense/attention") builds the kernels of these operators alone,
-TOKENMILL_HEAD_DIMS ("64;128;256") attention's CUDA kernels for these head dimensions alone,
-TOKENMILL_SANITIZE=1 lets AddressSanitizer watch the CPU kernels (run with libasan preloaded).
+Environment: TOKENMILL_CUDA=1 builds the CUDA kernels for all default GPUs, 0 leaves them out; where
+it is not set they are built for the GPU of this machine (ci/cuda_choice.py);
+TOKENMILL_CUDA_ARCHS ("80-real;90a-real") replaces the default list and makes a missing nvcc an
+error; TOKENMILL_TORCH_ROOT names a torch package to build against, TOKENMILL_CUTLASS the headers of
+CUTLASS; TOKENMILL_CPU_ISAS=native (or "avx2;avx512") builds the CPU kernels for fewer instruction
+sets; MAX_JOBS limits parallel compilers. For wheels: TOKENMILL_MANYLINUX=1 needs no library younger
+than manylinux_2_28 has; TOKENMILL_PREBUILT names an _ops.so of the same sources and options, next
+to which only the bindings of another Python are built. For development: TOKENMILL_PTXVM=1 adds the
+PTX machine, TOKENMILL_OPS ("select/topk_select;dense/attention") builds the kernels of these
+operators only, TOKENMILL_HEAD_DIMS ("64;128;256") attention's CUDA kernels for these head
+dimensions only, TOKENMILL_SANITIZE=1 lets AddressSanitizer watch the CPU kernels (run with libasan
+preloaded).
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from build_backend import check_platform, find_cutlass, find_torch
+from build_backend import check_platform, choose_cuda, find_cutlass, find_nvcc, find_torch
+from cuda_choice import Choice
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -49,15 +52,17 @@ class BuildPy(build_py):
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         check_platform()
+        cuda = choose_cuda()
         import pybind11
 
         torch_root = find_torch()
         if torch_root is None:
             raise SystemExit("tokenmill build: torch: no torch >= 2.10 found to build against")
         install = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp + ("-ptxvm" if PTXVM else "")).resolve()
+        ptxvm = PTXVM and cuda.cuda
+        build = Path(self.build_temp + ("-ptxvm" if ptxvm else "")).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        if not PTXVM:  # of an earlier build in this tree: setuptools packs whatever lies there
+        if not ptxvm:  # of an earlier build in this tree: setuptools packs whatever lies there
             (install / "_emulated.so").unlink(missing_ok=True)
             shutil.rmtree(install / "_ptxvm", ignore_errors=True)
         options = {
@@ -76,7 +81,7 @@ class CMakeBuild(build_ext):
                 name: "ON" if os.environ.get(name) == "1" else "OFF"
                 for name in ("TOKENMILL_MANYLINUX", "TOKENMILL_SANITIZE")
             },
-            **cuda_options(),
+            **cuda_options(cuda),
         }
         if launcher := shutil.which("ccache"):
             options |= {f"CMAKE_{lang}_COMPILER_LAUNCHER": launcher for lang in ("CXX", "CUDA")}
@@ -86,41 +91,53 @@ class CMakeBuild(build_ext):
         subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *flags])
         prebuilt = os.environ.get("TOKENMILL_PREBUILT")
         target = "_C" if prebuilt else "all"
-        subprocess.check_call(["cmake", "--build", str(build), "-j", jobs, "--target", target])
+        plan = f"{(build / 'built' / 'plan').read_text()}; {cuda.why}; "
+        plan += f"{count_objects(build, target)} objects, {jobs} at a time"
+        print(f"tokenmill: {plan}", flush=True)
+        try:
+            subprocess.check_call(["cmake", "--build", str(build), "-j", jobs, "--target", target])
+        except subprocess.CalledProcessError:
+            raise SystemExit(
+                f"tokenmill build: a compiler failed, with the message above ({plan}); where "
+                "memory ran out, MAX_JOBS=1 compiles one object at a time"
+            ) from None
         part = ["--component", "bindings"] if prebuilt else []
         subprocess.check_call(["cmake", "--install", str(build), *part])
         if prebuilt:
             shutil.copy(prebuilt, install / "_ops.so")
 
 
-def cuda_options() -> dict[str, object]:
-    if os.environ.get("TOKENMILL_CPU_ONLY") == "1":
-        return {"TOKENMILL_CUDA": "OFF"}
-    archs = os.environ.get("TOKENMILL_CUDA_ARCHS")
-    options: dict[str, object] = {"TOKENMILL_CUDA": "ON" if archs else "AUTO"}
-    if archs:
-        options["TOKENMILL_CUDA_ARCHS"] = archs
+def count_objects(build: Path, target: str) -> int:
+    """How many object files a target is linked from."""
+    ninja = ["ninja", "-C", str(build), "-t", "inputs", target]
+    inputs = subprocess.run(ninja, capture_output=True, text=True, check=True).stdout
+    return sum(name.endswith(".o") for name in inputs.split())
+
+
+def cuda_options(choice: Choice) -> dict[str, object]:
+    if not choice.cuda:
+        return {"TOKENMILL_CUDA": "OFF", "TOKENMILL_PTXVM": "OFF"}
+    options: dict[str, object] = {"TOKENMILL_CUDA": "ON"}
+    if choice.archs:
+        options["TOKENMILL_CUDA_ARCHS"] = ";".join(choice.archs)
     options["TOKENMILL_PTXVM"] = "ON" if PTXVM else "OFF"
     options["CUTLASS_INCLUDE_DIR"] = find_cutlass() or ""
-    return options | pypi_nvcc_options()
+    return options | nvcc_options()
 
 
-def pypi_nvcc_options() -> dict[str, object]:
-    """Point CMake at an nvcc from PyPI wheels (site-packages/nvidia/cuXX) if no other is there."""
-    if shutil.which("nvcc") or "CUDACXX" in os.environ:
+def nvcc_options() -> dict[str, object]:
+    """Point CMake at an nvcc that it does not find itself."""
+    if os.environ.get("CUDACXX") or shutil.which("nvcc"):
         return {}
-    homes = (Path(p) / "nvidia" for p in sys.path if p)
-    found = [nvcc.parents[1] for home in homes for nvcc in sorted(home.glob("cu1*/bin/nvcc"))]
-    if not found:
-        return {}
-    home = found[-1]
-    # These wheels have lib where nvcc's profile says lib64, and no unversioned libcudart.so.
+    nvcc = find_nvcc()
+    assert nvcc is not None  # choose_cuda has asked
+    home = nvcc.parents[1]
+    options: dict[str, object] = {"CMAKE_CUDA_COMPILER": nvcc, "CUDAToolkit_ROOT": home}
+    if (home / "lib64").is_dir():
+        return options
+    # Wheels have lib where nvcc's profile says lib64, and no unversioned libcudart.so.
     os.environ["LIBRARY_PATH"] = f"{home}/lib:{os.environ.get('LIBRARY_PATH', '')}"
-    return {
-        "CMAKE_CUDA_COMPILER": home / "bin" / "nvcc",
-        "CUDAToolkit_ROOT": home,
-        "CUDA_CUDART": next((home / "lib").glob("libcudart.so.*")),
-    }
+    return options | {"CUDA_CUDART": next((home / "lib").glob("libcudart.so.*"))}
 
 
 mapped = mapped_packages()

@@ -16,6 +16,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import cuda_choice
 from setuptools import build_meta as _setuptools
 from setuptools.build_meta import *  # noqa: F403
 
@@ -74,17 +75,13 @@ def find_cutlass() -> Path | None:
     return None
 
 
-def wants_cuda() -> bool:
-    """Whether CMake will build the CUDA half."""
-    if os.environ.get("TOKENMILL_CPU_ONLY") == "1":
-        return False
-    wheels = any(next(p.glob("nvidia/cu1*/bin/nvcc"), None) for p in _search_path())
-    return bool(
-        os.environ.get("TOKENMILL_CUDA_ARCHS")
-        or os.environ.get("CUDACXX")
-        or shutil.which("nvcc")
-        or wheels
-    )
+def find_nvcc() -> Path | None:
+    return cuda_choice.find_nvcc(_search_path())
+
+
+def choose_cuda() -> cuda_choice.Choice:
+    """Whether the build has CUDA kernels, and for which GPUs. Asked for and missing: an error."""
+    return cuda_choice.choose(os.environ, find_nvcc())
 
 
 def check_platform() -> None:
@@ -99,12 +96,19 @@ def check_platform() -> None:
             "tokenmill build: C++ compiler: none was found; install g++ 12 or later "
             "(Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++) or set CXX"
         )
+    headers = Path(sysconfig.get_paths()["include"])
+    if "CMAKE_TOOLCHAIN_FILE" not in os.environ and not (headers / "Python.h").is_file():
+        raise SystemExit(
+            f"tokenmill build: Python: must have its headers (Debian, Ubuntu: apt-get install "
+            f"python3-dev; Fedora: dnf install python3-devel); got no {headers}/Python.h"
+        )
 
 
 def _requirements() -> list[str]:
     check_platform()  # before anything is downloaded
+    cuda = choose_cuda().cuda
     wanted = [] if find_torch() else [f"torch>={'.'.join(map(str, MIN_TORCH))}"]
-    if wants_cuda() and not find_cutlass():
+    if cuda and not find_cutlass():
         wanted.append(CUTLASS_REQUIREMENT)
     return wanted
 

@@ -46,7 +46,7 @@ install_torch() {
 # The workers share the cores: a thread of OpenMP that spins while it waits takes those of others.
 run_tests() { OMP_WAIT_POLICY=passive python -m pytest -n auto --dist worksteal "$@"; }
 
-cuda_wanted() { [ "${TOKENMILL_CPU_ONLY:-}" != 1 ] && command -v nvcc >/dev/null; }
+cuda_wanted() { [ "${TOKENMILL_CUDA:-}" != 0 ] && command -v nvcc >/dev/null; }
 
 # Headers of CUTLASS for the CUDA half, without what that package wants at run time, unless
 # TOKENMILL_CUTLASS points to some.

@@ -1,6 +1,6 @@
 """The source tree: which torch and CUTLASS the build backend takes, what the sdist holds, the
 project that ci/hub writes, the rules of ci/rules and the chips for which ci/gpu builds. Runs in a
-source tree alone."""
+source tree only; tests/test_install.py has the choice of CUDA."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ pytestmark = pytest.mark.skipif(not BACKEND.exists(), reason="not a source tree"
 @pytest.fixture
 def backend(monkeypatch):
     pytest.importorskip("setuptools")
+    monkeypatch.syspath_prepend(str(BACKEND.parent))
     spec = importlib.util.spec_from_file_location("build_backend", BACKEND)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "build_backend", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module._setuptools, "get_requires_for_build_wheel", lambda config: [])
-    for name in ("TOKENMILL_TORCH_ROOT", "TOKENMILL_CUTLASS", "TOKENMILL_CUDA_ARCHS", "CUDACXX"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TOKENMILL_CPU_ONLY", "1")
+    for name in ("TORCH_ROOT", "CUTLASS", "CUDA_ARCHS", "PTXVM"):
+        monkeypatch.delenv(f"TOKENMILL_{name}", raising=False)
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.setenv("TOKENMILL_CUDA", "0")
     return module
 
 
@@ -80,7 +82,7 @@ def test_cutlass_is_asked_for_where_cuda_is_built(backend, monkeypatch, tmp_path
     monkeypatch.setenv("TOKENMILL_TORCH_ROOT", str(torch_root))
     monkeypatch.setattr(backend, "_search_path", lambda: [tmp_path])
     assert backend.get_requires_for_build_wheel() == []
-    monkeypatch.delenv("TOKENMILL_CPU_ONLY")
+    monkeypatch.setenv("TOKENMILL_CUDA", "1")
     monkeypatch.setattr(backend.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert backend.get_requires_for_build_wheel() == ["nvidia-cutlass>=4.2"]
     headers = tmp_path / "cutlass_library" / "source" / "include"

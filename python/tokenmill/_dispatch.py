@@ -44,7 +44,7 @@ def reasons(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
         if device != "cuda":
             why.append(f"the tensors are on {device}")
         if not spec.forward.has_native("CUDA"):
-            why.append("no native CUDA kernel in this build")
+            why.append("no native CUDA kernel in this build (TOKENMILL_CUDA=1 builds them)")
     elif backend == "emulated":
         if not _library.emulated_built():
             return ["not in this build (TOKENMILL_PTXVM=1)"]
