@@ -12,6 +12,9 @@ PTX machine, TOKENMILL_OPS ("select/topk_select;dense/attention") builds the ker
 operators only, TOKENMILL_HEAD_DIMS ("64;128;256") attention's CUDA kernels for these head
 dimensions only, TOKENMILL_SANITIZE=1 lets AddressSanitizer watch the CPU kernels (run with libasan
 preloaded).
+
+An editable install puts the libraries into python/tokenmill and keeps the objects in build/, where
+the next build of any kind finds them.
 """
 
 from __future__ import annotations
@@ -50,6 +53,24 @@ class BuildPy(build_py):
 
 
 class CMakeBuild(build_ext):
+    into_source = False  # an editable install, or build_ext --inplace
+
+    def run(self) -> None:
+        self.into_source = self.inplace
+        super().run()
+
+    def copy_extensions_to_source(self) -> None:
+        """CMake has installed them there."""
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """What a strict editable install links: the libraries next to _C too."""
+        mapping = super().get_output_mapping()
+        for built, source in list(mapping.items()):
+            for path in libraries(Path(source).parent):
+                name = str(path.relative_to(Path(source).parent))
+                mapping[str(Path(built).parent / name)] = str(path)
+        return mapping
+
     def build_extension(self, ext: Extension) -> None:
         check_platform()
         cuda = choose_cuda()
@@ -59,8 +80,12 @@ class CMakeBuild(build_ext):
         if torch_root is None:
             raise SystemExit("tokenmill build: torch: no torch >= 2.10 found to build against")
         install = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        temp = self.build_temp
+        if self.into_source:
+            install = ROOT / "python" / "tokenmill"
+            temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
         ptxvm = PTXVM and cuda.cuda
-        build = Path(self.build_temp + ("-ptxvm" if ptxvm else "")).resolve()
+        build = Path(temp + ("-ptxvm" if ptxvm else "")).resolve()
         build.mkdir(parents=True, exist_ok=True)
         if not ptxvm:  # of an earlier build in this tree: setuptools packs whatever lies there
             (install / "_emulated.so").unlink(missing_ok=True)
@@ -105,6 +130,12 @@ class CMakeBuild(build_ext):
         subprocess.check_call(["cmake", "--install", str(build), *part])
         if prebuilt:
             shutil.copy(prebuilt, install / "_ops.so")
+
+
+def libraries(package: Path) -> list[Path]:
+    """What a build installs next to _C."""
+    found = [package / "_ops.so", package / "_emulated.so", *package.glob("_ptxvm/*")]
+    return [path for path in found if path.exists()]
 
 
 def count_objects(build: Path, target: str) -> int:

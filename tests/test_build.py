@@ -1,6 +1,6 @@
 """The source tree: which torch and CUTLASS the build backend takes, what the sdist holds, the
 project that ci/hub writes, the rules of ci/rules and the chips for which ci/gpu builds. Runs in a
-source tree only; tests/test_install.py has the choice of CUDA."""
+source tree only; tests/test_install.py has the choice of CUDA and the editable install."""
 
 from __future__ import annotations
 

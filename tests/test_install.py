@@ -1,14 +1,19 @@
-"""What pip runs in a source tree: for which GPUs a build is, and the variables that the documents
-name. Nothing here compiles."""
+"""What pip runs in a source tree: for which GPUs a build is, an editable install, and the variables
+that the documents name. Nothing here compiles."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import tokenmill as tm
 
 ROOT = Path(__file__).resolve().parents[1]
 CHOICE = ROOT / "ci" / "cuda_choice.py"
@@ -116,6 +121,114 @@ def test_gpus_are_what_the_driver_shows(choice, monkeypatch):
 
     monkeypatch.setattr(choice.ctypes, "CDLL", absent)
     assert choice.visible_gpus() == []
+
+
+CMAKE = """#!{python}
+import shutil, sys
+from pathlib import Path
+words = sys.argv[1:]
+folder = Path(words[words.index("-B") + 1] if "-B" in words else words[1])
+if "-B" in words:
+    (folder / "built").mkdir()
+    (folder / "built" / "plan").write_text("CPU kernels for baseline")
+    (prefix,) = (w.partition("=")[2] for w in words if w.startswith("-DCMAKE_INSTALL_PREFIX="))
+    (folder / "prefix").write_text(prefix)
+if words[0] == "--install":
+    prefix = Path((folder / "prefix").read_text())
+    prefix.mkdir(parents=True, exist_ok=True)
+    for library in {libraries}:
+        (prefix / Path(library).name).symlink_to(library)
+"""
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory):
+    """A copy of the tree, the unpacked wheel of its editable install, and what the build printed.
+    In place of CMake a script installs the libraries of the package under test."""
+    pytest.importorskip("setuptools")
+    base = tmp_path_factory.mktemp("editable")
+    tree, tools, wheel = base / "tree", base / "tools", base / "wheel"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "results", "*.egg-info", "_ptxvm")
+    for folder in ("ci", "python", "bench", "triton_kernels"):
+        shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=ignored)
+    for name in ("bench", "triton_kernels"):  # links made by hand, which are not needed
+        (tree / "python" / "tokenmill" / name).unlink(missing_ok=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "THIRD_PARTY_NOTICES.txt"):
+        shutil.copy(ROOT / name, tree)
+    tools.mkdir()
+    package = Path(tm.__file__).parent
+    libraries = [str(p.resolve()) for p in (package / "_ops.so", *package.glob("_C.*.so"))]
+    for name, text in {
+        "cmake": CMAKE.format(python=sys.executable, libraries=libraries),
+        "ninja": "#!/bin/sh\necho a.cpp a.o b.o\n",
+        "c++": "#!/bin/sh\n",
+    }.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    (tools / "pybind11.py").write_text("def get_cmake_dir():\n    return ''\n")
+    environment = os.environ | {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{tree / 'ci'}:{tools}",
+        "TOKENMILL_CUDA": "0",
+        "MAX_JOBS": "1",
+        "CMAKE_TOOLCHAIN_FILE": "",  # the headers of Python are not looked at
+    }
+    code = f"import build_backend; build_backend.build_editable({str(base)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = base.glob("*.whl")
+    shutil.unpack_archive(archive, wheel, "zip")
+    return tree, wheel, done.stdout
+
+
+def test_a_build_prints_what_it_builds(editable):
+    plan = "tokenmill: CPU kernels for baseline; no CUDA: TOKENMILL_CUDA=0; 2 objects, 1 at a time"
+    assert plan in editable[2].splitlines()
+
+
+def test_an_editable_install_imports_from_the_tree(editable):
+    """Kernels, and the packages that live outside python/, without links made by hand."""
+    tree, wheel, _ = editable
+    code = (
+        f"import site, sys; site.addsitedir({str(wheel)!r})\n"
+        "sys.meta_path.insert(0, sys.meta_path.pop())  # before an installed package\n"
+        "import tokenmill, tokenmill.bench.run, tokenmill.triton_kernels, torch\n"
+        "print(tokenmill.__file__, tokenmill._library._OPS, tokenmill.bench.run.__file__,\n"
+        "      tokenmill.triton_kernels.__file__, sep='\\n')\n"
+        "x = torch.ones(1, 3, 1, 8)\n"
+        "print(tokenmill.attention(x, x, x, backend='cpu').sum().item())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=wheel, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        str(tree / "python" / "tokenmill" / "__init__.py"),
+        str(tree / "python" / "tokenmill" / "_ops.so"),
+        str(tree / "bench" / "run.py"),
+        str(tree / "triton_kernels" / "__init__.py"),
+        "24.0",
+    ]
+
+
+def test_an_editable_install_keeps_its_objects(editable):
+    """In the folder where the next build of the tree finds them."""
+    (folder,) = (editable[0] / "build").glob("temp.*")
+    assert (folder / "built" / "plan").exists()
+
+
+def test_a_tree_without_its_build_says_how_to_build(tmp_path):
+    package = tmp_path / "python" / "tokenmill"
+    package.mkdir(parents=True)
+    with pytest.raises(ImportError, match=r"_ops\.so is missing: the package was not built"):
+        tm._library.find_ops(package)
+    (tmp_path / "CMakeLists.txt").touch()
+    with pytest.raises(ImportError, match="is a source tree without its build: pip install -e"):
+        tm._library.find_ops(package)
+    (package / "_ops.so").touch()
+    assert tm._library.find_ops(package) == package / "_ops.so"
 
 
 def test_documents_name_variables_that_something_reads():

@@ -33,9 +33,22 @@ NAMESPACE = "tokenmill"
 TRITON_NAMESPACE = "tokenmill_triton"
 EMULATED_NAMESPACE = "tokenmill_emulated"
 
-_OPS = Path(__file__).parent / "_ops.so"
-if not _OPS.exists():
-    raise ImportError(f"tokenmill: {_OPS} is missing: the package was not built (pip install .)")
+
+def find_ops(package: Path) -> Path:
+    """The library of every operator in the folder of the package."""
+    ops, tree = package / "_ops.so", package.parents[1]
+    if ops.exists():
+        return ops
+    rule = "the package was not built (pip install .)"
+    if (tree / "CMakeLists.txt").exists():
+        rule = (
+            f"{tree} is a source tree without its build: pip install -e . builds into it; after "
+            "pip install . run Python where it imports the installed package instead"
+        )
+    raise ImportError(f"tokenmill: {ops} is missing: {rule}")
+
+
+_OPS = find_ops(Path(__file__).parent)
 torch.ops.load_library(str(_OPS))
 native: Any = getattr(torch.ops, NAMESPACE)
 if _isa := os.environ.get("TOKENMILL_CPU_ISA"):
