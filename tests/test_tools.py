@@ -61,24 +61,26 @@ def test_explain_speaks_for_samples(capsys):
 
 
 BAD = [
-    ("", "required: command"),
-    ("nosuch", "command: invalid choice: 'nosuch'"),
+    ("nosuch", "command: no command 'nosuch'; python -m tokenmill --help lists all"),
+    ("chekc", "command: no command 'chekc' (did you mean 'check'?); python -m tokenmill --help"),
+    ("ptx chek a", "no command 'chek' (did you mean 'check'?); python -m tokenmill ptx --help"),
     ("--nosuch info", "unrecognized arguments: --nosuch"),
     ("info x", "unrecognized arguments: x"),
     ("ops --all", "unrecognized arguments: --all"),
     ("bench --out x", "unrecognized arguments: --out"),
     ("bench --out x --help", "unrecognized arguments: --out"),
-    ("infoo --json", "command: invalid choice: 'infoo'"),
+    ("infoo --json", "command: no command 'infoo' (did you mean 'info'?); "),
     ("bench attention --json -out.json", "--json: expected one argument"),
     ("explain --no=1 nosuch --dtype float9", "op: no operator 'nosuch'"),
     ("explain", "required: op"),
-    ("explain atention", "op: no operator 'atention' (did you mean 'attention'?); there are "),
+    ("explain atention", "op: no operator 'atention' (did you mean 'attention'?); python "),
     ("explain attention --sample x", "--sample: must be one of softmax, "),
     ("explain attention --device tpu", "--device: must be a device of this machine (cpu"),
     ("explain attention --device cuda:99", "--device: must be a device of this machine (cpu"),
     ("explain attention --dtype int8", "--dtype: invalid choice: 'int8'"),
     ("explain attention --backend x", "--backend: invalid choice: 'x'"),
-    ("check nosuch", "ops: no operator 'nosuch'; there are additive_attention, attention, "),
+    ("check nosuch", "ops: no operator 'nosuch'; python -m tokenmill ops lists all"),
+    ("check topk", " (did you mean 'topk_select', 'topk_partition' or 'indexer_topk_select'?)"),
     ("check --backend x", "--backend: invalid choice: 'x'"),
     ("check --dtype int8", "--dtype: invalid choice: 'int8'"),
     ("check --backend reference --all-isas", "--all-isas: must go with backend cpu; got reference"),
@@ -172,8 +174,24 @@ def test_an_unknown_operator_is_named_with_its_like():
     with pytest.raises(KeyError) as error:
         registry.get("linear_atention")
     assert str(error.value).startswith(
-        "tokenmill: no operator 'linear_atention' (did you mean 'linear_attention'?); there are "
+        "tokenmill: no operator 'linear_atention' (did you mean 'linear_attention', "
     )
+    assert str(error.value).count("'") == 2 + 2 * 3  # not all names
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as leave:
+        main(["--version"])
+    assert leave.value.code == 0
+    start = f"tokenmill {tm.__version__} (torch {torch.__version__}, Python 3."
+    assert capsys.readouterr().out.startswith(start)
+
+
+def test_without_a_command_there_is_help(capsys):
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: python -m tokenmill") and all(name in out for name in COMMANDS)
+    assert not err
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import platform
 import sys
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from . import _cli, _dispatch, _info, _self_check, registry
 from ._self_check import DTYPES
+from ._version import __version__
 
 BROKEN_PIPE = 128 + 13  # the status of a program that the signal ends
 INTERRUPTED = 128 + 2
@@ -47,7 +49,11 @@ def _run(argv: list[str] | None) -> int:
         at = argv.index("--")
         argv, behind = argv[:at], argv[at + 1 :]
     try:
-        options, others = _parser().parse_known_args(argv)
+        parser = _parser()
+        if not argv:
+            parser.print_help()
+            return 0
+        options, others = parser.parse_known_args(argv)
         if behind:
             options.args = [*options.args, *behind]
         command = f"tokenmill {options.command}"
@@ -65,6 +71,9 @@ def _run(argv: list[str] | None) -> int:
 
 def _parser() -> _cli.Parser:
     parser = _cli.Parser(prog=_cli.PROGRAM, description="Look at, check and measure this build.")
+    python = platform.python_version()
+    version = f"tokenmill {__version__} (torch {torch.__version__}, Python {python})"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:

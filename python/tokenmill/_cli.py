@@ -31,6 +31,14 @@ class Parser(argparse.ArgumentParser):
     def command(self) -> str:
         return self.prog.removeprefix("python -m ")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """A command that does not exist is answered with its like, not with all."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            like = registry.did_you_mean(str(value), action.choices)
+            rule = f"no command '{value}'{like}; {self.prog} --help lists all"
+            raise argparse.ArgumentError(action, rule)
+        super()._check_value(action, value)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument "), self.command)
 
@@ -78,8 +86,10 @@ def operator(name: str) -> str:
     """The name of an operator."""
     try:
         return registry.get(name).name
-    except registry.UnknownOperator as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("tokenmill: ")) from None
+    except registry.UnknownOperator:
+        like = registry.did_you_mean(name, registry.ops())
+        rule = f"no operator '{name}'{like}; {PROGRAM} ops lists all"
+        raise argparse.ArgumentTypeError(rule) from None
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:

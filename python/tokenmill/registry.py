@@ -179,9 +179,22 @@ class UnknownOperator(KeyError):
 
 def get(name: str) -> OpSpec:
     if name not in _specs:
-        near = difflib.get_close_matches(str(name), _specs, 1)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise UnknownOperator(
-            f"tokenmill: no operator '{name}'{hint}; there are {', '.join(_specs)}"
+            f"tokenmill: no operator '{name}'{did_you_mean(str(name), _specs)}; "
+            "tokenmill.registry.ops() has all"
         )
     return _specs[name]
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """For a message: at most three names that are nearly this one or contain it, in parentheses
+    after a space. Empty where there are none."""
+    names = list(names)
+    near = difflib.get_close_matches(name, names, 3, 0.7)
+    if len(name) > 2:
+        near += sorted((n for n in names if name in n), key=lambda n: (n.index(name), len(n)))
+    quoted = [f"'{other}'" for other in dict.fromkeys(near)][:3]
+    if not quoted:
+        return ""
+    listed = " or ".join(filter(None, (", ".join(quoted[:-1]), quoted[-1])))
+    return f" (did you mean {listed}?)"
