@@ -374,3 +374,20 @@ def test_operators_are_those_of_the_registry(ci_gpu):
         names = {n for n, spec in registry.ops().items() if spec.family == family}
         assert set(ci_gpu.operators(family)) == names
         assert names & set(ci_gpu.DRY_OPS)
+
+
+def test_the_citation_has_the_version():
+    from tokenmill import __version__
+
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_workflows_run_scripts_of_the_tree():
+    files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    if not files:
+        pytest.skip("an sdist")
+    lines = [line for f in files for line in re.findall(r"- run: (.*)", f.read_text())]
+    assert {line.split()[0] for line in lines} == {
+        "ci/lint", "ci/test", "ci/sanitize", "ci/docs", "ci/wheel",
+    }  # fmt: skip
+    assert all(os.access(ROOT / line.split()[0], os.X_OK) for line in lines)
