@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from ._check import InputError, fail, synchronising_checks
 from ._derivatives import below_autograd, note_writes, refuse_gradient, transformed
 from ._door import compiling
 from ._info import build_info
+from ._other_names import refuse
 from ._sharded import sharding_of
 
 if TYPE_CHECKING:
@@ -327,6 +329,9 @@ def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any
         kwargs.setdefault("causal", False)
     out = kwargs.pop("out", None) if spec.out is not None else None
     try:
+        own = inspect.signature(spec.function).parameters
+        if other := {name: value for name, value in kwargs.items() if name not in own}:
+            refuse(spec.name, spec.function, other)
         lowered = spec.lower(*args, **kwargs)
         if out is None and _autocast.device_of(lowered):
             lowered = spec.forward.cast(lowered)

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Never, Unpack
 
 from .. import masks
 from .._autocast import Autocast
@@ -16,6 +16,7 @@ from .._derivatives import keep, kept
 from .._dispatch import call
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
+from .._other_names import refuse, refuses_other_names
 from ..masks import NO_MASK, Decay2d, Grid, Masks, lower_mask
 from ..reference.dense import attention as reference
 from ..registry import OpSpec, Sharding, register_op
@@ -60,6 +61,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@refuses_other_names
 def attention(
     q: Tensor,
     k: Tensor,
@@ -90,6 +92,7 @@ def attention(
     backend: str | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    **other: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Exact attention with any score map, without the matrix of scores in memory.
 
@@ -198,6 +201,8 @@ def attention(
         >>> tm.attention(q, k, v, kind="relu", normalize="count").shape
         torch.Size([2, 100, 8, 64])
     """
+    if other:
+        refuse(OP, attention, other)
     if out is not None:
         check_tensor(OP, "out", out, optional=True)
     if seqlens_k is not None or block_table is not None:

@@ -6,6 +6,7 @@ import functools
 from typing import Any, Literal, overload
 
 from torch import Tensor
+from typing_extensions import Never
 
 from .._autocast import Autocast
 from .._check import as_int, as_number, check_bool, check_tensor, check_text, fail
@@ -14,6 +15,7 @@ from .._flops import band, known
 from .._kv_cache import capacity
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
+from .._other_names import REQUIRED, refuse, refuses_other_names
 from ..masks import Masks
 from ..reference.dense import attention_decode as reference
 from ..registry import OpSpec, Sharding, register_op
@@ -101,12 +103,13 @@ def attention_decode(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@refuses_other_names
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     *,
-    seqlens_k: Tensor,
+    seqlens_k: Tensor = REQUIRED,
     block_table: Tensor | None = None,
     kind: Kind = "softmax",
     normalize: Normalize = None,
@@ -127,6 +130,7 @@ def attention_decode(
     backend: str | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    **other: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention of the newest tokens of each request over its KV cache, dense or paged.
 
@@ -213,6 +217,8 @@ def attention_decode(
         ... ).shape
         torch.Size([33, 8, 64])
     """
+    if other:
+        refuse(OP, attention_decode, other)
     if out is not None:
         check_tensor(OP, "out", out, optional=True)
     results = call(

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Never, Unpack
 
 from .._autocast import Autocast
 from .._check import (
@@ -24,6 +24,7 @@ from .._derivatives import keep, kept
 from .._dispatch import call
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
+from .._other_names import refuse, refuses_other_names
 from ..reference.linear import linear_attention as reference
 from ..registry import OpSpec, Sharding, register_op
 from .linear_attention_kernels import unsupported_sm90
@@ -82,6 +83,7 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@refuses_other_names
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -97,6 +99,7 @@ def linear_attention(
     chunk_size: int | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
+    **other: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Causal linear attention with decay: cost linear in the length, and a state of fixed size.
 
@@ -164,6 +167,8 @@ def linear_attention(
         >>> torch.allclose(torch.cat([first, rest], 1), whole, atol=1e-4)
         True
     """
+    if other:
+        refuse(OP, linear_attention, other)
     if out is not None:
         check_tensor(OP, "out", out, optional=True)
     result, final_state, _ = call(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Never
 
 from .._autocast import Autocast
 from .._check import check_bool, check_tensor, check_text
 from .._dispatch import call
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
+from .._other_names import refuse, refuses_other_names
 from ..reference.linear import linear_attention_decode as reference
 from ..registry import OpSpec, Sharding, register_op
 from .linear_attention import FeatureMap, flops
@@ -18,6 +20,7 @@ from .rules import DECODE as OP
 from .rules import check_decay_values, check_decode, check_slot_values
 
 
+@refuses_other_names
 def linear_attention_decode(
     q: Tensor,
     k: Tensor,
@@ -30,6 +33,7 @@ def linear_attention_decode(
     state_indices: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
+    **other: Never,
 ) -> Tensor:
     r"""Decode of :func:`linear_attention`: the next tokens, with states in slots, in place.
 
@@ -75,6 +79,8 @@ def linear_attention_decode(
         >>> torch.allclose(torch.cat(steps, 1), tm.lightning_attention(q, k, v, slopes), atol=1e-4)
         True
     """
+    if other:
+        refuse(OP, linear_attention_decode, other)
     (out,) = call(
         SPEC,
         lower(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Never
 
 from .._check import (
     as_int,
@@ -21,6 +22,7 @@ from .._check import (
 )
 from .._dispatch import call
 from .._library import TorchOp, register
+from .._other_names import refuse, refuses_other_names
 from ..reference.select import topk_select as reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import check_per_request
@@ -29,6 +31,7 @@ OP = "topk_select"
 MAX_K = 65536
 
 
+@refuses_other_names
 def topk_select(
     scores: Tensor,
     k: int,
@@ -45,6 +48,7 @@ def topk_select(
     return_values: bool = False,
     previous: Tensor | None = None,
     backend: str | None = None,
+    **other: Never,
 ) -> tuple[Tensor, ...]:
     r"""The k largest scores of each row, as positions.
 
@@ -99,6 +103,8 @@ def topk_select(
         >>> indices.tolist(), counts.tolist()
         ([[0, 1, 3, 4, -1, -1]], [4])
     """
+    if other:
+        refuse(OP, topk_select, other)
     lowered = lower(
         scores, k, lengths, row_starts, tie, order, force_first, force_last, block_table, page_size,
         row_to_batch, return_values, previous,

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Never, Unpack
 
 from .._autocast import Autocast
 from .._check import MAX_HEAD_DIM, as_int, as_number, check, check_bool, check_tensor, fail
@@ -19,6 +19,7 @@ from .._flops import band, known
 from .._kv_cache import capacity
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
+from .._other_names import refuse, refuses_other_names
 from ..reference.sparse import block_sparse_attention as reference
 from ..registry import OpSpec, Sharding, register_op
 from .block_sparse_kernels import unsupported_sm90, unsupported_sm90_backward
@@ -113,6 +114,7 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+@refuses_other_names
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -136,6 +138,7 @@ def block_sparse_attention(
     return_mass: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
+    **other: Never,
 ) -> Tensor | tuple[Tensor, ...]:
     r"""Softmax attention of blocks of queries to listed blocks of keys, with gradients.
 
@@ -224,6 +227,8 @@ def block_sparse_attention(
         >>> out[0, ::64, 0, 0].round(decimals=4).tolist()  # means of keys 0 to 31, and of 0 to 63
         [15.5, 31.5]
     """
+    if other:
+        refuse(OP, block_sparse_attention, other)
     if out is not None:
         check_tensor(OP, "out", out, optional=True)
     forward_only = "block_table" if block_table is not None else ""
@@ -357,11 +362,10 @@ def _backward(
 
 
 def _check_backward(*arguments: Any) -> None:
-    table = BACKWARD.record(*arguments).block_table
-    if table is not None:
-        fail(OP, "block_table", "must be None: keys in pages have no gradient", table.shape)
-    check_block_sparse(*arguments[-len(FORWARD.arguments) :])
     a = BACKWARD.record(*arguments)
+    if a.block_table is not None:
+        fail(OP, "block_table", "must be None: keys in pages have no gradient", a.block_table.shape)
+    check_block_sparse(*arguments[-len(FORWARD.arguments) :])
     rule = f"must have a head dimension of 1 to {MAX_HEAD_DIM} for a gradient"
     for name, t in (("q", a.q), ("v", a.v)):
         check(t.shape[-1] <= MAX_HEAD_DIM, OP, name, rule, t.shape[-1])

@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import Never
 
 from .._autocast import Autocast
 from .._check import (
@@ -23,6 +24,7 @@ from .._check import (
     show,
 )
 from .._kv_cache import capacity
+from .._other_names import refuse, refuses_other_names
 from ..select.hip_block_select import Bound, HeadReduce, Representative, hip_block_select
 from .block_sparse_attention import block_sparse_attention
 from .query_blocks import QueryBlocks, pages_of_packed, pages_of_rows
@@ -111,6 +113,7 @@ def hip_attention(
 
 
 @Autocast(lower=("q", "k", "v"), cache="k", paged=True).applied
+@refuses_other_names
 def hip_attention(
     q: Tensor,
     k: Tensor,
@@ -142,6 +145,7 @@ def hip_attention(
     refresh_interval: int | None = None,
     num_splits: int = 0,
     backend: str | None = None,
+    **other: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention in O(S log S): to sink keys, recent keys, and blocks that HiP finds.
 
@@ -213,6 +217,8 @@ def hip_attention(
         >>> out.shape, lists.age
         (torch.Size([1, 1, 2, 32]), 1)
     """
+    if other:
+        refuse(OP, hip_attention, other)
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(OP, name, t)
     packed = cu_seqlens_q is not None

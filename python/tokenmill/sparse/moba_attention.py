@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import Never
 
 from .._autocast import Autocast
 from .._check import as_int, check, check_bool, check_qkv, check_tensor, is_power_of_two
 from .._lowering import scale_or_default
+from .._other_names import refuse, refuses_other_names
 from ..select.block_pool_keys import block_pool_keys
 from ..select.kv_block_scores import kv_block_scores
 from ..select.rules import check_per_request
@@ -20,6 +22,7 @@ OP = "moba_attention"
 
 
 @Autocast(lower=("q", "k", "v")).applied
+@refuses_other_names
 def moba_attention(
     q: Tensor,
     k: Tensor,
@@ -31,6 +34,7 @@ def moba_attention(
     seqlens_k: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    **other: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Mixture of Block Attention: causal attention of each query, in each head, to its own block
     of keys and to the earlier blocks whose mean key has the largest product with it.
@@ -83,6 +87,8 @@ def moba_attention(
         >>> bool(torch.allclose(tm.moba_attention(q, k, v, topk=1), exact, atol=1e-5))
         True
     """
+    if other:
+        refuse(OP, moba_attention, other)
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(OP, name, t)
     check_tensor(OP, "seqlens_k", seqlens_k, optional=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import Never
 
 from .. import masks
 from .._autocast import Autocast
@@ -20,6 +21,7 @@ from .._check import (
     show,
 )
 from .._lowering import scale_or_default
+from .._other_names import refuse, refuses_other_names
 from ..dense.attention import attention
 from ..select.kv_block_scores import kv_block_scores
 from ..select.topk_select import MAX_K, topk_select
@@ -32,6 +34,7 @@ AUTOCAST = Autocast(lower=("q", "k", "v", "k_compressed", "v_compressed", "k_win
 
 
 @AUTOCAST.applied
+@refuses_other_names
 def native_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -51,6 +54,7 @@ def native_sparse_attention(
     window: int = 512,
     scale: float | None = None,
     backend: str | None = None,
+    **other: Never,
 ) -> Tensor:
     r"""Native Sparse Attention: causal attention to compressed keys, to selected blocks and to a
     window, each a softmax of its own, mixed by gates.
@@ -118,6 +122,8 @@ def native_sparse_attention(
         >>> torch.equal(tm.native_sparse_attention(q, k, v, alone, window=64), near)
         True
     """
+    if other:
+        refuse(OP, native_sparse_attention, other)
     sizes = {
         "block": block, "stride": stride, "select_block": select_block, "topk": topk,
         "num_first": num_first, "num_local": num_local, "window": window,

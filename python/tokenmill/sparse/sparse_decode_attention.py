@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Never
 
 from .._autocast import Autocast
 from .._check import (
@@ -21,6 +22,7 @@ from .._dispatch import call
 from .._flops import known
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
+from .._other_names import REQUIRED, refuse, refuses_other_names
 from ..reference.sparse import sparse_decode_attention as reference
 from ..registry import OpSpec, Sharding, register_op
 from .sparse_decode_attention_rules import (
@@ -96,6 +98,7 @@ def sparse_decode_attention(
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+@refuses_other_names
 def sparse_decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -104,7 +107,7 @@ def sparse_decode_attention(
     counts: Tensor,
     *,
     block_k: int = 1,
-    seqlens_k: Tensor,
+    seqlens_k: Tensor = REQUIRED,
     block_table: Tensor | None = None,
     num_sink: int = 0,
     num_recent: int = 0,
@@ -123,6 +126,7 @@ def sparse_decode_attention(
     backend: str | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    **other: Never,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     r"""Decode over selected, sink and recent keys of a KV cache, with fused RoPE.
 
@@ -213,6 +217,8 @@ def sparse_decode_attention(
         >>> out[0, 0, 0, 0].item()  # the mean of 0, 30, 50 and 79
         39.75
     """
+    if other:
+        refuse(OP, sparse_decode_attention, other)
     check_tensor(OP, "out", out, optional=True)
     found, lse, mass = call(
         SPEC,

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Never
 
 from .._check import (
     as_int,
@@ -19,6 +20,7 @@ from .._check import (
     reads_values,
     show,
 )
+from .._other_names import refuse, refuses_other_names
 from .best_match import MAX_CHANNELS, best_match
 from .rules import check_tokens
 from .topk_partition import topk_partition
@@ -27,6 +29,7 @@ OP = "bipartite_match"
 Partition = Literal["alternate", "grid", "index", "kth", "random"]
 
 
+@refuses_other_names
 def bipartite_match(
     metric: Tensor,
     r: int,
@@ -42,6 +45,7 @@ def bipartite_match(
     threshold: float | None = None,
     generator: torch.Generator | None = None,
     backend: str | None = None,
+    **other: Never,
 ) -> tuple[Tensor, int, Tensor]:
     r"""Which tokens merge into which, for :func:`merge_tokens` and :func:`unmerge_tokens`.
 
@@ -104,6 +108,8 @@ def bipartite_match(
         >>> tm.bipartite_match(x, 2048, partition="grid", grid=(64, 64))[1]
         2048
     """
+    if other:
+        refuse(OP, bipartite_match, other)
     r = as_int(OP, "r", r)
     protect_first = as_int(OP, "protect_first", protect_first)
     protect_targets = as_int(OP, "protect_targets", protect_targets)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import Never
 
 from .._check import as_int, check, check_tensor, fail, reads_values
+from .._other_names import refuse, refuses_other_names
 from ..sparse.transpose_block_list import transpose_block_list
 from .gather_tokens import gather_tokens
 from .rules import check_index_values, check_like, check_tokens
@@ -14,6 +16,7 @@ from .segment_reduce import segment_reduce
 OP = "merge_tokens"
 
 
+@refuses_other_names
 def merge_tokens(
     x: Tensor,
     assign: Tensor,
@@ -22,6 +25,7 @@ def merge_tokens(
     weight: Tensor | None = None,
     reduce: str = "mean",
     backend: str | None = None,
+    **other: Never,
 ) -> tuple[Tensor, Tensor]:
     r"""Merges tokens into rows: row t of the result holds those with ``assign == t``.
 
@@ -63,6 +67,8 @@ def merge_tokens(
         >>> tm.unmerge_tokens(y, torch.tensor([[0, 0, 1]])).tolist()
         [[[2.0], [2.0], [10.0]]]
     """
+    if other:
+        refuse(OP, merge_tokens, other)
     for name, t in (("x", x), ("assign", assign)):
         check_tensor(OP, name, t)
     check_tensor(OP, "weight", weight, optional=True)

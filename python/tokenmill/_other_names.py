@@ -1,0 +1,160 @@
+"""Keywords of other libraries: what a function of this package says to them.
+
+A function that refuses other names collects them in ``**other``, which costs one empty dict a call
+(about 30 ns) and no frame. ``Never`` as its type lets type checkers refuse them before; the
+signature that :func:`inspect.signature`, help() and the site show does not have it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, TypeVar
+
+from ._check import InputError, show
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class UnknownKeyword(InputError, TypeError):
+    """A keyword that the function does not have: a TypeError, as of any function of Python."""
+
+
+class _Required:
+    def __str__(self) -> str:
+        return "nothing"
+
+
+REQUIRED: Any = _Required()  # default of a required keyword, for which others have another name
+
+# Their name -> ours, and a remark. The first name that the function has is meant.
+RENAMED: dict[str, tuple[tuple[str, ...], str]] = {
+    # PyTorch's scaled_dot_product_attention and flex_attention
+    "attn_mask": (("bias", "mask"), "; a bool tensor shows what is True"),
+    "is_causal": (("causal",), "; the last query sees the last key"),
+    "scale_factor": (("scale",), ""),
+    "block_mask": (("mask",), ", and made by tokenmill.masks"),
+    # flash-attn
+    "softmax_scale": (("scale",), ""),
+    "window_size": (("window",), ""),
+    "return_softmax_lse": (("return_lse",), ""),
+    "cache_seqlens": (("seqlens_k",), ""),
+    "seqused_k": (("seqlens_k",), ""),
+    "seqused_q": (("seqlens_q",), ""),
+    "page_table": (("block_table",), ""),
+    "learnable_sink": (("sink",), ""),
+    "s_aux": (("sink",), ""),
+    "sinks": (("sink",), ""),
+    "k_descale": (("k_scale",), ""),
+    "v_descale": (("v_scale",), ""),
+    "cu_seqlens": (("cu_seqlens_q",), ", and cu_seqlens_k where the keys differ"),
+    "max_seqlen": (("max_seqlen_q",), ", and max_seqlen_k where the keys differ"),
+    "rotary_interleaved": (("interleaved",), ""),
+    # FlashInfer
+    "sm_scale": (("scale",), ""),
+    "logits_soft_cap": (("softcap",), ""),
+    "window_left": (("window",), ", as (window_left, 0) with causal=True"),
+    "custom_mask": (("bias", "mask"), "; a bool tensor shows what is True"),
+    "qo_indptr": (("cu_seqlens_q",), ""),
+    "kv_indptr": (("cu_seqlens_k",), ""),
+    "block_tables": (("block_table",), ""),
+    "seq_lens": (("seqlens_k", "lengths"), ""),
+    "pos_encoding_mode": (("pos_mode",), ""),
+    "top_k": (("topk", "k"), ""),
+    # flash-linear-attention
+    "g": (("log_decay",), ""),
+    "g_gamma": (("log_decay",), ", with one number for each head"),
+    "output_final_state": (("return_final_state",), ""),
+    "block_size": (("select_block", "block", "block_k"), ""),
+    "block_counts": (("topk",), ""),
+    # xformers and models of transformers
+    "attn_bias": (("bias", "mask"), "; bands and lengths are causal, window and cu_seqlens_q"),
+    "attention_mask": (("bias", "mask"), "; of padding, seqlens_k or cu_seqlens_q need no matrix"),
+    "scaling": (("scale",), ""),
+    "sliding_window": (("window",), ", as (sliding_window - 1, 0) with causal=True"),
+    # MoBA and hip-attn
+    "moba_chunk_size": (("block",), ""),
+    "moba_topk": (("topk",), ""),
+    "mask_k": (("budget",), ""),
+    "block_size_q": (("block_q",), ""),
+    "block_size_k": (("block_k",), ""),
+    "block_stride_q": (("stride_q",), ""),
+    "sliding_window_size": (("num_recent",), ""),
+    "sink_token_size": (("num_sink",), ""),
+    # ToMe and torch
+    "mode": (("reduce",), ""),
+    "dim_size": (("num_out",), ""),
+    "index": (("assign",), ""),
+    "class_token": (("protect_first",), ", as a number of tokens"),
+    "sorted": (("order",), ', "score" or "index"'),
+}
+
+_DROPOUT = (
+    "there is no dropout of attention weights here; leave it out, or train with PyTorch's SDPA"
+)
+_DETERMINISTIC = "has no meaning here: the same inputs give the same bits, forward and backward"
+_WEIGHTS = "the weights are never in memory; return_lse=True gives their normaliser"
+_GQA = "is not needed: fewer heads in k and v than in q are GQA"
+_LAYOUT = "there is one layout, [B, S, H, D] (or packed [T, H, D]): transpose(1, 2), a view"
+
+# Their name -> why there is none here.
+ABSENT: dict[str, str] = {
+    "dropout_p": _DROPOUT,
+    "dropout": _DROPOUT,
+    "p": _DROPOUT,
+    "deterministic": _DETERMINISTIC,
+    "return_attn_probs": _WEIGHTS,
+    "output_attentions": _WEIGHTS,
+    "need_weights": _WEIGHTS,
+    "enable_gqa": _GQA,
+    "pack_gqa": _GQA,
+    "head_first": _LAYOUT,
+    "kv_layout": _LAYOUT,
+    "tensor_layout": _LAYOUT,
+    "score_mod": "a score is changed by kind, bias, alibi_slopes, softcap and post_decay only",
+    "pos_encoding_mode": "there is no RoPE inside: rotate q and k before (kv_cache_append(rope=))",
+    "rotary_cos": "there is no RoPE inside: rotate q and k before (kv_cache_append(rope=))",
+    "rotary_sin": "there is no RoPE inside: rotate q and k before (kv_cache_append(rope=))",
+    "use_fp16_qk_reduction": "has no meaning here: sums are in float32",
+    "allow_fp16_qk_reduction": "has no meaning here: sums are in float32",
+    "cache_batch_idx": "a cache is found by block_table, whose rows belong to requests",
+    "cache_leftpad": "caches begin at their first key; pad after the last key, and set seqlens_k",
+    "leftpad_k": "caches begin at their first key; pad after the last key, and set seqlens_k",
+    "gk": "a decay is one number for each head or each token of a head (log_decay), not a vector",
+    "gv": "a decay is one number for each head or each token of a head (log_decay), not a vector",
+    "largest": "the largest scores are taken: negate them for the smallest",
+    "beta": "there is no delta rule here",
+    "op": "is called backend in tokenmill, and chosen by itself",
+}
+
+
+def refuses_other_names(function: F) -> F:
+    """Shows the signature of a function without ``**other``, in which it collects other names."""
+    signature = inspect.signature(function)
+    own = [
+        p.replace(default=p.empty) if p.default is REQUIRED else p
+        for p in signature.parameters.values()
+        if p.kind is not p.VAR_KEYWORD
+    ]
+    function.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    return function
+
+
+def refuse(op: str, function: Callable[..., Any], other: Mapping[str, Any]) -> NoReturn:
+    """The error of the first keyword that a function does not have."""
+    name, value = next(iter(other.items()))
+    rule = rule_of(name, tuple(inspect.signature(function).parameters))
+    raise UnknownKeyword(f"tokenmill.{op}: {name}: {rule}; got {show(value)}")
+
+
+def rule_of(name: str, own: tuple[str, ...]) -> str:
+    """What to pass instead of a keyword, to a function with these parameters."""
+    ours, remark = RENAMED.get(name, ((), ""))
+    for candidate in ours:
+        if candidate in own:
+            return f"is called {candidate} here{remark}"
+    if name in ABSENT:
+        return ABSENT[name]
+    near = difflib.get_close_matches(name, own, 1)
+    return "is not an argument" + (f" (did you mean '{near[0]}'?)" if near else "")

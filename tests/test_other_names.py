@@ -1,0 +1,125 @@
+"""Keywords of other libraries: an error names ours."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+import tokenmill as tm
+from tokenmill._other_names import ABSENT, RENAMED
+
+Q = torch.randn(1, 8, 2, 8)
+N = torch.tensor([8], dtype=torch.int32)
+LISTS = torch.zeros(1, 1, 1, 1, dtype=torch.int32), torch.ones(1, 1, 1, dtype=torch.int32)
+TOKENS = torch.randn(1, 6, 4)
+# Functions with calls that are right.
+CALLS = {
+    tm.attention: ((Q, Q, Q), {}),
+    tm.sigmoid_attention: ((Q, Q, Q), {}),
+    tm.attention_decode: ((Q[:, :1], Q, Q), {"seqlens_k": N}),
+    tm.linear_attention: ((Q, Q, Q), {}),
+    tm.lightning_attention: ((Q, Q, Q, torch.ones(2)), {}),
+    tm.linear_attention_decode: ((Q, Q, Q, torch.zeros(1, 2, 8, 8)), {}),
+    tm.sparse_decode_attention: (
+        (Q[:, :1], Q, Q, LISTS[0][0], LISTS[1][0]),
+        {"seqlens_k": N},
+    ),
+    tm.block_sparse_attention: ((Q, Q, Q, *LISTS), {"block_q": 8, "block_k": 8}),
+    tm.hip_attention: ((Q, Q, Q), {"budget": 8, "block_q": 8}),
+    tm.moba_attention: ((Q, Q, Q), {"block": 4}),
+    tm.native_sparse_attention: (
+        (Q, Q, Q, torch.rand(1, 8, 2, 3)),
+        {"block": 4, "stride": 2, "select_block": 4, "topk": 3},
+    ),
+    tm.merge_tokens: ((TOKENS, torch.tensor([[0, 0, 1, 1, 2, 2]]), 3), {}),
+    tm.bipartite_match: ((TOKENS, 2), {}),
+    tm.topk_select: ((torch.randn(2, 9), 3), {}),
+}
+HANDED_ON = {tm.sigmoid_attention: "attention", tm.lightning_attention: "linear_attention"}
+each_function = pytest.mark.parametrize("function", CALLS, ids=lambda f: f.__name__)
+
+# (function, its keyword elsewhere, what the error says)
+THEIRS = [
+    (tm.attention, "is_causal", "is called causal here"),
+    (tm.attention, "attn_mask", "is called bias here"),
+    (tm.attention, "dropout_p", "there is no dropout of attention weights here"),
+    (tm.attention, "enable_gqa", "is not needed: fewer heads in k and v"),
+    (tm.attention, "scale_factor", "is called scale here"),
+    (tm.attention, "softmax_scale", "is called scale here"),
+    (tm.attention, "window_size", "is called window here"),
+    (tm.attention, "deterministic", "has no meaning here: the same inputs give the same bits"),
+    (tm.attention, "return_attn_probs", "the weights are never in memory"),
+    (tm.attention, "cache_seqlens", "is called seqlens_k here"),
+    (tm.attention_decode, "cache_seqlens", "is called seqlens_k here"),
+    (tm.sparse_decode_attention, "cache_seqlens", "is called seqlens_k here"),
+    (tm.attention, "sm_scale", "is called scale here"),
+    (tm.attention, "logits_soft_cap", "is called softcap here"),
+    (tm.attention, "pos_encoding_mode", "there is no RoPE inside"),
+    (tm.sparse_decode_attention, "pos_encoding_mode", "is called pos_mode here"),
+    (tm.attention, "attn_bias", "is called bias here"),
+    (tm.attention, "p", "there is no dropout of attention weights here"),
+    (tm.sigmoid_attention, "is_causal", "is called causal here"),
+    (tm.linear_attention, "g", "is called log_decay here"),
+    (tm.linear_attention, "output_final_state", "is called return_final_state here"),
+    (tm.linear_attention, "head_first", "there is one layout"),
+    (tm.lightning_attention, "output_final_state", "is called return_final_state here"),
+    (tm.block_sparse_attention, "softmax_scale", "is called scale here"),
+    (tm.hip_attention, "mask_k", "is called budget here"),
+    (tm.moba_attention, "moba_topk", "is called topk here"),
+    (tm.native_sparse_attention, "block_counts", "is called topk here"),
+    (tm.merge_tokens, "mode", "is called reduce here"),
+    (tm.bipartite_match, "class_token", "is called protect_first here"),
+    (tm.topk_select, "largest", "the largest scores are taken"),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "rule"), THEIRS, ids=[f"{f.__name__}-{n}" for f, n, _ in THEIRS]
+)
+def test_a_name_of_another_library_is_answered_by_ours(function, name, rule):
+    args, kwargs = CALLS[function]
+    if name == "cache_seqlens":
+        kwargs = {}  # ours is not there, as theirs is meant
+    op = HANDED_ON.get(function, function.__name__)
+    with pytest.raises(
+        tm.InputError, match=rf"^tokenmill\.{op}: {name}: {rule}.*; got 1$"
+    ) as error:
+        function(*args, **kwargs, **{name: 1})
+    assert isinstance(error.value, TypeError)
+
+
+@each_function
+def test_other_names_are_refused_and_not_shown(function):
+    args, kwargs = CALLS[function]
+    function(*args, **kwargs)
+    parameters = inspect.signature(function).parameters
+    assert "other" not in parameters
+    op = HANDED_ON.get(function, function.__name__)
+    with pytest.raises(TypeError, match=rf"^tokenmill\.{op}: nosuch: is not an argument; got 'x'$"):
+        function(*args, **kwargs, nosuch="x")
+    with pytest.raises(TypeError, match=r"backed: is not an argument \(did you mean 'backend'\?\)"):
+        function(*args, **kwargs, backed="cpu")
+
+
+def test_the_table_tells_the_truth():
+    """What is called otherwise has a function with that name, and what is absent has none."""
+    own = {f: set(inspect.signature(f).parameters) for f in CALLS}
+    for theirs, (ours, _) in RENAMED.items():
+        for name in ours:
+            assert any(name in names and theirs not in names for names in own.values()), theirs
+    assert not [n for n in ABSENT for names in own.values() if n in names]
+
+
+@pytest.mark.parametrize("function", [tm.attention_decode, tm.sparse_decode_attention])
+def test_what_is_required_stays_required(function):
+    args, _ = CALLS[function]
+    assert inspect.signature(function).parameters["seqlens_k"].default is inspect.Parameter.empty
+    with pytest.raises(tm.InputError, match=r": seqlens_k: must be a tensor; got nothing$"):
+        function(*args)
+
+
+def test_explain_names_ours():
+    said = tm.explain("attention", Q, Q, Q, is_causal=True).error
+    assert said.startswith("tokenmill.attention: is_causal: is called causal here")
