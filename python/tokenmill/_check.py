@@ -35,6 +35,12 @@ def show(value: Any) -> str:
         return f"'{value}'"
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {show(value.shape)}"
+    if hasattr(value, "__dlpack__"):  # whose elements nobody wants in an error
+        library = type(value).__module__.partition(".")[0]
+        library = {"numpy": "NumPy", "jaxlib": "JAX", "jax": "JAX", "cupy": "CuPy"}.get(
+            library, library
+        )
+        return f"a {library} array (tokenmill.dlpack takes arrays)"
     if isinstance(value, Sequence):
         return "[" + ", ".join(show(v) for v in value) + "]"
     return " ".join(str(value).split())

@@ -18,6 +18,7 @@ from ._door import compiling
 from ._info import build_info
 from ._other_names import refuse
 from ._sharded import sharding_of
+from ._strides import empty_like, strided, with_rows
 
 if TYPE_CHECKING:
     from .registry import OpSpec, Sample
@@ -163,13 +164,19 @@ def call(
     the results the caller uses so many: a plain call makes no others."""
     if backend is None and out is None and _asked is None and not compiling():
         op = spec.forward
-        results = op.short(lowered, used) if op.short else NotImplemented
-        if results is None:
-            results = _call_and_record(op, lowered)
-        elif op.written and results is not NotImplemented:
-            note_writes(op, lowered)
+        try:
+            results = op.short(lowered, used) if op.short else NotImplemented
+            if results is None:
+                results = _call_and_record(op, lowered)
+            elif op.written and results is not NotImplemented:
+                note_writes(op, lowered)
+        except RuntimeError:  # strides cost as much to ask for as a check: only a refusal asks
+            if not strided(spec, lowered):
+                raise
+            results = NotImplemented
         if results is not NotImplemented:
             return results
+    lowered = with_rows(spec, lowered, torch.Tensor.contiguous)
     if _autocast.enabled() and (device := _autocast.device_of(lowered)):
         if out is None:
             lowered = spec.forward.cast(lowered)
@@ -290,7 +297,8 @@ def _needs_autograd(lowered: tuple[Any, ...]) -> bool:
 class Explanation:
     """Answer of `explain`: the chosen backend with its kernel, and why not the others. knobs: how
     `tune` has chosen and cut the kernels for compute capability 9.0 that could take the call, by
-    name: "32 (standard)" or "16 (tuned; standard 32)"."""
+    name: "32 (standard)" or "16 (tuned; standard 32)". copied: arguments that are copied first,
+    since their last dimension is not contiguous."""
 
     op: str
     backend: str | None
@@ -298,12 +306,16 @@ class Explanation:
     against: dict[str, list[str]]
     error: str | None = None
     knobs: dict[str, str] = field(default_factory=dict)
+    copied: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.error:
             lines = [f"tokenmill.{self.op}: this call is refused", f"  {self.error}"]
         else:
             lines = [f"tokenmill.{self.op}: {self.backend} ({self.kernel})"]
+        if self.copied:
+            names = ", ".join(self.copied)
+            lines.append(f"  copied: {names} (the last dimension is not contiguous)")
         lines += [f"  {name}: {value}" for name, value in self.knobs.items()]
         lines += [f"  not {name}: {'; '.join(why)}" for name, why in self.against.items()]
         return "\n".join(lines)
@@ -332,7 +344,12 @@ def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any
         own = inspect.signature(spec.function).parameters
         if other := {name: value for name, value in kwargs.items() if name not in own}:
             refuse(spec.name, spec.function, other)
+        if spec.as_packed is not None and getattr(args[0] if args else None, "is_nested", False):
+            packed, ends = spec.as_packed(*args[:3], kwargs)
+            args, kwargs = (*packed, *args[3:]), {**kwargs, **ends}
         lowered = spec.lower(*args, **kwargs)
+        copied = tuple(strided(spec, lowered))
+        lowered = with_rows(spec, lowered, empty_like)
         if out is None and _autocast.device_of(lowered):
             lowered = spec.forward.cast(lowered)
         spec.forward.check(*lowered, float64=True)
@@ -349,7 +366,7 @@ def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any
             against[name] = [_passed_over(name, _wanted(backend))]
     kernel = kernel_name(spec, chosen, lowered, out)
     knobs = _knobs_of_call(spec, chosen, lowered, out)
-    return Explanation(spec.name, chosen, kernel, against, knobs=knobs)
+    return Explanation(spec.name, chosen, kernel, against, knobs=knobs, copied=copied)
 
 
 def _passed_over(name: str, asked: str | None) -> str:

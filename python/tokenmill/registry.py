@@ -97,6 +97,9 @@ class OpSpec:
     baseline of the error budget.
     over_cache names the operator that answers calls of the public function with seqlens_k.
     sharding says how a call on DTensors falls apart, or why it does not.
+    copied names arguments that the public function copies if their last dimension is not
+    contiguous; torch.ops refuses them.
+    as_packed(q, k, v, kwargs) is a call of jagged nested tensors as one of packed sequences.
     written names the arguments of the public function that some call writes into, where they are
     not those of the schema.
     samples and malformed are those of the module <name>_cases beside that of the operator, which
@@ -126,6 +129,8 @@ class OpSpec:
     unsupported_sm90_backward: Callable[..., list[str]] | None = None
     sharding: Sharding | str | None = None
     written: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
+    as_packed: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "written", self.written or self.forward.written)

@@ -24,6 +24,7 @@ from .attention_flops import backward_flops, flops
 from .attention_kernels import unsupported_sm90, unsupported_sm90_backward
 from .attention_options import AttentionOptions, Precision
 from .attention_rules import OP, check_attention, check_attention_out, check_attention_values
+from .nested import as_packed, is_nested, over_nested
 from .post_decay import lower_post_decay
 from .terms import (
     NO_WINDOW,
@@ -120,7 +121,9 @@ def attention(
 
     Args:
         q: ``[B, Sq, H, D]``, or packed ``[Tq, H, D]`` with cu_seqlens; float16, bfloat16 or float32
-            (float64 on the reference), any strides with a contiguous last dimension, D up to 256.
+            (float64 on the reference), D up to 256. Any strides; q, k and v are copied only where
+            their last dimension is not contiguous. Jagged nested tensors ``[B, *, H, D]`` are
+            packed sequences; out then is one, too.
         k, v: ``[B, Sk, Hk, D]`` and ``[B, Sk, Hk, Dv]`` (packed ``[Tk, Hk, ...]``); Hk divides H;
             query head h reads head h // (H // Hk) (GQA, MQA) without copies. Dv up to 256.
         kind: "softmax", "sigmoid", "relu", "elu1", "linear" or "taylor2".
@@ -203,6 +206,18 @@ def attention(
     """
     if other:
         refuse(OP, attention, other)
+    if type(q) is not Tensor and is_nested(q):
+        given = {
+            "bias": bias, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
+            "seqlens_k": seqlens_k, "block_table": block_table, "out": out,
+        }  # fmt: skip
+        return over_nested(
+            attention, q, k, v, given, kind=kind, normalize=normalize, scale=scale,
+            score_bias=score_bias, mask=mask, alibi_slopes=alibi_slopes, alibi_grid=alibi_grid,
+            sink=sink, softcap=softcap, post_decay=post_decay, causal=causal, window=window,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, return_lse=return_lse,
+            precision=precision, backend=backend, k_scale=k_scale, v_scale=v_scale,
+        )  # fmt: skip
     if out is not None:
         check_tensor(OP, "out", out, optional=True)
     if seqlens_k is not None or block_table is not None:
@@ -301,24 +316,15 @@ def lower(
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
     if post_decay is not None:
         alibi_slopes, alibi_grid = lower_post_decay(
-            post_decay,
-            q,
-            alibi_slopes=alibi_slopes,
-            alibi_grid=alibi_grid,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-        )
+            post_decay, q, alibi_slopes=alibi_slopes, alibi_grid=alibi_grid,
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        )  # fmt: skip
     mask_ranges, mask_q_spans, mask_k_spans = NO_MASK
     if mask is not None and k.dim() > 2:
         mask_ranges, mask_q_spans, mask_k_spans = lower_mask(
-            OP,
-            mask,
-            q,
-            k.shape[-3],
-            causal=causal,
-            cu_seqlens_q=cu_seqlens_q,
+            OP, mask, q, k.shape[-3], causal=causal, cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
-        )
+        )  # fmt: skip
     per_head, constant, neg_log_n = lower_score_bias(OP, score_bias, q)
     width, distance, reach = NO_GRID if alibi_grid is None else _lower_grid(alibi_grid)
     return (  # without *, which costs as much as a check
@@ -406,11 +412,7 @@ def _fake_backward(
 
 
 def _check_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-    *rest: Any,
+    dout: Tensor, dlse: Tensor | None, out: Tensor | None, lse: Tensor | None, *rest: Any
 ) -> None:
     check_attention(*rest[len(EXTRAS) :])
 
@@ -473,6 +475,8 @@ SPEC = register_op(
         forward=FORWARD,
         backward=BACKWARD,
         out=OUT,
+        as_packed=as_packed,
+        copied=("q", "k", "v"),
         differentiable=("q", "k", "v", "score_bias", "bias", "alibi_slopes", "sink"),
         logarithms=(1,),
         over_cache="attention_decode",

@@ -277,18 +277,6 @@ MALFORMED = (
         set_argument(2, lambda v: v.to("meta")),
     ),
     Malformed(
-        "layout",
-        "k: must have a contiguous last dimension; strides; got [2112, 64, 32, 2]",
-        set_argument(
-            1,
-            lambda k: (
-                k.repeat_interleave(2, -1)[..., ::2]
-                .clone()
-                .as_strided((2, 33, 2, 16), (2112, 64, 32, 2))
-            ),
-        ),
-    ),
-    Malformed(
         "head dimension",
         "q: must have a head dimension of 1 to 256; got 257",
         lambda a, k: a.__setitem__(slice(None), [torch.zeros(1, 2, 4, 257)] * 3),

@@ -142,8 +142,8 @@ def attention_decode(
 
     Args:
         q: ``[B, Sq, H, D]``, or packed ``[T, H, D]`` with cu_seqlens_q; float16, bfloat16 or
-            float32 (float64 on the reference), any strides with a contiguous last dimension, D up
-            to 576.
+            float32 (float64 on the reference), D up to 576. Any strides; copied only where the last
+            dimension is not contiguous. Caches never are copied.
         k_cache, v_cache: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]`` in the dtype of q or in
             float8_e4m3fn, Hk a divisor of H (GQA, MQA), Dv up to 512; with block_table pages ``[P,
             page size, Hk, D]`` and ``[P, page size, Hk, Dv]``, the page size a power of two. Any
@@ -393,6 +393,7 @@ SPEC = register_op(
         forward=FORWARD,
         out=OUT,
         backward=None,
+        copied=("q",),
         differentiable=(),
         logarithms=(1,),
         unsupported=unsupported,

@@ -115,7 +115,8 @@ def linear_attention(
 
     Args:
         q: ``[B, S, H, D]``, or packed ``[T, H, D]`` with cu_seqlens; float16, bfloat16 or float32
-            (float64 on the reference), any strides with a contiguous last dimension, D up to 256.
+            (float64 on the reference), D up to 256. Any strides; q, k and v are copied only where
+            their last dimension is not contiguous.
         k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]`` (packed ``[T, Hk, ...]``); Hk divides H;
             query head h reads head h // (H // Hk) (GQA, MQA) without copies. Dv up to 256.
         log_decay: natural logarithm of what remains of the state, not positive; -inf forgets
@@ -442,6 +443,7 @@ SPEC = register_op(
         forward=FORWARD,
         backward=BACKWARD,
         out=OUT,
+        copied=("q", "k", "v"),
         differentiable=("q", "k", "v", "log_decay", "initial_state"),
         sharding=Sharding(
             {

@@ -167,9 +167,6 @@ MALFORMED = (
         set_argument(2, lambda v: v.to("meta")),
     ),
     Malformed(
-        "layout", "k: must have a contiguous last dimension; strides", set_argument(1, _narrow)
-    ),
-    Malformed(
         "head dimension",
         "q: must have a head dimension of 1 to 256; got 257",
         lambda a, k: a.__setitem__(slice(None), [torch.zeros(2, 33, 4, 257)] * 3),

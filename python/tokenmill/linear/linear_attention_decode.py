@@ -41,8 +41,9 @@ def linear_attention_decode(
     result is that of :func:`linear_attention` with the same tokens and initial_state.
 
     Args:
-        q: ``[B, S, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any strides
-            with a contiguous last dimension, D up to 256. S is 1, or more for several tokens.
+        q: ``[B, S, H, D]``, float16, bfloat16 or float32 (float64 on the reference), D up to 256.
+            Any strides; q, k and v are copied only where their last dimension is not contiguous. S
+            is 1, or more for several tokens.
         k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, Hk a divisor of H (GQA, MQA).
         state: float32 ``[slots, H, F, Dv]``, with normalize ``[slots, H, F, Dv + 1]``, as
             :func:`linear_attention` returns it; updated in place. The rows of a head have no
@@ -167,6 +168,7 @@ SPEC = register_op(
         forward=FORWARD,
         backward=None,
         # Edits of the first sample: q [3, 1, 4, 32], k and v [3, 1, 2, 32], state [5, 4, 32, 32].
+        copied=("q", "k", "v"),
         differentiable=(),
         sharding=Sharding(
             {
