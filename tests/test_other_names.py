@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import tokenmill as tm
+from tokenmill import _other_names
 from tokenmill._other_names import ABSENT, RENAMED
 
 Q = torch.randn(1, 8, 2, 8)
@@ -123,3 +126,22 @@ def test_what_is_required_stays_required(function):
 def test_explain_names_ours():
     said = tm.explain("attention", Q, Q, Q, is_causal=True).error
     assert said.startswith("tokenmill.attention: is_causal: is called causal here")
+
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "coming-from.md"
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="the documents are not beside the tests")
+def test_the_page_for_newcomers_names_what_the_errors_name():
+    """A row `theirs` -> `ours` of its tables is what the error of some function says."""
+    own = [tuple(inspect.signature(f).parameters) for f in CALLS]
+    seen = 0
+    for theirs, ours in re.findall(r"^\| `(\w+)` \| `(\w+)` \|$", PAGE.read_text(), re.MULTILINE):
+        if theirs != ours:
+            said = {_other_names.rule_of(theirs, names) for names in own if ours in names}
+            assert any(rule.startswith(f"is called {ours} here") for rule in said), theirs
+            seen += 1
+    for theirs in re.findall(r"^\| `(\w+)` \| (?:none|not needed|always)", PAGE.read_text(), re.M):
+        assert theirs in _other_names.ABSENT, theirs
+        seen += 1
+    assert seen > 15

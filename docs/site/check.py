@@ -21,6 +21,7 @@ LOADED = {"script": "src", "img": "src", "link": "href"}
 DESK, PHONE = (1280, 1400), (390, 1400)  # windows in CSS pixels
 SHOTS = dict.fromkeys(("index", "choose", "papers", "dense", "generate", "api/dense"), DESK)
 SHOTS |= {"index-phone": PHONE, "dense-phone": PHONE}
+SEARCHES = {"topk_select": "api/select", "sliding window": "dense", "dropout": "faq"}
 LISTS = ("_modules", "genindex.html", "py-modindex.html", "search.html")  # made by Sphinx
 
 
@@ -124,9 +125,19 @@ def take_shots(site: Path) -> list[str]:
         chromium(f"--window-size={width},{height}", f"--screenshot={shot}", address)
         if not shot.exists():
             raise SystemExit(f"docs/site: no picture of {name}")
-    search = (site / "search.html").as_uri() + "?q=topk_select"
-    results = chromium("--virtual-time-budget=8000", "--dump-dom", search)
-    return [] if "api/select.html" in results else ["search.html: does not find topk_select"]
+    return [fault for words, page in SEARCHES.items() if (fault := search(site, words, page))]
+
+
+def search(site: Path, words: str, page: str) -> str:
+    """What is wrong with the search for words, which must find a page before the changelog."""
+    address = (site / "search.html").as_uri() + "?q=" + urllib.parse.quote_plus(words)
+    results = chromium("--virtual-time-budget=8000", "--dump-dom", address)
+    listed = results[results.find('id="search-results"') :]
+    pages = re.findall(r'href="(?:\./)?([^"?#]+)\.html', listed)
+    if page not in pages:
+        return f"search.html: {words} does not find {page}"
+    first = "changes" in pages and pages.index("changes") < pages.index(page)
+    return f"search.html: {words} finds changes first" if first else ""
 
 
 def main(words: list[str]) -> int:

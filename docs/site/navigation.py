@@ -1,7 +1,7 @@
 """What the side bar of the site lists: documents by the names of their files in docs/."""
 
 NAVIGATION = {
-    "First steps": ["start", "choose", "papers", "glossary"],
+    "First steps": ["start", "choose", "coming-from", "papers", "faq", "glossary"],
     "Operators": ["dense", "linear", "sparse", "select", "tokens", "modules"],
     "Guides": [
         "models",
