@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from collected import backends_of
 
 import tokenmill as tm
 from tokenmill import _dispatch, papers, registry
 from tokenmill.__main__ import main
-from tokenmill.papers import show
+from tokenmill.papers import FAMILIES, show
 from tokenmill.papers.paper import BACKENDS, PLAIN, STATES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,13 +40,21 @@ def test_there_are_61_papers_and_no_two_alike():
 
 def test_every_computation_has_its_call_and_others_say_why_not():
     of = {s: {paper.number for paper in papers.PAPERS if paper.state == s} for s in STATES}
-    assert not of["not in the package"]
     assert len(of["no computation"]) == 19
     for paper in papers.PAPERS:
+        assert paper.family in FAMILIES
+        assert bool(paper.call) == bool(paper.computes) == (paper.family != "none"), paper.name
         if not paper.call:
             assert not (paper.test or paper.example or paper.backends or paper.measured)
-        if not paper.computes:
             assert paper.note, paper.name
+
+
+@each_here
+def test_each_row_says_what_it_was_checked_against(paper):
+    released = r"released code: [\w.-]+/[\w.-]+ at [0-9a-f]{7}"
+    assert re.match(rf"{released}|text only|peer: \w+", paper.checked), paper.checked
+    assert paper.snippet.startswith("import torch\nimport tokenmill as tm\n"), paper.name
+    assert len(paper.keywords) >= 3
 
 
 def named(call):
@@ -75,28 +84,44 @@ def test_calls_are_in_the_package(paper):
     assert paper.backends
 
 
-def uses(path, paper):
-    """Whether a file has one of the names that a paper calls."""
-    names = {re.split(r"[.(]", call.split("(")[0])[-1] for call in paper.call}
-    words = set(re.findall(r"\w+", path.read_text()))
-    return bool(names & words)
+def names_of(paper):
+    """Functions and classes that the calls of a row name, without their packages."""
+    return {re.split(r"[.(]", call.split("(")[0])[-1] for call in paper.call}
+
+
+def words_of(paths):
+    return {word for path in paths for word in re.findall(r"\w+", (ROOT / path).read_text())}
 
 
 @each_here
-def test_each_is_tested(paper):
-    path = ROOT / paper.test
-    assert paper.test.startswith("tests/") and path.is_file(), paper.test
-    tree = ast.parse(path.read_text())
-    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    assert any(name.startswith("test_") for name in functions)
-    assert uses(path, paper)
+def test_every_call_of_a_row_is_tested(paper):
+    for path in paper.test:
+        assert path.startswith("tests/") and (ROOT / path).is_file(), path
+        tree = ast.parse((ROOT / path).read_text())
+        functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        assert any(name.startswith("test_") for name in functions), path
+    assert not names_of(paper) - words_of(paper.test)
+
+
+@each_here
+def test_the_tests_of_a_row_run_on_its_backends(paper, request):
+    """Some test of the row has each backend as a parameter."""
+    if paper.backends == PLAIN:
+        return
+    of_cuda = {"cuda", "emulated"}
+    able = {name for name, state in tm.backends().items() if state.startswith(("avail", "interp"))}
+    ran = backends_of(request.session, [ROOT / path for path in paper.test])
+    for backend in paper.backends:
+        names = of_cuda if backend == "cuda" else {backend}
+        if names & able or backend == "reference":
+            assert names & ran, (paper.name, backend, ran)
 
 
 @sources
 def test_examples_are_there():
     for paper in HERE:
         if paper.example:
-            assert uses(ROOT / paper.example, paper), paper.name
+            assert names_of(paper) & words_of([paper.example]), paper.name
 
 
 @sources
@@ -115,14 +140,57 @@ def test_the_page_is_that_of_the_table():
 
 
 def test_words_find_rows():
-    assert papers.find("EVIT") == papers.find(1) == papers.find("1") == (papers.PAPERS[0],)
-    assert papers.find("2111.11418") == papers.find("poolformer")
+    assert papers.find("EVIT")[0] == papers.PAPERS[0]
+    assert papers.find(1) == papers.find("1") == (papers.PAPERS[0],)
     assert {p.number for p in papers.find("sparse_decode_attention")} >= {8, 27, 28, 37}
     assert papers.find("no such paper") == papers.find(62) == ()
     with pytest.raises(tm.InputError) as error:
         papers.find(None)
-    message = "tokenmill.papers.find: word: must be a string or a number; got None"
+    message = "tokenmill.papers.find: query: must be a string or a number; got None"
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "query, numbers",
+    [
+        ("linear attention", {57, 58, 11}),
+        ("sparse attention", {33, 10, 12}),
+        ("KV cache", {27, 28, 37, 24, 52, 8}),
+        ("eviction", {37, 52}),
+        ("prune", {1, 39, 7}),
+        ("token pruning", {1, 39}),
+        ("token merging", {1, 29}),
+        ("ImageNet", {1, 12, 59}),
+        ("attention sink", {37, 18, 17}),
+        ("hallucination", {36}),
+        ("test-time memory", {45}),
+        ("long context", {6, 9, 33}),
+        ("segmentation", {39, 29}),
+        ("arxiv.org/abs/2405.17381", {57}),
+        ("https://arxiv.org/pdf/2405.17381v2.pdf", {57}),
+        ("arXiv:2111.11418", {59}),
+        ("2111.11418v3", {59}),
+    ],
+)
+def test_words_that_a_reader_would_type(query, numbers):
+    found = {paper.number for paper in papers.find(query)}
+    assert numbers <= found, found
+    assert len(found) <= 25
+
+
+def test_a_word_matches_from_its_beginning():
+    assert 29 not in {paper.number for paper in papers.find("ring")}  # "clustering"
+    assert papers.find("HiP attention")[0].number == 33
+    assert papers.find("TokenSelect")[0].number == 8
+    assert papers.find("the of") == ()
+
+
+def test_a_word_of_no_paper_names_what_is_near(capsys):
+    assert main(["papers", "biformr"]) == 2
+    said = capsys.readouterr().err
+    assert "no paper of the index holds 'biformr'; near to it: biformer" in said
+    assert main(["papers", "zzzz"]) == 2
+    assert "near" not in capsys.readouterr().err
 
 
 def test_examples_of_the_documentation():
@@ -135,6 +203,8 @@ def test_one_line_for_each_paper(capsys):
     for paper in papers.PAPERS:
         assert re.search(rf"^ *{paper.number}  {re.escape(paper.name)} ", out, re.M)
     assert "61 papers: " in out and "19 without a computation" in out
+    assert main(["papers", "linear", "attention"]) == 0
+    assert "57  Lightning Attention" in capsys.readouterr().out
 
 
 def test_all_that_is_known_of_some(capsys):
@@ -156,7 +226,7 @@ def test_rows_as_json_and_as_a_page(capsys):
     assert capsys.readouterr().out == show.markdown()
     assert main(["papers", "4", "--markdown"]) == 0
     page = capsys.readouterr().out
-    assert "DOEI" in page and "EViT" not in page and "## In the package" not in page
+    assert "DOEI" in page and "EViT" not in page and "### " not in page
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("rich"), reason="no rich")

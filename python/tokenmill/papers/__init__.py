@@ -16,24 +16,30 @@ Example:
 from __future__ import annotations
 
 from .._check import check
-from .others import OTHERS
-from .paper import Paper
-from .table import TABLE
+from . import caches, dense, linear, none, pooling, sparse, tokens
+from .paper import FAMILIES, Paper
+from .search import nearest, rank
 
-__all__ = ["PAPERS", "Paper", "find"]
+__all__ = ["FAMILIES", "PAPERS", "Paper", "find", "nearest"]
 
-PAPERS: tuple[Paper, ...] = tuple(sorted((*TABLE, *OTHERS), key=lambda paper: paper.number))
+_ROWS = (m.ROWS for m in (dense, linear, sparse, caches, tokens, pooling, none))
+PAPERS: tuple[Paper, ...] = tuple(
+    sorted((p for rows in _ROWS for p in rows), key=lambda p: p.number)
+)
 
 
-def find(word: str | int) -> tuple[Paper, ...]:
-    """The papers that a word occurs in, whatever its case: in name, title, authors, computation or
-    call. The number of a paper, here or at arXiv, finds that paper alone.
+def find(query: str | int) -> tuple[Paper, ...]:
+    """The papers that hold every word of a query, best matches first.
+
+    Words are looked for in names, titles, authors, keywords, calls, computations and notes, from
+    their beginning and without grammatical endings. A number finds that row, an identifier or an
+    address at arXiv that paper.
 
     Args:
-        word: any part of these, or a number.
+        query: words, a number from 1 to 61, or an address.
 
     Returns:
-        The papers in the order of their numbers; none if the word occurs in none.
+        The papers, those with a match in name or title first; none if a word occurs in none.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -41,19 +47,10 @@ def find(word: str | int) -> tuple[Paper, ...]:
     Example:
         >>> from tokenmill import papers
         >>> [paper.number for paper in papers.find("retrieval head")]
-        [24, 53]
-        >>> papers.find(59)[0].call
-        ('tokenmill.nn.PoolFormerMixing(pool_size=3)', 'tokenmill.local_pool(subtract_input=True)')
+        [53, 24]
+        >>> papers.find("https://arxiv.org/abs/2111.11418v3")[0].name
+        'PoolFormer'
     """
-    known = isinstance(word, (str, int)) and not isinstance(word, bool)
-    check(known, "papers.find", "word", "must be a string or a number", word)
-    text = str(word).strip().lower()
-    numbered = tuple(paper for paper in PAPERS if text in (str(paper.number), paper.arxiv))
-    if numbered or isinstance(word, int):
-        return numbered
-    return tuple(paper for paper in PAPERS if text in _words(paper))
-
-
-def _words(paper: Paper) -> str:
-    fields = (paper.name, paper.title, paper.authors, paper.computes, *paper.call)
-    return "\n".join(fields).lower()
+    known = isinstance(query, (str, int)) and not isinstance(query, bool)
+    check(known, "papers.find", "query", "must be a string or a number", query)
+    return rank(PAPERS, str(query))

@@ -4,30 +4,48 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-STATES = ("in the package", "not in the package", "no computation")
+STATES = ("whole", "in part", "no computation")
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 PLAIN = ("plain PyTorch",)
 
+FAMILIES = {
+    "dense": "Attention with other weights, scores and masks",
+    "linear": "Linear attention and memories",
+    "sparse": "Sparse and long-context attention",
+    "caches": "KV caches and decoding",
+    "tokens": "Tokens that are kept, merged or dropped",
+    "pooling": "Pooling and token mixing",
+    "none": "No computation for a kernel",
+}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Paper:
-    """A paper, what it computes, and how that is called here.
+    """A paper, what it computes, how that is called here, and what it was checked against.
 
     Attributes:
         number: 1 to 61, the place of the paper in the list that the package began from.
-        name: what the method is called.
-        title, authors: of the paper.
-        arxiv: its number there.
+        name: the name of the method.
+        title, authors: as on the paper.
+        arxiv: its identifier there.
+        family: a key of FAMILIES.
         computes: the computation that kernels are for, in one line; "" if there is none.
-        call: what computes it, with the arguments that the paper or its released code sets. Empty
-            if nothing does: the package may still lack it (then computes says what), or there is no
-            such computation (then note says why).
-        test: the file that holds the call to a literal reading of the paper.
-        example: a program of the source tree that uses the call.
-        backends: those that run the call, or "plain PyTorch" where it has none.
+        call: the calls that compute it, with the arguments that the paper or its released code
+            sets. Empty if there is no such computation; then note says why.
+        test: files that hold the calls to the paper or its released code. Each name in call occurs
+            in one of them.
+        example: a program of the source tree that uses a call.
+        backends: the backends that run the calls and that the tests ran on, or "plain PyTorch".
+        checked: what the tests' oracle states: "released code: owner/repository at commit", "text
+            only", or "peer: " and its name.
+        differs: where the text and the released code disagree, and which of them is followed.
+        missing: what is not here, and why; "" where all of the computation is.
         claim: what the paper says that it gains.
-        measured: what docs/performance.md has to set against that.
-        note: what a reader must know beside.
+        measured: a figure of docs/performance.md to set against the claim.
+        counted: a figure that a test counts on any CPU (operations, bytes, keys read).
+        note: a limit or a choice that a reader must know.
+        keywords: words and synonyms that a reader would search for.
+        snippet: Python that runs as it stands.
     """
 
     number: int
@@ -35,18 +53,25 @@ class Paper:
     title: str
     authors: str
     arxiv: str
+    family: str = "none"
     computes: str = ""
     call: tuple[str, ...] = ()
-    test: str | None = None
+    test: tuple[str, ...] = ()
     example: str | None = None
     backends: tuple[str, ...] = ()
+    checked: str = ""
+    differs: str = ""
+    missing: str = ""
     claim: str = ""
     measured: str = ""
+    counted: str = ""
     note: str = ""
+    keywords: tuple[str, ...] = ()
+    snippet: str = ""
 
     @property
     def year(self) -> int:
-        """Of the first version, which came before the conference."""
+        """The year of the first version, which came before the conference."""
         return 2000 + int(self.arxiv[:2])
 
     @property
@@ -55,5 +80,5 @@ class Paper:
 
     @property
     def state(self) -> str:
-        """One of "in the package", "not in the package" and "no computation"."""
-        return STATES[0] if self.call else STATES[1] if self.computes else STATES[2]
+        """One of "whole", "in part" and "no computation"."""
+        return STATES[2] if not self.call else STATES[1] if self.missing else STATES[0]

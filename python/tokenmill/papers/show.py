@@ -1,4 +1,4 @@
-"""The index as a table, as JSON and as a page: `python -m tokenmill papers [word]`."""
+"""The index as a list, as JSON and as a page: `python -m tokenmill papers [words]`."""
 
 from __future__ import annotations
 
@@ -11,50 +11,40 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from .. import _cli
-from . import PAPERS, find
+from . import FAMILIES, PAPERS, find, nearest
 from .paper import BACKENDS, STATES, Paper
 
 HEAD = """\
-# The papers
+# Papers
 
-The package began from 61 papers. This page says what each computes, what computes it here, and
-which test holds that to a literal reading of the paper. `python -m tokenmill papers [word]` prints
-the same, and `tokenmill.papers` is the table. Years are those of first versions. This page is made
-from the table:
+The package began from 61 papers. This page says, family by family, what each computes, what
+computes it here, and what the test of that call was checked against: the code that the authors
+released, or the text of the paper. `python -m tokenmill papers linear attention` searches it, and
+`tokenmill.papers` is the table. Years are those of first versions. The page is made from the table:
 
     python -m tokenmill papers --markdown > docs/papers.md
 """
-IN = """
-## In the package
-
-Calls are in `tokenmill` and show the arguments that a paper or its released code sets. They run on
-the backends {backends}, except where a row says that they are plain PyTorch.
-"""
-FIGURES = """
-## What they claim, and what is measured here
-
-Our figures are those of [performance.md](performance.md), on one thread of a CPU. Accuracy is a
-claim about trained models, which nothing here trains; the tests show that the operators compute
-what the papers say.
-"""
-OUT = """
-## Not in the package
+READING = """\
+"Whole" means that all of the paper's computation is here; "in part" rows say what is missing and
+why. Calls are in `tokenmill` and show the arguments that the paper or its released code sets. They
+run on the backends {backends} unless a row names others. What a paper claims about accuracy is a
+claim about trained models, which nothing here trains. Figures under "measured" are those of
+[performance.md](performance.md), on one thread of a CPU; figures under "counted" are counted by
+the test of the row, on any machine.
 """
 NONE = """
-## No computation of this kind
-
-Nothing in these papers is a kernel: they analyse, train or tokenise, or their networks are
-ordinary.
+These papers analyse, train or tokenise, or their networks are ordinary.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "word",
-        nargs="?",
+        "words",
+        nargs="*",
         metavar="WORD",
-        help="rows that hold it (in name, title, authors, computation or call), or a number; all "
-        "that is known of them (default: one line for each paper)",
+        help="words of a method, title, author, computation or call, a number, or an address at "
+        "arXiv; all that is known of the papers that hold all words, best matches first (default: "
+        "one line for each paper)",
     )
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--json", action="store_true", help="print the rows as JSON")
@@ -62,15 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    papers = PAPERS if options.word is None else find(options.word)
+    query = " ".join(options.words)
+    papers = find(query) if query else PAPERS
     if not papers:
-        rule = f"must be in a row of the index, or a number from 1 to {len(PAPERS)}"
-        raise _cli.UsageError(f"word: {rule}; got '{options.word}'")
+        close = nearest(PAPERS, query)
+        hint = f"; near to it: {', '.join(close)}" if close else ""
+        raise _cli.UsageError(f"papers: no paper of the index holds '{query}'{hint}")
     if options.json:
         print(json.dumps([_record(paper) for paper in papers], indent=2))
     elif options.markdown:
         print(markdown(papers), end="")
-    elif options.word is not None:
+    elif query:
         print("\n\n".join(_details(paper) for paper in papers))
     elif sys.stdout.isatty() and importlib.util.find_spec("rich"):
         _print_table(papers)
@@ -84,63 +76,70 @@ def run(options: argparse.Namespace) -> int:
 
 def markdown(papers: Sequence[Paper] = PAPERS) -> str:
     """docs/papers.md, or the part of it that some papers have."""
-    here, missing, none = ([paper for paper in papers if paper.state == s] for s in STATES)
-    parts = [HEAD, f"\n{_summary(papers)}\n"]
-    if here:
-        rows = ((*_paper(p), _computes(p), "<br>".join(_code(c) for c in p.call), _files(p))
-                for p in here)  # fmt: skip
-        parts += [
-            IN.format(backends=", ".join(BACKENDS)),
-            _table("paper|computes|call|test, example", rows),
-        ]
-    if told := [p for p in papers if p.call and (p.claim or p.measured)]:
-        figures = ((str(p.number), p.name, p.claim, p.measured) for p in told)
-        parts += [FIGURES, _table("paper|the paper says|measured here", figures)]
-    if missing:
-        lacking = ((*_paper(p), _computes(p), p.claim) for p in missing)
-        parts += [OUT, _table("paper|computes|the paper says", lacking)]
-    if none:
-        others = ((*_paper(p), _linked(p.note), p.claim) for p in none)
-        parts += [NONE, _table("paper|what there is|the paper says", others)]
+    parts = [HEAD, f"\n{_summary(papers)}\n\n", READING.format(backends=", ".join(BACKENDS))]
+    for family, title in FAMILIES.items():
+        rows = [paper for paper in papers if paper.family == family]
+        if rows and family == "none":
+            others = ((_linked_title(p), _linked(p.note), p.claim) for p in rows)
+            parts += [f"\n## {title}\n", NONE, _table("paper|what there is|it says", others)]
+        elif rows:
+            parts += [f"\n## {title}\n", *map(_section, rows)]
     return "".join(parts)
 
 
+def _section(paper: Paper) -> str:
+    """The part of the page about one paper."""
+    state = f"in part: {paper.missing}" if paper.missing else paper.state
+    backends = "" if paper.backends == BACKENDS else ", ".join(paper.backends)
+    items = {
+        "state": state,
+        "checked against": paper.checked,
+        "text and release": paper.differs,
+        "backends": backends,
+        "note": paper.note,
+        "calls": ", ".join(map(_code, paper.call)),
+        "the paper says": paper.claim,
+        "measured": paper.measured,
+        "counted": paper.counted,
+        "tests": ", ".join(map(_file, (*paper.test, *filter(None, [paper.example])))),
+    }
+    lines = [f"- {name}: {_linked(text)}" for name, text in items.items() if text]
+    formula = paper.computes.replace("*", "\\*").replace("_", "\\_")
+    snippet = f"\n\n```python\n{paper.snippet}```" if paper.snippet else ""
+    head = f"\n### {paper.number}. {paper.name}\n\n{_linked_title(paper)}.\n\n{formula}."
+    return f"{head}{snippet}\n\n" + "\n".join(lines) + "\n"
+
+
 def _table(columns: str, rows: Iterable[Sequence[str]]) -> str:
-    names = ["", *columns.split("|")]
+    names = columns.split("|")
     lines = [names, ["---"] * len(names), *([c.replace("|", "\\|") for c in row] for row in rows)]
     return "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _paper(paper: Paper) -> tuple[str, str]:
-    linked = f"[{paper.title}]({paper.link})"
-    name = "" if paper.title.startswith(paper.name) else f"**{paper.name}**: "
-    return str(paper.number), f"{name}{linked}, {paper.authors} {paper.year}"
+def _linked_title(paper: Paper) -> str:
+    return f"[{paper.title}]({paper.link}), {paper.authors} {paper.year}"
 
 
 def _code(call: str) -> str:
     return f"`{call.removeprefix('tokenmill.')}`"
 
 
-def _computes(paper: Paper) -> str:
-    formula = paper.computes.replace("*", "\\*").replace("_", "\\_")
-    return f"{formula} ({_linked(paper.note)})" if paper.note else formula
+def _linked(text: str) -> str:
+    """Text in which a page of docs is a link."""
+    return re.sub(r"docs/([\w-]+\.md)", r"[\1](\1)", text)
 
 
-def _linked(note: str) -> str:
-    return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", note)
-
-
-def _files(paper: Paper) -> str:
-    files = (path for path in (paper.test, paper.example) if path)
-    return ", ".join(f"[{path.rsplit('/', 1)[1]}](../{path})" for path in files)
+def _file(path: str) -> str:
+    return f"[{path.rsplit('/', 1)[1]}](../{path})"
 
 
 def _summary(papers: Sequence[Paper]) -> str:
     states = [paper.state for paper in papers]
-    here, missing, none = map(states.count, STATES)
+    whole, part, none = map(states.count, STATES)
+    released = sum(paper.checked.startswith("released code") for paper in papers)
     return (
-        f"{len(papers)} papers: {here} in the package, {missing} not in it, {none} without a "
-        "computation of its kind."
+        f"{len(papers)} papers: {whole} whole, {part} in part, {none} without a computation for a "
+        f"kernel; {released} checked against code that their authors released."
     )
 
 
@@ -157,12 +156,18 @@ def _details(paper: Paper) -> str:
     fields = {
         "computes": [paper.computes],
         "call": _calls(paper),
-        "test": [paper.test],
+        "state": [paper.state],
+        "missing": [paper.missing],
+        "checked": [paper.checked],
+        "differs": [paper.differs],
+        "test": paper.test,
         "example": [paper.example],
         "backends": [", ".join(paper.backends)],
         "claims": [paper.claim],
         "measured": [paper.measured],
+        "counted": [paper.counted],
         "note": [paper.note],
+        "try": paper.snippet.splitlines(),
     }
     lines = [f"{paper.number}  {paper.name} ({paper.authors} {paper.year})", f"  {paper.title}"]
     lines.append(f"  {paper.link}")
