@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import functools
+import importlib
 import importlib.util
 import inspect
 import io
@@ -66,6 +67,9 @@ def named(call):
         tree, keywords = tree.func, [keyword.arg for keyword in tree.keywords]
     first, *path = ast.unparse(tree).split(".")
     assert first == "tokenmill"
+    if path[0] == "integrations":
+        module = importlib.import_module(".".join([first, *path[:2]]))
+        return functools.reduce(getattr, path[2:], module), keywords
     return functools.reduce(getattr, path, tm), keywords
 
 

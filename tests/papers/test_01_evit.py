@@ -1,4 +1,5 @@
-"""EViT (Liang et al. 2022) against a literal reading of the released blocks and schedule."""
+"""EViT (Liang et al. 2022) against the released blocks and schedule (youweiliang/evit at 5ca95a7,
+evit.py and helpers.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The soft causal mask of iLLaMA against the matrices of its paper."""
+"""The soft causal mask of iLLaMA against the matrices of its paper and of its release
+(techmonsterwang/iLLaMA at dfc93b9, models/illama.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""xAR: tokens see all of their own cell of an image, and of earlier cells."""
+"""xAR: tokens see all of their own cell of an image, and of earlier cells, as in the mask of the
+release (OliverRensu/xAR at 121e9c9, models/xar.py)."""
 
 from __future__ import annotations
 

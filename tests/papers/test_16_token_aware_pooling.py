@@ -1,5 +1,5 @@
-"""TokenAwarePooling and AttentionDiversificationLoss against literal readings of Guo et al. 2023,
-section 3."""
+"""TokenAwarePooling and AttentionDiversificationLoss against Guo et al. 2023, section 3, as
+released (guoyongcs/TAPADL at 6e4dbff, TAPADL_FAN/models/convnext_utils.py and main.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Expedit (Liang et al. 2022) against a literal reading of the released vision transformers."""
+"""Expedit (Liang et al. 2022) against the released vision transformers (hourglass_image_encoder.py
+of Expedit-LargeScale-Vision-Transformer/Expedit-SAM at 75a1c30)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""SelectorSummary against a literal reading of MULTI-LANE (De Min et al. 2024), section 3."""
+"""SelectorSummary against MULTI-LANE (De Min et al. 2024), section 3, as released (tdemin16/multi-
+lane at 5ee982c, multi_lane/blocks.py): patches are detached, and keys and values at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""SigmoidAttention against a literal reading of Ramapuram et al. 2024, sections 2 and 5."""
+"""SigmoidAttention against Ramapuram et al. 2024, sections 2 and 5, and the release
+(apple/ml-sigmoid-attention at 9273b49, attention_simulator)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""EmbeddingPooling against a literal reading of Pooling And Attention (Tang and Yang 2024)."""
+"""EmbeddingPooling against Pooling And Attention (Tang and Yang 2024) as released
+(yixuantt/PoolingAndAttn at 57791d5, pooling_layers/)."""
 
 from __future__ import annotations
 

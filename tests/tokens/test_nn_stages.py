@@ -1,4 +1,4 @@
-"""DToPExit, PoNetMixing and FocusSelect against literal readings of their papers."""
+"""DToPExit and FocusSelect against literal readings of their papers."""
 
 from __future__ import annotations
 
@@ -94,51 +94,6 @@ def test_packed_tokens_train():
     stage = nn.DToPExit(0.8, 1)(x, p)
     (gradient,) = torch.autograd.grad(stage.tokens.sum(), x)
     assert torch.equal(gradient, stage.active[..., None].float().expand_as(x))
-
-
-def ponet_by_hand(layer, x, segments):
-    """One token after the other."""
-    out = torch.zeros_like(x)
-    for b in range(x.shape[0]):
-        there = [i for i in range(x.shape[1]) if segments[b, i] >= 0]
-        if not there:
-            continue
-        heads = layer.num_heads
-        mean = layer.query(x[b, there]).mean(0).view(heads, -1)
-        keys = layer.key(x[b, there]).view(len(there), heads, -1)
-        a = torch.softmax(torch.einsum("hd,jhd->jh", mean, keys) * keys.shape[2] ** -0.5, 0)
-        g = torch.einsum("jh,jhd->hd", a, keys).flatten()
-        pooled = [i for i in there if i > 0 or not layer.exclude_first]
-        zero = torch.zeros(x.shape[2])
-        for i in there:
-            same = [layer.segment(x[b, j]) for j in pooled if segments[b, j] == segments[b, i]]
-            near = [layer.local(x[b, j]) for j in pooled if abs(j - i) <= 1]
-            high, local = (torch.stack(t).amax(0) if t else zero for t in (same, near))
-            out[b, i] = (g + high) * layer.output(x[b, i]) + local
-    return out
-
-
-@each_backend
-@pytest.mark.parametrize("exclude_first", [False, True])
-def test_ponet_token_by_token(exclude_first, backend):
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(3, 11, 12, generator=g, requires_grad=True)
-    ends = torch.rand(3, 11, generator=g) < 0.3
-    mask = torch.arange(11) < torch.tensor([[11], [6], [0]])
-    segments = nn.segments_of(ends, mask)
-    layer = nn.PoNetMixing(12, 3, exclude_first=exclude_first, backend=backend)
-    got, want = layer(x, segments), ponet_by_hand(layer, x, segments)
-    torch.testing.assert_close(got, want)
-    weights = [x, *layer.parameters()]
-    for a, b in zip(
-        *(torch.autograd.grad(o.sin().sum(), weights) for o in (got, want)), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_boundaries_are_segments_of_their_own():
-    ends = torch.tensor([[True, False, False, True, True, False], [False] * 6])
-    assert nn.segments_of(ends).tolist() == [[0, 1, 1, 2, 3, 4], [0] * 6]
 
 
 @each_backend

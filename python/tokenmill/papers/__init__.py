@@ -16,15 +16,15 @@ Example:
 from __future__ import annotations
 
 from .._check import check
-from . import caches, dense, linear, none, pooling, sparse, tokens
+from . import caches, dense, linear, masks, none, pooling, sinks, sparse, tokens
 from .paper import FAMILIES, Paper
 from .search import nearest, rank
 
 __all__ = ["FAMILIES", "PAPERS", "Paper", "find", "nearest"]
 
-_ROWS = (m.ROWS for m in (dense, linear, sparse, caches, tokens, pooling, none))
+_FILES = (dense, sinks, masks, linear, sparse, caches, tokens, pooling, none)
 PAPERS: tuple[Paper, ...] = tuple(
-    sorted((p for rows in _ROWS for p in rows), key=lambda p: p.number)
+    sorted((paper for file in _FILES for paper in file.ROWS), key=lambda paper: paper.number)
 )
 
 

@@ -1,4 +1,4 @@
-"""Papers on attention with other weights, scores and masks."""
+"""Papers on attention with other weights and scores."""
 
 from __future__ import annotations
 
@@ -17,121 +17,28 @@ ROWS = (
         test=("tests/papers/test_02_illama.py",),
         example="examples/papers/digits.py",
         backends=BACKENDS,
+        checked="released code: techmonsterwang/iLLaMA at dfc93b9",
         claim="75.1 % top-1 with 5.7 M parameters, 86.0 % with 310 M",
-    ),
-    Paper(
-        number=14,
-        name="xAR",
-        title="Beyond Next-Token: Next-X Prediction for Autoregressive Visual Generation",
-        authors="Ren et al.",
-        arxiv="2502.20388",
-        family="dense",
-        computes=(
-            "attention that is causal by cells: tokens see all of their own cell and of"
-            " earlier ones; a permutation that makes cells of an image contiguous"
+        keywords=(
+            "soft mask",
+            "causal mask",
+            "causal attention for images",
+            "class token at the end",
+            "post-sequence class token",
+            "vision transformer",
+            "LLaMA",
+            "decoder",
+            "ImageNet",
+            "classification",
         ),
-        call=(
-            "tokenmill.attention(mask=masks.segments(cell, rule='not_after'))",
-            "tokenmill.gather_tokens",
-        ),
-        test=("tests/papers/test_14_xar.py",),
-        backends=BACKENDS,
-        claim="sampling 20 and 2.2 times as fast, for the whole model",
-        note="a way to generate: the model around it is ordinary",
-    ),
-    Paper(
-        number=17,
-        name="ACT",
-        title=(
-            "Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language "
-            "Models without Training through Attention Calibration"
-        ),
-        authors="Yu et al.",
-        arxiv="2406.15765",
-        family="dense",
-        computes=(
-            "weights of sink tokens times beta, and what that frees spread over the "
-            "others in proportion to their weights"
-        ),
-        call=(
-            "tokenmill.reweighted_attention(causal=True, renormalize='others')",
-            "tokenmill.attention_column_scores(reduce='visible_mean')",
-        ),
-        test=("tests/papers/test_17_act.py",),
-        backends=BACKENDS,
-        claim="up to +7.30 % accuracy (Llama-30B)",
-    ),
-    Paper(
-        number=18,
-        name="Emergence of sinks",
-        title="When Attention Sink Emerges in Language Models: An Empirical View",
-        authors="Gu et al.",
-        arxiv="2410.10781",
-        family="dense",
-        computes=(
-            "attention without a normaliser (sigmoid, elu + 1); softmax with one "
-            "learnable logit or key more"
-        ),
-        call=(
-            "tokenmill.attention(kind='sigmoid')",
-            "tokenmill.attention(kind='elu1')",
-            "tokenmill.attention(sink=logits)",
-        ),
-        test=("tests/papers/test_18_sinks.py",),
-        backends=BACKENDS,
-        claim="no sinks with sigmoid weights in models of up to 1 B parameters",
-    ),
-    Paper(
-        number=20,
-        name="VAR",
-        title="See What You Are Told: Visual Attention Sink in Large Multimodal Models",
-        authors="Kang et al.",
-        arxiv="2503.03321",
-        family="dense",
-        computes=(
-            "weights of visual sinks times p, and what that frees spread over the other"
-            " visual tokens in proportion to their weights"
-        ),
-        call=("tokenmill.reweighted_attention(causal=True, renormalize='others')",),
-        test=("tests/papers/test_17_act.py",),
-        backends=BACKENDS,
-    ),
-    Paper(
-        number=21,
-        name="Croc",
-        title="Croc: Pretraining Large Multimodal Models with Cross-Modal Comprehension",
-        authors="Xie et al.",
-        arxiv="2410.14332",
-        family="dense",
-        computes="attention in which visual tokens see each other and text is causal",
-        call=("tokenmill.attention(mask=masks.prefix(lengths))",),
-        test=("tests/papers/test_21_croc.py",),
-        backends=BACKENDS,
-        note=(
-            "an image behind text takes masks.ranges; the Hungarian assignment is for a "
-            "solver on the CPU"
-        ),
-    ),
-    Paper(
-        number=22,
-        name="IR-Diffusion",
-        title=(
-            "Improving Multi-Subject Consistency in Open-Domain Image Generation with "
-            "Isolation and Reposition Attention"
-        ),
-        authors="He et al.",
-        arxiv="2411.19261",
-        family="dense",
-        computes=(
-            "attention in which the queries of a subject do not see the keys of "
-            "another; keys and values resampled on a grid"
-        ),
-        call=(
-            "tokenmill.attention(mask=masks.segments(subject, shared=0))",
-            "tokenmill.gather_tokens",
-        ),
-        test=("tests/papers/test_22_isolation.py",),
-        backends=BACKENDS,
+        snippet="""\
+import torch
+import tokenmill as tm
+
+q = k = v = torch.randn(1, 197, 4, 32)
+out = tm.soft_causal_attention(q, k, v, alpha=0.5)
+print(out.shape)  # torch.Size([1, 197, 4, 32])
+""",
     ),
     Paper(
         number=23,
@@ -145,17 +52,49 @@ ROWS = (
         family="dense",
         computes=(
             "softmax weights times gamma_h^dist(i, j) on a grid, gamma_h = 1 - 2^(-5 - "
-            "h), not renormalised"
+            "h), not renormalised, after rotary positions; a loss with a memory of each"
+            " character: |x - c_y|^2 / (1 + sum over others |x - c_j|^2)"
         ),
         call=(
+            "tokenmill.nn.CharacterAttention(grid=(8, 32))",
+            "tokenmill.nn.CharacterConsistencyLoss(weight=0.2)",
             "tokenmill.attention(post_decay=...)",
             "tokenmill.masks.decay2d(distance='chebyshev')",
         ),
-        test=("tests/papers/test_23_cace.py",),
+        test=(
+            "tests/papers/test_23_character.py",
+            "tests/papers/test_23_cace.py",
+        ),
         example="examples/papers/digits.py",
         backends=BACKENDS,
+        checked="released code: bang123-box/CFE at 0f2ea6f",
+        missing="the convolutions between stages and the text decoder are ordinary PyTorch",
         claim="94.1 and 61.6 % accuracy",
-        note="log gamma * dist as a bias is something else: it renormalises",
+        note=(
+            "log gamma * dist as a bias is something else: it renormalises; masks and kinds"
+            " are tested in tests/papers/test_23_cace.py"
+        ),
+        keywords=(
+            "scene text recognition",
+            "OCR",
+            "decay matrix",
+            "character",
+            "consistency loss",
+            "contrastive center loss",
+            "long-term memory",
+            "locality",
+            "grid",
+            "rotary",
+            "intra-class",
+            "inter-class",
+        ),
+        snippet="""\
+import torch
+import tokenmill as tm
+
+y = tm.nn.CharacterAttention(16, 2, grid=(2, 4))(torch.randn(1, 8, 16))
+print(tm.nn.CharacterConsistencyLoss(10, 16)(y, torch.arange(8)[None]))
+""",
     ),
     Paper(
         number=26,
@@ -167,27 +106,36 @@ ROWS = (
         authors="Guo et al.",
         arxiv="2410.13835",
         family="dense",
-        computes="relu(q.k) in place of softmax",
-        call=("tokenmill.attention(kind='relu')",),
+        computes="relu(q.k) in place of softmax, divided by the number of keys that a token sees",
+        call=(
+            "tokenmill.attention(kind='relu', normalize='count', causal=True)",
+            "tokenmill.attention(kind='relu')",
+        ),
         test=("tests/papers/test_26_relu.py",),
         backends=BACKENDS,
-    ),
-    Paper(
-        number=36,
-        name="PAINT",
-        title=(
-            "Fixing Imbalanced Attention to Mitigate In-Context Hallucination of Large "
-            "Vision-Language Model"
+        checked="released code: GuoTianYu2000/Active-Dormant-Attention at 16b3593",
+        differs=(
+            "the released code divides the weights of token i by the i + 1 keys that it "
+            "sees, which is normalize='count'; our call was relu(q.k) as it is, which "
+            "remains as normalize=None"
         ),
-        authors="Arif et al.",
-        arxiv="2501.12206",
-        family="dense",
-        computes="weights of chosen visual tokens times a factor for each head, then renormalised",
-        call=("tokenmill.reweighted_attention(causal=True, renormalize='all')",),
-        test=("tests/papers/test_36_paint.py",),
-        backends=BACKENDS,
-        claim="62.3 % fewer hallucinations",
-        note="the caller chooses tokens and factors",
+        keywords=(
+            "relu attention",
+            "attention sink",
+            "extreme tokens",
+            "dormant heads",
+            "massive activations",
+            "value state",
+            "bigram-backcopy",
+            "softmax",
+        ),
+        snippet="""\
+import torch
+import tokenmill as tm
+
+q, k, v = torch.randn(3, 1, 6, 2, 16).unbind()
+print(tm.attention(q, k, v, kind="relu", normalize="count", causal=True).shape)
+""",
     ),
     Paper(
         number=40,
@@ -204,28 +152,31 @@ ROWS = (
         test=("tests/papers/test_40_sigmoid_attention.py",),
         example="examples/papers/digits.py",
         backends=BACKENDS,
+        checked="released code: apple/ml-sigmoid-attention at 9273b49",
         claim="17 % faster than FlashAttention-2 on an H100, forward",
         measured=(
             "S = 2048, float32: 1.29 times as fast as sdpa (which is softmax), 4.54 times as eager"
         ),
-    ),
-    Paper(
-        number=43,
-        name="Distributed attention",
-        title="A Unified View of Long-Sequence Models towards Modeling Million-Scale Dependencies",
-        authors="He and Kabic",
-        arxiv="2302.06218",
-        family="dense",
-        computes="attention of all queries to each shard of the keys, and the results joined",
-        call=(
-            "tokenmill.attention(return_lse=True)",
-            "tokenmill.merge_attention_states",
+        keywords=(
+            "FlashSigmoid",
+            "sigmoid",
+            "attention without softmax",
+            "elementwise attention",
+            "normalization",
+            "bias",
+            "language model",
+            "vision transformer",
+            "LayerScale",
+            "QK norm",
         ),
-        test=("tests/papers/test_43_shards.py",),
-        backends=BACKENDS,
-        claim="some 40 times as fast as ordinary attention, on four RTX 4090",
-        measured="merging 4 parts of S = 4096: 4.08 times as fast as eager",
-        note="in one process: what travels between processes is not in the package",
+        snippet="""\
+import torch
+import tokenmill as tm
+
+q, k, v = torch.randn(2, 100, 8, 64), *torch.randn(2, 2, 100, 2, 64)
+out = tm.sigmoid_attention(q, k, v, causal=True)  # score bias -log n
+print(out.shape)  # torch.Size([2, 100, 8, 64])
+""",
     ),
     Paper(
         number=47,
@@ -242,8 +193,40 @@ ROWS = (
         test=("tests/papers/test_47_tokenformer.py",),
         example="examples/papers/grow_layers.py",
         backends=PLAIN,
+        checked="released code: Haiyang-W/TokenFormer at 4d56c73",
+        differs=(
+            "the release divides by the norm as it is; a token of zeros is NaN there and zeros here"
+        ),
+        missing=(
+            "a block is nn.Pattention in place of each linear layer and of the network: "
+            "examples/papers/grow_layers.py builds one"
+        ),
         claim="grows from 124 M to 1.4 B parameters",
+        counted=(
+            "tests/papers/test_47_tokenformer.py: a layer that gains tokens computes the"
+            " same before it is trained"
+        ),
         note="plain PyTorch, in parts, so that the matrix of weights is never whole in memory",
+        keywords=(
+            "parameter tokens",
+            "pattention",
+            "scaling",
+            "grow",
+            "progressive",
+            "mixture",
+            "key-value parameters",
+            "feed-forward",
+            "linear layer",
+            "incremental",
+        ),
+        snippet="""\
+import torch
+import tokenmill as tm
+
+layer = tm.nn.Pattention(16, 8, num_tokens=6)
+layer.append(10)
+print(layer(torch.randn(3, 16)).shape)
+""",
     ),
     Paper(
         number=51,
@@ -260,37 +243,35 @@ ROWS = (
         test=("tests/papers/test_51_pointer_networks.py",),
         example="examples/papers/sort_numbers.py",
         backends=BACKENDS,
+        checked="text only",
+        missing="the LSTM around it is torch.nn.LSTM",
         measured=(
             "1024 queries and inputs, A = 128: 21.3 times as fast as eager code, which "
             "has all tangents in memory"
         ),
+        counted=(
+            "tests/papers/test_51_pointer_networks.py: the largest tensor of a call has "
+            "2^18 elements or less, where all tangents have N T A"
+        ),
         note="the tangents of all pairs are never in memory",
-    ),
-    Paper(
-        number=54,
-        name="LeanAttention",
-        title=(
-            "Lean Attention: Hardware-Aware Scalable Attention Mechanism for the Decode-"
-            "Phase of Transformers"
+        keywords=(
+            "additive attention",
+            "Bahdanau",
+            "pointer",
+            "copy mechanism",
+            "tanh",
+            "sorting",
+            "convex hull",
+            "travelling salesman",
+            "sequence to sequence",
+            "argmax",
         ),
-        authors="Sanovar et al.",
-        arxiv="2405.10480",
-        family="dense",
-        computes=(
-            "exact decode; the keys of all requests and heads cut into equally long "
-            "ranges, whose results are joined"
-        ),
-        call=(
-            "tokenmill.attention_decode(schedule='stream_k')",
-            "tokenmill.merge_attention_states",
-        ),
-        test=("tests/papers/test_54_lean.py",),
-        backends=BACKENDS,
-        claim="2.6 times as fast as FlashAttention-2 on average, 8.33 times at 512k",
-        measured=(
-            "one query, 65536 keys, bfloat16: 31 times as fast as sdpa, 73 % of the "
-            "speed of a plain read"
-        ),
-        note="a schedule of the cuda and triton backends; on cpu each request is cut for itself",
+        snippet="""\
+import torch
+import tokenmill as tm
+
+q, k, v = torch.randn(1, 3, 8), torch.randn(1, 5, 8), torch.randn(8)
+print(tm.pointer_argmax(q, k, v))
+""",
     ),
 )

@@ -9,7 +9,9 @@ BACKENDS = ("cpu", "cuda", "triton", "reference")
 PLAIN = ("plain PyTorch",)
 
 FAMILIES = {
-    "dense": "Attention with other weights, scores and masks",
+    "dense": "Attention with other weights and scores",
+    "sinks": "Attention sinks and calibrated weights",
+    "masks": "Masks, schedules and shards of attention",
     "linear": "Linear attention and memories",
     "sparse": "Sparse and long-context attention",
     "caches": "KV caches and decoding",

@@ -22,7 +22,29 @@ ROWS = (
         ),
         test=("tests/papers/test_16_token_aware_pooling.py",),
         backends=BACKENDS,
+        checked="released code: guoyongcs/TAPADL at 6e4dbff",
         claim="+2.4 % on ImageNet-C",
+        keywords=(
+            "token-aware average pooling",
+            "attention diversification",
+            "robustness",
+            "corruption",
+            "dilated pooling",
+            "local neighbourhood",
+            "vision transformer",
+            "ImageNet-C",
+            "ImageNet",
+            "loss",
+        ),
+        snippet="""\
+import torch
+import tokenmill as tm
+
+pooling = tm.nn.TokenAwarePooling(64, num_scales=4)
+print(pooling(torch.randn(1, 14, 14, 64)).shape)  # torch.Size([1, 14, 14, 64])
+loss = tm.nn.AttentionDiversificationLoss(threshold=2.0)
+print(loss(torch.rand(1, 196, 196).softmax(-1)).shape)  # torch.Size([])
+""",
     ),
     Paper(
         number=35,
@@ -39,9 +61,32 @@ ROWS = (
             "tokenmill.nn.WordPooling(dim=768, num_heads=4, num_layers=2, prefix=4)",
             "tokenmill.nn.SegmentPooling(prefix=4)",
         ),
-        test=("tests/papers/test_35_word_pooling.py",),
+        test=(
+            "tests/papers/test_35_word_pooling.py",
+            "tests/tokens/test_nn_pooling.py",
+        ),
         backends=BACKENDS,
+        checked="text only",
         claim="accuracy of next words up by more than 300 %",
+        keywords=(
+            "word pooling",
+            "tokenization",
+            "byte-level",
+            "character-level",
+            "language modeling",
+            "segment pooling",
+            "prefix",
+            "variable-length words",
+            "packed sequences",
+        ),
+        snippet="""\
+import torch
+import tokenmill as tm
+
+pool = tm.nn.WordPooling(dim=32, num_heads=4, num_layers=2, prefix=4)
+x, offsets = torch.randn(11, 32), torch.tensor([0, 4, 9, 11], dtype=torch.int32)
+print(pool(x, offsets).shape)  # torch.Size([3, 4, 32])
+""",
     ),
     Paper(
         number=41,
@@ -58,9 +103,36 @@ ROWS = (
             "tokenmill.nn.PoNetMixing(num_heads=12)",
             "tokenmill.nn.segments_of",
         ),
-        test=("tests/tokens/test_nn_stages.py",),
+        test=("tests/papers/test_41_ponet.py",),
         backends=BACKENDS,
+        checked="released code: lxchtan/PoNet at cc9a29a",
         claim="95.7 % of BERT on GLUE, nearly as fast as FNet",
+        counted=(
+            "operations of a token are the same at 512 and 4096 tokens; at 4096 tokens "
+            "of 768 channels they are a third of those of self-attention with its "
+            "projections (test_operations_of_a_token)"
+        ),
+        keywords=(
+            "pooling network",
+            "token mixing",
+            "segment max-pooling",
+            "global aggregation",
+            "local max-pooling",
+            "linear complexity",
+            "long sequences",
+            "BERT",
+            "GLUE",
+            "Long Range Arena",
+            "FNet",
+        ),
+        snippet="""\
+import torch
+import tokenmill as tm
+
+layer = tm.nn.PoNetMixing(64, num_heads=4)
+segments = tm.nn.segments_of(torch.rand(2, 30) < 0.2)
+print(layer(torch.randn(2, 30, 64), segments).shape)  # torch.Size([2, 30, 64])
+""",
     ),
     Paper(
         number=49,
@@ -76,8 +148,33 @@ ROWS = (
             "tokenmill.nn.EmbeddingPooling(method='attention', num_latents=768, num_heads=32)",
             "tokenmill.segment_reduce(reduce='last')",
         ),
-        test=("tests/papers/test_49_embedding_pooling.py",),
+        test=(
+            "tests/papers/test_49_embedding_pooling.py",
+            "tests/tokens/test_segment_reduce.py",
+        ),
         backends=BACKENDS,
+        checked="released code: yixuantt/PoolingAndAttn at 57791d5",
+        keywords=(
+            "text embedding",
+            "sentence embedding",
+            "last-token pooling",
+            "mean pooling",
+            "EOS",
+            "trainable pooling",
+            "cross-attention",
+            "multi-layers pooling",
+            "retrieval",
+            "LLM",
+            "MTEB",
+        ),
+        snippet="""\
+import torch
+import tokenmill as tm
+
+pool = tm.nn.EmbeddingPooling(64, "mean", layers=2, num_latents=16, num_heads=4, head_dim=16)
+states, mask = [torch.randn(2, 9, 64)] * 2, torch.ones(2, 9, dtype=torch.bool)
+print(pool(states, mask).shape)  # torch.Size([2, 64])
+""",
     ),
     Paper(
         number=59,
@@ -86,14 +183,55 @@ ROWS = (
         authors="Yu et al.",
         arxiv="2111.11418",
         family="pooling",
-        computes="the mean of 3 x 3 pixels, minus the pixel",
+        computes=(
+            "the mean of 3 x 3 pixels, minus the pixel, in place of attention; the "
+            "whole models S12 to M48"
+        ),
         call=(
             "tokenmill.nn.PoolFormerMixing(pool_size=3)",
             "tokenmill.local_pool(subtract_input=True)",
+            "tokenmill.nn.poolformer_s12",
+            "tokenmill.nn.poolformer_s24",
+            "tokenmill.nn.poolformer_s36",
+            "tokenmill.nn.poolformer_m36",
+            "tokenmill.nn.poolformer_m48",
         ),
-        test=("tests/tokens/test_nn_pooling.py",),
+        test=(
+            "tests/papers/test_59_poolformer.py",
+            "tests/tokens/test_nn_pooling.py",
+            "tests/tokens/test_local_pool.py",
+        ),
         backends=BACKENDS,
-        claim="82.1 % top-1 (M36, 8.8 GMAC)",
+        checked="released code: sail-sg/poolformer at a075575; peer: timm's poolformer_s12",
+        claim="82.1 % top-1 on ImageNet (M36, 8.8 G multiplications)",
         measured="64 x 56 x 56 x 64: 4.6 to 5.0 times as fast as avg_pool2d",
+        counted=(
+            "tests/papers/test_59_poolformer.py counts parameters and multiplications of"
+            " all five models: 12, 21, 31, 56 and 73 M; 1.8, 3.4, 5.0, 8.8 and 11.6 G at"
+            " 224 x 224, as the release states them"
+        ),
+        note=(
+            "timm norms the mean of the pixels where the release norms the map: its stages "
+            "are compared, not its head; norms after the four maps (norm0, norm2, norm4, "
+            "norm6 of dense prediction) are the caller's"
+        ),
+        keywords=(
+            "MetaFormer",
+            "token mixer",
+            "average pooling",
+            "pooling",
+            "vision transformer",
+            "without attention",
+            "ImageNet",
+            "image classification",
+            "attention-free",
+        ),
+        snippet="""\
+import torch
+import tokenmill as tm
+
+model = tm.nn.PoolFormer((1, 1, 1, 1), (8, 8, 16, 16), num_classes=10).eval()
+print(model(torch.randn(1, 3, 32, 32)).shape)
+""",
     ),
 )

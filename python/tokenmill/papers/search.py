@@ -29,8 +29,8 @@ def rank(papers: Sequence[Paper], query: str) -> tuple[Paper, ...]:
         return tuple(paper for paper in papers if paper.arxiv == identifier)
     if text.isdecimal():
         return tuple(paper for paper in papers if paper.number == int(text))
-    wanted = [_stem(word) for word in re.findall(r"\w+", text) if word not in _COMMON]
-    found = [(_score(paper, wanted, text), paper) for paper in papers] if wanted else []
+    wanted = _stems(text)
+    found = [(_score(paper, wanted), paper) for paper in papers] if wanted else []
     best = sorted((row for row in found if row[0]), key=lambda row: (-row[0], row[1].number))
     return tuple(paper for _, paper in best)
 
@@ -41,16 +41,17 @@ def nearest(papers: Sequence[Paper], query: str, limit: int = 3) -> list[str]:
     return difflib.get_close_matches(query.strip().lower(), terms, n=limit, cutoff=0.6)
 
 
-def _score(paper: Paper, wanted: Sequence[str], text: str) -> int:
-    """Sum of the best weight of each wanted word; 0 if a word is nowhere in the row."""
+def _score(paper: Paper, wanted: list[str]) -> int:
+    """Sum of the best weight of each wanted word, more for a whole name or keyword; 0 if a word is
+    nowhere in the row."""
     total = 0
     for stem in wanted:
         weights = [w for w, stems in _fields(paper) if _matches(stem, stems)]
         if not weights:
             return 0
         total += max(weights)
-    phrases = {term.lower() for term in (paper.name, *paper.keywords)}
-    return total + 20 * (text in phrases)
+    whole = wanted == _stems(paper.name), wanted in map(_stems, paper.keywords)
+    return total + 20 * whole[0] + 10 * whole[1]
 
 
 def _matches(stem: str, stems: frozenset[str]) -> bool:
@@ -66,6 +67,11 @@ def _fields(paper: Paper) -> tuple[tuple[int, frozenset[str]], ...]:
         (2, (paper.computes, paper.note, paper.claim, paper.differs, paper.missing)),
     )
     return tuple((w, frozenset(_stem(x) for t in texts for x in _terms(t))) for w, texts in parts)
+
+
+def _stems(text: str) -> list[str]:
+    words = re.findall(r"\w+", text.lower())
+    return [_stem(word) for word in words if word not in _COMMON]
 
 
 def _terms(text: str) -> list[str]:
