@@ -15,8 +15,9 @@ from tier import FULL
 import tokenmill as tm
 from tokenmill import fuzz, registry
 from tokenmill.fuzz import case
-from tokenmill.fuzz.compositions import COMPOSITIONS, MODULES
+from tokenmill.fuzz.compositions import COMPOSITIONS
 from tokenmill.fuzz.guard import Guard
+from tokenmill.fuzz.modules import MODULES
 from tokenmill.fuzz.policies import POLICIES
 from tokenmill.fuzz.targets import NoCall, Target, targets
 from tokenmill.registry import Sample

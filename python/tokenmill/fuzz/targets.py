@@ -45,7 +45,8 @@ class Target:
 
 def targets(backend: str) -> list[Target]:
     """Every target of a backend, those with many arguments several times."""
-    from .compositions import compositions, modules
+    from .compositions import compositions
+    from .modules import modules
     from .policies import policy_targets
 
     found = []
