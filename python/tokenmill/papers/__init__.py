@@ -16,13 +16,13 @@ Example:
 from __future__ import annotations
 
 from .._check import check
-from . import caches, dense, linear, masks, none, pooling, sinks, sparse, tokens
+from . import caches, dense, heads, linear, masks, none, pooling, sinks, sparse, tokens
 from .paper import FAMILIES, Paper
 from .search import nearest, rank
 
 __all__ = ["FAMILIES", "PAPERS", "Paper", "find", "nearest"]
 
-_FILES = (dense, sinks, masks, linear, sparse, caches, tokens, pooling, none)
+_FILES = (dense, sinks, masks, linear, sparse, caches, heads, tokens, pooling, none)
 PAPERS: tuple[Paper, ...] = tuple(
     sorted((paper for file in _FILES for paper in file.ROWS), key=lambda paper: paper.number)
 )

@@ -104,6 +104,7 @@ print(out.shape)  # torch.Size([1, 64, 4, 32])
         snippet="""\
 import torch
 import tokenmill as tm
+
 pool = tm.nn.PromptTokenPool(8, num_prompts=16, match="nearest")
 x = torch.nn.functional.normalize(torch.randn(2, 12, 8), dim=-1)
 y, assigned = pool(x)
@@ -179,6 +180,7 @@ y.shape, tm.attention(q, k, v, mask=mask).shape
         snippet="""\
 import torch
 import tokenmill as tm
+
 q = k = v = torch.randn(1, 64, 2, 16)  # a picture of 8 x 8
 k_ref = v_ref = torch.randn(1, 1, 64, 2, 16)  # a reference of one subject
 subject = (torch.arange(64) % 8 < 3).int()[None]  # 3 columns of the picture

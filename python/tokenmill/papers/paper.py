@@ -15,6 +15,7 @@ FAMILIES = {
     "linear": "Linear attention and memories",
     "sparse": "Sparse and long-context attention",
     "caches": "KV caches and decoding",
+    "heads": "Heads that retrieve",
     "tokens": "Tokens that are kept, merged or dropped",
     "pooling": "Pooling and token mixing",
     "none": "No computation for a kernel",

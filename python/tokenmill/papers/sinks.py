@@ -70,6 +70,7 @@ ROWS = (
         snippet="""\
 import torch
 import tokenmill as tm
+
 q = torch.randn(1, 50, 4, 32)
 k = v = torch.randn(1, 50, 2, 32)
 tm.sink_calibrated_attention(q, k, v, heads=[1, 3], beta=0.4, threshold=0.1).shape
@@ -177,6 +178,7 @@ print(tm.attention(q, k, v, kind="sigmoid", normalize="sum", causal=True).shape)
         snippet="""\
 import torch
 import tokenmill as tm
+
 q, k, v = (torch.randn(1, 50, 4, 32) for _ in range(3))
 hidden = torch.randn(1, 50, 512).clamp(-3, 3)
 hidden[0, [0, 7], 100] = 60.0  # the first token and one of the image are sinks
@@ -241,6 +243,7 @@ tm.redistributed_attention(q, k, v, image=(5, 41), hidden=hidden, sink_dims=(100
         snippet="""\
 import torch
 import tokenmill as tm
+
 first, late = torch.rand(2, 1, 36)  # attention of the class token to 36 patches, two layers
 local, summary = tm.paint_tokens(first, late)
 gains = torch.nn.functional.pad(0.7 * local + 0.3 * summary, (5, 9))  # 5 tokens of text before

@@ -75,8 +75,14 @@ import tokenmill as tm
 k, v = torch.randn(2, 1, 256, 2, 16)
 angles = torch.arange(79.0)[:, None] / 10000 ** (torch.arange(8) / 8)
 out = tm.landmark_decode(
-    torch.randn(1, 16, 4, 16), k, v, seqlens_k=torch.tensor([256], dtype=torch.int32), block=16,
-    topk=2, rope=(angles.cos(), angles.sin()))
+    torch.randn(1, 16, 4, 16),
+    k,
+    v,
+    seqlens_k=torch.tensor([256], dtype=torch.int32),
+    block=16,
+    topk=2,
+    rope=(angles.cos(), angles.sin()),
+)
 print(out.shape)
 """,
     ),
