@@ -160,8 +160,10 @@ def _prepare(
         check(call.cos.shape[0] >= where.length, OP, "rope", rule, call.cos.shape[0])
     if reads_values(call.seqlens_k):
         check_length_values(OP, "seqlens_k", call.seqlens_k, where.length)
-    options = ("block_k", "num_sink", "num_recent", "scale", "softcap", "return_mass", "pos_mode")
-    options += ("cos", "interleaved", "extra_log_count", "sink")
+    options = [
+        "block_k", "num_sink", "num_recent", "scale", "softcap", "return_mass", "pos_mode", "cos",
+        "interleaved", "extra_log_count", "sink",
+    ]  # fmt: skip
     values = reads_values(call.seqlens_k)
     ranks.check_alike(
         sizes=where.sizes,
