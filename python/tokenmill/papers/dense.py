@@ -149,7 +149,10 @@ print(tm.attention(q, k, v, kind="relu", normalize="count", causal=True).shape)
             "tokenmill.sigmoid_attention(score_bias='neg_log_n')",
             "tokenmill.nn.SigmoidAttention(score_bias='neg_log_n')",
         ),
-        test=("tests/papers/test_40_sigmoid_attention.py",),
+        test=(
+            "tests/papers/test_40_sigmoid_attention.py",
+            "tests/dense/test_attention.py",
+        ),
         example="examples/papers/digits.py",
         backends=BACKENDS,
         checked="released code: apple/ml-sigmoid-attention at 9273b49",

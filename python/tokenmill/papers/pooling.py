@@ -20,7 +20,10 @@ ROWS = (
             "tokenmill.nn.TokenAwarePooling(num_scales=4)",
             "tokenmill.nn.AttentionDiversificationLoss(threshold=2.0)",
         ),
-        test=("tests/papers/test_16_token_aware_pooling.py",),
+        test=(
+            "tests/papers/test_16_token_aware_pooling.py",
+            "tests/tokens/test_local_pool.py",
+        ),
         backends=BACKENDS,
         checked="released code: guoyongcs/TAPADL at 6e4dbff",
         claim="+2.4 % on ImageNet-C",
@@ -64,6 +67,7 @@ print(loss(torch.rand(1, 196, 196).softmax(-1)).shape)  # torch.Size([])
         test=(
             "tests/papers/test_35_word_pooling.py",
             "tests/tokens/test_nn_pooling.py",
+            "tests/tokens/test_segment_reduce.py",
         ),
         backends=BACKENDS,
         checked="text only",

@@ -226,6 +226,7 @@ print(back.shape)  # torch.Size([1, 256, 32])
         test=(
             "tests/papers/test_31_focus_detr.py",
             "tests/tokens/test_nn_stages.py",
+            "tests/tokens/test_gather_tokens.py",
         ),
         backends=BACKENDS,
         checked="released code: linxid/Focus-DETR at 1610f23",
