@@ -75,7 +75,7 @@ def watch_attention(
 
     def attend(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         scaling = args[1] if len(args) > 1 else kw.get("scaling")
         scoring = {"scale": scaling, "softcap": kw.get("softcap") or 0.0, "sink": kw.get("s_aux")}
         layer = getattr(module, "layer_idx", None)

@@ -326,7 +326,8 @@ class CoreContextState:
     ) -> tuple[Tensor, Tensor]:
         if count == 0:
             heads = q.shape[2] if self.kind == "query" else k.shape[2]
-            return tuple(t.new_zeros((t.shape[0], 0, heads, t.shape[3])) for t in (k, v))
+            no_keys, no_values = (t.new_zeros((t.shape[0], 0, heads, t.shape[3])) for t in (k, v))
+            return no_keys, no_values
         return core_tokens(q, k, v, self.group, scale, count, self.kind, self.backend)
 
     def _core_of_the_newest(self, q: Tensor) -> tuple[Tensor, Tensor]:

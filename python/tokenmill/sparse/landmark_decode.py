@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -154,7 +154,7 @@ def landmark_decode(
     lengths = seqlens_k.long().clamp(0, held)
     call = _Call(
         _Cache(k_cache, v_cache, block_table, lengths - 1), lengths - q.shape[1], held, block, topk,
-        _Rope(*tables, interleaved) if tables else None, factor, backend,
+        _Rope(tables[0], tables[1], interleaved) if tables else None, factor, backend,
     )  # fmt: skip
     out, lse = call.local(q)
     if topk:
@@ -345,15 +345,17 @@ class _Call(NamedTuple):
         group = max(heads // max(self.cache.k.shape[2], 1), 1)
         head = torch.arange(heads, device=q.device) // group
         places = self.cache.places(chosen.clamp(min=0)[..., None] * self.block + token)
-        places = (*places, head[None, :, None, None, None])
-        keys, values = (t[places].masked_fill(absent, 0) for t in (self.cache.k, self.cache.v))
+        listed = (*places, head[None, :, None, None, None])
+        keys, values = (t[listed].masked_fill(absent, 0) for t in (self.cache.k, self.cache.v))
         if self.rope is not None:
             keys = self.rope.turn(keys, self._slots(chosen)[..., None] * self.block + token)
         rows = q.transpose(1, 2).unflatten(2, (chosen.shape[2], sharing))
         rows = rows[:, :, :, None].expand(-1, -1, -1, self.topk, -1, -1).flatten(0, 3)[:, :, None]
         keys, values = (t.flatten(0, 3)[:, :, None] for t in (keys, values))
         last = self.block - 1
-        options = {"scale": self.scale, "return_lse": True, "backend": self.backend}
+        options: dict[str, Any] = {
+            "scale": self.scale, "return_lse": True, "backend": self.backend,
+        }  # fmt: skip
         out, _ = attention(rows, keys[:, :last], values[:, :last], **options)
         _, logits = attention(rows, keys[:, last:], values[:, last:], **options)  # of one key: q.k
         shape = (batch, heads, chosen.shape[2], self.topk)
