@@ -112,11 +112,8 @@ BAD = [
     ("demo --steps x", "--steps: must be a whole number of at least 1; got 'x'"),
     ("demo --seed -1", "--seed: must be a whole number from 0 to "),
     ("demo --backend nosuch", "--backend: invalid choice: 'nosuch'"),
-    (
-        "papers nosuch",
-        "word: must be in a row of the index, or a number from 1 to 61; got 'nosuch'",
-    ),
-    ("papers 62", "word: must be in a row of the index, or a number from 1 to 61; got '62'"),
+    ("papers nosuch", "papers: no paper of the index holds 'nosuch'"),
+    ("papers 62", "papers: no paper of the index holds '62'"),
     ("papers --json --markdown", "--markdown: not allowed with argument --json"),
 ]
 NO_GPU = [

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends
 from policy_inputs import DV, LENGTHS, D, assert_steps, draw, new_cache, rotation
-from tensors import device_of, each_backend
+from tensors import KERNELS, device_of, each_backend
 from torch import Tensor
 
 from tokenmill import policies
 
-every_backend = pytest.mark.parametrize("backend", backends("reference"))
+every_backend = pytest.mark.parametrize("backend", KERNELS)
 
 
 def turned(x: Tensor, at: Tensor) -> Tensor:

@@ -7,9 +7,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import backends
 from literal import assert_reads_as, randomised
-from tensors import each_backend
+from tensors import KERNELS, each_backend
 
 import tokenmill as tm
 
@@ -82,7 +81,7 @@ def test_the_equations(batch, dim, heads, grid, agents, class_token, backend):
     assert_reads_as(randomised(layer), reading(layer), x, backend=backend)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@pytest.mark.parametrize("backend", KERNELS)
 def test_given_agents(backend):
     layer = tm.nn.AgentAttention(8, 2, (3, 4), (1, 5), backend=backend)
     x, agents = (torch.randn(2, n, 8, requires_grad=True) for n in (12, 5))

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, in_each_dtype
-from tensors import close, draw, same_gradients
+from conftest import in_each_dtype
+from tensors import KERNELS, close, draw, same_gradients
 
 import tokenmill as tm
 from tokenmill.testing import assert_accurate
 
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
+each_backend = pytest.mark.parametrize("backend", KERNELS)
 in_each_16_bits = pytest.mark.parametrize(
     ("dtype", "backend"),
-    in_each_dtype([torch.bfloat16, torch.float16], [(b,) for b in backends("reference")]),
+    in_each_dtype([torch.bfloat16, torch.float16], [(b,) for b in KERNELS]),
 )
 BETA, THRESHOLD = 0.4, 0.1
 S, H = 12, 4

@@ -9,12 +9,12 @@ import sys
 
 import pytest
 import torch
-from conftest import backends, device_of
-from tensors import close, draw, same_gradients
+from conftest import device_of
+from tensors import KERNELS, close, draw, same_gradients
 
 import tokenmill as tm
 
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
+each_backend = pytest.mark.parametrize("backend", KERNELS)
 VISUAL, S, H, D = 5, 12, 4, 16
 IGNORED = -100
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, device_of, in_each_dtype
-from tensors import close, draw, same_gradients
+from conftest import device_of, in_each_dtype
+from tensors import KERNELS, close, draw, same_gradients
 from torch.nn.functional import interpolate
 
 import tokenmill as tm
 from tokenmill.testing import assert_accurate
 
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
+each_backend = pytest.mark.parametrize("backend", KERNELS)
 in_each_16_bits = pytest.mark.parametrize(
     ("dtype", "backend"),
-    in_each_dtype([torch.bfloat16, torch.float16], [(b,) for b in backends("reference")]),
+    in_each_dtype([torch.bfloat16, torch.float16], [(b,) for b in KERNELS]),
 )
 GRID = HEIGHT, WIDTH = 4, 6
 N, H, D, R = HEIGHT * WIDTH, 2, 16, 3

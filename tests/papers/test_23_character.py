@@ -8,13 +8,12 @@ import math
 
 import pytest
 import torch
-from conftest import backends
 from literal import assert_reads_as, randomised
-from tensors import close
+from tensors import KERNELS, close
 
 from tokenmill import nn
 
-EVERY = pytest.mark.parametrize("backend", backends("reference"))
+EVERY = pytest.mark.parametrize("backend", KERNELS)
 GRID, HEADS, DIM = (2, 5), 2, 8
 
 

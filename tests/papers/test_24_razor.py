@@ -17,13 +17,14 @@ import math
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
 from policy_inputs import attend
+from tensors import KERNELS
 
 import tokenmill as tm
 from tokenmill import policies
 
-every_backend = pytest.mark.parametrize("backend", backends("reference"))
+every_backend = pytest.mark.parametrize("backend", KERNELS)
 H, HK, D, SCALE = 4, 2, 16, 0.25
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
 from policy_inputs import (
     DV,
     GROUP,
@@ -27,10 +27,11 @@ from policy_inputs import (
     over,
 )
 from policy_inputs import H as HEADS
+from tensors import KERNELS
 
 from tokenmill import policies
 
-every_backend = pytest.mark.parametrize("backend", backends("reference"))
+every_backend = pytest.mark.parametrize("backend", KERNELS)
 
 
 class Literal:

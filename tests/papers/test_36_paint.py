@@ -6,19 +6,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import backends, device_of, in_each_dtype
+from conftest import device_of, in_each_dtype
 from hypothesis import given
 from hypothesis import strategies as st
-from tensors import close, draw, same_gradients
+from tensors import KERNELS, close, draw, same_gradients
 from tier import examples
 
 import tokenmill as tm
 from tokenmill.testing import assert_accurate
 
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
+each_backend = pytest.mark.parametrize("backend", KERNELS)
 in_each_16_bits = pytest.mark.parametrize(
     ("dtype", "backend"),
-    in_each_dtype([torch.bfloat16, torch.float16], [(b,) for b in backends("reference")]),
+    in_each_dtype([torch.bfloat16, torch.float16], [(b,) for b in KERNELS]),
 )
 ALPHA, BETA = 0.7, 0.3
 

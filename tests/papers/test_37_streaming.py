@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
 from policy_inputs import attend, rotation
+from tensors import KERNELS
 
 import tokenmill as tm
 from tokenmill import policies
 
-every_backend = pytest.mark.parametrize("backend", backends("reference"))
+every_backend = pytest.mark.parametrize("backend", KERNELS)
 H, HK, D = 2, 1, 16
 
 

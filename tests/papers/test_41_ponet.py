@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
+from tensors import KERNELS
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenmill import nn
@@ -36,7 +37,7 @@ def released(layer, x, segments):
     return out
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("exclude_first", [False, True])
 def test_tokens_are_mixed_as_released(exclude_first, backend):
     g = torch.Generator().manual_seed(1)

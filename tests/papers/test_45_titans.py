@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import backends, device_of
+from conftest import device_of
 from literal import assert_reads_as, randomised
-from tensors import assert_keeps_budget, close, draw
+from tensors import KERNELS, assert_keeps_budget, close, draw
 from titans_literal import Memory, linear, of_heads
 
 import tokenmill as tm
 from tokenmill import nn
 
-EVERY = pytest.mark.parametrize("backend", backends("reference"))
+EVERY = pytest.mark.parametrize("backend", KERNELS)
 # A memory of several matrices is PyTorch's own operations, whatever the backend.
 DEPTHS = pytest.mark.parametrize(
-    ("depth", "backend"), [(1, b) for b in backends("reference")] + [(2, "reference")]
+    ("depth", "backend"), [(1, b) for b in KERNELS] + [(2, "reference")]
 )
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"]

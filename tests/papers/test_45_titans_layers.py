@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
 from literal import assert_reads_as, randomised
-from tensors import close
+from tensors import KERNELS, close
 from titans_literal import Memory, rms
 
 from tokenmill import nn
 
-EVERY = pytest.mark.parametrize("backend", backends("reference"))
+EVERY = pytest.mark.parametrize("backend", KERNELS)
 DIM, HEADS, SEGMENT, WINDOW = 8, 2, 4, 3
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
 from hypothesis import given
 from hypothesis import strategies as st
-from tensors import Largest, assert_keeps_budget, draw
+from tensors import KERNELS, Largest, assert_keeps_budget, draw
 from tier import examples
 
 import tokenmill as tm
@@ -21,8 +21,8 @@ def by_hand(q, k, v, values=None, mask=None):
     return u if values is None else u.softmax(-1).nan_to_num() @ values
 
 
-EVERY = pytest.mark.parametrize("backend", backends("reference"))
-PLAIN_SHAPES = [b for b in ("cpu", "reference") if b in backends("reference")] or ["reference"]
+EVERY = pytest.mark.parametrize("backend", KERNELS)
+PLAIN_SHAPES = [b for b in ("cpu", "reference") if b in KERNELS] or ["reference"]
 
 
 def inputs(rows=5, keys=7, width=4, channels=3, dtype=torch.float32, batch=2, backend="cpu"):

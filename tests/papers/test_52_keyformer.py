@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
 from policy_inputs import attend, best
+from tensors import KERNELS
 
 import tokenmill as tm
 from tokenmill import policies
 
-every_backend = pytest.mark.parametrize("backend", backends("reference"))
+every_backend = pytest.mark.parametrize("backend", KERNELS)
 H, HK, D, SCALE = 2, 1, 16, 0.25
 each_rule = pytest.mark.parametrize("released", [False, True])
 

@@ -12,12 +12,11 @@ import doctest
 
 import pytest
 import torch
-from conftest import backends
-from tensors import draw
+from tensors import KERNELS, draw
 
 from tokenmill import policies
 
-every_backend = pytest.mark.parametrize("backend", backends("reference"))
+every_backend = pytest.mark.parametrize("backend", KERNELS)
 
 CONTEXT, NEEDLE, AT, H, HK, D = 80, 6, 23, 6, 3, 16
 STEPS = NEEDLE + 14  # more than are in memory together

@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import backends, device_of
+from conftest import device_of
 from literal import assert_reads_as, randomised
-from tensors import each_backend
+from tensors import KERNELS, each_backend
 
 import tokenmill as tm
 from tokenmill import nn
@@ -105,7 +105,7 @@ def test_slopes_stay_float32():
     assert meta.slopes.is_meta and not meta.to_empty(device="cpu").slopes.is_meta
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@pytest.mark.parametrize("backend", KERNELS)
 def test_layers_of_transformers_load(backend):
     """The names of its weights are those of transformers, whose layer this one then agrees with, in
     results and gradients."""

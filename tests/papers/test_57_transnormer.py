@@ -9,14 +9,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import backends, device_of
+from conftest import device_of
 from literal import assert_reads_as, randomised
-from tensors import close
+from tensors import KERNELS, close
 
 import tokenmill as tm
 from tokenmill import nn
 
-EVERY = pytest.mark.parametrize("backend", backends("reference"))
+EVERY = pytest.mark.parametrize("backend", KERNELS)
 LAYERS = 5
 
 

@@ -46,7 +46,7 @@ def find(query: str | int) -> tuple[Paper, ...]:
 
     Example:
         >>> from tokenmill import papers
-        >>> [paper.number for paper in papers.find("retrieval head")]
+        >>> [paper.number for paper in papers.find("retrieval heads")][:2]
         [53, 24]
         >>> papers.find("https://arxiv.org/abs/2111.11418v3")[0].name
         'PoolFormer'

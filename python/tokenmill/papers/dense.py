@@ -111,7 +111,10 @@ print(tm.nn.CharacterConsistencyLoss(10, 16)(y, torch.arange(8)[None]))
             "tokenmill.attention(kind='relu', normalize='count', causal=True)",
             "tokenmill.attention(kind='relu')",
         ),
-        test=("tests/papers/test_26_relu.py",),
+        test=(
+            "tests/papers/test_26_relu.py",
+            "tests/dense/test_attention_kinds.py",
+        ),
         backends=BACKENDS,
         checked="released code: GuoTianYu2000/Active-Dormant-Attention at 16b3593",
         differs=(
@@ -243,7 +246,10 @@ print(layer(torch.randn(3, 16)).shape)
             "tokenmill.additive_attention",
             "tokenmill.pointer_argmax",
         ),
-        test=("tests/papers/test_51_pointer_networks.py",),
+        test=(
+            "tests/papers/test_51_pointer_networks.py",
+            "tests/dense/test_additive_attention.py",
+        ),
         example="examples/papers/sort_numbers.py",
         backends=BACKENDS,
         checked="text only",

@@ -24,6 +24,7 @@ ROWS = (
         test=(
             "tests/papers/test_11_agent_attention.py",
             "tests/test_diffusion_models.py",
+            "tests/dense/test_attention.py",
         ),
         backends=BACKENDS,
         checked="released code: LeapLabTHU/Agent-Attention at 207ce3e",
@@ -233,6 +234,7 @@ print(layer(torch.randn(1, 1, 16), state).shape)
         test=(
             "tests/papers/test_58_taylor_window.py",
             "tests/papers/test_58_based.py",
+            "tests/linear/test_linear_attention.py",
         ),
         backends=BACKENDS,
         checked="released code: HazyResearch/based at 32c1bd4",

@@ -73,7 +73,10 @@ print(out.shape)  # torch.Size([1, 64, 4, 32])
             "tokenmill.nn.PromptTokenPool(dim=4096, num_prompts=2048, share=0.75, match='nearest')",
             "tokenmill.attention(mask=masks.prefix(lengths))",
         ),
-        test=("tests/papers/test_21_croc.py",),
+        test=(
+            "tests/papers/test_21_croc.py",
+            "tests/dense/test_attention_masks.py",
+        ),
         backends=BACKENDS,
         checked="released code: deepglint/Croc at e758f86",
         differs=(
@@ -256,7 +259,10 @@ print(torch.allclose(out, tm.attention(q, k, v), atol=1e-5))  # True
             "tokenmill.attention_decode(schedule='stream_k')",
             "tokenmill.merge_attention_states",
         ),
-        test=("tests/papers/test_54_lean.py",),
+        test=(
+            "tests/papers/test_54_lean.py",
+            "tests/dense/test_attention_decode.py",
+        ),
         backends=BACKENDS,
         checked="text only",
         claim="2.6 times as fast as FlashAttention-2 on average, 8.33 times at 512k",

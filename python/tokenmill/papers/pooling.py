@@ -107,7 +107,10 @@ print(pool(x, offsets).shape)  # torch.Size([3, 4, 32])
             "tokenmill.nn.PoNetMixing(num_heads=12)",
             "tokenmill.nn.segments_of",
         ),
-        test=("tests/papers/test_41_ponet.py",),
+        test=(
+            "tests/papers/test_41_ponet.py",
+            "tests/tokens/test_local_pool.py",
+        ),
         backends=BACKENDS,
         checked="released code: lxchtan/PoNet at cc9a29a",
         claim="95.7 % of BERT on GLUE, nearly as fast as FNet",

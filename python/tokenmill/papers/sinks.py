@@ -143,7 +143,10 @@ print(tm.attention(q, k, v, kind="sigmoid", normalize="sum", causal=True).shape)
             ),
             "tokenmill.massive_activations(dims=(2533, 1415), threshold=20.0)",
         ),
-        test=("tests/papers/test_20_var.py",),
+        test=(
+            "tests/papers/test_20_var.py",
+            "tests/dense/test_reweighted_attention.py",
+        ),
         backends=BACKENDS,
         checked="released code: seilk/VisAttnSink at 98e62d6",
         differs=(
@@ -205,7 +208,10 @@ tm.redistributed_attention(q, k, v, image=(5, 41), hidden=hidden, sink_dims=(100
             "tokenmill.paint_tokens(local_share=0.25, whisker=1.5)",
             "tokenmill.amplified_attention(gains=0.7 * local + 0.3 * summary, rows=1, causal=True)",
         ),
-        test=("tests/papers/test_36_paint.py",),
+        test=(
+            "tests/papers/test_36_paint.py",
+            "tests/dense/test_reweighted_attention.py",
+        ),
         backends=BACKENDS,
         checked="released code: hasanar1f/PAINT at 2a9e8f8",
         differs=(

@@ -22,7 +22,11 @@ ROWS = (
             "tokenmill.landmark_attention(block=64)",
             "tokenmill.landmark_decode(block=64, topk=5, rope=(cos, sin))",
         ),
-        test=("tests/sparse/test_landmark_decode_released.py",),
+        test=(
+            "tests/sparse/test_landmark_decode_released.py",
+            "tests/sparse/test_landmark_attention.py",
+            "tests/sparse/test_landmark_decode.py",
+        ),
         backends=BACKENDS,
         checked="released code: epfml/landmark-attention at d963e50",
         differs=(

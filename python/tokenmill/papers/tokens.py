@@ -112,7 +112,10 @@ print(layer(torch.randn(2, 197, 64)).shape)  # torch.Size([3, 2, 4, 64])
             " heads and summed over layers, in the order of the image"
         ),
         call=("tokenmill.nn.ClsTokenPruning(keep=64)",),
-        test=("tests/papers/test_07_vtc_cls.py",),
+        test=(
+            "tests/papers/test_07_vtc_cls.py",
+            "tests/tokens/test_partition.py",
+        ),
         backends=BACKENDS,
         checked="released code: THU-MIG/VTC-CLS at e41ac9b",
         claim=(
