@@ -1,23 +1,34 @@
-"""The backends that the tests of a file have as a parameter, as pytest collects them."""
+"""The backends that the tests of files have as a parameter, as pytest collects them."""
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenmill._dispatch import ALL_BACKENDS
 
+ROOT = Path(__file__).resolve().parent.parent
 
-def backends_of(session, paths: Iterable[Path]) -> set[str]:
-    """Files that are not part of this session are collected in a process of their own."""
-    paths = list(paths)
-    names = [item.nodeid for item in session.items if item.path in paths]
-    missing = [str(path) for path in paths if path not in {item.path for item in session.items}]
-    if missing:
-        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *missing]
-        names += subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    words = {word for name in names for word in re.findall(r"\w+", name.partition("[")[2])}
-    return words & set(ALL_BACKENDS)
+
+def backends_of(session, paths: Iterable[Path]) -> dict[Path, set[str]]:
+    """By file. Files that are not part of the session are collected in a process of their own."""
+    names = [(item.path, item.nodeid) for item in session.items]
+    missing = sorted({str(path) for path in paths} - {str(path) for path, _ in names})
+    found = defaultdict(set)
+    for path, name in (*names, *_collect(tuple(missing))):
+        found[path] |= set(re.findall(r"\w+", name.partition("[")[2])) & set(ALL_BACKENDS)
+    return found
+
+
+@functools.cache
+def _collect(paths: tuple[str, ...]) -> list[tuple[Path, str]]:
+    if not paths:
+        return []
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *paths]
+    lines = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
+    return [(ROOT / line.partition("::")[0], line) for line in lines if "::" in line]
