@@ -13,7 +13,7 @@ os.environ["TOKENMILL_TUNE_CACHE"] = os.devnull  # the choices of an untuned mac
 
 from hypothesis import HealthCheck, settings
 from shares import pytest_terminal_summary  # noqa: F401 a hook
-from tier import FULL, QUICK
+from tier import QUICK
 
 import tokenmill as tm
 import tokenmill._emulator
@@ -73,12 +73,6 @@ def backends(*others: str) -> list[str]:
     able = [b for b, state in states.items() if state.startswith(("available", "interpreter"))]
     found = [b for b in able if b != "reference"] + list(others)
     return [b for b in found if not _selected or b in _selected]
-
-
-def daily_backends(*others: str) -> list[str]:
-    """backends(), with the PTX machine only in ci/test --full: it takes minutes for what is made of
-    many calls, and the tests of the operators run there every time."""
-    return [b for b in backends(*others) if b != "emulated" or FULL]
 
 
 def device_of(backend: str) -> str:

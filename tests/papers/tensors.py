@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, daily_backends, device_of
+from conftest import backends, device_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenmill.testing import assert_accurate
@@ -14,7 +14,7 @@ FAST = [
     b for b in backends("reference") if b not in ("triton", "emulated") or device_of(b) == "cuda"
 ]
 each_backend = pytest.mark.parametrize("backend", FAST)
-KERNELS = daily_backends("reference")
+KERNELS = backends("reference")
 
 
 def draw(backend, *shapes, seed=0, dtype=torch.float32):

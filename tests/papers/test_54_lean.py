@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import daily_backends, device_of
+from conftest import backends, device_of
 from tensors import close, draw, each_backend
 
 import tokenmill as tm
@@ -141,7 +141,7 @@ def seen(schedule, backend, **options):
     ]
 
 
-@pytest.mark.parametrize("backend", [b for b in daily_backends() if b != "cpu"])
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
 def test_the_work_of_a_launch_is_cut_into_equal_ranges(backend):
     """stream_k: equally many steps in each range, whatever the lengths of the requests; split:
     each request for itself."""

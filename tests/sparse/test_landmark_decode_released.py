@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from block_sparse_calls import gradients
-from conftest import backends, daily_backends
+from conftest import backends
 from hypothesis import given
 from hypothesis import strategies as st
 from landmark_calls import inputs
@@ -14,7 +14,7 @@ from tier import examples
 
 import tokenmill as tm
 
-each_backend = pytest.mark.parametrize("backend", daily_backends("reference"))
+each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def int32(*values):

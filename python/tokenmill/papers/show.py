@@ -27,11 +27,10 @@ released, or the text of the paper. `python -m tokenmill papers linear attention
 READING = """\
 "Whole" means that all of the paper's computation is here; "in part" rows say what is missing and
 why. Calls are in `tokenmill` and show the arguments that the paper or its released code sets. They
-run on the backends {backends} unless a row names others. The tests of operators
-run on all of them, those of what is made of operators on the PTX machine only in `ci/test --full`.
-What a paper says about accuracy is a claim about trained models, which nothing here trains. Figures
-under "measured" are those of [performance.md](performance.md), on one thread of a CPU; figures
-under "counted" are counted by the test of the row, on any machine.
+run on the backends {backends} unless a row names others; CUDA kernels are tested
+on the [PTX machine](ptxvm.md). What a paper says about accuracy is a claim about trained models,
+which nothing here trains. Figures under "measured" are those of [performance.md](performance.md),
+on one thread of a CPU; figures under "counted" are counted by the test of the row, on any machine.
 """
 NONE = """
 These papers analyse, train or tokenise, or their networks are ordinary.
