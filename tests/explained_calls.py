@@ -81,7 +81,8 @@ def kernels(calls: list[Call]) -> list[str]:
 
 
 def cuda_kernels(calls: list[Call], sm90: bool = True) -> list[str]:
-    """Of each call on a GPU, with compute capability 9.0 or another: `dense/attention/kernel_sm90`,
+    """Kernel of each call on a GPU of compute capability 9.0 or another:
+    `dense/attention/kernel_sm90`
     or `dense/attention (not kernel_sm90: NAME)` with the first argument that breaks a rule."""
     found = []
     with mock.patch.object(_dispatch, "_is_sm90", lambda *call: sm90):

@@ -40,7 +40,7 @@ def padding(kind):
 
 
 def calls_of_llama(model, backend, mask, cache=None, steps=0):
-    """Of a prompt, and of the last one of some steps of generate()."""
+    """Kernels of a prompt and of the last of some steps of generate()."""
     from tokenmill.integrations.transformers import register
 
     model.set_attn_implementation(register(f"tokenmill_{backend}_kernels", backend=backend))

@@ -59,6 +59,7 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 _AUTOCAST_KEYS |= torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 
+@functools.cache
 def record_of(name: str) -> Any:
     """The arguments of an operator as a type of named tuple, in the order of the schema."""
     schema = getattr(native, name).default._schema
@@ -134,7 +135,7 @@ class TorchOp:
         object.__setattr__(self, "written", written)
         tensors = frozenset(a.name for a in schema if str(a.type) == "Tensor")
         object.__setattr__(self, "tensors", tensors)
-        object.__setattr__(self, "record", collections.namedtuple(self.name, self.arguments))
+        object.__setattr__(self, "record", record_of(self.name))
         direct = _direct[NAMESPACE].get(self.name)
         object.__setattr__(self, "short", direct and direct.plain)
 

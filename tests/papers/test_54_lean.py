@@ -108,7 +108,7 @@ def cut_by_request(backend):
 
 
 def kept(ranges, backend):
-    """Of each request and head and tile c, whether the 1 of tile c + 1 is in the result."""
+    """Whether, for each request, head and tile c, the 1 of tile c + 1 is in the result."""
     owner = [i for i, (a, b) in enumerate(ranges) for _ in range(a, b)]
     rows, before = [], 0
     for steps in steps_of(backend):

@@ -245,7 +245,7 @@ def test_a_step_is_group_query_attention(case, backend):
 @each_backend
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
 def test_rotation_is_rotary_embedding(interleaved, backend):
-    """Of the first 12 of 16 channels."""
+    """Rotates the first 12 of 16 channels."""
     g = torch.Generator().manual_seed(0)
     q, cos, sin = (torch.randn(s, generator=g) for s in ((2, 5, 4, 16), (9, 6), (9, 6)))
     positions = torch.randint(0, 9, (2, 5), generator=g)
@@ -343,7 +343,7 @@ def test_recurrences_are_linear_attention(rule, backend, domain):
 @DOMAINS
 @each_backend
 def test_the_delta_rule_is_a_titans_memory_without_momentum(backend, domain):
-    """Of chunks of one token: theta is the update rate, and nothing is forgotten."""
+    """The delta rule in chunks of one token: theta is the update rate, and nothing is forgotten."""
     tokens = 37 if backend in ON_HOST else 5
     *call, wanted, final = recurrence("delta", False, True, domain, h=2, tokens=tokens)
     q, k, v, state, _, beta = moved(backend, *call)

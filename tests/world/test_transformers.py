@@ -14,7 +14,7 @@ integration = pytest.importorskip("tokenmill.integrations.transformers")
 import tiny_models as tiny  # noqa: E402
 
 TOKENS = 9
-# Of four rows, each of which stands in the batch beside all others.
+# Four rows; each stands in the batch with all others.
 ROWS = ("1" * 9, "1" * 6 + "000", "000" + "1" * 6, "110011101")
 PADDING = {
     "none": (ROWS[0],) * 3,

@@ -95,8 +95,8 @@ def _ends(q: list[Tensor], k: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def padding_of(mask: Tensor, q: Tensor, k: Tensor) -> Padding | None:
-    """That of a mask ``[B, Sk]``, or of a complete one of one query, None of others. It is kept
-    with the mask: layers share what is found."""
+    """The padding of a mask ``[B, Sk]`` or of a complete mask of one query; None for other masks.
+    It is kept with the mask: layers share what is found."""
     (batch, sq), sk = q.shape[:2], k.shape[1]
     shown = mask
     if mask.dim() == 4:

@@ -47,7 +47,7 @@ class TokenmillMetadata:
 
     @property
     def queries(self) -> int:
-        """Of each request, if all have as many, else 0: nothing is read from the device."""
+        """Queries of a request where all have as many, else 0. Nothing is read from the device."""
         uniform = self.num_reqs * self.max_query_len == self.num_actual_tokens
         return self.max_query_len if uniform and len(self.seq_lens) == self.num_reqs else 0
 
