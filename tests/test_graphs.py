@@ -16,7 +16,11 @@ from tokenmill import masks, nn, policies, registry
 from tokenmill.fuzz.compositions import COMPOSITIONS, Draw
 
 # These read values on the host by design, or return no tensors.
-HOST = {policies.profile_retrieval_heads, nn.keep_rate_schedule}
+HOST = {
+    policies.choose_retrieval_heads,
+    policies.profile_retrieval_heads,
+    nn.keep_rate_schedule,
+}
 FUNCTIONS = {
     **{spec.name: spec.function for spec in registry.ops().values()},
     **{f.__name__: f for f in COMPOSITIONS if inspect.isfunction(f) and f not in HOST},

@@ -35,6 +35,8 @@ def show(value: Any) -> str:
         return f"'{value}'"
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {show(value.shape)}"
+    if isinstance(value, int | torch.SymInt):
+        return str(value)
     if hasattr(value, "__dlpack__"):  # whose elements nobody wants in an error
         library = type(value).__module__.partition(".")[0]
         library = {"numpy": "NumPy", "jaxlib": "JAX", "jax": "JAX", "cupy": "CuPy"}.get(
@@ -53,6 +55,12 @@ def fail(op: str, argument: str, rule: str, value: Any) -> NoReturn:
 def check(ok: bool, op: str, argument: str, rule: str, value: Any) -> None:
     if not ok:
         fail(op, argument, rule, value)
+
+
+def is_any(value: Any, *values: Any) -> bool:
+    """value in values. Dynamo (torch 2.13) answers `in` wrongly where value is a known size and
+    one of values is a size that varies."""
+    return any(value == v for v in values)
 
 
 def check_tensor(op: str, argument: str, value: Any, *, optional: bool = False) -> None:

@@ -17,6 +17,7 @@ from ._check import (
     check_head_dim,
     check_last_contiguous,
     fail,
+    is_any,
     is_power_of_two,
     show,
 )
@@ -80,7 +81,7 @@ def check_cache_scale(
     rule = "goes with caches in float8_e4m3fn alone"
     check(cache.dtype == torch.float8_e4m3fn, op, name, rule, cache.dtype)
     shape, each, every = list(t.shape), [cache.shape[2]], list(cache.shape[:3])
-    if not ((shared and shape in ([1], each)) or (token and shape == every)):
+    if not ((shared and is_any(shape, [1], each)) or (token and shape == every)):
         fail(op, name, f"must have shape [1], {show(each)} or {show(every)}", t.shape)
     wide = torch.promote_types(rows.dtype, torch.float32)
     either = "" if wide == torch.float32 else f" or {show(wide)}"

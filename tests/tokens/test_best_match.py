@@ -106,7 +106,8 @@ def test_lengths_do_not_matter(seed, channels, backend):
 @each_backend
 def test_of_equal_rows_the_first(backend):
     b = torch.randn(2, 90, 24)
-    if backend == "reference":  # torch's product of equal rows is equal if nothing of it is rounded
+    # BLAS, under the reference and Triton's interpreter, may round equal rows otherwise.
+    if backend in ("reference", "triton"):
         b = torch.where(b.argsort(-1).argsort(-1) < 16, b.sign(), 0.0)  # of length 4
     b = b.repeat(1, 3, 1).to(device_of(backend))
     index, score = tm.best_match(b, b, normalize=True, backend=backend)

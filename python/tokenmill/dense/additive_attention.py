@@ -16,6 +16,7 @@ from .._check import (
     check_last_contiguous,
     check_tensor,
     fail,
+    is_any,
 )
 from .._derivatives import keep, kept
 from .._dispatch import call
@@ -196,7 +197,7 @@ def _check_shapes(
         return
     check(mask.dtype == torch.bool, op, "mask", "must be bool", mask.dtype)
     keys = k.shape[1]
-    if tuple(mask.shape) not in ((batch, keys), (batch, rows, keys)):
+    if not is_any(tuple(mask.shape), (batch, keys), (batch, rows, keys)):
         rule = f"must have shape [{batch}, {keys}] or [{batch}, {rows}, {keys}]"
         fail(op, "mask", rule, mask.shape)
     check_device_of(op, "mask", mask, "q", q)

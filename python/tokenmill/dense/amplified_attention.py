@@ -14,6 +14,7 @@ from .._check import (
     check_qkv,
     check_tensor,
     fail,
+    is_any,
     reads_values,
 )
 from .._lowering import scale_or_default
@@ -116,7 +117,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, gains: Tensor, rows: int, causal: bo
     check_bool(OP, "causal", causal)
     batch, heads, keys = q.shape[0], q.shape[2], k.shape[1]
     shape = tuple(gains.shape)
-    if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, heads):
+    if len(shape) != 3 or not (is_any(shape[0], 1, batch) and is_any(shape[1], 1, heads)):
         fail(OP, "gains", f"must have shape [{batch} or 1, {heads} or 1, {keys}]", shape)
     check(shape[2] == keys, OP, "gains", f"must have {keys} columns, one for each key", shape[2])
     ok = gains.dtype in (q.dtype, torch.promote_types(q.dtype, torch.float32))

@@ -16,6 +16,7 @@ from .._check import (
     check_qkv,
     check_tensor,
     fail,
+    is_any,
     reads_values,
 )
 from ..tokens.reposition_tokens import Mode, check_grid, reposition_tokens, subject_boxes
@@ -155,11 +156,11 @@ def _check(
     ok = subjects.dtype in (torch.int32, torch.int64)
     check(ok, OP, "subjects", "must be int32 or int64", subjects.dtype)
     check(ref_masks.dtype == torch.bool, OP, "ref_masks", "must be bool", ref_masks.dtype)
-    if tuple(ref_masks.shape) not in ((1, count, tokens), (batch, count, tokens)):
+    if not is_any(tuple(ref_masks.shape), (1, count, tokens), (batch, count, tokens)):
         rule = f"must have shape [{batch} or 1, {count}, {tokens}]"
         fail(OP, "ref_masks", rule, ref_masks.shape)
     for name, ids in (("subjects", subjects), ("referring", referring)):
-        if ids is not None and tuple(ids.shape) not in ((1, tokens), (batch, tokens)):
+        if ids is not None and not is_any(tuple(ids.shape), (1, tokens), (batch, tokens)):
             fail(OP, name, f"must have shape [{batch} or 1, {tokens}]", ids.shape)
     if referring is not None:
         check(referring.dtype == torch.bool, OP, "referring", "must be bool", referring.dtype)

@@ -18,6 +18,7 @@ from .._check import (
     check_qkv,
     check_tensor,
     fail,
+    is_any,
 )
 from ..select.massive_activations import massive_activations
 from .attention import attention
@@ -167,7 +168,7 @@ def _check(
         fail(OP, "sinks", "must be given without hidden, or hidden without them", sinks)
     if sinks is not None:
         check(sinks.dtype == torch.bool, OP, "sinks", "must be bool", sinks.dtype)
-        if tuple(sinks.shape) not in ((1, keys), (batch, keys)):
+        if not is_any(tuple(sinks.shape), (1, keys), (batch, keys)):
             fail(OP, "sinks", f"must have shape [{batch} or 1, {keys}]", sinks.shape)
         check_device_of_q(OP, "sinks", sinks, q)
     if hidden is not None:

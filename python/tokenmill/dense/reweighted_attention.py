@@ -16,6 +16,7 @@ from .._check import (
     check_tensor,
     check_text,
     fail,
+    is_any,
     reads_values,
 )
 from .attention import attention
@@ -147,7 +148,7 @@ def _check(
     ok = groups.dtype in (torch.int32, torch.int64)
     check(ok, OP, "groups", "must be int32 or int64", groups.dtype)
     shape = tuple(groups.shape)
-    if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, heads):
+    if len(shape) != 3 or not (is_any(shape[0], 1, batch) and is_any(shape[1], 1, heads)):
         fail(OP, "groups", f"must have shape [{batch} or 1, {heads} or 1, {keys}]", shape)
     check(shape[2] == keys, OP, "groups", f"must have {keys} columns, one for each key", shape[2])
     check_device_of_q(OP, "groups", groups, q)

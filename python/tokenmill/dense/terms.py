@@ -21,6 +21,7 @@ from .._check import (
     check_text,
     check_wide,
     fail,
+    is_any,
 )
 from .._lowering import widen
 from ..masks import MAX_RANGES
@@ -141,8 +142,8 @@ def check_mask(
     if ranges is not None:
         ok = (
             ranges.dim() == 5
-            and ranges.shape[0] in (1, batch)
-            and ranges.shape[1] in (1, heads)
+            and is_any(ranges.shape[0], 1, batch)
+            and is_any(ranges.shape[1], 1, heads)
             and ranges.shape[2] == rows
             and 1 <= ranges.shape[3] <= MAX_RANGES
             and ranges.shape[4] == 2
@@ -158,7 +159,7 @@ def check_mask(
     ):
         if t is None:
             fail(op, name, "must be given with its counterpart", None)
-        ok = t.dim() == 3 and t.shape[0] in (1, batch) and t.shape[2] == 2
+        ok = t.dim() == 3 and is_any(t.shape[0], 1, batch) and t.shape[2] == 2
         ok = ok and (t.shape[1] == length or (bool(more) and t.shape[1] > length))
         check(ok, op, name, f"must have shape [{batch} or 1, {length}{more}, 2]", t.shape)
         check_integers(op, name, t, q)

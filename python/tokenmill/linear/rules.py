@@ -17,6 +17,7 @@ from .._check import (
     check_scale,
     check_wide,
     fail,
+    is_any,
     show,
 )
 from .._library import record_of
@@ -141,7 +142,7 @@ def _check_inputs(
     if log_decay is not None:
         heads = q.shape[-2]
         token = tuple(q.shape[:-1])
-        if tuple(log_decay.shape) not in ((heads,), token):
+        if not is_any(tuple(log_decay.shape), (heads,), token):
             fail(op, "log_decay", f"must have shape [{heads}] or {show(token)}", log_decay.shape)
         check_wide(op, "log_decay", log_decay, q)
         check_device_of_q(op, "log_decay", log_decay, q)

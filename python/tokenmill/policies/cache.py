@@ -237,8 +237,8 @@ class KVCache:
         check_tensor(NAME, name, lengths, optional=name == "lengths")
         check_int32(NAME, name, lengths)
         check_device_of(NAME, name, lengths, "the cache", self.k)
-        rule = f"must have shape {show(self.lengths.shape)}"
-        check(lengths.shape == self.lengths.shape, NAME, name, rule, lengths.shape)
+        if lengths.shape != self.lengths.shape:
+            fail(NAME, name, f"must have shape {show(self.lengths.shape)}", lengths.shape)
         return lengths
 
     def _check_tokens(self, k: Tensor, v: Tensor) -> None:

@@ -231,8 +231,9 @@ class Indexer(Keeping):
         fits = [t.dim() for t in found] == [4, 3, 3] and index_k.shape[2] == index_q.shape[3]
         fits = fits and weights.shape == index_q.shape[:3]
         fits = fits and index_q.shape[:2] == index_k.shape[:2] == q.shape[:2]
-        rule = f"{rule} of {show(q.shape[:2])} tokens"
-        check(fits, self._name, name, rule, [[*t.shape] for t in found])
+        if not fits:
+            rule = f"{rule} of {show(q.shape[:2])} tokens"
+            fail(self._name, name, rule, [[*t.shape] for t in found])
         return index_q, index_k, weights
 
 

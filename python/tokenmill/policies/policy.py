@@ -181,9 +181,9 @@ class Policy:
         count, tokens, capacity = self._count(q, k, v, lengths), q.shape[1], self.cache.capacity
         waiting = self._waiting or Waiting.nothing(q, k, v, count)
         for name, new, old in (("q", q, waiting.q), ("k", k, waiting.k), ("v", v, waiting.v)):
-            same = new.shape[2:] == old.shape[2:] and new.dtype == old.dtype
-            rule = f"must have heads, columns and dtype of the chunks before, {show(old.shape)} of "
-            check(same, self._name, name, rule + show(old.dtype), new.shape)
+            if new.shape[2:] != old.shape[2:] or new.dtype != old.dtype:
+                rule = "must have heads, columns and dtype of the chunks before, "
+                fail(self._name, name, f"{rule}{show(old.shape)} of {show(old.dtype)}", new.shape)
         before = waiting.lengths
         total = before + count
         if reads_values(total):

@@ -204,8 +204,9 @@ def choose_retrieval_heads(
         check_tensor(CHOOSE, name, t)
         check_dtype(CHOOSE, name, t, float64=True)
         check(t.dim() == 2, CHOOSE, name, "must have 2 dimensions [layers, Hk]", t.dim())
-    rule = f"must have the shape of echo, {show(echo.shape)}"
-    check(induction.shape == echo.shape, CHOOSE, "induction", rule, induction.shape)
+    if induction.shape != echo.shape:
+        rule = f"must have the shape of echo, {show(echo.shape)}"
+        fail(CHOOSE, "induction", rule, induction.shape)
     check_device_of_q(CHOOSE, "induction", induction, echo)
     heads = echo.shape[1]
     chosen: set[int] = set()

@@ -15,6 +15,7 @@ from .._check import (
     check_last_contiguous,
     check_tensor,
     check_text,
+    fail,
     show,
 )
 from .._dispatch import call
@@ -212,8 +213,8 @@ def _check_update(
     _check(k, block, mode, lengths, block_table, op=UPDATE, float64=float64)
     check_per_request(UPDATE, "start", start, batch_of(k, block_table), "k", k)
     wanted = _pooled_sizes(k, block, mode, block_table)
-    rule = f"must have shape {show(wanted)}"
-    check(list(pooled.shape) == wanted, UPDATE, "pooled", rule, pooled.shape)
+    if list(pooled.shape) != wanted:
+        fail(UPDATE, "pooled", f"must have shape {show(wanted)}", pooled.shape)
     check_dtype_of(UPDATE, "pooled", pooled, "k", k)
     check_last_contiguous(UPDATE, "pooled", pooled)
     check_device_of(UPDATE, "pooled", pooled, "k", k)

@@ -21,6 +21,7 @@ from .._check import (
     check_text,
     check_wide,
     fail,
+    is_any,
     show,
 )
 from .._dispatch import call
@@ -237,7 +238,7 @@ def _check_scale(a: Any) -> None:
     rule = "goes with caches in float8_e4m3fn alone"
     check(a.k.dtype == torch.float8_e4m3fn, OP, "k_scale", rule, a.k.dtype)
     each = list(a.k.shape[:-1])
-    if list(a.k_scale.shape) not in ([1], each):
+    if not is_any(list(a.k_scale.shape), [1], each):
         fail(OP, "k_scale", f"must have shape [1] or {show(each)}", a.k_scale.shape)
     check_wide(OP, "k_scale", a.k_scale, a.q)
     check_device_of_q(OP, "k_scale", a.k_scale, a.q)

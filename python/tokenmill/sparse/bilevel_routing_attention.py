@@ -19,6 +19,7 @@ from .._check import (
     check_scale,
     check_tensor,
     fail,
+    is_any,
 )
 from .._dispatch import call
 from .._flops import known
@@ -242,7 +243,7 @@ def _fits(lists: Tensor, q: Tensor, k: Tensor, regions: int) -> tuple[str, bool]
     """The shape that lists must have, and whether they do."""
     batch, heads, kv_heads = q.shape[0], q.shape[3], k.shape[3]
     fits = lists.dim() == 4 and lists.shape[0] == batch and lists.shape[2] == regions
-    fits = fits and lists.shape[1] in (1, kv_heads, heads)
+    fits = fits and is_any(lists.shape[1], 1, kv_heads, heads)
     return f"[{batch}, heads, {regions}, K] with 1, {kv_heads} or {heads} heads", fits
 
 

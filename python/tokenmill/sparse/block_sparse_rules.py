@@ -14,6 +14,7 @@ from .._check import (
     check_last_contiguous,
     check_qkv,
     fail,
+    is_any,
     is_power_of_two,
 )
 from .._kv_cache import MAX_CACHE_DIM, MAX_CACHE_VALUE_DIM
@@ -55,7 +56,7 @@ def check_block_sparse(*lowered: Any, float64: bool = False, op: str = OP) -> No
     shape = list_shape(a, batch)
     fits = a.indices.dim() == len(shape) + 1
     fits = fits and [*a.indices.shape[:-3], a.indices.shape[-2]] == [*shape[:-2], shape[-1]]
-    fits = fits and a.indices.shape[-3] in (1, a.k.shape[-2], a.q.shape[-2])
+    fits = fits and is_any(a.indices.shape[-3], 1, a.k.shape[-2], a.q.shape[-2])
     heads = f"1, {a.k.shape[-2]} or {a.q.shape[-2]}"
     text = ", ".join([*map(str, shape[:-2]), "heads", str(shape[-1])])
     check_list(op, a.indices, a.counts, f"[{text}, K] with {heads} heads", fits, "q", a.q)

@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .._check import as_int, check, check_device_of, check_tensor, check_text, fail
+from .._check import as_int, check, check_device_of, check_tensor, check_text, fail, is_any
 from .gather_tokens import gather_tokens
 
 OP = "reposition_tokens"
@@ -211,7 +211,7 @@ def _check(
         check_tensor(OP, name, box)
         ok = box.dtype in (torch.int32, torch.int64)
         check(ok, OP, name, "must be int32 or int64", box.dtype)
-        if tuple(box.shape) not in ((1, 4), (first.shape[0], 4)):
+        if not is_any(tuple(box.shape), (1, 4), (first.shape[0], 4)):
             fail(OP, name, f"must have shape [{first.shape[0]} or 1, 4]", box.shape)
         check_device_of(OP, name, box, "xs", first)
     return size
