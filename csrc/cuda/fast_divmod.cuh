@@ -1,17 +1,17 @@
-// Division by a number that the host knows.
+// Division by a number known on the host.
 #pragma once
 #include <bit>
 #include <cstdint>
 
 namespace tokenmill::cuda {
 
-// Of 31-bit numbers, by one multiplication (Granlund and Montgomery 1994, figure 4.1).
+// Division of 31-bit numbers by one multiplication (Granlund and Montgomery 1994, figure 4.1).
 struct FastDivmod {
   int value;
   uint32_t multiplier;
   int shift;
 
-  // What is empty has nothing to divide: 0 is taken as 1.
+  // An empty tensor has nothing to divide: 0 is taken as 1.
   static FastDivmod of(int value) {
     if (value < 1) value = 1;
     const int shift = std::bit_width(static_cast<uint32_t>(value) - 1);

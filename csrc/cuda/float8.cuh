@@ -1,6 +1,5 @@
-// float8_e4m3fn by arithmetic on bits, for chips of any compute capability: sign, 4 bits of
-// exponent with bias 7, 3 of mantissa. There is no infinity; 0x7f and 0xff are NaN, 448 (0x7e) is
-// the largest number.
+// float8_e4m3fn by bit arithmetic, for any compute capability: sign, 4 exponent bits with bias 7, 3
+// mantissa bits. There is no infinity; 0x7f and 0xff are NaN, 448 (0x7e) is the largest number.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -14,24 +13,24 @@ namespace tokenmill::cuda {
 __device__ __forceinline__ uint32_t float8_code(float x) {
   const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
   const uint32_t cut = min(magnitude, 0x43e00000u);  // 448
-  // Below 2^-6: the last bit of a sum with 2^14 is worth 2^-9.
+  // Subnormal, below 2^-6: the last bit of a sum with 2^14 is worth 2^-9.
   const uint32_t small = __float_as_uint(__fadd_rn(__uint_as_float(cut), 0x1p14f)) - 0x46800000u;
   const uint32_t normal = ((cut + 0x7ffffu + (cut >> 20 & 1)) >> 20) - ((127 - 7) << 3);
   const uint32_t code = (cut < 0x3c800000u ? small : normal) | (bits >> 24 & 0x80u);
   return magnitude > 0x7f800000u ? 0x7fu : code;
 }
 
-// The value of the low byte, exact.
+// Value of the code in the low byte, exact.
 __device__ __forceinline__ float float8_value(uint32_t code) {
   const uint32_t magnitude = code & 0x7fu, sign = (code & 0x80u) << 24;
-  // Below 8 lie 0 and the subnormal numbers, multiples of 2^-9.
+  // Codes below 8 are 0 and the subnormal numbers, multiples of 2^-9.
   const uint32_t small = __float_as_uint(static_cast<float>(magnitude) * 0x1p-9f);
   const uint32_t normal = (magnitude << 20) + ((127 - 7) << 23);
   const uint32_t bits = magnitude < 8 ? small : normal;
   return __uint_as_float((magnitude == 0x7f ? 0x7fc00000u : bits) | sign);
 }
 
-// Products of two halves.
+// Products of two pairs of 16-bit numbers.
 template <typename T>
 __device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
   if constexpr (std::is_same_v<T, __half>) return mul_packed(a, b);
@@ -40,11 +39,12 @@ __device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
   return y;
 }
 
-// 16 bytes of T from as many codes as they have elements, exact.
+// Converts codes to 16 bytes of T, exactly.
 //
-// Of 16 bits: exponent and mantissa go to where those of T lie, and a power of two with the sign of
-// the code makes up for the bias. Halves are made by byte permutations and multiplications, which
-// leave the integer units to others; NaN, which would become 480, is looked for in a whole word.
+// 16-bit T: exponent and mantissa bits are shifted to their place in T, and a product with a power
+// of two that has the sign of the code corrects the bias. Byte permutations and half-precision
+// multiplications leave the integer units to other work; NaN, which would become 480, is tested for
+// on whole words.
 template <typename T>
 __device__ __forceinline__ void convert_float8(uint32_t (&to)[4],
                                                const uint32_t (&codes)[4 / sizeof(T)]) {
@@ -76,7 +76,7 @@ __device__ __forceinline__ void convert_float8(uint32_t (&to)[4],
   }
 }
 
-// An element of a tensor.
+// Element type of a tensor.
 struct Float8 {
   Float8() = default;
   __device__ __forceinline__ explicit Float8(float x) : code(float8_code(x)) {}
@@ -84,7 +84,7 @@ struct Float8 {
   uint8_t code;
 };
 
-// Four codes to a word.
+// Stores codes, four to a word.
 template <int kCount>
 __device__ __forceinline__ void store_floats(Float8* to, const float (&from)[kCount]) {
   if constexpr (kCount % 4 != 0) {

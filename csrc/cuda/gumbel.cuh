@@ -1,4 +1,4 @@
-// Noise of the Gumbel distribution from counters: Philox4x32-10 (Salmon et al. 2011), the words of
+// Gumbel noise from counters: Philox4x32-10 (Salmon et al. 2011), the same words as
 // python/tokenmill/reference/select/gumbel.py.
 #pragma once
 #include "cuda/arch/opaque.cuh"
@@ -6,11 +6,11 @@
 
 namespace tokenmill::cuda {
 
-// The first word of a counter under a key.
+// First output word of Philox for a counter and a key.
 __device__ __forceinline__ uint32_t philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2,
                                            uint32_t c3) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  keep(k0);  // the keys of all rounds would hold 20 registers
+  keep(k0);  // precomputed keys of all rounds would hold 20 registers
   keep(k1);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
@@ -26,7 +26,7 @@ __device__ __forceinline__ uint32_t philox(uint64_t key, uint32_t c0, uint32_t c
   return c0;
 }
 
-// Of positive normal numbers; relative error 2^-22 also around 1, where it vanishes.
+// log2 of a positive normal number; relative error 2^-22 also around 1, where the result vanishes.
 __device__ __forceinline__ float log2_accurate(float x) {
   // x = 2^e m with m in [sqrt(1/2), sqrt(2)).
   const int e = (__float_as_int(x) - 0x3f3504f3) >> 23;

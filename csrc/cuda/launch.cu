@@ -11,7 +11,7 @@
 namespace tokenmill::cuda {
 namespace {
 
-// `text` in memory of the thread.
+// Keeps `text` in thread-local memory.
 const char* kept(std::string text) {
   thread_local std::string last;
   last = std::move(text);
@@ -21,7 +21,7 @@ const char* kept(std::string text) {
 const char* error_text(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   const char* const text = cudaGetErrorString(error);
-  cudaGetLastError();  // or the next call of someone else would return it
+  cudaGetLastError();  // clears the error, which a later unrelated call would otherwise return
   const bool ptx = error == cudaErrorUnsupportedPtxVersion;
   if (!ptx && error != cudaErrorInsufficientDriver) return text;
   int driver = 0;
@@ -38,12 +38,13 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-// Lets a kernel have all of the dynamic shared memory that the device gives a block, once for each
-// device: a limit that followed the needs of each call would race with those of other threads.
+// Grants a kernel all the dynamic shared memory that the device allows a CTA, once per device: a
+// limit set to the needs of each call would race with other threads.
 const char* allow_shared(const void* kernel, int64_t bytes, SharedAllowance& allowed) {
   int device = 0;
   if (const char* error = error_text(cudaGetDevice(&device))) return error;
-  const bool known = device < SharedAllowance::kDevices;  // others are asked at each launch
+  // further devices are queried at each launch
+  const bool known = device < SharedAllowance::kDevices;
   if (known && bytes <= std::atomic_ref(allowed.bytes[device]).load(std::memory_order_relaxed))
     return nullptr;
   cudaFuncAttributes attributes;

@@ -1,6 +1,5 @@
-// All that the host asks of the CUDA runtime: launches, bytes set, what a device has. Every call is
-// checked in launch.cu. What went wrong is a text, good until the next error of the thread; null:
-// nothing.
+// Everything the host asks of the CUDA runtime: launches, memset, device properties. Every call is
+// checked in launch.cu. Errors are texts, valid until the thread's next error; null: success.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -9,16 +8,16 @@
 
 namespace tokenmill::cuda {
 
-constexpr int64_t kMaxGrid = 0x7fffffff;  // blocks along x
+constexpr int64_t kMaxGrid = 0x7fffffff;  // CTAs along x
 
-// Of the current device. They throw: no plan can be made without them.
+// Properties of the current device. They throw: no plan can be made without them.
 int multiprocessors();
-int shared_limit();  // bytes of a block: 101376 on compute capability 8.6, 8.9 and 12.x
+int shared_limit();  // opt-in shared memory per CTA in bytes: 101376 on sm_86, sm_89 and sm_12x
 
 // Sets bytes of memory to a value.
 const char* set_bytes(void* memory, int value, int64_t bytes, cudaStream_t stream);
 
-// The dynamic shared memory that a kernel may have, in bytes by device.
+// Dynamic shared memory granted to a kernel, in bytes per device.
 struct SharedAllowance {
   static constexpr int kDevices = 32;
   int bytes[kDevices];
@@ -40,14 +39,14 @@ const char* launch_kernel(void (*kernel)(Params...), const LaunchShape& shape,
   return launch_kernel(reinterpret_cast<const void*>(kernel), shape, arguments, allowed);
 }
 
-// kKernel(args...) with `bytes` of dynamic shared memory. A grid without blocks is no launch.
+// Launches kKernel(args...) with `bytes` of dynamic shared memory. An empty grid is not launched.
 template <auto kKernel, typename... Args>
 const char* launch(dim3 grid, dim3 block, int64_t bytes, cudaStream_t stream, const Args&... args) {
   static SharedAllowance allowed;
   return launch_kernel(kKernel, {grid, block, bytes, stream}, allowed, args...);
 }
 
-// The same for a grid of one dimension.
+// The same for a one-dimensional grid.
 template <auto kKernel, typename... Args>
 const char* launch(int64_t blocks, dim3 block, int64_t bytes, cudaStream_t stream,
                    const Args&... args) {

@@ -1,4 +1,4 @@
-// Loads tiles of a matrix in global memory into shared memory, by all threads of a block.
+// Loads tiles of a matrix in global memory into shared memory, by all threads of a CTA.
 #pragma once
 #include "cuda/arch/cp_async.cuh"
 #include "cuda/arch/opaque.cuh"
@@ -9,9 +9,9 @@
 
 namespace tokenmill::cuda {
 
-constexpr int kMaxThreads = 256;  // of a block
+constexpr int kMaxThreads = 256;  // per CTA
 
-// Rows a multiple of `stride` elements apart, the columns of a row behind each other.
+// Rows a multiple of `stride` elements apart, with contiguous columns.
 template <typename T>
 struct GlobalRows {
   const T* data;
@@ -20,7 +20,7 @@ struct GlobalRows {
   bool aligned;  // rows start at multiples of 16 bytes and consist of whole chunks
 };
 
-// 16 bytes from `column` on as words, zero beyond the columns.
+// 16 bytes from `column` on as words, zero beyond `columns`.
 template <typename T>
 __device__ __forceinline__ void load_elements(uint32_t (&words)[4], const T* row, int column,
                                               int columns) {
@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_elements(uint32_t (&words)[4], const T* row
   for (int i = 0; i < 4; ++i) words[i] = reinterpret_cast<const uint32_t (&)[4]>(pack)[i];
 }
 
-// The same of chunk `chunk`; whole: all of a row's chunks are there, aligned.
+// The same for 16-byte chunk `chunk`; whole: all chunks of the row exist and are aligned.
 template <typename T>
 __device__ __forceinline__ void load_chunk(uint32_t (&words)[4], const T* row, int chunk,
                                            int columns, bool whole) {
@@ -46,8 +46,8 @@ __device__ __forceinline__ void load_chunk(uint32_t (&words)[4], const T* row, i
   }
 }
 
-// The first `columns` elements of a chunk to shared memory, then zeros. A word at a time: this path
-// is rare, and the registers of the kernels are taken.
+// Copies the first `columns` elements of a chunk to shared memory, then zeros, one word at a time:
+// the path is rare, and the kernels have no registers to spare.
 template <typename T>
 __device__ __forceinline__ void copy_elements(uint32_t to, const T* from, int columns) {
   constexpr int kCount = kChunkBytes / sizeof(T);
@@ -60,20 +60,20 @@ __device__ __forceinline__ void copy_elements(uint32_t to, const T* from, int co
   }
 }
 
-// One tile of kRows rows after the other; what lies beyond the matrix becomes zero. Blocks have
-// kMaxThreads threads or half as many.
+// Loads successive tiles of kRows rows, with zeros beyond the matrix. CTAs have kMaxThreads threads
+// or half as many.
 template <typename T, typename Tile, int kRows>
 class TileLoader {
  public:
-  // Bytes between the rows that one of `threads` threads loads.
+  // Byte stride between the rows that one of `threads` threads loads.
   static int64_t step(int64_t stride, int threads) {
     return threads / kLanes * stride * static_cast<int64_t>(sizeof(T));
   }
 
-  // Where a thread's first chunk lies in a tile.
+  // Byte offset in a tile of this thread's first chunk.
   __device__ static uint32_t own_offset() { return Tile::offset(own_row(), own_chunk()); }
 
-  // `step` from the host stays a constant operand.
+  // step: computed on the host so that it stays a constant operand.
   __device__ TileLoader(const GlobalRows<T>& from, int first, int64_t step)
       : next_(from.data + (first + own_row()) * from.stride + own_chunk() * kCount),
         step_(step),
@@ -81,8 +81,8 @@ class TileLoader {
         columns_(from.columns),
         aligned_(from.aligned) {}
 
-  // Loads the next tile, which starts at `row`, to `tile`, where this thread's first chunk goes.
-  // The caller commits the copies, waits for them and synchronises the block.
+  // Loads the next tile, which starts at `row`; tile: address of this thread's first chunk. The
+  // caller commits the copies, waits for them and synchronises the CTA.
   __device__ __forceinline__ void load(uint32_t tile, int row) {
     int thread = threadIdx.x, row_step = blockDim.x / kLanes;
     keep(thread);
@@ -104,7 +104,7 @@ class TileLoader {
     }
   }
 
-  // The same where all of the tile exists and blocks have kThreads threads.
+  // The same for a tile that lies within the matrix, in CTAs of kThreads threads.
   template <int kThreads>
   __device__ __forceinline__ void load_whole(uint32_t tile) {
     constexpr int kRowStep = kThreads / kLanes;
@@ -131,7 +131,7 @@ class TileLoader {
   }
 
   const T* next_;
-  int64_t step_;  // bytes between the rows that a thread loads
+  int64_t step_;  // byte stride between the rows that a thread loads
   int rows_, columns_;
   bool aligned_;
 };

@@ -1,4 +1,4 @@
-// Special functions of the hardware and conversions of pairs. Denormals are flushed to zero.
+// Approximate special functions of the hardware, and packed pairs. Denormals are flushed to zero.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -54,7 +54,7 @@ __device__ inline float tanh_accurate(float x) {
   return u < 0.36f ? p * x : 1.f - 2.f * reciprocal_approx(1.f + exp2_approx(x * (2 * kLog2e)));
 }
 
-// The larger (smaller) of two, NaN if one is.
+// max (min) of two numbers, NaN if either is.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float y;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
@@ -66,7 +66,7 @@ __device__ __forceinline__ float min_or_nan(float a, float b) {
   return y;
 }
 
-// Two floats rounded to T; `low` takes the low half, the lower address.
+// Two floats rounded to T; `low` becomes the low half, at the lower address.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 
@@ -93,7 +93,7 @@ __device__ __forceinline__ float2 unpack(uint32_t word) {
     return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
 }
 
-// a b + c of two halves, and a b.
+// a b + c, and a b, of packed float16 pairs.
 __device__ __forceinline__ uint32_t fma_packed(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t y;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
@@ -105,14 +105,14 @@ __device__ __forceinline__ uint32_t mul_packed(uint32_t a, uint32_t b) {
   return y;
 }
 
-// a / 2 + 1 / 2 of two halves.
+// a / 2 + 1 / 2 of a packed float16 pair.
 __device__ __forceinline__ uint32_t half_plus_half(uint32_t a) {
   uint32_t y;
   asm("fma.rn.f16x2 %0, %1, %2, %2;" : "=r"(y) : "r"(a), "r"(0x38003800));
   return y;
 }
 
-// Of both halves, of numbers; a NaN counts only if both are.
+// max of packed pairs; NaN only where both are.
 template <typename T>
 __device__ __forceinline__ uint32_t max_packed(uint32_t a, uint32_t b);
 

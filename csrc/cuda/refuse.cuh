@@ -1,10 +1,10 @@
-// Calls that every rule allows, but that are too large for the numbers or grids of a CUDA kernel.
+// Errors for calls that pass all checks but exceed the index range or the grid of a CUDA kernel.
 #pragma once
 #include <cstdint>
 
 namespace tokenmill::cuda {
 
-// What a launch returns then: "argument: rule; got value", good until the next error of the thread.
+// Formats "argument: rule; got value"; valid until the thread's next error.
 const char* refuse(const char* argument, const char* rule, int64_t value);
 
 constexpr const char* kMostBlocks = "must fill at most 2^31 - 1 blocks of threads on CUDA";

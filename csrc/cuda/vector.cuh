@@ -27,7 +27,8 @@ __device__ __forceinline__ void store_floats(T* to, const float (&from)[kCount])
   Pack<T, kCount> pack;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) pack.x[i] = static_cast<T>(from[i]);
-  if constexpr (sizeof(T) == 2 && kCount == 8) {  // else the compiler splits it, even into elements
+  // otherwise the compiler splits the store, even into elements
+  if constexpr (sizeof(T) == 2 && kCount == 8) {
     uint4 words;
     memcpy(&words, &pack, sizeof pack);
     *reinterpret_cast<uint4*>(to) = words;
@@ -36,7 +37,7 @@ __device__ __forceinline__ void store_floats(T* to, const float (&from)[kCount])
   }
 }
 
-// visit.operator()<T>() with the element type of `dtype`.
+// Calls visit.operator()<T>() with the element type of `dtype`.
 template <typename Visit>
 auto visit_dtype(DType dtype, const Visit& visit) {
   switch (dtype) {
@@ -49,8 +50,7 @@ auto visit_dtype(DType dtype, const Visit& visit) {
   }
 }
 
-// True if rows of `dim` elements at p, a multiple of each stride apart, can be read 16 bytes at
-// once.
+// True if rows of `dim` elements at p, a multiple of each stride apart, allow 16-byte accesses.
 template <typename T, typename... Strides>
 bool is_vectorizable(const void* p, int64_t dim, Strides... strides) {
   constexpr int64_t count = 16 / sizeof(T);

@@ -23,7 +23,7 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Over the 4 lanes that share a row of an accumulator (mma_sm80.cuh).
+// Over the 4 lanes that share an accumulator row (mma_sm80.cuh).
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(kFullWarp, x, 1);
   return x + __shfl_xor_sync(kFullWarp, x, 2);

@@ -1,4 +1,4 @@
-// Matrices from shared memory to fragments, all lanes of a warp together.
+// ldmatrix and movmatrix, executed by all lanes of a warp.
 #pragma once
 #include <cstdint>
 
@@ -21,7 +21,7 @@ __device__ __forceinline__ void ldmatrix_trans(uint32_t (&to)[4], uint32_t addre
                : "r"(address), "n"(kOffset));
 }
 
-// Of an 8 by 8 matrix of 16-bit elements, two of a row per lane.
+// Transposes an 8 by 8 matrix of 16-bit elements, two of a row per lane.
 __device__ __forceinline__ uint32_t transpose(uint32_t word) {
   uint32_t y;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(word));

@@ -32,7 +32,7 @@ struct Fragment<float, kWords> {
   uint32_t high[kWords], low[kWords];
 };
 
-// Volatile: hoisted out of a loop, the two halves would take twice the registers.
+// volatile: hoisted out of a loop, the two halves would take twice the registers.
 __device__ __forceinline__ uint32_t round_to_tf32(float x) {
   uint32_t word;
   asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(x));

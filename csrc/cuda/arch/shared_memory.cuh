@@ -1,6 +1,6 @@
 // Loads and stores of one instruction each.
 //
-// Shared memory is addressed by the 32-bit offsets of its own state space, and constant parts of an
+// Shared memory is addressed by 32-bit offsets of its own state space, and constant parts of an
 // address are immediates: CuTe's copy atoms take references, which cost a conversion each.
 #pragma once
 #include <cstdint>
@@ -73,7 +73,7 @@ __device__ __forceinline__ void store_element(uint32_t address, T x) {
                  "h"(reinterpret_cast<const uint16_t&>(x)));
 }
 
-// To global memory as one store: from assignments of uint4 the compiler makes four.
+// One 16-byte store to global memory: from assignments of uint4 the compiler makes four.
 __device__ __forceinline__ void store_global(void* to, const uint32_t (&words)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "r"(words[0]), "r"(words[1]),
                "r"(words[2]), "r"(words[3])

@@ -1,4 +1,4 @@
-// The end of a row, for the CUDA kernels.
+// Normalisation of a row at its end.
 #pragma once
 #include "cuda/math.cuh"
 #include "dense/attention/params.h"
@@ -32,7 +32,7 @@ __device__ inline RowScale softmax_epilogue(float sum, float row_max, const floa
   return {weight / total, fmaf(top, kLn2, log2_approx(total) * kLn2) + shift};
 }
 
-// What the weights of a row are multiplied by. `statistic` is their sum, or how many they are.
+// Factor that normalises the weights of a row. statistic: their sum, or their number.
 __device__ __forceinline__ float inverse_of_row(ScoreMap map, Normalize normalize,
                                                 float statistic) {
   if (normalize == Normalize::none) return 1;

@@ -1,5 +1,5 @@
-// Rows of a warpgroup on compute capability 9.0a from accumulators to shared memory, in the layout
-// of tma.cuh, and from there to a tensor where the copy engine cannot take them.
+// sm_90a epilogue: rows of a warpgroup's accumulators to shared memory, in the layout of tma.cuh,
+// and from there to global memory where TMA cannot store them.
 #pragma once
 #include "cuda/arch/shared_memory.cuh"
 #include "cuda/arch/sm90/tensor_map.h"
@@ -9,17 +9,17 @@
 
 namespace tokenmill::cuda {
 
-// Of 16 bytes of row r of a tile of 64 rows at `tile`.
+// Address of 16-byte chunk `chunk` of row r in a 64-row tile at `tile`.
 __device__ __forceinline__ uint32_t chunk_address(uint32_t tile, int r, int chunk) {
   return tile + chunk / 8 * 64 * kBoxRowBytes + r * kBoxRowBytes + (chunk % 8 ^ r % 8) * 16;
 }
 
-// Columns kFirst and on of row h of this thread (0 or 1), times a factor, to the tile of 64 rows
-// and kColumns columns at `tile`; cleared: zeros, whatever the sums are.
+// Writes columns kFirst .. kFirst + kColumns - 1 of this thread's row h (0 or 1), times factor, to
+// the 64-row tile at `tile`; cleared: writes zeros, whatever the accumulators hold.
 template <typename T, int h, int kColumns, int kFirst = 0, int kCount>
 __device__ __forceinline__ void stage_row(uint32_t tile, const float (&o)[kCount], float factor,
                                           bool cleared) {
-  constexpr int kBlock = 64 * kBoxRowBytes;  // of 64 columns
+  constexpr int kBlock = 64 * kBoxRowBytes;  // bytes of 64 columns
   const int g = threadIdx.x % 32 / 4;
   const uint32_t own = tile + warpgroup_thread() / 32 * 16 * kBoxRowBytes +
                        g * (kBoxRowBytes + 16) + threadIdx.x % 4 * 4;
@@ -30,10 +30,10 @@ __device__ __forceinline__ void stage_row(uint32_t tile, const float (&o)[kCount
   });
 }
 
-// The first rows of such a tile; row r goes to `to` + r step.
+// Copies the first rows of such a tile to global memory; row r goes to `to` + r step.
 template <typename T, int kColumns>
 __device__ __forceinline__ void store_rows(T* to, int64_t step, int rows, uint32_t tile) {
-  constexpr int kChunks = kColumns / 8;  // of 16 bytes, of a row
+  constexpr int kChunks = kColumns / 8;  // 16-byte chunks per row
 #pragma unroll 1
   for (int i = warpgroup_thread(); i < rows * kChunks; i += kWarpgroupThreads) {
     const int r = i / kChunks, chunk = i % kChunks;

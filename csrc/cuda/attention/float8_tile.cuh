@@ -1,5 +1,5 @@
-// Tiles of a cache in float8_e4m3fn: codes become elements on their way from one tile of shared
-// memory to another; the scales of keys meet scores, those of values weights.
+// Tiles of a float8_e4m3fn KV cache: codes are converted on the way from one shared-memory tile to
+// another; K scales are applied to scores, V scales to weights.
 #pragma once
 #include "cuda/arch/shared_memory.cuh"
 #include "cuda/attention/pv.cuh"
@@ -10,14 +10,15 @@
 
 namespace tokenmill::cuda {
 
-// Of values as a product takes them, where queries are of T. Weights times scales need the range of
-// bfloat16; two of its elements have more of their digits than one of float16.
+// Element type of V in the product, for queries of type T. Weights times scales need the range of
+// bfloat16; a float16 weight is split into two bfloat16 (kTwoWeights), which keep more digits than
+// one float16.
 template <typename T>
 using Float8Value = std::conditional_t<sizeof(T) == 4, T, __nv_bfloat16>;
 template <typename T>
 constexpr bool kTwoWeights = std::is_same_v<T, __half>;
 
-// Codes are copied and read along their rows: no bank conflict to avoid.
+// Not swizzled: codes are copied and read along rows, without bank conflicts.
 template <int kBucket>
 struct CodeTile {
   static constexpr int kRowBytes = kBucket;
@@ -33,13 +34,14 @@ __device__ __forceinline__ void load_codes(uint32_t (&to)[2], uint32_t address) 
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(address));
 }
 
-// kRows rows of codes to a tile of T, by all threads of a block. replace(row, code, words) may
-// change the 16 bytes of a row that begin with number `code`.
+// Converts kRows rows of codes to a tile of T, by all threads of a CTA. replace(row, code, words)
+// may change the 16 bytes of a row that start at code index `code`.
 template <typename T, typename Codes, typename Tile, int kRows, typename Replace>
 __device__ __forceinline__ void convert_codes(uint32_t codes, uint32_t tile,
                                               const Replace& replace) {
   constexpr int kCount = kChunkBytes / sizeof(T), kLanes = Tile::kCopyLanes;
-  static_assert(kLanes % Tile::kSwizzledChunks == 0);  // other chunks of a lane are immediates
+  // a lane's further chunks are immediate offsets
+  static_assert(kLanes % Tile::kSwizzledChunks == 0);
   const int lane = threadIdx.x % kLanes, step = blockDim.x / kLanes;  // a multiple of 8 rows
   int r = threadIdx.x / kLanes;
   uint32_t from = codes + r * Codes::kRowBytes + lane * kCount, to = tile + Tile::offset(r, lane);
@@ -58,7 +60,7 @@ __device__ __forceinline__ void convert_codes(uint32_t codes, uint32_t tile,
   }
 }
 
-// Scores of 8 kKeyTiles keys times their scales, which lie in shared memory.
+// S *= K scales, for 8 kKeyTiles keys; scales in shared memory.
 template <int kKeyTiles>
 __device__ __forceinline__ void scale_scores(float (&s)[kKeyTiles][4], uint32_t scales) {
   scales += 8 * (threadIdx.x % 4);
@@ -69,8 +71,8 @@ __device__ __forceinline__ void scale_scores(float (&s)[kKeyTiles][4], uint32_t 
   });
 }
 
-// Weights times the scales of their values. A scale that a row does not see may be infinite or NaN;
-// its weight is 0. sees(half, key): of rows g and g + 8.
+// P *= V scales. The scale of a key that a row does not see may be infinite or NaN: its weight is
+// set to 0. sees(half, key): visibility to row g or g + 8.
 template <int kKeyTiles, typename Sees>
 __device__ __forceinline__ void scale_weights(float (&e)[kKeyTiles][4], uint32_t scales,
                                               const Sees& sees) {
@@ -97,7 +99,8 @@ __device__ __forceinline__ void scale_weights(float (&e)[kKeyTiles][4], uint32_t
       if (!(seen >> (4 * n + i) & 1)) e[n][i] = 0;
 }
 
-// 16 bytes of float16 values from `column` on as bfloat16, rounded, or what that loses.
+// Loads 16 bytes of float16 values from `column` on as bfloat16; lost: loads the rounding error
+// instead.
 __device__ __forceinline__ void load_part(uint32_t (&words)[4], const __half* row, int column,
                                           int columns, bool lost) {
   load_elements(words, row, column, columns);
@@ -112,7 +115,7 @@ __device__ __forceinline__ void load_part(uint32_t (&words)[4], const __half* ro
   }
 }
 
-// What weights lose where set_fragments rounds them to T of 16 bits; nothing of infinite ones.
+// Rounding error of weights as 16-bit T; 0 for infinite ones.
 template <typename T, int kKeyTiles>
 __device__ __forceinline__ void find_lost(float (&lost)[kKeyTiles][4],
                                           const float (&e)[kKeyTiles][4]) {
@@ -126,8 +129,8 @@ __device__ __forceinline__ void find_lost(float (&lost)[kKeyTiles][4],
     }
 }
 
-// out[kFirst] += weights x values of Value, where queries are of T. `infinite`: some value is not
-// finite, and some row does not see some key.
+// out[kFirst] += P V with V of type Value, for queries of type T. infinite: some value is not
+// finite and a mask cuts the step.
 template <typename T, typename Value, int kFirst, int kKeys, int kRowTiles, int kTiles,
           typename Addresses, typename Sees>
 __device__ __forceinline__ void multiply_scaled(float (&out)[kRowTiles][kTiles][4],

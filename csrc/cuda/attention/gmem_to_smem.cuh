@@ -1,11 +1,11 @@
-// Copies of rows, wherever they lie, to tiles of shared memory.
+// Copies of rows from global memory to tiles of shared memory.
 #pragma once
 #include "cuda/load_tile.cuh"
 #include "cuda/warp.cuh"
 
 namespace tokenmill::cuda {
 
-// The copy of a tile without checks by one warp.
+// Copies a full tile, without bounds checks, by one warp.
 template <int kRows, typename Tile, typename T>
 __device__ __forceinline__ void copy_whole_rows(uint32_t tile, const T* from, int64_t stride) {
   constexpr int kElements = kChunkBytes / sizeof(T), kLanes = Tile::kCopyLanes;
@@ -14,7 +14,7 @@ __device__ __forceinline__ void copy_whole_rows(uint32_t tile, const T* from, in
   tile += Tile::offset(row, chunk);
   from += row * stride + chunk * kElements;
   unroll<kRows / kStep>([&](auto r) {
-    // Rows of one lane differ in the high bits of what permutes their chunks.
+    // A lane's rows differ in the high bits of the swizzle pattern.
     constexpr int kPermuted = Tile::kSwizzledChunks == 8 ? r * kStep % 8 : r * kStep / 2 % 4;
     unroll<Tile::kChunks / kLanes>([&](auto c) {
       cp_async<r * kStep * Tile::kRowBytes + c * kLanes * kChunkBytes>(
@@ -24,8 +24,9 @@ __device__ __forceinline__ void copy_whole_rows(uint32_t tile, const T* from, in
   });
 }
 
-// `rows` rows at `from`, `stride` elements apart, to a tile of kRows; zeros beyond them and beyond
-// dim columns. `thread` of `threads` takes part. The copies are not committed.
+// Copies `rows` rows at `from`, `stride` elements apart, to a tile of kRows; zeros beyond them and
+// beyond dim columns. Called by `threads` threads, this one being number `thread`. The copies are
+// not committed.
 template <int kRows, typename Tile, typename T>
 __device__ __forceinline__ void copy_rows(uint32_t tile, const T* from, int64_t stride, int rows,
                                           int dim, bool vectors, int thread, int threads) {
@@ -50,7 +51,7 @@ __device__ __forceinline__ void copy_rows(uint32_t tile, const T* from, int64_t 
     }
 }
 
-// This thread's chunks of one row after the other.
+// Row-wise copies: this thread's chunks of one row after another.
 template <typename T, typename Tile_>
 struct RowCopy {
   using Tile = Tile_;
@@ -61,7 +62,8 @@ struct RowCopy {
   static __device__ int row_step() { return blockDim.x / kLanes; }
   static __device__ int own_lane() { return threadIdx.x % kLanes; }
 
-  // `columns` elements of a row, zeros behind them, to where its first chunk goes.
+  // Copies `columns` elements of a row, then zeros; `to`: address of the row's first chunk for this
+  // lane.
   static __device__ __forceinline__ void copy(uint32_t to, int lane, const T* row, int columns,
                                               bool aligned) {
     const int own = lane * kCount;
@@ -75,7 +77,7 @@ struct RowCopy {
         copy_elements(to + c * kChunkBytes, from, left);
     }
   }
-  // The same to row r of a tile.
+  // The same, to row r of a tile.
   static __device__ __forceinline__ void copy_to(uint32_t tile, int r, const T* row, int columns,
                                                  bool aligned) {
     const int lane = own_lane();
@@ -83,26 +85,26 @@ struct RowCopy {
   }
 };
 
-// One instruction, which the compiler does not find.
+// from + chunks * 16 bytes in one instruction, which the compiler does not find.
 __device__ __forceinline__ const void* chunks_behind(const void* from, uint32_t chunks) {
   const void* to;
   asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(to) : "r"(chunks), "n"(kChunkBytes), "l"(from));
   return to;
 }
 
-// The chunks of a tile that one thread copies, of one row after the other.
+// This thread's chunks of the rows of a tile, one row after another.
 template <typename T, typename Tile>
 struct ChunkCopy {
   static constexpr int kCount = kChunkBytes / sizeof(T);
   static constexpr int kLanes = Tile::kCopyLanes;
-  static constexpr int kRows = kWarpSize / kLanes;  // of a warp
+  static constexpr int kRows = kWarpSize / kLanes;  // rows per warp
   static constexpr int kParts = Tile::kChunks / kLanes;
   static_assert(Tile::kSwizzledChunks == 8);
 
   const T* from[kParts];
   int bytes[kParts];
 
-  // `row` is what rows are counted from.
+  // row: base that row offsets are relative to
   __device__ __forceinline__ ChunkCopy(const T* row, int columns) {
     const int lane = threadIdx.x % kLanes;
 #pragma unroll
@@ -114,14 +116,14 @@ struct ChunkCopy {
     }
   }
 
-  // Where this thread's first chunk in one of 8 rows of a warp lies, in bytes of a tile.
+  // Byte offset in a tile of this thread's first chunk, in one of 8 rows of its warp.
   static __device__ __forceinline__ uint32_t own() {
     const int lane = threadIdx.x % kWarpSize;
     return threadIdx.x / kWarpSize * 8 * Tile::kRowBytes +
            Tile::offset(lane / kLanes, lane % kLanes);
   }
 
-  // The row `chunks` away to the one kRow rows behind `own`, of which there are 8 from there on;
+  // Copies the row at offset `chunks` from the base to row kRow of the 8 rows that start at `own`;
   // kOffset: bytes.
   template <int kRow, int kOffset>
   __device__ __forceinline__ void copy(uint32_t own, uint32_t chunks) const {

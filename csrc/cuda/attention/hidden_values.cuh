@@ -1,7 +1,8 @@
-// Values that a mask hides from a row. Their weights are 0, but 0 times NaN or infinity is NaN.
+// NaN and infinity in values that a mask hides: their weights are 0, but 0 times NaN or infinity is
+// NaN.
 //
-// Where a mask cuts a step of keys that has such values, the product takes finite numbers in their
-// place, and what rows do see of them is added behind it, key by key. That is rare: it takes time,
+// Where a mask cuts a step of keys that has such values, P V uses finite numbers in their place,
+// and the ones that a row does see are added afterwards, key by key. This is rare: it takes time,
 // but no registers that are live through the product.
 #pragma once
 #include <type_traits>
@@ -15,14 +16,14 @@
 
 namespace tokenmill::cuda {
 
-// As an operand of a product: floats near the largest one are infinite when they are rounded to
+// Finite as an MMA operand: floats near the largest one become infinite when they are rounded to
 // tf32.
 template <typename T>
 __device__ __forceinline__ bool is_finite(float x) {
   return fabsf(x) < (sizeof(T) == 4 ? __int_as_float(0x7f7ff000) : infinity());
 }
 
-// Becomes and stays other than 0 if an element of the word is not finite.
+// Sets `found` to a nonzero value if an element of the word is not finite, and keeps it nonzero.
 template <typename T>
 __device__ __forceinline__ void note_infinite(uint32_t& found, uint32_t word) {
   if constexpr (sizeof(T) == 4)
@@ -33,7 +34,7 @@ __device__ __forceinline__ void note_infinite(uint32_t& found, uint32_t word) {
     asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(found) : "r"(word), "r"(0));
 }
 
-// Elements that are finite stay, others become so.
+// Replaces elements that are not finite by finite ones.
 template <typename T>
 __device__ __forceinline__ uint32_t make_finite(uint32_t word) {
   if constexpr (sizeof(T) == 4) return is_finite<T>(__uint_as_float(word)) ? word : 0;
@@ -50,7 +51,7 @@ __device__ __forceinline__ uint32_t make_finite(uint32_t word) {
   return y;
 }
 
-// Whether all of kKeys values at `at` are finite. All lanes of a warp together.
+// True if all kKeys values at `at` are finite. Called by all lanes of a warp.
 template <typename T, int kKeys, int kTiles, typename Addresses>
 __device__ __forceinline__ bool all_finite(const Addresses& at) {
   uint32_t found = 0;
@@ -78,9 +79,9 @@ __device__ __forceinline__ bool all_finite(const Addresses& at) {
   return !__any_sync(kFullWarp, found);
 }
 
-// Adds to the sums of 16 rows those of kKeys values, the first of which lies at `values`, that are
-// not finite and that sees(0, key) or sees(1, key), of rows g and g + 8. Weights are taken for
-// positive: one that is 0 would make NaN of an infinity. Those of any sign do.
+// Adds to 16 rows of O the values, among the kKeys at `values`, that are not finite and that sees(0,
+// key) or sees(1, key), for rows g and g + 8. Weights are taken to be positive: one that
+// underflowed to 0 would make NaN of an infinity. any_sign: the contribution is NaN.
 template <typename T, typename Tile, int kKeys, int kTiles, typename Sees>
 __device__ __forceinline__ void add_infinite(float (&out)[kTiles][4], uint32_t values,
                                              const Sees& sees, bool any_sign) {
@@ -91,7 +92,7 @@ __device__ __forceinline__ void add_infinite(float (&out)[kTiles][4], uint32_t v
   int lane = threadIdx.x % kWarpSize;
   keep(lane);
   const int c = lane % 4;
-  // 4 x: the largest floats overflow too.
+  // factor 4: values near the largest float overflow too
   const float weight = any_sign ? quiet_nan() : 4;
 #pragma unroll 1
   for (int key = 0; key < kKeys; ++key, seen >>= 1) {

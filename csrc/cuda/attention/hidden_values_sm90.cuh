@@ -1,5 +1,5 @@
-// Values of a tile in shared memory, some of which a mask hides from some rows of a warpgroup, on
-// compute capability 9.0a: what hidden_values.cuh is for a warp.
+// The warpgroup version, for sm_90a, of hidden_values.cuh: NaN and infinity in values of a
+// shared-memory tile that a mask hides from some rows.
 #pragma once
 #include "cuda/arch/sm90/tma.cuh"
 #include "cuda/arch/sm90/warpgroup.cuh"
@@ -9,9 +9,9 @@
 
 namespace tokenmill::cuda {
 
-// Whether some of the values that this thread looks at are not finite, of the first kSeen keys of a
-// tile of kTileKeys. Rows see all keys from seen_begin to seen_end - 1: whole 16 of these are
-// passed over.
+// True if some value that this thread inspects, among the first kSeen keys of a tile of kTileKeys,
+// is not finite. All rows see the keys seen_begin .. seen_end - 1: whole 16-key groups of these are
+// skipped.
 template <typename T, int kColumns, int kTileKeys, int kSeen>
 __device__ __forceinline__ bool has_infinite_values(uint32_t values, int seen_begin, int seen_end) {
   constexpr int kBytes = kWarpgroupThreads * 16, kSteps = kSeen / 16;
@@ -29,19 +29,19 @@ __device__ __forceinline__ bool has_infinite_values(uint32_t values, int seen_be
   return found != 0;
 }
 
-// o [64, 2 kCount] += P V of the first 4 kWords keys of a tile of kTileKeys: products with finite
-// values in the place of others, kKeys at a time in the memory at `clean`, then what rows see of
-// the others. seen: from the first key of the tile on. No copy reads `clean`.
+// O [64, 2 kCount] += P V over the first 4 kWords keys of a tile of kTileKeys: products with values
+// made finite, kKeys at a time through the buffer `clean`, then the non-finite values that rows do
+// see. seen: relative to the first key of the tile. No TMA copy reads `clean`.
 template <typename T, int kTileKeys, int kKeys, int kCount, int kWords>
 __device__ __forceinline__ void multiply_seen_values(float (&o)[kCount],
                                                      const uint32_t (&p)[kWords], uint32_t values,
                                                      uint32_t clean, int warpgroup,
                                                      const RowBounds& seen) {
-  // Of 64 columns: of kKeys, and of the tile.
+  // bytes of 64 columns: of kKeys keys, and of the whole tile
   constexpr int kBlock = kKeys * kBoxRowBytes, kTileBlock = kTileKeys * kBoxRowBytes;
   static_assert(4 * kWords % kKeys == 0);
   unroll<4 * kWords / kKeys>([&](auto part) {
-    sync_warpgroup(warpgroup);  // all are done with the memory
+    sync_warpgroup(warpgroup);  // the previous part's reads of `clean` are done
 #pragma unroll 1
     for (int at = warpgroup_thread() * 16; at < kKeys * kCount * 4; at += kWarpgroupThreads * 16) {
       uint32_t w[4];
@@ -66,7 +66,7 @@ __device__ __forceinline__ void multiply_seen_values(float (&o)[kCount],
       const float2 x = unpack<T>(load_word<0>(values + chunk + 4 * c));
       unroll<4>([&](auto i) {
         const float value = i % 2 ? x.y : x.x;
-        // 4 x as in add_infinite: a weight of 0 would make NaN of an infinity.
+        // factor 4 as in add_infinite: a weight of 0 would make NaN of an infinity
         if (!is_finite<T>(value) && sees[i / 2]) o[4 * n + i] += 4 * value;
       });
     });

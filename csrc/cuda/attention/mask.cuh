@@ -1,25 +1,25 @@
-// Which columns a row of scores sees, in ints: bands along the diagonal.
+// Band masks: the range of columns that a row of scores sees, in int.
 #pragma once
 #include "cuda/attention/sequence.cuh"
 #include "dense/attention/band.h"
 
 namespace tokenmill::cuda {
 
-// Whose rows a kernel owns; it runs over the columns, which belong to the other side.
+// Operand whose rows a kernel owns; it iterates over the columns, which belong to the other side.
 enum class Side { queries, keys };
 
-// Row i sees columns begin(i) .. end(i) - 1. In ints: low and high are far beyond any sequence
-// where there is no limit.
+// Row i sees columns begin(i) .. end(i) - 1. Without a limit, low or high is far beyond any
+// sequence.
 struct MaskBand {
   int low, high, columns;
 
-  // Neither is a low far above the diagonal nor a high far below it.
+  // Clamped to int: no low is far above the diagonal, no high far below it.
   __device__ static MaskBand of(const Band& band) {
     return {static_cast<int>(band.low < -kMaxLength ? -kMaxLength : band.low),
             static_cast<int>(band.high > kMaxLength ? kMaxLength : band.high),
             static_cast<int>(band.columns)};
   }
-  // Of queries.
+  // rows are queries, columns keys
   __device__ static MaskBand of(const AttentionParams& p, const Sequence& s) {
     return of(Band::of_window(p.window_left, p.window_right, s.q_length, s.k_length));
   }

@@ -1,16 +1,16 @@
-// Softmax weights of one warp, made while the largest exponent of each row is not yet known.
+// Online softmax of one warp.
 #pragma once
 #include "cuda/attention/pv.cuh"
 
 namespace tokenmill::cuda {
 
-// Softmax weights are relative to row_max, the largest exponent of their row at the time when it
-// last moved: it does so when a weight exceeds 2^kHeadroom. Rescaling is rare, and the only key of
-// a row has weight 1.
+// Lazy rescaling: row_max is the largest exponent of the row at the last update, and is updated
+// only when a weight exceeds 2^kHeadroom. Rescaling is rare, and the only key of a row has weight
+// 1.
 constexpr float kHeadroom = 8;
 
-// Softmax weights relative to row_max of row tiles kFirst and on, and their sums. True, warp by
-// warp, if one may exceed 2^8, the headroom.
+// P = 2^(factor S - row_max) for row tiles from kFirst on, as fragments, and its row sums. True,
+// warp by warp, if a weight may exceed 2^8, the headroom.
 template <int kFirst, typename T, int kRowTiles, int kCount, int kKeyTiles, int kBlocks>
 __device__ __forceinline__ bool exponentiate(const float (&s)[kCount][kKeyTiles][4], float factor,
                                              const float (&neg_row_max)[kRowTiles][2],
@@ -37,7 +37,7 @@ __device__ __forceinline__ bool exponentiate(const float (&s)[kCount][kKeyTiles]
   return __any_sync(kFullWarp, top > 256);
 }
 
-// What rows g (h = 0) or g + 8 (h = 1) of a row tile have summed, by a factor.
+// Rescales O and row_sum of row g (h = 0) or g + 8 (h = 1) of a row tile by `factor`.
 template <int kTiles>
 __device__ __forceinline__ void rescale(float (&out)[kTiles][4], float& sum, int h, float factor) {
   sum *= factor;
@@ -48,9 +48,9 @@ __device__ __forceinline__ void rescale(float (&out)[kTiles][4], float& sum, int
   }
 }
 
-// Moves row_max of rows with weights above 2^kHeadroom to their maximum and rescales their sums.
-// Whether that happens to a row depends on that row alone. kSkipsEmpty: not those of rows without
-// weights, which are 0.
+// Moves row_max of rows with weights above 2^kHeadroom to the new maximum and rescales their sums;
+// each row decides by its own scores. kSkipsEmpty: rows without weights, whose sums are 0, are not
+// rescaled.
 template <int kFirst, bool kSkipsEmpty, int kRowTiles, int kTiles, int kCount, int kKeyTiles>
 __device__ __forceinline__ void update_row_max(const float (&s)[kCount][kKeyTiles][4], float factor,
                                                float (&neg_row_max)[kRowTiles][2],
@@ -76,8 +76,8 @@ __device__ __forceinline__ void update_row_max(const float (&s)[kCount][kKeyTile
   }
 }
 
-// Weights of a step as the left operand of multiply_values, and their sums, for row tiles kFirst
-// and on. A loop, so that weights have one place where they are made and need no registers twice.
+// P of a step as A fragments of the P V product; updates row_sum. The loop makes the weights in one
+// place, which needs their registers only once.
 template <int kFirst, bool kSkipsEmpty, typename T, int kRowTiles, int kTiles, int kCount,
           int kKeyTiles, int kBlocks>
 __device__ __forceinline__ void softmax_weights(const float (&s)[kCount][kKeyTiles][4],

@@ -1,7 +1,7 @@
-// Masks of ranges and spans: of a pair, and of blocks of 16 queries and 16 keys, by the bounds that
-// mask_bounds_kernel leaves. Kernels of attention have masks in their general mode: they neither
-// copy tiles that all rows of a block see nothing of nor multiply such blocks, and look at pairs
-// only where bounds leave it open which of them are seen.
+// Masks of ranges and spans, tested per pair or per block of 16 queries and 16 keys by the bounds
+// of mask_bounds_kernel. The attention kernels apply them in general mode only: they neither copy
+// fully masked tiles nor multiply fully masked blocks, and test pairs only in blocks that the
+// bounds show to be neither fully masked nor fully visible.
 #pragma once
 #include "cuda/arch/opaque.cuh"
 #include "cuda/attention/sequence.cuh"
@@ -10,7 +10,8 @@
 
 namespace tokenmill::cuda {
 
-// Rows of query and key in the arrays of the mask; `key` is the position that ranges mean.
+// query_row, key_row: rows of the mask arrays; key: position within the sequence, which ranges
+// refer to.
 __device__ __forceinline__ bool sees_pair(const PairMask& mask, int64_t b, int64_t h, int query_row,
                                           int key_row, int key) {
   bool seen = true;
@@ -30,12 +31,12 @@ __device__ __forceinline__ bool sees_pair(const PairMask& mask, int64_t b, int64
   return seen;
 }
 
-// Of the pairs of a block; all of none is false.
+// Visibility of a block's pairs: some, all. all without some does not occur.
 struct Sight {
   bool some, all;
 };
 
-// The mask of one head of one sequence. Positions must lie in it.
+// Mask of one head of one sequence. Positions must lie in the sequence.
 struct HeadMask {
   const PairMask& mask;
   const MaskBounds& bounds;
@@ -48,8 +49,8 @@ struct HeadMask {
     return sees_pair(mask, b, h, s.q_start + min(query, s.q_length - 1), s.k_start + key, key);
   }
 
-  // Whether the queries from `query` on see the keys from `key` on, kBoundRows or fewer each. Takes
-  // some for seen that are not, none for hidden.
+  // Visibility of the block of kBoundRows or fewer queries from `query` on and keys from `key` on.
+  // Conservative: may report hidden pairs as visible, never visible ones as hidden.
   __device__ __forceinline__ Sight sight(int query, int key, int keys) const {
     constexpr int kRows = static_cast<int>(kBoundRows);
     const int first = s.q_start + query;
@@ -78,7 +79,7 @@ struct HeadMask {
   }
 
  private:
-  // Packed sequences start anywhere: their rows lie in up to two blocks.
+  // Packed sequences start anywhere: their rows lie in up to two blocks of bounds.
   static __device__ __forceinline__ PairBounds of_rows(const PairBounds* of, int step, int first,
                                                        int last) {
     constexpr int kRows = static_cast<int>(kBoundRows);
@@ -88,8 +89,8 @@ struct HeadMask {
   }
 };
 
-// Whether any of `queries` from `query` on may see any of `keys` from `key` on, in any of `heads`
-// from `head` on. All lanes of a warp together.
+// True if any of `queries` queries from `query` on may see any of `keys` keys from `key` on, in any
+// of `heads` heads from `head` on. Called by all lanes of a warp.
 __device__ __forceinline__ bool any_sees(const PairMask& mask, const MaskBounds& bounds, int64_t b,
                                          int head, int heads, const Sequence& s, int query,
                                          int queries, int key, int keys) {
@@ -106,9 +107,8 @@ __device__ __forceinline__ bool any_sees(const PairMask& mask, const MaskBounds&
   return __any_sync(kFullWarp, some);
 }
 
-// Leaves of `begin` .. `end` what lies between the first and the last tile of kTile that `sees`,
-// which all lanes of a warp call together. `shared`: two ints for each warp of the block. All
-// threads together.
+// Shrinks begin .. end to the first and last tile of kTile keys that `sees` accepts; `sees` is
+// called by all lanes of a warp. shared: two ints per warp. Called by all threads of the CTA.
 template <int kTile, typename Sees>
 __device__ __forceinline__ void cut_hidden_ends(int& begin, int& end, int* shared,
                                                 const Sees& sees) {

@@ -1,4 +1,4 @@
-// Outputs: products of weights with a step of values in shared memory, by one warp.
+// O += P V for one warp and a step of values in shared memory.
 #pragma once
 #include "cuda/arch/mma_sm80.cuh"
 #include "cuda/attention/hidden_values.cuh"
@@ -8,7 +8,7 @@
 
 namespace tokenmill::cuda {
 
-// Weights as the left operand of multiply_values.
+// P as A fragments of the P V product.
 template <typename T, int kKeyTiles, int kBlocks>
 __device__ __forceinline__ void set_fragments(Fragment<T, 4> (&p)[kBlocks],
                                               const float (&e)[kKeyTiles][4]) {
@@ -25,7 +25,7 @@ __device__ __forceinline__ void set_fragments(Fragment<T, 4> (&p)[kBlocks],
   }
 }
 
-// Word i of `to` becomes word j of `from`.
+// to[i] = from[j]
 template <int kFrom>
 __device__ __forceinline__ void copy_word(Fragment<float, 4>& to, int i,
                                           const Fragment<float, kFrom>& from, int j) {
@@ -37,9 +37,9 @@ __device__ __forceinline__ void copy_word(Fragment<T, 4>& to, int i, const Fragm
   to.words[i] = from.words[j];
 }
 
-// Weights of set_fragments times factor(h, n): of row g (h = 0) or g + 8 (h = 1), and n keys from
-// the lane's first one on. Word by word, through the first one: for more at once kernels have no
-// registers.
+// Scales the weights in P fragments by factor(h, n): row g (h = 0) or g + 8 (h = 1), n-th key from
+// the lane's first. Word by word, always through the first word: the kernels have no registers to
+// hold more.
 template <typename T, int kBlocks, typename Factor>
 __device__ __forceinline__ void scale_weights(Fragment<T, 4> (&p)[kBlocks], const Factor& factor) {
   constexpr int kWords = 4 * kBlocks;
@@ -60,8 +60,8 @@ __device__ __forceinline__ void scale_weights(Fragment<T, 4> (&p)[kBlocks], cons
   }
 }
 
-// out[kFirst + m] += weights p[m] x values. before(pair) comes before the values of 16 columns.
-// With kClean values are made finite.
+// out[kFirst + m] += P[m] V. before(pair) runs before the values of each 16 columns are loaded.
+// kClean: values that are not finite are replaced by finite ones.
 template <typename T, int kFirst, int kOffset, bool kClean = false, int kRowTiles, int kTiles,
           int kCount, int kBlocks, typename Addresses, typename Before>
 __device__ __forceinline__ void multiply_values(float (&out)[kRowTiles][kTiles][4],
@@ -98,8 +98,9 @@ __device__ __forceinline__ void multiply_values(float (&out)[kRowTiles][kTiles][
   });
 }
 
-// The same for one row tile where a mask cuts the step and not all values are finite: sees(0, key)
-// and sees(1, key) say which of the kKeys keys rows g and g + 8 see. any_sign: see add_infinite.
+// out += P V for one row tile where a mask cuts the step and some values are not finite. sees(0,
+// key) and sees(1, key): visibility of the kKeys keys to rows g and g + 8. any_sign: see
+// add_infinite.
 template <typename T, int kFirst, int kKeys, int kRowTiles, int kTiles, int kBlocks,
           typename Addresses, typename Before, typename Sees>
 __device__ __forceinline__ void multiply_seen_values(float (&out)[kRowTiles][kTiles][4],

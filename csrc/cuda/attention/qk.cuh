@@ -1,4 +1,4 @@
-// Scores: products of rows of queries with a step of keys in shared memory, by one warp.
+// S = Q K^T for one warp and a step of keys in shared memory.
 #pragma once
 #include "cuda/arch/mma_sm80.cuh"
 #include "cuda/arch/shared_memory.cuh"
@@ -7,12 +7,12 @@
 
 namespace tokenmill::cuda {
 
-// 16 bytes of rows g and g + 8.
+// 16 bytes of rows g and g + 8 of Q.
 struct QuerySlice {
   uint32_t words[2][4];
 };
 
-// s[m] += queries x keys, over slice kSlice of the dimensions; query(m) is the slice of row tile m.
+// s[m] += Q K^T over head_dim slice kSlice; query(m): that slice of row tile m.
 template <typename T, int kOffset, int kSlice, int kCount, int kKeyTiles, typename Addresses,
           typename Query>
 __device__ __forceinline__ void multiply_slice(float (&s)[kCount][kKeyTiles][4],
@@ -46,8 +46,7 @@ __device__ __forceinline__ void clear(float (&s)[kCount][kKeyTiles][4]) {
     for (int n = 0; n < kKeyTiles; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
 }
 
-// s = queries x keys kOffset and on, where registers hold the queries: query(m, Index<j>) is slice
-// j of row tile m.
+// s = Q K^T with Q in registers, keys from kOffset on; query(m, Index<j>): slice j of row tile m.
 template <typename T, int kSlices, int kOffset, int kCount, int kKeyTiles, typename Addresses,
           typename Query>
 __device__ __forceinline__ void multiply_held(float (&s)[kCount][kKeyTiles][4], const Addresses& at,
@@ -57,9 +56,9 @@ __device__ __forceinline__ void multiply_held(float (&s)[kCount][kKeyTiles][4], 
       [&](auto j) { multiply_slice<T, kOffset, j>(s, at, [&](int m) { return query(m, j); }); });
 }
 
-// The same where queries are loaded: load(m, Index<j>, i) is slice i + j of row tile m, i a
-// multiple of the patterns of the swizzle, and advance() follows each i. Unrolled, the loads would
-// run far ahead, and spill.
+// s = Q K^T with Q loaded at each use; load(m, Index<j>, i): slice i + j of row tile m, i a
+// multiple of the swizzle's patterns; advance() follows each i. Not unrolled: the loads would run
+// far ahead, and spill.
 template <typename T, int kSlices, int kOffset, int kCount, int kKeyTiles, typename Addresses,
           typename Load, typename Advance>
 __device__ __forceinline__ void multiply_loaded(float (&s)[kCount][kKeyTiles][4], Addresses at,
@@ -77,7 +76,7 @@ __device__ __forceinline__ void multiply_loaded(float (&s)[kCount][kKeyTiles][4]
   }
 }
 
-// 16 rows of queries in shared memory, where a lane finds its slices.
+// 16 rows of Q in shared memory, and the addresses of this lane's slices.
 template <typename Shape>
 struct SharedQueries {
   static constexpr int kPatterns = Shape::KeyTile::kSwizzledChunks / 4;
@@ -103,7 +102,7 @@ struct SharedQueries {
   }
 };
 
-// multiply_loaded from there.
+// s = Q K^T with Q in shared memory.
 template <typename T, int kOffset, typename Shape, int kCount, int kKeyTiles, typename Addresses>
 __device__ __forceinline__ void multiply_shared(float (&s)[kCount][kKeyTiles][4],
                                                 const Addresses& at, SharedQueries<Shape> queries) {

@@ -1,4 +1,4 @@
-// What makes a weight of a logit.
+// Maps from logits to weights.
 #pragma once
 #include <type_traits>
 
@@ -7,8 +7,8 @@
 
 namespace tokenmill::cuda {
 
-// elementwise: any map but the softmax, with any normalisation, chosen at run time. As a template
-// argument, `any` leaves everything to run time.
+// elementwise: any map but softmax, with any normalisation, chosen at run time. `any`, as a
+// template argument, leaves all of it to run time.
 enum class Weights : int { softmax, sigmoid, fast_sigmoid, elementwise, any };
 
 __host__ __device__ inline Weights weights_of(const AttentionParams& p) {
@@ -17,26 +17,26 @@ __host__ __device__ inline Weights weights_of(const AttentionParams& p) {
   return p.fast ? Weights::fast_sigmoid : Weights::sigmoid;
 }
 
-// Sigmoid weights are scaled: float16 cannot hold those near 1 / n from n = 16384 on. (The fast
-// ones have an absolute error of 2^-12 anyway.)
+// Sigmoid weights are scaled by 2^15 in float16, which cannot hold weights near 1 / n from n =
+// 16384 on. (fast_sigmoid has an absolute error of 2^-12 anyway.)
 template <typename T>
 constexpr int kLog2Scale = std::is_same_v<T, __half> ? 15 : 0;
 template <typename T>
 constexpr float kScale = 1 << kLog2Scale<T>;
 
-// What weights are multiplied by: those of other maps have no bound.
+// Scale of the weights: 1 for the other maps, whose weights have no bound.
 template <typename T>
 __device__ __forceinline__ float scale_of(ScoreMap map) {
   return map == ScoreMap::sigmoid ? kScale<T> : 1;
 }
 
-// Of the weights P of the backward in float16, see kHalfScale: those that 1 bounds.
+// True if the float16 backward scales P by kHalfScale: the maps whose weights are at most 1.
 __host__ __device__ inline bool scales_weights(const AttentionParams& p) {
   return p.map == ScoreMap::sigmoid || (p.normalize == Normalize::sum && p.map != ScoreMap::linear);
 }
 
-// each(weigh) with the map's weigh(z), of a logit in nats. A logit of -inf, which hides its pair,
-// may come where kHides, and weighs 0.
+// Calls each(weigh) with the map's weigh(z), z in nats. kHides: z may be -inf, which hides its pair
+// and has weight 0.
 template <typename T, bool kHides, typename Each>
 __device__ __forceinline__ void visit_map(ScoreMap map, const Each& each) {
   const auto shown = [](float z, float weight) {
@@ -57,12 +57,12 @@ __device__ __forceinline__ void visit_map(ScoreMap map, const Each& each) {
   }
 }
 
-// f and f' of a logit.
+// f(z) and f'(z).
 struct Slope {
   float value, slope;
 };
 
-// each(slope_of) with the map's slope_of(z), of a map without bounds and a finite logit.
+// Calls each(slope_of) with the map's slope_of(z), for maps without bounds and finite logits.
 template <typename Each>
 __device__ __forceinline__ void visit_slope(ScoreMap map, const Each& each) {
   if (map == ScoreMap::relu)

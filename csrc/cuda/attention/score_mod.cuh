@@ -1,11 +1,11 @@
-// From q.k to the logit: scale, softcap, bias, ALiBi and the constant of a head.
+// score_mod: from q.k to the logit by scale, softcap, bias, ALiBi and the constant of a head.
 #pragma once
 #include "cuda/attention/sequence.cuh"
 #include "cuda/math.cuh"
 
 namespace tokenmill::cuda {
 
-// score_bias, score_bias_value and -log n in one.
+// Constant of a head's logits: score_bias + score_bias_value - log n.
 __device__ inline float constant_of(const AttentionParams& p, int64_t b, int64_t h, int columns) {
   float constant = p.score_bias_value;
   if (p.score_bias) constant += p.score_bias[b * p.score_bias_batch + h];
@@ -18,8 +18,8 @@ __device__ __forceinline__ float apply_softcap(float z, float cap, float unit = 
   return unit * cap * tanhf(z / cap);
 }
 
-// Softcap, bias and slope of one head: what needs more than scale and constant. What all heads
-// share is read from the parameters, where it takes no registers.
+// score_mod of one head beyond scale and constant: softcap, bias, ALiBi. What all heads share is
+// read from the kernel parameters, where it takes no registers.
 struct ScoreMod {
   __device__ ScoreMod(const AttentionParams& p, int64_t b, int64_t h, const Sequence& s,
                       float constant)
@@ -31,7 +31,7 @@ struct ScoreMod {
         columns(static_cast<int>(p.bias_columns < s.k_length ? p.bias_columns : s.k_length)),
         bias_start(b * p.bias_batch + h * p.bias_head) {}
 
-  __device__ ScoreMod& operator=(const ScoreMod& other) {  // of the same call
+  __device__ ScoreMod& operator=(const ScoreMod& other) {  // both belong to the same call
     slope = other.slope;
     constant = other.constant;
     diagonal = other.diagonal;
@@ -49,17 +49,17 @@ struct ScoreMod {
     const float dy = fabsf(yi - yj), dx = fabsf(fmaf(-yi, w, i) - fmaf(-yj, w, j));
     return p.grid.manhattan ? dy + dx : fmaxf(dy, dx);
   }
-  __device__ bool is_beyond(float distance) const {  // the window of a grid
+  __device__ bool is_beyond(float distance) const {  // outside the window of a grid
     return p.grid.window >= 0 && distance > static_cast<float>(p.grid.window);
   }
-  // Whether slopes are for logits; else they are for weights, which fade.
+  // ALiBi on logits; otherwise slopes are a decay of the weights (fades).
   __device__ bool has_alibi() const { return p.alibi_slopes && !p.fades; }
-  // The logit less slope times distance, or -inf beyond the window.
+  // z - slope distance, or -inf outside the window.
   __device__ float with_alibi(float z, int row, int column) const {
     const float d = distance(row, column);
     return is_beyond(d) ? -infinity() : fmaf(-slope, d, z);
   }
-  // What a softmax weight is multiplied by that its row has summed.
+  // Decay applied to a softmax weight after the row sum.
   __device__ float fade(float distance) const {
     return is_beyond(distance) ? 0 : exp2_approx(-kLog2e * slope * distance);
   }
@@ -77,7 +77,7 @@ struct ScoreMod {
     }
   }
 
-  // The logit in nats; comparisons are written so that a NaN stays.
+  // The logit, in nats; comparisons are written so that a NaN stays.
   __device__ float logit(float qk, int row, int column) const {
     float z = qk * p.scale;
     if (p.softcap > 0) z = apply_softcap(z, p.softcap);
@@ -89,8 +89,8 @@ struct ScoreMod {
     return z + constant;
   }
 
-  // The exponent of a softmax weight in base 2. A finite logit has a finite exponent (-FLT_MAX
-  // log2e would not); -inf hides the pair.
+  // Exponent of a softmax weight in base 2. A finite logit has a finite exponent (-FLT_MAX log2e
+  // would not); -inf hides the pair.
   __device__ float softmax_exponent(float z) const {
     const float t = z * kLog2e;
     if (!p.bias || z < -kFloatMax) return t;

@@ -1,17 +1,17 @@
-// From q.k to the weight of a pair and its derivatives.
+// score_mod backward: from q.k to the weight of a pair and its derivatives.
 #pragma once
 #include "cuda/attention/score_map.cuh"
 #include "cuda/attention/score_mod.cuh"
 
 namespace tokenmill::cuda {
 
-// The maps without further modifiers, elementwise those without bounds and without a constant;
-// general: any map, with any modifier.
+// Plain modes: one map without further modifiers (elementwise: an unbounded map without a
+// constant). general: any map with any modifier.
 enum class Mode { softmax, sigmoid, fast_sigmoid, elementwise, general };
 
-// float16 weights near 1 / n are subnormal from n = 16384 on.
+// float16 weights near 1 / n are subnormal from n = 16384 on: P is scaled by 2^15.
 constexpr float kHalfScaleLog2 = 15, kHalfScale = 32768;
-// log2 of the e^-z from which on it is cut, so that P (1 - P) is 0 and not 0 * inf.
+// Upper clamp on log2 of e^-z, so that P (1 - P) is 0 and not 0 * inf.
 constexpr float kMaxOddsLog2 = 122.9f;
 
 // cap tanh(z / cap) and its derivative.
@@ -23,13 +23,14 @@ __device__ __forceinline__ Softcapped softcap_with_slope(float z, float cap) {
   return {cap * t, fmaf(-t, t, 1.f)};
 }
 
-// The weight P of a pair; dz / dP (softmax: of dP without delta); the derivative of the softcap.
+// p: weight P of a pair; slope: dz / dP (softmax: dP without delta); through: derivative of the
+// softcap.
 struct Weight {
   float p, slope, through;
 };
 
-// From log2 of e^-z. kScale: e^-z is divided by kHalfScale, P is multiplied by it, and so is the
-// slope where kScaleSlope.
+// Sigmoid weight from odds = log2 of e^-z. kScale: e^-z is divided by kHalfScale, P is multiplied
+// by it; kScaleSlope: the slope too.
 template <bool kScale, bool kScaleSlope = false>
 __device__ __forceinline__ Weight sigmoid_weight(float odds) {
   constexpr float kOne = kScale ? 1 / kHalfScale : 1.f;
@@ -39,7 +40,7 @@ __device__ __forceinline__ Weight sigmoid_weight(float odds) {
   return {p, e * p * (kScale && !kScaleSlope ? p * kOne : p), 1.f};  // e p is 1 - P
 }
 
-// From t = tanh(z / 2): P = (1 + t) / 2. The slope is 4 times that of P.
+// Sigmoid weight from t = tanh(z / 2): P = (1 + t) / 2. The slope is 4 times dP / dz.
 template <bool kScale>
 __device__ __forceinline__ Weight fast_sigmoid_weight(float half_z) {
   constexpr float kHalf = kScale ? kHalfScale / 2 : 0.5f;
@@ -47,10 +48,10 @@ __device__ __forceinline__ Weight fast_sigmoid_weight(float half_z) {
   return {fmaf(t, kHalf, kHalf), fmaf(-t, t, 1.f), 1.f};
 }
 
-// From q.k to the weight, for one head of one sequence.
+// score_mod and map of one head of one sequence.
 template <Mode kMode, bool kScale>
 struct BackwardScoreMod {
-  float constant;  // sigmoid: of the argument of the map
+  float constant;  // sigmoid: constant in the argument of the map
 
   __device__ BackwardScoreMod(const AttentionParams& p, int64_t b, int64_t h) {
     if constexpr (kMode == Mode::softmax) return;
@@ -61,14 +62,13 @@ struct BackwardScoreMod {
       constant *= 0.5f;
   }
 
-  // use(*this), with what is chosen at run time chosen. scale: of weights, where not kScale
-  // decides.
+  // Calls use(mod) with run-time choices resolved. scale: of weights, where kScale does not decide.
   template <typename Use>
   __device__ __forceinline__ void visit(ScoreMap, float, const Use& use) const {
     use(*this);
   }
 
-  // `statistic` of a softmax row: minus its log-sum-exp without the constant, in bits.
+  // statistic: for softmax minus the row's log-sum-exp without the constant, in bits.
   __device__ __forceinline__ Weight weigh(float qk, float factor, int, int, float statistic) const {
     if constexpr (kMode == Mode::softmax) {
       const float w = exp2_approx(fmaf(qk, factor, statistic));
@@ -89,7 +89,7 @@ struct BackwardScoreMod<Mode::elementwise, kScale> {
     const SlopeOf& slope_of;
     float scale;
 
-    // `statistic`: what the weights of the row are multiplied by.
+    // statistic: normalisation factor of the row's weights
     __device__ __forceinline__ Weight weigh(float qk, float factor, int, int,
                                             float statistic) const {
       const Slope f = slope_of(qk * factor);
@@ -145,7 +145,7 @@ struct BackwardScoreMod<Mode::general, kScale> {
     return w;
   }
 
-  // `statistic`: of softmax in nats; else what the weights of the row are multiplied by.
+  // statistic: for softmax minus log-sum-exp in nats, else the normalisation factor of the row.
   __device__ Weight weigh(float qk, float, int query, int key, float statistic) const {
     float z = qk * p.scale, through = 1;
     if (p.softcap > 0) {
@@ -154,7 +154,7 @@ struct BackwardScoreMod<Mode::general, kScale> {
       through = capped.slope;
     }
     if (p.bias) z = min_or_nan(z + mod.bias_at(query, key), kFloatMax);
-    // +inf counts as the largest finite logit, which does not move.
+    // +inf is clamped to the largest finite logit, which has no gradient.
     const bool stuck = p.bias && z >= kFloatMax;
     if (mod.has_alibi()) z = mod.with_alibi(z, query, key);
     z += mod.constant;
@@ -185,8 +185,8 @@ struct BackwardScoreMod<Mode::general, kScale> {
     return w;
   }
 
-  // Of a softmax weight e that fades, the slope of its Weight: dz, and what distance times the
-  // decay of its slope adds. e is negative where the logit does not move.
+  // Backward of a softmax weight e with ALiBi decay: dz, and the term that distance times the decay
+  // adds to the slope's gradient. e is negative where the logit is clamped.
   struct Faded {
     float dz, moved;
   };

@@ -1,4 +1,4 @@
-// Where the queries and keys of one sequence lie.
+// Rows of the queries and keys of one sequence.
 #pragma once
 #include "cuda/sequences.cuh"
 #include "dense/attention/params.h"
@@ -12,7 +12,7 @@ struct Sequence {
   int q_start, k_start, q_length, k_length;
 };
 
-// As it is read.
+// Sequence b, for reading.
 __device__ inline Sequence sequence_of(const AttentionParams& p, int64_t b) {
   if (!p.cu_seqlens_q) return {0, 0, static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k)};
   const int q = clamped_end(p.cu_seqlens_q, b, p.seqlen_q);
@@ -22,7 +22,7 @@ __device__ inline Sequence sequence_of(const AttentionParams& p, int64_t b) {
   return {q, k, q_length > 0 ? q_length : 0, k_length > 0 ? k_length : 0};
 }
 
-// Of a block that writes rows of `queries`.
+// Sequence b for a CTA that writes the rows `queries`, which no other sequence has.
 __device__ inline Sequence sequence_of(const AttentionParams& p, int64_t b,
                                        const PackedRows& queries) {
   Sequence s = sequence_of(p, b);

@@ -1,4 +1,4 @@
-// Where a lane finds its fragments of keys and values in a stage of shared memory.
+// Shared-memory addresses of a lane's K and V fragments in a pipeline stage.
 #pragma once
 #include "cuda/arch/ldmatrix.cuh"
 #include "cuda/arch/opaque.cuh"
@@ -8,7 +8,7 @@
 
 namespace tokenmill::cuda {
 
-// Addresses of keys, one for each pattern of the swizzle; the rest are immediates.
+// K addresses, one per pattern of the swizzle; the rest are immediate offsets.
 template <typename Shape>
 struct KeyAddresses {
   using KeyTile = typename Shape::KeyTile;
@@ -22,15 +22,15 @@ struct KeyAddresses {
     for (int i = 0; i < kKeys; ++i) key[i] = tile + KeyTile::offset(lane / 4, 4 * i + lane % 4);
   }
 
-  // 16 bytes of slice kSlice of key kRow + g: column g of two products.
+  // 16 bytes of slice kSlice of key kRow + g: column g of two MMAs.
   template <int kRow, int kSlice>
   __device__ __forceinline__ void load_keys(uint32_t (&words)[4]) const {
     load_shared<kRow * Shape::kRowBytes + kSlice / kKeys * kKeys * 64>(words, key[kSlice % kKeys]);
   }
 };
 
-// Those of a stage. With kLean half of those of values are computed at each use, for kernels short
-// of registers.
+// K and V addresses of a stage. kLean: half of the V addresses are recomputed at each use, for
+// kernels short of registers.
 template <typename Shape, bool kLean>
 struct StageAddresses : KeyAddresses<Shape> {
   using ValueTile = typename Shape::ValueTile;
@@ -64,7 +64,7 @@ struct StageAddresses : KeyAddresses<Shape> {
     for (uint32_t& x : value) x += bytes, keep(x);
   }
 
-  // Where the values begin.
+  // Start of the V tile.
   __device__ __forceinline__ uint32_t values() const {
     int lane = threadIdx.x % kWarpSize;
     keep(lane);
@@ -72,7 +72,8 @@ struct StageAddresses : KeyAddresses<Shape> {
                                      : ValueTile::offset(lane % 16, lane / 16));
   }
 
-  // 16 values from kRow on, columns 16 kPair ... + 15: word 2 i + k is word k of column tile i.
+  // Rows kRow .. kRow + 15 of V, columns 16 kPair ... + 15: word 2 i + k is word k of column tile
+  // i.
   template <int kRow, int kPair>
   __device__ __forceinline__ void load_values(uint32_t (&words)[4]) const {
     uint32_t address = value[kPair % kStored];
@@ -81,7 +82,8 @@ struct StageAddresses : KeyAddresses<Shape> {
     ldmatrix_trans<kRow * Shape::kRowBytes + kPair / kValues * kValues * 32>(words, address);
   }
 
-  // float: values kRow + 2 c + kOdd, columns 32 kGroup + 4 g ... + 3, one for each of 4 tiles.
+  // float: rows kRow + 2 c + kOdd of V, columns 32 kGroup + 4 g ... + 3, one for each of 4 column
+  // tiles.
   template <int kRow, int kOdd, int kGroup>
   __device__ __forceinline__ void load_float_values(uint32_t (&words)[4]) const {
     load_shared<kRow * Shape::kRowBytes + kGroup * 128>(words, value[kOdd]);

@@ -1,5 +1,5 @@
-// From scores to weights, in the registers of a warpgroup on compute capability 9.0a. A lane has
-// rows g and g + 8 of the 16 rows of its warp: element 4 n + i of `s` is of row g + 8 (i / 2).
+// From scores S to weights P in the registers of an sm_90a warpgroup. A lane has rows g and g + 8
+// of the 16 rows of its warp: element 4 n + i of `s` belongs to row g + 8 (i / 2).
 #pragma once
 #include <algorithm>
 
@@ -11,13 +11,14 @@
 
 namespace tokenmill::cuda {
 
-// What the host makes of scale and softcap for a launch.
+// Scale and softcap, prepared by the host.
 struct Sm90Scores {
-  float factor;     // from q.k to the exponent of a weight (fast: the argument of tanh)
-  float cap_scale;  // softcap: from q.k to the argument of its tanh, whose result factor takes
+  float factor;  // from q.k to the exponent of a weight (fast: the argument of tanh)
+  // softcap: from q.k to the argument of tanh, whose result is multiplied by factor
+  float cap_scale;
   bool fast;
 
-  // unit: of exponents, or of the arguments of tanh.
+  // unit: unit of exponents, or of the arguments of tanh.
   static Sm90Scores of(float scale, float softcap, float unit = kLog2e, bool fast = false) {
     if (!(softcap > 0)) return {unit * scale, 0, fast};
     return {unit * softcap, std::min(scale / softcap, kFloatMax), fast};  // inf * 0 would be NaN
@@ -31,7 +32,7 @@ struct Sm90Scores {
   }
 };
 
-// What a mask hides: pairs outside columns begin[h] .. end[h] - 1 of row g + 8 h, counted from the
+// Band mask of a lane's rows: row g + 8 h sees columns begin[h] .. end[h] - 1, counted from the
 // lane's first column.
 struct RowBounds {
   int begin[2], end[2];
@@ -52,21 +53,20 @@ struct RowBounds {
   }
 };
 
-// A class of weights makes those of 64 rows and 2 kCount keys from scores, in their place. `pack`
-// then makes words of two, the left operand of the next product: no word may be written while a
-// product that reads others runs. kShifts: constants of logits, one for all rows, or one for those
-// of g and one for those of g + 8.
+// Makes the weights of 64 rows and 2 kCount keys from scores, in place. `pack` then makes words of
+// two weights, the A operand of P V; no word may be written while a running product reads it.
+// kShifts: number of constants of the logits, one for all rows or one each for rows g and g + 8.
 template <typename T, Weights kWeights, int kShifts = 1>
 class RowWeights;
 
-// p = 2^(factor s - row_max). row_max moves when an exponent exceeds it by kHeadroom: the sums of a
-// row are rarely rescaled, and whether they are depends on that row alone. row_max is rounded, the
-// exponent is not: where half a unit in its last place counts, p = 2^(factor (s - top)) of the
-// score that row_max is of.
+// Softmax: p = 2^(factor s - row_max). row_max is updated only when an exponent exceeds it by
+// kHeadroom, so rescaling is rare, and depends on the row's own scores only. row_max is rounded,
+// the exponent is not: where half an ulp of row_max counts, p = 2^(factor (s - top)) with the score
+// `top` of row_max.
 template <typename T, int kShifts>
 class RowWeights<T, Weights::softmax, kShifts> {
  public:
-  // The constant of the head, `shift`, is left out of the exponents.
+  // shift, the constant of the head, is left out of the exponents.
   template <typename... Shifts>
   __device__ RowWeights(const Sm90Scores& plan, Shifts...) : plan_(plan) {}
 
@@ -108,7 +108,7 @@ class RowWeights<T, Weights::softmax, kShifts> {
     return cuda::pack<T>(low, high);
   }
 
-  // What was summed before the weights of the last `weigh`.
+  // Rescales O by exp2(old row_max - new row_max) of the last `weigh`.
   template <int kCount>
   __device__ __forceinline__ void rescale(float (&o)[kCount]) const {
     if (!__any_sync(kFullWarp, shrink_[0] != 1 || shrink_[1] != 1)) return;
@@ -119,30 +119,30 @@ class RowWeights<T, Weights::softmax, kShifts> {
   __device__ __forceinline__ RowScale finish(int h, const float* sink, float shift) const {
     return softmax_epilogue(sum(h), row_max(h), sink, shift);
   }
-  // What partial results keep of a row. All lanes of a warp together.
+  // Row statistics for partial results. Called by all lanes of a warp.
   __device__ __forceinline__ float sum(int h) const { return quad_sum(sum_[h]); }
   __device__ __forceinline__ float row_max(int h) const { return -neg_row_max_[h]; }
-  // What sums are multiplied by to be relative to row_max as it is rounded. It is cut where another
-  // score weighs nothing beside that of row_max.
+  // Factor that makes sums relative to the rounded row_max. Clamped where any other score weighs
+  // nothing next to row_max.
   __device__ __forceinline__ float to_row_max(int h) const {
     if (!is_large(h)) return 1;
     return exp2_approx(fminf(fmaxf(fmaf(top_[h], plan_.factor, neg_row_max_[h]), -64.f), 64.f));
   }
 
  private:
-  // From here on row_max is wrong by more than 2^-13. Not before the first weights.
+  // row_max has an error above 2^-13 from here on. False before the first weights.
   __device__ __forceinline__ bool is_large(int h) const {
     return fabsf(neg_row_max_[h]) > 0x1p12f && neg_row_max_[h] != kFloatMax;
   }
 
   const Sm90Scores& plan_;
-  // The first weights overflow this one, see ForwardWarp.
+  // initial value: the first weights overflow it, see ForwardWarp
   float neg_row_max_[2] = {kFloatMax, kFloatMax};
-  float top_[2];  // scores
+  float top_[2];  // score of row_max
   float sum_[2] = {0, 0}, shrink_[2];
 };
 
-// p = 1 / (1 + e^-z), z = scale s + shift, times kScale<T>. Nothing is summed over a row.
+// Sigmoid: p = 1 / (1 + e^-z), z = scale s + shift, times kScale<T>. No sums over rows.
 template <typename T, int kShifts>
 class RowWeights<T, Weights::sigmoid, kShifts> {
  public:
@@ -153,7 +153,7 @@ class RowWeights<T, Weights::sigmoid, kShifts> {
 #pragma unroll
     for (float& offset : offset_) {
       offset *= plan_.fast ? 0.5f : kLog2e;
-      // A hidden pair, whose logit is -inf, stays hidden.
+      // a hidden pair, whose logit is -inf, stays hidden
       offset = offset > kFloatMax ? kFloatMax : offset < -kFloatMax ? -kFloatMax : offset;
       if (!plan_.fast) offset += kLog2Scale<T>;
     }
@@ -181,11 +181,11 @@ class RowWeights<T, Weights::sigmoid, kShifts> {
   __device__ __forceinline__ float to_row_max(int) const { return 1; }
 
  private:
-  static constexpr int kStep = 16;  // scores of a lane of 32 keys
-  // float16 has the digits to compute small weights in pairs: `low` then has two words e, `high`
-  // two words r of weights e + r e.
+  static constexpr int kStep = 16;  // a lane's scores of 32 keys
+  // float16 has enough digits to compute small weights in packed pairs: `low` then holds two e,
+  // `high` two r of weights e + r e.
   static constexpr bool kPairs = std::is_same_v<T, __half>;
-  static constexpr float kLargest = kScale<T> / 5;  // that is small
+  static constexpr float kLargest = kScale<T> / 5;  // bound of small weights
 
   __device__ __forceinline__ void weigh_step(float (&s)[kStep]) const {
 #pragma unroll
@@ -210,7 +210,7 @@ class RowWeights<T, Weights::sigmoid, kShifts> {
       for (int i = 0; i < kStep / 2; ++i) set_small_weights(s[2 * i], s[2 * i + 1], e[i]);
       return;
     }
-    // Each row decides by its own scores.
+    // each row decides by its own scores
     const bool large[2] = {is_large(quad_max_packed(top[0])), is_large(quad_max_packed(top[1]))};
 #pragma unroll
     for (int i = 0; i < kStep / 2; ++i)
@@ -220,8 +220,8 @@ class RowWeights<T, Weights::sigmoid, kShifts> {
         set_small_weights(s[2 * i], s[2 * i + 1], e[i]);
   }
 
-  // e / (1 + e) of e = e^z, both times kScale. A second special function. e is cut where that
-  // makes no difference: infinity times 0 would be NaN.
+  // e / (1 + e) of e = e^z, both times kScale; takes a second special function. e is clamped where
+  // that makes no difference: infinity times 0 would be NaN.
   static __device__ __forceinline__ float weight(float e) {
     e = min_or_nan(e, 0x1p126f);
     return e * reciprocal_approx(fmaf(e, 1 / kScale<T>, 1.f));
@@ -231,7 +231,7 @@ class RowWeights<T, Weights::sigmoid, kShifts> {
     high = kPairs ? 0 : w1;
   }
 
-  // The same as e + e^2 (a + b e), with a relative error of 2^-12 up to e = 0.2.
+  // The same as the polynomial e + e^2 (a + b e), relative error 2^-12 up to e = 0.2.
   static __device__ __forceinline__ void set_small_weights(float& low, float& high, uint32_t both) {
     constexpr float kA = -0.98670116f, kB = 0.77178835f;
     constexpr uint32_t kInverseScale2 = 0x02000200, kA2 = 0xbbe5bbe5, kB2 = 0x3a2d3a2d;
@@ -244,8 +244,8 @@ class RowWeights<T, Weights::sigmoid, kShifts> {
       high = fmaf(high * high, fmaf(high, kB, kA), high);
     }
   }
-  // These are not negative: their bits compare like integers. A NaN that is not seen is a weight
-  // already.
+  // Weights are not negative, so their bits compare like integers. A NaN that is not visible is
+  // already a weight.
   static __device__ __forceinline__ bool is_large(uint32_t e) {
     return max(e & 0xffff, e >> 16) > cuda::pack<T>(kLargest, 0);
   }
@@ -258,7 +258,7 @@ class RowWeights<T, Weights::sigmoid, kShifts> {
   float offset_[kShifts];
 };
 
-// Words of two weights, the left operand of the next product.
+// Packs P into words of two weights, the A operand of P V.
 template <typename Weighing, int kCount>
 __device__ __forceinline__ void pack_weights(uint32_t (&p)[kCount / 2], float (&s)[kCount],
                                              const Weighing& weights) {

@@ -1,5 +1,4 @@
-// The forward of compute capability 9.0a for files that choose between kernels, where the build has
-// it.
+// Entry to the sm_90a forward for files that choose between kernels, where the build has it.
 #pragma once
 #include "cuda/capability.h"
 #include "dense/attention/launch_sm90.h"
@@ -16,7 +15,7 @@ const char* launch_on_sm90(const AttentionParams& p, const KvCache& cache, cudaS
   return kNotMapped;
 }
 
-// Of a call that takes_sm90 lets in: null, kNotMapped, or what went wrong.
+// Launches a call that takes_sm90() accepts. Returns null, kNotMapped, or an error message.
 inline const char* launch_on_sm90(const AttentionParams& p, const KvCache& cache,
                                   cudaStream_t stream) {
   return p.dtype == DType::float16 ? launch_on_sm90<__half>(p, cache, stream)

@@ -1,4 +1,4 @@
-// Head dimensions that kernels are compiled for, in ascending order.
+// Head dimensions with compiled kernels, in ascending order.
 #pragma once
 #include "cuda/unroll.cuh"
 
@@ -8,7 +8,8 @@
 
 namespace tokenmill::cuda {
 
-// visit(Index<kDim>{}) with the first of the dimensions that holds `dim`, or else with the last.
+// Calls visit(Index<kDim>{}) with the smallest compiled dimension >= dim, else with the largest
+// one.
 template <int kDim, int... kLarger, typename Visit>
 auto visit_least_dim(int64_t dim, const Visit& visit) {
   if constexpr (sizeof...(kLarger) > 0)

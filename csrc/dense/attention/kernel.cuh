@@ -1,7 +1,7 @@
-// Forward. A block owns rows of queries of one KV head, a warp 16 or 32 rows of one query head; the
-// tiles of keys and values that any row sees stream through two stages of shared memory. The warps
-// of a block are split among the query heads of a group, which share those tiles. The host's part,
-// which chooses blocks and launches an instance, follows the kernel.
+// sm_80 forward. A CTA owns rows of queries of one KV head, each warp 16 or 32 rows of one query
+// head. K and V tiles that any row sees stream through a two-stage cp.async pipeline in shared
+// memory; the warps of a CTA are split among the query heads of a GQA group, which share the tiles.
+// The host side, which plans the grid and launches an instance, follows the kernel.
 #pragma once
 #include "core/kv_cache.h"
 #include "cuda/attention/gmem_to_smem.cuh"
@@ -12,30 +12,33 @@
 
 namespace tokenmill::cuda {
 
-// What the host chose for a launch: blockIdx.x counts tiles of positions, then blocks of heads of
-// all sequences.
+// Launch plan, made on the host. blockIdx.x enumerates query tiles (fastest), then blocks of heads
+// of all sequences.
 struct ForwardPlan {
   int warps;
-  int log2_warps_per_head;    // a warp owns other positions, or another head of the group
-  unsigned tiles;             // of a head; packed: of all sequences
-  unsigned head_blocks;       // of a sequence
-  unsigned blocks_per_group;  // blocks of heads for one KV head
+  // log2 of the warps per query head; the others take further heads of the group
+  int log2_warps_per_head;
+  unsigned tiles;             // query tiles per head; packed: over all sequences
+  unsigned head_blocks;       // blocks of heads per sequence
+  unsigned blocks_per_group;  // blocks of heads per KV head
   unsigned first_head_block;
   int64_t key_step, value_step;  // TileLoader::step
-  float factor;                  // ForwardWarp::factor
+  float factor;                  // ForwardWarp::factor()
   bool inputs_aligned, output_aligned;
-  bool inputs_whole;     // aligned, and rows of keys and values fill those of their tiles
-  uint8_t most_queries;  // cached: requests with more are another kernel's; 0: none is
-  MaskBounds bounds;     // of a call with a mask
-  KvCache cache;         // where keys lie that are cached
+  bool inputs_whole;  // aligned, and head_dim and value_dim fill the tile's rows
+  // cached: skip requests with more queries, which another kernel takes; 0: no limit
+  uint8_t most_queries;
+  MaskBounds bounds;  // bounds of the mask's rows, where the call has a mask
+  KvCache cache;      // the KV cache, where keys and values are cached
 };
 
-// What queries without a sequence get, in a block of heads.
+// Writes the result of query rows that belong to no sequence: out = 0, lse = -inf (0 for other
+// maps).
 template <typename T>
 __device__ void clear_queries(const AttentionParams& p, const ForwardPlan& plan,
                               const LooseRows& rows, unsigned head_block) {
   const int group = static_cast<int>(p.heads) / static_cast<int>(p.kv_heads);
-  const int heads = plan.warps >> plan.log2_warps_per_head;  // of a block
+  const int heads = plan.warps >> plan.log2_warps_per_head;  // per CTA
   const int first = head_block % plan.blocks_per_group * heads;
 #pragma unroll 1
   for (int i = first; i < min(first + heads, group); ++i) {
@@ -46,8 +49,8 @@ __device__ void clear_queries(const AttentionParams& p, const ForwardPlan& plan,
   }
 }
 
-// Keys of head `head` from key0 on, wherever their pages lie, to a tile; zeros behind `length`. The
-// scales that there are follow, to an address of their own.
+// Copies keys key0 .. key0 + kRows - 1 of head `head` from their pages to a tile; zeros from
+// `length` on. Where the cache has scales, they go to the address `scales`.
 template <typename T, typename Tile, int kRows>
 __device__ __forceinline__ void copy_cached_rows(uint32_t tile, const KvCache& cache,
                                                  const Rows& rows, int columns, int b, int head,
@@ -68,7 +71,7 @@ __device__ __forceinline__ void copy_cached_rows(uint32_t tile, const KvCache& c
   }
 }
 
-// Cache: of its elements; void: keys are not cached.
+// Cache: element type of the KV cache; void: no cache.
 template <typename T, int kBucket, Weights kWeights, bool kGeneral, typename Cache>
 __device__ __forceinline__ void run_forward(const AttentionParams& p, const ForwardPlan& plan) {
   constexpr bool kCached = !std::is_void_v<Cache>, kFloat8 = std::is_same_v<Cache, Float8>;
@@ -101,7 +104,7 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
     s.k_length = static_cast<int>(plan.cache.length(place.b));
   else
     s = sequence_of(p, place.b, place.rows);
-  // The last queries see most keys under a causal mask: longest blocks first.
+  // LPT order: under a causal mask the last query tiles see the most keys, so they start first.
   const int first_row = ((s.q_length + block_rows - 1) / block_rows - 1 - place.tile) * block_rows;
   const int last_row = min(first_row + block_rows, s.q_length) - 1;
 
@@ -116,6 +119,7 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
   const MaskBand band = MaskBand::of(p, s);
   const GlobalRows<T> queries{rows_at<T>(p.q, place.b, s.q_start, h), p.q.seq, s.q_length,
                               static_cast<int>(p.head_dim), plan.inputs_aligned};
+  // Skip fully masked tiles at both ends of the key range.
   const auto input_rows = [&](const Rows& rows, int64_t columns, int b, int start, int length,
                               int head) {
     return GlobalRows<T>{rows_at<T>(rows, b, start, head), rows.seq, length,
@@ -164,13 +168,14 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
   Values load_values(values, begin, plan.value_step);
   int whole_end = plan.inputs_whole ? s.k_length : 0;
   if constexpr (kBucket <= 64) keep(whole_end);
-  // Tiles with odd numbers go to the second stage: which one is next needs no register.
+  // Odd tiles use stage 1: the next stage follows from key0 and needs no register.
   const auto to_other_stage = [](int key0) {
     return key0 & Shape::kTileKeys ? -Shape::kStageBytes : Shape::kStageBytes;
   };
   const uint32_t first_stage =
       stages + (!kFloat8 && begin & Shape::kTileKeys ? Shape::kStageBytes : 0);
-  // Where this thread's first chunk goes: in a tile of keys, and from there in the one of values.
+  // Shared-memory address of this thread's first chunk in the K tile; its V chunk is to_values
+  // further.
   const uint32_t own = first_stage + (kCached ? 0 : Keys::own_offset());
   const int to_values = Shape::kTileBytes + Values::own_offset() - Keys::own_offset();
   const auto load_stage = [&](uint32_t stage, int key0) {
@@ -231,7 +236,8 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
                             at_warp.h / group);
       } else {
         bool wanted = true;
-        if constexpr (kGeneral) {  // leaves no registers to keep these
+        // registers are too short to keep the loaders across tiles: rebuild them
+        if constexpr (kGeneral) {
           const WarpPlace at_warp = warp.place();
           const int b = at_warp.b, start = at_warp.k_start, length = at_warp.band.columns;
           const int head = at_warp.h / group;
@@ -282,8 +288,8 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
   }
 }
 
-// One block of a multiprocessor is enough for elementwise weights: for two of them ptxas spills on
-// 10.0 and 12.0. 0: ptxas chooses.
+// Elementwise weights are limited to one CTA per SM: with two, ptxas spills on sm_100 and sm_120.
+// 0: ptxas chooses.
 template <typename T, int kBucket, Weights kWeights, bool kGeneral, bool kCached = false>
 __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise ? 1 : 0)
     attention_forward_kernel(const __grid_constant__ AttentionParams p,
@@ -305,7 +311,7 @@ template <typename T, int kBucket>
 constexpr auto kForwardKernel<T, kBucket, Weights::any, true, Float8> =
     attention_forward_float8_kernel<T, kBucket>;
 
-// Blocks from which on larger ones, which read keys and values less often, still fill a GPU.
+// Grid size from which larger CTAs, which read K and V less often, still fill a GPU.
 constexpr int64_t kManyBlocks = 256;
 
 template <typename Shape>
@@ -327,8 +333,7 @@ ForwardPlan plan_forward(const AttentionParams& p) {
   return plan;
 }
 
-// cache: where the keys lie that p does not have, if there is one (Cache as in run_forward).
-// most_queries: as in ForwardPlan.
+// cache: the KV cache, where Cache is not void (p then has no keys). most_queries: see ForwardPlan.
 template <typename T, int kBucket, Weights kWeights, bool kGeneral, typename Cache = void>
 const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds, cudaStream_t stream,
                            const KvCache& cache = {}, int most_queries = 0) {
@@ -389,7 +394,7 @@ const char* launch_bucket(const AttentionParams& p, const MaskBounds& bounds, cu
   }
 }
 
-// visit(Index<kBucket>{}) with what holds rows of keys and of values.
+// Calls visit(Index<kBucket>{}) with the smallest bucket that holds both head_dim and value_dim.
 template <typename Visit>
 const char* visit_forward_bucket(const AttentionParams& p, const Visit& visit) {
   return visit_head_dim(p.head_dim > p.value_dim ? p.head_dim : p.value_dim, visit);

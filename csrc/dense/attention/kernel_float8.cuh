@@ -1,12 +1,12 @@
-// One warp of the forward over a cache in float8_e4m3fn, whose scales meet scores and weights in
-// float32.
+// One warp of the forward over a float8_e4m3fn KV cache. Scales are applied to scores and weights
+// in float32.
 #pragma once
 #include "cuda/attention/float8_tile.cuh"
 #include "dense/attention/kernel_warp.cuh"
 
 namespace tokenmill::cuda {
 
-// Scales need registers: a warp owns 16 rows, and loads wide ones where it uses them.
+// Scales take registers: a warp owns 16 rows, and reloads Q at each use for large head_dim.
 template <typename T, int kBucket>
 struct Float8Shape : ForwardShape<T, kBucket> {
   static constexpr int kRowTiles = 1;
@@ -14,15 +14,15 @@ struct Float8Shape : ForwardShape<T, kBucket> {
   static constexpr bool kQueryInRegisters = kBucket <= 128;
 };
 
-// Behind what is parked: a tile of keys and values, two stages of their codes, and for each stage
-// the scales of its keys, then of its values.
+// Shared memory after the parked state: one K and V tile in T, two stages of float8 codes, and per
+// stage the K scales, then the V scales.
 template <typename T, int kBucket>
 struct Float8Stages {
   using Shape = Float8Shape<T, kBucket>;
   static constexpr int kCodeTileBytes = Shape::kTileKeys * kBucket;
   static constexpr int kCodesAt = Shape::kStageBytes;
   static constexpr int kScalesAt = kCodesAt + 4 * kCodeTileBytes;
-  static constexpr int kScales = 2 * Shape::kTileKeys;  // of a stage
+  static constexpr int kScales = 2 * Shape::kTileKeys;  // per stage
   static constexpr int kBytes = kScalesAt + 2 * kScales * 4;
 
   static __device__ int stage(int key0) { return key0 / Shape::kTileKeys % 2; }
@@ -35,7 +35,7 @@ class Float8Warp : public ForwardWarp<T, kBucket, Weights::any, true, Float8Shap
   using Base::Base, Base::kRowTiles, Base::kTiles;
   using typename Base::Addresses, typename Base::Shape;
 
-  // Adds the keys key0 .. of the tile at `at`, which is left as it was.
+  // S = Q K^T, weights, O += P V for the tile of keys from key0 on; `at` is restored.
   __device__ __forceinline__ void add_tile(Addresses& at, int key0) {
     this->each_step(at, key0,
                     [&](auto m, int key, const WarpPlace& own) { add_step<m>(at, key, own); });
@@ -44,14 +44,14 @@ class Float8Warp : public ForwardWarp<T, kBucket, Weights::any, true, Float8Shap
  private:
   using Base::kMaskedKeys, Base::kWhole;
 
-  // Of keys from key0 on, in shared memory.
+  // Shared-memory address of the K scales from key0 on.
   __device__ __forceinline__ uint32_t scales(int key0) const {
     using Stages = Float8Stages<T, kBucket>;
     return shared_address(this->parked_) + kParkedBytes<true> + Stages::kScalesAt +
            (Stages::stage(key0) * Stages::kScales + key0 % Shape::kTileKeys) * 4;
   }
 
-  // kMaskedKeys keys from `key0` on.
+  // One step: kMaskedKeys keys from key0 on.
   template <int kFirst>
   __device__ __forceinline__ void add_step(const Addresses& at, int key0,
                                            const WarpPlace& of_tile) {
@@ -81,7 +81,7 @@ class Float8Warp : public ForwardWarp<T, kBucket, Weights::any, true, Float8Shap
                                                    this->map() == ScoreMap::linear);
   }
 
-  // Scores become weights, which are summed.
+  // Turns scores into weights in place and adds them to row_sum.
   template <int kFirst, int kKeyTiles>
   __device__ __forceinline__ void weigh_scores(float (&s)[1][kKeyTiles][4]) {
     const auto each = [&](const auto& weigh) {

@@ -1,4 +1,5 @@
-// Before the kernels of a masked call: bounds of each kBoundRows rows of the arrays of its mask.
+// Bounds of each kBoundRows rows of the mask arrays, computed before the attention kernels of a
+// masked call.
 #pragma once
 #include "cuda/launch.cuh"
 #include "dense/attention/mask_bounds.h"
@@ -7,12 +8,12 @@ namespace tokenmill::cuda {
 
 constexpr int kBoundThreads = 128;
 
-// Of pairs [..., rows, count, 2] `size` bounds [..., blocks, count].
+// One reduction: pairs [..., rows, count, 2] -> `size` bounds [..., blocks, count].
 struct BoundsOf {
   const int32_t* pairs;
   PairBounds* to;
   int64_t size, rows, count;
-  bool half_open;  // ranges
+  bool half_open;  // ranges: [begin, end), empty where begin >= end
 };
 
 struct BoundsArgs {

@@ -1,11 +1,12 @@
-// Forward on compute capability 9.0a, of the calls that takes_sm90 lets in.
+// sm_90a forward, for calls that takes_sm90() accepts.
 //
 //   S = Q K^T    P = 2^(factor S - row_max) or sigmoid(scale S + bias)    O = P V
 //
-// A block takes tiles of queries in turn: kBlockRows rows of one head. One warp loads Q once and K
-// and V tile by tile, each with a barrier of its own, into kStages stages. Each of the other
-// warpgroups owns 64 rows. It runs over the tiles of keys that its rows see and keeps S, P and O in
-// registers. Where no mask cuts, Q K^T of a tile and P V of the one before run while P is made.
+// Warp-specialised and persistent: each CTA iterates over query tiles of kBlockRows rows of one
+// head. One producer warp loads Q once per tile and K and V tile by tile with TMA into kStages
+// stages, each with mbarriers of its own. Each consumer warpgroup owns 64 query rows, runs over the
+// key tiles that its rows see and keeps S, P and O in registers. In unmasked tiles Q K^T of tile
+// j + 1 and P V of tile j run under the softmax of tile j + 1.
 #pragma once
 #include <numeric>
 
@@ -18,11 +19,11 @@
 
 namespace tokenmill::cuda {
 
-// Of the tile of queries that a block takes in its round.
+// Tile index of this CTA's n-th iteration (static round-robin tile scheduler).
 __device__ inline int index_of(unsigned round) { return blockIdx.x + round * gridDim.x; }
 
-// Keys of a cached tile from `key` on, which share a page. Behind the last key there may be none: a
-// box outside of the tensor has zeros.
+// TMA coordinates of the keys of a cached tile from `key` on, all in one page. From seqlen_k on
+// there may be no page: a box outside of the tensor reads zeros.
 __device__ inline BoxPlace find_cached_box(const KvCache& cache, const Sm90Tile& tile, int key,
                                            int head) {
   if (key >= tile.s.k_length) return {0, head, -1};
@@ -30,14 +31,14 @@ __device__ inline BoxPlace find_cached_box(const KvCache& cache, const Sm90Tile&
   return {at.row, head, at.page};
 }
 
-// The warp that loads.
+// Producer warp.
 template <typename Shape>
 __device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
                           Sm90Shared<Shape>& shared) {
   constexpr int kRows = Shape::kRows, kKeys = Shape::kTileKeys, kColumns = Shape::kColumns;
   const int group = static_cast<int>(p.heads / p.kv_heads);
   const bool issues = threadIdx.x == 0;
-  unsigned number = 0;  // of tiles of keys
+  unsigned number = 0;  // key tiles loaded so far
 #pragma unroll 1
   for (unsigned round = 0; index_of(round) < plan.tiles; ++round) {
     const Sm90Tile tile = find_sm90_tile<Shape>(p, plan, index_of(round));
@@ -68,7 +69,8 @@ __device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
     const auto load_keys = [&](int key0) {
       load(plan.k, key0, shared.k, shared.k_full, shared.k_empty);
     };
-    if (tile.begin < tile.end) load_keys(tile.begin);  // while the tile before is still at work
+    // prefetch: the consumers are still at work on the previous tile
+    if (tile.begin < tile.end) load_keys(tile.begin);
     wait_as_warp(shared.q_empty, round % 2 ^ 1);
     if (issues) {
       shared.tiles[round % 2] = tile;
@@ -86,7 +88,7 @@ __device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
   }
 }
 
-// A warpgroup that multiplies: 64 rows of each tile of queries.
+// Consumer warpgroup: 64 rows of each query tile.
 template <typename T, typename Shape, Weights kWeights>
 class Sm90Rows {
  public:
@@ -103,15 +105,15 @@ class Sm90Rows {
       shared_.q_full.wait(round % 2);
       const Sm90Tile tile = shared_.tiles[round % 2];
       queries_ = shared_address(shared_.q[warpgroup_]);
-      // Or the loop over tiles of keys computes the operand from warpgroup_. With 256 columns of O
-      // no register is left for it.
+      // Otherwise the key loop recomputes the operand from warpgroup_. With 256 columns of O no
+      // register is left to hold it.
       if constexpr (kColumns < 256) keep(queries_);
       if (tile.b < 0) {
         clear(tile);
         release(shared_.q_empty);
         continue;
       }
-      // Without rows of its own it sees nothing: they are in front of all that see a key.
+      // A warpgroup without rows in the sequence is placed before all rows that see a key.
       first_ = tile.first + warpgroup_ * kRows;
       if (first_ >= tile.s.q_length) first_ = -2 * static_cast<int>(kMaxLength);
       band_ = tile.band;
@@ -130,15 +132,15 @@ class Sm90Rows {
           add_cut_tile<kRows>(key0, weights);
       }
       release(shared_.q_empty);
-      keep(round);  // read again: what the loop does not need takes none of its registers
+      keep(round);  // reload `round` here so that it holds no register through the key loop
       store(shared_.tiles[round % 2], weights);
     }
     if (warpgroup_thread() == 0) wait_for_stores();
   }
 
  private:
-  // Some of the rows see some of a tile of keys; all of them see all of it. Rows behind the last
-  // one of the sequence count too: a register less.
+  // sees: some row sees some key of a tile; is_whole: all rows see all keys. Rows beyond the
+  // sequence count too, which saves a register.
   __device__ int last() const { return first_ + kRows - 1; }
   __device__ bool sees(int key0) const {
     return key0 < band_.end(last()) && key0 + kKeys > band_.begin(first_);
@@ -157,10 +159,11 @@ class Sm90Rows {
     key0 += kKeys;
   }
 
-  // Tiles from key0 on as long as they are whole.
+  // Unmasked tiles from key0 on, as many as follow each other.
   __device__ __forceinline__ void add_whole_tiles(int& key0, RowWeights<T, kWeights>& weights) {
     float s[kKeys / 2];
     uint32_t p[kKeys / 4];
+    // S = Q K^T and P = f(S) of the first tile
     multiply_keys(s, number_);
     finish_keys<0>(s, number_);
     weights.weigh(s);
@@ -168,6 +171,7 @@ class Sm90Rows {
     pack_weights(p, s, weights);
 #pragma unroll 1
     for (key0 += kKeys; is_whole(key0); key0 += kKeys, ++number_) {
+      // Issue S_next = Q K_next^T and O += P V, then compute P_next under them
       multiply_keys(s, number_ + 1);
       multiply_values(p, number_);
       finish_keys<1>(s, number_ + 1);
@@ -176,12 +180,13 @@ class Sm90Rows {
       weights.rescale(o_);
       pack_weights(p, s, weights);
     }
+    // O += P V of the last tile
     multiply_values(p, number_);
     finish_values(number_);
     ++number_;
   }
 
-  // A tile that a mask or the end of the keys cuts, of which rows see some of the first kSeen keys.
+  // A tile cut by a mask or by the end of the keys; its rows see keys only in the first kSeen.
   template <int kSeen>
   __device__ __forceinline__ void add_cut_tile(int& key0, RowWeights<T, kWeights>& weights) {
     float s[kSeen / 2];
@@ -199,7 +204,7 @@ class Sm90Rows {
     const bool infinite =
         has_infinite_values<T, kColumns, kKeys, kSeen>(values, seen_begin, seen_end);
     if (any_in_warpgroup(warpgroup_, infinite)) {
-      // As many keys at a time as the memory of `out` holds.
+      // step of keys whose finite copy fits into the `out` buffer
       constexpr int kStep = Shape::kOutBytes / (2 * kColumns) / kWgmmaDepth * kWgmmaDepth;
       if (warpgroup_thread() == 0) wait_for_stores();
       multiply_seen_values<T, kKeys, kStep>(o_, p, values, shared_address(shared_.out[warpgroup_]),
@@ -207,7 +212,8 @@ class Sm90Rows {
     } else {
       start_pv<T, kKeys>(o_, p, values);
     }
-    fence_stores();  // values were read as ordinary memory is, and the next copy overwrites them
+    // values were read through the generic proxy, and the next TMA copy overwrites them
+    fence_stores();
     finish_values(number_);
     ++number_;
     key0 += kKeys;
@@ -235,7 +241,7 @@ class Sm90Rows {
     release(shared_.v_empty[Stage<Shape>(number).index]);
   }
 
-  // From column `own` of a tile on.
+  // Visible columns of both rows of this thread, relative to column `own` of the tile at key0.
   __device__ __forceinline__ RowBounds bounds(int key0, int own) const {
     const int rows[2] = {first_ + warpgroup_row(0), first_ + warpgroup_row(1)};
     const int from = key0 + own;
@@ -243,7 +249,7 @@ class Sm90Rows {
             {band_.end(rows[0]) - from, band_.end(rows[1]) - from}};
   }
 
-  // Rows of O through shared memory to the tensor, and their lse.
+  // Epilogue: normalise O, write it through shared memory, and write lse.
   __device__ __forceinline__ void store(const Sm90Tile& tile,
                                         const RowWeights<T, kWeights>& weights) {
     const int first = tile.first + warpgroup_ * kRows, rows = min(tile.s.q_length - first, kRows);
@@ -259,37 +265,37 @@ class Sm90Rows {
         [&](auto part) { store_columns<part * Shape::kOutColumns>(tile, first, rows, factor); });
   }
 
-  // Those of `out` from kFirst on.
+  // Stages and stores the columns of O from kFirst on.
   template <int kFirst>
   __device__ __forceinline__ void store_columns(const Sm90Tile& tile, int first, int rows,
                                                 const float (&factor)[2]) {
     constexpr int kLeft = kColumns - kFirst;
     constexpr int kTaken = kLeft < Shape::kOutColumns ? kLeft : Shape::kOutColumns;
     const uint32_t staged = shared_address(shared_.out[warpgroup_]);
-    if (warpgroup_thread() == 0) wait_for_stores();  // of what lay there before
+    if (warpgroup_thread() == 0) wait_for_stores();  // before `out` is overwritten
     sync_warpgroup(warpgroup_);
     unroll<2>([&](auto h) {
-      // A bias of NaN makes NaN of the weights of hidden keys too.
+      // An empty row is cleared: a NaN bias makes NaN of the weights of masked keys too.
       const int row = first + warpgroup_row(h);
       const bool empty = kWeights == Weights::sigmoid && tile.band.begin(row) >= tile.band.end(row);
       stage_row<T, h, kTaken, kFirst>(staged, o_, factor[h], empty);
     });
     fence_stores();
     sync_warpgroup(warpgroup_);
-    if (!p_.cu_seqlens_q || rows == kRows) {  // rows that the tensor does not have are left out
+    if (!p_.cu_seqlens_q || rows == kRows) {  // TMA clips rows beyond the tensor
       if (warpgroup_thread() == 0 && rows > 0)
         store_boxes<kRows, kTaken>(
             plan_.out, {tile.s.q_start + first, tile.h, p_.cu_seqlens_q ? 0 : tile.b, kFirst},
             shared_.out[warpgroup_]);
       return;
     }
-    // Columns that it does not have are in the last part.
+    // Padding columns beyond kHeadDim are in the last part.
     constexpr int kOwn = kTaken < kLeft ? kTaken : kHeadDim - kFirst;
     T* const to = rows_at<T>(p_.out, tile.b, tile.s.q_start + first, tile.h) + kFirst;
     store_rows<T, kOwn>(to, p_.out.seq, rows, staged);
   }
 
-  // What rows without a sequence get.
+  // Writes the result of query rows that belong to no sequence: out = 0, lse = -inf.
   __device__ void clear(const Sm90Tile& tile) const {
     const int64_t end =
         min(tile.first + Shape::kBlockRows, static_cast<int>(p_.seqlen_q) - tile.rows.length);
@@ -310,10 +316,10 @@ class Sm90Rows {
   const Sm90Plan& plan_;
   Sm90Shared<Shape>& shared_;
   int warpgroup_;
-  uint32_t queries_;  // address of its own
-  int first_;         // row of the sequence
+  uint32_t queries_;  // shared-memory address of the warpgroup's Q rows
+  int first_;         // first row within the sequence
   MaskBand band_;
-  unsigned number_ = 0;  // of the next tile of keys
+  unsigned number_ = 0;  // index of the next key tile
   float o_[kColumns / 2];
 };
 
@@ -326,7 +332,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim>::kThreads, 1)
   auto& shared = *reinterpret_cast<Sm90Shared<Shape>*>(sm90_shared);
   if (threadIdx.x == 0) shared.init_barriers();
   __syncthreads();
-  // From the first lane: the compiler then knows that it is the same for a warp.
+  // Broadcast from lane 0 so that the compiler knows the value to be warp-uniform.
   const int warpgroup =
       __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0) - 1;
   if (warpgroup < 0) {
@@ -338,7 +344,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim>::kThreads, 1)
   }
 }
 
-// Knob::attention_sm90_grid: what blocks the grid has.
+// Grid size, Knob::attention_sm90_grid.
 enum class Sm90Grid { multiprocessors, even_rounds, tiles };
 
 inline int sm90_blocks(int tiles, Sm90Grid grid) {
@@ -348,8 +354,8 @@ inline int sm90_blocks(int tiles, Sm90Grid grid) {
   return static_cast<int>(ceil_div(tiles, ceil_div(tiles, at_once)));
 }
 
-// Of KV heads whose keys and values may be in use at once. They have attention_sm90_section MB of
-// the L2 cache, of which an H100 has 50.
+// Number of KV heads whose K and V may be in use at once: attention_sm90_section MB of the L2
+// cache, of which an H100 has 50.
 inline int64_t sm90_section_heads(int64_t bytes_of_head) {
   const int64_t heads = (knob(Knob::attention_sm90_section) << 20) / bytes_of_head;
   return heads < 1 ? 1 : heads;
@@ -384,7 +390,7 @@ const char* launch_sm90(const AttentionParams& p, const KvCache& cache, cudaStre
       sm90_blocks(plan.tiles, grid), Shape::kThreads, sizeof(Sm90Shared<Shape>), stream, p, plan);
 }
 
-// Defined in a generated source for each element type and map.
+// Instantiated in a generated source for each element type and map.
 template <typename T, Weights kWeights>
 const char* launch_forward_sm90(const AttentionParams& p, const KvCache& cache,
                                 cudaStream_t stream) {

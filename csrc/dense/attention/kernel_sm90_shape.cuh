@@ -1,4 +1,4 @@
-// Tiles of the forward on compute capability 9.0a, and what its parts share.
+// Tile shapes, tile scheduler and shared memory of the sm_90a forward.
 #pragma once
 #include "core/kv_cache.h"
 #include "cuda/arch/sm90/mbarrier.cuh"
@@ -9,19 +9,19 @@
 
 namespace tokenmill::cuda {
 
-// A block is one warpgroup that loads and kWarpgroups that multiply.
+// A CTA has one producer warpgroup and kWarpgroups consumer warpgroups.
 template <int kHeadDim_>
 struct Sm90Shape {
   static constexpr int kHeadDim = kHeadDim_;
-  // Of tiles and of O, whole boxes: those behind kHeadDim are zeros, which no product of Q K^T
-  // takes.
+  // Columns of the tiles and of O, whole TMA boxes: columns from kHeadDim on are zeros, which Q K^T
+  // skips.
   static constexpr int kColumns = (kHeadDim + kBoxColumns - 1) / kBoxColumns * kBoxColumns;
-  static constexpr int kRows = 64;  // of a warpgroup
+  static constexpr int kRows = 64;  // per consumer warpgroup
   static constexpr int kTileKeys = kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 96 : 64;
-  // Tiles of keys, and of values, that lie in shared memory.
+  // Pipeline stages of K tiles, and of V tiles.
   static constexpr int kStages = kHeadDim <= 64 ? 4 : 2;
-  // The accumulators of a warpgroup take kTileKeys / 2 + kColumns / 2 registers of a thread, its
-  // weights kTileKeys / 4. 64 Ki registers make 128 x 512 or 168 x 384 at the launch.
+  // S and O take kTileKeys / 2 + kColumns / 2 registers per thread, P takes kTileKeys / 4. The
+  // register file of 64 Ki allows 128 per thread x 512 threads or 168 x 384 at launch.
   static constexpr int kWarpgroups = kHeadDim <= 64 ? 3 : 2;
   static constexpr int kLoadRegisters = kHeadDim <= 64 ? 32 : 24;
   static constexpr int kMultiplyRegisters = kHeadDim <= 64 ? 160 : 240;
@@ -29,43 +29,45 @@ struct Sm90Shape {
   static constexpr int kBlockRows = kWarpgroups * kRows;
   static constexpr int kQueryBytes = kRows * kColumns * 2;
   static constexpr int kKeyBytes = kTileKeys * kColumns * 2;
-  // Of O that go through shared memory at once, as many as fit.
+  // Columns of O staged through shared memory at once, as many as fit.
   static constexpr int kOutColumns = kColumns <= 128 ? kColumns : 128;
   static constexpr int kOutBytes = kRows * kOutColumns * 2;
 };
 
-// What the host chose for a launch. Blocks take tiles of queries in turn.
+// Launch plan, made on the host, of the persistent kernel.
 struct Sm90Plan : Sm90Scores {
   CUtensorMap q, k, v, out;
-  int tiles;          // of all heads
-  int tiles_of_head;  // of kBlockRows rows; packed: a bound on those of all sequences
-  int heads;          // of all sequences; packed: of one
-  int section_heads;  // whose keys and values stay in the L2 cache at once
-  KvCache cache;      // where keys lie that are cached; else its seqlens are null
-  int box_keys;       // cached: that lie in one page, of a tile
-  bool ragged;        // lengths lie on the device
-  int least_rows;     // packed: sequences with fewer, and rows without one, are another kernel's
+  int tiles;  // over all heads
+  // tiles of kBlockRows rows per head; packed: an upper bound over all sequences
+  int tiles_of_head;
+  int heads;          // over all sequences; packed: of one
+  int section_heads;  // heads of a section, whose K and V stay in the L2 cache together
+  KvCache cache;      // the KV cache; without one its seqlens are null
+  int box_keys;       // cached: keys of a tile that one TMA box loads, all in one page
+  bool ragged;        // lengths are read on the device
+  // packed: rows of shorter sequences, and rows without a sequence, are left to another kernel
+  int least_rows;
 };
 
-// Of a block: rows first .. of head h of sequence b, and the keys that any of them sees. Without a
-// sequence (b = -1), its share in the rows that none has, from the first-th on.
+// Work tile: rows from `first` on of head h of sequence b, and the range of keys that any of them
+// sees. b = -1: a share of the rows that belong to no sequence, from the first-th on.
 struct Sm90Tile {
   int b, h, first;
-  PackedRows rows;  // packed: of the sequence, without one of all sequences
+  PackedRows rows;  // packed: rows of the sequence; b = -1: rows of all sequences
   Sequence s;
   MaskBand band;
-  int begin, end;  // begin: a multiple of the tile of keys
+  int begin, end;  // begin is a multiple of kTileKeys
 };
 
-// Shared memory of a block. A barrier `full` ends its phase when the copies into its tile are done,
-// `empty` when all warps that multiply are done with the tile.
+// Shared memory of a CTA. A `full` mbarrier completes its phase when the TMA copies into its tile
+// have landed, an `empty` one when all consumer warps have released the tile.
 template <typename Shape>
 struct alignas(1024) Sm90Shared {
   char q[Shape::kWarpgroups][Shape::kQueryBytes];
   char out[Shape::kWarpgroups][Shape::kOutBytes];
   char k[Shape::kStages][Shape::kKeyBytes];
   char v[Shape::kStages][Shape::kKeyBytes];
-  Sm90Tile tiles[2];  // of a round and of the one before, whose rows are on their way out
+  Sm90Tile tiles[2];  // double-buffered: the epilogue of the previous tile still reads its entry
   Mbarrier q_full, q_empty;
   Mbarrier k_full[Shape::kStages], k_empty[Shape::kStages];
   Mbarrier v_full[Shape::kStages], v_empty[Shape::kStages];
@@ -81,8 +83,9 @@ struct alignas(1024) Sm90Shared {
   }
 };
 
-// Tile `index`, for all lanes of a warp together. Heads come in sections; within one the last rows
-// of all heads come first, because they see most keys under a causal mask.
+// Work tile `index`, called by all lanes of a warp. L2-aware LPT order: heads come in sections;
+// within one the last row blocks of all heads come first, since they see the most keys under a
+// causal mask.
 template <typename Shape>
 __device__ inline Sm90Tile find_sm90_tile(const AttentionParams& p, const Sm90Plan& plan,
                                           int index) {
@@ -97,12 +100,12 @@ __device__ inline Sm90Tile find_sm90_tile(const AttentionParams& p, const Sm90Pl
   if (plan.ragged) {
     tile.rows = {0, static_cast<int>(p.seqlen_q)};
     if (p.cu_seqlens_q) {
-      // All tiles are 2^30 at most, see has_sm90_tiles.
+      // At most 2^30 tiles in all, see has_sm90_tiles.
       const TilePlace place = find_tile<int>(p.cu_seqlens_q, p.batch, p.seqlen_q, kRows,
                                              in_section / heads, 0, plan.least_rows);
       tile.b = place.b;
       tile.rows = place.rows;
-      // From the end of the tensor on there are no rows.
+      // Rows without a sequence are left to another kernel: start beyond the tensor.
       const bool none = place.b < 0 && plan.least_rows > 0;
       tile.first = none ? static_cast<int>(p.seqlen_q) : place.tile * kRows;
       if (tile.b < 0) return tile;

@@ -1,4 +1,4 @@
-// The end of the forward: from sums of weighted values to rows of the output and their lse.
+// Epilogue of the sm_80 forward: from accumulators to rows of the output and their lse.
 #pragma once
 #include "cuda/attention/epilogue.cuh"
 #include "dense/attention/kernel_warp.cuh"
@@ -13,8 +13,8 @@ struct OutputRows {
   bool aligned;
 };
 
-// The output of one warp. float keeps a second level of sums in the output itself, into which
-// `flush` moves what was summed; 16-bit outputs are stored once.
+// Output of one warp. For float the output itself holds a second level of sums, into which `flush`
+// moves the accumulators; 16-bit outputs are stored once.
 template <typename T, int kBucket, Weights kWeights, bool kGeneral,
           typename Shape_ = ForwardShape<T, kBucket>>
 class WarpOutput {
@@ -44,8 +44,8 @@ class WarpOutput {
     flushed_ = true;
   }
 
-  // `lse` and `sink` are those of the head; lse is null where there is no normalisation. `area` is
-  // shared memory for kWarpRows rows, free to use.
+  // lse, sink: at the row's head; lse is null without normalisation. area: free shared memory for
+  // kWarpRows rows.
   __device__ __forceinline__ void store(const OutputRows<T>& out, const WarpPlace& place,
                                         float* lse, const float* sink, uint32_t area) {
     out_ = out;
@@ -91,7 +91,8 @@ class WarpOutput {
   }
   __device__ T* row_at(int row) const { return out_.data + row * out_.stride; }
 
-  // Adds a row's sum of weights to its second level; returns what its output there is worth now.
+  // Adds the row's sum to the second level; returns the rescale factor of what the output already
+  // holds.
   __device__ __forceinline__ float take_level(int m, int h) {
     const float neg_row_max = warp_.neg_row_max_[m][h];
     const float factor = flushed_ ? exp2_approx(neg_row_max - level_neg_row_max_[m][h]) : 0;
@@ -100,7 +101,7 @@ class WarpOutput {
     return factor;
   }
 
-  // float: lane c of a quad holds columns 32 group + 8 c ... + 7.
+  // float accumulators: lane c of a quad holds columns 32 group + 8 c ... + 7.
   __device__ __forceinline__ void store_floats(int m, int h, float level, float scale) {
     const int row = row_of(m, h), c = threadIdx.x % 4;
     if (row > last_) return;
@@ -142,7 +143,7 @@ class WarpOutput {
       }
   }
 
-  // A lane holds 4 bytes of a chunk: through shared memory they become whole sectors.
+  // A lane holds 4 bytes of a chunk: staging through shared memory makes whole-sector stores.
   struct StageAddress {
     static constexpr int kPatterns = Shape::KeyTile::kSwizzledChunks;
     uint32_t at[kPatterns];
@@ -170,7 +171,7 @@ class WarpOutput {
   __device__ __forceinline__ void store_staged(uint32_t area) {
     using Tile = typename Shape::KeyTile;
     constexpr int kLanes = Tile::kCopyLanes;
-    constexpr int kRows = kWarpSize / kLanes;  // at once
+    constexpr int kRows = kWarpSize / kLanes;  // per instruction
     constexpr int kPatterns = 8 / kRows;
     const int lane = threadIdx.x % kWarpSize, row = lane / kLanes, chunk = lane % kLanes;
     uint32_t at[kPatterns];

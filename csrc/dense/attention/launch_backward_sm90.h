@@ -1,4 +1,4 @@
-// Which calls the backward of compute capability 9.0a takes, and their launch.
+// Conditions of the sm_90a backward, and its launch.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -7,23 +7,23 @@
 
 namespace tokenmill::cuda {
 
-// Queries of a tile.
+// Rows of a query tile.
 constexpr int sm90_tile_queries(int64_t head_dim) { return head_dim <= 64 ? 128 : 64; }
-// Tiles of queries of all heads, each with its sums of dQ; packed: a bound on them.
+// Number of query tiles over all heads, each with its own dQ accumulator; packed: an upper bound.
 inline int64_t sm90_query_tiles(const AttentionParams& p) {
   return (p.cu_seqlens_q ? 1 : p.batch) * p.heads *
          max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, sm90_tile_queries(p.head_dim));
 }
-// Of the sums of a tile, with the columns of whole boxes.
+// Floats in one tile's dQ accumulator, head_dim rounded up to whole 64-column boxes.
 constexpr int sm90_tile_floats(int64_t head_dim) {
   return static_cast<int>(sm90_tile_queries(head_dim) * ((head_dim + 63) / 64 * 64));
 }
-// Behind the sums come counters of blocks: of those that have begun, and of those in each sum.
+// dQ accumulators, then counters: one turn counter per accumulator, and the number of CTAs started.
 inline int64_t sm90_workspace_bytes(const AttentionParams& p) {
   return 4 * (sm90_query_tiles(p) * (sm90_tile_floats(p.head_dim) + 1) + 1);
 }
 
-// The rules of python/tokenmill/dense/attention_kernels.py, which does not know dout.
+// The conditions of python/tokenmill/dense/attention_kernels.py, and that dout can be mapped.
 inline bool takes_sm90(const AttentionBackwardParams& bp) {
   const AttentionParams& p = bp.forward;
   if (!is_sm90_attention(p) || !has_sm90_dim(p.head_dim)) return false;

@@ -1,4 +1,4 @@
-// Which calls the kernels of compute capability 9.0a take, and the launch of the forward.
+// Conditions of the sm_90a kernels, and the launch of the forward.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -10,16 +10,16 @@
 
 namespace tokenmill::cuda {
 
-// Without a table each request has one page.
+// A cache without a block_table has one page per request.
 inline int64_t page_size(const KvCache& cache) {
   return cache.block_table ? int64_t{1} << cache.log2_page_size : cache.capacity;
 }
 
-// out: what has the shape of the output, in the backward its gradient.
+// out: a tensor with the shape of the output; in the backward, dout.
 struct Sm90Tensors : MappedTensors {
   Sm90Tensors(const AttentionParams& p, const Rows& out)
       : Sm90Tensors(p, out, p.cu_seqlens_q ? 1 : p.batch) {}
-  // Of the forward, with keys in pages of a cache if there is one.
+  // Forward; with a cache, keys and values are its pages.
   Sm90Tensors(const AttentionParams& p, const KvCache& cache) : Sm90Tensors(p, p.out) {
     if (!cache.seqlens) return;
     k = {cache.k, cache.pages, page_size(cache), p.kv_heads, p.head_dim};
@@ -34,14 +34,13 @@ struct Sm90Tensors : MappedTensors {
                       {out, batch, p.seqlen_q, p.heads, p.value_dim}} {}
 };
 
-// Scales are normal numbers, and what one is divided by to give the argument of a tanh leaves
-// something of it.
+// Scale and softcap are normal numbers, and scale / softcap does not underflow.
 inline bool has_sm90_scale(const AttentionParams& p) {
   if (!(p.scale >= 0x1p-126f)) return false;
   return !(p.softcap > 0) || (p.softcap < 1e38f && p.scale >= 0x1p-64 * p.softcap);
 }
 
-// visit(Index<kDim>{}) with the head dimension of a call, of those that have kernels.
+// Calls visit(Index<kDim>{}) with the smallest compiled dimension >= head_dim.
 template <typename Visit>
 auto visit_sm90_dim(int64_t head_dim, const Visit& visit) {
   return visit_least_dim<64, 96, 128, 192, 256>(head_dim, visit);
@@ -50,39 +49,39 @@ inline bool has_sm90_dim(int64_t head_dim) {
   return visit_sm90_dim(head_dim, [&](auto dim) { return dim == head_dim; });
 }
 
-// The rules of python/tokenmill/dense/attention_kernels.py: those that hold with a cache too, ...
+// The conditions of python/tokenmill/dense/attention_kernels.py, in steps. With or without a cache:
 inline bool has_sm90_form(const AttentionParams& p) {
   if (p.dtype == DType::float32 || p.head_dim != p.value_dim) return false;
   if (weights_of(p) == Weights::elementwise) return false;
   return !p.mask.any() && !p.bias && !p.alibi_slopes && p.seqlen_k > 0;
 }
 
-// ... those of both passes, ...
+// Both passes:
 inline bool is_sm90_attention(const AttentionParams& p) {
   return has_sm90_form(p) && has_sm90_tokens(p.seqlen_q, p.cu_seqlens_q, p.batch);
 }
 
-// Tiles of 64 rows, of all heads. batch: of the map of q.
+// 64-row tiles of all heads; batch: extent of Q's tensor map.
 inline bool has_sm90_tiles(const AttentionParams& p, int64_t batch) {
   return max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, 64) * batch * p.heads <= 1 << 30;
 }
 
-// ... those of every forward, ...
+// Every forward:
 inline bool is_sm90_forward(const AttentionParams& p, const Sm90Tensors& t) {
   if (!has_sm90_dim(p.head_dim) || !has_sm90_scale(p)) return false;
   return has_sm90_tiles(p, t.q.batch) && t.can_be_mapped();
 }
 
-// ... of the forward without a cache, ...
+// Forward without a cache:
 inline bool takes_sm90(const AttentionParams& p) {
   return is_sm90_attention(p) && is_sm90_forward(p, {p, p.out});
 }
 
-// A tile of keys has three boxes at most.
+// Bounds the TMA boxes of a K tile at three.
 constexpr int64_t kLeastSm90Page = 64;
 
-// ... and of the one with keys in a cache. Of packed requests it takes those with
-// kLeastSm90Tokens queries or more, so that a request has the same bits in any batch.
+// Forward with a KV cache. Of packed requests it takes those with kLeastSm90Tokens queries or more,
+// so that the bits of a request do not depend on its batch.
 inline bool takes_sm90(const AttentionParams& p, const KvCache& cache) {
   if (!has_sm90_form(p) || p.seqlen_q < kLeastSm90Tokens) return false;
   if (cache.dtype != p.dtype) return false;
@@ -90,7 +89,7 @@ inline bool takes_sm90(const AttentionParams& p, const KvCache& cache) {
   return is_sm90_forward(p, {p, cache});
 }
 
-// cache: where the keys lie that p does not have; else its seqlens are null.
+// cache: the KV cache (p then has no keys); without one its seqlens are null.
 template <typename T, Weights kWeights>
 const char* launch_forward_sm90(const AttentionParams& p, const KvCache& cache,
                                 cudaStream_t stream);

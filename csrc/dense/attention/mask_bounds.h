@@ -1,6 +1,5 @@
-// What the CUDA kernels of attention know of a mask before they look at its pairs of numbers:
-// bounds of each 16 rows, by which they tell blocks of queries and keys that are hidden, or seen,
-// as a whole.
+// Bounds of each 16 rows of the mask arrays. With them the CUDA kernels skip fully masked blocks of
+// queries and keys, and do not test the pairs of fully visible ones.
 #pragma once
 #include "dense/attention/params.h"
 
@@ -8,14 +7,14 @@ namespace tokenmill {
 
 constexpr int64_t kBoundRows = 16;
 
-// Of (first, last) of some rows. Empty ranges are (INT32_MAX, INT32_MIN): they widen none, and no
-// block is seen by all.
+// Min and max of `first` and of `last` over some rows. An empty range counts as (INT32_MAX,
+// INT32_MIN): it widens no visible region, and makes no block fully visible.
 struct alignas(16) PairBounds {
   int32_t least_first, most_first, least_last, most_last;
 };
 
-// Rows are counted as those of the arrays are, packed ones from the first token on. Strides in
-// PairBounds, 0 where broadcast.
+// Rows are counted like the rows of the mask arrays, in packed arrays from the first token on.
+// Strides in PairBounds, 0 where broadcast.
 struct MaskBounds {
   PairBounds* ranges;             // [B | 1, H | 1, blocks of queries, count]
   PairBounds *q_spans, *k_spans;  // [B | 1, blocks]
@@ -54,14 +53,14 @@ struct MaskBounds {
   }
 };
 
-// A call, with memory for the bounds of its mask if it has one.
+// A call, and memory for the bounds of its mask if it has one.
 template <typename Params>
 struct Masked {
   Params params;
   MaskBounds bounds;
 };
 
-// null, or what went wrong
+// Returns null or an error message.
 const char* launch_cuda(const Masked<AttentionParams>&, void* stream);
 const char* launch_cuda(const Masked<AttentionBackwardParams>&, void* stream);
 

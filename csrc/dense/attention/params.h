@@ -5,16 +5,16 @@
 
 namespace tokenmill {
 
-// The weight f(z) of a logit z, and by what a row of weights is divided (softmax has its own).
+// Weight f(z) of a logit z, and the normalisation of a row of weights (softmax has its own).
 enum class ScoreMap : int32_t { softmax, sigmoid, relu, elu1, linear, taylor2 };
 enum class Normalize : int32_t { none, sum, count };
 
 constexpr float kSumEpsilon = 1e-8f;  // added to a row sum
 
-// What a mask hides beside the band of causal and window. Key j is seen if begin <= j < end for one
-// of its query's `count` ranges (begin, end), and if the spans of ids (first, last) of query and
-// key meet. Null: no such rule. Strides in elements, 0 where broadcast; rows of queries and keys
-// are contiguous, and packed ones lie where the tokens do.
+// Mask of ranges and spans, on top of the causal/window band. Key j is visible if begin <= j < end
+// for one of the query's `count` ranges (begin, end), and if the id spans (first, last) of query
+// and key intersect. Null: rule absent. Strides in elements, 0 where broadcast; rows of queries and
+// keys are contiguous, in token order where packed.
 struct PairMask {
   const int32_t* ranges;  // [B | 1, H | 1, Sq, count, 2], packed [1, H | 1, Tq, count, 2]
   int64_t count, ranges_batch, ranges_head;
@@ -24,14 +24,14 @@ struct PairMask {
   TOKENMILL_HOST_DEVICE constexpr bool any() const { return ranges || q_spans; }
 };
 
-// Cells that positions are: row i / width, column i % width. 0: they lie on a line.
+// Two-dimensional positions: row i / width, column i % width. width 0: positions lie on a line.
 struct Grid {
   int64_t width = 0;
   bool manhattan = false;  // |dy| + |dx|, else max(|dy|, |dx|)
-  int64_t window = -1;     // pairs farther apart are hidden; -1: none is
+  int64_t window = -1;     // pairs farther apart are masked; -1: no limit
 };
 
-// Rows of cells are found in float32: (i + 0.5) / width must not round to a whole number.
+// Grid rows are computed in float32: (i + 0.5) / width must not round to a whole number.
 constexpr int64_t kMaxCells = int64_t{1} << 21;
 
 constexpr int64_t kMaxRanges = 4;
@@ -44,8 +44,8 @@ struct AttentionParams {
   ScoreMap map;
   Normalize normalize;
   Rows q, k, v, out;
-  // Of a row, [B, H, Sq], packed [H, Tq]: softmax its log-sum-exp; sum the sum of f(z); count the
-  // number of visible keys. Null if neither.
+  // Row statistic, [B, H, Sq], packed [H, Tq]. softmax: log-sum-exp; Normalize::sum: sum of f(z);
+  // Normalize::count: number of visible keys. Null for other calls.
   float* lse;
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [B + 1], null unless packed
 
@@ -56,32 +56,33 @@ struct AttentionParams {
   int64_t score_bias_batch;
   const float* alibi_slopes;
   int64_t alibi_batch;
-  Grid grid;          // what distances of alibi_slopes are between
+  Grid grid;          // metric of the ALiBi distances
   const float* sink;  // [H]
   const void* bias;   // [B|1, H|1, Sq|1, Sk|1], stride 0 where broadcast
   DType bias_dtype;
   int64_t bias_batch, bias_head, bias_q, bias_k;
-  int64_t bias_rows, bias_columns;  // that bias has; beyond any sequence where it is broadcast
+  // extent of bias; larger than any sequence where it is broadcast
+  int64_t bias_rows, bias_columns;
   PairMask mask;
   int64_t window_left, window_right;  // -1: no limit; causal is right = 0
   bool fast;
-  // Slopes take nothing from logits: softmax weights are multiplied by e^(-slope distance) once
-  // they are normalised, and lse is that of the weights before.
+  // ALiBi as a decay: slopes leave the logits unchanged; the normalised softmax weights are
+  // multiplied by e^(-slope distance). lse is the log-sum-exp of the weights without decay.
   bool fades;
 };
 
 struct AttentionBackwardParams {
-  AttentionParams forward;  // out (softmax, sum) and lse as the forward left them
+  AttentionParams forward;  // out (softmax, sum) and lse are the forward's results
   Rows dout;
   const float* dlse;  // like lse (softmax, sum), or null
   Rows dq, dk, dv;    // in the dtype of q
-  // Sums over the pairs of one (b, h), [B, H] each, or null. dbias has the shape of bias.
+  // Sums over all pairs of one (b, h), [B, H] each, or null. dbias has the shape of bias.
   float *dscore_bias, *dalibi_slopes, *dsink;
   float* dbias;
   int64_t dbias_batch, dbias_head, dbias_q, dbias_k;
-  // Workspace of the CUDA backward. Statistics like lse: minus the log-sum-exp without what all
-  // scores of a row share (of other maps what weights are multiplied by), minus delta. Two sums
-  // over pairs for each 16 rows of each head, or null.
+  // Workspace of the CUDA backward. minus_lse: minus the log-sum-exp without the constant that all
+  // scores of a row share (other maps: factor of the row's weights); minus_delta: minus delta; both
+  // shaped like lse. sums: two sums over pairs for each 16 rows of each head, or null.
   float *minus_lse, *minus_delta, *sums;
 };
 
@@ -89,12 +90,12 @@ constexpr bool has_row_statistic(const AttentionParams& p) {
   return p.map == ScoreMap::softmax || p.normalize != Normalize::none;
 }
 
-// Whether the CUDA backward needs minus_lse and minus_delta.
+// True if the CUDA backward needs minus_lse and minus_delta.
 TOKENMILL_HOST_DEVICE inline bool has_backward_statistics(const AttentionParams& p) {
   return p.map != ScoreMap::sigmoid || p.normalize != Normalize::none;
 }
 
-// Blocks of 16 rows of one head, of one sequence or of all that are packed.
+// Number of 16-row blocks of one head, in one sequence or in all packed sequences.
 constexpr int64_t blocks_of_sums(const AttentionParams& p) {
   return p.cu_seqlens_q ? p.seqlen_q / 16 + p.batch : ceil_div(p.seqlen_q, 16);
 }

@@ -1,6 +1,7 @@
-// Contiguous bytes from shared to global memory by the copy engine, stored or added as floats, and
-// the order of blocks that add to the same ones. One thread issues and waits. CuTe has no such copy
-// that adds; its store (SM90_BULK_COPY_S2G) takes generic pointers, not shared addresses.
+// Bulk copies and float reductions from shared to global memory (cp.async.bulk,
+// cp.reduce.async.bulk), and the order of CTAs that add to the same floats. One thread issues and
+// waits. CuTe has no such reduction; its store (SM90_BULK_COPY_S2G) takes generic pointers, not
+// shared addresses.
 #pragma once
 #include <cute/arch/copy_sm90_tma.hpp>
 
@@ -8,8 +9,8 @@
 
 namespace tokenmill::cuda {
 
-// A group of one copy, of a multiple of 16 bytes, which lie at multiples of 16. What other threads
-// wrote to shared memory is behind a fence_stores of theirs.
+// One bulk group per copy; size and addresses are multiples of 16 bytes. Threads that wrote the
+// source in shared memory must have called fence_stores() before.
 __device__ __forceinline__ void store_bulk(float* to, uint32_t from, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
                "r"(bytes)
@@ -24,18 +25,18 @@ __device__ __forceinline__ void add_bulk(float* to, uint32_t from, int bytes) {
   cute::tma_store_arrive();
 }
 
-// The thread's groups have written, too. wait_for_stores() of tma.cuh: they have read.
+// Waits until the thread's groups have written. wait_for_stores() of tma.cuh: until they have read.
 __device__ __forceinline__ void wait_for_bulk() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-// Between generic accesses of global memory and those of the copy engine.
+// Proxy fence between generic and async accesses to global memory.
 __device__ __forceinline__ void fence_global_copies() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-// Blocks that add to the same floats take turns: turn n waits until n are over, and what those
-// before it wrote is seen behind it.
+// CTAs that add to the same floats take turns: turn n waits for turns 0 .. n - 1 to end, and sees
+// what they wrote.
 __device__ __forceinline__ void await_turn(const unsigned* turns, unsigned turn) {
   unsigned over;
   do {

@@ -1,4 +1,4 @@
-// What the rules of kernels of compute capability 9.0a share, see python/tokenmill/_sm90.py.
+// Conditions that all sm_90a kernels share, see python/tokenmill/_sm90.py.
 #pragma once
 #include "cuda/arch/sm90/tensor_map.h"
 
@@ -10,10 +10,10 @@ struct MappedTensors {
   bool can_be_mapped() const { return can_map(q) && can_map(k) && can_map(v) && can_map(out); }
 };
 
-// With fewer tokens of a sequence most of a tile of 64 rows would be idle.
+// With fewer tokens per sequence most of a 64-row tile would be idle.
 constexpr int kLeastSm90Tokens = 32;
 
-// Packed: for each sequence on average.
+// Packed: tokens per sequence on average.
 inline bool has_sm90_tokens(int64_t tokens, const int32_t* cu_seqlens, int64_t batch) {
   return tokens >= kLeastSm90Tokens * (cu_seqlens && batch > 1 ? batch : 1);
 }

@@ -1,14 +1,14 @@
-// Barriers in shared memory that count arrivals of threads and bytes of copies.
+// mbarrier: counts arrivals of threads and bytes of TMA copies.
 //
-// Waits and arrivals order accesses to shared memory. CUTLASS's do not say so to the compiler (no
-// "memory" among what they change), so that it might move an access across one.
+// Waits and arrivals order accesses to shared memory. CUTLASS's wrappers do not tell the compiler
+// (no "memory" clobber), which might move an access across one.
 #pragma once
 #include "cuda/arch/shared_memory.cuh"
 
 namespace tokenmill::cuda {
 
-// A phase ends when all that it expects has arrived. Phase n has parity n % 2, and a wait for the
-// parity of the phase before the first one returns at once.
+// A phase completes when all expected arrivals and bytes are in. Phase n has parity n % 2; a wait
+// for the parity of the phase before the first one returns at once.
 class Mbarrier {
  public:
   __device__ void init(int arrivals) {
@@ -19,7 +19,7 @@ class Mbarrier {
         "{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(address())
         : "memory");
   }
-  // Arrives, and makes the phase wait for so many bytes of copies that name this barrier.
+  // Arrives and adds `bytes` of copies that name this barrier to the expected transaction count.
   __device__ void arrive_expecting(int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()),
                  "r"(bytes)
@@ -28,7 +28,7 @@ class Mbarrier {
   __device__ void wait(unsigned parity) {
     while (!has_ended(parity)) continue;
   }
-  // As the copies take it.
+  // Operand of TMA copies.
   __device__ uint64_t* word() { return &word_; }
 
  private:
@@ -47,24 +47,25 @@ class Mbarrier {
   uint64_t word_;
 };
 
-// A warp is done with what `empty` guards, where one arrival is that of a warp.
+// Consumer release: one arrival per warp on the `empty` barrier.
 __device__ __forceinline__ void release(Mbarrier& empty) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) empty.arrive();
 }
 
-// A warp waits: the phase that follows cannot end before all lanes have seen that this one has.
+// Waits as a whole warp: the next phase cannot complete before all lanes have seen this one
+// complete.
 __device__ __forceinline__ void wait_as_warp(Mbarrier& barrier, unsigned parity) {
   barrier.wait(parity);
   __syncwarp();
 }
 
-// Makes initialised barriers visible to copies. The threads of the block meet behind it.
+// Makes initialised barriers visible to the async proxy. A __syncthreads() must follow.
 __device__ inline void publish_mbarriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Of Shape::kStages tiles, used in turn: the one for tile `number`, and the parity of its phase.
+// Pipeline stage of tile `number` in a ring of Shape::kStages, and the parity of its phase.
 template <typename Shape>
 struct Stage {
   int index;

@@ -7,7 +7,7 @@ namespace {
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
-// From the driver that the runtime has loaded: nothing links with libcuda.
+// Entry point of the driver that the runtime has loaded: nothing links with libcuda.
 Encode find_encode() {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
@@ -20,11 +20,11 @@ Encode find_encode() {
 #endif
   if (error == cudaSuccess && result == cudaDriverEntryPointSuccess)
     return reinterpret_cast<Encode>(found);
-  cudaGetLastError();  // or the next call of someone else would return it
+  cudaGetLastError();  // clears the error, which a later unrelated call would otherwise return
   return nullptr;
 }
 
-// Bytes from one entry of a dimension to the next one. Where there is one entry any stride will do.
+// Stride in bytes. With one entry in a dimension any stride will do.
 int64_t stride_of(int64_t stride, int64_t extent, int64_t columns) {
   return 2 * (extent > 1 ? stride : columns);
 }

@@ -1,9 +1,8 @@
-// Copies of boxes of a tensor, which a tensor map describes, by the copy engine. One thread issues
-// them.
+// TMA copies of boxes of a tensor that a tensor map describes. One thread issues them.
 //
-// A box is a column block of a tile: rows of 64 elements of 16 bits, 128 bytes, whose 16-byte chunk
-// c lies at chunk c ^ row % 8. A tile of more columns is several blocks, one behind the other. It
-// begins at a multiple of 1024 bytes of shared memory.
+// A box is a 64-column block of a tile: rows of 64 16-bit elements, 128 bytes, with the 128-byte
+// swizzle: 16-byte chunk c lies at chunk c ^ row % 8. A tile of more columns is several such blocks
+// in succession. It starts at a multiple of 1024 bytes of shared memory.
 #pragma once
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -15,14 +14,14 @@
 
 namespace tokenmill::cuda {
 
-// Where boxes begin: row `row` of head `head` of batch entry `batch`, and its column.
+// TMA coordinates of a box.
 struct BoxPlace {
   int row, head, batch;
   int column = 0;
 };
 
-// kColumns of kRows rows to shared memory, zeros where the tensor has none: neither rows nor
-// columns. `full` takes the bytes, kRows * kColumns * 2.
+// Loads kColumns columns of kRows rows to shared memory, zeros outside of the tensor. `full` counts
+// all kRows * kColumns * 2 bytes.
 template <int kRows, int kColumns>
 __device__ __forceinline__ void load_boxes(const CUtensorMap& map, const BoxPlace& at, void* tile,
                                            Mbarrier& full) {
@@ -34,8 +33,8 @@ __device__ __forceinline__ void load_boxes(const CUtensorMap& map, const BoxPlac
                                  at.column + i * kBoxColumns, at.row, at.head, at.batch);
 }
 
-// The other way, of what all threads wrote before a fence_stores; rows and columns that the tensor
-// does not have are left out. The stores are a group.
+// Stores a tile that all threads wrote before a fence_stores(); rows and columns outside of the
+// tensor are clipped. The stores form one bulk group.
 template <int kRows, int kColumns>
 __device__ __forceinline__ void store_boxes(const CUtensorMap& map, const BoxPlace& at,
                                             const void* tile) {
@@ -46,8 +45,8 @@ __device__ __forceinline__ void store_boxes(const CUtensorMap& map, const BoxPla
   cute::tma_store_arrive();
 }
 
-// Makes zeros of rows begin .. end - 1 of a tile of kRows rows, which has arrived. The lanes of a
-// warp together; a fence_stores comes before products read it.
+// Clears rows begin .. end - 1 of a tile of kRows rows that has landed. Called by all lanes of a
+// warp; a fence_stores() must follow before a product reads the tile.
 template <int kRows, int kColumns>
 __device__ __forceinline__ void clear_rows(void* tile, int begin, int end = kRows) {
   constexpr uint32_t kZeros[4] = {0, 0, 0, 0};
@@ -59,11 +58,11 @@ __device__ __forceinline__ void clear_rows(void* tile, int begin, int end = kRow
         [&](auto block) { store_shared<block * kRows * kBoxRowBytes>(to + at, kZeros); });
 }
 
-// What a thread wrote to shared memory is seen by copies that are issued behind it, and what it
-// read is not overwritten by them before.
+// Proxy fence: this thread's writes to shared memory are visible to copies issued afterwards, and
+// what it read is not overwritten by them before.
 __device__ __forceinline__ void fence_stores() { cute::tma_store_fence(); }
 
-// The thread's groups of stores have read shared memory.
+// Waits until the thread's groups of stores have read shared memory.
 __device__ __forceinline__ void wait_for_stores() { cute::tma_store_wait<0>(); }
 
 }  // namespace tokenmill::cuda

@@ -1,4 +1,4 @@
-// What the four warps of a warpgroup do together.
+// Warpgroup-wide operations (four warps).
 #pragma once
 #include <cutlass/arch/reg_reconfig.h>
 
@@ -8,15 +8,15 @@ namespace tokenmill::cuda {
 
 constexpr int kWarpgroupThreads = 128;
 
-// Of the warpgroup, 0 .. 127.
+// Thread index within the warpgroup, 0 .. 127.
 __device__ __forceinline__ int warpgroup_thread() { return threadIdx.x % kWarpgroupThreads; }
-// Of the 64 rows of accumulators, those of a thread: h = 0 and 1.
+// Accumulator row, of 64, that this thread holds for h = 0 and 1.
 __device__ __forceinline__ int warpgroup_row(int h) {
   return warpgroup_thread() / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h;
 }
 
-// Registers that each thread has from here on, a multiple of 8. Those that one warpgroup gives back
-// another may take, which waits for them.
+// setmaxnreg: registers per thread from here on, a multiple of 8. A warpgroup that grows waits
+// until others have released enough.
 template <int kRegisters>
 __device__ __forceinline__ void shrink_registers() {
   cutlass::arch::warpgroup_reg_dealloc<kRegisters>();
@@ -26,12 +26,12 @@ __device__ __forceinline__ void grow_registers() {
   cutlass::arch::warpgroup_reg_alloc<kRegisters>();
 }
 
-// The threads of warpgroup `number` meet; barrier 0 belongs to the block.
+// Barrier of the threads of warpgroup `number`; barrier 0 is __syncthreads().
 __device__ __forceinline__ void sync_warpgroup(int number) {
   asm volatile("barrier.sync %0, %1;" ::"r"(number + 1), "n"(kWarpgroupThreads) : "memory");
 }
 
-// Whether it holds for any thread of warpgroup `number`, which meet.
+// True if `holds` for any thread of warpgroup `number`, which also synchronises.
 __device__ __forceinline__ bool any_in_warpgroup(int number, bool holds) {
   uint32_t any;
   asm volatile(

@@ -1,10 +1,9 @@
-// Products by a warpgroup: 64 rows, of which a warp owns 16, with sums in float32. They run beside
-// what follows them until they are waited for.
+// wgmma: asynchronous products of a warpgroup, 64 rows (16 per warp), float32 accumulators.
 //
-// Accumulators of a lane lie as those of mma_sm80.cuh: element 4 n + i is row g + 8 (i / 2), column
-// 8 n + 2 c + i % 2 of the warp's rows, with g = lane / 4 and c = lane % 4. Cut into words as they
-// are, they are the left operand of the next product. Tiles in shared memory have the layout of
-// tma.cuh.
+// Accumulators have the layout of mma_sm80.cuh: element 4 n + i of a lane is row g + 8 (i / 2),
+// column 8 n + 2 c + i % 2 of the warp's rows, with g = lane / 4 and c = lane % 4. Packed into
+// words as they are, they are the A operand of the next product. Tiles in shared memory have the
+// layout of tma.cuh.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -21,7 +20,8 @@ namespace tokenmill::cuda {
 
 namespace gmma = cute::SM90::GMMA;
 
-// Rows: a [64, 16] and b [kColumns, 16] lie row by row. Columns: a in registers, b [16, kColumns].
+// Rows: A [64, 16] and B [kColumns, 16] in shared memory, both K-major. Columns: A in registers, B
+// [16, kColumns] MN-major.
 template <typename T, int kColumns>
 struct WgmmaAtoms;
 template <>
@@ -71,8 +71,8 @@ struct WgmmaAtoms<__nv_bfloat16, 256> {
 
 constexpr int kWgmmaDepth = 16;
 
-// Where an operand lies: 8 rows of 128 bytes are 1024 bytes. block_bytes: from one block of columns
-// to the next, if the columns of the operand are those of the product.
+// Shared-memory matrix descriptor, 128-byte swizzle: 8 rows of 128 bytes are 1024 bytes.
+// block_bytes: from one 64-column block to the next, for MN-major operands.
 __device__ __forceinline__ uint64_t wgmma_operand(uint32_t address, int block_bytes = 16) {
   cute::GmmaDescriptor d;
   d.bitfield.start_address_ = static_cast<uint16_t>(address >> 4);
@@ -82,7 +82,7 @@ __device__ __forceinline__ uint64_t wgmma_operand(uint32_t address, int block_by
   return d;
 }
 
-// Keeps the compiler from moving accesses to accumulators across this place.
+// Keeps the compiler from moving accesses to accumulators across this point.
 template <int kCount>
 __device__ __forceinline__ void fence_accumulators(float (&x)[kCount]) {
 #pragma unroll
@@ -97,8 +97,8 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], bool adds, const Opera
   }(std::make_integer_sequence<int, kCount>{});
 }
 
-// Starts s [64, kKeys] = q [64, kHeadDim] k [kKeys, kHeadDim]^T, of the first keys of a tile of
-// kTileKeys.
+// Starts S [64, kKeys] = Q [64, kHeadDim] K [kKeys, kHeadDim]^T, with the first kKeys keys of a
+// tile of kTileKeys.
 template <typename T, int kHeadDim, int kTileKeys, int kCount>
 __device__ __forceinline__ void start_qk(float (&s)[kCount], uint32_t q, uint32_t k) {
   constexpr int kKeys = 2 * kCount;
@@ -116,8 +116,8 @@ __device__ __forceinline__ void start_qk(float (&s)[kCount], uint32_t q, uint32_
   fence_accumulators(s);
 }
 
-// Starts o [64, kHeadDim] += p [64, kKeys] v [kKeys, kHeadDim], of the first keys of a tile of
-// kTileKeys. The words of p stay as they are until the product is done.
+// Starts O [64, kHeadDim] += P [64, kKeys] V [kKeys, kHeadDim], with the first kKeys keys of a tile
+// of kTileKeys. The words of P must not change until the product is done.
 template <typename T, int kTileKeys, int kCount, int kWords>
 __device__ __forceinline__ void start_pv(float (&o)[kCount], const uint32_t (&p)[kWords],
                                          uint32_t v) {
@@ -134,7 +134,7 @@ __device__ __forceinline__ void start_pv(float (&o)[kCount], const uint32_t (&p)
   fence_accumulators(o);
 }
 
-// All but the last kPending products that were started are done, `d` among them.
+// Waits until all but the last kPending products are done, `d` among them.
 template <int kPending, int kCount>
 __device__ __forceinline__ void wait_for_product(float (&d)[kCount]) {
   cute::warpgroup_wait<kPending>();

@@ -1,4 +1,4 @@
-// Products by a warpgroup of two operands that lie with the depth in their rows, see wgmma.cuh.
+// Products by a warpgroup of two MN-major operands in shared memory (A^T B), see wgmma.cuh.
 #pragma once
 #include "cuda/arch/sm90/wgmma.cuh"
 
@@ -23,7 +23,8 @@ struct WgmmaByColumns<__nv_bfloat16, 192> {
   using Atom = gmma::MMA_64x192x16_F32BF16BF16_SS<gmma::Major::MN, gmma::Major::MN>;
 };
 
-// Blocks of 64 columns, 64 rows of which are a slab; from one to the next.
+// MN-major operand: blocks of 64 columns; a slab is 64 rows of all blocks. Bytes from one to the
+// next.
 struct ColumnOperand {
   uint32_t address;
   int block_bytes, slab_bytes;
@@ -33,7 +34,7 @@ struct ColumnOperand {
   }
 };
 
-// Starts d [64, 2 kCount] = a^T b, of kSlabs slabs of a and b from `first` on.
+// Starts D [64, 2 kCount] = A^T B over kSlabs slabs of A and B from `first` on.
 template <typename T, int kSlabs, int kCount>
 __device__ __forceinline__ void start_by_columns(float (&d)[kCount], const ColumnOperand& a,
                                                  const ColumnOperand& b, int first = 0) {
@@ -51,8 +52,9 @@ __device__ __forceinline__ void start_by_columns(float (&d)[kCount], const Colum
   fence_accumulators(d);
 }
 
-// Words of accumulators of 16 rows and 16 columns, rounded. Lane i gives the address of row i % 16,
-// columns 8 (i / 16) ... CuTe's (SM90_U32x4_STSM_N) has no constant offset beside the address.
+// Stores packed accumulators of 16 rows and 16 columns (stmatrix). Lane i gives the address of row
+// i % 16, columns 8 (i / 16) ... CuTe's SM90_U32x4_STSM_N has no constant offset next to the
+// address.
 template <int kOffset>
 __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&words)[4]) {
   asm volatile(

@@ -1,5 +1,5 @@
-// Products by a warpgroup of a left operand in registers and a right one whose rows are the columns
-// of the product, see wgmma.cuh, and stores of transposed sums.
+// Products by a warpgroup with A in registers and B K-major (A B^T), see wgmma.cuh, and transposed
+// stores of accumulators.
 #pragma once
 #include "cuda/arch/sm90/wgmma.cuh"
 
@@ -16,8 +16,8 @@ struct WgmmaByRows<__nv_bfloat16> {
   using Atom = gmma::MMA_64x64x16_F32BF16BF16_RS<gmma::Major::K, gmma::Major::K>;
 };
 
-// Starts d [64, 64] = a b^T, or d += a b^T, of a [64, 4 kWords] and b [64, ...] from its step
-// kFirst of 16 columns on. The words of a stay as they are until the product is done.
+// Starts D [64, 64] = A B^T, or D += A B^T, with A [64, 4 kWords] and B [64, ...] from its
+// 16-column step kFirst on. The words of A must not change until the product is done.
 template <typename T, int kFirst, int kWords>
 __device__ __forceinline__ void start_by_rows(float (&d)[32], bool adds,
                                               const uint32_t (&a)[kWords], uint32_t b) {
@@ -36,7 +36,7 @@ __device__ __forceinline__ void start_by_rows(float (&d)[32], bool adds,
   fence_accumulators(d);
 }
 
-// Words of accumulators of 16 rows and 16 columns, rounded, whose columns become rows. Lane i gives
+// Stores packed accumulators of 16 rows and 16 columns transposed (stmatrix.trans). Lane i gives
 // the address of column i / 16 * 8 + i % 8, rows i / 8 % 2 * 8 ...
 template <int kOffset>
 __device__ __forceinline__ void store_matrices_transposed(uint32_t address,
