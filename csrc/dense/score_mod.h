@@ -1,4 +1,4 @@
-// The checks of what lies between q.k and the weights, for operators with a score map: those of
+// Checks of score_mod arguments, for operators with a score map: the ones of
 // python/tokenmill/dense/terms.py, in its order and words.
 #pragma once
 #include <cmath>
@@ -36,7 +36,7 @@ inline void check_scale(const char* op, double scale, double softcap) {
         "must be finite and not negative (0 = off)", softcap);
 }
 
-// [H] or [B, H]; sets the stride between batches.
+// [H] or [B, H]; sets the stride between batch entries.
 inline const float* per_head(const char* op, const char* name, const View& tensor, const View& q,
                              int64_t batch, int64_t heads, int64_t& batch_stride) {
   batch_stride = 0;
@@ -60,7 +60,7 @@ inline const float* sink_of(const char* op, const AttentionParams& p, const View
   return sink.data<float>();
 }
 
-// Batch, heads and map of p must be known.
+// Requires batch, heads and map of p.
 inline void set_score_mod(const char* op, AttentionParams& p, const View& q, std::string_view kind,
                           const View& score_bias, const View& alibi_slopes, const View& sink) {
   p.score_bias = per_head(op, "score_bias", score_bias, q, p.batch, p.heads, p.score_bias_batch);
@@ -69,7 +69,7 @@ inline void set_score_mod(const char* op, AttentionParams& p, const View& q, std
   p.sink = sink_of(op, p, q, sink);
 }
 
-// Of lse. Map, normalize and lengths of p must be known.
+// Shape of lse. Requires map, normalize and lengths of p.
 inline std::vector<int64_t> lse_sizes(const AttentionParams& p) {
   if (!has_row_statistic(p)) return {0};
   if (p.cu_seqlens_q) return {p.heads, p.seqlen_q};
@@ -82,8 +82,8 @@ inline void check_integers(const char* op, const char* name, const View& t, cons
   check_device_of_q(op, name, t, q);
 }
 
-// `keys` is how many a row of k_spans has, or the least of them where there may be `more`. Batch,
-// heads and lengths of p must be known.
+// keys: rows of k_spans, or the minimum where `more` are allowed. Requires batch, heads and lengths
+// of p.
 inline void set_mask(const char* op, AttentionParams& p, const View& q, int64_t keys, bool more,
                      const View& ranges, const View& q_spans, const View& k_spans) {
   const int64_t batch = q.dim() == 3 ? 1 : p.batch, rows = p.seqlen_q;

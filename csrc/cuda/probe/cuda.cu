@@ -4,7 +4,7 @@
 
 namespace tokenmill {
 
-// Of the barrier: two rows of values, and how many blocks arrived.
+// Workspace of the barrier probe: two rows of values, and the count of CTAs that arrived.
 int64_t workspace_bytes(const ProbeParams& p) {
   if (p.of != ProbeParams::Of::barrier) return 0;
   return 2 * p.blocks * static_cast<int64_t>(sizeof(float)) +

@@ -15,8 +15,8 @@ struct ProbeArgs : Record {
   int64_t blocks, steps;
 };
 
-// One launch of a loop of bench primitives. Without tensors that torch differentiates, fakes or
-// splits: a probe of the device, as cpu_rate is one of the CPU.
+// One launch of a loop of bench primitives. A probe of the device, as cpu_rate is of the CPU: its
+// tensors are not differentiated, faked or sharded.
 Array gpu_probe(const ProbeArgs& a) {
   check(a.x.is_cuda, kOp, "x", "must be on CUDA", std::string("cpu"));
   check(a.x.dim() == 1 && a.x.size(0) == kProbeWords, kOp, "x", "must have shape [1024]",

@@ -1,15 +1,15 @@
-// Loops that keep one unit busy, with results that show that they did what they count.
+// Loops that keep one unit busy, with results that prove the counted work was done.
 //
 //   shared    out[b][t] = sum over s < steps of the 4 words of thread (t + s) mod 256 in x
 //   exp2      y = 2^-y, steps times, from 8 words of x; out[b][t] = their sum
-//   barrier   steps times: all blocks take the value of the block after them and add 1
+//   barrier   steps times: each CTA takes the value of the next CTA and adds 1
 #pragma once
 #include "cuda/math.cuh"
 #include "cuda/probe/params.h"
 
 namespace tokenmill::cuda::probe {
 
-// Lanes read 16 bytes each, next to each other: no bank conflict.
+// Neighbouring lanes read neighbouring 16 bytes: no bank conflict.
 __global__ void __launch_bounds__(kProbeThreads) read_shared(ProbeParams p) {
   __shared__ float4 words[kProbeThreads];
   const unsigned t = threadIdx.x;
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kProbeThreads) chain_exp2(ProbeParams p) {
   p.out[int64_t{blockIdx.x} * kProbeThreads + t] = sum;
 }
 
-// Waits until every block has arrived `round` times. All blocks must be resident.
+// Grid barrier: waits until every CTA has arrived `round` times. All CTAs must be resident.
 __device__ __forceinline__ void all_blocks(unsigned* arrived, unsigned round) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -53,7 +53,7 @@ __device__ __forceinline__ void all_blocks(unsigned* arrived, unsigned round) {
   __syncthreads();
 }
 
-// values [2, blocks]; arrived is 0 before.
+// values: [2, blocks]; arrived: 0 at launch.
 __global__ void __launch_bounds__(kProbeThreads)
     meet(ProbeParams p, volatile float* values, unsigned* arrived) {
   const unsigned b = blockIdx.x, blocks = gridDim.x;

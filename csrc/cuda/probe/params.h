@@ -1,5 +1,5 @@
-// What the benchmarks ask of a GPU and torch has no call for: reads of shared memory, the special
-// function unit, a barrier of all blocks. Free of torch.
+// Device probes of the benchmarks that torch has no call for: shared memory reads, the special
+// function unit, a grid barrier. Free of torch.
 #pragma once
 #include <cstdint>
 
@@ -18,7 +18,7 @@ constexpr int kProbeWords = 4 * kProbeThreads;
 
 int64_t workspace_bytes(const ProbeParams&);
 
-// null, or what went wrong
+// Returns null or an error message.
 const char* launch_cuda(const ProbeParams&, void* stream);
 
 }  // namespace tokenmill

@@ -10,7 +10,7 @@ namespace {
 unsigned limited(int64_t blocks) { return static_cast<unsigned>(std::min<int64_t>(blocks, 65535)); }
 
 using WholeTile = ScoreTile<16, 16, 4, 4>;
-using LowTile = ScoreTile<4, 64, 1, 1>;  // for few queries, or to have more blocks
+using LowTile = ScoreTile<4, 64, 1, 1>;  // for few queries, or to have more CTAs
 
 template <typename Tile>
 dim3 grid_of(const AdditiveParams& p) {
@@ -24,7 +24,7 @@ const char* launch_scores(const AdditiveParams& p, cudaStream_t stream) {
   return launch<scores_kernel<T, Tile>>(grid_of<Tile>(p), kThreads, 0, stream, p);
 }
 
-// For one or two queries, of whose tile of 4 most threads would have none.
+// For one or two queries, for which most threads of a 4-row tile would be idle.
 template <typename T>
 const char* launch_rows(const AdditiveParams& p, cudaStream_t stream) {
   const int64_t tiles = ceil_div(p.keys, kRowTile);
@@ -33,7 +33,7 @@ const char* launch_rows(const AdditiveParams& p, cudaStream_t stream) {
   return launch<row_scores_kernel<T>>(grid, kThreads, 0, stream, p);
 }
 
-// How the other side is cut, so that the blocks fill the device.
+// Cuts the other side into parts so that the CTAs fill the device.
 SidePass pass_of(const AdditiveParams& p, const Side& own, const Side& other) {
   SidePass pass{own, other};
   pass.tiles = ceil_div(own.count, kOwnTile);
@@ -46,7 +46,7 @@ SidePass pass_of(const AdditiveParams& p, const Side& own, const Side& other) {
   return pass;
 }
 
-// Both sides, with their parts of the workspace.
+// Both passes, with their parts of the workspace.
 struct Plan {
   SidePass queries, keys;
   int64_t floats;

@@ -1,7 +1,7 @@
-// u_ij = v . tanh(q_i + k_j). A tangent costs two operations of the special-function units and
-// about twenty others: kernels are bound by these, so that operands may come from shared memory one
-// by one. The gradients compute the tangents twice, for dq and for dk: sums over keys and over
-// queries then need no atomics.
+// u_ij = v . tanh(q_i + k_j). A tanh costs two special-function operations and about twenty others,
+// which bound the kernels, so operands may be loaded from shared memory one by one. The backward
+// computes each tanh twice, for dq and for dk: the sums over keys and over queries then need no
+// atomics.
 #pragma once
 #include "cuda/math.cuh"
 #include "cuda/vector.cuh"
@@ -11,10 +11,10 @@
 namespace tokenmill::cuda::additive_attention {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarpSize;
-constexpr int kBlocks = 4;  // on a multiprocessor: left alone, ptxas spills to fit more
-constexpr int kStep = 32;   // elements of A in shared memory at once, a lane each
+constexpr int kBlocks = 4;  // CTAs per SM: without this bound, ptxas spills to fit more
+constexpr int kStep = 32;   // elements of A in shared memory at once, one per lane
 
-// A row's elements from `first` on, one a lane, 0 beyond the width.
+// Elements of a row from `first` on, one per lane, 0 beyond the width.
 template <typename T>
 __device__ __forceinline__ float element(const void* rows, int64_t row, int64_t first,
                                          int64_t width) {
@@ -22,8 +22,8 @@ __device__ __forceinline__ float element(const void* rows, int64_t row, int64_t 
   return a < width ? static_cast<float>(static_cast<const T*>(rows)[row + a]) : 0.f;
 }
 
-// A tile of scores: kThreadRows x kThreadKeys threads with kRows x kKeys scores each, those of a
-// thread as far apart as there are threads.
+// Tile of scores: kThreadRows x kThreadKeys threads with kRows x kKeys scores each, a thread's rows
+// kThreadRows apart and its keys kThreadKeys apart.
 template <int kThreadRows_, int kThreadKeys_, int kRows_, int kKeys_>
 struct ScoreTile {
   static_assert(kThreadRows_ * kThreadKeys_ == kThreads);
@@ -32,7 +32,7 @@ struct ScoreTile {
   static constexpr int kTileRows = kThreadRows * kRows, kTileKeys = kThreadKeys * kKeys;
 };
 
-// Rows of a tile to shared memory, transposed; those that do not exist become 0.
+// Loads rows of a tile to shared memory, transposed; missing rows become 0.
 template <typename T, int kTileRows>
 __device__ __forceinline__ void load_step(float (&to)[kStep][kTileRows + 1], const void* from,
                                           int64_t first_row, int64_t stride, int rows,
@@ -43,7 +43,7 @@ __device__ __forceinline__ void load_step(float (&to)[kStep][kTileRows + 1], con
     to[lane][r] = r < rows ? element<T>(from, first_row + r * stride, first, width) : 0.f;
 }
 
-// Blocks: tiles of keys, tiles of queries, sequences.
+// Grid: tiles of keys, tiles of queries, sequences.
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     scores_kernel(const __grid_constant__ AdditiveParams p) {
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int64_t i0 = int64_t{blockIdx.y} * Tile::kTileRows; i0 < p.rows;
          i0 += int64_t{gridDim.y} * Tile::kTileRows) {
       const int rows = static_cast<int>(min(p.rows - i0, int64_t{Tile::kTileRows}));
-      unsigned seen = 0;  // a bit for each score
+      unsigned seen = 0;  // one bit per score
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
 #pragma unroll
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
             seen |= 1u << (r * kKeys + c);
         }
       float sums[kRows][kKeys] = {};
-      // Nothing to do where the mask hides all of the tile.
+      // Skip a fully masked tile.
       const int64_t width = __syncthreads_or(seen != 0) ? p.width : 0;
 #pragma unroll 1
       for (int64_t a0 = 0; a0 < width; a0 += kStep) {
@@ -106,15 +106,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
 }
 
-// Tiles of one query. A warp takes kStep elements of A, a lane each, of kRowWarpKeys keys; tangents
-// pass through shared memory to the thread that sums those of its key, in the order of
-// scores_kernel.
+// Scores of one query. A warp takes kStep elements of A, one per lane, for kRowWarpKeys keys; the
+// tanh values pass through shared memory to the thread that sums over A for its key, in the order
+// of scores_kernel.
 constexpr int kRowTile = 16, kRowSteps = 4, kRowWarpKeys = kRowTile * kRowSteps / kWarps;
 constexpr int kRowStep = kRowSteps * kStep;  // elements of A in shared memory at once
-constexpr int kRowPitch = kRowStep + 4;      // 16 bytes of each of 8 keys lie in different banks
-constexpr int kRowBlocks = 3;                // on a multiprocessor: for 4, ptxas spills
+constexpr int kRowPitch = kRowStep + 4;  // the 16-byte accesses of 8 keys fall into different banks
+constexpr int kRowBlocks = 3;            // CTAs per SM: with 4, ptxas spills
 
-// Blocks: tiles of keys, queries, sequences.
+// Grid: tiles of keys, queries, sequences.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kRowBlocks)
     row_scores_kernel(const __grid_constant__ AdditiveParams p) {
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks)
       const bool seen =
           own < keys && (!p.mask || p.mask[b * p.mask_batch + i * p.mask_row + j0 + own]);
       float sum = 0;
-      // Nothing to do where the mask hides all of the tile.
+      // Skip a fully masked tile.
       const int64_t width = __syncthreads_or(seen) ? p.width : 0;
 #pragma unroll 1
       for (int64_t a0 = 0; a0 < width; a0 += kRowStep) {
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks)
         __syncthreads();
         if (seen) {
           const int elements = static_cast<int>(min(width - a0, int64_t{kRowStep}));
-          // Four at once; behind the width nothing may be added, not even 0 to a sum of -0.
+          // Four at once; beyond the width nothing may be added, not even 0 to a sum of -0.
           int a = 0;
 #pragma unroll 4
           for (; a + 4 <= elements; a += 4) {
@@ -167,26 +167,26 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks)
     }
 }
 
-constexpr int kOwn = 4;                  // rows of a warp whose gradients are summed
-constexpr int kOwnTile = kWarps * kOwn;  // those of a block
-constexpr int kOtherTile = 32;           // rows on the other side, in shared memory at once
+constexpr int kOwn = 4;                  // rows per warp whose gradients are summed
+constexpr int kOwnTile = kWarps * kOwn;  // per CTA
+constexpr int kOtherTile = 32;           // rows of the other side in shared memory at once
 
-// One side of the pairs: queries or keys, and by how much they advance in dscores and mask.
+// One side of the pairs, queries or keys; dscores, mask: its strides there.
 struct Side {
   const void* data;
   int64_t batch, row, count, dscores, mask;
 };
 
-// The gradients of one side, as partial sums over `parts` parts of the other.
+// Gradients of one side, as partial sums over `parts` parts of the other.
 struct SidePass {
   Side own, other;
-  int64_t tiles, parts, part_rows;  // tiles of the own side; rows of the other in each part
+  int64_t tiles, parts, part_rows;  // tiles of the own side; rows of the other side per part
   float* sums;                      // [parts, B, own.count, A]
   float* dv;                        // [B, tiles, parts, A]; null: not wanted
 };
 
-// Blocks: tiles of the own side and parts of the other, steps of A, sequences. A lane for each
-// element of A.
+// Grid: tiles of the own side and parts of the other, steps of A, sequences. One lane per element
+// of A.
 template <typename T, bool kDv>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     gradients_kernel(const __grid_constant__ AdditiveBackwardParams backward,
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int64_t from = begin; from < end; from += kOtherTile) {
         const int others = static_cast<int>(min(end - from, int64_t{kOtherTile}));
         bool any = false;
-        // Neighbouring threads read neighbouring keys, whichever side these are.
+        // Neighbouring threads read neighbouring keys, whichever side the keys are.
         const bool keys_outside = pass.own.dscores == 1;
 #pragma unroll 1
         for (int t = threadIdx.x; t < kOwnTile * kOtherTile; t += kThreads) {
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
 }
 
-// out[i] = the sum over parts of in[part][i].
+// out[i] = sum over parts of in[part][i].
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     sum_parts_kernel(const float* in, T* out, int64_t count, int64_t parts) {
@@ -289,8 +289,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// out[a] = the sum over rows of in[row][a]. A lane for each column, a share of the rows for each
-// warp.
+// out[a] = sum over rows of in[row][a]. One lane per column, the rows are split among the warps.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     sum_rows_kernel(const float* in, T* out, int64_t rows, int64_t width) {

@@ -15,25 +15,25 @@ struct AdditiveParams {
   const void* k;
   int64_t k_batch, k_row;
   const void* v;
-  const uint8_t* mask;  // [B, T, N] or, with mask_row 0, [B, N]; null: all are visible
+  const uint8_t* mask;  // [B, T, N] or, with mask_row 0, [B, N]; null: all pairs are visible
   int64_t mask_batch, mask_row;
-  float* scores;  // [B, T, N] contiguous; -inf where the mask hides
+  float* scores;  // [B, T, N] contiguous; -inf for masked pairs
 };
 
-// With e = tanh(q_i + k_j) and d = g_ij v (1 - e^2): dq_i = sum_j d, dk_j = sum_i d and
-// dv = sum_ij g_ij e. A pair that the mask hides, or whose g is 0, adds nothing whatever e is.
+// With e = tanh(q_i + k_j) and d = g_ij v (1 - e^2): dq_i = sum_j d, dk_j = sum_i d and dv = sum_ij
+// g_ij e. A pair that is masked, or whose g is 0, adds nothing whatever e is.
 struct AdditiveBackwardParams {
   AdditiveParams forward;  // scores are unused
   const float* dscores;    // g [B, T, N] with a contiguous last dimension
   int64_t dscores_batch, dscores_row;
   void *dq, *dk, *dv;  // [B, T, A], [B, N, A] and [A] contiguous
-  void* workspace;     // of the CUDA kernels
+  void* workspace;     // CUDA only
 };
 
-// null, or what went wrong
+// Returns null or an error message.
 const char* launch_cuda(const AdditiveParams&, void* stream);
 const char* launch_cuda(const AdditiveBackwardParams&, void* stream);
-int64_t workspace_bytes(const AdditiveBackwardParams&);  // of the CUDA kernels
+int64_t workspace_bytes(const AdditiveBackwardParams&);  // CUDA only
 
 }  // namespace tokenmill
 

@@ -1,12 +1,14 @@
-// The loop of a block over the columns that its rows see.
+// sm_80 backward: mainloop of a CTA over the columns that its rows see.
 #pragma once
 #include "dense/attention/kernel_backward_pair.cuh"
 
 namespace tokenmill::cuda {
 
-// Rows of a block: those of every pair of warps, of one head or the same ones of several.
+// Rows of a CTA: each pair of warps has its own rows, of one head, or the same rows of several
+// heads.
 struct BlockPlace {
-  int64_t batch, first_head;  // -1: none; head of K and V on the keys' side, else of Q
+  // batch -1: no sequence; first_head: KV head on the keys' side, else query head
+  int64_t batch, first_head;
   int first_row;
   TilePlace packed;
 
@@ -21,8 +23,7 @@ struct BlockPlace {
     } else {
       batch = head_block / head_blocks;
       head_block %= head_blocks;
-      // Under a causal mask the last queries and the first keys have most partners: they start
-      // first.
+      // LPT order under a causal mask: the last queries and the first keys see the most partners.
       if (!keys) block = args.row_blocks - 1 - block;
     }
     first_head = head_block * heads_per_block;
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(256, 1)
   const int heads_per_block = kKeys ? 1 : args.heads_per_block;
   Worker worker{.args = args, .p = p};
   worker.enter(shared_address(shared));
-  // Whether a mask shows some of the columns of a tile to some of the rows of the block.
+  // True if the mask shows some columns of a tile to some rows of the CTA.
   const auto sees_columns = [&](int64_t b, int head, int heads, const Sequence& s, int row,
                                 int rows, int column) {
     return any_sees(p.mask, args.bounds, b, head, heads, s, kKeys ? column : row,
@@ -153,15 +154,16 @@ __global__ void __launch_bounds__(256, 1)
     for (int i = 0; i < 2 * Worker::kBlocks; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) worker.acc[m][i][j] = 0;
-  __syncthreads();  // the fragments are read: the ring may be written
+  __syncthreads();  // fragments are loaded: the ring may be overwritten
 
-  // Tile n of the columns. On the keys' side the heads of a group follow each other.
+  // Tile n of the columns. On the keys' side the query heads of the GQA group follow each other.
   const auto head_of = [&](int n) { return kKeys && n >= info.tiles() ? n / info.tiles() : 0; };
   const auto column_of = [&](int n, int head) {
     return info.begin() + (head > 0 ? n - head * info.tiles() : n) * kColumns;
   };
   const auto stage_of = [&](unsigned n) { return worker.ring + n % 2 * Shape::kStageBytes; };
-  // By the pairs in turn: the first warp fetches x and the statistics, the second y.
+  // Prefetch of tile n, by the pairs in turn: the first warp loads x (Q or K) and the statistics
+  // minus_lse, the second y (dO or V) and minus_delta.
   const auto fetch = [&](int n) {
     const unsigned warp = thread_index() / kWarpSize, pairs = thread_count() / (2 * kWarpSize);
     if (((warp ^ n) & (pairs - 1)) != 0) return;
@@ -190,8 +192,8 @@ __global__ void __launch_bounds__(256, 1)
                                 static_cast<int>(second ? p.value_dim : p.head_dim), args.vectors,
                                 thread_index() % kWarpSize, kWarpSize);
     if (kKeys && Worker::kStatistics && (kMode != Mode::general || has_backward_statistics(p))) {
-      // Minus lse for warps of S, minus delta for those of dS. Queries beyond the sequence have
-      // dO = 0, so that any finite statistics do.
+      // minus_lse for the S warps, minus_delta for the dS warps. Queries beyond the sequence have
+      // dO = 0, so any finite statistics will do.
       const int lane = thread_index() % kWarpSize;
       const float* of_rows = (second ? info.pointer<float, offsetof(BlockInfo, minus_delta)>()
                                      : info.pointer<float, offsetof(BlockInfo, minus_lse)>()) +
@@ -214,7 +216,7 @@ __global__ void __launch_bounds__(256, 1)
   constexpr bool kParksConstant = kMode == Mode::sigmoid || kMode == Mode::fast_sigmoid;
   auto score_mod = score_mod_of(0);
   if constexpr (kParksConstant) worker.park_constant(score_mod);
-  // Fetching runs one tile ahead of the sums.
+  // Mainloop; prefetch runs one tile ahead.
   for (; worker.tile() < info.total(); worker.next_tile()) {
     const int n = worker.tile();
     if (n >= 0) {
@@ -252,8 +254,8 @@ __global__ void __launch_bounds__(256, 1)
     store_accumulators<kKeys ? 1 : 2, T, kTiles, Worker::kBlocks>(
         worker.acc, factor, out, to.seq, rows, kKeys ? 0 : 16 * makes_ds, dim, worker.lane);
   } else {
-    __syncthreads();  // nobody reads the ring any more
-    // The two warps of a pair share a tile of dQ and store a half each.
+    __syncthreads();  // all warps are done with the ring
+    // The two warps of a pair share a tile of dQ and store half of the rows each.
     const uint32_t tile =
         worker.base + (kKeys ? 2 * pair + makes_ds : pair) * kRows * Tile::kRowBytes;
     put_accumulators<T, Tile, kTiles, Worker::kBlocks>(

@@ -1,5 +1,5 @@
-// dbias where the bias was broadcast: a block owns a tile of it and sums dS, in order, over the
-// sequences, heads, queries or keys that share it. Both products are made once more.
+// dbias of a broadcast bias: a CTA owns a tile of it and sums dS, in a fixed order, over the
+// sequences, heads, queries or keys that share it. S and dP are recomputed.
 #pragma once
 #include "dense/attention/kernel_backward_shape.cuh"
 
@@ -12,7 +12,7 @@ constexpr int bias_shared_bytes() {
   return 2 * (kBiasRows + kBiasColumns) * kDim * static_cast<int>(sizeof(T));
 }
 
-// 16 rows at `left` times (16 rows at `right`)^T
+// out = (16 rows at `left`) (16 rows at `right`)^T
 template <typename T, typename Tile>
 __device__ __forceinline__ void multiply_tiles(float (&out)[2][4], uint32_t left, uint32_t right,
                                                int lane) {
@@ -27,7 +27,7 @@ __device__ __forceinline__ void multiply_tiles(float (&out)[2][4], uint32_t left
   }
 }
 
-// Blocks of a multiprocessor: for more of them ptxas spills.
+// CTAs per SM: with more ptxas spills.
 template <typename T, int kDim>
 constexpr int kBiasBlocks = sizeof(T) == 4 && kDim > 128 ? 4 : 6;
 
@@ -89,6 +89,7 @@ __global__ void __launch_bounds__(kBiasThreads, kBiasBlocks<T, kDim>)
           cp_async_commit();
           cp_async_wait<0>();
           __syncthreads();
+          // S = Q K^T, dP = dO V^T
           float qk[2][4] = {}, dp[2][4] = {};
           multiply_tiles<T, Tile>(qk, q + warp_row * Tile::kRowBytes, k, lane);
           multiply_tiles<T, Tile>(dp, dout + warp_row * Tile::kRowBytes, v, lane);

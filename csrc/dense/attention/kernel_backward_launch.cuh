@@ -1,4 +1,4 @@
-// Launches the kernels of one element type and mode.
+// Launches the sm_80 backward kernels of one element type and mode.
 #pragma once
 #include "cuda/launch.cuh"
 #include "dense/attention/head_dim.cuh"
@@ -32,7 +32,7 @@ const char* launch_side(BackwardArgs args, cudaStream_t stream) {
 // Rarer modes have fewer instances, and not the largest ones.
 constexpr int64_t kLargestElementwise = 128;
 
-// Needs the statistics of the rows.
+// Requires the row statistics.
 template <typename T, Mode kMode>
 const char* launch_pairs(const BackwardArgs& args, cudaStream_t stream) {
   const auto launch_dim = [&]<int kDim>(Index<kDim>) {
@@ -45,7 +45,7 @@ const char* launch_pairs(const BackwardArgs& args, cudaStream_t stream) {
     return visit_head_dim(args.largest_dim(), launch_dim);
 }
 
-// Rows of the queries' side that one entry of the sums covers.
+// Rows per entry of sums on the queries' side.
 template <typename T>
 int rows_of_sum(int64_t dim) {
   return visit_head_dim(

@@ -1,18 +1,17 @@
-// Backward, seven products in two launches without atomics: one kernel owns the keys, one the
-// queries. Both are the same program, seen from either side:
+// sm_80 backward: seven products in two launches, without atomics. One kernel owns the keys, one
+// the queries; both are the same program, seen from either side:
 //
 //   keys:     S = K Q^T, dP = V dO^T, dV += P dO, dK += dS Q
 //   queries:  S = Q K^T, dP = dO V^T, dQ += dS K
 //   softmax:  dS = P (dP - delta), delta = rowsum(dO O) - dlse;   sigmoid: dS = P (1 - P) dP
-//   that fades by F: dS = P (F dP - delta), dV += P F dO
-//   others:   P = f(S) / r, dS = f'(S) (dP - delta) / r; of a sum s r = s + 1e-8 and
+//   with ALiBi decay F: dS = P (F dP - delta), dV += P F dO
+//   others:   P = f(S) / r, dS = f'(S) (dP - delta) / r; for Normalize::sum r = s + 1e-8 and
 //             delta = rowsum(dO O) - r ds, else delta = 0
 //
-// Rows are owned, columns pass by in tiles. Two warps share kRows rows: the warp of S
-// holds the fragments of K (or Q) and makes S and P, the warp of dS those of V (or dO) and makes dP
-// and dS. No warp could hold both operands and both sums. P reaches the warp of dS, and dS of the
-// queries' side the warp of S, through shared memory, each lane's own elements, in the order of the
-// accumulators.
+// Rows are owned, columns stream by in tiles. Two warps share kRows rows: the S warp holds the
+// fragments of K (or Q) and makes S and P, the dS warp holds V (or dO) and makes dP and dS. No warp
+// could hold both operands and both accumulators. P goes to the dS warp, and on the queries' side
+// dS to the S warp, through shared memory, each lane's own elements, in accumulator order.
 #pragma once
 #include "dense/attention/kernel_backward_shape.cuh"
 
@@ -25,40 +24,40 @@ struct PairWorker {
   using Left = Fragment<T, 4>;
   static constexpr bool kKeys = kSide == Side::keys;
   static constexpr int kTiles = Shape::kTiles;
-  static constexpr int kDepth = kDim / kMmaDepth<T>;  // products along a row
-  // On the queries' side each of the two warps sums every other block of 16 columns.
+  static constexpr int kDepth = kDim / kMmaDepth<T>;  // MMAs along a row
+  // On the queries' side each of the two warps accumulates every other block of 16 columns.
   static constexpr int kBlocks = kKeys ? kDim / 16 : kDim / 32;
-  // Weights are scaled (sigmoid alone); those of the queries' side are not rounded to T.
+  // P is scaled where scales_weights() says so; on the queries' side P is not rounded to T.
   static constexpr bool kScale = kKeys && std::is_same_v<T, __half> && kMode != Mode::softmax;
   static constexpr bool kStatistics = kMode != Mode::sigmoid && kMode != Mode::fast_sigmoid;
-  // The score mod differs from head to head.
+  // The score_mod differs between heads.
   static constexpr bool kOfHead = kMode != Mode::softmax && kMode != Mode::elementwise;
-  // Sums of weights may be tiny, and infinity times a dP - delta of 0 is NaN.
+  // Row sums may be tiny, and infinity times a dP - delta of 0 is NaN.
   static constexpr bool kClamps =
       Shape::kPacked && std::is_same_v<T, __half> && kMode == Mode::elementwise;
   using Mod = BackwardScoreMod<kMode, kScale>;
 
   const BackwardArgs& args;
   const AttentionParams& p;
-  uint32_t exchange;  // of the lane: the only address that outlives a tile
-  // Of the warp and its tile: derived anew for each tile.
+  uint32_t exchange;  // the lane's exchange slot: the only address that outlives a tile
+  // Derived anew for each tile from the warp and the exchange slot:
   BlockInfoView info;
   int lane, pair;
   bool makes_ds;
-  int full;  // barrier of the pair; full + 1 is the way back
+  int full;  // barrier of the pair, P or slopes written; full + 1: the opposite direction
   uint32_t base, ring, owned;
-  int first_row;  // set for masked tiles and for those of Mode::general
-  int counter;    // of tiles, if not in shared memory
+  int first_row;  // set for masked tiles and in Mode::general
+  int counter;    // tile number, if it is not in shared memory
   Left left[Shape::kHeld ? kTiles : 1][Shape::kHeld ? kDepth : 1];
   float acc[kTiles][2 * kBlocks][4];
-  float statistics[kTiles][2];  // of the rows, on the queries' side
+  float statistics[kTiles][2];  // row statistics, on the queries' side
   float bias_sum = 0, slope_sum = 0;
 
-  // From the beginning of shared memory.
+  // shared: start of shared memory.
   __device__ __forceinline__ void enter(uint32_t shared) {
     exchange = 0;
     place();
-    // Through a shuffle: of a sum, ptxas would keep the summands.
+    // Through a shuffle: ptxas would keep the summands of a sum.
     exchange = __shfl_sync(kFullWarp, shared - info.address, lane);
     place();
   }
@@ -91,18 +90,19 @@ struct PairWorker {
     return info.address + kTileNumberOffset + thread_count() * 4 +
            thread_index() * sizeof(PairAddresses);
   }
-  // Parks what plain sigmoid knows of a head in shared memory; the loop has no register for it.
+  // Parks the constant of a head for plain sigmoid in shared memory; the mainloop has no register
+  // for it.
   __device__ void park_constant(const Mod& score_mod) const {
     store_shared<offsetof(PairAddresses, statistics)>(own_addresses(),
                                                       __float_as_uint(score_mod.constant));
   }
-  // Number of the tile of columns.
+  // Column tile number.
   __device__ __forceinline__ int tile() const {
     if constexpr (Shape::kWide) return counter;
     return load_int<0>(own_tile_number());
   }
   __device__ __forceinline__ void next_tile() {
-    cuda::keep(exchange);  // what is derived from it must not outlive the tile
+    cuda::keep(exchange);  // values derived from it must not outlive the tile
     place();
     if constexpr (Shape::kWide)
       ++counter;
@@ -130,13 +130,13 @@ struct PairWorker {
     return make_fragment<T>(words[0], words[1], words[2], words[3]);
   }
 
-  // out = init + rows of block m times (8 rows of the tile, from kRow on)^T, handed to
-  // use(Index<m>{}, out) for each active block.
+  // out = init + (rows of block m) (8 rows of the tile from kRow on)^T; calls use(Index<m>{}, out)
+  // for each active block m.
   template <bool kMasked, int kRow, typename Init, typename Use>
   __device__ __forceinline__ void multiply_rows(uint32_t address, unsigned active, const Init& init,
                                                 const Use& use) const {
     constexpr int kParts = Tile::kRowBytes / 64;
-    // Holding either the right operands of all parts or the sums of all blocks.
+    // Holds either the B operands of all parts or the accumulators of all blocks.
     constexpr bool kHoldRight = kParts < kTiles;
     uint32_t words[kHoldRight ? kParts : 1][4];
     float out[kHoldRight ? 1 : kTiles][4];
@@ -178,13 +178,13 @@ struct PairWorker {
     }
   }
 
-  // acc += a times the 16 rows of the tile from kRow on
+  // acc += A times the 16 rows of the tile from kRow on: dV += P dO, dK += dS Q or dQ += dS K
   template <bool kMasked, int kRow>
   __device__ __forceinline__ void accumulate(const Left (&a)[Shape::kDepths][kTiles],
                                              uint32_t address, unsigned active) {
     unroll<kBlocks>([&](auto i) {
       if constexpr (!Shape::kWide) {
-        // All right operands would be loaded ahead.
+        // Otherwise all B operands would be loaded ahead.
         if constexpr (kKeys && i == kBlocks / 2) end_block(args.heads_per_block);
         uint32_t words[4];
         const auto load = [&](uint32_t at, auto offset) {
@@ -218,10 +218,10 @@ struct PairWorker {
     });
   }
 
-  // Where a lane sends block i of a plane, from its `exchange` on.
+  // Offset from `exchange` at which a lane passes block kIndex of plane kPlane.
   template <int kPlane, int kIndex>
   static constexpr int kSlot = (kPlane * Shape::kPlaneSlots + kIndex) * Shape::kSlotBytes;
-  // Accumulators of columns 8 h .. 8 h + 7 as their part of a left operand.
+  // Accumulators of columns 8 h .. 8 h + 7 as part of an A fragment.
   __device__ __forceinline__ static void to_left(Left (&to)[Shape::kDepths][kTiles], int m, int h,
                                                  const float (&x)[4]) {
     if constexpr (Shape::kWide) {
@@ -233,7 +233,7 @@ struct PairWorker {
     }
   }
 
-  // Statistics of element i of an accumulator: `columns` are those of its two columns.
+  // Statistic for accumulator element i; columns: statistics of its two columns.
   __device__ __forceinline__ float statistic(int m, int i, float2 columns) const {
     if constexpr (kKeys) return i % 2 ? columns.y : columns.x;
     return statistics[m][i / 2];
@@ -248,7 +248,7 @@ struct PairWorker {
     return load_float2<kColumn * 4>(address);
   }
 
-  // Columns that a row sees, as an interval of what is added to `column`.
+  // Visible columns of a row, relative to `column`.
   struct Seen {
     int begin;
     unsigned length;
@@ -265,12 +265,11 @@ struct PairWorker {
     return first_row + 16 * m + i / 2 * 8 + lane / 4;
   }
 
-  // The mask of a head.
+  // Mask of a head.
   __device__ __forceinline__ HeadMask mask_of(const Mod& score_mod) const {
     return {p.mask, args.bounds, score_mod.batch, score_mod.head, score_mod.sequence};
   }
-  // Which elements of an accumulator the mask shows, as bits; `first`: the column of elements 0
-  // and 2.
+  // Visible elements of an accumulator under the mask, as bits; first: column of elements 0 and 2.
   __device__ __forceinline__ unsigned seen_pairs(const Mod& score_mod, int m, int first) const {
     unsigned seen = 0;
 #pragma unroll 1
@@ -282,7 +281,8 @@ struct PairWorker {
     return seen;
   }
 
-  // `column` is the first of 16, at row kRow of the tiles of `stage`.
+  // S warp: S = Q K^T, P and slopes; dV += P dO or dQ += dS K. column: first of 16, at row kRow of
+  // the tiles.
   template <bool kMasked, int kRow>
   __device__ __forceinline__ void score_step(const Mod& score_mod, const PairAddresses& stage,
                                              int column, unsigned active) {
@@ -399,7 +399,7 @@ struct PairWorker {
     accumulate<kMasked, kRow>(ds, stage.columns, active);
   }
 
-  // Blocks of 16 rows that see any of the 16 columns from `column` on, as bits.
+  // Bits of the 16-row blocks that see any of the 16 columns from `column` on.
   __device__ unsigned active_blocks(int column) const {
     unsigned active = 0;
     const MaskBand band = info.band();
@@ -412,7 +412,8 @@ struct PairWorker {
     }
     return active;
   }
-  // Those that a mask leaves of them, and from bit kWholeAt on those of which it hides nothing.
+  // The active blocks that the mask does not fully hide, and from bit kWholeAt on the fully visible
+  // ones.
   static constexpr int kWholeAt = 16;
   __device__ __forceinline__ unsigned shown_blocks(const Mod& score_mod, int column,
                                                    unsigned active) const {
@@ -425,7 +426,7 @@ struct PairWorker {
     return __ballot_sync(kFullWarp, sight.some) | __ballot_sync(kFullWarp, sight.all) << kWholeAt;
   }
 
-  // The tiles of a stage, whose first column is `first`.
+  // Runs the tiles of a stage, whose first column is `first`.
   template <bool kMasked>
   __device__ __forceinline__ void run_tile(const Mod& score_mod, PairAddresses stage, int first) {
     if constexpr (kMasked || kMode == Mode::general) first_row = info.first_row(pair);
@@ -445,7 +446,7 @@ struct PairWorker {
       else
         steps([&](auto row) { score_step<false, row>(score_mod, stage, 0, 0); });
     } else {
-      // The end is read again: a register for it is one too many.
+      // The end is reloaded: a register for it is one too many.
       int column = first;
 #pragma unroll 1
       do {
@@ -466,7 +467,7 @@ struct PairWorker {
     }
   }
 
-  // dP of block m becomes dz, by the weights e before they fade.
+  // ALiBi as decay: turns dP of block m into dz, from the weights e without decay.
   __device__ __forceinline__ void fade(const Mod& score_mod, const float (&e)[4], float (&dp)[4],
                                        int m, int first, float2 columns) {
 #pragma unroll
@@ -480,7 +481,7 @@ struct PairWorker {
     }
   }
 
-  // Gradients of logits dz of block m; `first` is the column of elements 0 and 2.
+  // Adds the gradients of logits dz of block m to the sums; first: column of elements 0 and 2.
   __device__ __forceinline__ void add_sums(const Mod& score_mod, const float (&dz)[4], int m,
                                            int first) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// Behind the products of the backward: sums over the pairs.
+// Postprocess kernel of the backward: sums over all pairs.
 #pragma once
 #include "dense/attention/kernel_backward_shape.cuh"
 
@@ -6,10 +6,10 @@ namespace tokenmill::cuda {
 
 constexpr int kSumThreads = 256;
 
-// The sum of all threads' x, in an order of its own, for thread 0.
+// Sum of x over all threads, in a fixed order.
 __device__ inline double block_sum(double x) {
   __shared__ double sums[kSumThreads];
-  __syncthreads();  // the sum before this one is read
+  __syncthreads();  // the previous sum has been read
   sums[threadIdx.x] = x;
   for (int n = kSumThreads / 2; n > 0; n /= 2) {
     __syncthreads();
@@ -19,9 +19,9 @@ __device__ inline double block_sum(double x) {
   return sums[0];
 }
 
-// dscore_bias, dalibi_slopes and dsink of one head of one sequence. step: rows of one sum. Of
-// softmax a row of dS adds up to dlse + P_sink delta, and dscore_bias is taken from that: the sum
-// itself cancels, down to the errors of P and dP.
+// dscore_bias, dalibi_slopes and dsink of one head of one sequence. step: rows per entry of sums.
+// For softmax a row of dS adds up to dlse + P_sink delta, and dscore_bias is taken from that: the
+// sum itself cancels, down to the errors of P and dP.
 static __global__ void __launch_bounds__(kSumThreads)
     sum_kernel(const __grid_constant__ BackwardArgs args, int step) {
   const AttentionBackwardParams& bp = args.p;
@@ -55,7 +55,8 @@ static __global__ void __launch_bounds__(kSumThreads)
     for (int64_t i = threadIdx.x; i < s.q_length; i += kSumThreads) {
       if (lse[i] == -infinity()) continue;
       if (p.sink) {
-        const float weight = p.sink[h] == lse[i] ? 1.f : expf(p.sink[h] - lse[i]);  // also inf
+        // equality covers inf
+        const float weight = p.sink[h] == lse[i] ? 1.f : expf(p.sink[h] - lse[i]);
         sink += static_cast<double>(weight) * minus_delta[i];
       }
       if (dlse) bias += dlse[i];

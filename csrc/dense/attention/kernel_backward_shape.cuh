@@ -1,4 +1,4 @@
-// What a block of the backward is made of: arguments, sizes of tiles, what lies in shared memory.
+// Arguments, tile sizes and shared-memory layout of the sm_80 backward.
 #pragma once
 #include <cstddef>
 
@@ -16,24 +16,24 @@ namespace tokenmill::cuda {
 
 struct BackwardArgs {
   AttentionBackwardParams p;
-  int64_t row_blocks;   // of a sequence, packed: of all
-  int heads_per_block;  // of a group of query heads, on the queries' side
-  bool vectors;         // inputs may be read 16 bytes at once
-  bool whole;           // and all their rows have kDim elements
-  bool store_vectors;   // gradients, which are contiguous, may be written 8 bytes at once
+  int64_t row_blocks;   // row tiles per sequence; packed: over all sequences
+  int heads_per_block;  // on the queries' side: heads of one GQA group
+  bool vectors;         // inputs allow 16-byte loads
+  bool whole;           // in addition, all rows have kDim elements
+  bool store_vectors;   // gradients, which are contiguous, allow 8-byte stores
   bool direct_bias;     // no dimension of dbias is broadcast
-  float factor;         // of q.k in the argument of a plain map
-  float weight_scale;   // what weights are multiplied by before they are rounded to T
-  int64_t head_sums;    // blocks_of_sums
-  MaskBounds bounds;    // of a call with a mask
+  float factor;         // plain modes: from q.k to the argument of the map
+  float weight_scale;   // scale of the weights before they are rounded to T
+  int64_t head_sums;    // blocks_of_sums()
+  MaskBounds bounds;    // of the mask, if the call has one
 
   int64_t largest_dim() const {
     return p.forward.head_dim > p.forward.value_dim ? p.forward.head_dim : p.forward.value_dim;
   }
 };
 
-// Shared memory begins with BlockInfo, PairInfo of each pair, and the number of the tile and
-// PairAddresses of each thread.
+// Start of shared memory: BlockInfo, a PairInfo per pair, then tile number and PairAddresses of
+// each thread.
 constexpr int kPairInfoOffset = 128, kTileNumberOffset = 256;
 
 template <typename T, int kDim, Mode kMode>
@@ -42,22 +42,22 @@ struct PairShape {
 
   static constexpr bool kWide = sizeof(T) == 4;
   static constexpr bool kGeneral = kMode == Mode::general;
-  // The left operands of the first product stay in registers.
+  // A fragments of the first product stay in registers.
   static constexpr bool kHeld = !kWide && !(kGeneral && kDim > 128);
   static constexpr int kBudget = kDim <= 64 ? 4 : kDim <= 128 ? 2 : 1;
   static constexpr int kTiles = kWide ? 1 : kGeneral && kDim <= 128 ? kBudget / 2 : kBudget;
   static constexpr int kRows = 16 * kTiles;
   static constexpr int kColumns = kWide ? 16 : kDim <= 128 ? 64 : 32;
-  static constexpr int kStep = 16;                      // columns at once
-  static constexpr int kDepths = kStep / kMmaDepth<T>;  // products that a step of columns takes
-  // 16-bit weights on their way to the warp of dS, where shared memory is what binds.
+  static constexpr int kStep = 16;                      // columns per step
+  static constexpr int kDepths = kStep / kMmaDepth<T>;  // MMAs per step of columns
+  // Weights are passed to the dS warp in 16 bits where shared memory is the limit.
   static constexpr bool kPacked = !kWide && kDim > 64 && !kGeneral;
   static constexpr int kPlanes = kGeneral ? 2 : 1;
 
   static constexpr int kSlotBytes = kWarpSize * kChunkBytes;
   static constexpr int kPlaneSlots = kTiles * (kPacked ? 1 : 2);
   static constexpr int kExchangeBytes = kPlanes * kPlaneSlots * kSlotBytes;
-  static constexpr int kOwnedBytes = 2 * kRows * Tile::kRowBytes;  // of a pair
+  static constexpr int kOwnedBytes = 2 * kRows * Tile::kRowBytes;  // per pair
   static constexpr int kTileBytes = kColumns * Tile::kRowBytes;
   static constexpr int kStatisticsBytes = 2 * kColumns * 4;
   static constexpr int kStageBytes = 2 * kTileBytes + kStatisticsBytes;
@@ -74,21 +74,21 @@ struct PairShape {
   }
 };
 
-// Sums of the rows of a sequence, one for each 16 rows: its first.
+// Index of the sums of a sequence's first 16 rows.
 __device__ inline int64_t sums_offset(const BackwardArgs& args, int64_t b, int64_t start,
                                       int64_t h) {
   const AttentionParams& p = args.p.forward;
   return p.cu_seqlens_q ? h * args.head_sums + start / 16 + b : (b * p.heads + h) * args.head_sums;
 }
 
-// Barriers of 64 threads; 0 is that of the block.
+// Named barriers of 64 threads; 0 is __syncthreads().
 __device__ __forceinline__ void pair_sync(int barrier) {
   asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory");
 }
 __device__ __forceinline__ void pair_arrive(int barrier) {
   asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory");
 }
-// The same for the barrier after it, whose number is not worth a register.
+// The same for barrier + 1, whose number is not worth a register.
 __device__ __forceinline__ void pair_sync_next(int barrier) {
   asm volatile("{ .reg .b32 next; add.s32 next, %0, 1; bar.sync next, 64; }" ::"r"(barrier)
                : "memory");
@@ -98,21 +98,21 @@ __device__ __forceinline__ void pair_arrive_next(int barrier) {
                : "memory");
 }
 
-// What a block rarely needs, in shared memory: the loop has no registers to spare.
+// Rarely needed state of a CTA in shared memory: the mainloop has no registers to spare.
 struct BlockInfo {
-  int low, high, columns, rows;  // MaskBand, and the rows that it is for
-  int begin, tiles, total;  // columns that the block sees: the first, tiles of a head and of all
+  int low, high, columns, rows;  // MaskBand, and the number of rows it applies to
+  int begin, tiles, total;       // first visible column; tiles per head, and over all heads
   int64_t batch, row_start, first_head;
-  const void *x, *y;  // column 0 of the first head: k or q, v or dout
+  const void *x, *y;  // column 0 of the first head of K (or Q) and of V (or dO)
   const float *minus_lse, *minus_delta;
 };
 
-// Columns that a pair sees, and those that all its rows see; its first row.
+// Columns that a pair's rows see; full: columns that all its rows see.
 struct PairInfo {
   int begin, end, full_begin, full_end, first_row, padding[3];
 };
 
-// BlockInfo at `address`; each read is a load.
+// BlockInfo at shared address `address`; each read is a load.
 struct BlockInfoView {
   uint32_t address;
 
@@ -139,7 +139,7 @@ struct BlockInfoView {
   __device__ int64_t first_head() const {
     return load_long<offsetof(BlockInfo, first_head)>(address);
   }
-  // PairInfo
+  // PairInfo of pair `pair`.
   __device__ bool sees(int pair, int first, int last) const {
     const uint32_t at = pair_address(pair);
     return first < load_int<offsetof(PairInfo, end)>(at) &&
@@ -160,12 +160,12 @@ struct BlockInfoView {
   }
 };
 
-// Where a lane finds its parts of the tiles of a stage, counted from it; they move with the row of
-// a step.
+// A lane's addresses in the tiles of a stage, relative to its start; they advance with the row of a
+// step.
 struct PairAddresses {
-  uint32_t rows;        // right operands of its first product: 8 rows, transposed
-  uint32_t columns;     // right operands of its sums: 16 rows
-  uint32_t statistics;  // of the columns; plain sigmoid: the constant of its scores
+  uint32_t rows;        // B operands of the first product: 8 rows, transposed
+  uint32_t columns;     // B operands of the gradient products: 16 rows
+  uint32_t statistics;  // per column; plain sigmoid: the constant of its scores
   uint32_t padding;
 };
 

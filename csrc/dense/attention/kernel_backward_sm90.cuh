@@ -1,15 +1,15 @@
-// Backward on compute capability 9.0a, of the calls that takes_sm90 lets in: five products.
+// sm_90a backward, for calls that takes_sm90() accepts: five products.
 //
 //   S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dK += dS^T Q    dQ += dS K
 //   softmax: dS = P (dP - delta), delta = rowsum(dO O) - dlse;   sigmoid: dS = P (1 - P) dP
 //
-// A block owns kBlockKeys keys of a KV head and runs over the tiles of queries, of all heads of the
-// group, that see them. One warp loads Q, dO and the statistics of rows into kStages stages. Each
-// of two warpgroups owns 64 keys: their S^T, P^T, dP^T and dS^T are accumulators, which, rounded,
-// are the left operands of dV and dK as they are. dS goes through shared memory, and the warpgroups
-// make tiles of dQ in turn. Another warp adds them to a sum in float32 in global memory, when the
-// blocks of later keys have added theirs: the order is always the same. A second kernel then rounds
-// the sums. Of wide heads a block has 64 keys, see kernel_backward_sm90_wide.cuh.
+// A CTA owns kBlockKeys keys of a KV head and runs over the query tiles, of all heads of the GQA
+// group, that see them. One producer warp loads Q, dO and the row statistics into kStages stages.
+// Each of two consumer warpgroups owns 64 keys: S^T, P^T, dP^T and dS^T are accumulators, which,
+// rounded, are the A operands of dV and dK as they are. dS goes through shared memory, and the
+// warpgroups compute tiles of dQ in turn. Another warp adds them to a float32 accumulator in global
+// memory, after the CTAs of later keys have added theirs: the order is deterministic. A second
+// kernel rounds dQ. For wide heads a CTA has 64 keys, see kernel_backward_sm90_wide.cuh.
 #pragma once
 #include <algorithm>
 
@@ -21,7 +21,7 @@
 
 namespace tokenmill::cuda {
 
-// A warpgroup that multiplies: 64 keys.
+// Consumer warpgroup: 64 keys.
 template <typename T, typename Shape, Weights kWeights>
 class Sm90Keys {
  public:
@@ -74,8 +74,8 @@ class Sm90Keys {
     shared_.slope_sums.note(sum, number, threadIdx.x / kWarpSize - kWarpgroupThreads / kWarpSize);
   }
 
-  // dV and dK of a tile, and its dS to shared memory. kGeneral: a mask or an end cuts it, or the
-  // plan is general.
+  // One query tile: dV += P^T dO, dK += dS^T Q, and dS to shared memory. kGeneral: a mask or an end
+  // cuts the tile, or plan.general.
   template <bool kGeneral>
   __device__ __forceinline__ void add_tile(int query0, unsigned number) {
     const int stage = Stage<Shape>(number).index;
@@ -83,7 +83,8 @@ class Sm90Keys {
     const uint32_t dout = shared_address(shared_.dout[stage]);
     const uint32_t own = threadIdx.x % 4 * 8;
     float s[kQueries / 2], dp[kQueries / 2];
-    uint32_t p[kQueries / 4], ds[kQueries / 4];  // ds: of packed slopes first
+    uint32_t p[kQueries / 4], ds[kQueries / 4];  // ds holds packed slopes at first
+    // S^T = K Q^T; dP^T = V dO^T early where registers allow
     start_qk<T, kHeadDim, kQueries>(s, shared_address(shared_.k[warpgroup_]), q);
     if constexpr (kEarly<kGeneral>)
       start_qk<T, kHeadDim, kQueries>(dp, shared_address(shared_.v[warpgroup_]), dout);
@@ -92,6 +93,7 @@ class Sm90Keys {
                                        shared_address(shared_.minus_lse[stage]) + own);
     if constexpr (!kEarly<kGeneral>)
       start_qk<T, kHeadDim, kQueries>(dp, shared_address(shared_.v[warpgroup_]), dout);
+    // dV += P^T dO
     start_pv<T, kQueries>(dv_, p, dout);
     wait_for_product<1>(dp);
     [[maybe_unused]] const float sum = weighing_.template make_ds<kGeneral>(
@@ -102,6 +104,7 @@ class Sm90Keys {
           const float2 a = unpack<T>(words[2 * n]), b = unpack<T>(words[2 * n + 1]);
           return {a.x, a.y, b.x, b.y};
         });
+    // dK += dS^T Q
     start_pv<T, kQueries>(dk_, ds, q);
     weighing_.store_ds(shared_address(shared_.ds[number % 2]), ds);
     if constexpr (kGeneral && !Weighing::kSoftmax) {
@@ -113,13 +116,13 @@ class Sm90Keys {
     finish_tile(number);
   }
 
-  // The stage may be loaded again, and dS of both warpgroups is written.
+  // Releases the stage, and waits until both warpgroups have written dS.
   __device__ void finish_tile(unsigned number) {
     release(shared_.empty[Stage<Shape>(number).index]);
     meet();
   }
 
-  // The tile's dQ or, see Shape, dQ^T.
+  // dQ = dS K, or dQ^T, see Shape::kTransposed, to shared memory for the dQ warp.
   __device__ __forceinline__ void add_to_queries(int query0, unsigned number) {
     constexpr int kBlock = Shape::kRows * kBoxRowBytes;
     const ColumnOperand ds{shared_address(shared_.ds[number % 2]), Shape::kSlabs * kBlock, kBlock};
@@ -150,7 +153,7 @@ class Sm90Keys {
     weighing_.store_sums(bp_.dk, dk_, plan_.dq_factor);
   }
 
-  // The threads of both warpgroups.
+  // Barrier of both consumer warpgroups.
   static __device__ void meet() {
     asm volatile("barrier.sync 1, %0;" ::"n"(Shape::kWarpgroups * kWarpgroupThreads) : "memory");
   }
@@ -189,7 +192,7 @@ __global__ void __launch_bounds__(Sm90BackwardShapeOf<kHeadDim>::kThreads, 1)
       none.fill(rows_at<T>(*to, 0, 0, keys.h), to->seq, kHeadDim, 0);
     return;
   }
-  // From the first lane: the compiler then knows that it is the same for a warp.
+  // Broadcast from lane 0 so that the compiler knows the value to be warp-uniform.
   const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpSize, 0);
   if (warp < kWarpgroupThreads / kWarpSize) {
     shrink_registers<Shape::kLoadRegisters>();
@@ -209,7 +212,8 @@ __global__ void __launch_bounds__(Sm90BackwardShapeOf<kHeadDim>::kThreads, 1)
     Sm90KeyGradient<T, Shape, kWeights>(bp, plan, shared, keys).run();
 }
 
-// Rounds the sums of a tile of queries. Nobody has added to one that sees no keys.
+// Postprocess: rounds the dQ accumulator of a query tile; nothing was added for a tile that sees no
+// keys.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(Sm90BackwardShapeOf<kHeadDim>::kTileFloats / 32)
     attention_backward_round_kernel(const __grid_constant__ AttentionBackwardParams bp,
@@ -230,7 +234,7 @@ __global__ void __launch_bounds__(Sm90BackwardShapeOf<kHeadDim>::kTileFloats / 3
     number =
         head * plan.query_tiles + first_slot(place.rows, place.b, Shape::kTileQueries) + place.tile;
   }
-  // 128 threads take 32 of each thread's sums, see add_to_queries: 64 columns or, of dQ^T, 64
+  // 128 threads take 32 sums of each thread of add_to_queries: 64 columns of dQ or, of dQ^T, 64
   // queries.
   const int thread = warpgroup_thread(), lane = thread % kWarpSize;
   const int block = threadIdx.x / kWarpgroupThreads, own = thread / kWarpSize * 16;
@@ -304,7 +308,7 @@ const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) 
                                                               stream, bp, plan);
 }
 
-// Defined in a generated source for each element type and map.
+// Instantiated in a generated source for each element type and map.
 template <typename T, Weights kWeights>
 const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) {
   return visit_sm90_dim(call.params.forward.head_dim, [&](auto dim) -> const char* {

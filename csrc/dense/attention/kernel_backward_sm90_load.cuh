@@ -1,5 +1,4 @@
-// What the first warpgroup of the backward on compute capability 9.0a does: it loads, and adds
-// tiles of dQ to their sums.
+// Producer warp and dQ warp of the sm_90a backward.
 #pragma once
 #include <type_traits>
 
@@ -9,23 +8,23 @@
 
 namespace tokenmill::cuda {
 
-// Loads of a warp. Behind the end of a packed sequence lie rows of another one, which may be NaN:
-// zeros replace those that a tile has. kStatistics: lanes load statistics of rows, too.
+// Loads of the producer warp. Rows after the end of a packed sequence belong to another one and may
+// be NaN: in a tile that is cut they are cleared. kStatistics: the lanes also load row statistics.
 template <typename Shape, bool kStatistics>
 class Sm90BackwardLoads {
  public:
-  // cut_full: of tiles that have an end.
+  // cut_full: barrier for tiles that contain the end of a sequence.
   __device__ Sm90BackwardLoads(Mbarrier& cut_full, const AttentionParams& p, int b)
       : batch(p.cu_seqlens_q ? 0 : b), cut_full_(cut_full), packed_(p.cu_seqlens_q) {}
 
-  const int batch;  // of boxes
+  const int batch;  // batch coordinate of TMA boxes
 
-  // Until a stage is empty. Lanes that load nothing must not wait: they could be two phases late.
+  // Waits for an empty stage. Lanes that load nothing must not wait: they could be two phases late.
   __device__ __forceinline__ void wait(Mbarrier& empty, unsigned parity) {
     if (kStatistics || threadIdx.x % kWarpSize == 0) empty.wait(parity);
   }
 
-  // Of the first `rows`, times a factor, and zeros behind them.
+  // Statistics of the first `rows` rows, times factor, then zeros.
   __device__ __forceinline__ void load_statistics(float (&to)[Shape::kTileQueries],
                                                   const float* from, int rows, float factor) {
     if constexpr (kStatistics) {
@@ -37,8 +36,8 @@ class Sm90BackwardLoads {
     }
   }
 
-  // copy(barrier) of tiles of rows up to `end`, and clear_end() if the sequence ends before, then
-  // `full` ends its phase.
+  // Issues copy(barrier) for tiles of rows up to `end`; if the sequence ends before, waits and
+  // calls clear_end(). Then `full` completes its phase.
   template <typename Copy, typename ClearEnd>
   __device__ __forceinline__ void load(const PackedRows& rows, int end, Mbarrier& full,
                                        const Copy& copy, const ClearEnd& clear_end) {
@@ -52,7 +51,7 @@ class Sm90BackwardLoads {
     if (threadIdx.x % kWarpSize == 0) full.arrive();
   }
 
-  // K and V of a block.
+  // K and V of a CTA.
   __device__ __forceinline__ void load_keys(const Sm90BackwardPlan& plan,
                                             Sm90BackwardShared<Shape>& shared,
                                             const Sm90KeyTile& keys) {
@@ -77,7 +76,7 @@ class Sm90BackwardLoads {
         });
   }
 
-  // visit(head, first query, number) of all tiles.
+  // Calls visit(head, first query, number) for all query tiles.
   template <typename Visit>
   __device__ __forceinline__ void for_tiles(const Sm90BackwardPlan& plan, const Sm90KeyTile& keys,
                                             const Visit& visit) {
@@ -96,7 +95,7 @@ class Sm90BackwardLoads {
   unsigned cuts_ = 0;  // tiles with an end so far
 };
 
-// The warp that loads.
+// Producer warp.
 template <bool kStatistics, typename Shape>
 __device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90BackwardPlan& plan,
                                    Sm90BackwardShared<Shape>& shared, const Sm90KeyTile& keys) {
@@ -160,7 +159,7 @@ __device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90
   });
 }
 
-// The thread that adds tiles of dQ, and slopes of theirs, to the sums, in turns.
+// Thread that adds dQ tiles, and their slope sums, to the accumulators in global memory, in turns.
 template <typename Shape>
 __device__ void add_queries_sm90(const AttentionBackwardParams& bp, const Sm90BackwardPlan& plan,
                                  Sm90BackwardShared<Shape>& shared, const Sm90KeyTile& keys) {

@@ -1,4 +1,4 @@
-// Tiles of the backward on compute capability 9.0a, and what its parts share.
+// Tile shapes, tile scheduler and shared memory of the sm_90a backward.
 #pragma once
 #include <type_traits>
 
@@ -11,49 +11,50 @@
 
 namespace tokenmill::cuda {
 
-// A block is one warpgroup that loads and adds to dQ, and two that multiply, of 64 keys each.
+// A CTA has one warpgroup that loads and accumulates dQ, and two consumer warpgroups of 64 keys
+// each.
 template <int kHeadDim_>
 struct Sm90BackwardShape {
   static constexpr bool kWide = false;
   static constexpr int kHeadDim = kHeadDim_;
-  // Of tiles and accumulators, whole boxes: those behind kHeadDim are zeros, which S and dP leave
-  // out.
+  // Columns of tiles and accumulators, whole TMA boxes: columns from kHeadDim on are zeros, which S
+  // and dP skip.
   static constexpr int kColumns = (kHeadDim + kBoxColumns - 1) / kBoxColumns * kBoxColumns;
   static constexpr int kWarpgroups = 2;
-  static constexpr int kRows = 64;  // keys of a warpgroup
+  static constexpr int kRows = 64;  // keys per warpgroup
   static constexpr int kSlabs = kWarpgroups, kBlockKeys = kSlabs * kRows;
-  // Queries of a tile. The accumulators of S, dP, dK and dV take kTileQueries + kColumns registers
-  // of a thread, the words of P and dS kTileQueries / 2.
+  // Queries per tile. The accumulators of S, dP, dK and dV take kTileQueries + kColumns registers
+  // per thread, the words of P and dS kTileQueries / 2.
   static constexpr int kTileQueries = sm90_tile_queries(kHeadDim);
   static constexpr int kStages = 2;
-  static constexpr int kLoadRegisters = 24, kMultiplyRegisters = 240;  // 168 at the launch
+  static constexpr int kLoadRegisters = 24, kMultiplyRegisters = 240;  // 168 at launch
   static constexpr int kThreads = (1 + kWarpgroups) * kWarpgroupThreads;
-  static constexpr int kSlabBytes = kRows * kColumns * 2;  // of K, V
+  static constexpr int kSlabBytes = kRows * kColumns * 2;  // of K, of V
   static constexpr int kQueryBytes = kTileQueries * kColumns * 2;
   static constexpr int kScoreBytes = kBlockKeys * kTileQueries * 2;
-  // A tile of dQ is made by one warpgroup, those of 128 queries as dQ^T: a product of 64 rows and
-  // 128 columns reads fewer operands than two of 64.
+  // One warpgroup computes a dQ tile, as dQ^T for 128 queries: one product of 64 rows and 128
+  // columns reads fewer operands than two of 64.
   static constexpr bool kTransposed = kTileQueries > 64;
   static constexpr int kTileFloats = sm90_tile_floats(kHeadDim);
   static_assert(kTileFloats == 64 * 128);
-  static constexpr int kQueryParts = 1;  // of a tile, which go to the sum one by one
+  static constexpr int kQueryParts = 1;  // parts of a dQ tile, accumulated one by one
   static constexpr int kEmptyBarriers = 1;
 };
 
-// Wide heads: both warpgroups have the block's 64 keys. The first one makes weights and dV, the
-// second one dS and dK.
+// Wide heads: both warpgroups share the CTA's 64 keys. The first makes weights and dV, the second
+// dS and dK.
 template <int kHeadDim_>
 struct Sm90WideShape {
   static constexpr bool kWide = true;
   static constexpr int kHeadDim = kHeadDim_, kColumns = kHeadDim;
   static constexpr int kWarpgroups = 2;
   static constexpr int kRows = 64, kSlabs = 1, kBlockKeys = kRows;
-  // The accumulators of dV or dK take kHeadDim / 2 registers of a thread, those of S or dP
-  // kTileQueries / 2, which are done when kPartColumns / 2 are taken by dQ.
+  // The accumulators of dV or dK take kHeadDim / 2 registers per thread, S or dP take kTileQueries
+  // / 2, which are free again when dQ takes kPartColumns / 2.
   static constexpr int kTileQueries = sm90_tile_queries(kHeadDim);
-  static constexpr int kLoadRegisters = 24, kMultiplyRegisters = 240;  // 168 at the launch
+  static constexpr int kLoadRegisters = 24, kMultiplyRegisters = 240;  // 168 at launch
   static constexpr int kThreads = (1 + kWarpgroups) * kWarpgroupThreads;
-  // Of Q, and as many of dO as fit: a warpgroup needs Q longer.
+  // Stages of Q, and as many of dO as fit: Q is needed longer.
   static constexpr int kStages = 2, kGradientStages = kHeadDim <= 192 ? 2 : 1;
   static constexpr int kSlabBytes = kRows * kColumns * 2;
   static constexpr int kQueryBytes = kTileQueries * kColumns * 2;
@@ -61,7 +62,7 @@ struct Sm90WideShape {
   static constexpr bool kTransposed = false;
   static constexpr int kTileFloats = sm90_tile_floats(kHeadDim);
   static constexpr int kQueryParts = kHeadDim <= 192 ? 1 : 2, kPartColumns = kColumns / kQueryParts;
-  // One for the parts of each warpgroup, since none waits for its own last one.
+  // One per warpgroup, since neither waits for its own last part.
   static constexpr int kEmptyBarriers = 2;
 };
 
@@ -69,41 +70,45 @@ template <int kHeadDim>
 using Sm90BackwardShapeOf =
     std::conditional_t<(kHeadDim > 128), Sm90WideShape<kHeadDim>, Sm90BackwardShape<kHeadDim>>;
 
-// What the host chose for a launch.
+// Launch plan, made on the host.
 struct Sm90BackwardPlan {
   CUtensorMap q, k, v, dout;
-  int query_tiles;   // of a head, packed: numbers for those of all sequences
-  int heads, group;  // KV heads of all sequences, packed: of one; query heads of one of them
-  float factor;      // from q.k to the exponent of a weight (fast: the argument of tanh)
-  float dq_factor, dv_factor;  // of the sums; dK has that of dQ
-  float slope_factor;          // of packed slopes in float16
-  float cap_scale;             // softcap: from q.k to the argument of its tanh, which factor takes
-  float lse_factor;            // from minus_lse to bits
+  int query_tiles;             // per head; packed: tile slots of all sequences
+  int heads, group;            // KV heads of all sequences, packed: of one; query heads per KV head
+  float factor;                // from q.k to the exponent of a weight (fast: the argument of tanh)
+  float dq_factor, dv_factor;  // scales of the accumulators; dK has the scale of dQ
+  float slope_factor;          // scale of packed slopes in float16
+  // softcap: from q.k to the argument of tanh, whose result is multiplied by factor
+  float cap_scale;
+  float lse_factor;  // from minus_lse to bits
   bool fast;
   bool general;  // scores are capped, or slopes summed: no tile is plain
-  // [query heads of all sequences, query_tiles, kTileFloats]: sums of dQ, in the order in which
+  // dQ accumulators [query heads of all sequences, query_tiles, kTileFloats], in the order in which
   // threads hold them.
   float* dq;
-  int64_t head_sums;  // of one head, in AttentionBackwardParams::sums
-  // Zeros at first: the number of blocks that have begun, then how many have added to a tile of dq.
+  int64_t head_sums;  // entries per head in AttentionBackwardParams::sums
+  // Zero at launch: begun counts CTAs that have started; turns counts CTAs that have added to each
+  // dQ tile.
   unsigned *begun, *turns;
 };
 
-// Keys first .. of KV head h of a sequence, and the tiles of queries that see any of them.
+// Work tile: keys from `first` on of KV head h of a sequence, and the query tiles that see any of
+// them.
 struct Sm90KeyTile {
-  TilePlace place;  // rows: keys of the sequence. b = -1: a share in the keys that none has
+  // rows: keys of the sequence; b = -1: a share of the keys that belong to no sequence
+  TilePlace place;
   PackedRows queries;
   MaskBand band;  // queries that a key sees
-  // Of the first head of the group: the number of the first tile of queries, and its place in sums.
+  // First query tile of the group's first head in dq, and its place in sums.
   int64_t first_tile, first_sum;
   int index, h, first;
-  int begin, end;  // tiles of queries
-  // Queries that see any key of each slab of kRows keys, and those that see all of them.
+  int begin, end;  // query tiles
+  // Per slab of kRows keys: queries that see any of its keys (seen), and all of its keys (whole).
   int seen_begin[2], seen_end[2], whole_begin[2], whole_end[2];
 
-  // Blocks begin in the order of their numbers. The last keys of a sequence come first: then those
-  // that a tile of queries waits for have begun, and under a causal mask its turns need no wait.
-  // All lanes of a warp together.
+  // CTAs get key tiles in the order in which they start. The last keys of a sequence come first:
+  // then the CTAs that a dQ tile waits for have started, and under a causal mask the turns need no
+  // wait. Called by all lanes of a warp.
   template <typename Shape>
   __device__ static Sm90KeyTile of(const AttentionParams& p, const Sm90BackwardPlan& plan,
                                    unsigned number) {
@@ -141,7 +146,7 @@ struct Sm90KeyTile {
     }
     return t;
   }
-  // Some of the queries of a tile see some of the keys of a slab; all of them see all of them.
+  // sees: some query of a tile sees some key of a slab; is_whole: all queries see all keys.
   template <typename Shape>
   __device__ bool sees(int slab, int query0) const {
     return query0 < seen_end[slab] && query0 + Shape::kTileQueries > seen_begin[slab];
@@ -150,7 +155,7 @@ struct Sm90KeyTile {
   __device__ bool is_whole(int slab, int query0) const {
     return query0 >= whole_begin[slab] && query0 + Shape::kTileQueries <= whole_end[slab];
   }
-  // The turn of this block at a tile of queries that it sees: after those of later keys.
+  // Turn of this CTA at a query tile that it sees: after the CTAs of later keys.
   template <typename Shape>
   __device__ unsigned turn(const AttentionParams& p, int tile) const {
     const int last = min((tile + 1) * Shape::kTileQueries, queries.length) - 1;
@@ -158,13 +163,13 @@ struct Sm90KeyTile {
   }
 
  private:
-  // Keys that a query sees.
+  // band of keys that a query sees
   __device__ Band window(const AttentionParams& p) const {
     return Band::of_window(p.window_left, p.window_right, queries.length, place.rows.length);
   }
 };
 
-// Sums of dS by warps, of tiles in turn: a warp may be two tiles ahead of what is added.
+// Sums of dS per warp, in three slots used in turn: a warp may be two tiles ahead of the dQ warp.
 template <int kWarps>
 class SlopeSums {
  public:
@@ -182,23 +187,23 @@ class SlopeSums {
   float sums_[3][kWarps];
 };
 
-// Shared memory of a block. A barrier `full` ends its phase when what it guards is written, `empty`
-// when it is read.
+// Shared memory of a CTA. A `full` mbarrier completes its phase when its buffer is written, an
+// `empty` one when it has been read.
 template <typename Shape>
 struct alignas(1024) Sm90BackwardShared {
   char k[Shape::kSlabs][Shape::kSlabBytes];
   char v[Shape::kSlabs][Shape::kSlabBytes];
   char q[Shape::kStages][Shape::kQueryBytes];
   char dout[Shape::kStages][Shape::kQueryBytes];
-  char ds[2][Shape::kScoreBytes];  // [keys, queries], blocks of 64 queries; of tiles in turn
+  char ds[2][Shape::kScoreBytes];  // [keys, queries], blocks of 64 queries; double-buffered
   float dq[Shape::kTileFloats];
   float minus_lse[Shape::kStages][Shape::kTileQueries];
   float minus_delta[Shape::kStages][Shape::kTileQueries];
   SlopeSums<Shape::kWarpgroups * kWarpgroupThreads / kWarpSize> slope_sums;
-  Mbarrier keys_full, cut_full;  // cut_full: of tiles whose last rows are then cleared
+  Mbarrier keys_full, cut_full;  // cut_full: for tiles whose last rows are cleared after the load
   Mbarrier full[Shape::kStages], empty[Shape::kStages];
   Mbarrier dq_full, dq_empty[Shape::kEmptyBarriers];
-  Sm90KeyTile keys;  // of the block: the loop has no registers to spare
+  Sm90KeyTile keys;  // work tile of the CTA: the mainloop has no registers to spare
 
   __device__ void init_barriers() {
     constexpr int kWarps = Shape::kWarpgroups * kWarpgroupThreads / 32;
@@ -209,8 +214,8 @@ struct alignas(1024) Sm90BackwardShared {
   }
 };
 
-// Stages of Q with minus lse in bits, or of dO with minus delta: a warpgroup is done with each of
-// them at a time of its own.
+// Stages of Q with minus_lse in bits, or of dO with minus_delta: separate rings, since a warpgroup
+// releases them at different times.
 template <typename Shape, int kStages_>
 struct QueryStages {
   static constexpr int kStages = kStages_;
@@ -231,14 +236,14 @@ struct alignas(1024) Sm90BackwardShared<Sm90WideShape<kHeadDim>> {
   char v[Shape::kSlabs][Shape::kSlabBytes];
   char q[Shape::kStages][Shape::kQueryBytes];
   char dout[Shape::kGradientStages][Shape::kQueryBytes];
-  char ds[2][Shape::kScoreBytes];                         // as above
-  float slopes[Shape::kBlockKeys * Shape::kTileQueries];  // of the map, as threads hold them
+  char ds[2][Shape::kScoreBytes];                         // [keys, queries], double-buffered
+  float slopes[Shape::kBlockKeys * Shape::kTileQueries];  // of the map, in accumulator order
   float dq[Shape::kTileFloats / Shape::kQueryParts];
   QueryStages<Shape, Shape::kStages> queries;
   QueryStages<Shape, Shape::kGradientStages> gradients;
   SlopeSums<kWarpgroupThreads / kWarpSize> slope_sums;
   Mbarrier keys_full, cut_full;
-  Mbarrier slopes_full, ds_full;  // ds_full: and slopes are read
+  Mbarrier slopes_full, ds_full;  // ds_full: dS is written, and slopes are read
   Mbarrier dq_full, dq_empty[Shape::kEmptyBarriers];
   Sm90KeyTile keys;
 

@@ -1,6 +1,6 @@
-// From scores to weights, slopes and dS of 64 keys and a tile of queries, in the registers of a
-// warpgroup of the backward on compute capability 9.0a. Accumulators are keys by queries: element
-// 4 n + 2 h + i of a lane is of its key h and of column 8 n + i from its first one on.
+// Scores to weights, slopes and dS of 64 keys and a query tile, in the registers of an sm_90a
+// warpgroup. Accumulators are keys by queries: element 4 n + 2 h + i of a lane belongs to its key h
+// and to column 8 n + i from its first one on.
 #pragma once
 #include "cuda/arch/sm90/wgmma_columns.cuh"
 #include "cuda/attention/score_mod_backward.cuh"
@@ -15,22 +15,22 @@ class Sm90KeyWeights {
   static constexpr int kRows = Shape::kRows, kQueries = Shape::kTileQueries;
   static constexpr bool kSoftmax = kWeights == Weights::softmax;
   static constexpr bool kScales = !kSoftmax && std::is_same_v<T, __half>;  // see kHalfScale
-  // What registers allow: slopes in float32, else in words; dP that runs while weights are made,
-  // but not where words of slopes are made, too.
+  // Register budget: slopes are kept in float32, or packed; dP runs while weights are made
+  // (kEarly), except where packed slopes are made too.
   static constexpr bool kPacked = kQueries > 64;
   template <bool kGeneral>
   static constexpr bool kEarly = !kPacked || (kSoftmax && !kGeneral);
-  // Slopes that are packed reach 1 / n as weights do. Those of the fast map do not.
+  // Packed slopes reach 1 / n like weights do, and are scaled. Slopes of the fast map do not.
   static constexpr bool kScalesSlope = kScales && kPacked;
 
-  // Of keys kRows slab .. of the block.
+  // For keys kRows slab .. of the CTA.
   __device__ Sm90KeyWeights(const AttentionBackwardParams& bp, const Sm90BackwardPlan& plan,
                             const Sm90KeyTile& keys, int slab)
       : bp_(bp), plan_(plan), keys_(keys), slab_(slab) {}
 
   __device__ int first_key() const { return keys_.first + slab_ * kRows; }
 
-  // Of the head whose tiles follow.
+  // Sets the logit constant of the query head whose tiles follow.
   __device__ void set_constant(int head) {
     if constexpr (kSoftmax) return;
     const AttentionParams& p = bp_.forward;
@@ -39,9 +39,9 @@ class Sm90KeyWeights {
                     : BackwardScoreMod<Mode::sigmoid, kScales>(p, keys_.place.b, head).constant;
   }
 
-  // Words of weights from scores, which become slopes of the map or are packed into words of them.
-  // Slopes of a softmax without a cap are its weights. kGeneral: a mask or an end cuts the tile, or
-  // the plan is general.
+  // P from scores: words of weights in p; s becomes slopes of the map, or slopes are packed into
+  // `slopes`. Softmax without a softcap has slope = weight. kGeneral: a mask or an end cuts the
+  // tile, or plan.general.
   template <bool kGeneral>
   __device__ __forceinline__ void weigh(uint32_t (&p)[kQueries / 4],
                                         uint32_t (&slopes)[kQueries / 4], float (&s)[kQueries / 2],
@@ -93,9 +93,9 @@ class Sm90KeyWeights {
     }
   }
 
-  // Words of dS from dP and slopes_of(n), those of elements 4 n .., which may lie in words of ds.
-  // Returns the sum of dS, of which scale and softcap have no part, where the gradient of
-  // score_bias needs it.
+  // dS = slope (dP - delta) as words, with slopes_of(n) for elements 4 n .., which may be stored in
+  // words of ds. Returns the sum of dS, without scale and softcap, where the gradient of score_bias
+  // needs it.
   template <bool kGeneral, typename SlopesOf>
   __device__ __forceinline__ float make_ds(uint32_t (&ds)[kQueries / 4],
                                            const float (&dp)[kQueries / 2], uint32_t minus_delta,
@@ -126,7 +126,7 @@ class Sm90KeyWeights {
     return sum;
   }
 
-  // Words of dS to the rows of these keys in a tile [kBlockKeys, kQueries], in blocks of 64
+  // Stores words of dS to this slab's rows of a tile [kBlockKeys, kQueries], in blocks of 64
   // queries.
   __device__ __forceinline__ void store_ds(uint32_t tile,
                                            const uint32_t (&ds)[kQueries / 4]) const {
@@ -141,7 +141,7 @@ class Sm90KeyWeights {
     });
   }
 
-  // Sums of these keys, times a factor, to rows of a gradient.
+  // Stores accumulators of this slab's keys, times a factor, to rows of a gradient.
   template <int kCount>
   __device__ __forceinline__ void store_sums(const Rows& to, const float (&x)[kCount],
                                              float factor) const {
@@ -154,7 +154,7 @@ class Sm90KeyWeights {
   }
 
  private:
-  // What a lane's two keys see of a tile, by columns from the lane's first one on.
+  // Visible queries of a lane's two keys, as columns relative to the lane's first one.
   struct Seen {
     int begin[2], end[2];
 
@@ -180,7 +180,7 @@ class Sm90KeyWeights {
   const Sm90BackwardPlan& plan_;
   const Sm90KeyTile& keys_;
   int slab_;
-  float constant_ = 0;  // sigmoid: of the argument of the map
+  float constant_ = 0;  // sigmoid: constant in the argument of the map
 };
 
 }  // namespace tokenmill::cuda

@@ -1,20 +1,20 @@
-// The warpgroups that multiply in the backward on compute capability 9.0a, of wide heads.
+// Consumer warpgroups of the sm_90a backward for wide heads.
 //
-// dK and dV of 64 keys take as many registers of a thread as a head has columns. So one warpgroup
-// keeps dV and the other one dK, each of the products that have its operands:
+// dK and dV of 64 keys take as many registers per thread as the head has columns. So one warpgroup
+// accumulates dV and the other dK, and each computes the products that have its operands:
 //
 //   S^T = K Q^T    P^T    dV += P^T dO           dP^T = V dO^T    dS^T    dK += dS^T Q
 //
-// P^T and dS^T, rounded, are left operands as they lie in registers. Slopes go from the first
-// warpgroup to the second one through shared memory in float32, and dS to both in 16 bits: they
-// make parts of dQ = dS K in turn. The first warpgroup is ahead: its part of a tile comes behind
-// the weights of the next tile.
+// P^T and dS^T, rounded, are A operands as they lie in registers. Slopes go from the first
+// warpgroup to the second through shared memory in float32, dS to both in 16 bits: they compute
+// parts of dQ = dS K in turn. The first warpgroup runs ahead: its part of a dQ tile comes after the
+// weights of the next tile.
 #pragma once
 #include "dense/attention/kernel_backward_sm90_weights.cuh"
 
 namespace tokenmill::cuda {
 
-// What both have in common.
+// Common part of both warpgroups.
 template <typename T, typename Shape, Weights kWeights>
 class Sm90WideKeys {
  public:
@@ -32,9 +32,9 @@ class Sm90WideKeys {
   }
 
  protected:
-  // Of all tiles: make(Index<kGeneral>, words, first query, number) makes the left operand of a
-  // product, and add(words, number) the product. kGeneral: a mask or an end cuts the tile, or the
-  // plan is general. Returns the number of tiles.
+  // Mainloop over all query tiles: make(Index<kGeneral>, words, first query, number) makes the A
+  // operand of a product, add(words, number) issues the product. kGeneral: a mask or an end cuts
+  // the tile, or plan.general. Returns the number of tiles.
   template <typename Make, typename Add>
   __device__ __forceinline__ unsigned for_tiles(const Make& make, const Add& add) {
     shared_.keys_full.wait(0);
@@ -56,9 +56,9 @@ class Sm90WideKeys {
     return number;
   }
 
-  // Makes the part of dQ that is this warpgroup's, if there is one, and waits for all products.
-  // done() is called before the part waits for its turn at shared memory. Parts take turns, those
-  // of the second warpgroup first.
+  // dQ = dS K for this warpgroup's part, if it has one; waits for all its products. done() is
+  // called before the part waits for its turn at shared memory. Parts take turns, the second
+  // warpgroup first.
   template <int kWarpgroup, typename Done>
   __device__ __forceinline__ void add_to_queries(unsigned number, const Done& done) {
     constexpr int kParts = Shape::kQueryParts, kBlock = Shape::kRows * kBoxRowBytes;
@@ -76,7 +76,7 @@ class Sm90WideKeys {
     wait_for_product<0>(dq);
     fence_accumulators(sums_);
     done();
-    const unsigned i = number * kParts + kPart;                 // even: of the second warpgroup
+    const unsigned i = number * kParts + kPart;                 // even: second warpgroup
     shared_.dq_empty[kWarpgroup].wait(i / 2 % 2 ^ kWarpgroup);  // part i - 1
     const uint32_t to = shared_address(shared_.dq) + warpgroup_thread() * 16;
     unroll<Shape::kPartColumns / 8>([&](auto n) {
@@ -89,7 +89,7 @@ class Sm90WideKeys {
   __device__ uint32_t own_slopes() const {
     return shared_address(shared_.slopes) + warpgroup_thread() * 16;
   }
-  // Of the lane's first column.
+  // Address of the statistics of the lane's first column.
   static __device__ uint32_t own_statistics(const float (&statistics)[kQueries]) {
     return shared_address(statistics) + threadIdx.x % 4 * 8;
   }
@@ -102,7 +102,7 @@ class Sm90WideKeys {
   float sums_[kHeadDim / 2];  // dV or dK
 };
 
-// The first warpgroup: weights and dV.
+// First consumer warpgroup: weights and dV.
 template <typename T, typename Shape, Weights kWeights>
 class Sm90ValueGradient : Sm90WideKeys<T, Shape, kWeights> {
   using Base = Sm90WideKeys<T, Shape, kWeights>;
@@ -125,7 +125,7 @@ class Sm90ValueGradient : Sm90WideKeys<T, Shape, kWeights> {
   }
 
  private:
-  // Words of P, and slopes to shared memory.
+  // S^T = K Q^T; words of P^T, and slopes to shared memory.
   template <bool kGeneral>
   __device__ __forceinline__ void make_weights(uint32_t (&p)[kQueries / 4], int query0,
                                                unsigned number) {
@@ -135,11 +135,12 @@ class Sm90ValueGradient : Sm90WideKeys<T, Shape, kWeights> {
     start_qk<T, Base::kHeadDim, kQueries>(s, shared_address(shared_.k[0]),
                                           shared_address(shared_.q[stage.index]));
     wait_for_product<0>(s);
-    uint32_t packed[kQueries / 4];  // nothing: slopes take the place of s
+    uint32_t packed[kQueries / 4];  // unused: slopes take the place of s
     weighing_.template weigh<kGeneral>(
         p, packed, s, query0, Base::own_statistics(shared_.queries.statistics[stage.index]));
     release(shared_.queries.empty[stage.index]);
-    shared_.ds_full.wait(number % 2 ^ 1);  // of the tile before, whose slopes are read
+    // the second warpgroup has read the previous tile's slopes
+    shared_.ds_full.wait(number % 2 ^ 1);
     unroll<kQueries / 8>([&](auto n) {
       store_floats<n * kWarpgroupThreads * 16>(this->own_slopes(),
                                                reinterpret_cast<const float (&)[4]>(s[4 * n]));
@@ -147,6 +148,7 @@ class Sm90ValueGradient : Sm90WideKeys<T, Shape, kWeights> {
     release(shared_.slopes_full);
   }
 
+  // dV += P^T dO
   __device__ __forceinline__ void add_to_values(const uint32_t (&p)[kQueries / 4],
                                                 unsigned number) {
     const typename Base::GradientStage stage(number);
@@ -162,8 +164,8 @@ class Sm90ValueGradient : Sm90WideKeys<T, Shape, kWeights> {
   }
 };
 
-// The second warpgroup: dS and dK. No slopes of a tile come before the first warpgroup has read dS
-// of the last tile but one, whose place in shared memory this tile's takes.
+// Second consumer warpgroup: dS and dK. Slopes of a tile arrive only after the first warpgroup has
+// read dS of the tile before the previous one, whose buffer this tile reuses.
 template <typename T, typename Shape, Weights kWeights>
 class Sm90KeyGradient : Sm90WideKeys<T, Shape, kWeights> {
   using Base = Sm90WideKeys<T, Shape, kWeights>;
@@ -181,6 +183,7 @@ class Sm90KeyGradient : Sm90WideKeys<T, Shape, kWeights> {
   }
 
  private:
+  // dP^T = V dO^T; words of dS^T = slopes (dP^T - delta)
   template <bool kGeneral>
   __device__ __forceinline__ void make_ds(uint32_t (&ds)[kQueries / 4], unsigned number) {
     const typename Base::GradientStage stage(number);
@@ -203,6 +206,7 @@ class Sm90KeyGradient : Sm90WideKeys<T, Shape, kWeights> {
     release(shared_.gradients.empty[stage.index]);
   }
 
+  // dK += dS^T Q
   __device__ __forceinline__ void add_to_keys(const uint32_t (&ds)[kQueries / 4], unsigned number) {
     const typename Base::QueryStage stage(number);
     shared_.queries.full[stage.index].wait(stage.parity);

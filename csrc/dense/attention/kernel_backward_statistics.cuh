@@ -1,4 +1,4 @@
-// Before the products of the backward: statistics of the rows.
+// Preprocess kernel of the backward: row statistics.
 #pragma once
 #include "cuda/attention/epilogue.cuh"
 #include "cuda/launch.cuh"
@@ -8,11 +8,11 @@
 namespace tokenmill::cuda {
 
 constexpr int kStatisticsThreads = 128, kLanesOfRow = 8, kRowsOfLanes = 4;
-constexpr int kStatisticsRows = kStatisticsThreads / kLanesOfRow * kRowsOfLanes;  // of a block
+constexpr int kStatisticsRows = kStatisticsThreads / kLanesOfRow * kRowsOfLanes;  // rows per CTA
 
-// minus_lse in bits (in nats for Mode::general) and minus_delta of softmax; minus_lse is -inf, and
-// with it P = 0, for rows that saw nothing. Of other maps, instead of minus_lse, what the weights
-// of a row are multiplied by. A block has rows of one head.
+// softmax: minus_lse in bits (nats for Mode::general), -inf, and with it P = 0, for rows without
+// visible keys; minus_delta = dlse - rowsum(dO O). Other maps: minus_lse holds the normalisation
+// factor of the row. A CTA has rows of one head.
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kStatisticsThreads)
     statistics_kernel(const __grid_constant__ BackwardArgs args, float unit) {

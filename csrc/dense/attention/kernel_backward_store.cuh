@@ -1,4 +1,4 @@
-// Gradients on their way from accumulators to global memory.
+// Epilogue of the backward: gradients from accumulators to global memory.
 #pragma once
 #include "cuda/arch/ldmatrix.cuh"
 #include "cuda/arch/shared_memory.cuh"
@@ -8,12 +8,12 @@
 
 namespace tokenmill::cuda {
 
-// Accumulators times factor to a tile; block i of 16 columns lies at block column_of(i).
+// Accumulators times factor to a shared-memory tile; 16-column block i goes to block block_of(i).
 template <typename T, typename Tile, int kTiles, int kBlocks, typename BlockOf>
 __device__ __forceinline__ void put_accumulators(const float (&acc)[kTiles][2 * kBlocks][4],
                                                  float factor, uint32_t tile, int lane,
                                                  const BlockOf& block_of) {
-  constexpr int kWords = sizeof(T) / 2;  // of two elements
+  constexpr int kWords = sizeof(T) / 2;  // words of two elements
 #pragma unroll
   for (int m = 0; m < kTiles; ++m)
 #pragma unroll
@@ -32,14 +32,14 @@ __device__ __forceinline__ void put_accumulators(const float (&acc)[kTiles][2 * 
       }
 }
 
-// The same to `rows` rows of global memory at `to`, 8 bytes at once; block i lies 16 i kBlockStep
-// columns from `first` on.
+// Accumulators times factor to `rows` rows of global memory at `to`, 8 bytes per store; block i
+// goes to column `first` + 16 i kBlockStep.
 template <int kBlockStep, typename T, int kTiles, int kBlocks>
 __device__ __forceinline__ void store_accumulators(const float (&acc)[kTiles][2 * kBlocks][4],
                                                    float factor, T* to, int64_t stride, int rows,
                                                    int first, int dim, int lane) {
   const int g = lane / 4, c = lane % 4;
-  // Even lanes take 4 columns of the left half of a block, odd ones of the right: a warp writes
+  // Even lanes take 4 columns of the left half of a block, odd lanes of the right: a warp writes
   // whole sectors.
   first += sizeof(T) == 4 ? 2 * c : c % 2 * 8 + c / 2 * 4;
   to += g * stride + first;
@@ -71,12 +71,12 @@ __device__ __forceinline__ void store_accumulators(const float (&acc)[kTiles][2 
     }
 }
 
-// Transposed accumulators, of 16 columns and 8 kCount rows, times factor to `rows` rows.
+// Transposed accumulators, 16 columns and 8 kCount rows, times factor to `rows` rows.
 template <typename T, int kCount>
 __device__ __forceinline__ void store_transposed(const float (&acc)[kCount][4], float factor, T* to,
                                                  int64_t stride, int rows, int lane) {
   const int g = lane / 4, c = lane % 4;
-  to += g * stride + c % 2 * 8 + c / 2 * 4;  // as in store_accumulators
+  to += g * stride + c % 2 * 8 + c / 2 * 4;  // lane layout as in store_accumulators
 #pragma unroll
   for (int n = 0; n < kCount; ++n) {
     const uint32_t a = transpose(pack<T>(acc[n][0] * factor, acc[n][1] * factor));
@@ -87,7 +87,7 @@ __device__ __forceinline__ void store_transposed(const float (&acc)[kCount][4], 
   }
 }
 
-// `rows` rows of a tile to global memory, one element at a time, by one warp.
+// Copies `rows` rows of a tile to global memory, one element at a time, by one warp.
 template <typename Tile, typename T>
 __device__ __forceinline__ void store_rows(T* to, int64_t stride, int rows, int dim, uint32_t tile,
                                            int lane) {

@@ -1,4 +1,4 @@
-// One warp of the forward: its rows of queries, their weights for a step of keys, its output.
+// One warp of the sm_80 forward: its query rows, their weights for a step of keys, its output.
 #pragma once
 #include "cuda/attention/mask.cuh"
 #include "cuda/attention/online_softmax.cuh"
@@ -12,18 +12,18 @@
 
 namespace tokenmill::cuda {
 
-// What a warp of the forward needs only where there are masks or modified scores, and at its end.
+// State of a warp that only masks, score_mod and the epilogue need.
 struct alignas(16) WarpPlace {
   int b, h, q_start, k_start;
   int first, last;  // rows of the sequence
   MaskBand band;
-  float shift;                 // the constant of the head, which softmax weights do not see
-  int block_end;               // of the keys that any warp of the block sees
-  int whole_begin, whole_end;  // of those that all rows see
+  float shift;                 // constant of the head, left out of softmax weights
+  int block_end;               // end of the keys that any warp of the CTA sees
+  int whole_begin, whole_end;  // keys that all rows see
 };
 
-// Where registers are short, the places of the warps wait at the front of shared memory; behind
-// them, with general scores, what a mask shows the warps of two tiles.
+// Where registers are short, each warp parks its state at the start of shared memory; after it, in
+// general mode, the mask sights of two tiles per warp.
 constexpr int kMaxWarps = kMaxThreads / kWarpSize;
 constexpr int kSightsAt = kMaxWarps * sizeof(WarpPlace);
 template <bool kGeneral>
@@ -40,22 +40,22 @@ class ForwardWarp {
                          (kBucket == 256 && kWeights != Weights::softmax));
   // ptxas would overlap the steps of a tile here, and spill.
   static constexpr bool kRolled = Shape::kFloat && kBucket > 32;
-  // Where registers are short, places wait in shared memory; softmax has some for the ends of keys.
+  // Where registers are short, state is parked in shared memory; softmax can keep the key range.
   static constexpr bool kParks = kBucket > 64 || Shape::kFloat || kGeneral;
   static constexpr bool kParksBounds = kParks && kWeights != Weights::softmax;
   using Addresses = StageAddresses<Shape, kLean>;
   static constexpr int kRowTiles = Shape::kRowTiles;
-  static constexpr int kTiles = kBucket / 8;  // of output columns
+  static constexpr int kTiles = kBucket / 8;  // 8-column tiles of O
 
   // Exponents (fast: arguments of tanh) = factor x + offset, x being q.k or the general logit. The
-  // factor comes from the host as a constant operand.
+  // factor is computed on the host so that it stays a constant operand.
   static float factor(const AttentionParams& p) {
     const Weights weights = weights_of(p);
     if (kGeneral) return weights == Weights::softmax ? 1 : unit(weights);
     return unit(weights) * p.scale;
   }
 
-  // `first` is the warp's first row of the sequence. `parked` has room for the places of a block.
+  // first: the warp's first row within the sequence. parked: room for the state of all warps.
   __device__ ForwardWarp(const AttentionParams& p, const Sequence& s, const MaskBand& band, int b,
                          int h, int first, int block_end, const GlobalRows<T>& queries,
                          float factor, const MaskBounds& bounds, WarpPlace* parked)
@@ -82,7 +82,7 @@ class ForwardWarp {
     if constexpr (kParks) parked_[threadIdx.x / kWarpSize] = place_;
     if constexpr (!kGeneral) {
       offset_ = unit(weights()) * place_.shift;
-      // A hidden pair, whose logit is -inf, stays hidden.
+      // a hidden pair, whose logit is -inf, stays hidden
       offset_ = offset_ > kFloatMax ? kFloatMax : offset_ < -kFloatMax ? -kFloatMax : offset_;
     }
     if (weights() == Weights::sigmoid) offset_ -= kLog2Scale<T>;
@@ -92,8 +92,8 @@ class ForwardWarp {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
         out_[m][n][0] = out_[m][n][1] = out_[m][n][2] = out_[m][n][3] = 0;
-      // With these a row's first weights overflow, which sets its row_max. -FLT_MAX, the least
-      // finite exponent, needs no other one.
+      // Initial row_max: a row's first weights overflow it, which sets its row_max. -FLT_MAX, the
+      // smallest finite exponent, needs no other one.
       neg_row_max_[m][0] = neg_row_max_[m][1] = kFloatMax;
       sum_[m][0] = sum_[m][1] = 0;
     }
@@ -112,7 +112,7 @@ class ForwardWarp {
     return parked_[thread / kWarpSize];
   }
 
-  // Adds the keys key0 .. of the stage at `at`, which is left as it was.
+  // S = Q K^T, weights, O += P V for the tile of keys from key0 on; `at` is restored.
   __device__ __forceinline__ void add_tile(Addresses& at, int key0) {
     const WarpPlace whole = kParksBounds ? place() : place_;
     if (!kGeneral && key0 >= whole.whole_begin && key0 + Shape::kTileKeys <= whole.whole_end) {
@@ -127,7 +127,7 @@ class ForwardWarp {
         int keys = whole.whole_end - key0;
         if constexpr (kBucket > 64) keep(keys);
         unroll<Shape::kTileKeys / Shape::kStepKeys>([&](auto i) {
-          // ptxas would overlap the steps, and spill: a branch, never taken, keeps them apart.
+          // Without this branch, never taken, ptxas would overlap the steps, and spill.
           if (kBucket > 64 && i > 0 && keys <= i * Shape::kStepKeys) return;
           add_step<0, kRowTiles, Shape::kStepKeys, i * Shape::kStepKeys, false>(at, key0, {});
         });
@@ -139,8 +139,8 @@ class ForwardWarp {
     });
   }
 
-  // What the mask shows of a tile: for kMaskedKeys keys and row tile m bits m (some pairs) and
-  // 16 + m (all of them), kRowTiles higher for those behind them.
+  // Visibility of a tile's pairs: bit m (some) and bit 16 + m (all) for the first kMaskedKeys keys
+  // and row tile m, kRowTiles bits higher for each further kMaskedKeys keys.
   __device__ __forceinline__ void find_sights(int key0) const {
     if (!kGeneral || !mask_.any()) return;
     const WarpPlace own = place();
@@ -154,7 +154,7 @@ class ForwardWarp {
     if (lane == 0) store_shared(sights_address(key0), some | all << 16);
     __syncwarp();
   }
-  // Whether any warp sees some of a tile. All have found that out.
+  // True if any warp sees some of a tile. All warps have called find_sights().
   __device__ __forceinline__ bool block_sees(int key0) const {
     if (!kGeneral || !mask_.any()) return true;
     unsigned seen = 0;
@@ -172,11 +172,11 @@ class ForwardWarp {
   __device__ Normalize normalize() const { return normalize_; }
 
   float out_[kRowTiles][kTiles][4];
-  float neg_row_max_[kRowTiles][2], sum_[kRowTiles][2];  // of rows g, g + 8; sums of this lane
+  float neg_row_max_[kRowTiles][2], sum_[kRowTiles][2];  // rows g, g + 8; sum_: of this lane's keys
 
  protected:
   static constexpr int kMaskedKeys = Shape::kMaskedKeys;
-  static constexpr int kPart = 0, kWhole = 1;  // of what `sees` asks
+  static constexpr int kPart = 0, kWhole = 1;  // queries of `sees`
   static constexpr int kDepth = kMmaDepth<T>;
   static constexpr bool kHasTail = !Shape::kFloat && !kGeneral && kBucket <= 64;
 
@@ -197,7 +197,7 @@ class ForwardWarp {
     }
   }
 
-  // step(Index<m>, key, place) of row tile m and kMaskedKeys keys at `at`, if it may see some.
+  // Calls step(Index<m>, key, place) for each row tile m and kMaskedKeys keys that it may see.
   template <typename Step>
   __device__ __forceinline__ void each_step(Addresses& at, int key0, const Step& step) const {
     const WarpPlace own = place();
@@ -217,12 +217,12 @@ class ForwardWarp {
     at.move(-Shape::kTileBytes);
   }
 
-  // Where registers are short, nothing is kept from the start of a tile on.
+  // Where registers are short, state is reloaded, not kept from the start of a tile on.
   __device__ WarpPlace recall(const WarpPlace& of_tile) const {
     return kGeneral || kLean ? place() : of_tile;
   }
 
-  // The mask of the warp's head.
+  // Mask of the warp's head.
   __device__ __forceinline__ HeadMask mask_of(const WarpPlace& own) const {
     return {
         mask_, bounds_, own.b, own.h, {own.q_start, own.k_start, own.last + 1, own.band.columns}};
@@ -235,7 +235,7 @@ class ForwardWarp {
   __device__ uint32_t sights_address(int key0) const {
     return sights_of_tile(key0) + thread_index() / kWarpSize * 4;
   }
-  // Some (kWhole: all) of the pairs of row tile kFirst and kMaskedKeys keys.
+  // True if some (kWhole: all) pairs of row tile kFirst and kMaskedKeys keys are visible.
   template <int kFirst, int kAsked>
   __device__ __forceinline__ bool sees(int key0) const {
     if (!kGeneral || !mask_.any()) return true;
@@ -246,7 +246,7 @@ class ForwardWarp {
   template <int kFirst, int kCount, int kKeys, int kOffset, bool kMasked>
   __device__ __forceinline__ void add_step(const Addresses& at, int key0,
                                            const WarpPlace& of_tile) {
-    // Found out first: later there would be no registers for it.
+    // Tested before S: later there would be no registers for it.
     bool infinite = false;
     if constexpr (kMasked)
       infinite = (is_cut<kFirst, kKeys>(key0, recall(of_tile)) || !sees<kFirst, kWhole>(key0)) &&
@@ -310,7 +310,7 @@ class ForwardWarp {
     }
   }
 
-  // visit(row tile, key tile, i, row, key) for the accumulators of this lane.
+  // Calls visit(row tile, key tile, i, row, key) for the accumulators of this lane.
   template <int kFirst, int kCount, int kKeyTiles, typename Visit>
   __device__ __forceinline__ void each_pair(int key0, const WarpPlace& own,
                                             const Visit& visit) const {
@@ -335,7 +335,7 @@ class ForwardWarp {
     });
   }
 
-  // Softmax weights, once they are summed, by their decay.
+  // ALiBi as decay: scales softmax weights after the row sum.
   template <int kFirst, int kBlocks>
   __device__ __forceinline__ void fade(Fragment<T, 4> (&p)[kBlocks], int key0) const {
     scale_weights<T>(p, [&](int half, int column) {
@@ -346,7 +346,7 @@ class ForwardWarp {
     });
   }
 
-  // Some row of tile kFirst does not see some of kKeys keys.
+  // True if some row of tile kFirst does not see some of kKeys keys (band mask).
   template <int kFirst, int kKeys>
   static __device__ __forceinline__ bool is_cut(int key0, const WarpPlace& own) {
     const int first = own.first + 16 * kFirst;
@@ -361,7 +361,7 @@ class ForwardWarp {
     });
   }
 
-  // What the mask hides.
+  // Masks of ranges and spans: S = -inf for hidden pairs.
   template <int kFirst, int kKeyTiles>
   __device__ __forceinline__ void hide_pairs(float (&s)[kKeyTiles][4], int key0) const {
     const WarpPlace own = place();
@@ -381,8 +381,8 @@ class ForwardWarp {
         if (!(seen >> (4 * n + i) & 1)) s[n][i] = -infinity();
   }
 
-  // 1 / (1 + 2^t), two special functions each. Where those bind, small weights take one if all of
-  // the warp's are small. Not where a mask cuts: a row would depend on keys that it does not see.
+  // 1 / (1 + 2^t), two special functions each. Where those bind, weights take only one if all of
+  // the warp's are small; not where a mask cuts: a row would depend on keys that it does not see.
   template <int kCount, int kKeyTiles, int kBlocks>
   __device__ __forceinline__ void sigmoid_weights(const float (&s)[kCount][kKeyTiles][4],
                                                   Fragment<T, 4> (&p)[kCount][kBlocks],
@@ -394,8 +394,8 @@ class ForwardWarp {
     });
   }
 
-  // e / (1 + e), e = 2^-t, as e + e^2 (a + b e) with a relative error of 2^-12 up to e = 0.2.
-  // False, warp by warp, if a weight is larger. float16 has the digits to do it on pairs: only e
+  // e / (1 + e), e = 2^-t, as e + e^2 (a + b e), relative error 2^-12 up to e = 0.2. Returns false,
+  // warp by warp, if a weight is larger. float16 has the digits to do it on packed pairs: only e
   // and the sum are rounded to relative 2^-12.
   template <int kCount, int kKeyTiles, int kBlocks>
   __device__ __forceinline__ bool tail_weights(const float (&s)[kCount][kKeyTiles][4],
@@ -420,12 +420,12 @@ class ForwardWarp {
             word = fma_packed(mul_packed(fma_packed(e, kB2, kA2), e), word, word);
           }
         }
-    // These are not negative: their bits compare like integers.
+    // Weights are not negative, so their bits compare like integers.
     top = max(top & 0xffff, top >> 16);
     return !__any_sync(kFullWarp, top > pack<T>(kPacked ? kScale<T> / 5 : 1 / 6.f, 0));
   }
 
-  // These and the sums of their rows, for Normalize::count the numbers of them.
+  // Elementwise weights and row sums; for Normalize::count the sums count visible keys.
   template <int kFirst, bool kMasked, int kCount, int kKeyTiles, int kBlocks>
   __device__ __forceinline__ void elementwise_weights(const float (&s)[kCount][kKeyTiles][4],
                                                       Fragment<T, 4> (&p)[kCount][kBlocks]) {
@@ -467,7 +467,7 @@ class ForwardWarp {
   template <int kCount, int kKeyTiles, int kBlocks>
   __device__ __forceinline__ void fast_sigmoid_weights(const float (&s)[kCount][kKeyTiles][4],
                                                        Fragment<T, 4> (&p)[kCount][kBlocks]) const {
-    // float16 keeps what tanh.approx knows near -1; bfloat16 would not.
+    // float16 keeps what tanh.approx resolves near -1; bfloat16 would not.
     constexpr bool kPacked = std::is_same_v<T, __half>;
     weigh(s, p, [&](float x) {
       const float t = tanh_approx(fmaf(x, factor_, offset_));

@@ -14,14 +14,14 @@ extern template const char* launch_decode<__half>(const DecodeParams&, cudaStrea
 extern template const char* launch_decode<__nv_bfloat16>(const DecodeParams&, cudaStream_t);
 extern template const char* launch_decode<float>(const DecodeParams&, cudaStream_t);
 
-// Of float8_launch.cuh.
+// float8_launch.cuh
 template <typename T>
 const char* launch_float8(const DecodeParams&, cudaStream_t);
 extern template const char* launch_float8<__half>(const DecodeParams&, cudaStream_t);
 extern template const char* launch_float8<__nv_bfloat16>(const DecodeParams&, cudaStream_t);
 extern template const char* launch_float8<float>(const DecodeParams&, cudaStream_t);
 
-// Of prefill_launch.cuh.
+// prefill_launch.cuh
 template <typename T>
 const char* launch_prefill(const DecodeParams&, const MaskBounds&, int most_queries, cudaStream_t);
 extern template const char* launch_prefill<__half>(const DecodeParams&, const MaskBounds&, int,
@@ -31,7 +31,7 @@ extern template const char* launch_prefill<__nv_bfloat16>(const DecodeParams&, c
 extern template const char* launch_prefill<float>(const DecodeParams&, const MaskBounds&, int,
                                                   cudaStream_t);
 
-// Of prefill_float8_launch.cuh.
+// prefill_float8_launch.cuh
 template <typename T>
 const char* launch_prefill_float8(const DecodeParams&, const MaskBounds&, cudaStream_t);
 extern template const char* launch_prefill_float8<__half>(const DecodeParams&, const MaskBounds&,
@@ -43,22 +43,23 @@ extern template const char* launch_prefill_float8<float>(const DecodeParams&, co
 
 }  // namespace cuda
 
-// The kernels for a few rows have as many of each request, and see no key behind them.
+// The decode kernels require the same number of queries in each request, and no key after the
+// query.
 static bool prefills(const AttentionParams& p) { return p.cu_seqlens_q || p.window_right != 0; }
 
-// The rules of python/tokenmill/dense/attention_kernels.py.
+// The conditions of python/tokenmill/dense/attention_kernels.py.
 static bool takes_sm90(const DecodeParams& d) {
   const AttentionParams& p = d.attention;
   if (p.seqlen_q > cuda::kMaxLength || d.max_seqlen_q < cuda::kLeastSm90Tokens) return false;
   if (!prefills(p)) {
-    // Kernels for a few rows would divide keys where tiles do not fill a GPU.
+    // Where tiles do not fill a GPU, the decode kernels, which split keys, are faster.
     const int64_t tiles = p.batch * p.heads * ceil_div(p.seqlen_q, 64);
     if (!d.stream_k || tiles < knob(Knob::attention_decode_sm90_tiles)) return false;
   }
   return cuda::takes_sm90(p, d.cache);
 }
 
-// Of the kernel for a few rows.
+// The sm_90a decode kernel.
 static bool takes_few_sm90(const DecodeParams& d) {
   return !prefills(d.attention) && cuda::takes_decode_sm90(d);
 }
@@ -69,7 +70,7 @@ static const char* launch_few_sm90(const DecodeParams& d, cudaStream_t stream) {
   return cuda::kNotMapped;
 }
 
-// Of the kernel of every chip.
+// Workspace of the sm_80 decode kernel.
 static int64_t workspace_bytes_of_every_chip(const DecodeParams& d) {
   return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
     if (d.cache.dtype == DType::float8_e4m3fn)
@@ -84,7 +85,7 @@ static int64_t workspace_bytes_of_every_chip(const DecodeParams& d) {
   });
 }
 
-// Reads no knob: the launch reads them, and another thread may have set them meanwhile.
+// Depends on no knob: the launch reads knobs again, and another thread may have changed them.
 int64_t workspace_bytes(const DecodeParams& d) {
   if (prefills(d.attention)) return MaskBounds::bytes(d.attention);
   const int64_t bytes = workspace_bytes_of_every_chip(d);

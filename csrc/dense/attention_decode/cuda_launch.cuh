@@ -21,7 +21,7 @@ DecodeLaunch plan_decode(const DecodeParams& d) {
   return launch;
 }
 
-// kKernel(d, plan), whose partial sums and counters lie at `workspace`.
+// Launches kKernel(d, plan), with partial sums and counters at `workspace`.
 template <auto kKernel, typename Params>
 const char* launch_planned(const Params& d, DecodeLaunch planned, void* workspace,
                            cudaStream_t stream) {
@@ -44,7 +44,7 @@ const char* launch_decode(const DecodeParams& d, cudaStream_t stream) {
                                         d, planned, d.workspace, stream);
 }
 
-// visit.operator()<bucket>()
+// Calls visit.operator()<bucket>() with the smallest bucket that holds both head dimensions.
 template <typename Visit>
 auto visit_bucket(const AttentionParams& p, const Visit& visit) {
   const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
@@ -53,7 +53,7 @@ auto visit_bucket(const AttentionParams& p, const Visit& visit) {
   if (dim <= 256) return visit.template operator()<256>();
   return visit.template operator()<kLatentBucket>();
 }
-// The same of Float8 caches: one instance for all that are narrow.
+// The same for Float8 caches, with one instance for all narrow heads.
 template <typename Visit>
 auto visit_float8_bucket(const AttentionParams& p, const Visit& visit) {
   const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;

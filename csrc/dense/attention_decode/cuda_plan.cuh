@@ -1,4 +1,4 @@
-// Chooses blocks for kernels of decode.
+// Grid and splits of the decode kernels.
 #pragma once
 #include "cuda/launch.cuh"
 #include "dense/attention_decode/kernel_shape.cuh"
@@ -7,16 +7,16 @@ namespace tokenmill::cuda {
 
 constexpr int64_t kMaxAutoSplits = 128;
 
-// One launch: its plan, and the workspace that it needs.
+// One launch: its plan, and the sizes of its workspace.
 struct DecodeLaunch {
   DecodePlan plan;
   int64_t blocks, outputs, partial_floats;
   int shared_bytes;
 };
 
-// The row tiles of `heads` heads of a request, which have p.heads / heads query heads each, and
-// `longest` keys at most. By shapes alone: lengths lie on the device. Tiles have fewer rows where
-// the device has less shared memory than the largest need.
+// Plans the row tiles of `heads` heads of a request, which have p.heads / heads query heads each,
+// and at most `longest` keys. Uses shapes only: lengths are on the device. Tiles have fewer rows
+// where the device has less shared memory than the largest tile needs.
 template <typename Keys>
 DecodeLaunch plan_decode(const AttentionParams& p, int64_t heads, int64_t longest,
                          int64_t num_splits, bool stream_k) {
@@ -37,7 +37,8 @@ DecodeLaunch plan_decode(const AttentionParams& p, int64_t heads, int64_t longes
   launch.shared_bytes = Shape::shared_bytes(Keys::kBytes, row_warps);
   launch.outputs = p.batch * heads * plan.row_tiles;
   const int64_t filling = 2 * multiprocessors();
-  // What a request has room for may be far more than what it has: never more blocks than fill.
+  // The capacity of a request may far exceed its length: never launch more CTAs than fill the
+  // device.
   const int64_t worth = ceil_div(longest, kLeastSteps<Shape> * Shape::kTileKeys);
   const int64_t most = worth < 1 ? 1 : worth < kMaxAutoSplits ? worth : kMaxAutoSplits;
   if (stream_k) {
@@ -47,14 +48,14 @@ DecodeLaunch plan_decode(const AttentionParams& p, int64_t heads, int64_t longes
     const int64_t wanted = launch.outputs > 0 ? ceil_div(filling, launch.outputs) : 1;
     plan.splits = static_cast<int>(num_splits > 0 ? num_splits : wanted < most ? wanted : most);
     launch.blocks = launch.outputs * plan.splits;
-    // float32 sums over many keys need room of their own.
+    // float32 keeps a second level of sums in the workspace.
     launch.partial_floats = plan.splits > 1 || Shape::kFloat ? launch.blocks : 0;
   }
   launch.partial_floats *= plan.tile_rows * int64_t{Shape::kPartialRow};
   return launch;
 }
 
-// Without what copies ask of rows.
+// The same without the alignment flag.
 template <typename Keys>
 DecodeLaunch plan_segments(const DecodeParams& d) {
   const AttentionParams& p = d.attention;
@@ -65,7 +66,7 @@ inline int64_t workspace_bytes(const DecodeLaunch& launch) {
   return 4 * (launch.partial_floats + launch.outputs);
 }
 
-// Partial sums and counters lie at `workspace`.
+// Places partial sums and counters at `workspace`, and clears the counters.
 inline const char* place_partials(DecodePlan& plan, const DecodeLaunch& launch, void* workspace,
                                   cudaStream_t stream) {
   plan.partials = static_cast<float*>(workspace);

@@ -1,4 +1,4 @@
-// Attention of a few rows to a cache in float8_e4m3fn.
+// Decode over a float8_e4m3fn KV cache.
 #pragma once
 #include "dense/attention_decode/cuda_launch.cuh"
 

@@ -1,6 +1,6 @@
-// Decode: keys and values stream once through two stages of shared memory, past all rows of queries
-// of a KV head. The last block that is done with a segment of an output tile merges all of them, in
-// order: nobody waits, and no order of arrival changes a bit.
+// sm_80 decode: K and V stream once through a two-stage pipeline in shared memory, for all query
+// rows of a KV head. The CTA that finishes the last segment of an output tile merges all of them,
+// in order: no CTA waits, and the order of arrival does not change a bit.
 #pragma once
 #include "cuda/attention/gmem_to_smem.cuh"
 #include "dense/attention_decode/kernel_merge.cuh"
@@ -8,7 +8,7 @@
 
 namespace tokenmill::cuda {
 
-// Keys (CacheKeys) knows where the keys of a row lie, its Warp what a key means to a query.
+// Keys (CacheKeys) locates the keys of a row; its Warp applies masks and score_mod.
 template <typename Keys>
 class DecodeBlock {
  public:
@@ -82,7 +82,7 @@ class DecodeBlock {
     }
   }
 
-  // What lies behind `count` keys becomes zero.
+  // Zeros from key `count` on.
   __device__ __forceinline__ void load_stage(uint32_t stage, int place, int count) const {
     const AttentionParams& p = d_.attention;
     constexpr int kTileBytes = kFloat8 ? Shape::kCodeTileBytes : Shape::kTileBytes;
@@ -91,18 +91,18 @@ class DecodeBlock {
     cp_async_commit();
   }
 
-  // Where a stage is loaded. Codes lie behind the tiles that are made of them.
+  // Load buffer of a stage. Float8 codes lie after the tiles that they are converted to.
   __device__ __forceinline__ uint32_t stage_at(int stage) const {
     if constexpr (kFloat8) return stages_ + Shape::kStageBytes + stage * 2 * Shape::kCodeTileBytes;
     return stages_ + (Shape::kStages > 1 ? stage * Shape::kStageBytes : 0);
   }
 
-  // Where its tiles are when products read them.
+  // Tiles of a stage as the products read them.
   __device__ __forceinline__ uint32_t tile_at(int stage) const {
     return kFloat8 ? stages_ : stage_at(stage);
   }
 
-  // Codes of a stage to the tiles that products read.
+  // Converts the codes of a stage to the tiles that the products read.
   __device__ __forceinline__ void convert_stage(uint32_t codes, int place) const {
     convert_tile<false, T, typename Shape::KeyTile>(codes, stages_, place);
     convert_tile<true, typename Shape::Value, typename Shape::ValueTile>(
@@ -126,7 +126,7 @@ class DecodeBlock {
         });
   }
 
-  // Keys begin .. end - 1 past the queries, which `fresh` ones must be waited for.
+  // Mainloop over keys begin .. end - 1. fresh: Q has just been issued and must be waited for.
   __device__ __forceinline__ void stream(int begin, int end, bool fresh) {
     if (begin >= end) return;
     const int thread = threadIdx.x, own = thread % Shape::kTileKeys;
@@ -158,7 +158,7 @@ class DecodeBlock {
         if (fresh) warp_.load_queries();
       }
       fresh = false;
-      // Page numbers are on their way while the tile is worked on.
+      // Prefetch the slots of the tile after the next while this one is processed.
       typename Keys::Key ahead{};
       const int second = next + Shape::kTileKeys;
       const bool fetches = thread < Shape::kTileKeys && second < end;
@@ -184,7 +184,7 @@ class DecodeBlock {
     }
   }
 
-  // The sums of all warps, on those of earlier chunks.
+  // Merges the sums of all warps, and the sums of earlier chunks of keys.
   __device__ __forceinline__ void merge_warps(bool first_chunk, bool last_chunk) {
     const int warp = threadIdx.x / kWarpSize;
     const int key_warps = Shape::kRowOrKeyWarps >> plan_.log2_row_warps;
@@ -213,7 +213,7 @@ class DecodeBlock {
     return plan_.partials + slot_of(plan_, s_, part) * plan_.tile_rows * Shape::kPartialRow;
   }
 
-  // The last of the blocks that share an output tile stores it.
+  // The last CTA that finishes a segment of an output tile merges and stores it.
   __device__ __forceinline__ void merge_segments() {
     int* last = reinterpret_cast<int*>(sums_);
     __threadfence();
@@ -251,8 +251,7 @@ __device__ __forceinline__ void run_segments(const DecodeParams& d, const Decode
   for (Segment s; segments.take(s);) block.run(s);
 }
 
-// Two blocks of a multiprocessor are enough with a mask: for more of them ptxas spills. 0: ptxas
-// chooses.
+// With a mask two CTAs per SM are enough: with more ptxas spills. 0: ptxas chooses.
 template <typename T, int kBucket, bool kMasked>
 __global__ void __launch_bounds__(kDecodeThreads, kMasked ? 2 : 0)
     attention_decode_kernel(const __grid_constant__ DecodeParams d,

@@ -1,13 +1,13 @@
-// Scores of wide heads, of which latent caches have one: the warps of a block, which share the
-// columns of values, share the head dimension too.
+// Scores of wide heads (latent caches): the warps of a CTA, which share the columns of V, split the
+// head dimension too.
 #pragma once
 #include "cuda/attention/qk.cuh"
 
 namespace tokenmill::cuda {
 
-// s = 16 rows of queries x keys, by kWarps warps of which each multiplies its slices of both and
-// leaves the products at `exchange`, kWarps KiB of shared memory for two key tiles. All threads of
-// the block together; another synchronisation comes before the next call.
+// S = Q K^T for 16 rows: each of kWarps warps multiplies its slices of Q and K and leaves its
+// partial product at `exchange`, kWarps KiB of shared memory for two key tiles; all warps sum them.
+// Called by all threads of the CTA; another synchronisation must precede the next call.
 template <typename T, int kWarps, typename Shape, int kKeyTiles, typename Addresses>
 __device__ __forceinline__ void multiply_shares(float (&s)[kKeyTiles][4], Addresses at,
                                                 SharedQueries<Shape> queries, uint32_t exchange) {

@@ -1,5 +1,5 @@
-// Partial sums of one output tile, merged in a fixed order: those of the warps of a block, and
-// those of segments that several blocks worked on.
+// Partial results of one output tile, merged in a fixed order: over the warps of a CTA, and over
+// segments of several CTAs.
 #pragma once
 #include "cuda/attention/epilogue.cuh"
 #include "cuda/attention/pair_mask.cuh"
@@ -7,19 +7,19 @@
 
 namespace tokenmill::cuda {
 
-// Sums of one row, the columns lane, lane + 32, ... of a warp.
+// Sums of one row; a lane has columns lane, lane + 32, ...
 template <typename Shape>
 struct RowSums {
   static constexpr int kColumns = Shape::kValueBucket / kWarpSize;
   float value[kColumns];
   float sum, row_max;
 
-  // Of parts 0 .. count - 1, of which row_of(n) is the row.
+  // Merges parts 0 .. count - 1; row_of(n) is the row of part n.
   template <typename RowOf>
   __device__ __forceinline__ RowSums(int count, bool softmax, const RowOf& row_of) : sum(0) {
     const int lane = threadIdx.x % kWarpSize;
-    // Part 0 may lie in another memory than the others, so that loads are generic: __ldcg is not
-    // for them. No row was in this block's L1 cache before it was written.
+    // Part 0 may be in another state space than the others, so loads are generic: __ldcg cannot be
+    // used. No row was in this SM's L1 cache before it was written.
     row_max = -kFloatMax;
     for (int n = 0; softmax && n < count; ++n)
       row_max = fmaxf(row_max, row_of(n)[Shape::kRowMaxAt]);
@@ -44,7 +44,7 @@ struct RowSums {
   }
 };
 
-// How many keys of its band query i sees. All lanes of a warp together.
+// Number of keys of its band that query i sees. Called by all lanes of a warp.
 __device__ __forceinline__ float seen_keys(const AttentionParams& p, int b, int h, int i,
                                            const Band& band) {
   int count = 0;
@@ -55,7 +55,7 @@ __device__ __forceinline__ float seen_keys(const AttentionParams& p, int b, int 
   return static_cast<float>(warp_sum(count));
 }
 
-// The result of row `row` of an output tile.
+// Normalises and stores row `row` of an output tile.
 template <typename T, bool kMasked, typename Params, typename Shape>
 __device__ __forceinline__ void store_result(const Params& d, const DecodePlan& plan,
                                              const Segment& s, int row,
@@ -90,8 +90,8 @@ __device__ __forceinline__ void store_result(const Params& d, const DecodePlan& 
   }
 }
 
-// Where a segment keeps its sums. A block of stream-K has two such: one for an output tile that it
-// did not begin (its first), one for those that it did.
+// Slot of a segment's partial sums. A stream-K CTA has two: one for an output tile that it did not
+// begin (its first), one for tiles that it did.
 __device__ __forceinline__ int64_t slot_of(const DecodePlan& plan, const Segment& s, int part) {
   const int64_t block = s.first_block + part;
   return plan.splits > 0 ? block : 2 * block + (part == 0);

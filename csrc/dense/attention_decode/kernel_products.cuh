@@ -1,5 +1,5 @@
-// One warp's part of an output tile: the products of 16 rows of queries with a step of keys, and of
-// their weights with the values. What becomes of the scores in between is not known here.
+// One warp's products for an output tile: S = Q K^T of 16 query rows and a step of keys, and O += P
+// V. Independent of what is done to the scores in between.
 #pragma once
 #include "cuda/attention/float8_tile.cuh"
 #include "cuda/attention/hidden_values.cuh"
@@ -16,18 +16,18 @@ class DecodeProducts {
  public:
   using Shape = Shape_;
   using Addresses = StageAddresses<Shape, false>;
-  static constexpr int kColumns = Shape::kValueBucket / Shape::kColumnWarps;  // of values
+  static constexpr int kColumns = Shape::kValueBucket / Shape::kColumnWarps;  // columns of V
   static constexpr int kTiles = kColumns / 8;
   static constexpr int kKeyTiles = Shape::kStepKeys / 8;
 
-  // `queries` is where the queries of the output tile lie in shared memory.
+  // queries: shared-memory address of the output tile's Q.
   __device__ DecodeProducts(const DecodePlan& plan, uint32_t queries)
       : DecodeProducts(row_or_key_warp() & ((1 << plan.log2_row_warps) - 1), queries) {}
 
-  // Of the 16 rows number row_warp.
+  // For the 16 rows with index row_warp.
   __device__ DecodeProducts(int row_warp, uint32_t queries)
       : row_warp_(row_warp), exchange_(queries + 16 * Shape::kRowBytes) {
-    // Derived from a copy, or ptxas keeps the swizzle for the addresses of keys.
+    // From an opaque copy: ptxas would keep the swizzle of the key addresses live.
     int lane = threadIdx.x % kWarpSize;
     keep(lane);
     query_.find(queries + row_warp_ * 16 * Shape::kRowBytes, lane);
@@ -40,7 +40,7 @@ class DecodeProducts {
     return threadIdx.x / kWarpSize / Shape::kRowOrKeyWarps * kColumns;
   }
 
-  // In a stage, of the keys that start at row `row` there.
+  // Addresses in a stage of the keys from row `row` on.
   static __device__ __forceinline__ Addresses addresses(uint32_t stage, int row) {
     Addresses at(stage);
     at.move(row * Shape::kRowBytes);
@@ -57,7 +57,7 @@ class DecodeProducts {
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) out_[0][n][i] = 0;
-    // With these a row's first weights overflow, which sets its row_max.
+    // Initial row_max: a row's first weights overflow it, which sets its row_max.
     neg_row_max_[0] = neg_row_max_[1] = kFloatMax;
     sum_[0] = sum_[1] = 0;
   }
@@ -67,7 +67,7 @@ class DecodeProducts {
       unroll<Shape::kSlices>([&](auto j) { q_[j] = query_.template load<j>(); });
   }
 
-  // The sums of this warp to 16 rows of partials.
+  // Stores the partial sums of this warp to 16 rows of partials.
   __device__ __forceinline__ void store(float* rows) const {
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
@@ -103,7 +103,7 @@ class DecodeProducts {
   __device__ bool active() const { return active_; }
 
  protected:
-  // visit(score, row g or g + 8, key of the step)
+  // Calls visit(score, 0 for row g or 1 for g + 8, key of the step).
   template <typename Visit>
   static __device__ __forceinline__ void each_score(float (&s)[kKeyTiles][4], const Visit& visit) {
     const int column = 2 * (threadIdx.x % 4);
@@ -123,7 +123,7 @@ class DecodeProducts {
       multiply_shared<T, 0>(tile, at, query_);
   }
 
-  // Weights relative to row_max of their rows, which moves if a weight exceeds the headroom.
+  // P = 2^(S - row_max); updates row_max if a weight exceeds the headroom.
   __device__ __forceinline__ void exponentiate(float (&s)[kKeyTiles][4]) {
     float top[2] = {-infinity(), -infinity()};
     each_score(s, [&](float& x, int half, int) { top[half] = fmaxf(top[half], x); });
@@ -144,7 +144,7 @@ class DecodeProducts {
     });
   }
 
-  // `cut`: some row does not see some key, see multiply_seen_values.
+  // O += P V. cut: a mask cuts the step, see multiply_seen_values.
   template <typename Sees>
   __device__ __forceinline__ void multiply_values(const float (&e)[kKeyTiles][4],
                                                   const Addresses& at, bool cut, const Sees& sees,
@@ -166,11 +166,11 @@ class DecodeProducts {
 
   bool active_;
   int row_warp_;
-  float neg_row_max_[2], sum_[2];  // of rows g, g + 8; sums of this lane
+  float neg_row_max_[2], sum_[2];  // rows g, g + 8; sum_: of this lane's keys
   float out_[1][kTiles][4];
 
  private:
-  uint32_t exchange_;  // of latent heads
+  uint32_t exchange_;  // exchange buffer of latent heads
   SharedQueries<Shape> query_;
   QuerySlice q_[Shape::kQueryInRegisters ? Shape::kSlices : 1];
 };

@@ -1,8 +1,8 @@
-// Tile sizes of the decode kernel, and what it shares out among blocks.
+// Tile shapes of the sm_80 decode kernel, and its work partition.
 //
 // An output tile is up to kMaxRows rows of one KV head of one request: row r is query r / group of
-// head r % group. The keys that its rows see, in steps of kTileKeys, are cut into segments. A block
-// takes one segment (split), or all that fall into its share of the steps of all output tiles
+// head r % group. The keys that its rows see, in steps of kTileKeys, are cut into segments. A CTA
+// takes one segment (split-KV), or all that fall into its share of the steps of all output tiles
 // (stream-K).
 #pragma once
 #include "cuda/arch/mma_sm80.cuh"
@@ -18,7 +18,7 @@ namespace tokenmill::cuda {
 constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
 
-// Of head dimensions beyond 256: few keys a tile, so that two stages fit 99 KB.
+// Head dimensions beyond 256: few keys per tile, so that two stages fit 99 KB.
 template <typename T, int kBucket>
 struct LatentTiles : TileShape<T, kBucket> {
   static constexpr int kTileKeys = sizeof(T) == 4 ? 8 : 16;
@@ -31,32 +31,31 @@ template <typename T, int kBucket>
 using DecodeTiles =
     std::conditional_t<(kBucket > 256), LatentTiles<T, kBucket>, TileShape<T, kBucket>>;
 
-// A cache of Float8 passes through two stages of codes, which become one of T in turn.
+// A Float8 cache passes through two stages of codes, which are converted to one stage of T in turn.
 template <typename T, int kBucket, typename Cache_ = T>
 struct DecodeShape : DecodeTiles<T, kBucket> {
   using Cache = Cache_;
   using Tiles = DecodeTiles<T, kBucket>;
   using Tiles::kFloat, Tiles::kRowBytes, Tiles::kTileKeys, Tiles::kStageBytes;
-  static constexpr int kStepKeys = kMmaDepth<T>;  // of a warp
+  static constexpr int kStepKeys = kMmaDepth<T>;  // per warp
   static constexpr bool kFloat8 = std::is_same_v<Cache, Float8>;
-  static constexpr bool kWholeTiles = false;  // tiles begin where the first key lies
-  using Value = std::conditional_t<kFloat8, Float8Value<T>, T>;  // as a product takes it
+  static constexpr bool kWholeTiles = false;                     // tiles start at the first key
+  using Value = std::conditional_t<kFloat8, Float8Value<T>, T>;  // as P V takes it
   static constexpr bool kQueryInRegisters = kRowBytes <= 256;
   static constexpr bool kLatent = kBucket > 256;
   static constexpr int kValueBucket = kLatent ? 512 : kBucket;
 
-  // Warps share the keys of a tile if there are few rows, and the rows if there are many. Two warps
-  // share 256 columns of values, whose accumulators would take half of the registers of one; four
-  // those of latent heads, and the products of their keys with queries (multiply_shares).
+  // Warps split the keys of a tile if there are few rows, and the rows if there are many. Two warps
+  // split 256 columns of V, whose accumulators would take half of the registers of one; for latent
+  // heads four warps split V, and the products of K with Q (multiply_shares).
   static constexpr int kColumnWarps = kBucket <= 128 ? 1 : kLatent ? kDecodeWarps : 2;
   static constexpr int kRowOrKeyWarps = kDecodeWarps / kColumnWarps;
   static constexpr int kMinRowWarps =
       kRowOrKeyWarps * kStepKeys <= kTileKeys ? 1 : kRowOrKeyWarps * kStepKeys / kTileKeys;
   static constexpr int kMaxRowWarps = kRowOrKeyWarps;
 
-  // Sums of one row: of the weighted values, of the weights, then their row_max. A few
-  // more floats than values keep those rows of an accumulator in different banks that are stored
-  // together: two, four floats a lane (kFloat), or four, two floats a lane.
+  // Row of partial sums: O, row_sum, row_max. The padding puts accumulator rows that are stored
+  // together into different banks: two rows with four floats per lane (kFloat), or four with two.
   static constexpr int kSumAt = kValueBucket, kRowMaxAt = kValueBucket + 1;
   static constexpr int kPartialRow = kValueBucket + (kFloat ? 4 : 8);
   static constexpr int kPartialBytes =  // of all warps
@@ -65,45 +64,45 @@ struct DecodeShape : DecodeTiles<T, kBucket> {
   // float32 sums over many keys have a second level.
   static constexpr int kChunkKeys = kFloat ? 1024 : 1 << 30;
 
-  // Stages, in which partial sums take turns; then what is known of the keys (key_bytes); queries.
+  // Shared memory: stages, which partial sums reuse; state of the keys (key_bytes); Q.
   static constexpr int kCodeTileBytes = kTileKeys * kBucket;
   static constexpr int kStages = kLatent && kFloat && !kFloat8 ? 1 : 2;
   static constexpr int kStagesBytes =
       kFloat8 ? kStageBytes + 4 * kCodeTileBytes : kStages * kStageBytes;
   static constexpr int kWorkBytes = kStagesBytes > kPartialBytes ? kStagesBytes : kPartialBytes;
   static constexpr int kExchangeBytes =
-      kLatent ? kDecodeWarps * kWarpSize * kStepKeys / 8 * 16 : 0;  // of multiply_shares
+      kLatent ? kDecodeWarps * kWarpSize * kStepKeys / 8 * 16 : 0;  // for multiply_shares
   static constexpr int shared_bytes(int key_bytes, int row_warps) {
     return kWorkBytes + key_bytes + row_warps * 16 * kRowBytes + kExchangeBytes;
   }
 };
 
-// What the host chose for a launch.
+// Launch plan, made on the host.
 struct DecodePlan {
   int log2_row_warps;
-  int group;        // query heads of a KV head
-  int rows;         // of a KV head: group * Sq
-  int row_tiles;    // output tiles of a KV head
+  int group;        // query heads per KV head
+  int rows;         // rows per KV head: group * Sq
+  int row_tiles;    // output tiles per KV head
   int tile_rows;    // 16 << log2_row_warps
-  int splits;       // of an output tile; 0: stream-K
+  int splits;       // per output tile; 0: stream-K
   bool aligned;     // rows of q, k and v are whole 16-byte chunks
   float* partials;  // [slots][tile_rows][kPartialRow]
-  int* arrived;     // segments of each output tile that are done
+  int* arrived;     // finished segments per output tile
 };
 
-// A run of keys of an output tile.
+// A range of keys of an output tile.
 struct Segment {
   int b, h, row_tile;
   int begin, end;               // keys
-  int part, parts;              // of the output tile
-  int64_t output, first_block;  // number of the output tile; block of part 0
+  int part, parts;              // index and number of segments of the output tile
+  int64_t output, first_block;  // index of the output tile; CTA of part 0
 };
 
-// Fewer steps than these are not worth a block.
+// Minimum number of steps that is worth a CTA.
 template <typename Shape>
 constexpr int kLeastSteps = 256 / Shape::kTileKeys;
 
-// The keys of an output tile of request b. kWholeTiles: from a multiple of kTileKeys on.
+// Keys of an output tile of request b. kWholeTiles: from a multiple of kTileKeys on.
 template <typename Shape>
 __device__ __forceinline__ KeyRange keys_of(const DecodeParams& d, int b) {
   const AttentionParams& p = d.attention;
@@ -112,7 +111,8 @@ __device__ __forceinline__ KeyRange keys_of(const DecodeParams& d, int b) {
   return keys;
 }
 
-// Steps of one output tile of request b: one at least, which stores what there is without keys.
+// Steps of an output tile of request b: at least one, which stores the result of a request without
+// keys.
 template <typename Shape>
 __device__ __forceinline__ int steps_of(const DecodeParams& d, int b) {
   const KeyRange keys = keys_of<Shape>(d, b);
@@ -120,7 +120,7 @@ __device__ __forceinline__ int steps_of(const DecodeParams& d, int b) {
   return count > 0 ? (count + Shape::kTileKeys - 1) / Shape::kTileKeys : 1;
 }
 
-// The segments of a block, one after the other. All lanes of a warp together.
+// Tile scheduler: the segments of a CTA, in order. Called by all lanes of a warp.
 template <typename Shape>
 class Segments {
  public:
@@ -130,7 +130,7 @@ class Segments {
       const int64_t output = blockIdx.x / plan.splits;
       b_ = static_cast<int>(output / tiles_);
       steps_ = steps_of<Shape>(d, b_);
-      before_ = b_ * int64_t{tiles_} * steps_;  // as if all requests were like this one
+      before_ = b_ * int64_t{tiles_} * steps_;  // as if all earlier requests were like this one
       const int parts = min(plan.splits, steps_), part = blockIdx.x % plan.splits;
       const int64_t first = output * steps_;
       next_ = first + int64_t{part} * steps_ / parts;
@@ -158,7 +158,7 @@ class Segments {
     }
     const int64_t in_request = next_ - before_;
     const int tile = static_cast<int>(in_request / steps_);
-    const int64_t first = before_ + int64_t{tile} * steps_;  // step of the output tile
+    const int64_t first = before_ + int64_t{tile} * steps_;  // first step of the output tile
     const int step = static_cast<int>(next_ - first);
     const int count = static_cast<int>(end_ - next_ < steps_ - step ? end_ - next_ : steps_ - step);
     s.b = b_;
@@ -182,7 +182,7 @@ class Segments {
   }
 
  private:
-  // The request in which step next_ lies.
+  // Finds the request that contains step next_.
   __device__ void find_request() {
     const int lane = threadIdx.x % kWarpSize;
     before_ = 0;
@@ -207,15 +207,14 @@ class Segments {
     }
   }
 
-  // The block that takes a step, of blocks_ that take [i total_ / blocks_, (i + 1) total_ /
-  // blocks_).
+  // CTA that takes `step`: CTA i takes steps [i total_ / blocks_, (i + 1) total_ / blocks_).
   __device__ int64_t block_of(int64_t step) const { return ((step + 1) * blocks_ - 1) / total_; }
 
   const DecodeParams& d_;
   const DecodePlan& plan_;
-  int tiles_;  // output tiles of a request
+  int tiles_;  // output tiles per request
   int b_ = 0, steps_ = 1;
-  int64_t before_ = 0, next_ = 0, end_ = 0;  // steps: those of earlier requests, own range
+  int64_t before_ = 0, next_ = 0, end_ = 0;  // in steps: all earlier requests; own range
   int64_t total_ = 0, blocks_ = 0;
 };
 

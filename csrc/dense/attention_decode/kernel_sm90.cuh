@@ -1,12 +1,13 @@
-// Decode on compute capability 9.0a, of the calls that takes_decode_sm90 lets in.
+// sm_90a decode, for calls that takes_decode_sm90() accepts.
 //
 //   S = Q K^T    P = 2^(factor S - row_max) or sigmoid(scale S + bias)    O = P V
 //
-// The rows of an output tile are the queries of a request times the heads of a KV head: each tile
-// of 64 keys is read once for all of them. One warp loads K and V tile by tile. A warpgroup keeps
-// S, P and O in registers; its warps without rows take part in products alone. Where no mask cuts,
-// Q K^T of a tile and P V of the one before run while P is made. Segments that share an output tile
-// leave their sums in memory, and the last block that is done merges all of them, in order.
+// The rows of an output tile are the queries of a request times the query heads of a KV head: each
+// tile of 64 keys is read once for all of them. One producer warp loads K and V tile by tile. One
+// consumer warpgroup keeps S, P and O in registers; its warps without rows only take part in the
+// products. In unmasked tiles Q K^T of tile j+1 and P V of tile j run under the softmax of tile
+// j+1. Segments that share an output tile leave partial sums in memory, and the CTA that finishes
+// last merges all of them, in order.
 #pragma once
 #include "cuda/arch/sm90/tma.cuh"
 #include "cuda/attention/epilogue_sm90.cuh"
@@ -18,13 +19,13 @@
 
 namespace tokenmill::cuda {
 
-// Of a request with `length` keys.
+// Band of keys of request b.
 __device__ __forceinline__ MaskBand decode_mask_band(const DecodeParams& d, int b) {
   const AttentionParams& p = d.attention;
   return MaskBand::of(decode_band(p, p.seqlen_q, d.cache.length(b)));
 }
 
-// The warp that loads. It finds the segments of the block, too.
+// Producer warp. It also finds the segments of the CTA.
 template <typename Shape>
 class DecodeSm90Loader {
  public:
@@ -55,7 +56,7 @@ class DecodeSm90Loader {
     shared_.segment_full[i].arrive();
   }
 
-  // The lanes look up a page each: a tile lies in one.
+  // Each lane looks up the page of one tile: a tile lies in one page.
   __device__ __forceinline__ void load(const Segment& s) {
     const MaskBand band = decode_mask_band(d_, s.b);
     const int begin = band.begin(0), end = band.columns, lane = threadIdx.x % kWarpSize;
@@ -79,7 +80,7 @@ class DecodeSm90Loader {
     }
   }
 
-  // Parts that nobody sees are boxes outside of the tensor, which are zeros.
+  // Parts of a cut tile that no row sees are loaded from outside of the tensor, which gives zeros.
   __device__ __forceinline__ void load_tile(const CUtensorMap& whole, const CUtensorMap& part,
                                             const BoxPlace& at, int seen_begin, int seen_end,
                                             char (&tiles)[Shape::kStages][Shape::kTileBytes],
@@ -102,10 +103,10 @@ class DecodeSm90Loader {
   const DecodeParams& d_;
   const DecodeSm90Plan& plan_;
   DecodeSm90Shared<Shape>& shared_;
-  unsigned number_ = 0;  // of tiles of keys
+  unsigned number_ = 0;  // key tiles loaded so far
 };
 
-// The warpgroup that multiplies. Rows behind the last one are zeros, and see what that one sees.
+// Consumer warpgroup. Rows beyond the last one are zeros, and see the same keys as the last one.
 template <typename T, typename Shape, Weights kWeights>
 class DecodeSm90Rows {
  public:
@@ -116,14 +117,14 @@ class DecodeSm90Rows {
   __device__ DecodeSm90Rows(const DecodeParams& d, const DecodeSm90Plan& plan,
                             DecodeSm90Shared<Shape>& shared)
       : d_(d), p_(d.attention), plan_(plan), shared_(shared), queries_(shared_address(shared.q)) {
-    // From the first lane: the compiler then knows that it is the same for a warp.
+    // Broadcast from lane 0 so that the compiler knows the value to be warp-uniform.
     active_ = __shfl_sync(kFullWarp, warpgroup_row(0), 0) < plan.rows;
 #pragma unroll
     for (int h = 0; h < 2; ++h) query_[h] = min(warpgroup_row(h), plan.rows - 1) / plan.group;
   }
 
   __device__ __forceinline__ void run() {
-    const int first = warpgroup_thread() / kWarpSize * 16;  // of the warp
+    const int first = warpgroup_thread() / kWarpSize * 16;  // first row of the warp
     clear_rows<Shape::kRows, kHeadDim>(shared_.q, max(first, plan_.rows), first + 16);
 #pragma unroll 1
     for (unsigned round = 0;; ++round) {
@@ -152,13 +153,13 @@ class DecodeSm90Rows {
       else
         add_cut_tile(key0, weights);
     }
-    sync_warpgroup(0);  // all are done with the queries
+    sync_warpgroup(0);  // all warps are done with Q
     if (s.parts == 1) return store(s, weights);
     store_sums(s, weights);
     merge_segments(s);
   }
 
-  // Of row h of this thread.
+  // Row h of this thread, its head and its constant.
   __device__ int row(int h) const { return min(warpgroup_row(h), plan_.rows - 1); }
   __device__ int head(const Segment& s, int h) const {
     return s.h * plan_.group + row(h) - query_[h] * plan_.group;
@@ -167,9 +168,9 @@ class DecodeSm90Rows {
     return kSoftmax ? 0 : constant_of(p_, s.b, head(s, h), band_.columns);
   }
 
-  // Q of the segment's rows.
+  // Copies Q of the segment's rows to shared memory.
   __device__ __forceinline__ void load_queries(const Segment& s) const {
-    constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, of a row
+    constexpr int kChunks = kHeadDim / 8;  // 16-byte chunks per row
 #pragma unroll 1
     for (int at = warpgroup_thread(); at < plan_.rows * kChunks; at += kWarpgroupThreads) {
       const int r = at / kChunks, chunk = at % kChunks, i = r / plan_.group;
@@ -182,15 +183,16 @@ class DecodeSm90Rows {
     sync_warpgroup(0);
   }
 
-  // All rows see all keys of a tile.
+  // All rows see all keys of the tile.
   __device__ bool is_whole(int key0) const {
     return key0 >= whole_begin_ && key0 + kKeys <= whole_end_;
   }
 
-  // Tiles from key0 on as long as they are whole.
+  // Unmasked tiles from key0 on, as many as follow each other.
   __device__ __forceinline__ void add_whole_tiles(int& key0, Scores& weights) {
     float s[kKeys / 2];
     uint32_t p[kKeys / 4] = {};
+    // S = Q K^T and P = f(S) of the first tile
     multiply_keys(s, number_);
     finish_keys<0>(s, number_);
     if (active_) {
@@ -201,6 +203,7 @@ class DecodeSm90Rows {
     }
 #pragma unroll 1
     for (key0 += kKeys; is_whole(key0); key0 += kKeys, ++number_) {
+      // Issue S_next = Q K_next^T and O += P V, then compute P_next under them
       multiply_keys(s, number_ + 1);
       multiply_values(p, number_);
       finish_keys<1>(s, number_ + 1);
@@ -214,12 +217,13 @@ class DecodeSm90Rows {
         pack_weights(p, s, weights);
       }
     }
+    // O += P V of the last tile
     multiply_values(p, number_);
     finish_values(number_);
     ++number_;
   }
 
-  // A tile that a mask or the end of the keys cuts.
+  // A tile cut by a mask or by the end of the keys.
   __device__ __forceinline__ void add_cut_tile(int& key0, Scores& weights) {
     float s[kKeys / 2];
     uint32_t p[kKeys / 4] = {};
@@ -237,24 +241,24 @@ class DecodeSm90Rows {
     shared_.v_full[stage.index].wait(stage.parity);
     const uint32_t values = shared_address(shared_.v[stage.index]);
     clear_unseen_values(values, band_.begin(0) - key0, band_.columns - key0);
-    // One query hides nothing else.
+    // A single query hides only keys that were cleared.
     const bool infinite = p_.seqlen_q > 1 && has_infinite_values<T, kHeadDim, kKeys, kKeys>(
                                                  values, seen_begin, seen_end);
     fence_stores();
-    if (any_in_warpgroup(0, infinite))  // finite ones take the place of the keys
+    if (any_in_warpgroup(0, infinite))  // finite values overwrite the K stage
       multiply_seen_values<T, kKeys, kKeys>(o_, p, values, shared_address(shared_.k[stage.index]),
                                             0, bounds(key0, 0));
     else
       start_pv<T, kKeys>(o_, p, values);
-    fence_stores();  // what was read or written as ordinary memory is overwritten by copies
+    fence_stores();  // generic accesses precede the next TMA copies
     release(shared_.k_empty[stage.index]);
     finish_values(number_);
     ++number_;
     key0 += kKeys;
   }
 
-  // Makes zeros of the values that were copied of keys that no row sees: 0 times NaN would be NaN.
-  // They are keys begin .. end - 1 of the tile, which ends in parts.
+  // Clears values of keys that were loaded but that no row sees: 0 times NaN would be NaN. Visible
+  // are the keys begin .. end - 1 of the tile, which is loaded in parts.
   __device__ __forceinline__ void clear_unseen_values(uint32_t values, int begin, int end) const {
     constexpr uint32_t kZeros[4] = {0, 0, 0, 0};
     constexpr int kPart = Shape::kPartKeys;
@@ -292,18 +296,18 @@ class DecodeSm90Rows {
     release(shared_.v_empty[Stage<Shape>(number).index]);
   }
 
-  // From column `own` of a tile on.
+  // Visible columns of both rows of this thread, relative to column `own` of the tile at key0.
   __device__ __forceinline__ RowBounds bounds(int key0, int own) const {
     const int from = key0 + own;
     return {{band_.begin(query_[0]) - from, band_.begin(query_[1]) - from},
             {band_.end(query_[0]) - from, band_.end(query_[1]) - from}};
   }
-  // A bias of NaN makes NaN of the weights of hidden keys too.
+  // A NaN bias makes NaN of the weights of masked keys too.
   __device__ bool is_empty(int h) const {
     return !kSoftmax && band_.begin(query_[h]) >= band_.end(query_[h]);
   }
 
-  // Rows of O through the memory of the queries to the tensor, and their lse.
+  // Epilogue of an unsplit segment: O through the memory of Q to the tensor, and lse.
   __device__ __forceinline__ void store(const Segment& s, const Scores& weights) const {
     if (active_) {
       unroll<2>([&](auto h) {
@@ -325,7 +329,7 @@ class DecodeSm90Rows {
       T* to = rows_at<T>(p_.out, s.b, i, s.h * plan_.group + r - i * plan_.group);
       store_global(to + chunk * 8, words);
     }
-    sync_warpgroup(0);  // all have read what the next queries overwrite
+    sync_warpgroup(0);  // all reads are done before the next Q is written
   }
 
   __device__ float* sums_of(const Segment& s, int part, int r) const {
@@ -333,7 +337,7 @@ class DecodeSm90Rows {
            (slot_of(plan_, s, part) * plan_.tile_rows + r) * int64_t{Shape::kPartialRow};
   }
 
-  // Relative to the row max that they are merged by.
+  // Partial sums, relative to the rounded row_max by which they are merged.
   __device__ __forceinline__ void store_sums(const Segment& s, const Scores& weights) const {
     if (!active_) return;
 #pragma unroll
@@ -352,7 +356,7 @@ class DecodeSm90Rows {
     }
   }
 
-  // The last of the blocks that share an output tile stores it.
+  // The last CTA that finishes a segment of an output tile merges and stores it.
   __device__ __forceinline__ void merge_segments(const Segment& s) const {
     __threadfence();
     sync_warpgroup(0);
@@ -373,11 +377,11 @@ class DecodeSm90Rows {
   const DecodeSm90Plan& plan_;
   DecodeSm90Shared<Shape>& shared_;
   uint32_t queries_;
-  bool active_;   // some of the warp's rows exist
-  int query_[2];  // of rows h of this thread
+  bool active_;   // some rows of the warp exist
+  int query_[2];  // query of row h of this thread
   MaskBand band_;
-  int whole_begin_, whole_end_;  // of the keys that all rows see
-  unsigned number_ = 0;          // of the next tile of keys
+  int whole_begin_, whole_end_;  // keys that all rows see
+  unsigned number_ = 0;          // index of the next key tile
   float o_[kHeadDim / 2];
 };
 
@@ -386,7 +390,7 @@ __global__ void __launch_bounds__(DecodeSm90Shape<kHeadDim>::kThreads, 2)
     attention_decode_sm90_kernel(const __grid_constant__ DecodeParams d,
                                  const __grid_constant__ DecodeSm90Plan plan) {
   using Shape = DecodeSm90Shape<kHeadDim>;
-  // Two blocks share the 228 KB of a multiprocessor, 1 KB of which is reserved for each block.
+  // Two CTAs share the 228 KB of an SM, of which 1 KB is reserved per CTA.
   static_assert(2 * (sizeof(DecodeSm90Shared<Shape>) + 1024) <= 228 * 1024);
   extern __shared__ __align__(1024) char sm90_shared[];
   auto& shared = *reinterpret_cast<DecodeSm90Shared<Shape>*>(sm90_shared);

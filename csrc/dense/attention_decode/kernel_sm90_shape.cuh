@@ -1,7 +1,7 @@
-// Tiles of the decode kernel on compute capability 9.0a, and what its parts share.
+// Launch plan and shared memory of the sm_90a decode kernel.
 //
-// All rows of a KV head of a request are one output tile, of 64 rows at most; its keys are cut into
-// segments and these given to blocks as in kernel_shape.cuh.
+// All query rows of a KV head of a request are one output tile of at most 64 rows; its keys are cut
+// into segments, which are assigned to CTAs as in kernel_shape.cuh.
 #pragma once
 #include "cuda/arch/sm90/mbarrier.cuh"
 #include "cuda/arch/sm90/tensor_map.h"
@@ -10,14 +10,15 @@
 
 namespace tokenmill::cuda {
 
-// What the host chose for a launch.
+// Launch plan, made on the host.
 struct DecodeSm90Plan : DecodePlan {
-  CUtensorMap k, v, k_part, v_part;  // of whole tiles, and of kPartKeys keys
+  CUtensorMap k, v, k_part, v_part;  // boxes of whole tiles, and of kPartKeys keys
   Sm90Scores scores;
 };
 
-// Shared memory of a block. A barrier `full` ends its phase when the copies into its tile are done,
-// `empty` when all warps that multiply are done with the tile; so for what is known of a segment.
+// Shared memory of a CTA. A `full` mbarrier completes its phase when the TMA copies into its tile
+// have landed, an `empty` one when all consumer warps have released the tile; segments are passed
+// in the same way.
 template <typename Shape>
 struct alignas(1024) DecodeSm90Shared {
   char q[Shape::kQueryBytes];
@@ -27,7 +28,7 @@ struct alignas(1024) DecodeSm90Shared {
   Mbarrier v_full[Shape::kStages], v_empty[Shape::kStages];
   Mbarrier segment_full[2], segment_empty[2];
   Segment segments[2];
-  int is_last;  // of those that are done with an output tile
+  int is_last;  // this CTA finishes an output tile last
 
   __device__ void init_barriers() {
     constexpr int kWarps = Shape::kRows / 16;

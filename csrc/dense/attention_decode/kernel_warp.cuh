@@ -1,5 +1,4 @@
-// What attention_decode knows of the keys of a request, and what its scores become: masks and
-// score mod.
+// Keys of attention_decode in a KV cache, and the masks and score_mod of its warps.
 #pragma once
 #include "cuda/attention/pair_mask.cuh"
 #include "dense/attention_decode/kernel_products.cuh"
@@ -9,14 +8,15 @@ namespace tokenmill::cuda {
 template <typename Keys>
 class DecodeWarp;
 
-// A key of a Float8 cache.
+// Slot and scales of a key in a Float8 cache.
 struct ScaledKey {
   KvCache::Slot at;
   float k_scale, v_scale;
 };
 
-// Key t of a row is key t of the request: where dense and paged caches differ. kMasked_: calls with
-// a mask, which have instances of their own; Float8 caches and latent heads have one for both.
+// Keys of a request: row t is key t. Hides the difference between dense and paged caches. kMasked_:
+// calls with a mask have instances of their own; Float8 caches and latent heads have one instance
+// for both.
 template <typename T, int kBucket, bool kMasked_ = false, typename Cache = T>
 class CacheKeys {
  public:
@@ -26,8 +26,8 @@ class CacheKeys {
   using Warp = DecodeWarp<CacheKeys>;
   static constexpr bool kFloat8 = Shape::kFloat8;
   using Key = std::conditional_t<kFloat8, ScaledKey, KvCache::Slot>;
-  // Of two tiles, or, where scales are read while a tile is worked on, of four: one is worked on,
-  // one is loaded, one is looked up, and slower warps may still work on the one before.
+  // Ring of two tiles or, where scales are read while a tile is processed, of four: one processed,
+  // one loading, one looked up, and one that slower warps may still process.
   static constexpr int kRing = kFloat8 ? 4 : 2;
   static constexpr int kSlots = kRing * Shape::kTileKeys;
   static constexpr int kBytes = kSlots * static_cast<int>(sizeof(Key));
@@ -47,7 +47,7 @@ class CacheKeys {
       return at;
   }
 
-  // Where in shared memory the keys of a tile are kept, which starts at key `key0`.
+  // First entry in shared memory of the keys of the tile that starts at key `key0`.
   static __device__ __forceinline__ int place(int stage, int key0) {
     return (kFloat8 ? key0 / Shape::kTileKeys % kRing : stage) * Shape::kTileKeys;
   }
@@ -66,7 +66,7 @@ class CacheKeys {
     const Rows& rows = kValues ? d_.cache.v : d_.cache.k;
     return static_cast<const Cache*>(rows.data) + KvCache::offset(rows, slots_[at], s.h);
   }
-  // Where in shared memory those of the key at a place and of the next ones lie.
+  // Shared-memory address of the scales from entry `at` on.
   __device__ uint32_t k_scales(int at) const { return shared_address(scales() + at); }
   __device__ uint32_t v_scales(int at) const { return shared_address(scales() + kSlots + at); }
   __device__ static bool exists(int) { return true; }
@@ -95,7 +95,7 @@ class DecodeWarp
         softmax_(p_.map == ScoreMap::softmax),
         unit_(softmax_ ? kLog2e : 1) {}
 
-  // Rows that do not exist see no key.
+  // Rows beyond the last one see no key.
   __device__ __forceinline__ void start(const DecodePlan& plan, const Segment& s,
                                         const DecodeParams& d, const Keys&) {
     const int length = static_cast<int>(d.cache.length(s.b));
@@ -120,8 +120,8 @@ class DecodeWarp
     }
   }
 
-  // Adds the kStepKeys keys from `key` on, at `at`, of which `keys` knows more at `place`. Nothing
-  // behind `end` counts.
+  // One step: the kStepKeys keys from `key` on, with fragments at `at` and ring entries from
+  // `place` on. Keys from `end` on are masked.
   __device__ __forceinline__ void add_step(const Keys& keys, const Addresses& at, int place,
                                            int key, int end) {
     unsigned seen = 0;
@@ -171,7 +171,8 @@ class DecodeWarp
     Products::each_score(s, [&](float& x, int half, int key) {
       float z = x * p_.scale;
       if (p_.softcap > 0) z = apply_softcap(z, p_.softcap);
-      const int distance = end_[half] - 1 - (key0 + key);  // the row's own key is its last one
+      // the row's own key is its last visible one
+      const int distance = end_[half] - 1 - (key0 + key);
       z = fmaf(-slope_[half], fabsf(static_cast<float>(distance)), z) + constant_[half];
       x = z * unit_;
     });
@@ -187,14 +188,14 @@ class DecodeWarp
     return key >= begin_[half] && key < min(end_[half], end);
   }
 
-  // What the mask shows to row g, or to the one `more` rows behind it, which must exist.
+  // Visibility under the mask of `key` to row g + more, which must exist.
   __device__ __forceinline__ bool shows(int more, int key) const {
     const int row = first_row_ + more + static_cast<int>(threadIdx.x % kWarpSize) / 4;
     const int h = kv_head_ * group_ + row % group_;
     return sees_pair(p_.mask, b_, h, row / group_, key, key);
   }
 
-  // Scores 4 n + i that the mask and the band show, as bits.
+  // Bits of the scores 4 n + i that mask and band leave visible.
   __device__ __forceinline__ unsigned seen_pairs(int key0, int end) const {
     unsigned seen = 0;
 #pragma unroll
@@ -219,8 +220,8 @@ class DecodeWarp
   int group_, b_, kv_head_, first_row_;  // for masks
   bool softmax_, general_;
   float unit_;
-  int whole_begin_, whole_end_;  // of the keys that all rows see
-  int begin_[2], end_[2];        // of rows g and g + 8
+  int whole_begin_, whole_end_;  // keys that all rows see
+  int begin_[2], end_[2];        // visible keys of rows g and g + 8
   float slope_[2], constant_[2];
 };
 

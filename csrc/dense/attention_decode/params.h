@@ -5,44 +5,45 @@
 
 namespace tokenmill {
 
-// Where a query lies in q and out.
+// Row of a query in q and out.
 struct QueryPlace {
   int64_t b, i;
 };
 
-// Queries of requests against the cache of each. Where a query is a request of its own, a record
-// that derives from this one says where it lies, and hides these functions.
+// Queries of requests against the KV cache of each. Where a query is a request of its own, a
+// derived record maps its place, and hides these functions.
 struct CacheAttention {
-  AttentionParams attention;  // k, v and seqlen_k are the cache's; no bias
+  AttentionParams attention;  // k, v and seqlen_k describe the cache; no bias
   KvCache cache;
 
   TOKENMILL_HOST_DEVICE int64_t length(int64_t b) const { return cache.length(b); }
-  // Query i of request b.
+  // Row of query i of request b.
   TOKENMILL_HOST_DEVICE QueryPlace place(int64_t b, int64_t i) const { return {b, i}; }
-  // Of head h, in lse that is not packed.
+  // Index in an unpacked lse of query i in head h.
   TOKENMILL_HOST_DEVICE int64_t lse_at(int64_t b, int64_t i, int64_t h) const {
     return (b * attention.heads + h) * attention.seqlen_q + i;
   }
 };
 
 struct DecodeParams : CacheAttention {
-  // CPU: the requests to answer, or null: all. Kernels for a few rows take those with as many
-  // queries each.
+  // CPU: requests to answer, or null: all. Kernels for few rows take requests with exactly
+  // `queries` queries each.
   const int32_t* requests;
   int64_t num_requests, queries;
   int64_t num_splits;    // 0: automatic
-  bool stream_k;         // CUDA: ranges of equal length over all requests
+  bool stream_k;         // CUDA: stream-K, ranges of equal length over all requests
   void* workspace;       // CUDA
-  int64_t max_seqlen_q;  // CUDA: no request has more queries
+  int64_t max_seqlen_q;  // CUDA: upper bound on the queries of a request
 };
 
-// The keys that each of `queries` queries of a request with `length` keys sees.
+// Band of keys for `queries` queries of a request with `length` keys.
 TOKENMILL_HOST_DEVICE inline Band decode_band(const AttentionParams& p, int64_t queries,
                                               int64_t length) {
   return Band::of_window(p.window_left, p.window_right, queries, length);
 }
 
-// The keys that any query of a request sees; part `i` of `parts` of them in whole steps of `step`.
+// Keys that any query of a request sees. part(): the range of steps first_step .. last_step - 1, of
+// `step` keys each.
 struct KeyRange {
   int64_t begin, end;
 
@@ -57,7 +58,7 @@ struct KeyRange {
   }
 };
 
-// null, or what went wrong
+// Returns null or an error message.
 const char* launch_cuda(const DecodeParams&, void* stream);
 int64_t workspace_bytes(const DecodeParams&);
 

@@ -1,11 +1,11 @@
-// Any number of queries for each request, over a cache in float8_e4m3fn.
+// Prefill over a float8_e4m3fn KV cache.
 #pragma once
 #include "dense/attention/kernel.cuh"
 #include "dense/attention_decode/params.h"
 
 namespace tokenmill::cuda {
 
-// One instance for all heads that are narrow.
+// One instance for all narrow heads.
 template <typename T>
 const char* launch_prefill_float8(const DecodeParams& d, const MaskBounds& bounds,
                                   cudaStream_t stream) {

@@ -1,11 +1,11 @@
-// Any number of queries for each request: the forward of attention, with keys in a cache.
+// Prefill: any number of queries per request, by the attention forward with a KV cache.
 #pragma once
 #include "dense/attention/kernel.cuh"
 #include "dense/attention_decode/params.h"
 
 namespace tokenmill::cuda {
 
-// most_queries: as in ForwardPlan.
+// most_queries: see ForwardPlan.
 template <typename T>
 const char* launch_prefill(const DecodeParams& d, const MaskBounds& bounds, int most_queries,
                            cudaStream_t stream) {

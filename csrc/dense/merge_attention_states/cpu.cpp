@@ -1,6 +1,5 @@
-// out = sum_i w_i outs_i with w_i = exp(lse_i) / sum_j exp(lse_j), row by row. The weights are
-// taken from differences to the largest lse: log sum_j exp(lse_j), once rounded, is too coarse for
-// that.
+// out = sum_i w_i outs_i with w_i = exp(lse_i) / sum_j exp(lse_j), row by row. Weights are computed
+// from differences to the largest lse: log sum_j exp(lse_j), once rounded, is too coarse.
 #include <cmath>
 
 #include "cpu/parallel.h"
@@ -28,7 +27,8 @@ TM_INLINE int64_t lse_index(const MergeParams& p, const Row& r) {
   return (r.b * p.heads + r.h) * p.seqlen + r.s;
 }
 
-// The weights of the parts; returns lse. An empty part has weight 0, whatever its out holds.
+// Computes the weights of the parts; returns lse. An empty part has weight 0, whatever its out
+// holds.
 float write_weights(const MergeParams& p, const Row& r, float* weights) {
   if (!p.lses) {
     for (int64_t i = 0; i < p.parts; ++i) weights[i] = 1;
@@ -46,7 +46,7 @@ float write_weights(const MergeParams& p, const Row& r, float* weights) {
   return row_max + std::log(sum);
 }
 
-// visit(index, row, weights, lse) for each row.
+// Calls visit(index, row, weights, lse) for each row.
 template <typename Visit>
 void for_each_row(const MergeParams& p, const Visit& visit) {
   const int64_t rows = p.batch * p.seqlen * p.heads;

@@ -14,8 +14,8 @@ dim3 grid_of(const MergeParams& p) {
   return {limited(p.heads), limited(ceil_div(p.seqlen, kMergeWarps)), limited(p.batch)};
 }
 
-// Rows fewer than multiprocessors are cut into slices, until there is one for each of these. A
-// slice has a sector of memory at least.
+// Fewer rows than SMs are cut into slices of channels, until there is a slice per SM. A slice is at
+// least one 32-byte sector.
 template <typename T, int kVector>
 const char* launch_merge(const MergeParams& p, cudaStream_t stream) {
   constexpr int64_t kSector = 32 / sizeof(T);

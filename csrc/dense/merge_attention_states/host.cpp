@@ -55,7 +55,7 @@ std::vector<int64_t> without_front(const std::vector<int64_t>& sizes) {
   return {sizes.begin() + 1, sizes.end()};
 }
 
-// Rows without elements have an lse.
+// Rows without elements still have an lse.
 template <typename Params, typename Cpu>
 void launch(const Params& p, int64_t rows, const View& where, const Cpu& launch_cpu) {
   if (rows == 0) return;

@@ -1,6 +1,6 @@
 // One warp per row (b, s, h): memory-bound, outs is read once forward and twice backward. The grid
-// is (heads, positions / warps, batch), each dimension up to a limit beyond which blocks take
-// several rows: no division, which for 64-bit numbers is a call that spills registers.
+// is (heads, positions / warps, batch), each dimension capped, beyond which CTAs take several rows:
+// this needs no division, which for 64-bit numbers is a call that spills registers.
 #pragma once
 #include "cuda/vector.cuh"
 #include "cuda/warp.cuh"
@@ -9,7 +9,7 @@
 namespace tokenmill::cuda::merge_attention_states {
 
 constexpr int kMergeThreads = 128;
-constexpr int kMergeBlocks = 4;  // per multiprocessor: left alone, ptxas spills to fit more
+constexpr int kMergeBlocks = 4;  // CTAs per SM: without this bound, ptxas spills to fit more
 
 constexpr int kMergeWarps = kMergeThreads / kWarpSize;
 
@@ -23,7 +23,7 @@ struct MergeRow {
         lse((b * p.heads + h) * p.seqlen + s) {}
 };
 
-// visit(b, s, h) for each row of this warp.
+// Calls visit(b, s, h) for each row of this warp.
 template <typename Visit>
 __device__ __forceinline__ void visit_rows(const MergeParams& p, const Visit& visit) {
   for (int64_t b = blockIdx.z; b < p.batch; b += gridDim.z)
@@ -32,8 +32,8 @@ __device__ __forceinline__ void visit_rows(const MergeParams& p, const Visit& vi
       for (int64_t h = blockIdx.x; h < p.heads; h += gridDim.x) visit(b, s, h);
 }
 
-// Of a row: w_i = exp(lse_i - row_max) / sum. log sum_j exp(lse_j), once rounded, is too coarse to
-// take weights from.
+// Scale of a row: w_i = exp(lse_i - row_max) / sum. log sum_j exp(lse_j), once rounded, is too
+// coarse to compute weights from.
 struct MergeScale {
   float row_max = 0, sum = 1;
 
@@ -61,7 +61,7 @@ struct MergeScale {
   }
 };
 
-// Channels of the row from `first` on, `step` apart.
+// Merges channels `first`, `first` + step, ... of the row, kVector at a time.
 template <typename T, int kVector>
 __device__ __forceinline__ void merge_channels(const MergeParams& p, const MergeRow& row,
                                                const MergeScale& scale, int64_t first, int64_t end,
@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
   });
 }
 
-// The same for few rows. Blocks of one warp: slices of `slice` channels of heads, positions, batch.
-// An element is summed over the parts in the same order whatever its slice.
+// The same for few rows: one-warp CTAs, grid (heads * slices of `slice` channels, positions,
+// batch). An element is summed over the parts in the same order whatever its slice.
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kWarpSize)
     merge_slices_kernel(const __grid_constant__ MergeParams p, unsigned slices, int64_t slice) {

@@ -27,7 +27,7 @@ struct MergeBackwardParams {
   float* dlses;       // [n, B, H, S] contiguous; unused for a plain sum
 };
 
-// null, or what went wrong
+// Returns null or an error message.
 const char* launch_cuda(const MergeParams&, void* stream);
 const char* launch_cuda(const MergeBackwardParams&, void* stream);
 
