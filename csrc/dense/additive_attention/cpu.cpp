@@ -24,7 +24,7 @@ const uint8_t* mask_of(const AdditiveParams& p, int64_t b, int64_t i) {
   return p.mask ? p.mask + b * p.mask_batch + i * p.mask_row : nullptr;
 }
 
-// visit.operator()<M>() with M of 1 to kBlock queries.
+// Calls visit.operator()<M>() for M = min(queries, kBlock) queries.
 template <typename Visit>
 TM_INLINE void visit_block(int64_t queries, const Visit& visit) {
   switch (queries) {
@@ -39,7 +39,7 @@ TM_INLINE void visit_block(int64_t queries, const Visit& visit) {
   }
 }
 
-// Forward: an item is a tile of the scores.
+// Forward: an item is a tile of scores.
 constexpr int64_t kTileRows = 32, kTileKeys = 256;
 
 class ScoreTiles {
@@ -84,7 +84,7 @@ class ScoreTiles {
     });
   }
 
-  // Queries i to i + M - 1, in q_ from `packed` on, and the `count` keys in k_.
+  // Scores of queries i to i + M - 1, in q_ from `packed` on, and the `count` keys in k_.
   template <int M>
   __attribute__((noinline)) void run_block(int64_t b, int64_t i, int64_t packed, int64_t j,
                                            int64_t count) const {
@@ -121,10 +121,10 @@ class ScoreTiles {
   float *const q_, *const k_, *const v_;
 };
 
-// Backward: an item is a vector of A, of one sequence and of one part of its queries. dk and dv are
-// sums, in order, of those of the parts; the parts depend on shapes alone.
-constexpr int64_t kGradientRows = 64, kGradientKeys = 128;  // of a tile
-constexpr int64_t kItems = 64;  // parts are made until there are as many items
+// Backward: an item is a vector of A of one sequence and one part of its queries. dk and dv are
+// summed over parts in order; the parts depend on shapes only.
+constexpr int64_t kGradientRows = 64, kGradientKeys = 128;  // per tile
+constexpr int64_t kItems = 64;  // target number of items, reached by splitting into parts
 
 struct Parts {
   int64_t chunks, count, rows;  // vectors of A; parts of the queries, queries of each but the last
@@ -215,7 +215,7 @@ class Gradients {
       return dv;
     }
 
-    // The gradients of the scores of a query and keys from j on, 0 where the mask hides.
+    // dscores of query i and the keys from j on, 0 where masked.
     const float* gradients_of(int64_t i, int64_t j, int64_t keys, float* memory) const {
       const AdditiveBackwardParams& bp = s_.backward_;
       const float* const g = bp.dscores + b_ * bp.dscores_batch + i * bp.dscores_row + j;
@@ -225,7 +225,7 @@ class Gradients {
       return memory;
     }
 
-    // Queries i to i + M - 1, and the keys in k_, which begin at j. Returns their dv.
+    // Queries i to i + M - 1 and the keys in k_, which start at j. Returns their dv.
     template <int M>
     __attribute__((noinline)) vf run_block(int64_t i, float* dq, int64_t j, int64_t keys, vf v) {
       const float* g[M];
@@ -265,7 +265,7 @@ class Gradients {
   };
 
  private:
-  // `list` numbers sequences and, within them, vectors of A.
+  // list: index of a sequence and, within it, of a vector of A.
   float* dk_of(int64_t list, int64_t part) const {
     return dk_ + (list * parts_.count + part) * p_.keys * kWidth;
   }
@@ -273,7 +273,7 @@ class Gradients {
     return dv_ + (list * parts_.count + part) * kWidth;
   }
 
-  // The last of the parts to finish adds all of them up.
+  // The last part that finishes reduces all parts.
   void finish(int64_t list) const {
     const int64_t chunk = list % parts_.chunks, at = chunk * kWidth, lanes = p_.width - at;
     if (__atomic_add_fetch(finished_lists_ + list, 1, __ATOMIC_ACQ_REL) == parts_.count)

@@ -1,5 +1,5 @@
 // Forward. A worker owns a tile of queries of one head and streams the keys past it in steps; the
-// score map is applied in the registers of the first product, and P goes to the second through L1.
+// score map is applied in the registers of S = Q K^T, and P goes to P V through L1.
 #include <cstring>
 
 #include "core/knobs.h"
@@ -12,7 +12,7 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-// The sequences of a call: those of its tensors, or requests that have their keys in a cache.
+// Sequences of a call: of its tensors, or requests with keys in a KV cache.
 struct Sequences {
   const AttentionParams& p;
   const DecodeParams* cached = nullptr;
@@ -20,7 +20,7 @@ struct Sequences {
   const KvCache* cache() const { return cached ? &cached->cache : nullptr; }
   int64_t count() const { return cached ? cached->num_requests : p.batch; }
   int64_t number(int64_t n) const { return cached && cached->requests ? cached->requests[n] : n; }
-  // Of number b.
+  // Sequence of request b.
   Sequence at(int64_t b) const {
     Sequence s(p, b);
     if (cached) s.k_length = cached->cache.length(b);
@@ -31,9 +31,9 @@ struct Sequences {
 struct QueryTile : QueryRows {
   Band band;
   int64_t first;        // queries first .. first + rows - 1
-  const PairTest* cut;  // null unless a mask hides some pairs of the next register tile
+  const PairTest* cut;  // mask of the next register tile; null if it hides no pairs
 
-  // The vectors of the panel at `column` that one of `count` rows sees, in whole units of `pair`.
+  // Vectors of the panel at `column` that one of `count` rows sees, in whole units of `pair`.
   Vectors seen(int64_t row, int64_t count, int64_t column, int64_t pair) const {
     const int64_t unit = kWidth * pair;
     const int64_t from = band.begin(first + row) - column;
@@ -44,7 +44,7 @@ struct QueryTile : QueryRows {
   }
 };
 
-// Hides those of a register tile's pairs that a mask hides.
+// Masks of ranges and spans: hides pairs of a register tile.
 __attribute__((noinline)) void hide_pairs(const PairTest& cut, float hidden, vf* s, int rows,
                                           int vectors, int64_t i, int64_t column) {
   for (int r = 0; r < rows; ++r)
@@ -52,8 +52,8 @@ __attribute__((noinline)) void hide_pairs(const PairTest& cut, float hidden, vf*
       *s = select(cut.seen(i + r, column + j * kWidth), *s, set(hidden));
 }
 
-// Weights of kRows queries and kVectors vectors of keys from `column` on, at `slot` of the
-// step. `panel` points at the first of these keys in its packed panel.
+// S = Q K^T and weights of kRows queries and kVectors vectors of keys from `column` on, stored at
+// `slot` of the step. panel: the first of these keys in its packed panel.
 template <class Op, Exponent kKind, bool kCoarse, bool kPlain, int kRows, int kVectors>
 __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const float* panel,
                                           int64_t column, int64_t slot) {
@@ -66,7 +66,7 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
     through_memory(s, [&](vf* tile) TM_LAMBDA {
       apply_score_mod(*t.score_mod, tile, kRows, kVectors, i, column);
     });
-  } else if constexpr (Op::kPair != 1) {  // else q holds the factor
+  } else if constexpr (Op::kPair != 1) {  // otherwise q already holds the factor
     const vf factor = set(t.score_mod->factor);
     TM_UNROLL(8)
     for (int r = 0; r < kRows; ++r) {
@@ -104,7 +104,7 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
 
 using ScoreTile = void (*)(const QueryTile&, int64_t, const float*, int64_t, int64_t);
 
-// The copy of score_tile for 1 .. kTileVectors vectors.
+// Instance of score_tile for 1 .. kTileVectors vectors.
 template <class Op, Exponent kKind, bool kCoarse, bool kPlain, int kRows,
           int kVectors = kTileVectors>
 ScoreTile score_tile_for(int64_t vectors) {
@@ -154,12 +154,13 @@ class Worker {
     mask.place(workspace, sizes.longest_k);
   }
 
-  // One share of the query tiles of one KV head, all its query heads behind each other.
+  // One share of the query tiles of one KV head, its query heads in succession.
   void run(int64_t item) {
     const Share tiles = share_of(item);
     for (int64_t n = tiles.begin; n < tiles.end; ++n) {
       place = place_of(item, n);
-      // The next item may go to another worker: then its first tile was prefetched in vain.
+      // Prefetch target. The next item may go to another worker: its first tile is then prefetched
+      // in vain.
       next =
           n + 1 < tiles.end ? place_of(item, n + 1) : place_of(item + 1, share_of(item + 1).begin);
       if (place.kv != packed) std::memset(head.done, 0, panels);
@@ -181,10 +182,10 @@ class Worker {
 
  private:
   struct Share {
-    int64_t begin, end;  // tiles of a KV head
+    int64_t begin, end;  // range of the KV head's tiles
   };
 
-  // A tile of queries: rows `first` .. of query head h.
+  // A query tile: rows from `first` on of query head h.
   struct Place {
     Sequence s;
     Band band;
@@ -256,7 +257,7 @@ class Worker {
       const int64_t step_end = step + kKeyStep < end ? step + kKeyStep : end;
       if (masked && !mask.sees(step, step_end)) continue;
       uint64_t done[kQueryTile / kShortRows] =
-          {};  // of a mask: vectors of P, of each group of rows
+          {};  // masked: computed vectors of P, per group of rows
       for (int64_t column = step; column < step_end; column += kPanel) {
         if (masked && !mask.enter_panel(column)) continue;
         head.ensure(column);
@@ -295,7 +296,7 @@ class Worker {
     }
   }
 
-  // Weights of rows row .. row + n - 1 times values from .. to - 1.
+  // O += P V: weights of rows row .. row + n - 1 times values from .. to - 1.
   void add_values(int64_t row, int64_t n, int64_t step, int64_t from, int64_t to) {
     if (from >= to) return;
     const auto product = n == kTileRows ? &multiply_rows<Op, false, kTileRows, false, true>
@@ -304,8 +305,8 @@ class Worker {
             head.v_rows(from), head.width, (to - from) / Op::kPair, t.width);
   }
 
-  // A share of what is needed soon: the next panel; beside the first panel of a tile, the rows of
-  // its output, the next tile of queries, and the first panel of its head if that is another one.
+  // Prefetches a share of what is needed soon: the next panel; during the first panel of a tile
+  // also its output rows, the next query tile, and the first panel of the next head if it differs.
   void prefetch(int64_t row, int64_t count, int64_t column, bool first_panel) const {
     head.prefetch(column + kPanel, row, count, t.rows);
     if (mask.any()) head.prefetch_packed(column + kPanel, row, count, t.rows);
@@ -363,7 +364,7 @@ void forward(const Sequences& sequences) {
   // A parallel region costs about as much as 2 Mflop on one thread.
   const double work = 2 * sizes.pairs * static_cast<double>(p.heads * (p.head_dim + p.value_dim));
   const int threads = work < 2e6 ? 1 : cpu::num_threads();
-  // An item is a share of the tiles of one KV head; several per thread for balance.
+  // An item is a share of the query tiles of one KV head; several per thread for balance.
   const int64_t tiles = p.heads / p.kv_heads * ceil_div(sizes.longest_q, kQueryTile);
   const int64_t per_thread = knob(Knob::attention_shares);
   int64_t shares =

@@ -3,12 +3,12 @@
 //
 //   S^T = K Q^T,  dP^T = V dO^T,  then in registers
 //   sigmoid: dS = P (1 - P) dP;   softmax: dS = P (dP - delta), delta = rowsum(dO O) - dlse
-//   that fades by F: dS = P (F dP - delta), with P F in place of P in dV
+//   with ALiBi decay F: dS = P (F dP - delta), with P F in place of P in dV
 //   others: P = n f(z), dS = f'(z) (n dP - delta), n the factor of the row, delta by its sum
 //   dV += P^T dO,  dK += dS^T Q,  dQ += dS K
 //
-// Of softmax a row of dS adds up to dlse + P_sink delta. The gradient of score_bias is taken from
-// that: the sum itself cancels, down to the errors of P and dP.
+// For softmax a row of dS adds up to dlse + P_sink delta. The gradient of score_bias is computed
+// from that: the sum itself cancels, down to the errors of P and dP.
 #include <algorithm>
 #include <cstring>
 
@@ -22,10 +22,10 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-// 16 MiB: what parts of heads that add to the same dbias may take, or one head of each item.
+// 16 MiB: bound on the dQ of parts of heads that share dbias; at least one head per item.
 constexpr int64_t kPartFloats = int64_t{1} << 22;
 
-// What one part of one head leaves for the head's total.
+// Partial result of one part of one head.
 struct Partials {
   float* dq;  // [Sq padded][width_d]
   HeadSums sums;
@@ -57,7 +57,7 @@ class Worker {
 
   static int64_t padded(int64_t length_q) { return round_up(length_q, kQueryBlock); }
 
-  // Every part of one KV head behind each other.
+  // All parts of one KV head in succession.
   void run_head(int64_t b, int64_t kv_head) {
     enter(b, kv_head);
     const Split split(s->k_length);
@@ -75,7 +75,7 @@ class Worker {
     store_keys(0, s->k_length, 0);
   }
 
-  // One part of one KV head; `partials` has an entry for each query head of the group.
+  // One part of one KV head; `partials` has an entry per query head of the group.
   void run_split(int64_t b, int64_t kv_head, int64_t part, Partials* partials) {
     enter(b, kv_head);
     const Split split(s->k_length);
@@ -90,7 +90,7 @@ class Worker {
     store_keys(begin, end < s->k_length ? end : s->k_length, begin);
   }
 
-  // The total of a KV head whose parts are all done; partials[part * group + g].
+  // Reduces the parts of a KV head after all have finished; partials[part * group + g].
   void reduce(int64_t b, int64_t kv_head, const Partials* partials) {
     enter(b, kv_head);
     const Split split(s->k_length);
@@ -131,7 +131,7 @@ class Worker {
   void enter_query_head(int64_t head) {
     h = head;
     score_mod = ScoreMod(p, b, h, *s);
-    // The general path sums dS, and is the only one of kinds that take the logit.
+    // The general path sums dS, and is the only one for kinds that take the logit.
     if (kKind == Exponent::logit || sums_pairs_for_score_bias()) score_mod.make_general();
     queries.pack(*s, b, h, padded(s->q_length),
                  score_mod.plain && Op::kPair == 1 ? score_mod.factor : 1);
@@ -153,15 +153,15 @@ class Worker {
     int64_t begin, end;
   };
 
-  // The queries that see keys [begin, end), in whole blocks.
+  // Queries that see keys [begin, end), in whole blocks.
   Range queries_of(int64_t begin, int64_t end) const {
     const int64_t from = seen_by.begin(begin), to = seen_by.end(lower(end, s->k_length) - 1);
     if (from >= to) return {0, 0};
     return {from / kQueryBlock * kQueryBlock, round_up(to, kQueryBlock)};
   }
 
-  // Keys [begin, end) against all queries of head h: the rows queries_of(begin, end) of dq_out are
-  // set, dk and dv (whose row 0 is key `origin`) are added to.
+  // Keys [begin, end) against all queries of head h: sets rows queries_of(begin, end) of dq_out,
+  // adds to dk and dv, whose row 0 is key `origin`.
   HeadSums run_part(int64_t begin, int64_t end, int64_t origin, float* dq_out) {
     if (end > s->k_length) end = s->k_length;
     zero_rows(dq_out, queries_of(begin, end));
@@ -187,11 +187,11 @@ class Worker {
   static int64_t lower(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t upper(int64_t a, int64_t b) { return a > b ? a : b; }
 
-  // The current tile of keys against queries i .. i + kQueryBlock - 1.
+  // The current key tile against queries i .. i + kQueryBlock - 1.
   void run_block(int64_t i, float* dk_rows, float* dv_rows, float* dq_rows, HeadSums& sums) {
     const bool plain = kKind != Exponent::logit && score_mod.plain;
-    // Of the queries of each group of keys, and of the keys of each kWidth queries: what may be
-    // seen. Without a mask, all.
+    // Visibility bits: per group of keys its queries, per kWidth queries their groups of keys. All
+    // ones without a mask.
     uint64_t seen_keys[kQueryBlock / kWidth];
     for (uint64_t& groups : seen_keys) groups = mask.any() ? 0 : ~uint64_t{0};
     for (int64_t r = 0; r < keys; r += kTileRows) {
@@ -209,7 +209,7 @@ class Worker {
         cut = cuts & panel;
         plain ? score_tile<true>(r, i, c, sums) : score_tile<false>(r, i, c, sums);
       }
-      // Words of the queries that these keys see.
+      // dV += P^T dO and dK += dS^T Q over the words of the queries that these keys see.
       const int64_t begin = upper(from - i, 0) / Op::kPair;
       const int64_t end = ceil_div(lower(to - i, kQueryBlock), Op::kPair);
       for_each_run(seen, [&](int64_t first, int64_t behind) {
@@ -240,7 +240,7 @@ class Worker {
     }
   }
 
-  // P^T and dS^T of kTileRows keys (row r of the tile) and kPanel queries (from i + c on).
+  // P^T and dS^T of kTileRows keys (from row r of the tile) and kPanel queries (from i + c).
   template <bool kPlain>
   __attribute__((noinline)) void score_tile(int64_t r, int64_t i, int64_t c, HeadSums& sums) {
     vf z[kTileRows][kTileVectors];
@@ -250,7 +250,7 @@ class Worker {
     const int64_t query = i + c, key = first_key + r;
     const bool masked = query < seen_by.begin(key + kTileRows - 1) ||
                         query + kPanel > seen_by.end(key) || key + kTileRows > s->k_length;
-    const ScoreMod mod = score_mod;  // what is stored cannot change a copy
+    const ScoreMod mod = score_mod;  // a local copy, which stores cannot alias
     LaneSums lane_sums;
     if constexpr (kPlain) {
       TM_UNROLL(8)
@@ -258,7 +258,7 @@ class Worker {
         score_row<true>(mod, z[m], dp[m], r + m, query, c, masked, lane_sums);
       scores.store_pairs(r, c, z);
     } else {
-      // One copy of a row's code: z itself would leave its registers where it is indexed.
+      // One copy of the row code: indexing z itself would move it out of registers.
       vf rows[kTileRows][kTileVectors];
       TM_UNROLL(8)
       for (int m = 0; m < kTileRows; ++m) {
@@ -278,8 +278,7 @@ class Worker {
     vf score_bias = zero(), alibi_slopes = zero();
   };
 
-  // The weights of key r of the tile and kPanel queries from `query` on; z becomes the gradient of
-  // their q.k.
+  // Weights of key r of the tile and kPanel queries from `query` on; z becomes the gradient of q.k.
   template <bool kPlain>
   TM_INLINE void score_row(const ScoreMod& mod, vf (&z)[kTileVectors], const float* dp, int64_t r,
                            int64_t query, int64_t c, bool masked, LaneSums& lane_sums) {
@@ -292,7 +291,7 @@ class Worker {
       if constexpr (!kPlain) {
         distance = mod.query_distances(query + n * kWidth, key);
         t = mod.exponent(t, mod.bias ? bias_column(mod, query + n * kWidth, key) : vf{}, distance);
-      } else if constexpr (Op::kPair != 1) {  // else qt holds the factor
+      } else if constexpr (Op::kPair != 1) {  // otherwise qt already holds the factor
         t = t * factor;
       }
       const vf dpn = load(dp + n * kWidth);
@@ -308,7 +307,7 @@ class Worker {
         visit_map(mod.map, [&](auto map) TM_LAMBDA {
           const Weight f = weight_of<decltype(map)::value, kCoarse>(t);
           w[n] = f.value * row_factor;
-          // What a weight of slope 0 does not see may be NaN.
+          // slope 0 hides the pair, whose other factor may be NaN
           dz[n] = select(equal(f.slope, zero()), zero(), f.slope * change);
         });
       } else {
@@ -344,7 +343,7 @@ class Worker {
     std::memset(rows + r.begin * width_d, 0, (r.end - r.begin) * width_d * sizeof(float));
   }
 
-  // Rows r of one part's dQ into dq_total, which the first part sets and may have written itself.
+  // Adds rows r of one part's dQ to dq_total. The first part sets it, and may already be there.
   void add_part(const float* part, Range r, bool first) const {
     if (first) {
       zero_rows(dq_total, {0, r.begin});
@@ -363,8 +362,8 @@ class Worker {
     if (bp.dsink) bp.dsink[b * p.heads + h] = static_cast<float>(sums.sink);
   }
 
-  // Of softmax, what rows add up to: d loss / d sink = -sum_i P_i,sink delta_i, as the sink has no
-  // value, and d loss / d score_bias = sum_i (dlse_i + P_i,sink delta_i).
+  // Softmax row sums: d loss / d sink = -sum_i P_i,sink delta_i, as the sink has no value, and d
+  // loss / d score_bias = sum_i (dlse_i + P_i,sink delta_i).
   HeadSums row_sums() const {
     HeadSums sums;
     if (kKind != Exponent::softmax || !(bp.dsink || bp.dscore_bias)) return sums;
@@ -373,7 +372,7 @@ class Worker {
     for (int64_t i = 0; i < s->q_length; ++i) {
       if (lse_in[i] == -kInf) continue;
       const float weight = !p.sink                  ? 0
-                           : p.sink[h] == lse_in[i] ? 1  // also inf
+                           : p.sink[h] == lse_in[i] ? 1  // equality covers inf
                                                     : std::exp(p.sink[h] - lse_in[i]);
       const double share = weight * queries.delta[i];
       sums.sink -= share;
@@ -396,7 +395,7 @@ class Worker {
   QueryOperands<Op> queries;
   KeyOperands<Op> tile;
   BlockMask<Op> mask;
-  int64_t width_d, width_v;  // of rows of gradients
+  int64_t width_d, width_v;  // of gradient rows
   int64_t padded_q, most_keys;
   cpu::Workspace workspace;
   float *dq, *dq_total, *dk, *dv;
@@ -437,7 +436,7 @@ void backward(const AttentionBackwardParams& bp) {
 
   using W = Worker<Op, kKind, kCoarse>;
   const int64_t dq_size = W::padded(longest_q) * round_up(p.head_dim, kWidth);
-  // Heads of an item whose parts are in memory together.
+  // Number of heads of an item whose parts are in memory at once.
   const int64_t one_of_each = batches * heads * parts * group * dq_size;
   const int64_t together =
       whole_head ? of_item : std::clamp<int64_t>(kPartFloats / (one_of_each + 1), 1, of_item);
@@ -467,7 +466,7 @@ void backward(const AttentionBackwardParams& bp) {
           const int64_t head = own * together + n - first;
           Partials* all = partials + head * parts * group;
           worker.run_split(b, h, part, all + part * group);
-          // The last part to finish adds all of them up.
+          // The last part that finishes reduces all parts.
           if (__atomic_add_fetch(finished + head, 1, __ATOMIC_ACQ_REL) == parts)
             worker.reduce(b, h, all);
         }

@@ -1,5 +1,4 @@
-// What the backward CPU kernel packs: the queries of a head with the gradients of their outputs,
-// and a chunk of its keys with their values.
+// Packed operands of the backward CPU kernel: Q and dO of a head, K and V of a key tile.
 #pragma once
 #include "cpu/workspace.h"
 #include "dense/attention/cpu_scores.h"
@@ -10,12 +9,12 @@ constexpr int64_t kKeyTile = 96;      // a multiple of kTileRows
 constexpr int64_t kQueryBlock = 128;  // a multiple of kPanel and of kQueryRows
 constexpr int64_t kQueryRows = 4;     // rows of the register tile of dQ
 constexpr int64_t kSplits = 8;
-constexpr int64_t kSplitKeys = 480;  // least keys of a part, a multiple of kKeyTile
+constexpr int64_t kSplitKeys = 480;  // min keys of a part, a multiple of kKeyTile
 
-// The keys are cut into at most kSplits parts; dQ is the sum, in order, of one partial sum per
-// part. Parts run behind each other or on several threads, with the same bits.
+// Splits the keys into at most kSplits parts; dQ is the sum, in order, of one partial sum per part.
+// Parts run in succession or on several threads, with the same bits.
 struct Split {
-  int64_t count, keys;  // parts of a sequence, keys of each but the last
+  int64_t count, keys;  // number of parts of a sequence; keys of each but the last
 
   explicit Split(int64_t length) : keys(round_up(ceil_div(length, kSplits), kKeyTile)) {
     if (keys < kSplitKeys) keys = kSplitKeys;
@@ -23,8 +22,8 @@ struct Split {
   }
 };
 
-// Lengths of packed rows: in words where they are an A operand, in floats where they are a B or C
-// operand; of q and k, and of v and dout.
+// Lengths of packed rows: words as an A operand (lda), floats as a B or C operand (width); d: q and
+// k, v: v and dout.
 template <class Op>
 struct RowSizes {
   int64_t words_d, words_v, lda_d, lda_v, width_d, width_v;
@@ -45,7 +44,7 @@ struct QueryOperands : RowSizes<Op> {
   const AttentionBackwardParams& bp;
   float *qt, *gt;      // q and dout transposed, in panels of kPanel queries
   float *qr, *gr;      // q and dout as rows
-  float *lse, *delta;  // of softmax; of kinds that take the logit, a row's factor and its delta
+  float *lse, *delta;  // softmax; for kinds that take the logit, the factor of a row and its delta
 
   explicit QueryOperands(const AttentionBackwardParams& bp) : RowSizes<Op>(bp.forward), bp(bp) {}
 
@@ -61,7 +60,8 @@ struct QueryOperands : RowSizes<Op> {
     delta = workspace.take(padded);
   }
 
-  // Queries of head h, and zeros up to `padded`; the transposed q times factor.
+  // Packs the queries of head h, and zeros up to `padded`; the transposed q is multiplied by
+  // factor.
   void pack(const Sequence& s, int64_t b, int64_t h, int64_t padded, float factor) {
     const AttentionParams& p = bp.forward;
     for (int64_t i = 0; i < padded; i += kPanel) {
@@ -71,7 +71,7 @@ struct QueryOperands : RowSizes<Op> {
                  EvenRows{row_of(bp.dout, p.dtype, b, s.q_start, i, h), bp.dout.seq}, factor);
     }
   }
-  // Rows i .. i + kPanel - 1, the first `rows` of them from q and g.
+  // Rows i .. i + kPanel - 1, of which the first `rows` exist.
   template <class Source>
   void pack_panel(int64_t i, int64_t rows, const Source& q, const Source& g, float factor) {
     const AttentionParams& p = bp.forward;
@@ -94,13 +94,13 @@ struct QueryOperands : RowSizes<Op> {
   }
   void pack_statistics(int64_t i, float lse_in, float dlse, float shift, const char* g,
                        const char* o) {
-    // A row that saw nothing has P = 0.
+    // A row without visible keys has P = 0.
     lse[i] = lse_in == -kInf ? kInf : (lse_in - shift) * kLog2e;
     delta[i] = product(g, o) - dlse;
   }
 
-  // For f(z) divided by the sum s of its row: d loss / d s is -factor rowsum(dout out), with the
-  // sign of s where |s| divides, and 0 where 1 does.
+  // Factor and delta of kinds that are divided by the row sum s: d loss / d s is -factor
+  // rowsum(dout out), with the sign of s where |s| divides, and 0 where 1 does.
   float* factor() const { return lse; }
   void pack_factors(const Sequence& s, int64_t b, int64_t h, int64_t padded) {
     const AttentionParams& p = bp.forward;
@@ -147,10 +147,11 @@ struct KeyOperands : RowSizes<Op> {
   void place(cpu::Workspace& workspace, int64_t keys) {
     kr = workspace.take(keys * lda_d);
     vr = workspace.take(keys * lda_v);
-    kb = Op::kPair == 1 ? kr : workspace.take(keys / Op::kPair * width_d);  // the same for float32
+    // same layout for float32
+    kb = Op::kPair == 1 ? kr : workspace.take(keys / Op::kPair * width_d);
   }
 
-  // Keys begin .. begin + count - 1 of KV head h.
+  // Packs keys begin .. begin + count - 1 of KV head h.
   void pack(const Sequence& s, int64_t b, int64_t h, int64_t begin, int64_t count) {
     pack(count, EvenRows{row_of(p.k, p.dtype, b, s.k_start, begin, h), p.k.seq},
          EvenRows{row_of(p.v, p.dtype, b, s.k_start, begin, h), p.v.seq});
@@ -164,8 +165,8 @@ struct KeyOperands : RowSizes<Op> {
   }
 };
 
-// S^T = K Q^T into z and dP^T = V dO^T into dp, for kTileRows keys from row r of the tile on and N
-// vectors of queries from i on.
+// z = S^T = K Q^T and dp = dP^T = V dO^T for kTileRows keys from row r of the tile on and N vectors
+// of queries from i on.
 template <class Op, int N>
 TM_INLINE void multiply_scores(vf (&z)[kTileRows][N], float (&dp)[kTileRows][kPanel],
                                const KeyOperands<Op>& keys, int64_t r,
@@ -181,7 +182,7 @@ TM_INLINE void multiply_scores(vf (&z)[kTileRows][N], float (&dp)[kTileRows][kPa
                       kPanel, queries.words_d);
 }
 
-// P^T and dS^T of a tile of keys (rows) and a block of queries, as operands of the other products.
+// P^T and dS^T of a key tile (rows) and a block of queries, as operands of dV, dK and dQ.
 template <class Op, int64_t kQueries>
 struct ScoreOperands {
   static constexpr int64_t kRowPad = 16;  // rows start in different cache sets
@@ -197,7 +198,7 @@ struct ScoreOperands {
     sp = workspace.take(keys / 2 * kLdsp);
   }
 
-  // Weights w and their gradients dz for key r, and queries c and on.
+  // Stores weights w and their gradients dz for key r and the queries from c on.
   template <int N>
   TM_INLINE void store_key(int64_t r, int64_t c, const vf (&w)[N], const vf (&dz)[N]) const {
     if constexpr (Op::kPair == 1) {
@@ -217,7 +218,7 @@ struct ScoreOperands {
 #endif
     }
   }
-  // dS^T of keys r .. r + kTileRows - 1 as pairs of keys, where words are pairs.
+  // Stores dS^T of keys r .. r + kTileRows - 1 as pairs of keys, where words are pairs.
   template <int N>
   TM_INLINE void store_pairs(int64_t r, int64_t c, const vf (&dz)[kTileRows][N]) const {
 #if defined(__AVX512BF16__)
@@ -231,7 +232,7 @@ struct ScoreOperands {
     }
 #endif
   }
-  // dS as A operand of dQ: columns are queries.
+  // dS as the A operand of dQ: columns are queries.
   const float* gradient(int64_t key_word, int64_t query) const {
     return Op::kPair == 1 ? st + key_word * kLdp + query : sp + key_word * kLdsp + query;
   }

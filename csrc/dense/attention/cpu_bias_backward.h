@@ -1,10 +1,10 @@
-// Columns of a bias and of its gradient, for the backward CPU kernel: lanes are queries.
+// Columns of a bias and of dbias, for the backward CPU kernel: lanes are queries.
 #pragma once
 #include "dense/attention/cpu_scores.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 
-// Sums over the pairs of one head. Doubles: there may be 2^32 of them.
+// Sums over the pairs of one head, in double: there may be 2^32 pairs.
 struct HeadSums {
   double score_bias = 0, alibi_slopes = 0, sink = 0;
 
@@ -15,7 +15,7 @@ struct HeadSums {
   }
 };
 
-// Of queries query .. query + kWidth - 1 and one key.
+// Bias of queries query .. query + kWidth - 1 and one key.
 inline vf bias_column(const ScoreMod& mod, int64_t query, int64_t key) {
   if (key >= mod.columns) return zero();
   const int64_t at = key * mod.bias_k;
@@ -29,7 +29,7 @@ inline vf bias_column(const ScoreMod& mod, int64_t query, int64_t key) {
   });
 }
 
-// The same column of dbias of head h of batch b. Queries may share one element.
+// Adds dz to the same column of dbias of head h of batch entry b. Queries may share one element.
 inline void add_to_column(vf dz, const ScoreMod& mod, const AttentionBackwardParams& bp, int64_t b,
                           int64_t h, int64_t query, int64_t key) {
   if (key >= mod.columns) return;

@@ -1,4 +1,4 @@
-// The end of a row, for the CPU kernels.
+// Normalisation of a row at its end (CPU).
 #pragma once
 #include <cmath>
 #include <limits>
@@ -32,8 +32,8 @@ inline RowScale softmax_epilogue(float sum, float row_max, bool seen, const floa
   return {weight / total, (top + std::log2(total)) * kLn2 + shift};
 }
 
-// The factor of a row of any other kind by its statistic, the sum of its weights or the number of
-// keys that it sees.
+// Normalisation factor of a row of any other kind, from its statistic: the sum of its weights, or
+// the number of its visible keys.
 inline float normalizer(const AttentionParams& p, float statistic) {
   if (p.normalize == Normalize::none) return 1;
   if (p.normalize == Normalize::count) return statistic > 0 ? 1 / statistic : 0;

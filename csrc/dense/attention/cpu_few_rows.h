@@ -1,4 +1,4 @@
-// Calls whose keys few rows of queries read, which would not pay for a packed copy of the keys.
+// Calls with few query rows per key, too few to pay for packing the keys.
 #pragma once
 #include <algorithm>
 
@@ -7,9 +7,9 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-// Rows that share a key head, and the keys in their window from which on the engine of decode is
-// the faster one: some for a few rows or one query, and so many for each of more rows that packed
-// keys leave L2.
+// Query rows per KV head, and keys in their window, from which on the decode engine is faster:
+// kSomeKeys keys for kFewestRows rows or one query; kKeysOfRow keys per row, where packed keys
+// leave L2, for up to kFewRows rows.
 constexpr int64_t kFewestRows = 8, kSomeKeys = 128;
 constexpr int64_t kFewRows = 32, kKeysOfRow = 256;
 
@@ -23,7 +23,7 @@ inline bool has_few_rows(const AttentionParams& p) {
   return (are_fewest || rows <= kFewRows) && keys >= least && p.seqlen_k <= 0x7fffffff;
 }
 
-// Tensors as a cache in which each request has a page of its own, and all keys of it.
+// Presents the tensors as a KV cache with one page per request that holds all its keys.
 inline void attend_few_rows(const AttentionParams& p) {
   cpu::Workspace memory(p.batch);
   int32_t* const lengths = reinterpret_cast<int32_t*>(memory.take(p.batch));

@@ -1,4 +1,4 @@
-// Weights that are a function of the logit itself: no row_max, and a row is divided at its end.
+// Weights that are a function of the logit only: no row_max, and a row is normalised at its end.
 #pragma once
 #include <type_traits>
 
@@ -6,7 +6,7 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-// f(std::integral_constant<ScoreMap, map>())
+// Calls f(std::integral_constant<ScoreMap, map>()).
 template <typename F>
 TM_INLINE void visit_map(ScoreMap map, const F& f) {
   switch (map) {
@@ -23,7 +23,7 @@ TM_INLINE void visit_map(ScoreMap map, const F& f) {
   }
 }
 
-// The weight of a logit, of which -inf hides its pair, and its derivative.
+// Weight of a logit and its derivative; a logit of -inf hides its pair.
 struct Weight {
   vf value, slope;
 };
@@ -48,7 +48,7 @@ TM_INLINE Weight weight_of(vf z) {
   }
 }
 
-// Logits become weights, which are added to the lanes of sums.
+// Turns logits into weights in place and adds them to the lanes of sums.
 template <bool kCoarse>
 TM_INLINE void add_weights(ScoreMap kind, vf* scores, int64_t vectors, float* sums) {
   vf sum = zero();
@@ -61,8 +61,8 @@ TM_INLINE void add_weights(ScoreMap kind, vf* scores, int64_t vectors, float* su
   store(sums, load(sums) + sum);
 }
 
-// Weights become what products of Op make of them, and are added to the lanes of sums. Nothing
-// happens where they stay float32.
+// Rounds weights to the precision in which products of Op take them, and adds them to the lanes of
+// sums. Does nothing where weights stay float32.
 template <class Op>
 TM_INLINE void add_rounded(vf* weights, int64_t vectors, float* sums) {
 #if defined(__AVX512BF16__)

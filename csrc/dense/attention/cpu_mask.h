@@ -1,6 +1,6 @@
-// Masks of pairs, for CPU kernels. A range of keys is a span of positions, and a key is at one: so
-// one rule is left, that spans of query and key meet, of positions as of ids. Hulls of spans tell
-// what a tile of pairs sees before it is multiplied.
+// Masks of ranges and spans, for CPU kernels. A range of keys is a span of positions, and a key is
+// at one position, so both rules become one: the spans of query and key intersect, in positions and
+// in ids. Hulls of spans decide what a tile of pairs sees before it is multiplied.
 #pragma once
 #include "cpu/simd.h"
 #include "dense/attention/params.h"
@@ -17,10 +17,10 @@ TM_INLINE vi load_integers(const int32_t* p) {
 TM_INLINE vi positions(int64_t first) {
   return __builtin_convertvector(iota(), vi) + static_cast<int32_t>(first);
 }
-// A comparison of vi as a lane mask.
+// Lane mask of a comparison of vi.
 TM_INLINE vm mask_of(vi x) { return less(__builtin_convertvector(x, vf), zero()); }
 
-// From first to last. first > last: of no position.
+// Closed interval [first, last]; empty if first > last.
 struct Span {
   int32_t first, last;
 
@@ -33,7 +33,7 @@ TM_INLINE vi meet(vi first, vi last, Span other) {
   return (first <= other.last) & (last >= other.first);
 }
 
-// Of some spans.
+// Bounds of `first` and `last` over some spans.
 struct Hull {
   int32_t min_first = INT32_MAX, max_first = INT32_MIN;
   int32_t min_last = INT32_MAX, max_last = INT32_MIN;
@@ -52,7 +52,7 @@ struct Hull {
   }
 };
 
-// How many pairs of a tile are seen.
+// Visibility of the pairs of a tile.
 enum class Seen : int32_t { none, some, all };
 
 TM_INLINE Seen meet(const Hull& a, const Hull& b) {
@@ -60,14 +60,14 @@ TM_INLINE Seen meet(const Hull& a, const Hull& b) {
   return a.max_first <= b.min_last && b.max_first <= a.min_last ? Seen::all : Seen::some;
 }
 
-// Of some queries.
+// Hulls of some queries.
 struct QueryHull {
   Hull ranges[kMaxRanges], ids;
 };
 
-// The mask of one head of one sequence.
+// Mask of one head of one sequence.
 struct HeadMask {
-  int64_t count = 0;  // ranges of a query, if there are any
+  int64_t count = 0;  // ranges per query, if the mask has ranges
   const int32_t *ranges = nullptr, *q_spans = nullptr, *k_spans = nullptr;
 
   HeadMask() = default;
@@ -100,7 +100,7 @@ struct HeadMask {
     if (q_spans) to.ids.add(x.ids);
   }
 
-  // What queries see of the keys [begin, end), whose ids have this hull.
+  // Visibility of the keys [begin, end), whose ids have hull `ids`, to `queries`.
   Seen seen(const QueryHull& queries, const Hull& ids, int64_t begin, int64_t end) const {
     Seen most = count ? Seen::none : Seen::all;
     const Hull keys = Hull::of_positions(begin, end);
@@ -119,7 +119,7 @@ struct HeadMask {
     return shown && (!q_spans || meet(query(i), key(j)));
   }
 
-  // Which of kWidth keys query i sees, given their positions and ids.
+  // Lane mask of the kWidth keys that query i sees, from their positions and ids.
   TM_INLINE vm seen_keys(int64_t i, vi position, vi first, vi last) const {
     vi shown = vi{} - (count == 0);
     for (int64_t r = 0; r < count; ++r) shown |= meet(position, position, range(i, r));
@@ -128,7 +128,7 @@ struct HeadMask {
   }
 };
 
-// f(begin, end) for each run of ones, from the lowest on.
+// Calls f(begin, end) for each run of ones, from the lowest on.
 template <typename F>
 TM_INLINE void for_each_run(uint64_t bits, const F& f) {
   while (bits) {

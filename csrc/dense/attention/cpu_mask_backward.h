@@ -1,5 +1,5 @@
-// Tiles of keys against blocks of queries under a mask, for the backward CPU kernel, whose lanes
-// are queries.
+// Mask of key tiles against blocks of queries, for the backward CPU kernel, whose lanes are
+// queries.
 #pragma once
 #include "dense/attention/cpu_backward_operands.h"
 #include "dense/attention/cpu_mask.h"
@@ -26,7 +26,7 @@ class BlockMask {
     blocks = panels + padded_q / kPanel;
   }
 
-  // The queries of head h; those that fill up the last block see nothing.
+  // Enters the queries of head h; queries that pad the last block see nothing.
   void enter(const Sequence& s, int64_t b, int64_t h, int64_t padded_q) {
     mask = HeadMask(p.mask, b, h, s.q_start, s.k_start);
     for (int64_t i = 0; i < hulls(padded_q); ++i) units[i] = {};
@@ -43,7 +43,7 @@ class BlockMask {
       mask.add_queries(panels[i], blocks[i * kPanel / kQueryBlock]);
   }
 
-  // The keys first .. first + count - 1, a tile.
+  // Enters a key tile, keys first .. first + count - 1.
   void enter_keys(int64_t first, int64_t count) {
     first_key = first;
     keys = count;
@@ -55,13 +55,13 @@ class BlockMask {
     }
   }
 
-  // Whether any query of the block at i may see a key of the tile.
+  // True if any query of the block at i may see a key of the tile.
   bool sees(int64_t i) const {
     return mask.seen(blocks[i / kQueryBlock], tile, first_key, first_key + keys) != Seen::none;
   }
 
-  // The queries of the block at i, a bit for each kWidth, that may see the keys of the tile from r
-  // on, kTileRows at most; *cut has those of panels that do not see all of these keys.
+  // Bits, one per kWidth queries of the block at i, of those that may see the keys of the tile from
+  // r on, at most kTileRows; *cut: bits of panels that do not see all of these keys.
   uint64_t queries(int64_t r, int64_t i, uint64_t* cut) const {
     const int64_t begin = first_key + r, end = first_key + end_of(r);
     const Hull& group = groups[r / kTileRows];
@@ -83,7 +83,7 @@ class BlockMask {
     return found;
   }
 
-  // Which of the queries query .. query + kWidth - 1 see key j of the sequence.
+  // Lane mask of the queries query .. query + kWidth - 1 that see key j of the sequence.
   TM_INLINE vm seen(int64_t query, int64_t j) const {
     vi shown = vi{} - (mask.count == 0);
     for (int64_t r = 0; r < mask.count; ++r)
@@ -95,7 +95,7 @@ class BlockMask {
   }
 
  private:
-  static constexpr int64_t kUnit = kWidth * Op::kPair;  // queries that are told apart by hulls
+  static constexpr int64_t kUnit = kWidth * Op::kPair;  // queries per hull
 
   struct Plane {
     int32_t *first, *last;
@@ -115,7 +115,7 @@ class BlockMask {
   Plane range[kMaxRanges] = {}, ids = {};
   QueryHull *units = nullptr, *panels = nullptr, *blocks = nullptr;
   int64_t first_key = 0, keys = 0;
-  Hull groups[kKeyTile / kTileRows], tile;  // of ids of keys
+  Hull groups[kKeyTile / kTileRows], tile;  // hulls of the ids of keys
 };
 
 }  // namespace tokenmill::TOKENMILL_ISA

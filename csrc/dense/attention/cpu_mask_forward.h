@@ -1,4 +1,4 @@
-// A tile of queries against panels of keys under a mask, for the forward CPU kernel.
+// Mask of a query tile against panels of keys, for the forward CPU kernel.
 #pragma once
 #include "dense/attention/cpu_mask.h"
 #include "dense/attention/cpu_weights.h"
@@ -8,7 +8,7 @@ namespace tokenmill::TOKENMILL_ISA {
 constexpr int64_t kQueryTile = 96;  // a multiple of kTileRows
 constexpr int64_t kKeyStep = 256;   // a multiple of kPanel
 
-// Of a panel.
+// A range of vectors of a panel.
 struct Vectors {
   int64_t first, count;
 
@@ -19,14 +19,14 @@ struct Vectors {
   }
 };
 
-// Single pairs.
+// Test of single pairs.
 struct PairTest {
   HeadMask mask;
-  int64_t rows = 0;                           // of the sequence
+  int64_t rows = 0;                           // rows of the sequence
   int32_t *first = nullptr, *last = nullptr;  // ids of its keys
 
-  // Which of the keys column .. column + kWidth - 1 query i sees. Rows that fill up a register tile
-  // repeat the last one.
+  // Lane mask of the keys column .. column + kWidth - 1 that query i sees. Rows that pad a register
+  // tile repeat the last one.
   TM_INLINE vm seen(int64_t i, int64_t column) const {
     const bool ids = mask.q_spans;
     return mask.seen_keys(i < rows ? i : rows - 1, positions(column),
@@ -55,7 +55,7 @@ class TileMask {
     steps = panels + padded / kPanel;
   }
 
-  // Queries first .. first + rows - 1 of head h.
+  // Enters queries first .. first + rows - 1 of head h.
   void enter(const Sequence& s, int64_t b, int64_t h, int64_t first, int64_t rows) {
     const HeadMask mask(p.mask, b, h, s.q_start, s.k_start);
     test.mask = mask;
@@ -74,14 +74,15 @@ class TileMask {
     }
   }
 
-  // Whether the tile may see any key of [begin, end), at most kKeyStep keys.
+  // True if the tile may see any key of [begin, end), at most kKeyStep keys.
   bool sees(int64_t begin, int64_t end) const {
     Hull ids = of(steps, begin / kKeyStep);
     ids.add(of(steps, (end - 1) / kKeyStep));
     return test.mask.seen(tile, ids, begin, end) != Seen::none;
   }
 
-  // Whether it sees any of the panel at `column`; after that, what each group of rows sees of it.
+  // True if the tile sees any key of the panel at `column`; also computes what each group of rows
+  // sees.
   bool enter_panel(int64_t column) {
     const int64_t end = column + kPanel < length ? column + kPanel : length;
     const Hull& ids = of(panels, column / kPanel);
@@ -100,10 +101,10 @@ class TileMask {
     return any;
   }
   const Vectors& vectors(int64_t g) const { return group[g].vectors; }
-  // What tells pairs apart, where a group does not see all of its vectors.
+  // Pair test of a group that does not see all of its vectors, else null.
   const PairTest* pairs(int64_t g) const { return group[g].cut ? &test : nullptr; }
 
-  // How many keys of [begin, end) query i sees that no bias hides.
+  // Number of keys of [begin, end) that query i sees and that no bias hides.
   float visible(const ScoreMod& score_mod, int64_t i, int64_t begin, int64_t end) const {
     float count = 0;
     for (int64_t at = begin, to; at < end; at = to) {
@@ -116,15 +117,15 @@ class TileMask {
   }
 
  private:
-  static constexpr int64_t kUnit = kWidth * Op::kPair;  // keys that are told apart by hulls
+  static constexpr int64_t kUnit = kWidth * Op::kPair;  // keys per hull
 
-  struct Group {  // of rows of a register tile
+  struct Group {  // the rows of a register tile
     QueryHull queries;
     Vectors vectors;
     bool cut;
   };
 
-  // Vectors are read from any key on.
+  // Padded: vectors are read from any key on.
   static int64_t plane(int64_t longest_k) { return round_up(longest_k, kPanel) + kWidth; }
   static int64_t hulls(int64_t longest_k) {
     const int64_t padded = round_up(longest_k, kPanel);
@@ -149,7 +150,7 @@ class TileMask {
     for (int64_t i = 0; i < padded / kPanel; ++i) steps[i * kPanel / kKeyStep].add(panels[i]);
   }
 
-  // Of the panel at `column`, from the first to the last unit that the group may see.
+  // Restricts a group to the units, from first to last, that it may see in the panel at `column`.
   void narrow(Group& x, int64_t column, int64_t end) const {
     int64_t first = kPanel / kUnit, last = -1, whole = 0;
     for (int64_t u = 0; column + u * kUnit < end; ++u) {
@@ -168,7 +169,7 @@ class TileMask {
   const AttentionParams& p;
   PairTest test;
   int64_t length = 0, loaded = -1, groups = 0;
-  Hull *units = nullptr, *panels = nullptr, *steps = nullptr;  // of ids of keys
+  Hull *units = nullptr, *panels = nullptr, *steps = nullptr;  // hulls of the ids of keys
   Hull nothing;
   QueryHull tile;
   Group group[kQueryTile / kShortRows];

@@ -1,4 +1,4 @@
-// The B operands of a forward: keys and values of one head, of a tensor or a cache.
+// B operands of the forward: packed keys and values of one head, from a tensor or a KV cache.
 #pragma once
 #include "cpu/element_bytes.h"
 #include "cpu/float8.h"
@@ -10,15 +10,15 @@ namespace tokenmill::TOKENMILL_ISA {
 
 TM_INLINE bool holds_codes(const KvCache& cache) { return cache.dtype == DType::float8_e4m3fn; }
 
-// One head's keys and values as B operands, packed panel by panel when first needed.
+// Keys and values of one head, packed panel by panel on first use.
 template <class Op>
 struct PackedHead {
   float *k, *v;
   uint8_t* done;
-  float* codes;          // rows of keys in float8, widened: [kPanel][words], or null
-  int64_t words, width;  // of a k row; of a v row
+  float* codes;          // float8 only: widened rows of keys, [kPanel][words]; else null
+  int64_t words, width;  // words per k row; floats per v row
   const AttentionParams* p;
-  const KvCache* cache;  // where the keys lie, or null
+  const KvCache* cache;  // the KV cache, or null
   Sequence s;
   int64_t b, h;
 
@@ -65,7 +65,7 @@ struct PackedHead {
     pack_transposed<Op>(k_rows, p->dtype, n, p->head_dim, 1.f, k + column * words);
     pack_reduced_rows<Op>(v_rows, p->dtype, n, p->value_dim, v + column / Op::kPair * width, width);
   }
-  // Rows in float8 as floats, times their scales; those of values are words as they are.
+  // Widens float8 rows to floats, times their scales; v rows need no further packing.
   void pack_codes(int64_t column, int64_t n) {
     const auto widen = [&](const Rows& rows, const CacheScale& scale, int64_t length, float* to,
                            int64_t ld) {
@@ -82,12 +82,12 @@ struct PackedHead {
     widen(cache->v, cache->v_scale, p->value_dim, v + column * width, width);
   }
 
-  // The panel at `column`, of which the share [part, part + count) of `parts`.
+  // Prefetches share [part, part + count) of `parts` of the panel at `column`.
   void prefetch(int64_t column, int64_t part, int64_t count, int64_t parts) const {
     if (column < s.k_length && !done[column / kPanel]) prefetch_rows(column, part, count, parts);
   }
-  // Where that panel goes. Under a mask few tiles read a panel, and what it is written over has
-  // left the caches.
+  // Prefetches the destination of that panel. Under a mask few tiles read a panel, and the memory
+  // that it overwrites has left the caches.
   void prefetch_packed(int64_t column, int64_t part, int64_t count, int64_t parts) const {
     if (column >= s.k_length || done[column / kPanel]) return;
     const int64_t last = part + count < parts ? part + count : parts;

@@ -1,8 +1,8 @@
-// From q.k to the exponent of the score map, for the forward and backward CPU kernels.
+// score_mod: from q.k to the exponent of the score map, for the forward and backward CPU kernels.
 //
 // Exponents are in base 2: t = z log2(e) for softmax, P = 2^(t - row_max) / sum; t = -z log2(e) for
 // sigmoid, P = 1 / (1 + 2^t). Nothing cancels, so small weights keep their relative accuracy. Other
-// kinds, and a sigmoid that is normalised, take the logit: t = z.
+// kinds, and a normalised sigmoid, take the logit: t = z.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -17,7 +17,7 @@ namespace tokenmill::TOKENMILL_ISA {
 
 constexpr float kMax = std::numeric_limits<float>::max();
 
-// e^-z beyond this is cut, so that P (1 - P) is 0 and not 0 * inf.
+// Upper clamp on e^-z, so that P (1 - P) is 0 and not 0 * inf.
 constexpr float kMaxOdds = 1e37f;
 
 enum class Exponent { softmax, sigmoid, logit };
@@ -27,7 +27,7 @@ inline Exponent exponent_of(const AttentionParams& p) {
   const bool plain = p.map == ScoreMap::sigmoid && p.normalize == Normalize::none;
   return plain ? Exponent::sigmoid : Exponent::logit;
 }
-// The exponent that hides a pair, and what a logit is multiplied by.
+// hidden_exponent: exponent of a masked pair; exponent_unit: factor from logit to exponent.
 constexpr float hidden_exponent(Exponent t) { return t == Exponent::sigmoid ? kInf : -kInf; }
 constexpr float exponent_unit(Exponent t) {
   return t == Exponent::softmax ? kLog2e : t == Exponent::sigmoid ? -kLog2e : 1;
@@ -45,7 +45,7 @@ struct Sequence {
 
 TM_INLINE int64_t size_of(DType t) { return t == DType::float32 ? 4 : 2; }
 
-// Row `seq` of sequence-relative index in head h of batch b.
+// Row `seq`, relative to the sequence, in head h of batch entry b.
 TM_INLINE char* row_of(const Rows& r, DType t, int64_t b, int64_t start, int64_t seq, int64_t h) {
   return static_cast<char*>(r.data) +
          (b * r.batch + (start + seq) * r.seq + h * r.head) * size_of(t);
@@ -57,7 +57,7 @@ TM_INLINE float* lse_of(const AttentionParams& p, const float* lse, int64_t b, i
   return const_cast<float*>(lse) + at;
 }
 
-// 2^t as coarse as 16-bit results allow, or to float32 accuracy.
+// 2^t, kCoarse: with the accuracy of 16-bit results, else of float32.
 template <bool kCoarse>
 TM_INLINE vf power(vf t) {
   return exp2<kCoarse ? 3 : 5>(t);
@@ -67,10 +67,10 @@ TM_INLINE vf reciprocal(vf x) {
   return kCoarse ? reciprocal_approx(x) : set(1.f) / x;
 }
 
-// w x; what a weight of 0 does not see may be NaN.
+// w x, or 0 where w is 0: x may be NaN there.
 TM_INLINE vf weighted(vf w, vf x) { return select(equal(w, zero()), zero(), w * x); }
 
-// What lies between scale q.k and the score map, for one head of one sequence.
+// score_mod of one head of one sequence: everything between scale q.k and the score map.
 struct ScoreMod {
   ScoreMod(const AttentionParams& p, int64_t b, int64_t h, const Sequence& s)
       : map(p.map),
@@ -97,20 +97,20 @@ struct ScoreMod {
     plain = softcap == 0 && !bias && !p.alibi_slopes;
     factor = exponent_unit(kind) * scale;
     if (kind == Exponent::softmax) {
-      // Softmax does not see a shift of its row: only lse and sink do.
+      // Softmax is invariant to a shift of its row: only lse and the sink depend on it.
       shift = std::isfinite(constant) ? constant : 0;
       constant -= shift;
       if (constant != 0 || std::isnan(constant)) plain = false;
     } else if (kind == Exponent::logit) {
       if (!(constant == 0)) plain = false;
     } else {
-      // e^-constant as a factor of 2^t, as long as neither over- nor underflows alone.
+      // e^-constant as a factor of 2^t, as long as neither overflows nor underflows by itself.
       if (!(std::fabs(constant) < 20)) plain = false;
       odds = plain ? std::exp(-constant) : 1;
     }
   }
 
-  // Takes the constant back into the exponent.
+  // Moves the constant back into the exponent.
   void make_general() {
     plain = false;
     odds = 1;
@@ -140,7 +140,7 @@ struct ScoreMod {
     const vf dy = abs_of(yi - yj), dx = abs_of((i - yi * width) - (j - yj * width));
     return grid.manhattan ? dy + dx : max_of(dy, dx);
   }
-  // i / width, rounded down. Adding 1.5 * 2^23 rounds to a whole number.
+  // i / width, rounded down. Adding 1.5 * 2^23 rounds to an integer.
   static TM_INLINE vf row_of_cell(vf i, vf width) {
     const vf shift = set(12582912.f), half = set(0.5f);
     return ((i + half) / width - half + shift) - shift;
@@ -162,7 +162,7 @@ struct ScoreMod {
     return t;
   }
 
-  // By what a weight at this distance is multiplied where weights fade.
+  // ALiBi decay of a weight at this distance.
   template <bool kCoarse>
   TM_INLINE vf fade(vf distance) const {
     const vf f = power<kCoarse>(distance * set(-slope * kLog2e));
@@ -173,7 +173,7 @@ struct ScoreMod {
   TM_INLINE vf cap(vf z) const {
     return softcap > 0 ? set(softcap) * tanh(z * set(1 / softcap)) : z;
   }
-  // d cap(z) / dz at z = scale qk.
+  // d cap(z) / dz at z = scale q.k.
   TM_INLINE vf cap_slope(vf qk) const {
     const vf th = tanh(qk * set(scale / softcap));
     return fma(th * set(-1.f), th, set(1.f));
@@ -186,8 +186,8 @@ struct ScoreMod {
     return load_as_float_n(bias, bias_dtype, at + column, columns - column);
   }
 
-  // How many of the keys [begin, end) neither a bias of -inf nor the grid's window hides from query
-  // `row`; those among them that shown(key) has, a mask of kWidth lanes.
+  // Number of keys in [begin, end) that neither a bias of -inf nor the grid window hides from query
+  // `row`. shown(key): lane mask of the kWidth keys to count.
   float visible(int64_t row, int64_t begin, int64_t end) const {
     if (!bias && grid.window < 0) return begin < end ? static_cast<float>(end - begin) : 0;
     return visible(row, begin, end, [](int64_t) TM_LAMBDA { return lanes(0, kWidth); });
@@ -214,8 +214,8 @@ struct ScoreMod {
   const void* bias;
   DType bias_dtype;
   int64_t bias_q, bias_k;
-  bool has_slope, fades;  // what slopes are for: logits or weights
-  bool plain;             // plain: t = factor qk, and odds or shift hold the constant
+  bool has_slope, fades;  // slopes act on logits (has_slope) or on weights (fades)
+  bool plain;             // t = factor q.k, and odds or shift hold the constant
   float factor, shift = 0, odds = 1;
 };
 

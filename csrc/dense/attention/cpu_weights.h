@@ -1,5 +1,5 @@
-// From exponents to weights, for forward CPU kernels: a tile of query rows, what is summed for each
-// of them, and the score map in the registers of the first product.
+// From exponents to weights, for forward CPU kernels: the state of a tile of query rows, and the
+// score map applied in the registers of the first product.
 #pragma once
 #include <type_traits>
 
@@ -8,21 +8,21 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-constexpr int kShortRows = 4;  // of a register tile where kTileRows would compute idle rows
-// Rows of P and of the accumulators start in different cache sets.
+constexpr int kShortRows = 4;  // rows of a register tile where kTileRows would include idle rows
+// Padding: rows of P and of the accumulators start in different cache sets.
 constexpr int64_t kRowPad = 16;
-// P may exceed 1 by this power of two before row_max of a softmax row moves.
+// log2 of the factor by which P may exceed 1 before row_max of a softmax row is updated.
 constexpr float kHeadroom = 8;
 
-// Asks for one row of a tensor ahead of time. Packing and storing wait for memory otherwise, above
-// all where the rows of a head lie far apart ([B, S, H, D]). Reads go to L2: at such strides few of
-// the sets of L1 would hold them all.
+// Prefetches one row of a tensor. Packing and storing wait for memory otherwise, above all where
+// the rows of a head lie far apart ([B, S, H, D]). Reads go to L2: at such strides L1 has too few
+// sets to hold them all.
 template <bool kWrite>
 TM_INLINE void prefetch_row(const char* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, kWrite, kWrite ? 3 : 1);
 }
 
-// Rows of the next register tile where `left` are to be done.
+// Rows of the next register tile, with `left` rows to do.
 constexpr int64_t rows_of_tile(int64_t left) {
   const bool fits = left <= kShortRows || (left > kTileRows && left <= 2 * kShortRows);
   return fits ? kShortRows : kTileRows;
@@ -31,20 +31,20 @@ constexpr int64_t rows_of_tile(int64_t left) {
 struct QueryRows {
   const ScoreMod* score_mod;
   int64_t rows;
-  float* q;  // [most rows][ldq]
+  float* q;  // [max rows][ldq]
   int64_t words, ldq;
-  float* p;  // weights of the current step, [most rows][ldp]
+  float* p;  // weights of the current step, [max rows][ldp]
   int64_t ldp;
-  float* out;  // [most rows][ldo]
+  float* out;  // accumulators, [max rows][ldo]
   int64_t ldo, width;
-  bool adds_up;  // the weights of a row, into sums, as softmax does
-  // softmax, per row: exponents are taken relative to row_max, the first maximum, so that the only
-  // key of a row has weight 1; it moves when an exponent exceeds raise_above.
+  bool adds_up;  // weights are added to sums, as for softmax
+  // softmax, per row: exponents are relative to row_max, the first maximum, so that the only key of
+  // a row has weight 1; it is updated when an exponent exceeds raise_above.
   float *row_max, *raise_above, *sums;
-  // Other kinds: sums of the weights as the product with V takes them. A row is divided by these,
-  // so that its only key gives its value; where weights stay float32 they are `sums`.
+  // Other kinds: sums of the rounded weights that P V uses. A row is divided by them, so that its
+  // only key gives exactly its value; equal to `sums` where weights stay float32.
   float* divisors;
-  bool rounds;  // weights to 16 bits
+  bool rounds;  // weights are rounded to 16 bits
 
   template <class Op>
   void set_sizes(const AttentionParams& p, int64_t step) {
@@ -94,7 +94,7 @@ TM_INLINE vf scale_words(vf x, float factor) {
 #endif
 }
 
-// Moves row_max of a softmax row up to `top` and rescales what was summed relative to the old one.
+// Raises row_max of a softmax row to `top` and rescales P, O and sums.
 template <class Op>
 __attribute__((noinline)) void update_row_max(const QueryRows& t, int64_t row, float top,
                                               int64_t words_done) {
@@ -111,8 +111,8 @@ __attribute__((noinline)) void update_row_max(const QueryRows& t, int64_t row, f
   store(sums, load(sums) * set(factor));
 }
 
-// A register tile [kRows][kVectors] in memory and back, so that code that is long has one copy, in
-// a loop. s itself would leave its registers where it is indexed.
+// Passes a register tile [kRows][kVectors] through memory, so that long code has one copy, in a
+// loop; indexing s itself would move it out of registers.
 template <int kRows, int kVectors, class Each>
 TM_INLINE void through_memory(vf (&s)[kRows][kVectors], const Each& each) {
   vf tile[kRows * kVectors];
@@ -129,14 +129,14 @@ TM_INLINE void through_memory(vf (&s)[kRows][kVectors], const Each& each) {
   }
 }
 
-// s = exponents of queries i .. i + rows - 1 and of the keys from `column` on.
+// s = exponents of queries i .. i + rows - 1 and the keys from `column` on.
 __attribute__((noinline)) inline void apply_score_mod(const ScoreMod& mod, vf* s, int rows,
                                                       int vectors, int64_t i, int64_t column) {
   for (int r = 0; r < rows; ++r)
     for (int j = 0; j < vectors; ++j, ++s) *s = mod.exponent(*s, i + r, column + j * kWidth);
 }
 
-// By what the weights of these pairs are multiplied.
+// ALiBi decay of the weights of these pairs.
 template <bool kCoarse>
 __attribute__((noinline)) void fades_of(const ScoreMod& mod, vf* fade, int rows, int vectors,
                                         int64_t i, int64_t column) {
@@ -147,8 +147,8 @@ __attribute__((noinline)) void fades_of(const ScoreMod& mod, vf* fade, int rows,
 
 struct Unfaded {};
 
-// Rows `row` and on: exponents s to weights, at `slot` of the step. fade(r, j): what a softmax
-// weight is multiplied by that its row has summed.
+// Turns exponents s of rows `row` and on into weights, stored at `slot` of the step. fade(r, j):
+// decay applied to a softmax weight after the row sum.
 template <class Op, Exponent kKind, bool kCoarse, int kRows, int kVectors, class Fade = Unfaded>
 TM_INLINE void store_weights(const QueryRows& t, int64_t row, vf (&s)[kRows][kVectors],
                              int64_t slot, const Fade& fade = {}) {

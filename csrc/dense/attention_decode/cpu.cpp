@@ -4,7 +4,7 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-// All keys of a request, or the last ones of it, as they lie in the cache.
+// All visible keys of a request, in place in the KV cache.
 template <class Products, DType kElementType>
 class DenseKeys {
  public:
@@ -13,7 +13,7 @@ class DenseKeys {
   static constexpr bool kTurns = false, kChunks = true;
   using Params = DecodeParams;
   using Row = KeyRange;
-  // Ids of the keys of a mask that has any, and their hull.
+  // Ids of the keys under a mask of spans, and their hull.
   struct Step : StepRows {
     int32_t first[kStep], last[kStep];
     Hull ids;
@@ -32,7 +32,7 @@ class DenseKeys {
   static Row row(const Params& d, int64_t b, int64_t) {
     return KeyRange::of(decode_band(d.attention, d.queries, d.cache.length(b)));
   }
-  // What `count` queries from `first` on see, as far as they exist.
+  // Keys that `count` queries from `first` on see, as far as the queries exist.
   static Row row_of_chunk(const Params& d, int64_t b, int64_t first, int64_t count) {
     const Band band = decode_band(d.attention, d.queries, d.cache.length(b));
     const int64_t behind = first + count < d.queries ? first + count : d.queries;
@@ -56,7 +56,7 @@ class DenseKeys {
     q_start_ = p.cu_seqlens_q ? p.cu_seqlens_q[b] : 0;
     queries_ = {};
     const int64_t group = p.heads / p.kv_heads;
-    // Heads differ in ranges alone.
+    // Masks differ between heads only in their ranges.
     const int64_t heads = p.mask.ranges_head ? heads_together(p.kv_heads) * group : 1;
     for (int64_t h = 0; p.mask.any() && h < heads; ++h)
       for (int64_t i = 0; i < d_.queries; ++i)
@@ -158,13 +158,13 @@ class DenseKeys {
     return ids;
   }
 
-  // The first row sees least of the last keys, the last one least of the first.
+  // The first row sees the fewest of the last keys, the last row the fewest of the first.
   template <int kRows>
   bool leaves_band(const RowBlock<kRows>& block, int64_t key0, int64_t vectors) const {
     return key0 < band_.begin(block.query[kRows - 1]) ||
            key0 + vectors * kKeys<kRows> > band_.end(block.query[0]);
   }
-  // Whether the mask hides some key of the step from some row.
+  // True if the mask hides some key of the step from some row.
   template <int kRows>
   bool cuts(const RowBlock<kRows>& block, const Step& step, int64_t key0) const {
     if (!d_.attention.mask.any()) return false;
@@ -198,7 +198,7 @@ class DenseKeys {
   }
 
   const Params& d_;
-  const int64_t element_;  // bytes, of the cache
+  const int64_t element_;  // bytes per element of the cache
   const bool scaled_;
   int64_t b_ = 0, head_ = 0, q_start_ = 0;
   Band band_{};

@@ -1,5 +1,5 @@
-// The products of cpu_rows.h with keys and values in float8_e4m3fn, which are widened in registers.
-// Sums are of products with kCodeUnit and multiplied by its inverse once.
+// Products of cpu_rows.h with float8_e4m3fn keys and values, which are widened in registers. Sums
+// are of codes times kCodeUnit, and are multiplied by its inverse once.
 #pragma once
 #include "cpu/float8.h"
 #include "dense/attention_decode/cpu_rows.h"
@@ -16,7 +16,7 @@ TM_INLINE void load_four(const uint8_t* p, vf (&x)[kCodesAtOnce]) {
   for (int j = 0; j < kCodesAtOnce; j += 2) load_codes(p + j * kWidth, x[j], x[j + 1]);
 }
 
-// The score of a key with a NaN is NaN.
+// The score of a key with a NaN code is NaN.
 template <int kRows>
 __attribute__((noinline, cold)) vf show_nan_keys(vf sums, const char* const* rows, int64_t offset,
                                                  int64_t dim) {
@@ -30,7 +30,7 @@ __attribute__((noinline, cold)) vf show_nan_keys(vf sums, const char* const* row
   return load(lane);
 }
 
-// multiply_keys.
+// multiply_keys of float8 codes.
 template <int kRows>
 __attribute__((noinline)) vf multiply_key_codes(const float* q, int64_t ldq,
                                                 const char* const* rows, int64_t offset,
@@ -76,7 +76,7 @@ __attribute__((noinline)) vf multiply_key_codes(const float* q, int64_t ldq,
   return sums;
 }
 
-// Where codes of a block of columns are NaN, the output of rows that see them is.
+// Sets the output of rows to NaN where they see a NaN code in a block of columns.
 template <int kRows, bool kShown>
 __attribute__((noinline, cold)) void show_nan_values(const float* p, const char* const* rows,
                                                      int64_t offset, int64_t keys, int64_t column,
@@ -92,7 +92,8 @@ __attribute__((noinline, cold)) void show_nan_values(const float* p, const char*
   }
 }
 
-// multiply_values. If kShown, weights are without the scales of the values, which are given.
+// multiply_values of float8 codes. kShown: weights do not yet include the V scales, which are
+// given.
 template <int kRows, bool kShown>
 __attribute__((noinline)) void multiply_value_codes(const float* p, const float* scales,
                                                     const char* const* rows, int64_t offset,

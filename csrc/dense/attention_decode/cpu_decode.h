@@ -1,12 +1,13 @@
-// The entrance of cpu_engine.h: which instance of it answers a call.
+// Dispatch of a call to an instance of cpu_engine.h.
 #pragma once
 #include "cpu/parallel.h"
 #include "dense/attention_decode/cpu_engine.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 
-constexpr int64_t kLongHead = 256;         // channels that heads have unless they are latent
-constexpr int64_t kSerialBytes = 1 << 17;  // what one thread reads in the time of a parallel region
+constexpr int64_t kLongHead = 256;  // channels of a head, beyond which it is latent
+// bytes that one thread reads in the time of a parallel region
+constexpr int64_t kSerialBytes = 1 << 17;
 
 template <class Keys, int kRows, bool kTiles = false>
 void decode_rows(const typename Keys::Params& d) {
@@ -59,8 +60,8 @@ void decode_tiles(const Params& d) {
   decode_rows<KeysOf<Float32, DType::float32>, kWidth, true>(d);
 }
 
-// KeysOf<Op, element type> for the elements at hand. Rows of latent heads and float8 share words of
-// keys if they fill more than half of a block.
+// Dispatches to KeysOf<Op, element type>. Rows of latent heads and of float8 share words of keys if
+// they fill more than half of a block.
 template <template <class, DType> class KeysOf, class Params>
 void decode_elements(const Params& d) {
   using Floats = KeysOf<Float32, DType::float32>;
@@ -75,7 +76,7 @@ void decode_elements(const Params& d) {
   decode_narrow<KeysOf>(d);
 }
 
-// The same of latent heads whose keys are of the type of q.
+// The same for latent heads whose keys have the type of q.
 template <template <class, DType> class KeysOf, class Params>
 void decode_latent(const Params& d) {
   const bool tiles = rows_of_head<KeysOf<Float32, DType::float32>>(d) > kWidth / 2;

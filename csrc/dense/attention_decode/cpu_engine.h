@@ -1,25 +1,25 @@
-// Rows of keys that stream past all queries that read them: decode, whichever keys a row is of.
+// Decode engine: rows of keys stream past all queries that read them, for any source of keys.
 //
 // A unit is the row of keys of a few heads of one request, an item a range of it. Ranges depend on
-// the unit alone: neither the number of threads nor other requests change a bit. Whoever finishes
-// the last range of a unit merges them in order.
+// the unit only: neither the number of threads nor other requests change a bit. The worker that
+// finishes the last range of a unit merges its ranges in order.
 //
-// Keys, of a worker, says what rows are made of:
+// The template argument Keys, one object per worker, defines the rows:
 //
-//   Params, Row, Step  of the call; of a unit; of kStep keys: StepRows and what else is known
-//   requests, request  how many are answered; the number of the n-th
-//   queries            of each of them
-//   row_heads, heads   heads that have a row, and how many of them one unit has
-//   row, range, kept   the row of a unit; which keys of it any query sees; floats kept for it
-//   begin, find        a unit is about to be read; a step of it
-//   skips              whether no query sees any key of a step
-//   query, place       a query as it is multiplied; a step's rows of one head of the unit
-//   turn               makes some of these rows, where place says so
-//   general, add       whether a key adds to logits; adds that for one head
-//   hides, hide        whether a query does not see some of a step; exponents of what it does not
-//   holes              whether rows of one query may see less of a step than what was read
-//   visible            how many keys a query of a head sees, where "count" divides by that
-//   keep, count        weights of a step; what becomes of them once rows are normalised
+//   Params, Row, Step  type of the call; of a unit's row; of kStep keys: StepRows and more
+//   requests, request  number of requests to answer; index of the n-th
+//   queries            queries per request
+//   row_heads, heads   heads that have a row of keys; heads per unit
+//   row, range, kept   row of a unit; its keys that any query sees; floats kept for it
+//   begin, find        start of a unit; look-up of a step
+//   skips              true if no query sees any key of a step
+//   query, place       operand row of a query; rows of a step for one head of the unit
+//   turn               applies RoPE to some of these rows, where place asks for it
+//   general, add       true if keys add to logits; adds that term for one head
+//   hides, hide        true if a query does not see some of a step; masks its exponents
+//   holes              true if rows of one query may see less of a step than was read
+//   visible            number of keys that a query of a head sees, for Normalize::count
+//   keep, count        passes on the weights of a step; their use after normalisation
 #pragma once
 #include "dense/attention/cpu_epilogue.h"
 #include "dense/attention/cpu_kinds.h"
@@ -29,7 +29,7 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-// kTiles: blocks of kWidth rows, and products of cpu_tiles.h, which take a cache of any type.
+// kTiles: blocks of kWidth rows with the products of cpu_tiles.h, for a cache of any type.
 template <class Keys, int kRows, bool kTiles>
 class DecodeWorker {
  public:
@@ -77,7 +77,7 @@ class DecodeWorker {
   static_assert(!kTiles || kRows == kWidth);
   static constexpr bool kCodes = kType == DType::float8_e4m3fn;
   static constexpr bool kCoarse = kType == DType::float16 || kType == DType::bfloat16;
-  static constexpr int kDegree = kCoarse ? 3 : 5;  // of exp2
+  static constexpr int kDegree = kCoarse ? 3 : 5;  // degree of exp2
   using Step = typename Keys::Step;
 
   void find(int64_t item) {
@@ -113,7 +113,7 @@ class DecodeWorker {
     return row_of(rows, p_.dtype, to.b, q_start_, to.i, at.h);
   }
 
-  // The constant of a head, of which softmax weights do not see the finite part.
+  // Constant of a head; its finite part is left out of softmax weights.
   struct Constant {
     float seen, shift;
   };
@@ -131,7 +131,7 @@ class DecodeWorker {
     for (int64_t n = 0; n < blocks_; ++n) {
       RowBlock<kRows>& block = block_[n];
       for (int r = 0; r < kRows; ++r) {
-        // Rows that do not exist repeat the last one.
+        // Rows beyond the last one repeat it.
         const int64_t row = n % plan_.head_blocks * kRows + r;
         const auto [at, head] =
             query_of(n / plan_.head_blocks, row < plan_.rows ? row : plan_.rows - 1);
@@ -156,7 +156,7 @@ class DecodeWorker {
     for (int64_t i = 0; i < blocks_ * kRows * plan_.ldo; i += kWidth) store(out_ + i, zero());
   }
 
-  // The next step, from that at `key0` on, of which a query sees any key.
+  // First step from the one at `key0` on of which a query sees any key.
   int64_t next_step(int64_t key0) const {
     while (key0 < range_.end && keys_.skips(range_, key0)) key0 += kStep;
     return key0;
@@ -177,8 +177,8 @@ class DecodeWorker {
     }
   }
 
-  // Heads side by side, so that keys and values are read in the order of memory; what the next
-  // step reads at the same place is asked for meanwhile, in L2, which holds it for all heads.
+  // Heads in succession, so that keys and values are read in memory order; the same rows of the
+  // next step are prefetched to L2, which holds them for all heads.
   void add_step(const Step& step, int64_t key0, int64_t count, const Step* next) {
     const KvCache& cache = plan_.d.cache;
     const int64_t vectors = ceil_div(count, 2 * kCount) * 2, keys = round_up(count, Op::kPair);
@@ -211,7 +211,7 @@ class DecodeWorker {
         __builtin_prefetch(rows[i] + column * element() + at, 0, 2);
   }
 
-  // Null if the cache has none.
+  // null if the cache has no scales
   float* key_scales(int64_t own) const { return scaled_ ? scales_ + 2 * own * kStep : nullptr; }
   float* value_scales(int64_t own) const { return key_scales(own) + (scaled_ ? kStep : 0); }
   void load_scales(const Step& step, int64_t own) {
@@ -259,7 +259,7 @@ class DecodeWorker {
       }
   }
 
-  // The scores of kCount keys.
+  // S = Q K^T of kCount keys.
   void multiply_head(const Step& step, int64_t own, int64_t j) {
     const typename Keys::Placed& placed = placed_[own];
     const char* const* k = placed.k + j * kCount;
@@ -277,7 +277,7 @@ class DecodeWorker {
     }
   }
 
-  // Scores become weights.
+  // Turns scores into weights.
   void weigh(int64_t n, const Step& step, int64_t key0, int64_t vectors) {
     RowBlock<kRows>& block = block_[n];
     float* weights = weights_ + n * kStep * kRows;
@@ -335,7 +335,7 @@ class DecodeWorker {
     }
   }
 
-  // Exponents in base 2 of the weights: q.k after the score mod, hidden keys at infinity.
+  // Exponents in base 2: q.k after score_mod, masked keys at infinity.
   template <bool kGeneral>
   __attribute__((noinline)) void exponents(int64_t n, vf* scores, const Step& step, int64_t key0,
                                            int64_t vectors, bool hides) const {
@@ -376,7 +376,7 @@ class DecodeWorker {
     store(block.sums, load(block.sums) + sum);
   }
 
-  // Moves row_max of rows where a weight exceeds it too far, and rescales what was summed before.
+  // Updates row_max of rows where a weight exceeds the headroom, and rescales their sums.
   __attribute__((noinline)) void update_row_max(int64_t n, vf top) {
     RowBlock<kRows>& block = block_[n];
     alignas(64) float lane[kWidth];
@@ -430,7 +430,7 @@ class DecodeWorker {
       }
   }
 
-  // All ranges of the unit, from that at `first` on, in order.
+  // Merges all ranges of the unit, from the one at `first` on, in order.
   void merge(const float* first) {
     const int64_t between = plan_.partial_size();
     for (int64_t n = 0; n < blocks_; ++n) store(block_[n].sums, zero());
@@ -464,7 +464,7 @@ class DecodeWorker {
       }
       if (p_.lse) *lse_at(plan_.d, b_, q_start_, i, head) = scale.lse;
       store_row(out_, scale.factor, row_at(p_.out, {i, head}), p_.dtype, p_.value_dim);
-      // Its sums are no longer needed: the block says by what its weights are multiplied.
+      // Its sums are no longer needed: they now hold the normalisation factor of the row.
       RowBlock<kRows>& block = block_[own * plan_.head_blocks + r / kRows];
       for (int l = r % kRows * kCount; l < (r % kRows + 1) * kCount; ++l)
         block.row_max[l] = top, block.sums[l] = scale.factor;
@@ -476,13 +476,13 @@ class DecodeWorker {
   const AttentionParams& p_;
   const Exponent kind_;
   int64_t blocks_, ldq_;
-  const int64_t element_;  // bytes, of the cache
+  const int64_t element_;  // bytes per element of the cache
   const bool scaled_;
-  StepWords<Op> words_;  // of tiles
+  StepWords<Op> words_;  // with kTiles
   cpu::Workspace workspace_;
   float *q_, *out_, *own_, *weights_;
-  float* scales_;  // of keys and values of a step, of each head
-  float* row_;     // of tiles: a query
+  float* scales_;  // K and V scales of a step, per head
+  float* row_;     // with kTiles: a query
   RowBlock<kRows>* block_;
   Keys keys_;
   typename Keys::Placed placed_[kMaxHeads];

@@ -1,4 +1,4 @@
-// How the work of a decode is cut up: units, and items, which are ranges of their keys.
+// Work partition of a decode: units, and items, which are ranges of a unit's keys.
 #pragma once
 #include "core/knobs.h"
 #include "cpu/element_bytes.h"
@@ -8,20 +8,20 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-// Steps of an automatic range of one head: short ones until there are kRanges for threads to
-// share, then longer ones (Knob::attention_decode_range), as nobody asks for the first keys of a
-// range ahead of time.
+// Steps of an automatic range of one head: short ranges until there are kRanges for threads to
+// share, then longer ones (Knob::attention_decode_range), as the first keys of a range are never
+// prefetched.
 constexpr int64_t kShortRange = 64, kRanges = 16;
-// Heads of a unit: what they have of a token lies together, and memory is read in longer runs.
+// Max KV heads of a unit: their rows of one token are adjacent, so memory is read in longer runs.
 constexpr int64_t kMaxHeads = 8;
-// Rows of a head that tiles take together, so that their outputs stay in L2.
+// Rows of a head per unit with tiles, so that their outputs stay in L2.
 constexpr int64_t kTileRowsTogether = 256;
-// Keys whose values are read before those of the next head, where there is one.
+// Keys whose values are read before the values of the next head.
 constexpr int64_t kRun = 8;
-// Weights may exceed 1 by this power of two before row_max of a softmax row moves.
+// log2 of the factor by which weights may exceed 1 before row_max of a softmax row is updated.
 constexpr float kHeadroom = 8;
 
-// Where the scale of a row lies, of which one stands for all that have none.
+// Scale of rows without one, shared by all of them.
 constexpr float kUnscaled = 1;
 TM_INLINE const float* scale_of(const CacheScale& scale, KvCache::Slot at, int64_t head) {
   if (!scale.data) return &kUnscaled;
@@ -29,29 +29,29 @@ TM_INLINE const float* scale_of(const CacheScale& scale, KvCache::Slot at, int64
 }
 TM_INLINE bool has_scales(const KvCache& cache) { return cache.k_scale.data || cache.v_scale.data; }
 
-// The largest divisor of a number of heads up to kMaxHeads.
+// Largest divisor of a number of heads that is at most kMaxHeads.
 TM_INLINE int64_t heads_together(int64_t all) {
   int64_t heads = kMaxHeads;
   while (all % heads != 0) --heads;
   return heads;
 }
 
-// Of query i of request b in head h. Packed sequences, of which this one begins at `start`, lie
-// behind each other.
+// lse of query i of request b in head h. Packed sequences, of which this one starts at `start`, are
+// adjacent.
 template <class Params>
 TM_INLINE float* lse_at(const Params& d, int64_t b, int64_t start, int64_t i, int64_t h) {
   const AttentionParams& p = d.attention;
   return p.lse + (p.cu_seqlens_q ? h * p.seqlen_q + start + i : d.lse_at(b, i, h));
 }
 
-// What all workers share. A unit has all queries of a request, or with tiles a chunk of them.
+// State shared by all workers. A unit has all queries of a request or, with tiles, a chunk of them.
 template <class Keys, int kRows, bool kTiles>
 struct DecodePlan {
   using Params = typename Keys::Params;
   struct Unit {
     typename Keys::Row row;
-    int64_t first_item, kept;  // kept: where, in floats
-    int32_t arrived;           // ranges
+    int64_t first_item, kept;  // kept: offset in floats
+    int32_t arrived;           // ranges that have finished
   };
 
   explicit DecodePlan(const Params& d)
@@ -91,19 +91,19 @@ struct DecodePlan {
 
   const Params& d;
   const AttentionParams& p;
-  int64_t heads, head_groups;  // of a unit; units of a request
-  int64_t group;               // query heads of one head
-  int64_t chunk, chunks;       // queries of a unit; units of these
-  int64_t rows;                // of one head
+  int64_t heads, head_groups;  // of a unit; units per request
+  int64_t group;               // query heads per KV head
+  int64_t chunk, chunks;       // queries per unit; units per request and head group
+  int64_t rows;                // rows of one head
   int64_t head_blocks;         // RowBlocks of one head
   int64_t ldo, partial_row;
   int64_t long_range;
   cpu::Workspace unit_memory;
-  Unit* unit;  // and one behind the last, which has first_item alone
+  Unit* unit;  // and one more past the end, of which only first_item is used
   int64_t partial_floats = 0, kept_floats = 0;
   cpu::Workspace memory;
-  // [items][heads * rows][partial_row]: sums of values, of weights, and row_max (other kinds than
-  // softmax: what a row is divided by)
+  // [items][heads * rows][partial_row]: O, row_sum, and row_max (kinds other than softmax: the
+  // divisor of the row)
   float* partials;
   float* kept;
 
@@ -114,7 +114,7 @@ struct DecodePlan {
     return group < kTileRowsTogether ? kTileRowsTogether / group : 1;
   }
 
-  // Returns the floats that partials and what is kept take; partials are needed only where a unit
+  // Returns the floats of partials and of what Keys keeps; partials are needed only where a unit
   // has several ranges.
   int64_t describe_units() {
     int64_t items = 0;

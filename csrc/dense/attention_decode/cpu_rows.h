@@ -1,6 +1,6 @@
-// A few rows of queries against keys and values where they lie: no packing, each key is read once.
+// A few query rows against keys and values in place: no packing, each key is read once.
 //
-// kRows rows stand side by side in a vector of scores: lane r * kKeys + k is row r and key k.
+// kRows rows share a vector of scores: lane r * kKeys + k is row r and key k.
 #pragma once
 #include "cpu/simd.h"
 #include "cpu/tile.h"
@@ -12,14 +12,14 @@ constexpr int kStep = 32;  // keys
 template <int kRows>
 constexpr int kKeys = kWidth / kRows;
 
-// Where the rows of one step lie; those behind its last key repeat it. Of a cache with scales:
-// where those of the first head lie.
+// Pointers to the rows of one step; past its last key they repeat it. Scales: pointers for the
+// first head of the unit.
 struct StepRows {
   const char *k[kStep], *v[kStep];
   const float *k_scale[kStep], *v_scale[kStep];
 };
 
-// A row of queries, of elements that the products take.
+// A query row in the element type that the products take.
 struct QueryRow {
   const void* elements;
   DType type;
@@ -29,10 +29,10 @@ struct QueryRow {
 template <int kRows>
 struct RowBlock {
   int64_t query[kRows], head[kRows];
-  bool uneven;  // some of its queries may not see all keys that were read of the step
+  bool uneven;  // some of its queries may not see all keys that were read in the step
   alignas(64) float slope[kWidth], constant[kWidth];
   alignas(64) float row_max[kWidth], raise_above[kWidth], sums[kWidth];
-  // Other kinds than softmax: sums of weights that are rounded to 16 bits for their product with V.
+  // Kinds other than softmax: sums of weights rounded to 16 bits for their product with V.
   alignas(64) float divisors[kWidth];
 };
 
@@ -71,7 +71,7 @@ TM_INLINE vf by_key(const float* x, int64_t j) {
   }
 }
 
-// A row of keys as words of Op, of which `words` exist.
+// A row of keys as words of Op, `words` of which exist.
 template <class Op, DType kType>
 TM_INLINE vf load_words(const char* row, int64_t word, int64_t words) {
   if constexpr (Op::kPair == 1) {
@@ -82,8 +82,8 @@ TM_INLINE vf load_words(const char* row, int64_t word, int64_t words) {
   }
 }
 
-// kRows rows of queries, ldq words apart, times kKeys keys, `offset` bytes behind `rows`. Inlined
-// into a loop over heads, its sums leave their registers.
+// S = Q K^T of kRows query rows, ldq words apart, and kKeys keys at `rows` + `offset` bytes. Not
+// inlined: in a loop over heads its sums would leave their registers.
 template <class Op, DType kType, int kRows>
 __attribute__((noinline)) vf multiply_keys(const float* q, int64_t ldq, const char* const* rows,
                                            int64_t offset, int64_t dim) {
@@ -113,7 +113,7 @@ __attribute__((noinline)) vf multiply_keys(const float* q, int64_t ldq, const ch
   return sum_each(sum);
 }
 
-// Weights of a block of keys, as words that multiply_values broadcasts.
+// Stores weights of a block of keys as words that multiply_values broadcasts.
 template <class Op>
 TM_INLINE void store_weights(float* p, int64_t block, vf first, vf second) {
   if constexpr (Op::kPair == 1) {
@@ -126,14 +126,13 @@ TM_INLINE void store_weights(float* p, int64_t block, vf first, vf second) {
   }
 }
 
-// Adds the products of the weights with kVectors vectors of columns of the values to out, rows ldo
-// floats apart. A step is summed from zero in registers and added once. If kShown, a weight of 0
-// hides its value.
+// O += P V for kVectors vectors of columns, rows of `out` ldo floats apart. A step is summed from
+// zero in registers and added once. kShown: a weight of 0 hides its value.
 template <class Op, DType kType, int kRows, bool kShown, int kVectors>
 TM_INLINE void multiply_value_columns(const float* p, const char* const* rows, int64_t offset,
                                       int64_t keys, int64_t column, int64_t columns, float* out,
                                       int64_t ldo) {
-  constexpr int kCount = kKeys<kRows> / Op::kPair;  // words of a row in a block
+  constexpr int kCount = kKeys<kRows> / Op::kPair;  // words per row in a block
   const bool whole = column + kVectors * kWidth <= columns;
   vf sum[kRows][kVectors];
   clear(sum);
@@ -194,7 +193,7 @@ __attribute__((noinline)) void multiply_values(const float* p, const char* const
                                                                 columns, out, ldo);
 }
 
-// Columns of sums of multiply_values in order.
+// Restores the column order of the sums of multiply_values.
 template <class Op>
 TM_INLINE void restore_order(float* row, int64_t width) {
 #if defined(__AVX512BF16__)

@@ -1,5 +1,5 @@
-// Many rows of queries against a step of keys that is widened to words once: all rows of a block
-// stand in the lanes of a vector of scores, one vector for each key.
+// Many query rows against a step of keys that is widened to words once: the rows of a block are the
+// lanes of a vector of scores, one vector per key.
 //
 //   S[key][row] = sum_c K[key][c] Q[c][row]      A: words of keys,     B: panels of queries
 //   O[row][c]  += sum_key P[key][row] V[key][c]  A: weights, by rows,  B: words of values
@@ -12,11 +12,12 @@
 namespace tokenmill::TOKENMILL_ISA {
 
 constexpr int kTileHeight = kTileVectors == 4 ? 8 : 4;  // keys; rows of weights
-constexpr int64_t kTileWords = 128;  // of a key: two panels of queries and a step of keys fit in L1
-constexpr int kTileColumns = 2;      // vectors of values
+// words of a key per pass: two panels of queries and a step of keys fit in L1
+constexpr int64_t kTileWords = 128;
+constexpr int kTileColumns = 2;  // vectors of values
 
-// The rows of a step of one head as words, times their scales. ld, an odd number of lines of 64
-// bytes, spreads rows over the sets of L1.
+// Rows of a step of one head as words, times their scales. ld, an odd number of 64-byte lines,
+// spreads rows over the sets of L1.
 template <class Op>
 class StepWords {
  public:
@@ -47,7 +48,7 @@ class StepWords {
     }
   }
 
-  // Rows in float32 have their scales.
+  // float32 rows already include their scales.
   template <class Placed>
   void load_values(const Placed& placed, const float* scales, int64_t count, DType type) {
     const char* rows[kStep];
@@ -71,7 +72,7 @@ class StepWords {
   float *keys_ = nullptr, *values_ = nullptr;
 };
 
-// Rows that are needed next, asked for in L2 a few lines at a time between products.
+// Prefetch queue of the rows needed next, issued to L2 a few lines at a time between products.
 class RowsAhead {
  public:
   static constexpr int64_t kLine = 64;
@@ -94,8 +95,8 @@ class RowsAhead {
   int64_t offset_ = 0, bytes_ = 0, left_ = 0, row_ = 0, byte_ = 0;
 };
 
-// Scores of kTileHeight keys with kBlocks blocks of rows, of which `words` words are multiplied.
-// Blocks lie q_block and s_block floats apart. Unless these are the first words, scores are added.
+// Scores of kTileHeight keys with kBlocks blocks of rows, over `words` words. Blocks are q_block
+// and s_block floats apart. first: stores the scores, else adds to them.
 template <class Op, int kBlocks>
 __attribute__((noinline)) void multiply_key_tile(const float* keys, int64_t ldk, const float* q,
                                                  int64_t q_block, int64_t words, bool first,
@@ -116,7 +117,7 @@ __attribute__((noinline)) void multiply_key_tile(const float* keys, int64_t ldk,
 }
 
 // Scores of `keys` keys, a multiple of kTileHeight, with all blocks, kTileWords words at a time.
-// Each tile asks for some lines of what is ahead.
+// Each tile issues some prefetches of `ahead`.
 template <class Op>
 void multiply_key_tiles(const float* k, int64_t ldk, int64_t keys, int64_t words, const float* q,
                         int64_t q_block, int64_t blocks, float* scores, int64_t s_block,
@@ -138,7 +139,7 @@ void multiply_key_tiles(const float* k, int64_t ldk, int64_t keys, int64_t words
   }
 }
 
-// Where a weight of 0 hides a row of B that is not finite.
+// The product with rows of B replaced by 0 where the weight is 0, for rows that are not finite.
 template <class Op>
 __attribute__((noinline, cold)) void multiply_shown_values(vf (&c)[kTileHeight][kTileColumns],
                                                            const float* a, const float* b,
@@ -153,7 +154,7 @@ __attribute__((noinline, cold)) void multiply_shown_values(vf (&c)[kTileHeight][
     }
 }
 
-// Adds the products of kTileHeight rows of weights with kTileColumns vectors of columns.
+// O += P V for kTileHeight rows of weights and kTileColumns vectors of columns.
 template <class Op>
 __attribute__((noinline)) void multiply_value_tile(const float* p, const float* v, int64_t ldv,
                                                    int64_t words, bool hides, float* out,
@@ -176,7 +177,7 @@ __attribute__((noinline)) void multiply_value_tile(const float* p, const float* 
   }
 }
 
-// Weights of a block as words that multiply_value_tile broadcasts.
+// Stores weights of a block as words that multiply_value_tile broadcasts.
 template <class Op>
 TM_INLINE void store_weight_rows(float* p, int64_t key, vf first, vf second) {
   if constexpr (Op::kPair == 1) {

@@ -14,10 +14,10 @@ namespace {
 constexpr const char* kOp = "attention_decode";
 constexpr int64_t kMaxSplits = 1024;
 
-// Rows that read a key, up to which keys are read where they lie; more of them share packed ones.
+// Max query rows per key for which keys are read in place; more rows share packed keys.
 constexpr int64_t kFewRows = 64;
 
-// What a request gets depends on its own number of queries alone.
+// The result of a request depends only on its own number of queries.
 void run_on_cpu(DecodeParams& d) {
   const AttentionParams& p = d.attention;
   const bool packs = std::max(p.head_dim, p.value_dim) <= kMaxHeadDim;
@@ -29,7 +29,7 @@ void run_on_cpu(DecodeParams& d) {
                                               : cpu::attention_prefill(d);
   }
   std::map<int64_t, std::vector<int32_t>> by_queries;
-  constexpr int64_t kMany = 0;  // a request without queries has nothing to answer
+  constexpr int64_t kMany = 0;  // a request without queries has nothing to compute
   for (int32_t b = 0; b < p.batch; ++b) {
     const int64_t n = p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
     if (n > 0) by_queries[n <= few || n == 1 ? n : kMany].push_back(b);
@@ -69,7 +69,7 @@ struct AttentionDecodeArgs : Record {
   bool packed() const { return bool(cu_seqlens_q); }
 };
 
-// The checks are those of python/tokenmill/dense/attention_decode.py, in its order and words.
+// The checks are the ones of python/tokenmill/dense/attention_decode.py, in its order and words.
 DecodeParams make_params(const AttentionDecodeArgs& a) {
   const int64_t batch =
       check_cache(kOp, a.q, a.k_cache, a.v_cache, bool(a.block_table), a.cu_seqlens_q);
@@ -117,7 +117,7 @@ DecodeParams make_params(const AttentionDecodeArgs& a) {
        {std::pair{"mask_q_spans", &a.mask_q_spans}, std::pair{"mask_k_spans", &a.mask_k_spans}})
     check(!a.packed() || !*spans, kOp, name, "must not be given with cu_seqlens_q", spans->sizes);
   const int64_t room = a.k_cache.size(1) * (a.block_table ? a.block_table.size(1) : 1);
-  // Rows of k_spans, of which there may be more.
+  // rows of k_spans, which may exceed the capacity
   p.seqlen_k = a.mask_k_spans && a.mask_k_spans.dim() == 3 ? a.mask_k_spans.size(1) : room;
   set_mask(kOp, p, a.q, room, true, a.mask_ranges, a.mask_q_spans, a.mask_k_spans);
   return d;
