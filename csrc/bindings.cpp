@@ -1,4 +1,4 @@
-// Module _C: what this build is, and every operator of the library without torch's dispatcher. The
+// Module _C: build information, and every operator of the library without torch's dispatcher. The
 // package works without it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,6 +1,6 @@
-// Every operator of the package: the table of contents. A schema is the one list of the arguments
-// of an operator: the records of C++ (csrc/<family>/<op>/host.cpp) and of Python have its fields in
-// its order. What follows the leading tensors goes by keyword. Implementations register themselves
+// Every operator of the package: the table of contents. A schema is the only list of an operator's
+// arguments: the records of C++ (csrc/<family>/<op>/host.cpp) and of Python have its fields in its
+// order. Arguments after the leading tensors are keyword-only. Implementations register themselves
 // in host.cpp; fake and autograd in python/tokenmill/<family>/<op>.py.
 #include "core/door.h"
 #include "core/stable.h"
@@ -21,8 +21,8 @@ TOKENMILL_LIBRARY(library) {
   Definitions m{library};
   using Arguments = std::string;
 
-  // dense: attention with any score map. An output that a call does not have is of size 0. A scale
-  // of None is 1/sqrt(D).
+  // dense: attention with any score map. Outputs that a call does not have are of size 0.
+  // scale=None is 1/sqrt(D).
   const Arguments attention =
       "Tensor q, Tensor k, Tensor v, *, str kind=\"softmax\", str normalize=\"none\", "
       "float? scale=None, Tensor? score_bias=None, float score_bias_value=0.0, "
@@ -109,14 +109,14 @@ TOKENMILL_LIBRARY(library) {
       "Tensor? seqlens_k=None, Tensor? block_table=None, Tensor? rotations=None, "
       "bool interleaved=False, bool compensation=False) -> (Tensor seqlens_k_now, Tensor k_sum, "
       "Tensor v_sum, Tensor dropped)");
-  // A scale of each token ([P, page size, Hk]) is written, any other is read.
+  // A scale per token ([P, page size, Hk]) is written, any other is only read.
   m.def(
       "kv_cache_append(Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor k, Tensor? v, Tensor slots, "
       "*, Tensor? q=None, Tensor? cos=None, Tensor? sin=None, Tensor? positions=None, "
       "bool interleaved=False, Tensor? k_scale=None, Tensor? v_scale=None, "
       "Tensor(c!)? k_scale_out=None, Tensor(d!)? v_scale_out=None, SymInt rope_offset=0) "
       "-> Tensor");
-  // Not `mode`: torch takes that name for itself where it functionalizes a call.
+  // Not named `mode`: torch uses that name itself when it functionalizes a call.
   m.def(
       "block_pool_keys(Tensor k, SymInt block, *, str pooling=\"mean\", Tensor? lengths=None, "
       "Tensor? block_table=None) -> Tensor");
@@ -183,8 +183,8 @@ TOKENMILL_LIBRARY(library) {
       "transpose_block_list(Tensor indices, Tensor counts, SymInt num_blocks) -> "
       "(Tensor offsets, Tensor rows)");
 
-  // tokens: rows of a sequence chosen, gathered, merged, scattered and pooled. An index of -1
-  // stands for no row.
+  // tokens: rows of a sequence selected, gathered, merged, scattered and pooled. Index -1 is no
+  // row.
   m.def(
       "topk_partition(Tensor scores, SymInt k, *, Tensor? counts=None, bool largest=True, "
       "str order=\"score\", Tensor? valid=None, SymInt protect_first=0, SymInt protect_last=0) -> "

@@ -10,7 +10,7 @@
 namespace tokenmill {
 namespace {
 
-// The bits of a value in the low bytes of a word.
+// Bit pattern of a value in the low bytes of a word.
 uint32_t bits_of(double value, ScalarType dtype) {
   const uint32_t single = std::bit_cast<uint32_t>(static_cast<float>(value));
   switch (dtype) {
@@ -18,7 +18,7 @@ uint32_t bits_of(double value, ScalarType dtype) {
       return single;
     case ScalarType::BFloat16:
       return single >> 16;
-    case ScalarType::Half:  // of 0 and the infinities alone
+    case ScalarType::Half:  // only 0 and the infinities
       return (single >> 16 & 0x8000u) | ((single & 0x7fffffffu) == 0 ? 0u : 0x7c00u);
     case ScalarType::Int:
       return static_cast<uint32_t>(static_cast<int32_t>(value));

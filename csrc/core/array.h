@@ -1,4 +1,4 @@
-// Arrays as operators see them, whichever framework made them: a pointer and metadata.
+// Framework-independent arrays as operators see them: a pointer and metadata.
 #pragma once
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -16,7 +16,7 @@ namespace tokenmill {
 
 using torch::headeronly::ScalarType;
 
-// Sizes or strides that the framework holds.
+// Sizes or strides, stored by the framework.
 struct Sizes : std::span<const int64_t> {
   using span::span;
   operator std::vector<int64_t>() const { return {begin(), end()}; }
@@ -28,13 +28,13 @@ struct Sizes : std::span<const int64_t> {
 
 class Framework;
 
-// An argument, which the caller owns. Optional ones that were not given are false.
+// An argument, owned by the caller. False: an optional argument that was not given.
 struct View {
   explicit operator bool() const { return framework != nullptr; }
 
   int64_t dim() const { return static_cast<int64_t>(sizes.size()); }
   int64_t size(int64_t i) const { return sizes[i < 0 ? i + dim() : i]; }
-  // The stride to step by, 0 where the dimension is broadcast.
+  // Stride to step by, 0 where the dimension is broadcast.
   int64_t step(int64_t i) const { return size(i) == 1 ? 0 : strides[i < 0 ? i + dim() : i]; }
   int64_t numel() const {
     int64_t n = 1;
@@ -61,7 +61,7 @@ struct View {
     return static_cast<T*>(pointer);
   }
 
-  // Tells the PTX machine of the elements that the strides reach: not of the rest of the storage.
+  // Notes for the PTX machine the elements that the strides reach, not the rest of the storage.
   void note(bool writable) const {
     if constexpr (emulated::kBuilt) {
       int64_t last = 0;
@@ -75,17 +75,17 @@ struct View {
   ScalarType dtype = ScalarType::Undefined;
   int32_t element_bytes = 0;
   bool on_gpu = false;
-  bool is_cuda = false;  // runs launch_cuda: on a GPU, or the PTX machine stands in for one
+  bool is_cuda = false;  // is served by launch_cuda: on a GPU, or emulated on the PTX machine
   int32_t device = 0;
   const Framework* framework = nullptr;
 };
 
-// What an operator allocates: results and workspaces. Copies share the memory.
+// Memory that an operator allocates: results and workspaces. Copies share the memory.
 struct Array : View {
   std::shared_ptr<void> owner;
 };
 
-// Where arrays come from: their memory, and the stream on which their owner works.
+// Source of arrays: allocates memory, and knows the current stream.
 class Framework {
  public:
   virtual ~Framework() = default;
@@ -93,12 +93,12 @@ class Framework {
   virtual void* stream(int32_t device) const = 0;
 };
 
-// A fresh contiguous array on the device of `like`; dtype defaults to that of `like`.
+// A new contiguous array on the device of `like`; dtype defaults to like.dtype.
 Array empty(const std::vector<int64_t>& sizes, const View& like,
             std::optional<ScalarType> dtype = std::nullopt);
 
-// Sets all elements of arrays in float32, float16, bfloat16 or int32, with any strides: of results
-// that no kernel writes, as without queries.
+// Sets all elements of arrays in float32, float16, bfloat16 or int32, with any strides: for results
+// that no kernel writes, such as without queries.
 void fill_array(double value, const View& array);
 template <typename... Arrays>
 void fill(double value, const Arrays&... arrays) {

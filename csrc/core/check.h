@@ -1,5 +1,5 @@
 // Errors that name operator, argument, rule and value. python/tokenmill/_check.py writes the same
-// text for the backends that do not pass through C++.
+// text for backends that do not pass through C++.
 #pragma once
 #include <cctype>
 #include <cstdio>
@@ -75,8 +75,8 @@ inline std::string show_device(const View& v) {
   throw std::runtime_error(text + "; got " + value);
 }
 
-// A rule of several parts, which are put together only if it is broken: a good call must not pay
-// for that. Text stands as it is, other parts as `show` has them.
+// A rule of several parts, concatenated only if it is broken, since valid calls must not pay for
+// it. Text is inserted as it is, other parts as formatted by `show`.
 template <typename... Parts>
 class Rule {
  public:
@@ -111,7 +111,7 @@ void check(bool ok, std::string_view op, std::string_view argument, const Rule<P
     fail(op, argument, rule.text(), show(value));
 }
 
-// The value of a name; the rule that others break lists all names.
+// Looks up the value of a name; the error lists all names.
 template <typename Value, size_t kCount>
 Value choose(std::string_view op, std::string_view argument,
              const std::pair<std::string_view, Value> (&all)[kCount], std::string_view name) {

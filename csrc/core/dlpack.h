@@ -1,6 +1,6 @@
-// The structures of DLPack 1.x (github.com/dmlc/dlpack, dlpack.h), whose layout is an ABI: arrays
-// that are borrowed or owned, and the table of functions by which a framework gives them without
-// calls of Python.
+// Structures of DLPack 1.x (github.com/dmlc/dlpack, dlpack.h), whose layout is an ABI: borrowed and
+// owned arrays, and the function table through which a framework exchanges them without Python
+// calls.
 #pragma once
 #include <cstdint>
 
@@ -51,8 +51,8 @@ struct ManagedTensor {
   Tensor tensor;
 };
 
-// `__dlpack_c_exchange_api__` of a type holds it as a capsule of the name below. Functions return
-// 0, or -1 with an error of Python, but for `allocate`, which reports by a function.
+// `__dlpack_c_exchange_api__` of a type is a capsule with the name below. Functions return 0, or -1
+// with a Python error set, except `allocate`, which reports errors through a callback.
 struct ExchangeApi {
   Version version;
   ExchangeApi* previous;

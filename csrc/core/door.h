@@ -1,6 +1,6 @@
-// How an operator is called. Its arguments are one record, an aggregate whose fields stand in the
-// order of the schema; both doors, torch's dispatcher (core/torch.cpp) and DLPack (bindings.cpp),
-// hand over a list of arguments, from which the record is made here.
+// Calling convention of operators. The arguments of an operator are one record, an aggregate with
+// its fields in schema order; both entry points, torch's dispatcher (core/torch.cpp) and DLPack
+// (bindings.cpp), pass a list of arguments, from which the record is made here.
 #pragma once
 #include <atomic>
 #include <concepts>
@@ -14,10 +14,10 @@
 
 namespace tokenmill {
 
-// What an argument is: an array (Tensor), text (str), int, float or bool.
+// Kind of an argument: an array (Tensor), text (str), int, float or bool.
 enum class Kind : char { array = 'a', text = 's', integer = 'i', number = 'f', boolean = 'b' };
 
-// One argument as a door hands it over. Its kind is that of the schema.
+// One argument as an entry point passes it. The schema gives its kind.
 struct Argument {
   View view;
   std::string_view text;
@@ -35,8 +35,8 @@ struct SchemaArgument {
   bool optional;
   bool written;  // "(a!)"
   bool has_default;
-  Argument value;    // the default
-  std::string text;  // behind value.text
+  Argument value;    // default value
+  std::string text;  // storage of value.text
 };
 
 struct Schema {
@@ -46,15 +46,15 @@ struct Schema {
   std::vector<std::string> results;
 };
 
-// Of library.cpp.
+// Called by library.cpp.
 void define_schema(std::string_view text);
-// Throws if there is none.
+// Throws if there is no such schema.
 const Schema& schema_of(std::string_view name);
 
-// Base of records.
+// Base class of records.
 struct Record {};
 
-// A number that may not be given. Not std::optional: that would take any field's value for its own.
+// An optional number. Not std::optional, which would convert from the type of any field.
 template <typename T>
 class Optional {
  public:
@@ -106,7 +106,7 @@ constexpr Kind kind_of() {
   return Kind::boolean;
 }
 
-// Becomes the next field of a record, whatever its type, from the arguments.
+// Converts to the next field of a record, of any type, taken from the source.
 template <typename Source>
 struct NextField {
   Source& source;
@@ -135,7 +135,7 @@ constexpr size_t field_count() {
     return n;
 }
 
-// Fields are initialised in their order.
+// Braced initialisers are evaluated in field order.
 template <IsRecord T, typename Source>
 T record_from(Source& source) {
   return [&]<size_t... i>(std::index_sequence<i...>) {
@@ -168,7 +168,7 @@ struct Kinds {
   }
 };
 
-constexpr size_t kMostArguments = 48, kMostResults = 8;  // of any schema
+constexpr size_t kMostArguments = 48, kMostResults = 8;  // limits for any schema
 
 struct Operator {
   const char* name;
@@ -184,7 +184,7 @@ struct Operator {
   }
 
  private:
-  const Schema& checked_schema() const;  // has the fields of the record
+  const Schema& checked_schema() const;  // throws if the schema does not match the record
 };
 
 inline void store(Array* results, Array one) { *results = std::move(one); }
@@ -201,7 +201,7 @@ struct Implementation;
 template <typename Result, IsRecord Args, Result (*function)(const Args&)>
 struct Implementation<function> {
   static void call(const Argument* arguments, Array* results) {
-    [[maybe_unused]] emulated::Frame frame;  // what this call notes lasts as long as the call
+    [[maybe_unused]] emulated::Frame frame;  // notes of this call last as long as the call
     Arguments source{arguments};
     const Args args = record_from<Args>(source);
     if constexpr (std::is_void_v<Result>)
@@ -216,7 +216,7 @@ struct Implementation<function> {
   }
 };
 
-// The operator `name` that a function of its record of arguments implements.
+// The operator `name`, implemented by a function of its record.
 template <auto function>
 Operator& implement(const char* name) {
   using Of = Implementation<function>;
@@ -233,7 +233,7 @@ struct Registration {
   Registration(std::initializer_list<Operator*> operators);
 };
 
-// A library, as module _C finds it: the schemas of its operators are there.
+// A library as module _C finds it, with the schemas of its operators.
 struct Library {
   std::vector<Operator*> operators;
   bool cuda;      // has kernels for GPUs

@@ -1,23 +1,23 @@
-// The NVIDIA driver that a build needs. Free of CUDA.
+// NVIDIA driver that a build requires. Free of CUDA.
 #pragma once
 #include <string>
 
 namespace tokenmill {
 
-// The first release of the driver on Linux that runs code of a CUDA runtime of this major version
-// (NVIDIA's rule of minor version compatibility); 0: unknown.
+// First Linux driver release that runs code of a CUDA runtime of this major version (NVIDIA's rule
+// of minor version compatibility); 0: unknown.
 constexpr int least_driver(int cuda_major) {
   return cuda_major == 12 ? 525 : cuda_major == 13 ? 580 : 0;
 }
 
-// "13.0" of 13000.
+// 13000 -> "13.0"
 inline std::string cuda_version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// Why a driver cannot run what was built with a toolkit of version `built`. found: the version of
-// CUDA that the driver supports, 0 without a driver. The driver must be as new as the toolkit where
-// it has to compile PTX, and of its major version otherwise.
+// Error text for a driver that cannot run code built with a toolkit of version `built`. found: CUDA
+// version that the driver supports, 0 without a driver. To compile PTX the driver must be as new as
+// the toolkit; otherwise its major version is enough.
 inline std::string driver_text(int built, int found, bool compiles_ptx) {
   const int major = built / 1000;
   std::string text = compiles_ptx ? "this build has nothing but PTX for this GPU, which needs an "

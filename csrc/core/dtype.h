@@ -10,7 +10,7 @@
 
 namespace tokenmill {
 
-// float8_e4m3fn: of caches alone, converted by cpu/float8.h and cuda/float8.cuh.
+// float8_e4m3fn: only for KV caches, converted by cpu/float8.h and cuda/float8.cuh.
 enum class DType : int32_t { float32, float16, bfloat16, float8_e4m3fn };
 
 TOKENMILL_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -59,7 +59,7 @@ CudaScope::CudaScope(const View& on) : on_(on) {
 }
 
 CudaScope::~CudaScope() {
-  ptxvm_recover();  // a call that failed has said so, and is no matter of the next one
+  ptxvm_recover();  // an error has been reported already, and must not affect the next call
   ptxvm_unregister_all();
   emulated::machine().unlock();
 }

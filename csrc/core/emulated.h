@@ -1,7 +1,7 @@
-// What the PTX machine must know to check every access of a kernel: the memory of the tensors that
-// an operator reads and writes. core/door.h notes them, CudaScope (core/stream.h) hands them over
-// around a launch. Nothing but empty functions in a build without the machine; in one with it,
-// core/emulated.cpp of the emulated library notes, core/stream.cpp of the other does not.
+// Memory of the tensors that an operator reads and writes, noted for the PTX machine, which checks
+// every access of a kernel. core/door.h notes it, CudaScope (core/stream.h) passes it on around a
+// launch. Empty functions in a build without the machine; in one with it, core/emulated.cpp of the
+// emulated library notes, core/stream.cpp of the other library does not.
 #pragma once
 #include <cstdint>
 
@@ -10,7 +10,7 @@ namespace tokenmill::emulated {
 #if defined(TOKENMILL_PTXVM)
 inline constexpr bool kBuilt = true;
 
-// Forgets the notes of this thread at both ends of an operator's call.
+// Clears the notes of this thread at the start and at the end of an operator's call.
 struct Frame {
   Frame();
   ~Frame();

@@ -14,7 +14,7 @@
 namespace tokenmill::exchange {
 namespace {
 
-// Undefined: no argument may have it.
+// Undefined: no argument may have this dtype.
 ScalarType scalar_type(dlpack::DataType t) {
   using S = ScalarType;
   const auto of = [&](std::initializer_list<std::pair<int, S>> widths) {
@@ -48,7 +48,7 @@ ScalarType scalar_type(dlpack::DataType t) {
   }
 }
 
-// A dtype of what operators allocate, as DLPack has it and as Python does.
+// A dtype that operators allocate, in DLPack and in Python.
 struct ResultType {
   ScalarType scalar;
   dlpack::DataType dlpack;
@@ -65,16 +65,16 @@ constexpr ResultType kResultTypes[] = {
     {ScalarType::Bool, {dlpack::kBool, 8, 1}, "bool"},
 };
 
-// Its place in kResultTypes.
+// Index in kResultTypes.
 size_t result_type(ScalarType type) {
   for (size_t i = 0; i < std::size(kResultTypes); ++i)
     if (kResultTypes[i].scalar == type) return i;
   throw std::runtime_error("tokenmill: no results of this dtype are made");
 }
 
-// What the functions need of torch, looked up once: references are kept.
+// Objects of torch that the functions need, looked up once; references are kept.
 struct Torch {
-  // Null, with an error set, if torch is not there or has no table.
+  // Null, with an error set, if torch is missing or has no exchange table.
   static const Torch* get() {
     static const Torch* torch = nullptr;
     if (!torch) torch = make();
@@ -116,8 +116,8 @@ struct Torch {
   }
 };
 
-// What owns a result: an array of DLPack, or a tensor of Python. One without elements is made when
-// it is given away, because most are not.
+// Owner of a result: a DLPack array, or a Python tensor. Empty ones are made when they are
+// returned, because most are not.
 struct Owner {
   Owner() = default;
   Owner(const Owner&) = delete;
@@ -131,10 +131,10 @@ struct Owner {
   }
   dlpack::ManagedTensor* managed = nullptr;
   PyObject* object = nullptr;
-  std::vector<int64_t> sizes, strides;  // without elements
+  std::vector<int64_t> sizes, strides;  // of an empty result
 };
 
-// The tensors of one call.
+// Tensors of one call.
 class Call : public Framework {
  public:
   Call(const Torch& torch, bool emulated) : torch_(torch), emulated_(emulated) {}
@@ -156,7 +156,8 @@ class Call : public Framework {
     return array;
   }
 
-  // A new reference to what an operator has made, and gives away; null with an error set.
+  // Returns a new reference to an array made by an operator, and gives it away; null with an error
+  // set.
   PyObject* object(const Array& array) const {
     auto* const owner = static_cast<Owner*>(array.owner.get());
     if (owner->object) return std::exchange(owner->object, nullptr);
@@ -176,17 +177,17 @@ class Call : public Framework {
     return stream;
   }
 
-  // false: not an ordinary tensor with memory. A subclass may have changed what its memory means.
+  // False: not a plain tensor with memory. A subclass may have changed the meaning of its memory.
   bool view(PyObject* object, View& v) {
     if (Py_TYPE(object) != torch_.tensor) return false;
-    PyObject* const negated = PyObject_CallOneArg(torch_.is_neg, object);  // lazily
+    PyObject* const negated = PyObject_CallOneArg(torch_.is_neg, object);  // lazy negation
     Py_XDECREF(negated);
     if (negated != Py_False || !set(object, v)) {
       PyErr_Clear();
       return false;
     }
     if (!like_) like_ = object;
-    return v.pointer || v.numel() == 0;  // torch's tensor of zeros has no memory
+    return v.pointer || v.numel() == 0;  // torch's ZeroTensor has no memory
   }
 
  private:
@@ -220,7 +221,7 @@ class Call : public Framework {
     return t;
   }
 
-  // Returns what went wrong, if the owner has nothing then.
+  // Returns an error message, if the owner has nothing afterwards.
   std::string allocate(Sizes sizes, ScalarType dtype, Owner& owner) const {
     dlpack::Tensor wanted = description(sizes, dtype);
     std::string error;
@@ -257,7 +258,7 @@ class Call : public Framework {
     if (!good) throw std::runtime_error(error);
   }
 
-  // Of the error of Python that is set.
+  // Message of the Python error that is set; clears it.
   static std::string message() {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
@@ -270,10 +271,10 @@ class Call : public Framework {
 
   const Torch& torch_;
   bool emulated_;
-  PyObject* like_ = nullptr;  // the first tensor of the call, whose device results have
+  PyObject* like_ = nullptr;  // first tensor of the call, on whose device results are made
 };
 
-// One operator as two functions of Python. Lives as long as the process.
+// One operator as two Python functions. Lives as long as the process.
 struct Function {
   Function(Operator& op, const Library& library, const Torch& torch);
   PyObject* call(PyObject* const* given, size_t positional, PyObject* names);
@@ -287,8 +288,7 @@ struct Function {
   PyMethodDef method, plain_method;
 
  private:
-  // With the arguments of the schema, null where one is not given. Makes the first `wanted` results
-  // alone.
+  // slots: arguments in schema order, null where not given. Makes only the first `wanted` results.
   PyObject* run(PyObject* const* slots, size_t wanted, bool float64) const;
   bool place(PyObject* name, PyObject* value, PyObject** slots) const;
   bool convert(const SchemaArgument& a, PyObject* value, Argument& argument) const;
@@ -374,11 +374,11 @@ PyObject* Function::call_plain(PyObject* values, size_t wanted) {
 
 PyObject* Function::run(PyObject* const* slots, size_t wanted, bool float64) const {
   const size_t count = schema.arguments.size();
-  // To set what is not used, 5 KB, would take as long as the rest.
+  // Not initialised: to clear all 5 KB would take as long as the rest.
   alignas(Argument) std::byte room[kMostArguments * sizeof(Argument)];
   auto* const arguments = reinterpret_cast<Argument*>(room);
   Call call(torch, library.emulated);
-  bool wide = false;  // some tensor is float64, which the reference alone takes
+  bool wide = false;  // some tensor is float64, which only the reference takes
   for (size_t i = 0; i < count; ++i) {
     const SchemaArgument& a = schema.arguments[i];
     PyObject* const value = slots[i];

@@ -1,5 +1,5 @@
-// The short door: operators as functions of Python, which see torch's tensors through the C
-// functions of DLPack.
+// Fast path: operators as Python functions that read torch tensors through the C functions of
+// DLPack.
 #pragma once
 #include <Python.h>
 
@@ -9,14 +9,15 @@
 
 namespace tokenmill::exchange {
 
-// A library of this package that the process has loaded.
+// A library of this package that is already loaded in the process.
 const Library& library_of(const std::string& path);
 
-// A new reference to two functions of Python; null with an error set. The first takes its arguments
-// in the order of the schema or by name and returns a tuple, or NotImplemented: a tensor is not an
-// ordinary one. The second is for plain calls on the native backend of their device: it takes all
-// arguments as one tuple and how many of the results to make. It returns NotImplemented where the
-// first does, for float64 and if anything else is asked of the call, None if a gradient is.
+// Returns a new reference to two Python functions; null with an error set. The first takes its
+// arguments in schema order or by name and returns a tuple, or NotImplemented if a tensor is not a
+// plain torch.Tensor. The second is for plain calls on the native backend of their device: it takes
+// all arguments as one tuple and the number of results to make. It returns NotImplemented where the
+// first does, for float64 and if a mode, transform or environment variable affects the call; None
+// if a gradient is required.
 PyObject* functions_of(Operator& op, const Library& library);
 
 }  // namespace tokenmill::exchange

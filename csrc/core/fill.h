@@ -1,4 +1,4 @@
-// Elements of 2 or 4 bytes set to one value.
+// Sets elements of 2 or 4 bytes to one value.
 #pragma once
 #include <cstdint>
 
@@ -8,7 +8,7 @@ struct FillParams {
   void* data;
   int64_t count;
   int32_t element_bytes;
-  uint32_t bits;  // of the value, in the low bytes
+  uint32_t bits;  // bit pattern of the value, in the low bytes
 };
 
 const char* launch_cuda(const FillParams&, void* stream);

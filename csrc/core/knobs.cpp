@@ -14,7 +14,7 @@ struct Entry {
   int64_t standard, least, most;
 };
 
-// python/tokenmill/_knobs.py says what each one means.
+// Documented in python/tokenmill/_knobs.py.
 constexpr Entry kEntries[] = {
     {"attention.shares", 4, 1, 64},
     {"block_sparse_attention.shares", 4, 1, 64},
@@ -49,7 +49,7 @@ Values& values() {
   return all;
 }
 
-// The value of a knob; then it is `set`, where that is given.
+// Returns the value of a knob; then sets it, if `set` is given.
 int64_t knob_named(std::string name, std::optional<int64_t> set) {
   int i = 0;
   while (i < kCount && name != kEntries[i].name) ++i;

@@ -1,5 +1,5 @@
-// Whole numbers that choose kernels and cut up their work, in the order of the table in knobs.cpp.
-// A launch reads a knob once: another thread may set it meanwhile.
+// Integer knobs that choose kernels and partition their work, in the order of the table in
+// knobs.cpp. A launch reads a knob once: another thread may set it meanwhile.
 #pragma once
 #include <cstdint>
 

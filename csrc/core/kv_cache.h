@@ -1,13 +1,12 @@
-// A cache of keys and values, dense or in pages, as kernels see it: where key t of request b lies.
-// Free of torch; core/kv_cache_checks.h fills it.
+// KV cache, dense or paged, as kernels see it. Free of torch; core/kv_cache_checks.h fills it.
 #pragma once
 #include "core/dtype.h"
 #include "core/rows.h"
 
 namespace tokenmill {
 
-// What codes of a cache in float8_e4m3fn are multiplied by, in float32: one number, one for each KV
-// head, or for each token and KV head. Strides in elements, 0 where tokens or heads share it.
+// Dequantisation scale of a float8_e4m3fn cache, in float32: one number, one per KV head, or one
+// per token and KV head. Strides in elements, 0 where tokens or heads share it.
 struct CacheScale {
   const float* data;  // null: 1
   int64_t page, row, head;
@@ -18,16 +17,16 @@ struct CacheScale {
 };
 
 // Lengths and page numbers come from tensors that a GPU cannot check without a synchronisation:
-// both are cut to what is there, so that no address lies outside the cache.
+// both are clamped, so that no address lies outside of the cache.
 struct KvCache {
-  Rows k, v;    // [pages, page size, Hk, D]: batch steps from page to page
-  DType dtype;  // of q, or float8_e4m3fn
+  Rows k, v;    // [pages, page size, Hk, D]: batch is the stride between pages
+  DType dtype;  // dtype of q, or float8_e4m3fn
   CacheScale k_scale, v_scale;
   const int32_t* seqlens;      // [B], or null
-  const int32_t* block_table;  // [B, pages of a request], or null: request b has page b alone
+  const int32_t* block_table;  // [B, pages per request], or null: request b has only page b
   int64_t table_stride;
   int64_t pages;
-  int64_t capacity;  // keys that a request may have
+  int64_t capacity;  // max keys of a request
   int32_t log2_page_size;
 
   struct Slot {
@@ -52,7 +51,7 @@ struct KvCache {
     return {at.page < 0 ? 0 : at.page, at.row};
   }
 
-  // Of a row of k or v, in elements.
+  // Offset of a row of k or v, in elements.
   TOKENMILL_HOST_DEVICE static int64_t offset(const Rows& rows, Slot at, int64_t head) {
     return at.page * rows.batch + at.row * rows.seq + head * rows.head;
   }

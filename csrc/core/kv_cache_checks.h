@@ -1,5 +1,4 @@
-// The checks of a cache of keys and values: those of python/tokenmill/_kv_cache.py, in its order
-// and words.
+// Checks of a KV cache: the ones of python/tokenmill/_kv_cache.py, in its order and words.
 #pragma once
 #include <bit>
 
@@ -8,10 +7,10 @@
 
 namespace tokenmill {
 
-// Latent caches: 512 channels that are the values too, and 64 that carry positions.
+// Latent caches: 512 channels that are also the values, and 64 that carry positions.
 constexpr int64_t kMaxCacheDim = 576, kMaxCacheValueDim = 512;
 
-// v may not be given where k holds the values too.
+// v may be absent where k also holds the values.
 inline void check_cache_ranks(const char* op, const View& k, const View& v) {
   for (auto [name, t] : {std::pair{"k_cache", &k}, std::pair{"v_cache", &v}})
     check(!*t || t->dim() == 4, op, name,
@@ -23,7 +22,7 @@ inline void check_cache_shapes(const char* op, const View& k, const View& v) {
         Rule("must have the shape of k_cache up to the head dimension, ", k.sizes), v.sizes);
 }
 
-// Of caches of four dimensions, where no query has checked them. A v that is not given is k's.
+// Checks of 4-dimensional caches that no query has checked. Without a v the values are in k.
 inline void check_caches_alike(const char* op, const View& k, const View& v,
                                int64_t most = kMaxHeadDim, int64_t most_v = kMaxHeadDim) {
   if (!v) {
@@ -41,17 +40,17 @@ inline void check_caches_alike(const char* op, const View& k, const View& v,
   check_cache_shapes(op, k, v);
 }
 
-// A cache, or keys of one, beside rows of the dtype that it has or is read in.
+// The dtype of a cache, or of keys of one, against rows of the dtype that it has or is read in.
 inline void check_cache_dtype(const char* op, const char* name, const View& cache, const View& rows,
                               const char* of = "q") {
   check(cache.dtype == rows.dtype || cache.dtype == ScalarType::Float8_e4m3fn, op, name,
         Rule("must have the dtype of ", of, ", ", rows.dtype, ", or float8_e4m3fn"), cache.dtype);
 }
 
-// Which shapes a scale may have: [1] and [Hk], and [P, page size, Hk].
+// Allowed shapes of a scale: [1] and [Hk] (shared), [P, page size, Hk] (token).
 enum class ScaleShapes { shared, token, any };
 
-// The scale of keys or values of a cache [P, page size, Hk, D], if there is one.
+// Checks the scale of keys or values of a cache [P, page size, Hk, D], if given.
 inline void check_cache_scale(const char* op, const char* name, const View& t, const char* of,
                               const View& cache, ScaleShapes shapes = ScaleShapes::any) {
   if (!t) return;
@@ -67,7 +66,7 @@ inline void check_cache_scale(const char* op, const char* name, const View& t, c
   check_device_of(op, name, t, of, cache);
 }
 
-// The same for kernels.
+// The checked scale as kernels see it.
 inline CacheScale make_cache_scale(const char* op, const char* name, const View& t, const char* of,
                                    const View& cache) {
   if (!t) return {};
@@ -76,8 +75,8 @@ inline CacheScale make_cache_scale(const char* op, const char* name, const View&
   return {t.data<float>(), t.step(0), t.step(1), t.step(2)};
 }
 
-// q [B, Sq, H, D], packed [T, H, D], against a dense cache [B, S, Hk, D] or pages [P, page size,
-// Hk, D]. Returns the number of requests.
+// Checks q [B, Sq, H, D], or packed [T, H, D], and a dense cache [B, S, Hk, D] or pages [P, page
+// size, Hk, D]. Returns the number of requests.
 inline int64_t check_cache(const char* op, const View& q, const View& k, const View& v, bool paged,
                            const View& cu_seqlens_q = {}) {
   const std::pair<const char*, const View*> all[] = {{"q", &q}, {"k_cache", &k}, {"v_cache", &v}};
@@ -144,7 +143,7 @@ inline KvCache make_cache(const char* op, const View& q, int64_t batch, const Vi
   return cache;
 }
 
-// Lengths and page numbers, behind all rules on metadata and on a CPU alone.
+// Checks of lengths and page numbers, after all checks of metadata, and only on a CPU.
 inline void check_cache_values(const char* op, const View& k, int64_t batch, const KvCache& cache,
                                bool pages_may_lack = false) {
   if (k.is_cuda) return;

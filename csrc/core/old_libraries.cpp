@@ -1,7 +1,7 @@
-// For wheels of manylinux_2_28, which load where glibc is 2.28 and libstdc++ has GLIBCXX_3.4.24 and
-// CXXABI_1.3.11: what these lack, or have under an older version of its symbol, is defined here,
-// and the linker, which finds it here first, does not bind the younger symbol of the building
-// machine. Compiled as C++17: C++20 gives std::stringbuf::str a younger symbol.
+// For manylinux_2_28 wheels, which load with glibc 2.28 and a libstdc++ with GLIBCXX_3.4.24 and
+// CXXABI_1.3.11: symbols that these lack, or have under an older version, are defined here; the
+// linker finds them here first and does not bind the newer symbol of the build machine. Compiled as
+// C++17: C++20 gives std::stringbuf::str a newer symbol.
 #include <cxxabi.h>
 
 #include <cstring>
@@ -14,7 +14,7 @@
 
 #define TM_HIDDEN __attribute__((visibility("hidden")))
 
-// `name` goes on to the symbol of that version, which every later glibc has kept.
+// Forwards `name` to the symbol of that version, which every later glibc has kept.
 #if defined(__x86_64__)
 #define TM_OLDEST "2.2.5"
 #define TM_JUMP(to) "jmp *" to "@GOTPCREL(%rip)\n"
@@ -30,7 +30,7 @@
                                                 "\n.symver tokenmill_old_" #name ", " #name \
                                                 "@GLIBC_" version "\n");
 
-// 2.29 moved the handling of errors out of them.
+// 2.29 moved their error handling out of them.
 TM_BIND(exp, TM_OLDEST)
 TM_BIND(log, TM_OLDEST)
 
@@ -91,7 +91,7 @@ extern "C" {
 // 2.32. Zero makes std::shared_ptr count atomically.
 TM_HIDDEN char __libc_single_threaded = 0;
 
-// 2.38 reads binary numbers ("0b1"), too.
+// The 2.38 version also parses binary numbers ("0b1").
 long old_strtol(const char*, char**, int) __asm__("strtol");
 TM_HIDDEN long __isoc23_strtol(const char* text, char** end, int base) {
   return old_strtol(text, end, base);
@@ -110,19 +110,19 @@ void new_ostringstream(void* self) { new (self) std::ostringstream(std::ios::out
     "_ZSt28__throw_bad_array_new_lengthv");
 void throw_bad_array_new_length() { throw std::bad_array_new_length(); }
 
-// GLIBCXX_3.4.32: g++ 13 and later leave std::cout and its like to the library.
+// GLIBCXX_3.4.32: g++ 13 and later leave the initialisation of std::cout etc. to the library.
 TM_HIDDEN void init_streams() __asm__("_ZSt21ios_base_library_initv");
 void init_streams() { static std::ios_base::Init init; }
 
-// CXXABI_1.3.15: g++ 14 and later end with it where an exception would leave a noexcept function.
+// CXXABI_1.3.15: g++ 14 and later call it where an exception would leave a noexcept function.
 [[noreturn]] TM_HIDDEN void end_in_noexcept(void* exception) __asm__("__cxa_call_terminate");
 void end_in_noexcept(void* exception) {
   if (exception) abi::__cxa_begin_catch(exception);
   std::terminate();
 }
 
-// GLIBCXX_3.4.31: std::string::replace in place, from text that may be a part of the string: the
-// `before` characters at `at`, which `behind` characters follow, become the `size` of `text`.
+// GLIBCXX_3.4.31: std::string::replace in place, from text that may be part of the string: the
+// `before` characters at `at`, followed by `behind` characters, become the `size` of `text`.
 TM_HIDDEN void
 replace(void*, char* at, size_t before, const char* text, size_t size, size_t behind) __asm__(
     "_ZNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEE15_M_replace_coldEPcmPKcmm");
@@ -145,7 +145,7 @@ std::string take_text_of(std::stringbuf* self) {
   return text;
 }
 
-// CXXABI_1.3.13. Copies count references, so one that is never destroyed is the count.
+// CXXABI_1.3.13. A copy adds a reference; a copy that is never destroyed only counts.
 using ExceptionPtr = std::exception_ptr;
 extern "C" {
 void copy_exception(void* self, const ExceptionPtr* other) __asm__(

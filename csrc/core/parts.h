@@ -5,10 +5,10 @@
 
 namespace tokenmill {
 
-// Parts of one allocation, each where an allocation of its own could begin.
+// Parts of one allocation, each aligned like an allocation of its own.
 class Parts {
  public:
-  // Where `bytes` bytes will lie.
+  // Reserves `bytes` bytes and returns their offset.
   int64_t add(int64_t bytes) {
     const int64_t at = bytes_;
     bytes_ = round_up(bytes_ + bytes, 256);

@@ -1,4 +1,4 @@
-// The checks that operators on queries, keys and values share: those of python/tokenmill/_check.py,
+// Checks shared by operators on queries, keys and values: the ones of python/tokenmill/_check.py,
 // in its order and words.
 #pragma once
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace tokenmill {
 
 constexpr int64_t kMaxHeadDim = 256;
 
-// The factor of q.k of a call: 1/sqrt(D) if none is given.
+// Scale of q.k of a call: 1/sqrt(D) by default.
 template <typename Args>
 double scale_of(const Args& a) {
   if (a.scale) return *a.scale;
@@ -32,7 +32,7 @@ inline void check_device_of_q(const char* op, const char* name, const View& t, c
   check_device_of(op, name, t, "q", q);
 }
 
-// Of scores: times log2(e) it is finite in float32.
+// Scale of scores: times log2(e) it is finite in float32.
 inline void check_scale(const char* op, double scale) {
   check(std::abs(scale) <= 0x1p127, op, "scale", "must be at most 2^127 in size", scale);
 }
@@ -47,12 +47,12 @@ inline void check_head_dim(const char* op, const char* name, const View& t,
         Rule("must have a head dimension of 1 to ", most), t.size(-1));
 }
 
-// The widest heads of q and k, and of v.
+// Max head dimensions: of q and k, and of v.
 struct HeadDims {
   int64_t most = kMaxHeadDim, most_value = kMaxHeadDim;
 };
 
-// Rank (3: packed, 4: sequences, 5: maps), dtype, device, layout and shapes.
+// Checks rank (3: packed, 4: sequences, 5: maps), dtype, device, layout and shapes.
 inline void check_qkv(const char* op, const View& q, const View& k, const View& v, int64_t rank,
                       HeadDims dims = {}) {
   const char* layout = rank == 3   ? "[T, H, D] (packed)"
@@ -82,7 +82,7 @@ inline void check_qkv(const char* op, const View& q, const View& k, const View& 
         Rule("number of heads must divide that of q, ", heads, " (GQA)"), kv_heads);
 }
 
-// Of a backward: dout or out.
+// Backward: checks dout or out.
 inline void check_like_out(const char* op, const char* name, const View& t,
                            const std::vector<int64_t>& sizes, const View& q) {
   check(t.sizes == sizes, op, name, Rule("must have shape ", sizes), t.sizes);
@@ -91,7 +91,7 @@ inline void check_like_out(const char* op, const char* name, const View& t,
   check_device_of_q(op, name, t, q);
 }
 
-// Of a backward: what is float32 and contiguous, as lse and dlse.
+// Backward: checks lse or dlse, float32 and contiguous.
 inline float* check_like_lse(const char* op, const char* name, const View& t,
                              const std::vector<int64_t>& sizes, const View& q) {
   check(t.sizes == sizes, op, name, Rule("must have shape ", sizes), t.sizes);
@@ -109,8 +109,8 @@ inline void check_cu_seqlens(const char* op, const char* name, const View& t, co
   check_device_of_q(op, name, t, q);
 }
 
-// The ends of packed sequences, which start at 0, never decrease and end at total. Returns the
-// longest sequence.
+// Checks the ends of packed sequences, which start at 0, never decrease and end at total. Returns
+// the length of the longest sequence.
 inline int64_t check_cu_seqlens_values(const char* op, const char* name, const View& cu,
                                        int64_t total) {
   const int32_t* ends = cu.data<int32_t>();
@@ -118,7 +118,7 @@ inline int64_t check_cu_seqlens_values(const char* op, const char* name, const V
   check(ends[0] == 0, op, name, "must start at 0", int64_t{ends[0]});
   int64_t longest = 0;
   for (int64_t i = 1; i < n; ++i) {
-    if (ends[i] < ends[i - 1])  // copies the ends on an error alone
+    if (ends[i] < ends[i - 1])  // copies the ends only on an error
       fail(op, name, "must not decrease", show(std::vector<int64_t>(ends, ends + n)));
     longest = std::max<int64_t>(longest, ends[i] - ends[i - 1]);
   }
@@ -127,7 +127,7 @@ inline int64_t check_cu_seqlens_values(const char* op, const char* name, const V
   return longest;
 }
 
-// The same, with a bound on the longest sequence.
+// The same, with an upper bound given by the caller.
 inline void check_cu_seqlens_values(const char* op, const char* name, const View& cu, int64_t total,
                                     const char* bound_name, const Optional<int64_t>& bound) {
   const int64_t longest = check_cu_seqlens_values(op, name, cu, total);

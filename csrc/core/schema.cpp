@@ -10,7 +10,7 @@
 namespace tokenmill {
 namespace {
 
-// Parts of a list, none of which holds ", " itself.
+// Parts of a list, none of which contains ", " itself.
 std::vector<std::string_view> split(std::string_view list) {
   std::vector<std::string_view> parts;
   while (!list.empty()) {
@@ -30,7 +30,7 @@ Kind kind_of_type(std::string_view type) {
   throw std::logic_error("tokenmill: no argument of an operator is of type " + std::string(type));
 }
 
-// std::from_chars takes numbers with a point since GLIBCXX_3.4.29 alone.
+// std::from_chars takes floating-point numbers only since GLIBCXX_3.4.29.
 double number_of(std::string_view text) {
   std::istringstream stream{std::string(text)};
   stream.imbue(std::locale::classic());

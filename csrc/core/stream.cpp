@@ -3,7 +3,8 @@
 namespace tokenmill {
 
 #if defined(TOKENMILL_WITH_CUDA)
-// In cuda/launch.cu. The first makes a device current and returns the one that was; it throws.
+// Defined in cuda/launch.cu. use_device makes a device current and returns the previous one; it
+// throws.
 int use_device(int device);
 void restore_device(int device);
 

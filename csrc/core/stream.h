@@ -1,4 +1,4 @@
-// Launches on the device of an array, on the stream on which its owner works.
+// Launches on the device of an array, on the current stream of its framework.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -8,8 +8,8 @@
 namespace tokenmill {
 
 #if defined(TOKENMILL_WITH_CUDA)
-// For its lifetime the device of an array is current. In the emulated library, the machine knows
-// what was noted and this thread alone uses it.
+// Makes the device of an array current during its lifetime. In the emulated library, passes the
+// noted memory to the machine, which this thread then uses exclusively.
 class CudaScope {
  public:
   explicit CudaScope(const View& on);
@@ -23,7 +23,7 @@ class CudaScope {
   const View& on_;
 };
 
-// launch_cuda(p, stream), which returns what went wrong or null.
+// Calls launch_cuda(p, stream), which returns an error message or null.
 template <typename Params>
 void launch_on_device(const char* op, const View& first, const Params& p) {
   CudaScope scope(first);

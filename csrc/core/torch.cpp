@@ -1,9 +1,9 @@
-// The door of torch's dispatcher: its stable ABI, torch >= 2.10.
+// Entry point through torch's dispatcher: its stable ABI, torch >= 2.10.
 #include "core/check.h"
 #include "core/door.h"
 #include "core/stable.h"
 
-// Lives in libtorch_cuda.so. Weak, so that one library also loads beside a CPU-only torch.
+// Defined in libtorch_cuda.so. Weak, so that the same library also loads with a CPU-only torch.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
@@ -68,7 +68,7 @@ Array Torch::empty(Sizes sizes, ScalarType dtype, bool on_gpu, int32_t device) c
   return made;
 }
 
-// What the stack of a call holds: it is owed to us, also by a call that fails.
+// Owned values from the stack of a call: they must be released, also when the call fails.
 struct Taken {
   explicit Taken(const Schema& schema) {
     tensors.reserve(schema.arguments.size());
@@ -90,7 +90,7 @@ struct Taken {
     Argument a;
     if (schema.kind == Kind::array) {
       auto tensor = value<Tensor>(slot, schema.optional);
-      // torch passes None for a tensor that must be there as one that is not defined.
+      // For a required tensor torch passes None as an undefined tensor.
       a.given = tensor && tensor->defined();
       if (a.given) tensors.emplace_back(std::move(*tensor), schema.written);
     } else if (schema.kind == Kind::text) {
@@ -114,7 +114,7 @@ struct Taken {
     return a;
   }
 
-  std::vector<std::pair<Tensor, bool>> tensors;  // and whether the call writes into it
+  std::vector<std::pair<Tensor, bool>> tensors;  // with true if the call writes into it
   std::vector<StringHandle> texts;
 };
 
@@ -150,7 +150,7 @@ void torch_call(Operator& op, uint64_t* stack, uint64_t inputs, uint64_t outputs
 
 Registration::Registration(std::initializer_list<Operator*> added) {
   for (const char* key : kKeys) {
-    // Registrations live as long as the library.
+    // Never freed: registrations live as long as the library.
     auto* const library = new StableLibrary(StableLibrary::Kind::IMPL,
                                             C10_STRINGIZE(TOKENMILL_NAMESPACE), key, "", 0);
     for (Operator* op : added) library->impl(op->name, op->boxed);

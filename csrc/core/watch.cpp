@@ -22,7 +22,7 @@ PyObject* name_in(const char* module, const char* name) {
   return found;
 }
 
-// Of an answer, which is given back.
+// Truth of an answer; releases the reference.
 int truth(PyObject* answer) {
   if (!answer) return -1;
   const int known = PyObject_IsTrue(answer);

@@ -1,4 +1,4 @@
-// Whether a call may skip torch's dispatcher: it may while nothing records, transforms, casts,
+// Decides if a call may skip torch's dispatcher: only while nothing records, transforms, casts,
 // traces or watches it.
 #pragma once
 #include <Python.h>
@@ -7,28 +7,29 @@
 
 namespace tokenmill::exchange {
 
-// The questions to torch, looked up once: references are kept. Answers are 1, 0, or -1 with an
-// error of Python.
+// Functions of torch to ask, looked up once; references are kept. Answers are 1, 0, or -1 with a
+// Python error set.
 class Watch {
  public:
-  // Null, with an error set, if this torch cannot be asked.
+  // Null, with an error set, if this torch lacks one of the functions.
   static const Watch* get();
 
-  // Whether a mode, a transform, autocast, forward-mode AD, a trace or a profile wants the call.
+  // 1 if a mode, a transform, autocast, forward-mode AD, a trace or a profiler affects the call.
   int any() const;
-  // Whether gradients are recorded, and a tensor in this tuple wants one. torch's own function for
-  // this takes 50 ns for each value, whatever it is.
+  // 1 if gradients are recorded and a tensor in this tuple requires one. torch's own function for
+  // this takes 50 ns per value, of any type.
   int records(PyObject* values) const;
 
  private:
   static const Watch* make();
 
-  std::vector<PyObject*> questions_;  // answered by 0, False or None if nothing wants the call
-  PyObject *forward_ad_, *level_;     // a module, whose variable of this name is -1 outside
+  std::vector<PyObject*> questions_;  // return 0, False or None if nothing affects the call
+  // a module, whose variable of this name is -1 outside of forward-mode AD
+  PyObject *forward_ad_, *level_;
   PyObject *grad_mode_, *tensor_, *requires_grad_;
 };
 
-// Whether a variable of the environment chooses a backend or asks for checks.
+// True if an environment variable chooses a backend or requests checks.
 bool environment_asks();
 
 }  // namespace tokenmill::exchange

@@ -1,4 +1,5 @@
-// What a call writes into: the checks of python/tokenmill/_written.py, in its order and words.
+// Checks of outputs given by the caller: the ones of python/tokenmill/_written.py, in its order and
+// words.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -8,7 +9,7 @@
 
 namespace tokenmill {
 
-// Where the elements of a tensor lie.
+// Addresses of the elements of a tensor.
 struct Places {
   explicit Places(const View& t)
       : view(t), begin(static_cast<const char*>(t.data())), width(t.element_bytes) {}
@@ -17,10 +18,10 @@ struct Places {
   }
   const View& view;
   const char* begin;
-  int64_t width;  // bytes of an element
+  int64_t width;  // bytes per element
 };
 
-// Whether no two indices share an address. A layout whose dimensions interleave, none stepping over
+// True if no two indices share an address. A layout whose dimensions interleave, none stepping over
 // the whole of the others, counts as sharing.
 inline bool elements_apart(const Places& t) {
   if (t.none()) return true;
@@ -28,7 +29,7 @@ inline bool elements_apart(const Places& t) {
   for (int64_t i = 0; i < t.view.dim(); ++i)
     if (t.view.size(i) > 1) dims.emplace_back(t.view.strides[i], t.view.size(i));
   std::sort(dims.begin(), dims.end());
-  int64_t last = 0;  // offset of the last element of the dimensions so far
+  int64_t last = 0;  // offset of the last element over the dimensions so far
   for (const auto& [stride, size] : dims) {
     if (stride <= last) return false;
     last += (size - 1) * stride;
@@ -36,17 +37,17 @@ inline bool elements_apart(const Places& t) {
   return true;
 }
 
-// Multiples of a stride.
+// Range of multiples of a stride.
 struct Step {
   int64_t stride, least, most;
 };
 
-// Whether `at` plus a multiple of each stride from the largest one on lies in low .. high, or
-// whether that takes more than `left` steps to see.
+// True if `at` plus multiples of the strides from index i on falls into low .. high, or if more
+// than `left` steps are needed to decide. Strides are in descending order.
 inline bool meets(const std::vector<Step>& steps, size_t i, int64_t at, int64_t low, int64_t high,
                   int& left) {
   if (i == steps.size()) return low <= at && at <= high;
-  int64_t least = at, most = at;  // with all that follows
+  int64_t least = at, most = at;  // range of at plus all later strides
   for (size_t j = i + 1; j < steps.size(); ++j) {
     least += steps[j].stride * steps[j].least;
     most += steps[j].stride * steps[j].most;
@@ -59,13 +60,14 @@ inline bool meets(const std::vector<Step>& steps, size_t i, int64_t at, int64_t 
   return false;
 }
 
-constexpr int kSearched = 4096;  // multiples of strides, of a pair of tensors; as in _written.py
+// max multiples of strides tried per pair of tensors; as in _written.py
+constexpr int kSearched = 4096;
 
-// Whether an element of a may lie where one of b lies. For every cut the strides from it on step by
-// multiples of their greatest common divisor; what the others span is compared modulo that. This
-// tells apart what was cut from one tensor along any dimension, such as interleaved keys and
-// values. What it leaves is searched: pages with a gap between them. A search that takes too long
-// counts as sharing.
+// True if an element of a may overlap one of b. For each cut, strides >= cut step by multiples of
+// their greatest common divisor; the spans of the other strides are compared modulo it. This
+// separates slices of one tensor along any dimension, such as interleaved keys and values. The
+// remaining cases are searched: pages with a gap between them. A search that takes too long counts
+// as sharing.
 inline bool share_memory(const Places& a, const Places& b) {
   if (a.none() || b.none()) return false;
   const int64_t apart = b.begin - a.begin;
@@ -110,7 +112,8 @@ struct Read {
   const View* view;  // null: not given
 };
 
-// Each element at an address of its own, and none where one lies that the call reads.
+// Checks that each element has an address of its own, and that none overlaps memory that the call
+// reads.
 inline void check_written(const char* op, const char* name, const View& t,
                           std::initializer_list<Read> read) {
   const Places places(t);

@@ -1,10 +1,10 @@
-// float8_e4m3fn by arithmetic on bits: sign, 4 bits of exponent with bias 7, 3 of mantissa. There
-// is no infinity; 0x7f and 0xff are NaN, 448 (0x7e) is the largest number. The float mode
+// float8_e4m3fn by bit arithmetic: sign, 4 exponent bits with bias 7, 3 mantissa bits. There is no
+// infinity; 0x7f and 0xff are NaN, 448 (0x7e) is the largest number. The float mode
 // (FlushDenormals) changes no result.
 //
 //   load_float8    kWidth codes as floats, exact
 //   load_codes     2 kWidth finite codes as floats, times kCodeUnit, in half of the time
-//   NanCodes       finds what load_codes takes for 480
+//   NanCodes       detects NaN, which load_codes would read as 480
 //   store_float8   kWidth floats rounded to nearest even, saturated at +-448; NaN becomes 0x7f
 #pragma once
 #include "cpu/simd.h"
@@ -19,15 +19,15 @@ TM_INLINE vf load_float8(const uint8_t* p) {
   std::memcpy(&codes, p, sizeof codes);
   const auto code = __builtin_convertvector(codes, float8_words);
   const float8_words magnitude = code & 0x7f, sign = (code & 0x80) << 24;
-  // Below 8 lie 0 and the subnormal numbers, multiples of 2^-9.
+  // Codes below 8 are 0 and the subnormal numbers, multiples of 2^-9.
   const auto small = (float8_words)((vf) __builtin_convertvector(magnitude, vf) * set(0x1p-9f));
   const float8_words normal = (magnitude << 20) + ((127 - 7) << 23);
   const float8_words bits = magnitude < 8 ? small : normal;
   return (vf)((magnitude == 0x7f ? float8_words{} + 0x7fc00000 : bits) | sign);
 }
 
-// A code moved up by 7 bits is a float16 with 2^-8 times its value, subnormal ones too; the
-// conversion of float16 ignores the float mode.
+// A code shifted up by 7 bits is a float16 with 2^-8 times its value, also for subnormal codes; the
+// conversion from float16 ignores the float mode.
 constexpr float kCodeUnit = 0x1p-8f;
 TM_INLINE void load_codes(const uint8_t* p, vf& low, vf& high) {
 #if defined(__AVX512F__)
@@ -49,7 +49,7 @@ TM_INLINE void load_codes(const uint8_t* p, vf& low, vf& high) {
 #endif
 }
 
-// Whether there is a NaN among codes, 4 kWidth at a time: adding 1 flips the sign of those alone.
+// Detects NaN among codes, 4 kWidth at a time: adding 1 flips the sign bit only of NaN codes.
 class NanCodes {
  public:
   static constexpr int kCount = sizeof(vf);
@@ -78,7 +78,7 @@ TM_INLINE bool is_nan_code(uint8_t code) { return (code & 0x7f) == 0x7f; }
 
 // The low byte of each word.
 TM_INLINE void store_low_bytes(uint8_t* p, float8_words words) {
-#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC 12 would take them apart
+#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC 12 would split the conversion
   const __m128i low = _mm256_castsi256_si128((__m256i)words);
   const __m128i halves = _mm_packus_epi32(low, _mm256_extracti128_si256((__m256i)words, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
@@ -92,7 +92,7 @@ TM_INLINE void store_float8(uint8_t* p, vf x) {
   const float8_words bits = (float8_words)x, magnitude = bits & 0x7fffffff;
   const float8_words most = float8_words{} + 0x43e00000;  // 448
   const float8_words cut = magnitude < most ? magnitude : most;
-  // Below 2^-6: the last bit of a sum with 2^14 is worth 2^-9.
+  // Subnormal, below 2^-6: the last bit of a sum with 2^14 is worth 2^-9.
   const float8_words small = (float8_words)((vf)cut + set(0x1p14f)) - 0x46800000;
   const float8_words normal = ((cut + 0x7ffff + (cut >> 20 & 1)) >> 20) - ((127 - 7) << 3);
   const float8_words code = (cut < 0x3c800000 ? small : normal) | (bits >> 24 & 0x80);
@@ -123,7 +123,7 @@ struct Elements<DType::float8_e4m3fn> {
   }
 };
 
-// A row of `length` elements of any type as floats times `factor`, zero-filled to `width`.
+// Converts a row of `length` elements of any type to floats times `factor`, zero-filled to `width`.
 __attribute__((noinline)) inline void widen_row(const void* from, DType type, int64_t length,
                                                 float factor, float* to, int64_t width) {
   const vf f = set(factor);

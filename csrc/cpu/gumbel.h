@@ -1,4 +1,4 @@
-// Noise of the Gumbel distribution from counters: Philox4x32-10 (Salmon et al. 2011), the words of
+// Gumbel noise from counters: Philox4x32-10 (Salmon et al. 2011), the same words as
 // python/tokenmill/reference/select/gumbel.py.
 #pragma once
 #include "cpu/simd.h"
@@ -11,7 +11,7 @@ struct WidePair {
   vu high, low;
 };
 
-// The 64 bits of each lane times m.
+// 64-bit products of each lane with m.
 TM_INLINE WidePair multiply_wide(vu x, uint32_t m) {
 #if defined(__AVX512F__)
   const __m512i a = (__m512i)x, f = _mm512_set1_epi32(static_cast<int>(m));
@@ -36,7 +36,7 @@ TM_INLINE WidePair multiply_wide(vu x, uint32_t m) {
 #endif
 }
 
-// The first word of counters (b, h, i, j), (b, h, i, j + 1), ... under a key.
+// First output word of Philox for counters (b, h, i, j), (b, h, i, j + 1), ... under a key.
 TM_INLINE vu philox(uint64_t key, uint32_t b, uint32_t h, uint32_t i, uint32_t j) {
   vu c0 = vu{} + b, c1 = vu{} + h, c2 = vu{} + i, c3;
   for (int lane = 0; lane < kWidth; ++lane) c3[lane] = j + lane;
@@ -54,7 +54,7 @@ TM_INLINE vu philox(uint64_t key, uint32_t b, uint32_t h, uint32_t i, uint32_t j
   return c0;
 }
 
-// Of positive normal numbers; relative error 2^-22 also around 1, where it vanishes.
+// log2 of positive normal numbers; relative error 2^-22 also around 1, where the result vanishes.
 TM_INLINE vf log2(vf x) {
   typedef int32_t vi __attribute__((vector_size(4 * kWidth)));
   typedef float vg __attribute__((vector_size(4 * kWidth)));

@@ -40,9 +40,9 @@ bool machine_has(Isa isa) {
   return isa == Isa::baseline;
 }
 
-// vdpbf16ps does two multiply-adds a lane. On Zen 4 and 5 it is issued as often as one of float32;
-// on Intel's cores once in the time of four (measured on Emerald Rapids), so that widening pays
-// there.
+// vdpbf16ps does two multiply-adds per lane. On Zen 4 and 5 it issues as often as a float32 fma; on
+// Intel cores once in the time of four (measured on Emerald Rapids), so that widening to float32 is
+// faster there.
 bool dots_pay() {
 #if defined(__x86_64__)
   __builtin_cpu_init();

@@ -14,7 +14,7 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
   if (bytes < 2 * kPage) return;
   const int64_t first = reinterpret_cast<int64_t>(data), end = (first + bytes) / kPage * kPage;
   const int64_t begin = round_up(first, kPage);
-  // A refusal costs time alone.
+  // a refusal is harmless
   madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
 #endif
 }

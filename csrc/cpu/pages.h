@@ -1,10 +1,10 @@
-// Pages of memory that is about to be written for the first time.
+// Huge pages for memory that is about to be written for the first time.
 #pragma once
 #include <cstdint>
 
 namespace tokenmill::cpu {
 
-// Asks for huge pages in a large block: fewer faults when it is first written. Contents stay.
+// Requests huge pages for a large block: fewer page faults on the first write. Contents are kept.
 void prefer_huge_pages(void* data, int64_t bytes);
 
 }  // namespace tokenmill::cpu

@@ -1,12 +1,12 @@
-// One parallel region per operator, on torch's own thread pool, with dynamic balance: workers draw
-// item numbers from a shared counter. Free of torch; core/parallel.cpp connects the pool.
+// One parallel region per operator, on torch's own thread pool, with dynamic load balance: workers
+// draw item numbers from a shared counter. Free of torch; core/parallel.cpp connects the pool.
 #pragma once
 #include <atomic>
 #include <cstdint>
 
 namespace tokenmill::cpu {
 
-int num_threads();  // what torch.set_num_threads set
+int num_threads();  // set by torch.set_num_threads
 void run_workers(int workers, void (*body)(int worker, void* context), void* context);
 
 class ItemCounter {

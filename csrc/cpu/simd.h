@@ -1,4 +1,4 @@
-// Host vocabulary: one vector type per instruction set, under the same names in each namespace.
+// SIMD abstraction: one vector type per instruction set, under the same names in each namespace.
 //
 //   vf            kWidth floats           vm           a lane mask
 //   load store    unaligned               load_n/store_n   the first n lanes, zero-filled
@@ -32,8 +32,8 @@ constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 
 // Minimax coefficients of 2^r (constant term first), relative error as stated above. Degree 5 has
-// 2^0 = 1 exactly: sums are rescaled by that, and the only key of a row has this weight.
-// On [0, 1) for splits by floor, on [-1/2, 1/2] for splits by rounding.
+// 2^0 = 1 exactly: it is a rescale factor, and the weight of a row's only key. For r in [0, 1)
+// (splits by floor) or [-1/2, 1/2] (splits by rounding).
 template <bool kFloor, int kDegree>
 struct Exp2Coefficients;
 template <>
@@ -79,7 +79,7 @@ TM_INLINE vf tanh(vf x) {
   return select(less(u, set(0.36f)), p * x, large);
 }
 
-// Elements of a tensor as floats: load, store, and both for the first n of kWidth lanes only (the
+// Elements of a tensor as floats: load, store, and both for only the first n of kWidth lanes (the
 // rest zero, and neither read nor written).
 template <DType kType>
 struct Elements {
@@ -130,7 +130,7 @@ struct Elements<DType::float32> {
   }
 };
 
-// visit(Elements<t>()): one branch outside the loop over elements.
+// Calls visit(Elements<t>()): one branch outside the loop over elements.
 template <typename Visit>
 TM_INLINE auto visit_elements(DType t, const Visit& visit) {
   switch (t) {
@@ -153,7 +153,8 @@ TM_INLINE float scalar_as_float(const void* p, DType t, int64_t i) {
   return first(load_as_float_n(p, t, i, 1));
 }
 
-// Denormals to zero for the lifetime of the object: a decayed weight must not become slow.
+// Flushes denormals to zero during the lifetime of the object: weights that decay must not become
+// slow.
 class FlushDenormals {
  public:
   FlushDenormals() : saved_(read_float_mode()) { write_float_mode(saved_ | kFlushBits); }

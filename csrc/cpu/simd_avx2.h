@@ -27,7 +27,8 @@ TM_INLINE vm lanes(int64_t begin, int64_t end) {
   const auto clamp = [](int64_t i) { return static_cast<float>(i < 0 ? 0 : i > 8 ? 8 : i); };
   return _mm256_andnot_ps(less(iota(), set(clamp(begin))), less(iota(), set(clamp(end))));
 }
-// first + lane for each lane of the mask, in order. Returns how many; writes at most kWidth.
+// Stores first + lane for each lane of the mask, in order. Returns their number; writes at most
+// kWidth.
 TM_INLINE int store_lane_numbers(int32_t* to, int32_t first, vm m) {
   int count = 0;
   for (unsigned bits = _mm256_movemask_ps(m); bits; bits &= bits - 1)
@@ -40,7 +41,7 @@ TM_INLINE float sum_lanes(vf x) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
-// Lane i: the sum of the lanes of x[i].
+// Lane i is the sum of the lanes of x[i].
 TM_INLINE vf sum_each(const vf (&x)[8]) {
   const vf low = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
   const vf high = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));

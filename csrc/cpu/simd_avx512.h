@@ -27,7 +27,7 @@ TM_INLINE vm lanes(int64_t begin, int64_t end) {
   const uint32_t below_begin = begin <= 0 ? 0 : begin >= 16 ? 0xffffu : (1u << begin) - 1;
   return static_cast<vm>(below_end & ~below_begin);
 }
-// first + lane for each lane of the mask, in order. Returns how many; writes kWidth.
+// Stores first + lane for each lane of the mask, in order. Returns their number; writes kWidth.
 TM_INLINE int store_lane_numbers(int32_t* to, int32_t first, vm m) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i numbers = _mm512_add_epi32(_mm512_set1_epi32(first), lane);
@@ -37,7 +37,7 @@ TM_INLINE int store_lane_numbers(int32_t* to, int32_t first, vm m) {
 TM_INLINE float first(vf x) { return _mm512_cvtss_f32(x); }
 TM_INLINE float sum_lanes(vf x) { return _mm512_reduce_add_ps(x); }
 TM_INLINE float max_lanes(vf x) { return _mm512_reduce_max_ps(x); }
-// Lane i: the sum of the lanes of x[i].
+// Lane i is the sum of the lanes of x[i].
 TM_INLINE vf sum_each(const vf (&x)[16]) {
   __m512d pair[8];
   TM_UNROLL(8)
@@ -63,7 +63,7 @@ constexpr bool kSplitByFloor = true;
 struct Exp2Split {
   vf fraction, t;
 };
-// Faster than vreduceps on Zen 4 (8.9 against 10.4 cycles per sigmoid). The maximum turns inf - inf
+// Faster than vreduceps on Zen 4 (8.9 vs. 10.4 cycles per sigmoid). The maximum turns inf - inf
 // into 0; vscalefps, which takes the floor of t itself, still sees inf and NaN.
 TM_INLINE Exp2Split split_exp2(vf t) {
   const vf floor = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEG_INF);
@@ -151,18 +151,18 @@ TM_INLINE vf sum_rows(const vf (&rows)[16]) {
 TM_INLINE vf dot_bfloat(vf acc, vf a, vf b) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
-// Words (first + i, second + i), i the lane: numbers of 16-bit elements.
+// Words (first + i, second + i), i the lane: indices of 16-bit elements.
 TM_INLINE __m512i element_pairs(int first, int second) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   return _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x10001)),
                           _mm512_set1_epi32(first + (second << 16)));
 }
-// Words (lo, hi) of lane i rounded to bfloat16.
+// Rounds lo and hi to bfloat16: word i is the pair (lo[i], hi[i]).
 TM_INLINE vf pair_bfloat(vf lo, vf hi) {
   const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi, lo));
   return _mm512_castsi512_ps(_mm512_permutexvar_epi16(element_pairs(0, 16), halves));
 }
-// Words (even[i], odd[i]) of 16-bit elements 0 to 15, or 16 to 31.
+// Words (even[i], odd[i]) of the 16-bit elements 0 to 15, or 16 to 31 if `upper`.
 TM_INLINE vf interleave(vf even, vf odd, bool upper) {
   const __m512i order = upper ? element_pairs(16, 48) : element_pairs(0, 32);
   return _mm512_castsi512_ps(
@@ -172,24 +172,24 @@ TM_INLINE void store_narrow(uint16_t* p, vf x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
-// Words (a, b) of the 32 columns of two rows: `low` has columns 0-3, 8-11, 16-19 and 24-27.
+// Words (a, b) of the 32 columns of two rows; `low` gets columns 0-3, 8-11, 16-19 and 24-27.
 TM_INLINE void interleave_bfloat(vf a, vf b, vf& low, vf& high) {
   const __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
   low = _mm512_castsi512_ps(_mm512_unpacklo_epi16(x, y));
   high = _mm512_castsi512_ps(_mm512_unpackhi_epi16(x, y));
 }
-// The columns of interleave_bfloat back in order: 0-15 in `low`.
+// Restores the column order after interleave_bfloat: 0-15 in `low`.
 TM_INLINE void restore_columns(vf& low, vf& high) {
   const vf front = _mm512_shuffle_f32x4(low, high, 0x44);
   const vf back = _mm512_shuffle_f32x4(low, high, 0xee);
   low = _mm512_shuffle_f32x4(front, front, 0xd8);
   high = _mm512_shuffle_f32x4(back, back, 0xd8);
 }
-// 32 floats, in order, as 16 words.
+// Rounds 32 floats to 16 words, in order.
 TM_INLINE vf narrow_bfloat(vf first_half, vf second_half) {
   return reinterpret_cast<vf>(_mm512_cvtne2ps_pbh(second_half, first_half));
 }
-// As narrow_bfloat rounds, in float32.
+// Rounds like narrow_bfloat, result in float32.
 TM_INLINE vf round_bfloat(vf x) {
   const __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));

@@ -34,7 +34,8 @@ TM_INLINE vm lanes(int64_t begin, int64_t end) {
   const auto clamp = [](int64_t i) { return static_cast<float>(i < 0 ? 0 : i > 4 ? 4 : i); };
   return (iota() >= set(clamp(begin))) & (iota() < set(clamp(end)));
 }
-// first + lane for each lane of the mask, in order. Returns how many; writes at most kWidth.
+// Stores first + lane for each lane of the mask, in order. Returns their number; writes at most
+// kWidth.
 TM_INLINE int store_lane_numbers(int32_t* to, int32_t first, vm m) {
   int count = 0;
   for (int lane = 0; lane < kWidth; ++lane) {
@@ -45,7 +46,7 @@ TM_INLINE int store_lane_numbers(int32_t* to, int32_t first, vm m) {
 }
 TM_INLINE float first(vf x) { return x[0]; }
 TM_INLINE float sum_lanes(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
-// Lane i: the sum of the lanes of x[i].
+// Lane i is the sum of the lanes of x[i].
 TM_INLINE vf sum_each(const vf (&x)[4]) {
   return vf{sum_lanes(x[0]), sum_lanes(x[1]), sum_lanes(x[2]), sum_lanes(x[3])};
 }

@@ -1,4 +1,4 @@
-// The one matrix product of the CPU backend and the packings that feed it.
+// Matrix product of the CPU backend, and the packings that feed it.
 //
 // Operands are rows of 32-bit words. With Float32 a word is one float; with BFloat16 it is a pair
 // of neighbours along the reduction, so the same loads, broadcasts and transposes serve both:
@@ -15,9 +15,9 @@ namespace tokenmill::TOKENMILL_ISA {
 constexpr int kPanel = kTileVectors * kWidth;  // columns of a register tile
 
 struct Float32 {
-  static constexpr int kPair = 1;  // reduction steps in a word
+  static constexpr int kPair = 1;  // reduction steps per word
   static TM_INLINE vf madd(vf acc, vf a, vf b) { return fma(a, b, acc); }
-  // b where a is not 0; the first n elements of b, n at least 1.
+  // shown: b where a is not 0, else 0; first: the first n reduction steps of b, n at least 1.
   static TM_INLINE vf shown(float a, vf b) { return a == 0 ? zero() : b; }
   static TM_INLINE vf first(int64_t, vf b) { return b; }
 };
@@ -38,7 +38,7 @@ struct BFloat16 {
 };
 #endif
 
-// A word (m, k) lies at a[m * lda + k], or at a[k * lda + m] if kTransposedA.
+// C += A B. Word (m, k) of A is at a[m * lda + k], or at a[k * lda + m] if kTransposedA.
 template <class Op, bool kTransposedA, int M, int N>
 TM_INLINE void multiply(vf (&c)[M][N], const float* a, int64_t lda, const float* b, int64_t ldb,
                         int64_t words) {
@@ -56,8 +56,8 @@ TM_INLINE void multiply(vf (&c)[M][N], const float* a, int64_t lda, const float*
   }
 }
 
-// The same with a B of N panels of kWidth columns, each packed by itself: word (k, n) of panel j at
-// b[j][k * kWidth + n].
+// The same with B in N panels of kWidth columns, each packed separately: word (k, n) of panel j is
+// at b[j][k * kWidth + n].
 template <class Op, int M, int N>
 TM_INLINE void multiply_panels(vf (&c)[M][N], const float* a, int64_t lda,
                                const float* const (&b)[N], int64_t words) {
@@ -86,7 +86,7 @@ TM_INLINE void clear(vf (&c)[M][N]) {
 
 template <int M, int N>
 TM_INLINE bool finite(const vf (&c)[M][N]) {
-  vf nothing = zero();  // NaN after an infinity or a NaN
+  vf nothing = zero();  // becomes NaN after an infinity or a NaN
   TM_UNROLL(16)
   for (int i = 0; i < M; ++i) {
     TM_UNROLL(8)
@@ -95,8 +95,8 @@ TM_INLINE bool finite(const vf (&c)[M][N]) {
   return sum_lanes(nothing) == 0;
 }
 
-// A product in which a weight of 0 in A hides its row of B: with the bits of multiply where B is
-// finite.
+// The product with rows of B replaced by 0 where the weight in A is 0; bitwise equal to multiply
+// where B is finite.
 template <class Op, int M, int N>
 __attribute__((noinline, cold)) void multiply_shown(vf (&c)[M][N], const float* a, int64_t lda,
                                                     const float* b, int64_t ldb, int64_t words) {
@@ -108,14 +108,14 @@ __attribute__((noinline, cold)) void multiply_shown(vf (&c)[M][N], const float* 
       }
 }
 
-// multiply, from zero, and multiply_shown where that makes a difference.
+// multiply from zero, or multiply_shown where the result would differ.
 template <class Op, int M, int N>
 TM_INLINE void multiply_weights(vf (&c)[M][N], const float* a, int64_t lda, const float* b,
                                 int64_t ldb, int64_t words) {
   clear(c);
   multiply<Op, false>(c, a, lda, b, ldb, words);
   if (!finite(c)) [[unlikely]] {
-    vf shown[M][N];  // not c itself, which would leave its registers
+    vf shown[M][N];  // a copy: indexing c itself would move it out of registers
     clear(shown);
     multiply_shown<Op>(shown, a, lda, b, ldb, words);
     std::memcpy(c, shown, sizeof c);
@@ -123,10 +123,10 @@ TM_INLINE void multiply_weights(vf (&c)[M][N], const float* a, int64_t lda, cons
 }
 
 // C[M][width] += A * B (or = if kAssign), width a multiple of kWidth. The product is summed in
-// registers from zero and added once: a second level of accumulation for long reductions. If
-// kWeights, a weight of 0 in A hides its row of B.
-// A function of its own: where it shared the registers of its caller, the row pointers of the inner
-// loop were spilled, which cost a tenth of its speed.
+// registers from zero and added once: a second level of accumulation for long reductions. kWeights:
+// a weight of 0 in A hides its row of B.
+// Not inlined: when it shared the registers of its caller, the row pointers of the inner loop were
+// spilled, which cost a tenth of its speed.
 template <class Op, bool kTransposedA, int M, bool kAssign, bool kWeights = false,
           int N = kTileVectors>
 __attribute__((noinline)) void multiply_rows(float* c, int64_t ldc, const float* a, int64_t lda,
@@ -157,7 +157,7 @@ __attribute__((noinline)) void multiply_rows(float* c, int64_t ldc, const float*
                                                                    words, width - n);
 }
 
-// The same with rows of C that lie anywhere.
+// The same with rows of C at arbitrary addresses.
 template <class Op, bool kTransposedA, int M, int N = kTileVectors>
 __attribute__((noinline)) void add_to_rows(float* const* c, int64_t column, const float* a,
                                            int64_t lda, const float* b, int64_t ldb, int64_t words,
@@ -185,8 +185,8 @@ constexpr int64_t words_of(int64_t elements) {
   return ceil_div(elements, Op::kPair);
 }
 
-// How rows of elements become words: read n words (zero-filled to kWidth) that start at element i.
-// As floats, times a factor ...
+// Conversion of elements to words: reads kWidth words that start at element i, zero-filled beyond
+// `length`. As floats, times a factor:
 template <DType kFrom>
 struct FloatWords {
   using Element = typename Elements<kFrom>::type;
@@ -195,7 +195,7 @@ struct FloatWords {
     return Elements<kFrom>::load_n(p, i, length - i) * factor;
   }
 };
-// ... or as pairs of bfloat16, which lie in memory as they are wanted.
+// As pairs of bfloat16, which lie in memory as required:
 struct PairWords {
   using Element = uint16_t;
   TM_INLINE vf operator()(const uint16_t* p, int64_t i, int64_t length) const {
@@ -206,7 +206,7 @@ struct PairWords {
   }
 };
 
-// visit(p, words) with p and words of the right types; BFloat16 takes bfloat16 elements alone.
+// Calls visit(p, words) with p and words of the right types; BFloat16 takes only bfloat16 elements.
 template <class Op, typename Visit>
 TM_INLINE void visit_words(const void* p, DType t, float factor, const Visit& visit) {
   if constexpr (Op::kPair == 2) {
@@ -224,7 +224,7 @@ TM_INLINE void visit_words(const void* p, DType t, float factor, const Visit& vi
   }
 }
 
-// Where the rows of an operand lie: `stride` elements apart ...
+// Rows of an operand, `stride` elements apart:
 struct EvenRows {
   const void* first;
   int64_t stride;
@@ -233,7 +233,7 @@ struct EvenRows {
     return static_cast<const T*>(first) + r * stride;
   }
 };
-// ... or anywhere.
+// Rows at arbitrary addresses:
 struct ScatteredRows {
   const char* const* rows;
   template <typename T>
@@ -242,8 +242,8 @@ struct ScatteredRows {
   }
 };
 
-// Rows as A operand: `rows` rows of `length` elements to `padded` rows of words (ld words apart, ld
-// a multiple of kWidth); rows past `rows` are zero.
+// Packs an A operand: `rows` rows of `length` elements to `padded` rows of words (ld words apart,
+// ld a multiple of kWidth); rows past `rows` are zero.
 template <class Op, class Source>
 inline void pack_rows(const Source from, DType t, int64_t rows, int64_t padded, int64_t length,
                       float factor, float* dst, int64_t ld) {
@@ -260,7 +260,7 @@ inline void pack_rows(const void* src, DType t, int64_t stride, int64_t rows, in
   pack_rows<Op>(EvenRows{src, stride}, t, rows, padded, length, factor, dst, ld);
 }
 
-// Up to kColumns rows transposed, as B operand of a reduction over `length`: word (k, row) at
+// Packs a B operand for a reduction over `length`: up to kColumns rows transposed, word (k, row) at
 // dst[k * kColumns + row]; rows past `rows` are zero.
 template <class Op, int kColumns = kPanel, class Source>
 inline void pack_transposed(const Source from, DType t, int64_t rows, int64_t length, float factor,
@@ -295,7 +295,7 @@ inline void pack_transposed(const void* src, DType t, int64_t stride, int64_t ro
   pack_transposed<Op, kColumns>(EvenRows{src, stride}, t, rows, length, factor, dst);
 }
 
-// Rows as B operand of a reduction over rows: word (k, column) at dst[k * ld + column], where k
+// Packs a B operand for a reduction over rows: word (k, column) at dst[k * ld + column], where k
 // counts groups of kPair rows; missing rows and columns up to ld (a multiple of kWidth) are zero.
 template <class Op, class Source>
 inline void pack_reduced_rows(const Source from, DType t, int64_t rows, int64_t length, float* dst,
@@ -337,7 +337,7 @@ inline void pack_reduced_rows(const void* src, DType t, int64_t stride, int64_t 
   pack_reduced_rows<Op>(EvenRows{src, stride}, t, rows, length, dst, ld);
 }
 
-// Rows of floats, each times its factor, to rows of elements.
+// Stores a row of floats, times factor, as elements.
 TM_INLINE void store_row(const float* src, float factor, void* dst, DType t, int64_t length) {
   visit_elements(t, [&](auto e) TM_LAMBDA {
     const vf f = set(factor);

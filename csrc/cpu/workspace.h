@@ -1,4 +1,4 @@
-// Memory of one worker for the time of one call. Sizes are counts of floats.
+// Scratch memory of one worker during one call. Sizes are counts of floats.
 #pragma once
 #include <cstdint>
 

@@ -4,20 +4,21 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-// Independent accumulators in the shape of the register tile, fed from registers only.
+// Peak of multiply-adds: independent accumulators in the shape of the register tile, fed from
+// registers only.
 template <class Op>
 void spin(const PeakParams& p) {
   vf c[kTileRows][kTileVectors];
   clear(c);
   for (auto& row : c)
-    for (vf& x : row) asm volatile("" : "+x"(x));  // else equal chains become one
+    for (vf& x : row) asm volatile("" : "+x"(x));  // otherwise equal chains are merged
   vf b[kTileVectors];
   for (int j = 0; j < kTileVectors; ++j) b[j] = set(1e-9f * static_cast<float>(j + 1));
   const vf a = set(1e-9f);
   for (int64_t k = 0; k < p.iterations; ++k) {
     TM_UNROLL(8)
     for (int j = 0; j < kTileVectors; ++j) {
-      asm volatile("" : "+x"(b[j]));  // else the product is hoisted
+      asm volatile("" : "+x"(b[j]));  // otherwise the product is hoisted
       TM_UNROLL(16)
       for (int i = 0; i < kTileRows; ++i) c[i][j] = Op::madd(c[i][j], a, b[j]);
     }
@@ -31,7 +32,7 @@ void spin(const PeakParams& p) {
 
 constexpr int kChains = 8;
 
-// The compiler may not carry memory from one pass to the next.
+// Keeps the compiler from carrying memory from one pass to the next.
 TM_INLINE void forget() { asm volatile("" ::: "memory"); }
 
 void read(const RateParams& p) {
@@ -51,7 +52,7 @@ void read(const RateParams& p) {
   *p.done = p.passes * p.bytes;
 }
 
-// The first half to the second.
+// Copies the first half to the second.
 void copy(const RateParams& p) {
   const int64_t half = p.bytes / static_cast<int64_t>(2 * sizeof(float));
   for (int64_t pass = 0; pass < p.passes; ++pass) {
@@ -76,7 +77,7 @@ void exponentials(const RateParams& p) {
   for (int64_t i = 0; i < p.passes * kSteps; ++i) {
     TM_UNROLL(8)
     for (int j = 0; j < kChains; ++j) {
-      asm volatile("" : "+x"(x[j]));  // else equal chains become one
+      asm volatile("" : "+x"(x[j]));  // otherwise equal chains are merged
       x[j] = exp2<5>(zero() - x[j]);
     }
   }

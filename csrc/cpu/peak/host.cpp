@@ -1,4 +1,4 @@
-// Introspection of the CPU backend, as operators without tensors: the chosen instruction set, the
+// Introspection of the CPU backend, as operators without tensors: the selected instruction set, the
 // measured peak of its multiply-add units, and rates of memory, exp and parallel regions.
 #include <time.h>
 
@@ -14,7 +14,7 @@
 namespace tokenmill {
 namespace {
 
-// The instruction set in use; `select` asks for another one ("" for the best).
+// Returns the instruction set in use; `select` switches to another one ("" for the best).
 std::string cpu_isa(std::optional<std::string> select) {
   if (select)
     check(
@@ -54,7 +54,7 @@ double wall_seconds() {
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
 }
 
-// Parallel regions per second with a worker for each of torch's threads and nothing to do.
+// Parallel regions per second, with one idle worker per torch thread.
 double region_rate(int64_t repeats) {
   constexpr int kRegions = 200;
   const int threads = cpu::num_threads();
@@ -68,8 +68,9 @@ double region_rate(int64_t repeats) {
   return best;
 }
 
-// Of one thread, best of `repeats` measurements of about 2 ms: bytes per second of passes over a
-// working set ("read", "copy"), values per second ("exp"); regions of all threads ("region").
+// Rate of one thread, best of `repeats` measurements of about 2 ms: bytes per second of passes over
+// a working set ("read", "copy"), values per second ("exp"); or regions per second of all threads
+// ("region").
 double cpu_rate(std::string of, int64_t bytes, int64_t repeats) {
   constexpr int64_t kMost = int64_t{1} << 34;
   const bool memory = of == "read" || of == "copy";

@@ -1,4 +1,4 @@
-// Measured peaks of this core: the ceilings of the benchmarks.
+// Measured peaks of this core, the rooflines of the benchmarks.
 #pragma once
 #include "core/dtype.h"
 #include "cpu/isa.h"
@@ -6,19 +6,19 @@
 namespace tokenmill {
 
 struct PeakParams {
-  DType dtype;         // float32, or bfloat16 where the instruction set has its dot product
+  DType dtype;         // float32, or bfloat16 where the instruction set has a dot product for it
   int64_t iterations;  // of 24 independent accumulator chains
   int64_t* flops;      // out: floating-point operations done
-  float* sink;         // out: keeps the compiler honest
+  float* sink;         // out: keeps the compiler from removing the work
 };
 
 struct RateParams {
   enum class Of : int32_t { read, copy, exp } of;
-  float* memory;   // of read and copy, aligned to 64 bytes
-  int64_t bytes;   // of memory, a multiple of kRateStep
-  int64_t passes;  // over the memory, or 1024 steps of independent chains of exp
-  int64_t* done;   // out: bytes read and written, or values of exp
-  float* sink;     // out: keeps the compiler honest
+  float* memory;   // read and copy: aligned to 64 bytes
+  int64_t bytes;   // size of memory, a multiple of kRateStep
+  int64_t passes;  // over the memory; exp: 1024 steps of independent chains each
+  int64_t* done;   // out: bytes read and written, or exponentials computed
+  float* sink;     // out: keeps the compiler from removing the work
 };
 
 constexpr int64_t kRateStep = 2048;  // bytes; two of 16 vectors of any instruction set
