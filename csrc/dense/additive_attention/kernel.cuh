@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           for (int r = 0; r < kRows; ++r) {
             const float query = q[a][thread_row + r * Tile::kThreadRows];
 #pragma unroll
-            for (int c = 0; c < kKeys; ++c)
+            for (int c = 0; c < kKeys; ++c)  // u_ij += v_a tanh(q_ia + k_ja)
               sums[r][c] = fmaf(v[a], tanh_accurate(query + key[c]), sums[r][c]);
           }
         }
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
             for (int m = 0; m < kOwn; ++m) {
               const float gm = g[warp * kOwn + m][o], e = tanh_accurate(own[m] + x), gv = gm * v;
-              const bool counts = !(gm == 0);
+              const bool counts = !(gm == 0);  // d += g v (1 - e^2), dv += g e
               sums[m] += counts ? fmaf(-gv * e, e, gv) : 0.f;
               if constexpr (kDv) tile_dv += counts ? gm * e : 0.f;
             }

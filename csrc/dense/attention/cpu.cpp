@@ -57,7 +57,7 @@ __attribute__((noinline)) void hide_pairs(const PairTest& cut, float hidden, vf*
 template <class Op, Exponent kKind, bool kCoarse, bool kPlain, int kRows, int kVectors>
 __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const float* panel,
                                           int64_t column, int64_t slot) {
-  vf s[kRows][kVectors];
+  vf s[kRows][kVectors];  // S = Q K^T
   clear(s);
   multiply<Op, false>(s, t.q + row * t.ldq, t.ldq, panel, kPanel, t.words);
 
@@ -74,6 +74,7 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
       for (int j = 0; j < kVectors; ++j) s[r][j] = s[r][j] * factor;
     }
   }
+  // band mask
   if (column < t.band.begin(i + kRows - 1) || column + kVectors * kWidth > t.band.end(i))
       [[unlikely]] {
     TM_UNROLL(8)

@@ -233,6 +233,7 @@ class Worker {
         const int64_t from = upper(begin, first * kTileRows / Op::kPair);
         const int64_t to = lower(end, behind * kTileRows / Op::kPair);
         if (from >= to) return;
+        // dQ += dS K
         multiply_rows<Op, true, kQueryRows, false>(
             dq_rows + q * width_d, width_d, scores.gradient(from, q), Scores::gradient_ld(),
             tile.kb + from * width_d, width_d, to - from, width_d);

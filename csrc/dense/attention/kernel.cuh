@@ -224,6 +224,7 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
   uint32_t next = own + to_other_stage(begin);
   keep(next);
   const auto block_end = [&] { return warp.kParksBounds ? warp.place().block_end : end; };
+  // Mainloop: wait for the stage of key0, prefetch the next one, then S = Q K^T, O += P V.
 #pragma unroll 1
   for (int key0 = begin; key0 < block_end();) {
     cp_async_wait<0>();
@@ -278,6 +279,7 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
         output.flush(output_rows(warp_place), warp_place);
       }
   }
+  // Epilogue: the stages are free to stage O.
   __syncthreads();
   const WarpPlace warp_place = warp.place();
   if (warp_place.first <= warp_place.last) {

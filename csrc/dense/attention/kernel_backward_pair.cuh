@@ -291,6 +291,7 @@ struct PairWorker {
       const float2 columns = column_statistics<kRow + 8 * h>(stage.statistics);
       const auto zero = [](int, int) { return 0.f; };
       bool waited = !kKeys || h > 0;
+      // S = Q K^T or K Q^T
       multiply_rows<kMasked, kRow + 8 * h>(stage.rows, active, zero, [&](auto m, float (&s)[4]) {
         if (!waited) pair_sync_next(full);
         waited = true;
@@ -346,13 +347,13 @@ struct PairWorker {
         }
       });
     }
-    accumulate<kMasked, kRow>(weights, stage.columns, active);
+    accumulate<kMasked, kRow>(weights, stage.columns, active);  // dV += P dO or dQ += dS K
   }
 
   template <bool kMasked, int kRow>
   __device__ __forceinline__ void gradient_step(const Mod& score_mod, const PairAddresses& stage,
                                                 int column, unsigned active) {
-    Left ds[Shape::kDepths][kTiles];
+    Left ds[Shape::kDepths][kTiles];  // dS = slope (dP - delta)
     uint32_t packed[kTiles][4];
     unroll<2>([&](auto h) {
       const float2 columns = column_statistics<kRow + 8 * h>(stage.statistics);
@@ -396,7 +397,7 @@ struct PairWorker {
       });
     pair_arrive_next(full);
     if constexpr (kKeys && !kMasked && !Shape::kWide) end_block(args.heads_per_block);
-    accumulate<kMasked, kRow>(ds, stage.columns, active);
+    accumulate<kMasked, kRow>(ds, stage.columns, active);  // dK += dS Q or dQ += dS K
   }
 
   // Bits of the 16-row blocks that see any of the 16 columns from `column` on.

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kStatisticsThreads)
   const T* dout = rows_at<const T>(bp.dout, batch, s.q_start + row, h);
   const bool has_delta = p.map == ScoreMap::softmax || p.normalize == Normalize::sum;
   const int64_t columns = has_delta ? p.value_dim : 0;
-  float dot[kRowsOfLanes] = {};
+  float dot[kRowsOfLanes] = {};  // rowsum(dO O)
   constexpr int kStep = kStatisticsThreads / kLanesOfRow;
 #pragma unroll
   for (int r = 0; r < kRowsOfLanes; ++r) {

@@ -63,19 +63,21 @@ class Float8Warp : public ForwardWarp<T, kBucket, Weights::any, true, Float8Shap
     const bool infinite = (outside(this->recall(of_tile)) || !sees_all()) &&
                           !all_finite<Value, kMaskedKeys, kTiles>(at);
     float s[1][kMaskedKeys / 8][4];
+    // S = (Q K^T) k_scale
     this->template multiply_keys<kFirst, 1, kMaskedKeys, 0>(s, at);
     scale_scores(s[0], scales(key0));
     const WarpPlace own = this->recall(of_tile);
     this->template apply_score_mod<kFirst>(s, key0, own);
     if (outside(own)) this->template hide<kFirst>(s, key0, own);
     if (!sees_all()) this->template hide_pairs<kFirst>(s[0], key0);
-    weigh_scores<kFirst>(s);
+    weigh_scores<kFirst>(s);  // P = f(S)
     const auto sees_key = [&](int half, int key) {
       const WarpPlace now = this->place();
       const int row = now.first + 16 * kFirst + 8 * half + threadIdx.x % kWarpSize / 4;
       return key0 + key >= now.band.begin(row) && key0 + key < now.band.end(row) &&
              (sees_all() || this->mask_of(now).sees(row, key0 + key));
     };
+    // O += (P v_scale) V
     scale_weights(s[0], scales(key0) + 4 * Shape::kTileKeys, sees_key);
     multiply_scaled<T, Value, kFirst, kMaskedKeys>(this->out_, s[0], at, infinite, sees_key,
                                                    this->map() == ScoreMap::linear);

@@ -252,7 +252,7 @@ class ForwardWarp {
       infinite = (is_cut<kFirst, kKeys>(key0, recall(of_tile)) || !sees<kFirst, kWhole>(key0)) &&
                  !all_finite<T, kKeys, kTiles>(at);
     float s[kCount][kKeys / 8][4];
-    multiply_keys<kFirst, kCount, kKeys, kOffset>(s, at);
+    multiply_keys<kFirst, kCount, kKeys, kOffset>(s, at);  // S = Q K^T
     const WarpPlace own = recall(of_tile);
     if constexpr (kGeneral) apply_score_mod<kFirst>(s, key0, own);
     const bool cut = kMasked && is_cut<kFirst, kKeys>(key0, own);
@@ -260,7 +260,7 @@ class ForwardWarp {
       if (cut) hide<kFirst>(s, key0, own);
     if constexpr (kGeneral && kMasked)
       if (!sees<kFirst, kWhole>(key0)) hide_pairs<kFirst>(s[0], key0);
-    Fragment<T, 4> p[kCount][kKeys / kDepth];
+    Fragment<T, 4> p[kCount][kKeys / kDepth];  // P = f(S)
     if (weights() == Weights::softmax) {
       softmax_weights<kFirst, false>(s, factor_, neg_row_max_, sum_, out_, p);
       if constexpr (kGeneral)
@@ -288,7 +288,7 @@ class ForwardWarp {
         return;
       }
     }
-    multiply_values<T, kFirst, kOffset>(out_, p, at, nothing);
+    multiply_values<T, kFirst, kOffset>(out_, p, at, nothing);  // O += P V
   }
 
   template <int kFirst, int kCount, int kKeys, int kOffset>

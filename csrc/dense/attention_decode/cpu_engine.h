@@ -234,7 +234,7 @@ class DecodeWorker {
     if constexpr (Keys::kTurns)
       if (placed.turned) keys_.turn(step, own, 0, keys);
     words_.load_keys(placed, key_scales(own), keys, placed.turned ? Keys::kTurned : cache.dtype);
-    RowsAhead ahead;
+    RowsAhead ahead;  // S = Q K^T
     if (next) ahead = {next->k, own * cache.k.head * element_, p_.head_dim * element_};
     multiply_key_tiles<Op>(words_.keys(), words_.ld(), keys, words_of<Op>(p_.head_dim),
                            q_ + first * kRows * ldq_, kRows * ldq_, blocks,
@@ -244,7 +244,7 @@ class DecodeWorker {
     if (!shared)
       words_.load_values(placed, value_scales(own), vectors,
                          placed.widened ? DType::float32 : cache.dtype);
-    const float* const values = shared ? words_.keys() : words_.values();
+    const float* const values = shared ? words_.keys() : words_.values();  // O += P V
     ahead = {};
     if (next && !shared) ahead = {next->v, own * cache.v.head * element_, p_.value_dim * element_};
     constexpr int64_t kColumns = kTileColumns * kWidth;
@@ -314,6 +314,7 @@ class DecodeWorker {
              : store_weights<Op>(weights, j, scores[j], scores[j + 1]);
   }
 
+  // O += P V of `count` keys from `key` on.
   void add_values(int64_t own, int64_t key, int64_t count) {
     const typename Keys::Placed& placed = placed_[own];
     for (int64_t n = own * plan_.head_blocks; n < (own + 1) * plan_.head_blocks; ++n) {
@@ -362,6 +363,7 @@ class DecodeWorker {
     if (hides) keys_.hide(block, step, key0, scores, vectors, set(hidden_exponent(kind_)));
   }
 
+  // P = 2^(S - row_max); updates row_max and row_sum.
   void softmax(int64_t n, vf* scores, int64_t vectors) {
     RowBlock<kRows>& block = block_[n];
     vf top = scores[0];

@@ -131,7 +131,7 @@ class DecodeWarp
         if (!__any_sync(kFullWarp, seen)) return;
       }
     float s[kKeyTiles][4];
-    this->multiply_keys(s, at);
+    this->multiply_keys(s, at);  // S = Q K^T
     if constexpr (Shape::kFloat8) scale_scores(s, keys.k_scales(place));
     if (general_) {
       apply_score_mod(s, key);
@@ -147,7 +147,7 @@ class DecodeWarp
     } else if (cut) {
       hide(s, key, end);
     }
-    if (softmax_)
+    if (softmax_)  // P = f(S)
       this->exponentiate(s);
     else
       visit_map<T, true>(p_.map, [&](const auto& map) {
@@ -157,7 +157,7 @@ class DecodeWarp
       return sees(half, key + k, end) && (!masks() || shows(8 * half, key + k));
     };
     if constexpr (Shape::kFloat8) scale_weights(s, keys.v_scales(place), sees_key);
-    this->multiply_values(s, at, cut, sees_key, p_.map == ScoreMap::linear);
+    this->multiply_values(s, at, cut, sees_key, p_.map == ScoreMap::linear);  // O += P V
   }
 
  private:

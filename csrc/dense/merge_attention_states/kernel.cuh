@@ -61,7 +61,7 @@ struct MergeScale {
   }
 };
 
-// Merges channels `first`, `first` + step, ... of the row, kVector at a time.
+// out = sum_i w_i outs_i for channels `first`, `first` + step, ... of the row, kVector at a time.
 template <typename T, int kVector>
 __device__ __forceinline__ void merge_channels(const MergeParams& p, const MergeRow& row,
                                                const MergeScale& scale, int64_t first, int64_t end,
