@@ -40,7 +40,7 @@ inline void check_caches_alike(const char* op, const View& k, const View& v,
   check_cache_shapes(op, k, v);
 }
 
-// The dtype of a cache, or of keys of one, against rows of the dtype that it has or is read in.
+// Checks that a cache has the dtype of `rows`, or float8_e4m3fn.
 inline void check_cache_dtype(const char* op, const char* name, const View& cache, const View& rows,
                               const char* of = "q") {
   check(cache.dtype == rows.dtype || cache.dtype == ScalarType::Float8_e4m3fn, op, name,

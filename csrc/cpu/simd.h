@@ -153,8 +153,8 @@ TM_INLINE float scalar_as_float(const void* p, DType t, int64_t i) {
   return first(load_as_float_n(p, t, i, 1));
 }
 
-// Flushes denormals to zero during the lifetime of the object: weights that decay must not become
-// slow.
+// Flushes denormals to zero during the lifetime of the object: decayed weights become denormal, and
+// denormal arithmetic is slow.
 class FlushDenormals {
  public:
   FlushDenormals() : saved_(read_float_mode()) { write_float_mode(saved_ | kFlushBits); }

@@ -1,13 +1,12 @@
-// Products of fragments by one warp: d[16][8] += a[16][k] b[k][8], float32 sums. k is 16 for 16-bit
-// elements and 8 for float, whose products are three tf32 products each.
+// MMA by one warp: d[16][8] += a[16][k] b[k][8], float32 accumulators. k is 16 for 16-bit elements
+// and 8 for float, whose products are three tf32 products each.
 //
 // Lane l: g = l / 4, c = l % 4. Accumulators: d[g][2c], d[g][2c + 1], d[g + 8][2c], d[g + 8][2c +
 // 1]. 16-bit words hold elements 2c, 2c + 1 (words 0, 1 of a: rows g, g + 8; word 0 of b: column g)
 // and 2c + 8, 2c + 9 (words 2, 3 of a; word 1 of b). float: elements c and c + 4 in the same
-// places. The order of k is free as long as a and b agree: accumulators of a product, cut into
-// words as they are, are the a of the next one if b counts its rows likewise (float: 2c, 2c + 1 for
-// c, c + 4), and 16 bytes that a lane loads from a row of a and of b serve 32 / 16 (float)
-// consecutive elements.
+// places. The order of k is free as long as a and b agree: packed accumulators are the fragment a
+// of the next product if b orders its rows in the same way (float: 2c, 2c + 1 for c, c + 4), and 16
+// bytes that a lane loads from a row of a and of b serve 32 / 16 (float) consecutive elements.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -20,7 +19,7 @@ namespace tokenmill::cuda {
 template <typename T>
 constexpr int kMmaDepth = sizeof(T) == 4 ? 8 : 16;
 
-// kWords words of a lane: 4 for a, 2 for b.
+// kWords words per lane: 4 for a, 2 for b.
 template <typename T, int kWords>
 struct Fragment {
   uint32_t words[kWords];

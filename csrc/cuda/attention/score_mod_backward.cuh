@@ -23,8 +23,8 @@ __device__ __forceinline__ Softcapped softcap_with_slope(float z, float cap) {
   return {cap * t, fmaf(-t, t, 1.f)};
 }
 
-// p: weight P of a pair; slope: dz / dP (softmax: dP without delta); through: derivative of the
-// softcap.
+// p: weight P of a pair; slope: factor from the gradient dP (softmax: dP - delta) to dz; through:
+// derivative of the softcap.
 struct Weight {
   float p, slope, through;
 };
@@ -185,8 +185,9 @@ struct BackwardScoreMod<Mode::general, kScale> {
     return w;
   }
 
-  // Backward of a softmax weight e with ALiBi decay: dz, and the term that distance times the decay
-  // adds to the slope's gradient. e is negative where the logit is clamped.
+  // Backward of a softmax weight e (the slope of its Weight) with ALiBi decay: dz, and `moved`,
+  // whose product with the distance is subtracted from the slope's gradient. e is negative where
+  // the logit is clamped.
   struct Faded {
     float dz, moved;
   };

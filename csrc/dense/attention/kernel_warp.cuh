@@ -93,7 +93,7 @@ class ForwardWarp {
       for (int n = 0; n < kTiles; ++n)
         out_[m][n][0] = out_[m][n][1] = out_[m][n][2] = out_[m][n][3] = 0;
       // Initial row_max: a row's first weights overflow it, which sets its row_max. -FLT_MAX, the
-      // smallest finite exponent, needs no other one.
+      // most negative finite exponent, needs no other one.
       neg_row_max_[m][0] = neg_row_max_[m][1] = kFloatMax;
       sum_[m][0] = sum_[m][1] = 0;
     }

@@ -18,7 +18,7 @@ inline int64_t sm90_query_tiles(const AttentionParams& p) {
 constexpr int sm90_tile_floats(int64_t head_dim) {
   return static_cast<int>(sm90_tile_queries(head_dim) * ((head_dim + 63) / 64 * 64));
 }
-// dQ accumulators, then counters: one turn counter per accumulator, and the number of CTAs started.
+// dQ accumulators, then the number of CTAs started and one turn counter per accumulator.
 inline int64_t sm90_workspace_bytes(const AttentionParams& p) {
   return 4 * (sm90_query_tiles(p) * (sm90_tile_floats(p.head_dim) + 1) + 1);
 }

@@ -34,7 +34,7 @@ struct Sm90Tensors : MappedTensors {
                       {out, batch, p.seqlen_q, p.heads, p.value_dim}} {}
 };
 
-// Scale and softcap are normal numbers, and scale / softcap does not underflow.
+// The scale is a normal number, and scale / softcap is far from underflow.
 inline bool has_sm90_scale(const AttentionParams& p) {
   if (!(p.scale >= 0x1p-126f)) return false;
   return !(p.softcap > 0) || (p.softcap < 1e38f && p.scale >= 0x1p-64 * p.softcap);
@@ -77,7 +77,7 @@ inline bool takes_sm90(const AttentionParams& p) {
   return is_sm90_attention(p) && is_sm90_forward(p, {p, p.out});
 }
 
-// Bounds the TMA boxes of a K tile at three.
+// Min page size: a K tile then has at most three TMA boxes.
 constexpr int64_t kLeastSm90Page = 64;
 
 // Forward with a KV cache. Of packed requests it takes those with kLeastSm90Tokens queries or more,

@@ -43,8 +43,7 @@ extern template const char* launch_prefill_float8<float>(const DecodeParams&, co
 
 }  // namespace cuda
 
-// The decode kernels require the same number of queries in each request, and no key after the
-// query.
+// The decode kernels require the same number of queries in each request, and a causal mask.
 static bool prefills(const AttentionParams& p) { return p.cu_seqlens_q || p.window_right != 0; }
 
 // The conditions of python/tokenmill/dense/attention_kernels.py.
