@@ -79,8 +79,8 @@ __device__ __forceinline__ bool all_finite(const Addresses& at) {
   return !__any_sync(kFullWarp, found);
 }
 
-// Adds to 16 rows of O the values, among the kKeys at `values`, that are not finite and that sees(0,
-// key) or sees(1, key), for rows g and g + 8. Weights are taken to be positive: one that
+// Adds to 16 rows of O the values, among the kKeys at `values`, that are not finite and visible by
+// sees(0, key) to row g or by sees(1, key) to row g + 8. Weights are taken to be positive: one that
 // underflowed to 0 would make NaN of an infinity. any_sign: the contribution is NaN.
 template <typename T, typename Tile, int kKeys, int kTiles, typename Sees>
 __device__ __forceinline__ void add_infinite(float (&out)[kTiles][4], uint32_t values,

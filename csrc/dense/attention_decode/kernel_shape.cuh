@@ -1,9 +1,9 @@
 // Tile shapes of the sm_80 decode kernel, and its work partition.
 //
-// An output tile is up to kMaxRows rows of one KV head of one request: row r is query r / group of
-// head r % group. The keys that its rows see, in steps of kTileKeys, are cut into segments. A CTA
-// takes one segment (split-KV), or all that fall into its share of the steps of all output tiles
-// (stream-K).
+// An output tile is up to 16 kMaxRowWarps rows of one KV head of one request: row r is query r /
+// group of head r % group. The keys that its rows see, in steps of kTileKeys, are cut into
+// segments. A CTA takes one segment (split-KV), or all that fall into its share of the steps of all
+// output tiles (stream-K).
 #pragma once
 #include "cuda/arch/mma_sm80.cuh"
 #include "cuda/attention/float8_tile.cuh"
