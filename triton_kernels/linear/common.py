@@ -1,6 +1,6 @@
-"""What the kernels of linear attention share: chunks of tokens, decay inside a chunk, features.
+"""Shared device code of linear attention: chunks of tokens, intra-chunk decay, feature maps.
 
-Names as in the kernels of attention; t counts tokens of a chunk, f features, c columns of values.
+Naming as in the attention kernels; t indexes tokens of a chunk, f features, c value columns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common import INTERPRETED, rounded, span, statistics_of
 
-# Arguments by which no kernel is specialised: a new length compiles nothing.
+# Arguments excluded from specialization: a new length does not recompile.
 LENGTHS = [
     "decay_batch",
     "tokens",
@@ -25,14 +25,14 @@ LENGTHS = [
     "tiles",
     "programs",
 ]
-# Stand for -inf: e^-128 is 0 in float32, and no difference of sums over a chunk is inf - inf.
+# Stand-ins for -inf: e^-128 is 0 in float32, and differences of sums over a chunk avoid inf - inf.
 LEAST_OF_TOKEN = tl.constexpr(-128.0)
 LEAST_OF_HEAD = tl.constexpr(-1e4)
 
 
 class LogDecay(NamedTuple):
-    """Of each head (seq is None) or of each token. Strides in elements; that of sequences varies
-    with their length and is an argument of its own."""
+    """Log decay per head (seq is None) or per token. Strides in elements. The stride over sequences
+    varies with their length and is a separate argument."""
 
     data: Tensor
     seq: int | None
@@ -40,7 +40,7 @@ class LogDecay(NamedTuple):
 
 
 def log_decay_of(t: Tensor | None) -> tuple[LogDecay | None, int]:
-    """Of [H], [B, S, H] or [T, H]; and the stride of sequences."""
+    """LogDecay of [H], [B, S, H] or [T, H], and its stride over sequences."""
     if t is None:
         return None, 0
     seq = None if t.dim() == 1 else t.stride(-2)
@@ -48,7 +48,7 @@ def log_decay_of(t: Tensor | None) -> tuple[LogDecay | None, int]:
 
 
 class States(NamedTuple):
-    """[N, H, F, C], the rows of a head without gaps."""
+    """States [N, H, F, C] with contiguous rows of each head."""
 
     data: Tensor
     sequence: int
@@ -60,16 +60,15 @@ class Chunk(NamedTuple):
 
     batch: Any
     index: Any
-    start: Any  # of the sequence, among all tokens
-    length: Any  # of the sequence
-    first: Any  # token of the sequence
+    start: Any  # first token of the sequence, among all tokens
+    length: Any  # length of the sequence
+    first: Any  # first token of the chunk, in its sequence
     count: Any
 
 
 class Remains(NamedTuple):
-    """Logarithms of what remains of a state inside a chunk. Of constants: slope of a token. Of
-    gates: their sums up to each token, in two floats, for the difference of two sums may be small
-    beside them."""
+    """Log decay inside a chunk. Constant decay: slope per token. Gates: prefix sums up to each
+    token as two floats, because the difference of two sums may be small compared with them."""
 
     slope: Any
     high: Any
@@ -79,8 +78,8 @@ class Remains(NamedTuple):
 
 @triton.jit
 def first_slot(cu_seqlens, tokens, i_b, per_sequence, BLOCK_T: tl.constexpr):
-    """Chunks are numbered by slots, a run of them for each sequence. Packed sequences leave at most
-    one slot each without a chunk: nothing has to be counted on the way."""
+    """First slot of a sequence. Chunks are numbered by slots, consecutive within a sequence. A
+    packed sequence leaves at most one slot empty, so no prefix sum over chunk counts is needed."""
     if cu_seqlens is None:
         slot = i_b * per_sequence
     else:
@@ -140,7 +139,7 @@ def factor_of_chunk(remains):
 
 @triton.jit
 def from_start(remains, o_t):
-    """What remains of the state before the chunk at each token."""
+    """Decay of the incoming state at each token: exp(sum of log decay up to and including t)."""
     b_x = tl.full(o_t.shape, 1.0, tl.float32)
     if remains.slope is not None:
         b_x = tl.exp(remains.slope * (o_t + 1))
@@ -151,7 +150,7 @@ def from_start(remains, o_t):
 
 @triton.jit
 def to_end(remains, chunk, o_t):
-    """What remains of each token after the chunk."""
+    """Decay of each token up to the end of the chunk."""
     b_x = tl.full(o_t.shape, 1.0, tl.float32)
     if remains.slope is not None:
         b_x = tl.exp(remains.slope * tl.maximum(chunk.count - 1 - o_t, 0))
@@ -163,7 +162,7 @@ def to_end(remains, chunk, o_t):
 
 @triton.jit
 def between(remains, o_t, KEYS_FIRST: tl.constexpr, STRICT: tl.constexpr):
-    """What remains of token j at token i: [i, j], KEYS_FIRST [j, i]. 0 where i < j."""
+    """Decay matrix from token j to token i: [i, j], or [j, i] if KEYS_FIRST. 0 where i < j."""
     o_i = o_t[:, None]
     o_j = o_t[None, :]
     if KEYS_FIRST:
@@ -186,7 +185,8 @@ def between(remains, o_t, KEYS_FIRST: tl.constexpr, STRICT: tl.constexpr):
 
 @triton.jit
 def operand(b_x, PRECISION: tl.constexpr):
-    """In float32. Tensor cores cut a float32 to tf32, which would make every product smaller."""
+    """Operand in float32, rounded to tf32. Tensor cores truncate float32 to tf32, which would bias
+    every product toward 0."""
     if b_x.dtype == tl.float32 and PRECISION == "tf32":
         b_x = tl.inline_asm_elementwise(
             "cvt.rna.tf32.f32 $0, $1;", "=r,f", [b_x], tl.int32, is_pure=True, pack=1
@@ -196,9 +196,9 @@ def operand(b_x, PRECISION: tl.constexpr):
 
 @triton.jit
 def product(b_a, b_b, PRECISION: tl.constexpr):
-    """Accumulated in float32. Stored 16-bit operands are multiplied as they are; whatever was
-    computed (features, weights, states) would lose range or digits in 16 bits, and is multiplied in
-    PRECISION: tf32, for float32 inputs tf32x3."""
+    """A B with a float32 accumulator. Stored 16-bit operands are multiplied as they are; computed
+    ones (features, weights, states) would lose range or precision in 16 bits and are multiplied in
+    PRECISION: tf32, or tf32x3 for float32 inputs."""
     if INTERPRETED:
         b_product = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), input_precision="ieee")
     elif b_a.dtype == b_b.dtype and b_a.dtype != tl.float32:
@@ -212,7 +212,7 @@ def product(b_a, b_b, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_tile(rows, o_row, o_c, DIM: tl.constexpr):
-    """Rows beyond the sequence and columns beyond DIM are 0."""
+    """[rows, columns] tile; rows beyond the sequence and columns beyond DIM are 0."""
     m_tile = (o_row < rows.length)[:, None] & (o_c < DIM)[None, :]
     p_tile = rows.data + o_row.to(tl.int64)[:, None] * rows.seq + o_c[None, :]
     return tl.load(p_tile, mask=m_tile, other=0.0)
@@ -227,27 +227,27 @@ def store_tile(rows, o_row, o_c, b_x, DIM: tl.constexpr):
 
 @triton.jit
 def load_state(p_state, o_f, o_c, FEATURES: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of a state [FEATURES, COLUMNS], of whose columns the first DIM belong to values."""
+    """Tile of a state [FEATURES, COLUMNS], whose first DIM columns belong to values."""
     m_tile = (o_f < FEATURES)[:, None] & (o_c < DIM)[None, :]
     return tl.load(p_state + o_f[:, None] * COLUMNS + o_c[None, :], mask=m_tile, other=0.0)
 
 
 @triton.jit
 def load_normalizer(p_state, o_f, FEATURES: tl.constexpr, COLUMNS: tl.constexpr):
-    """The last column of a state: the sum of the keys."""
+    """Last column of a state: the sum of the keys."""
     return tl.load(p_state + o_f * COLUMNS + (COLUMNS - 1), mask=o_f < FEATURES, other=0.0)
 
 
 @triton.jit
 def load_statistic(data, cu_seqlens, chunk, i_h, heads, tokens, o_t, other):
-    """Of [B, H, S], packed [H, T]."""
+    """Row statistic of a chunk, from [B, H, S] or packed [H, T]."""
     o_row = statistics_of(cu_seqlens, chunk.batch, i_h, heads, tokens, chunk.start)
     return tl.load(data + o_row + chunk.first + o_t, mask=o_t < chunk.count, other=other)
 
 
 @triton.jit
 def mapped(b_x, MAP: tl.constexpr):
-    """NaN stays NaN."""
+    """Feature map phi(x); NaN stays NaN."""
     if MAP != "identity":
         b_x = b_x.to(tl.float32)
     if MAP == "elu1":
@@ -275,7 +275,7 @@ def derivative(b_x, MAP: tl.constexpr):
 
 @triton.jit
 def load_mapped(rows, o_row, o_c, MAP: tl.constexpr, DIM: tl.constexpr):
-    """mapped, but 0 beyond the sequence and DIM. For taylor2 the stored values."""
+    """phi(x), 0 beyond the sequence and DIM. taylor2: x itself."""
     b_x = load_tile(rows, o_row, o_c, DIM)
     if MAP != "taylor2":
         b_x = mapped(b_x, MAP)
@@ -286,8 +286,9 @@ def load_mapped(rows, o_row, o_c, MAP: tl.constexpr, DIM: tl.constexpr):
 
 @triton.jit
 def moment_of(o_f, DIM: tl.constexpr):
-    """taylor2: feature f is the product of elements i and j of a row; -1 stands for 1. After 1 and
-    the elements come the rows of the upper triangle; row i begins at i DIM - i (i - 1) / 2."""
+    """Elements (i, j) whose product is taylor2 feature f; -1 stands for the factor 1. Features are
+    ordered 1, the elements, then the rows of the upper triangle; row i begins at i DIM - i (i - 1)
+    / 2."""
     o_p = tl.minimum(tl.maximum(o_f - 1 - DIM, 0), DIM * (DIM + 1) // 2 - 1)
     b_root = tl.sqrt(((2 * DIM + 1) * (2 * DIM + 1) - 8 * o_p).to(tl.float32))
     o_i = ((2 * DIM + 1 - b_root) * 0.5).to(tl.int32)
@@ -299,14 +300,15 @@ def moment_of(o_f, DIM: tl.constexpr):
 
 @triton.jit
 def factor_of_moment(o_i, o_j, scale):
-    """Of the query's features: 1, scale, and for products scale^2, halved for squares."""
+    """Factor of a query feature: 1, scale for elements, scale^2 for products, halved for
+    squares."""
     b_x = tl.where(o_i == o_j, 0.5 * scale * scale, scale * scale)
     return tl.where(o_i < 0, 1.0, tl.where(o_j < 0, scale, b_x))
 
 
 @triton.jit
 def load_element(rows, o_row, o_i, DIM: tl.constexpr):
-    """Elements o_i of rows; 1 for -1."""
+    """Elements o_i of rows; 1 for index -1."""
     m_i = (o_i >= 0) & (o_i < DIM)
     b_x = load_tile(rows, o_row, tl.where(m_i, o_i, 0), DIM).to(tl.float32)
     return tl.where(m_i[None, :], b_x, 1.0)
@@ -323,7 +325,7 @@ def load_features(
     DIM: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """What meets the state. Only the query of taylor2 has the scale in it."""
+    """phi(x) as multiplied with the state. Only taylor2 query features include the scale."""
     if MAP == "taylor2":
         o_i, o_j = moment_of(o_f, DIM)
         b_x = load_element(rows, o_row, o_i, DIM) * load_element(rows, o_row, o_j, DIM)
@@ -348,7 +350,7 @@ def fold_moments(
     FEATURES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradient of the elements of rows from that of their moments o_f."""
+    """Gradient of the elements of rows, from the gradient of their taylor2 features o_f."""
     o_i, o_j = moment_of(o_f, DIM)
     if QUERY:
         b_dx *= factor_of_moment(o_i, o_j, scale)[None, :]
@@ -371,7 +373,7 @@ def products_of_rows(
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """[BLOCK_T, BLOCK_T]: rows of x times rows of y, both mapped."""
+    """phi(X) phi(Y)^T, [BLOCK_T, BLOCK_T]."""
     b_xy = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
     for c in range(0, DIM, BLOCK):
         o_c = c + tl.arange(0, BLOCK)
@@ -383,7 +385,7 @@ def products_of_rows(
 
 @triton.jit
 def weights(b_qk, scale, MAP: tl.constexpr):
-    """Of pairs of tokens, before decay."""
+    """Weights of pairs of tokens, before decay."""
     b_u = b_qk * scale
     if MAP == "taylor2":
         b_u = 1.0 + b_u + 0.5 * b_u * b_u
@@ -392,7 +394,7 @@ def weights(b_qk, scale, MAP: tl.constexpr):
 
 @triton.jit
 def scale_beside(scale, MAP: tl.constexpr):
-    """The scale of a query's features that is not in them."""
+    """Scale of query features that load_features leaves out."""
     if MAP == "taylor2":
         scale = 1.0
     return scale

@@ -1,8 +1,8 @@
-"""Gradient of the logarithm of the decay of token t: the sum over all that passes through it.
+"""Gradient of the log decay of token t: the sum over all terms that the decay of t multiplies.
 
-Of pairs of tokens with j < t <= i, of the state before the chunk to tokens i >= t, of tokens j < t
-to the state after the chunk, and from state to state. No part is a difference of larger ones but
-the pairs, whose sums over i >= t and over j >= t have those with both in common.
+They are: pairs of tokens with j < t <= i, the incoming state read by tokens i >= t, tokens j < t
+written to the outgoing state, and incoming to outgoing state. Only the pairs are computed as a
+difference: their sums over i >= t and over j >= t share the pairs with both i and j >= t.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def decay_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Into ddecay token by token, or for constants of heads into sums, one of each chunk."""
+    """Writes ddecay per token, or for constant decay per head one partial sum per chunk."""
     i_h = tl.program_id(0) % heads
     i_slot = tl.program_id(0) // heads
     chunk = chunk_of(i_slot, cu_seqlens, tokens, sequences, per_sequence, halvings, BLOCK_T)
@@ -83,9 +83,11 @@ def decay_kernel(
         normalizer, delta, cu_seqlens, chunk, i_h, heads, tokens, o_t
     )
 
-    b_to = tl.zeros([BLOCK_T], tl.float32)  # from the state before the chunk
-    b_from = tl.zeros([BLOCK_T], tl.float32)  # to the state after it
+    b_to = tl.zeros([BLOCK_T], tl.float32)  # incoming state read by each token
+    b_from = tl.zeros([BLOCK_T], tl.float32)  # each token written to the outgoing state
     b_through = tl.zeros([BLOCK_F], tl.float32)
+    # dO S^T . phi(q) and V G^T . phi(k), with S the incoming state and G the gradient of the
+    # outgoing
     for f in range(0, FEATURES, BLOCK_F):
         o_f = f + tl.arange(0, BLOCK_F)
         b_q = load_features(queries, o_row, o_f, scale, True, MAP, HEAD_DIM, FEATURES)
@@ -133,6 +135,7 @@ def decay_kernel(
     b_from *= to_end(remains, chunk, o_t)
     through = tl.sum(b_through, 0) * factor_of_chunk(remains)
 
+    # dW W, with dW = dO V^T
     b_pairs = products_of_rows(
         douts, values, o_row, "identity", PRECISION, VALUE_DIM, BLOCK_T, BLOCK_V
     )
@@ -165,7 +168,7 @@ def sum_chunks_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """[sequences, heads]"""
+    """Sums chunk partials to [sequences, heads]."""
     i_b = tl.program_id(0)
     o_h = tl.arange(0, BLOCK_H)
     m_h = o_h < heads

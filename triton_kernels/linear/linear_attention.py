@@ -1,4 +1,4 @@
-"""Launches the kernels of linear attention, forward and backward."""
+"""Host side of linear attention: plans and launches of forward and backward kernels."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .linear_attention_backward import delta_kernel, keys_kernel, queries_kernel
 from .linear_attention_forward import TILES_AGAIN, results_again_kernel, results_kernel
 from .states import scan_kernel, sums_kernel
 
-ELEMENTS = 1024  # of a state, in one program of the scan
+ELEMENTS = 1024  # elements of a state per program of the scan
 
 
 class Tiles(NamedTuple):
-    tokens: int  # of a chunk
+    tokens: int  # per chunk
     features: int
     columns: int
     num_warps: int
@@ -29,7 +29,7 @@ class Tiles(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The chunks of the last three are the same."""
+    """Tiles per kernel. backward, keys and decay have the same chunk length."""
 
     forward: Tiles
     backward: Tiles
@@ -37,8 +37,8 @@ class Plan(NamedTuple):
     decay: Tiles
 
 
-# By bytes of an element: the largest tiles whose registers do not spill on 8.0 and 9.0, for any
-# feature map and form of decay. Products of 64 rows are the least that 9.0 has instructions for.
+# Keyed by element size in bytes: the largest tiles that do not spill on 8.0 and 9.0, for any
+# feature map and form of decay. 64 rows are the minimum M of a 9.0 MMA.
 PLANS = {
     2: Plan(
         Tiles(64, 64, 64, 4, 2),
@@ -56,7 +56,7 @@ PLANS = {
 
 
 class Call(NamedTuple):
-    """The lowered list, and what the kernels take from it."""
+    """The lowered arguments of a call, and the kernel arguments derived from them."""
 
     q: Tensor
     k: Tensor
@@ -109,7 +109,7 @@ class Call(NamedTuple):
 
     def plan(self) -> Plan:
         if INTERPRETED.value:
-            # A tile costs milliseconds whatever its size.
+            # In the interpreter a tile costs milliseconds whatever its size.
             tokens = min(max(triton.next_power_of_2(self.tokens) // 16, 64), 256)
             plan = Plan(*[Tiles(tokens, 128, 128, 4, 1)] * 4)
         else:
@@ -121,7 +121,7 @@ class Call(NamedTuple):
         return Plan(*(t._replace(tokens=min(t.tokens, self.chunk_size)) for t in plan))
 
     def slots(self, tiles: Tiles) -> int:
-        """How many chunks there may be."""
+        """Upper bound on the number of chunks."""
         if not self.packed:
             return self.sequences * self.per_sequence(tiles)
         return self.tokens // tiles.tokens + self.sequences if self.sequences else 0
@@ -130,7 +130,8 @@ class Call(NamedTuple):
         return triton.cdiv(self.tokens, tiles.tokens)
 
     def new(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """An output. Tokens of no packed sequence, to which no program comes, are 0."""
+        """Allocates an output. Tokens outside all packed sequences, which no program writes, are
+        0."""
         allocate = self.q.new_zeros if self.packed else self.q.new_empty
         return allocate(shape, dtype=dtype or self.q.dtype)
 
@@ -141,7 +142,7 @@ class Call(NamedTuple):
         return Rows(t, 0 if self.packed else t.stride(0), t.stride(-3), t.stride(-2))
 
     def place(self, tiles: Tiles) -> Sequence[Any]:
-        """What every kernel takes, from cu_seqlens to heads."""
+        """Arguments common to all kernels, from cu_seqlens to heads."""
         return (
             self.cu_seqlens,
             self.tokens,
@@ -197,8 +198,8 @@ def _states_of_chunks(
     after: Tensor | None,
     queries: bool,
 ) -> Tensor:
-    """[slots, H, F, C]: the state that meets each chunk; from the other side (queries) the gradient
-    of the state after it."""
+    """States [slots, H, F, C] entering each chunk; with queries, gradients of the states leaving
+    each chunk, from a reverse scan."""
     slots, options = call.slots(tiles), call.options(tiles)
     sums = call.float32(slots, call.heads, call.features, call.columns)
     factors = None if call.log_decay is None else call.float32(slots, call.heads)

@@ -1,8 +1,8 @@
-"""Gradients of one chunk, of its own pairs of tokens and of the states on both sides.
+"""Gradients of one chunk, from its own pairs of tokens and from the states on both sides.
 
-With y the sums before the division by the normaliser z: dy = dout / z, and the normaliser's own
-column has delta = -(dout . out) / z. dW is the gradient of the weights of pairs, decay included; G
-the gradient of the state after the chunk.
+With y the sums before division by the normalizer z: dy = dout / z, and the normalizer column has
+delta = -(dout . out) / z. dW is the gradient of pair weights, including decay; G is the gradient of
+the outgoing state.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ def delta_kernel(
     tl.store(delta + o_z + o_row, -b_sum / b_z, mask=o_t < chunk.count)
 
 
+# delta = -rowsum(dO O) / z
 @triton.jit
 def gradient_of_sums(normalizer, delta, cu_seqlens, chunk, i_h, heads, tokens, o_t):
-    """dy = dout times the first, and the column of the normaliser."""
+    """1 / z, with dy = dout / z, and delta of the normalizer column."""
     b_factor = tl.full(o_t.shape, 1.0, tl.float32)
     b_delta = tl.zeros(o_t.shape, tl.float32)
     if normalizer is not None:
@@ -93,7 +94,7 @@ def rows_times_state(
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """[BLOCK_T, BLOCK_F]: rows of values times rows o_f of a state."""
+    """Y S^T for rows o_f of a state, [BLOCK_T, BLOCK_F]."""
     b_x = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
     for c in range(0, VALUE_DIM, BLOCK_V):
         o_c = c + tl.arange(0, BLOCK_V)
@@ -154,6 +155,7 @@ def queries_kernel(
     )
     o_d = i_tile * BLOCK_D + tl.arange(0, BLOCK_D)
 
+    # dW = dO V^T, times decay
     b_dw = products_of_rows(
         douts, values, o_row, "identity", PRECISION, VALUE_DIM, BLOCK_T, BLOCK_V
     )
@@ -162,6 +164,7 @@ def queries_kernel(
     if MAP == "taylor2":
         b_u = products_of_rows(queries, keys, o_row, MAP, PRECISION, HEAD_DIM, BLOCK_T, BLOCK_D)
         b_dw *= 1.0 + b_u * scale
+    # dphi(q) = dW phi(K) + decay dO S^T
     b_dq = product(b_dw, load_mapped(keys, o_row, o_d, MAP, HEAD_DIM), PRECISION) * scale
 
     b_start = from_start(remains, o_t)
@@ -232,7 +235,7 @@ def keys_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One program sums over the query heads of its keys, in order."""
+    """dK; one program sums over the query heads of its GQA group, in order."""
     kv_heads = heads // group
     i = tl.program_id(0)
     i_tile = i % tiles
@@ -255,6 +258,7 @@ def keys_kernel(
         b_factor, b_delta = gradient_of_sums(
             normalizer, delta, cu_seqlens, chunk, i_h, heads, tokens, o_t
         )
+        # dW^T = V dO^T, times decay
         b_dw = products_of_rows(
             values, douts, o_row, "identity", PRECISION, VALUE_DIM, BLOCK_T, BLOCK_V
         )
@@ -263,6 +267,7 @@ def keys_kernel(
         if MAP == "taylor2":
             b_u = products_of_rows(keys, queries, o_row, MAP, PRECISION, HEAD_DIM, BLOCK_T, BLOCK_D)
             b_dw *= 1.0 + b_u * scale
+        # dphi(k) += dW^T phi(Q) + decay V G^T
         b_dk += product(b_dw, load_mapped(queries, o_row, o_d, MAP, HEAD_DIM), PRECISION) * scale
 
         b_end = to_end(remains, chunk, o_t)
@@ -348,6 +353,7 @@ def values_kernel(
         queries = slice_of(q, chunk.batch, i_h, chunk.start, chunk.length)
         douts = slice_of(dout, chunk.batch, i_h, chunk.start, chunk.length)
         p_state = gradients + (tl.cast(i_slot, tl.int64) * heads + i_h) * (FEATURES * COLUMNS)
+        # dV += phi(K) G decay + W^T dy
         b_sum = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
         for f in range(0, FEATURES, BLOCK_F):
             o_f = f + tl.arange(0, BLOCK_F)

@@ -1,5 +1,5 @@
-"""The next tokens of each request: one program holds a tile of columns of a head's state, reads it
-once, and writes it once."""
+"""Next tokens of each request: one program holds a tile of columns of a head's state, loads it once
+and stores it once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .common import (
 from .linear_attention import feature_dim
 from .linear_attention_forward import EPSILON
 
-ELEMENTS = 4096  # of a state, in one program
+ELEMENTS = 4096  # elements of a state per program
 LENGTHS = ["decay_batch", "tokens", "slots", "heads", "group", "tiles"]
 
 
@@ -51,8 +51,9 @@ def decode_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """KEYS_ALONE: only the last column, the sum of the keys, and the normaliser of every token. The
-    programs of the other columns read that: the column itself changes under them."""
+    """KEYS_ALONE: handles only the last column (the sum of keys) and the normalizer of every token.
+    The programs of the other columns load that normalizer, since the column itself changes
+    meanwhile."""
     i = tl.program_id(0)
     i_tile = i % tiles
     i_h = i // tiles % heads
@@ -83,17 +84,20 @@ def decode_kernel(
             if decay.seq is not None:
                 p_decay += i_b * decay_batch + tl.cast(t, tl.int64) * decay.seq
             x = tl.load(p_decay)
+            # S *= exp(log decay)
             b_state *= tl.exp(tl.where(x < LEAST_OF_TOKEN, LEAST_OF_TOKEN, x))
         b_k = load_features(keys, o_row, o_f, scale, False, MAP, HEAD_DIM, FEATURES)
         b_q = load_features(queries, o_row, o_f, scale, True, MAP, HEAD_DIM, FEATURES)
         b_k = tl.trans(b_k.to(tl.float32))
         b_q = tl.trans(b_q.to(tl.float32)) * scale_beside(scale, MAP)
         if KEYS_ALONE:
+            # z = phi(q) . S + eps
             b_state += b_k
             b_z = tl.sum(b_q * b_state, 0) + EPSILON
             tl.store(normalizer + o_z + t + o_c, b_z, mask=o_c < 1)
         else:
             values = slice_of(v, i_b, i_h // group, 0, tokens)
+            # S += phi(k)^T v, y = phi(q) S
             b_state += b_k * load_tile(values, o_row, o_c, VALUE_DIM).to(tl.float32)
             b_y = tl.sum(b_q * b_state, 0)[None, :]
             if COLUMNS > VALUE_DIM:

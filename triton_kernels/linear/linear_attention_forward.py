@@ -1,7 +1,7 @@
-"""Results of a chunk: its own pairs of tokens, and the state before it.
+"""Output of a chunk: its own pairs of tokens, and the incoming state.
 
-A later value has the weight 0, but 0 times what is not finite is NaN. The first kernel tells of
-each tile whether a row is NaN, and the second sums such rows again, without what they do not see.
+A later value has weight 0, but 0 times a non-finite value is NaN. The first kernel flags each tile
+that has a NaN row, and the second recomputes such rows without the values that they do not see.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .common import (
 )
 
 EPSILON = tl.constexpr(1e-6)
-TILES_AGAIN = tl.constexpr(32)  # that one program of the second kernel looks after
+TILES_AGAIN = tl.constexpr(32)  # tiles per program of the second kernel
 
 
 @triton.jit
@@ -38,8 +38,7 @@ def before_values(
     FEATURES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk's tokens take from the state before it, the weights of its own pairs, and the
-    normaliser."""
+    """Output from the incoming state, weights of the chunk's own pairs, and the normalizer."""
     o_row = chunk.first + o_t
     remains = remains_of(decay, decay_batch, chunk, i_h, o_t)
     queries = slice_of(q, chunk.batch, i_h, chunk.start, chunk.length)
@@ -50,6 +49,7 @@ def before_values(
     b_z = tl.zeros([BLOCK_T], tl.float32)
     for f in range(0, FEATURES, BLOCK_F):
         o_f = f + tl.arange(0, BLOCK_F)
+        # y += phi(q) S
         b_q = load_features(queries, o_row, o_f, scale, True, MAP, HEAD_DIM, FEATURES)
         b_state = load_state(p_state, o_f, o_c, FEATURES, VALUE_DIM, COLUMNS)
         b_y += product(b_q, b_state, PRECISION)
@@ -59,9 +59,10 @@ def before_values(
     b_start = from_start(remains, o_t) * scale_beside(scale, MAP)
     b_y *= b_start[:, None]
 
+    # W = phi(Q) phi(K)^T, times decay
     b_w = products_of_rows(queries, keys, o_row, MAP, PRECISION, HEAD_DIM, BLOCK_T, BLOCK_D)
     b_w = weights(b_w, scale, MAP) * between(remains, o_t, False, False)
-    b_w = tl.where(o_t[:, None] >= o_t[None, :], b_w, 0.0)  # for what is not finite
+    b_w = tl.where(o_t[:, None] >= o_t[None, :], b_w, 0.0)  # clears NaN and inf above the diagonal
     if COLUMNS > VALUE_DIM:
         b_z = b_z * b_start + tl.sum(b_w, 1) + EPSILON
     return b_y, b_w, b_z
@@ -114,6 +115,7 @@ def results_kernel(
         MAP, PRECISION, HEAD_DIM, VALUE_DIM, FEATURES, COLUMNS, BLOCK_T, BLOCK_D, BLOCK_F, BLOCK_V,
     )  # fmt: skip
     values = slice_of(v, chunk.batch, i_h // group, chunk.start, chunk.length)
+    # y += W V
     b_y += product(b_w, load_tile(values, o_row, o_c, VALUE_DIM), PRECISION)
     if COLUMNS > VALUE_DIM:
         b_y = b_y / b_z[:, None]
@@ -175,6 +177,7 @@ def results_again_kernel(
                 BLOCK_V,
             )  # fmt: skip
             values = slice_of(v, chunk.batch, i_h // group, chunk.start, chunk.length)
+            # y += W V over visible pairs
             for j in tl.range(0, chunk.count, num_stages=1):
                 b_wj = tl.sum(tl.where(o_t[None, :] == j, b_w, 0.0), 1)
                 b_vj = load_tile(values, chunk.first + j + tl.arange(0, 1), o_c, VALUE_DIM)

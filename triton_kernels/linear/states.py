@@ -1,7 +1,7 @@
-"""States before every chunk: each chunk's own sum first, then what remains of earlier ones.
+"""States entering every chunk: first each chunk's own sum, then a scan with decay.
 
-The same pair of kernels serves the backward, from the end: the gradient of the state after a chunk
-is the sum over later tokens of features of queries times gradients of results.
+The same pair of kernels serves the backward in reverse: the gradient of the state leaving a chunk
+is the sum over later tokens of query features times output gradients.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ def sums_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A tile of a chunk's sum of features of x times rows of y: keys and values, weighted by what
-    remains of them after the chunk, or (QUERY) queries and gradients, by what remains at them of
-    the state before it."""
+    """A tile of a chunk's sum phi(X)^T Y: keys and values, weighted by decay to the end of the
+    chunk, or (QUERY) queries and output gradients, weighted by decay from its start."""
     i = tl.program_id(0)
     i_tile = i % tiles
     i_h = i // tiles % heads
@@ -88,6 +87,7 @@ def sums_kernel(
     columns: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
     o_f = i_tile // columns * BLOCK_F + tl.arange(0, BLOCK_F)
     o_c = i_tile % columns * BLOCK_V + tl.arange(0, BLOCK_V)
+    # phi(X)^T (decay Y)
     b_x = load_features(rows_x, o_row, o_f, scale, QUERY, MAP, HEAD_DIM, FEATURES)
     b_x = b_x.to(tl.float32)
     b_y = load_tile(rows_y, o_row, o_c, VALUE_DIM)
@@ -119,8 +119,8 @@ def scan_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Elements of the states of one head: every chunk's sum is replaced by the state that meets the
-    chunk. REVERSE goes from the last chunk to the first."""
+    """Scan over the chunks of one head: every chunk's sum is replaced by the state entering the
+    chunk. REVERSE runs from the last chunk to the first."""
     i = tl.program_id(0)
     i_h = i // tiles % heads
     i_b = i // (tiles * heads)
@@ -147,6 +147,7 @@ def scan_kernel(
         b_next = tl.load(sums + o_next + o_x, mask=m_x & (o_x - o_x + c + 1 < chunks), other=0.0)
         tl.store(sums + o_slot + o_x, b_state, mask=m_x)
         if factors is not None:
+            # S = decay S + phi(K)^T V
             b_state *= tl.load(factors + (slot + c * step) * heads + i_h)
         b_state += b_sum
     if after is not None:

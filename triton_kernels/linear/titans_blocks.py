@@ -1,13 +1,13 @@
-"""Blocks of the tokens of titans_memory: where they lie, and what their gates make of states.
+"""Token blocks of titans_memory: their layout, and the effect of gates on states.
 
-A block is a chunk or, where that is longer than BLOCK_T, a part of it, and has a slot: a sequence
-has those from `slot_of` on. With the memory M and the momentum S that it begins with, and the
-memory G that its chunk begins with, U = K G - V, and after token t
+A block is a chunk, or a part of a chunk longer than BLOCK_T, and has a slot; slots of a sequence
+start at `slot_of`. With M and S the memory and momentum at the start of the block, G the memory at
+the start of its chunk, and U = K G - V, after token t
 
     memory   = memory_t M + momentum_t S - sum_(j <= t) W[t, j] k_j^T u_j
     momentum =              kept_t S     - sum_(j <= t) E[t, j] k_j^T u_j
 
-Rows of W and E follow from one another as memory and momentum do; nothing is divided.
+Rows of W and E follow the recurrences of memory and momentum; there is no division.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton.language as tl
 
 from ..common import span
 
-# Arguments by which no kernel is specialised: a new length compiles nothing.
+# Arguments excluded from specialization: a new length does not recompile.
 LENGTHS = [
     "tokens",
     "sequences",
@@ -28,20 +28,21 @@ LENGTHS = [
     "halvings",
     "heads",
     "slices",
-    "head_dim",  # a bound of loops that ptxas would unroll
+    "head_dim",  # a loop bound that ptxas would unroll
     "value_dim",
 ]
 
 
 class Block(NamedTuple):
-    first: Any  # token of the sequence
+    first: Any  # first token of the block, in its sequence
     count: Any
-    starts: Any  # whether a chunk begins with it
-    start_slot: Any  # of the block that its chunk begins with, counted from that of the sequence
+    starts: Any  # true for the first block of a chunk
+    start_slot: Any  # slot of the first block of its chunk, relative to its sequence
 
 
 class Factors(NamedTuple):
-    """[BLOCK_T] of the tokens of a block; decay and eta are those of the tokens themselves."""
+    """[BLOCK_T] factors of the tokens of a block; decay and eta are per token, the others
+    cumulative."""
 
     decay: Any
     eta: Any
@@ -54,7 +55,7 @@ class Factors(NamedTuple):
 
 @triton.jit
 def blocks_of(length, chunk_size, parts, BLOCK_T: tl.constexpr):
-    """How many blocks a sequence has. parts: those of a chunk."""
+    """Blocks per sequence. parts: blocks per chunk."""
     return length // chunk_size * parts + tl.cdiv(length % chunk_size, BLOCK_T)
 
 
@@ -69,7 +70,8 @@ def block_of(index, length, chunk_size, parts, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def slot_of(cu_seqlens, tokens, i_b, chunk_size, parts, BLOCK_T: tl.constexpr):
-    """Packed, a part of a chunk is counted for each sequence that begins or ends in it."""
+    """First slot of a sequence. Packed: each sequence that begins or ends in a chunk reserves its
+    parts."""
     if cu_seqlens is None:
         slot = i_b * blocks_of(tokens, chunk_size, parts, BLOCK_T)
     else:
@@ -82,7 +84,7 @@ def slot_of(cu_seqlens, tokens, i_b, chunk_size, parts, BLOCK_T: tl.constexpr):
 def sequence_of_slot(
     i_slot, cu_seqlens, tokens, sequences, chunk_size, parts, halvings, BLOCK_T: tl.constexpr
 ):
-    """The last sequence whose slots begin at or before i_slot."""
+    """Last sequence whose slots begin at or before i_slot."""
     if cu_seqlens is None:
         i_b = i_slot // blocks_of(tokens, chunk_size, parts, BLOCK_T)
     else:
@@ -112,7 +114,7 @@ def gates_of(gates, o_gate, heads, o_row, m_row):
 
 @triton.jit
 def at_token(b_x, o_t, t):
-    """Element t of [BLOCK_T], beside each."""
+    """Element t of [BLOCK_T]."""
     return tl.sum(tl.where(o_t == t, b_x, 0.0), 0)
 
 
@@ -124,7 +126,7 @@ def row_at(b_x, o_t, t):
 
 @triton.jit
 def weigh(alpha, eta, theta, o_gate, heads, block, o_t, BOTH: tl.constexpr, BLOCK_T: tl.constexpr):
-    """W [BLOCK_T, BLOCK_T], with BOTH also E, and the factors. Rows past the tokens are 0."""
+    """W [BLOCK_T, BLOCK_T], with BOTH also E, and the factors. Rows past the last token are 0."""
     m_t = o_t < block.count
     o_row = block.first + o_t
     b_decay = 1.0 - gates_of(alpha, o_gate, heads, o_row, m_t)
@@ -137,12 +139,13 @@ def weigh(alpha, eta, theta, o_gate, heads, block, o_t, BOTH: tl.constexpr, BLOC
     b_kept = tl.zeros([BLOCK_T], tl.float32)
     b_row_w = tl.zeros([BLOCK_T], tl.float32)
     b_row_e = tl.zeros([BLOCK_T], tl.float32)
-    b_run_memory = tl.full([BLOCK_T], 1.0, tl.float32)  # the same in each element, as the next two
+    b_run_memory = tl.full([BLOCK_T], 1.0, tl.float32)  # uniform over elements, like the next two
     b_run_momentum = tl.zeros([BLOCK_T], tl.float32)
     b_run_kept = tl.full([BLOCK_T], 1.0, tl.float32)
     for t in range(block.count):
         decay = at_token(b_decay, o_t, t)
         keep = at_token(b_eta, o_t, t)
+        # E[t] = eta_t E[t-1] + theta_t, W[t] = (1 - alpha_t) W[t-1] + E[t]
         b_row_e = tl.where(o_t < t, keep * b_row_e, tl.where(o_t == t, b_theta, 0.0))
         b_row_w = tl.where(o_t < t, decay * b_row_w + b_row_e, b_row_e)
         b_run_kept *= keep
@@ -159,7 +162,7 @@ def weigh(alpha, eta, theta, o_gate, heads, block, o_t, BOTH: tl.constexpr, BLOC
 
 @triton.jit
 def state_tile(o_d, o_c, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr):
-    """Offsets of a tile of a state [HEAD_DIM, VALUE_DIM], and which of it exists."""
+    """Offsets of a tile of a state [HEAD_DIM, VALUE_DIM], and its mask."""
     m_tile = (o_d < HEAD_DIM)[:, None] & (o_c < VALUE_DIM)[None, :]
     return o_d[:, None] * VALUE_DIM + o_c[None, :], m_tile
 

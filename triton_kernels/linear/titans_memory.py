@@ -1,4 +1,4 @@
-"""Launches the kernels of titans_memory, forward and backward."""
+"""Host side of titans_memory: launches of forward and backward kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .titans_memory_kernels import block_kernel, gradients_kernel, states_kernel
 
 
 class Call(NamedTuple):
-    """The lowered list, and what the kernels take from it."""
+    """The lowered arguments of a call, and the kernel arguments derived from them."""
 
     q: Tensor
     k: Tensor
@@ -50,7 +50,7 @@ class Call(NamedTuple):
 
     @property
     def block(self) -> int:
-        """Tokens. With 32 the products in tf32x3 do not fit the registers of compute capability
+        """Tokens per block. With 32, tf32x3 products do not fit the registers of compute capability
         9.0."""
         return 16 if self.q.dtype == torch.float32 and not INTERPRETED.value else 32
 
@@ -60,7 +60,7 @@ class Call(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """Of blocks: how many there may be."""
+        """Upper bound on the number of blocks."""
         if self.packed:
             return (self.tokens // self.chunk + self.sequences) * self.parts
         whole, rest = divmod(self.tokens, self.chunk)
@@ -71,7 +71,8 @@ class Call(NamedTuple):
         return (self.sequences, self.heads, self.q.shape[-1], self.v.shape[-1])
 
     def new(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """An output. Tokens of no packed sequence, to which no program comes, are 0."""
+        """Allocates an output. Tokens outside all packed sequences, which no program writes, are
+        0."""
         allocate = self.q.new_zeros if self.packed else self.q.new_empty
         return allocate(like.shape, dtype=dtype or like.dtype)
 
@@ -86,7 +87,7 @@ class Call(NamedTuple):
 
     @property
     def tile(self) -> int:
-        """Rows and columns of tiles of states."""
+        """Rows and columns of state tiles."""
         if INTERPRETED.value:  # a tile costs milliseconds whatever its size
             return min(max(triton.next_power_of_2(max(self.state_shape[2:])), 16), 128)
         return 16 if self.q.dtype == torch.float32 else 32
@@ -107,7 +108,7 @@ class Call(NamedTuple):
         }
 
     def place(self) -> tuple[Any, ...]:
-        """What every kernel takes, from cu_seqlens to value_dim."""
+        """Arguments common to all kernels, from cu_seqlens to value_dim."""
         return (
             self.cu_seqlens,
             self.tokens,

@@ -1,6 +1,6 @@
-"""The kernels of titans_memory. The first two go over the blocks of a sequence, one forwards and
-one backwards, with a slice of the value columns of a head, which depend on no other ones. The third
-has a block and a head, and depends on no other block."""
+"""Kernels of titans_memory. The first two iterate over the blocks of a sequence, one forward and
+one in reverse, for a slice of the value columns of a head, independent of other columns. The third
+handles one block of one head, independent of other blocks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .titans_blocks import (
 
 @triton.jit
 def share_of(heads, slices, BLOCK_V: tl.constexpr):
-    """Sequence, head and columns of a program."""
+    """Sequence, head and value columns of this program."""
     i = tl.program_id(0)
     i_b = (i // (slices * heads)).to(tl.int64)
     return i_b, i // slices % heads, i % slices * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -42,8 +42,8 @@ def begin_state(
     p_state, p_start, given, i_b, i_h, o_c, head_dim, FROM_STATE: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The state of a program, from the one given or zeros; and where a chunk begins, from it
-    (FROM_STATE) or zeros."""
+    """Initializes the state of a program from the given state or zeros, and the state at the start
+    of the chunk from it (FROM_STATE) or from zeros."""
     for d in range(0, head_dim, BLOCK_D):
         o_tile, m_tile = state_tile(d + tl.arange(0, BLOCK_D), o_c, HEAD_DIM, VALUE_DIM)
         b_state = tl.zeros([BLOCK_D, o_c.shape[0]], tl.float32)
@@ -71,7 +71,7 @@ def end_state(
 
 @triton.jit
 def nan_from(m_finite, o_t):
-    """For each column NaN from the first token on that is not finite in it, and 0 before."""
+    """Per column: NaN from the first non-finite token on, 0 before it."""
     o_first = tl.min(tl.where(m_finite, m_finite.shape[0], o_t[:, None]), 0)
     return tl.where(o_t[:, None] >= o_first[None, :], float("nan"), 0.0)
 
@@ -83,7 +83,7 @@ def states_kernel(
     value_dim, KEEP: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """out and the states behind the last tokens; KEEP: instead the states before each block and U,
+    """Computes out and the final states; KEEP: stores the states entering each block and U instead,
     for the backward. scratch holds M, S and G."""
     i_b, i_h, o_c = share_of(heads, slices, BLOCK_V)
     start, length = span(cu_seqlens, tokens, tokens, i_b)
@@ -103,9 +103,9 @@ def states_kernel(
         BLOCK_D,
     )  # fmt: skip
     for i in range(blocks_of(length, chunk_size, parts, BLOCK_T)):
-        tl.debug_barrier()  # before threads read what others stored
+        tl.debug_barrier()  # makes stores of other threads visible
         block = block_of(i, length, chunk_size, parts, BLOCK_T)
-        end = block.first + block.count  # rows past it are 0
+        end = block.first + block.count  # rows past the end are 0
         o_row = block.first + o_t
         queries = slice_of(q, i_b, i_h, start, end)
         keys = slice_of(k, i_b, i_h, start, end)
@@ -117,6 +117,7 @@ def states_kernel(
             o_d = d + tl.arange(0, BLOCK_D)
             o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
             b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
+            # U = K G - V
             b_u += product(b_k, tl.load(p_start + o_tile, mask=m_tile, other=0.0), PRECISION)
             b_memory = tl.load(p_memory + o_tile, mask=m_tile, other=0.0)
             b_momentum = tl.load(p_momentum + o_tile, mask=m_tile, other=0.0)
@@ -126,6 +127,7 @@ def states_kernel(
                 tl.store(p_kept + SIZE + o_tile, b_momentum, mask=m_tile)
             else:
                 b_q = load_tile(queries, o_row, o_d, HEAD_DIM)
+                # Q M, Q S and Q K^T
                 b_memory_q += product(b_q, b_memory, PRECISION)
                 b_momentum_q += product(b_q, b_momentum, PRECISION)
                 b_pairs += product(b_q, tl.trans(b_k), PRECISION)
@@ -133,8 +135,9 @@ def states_kernel(
         if KEEP:
             store_tile(slice_of(us, i_b, i_h, start, end), o_row, o_c, b_u, VALUE_DIM)
         else:
+            # out = memory_t Q M + momentum_t Q S - (W * Q K^T) U, causal
             b_out = f.memory[:, None] * b_memory_q + f.momentum[:, None] * b_momentum_q
-            # 0 for a later token, whatever its key holds
+            # 0 for a later token, even if its key is not finite
             b_pairs = tl.where(o_t[:, None] >= o_t[None, :], -b_w * b_pairs, 0.0)
             m_finite = b_u - b_u == 0.0
             b_out += product(b_pairs, tl.where(m_finite, b_u, 0.0), PRECISION)
@@ -152,6 +155,7 @@ def states_kernel(
             b_k = tl.trans(load_tile(keys, o_row, o_d, HEAD_DIM).to(tl.float32))
             b_memory = tl.load(p_memory + o_tile, mask=m_tile, other=0.0)
             b_momentum = tl.load(p_momentum + o_tile, mask=m_tile, other=0.0)
+            # M = memory M + momentum S - (w_end K)^T U, S = kept S - (e_end K)^T U
             b_memory = to_memory * b_memory + to_momentum * b_momentum
             b_memory -= product(b_k * f.w_end[None, :], b_u, PRECISION)
             b_momentum = stays * b_momentum - product(b_k * f.e_end[None, :], b_u, PRECISION)
@@ -171,8 +175,8 @@ def gradients_kernel(
     head_dim, value_dim, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Of values and U, and of the states behind each block and before the first tokens. scratch
-    holds the gradients of M, S and G."""
+    """Gradients of values and U, of the states leaving each block, and of the initial states.
+    scratch holds the gradients of M, S and G."""
     i_b, i_h, o_c = share_of(heads, slices, BLOCK_V)
     start, length = span(cu_seqlens, tokens, tokens, i_b)
     o_gate = first_gate(cu_seqlens, i_b, i_h, start, tokens, heads)
@@ -210,12 +214,14 @@ def gradients_kernel(
             b_dmomentum = tl.load(p_dmomentum + o_tile, mask=m_tile, other=0.0)
             tl.store(p_kept + o_tile, b_dmemory, mask=m_tile)
             tl.store(p_kept + SIZE + o_tile, b_dmomentum, mask=m_tile)
+            # K dM, K dS and Q K^T
             b_memory_k += product(b_k, b_dmemory, PRECISION)
             b_momentum_k += product(b_k, b_dmomentum, PRECISION)
             b_pairs += product(b_q, tl.trans(b_k), PRECISION)
         b_w, _, f = weigh(alpha, eta, theta, o_gate, heads, block, o_t, False, BLOCK_T)
         b_pairs = tl.where(o_t[:, None] >= o_t[None, :], -b_w * b_pairs, 0.0)
         b_dout = load_tile(slice_of(dout, i_b, i_h, start, end), o_row, o_c, VALUE_DIM)
+        # dU = -(W * Q K^T)^T dO - w_end K dM - e_end K dS
         b_du = product(tl.trans(b_pairs), b_dout, PRECISION)
         b_du -= f.w_end[:, None] * b_memory_k + f.e_end[:, None] * b_momentum_k
         store_tile(slice_of(dv, i_b, i_h, start, end), o_row, o_c, -b_du, VALUE_DIM)
@@ -229,13 +235,16 @@ def gradients_kernel(
             o_d = d + tl.arange(0, BLOCK_D)
             o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
             b_k = tl.trans(load_tile(keys, o_row, o_d, HEAD_DIM).to(tl.float32))
+            # dG += K^T dU
             b_dstart = tl.load(p_dstart + o_tile, mask=m_tile, other=0.0)
             b_dstart += product(b_k, b_du, PRECISION)
             b_dmemory = tl.load(p_dmemory + o_tile, mask=m_tile, other=0.0)
             b_dmomentum = tl.load(p_dmomentum + o_tile, mask=m_tile, other=0.0)
             b_q = tl.trans(load_tile(queries, o_row, o_d, HEAD_DIM).to(tl.float32))
+            # dS = momentum dM + kept dS + (momentum_t Q)^T dO
             b_dmomentum = to_momentum * b_dmemory + stays * b_dmomentum
             b_dmomentum += product(b_q * f.momentum[None, :], b_dout, PRECISION)
+            # dM = memory dM + dG + (memory_t Q)^T dO
             b_dmemory = to_memory * b_dmemory + tl.where(block.starts, b_dstart, 0.0)
             b_dmemory += product(b_q * f.memory[None, :], b_dout, PRECISION)
             tl.store(p_dmemory + o_tile, b_dmemory, mask=m_tile)
@@ -253,7 +262,7 @@ def block_kernel(
     value_dim, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Of queries, keys and gates."""
+    """Gradients of queries, keys and gates of one block."""
     i_h = tl.program_id(0) % heads
     i_slot = tl.program_id(0) // heads
     i_b = sequence_of_slot(
@@ -296,14 +305,14 @@ def block_kernel(
     SIZE: tl.constexpr = HEAD_DIM * VALUE_DIM
     p_states = kept_states(states, i_slot, i_h, heads, SIZE)
     p_start = kept_states(states, slot + block.start_slot, i_h, heads, SIZE)
-    b_dmemory = tl.zeros([BLOCK_T], tl.float32)  # of the factors of M and S at each token
+    b_dmemory = tl.zeros([BLOCK_T], tl.float32)  # gradients of the factors of M and S at each token
     b_dmomentum = tl.zeros([BLOCK_T], tl.float32)
     b_dw_end = tl.zeros([BLOCK_T], tl.float32)
     b_de_end = tl.zeros([BLOCK_T], tl.float32)
-    b_of_memory = tl.zeros([BLOCK_D], tl.float32)  # of those behind the block, by rows of the state
+    b_of_memory = tl.zeros([BLOCK_D], tl.float32)  # gradients of end factors, per state row
     b_of_momentum = tl.zeros([BLOCK_D], tl.float32)
     b_of_kept = tl.zeros([BLOCK_D], tl.float32)
-    # Loops by operands: together they would not fit the registers.
+    # One loop per group of operands: a fused loop would not fit the registers.
     for d in range(0, head_dim, BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
         for c in range(0, value_dim, BLOCK_V):
@@ -323,6 +332,7 @@ def block_kernel(
             o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
             b_dout = load_tile(douts, o_row, o_c, VALUE_DIM)
             b_memory = tl.load(p_states + o_tile, mask=m_tile, other=0.0)
+            # dO M^T, dO S^T
             b_memory_q += product(b_dout, tl.trans(b_memory), PRECISION)
             b_momentum = tl.load(p_states + SIZE + o_tile, mask=m_tile, other=0.0)
             b_momentum_q += product(b_dout, tl.trans(b_momentum), PRECISION)
@@ -330,6 +340,7 @@ def block_kernel(
         b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
         b_dmemory += tl.sum(b_memory_q * b_q.to(tl.float32), 1)
         b_dmomentum += tl.sum(b_momentum_q * b_q.to(tl.float32), 1)
+        # dQ = memory_t dO M^T + momentum_t dO S^T + dQK K
         b_dq = f.memory[:, None] * b_memory_q + f.momentum[:, None] * b_momentum_q
         b_dq += product(b_dqk, b_k, PRECISION)
         store_tile(slice_of(dq, i_b, i_h, start, end), o_row, o_d, b_dq, HEAD_DIM)
@@ -342,6 +353,7 @@ def block_kernel(
             o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
             b_u = load_tile(errors, o_row, o_c, VALUE_DIM)
             b_dm = tl.load(p_states + 2 * SIZE + o_tile, mask=m_tile, other=0.0)
+            # U dM^T, U dS^T
             b_memory_k += product(b_u, tl.trans(b_dm), PRECISION)
             b_ds = tl.load(p_states + 3 * SIZE + o_tile, mask=m_tile, other=0.0)
             b_momentum_k += product(b_u, tl.trans(b_ds), PRECISION)
@@ -350,14 +362,16 @@ def block_kernel(
             o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
             b_du = load_tile(derrors, o_row, o_c, VALUE_DIM)
             b_start = tl.load(p_start + o_tile, mask=m_tile, other=0.0)
+            # dK += dU G^T
             b_dk += product(b_du, tl.trans(b_start), PRECISION)
         b_k = load_tile(keys, o_row, o_d, HEAD_DIM).to(tl.float32)
         b_dw_end -= tl.sum(b_memory_k * b_k, 1)
         b_de_end -= tl.sum(b_momentum_k * b_k, 1)
+        # dK -= w_end U dM^T + e_end U dS^T
         b_dk -= f.w_end[:, None] * b_memory_k + f.e_end[:, None] * b_momentum_k
         store_tile(slice_of(dk, i_b, i_h, start, end), o_row, o_d, b_dk, HEAD_DIM)
 
-    # Rows of W and E backwards.
+    # Backward of the recurrences of W, E and the cumulative factors, last token first.
     b_dalpha = tl.zeros([BLOCK_T], tl.float32)
     b_deta = tl.zeros([BLOCK_T], tl.float32)
     b_dtheta = tl.zeros([BLOCK_T], tl.float32)
