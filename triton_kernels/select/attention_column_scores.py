@@ -1,5 +1,5 @@
-"""Sums of columns of attention weights: one program owns keys and streams the queries past them. A
-first kernel, without lse, finds maximum and sum of each query's row."""
+"""Column sums of attention weights: one program owns keys and streams over queries. Without a given
+lse, a first kernel computes row_max and row_sum of each query."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 
 
 class Requests(NamedTuple):
-    """[B] int32, or None: all."""
+    """Per-request sizes, [B] int32, or None: all rows."""
 
     lengths: Tensor | None
     query_lengths: Tensor | None
@@ -63,7 +63,7 @@ def request_of(requests, window, tokens_q, tokens_k, i_b):
 
 @triton.jit
 def log2(b_x):
-    """Of positive normal numbers; relative error 2^-22 also around 1, where it vanishes."""
+    """log2 of positive normal numbers; relative error 2^-22, also near 1, where log2 vanishes."""
     b_bits = b_x.to(tl.int32, bitcast=True)
     b_e = (b_bits - SQRT_HALF_BITS) >> 23
     b_m = (b_bits - (b_e << 23)).to(tl.float32, bitcast=True)
@@ -78,7 +78,8 @@ def log2(b_x):
 
 @triton.jit
 def gumbel_bits(seed, i_b, i_h, o_position, o_j):
-    """-log(-log u) in bits, of the first words of Philox, u in the middle of one of 2^23 parts."""
+    """Gumbel noise -log(-log u) in bits. u is the midpoint of one of 2^23 intervals, from the first
+    word of Philox."""
     b_i = (o_position + tl.zeros_like(o_j)).to(tl.uint32, bitcast=True)
     b_j = (o_j + tl.zeros_like(o_position)).to(tl.uint32, bitcast=True)
     b_zero = tl.zeros_like(b_i)
@@ -99,8 +100,8 @@ def products(
     queries, keys, o_i, o_j, b_held, HOLDS_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """q.k of queries o_i and keys o_j. b_held are those that the program owns; where they have more
-    than BLOCK_D columns the registers would not hold them, and both are read in parts."""
+    """Q K^T of queries o_i and keys o_j. b_held is the operand that the program owns. Above BLOCK_D
+    columns it does not fit the registers, and both operands are loaded in parts."""
     if HEAD_DIM > BLOCK_D:
         b_qk = tl.zeros([o_i.shape[0], o_j.shape[0]], tl.float32)
         for o in tl.static_range(0, HEAD_DIM, BLOCK_D):
@@ -116,7 +117,7 @@ def products(
 
 @triton.jit
 def exponents(b_qk, o_i, o_j, request, requests, factor, inverse_tau, seed, i_b, i_h):
-    """In bits; -inf where hidden."""
+    """Softmax exponents in bits; -inf where masked."""
     b_t = b_qk * factor
     if inverse_tau is not None:
         b_t += inverse_tau * gumbel_bits(seed, i_b, i_h, o_i + request.diagonal, o_j)
@@ -168,11 +169,12 @@ def rows_kernel(
         b_t = exponents(
             b_qk, o_i[:, None], o_j[None, :], request, requests, factor, inverse_tau, seed, i_b, i_h
         )
+        # online softmax: row_max, row_sum = row_sum exp2(m_old - m_new) + rowsum(exp2(t - m_new))
         b_new_top = tl.maximum(b_top, tl.max(b_t, 1))
         b_row_max = tl.where(b_new_top == -INF, 0.0, b_new_top)
         b_sum = b_sum * tl.exp2(b_top - b_row_max) + tl.sum(tl.exp2(b_t - b_row_max[:, None]), 1)
         b_top = b_new_top
-    # Nothing is below +inf: P = 0.
+    # Empty row: row_max = inf, so that P = 0.
     m_empty = b_sum == 0.0
     o_row = (i_b * heads + i_h) * tokens_q + o_i
     m_row = o_i < request.rows
@@ -227,8 +229,9 @@ def columns_kernel(
         o_row = (i_b * heads + i_h) * tokens_q + o_i
         b_row_max = tl.load(row_max + o_row, mask=o_i < request.rows, other=INF)
         b_weight = tl.load(weights + o_row, mask=o_i < request.rows, other=0.0)
+        # P = exp2(t - row_max) / row_sum, summed over queries
         b_p = tl.exp2(b_t - b_row_max[:, None]) * b_weight[:, None]
-        # Also the NaN of a row that is not there for a key.
+        # Also masks NaN from a row that does not see the key.
         b_sum += tl.sum(tl.where(b_t == -INF, 0.0, b_p), 0)
     if REDUCE == "mean":
         b_sum /= tl.maximum(request.rows - request.first_row, 1).to(tl.float32)
@@ -303,9 +306,10 @@ def attention_column_scores(
 
 
 def _tiles(head_dim: int, rows: int, columns: int, element_size: int) -> dict[str, int]:
-    """The largest tiles whose registers do not spill."""
+    """The largest tiles that do not spill."""
     if INTERPRETED.value:
-        # A tile costs milliseconds whatever its size, yet short sequences take several.
+        # In the interpreter a tile costs milliseconds whatever its size; keep several tiles even
+        # for short sequences.
         m, n = (
             min(max(triton.next_power_of_2(length) // 64, 32), 1024) for length in (rows, columns)
         )

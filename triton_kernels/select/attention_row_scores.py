@@ -1,5 +1,5 @@
-"""Few rows against all keys: exponents of a block of keys for all rows of a group of heads, then
-maximum and sum of each row, then results of blocks of keys."""
+"""Scores of few rows against all keys: exponents of a key block for all rows of a GQA group, then
+row_max and row_sum, then results per key block."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from ..common import INF, INTERPRETED, LENGTHS, LOG2E, Rows, dot, launch, load_rows, slice_of
 from .attention_column_scores import clamped
 
-NOWHERE = tl.constexpr(2**31 - 1)  # behind any key
+NOWHERE = tl.constexpr(2**31 - 1)  # greater than any key index
 
 
 @triton.jit
 def end_of(o_r, rows, length, CAUSAL: tl.constexpr):
-    """Keys that row r sees: those before."""
+    """Number of keys visible to row r, a prefix."""
     o_end = o_r - o_r + length
     if CAUSAL:
         o_end = tl.maximum(tl.minimum(o_r + length - rows + 1, length), 0)
@@ -57,6 +57,7 @@ def exponents_kernel(
         m_row = o_row < group * rows
         m_q = m_row[:, None] & (o_d < HEAD_DIM)[None, :]
         b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0.0)
+        # S = Q K^T, in bits
         b_t = dot(b_q, tl.trans(b_k)) * factor
         o_out = (i_b * heads * rows + i_kv * group * rows + o_row).to(tl.int64) * tokens_k
         m_t = m_row[:, None] & (o_j < length)[None, :]
@@ -84,6 +85,7 @@ def weights_kernel(
     for j in range(0, end, BLOCK):
         o_j = j + tl.arange(0, BLOCK)
         b_t = tl.load(p_t + o_j, mask=o_j < end, other=-INF)
+        # online softmax per lane
         b_new_top = tl.maximum(b_top, b_t)
         b_row_max = tl.where(b_new_top == -INF, 0.0, b_new_top)
         b_sum = b_sum * tl.exp2(b_top - b_row_max) + tl.exp2(b_t - b_row_max)
@@ -91,7 +93,7 @@ def weights_kernel(
     top = tl.max(b_top, 0)
     finite = tl.where(top == -INF, 0.0, top)
     total = tl.sum(b_sum * tl.exp2(b_top - finite), 0)
-    # Nothing is below +inf: P = 0.
+    # Empty row: row_max = inf, so that P = 0.
     tl.store(row_max + i_row, tl.where(total == 0.0, INF, top))
     tl.store(weights + i_row, tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total)))
 
@@ -109,11 +111,11 @@ def argmax_kernel(
     CAUSAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The first of the largest exponents of a row. NaN counts as +inf."""
+    """Index of the first maximum exponent of a row. NaN counts as +inf."""
     i_row = tl.program_id(0).to(tl.int64)
     length = clamped(lengths, i_row // rows // heads, tokens_k)
     end = end_of((i_row % rows).to(tl.int32), rows, length, CAUSAL)
-    if row_max is not None:  # where it is +inf the row gives nothing
+    if row_max is not None:  # row_max = +inf marks an empty row
         end = tl.where(tl.load(row_max + i_row) == INF, 0, end)
     p_t = exponents + i_row * tokens_k
     b_top = tl.full([BLOCK], -INF, tl.float32)
@@ -157,6 +159,7 @@ def reduce_kernel(
         i_row = i_b * heads * rows + row
         m_seen = o_j < end_of(row % rows, rows, length, CAUSAL)
         b_t = tl.load(exponents + i_row * tokens_k + o_j, mask=m_seen, other=-INF)
+        # P = exp2(t - row_max) / row_sum
         b_w = tl.exp2(b_t - tl.load(row_max + i_row)) * tl.load(weights + i_row)
         b_w = tl.where(m_seen, b_w, 0.0)
         if REDUCE == "none":
@@ -194,7 +197,7 @@ def attention_row_scores(
     if scores.numel() == 0 or wanted == 0:
         return scores
     exponents = q.new_empty((batch, heads, rows, columns), dtype=torch.float32)
-    # Only the order of exponents counts for argmax: what is equal must stay so.
+    # argmax needs only the order of exponents: a factor of +-1 keeps ties exact.
     factor = float((scale > 0) - (scale < 0)) if reduce == "argmax" else scale * LOG2E.value
     group = heads // kv_heads
     block_n = 256 if INTERPRETED.value else 64 if head_dim <= 128 else 32

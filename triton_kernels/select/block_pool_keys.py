@@ -1,4 +1,4 @@
-"""block_pool_keys: a program pools blocks of tokens of one head, a tile of tokens at a time."""
+"""block_pool_keys: a program pools token blocks of one head, one tile of tokens per step."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""hip_block_select: a program searches for one query block. Its nodes go through memory of its own
-where they change places: halves, and those that are kept."""
+"""hip_block_select: a program searches for one query block. Its nodes are exchanged between threads
+through per-program memory: halves, and the nodes that are kept."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .hip_nodes import (
 )
 from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys
 
-TILE_ROWS = 64  # of keys, of a product
-PIECE_BYTES = 128  # of a row
+TILE_ROWS = 64  # keys per product
+PIECE_BYTES = 128  # bytes of a row per step
 REPRESENTATIVES = {"first": 0, "middle": 1, "last": 2}
 
 
 class Lists(NamedTuple):
-    """Lists to start from; strides in elements."""
+    """Block lists that the search starts from; strides in elements."""
 
     indices: Tensor
     counts: Tensor
@@ -40,19 +40,19 @@ class Lists(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Row i_row of list i_list, a query block: its queries, which count the keys before end (the
-    last query) and from num_sink on, and the admissible blocks of keys."""
+    """Query block i_row of list i_list: its queries, which see keys from num_sink up to end (for
+    the last query), and the range of admissible key blocks."""
 
-    i_request: Any  # of the lists
+    i_request: Any  # request of the lists
     i_list: Any
     i_row: Any
     i_b: Any
-    q_start: Any  # row of the first query of the request
+    q_start: Any  # row of the request's first query
     k_start: Any
-    queries: Any  # of the request
-    last: Any  # query of the block
-    columns: Any  # queries that speak for the block, of all heads
-    rows: Any  # of a head
+    queries: Any  # queries of the request
+    last: Any  # last query of the block
+    columns: Any  # sampled queries of the block, over all heads
+    rows: Any  # sampled queries per head
     length: Any
     end: Any
     first: Any
@@ -60,7 +60,8 @@ class Block(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """int32, or None: queries and keys of requests, and where packed ones begin."""
+    """int32 tensors, or None: query and key lengths of requests, and cumulative lengths if
+    packed."""
 
     seqlens_q: Any
     seqlens_k: Any
@@ -69,17 +70,17 @@ class Ends(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What the search is about."""
+    """Parameters of the search."""
 
-    queries: Any  # of a request; packed: of all
+    queries: Any  # per request; packed: total
     block_q: Any
     stride_q: Any
     block_k: Any
     wanted: Any
     num_sink: Any
     num_recent: Any
-    group: Any  # query heads of a list
-    shared: Any  # lists of a key head
+    group: Any  # query heads per list
+    shared: Any  # lists per KV head
     restart_span: Any
 
 
@@ -93,7 +94,7 @@ def larger(a, b):
 
 @triton.jit
 def end_of(sizes, length, queries, o_query, CAUSAL: tl.constexpr):
-    """A query counts no key from here on."""
+    """Number of keys visible to a query: a prefix."""
     o_end = length - sizes.num_recent + o_query * 0
     if CAUSAL:
         o_end += o_query - queries + 1
@@ -102,7 +103,7 @@ def end_of(sizes, length, queries, o_query, CAUSAL: tl.constexpr):
 
 @triton.jit
 def find_sequence(cu_seqlens_q, batch, tokens, block_q, i_row):
-    """The last sequence whose query blocks begin at row i_row or before it."""
+    """Last sequence whose query blocks begin at or before row i_row."""
     low = i_row * 0
     high = low + batch
     while high - low > 1:
@@ -150,7 +151,8 @@ def block_of(sizes, ends, key_count, batch, lists, blocks, CAUSAL: tl.constexpr)
 def score_halves(q, keys, memory, block, sizes, count, REPRESENTATIVE: tl.constexpr,
                  CAUSAL: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Of the first `count` halves that are to be done: BLOCK_N at a time, BLOCK_T keys of each."""
+    """Scores the first `count` halves of the todo list, BLOCK_N at a time and BLOCK_T keys per
+    step."""
     o_bt = tl.arange(0, BLOCK_N * BLOCK_T)
     for i_n in range(0, count, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
@@ -179,10 +181,12 @@ def score_halves(q, keys, memory, block, sizes, count, REPRESENTATIVE: tl.conste
                     b_q = tl.load(q.data + o_q[:, None] + o_d[None, :], mask=m_q, other=0.0)
                     b_k, _ = load_keys(keys, block.i_b, block.i_list // sizes.shared,
                                        block.k_start + o_t, m_t, o_d, o_d < DIM)  # fmt: skip
+                    # S = Q K^T
                     b_z += dot(b_q, tl.trans(b_k))
                 o_end = end_of(sizes, block.length, block.queries, o_query, CAUSAL)
                 m_z = m_m[:, None] & m_t[None, :] & (o_t[None, :] < o_end[:, None])
                 b_z = tl.where(m_z & (b_z == b_z), b_z, -INF)
+                # max over queries and keys of each half
                 b_tile = tl.reshape(tl.max(b_z, 0), [BLOCK_N, BLOCK_T])
                 b_most = tl.maximum(b_most, tl.max(b_tile, 1))
         p_score = memory.half_score + tl.load(memory.todo + o_n, mask=o_n < count, other=0)
@@ -203,14 +207,14 @@ def start_nodes(memory, block, wanted, NODES: tl.constexpr):
 
 @triton.jit
 def groups_of(p_list, block, o_i, count, span):
-    """Groups of the ids of a list, -1 for those that are not admissible."""
+    """Groups of the ids of a list; -1 if not admissible."""
     b_id = tl.load(p_list + o_i, mask=(o_i >= 0) & (o_i < count), other=-1)
     return tl.where((b_id >= block.first) & (b_id < block.until), b_id // span, -1)
 
 
 @triton.jit
 def list_nodes(memory, lists, block, sizes, NODES: tl.constexpr):
-    """The nodes of a list. An id begins one if its group comes behind those of all before it."""
+    """Builds nodes from a list. An id begins a node if its group exceeds all earlier groups."""
     i_list = block.i_list.to(tl.int64)
     i_row = block.i_row.to(tl.int64)
     p_list = lists.indices + block.i_request * lists.indices_batch + i_list * lists.indices_head
@@ -349,12 +353,12 @@ def hip_block_select(
     indices = q.new_empty((*rows, wanted), dtype=torch.int32)
     counts = q.new_empty(rows, dtype=torch.int32)
     programs = counts.numel()
-    if heads == 0 or batch == 0:  # nothing speaks for a list
+    if heads == 0 or batch == 0:  # no query heads vote for a list
         return indices.fill_(-1), counts.zero_()
     if programs == 0:
         return indices, counts
     sizes = key_sizes(k, block_table) if cu_seqlens_k is None else (len(k), 0, 1, 0)
-    most = sizes[0] + 1  # as good as any larger number of keys
+    most = sizes[0] + 1  # larger numbers of keys are equivalent
     start = None
     if start_indices is not None and start_counts is not None:
         start = Lists(start_indices, start_counts, *_strides(start_indices[..., 0]),
@@ -379,5 +383,5 @@ def hip_block_select(
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:
-    """Of [B, x, y]; of a packed [x, y] 0 for B."""
+    """Strides of [B, x, y], or of packed [x, y] with 0 for B."""
     return (0,) * (3 - t.dim()) + t.stride()

@@ -1,5 +1,5 @@
-"""The nodes of a search of hip_block_select: halves, and the best of them, which go through memory
-of the program where they change places."""
+"""Nodes of a hip_block_select search: halving, and selection of the best halves. They are exchanged
+between threads through per-program memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BINS = tl.constexpr(256)
 
 
 class Memory(NamedTuple):
-    """Of one program: nodes that were kept, their halves, halves without a score."""
+    """Memory of one program: kept nodes, their halves, and the list of halves without a score."""
 
     kept_begin: Any
     kept_end: Any
@@ -45,7 +45,7 @@ def memory_of(places, values, NODES: tl.constexpr):
 
 @triton.jit
 def bar_of(b_key, m_key, wanted):
-    """The wanted-th key, by digits, and how many of its equals are wanted."""
+    """Radix select: the wanted-th largest key, and the number of its ties to keep."""
     bar = tl.zeros([], tl.uint32)
     o_bin = tl.arange(0, BINS)
     for DIGIT in tl.static_range(4):
@@ -64,7 +64,8 @@ def bar_of(b_key, m_key, wanted):
 
 @triton.jit
 def keep_best(memory, count, wanted, NODES: tl.constexpr):
-    """The best of `count` halves, in order; of equal ones the lower blocks. Returns how many."""
+    """Keeps the `wanted` best of `count` halves, in order; ties go to the lower block. Returns the
+    number kept."""
     o_half = tl.arange(0, 2 * NODES)
     m_half = o_half < count
     b_score = tl.load(memory.half_score + o_half, mask=m_half, other=0.0)
@@ -89,8 +90,8 @@ def keep_best(memory, count, wanted, NODES: tl.constexpr):
 
 @triton.jit
 def halve(memory, count, REPRESENTATIVE: tl.constexpr, NODES: tl.constexpr):
-    """Kept nodes to their halves; a half with the representative of its node has its score. Returns
-    how many there are, and how many have none."""
+    """Splits kept nodes into halves. A half that shares the representative of its node inherits its
+    score. Returns the number of halves, and of halves without a score."""
     o_node = tl.arange(0, NODES)
     m_node = o_node < count
     b_begin = tl.load(memory.kept_begin + o_node, mask=m_node, other=0)
@@ -132,7 +133,7 @@ def largest_of(memory, count, NODES: tl.constexpr):
 
 @triton.jit
 def add_blocks(memory, kept, first, more, NODES: tl.constexpr):
-    """Kept blocks, then `more` new ones from `first` on."""
+    """Kept blocks followed by `more` new blocks from `first` on, all as halves."""
     o_node = tl.arange(0, NODES)
     m_kept = o_node < kept
     b_begin = tl.load(memory.kept_begin + o_node, mask=m_kept, other=0)

@@ -1,6 +1,5 @@
 """indexer_topk_select: scores of a stripe of queries, from which topk_select takes the lists. A
-program has all heads of one query and a tile of keys; queries that share the tile follow each
-other."""
+program owns all heads of one query and a tile of keys; consecutive programs share the key tile."""
 
 from __future__ import annotations
 
@@ -14,18 +13,18 @@ from ..float8 import float8_values
 from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys
 from .topk_select import topk_select
 
-TILE_BYTES = 256  # of a column of keys: with more, float32 kernels spill
-PIECE_BYTES = 128  # of a row
-SPARE_SCORES = 8192  # of a query in memory, beside topk
-LEAST_ROWS = 64  # of a stripe
-MOST_SCORES = 2**26  # of a stripe: 256 MB
+TILE_BYTES = 256  # one key column of a tile; larger float32 tiles spill
+PIECE_BYTES = 128  # bytes of a row per step
+SPARE_SCORES = 8192  # scores per query in memory, in addition to topk
+LEAST_ROWS = 64  # min rows of a stripe
+MOST_SCORES = 2**26  # max scores of a stripe: 256 MB
 FAR = 2**31 - 1
 SIZES = ["first", "rows", "tokens", "queries", "batch", "halvings", "num_sink", "num_recent", "ld"]
 
 
 @triton.jit
 def packed_span(ends, i_b, rows):
-    """Start and length of a sequence. Ends outside the rows are cut."""
+    """Start and length of a sequence, clamped to the rows."""
     start = tl.minimum(tl.maximum(tl.load(ends + i_b), 0), rows).to(tl.int64)
     end = tl.minimum(tl.maximum(tl.load(ends + i_b + 1), 0), rows).to(tl.int64)
     return start, tl.maximum(end - start, 0)
@@ -65,8 +64,8 @@ def score_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Writes how many keys of a row count, and of these -inf for what the list is to leave out:
-    sink keys, and keys whose page is not there."""
+    """Stores the number of visible keys of a row and their scores, -inf for keys that are never
+    listed: sink keys, and keys of a missing page."""
     keys = KeyRows(k.data, k.batch, k.seq, k.head, key_count, table, table_stride, page_size, pages)
     i = tl.program_id(0)
     i_row = (i % rows).to(tl.int64)
@@ -114,6 +113,7 @@ def score_kernel(
             b_k, m_there = load_keys(keys, i_b, 0, key_start + o_n, m_n, o_d, m_d)
             if FLOAT8:
                 b_k = float8_values(b_k).to(b_q.dtype)
+            # S = Q K^T
             b_z += dot(b_q, tl.trans(b_k))
         if k_scale is not None:
             scales = KeyRows(k_scale.data, k_scale.batch, k_scale.seq, k_scale.head, key_count,
@@ -121,18 +121,19 @@ def score_kernel(
             o_one = tl.arange(0, 1)
             b_scale, _ = load_keys(scales, i_b, 0, key_start + o_n, m_n, o_one, o_one == 0)
             b_scale = tl.reshape(b_scale, [BLOCK_N])
-            b_z *= (b_scale + (b_scale - b_scale))[None, :]  # NaN if it is not finite
+            b_z *= (b_scale + (b_scale - b_scale))[None, :]  # NaN if the scale is not finite
         if RELU:
             b_z = tl.maximum(b_z, 0.0, propagate_nan=tl.PropagateNan.ALL)
         p_w = weights.data + i_b * weights.batch + o_query * weights.seq + o_h
         b_w = tl.load(p_w, mask=m_h, other=0.0).to(tl.float32)
+        # score = sum over heads of w_h act(S_h)
         b_s = tl.sum(tl.where(m_h[:, None], b_w[:, None] * b_z, 0.0), 0)
         m_n = m_there
     tl.store(out + i_row * ld + o_n, tl.where(m_n, b_s, -INF), mask=o_n < end)
 
 
 def _scale_rows(k_scale: Tensor | None, k: Tensor) -> Rows | None:
-    """Of the keys; strides of 0 if they share a scale."""
+    """Scales as Rows; strides are 0 if all keys share one scale."""
     if k_scale is None:
         return None
     if k_scale.shape != k.shape[:-1]:

@@ -1,4 +1,4 @@
-"""Where the keys of a request lie, packed or in pages."""
+"""Addressing of a request's keys, dense or paged."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Arguments that come from key_sizes: by their values no kernel is specialised.
+# Arguments from key_sizes, excluded from specialization.
 KEY_SIZES = ["key_count", "table_stride", "page_size", "pages"]
 
 
 class KeyRows(NamedTuple):
-    """Keys [B, S, H, D], or with a table of pages [pages, page_size, H, D]; strides in elements.
-    Kernels put it together: the fields of a tuple that they are given are specialised."""
+    """Keys [B, S, H, D], or with a block_table pages [pages, page_size, H, D]; strides in elements.
+    Kernels construct it, because fields of a tuple argument would be specialized."""
 
     data: Any
     batch: Any
     seq: Any
     head: Any
-    rows: Any  # of a request
-    table: Any  # [B, P]; None: no pages
+    rows: Any  # rows per request
+    table: Any  # block_table [B, P]; None: dense
     table_stride: Any
     page_size: Any
     pages: Any
@@ -39,7 +39,7 @@ def key_sizes(k: Tensor, block_table: Tensor | None) -> tuple[int, int, int, int
 
 @triton.jit
 def length_of(lengths, i_b, rows):
-    """Clamped to the rows that there are."""
+    """Length of request i_b, clamped to the existing rows."""
     length = tl.zeros([], tl.int64) + rows
     if lengths is not None:
         length = tl.minimum(length, tl.maximum(tl.load(lengths + i_b).to(tl.int64), 0))
@@ -48,15 +48,15 @@ def length_of(lengths, i_b, rows):
 
 @triton.jit
 def moved(keys, offset):
-    """Rows that begin `offset` elements later."""
+    """Keys whose base pointer is shifted by `offset` elements."""
     return KeyRows(keys.data + offset, keys.batch, keys.seq, keys.head, keys.rows, keys.table,
                    keys.table_stride, keys.page_size, keys.pages)  # fmt: skip
 
 
 @triton.jit
 def load_keys(keys, i_b, i_h, o_t, m_t, o_d, m_d):
-    """Rows o_t of a head, 0 where masked or where the page is not there; and the mask of the rows
-    that are there."""
+    """Rows o_t of a head, 0 where masked or where the page is missing, and the mask of existing
+    rows."""
     o_t = o_t.to(tl.int64)
     if keys.table is not None:
         p_page = keys.table + i_b * keys.table_stride + o_t // keys.page_size
@@ -74,8 +74,8 @@ def load_keys(keys, i_b, i_h, o_t, m_t, o_d, m_d):
 
 @triton.jit
 def load_scales(scale, keys, i_b, i_h, o_t, m_t):
-    """Of rows o_t of a head: scale lies as keys do, [P, page size, H] with strides that may be 0.
-    1 where masked or where the page is not there."""
+    """Scales of rows o_t of a head, laid out as the keys: [P, page_size, H] with strides that may
+    be 0. 1 where masked or where the page is missing."""
     o_t = o_t.to(tl.int64)
     i_page = i_b
     o_row = o_t

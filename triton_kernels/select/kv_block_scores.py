@@ -1,5 +1,5 @@
-"""kv_block_scores: a program has rows of queries and whole blocks of keys, and loops over what is
-reduced: tokens of a block, queries of a row, heads of a group."""
+"""kv_block_scores: a program owns score rows and whole key blocks, and loops over the reduced
+dimensions: tokens of a block, queries of a row, heads of a GQA group."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..dense.kv_cache import held, numbers, scale_of, scaled
 from .block_pool_keys import block_pool_keys
 from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys, load_scales, moved
 
-BLOCK_M = 16  # score rows of a program
-TILE_ROWS = 64  # of keys, of a product
-PIECE_BYTES = 128  # of a row
-REGISTERS = 200  # left to itself, ptxas takes 128 and spills
+BLOCK_M = 16  # score rows per program
+TILE_ROWS = 64  # keys per product
+PIECE_BYTES = 128  # bytes of a row per step
+REGISTERS = 200  # by default ptxas takes 128 and spills
 VOTE_TILE = 512
 
 
 class Seen(NamedTuple):
-    """What decides which tokens a query sees."""
+    """Parameters that decide which tokens a query sees."""
 
     queries: Any
     block_q: Any
@@ -48,7 +48,7 @@ SIZES = [
 
 @triton.jit
 def either_max(a, b):
-    """The larger, NaN if one is."""
+    """Maximum that propagates NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -59,7 +59,7 @@ def last_query(seen, o_row):
 
 @triton.jit
 def seen_end(seen, length, o_query, CAUSAL: tl.constexpr):
-    """Rows of keys before which a query sees them."""
+    """Number of key rows visible to a query, 0 if only sink keys are."""
     end = length - seen.num_recent
     if CAUSAL:
         end = end + o_query - seen.queries + 1
@@ -79,8 +79,8 @@ def load_queries(q, i_b, o_h, o_i, m_i, o_d, m_d):
 @triton.jit
 def tile_scores(q, keys, k_half, k_scale, pieces, i_b, i_kh, o_h, o_i, m_i, o_t, m_t, scale,
                 BOXES: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """z of a tile, and the rows that are boxes without keys. A row of keys, or both of a box,
-    consists of pieces of BLOCK_D columns."""
+    """Scores z of a tile, and a mask of empty boxes. A key row, or the low and high row of a box,
+    is loaded in pieces of BLOCK_D columns."""
     of_half: tl.constexpr = (DIM + BLOCK_D - 1) // BLOCK_D
     b_z = tl.zeros([o_i.shape[0], o_t.shape[0]], tl.float32)
     for piece in range(pieces):
@@ -92,6 +92,7 @@ def tile_scores(q, keys, k_half, k_scale, pieces, i_b, i_kh, o_h, o_i, m_i, o_t,
             b_x = b_q.to(tl.float32)
             m_other = tl.where(half == 0, b_x, -b_x) > 0
             b_q = tl.where(m_other, tl.zeros_like(b_q), b_q)
+        # S = Q K^T; box: positive elements of q meet the high row, others the low row
         b_z += dot(b_q, tl.trans(numbers(b_k, b_q.dtype)))
     if k_scale is not None:
         b_z = scaled(b_z, load_scales(k_scale, keys, i_b, i_kh, o_t, m_t))
@@ -145,8 +146,8 @@ def score_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """BLOCK_N blocks of keys, BLOCK_T rows of each at a time. A score row m is row m // GROUP of
-    head m % GROUP, or if GROUPED row m of all heads."""
+    """Scores of BLOCK_N key blocks, BLOCK_T rows of each per step. Score row m is row m // GROUP of
+    head m % GROUP, or row m of all heads if GROUPED."""
     keys = KeyRows(k.data, k.batch, k.seq, k.head, key_count, table, table_stride, page_size, pages)
     seen = Seen(queries, block_q, row_tokens, num_sink, num_recent)
     i = tl.program_id(0)
@@ -238,6 +239,7 @@ def vote_kernel(
     for h in range(heads):
         i_z = (i_b * heads + h) * rows + i_row
         b_z = tl.load(scores + i_z * blocks + o_n, mask=o_n < blocks, other=-INF)
+        # vote = sum over heads of exp(z - lse)
         b_vote += tl.exp(b_z - tl.load(lse + i_z))
     length = length_of(lengths, i_b, key_count * seen.row_tokens)
     begin = seen.num_sink // seen.row_tokens
@@ -277,7 +279,7 @@ def kv_block_scores(
         q = block_pool_keys(q, block_q, "mean", None, None)
     group = heads // max(kv_heads, 1)
     z = q.new_empty((batch, kv_heads if grouped else heads, rows, blocks), dtype=torch.float32)
-    if heads == 0 and not votes:  # nothing scores the keys
+    if heads == 0 and not votes:  # no query heads score the keys
         return z.fill_(-torch.inf)
     block_d = min(max(triton.next_power_of_2(dim), 16), PIECE_BYTES // q.element_size())
     pieces = triton.cdiv(dim, block_d) * (2 if scoring == "minmax" else 1)

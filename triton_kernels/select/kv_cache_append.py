@@ -1,6 +1,6 @@
-"""Writes rows of new keys, values and queries, rotated and in the dtype of where they go. A program
-owns a token and a few heads. Products, sums and quotients are rounded one by one, as on every
-backend: what float8 rounds then has the same bits everywhere."""
+"""Writes rows of new keys, values and queries, after rotary embedding and in the dtype of the
+destination. A program owns a token and a few heads. Products, sums and quotients are rounded one by
+one, as on every backend, so that float8 rounding gives identical bits everywhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..float8 import float8_codes
 LARGEST = tl.constexpr(448.0)
 LEAST_SCALE = tl.constexpr(2.0**-126)
 
-# By which no kernel is specialised: a new length compiles nothing.
+# Arguments excluded from specialization: a new length does not recompile.
 SIZES = [
     "slots_stride", "pages", "page_size", "heads", "positions_stride", "table", "scale_page",
     "scale_row", "scale_head",
@@ -25,7 +25,7 @@ SIZES = [
 
 
 class Rope(NamedTuple):
-    """Tables [table, pairs], of which each token takes a row."""
+    """Rotary tables [table, pairs]; each token takes one row."""
 
     cos: Tensor
     sin: Tensor
@@ -59,12 +59,12 @@ def append_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """slots None: a row goes where it comes from in a tensor [T, heads, DIM]. A scale is read for
-    each head, a token_scale is written at its page, row and head."""
+    """slots None: row t of a tensor [T, heads, DIM] is written in place of row t. scale is loaded
+    per head; token_scale is stored at the page, row and head of the token."""
     i_t = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     o_d = tl.arange(0, BLOCK_D)
-    there = heads  # heads that are written
+    there = heads  # number of heads that are written
     o_place = i_t * cache.seq
     o_scale = i_t - i_t
     if slots is not None:
@@ -98,7 +98,7 @@ def append_kernel(
         m_other = m_h[:, None] & m_pair[None, :]
         b_other = tl.load(p_row + o_other[None, :], mask=m_other, other=0.0).to(tl.float32)
         b_wide = b_x.to(tl.float32)
-        # x cos - y sin is x cos + (-sin) y to the bit.
+        # x cos - y sin equals x cos + (-sin) y bit for bit.
         b_side = tl.where(m_first, -b_sin, b_sin)[None, :] * b_other
         b_turned = b_wide * b_cos[None, :] + b_side
         b_x = rounded(tl.where(m_pair[None, :], b_turned, b_wide), tl.float32)
@@ -180,7 +180,7 @@ def _launch(
     block_h = min(triton.next_power_of_2(heads), max(4096 // block_d, 1))
     rows = Rows(new, 0, new.stride(0), new.stride(1))
     with torch.cuda.device_of(new):
-        # Without fusion: a product is rounded before it is added to.
+        # No FMA contraction: each product is rounded before the addition.
         append_kernel[(tokens, triton.cdiv(heads, block_h))](
             rows, to, *places, heads, *turns, *scales, DIM=dim, PAIRS=pairs,
             OFFSET=offset, INTERLEAVED=interleaved, FLOAT8=float8, BLOCK_H=block_h,

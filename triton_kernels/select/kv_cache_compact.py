@@ -1,6 +1,6 @@
-"""Moves kept tokens of a cache to lower slots. One program owns one head of one request, and takes
-its tokens in order: a chunk is read, then written. Later chunks read from slots behind those that
-are written."""
+"""Compacts kept tokens of a cache into lower slots. One program owns one head of one request and
+moves its tokens in order: a chunk is loaded, then stored. Later chunks load from higher slots than
+those already stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .attention_column_scores import clamped
 TURN = tl.constexpr(6.283185307179586)
 
 
-# By which no kernel is specialised: a new length compiles nothing.
+# Arguments excluded from specialization: a new length does not recompile.
 SIZES = [
     "keep_batch", "keep_head", "counts_batch", "counts_head", "entries", "table_stride",
     "page_count", "page_size", "capacity", "heads", "pairs",
@@ -25,7 +25,7 @@ SIZES = [
 
 
 class Lists(NamedTuple):
-    """What is kept of one head of one request."""
+    """Kept tokens of one head of one request."""
 
     keep: Any
     count: Any
@@ -40,8 +40,8 @@ def list_of(keep, counts, keep_batch, keep_head, counts_batch, counts_head, entr
 
 @triton.jit
 def offset_of(rows, table, table_stride, page_count, page_size, i_b, o_t, m_t):
-    """Of tokens in elements, of head 0, and where there is a page. table None: request b has page b
-    alone."""
+    """Element offsets of tokens in head 0, and the mask of tokens whose page exists. table None:
+    request b has only page b."""
     o_page = i_b
     o_row = o_t.to(tl.int64)
     if table is not None:
@@ -54,7 +54,7 @@ def offset_of(rows, table, table_stride, page_count, page_size, i_b, o_t, m_t):
 
 @triton.jit
 def sine_of_turns(b_x):
-    """sin(2 pi x) of |x| <= 1/4, absolute error 1e-8."""
+    """sin(2 pi x) for |x| <= 1/4, absolute error 1e-8."""
     b_z = b_x * TURN
     b_u = b_z * b_z
     b_p = 1.6059044e-10 * b_u - 2.5052108e-8
@@ -67,12 +67,12 @@ def sine_of_turns(b_x):
 
 @triton.jit
 def turned(b_x, b_other, b_sign, b_delta, turns, rest, o_pair, m_pair):
-    """b_x cos + sign b_other sin of each pair's angle. Whole revolutions are taken off what two
-    floats hold, so that far steps keep their digits."""
+    """Rotates by each pair's angle: b_x cos + sign b_other sin. Turns per step are held in two
+    floats and whole revolutions are subtracted, so that large steps keep their precision."""
     b_turns = tl.load(turns + o_pair, mask=m_pair, other=0.0)[None, :]
     b_rest = tl.load(rest + o_pair, mask=m_pair, other=0.0)[None, :]
     b_step = b_delta.to(tl.float32)[:, None]
-    # The product in two parts of 12 bits each is exact.
+    # Split into two parts of 12 bits each, so that the partial products are exact.
     b_high = (b_turns.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
     b_step_high = (b_step.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
     b_step_low = b_step - b_step_high
@@ -85,7 +85,7 @@ def turned(b_x, b_other, b_sign, b_delta, turns, rest, o_pair, m_pair):
     b_cross -= tl.floor(b_cross + 0.5)
     b_angle = b_angle + b_middle + b_cross + (b_step_low * b_low + b_step * b_rest)
     b_angle -= tl.floor(b_angle + 0.5)
-    # Not tl.sin, whose path for large arguments takes a stack.
+    # tl.sin is avoided: its path for large arguments uses local memory.
     b_size = tl.abs(b_angle)
     b_sine = sine_of_turns(tl.minimum(b_size, 0.5 - b_size))
     b_sine = tl.where(b_angle < 0.0, -b_sine, b_sine)
@@ -150,7 +150,7 @@ def move_kernel(
             b_wide = b_x.to(tl.float32)
             b_turned = turned(b_wide, b_other, b_sign, o_to - o_from, turns, rest, o_pair, m_pair)
             b_x = rounded(tl.where(m_pair[None, :], b_turned, b_wide), b_x.dtype)
-        tl.debug_barrier()  # warps write where others read
+        tl.debug_barrier()  # all warps have loaded before any of them stores
         tl.store(p_head + o_target[:, None] + o_d[None, :], b_x, mask=m_x)
 
 
@@ -177,7 +177,7 @@ def sum_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sums over the tokens that no list names."""
+    """Sums over the tokens that are not in the list."""
     i_h = (tl.program_id(0) % heads).to(tl.int64)
     i_b = (tl.program_id(0) // heads).to(tl.int64)
     lists = list_of(
@@ -189,7 +189,8 @@ def sum_kernel(
     number = 0
     for first in range(0, length, BLOCK_T):
         o_t = first + tl.arange(0, BLOCK_T)
-        # How many entries are below, by halving: the entry there names the token, or none does.
+        # Binary search for the number of smaller entries: the token is listed if the entry there
+        # equals it.
         o_low = tl.zeros([BLOCK_T], tl.int32)
         o_high = o_low + lists.count
         for _ in range(31):

@@ -14,7 +14,7 @@ TILE = 1024
 
 @triton.jit
 def sum_tokens(rows, i_b, o_h, o_d, m_i, tokens):
-    """The length of a vector does not matter to the cosine."""
+    """Sum over tokens; the cosine is invariant to vector length."""
     b_sum = tl.zeros(o_h.shape, tl.float32)
     o_i = i_b * rows.batch + o_h * rows.head + o_d
     for t in range(tokens):
@@ -38,6 +38,7 @@ def gate_kernel(q, q_ref, out, threshold, tokens, tokens_ref, elements, DIM: tl.
         b_dot += b_x * b_y
         b_norm += b_x * b_x
         b_norm_ref += b_y * b_y
+    # cosine = q.q_ref / (|q| |q_ref|)
     length = tl.sqrt(tl.sum(b_norm, 0)) * tl.sqrt(tl.sum(b_norm_ref, 0))
     tl.store(out + i_b, tl.sum(b_dot, 0) / length >= threshold)
 

@@ -1,6 +1,6 @@
-"""topk_select: the k-th key of a row by four digits of 8 bits, then its positions in order.
+"""topk_select: radix select of the k-th key of a row in four 8-bit digits, then positions in order.
 
-Keys are unsigned integers in the order of the scores; 0 is never selected.
+Keys are unsigned integers ordered as the scores; key 0 is never selected.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ..common import INF, launch
 
 TILE = 2048
 BINS = tl.constexpr(256)
-# A new size compiles nothing.
+# Arguments excluded from specialization.
 SIZES = ["stride", "columns", "k", "force_first", "force_last"]
 
 
 class Windows(NamedTuple):
-    """Where the rows of scores [R, n] are searched. Positions count from the start."""
+    """Search window in each row of scores [R, n]. Positions are relative to its start."""
 
     data: Tensor
     lengths: Tensor | None
@@ -30,7 +30,7 @@ class Windows(NamedTuple):
 
 @triton.jit
 def window_of(rows, i_r, stride, columns):
-    """Pointer to position 0, and how many positions there are."""
+    """Pointer to position 0, and number of positions."""
     i_start = tl.zeros([], tl.int64)
     if rows.starts is not None:
         i_start = tl.minimum(tl.maximum(tl.load(rows.starts + i_r).to(tl.int64), 0), columns)
@@ -51,7 +51,7 @@ def keys_of(p_row, o_i, m_i):
 
 @triton.jit
 def digit_counts(p_row, begin, end, prefix, DIGIT: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the keys whose digits before this one are the prefix."""
+    """Histogram of digit DIGIT over the keys that share the prefix."""
     b_bins = tl.zeros([BINS], tl.int32)
     for i_tile in range(begin, end, BLOCK):
         o_i = i_tile + tl.arange(0, BLOCK)
@@ -90,14 +90,14 @@ def select_kernel(
         b_bins = digit_counts(p_row, begin, end, threshold, DIGIT, BLOCK)
         b_through = tl.cumsum(b_bins, 0)
         total = tl.sum(b_bins, 0)
-        wanted = tl.minimum(wanted, total)  # fewer than wanted: all
+        wanted = tl.minimum(wanted, total)  # take all if there are fewer than wanted
         b_above = total - b_through
         m_bin = (b_above < wanted) & (wanted <= b_above + b_bins)
         digit = tl.sum(tl.where(m_bin, o_bin, 0), 0)
         equal = tl.sum(tl.where(m_bin, b_bins, 0), 0)
         wanted -= tl.sum(tl.where(m_bin, b_above, 0), 0)
         threshold = (threshold << 8) | digit.to(tl.uint32)
-    if equal == 0:  # nothing is wanted, or there is nothing: no key is above this
+    if equal == 0:  # nothing wanted or nothing found: no key exceeds this threshold
         threshold = tl.full([], 0xFFFFFFFF, tl.uint32)
 
     p_out = indices + i_r * k
@@ -148,7 +148,7 @@ def beside_kernel(
     total,
     BLOCK: tl.constexpr,
 ):
-    """Scores and physical positions of the positions."""
+    """Scores and physical slots of the selected positions."""
     o_all = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_all = o_all < total
     o_r = tl.minimum(o_all, total - 1) // k
@@ -220,14 +220,14 @@ def topk_select(
 def _order_by_score(
     scores: Tensor, row_starts: Tensor | None, indices: Tensor, tie_high: bool
 ) -> None:
-    """In place. The positions come in ascending order, and the sort is stable."""
+    """Sorts in place by score. The positions are ascending and the sort is stable."""
     columns = scores.shape[1]
     if columns == 0:
         return
     found = indices.long()
     start = 0 if row_starts is None else row_starts.long().clamp(0, columns)[:, None]
     score = scores.gather(1, (found.clamp(min=0) + start).clamp(max=columns - 1)).float()
-    # Scores of -inf and NaN were forced; they come last, before the places that are empty.
+    # Forced positions with a score of -inf or NaN come last, before the empty places.
     score = torch.where(score > -torch.inf, score, -torch.inf)
     if tie_high:
         found, score = found.flip(1), score.flip(1)
