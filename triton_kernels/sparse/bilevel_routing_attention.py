@@ -1,5 +1,5 @@
-"""bilevel_routing_attention: one program owns a tile of the queries of a region, and of the heads
-that share its list and keys, and streams past them the pixels of the listed regions.
+"""bilevel_routing_attention: one program owns a tile of queries of a region, for the query heads
+that share a list and keys, and streams over the pixels of the listed regions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..dense.attention import Plan, Tiles
 from .listed import LARGE_SPARSE_PLANS, LIST_SIZES, SPARSE_PLANS, Listed, Statistics, attend
 from .regions import divisor, grid_of, logit_of_pads, pixel_keys, pixel_tile
 
-# As those of block_sparse_attention: where pixels lie takes registers.
+# Smaller tiles than block_sparse_attention: pixel addressing takes registers.
 WIDE_PLAN = SPARSE_PLANS[2, 256]._replace(forward=Tiles(64, 16, 8, 2))
 REGION_PLANS = SPARSE_PLANS | {(2, 256): WIDE_PLAN}
 LARGE_REGION_PLANS = LARGE_SPARSE_PLANS | {
@@ -27,7 +27,7 @@ LARGE_REGION_PLANS = LARGE_SPARSE_PLANS | {
     ),
     (4, 128): LARGE_SPARSE_PLANS[4, 128]._replace(queries=Tiles(16, 16, 8, 1)),
 }
-# A new map, or another size of regions, compiles nothing.
+# Arguments excluded from specialization: a new map or region size does not recompile.
 SIZES = [*LIST_SIZES, "q_height", "q_width", "q_region_height", "q_region_width", "k_height"]
 SIZES += ["k_width", "k_region_height", "k_region_width", "by_q_pixels", "by_q_width"]
 SIZES += ["by_k_pixels", "by_k_width", "by_columns"]
@@ -96,7 +96,7 @@ def bilevel_routing_kernel(
 
 
 class Call(NamedTuple):
-    """The lowered list, and what the kernels take from it."""
+    """The lowered arguments of a call, and the kernel arguments derived from them."""
 
     q: Tensor
     k: Tensor
@@ -116,8 +116,8 @@ class Call(NamedTuple):
         return Listed(*self[:5], queries, keys, self.indices.shape[2])
 
     def plan(self) -> Plan:
-        """A warp for 16 rows, where its registers hold them: it sums them without waiting for
-        others, and small regions make many programs."""
+        """One warp per 16 rows if its registers hold them: its row reductions need no other warp,
+        and small regions give many programs."""
         listed = self.listed
         plan = listed.plan(REGION_PLANS, LARGE_REGION_PLANS)
         width = max(self.q.shape[4], self.v.shape[4])
@@ -130,11 +130,11 @@ class Call(NamedTuple):
         )
         keys = plan.keys
         if listed.factor(keys) > 1:
-            keys = keys._replace(block_m=16)  # bits of several regions take registers
+            keys = keys._replace(block_m=16)  # list bits of several regions take registers
         return Plan(forward, queries, keys)
 
     def arguments(self) -> tuple[Any, ...]:
-        """What every kernel takes, from q_height to shared."""
+        """Arguments common to all kernels, from q_height to shared."""
         return (
             *self.q.shape[1:3],
             self.region_y,
@@ -154,7 +154,7 @@ class Call(NamedTuple):
 
 
 def map_rows(t: Tensor) -> Rows:
-    """Of a map [B, Y, X, H, D]."""
+    """Rows view of a map [B, Y, X, H, D]."""
     batch, line, seq, head = t.stride()[:4]
     return Rows(t, batch, seq, head, line)
 

@@ -1,6 +1,6 @@
 """Gradients of bilevel_routing_attention, without atomics: one kernel owns the queries of a region
-and walks along its list, one the keys of a region, or of several small ones, and walks along the
-transposed lists.
+and iterates over its list; one owns the keys of one region, or of several small regions, and
+iterates over the transposed lists.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def bilevel_routing_queries_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A tile of queries: dq and delta."""
+    """dq and delta of a tile of queries."""
     i_block, i_h, i_b = program(list_rows * tiles, row_heads)
     i_r = i_block // tiles
     queries = grid_of(
@@ -125,8 +125,8 @@ def bilevel_routing_keys_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """dk and dv of a tile of keys, summed over the query heads that read it. Tiles are cut from
-    factor regions together."""
+    """dk and dv of a tile of keys, summed over the query heads that read it. A tile is cut from the
+    concatenated pixels of `factor` regions."""
     i_block, i_kv, i_b = program(wide * tiles, row_heads // shared)
     i_wide = i_block // tiles
     keys = grid_of(

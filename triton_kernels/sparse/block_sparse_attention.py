@@ -1,8 +1,7 @@
-"""block_sparse_attention: one program owns a tile of the queries that share a list and streams past
-them the keys of the list, gathered into full tiles between the first and the last keys.
-
-Row m of a tile is query m // group of head m % group: the query heads that share list and keys lie
-together.
+"""block_sparse_attention: one program owns a tile of queries that share a list and streams over the
+sink keys, the listed keys gathered into full tiles, and the recent keys.
+Row m of a tile is query m // group of head m % group: query heads that share list and keys are
+adjacent.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from .block_sparse_latent import latent_attention
 from .blocks import key_walk, query_tile, request_of, rows_from
 from .listed import LIST_SIZES, Listed, Pages, Statistics, attend
 
-# A new length compiles nothing.
+# Arguments excluded from specialization: a new length does not recompile.
 SIZES = [*LIST_SIZES, "halvings", "num_sink", "num_recent", "seqlen_q", "seqlen_k"]
 PAGE_SIZES = ["table_stride", "page_count", "page_size", "requests"]
 
@@ -73,7 +72,8 @@ def block_sparse_kernel(
     BLOCK_V: tl.constexpr,
 ):
     i_block, i_h, i_b = program(list_rows * tiles, row_heads)
-    # The last queries see most keys under a causal mask: longest programs first.
+    # Reversed block order: under a causal mask the last queries have most keys, so they start
+    # first.
     i_block = list_rows * tiles - 1 - i_block
     i_r = i_block // tiles
     x = request_of(
@@ -108,7 +108,7 @@ def block_sparse_kernel(
 
 
 class Call(NamedTuple):
-    """The lowered list, and what the kernels take from it."""
+    """The lowered arguments of a call, and the kernel arguments derived from them."""
 
     q: Tensor
     k: Tensor
@@ -137,19 +137,19 @@ class Call(NamedTuple):
 
     @property
     def lists(self) -> tuple[Tensor, Tensor]:
-        """[B, heads, rows, ...]; of packed requests B is 1."""
+        """Lists [B, heads, rows, ...]; B is 1 for packed requests."""
         lists = self.indices, self.counts
         return lists if self.cu_seqlens_q is None else (lists[0][None], lists[1][None])
 
     @property
     def packed(self) -> tuple[Any, ...]:
-        """Where packed requests end, and how many there are."""
+        """cu_seqlens_q, cu_seqlens_k and the number of packed requests."""
         ends = self.cu_seqlens_q
         return ends, self.cu_seqlens_k, 1 if ends is None else len(ends) - 1
 
     @property
     def pages(self) -> tuple[Any, ...]:
-        """The table of pages, its stride, how many pages there are and of how many keys."""
+        """block_table, its stride, number of pages and keys per page."""
         t = self.block_table
         return (None, 0, 0, 1) if t is None else (t, t.stride(0), *self.k.shape[:2])
 
@@ -166,13 +166,13 @@ class Call(NamedTuple):
         )
 
     def key_tiles(self, block_n: int) -> int:
-        """Of a request, or room for those of all packed ones."""
+        """Key tiles per request, or an upper bound over all packed requests."""
         if self.cu_seqlens_k is not None:
             return self.seqlen_k // block_n + len(self.cu_seqlens_k) - 1
         return triton.cdiv(self.seqlen_k, block_n)
 
     def arguments(self) -> tuple[Any, ...]:
-        """What every kernel takes, from num_sink to shared."""
+        """Arguments common to all kernels, from num_sink to shared."""
         seqlen_k = self.seqlen_k
         return (
             min(self.num_sink, seqlen_k),
@@ -199,7 +199,7 @@ def block_sparse_attention(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
     latent = max(call.q.shape[-1], call.v.shape[-1]) > LONG.value
     out = call.q.new_empty((*call.q.shape[:-1], call.v.shape[-1]))
     lse = call.q.new_empty(call.q[..., 0].transpose(-1, -2).shape, dtype=torch.float32)
-    if call.cu_seqlens_q is not None:  # tokens without a request are empty rows
+    if call.cu_seqlens_q is not None:  # tokens outside all requests are empty rows
         out.zero_()
         lse.fill_(-torch.inf)
     if out.numel() == 0 or call.packed[-1] == 0:

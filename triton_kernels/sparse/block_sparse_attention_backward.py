@@ -1,5 +1,5 @@
-"""Gradients of block_sparse_attention, without atomics on floats: one kernel owns the queries and
-walks along their lists, one the keys and walks along the transposed lists.
+"""Gradients of block_sparse_attention, without float atomics: one kernel owns query tiles and
+iterates over their lists, one owns key tiles and iterates over the transposed lists.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ def block_sparse_queries_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A tile of queries: dq and delta."""
+    """dq and delta of a tile of queries."""
     i_block, i_h, i_b = program(list_rows * tiles, row_heads)
-    # The last queries see most keys under a causal mask: longest programs first.
+    # Reversed block order: under a causal mask the last queries have most keys, so they start
+    # first.
     i_block = list_rows * tiles - 1 - i_block
     i_r = i_block // tiles
     x = request_of(
@@ -194,7 +195,7 @@ def block_sparse_attention_backward(
     requests = call.packed[-1] if packed else call.q.shape[0]
     dsink = lse.new_zeros(0 if sink is None else (requests, call.q.shape[-2]))
     delta = torch.empty_like(lse)
-    if packed or out.numel() == 0:  # tokens without a request
+    if packed or out.numel() == 0:  # covers tokens outside all requests
         for t in (dq, dk, dv, delta):
             t.zero_()
     if out.numel() == 0 or requests == 0:
@@ -258,7 +259,7 @@ def block_sparse_attention_backward(
     if sink is not None:
         terms = sink_terms(lse, delta, sink)
         if packed:
-            dsink[:1] = terms.sum(1)  # that of all requests
+            dsink[:1] = terms.sum(1)  # sum over all requests
         else:
             dsink = terms.sum(2)
     return dq, dk, dv, dsink

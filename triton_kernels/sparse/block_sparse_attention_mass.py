@@ -1,5 +1,5 @@
-"""What the entries of the lists of block_sparse_attention got: one program owns keys of one list
-and streams past them the rows that read it, whose scores are computed again.
+"""Attention mass of each list entry of block_sparse_attention: one program owns keys of one list
+and streams over the rows that read it, recomputing their scores.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def block_sparse_mass_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """BLOCK_N keys of a list. largest: of the ids of a list so far. heads: row heads of a list."""
+    """Mass of BLOCK_N keys of a list. largest: running maximum of the list's ids. heads: row heads
+    per list."""
     i_row = tl.program_id(0) // tiles
     i_tile = tl.program_id(0) % tiles
     i_r = i_row % list_rows
@@ -124,11 +125,13 @@ def block_sparse_mass_kernel(
             b_q = load_tile(p_q, tile.m_row, HEAD_DIM, BLOCK_D)
             o_row = statistics_at(statistics, i_b, tile.o_i, tile.o_h)
             b_lse = load_lse(lse + o_row, tile.m_row, head)
+            # S = Q K^T
             b_qk = dot(b_q, tl.trans(b_k))
             b_z = scores(b_qk, tile.o_i[:, None], o_j[None, :], terms, head, None)
             m_seen = tile.m_row[:, None] & m_key[None, :]
             if CAUSAL:
                 m_seen = m_seen & ((o_j + num_recent)[None, :] < tile.b_end[:, None])
+            # mass += column sums of P = exp2(z - lse)
             b_mass += tl.sum(tl.where(m_seen, tl.exp2(b_z - b_lse[:, None]), 0.0), 0)
 
     ENTRIES: tl.constexpr = BLOCK_N // BLOCK_K
@@ -138,7 +141,7 @@ def block_sparse_mass_kernel(
 
 
 def mass_of(call: Any, lse: Tensor) -> Tensor:
-    """[B, heads, rows, K] of the lists, from the lse of the forward."""
+    """Mass [B, heads, rows, K] in the shape of the lists, from the lse of the forward pass."""
     listed = call.listed
     indices, counts = call.lists
     lists, list_rows, entries = indices.shape[1:]

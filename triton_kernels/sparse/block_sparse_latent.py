@@ -1,5 +1,5 @@
-"""block_sparse_attention of latent heads: each query is a request of sparse_decode_attention, whose
-cache ends behind the last key that it sees.
+"""block_sparse_attention of latent heads: each query becomes a request of sparse_decode_attention,
+whose cache ends after the last key that the query sees.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from .sparse_decode_attention import sparse_decode_attention
 
-# Logits of listed keys, which a launch that sums mass leaves in memory.
+# Maximum number of logits of listed keys that one mass-summing launch keeps in memory.
 MOST_LOGITS = 1 << 26
 
 
 class Queries(NamedTuple):
-    """N queries as requests of decode."""
+    """N queries as decode requests."""
 
     q: Tensor  # [N, 1, H, D]
     indices: Tensor  # [N, lists, K]
     counts: Tensor  # [N, lists]
-    ends: Tensor  # [N] int32: behind the last key that each sees
-    requests: Tensor  # [N] int32: whose keys it reads
-    starts: Tensor | None = None  # [N] int32: where these begin among packed ones
+    ends: Tensor  # [N] int32: number of keys visible to each query
+    requests: Tensor  # [N] int32: request whose keys it reads
+    starts: Tensor | None = None  # [N] int32: first key of the request among packed keys
 
     def part(self, rows: slice) -> Queries:
         q, indices, counts, ends, requests, starts = self
@@ -32,8 +32,8 @@ class Queries(NamedTuple):
 
 
 def latent_attention(call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, Sq, H, Dv], lse [B, H, Sq] and mass, in the shape of the lists; packed [T, H, Dv],
-    [H, T]."""
+    """out [B, Sq, H, Dv], lse [B, H, Sq] and mass in the shape of the lists; packed out [T, H, Dv],
+    lse [H, T]."""
     if call.cu_seqlens_q is not None:
         return packed_attention(call)
     batch, seqlen_q, heads = call.q.shape[:3]
@@ -73,7 +73,7 @@ def packed_attention(call: Any) -> tuple[Tensor, Tensor, Tensor]:
         starts, keys = None, lengths_of(call, len(ends) - 1)[requests]
     if call.causal:
         keys = keys - (ends[requests + 1] - 1 - at)
-    rows = at + requests  # of the lists: a request has one more than queries
+    rows = at + requests  # rows of the lists: a request has one more than it has queries
     queries = Queries(
         call.q[:, None],
         call.indices[:, rows].transpose(0, 1),
@@ -96,7 +96,7 @@ def packed_attention(call: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def together(call: Any) -> int:
-    """Queries of a launch that sums mass."""
+    """Queries per launch that sums mass."""
     logits = call.q.shape[-2] * call.indices.shape[-1] * call.block_k
     return max(MOST_LOGITS // max(logits, 1), 1)
 
@@ -104,11 +104,11 @@ def together(call: Any) -> int:
 def attend_in_parts(
     call: Any, queries: Queries, parts: list[slice]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [N, 1, H, Dv], lse [N, H, 1] and mass [N, lists, K]."""
+    """out [N, 1, H, Dv], lse [N, H, 1] and mass [N, lists, K] over all parts."""
     results = [attend(call, queries.part(rows)) for rows in parts]
     out, lse, mass = results[0] if len(results) == 1 else map(torch.cat, zip(*results, strict=True))
     if call.return_mass and call.indices.shape[-3] == 1:
-        mass = mass.sum(1, keepdim=True)  # of a list of all heads, over those of the cache
+        mass = mass.sum(1, keepdim=True)  # sums over KV heads, for a list shared by all heads
     return out, lse, mass
 
 
@@ -125,14 +125,14 @@ def attend(call: Any, queries: Queries) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def lengths_of(call: Any, batch: int) -> Tensor:
-    """[B] int32: keys of each request."""
+    """Number of keys per request, [B] int32."""
     if call.lengths is None:
         return call.counts.new_full((batch,), call.seqlen_k)
     return call.lengths.clamp(0, call.seqlen_k)
 
 
 def ends_of(call: Any) -> Tensor:
-    """[B, Sq] int32: behind the last key that each query sees."""
+    """Number of keys visible to each query, [B, Sq] int32."""
     batch, seqlen_q = call.q.shape[:2]
     ends = lengths_of(call, batch)[:, None].expand(batch, seqlen_q)
     if call.causal:

@@ -1,4 +1,4 @@
-"""Blocks of a sequence: which keys a tile of queries sees, which queries see a tile of keys."""
+"""Iteration over block lists: the keys visible to a query tile, the queries that see a key tile."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ import triton.language as tl
 from ..common import FAR, Rows, lower_bound, span
 from ..select.hip_block_select import find_sequence
 
-NOWHERE = tl.constexpr(FAR)  # for a position
+NOWHERE = tl.constexpr(FAR)  # invalid position
 
 
 class QueryTile(NamedTuple):
-    """Query i sees keys in front of its end."""
+    """Rows of a query tile. Query i sees the keys before b_end."""
 
     o_i: Any
     o_h: Any
     m_row: Any
     b_end: Any
-    first: Any  # query
-    first_end: Any  # of the first query
-    last_end: Any  # of the last one
+    first: Any  # first query
+    first_end: Any  # b_end of the first query
+    last_end: Any  # b_end of the last query
 
 
 class KeyWalk(NamedTuple):
-    """Keys that a tile of queries sees, numbered: first ones, listed ones, last ones."""
+    """Numbering of the keys visible to a query tile: sink keys, listed keys, recent keys."""
 
     p_ids: Any
-    sinks: Any  # first keys; the list begins here
+    sinks: Any  # number of sink keys; the list begins here
     list_end: Any
-    recent: Any  # the last keys begin here: whole tiles
+    recent: Any  # start of the recent keys, a tile boundary
     total: Any
-    full: Any  # all queries see the keys in front of it: whole tiles
-    listed_end: Any  # position behind what any query sees through the list
-    recent_begin: Any  # position of the first of the last keys
+    full: Any  # keys before it are visible to all queries; a tile boundary
+    listed_end: Any  # end of positions that any query sees through the list
+    recent_begin: Any  # position of the first recent key
     num_recent: Any
-    end: Any  # of positions
-    grid: Any = None  # blocks of a map have one
+    end: Any  # end of positions
+    grid: Any = None  # set for blocks of a map
 
 
 @triton.jit
@@ -50,10 +50,10 @@ def length_of(lengths, seqlen_k, i_b):
 
 
 class Request(NamedTuple):
-    """Of packed ones: where its queries and packed keys begin. Otherwise one of a batch."""
+    """Ranges of queries and keys of one request, packed or in a batch."""
 
     i_b: Any
-    i_r: Any  # of its blocks of queries
+    i_r: Any  # block of queries within the request
     q_start: Any
     queries: Any
     k_start: Any
@@ -65,7 +65,8 @@ def request_of(
     ends_q, ends_k, requests, lengths, seqlen_q, seqlen_k, list_rows, i_b, i_r,
     BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """That has row i_r of the lists. A row that no request has is behind all of its queries."""
+    """Request that owns row i_r of the lists. For a row of no request, i_r lies past all of its
+    queries."""
     q_start = i_r - i_r
     queries = seqlen_q
     if ends_q is not None:
@@ -82,15 +83,15 @@ def request_of(
 
 
 class KeyTileRequest(NamedTuple):
-    """Of a tile of keys; where the queries, keys and rows of lists of a packed one begin."""
+    """Request of a key tile: starts of its queries, keys and list rows if packed."""
 
     i_b: Any
-    i_tile: Any  # of its keys
+    i_tile: Any  # key tile within the request
     q_start: Any
     queries: Any
     k_start: Any
-    keys: Any  # rows of k, and
-    length: Any  # how many of them there are
+    keys: Any  # rows of k
+    length: Any  # number of valid keys
     first_row: Any  # None: 0
 
 
@@ -99,8 +100,8 @@ def key_tile_request(
     ends_q, ends_k, requests, lengths, seqlen_q, seqlen_k, i_b, i_tile,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """That has tile i_tile of the keys of batch i_b. A tile that no request has is behind all of
-    its keys. Tiles of packed keys are numbered as rows of lists are."""
+    """Request that owns key tile i_tile of batch i_b. For a tile of no request, i_tile lies past
+    all of its keys. Packed key tiles are numbered like rows of lists."""
     k_start = i_tile - i_tile
     keys = seqlen_k
     if ends_k is not None:
@@ -173,7 +174,7 @@ def key_walk(
     full = tl.maximum(tl.sum(tl.where(o_part == 2, b_at, 0), 0), first)
     last = tl.maximum(tl.sum(tl.where(o_part == 3, b_at, 0), 0), first)
 
-    # If it is listed, all of the block in which the first keys end is one of them.
+    # If listed, the block in which the sink keys end counts as sink keys in whole.
     sinks = tl.where(first > at_sink, tl.cdiv(num_sink, BLOCK_K) * BLOCK_K, num_sink)
     sinks = tl.minimum(sinks, tile.last_end)
     list_end = sinks + (last - first) * BLOCK_K
@@ -197,7 +198,7 @@ def key_walk(
 
 @triton.jit
 def find_listed_keys(walk, o_t, BLOCK_K: tl.constexpr):
-    """Positions of keys o_t, NOWHERE if no query of the tile sees one."""
+    """Positions of keys o_t, NOWHERE if no query of the tile sees the key."""
     o_listed = o_t - walk.sinks
     m_list = (o_listed >= 0) & (o_t < walk.list_end)
     b_id = tl.load(walk.p_ids + o_listed // BLOCK_K, mask=m_list, other=0)
@@ -210,8 +211,8 @@ def find_listed_keys(walk, o_t, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def seen_in_front(walk, t, o_t, o_j, b_end):
-    """Of the tile of keys that begins with key t, under a causal mask. Each key once: as one of the
-    first, else through the list or as one of the last."""
+    """Causal visibility of the key tile that begins at key t. Each key counts once: as a sink key,
+    else as a listed or a recent key."""
     recent = t >= walk.recent
     o_j = tl.where((o_t < walk.sinks) | recent, o_j, o_j + walk.num_recent)
     b_from = tl.where(recent, b_end - walk.num_recent, 0)
@@ -219,22 +220,22 @@ def seen_in_front(walk, t, o_t, o_j, b_end):
 
 
 class QueryWalk(NamedTuple):
-    """Rows of queries that see a tile of keys, numbered: those that see some as first or last keys,
-    then those whose lists hold a block of the tile. Every query has a row for each head."""
+    """Numbering of the query rows that see a key tile: first rows that see some of it as sink or
+    recent keys, then rows whose lists hold a block of it. Each query has one row per head."""
 
     p_rows: Any
     p_bits: Any
-    first_row: Any  # of the lists of a packed request, None: 0
-    begin: Any  # first query of those that see some as first or last keys
-    ends: Any  # how many rows they have
-    listed: Any  # the lists begin here: whole tiles
-    full: Any  # queries behind it see all keys of the tile: whole tiles
+    first_row: Any  # first row in the lists of a packed request, None: 0
+    begin: Any  # first query that sees some of the tile as sink or recent keys
+    ends: Any  # number of rows of these queries
+    listed: Any  # start of the listed rows, a tile boundary
+    full: Any  # rows from here on see all keys of the tile; a tile boundary
     total: Any
     num_sink: Any
     num_recent: Any
-    end: Any  # of queries
+    end: Any  # number of queries
     length: Any
-    grid: Any = None  # blocks of a map have one
+    grid: Any = None  # set for blocks of a map
 
 
 @triton.jit
@@ -244,13 +245,13 @@ def query_walk(
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of the tile of keys that begins with the first. first_row: of the request's lists, None: it
-    has all."""
+    """Numbering for the key tile that begins at key `first`. first_row: first row in the lists of a
+    packed request, None: the request has all rows."""
     last = tl.minimum(first + BLOCK_N, length) - 1
-    # Queries begin .. end - 1 see some key as one of the first or of the last keys.
+    # Queries begin .. end - 1 see some key of the tile as a sink or recent key.
     begin = first - first
     end = tl.where(first < num_sink, seqlen_q, 0)
-    # Rows of lists from some_row on see some key, from full_row on every key.
+    # List rows from some_row on see some key of the tile, from full_row on every key.
     some_row = begin
     full_row = begin
     if CAUSAL:
@@ -299,8 +300,8 @@ def query_walk(
 
 @triton.jit
 def find_listed_queries(walk, o_u, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """Queries of rows o_u, the end where there is none, and, where a tile has several blocks, bits
-    of those that they list."""
+    """Queries of rows o_u, walk.end for rows without a query, and list bits per block if a tile has
+    several blocks."""
     m_list = (o_u >= walk.listed) & (o_u < walk.total)
     o_query = tl.where(m_list, o_u - walk.listed, o_u) // GROUP
     o_entry = o_query // BLOCK_Q
@@ -317,7 +318,8 @@ def find_listed_queries(walk, o_u, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def seen_by(walk, ends, o_i, o_j, CAUSAL: tl.constexpr):
-    """Which keys queries see, but for the bits of lists. ends: as first or last ones."""
+    """Visibility of keys to queries, except for list bits. ends: rows that see them as sink or
+    recent keys."""
     b_end = ends_of(o_i, walk.length, walk.end, CAUSAL)
     b_end = tl.where(ends, b_end, b_end - walk.num_recent)[None, :]
     m_recent = ((o_j + walk.num_recent)[:, None] >= b_end) & ends

@@ -1,5 +1,5 @@
-"""Rows of keys that lists put together: first tokens, blocks of the list, last tokens, extra keys.
-csrc/sparse/sparse_decode_attention/params.h has the same rows.
+"""Key rows that lists assemble: sink tokens, listed blocks, recent tokens, extra keys.
+csrc/sparse/sparse_decode_attention/params.h has the same layout.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 from ..common import dot, lower_bound, rounded
 from ..dense.kv_cache import PIECE, length_of, numbers, offsets_of, page_of
 
-NOWHERE = tl.constexpr(2147483647)  # for a position
-TILE = tl.constexpr(128)  # entries of a list
-BEFORE = tl.constexpr(16)  # entries that each key of a step is compared with at once
+NOWHERE = tl.constexpr(2147483647)  # invalid position
+TILE = tl.constexpr(128)  # list entries per step
+BEFORE = tl.constexpr(16)  # preceding entries compared with each key per step
 
 
 class Rope(NamedTuple):
-    """[positions, pairs]; strides in elements."""
+    """Rotary tables [positions, pairs]; strides in elements."""
 
     cos: Tensor
     sin: Tensor
@@ -28,22 +28,22 @@ class Rope(NamedTuple):
 
 
 class KeyRow(NamedTuple):
-    """Where the parts of a row of keys end."""
+    """Bounds of the parts of a key row."""
 
-    entries: Any  # the list
+    entries: Any  # pointer to the list
     length: Any  # keys of the request
-    sinks: Any  # first tokens; the list begins here
-    first: Any  # entry of the list
-    last: Any  # the entry behind the last one
-    recent_begin: Any  # position of the first of the last tokens
+    sinks: Any  # number of sink tokens; the list begins here
+    first: Any  # first entry in use
+    last: Any  # end of the entries in use
+    recent_begin: Any  # position of the first recent token
     list_end: Any
-    cached: Any  # keys of the cache; extra keys begin here
+    cached: Any  # number of cached keys; extra keys begin here
     total: Any
-    ascends: Any  # the list, a flag
+    ascends: Any  # flag: the list is ascending
 
 
 class Places(NamedTuple):
-    """Where rows of the cache lie, and extra ones, and which are which."""
+    """Pointers and masks of cache rows and of extra rows."""
 
     p_row: Any
     m_row: Any
@@ -52,7 +52,8 @@ class Places(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Of rows: the first and the second of each pair, turned, and those behind the pairs."""
+    """Columns of rows: first and second element of each pair, rotated, and the columns after the
+    pairs."""
 
     first: Any
     second: Any
@@ -79,8 +80,8 @@ def key_row(
     i_h,
     BLOCK_K: tl.constexpr,
 ):
-    """The list goes from its first entry that is not wholly among the first tokens to its first
-    one that is wholly behind what a query sees through it."""
+    """Bounds of a key row. The list is used from the first entry that is not entirely among the
+    sink tokens to the first that is entirely past what a query sees through it."""
     length = length_of(seqlens, capacity, i_b)
     old = tl.maximum(length - num_recent, 0)
     sinks = tl.minimum(num_sink, old)
@@ -122,14 +123,14 @@ def key_row(
 
 @triton.jit
 def find(row, cache, i_b, o_t, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr):
-    """Positions in the request of keys o_t of the row, NOWHERE where the cache has none, and their
+    """Positions of keys o_t of the row in the request, NOWHERE if not in the cache, and their
     pages."""
     m_list = (o_t >= row.sinks) & (o_t < row.list_end)
     o_listed = o_t - row.sinks
     o_entry = row.first + o_listed // BLOCK_K
     b_id = tl.load(row.entries + o_entry, mask=m_list, other=0)
     m_id = (b_id >= 0) & (b_id < tl.cdiv(row.length, BLOCK_K))
-    if row.ascends == 0:  # an entry counts if it is greater than all before it
+    if row.ascends == 0:  # an entry counts only if it exceeds all entries before it
         last = tl.max(tl.where(m_list, o_entry, 0), 0)
         for i_before in range(row.first, last, BEFORE):
             o_before = i_before + tl.arange(0, BEFORE)
@@ -158,8 +159,8 @@ def places_of(rows, extra, row, cache, i_b, i_kv, o_t, o_j, o_page, PAGE_SIZE: t
 
 @triton.jit
 def load_columns(places, o_col, m_col, dtype: tl.constexpr):
-    """Two loads: where pointers are chosen among, the compiler no longer knows that they are
-    aligned. Codes become numbers of dtype, and extra rows beside them."""
+    """Loads cache rows and extra rows separately: selecting between pointers would lose their
+    alignment. float8 codes are decoded to dtype, which extra rows are converted to."""
     m_tile = places.m_row[:, None] & m_col[None, :]
     b_x = tl.load(places.p_row[:, None] + o_col[None, :], mask=m_tile, other=0.0)
     b_x = numbers(b_x, dtype)
@@ -183,7 +184,8 @@ def load_turned(
     BLOCK_R: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Rows whose pairs of columns are turned by rows o_turn of the tables, but for extra ones."""
+    """Rows with their column pairs rotated by rows o_turn of the tables; extra rows are not
+    rotated."""
     b_first = None
     b_second = None
     b_rest = None
@@ -215,6 +217,7 @@ def load_turned(
 
 @triton.jit
 def products(queries, keys, DIM: tl.constexpr, PAIRS: tl.constexpr):
+    # S = Q K^T over both elements of the pairs and the remaining columns
     if PAIRS > 0:
         b_qk = dot(queries.first, tl.trans(keys.first)) + dot(queries.second, tl.trans(keys.second))
         if 2 * PAIRS < DIM:
@@ -226,7 +229,7 @@ def products(queries, keys, DIM: tl.constexpr, PAIRS: tl.constexpr):
 
 @triton.jit
 def long_products(queries, keys, first: tl.constexpr, DIM: tl.constexpr, dtype: tl.constexpr):
-    """Of columns first to DIM - 1, a piece of them at a time."""
+    """Q K^T over columns first to DIM - 1, in pieces of PIECE columns."""
     b_qk = tl.zeros([queries.p_row.shape[0], keys.p_row.shape[0]], tl.float32)
     for c in range(first, DIM, PIECE):
         o_col = c + tl.arange(0, PIECE)

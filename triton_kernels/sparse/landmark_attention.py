@@ -1,9 +1,8 @@
-"""landmark_attention: one program owns a tile of queries of one head and streams past it tiles of
-keys that hold whole blocks, each in as many columns as the next power of two. An earlier block adds
-to its scores l - lse of its ordinary keys, l the score of its landmark: then the rest is causal
-attention without the landmarks. The lse of a block of several tiles comes from a pass of its own.
-
-Scores are in bits.
+"""landmark_attention: one program owns a tile of queries of one head and streams over key tiles
+that hold whole blocks, each padded to a power of two of columns. Scores of ordinary keys in an
+earlier block get l - lse added, with l the score of the block's landmark and lse over its ordinary
+keys; the rest is causal attention without landmarks. For a block of several tiles, a separate pass
+computes its lse. Scores are in bits.
 """
 
 from __future__ import annotations
@@ -38,21 +37,21 @@ from ..dense.attention import LARGE_PLANS, PLANS, Plan, Tiles, plan_of, tile_opt
 from ..dense.attention_decode_merge import rows_of
 from ..dense.attention_forward import accumulate, accumulate_seen, normaliser
 
-SIZES = ["tokens", "block", "heads", "group", "tiles"]  # a new one compiles nothing
+SIZES = ["tokens", "block", "heads", "group", "tiles"]  # excluded from specialization
 
 
 class Columns(NamedTuple):
-    """The keys of a tile: NB blocks side by side, or a part of one block."""
+    """Keys of a tile: NB adjacent blocks, or a part of one block."""
 
-    o_j: Any  # the number of tokens for a column without a key
+    o_j: Any  # position, or the number of tokens for a padding column
     o_block: Any
     m_ordinary: Any
     m_landmark: Any
 
 
 class Statistics(NamedTuple):
-    """[BLOCK_M, NB]: of the ordinary keys of a block their greatest score, the sum of weights and
-    of weights times dp relative to it; and the score of the landmark."""
+    """Per-block statistics [BLOCK_M, NB] over ordinary keys: row_max, and relative to it row_sum of
+    weights and of weights times dP; and the landmark's score."""
 
     b_top: Any
     b_sum: Any
@@ -73,7 +72,7 @@ def columns_of(first_block, part, block, tokens, NB: tl.constexpr, BLOCK_N: tl.c
 
 @triton.jit
 def spread(b_x, BLOCK_N: tl.constexpr):
-    """Of each block to its columns: [BLOCK_M, BLOCK_N]."""
+    """Broadcasts a value per block to the columns of the block: [BLOCK_M, BLOCK_N]."""
     M: tl.constexpr = b_x.shape[0]
     NB: tl.constexpr = b_x.shape[1]
     b_wide = tl.broadcast_to(b_x[:, :, None], [M, NB, BLOCK_N // NB])
@@ -93,9 +92,10 @@ def no_statistics(M: tl.constexpr, NB: tl.constexpr):
 
 @triton.jit
 def add_statistics(found, b_z, b_dp, columns, NB: tl.constexpr):
-    """found, and what a tile adds to it. b_dp None: a forward needs none."""
+    """Online update of the block statistics with a tile. b_dp is None in the forward."""
     N: tl.constexpr = b_z.shape[1]
     b_w = tl.where(columns.m_ordinary[None, :], b_z, -INF)
+    # block softmax: row_max, rescale by exp2(m_old - m_new), row_sum
     b_top = tl.maximum(found.b_top, tl.max(blockwise(b_w, NB), 2))
     b_base = tl.where(b_top == -INF, 0.0, b_top)
     b_e = tl.exp2(b_w - spread(b_base, N))
@@ -112,14 +112,14 @@ def add_statistics(found, b_z, b_dp, columns, NB: tl.constexpr):
 
 @triton.jit
 def gate_of(found):
-    """What the scores of an earlier block get added."""
+    """Term added to the scores of an earlier block: l - lse."""
     b_top = tl.where(found.b_top == -INF, 0.0, found.b_top)
     return found.b_landmark - b_top - tl.log2(tl.where(found.b_sum == 0.0, 1.0, found.b_sum))
 
 
 @triton.jit
 def seen_keys(o_i, columns, block):
-    """Which columns are of an earlier block, and which of these and of the own block are seen."""
+    """Mask of columns in earlier blocks, and mask of visible columns."""
     o_own = (o_i // block)[:, None]
     m_earlier = columns.o_block[None, :] < o_own
     m_own = (columns.o_block[None, :] == o_own) & (columns.o_j[None, :] <= o_i[:, None])
@@ -133,6 +133,7 @@ def part_scores(
 ):  # fmt: skip
     columns = columns_of(first_block, part, block, tokens, NB, BLOCK_N)
     b_k = load_rows(keys, columns.o_j, HEAD_DIM, BLOCK_D)
+    # S = Q K^T
     b_qk = dot(b_q, tl.trans(b_k))
     return columns, scores(b_qk, o_i[:, None], columns.o_j[None, :], terms, head, None)
 
@@ -143,7 +144,7 @@ def block_statistics(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Of one block in several tiles."""
+    """Statistics of one block that spans several tiles."""
     found = no_statistics(b_q.shape[0], 1)
     for part in range(parts):
         columns, b_z = part_scores(
@@ -163,8 +164,8 @@ def weighed_scores(
     found, b_q, keys, o_i, first_block, part, block, tokens, terms, head, LONG: tl.constexpr,
     HEAD_DIM: tl.constexpr, NB: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile as those of causal attention, and the rows of its values: none of a
-    landmark. found: of a long block."""
+    """Gated scores of a tile, for causal attention, and its value rows; landmarks have no value
+    row. found: statistics of a block that spans several tiles."""
     columns, b_z = part_scores(
         b_q, keys, o_i, first_block, part, block, tokens, terms, head, HEAD_DIM, NB, BLOCK_N,
         BLOCK_D,
@@ -172,13 +173,14 @@ def weighed_scores(
     if not LONG:
         found = add_statistics(found, b_z, None, columns, NB)
     m_earlier, m_seen = seen_keys(o_i, columns, block)
+    # z += l - lse for earlier blocks
     b_z += tl.where(m_earlier, spread(gate_of(found), BLOCK_N), 0.0)
     return tl.where(m_seen, b_z, -INF), tl.where(columns.m_ordinary, columns.o_j, tokens)
 
 
 @triton.jit
 def parts_seen(first_block, last, block, NB: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tiles of a block that queries up to `last` see."""
+    """Number of tiles of a block visible to queries up to `last`."""
     WIDTH: tl.constexpr = BLOCK_N // NB
     return tl.cdiv(tl.minimum(block, last + 1 - first_block * block), WIDTH)
 
@@ -206,7 +208,7 @@ def landmark_kernel(
     BLOCK_V: tl.constexpr,
 ):
     i_tile, i_h, i_b = program(tiles, heads)
-    # The last queries see most keys: longest programs first.
+    # Reversed tile order: the last queries have most keys, so they start first.
     first = (tiles - 1 - i_tile) * BLOCK_M
     head = head_of(terms, i_b, i_h, tokens)
     keys = slice_of(k, i_b, i_h // group, 0, tokens)
@@ -236,6 +238,7 @@ def landmark_kernel(
                 HEAD_DIM, NB, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             b_v = load_rows(values, o_v, VALUE_DIM, BLOCK_V)
+            # online softmax, O += P V
             b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
                 b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head
             )
@@ -243,10 +246,12 @@ def landmark_kernel(
     b_factor, b_lse = normaliser(b_top, b_sum, None, head)
     o_row = (i_b * heads + i_h) * tokens + o_i
     tl.store(lse + o_row, b_lse, mask=o_i < tokens)
+    # O = O / row_sum
     outs = slice_of(out, i_b, i_h, 0, tokens)
     b_acc *= b_factor[:, None]
     store_rows(outs, o_i, b_acc, VALUE_DIM)
 
+    # recompute rows that are NaN because a masked value is not finite
     m_again = rows_of_nan(b_acc) & (o_i < tokens)
     if tl.max(m_again.to(tl.int32), 0) != 0:
         COLUMNS: tl.constexpr = min(BLOCK_V, STEP_COLUMNS)
@@ -279,7 +284,7 @@ def _half(tiles: Tiles) -> Tiles:
 
 
 class Call(NamedTuple):
-    """The lowered list, and what the kernels take from it."""
+    """The lowered arguments of a call, and the kernel arguments derived from them."""
 
     q: Tensor
     k: Tensor
@@ -293,13 +298,13 @@ class Call(NamedTuple):
 
     @property
     def keys_of_block(self) -> int:
-        """Not more than there are, so that the end of a block is no large number."""
+        """Block length, clamped to tokens + 1 so that block ends do not overflow."""
         return min(self.block, self.tokens + 1)
 
     def plan(self) -> Plan:
         if INTERPRETED.value:  # a tile costs milliseconds whatever its size
             return Plan(*[Tiles(64, 64, 4, 1)] * 3)
-        # Their statistics take the registers of half a tile, or of more.
+        # Block statistics take the registers of half a tile or more.
         dim = max(self.q.shape[-1], self.v.shape[-1])
         least = plan_of(PLANS, self.q, self.v.shape[-1], True)
         large = 90 <= architecture(self.q) < 120
@@ -309,11 +314,11 @@ class Call(NamedTuple):
         return plan._replace(queries=_half(plan.queries)) if dim > 128 else plan
 
     def blocks(self, tiles: Tiles) -> int:
-        """In a tile of keys: a power of two."""
+        """Blocks per key tile: a power of two."""
         return max(tiles.block_n // triton.next_power_of_2(self.keys_of_block), 1)
 
     def arguments(self, tiles: int) -> tuple[Any, ...]:
-        """What every kernel takes, from terms to tiles."""
+        """Arguments common to all kernels, from terms to tiles."""
         heads = self.q.shape[2]
         return (
             terms_of(self.scale, 0.0, 0.0, False, None, None),

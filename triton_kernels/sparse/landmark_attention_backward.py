@@ -1,10 +1,9 @@
 """Gradients of landmark_attention, without atomics: one kernel owns the queries, one the keys.
 
-With D the mean of dp over an earlier block by the weights of its own softmax, its landmark's share
-g = P_landmark, and delta = rowsum(dO O) - dlse:
-
-    dz = P (dp - D),  dz_landmark = g (D - delta)     of an earlier block
-    dz = P (dp - delta)                               of the own block
+With D the mean of dp over an earlier block under its own softmax, g = P_landmark the share of its
+landmark, and delta = rowsum(dO O) - dlse:
+    dz = P (dp - D),  dz_landmark = g (D - delta)     in an earlier block
+    dz = P (dp - delta)                               in the query's own block
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def landmark_queries_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A tile of queries: dq and delta."""
+    """dq and delta of a tile of queries."""
     i_tile, i_h, i_b = program(tiles, heads)
     first = (tiles - 1 - i_tile) * BLOCK_M
     head = head_of(terms, i_b, i_h, tokens)
@@ -87,6 +86,7 @@ def landmark_queries_kernel(
     b_dout = load_rows(slice_of(dout, i_b, i_h, 0, tokens), o_i, VALUE_DIM, BLOCK_V)
     b_out = load_rows(slice_of(out, i_b, i_h, 0, tokens), o_i, VALUE_DIM, BLOCK_V)
     o_row = (i_b * heads + i_h) * tokens + o_i
+    # delta = rowsum(dO O) - dlse
     b_delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
     if dlse is not None:
         b_delta -= tl.load(dlse + o_row, mask=m_i, other=0.0)
@@ -110,12 +110,14 @@ def landmark_queries_kernel(
             b_k = load_rows(keys, columns.o_j, HEAD_DIM, BLOCK_D)
             o_v = tl.where(columns.m_ordinary, columns.o_j, tokens)
             b_v = load_rows(values, o_v, VALUE_DIM, BLOCK_V)
+            # S = Q K^T, dP = dO V^T
             b_qk = dot(b_q, tl.trans(b_k))
             b_z = scores(b_qk, o_i[:, None], columns.o_j[None, :], terms, head, None)
             b_dp = dot(b_dout, tl.trans(b_v))
             if not LONG:
                 found = add_statistics(found, b_z, b_dp, columns, NB)
             _, b_dz = gradients(b_z, b_dp, b_lse, b_delta, found, o_i, columns, block)
+            # dQ += dz K
             b_dq += dot(b_dz, b_k)
 
     store_rows(slice_of(dq, i_b, i_h, 0, tokens), o_i, b_dq * terms.scale, HEAD_DIM)
@@ -146,8 +148,8 @@ def landmark_keys_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """dk and dv of a tile of keys, summed over the query heads that read it. A tile that is a part
-    of a block needs the rest of it for each tile of queries."""
+    """dk and dv of a tile of keys, summed over the query heads that read it. For a tile that is
+    part of a block, the statistics of the whole block are recomputed for each tile of queries."""
     i_tile, i_kv, i_b = program(tiles, heads // group)
     parts = 1
     if LONG:
@@ -173,6 +175,7 @@ def landmark_keys_kernel(
         b_q = load_rows(slice_of(q, i_b, i_h, 0, tokens), o_i, HEAD_DIM, BLOCK_D)
         b_dout = load_rows(slice_of(dout, i_b, i_h, 0, tokens), o_i, VALUE_DIM, BLOCK_V)
         o_row = (i_b * heads + i_h) * tokens + o_i
+        # S = Q K^T, dP = dO V^T
         b_lse = load_lse(lse + o_row, m_i, head)
         b_delta = tl.load(delta + o_row, mask=m_i, other=0.0)
         b_qk = dot(b_q, tl.trans(b_k))
@@ -186,6 +189,7 @@ def landmark_keys_kernel(
                     HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
                 )  # fmt: skip
         else:
+            # dV += P^T dO, dK += dz^T Q
             found = add_statistics(found, b_z, b_dp, columns, NB)
         b_p, b_dz = gradients(b_z, b_dp, b_lse, b_delta, found, o_i, columns, block)
         b_dv += dot(tl.trans(b_p), b_dout)

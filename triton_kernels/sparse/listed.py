@@ -1,7 +1,6 @@
-"""Attention of queries to what lists hold, and its gradients: what a program does with a tile of
-queries, or of keys, whatever lists are of (`blocks` of a sequence, `regions` of a map).
-
-A tile of queries streams past it the keys of its list, gathered into full tiles; a tile of keys the
+"""Attention to listed keys and its gradients: the body of a program that owns a tile of queries or
+of keys, for both kinds of lists (`blocks` of a sequence, `regions` of a map).
+A query tile streams over the keys of its list, gathered into full tiles; a key tile over the
 queries whose lists hold it. dz = P (dP - delta), delta = rowsum(dO O) - dlse. Scores are in bits.
 """
 
@@ -37,23 +36,23 @@ from .blocks import NOWHERE, find_listed_keys, find_listed_queries, seen_by, see
 from .regions import find_pixel_keys, find_pixel_queries
 from .transpose_block_list import Lists, compacted
 
-# As those of attention: where keys lie takes registers.
+# Smaller tiles than dense attention: key addressing takes registers.
 SPARSE_PLANS = PLANS | {
     (2, 64): Plan(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 4, 2)),
     (2, 128): Plan(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)),
     (4, 128): PLANS[4, 128]._replace(forward=Tiles(16, 16, 4, 2)),
 }
-# Of 9.0 and 10.x, whose products of 64 rows want four warps.
+# For 9.0 and 10.x, whose 64-row MMA wants four warps.
 LARGE_SPARSE_PLANS = SPARSE_PLANS | {
     (2, 128): Plan(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2)),
 }
 Plans = dict[tuple[int, int], Plan]
-# By which no kernel is specialised: a new length compiles nothing.
+# Arguments excluded from specialization: a new length does not recompile.
 LIST_SIZES = ["list_heads", "list_rows", "entries", "row_heads", "shared", "tiles", "wide"]
 
 
 class Statistics(NamedTuple):
-    """Of each head and row [B, heads, rows]; the rows of a map lie in lines of width pixels."""
+    """Layout of row statistics [B, heads, rows]; the rows of a map are in lines of width pixels."""
 
     heads: Any
     rows: Any
@@ -62,7 +61,7 @@ class Statistics(NamedTuple):
 
 class KeyTile(NamedTuple):
     o_j: Any
-    b_bit: Any  # which block of the tile it is of
+    b_bit: Any  # block within the tile
 
 
 @triton.jit
@@ -75,7 +74,7 @@ def statistics_at(statistics, i_b, o_i, o_h):
 
 @triton.jit
 def find_keys(walk, o_t, BLOCK_K: tl.constexpr):
-    """Positions of keys o_t, NOWHERE if no query of the tile sees one."""
+    """Positions of keys o_t, NOWHERE if no query of the tile sees the key."""
     if walk.grid is not None:
         o_j = find_pixel_keys(walk, o_t)
     else:
@@ -85,8 +84,8 @@ def find_keys(walk, o_t, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def find_queries(walk, o_u, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """Positions of rows o_u, the end where there is none, and, where a tile of keys has several
-    blocks, bits of those that they list."""
+    """Positions of rows o_u, walk.end for rows without a query, and list bits per block if a key
+    tile has several blocks."""
     if walk.grid is not None:
         o_i, b_bits = find_pixel_queries(walk, o_u, GROUP)
     else:
@@ -104,7 +103,7 @@ def seen(walk, t, o_t, o_j, b_end, CAUSAL: tl.constexpr):
 
 
 class Pages(NamedTuple):
-    """Of the keys of a request: key j is row j % size of page table[j // size]."""
+    """Page table of a request: key j is row j % size of page table[j // size]."""
 
     table: Any
     count: Any
@@ -113,7 +112,8 @@ class Pages(NamedTuple):
 
 @triton.jit
 def load_keys(rows, page_stride, pages, o_j, DIM: tl.constexpr, BLOCK: tl.constexpr, first_col=0):
-    """Rows beyond the keys and columns beyond DIM are 0. A page that is not there is page 0."""
+    """[keys, BLOCK] tile; rows beyond the keys and columns beyond DIM are 0. A missing page is read
+    as page 0."""
     if pages is None:
         b_x = load_rows(rows, o_j, DIM, BLOCK, first_col)
     else:
@@ -132,7 +132,7 @@ def attend(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries: out and lse. pages: None, or those in which keys lie."""
+    """out and lse of a tile of queries. pages: page table of the keys, or None."""
     keys = slice_of(k, i_b, i_kv, 0, walk.end)
     values = slice_of(v, i_b, i_kv, 0, walk.end)
     if pages is not None:
@@ -146,17 +146,19 @@ def attend(
     b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
     b_top = tl.full([BLOCK_M], -INF, tl.float32)
     parts = (0, walk.full, walk.total)
-    # A step early: a key is found through a load, and loaded through another.
+    # Prefetch one step ahead: a key's address comes from one load, the key from another.
     o_j = find_keys(walk, tl.arange(0, BLOCK_N), BLOCK_K)
     for PART in tl.static_range(2):
         for t in range(parts[PART], parts[PART + 1], BLOCK_N):
             o_t = t + tl.arange(0, BLOCK_N)
             b_k = load_keys(keys, k.batch, pages, o_j, HEAD_DIM, BLOCK_D)
             b_v = load_keys(values, v.batch, pages, o_j, VALUE_DIM, BLOCK_V)
+            # S = Q K^T
             b_qk = dot(b_q, tl.trans(b_k))
             b_z = scores(b_qk, tile.o_i[:, None], o_j[None, :], terms, head, None)
             if PART == 1:
                 b_z = tl.where(seen(walk, t, o_t, o_j, tile.b_end, CAUSAL), b_z, -INF)
+            # online softmax, O += P V
             b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
                 b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head
             )
@@ -165,9 +167,11 @@ def attend(
     b_factor, b_lse = normaliser(b_top, b_sum, b_sink, head)
     o_row = statistics_at(statistics, i_b, tile.o_i, tile.o_h)
     tl.store(lse + o_row, b_lse, mask=tile.m_row)
+    # O = O / row_sum
     p_out = row_pointers(out, i_b, tile.o_i, tile.o_h)
     store_tile(p_out, tile.m_row, b_acc * b_factor[:, None], VALUE_DIM)
 
+    # recompute rows that are NaN because a masked value is not finite
     if CAUSAL:
         m_again = rows_of_nan(b_acc) & tile.m_row
         if tl.max(m_again.to(tl.int32), 0) != 0:
@@ -193,7 +197,7 @@ def query_gradients(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries: dq and delta."""
+    """dq and delta of a tile of queries."""
     keys = slice_of(k, i_b, i_kv, 0, walk.end)
     values = slice_of(v, i_b, i_kv, 0, walk.end)
     b_q = load_tile(row_pointers(q, i_b, tile.o_i, tile.o_h), tile.m_row, HEAD_DIM, BLOCK_D)
@@ -202,6 +206,7 @@ def query_gradients(
     p_out = row_pointers(out, i_b, tile.o_i, tile.o_h)
     b_out = load_tile(p_out, tile.m_row, VALUE_DIM, BLOCK_V)
     o_row = statistics_at(statistics, i_b, tile.o_i, tile.o_h)
+    # delta = rowsum(dO O) - dlse
     b_delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
     if dlse is not None:
         b_delta -= tl.load(dlse + o_row, mask=tile.m_row, other=0.0)
@@ -216,6 +221,7 @@ def query_gradients(
             o_t = t + tl.arange(0, BLOCK_N)
             b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
             b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
+            # S = Q K^T, dP = dO V^T
             b_qk = dot(b_q, tl.trans(b_k))
             b_dp = dot(b_dout, tl.trans(b_v))
             m_seen = None
@@ -233,6 +239,7 @@ def query_gradients(
                 None,
                 m_seen,
             )
+            # dQ += dz K
             b_dq += dot(through_softcap(b_dz, b_qk, terms), b_k)
             o_j = find_keys(walk, o_t + BLOCK_N, BLOCK_K)
 
@@ -246,12 +253,12 @@ def add_key_gradients(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """To those of a tile of keys, from queries of the heads that share a list. Scores are
-    transposed: P^T and dz^T are the left operands of the products that follow."""
+    """Adds dk and dv of a tile of keys, from queries of the heads that share a list. Scores are
+    transposed: P^T and dz^T are left operands of the next products."""
     parts = (0, walk.full, walk.total)
-    # A step early: a query is found through a load, and loaded through others.
+    # Prefetch one step ahead: a query's address comes from one load, the query from others.
     o_i, b_bits = find_queries(walk, tl.arange(0, BLOCK_M), GROUP, BLOCK_Q)
-    # With bits, every tile is masked; without, none of a map.
+    # With bits every tile is masked; without bits, no tile of a map is.
     FIRST: tl.constexpr = 1 if walk.grid is not None and walk.p_bits is None else 0
     for PART in tl.static_range(FIRST, 2 if walk.p_bits is None else 1):
         for u in range(parts[PART], parts[PART + 1], BLOCK_M):
@@ -264,6 +271,7 @@ def add_key_gradients(
             o_row = statistics_at(statistics, i_b, o_i, o_h)
             b_lse = load_lse(lse + o_row, m_i, head)
             b_delta = tl.load(delta + o_row, mask=m_i, other=0.0)
+            # S^T = K Q^T, dP^T = V dO^T
             b_qk = dot(b_k, tl.trans(b_q))
             b_dp = dot(b_v, tl.trans(b_dout))
             m_seen = None
@@ -286,6 +294,7 @@ def add_key_gradients(
                 None,
                 m_seen,
             )
+            # dV += P^T dO, dK += dz^T Q
             b_dv += dot(b_p, b_dout)
             b_dk += dot(through_softcap(b_dz, b_qk, terms), b_q)
             o_i, b_bits = find_queries(walk, o_u + BLOCK_M, GROUP, BLOCK_Q)
@@ -293,18 +302,18 @@ def add_key_gradients(
 
 
 class Listed(NamedTuple):
-    """What launchers take from a call."""
+    """Sizes and lists of a call, as the launchers need them."""
 
     q: Tensor  # [B, S, H, D] or [B, Y, X, H, D]
     k: Tensor
     v: Tensor
     indices: Tensor
     counts: Tensor
-    queries: int  # of a list
-    keys: int  # of a block
+    queries: int  # queries per list
+    keys: int  # keys per block
     blocks: int
     softcap: float = 0.0
-    more_keys: int = 0  # seen beside those listed
+    more_keys: int = 0  # visible keys in addition to the listed ones
 
     @property
     def kv_heads(self) -> int:
@@ -312,7 +321,8 @@ class Listed(NamedTuple):
 
     @property
     def row_heads(self) -> int:
-        """Heads that have queries of their own: those of k, or of q if each has its own list."""
+        """Number of heads with separate rows of queries: KV heads, or query heads if each has its
+        own list."""
         one_list_each = self.indices.shape[1] > self.kv_heads
         return self.q.shape[-2] if one_list_each else self.kv_heads
 
@@ -325,8 +335,9 @@ class Listed(NamedTuple):
         return self.row_heads // self.kv_heads
 
     def plan(self, plans: Plans = SPARSE_PLANS, large_plans: Plans = LARGE_SPARSE_PLANS) -> Plan:
-        """With no more queries than share a list. Small blocks of keys lie together in tiles of 32:
-        in wider ones, queries that list few of the blocks would multiply by all of them."""
+        """Tiles with no more queries than share a list. Small key blocks are combined into tiles of
+        32 keys: in wider tiles, a query that lists few of the blocks would still multiply all of
+        them."""
         if INTERPRETED.value:  # a tile costs milliseconds whatever its size
             keys = self.more_keys + self.indices.shape[3] * self.keys
             n = min(max(triton.next_power_of_2(keys) // 16, 32), 1024)
@@ -343,7 +354,7 @@ class Listed(NamedTuple):
         return Plan(forward, queries, keys_plan)
 
     def query_tiles(self, tiles: Tiles) -> int:
-        """Of a list."""
+        """Query tiles per list."""
         return triton.cdiv(self.queries * self.group, tiles.block_m)
 
     def programs(self, tiles: Tiles) -> int:
@@ -351,7 +362,7 @@ class Listed(NamedTuple):
         return lists * self.query_tiles(tiles)
 
     def factor(self, tiles: Tiles) -> int:
-        """Blocks in a tile of keys, a power of two; 1 too if a block has several tiles."""
+        """Blocks per key tile, a power of two; 1 also if a block spans several tiles."""
         return 1 << max(tiles.block_n // self.keys, 1).bit_length() - 1
 
     def compacted(self, factor: int = 1) -> Lists:

@@ -1,4 +1,4 @@
-"""Maps cut into regions: where pixels lie, which a tile of queries sees, which see a tile of keys.
+"""Maps cut into regions: pixel addressing, pixels visible to a query tile, queries of a key tile.
 
 A position is y 2^X_BITS + x, NOWHERE if there is no such pixel.
 """
@@ -15,64 +15,62 @@ from .blocks import NOWHERE
 
 
 class Grid(NamedTuple):
-    """Regions in rows, numbered from the upper left one. Those at the right and the lower end are
-    smaller where regions do not divide the map: pixels of whole ones that are missing. by: see
-    `divisor`."""
+    """Regions in row-major order. Regions at the right and lower border are partial where regions
+    do not divide the map: some of their pixels are missing. by_*: see `divisor`."""
 
     height: Any
     width: Any
     region_height: Any
     region_width: Any
-    pixels: Any  # of a whole region
-    columns: Any  # of regions
+    pixels: Any  # pixels of a whole region
+    columns: Any  # regions per row
     by_pixels: Any
-    by_width: Any  # of a region
+    by_width: Any  # by region_width
     by_columns: Any
 
 
 class PixelTile(NamedTuple):
-    """Row m is pixel m // group of a region, of head m % group."""
+    """Rows of a query tile: row m is pixel m // group of a region, head m % group."""
 
     o_i: Any
     o_h: Any
     m_row: Any
-    left: Any  # rows of the region from the first of the tile on
+    left: Any  # rows of the region from the start of this tile on
     b_end: Any = None
 
 
 class PixelKeys(NamedTuple):
-    """Pixels of listed regions, numbered: of each as many as a whole one has."""
+    """Numbering of the pixels of listed regions; every region counts as many as a whole one."""
 
     p_ids: Any
-    full: Any  # those in front of it exist: whole tiles
+    full: Any  # pixels before it all exist; a tile boundary
     total: Any
-    end: Any  # of positions
+    end: Any  # end of positions
     grid: Any
 
 
 class PixelKeyTile(NamedTuple):
     o_j: Any
-    b_bit: Any  # which region of the tile a key is of
-    end: Any  # of positions
+    b_bit: Any  # region within the tile
+    end: Any  # end of positions
 
 
 class PixelQueries(NamedTuple):
-    """Rows of the regions that list one of a tile of keys, numbered: of each as many as a whole one
-    has. Every pixel has a row for each head."""
+    """Numbering of query rows in regions that list a region of a key tile; every region counts as
+    many as a whole one. Each pixel has one row per head."""
 
     p_rows: Any
-    p_bits: Any  # which of the regions of a tile each one lists; None: the tile has one
+    p_bits: Any  # regions of the tile that each row's list holds; None: the tile has one region
     listed: Any  # 0: no row sees keys without listing their region
-    full: Any  # rows from it on see all keys of the tile
+    full: Any  # rows from here on see all keys of the tile
     total: Any
-    end: Any  # of positions
+    end: Any  # end of positions
     grid: Any
 
 
 def divisor(n: int) -> int:
-    """Of numbers below 2^31, for `quotient`: a factor in the low 32 bits, above them one more than
-    the bits by which to shift. Always 64 bits, so that its type tells no n from another.
-
+    """Magic number for `quotient` by n, for dividends below 2^31: a multiplier in the low 32 bits,
+    above them the shift plus one. Always 64 bits wide, so that its type does not depend on n.
     Division by invariant integers using multiplication (Granlund and Montgomery 1994), figure 4.1.
     """
     shift = (n - 1).bit_length()
@@ -109,7 +107,7 @@ def corner_of(grid, o_r):
 
 @triton.jit
 def pixels_of(grid, o_r, o_pixel):
-    """Positions of pixels of whole regions."""
+    """Positions of pixels, numbered as in whole regions."""
     o_y, o_x = corner_of(grid, o_r)
     o_line = quotient(o_pixel, grid.by_width)
     o_y += o_line
@@ -146,7 +144,7 @@ def find_pixel_keys(walk, o_t):
 
 @triton.jit
 def find_pixel_queries(walk, o_u, GROUP: tl.constexpr):
-    """Positions of rows o_u, and what bits say of them."""
+    """Positions of rows o_u, and their list bits."""
     m_list = o_u < walk.total
     o_entry = quotient(o_u // GROUP, walk.grid.by_pixels)
     b_row = tl.load(walk.p_rows + o_entry, mask=m_list, other=0)
@@ -159,7 +157,7 @@ def find_pixel_queries(walk, o_u, GROUP: tl.constexpr):
 
 @triton.jit
 def pixel_key_tile(grid, i_r, regions, i_tile, BLOCK_N: tl.constexpr):
-    """Of tiles into which regions are cut together, i_r and those behind it."""
+    """Key tile i_tile of the concatenated pixels of `regions` regions, from i_r on."""
     o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     b_bit = quotient(o_n, grid.by_pixels)
     m_own = b_bit < regions
@@ -169,7 +167,7 @@ def pixel_key_tile(grid, i_r, regions, i_tile, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def pixel_queries(grid, offsets, rows, bits, i_list, wide, i_wide, entries, GROUP: tl.constexpr):
-    """Of the tile of keys i_wide, by the transposed list i_list, of which each has room for
+    """Queries of key tile i_wide, from transposed list i_list, each of which has room for `entries`
     entries."""
     p_offset = offsets + i_list * (wide + 1) + i_wide
     first = tl.load(p_offset)
@@ -185,8 +183,8 @@ def pixel_queries(grid, offsets, rows, bits, i_list, wide, i_wide, entries, GROU
 
 @triton.jit
 def logit_of_pads(grid, p_ids, count):
-    """log of how many pixels count listed regions lack of whole ones: together, the pads have the
-    weight of one key with this logit."""
+    """log of the number of padding pixels in the listed regions: together, the pads weigh as much
+    as one key with this logit."""
     pads = count - count
     for e in range(0, count, 64):
         o_e = e + tl.arange(0, 64)

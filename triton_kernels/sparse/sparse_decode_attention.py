@@ -1,10 +1,9 @@
-"""sparse_decode_attention: the engine of attention_decode on rows of keys that lists put together.
+"""sparse_decode_attention: the attention_decode engine on key rows that lists assemble.
 
 Row r of a list head is query r // group of head r % group. Scores are in bits.
-
-A value that a query does not see has the weight 0, but 0 times what is not finite is NaN. Of
-several queries, the first launch tells of each program whether a row is NaN, and a second one sums
-such rows again, query by query, from the values that each sees.
+A value that a query does not see has weight 0, but 0 times a non-finite value is NaN. With several
+queries, the first launch flags each program that has a NaN row, and a second launch recomputes such
+rows per query, from the values that each sees.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ from .key_rows import (
     products,
 )
 
-# By which no kernel is specialised: a new length compiles nothing.
+# Arguments excluded from specialization: a new length does not recompile.
 SIZES = ["indices_batch", "indices_head", "counts_batch", "counts_head", "entries", "num_sink"]
 SIZES += ["num_recent", "seqlen_q", "extra_count", "table_stride", "pages", "capacity"]
 SIZES += ["log_count_batch", "log_count_head", "positions", "batch", "row_heads", "shared", "group"]
@@ -69,8 +68,8 @@ SIZES += ["rows", "row_blocks", "splits", "halvings", "most", "blocks"]
 
 @triton.jit
 def seen(o_j, o_t, o_query, num_recent, row):
-    """A listed key that is among the last tokens counts as one of those. NOWHERE is behind every
-    query."""
+    """Visibility of key o_j at place o_t. A listed key among the recent tokens counts as recent.
+    NOWHERE exceeds every query position."""
     m_recent = o_j > o_query - num_recent
     return (o_j <= o_query) & (m_recent == (o_t >= row.list_end))
 
@@ -133,10 +132,10 @@ def sparse_ranges_kernel(
     BLOCK_V: tl.constexpr,
     AGAIN: tl.constexpr,
 ):
-    """Rows of queries past a range of keys. logits [B, row heads, rows, entries, BLOCK_K], if asked
-    for: the scores of listed keys. nan, of several queries: of each program, whether a row is NaN.
-    AGAIN: those rows of one query, from what that sees. caches: of each request, the one that it
-    reads; None: its own. starts: where its keys begin in rows of packed ones."""
+    """Query rows over a range of keys. logits [B, row heads, rows, entries, BLOCK_K], if requested:
+    scores of listed keys. nan, for several queries: flag per program that a row is NaN. AGAIN:
+    recomputes those rows for one query, from the keys it sees. caches: cache index per request;
+    None: its own. starts: first key of each request in packed keys."""
     i = tl.program_id(0)
     query = None
     if AGAIN:
@@ -172,7 +171,7 @@ def sparse_ranges_kernel(
     p_q = row_pointers(q, i_b, o_i, o_head)
     o_turn_q = tl.zeros_like(o_query) + row.cached - 1 if BY_PLACE else o_query
     queries = Places(p_q, m_row, None, None)
-    # Of long rows the columns that turn; products with the rest go by pieces.
+    # Rotated columns of long rows; the remaining columns are multiplied in pieces.
     COLUMNS: tl.constexpr = 2 * PAIRS if HEAD_DIM > LONG else HEAD_DIM
     b_q = load_turned(
         queries, o_turn_q, rope, positions, COLUMNS, PAIRS, INTERLEAVED, BLOCK_P, BLOCK_R,
@@ -187,7 +186,7 @@ def sparse_ranges_kernel(
     i_cache = i_b
     if caches is not None:
         i_cache = tl.load(caches + i_b).to(tl.int64)
-    # A step early: keys are found through two loads, one upon the other.
+    # Prefetch one step ahead: a key's address comes from two dependent loads.
     o_j, o_page = find(row, cache, i_cache, first + tl.arange(0, STEP_N), BLOCK_K, PAGE_SIZE)
     for t in range(first, last, STEP_N):
         o_t = t + tl.arange(0, STEP_N)
@@ -203,6 +202,7 @@ def sparse_ranges_kernel(
         )  # fmt: skip
         o_value = tl.arange(0, BLOCK_V)
         b_v = load_columns(values, o_value, o_value < VALUE_DIM, tl.float32)
+        # S = Q K^T, times k_scale
         if COLUMNS > 0:
             b_qk = products(b_q, b_k, COLUMNS, PAIRS)
         else:
@@ -228,6 +228,7 @@ def sparse_ranges_kernel(
             p_logit = logits + (i_rows + o_row)[:, None] * entries * BLOCK_K + o_logit
             m_list = (o_t >= row.sinks) & (o_t < row.list_end)
             tl.store(p_logit, b_z, mask=m_row[:, None] & m_list[None, :])
+        # online softmax, O += P V
         b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
             b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head
         )
@@ -264,7 +265,7 @@ def mass_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Probabilities of the keys of BLOCK_E entries, over all rows in order."""
+    """Probability mass of BLOCK_E list entries, summed over all rows in order."""
     i_block, i_h, i_b = program(blocks, row_heads)
     row = key_row(
         indices, counts, indices_batch, indices_head, counts_batch, counts_head, entries, halvings,
@@ -280,6 +281,7 @@ def mass_kernel(
         i_x = i_head * rows + r
         p_logit = logits + i_x * entries * BLOCK_K + o_logit
         b_z = tl.load(p_logit, mask=m_entry[:, None], other=-INF)
+        # P = 2^(z - row_max) factor
         b_p = tl.exp2(b_z - tl.load(scales + i_x)) * tl.load(scales + most + i_x)
         b_mass, b_lost = add(b_mass, b_lost, tl.sum(b_p, 1))
     tl.store(mass + i_head * entries + o_entry, b_mass, mask=o_entry < entries)
@@ -313,8 +315,8 @@ def sparse_decode_attention(
     caches: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """caches: int32 [B], the cache, or row of block_table, that each request reads; None: its own.
-    starts: int32 [B], where its keys begin in a cache [1, S, Hk, D] that all share."""
+    """caches: int32 [B], cache or block_table row that each request reads; None: its own. starts:
+    int32 [B], first key of each request in a cache [1, S, Hk, D] shared by all."""
     if len(parts := value_parts(v_cache)) > 1:
         extra_parts = [None] * len(parts)
         if extra_v is not None:
@@ -346,10 +348,10 @@ def sparse_decode_attention(
     longest = min(num_sink + entries * block_k + num_recent + seqlen_q, FAR) + extra_count
     pairs = 0 if cos is None else cos.shape[1]
     tile = tile_of(q, v_cache, rows, longest)
-    if not INTERPRETED.value:  # where keys lie and how they turn takes registers
+    if not INTERPRETED.value:  # key addressing and rotation take registers
         partly = 0 < 2 * pairs < head_dim
         tile = tile._replace(keys=max(tile.keys // (4 if partly else 2), 16))
-        float8 = v_cache.element_size() == 1  # whose values are float32
+        float8 = v_cache.element_size() == 1  # float8 values are accumulated from float32
         if partly and (q.dtype == torch.float32 or float8):
             tile = tile._replace(warps=8, stages=1)
         elif interleaved and head_dim > 128:
@@ -419,7 +421,7 @@ def sparse_decode_attention(
         "num_stages": tile.stages,
     }
     nan = None
-    if seqlen_q > 1:  # one query sees every key of its row
+    if seqlen_q > 1:  # a single query sees every key of its row
         nan = q.new_empty(programs, dtype=torch.int32)
     arguments = (q, *inputs, partials, nan)
     launch(
@@ -433,7 +435,7 @@ def sparse_decode_attention(
         **options,
         AGAIN=False,
     )
-    if nan is not None:  # a program for each query
+    if nan is not None:  # one program per query
         options |= {"AGAIN": True, "maxnreg": MOST_REGISTERS}
         launch(
             sparse_ranges_kernel,

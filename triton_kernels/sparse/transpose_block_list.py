@@ -1,4 +1,4 @@
-"""Lists of blocks: what counts of them put together, and seen from the keys."""
+"""Block lists: compaction of their valid entries, and the transpose, from key blocks to rows."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 
 from ..common import INTERPRETED, launch
 
-# A new size compiles nothing.
+# Arguments excluded from specialization.
 SIZES = ["indices_batch", "indices_head", "indices_row", "counts_batch", "counts_head"]
 SIZES += ["counts_row", "heads", "rows", "entries", "blocks", "most"]
 
 
 class Lists(NamedTuple):
-    """Of wide blocks, factor blocks each."""
+    """Compacted lists of wide blocks of `factor` blocks each."""
 
-    ids: Tensor  # [B, heads, rows, entries], contiguous: strictly ascending, wide behind the last
+    ids: Tensor  # [B, heads, rows, entries], contiguous: strictly ascending, then padded with wide
     counts: Tensor  # [B, heads, rows]
-    bits: Tensor | None  # like ids: which blocks of the wide one are listed; None: factor is 1
-    wide: int  # how many there are
+    bits: Tensor | None  # like ids: bits of the listed blocks in a wide block; None: factor is 1
+    wide: int  # number of wide blocks
 
 
 class Transposed(NamedTuple):
     offsets: Tensor  # [B, heads, wide + 1]
     rows: Tensor  # [B, heads, rows * entries]
-    bits: Tensor | None  # of each of the rows
+    bits: Tensor | None  # bits of each entry of rows
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -54,7 +54,7 @@ def compact_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """BLOCK_R of most = B heads rows lists. largest: of the ids of a list so far."""
+    """Compacts BLOCK_R of most = B heads rows lists. largest: running maximum of a list's ids."""
     o_row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_row = o_row < most
     o_row = tl.where(m_row, o_row, 0)
@@ -90,7 +90,8 @@ def compact_kernel(
 
 
 def compacted(indices: Tensor, counts: Tensor, blocks: int, factor: int = 1) -> Lists:
-    """factor: a power of two up to 32."""
+    """Keeps entries that exceed all earlier ones, as wide blocks. factor: a power of two up to
+    32."""
     batch, heads, rows, entries = indices.shape
     ids = torch.empty_like(indices, memory_format=torch.contiguous_format)
     kept = counts.new_empty(counts.shape)
@@ -125,7 +126,7 @@ def compacted(indices: Tensor, counts: Tensor, blocks: int, factor: int = 1) -> 
 
 
 def transposed(lists: Lists) -> Transposed:
-    """The sort is stable: rows of a block ascend."""
+    """Rows that list each block. The sort is stable: the rows of a block are ascending."""
     batch, heads, _, entries = lists.ids.shape
     ids, order = lists.ids.flatten(2).sort(stable=True)
     ends = torch.arange(lists.wide + 1, dtype=ids.dtype, device=ids.device)
