@@ -1,5 +1,5 @@
-"""best_match: a program has some rows of a and goes through all rows of b, of whose products it
-keeps the greatest."""
+"""best_match: a program owns some rows of a, loops over all rows of b and keeps the maximum
+product."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..common import FLOAT_MAX, INF, Rows, dot, launch
 
-BLOCK = 64  # rows of a, and of b
-PIECE_BYTES = 128  # of a row
+BLOCK = 64  # rows of a and rows of b per tile
+PIECE_BYTES = 128  # bytes of a row per step
 FACTOR_ROWS = 16
 FLOAT_TINY = tl.constexpr(1.1754943508222875e-38)
 NOWHERE = tl.constexpr(2**31 - 1)
@@ -27,7 +27,7 @@ def load_piece(rows, i_b, o_row, m_row, o_d, m_d):
 def factor_kernel(
     rows, factors, count, tiles, channels, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """1 over the norm of a row; 0 where it is nothing, NaN where it is not finite."""
+    """1 / norm of each row; 0 for a zero row, NaN for a row that is not finite."""
     i = tl.program_id(0)
     i_b = (i // tiles).to(tl.int64)
     o_row = i % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -75,6 +75,7 @@ def match_kernel(
             o_d = d + tl.arange(0, BLOCK_D)
             b_a = load_piece(rows_a, i_b, o_m, m_m, o_d, o_d < channels)
             b_b = load_piece(rows_b, i_b, o_n, m_n, o_d, o_d < channels)
+            # Z = A B^T
             b_z += dot(b_a, tl.trans(b_b))
         if factors_a is not None:
             b_factor_b = tl.load(factors_b + i_b * partners + o_n, mask=m_n, other=0.0)

@@ -1,6 +1,6 @@
-"""cluster_tokens: a program measures pixels with the same home against the clusters that they
-weigh; another has a cluster and adds up the pixels that reach it. Memory holds the distances of a
-slab, some rows of cells of all images, at a time."""
+"""cluster_tokens: one kernel measures pixels of a home cell against the clusters of their window;
+another owns a cluster and accumulates the pixels that reach it. Memory holds the distances of one
+slab at a time: some rows of cells of all images."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..common import FLOAT_MAX, INF, INTERPRETED, LOG2E, launch, rounded
 from .nearest import NOWHERE, MapRows, find_nearest, squared_distances
 from .reconstruct_tokens import channel_block
 
-SLAB = 1 << 24  # distances in memory
-LEAST = tl.constexpr(-100.0)  # a weight below 2^LEAST of the largest of its pixel is 0
+SLAB = 1 << 24  # max distances in memory
+LEAST = tl.constexpr(-100.0)  # weights below 2^LEAST of the pixel's maximum are 0
 SIZES = ["tiles", "cells", "most", "first", "last"]
 
 
@@ -27,35 +27,35 @@ class Grid(NamedTuple):
     grid_y: int
     grid_x: int
     reach: int
-    window: int  # distances of a pixel in memory
+    window: int  # distances per pixel in memory
     channels: int
 
 
 class Slab(NamedTuple):
-    """Distances [B, lines, X, window] to the clusters that a pixel weighs, row by row, with the
-    least of each pixel and the sum of its weights, [B, lines, X]."""
+    """Distances [B, lines, X, window] of each pixel to the clusters of its window, row-major, with
+    the minimum and the weight sum of each pixel, [B, lines, X]."""
 
     distances: Tensor
     least: Tensor
     total: Tensor
-    line: int  # of pixels, where it begins
+    line: int  # first line of pixels
     lines: int
 
 
 class Home(NamedTuple):
-    """A cell of the grid: its pixels, and the clusters that they weigh."""
+    """A grid cell: its pixels, and the clusters of their window."""
 
     y: Any
     x: Any
-    width: Any  # pixels of a line
+    width: Any  # pixels per line
     pixels: Any
     cluster_y: Any
     cluster_x: Any
-    across: Any  # clusters of a row
+    across: Any  # clusters per row
     clusters: Any
 
 
-# One function: each call costs the interpreter of Triton as much as 40 operations.
+# One function: each call costs Triton's interpreter as much as 40 operations.
 @triton.jit
 def home_of(grid, cell_y, cell_x):
     y = (cell_y * grid.height + grid.grid_y - 1) // grid.grid_y
@@ -78,7 +78,8 @@ def weights_of(b_d, b_least, b_total, m_d, factor):
 
 @triton.jit
 def pixels_of(grid, first, cells, tiles, BLOCK_P: tl.constexpr):
-    """The sequence of a program, the home of its pixels, which of them there are, and where."""
+    """Sequence of a program, home cell of its pixels, mask of existing pixels, and their
+    coordinates."""
     i = tl.program_id(0)
     i_cell = i // tiles % cells
     i_b = (i // tiles // cells).to(tl.int64)
@@ -106,7 +107,8 @@ def measure_kernel(
     BLOCK_K: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """With labels only the nearest of the clusters that a pixel weighs. cells: of a slab."""
+    """Distances, minimum and weight sum of each pixel; with labels, only the nearest cluster of its
+    window. cells: number of cells in the slab."""
     i_b, home, m_p, o_y, o_x = pixels_of(grid, first, cells, tiles, BLOCK_P)
     o_slab = (i_b * slab.lines + o_y - slab.line) * grid.width + o_x
     p_x = x.data + i_b * x.batch + o_y * x.line + o_x.to(tl.int64) * x.row
@@ -132,6 +134,7 @@ def measure_kernel(
             p_out = slab.distances + (o_slab * grid.window)[:, None] + o_k[None, :]
             tl.store(p_out, b_d, mask=m_d)
             b_new = tl.minimum(b_best, tl.min(tl.where(m_k[None, :], b_d, INF), 1))
+            # online softmax of -distance: rescale total by exp2((d_new - d_old) factor)
             b_scale = tl.exp2((b_new - tl.where(b_best < INF, b_best, b_new)) * factor)
             b_w = weights_of(b_d, b_new[:, None], 1.0, m_d, factor)
             b_total = b_total * b_scale + tl.sum(b_w, 1)
@@ -157,7 +160,7 @@ def update_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Adds the pixels of rows first .. last of cells to a cluster."""
+    """Adds the pixels in cell rows first .. last to a cluster."""
     i = tl.program_id(0).to(tl.int64)
     clusters = grid.grid_y * grid.grid_x
     i_b = i // clusters
@@ -199,6 +202,7 @@ def update_kernel(
             p_x = x.data + i_b * x.batch + o_y * x.line + o_x.to(tl.int64) * x.row
             m_tile = m_p[:, None] & m_c[None, :]
             b_x = tl.load(p_x[:, None] + o_c[None, :], mask=m_tile, other=0.0).to(tl.float32)
+            # sum_m += Q_nm x_n
             b_sum += tl.sum(b_w[:, None] * b_x, 0)
             if c == 0:
                 b_mass += b_w
@@ -252,7 +256,7 @@ def spread_kernel(
 
 
 class Call:
-    """What the kernels of a call share."""
+    """Sizes, tiles and scratch memory of a call."""
 
     def __init__(
         self, x: Tensor, grid_y: int, grid_x: int, iters: int, tau: float, window: int
@@ -284,7 +288,7 @@ class Call:
         return self.batch * self._lines(rows) * self.grid.width * self.grid.window
 
     def slabs(self) -> Any:
-        """Slab, its first row of cells and the row behind its last."""
+        """Yields each slab, its first row of cells and the end of its rows."""
         for first in range(0, self.grid.grid_y, self.rows):
             line = -(-first * self.grid.height // self.grid.grid_y)
             slab = Slab(self.distances, self.least, self.total, line, self.lines)

@@ -1,4 +1,4 @@
-"""gather_fuse: rows are copied, and the rest is summed a tile of rows at a time."""
+"""gather_fuse: kept rows are copied, and the rest is summed one tile of rows at a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .rows import bits_of, copy_rows, places_kernel, steps_of, tile_of
 
 BATCHES = ["x_batch", "keep_batch", "rest_batch", "weight_batch", "dout_batch", "out_batch"]
 SIZES = ["prefix", "patches", "kept", "rest", "blocks", *BATCHES]
-ENTRIES = 1024  # of one program
-SLICE = 128  # channels of f in one program
-ROWS = 32  # of rest at once
+ENTRIES = 1024  # entries per program
+SLICE = 128  # channels of f per program
+ROWS = 32  # rows of rest per step
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -84,8 +84,9 @@ def fuse_kernel(
         b_w = tl.load(weight + i_b * weight_batch + b_id, mask=m_id, other=0.0)
         p_x = x + i_b * x_batch + (prefix + b_id) * x_token
         b_x = tl.load(p_x[:, None] + o_c[None, :], mask=m_id[:, None] & m_c[None, :], other=0.0)
-        # A weight may be infinite: rows that do not count add 0.
+        # A weight may be infinite: masked rows must add 0, not NaN.
         b_x = tl.where(m_id[:, None], b_w[:, None] * b_x.to(tl.float32), 0.0)
+        # f += sum of w_i x_i
         b_f += tl.sum(b_x, 0)
         b_total += b_w
     total = tl.sum(b_total, 0)
@@ -154,6 +155,7 @@ def backward_kernel(
         b_x = tl.load(p_x[:, None] + o_c[None, :], mask=m_tile, other=0.0).to(tl.float32)
         if NORMALIZE:
             b_x -= tl.load(p_f + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        # dw_i = (x_i - f) . df / total, dx_i = w_i / total df (NORMALIZE)
         b_dw += tl.sum(tl.where(m_tile, b_x * b_df[None, :], 0.0), 1)
         m_copy = m_copied[:, None] & m_c[None, :]
         b_copy = tl.load(p_dout[:, None] + o_c[None, :], mask=m_copy, other=0.0)

@@ -1,4 +1,4 @@
-"""local_pool: a program pools a slice of channels of a run of tokens."""
+"""local_pool: a program pools a slice of channels for a run of tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_TAP = tl.constexpr(-1)
 
 @triton.jit
 def counts(mask, mask_batch, mask_line, mask_token, o_b, o_y, o_x, m):
-    """Whether tokens are in windows, of those of m."""
+    """Mask of tokens that take part in windows, restricted to m."""
     if mask is not None:
         p_mask = mask + o_b * mask_batch + o_y * mask_line + o_x * mask_token
         m = m & (tl.load(p_mask, mask=m, other=0) != 0)
@@ -28,7 +28,7 @@ def counts(mask, mask_batch, mask_line, mask_token, o_b, o_y, o_x, m):
 
 @triton.jit
 def tile_of_program(blocks, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Tokens and channels of a program."""
+    """Tokens and channels of this program."""
     i = tl.program_id(0)
     o_n = (i // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     return o_n, i % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -67,7 +67,7 @@ def pool_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """With TAPS out takes the tap that each maximum comes from."""
+    """Pooled tokens; with TAPS, out takes the tap that each maximum comes from."""
     o_n, o_c = tile_of_program(blocks, BLOCK_R, BLOCK_C)
     m_n = o_n < tokens
     m_c = (o_c < channels)[None, :]
@@ -87,7 +87,7 @@ def pool_kernel(
             m_x = m_tap[:, None] & m_c
             b_x = tl.load(p_x[:, None] + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)
             if MAX:
-                # A NaN is not below any number; the first one stays.
+                # A NaN wins over any number, and the first NaN stays.
                 m_wins = (b_tap < 0) | ((b_pooled == b_pooled) & ((b_x <= b_pooled) == 0))
                 m_wins = m_wins & m_x
                 b_pooled = tl.where(m_wins, b_x, b_pooled)
@@ -130,7 +130,7 @@ def scales_kernel(
     PAD: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One over what the mean of each token was divided by, 0 where nothing was."""
+    """1 / divisor of the mean of each token, 0 for an empty window."""
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_n = o_n < tokens
     o_b, o_y, o_x = places_of(o_n, height, width)
@@ -175,8 +175,8 @@ def backward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A token is tap t of the window of the token that lies t's offset in front of it. Of means
-    there are scales, of maxima taps."""
+    """dx of a tile. A token is tap t in the window of the token at minus t's offset. Means read
+    scales, maxima read taps."""
     o_n, o_c = tile_of_program(blocks, BLOCK_R, BLOCK_C)
     m_n = o_n < tokens
     m_c = (o_c < channels)[None, :]

@@ -1,4 +1,4 @@
-"""mask_partition: blocks of tokens are counted, their counts summed, then tokens written."""
+"""mask_partition: tokens are counted per block, the counts are scanned, then tokens are written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..common import launch
 
 BLOCK = 2048
-# A new size compiles nothing.
+# Arguments excluded from specialization.
 SIZES = ["mask_batch", "tokens", "total", "size"]
 
 
@@ -31,7 +31,7 @@ def count_kernel(mask, counts, mask_batch, tokens, total, SIZE: tl.constexpr):
 def write_kernel(
     mask, ends, indices, cu_seqlens, inverse, mask_batch, tokens, total, size, SIZE: tl.constexpr
 ):
-    """ends: of the places of each block."""
+    """ends: inclusive prefix sum of block counts."""
     i = tl.program_id(0)
     o_i = i.to(tl.int64) * SIZE + tl.arange(0, SIZE)
     b_taken = taken_of(mask, o_i, mask_batch, tokens, total)

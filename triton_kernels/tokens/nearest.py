@@ -1,5 +1,5 @@
-"""The rows of a set that are nearest each of some rows. Distances are sums of squared differences,
-of which memory holds a slab of rows at a time."""
+"""Nearest rows of a set for each query row. Distances are sums of squared differences; memory holds
+one slab of rows at a time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..common import FLOAT_MAX, INF, INTERPRETED, launch
 
-SLAB = 1 << 24  # distances in memory
+SLAB = 1 << 24  # max distances in memory
 NOWHERE = tl.constexpr(2**31 - 1)
 SIZES = ["first", "count", "rows", "tiles", "width", "set_size", "channels", "k"]
 
 
 class MapRows(NamedTuple):
-    """Row i of batch row b lies at b batch + i // width line + i % width row; in elements."""
+    """Row i of batch row b is at b batch + i // width line + i % width row; in elements."""
 
     data: Tensor
     batch: int
@@ -28,13 +28,13 @@ class MapRows(NamedTuple):
 
 class Nearest(NamedTuple):
     ids: Tensor  # [B, rows, k], ascending
-    distances: Tensor | None  # beside it
+    distances: Tensor | None  # [B, rows, k], in the order of ids
     least: Tensor | None  # [B, rows]
 
 
 @triton.jit
 def squared_distances(p_a, m_a, p_b, m_b, channels, DEPTH: tl.constexpr):
-    """Of rows at p_a and p_b, [A, B]."""
+    """Squared distances |a - b|^2 of rows at p_a and p_b, [A, B]."""
     b_sum = tl.zeros([p_a.shape[0], p_b.shape[0]], tl.float32)
     for c in range(0, channels, DEPTH):
         o_c = c + tl.arange(0, DEPTH)
@@ -61,7 +61,8 @@ def distance_kernel(
     BLOCK_N: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Rows first .. first + count - 1 of each batch row, to distances [B, count, set_size]."""
+    """Stores distances [B, count, set_size] of rows first .. first + count - 1 of each batch
+    row."""
     i = tl.program_id(0)
     i_b = (i // tiles).to(tl.int64)
     o_r = i % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -95,8 +96,8 @@ def select_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The k least of each row in k passes, each of which looks beyond the one before, and one more
-    that writes them by number."""
+    """Selects the k smallest of each row in k passes, each of which looks past the previous one,
+    and one more pass that writes them in ascending order of ids."""
     i = tl.program_id(0)
     i_b = (i // tiles).to(tl.int64)
     o_r = i % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -112,6 +113,7 @@ def select_kernel(
             o_n = n + tl.arange(0, BLOCK_N)[None, :]
             m_n = m_r[:, None] & (o_n < set_size)
             b_d = tl.load(p_row[:, None] + o_n, mask=m_n, other=INF)
+            # only entries past the last selection, by (distance, id)
             m_beyond = b_d > b_last[:, None]
             m_beyond |= (b_d == b_last[:, None]) & (o_n > b_last_place[:, None])
             b_d = tl.where(m_beyond, b_d, INF)
@@ -151,8 +153,8 @@ def find_nearest(
     channels: int,
     k: int | None,
 ) -> Nearest:
-    """sizes: batch, rows of a batch row, width of a line, rows of the set. Without k the nearest
-    alone, and no distances."""
+    """sizes: batch, rows per batch row, width of a line, rows of the set. k None: only the nearest
+    row, without distances."""
     batch, rows, width, set_size = sizes
     anchor = map_rows.data
     near = least = None

@@ -1,4 +1,4 @@
-"""reconstruct_tokens: what follows the search for the nearest centroids, and the gradient."""
+"""reconstruct_tokens: weighted means after the nearest-centroid search, and the gradient."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def mean_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Distances become weights, and rows of values their sums by weight."""
+    """weights = exp2((min - d) factor) / norm, out = weights V."""
     i = tl.program_id(0)
     i_b = (i // tiles).to(tl.int64)
     o_r = i % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -83,7 +83,7 @@ def gradient_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A program for each centroid: the tokens that list it, in order."""
+    """dvalues; one program per centroid sums over the tokens that list it, in order."""
     i = tl.program_id(0)
     i_m = i % clusters
     i_b = (i // clusters).to(tl.int64)
@@ -105,6 +105,7 @@ def gradient_kernel(
                 b_w += tl.load(weight + o_at, mask=m_own, other=0.0)
             p_d = dout.data + i_b * dout.batch + o_n * dout.seq
             b_d = tl.load(p_d[:, None] + o_c[None, :], mask=m_t[:, None] & m_c, other=0.0)
+            # dV_m += w_nm dout_n
             b_sum += tl.sum(b_w[:, None] * b_d.to(tl.float32), 0)
         p_out = dvalues + (i_b * clusters + i_m) * channels + o_c
         tl.store(p_out, rounded(b_sum, dvalues.dtype.element_ty), mask=o_c < channels)

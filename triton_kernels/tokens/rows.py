@@ -1,4 +1,4 @@
-"""What the kernels that move tokens share: rows of elements as integers, and where they go."""
+"""Shared code of the kernels that move tokens: copies as integers, tiles, inverse indices."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS = 2048  # that one program copies
-COMPUTED = 1024  # that one program computes with
+ELEMENTS = 2048  # elements per program that copies
+COMPUTED = 1024  # elements per program that computes
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits_of(t: Tensor) -> Tensor:
-    """The elements as integers: a copy of those keeps the bits of every NaN."""
+    """Elements as integers: copying them preserves the bits of every NaN."""
     return t.view(_INTEGERS[t.element_size()]) if t.is_floating_point() else t
 
 
 def steps_of(t: Tensor, dims: int) -> tuple[int, ...]:
-    """Strides of the first dimensions, 0 where one is broadcast."""
+    """Strides of the first dimensions, 0 where broadcast."""
     return tuple(0 if n == 1 else s for n, s in zip(t.shape[:dims], t.stride(), strict=False))
 
 
@@ -32,7 +32,7 @@ def tile_of(channels: int, *, computed: bool = False) -> dict[str, Any]:
 
 @triton.jit
 def copy_rows(p_to, p_from, m_to, m_from, channels, BLOCK_C: tl.constexpr):
-    """Rows of m_to are written: what lies at p_from, or zeros where not m_from."""
+    """Writes the rows of m_to: rows at p_from, or zeros where not m_from."""
     for c in range(0, channels, BLOCK_C):
         o_c = c + tl.arange(0, BLOCK_C)
         m_c = (o_c < channels)[None, :]
@@ -51,7 +51,8 @@ def places_kernel(
     blocks,
     BLOCK: tl.constexpr,
 ):
-    """places[s, id] = first + k for the entries k of a sequence: of several the greatest."""
+    """places[s, id] = first + k over the entries k of a sequence, the maximum if several name the
+    id."""
     i = tl.program_id(0)
     i_s = (i // blocks).to(tl.int64)
     o_k = i % blocks * BLOCK + tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""scatter_tokens: the indices are turned around, then a program writes a few rows of the result."""
+"""scatter_tokens: the indices are inverted, then each program writes a few rows of the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..common import launch
 from .rows import bits_of, copy_rows, places_kernel, steps_of, tile_of
 
 SIZES = ["y_batch", "base_batch", "tokens", "blocks"]
-ENTRIES = 1024  # of one program
+ENTRIES = 1024  # entries per program
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -1,6 +1,6 @@
-"""segment_reduce: a program takes a segment in a block of channels, and walks over its places.
+"""segment_reduce: a program owns one segment and a block of channels, and loops over its places.
 
-Backward, a program takes rows of x and finds the gradient of their segments in a map.
+Backward, a program owns rows of x and gathers the gradient of their segments through a map.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from ..common import INF, launch, rounded
 
-CHANNELS = 256  # of one program at most
-ELEMENTS = 4096  # of a tile
-BACKWARD_ELEMENTS = 2048  # more would spill registers
-# A new size compiles nothing.
+CHANNELS = 256  # max channels per program
+ELEMENTS = 4096  # elements per tile
+BACKWARD_ELEMENTS = 2048  # larger tiles spill
+# Arguments excluded from specialization.
 SIZES = ["x_batch", "x_row", "weight_batch", "tokens", "segments", "channels"]
 FORWARD_SIZES = [*SIZES, "offsets_batch", "perm_batch", "place_count", "tiles"]
 BACKWARD_SIZES = [*SIZES, "dy_batch", "dy_row", "count"]
 
 
 class Places(NamedTuple):
-    """Where the rows of a segment are named; strides in elements."""
+    """Row lists of segments; strides in elements."""
 
     offsets: Tensor  # [B, S + 1]
     perm: Tensor | None  # [B, P]
@@ -33,7 +33,7 @@ class Places(NamedTuple):
 
 @triton.jit
 def rows_of_places(places, i_b, o_p, m_p, perm_batch, tokens):
-    """The rows that the places name, and whether they name one."""
+    """Rows at the given places, and the mask of valid rows."""
     b_row = o_p
     if places.perm is not None:
         b_row = tl.load(places.perm + i_b * perm_batch + o_p, mask=m_p, other=-1)
@@ -74,7 +74,7 @@ def reduce_kernel(
     end = tl.minimum(tl.load(p_end + 1), place_count)
 
     b_y = tl.zeros([BLOCK_C], tl.float32)
-    b_place = tl.full([BLOCK_C], -1, tl.int32)  # of the row that is taken
+    b_place = tl.full([BLOCK_C], -1, tl.int32)  # place of the selected row
     b_lost = tl.zeros([BLOCK_C], tl.float32)
     b_weight = tl.zeros([BLOCK_P], tl.float32)
     b_count = tl.zeros([BLOCK_P], tl.int32)
@@ -99,7 +99,8 @@ def reduce_kernel(
             m_x = m_p[:, None] & m_c[None, :]
             b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
             if EXTREME:
-                # Numbers above NaN would not do for the largest: there is +inf. NaN is looked for.
+                # NaN cannot be encoded as a larger number, since +inf may occur; it is tracked
+                # separately.
                 if REDUCE == "amin":
                     b_x = -b_x
                 m_nan = (b_x != b_x) & m_x
@@ -113,7 +114,7 @@ def reduce_kernel(
                 b_y = tl.where(m_new, b_top, b_y)
                 b_place = tl.where(m_new, b_found, b_place)
             else:
-                # What a sum loses is added to the next one.
+                # Compensated sum: the rounding error is added to the next partial sum.
                 b_part = tl.sum(b_w[:, None] * b_x, 0) + b_lost
                 b_sum = b_y + b_part
                 b_error = b_part - (b_sum - b_y)
@@ -135,6 +136,7 @@ def reduce_kernel(
         tl.store(p_y, b_bits, mask=m_c)
     else:
         if REDUCE == "mean":
+            # mean = sum of w x / sum of w
             b_y = tl.where(total == 0.0, 0.0, b_y / tl.where(total == 0.0, 1.0, total))
         tl.store(p_y, rounded(b_y, y.dtype.element_ty), mask=m_c)
 
@@ -192,12 +194,14 @@ def backward_kernel(
             if REDUCE == "mean":
                 p_y = y + (o_segment * channels)[:, None] + o_c
                 b_x -= tl.load(p_y, mask=m_tile, other=0.0).to(tl.float32)
+            # dw = (x - mean) . dy / total
             b_dot += tl.sum(b_x * b_dy, 1)
         if REDUCE == "amax" or REDUCE == "amin":
             p_arg = arg + (o_segment * channels)[:, None] + o_c
             b_arg = tl.load(p_arg, mask=m_tile, other=-1)
             b_dx = tl.where(b_arg == o_n[:, None], b_dy, 0.0)
         else:
+            # dx = w / total dy
             b_dx = b_dy * (b_w / b_total)[:, None]
         p_dx = dx + (o_row * channels)[:, None] + o_c
         m_dx = m_row[:, None] & (o_c < channels)
@@ -262,7 +266,7 @@ def segment_reduce_backward(
 
 
 def _segment_of_row(x: Tensor, offsets: Tensor, perm: Tensor | None, reduce: str) -> Tensor:
-    """[B, N] int32: the segment that a row is in, or that takes it; -1 for none."""
+    """[B, N] int32: segment that a row is in, or that selects it; -1 for none."""
     batch, tokens, _ = x.shape
     segments = offsets.shape[1] - 1
     places = tokens if perm is None else perm.shape[1]
@@ -271,13 +275,13 @@ def _segment_of_row(x: Tensor, offsets: Tensor, perm: Tensor | None, reduce: str
     row = place if perm is None else perm
     there = (segment >= 0) & (segment < segments) & (row >= 0) & (row < tokens)
     if reduce in ("first", "last"):
-        # The first or last place of each segment that names a row.
+        # First or last place of each segment that names a valid row.
         bins = torch.where(there, segment, segments).long()
         none = places if reduce == "first" else -1
         chosen = place.new_full((batch, segments + 1), none)
         chosen = chosen.scatter_reduce(1, bins, place, "amin" if reduce == "first" else "amax")
         there = there & (chosen.gather(1, bins) == place)
-    # Behind the rows lies one for the places that name none.
+    # One extra row after the last collects the places that name no row.
     found = place.new_full((batch, tokens + 1), -1)
     found.scatter_(1, torch.where(there, row, tokens).long(), torch.where(there, segment, -1))
     return found[:, :tokens].contiguous()

@@ -1,4 +1,5 @@
-"""topk_partition: the k-th key of a row by four digits of 8 bits, then each token to its side."""
+"""topk_partition: radix select of the k-th key of a row in four 8-bit digits, then each token goes
+to its side."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from ..common import INF, launch
 
 TILE = 2048
 BINS = tl.constexpr(256)
-INVALID = tl.constexpr(1)  # the key
-# A new size compiles nothing.
+INVALID = tl.constexpr(1)  # key of an invalid token
+# Arguments excluded from specialization.
 SIZES = ["scores_batch", "valid_batch", "tokens", "k", "others", "protect_first", "protect_last"]
 
 
@@ -25,7 +26,7 @@ class Tokens(NamedTuple):
 
 @triton.jit
 def keys_of(row, o_i, tokens, protect_first, protect_last, LARGEST: tl.constexpr):
-    """Unsigned integers in the order of the tokens, 0 behind the last."""
+    """Unsigned integer keys ordered as the tokens, 0 past the last token."""
     m_i = o_i < tokens
     b_x = tl.load(row.scores + o_i, mask=m_i, other=0.0).to(tl.float32)
     if not LARGEST:
@@ -118,7 +119,7 @@ def topk_partition(
 ) -> tuple[Tensor, Tensor]:
     batch, tokens = scores.shape
     by_score = order == "score"
-    if counts is None and (k == 0 or (k == tokens and not by_score)):  # on one side, in order
+    if counts is None and (k == 0 or (k == tokens and not by_score)):  # one side gets all
         every = torch.arange(tokens, dtype=torch.int32, device=scores.device).repeat(batch, 1)
         none = every.new_empty((batch, 0))
         return (every, none) if k else (none, every)
@@ -126,7 +127,7 @@ def topk_partition(
     keep = scores.new_empty((batch, k), dtype=torch.int32)
     rest = scores.new_empty((batch, others), dtype=torch.int32)
     keys = scores.new_empty((batch, k), dtype=torch.int64) if by_score else None
-    if counts is not None:  # behind the last of a row
+    if counts is not None:  # padding of each row
         for t, value in ((keep, -1), (rest, -1), (keys, 0)):
             if t is not None:
                 t.fill_(value)
@@ -137,6 +138,6 @@ def topk_partition(
         0 if valid is None else valid.stride(0), tokens, k, others, protect_first, protect_last,
         LARGEST=largest, BLOCK=block, num_warps=8,
     )  # fmt: skip
-    if keys is not None:  # they come in the order of the tokens, and the sort is stable
+    if keys is not None:  # keys are in token order and the sort is stable
         keep = keep.gather(1, keys.argsort(dim=1, descending=True, stable=True))
     return keep, rest
