@@ -1,6 +1,6 @@
-"""What the attention kernels share: where rows lie, which keys a query sees, scores and weights.
+"""Shared device code of the attention kernels: addressing, masks, scores and weights.
 
-Names in kernels: p_ pointers, b_ blocks of values, i_ indices, o_ offsets, m_ masks.
+Prefixes in kernels: p_ pointers, b_ tiles of values, i_ indices, o_ offsets, m_ masks.
 """
 
 from __future__ import annotations
@@ -14,30 +14,31 @@ from torch import Tensor
 
 from tokenmill._library import triton_interpreted
 
-# What the decorators of this import made of the kernels.
+# True if @triton.jit made interpreted kernels when this module was imported.
 INTERPRETED = tl.constexpr(triton_interpreted())
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
-# From it on a float32 is infinite as an operand of a product: it is rounded to tf32.
+# A float32 of this magnitude or above rounds to inf as a tf32 operand of tl.dot.
 TF32_INF = tl.constexpr(2.0**128 - 2.0**116)
 X_BITS = tl.constexpr(15)  # maps have at most 2^15 pixels along Y and X
 X_MASK = tl.constexpr(2**15 - 1)
-# Keys of a step past rows that are computed again, and columns of values: few registers.
+# Tile of the recomputation pass: keys per step and value columns. Small, to save registers.
 STEP = tl.constexpr(16)
 STEP_COLUMNS = tl.constexpr(32)
 
-# Of a thread, for kernels that sum again what is NaN: by itself ptxas may take fewer, and spill.
+# Registers per thread for kernels that recompute NaN rows: ptxas may choose fewer, and spill.
 MOST_REGISTERS = 255
 
-# Arguments by which no kernel is specialised: a new length compiles nothing.
+# Arguments excluded from specialization: a new length does not recompile.
 LENGTHS = ["tokens_q", "tokens_k", "longest_q", "longest_k", "heads", "group", "blocks"]
 
 
 class Rows(NamedTuple):
-    """[B, S, H, D] with a contiguous last dimension; strides in elements. Packed sequences lie
-    behind each other along seq, and batch is 0. Rows of a map [B, Y, X, H, D] are its pixels: seq
-    leads from x to x + 1, line from y to y + 1, and the row of a pixel is y 2^X_BITS + x."""
+    """[B, S, H, D] with a contiguous last dimension; strides in elements. Packed sequences are
+    concatenated along seq, with batch = 0. For a map [B, Y, X, H, D] the rows are pixels: seq is
+    the step from x to x + 1, line the step from y to y + 1, and pixel (y, x) has row number y
+    2^X_BITS + x."""
 
     data: Tensor
     batch: int
@@ -47,32 +48,32 @@ class Rows(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Keys beside a query's own position; None: no limit."""
+    """Sliding window: keys to the left and right of a query's own position; None: no limit."""
 
     left: int | None
     right: int | None
 
 
 class Terms(NamedTuple):
-    """What lies between q.k and the score map; None where a call does not have it.
+    """Terms between q.k and the score map; None if a call does not have one.
 
-    z is in bits: weights are 2^z. Where a bias or slope may make z as large as a float32 gets, it
-    is in nats: multiplied by log2(e) it would overflow; so it is for kinds whose weights are z
-    itself or powers of it. scale is the softmax scale; factor, softcap and constant are in the unit
-    of z: z = factor q.k or softcap tanh(factor q.k), plus constant.
+    z is in bits (weight = 2^z). It is in nats if a bias or slope may bring z to the float32
+    maximum, where multiplying by log2(e) would overflow, and for kinds whose weight is z itself or
+    a power of it. scale is the softmax scale; factor, softcap and constant are in the unit of z:
+    z = factor q.k or softcap tanh(factor q.k), plus constant.
     """
 
     scale: float
     factor: float
     softcap: float | None
     constant: float
-    neg_log_n: int  # a flag: the interpreter of Triton 3.6 takes no bool
+    neg_log_n: int  # flag; an int, since the interpreter of Triton 3.6 takes no bool
     score_bias: Tensor | None  # [H] or [B, H]
     score_bias_batch: int
     slopes: Tensor | None  # [H] or [B, H]
     slopes_batch: int
-    fades: int | None  # 1: slopes are for weights, and take nothing from z
-    chebyshev: int | None  # width of the grid that slopes are over, by its distance
+    fades: int | None  # 1: slopes decay the weights and leave z unchanged
+    chebyshev: int | None  # grid width, if slopes apply to Chebyshev distance
     manhattan: int | None
     grid_window: int | None
     bias: Tensor | None  # strides 0 where broadcast
@@ -83,7 +84,7 @@ class Terms(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """Where one sequence lies among the tokens."""
+    """Token ranges of one sequence in the packed or batched tensors."""
 
     q_start: Any
     q_length: Any
@@ -93,8 +94,8 @@ class Sequence(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The terms of one head of one sequence. Softmax does not see what all scores share: shift is
-    in lse alone, and scores keep the digits that it would cost."""
+    """Score terms of one head of one sequence. Softmax is invariant to a term that all scores
+    share: such a term is kept in shift, added to lse only, so that scores keep their precision."""
 
     constant: Any
     shift: Any  # nats
@@ -104,7 +105,7 @@ class Head(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """The rows of one head of one sequence."""
+    """Rows of one head of one sequence."""
 
     data: Any
     seq: Any
@@ -114,7 +115,7 @@ class Slice(NamedTuple):
 
 @triton.jit
 def program(blocks, heads):
-    """Block, head and batch of this program."""
+    """Block, head and batch indices of this program."""
     i = tl.program_id(0)
     i_bh = i // blocks
     return i % blocks, i_bh % heads, (i_bh // heads).to(tl.int64)
@@ -122,7 +123,7 @@ def program(blocks, heads):
 
 @triton.jit
 def span(cu_seqlens, tokens, longest, i_b):
-    """Start and length of sequence i_b. Ends outside the tensor are cut."""
+    """Start and length of sequence i_b, clamped to the tensor."""
     start = tokens - tokens
     length = longest
     if cu_seqlens is not None:
@@ -150,9 +151,10 @@ def head_of(terms, i_b, i_h, k_length, KIND: tl.constexpr = "softmax"):
     if terms.score_bias is not None:
         p_score_bias = terms.score_bias + i_b * terms.score_bias_batch + i_h
         constant += tl.load(p_score_bias) * (LOG2E / log2e)
-    # Not a branch: constant may be a scalar and k_length one length for each row.
+    # Not a branch: constant may be a scalar while k_length has one value per row.
     constant -= terms.neg_log_n * (tl.log2(tl.maximum(k_length, 1).to(tl.float32)) / log2e)
     shift = 0.0
+    # softmax: move the finite shared term from z to lse
     if KIND == "softmax":
         finite = tl.where(tl.abs(constant) <= FLOAT_MAX, constant, 0.0)
         constant -= finite
@@ -174,7 +176,7 @@ def slice_of(rows, i_b, i_h, start, length):
 
 @triton.jit
 def statistics_of(cu_seqlens, i_b, i_h, heads, tokens, start):
-    """Offset of a head of a sequence in [B, H, S], packed in [H, T]."""
+    """Row offset of a head of a sequence in statistics [B, H, S] or packed [H, T]."""
     i_row = tl.cast(i_h, tl.int64)
     if cu_seqlens is None:
         i_row += i_b * heads
@@ -194,13 +196,13 @@ def row_offsets(rows, o_row):
 
 @triton.jit
 def row_pointers(rows, i_b, o_i, o_h):
-    """To rows o_i of heads o_h."""
+    """Pointers to rows o_i of heads o_h."""
     return rows.data + i_b * rows.batch + row_offsets(rows, o_i) + o_h.to(tl.int64) * rows.head
 
 
 @triton.jit
 def load_tile(p_row, m_row, DIM: tl.constexpr, BLOCK: tl.constexpr, first_col=0):
-    """Masked rows and columns beyond DIM are 0."""
+    """[rows, BLOCK] tile; masked rows and columns beyond DIM are 0."""
     o_col = first_col + tl.arange(0, BLOCK)
     m_tile = m_row[:, None] & (o_col < DIM)[None, :]
     return tl.load(p_row[:, None] + o_col[None, :], mask=m_tile, other=0.0)
@@ -208,14 +210,15 @@ def load_tile(p_row, m_row, DIM: tl.constexpr, BLOCK: tl.constexpr, first_col=0)
 
 @triton.jit
 def load_rows(rows, o_row, DIM: tl.constexpr, BLOCK: tl.constexpr, first_col=0):
-    """Rows beyond the sequence and columns beyond DIM are 0."""
+    """[rows, BLOCK] tile; rows beyond the sequence and columns beyond DIM are 0."""
     p_row = rows.data + row_offsets(rows, o_row)
     return load_tile(p_row, o_row < rows.length, DIM, BLOCK, first_col)
 
 
 @triton.jit
 def rounded(b_x, dtype: tl.constexpr):
-    """b_x in dtype, to nearest even. The interpreter cuts the low half of a float32 off."""
+    """b_x in dtype, rounded to nearest even; the interpreter would truncate a float32 to
+    bfloat16."""
     if INTERPRETED and dtype == tl.bfloat16 and b_x.dtype == tl.float32:
         b_bits = b_x.to(tl.uint32, bitcast=True)
         b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16 << 16
@@ -239,9 +242,9 @@ def store_rows(rows, o_row, b_x, DIM: tl.constexpr):
 
 @triton.jit
 def visible_parts(first, last, diagonal, left, right, length, BLOCK: tl.constexpr):
-    """Ends of three parts of the columns that rows first..last see, each a run of whole tiles:
-    every row sees all of part 1; parts 0 (empty without left) and 2 need a mask. Row i sees columns
-    i + diagonal - left up to i + diagonal + right."""
+    """Ends of three runs of whole column tiles that rows first..last see. Tiles of part 1 need no
+    mask; parts 0 (empty without left) and 2 do. Row i sees columns i + diagonal - left to i +
+    diagonal + right."""
     begin = 0
     full_begin = 0
     end = length
@@ -260,8 +263,8 @@ def visible_parts(first, last, diagonal, left, right, length, BLOCK: tl.constexp
 
 @triton.jit
 def lower_bound(p_list, b_begin, b_end, b_least, halvings):
-    """First of the entries b_begin .. b_end - 1 of an ascending list that is at least b_least,
-    b_end if none is; halvings: bits of the largest count."""
+    """Index of the first entry >= b_least among entries b_begin .. b_end - 1 of an ascending list,
+    b_end if there is none; halvings: bit width of the maximum count."""
     b_low = b_begin
     b_high = b_end
     for _ in range(halvings):
@@ -290,9 +293,9 @@ def visible(o_i, o_j, sequence, window):
 
 @triton.jit
 def dot(b_a, b_b):
-    """b_a in the dtype of b_b, accumulated in float32."""
+    """b_a b_b with b_a rounded to the dtype of b_b and a float32 accumulator."""
     b_a = rounded(b_a, b_b.dtype)
-    if INTERPRETED:  # it multiplies the bits of bfloat16 operands
+    if INTERPRETED:  # the interpreter would multiply the raw bits of bfloat16 operands
         b_product = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), input_precision="ieee")
     elif b_b.dtype == tl.float32:  # plain tf32 would round operands to 11 bits
         b_product = tl.dot(b_a, b_b, input_precision="tf32x3")
@@ -303,18 +306,19 @@ def dot(b_a, b_b):
 
 @triton.jit
 def rows_of_nan(b_x):
-    """Rows whose sum is NaN: those of infinities of both signs too."""
+    """Rows whose sum is NaN, including rows that hold infinities of both signs."""
     b_sum = tl.sum(b_x, 1)
     return b_sum != b_sum
 
 
 @triton.jit
 def split_values(b_v, m_seen):
-    """Of a product with b_v of at most 1024 rows: b_v with 0 for what is not finite, and what the
-    rest of it adds where it is seen. A weight of 0 does not hide it: 0 times infinity is NaN."""
+    """Splits values [up to 1024, N] for a product P V: V with non-finite entries set to 0, and the
+    contribution of those entries to each row that sees them. A zero weight does not mask an entry:
+    0 * inf = NaN."""
     b_wide = b_v.to(tl.float32)
     m_finite = tl.abs(b_wide) < TF32_INF
-    # Digits of 11 bits, exact in any dtype, count infinities and NaN.
+    # Count +inf, -inf and NaN in one product, as base-2^11 digits, exact in any dtype.
     b_digit = tl.where(b_wide <= -TF32_INF, 1.0, 2.0**11)
     b_digit = tl.where(b_wide >= TF32_INF, 2.0**-11, b_digit)
     b_digit = tl.where(m_finite, 0.0, b_digit).to(b_v.dtype)
@@ -326,7 +330,8 @@ def split_values(b_v, m_seen):
 
 @triton.jit
 def tanh(b_x):
-    """Relative error below 3e-7: an odd polynomial near 0, where 1 - 2 / (1 + e^2x) cancels."""
+    """tanh with relative error below 3e-7: an odd polynomial near 0, where 1 - 2 / (1 + e^2x)
+    cancels."""
     b_u = b_x * b_x
     b_p = -0.005852168625 * b_u + 0.02075362886
     b_p = b_p * b_u - 0.0537687047
@@ -352,7 +357,8 @@ def distance(o_i, o_j, terms, sequence):
 
 @triton.jit
 def scores(b_qk, o_i, o_j, terms, head, sequence):
-    """z of queries o_i and keys o_j, which broadcast to the shape of b_qk."""
+    """Scores z of queries o_i and keys o_j, which broadcast to the shape of b_qk."""
+    # z = factor Q K^T, softcapped: softcap tanh(factor Q K^T)
     b_z = b_qk * terms.factor
     if terms.softcap is not None:
         b_z = tanh(b_z) * terms.softcap
@@ -360,8 +366,9 @@ def scores(b_qk, o_i, o_j, terms, head, sequence):
         o_bias = o_i.to(tl.int64) * terms.bias_q + o_j.to(tl.int64) * terms.bias_k
         m_bias = inside(o_i, o_j, sequence)
         b_z += tl.load(terms.bias + head.bias + o_bias, mask=m_bias, other=0.0).to(tl.float32)
-        # +inf counts as the largest finite score. A comparison lets NaN pass.
+        # Clamp +inf to the largest finite score; NaN fails the comparison and passes.
         b_z = tl.where(b_z > FLOAT_MAX, FLOAT_MAX, b_z)
+    # z -= slope |i - j|
     if terms.slopes is not None and terms.fades is None:
         b_distance = distance(o_i, o_j, terms, sequence)
         b_z -= head.slope * b_distance
@@ -372,7 +379,7 @@ def scores(b_qk, o_i, o_j, terms, head, sequence):
 
 @triton.jit
 def fade_of(o_i, o_j, terms, head, sequence):
-    """What softmax weights are multiplied by once their row has summed them, or None."""
+    """Decay applied to softmax weights after the row sum, or None."""
     b_fade = None
     if terms.fades is not None:
         b_distance = distance(o_i, o_j, terms, sequence)
@@ -382,7 +389,7 @@ def fade_of(o_i, o_j, terms, head, sequence):
     return b_fade
 
 
-FAR = 2**30  # beyond any sequence: sums of positions and window ends stay in 32 bits
+FAR = 2**30  # exceeds any sequence: sums of positions and window ends fit in 32 bits
 
 
 def window_of(left: int, right: int) -> Window:
@@ -425,7 +432,7 @@ def terms_of(
 
 
 def _batch_stride(t: Tensor | None) -> int:
-    """Of [H] or [B, H]."""
+    """Batch stride of [H] (0) or [B, H]."""
     return t.stride(0) if t is not None and t.dim() == 2 else 0
 
 
@@ -436,14 +443,14 @@ def _broadcast_strides(t: Tensor | None) -> tuple[int, ...]:
 
 
 def architecture(t: Tensor) -> int:
-    """Compute capability of the device of t, 80 for 8.0."""
+    """Compute capability of the tensor's device, 80 for 8.0."""
     with torch.cuda.device_of(t):
         return int(triton.runtime.driver.active.get_current_target().arch)
 
 
 def launch(kernel: Any, programs: int, anchor: Tensor, *args: Any, **options: Any) -> None:
-    """Runs on the device of anchor. Multiplications and additions fuse; Triton's own default varies
-    by version."""
+    """Launches on the device of anchor. Fused multiply-add is on explicitly, because Triton's
+    default varies by version."""
     if programs > 0:
         with torch.cuda.device_of(anchor):
             kernel[(programs,)](*args, **options, enable_fp_fusion=True)

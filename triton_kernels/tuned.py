@@ -1,4 +1,4 @@
-"""The forward tiles of a kernel with the tuned numbers of its operator."""
+"""Applies an operator's tuned values to the forward tiles of its kernel."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ FIELDS = {
     "block_m": "block_m",
     "block_n": "block_n",
 }
-SHARED_BYTES = 99 * 1024  # that a program has on every GPU
+SHARED_BYTES = 99 * 1024  # shared memory per program available on every GPU
 
 
 def tuned(op: str, tiles: T, q: Tensor, value_dim: int, plain: bool) -> T:
-    """tiles, a NamedTuple, where a knob says TABLE, and for calls other than those that the knobs
-    are measured with: 16-bit elements, narrow heads, plain (no term takes more registers or shared
-    memory). So it is for tiles whose keys and values would not fit in shared memory."""
+    """Returns tiles with tuned fields replaced, unless the value is TABLE. Tuned values apply only
+    to calls like those they were measured with: 16-bit elements, head_dim up to 128, plain (no term
+    that takes more registers or shared memory). Tiles whose keys and values would not fit in shared
+    memory are left unchanged."""
     wide = max(q.shape[-1], value_dim)
     if not plain or q.element_size() != 2 or wide > 128:
         return tiles

@@ -1,4 +1,4 @@
-"""From scores to weights, of any kind."""
+"""Score maps of every kind: weights f(z), their derivatives and row factors."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import triton.language as tl
 
 from .common import INF, INTERPRETED, LOG2E, dot
 
-# Sigmoid weights near 1 / n are subnormal in float16 from n = 16384 on.
+# Sigmoid weights near 1 / n are subnormal in float16 for n >= 16384.
 FLOAT16_SCALE = tl.constexpr(2.0**15)
-# Added to a row sum that weights are divided by.
+# Added to the row sum before division.
 LEAST_SUM = tl.constexpr(1e-8)
 
 
@@ -20,7 +20,7 @@ def exponential(b_z, head):
 
 @triton.jit
 def sigmoid(b_z, head, FAST: tl.constexpr):
-    """P = 1 / (1 + e^-z) and 1 - P. Neither cancels, except where FAST."""
+    """P = 1 / (1 + e^-z) and 1 - P, both without cancellation unless FAST."""
     if FAST and not INTERPRETED:
         b_half = b_z * (0.5 * head.log2e / LOG2E)
         b_tanh = tl.inline_asm_elementwise(
@@ -37,8 +37,8 @@ def sigmoid(b_z, head, FAST: tl.constexpr):
 
 @triton.jit
 def weights(b_z, head, KIND: tl.constexpr, FAST: tl.constexpr):
-    """f(z) of kinds other than softmax, and its derivative. Both are 0 where z is -inf, and NaN
-    where it is."""
+    """f(z) of kinds other than softmax, and its derivative. Both are 0 if z is -inf, and NaN if z
+    is NaN."""
     if KIND == "sigmoid":
         b_f, b_rest = sigmoid(b_z, head, FAST)
         b_slope = b_f * b_rest
@@ -61,10 +61,10 @@ def weights(b_z, head, KIND: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def inverse(b_sum, KIND: tl.constexpr, NORMALIZE: tl.constexpr):
-    """What weights are multiplied by, from their sum or count in each row."""
+    """Row factor of weights, from their row sum or count."""
     if NORMALIZE == "count":
         b_inverse = 1.0 / tl.maximum(b_sum, 1.0)
-    elif KIND == "linear":  # its weights have either sign
+    elif KIND == "linear":  # weights of either sign
         b_inverse = 1.0 / tl.maximum(tl.abs(b_sum), 1.0)
     else:
         b_inverse = 1.0 / (b_sum + LEAST_SUM)
@@ -73,8 +73,8 @@ def inverse(b_sum, KIND: tl.constexpr, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def weighted(b_w, b_x, KIND: tl.constexpr):
-    """The product of weights or their gradients with rows. Those of kinds without an upper bound
-    may lie beyond float16: of each row a power of two stays out of the product."""
+    """Product of weights or their gradients with rows. Unbounded kinds may exceed the float16
+    range: a power of two per row is factored out of the product."""
     if KIND != "softmax" and KIND != "sigmoid" and b_x.dtype == tl.float16:
         b_bits = tl.max(tl.abs(b_w), 1).to(tl.uint32, bitcast=True) & 0x7F800000
         m_normal = (b_bits > 0) & (b_bits < 0x7F800000)

@@ -1,7 +1,7 @@
 """additive_attention: scores u_ij = v . tanh(q_i + k_j), and their gradients.
 
-With d = g_ij v (1 - tanh^2): dq_i is the sum of d over keys, dk_j that over queries, each by a
-launch that computes the tangents again: no atomics.
+With d = g_ij v (1 - tanh^2): dq_i sums d over keys and dk_j sums d over queries. Each has its own
+launch, which recomputes tanh: no atomics.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..common import INF, launch, load_tile, store_tile, tanh
 
-ROWS, KEYS, STEP = 16, 32, 8  # of a tile of scores: queries, keys, elements of A at once
-OWN, OTHER, WIDTH = 8, 16, 32  # of gradients: rows that are summed for, rows summed over, A
+ROWS, KEYS, STEP = 16, 32, 8  # score tile: queries, keys, elements of A per step
+OWN, OTHER, WIDTH = 8, 16, 32  # gradient tile: own rows, rows reduced over, columns of A
 COUNTS = ["rows", "keys", "own_rows", "other_rows"]
 
 
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """[B, T, N]; row and column are those of the side that is summed for and of the other."""
+    """[B, T, N]; row is the stride of the side that gets a gradient, column of the other side."""
 
     data: Tensor
     batch: int
@@ -81,6 +81,7 @@ def scores_kernel(
         b_q = load_side(q, i_b, o_i, rows, WIDTH, STEP, first)
         b_k = load_side(k, i_b, o_j, keys, WIDTH, STEP, first)
         b_v = load_weight(v, WIDTH, STEP, first)
+        # u += v . tanh(q + k)
         b_e = tanh(b_q[:, None, :] + b_k[None, :, :])  # [ROWS, KEYS, STEP]
         b_sum += tl.sum(b_e * b_v[None, None, :], 2)
     if mask is not None:
@@ -106,7 +107,7 @@ def gradients_kernel(
     OTHER: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """dv is that of each block of rows, or None."""
+    """dv: one partial per block of rows, or None."""
     steps = tl.cdiv(A, WIDTH)
     tiles = tl.cdiv(own_rows, OWN)
     i = tl.program_id(0)
@@ -125,10 +126,12 @@ def gradients_kernel(
             m_pair = m_pair & (load_pairs(mask, i_b, o_own, o_other, m_pair, 0) != 0)
         b_g = load_pairs(g, i_b, o_own, o_other, m_pair, 0.0)[:, :, None]  # [OWN, OTHER, 1]
         b_e = tanh(b_own[:, None, :] + b_other[None, :, :])  # [OWN, OTHER, WIDTH]
+        # d = g v (1 - tanh^2), summed over the other side
         b_gv = b_g * b_v[None, None, :]
-        m_counts = b_g != 0.0  # whatever e is
+        m_counts = b_g != 0.0  # g = 0 masks a NaN in e
         b_d += tl.sum(tl.where(m_counts, b_gv - b_gv * b_e * b_e, 0.0), 1)
         if dv is not None:
+            # dv += g tanh(q + k)
             b_dv += tl.sum(tl.sum(tl.where(m_counts, b_g * b_e, 0.0), 1), 0)
     p_d = d_own + (i_b * own_rows + o_own) * A
     store_tile(p_d, o_own < own_rows, b_d, A, first)
@@ -146,7 +149,7 @@ def pairs_of(t: Tensor | None, *, transposed: bool = False) -> Pairs | None:
     if t is None:
         return None
     t = t.unsqueeze(1) if t.dim() == 2 else t
-    # The row of a mask [B, N] is that of every query.
+    # A mask [B, N] is broadcast over queries: row stride 0.
     row, column = 0 if t.shape[1] == 1 else t.stride(1), t.stride(2)
     t = t.view(torch.uint8) if t.dtype == torch.bool else t
     return Pairs(t, t.stride(0), *((column, row) if transposed else (row, column)))

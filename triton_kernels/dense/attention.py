@@ -1,4 +1,4 @@
-"""Launches the kernels of attention, forward and backward."""
+"""Host side of dense attention: plans, arguments and launches of forward and backward kernels."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Plan(NamedTuple):
     keys: Tiles
 
 
-# By bytes of an element and head dimension: the largest tiles whose registers do not spill (float32
-# beyond 128 dimensions spills at any size: the two halves of 16 queries fill them; 128 dimensions
-# spill 8 bytes on 12.0). Shared memory: 99 KiB, which every GPU from 8.0 on has.
+# Keyed by (element size in bytes, head_dim): the largest tiles that do not spill. float32 above
+# head_dim 128 spills at any size, because two halves of 16 queries fill the registers; head_dim 128
+# spills 8 bytes on 12.0. Shared memory: 99 KiB, available on every GPU from 8.0 up.
 PLANS = {
     (2, 64): Plan(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2)),
     (2, 128): Plan(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
@@ -53,7 +53,7 @@ PLANS = {
     (4, 128): Plan(Tiles(16, 32, 4, 2), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1)),
     (4, 256): Plan(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
 }
-# Of 9.0 and 10.x: 227 KiB, and products of 64 rows a warp group.
+# For 9.0 and 10.x: 227 KiB of shared memory and 64-row MMA per warpgroup.
 LARGE_PLANS = PLANS | {
     (2, 64): Plan(Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
     (2, 128): Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2)),
@@ -69,14 +69,14 @@ def plan_of(
     more_terms: bool,
     size: int | None = None,
 ) -> Plan:
-    """more_terms: a bias, softcap, or weights that fade. size: bytes of the widest operand, None =
-    of q."""
+    """Tiles for a call. more_terms: the call has a bias, softcap or post-sum decay. size: element
+    size in bytes of the widest operand, None = element size of q."""
     size = size or q.element_size()
     wide = min(triton.next_power_of_2(max(64, q.shape[-1], value_dim)), LONG.value)
     plan = plans[size, wide]
     if not more_terms:
         return plan
-    # Their values take the registers of half a tile.
+    # The extra terms take the registers of half a tile.
     return Plan(*(t._replace(block_n=max(t.block_n // 2, 16)) for t in plan))
 
 
@@ -97,7 +97,7 @@ NO_LISTS = Lists(None, 0, 0, 1)
 
 
 class Call(NamedTuple):
-    """The lowered list, and what the kernels take from it."""
+    """The lowered arguments of a call, and the kernel arguments derived from them."""
 
     q: Tensor
     k: Tensor
@@ -160,13 +160,14 @@ class Call(NamedTuple):
 
     @property
     def statistics_shape(self) -> Sequence[int]:
-        """Of lse and delta."""
+        """Shape of lse and delta."""
         lead = () if self.packed else (self.batch,)
         return (*lead, self.heads, self.q.shape[-3])
 
     def plan(self) -> Plan:
         if INTERPRETED.value:
-            # A tile costs milliseconds whatever its size, yet short sequences take several.
+            # In the interpreter a tile costs milliseconds whatever its size; keep several tiles
+            # even for short sequences.
             m, n = (
                 min(max(triton.next_power_of_2(length) // 64, 32), 1024)
                 for length in (self.longest_q, self.longest_k)
@@ -174,14 +175,14 @@ class Call(NamedTuple):
             return Plan(*[Tiles(m, n, 4, 1)] * 3)
         plans = LARGE_PLANS if 90 <= architecture(self.q) < 120 else PLANS
         more_terms = self.bias is not None or self.softcap != 0.0 or self.post_decay
-        float8 = self.v.element_size() == 1  # its values are multiplied in float32
+        float8 = self.v.element_size() == 1  # float8 values are multiplied in float32
         size = 4 if float8 else self.q.element_size()
         plan = plan_of(plans, self.q, self.v.shape[-1], more_terms, size)
-        if float8:  # what makes numbers of codes takes registers too
+        if float8:  # decoding float8 takes registers too
             plan = plan._replace(forward=plan.forward._replace(num_warps=8))
         if self.kind in ("softmax", "sigmoid") or size == 4:
             return plan
-        # Products of weights without a bound are sums of their own: half the rows for each program.
+        # P V of unbounded weights has an accumulator of its own: halve the rows of each program.
         return Plan(
             plan.forward._replace(block_m=plan.forward.block_m // 2),
             plan.queries._replace(block_m=plan.queries.block_m // 2),
@@ -191,7 +192,8 @@ class Call(NamedTuple):
     def new(
         self, shape: Sequence[int], dtype: torch.dtype | None = None, none: float = 0.0
     ) -> Tensor:
-        """An output. Tokens of no packed sequence, to which no program comes, hold `none`."""
+        """Allocates an output. Tokens outside all packed sequences, which no program writes, hold
+        `none`."""
         dtype = dtype or self.q.dtype
         if self.packed:
             return self.q.new_full(shape, none, dtype=dtype)
@@ -227,14 +229,14 @@ class Call(NamedTuple):
             self.cu_seqlens_q,
             self.cu_seqlens_k,
             self.q.shape[-3],
-            # A cache has pages of keys, and ids for all that a request may have.
+            # Paged keys: the mask has one id for each key of the longest request.
             self.k.shape[-3] if self.mask_k_spans is None else self.mask_k_spans.shape[1],
             self.longest_q,
             self.longest_k,
         )
 
     def arguments(self) -> Sequence[Any]:
-        """What every kernel takes, from terms to group."""
+        """Arguments common to all kernels, from terms to group."""
         group = self.heads // max(self.kv_heads, 1)
         return (
             self.terms(),
@@ -246,7 +248,8 @@ class Call(NamedTuple):
         )
 
     def lists(self, tiles: Tiles, of_keys: bool) -> Lists:
-        """The tiles of queries for each block of keys, or those of keys for each of queries."""
+        """Lists of unmasked tiles: query tiles for each key block, or key tiles for each query
+        block."""
         mask = self.mask()
         if mask.ranges is None and mask.q_spans is None:
             return NO_LISTS
@@ -309,7 +312,7 @@ def attention_cached(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Of keys and values in a cache, which are k and v of the call."""
+    """Forward over a KV cache; k and v of the call are the cache."""
     k, v = (Rows(held(t), t.stride(0), t.stride(1), t.stride(2)) for t in (call.k, call.v))
     stride = 0 if block_table is None else block_table.stride(0)
     most = capacity(call.k, block_table)
@@ -335,7 +338,7 @@ def forward(call: Call, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
         call.rows(out),
         lse,
         call.sink,
-        # Pairs of a masked call with a cache are told apart one by one.
+        # With a cache, masked pairs are tested one by one: no tile lists.
         NO_LISTS if cache is not None else call.lists(tiles, of_keys=False),
         *((None, None, 0, 0, 0, None, None) if cache is None else cache[2:]),
         *call.arguments(),
@@ -415,7 +418,7 @@ def attention_backward(
 
 
 def _none(call: Call) -> Tensor:
-    """The gradient of what needs none."""
+    """Placeholder gradient for an input that needs none."""
     return call.q.new_empty(0, dtype=torch.float32)
 
 
@@ -455,14 +458,15 @@ def _bias_gradient(
 
 
 def _sum_blocks(call: Call, sums: Tensor | None) -> Tensor:
-    """Of [B, H, blocks]: [B, H]."""
+    """Sums block partials [B, H, blocks] to [B, H]."""
     return _none(call) if sums is None else sums.sum(2)
 
 
 def sink_terms(lse: Tensor, delta: Tensor, sink: Tensor) -> Tensor:
-    """-P_sink delta of each row, [B, H, Sq] or [H, Tq], for the sink has no value."""
+    """-P_sink delta of each row, [B, H, Sq] or [H, Tq]: the sink logit has no value."""
+    # P_sink = exp(sink - lse)
     logits = sink[:, None]
-    p = torch.where(lse == logits, 1.0, torch.exp(logits - lse))  # also where both are inf
+    p = torch.where(lse == logits, 1.0, torch.exp(logits - lse))  # also if both are inf
     p = torch.where(lse == float("-inf"), 0.0, p)
     return -(p * delta)
 
@@ -470,12 +474,12 @@ def sink_terms(lse: Tensor, delta: Tensor, sink: Tensor) -> Tensor:
 def _sink_gradient(
     call: Call, lse: Tensor | None, delta: Tensor | None, sink: Tensor | None
 ) -> Tensor:
-    """[B, H]."""
+    """Gradient of the sink, [B, H]."""
     if lse is None or delta is None or sink is None:
         return _none(call)
     sums = sink_terms(lse, delta, sink)
     if not call.packed:
         return sums.sum(2)
     dsink = call.q.new_zeros((call.batch, call.heads), dtype=torch.float32)
-    dsink[:1] = sums.sum(1)  # that of all sequences
+    dsink[:1] = sums.sum(1)  # sum over all sequences
     return dsink

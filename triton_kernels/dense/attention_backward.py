@@ -1,8 +1,8 @@
-"""Backward, without atomics: one kernel owns the queries, one the keys, one the tiles of a bias.
+"""Backward without atomics: one kernel owns query blocks, one key blocks, one tiles of a bias.
 
-softmax: dz = P (dP - delta), delta = rowsum(dO O) - dlse. Where weights fade by F: dz = P (F dP -
-delta), and dv takes P F. Other kinds, whose weights f(z) a row multiplies by norm: dz = f'(z) (norm
-dP - delta), where delta, of those normalised by their sum s alone, is norm rowsum(dO O) - ds.
+softmax: dz = P (dP - delta), delta = rowsum(dO O) - dlse. With post-sum decay F:
+dz = P (F dP - delta), and dV uses P F. Other kinds, with weights f(z) and row factor norm:
+dz = f'(z) (norm dP - delta), where delta is norm rowsum(dO O) - ds if a row sum s divides, else 0.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from .masks import COUNTS, first_of, list_of, listed_parts, rules_of, seen
 
 @triton.jit
 def load_lse(p_lse, m_row, head):
-    """On the scale of z; inf, and with it P = 0, for rows that saw nothing."""
+    """lse in the unit of z; inf for rows that see no key, so that P = 0."""
     b_lse = tl.load(p_lse, mask=m_row, other=INF)
     return (tl.where(b_lse == -INF, INF, b_lse) - head.shift) * (LOG2E / head.log2e)
 
 
 @triton.jit
 def norm_of(lse, o_row, m_row, head, KIND: tl.constexpr, NORMALIZE: tl.constexpr):
-    """What the forward has stored of a row: lse, or, from a sum or count, the factor of weights."""
+    """Forward row statistic: lse for softmax, else the row factor from a sum or count."""
     b_norm = tl.zeros(m_row.shape, tl.float32)
     if KIND == "softmax":
         b_norm = load_lse(lse + o_row, m_row, head)
@@ -75,8 +75,8 @@ def gradients(
     NORMALIZE: tl.constexpr = "none",
     FAST: tl.constexpr = False,
 ):
-    """P and dz of a tile. Queries and keys lie along the axes where o_i and o_j say. b_norm: lse of
-    softmax, else the factor of weights. m_seen None: all are seen."""
+    """P and dz of a tile. o_i and o_j broadcast along the query and key axes. b_norm: lse for
+    softmax, else the row factor. m_seen None: no masked pair."""
     b_z = scores(b_qk, o_i, o_j, terms, head, sequence)
     if KIND == "softmax":
         b_p = exponential(b_z - b_norm, head)
@@ -93,7 +93,7 @@ def gradients(
             b_dp *= b_norm
         if NORMALIZE == "sum":
             b_dp -= b_delta
-        if KIND == "relu":  # a slope of 0 hides the rest
+        if KIND == "relu":  # a slope of 0 masks NaN and inf
             b_dz = tl.where(b_slope == 0.0, 0.0, b_dp)
         else:
             b_dz = b_slope * b_dp
@@ -107,7 +107,7 @@ def gradients(
 
 @triton.jit
 def through_softcap(b_dz, b_qk, terms):
-    """Gradient of scale q.k."""
+    """Gradient of scale q.k from dz: backward of the softcap."""
     if terms.softcap is not None:
         b_tanh = tanh(b_qk * terms.factor)
         b_dz *= 1.0 - b_tanh * b_tanh
@@ -152,11 +152,11 @@ def queries_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A block of queries: dq, delta, and the sums of dz and of -dz times distance. Of softmax a row
-    of dz adds up to dlse + P_sink delta, which is taken instead: the sum itself cancels, down to
-    the errors of P and dP."""
+    """One block of queries: dq, delta, and row sums of dz and of -dz distance. For softmax, a row
+    of dz sums to dlse + P_sink delta; this closed form is used because the sum itself cancels to
+    the rounding errors of P and dP."""
     i_block, i_h, i_b = program(blocks, heads)
-    # The last queries see most keys under a causal mask: longest programs first.
+    # Reversed order: under a causal mask the last queries have most keys and start first.
     first = (blocks - 1 - i_block) * BLOCK_M
     sequence = sequence_of(
         cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, longest_q, longest_k, i_b
@@ -179,10 +179,11 @@ def queries_kernel(
     if KIND == "softmax" or NORMALIZE == "sum":
         outs = slice_of(out, i_b, i_h, sequence.q_start, sequence.q_length)
         b_out = load_rows(outs, o_i, VALUE_DIM, BLOCK_V)
+        # delta = rowsum(dO O)
         b_delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
         if KIND != "softmax":
             b_delta *= b_norm
-        if KIND == "linear":  # s counts where |s| is above 1
+        if KIND == "linear":  # backward of max(|s|, 1): zero where |s| <= 1
             b_sum = tl.load(lse + o_row + o_i, mask=m_i, other=0.0)
             b_sign = tl.where(b_sum > 1.0, 1.0, tl.where(b_sum < -1.0, -1.0, 0.0))
             b_delta *= b_sign
@@ -216,6 +217,7 @@ def queries_kernel(
             o_j = first_of(p_list, width, n, PART, BLOCK_N) + tl.arange(0, BLOCK_N)
             b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
             b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
+            # S = Q K^T, dP = dO V^T
             b_qk = dot(b_q, tl.trans(b_k))
             b_dp = dot(b_dout, tl.trans(b_v))
             m_seen = None
@@ -241,9 +243,10 @@ def queries_kernel(
             if slope_sums is not None:
                 b_distance = distance(o_i[:, None], o_j[None, :], terms, sequence)
                 b_moved = b_dz
-                if terms.fades is not None:  # what a weight of 0 does not see may be NaN
+                if terms.fades is not None:  # a weight of 0 masks a NaN
                     b_moved = tl.where(b_p == 0.0, 0.0, b_p * b_dp)
                 b_slope_sum -= tl.sum(b_moved * b_distance, 1)
+            # dQ += dz K
             b_dq += weighted(through_softcap(b_dz, b_qk, terms), b_k, KIND)
 
     dqs = slice_of(dq, i_b, i_h, sequence.q_start, sequence.q_length)
@@ -288,8 +291,8 @@ def keys_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """dk and dv of a block of keys, summed over the query heads that read it. Scores are
-    transposed: P^T and dz^T are the left operands of the products that follow."""
+    """dk and dv of a block of keys, summed over the query heads of its GQA group. Scores are
+    transposed: P^T and dz^T are left operands of the next products."""
     i_block, i_kv, i_b = program(blocks, heads // group)
     first = i_block * BLOCK_N
     sequence = sequence_of(
@@ -306,7 +309,7 @@ def keys_kernel(
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     last = tl.minimum(first + BLOCK_N, sequence.k_length) - 1
-    # Key j is seen by queries j - diagonal - right up to j - diagonal + left.
+    # Key j is seen by queries j - diagonal - right to j - diagonal + left.
     band = visible_parts(
         first, last, -sequence.diagonal, window.right, window.left, sequence.q_length, BLOCK_M
     )
@@ -317,7 +320,7 @@ def keys_kernel(
     parts = listed_parts(p_list, band)
     ENTRY: tl.constexpr = BLOCK_M if lists.data is None else 1
     for PART in tl.static_range(1 if window.right is None or p_list is not None else 0, 3):
-        # One loop over heads and their blocks, so that loads run ahead across heads.
+        # One loop over heads and their query blocks, so that loads are pipelined across heads.
         count = tl.cdiv(parts[PART + 1] - parts[PART], ENTRY)
         for n in range(group * count):
             i_h = i_kv * group + n // count
@@ -332,6 +335,7 @@ def keys_kernel(
             m_i = o_i < sequence.q_length
             b_norm = norm_of(lse, o_row + o_i, m_i, head, KIND, NORMALIZE)
             b_delta = delta_of(delta, o_row + o_i, m_i, KIND, NORMALIZE)
+            # S^T = K Q^T, dP^T = V dO^T
             b_qk = dot(b_k, tl.trans(b_q))
             b_dp = dot(b_v, tl.trans(b_dout))
             m_seen = None
@@ -355,6 +359,7 @@ def keys_kernel(
             )
             if KIND == "sigmoid" and b_q.dtype == tl.float16:
                 b_p *= FLOAT16_SCALE
+            # dV += P^T dO, dK += dz^T Q
             b_dv += weighted(b_p, b_dout, KIND)
             b_dk += weighted(through_softcap(b_dz, b_qk, terms), b_q, KIND)
 
@@ -413,8 +418,8 @@ def bias_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A tile of dbias, [B|1, H|1, rows, columns]: the sum of dz, in order, over what the bias was
-    broadcast along: sum_batch sequences, sum_heads heads, SUM_Q all queries, SUM_K all keys."""
+    """A tile of dbias [B|1, H|1, rows, columns]: dz summed, in order, over the broadcast
+    dimensions: sum_batch sequences, sum_heads heads, all queries if SUM_Q, all keys if SUM_K."""
     blocks_k = tl.cdiv(bias_columns, BLOCK_N)
     i_tile, i_bias_h, i_bias_b = program(tl.cdiv(bias_rows, BLOCK_M) * blocks_k, bias_heads)
     first_i = i_tile // blocks_k * BLOCK_M
@@ -467,6 +472,7 @@ def bias_kernel(
                     b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
                     b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
                     m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
+                    # dbias += dz, with S = Q K^T and dP = dO V^T
                     _, b_dz = gradients(
                         dot(b_q, tl.trans(b_k)),
                         dot(b_dout, tl.trans(b_v)),

@@ -1,7 +1,5 @@
-"""attention_decode: one program owns a range of the keys of one KV head, past all rows of queries
-that read it, or several such ranges (stream-K); a second kernel merges the ranges of each row in
-order.
-
+"""attention_decode: one program owns a range of keys of one KV head for all query rows of its GQA
+group, or several such ranges (stream-K); a second kernel merges the ranges of each row in order.
 Row r of a KV head is query r // group of head r % group.
 """
 
@@ -80,12 +78,13 @@ def seen_tile(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     PAGE_SIZE: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
-    """Scores of keys o_j, -inf where a query does not see one, and their values. b_q: queries, or
-    pointers to the rows m_q of long ones."""
+    """Scores of keys o_j, -inf where masked, and their values. b_q: queries, or pointers to rows
+    m_q if HEAD_DIM > LONG."""
     m_j = o_j < sequence.k_length
     b_v = load_keys(cache.v, cache, i_b, i_kv, o_j, m_j, VALUE_DIM, BLOCK_V, PAGE_SIZE)
     b_v = value_rows(b_v, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
     o_key = o_j[None, :]
+    # S = Q K^T
     if HEAD_DIM > LONG:
         b_qk = long_products(b_q, m_q, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, PAGE_SIZE)
     else:
@@ -101,7 +100,7 @@ def seen_tile(
 
 @triton.jit
 def rows_in(i_block, i_kv, group, rows, BLOCK_M: tl.constexpr):
-    """Which rows of a block there are, their queries and heads."""
+    """Mask of the existing rows of a block, their queries and heads."""
     o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_row < rows
     return m_row, o_row // group, i_kv * group + tl.where(m_row, o_row % group, 0)
@@ -116,7 +115,7 @@ def sum_range(
     TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Stores the sums of the keys first .. last - 1 for a block of rows."""
+    """Accumulates keys first .. last - 1 for a block of rows and stores the partial results."""
     m_row, o_i, o_h = rows_in(i_block, i_kv, group, rows, BLOCK_M)
     b_q = row_pointers(q, i_b, o_i, o_h)
     if HEAD_DIM <= LONG:
@@ -146,12 +145,14 @@ def sum_range(
             b_q, m_row, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window, rules,
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE, RANGES,
         )  # fmt: skip
+        # online softmax, O += P V
         b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
             b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, KIND, NORMALIZE
         )
     store_partials(partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM, KIND, NORMALIZE)
 
     if HIDES:
+        # recompute rows that are NaN because a masked value is not finite
         m_again = rows_of_nan(b_acc) & m_row
         if tl.max(m_again.to(tl.int32), 0) != 0:
             b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -273,7 +274,7 @@ def stream_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The parts of output tiles that fall into the share of this program."""
+    """Stream-K: the parts of output tiles in this program's share of steps."""
     cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity, k_scale, v_scale)
     stream = Stream(counts, batch, tiles, programs, least)
     i_program = tl.program_id(0)
@@ -293,7 +294,7 @@ def stream_kernel(
         first = first_key + step * BLOCK_N
         last = tl.minimum(first_key + tl.minimum(end - first_step, steps) * BLOCK_N, length)
         p_list = None
-        if lists is not None:  # behind those of the tiles before
+        if lists is not None:  # after the lists of this program's earlier tiles
             p_list = lists + i_program.to(tl.int64) * list_width + (first_step + step - begin)
         o_partial = (i_output + i_program).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         sum_range(
@@ -304,7 +305,7 @@ def stream_kernel(
         )  # fmt: skip
 
 
-# By bytes of an element and head dimension: keys of a step, warps, stages.
+# Keyed by (element size in bytes, head_dim): keys per step, warps, stages.
 TILES = {
     (2, 64): (128, 4, 2),
     (2, 128): (64, 4, 2),
@@ -316,7 +317,7 @@ TILES = {
 
 
 class Tile(NamedTuple):
-    """Of rows and keys in one step, and how the compiler is to spread it."""
+    """Rows and keys per step, warps and pipeline stages."""
 
     rows: int
     keys: int
@@ -325,7 +326,7 @@ class Tile(NamedTuple):
 
 
 def tile_of(q: Tensor, v: Tensor, rows: int, longest: int) -> Tile:
-    """longest: keys that a row may have. Values in float8 are multiplied in float32."""
+    """longest: maximum number of keys of a row. float8 values are multiplied in float32."""
     wide = min(triton.next_power_of_2(max(64, q.shape[3], v.shape[3])), LONG.value)
     size = 4 if v.element_size() == 1 else q.element_size()
     keys, warps, stages = TILES[size, wide]
@@ -335,7 +336,7 @@ def tile_of(q: Tensor, v: Tensor, rows: int, longest: int) -> Tile:
     if size == 2:
         most = 64 if wide <= 128 else 32
     block = min(max(triton.next_power_of_2(rows), 16), most)
-    # Registers of four warps would spill.
+    # Four warps would spill.
     if wide == 256 and (block == 32 or v.element_size() == 1):
         warps = 8
     return Tile(block, keys, warps, stages)
@@ -448,7 +449,7 @@ def attention_decode(
         KIND=kind,
         NORMALIZE=normalize,
         RANGES=ranges_in(mask_ranges),
-        # One query sees every key of its range but what a mask hides.
+        # A single query sees every key of its range unless a mask is given.
         HIDES=seqlen_q > 1 or kind == "relu" or masked,
         TILES=max(LISTED // tile.keys, 1),
         BLOCK_M=tile.rows,

@@ -1,4 +1,4 @@
-"""Results of ranges of keys, and the kernel that merges those of each row, in order."""
+"""Partial results of key ranges, and the kernel that merges them for each row, in order."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: 
 
 
 class Partials(NamedTuple):
-    """Sums of ranges, [splits, B, Hk, rows] or [ranges, rows of a tile]: of weighted values, of
-    weights, and the top scores."""
+    """Partial results [splits, B, Hk, rows] or [ranges, rows of a tile]: weighted values, row_sum
+    and row_max."""
 
-    outs: Tensor  # not values: a tuple of Triton has an attribute of that name
+    outs: Tensor  # not `values`: Triton tuples have an attribute of that name
     sums: Tensor
     tops: Tensor
 
@@ -48,7 +48,7 @@ def store_partials(
 
 @triton.jit
 def load_part(p_part, m_part, other):
-    """m_part None: of all rows."""
+    """m_part None: no row is masked."""
     if m_part is None:
         b_part = tl.load(p_part)
     else:
@@ -58,9 +58,8 @@ def load_part(p_part, m_part, other):
 
 @triton.jit
 def ranges_of(stream, o_x, rows, kv_heads, BLOCK_M: tl.constexpr):
-    """Where the results of the first range of rows o_x lie, and how many ranges there are. Those of
-    output tile o by program i are number o + i: the next range has another program, or another
-    tile, or both."""
+    """Offsets of the first partial of rows o_x, and their number of ranges. Partial o + i belongs
+    to output tile o and program i: consecutive ranges differ in program, tile, or both."""
     o_row = o_x % rows
     o_output = o_x // rows * (stream.tiles // kv_heads) + o_row // BLOCK_M
     b_first, b_count = steps_of(stream, o_output)
@@ -98,9 +97,9 @@ def merge_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Rows o_x of most = B Hk rows. In 32 bits, for a division of 64 bits is a call. scales [2,
-    most], if asked for: row_max and factor of each row, with which a score z has the probability
-    2^(z - row_max) factor."""
+    """Merges rows o_x of most = B Hk rows. 32-bit offsets, because 64-bit division is a function
+    call. scales [2, most] if requested: row_max and factor of each row, so that a score z has
+    probability 2^(z - row_max) factor."""
     o_x = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_x = o_x < most
     rows = group * seqlen_q
@@ -122,6 +121,7 @@ def merge_kernel(
         o_first, b_ranges = ranges_of(stream, o_x, rows, heads // group, BLOCK_M)
         splits = tl.max(b_ranges, 0)
         ranges = BLOCK_M
+    # row_max over ranges
     if KIND == "softmax":
         for i in range(splits):
             p_top = partials.tops + tl.cast(i, tl.int64) * ranges + o_first
@@ -137,6 +137,7 @@ def merge_kernel(
         b_value = tl.load(p_value, mask=m_part, other=0.0)
         if KIND == "softmax":
             b_own = load_part(partials.tops + o_partial, m_range, -INF)
+            # O += O_r exp(row_max_r - row_max), row_sum likewise
             b_weight = tl.where(b_own == b_row_max, 1.0, exponential(b_own - b_row_max, head))
             b_sum += load_part(partials.sums + o_partial, m_range, 0.0) * b_weight
             b_out += b_value * b_weight[:, None]
@@ -157,12 +158,13 @@ def merge_kernel(
         b_factor = unscaled(b_sum, WEIGHTS, KIND, NORMALIZE)
     if KIND == "softmax" or NORMALIZE != "none":
         tl.store(lse + (o_b * heads + o_h) * seqlen_q + o_i, b_sum, mask=m_x)
+    # O = O / row_sum
     p_out = row_pointers(out, o_b, o_i, o_h)
     store_tile(p_out, m_x, b_out * b_factor[:, None], VALUE_DIM)
 
 
 def rows_of(t: Tensor) -> Rows:
-    """[B, S, H, D], or packed [T, H, D]."""
+    """Rows view of [B, S, H, D] or packed [T, H, D]."""
     return Rows(t, *(0, *t.stride())[-4:-1])
 
 
@@ -187,7 +189,7 @@ def merge(
     normalize: str = "none",
     weights_of: torch.dtype | None = None,
 ) -> None:
-    """weights_of: the dtype in which weights were multiplied with values, None = that of out."""
+    """weights_of: dtype of the weights in P V, None = dtype of out."""
     splits, *_, block_m, value_dim = partials.outs.shape
     seqlen_q, heads = out.shape[1:3]
     most = out.shape[0] * seqlen_q * heads

@@ -1,9 +1,8 @@
-"""How the keys of a cache are shared out among programs.
+"""Work partition of decode: how the keys of a cache are distributed over programs.
 
-An output tile is a block of rows of one KV head of a request. Its keys are cut into as many ranges
-as those of the others ("split"); or the steps of all output tiles, one after the other, are cut
-into shares of equal length ("stream_k"), one for each program, whose ends may lie anywhere in a
-tile.
+An output tile is a block of rows of one KV head of a request. "split": each tile's keys are cut
+into the same number of ranges. "stream_k": the steps of all output tiles, concatenated, are cut
+into shares of equal length, one per program, whose ends may lie anywhere in a tile.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from .kv_cache import length_of
 SIZES = ["batch", "kv_heads", "heads", "group", "seqlen_q", "rows", "row_blocks", "splits"]
 SIZES += ["table_stride", "pages", "capacity", "most"]
 SIZES += ["tiles", "programs", "least", "halvings", "mask_keys", "list_width"]
-MIN_RANGE, MAX_RANGES = 256, 64  # keys of an automatic range; ranges of a request
-REQUESTS = tl.constexpr(1024)  # whose steps are counted at once
+MIN_RANGE, MAX_RANGES = 256, 64  # min keys of an automatic range; max ranges per request
+REQUESTS = tl.constexpr(1024)  # requests per step of the prefix sum
 
 
 class Stream(NamedTuple):
-    """What a stream-K program knows. counts None: there is no stream."""
+    """Stream-K parameters. counts None: stream-K is off."""
 
-    counts: Tensor | None  # [B]: steps of an output tile of each request, and of those before it
+    counts: Tensor | None  # [B]: inclusive prefix sum of steps per output tile of each request
     batch: int
     tiles: int  # output tiles of a request
     programs: int
-    least: int  # fewer steps are not worth a program
+    least: int  # minimum steps per program
 
 
 NO_STREAM = Stream(None, 0, 0, 0, 0)
@@ -40,7 +39,7 @@ NO_STREAM = Stream(None, 0, 0, 0, 0)
 
 @triton.jit
 def decode_program(i, splits, row_blocks, heads):
-    """Range of keys, block of rows, head and request of program i."""
+    """Key range, row block, head and request of program i."""
     i_split = i % splits
     i_block = i // splits % row_blocks
     i_h = i // splits // row_blocks % heads
@@ -49,8 +48,8 @@ def decode_program(i, splits, row_blocks, heads):
 
 @triton.jit
 def range_of(begin, end, splits, i_split, BLOCK: tl.constexpr):
-    """Ends of range i_split of the keys begin .. end - 1: whole tiles, as many in each range as in
-    the others, or one more."""
+    """Bounds of range i_split of keys begin .. end - 1: whole tiles, with range sizes that differ
+    by at most one tile."""
     steps = tl.cdiv(end - begin, BLOCK)
     parts = tl.maximum(tl.minimum(splits, steps), 1)
     first = begin + tl.minimum(i_split, parts) * steps // parts * BLOCK
@@ -60,7 +59,7 @@ def range_of(begin, end, splits, i_split, BLOCK: tl.constexpr):
 
 @triton.jit
 def visible_begin(sequence, left):
-    """The first key that any query sees."""
+    """First key that any query sees."""
     begin = sequence.k_length - sequence.k_length
     if left is not None:
         begin = tl.maximum(sequence.diagonal - left, 0)
@@ -71,7 +70,8 @@ def visible_begin(sequence, left):
 def steps_kernel(
     counts, seqlens, capacity, window, batch, seqlen_q, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr
 ):
-    """One step at least of each tile, which stores what there is without keys."""
+    """Prefix sum of steps per tile. At least one step per tile, which stores the result for no
+    keys."""
     before = tl.zeros([], tl.int32)
     for b in range(0, batch, BLOCK_B):
         o_b = b + tl.arange(0, BLOCK_B)
@@ -91,13 +91,13 @@ def all_steps(stream):
 
 @triton.jit
 def share_of(stream):
-    """Steps of a program."""
+    """Steps per program."""
     return tl.maximum(tl.cdiv(all_steps(stream), stream.programs), stream.least)
 
 
 @triton.jit
 def steps_of(stream, o_output):
-    """The first step and the number of steps of output tiles."""
+    """First step and number of steps of output tiles."""
     o_b = o_output // stream.tiles
     before = tl.load(stream.counts + o_b - 1, mask=o_b > 0, other=0)
     count = tl.load(stream.counts + o_b) - before
@@ -106,7 +106,7 @@ def steps_of(stream, o_output):
 
 @triton.jit
 def output_of(stream, step, halvings):
-    """The output tile in which a step lies."""
+    """Output tile that contains a step."""
     i_b = lower_bound(stream.counts, step - step, stream.batch, step // stream.tiles + 1, halvings)
     first, count = steps_of(stream, i_b * stream.tiles)
     return i_b * stream.tiles + (step - first) // count
@@ -117,7 +117,7 @@ def multiprocessors(t: Tensor) -> int:
 
 
 def splits_of(q: Tensor, num_splits: int, programs: int, longest: int) -> int:
-    """Ranges of a row of keys, with so many programs in each."""
+    """Key ranges per row; programs is the number of programs per range."""
     if num_splits > 0:
         return num_splits
     filling = triton.cdiv(2 * multiprocessors(q), programs)
@@ -148,6 +148,6 @@ def stream_of(
 
 
 def longest_share(stream: Stream, capacity: int, block_n: int) -> int:
-    """Steps that a program may have."""
+    """Maximum steps per program."""
     most = stream.batch * stream.tiles * max(triton.cdiv(capacity, block_n), 1)
     return max(triton.cdiv(most, stream.programs), stream.least)

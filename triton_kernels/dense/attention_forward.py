@@ -1,4 +1,4 @@
-"""Forward: one program owns a block of queries of one head and streams the keys past it."""
+"""Forward: one program owns a block of queries of one head and streams over its keys."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from .masks import COUNTS, first_of, list_of, listed_parts, rules_of, seen
 
 @triton.jit
 def add(b_sum, b_lost, b_x):
-    """Compensated: b_lost is what rounding has added too much."""
+    """Kahan-compensated sum: b_lost is the rounding error added in excess."""
     b_y = b_x - b_lost
     b_total = b_sum + b_y
     return b_total, (b_total - b_sum) - b_y
@@ -51,7 +51,7 @@ def add(b_sum, b_lost, b_x):
 
 @triton.jit
 def add_values(b_p, b_v, b_acc, b_acc_lost, KIND: tl.constexpr):
-    """Adds weighted values."""
+    """O += P V, compensated in float32."""
     if KIND == "sigmoid" and b_v.dtype == tl.float16:
         b_p *= FLOAT16_SCALE
     b_pv = weighted(b_p, b_v, KIND)
@@ -77,16 +77,19 @@ def accumulate(
     FAST: tl.constexpr = False,
     b_fade=None,
 ):
-    """Adds a tile of keys to the sums of each row: of weighted values and of weights, those of
-    softmax relative to the top score, and as they are before they fade; or counts keys instead of
-    weights."""
+    """Adds a tile of keys to the row accumulators: weighted values, and the row sum of weights.
+    Softmax weights are relative to row_max, and their row sum is taken before post-sum decay.
+    normalize="count" counts keys instead."""
     if KIND == "softmax":
+        # row_max, P = exp(z - row_max), rescale by exp(m_old - m_new)
         b_new_top = tl.maximum(b_top, tl.max(b_z, 1))
         b_row_max = tl.where(b_new_top == -INF, 0.0, b_new_top)
         b_p = exponential(b_z - b_row_max[:, None], head)
+        # row_sum = row_sum exp(m_old - m_new) + rowsum(P)
         b_shrink = exponential(b_top - b_row_max, head)
         b_top = b_new_top
         b_sum, b_sum_lost = add(b_sum * b_shrink, b_sum_lost * b_shrink, tl.sum(b_p, 1))
+        # rescale O by exp(m_old - m_new)
         b_acc *= b_shrink[:, None]
         b_acc_lost *= b_shrink[:, None]
         if b_fade is not None:
@@ -113,8 +116,8 @@ def accumulate_seen(
     FAST: tl.constexpr = False,
     b_fade=None,
 ):
-    """Adds a tile of keys to the sums of weighted values, relative to the top score of all keys;
-    nothing of those whose score is -inf, or whose weight of relu is 0."""
+    """O += P V with weights relative to the final row_max. Skips keys whose score is -inf, and keys
+    whose relu weight is 0."""
     if KIND == "softmax":
         b_row_max = tl.where(b_top == -INF, 0.0, b_top)
         b_p = exponential(b_z - b_row_max[:, None], head)
@@ -125,18 +128,18 @@ def accumulate_seen(
     m_seen = b_z != -INF
     if b_fade is not None:
         m_seen = m_seen & (b_fade != 0.0)
-    if KIND == "relu":  # many of its weights are 0
+    if KIND == "relu":  # zero relu weights mask their values
         m_seen = b_p != 0.0
     b_v, b_rest = split_values(b_v, m_seen)
-    if KIND == "linear":  # the sign of an infinity is that of its weight
+    if KIND == "linear":  # the sign of an infinite result would depend on the sign of the weight
         b_rest = tl.where(b_rest == 0.0, 0.0, float("nan"))
     b_acc, b_acc_lost = add_values(b_p, b_v, b_acc + b_rest, b_acc_lost, KIND)
-    return b_acc, tl.where(b_acc_lost == b_acc_lost, b_acc_lost, 0.0)  # inf - inf
+    return b_acc, tl.where(b_acc_lost == b_acc_lost, b_acc_lost, 0.0)  # NaN from inf - inf
 
 
 @triton.jit
 def normaliser(b_top, b_sum, b_sink, head):
-    """Factor of a row of sums relative to e^top, and its log-sum-exp. b_sink: None, or a logit
+    """Factor of an accumulator relative to e^row_max, and the row's lse. b_sink: None, or a logit
     without a value."""
     b_row_max = b_top
     if b_sink is not None:
@@ -157,7 +160,7 @@ def normaliser(b_top, b_sum, b_sink, head):
 
 @triton.jit
 def unscaled(b_sum, dtype: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.constexpr):
-    """Factor of a row of sums of kinds other than softmax."""
+    """Output factor of a row for kinds other than softmax."""
     b_factor = tl.full(b_sum.shape, 1.0, tl.float32)
     if NORMALIZE != "none":
         b_factor = inverse(b_sum, KIND, NORMALIZE)
@@ -168,7 +171,7 @@ def unscaled(b_sum, dtype: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.const
 
 @triton.jit
 def cached(sequence, cache, i_b):
-    """The keys of the request, all of which lie in a cache."""
+    """Sequence of a request whose keys are in a cache."""
     length = length_of(cache.seqlens, cache.capacity, i_b)
     return Sequence(sequence.q_start, sequence.q_length, 0, length, length - sequence.q_length)
 
@@ -186,7 +189,7 @@ def load_key_rows(
     PAGE_SIZE: tl.constexpr,
     first_col=0,
 ):
-    """Rows o_j of keys or values: of `part`, that of the sequence and head, or in a cache."""
+    """Rows o_j of keys or values, from `part` (one sequence and head) or from a cache."""
     if cache is None:
         b_x = load_rows(part, o_j, DIM, BLOCK, first_col)
     else:
@@ -236,7 +239,8 @@ def attention_kernel(
     BLOCK_V: tl.constexpr,
 ):
     i_block, i_h, i_b = program(blocks, heads)
-    # The last queries see most keys under a causal mask: longest programs first.
+    # Reversed block order: under a causal mask the last queries have most keys, so they start
+    # first.
     first = (blocks - 1 - i_block) * BLOCK_M
     sequence = sequence_of(
         cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, longest_q, longest_k, i_b
@@ -254,7 +258,7 @@ def attention_kernel(
     o_i = first + tl.arange(0, BLOCK_M)
     queries = slice_of(q, i_b, i_h, sequence.q_start, sequence.q_length)
     m_q = o_i < queries.length
-    b_q = queries.data + row_offsets(queries, o_i)  # pointers to long ones
+    b_q = queries.data + row_offsets(queries, o_i)  # pointers, if HEAD_DIM > LONG
     if HEAD_DIM <= LONG:
         b_q = load_tile(b_q, m_q, HEAD_DIM, BLOCK_D)
 
@@ -279,6 +283,7 @@ def attention_kernel(
             b_v = load_key_rows(v, values, cache, i_b, i_kv, o_j, VALUE_DIM, BLOCK_V, PAGE_SIZE)
             m_j = o_j < sequence.k_length
             b_v = value_rows(b_v, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
+            # S = Q K^T
             if HEAD_DIM > LONG:
                 b_qk = long_products(b_q, m_q, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, PAGE_SIZE)
             else:
@@ -288,6 +293,7 @@ def attention_kernel(
             if PART != 1 or (cache is not None and MASKED):
                 m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
                 b_z = tl.where(m_seen, b_z, -INF)
+            # online softmax, O += P V
             b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
                 b_z,
                 b_v,
@@ -317,12 +323,14 @@ def attention_kernel(
         o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
         tl.store(lse + o_row + o_i, b_sum, mask=o_i < sequence.q_length)
     outs = slice_of(out, i_b, i_h, sequence.q_start, sequence.q_length)
+    # O = O / row_sum
     b_acc *= b_factor[:, None]
     store_rows(outs, o_i, b_acc, VALUE_DIM)
 
     HIDES: tl.constexpr = (
         window.left is not None or window.right is not None or lists.data is not None or MASKED
     )
+    # recompute rows that are NaN because a masked value is not finite
     if HIDES or KIND == "relu":
         m_again = rows_of_nan(b_acc) & (o_i < sequence.q_length)
         if tl.max(m_again.to(tl.int32), 0) != 0:
@@ -350,6 +358,7 @@ def attention_kernel(
                     m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
                     b_z = tl.where(m_seen, b_z, -INF)
                     b_fade = fade_of(o_i[:, None], o_j[None, :], terms, head, sequence)
+                    # O += P V over visible keys
                     b_y, b_y_lost = accumulate_seen(
                         b_z, b_v, b_y, b_y_lost, b_top, head, KIND, FAST, b_fade
                     )

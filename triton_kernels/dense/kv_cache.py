@@ -1,4 +1,4 @@
-"""Where the keys of a request lie in a cache."""
+"""Addressing of a request's keys in a dense or paged KV cache."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..float8 import float8_values
 
 
 class Cache(NamedTuple):
-    """Keys and values, dense or in pages. Those in float8_e4m3fn are bytes, and each number stands
-    for itself times the scale of its row and head, [P, page size, Hk] with strides that may be 0,
-    or None."""
+    """Keys and values, dense or paged. float8_e4m3fn caches are held as bytes, and each number is
+    multiplied by the scale of its row and head, [P, page_size, Hk] with strides that may be 0, or
+    None."""
 
     k: Rows
     v: Rows
@@ -30,33 +30,33 @@ class Cache(NamedTuple):
 
 
 def held(t: Tensor) -> Tensor:
-    """A cache as kernels see it."""
+    """A cache in the dtype that kernels take: float8 as bytes."""
     return t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
 
 
 def scale_of(t: Tensor | None) -> Rows | None:
-    """[1], [Hk] or [P, page size, Hk]."""
+    """Scale as Rows, from [1], [Hk] or [P, page_size, Hk]."""
     if t is None or t.dim() == 3:
         return None if t is None else Rows(t, *t.stride())
     return Rows(t, 0, 0, t.stride(0) if t.shape[0] > 1 else 0)
 
 
-# Columns of values that a launch sums: more would spill registers. Those in float8 are float32.
+# Value columns per launch: more would spill. float8 values are accumulated from float32.
 VALUE_COLUMNS, FLOAT8_COLUMNS = 256, 128
-# Keys of more columns are multiplied by pieces.
+# Above this head_dim, Q K^T is computed in pieces.
 LONG = tl.constexpr(256)
 PIECE = tl.constexpr(64)
 
 
 def value_parts(v: Tensor) -> tuple[Tensor, ...]:
-    """Values by columns, for a launch each."""
+    """Values split by columns, one launch for each part."""
     return v.split(FLOAT8_COLUMNS if v.element_size() == 1 else VALUE_COLUMNS, -1)
 
 
 @triton.jit
 def page_of(cache, i_b, o_j, m_j, PAGE_SIZE: tl.constexpr):
-    """Pages of keys o_j of a request, negative where there is none. A dense cache has a page for
-    each request."""
+    """Page indices of keys o_j of a request, negative if missing. A dense cache has one page per
+    request."""
     o_page = i_b + tl.zeros_like(o_j).to(tl.int64)
     if cache.block_table is not None:
         p_page = cache.block_table + i_b * cache.table_stride + o_j // PAGE_SIZE
@@ -86,7 +86,8 @@ def load_keys(
     PAGE_SIZE: tl.constexpr,
     first_col=0,
 ):
-    """Rows of hidden keys and columns beyond DIM are 0. A page that does not exist is page 0."""
+    """[rows, BLOCK] tile; rows of masked keys and columns beyond DIM are 0. A missing page is read
+    as page 0."""
     o_page = tl.maximum(page_of(cache, i_b, o_j, m_j, PAGE_SIZE), 0)
     p_row = rows.data + offsets_of(rows, cache, o_page, o_j, i_kv, PAGE_SIZE)
     return load_tile(p_row, m_j, DIM, BLOCK, first_col)
@@ -94,7 +95,7 @@ def load_keys(
 
 @triton.jit
 def load_scale(scale, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE: tl.constexpr):
-    """Of keys o_j, 1 for hidden ones."""
+    """Scales of keys o_j; 1 for masked keys."""
     o_page = tl.maximum(page_of(cache, i_b, o_j, m_j, PAGE_SIZE), 0)
     p_scale = scale.data + offsets_of(scale, cache, o_page, o_j, i_kv, PAGE_SIZE)
     return tl.load(p_scale, mask=m_j, other=1.0)
@@ -102,7 +103,8 @@ def load_scale(scale, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE: tl.constexpr):
 
 @triton.jit
 def numbers(b_x, dtype: tl.constexpr):
-    """What codes stand for without their scale: exact in 16 bits too. Other numbers stay."""
+    """Decodes float8 codes without their scale, exact in 16 bits too. Other dtypes pass
+    unchanged."""
     if b_x.dtype == tl.uint8:
         b_x = rounded(float8_values(b_x), dtype)
     return b_x
@@ -110,15 +112,16 @@ def numbers(b_x, dtype: tl.constexpr):
 
 @triton.jit
 def scaled(b_qk, b_scale):
-    """Products with keys, [BM, BN], times the scales of keys. Infinity times a row of numbers of
-    both signs is NaN."""
+    """Multiplies Q K^T [BM, BN] by the scale of each key. An infinite scale becomes NaN: times a
+    row with elements of both signs, it is NaN."""
     b_scale = tl.where(tl.abs(b_scale) < INF, b_scale, float("nan"))
     return b_qk * b_scale[None, :]
 
 
 @triton.jit
 def key_products(b_q, b_k, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE: tl.constexpr):
-    """q.k of a tile of keys, which lie in a cache unless that is None."""
+    """Q K^T for a tile of keys, from a cache unless it is None."""
+    # S = Q K^T, times k_scale
     b_qk = dot(b_q, tl.trans(numbers(b_k, b_q.dtype)))
     scale = None if cache is None else cache.k_scale
     if scale is not None:
@@ -130,7 +133,7 @@ def key_products(b_q, b_k, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE: tl.constexpr):
 def long_products(
     p_q, m_q, cache, i_b, i_kv, o_j, m_j, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr
 ):  # fmt: skip
-    """q.k of rows of more than LONG columns, a piece of them at a time."""
+    """Q K^T for rows of more than LONG columns, accumulated over pieces of PIECE columns."""
     b_qk = tl.zeros([p_q.shape[0], o_j.shape[0]], tl.float32)
     for c in range(0, HEAD_DIM, PIECE):
         b_q = load_tile(p_q, m_q, HEAD_DIM, PIECE, c)
@@ -143,8 +146,8 @@ def long_products(
 
 @triton.jit
 def value_rows(b_v, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE: tl.constexpr):
-    """A tile of values, those of codes in float32: their weights times a scale may lie beyond 16
-    bits."""
+    """A tile of values. float8 values become float32, since weight times scale may exceed the
+    16-bit range."""
     b_v = numbers(b_v, tl.float32)
     scale = None if cache is None else cache.v_scale
     if scale is not None:
@@ -154,5 +157,5 @@ def value_rows(b_v, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE: tl.constexpr):
 
 @triton.jit
 def length_of(seqlens, capacity, i_b):
-    """Lengths outside the cache are cut."""
+    """Length of request i_b, clamped to the cache."""
     return tl.minimum(tl.maximum(tl.load(seqlens + i_b), 0), capacity)

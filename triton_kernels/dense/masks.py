@@ -1,8 +1,8 @@
-"""Masks of attention in kernels: the pairs that one leaves, and lists of the tiles that hold any.
+"""Attention masks in kernels: visibility of pairs, and lists of tiles that hold a visible pair.
 
-A list belongs to one block of queries of a head, and names tiles of keys; or to one block of keys,
-and names tiles of queries. It begins with the numbers of tiles that are seen in part and in whole.
-The former follow, ascending; the latter fill it from its end, so that both can grow.
+A list belongs to one block of queries of a head and names key tiles, or to one block of keys and
+names query tiles. It begins with the counts of partially and fully visible tiles. Partial tiles
+follow in ascending order; full tiles fill the list from its end, so that both can grow.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ..common import LENGTHS, program, sequence_of, visible
 INT32_MAX = tl.constexpr(2**31 - 1)
 INT32_MIN = tl.constexpr(-(2**31))
 MOST_RANGES = tl.constexpr(MAX_RANGES)
-COUNTS = tl.constexpr(2)  # before the tiles of a list
-LISTED = 512  # rows whose tiles are listed at once: few registers
+COUNTS = tl.constexpr(2)  # entries before the tiles of a list
+LISTED = 512  # rows listed per step; small, to save registers
 
 
 class PairMask(NamedTuple):
-    """What a mask hides beside the band of causal and window; None: no such rule. A key is seen if
-    it lies in one of the ranges (begin, end) of its query, and if the spans of ids (first, last) of
-    query and key meet. All are contiguous. Strides, in rows of all queries or keys, are 0 where
-    broadcast: Triton specialises kernels by the numbers of a tuple, so none is a length."""
+    """Mask terms other than causal and window; None: absent. A key is visible if it lies in one of
+    the ranges (begin, end) of its query, and if the id spans (first, last) of query and key
+    overlap. All tensors are contiguous. Strides, in rows of all queries or keys, are 0 where
+    broadcast. None is a length: Triton specializes kernels on the integers in a tuple."""
 
     ranges: Tensor | None  # [B | 1, H | 1, Sq, RANGES, 2]
     ranges_batch: int
@@ -40,7 +40,7 @@ class PairMask(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """Where a mask speaks of query 0 and key 0 of a sequence."""
+    """Mask pointers at query 0 and key 0 of a sequence."""
 
     ranges: Any
     q_spans: Any
@@ -48,7 +48,7 @@ class Rules(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """What any of some queries may see: a span of ids, and ranges of keys, [MOST_RANGES]."""
+    """Union of what a set of queries may see: a span of ids, and key ranges [MOST_RANGES]."""
 
     first: Any
     last: Any
@@ -57,10 +57,10 @@ class Reach(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """One for each block of rows; batch and head are 0 where broadcast, else 1. data None: the band
-    alone says what is seen."""
+    """One list per block of rows; batch and head are 0 where broadcast, else 1. data None: only
+    causal and window restrict visibility."""
 
-    data: Tensor | None  # [B | 1 times blocks, heads, width], packed [blocks of all, ...]
+    data: Tensor | None  # [B | 1 times blocks, heads, width], packed [all blocks, ...]
     batch: int
     head: int
     heads: int
@@ -82,19 +82,21 @@ def rules_of(mask, i_b, o_h, sequence, tokens_q, tokens_k, RANGES: tl.constexpr)
 
 @triton.jit
 def load_pairs(p_pairs, o_row, m_row, PAIRS: tl.constexpr = 1, PAIR: tl.constexpr = 0):
-    """Both numbers of one of the PAIRS of rows o_row."""
+    """Begin and end of pair PAIR out of PAIRS, for rows o_row."""
     p_pair = p_pairs + (o_row.to(tl.int64) * (2 * PAIRS) + 2 * PAIR)
     return tl.load(p_pair, mask=m_row, other=0), tl.load(p_pair + 1, mask=m_row, other=0)
 
 
 @triton.jit
 def allowed(m_tile, o_i, o_j, m_i, m_j, rules, RANGES: tl.constexpr):
-    """What a mask leaves of m_tile, of queries o_i and keys o_j, which broadcast to its shape and
-    are read where m_i and m_j say."""
+    """m_tile with the mask applied for queries o_i and keys o_j, which broadcast to its shape and
+    are loaded under m_i and m_j."""
+    # id spans of query and key overlap
     if rules.q_spans is not None:
         b_first_q, b_last_q = load_pairs(rules.q_spans, o_i, m_i)
         b_first_k, b_last_k = load_pairs(rules.k_spans, o_j, m_j)
         m_tile = m_tile & (b_first_q <= b_last_k) & (b_first_k <= b_last_q)
+    # key in one of the query's ranges
     if rules.ranges is not None:
         m_any = tl.zeros_like(m_tile)
         for r in tl.static_range(RANGES):
@@ -113,7 +115,7 @@ def seen(o_i, o_j, sequence, window, rules, RANGES: tl.constexpr):
 
 @triton.jit
 def hull(b_begin, b_end):
-    """Ends of what holds all ranges but empty ones."""
+    """Hull of all non-empty ranges."""
     m_empty = b_begin >= b_end
     least = tl.min(tl.where(m_empty, INT32_MAX, b_begin), 0)
     return least, tl.max(tl.where(m_empty, INT32_MIN, b_end), 0)
@@ -121,7 +123,7 @@ def hull(b_begin, b_end):
 
 @triton.jit
 def reach_of(rules, o_i, m_i, RANGES: tl.constexpr):
-    """Of the queries o_i, [M, 1], that m_i says."""
+    """Reach of queries o_i [M, 1] under m_i."""
     first = None
     last = None
     begins = None
@@ -141,15 +143,15 @@ def reach_of(rules, o_i, m_i, RANGES: tl.constexpr):
 
 @triton.jit
 def reached_span(begin, end, reach):
-    """What the ranges leave of the keys begin .. end - 1, from the first to the last."""
+    """Hull of the keys begin .. end - 1 that the ranges reach."""
     begin = tl.minimum(tl.maximum(begin, tl.min(reach.begins, 0)), end)
     return begin, tl.maximum(tl.minimum(end, tl.max(reach.ends, 0)), begin)
 
 
 @triton.jit
 def list_reached(p_list, begin, end, rules, reach, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    """Stores where those tiles of the keys begin .. end - 1 begin of which any may be seen, for
-    all threads of the program to read. Returns how many there are."""
+    """Stores the first key of each tile of begin .. end - 1 that may hold a visible key, for all
+    threads of the program to read. Returns their count."""
     count = tl.zeros([], tl.int32)
     for j in range(begin, end, BLOCK * TILES):
         o_begin = j + BLOCK * tl.arange(0, TILES)
@@ -172,8 +174,8 @@ def list_reached(p_list, begin, end, rules, reach, BLOCK: tl.constexpr, TILES: t
 
 @triton.jit
 def list_of(lists, width, cu_seqlens, i_b, i_h, blocks, first, start, BLOCK: tl.constexpr):
-    """That of the block of a sequence that begins with row first, or None. Each packed sequence has
-    one list more than whole blocks."""
+    """List of the block of a sequence that begins at row first, or None. A packed sequence has one
+    more list than it has whole blocks."""
     p_list = None
     if lists.data is not None:
         i_list = i_b * lists.batch
@@ -186,8 +188,8 @@ def list_of(lists, width, cu_seqlens, i_b, i_h, blocks, first, start, BLOCK: tl.
 
 @triton.jit
 def listed_parts(p_list, band):
-    """As visible_parts, in entries of a list: part 1 is seen in whole, part 2 in part. Without a
-    list those of the band, in rows."""
+    """Same as visible_parts, in entries of a list: part 1 is fully visible, part 2 partially.
+    Without a list, the parts of the band, in rows."""
     parts = band
     if p_list is not None:
         parts = 0, -tl.load(p_list + 1), 0, tl.load(p_list)
@@ -196,7 +198,7 @@ def listed_parts(p_list, band):
 
 @triton.jit
 def first_of(p_list, width, n, PART: tl.constexpr, BLOCK: tl.constexpr):
-    """The first row of entry n of a part. Without a list entries are rows."""
+    """First row of entry n of a part. Without a list, entries are rows."""
     first = n
     if p_list is not None:
         p_tile = p_list + n
@@ -210,7 +212,8 @@ def first_of(p_list, width, n, PART: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def append(p_list, width, o_tile, m_some, m_all, partial, whole):
-    """Adds the tiles that are seen, in whole where m_all says so, to a list of so many."""
+    """Appends visible tiles to a list that holds partial and whole tiles; m_all marks the full
+    ones."""
     b_all = m_all.to(tl.int32)
     b_part = (m_some & (b_all == 0)).to(tl.int32)
     p_part = p_list + (COUNTS - 1 + partial) + tl.cumsum(b_part, 0)
@@ -238,7 +241,7 @@ def key_tiles_kernel(
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """For one block of queries, the tiles of keys."""
+    """Lists the key tiles of one block of queries."""
     i_block, i_h, i_b = program(blocks, heads)
     sequence = sequence_of(
         cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, longest_q, longest_k, i_b
@@ -307,8 +310,8 @@ def query_tiles_kernel(
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """For one block of keys, the tiles of queries: one list for all heads of a group, seen in part
-    if any of them sees a pair, in whole if all see all."""
+    """Lists the query tiles of one block of keys: one list for all heads of a GQA group. A tile is
+    partial if any head sees a pair, full if all heads see all pairs."""
     i_block, i_kv, i_b = program(blocks, heads)
     sequence = sequence_of(
         cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, longest_q, longest_k, i_b
@@ -375,5 +378,5 @@ def mask_of(ranges: Tensor | None, q_spans: Tensor | None, k_spans: Tensor | Non
 
 
 def ranges_in(ranges: Tensor | None) -> int:
-    """Of each query."""
+    """Ranges per query."""
     return 0 if ranges is None else ranges.shape[3]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..common import INF, launch, load_tile, store_tile
 
-ELEMENTS = 4096  # of one part in one program
+ELEMENTS = 4096  # elements of one part per program
 SIZES = ["parts", "seqlen", "heads", "rows"]
 
 
@@ -32,7 +32,7 @@ class Parts(NamedTuple):
 
 @triton.jit
 def pointers_of(x, i, o_row, seqlen, heads):
-    """To rows of part i. Rows are numbered as [B, S, H]."""
+    """Pointers to rows of part i. Row numbers run over [B, S, H]."""
     o_token = o_row // heads
     o_x = o_token // seqlen * x.batch + o_token % seqlen * x.seq + o_row % heads * x.head
     return x.data + tl.cast(i, tl.int64) * x.part + o_x
@@ -40,8 +40,8 @@ def pointers_of(x, i, o_row, seqlen, heads):
 
 @triton.jit
 def scale_of(lses, parts, o_row, m_row, seqlen, heads):
-    """(row_max, sum): w_i = e^(lse_i - row_max) / sum. log sum, once rounded, is too coarse to take
-    weights from."""
+    """(row_max, sum) with w_i = e^(lse_i - row_max) / sum. Weights do not come from log sum: once
+    rounded, it is too coarse."""
     b_top = tl.full(o_row.shape, -INF, tl.float32)
     for i in range(parts):
         p_lse = pointers_of(lses, i, o_row, seqlen, heads)
@@ -56,7 +56,7 @@ def scale_of(lses, parts, o_row, m_row, seqlen, heads):
 
 @triton.jit
 def weight(lses, i, b_max, b_sum, o_row, m_row, seqlen, heads):
-    """An empty part has weight 0."""
+    """w_i; an empty part has weight 0."""
     b_w = tl.full(o_row.shape, 1.0, tl.float32)
     if lses is not None:
         p_lse = pointers_of(lses, i, o_row, seqlen, heads)
@@ -80,7 +80,7 @@ def merged(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Parts of weight 0 are not read, whatever they hold."""
+    """sum of w_i outs_i. Parts of weight 0 are not loaded, so their contents do not matter."""
     b_merged = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for i in range(parts):
         b_w = weight(lses, i, b_max, b_sum, o_row, m_row, seqlen, heads)
@@ -146,16 +146,19 @@ def merge_backward_kernel(
         b_out = merged(
             outs, lses, b_max, b_sum, parts, o_row, m_row, seqlen, heads, DIM, BLOCK_R, BLOCK_D
         )
+        # delta = sum of w_i delta_i - dlse
         b_delta = tl.sum(b_dout * b_out, 1)
         if dlse is not None:
             b_delta -= tl.load(pointers_of(dlse, 0, o_row, seqlen, heads), mask=m_row, other=0.0)
     for i in range(parts):
         b_w = weight(lses, i, b_max, b_sum, o_row, m_row, seqlen, heads)
         m_used = b_w != 0.0
+        # douts_i = w_i dout
         b_dx = tl.where(m_used[:, None], b_w[:, None] * b_dout, 0.0)
         store_tile(pointers_of(douts, i, o_row, seqlen, heads), m_row, b_dx, DIM)
         if lses is not None:
             p_out = pointers_of(outs, i, o_row, seqlen, heads)
+            # dlses_i = w_i (delta_i - delta + dlse)
             b_out = load_tile(p_out, m_row & m_used, DIM, BLOCK_D).to(tl.float32)
             b_dlse = tl.where(m_used, b_w * (tl.sum(b_dout * b_out, 1) - b_delta), 0.0)
             tl.store(pointers_of(dlses, i, o_row, seqlen, heads), b_dlse, mask=m_row)
@@ -171,7 +174,7 @@ def statistics_of(x: Tensor | None, packed: bool) -> Parts | None:
 
 
 def launch_rows(kernel: Any, outs: Tensor, *args: Any) -> None:
-    """One program for as many rows as fill it."""
+    """One program for as many rows as fit in ELEMENTS."""
     parts, *rows, heads, dim = outs.shape
     block_d = triton.next_power_of_2(max(dim, 1))
     block_r = max(1, ELEMENTS // block_d)
