@@ -1,4 +1,5 @@
-"""Cases of additive_attention. Eager code has the tensor [B, T, N, A] of all tangents in memory."""
+"""Cases of additive_attention. Eager code materializes the tensor [B, T, N, A] of all tanh
+values."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ import tokenmill as tm
 
 from .case import Case, Run, place
 
-TANGENT = 4.0  # operations: the sum of query and key, the tangent, its product with v, their sum
-BACKWARD = 11.0  # those of a backward
+TANGENT = 4.0  # operations: sum of query and key, tanh, product with v, row sum
+BACKWARD = 11.0  # operations of a backward
 
 
 def eager_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Cases of attention. Peers get the memory layout that they like best: PyTorch [B, H, S, D],
-tokenmill [B, S, H, D]."""
+"""Cases of attention. Peers get their preferred memory layout: PyTorch [B, H, S, D], tokenmill [B,
+S, H, D]."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .case import Case, Run, causal_pairs, place
 from .peers import builders, compiled_flex, windowed_flex
 
 SHORT, MIDDLE, LONG, WINDOWED = 512, 2048, 4096, 8192
-# Lengths of the documents of a sequence.
+# Lengths of the documents packed into one sequence.
 EQUAL, RAGGED = (512,) * 8, (1100, 97, 700, 33, 411, 900, 250, 605)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 BIAS = -6.0
@@ -138,7 +138,7 @@ def _case(
 
 
 def _gpu_cases() -> Iterator[Case]:
-    """Sizes at which other packages are compared with each other."""
+    """Sizes at which published attention kernels are compared."""
     for dtype in (F16, BF16):
         for length in (4096, 16384):
             shape: dict[str, Any] = {"causal": True, "head_dim": 128, "heads": 16}

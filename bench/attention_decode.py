@@ -1,5 +1,5 @@
-"""Cases of attention_decode, bound by the memory of keys and values: reading them is the peer to
-reach. PyTorch gets the layout that it likes best, [B, H, S, D], and equal lengths."""
+"""Cases of attention_decode, bound by KV cache bandwidth: reading keys and values is the peer to
+reach. PyTorch gets its preferred layout [B, H, S, D] and equal lengths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RAGGED = (300, 1200, 2500, 5000, 9000, 14000, 20000, 32768)
 
 
 def in_pages(cache: Tensor, order: Tensor) -> Tensor:
-    """[B, S, Hk, D] in pages that lie in any order."""
+    """Splits a cache [B, S, Hk, D] into pages in the given order."""
     pages = cache.reshape(-1, PAGE_SIZE, *cache.shape[2:])
     return torch.empty_like(pages).index_copy_(0, order, pages)
 
@@ -55,7 +55,7 @@ def _case(
             return lambda: F.scaled_dot_product_attention(q_t, k_t, v_t, enable_gqa=True)
 
         def read() -> Run:
-            # Words of 4 bytes: sums of 16-bit numbers are bound by their conversion.
+            # 4-byte words: sums of 16-bit numbers are bound by their conversion.
             parts = [t[b, :n].view(torch.int32) for t in (k, v) for b, n in enumerate(lengths)]
             return lambda: [part.amax() for part in parts]
 
@@ -81,7 +81,7 @@ def _case(
 
 
 def _float8(name: str, length: int) -> Case:
-    """A cache in float8_e4m3fn with a scale of each token and head, beside one in bfloat16."""
+    """A float8_e4m3fn cache with a scale per token and head, next to a bfloat16 cache."""
     dtype = torch.bfloat16
 
     def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
@@ -116,7 +116,7 @@ def _float8(name: str, length: int) -> Case:
 
 
 def _latent(name: str, batch: int, length: int, heads: int = 16) -> Case:
-    """One key of 576 channels for all heads, whose first 512 are the value."""
+    """One key of 576 channels for all heads; its first 512 channels are the value."""
     dtype, dim, value_dim = torch.bfloat16, 576, 512
 
     def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
@@ -156,7 +156,7 @@ def _served(
     requests: Sequence[tuple[int, int]],
     page_size: int = PAGE_SIZE,
 ) -> Case:
-    """requests: (queries, keys) of each, in pages. PyTorch gets one request after the other."""
+    """requests: (queries, keys) per request, paged. PyTorch runs one request after the other."""
     queries, lengths = zip(*requests, strict=True)
     pages = [-(-n // page_size) for n in lengths]
 
@@ -231,7 +231,7 @@ def cases() -> Iterator[Case]:
     yield _latent("S=8192 latent", 1, 8192)
     served = ((256, 4096),) * 4 + ((1, 16384),) * 4
     yield _served("4 chunks of 256 on 4096, 4 rows on 16384", torch.bfloat16, served)
-    if case.device.type == "cuda":  # what kernels for compute capability 9.0 take
+    if case.device.type == "cuda":  # dtypes and shapes that the sm_90a kernels take
         yield _served("4 chunks of 256 on 4096 pages of 64", torch.bfloat16, served[:4], 64)
         for tokens in (128, 256, 512):
             yield _case(f"S=8192 {tokens} tokens", torch.bfloat16, (8192,), tokens=tokens)

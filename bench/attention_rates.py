@@ -1,5 +1,5 @@
-"""Forward and backward of attention at the sizes at which kernels of a GPU are compared with each
-other: 16384 tokens, or one sequence, and 2048 channels in heads of 64 or 128."""
+"""Forward and backward of attention at the sizes at which GPU kernels are usually compared: 16384
+tokens, or one sequence, and 2048 channels in heads of 64 or 128."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .peers import builders
 LENGTHS, TINY = (512, 2048, 8192, 32768), (128,)
 TOKENS, CHANNELS = 16384, 2048
 KINDS: dict[str, dict[str, Any]] = {"softmax": {}, "sigmoid": {"score_bias": -6.0}}
-PEERS = ("flash-attn 3", "sdpa cudnn", "sdpa flash")  # of softmax
+PEERS = ("flash-attn 3", "sdpa cudnn", "sdpa flash")  # peers of softmax
 
 
 def _gradients(forward: Callable[..., Tensor], tensors: list[Tensor]) -> Run:
-    """The backward alone, of a forward that has run."""
+    """Backward only; the forward has run before."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     out = forward(*leaves)
     cotangent = torch.randn_like(out)
@@ -37,7 +37,8 @@ def _forward(forward: Callable[..., Tensor], tensors: list[Tensor]) -> Run:
 def _case(kind: str, length: int, head_dim: int, causal: bool, backward: bool, gpu: bool) -> Case:
     batch, heads = (max(TOKENS // length, 1), CHANNELS // head_dim) if gpu else (1, 1)
     shape = (batch, length, heads, head_dim)
-    # As usual: a causal mask has half of the pairs, the backward 2.5 times the operations.
+    # Usual convention: a causal mask counts half of the pairs, the backward 2.5 times the
+    # operations.
     work = 4.0 * batch * heads * length**2 * head_dim * (0.5 if causal else 1.0)
     elements = batch * length * heads * head_dim
 
@@ -77,7 +78,7 @@ def _case(kind: str, length: int, head_dim: int, causal: bool, backward: bool, g
 
 
 def cases() -> Iterator[Case]:
-    """On a CPU a few tokens, which say nothing of it."""
+    """On a CPU only a few tokens, which are not representative."""
     gpu = case.device.type == "cuda"
     for backward in (False, True):
         for kind in KINDS:

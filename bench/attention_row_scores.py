@@ -1,4 +1,5 @@
-"""Cases of attention_row_scores: the class token of a vision transformer, a step over a cache."""
+"""Cases of attention_row_scores: the class token of a vision transformer, a decode step over a
+cache."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Cases of best_match: the matching step of ToMe, bound by products. Eager code writes all of them
-to memory before it takes the maximum of each row. "ToMe" merges half of the tokens and gives them
-back, as around a layer of Stable Diffusion."""
+"""Cases of best_match: the matching step of ToMe, compute-bound. Eager code writes all products to
+memory before the row maximum. "ToMe" merges half of the tokens and unmerges them, as around a layer
+of Stable Diffusion."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _case(batch: int, tokens: int, channels: int, dtype: torch.dtype) -> Case:
 def cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         yield _case(64, 197, 64, dtype)  # ViT at 224 pixels
-        yield _case(8, 577, 64, dtype)  # at 384
+        yield _case(8, 577, 64, dtype)  # ViT at 384 pixels
         yield _case(8, 4096, 64, dtype)
         yield _case(8, 4096, 320, dtype)  # Stable Diffusion at 512, hidden state
     yield _case(8, 4096, 320, torch.float16)

@@ -1,6 +1,6 @@
-"""Cases of bilevel_routing_attention: the maps of BiFormer's stages and that of a photograph. Peers
+"""Cases of bilevel_routing_attention: the maps of BiFormer's stages and of a photograph. Peers
 gather the keys and values of the routed regions, as the published code does, and attend in plain
-PyTorch or by its fused attention. Both sides route by themselves."""
+PyTorch or with its fused attention. Both sides include the routing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .case import Case, Run, place
 
 
 def routed(q: Tensor, k: Tensor, region: tuple[int, int], topk: int) -> Tensor:
-    """[B, R, topk] of maps [B, Y, X, H, D], by average pools."""
+    """Region routing [B, R, topk] of maps [B, Y, X, H, D], by average pooling."""
     means = [
         F.avg_pool2d(
             t.detach().flatten(3).permute(0, 3, 1, 2), region, ceil_mode=True,
@@ -38,8 +38,8 @@ def gathered_attention(
     scale: float,
     fused: bool = False,
 ) -> Tensor:
-    """BiFormer as published: maps [B, Y, X, H, D] filled up with zeros, whose regions are gathered
-    by graph [B, R, K]."""
+    """BiFormer as published: maps [B, Y, X, H, D] are zero-padded, and regions are gathered by
+    graph [B, R, K]."""
     size = q.shape[1:3]
     rows, columns = (-(-n // r) for n, r in zip(size, region, strict=True))
 

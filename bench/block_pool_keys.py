@@ -1,4 +1,4 @@
-"""Cases of block_pool_keys, bound by the memory of the keys: their sum is the peer to reach."""
+"""Cases of block_pool_keys, bound by key bandwidth: summing the keys is the peer to reach."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Cases of block_sparse_attention, on lists drawn at random for each head: compiled flex_attention
-with the same mask is the peer to leave behind, dense attention times the density the one to reach.
-Peers get the memory layout that they like best: PyTorch [B, H, S, D], tokenmill [B, S, H, D]."""
+"""Cases of block_sparse_attention, on random lists per head: compiled flex_attention with the same
+mask is the peer to beat, dense attention times the density the peer to reach. Peers get their
+preferred memory layout: PyTorch [B, H, S, D], tokenmill [B, S, H, D]."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _flex() -> tuple[Callable[..., Tensor], Callable[..., Any], Any]:
 
 
 def _flex_mask(qkv: list[Tensor], listed: Tensor, block_k: int) -> Run:
-    """Every call makes its mask from the lists, as a mask of each pair."""
+    """Builds the mask from the lists on every call, as a mask over pairs."""
     q, k, v = qkv
     flex, create, _ = _flex()
 
@@ -50,7 +50,7 @@ def _flex_mask(qkv: list[Tensor], listed: Tensor, block_k: int) -> Run:
 
 
 def _flex_lists(qkv: list[Tensor], indices: Tensor, counts: Tensor) -> Run:
-    """Every call makes its mask from the lists, which flex_attention has in the same form."""
+    """Builds the mask from the lists on every call, in flex_attention's own block-list form."""
     q, k, v = qkv
     flex, _, block_mask = _flex()
 
@@ -113,7 +113,7 @@ def _case(dtype: torch.dtype, block_k: int, percent: int, backward: bool = False
 
 
 def _packed_case(dtype: torch.dtype) -> Case:
-    """Requests of many lengths, causal, with the lists of hip_block_select."""
+    """Causal requests of many lengths, with the lists of hip_block_select."""
     lengths = (4096, 2048, 1024, 512, 256, 128, *(1,) * 16)
     options: dict[str, Any] = {"block_q": BLOCK_Q, "block_k": 16, "num_sink": 16, "num_recent": 64}
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
@@ -161,8 +161,8 @@ def _packed_case(dtype: torch.dtype) -> Case:
 
 
 def _latent(dtype: torch.dtype, queries: int, heads: int, tokens: int, entries: int) -> Case:
-    """The last queries of a prompt, each with a list of latent keys for all heads: 576 channels, of
-    which the first 512 are the value."""
+    """The last queries of a prompt, each with a list of latent keys shared by all heads: 576
+    channels, whose first 512 are the value."""
     dim, value_dim = 576, 512
 
     def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:

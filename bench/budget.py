@@ -1,4 +1,4 @@
-"""How long each case may take."""
+"""Time budget of the cases."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 
 class Budget:
-    """`each` seconds of repetitions a case, or `total` seconds for everything that follows, spread
-    over the cases: what one leaves, the others get."""
+    """Either `each` seconds of repetitions per case, or `total` seconds for all remaining cases:
+    time that one case leaves is shared by the others."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class Budget:
         return self._end is not None
 
     def next(self) -> float | None:
-        """Seconds of the next case, its preparation included if the budget is limited; None if no
+        """Seconds for the next case, including its preparation if the budget is limited; None if no
         time is left."""
         if self._end is None:
             return self.each

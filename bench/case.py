@@ -1,4 +1,4 @@
-"""What a benchmark case is, and the list of all of them."""
+"""Definition of a benchmark case, and the list of all cases."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 from tokenmill import registry
 
 Run = Callable[[], object]
-device = torch.device("cpu")  # of the cases that are prepared; bench/run.py sets it
+device = torch.device("cpu")  # device of prepared cases; bench/run.py sets it
 
 
 def place(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor drawn on the CPU, on the device that is measured."""
+    """Moves a tensor drawn on the CPU to the measured device."""
     return tensor.to(device)
 
 
-# What is measured beside the operators, with its family: compositions of them, and attention at
+# Benchmarks other than operators, with their family: compositions of operators, and attention at
 # other sizes. Modules of this package.
 RECIPES = {
     "moba_attention": "sparse",
@@ -38,9 +38,9 @@ class Absent(Exception):
 class Case:
     """One row: our call and the calls of its peers on the same values.
 
-    prepare returns our call and, by name, what builds each peer's call; a builder raises Absent if
-    the peer is not there. work counts useful floating-point operations, moved the bytes that must
-    be read and written at least.
+    prepare returns our call and, by name, a builder of each peer's call; a builder raises Absent if
+    the peer is not available. work counts useful floating-point operations; moved is the minimum
+    number of bytes read and written.
     """
 
     op: str
@@ -51,7 +51,7 @@ class Case:
     prepare: Callable[[], tuple[Run, dict[str, Callable[[], Run]]]]
     pass_name: str = "forward"
     tags: frozenset[str] = field(default_factory=frozenset)
-    length: int | None = None  # tokens, where the time of a token against the length is of interest
+    length: int | None = None  # tokens, if time per token is plotted against the length
 
     @property
     def title(self) -> str:
@@ -59,8 +59,8 @@ class Case:
 
 
 def cases(ops: list[str] | None = None) -> Iterator[Case]:
-    """All cases of the operators and recipes named (None: of all): those of the module of this
-    package that has the name, or else the operator's samples."""
+    """All cases of the named operators and recipes (None: all), from the module of this package
+    with that name, or else from the operator's samples."""
     for name in (*registry.ops(), *RECIPES):
         if ops and name not in ops:
             continue
@@ -93,7 +93,8 @@ def _sample_case(spec: registry.OpSpec, sample: registry.Sample) -> Case:
 
 
 def causal_pairs(sq: int, sk: int, left: int = -1) -> float:
-    """Visible pairs of a causal mask, bottom-right aligned; `left` keys before a query's own."""
+    """Visible pairs of a causal mask, bottom-right aligned; `left`: keys to the left of a query's
+    own position."""
     total = 0.0
     for i in range(sq):
         end = min(sk, i + sk - sq + 1)

@@ -1,4 +1,4 @@
-"""What a machine can do at most: operations and bytes per second that rows are compared with."""
+"""Peak rates of a machine, in operations and bytes per second, that rows are compared with."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from .timing import Run, interleave
 
 TRAFFIC = ("read", "copy")
-RATES = ("fma", "matmul")  # primitives whose better one is the ceiling of a dtype
+RATES = ("fma", "matmul")  # primitives whose maximum is the ceiling of a dtype
 
 
 @dataclass(frozen=True)
 class Ceilings:
     flops: dict[str, float]  # per second, by dtype
-    bandwidth: tuple[tuple[float, float], ...]  # of working sets of so many bytes; ascending
+    bandwidth: tuple[tuple[float, float], ...]  # (working set bytes, rate), ascending
     source: str
 
     def bytes_per_second(self, working_set: float) -> float:
-        """Between two sizes that were measured, on the line over their logarithms."""
+        """Bandwidth, interpolated log-log between two measured sizes."""
         below, rate_below = self.bandwidth[0]
         for size, rate in self.bandwidth:
             if working_set <= size:
@@ -35,27 +35,27 @@ class Ceilings:
 
     @property
     def memory(self) -> float:
-        """Of working sets that no cache holds."""
+        """Bandwidth of working sets that exceed all caches."""
         return self.bandwidth[-1][1]
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Which of the two ceilings is the nearer one, and the share of it that a call reaches."""
+    """The binding ceiling of a call, and the share of it that the call reaches."""
 
     of: str  # "compute" or "memory"
     share: float
 
 
 def bound(row: dict[str, Any], flops: float, bandwidth: float) -> Bound:
-    """Of a row with flops and bytes_per_second: the roofline at its operations per byte."""
+    """Roofline bound of a row with flops and bytes_per_second, at its operations per byte."""
     compute, memory = row["flops"] / flops, row["bytes_per_second"] / bandwidth
     return Bound("compute", compute) if compute >= memory else Bound("memory", memory)
 
 
 def row_bound(row: dict[str, Any], results: dict[str, Any]) -> Bound:
-    """What a row of results says, or, before schema 2, what follows from it. A row without
-    operations has a peak share of 0."""
+    """Bound recorded in a result row, or computed from it before schema 2. A row without operations
+    has a peak share of 0."""
     if "bound" in row:
         return Bound(row["bound"], row["bound_share"])
     if not row["peak_share"]:
@@ -64,15 +64,16 @@ def row_bound(row: dict[str, Any], results: dict[str, Any]) -> Bound:
 
 
 def from_primitives(rows: Iterable[dict[str, Any]], device: str, threads: int) -> Ceilings:
-    """ValueError if they lack what rows of this device and number of threads need. Bandwidth of a
-    size is the better one of a read and a copy; a GPU, whose L2 cache is cold, has one."""
+    """Ceilings from primitives; ValueError if they lack a value that rows of this device and number
+    of threads need. The bandwidth of a size is the maximum of read and copy; a GPU, measured with a
+    cold L2 cache, has one bandwidth."""
     units = 1 if device == "cuda" else threads
     rows = [row for row in rows if "value" in row and row.get("threads", 1) == units]
     flops: dict[str, float] = {}
     for row in rows:
         if row["primitive"] in RATES:
             flops[row["dtype"]] = max(row["value"], flops.get(row["dtype"], 0.0))
-    for narrow in {"float16", "bfloat16"} & {*flops}:  # may be computed as float32
+    for narrow in {"float16", "bfloat16"} & {*flops}:  # 16-bit dtypes may be computed as float32
         flops[narrow] = max(flops[narrow], flops.get("float32", 0.0))
     sizes: dict[float, float] = {}
     for row in rows:
@@ -85,7 +86,7 @@ def from_primitives(rows: Iterable[dict[str, Any]], device: str, threads: int) -
 
 
 def measured(dtypes: Iterable[torch.dtype], gpu: bool, threads: int) -> Ceilings:
-    """In two seconds: one product or loop for each dtype, one copy."""
+    """Measures ceilings in two seconds: one product or loop per dtype, one copy."""
     units = 1 if gpu else threads
     flops = {str(dtype)[6:]: peak_flops(dtype, gpu) * units for dtype in dtypes}
     rate = copy_bandwidth(gpu, threads)
@@ -95,7 +96,7 @@ def measured(dtypes: Iterable[torch.dtype], gpu: bool, threads: int) -> Ceilings
 def with_dtypes(
     ceilings: Ceilings, dtypes: Sequence[torch.dtype], gpu: bool, threads: int
 ) -> Ceilings:
-    """The ceilings, with a quick measurement of each dtype that they lack."""
+    """The ceilings, with a quick measurement of each missing dtype."""
     names = {str(dtype)[6:]: dtype for dtype in dtypes}
     lacking = [dtype for name, dtype in names.items() if name not in ceilings.flops]
     more = {str(d)[6:]: peak_flops(d, gpu) * (1 if gpu else threads) for d in lacking}
@@ -104,9 +105,9 @@ def with_dtypes(
 
 def peak_flops(dtype: torch.dtype, gpu: bool = False) -> float:
     """Measured multiply-add peak for the arithmetic that serves a dtype: of one thread, or a GPU's
-    rate in a large product of matrices (float32 in TF32, as our kernels compute it)."""
+    rate in a large matrix product (float32 in TF32, as our kernels compute it)."""
     if gpu:
-        # CUDA has no product of integers; float32 serves what they are compared for.
+        # CUDA has no integer matrix product; float32 stands in for it.
         return _gpu_product_rate(dtype if dtype.is_floating_point else torch.float32)
     isa = torch.ops.tokenmill.cpu_isa()
     wide = dtype == torch.bfloat16 and isa == "avx512_bf16"
@@ -129,7 +130,7 @@ def _gpu_product_rate(dtype: torch.dtype) -> float:
 
 
 def copy_bandwidth(gpu: bool = False, threads: int = 1) -> float:
-    """Bytes per second, read and written, of a large copy."""
+    """Bytes per second of a large copy, reads plus writes."""
     from .gpu import CudaDevice, event_seconds
 
     source = torch.zeros(1 << (28 if gpu else 24), device="cuda" if gpu else "cpu")

@@ -1,4 +1,4 @@
-"""Cases of cluster_tokens, bound by products. Eager code has a matrix of all pixels and clusters,
+"""Cases of cluster_tokens, compute-bound. Eager code has a matrix of all pixels and clusters,
 masked to the window."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TAU = 0.005
 
 
 def eager_clusters(x: Tensor, grid: int, iters: int, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """reach: 0 or -inf."""
+    """reach: additive mask, 0 or -inf."""
     pixels = x.flatten(1, 2)
     c = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), (grid, grid)).flatten(2).mT
     squares = pixels.square().sum(2, keepdim=True)

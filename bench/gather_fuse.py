@@ -1,4 +1,4 @@
-"""Cases of gather_fuse: the reorganisation of EViT, whose eager form is a chain of six calls."""
+"""Cases of gather_fuse: token reorganization of EViT, whose eager form is a chain of six calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tokenmill as tm
 
 from .case import Case, Run, place
 
-# name: sequences, tokens with the class token, channels; 0.7 of the patches are kept
+# name: sequences, tokens including the class token, channels; 0.7 of the patches are kept
 SHAPES = {"ViT-B": (64, 197, 768), "DeiT-S": (128, 197, 384), "ViT-L, 336 pixels": (8, 577, 1024)}
 
 
@@ -62,8 +62,8 @@ def _case(name: str, dtype: torch.dtype, pass_name: str) -> Case:
 
 
 def _select_case(dtype: torch.dtype, pass_name: str) -> Case:
-    """Choice and reorganisation together, as a layer of EViT has them. Copies of as many bytes go
-    into memory like that of our result: new, or given."""
+    """Selection and reorganization together, as a layer of EViT has them. Copies of as many bytes
+    write to memory allocated like our result: new, or given."""
     batch, tokens, channels = SHAPES["ViT-B"]
     kept = -(-7 * (tokens - 1) // 10)
     rows = tokens + kept + 2

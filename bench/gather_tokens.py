@@ -1,4 +1,5 @@
-"""Cases of gather_tokens: scattered rows of a large table, and what EViT and Focus-DETR keep."""
+"""Cases of gather_tokens: scattered rows of a large table, and the tokens that EViT and Focus-DETR
+keep."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Three times of a call on a GPU.
+"""Three timing methods of a call on a GPU.
 
-    call     between events around the call, on an idle device: what an eager caller waits for, with
-             the launches of every kernel
-    graph    between events around the replay of a CUDA graph of the call: what a captured model
-             waits for
-    kernels  the sum of what the profiler says of each kernel: the work alone, without gaps
+    call     between events around the call, on an idle device: the wait of an eager caller,
+             including the launches of every kernel
+    graph    between events around the replay of a CUDA graph of the call: the wait of a captured
+             model
+    kernels  sum of the profiler's kernel times: kernel work only, without gaps
 
-Each begins with a cold L2 cache: more bytes than it holds are written before. Repetitions of the
-call and of the graph are interleaved with those of the peers.
+Each starts with a cold L2 cache, after writing more bytes than it holds. Repetitions of the call
+and of the graph are interleaved with the peers.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 
 from .timing import Measure, Run, Timing, interleave
 
-PROFILED = 3  # calls
-SHARES = {"call": 0.6, "graph": 0.3}  # of the time; the profiler takes its calls
+PROFILED = 3  # profiled calls
+SHARES = {"call": 0.6, "graph": 0.3}  # share of the time; the profiler takes PROFILED calls
 
 
 class Event(Protocol):
@@ -31,20 +31,20 @@ class Event(Protocol):
 
 
 class Device(Protocol):
-    """What the times need of a device. Tests have one without a GPU."""
+    """Device interface of the timing methods. Tests implement it without a GPU."""
 
     def event(self) -> Event: ...
 
     def synchronize(self) -> None: ...
 
     def flush(self) -> None:
-        """Evicts what the L2 cache holds."""
+        """Evicts the L2 cache."""
 
     def capture(self, run: Run) -> Run:
-        """Replays what the run launches. Raises if it cannot be captured."""
+        """Returns a replay of the launches of run. Raises if they cannot be captured."""
 
     def kernel_seconds(self, run: Run) -> float:
-        """The sum over the kernels of one call. Raises if nothing counts them."""
+        """Sum of kernel times of one call. Raises if no profiler is available."""
 
 
 class CudaDevice:
@@ -64,7 +64,7 @@ class CudaDevice:
     def capture(self, run: Run) -> Run:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # capture wants what is made once to be there
+        with torch.cuda.stream(side):  # capture requires lazily created state to exist
             for _ in range(3):
                 run()
         torch.cuda.current_stream().wait_stream(side)
@@ -93,8 +93,8 @@ class CudaDevice:
 
 
 def event_seconds(device: Device, cold: bool = True) -> Measure:
-    """Times a call between events, on a device that is idle and whose L2 cache is cold, or holds
-    what the run before left there."""
+    """Times a call between events on an idle device, with a cold L2 cache, or with the contents
+    that the previous run left."""
 
     def measure(run: Run) -> float:
         if cold:
@@ -123,7 +123,7 @@ def times(
     on_error: Callable[[str, Exception], None],
     limited: bool = False,
 ) -> tuple[Times, Missing]:
-    """Timings by method and run, and what a method could not time, with the reason."""
+    """Timings by method and run, and the runs that a method could not time, with the reason."""
     measure = event_seconds(device)
     begin = time.perf_counter()
     found: Times = {

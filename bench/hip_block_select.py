@@ -1,6 +1,6 @@
-"""Cases of hip_block_select: the lists of a prefill and of decoding beside those that every product
-gives, and hip_attention beside attention to every key. Peers of longer prefills take a minute a
-call, and are left out."""
+"""Cases of hip_block_select: lists of a prefill and of decoding next to exact lists from all
+products, and hip_attention next to dense attention. Peers of longer prefills take a minute per call
+and are left out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .attention import sdpa
 from .case import Absent, Case, Run, place
 
 BUDGET, BLOCK_Q, BLOCK_K, STRIDE_Q, SINK, RECENT = 512, 64, 2, 2, 16, 256
-DECODED = 8  # tokens that one search serves
+DECODED = 8  # tokens per search
 LONGEST_PEER = 32768
 
 
@@ -32,7 +32,7 @@ class Shape:
 
     @property
     def last_queries(self) -> range:
-        """The last query of each query block."""
+        """Last query of each query block."""
         return range(min(BLOCK_Q, self.queries) - 1, self.queries, BLOCK_Q)
 
     def draw(self, dtype: torch.dtype) -> list[Tensor]:
@@ -42,10 +42,9 @@ class Shape:
 
 
 def keys_scored(shape: Shape) -> float:
-    """Of all query blocks of a head, keys of representatives that are multiplied. The last of
-    several steps knows the second block of each pair, which stood for it, and the first one, if it
-    began the second half of a node that was scored: without preferences all but 1 of 2^(steps - 2)
-    did."""
+    """Number of representative keys multiplied, over all query blocks of a head. The last of
+    several steps knows the second block of each pair, which represented it, and the first one if it
+    began the second half of a scored node: without preferences, all but 1 of 2^(steps - 2) did."""
     total = 0.0
     for last in shape.last_queries:
         seen = max(shape.tokens - shape.queries + last + 1 - RECENT - SINK, 0)
@@ -58,13 +57,13 @@ def keys_scored(shape: Shape) -> float:
 
 
 def _pairs(shape: Shape) -> float:
-    """Pairs of a query and a key that it attends to, of a head."""
+    """Attended pairs of query and key, per head."""
     most = BUDGET + SINK + RECENT
     return float(sum(min(shape.tokens - i, most) for i in range(shape.queries)))
 
 
 def _work(shape: Shape) -> float:
-    """Of the search."""
+    """Operations of the search."""
     speakers = min(BLOCK_Q, shape.queries) // STRIDE_Q or 1
     return 2.0 * shape.dim * shape.heads * keys_scored(shape) * speakers
 
@@ -115,7 +114,7 @@ def _prefill(tokens: int, dtype: torch.dtype) -> Case:
 
 
 def _decode(name: str, shape: Shape, dtype: torch.dtype, steps: int, **options: Any) -> Case:
-    """`steps` tokens, one search for all."""
+    """`steps` tokens with one search for all."""
 
     def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
         q, k, v = shape.draw(dtype)
@@ -133,7 +132,7 @@ def _decode(name: str, shape: Shape, dtype: torch.dtype, steps: int, **options: 
         return ours, {"attention_decode": lambda: dense}
 
     work = _work(shape) + steps * 4.0 * shape.dim * shape.heads * _pairs(shape)
-    rows = keys_scored(shape) + steps * 2 * _pairs(shape)  # of keys and values
+    rows = keys_scored(shape) + steps * 2 * _pairs(shape)  # rows of keys and values
     moved = _list_heads(shape, options) * rows * shape.dim * dtype.itemsize
     return Case("hip_block_select", name, dtype, work, moved, prepare)
 

@@ -1,5 +1,5 @@
-"""Cases of indexer_topk_select in the sizes of DeepSeek-V3.2-Exp (64 heads of 128, 2048 keys): part
-of a prefill, and a step of decoding. Peers of float8 keys have them in the dtype of q."""
+"""Cases of indexer_topk_select at the sizes of DeepSeek-V3.2-Exp (64 heads of 128, 2048 keys): part
+of a prefill, and a decode step. Peers of float8 keys have them in the dtype of q."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import tokenmill as tm
 
 from .case import Case, Run, causal_pairs, place
 
-CHUNK = 32  # queries of the eager peer, whose scores of all heads are in memory
+CHUNK = 32  # queries per step of the eager peer, whose scores of all heads are in memory
 
 
 def eager(q: Tensor, k: Tensor, weights: Tensor, topk: int, chunk: int) -> list[Tensor]:
-    """Products in the dtype of q, the sum over heads in float32."""
+    """Products in the dtype of q, sum over heads in float32."""
     queries, keys = q.shape[1], k.shape[1]
     found = []
     for i in range(0, queries, chunk):

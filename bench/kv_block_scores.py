@@ -1,5 +1,5 @@
-"""Cases of kv_block_scores: decoding over long caches, bound by the memory of the keys or of what
-was pooled from them, and blocks of queries of a prefill."""
+"""Cases of kv_block_scores: decode over long caches, bound by bandwidth of keys or pooled keys, and
+query blocks of a prefill."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ H, HK, D = 32, 8, 128
 
 
 def eager(q: Tensor, k: Tensor, scoring: str, block: int) -> Tensor:
-    """q [B, S, H, D]; k [B, N, Hk, D], or [B, N, Hk, 2, D] of boxes."""
+    """Scores of q [B, S, H, D] with k [B, N, Hk, D], or boxes [B, N, Hk, 2, D]."""
     x = q.unflatten(2, (HK, H // HK))
     if scoring == "minmax":
         low, high = k.unbind(3)
@@ -32,7 +32,7 @@ def eager_vote(q: Tensor, k: Tensor) -> Tensor:
 
 
 def eager_bound(q: Tensor, k: Tensor) -> Tensor:
-    """Elementwise, as the definition of the bound has it."""
+    """Elementwise evaluation of the bound's definition."""
     x = q[:, 0].unflatten(1, (HK, H // HK))[:, None]
     low, high = (y[:, :, :, None] for y in k.unbind(3))
     return torch.maximum(x * low, x * high).sum(-1)

@@ -1,4 +1,4 @@
-"""Cases of kv_cache_append: a prompt, or a token of many requests, goes into pages; latent rows."""
+"""Cases of kv_cache_append: a prompt, or one token of many requests, into pages; latent rows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _case(
         k, v = draw(HEADS), draw(HEADS)
         q = draw(query_heads) if query_heads else None
         k_cache, v_cache = (place(torch.zeros(pages, PAGE, HEADS, DIM).to(to)) for _ in range(2))
-        # A prompt fills pages, tokens of a batch lie at the ends of theirs.
+        # A prompt fills whole pages; batched tokens go to the ends of their pages.
         order, length = torch.randperm(pages, generator=g), PAGE if tokens > 64 else 1
         slots = order[: tokens // length, None] * PAGE + torch.arange(length)
         slots = place(slots.flatten())
@@ -69,13 +69,14 @@ def _case(
     held = f" into {str(to)[6:]}" + (f", scales of {scale}s" if scale else "")
     elements, turned = 2.0 * tokens * HEADS * DIM, tokens * query_heads * DIM
     moved = elements * (dtype.itemsize + to.itemsize) + 2.0 * turned * dtype.itemsize
-    moved += tokens * DIM * 4  # the angles
+    moved += tokens * DIM * 4  # rotary tables
     work = elements + 3.0 * (elements / 2 + turned)
     return Case("kv_cache_append", name + held, dtype, work, moved, prepare)
 
 
 def _latent(name: str, tokens: int, dtype: torch.dtype, to: torch.dtype) -> Case:
-    """Rows of one head, 512 latent columns and 64 that turn, with a scale each in float8."""
+    """Latent rows of one head: 512 columns, and 64 columns with rotary embedding; float8 has a
+    scale per row."""
     wide, turned = 576, 64
 
     def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
@@ -106,7 +107,7 @@ def _latent(name: str, tokens: int, dtype: torch.dtype, to: torch.dtype) -> Case
 
 
 def _put(cache: Tensor, slots: Tensor, rows: Tensor, scale: Tensor | None) -> None:
-    """Copies rows in float32, as bytes into float8, as index_copy_ takes no float8."""
+    """Copies float32 rows. float8 is written as bytes, since index_copy_ does not support it."""
     flat = cache.view(-1, *cache.shape[2:])
     if cache.dtype != FLOAT8:
         flat.index_copy_(0, slots, rows.to(cache.dtype))

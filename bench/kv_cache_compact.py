@@ -1,4 +1,4 @@
-"""Cases of kv_cache_compact: half of a cache goes, or all but sinks and a window."""
+"""Cases of kv_cache_compact: half of a cache is dropped, or all but sinks and a window."""
 
 from __future__ import annotations
 

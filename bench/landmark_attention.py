@@ -1,6 +1,6 @@
-"""Cases of landmark_attention: dense causal attention of our own, which does the same operations,
-is the peer to reach; the other is the grouped softmax as a composition of attention calls, one for
-the queries of each block, joined by merge_attention_states."""
+"""Cases of landmark_attention: our dense causal attention, with the same operations, is the peer to
+reach; the other peer is the grouped softmax composed of one attention call per query block, joined
+by merge_attention_states."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ H, D = 4, 64
 
 
 def composition(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
-    """Of whole blocks. Memory for gradients: S^2 H D / (2 block)."""
+    """Grouped softmax for whole blocks. Memory for gradients: S^2 H D / (2 block)."""
     scale = D**-0.5
     outs = []
     for first in range(0, q.shape[1], block):

@@ -1,4 +1,4 @@
-"""Cases of linear_attention. Peers get the memory layout that they like best: PyTorch [B, H, S, D],
+"""Cases of linear_attention. Peers get their preferred memory layout: PyTorch [B, H, S, D],
 tokenmill [B, S, H, D]."""
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .case import Case, Run, place
 from .peers import builders
 
 HEADS, HEAD_DIM = 8, 64
-CHUNK = 64  # of the useful work
-CHUNKS = (64, 128, 256)  # of the eager peers
+CHUNK = 64  # chunk length that defines the useful work
+CHUNKS = (64, 128, 256)  # chunk lengths of the eager peers
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def eager_chunked(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, chunk: int) -> Tensor:
-    """q, k, v [B, H, S, D] with S a multiple of the chunk; slopes [H]."""
+    """Chunked form for q, k, v [B, H, S, D] with S a multiple of the chunk; slopes [H]."""
     b, h, s = q.shape[:3]
     position = torch.arange(chunk, dtype=torch.float32, device=q.device)
     difference = position[:, None] - position[None, :]
@@ -44,7 +44,7 @@ def eager_chunked(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, chunk: int) -
 
 
 def useful_work(length: int, heads: int, d: int, dv: int) -> float:
-    """Products of pairs of one chunk, of queries with the state, and of keys with values."""
+    """Operations: pairs inside a chunk, queries with the state, and keys with values."""
     return float(heads * length * ((CHUNK + 1) * (d + dv) + 4 * d * dv))
 
 
@@ -117,7 +117,7 @@ def _case(
 def cases() -> Iterator[Case]:
     for length in (1024, 2048, 8192, 32768):
         yield _case(length, with_sdpa=True)
-    for length in (1024, 4096, 16384, 65536, 262144):  # peers leave cold caches behind
+    for length in (1024, 4096, 16384, 65536, 262144):  # no peers: they evict caches
         yield _case(length, with_eager=False, name="constant decay, no peers,")
     for dtype in (BF16, F16):
         yield _case(8192, dtype, with_sdpa=dtype == BF16, with_eager=dtype == BF16)

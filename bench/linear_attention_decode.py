@@ -1,4 +1,4 @@
-"""Cases of linear_attention_decode, bound by the memory of the state: a copy of it is the peer to
+"""Cases of linear_attention_decode, bound by state bandwidth: copying the state is the peer to
 reach."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HEADS, HEAD_DIM = 64, 128
 
 
 def eager_decode(q: Tensor, k: Tensor, v: Tensor, state: Tensor, decay: Tensor) -> Tensor:
-    """q, k, v [B, H, D], state [B, H, D, Dv] in place."""
+    """Decode step for q, k, v [B, H, D], with state [B, H, D, Dv] updated in place."""
     state.mul_(decay[:, None, None]).add_(k.unsqueeze(-1) * v.unsqueeze(-2))
     return (q.unsqueeze(-2) @ state).squeeze(-2)
 

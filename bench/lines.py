@@ -1,4 +1,4 @@
-"""The table of bench on a terminal: a line for each row, as it is measured."""
+"""Terminal table of bench: one line per row, printed as it is measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAST = "ratio to peers (their time / ours)"
 
 
 class Lines:
-    """A peer's reason to be absent is printed once."""
+    """Prints rows; the reason of an absent peer is printed once."""
 
     def __init__(self, gpu: bool) -> None:
         self.columns = COLUMNS + (GPU_COLUMNS if gpu else ())

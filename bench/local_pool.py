@@ -1,5 +1,5 @@
 """Cases of local_pool: the mixer of PoolFormer and the local pooling of PoNet. torch pools channels
-first; on the CPU it is fastest on tensors that lie channels last, as ours do."""
+first; on the CPU it is fastest on channels-last tensors, the layout of ours."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _case(mode: str, dtype: torch.dtype, pass_name: str) -> Case:
             "torch, channels first": lambda: run(_torch, first),
         }
 
-    # A maximum's backward reads x and dout.
+    # The backward of a maximum reads x and dout.
     reads = 2 if mode == "max" and pass_name == "backward" else 1
     moved = (reads + 1) * elements * dtype.itemsize
     work = float(elements * (5 if mode == "avg" else 2))

@@ -1,4 +1,4 @@
-"""Cases of mask_partition: tokens of DToP that stay, and what PyTorch packs them with."""
+"""Cases of mask_partition: tokens that DToP keeps, next to PyTorch code that packs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A row of results from a case: its times, those of its peers, and the ceiling that bounds it."""
+"""Result row of a case: its times, its peers' times, and the binding ceiling."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ OURS = "tokenmill"
 
 @dataclass(frozen=True)
 class Bench:
-    """What measures."""
+    """Measurement settings: device, threads, ceilings and sensors."""
 
     threads: int
     ceilings: Ceilings
-    device: gpu.Device | None = None  # None: the CPU
+    device: gpu.Device | None = None  # None: CPU
     sensors: Sensors | None = None
 
     @property
@@ -36,7 +36,7 @@ class Bench:
 
 
 def row_of(case: Case) -> dict[str, Any]:
-    """What names a row."""
+    """Identifying fields of a row."""
     row: dict[str, Any] = {"op": case.op, "case": case.title, "dtype": str(case.dtype)[6:]}
     if case.length is not None:
         row["length"] = case.length
@@ -44,23 +44,23 @@ def row_of(case: Case) -> dict[str, Any]:
 
 
 def key(row: dict[str, Any]) -> tuple[str, str]:
-    """Rows with the same one are of the same case."""
+    """Identity of a row's case."""
     return row["op"], row["case"]
 
 
 def measure(
     case: Case, bench: Bench, seconds: float, limited: bool, tick: Callable[[], None]
 ) -> dict[str, Any]:
-    """limited: seconds are for all of it, and one repetition is enough."""
+    """Measures a case. limited: seconds cover the whole case, and one repetition is enough."""
     begin = time.perf_counter()
     if bench.sensors:
-        bench.sensors.summary()  # drops the readings of a case that failed
+        bench.sensors.summary()  # discards readings of a failed case
     absent: dict[str, str] = {}
 
     def leave_out(name: str, error: Exception) -> None:
         if name == OURS:
             raise error
-        # A peer that fails is a fact about the peer.
+        # A failing peer is recorded, not raised.
         plain = isinstance(error, Absent | TimeoutError)
         absent[name] = str(error) if plain else _cli.one_line(error)[:100]
 
@@ -114,7 +114,7 @@ def _figures(
 
 
 def shares(row: dict[str, Any], dtype: str, ceilings: Ceilings) -> dict[str, Any]:
-    """What a row with seconds, flops and bytes_per_second reaches of the ceilings."""
+    """Shares of the ceilings that a row with seconds, flops and bytes_per_second reaches."""
     peak = ceilings.flops[dtype]
     nearer = bound(row, peak, ceilings.bytes_per_second(row["bytes_per_second"] * row["seconds"]))
     return {
@@ -123,7 +123,7 @@ def shares(row: dict[str, Any], dtype: str, ceilings: Ceilings) -> dict[str, Any
 
 
 def _timed(bench: Bench, timing: Timing) -> dict[str, Any]:
-    """The figure to quote, and the interval of the median."""
+    """The quoted time, and the interval of the median."""
     interval = timing.interval
     return {
         "seconds": bench.figure(timing),
@@ -136,7 +136,7 @@ def _timed(bench: Bench, timing: Timing) -> dict[str, Any]:
 def _methods(
     name: str, bench: Bench, times: gpu.Times, missing: gpu.Missing
 ) -> dict[str, Any]:  # fmt: skip
-    """The other two times of a GPU, or why they are missing."""
+    """The other two times on a GPU, or the reason why they are missing."""
     found: dict[str, Any] = {}
     for method, reasons in missing.items():
         if name in times.get(method, {}):
@@ -147,5 +147,5 @@ def _methods(
 
 
 def few(row: dict[str, Any]) -> bool:
-    """Whether time was too short for the usual number of repetitions."""
+    """True if time was too short for the usual number of repetitions."""
     return "error" not in row and row["rounds"] < ROUNDS

@@ -1,5 +1,5 @@
-"""Cases of moba_attention: attention to every key is the peer to leave behind, and the same choice
-as a mask of pairs the one that composes it from PyTorch. Peers get the layout [B, H, S, D]."""
+"""Cases of moba_attention: dense attention is the peer to beat, and the same selection as a mask
+over pairs is its composition in PyTorch. Peers get the layout [B, H, S, D]."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from .attention import sdpa, with_backward
 from .case import Case, Run, place
 
 HEADS, HEAD_DIM, BLOCK, TOPK = 8, 64, 512, 3
-MASKED = 4096  # tokens up to which a peer holds a mask of all pairs
+MASKED = 4096  # max tokens for a peer that materializes a mask of all pairs
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK, topk: int = TOPK) -> Tensor:
-    """[B, H, S, D], S a multiple of the block: own block and best earlier ones as a mask."""
+    """MoBA as a mask: own block and best earlier blocks; [B, H, S, D], S a multiple of the
+    block."""
     length = q.shape[2]
     blocks = length // block
     means = k.detach().unflatten(2, (blocks, block)).float().mean(3)
@@ -36,7 +37,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK, topk: int = TOPK
 
 
 def pairs(length: int, block: int = BLOCK, topk: int = TOPK) -> float:
-    """Of a query and a key that it attends to."""
+    """Attended pairs of query and key."""
     return float(sum(min(i // block, topk - 1) * block + i % block + 1 for i in range(length)))
 
 

@@ -1,6 +1,6 @@
-"""Cases of native_sparse_attention with the sizes of the paper: attention to every key is the peer
-to leave behind, and the three branches as masks of pairs compose it from PyTorch. Peers get the
-layout [B, H, S, D]."""
+"""Cases of native_sparse_attention at the sizes of the paper: dense attention is the peer to beat,
+and the three branches as masks over pairs are its composition in PyTorch. Peers get the layout [B,
+H, S, D]."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ SIZES: dict[str, Any] = {
     "block": 32, "stride": 16, "select_block": 64, "topk": 16, "num_first": 1, "num_local": 2,
     "window": 512,
 }  # fmt: skip
-MASKED = 2048  # tokens up to which a peer holds masks of all pairs
+MASKED = 2048  # max tokens for a peer that materializes masks of all pairs
 
 
 def masked(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *, block: int, stride: int, select_block: int,
     topk: int, num_first: int, num_local: int, window: int,
 ) -> Tensor:  # fmt: skip
-    """q [B, H, S, D]; k, v [B, Hk, S, D]; gates [B, H, S, 3]; S a multiple of select_block."""
+    """The three branches as masks: q [B, H, S, D]; k, v [B, Hk, S, D]; gates [B, H, S, 3]; S a
+    multiple of select_block."""
     length, group = q.shape[2], q.shape[1] // k.shape[1]
     at = torch.arange(length, device=q.device)[:, None]
     full_k, full_v = (t.repeat_interleave(group, 1) for t in (k, v))
@@ -63,7 +64,7 @@ def masked(
 def pairs(
     length: int, *, block: int, stride: int, select_block: int, topk: int, window: int, **_: int
 ) -> float:
-    """Of a query and a key, compressed, selected or near."""
+    """Attended pairs of query and key: compressed, selected and local."""
     total = 0
     for i in range(length):
         own = i // select_block

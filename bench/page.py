@@ -1,7 +1,7 @@
-"""One HTML file of results: `python -m tokenmill report FILE ... [--out PAGE]`. A file has what
-`bench --json`, `bench primitives --json`, `check --json`, `bench --counters` or `bench --launches`
-wrote, or the steps of `ci/gpu`. Machines stand side by side, never in one table. The page loads
-nothing and runs no script."""
+"""HTML report of result files: `python -m tokenmill report FILE ... [--out PAGE]`. A file is output
+of `bench --json`, `bench primitives --json`, `check --json`, `bench --counters` or
+`bench --launches`, or the steps of `ci/gpu`. Machines are in separate columns, never in one table.
+The page loads nothing and runs no script."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ Rows = list[dict[str, Any]]
 
 @dataclass
 class Machine:
-    """What is known of one machine: a column of the page."""
+    """Results of one machine: a column of the page."""
 
     name: str
     facts: dict[str, str]
     bench: dict[str, Any] = field(default_factory=dict)
     checks: list[dict[str, Any]] = field(default_factory=list)
-    measured: list[dict[str, Any]] = field(default_factory=list)  # primitives
+    measured: list[dict[str, Any]] = field(default_factory=list)  # documents of primitives
 
     @property
     def rows(self) -> Rows:
@@ -54,13 +54,14 @@ class Machine:
 
     @property
     def primitives(self) -> Rows:
-        """Of files of their own, or else those that the times were compared with."""
+        """Rows of separate primitives files, or else the primitives that the times were compared
+        with."""
         own = [row for document in self.measured for row in document["rows"]]
         return own or self.bench.get("primitives", [])
 
     @property
     def ceilings(self) -> Rows:
-        """Primitives of the device that the times are of."""
+        """Primitives of the timed device."""
         device = self.bench.get("device", "cpu")
         own = [row for d in self.measured if d.get("device") == device for row in d["rows"]]
         return own or self.bench.get("primitives", [])
@@ -89,9 +90,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def machines(files: list[tuple[str, dict[str, Any]]]) -> list[Machine]:
-    """A machine for each file of times. Two of them may have the same facts and not be the same
-    machine, so a check, or primitives, join the one whose facts they have only where there is no
-    other such."""
+    """One machine per file of times. Two machines may have identical facts, so a check or
+    primitives file joins the machine with its facts only if that machine is unique."""
     times = [(n, d) for n, d in files if "machine" in d and _joins(d) is None]
     found = [Machine(_title(name, d), d["machine"], d) for name, d in times]
     for name, document in files:
@@ -105,7 +105,7 @@ def machines(files: list[tuple[str, dict[str, Any]]]) -> list[Machine]:
 
 
 def _joins(document: dict[str, Any]) -> str | None:
-    """The list of a machine that takes a document which is not one of times."""
+    """Attribute of Machine that holds this kind of document; None for times."""
     if "checks" in document:
         return "checks"
     return "measured" if document.get("kind") == "primitives" else None
@@ -140,7 +140,7 @@ def page(columns: list[Machine], counts: list[tuple[str, dict[str, Any]]]) -> st
 
 
 def _section(title: str, make: Any, columns: list[Machine]) -> str:
-    """The parts of all machines side by side, if one of them has something to say."""
+    """The parts of all machines in columns, if any part is not empty."""
     parts = [make(machine) for machine in columns]
     if not any(parts):
         return ""
@@ -152,8 +152,8 @@ def _section(title: str, make: Any, columns: list[Machine]) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Cells are HTML; one that begins with a class in brackets, "[ok]1", gets it. A header without
-    words has no row."""
+    """HTML table. Cells are HTML; a cell that begins with a class in brackets, "[ok]1", gets that
+    class. An empty header has no row."""
 
     def cell(text: str, tag: str = "td") -> str:
         kind, found, rest = text[1:].partition("]") if text.startswith("[") else ("", "", text)
@@ -184,7 +184,7 @@ def _facts(machine: Machine) -> str:
 
 
 def _clocks(machine: Machine) -> str:
-    """Least and most of all cases, and every reason why clocks fell."""
+    """Minimum and maximum clocks over all cases, and all reasons for lower clocks."""
     read = [row["sensors"] for row in machine.rows if "sensors" in row]
     parts = []
     for name, unit in (("sm_mhz", "MHz"), ("memory_mhz", "MHz, memory"), ("watts", "W"),
@@ -205,7 +205,7 @@ def _primitives(machine: Machine) -> str:
 
 
 def _checks(machine: Machine) -> str:
-    """Operator x backend x dtype: the largest share of an error budget that a tensor took."""
+    """Operator x backend x dtype: the maximum share of an error budget over tensors."""
     checks = [check for document in machine.checks for check in document["checks"]]
     if not checks:
         return ""
@@ -235,8 +235,8 @@ def _share(check: dict[str, Any] | None, dtype: str) -> str:
 
 
 def _roofline(machine: Machine) -> str:
-    """Each operator at its fastest case, below the primitives or what the same run measured: in
-    operations per second, and as a bar where memory bounds it."""
+    """Fastest case of each operator below the measured peaks: operations per second, and a bar if
+    it is memory-bound."""
     rows = [row for row in machine.rows if row.get("bytes_per_second")]
     peaks = {row["dtype"]: row["flops"] / row["peak_share"] for row in rows if row["peak_share"]}
     bandwidth = machine.bench.get("copy_bandwidth", 0.0)
@@ -281,7 +281,7 @@ def _bandwidth_bar(op: str, row: dict[str, Any], results: dict[str, Any]) -> lis
 
 
 def _peers(machine: Machine) -> str:
-    """Geometric means over the cases of an operator: their time / ours."""
+    """Geometric means over the cases of an operator: peer time / our time."""
     rows = [row for row in machine.rows if row.get("peers")]
     lines = []
     for op in dict.fromkeys(row["op"] for row in rows):
@@ -318,7 +318,7 @@ def _times(machine: Machine) -> str:
 
 
 def _steps(document: dict[str, Any]) -> str:
-    """What a run of ci/gpu did, step by step."""
+    """Steps of a ci/gpu run."""
     rows = []
     for step in document["steps"]:
         kind = "ok" if step["status"] == "ok" else "bad"
@@ -332,13 +332,13 @@ def _steps(document: dict[str, Any]) -> str:
 
 
 def _counts(name: str, document: dict[str, Any]) -> str:
-    """The tables of counters or launches, as `bench report` has them."""
+    """Tables of counters or launches, as in `bench report`."""
     text = report.markdown(name, document).partition("\n")[2].strip()
     return f"<h2>{escape(name)}</h2><pre>{escape(text)}</pre>\n"
 
 
 def _absent(machine: Machine) -> str:
-    """What is missing, and why: backends, operators, samples, cases and peers."""
+    """Missing backends, operators, samples, cases and peers, with reasons."""
     lines: dict[tuple[str, str], None] = {}
     for document in machine.checks:
         for backend, state in document["backends"].items():

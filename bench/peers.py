@@ -1,7 +1,7 @@
-"""Peers from other packages, by name: what is installed, and the calls that it answers.
+"""Peers from other packages, by name: installed versions, and the calls that they support.
 
-They run on GPUs. A peer whose result is not ours is left out of a row, so each is timed at the same
-task. Tensors are [B, S, H, D].
+They run on GPUs. A peer whose result differs from ours is left out of a row, so that all peers are
+timed at the same task. Tensors are [B, S, H, D].
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from . import case
 from .case import Absent, Run
 
 Forward = Callable[..., Tensor]
-TOLERANCE = 0.02  # of the largest element, for results in 16 bits
+TOLERANCE = 0.02  # relative to the maximum element, for 16-bit results
 
 
 @dataclass(frozen=True)
 class Peer:
-    """calls: by operator, what makes a function of the tensors from the options of a case."""
+    """calls: by operator, a factory that turns the options of a case into a function of the
+    tensors."""
 
     name: str
     module: str
-    package: str  # the distribution, as pip knows it
+    package: str  # distribution name in pip
     calls: Mapping[str, Callable[..., Forward]] = field(default_factory=dict)
 
 
@@ -55,7 +56,7 @@ def _flash_attention_3(*, causal: bool, left: int) -> Forward:
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         _sixteen_bits("flash-attn 3", (q,))
         found = flash_attn_func(q, k, v, causal=causal, window_size=(left, 0 if left >= 0 else -1))
-        return found[0] if isinstance(found, tuple) else found  # older ones return lse, too
+        return found[0] if isinstance(found, tuple) else found  # older versions return lse, too
 
     return forward
 
@@ -114,7 +115,7 @@ def _simple_gla(*, slopes: Tensor) -> Forward:
 
 
 def _sdpa(backend: str) -> Callable[..., Forward]:
-    """scaled_dot_product_attention held to one of its backends."""
+    """scaled_dot_product_attention restricted to one of its backends."""
 
     def make(*, causal: bool, left: int) -> Forward:
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -136,7 +137,7 @@ def _sdpa(backend: str) -> Callable[..., Forward]:
 
 
 def compiled_flex(length: int, visible: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """flex_attention on [B, H, S, D], with a mask made once."""
+    """flex_attention on [B, H, S, D], with a precomputed mask."""
     try:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     except ImportError as error:
@@ -148,7 +149,7 @@ def compiled_flex(length: int, visible: Callable[..., Tensor]) -> Callable[..., 
 
 @functools.cache
 def windowed_flex(length: int, left: int) -> Callable[..., Tensor]:
-    """Causal; left < 0: without a window."""
+    """Causal flex_attention; left < 0: no window."""
     if left < 0:
         return compiled_flex(length, lambda b, h, i, j: j <= i)
     return compiled_flex(length, lambda b, h, i, j: (j <= i) & (i - j <= left))
@@ -181,7 +182,7 @@ PEERS = (
 
 
 def status(gpu: bool) -> dict[str, str]:
-    """By name, the version of each peer, or why it is absent."""
+    """Version of each peer by name, or the reason why it is absent."""
     return {peer.name: _status(peer, gpu) for peer in PEERS}
 
 
@@ -199,7 +200,7 @@ def _status(peer: Peer, gpu: bool) -> str:
 def _installed(peer: Peer) -> bool:
     try:
         return importlib.util.find_spec(peer.module) is not None
-    except ImportError:  # of the package that the module is in
+    except ImportError:  # import error inside the peer's package
         return False
 
 
@@ -210,8 +211,8 @@ def builders(
     wrap: Callable[[Forward, list[Tensor]], Run],
     **options: Any,
 ) -> dict[str, Callable[[], Run]]:
-    """What builds the call of each peer of an operator, for the case that is prepared; none on a
-    CPU. expected: our result. wrap makes a run of a forward and its tensors."""
+    """Builders of the peers' calls of an operator, for the prepared case; none on a CPU. expected:
+    our result. wrap makes a run of a forward and its tensors."""
     if case.device.type != "cuda":
         return {}
 
@@ -228,7 +229,7 @@ def builders(
 
 
 def agree(theirs: Tensor, ours: Tensor) -> None:
-    """Absent if they are not results of the same task."""
+    """Raises Absent if the results are not of the same task."""
     if theirs.shape != ours.shape:
         raise Absent(f"another result: shape {[*theirs.shape]}, ours {[*ours.shape]}")
     difference = float((theirs.float() - ours.float()).abs().max())

@@ -1,4 +1,4 @@
-"""PNGs of benchmark results: rates beside peers and the ceiling that bounds them."""
+"""PNG plots of benchmark results: rates next to peers, and the binding ceiling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RATES = {
 
 
 def label(machine: dict[str, str], device: str, threads: int | None) -> str:
-    """The machine that was measured; threads=None leaves their number to the rows."""
+    """Label of the measured machine; threads=None omits the number of threads."""
     if device == "cuda":
         return f"{machine['gpu']}, torch {machine['torch']}"
     count = "" if threads is None else f" {threads} thread(s),"
@@ -23,7 +23,7 @@ def label(machine: dict[str, str], device: str, threads: int | None) -> str:
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
-    """One picture per operator, of the rows that were measured. Returns the files written."""
+    """Draws one picture per operator, of the measured rows. Returns the files written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,8 +38,8 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _draw_lengths(results: dict[str, Any], op: str, path: Path) -> Path:
-    """Time of a token against the number of tokens: of the rows that differ from the first in their
-    length alone, with their peers, and of any other kind that has three lengths or more."""
+    """Time per token against the number of tokens: rows that differ from the first only in length,
+    with their peers, and any other kind with three lengths or more."""
     from matplotlib import pyplot as plt
 
     def kind(row: dict[str, Any]) -> str:
@@ -80,8 +80,8 @@ def _draw_lengths(results: dict[str, Any], op: str, path: Path) -> Path:
 
 
 def _draw_op(results: dict[str, Any], op: str, path: Path) -> Path:
-    """Rows that arithmetic bounds in GFLOP/s, rows that memory bounds in GB/s, each kind in a panel
-    of its own with the ceiling of each row."""
+    """Compute-bound rows in GFLOP/s and memory-bound rows in GB/s, in separate panels with the
+    ceiling of each row."""
     from matplotlib import pyplot as plt
 
     rows = [row for row in results["rows"] if row["op"] == op][::-1]
@@ -102,7 +102,7 @@ def _draw_op(results: dict[str, Any], op: str, path: Path) -> Path:
     figure.legend(
         lines, words, loc="outside lower center", ncols=len(names) + 1, fontsize=8, frameon=False
     )
-    # Results from before --device have none: they are a CPU's.
+    # Results from before --device have none: they are CPU results.
     measured = label(results["machine"], results.get("device", "cpu"), results["threads"])
     panels[0][0].set_title(f"{op}: {measured}", fontsize=10)
     figure.savefig(path, dpi=130)

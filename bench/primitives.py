@@ -1,5 +1,5 @@
-"""The ceilings of this machine: `python -m tokenmill bench primitives`. What its arithmetic units,
-memories, launches and threads do when nothing else is asked of them."""
+"""Ceilings of this machine: `python -m tokenmill bench primitives`. Peak rates of its arithmetic
+units, memories, launches and threads, each measured in isolation."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SCALES = {"FLOP/s": (1e9, "GFLOP/s"), "B/s": (1e9, "GB/s"), "1/s": (1e9, "G/s"),
 
 @dataclass(frozen=True)
 class Probe:
-    """One row. measure returns samples in the unit, of about so many seconds; it raises if this
-    machine or this torch cannot."""
+    """One row. measure(seconds) returns samples in the unit, taking about that many seconds; it
+    raises if this machine or this torch does not support it."""
 
     primitive: str
     unit: str  # a key of SCALES
@@ -50,7 +50,7 @@ class Probe:
 
 
 def size(count: int) -> str:
-    """In binary units: "256 KiB"."""
+    """Size in binary units: "256 KiB"."""
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if count >= unit:
             return f"{count / unit:.4g} {name}"
@@ -134,8 +134,8 @@ def _probes(device: str) -> Iterator[Probe]:
 
 
 def measured(probe: Probe, seconds: float) -> dict[str, Any]:
-    """value is the best sample, as a ceiling is; the median and its interval say how far the others
-    were from it."""
+    """Measures a probe. value is the maximum sample, as for a ceiling; the median and its interval
+    show the spread."""
     row = {"primitive": probe.primitive, "title": probe.title, "unit": probe.unit, **probe.facts}
     try:
         samples = probe.measure(seconds)
@@ -158,7 +158,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def table_cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
-    """Title, value, unit, and the interval of the median."""
+    """Title, value, unit, and interval of the median."""
     from .report import figure
 
     scale, unit = SCALES[row["unit"]]

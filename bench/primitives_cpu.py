@@ -14,9 +14,9 @@ import torch
 from .primitives import Probe
 from .timing import Run, interleave, use_threads
 
-SIZES = [1 << k for k in (15, 18, 20, 22, 24, 26, 28)]  # bytes of a working set
+SIZES = [1 << k for k in (15, 18, 20, 22, 24, 26, 28)]  # working sets in bytes
 LARGEST = 1 << 30
-STEP = 2048  # of torch.ops.tokenmill.cpu_rate
+STEP = 2048  # step of torch.ops.tokenmill.cpu_rate
 PRODUCT = 1024  # rows and columns of matrices
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,7 +25,7 @@ def probes() -> Iterator[Probe]:
     most = cores()
     for threads in dict.fromkeys((1, most)):
         yield from _arithmetic(threads)
-        # Each thread has its part of the working set.
+        # Each thread has its own part of the working set.
         parts = [max(size // threads // STEP * STEP, STEP) for size in sizes()]
         for of in ("read", "copy"):
             for part in dict.fromkeys(parts):
@@ -34,14 +34,14 @@ def probes() -> Iterator[Probe]:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def sizes() -> list[int]:
-    """Working sets from the first cache to memory: the largest is twice the last cache."""
+    """Working sets from the first cache to memory: the maximum is twice the last-level cache."""
     try:
         cache = os.sysconf("SC_LEVEL3_CACHE_SIZE")
     except (ValueError, OSError):
@@ -73,13 +73,13 @@ def _memory(of: str, part: int, threads: int) -> Probe:
 
 
 def _together(threads: int, rate: Callable[[], float]) -> Callable[[float], list[float]]:
-    """Samples of the sum over threads that measure at the same time, each by its processor time."""
+    """Samples of the sum over threads that measure concurrently, each by its processor time."""
 
     def measure(seconds: float) -> list[float]:
         begin = threading.Barrier(threads)
 
         def one(_: int) -> float:
-            begin.wait()  # so that no thread takes the work of two
+            begin.wait()  # common start: no thread takes the work of two
             return rate()
 
         with ThreadPoolExecutor(threads) as pool:

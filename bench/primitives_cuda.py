@@ -1,4 +1,4 @@
-"""Primitives of a GPU: through torch, and what it has no call for through
+"""Primitives of a GPU: through torch, and where torch has no call, through
 torch.ops.tokenmill.gpu_probe."""
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from .gpu import Device, event_seconds
 from .primitives import Probe
 from .timing import Measure, Run, interleave
 
-THREADS, CHAINS = 256, 8  # of a block of gpu_probe; independent chains of a thread
-NODES = 100  # of a graph, so that its own launch does not count
+THREADS, CHAINS = 256, 8  # threads per CTA of gpu_probe; independent chains per thread
+NODES = 100  # nodes per graph, to amortize the graph launch
 
 
 @dataclass(frozen=True)
 class Sizes:
-    memory: int  # bytes of a tensor that no cache holds
-    cache: int  # bytes of a tensor of which the L2 cache holds two
+    memory: int  # bytes of a tensor larger than all caches
+    cache: int  # bytes of a tensor, two of which fit in the L2 cache
     product: int  # rows and columns of matrices
     updates: int  # atomic additions
     launches: int
     multiprocessors: int
-    steps: int  # of a probe's loop
+    steps: int  # iterations of a probe's loop
 
     @staticmethod
     def of_this_device() -> Sizes:
@@ -66,7 +66,7 @@ def probes(device: Device, where: str, sizes: Sizes) -> Iterator[Probe]:
 
 
 def _own_kernels(device: Device, where: str, sizes: Sizes) -> Iterator[Probe]:
-    """Warm: they do not read memory."""
+    """Measured warm: the kernels do not read memory."""
     warm, blocks = event_seconds(device, cold=False), 4 * sizes.multiprocessors
     work = float(blocks * THREADS * sizes.steps)
     read = _rate(warm, lambda: _probe("shared", blocks, sizes.steps, where), 16 * work)
@@ -88,7 +88,7 @@ def _probe(of: str, blocks: int, steps: int, where: str) -> Run:
 
 
 def _rate(measure: Measure, make: Callable[[], Run], work: float) -> Callable[[float], list[float]]:
-    """make allocates, so that a probe's memory is there while it is measured alone."""
+    """make allocates, so that a probe's memory is held only while it is measured."""
 
     def rates(seconds: float) -> list[float]:
         timing = interleave({"run": make()}, seconds=seconds, measure=measure)["run"]
@@ -186,7 +186,7 @@ def _tiny(where: str) -> Run:
 
 
 def _wall(device: Device, run: Run, often: int, seconds: float) -> list[float]:
-    """Seconds of one of `often` calls and what they wait for at the end."""
+    """Seconds per call over `often` calls, including the final synchronization."""
 
     def measure(run: Run) -> float:
         device.synchronize()

@@ -1,5 +1,5 @@
-"""Progress on a terminal: a bar where rich is installed, else a line for each case. A pipe or file
-gets neither: the rows that are printed as they are measured say how far a run is."""
+"""Progress on a terminal: a bar if rich is installed, else one line per case. A pipe or file gets
+neither: rows are printed as they are measured."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 
 class progress:
-    """Counts what is done: `with progress(n) as advance`, then advance(start="title") where one
-    begins, advance() as often as you like, and advance(done=True) where it ends."""
+    """Counts finished work: `with progress(n) as advance`, then advance(start="title") at the start
+    of a case, advance() at any time, and advance(done=True) at its end."""
 
     def __init__(self, total: int, what: str = "benchmarking") -> None:
         self.bar: Any = None
@@ -21,7 +21,7 @@ class progress:
                 from rich.progress import Progress
             except ImportError:
                 return
-            # rich would send what is printed meanwhile to the bar's console, out of a file or pipe.
+            # rich would redirect concurrent prints to the bar's console, out of a file or pipe.
             redirect = sys.stdout is not None and sys.stdout.isatty()
             console = Console(stderr=True)
             self.bar = Progress(console=console, transient=True, redirect_stdout=redirect)

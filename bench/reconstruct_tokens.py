@@ -1,4 +1,4 @@
-"""Cases of reconstruct_tokens, bound by products. Eager code has the matrix of all distances."""
+"""Cases of reconstruct_tokens, compute-bound. Eager code has the matrix of all distances."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """Results as Markdown tables: `python -m tokenmill bench report FILE ... [--update PAGE]`. A file
-has the times or the primitives of one machine, or what `bench --counters` or `bench --launches`
-counted."""
+has times or primitives of one machine, or counts of `bench --counters` or `bench --launches`."""
 
 from __future__ import annotations
 
@@ -17,9 +16,9 @@ from .plot import label
 
 BEGIN = "<!-- bench report: begin -->"
 END = "<!-- bench report: end -->"
-METHODS = {"graph": "graph ms", "kernels": "kernels ms"}  # of a GPU, beside the call
-LAUNCH_COLUMNS = 4  # calls side by side
-# Headings of counters where the narrow ones of the command line say too little.
+METHODS = {"graph": "graph ms", "kernels": "kernels ms"}  # GPU columns in addition to the call
+LAUNCH_COLUMNS = 4  # calls per line
+# Headings of counters that are too short on the command line.
 HEADINGS = {
     "instructions": "instructions",
     "traffic_over_least": "bytes / least",
@@ -70,7 +69,7 @@ def update(page: str, tables: str) -> str:
 
 
 def markdown(name: str, results: dict[str, Any]) -> str:
-    """The section of one file: what was measured, and a table for each operator."""
+    """Section of one file: the measurement, and a table per operator."""
     rows = results["rows"]
     if "multiprocessors" in results:
         return "\n".join([f"### {name}", "", *_launches(results)]) + "\n"
@@ -90,7 +89,7 @@ def _counted(results: dict[str, Any]) -> list[str]:
 
 def _measured(results: dict[str, Any]) -> list[str]:
     rows = results["rows"]
-    # Results from before --device have none: they are a CPU's.
+    # Results from before --device have none: they are CPU results.
     machine = label(results["machine"], results.get("device", "cpu"), results["threads"])
     peaks = {r["dtype"]: r["flops"] / r["peak_share"] for r in rows if r.get("peak_share")}
     ceilings = [f"{dtype} {figure(peak / 1e9)} GFLOP/s" for dtype, peak in peaks.items()]
@@ -135,7 +134,7 @@ def _counters(op: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> l
 
 
 def _launches(results: dict[str, Any]) -> list[str]:
-    """Several calls side by side, in columns from top to bottom."""
+    """Several calls per line, in columns from top to bottom."""
     cells = [
         [f"`{row['op']}` {row['case']}", ", ".join(map(str, row["blocks"]))]
         for row in results["rows"]
@@ -154,8 +153,8 @@ def _launches(results: dict[str, Any]) -> list[str]:
 
 
 def columns(results: dict[str, Any]) -> list[str]:
-    """Headings of the figures of a row: results of schema 1 have no intervals, those of a CPU no
-    other times."""
+    """Headings of the figures of a row: results of schema 1 have no intervals, CPU results no other
+    times."""
     found = ["ms"]
     if results.get("schema", 1) > 1:
         found.append("95 % of the median")
@@ -164,8 +163,8 @@ def columns(results: dict[str, Any]) -> list[str]:
 
 
 def cells_of(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
-    """The figures of a row, in these columns. The peak is the one that bounds the row: arithmetic,
-    or, marked GB/s, bandwidth."""
+    """Figures of a row, in these columns. The peak is the binding one: arithmetic, or bandwidth,
+    marked GB/s."""
     nearer = row_bound(row, results)
     cells = {
         "ms": figure(row["seconds"] * 1e3),
@@ -181,7 +180,7 @@ def cells_of(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
 
 
 def interval(row: dict[str, Any]) -> str:
-    """Of the median, in ms: "4.75-4.93", and the coverage where it is less than 95 %. One
+    """Interval of the median, in ms: "4.75-4.93", and the coverage if it is below 95 %. One
     repetition has none."""
     if not row["coverage"]:
         return "-"
@@ -216,7 +215,7 @@ def _times(op: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> list
 
 
 def rates(name: str, results: dict[str, Any]) -> str:
-    """TFLOP/s of the rows of one file, a line each: ours and those of the peers."""
+    """TFLOP/s of the rows of one file, one line per row: ours and the peers'."""
     rows = [row for row in results["rows"] if "error" in row or row.get("flops")]
     peers = list(dict.fromkeys(name for row in rows for name in row.get("peers", ())))
     found = [[f"{name}: TFLOP/s", "tokenmill", *peers]]
@@ -238,12 +237,12 @@ def _line(cells: list[str]) -> str:
 
 
 def figure(value: float) -> str:
-    """Three significant digits, or all of a longer whole number."""
+    """Three significant digits, or all digits of a longer integer."""
     return f"{value:#.3g}".rstrip(".") if value < 999.5 else f"{value:.0f}"
 
 
 def load(name: str, *, checks: bool = False) -> dict[str, Any]:
-    """What is in a file of bench --json; with checks also of check --json, and the steps of
+    """Contents of a bench --json file; with checks also of check --json, and the steps of
     ci/gpu."""
     try:
         results: dict[str, Any] = json.loads(Path(name).read_text())

@@ -1,8 +1,8 @@
-"""Where the results of a run go while it runs, and what a later run takes from them.
+"""Writing the results of a run while it runs, and reading them in a later run.
 
-The document is `{head..., "rows": [...]}`. Schema 2 has, in the head, what was measured and how
-(`schema`, `build`, `machine`, `device`, `threads`, `options`, ceilings), and in a row of times the
-median with its interval and the ceiling that bounds it. Files without `schema` are of schema 1.
+The document is `{head..., "rows": [...]}`. In schema 2 the head describes the measurement
+(`schema`, `build`, `machine`, `device`, `threads`, `options`, ceilings), and a row of times has the
+median with its interval and the binding ceiling. Files without `schema` are of schema 1.
 """
 
 from __future__ import annotations
@@ -21,22 +21,21 @@ from tokenmill import _cli
 
 SCHEMA = 2
 END = "\n]}\n"
-# What two runs must share for rows of one to stand beside rows of the other.
-KEPT = ("op", "case", "dtype", "seconds", "flops", "bytes_per_second")  # of a row, at least
+# Fields that two runs must share for their rows to be comparable.
+KEPT = ("op", "case", "dtype", "seconds", "flops", "bytes_per_second")  # minimum fields of a row
 SAME = ("schema", "build", "machine", "device", "threads", "options")
 
 
 class Results:
-    """The rows of a run, and their JSON with a line for each row.
+    """Rows of a run, and their JSON with one line per row.
 
-    A file is replaced as a whole after every row, so that a run which is cut off, at any moment,
-    leaves a document with all that it has measured. A stream ("-" is stdout), which cannot be
-    written again, gets its end when the run ends.
+    The file is replaced as a whole after every row, so that a run that is interrupted at any moment
+    leaves a complete document of everything measured. A stream ("-" is stdout), which cannot be
+    rewritten, is completed when the run ends.
     """
 
     def __init__(self, path: str | None, stdout: TextIO, argument: str = "--json") -> None:
-        """Makes sure that the file, if one is named, can be written, and leaves what it holds until
-        begin."""
+        """Checks that the named file, if any, can be written. Its contents stay until begin."""
         self.head: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         self.path = path
@@ -70,8 +69,8 @@ class Results:
         return self._file.with_name(f".{self._file.name}.{os.getpid()}.part")
 
     def begin(self, head: dict[str, Any], rows: Iterable[dict[str, Any]] = ()) -> None:
-        """The rows that are there before the first is measured are written with the head, so that
-        no moment leaves a document without them."""
+        """Writes the head together with rows that exist before the first measurement, so that the
+        document always contains them."""
         self.head = head
         self._lines = [json.dumps(self.document, indent=1).removesuffix("]\n}")]
         for row in rows:
@@ -96,7 +95,7 @@ class Results:
             print(f"wrote {self.path}")
 
     def _write(self, text: str) -> None:
-        """At the end of the rows: of a stream, or of a new file that takes the place of the old."""
+        """Appends to the rows of a stream, or writes a new file that replaces the old one."""
         try:
             if self._out:
                 self._out.write(text.encode())
@@ -120,12 +119,12 @@ class Results:
 
 @functools.cache
 def build_digest() -> str:
-    """Of the native library and the Python files of the package: two runs with the same one
+    """Digest of the native library and the Python files of the package: runs with the same digest
     measured the same code."""
     folder = Path(_cli.__file__).parent
     digest = hashlib.sha256()
     files = [*folder.glob("*.so"), *folder.rglob("*.py")]
-    for name in ("bench", "triton_kernels"):  # links in a source tree, which rglob does not follow
+    for name in ("bench", "triton_kernels"):  # symlinks, which rglob does not follow
         files += (folder / name).rglob("*.py")
     for path in sorted(set(files)):
         digest.update(f"{path.relative_to(folder)}\0".encode())
@@ -134,13 +133,13 @@ def build_digest() -> str:
 
 
 def earlier(path: str, head: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The document that a run goes on with, and of its rows those that were measured. UsageError if
-    they were not measured as this run measures. A file that is not there, or empty, has no rows."""
+    """The document that a run resumes, and its measured rows. UsageError if they were measured
+    under other settings. A missing or empty file has no rows."""
     text = _text(path, "--resume") if os.path.exists(path) else ""
     if not text.strip():
         return {}, []
     document = _parse(text, "--resume", path)
-    # As JSON has it: lists for tuples.
+    # Compared after a JSON round trip: tuples become lists.
     wanted = json.loads(json.dumps({key: head.get(key) for key in SAME}))
     other = [key for key in SAME if document.get(key) != wanted[key]]
     if other:
@@ -161,7 +160,7 @@ def _difference(key: str, there: Any, here: Any) -> str:
 
 
 def load(path: str, argument: str) -> dict[str, Any]:
-    """A document with a machine and rows, or a UsageError."""
+    """Loads a document with a machine and rows, or raises UsageError."""
     return _parse(_text(path, argument), argument, path)
 
 

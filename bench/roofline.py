@@ -1,4 +1,4 @@
-"""A roofline as SVG: rates against operations per byte, below measured peaks."""
+"""Roofline plot as SVG: rates against operations per byte, below measured peaks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Roof:
 
 
 def roofline(points: list[Point], roofs: list[Roof], bandwidth: float) -> str:
-    """The picture, with a number on each point, and a list of the numbers."""
+    """The picture with a numbered point per case, and a legend of the numbers."""
     ridge = max(r.peak for r in roofs) / bandwidth
     low, high = _decades([*(p.intensity for p in points), ridge])
     least, most = _decades([*(p.rate for p in points), *(r.peak for r in roofs)])
@@ -79,7 +79,7 @@ def roofline(points: list[Point], roofs: list[Roof], bandwidth: float) -> str:
 
 
 def _apart(roofs: list[Roof]) -> list[Roof]:
-    """Peaks that the picture cannot tell apart, less than 8 % from each other, as one."""
+    """Merges peaks that differ by less than 8 %, which the picture cannot separate."""
     found: list[Roof] = []
     for roof in sorted(roofs, key=lambda r: -r.peak):
         if found and found[-1].peak < 1.08 * roof.peak:
@@ -90,7 +90,7 @@ def _apart(roofs: list[Roof]) -> list[Roof]:
 
 
 def _decades(values: list[float]) -> tuple[int, int]:
-    """Powers of ten around all values."""
+    """Powers of ten that enclose all values."""
     low = math.floor(math.log10(min(values)))
     return low, max(math.ceil(math.log10(max(values))), low + 1)
 

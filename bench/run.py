@@ -1,4 +1,4 @@
-"""Runs cases, prints a row for each as it ends, and writes the results of this machine."""
+"""Runs cases, prints each row as it ends, and writes the results of this machine."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _pattern(value: str) -> re.Pattern[str]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit status: 0, or 1 if a case failed; the others are measured all the same."""
+    """Returns the exit status: 0, or 1 if a case failed; the others are still measured."""
     measure_all = _run
     if options.counters or options.launches:
         from . import counters
@@ -148,7 +148,7 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
     results = Results(target, stdout, argument)
     dtypes = sorted({str(case.dtype)[6:] for case in chosen} | {row["dtype"] for row in kept})
     limits = _ceilings(options, document, dtypes, head["machine"])
-    if options.primitives:  # rows that are kept were compared with other ceilings
+    if options.primitives:  # kept rows were compared with other ceilings
         kept = [row | shares(row, row["dtype"], limits) for row in kept]
     sensors = Sensors() if gpu else None
     bench = Bench(options.threads, limits, CudaDevice() if gpu else None, sensors)
@@ -188,7 +188,7 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
 def _measure_all(
     options: argparse.Namespace, wanted: list[Case], bench: Bench, results: Results, lines: Lines
 ) -> list[Case]:
-    """Adds a row for each case, and returns those for which no time was left."""
+    """Adds a row per case, and returns the cases for which no time was left."""
     budget = Budget(options.seconds, options.time_budget, len(wanted))
     left_out = []
     with progress(len(wanted)) as advance:
@@ -210,7 +210,7 @@ def _measure_all(
 
 
 def _head(options: argparse.Namespace) -> dict[str, Any]:
-    """What was measured and how, before anything is."""
+    """Describes the measurement before it starts."""
     return {
         "schema": SCHEMA,
         "build": build_digest() if options.json or options.resume else "",
@@ -229,7 +229,7 @@ def _ceilings(
     names: list[str],
     machine: dict[str, str],
 ) -> Ceilings:
-    """Of --primitives, of the run that this one goes on with, or measured now."""
+    """Ceilings from --primitives, from the resumed run, or measured now."""
     gpu, threads = options.device == "cuda", options.threads
     dtypes = [getattr(torch, name) for name in names]
     rows = document.get("primitives", [])
@@ -274,7 +274,7 @@ def _print_head(head: dict[str, Any], gpu: bool) -> None:
 
 
 def _cases(options: argparse.Namespace) -> tuple[list[Case], list[dict[str, Any]]]:
-    """The cases asked for, and a row for each operator whose cases cannot be made."""
+    """Requested cases, and a row for each operator whose cases cannot be created."""
     chosen, failed = [], []
     for op in dict.fromkeys(options.ops or (*registry.ops(), *RECIPES)):
         try:

@@ -1,5 +1,5 @@
-"""What to expect of sharded sequences: `python -m tokenmill bench scale`. A prediction, from the
-rate of a kernel, the bytes of :func:`tokenmill.distributed.plan` and the figures of a link."""
+"""Predicted scaling of sharded sequences: `python -m tokenmill bench scale`, from the rate of a
+kernel, the bytes of :func:`tokenmill.distributed.plan` and the figures of a link."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tokenmill.dense.attention import attention
 
 from .timing import interleave
 
-# tokenmill.distributed brings torch.distributed, half a second that other commands need not wait:
-# the functions below import it.
+# tokenmill.distributed imports torch.distributed, half a second: the functions below import it
+# lazily, so that other commands do not wait.
 
 
 class Link(NamedTuple):
-    """Of one rank to the others."""
+    """Link of one rank to the others."""
 
-    latency: float  # seconds of a collective, or of each of its log2(P) rounds
+    latency: float  # seconds per collective, or per round of log2(P) rounds
     bandwidth: float  # bytes per second, one way
 
 
@@ -37,7 +37,7 @@ LENGTHS = (2**13, 2**16, 2**20, 10_000_000)
 
 
 class Model(NamedTuple):
-    """A layer: batch of one."""
+    """Model layer, with a batch of one."""
 
     heads: int
     kv_heads: int
@@ -46,7 +46,7 @@ class Model(NamedTuple):
 
 
 class Machine(NamedTuple):
-    flops: float  # per second, of a kernel on one rank
+    flops: float  # per second, for a kernel on one rank
     memory: float  # bytes per second
     link: Link
 
@@ -54,7 +54,7 @@ class Machine(NamedTuple):
 def attention_seconds(
     model: Model, machine: Machine, length: int, ranks: int, order: str
 ) -> dict[str, float]:
-    """Seconds of a causal forward by schedule. The ring computes while it sends."""
+    """Seconds of a causal forward by schedule. The ring overlaps compute and communication."""
     from tokenmill.distributed.plan import plan
 
     costs = plan(
@@ -85,14 +85,15 @@ def attention_seconds(
 
 
 def linear_seconds(model: Model, machine: Machine, length: int, ranks: int) -> float:
-    """A forward of lightning attention: chunks of 64 tokens, and the states of all shards."""
+    """Seconds of a lightning attention forward: chunks of 64 tokens, and the states of all
+    shards."""
     from tokenmill.distributed.plan import linear_bytes
 
     chunk = 64
     tokens = -(-length // ranks)
     flops = 4.0 * model.heads * tokens * model.head_dim * (model.head_dim + chunk / 2)
     if ranks > 1:
-        flops += 2.0 * model.heads * tokens * model.head_dim**2  # the state of the shard
+        flops += 2.0 * model.heads * tokens * model.head_dim**2  # final state of the shard
     sent = linear_bytes(1, model.heads, model.head_dim, model.head_dim, ranks)
     return (
         flops / machine.flops + sent / machine.link.bandwidth + (ranks > 1) * machine.link.latency
@@ -100,7 +101,7 @@ def linear_seconds(model: Model, machine: Machine, length: int, ranks: int) -> f
 
 
 def decode_seconds(model: Model, machine: Machine, length: int, ranks: int) -> float:
-    """A token over a cache of `length` keys."""
+    """Seconds of one token over a cache of `length` keys."""
     from tokenmill.distributed.plan import decode_bytes
 
     cache = 2 * -(-length // ranks) * model.kv_heads * model.head_dim * model.itemsize
@@ -133,7 +134,7 @@ FAMILIES: dict[str, Family] = {
 def efficiency(
     family: Family, model: Model, machine: Machine, length: int, ranks: int
 ) -> tuple[float, str]:
-    """Of P ranks the share of P times the speed of one, and the schedule."""
+    """Parallel efficiency on P ranks, and the schedule."""
     seconds, how = family(model, machine, length, ranks)
     return family(model, machine, length, 1)[0] / (ranks * seconds), how
 
@@ -186,7 +187,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measured_flops() -> float:
-    """Of causal attention in bfloat16 on one thread."""
+    """Measured rate of causal attention in bfloat16 on one thread."""
     q = torch.randn(1, 2048, 4, 128, dtype=torch.bfloat16)
     timing = interleave(
         {"attention": lambda: attention(q, q, q, causal=True)}, threads=1, seconds=0.5

@@ -1,4 +1,4 @@
-"""Cases of segment_reduce, bound by the memory of the rows: words, merged tokens, one long mean."""
+"""Cases of segment_reduce, bound by row bandwidth: words, merged tokens, one long mean."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-EVERY = 0.1  # seconds from one reading to the next
-# Bits of NVML's reasons for lower clocks that a benchmark has to know.
+EVERY = 0.1  # seconds between readings
+# NVML's clock-throttle reason bits that matter for a benchmark.
 THROTTLED = {
     0x4: "power cap", 0x8: "slowdown of the hardware", 0x20: "temperature, by software",
     0x40: "temperature, by hardware", 0x80: "power brake",
@@ -16,8 +16,8 @@ THROTTLED = {
 
 
 class Sensors:
-    """Reads between repetitions, never beside one. Without NVML `absent` says why, and a summary is
-    empty."""
+    """Reads between repetitions, never during one. Without NVML, `absent` holds the reason and a
+    summary is empty."""
 
     def __init__(self, nvml: Any = None) -> None:
         self.absent = ""
@@ -49,12 +49,12 @@ class Sensors:
         for name, ask in questions.items():
             try:
                 reading[name] = ask()
-            except Exception:  # not every board answers every question
+            except Exception:  # not every board supports every query
                 continue
         self._readings.append(reading)
 
     def summary(self) -> dict[str, Any]:
-        """Of the readings since the last summary: [least, most] of each, and why clocks fell."""
+        """Readings since the last summary: [min, max] of each, and the reasons for lower clocks."""
         readings, self._readings, self._next = self._readings, [], 0.0
         found: dict[str, Any] = {}
         for name in ("sm_mhz", "memory_mhz", "watts", "celsius"):
@@ -76,7 +76,7 @@ def _nvml() -> Any:
 
 
 def _handle(nvml: Any) -> Any:
-    """Of torch's current device, whatever CUDA_VISIBLE_DEVICES calls it."""
+    """NVML handle of torch's current device, independent of CUDA_VISIBLE_DEVICES."""
     uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
     if uuid is None:
         return nvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())

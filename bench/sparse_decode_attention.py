@@ -1,6 +1,5 @@
-"""Cases of sparse_decode_attention, bound by the memory of the keys and values that lists name: a
-plain copy of those rows is the peer to reach, dense decode over the whole cache the one to leave
-behind."""
+"""Cases of sparse_decode_attention, bound by bandwidth of the listed keys and values: a plain copy
+of those rows is the peer to reach, dense decode over the whole cache the peer to beat."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ def _case(
         positions = indices[0, :, :, None] * block + torch.arange(block, device=indices.device)
         positions = positions.flatten(1).long()
         rows = positions.expand(HK, KEYS) * HK + torch.arange(HK, device=q.device)[:, None]
-        if heads == 1:  # a token's heads lie side by side
+        if heads == 1:  # the heads of a token are contiguous
             rows, flat = positions[0], [t.view(TOKENS, HK * D) for t in (k, v)]
         else:
             rows, flat = rows.flatten(), [t.view(TOKENS * HK, D) for t in (k, v)]

@@ -1,8 +1,8 @@
 """Interleaved timing in one process.
 
-One thread: the processor time of the thread, which a busy neighbour does not lengthen; the median
-of all rounds is the figure to quote. More threads: wall time, of which the minimum is quoted,
-because threads that wait for a preempted one spoil every other statistic. A GPU: bench/gpu.py.
+One thread: processor time of the thread, which other processes do not lengthen; the median of all
+rounds is quoted. More threads: wall time, of which the minimum is quoted, because waiting for a
+preempted thread spoils every other statistic. A GPU: bench/gpu.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .interval import Interval, median_interval
 Run = Callable[[], object]
 Measure = Callable[[Run], float]  # seconds of a call
 SLOW = 5.0  # seconds
-ROUNDS = 5  # at least, where there is time
+ROUNDS = 5  # min rounds if time permits
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Timing:
 
     @property
     def interval(self) -> Interval:
-        """Of the median."""
+        """Confidence interval of the median."""
         return median_interval(self.samples)
 
 
@@ -70,9 +70,10 @@ def interleave(
     limited: bool = False,
 ) -> dict[str, Timing]:
     """Times the runs in turn, A B C A B C ..., for about `seconds` and at least ROUNDS rounds; slow
-    ones take part in the first two. One whose first call fails is left out, unless on_error raises.
-    measure: what times a call; None: the clock of this many threads. limited: the first calls are
-    part of the time, runs that would begin after it are left out, and one round is enough."""
+    runs take part only in the first two. A run whose first call fails is left out, unless on_error
+    raises. measure: how a call is timed; None: the clock for this number of threads. limited: the
+    first calls count towards the time, runs that would begin after it are left out, and one round
+    is enough."""
     measure = measure or cpu_seconds(threads)
     samples: dict[str, list[float]] = {}
     with use_threads(threads):

@@ -1,5 +1,5 @@
-"""Cases of titans_memory, beside chunks in eager PyTorch with all that does not need the state
-before a chunk computed for all chunks at once."""
+"""Cases of titans_memory, next to chunked eager PyTorch that computes everything independent of the
+state for all chunks at once."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ HEADS = 8
 def eager_chunked(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, eta: Tensor, theta: Tensor, *, chunk: int
 ) -> Tensor:
-    """q, k, v [B, H, S, D], gates [B, H, S], between 0 and 1; S a multiple of chunk. Decays are
-    differences of cumulative logarithms."""
+    """Chunked form: q, k, v [B, H, S, D], gates [B, H, S] in (0, 1); S a multiple of chunk. Decays
+    are differences of cumulative logarithms."""
     length = q.shape[2]
     q, k, v, alpha, eta, theta = (
         t.unflatten(2, (length // chunk, chunk)) for t in (q, k, v, alpha, eta, theta)
@@ -33,7 +33,7 @@ def eager_chunked(
 
     forget, keep = torch.log1p(-alpha).cumsum(-1), torch.log(eta).cumsum(-1)
     of_memory, of_momentum = between(forget), between(keep)
-    carried = of_memory @ torch.exp(keep)[..., None]  # momentum before the chunk, in the memory
+    carried = of_memory @ torch.exp(keep)[..., None]  # incoming momentum in the memory
     weights = of_memory @ (of_momentum * theta[..., None, :])
     scores = (q @ k.mT) * weights
     to_memory = k * weights[..., -1, :, None]
@@ -59,7 +59,7 @@ def eager_chunked(
 
 
 def useful_work(length: int, dim: int, chunk: int) -> float:
-    """Operations of seven products of a chunk, of which two are of its pairs: half of them."""
+    """Operations of seven products per chunk, two of which are over pairs and count half."""
     return 2.0 * HEADS * length * dim * (5 * dim + chunk)
 
 

@@ -1,4 +1,4 @@
-"""Cases of topk_partition: what token reduction selects from, and by hand with torch.topk."""
+"""Cases of topk_partition: typical inputs of token reduction, next to torch.topk by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases of topk_select: what attention scores look like, rows of many ties, and hints."""
+"""Cases of topk_select: scores distributed as in attention, rows with many ties, and hints."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def scores_of(kind: str, rows: int, columns: int) -> torch.Tensor:
 
 
 def hints_of(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """The k largest of each row but for a tenth, which are anywhere, in the order of the
-    positions."""
+    """The k maximum positions of each row, one tenth replaced by random ones, in ascending
+    order."""
     generator = torch.Generator().manual_seed(1)
     best = tm.topk_select(scores, k)[0].cpu()
     anywhere = torch.randint(scores.shape[1], best.shape, generator=generator, dtype=torch.int32)

@@ -1,9 +1,9 @@
-"""Tries the values of knobs on this machine and keeps the best: `python -m tokenmill tune [op]`.
+"""Tunes knobs on this machine by trying their values: `python -m tokenmill tune [op]`.
 
-A value is taken if it is at least 2 % faster than the standard one in the mean of the knob's
-benchmarks and more than 3 % slower in none of them, and both again in a second measurement: the
-best of several noisy figures is too good. Else the standard value stays. A knob is tried with what
-was found for those before it.
+A value replaces the default if it is at least 2 % faster in the mean over the knob's benchmarks and
+more than 3 % slower in none of them, and both again in a second measurement, since the best of
+several noisy figures is biased. Otherwise the default stays. A knob is tuned with the values found
+for earlier knobs.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from .timing import Measure, interleave, use_threads
 
 LEAST_GAIN = 1.02  # of the mean, in both measurements
 MOST_LOSS = 1.03  # of a single benchmark
-SECONDS = 0.2, 4.0  # of a measurement: at least, at most
+SECONDS = 0.2, 4.0  # seconds per measurement: min, max
 HEADER = ("knob", "standard", "best", "gain", "of the benchmarks")
-Ratios = dict[int, list[float]]  # by value: time / time of the standard value, for each benchmark
+Ratios = dict[int, list[float]]  # by value: time / time of the default, per benchmark
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit status: 0, or 1 if a knob could not be measured."""
+    """Returns the exit status: 0, or 1 if a knob could not be measured."""
     having = list(dict.fromkeys(k.op for k in KNOBS.values()))
     for op in options.ops:
         if op not in having:
@@ -126,7 +126,7 @@ def _unwritable(error: OSError) -> _cli.UsageError:
 
 def _list(knobs: list[Knob]) -> None:
     if torch.cuda.is_available():
-        torch.cuda.init()  # which puts the values of the GPU in force
+        torch.cuda.init()  # activates the values tuned for the GPU
     print(f"{'knob':<40}{'runs on':<9}{'value':>8}{'standard':>10}  candidates")
     for knob in knobs:
         standard, value = (
@@ -150,7 +150,7 @@ def _usable(knob: Knob, device: str) -> bool:
 
 
 def _tune(knobs: list[Knob], options: argparse.Namespace, device: str) -> list[Found]:
-    """Tunes operator after operator; what is found for one is written before the next one."""
+    """Tunes one operator after another; results of one are written before the next starts."""
     plans = [(k, [c for c in cases([k.op]) if re.search(k.cases, c.title)]) for k in knobs]
     ops = list(dict.fromkeys(k.op for k in knobs))
     kept: dict[str, int] = {}
@@ -186,11 +186,11 @@ def _threads(options: argparse.Namespace) -> str:
 
 @dataclass(frozen=True)
 class Clock:
-    """How times are measured, and until when."""
+    """Timing settings and the deadline."""
 
     options: argparse.Namespace
-    seconds: float  # of a measurement
-    measure: Measure | None = None  # of a GPU
+    seconds: float  # seconds per measurement
+    measure: Measure | None = None  # for a GPU
     start: float = field(default_factory=time.monotonic)
 
     @property
@@ -198,7 +198,7 @@ class Clock:
         return time.monotonic() - self.start > self.options.time_budget
 
     def times(self, knob: Knob, case: Case, values: list[int]) -> dict[int, float]:
-        """Seconds of a case with each value that runs."""
+        """Seconds of a case for each value that runs."""
         threads = self.options.threads
         failed: dict[str, Exception] = {}
         with _backend(knob), use_threads(threads):
@@ -216,7 +216,7 @@ class Clock:
 
 @contextlib.contextmanager
 def _backend(knob: Knob) -> Iterator[None]:
-    """Calls go to the backend of the knob: a GPU has two."""
+    """Forces calls to the backend of the knob: a GPU has two."""
     before = os.environ.get("TOKENMILL_BACKEND")
     os.environ["TOKENMILL_BACKEND"] = knob.backend
     try:
@@ -237,7 +237,7 @@ def _with(knob: Knob, value: int, call: Callable[[], object]) -> Callable[[], ob
 
 
 def _tune_knob(knob: Knob, before: int, chosen: list[Case], clock: Clock, advance: Any) -> Found:
-    """before: the value of a knob that was not tried to the end."""
+    """before: previous value, kept if tuning does not finish."""
     if why := _turned_off(knob) or ("not reached" if clock.over else ""):
         for _ in chosen:
             advance(done=True)
@@ -260,7 +260,7 @@ def _tune_knob(knob: Knob, before: int, chosen: list[Case], clock: Clock, advanc
 
 
 def _turned_off(knob: Knob) -> str:
-    """Why no value of a knob changes anything: the kernel that it cuts does not run."""
+    """Reason why no value of a knob has an effect: its kernel does not run."""
     switch = _knobs.switch(knob.op, knob.part)
     off = knob.part and knob.name != switch and not _knobs.value(switch)
     return f"{switch} is 0" if off else ""
@@ -273,7 +273,7 @@ def _measure(
     clock: Clock,
     advance: Callable[..., None] = lambda **_: None,
 ) -> Ratios:
-    """Of the values that run every benchmark."""
+    """Time ratios of the values that run every benchmark."""
     ratios: Ratios = {v: [] for v in values}
     for case in chosen:
         advance(start=f"{knob.name}, {case.title}")
@@ -289,7 +289,7 @@ def _measure(
 
 
 def choose(standard: int, ratios: Ratios) -> int:
-    """The fastest value, or the standard one where none is faster beyond doubt."""
+    """The fastest value, or the default unless a value is significantly faster."""
     best = min(ratios, key=lambda value: (geometric_mean(ratios[value]), value != standard))
     if max(ratios[best], default=1.0) > MOST_LOSS:
         return standard
@@ -297,7 +297,7 @@ def choose(standard: int, ratios: Ratios) -> int:
 
 
 def _write(device: str, op: str, found: list[Found], options: argparse.Namespace) -> None:
-    """Knobs of the operator that were not tried to the end keep what the cache has."""
+    """Writes tuned values. Knobs whose tuning did not finish keep the cached value."""
     tried = {f.knob.name for f in found if f.ratios}
     better = [f for f in found if f.ratios and f.best != f.knob.standard]
     old = _knobs.entry_of(_knobs.path(), device, op)

@@ -1,4 +1,4 @@
-"""What the compiled CUDA kernels do, counted exactly on the PTX machine: `python -m tokenmill bench
+"""Exact counters of the compiled CUDA kernels on the PTX machine: `python -m tokenmill bench
 --counters [op ...]`."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CASE_WIDTH = 60
 
 
 def run(options: argparse.Namespace, stdout: TextIO) -> int:
-    """Exit status: 0, or 1 if a case failed."""
+    """Returns the exit status: 0, or 1 if a case failed."""
     if not _library.emulated_built():
         raise _cli.UsageError("--counters: needs a development build (TOKENMILL_PTXVM=1)")
     if options.plot:

@@ -1,5 +1,5 @@
-"""Cases of additive_attention. Tangents bind it, on ordinary and special-function units; tensor
-cores have no part in it."""
+"""Cases of additive_attention. tanh binds it, on ordinary and special-function units; it uses no
+tensor cores."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _case(rows: int, keys: int, width: int, dtype: torch.dtype, backward: bool) 
 
 
 def cases() -> Iterator[CounterCase]:
-    for backward in (False, True):  # one tile of 64 x 64 forward for each multiprocessor
+    for backward in (False, True):  # one 64 x 64 forward tile per SM
         yield _case(768, 704, 32, torch.float16, backward)
     for backward in (False, True):  # tiles of 4 x 64
         yield _case(96, 128, 128, torch.float16, backward)

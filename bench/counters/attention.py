@@ -1,5 +1,5 @@
-"""Cases of attention, beside FlashAttention-2 and FlashSigmoid, and of its kernels for compute
-capability 9.0a, beside FlashAttention-3."""
+"""Cases of attention, next to FlashAttention-2 and FlashSigmoid, and of its sm_90a kernels, next to
+FlashAttention-3."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class Shape:
 
     @property
     def scores(self) -> int:
-        """Pairs of a query and a key that it sees."""
+        """Visible pairs of query and key."""
         s = self.seqlen
         return self.heads * (s * (s + 1) // 2 if self.causal else s * s)
 
     @property
     def least_mma(self) -> float:
-        """Of m16n8k16, for the visible pairs alone: 2 products forward, 5 backward."""
+        """Minimum number of m16n8k16, for visible pairs only: 2 products forward, 5 backward."""
         return (10 if self.backward else 4) * self.head_dim * self.scores / 4096
 
     def least_bytes(self, kind: str) -> int:
-        """Every tensor once."""
+        """Minimum traffic: every tensor once."""
         query = self.heads * self.seqlen * self.head_dim * 2
         key = self.kv_heads * self.seqlen * self.head_dim * 2
         lse = self.heads * self.seqlen * 4
@@ -78,7 +78,7 @@ class Variant:
 
     @property
     def map_peer(self) -> str:
-        """The peer with the same score map, hence with the same tensors to read and write."""
+        """Peer with the same score map, hence the same tensors to read and write."""
         return "FlashAttention-2" if self.kind == "softmax" else "FlashSigmoid"
 
     @property
@@ -106,7 +106,7 @@ def shapes() -> Iterator[Shape]:
 
 
 def shapes_of_sm90() -> Iterator[Shape]:
-    """One head, and the widths of which no peer is counted."""
+    """Shapes with one head, and head_dims without a counted peer."""
     yield from (shape for shape in shapes() if shape.heads == 1)
     for backward in (False, True):
         for head_dim in (96, 192, 256):
@@ -115,7 +115,7 @@ def shapes_of_sm90() -> Iterator[Shape]:
 
 
 def prepare(shape: Shape, variant: Variant) -> Callable[[], object]:
-    """One pass."""
+    """Prepares one pass."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads: int) -> torch.Tensor:
@@ -138,7 +138,7 @@ def prepare(shape: Shape, variant: Variant) -> Callable[[], object]:
 def bounds(
     shape: Shape, variant: Variant, compared: tuple[str, ...] = COMPARED
 ) -> dict[str, float]:
-    """The figures of the peers that a row is held against."""
+    """Peer figures that a row is compared with."""
     if not variant.has_peers:
         return {}
     rows = {

@@ -1,5 +1,4 @@
-"""Cases of the operators on caches, states and parts of results: how many bytes beyond those that
-must move."""
+"""Cases of operators on caches, states and partial results: bytes moved beyond the minimum."""
 
 from __future__ import annotations
 
@@ -122,7 +121,7 @@ def append() -> Iterator[CounterCase]:
 
 
 def latent_append() -> Iterator[CounterCase]:
-    """Rows of one head, of which the last 64 columns turn."""
+    """Latent rows of one head, with rotary embedding on the last 64 columns."""
     tokens, pages, size, wide, turned = 512, 64, 16, 576, 64
 
     def prepare() -> Callable[[], object]:

@@ -1,6 +1,6 @@
-"""What a case of the counters is, and what is made of them. A model of an H100 turns counters into
-cycles: it knows the throughput of each unit and nothing else, so it compares kernels and predicts
-no time."""
+"""Definition of a counter case, and the figures derived from its counters. A model of an H100 turns
+counters into cycles: it knows only the throughput of each unit, so it compares kernels and does
+not predict time."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Launches = list[dict[str, Any]]
 PEERS = Path(__file__).parents[1] / "peer_counters.json"
 SECTOR_BYTES = 32
 
-# Per cycle of one SM of an H100: 4096 operations of 16-bit products (one m16n8k16), 16 special
-# functions, 128 float32 and 64 integer, comparison or conversion lanes, one wave of shared memory,
-# four instructions, 64 bytes between L1 and L2.
+# Per cycle of one H100 SM: 4096 operations of 16-bit products (one m16n8k16), 16 special functions,
+# 128 float32 and 64 integer, comparison or conversion lanes, one shared memory wave, four
+# instructions, 64 bytes between L1 and L2.
 UNITS = ("tensor", "special", "fp32", "alu", "shared", "issue", "l2")
 
-# Of a row, with the heads of their columns: cycles of the busiest unit (L2 is not one of the chip's
-# own), warp instructions without moves, bytes between L1 and L2 over the least that must move,
-# tensor-core work over the least, waves of shared memory, and these over the ideal.
+# Figures of a row, with their column headings: cycles of the busiest on-chip unit (excludes L2),
+# warp instructions without moves, bytes between L1 and L2 over the minimum, tensor-core work over
+# the minimum, shared memory waves, and waves over the ideal.
 FIGURES = {
     "binding_cycles": "cycles",
     "instructions": "instr.",
@@ -41,7 +41,7 @@ FIGURES = {
 @dataclass(frozen=True)
 class CounterCase:
     """One row. prepare draws the tensors and returns the call whose kernels are counted; figures
-    are per `units`. Without least_mma tensor cores are not looked at. against: the peers' figures;
+    are per `units`. Without least_mma, tensor cores are ignored. against: figures of the peers;
     held: whether they count in the verdict below the table."""
 
     title: str
@@ -51,11 +51,11 @@ class CounterCase:
     prepare: Callable[[], Callable[[], object]]
     against: Mapping[str, float] = field(default_factory=dict)
     held: bool = True
-    with_moves: bool = False  # instructions: the peers' are known so alone
+    with_moves: bool = False  # count moves too: the peers' instruction counts include them
 
 
 def on_device(device: str, prepare: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    """prepare, and the call that it returns, on a device of the PTX machine."""
+    """Wraps prepare and the call that it returns to run on a device of the PTX machine."""
     with _emulator.configured(f"device={device}"):
         call = prepare()
 
@@ -68,7 +68,7 @@ def on_device(device: str, prepare: Callable[[], Callable[[], object]]) -> Calla
 
 @dataclass(frozen=True)
 class Counted:
-    """The cases of one operator."""
+    """Cases of one operator."""
 
     per: str
     cases: Callable[[], Iterable[CounterCase]]
@@ -76,8 +76,8 @@ class Counted:
 
 
 def products(macs: float, dtype: torch.dtype) -> float:
-    """Tensor-core work of so many multiplications and additions, in m16n8k16. float32 takes three
-    products of tf32, at half the speed."""
+    """Tensor-core work of a number of multiply-adds, in m16n8k16. float32 takes three tf32 products
+    at half the speed."""
     return macs / 2048 * (6 if dtype == torch.float32 else 1)
 
 
@@ -109,7 +109,7 @@ def measure(case: CounterCase) -> dict[str, Any]:
 
 
 def cycles(launches: Launches, units: float) -> dict[str, float]:
-    """Of one SM, by unit of the SM."""
+    """Cycles of one SM, by unit."""
 
     def lanes(*classes: str) -> float:
         return sum(launch["classes"][c]["lanes"] for launch in launches for c in classes)
@@ -127,12 +127,12 @@ def cycles(launches: Launches, units: float) -> dict[str, float]:
 
 
 def operands(launches: Launches) -> int:
-    """Bytes of shared memory that wgmma reads, 128 in a cycle."""
+    """Bytes of shared memory that wgmma reads; 128 per cycle."""
     return sum(sum(launch.get("wgmma", {}).values()) for launch in launches)
 
 
 def traffic(launches: Launches) -> int:
-    """Bytes between L1 and L2, whole sectors."""
+    """Bytes between L1 and L2, in whole sectors."""
     rows = [r for launch in launches for r in launch["global"].values()]
     return sum(r["sectors"] for r in rows) * SECTOR_BYTES
 

@@ -1,5 +1,5 @@
-"""Cases of attention_decode and sparse_decode_attention. A row is a key of a key head, with its
-value; keys of a list are rows of each head that has a list or shares it."""
+"""Cases of attention_decode and sparse_decode_attention. A row is a key of a KV head with its
+value; listed keys count once per head that has or shares the list."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .case import Counted, CounterCase, on_device, products
 H, HK, D = 32, 8, 128
 F32, BF16 = torch.float32, torch.bfloat16
 FLOAT8: dict[str, Any] = {"float8": ("token", "token")}
-# One key head, of which the values are the first channels.
+# One KV head, whose first channels are the value.
 LATENT: dict[str, Any] = {"h": 16, "hk": 1, "d": 576, "dv": 512, "latent": True}
 
 
@@ -34,9 +34,9 @@ def _case(
     prepare: Callable[[], Callable[[], object]],
     float8: bool = False,
 ) -> CounterCase:
-    """rows are seen by row_queries query rows each; `queries` query rows in all."""
+    """rows: keys, each read by row_queries query rows; `queries`: total number of query rows."""
     size = dtype.itemsize
-    row = dim + 4 if float8 else dim * size  # of a key or a value; with its scale
+    row = dim + 4 if float8 else dim * size  # bytes of a key or value, with its scale
     return CounterCase(
         title,
         rows,
@@ -47,7 +47,7 @@ def _case(
 
 
 def _latent(title: str, op: Any, make: Any, rows: int) -> CounterCase:
-    """rows: keys, which all query heads of one request read."""
+    """rows: keys of one request, read by all query heads."""
 
     def prepare() -> Callable[[], object]:
         args, kwargs = _draw(make, BF16)
@@ -80,7 +80,7 @@ def _dense(
         args, kwargs = _draw(make, dtype)
         return lambda: tm.attention_decode(*args, **kwargs)
 
-    # A token does not see those after it.
+    # A token does not see later tokens.
     rows = HK * sum(lengths)
     return _case(
         f"{str(dtype)[6:]}, keys {', '.join(map(str, lengths))}{name}, {schedule}",
@@ -95,8 +95,8 @@ def _on(device: str, case: CounterCase) -> CounterCase:
 
 
 def _device_cases(device: str) -> Iterator[CounterCase]:
-    """Of the kernel for 9.0, and of that of every chip on 8.0. Whole tiles: the machine also counts
-    what a box has outside of its tensor."""
+    """Cases of the sm_90a kernel, and of the sm_80 kernel on 8.0. Whole tiles only: the machine
+    also counts TMA bytes out of bounds."""
     lengths = (2048, 320)
     for dim in (64, 128):
         yield _on(device, _dense(f", D={dim}", lengths, "stream_k", dim=dim))
@@ -112,7 +112,7 @@ def _packed(
     dtype: torch.dtype = BF16,
     **options: Any,
 ) -> CounterCase:
-    """A chunk of prefill beside decode rows, in pages of 16."""
+    """A prefill chunk together with decode rows, in pages of 16."""
 
     def prepare() -> Callable[[], object]:
         make = decode_call(lengths, 1, H, HK, D, D, 16, max(lengths), queries, **options)
@@ -153,8 +153,8 @@ def dense_cases() -> Iterator[CounterCase]:
 def listed_rows(
     indices: Tensor, counts: Tensor, block_k: int, length: int, first: int, last: int
 ) -> int:
-    """Keys of one request that any of the lists [lists, entries] names or that are among the first
-    or last ones, for each list."""
+    """Keys of one request that each list of [lists, entries] names, plus first and last keys,
+    summed over lists."""
     total = 0
     for entries, n in zip(indices, counts, strict=True):
         seen = torch.zeros(length, dtype=torch.bool)
@@ -166,8 +166,8 @@ def listed_rows(
 
 
 def _sparse(name: str, dtype: torch.dtype = BF16, dim: int = D, **options: Any) -> CounterCase:
-    """One request of 4096 keys, a list of 512 for each key head unless `options` say otherwise, 4
-    first and 64 last keys."""
+    """One request of 4096 keys, a list of 512 per KV head unless `options` differ, 4 first and 64
+    last keys."""
     length, first, last = 4096, 4, 64
     chosen = {"lists": HK, "entries": 512, "block_k": 1, "return_mass": False} | options
     make = sparse_call(

@@ -1,5 +1,5 @@
-"""How many kernels a call of each operator launches for one request, and of how many blocks each:
-`python -m tokenmill bench --launches [op ...]`. A multiprocessor without a block is idle."""
+"""Number of kernel launches per operator for one request, and CTAs per launch: `python -m tokenmill
+bench --launches [op ...]`. An SM without a CTA is idle."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ..progress import progress
 from ..results import Results
 
 Call = Callable[[], object]
-H, HK, D = 32, 8, 128  # of decoding
-MULTIPROCESSORS = 132  # of the machine's device
+H, HK, D = 32, 8, 128  # shape of decode calls
+MULTIPROCESSORS = 132  # SMs of the machine's device
 
 
 def _draw(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -31,7 +31,7 @@ def _draw(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
 
 
 def _some(count: int, of: int, *lists: int) -> Tensor:
-    """Ascending int32 numbers below `of`, [*lists, count]."""
+    """Ascending random int32 numbers below `of`, [*lists, count]."""
     drawn = torch.rand(*lists, of, generator=torch.Generator().manual_seed(1))
     return drawn.argsort(-1)[..., :count].sort(-1).values.int()
 
@@ -152,7 +152,7 @@ def _segments() -> object:
     return tm.segment_reduce(_draw(4096, 256), offsets, reduce="sum")
 
 
-# Of each operator the calls of one request: what they are, and the call.
+# Calls of one request per operator: description, and call.
 CALLS: dict[str, dict[str, Call]] = {
     "attention": {
         "2048 tokens, H=8": lambda: tm.attention(*[_draw(1, 2048, 8, 64)] * 3, causal=True)
@@ -228,7 +228,7 @@ CALLS: dict[str, dict[str, Call]] = {
 
 
 def blocks_of(call: Call) -> list[int]:
-    """Of each launch."""
+    """Number of CTAs of each launch."""
     with tm.testing.emulated_cuda(), _emulator.counting() as launches:
         call()
     return [math.prod(launch["grid"]) for launch in launches]

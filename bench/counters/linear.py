@@ -1,6 +1,5 @@
-"""Cases of linear_attention, beside the Triton kernels of lightning-attention and
-flash-linear-attention, each as compiled for 8.0 and for 9.0; on sm_90a the forward for compute
-capability 9.0."""
+"""Cases of linear_attention, next to the Triton kernels of lightning-attention and
+flash-linear-attention, each compiled for 8.0 and for 9.0; on sm_90a the sm_90a forward."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ import tokenmill as tm
 from ..linear_attention import useful_work
 from .case import Counted, CounterCase, on_device, peer_rows
 
-LENGTH, HEADS = 1024, 2  # of the peers
-FILLING = 132  # sequences with which no sequence is cut into parts on the machine's H100
+LENGTH, HEADS = 1024, 2  # shape of the peers
+FILLING = 132  # number of sequences from which none is split, on the machine's H100
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Shape:
 
     head_dim: int
     backward: bool = False
-    gates: bool = False  # a decay of each token, with its gradient, instead of one of each head
+    gates: bool = False  # decay per token, with its gradient, instead of decay per head
     dtype: torch.dtype = torch.float16
     batch: int = 1
     sm90: bool = False
@@ -44,19 +43,19 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Of all heads."""
+        """Tokens of all heads."""
         return self.batch * HEADS * LENGTH
 
     @property
     def least_mma(self) -> float:
-        """In chunks of 64 tokens, of which visible pairs alone: two products of pairs and two with
-        the state forward, five of each backward."""
+        """Minimum for chunks of 64 tokens, visible pairs only: two pair products and two state
+        products forward, five of each backward."""
         forward = useful_work(LENGTH, HEADS, self.head_dim, self.head_dim) * self.batch / 4096
         return forward * (2.5 if self.backward else 1)
 
     @property
     def least_bytes(self) -> float:
-        """Every tensor once."""
+        """Minimum traffic: every tensor once."""
         gates = 4 * (self.backward + 1) * self.gates
         return self.tokens * ((7 if self.backward else 4) * self.head_dim * 2 + gates)
 
@@ -68,7 +67,7 @@ def prepare(shape: Shape) -> Callable[[], object]:
     def draw() -> torch.Tensor:
         x = torch.randn(size, generator=generator).to(shape.dtype).expand(shape.batch, *size)
         if shape.sm90:
-            x = x.contiguous()  # tensor maps have no rows that repeat
+            x = x.contiguous()  # tensor maps do not support stride 0
         return x.detach().requires_grad_(shape.backward)
 
     q, k, v = draw(), draw(), draw()
@@ -91,8 +90,8 @@ def prepare(shape: Shape) -> Callable[[], object]:
 
 
 def bounds(head_dim: int) -> dict[str, float]:
-    """Of each figure the best of the peers: forward, chunks of 64 tokens. Reads of operands by
-    wgmma, which 9.0 has, are among the waves."""
+    """Best of the peers for each figure: forward, chunks of 64 tokens. Operand reads of wgmma on
+    9.0 count as waves."""
     kernels: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in peer_rows("linear_attention"):
         if row["head_dim"] == head_dim:
@@ -104,7 +103,7 @@ def bounds(head_dim: int) -> dict[str, float]:
 
 
 def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Of kernels that follow each other."""
+    """Sum over consecutive kernels."""
     units = {unit: sum(row["cycles"][unit] for row in rows) for unit in rows[0]["cycles"]}
     waves = sum(row["bank_waves"] for row in rows)
     shape = Shape(rows[0]["head_dim"])

@@ -1,5 +1,5 @@
-"""Cases of topk_select, beside CUB's radix sort and torch's radix select, and of the operators that
-score keys."""
+"""Cases of topk_select, next to CUB's radix sort and torch's radix select, and of the operators
+that score keys."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import tokenmill as tm
 from ..topk_select import scores_of
 from .case import Counted, CounterCase, peer_rows, products
 
-COLUMNS = 65536  # of the peers
+COLUMNS = 65536  # columns of the peers
 
 
 def topk_bounds() -> dict[str, float]:
-    """Of each figure the best of the peers; warp instructions for 32 keys are thread instructions
-    for each."""
+    """Best of the peers for each figure; warp instructions per 32 keys equal thread instructions
+    per key."""
     rows = peer_rows("topk_select")
     return {
         "instructions": min(row["warp_instructions"] for row in rows) / (COLUMNS / 32),
@@ -73,7 +73,7 @@ def _scores(
         )  # fmt: skip
 
     rows = queries // block_q
-    scored = rows if q_reduce == "mean" else queries  # rows of queries
+    scored = rows if q_reduce == "mean" else queries  # query rows
     size = dtype.itemsize
     read = (keys * half * HK * (1 if float8 else size) + queries * H * size) * D
     heads = {"none": H, "softmax_vote": 1}.get(head_reduce, HK)
@@ -109,7 +109,7 @@ def scores_cases() -> Iterator[CounterCase]:
 
 
 def _prefill(with_lse: bool) -> CounterCase:
-    """What each of 512 keys receives from as many queries, causal."""
+    """Column scores of 512 keys over as many queries, causal."""
     tokens, heads, dim, dtype = 512, 1, 64, torch.float16
 
     def prepare() -> Callable[[], object]:
@@ -156,7 +156,7 @@ def _indexer(
     dtype: torch.dtype = torch.bfloat16,
     float8: bool = False,
 ) -> CounterCase:
-    """Of queries that all see all keys."""
+    """Indexer on queries that all see all keys."""
 
     def prepare() -> Callable[[], object]:
         generator = torch.Generator().manual_seed(0)

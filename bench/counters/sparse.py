@@ -1,6 +1,6 @@
-"""Cases of the sparse family. On lists of blocks every block of queries reads the keys and values
-that its list names: the least is to read each of them once for every list that names it. Attention
-to landmarks reads those of causal attention."""
+"""Cases of the sparse family. With block lists, every query block reads the keys and values that
+its list names: the minimum is one read per list that names them. Landmark attention reads as much
+as causal attention."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def _listed(
     block_q: int,
     backward: bool,
 ) -> CounterCase:
-    """`queries` rows of all heads see `keys` keys each; a list of `block_q` of them has `entries`
-    for each head."""
+    """`queries` rows of all heads see `keys` keys each; a list covers `block_q` rows and has
+    `entries` per head."""
     dim = shape[-1]
     row = dim * dtype.itemsize
 
@@ -54,8 +54,8 @@ def _listed(
         return lambda: torch.autograd.grad(out, (q, k, v), cotangent, retain_graph=True)
 
     scores = queries * keys
-    # Forward: q, out and lse once. Backward: k and v for dq; for dk and dv, q and the gradient of
-    # out for each list that names a block; and each gradient once.
+    # Forward: q, out and lse once. Backward: k and v for dq; for dk and dv, q and dout once per
+    # list that names a block; and each gradient once.
     read = queries // block_q * keys * 2 * row
     least = read + queries * (2 * row + 4) if not backward else 2 * read + queries * (6 * row + 4)
     mma = products((5 if backward else 2) * scores * dim, dtype)
@@ -64,7 +64,7 @@ def _listed(
 
 
 def _regions(dtype: torch.dtype, side: int, backward: bool = False) -> CounterCase:
-    """A map of 4 x 4 regions of side x side pixels, of which each attends to 4."""
+    """A map of 4 x 4 regions of side x side pixels; each region attends to 4 regions."""
     heads, dim, parts, topk = 2, 32, 4, 4
     g = torch.Generator().manual_seed(1)
     graph = torch.rand(1, 1, parts**2, parts**2, generator=g).argsort(3)[..., :topk].int()
@@ -89,14 +89,14 @@ def regions_cases() -> Iterator[CounterCase]:
 
 
 def _blocks(dtype: torch.dtype, block_k: int, backward: bool = False) -> CounterCase:
-    """A quarter of 1024 keys for each block of 64 queries and each head."""
+    """256 of 1024 keys for each block of 64 queries and each head."""
     return _quarter(f"256 of 1024 keys in blocks of {block_k}", dtype, block_k, backward)
 
 
 def _blocks_on(
     device: str, title: str, heads: int = 2, dim: int = 64, block: int = 64, backward: bool = False
 ) -> CounterCase:
-    """The same on a device, a list for each KV head, of which there are two."""
+    """The case of _blocks on a device, with one list per KV head and two KV heads."""
     case = _quarter(
         f"{device} D={dim}, blocks of {block}, {title}", F16, block, backward, heads, dim, block
     )
@@ -128,7 +128,7 @@ def _quarter(
 
 
 def _requests(dtype: torch.dtype, backward: bool = False) -> CounterCase:
-    """Half of 512 keys for each block of 64 queries of two requests, packed, with keys in pages;
+    """Half of 512 keys for each block of 64 queries of two packed requests, with paged keys;
     backward with packed keys."""
     heads, dim, tokens, block, page = 2, 64, 1024, 64, 16
     g = torch.Generator().manual_seed(1)
@@ -155,7 +155,8 @@ def _requests(dtype: torch.dtype, backward: bool = False) -> CounterCase:
 
 
 def _mass() -> CounterCase:
-    """A list of 256 keys for each of 8 queries, which 32 heads read, and what its keys got."""
+    """A list of 256 keys for each of 8 queries, shared by 32 heads, with attention mass of its
+    keys."""
     heads, dim, tokens, entries = 32, 64, 1024, 256
     g = torch.Generator().manual_seed(1)
     drawn = torch.rand(1, 1, 8, tokens, generator=g)
@@ -169,15 +170,15 @@ def _mass() -> CounterCase:
         )
 
     scores, row = 8 * heads * entries, 2 * dim
-    # Keys twice, values once; queries twice, out and lse; what was listed and what it got.
+    # Keys twice, values once; queries twice, out and lse; list and mass.
     least = 8 * entries * (3 * row + 8) + 8 * heads * (3 * row + 8)
     mma = products(3 * scores * dim, F16)
     return CounterCase(f"mass of 256 of {tokens} keys, float16", scores / 1000, least, mma, prepare)
 
 
 def _latent(packed: bool = False) -> CounterCase:
-    """A list of 512 latent keys for each of 4 queries, which 16 heads read; packed: of two requests
-    of 2 queries, whose keys are packed too."""
+    """A list of 512 latent keys for each of 4 queries, shared by 16 heads; packed: two requests of
+    2 queries with packed keys."""
     heads, dim, value_dim, tokens, queries, entries = 16, 576, 512, 4096, 4, 512
     g = torch.Generator().manual_seed(1)
     drawn = torch.rand(1, 1, queries, tokens, generator=g)
@@ -193,7 +194,7 @@ def _latent(packed: bool = False) -> CounterCase:
         lists, lengths, options = indices, counts, {}
         if packed:
             q, k, options = q[0], torch.cat([k[0], k[0]]), ends
-            rows = torch.tensor([0, 1, 3, 4])  # of the lists: a request has one more than queries
+            rows = torch.tensor([0, 1, 3, 4])  # one more list row than queries per request
             lists = lists.new_zeros(1, queries + 2, entries).index_copy(1, rows, lists[0])
             lengths = lengths.new_zeros(1, queries + 2).index_copy(1, rows, lengths[0])
         return lambda: tm.block_sparse_attention(
@@ -202,7 +203,7 @@ def _latent(packed: bool = False) -> CounterCase:
         )  # fmt: skip
 
     scores = queries * heads * entries
-    # Keys and ids; queries, out and lse. A block copies keys and values, which are the same.
+    # Keys and ids; queries, out and lse. A CTA copies keys and values, which are the same.
     least = queries * entries * (2 * dim + 4) + queries * heads * (2 * (dim + value_dim) + 4)
     mma = products(scores * (dim + value_dim), F16)
     name = f"{'packed, ' if packed else ''}{entries} of {tokens} latent keys, float16"
@@ -232,8 +233,8 @@ def _search(
     name: str, dtype: torch.dtype, queries: int, heads: int = 1, kv_heads: int = 1, dim: int = 64,
     exact: bool = False,
 ) -> CounterCase:  # fmt: skip
-    """Of 4096 keys 256 in blocks of 2, not causal: every query block halves nodes of 16 blocks down
-    to one. The last step knows the second half of each."""
+    """256 of 4096 keys in blocks of 2, not causal: every query block halves nodes of 16 blocks down
+    to one. The last step knows the score of the second half of each node."""
     tokens, budget, block_q = 4096, 256, 64
     steps = int(math.log2(tokens / budget))
     keys = tokens if exact else (2 * steps - 1) * budget
@@ -265,7 +266,7 @@ def search_cases() -> Iterator[CounterCase]:
 
 
 def _landmarks(dtype: torch.dtype, block: int, backward: bool = False) -> CounterCase:
-    """Scores, bytes and products are those of causal attention, landmarks' own weights included."""
+    """Scores, bytes and products of causal attention, including the landmarks' own weights."""
     dense = Shape(backward, head_dim=64, seqlen=1024, heads=1, kv_heads=1, causal=True)
 
     def prepare() -> Callable[[], object]:
@@ -277,7 +278,7 @@ def _landmarks(dtype: torch.dtype, block: int, backward: bool = False) -> Counte
         (cotangent,) = _draw(dtype, 1, *made.shape)
         return lambda: torch.autograd.grad(made, (q, k, v), cotangent, retain_graph=True)
 
-    rows = 8 if backward else 4  # beside lse
+    rows = 8 if backward else 4  # rows in addition to lse
     least = dense.seqlen * (rows * dense.head_dim * dtype.itemsize + 4)
     mma = products(dense.least_mma * 2048, dtype)
     title = f"{dense.title}, blocks of {block}, {str(dtype)[6:]}"

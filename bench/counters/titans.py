@@ -1,5 +1,4 @@
-"""Cases of titans_memory, whose products are of float32 on the ordinary units: tensor cores have no
-part in it."""
+"""Cases of titans_memory, whose products are float32 on ordinary units, without tensor cores."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import tokenmill as tm
 
 from .case import Counted, CounterCase
 
-LENGTH, HEADS, DIM = 128, 17, 64  # more slices of 8 columns than multiprocessors
+LENGTH, HEADS, DIM = 128, 17, 64  # more slices of 8 columns than SMs
 GATES = ((0.0, 0.02), (0.3, 0.8), (0.0, 0.03))  # alpha, eta, theta
 
 
@@ -40,7 +39,7 @@ def _case(dtype: torch.dtype, chunk: int = 64, backward: bool = False) -> Counte
         leaves = (q, k, v, alpha, eta, theta)
         return lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
 
-    # Every tensor once: rows of q, k, v and out, with gradients seven; gates, with gradients twice.
+    # Every tensor once: rows of q, k, v and out, seven with gradients; gates, twice with gradients.
     token = (7 if backward else 4) * DIM * dtype.itemsize + (1 + backward) * len(GATES) * 4
     name = f"{'backward' if backward else 'forward'} D{DIM} S{LENGTH} H{HEADS}, chunks of {chunk}"
     tokens = LENGTH * HEADS

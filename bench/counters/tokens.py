@@ -1,4 +1,4 @@
-"""Cases of the operators that move tokens: how many bytes beyond those that must move."""
+"""Cases of the operators that move tokens: bytes moved beyond the minimum."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .case import Counted, CounterCase, products
 
 B, N, C, K, DTYPE = 2, 577, 256, 400, torch.float16
 ROW = C * DTYPE.itemsize
-SIDE, SEGMENT = 24, 8  # of a map, and tokens of a segment on average
+SIDE, SEGMENT = 24, 8  # side of a map, mean tokens per segment
 
 
 def _draw(*shape: int) -> Tensor:
