@@ -1,4 +1,4 @@
-"""What tests of masks share: backends that have them, inputs, masks, comparisons."""
+"""Shared code of mask tests: backends, inputs, masks, comparisons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenmill.testing import map_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INF, NAN = float("inf"), float("nan")
-EXACT = ("cpu", "reference")  # whose rows do not change where tiles fall elsewhere
+EXACT = ("cpu", "reference")  # row results do not depend on tile boundaries
 
 each_kernel = pytest.mark.parametrize("backend", backends())
 each_backend = pytest.mark.parametrize("backend", backends("reference"))
@@ -29,13 +29,13 @@ def integers(*shape, low=0, high, g=None):
 
 
 def documents(g, sq=390, sk=700, **options):
-    """Ragged ones, sorted; some have no key or no query."""
+    """Sorted ragged documents; some have no key or no query."""
     q_ids, k_ids = (integers(1, n, high=9, g=g).sort(-1)[0] for n in (sq, sk))
     return masks.segments(q_ids.where(q_ids != 4, 3), k_ids.where(k_ids != 6, 7), **options)
 
 
 def stripes(g, sq=390, sk=700, heads=2):
-    """Of each query and head a near range, a far one, an empty one."""
+    """A near range, a far range and an empty range per query and head."""
     at = torch.arange(sq, dtype=torch.int32)[:, None] * sk // sq
     begin = torch.cat([at - 40, at // 2 - 100, at + 90], -1)
     begin = begin + integers(1, heads, 1, 3, high=70, g=g)
@@ -47,7 +47,7 @@ B, S, H, HK, D = 2, 90, 4, 2, 16
 
 
 def inputs(backend, *lengths, dtype=torch.float32, batch=B, seed=0):
-    """q of the first length and head count, k and v of the last ones."""
+    """q takes the first length and head count, k and v take the last ones."""
     g = torch.Generator().manual_seed(seed)
     shapes = [(batch, lengths[0] if lengths else S, H, D)]
     shapes += [(batch, lengths[-1] if lengths else S, HK, D)] * 2
@@ -63,7 +63,7 @@ def assert_same(backend, found, wanted, exact=True):
     if exact and backend in EXACT:
         return conftest.assert_same(found, wanted, backend)
     for a, b in zip(found, wanted, strict=True):
-        eps = torch.finfo(a.dtype).eps  # 16 bits: the rounding of what is stored
+        eps = torch.finfo(a.dtype).eps  # 16 bits: rounding of the stored result
         torch.testing.assert_close(a, b, rtol=max(1e-4, 2 * eps), atol=max(1e-5, eps))
 
 

@@ -1,4 +1,4 @@
-"""additive_attention against its definition: tiles, masks, what is hidden, strides."""
+"""additive_attention against its definition: tiles, masks, masked values, strides."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def assert_right(inputs, backend, mask=None):
         tm.testing.assert_accurate(a, b, c, gradient=True, name=name)
 
 
-# Of the scores a tile is 32 x 256 pairs, of the gradients 64 x 128 and a vector.
+# A tile of scores is 32 x 256 pairs, a tile of gradients 64 x 128 and one vector.
 @EACH_CPU
 @pytest.mark.parametrize("shape", [(1, 35, 259, 5), (2, 131, 130, 17), (1, 65, 3, 40)])
 def test_tiles_and_parts_of_the_cpu(shape, backend, isa):
     assert_right(draw(*shape), backend)
 
 
-# A grid that fills the device has tiles of 64 x 64, others have 4 x 64, two queries at most 1 x 16.
+# Grids that fill the device use 64 x 64 tiles, others 4 x 64, and up to two queries 1 x 16.
 @pytest.mark.parametrize("backend", [b for b in backends() if b in ("cuda", "emulated")])
 def test_tiles_of_the_grid(backend):
     assert_right(draw(132, 9, 2, 2), backend)

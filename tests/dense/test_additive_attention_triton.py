@@ -1,4 +1,4 @@
-"""The Triton kernels of additive_attention compiled for GPUs: they fit."""
+"""The Triton kernels of additive_attention compile for GPUs and fit their resources."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def call():
 
 
 def main(capability):
-    """Prints what ptxas made of each kernel."""
+    """Prints the ptxas resources of each kernel."""
     found = [resources(kernel, code) for kernel, code in compiled(int(capability), call)]
     print(json.dumps(found))
 

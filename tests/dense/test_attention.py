@@ -101,10 +101,10 @@ def test_weights_of_very_negative_scores_keep_their_digits(dtype, backend):
         v = torch.full_like(q, 2.0**100 if dtype != torch.float16 else 2.0**15)
         got = tm.attention(q, q, v, kind="sigmoid", score_bias=z, backend=backend).cpu().double()
         want = torch.sigmoid(torch.tensor(z).double()) * v.cpu().double()
-        # A score that is rounded to float32 is uncertain by |z| eps.
+        # A score rounded to float32 is uncertain by |z| eps.
         limit = {torch.float32: 1e-7 * (4 - z), torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
         if want.max() < 6e-5 and dtype == torch.float16:
-            continue  # below the normal numbers of the result itself
+            continue  # below the normal range of the result dtype
         assert ((got - want) / want).abs().max() < limit, z
 
 
@@ -246,7 +246,7 @@ def test_nan_in_a_neighbour_sequence_does_not_leak(kind, backend):
 @each_kind
 @pytest.mark.parametrize("shape", [(7, 9), (2, 1, 1, 9), (2, 4, 7, 1)], ids=str)
 def test_a_mask_is_what_it_is_elsewhere(shape, kind, backend):
-    """True = visible; a row that sees nothing is 0."""
+    """True means visible, as in other APIs; a row that sees nothing is 0."""
     q, k, v = (randn(2, n, 4, 16, dtype=torch.float16, backend=backend) for n in (7, 9, 9))
     mask = torch.rand(shape).to(q.device) < 0.6
     mask[0] = False
@@ -276,7 +276,7 @@ def test_infinite_biases(backend):
     assert torch.all(out[0, 0] == 0) and lse[0, 0, 0] == -INF
     torch.testing.assert_close(out[0, 1], v[0, 2])
     torch.testing.assert_close(out[0, 2], v[0, 0])
-    torch.testing.assert_close(out[0, 3], v.mean(1)[0])  # finite: honoured, and all equal
+    torch.testing.assert_close(out[0, 3], v.mean(1)[0])  # all scores are equal
     out = tm.attention(q, k, v, bias=bias, kind="sigmoid", backend=backend)
     assert torch.all(out[0, 0] == 0) and torch.all(out[0, 3] == 0)
 
@@ -284,7 +284,7 @@ def test_infinite_biases(backend):
 @each_backend
 @pytest.mark.parametrize("sink", [-INF, -300.0, 0.0, 300.0, INF])
 def test_sinks_far_above_and_below_the_scores(sink, backend):
-    """exp(sink - row maximum) overflows from 88 on unless the sink takes part in row_max."""
+    """exp(sink - row_max) overflows from 88 on unless the sink takes part in row_max."""
     q, k, v = (randn(1, 5, 2, 8, backend=backend) for _ in range(3))
     logits = torch.full((2,), sink, device=q.device, requires_grad=True)
     out, lse = tm.attention(q, k, v, sink=logits, return_lse=True, backend=backend)
@@ -349,7 +349,7 @@ def test_packed_equals_each_sequence_alone(kind, backend):
 @pytest.mark.parametrize("tokens", [0, 3, 300])
 @each_kind
 def test_packed_rows_without_sequences_see_nothing(kind, tokens, backend):
-    """Where the values of cu_seqlens are not checked. 3 rows are fewer than any tile has."""
+    """The values of cu_seqlens are not checked here. 3 rows are fewer than any tile has."""
     leaves = [randn(tokens, 2, 8, backend=backend).requires_grad_() for _ in range(3)]
     cu = torch.zeros(1, dtype=torch.int32, device=leaves[0].device)
     out = tm.attention(*leaves, kind=kind, cu_seqlens_q=cu, backend=backend)
@@ -429,7 +429,7 @@ def test_lse_alone_can_be_differentiated(backend):
 
 
 def test_memory_does_not_grow_with_the_square_of_the_length():
-    """Forward and backward of 16k tokens: the scores alone would be 1 GiB per head."""
+    """Forward and backward of 16k tokens: the score matrix would take 1 GiB per head."""
     import resource
 
     n = 16384
@@ -476,7 +476,7 @@ def test_shapes_are_refused_before_values(backend):
 
 @pytest.mark.skipif("cpu" not in backends(), reason="no CPU backend")
 def test_heads_that_share_a_bias_take_turns(threads):
-    """The partial sums of 341 of these heads fit in memory together; one thread has none."""
+    """Partial sums of 341 of these heads fit in memory at once; one thread needs none."""
     q, k, v = (torch.randn(345, n, 1, 16, requires_grad=True) for n in (130, 970, 970))
     bias = torch.randn(1, 1, 1, 970, requires_grad=True)
 

@@ -1,4 +1,4 @@
-"""attention over caches: requests with queries of their own number each."""
+"""attention over caches: each request has its own number of queries."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def ints(*values, backend="cpu"):
 @each_dtype_and_kernel
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_a_request_has_the_bits_that_it_has_alone(dtype, page_size, backend):
-    """Prefill, a chunk of it, decode rows and a few drafts in one call."""
+    """A full prefill, a chunk of one, decode rows and a few drafts share one call."""
     lengths, queries = (40, 90, 77, 3, 0), (40, 32, 1, 4, 2)
     args, kwargs = drawn(
         backend, lengths, queries, dtype, h=6, page_size=page_size, capacity=96, return_lse=True
@@ -81,7 +81,7 @@ def test_one_query_each_is_decode(backend):
 
 @each_backend
 def test_a_tree_of_drafts(backend):
-    """Two branches of drafts behind 30 keys: each sees the keys, the root and its own branch."""
+    """Two branches of drafts follow 30 keys: each sees the keys, the root and its own branch."""
     args, kwargs = drawn(backend, (35,), (5,), page_size=16)
     parents = [-1, 0, 0, 1, 2]
     seen = torch.zeros(5, 5, dtype=torch.bool)
@@ -107,7 +107,8 @@ def test_a_tree_of_drafts(backend):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
 def test_no_start_length_or_page_reaches_beyond_its_tensor(backend):
-    """What a GPU cannot check is cut; tokens of no request are empty rows."""
+    """A GPU cannot check lengths, starts and pages, so they are clamped; tokens of no request are
+    empty rows."""
     args, kwargs = drawn(backend, (64, 64, 64), (20, 3, 9), page_size=16, return_lse=True)
     args[1:] = [c.nan_to_num(0.5) for c in args[1:]]
     most, least = 2**31 - 1, -(2**31)
@@ -128,7 +129,7 @@ def test_no_start_length_or_page_reaches_beyond_its_tensor(backend):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
 def test_a_padded_call_has_the_bits_of_the_call(backend):
-    """As a captured graph makes them: room for more tokens and requests than there are."""
+    """A captured graph pads: there is room for more tokens and requests than exist."""
     args, kwargs = drawn(backend, (33, 20), (7, 1), page_size=16)
     want = tm.attention_decode(*args, **kwargs, backend=backend)
     q = torch.cat([args[0], torch.ones_like(args[0][:4])])
@@ -142,7 +143,7 @@ def test_a_padded_call_has_the_bits_of_the_call(backend):
 
 @each_kernel
 def test_hidden_values_do_not_matter(backend):
-    """NaN and inf behind a query's position, in the window's past and between ranges."""
+    """NaN and inf lie after a query's position, before its window and between ranges."""
     args, kwargs = drawn(backend, (40, 33), (12, 5), page_size=8)
     for options in ({"causal": True, "window": (20, 0)}, {"window": (9, 0)}):
         want = tm.attention(*args, **kwargs, **options, backend=backend)
@@ -152,7 +153,7 @@ def test_hidden_values_do_not_matter(backend):
             cache[page, :4] = float("nan")
             cache[page, 4:] = INF
         got = tm.attention(args[0], *caches, **kwargs, **options, backend=backend)
-        rows = slice(12 - 3, None)  # queries at 37 and later see none of them
+        rows = slice(12 - 3, None)  # queries at positions from 37 on see none of them
         torch.testing.assert_close(got[rows], want[rows], rtol=1e-6, atol=1e-6)
 
 

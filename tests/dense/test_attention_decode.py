@@ -19,7 +19,7 @@ from tokenmill.testing import compare
 SPEC = registry.get("attention_decode")
 INF = float("inf")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-GPU_KERNELS = [b for b in backends() if b != "cpu"]  # lengths and pages are not checked there
+GPU_KERNELS = [b for b in backends() if b != "cpu"]  # these do not check lengths and pages
 
 each_backend = pytest.mark.parametrize("backend", backends("reference"))
 each_kernel = pytest.mark.parametrize("backend", backends())
@@ -92,7 +92,7 @@ def decode_samples(draw, longest, kinds=("softmax", "softmax", "sigmoid"), norma
     if options["num_splits"] == 0:
         options["schedule"] = draw(st.sampled_from(["auto", "split", "stream_k"]))
     if normalizers:
-        # A relu row may sum to nearly nothing: as ill-conditioned as that sum.
+        # A relu row may sum to almost 0: the result is as ill-conditioned as that sum.
         options["normalize"] = draw(
             st.sampled_from(normalizers if kind != "relu" else [None, "count"])
         )
@@ -138,7 +138,8 @@ def test_any_call_keeps_the_error_budget(dtype, backend, sample):
 )
 @pytest.mark.parametrize("heads", [(1, 1), (2, 1), (12, 3), (10, 10)], ids=str)
 def test_long_caches_cross_every_border(dtype, heads, backend, isa):
-    """Steps, ranges, chunks of float32 sums, groups of KV heads; rows as narrow as one."""
+    """Steps, key ranges, chunks of float32 sums, groups of KV heads; rows as narrow as one
+    element."""
     longest = 5000 if backend == "cpu" else 1500
     options = {"h": heads[0], "hk": heads[1], "d": 16, "dv": 16, "capacity": longest}
     for schedule in ("split", "stream_k"):
@@ -151,7 +152,7 @@ def test_long_caches_cross_every_border(dtype, heads, backend, isa):
 @pytest.mark.parametrize("dims", [(96, 128), (256, 256), (160, 40)], ids=str)
 @pytest.mark.parametrize("rows", [(1, 1), (5, 4), (20, 2)], ids=str)
 def test_wide_heads_with_few_and_many_rows(dtype, rows, dims, backend):
-    """How warps share rows, keys and columns depends on all of these."""
+    """The split of rows, keys and columns over warps depends on all parameters."""
     group, sq = rows
     call = decode_call((100, 37), sq=sq, h=group, hk=1, d=dims[0], dv=dims[1], capacity=100)
     found = compare(SPEC, Sample("wide", call), backend, dtype, device=device_of(backend))
@@ -246,7 +247,7 @@ def test_pages_hold_the_same_as_a_dense_cache(page_size, backend):
 
 @each_backend
 def test_any_layout_of_the_cache(backend):
-    """Pages of [2, Hk, size, D], as some servers keep them, are views of this one."""
+    """Pages of [2, Hk, size, D], the layout of some servers, are views of the layout here."""
     args, kwargs = drawn(backend, (50, 20), page_size=16)
     want = tm.attention_decode(*args, **kwargs, backend=backend)
     both = torch.stack([c.transpose(1, 2) for c in args[1:]], 1).contiguous()
@@ -260,7 +261,7 @@ def test_any_layout_of_the_cache(backend):
 @pytest.mark.parametrize("sink", [None, 1.5])
 @pytest.mark.parametrize("schedule", ["split", "stream_k"])
 def test_a_query_without_keys_is_zero(schedule, sink, backend):
-    """Requests without a key, and tokens before the first one of a request."""
+    """Covers requests without a key, and tokens before the first key of a request."""
     args, kwargs = drawn(backend, (0, 2, 9), sq=4)
     if sink is not None:
         kwargs["sink"] = torch.full((4,), sink, device=device_of(backend))
@@ -294,7 +295,7 @@ def test_nan_stays_in_its_request(schedule, kind, backend):
 @pytest.mark.parametrize("page_size", [None, 1, 16])
 @pytest.mark.parametrize("schedule", ["split", "stream_k"])
 def test_no_length_and_no_page_reaches_beyond_the_cache(schedule, page_size, kind, backend):
-    """NaN around the caches shows what was read; the PTX machine knows their bounds."""
+    """NaN around the caches reveals out-of-bounds reads; the PTX machine checks bounds itself."""
     least, most = -(2**31), 2**31 - 1
     args, kwargs = drawn(backend, (64, 64, 64, 64), kind=kind, page_size=page_size)
     args[1:] = [c.nan_to_num(0.5) for c in args[1:]]

@@ -1,4 +1,4 @@
-"""The CPU kernels of attention_decode and sparse_decode_attention on caches in float8_e4m3fn and on
+"""The CPU kernels of attention_decode and sparse_decode_attention on float8_e4m3fn caches and on
 latent caches: rows that share a vector or a tile, whole and partial vectors of codes."""
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.skipif("cpu" not in backends(), reason="no CPU backend"
 each_isa = pytest.mark.parametrize("isa", [isa for _, isa in VARIANTS], indirect=True)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
-# Query heads, KV heads, queries: one row, two, four and more of a vector, half of a tile, some
-# tiles of rows that are not full.
+# Query heads, KV heads, queries: one row, two, four and more rows per vector, half a tile, and
+# several partially filled row tiles.
 ROWS = [(2, 2, 1), (4, 2, 1), (4, 1, 3), (9, 1, 1), (40, 2, 2)]
 
 
@@ -90,7 +90,7 @@ def test_every_term_with_float8(sizes, kind):
 @pytest.mark.parametrize("sizes", [(4, 2, 2, 32, 32), (20, 1, 1, 300, 72)], ids=str)
 @pytest.mark.parametrize("more", [{}, {"extra": 5, "pairs": 12}], ids=["cached", "extra"])
 def test_lists_with_extra_keys_and_rotations(more, sizes, float8):
-    """Extra keys have the dtype of q beside a cache of codes."""
+    """Extra keys have the dtype of q although the cache holds float8 codes."""
     h, hk, lists, d, dv = sizes
     call = sparse_call(
         (50, 21), h=h, hk=hk, lists=lists, d=d, dv=dv, num_recent=3, float8=float8, **more
@@ -104,7 +104,7 @@ def drawn(**options):
 
 
 def attend(args, kwargs, backend="cpu"):
-    """out and lse."""
+    """Returns out and lse."""
     return tm.attention_decode(*args, **{**kwargs, "return_lse": True}, backend=backend)
 
 
@@ -135,7 +135,7 @@ def test_nan_codes_show_to_rows_that_see_them(rows, column, isa):
     for cache in (1, 2):
         changed = list(args)
         changed[cache] = args[cache].clone()
-        changed[cache].view(torch.uint8)[0, 39, 0, column] = 0xFF  # of the first KV head
+        changed[cache].view(torch.uint8)[0, 39, 0, column] = 0xFF  # first KV head
         got = attend(changed, kwargs)[0]
         seen = got[0, 1, : h // hk]
         if cache == 1:
@@ -150,7 +150,7 @@ def test_nan_codes_show_to_rows_that_see_them(rows, column, isa):
 @pytest.mark.parametrize("float8", [None, ("head", "head")], ids=str)
 @pytest.mark.parametrize("h", [4, 16])
 def test_what_earlier_queries_do_not_see_does_not_show(h, float8):
-    """Rows of one query fill a vector: none of it sees the last key."""
+    """Rows of one query fill a vector: none of them sees the last key."""
     args, kwargs = drawn(lengths=(40,), sq=2, h=h, hk=1, d=16, dv=16, capacity=40, float8=float8)
     want = attend(args, kwargs, "reference")[0]
     args[2][0, 39] = NAN
@@ -176,7 +176,7 @@ def test_threads_and_layouts_change_no_bit(options, threads):
     pages = torch.randperm(2 * 160, generator=torch.Generator().manual_seed(1))
 
     def in_pages(x):
-        """Pages of 16 tokens in any order, every other one of twice as many."""
+        """Pages of 16 tokens in any order, at every other page slot."""
         paged = torch.empty(2 * 160, 2, 16, *x.shape[2:], dtype=x.dtype)[:, 1]
         for at, page in zip(pages, x.reshape(-1, 16, *x.shape[2:]), strict=True):
             paged[at] = page
@@ -209,6 +209,6 @@ def test_any_number_of_splits_of_tiles(float8):
     ids=["window", "float8", "packed"],
 )
 def test_chunks_of_queries(options):
-    """Of 12 queries: 20 heads each fill the 256 rows that tiles take together."""
+    """12 queries with 20 heads each fill the 256 rows of a tile group."""
     call = decode_call((70, 9), h=20, hk=1, d=288, dv=40, capacity=72, **options)
     keeps_the_budget("attention_decode", call, torch.float32)

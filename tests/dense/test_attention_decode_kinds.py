@@ -1,4 +1,4 @@
-"""Properties of the kinds of attention_decode that take the logit itself, and of normalize."""
+"""attention_decode with kinds that use the logit itself, and with normalize."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_any_call_keeps_the_error_budget(dtype, backend, sample):
 @pytest.mark.parametrize("heads", [(2, 1), (12, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_caches_cross_every_border(dtype, heads, backend, isa):
-    """Sums of ranges add up in the order of the keys."""
+    """Partial sums of ranges add up in the order of the keys."""
     longest = 3000 if backend == "cpu" else 600
     options = {"h": heads[0], "hk": heads[1], "d": 16, "dv": 16, "capacity": longest}
     options |= {"kind": "elu1", "normalize": "sum", "return_lse": True}
@@ -52,7 +52,7 @@ def test_long_caches_cross_every_border(dtype, heads, backend, isa):
 
 @each_form("reference")
 def test_decode_is_causal_attention_of_the_last_tokens(kind, normalize, backend):
-    """Without a window, and with one that leaves the first keys of a request out."""
+    """Covers no window, and a window that excludes the first keys of a request."""
     for left in (-1, 6):
         options = {"kind": kind, "normalize": normalize, "window": (left, 0)}
         options["return_lse"] = normalize == "sum"
@@ -89,8 +89,8 @@ def test_a_request_without_keys_has_sum_0(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", (*KINDS, "sigmoid"))
 def test_the_only_key_of_a_row_gives_its_value(kind, dtype, backend, isa):
-    """Its weight is divided by itself as the product with V took it: rounded to 16 bits, where that
-    is. Weights here are not numbers of 16 bits."""
+    """A single weight is divided by itself as the product with V sees it: rounded to 16 bits in
+    16-bit calls. The weights here are not representable in 16 bits."""
     (q, k, v), kwargs = drawn(backend, (0, 1, 0), dtype, h=6, d=32, dv=40, capacity=1)
     bias = torch.linspace(1.1, 2.9, 6)
     options = {"kind": kind, "normalize": "sum", "scale": 0.0, "score_bias": bias}
@@ -101,6 +101,6 @@ def test_the_only_key_of_a_row_gives_its_value(kind, dtype, backend, isa):
     assert torch.equal(out[1], value)
     wide = (x.double() for x in (q, k, v))
     _, exact = tm.attention_decode(*wide, **kwargs, backend="reference")
-    assert tm.testing.error(s, exact) < 2**-14  # of weights before they are rounded
+    assert tm.testing.error(s, exact) < 2**-14  # sum of weights before rounding
     rows, _ = tm.attention(q[1:2].expand(-1, 5, -1, -1), k[1:2], v[1:2], **options, backend=backend)
     assert torch.equal(rows[0], value.expand(5, -1, -1))

@@ -1,4 +1,4 @@
-"""The decode kernel for compute capability 9.0a on the PTX machine."""
+"""The sm_90a decode kernel on the PTX machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KERNEL = "attention_decode_sm90_kernel"
 
 
 def drawn(lengths, *, dtype=F16, **options):
-    """NaN lies behind the last key of each request."""
+    """Places NaN after the last key of each request."""
     g = torch.Generator().manual_seed(0)
     shape = {"h": 4, "hk": 1, "d": 64, "capacity": 256} | options
     args, kwargs = decode_call(lengths, dv=shape["d"], **shape)(dtype, g)
@@ -28,7 +28,7 @@ def drawn(lengths, *, dtype=F16, **options):
 
 
 def run(args, kwargs):
-    """out, and lse of a softmax"""
+    """Returns out, and lse for softmax."""
     softmax = kwargs.get("kind", "softmax") == "softmax"
     with hopper(), _emulator.counting() as launches:
         found = tm.attention_decode(*args, **kwargs, return_lse=softmax, backend="emulated")
@@ -55,7 +55,7 @@ def splits(count):
     return {"num_splits": count, "schedule": "split"}
 
 
-# Lengths around a tile of 64 keys; rows of a KV head: queries times heads of its group.
+# Lengths around a tile of 64 keys; rows per KV head: queries times the GQA group size.
 CASES = {
     "8 rows, dense, several requests a block": (
         (0, 1, 63, 64) * 4 + (65,),
@@ -107,7 +107,8 @@ def test_results_keep_the_budget(name):
 
 @pytest.mark.parametrize("options", [{}, splits(2)])
 def test_every_order_of_events_gives_the_same_bits(options):
-    """More tiles than stages, several requests of a block, values that one query does not see."""
+    """More tiles than pipeline stages, several requests per CTA, and values that one query does not
+    see."""
     lengths = (300, 65, 20)
     (q, k, v), kwargs = drawn(lengths, d=128, sq=2, page_size=64, capacity=320)
     last = kwargs["block_table"][0, 4], 300 % 64 - 1
@@ -120,8 +121,8 @@ def test_every_order_of_events_gives_the_same_bits(options):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_parts_of_large_logits_are_merged_exactly(count):
-    """2^22 and 2^22 + 1, in parts of one key tile each: the unit in the last place of the row max
-    is half an exponent."""
+    """The logits 2^22 and 2^22 + 1 are in parts of one key tile each: one ulp of row_max is half an
+    exponent."""
     q, k, v = torch.zeros(1, 1, 1, 64), *torch.zeros(2, 1, 128, 1, 64)
     q[..., 0], q[..., 1] = 2048, 1
     k[:, ::64, :, 0], k[:, 64, :, 1] = 2048, 1
@@ -133,7 +134,7 @@ def test_parts_of_large_logits_are_merged_exactly(count):
 
 def test_keys_that_a_query_does_not_see_do_not_show():
     (q, k, v), kwargs = drawn((130,), sq=3, capacity=130)
-    k[:, 129], v[:, 128] = NAN, -INF  # of the last query, and of the last two
+    k[:, 129], v[:, 128] = NAN, -INF  # seen by the last query, and by the last two
     out, lse = run((q, k, v), kwargs)
     shown = k[:, :128].contiguous(), v[:, :128].contiguous()
     alone = {"seqlens_k": torch.tensor([128], dtype=torch.int32)}
@@ -179,7 +180,7 @@ def test_no_length_or_page_reaches_beyond_its_tensor():
 
 
 def test_any_strides_of_whole_chunks():
-    """Heads before tokens, keys and values of one tensor, slices of q and out."""
+    """Heads before tokens, keys and values in one tensor, slices of q and out."""
     (q, k, v), kwargs = drawn((100, 64), h=4, hk=2, page_size=64, capacity=128)
     wanted, _ = run((q, k, v), kwargs)
     both = torch.stack((k, v), 2).transpose(1, 3).contiguous().transpose(1, 3)

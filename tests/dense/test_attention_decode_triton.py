@@ -1,6 +1,6 @@
-"""What Triton's compiler makes of the kernels of attention_decode.
+"""Resources that Triton's compiler gives the kernels of attention_decode.
 
-As a script, it compiles them without a GPU and prints what they use:
+As a script, it compiles them without a GPU and prints their use of resources:
 python tests/dense/test_attention_decode_triton.py CAPABILITY [softmax:float16:64 ...]
 """
 
@@ -21,7 +21,7 @@ import tokenmill as tm
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# kind and normalize, dtype, head dimension, pages, terms and mask, one query or several, many rows,
+# kind and normalize, dtype, head_dim, pages, terms and mask, one query or several, many rows,
 # schedule
 CASES = daily(
     "softmax:float16:64:",
@@ -52,7 +52,7 @@ CASES = daily(
 
 
 def lowered(kind, dtype, head_dim, options, tokens=4096):
-    """A call of attention_decode, without data."""
+    """A call of attention_decode on meta tensors."""
     batch, heads, kv_heads = 4, 32, 8
     empty = functools.partial(torch.empty, device="meta")
     queries = 16 if "rows" in options else 4 if "several" in options else 1
@@ -64,11 +64,11 @@ def lowered(kind, dtype, head_dim, options, tokens=4096):
     scale, cache = None, empty(*pages, kv_heads, head_dim, dtype=dtype)
     if "float8" in options:
         scale, cache = empty(*pages, kv_heads), cache.to(torch.float8_e4m3fn)
-    values = cache[..., :512]  # of latent keys
+    values = cache[..., :512]  # latent keys
     table = empty(batch, tokens // 16, dtype=torch.int32) if "paged" in options else None
     lengths = empty(batch, dtype=torch.int32)
     mask = [None] * 3
-    if "masked" in options:  # the most that a mask may be
+    if "masked" in options:  # the largest mask
         ranges = empty(batch, heads, queries, 4, 2, dtype=torch.int32)
         spans = (empty(batch, n, 2, dtype=torch.int32) for n in (queries, tokens))
         mask = [ranges, *spans]
@@ -110,9 +110,9 @@ def folder(tmp_path_factory):
 def test_kernels_compile_without_spills_and_use_tensor_cores(capability, folder):
     text = run(__file__, capability, *CASES, folder=folder)
     found = [json.loads(line) for line in text.splitlines()]
-    streams = [c for c in CASES if "stream" in c]  # their steps are counted first
-    packed = [c for c in CASES if "packed" in c]  # nothing is merged
-    latent = [c for c in CASES if ":576:" in c]  # a launch for each half of the values
+    streams = [c for c in CASES if "stream" in c]  # a kernel counts their steps first
+    packed = [c for c in CASES if "packed" in c]  # no merge kernel
+    latent = [c for c in CASES if ":576:" in c]  # one launch per half of the values
     twice = 2 * len(latent) - len([c for c in latent if c in packed])
     assert len(found) == 2 * len(CASES) + len(streams) - len(packed) + twice
     for program in found:
@@ -120,7 +120,7 @@ def test_kernels_compile_without_spills_and_use_tensor_cores(capability, folder)
         if program["kernel"] not in ("ranges_kernel", "stream_kernel", "attention_kernel"):
             continue
         operands = {OPERANDS[program["case"].split(":")[1]]}
-        if "float8" in program["case"]:  # values
+        if "float8" in program["case"]:  # float32 values
             operands.add("tf32")
         assert program["products"], program
         for product in program["products"]:
@@ -146,7 +146,7 @@ for options in ("paged,masked", "paged,stream", "paged,packed"):
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_stream_k_gives_what_split_gives(options, masked):
-    """Of requests of all lengths, of which a program has several, or a part of one."""
+    """Requests have all lengths; a program takes several of them, or a part of one."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(6, n, h, 16, generator=g).to(DEVICE) for n, h in ((2, 4), (700, 2), (700, 2))

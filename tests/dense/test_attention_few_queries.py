@@ -1,4 +1,4 @@
-"""attention with few queries of many keys, which its CPU kernel gives to the engine of decode."""
+"""attention with few queries and many keys, which its CPU kernel passes to the decode engine."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def call(sq, hk, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_few_queries_keep_the_error_budget(name, dtype, isa):
-    """Gradients too, which take lse and the sums of rows as this engine leaves them."""
+    """Gradients are checked too: they use the lse and row sums of this engine."""
     rows = [(2, 3)] if name == "masks" else [(1, 6), (2, 3)]
     for sq, hk in rows:
         sample = registry.Sample(name, call(sq, hk, OPTIONS[name]))
@@ -60,7 +60,8 @@ def test_few_queries_keep_the_error_budget(name, dtype, isa):
 
 
 def test_few_queries_have_the_bits_of_a_decode():
-    """Up to the number of rows that share a key and the number of keys that each needs."""
+    """Bits agree up to the number of rows that share a key and the number of keys that each
+    needs."""
     g = torch.Generator().manual_seed(0)
     for sq, h, hk, keys, window, same in (
         (1, 6, 3, 400, None, True),
@@ -81,7 +82,7 @@ def test_few_queries_have_the_bits_of_a_decode():
 
 
 def test_few_queries_of_any_layout():
-    """Bits do not depend on strides, threads or where the result goes."""
+    """Bits do not depend on strides, threads or the destination."""
     (q, k, v), _ = call(2, 3, {})(torch.float32, torch.Generator().manual_seed(1))
     want = tm.attention(q, k, v, causal=True)
     heads_first = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))

@@ -1,4 +1,4 @@
-"""Properties of the kinds of attention that take the logit itself, and of normalize."""
+"""attention with kinds that use the logit itself, and with normalize."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokenmill.testing import compare, error
 KINDS = ("relu", "elu1", "linear", "taylor2")
 NORMALIZERS = (None, "sum", "count")
 FORMS = [(k, n) for k in (*KINDS, "sigmoid") for n in NORMALIZERS if (k, n) != ("sigmoid", None)]
-# Each map and each divisor once, where a call takes long.
+# Each score map and each normalizer once, for slow calls.
 FEW = [("relu", "count"), ("elu1", "sum"), ("linear", "sum"), ("taylor2", None), ("sigmoid", "sum")]
 INTERPRETERS = [b for b in ("triton", "emulated") if device_of(b) == "cpu"]
 
@@ -89,7 +89,7 @@ def test_long_sequences_cross_every_tile_border(sample, dtype, isa):
 
 
 def literally(q, k, v, kind, normalize, hidden):
-    """The formulas as papers have them, heads first; out and the sum or count of each row."""
+    """The formulas of the papers, heads first; returns out and the sum or count of each row."""
     z = q @ k.mT / math.sqrt(q.shape[-1])
     f = {
         "relu": torch.nn.functional.relu,
@@ -109,7 +109,7 @@ def literally(q, k, v, kind, normalize, hidden):
 
 @each_form("reference")
 def test_forms_are_what_the_papers_say(kind, normalize, backend):
-    """Grouped heads, a causal mask and a boolean one, values and gradients of all inputs."""
+    """Grouped heads, a causal mask and a boolean mask; values and gradients of all inputs."""
     q, k, v = (randn(2, 11, h, d).requires_grad_() for h, d in ((4, 8), (2, 8), (2, 6)))
     shown = torch.rand(2, 1, 11, 11) < 0.8
     hidden = ~shown | torch.ones(11, 11, dtype=torch.bool).triu(1)
@@ -141,7 +141,7 @@ def test_forms_are_what_the_papers_say(kind, normalize, backend):
 
 @each_form("reference")
 def test_a_row_that_sees_nothing_is_zero(kind, normalize, backend):
-    """By the causal mask, and by a bias that hides every key."""
+    """The keys are hidden by the causal mask, or by a bias."""
     q, k = (randn(1, n, 2, 16, backend=backend) for n in (5, 2))
     bias = torch.zeros(2, 5, 1, device=q.device)
     bias[1] = -INF
@@ -183,7 +183,7 @@ def test_what_a_mask_hides_may_hold_anything(kind, normalize, dtype, backend):
         for t in later:
             t[:, 29:, :, ::3] = value
         out = tm.attention(q, *later, **options)
-        if backend in ("triton", "reference"):  # may move by one bit
+        if backend in ("triton", "reference"):  # results may differ by one bit
             torch.testing.assert_close(out[:, :29], clean[:, :29])
         else:
             assert torch.equal(out[:, :29], clean[:, :29])
@@ -201,7 +201,7 @@ def test_nan_in_a_query_stays_in_its_row(kind, normalize, backend):
 
 @pytest.mark.parametrize("backend", [b for b in backends("reference") if b in ("cpu", "reference")])
 def test_a_weight_of_zero_hides_its_value(backend):
-    """relu makes many of them. A GPU multiplies all that a row sees."""
+    """relu makes many zero weights. A GPU multiplies all values that a row sees."""
     q = torch.ones(1, 1, 1, 4, device=device_of(backend))
     k = torch.tensor([1.0, -1.0, 2.0], device=q.device)[None, :, None, None].expand(1, 3, 1, 4)
     v = torch.tensor([3.0, NAN, 5.0], device=q.device)[None, :, None, None]
@@ -211,16 +211,16 @@ def test_a_weight_of_zero_hides_its_value(backend):
 
 @each_form("reference")
 def test_derivatives_at_a_logit_of_zero(kind, normalize, backend):
-    """Of relu the one from the right."""
+    """The derivative of relu at 0 is the one from the right."""
     if normalize == "sum" and kind == "relu":
-        return  # 1e8 for its sum of 0
+        return  # 1e8 because its row sum is 0
     q, k = (torch.zeros(1, 1, 1, 4, device=device_of(backend)) for _ in range(2))
     v = torch.ones(1, 1, 1, 1, device=q.device)
     bias = torch.zeros(1, 1, device=q.device, requires_grad=True)
     out = tm.attention(q, k, v, kind=kind, normalize=normalize, bias=bias, backend=backend)
     (slope,) = torch.autograd.grad(out, bias)
     want = 0.25 if kind == "sigmoid" else 1.0
-    # A single weight that is divided by itself is 1 whatever the logit.
+    # A single weight divided by itself is 1 for any logit.
     want = 0.0 if normalize == "sum" and kind != "linear" else want
     assert slope.item() == pytest.approx(want, abs=1e-6)
 
@@ -268,7 +268,7 @@ def test_counts_are_of_the_keys_that_a_query_sees(left, right, sq, sk, backend):
 @examples(6)
 @given(cut=st.integers(0, 30))
 def test_parts_of_the_keys_merge_to_the_whole(cut, kind, backend):
-    """Numerators and row sums add up, and so do weights as they are."""
+    """Numerators and row sums add up, and so do unnormalized weights."""
     q, k, v = (randn(1, 30, 2, 8, backend=backend) for _ in range(3))
     slices = (slice(0, cut), slice(cut, 30))
     options = {"kind": kind, "backend": backend}
@@ -326,7 +326,7 @@ def test_row_sums_alone_can_be_differentiated(kind, backend):
 @pytest.mark.parametrize(("backend", "isa"), cpu_variants(), indirect=["isa"], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_over_many_keys_are_relatively_accurate(dtype, backend, isa):
-    """V = 1: rows that are divided by their sum are 1, those of small weights too."""
+    """With V = 1, rows divided by their sum are 1, also rows of small weights."""
     n = 20000
     q, k = randn(1, 3, 1, 64, dtype=dtype), randn(1, n, 1, 64, dtype=dtype)
     v = torch.ones(1, n, 1, 1, dtype=dtype)
@@ -344,7 +344,7 @@ def test_sums_over_many_keys_are_relatively_accurate(dtype, backend, isa):
 @each_form()
 def test_gradients_of_every_term(kind, normalize, backend):
     if kind == "relu" and normalize == "sum":
-        return  # a row may sum to nearly nothing
+        return  # a row may sum to almost 0
     heads, n = 4, 19
 
     def make(dtype, g):

@@ -44,7 +44,7 @@ SPEC = registry.get("attention")
 
 @st.composite
 def masked_samples(draw, **limits):
-    """A call of attention_samples with a mask, or a tuple of them in any order."""
+    """Draws a call of attention_samples with a mask, or a tuple of masks in any order."""
     kinds = ("sigmoid", "relu", "elu1", "linear")
     divided = {"kinds": kinds, "normalizers": [None, "sum", "count"]}
     sample = draw(attention_samples(**limits, **draw(st.sampled_from([{}, divided]))))
@@ -151,7 +151,7 @@ def with_gradients(out, leaves):
 
 
 def literally(sees, sq=S, sk=S, shape=(1, 1)):
-    """bool [*shape, sq, sk] by a function of batch, head, query and key."""
+    """Boolean mask [*shape, sq, sk] from a function of batch, head, query and key."""
     cells = [
         [[[bool(sees(b, h, i, j)) for j in range(sk)] for i in range(sq)] for h in range(shape[1])]
         for b in range(shape[0])
@@ -217,7 +217,7 @@ def test_a_mask_is_its_matrix(name, kind, backend):
 
 @each_backend
 def test_rows_without_a_key_are_empty(backend):
-    """Of several tiles, so that some of them have no such row."""
+    """The call has several tiles, some of which have no empty row."""
     leaves = inputs(backend)
     ids = (torch.arange(S) // 10).int()[None]
     mask = on(backend, masks.segments(ids, ids.where(ids % 3 != 1, 20)))
@@ -301,7 +301,7 @@ SAME = {
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype"),  # where bits may differ, drawn calls compare the others
+    ("backend", "dtype"),  # if bits may differ, drawn calls compare the other dtypes
     [(b, d) for b in backends("reference") for d in DTYPES if b in EXACT or d == torch.float32],
     ids=str,
 )
@@ -322,7 +322,7 @@ def test_masks_that_are_something_else(name, kind, backend, dtype):
 @each_dtype
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "linear"])
 def test_hidden_values_touch_no_row(kind, dtype, backend, isa):
-    """Documents in any order, and ranges with holes."""
+    """Documents lie in any order, and ranges have holes."""
     q, k, v = (x.detach() for x in inputs(backend, dtype=dtype, batch=1))
     ids = integers(1, S, high=3, g=torch.Generator().manual_seed(2))
     begin = torch.tensor([0, 50]).int().expand(1, 1, S, 2).contiguous()

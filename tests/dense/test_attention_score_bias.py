@@ -1,4 +1,4 @@
-"""The gradient of a score_bias of softmax, which its logits see and its weights do not."""
+"""Gradient of a softmax score_bias, which changes logits but not weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEADS = 4
 
 
 def sample(shape=None, packed=False, **options):
-    """Queries and keys whose logits are far above the sinks: these take little weight."""
+    """Queries and keys whose logits far exceed the sinks, which then have little weight."""
 
     def make(dtype, g):
         def draw(*size, scale=1.0):

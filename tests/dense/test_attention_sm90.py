@@ -1,4 +1,4 @@
-"""The forward of attention for compute capability 9.0a, on the PTX machine."""
+"""The sm_90a forward of attention on the PTX machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def inputs(sq, sk=None, *, b=1, h=1, hk=1, d=64, dtype=F16, seed=0):
 
 
 def run(q, k, v, backend="emulated", **options):
-    """(out,) or (out, lse)"""
+    """Returns (out,) or (out, lse)."""
     if options.get("kind", "softmax") == "softmax":
         options["return_lse"] = True
     found = tm.attention(q, k, v, backend=backend, **options)
@@ -34,7 +34,7 @@ def run(q, k, v, backend="emulated", **options):
 
 
 def check_budget(q, k, v, **options):
-    """Against float64, within the budget; returns the results."""
+    """Compares with float64 within the error budget; returns the results."""
     with hopper(), _emulator.counting() as launches:
         found = run(q, k, v, **options)
     (launch,) = launches
@@ -127,7 +127,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_every_order_of_events_gives_the_same_bits(name):
-    """More tiles of keys than there are stages; of queries too where there are two heads."""
+    """More key tiles than pipeline stages; with two heads, more query tiles too."""
     shapes, options = ORDERS[name]
     q, k, v = inputs(**shapes)
     check_every_order(lambda: run(q, k, v, **options))
@@ -135,16 +135,16 @@ def test_every_order_of_events_gives_the_same_bits(name):
 
 @pytest.mark.parametrize(("head_dim", "keys"), [(64, 300), (256, 40)])
 def test_blocks_take_several_tiles(head_dim, keys):
-    """More tiles than multiprocessors, so that barriers and stages go on from tile to tile."""
+    """More tiles than SMs, so that barriers and stages continue from tile to tile."""
     shape = inputs(33, keys, h=134, d=head_dim)
     check_budget(*shape, kind="sigmoid", window=(keys - 20, -1))
 
 
 def test_the_largest_scores_keep_the_weights():
-    """Half a unit in the last place of their exponents is 256 and more."""
+    """Half an ulp of their exponents is 256 or more."""
     g = torch.Generator().manual_seed(3)
     q, v = torch.full((1, 32, 1, 64), 20000.0).half(), torch.randn(1, 130, 1, 64, generator=g)
-    k = torch.arange(1, 131).mul(16).view(1, 130, 1, 1).expand(v.shape)  # the last key has all
+    k = torch.arange(1, 131).mul(16).view(1, 130, 1, 1).expand(v.shape)  # all weight: last key
     with hopper():
         out, lse = run(q, k.half(), v.half())
         single, _ = run(q, (q - 16)[:, :1], v.half()[:, :1])
@@ -170,7 +170,7 @@ PACKED = {
 
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_sequences(name):
-    """They end inside of tiles; one is empty, one has queries alone, one fills its tile."""
+    """Sequences end inside tiles; one is empty, one has only queries, one fills its tile."""
     head_dim, options = PACKED[name]
     q, k, v = (x[0] for x in inputs(290, 340, h=2, d=head_dim))
     cu_q, cu_k = (
@@ -206,16 +206,16 @@ def test_a_sequence_does_not_see_what_is_packed_behind_it():
 
 
 def test_strides():
-    """One projection for all; heads in front of tokens."""
+    """q, k and v in one projection; heads before tokens."""
     packed = torch.randn(2, 70, 3, 2, 64, generator=torch.Generator().manual_seed(1)).half()
     check_budget(*packed.unbind(2))
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(70, h=2, hk=2))
     check_budget(q, k, v, causal=True)
 
 
-# Queries, keys, and tokens at their end.
+# Queries, keys, and trailing tokens.
 SQUARE = 140, 140, 20
-CUT = 60, 180, 15  # rows in front see more than 64 keys of the last tile, of 96
+CUT = 60, 180, 15  # earlier rows see more than 64 keys of the last tile of 96
 LATER = [
     ("softmax", 128, NAN, SQUARE),
     ("softmax", 128, INF, SQUARE),
@@ -285,7 +285,7 @@ TAKEN = {
 
 
 def check_explanation(why, q, k, v, **options):
-    """The kernel that runs is the one that explain names, and its results are right."""
+    """Asserts that the kernel that runs is the one that explain names, and checks its results."""
     found = check_explained("attention", why, q, k, v, **options)
     options.pop("out", None)
     wanted = tm.attention(q, k, v, backend="reference", **options)

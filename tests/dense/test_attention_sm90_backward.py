@@ -1,4 +1,4 @@
-"""The backward of attention for compute capability 9.0, on the PTX machine."""
+"""The sm_90a backward of attention on the PTX machine."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ MODES = (*sm90.MODES[:2], f"{sm90.MODES[2]},resident_blocks=3")
 
 
 def inputs(sq, sk=None, *, b=1, h=1, hk=1, d=64, dtype=F16):
-    """q, k, v and dout"""
+    """Returns q, k, v and dout."""
     g = torch.Generator().manual_seed(0)
     shapes = [(b, sq, h, d), (b, sk or sq, hk, d), (b, sk or sq, hk, d), (b, sq, h, d)]
     return tuple(torch.randn(s, generator=g).to(dtype) for s in shapes)
 
 
 def gradients(q, k, v, dout, attend=None, **options):
-    """Of q, k, v and options that require one; for a softmax with return_lse, with one of lse."""
+    """Gradients of q, k, v and of options that require one; for softmax with return_lse, through
+    lse too."""
     asked = {n: t for n, t in options.items() if isinstance(t, torch.Tensor) and t.requires_grad}
     leaves = [x.detach().requires_grad_() for x in (q, k, v, *asked.values())]
     options |= dict(zip(asked, leaves[3:], strict=True))
@@ -181,7 +182,7 @@ def test_gradients_keep_the_budget(name):
     ids=["softmax", "heads of 96", "sigmoid", "heads of 192", "heads of 256"],
 )
 def test_every_order_of_events_and_blocks_gives_the_same_bits(shape, options):
-    """Four blocks add to the tiles of dQ."""
+    """Four CTAs add to the tiles of dQ."""
     tensors = inputs(**{"sq": 260, "sk": 400, **shape})
     first, *others = (run(tensors, mode, **options) for mode in MODES)
     for other in others:
@@ -189,12 +190,12 @@ def test_every_order_of_events_and_blocks_gives_the_same_bits(shape, options):
 
 
 def test_blocks_that_begin_last_wait_for_none_that_have_not_begun():
-    """Of 134 blocks 132 run at once, and each waits for those of later keys."""
+    """132 of 134 CTAs run at once, and each waits for the CTAs of later keys."""
     check_budget(inputs(32, 128 * 134), "async=latest,order=reverse")
 
 
 def test_small_slopes_in_float16_keep_their_digits():
-    """Of weights of 2^-20."""
+    """The weights are 2^-20."""
     q, k, v, dout = inputs(64, 130)
     tensors = q, k, v, 1024 * dout
     options = {"kind": "sigmoid", "score_bias": -20 * math.log(2)}
@@ -206,7 +207,7 @@ def test_small_slopes_in_float16_keep_their_digits():
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("device", ["sm_80", "sm_90a"])
 def test_the_largest_scale_leaves_scores_of_zero(device, kind):
-    """Times log2(e) it is finite."""
+    """The largest scale times log2(e) is finite."""
     q, k, v, dout = inputs(32, 40)
     for scale in (2.0**127, -(2.0**127)):
         options = {"kind": kind, "scale": scale}
@@ -227,7 +228,7 @@ def test_keys_and_queries_that_see_nothing_have_no_gradient():
 
 @pytest.mark.parametrize("d, clear", [(64, 128), (256, 256)])
 def test_a_later_token_touches_no_earlier_tile(d, clear):
-    """NaN of tokens that a causal mask hides from whole tiles."""
+    """The causal mask hides NaN tokens from whole tiles."""
     q, k, v, dout = inputs(300, d=d)
     clean = run((q, k, v, dout), causal=True)
     for x in (k, v):
@@ -238,7 +239,7 @@ def test_a_later_token_touches_no_earlier_tile(d, clear):
 
 @pytest.mark.parametrize("d, clear", [(64, 128), (192, 64)])
 def test_an_earlier_query_touches_no_later_tile(d, clear):
-    """NaN of queries and of gradients that a causal mask hides from whole tiles."""
+    """The causal mask hides NaN queries and NaN gradients from whole tiles."""
     q, k, v, dout = inputs(300, d=d)
     clean = run((q, k, v, dout), causal=True)
     q[:, :10] = math.nan
@@ -268,7 +269,7 @@ def ends(*rows):
     ids=["softmax", "softmax, capped", "sigmoid", "heads of 192", "heads of 256"],
 )
 def test_packed_sequences(shape, options):
-    """One is empty, one has keys alone, one queries alone, one fills its tile."""
+    """One sequence is empty, one has only keys, one only queries, one fills its tile."""
     cu_q, cu_k = ends(0, 70, 70, 70, 110, 174, 200), ends(0, 60, 60, 100, 100, 300, 340)
     check_budget(packed(200, 340, **shape), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)
 
@@ -283,7 +284,8 @@ def test_packed_sequences_have_gradients_of_score_bias_each(d, precision):
 
 @pytest.mark.parametrize("kind, d", [("softmax", 96), ("sigmoid", 64), ("softmax", 256)])
 def test_a_packed_sequence_has_the_bits_that_it_has_alone(kind, d):
-    """In every order; rows that no sequence has, NaN here, have no gradient."""
+    """This holds in every order of events; rows outside all sequences, NaN here, have no
+    gradient."""
     tensors = packed(262, d=d)
     alone = [run([x[None, a:b] for x in tensors], kind=kind) for a, b in ((5, 70), (70, 250))]
     for x in tensors:
@@ -317,7 +319,7 @@ def nan_of_what_is_not_written():
 @pytest.mark.parametrize("d", [64, 256])
 @pytest.mark.parametrize("rows", [(9, -7, 90, 40, 2**31 - 1), (150, 20, 80, 100, 130)])
 def test_cu_seqlens_out_of_order_and_range_stay_in_bounds(rows, d, nan_of_what_is_not_written):
-    """No block waits for a turn that does not come, and all rows are written."""
+    """No CTA waits for a turn that never comes, and all rows are written."""
     other = ends(0, 40, 80, 120, 170)
     for cu_q, cu_k in ((ends(*rows), other), (other, ends(*rows))):
         for x in run(packed(170, d=d), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k):
@@ -325,7 +327,7 @@ def test_cu_seqlens_out_of_order_and_range_stay_in_bounds(rows, d, nan_of_what_i
 
 
 def test_strides():
-    """One projection for all; heads in front of tokens."""
+    """q, k and v in one projection; heads before tokens."""
     packed = torch.randn(2, 70, 3, 2, 64, generator=torch.Generator().manual_seed(1)).half()
     dout = torch.randn(2, 2, 70, 64, generator=torch.Generator().manual_seed(2)).half()
     check_budget((*packed.unbind(2), dout.transpose(1, 2)), kind="sigmoid")
@@ -368,7 +370,7 @@ def explained(q, k, v, **options):
 
 @pytest.mark.parametrize("why", LEFT)
 def test_explain_names_the_rule_of_a_call_that_is_left(why):
-    """The backward of every chip is right for it."""
+    """The sm_80 backward computes such a call correctly."""
     q, k, v, dout = inputs(32, d=80 if why.endswith("80") else 64)
     options = LEFT[why]
     if "cu_seqlens_q" in options:
@@ -393,7 +395,7 @@ def test_explain_names_the_backward_of_calls_that_need_one():
     assert "/kernel_sm90 and kernel_backward_sm90" in explained(q, k, v, softcap=1e-46)
     with torch.no_grad():
         assert "backward" not in explained(q, k, v)
-    run((q, k, v, dout), softcap=1e-46)  # 0 in float32
+    run((q, k, v, dout), softcap=1e-46)  # rounds to 0 in float32
 
 
 def test_a_gradient_of_the_output_that_is_broadcast_is_left():

@@ -1,4 +1,4 @@
-"""The forward for compute capability 9.0a of requests with a cache, on the PTX machine."""
+"""The sm_90a forward of requests with a cache, on the PTX machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def drawn(lengths, *, dtype=F16, **options):
 
 
 def run(args, kwargs, mode=MODES[0]):
-    """out, lse or None, and the kernels that ran"""
+    """Returns out, lse or None, and the kernels that ran."""
     softmax = kwargs.get("kind", "softmax") == "softmax"
     with hopper(mode), _emulator.counting() as launches:
         found = tm.attention(*args, **kwargs, return_lse=softmax, backend="emulated")
@@ -53,7 +53,7 @@ def check_budget(args, kwargs):
         tm.testing.assert_accurate(actual[finite], oracle[finite], eager[finite])
 
 
-# Lengths end in the first page of a tile, in the second one and with it, and there are none.
+# Lengths end in the first page of a tile, in its second page, at its end, or are 0.
 CASES = {
     "pages of half a tile": ((200, 130), {"page_size": 64, "queries": (70, 33)}, {"causal": True}),
     "pages of a tile": ((129, 0), {"page_size": 128, "sq": 33, "d": 128}, {}),
@@ -100,7 +100,7 @@ def test_results_keep_the_budget(name):
 
 
 def test_every_order_of_events_gives_the_same_bits():
-    """Keys of all pages in more tiles than there are stages."""
+    """Keys of all pages span more tiles than there are pipeline stages."""
     args, kwargs = drawn((600,), page_size=64, queries=(33,), h=1, capacity=640)
     out, lse, _ = run(args, kwargs)
     for mode in MODES[1:]:
@@ -109,8 +109,8 @@ def test_every_order_of_events_gives_the_same_bits():
 
 
 def test_a_request_has_the_bits_that_it_has_alone():
-    """Requests with few queries, first, last, without any, have another kernel. The last ones come
-    behind more others than a warp has lanes."""
+    """Requests with few queries use another kernel; they come first, last, or have no query. The
+    last ones follow more requests than a warp has lanes."""
     short = (9,) * 40, (0,) * 40
     lengths, queries = (90, 200, *short[0], 77, 64, 130), (1, 70, *short[1], 0, 31, 32)
     args, kwargs = drawn(lengths, page_size=64, queries=queries)
@@ -128,7 +128,8 @@ def test_a_request_has_the_bits_that_it_has_alone():
 
 
 def test_short_requests_have_no_tiles_of_the_first_launch():
-    """Nor is there one where the host knows that all are short."""
+    """Requests with few queries take no tiles of the first launch, which is omitted if the host
+    knows that all are short."""
     args, kwargs = drawn((9,) * 64, page_size=64, queries=(1,) * 64, capacity=64)
     found, counts = [], []
     for most in (None, 1):
@@ -138,12 +139,12 @@ def test_short_requests_have_no_tiles_of_the_first_launch():
         counts.append([(SM90 in x["kernel"], x["instructions"]) for x in launches])
     (first, rest), (alone,) = counts
     assert first[0] and not rest[0] and not alone[0]
-    assert first[1] < 20_000  # tiles of a head: 2 and the one of rows without a request
+    assert first[1] < 20_000  # tiles per head: 2, and one for rows without a request
     assert torch.equal(*found)
 
 
 def test_requests_share_pages():
-    """Two requests with the same first page, in a table with its pages in any order."""
+    """Two requests share their first page; the block_table lists pages in any order."""
     (q, k, v), kwargs = drawn((256, 256), page_size=64, sq=32)
     table = torch.tensor([[3, 0, 7, 1], [3, 8, 0, 5]], dtype=torch.int32)
     k, v = k.nan_to_num(0.5), v.nan_to_num(0.5)
@@ -151,7 +152,8 @@ def test_requests_share_pages():
 
 
 def test_no_start_length_or_page_reaches_beyond_its_tensor():
-    """What a GPU cannot check is cut; tokens of no request are empty rows."""
+    """A GPU cannot check lengths, starts and pages, so they are clamped; tokens of no request are
+    empty rows."""
     (q, k, v), kwargs = drawn((256, 256, 256), page_size=64, queries=(40, 3, 39))
     k, v = k.nan_to_num(0.5), v.nan_to_num(0.5)
     most, least = 2**31 - 1, -(2**31)
@@ -178,7 +180,7 @@ def test_no_start_length_or_page_reaches_beyond_its_tensor():
 
 
 def check_explanation(why, args, kwargs, name="attention"):
-    """The kernel that runs is the one that explain names."""
+    """Asserts that the kernel that runs is the one that explain names."""
     function = getattr(tm, name)
     with _emulator.configured("device=sm_90a"), _emulator.counting() as launches:
         kernel = tm.explain(name, *args, **kwargs, backend="emulated").kernel

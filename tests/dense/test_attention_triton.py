@@ -1,8 +1,6 @@
-"""What is particular to Triton: the code that its compiler makes of the kernels, what an import
-costs, and memory that no length may reach. tests/test_contract.py and test_attention.py check the
-results.
-
-As a script, it compiles the kernels of attention without a GPU and prints what they use:
+"""Triton specifics of attention: the code that its compiler generates, the cost of an import, and
+memory that no length may reach. tests/test_contract.py and test_attention.py check the results.
+As a script, it compiles the kernels of attention without a GPU and prints their use of resources:
 python tests/dense/test_attention_triton.py CAPABILITY [softmax:float16:64:causal relu,sum:... ...]
 """
 
@@ -24,9 +22,9 @@ import tokenmill as tm
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# kind and normalize, dtype, head dimension, band: with --full every dtype with both head
-# dimensions. Sums of weights in float32 and weights without a bound in float16 take most; relu,
-# with --full, looks again for NaN.
+# kind and normalize, dtype, head_dim, band; --full: every dtype with both head_dims. Row sums in
+# float32 and unbounded weights in float16 use most registers; relu, with --full, recomputes NaN
+# rows.
 CASES = daily(
     "sigmoid:bfloat16:64:window",
     "softmax:bfloat16:128:causal",
@@ -53,13 +51,13 @@ BANDS = {
 
 
 def lowered(kind, dtype, head_dim, band, *options, tokens=1024):
-    """A call of attention, without data."""
+    """A call of attention on meta tensors."""
     batch, heads, kv_heads = 2, 8, 2
     empty = functools.partial(torch.empty, device="meta")
     q = empty(batch, tokens, heads, head_dim, dtype=dtype)
     k = empty(batch, tokens, kv_heads, head_dim, dtype=dtype)
     mask = [None] * 3
-    if "masked" in options:  # the most that a mask may be
+    if "masked" in options:  # the largest mask
         spans = empty(batch, tokens, 2, dtype=torch.int32)
         mask = [empty(batch, heads, tokens, 4, 2, dtype=torch.int32), spans, spans]
     fading = "fading" in options
@@ -109,15 +107,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=SHARED)
 def programs(request, folder):
-    """A compute capability, and what every kernel compiled for it uses."""
+    """A compute capability, and the resources of every kernel compiled for it."""
     text = run(__file__, request.param, *CASES, folder=folder)
     return request.param, [json.loads(line) for line in text.splitlines()]
 
 
 def test_every_kernel_compiles_without_spilling_registers(programs):
     capability, found = programs
-    biased = [c for c in CASES if "every term" in c]  # dbias has a kernel of its own
-    masked = [c for c in CASES if "masked" in c]  # and so have the lists of each other kernel
+    biased = [c for c in CASES if "every term" in c]  # dbias has its own kernel
+    masked = [c for c in CASES if "masked" in c]  # each has a kernel that builds its lists
     assert len(found) == 3 * len(CASES) + len(biased) + 3 * len(masked)
     for program in found:
         assert_fits(program, capability)
@@ -136,7 +134,7 @@ def test_products_run_on_tensor_cores(programs):
 
 
 def test_float32_products_split_their_operands(programs):
-    """tf32 alone has 11 bits."""
+    """Plain tf32 has 11 bits."""
     for program in programs[1]:
         if ":float32:" in program["case"] and program["kernel"] not in LISTS:
             assert program["precisions"] == ["tf32x3"], program
@@ -168,7 +166,7 @@ assert not torch.cuda.is_initialized()
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_no_length_reaches_beyond_the_tensors(kind):
-    """Lengths inside tensors are not checked: NaN around the tokens shows what was read."""
+    """Lengths inside tensors are not checked: NaN around the tokens reveals out-of-bounds reads."""
     least, most = -(2**31), 2**31 - 1
     around = torch.full((3, 60, 2, 16), torch.nan, device=DEVICE)
     tokens = around[:, 20:40]
@@ -205,8 +203,8 @@ def mask_of(name, g):
 @pytest.mark.parametrize("name", MASKED)
 @pytest.mark.parametrize("of_keys", [False, True])
 def test_lists_name_the_tiles_that_a_mask_leaves(name, of_keys):
-    """Each tile with a visible pair is on the list, none is that the mask's ends rule out, and the
-    whole ones have no hidden pair."""
+    """Each tile with a visible pair is listed, no tile is listed that the mask bounds exclude, and
+    full tiles have no masked pair."""
     from tokenmill.dense.attention import lower
     from tokenmill.reference.dense import _common
     from tokenmill.triton_kernels.dense.attention import Call, Tiles
@@ -241,7 +239,7 @@ def test_lists_name_the_tiles_that_a_mask_leaves(name, of_keys):
         assert len(listed) == len(part) + len(whole)
         seen, full = (set(x[b, h, block].nonzero()[:, 0].tolist()) for x in (some, every))
         assert seen <= listed and set(whole) <= full
-        if name == "segments":  # of sorted ids the ends say all
+        if name == "segments":  # for sorted ids the bounds are exact
             assert seen == listed and set(whole) == full
         found += [len(part), len(whole)]
     assert any(found[::2]) and (any(found[1::2]) or kind in ("shared", "ranges"))

@@ -1,4 +1,4 @@
-"""merge_attention_states: weights that sum to 1, whatever the log-sum-exps are."""
+"""merge_attention_states: weights sum to 1 for any lse."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_bad_input(edits, says):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that a result has."""
+    """Records the maximum number of elements of a result."""
 
     elements = 0
 
@@ -186,7 +186,8 @@ def test_the_matrix_of_weights_is_never_in_memory(call):
 
 
 def test_only_chosen_heads_pay():
-    """Operations of a call: one pass, and for each calibrated head column scores and three more."""
+    """Counts operations of a call: one pass, and per calibrated head the column scores and three
+    more."""
     q, k, v = (t.detach() for t in inputs(S, S))
     counts = []
     for heads in ([], [1], [0, 1, 2, 3]):
