@@ -1,5 +1,5 @@
-"""What the tests of linear attention share: inputs, and float64 results over sequences that are too
-long for the token-by-token reference."""
+"""Shared code of the linear attention tests: inputs, and float64 results over sequences that are
+too long for the token-by-token reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIZE = 128
 
 
 def chunked(q, k, v, *, log_decay=None, initial_state=None, **options):
-    """out and final state from the quadratic form of pieces of SIZE tokens, in float64."""
+    """out and final state in float64, from the quadratic form over pieces of SIZE tokens."""
     q, k, v = (t.double() for t in (q, k, v))
     log_decay = None if log_decay is None else log_decay.double()
     state = None if initial_state is None else initial_state.double()
@@ -56,5 +56,5 @@ def inputs(backend, length, heads=2, d=16, dv=16, batch=1, dtype=torch.float32, 
 
 
 def interpreted(backend) -> bool:
-    """Whether sequences must be short."""
+    """True if the backend is too slow for long sequences."""
     return device_of(backend) == "cpu" and backend not in ("cpu", "reference")

@@ -51,7 +51,8 @@ def test_the_recurrence_is_the_matrix_of_weights(sample):
     theirs = evaluate(quadratic, args, kwargs, cotangents)
     for a, b in zip(ours[0], theirs[0], strict=True):
         close(a, b, 1e-11)
-    # One gradient may be what terms as large as the others leave: that of q, of one token and eps.
+    # A gradient may be a small remainder of terms as large as the other gradients: dq of one token
+    # and eps.
     unit = max((magnitude(b) for b in theirs[1]), default=0.0)
     for a, b in zip(ours[1], theirs[1], strict=True):
         assert error(a, b, unit) < 1e-11
@@ -135,7 +136,7 @@ def test_lightning_attention_names_the_slopes():
 @pytest.mark.parametrize("slope", [0.0, 0.05, 1.0, 7.875, 20.0])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 191, 193])
 def test_exponents_at_every_tail(length, slope, backend):
-    """Exponents of rows past the tail, were they not masked, overflow from a slope of 1.4 on."""
+    """Unmasked exponents of rows past the tail would overflow for slopes of 1.4 and above."""
     q, k, v = inputs(backend, length, heads=1, d=8, dv=8)
     state = randn(1, 1, 8, 8, backend=backend)
     log_decay = torch.full((1,), -slope, device=q.device)
@@ -149,7 +150,7 @@ def test_exponents_at_every_tail(length, slope, backend):
 @each_backend
 @pytest.mark.parametrize("gated", [False, True])
 def test_one_token_with_history_decays_the_history(gated, backend):
-    """The state decays before the token is added: vLLM's prefill multiplies it by e^0."""
+    """The state decays before the token is added; vLLM's prefill multiplies it by e^0."""
     q, k, v = inputs(backend, 1)
     state = randn(1, 2, 16, 16, backend=backend)
     decay = torch.tensor([-0.5, -3.0], device=q.device)
@@ -192,7 +193,7 @@ def test_cut_anywhere_and_continued(feature_map, backend, length, data):
 @pytest.mark.parametrize("backend", [b for b in backends() if b in ("cuda", "emulated")])
 @pytest.mark.parametrize("tokens", [0, 3, 300])
 def test_packed_rows_without_sequences_see_nothing(tokens, backend):
-    """Where the values of cu_seqlens are not checked."""
+    """The values of cu_seqlens are not checked here."""
     leaves = [randn(tokens, 2, 8, backend=backend).requires_grad_() for _ in range(3)]
     decay = -torch.rand(tokens, 2, device=leaves[0].device)
     cu = torch.zeros(1, dtype=torch.int32, device=decay.device)

@@ -32,7 +32,7 @@ def slots(*found, backend="cpu"):
 
 @st.composite
 def decode_samples(draw, max_batch=4, max_length=6):
-    """Any combination of options; slots in any order, some skipped."""
+    """Draws any combination of options; slots in any order, some skipped."""
     feature_map = draw(st.sampled_from(MAPS))
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 3)]))
     heads = kv_heads * group
@@ -134,7 +134,7 @@ def test_only_the_slots_named_change(backend):
 
 @each_backend
 def test_a_skipped_request_reads_nothing(backend):
-    """Padding of a batch may hold anything."""
+    """Padding of a batch may hold any values."""
     q, k, v = (torch.full_like(t, float("nan")) for t in inputs(backend, 1, batch=2))
     state = randn(2, 2, 16, 16, backend=backend)
     before = state.clone()
@@ -168,7 +168,7 @@ def test_a_slot_out_of_range_is_skipped(backend):
 
 @each_backend
 def test_layers_may_share_one_cache(backend):
-    """state may be a slice: [slots, layers, H, D, Dv] of which one layer is passed."""
+    """state may be a slice: one layer of [slots, layers, H, D, Dv]."""
     q, k, v = inputs(backend, 1, batch=2)
     cache = randn(3, 4, 2, 16, 16, backend=backend)
     before = cache.clone()
@@ -210,7 +210,7 @@ def test_autograd_sees_that_a_saved_state_was_overwritten(backend):
 @each_backend
 @each_dtype
 def test_state_keeps_its_digits_over_many_steps(dtype, backend):
-    """A state in 16 bits would stop growing at 256 (bfloat16) or 2048 (float16)."""
+    """A 16-bit state would stop growing at 256 (bfloat16) or 2048 (float16)."""
     ones = torch.ones(1, 1, 1, 4, dtype=dtype, device=device_of(backend))
     state = torch.full((1, 1, 4, 4), 5000.0, device=ones.device)
     for _ in range(3):

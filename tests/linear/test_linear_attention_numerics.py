@@ -1,4 +1,4 @@
-"""How accurate linear attention is: long sequences, small weights, NaN."""
+"""Accuracy of linear attention: long sequences, small weights, NaN."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_map = pytest.mark.parametrize("feature_map", MAPS)
 
 
-LONG = {  # norm-relative: out, state, gradients, gradient of the decay
+LONG = {  # norm-relative error: out, state, gradients, gradient of the decay
     torch.float32: (1e-5, 1e-5, 1e-5, 1e-4),
     torch.float16: (5e-3, 3e-3, 3e-3, 5e-3),
     torch.bfloat16: (1e-2, 8e-3, 1e-2, 2e-2),
@@ -57,7 +57,7 @@ def test_out_and_state_after_65536_tokens(gated, dtype, backend):
 
 @each_fast_kernel
 def test_a_state_without_decay_grows_without_drift(backend):
-    """Sums of 40000 equal terms: a state in 16 bits would stop growing."""
+    """Sums 40000 equal terms: a 16-bit state would stop growing."""
     length = 40000
     ones = torch.ones(1, length, 1, 8, dtype=torch.bfloat16, device=device_of(backend))
     out, state = tm.linear_attention(
@@ -72,8 +72,9 @@ def test_a_state_without_decay_grows_without_drift(backend):
 @each_dtype
 @pytest.mark.parametrize("gated", [False, True])
 def test_gradients_over_long_sequences(gated, dtype, backend):
-    """The sum of t (k.dk - q.dq) over a whole sequence cancels; chunks must not. Results are their
-    own cotangents: then the parts of a decay's gradient add up, and a relative limit is fair."""
+    """The sum of t (k.dk - q.dq) over a whole sequence cancels, but chunks must not. Results are
+    their own cotangents: then the parts of a decay's gradient add up, and a relative limit is
+    fair."""
     length = 4096 + 63
     q, k, v = inputs("cpu", length, heads=2, d=16, dv=24, dtype=dtype)
     if gated:
@@ -134,8 +135,8 @@ def test_the_gradient_of_slopes_is_the_slope_of_the_loss(backend):
     ("backend", "isa"), [v for v in cpu_variants() if v[0] == "cpu"], indirect=["isa"], ids=str
 )
 def test_the_gradient_of_steep_decays_is_a_sum_of_pairs(backend, isa, gated):
-    """Summed over tokens, differences of q.dq and k.dk left up to six times the error budget here:
-    pairs of neighbours alone weigh something, and their own sum may be nearly nothing."""
+    """Sums over tokens of differences q.dq - k.dk reached six times the error budget here: only
+    adjacent pairs have weight, and their sum may be almost 0."""
 
     def make(dtype, g):
         q, k, v = (layouts((63, 2, 1), dtype, g)[i]() for i in (1, 2, 0))
@@ -154,7 +155,7 @@ def test_the_gradient_of_steep_decays_is_a_sum_of_pairs(backend, isa, gated):
 @pytest.mark.parametrize("feature_map", ["elu1", "taylor2"])
 @each_dtype
 def test_normalized_weights_sum_to_one(feature_map, dtype, backend):
-    """V = 1: z counts relatively, whatever its size."""
+    """With V = 1, z is accurate relative to its size."""
     q, k, _ = inputs(backend, 100, d=16, dtype=dtype)
     v = torch.ones(1, 100, 2, 3, dtype=dtype, device=q.device)
     gate = -torch.rand(1, 100, 2, device=q.device)
@@ -167,7 +168,7 @@ def test_normalized_weights_sum_to_one(feature_map, dtype, backend):
 
 @each_backend
 def test_small_features_keep_their_digits(backend):
-    """elu(x) + 1 is e^x for x < 0: a difference would have no digit left at -17."""
+    """elu(x) + 1 is e^x for x < 0: computed as a difference it would have no digit left at -17."""
     for x in (-5.0, -12.0, -17.0, -30.0):
         q = torch.full((1, 3, 1, 4), x, device=device_of(backend))
         v = torch.ones_like(q)
@@ -197,7 +198,7 @@ def test_the_chunk_size_changes_rounding_alone(dtype, backend):
 @each_backend
 @each_map
 def test_derivatives_of_the_features_of_zero(feature_map, backend):
-    """At the bounds of elu1 and relu too. The key is 1 where the features of 0 are 0."""
+    """This includes the kinks of elu1 and relu. The key is 1 for maps whose features of 0 are 0."""
     q = torch.zeros(1, 1, 1, 4, device=device_of(backend), requires_grad=True)
     positive = feature_map in ("elu1", "taylor2")
     k = (q.detach() if positive else torch.ones_like(q)).requires_grad_()
@@ -226,7 +227,7 @@ def test_nan_stays_where_it_is(feature_map, backend):
             assert rows.nonzero().flatten().tolist() == [j]
             assert torch.isfinite(state).all()
         else:
-            # The longest chunk that a kernel may take is 256.
+            # A kernel's chunk has at most 256 tokens.
             assert rows[j:].all() and not rows[: j - 256].any()
             assert torch.isnan(state).any()
 

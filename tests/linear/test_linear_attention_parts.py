@@ -1,5 +1,5 @@
-"""One sequence in parts, as CUDA runs it where there are few heads: a chain of parts that hand on
-their states, or states that are scanned where parts are many."""
+"""One sequence split into parts, as CUDA runs it with few heads: a chain of parts that pass on
+their states, or a scan of states if there are many parts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tokenmill import _dispatch, registry
 from tokenmill.linear.linear_attention_cases import draw_state
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PART = 256  # tokens of the parts of a short sequence
+PART = 256  # tokens per part of a short sequence
 
 each_kernel = pytest.mark.parametrize(
     "backend", [b for b in backends() if b in ("cuda", "emulated")]
 )
-# Chains of two, three and five parts, the last of them short or not; seven parts, scanned.
+# Chains of two, three and five parts, with or without a short last part; seven parts, scanned.
 each_length = pytest.mark.parametrize("length", [PART + 1, 3 * PART - 30, 5 * PART, 6 * PART + 70])
 LIMITS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 1.5e-2}
 
@@ -51,7 +51,7 @@ def test_out_and_state(length, gated, dtype, backend):
 )
 @pytest.mark.parametrize("length", [3 * PART - 30, 5 * PART + 1])
 def test_states_of_any_kind(length, feature_map, normalize, d, dtype, backend):
-    """With a normaliser; through memory in steps of features, as taylor2's and wide heads' go."""
+    """States with a normalizer; taylor2 and wide heads pass through memory in steps of features."""
     q, k, v = inputs(backend, length, d=d, dv=20, dtype=dtype)
     if not normalize:
         q, k = q / 4, k / 4

@@ -1,4 +1,4 @@
-"""The forward of linear attention for compute capability 9.0a, on the PTX machine."""
+"""The sm_90a forward of linear attention on the PTX machine."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def gates(*shape):
 
 
 def run(q, k, v, backend="emulated", **options):
-    """out and final state"""
+    """Returns out and final state."""
     return tm.linear_attention(q, k, v, return_final_state=True, backend=backend, **options)
 
 
 def check_results(found, q, k, v, **options):
-    """Against float64, within the budget."""
+    """Compares with float64 within the error budget."""
     wide_call = tm.testing.convert(((q, k, v), options), torch.float64)
     wide = run(*wide_call[0], backend="reference", **wide_call[1])
     lowered = SPEC.lower(q, k, v, return_final_state=True, **options)
@@ -49,7 +49,7 @@ def check_results(found, q, k, v, **options):
 
 
 def check_budget(q, k, v, launches=1, **options):
-    """Runs the kernel so often, checks the results and returns them."""
+    """Runs the kernel, expects `launches` launches, checks the results and returns them."""
     with hopper(), _emulator.counting() as counted:
         found = run(q, k, v, **options)
     assert sum("recurrence_sm90_kernel" in c["kernel"] for c in counted) == launches
@@ -105,7 +105,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_every_order_of_events_gives_the_same_bits(name):
-    """More chunks than there are stages; parts, each with its launch, where it is long."""
+    """More chunks than pipeline stages; long sequences have parts, each with its own launch."""
     shapes, options = ORDERS[name]
     q, k, v = inputs(**shapes)
     check_every_order(lambda: run(q, k, v, **options))
@@ -113,7 +113,7 @@ def test_every_order_of_events_gives_the_same_bits(name):
 
 @pytest.mark.parametrize("decay", [torch.tensor([-0.002]), gates(1, 600, 1)], ids=["head", "gates"])
 def test_parts_of_a_sequence(decay):
-    """Three parts: the states of two, then outputs of all."""
+    """Three parts: the states of two parts, then the outputs of all."""
     state = draw(1, 1, 128, 128)
     check_budget(*inputs(600), launches=2, log_decay=decay, initial_state=state)
 
@@ -122,7 +122,7 @@ PACKED = [0, 70, 70, 71, 199, 290]
 
 
 def test_packed_sequences():
-    """They end inside of chunks; one is empty, one is a token, one fills its chunks."""
+    """Sequences end inside chunks; one is empty, one is a single token, one fills its chunks."""
     q, k, v = (x[0] for x in inputs(290, h=2, dtype=BF16))
     cu = torch.tensor(PACKED, dtype=torch.int32)
     options = {"log_decay": gates(290, 2), "initial_state": draw(5, 2, 128, 128)}
@@ -131,7 +131,7 @@ def test_packed_sequences():
 
 
 def test_packed_sequences_of_several_parts():
-    """530 tokens in three parts between two short sequences, whose values it does not see."""
+    """530 tokens in three parts lie between two short sequences, whose values they do not see."""
     q, k, v = (x[0] for x in inputs(640))
     cu = torch.tensor([0, 70, 600, 640], dtype=torch.int32)
     options = {"log_decay": gates(640, 1), "initial_state": draw(3, 1, 128, 128), "cu_seqlens": cu}
@@ -145,7 +145,7 @@ def test_packed_sequences_of_several_parts():
 
 
 def test_sequences_that_fill_the_device_are_not_cut():
-    """A longer one among them neither."""
+    """A longer sequence among them is not split either."""
     lengths = torch.tensor([0] + [32] * 131 + [300])
     q, k, v = (x[0] for x in inputs(int(lengths.sum())))
     check_budget(q, k, v, cu_seqlens=lengths.cumsum(0).to(torch.int32))
@@ -174,7 +174,7 @@ def test_rows_without_a_sequence():
 
 
 def test_strides():
-    """One projection for all; heads in front of tokens; out in a part of a tensor."""
+    """q, k and v in one projection; heads before tokens; out in a part of a tensor."""
     check_budget(*draw(2, 70, 3, 2, 128, dtype=F16).unbind(2))
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(70, h=2, hk=2))
     wanted = check_budget(q, k, v)[0]
@@ -200,7 +200,7 @@ def test_a_later_token_touches_no_earlier_row(d, value):
 
 
 def test_values_that_are_not_finite_show_where_they_are_seen():
-    """No product of theirs is 0, and none cancels another one."""
+    """No product with them is 0, and none cancels another."""
     q, k, v = inputs(100)
     q, k = q.abs(), k.abs()
     v[:, 5, :, 7] = v[:, 70, :, 9] = INF
@@ -212,7 +212,7 @@ def test_values_that_are_not_finite_show_where_they_are_seen():
 
 
 def test_the_state_of_float16_exceeds_its_range():
-    """Sums of 10^6; a wide one of 10^-6 beside them."""
+    """Sums reach 10^6, with a wide sum of 10^-6 next to them."""
     q, k, v = inputs(200)
     scale = torch.tensor([1000.0, 1e-3]).repeat(64)
     state = draw(1, 1, 128, 128) * 1e3 * scale
@@ -241,7 +241,7 @@ TAKEN = {
 
 
 def check_explanation(why, q, k, v, **options):
-    """The kernel that runs is the one that explain names."""
+    """Asserts that the kernel that runs is the one that explain names."""
     found = check_explained("linear_attention", why, q, k, v, return_final_state=True, **options)
     options.pop("out", None)
     check_results(found, q, k, v, **options)

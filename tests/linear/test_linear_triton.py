@@ -1,8 +1,7 @@
-"""What is particular to Triton: the code that its compiler makes of the kernels, what an import
-costs, and memory that nothing inside tensors may reach. tests/test_contract.py and the other files
-here check the results.
-
-As a script, it compiles the kernels of linear attention without a GPU and prints what they use:
+"""Triton specifics of linear attention: the code that its compiler generates, the cost of an
+import, and memory that no value inside tensors may reach. tests/test_contract.py and the other
+files here check the results.
+As a script, it compiles the kernels of linear attention without a GPU and prints resources:
 python tests/linear/test_linear_triton.py CAPABILITY [identity:float16:64:64:head ...]
 """
 
@@ -24,8 +23,8 @@ from tokenmill.linear.rules import feature_dim
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# feature map, dtype, dimensions of keys and values, decay, options: every value of each of
-# them; with --full, in more combinations.
+# feature map, dtype, head_dim of keys and values, decay, options: every value of each; --full: more
+# combinations.
 CASES = daily(
     "identity:bfloat16:128:128:head",
     "relu:float16:128:64:token:packed",
@@ -39,12 +38,12 @@ CASES = daily(
         "taylor2:float32:16:64:head:normalized",
     ),
 )
-# Kernels that have some.
+# Kernels with matrix products.
 PRODUCTS = ("sums", "results", "results_again", "queries", "keys", "values", "decay")
 
 
 def calls(feature_map, dtype, head_dim, value_dim, decay, *options, tokens=1024):
-    """Forward, backward and decode, without data."""
+    """Forward, backward and decode on meta tensors."""
     from tokenmill.triton_kernels.linear.linear_attention import (
         linear_attention,
         linear_attention_backward,
@@ -101,7 +100,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=SHARED)
 def programs(request, folder):
-    """A compute capability, and what every kernel compiled for it uses."""
+    """A compute capability, and the resources of every kernel compiled for it."""
     text = run(__file__, request.param, *CASES, folder=folder)
     return request.param, [json.loads(line) for line in text.splitlines()]
 
@@ -115,8 +114,8 @@ def test_every_kernel_compiles_without_spilling_registers(programs):
 
 
 def test_products_run_on_tensor_cores(programs):
-    """Stored 16-bit numbers as they are; what was computed from them in tf32, and in float32 calls
-    everything in tf32x3: tf32 alone has 11 bits."""
+    """Stored 16-bit numbers are multiplied as they are, computed ones in tf32, and everything in
+    float32 calls in tf32x3: plain tf32 has 11 bits."""
     capability, found = programs
     for program in found:
         if program["kernel"].removesuffix("_kernel") not in PRODUCTS:
@@ -159,7 +158,7 @@ assert not torch.cuda.is_initialized()
 
 
 def surrounded(*shape):
-    """Numbers with NaN on both sides of the first dimension, which show what was read."""
+    """A tensor with NaN on both sides of its first dimension, which reveals out-of-bounds reads."""
     around = torch.full((3 * shape[0], *shape[1:]), torch.nan, device=DEVICE)
     inner = around[shape[0] : 2 * shape[0]]
     inner.copy_(torch.randn(shape))

@@ -16,7 +16,7 @@ import tokenmill as tm
 
 
 def run(q, k, v, alpha, eta, theta, *state, **options):
-    """out, memory and momentum."""
+    """Returns out, memory and momentum."""
     out, final = tm.titans_memory(
         q, k, v, alpha=alpha, eta=eta, theta=theta, initial_state=state or None,
         return_final_state=True, **options,
@@ -39,7 +39,7 @@ def with_gradients(results, leaves):
 def is_the_recurrence(length, chunk, *, batch=1, heads=1, d=3, dv=4, begun=True):
     given = draw(batch, length, heads=heads, d=d, dv=dv, states=batch)
     with torch.no_grad():
-        given[5].mul_(2 / min(length, chunk))  # else the steps of a chunk diverge
+        given[5].mul_(2 / min(length, chunk))  # larger steps would diverge within a chunk
     given = given if begun else given[:6]
     wanted = with_gradients(recurrence(*given, chunk=chunk), given)
     found = with_gradients(run(*given, chunk_size=chunk), given)
@@ -115,7 +115,7 @@ def test_what_is_not_finite_stays_in_its_sequence(backend):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
 def test_tokens_of_no_sequence_have_results_and_gradients_0(backend):
-    """Where the values of cu_seqlens are not read, and whatever they are."""
+    """The values of cu_seqlens are arbitrary and not checked here."""
     device = device_of(backend)
     given = [t.detach().float().to(device).requires_grad_() for t in draw(12, states=2)]
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_transforms(dtype):
     many = torch.stack([2 * k, k])
     torch.testing.assert_close(torch.func.vmap(call)(many)[1], call(k))
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(many)[1], wanted)
-    for i, t in enumerate(inputs := (q, k, v, alpha, eta, theta)):  # each batched alone
+    for i, t in enumerate(inputs := (q, k, v, alpha, eta, theta)):  # each input batched separately
 
         def loss_of(x, i=i):
             return sum(r.square().sum() for r in run(*inputs[:i], x, *inputs[i + 1 :]))
@@ -231,7 +231,7 @@ def test_decode_is_titans_memory_token_by_token(steps, chunk, order):
     total = sum(steps)
     given = [t.detach() for t in draw(3, total)[:6]]
     table = states(4)
-    for t in table[:3]:  # not read where nothing is filled
+    for t in table[:3]:  # not read for unfilled slots
         t[3] = torch.nan if order is None else t[3]
     table[0].fill_(torch.nan)
     slots = None if order is None else i32(*order[:3])
@@ -285,7 +285,7 @@ def test_decode_skips_and_goes_on_from_a_prompt():
 )
 @torch.no_grad()
 def test_decode_goes_on_from_the_prompt_of_each_backend(dtype, backend):
-    """A prompt of whole chunks; an odd number of tokens follows."""
+    """The prompt has whole chunks; an odd number of tokens follows."""
     given = [t.detach().float().to(device_of(backend)) for t in draw(2, 13)[:6]]
     given[:3] = [t.to(dtype) for t in given[:3]]
     wanted = run(*given, chunk_size=4, backend=backend)
@@ -360,7 +360,7 @@ def decode_of_zeros(**edits):
     return tm.titans_memory_decode(**call)
 
 
-ROOM = Z(2, 4, 2, 3, 8)  # of states [4, 2, 3, 4] that lie anywhere in it
+ROOM = Z(2, 4, 2, 3, 8)  # room for states [4, 2, 3, 4] at any offset
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
-"""What Triton's compiler makes of the kernels of titans_memory. tests/test_contract.py and
+"""Resources that Triton's compiler gives the kernels of titans_memory. tests/test_contract.py and
 test_titans_memory.py check the results.
-
-As a script, it compiles the kernels without a GPU and prints what they use:
+As a script, it compiles the kernels without a GPU and prints their use of resources:
 python tests/linear/test_titans_triton.py CAPABILITY [float16:64:64 ...]
 """
 
@@ -18,12 +17,12 @@ from triton_compiler import SHARED, assert_fits, fresh_process, resources, witho
 
 pytest.importorskip("triton")
 
-# dtype, dimensions of keys and values, options
+# dtype, head_dim of keys and values, options
 CASES = ("bfloat16:64:64:packed", "float32:128:128", "float32:256:64")
 
 
 def compiled(capability, case, *, tokens=1024):
-    """The kernels of forward and backward, without data."""
+    """The kernels of forward and backward, on meta tensors."""
     from tokenmill.triton_kernels.linear.titans_memory import titans_memory, titans_memory_backward
 
     dtype, head_dim, value_dim, *options = case.split(":")

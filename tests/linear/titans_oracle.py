@@ -1,4 +1,4 @@
-"""What the tests of titans_memory share: inputs, and the recurrence token by token."""
+"""Shared code of the titans_memory tests: inputs, and the recurrence token by token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ GATES = ("alpha", "eta", "theta")
 
 
 def recurrence(q, k, v, alpha, eta, theta, memory=None, momentum=None, *, chunk):
-    """out, memory and momentum."""
+    """Returns out, memory and momentum."""
     if memory is None:
         memory = momentum = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
     outs = [v[:, :0]]
@@ -25,7 +25,7 @@ def recurrence(q, k, v, alpha, eta, theta, memory=None, momentum=None, *, chunk)
 
 
 def draw(*lead, heads=2, d=3, dv=4, states=2, dtype=torch.float64, seed=0):
-    """q, k, v, alpha, eta, theta, memory, momentum, each with a gradient to ask for."""
+    """q, k, v, alpha, eta, theta, memory, momentum, each requiring a gradient."""
     g = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(*lead, heads, n, generator=g) / n**0.5 for n in (d, d, dv)]
     tensors += [torch.rand(*lead, heads, generator=g) for _ in GATES]
