@@ -11,7 +11,7 @@ from tokenmill.sparse.bilevel_routing_attention_cases import bilevel_call
 
 @st.composite
 def bilevel_samples(draw, longest):
-    """A sample with any combination of options."""
+    """Draws a sample with any combination of options."""
     side = st.one_of(st.sampled_from([1, 4, 8, 14]), st.integers(1, longest))
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 3), (1, 7)]))
     heads = kv_heads * group
@@ -35,7 +35,7 @@ def bilevel_samples(draw, longest):
     regions = tuple(draw(st.integers(1, min(n, 5))) for n in size)
     found = [-(-n // -(-n // r)) for n, r in zip(size, regions, strict=True)]
     options["regions"] = tuple(found)
-    if draw(st.booleans()):  # keys of another map: as many regions, each of some pixels
+    if draw(st.booleans()):  # keys of another map: the same number of regions, of other sizes
         pixels = [draw(st.integers(1, 4)) for _ in found]
         options["key_size"] = tuple(
             n * p - draw(st.integers(0, p - 1)) for n, p in zip(found, pixels, strict=True)

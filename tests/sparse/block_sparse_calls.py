@@ -27,7 +27,7 @@ def run(backend, args, kwargs, **changes):
 
 
 def gradients(results, leaves, seed=1):
-    """Of the leaves, for random cotangents of finite results."""
+    """Gradients of the leaves, for random cotangents of finite results."""
     g = torch.Generator().manual_seed(seed)
     results = [torch.where(torch.isfinite(r), r, 0.0) for r in results]
     cotangents = [torch.randn(r.shape, generator=g).to(r) for r in results]
@@ -38,8 +38,8 @@ SECTOR_BYTES = 32
 
 
 def check_rows_read(launch, streamed, loaded=0):
-    """A kernel on lists copies `streamed` bytes of rows, and ids of lists besides, at most three
-    sectors at once; it loads `loaded` bytes of rows, and lists and statistics besides."""
+    """Asserts that a kernel on lists copies `streamed` bytes of rows, plus ids of lists with at
+    most three sectors at once, and loads `loaded` bytes of rows, plus lists and statistics."""
     ids = launch["opcodes"]["cp.async.ca.shared.global"]["instructions"]
     copied = launch["global"]["copy"]["sectors"] * SECTOR_BYTES
     assert streamed <= copied <= streamed + 3 * SECTOR_BYTES * ids
@@ -57,7 +57,7 @@ def full_lists(q, k, block_q, block_k):
 
 @st.composite
 def block_sparse_samples(draw, longest):
-    """A sample with any combination of options."""
+    """Draws a sample with any combination of options."""
     length = st.one_of(
         st.sampled_from([0, 1, 15, 16, 17, 63, 64, 65]), st.integers(0, longest)
     ).filter(lambda n: n <= longest)
@@ -102,7 +102,7 @@ def block_sparse_samples(draw, longest):
 
 
 def inside(lists):
-    """The same lists as a part of wider ones."""
+    """The same lists as a slice of wider ones."""
     wide = lists.new_full((*lists.shape[:-1], lists.shape[-1] + 3), 1)
     wide[..., 1:-2] = lists
     return wide[..., 1:-2]

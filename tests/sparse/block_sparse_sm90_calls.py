@@ -1,4 +1,4 @@
-"""Calls of block_sparse_attention for compute capability 9.0a, on the PTX machine."""
+"""Calls of block_sparse_attention for its sm_90a kernels, on the PTX machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ F16, BF16 = torch.float16, torch.bfloat16
 
 
 def drawn(dtype=F16, seed=0, **options):
-    """A call: of one request and head, 64 columns, blocks of 64 queries and keys unless it says."""
+    """A call with one request and head, head_dim 64, blocks of 64 queries and keys, unless options
+    differ."""
     defaults = {"b": 1, "h": 1, "hk": 1, "lists": 1, "d": 64, "block_q": 64, "block_k": 64}
     options = defaults | options
     options.setdefault("dv", options["d"])

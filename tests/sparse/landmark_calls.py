@@ -14,7 +14,8 @@ def inputs(backend, length, heads=4, kv_heads=2, b=2, d=8, dv=12, seed=0, dtype=
 
 
 def weights_of(z, i, block, blocks=None):
-    """Of query i over all keys, from its logits z [S], one key after the other; log Z."""
+    """Weights of query i over all keys, from its logits z [S], one key after the other; and log
+    Z."""
     own = i // block
     last = own * block + block - 1
     logits = {j: z[j] for j in range(own * block, i + 1) if j != last}

@@ -51,7 +51,7 @@ def same(got, want):
 
 
 def every_block(batch, heads, capacity, block_k, backend):
-    """Lists of everything that a request may have."""
+    """Lists of all blocks that a request may have."""
     blocks = -(-capacity // block_k)
     ids = torch.arange(blocks, dtype=torch.int32).expand(batch, heads, blocks).contiguous()
     counts = torch.full((batch, heads), blocks, dtype=torch.int32)
@@ -59,14 +59,14 @@ def every_block(batch, heads, capacity, block_k, backend):
 
 
 def lists_of(rows, backend):
-    """One list of each request, for all heads."""
+    """One list per request, for all heads."""
     longest = max(map(len, rows))
     padded = [[[*row, *[-1] * (longest - len(row))]] for row in rows]
     return ints(padded, backend), ints([[len(row)] for row in rows], backend)
 
 
 def inside(value, fill):
-    """The same values as a part of a wider tensor."""
+    """The same values as a slice of a wider tensor."""
     if isinstance(value, tuple):
         return tuple(inside(v, fill) for v in value)
     wide = value.new_full((*value.shape[:-1], value.shape[-1] + 3), fill)

@@ -16,7 +16,7 @@ each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def weights(dim, side, g):
-    """As the published channels-first module calls them."""
+    """Weights under the names of the published channels-first module."""
     shapes = {
         "qkv_linear.weight": (3 * dim, dim, 1, 1),
         "qkv_linear.bias": (3 * dim,),
@@ -100,7 +100,7 @@ def test_all_regions_are_attention():
 @each_backend
 @pytest.mark.parametrize("local", ["input", "values"])
 def test_last_stage(local, backend):
-    """Its published names load strictly, of either layout."""
+    """Published names load strictly, in either layout."""
     g = torch.Generator().manual_seed(0)
     ones = (1, 1) if local == "values" else ()
     shapes = {

@@ -1,4 +1,4 @@
-"""bilevel_routing_attention: any call, identities, routing, and what must not be read."""
+"""bilevel_routing_attention: any call, identities, routing, and memory that must not be read."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_all_regions_are_attention(backend, key_size):
     seed=st.integers(0, 2**31),
 )
 def test_unmasked_padding_is_the_published_formulation(height, width, parts, topk, seed, backend):
-    """Zeros fill the map up behind the projection, and keys and values are gathered."""
+    """The map is zero-padded after the projection, and keys and values are gathered."""
     leaves = leaves_of(maps(backend, (height, width), b=1, h=2, hk=2, d=8, seed=seed))
     size = (height // parts, width // parts)
     out, graph = tm.bilevel_routing_attention(
@@ -142,7 +142,7 @@ def test_routing_takes_the_largest_products_of_means(data, backend):
     rows, columns = (-(-n // r) for n, r in zip(size, region, strict=True))
     topk = data.draw(st.integers(1, rows * columns))
 
-    def whole(heads):  # sums are exact: 48 divides by the pixels of any region
+    def whole(heads):  # sums are exact: 48 is a multiple of every region's pixel count
         x = 48 * torch.randint(-2, 3, (1, *size, heads, 4), generator=g).float()
         return x.to(device_of(backend))
 
@@ -207,7 +207,7 @@ def test_regions_that_nobody_lists_are_not_read(backend):
 
 @each_backend
 def test_lines_of_a_larger_map(backend):
-    """Crops of maps whose lines have other lengths, channels in front of them, and flips."""
+    """Crops of maps with longer lines, leading channels, and flips."""
     q, k, v = maps(backend)
     o = {"regions": (4, 3), "topk": 5, "backend": backend}
     want = tm.bilevel_routing_attention(q, k, v, **o)

@@ -1,4 +1,4 @@
-"""bilevel_routing_attention on CPUs: shares of work, packed vectors of keys, instruction sets."""
+"""bilevel_routing_attention on CPUs: work partition, packed vectors of keys, instruction sets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def results_and_gradients(args, kwargs):
 def test_shares_of_work_have_the_same_bits(
     heads, kv_heads, graphs, region, topk, dtype, isa, threads
 ):
-    """Fewer KV heads than threads: the tiles of a head are shared, and its keys in the backward."""
+    """With fewer KV heads than threads, threads share the tiles of a head, and its keys in the
+    backward."""
     args, kwargs = bilevel_call(
         (26, 32), b=1, h=heads, hk=kv_heads, d=48, dv=72, graphs=graphs, region_size=region,
         topk=topk, mask_padding=False,
@@ -49,7 +50,8 @@ def test_shares_of_work_have_the_same_bits(
 @each_isa
 @pytest.mark.parametrize("region", [(1, 2), (3, 3), (4, 4), (5, 4), (8, 9)])
 def test_a_region_stays_with_those_that_list_it(region, dtype, isa):
-    """Small regions share packed vectors of keys, and the ends of larger ones a gathered one."""
+    """Small regions share packed vectors of keys; the ends of larger regions share a gathered
+    vector."""
     size = 3 * region[0] - (region[0] > 1), 3 * region[1] - 1
     args, kwargs = bilevel_call(size, b=1, region_size=region, topk=0)(
         dtype, torch.Generator().manual_seed(0)
@@ -76,7 +78,7 @@ def test_a_region_stays_with_those_that_list_it(region, dtype, isa):
 
 @each_dtype
 def test_a_call_agrees_with_its_heads_alone(dtype):
-    """Rows of the heads of a group share tiles."""
+    """Rows of the heads of a GQA group share tiles."""
     (q, k, v), kwargs = bilevel_call(
         (13, 19), b=1, h=10, hk=2, d=64, dv=64, graphs=2, regions=(3, 4), topk=5
     )(dtype, torch.Generator().manual_seed(0))

@@ -1,5 +1,5 @@
-"""bilevel_routing_attention on the PTX machine: what its kernels read and multiply, maps of any
-strides and sizes of regions, lists of any order, any order of blocks."""
+"""bilevel_routing_attention on the PTX machine: bytes read and products, maps of any strides and
+region sizes, lists in any order, any order of CTAs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pixels_of_regions(size, region):
 
 
 def listed_pixels(kwargs, size):
-    """[B, heads, R, K]: pixels of the listed regions of keys."""
+    """Pixels of the listed key regions, [B, heads, R, K]."""
     return pixels_of_regions(size, kwargs["region_size"])[kwargs["region_graph"]]
 
 
@@ -88,7 +88,7 @@ def test_forward_reads_listed_keys_once_for_each_tile_and_multiplies_what_it_rea
     slots = listed_pixels(kwargs, size).expand(-1, heads // together, -1, -1)
     read = slots.sum(-1) * -(-own // tile_rows)
     check_rows_read(launch, bytes_of * dim * 2 * int(read.sum()), args[0].numel() * bytes_of)
-    # Steps of 16 keys from the beginning of the list on; those beyond smaller regions are left out.
+    # Steps of 16 keys from the start of the list; keys beyond smaller regions are skipped.
     slot = region[0] * region[1]
     slots = slots.gather(-1, kwargs["region_graph"].argsort(-1).expand_as(slots))
     seen = torch.arange(slot) < slots[..., None]
@@ -103,7 +103,7 @@ def test_forward_reads_listed_keys_once_for_each_tile_and_multiplies_what_it_rea
     assert launch["classes"]["special"]["lanes"] <= 1.2 * covered
     waves, ideal = (sum(r[k] for r in launch["shared"].values()) for k in ("waves", "ideal"))
     warps = int((steps > 0).expand_as(slots[..., 0]).mul((own + 15) // 16).sum())
-    assert waves <= ideal + 8 * warps  # where a warp reads the sums of its rows, once
+    assert waves <= ideal + 8 * warps  # a warp reads its row sums once
     assert launch["local_requests"] == 0
 
 
@@ -120,7 +120,7 @@ def test_backward_multiplies_listed_regions():
     assert queries["mma"] == 6 * dim * pairs / 4096
     assert keys["mma"] == 8 * dim * pairs / 4096
     listed = 2 * dim * 2 * 64 * kwargs["region_graph"].numel()
-    tiles = 1  # of queries: 2 heads of 64 pixels in 8 warps
+    tiles = 1  # query tiles: 2 heads of 64 pixels in 8 warps
     owned = 2 * 2 * args[0].numel()
     check_rows_read(queries, tiles * listed + owned)
     for launch in (queries, keys):
@@ -156,7 +156,7 @@ def test_strides_of_maps(dtype, strides):
 @pytest.mark.parametrize("region", [(2, 2), (4, 4), (3, 5), (40, 7)], ids=str)
 @pytest.mark.parametrize("mask_padding", [True, False], ids=["masked", "padded"])
 def test_regions_of_any_size(region, graphs, mask_padding):
-    """Fewer pixels than a warp has rows; more along Y than the map has."""
+    """Regions with fewer pixels than a warp has rows, or more lines than the map."""
     rows, columns = (-(-n // r) for n, r in zip((11, 13), region, strict=True))
     topk = min(5, rows * columns)
     check_against_reference(
@@ -169,7 +169,7 @@ def test_regions_of_any_size(region, graphs, mask_padding):
 @pytest.mark.parametrize("mask_padding", [True, False], ids=["masked", "padded"])
 @pytest.mark.parametrize("wild", [False, True])
 def test_lists_of_more_entries_than_a_warp_has_lanes(wild, mask_padding):
-    """Each region once; without order, with repetitions and ids of no region."""
+    """Lists hold each region once, or have no order, repetitions and invalid ids."""
     check_against_reference(
         bilevel_call(
             (14, 17), region_size=(2, 2), b=1, topk=60, wild=wild, mask_padding=mask_padding
@@ -178,8 +178,7 @@ def test_lists_of_more_entries_than_a_warp_has_lanes(wild, mask_padding):
 
 
 def test_queries_that_many_regions_share():
-    """A region of keys that every region lists, those of each head by itself; others nobody lists
-    have no gradient."""
+    """Every region lists one key region, separately per head; unlisted regions have no gradient."""
     args, kwargs = drawn(torch.float32, size=(12, 12), region_size=(2, 2), b=1, h=4, hk=2, graphs=4)
     kwargs["region_graph"][:] = torch.tensor([0, 7, 35], dtype=torch.int32)
     check_against_reference(lambda *_: (args, kwargs))
@@ -195,7 +194,7 @@ def test_queries_that_many_regions_share():
 
 @pytest.mark.parametrize("dv", [20, 18])
 def test_sums_of_float32_have_a_second_level(dv):
-    """Lists of more than 1024 keys."""
+    """The lists have more than 1024 keys."""
     check_against_reference(
         bilevel_call((48, 50), b=1, h=1, hk=1, regions=(3, 2), topk=4, d=16, dv=dv)
     )

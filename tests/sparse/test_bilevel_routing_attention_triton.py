@@ -1,7 +1,6 @@
-"""The Triton kernels of bilevel_routing_attention compiled for GPUs: they fit, and no map compiles
-anew.
-
-As a script, it compiles them without a GPU and prints what they use:
+"""The Triton kernels of bilevel_routing_attention compile for GPUs: they fit, and no map
+recompiles.
+As a script, it compiles them without a GPU and prints their use of resources:
 python tests/sparse/test_bilevel_routing_attention_triton.py CAPABILITY [float16:32:8:shared ...]
 """
 
@@ -27,7 +26,7 @@ from triton_compiler import (
 
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
-CASES = daily(  # dtype, head dimension, side of a region, lists
+CASES = daily(  # dtype, head_dim, side of a region, lists
     "float16:32:2:shared",
     "float16:128:18:each",
     "bfloat16:256:8:shared",
@@ -49,7 +48,7 @@ KERNELS = {
 
 
 def lowered(dtype, dim, side, lists, batch=2, size=(56, 56), entries=4):
-    """A call of bilevel_routing_attention, without data."""
+    """A call of bilevel_routing_attention on meta tensors."""
 
     def empty(*shape, dtype=torch.int32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -99,7 +98,7 @@ def test_kernels_compile_without_spills_and_use_tensor_cores(capability, tmp_pat
 
 
 def test_no_map_compiles_anew(tmp_path):
-    """Nor do other sizes of regions, as long as tiles are the same."""
+    """Other region sizes do not recompile either, as long as tiles are the same."""
     code = """
 import torch
 from test_bilevel_routing_attention_triton import kernels
@@ -123,7 +122,7 @@ def test_quotients_by_multiplication_are_exact(n, x):
     from tokenmill.triton_kernels.sparse.regions import divisor
 
     by = divisor(n)
-    assert 2**32 <= by < 2**63  # no n has another type in a kernel
+    assert 2**32 <= by < 2**63  # n does not change the type in a kernel
     factor, shift = by % 2**32, (by >> 32) - 1
     total = (x * factor >> 32) + x
     assert total < 2**32 and total >> shift == x // n

@@ -1,4 +1,4 @@
-"""block_sparse_attention: any call, identities, and what must not be read."""
+"""block_sparse_attention: any call, identities, and memory that must not be read."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_last_keys_alone_are_a_window(backend):
 @pytest.mark.parametrize("num_sink", [0, 5, 16, 100])
 @pytest.mark.parametrize("num_recent", [0, 1, 23, 100])
 def test_keys_seen_twice_count_once(backend, num_sink, num_recent):
-    """Whatever the first and last keys cover, the whole list adds the rest."""
+    """The list adds all keys that the first and last keys do not cover."""
     args, kwargs = drawn(backend, sq=40, sk=60, block_k=4, causal=True)
     q, k, v = args[:3]
     lists = full_lists(q, k, 16, 4)
@@ -122,7 +122,8 @@ def test_lists_of_blocks_are_lists_of_keys(backend):
 
 @each_backend
 def test_kinds_of_lists_agree(backend):
-    """A list for all heads, copied for each KV head, copied for each query head."""
+    """One list for all heads, copied per KV head, and copied per query head, give the same
+    result."""
     args, kwargs = drawn(backend, lists=1, causal=True, num_sink=2)
     q, k, v = leaves_of(args)
     indices, counts = args[3:]
@@ -141,7 +142,7 @@ def test_parts_of_lists_merge(backend):
     odd = torch.arange(5, device=args[3].device) % 2 == 1
     parts = []
     for keep in (odd, ~odd):
-        kept = torch.where(keep, args[3], -1)  # -1 is left out wherever it stands
+        kept = torch.where(keep, args[3], -1)  # -1 is skipped in any place
         parts.append(run(backend, (*args[:3], kept, args[4]), kwargs))
     outs, lses = (torch.stack(x) for x in zip(*parts, strict=True))
     close(tm.merge_attention_states(outs, lses, backend="reference"), run(backend, args, kwargs))
@@ -149,7 +150,7 @@ def test_parts_of_lists_merge(backend):
 
 @each_backend
 def test_rows_of_lists_do_not_see_each_other(backend):
-    """Each block of queries alone gives what it gives among others."""
+    """Each block of queries gives the same result when called separately."""
     args, kwargs = drawn(backend, sq=64, block_q=16)
     q, k, v, indices, counts = args
     out, lse = run(backend, args, kwargs)
@@ -232,7 +233,8 @@ def test_transposed_lists_hold_the_same_pairs(backend):
 
 @each_backend
 def test_mass_of_listed_keys_is_their_weight(backend):
-    """Of each head by lists expanded to all heads, and summed over the heads that share a list."""
+    """Covers each head, by lists expanded to all heads, and the sum over heads that share a
+    list."""
     args, kwargs = drawn(
         backend, sq=3, sk=5, b=1, lists=1, block_q=1, block_k=1, causal=True, sink=True
     )
@@ -254,7 +256,7 @@ def test_mass_of_listed_keys_is_their_weight(backend):
     ("backend", "isa"), [v for v in cpu_variants() if v[0] == "cpu"], indirect=["isa"]
 )
 def test_many_equal_weights_add_up(backend, isa):
-    """224 rows of weight 1 / n for each key: rounding is the same in every sum."""
+    """224 rows of weight 1 / n per key: rounding is the same in every sum."""
     q, k = torch.ones(1, 64, 7, 1), torch.ones(1, 16, 1, 1)
     ids = torch.zeros(1, 1, 2, 1, dtype=torch.int32)
     counts = torch.ones(1, 1, 2, dtype=torch.int32)
@@ -268,7 +270,7 @@ def test_many_equal_weights_add_up(backend, isa):
 
 @each_backend
 def test_mass_counts_what_an_entry_adds(backend):
-    """First and last keys, an id that is repeated and entries behind the count have none."""
+    """First and last keys, a repeated id and entries beyond the count have no mass."""
     args, kwargs = drawn(backend, sq=16, sk=48, b=1, h=1, hk=1, lists=1, block_k=4, entries=1)
     ids = torch.tensor([0, 2, 2, 1, 4, 8, 12, 99, 5], device=args[0].device, dtype=torch.int32)
     lists = ids.view(1, 1, 1, 9), torch.full((1, 1, 1), 8, dtype=torch.int32, device=ids.device)
@@ -290,7 +292,7 @@ def test_mass_counts_what_an_entry_adds(backend):
 @each_backend
 @pytest.mark.parametrize("block_q, block_k, page", [(16, 8, 4), (1, 1, 16)])
 def test_pages_are_the_keys_that_they_hold(backend, block_q, block_k, page):
-    """With the bits of dense keys, whatever lies in the pages that no request has."""
+    """Paged keys give the bits of dense keys, for any contents of unused pages."""
     lengths = torch.tensor([45, 0, 17], dtype=torch.int32)
     args, kwargs = drawn(
         backend, sq=12 if block_q > 1 else 3, sk=48, b=3, block_q=block_q, block_k=block_k, lists=1,
@@ -304,7 +306,7 @@ def test_pages_are_the_keys_that_they_hold(backend, block_q, block_k, page):
         unused[table[b, : -(-n // page)].long()] = False
         table[b, -(-n // page) :] = -7 if backend != "reference" else 0
     k[unused] = v[unused] = NAN
-    # Pages side by side, of which keys and values are every other one.
+    # Adjacent pages, alternating between keys and values.
     both = torch.stack([k, v], 1)
     options = {"return_mass": True}
     want = run(backend, (q, *dense, *lists), kwargs, **options)

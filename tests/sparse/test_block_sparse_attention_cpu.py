@@ -1,4 +1,4 @@
-"""block_sparse_attention on CPUs: shares of work, vectors of packed keys, instruction sets."""
+"""block_sparse_attention on CPUs: work partition, vectors of packed keys, instruction sets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def results_and_gradients(args, kwargs):
     [(1, 1, 1, 64), (2, 1, 2, 32), (6, 2, 2, 16), (6, 2, 6, 128), (4, 1, 1, 4)],
 )
 def test_shares_of_work_have_the_same_bits(heads, kv_heads, lists, block_q, dtype, isa, threads):
-    """Fewer KV heads than threads: the tiles of a head are shared, and its keys in the backward."""
+    """With fewer KV heads than threads, threads share the tiles of a head, and its keys in the
+    backward."""
     args, kwargs = block_sparse_call(
         sq=300, sk=1500, b=1, h=heads, hk=kv_heads, d=48, dv=72, lists=lists, entries=100,
         block_q=block_q, block_k=8, causal=True, num_sink=21, num_recent=50,
@@ -47,7 +48,7 @@ def test_shares_of_work_have_the_same_bits(heads, kv_heads, lists, block_q, dtyp
 @each_isa
 @pytest.mark.parametrize("block_k", [1, 2, 16, 64])
 def test_a_key_stays_with_the_rows_that_list_it(block_k, dtype, isa):
-    """Packed vectors of keys are shared by tiles, some of which see a part of one alone."""
+    """Tiles share packed vectors of keys, some of which they see only in part."""
     args, kwargs = block_sparse_call(
         sq=64, sk=256, b=1, lists=1, entries=0, block_q=16, block_k=block_k, causal=True,
         num_sink=7, num_recent=11,
@@ -58,7 +59,7 @@ def test_a_key_stays_with_the_rows_that_list_it(block_k, dtype, isa):
     want = results_and_gradients((q, k, v, indices, counts), kwargs)
     spoiled = [t.clone() for t in (k, v)]
     for t in spoiled:
-        t[:, 64 * 2 + block_k // 2] = float("nan")  # row 2 alone
+        t[:, 64 * 2 + block_k // 2] = float("nan")  # in row 2 only
     got = results_and_gradients((q, *spoiled, indices, counts), kwargs)
     there = torch.arange(64) // 16 != 2
     assert torch.isnan(got[0][:, 32:48]).all()
@@ -69,7 +70,7 @@ def test_a_key_stays_with_the_rows_that_list_it(block_k, dtype, isa):
 
 @each_dtype
 def test_a_call_agrees_with_its_heads_alone(dtype):
-    """Rows of the heads of a group share tiles."""
+    """Rows of the heads of a GQA group share tiles."""
     args, kwargs = block_sparse_call(
         sq=90, sk=300, b=1, h=10, hk=2, d=64, dv=64, lists=2, entries=20, block_q=64, block_k=4
     )(dtype, torch.Generator().manual_seed(0))

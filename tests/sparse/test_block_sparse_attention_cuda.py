@@ -1,5 +1,5 @@
-"""block_sparse_attention on the PTX machine: what its kernels read and multiply, windows of blocks
-of queries, parts of transposed lists, any order of blocks."""
+"""block_sparse_attention on the PTX machine: bytes read and products, windows of query blocks,
+parts of transposed lists, any order of CTAs."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def test_forward_reads_listed_keys_once_and_multiplies_what_it_reads(
         run(args, kwargs)
     (launch,) = launches
     together = heads // max(lists, kv_heads)
-    keys = args[4] * block_k  # of each block of queries
+    keys = args[4] * block_k  # keys per block of queries
     check_rows_read(launch, 2 * dim * size * int(keys.sum()), args[0].numel() * size)
     covered = int((-(-keys // 16) * 16).sum()) * block_q * together
     assert launch["mma"] == 4 * dim * covered / 4096
     assert launch["classes"]["special"]["lanes"] <= 1.2 * covered
     waves, ideal = (sum(r[k] for r in launch["shared"].values()) for k in ("waves", "ideal"))
     warps = args[0].numel() // dim // 16
-    assert waves <= ideal + 8 * warps  # where a warp reads the sums of its rows, once
+    assert waves <= ideal + 8 * warps  # a warp reads its row sums once
     assert launch["local_requests"] == 0
 
 
@@ -87,7 +87,7 @@ def test_backward_multiplies_covered_tiles():
 
 @pytest.mark.parametrize("lists, group, packed", [(1, 1, False), (1, 2, True), (2, 2, False)])
 def test_windows_of_blocks_of_queries(lists, group, packed):
-    """More blocks of queries than a block of the kernel holds at once."""
+    """More query blocks than a CTA holds at once."""
     options = {"sq": 1100, "sk": 40, "b": 1, "h": group, "hk": 1, "d": 16, "dv": 16}
     if packed:
         options |= {"b": 2, "sq": 350, "ends_q": (30, 700), "ends_k": (25, 65)}
@@ -101,7 +101,7 @@ def test_windows_of_blocks_of_queries(lists, group, packed):
 
 @pytest.mark.parametrize("dv", [20, 18])
 def test_sums_of_float32_have_a_second_level(dv):
-    """Lists of more than 1024 keys."""
+    """The lists have more than 1024 keys."""
     sample = Sample(
         "long lists",
         block_sparse_call(
@@ -114,7 +114,7 @@ def test_sums_of_float32_have_a_second_level(dv):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_wide_tiles_without_keys(dtype):
-    """Sums of the warps take the place of the queries at once."""
+    """Sums of the warps overwrite the queries immediately."""
     args, kwargs = drawn(dtype, sq=128, sk=30, b=1, h=1, hk=1, lists=1, d=128, dv=128, block_q=128)
     args[4].zero_()
     out, lse = run(args, kwargs)

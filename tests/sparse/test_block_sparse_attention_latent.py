@@ -1,4 +1,4 @@
-"""block_sparse_attention with a list for each query and heads as latent caches have them."""
+"""block_sparse_attention with a list per query and the head shapes of latent caches."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_mass_of_keys_in_pages_is_that_of_dense_ones(backend):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b not in ("cpu", "reference")])
 def test_keys_on_a_page_that_is_not_there_have_no_mass(backend):
-    """As they add nothing to lse. On a CPU such a page is an error."""
+    """They add nothing to lse either. On a CPU such a page is an error."""
     sizes = {"b": 1, "sq": 1, "sk": 16, "h": 2, "lists": 1, "block_k": 1, "page": 8}
     args, kwargs = drawn(backend, **LATENT, **sizes)
     q, k, v = args[:3]
@@ -162,8 +162,8 @@ def test_what_nobody_sees_is_not_read(backend):
 
 @each_backend
 def test_lists_of_an_indexer_over_latent_keys_are_attention_with_a_mask(backend):
-    """Sparse prefill as DeepSeek-V3.2-Exp (2025), 2.1, states it: the heads of a query attend to
-    the topk latent keys that its indexer scores highest."""
+    """Sparse prefill as in DeepSeek-V3.2-Exp (2025), 2.1: the heads of a query attend to the topk
+    latent keys that its indexer scores highest."""
     g = torch.Generator().manual_seed(5)
     tokens, heads, topk = 12, 3, 4
     latent = torch.randn(1, tokens, 1, 576, generator=g)

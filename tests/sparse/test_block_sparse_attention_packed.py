@@ -1,4 +1,4 @@
-"""block_sparse_attention of packed requests: each has the bits that it has alone."""
+"""block_sparse_attention of packed requests: each has the bits that it has in a call of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tokenmill as tm
 each_backend = pytest.mark.parametrize("backend", backends("reference"))
 on_cpu = pytest.mark.skipif("cpu" not in backends(), reason="of the CPU backend")
 
-# Of queries and of keys: no queries, no keys, blocks that end early, more queries than keys.
+# Ends of queries and keys: no queries, no keys, blocks that end early, more queries than keys.
 ENDS_Q, ENDS_K = (20, 20, 57, 60, 100), (50, 60, 140, 140, 150)
 OPTIONS = {
     "causal": {"causal": True, "num_sink": 3, "num_recent": 6, "lists": 2, "sink": True},
@@ -52,7 +52,7 @@ def packed(backend, dtype=torch.float32, ends_q=ENDS_Q, ends_k=ENDS_K, **options
 
 
 def alone(backend, args, kwargs, b):
-    """The call of request b, and where its queries, keys and lists are."""
+    """The call of request b, and the slices of its queries, keys and lists."""
     q, k, v, indices, counts = args
     kwargs = dict(kwargs)
     first, end = kwargs.pop("cu_seqlens_q")[b : b + 2].tolist()
@@ -120,7 +120,7 @@ def test_a_request_has_the_bits_and_gradients_that_it_has_alone(backend, case):
     ],
 )
 def test_every_row_is_written_whatever_the_values(backend, ends):
-    """And tokens without a request are empty rows."""
+    """Tokens outside all requests are empty rows."""
     args, kwargs = packed(backend, ends_q=(10, 20, 40), ends_k=(10, 20, 40), **TINY)
     ends = torch.tensor(ends, dtype=torch.int32, device=device_of(backend))
     leaves = args[:3] = [t.requires_grad_() for t in args[:3]]
@@ -153,7 +153,7 @@ def test_every_row_of_latent_heads_is_written_whatever_the_values(backend, ends)
 @each_backend
 @pytest.mark.parametrize("page", [0, 8])
 def test_packed_queries_of_padded_keys_and_of_pages(backend, page):
-    """Lengths cut what is there, whatever it is."""
+    """Lengths are clamped to the existing keys."""
     lengths = torch.tensor([48, 17, 0, 33], dtype=torch.int32)
     ends, sizes = (20, 20, 29, 70), {"causal": True, "num_sink": 2, "num_recent": 5, "block_k": 8}
     if backend == "triton":
@@ -201,7 +201,7 @@ def test_lists_of_hip_block_select_are_those_of_packed_queries(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", [(3, 150, 40), (9,) * 24], ids=["shares", "many"])
 def test_threads_change_no_bits(lengths, dtype, isa, threads):
-    """Requests that share tiles of heads and parts of keys among threads, and more than threads."""
+    """Requests share tiles of heads and parts of keys among threads, or outnumber the threads."""
     ends = tuple(itertools.accumulate(lengths))
     ends_k = tuple(itertools.accumulate(8 * n for n in lengths))
     args, kwargs = packed(
@@ -237,7 +237,7 @@ def test_values_of_cu_seqlens_are_checked_on_the_host(backend):
 @each_backend
 @pytest.mark.parametrize("keys", ["packed", "padded", "pages"])
 def test_latent_heads_of_a_request_are_those_that_it_has_alone(backend, keys):
-    """On the CPU with the same bits; a GPU cuts rows of keys for more blocks where it has few."""
+    """On the CPU the bits are equal; a GPU splits rows of keys to fill more CTAs."""
     lengths = torch.tensor([48, 17, 0, 33], dtype=torch.int32)
     options = {"ends_q": (2, 2, 5, 8), "ends_k": (), "seqlens_k": lengths}
     if keys == "packed":

@@ -1,7 +1,6 @@
-"""The Triton kernels of block_sparse_attention compiled for GPUs: they fit, and no length compiles
-anew.
-
-As a script, it compiles them without a GPU and prints what they use:
+"""The Triton kernels of block_sparse_attention compile for GPUs: they fit, and no length
+recompiles.
+As a script, it compiles them without a GPU and prints their use of resources:
 python tests/sparse/test_block_sparse_attention_triton.py CAPABILITY [float16:64:64:64:causal,ends]
 """
 
@@ -25,7 +24,7 @@ from triton_compiler import (
 
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
-CASES = daily(  # dtype, head dimension, block_q, block_k, options
+CASES = daily(  # dtype, head_dim, block_q, block_k, options
     "float16:64:64:64:causal,ends",
     "float16:128:1:128:softcap,pages",
     "float16:128:64:64:causal,ends,packed",
@@ -46,7 +45,7 @@ KERNELS = {
 
 
 def lowered(dtype, dim, block_q, block_k, options, batch=2, tokens=4096, entries=64):
-    """A call of block_sparse_attention, without data."""
+    """A call of block_sparse_attention on meta tensors."""
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -80,7 +79,7 @@ def kernels(capability, *call, **sizes):
     def launch():
         args = lowered(*call, **sizes)
         out, lse, _ = forward.block_sparse_attention(*args)
-        if args[-3] is None:  # pages have a forward alone
+        if args[-3] is None:  # pages support only the forward
             backward.block_sparse_attention_backward(out, lse, out, lse, True, *args)
 
     return compiled(capability, launch)

@@ -1,4 +1,4 @@
-"""The forward of block_sparse_attention for compute capability 9.0a, on the PTX machine."""
+"""The sm_90a forward of block_sparse_attention on the PTX machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(args, kwargs, backend="emulated", **changes):
 
 
 def check_budget(args, kwargs):
-    """Against float64, within the budget; returns the results."""
+    """Compares with float64 within the error budget; returns the results."""
     with hopper(), _emulator.counting() as launches:
         found = run(args, kwargs)
     assert KERNEL in launches[0]["kernel"]
@@ -76,7 +76,7 @@ def test_results_keep_the_budget(name):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_hostile_lists(seed):
-    """Ids that are doubled, unsorted or of no block; more than a warp reads at once."""
+    """Lists have repeated, unordered or invalid ids, and more entries than a warp reads at once."""
     check_budget(*drawn(seed=seed, sq=130, sk=150, entries=40, hostile=True, num_sink=seed * 40))
 
 
@@ -91,7 +91,7 @@ def test_an_empty_list_leaves_rows_empty():
 
 @pytest.mark.parametrize("d", [64, 128])
 def test_every_order_of_events_gives_the_same_bits(d):
-    """More tiles of keys than there are stages."""
+    """There are more key tiles than pipeline stages."""
     args, kwargs = drawn(
         sq=64, sk=448, h=2, d=d, entries=7, causal=True, num_sink=64, num_recent=70
     )
@@ -104,14 +104,14 @@ def test_every_order_of_events_gives_the_same_bits(d):
     ids=["packed keys", "padded keys"],
 )
 def test_packed_requests(options):
-    """They end inside of tiles; one is empty, one fills its tile."""
+    """Requests end inside tiles; one is empty, one fills its tile."""
     check_budget(*drawn(h=2, causal=True, num_recent=10, **options))
 
 
 def test_a_packed_request_has_the_bits_that_it_has_alone():
     (q, k, v, indices, counts), kwargs = drawn(**PACKED_KEYS)
     cu_q, cu_k = kwargs.pop("cu_seqlens_q"), kwargs.pop("cu_seqlens_k")
-    rows = slice(134 // 64 + 3, 134 // 64 + 6)  # of the last one
+    rows = slice(134 // 64 + 3, 134 // 64 + 6)  # list rows of the last request
     with hopper():
         out, lse = run((q, k, v, indices, counts), kwargs, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
         alone = (q[134:290], k[300:340], v[300:340], indices[:, rows], counts[:, rows])
@@ -135,7 +135,7 @@ def test_rows_without_a_request():
 
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_keys_that_nobody_sees_touch_no_row(value):
-    """Behind the request's last key, and in front of rows that are causal."""
+    """These keys lie after the request's last key, or are masked from causal rows."""
     options = {"sq": 64, "sk": 192, "h": 2, "entries": 3, "causal": True}
     args, kwargs = drawn(seqlens_k=torch.tensor([130], dtype=torch.int32), **options)
     args[3][:], args[4][:] = torch.arange(3), 3
@@ -184,7 +184,7 @@ def test_results_agree_with_the_kernel_of_every_chip():
 
 
 def test_strides_and_out():
-    """One projection for all, and heads in front of tokens."""
+    """q, k and v in one projection, and heads before tokens."""
     args, kwargs = drawn(sq=70, sk=70, h=2, hk=2, entries=2, b=2)
     packed = torch.stack(args[:3], 2)
     wide = [*packed.unbind(2), *args[3:]]
@@ -209,7 +209,7 @@ def test_tiles_that_nobody_sees_are_not_loaded():
 
 
 def test_blocks_of_threads_without_queries_load_nothing():
-    """Two queries behind a block of 128: units of their first half alone have any."""
+    """Two queries follow a block of 128: only units of their first half have queries."""
     args, kwargs = drawn(sq=130, sk=64, h=4, block_q=128, entries=1)
     args[3][:], args[4][:] = 0, 1
     with _emulator.configured("device=sm_90a"), _emulator.counting() as launches:

@@ -1,4 +1,4 @@
-"""The backward of block_sparse_attention for compute capability 9.0a, on the PTX machine."""
+"""The sm_90a backward of block_sparse_attention on the PTX machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def plain(*args, **kwargs):
 
 
 def gradients(args, kwargs, attend=emulated):
-    """Of q, k, v, and sink if there is one, for random cotangents of out and of finite lse."""
+    """Gradients of q, k, v, and of sink if given, for random cotangents of out and of finite
+    lse."""
     leaves = [x.detach().requires_grad_() for x in args[:3]]
     if "sink" in kwargs:
         leaves.append(kwargs["sink"].to(leaves[0].dtype).requires_grad_())
@@ -96,7 +97,7 @@ def test_gradients_keep_the_budget(name):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_hostile_lists(seed):
-    """Ids that are doubled, unsorted or of no block; more rows than a warp reads at once."""
+    """Lists have repeated, unordered or invalid ids, and more rows than a warp reads at once."""
     check_budget(*drawn(seed=seed, sq=130, sk=150, entries=40, hostile=True, num_sink=seed * 40))
 
 
@@ -118,7 +119,7 @@ def test_many_blocks_of_queries_list_a_block():
 
 @pytest.mark.parametrize("d", [64, 128])
 def test_every_order_of_events_gives_the_same_bits(d):
-    """More tiles than there are stages."""
+    """There are more tiles than pipeline stages."""
     args, kwargs = drawn(
         sq=192, sk=192, h=2, d=d, entries=3, causal=True, num_sink=64, num_recent=70
     )
@@ -126,11 +127,11 @@ def test_every_order_of_events_gives_the_same_bits(d):
 
 
 def test_a_packed_request_has_the_bits_that_it_has_alone():
-    """Whatever its neighbours hold."""
+    """The bits do not depend on the contents of its neighbors."""
     (q, k, v, indices, counts), kwargs = drawn(**PACKED_KEYS)
     cu_q, cu_k = kwargs.pop("cu_seqlens_q"), kwargs.pop("cu_seqlens_k")
     q[:70] = k[:60] = v[:60] = q[134:] = k[300:] = v[300:] = NAN
-    rows = slice(70 // 64 + 2, 70 // 64 + 3)  # of the third one
+    rows = slice(70 // 64 + 2, 70 // 64 + 3)  # list rows of the third request
     packed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
     alone = [q[None, 70:134], k[None, 60:300], v[None, 60:300], indices[:, rows], counts[:, rows]]
     alone[3:] = [x[None] for x in alone[3:]]

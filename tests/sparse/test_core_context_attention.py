@@ -24,9 +24,9 @@ def inputs(backend, length, heads=4, kv_heads=2, b=1, d=8, dv=12, seed=0, dtype=
 
 
 def as_released(q, k, v, group, window, cores="query"):
-    """What chenyaofo/CCA-Attention at 052cc8e computes (codebase/core/cca_attn.py, the mask of
-    generate_mask): keys and values are repeated to the query heads before they are pooled, and
-    query i sees floor((i + 1 - window) / group) cores and the tokens after their groups."""
+    """The computation of chenyaofo/CCA-Attention at 052cc8e (codebase/core/cca_attn.py, the mask of
+    generate_mask): keys and values are repeated to the query heads before pooling, and query i sees
+    floor((i + 1 - window) / group) cores and the tokens after their groups."""
     shared = q.shape[2] // k.shape[2]
     length, scale = q.shape[1], q.shape[3] ** -0.5
     keys, values = (t.repeat_interleave(shared, 2) for t in (k, v))
@@ -91,7 +91,7 @@ def test_defaults_are_those_of_the_release():
 
 
 def test_what_a_cache_of_128k_tokens_keeps():
-    """93 % less, as the paper counts it: cores (those of the window too) and tokens."""
+    """93 % less, as the paper counts it: cores (including cores of the window) and tokens."""
     state = CoreContextState(cores="kv")
     state.tokens = 2**17
     kept = state.cores + state.window // state.group + state.raw
@@ -102,7 +102,7 @@ def test_what_a_cache_of_128k_tokens_keeps():
 @pytest.mark.parametrize("heads", [(2, 2), (8, 2)])
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])
 def test_a_request_has_the_bits_that_it_has_alone(backend, heads, cores):
-    """In batches of any size, forward and backward, and in decoding."""
+    """This holds in batches of any size, forward and backward, and in decoding."""
     o = {"cores": cores, "window": 32, "group": 32, "backend": backend}
     many = inputs(backend, 99, *heads, b=5, d=33, dv=20)
 

@@ -113,7 +113,7 @@ def test_pages_hold_what_a_cache_holds(backend, page_size):
 @each_backend
 def test_lists_serve_an_interval_and_new_tokens_are_seen(backend, monkeypatch):
     searches = []
-    module = sys.modules["tokenmill.sparse.hip_attention"]  # the function has its name
+    module = sys.modules["tokenmill.sparse.hip_attention"]  # the function hides the module's name
     search = module.hip_block_select
     monkeypatch.setattr(
         module,
@@ -124,7 +124,7 @@ def test_lists_serve_an_interval_and_new_tokens_are_seen(backend, monkeypatch):
     lists, ages = HipLists(), []
     for n in range(70, 77):
         lengths = torch.tensor([n, n], dtype=torch.int32, device=q.device)
-        v[:, n - 1] = 1e6  # of the newest key, which no list holds
+        v[:, n - 1] = 1e6  # newest key, which no list holds
         out = hip_attention(
             q, k, v, **SIZES, seqlens_k=lengths, lists=lists, refresh_interval=3, backend=backend
         )
@@ -154,7 +154,7 @@ def test_bad_calls_are_refused(message, changes):
 
 @pytest.mark.parametrize(("form", "backend"), forms(backends("reference")))
 def test_a_request_has_the_bits_that_it_has_alone(form, backend):
-    """And the result of prefill; rows without a request are empty."""
+    """The result also equals prefill; rows outside all requests are empty."""
     requests = Requests(form, backend)
     out, lse = hip_attention(
         *requests.tensors, **SIZES, **requests.options, return_lse=True, backend=backend
@@ -181,7 +181,7 @@ def test_right_padding_has_gradients_and_hides_what_it_holds(backend):
     q, k, v = (t.requires_grad_() for t in requests.tensors)
     out = hip_attention(q, k, v, **SIZES, **requests.options, backend=backend)
     got = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-    for b in (0, 2):  # others decode where they are alone
+    for b in (0, 2):  # other requests are prefills
         leaves = [t.requires_grad_() for t in requests.alone[b]]
         alone = hip_attention(*leaves, **SIZES, backend=backend)
         want = torch.autograd.grad(alone, leaves, torch.ones_like(alone))

@@ -66,7 +66,7 @@ def test_weights_sum_to_one_and_landmarks_have_none(backend):
 @pytest.mark.parametrize("block", [7, 150], ids=["short", "long"])
 @pytest.mark.parametrize("backend", [b for b in backends() if b in ("cpu", "cuda")])
 def test_any_number_of_threads_gives_the_same_bits(block, backend):
-    """Longer than what one part of the keys holds in the backward."""
+    """The sequence exceeds one part of the keys in the backward."""
     leaves = inputs(backend, 1100, heads=2, kv_heads=1, b=1, d=16, dv=16)
     found = []
     for threads in (1, 3):
@@ -81,7 +81,7 @@ def test_any_number_of_threads_gives_the_same_bits(block, backend):
 
 
 def test_what_gradients_keep_grows_with_the_tokens():
-    """Not with the square of them: out, lse and the inputs alone are saved."""
+    """It does not grow with their square: only out, lse and the inputs are saved."""
     saved = []
     for tokens in (64, 128):
         sizes = []

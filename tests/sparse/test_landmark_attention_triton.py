@@ -1,6 +1,6 @@
-"""The Triton kernels of landmark_attention compiled for GPUs: they fit.
+"""The Triton kernels of landmark_attention compile for GPUs: they fit.
 
-As a script, it compiles them without a GPU and prints what they use:
+As a script, it compiles them without a GPU and prints their use of resources:
 python tests/sparse/test_landmark_attention_triton.py CAPABILITY [float16:64:64]
 """
 
@@ -15,7 +15,7 @@ from triton_compiler import OPERANDS, SHARED, assert_fits, compiled, fresh_proce
 
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
-CASES = ("float16:64:50", "float32:64:512")  # dtype, head dimension, block
+CASES = ("float16:64:50", "float32:64:512")  # dtype, head_dim, block
 KERNELS = {"landmark_kernel", "landmark_queries_kernel", "landmark_keys_kernel"}
 
 

@@ -19,7 +19,7 @@ import tokenmill as tm
 
 each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
-BEHIND = (-1, -(2**31), 2**31 - 1, 1000)  # ids behind the lengths
+BEHIND = (-1, -(2**31), 2**31 - 1, 1000)  # ids beyond the lengths
 
 
 def int32(*values):
@@ -31,8 +31,8 @@ def with_room(t, length):
 
 
 def in_pages(k, v, lengths, page_size, behind=-1):
-    """k and v [B, S, ...] in pages that lie in any order, and the table, which has room for more.
-    Behind the lengths pages are NaN, and ids `behind`."""
+    """k and v [B, S, ...] in pages in any order, and a block_table with room for more. Beyond the
+    lengths, pages are NaN and ids are `behind`."""
     held = k.shape[1] // page_size + 1
     k, v = (with_room(t, held * page_size) for t in (k, v))
     places = torch.randperm(len(k) * held + 2, generator=torch.Generator().manual_seed(1))
@@ -122,7 +122,7 @@ def test_pages_give_the_bits_of_a_dense_cache(
     + [(torch.float64, b) for b in backends("reference") if b == "reference"],
 )
 def test_pages_of_other_dtypes_and_layouts(dtype, backend):
-    """Pages [P, Hk, page size, D] are passed as their transpose."""
+    """Pages [P, Hk, page_size, D] are passed as their transpose."""
     q, k, v = (t.detach() for t in inputs(backend, 48, dtype=dtype))
     n = int32(41, 16).to(q.device)
     options = {"seqlens_k": n, "block": 5, "topk": 3, "return_lse": True, "backend": backend}
@@ -158,7 +158,7 @@ def test_no_cache_without_pages_or_entries():
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers that an operator returned in new memory."""
+    """Records the maximum number of elements that an operator returned in new memory."""
 
     found = 0
 
@@ -183,9 +183,9 @@ def test_no_more_of_the_cache_is_copied_than_blocks_and_landmarks(paged):
 
 
 def test_where_no_value_is_read_none_leads_out_of_the_cache(monkeypatch):
-    """As on a GPU: lengths are clamped, and a page that does not exist is page 0."""
+    """As on a GPU, lengths are clamped and a page that does not exist is read as page 0."""
     q, k, v = (t.detach() for t in inputs("cpu", 8, b=1))
-    module = importlib.import_module("tokenmill.sparse.landmark_decode")  # not the function
+    module = importlib.import_module("tokenmill.sparse.landmark_decode")  # the module
     monkeypatch.setattr(module, "reads_values", lambda t: False)
     caches = [t.view(4, 2, *t.shape[2:]) for t in (k, v)]
     options = {"block": 3, "backend": "reference"}
@@ -236,7 +236,7 @@ def test_bad_steps_are_refused(edit, message):
     ],
 )  # fmt: skip
 def test_bad_pages_are_refused(edit, message):
-    """In the words of attention_decode, too."""
+    """attention_decode gives the same messages."""
     g = torch.Generator().manual_seed(0)
     arguments = {
         "q": torch.randn(2, 1, 4, 8, generator=g),

@@ -46,10 +46,10 @@ def span(first, count, like):
 def as_released(q, k, v, block, topk, share="none", rotate=True):
     """One request: q [Sq, H, D] are the newest tokens of k and v [n, Hk, D], all without positions.
 
-    What epfml/landmark-attention at d963e50 computes with a cache (llama/llama_mem.py, its
-    LlamaAttention with mem_freq = block - 1 and cache_top_k): places are those of the text, and the
-    topk + 1 slots end where the block begins in which the queries begin. share="queries" is its
-    "max_over_tokens", "heads" is "max_over_heads" of lm_benchmark/models/caches/mem_cache.py.
+    It computes what epfml/landmark-attention at d963e50 does with a cache (llama/llama_mem.py,
+    LlamaAttention with mem_freq = block - 1 and cache_top_k): places are positions in the text, and
+    the topk + 1 slots end at the start of the block in which the queries begin. share="queries" is
+    its "max_over_tokens", "heads" is "max_over_heads" of lm_benchmark/models/caches/mem_cache.py.
     """
     turn = turned if rotate else lambda x, positions: x
     count, heads = q.shape[:2]
@@ -99,7 +99,7 @@ def close(got, want, tolerance=5e-5):
 
 
 def paged(k, v, size):
-    """Dense caches in pages that lie in reverse order, and their table."""
+    """Dense caches as pages in reverse order, and their block_table."""
     pages = -(-k.shape[1] // size)
     table = torch.arange(len(k) * pages, device=k.device).flip(0).view(len(k), pages)
     caches = []
@@ -125,7 +125,8 @@ def paged(k, v, size):
 def test_the_rule_of_the_release(
     lengths, count, block, topk, heads, share, rotate, page_size, seed, backend
 ):
-    """Rows of rope: as many as topk + 2 blocks and the queries need, or the cache."""
+    """The rotary tables have the rows that topk + 2 blocks and the queries need, or the whole
+    cache."""
     held = max(lengths)
     q, k, v = (t.detach() for t in inputs(backend, held, *heads, b=len(lengths), seed=seed))
     q = q[:, :count]
@@ -173,7 +174,7 @@ def test_all_blocks_are_the_last_rows_of_the_whole(count, backend):
 
 
 def a_model(x, chunks, attend):
-    """Two layers of attention that read a text [n, 16] in chunks, each with its own cache."""
+    """Two attention layers that read a text [n, 16] in chunks, each with its own cache."""
     g = torch.Generator().manual_seed(5)
     weights = [
         [torch.randn(16, c, generator=g).to(x) / 4 for c in (32, 16, 24, 48)] for _ in range(2)

@@ -11,7 +11,7 @@ from conftest import backends, device_of
 import tokenmill as tm
 from tokenmill.sparse import query_lists
 
-# The kernels have tests of their own: other backends run one case.
+# The kernels have their own tests: other backends run one case.
 CASES = [(13, 13, (4, 2), 4, 2), (5, 19, (3, 1), 8, 2), (9, 7, (2, 2), 2, 1)]
 RUNS = [(b, case) for b in backends("reference") for case in CASES if b == "cpu" or case[0] == 13]
 

@@ -16,7 +16,7 @@ SIZES = {
 
 
 def inputs(backend, queries, keys, heads=4, kv_heads=2, compressed=None, seed=0):
-    """q, k, v, gates, and keys and values of the other branches."""
+    """Returns q, k, v, gates, and keys and values of the other branches."""
     g = torch.Generator().manual_seed(seed)
     shapes = {
         "q": (queries, heads, 8), "k": (keys, kv_heads, 8), "v": (keys, kv_heads, 12),
@@ -88,7 +88,7 @@ CASES = {
 }
 
 
-# The kernels have tests of their own: other backends run one case.
+# The kernels have their own tests: other backends run one case.
 RUNS = [(b, c) for b in backends("reference") for c in CASES if b == "cpu" or c == "means"]
 
 

@@ -1,4 +1,4 @@
-"""sparse_decode_attention: any call, hostile lists, and what must not be read."""
+"""sparse_decode_attention: any call, hostile lists, and memory that must not be read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tokenmill.testing import compare
 
 SPEC = registry.get("sparse_decode_attention")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-GPU_KERNELS = [b for b in backends() if b != "cpu"]  # lengths are not checked there
+GPU_KERNELS = [b for b in backends() if b != "cpu"]  # these do not check lengths
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_dtype_and_kernel = pytest.mark.parametrize(
@@ -42,7 +42,7 @@ each_dtype_and_kernel = pytest.mark.parametrize(
 
 
 def spoil(indices, counts, kinds, g):
-    """Lists as no one should make them."""
+    """Makes lists invalid in several ways."""
 
     def some(shape):
         return torch.rand(shape, generator=g) < 0.3
@@ -68,7 +68,7 @@ def spoil(indices, counts, kinds, g):
 
 
 def evict(caches, table, g):
-    """Takes pages away, which then hold NaN."""
+    """Evicts pages, which then hold NaN."""
     gone = (torch.rand(table.shape, generator=g) < 0.3) & (table >= 0)
     for cache in caches:
         cache[table[gone].long()] = NAN
@@ -186,7 +186,7 @@ LONG = (
 )
 @pytest.mark.parametrize("sample", LONG, ids=lambda s: s.name)
 def test_long_lists_cross_every_border(sample, dtype, backend, isa):
-    """Steps, ranges, parts of the row, groups of heads; rows as narrow as one."""
+    """Steps, key ranges, parts of the row, groups of heads; rows as narrow as one element."""
     found = compare(SPEC, sample, backend, dtype, device=device_of(backend))
     assert not [c for c in found if not c.ok]
 
@@ -261,7 +261,8 @@ def test_automatic_ranges_on_the_cpu_depend_on_the_request_alone(dtype, backend,
 @pytest.mark.parametrize("sq", [1, 3])
 @pytest.mark.parametrize("block_k", [1, 4])
 def test_keys_that_no_query_sees_are_not_read(block_k, sq, dtype, backend):
-    """NaN in a block of which a list names the rest, in evicted pages, behind the request."""
+    """NaN is in a block that a list names in part, in evicted pages, and after the request's
+    keys."""
     lengths, page = (61, 30), 4
     args, kwargs = drawn(
         backend, lengths, dtype, sq=sq, lists=1, entries=8, block_k=block_k, page_size=page,
@@ -299,7 +300,7 @@ def test_nan_stays_in_its_request(page_size, backend):
 @each_backend
 @pytest.mark.parametrize("sink", [None, 1.5])
 def test_a_query_without_keys_is_zero(sink, backend):
-    """Requests without a key, tokens before the first one of a request, empty lists."""
+    """Covers requests without a key, tokens before the first key of a request, and empty lists."""
     args, kwargs = drawn(backend, (0, 2, 9), sq=4, num_recent=1)
     args[4][2] = 0
     if sink is not None:
@@ -349,7 +350,7 @@ def test_softmax_survives_scores_that_grow_along_the_keys(dtype, backend):
 @pytest.mark.parametrize("page_size", [None, 1, 16])
 @pytest.mark.parametrize("block_k", [1, 8])
 def test_nothing_reaches_beyond_the_cache(block_k, page_size, backend):
-    """NaN around the caches shows what was read; the PTX machine knows their bounds."""
+    """NaN around the caches reveals out-of-bounds reads; the PTX machine checks bounds itself."""
     args, kwargs = drawn(
         backend, (64, 64, 64, 64), block_k=block_k, page_size=page_size, num_sink=3, num_recent=5
     )
@@ -377,7 +378,7 @@ def test_nothing_reaches_beyond_the_cache(block_k, page_size, backend):
 
 @each_kernel
 def test_any_layout(backend):
-    """Pages of [2, Hk, size, D], as some servers keep them, and lists inside wider ones."""
+    """Pages of [2, Hk, size, D], the layout of some servers, and lists inside wider ones."""
     args, kwargs = drawn(backend, (50, 20), page_size=16, extra=2, num_recent=3)
     want = run(backend, args, kwargs)
     both = torch.stack([c.transpose(1, 2) for c in args[1:3]], 1).contiguous()

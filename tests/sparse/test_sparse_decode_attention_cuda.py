@@ -1,4 +1,4 @@
-"""sparse_decode_attention on the PTX machine: what its kernels read, in any order of blocks."""
+"""sparse_decode_attention on the PTX machine: bytes that its kernels read, in any order of CTAs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_keys_are_read_once_for_the_rows_of_a_head(block_k, pairs, lists, dtype)
         run(args, kwargs)
     (launch,) = launches
     row_heads, size = max(lists, kv_heads), dtype.itemsize
-    # At most: lists may be shorter, and hold some of the last keys.
+    # An upper bound: lists may be shorter, and hold some of the last keys.
     keys = row_heads * (listed + 32)
     most = keys * (2 * dim * size + 2 * pairs * 4)
     read = sum(launch["global"][kind]["sectors"] for kind in ("load", "copy")) * SECTOR_BYTES
@@ -56,7 +56,7 @@ def test_keys_are_read_once_for_the_rows_of_a_head(block_k, pairs, lists, dtype)
 @pytest.mark.parametrize("order", ["unsorted", "falling", "equal"])
 @pytest.mark.parametrize("entries", [1, 14, 15, 16, 17, 300])
 def test_a_block_finds_in_any_list_what_one_thread_does(entries, order):
-    """Lists that do not ascend end where their first large entry stands."""
+    """Lists that do not ascend end at their first large entry."""
 
     def make(dtype, g):
         args, kwargs = drawn(

@@ -1,4 +1,4 @@
-"""sparse_decode_attention: what must be the same, computed in another way."""
+"""sparse_decode_attention: identities between different calls."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_list_of_everything_is_dense_decode(sq, page_size, block_k, backend):
 @pytest.mark.parametrize("block_k", [1, 4])
 @pytest.mark.parametrize("sq", [1, 3])
 def test_any_partition_of_the_keys_is_the_same(sq, block_k, backend):
-    """Keys that are seen are the same, whichever of list, first and last keys names them."""
+    """Visible keys give the same result, whether a list, the first or the last keys name them."""
     lengths, sinks, recent = (90, 41, 6), 12, 11
     args, kwargs = drawn(backend, lengths, sq=sq, capacity=96, block_k=block_k)
     rows = [
@@ -75,7 +75,7 @@ def test_any_partition_of_the_keys_is_the_same(sq, block_k, backend):
     ]  # fmt: skip
     for found in results[1:]:
         close(found, results[0])
-    if sq == 1 and block_k == 1:  # last keys of several queries are not the same
+    if sq == 1 and block_k == 1:  # last keys differ between queries
         close(run(backend, [*args[:3], *lists_of(rows, backend)], kwargs, return_mass=False),
               results[0])  # fmt: skip
 
@@ -116,7 +116,8 @@ def test_tokens_at_once_are_tokens_one_by_one(block_k, backend):
 @pytest.mark.parametrize("lists", [1, 2, 6])
 @pytest.mark.parametrize("splits", [0, 3])
 def test_mass_is_what_the_entries_got(splits, lists, backend):
-    """One for each row where the list is everything; for the rest, what is left of one."""
+    """Mass sums to one per row if the list covers everything; otherwise to the remaining
+    probability."""
     args, kwargs = drawn(backend, sq=2, h=6, hk=2, lists=lists, num_splits=splits)
     args[3:] = every_block(3, lists, 64, 8, backend)
     kwargs["block_k"] = 8
@@ -138,7 +139,7 @@ def test_mass_is_what_the_entries_got(splits, lists, backend):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("entries", [0, 20])
 def test_places_are_those_of_a_cache_rotated_from_scratch(entries, interleaved, backend):
-    """spec: keys that were kept, turned by their slot, then dense attention."""
+    """The call equals dense attention over the kept keys, rotated by their slots."""
     lengths, pairs = (60, 25, 4), 12
     args, kwargs = drawn(
         backend, lengths, h=6, hk=2, lists=1, entries=entries, num_sink=3, num_recent=7,
@@ -161,7 +162,7 @@ def test_places_are_those_of_a_cache_rotated_from_scratch(entries, interleaved, 
 
 @each_backend
 def test_positions_are_those_of_a_rotated_cache(backend):
-    """Embedded before or here: the same."""
+    """Rotating before the call or inside it gives the same result."""
     lengths, sq = (60, 25, 4), 2
     args, kwargs = drawn(backend, lengths, sq=sq, num_sink=3, num_recent=7, pairs=16)
     cos, sin = kwargs.pop("rope")
@@ -178,7 +179,7 @@ def test_positions_are_those_of_a_rotated_cache(backend):
 
 @each_backend
 def test_pieces_merge_to_the_whole(backend):
-    """Disjoint lists on different machines, say."""
+    """The lists are disjoint, for example on different machines."""
     args, kwargs = drawn(backend, (200, 77), sq=1, lists=1, entries=64, capacity=200, seed=3)
     whole = run(backend, args, kwargs, return_mass=False)
     pieces = []
@@ -203,7 +204,7 @@ def test_pages_hold_the_same_as_a_dense_cache(page_size, backend):
 
 @each_backend
 def test_evicted_pages_are_as_if_they_were_not_listed(backend):
-    """By a list, among the first keys and among the last ones."""
+    """Evicted pages are covered by a list, by the first keys and by the last keys."""
     n, page = 64, 8
     args, kwargs = drawn(backend, (n,), lists=1, page_size=page, num_sink=12, num_recent=20)
     args[3:] = lists_of([list(range(0, n, 3))], backend)
@@ -223,7 +224,7 @@ def test_evicted_pages_are_as_if_they_were_not_listed(backend):
 @each_backend
 @pytest.mark.parametrize("sq", [1, 2])
 def test_an_entry_counts_once(sq, backend):
-    """Repeated and descending ids are left out, wherever they stand."""
+    """Repeated and descending ids are skipped in any place."""
     args, kwargs = drawn(backend, (60,), sq=sq, lists=1)
     good, bad = [3, 9, 20, 31], [3, 9, 9, 20, 20, 20, 31, 31]
     want = run(backend, [*args[:3], *lists_of([good], backend)], kwargs)
@@ -237,7 +238,7 @@ def test_an_entry_counts_once(sq, backend):
 @examples(12)
 @given(data=st.data())
 def test_lists_in_any_order_are_the_sets_of_block_sparse_attention(backend, data):
-    """An id counts if it is greater than every id before it, whatever comes between."""
+    """An id counts if it exceeds every id before it."""
     block_k, num_sink, num_recent, sq = 4, *(data.draw(st.integers(0, 9)) for _ in range(2)), 2
     args, kwargs = drawn(
         backend, (57,), sq=sq, lists=1, block_k=block_k, num_sink=num_sink, num_recent=num_recent

@@ -1,7 +1,6 @@
-"""The Triton kernels of sparse_decode_attention compiled for GPUs: they fit, and no length compiles
-anew.
-
-As a script, it compiles them without a GPU and prints what they use:
+"""The Triton kernels of sparse_decode_attention compile for GPUs: they fit, and no length
+recompiles.
+As a script, it compiles them without a GPU and prints their use of resources:
 python tests/sparse/test_sparse_decode_attention_triton.py CAPABILITY [float16:64:paged,rope,extra]
 """
 
@@ -25,7 +24,7 @@ from triton_compiler import (
 
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
-CASES = daily(  # dtype, head dimension, terms
+CASES = daily(  # dtype, head_dim, terms
     "bfloat16:128:paged,block,rope,extra,terms,mass",
     "bfloat16:256:rope,interleaved,several",
     "float32:128:paged,rope,terms,several",
@@ -41,7 +40,7 @@ CASES = daily(  # dtype, head dimension, terms
 
 
 def lowered(dtype, dim, options, tokens=4096, entries=1024, queries=1, batch=4):
-    """A call of sparse_decode_attention, without data."""
+    """A call of sparse_decode_attention on meta tensors."""
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -90,13 +89,13 @@ def test_kernels_compile_without_spills_and_use_tensor_cores(capability, tmp_pat
     kernels = {p["kernel"].removesuffix("_kernel") for p in found}
     assert kernels == {"sparse_ranges", "merge", "mass"}
     ranges = [p["case"] for p in found if p["kernel"] == "sparse_ranges_kernel"]
-    several = [c for c in CASES if "several" in c]  # whose rows of NaN are summed again
+    several = [c for c in CASES if "several" in c]  # a second launch recomputes NaN rows
     assert sorted(ranges) == sorted([*CASES, *several])
     for program in found:
         assert_fits(program, capability)
         if program["kernel"].startswith("sparse_ranges"):
             operands = {OPERANDS[program["case"].split(":")[0]]}
-            if "float8" in program["case"]:  # values
+            if "float8" in program["case"]:  # float32 values
                 operands.add("tf32")
             assert program["products"], program
             for product in program["products"]:

@@ -1,5 +1,5 @@
 """Sparsifiner against its released code (lim142857/Sparsifiner at 9a11e26, models/sparsifiner.py),
-which masks dense attention: one layer, and blocks from which tokens leave."""
+which masks dense attention: one layer, and blocks from which tokens are dropped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import tokenmill as tm
 
 
 def masked_attention(x, w, heads, keep_rate, coefficients):
-    """x [B, N, C]. Of equal estimates the first: their order is that of a stable sort."""
+    """x [B, N, C]. Ties of estimates go to the first: a stable sort."""
     batch, tokens, channels = x.shape
     qkv = x @ w["qkv.weight"].T + w["qkv.bias"]
     q, k, v = qkv.view(batch, tokens, 3, heads, channels // heads).permute(2, 0, 3, 1, 4)
@@ -83,8 +83,8 @@ def check_layer(tokens, keep_rate, coefficients, seed, backend):
 
 
 def released_encoder(layers, w, x, heads, keep_rate, coefficients, rate):
-    """x [B, N, C] through blocks: tokens that have left stay as rows of zeros. Returns the rows and
-    which patches are active."""
+    """x [B, N, C] through blocks: dropped tokens stay as rows of zeros. Returns the rows and a mask
+    of active patches."""
     batch, tokens, channels = x.shape
     active = torch.ones(batch, tokens, dtype=torch.bool, device=x.device)  # the class token too
     left = iter(range(1, 100))
@@ -113,7 +113,7 @@ def released_encoder(layers, w, x, heads, keep_rate, coefficients, rate):
         order = estimate.argsort(dim=-1, descending=True, stable=True)
         mask = torch.zeros_like(estimate, dtype=torch.bool)
         mask.scatter_(-1, order[..., :budget], True)
-        mask[:, :, 0] = True  # the class token attends to all, to those that have left as well
+        mask[:, :, 0] = True  # the class token attends to all tokens, including dropped ones
         z = (q @ k.mT * (channels // heads) ** -0.5).masked_fill(~mask, -torch.inf)
         a = z.softmax(-1)
         out = (a @ v).transpose(1, 2).flatten(2)
@@ -160,8 +160,8 @@ def test_blocks_from_which_tokens_leave(keep_rate, backend):
 
 
 def test_the_experiment_sets_the_defaults():
-    """sparsifiner_default_config.yaml: REDUCE_N_FACTOR 6, REDUCE_C_FACTOR 2, TOPK 8,
-    ATTN_KEEP_RATE 0.25, BASIS_THRESHOLD 2e-2; TOKEN_PRUNING_LOC of default_config.py."""
+    """sparsifiner_default_config.yaml: REDUCE_N_FACTOR 6, REDUCE_C_FACTOR 2, TOPK 8, ATTN_KEEP_RATE
+    0.25, BASIS_THRESHOLD 2e-2; TOKEN_PRUNING_LOC of default_config.py."""
     for layer in (
         tm.nn.SparsifinerAttention(384, 197, 6),
         tm.nn.SparsifinerEncoder(depth=2, layers=(1,)).blocks[1].attn,
@@ -179,7 +179,7 @@ def test_the_experiment_sets_the_defaults():
 
 
 def attention_operations(layer, x):
-    """Operations of a layer on x but for the projections, which dense attention has as well."""
+    """Operations of a layer on x, excluding the projections, which dense attention has as well."""
     _, tokens, channels = x.shape
     with FlopCounterMode(display=False) as counter:
         layer(x)
@@ -190,8 +190,8 @@ def attention_operations(layer, x):
 @pytest.mark.parametrize(("keep_rate", "saved"), [(0.25, 0.48), (0.1, 0.63), (0.04, 0.69)])
 def test_48_to_69_percent_fewer_operations_of_attention(keep_rate, saved):
     """DeiT-S at 224 x 224: 197 tokens, 6 heads of 64 channels; attention is its two products. The
-    claim counts products of coefficients and patterns that are not 0. Both are counted on the
-    layer: what it runs, where a mixture is a dense product, and what is left without zeros."""
+    claim counts products of nonzero coefficients and patterns. The layer is counted both ways: as
+    it runs, with mixtures as dense products, and without the zeros."""
     torch.manual_seed(0)
     tokens, heads, d, low, patterns, best = 197, 6, 64, 32, 32, 8
     layer = tm.nn.SparsifinerAttention(heads * d, tokens, heads, keep_rate=keep_rate)
@@ -201,10 +201,10 @@ def test_48_to_69_percent_fewer_operations_of_attention(keep_rate, saved):
     estimate = (queries + tokens) * d * low + (queries + tokens) * low * patterns
     attended = 2 * queries * listed * d + 2 * tokens * d  # lists, and the class token
     run = attention_operations(layer, x)
-    compared = heads * queries * tokens  # the selection counts one for each score
+    compared = heads * queries * tokens  # the selection counts one per score
     assert run - compared == 2 * heads * (estimate + attended + queries * patterns * tokens)
     basis = layer.mask_predictor.proj_back_n.abs() > layer.mask_predictor.basis_threshold
-    mixed = queries * best * tokens * basis.float().mean().item()  # of fresh weights: 32 % are left
+    mixed = queries * best * tokens * basis.float().mean().item()  # initial weights: 32 % remain
     counted = 2 * heads * (estimate + attended + mixed)
     assert 0.31 < basis.float().mean() < 0.33
     assert 1 - counted / dense == pytest.approx(saved, abs=0.01)
@@ -214,7 +214,7 @@ def test_48_to_69_percent_fewer_operations_of_attention(keep_rate, saved):
 @torch.no_grad()
 def test_operations_of_a_vision_transformer_with_both_kinds_of_sparsity():
     """Blocks in the proportions of DeiT-S (tokens to channels, and 6 heads). The abstract's "over
-    60 %" needs a rate of 0.3, at which 30, 9 and 2.7 % of the patches are left."""
+    60 %" needs a rate of 0.3, at which 30, 9 and 2.7 % of the patches remain."""
     tokens, dim = 50, 96
     dense = 12 * 2 * (12 * tokens * dim**2 + 2 * tokens**2 * dim)
     x, saved = torch.randn(1, tokens, dim), {}
