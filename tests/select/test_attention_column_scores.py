@@ -1,4 +1,4 @@
-"""attention_column_scores: sums of columns of attention, and the noise of Keyformer."""
+"""attention_column_scores: column sums of attention, and the noise of Keyformer."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_several_tiles_and_splits(backend, isa, d, dtype):
 def test_scores_of_all_keys_count_the_queries_that_see_one(backend):
     q, k = draw(2, 50, 30, 4, 2, 16, device=device_of(backend))
     scores = tm.attention_column_scores(q, k, causal=True, backend=backend)
-    # Queries 0 .. 19 are 20 positions before the first key.
+    # Queries 0 .. 19 are before the first key, by up to 20 positions.
     torch.testing.assert_close(scores.sum(-1), torch.full_like(scores[..., 0], 30.0))
     means = tm.attention_column_scores(
         q, k, causal=True, backend=backend, reduce="visible_mean", window_queries=10
@@ -164,7 +164,7 @@ def test_words_are_those_of_philox():
 @pytest.mark.parametrize(("backend", "isa"), cpu_variants(), indirect=["isa"], ids=str)
 @pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**63 - 1])
 def test_noise_is_that_of_the_helper(backend, isa, seed):
-    """One query with q = 0: the score is softmax(g / tau), and every word shows."""
+    """One query with q = 0: the score is softmax(g / tau), so that every word matters."""
     device = device_of(backend)
     b, h, n = 2, 3, 150
     q, k = torch.zeros(b, 1, h, 8, device=device), torch.zeros(b, n, h, 8, device=device)
@@ -178,7 +178,8 @@ def test_noise_is_that_of_the_helper(backend, isa, seed):
 
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_noise_knows_positions_not_rows(backend):
-    """Chunks of a causal prefill give what all of it gives, each step of a cache fresh noise."""
+    """Chunks of a causal prefill give the result of the whole, and each decode step has fresh
+    noise."""
     q, k = draw(1, 24, 24, 2, 1, 16, device=device_of(backend))
     options = {"causal": True, "gumbel_tau": 1.0, "seed": 4, "backend": backend}
     whole = tm.attention_column_scores(q, k, **options)
@@ -202,7 +203,7 @@ def test_noisy_softmax_is_near_softmax_but_biased():
 
 
 def test_memory_is_linear():
-    """A map of weights would take 4 GB."""
+    """A weight matrix would take 4 GB."""
     import resource
 
     q, k = draw(1, 32768, 32768, 1, 1, 8)

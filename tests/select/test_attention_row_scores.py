@@ -1,4 +1,4 @@
-"""attention_row_scores: the attention that a few queries give."""
+"""attention_row_scores: attention weights of a few queries."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_any_call_keeps_the_error_budget(backend, isa, data):
 
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_class_token_of_evit(backend):
-    """The mean over heads of row 0 of the map, without the class token's own column."""
+    """Mean over heads of row 0 of the attention map, excluding the class token's own column."""
     q, k = draw(2, 197, 197, 3, 3, 64, device_of(backend))
     maps = torch.einsum("bihd,bjhd->bhij", q, k).mul(64**-0.5).softmax(-1)
     found = tm.attention_row_scores(q[:, :1], k, skip=1, backend=backend)
@@ -102,7 +102,7 @@ def test_lengths_out_of_range_are_clamped(backend):
 @examples(15)
 @given(data=st.data())
 def test_argmax_is_the_first_of_the_largest(backend, isa, data):
-    """Whole numbers: scores are exact, and many are equal."""
+    """Integer scores are exact, and many are equal."""
     b, r, hk, group = (data.draw(st.integers(1, 3)) for _ in range(4))
     n = data.draw(st.integers(0, 40 if backend == "triton" else 300))
     skip, causal = data.draw(st.integers(0, min(n, 4))), data.draw(st.booleans())

@@ -1,4 +1,4 @@
-"""block_pool_keys: what each block holds, and that updates equal pooling anew."""
+"""block_pool_keys: the contents of each block, and updates that equal pooling from scratch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
 def by_definition(k, block, mode, length):
-    """One request [S, H, D], block by block."""
+    """Pools one request [S, H, D], block by block."""
     found = []
     for first in range(0, len(k), block):
         x = k[first : min(first + block, max(length, 0))]
@@ -33,7 +33,7 @@ def by_definition(k, block, mode, length):
 
 @st.composite
 def caches(draw):
-    """Keys of small integers, whose means need no particular order, in a cache of any layout."""
+    """Keys of small integers, whose means do not depend on order, in a cache of any layout."""
     heads, dim = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 8, 16, 40, 128, 200]))
     batch, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 60))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))

@@ -1,4 +1,4 @@
-"""What lies in a table of pages behind the length of a request is never looked at."""
+"""block_table entries beyond the length of a request are never read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ints(*values):
 
 
 def tables(behind):
-    """Pages of each request, and `behind` where it has no keys."""
+    """block_table of each request, with `behind` in entries without keys."""
     return ints((1, 3, behind, behind), (behind,) * 4, (0, 4, 2, behind))
 
 

@@ -1,5 +1,5 @@
-"""The Triton kernels that score, compact and fill a cache, compiled for GPUs: they fit, and no
-length compiles anew."""
+"""The Triton kernels that score, compact and fill a cache compile for GPUs: they fit, and no length
+recompiles."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def append(dtype, d, pages=9, size=16, tokens=7, heads=3, table=50, scale=True):
 
 
 def main(capability):
-    """Prints what ptxas made of each kernel."""
+    """Prints the ptxas resources of each kernel."""
     found = []
     for name, dtype in DTYPES.items():
         calls = [columns(dtype, d) for d in (64, 128, 256)] + [columns(dtype, 64, True)]
@@ -78,7 +78,7 @@ def main(capability):
         for call in calls:
             for kernel, code in compiled(int(capability), call):
                 found.append({"case": name, **resources(kernel, code)})
-                if kernel.__name__ == "append_kernel":  # rounds each product: its bits are known
+                if kernel.__name__ == "append_kernel":  # rounds each product: its bits are fixed
                     assert "fma.rn.f32" not in code.asm["ptx"]
     print(json.dumps(found))
 

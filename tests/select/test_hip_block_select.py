@@ -1,4 +1,5 @@
-"""hip_block_select: what its lists hold, what they surely find and what they may miss."""
+"""hip_block_select: contents of its lists, blocks that it must find, and blocks that it may
+miss."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def whole(shape, generator, dtype=torch.float32, most=4):
-    """Whole numbers: products are exact, whatever their order."""
+    """Integers: products are exact in any order."""
     return torch.randint(-most, most + 1, shape, generator=generator).to(dtype)
 
 
@@ -37,7 +38,7 @@ def select(q, k, backend, **options):
 
 
 def admissible(o, queries, tokens, row):
-    """First and last + 1 admissible block of a query block, by looking at every pair."""
+    """First and last + 1 admissible block of a query block, found by testing every pair."""
     last = min((row + 1) * o["block_q"], queries) - 1
     seen = tokens - queries + last + 1 if o["causal"] else tokens
     counted = range(o["num_sink"], max(seen - o["num_recent"], o["num_sink"]))
@@ -98,7 +99,7 @@ def calls(draw, longest=220, most_lists=200):
 
 
 def check_lists(call, backend):
-    """I2 (unique), I3, I4 and I8, and the blocks of the oracle."""
+    """Checks I2 (unique), I3, I4 and I8, and the oracle's blocks."""
     q, k, cache, o = call
     found = select(q, cache, backend, **o)
     indices, counts = found
@@ -139,7 +140,7 @@ def test_lists(call, backend):
 @examples(25)
 @given(data=st.data())
 def test_a_budget_that_suffices_leaves_nothing_out(data, backend):
-    """I1 and I2: list, first and last keys are all that any query sees."""
+    """I1 and I2: list, first and last keys together are all that any query sees."""
     queries, tokens = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 90))
     o = {
         "block_q": data.draw(st.sampled_from([1, 8, 16])),
@@ -161,7 +162,7 @@ def test_a_budget_that_suffices_leaves_nothing_out(data, backend):
 
 
 def block_scores(q, k, o):
-    """Of the admissible blocks of the only list and query block, in Python."""
+    """Scores of the admissible blocks of the only list and query block, in plain Python."""
     first, until = admissible(o, q.shape[1], k.shape[1], 0)
     rows = range(q.shape[1] - 1, -1, -o["stride_q"])
     scores = {}
@@ -199,7 +200,7 @@ def test_exact_mode_is_exact(seed, wanted, tokens, backend):
 @examples(15)
 @given(seed=st.integers(0, 2**31), wanted=st.integers(1, 12))
 def test_the_best_representative_stays(seed, wanted, backend):
-    """I5: with "first", whatever the first step looked at, nothing better is lost."""
+    """I5: with "first", no block better than a result of the first step is lost."""
     generator = torch.Generator().manual_seed(seed)
     q, k = whole((1, 5, 1, 8), generator), whole((1, 150, 1, 8), generator)
     o = {**SMALL, "budget": 2 * wanted, "representative": "first"}
@@ -219,7 +220,7 @@ def test_the_best_representative_stays(seed, wanted, backend):
 def test_keys_that_are_alike_in_each_first_node_are_found(
     seed, wanted, tokens, representative, backend
 ):
-    """I6"""
+    """I6: keys that are equal within each initial node are found."""
     generator = torch.Generator().manual_seed(seed)
     o = {**SMALL, "block_q": 1, "num_sink": 0, "num_recent": 0}
     tokens -= tokens % 2
@@ -247,25 +248,26 @@ def peak_found(peak, wanted, slopes, backend):
     peak=st.integers(0, 299), more=st.integers(1, 12), slopes=st.tuples(*[st.integers(1, 5)] * 2)
 )
 def test_a_peak_is_found(peak, more, slopes, backend):
-    """I6: a slope up and one down, the steeper one at most as often as there are other blocks.
+    """I6: one rising and one falling slope; their ratio is at most the number of other blocks.
 
-    Of a level, the block's node has the nearest representative on its side of the peak. Nodes of
+    At each level, the block's node has the nearest representative on its side of the peak. Nodes of
     s or s + 1 blocks put the n-th of the other side at (n - 1/2) s or farther, and its own at
-    (s + 1) / 2 or nearer: no more than the ratio of the slopes come before it.
+    (s + 1) / 2 or nearer: at most as many nodes as the ratio of the slopes come before it.
     """
     assert peak_found(peak, more - (-max(slopes) // min(slopes)), slopes, backend)
 
 
 @each_backend
 def test_a_peak_with_one_steep_side_can_be_missed(backend):
-    """Two nodes of the gentle side, and the peak's own speaks from the steep one."""
+    """Two nodes lie on the gentle side, and the representative of the peak's node on the steep
+    side."""
     assert not peak_found(4, 2, (1, 3), backend)
     assert peak_found(4, 3, (1, 3), backend)
 
 
 @each_backend
 def test_an_isolated_spike_can_be_missed(backend):
-    """There is no worst-case guarantee but with bound="minmax"."""
+    """Only bound="minmax" gives a worst-case guarantee."""
     q, k = torch.ones(1, 1, 1, 4), torch.zeros(1, 1000, 1, 4)
     k[0, 777] = 100
     o = {**SMALL, "budget": 16}
@@ -275,7 +277,7 @@ def test_an_isolated_spike_can_be_missed(backend):
 
 @each_backend
 def test_orders_and_unseen_keys_do_not_matter(backend):
-    """I7"""
+    """I7: results do not depend on the order of heads or on keys that no query sees."""
     generator = torch.Generator().manual_seed(0)
     q, k = whole((3, 30, 6, 16), generator), whole((3, 250, 2, 16), generator)
     lengths = torch.tensor([250, 20, 131], dtype=torch.int32)
@@ -303,7 +305,7 @@ def recall(k, q, wanted, backend):
 
 @each_backend
 def test_recall_is_that_of_chance_or_better(backend):
-    """I9: independent keys, then keys that resemble their neighbours."""
+    """I9: independent keys, then keys that resemble their neighbors."""
     generator = torch.Generator().manual_seed(0)
     lists, tokens, wanted = (24, 512, 32) if backend in ("cpu", "reference") else (8, 256, 16)
     chance = wanted / (tokens // 2)
@@ -330,7 +332,7 @@ def test_decoding_selects_what_prefill_does(backend):
 
 @pytest.mark.parametrize(("form", "backend"), forms(backends("reference")))
 def test_a_request_has_the_lists_that_it_has_alone(form, backend):
-    """And rows of lists that no request has are empty."""
+    """List rows that belong to no request are empty."""
     o = {**SMALL, "budget": 16, "head_reduce": "group_max"}
     requests = Requests(form, backend)
     indices, counts = select(*requests.tensors[:2], backend, **o, **requests.options)
@@ -345,7 +347,7 @@ def test_a_request_has_the_lists_that_it_has_alone(form, backend):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b in ("cuda", "emulated")])
 def test_blocks_of_few_warps_find_what_those_of_many_do(backend):
-    """Lists have many warps each while a multiprocessor has one list."""
+    """Lists have many warps each while an SM has one list."""
     q, k = torch.randn(1, 1, 160, 4), torch.randn(1, 60, 160, 4)
     o = {**SMALL, "budget": 16}
     indices, counts = select(q, k, backend, **o)
@@ -373,9 +375,10 @@ def test_wrong_ends_lead_nowhere_else(wrong, backend):
     ("backend", "isa"), [(b, i) for b, i in cpu_variants() if b == "cpu"], indirect=["isa"]
 )
 def test_the_end_of_a_long_prefill(backend, isa, dtype, paged):
-    """Keys that many query blocks read are copied, others read in place: the same bits."""
+    """Keys read by many query blocks are copied, others are read in place: the bits are the
+    same."""
     generator = torch.Generator().manual_seed(0)
-    tokens, last = 8200, 200  # whole query blocks, and one of 8
+    tokens, last = 8200, 200  # whole query blocks, and one of 8 queries
     q = torch.randn(1, tokens, 2, 5, generator=generator).to(dtype)
     k = torch.randn(1, 129 * 64, 1, 5, generator=generator).to(dtype)
     options = {"block_k": 8, "budget": 2048, "num_recent": 32}
@@ -394,7 +397,7 @@ def test_the_end_of_a_long_prefill(backend, isa, dtype, paged):
 
 @each_backend
 def test_a_list_goes_on_from_itself(backend):
-    """Nodes of one block stay; nodes of two or more have the blocks of the list among theirs."""
+    """Nodes of one block stay; nodes of two or more blocks contain the blocks of the list."""
     generator = torch.Generator().manual_seed(0)
     q, k = whole((1, 1, 2, 16), generator), whole((1, 800, 2, 16), generator)
     o = {**SMALL, "budget": 32}
@@ -424,8 +427,8 @@ def test_nan_comes_after_every_number(backend):
 @pytest.mark.parametrize("representative", ["first", "middle", "last"])
 @pytest.mark.parametrize("backend", [b for b in backends() if b in ("cuda", "emulated")])
 def test_nodes_scored_ahead_change_no_list(backend, representative, heads, monkeypatch):
-    """6 lists leave 132 multiprocessors room for four levels of a tree of five, 24 for two; the
-    second request has a tree of two levels, the third none."""
+    """6 lists leave 132 SMs room for four levels of a tree of five, 24 lists for two; the second
+    request has a tree of two levels, the third none."""
     generator = torch.Generator().manual_seed(3)
     q, k = (whole((3, n, heads // 3, 8), generator) for n in (1, 210))
     k[1, ::9, 0] = NAN

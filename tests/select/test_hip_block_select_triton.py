@@ -1,4 +1,4 @@
-"""The Triton kernel of hip_block_select compiled for GPUs: it fits, and no length compiles anew."""
+"""The Triton kernel of hip_block_select compiles for GPUs: it fits, and no length recompiles."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def search(dtype, case, tokens=4096, queries=100, dim=128):
 
 
 def main(capability):
-    """Prints what ptxas made of the kernel."""
+    """Prints the ptxas resources of the kernel."""
     found = []
     for name, dtype in DTYPES.items():
         for case in CASES:
@@ -63,7 +63,7 @@ def main(capability):
     print(json.dumps(found))
 
 
-# Bytes that are known to spill, docs/performance.md: by capability, dtype and case.
+# Known spills in bytes, docs/performance.md: by capability, dtype and case.
 SPILLS = {(80, "float32", "search"): 88, **{(90, dtype, "restart"): 24 for dtype in DTYPES}}
 
 

@@ -18,7 +18,7 @@ module = importlib.import_module("tokenmill.select.indexer_kl_loss")
 
 
 def by_hand(q, k, weights, indices, counts, target, activation="relu"):
-    """With scores [B, Sq, Sk], and the lists as a mask of them."""
+    """Formula with scores [B, Sq, Sk], masked by the lists."""
     z = torch.einsum("bihd,bjd->bihj", q, k)
     z = z.relu() if activation == "relu" else z
     scores = (weights[..., None] * z).sum(2)
@@ -35,7 +35,7 @@ def by_hand(q, k, weights, indices, counts, target, activation="relu"):
 
 
 def lists(g, batch, queries, keys, entries, repeats=False):
-    """Ascending ids in random numbers, rubbish behind them, and targets, some of which are 0."""
+    """Ascending ids in random counts, garbage after them, and targets, some of which are 0."""
     indices = torch.full((batch, queries, entries), 10**9, dtype=torch.int32)
     most = min(keys, entries) + 1
     counts = torch.randint(most, (batch, queries), generator=g, dtype=torch.int32)
@@ -108,7 +108,7 @@ def test_derivatives_of_both_orders(monkeypatch):
 
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
-    narrow, others = as_type(leaves, rest, torch.float32)  # by kernels
+    narrow, others = as_type(leaves, rest, torch.float32)  # native kernels
     for tensors, lists_ in ((leaves, rest), (narrow, others)):
         first = torch.autograd.grad(
             tm.indexer_kl_loss(*tensors, *lists_), tensors, create_graph=True
@@ -155,7 +155,7 @@ def test_what_lies_beyond_the_counts_and_in_keys_that_nobody_lists():
     q, k, weights = (t.detach().clone() for t in leaves)
     beyond = torch.arange(4) >= counts[..., None]
     clean = indices.masked_fill(beyond, -1), counts, target.masked_fill(beyond, 0.0)
-    clean[0][1, 0, :3] = torch.tensor([1, 2, 4])  # a list that has room
+    clean[0][1, 0, :3] = torch.tensor([1, 2, 4])  # a list with unused entries
     clean[1][1, 0] = 3
     clean[2][1, 0, :3] = 0.5
     dirty = (
@@ -202,7 +202,7 @@ def test_the_same_bits_for_any_number_of_threads(sizes, elements, threads, monke
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that a result has."""
+    """Records the maximum number of elements of a result."""
 
     elements = 0
 

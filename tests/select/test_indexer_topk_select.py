@@ -1,5 +1,5 @@
-"""indexer_topk_select: the definition in loops, lists that do not depend on how work is cut, and
-values that only a synchronisation could refuse."""
+"""indexer_topk_select: the definition in loops, lists that do not depend on the work partition, and
+values that could only be refused by synchronizing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ints(*values):
 
 
 def one_list(scores, topk, block_k):
-    """Of the scores of keys by position."""
+    """List from the scores of keys by position."""
     blocks: dict[int, list[float]] = {}
     for j, x in scores.items():
         blocks.setdefault(j // block_k, []).append(x)
@@ -31,7 +31,7 @@ def one_list(scores, topk, block_k):
 
 
 def by_definition(q, k, weights, topk, o):
-    """One sequence: q [Sq, H, D], k [n, D], weights [Sq, H]. A dict of each query."""
+    """One sequence: q [Sq, H, D], k [n, D], weights [Sq, H]. Returns a dict per query."""
     queries, n = len(q), len(k)
     lists = []
     for i in range(queries):
@@ -48,7 +48,7 @@ def by_definition(q, k, weights, topk, o):
 
 @st.composite
 def calls(draw, longest):
-    """Arguments, options, and the sequences: slices of queries, and keys."""
+    """Draws arguments, options and the sequences: slices of queries, and keys."""
     number = st.integers
     generator = torch.Generator().manual_seed(draw(number(0, 2**31)))
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
@@ -156,7 +156,7 @@ def test_definition(call, backend):
 
 
 def row_of_scores(order, n):
-    """One head and a key for each score, in the order of [1, 1, n] keys."""
+    """One head and one key per score, in the order of [1, 1, n] keys."""
     x = {
         "ascending": torch.arange(n),
         "descending": n - torch.arange(n),
@@ -170,7 +170,8 @@ def row_of_scores(order, n):
 
 @pytest.mark.parametrize("scores", ["whole", "few", "zero", "none"])
 def test_no_hint_changes_a_list(scores, threads):
-    """Good, wrong, short or no numbers of keys at all, on a CPU in one part and in several."""
+    """Hints are good, wrong, short or not key numbers at all, on a CPU in one part and in
+    several."""
     n, topk, generator = 12_000, 40, torch.Generator().manual_seed(6)
     largest = {"whole": 400, "few": 2, "zero": 0, "none": 1}[scores]
     k = torch.randint(-largest, largest + 1, (2, n, 4), generator=generator).float()
@@ -196,7 +197,7 @@ def test_no_hint_changes_a_list(scores, threads):
 @pytest.mark.parametrize("backend", [b for b in backends("reference") if b != "triton"])
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal", "few", "mixed"])
 def test_more_candidates_than_are_kept(order, backend, threads):
-    """Whatever the order of the scores, however many parts the keys fall into."""
+    """This holds for any order of the scores and any number of parts."""
     n, topk = 40_001, 300
     *args, scores = row_of_scores(order, n)
     best = scores.argsort(stable=True, descending=True)[:topk].sort()[0]
@@ -209,7 +210,7 @@ def test_more_candidates_than_are_kept(order, backend, threads):
 
 @pytest.mark.parametrize("backend", backends())
 def test_queries_in_stripes(backend, monkeypatch):
-    """GPUs score some queries after the others where their rows are long."""
+    """GPUs score the queries in stripes if their rows are long."""
     queries, n = 70, 8400
     if backend == "triton":
         module = pytest.importorskip("tokenmill.triton_kernels.select.indexer_topk_select")
@@ -230,7 +231,8 @@ def test_queries_in_stripes(backend, monkeypatch):
 
 @pytest.mark.parametrize("backend", backends())
 def test_a_long_sequence_among_short_ones(backend):
-    """CUDA blocks are as many as sequences of the mean length need, and take the rest in turn."""
+    """The CUDA grid is sized for sequences of the mean length, and its CTAs take the rest in
+    turn."""
     generator = torch.Generator().manual_seed(4)
     ends_q, ends_k = ints(0, 1, 4, 6, 7), ints(0, 3, 700, 705, 710)
     q = torch.randint(-3, 4, (7, 2, 8), generator=generator).half()
@@ -247,7 +249,7 @@ def test_a_long_sequence_among_short_ones(backend):
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scores_of_random_numbers(dtype, backend):
-    """Values keep their budget, and nothing outside a list is clearly larger than what is in it."""
+    """Values keep the error budget, and no key outside a list clearly exceeds the keys in it."""
     generator = torch.Generator().manual_seed(1)
     heads, n, topk = 8, 200 if backend == "triton" else 1500, 50
     q = torch.randn(1, 3, heads, 64, generator=generator).to(dtype)
@@ -270,7 +272,7 @@ def test_scores_of_random_numbers(dtype, backend):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_every_code_of_float8(dtype, backend, isa):
-    """Times its scale, in the first, the middle and the last dimension."""
+    """Each code is multiplied by its scale, in the first, the middle and the last dimension."""
     codes, device = torch.arange(256, dtype=torch.uint8), device_of(backend)
     for dim, at in ((1, 0), (8, 3), (21, 20)):
         k = torch.zeros(1, 256, dim, dtype=torch.uint8)
@@ -291,7 +293,7 @@ def test_every_code_of_float8(dtype, backend, isa):
 
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_keys_of_a_float8_cache(backend):
-    """kv_cache_append writes them and their scales; lists are those of what the cache holds."""
+    """kv_cache_append writes the keys and their scales; lists match the contents of the cache."""
     generator = torch.Generator().manual_seed(5)
     k = torch.randn(40, 1, 32, generator=generator)
     q, weights = torch.randn(1, 3, 4, 32, generator=generator), torch.ones(1, 3, 4)
@@ -330,7 +332,7 @@ def test_it_is_the_scores_of_a_cache_and_a_selection(backend):
 
 
 def test_lists_are_those_of_block_sparse_attention():
-    """Attention to listed keys is attention with a mask of them (DeepSeek-V3.2-Exp, 2.1)."""
+    """Attention to listed keys equals attention with their mask (DeepSeek-V3.2-Exp, 2.1)."""
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, 40, 2, 16, generator=generator) for _ in range(3))
     q_index, k_index = torch.randn(1, 40, 4, 8, generator=generator), k[:, :, 0, :8]

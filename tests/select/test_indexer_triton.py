@@ -1,5 +1,4 @@
-"""The Triton kernel of indexer_topk_select compiled for GPUs: it fits, and no length compiles
-anew."""
+"""The Triton kernel of indexer_topk_select compiles for GPUs: it fits, and no length recompiles."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ def call(dtype, keys=1000, queries=5, heads=64, paged=False, float8=False):
 
 
 def main(capability):
-    """Prints what ptxas made of each kernel."""
+    """Prints the ptxas resources of each kernel."""
     found = []
     for name, dtype in DTYPES.items():
         for paged, float8 in ((False, False), (True, False), (True, True)):

@@ -1,4 +1,4 @@
-"""kv_block_scores: the definition in loops, bounds, and what must not influence a score."""
+"""kv_block_scores: the definition in loops, bounds, and values that must not affect a score."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def larger(a, b):
 
 
 def by_definition(q, k, n, o):
-    """One request: q [Sq, H, D], rows of k, in plain Python. Returns [H*, rows, blocks]."""
+    """One request in plain Python: q [Sq, H, D], rows of k. Returns [H*, rows, blocks]."""
     queries, heads = q.shape[:2]
     rows, group = len(k), heads // k.shape[1]
     raw = o["scoring"] == "max_block"
@@ -74,7 +74,7 @@ def by_definition(q, k, n, o):
 
 @st.composite
 def calls(draw, longest):
-    """Integer-valued queries and keys: sums are exact, whatever their order."""
+    """Draws integer-valued queries and keys: sums are exact in any order."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 3), (1, 7), (1, 12)]))
@@ -162,7 +162,8 @@ def test_definition(call, backend):
 @pytest.mark.parametrize("backend", backends("reference"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_bound_of_a_box_holds(dtype, backend):
-    """Rounded boxes would break this at 16 bits: minima and maxima are elements of the keys."""
+    """Rounded boxes would break the bound in 16 bits: minima and maxima are elements of the
+    keys."""
     q = torch.randn(2, 3, 8, 64).to(dtype).to(device_of(backend))
     k = torch.randn(2, 200, 2, 64).to(dtype).to(device_of(backend))
     boxes = tm.block_pool_keys(k, 16, mode="minmax", backend=backend)
@@ -209,7 +210,7 @@ def test_a_nan_stays_in_its_block(at, block_k, backend):
 
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_a_nan_of_a_query_stays_in_its_rows(backend):
-    """Of a vote it is all: every block has the sum of all heads."""
+    """A vote is NaN everywhere: every block sums all heads."""
     device = device_of(backend)
     q, k = torch.randn(2, 3, 4, 32, device=device), torch.randn(2, 20, 2, 32, device=device)
     q[1, 2, 1, 7] = NAN
@@ -221,7 +222,8 @@ def test_a_nan_of_a_query_stays_in_its_rows(backend):
 
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_a_vote_sums_to_the_heads_over_many_tokens(backend):
-    """Small weights count relatively: uniform ones over 5000 tokens, in several pieces of a row."""
+    """Small weights are accurate relative to their size: uniform ones over 5000 tokens, in several
+    pieces of a row."""
     tokens = 700 if backend == "triton" else 5000
     q = torch.zeros(1, 1, 6, 16, device=device_of(backend))
     k = torch.randn(1, tokens, 2, 16, device=device_of(backend))
@@ -242,7 +244,7 @@ def test_a_vote_sums_to_the_heads_over_many_tokens(backend):
 
 @pytest.mark.parametrize("backend", backends())
 def test_long_sets_go_through_shared_memory_in_pieces(backend):
-    """130 queries of 2 heads make one result."""
+    """130 queries of 2 heads give one result."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(-3, 4, (1, 130, 2, 32), generator=generator).half()
     k = torch.randint(-3, 4, (1, 40, 1, 32), generator=generator).half()
@@ -274,7 +276,7 @@ def test_gradients_are_not_asked_for():
 @pytest.mark.parametrize("backend", backends("reference"))
 @pytest.mark.parametrize("angle", [0.0, 0.44, 0.46, 3.1])
 def test_gate(angle, backend):
-    """cos 0.44 = 0.905, cos 0.46 = 0.896"""
+    """The thresholds are cos 0.44 = 0.905 and cos 0.46 = 0.896."""
     device = device_of(backend)
     q = torch.zeros(1, 3, 2, 2, device=device)
     q[..., 0] = torch.tensor([[0.5], [1.5], [4.0]], device=device)

@@ -1,4 +1,4 @@
-"""kv_cache_append: what is written has the same bits on every backend, and nothing else is."""
+"""kv_cache_append: written rows have the same bits on every backend, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tier import examples
 import tokenmill as tm
 
 FLOAT8 = torch.float8_e4m3fn
-# Subnormal in float32 alone: Triton's interpreter misreads subnormal bfloat16.
+# Subnormal in float32 only: Triton's interpreter misreads subnormal bfloat16.
 TINY = (1e-45, -1e-41)
 HOSTILE = (0.0, -0.0, float("nan"), float("inf"), -float("inf"), *TINY, 6e-36, 3e38, 448.0)
 
@@ -23,7 +23,7 @@ def float8(x):
 
 
 def rotation(positions, pairs, base=100.0):
-    """cos and sin [positions, pairs]."""
+    """cos and sin tables [positions, pairs]."""
     frequency = base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
     angle = torch.arange(positions)[:, None] * frequency
     return angle.cos().float(), angle.sin().float()
@@ -31,7 +31,7 @@ def rotation(positions, pairs, base=100.0):
 
 @st.composite
 def calls(draw):
-    """Arguments of a call, drawn anew from one seed at each call of what is returned."""
+    """Arguments of a call, drawn again from one seed each time the returned function is called."""
     pages, page_size = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     hk, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     sizes = st.one_of(st.integers(1, 48), st.sampled_from([64, 128, 200, 256]))
@@ -49,7 +49,7 @@ def calls(draw):
     with_q = pairs is not None and draw(st.booleans())
     scales = [draw(st.sampled_from(["token", "one", "head", None])) for _ in range(2)]
     hostile = draw(st.booleans())
-    apart = draw(st.integers(0, 2))  # elements between rows
+    apart = draw(st.integers(0, 2))  # gap between rows in elements
     seed = draw(st.integers(0, 2**20))
 
     def make():
@@ -87,7 +87,7 @@ def calls(draw):
 
 
 def appended(make, backend):
-    """What is returned and written."""
+    """Returned and written tensors."""
     args, options = map_tensors(make(), lambda t: t.to(device_of(backend)))
     turned = tm.kv_cache_append(*args, backend=backend, **options)
     found = [turned, *args[:2], options.get("k_scale"), options.get("v_scale")]
@@ -119,7 +119,7 @@ def test_there_may_be_nothing(backend, pages, heads, queries, tokens):
 
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_scales_of_tokens_come_from_finite_numbers(backend):
-    """A row of zeros, or without a finite number, has scale 1; infinities saturate, NaN stays."""
+    """A row of zeros or without a finite number has scale 1; infinities saturate, NaN stays."""
     inf, nan = float("inf"), float("nan")
     rows = torch.tensor(
         [[0.0, -0.0, 0.0], [inf, -inf, nan], [7.0, -inf, nan], [1e-37, -1e-38, 0], [-3.5, 1, 0.125]]
@@ -158,7 +158,7 @@ def test_what_is_read_back_is_near(scales):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_rows_turn_as_complex_numbers(backend, interleaved):
-    """Products of a turned query and key depend on the distance of their positions alone."""
+    """Products of a rotated query and key depend only on the distance of their positions."""
     device = device_of(backend)
     cos, sin = rotation(20, 8)
     x = torch.randn(20, 1, 20, generator=torch.Generator().manual_seed(0))
@@ -181,7 +181,7 @@ def test_rows_turn_as_complex_numbers(backend, interleaved):
 
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_a_request_that_grows_in_pages_is_one_that_was_there(backend):
-    """Keys and values of pages of one tensor, filled in three calls, and read by decode."""
+    """Keys and values in pages of one tensor, filled in three calls, and read by decode."""
     device, dtype = device_of(backend), torch.float32
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(11, h, 16, generator=g).to(device, dtype) for h in (4, 2, 2))
@@ -211,7 +211,8 @@ def test_a_request_that_grows_in_pages_is_one_that_was_there(backend):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_a_latent_row_is_its_parts(backend, interleaved):
-    """Columns from rope_offset on turn as if they were a key, the latent ones before as a value."""
+    """Columns from rope_offset on are rotated like a key, the latent columns before them are copied
+    like a value."""
     g, device = torch.Generator().manual_seed(0), device_of(backend)
     rows, q = (torch.randn(3, h, 40, generator=g).to(device) for h in (1, 2))
     whole, apart = torch.zeros(2, 2, 4, 1, 40, device=device)
@@ -226,7 +227,7 @@ def test_a_latent_row_is_its_parts(backend, interleaved):
 
 
 def test_a_latent_row_in_float8_has_one_scale():
-    """It is read as key and value."""
+    """The row is read as key and as value."""
     g = torch.Generator().manual_seed(0)
     rows, q = (torch.randn(5, h, 40, generator=g) for h in (1, 2))
     cache, scale = float8(torch.zeros(2, 4, 1, 40)), torch.zeros(2, 4, 1)
@@ -266,7 +267,7 @@ def test_an_error_writes_nothing(backend):
 
 
 def test_slots_of_64_bits():
-    """A cache of more than 2^31 slots, of which two are ever touched."""
+    """A cache of more than 2^31 slots, of which two are touched."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     bytes_ = [torch.empty(2**29 + 1, 4, 1, 1, dtype=torch.uint8) for _ in range(2)]
     k = torch.tensor([2.0, 3.0])[:, None, None]

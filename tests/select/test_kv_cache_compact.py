@@ -1,4 +1,4 @@
-"""kv_cache_compact: what is kept moves in order, and nothing else happens to it."""
+"""kv_cache_compact: kept tokens move in order, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_any_call_keeps_the_error_budget(backend, isa, data):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_long_lists_move_bit_by_bit(backend, dtype):
-    """More tokens than a block holds at once, every gap and none."""
+    """More tokens than a CTA holds at once, with every gap and with none."""
     k, v = caches(2, 900, 1, 64, device_of(backend), dtype)
     g = torch.Generator().manual_seed(1)
     lists = [torch.arange(1, 900), torch.randperm(900, generator=g)[:450].sort()[0]]
@@ -123,8 +123,8 @@ def test_streaming_keys_are_as_if_embedded_at_their_new_slots(backend):
 
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_compensation_is_one_key_more(backend):
-    """RazorAttention: the mean of what went, with its logarithm added to the logit, stands for as
-    many equal keys."""
+    """RazorAttention: the mean of the dropped keys, with log of their count added to the logit,
+    stands for that many equal keys."""
     k, v = caches(1, 30, 2, 16, device_of(backend))
     k[:, 10:], v[:, 10:] = k[:, 10:11], v[:, 10:11]
     q = torch.randn(1, 1, 2, 16, device=k.device)

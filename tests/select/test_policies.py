@@ -159,7 +159,7 @@ def test_recycled_attention(page):
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("page", [None, 4])
 def test_indexer(page, given):
-    """Prompts, too: each query attends to the keys that the indexer scores highest for it."""
+    """Prompts too: each query attends to the keys that the indexer scores highest for it."""
     topk, indexer, tokens = 6, TinyIndexer(), draw()
     exact = copy.deepcopy(indexer).double()
     policy = policies.Indexer(
@@ -226,7 +226,7 @@ def test_streaming_llm(page, capacity, rope):
 
 
 def evict(scores: Tensor, slots: list[int], budget: int, recent: int) -> list[int]:
-    """Slots left of those that are there: the last ones, and the best of the others."""
+    """Remaining slots: the last ones, and the best of the others."""
     old, last = slots[: len(slots) - recent], slots[len(slots) - recent :]
     keep = best(scores[old], budget - len(last))
     return [old[j] for j in keep] + last
@@ -268,7 +268,7 @@ def test_keyformer(budget, recent):
     seed, tau, rise = 7, 1.0, 0.5
 
     def noisy(q, k, h, b, i, t, columns):
-        """Softmax with the noise of a place: slot j and query position i."""
+        """Softmax with the noise of slot j and query position i."""
         g = tm.select.gumbel_noise(
             seed + t, len(LENGTHS), H, 1, columns, first_row=i, dtype=torch.float64
         )[b, h, 0]

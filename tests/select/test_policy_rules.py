@@ -1,4 +1,4 @@
-"""What holds for every policy."""
+"""Properties of every policy."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_budget_for_all_keys_is_full_attention(method, options):
 
 @pytest.mark.parametrize(("method", "options"), [case for case in SPARING if case[1]])
 def test_numbers_fit_lengths(method, options):
-    """A length divided by 2^62 was one divided by 0 in int32."""
+    """A length divided by 2^62 used to be divided by 0 in int32."""
     for name, value in options.items():
         if isinstance(value, int):
             with pytest.raises(
@@ -83,7 +83,7 @@ def test_chunks_are_attended_to_like_prompts(method, options, page):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("method", "options"), SPARING)
 def test_16_bits(method, options, dtype):
-    """Keys whose products are whole numbers: the same are chosen in any type."""
+    """Keys whose products are integers: every dtype selects the same ones."""
     tokens = draw()
     whole = Tokens(
         tuple(t.round() for t in tokens.prompt), [tuple(t.round() for t in s) for s in tokens.steps]
@@ -164,8 +164,8 @@ def test_a_rotated_prompt_has_keys_of_the_dimension_of_queries():
 @pytest.mark.parametrize("page", [None, 4])
 @pytest.mark.parametrize(("method", "options"), SPARING)
 def test_nothing_waits_for_the_device(method, options, page, monkeypatch):
-    """Tensors without data: whoever asks for a value is refused. Operators are their fakes, also
-    those for which this build has no kernel. What is checked where tensors are at hand is not."""
+    """Tensors have no data: reading a value raises. Operators run as their fakes, also those
+    without a kernel in this build. Checks of available tensors are skipped."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     monkeypatch.setattr(tm._library.TorchOp, "has_native", lambda self, key: True)

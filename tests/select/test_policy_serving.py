@@ -1,4 +1,4 @@
-"""Policies where requests are served: pages, ragged chunks, padding on either side, drafts."""
+"""Policies in serving: pages, ragged chunks, padding on either side, drafts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 import tokenmill as tm
 from tokenmill import policies
 
-# Tokens of each chunk. Methods that choose by chunk or block of queries cut there, too.
+# Tokens of each chunk. Methods that choose per chunk or query block cut there, too.
 CHUNKS = {"right": ((16, 8), (21, 14)), "left": ((16, 0), (16, 16), (5, 6))}
 BESIDE = {policies.TokenSelect: {"chunk": 8}}
 ROTATED = [
@@ -27,7 +27,7 @@ def new(method, options, page=None, capacity=64):
 
 
 def rows(t: Tensor, first: tuple[int, ...], counts: tuple[int, ...], padding: str) -> Tensor:
-    """[B, max(counts), ...]: tokens first[b] to first[b] + counts[b] - 1, and ones beside."""
+    """Tokens first[b] to first[b] + counts[b] - 1 as [B, max(counts), ...], padded with ones."""
     out = torch.ones(len(counts), max(counts), *t.shape[2:])
     for b, (i, n) in enumerate(zip(first, counts, strict=True)):
         at = slice(0, n) if padding == "right" else slice(max(counts) - n, None)
@@ -44,14 +44,14 @@ def test_every_policy_is_served():
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize(("method", "options"), SPARING + ROTATED)
 def test_a_request_in_company_is_as_alone(method, options, padding):
-    """In company: over pages, prompts in ragged chunks, a step of three tokens. Alone: dense, the
-    whole prompt, one token a step."""
+    """Batched: over pages, prompts in ragged chunks, a step of three tokens. Single: dense, the
+    whole prompt, one token per step."""
     tokens = draw(alike=0.5)
     keeps = hasattr(method, "extend") or method is policies.RazorAttention
     policy = new(method, options, page=4, capacity=64 if keeps else 40)
     found: list[list[Tensor]] = [[], []]
     first = (0, 0)
-    # The noise of Keyformer depends on how long a row is.
+    # The noise of Keyformer depends on the length of a row.
     chunks = CHUNKS["right" if method is policies.Keyformer else padding]
     for chunk in chunks:
         own = (rows(t, first, chunk, padding) for t in tokens.prompt)
@@ -67,7 +67,7 @@ def test_a_request_in_company_is_as_alone(method, options, padding):
         out = policy.step(*step)
         for b in range(2):
             found[b].append(out[b])
-    for b in range(1 if method is policies.Keyformer else 2):  # the noise is that of a number b
+    for b in range(1 if method is policies.Keyformer else 2):  # noise depends on b
         n, own = LENGTHS[b], slice(b, b + 1)
         alone = new(method, options)
         alone.cache = policies.KVCache(alone.cache.k[own], alone.cache.v[own])
@@ -78,7 +78,7 @@ def test_a_request_in_company_is_as_alone(method, options, padding):
 
 @pytest.mark.parametrize("page", [None, 4])
 def test_requests_of_hip_have_the_bits_that_they_have_alone(page):
-    """A prompt and a chunk, of which requests have tokens of their own number, or none."""
+    """A prompt and a chunk, in which each request has its own number of tokens, or none."""
     options = {"budget": 8, "block_q": 4, "num_sink": 2, "num_recent": 8, "layer": 5}
     tokens, chunks = draw(), ((16, 0), (21, 22))
     batch, table = [], new_cache(page).block_table
@@ -125,7 +125,7 @@ def test_eviction_knows_the_end_of_a_prompt(method, options):
 @pytest.mark.parametrize("page", [None, 4])
 @pytest.mark.parametrize(("method", "options"), KEEPING)
 def test_drafts_are_taken_back(method, options, page):
-    """With lists for all keys what was refused is as if it had not been there."""
+    """With lists for all keys, refused drafts leave no trace."""
     wide = {"k": 64, "budget": 64, "threshold": 2.0, "refresh_interval": 1, "topk": 64}
     if method is not policies.Indexer:
         options = {**options, **{name: x for name, x in wide.items() if hasattr(method, name)}}

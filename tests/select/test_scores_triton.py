@@ -1,5 +1,5 @@
-"""The Triton kernels of scores and pooled keys compiled for GPUs: they fit, and no length compiles
-anew."""
+"""The Triton kernels of scores and pooled keys compile for GPUs: they fit, and no length
+recompiles."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def gate(dtype):
 
 
 def main(capability):
-    """Prints what ptxas made of each kernel."""
+    """Prints the ptxas resources of each kernel."""
     found = []
     for name, dtype in DTYPES.items():
         calls = [*(scores(dtype, case) for case in SCORES), gate(dtype)]

@@ -1,4 +1,4 @@
-"""token_select: the tokens of the largest votes among the candidates."""
+"""token_select: the candidates with the largest votes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tokenmill as tm
 
 
 def votes(q, keys, scale, sink, recent, kernel):
-    """[candidates] of one request, float64."""
+    """Votes [candidates] of one request, in float64."""
     mean = (q.float().sum(0) / len(q)).to(q.dtype).double()
     keys = keys[sink : max(len(keys) - recent, sink)].double()
     keys = keys.repeat_interleave(q.shape[1] // keys.shape[1], 1)
@@ -62,7 +62,7 @@ def test_definition(lengths, queries, heads, sink, recent, k, kernel, page, back
         )
         chosen = torch.zeros(len(wanted), dtype=torch.bool)
         chosen[found[:count].long() - sink] = True
-        if 0 < count < len(wanted):  # rounding may swap votes that are nearly equal
+        if 0 < count < len(wanted):  # rounding may swap almost equal votes
             assert wanted[chosen].min() >= wanted[~chosen].max() * (1 - 1e-5)
 
 

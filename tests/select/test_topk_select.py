@@ -52,7 +52,7 @@ VALUES = {
 
 
 def some_of(best, width):
-    """The first of each row, repeated where there are too few."""
+    """The first entries of each row, repeated if there are too few."""
     rows, n = best.shape
     if n == 0:
         return torch.full((rows, width), -1, dtype=torch.int32)
@@ -60,7 +60,7 @@ def some_of(best, width):
 
 
 def nearly(g, best, width):
-    """The best but for a tenth, which are anywhere."""
+    """The best positions, a tenth of them replaced by random ones."""
     hints = some_of(best, width)
     wrong = torch.rand(hints.shape, generator=g) < 0.1
     anywhere = torch.randint(0, max(best.shape[1], 1), hints.shape, generator=g, dtype=torch.int32)
@@ -68,12 +68,12 @@ def nearly(g, best, width):
 
 
 def padded(g, best, width):
-    """In the order of the positions, -1 behind the last."""
+    """Ascending positions, padded with -1."""
     hints = nearly(g, best, width).sort(1)[0]
     return torch.cat([hints, torch.full_like(hints[:, :5], -1)], 1)
 
 
-# Lists of positions beside [R, n] positions by descending score.
+# Hints [R, width] from positions [R, n] ordered by descending score.
 HINTS = {
     "best": lambda g, best, width: some_of(best, width),
     "nearly": nearly,
@@ -190,7 +190,7 @@ LONG = [
 @pytest.mark.parametrize("tie", ["low", "high"])
 @pytest.mark.parametrize(("kind", "n", "k"), LONG, ids=str)
 def test_long_rows(kind, n, k, tie, backend):
-    """Rows of more candidates than a kernel holds, whatever its guess of the threshold."""
+    """Rows have more candidates than a kernel holds, for any initial guess of the threshold."""
     if backend == "triton":  # several tiles there too
         n, k = n // 16, k // 16
     row = VALUES[kind](torch.Generator().manual_seed(n + k), n)
@@ -210,8 +210,8 @@ def test_long_rows(kind, n, k, tie, backend):
 )
 @pytest.mark.parametrize("hint", HINTS)
 def test_any_hint_gives_the_same(hint, backend, isa):
-    """Rows long enough for a guess from the hints, good and bad ones; the shortest such row has
-    fewer positions than a sample."""
+    """Rows are long enough to guess the threshold from good and bad hints; the shortest such row
+    has fewer positions than a sample."""
     generator = torch.Generator().manual_seed(0)
     kinds = ["normal", "few", "equal", "masked", "nan", "infinite", "ascending", "periodic"]
     wide = torch.stack([VALUES[kind](generator, 20000) for kind in kinds])
@@ -231,7 +231,7 @@ def test_any_hint_gives_the_same(hint, backend, isa):
 
 
 def blocks_of(scores, k, **options):
-    """Blocks of each kernel of a call."""
+    """CTAs of each kernel of a call."""
     with tm._emulator.counting() as launches:
         tm.topk_select(scores, k, backend="emulated", **options)
     return [math.prod(launch["grid"]) for launch in launches]
@@ -239,20 +239,20 @@ def blocks_of(scores, k, **options):
 
 @pytest.mark.skipif("emulated" not in backends(), reason="counts on the PTX machine")
 def test_one_row_fills_the_device():
-    """The machine's device has 132 multiprocessors."""
+    """The machine's device has 132 SMs."""
     row = torch.randn(1, 131072, generator=torch.Generator().manual_seed(0))
     for scores in (row, row.half()):
         launches = blocks_of(scores, 512)
         assert len(launches) == 2 and min(launches) >= 132
-    assert min(blocks_of(row, 5000)) >= 132  # more than one block takes to the end
+    assert min(blocks_of(row, 5000)) >= 132  # more than one CTA takes to the end
     assert blocks_of(row[:, :400].expand(150, 400), 20) == [150]
 
 
 @pytest.mark.skipif("emulated" not in backends(), reason="of the CUDA kernels")
 @pytest.mark.parametrize("n", [16385, 40001])
 def test_lists_of_parts(n):
-    """Each way through a row of several blocks: candidates that are held, too many of them, none,
-    all in one part, and fewer than wanted."""
+    """Each path through a row of several CTAs: candidates that fit, too many candidates, none, all
+    in one part, and fewer than wanted."""
     generator = torch.Generator().manual_seed(n)
     for kind in ("normal", "equal", "masked", "ascending", "nan"):
         wide = torch.full((2, n + 3), NAN)
@@ -269,7 +269,7 @@ def test_lists_of_parts(n):
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "triton"])
 @pytest.mark.parametrize("k", [700, 9000])
 def test_long_rows_by_score(k, backend):
-    """Sorted in shared memory, and in the workspace."""
+    """Rows are sorted in shared memory, or in the workspace."""
     row = torch.randn(1, 12000, generator=torch.Generator().manual_seed(k)).mul(50).round()
     found = tm.topk_select(row.to(device_of(backend)), k, order="score", backend=backend)[0]
     assert torch.equal(found[0].cpu(), row[0].argsort(descending=True, stable=True)[:k].int())
@@ -277,8 +277,8 @@ def test_long_rows_by_score(k, backend):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "triton"])
 def test_a_row_in_several_blocks(backend):
-    """One row of more columns than CUDA lists candidates of; 99.9 % are equal. (Triton has one
-    program for any row.)"""
+    """One row with more columns than CUDA can list as candidates; 99.9 % are equal. (Triton has one
+    program per row.)"""
     generator = torch.Generator().manual_seed(0)
     row = torch.randn(140001, generator=generator)
     row[torch.rand(140001, generator=generator) < 0.999] = 0.5
@@ -307,7 +307,7 @@ def test_pages(backend):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
 def test_starts_and_batches_out_of_range_are_clamped(backend):
-    """Values that only a synchronisation could refuse never leave the tensors."""
+    """Values that could only be refused by synchronizing never cause out-of-bounds accesses."""
     device = device_of(backend)
     scores = torch.ones(4, 24, device=device)
     starts = torch.tensor([-5, 99, 2**31 - 1, -(2**31)], dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""The Triton kernels of topk_select compiled for GPUs: they fit, and no length compiles anew."""
+"""The Triton kernels of topk_select compile for GPUs: they fit, and no length recompiles."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def call(dtype, columns=5000, k=64, everything=False):
 
 
 def main(capability):
-    """Prints what ptxas made of each kernel."""
+    """Prints the ptxas resources of each kernel."""
     found = []
     for name, dtype in DTYPES.items():
         for everything in (False, True):
