@@ -1,4 +1,4 @@
-"""best_match against the definition, and what rows do that have no product."""
+"""best_match against the definition, and rows without any product."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZES = st.one_of(st.sampled_from([0, 1, 15, 16, 17, 63, 64, 65]), st.integers(0
 
 
 def by_definition(a, b):
-    """Row by row. -inf is the least: no NaN is left to compare."""
+    """Row by row. NaN is replaced by -inf, the minimum, so that it never wins."""
     if b.shape[1] == 0:
         none = torch.full(a.shape[:2], -torch.inf)
         return torch.full(a.shape[:2], -1, dtype=torch.int32), none
@@ -29,7 +29,7 @@ def by_definition(a, b):
 
 
 def views(a, b, dtype, layout):
-    """a and b as two tensors, as every other row of one, or as parts of wider rows."""
+    """a and b as two tensors, as alternating rows of one tensor, or as parts of wider rows."""
     if layout == "apart":
         return a.to(dtype), b.to(dtype)
     rows = max(a.shape[1], b.shape[1])
@@ -68,7 +68,7 @@ def whole_numbers(batch, rows, partners, channels, seed, most=2):
     seed=st.integers(0, 2**31),
 )
 def test_the_definition(batch, rows, partners, channels, layout, dtype, seed, backend, isa):
-    """Whole numbers: every product is exact, and many are equal."""
+    """Integers: every product is exact, and many are equal."""
     a, b = whole_numbers(batch, rows, partners, channels, seed)
     check(backend, *views(a, b, dtype, layout))
 
@@ -76,14 +76,14 @@ def test_the_definition(batch, rows, partners, channels, layout, dtype, seed, ba
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_backend
 def test_many_channels(backend, dtype):
-    """More than a slice of a reduction, or what shared memory holds of a."""
+    """More channels than a slice of a reduction, or than shared memory holds of a."""
     check(backend, *(t.to(dtype) for t in whole_numbers(1, 7, 70, 1100, 0, most=1)))
     check(backend, *(t.to(dtype) for t in whole_numbers(1, 2, 5, 4096, 1, most=1)))
 
 
 @each_backend
 def test_many_rows(backend):
-    """More than an item of a thread, and blocks enough for a GPU to take large ones."""
+    """More rows than a thread's work item, and enough CTAs for a GPU to use large ones."""
     check(backend, *whole_numbers(1, 901, 9, 4, 0))
     check(backend, *whole_numbers(264, 70, 3, 2, 0))
 
@@ -106,9 +106,9 @@ def test_lengths_do_not_matter(seed, channels, backend):
 @each_backend
 def test_of_equal_rows_the_first(backend):
     b = torch.randn(2, 90, 24)
-    # BLAS, under the reference and Triton's interpreter, may round equal rows otherwise.
+    # BLAS, in the reference and in Triton's interpreter, may round equal rows differently.
     if backend in ("reference", "triton"):
-        b = torch.where(b.argsort(-1).argsort(-1) < 16, b.sign(), 0.0)  # of length 4
+        b = torch.where(b.argsort(-1).argsort(-1) < 16, b.sign(), 0.0)  # norm 4
     b = b.repeat(1, 3, 1).to(device_of(backend))
     index, score = tm.best_match(b, b, normalize=True, backend=backend)
     assert torch.equal(index.cpu(), torch.arange(90, dtype=torch.int32).repeat(2, 3))
@@ -149,7 +149,7 @@ def test_norms_that_are_not_finite_and_norms_that_are_nothing(backend):
 
 @pytest.mark.parametrize("backend", [b for b in backends("reference") if b != "triton"])
 def test_half_precision_finds_what_float32_finds(backend):
-    """Products of 16-bit rows are exact, and their sums float32."""
+    """Products of 16-bit rows are exact, and their sums are float32."""
     g = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 300, 64, generator=g)
     for dtype in (torch.float16, torch.bfloat16):

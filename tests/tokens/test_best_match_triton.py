@@ -1,4 +1,4 @@
-"""The Triton kernels of best_match compiled for GPUs: they fit, and no length compiles anew."""
+"""The Triton kernels of best_match compile for GPUs: they fit, and no length recompiles."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def call(dtype, rows=99, partners=98, channels=64):
 
 
 def main(capability):
-    """Prints what ptxas made of each kernel."""
+    """Prints the ptxas resources of each kernel."""
     found = []
     for name, dtype in DTYPES.items():
         for kernel, code in compiled(int(capability), call(dtype)):
@@ -47,7 +47,7 @@ def test_kernels_fit(capability, tmp_path):
         if program["kernel"] == "match_kernel":
             assert any(OPERANDS[program["case"]] in p for p in program["products"]), program
         if program["case"] == "float32":
-            assert "tf32" not in program["precisions"], program  # one product would not do
+            assert "tf32" not in program["precisions"], program  # too coarse
 
 
 def test_no_length_compiles_anew(tmp_path):

@@ -1,4 +1,4 @@
-"""bipartite_match against a literal reading of ToMe, and what its other partitions promise."""
+"""bipartite_match against a literal reading of ToMe, and properties of its other partitions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ each_backend = pytest.mark.parametrize("backend", backends("reference"))
 def literal(
     metric, r, sources, targets, protect_first=0, protect_targets=0, threshold=None, end=None
 ):
-    """Of one sequence: the row of each token, token by token."""
+    """One sequence: the row of each token, token by token."""
     products = metric @ metric.T
     pairs = []
     for i in sources:
@@ -35,7 +35,7 @@ def whole_numbers(tokens, seed, batch=2, channels=6):
 
 
 def check(metric, r, sources, targets, backend, literal_options, **options):
-    """Whole numbers: equal products are equal on every backend."""
+    """Checks with integers: equal products are equal on every backend."""
     assign, num_out, score = tm.bipartite_match(
         metric.to(device_of(backend)), r, normalize=False, backend=backend, **options
     )
@@ -76,7 +76,7 @@ def test_tome(tokens, r, class_token, distilled, threshold, seed, backend):
 @pytest.mark.parametrize("drawn", [False, True])
 @pytest.mark.parametrize(("grid", "cell"), [((5, 7), (2, 2)), ((4, 6), (2, 3)), ((3, 3), (4, 1))])
 def test_grid(backend, grid, cell, drawn):
-    tokens = grid[0] * grid[1] + 1  # a class token in front
+    tokens = grid[0] * grid[1] + 1  # a leading class token
     metric = whole_numbers(tokens, 0)
     cells = [
         [1 + (y * cell[0] + i) * grid[1] + x * cell[1] + j
@@ -129,7 +129,7 @@ def test_index(destinations, protect_first, protect_targets, r, seed, backend):
 @pytest.mark.parametrize("r", [3, 99])
 @pytest.mark.parametrize(("tokens", "group", "first"), [(14, 3, 0), (13, 3, 1), (9, 4, 5)])
 def test_last_of_each_group(backend, tokens, group, first, r):
-    """Tokens behind the last whole group stay, however many may merge."""
+    """Tokens after the last whole group stay, however many may merge."""
     end = first + (tokens - first) // group * group
     targets = list(range(first + group - 1, end, group))
     sources = [i for i in range(tokens) if i not in targets]

@@ -1,4 +1,4 @@
-"""cluster_tokens against a literal reading, its gradient with soft weights, and the traps."""
+"""cluster_tokens against a literal reading, its gradient with soft weights, and edge cases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def by_definition(x, gy, gx, iters, tau, window, window_labels):
-    """One image, pixel by pixel, in float64."""
+    """Clusters one image in float64, pixel by pixel."""
     height, width, channels = x.shape
     x = x.double()
     c = torch.zeros(gy, gx, channels, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_the_gradient_takes_soft_weights_as_constants(backend):
 
 @each_backend
 def test_a_cluster_without_mass_keeps_its_centroid_and_has_no_gradient(backend):
-    """The middle cell starts at the mean of two colours, and its pixels go to its neighbours."""
+    """The middle cell starts at the mean of two colors, and its pixels go to its neighbors."""
     x = torch.tensor([0.0, 0, 0, 1e4, 1e4, 1e4]).view(1, 1, 6, 1).to(device_of(backend))
     x.requires_grad_()
     centroids, labels, mass = tm.cluster_tokens(x, (1, 3), iters=2, tau=1.0, window=3,
@@ -104,7 +104,7 @@ def test_a_cluster_without_mass_keeps_its_centroid_and_has_no_gradient(backend):
 
 @each_backend
 def test_equal_pixels(backend):
-    """Uniform weights, and of equal distances the first."""
+    """Weights are uniform, and ties of distances go to the first."""
     centroids, labels, mass = call(backend, torch.full((1, 4, 4, 9), 3.0), 2, tau=1.0, window=99)
     assert torch.equal(centroids, torch.full((1, 2, 2, 9), 3.0))
     assert torch.equal(labels, torch.zeros_like(labels))
@@ -113,7 +113,7 @@ def test_equal_pixels(backend):
 
 @each_backend
 def test_colours_far_from_zero_do_not_cancel(backend):
-    """Squares of 3000 leave no digit of differences of 1."""
+    """Squares of 3000 would leave no digit for differences of 1."""
     x = torch.tensor([0.0, 0, 1, 1]).view(1, 1, 4, 1).expand(1, 1, 4, 6) + 3000
     centroids, labels, _ = call(backend, x, (1, 2), iters=3, tau=10.0)
     torch.testing.assert_close(centroids[0, 0, :, 0], torch.tensor([3000.0, 3001.0]))
@@ -133,8 +133,8 @@ def test_nan_stays_in_reach(backend):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "triton"])
 def test_many_pixels(backend, threads):
-    """More than one chunk of an image, whose sums are added in order, and more clusters than a tile
-    has columns."""
+    """More pixels than one chunk of an image, whose sums are added in order, and more clusters than
+    a tile has columns."""
     g = torch.Generator().manual_seed(0)
     cells, channels = (11, 16) if backend == "emulated" else (24, 96)
     colours = torch.randn(1, cells, cells, channels, generator=g)
@@ -168,7 +168,7 @@ def test_many_pixels(backend, threads):
 @pytest.mark.skipif("triton" not in backends(), reason="needs Triton")
 @pytest.mark.parametrize("window_labels", [False, True])
 def test_slabs_of_triton(window_labels, monkeypatch):
-    """Memory for the distances of one row of cells, or of a few pixels, at a time."""
+    """Memory holds the distances of one row of cells, or of a few pixels, at a time."""
     from tokenmill.triton_kernels.tokens import cluster_tokens as cluster
     from tokenmill.triton_kernels.tokens import nearest
 

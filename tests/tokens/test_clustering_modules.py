@@ -15,8 +15,8 @@ each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def published_clusters(x, grid, iters, tau, window):
-    """x [B, C, Y, X] to [B, gy gx, C]: a mask of 1e16 instead of a window, and squares that are
-    multiplied out, in float64."""
+    """x [B, C, Y, X] to [B, gy gx, C]: a mask of 1e16 instead of a window, and expanded squares, in
+    float64."""
     centroids = F.adaptive_avg_pool2d(x, grid).flatten(2).mT
     cells = torch.arange(grid[0] * grid[1], dtype=x.dtype).view(1, 1, *grid)
     home = F.interpolate(cells, x.shape[2:], mode="nearest").flatten().long()
@@ -36,7 +36,7 @@ def squares(a, b):
 
 
 def published_tokens(x, centroids, clusters, k, tau):
-    """Every weight that is not below the k-th, over the Euclidean norm."""
+    """All weights not below the k-th, divided by their Euclidean norm."""
     w = torch.exp(-tau * squares(x, centroids).clamp(min=0))
     w = F.normalize(torch.where(w < w.topk(k, 2).values[..., -1:], 0.0, w), dim=2)
     return w @ clusters

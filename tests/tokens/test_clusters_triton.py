@@ -1,4 +1,4 @@
-"""The Triton kernels of cluster_tokens and reconstruct_tokens compiled for GPUs: they fit."""
+"""The Triton kernels of cluster_tokens and reconstruct_tokens compile for GPUs and fit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def call(dtype, channels=192):
 
 
 def main(capability):
-    """Prints what ptxas made of each kernel."""
+    """Prints the ptxas resources of each kernel."""
     found = []
     for name, dtype in DTYPES.items():
         for kernel, code in compiled(int(capability), call(dtype)):

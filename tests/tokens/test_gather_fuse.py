@@ -1,4 +1,4 @@
-"""gather_fuse: what it says in plain steps, and what it must not read."""
+"""gather_fuse: its definition in plain steps, and memory that it must not read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAN = float("nan")
 
 @st.composite
 def calls(draw):
-    """x of small integers and weights of eighths: float32 sums are exact in any order."""
+    """x of small integers and weights in eighths: float32 sums are exact in any order."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     batch, patches = draw(st.integers(1, 2)), draw(st.integers(0, 90))
     prefix = draw(st.integers(0, 2))
@@ -60,7 +60,7 @@ def check(call, backend):
     wanted = by_definition(*args, **options)
     device = device_of(backend)
     found = tm.gather_fuse(*(a.to(device) for a in args), **options, backend=backend).cpu()
-    if options["normalize"]:  # a quotient may round the other way
+    if options["normalize"]:  # a quotient may round differently
         torch.testing.assert_close(found[:, -1], wanted[:, -1])
         found, wanted = found[:, :-1], wanted[:, :-1]
     assert torch.equal(found, wanted)
@@ -121,7 +121,7 @@ def test_what_no_list_names_does_not_matter(normalize, backend):
     for j in (0, 1, 3, 4, 6):
         x[0, 1 + j] = NAN
         weight[0, j] = NAN
-    weight[0, 5] = NAN  # of a kept patch
+    weight[0, 5] = NAN  # weight of a kept patch
     x.requires_grad_()
     found = tm.gather_fuse(x, keep, rest, weight, normalize=normalize, backend=backend)
     assert torch.equal(found, wanted)
@@ -142,7 +142,7 @@ def test_normalized_weights_keep_a_constant(backend):
 
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_a_long_sum_keeps_its_digits(backend):
-    """One row of 2^12 and many of 2^-12, which one float32 chain would all round off."""
+    """One row of 2^12 and many of 2^-12, which a single float32 chain would round off."""
     device = device_of(backend)
     rows = 2**13
     x = torch.full((1, rows, 4), 2.0**-12, device=device)
@@ -155,7 +155,7 @@ def test_a_long_sum_keeps_its_digits(backend):
 
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_out_is_written_and_returned(backend):
-    """Rows apart from each other, and nothing around them."""
+    """Rows have gaps between them, and nothing around them is written."""
     device = device_of(backend)
     x, weight = torch.randn(2, 9, 8, device=device), torch.rand(2, 8, device=device)
     order = torch.rand(2, 8, device=device).argsort(1).int()

@@ -1,4 +1,5 @@
-"""gather_tokens and scatter_tokens: every bit of every dtype, and each the adjoint of the other."""
+"""gather_tokens and scatter_tokens: every bit of every dtype, and each is the adjoint of the
+other."""
 
 from __future__ import annotations
 
@@ -20,13 +21,13 @@ def bits(t):
 
 
 def any_bits(shape, dtype, generator):
-    """Elements of which many are NaN of some payload."""
+    """Elements, many of which are NaN with some payload."""
     drawn = torch.randint(-(2**62), 2**62, (*shape, 1), generator=generator)
     return drawn.view(dtype)[..., 0].contiguous()
 
 
 def laid_out(t, layout):
-    """The same values [B, N, C] in another order in memory."""
+    """The same values [B, N, C] in another memory order."""
     if layout == "swapped":
         return t.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "part":
@@ -101,7 +102,7 @@ def test_scattered_rows_replace_those_of_the_base(case, based, backend):
 @examples(20)
 @given(case=rows_and_indices(repeats=False))
 def test_scatter_and_gather_are_adjoint(case, backend):
-    """<scatter(y), z> = <y, gather(z)>, and scattering what was gathered changes nothing."""
+    """<scatter(y), z> = <y, gather(z)>, and scattering gathered rows changes nothing."""
     shape, indices, _, _, generator = case
     device = device_of(backend)
     z = torch.randint(-9, 10, shape, generator=generator).float().to(device)
@@ -176,7 +177,7 @@ def test_gradient_of_a_row_is_the_sum_over_its_copies(backend):
     ("backend", "isa"), [(b, i) for b, i in cpu_variants() if b == "cpu"], indirect=["isa"]
 )
 def test_large_results_are_streamed_past_the_caches(backend, isa):
-    """From 8 MiB on, in rows of whole cache lines."""
+    """Streaming stores start at 8 MiB, in rows of whole cache lines."""
     x = torch.randn(2, 700, 2048)
     index = torch.rand(2, 700).argsort(1)[:, :600]
     found = tm.gather_tokens(x, index, backend=backend)
@@ -221,7 +222,7 @@ each_backend = pytest.mark.parametrize("backend", backends("reference"))
 @each_backend
 @pytest.mark.parametrize("flat", [False, True])
 def test_out_is_written_and_returned(backend, flat):
-    """Rows of any shape, apart from each other, and nothing around them."""
+    """Rows of any shape have gaps between them, and nothing around them is written."""
     device = device_of(backend)
     index = torch.tensor([7, -1, 12, 7] if flat else [[3, 3, 0], [8, -1, 1]], device=device)
     xs = torch.randn(2, 9, 4), torch.randn(2, 9, 3, 5).half(), torch.randn(2, 9, 1)
@@ -279,7 +280,7 @@ def test_out_compiles_as_one_graph(backend):
 
 @pytest.mark.parametrize("backend", backends())
 def test_gradients_take_indices_whose_rows_overlap(backend):
-    """What is made like them does not keep their strides."""
+    """Tensors created like them do not keep their strides."""
     x = torch.randn(2, 4, 5, device=device_of(backend)).requires_grad_()
     indices = torch.tensor([0, 2, 2, 1], dtype=torch.int32, device=x.device)
     rows = indices.as_strided((2, 3), (1, 1))

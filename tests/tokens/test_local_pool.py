@@ -16,7 +16,7 @@ NAN, INF = float("nan"), float("inf")
 
 @st.composite
 def calls(draw):
-    """Maps of small integers, whose sums are exact in any order."""
+    """Draws maps of small integers, whose sums are exact in any order."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     height, width = draw(st.integers(1, 7)), draw(st.integers(1, 7))
     channels = draw(st.sampled_from([1, 3, 8, 20, 72, 130]))
@@ -130,11 +130,11 @@ def test_gradient_by_definition(drawn, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kernel", [3, (1, 5), (3, 1)])
 def test_gradient_of_a_maximum_in_the_order_of_the_elements(kernel, dtype, isa):
-    """Zeros of either sign are equal, NaN of either sign is the greatest, and the first wins."""
+    """Zeros of either sign are equal, NaN of either sign is the maximum, and the first one wins."""
     g = torch.Generator().manual_seed(0)
     values = torch.tensor([0.0, -0.0, 1, -1, 2, -2, 6e-8, -6e-8, 1e-39, -1e-39, torch.inf,
                            -torch.inf, torch.nan, -torch.nan])  # fmt: skip
-    for most in (len(values), 10, 4):  # NaN rare, none, and many equal
+    for most in (len(values), 10, 4):  # NaN is rare, absent, and many are equal
         drawn = torch.randint(0, most, (2, 9, 11, 37), generator=g)
         x = values[drawn].to(dtype)
         dout = torch.randint(-3, 4, x.shape, generator=g).to(dtype)
@@ -160,8 +160,8 @@ def test_nan_wins_and_the_first_has_the_gradient(backend):
         assert torch.equal(out.nan_to_num(99, 100, -100), column.nan_to_num(99, 100, -100))
         (out.nan_to_num(0) * 0 + out).backward(torch.ones_like(out))
         grad = x.grad[0, :, 0].tolist()
-        # Windows 0 to 2 take the NaN at 1, 3 and 4 that at 3, 5 and 6 the 2 at 5, 7 that at 6,
-        # 8 and 9 the first of equals.
+        # Windows 0 to 2 take the NaN at 1, windows 3 and 4 the NaN at 3, windows 5 and 6 the 2 at
+        # 5, window 7 the 2 at 6, windows 8 and 9 the first of equals.
         assert grad == [0.0, 3.0, 0.0, 2.0, 0.0, 2.0, 1.0, 1.0, 1.0, 0.0]
 
 
@@ -220,7 +220,7 @@ def test_agrees_with_pooling_channels_first(backend):
     ],
 )
 def test_maps_of_several_tiles(shape, kernel, dilation, masked, mode, backend):
-    """Whole numbers: a maximum and its gradient are exact."""
+    """Integers: a maximum and its gradient are exact."""
     device = device_of(backend)
     generator = torch.Generator().manual_seed(0)
     x, dout = (torch.randint(-9, 10, shape, generator=generator).float() for _ in range(2))

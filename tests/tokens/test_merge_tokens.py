@@ -1,4 +1,4 @@
-"""merge_tokens and unmerge_tokens: conservation, inverses, gradients, and what ToMe needs."""
+"""merge_tokens and unmerge_tokens: conservation, inverses, gradients, and requirements of ToMe."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def test_gradients_of_merge_and_unmerge_are_those_of_matrices(backend):
 
 @pytest.mark.parametrize("backend", EVERY)
 def test_log_sizes_make_attention_to_merged_duplicates_exact(backend):
-    """ToMe's proportional attention: a key that stands for s equal ones has its logit raised by
-    log s."""
+    """ToMe's proportional attention: a key that stands for s equal keys has log s added to its
+    logit."""
     device = device_of(backend)
     g = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(1, 4, 2, 16, generator=g).to(device) for _ in range(2))

@@ -1,5 +1,5 @@
-"""The Triton kernels that gather, scatter, fuse and pool tokens compiled for GPUs: they fit, and no
-length compiles anew."""
+"""The Triton kernels that gather, scatter, fuse and pool tokens compile for GPUs: they fit, and no
+length recompiles."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def call(dtype=torch.float32, tokens=600, channels=256, everything=True):
 
 
 def main(capability):
-    """Prints what ptxas made of each kernel."""
+    """Prints the ptxas resources of each kernel."""
     found = []
     for dtype, everything in ((torch.bfloat16, True), (torch.float32, False)):
         for kernel, code in compiled(int(capability), call(dtype, everything=everything)):

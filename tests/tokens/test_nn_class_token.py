@@ -1,4 +1,4 @@
-"""EViTReorganize and ClsTokenPruning against literal readings on the map of attention."""
+"""EViTReorganize and ClsTokenPruning against literal readings on the attention map."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def class_row(q, k):
-    """[B, N]: the whole map, of which row 0 is taken."""
+    """Row 0 [B, N] of the whole attention map."""
     z = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
     return z.softmax(-1)[:, :, 0, 1:].mean(1)
 
 
 def reorganised(x, scores, keep_rate, fuse):
-    """As the published module does it: gather both parts, weigh the rest, concatenate."""
+    """The published module's steps: gather both parts, weigh the rest, concatenate."""
     count = math.ceil(keep_rate * scores.shape[1])
     if count == scores.shape[1]:
         return x, torch.arange(count).expand(len(x), -1)
@@ -79,7 +79,7 @@ def test_evit(tokens, keep_rate, fuse, seed, backend):
 @each_backend
 def test_a_normalized_fused_token_is_a_mean(backend):
     x, q, k = draw(30, 0, backend)
-    x[:, :] = x[:, :1]  # all tokens are alike
+    x[:, :] = x[:, :1]  # all tokens are equal
     layer = tm.nn.EViTReorganize(0.5, normalize=True, backend=backend)
     y, _ = layer(x, layer.scores(q, k))
     torch.testing.assert_close(y, x[:, : y.shape[1]])

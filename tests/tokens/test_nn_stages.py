@@ -18,8 +18,8 @@ kernels = pytest.mark.parametrize("backend", backends("reference"))
 
 def who_stays(p, before, threshold, keep):
     """One picture, p [N, classes], as the released head prunes it (zbwxp/Dynamic-Token-Pruning at
-    2baefff, prune_head.py): it predicts active tokens only, and takes the keep surest of each class
-    back from those that exit. Of equal ones the first."""
+    2baefff, prune_head.py): it predicts active tokens only, and keeps the `keep` most confident
+    tokens of each class among those that exit. Ties go to the first."""
     active = [n for n in range(len(p)) if before[n]]
     value = {n: max(p[n].tolist()) for n in active}
     label = {n: p[n].tolist().index(value[n]) for n in active}
@@ -60,21 +60,21 @@ def test_tokens_exit_one_by_one(seed, tokens, classes, keep, threshold, levels, 
 
 @kernels
 def test_a_token_that_has_left_takes_no_place_of_its_class(backend):
-    """Two exits. In the second one, tokens that left in the first are still surer than those that
-    are active, as in a model that goes on predicting all of them."""
+    """Two exits. In the second one, tokens that left in the first are still more confident than
+    active tokens, as in a model that goes on predicting all of them."""
     exits = nn.DToPExit(threshold=0.9, keep=5, backend=backend)
     x = torch.randn(1, 14, 4, device=device_of(backend))
     first, second = torch.zeros(2, 1, 14, 2, device=device_of(backend))
-    first[0, :12, 0] = torch.linspace(0.99, 0.91, 12)  # class 0: tokens 0 to 4 are the surest
+    first[0, :12, 0] = torch.linspace(0.99, 0.91, 12)  # class 0: tokens 0 to 4 are surest
     first[0, 12:, 1] = 0.5
-    second[0, :12, 0] = torch.linspace(0.91, 0.99, 12)  # now those that have left
+    second[0, :12, 0] = torch.linspace(0.91, 0.99, 12)  # now tokens that have left
     second[0, 12:, 1] = torch.tensor([0.95, 0.93])
     active = exits(x, first).active
     assert active.nonzero()[:, 1].tolist() == [0, 1, 2, 3, 4, 12, 13]
     again = exits(x, second, active)
     assert again.active.nonzero()[:, 1].tolist() == [0, 1, 2, 3, 4, 12, 13]
     one = nn.DToPExit(threshold=0.9, keep=1, backend=backend)(x, second, active)
-    assert one.active.nonzero()[:, 1].tolist() == [4, 12]  # the surest active one of each class
+    assert one.active.nonzero()[:, 1].tolist() == [4, 12]  # surest active token per class
 
 
 def test_what_has_left_stays_away_and_keeps_its_features():

@@ -15,8 +15,8 @@ each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def literal_step(x, metric, size, matrix, r, class_token, distill_token):
-    """Sizes [B, N, 1] and sources [B, N, N0], both merged as x is; rows as the paper orders them,
-    but those that are left by index."""
+    """Sizes [B, N, 1] and sources [B, N, N0], both merged as x is; rows in the order of the paper,
+    except that remaining tokens are ordered by index."""
     tokens = x.shape[1]
     r = min(r, (tokens - class_token - distill_token) // 2)
     if r <= 0:
@@ -84,7 +84,7 @@ def test_layers_of_tome(tokens, rs, tokens_in_front, seed, backend):
 @each_backend
 def test_protected_tokens_stay_in_front(backend):
     x = torch.arange(20.0).view(1, 10, 2).to(device_of(backend))
-    metric = torch.ones(1, 10, 4, device=x.device)  # everything is alike
+    metric = torch.ones(1, 10, 4, device=x.device)  # everything is equal
     o = {"distill_token": True, "backend": backend}
     y, size, source = tm.nn.TokenMerging(4, **o)(x, metric)
     assert y.shape == (1, 6, 2)

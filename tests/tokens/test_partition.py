@@ -1,4 +1,4 @@
-"""topk_partition and mask_partition: every backend gives exactly what the definition says."""
+"""topk_partition and mask_partition: every backend gives exactly the result of the definition."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def by_definition(scores, k, largest, order, valid, first, last):
-    """One row in plain Python."""
+    """Partitions one row in plain Python."""
     n = len(scores)
 
     def place(i):
@@ -96,7 +96,7 @@ def test_topk_partition_is_as_defined(backend, call):
 @examples(20)
 @given(call=calls(), seed=st.integers(0, 99))
 def test_k_of_each_row(backend, call, seed):
-    """As many calls, one for each row, and -1 behind the last."""
+    """The call equals one call per row, padded with -1."""
     scores, most, options = call
     rows, n = scores.shape
     least = options["protect_first"] + options["protect_last"]
@@ -114,8 +114,8 @@ def test_k_of_each_row(backend, call, seed):
 @each_backend
 @pytest.mark.parametrize("n", [900, 2049, 5000])
 def test_long_rows(backend, n):
-    """Many ties at the threshold, more kept than a block sorts in its own memory, and scores that
-    differ in their last bits alone."""
+    """Many ties at the threshold, more kept tokens than a CTA sorts in its own memory, and scores
+    that differ only in their last bits."""
     g = torch.Generator().manual_seed(0)
     scores = torch.randn(2, n, generator=g)
     close = 1 + torch.rand(n, generator=g) * 2**-10

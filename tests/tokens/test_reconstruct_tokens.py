@@ -1,4 +1,4 @@
-"""reconstruct_tokens against its definition, its gradient, ties and what is not finite."""
+"""reconstruct_tokens against its definition, its gradient, ties and non-finite values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def by_definition(f, s, z, k, tau, norm):
     seed=st.integers(0, 2**31),
 )
 def test_the_definition(batch, tokens, count, channels, wide, k, norm, seed, backend, isa):
-    """Whole numbers: distances are exact, and many are equal."""
+    """Integers: distances are exact, and many are equal."""
     g = torch.Generator().manual_seed(seed)
     f = torch.randint(-2, 3, (batch, tokens, channels), generator=g).float()
     s = torch.randint(-2, 3, (batch, count, channels), generator=g).float()
@@ -97,7 +97,7 @@ def test_rows_that_are_not_finite(backend):
 
 
 def near_sets(case, g):
-    """Tokens and centroids whose distances are whole numbers, exact in float32 in any order."""
+    """Tokens and centroids whose distances are integers, exact in float32 in any order."""
     count, channels = 400, 130
     bases = {"few near": 60, "all alike": 2, "far from zero": 60}.get(case, 400)
     rows = torch.randint(-80, 81, (bases, channels), generator=g).float()
@@ -123,7 +123,8 @@ def near_sets(case, g):
     ["apart", "few near", "all alike", "far from zero", "not finite", "rows not finite"],
 )
 def test_products_that_screen_a_set_change_nothing(case, k, isa):
-    """A set that is large enough for it. Of equal distances the first, whatever is not finite."""
+    """The set is large enough for screening. Ties of distances go to the first, also with
+    non-finite values."""
     f, s = near_sets(case, torch.Generator().manual_seed(0))
     d = (f.double()[:, None] - s.double()).square().sum(-1)
     most = torch.finfo(torch.float32).max
@@ -141,7 +142,7 @@ def test_products_that_screen_a_set_change_nothing(case, k, isa):
 @of_the_cpu
 @pytest.mark.parametrize("isa", tm.testing.cpu_isas(), indirect=True)
 def test_a_screened_set_has_the_same_bits_as_a_small_one(isa):
-    """Each token alone is compared with all centroids; many are screened first."""
+    """A single token is compared with all centroids; many tokens are screened first."""
     g = torch.Generator().manual_seed(0)
     for scale, offset in ((1.0, 0.0), (0.01, 1.0), (1e-20, 0.0)):
         f, s = (torch.randn(1, n, 131, generator=g) * scale + offset for n in (300, 400))

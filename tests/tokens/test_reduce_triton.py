@@ -1,5 +1,5 @@
-"""The Triton kernels of segment_reduce, topk_partition and mask_partition compiled for GPUs: they
-fit, and no length compiles anew."""
+"""The Triton kernels of segment_reduce, topk_partition and mask_partition compile for GPUs: they
+fit, and no length recompiles."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def call(dtype=torch.float32, reduce="mean", tokens=600, channels=256, everythin
 
 
 def main(capability):
-    """Prints what ptxas made of each kernel."""
+    """Prints the ptxas resources of each kernel."""
     found = []
     for reduce in ("mean", "amax"):
         for kernel, code in compiled(int(capability), call(torch.bfloat16, reduce)):

@@ -24,7 +24,7 @@ def ints(*values):
 
 
 def reduced(x, offsets, backend, **options):
-    """On the device of the backend, back on the CPU."""
+    """Runs on the device of the backend and returns the result on the CPU."""
     device = device_of(backend)
     moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     result = tm.segment_reduce(x.to(device), offsets.to(device), backend=backend, **moved)
@@ -32,7 +32,7 @@ def reduced(x, offsets, backend, **options):
 
 
 def by_hand(x, offsets, perm, weight, reduce):
-    """Row by row in float64."""
+    """Reduces row by row in float64."""
     batch, _, channels = x.shape
     y = x.new_zeros(batch, offsets.shape[1] - 1, channels, dtype=torch.float64)
     sizes = y.new_zeros(y.shape[:2])
@@ -59,7 +59,7 @@ def by_hand(x, offsets, perm, weight, reduce):
 
 @st.composite
 def calls(draw, reduces=REDUCES):
-    """Whole numbers, whose sums are exact in any order."""
+    """Draws integers, whose sums are exact in any order."""
     batch, tokens = draw(st.integers(0, 3)), draw(st.integers(0, 40))
     channels = draw(st.sampled_from([0, 1, 3, 8, 16, 31, 64, 70]))
     segments = draw(st.integers(0, 9))
@@ -97,7 +97,7 @@ def test_segments_hold_what_they_should(backend, call):
 @examples(15)
 @given(call=calls(reduces=("sum", "amax", "amin", "first", "last")))
 def test_the_gradient_is_the_adjoint(backend, call):
-    """Of whole numbers: every gradient is exact."""
+    """Integers: every gradient is exact."""
     x, offsets, perm, weight, reduce = call
 
     def run(name):
@@ -137,7 +137,7 @@ def test_nan_wins_and_the_first_of_equals_takes_the_gradient(backend):
 @each_kernel
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_ends_keep_their_bits(backend, dtype):
-    """Of a signalling NaN too."""
+    """This includes a signaling NaN."""
     as_int = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     quiet = torch.full((3, 9), NAN, dtype=dtype).view(as_int)
     x = (quiet ^ (1 << (5 if dtype.itemsize == 2 else 20))).view(dtype)
@@ -148,7 +148,7 @@ def test_the_ends_keep_their_bits(backend, dtype):
 
 @each_backend
 def test_no_weight_gives_nothing_and_no_gradient(backend):
-    """Where the weights of a segment sum to 0, whatever the rows hold."""
+    """The weights of a segment sum to 0, for any contents of the rows."""
     x = torch.tensor([[[1.0], [INF], [4.0], [NAN]]]).requires_grad_()
     weight = torch.tensor([[2.0, 0.0, -2.0, 0.0]]).requires_grad_()
     y, size = reduced(
@@ -168,7 +168,7 @@ def test_no_weight_gives_nothing_and_no_gradient(backend):
 )
 @pytest.mark.parametrize("reduce", REDUCES)
 def test_long_segments(backend, reduce, ends):
-    """They are cut into parts. The extreme rows of two parts are equal."""
+    """They are split into parts. The extreme rows of two parts are equal."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2600, 5, generator=g)
     x[1300], x[2500] = 9.0, 9.0
