@@ -1,4 +1,4 @@
-"""A module beside a literal reading of its paper."""
+"""Comparison of a module with a literal reading of its paper."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from conftest import device_of
 
 
 def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    """Weights that show in the result: those that start at 0, 1 or 1e-4 as well."""
+    """Randomizes weights so that each affects the result, including those that start at 0, 1 or
+    1e-4."""
     with torch.no_grad():
         for weight in module.parameters():
             if weight.numel() and weight.std(unbiased=False) < 0.05:
@@ -18,10 +19,10 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def assert_reads_as(module, literal, *inputs, backend, tolerance=2e-5):
-    """The result and all gradients of module(*inputs) are those of literal(weights, *inputs) in
-    float64, where weights are those of the module by name: up to the tolerance, or up to the error
-    budget where that is more: twice the error of the literal reading in float32, which depends on
-    the CPU; for gradients three times that, and a rounding of the largest gradient."""
+    """Asserts that the result and all gradients of module(*inputs) equal literal(weights, *inputs)
+    in float64, with the module's weights by name: up to the tolerance, or up to the error budget if
+    that is larger: twice the error of the literal reading in float32, which depends on the CPU; for
+    gradients three times that error, plus a rounding of the largest gradient."""
     module = module.to(device_of(backend))
     near = [t.to(device_of(backend)) if isinstance(t, torch.Tensor) else t for t in inputs]
     found = _with_gradients(module(*near), dict(module.named_parameters()), near)
@@ -31,7 +32,8 @@ def assert_reads_as(module, literal, *inputs, backend, tolerance=2e-5):
     plain = None
     for name, want in wanted.items():
         assert found[name].shape == want.shape, name
-        # A gradient that is 0 but for rounding (of a bias of keys) has the size of the others.
+        # A gradient that is 0 except for rounding (a bias of keys) is compared at the scale of the
+        # others.
         floor = 1e-12 if name == "out" else 1e-3 * scale + 1e-12
         size = max(float(want.norm()), floor)
         error = float((found[name].double() - want).norm()) / size
@@ -44,7 +46,7 @@ def assert_reads_as(module, literal, *inputs, backend, tolerance=2e-5):
 
 
 def _read(literal, module, inputs, dtype):
-    """What the literal reading gives in a dtype."""
+    """Results of the literal reading in a dtype."""
     weights = {name: w.detach().cpu().to(dtype) for name, w in module.named_parameters()}
     given = [t.detach().cpu().to(dtype) if _real(t) else t for t in inputs]
     for t in (*weights.values(), *(g for g, i in zip(given, inputs, strict=True) if _trains(i))):

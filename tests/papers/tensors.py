@@ -1,4 +1,4 @@
-"""What the tests of papers share: backends fast enough for them, inputs, comparisons."""
+"""Shared code of the paper tests: backends that are fast enough, inputs, comparisons."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenmill.testing import assert_accurate
 
-# Triton's interpreter takes minutes for whole models; the tests of the operators run there.
+# Triton's interpreter takes minutes for whole models; it runs the tests of the operators.
 FAST = [b for b in backends("reference") if b != "triton" or device_of(b) == "cuda"]
 each_backend = pytest.mark.parametrize("backend", FAST)
 KERNELS = backends("reference")
 
 
 def draw(backend, *shapes, seed=0, dtype=torch.float32):
-    """A tensor of each shape, N(0, 1), with a gradient to ask for."""
+    """A tensor of each shape, N(0, 1), that requires a gradient."""
     g = torch.Generator().manual_seed(seed)
     tensors = (torch.randn(shape, generator=g) for shape in shapes)
     return [t.to(device_of(backend), dtype).requires_grad_() for t in tensors]
@@ -27,7 +27,7 @@ def close(got, want, tolerance=2e-5):
 
 
 def same_gradients(got, want, leaves, tolerance=1e-4):
-    """Of a random combination of the results, with respect to the leaves."""
+    """Compares gradients of a random combination of the results, with respect to the leaves."""
     g = torch.Generator().manual_seed(1)
     cotangent = torch.randn(want.shape, generator=g).to(got)
     grads = [torch.autograd.grad(y, leaves, cotangent, retain_graph=True) for y in (got, want)]
@@ -36,8 +36,8 @@ def same_gradients(got, want, leaves, tolerance=1e-4):
 
 
 def assert_keeps_budget(function, literal, inputs):
-    """The error budget of the results and gradients of function in the dtype of the inputs, by
-    `literal` in float64 and in that dtype."""
+    """Asserts that results and gradients of function keep the error budget in the dtype of the
+    inputs, measured by `literal` in float64 and in that dtype."""
     wide = [t.detach().double().requires_grad_() for t in inputs]
     out, plain, exact = function(*inputs), literal(*inputs), literal(*wide)
     assert_accurate(out, exact, plain)
@@ -49,7 +49,7 @@ def assert_keeps_budget(function, literal, inputs):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that a result has."""
+    """Records the maximum number of elements of a result."""
 
     elements = 0
 

@@ -15,7 +15,7 @@ import tokenmill as tm
 
 
 def block(x, w, heads, keep_rate=1.0, tokens=None, fuse=True):
-    """A block on the whole map of attention, which drops patches between its two halves."""
+    """A block with the whole attention map, which drops patches between its two halves."""
     batch, rows, channels = x.shape
     y = F.layer_norm(x, (channels,), w["norm1.weight"], w["norm1.bias"], eps=1e-6)
     qkv = F.linear(y, w["attn.qkv.weight"], w["attn.qkv.bias"])
@@ -42,7 +42,7 @@ def block(x, w, heads, keep_rate=1.0, tokens=None, fuse=True):
 
 
 def encoder(w, x, *, heads, keep_rates, tokens=None, fuse=True):
-    """keep_rates and tokens have an entry for each block."""
+    """keep_rates and tokens have one entry per block."""
     for i, rate in enumerate(keep_rates):
         mine = {n.removeprefix(f"blocks.{i}."): t for n, t in w.items() if f"blocks.{i}." in n}
         x = block(x, mine, heads, rate, tokens[i] if tokens else None, fuse)
@@ -50,7 +50,7 @@ def encoder(w, x, *, heads, keep_rates, tokens=None, fuse=True):
 
 
 class Rows(torch.nn.Module):
-    """The rows that an encoder gives, without where they come from."""
+    """Keeps only the rows of an encoder's result, not their origins."""
 
     def __init__(self, encoder, **options):
         super().__init__()
@@ -103,7 +103,7 @@ def test_a_call_has_rates_or_numbers_of_its_own(backend):
     ],
 )  # fmt: skip
 def test_patches_of_a_picture_of_224(rate, left):
-    """As many as in the released models: those that are kept, and the fused one."""
+    """Row counts equal the released models: kept patches and the fused one."""
     x = torch.randn(1, 197, 8)
     for number, wanted in enumerate(left):
         layers = tm.nn.EViTEncoder(8, 1, 3, layers=(0, 1, 2)[: number + 1], keep_rate=rate)
@@ -111,7 +111,7 @@ def test_patches_of_a_picture_of_224(rate, left):
 
 
 def test_where_rows_come_from():
-    """Blocks that compute nothing leave the rows as they were."""
+    """Blocks that compute nothing leave the rows unchanged."""
     layers = tm.nn.EViTEncoder(8, 1, 3, layers=(0, 2), keep_rate=0.6)
     with torch.no_grad():
         for name, weight in layers.named_parameters():

@@ -18,7 +18,7 @@ each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def by_hand(q, k, v, alpha, scale=None):
-    """softmax(q k) times alpha + (1 - alpha) tril, not renormalised."""
+    """softmax(q k) times alpha + (1 - alpha) tril, not renormalized."""
     rows, keys, shared = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = (t.repeat_interleave(shared, 2) for t in (k, v))
     z = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)

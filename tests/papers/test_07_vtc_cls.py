@@ -1,4 +1,4 @@
-"""VTC-CLS on a vision encoder of CLIP, as released."""
+"""VTC-CLS on a CLIP vision encoder, against the release."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ transformers = pytest.importorskip("transformers")
 
 
 def released(maps, features, start, keep):
-    """THU-MIG/VTC-CLS at e41ac9b, clip_encoder.py and llava_arch.py: of the layers from start on
-    but the last, the row of the class token, averaged over the heads, is summed."""
+    """THU-MIG/VTC-CLS at e41ac9b, clip_encoder.py and llava_arch.py: sums the class token's row,
+    averaged over heads, over the layers from start on except the last."""
     rows = sum(layer[:, :, 0, 1:].mean(1) for layer in maps[start:-1])
     places = rows.topk(keep).indices.sort().values
     return features[:, 1:].gather(1, places[..., None].expand(-1, -1, features.shape[2])), places

@@ -2,13 +2,13 @@
 
 Released code: pzs19/TokenSelect at 8e1e97f, patcher/token_retrieval.py. A chunk of 512 queries
 votes with its mean, after each is rotated to a place from n_local on; candidates are the tokens
-from n_init to the last n_local, the chunk among the last; products are not scaled; votes are
-softmaxed for each head, summed, max-pooled if kernel_size > 0; everything is read where there are
-no more than n_init + k + n_local tokens; a key is rotated by its place in the list. It
+from n_init to the last n_local, with the chunk among the last; products are not scaled; votes are
+softmaxed per head, summed, and max-pooled if kernel_size > 0; everything is read if there are no
+more than n_init + k + n_local tokens; a key is rotated by its place in the list. The release
 differs from the paper in two places: the selection is never reused (QUERY_CACHE is False, and the
-branch would fail), and head h votes with key head h % Hk, where its own attention has h // (H / Hk)
-(the same with one key head or as many as heads). Here the paper's reuse, which threshold=2 turns
-off, and the key head of the attention.
+branch would fail), and head h votes with KV head h % Hk, while its own attention uses
+h // (H / Hk) (the same with one KV head or as many as heads). This file tests the paper's reuse,
+which threshold=2 turns off, and the KV head of the attention.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def turned(x: Tensor, at: Tensor) -> Tensor:
 
 
 class Literal:
-    """A request: keys are cached without rotation; what is attended to is a row of them."""
+    """One request: keys are cached without rotation, and attention reads a row of them."""
 
     def __init__(self, k_best, sink, recent, chunk, threshold, vote_scale, kernel, rope):
         self.k_best, self.sink, self.recent, self.chunk = k_best, sink, recent, chunk
@@ -46,7 +46,7 @@ class Literal:
         self.reference, self.chosen, self.served = None, None, []
 
     def select(self, q: Tensor, k: Tensor) -> list[int]:
-        """Of all tokens of k, for queries [n, H, D]."""
+        """Selection from all tokens of k, for queries [n, H, D]."""
         last = len(k) - self.recent
         if self.rope:
             q = turned(q, self.recent + torch.arange(len(q)))
@@ -62,7 +62,7 @@ class Literal:
         return [self.sink + j for j in order[: self.k_best]]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, row: list[int]) -> Tensor:
-        """Queries [n, H, D], the last n of the row."""
+        """Queries [n, H, D] are the last n tokens of the row."""
         k, v, places = k[row], v[row], torch.arange(len(row))
         ends = len(row) - len(q) + torch.arange(len(q))
         if self.rope:
@@ -87,7 +87,7 @@ class Literal:
         return torch.cat(outs)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [H, D]; k and v with the new token."""
+        """q [H, D]; k and v include the new token."""
         same = self.reference is not None and torch.cosine_similarity(
             q.flatten(), self.reference.flatten(), 0
         )
@@ -100,7 +100,7 @@ class Literal:
 @pytest.mark.parametrize("page", [None, 4])
 @pytest.mark.parametrize(("kernel", "rope"), [(1, True), (5, True), (3, False)])
 def test_requests_of_different_lengths(page, kernel, rope):
-    """Chunks of 6 of which the last is not whole, and queries that stay alike for some steps."""
+    """Chunks of 6, the last one partial, and queries that stay similar for some steps."""
     setting = {"num_sink": 2, "num_recent": 7, "threshold": 0.9, "chunk": 6, "vote_scale": 1.0}
     policy = policies.TokenSelect(
         new_cache(page), k=5, kernel_size=kernel, rope=rotation(14) if rope else None, **setting
@@ -117,7 +117,7 @@ def test_requests_of_different_lengths(page, kernel, rope):
 
 @pytest.mark.parametrize("page", [None, 8])
 def test_chunks_of_the_caller(page):
-    """A prompt in parts is the prompt, whatever was in the cache before."""
+    """A prompt in parts equals the whole prompt, whatever was in the cache before."""
     tokens = draw()
     setting = {"k": 5, "num_sink": 2, "num_recent": 6, "chunk": 6, "rope": rotation(20)}
     whole, parts = (policies.TokenSelect(new_cache(page), **setting) for _ in range(2))
@@ -134,7 +134,8 @@ def test_chunks_of_the_caller(page):
 @every_backend
 @pytest.mark.parametrize(("threshold", "kernel"), [(2.0, 1), (0.5, 3)])
 def test_a_prompt_and_steps(backend, threshold, kernel):
-    """Without reuse, as released, and with the paper's: 2 sink tokens, 3 of the vote, 4 recent."""
+    """Covers the release, without reuse, and the paper's reuse: 2 sink tokens, 3 voted, 4
+    recent."""
     prompt, steps = 13, 3
     g = torch.Generator().manual_seed(5)
     q, k, v = (torch.randn(1, prompt + steps, heads, 16, generator=g) for heads in (2, 1, 1))
@@ -158,7 +159,7 @@ def test_a_prompt_and_steps(backend, threshold, kernel):
 
 
 def test_keys_read():
-    """With 64k tokens, at the defaults, the first step reads all keys to select and 2688 keys and
+    """With 64k tokens at the defaults, the first step reads all keys to select and 2688 keys and
     values: 1.85 times fewer bytes than full attention. A step that reuses the selection reads 24.4
     times fewer (the paper's kernel is 23.84 times as fast)."""
     n = 65_536
@@ -175,7 +176,7 @@ def test_keys_read():
 
 @each_backend
 def test_defaults_of_the_released_code(backend):
-    """128 sink tokens, 2048 selected, 512 recent; chunks of 512; its votes are not scaled."""
+    """128 sink tokens, 2048 selected, 512 recent; chunks of 512; votes are not scaled."""
     tokens, steps, device = 3300, 2, device_of(backend)
     g = torch.Generator().manual_seed(0)
     shapes = ((2, D), (1, D), (1, DV))

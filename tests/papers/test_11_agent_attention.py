@@ -1,6 +1,6 @@
 """AgentAttention against a literal reading of the released layers of Agent Attention (Han et al.
-2024; LeapLabTHU/Agent-Attention at 207ce3e, agent_transformer/models): DeiT has a class token,
-PVT, Swin and CSWin compute the same on maps without one."""
+2024; LeapLabTHU/Agent-Attention at 207ce3e, agent_transformer/models): DeiT has a class token; PVT,
+Swin and CSWin compute the same on maps without one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tokenmill as tm
 
 
 def agent_attention(w, x, agents=None, *, heads, grid, cells, class_token):
-    """One picture and one head after the other, with the matrices of weights."""
+    """Computes one picture and one head after the other, with the matrices of weights."""
     first, out = int(class_token), []
     stretched = {}
     for name in ("an_bias", "na_bias"):  # [H, n, 7, 7] to [H, n, N]
@@ -64,8 +64,8 @@ def reading(layer):
 @pytest.mark.parametrize(
     ("batch", "dim", "heads", "grid", "agents", "class_token"),
     [
-        (1, 48, 3, 14, 7, True),  # the defaults of the DeiT models, and a class token
-        (2, 16, 2, (5, 3), (2, 4), False),  # more columns of agents than of tokens
+        (1, 48, 3, 14, 7, True),  # defaults of the DeiT models, with a class token
+        (2, 16, 2, (5, 3), (2, 4), False),  # more agent columns than token columns
         (2, 6, 1, (1, 9), 1, True),
         (0, 6, 1, 3, 2, True),
     ],
@@ -95,7 +95,7 @@ def test_no_bias_is_expanded_over_the_batch():
 
 
 def test_published_names_load():
-    """The layers of the DeiT models: shapes and names as they are in their state dicts."""
+    """Shapes and names of the DeiT layers match their state dicts."""
     layer = tm.nn.AgentAttention(24, 3, class_token=True, qkv_bias=True)
     n, h = 49, 3
     shapes = {
@@ -135,7 +135,7 @@ def published(kind, heads, dim, side, number, class_token):
 )
 @torch.no_grad()
 def test_released_layers_load_and_give_their_results(kind, heads, side, agents):
-    """Agents and grids of agent_deit_b, and of the first or second stage of the others."""
+    """Agents and grids of agent_deit_b, and of the first or second stage of the other models."""
     dim, class_token = 12, kind == "deit"
     state = published(kind, heads, dim, side, agents**2, class_token)
     model = torch.nn.Sequential(

@@ -1,5 +1,5 @@
-"""The models of BiFormer (Zhu et al. 2023) against the released ones (rayleizhu/BiFormer at
-1697bbb, ops/bra_nchw.py and models/)."""
+"""The models of BiFormer (Zhu et al. 2023) against the release (rayleizhu/BiFormer at 1697bbb,
+ops/bra_nchw.py and models/)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PARAMETERS = {"tiny": 13.1, "small": 25.5, "base": 56.8, "stl": 28.4}  # million
 
 
 def weights(shapes, seed):
-    """Random ones with which maps keep their size, under the published names."""
+    """Random weights that preserve the scale of maps, under the published names."""
     g = torch.Generator().manual_seed(seed)
     found = {}
     for name, shape in shapes.items():
@@ -74,8 +74,8 @@ def test_names_and_shapes_are_the_published_ones(name):
     ],
 )
 def test_logits_are_those_of_the_published_model(name, depths, size, backend):
-    """Also where regions do not divide the maps: no map of 28 x 36, 14 x 18 and 7 x 9 pixels has
-    sides of 7 alone."""
+    """Includes regions that do not divide the maps: maps of 28 x 36, 14 x 18 and 7 x 9 pixels have
+    a side that 7 does not divide."""
     _, *rest = RELEASED[name]
     w = weights(oracle.shapes(depths, *rest), seed=0)
     model = MODELS[name](depths=depths, backend=backend).eval()
@@ -90,7 +90,7 @@ def test_logits_are_those_of_the_published_model(name, depths, size, backend):
 
 @each_backend
 def test_gradients_are_those_of_the_published_model(backend):
-    """At a size that 7 does not divide."""
+    """7 does not divide the size."""
     depths, channels = (1, 1, 1, 1), (32, 32, 64, 64)
     w = weights(oracle.shapes(depths, channels, 3, False, False), seed=0)
     model = tm.nn.BiFormer(depths, channels, backend=backend).eval()
@@ -118,7 +118,7 @@ def test_features_are_the_maps_of_the_stages():
 
 
 def test_branches_are_left_out_of_whole_pictures():
-    """The first block keeps all; the last one leaves both branches out in a quarter of pictures."""
+    """The first block keeps all pictures; the last one drops both branches in a quarter of them."""
     torch.manual_seed(0)
     options = {"drop_path": 0.5, "channels_first": True, "num_classes": 0}
     model = tm.nn.BiFormer((1, 1, 1, 1), (32, 32, 64, 64), **options)

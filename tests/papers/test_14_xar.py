@@ -30,7 +30,7 @@ def test_attention_that_is_causal_by_cells(backend):
     close(in_place, want)
     same_gradients(in_place, want, leaves)
 
-    # Cell behind cell, as they are generated.
+    # Cell after cell, in order of generation.
     order = ids.long().argsort(stable=True).int()
     moved = tm.gather_tokens(tuple(x.flatten(2) for x in leaves), order, backend=backend)
     q, k, v = (x.unflatten(2, (H, D)) for x in moved)

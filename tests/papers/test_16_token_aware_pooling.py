@@ -1,5 +1,5 @@
-"""TokenAwarePooling and AttentionDiversificationLoss against Guo et al. 2023, section 3, as
-released (guoyongcs/TAPADL at 6e4dbff, TAPADL_FAN/models/convnext_utils.py and main.py)."""
+"""TokenAwarePooling and AttentionDiversificationLoss against Guo et al. 2023, section 3, and the
+release (guoyongcs/TAPADL at 6e4dbff, TAPADL_FAN/models/convnext_utils.py and main.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tokenmill as tm
 
 
 def token_aware_pooling(w, x, *, layer):
-    """Neighbours by shifted copies of a padded map; batch norm by its formula."""
+    """Neighbors as shifted copies of a padded map; batch norm by its formula."""
     rows, columns = x.shape[1:3]
     maps = x.permute(0, 3, 1, 2)
     z = F.conv2d(maps, w["proj.0.weight"], padding=1)
@@ -45,7 +45,7 @@ def reading(layer):
 @pytest.mark.parametrize(
     ("shape", "scales", "temperature", "training"),
     [
-        ((2, 14, 14, 24), 4, 1.0, True),  # the published defaults
+        ((2, 14, 14, 24), 4, 1.0, True),  # published defaults
         ((2, 3, 5, 6), 4, 0.5, True),  # dilations as wide as the map
         ((1, 1, 2, 3), 3, 2.0, False),
         ((2, 4, 3, 5), 1, 1.0, True),
@@ -68,7 +68,7 @@ def test_one_scale_is_the_identity():
 
 
 def published_loss(attention, threshold):
-    """The attention [B, H, N, N] of layers, row by row."""
+    """Loss of the attention maps [B, H, N, N] of layers, row by row."""
     layers = []
     for weights in attention:
         cosines = []

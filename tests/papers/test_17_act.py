@@ -19,7 +19,7 @@ in_each_16_bits = pytest.mark.parametrize(
 BETA, THRESHOLD = 0.4, 0.1
 S, H = 12, 4
 SHAPES = (2, S, H, 16), (2, S, 2, 16), (2, S, 2, 8)
-SEED = 370  # no mean of a column is near the threshold
+SEED = 370  # no column mean is near the threshold
 
 
 def causal_weights(q, k):
@@ -29,16 +29,16 @@ def causal_weights(q, k):
 
 
 def sinks_of(p, threshold):
-    """In one head [S, S]: the columns whose mean over the rows from the diagonal down is above the
-    threshold, without the first of them."""
+    """Sinks of one head [S, S]: columns whose mean over the rows from the diagonal down exceeds the
+    threshold, except the first."""
     means = p.sum(0) / torch.arange(len(p), 0, -1, device=p.device)
     assert ((means - threshold).abs() > 1e-3).all()  # rounding does not change the choice
     return (means > threshold).nonzero().flatten().tolist()[1:]
 
 
 def released(p, beta=BETA, threshold=THRESHOLD):
-    """The calibrated weights of one head [S, S]. (Row 0 of the released code is 1 at key 0, which
-    is all that it sees.)"""
+    """The calibrated weights of one head [S, S]. (Row 0 of the released code is 1 at key 0, the
+    only key it sees.)"""
     sinks = sinks_of(p, threshold)
     rest = p.clone()
     rest[:, sinks] = 0
@@ -72,8 +72,8 @@ def test_chosen_heads_are_those_of_the_release(heads, backend):
 
 
 def test_the_mean_is_over_the_rows_that_see_a_key():
-    """The last key is seen by one row: a third of its weight makes it a sink, though the mean over
-    all rows is far below the threshold."""
+    """The last key is seen by one row: a third of its weight makes it a sink, although the mean
+    over all rows is far below the threshold."""
     q, k, v = (t.detach() for t in draw("reference", *SHAPES))
     k[:, -1] = q[:, -1].unflatten(1, (2, 2)).mean(2) * 4
     p = causal_weights(q, k)

@@ -1,6 +1,6 @@
-"""When Attention Sink Emerges: softmax with one logit or one key more, and no normaliser, as the
-released code has them (sail-sg/Attention-Sink at af49727, lit_gpt/model_kv_bias.py and
-model_attn_sim.py, where weights with a normaliser are divided by their sum and 1e-8)."""
+"""When Attention Sink Emerges: softmax with one more logit or one more key, and without a
+normalizer, against the released code (sail-sg/Attention-Sink at af49727, lit_gpt/model_kv_bias.py
+and model_attn_sim.py, where normalized weights are divided by their sum and 1e-8)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_logit_more_takes_weight_and_has_no_value(backend):
 
 @each_backend
 def test_a_learnable_key_and_value_in_front(backend):
-    """The key is seen by all: the causal mask of one key more than queries leaves it visible."""
+    """All queries see the key: the causal mask with one key more than queries leaves it visible."""
     q, k, v, key, value = leaves = draw(backend, *[(B, S, H, D)] * 3, (H, D), (H, D))
     z = torch.cat([torch.einsum("bihd,hd->bhi", q, key)[..., None] * D**-0.5,
                    causal(logits(q, k))], -1)  # fmt: skip

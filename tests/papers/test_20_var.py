@@ -19,7 +19,7 @@ in_each_16_bits = pytest.mark.parametrize(
 TAU, RHO, LEAST, P = 20, 0.5, 0.2, 0.6
 S, H, C, DIMS = 14, 4, 640, (3, 200)
 IMAGE = (3, 9)
-SINKS = ([0, 4, 10], [0, 2])  # text and image; the second request has none in its image
+SINKS = ([0, 4, 10], [0, 2])  # text and image; the second request has no sink in its image
 SHAPES = (2, S, H, 16), (2, S, 2, 16), (2, S, 2, 8)
 
 
@@ -32,13 +32,13 @@ def hidden_states(backend):
 
 
 def released_sinks(hidden):
-    """Places of one request whose normed state is above tau in one of the dimensions."""
+    """Positions of one request whose normed state exceeds tau in one of the dimensions."""
     normed = hidden.float() / (hidden.float().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     return [i for i, x in enumerate(normed) if max(abs(float(x[d])) for d in DIMS) > TAU]
 
 
 def released_row(w, sinks, chosen):
-    """The weights [Sk] of one query of one head; chosen gets whether they changed."""
+    """The weights [Sk] of one query of one head; appends to `chosen` whether they changed."""
     begin, end = IMAGE
     visual = [j for j in sinks if begin <= j < end]
     total = w[begin:end].sum()
@@ -48,7 +48,7 @@ def released_row(w, sinks, chosen):
     chosen.append(bool(take))
     if not take:
         return w
-    budget = (1 - P) * w[sinks].sum()  # sinks of the text give too
+    budget = (1 - P) * w[sinks].sum()  # sinks of the text give weight too
     takers = [j for j in range(begin, end) if j not in visual]
     new = w.clone()
     new[sinks] = P * w[sinks]
@@ -57,7 +57,7 @@ def released_row(w, sinks, chosen):
 
 
 def by_hand(q, k, v, sinks, chosen):
-    """Queries are the last ones; rows before the end of the image stay as they are."""
+    """Queries are the last tokens; rows before the end of the image do not change."""
     rows, keys, heads = q.shape[1], k.shape[1], q.shape[2]
     k, v = (t.repeat_interleave(heads // t.shape[2], 2) for t in (k, v))
     z = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
@@ -129,8 +129,8 @@ def test_an_image_that_ends_the_prompt_changes_nothing():
 
 
 def test_only_sinks_in_the_image_leave_nothing_to_give_to():
-    """All visual tokens are sinks: their share is 1, so the row is not chosen; with rho = 1 it is,
-    and what they lose is lost."""
+    """All visual tokens are sinks: their share is 1, so the row is not chosen; with rho = 1 it is
+    chosen, and the weight that they give is lost."""
     q, k, v = (t.detach() for t in draw("cpu", *SHAPES))
     sinks = torch.zeros(1, S, dtype=torch.bool)
     sinks[:, slice(*IMAGE)] = True

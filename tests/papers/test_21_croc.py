@@ -1,5 +1,5 @@
 """Croc against its released code: deepglint/Croc at e758f86, croc/model/croc_arch.py for the prompt
-tokens, croc/model/language_model/croc_llama.py for the mask; the Hungarian assignment is of the
+tokens, croc/model/language_model/croc_llama.py for the mask. The Hungarian assignment follows the
 paper's text (the released code imports scipy's solver and takes the nearest token)."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ IGNORED = -100
 
 
 def attend(q, k, v, sees):
-    """Queries over the keys for which sees(row, key) holds."""
+    """Attention of queries over the keys for which sees(row, key) holds."""
     rows = []
     for i in range(S):
         seen = [j for j in range(S) if sees(i, j)]
@@ -32,8 +32,8 @@ def attend(q, k, v, sees):
 
 @each_backend
 def test_the_mask_of_the_release_is_a_prefix_up_to_the_first_label(backend):
-    """Text before the image, the image and text before the answer are seen by all; the answer is
-    causal."""
+    """All tokens see the text before the image, the image and the text before the answer; the
+    answer is causal."""
     q, k, v = leaves = draw(backend, (1, S, H, D), (1, S, 2, D), (1, S, 2, D))
     labels = torch.full((1, S), IGNORED)
     labels[:, 8:] = 7
@@ -48,7 +48,7 @@ def test_the_mask_of_the_release_is_a_prefix_up_to_the_first_label(backend):
 
 @each_backend
 def test_text_before_an_image_can_stay_causal(backend):
-    """The text of the paper: visual tokens see each other, text sees what is before it."""
+    """The paper's text: visual tokens see each other, text sees everything before it."""
     q, k, v = leaves = draw(backend, (1, S, H, D), (1, S, 2, D), (1, S, 2, D))
     image = range(3, 3 + VISUAL)
     want = attend(q, k, v, lambda i, j: j <= i or (i in image and j in image))
@@ -65,7 +65,7 @@ def image_tokens(batch=2, tokens=8, dim=6):
 
 
 def test_nearest_is_the_release():
-    """Each masked token becomes the prompt token at the least distance, several the same one."""
+    """Each masked token becomes the prompt token at the minimum distance, several the same one."""
     x = image_tokens()
     pool = tm.nn.PromptTokenPool(6, num_prompts=3, match="nearest")
     chosen = torch.rand(2, 8, generator=torch.Generator().manual_seed(1)) < 0.75
@@ -82,7 +82,7 @@ def test_nearest_is_the_release():
 
 
 def test_hungarian_has_the_least_sum_of_all_assignments():
-    """Each prompt token stands for at most one token of an image."""
+    """Each prompt token replaces at most one token of an image."""
     x = image_tokens()
     pool = tm.nn.PromptTokenPool(6, num_prompts=5)
     chosen = torch.tensor([[1, 1, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]]).bool()
@@ -98,7 +98,7 @@ def test_hungarian_has_the_least_sum_of_all_assignments():
         nearest = distances.argmin(1).tolist()
         assert assigned[b][chosen[b]].tolist() == list(best)
         want[b, places] = pool.prompts[list(best)]
-        assert b or len({*nearest}) < len(nearest)  # a choice that "nearest" does not have
+        assert b or len({*nearest}) < len(nearest)  # a choice that "nearest" never makes
     assert (assigned[~chosen] == -1).all()
     close(y, want)
     same_gradients(y, want, [x, pool.prompts])

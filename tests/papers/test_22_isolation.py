@@ -23,7 +23,7 @@ SHAPES = (1, N, H, D), (1, N, 1, D), (1, N, 1, 8), (1, R, N, 1, D), (1, R, N, 1,
 
 
 def scene():
-    """Subjects 1 and 2 in the picture, without subject 3; masks that do not fill their boxes."""
+    """Subjects 1 and 2 are in the picture, subject 3 is not; masks do not fill their boxes."""
     subjects = torch.zeros(GRID, dtype=torch.int32)
     subjects[0:3, 0:2], subjects[1:4, 3:6] = 1, 2
     subjects[0, 1] = subjects[3, 3] = 0
@@ -41,8 +41,8 @@ def box(mask):
 
 
 def moved(values, mask, target, mode):
-    """A map [N, C] of a reference, 0 outside of its subject, with the box of the subject resized
-    onto the box of the target and all else 0."""
+    """A map [N, C] of a reference, 0 outside its subject, with the subject's box resized onto the
+    target box and 0 elsewhere."""
     source, aim = box(mask), box(target)
     picture = (values * mask[:, None]).view(*GRID, -1).permute(2, 0, 1)[None]
     size = [s.stop - s.start for s in aim]
@@ -53,9 +53,9 @@ def moved(values, mask, target, mode):
 
 
 def released(q, k, v, k_ref, v_ref, subjects, masks, mode="nearest", referring=None):
-    """Scores of the queries with the keys of all references and of their own picture, minus
-    infinity where reference tokens are none of the subject, where queries are none of it, and
-    between two subjects of the picture."""
+    """Scores of queries with the keys of all references and of their own picture: -inf for
+    reference tokens outside the subject, for queries outside it, and between two subjects of the
+    picture."""
     own = [subjects[0] == r + 1 for r in range(R)]
     keys, values, shown = [], [], []
     for r in range(R):
@@ -126,7 +126,7 @@ def test_references_may_stay_in_their_place():
     background = subjects[0] == 0
     close(got[:, background], other[:, background])
     assert not torch.allclose(got, other, atol=1e-2)
-    # A reference that lies where its subject lies is the same either way.
+    # A reference at the position of its subject gives the same result either way.
     same = torch.stack([subjects[0] == r + 1 for r in range(R)])[None]
     a, b = (
         tm.multi_subject_attention(*leaves, subjects, same, GRID, reposition=r)
@@ -137,8 +137,8 @@ def test_references_may_stay_in_their_place():
 
 @each_backend
 def test_projections_may_come_before_the_resampling(backend):
-    """The released code resizes hidden states and projects them; without a bias that is the
-    same."""
+    """The released code resizes hidden states and projects them; without a bias the order does not
+    matter."""
     x, weight = draw(backend, (1, N, 12), (D, 12))
     source, target = (
         torch.tensor([b], dtype=torch.int32, device=x.device) for b in ([0, 1, 2, 5], [1, 0, 4, 6])
@@ -152,7 +152,7 @@ def test_projections_may_come_before_the_resampling(backend):
 @each_backend
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 def test_boxes_are_resized_as_interpolate_does(mode, backend):
-    """Larger, smaller, one cell; each request has boxes of its own."""
+    """Boxes grow, shrink, or have one cell; each request has its own boxes."""
     (x,) = draw(backend, (3, N, 2, 4))
     source = torch.tensor([[0, 0, 4, 6], [1, 2, 3, 4], [2, 5, 3, 6]])
     target = torch.tensor([[1, 1, 3, 4], [0, 1, 4, 6], [0, 0, 2, 5]])
@@ -173,8 +173,8 @@ def test_boxes_are_resized_as_interpolate_does(mode, backend):
 
 
 def test_every_size_is_resized_as_interpolate_does():
-    """Nearest cells of all lines up to 48 in all lines up to 48, among them 14 in 46, where the
-    float32 factor of interpolate and whole numbers differ."""
+    """All line counts up to 48 are resized to all counts up to 48 by nearest cells, including 14 to
+    46, where the float32 factor of interpolate and integer arithmetic differ."""
     for old in range(1, 49):
         line = torch.arange(48.0).view(1, 48, 1)
         source = torch.tensor([[0, 0, 1, old]] * 48)

@@ -1,4 +1,4 @@
-"""The decay of CACE against matrices: normalised weights fade with the distance on a grid."""
+"""The decay of CACE against matrices: normalized weights decay with distance on a grid."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_is_the_softmax_times_the_decay(backend, distance, window):
     close(out, wanted)
     same_gradients(out, wanted, [q, k, v, gamma])
     plain = tm.attention(q, k, v, return_lse=True, backend=backend)[1]
-    close(lse, plain)  # that of the weights before they fade
+    close(lse, plain)  # lse of the weights before decay
 
 
 @each_backend
@@ -81,7 +81,7 @@ def test_16_bits_keep_the_error_budget(backend, dtype):
 
 @each_backend
 def test_gammas_of_0_and_1(backend):
-    """0^0 = 1: each query sees itself alone; the derivative is that of its neighbours."""
+    """0^0 = 1: each query sees only itself; the derivative comes from its neighbors."""
     q, k, v, _ = inputs(12, backend)
     gamma = torch.tensor([0.0, 1.0, 0.0, 0.5], device=q.device).requires_grad_()
     out = tm.attention(q, k, v, post_decay=tm.masks.decay2d(gamma, 4), backend=backend)
@@ -134,7 +134,8 @@ def test_goes_with_every_term_and_the_gradient_of_lse(backend):
 
 @each_backend
 def test_a_key_that_takes_all_weight_still_fades(backend):
-    """A bias of +inf is the largest finite logit: it does not move, but its weight fades."""
+    """A bias of +inf acts as the largest finite logit: the logit has no gradient, but its weight
+    decays."""
     q, k, v, gamma = inputs(6, backend)
     bias = torch.zeros(1, 1, 6, 6, device=q.device)
     bias[..., 4] = torch.inf

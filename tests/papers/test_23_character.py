@@ -1,6 +1,5 @@
-"""The attention and the loss of CACE against what the released code computes: bang123-box/CFE at
-0f2ea6f, strhub/models/cfe/modules.py (AttnMixer with local_type r2, and
-Intra_Inter_ConsistencyLoss)."""
+"""The attention and the loss of CACE against the released code: bang123-box/CFE at 0f2ea6f,
+strhub/models/cfe/modules.py (AttnMixer with local_type r2, and Intra_Inter_ConsistencyLoss)."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ def mixed(decay, rotary, distance):
             z, fade = [], []
             for j in range(x.shape[1]):
                 product = 0
-                for c, angle in enumerate(angles):  # pairs of neighbouring channels
+                for c, angle in enumerate(angles):  # pairs of adjacent channels
                     a, b = q[:, i, :, 2 * c], q[:, i, :, 2 * c + 1]
                     d, e = k[:, j, :, 2 * c], k[:, j, :, 2 * c + 1]
                     turn = (i - j) * angle if rotary else 0.0
@@ -59,7 +58,7 @@ def test_the_mixer(decay, rotary, distance, backend):
 
 
 def consistency(w, features, targets):
-    """Characters of all texts; half of 0.2 times the sum of ratios."""
+    """Loss over characters of all texts: half of 0.2 times the sum of ratios."""
     total = 0
     for text, classes in zip(features, targets.tolist(), strict=True):
         for x, own in zip(text, classes, strict=True):
@@ -82,14 +81,14 @@ def test_the_loss():
 
 
 def test_the_centers_are_a_memory_that_outlives_batches():
-    """Steps of training draw a center to the features of its class."""
+    """Training steps move a center towards the features of its class."""
     torch.manual_seed(0)
     loss = nn.CharacterConsistencyLoss(4, 3, weight=1.0)
     goal = 2 * torch.nn.functional.one_hot(torch.arange(4) % 3, 3).float()
     goal[3] *= -1
     optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)
     for step in range(300):
-        targets = torch.tensor([step % 4, (step + 1) % 4])  # half of the classes in a batch
+        targets = torch.tensor([step % 4, (step + 1) % 4])  # half of the classes per batch
         optimizer.zero_grad()
         loss(goal[targets], targets).backward()
         optimizer.step()

@@ -1,12 +1,12 @@
-"""RazorAttention: which heads keep a whole cache, what the others attend to, and the bytes of it.
+"""RazorAttention: heads that keep a whole cache, keys of the other heads, and cache bytes.
 
 The choice of heads follows the paper and Huawei's release (mindspore-ai/golden-stick at a50ddc9,
 mindspore_gs/experimental/long_context_compress/razor_attention): BOS and random ids, repeated; the
-sum of weights on earlier occurrences, and on the tokens after those; the largest query head of a
-key head; the first 1 % and 14 % of all heads of all layers. The release differs from the paper
-where it adds -1e-5 for a causal mask, and where it joins echo heads of one layer only. Attention
-follows the paper (section 3.3): a mean of what went, counted with its number. The release has the
-mean without that number.
+sum of weights on earlier occurrences, and on the tokens after them; the maximum over the query
+heads of a KV head; the first 1 % and 14 % of all heads of all layers. The release differs from the
+paper in two places: it adds -1e-5 for a causal mask, and it joins echo heads of one layer only.
+Attention follows the paper (section 3.3): a mean of the dropped tokens, weighted by their count.
+The release uses the mean without that count.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ H, HK, D, SCALE = 4, 2, 16, 0.25
 
 
 def weights(q, k, **_):
-    """[H, S, S]: causal softmax of one request, q [S, H, D] and k [S, HK, D]."""
+    """Causal softmax [H, S, S] of one request, q [S, H, D] and k [S, HK, D]."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     z = torch.einsum("qhd,khd->hqk", q, k) * q.shape[2] ** -0.5
     return z.masked_fill(torch.ones(z.shape[1:]).triu(1) > 0, -torch.inf).softmax(-1)
 
 
 def marked(p, period, begin):
-    """Sums of weights [.., S, S] on earlier occurrences of a token, and on the tokens after."""
+    """Sums of weights [.., S, S] on earlier occurrences of a token, and on the tokens after
+    them."""
     length = p.shape[-1]
     echo, induction = torch.zeros(2, length, length)
     for i in range(begin + period, length):
@@ -60,7 +61,8 @@ def test_scores_of_repeated_tokens(backend, period, length):
 
 
 def released_choice(scores, part):
-    """Heads of each layer whose score is one of the first round(n part) of all, as the release."""
+    """Heads of each layer whose score is among the first round(n part) of all, as in the
+    release."""
     every = sorted((float(s) for layer in scores for s in layer), reverse=True)
     first = every[: round(len(every) * part)]
     return [{h for h, s in enumerate(layer) if float(s) in first} for layer in scores]
@@ -86,7 +88,7 @@ def test_the_first_heads_of_all_layers():
 
 
 def test_profile_of_a_model():
-    """Against the weights that transformers' eager attention hands out."""
+    """Compares with the weights that transformers' eager attention returns."""
     transformers = pytest.importorskip("transformers", minversion="5.24")
     config = transformers.LlamaConfig(
         vocab_size=60, hidden_size=32, intermediate_size=16, num_hidden_layers=3, bos_token_id=1,
@@ -144,8 +146,8 @@ def test_heads_must_be_named():
 @every_backend
 @pytest.mark.parametrize("compensation", ["counted", "single", "none"])
 def test_steps(backend, compensation):
-    """One retrieval head of two; a prompt that is longer than sink and local tokens, and one that
-    becomes so."""
+    """One of two heads is a retrieval head; one prompt is longer than sink and local tokens, and
+    one becomes longer."""
     lengths, steps, sink, local = (11, 5), 4, 1, 5
     g = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(2, 15, heads, D, generator=g) for heads in (H, HK, HK))
@@ -181,10 +183,10 @@ def test_steps(backend, compensation):
 
 
 def test_bytes_of_the_cache():
-    """Heads of a model in one layer: 15 of 100 key heads keep 60,000 tokens, 85 a fifth of them.
+    """Heads of a model in one layer: 15 of 100 KV heads keep 60,000 tokens, 85 keep a fifth.
 
-    Sixty-eight per cent of the cache go. The paper's "over 70 %" needs that echo and induction
-    heads overlap: 12 of 100 heads are 70.4 %.
+    Sixty-eight per cent of the cache is dropped. The paper's "over 70 %" needs overlapping echo and
+    induction heads: 12 of 100 heads give 70.4 %.
     """
     tokens, heads, d = 60_000, 100, 1
     k = torch.zeros(1, tokens, heads, d)
@@ -197,7 +199,7 @@ def test_bytes_of_the_cache():
         others = tokens // 5 + 4
         assert policy.kept[0].tolist() == [tokens] * kept + [others] * (heads - kept)
         short = policy._parts[1].cache
-        there = cache.k.nbytes + cache.v.nbytes + short.k.nbytes + short.v.nbytes  # with slack
+        there = cache.k.nbytes + cache.v.nbytes + short.k.nbytes + short.v.nbytes  # including slack
         assert 1 - there / full == pytest.approx(want, abs=2e-3)
 
 

@@ -1,6 +1,6 @@
 """Active-Dormant Attention Heads: relu(q_i.k_j) in place of softmax. The released code
 (GuoTianYu2000/Active-Dormant-Attention at 16b3593, BBM/model.py) divides the weights of token i by
-the i + 1 keys that it sees; the formula of the text has them as they are."""
+the i + 1 keys that it sees; the formula in the text does not divide."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """TidalDecode at the released defaults, its correction of the cache and prompts in chunks.
 
 Released code: DerrickYLJ/TidalDecode at d67a1bd. In src/tidal_build/modify_llama.py a selecting
-layer takes, for each query head, the token_budget largest logits of all keys, the newest among
-them; sparse layers mask the rest. In the kernels the newest token needs no place: it is attended to
-anyway. The first selecting layer is 2; the second 9 in modify_llama.py, 13 in enable_tidal.py and
-the scripts.
+layer takes, for each query head, the token_budget largest logits of all keys, including the newest;
+sparse layers mask the rest. In the kernels the newest token needs no list entry: it is always
+visible. The first selecting layer is 2; the second is 9 in modify_llama.py, 13 in enable_tidal.py
+and the scripts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ WIDTH = HEADS * D
 
 
 class Model:
-    """Layers x + attention(norm(x)) with random projections; a layer's attention is given."""
+    """Layers x + attention(norm(x)) with random projections; each layer's attention is a
+    parameter."""
 
     def __init__(self, layers: int, device: str = "cpu"):
         g = torch.Generator().manual_seed(0)
@@ -49,7 +50,7 @@ class Model:
 
 
 class Literal:
-    """The attention of the layers of one step over all keys so far, one head at a time."""
+    """Attention of the layers of one step over all keys so far, one head at a time."""
 
     def __init__(self, budget, first, correction, keep_newest=True):
         self.budget, self.first, self.correction = budget, first, correction
@@ -81,7 +82,7 @@ class Literal:
 
 @each_backend
 def test_selection_at_the_defaults(backend):
-    """Twelve layers: full, full, select (256 tokens for each query head), sparse to layer 8, select
+    """Twelve layers: full, full, select (256 tokens per query head), sparse up to layer 8, select
     again in layer 9, sparse."""
     tokens, steps, device = 300, 3, device_of(backend)
     x = torch.randn(1, tokens + steps, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -101,7 +102,7 @@ def test_selection_at_the_defaults(backend):
 @every_backend
 @pytest.mark.parametrize("keep_newest", [True, False])
 def test_the_newest_token(backend, keep_newest):
-    """Four layers, of which the second and the fourth select 3 of 9 to 11 tokens."""
+    """Four layers; the second and the fourth select 3 of 9 to 11 tokens."""
     tokens, steps, device = 8, 3, device_of(backend)
     x = torch.randn(1, tokens + steps, WIDTH, generator=torch.Generator().manual_seed(4))
     model, exact = Model(4, device), Model(4)
@@ -121,15 +122,15 @@ def test_the_newest_token(backend, keep_newest):
 
 @pytest.mark.parametrize(("tokens", "less"), [(10_000, 5.595), (100_000, 6.309)])
 def test_keys_read(tokens, less):
-    """32 layers at the defaults with lists of key heads: two full, two that read the keys once more
-    to select, 28 that read 257 keys. The paper's 2.1 is of the time of a whole step."""
+    """32 layers at the defaults with lists per KV head: two full, two that read the keys once more
+    to select, 28 that read 257 keys. The paper's 2.1 refers to the time of a whole step."""
     x = torch.zeros(1, tokens, 1, 1)
     caches = [policies.KVCache.like(x, x, tokens + 1) for _ in range(32)]
     stack = policies.stack(policies.TidalDecode, caches, lists="key")
     for layer in stack:
         layer.begin(x, x, x, torch.empty(0))
         layer.step(*(x[:, :1],) * 3)
-    read = [layer.bytes_read / (8 * (tokens + 1)) for layer in stack]  # of the layer's cache
+    read = [layer.bytes_read / (8 * (tokens + 1)) for layer in stack]  # in the layer's cache
     few = pytest.approx(257 / (tokens + 1))
     assert read == [1, 1, 1.5, *[few] * 6, 1.5, *[few] * 22]
     assert 32 / sum(read) == pytest.approx(less, abs=0.001)

@@ -1,9 +1,10 @@
 """Recycled Attention in its two versions, one request at a time.
 
-The first version has full steps by stride or by the likeness of queries, and attends to what the
-last of them weighed most and to all newer tokens. The published one, RefreshKV, begins with what
-the last query of the prompt weighed most, and replaces those keys one by one with newer ones. Its
-repository (carriex/refreshkv at 3e41006) has no code yet: both are read from the papers' text.
+The first version has full steps by stride or by similarity of queries; other steps attend to the
+keys with most weight in the last full step and to all newer tokens. The published version,
+RefreshKV, begins with the keys that the last query of the prompt weighs most, and replaces them one
+by one with newer ones. Its repository (carriex/refreshkv at 3e41006) has no code yet: both follow
+the papers' text.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ every_backend = pytest.mark.parametrize("backend", KERNELS)
 
 
 class Literal:
-    """Of one request: which steps are full, and what the others attend to."""
+    """State of one request: full steps, and the keys of the other steps."""
 
     def __init__(self, budget, stride, threshold, heads=HK):
         self.budget, self.stride, self.threshold = budget, stride, threshold
         self.heads, self.since, self.full = heads, 0, []
 
     def step(self, q, k, v):
-        """q [H, D]; k and v with the new token."""
+        """q [H, D]; k and v include the new token."""
         n = len(k)
         again = not self.full or self.since == self.stride
         if not again and self.threshold is not None:
@@ -75,7 +76,7 @@ def test_schedules(page, stride, threshold, budget):
     literals = [Literal(budget, stride, threshold) for _ in LENGTHS]
     assert_steps(policy, tokens, literals)
     schedules = [literal.full for literal in literals]
-    if threshold == 0.7:  # each request has its own, which is not that of the stride
+    if threshold == 0.7:  # full steps differ per request and from the stride
         assert schedules[0] != schedules[1] and sum(schedules[0]) < STEPS
     if threshold == 2.0:
         assert all(map(all, schedules))
@@ -87,13 +88,13 @@ def test_schedules(page, stride, threshold, budget):
 
 
 def test_default_budget_and_stride():
-    """4096 keys, a full step in fifty."""
+    """4096 keys, one full step in fifty."""
     tokens, steps = 4110, 52
     g = torch.Generator().manual_seed(0)
     shapes = ((HEADS, D), (HK, D), (HK, DV))
     q, k, v = (torch.randn(1, tokens + steps, *shape, generator=g) for shape in shapes)
     policy = policies.RecycledAttention(policies.KVCache.like(k, v, tokens + steps))
-    lse = torch.empty(0)  # of a prompt that was read elsewhere
+    lse = torch.empty(0)  # for a prompt that was read elsewhere
     policy.begin(q[:, :tokens], k[:, :tokens], v[:, :tokens], lse)
     literal = Literal(4096, 50, None)
     exact = [t[0].double() for t in (q, k, v)]
@@ -125,14 +126,14 @@ def test_tokens_of_a_chunk_are_new_ones():
 
 
 class Refresh:
-    """One request of RefreshKV: its partial cache, the key of the lowest score first."""
+    """One request of RefreshKV: its partial cache, ordered by ascending score."""
 
     def __init__(self, budget, stride, threshold, kernel):
         self.budget, self.stride, self.threshold, self.kernel = budget, stride, threshold, kernel
         self.steps, self.full = 0, []
 
     def choose(self, q, k):
-        """q [H, D] weighs keys k [n, HK, D]."""
+        """Weighs keys k [n, HK, D] by q [H, D]."""
         side, self.query, self.partial = self.kernel // 2, q.mean(0), []
         group = len(q) // k.shape[1]
         for kv in range(k.shape[1]):
@@ -143,7 +144,7 @@ class Refresh:
             self.partial.append(order[: self.budget][::-1])
 
     def step(self, q, k, v):
-        """q [H, D]; k and v with the new token."""
+        """q [H, D]; k and v include the new token."""
         self.steps += 1
         full = self.steps % self.stride == 0
         if full and self.threshold is not None:
@@ -186,7 +187,7 @@ def test_refresh(page, budget, stride, threshold, kernel):
     assert any(map(any, schedules)) and not any(map(all, schedules))
     if threshold == 0.6:
         assert schedules[0] != schedules[1]
-    if threshold is None:  # a step reads the budget and its own token, a full one the keys twice
+    if threshold is None:  # a step reads the budget and its own token, a full step the keys twice
         last = [n + STEPS for n in LENGTHS]
         partial = 4 * HK * (D + DV) * 2 * (min(budget, min(LENGTHS)) + 1)
         full = 4 * HK * (2 * D + DV) * sum(last)
@@ -196,7 +197,7 @@ def test_refresh(page, budget, stride, threshold, kernel):
 @every_backend
 @pytest.mark.parametrize("published", [False, True])
 def test_both_versions(backend, published):
-    """Full steps by stride, and by likeness."""
+    """Full steps by stride, and by similarity."""
     h, hk, d, prompt, steps = 2, 1, 16, 11, 5
     g = torch.Generator().manual_seed(1)
     near = [torch.randn(1, prompt + steps, heads, d, generator=g) for heads in (h, hk, hk)]
@@ -221,9 +222,9 @@ def test_both_versions(backend, published):
 
 
 def test_bytes_of_a_stride():
-    """RefreshKV at a budget of 1/8 and a full step in ten: nine steps read 126 keys and values, the
-    tenth all and the keys once more: 3.8 times less than full attention. A window of 126 keys,
-    which the paper compares with, reads 8 times less."""
+    """RefreshKV at a budget of 1/8 and one full step in ten: nine steps read 126 keys and values,
+    the tenth reads all, and the keys once more: 3.8 times less than full attention. A window of 126
+    keys, the paper's baseline, reads 8 times less."""
     n = 1000
     x = torch.ones(1, n, 1, 1)
     policy = policies.RefreshKV(policies.KVCache.like(x, x, n + 10), threshold=None)

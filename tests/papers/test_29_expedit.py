@@ -19,8 +19,8 @@ def squares(a, b):
 
 
 def clustered(x, grid, iters, tau, window):
-    """x [B, Y, X, C] to centroids [B, gy, gx, C]: a distance of 1e16 to clusters far away, and
-    weights without a gradient."""
+    """x [B, Y, X, C] to centroids [B, gy, gx, C]: a distance of 1e16 to clusters outside the
+    window, and weights without a gradient."""
     batch, height, width, channels = x.shape
     centroids = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), grid).flatten(2).mT
     cells = torch.arange(grid[0] * grid[1], dtype=x.dtype)
@@ -35,7 +35,7 @@ def clustered(x, grid, iters, tau, window):
 
 
 def reconstructed(x, centroids, clusters, k, tau):
-    """The weights of the k nearest over their Euclidean norm."""
+    """Weights of the k nearest clusters, divided by their Euclidean norm."""
     batch, height, width, channels = x.shape
     rows = [t.flatten(1, 2) for t in (x, centroids, clusters)]
     w = torch.exp(-tau * squares(rows[0], rows[1]).clamp(min=0)).detach()
@@ -44,7 +44,7 @@ def reconstructed(x, centroids, clusters, k, tau):
 
 
 class Block(torch.nn.Module):
-    """Attention and an MLP, of rows or maps."""
+    """Attention and an MLP, on rows or maps."""
 
     def __init__(self, dim):
         super().__init__()
@@ -66,7 +66,7 @@ def weights_of(w, i):
 
 
 def plain(w, x, shape=None, *, depth, start, end, grid, prefix, settings):
-    """Segmenter and DPT: one map, a class token in front of it."""
+    """Segmenter and DPT: one map, preceded by a class token."""
     side = shape or (math.isqrt(x.shape[1] - prefix),) * 2
     for i in range(depth):
         if i == start:
@@ -82,8 +82,8 @@ def plain(w, x, shape=None, *, depth, start, end, grid, prefix, settings):
 
 
 def windowed(w, x, *, depth, start, grid, side, settings):
-    """SAM: maps without a class token; each window of attention is clustered by itself, and the
-    clusters of all windows are one map."""
+    """SAM: maps without a class token; each attention window is clustered separately, and the
+    clusters of all windows form one map."""
     batch, height, width, channels = x.shape
     for i in range(start):
         x = block(weights_of(w, i), x)
@@ -108,7 +108,7 @@ def windowed(w, x, *, depth, start, grid, side, settings):
 
 
 class Settings:
-    """As the release has them."""
+    """Settings under the release's names."""
 
     def __init__(self, iters, tau, window, k):
         self.iters, self.tau, self.window, self.k = iters, tau, window, k
@@ -164,7 +164,7 @@ def test_windows_of_a_map(backend):
     layers = [randomised(Block(8)) for _ in range(3)]
     options = {"preset": "sam", "prefix": 0, "partition": 7, "k": 16, "backend": backend}
     expedited = tm.nn.ExpeditedBlocks(layers, 1, None, 4, **options)
-    settings = Settings(5, 0.01, 5, 16)  # all clusters: some of the padding are equally near
+    settings = Settings(5, 0.01, 5, 16)  # all clusters: some padding clusters are equally near
 
     def literal(w, x):
         return windowed(w, x, depth=3, start=1, grid=4, side=7, settings=settings)

@@ -17,7 +17,7 @@ def linear(w, name, x):
 
 
 def score_of_level(w, x):
-    """One picture, [pixels, C]."""
+    """Scores of one picture, [pixels, C]."""
     name = "enc_mask_predictor."
     z = F.layer_norm(x, x.shape[1:], w[name + "layer1.0.weight"], w[name + "layer1.0.bias"])
     z = F.gelu(linear(w, name + "layer1.1", z))
@@ -28,7 +28,7 @@ def score_of_level(w, x):
 
 
 def stretched(map_, size):
-    """Bilinear, corners on corners, pixel by pixel."""
+    """Bilinear resize with aligned corners, pixel by pixel."""
     rows = []
     for y in range(size[0]):
         v = y * (map_.shape[0] - 1) / max(size[0] - 1, 1)
@@ -114,8 +114,8 @@ def test_dual_attention(tokens, dim, heads, topk, ragged, backend):
 
 
 class Layer(torch.nn.Module):
-    """Stands for deformable attention: it sees the tokens, their positions, other rows of theirs,
-    and what all tokens share."""
+    """Stand-in for deformable attention: it sees the tokens, their positions, other rows of them,
+    and data shared by all tokens."""
 
     def __init__(self, dim):
         super().__init__()

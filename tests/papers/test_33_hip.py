@@ -1,4 +1,5 @@
-"""HiP Attention at the defaults: the tree search of section 3, then attention to what it found."""
+"""HiP Attention at the defaults: the tree search of section 3, then attention to the blocks
+found."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ BUDGET, BLOCK_Q, BLOCK_K, STRIDE, SINK, RECENT = 512, 64, 2, 2, 16, 256
 
 
 def searched(q, k, rows):
-    """Blocks of keys for the queries `rows` of one head: nodes are halved, and those stay whose
-    middle block has the largest product with a query."""
+    """Key blocks for the queries `rows` of one head: nodes are halved, and the halves whose middle
+    block has the largest product with a query are kept."""
     speakers = list(reversed(rows))[::STRIDE]
-    last = rows[-1] - RECENT  # the last key that is not attended to anyway
+    last = rows[-1] - RECENT  # last key outside the recent ones
     if last < SINK:
         return []
     first, blocks, wanted = SINK // BLOCK_K, last // BLOCK_K + 1, BUDGET // BLOCK_K
@@ -74,8 +75,8 @@ def test_search_and_attention(backend):
 
 @each_backend
 def test_policy_refreshes_its_lists_every_eight_steps(backend):
-    """Layers 0 to 2 are dense. In layer 3 a step searches, and seven more attend to the same blocks
-    and to what is recent by then."""
+    """Layers 0 to 2 are dense. In layer 3 one step searches, and seven more attend to the same
+    blocks and to the keys that are recent by then."""
     prompt, steps = 1500, 10
     q, k, v = (t.detach()[:, : prompt + steps] for t in draw(backend, *SHAPES))
     caches = [policies.KVCache.like(k, v, prompt + steps) for _ in range(4)]

@@ -14,7 +14,7 @@ import tokenmill as tm
 
 
 def word_pooling(w, x, offsets, pool):
-    """One word after the other, and one head after the other."""
+    """Computes one word after the other, and one head after the other."""
     ends, words = offsets.tolist(), []
     for begin, end in itertools.pairwise(ends):
         characters = x[begin:end][: pool.max_length]
@@ -48,7 +48,7 @@ def packed(lengths, dim):
 @pytest.mark.parametrize(
     ("lengths", "dim", "heads", "layers", "prefix", "most"),
     [
-        ([3, 12, 7, 1, 15], 16, 4, 2, 4, 12),  # the paper's but for the channels; one word too long
+        ([3, 12, 7, 1, 15], 16, 4, 2, 4, 12),  # paper's sizes except channels; one word too long
         ([5, 0, 0, 2], 6, 1, 1, 1, 3),
         ([1], 4, 2, 3, 2, 1),
     ],
@@ -72,14 +72,14 @@ def test_words_do_not_depend_on_each_other_or_on_what_no_word_has():
     assert torch.equal(pool(other, offsets)[:2], words[:2])
     (gradient,) = torch.autograd.grad(words.sum(), x)
     assert (gradient[7:9] == 0).all() and torch.isfinite(gradient).all()
-    middle = pool(x, offsets[1:])  # what is before the first word and behind the last is not read
+    middle = pool(x, offsets[1:])  # rows before the first word and after the last are not read
     torch.testing.assert_close(middle, words[1:], rtol=1e-5, atol=1e-6)
     assert pool(x, offsets[:1]).shape == (0, 2, 8)
     assert pool(x[:0], torch.zeros(3, dtype=torch.int32)).shape == (2, 2, 8)
 
 
 def test_rows_for_the_decoder():
-    """Prefix rows of a word are what the language model made of the word before it."""
+    """Prefix rows of a word are the language model's output for the previous word."""
     pool = randomised(tm.nn.WordPooling(4, 1, 1, 2, max_length=3, dim_feedforward=8))
     x, offsets = packed([2, 5, 1], 4)
     made = torch.randn(3, 2, 4)

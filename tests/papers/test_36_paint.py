@@ -25,8 +25,8 @@ ALPHA, BETA = 0.7, 0.3
 
 def released_tokens(first, late):
     """Sets of local and summary patches of one image, from maps [H, 1 + N, 1 + N]: a quarter by the
-    row of the class token in the first map without the outliers of that row in the other map, as
-    many of its largest as there are values over the whisker."""
+    class token's row in the first map, excluding the outliers of that row in the other map, which
+    are as many of its largest as there are values over the whisker."""
     patches = first.shape[-1] - 1
     row, other = first[:, 0, 1:].sum(0), late[:, 0, 1:].sum(0)
     low, high = np.percentile(other.numpy(), [25, 75])
@@ -77,7 +77,7 @@ def test_logits_of_the_last_row_are_those_of_the_release(rows, backend):
 
 def test_factors_of_weights_do_not_reach_it():
     """A negative logit of a local token rises less than a positive one of the same size: weights
-    change by factors that differ from query to query."""
+    change by factors that differ between queries."""
     q, k, v = (t.detach() for t in draw("reference", (1, 10, 4, 16), (1, 10, 2, 16), (1, 10, 2, 8)))
     want = released_attention(q, k, v, RAISED)[:, -1]
     plain = tm.attention(q, k, v, causal=True)[:, -1]
@@ -117,7 +117,7 @@ def test_tokens_are_those_of_the_release(backend):
 
 @each_backend
 def test_a_call_from_scores_to_the_step(backend):
-    """Tokens of an image after 3 tokens of text, and the gains of each request."""
+    """Tokens of an image after 3 text tokens, and the gains of each request."""
     first = torch.arange(8.0).expand(2, 8).clone()
     first[1] = first[0].flip(0)
     late = torch.tensor([[1.0, 2, 1, 2, 1, 2, 1, 90]]).expand(2, 8).contiguous()

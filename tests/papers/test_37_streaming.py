@@ -1,7 +1,7 @@
 """StreamingLLM as the released code runs it, and the bytes of its cache.
 
 Released code: mit-han-lab/streaming-llm at 2e50426. Keys are cached without rotary embedding and
-rotated by their place in the cache; a query by the place after the last key
+rotated by their place in the cache; a query is rotated by the place after the last key
 (pos_shift/modify_llama.py). The cache is cut to the first start_size and the last recent_size keys
 after each token in examples/eval_long_ppl.py, and before each turn, by the length of its prompt and
 answer, in examples/run_streaming_llama.py (kv_cache.py). A prompt sees all of itself. The paper
@@ -75,7 +75,7 @@ def new(backend, capacity, rope, **options):
 
 
 def assert_same(got, heads, tokens):
-    """got [1, n, H, D] is what the literal of each head reads."""
+    """Asserts that got [1, n, H, D] equals the literal reading of each head."""
     want = torch.stack([one.read(t) for one, t in zip(heads, tokens, strict=True)], 1)
     torch.testing.assert_close(got[0].cpu().double(), want, rtol=0, atol=2e-5)
 
@@ -83,7 +83,7 @@ def assert_same(got, heads, tokens):
 @every_backend
 @pytest.mark.parametrize("rope", [False, True])
 def test_token_by_token(backend, rope):
-    """eval_long_ppl.py: a token sees start_size + recent_size older ones and itself."""
+    """eval_long_ppl.py: a token sees start_size + recent_size older tokens and itself."""
     start, recent, length = 2, 3, 14
     near, tokens = draw(length, backend)
     policy = new(backend, 8, rope, num_sink=start, num_recent=recent + 1)
@@ -119,7 +119,7 @@ def test_turns_of_a_conversation(backend):
 
 
 def test_the_cache_stays_as_small_as_it_is():
-    """4 + 60 keys however many tokens there were, in slots for 65."""
+    """4 + 60 keys for any number of tokens, in slots for 65."""
     policy = policies.StreamingLLM(num_sink=4, num_recent=60)
     assert policy.slots(1) == policy.slots(64) == 65
     one = torch.ones(1, 1, 1, 8)
@@ -132,4 +132,4 @@ def test_the_cache_stays_as_small_as_it_is():
         if n > 65:
             held.add(policy.bytes_held), read.add(policy.bytes_read)
     assert cache.k.nbytes + cache.v.nbytes == 65 * 64 and max(held) <= 65 * 64
-    assert read == {64 * 64}  # of 299 * 64 that full attention reads
+    assert read == {64 * 64}  # full attention reads 299 * 64

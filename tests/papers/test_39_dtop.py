@@ -1,4 +1,4 @@
-"""DToP in a plain vision transformer with two exits, as released, and what it saves."""
+"""DToP in a plain vision transformer with two exits, against the release, and its savings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenmill as tm
 
-BLOCKS, EXITS = 12, (5, 7)  # an exit after blocks 6 and 8 of 12: out_indices of the released ViT-B
+BLOCKS, EXITS = 12, (5, 7)  # exits after blocks 6 and 8 of 12: out_indices of the released ViT-B
 
 
 class Block(nn.Module):
@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 def pruned(blocks, leave, heads, x, backend=None):
-    """x [B, N, C] and a head [N, classes] of probabilities for each exit."""
+    """x [B, N, C], and for each exit a head [N, classes] of probabilities."""
     batch, tokens, _ = x.shape
     active, stage = None, None
     for i, block in enumerate(blocks):
@@ -50,7 +50,7 @@ def pruned(blocks, leave, heads, x, backend=None):
 
 def released(blocks, heads, x, threshold, keep):
     """zbwxp/Dynamic-Token-Pruning at 2baefff, vit.py and prune_head.py: picture by picture, the
-    tokens that are left attend to each other, and the others become 0."""
+    remaining tokens attend to each other, and the others become 0."""
     pictures, lefts = [], []
     for picture in x:
         left = list(range(len(picture)))
@@ -90,15 +90,15 @@ def test_two_exits_as_released(backend):
 
 @pytest.mark.parametrize(
     ("after_6", "after_8", "saved"),
-    # Shares that have left: what the lower and the upper end of the claim, 20 to 35 %, need.
+    # Shares of exited tokens that the lower and upper end of the claim, 20 to 35 %, require.
     [(17, 27, 0.21), (30, 46, 0.34)],
 )
 @torch.no_grad()
 def test_20_to_35_percent_fewer_operations(after_6, after_8, saved):
-    """Operations of the 12 blocks. 64 tokens of 48 channels have the proportions of ViT-B on
-    512 x 512 pixels, 1024 tokens of 768: N / C decides how much attention and linear layers
-    weigh. Heads are not counted: they are there with and without exits. The released table has 21 %
-    fewer (ViT-B, ADE20K: 109.9 to 86.8 GFLOP, heads included) to 33 % (ViT-L: 617 to 412.8)."""
+    """Operations of the 12 blocks. 64 tokens of 48 channels have the proportions of ViT-B on 512 x
+    512 pixels, 1024 tokens of 768: N / C decides the weight of attention against linear layers.
+    Heads are not counted: they exist with and without exits. The released table has 21 % fewer
+    (ViT-B, ADE20K: 109.9 to 86.8 GFLOP, heads included) to 33 % (ViT-L: 617 to 412.8)."""
     tokens, dim = 64, 48
     blocks = nn.ModuleList(Block(dim, 3) for _ in range(BLOCKS))
     x = torch.randn(1, tokens, dim)
@@ -114,7 +114,7 @@ def test_20_to_35_percent_fewer_operations(after_6, after_8, saved):
             heads = [sure_of(first), sure_of(second)]
             _, active = pruned(blocks, tm.nn.DToPExit(0.9, keep=0), heads, x)
         assert active.sum() == tokens - second
-        packing = len(EXITS) * tokens  # mask_partition adds once for each token
+        packing = len(EXITS) * tokens  # mask_partition adds once per token
         counts.append(counter.get_total_flops() - packing)
     whole, fewer = counts
     in_blocks = [tokens] * 6 + [tokens - after_6] * 2 + [tokens - after_8] * 4

@@ -1,5 +1,6 @@
-"""SelectorSummary against MULTI-LANE (De Min et al. 2024), section 3, as released (tdemin16/multi-
-lane at 5ee982c, multi_lane/blocks.py): patches are detached, and keys and values at once."""
+"""SelectorSummary against MULTI-LANE (De Min et al. 2024), section 3, and the release
+(tdemin16/multi-lane at 5ee982c, multi_lane/blocks.py): patches are detached, and are keys and
+values at once."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def test_no_patches_and_large_logits():
     assert (module(torch.zeros(2, 0, 4)) == 0).all()
     assert module(torch.zeros(0, 5, 4)).shape == (1, 0, 3, 4)
     half = tm.nn.SelectorSummary(4, 3).half()
-    out = half(torch.full((1, 2, 4), 200.0).half())  # e^200 has no place in float16
+    out = half(torch.full((1, 2, 4), 200.0).half())  # e^200 overflows float16
     assert torch.equal(out, torch.full_like(out, 200.0))
 
 

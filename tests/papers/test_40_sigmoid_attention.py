@@ -16,7 +16,7 @@ import tokenmill as tm
 
 
 def sigmoid_attention(w, x, *, layer):
-    """One sequence and one head after the other, with the matrices of weights."""
+    """Computes one sequence and one head after the other, with the matrices of weights."""
     out = []
     for sequence in x:
         n, heads = len(sequence), layer.num_heads
@@ -92,13 +92,13 @@ def test_packed_sequences_have_a_bias_each(options, backend):
 @each_backend
 @pytest.mark.parametrize("options", [LANGUAGE, {"qk_norm": False}])
 def test_queries_keys_and_values_in_one_tensor(options, backend):
-    """Gradients too, and packed sequences."""
+    """Gradients and packed sequences are included."""
     layer = randomised(tm.nn.SigmoidAttention(24, 4, **options, backend=backend))
     layer.to(device_of(backend))
     (qkv,) = draw(backend, (2, 9, 3, 4, 6))
     w = {n: t for n, t in layer.named_parameters() if n.endswith(("k_norm.weight", "k_norm.bias"))}
     w |= {n: t for n, t in layer.named_parameters() if n.startswith("q_norm")}
-    # Projections that change nothing, so that the reading has the three in its input.
+    # Identity projections, so that the literal reading gets q, k and v as its input.
     flat = qkv.flatten(2)
     w |= {"qkv.weight": torch.eye(72).to(qkv), "proj.weight": torch.eye(24).to(qkv)}
     want = torch.stack(sigmoid_attention(w, flat, layer=layer))

@@ -1,9 +1,9 @@
 """PoNetMixing against the released mixing (lxchtan/PoNet at cc9a29a, attention_ponet.py), token by
 token: the mean query attends to the keys, which are the values too; maxima of segments and of three
-neighbours leave padding out.
+neighbors exclude padding.
 
 The release for the Long Range Arena cuts N tokens into equal segments of N // number + 1. Here
-segments are an argument, and boundaries such as sentence ends make them."""
+segments are an argument, built from boundaries such as sentence ends."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def operations_of(module, *inputs):
 
 
 def test_operations_of_a_token():
-    """They do not grow with the length; at 4096 tokens of 768 channels they are a third of those of
-    self-attention with its projections."""
+    """Operations per token do not grow with the length; at 4096 tokens of 768 channels they are a
+    third of self-attention with its projections."""
     layer = nn.PoNetMixing(768, 12).to("meta")
     counted = {}
     for tokens in (512, 4096):

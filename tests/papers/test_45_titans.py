@@ -14,7 +14,7 @@ import tokenmill as tm
 from tokenmill import nn
 
 EVERY = pytest.mark.parametrize("backend", KERNELS)
-# A memory of several matrices is PyTorch's own operations, whatever the backend.
+# A memory of several matrices uses PyTorch's own operations on every backend.
 DEPTHS = pytest.mark.parametrize(
     ("depth", "backend"), [(1, b) for b in KERNELS] + [(2, "reference")]
 )
@@ -44,7 +44,7 @@ def ours(chunk, backend=None):
 
 @pytest.mark.parametrize("chunk", [1, 8, 64], ids=["each token", "chunks", "default"])
 def test_the_reference_computes_the_equations(chunk):
-    """With chunks of one token the recurrence of section 3.1, with others that of 3.2."""
+    """Chunks of one token give the recurrence of section 3.1, longer chunks the one of 3.2."""
     length = 70 if chunk == 64 else 20
     q, k, v, *gates = draw(
         "cpu", *[(1, length, 2, 4)] * 2, (1, length, 2, 3), *[(1, length, 2)] * 3,
@@ -97,7 +97,7 @@ def test_the_layer(depth, backend):
 
 @DEPTHS
 def test_a_sequence_in_pieces(depth, backend):
-    """Results, recollections and gradients through the state are those of one call."""
+    """Results, recollections and gradients through the state equal a single call."""
     torch.manual_seed(0)
     layer = nn.TitansMemory(8, 2, depth=depth, expansion=2, chunk_size=2, backend=backend)
     layer = randomised(layer).to(device_of(backend))
@@ -150,7 +150,7 @@ def test_the_layer_at_its_defaults(backend):
 
 @EVERY
 def test_the_memory_forgets_nothing_but_what_its_gate_says(backend):
-    """A pair of key and value that was written is read many tokens later."""
+    """A pair of key and value that was written is recalled many tokens later."""
     device = device_of(backend)
     q = F.normalize(torch.randn(1, 300, 1, 16, device=device), dim=-1)
     v, gates = torch.randn(1, 300, 1, 8, device=device), torch.zeros(3, 1, 300, 1, device=device)

@@ -36,8 +36,8 @@ MAKE = {
 
 
 def attended(w, queries, seen):
-    """Softmax attention of tokens [B, n, C], token i to seen[i], [B, m, C]; every head on its
-    own."""
+    """Softmax attention of tokens [B, n, C], token i to seen[i], [B, m, C]; each head
+    separately."""
     inner = w["qkv_proj.weight"].shape[0] // 3
     w_q, w_k, w_v = w["qkv_proj.weight"].split(inner)
     rows = []
@@ -138,8 +138,8 @@ def test_a_deep_memory(kind):
 @EVERY
 @each_kind
 def test_a_sequence_in_pieces(kind, backend):
-    """Pieces of whole segments, or that end with a chunk of the memory: 2 persistent tokens and 4,
-    then 6, then 2."""
+    """Pieces are whole segments, or end with a chunk of the memory: 2 persistent tokens and 4, then
+    6, then 2."""
     layer = made(kind, backend).to(device_of(backend))
     x = torch.randn(2, 12, DIM, device=device_of(backend))
     pieces = [4, 8] if "context" in kind else [4, 6, 2]
@@ -154,7 +154,7 @@ def test_a_sequence_in_pieces(kind, backend):
 @EVERY
 @pytest.mark.parametrize("kind", ["gate", "layer"])
 def test_token_by_token(kind, backend):
-    """With a memory whose chunks have one token."""
+    """The memory has chunks of one token."""
     torch.manual_seed(0)
     tokens = nn.TitansMemory(DIM, HEADS, chunk_size=1, backend=backend)
     layer = randomised(MAKE[kind](tokens, backend)).to(device_of(backend))
@@ -170,20 +170,20 @@ def test_token_by_token(kind, backend):
 
 @each_kind
 def test_no_token_depends_on_a_later_one(kind):
-    """But for tokens that all of a segment retrieves."""
+    """The only exception: tokens of a segment that retrieves from memory as a whole."""
     layer = made(kind, None)
     x = torch.randn(1, 9, DIM, requires_grad=True)
     (seen,) = torch.autograd.grad(layer(x)[:, 5].sum(), x)
     reached = seen[0].abs().sum(1) > 0
     wanted = [True] * 6 + [kind == "context, whole segments"] * 2 + [False]
     if kind == "layer":
-        wanted[:3] = reached[:3].tolist()  # behind the window, through the memory only
+        wanted[:3] = reached[:3].tolist()  # beyond the window, through the memory only
     assert reached.tolist() == wanted
 
 
 def test_what_a_segment_forgets_is_in_the_memory():
-    """Attention of a segment sees nothing of the segments before it: with a memory that learns
-    nothing, and convolves nothing, its results do not depend on them."""
+    """Attention of a segment does not see earlier segments: with a memory that learns nothing and
+    convolves nothing, its results do not depend on them."""
     layer = made("context", None)
     x = torch.randn(1, 2 * SEGMENT, DIM)
     other = torch.cat([torch.randn(1, SEGMENT, DIM), x[:, SEGMENT:]], 1)

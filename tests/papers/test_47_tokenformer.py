@@ -1,6 +1,6 @@
-"""Attention to parameter tokens against the formulas of TokenFormer, which are those of its
-released code: Haiyang-W/TokenFormer at 4d56c73, megatron/model/tokenformer.py,
-nonlinear_norm_func. A token of zeros divides by zero there."""
+"""Attention to parameter tokens against the formulas of TokenFormer, which equal its released code:
+Haiyang-W/TokenFormer at 4d56c73, megatron/model/tokenformer.py, nonlinear_norm_func. A token of
+zeros divides by zero there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 
 def by_hand(x, keys, values, activation="l2_norm_gelu", norm_scale=None, scale=1.0, eps=1e-12):
-    """The matrix of all weights."""
+    """Computes the matrix of all weights."""
     s, n = scale * (x @ keys.T), keys.shape[0]
     if activation == "softmax":
         return (n if norm_scale is None else norm_scale) * s.softmax(-1) @ values
@@ -129,7 +129,7 @@ def test_a_layer_grows_without_a_change():
     assert layer.num_tokens == 16
     torch.testing.assert_close(layer(x), before)
     layer(x).sum().backward()
-    assert layer.key_tokens.grad[6:].any()  # what was appended learns
+    assert layer.key_tokens.grad[6:].any()  # appended tokens learn
     with pytest.raises(RuntimeError, match="activation: must be of L2 norm to append tokens"):
         nn.Pattention(8, 5, 6, activation="softmax").append(1)
 

@@ -1,4 +1,4 @@
-"""EmbeddingPooling against Pooling And Attention (Tang and Yang 2024) as released
+"""EmbeddingPooling against Pooling And Attention (Tang and Yang 2024) and its release
 (yixuantt/PoolingAndAttn at 57791d5, pooling_layers/)."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tokenmill as tm
 
 
 def latents_over(w, rows, heads):
-    """The latents beside the rows [M, C] of one text, one head after the other."""
+    """Attention of the latents over the rows [M, C] of one text, one head after the other."""
     width = rows.shape[1:]
     h = F.layer_norm(rows, width, w["norm.weight"], w["norm.bias"])
     latents = F.layer_norm(w["latents"], width, w["norm_context.weight"], w["norm_context.bias"])
@@ -31,7 +31,7 @@ def latents_over(w, rows, heads):
 
 
 def embedding(w, layers, pool):
-    """Of one text: layers, each [tokens, C]."""
+    """Embedding of one text; layers: list of [tokens, C]."""
     if pool.method == "attention":
         y = latents_over(w, layers[0], pool.num_heads)
     else:
@@ -75,7 +75,7 @@ def test_padded_texts(options, masked, backend):
     shape = (3, 9, 6) if pool.layers is None else (pool.layers, 3, 9, 6)
     x = torch.randn(shape, requires_grad=True)
     mask = torch.arange(9) < torch.tensor([[9], [1], [4]])
-    mask[2] = mask[2].flip(0)  # padding to the left
+    mask[2] = mask[2].flip(0)  # left padding
     inputs = (x, mask) if masked else (x,)
     assert_reads_as(pool, reading(pool), *inputs, backend=backend, tolerance=5e-5)
 
@@ -93,7 +93,7 @@ def test_packed_texts(options, backend):
 
 @pytest.mark.parametrize("layers", [None, 4])
 def test_heads_as_wide_as_published(layers):
-    """32 heads of 2048, which PyTorch computes; few channels and latents, to be small."""
+    """32 heads of 2048, computed by PyTorch; few channels and latents keep the test small."""
     method = "attention" if layers is None else "mean"
     pool = tm.nn.EmbeddingPooling(4, method, layers, num_latents=3)
     assert (pool.num_heads, pool.to_q.out_features) == (32, 32 * 2048)

@@ -14,7 +14,7 @@ import tokenmill as tm
 
 
 def by_hand(q, k, v, values=None, mask=None):
-    """All tangents [B, T, N, A]."""
+    """Computes all tanh values [B, T, N, A]."""
     u = torch.tanh(q[:, :, None] + k[:, None]) @ v
     if mask is not None:
         u = u.masked_fill(~(mask[:, None] if mask.dim() == 2 else mask), -torch.inf)
@@ -40,11 +40,11 @@ def some(*shape):
 @pytest.mark.parametrize("pooled", [False, True], ids=["scores", "values"])
 @pytest.mark.parametrize("mask", [None, some(2, 7), some(2, 5, 7)], ids=["all", "keys", "pairs"])
 def test_results_and_gradients(pooled, mask, backend):
-    """In float32, with the error budget: twice the error of the formula in float32."""
+    """Results in float32 keep the error budget: twice the error of the formula in float32."""
     given = inputs(backend=backend)[: 4 if pooled else 3]
     mask = None if mask is None else mask.to(device_of(backend))
 
-    def finite(scores):  # without the pairs that a mask hides
+    def finite(scores):  # without masked pairs
         return scores if pooled or mask is None else scores[scores.isfinite()]
 
     out = tm.additive_attention(*given, mask=mask, backend=backend)
@@ -67,7 +67,7 @@ def test_the_error_budget(dtype, backend):
 
 @EVERY
 def test_pointers(backend):
-    """The largest score of each query; equal to those of the formula where scores are apart."""
+    """The maximum score of each query; equal to the formula where scores are distinct."""
     q, k, v, _ = (t.detach() for t in inputs(6, 9, 8, backend=backend))
     scores = by_hand(*(t.cpu().double() for t in (q, k, v)))
     best = scores.topk(2).values

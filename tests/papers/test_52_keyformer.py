@@ -2,11 +2,11 @@
 
 Released code: d-matrix-ai/keyformer-llm at f327831 (models/gptj-keyformer-lib/modeling_gptj.py and
 models/mpt-keyformer-lib/attention.py; the same rule). It adds softmax((z + Gumbel noise) / tau)
-over the queries of a prompt, then over steps, tau = 1 + 0.01 step; of int(0.6 n) places int(0.3 of
-them) are recent. Its mask is one longer than its scores: the token to come takes a recent place,
-and the oldest recent token is in neither part, so that it is dropped and what the prompt chose
-stays. The paper's algorithm 1 compares each token that leaves the window with the older ones. The
-release masks and keeps everything in memory, and sums over the batch.
+over the queries of a prompt, then over steps, tau = 1 + 0.01 step; of int(0.6 n) places, int(0.3 of
+them) are recent. Its mask is one longer than its scores: the next token takes a recent place, and
+the oldest recent token is in neither part, so that it is dropped and the prompt's selection stays.
+The paper's algorithm 1 compares each token that leaves the window with the older ones. The release
+masks and keeps everything in memory, and sums over the batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ each_rule = pytest.mark.parametrize("released", [False, True])
 
 
 class Literal:
-    """One request with one key head: which tokens are alive, and their scores."""
+    """One request with one KV head: the tokens that are kept, and their scores."""
 
     def __init__(self, released, prompt, tau, rise, seed):
         self.released, self.tau, self.rise, self.seed = released, tau, rise, seed
@@ -36,7 +36,7 @@ class Literal:
         self.chosen = []
 
     def noisy(self, q, keys, h, row, columns):
-        """The weights of one query, with the noise of its row and the slots of the keys."""
+        """Weights of one query, with the noise of its row and the slots of the keys."""
         g = tm.select.gumbel_noise(
             self.seed + self.step_, 1, H, 1, columns, first_row=row, dtype=torch.float64
         )[0, h, 0, : len(keys)]
@@ -50,7 +50,7 @@ class Literal:
         self.choose(len(q))
 
     def step(self, q, k, v):
-        """q [H, D]; k and v [n, D] with the new token."""
+        """q [H, D]; k and v [n, D] include the new token."""
         self.step_ += 1
         self.alive.append(len(k) - 1)
         self.scores.append(0.0)
@@ -65,7 +65,7 @@ class Literal:
     def choose(self, n):
         if n <= self.total:
             return
-        window = n - self.recent  # tokens before it compete
+        window = n - self.recent  # tokens before the window compete
         late = range(window + 1 if self.released else window, n)
         old = [j for j in self.alive if j < window]
         scores = torch.tensor([self.scores[j] for j in old], dtype=torch.float64)
@@ -75,7 +75,7 @@ class Literal:
 
 
 def run(backend, released, prompt, steps, tau=1.0, rise=0.5, loud=0):
-    """loud: how much the queries of the steps look for the first key after the prompt."""
+    """loud: strength with which queries of the steps match the first key after the prompt."""
     g = torch.Generator().manual_seed(0)
     near = [torch.randn(1, prompt + steps, heads, D, generator=g) * 2 for heads in (H, HK, HK)]
     near[0][:, prompt:] += loud * near[1][:, prompt : prompt + 1]
@@ -104,7 +104,8 @@ def test_steps(backend, released):
 
 @each_rule
 def test_what_the_prompt_chose(released):
-    """Stays in the released code; in the paper's algorithm tokens of the answer take its places."""
+    """The prompt's selection stays in the released code; in the paper's algorithm tokens of the
+    answer replace it."""
     prompt, steps = 30, 16
     policy, literal = run("reference", released, prompt, steps, loud=3)
     assert (literal.total, literal.recent) == (18, 5)
@@ -131,7 +132,7 @@ def test_a_budget_above_the_prompt_is_filled_first():
 
 
 def test_shares_are_rounded_down_as_the_release_rounds():
-    """int(n * 57 / 100), where 100 * 0.57 is 56.99999999999999."""
+    """int(n * 57 / 100), while 100 * 0.57 is 56.99999999999999."""
     of = torch.arange(1, 2000, dtype=torch.int32)
     for percent in (29, 30, 57, 58, 60, 70):
         want = [int(n * percent / 100) for n in of.tolist()]
@@ -140,9 +141,9 @@ def test_shares_are_rounded_down_as_the_release_rounds():
 
 
 def test_bytes_of_a_step():
-    """Half of the cache (the paper's 2.1 and 2.4 are times at that budget): 200 tokens in, 100 out.
-    A step reads 101 keys and values, and the keys again for their scores; full attention reads
-    250.5 at the mean: 1.65 times as much, 2.48 times without the second reading."""
+    """Half of the cache is kept (the paper's 2.1 and 2.4 are times at that budget): 200 tokens in,
+    100 out. A step reads 101 keys and values, and the keys again for their scores; full attention
+    reads 250.5 on average: 1.65 times as much, 2.48 times without the second read."""
     prompt, new = 200, 100
     x = torch.zeros(1, prompt, 1, 4)
     read = {}

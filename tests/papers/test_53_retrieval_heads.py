@@ -1,9 +1,9 @@
-"""Retrieval heads: how much of a needle a head's largest weights point at while it is copied.
+"""Retrieval heads: share of a needle that a head's largest weights point at while it is copied.
 
-Released code: nightdessert/Retrieval_Head at 3ac171a, retrieval_head_detection.py: the key of the
+Released code: nightdessert/Retrieval_Head at 3ac171a, retrieval_head_detection.py: the key with the
 largest weight of each step counts if it is in the needle and has the token that the step generates,
-1 / (tokens of the needle) each time. The paper (section 2) has the share of the needle's tokens
-that were copied, each once.
+1 / (tokens of the needle) each time. The paper (section 2) uses the share of the needle's tokens
+that were copied, each counted once.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tokenmill import policies
 every_backend = pytest.mark.parametrize("backend", KERNELS)
 
 CONTEXT, NEEDLE, AT, H, HK, D = 80, 6, 23, 6, 3, 16
-STEPS = NEEDLE + 14  # more than are in memory together
+STEPS = NEEDLE + 14  # more than are in memory at once
 
 
 def released(q, k, tokens, answer, begin=AT, end=AT + NEEDLE):
-    """The score of one head in the released code, a token as often as it is copied."""
+    """Score of one head in the released code; a token counts each time it is copied."""
     score = 0.0
     for step, token in enumerate(answer):
         seen = len(k) - len(answer) + step + 1
@@ -36,8 +36,8 @@ def released(q, k, tokens, answer, begin=AT, end=AT + NEEDLE):
 
 @every_backend
 def test_score_of_each_head(backend):
-    """Head 0 looks at what is copied, head 1 at every second token of it, head 2 at the needle but
-    one token off, head 3 at other places with the same tokens, the rest anywhere."""
+    """Head 0 looks at the copied token, head 1 at every second one, head 2 at the needle but one
+    token off, head 3 at other places with the same tokens, the other heads anywhere."""
     g = torch.Generator().manual_seed(0)
     k, q = (t.detach() for t in draw(backend, (2, CONTEXT, HK, D), (2, STEPS, H, D)))
     tokens = torch.stack([torch.randperm(200, generator=g)[:CONTEXT] for _ in range(2)])
@@ -45,7 +45,7 @@ def test_score_of_each_head(backend):
     answer = torch.randint(200, 300, (2, STEPS), generator=g)
     first = 7
     answer[:, first : first + NEEDLE] = tokens[:, AT : AT + NEEDLE]
-    answer[1, first + 1] = 299  # the second request does not copy this one
+    answer[1, first + 1] = 299  # the second request does not copy this token
     for i in range(NEEDLE):
         step = first + i
         for head, j in ((0, AT + i), (1, AT + i if i % 2 else 0), (2, AT + (i + 1) % NEEDLE),
@@ -65,7 +65,7 @@ def test_score_of_each_head(backend):
 
 @every_backend
 def test_a_token_that_is_copied_twice(backend):
-    """Counts once, and twice in the released code."""
+    """A token copied twice counts once; in the released code it counts twice."""
     (k,) = (9 * t.detach() for t in draw(backend, (1, 6, 1, 16)))
     tokens = torch.tensor([[7, 5, 6, 7, 9, 9]], device=k.device)
     answer = torch.tensor([[5, 5, 6]], device=k.device)
@@ -78,7 +78,7 @@ def test_a_token_that_is_copied_twice(backend):
 
 
 def test_heads_of_a_model_of_transformers():
-    """Queries and keys that watch_attention hands out, by the weights of eager attention."""
+    """Compares queries and keys from watch_attention with the weights of eager attention."""
     transformers = pytest.importorskip("transformers", minversion="5.24")
     integration = pytest.importorskip("tokenmill.integrations.transformers")
     config = transformers.LlamaConfig(

@@ -1,5 +1,5 @@
-"""LeanAttention: the tiles of all heads and requests in equally long ranges, partial results
-rescaled to a common maximum and added up."""
+"""LeanAttention: the tiles of all heads and requests are cut into ranges of equal length, and
+partial results are rescaled to a common maximum and added."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LENGTHS, H, D, TILE, WORKERS = (70, 9, 121), 3, 16, 8, 5
 
 
 def streamed(q, k, v):
-    """[B, H, D] of the last queries, as section 4 computes it."""
+    """Results [B, H, D] of the last queries, as section 4 computes them."""
     tiles = [
         (b, h, first)
         for b, n in enumerate(LENGTHS)
@@ -66,15 +66,15 @@ def test_softmax_rescaling_is_associative(backend):
     close(again, total)
 
 
-# How the work of a launch is cut. Values of float32 tell: the weights are 1, and -2^30, 2^30 and 1
-# lie at the first keys of tile 0, tile c and tile c + 1. A range that adds 1 to 2^30 loses it; a
-# range that begins with tile c + 1 keeps it, for -2^30 and 2^30 meet first where ranges are joined.
+# Work partition of a launch. float32 values reveal it: the weights are 1, and -2^30, 2^30 and 1 are
+# at the first keys of tile 0, tile c and tile c + 1. A range that adds 1 to 2^30 loses it; a range
+# that begins with tile c + 1 keeps it, because -2^30 and 2^30 cancel when ranges are merged.
 RAGGED, KV_HEADS, SPLITS, GIANT = (700, 90, 1210), 2, 5, 2.0**30
 
 
 def tile_keys(backend):
-    """Keys of a step for float32 and heads of 64 dimensions; Triton's interpreter takes a sixteenth
-    of the next power of two."""
+    """Keys per step for float32 and head_dim 64; Triton's interpreter uses a sixteenth of the next
+    power of two."""
     return 128 if backend == "triton" and device_of(backend) == "cpu" else 64
 
 
@@ -83,8 +83,8 @@ def steps_of(backend):
 
 
 def cut_equally(backend):
-    """Ranges of equal length of the steps of all requests and heads, one after the other, each of
-    256 keys or more."""
+    """Ranges of equal length over the concatenated steps of all requests and heads, each of at
+    least 256 keys."""
     total, least = sum(steps_of(backend)), 256 // tile_keys(backend)
     if backend == "triton":
         programs = 2 * 8
@@ -92,12 +92,12 @@ def cut_equally(backend):
             programs = 2 * torch.cuda.get_device_properties(0).multi_processor_count
         share = max(-(-total // programs), least)
         return [(a, min(a + share, total)) for a in range(0, total, share)]
-    blocks = -(-total // least)  # fewer than the device takes at once
+    blocks = -(-total // least)  # fewer CTAs than the device runs at once
     return [(i * total // blocks, (i + 1) * total // blocks) for i in range(blocks)]
 
 
 def cut_by_request(backend):
-    """Each request and head in as many ranges as the others."""
+    """Each request and head is cut into the same number of ranges."""
     ranges, before = [], 0
     for steps in steps_of(backend):
         parts = min(SPLITS, steps)
@@ -108,7 +108,7 @@ def cut_by_request(backend):
 
 
 def kept(ranges, backend):
-    """Whether, for each request, head and tile c, the 1 of tile c + 1 is in the result."""
+    """For each request, head and tile c, True if the 1 of tile c + 1 is in the result."""
     owner = [i for i, (a, b) in enumerate(ranges) for _ in range(a, b)]
     rows, before = [], 0
     for steps in steps_of(backend):
@@ -143,8 +143,8 @@ def seen(schedule, backend, **options):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
 def test_the_work_of_a_launch_is_cut_into_equal_ranges(backend):
-    """stream_k: equally many steps in each range, whatever the lengths of the requests; split:
-    each request for itself."""
+    """stream_k: the same number of steps in each range, for any request lengths; split: each
+    request separately."""
     ranges = cut_equally(backend)
     lengths = [b - a for a, b in ranges]
     assert max(lengths) - min(lengths[:-1]) <= 1 and sum(lengths) == sum(steps_of(backend))
@@ -152,5 +152,5 @@ def test_the_work_of_a_launch_is_cut_into_equal_ranges(backend):
     assert equal != apart
     assert seen("stream_k", backend) == equal
     assert seen("split", backend, num_splits=SPLITS) == apart
-    if backend != "triton":  # which splits by itself
+    if backend != "triton":  # its split follows its own rule
         assert seen("auto", backend) == equal

@@ -12,7 +12,7 @@ B, S, H, D, BLOCK, LAYERS = 2, 75, 4, 16, 32, 12
 
 
 def by_blocks(q, k, v, decay):
-    """One head, q, k, v [S, D]: (O, KV), with the decay to the power of every distance."""
+    """One head, q, k, v [S, D]: (O, KV), with the decay raised to every distance."""
     out, state = torch.zeros_like(q), torch.zeros(D, D, dtype=q.dtype)
     for first in range(0, len(q), BLOCK):
         rows = slice(first, first + BLOCK)
@@ -39,7 +39,7 @@ def test_blocks_and_a_state(backend):
             want, kv = by_blocks(*rows, (-slopes[h].cpu().double()).exp())
             close(out[b, :, h].cpu(), want, 1e-4)
             close(state[b, h].cpu(), kv, 1e-4)
-    for t in range(S):  # a step of decoding: KV <- decay KV + k v^T, o = q KV
+    for t in range(S):  # decode step: KV <- decay KV + k v^T, o = q KV
         last = tm.linear_attention_decode(
             q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], steps, log_decay=-slopes, scale=1.0,
             backend=backend,

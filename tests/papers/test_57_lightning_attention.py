@@ -1,5 +1,5 @@
 """MiniMaxLightningAttention against a literal reading of MiniMax-01, section 2, token by token, and
-against the layer of transformers."""
+against the layer in transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokenmill import nn
 
 
 def lightning(w, x, *, heads, decay):
-    """One sequence and one head after the other, from token to token."""
+    """Computes one sequence and one head after the other, token by token."""
     out = []
     for sequence in x:
         rows = F.silu(sequence @ w["qkv_proj.weight"].T).unflatten(1, (heads, 3, -1))
@@ -107,8 +107,7 @@ def test_slopes_stay_float32():
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_layers_of_transformers_load(backend):
-    """The names of its weights are those of transformers, whose layer this one then agrees with, in
-    results and gradients."""
+    """Weights have the names of the transformers layer, which agrees in results and gradients."""
     minimax = pytest.importorskip("transformers.models.minimax.modeling_minimax")
     config = minimax.MiniMaxConfig(
         hidden_size=24, num_attention_heads=3, num_hidden_layers=4, head_dim=8, block_size=5,

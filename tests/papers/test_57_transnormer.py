@@ -1,6 +1,6 @@
-"""TransNormerLayer against what the released code of its authors computes: Doraemonzzz's
-nanoTransNormer at d9e635a, transnormer/model.py and transnormer/srms.py. Its layers after the first
-have positions, against its own comment and the paper; here `lrpe` says which ones do."""
+"""TransNormerLayer against its authors' released code: Doraemonzzz's nanoTransNormer at d9e635a,
+transnormer/model.py and transnormer/srms.py. Its layers after the first have positions, against its
+own comment and the paper; here `lrpe` selects them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYERS = 5
 
 
 def slopes_of(heads, layer):
-    """A power of two of heads: 2^(-8 h / H), less in later layers."""
+    """2^(-8 h / H) for a power of two of heads, smaller in later layers."""
     return [2 ** (-8 * (h + 1) / heads) * (1 - layer / (LAYERS - 1) + 1e-5) for h in range(heads)]
 
 
@@ -30,8 +30,8 @@ def over_rms(x):
 
 
 def reading(heads, layer):
-    """Sums over pairs: the product of channel d of a head is weighted by the cosine of the distance
-    times the angle of the channel."""
+    """Sums over pairs: the product of channel d of a head is weighted by the cosine of distance
+    times the channel's angle."""
 
     def mixed(w, x):
         q, k, v, u = (x @ w["token_mixer.qkvu_proj.weight"].T).chunk(4, -1)
@@ -111,7 +111,7 @@ def test_slopes_stay_float32_and_16_bits_run():
 
 
 def test_far_positions_in_16_bits_are_those_of_float32():
-    """An angle of 1,000,000 turns nothing upside down because it was rounded."""
+    """Rounding of an angle at position 1,000,000 does not flip signs."""
     mix = nn.TransNormerAttention(8, 2, layer=0, num_layers=LAYERS).eval()
     x = torch.randn(1, 3, 8)
     state = mix(x, return_state=True)[1]._replace(length=torch.tensor([1_000_000]))

@@ -1,4 +1,5 @@
-"""Based: linear attention with the second-order Taylor map of 16 features, softmax in a window."""
+"""Based: linear attention with the second-order Taylor map of 16 features, and softmax in a
+window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers of Based against what its released code computes: HazyResearch/based at 32c1bd4,
+"""The layers of Based against the released code: HazyResearch/based at 32c1bd4,
 based/models/mixers/linear_attention.py and slide_attention.py, based/models/block.py and mlp.py."""
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ DIM, HEADS, WINDOW = 8, 2, 3
 
 
 def taylor(w, x, features):
-    """Quadratic form: features of queries times features of keys, below the diagonal, over the sum
-    of the same and 1e-12."""
+    """Quadratic form: query features times key features, lower triangle, divided by their row sum
+    plus 1e-12."""
 
     def mapped(t):
         t = t.unflatten(-1, (HEADS, features)).transpose(1, 2)
@@ -36,8 +36,8 @@ def taylor(w, x, features):
 
 
 def window(w, x, reach):
-    """Token t sees tokens t - reach to t; channels i and i + D / 2 of queries and keys turn by
-    t 10000^(-2 i / D)."""
+    """Token t sees tokens t - reach to t; channels i and i + D / 2 of queries and keys are rotated
+    by t 10000^(-2 i / D)."""
     q, k, v = (x @ w["Wqkv.weight"].T).unflatten(-1, (3, HEADS, -1)).unbind(2)
     half = q.shape[-1] // 2
     turns = [
@@ -123,7 +123,7 @@ def test_prompts_and_single_tokens(backend):
 
 
 def test_the_released_sizes():
-    """16 heads, 16 features, a reach of 128 tokens to the left, networks of 2 C."""
+    """16 heads, 16 features, a reach of 128 tokens to the left, MLPs of 2 C."""
     block = nn.TaylorWindowBlock(64)
     first, second = block.layers
     assert (first.mixer.num_heads, first.mixer.feature_dim) == (16, 16)

@@ -1,4 +1,4 @@
-"""PoolFormer, whole, against a literal reading of its release and against timm."""
+"""The whole PoolFormer against a literal reading of its release and against timm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenmill as tm
 
 MODELS = {
-    # parameters (M) and multiplications (G) at 224 x 224, as the release states them
+    # parameters (M) and multiplications (G) at 224 x 224, from the release
     "s12": (tm.nn.poolformer_s12, 12, 1.8),
     "s24": (tm.nn.poolformer_s24, 21, 3.4),
     "s36": (tm.nn.poolformer_s36, 31, 5.0),
@@ -64,7 +64,7 @@ def test_the_released_model(backend):
 
 @torch.no_grad()
 def test_the_stages_of_timm():
-    """Its head differs: it norms the mean of the pixels, where the release norms the map."""
+    """timm's head differs: it norms the mean of the pixels, while the release norms the map."""
     metaformer = pytest.importorskip("timm.models.metaformer")
     torch.manual_seed(0)
     depths, channels = (1, 2, 1, 2), (8, 12, 8, 16)
@@ -96,7 +96,7 @@ def test_the_stages_of_timm():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_sizes_of_the_released_models(name):
-    """As the release counts multiplications: products, and 5 for each value of a norm."""
+    """Multiplications are counted as in the release: products, and 5 per value of a norm."""
     build, millions, giga = MODELS[name]
     norms = []
     with torch.device("meta"), torch.no_grad():

@@ -1,4 +1,4 @@
-"""Everything in tokenmill.nn: its example runs, and the page of the modules names the modules."""
+"""Everything in tokenmill.nn: examples run, and the modules page names each module."""
 
 from __future__ import annotations
 

@@ -7,16 +7,16 @@ import torch.nn.functional as F
 
 
 def by_hand(q, k, v, alpha, eta, theta, memory, recall, chunk, momentum=None):
-    """Equations of sections 3.1 and 3.2: y_t = M_t(q_t), where M is what recall makes of the
-    tensors in memory, and the surprise of a token is the gradient of the loss |M(k) - v|^2 at the
-    memory before its chunk. Results, memory and momentum."""
+    """Equations of sections 3.1 and 3.2: y_t = M_t(q_t), where recall applies the memory tensors to
+    a query, and the surprise of a token is the gradient of the loss |M(k) - v|^2 at the memory
+    before its chunk. Returns results, memory and momentum."""
     momentum = [torch.zeros_like(m) for m in memory] if momentum is None else momentum
     outs = []
     for t in range(len(q)):
         if t % chunk == 0:
             before = memory
         with torch.enable_grad():
-            # Copies: keys and values may depend on the memory, too, and are constants here.
+            # Copies: keys and values may depend on the memory, too, but are constants here.
             leaves = [m.clone() for m in before]
             for leaf in leaves:
                 if not leaf.requires_grad:
@@ -40,7 +40,7 @@ def network(memory, x):
 
 
 def of_heads(q, k, v, alpha, eta, theta, memory, recall, chunk):
-    """by_hand for [B, S, H, ...] and memories [H, in, out], of a theta for half of the loss."""
+    """by_hand for [B, S, H, ...] and memories [H, in, out]; theta refers to half of the loss."""
     batch, _, heads, _ = q.shape
     rows = [
         torch.stack([
@@ -56,8 +56,8 @@ def of_heads(q, k, v, alpha, eta, theta, memory, recall, chunk):
 
 
 class Memory:
-    """nn.TitansMemory of these weights. A state: for each sequence and head memory and momentum,
-    and the projected tokens that were read."""
+    """nn.TitansMemory with these weights. A state holds memory and momentum per sequence and head,
+    and the projected tokens read so far."""
 
     def __init__(self, layer, weights, prefix=""):
         self.heads, self.dim, self.chunk = layer.num_heads, layer.head_dim, layer.chunk_size
