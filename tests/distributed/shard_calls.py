@@ -1,5 +1,5 @@
-"""One rank of the tests of DTensors: calls of every operator beside those on whole tensors, and the
-scenarios. Run as `python shard_calls.py RANK FOLDER [full]`; its
+"""One rank of the DTensor tests: calls of every operator, compared with calls on whole tensors, and
+the scenarios. Run as `python shard_calls.py RANK FOLDER [full]`; its
 report is FOLDER/RANK."""
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ MESH = (2, 2)
 
 class Outcome(NamedTuple):
     op: str
-    call: str  # the sample, and what each dimension of the mesh splits
+    call: str  # the sample, and the split of each mesh dimension
     axes: str
-    refused: str  # the message of an error of this package
+    refused: str  # message of an error of this package
     wrong: str
 
 
 class Call(NamedTuple):
-    """A sample with what it gives on whole tensors."""
+    """A sample with its results on whole tensors."""
 
     values: tuple
     cotangents: list
@@ -48,8 +48,8 @@ def on_every_rank(t, mesh):
 
 
 def split(mesh, op, values, axes, alone):
-    """The arguments as DTensors; None where there is nothing to split. alone: one argument for each
-    axis comes split, the others whole, except those that are written."""
+    """The arguments as DTensors; None if there is nothing to split. alone: one argument per axis is
+    split and the others are whole, except written arguments."""
     given = dict(zip(op.arguments, values, strict=True))
     placed, left = {}, set(axes)
     for name, t in given.items():
@@ -68,7 +68,7 @@ def split(mesh, op, values, axes, alone):
 
 
 def run(spec, sample, values, cotangents):
-    """Results with what was written, and gradients."""
+    """Results including written arguments, and gradients."""
     op = spec.forward
     written = [op.arguments.index(name) for name in op.written]
     written = [i for i in written if values[i] is not None]
@@ -103,7 +103,7 @@ def noise(results):
 
 
 def differs(got, want, tolerance):
-    """Why the shards are not those of the whole tensor, or ""."""
+    """Reason why the shards differ from the whole tensor, or ""."""
     if want is None or got is None:
         return "" if want is got else f"one of {got} and {want} is missing"
     if not isinstance(got, DTensor):
@@ -113,7 +113,7 @@ def differs(got, want, tolerance):
     else:
         want = on_every_rank(want, got.device_mesh).redistribute(placements=got.placements)
         got, want = got.to_local(), want.to_local()
-    if want.dtype == torch.float8_e4m3fn:  # which is compared by its bits alone
+    if want.dtype == torch.float8_e4m3fn:  # compared by its bits only
         got, want = got.float(), want.float()
     try:
         torch.testing.assert_close(got, want, equal_nan=True, rtol=tolerance, atol=tolerance)
@@ -123,8 +123,8 @@ def differs(got, want, tolerance):
 
 
 def labels_of(op):
-    """Labels of arguments by name in a call, labels of results."""
-    from tokenmill.distributed import _parts  # the first scenario does without
+    """Labels of arguments by name in a call, and labels of results."""
+    from tokenmill.distributed import _parts  # the first scenario runs before this import
 
     return _parts.labels_of(op.name)
 
@@ -136,7 +136,7 @@ def letters_of(labels, t):
 
 
 def misplaced(spec, results, axes):
-    """The first result that is not split as its labels say, or ""."""
+    """The first result whose placement differs from its labels, or ""."""
     labels = labels_of(spec.forward).results
     there = [(r, text) for r, text in zip(results, labels, strict=False) if r.numel()]
     for r, text in there:
@@ -170,7 +170,7 @@ def outcome(mesh, spec, sample, drawn, axes, alone):
 
 def calls(mesh, full):
     """Each sample, split along one axis on a row of the mesh, which takes every other sample; and
-    one for each two axes of the whole mesh. With full, all of them along all axes."""
+    once per pair of axes on the whole mesh. With full, all samples along all axes."""
     report = []
     row = mesh.get_local_rank("data")
     for spec in registry.ops().values():
@@ -178,7 +178,7 @@ def calls(mesh, full):
             continue
         axes = [letter for letter, word in AXES.items() if word in spec.sharding.axes]
         drawn = functools.cache(functools.partial(draw, spec))
-        missing = list(axes)  # in one order on all ranks
+        missing = list(axes)  # the same order on all ranks
         for number, sample in enumerate(spec.samples):
             ahead = [*missing, *(a for a in axes if a not in missing)]
             for axis in ahead if number % 2 == row or missing or full else []:
@@ -200,7 +200,7 @@ def calls(mesh, full):
 def attempt(scenario, mesh):
     try:
         scenario(mesh)
-    except BaseException as error:  # pytest's failures are no Exception
+    except BaseException as error:  # pytest failures are not an Exception
         return "".join(traceback.format_exception(error))
     return ""
 

@@ -1,5 +1,5 @@
-"""What DTensor brings along: parallel modules, FSDP, graphs, errors. Each scenario runs on every
-rank of four and raises where something is wrong."""
+"""DTensor features: parallel modules, FSDP, graphs, errors. Each scenario runs on every rank of
+four and raises on failure."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def full(t):
 
 
 def check_training(whole, split, run, x, mine=slice(None)):
-    """One step of both; mine are the sequences of this rank."""
+    """Compares one training step of both; mine: the sequences of this rank."""
     want, got = whole(x), run(x[mine])
     torch.testing.assert_close(full(got), want[mine])
     want.square().mean().backward()
@@ -81,7 +81,7 @@ def tensor_parallel_attention(mesh):
     split = parallel(split, mesh["model"])
     with CommDebugMode() as comm:
         split(x).sum()
-    assert sum(comm.get_comm_counts().values()) == 1, comm.get_comm_counts()  # of the last product
+    assert sum(comm.get_comm_counts().values()) == 1, comm.get_comm_counts()  # last product
     check_training(whole, split, split, x)
 
 
@@ -140,7 +140,7 @@ def draw(*shapes):
 
 
 def shared_key_heads(mesh):
-    """More ranks than key heads: a rank reads the one of its query heads."""
+    """With more ranks than KV heads, a rank reads the KV head of its query heads."""
     flat = mesh._flatten("all")
     for kv_heads in (1, 2):
         q, k, v = draw((2, 9, 8, 16), (2, 9, kv_heads, 16), (2, 9, kv_heads, 16))
@@ -191,7 +191,7 @@ def masks_of_requests(mesh):
 
 
 def cotangents_come_as_they_are(mesh):
-    """Partial inputs are reduced, and a gradient may be split otherwise than its result."""
+    """Partial inputs are reduced, and a gradient may be split differently from its result."""
     q, k, v = draw(*((2, 8, 4, 16),) * 3)
     whole = [t.clone().requires_grad_() for t in (q, k, v)]
     split = [distribute_tensor(t, mesh["model"], [Shard(2)]).requires_grad_() for t in (q, k, v)]
@@ -281,7 +281,8 @@ def refusals(mesh):
 
 
 def replicated_calls(mesh):
-    """Nothing split: every rank makes the whole call, also of an operator that has no axis."""
+    """Nothing is split: every rank computes the whole call, also for an operator without an
+    axis."""
     mask = torch.tensor([[True, False, True]])
     found = tm.mask_partition(distribute_tensor(mask, mesh["model"], [Replicate()]))
     for a, b in zip(found, tm.mask_partition(mask), strict=True):
@@ -317,7 +318,7 @@ def autocast(mesh):
 
 
 def rules_come_with_the_first_call(mesh):
-    """Of a process that has not imported tokenmill.distributed."""
+    """The process has not imported tokenmill.distributed."""
     assert "tokenmill.distributed" not in sys.modules
     (q,) = draw((2, 5, 4, 16))
     split = distribute_tensor(q, mesh["model"], [Shard(2)]).requires_grad_()

@@ -1,5 +1,5 @@
-"""A Hugging Face model whose sequence lies on four ranks: logits, loss and gradients of one
-process."""
+"""A Hugging Face model whose sequence is sharded over four ranks gives the logits, loss and
+gradients of one process."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_masks_are_refused(ranks):
 
 
 def test_the_example_repeats_the_losses_of_one_process():
-    """Also decoding from a cache over all ranks."""
+    """This includes decoding from a cache sharded over all ranks."""
     import re
     import subprocess
     import sys

@@ -1,5 +1,5 @@
-"""attention over sharded sequences: results and gradients of one process, whatever the schedule,
-the order and the sizes of shards, and the same bits on every run."""
+"""attention over sharded sequences: results and gradients of one process, for any schedule, order
+and shard sizes, and the same bits on every run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Case:
         self.statistic = has_statistic(options)
 
     def run(self, attention, cut, dtype=None, **how):
-        """out, lse and gradients, of the tokens that cut(x, dim) leaves."""
+        """Returns out, lse and gradients of the tokens that cut(x, dim) selects."""
         tokens = self.q.dim() - 3
         leaves = [cut(x, tokens).to(dtype).detach().requires_grad_() if dtype else
                   cut(x, tokens).detach().clone().requires_grad_()
@@ -82,7 +82,7 @@ def whole(x, dim):
 
 
 def on_a_rank(lengths, names, schedules, orders, dtype, heads):
-    """The largest error of each result beside that of one process, as multiples of the allowed."""
+    """Maximum error of each result against one process, as a multiple of the allowed error."""
     worst = []
     for length, name, order in itertools.product(lengths, names, orders):
         case = Case(length, OPTIONS[name], dtype, heads)
@@ -162,7 +162,7 @@ def test_packed_sequences_cross_ranks(ranks):
 
 
 def bits_on_a_rank(size):
-    """Which schedules have the bits that they promise."""
+    """Schedules that have the bits that they promise."""
     case = Case(50, {"causal": True})
     sizes = (20, 30)
     layout = tmd.sequence.layout("test", 50, size, "contiguous", sizes).pieces
@@ -183,7 +183,7 @@ def bits_on_a_rank(size):
     plain = case.run(tm.attention, whole)
     for name in ("out", "q", "k", "v"):
         assert runs[0]["ulysses"][name].equal(cut(plain[name], 1)), name
-    # The ring: parts of one process, merged in the order in which they come.
+    # The ring: parts computed in one process and merged in order of arrival.
     out = torch.zeros(2, end - begin, 8, 24)
     lse = torch.full((2, 8, end - begin), -torch.inf)
     for step in range(size):
@@ -282,7 +282,7 @@ def test_without_a_group():
 
 
 def dies_on_a_rank(collectives):
-    """Rank 1 of 3 ends within a ring; the others say so."""
+    """Rank 1 of 3 exits within a ring; the other ranks report it."""
     x = torch.randn(1, 8, 4, 16, requires_grad=True)
     out = tmd.attention(x, x, x, schedule="ring")
     if dist.get_rank() == 1:

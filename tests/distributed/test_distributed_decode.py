@@ -25,7 +25,7 @@ OPTIONS = {
     "count": {"kind": "elu1", "normalize": "count", "window": (30, 0)},
 }
 FLOAT8 = torch.float8_e4m3fn
-# Shapes of k_scale and v_scale beside a float8 cache.
+# Shapes of k_scale and v_scale for a float8 cache.
 SCALES = {"softmax": ("token", "token"), "sink": ("head", "one"), "sum": ("token", None)}
 
 
@@ -68,7 +68,7 @@ def decode_on_a_rank(size, sizes, rows, names, dtype, paged):
 
 
 def float8_on_a_rank(sizes, paged):
-    """Wrong results of caches in float8, against one of the numbers that they stand for."""
+    """Wrong results of float8 caches, against caches of the decoded numbers."""
     draw, rank, total, wrong = torch.Generator().manual_seed(3), dist.get_rank(), sum(sizes), []
     lengths = torch.tensor([total, total // 2, 0, sizes[0]], dtype=torch.int32)
     batch = len(lengths)
@@ -85,7 +85,7 @@ def float8_on_a_rank(sizes, paged):
                 size = {"one": (1,), "head": (2,), "token": (batch, total, 2)}[shape]
                 full[key] = torch.rand(size, generator=draw) + 0.1
                 mine[key] = full[key][:, own] if shape == "token" else full[key]
-        if "v_scale" in mine:  # in steps of its own, unlike the cache
+        if "v_scale" in mine:  # its strides differ from the cache
             mine["v_scale"] = mine["v_scale"].contiguous()
         cache = [x[:, own] for x in whole]
         how = {n: torch.ones(4) if x is True else x for n, x in OPTIONS[name].items()}
@@ -146,7 +146,7 @@ def test_scales_that_do_not_fit(ranks):
 
 
 def _in_pages(x, pages, size):
-    """A cache [B, n, ...] as pages [P, size, ...] that the table names."""
+    """Splits a cache [B, n, ...] into pages [P, size, ...] that the table names."""
     found = torch.empty(pages.numel(), size, *x.shape[2:], dtype=x.dtype)
     found[pages.flatten().long()] = x.unflatten(1, (-1, size)).flatten(0, 1)
     return found

@@ -1,4 +1,4 @@
-"""The examples of docstrings, each in a group of one."""
+"""The examples in docstrings, each in a group of one rank."""
 
 from __future__ import annotations
 

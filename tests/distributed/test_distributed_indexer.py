@@ -1,4 +1,4 @@
-"""The indexer's lists of keys that lie on several ranks: those of one process, on every rank."""
+"""The indexer's lists of keys sharded over ranks equal one process's lists, on every rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTIONS = (
 
 
 def tensors(batch, rows, total, dtype):
-    """Whole numbers, so that scores are exact, with ties and keys that may not be listed."""
+    """Integers, so that scores are exact, with ties and keys that may not be listed."""
     draw = torch.Generator().manual_seed(rows + total)
 
     def whole(*shape):
@@ -34,7 +34,7 @@ def tensors(batch, rows, total, dtype):
 
 
 def lists_on_a_rank(sizes, rows, dtype, form):
-    """Calls whose lists differ from those of one process."""
+    """Calls whose lists differ from one process."""
     rank, total = dist.get_rank(), sum(sizes)
     lengths = torch.tensor([total, total // 2, rows, sizes[0] + 1], dtype=torch.int32)
     q, k, weights = tensors(len(lengths), rows, total, dtype)
@@ -77,7 +77,7 @@ def test_lists_are_those_of_one_process(ranks, sizes, rows, dtype, form):
 
 
 def float8_on_a_rank(sizes, rows, paged):
-    """Keys in float8 with a power of two as the scale of each: scores are exact."""
+    """float8 keys, each with a power of two as its scale: scores are exact."""
     rank, total = dist.get_rank(), sum(sizes)
     q, k, weights = tensors(4, rows, total, torch.float32)
     scale = 2.0 ** torch.randint(-2, 3, k.shape[:2], generator=torch.Generator().manual_seed(1))

@@ -1,5 +1,5 @@
-"""linear_attention over sharded sequences: results and gradients of one process, whatever the sizes
-of shards and the borders of packed sequences, and the bits of the same parts in one process."""
+"""linear_attention over sharded sequences: results and gradients of one process, for any shard
+sizes and bounds of packed sequences, and the bits of the same parts in one process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CALLS = {
     "forgets": {"decay": "forgets", "initial": True},
     "forgets at once": {"decay": "constant", "least": -INF, "initial": True},
 }
-# Lengths, and the ends of packed sequences: across ranks, on borders of 2, 3 and 4 shards, empty.
+# Lengths, and ends of packed sequences: across ranks, on bounds of 2, 3 and 4 shards, empty.
 WHOLES = (
     (37, ()),
     (3, ()),
@@ -85,8 +85,8 @@ class Case:
         self.ends = torch.tensor(ends, dtype=torch.int32) if ends else None
 
     def run(self, attention, cut=None, loss="both", share=1.0, dtype=None, wanted=None, **how):
-        """out, state and gradients, of the tokens that cut(x, dim) leaves, of a loss in which that
-        of the state counts with a share."""
+        """Returns out, state and gradients of the tokens that cut(x, dim) selects. The loss of the
+        state is weighted by share."""
         cut = cut or (lambda x, dim: x)
         given = {n: cut(x, self.dim) for n, x in self.tokens.items()} | self.replicated
         given = {n: x.detach().to(dtype or x.dtype, copy=True) for n, x in given.items()}
@@ -108,13 +108,13 @@ class Case:
 
 
 def wide(dtype):
-    """What else is converted to: with float64 everything is of it."""
+    """Dtype that other tensors are converted to: everything is float64 with float64."""
     return dtype if dtype == torch.float64 else None
 
 
 @functools.cache
 def in_one_process(*args):
-    """The exact results of a case, the errors allowed, and the dtypes."""
+    """Exact results of a case, allowed errors, and dtypes."""
     *of, dtype, loss = args
     case = Case(*of, dtype)
     exact = case.run(tm.linear_attention, loss=loss, dtype=torch.float64, backend="reference")
@@ -130,13 +130,14 @@ def in_one_process(*args):
 
 
 def cases(names, wholes, layouts, dtype=torch.float32):
-    """A loss for each."""
+    """Assigns a loss to each case."""
     found = itertools.product(names, wholes, layouts)
     return [(*case, dtype, LOSSES[n % 3]) for n, case in enumerate(found)]
 
 
 def sizes_of(layout, length, ranks):
-    """Tokens of each rank: as they are, all on one rank, or all but one token with every other."""
+    """Tokens of each rank: an equal split, all on rank 1, or all but one token on rank 1 and that
+    token on the last rank."""
     if layout == "equal":
         return None
     sizes = [0] * ranks
@@ -209,7 +210,7 @@ def test_other_dtypes(ranks):
 
 
 def two_levels(case, sizes):
-    """The parts of the ranks in one process: out, final state."""
+    """Computes the parts of the ranks in one process: out, final state."""
     q, k, v = (case.tokens[n] for n in "qkv")
     decay = {**case.tokens, **case.replicated}.get("log_decay")
     first = case.replicated.get("initial_state")
@@ -272,7 +273,7 @@ def test_the_bits_of_the_same_parts_in_one_process(ranks, ends):
 
 
 def one_gradient_on_a_rank(ends, backend):
-    """Of one tensor alone, as of all together."""
+    """The gradient of a single tensor equals the gradient taken together with all others."""
     dtype = torch.float64 if backend == "reference" else None
     sizes = (0, 7, 0)
 
@@ -301,7 +302,8 @@ def test_ranks_without_tokens_take_part_in_any_gradient(ranks, ends, backend):
 
 
 def forms_on_a_rank():
-    """lightning_attention, decode, out=, autocast and a group of one, beside the plain forms."""
+    """lightning_attention, decode, out=, autocast and a group of one rank, against the plain
+    forms."""
     rank = dist.get_rank()
     wrong = []
     case = Case("constant", 20)

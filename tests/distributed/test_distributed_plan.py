@@ -1,4 +1,4 @@
-"""Bytes that ranks send, counted, beside those of the plan; and the prediction made of them."""
+"""Bytes that ranks send, counted and compared with the plan, and the prediction made from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZES = {"batch": 2, "length": 32, "heads": 8, "kv_heads": 4, "head_dim": 16, "v
 
 
 def count(patch):
-    """The bytes that this rank sends to others, from now on."""
+    """Counts the bytes that this rank sends to others from now on."""
     sent = [0]
     exchange, gather = _group.funcol.all_to_all_single, _group._all_gather
 

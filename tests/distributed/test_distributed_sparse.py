@@ -1,4 +1,4 @@
-"""Attention to listed blocks over sharded sequences: results and gradients of one process, the same
+"""Block-sparse attention over sharded sequences: results and gradients of one process, the same
 bits on every run, and no byte that a rank does not need."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIZES = ((32, 21), (48, 0, 32), (0, 16, 16, 5))
 
 
 def lists(draw, batch, heads, tokens, entries=6):
-    """Lists whose entries repeat, do not ascend, are no blocks or lie behind the count."""
+    """Lists with repeated, unordered or invalid entries, and entries beyond the count."""
     rows, blocks = -(-tokens // 16), -(-tokens // 8)
     shape = (batch, heads, rows, entries)
     indices = torch.randint(-2, blocks + 3, shape, generator=draw)
@@ -55,7 +55,7 @@ class Case:
         self.dlse = torch.randn(2, heads[0], tokens, generator=draw)
 
     def run(self, attention, options, own=slice(None), dtype=None, **how):
-        """out, lse and gradients of the tokens `own`, which start at a row of lists."""
+        """Returns out, lse and gradients of the tokens `own`, which start at a row of lists."""
         q, k, v = (x[:, own].to(dtype or x.dtype).detach().requires_grad_() for x in self.tokens)
         of_rows = slice(own.start and own.start // 16, own.stop and -(-own.stop // 16))
         found = [x[:, :, of_rows] for x in self.lists]
@@ -69,13 +69,13 @@ class Case:
 
 
 def shard(sizes):
-    """The tokens of this rank."""
+    """Slice of this rank's tokens."""
     rank = dist.get_rank()
     return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
 def wrong_results(found, exact, plain, own, dtype):
-    """Results of this rank's tokens beyond the error budget."""
+    """Results of this rank's tokens that exceed the error budget."""
     wrong = []
     for name, x in found.items():
         at = (..., own) if name == "lse" else (slice(None), own)
@@ -90,7 +90,7 @@ def wrong_results(found, exact, plain, own, dtype):
 
 
 def _largest(x):
-    """-inf - -inf is NaN: both see nothing."""
+    """Maximum difference; -inf - -inf is NaN and counts as 0: both rows see nothing."""
     return x.nan_to_num(0, 0, 0).abs().max() if x.numel() else torch.zeros(())
 
 
@@ -124,8 +124,8 @@ def test_listed_blocks_in_bfloat16(ranks):
 
 
 def moved_on_a_rank(sizes):
-    """For each call the elements of keys and values that a rank needs of others, that it gets, and
-    that it sends in the backward."""
+    """Per call, the elements of keys and values that a rank needs from others, that it receives,
+    and that it sends in the backward."""
     case, own, rank = Case(sum(sizes), list_heads=4), shard(sizes), dist.get_rank()
     moved = []
     send = Group.send
@@ -147,7 +147,7 @@ def moved_on_a_rank(sizes):
 
 
 def seen_of_others(case, options, own):
-    """Blocks, for each key head, of which a query among `own` sees a key that is not among them."""
+    """Per KV head, blocks of which a query in `own` sees a key outside `own`."""
     how = {"causal": False, "num_sink": 0, "num_recent": 0, "seqlens_k": None} | BLOCKS | options
     how = {n: x for n, x in how.items() if n not in ("scale", "softcap")}
     seen, _ = visible_and_added(*case.tokens[:2], *case.lists, **how)
@@ -165,7 +165,7 @@ def test_only_blocks_that_a_rank_needs_move(ranks):
 
 
 def search_on_a_rank(sizes, dtype):
-    """Lists of one process, and results and gradients within the budget."""
+    """Compares lists with one process, and results and gradients with the error budget."""
     lists = []
     module = sys.modules["tokenmill.distributed.hip_attention"]
 
@@ -283,7 +283,7 @@ def decode_on_a_rank(sizes, rows, dtype, form, list_heads):
 
 
 def in_pages(x, table, size):
-    """A cache [B, n, ...] as pages [P, size, ...] that the table names."""
+    """Splits a cache [B, n, ...] into pages [P, size, ...] that the table names."""
     found = torch.empty(table.numel(), size, *x.shape[2:], dtype=x.dtype)
     found[table.flatten().long()] = x.unflatten(1, (-1, size)).flatten(0, 1)
     return found
@@ -305,14 +305,14 @@ def test_decode_of_listed_keys(ranks, sizes, dtype, form, list_heads, rows):
 
 
 def _layouts(batch, tokens):
-    """Caches [B, tokens, 2, 8] in many kinds of memory, and whether pages are views of it."""
+    """Caches [B, tokens, 2, 8] with various memory layouts, and whether pages are views of them."""
     x = torch.randn(batch, tokens + 5, 2, 8)
     yield x[:, :tokens], True
     yield x[:, 2 : tokens + 2].contiguous(), True
     yield x[:, :tokens].transpose(1, 2).contiguous().transpose(1, 2), True
     yield x[:1, :tokens].expand(batch, -1, -1, -1), batch == 1 or tokens == 1
     yield x[:, :1].expand(-1, tokens, -1, -1), batch == 1 or tokens == 1
-    # Requests that are no whole number of rows apart.
+    # Requests that are a fractional number of rows apart.
     odd = torch.randn(batch * (tokens * 16 + 3))
     odd = odd.as_strided((batch, tokens, 2, 8), (tokens * 16 + 3, 16, 8, 1))
     yield odd, batch == 1 or tokens == 1
@@ -331,7 +331,7 @@ def test_a_cache_as_pages(batch, tokens):
 
 
 def forms_on_a_rank():
-    """A group of one, autocast, gradients of one tensor alone, and no double backward."""
+    """A group of one rank, autocast, the gradient of a single tensor, and no double backward."""
     rank, wrong = dist.get_rank(), []
     alone = [dist.new_group([r]) for r in range(dist.get_world_size())][rank]
     case = Case(32)

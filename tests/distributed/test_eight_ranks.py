@@ -1,5 +1,5 @@
-"""The largest group of the tests: what holds for 2 to 4 ranks holds for 8, with shards of four
-tokens and of none. One test, as eight processes are started for it."""
+"""The largest group of the tests: 8 ranks behave as 2 to 4 ranks do, with shards of four tokens and
+of none. It is one test, because eight processes are started for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""DTensors: an operator gives on shards what it gives on whole tensors, and says how it splits."""
+"""DTensors: an operator gives the same results on shards as on whole tensors, and reports its
+splits."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ or a text that says why its calls do not fall apart (tokenmill.registry, docs/sh
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """(outcomes of calls, scenarios with what went wrong) of each of four ranks."""
+    """(outcomes of calls, failed scenarios) of each of four ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-W", "ignore", str(HERE / "shard_calls.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -83,7 +84,7 @@ def test_an_operator_says_how_its_calls_fall_apart(spec):
     for labels in (*spec.sharding.arguments.values(), *spec.sharding.results):
         assert set(labels) <= {*AXES, *". ~"}, labels
     for op in (*spec.torch_ops, *([spec.out] if spec.out else [])):
-        found = _parts.labels_of(op.name)  # of each result and each gradient
+        found = _parts.labels_of(op.name)  # labels of each result and each gradient
         for name in op.written:
             assert found.arguments[name].strip(". "), name
         if op.differentiates:
@@ -101,7 +102,7 @@ def test_calls_on_shards_are_those_on_whole_tensors(spec, reports):
     ran = {letter for o in outcomes if not o["refused"] for letter in o["axes"]}
     assert sorted(AXES[letter] for letter in ran) == sorted(spec.sharding.axes)
     told = [[(o["call"], o["refused"]) for o in c if o["op"] == spec.name] for c, _ in reports]
-    assert told[0] == told[1] and told[2] == told[3]  # the ranks of a row say the same
+    assert told[0] == told[1] and told[2] == told[3]  # the ranks of a row report the same
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
