@@ -12,7 +12,7 @@ from installed import package
 
 onnx, onnxruntime = package("onnx"), package("onnxruntime")
 MICROSOFT = "com.microsoft"  # onnxruntime's own operators
-COMPLETE = (1, 32)  # the release from which on every operator of these tests has a kernel
+COMPLETE = (1, 32)  # the first release with a kernel for every operator of these tests
 MISSING = ("No Op registered", "is not a registered", "Could not find an implementation")
 
 
@@ -26,9 +26,9 @@ def answer(
     output_types: Sequence[torch.dtype] = (),
     **attributes: Any,
 ) -> list[torch.Tensor]:
-    """The outputs of one operator. None leaves an optional input out; output_types: where they
-    differ from the type of the first input. The test is skipped where an older
-    build does not have the operator."""
+    """The outputs of one operator. None omits an optional input; output_types: types that differ
+    from the type of the first input. The test is skipped if an older build does not have the
+    operator."""
     helper = onnx.helper
 
     def described(name, dtype, shape=None):
@@ -56,7 +56,7 @@ def answer(
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-    except Exception as error:  # of several classes, none of which is public
+    except Exception as error:  # several classes, none of which is public
         version = tuple(int(n) for n in onnxruntime.__version__.split(".")[:2])
         if version < COMPLETE and any(words in str(error) for words in MISSING):
             pytest.skip(f"not installed: onnxruntime with {op} of opset {domain or opset}")

@@ -1,4 +1,4 @@
-"""A package that is missing is skipped by its name, and the run says so at its end."""
+"""A missing package is skipped by name, and the end of the run reports it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """onnxruntime's CPU kernels as an oracle: attention, caches, selection, recurrences.
 
-The operators are those of https://onnx.ai/onnx/operators (Attention-24, RotaryEmbedding-23,
-TopK-24, LinearAttention-27) and of onnxruntime's docs/ContribOperators.md (GroupQueryAttention,
+The operators are specified in https://onnx.ai/onnx/operators (Attention-24, RotaryEmbedding-23,
+TopK-24, LinearAttention-27) and in onnxruntime's docs/ContribOperators.md (GroupQueryAttention,
 MultiHeadAttention, LinearAttention).
 """
 
@@ -17,7 +17,7 @@ from tier import daily, examples
 
 import tokenmill as tm
 
-# Both sum in float32; where they differ, it is by the order.
+# Both sum in float32; they differ only in summation order.
 CLOSE = {"rtol": 1e-5, "atol": 3e-6}
 ON_HOST = [b for b in backends("reference") if b in ("cpu", "reference")]
 each_backend = pytest.mark.parametrize("backend", backends("reference"))
@@ -41,7 +41,7 @@ def moved(backend, *tensors):
     return [t if t is None else t.to(device_of(backend)) for t in tensors]
 
 
-# Options of an ONNX call, and those of ours. Without a cache, onnx aligns causal rows top-left.
+# Options of an ONNX call, and of ours. Without a cache, onnx aligns causal rows top-left.
 CASES = {
     "plain": {},
     "scale": {"scale": 0.3},
@@ -61,7 +61,8 @@ def drawn(seed, b=2, sq=5, sk=9, h=4, hk=2, d=16, dv=8, dtype=torch.float32):
 
 
 def mask_of(kind, q, k, seed=1):
-    """[B, H, Sq, Sk] with ones where it is the same; one row of the boolean one sees nothing."""
+    """Mask [B, H, Sq, Sk], with size 1 where broadcast; one row of the boolean mask sees
+    nothing."""
     g = torch.Generator().manual_seed(seed)
     pairs = (q.shape[1], k.shape[1])
     if kind == "bool":
@@ -143,7 +144,7 @@ def test_16_bits_are_as_good_as_those_of_onnxruntime(backend):
 @each_backend
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_lengths_of_a_cache(causal, backend):
-    """nonpad_kv_seqlen: keys of each request; the leading queries of the last one see nothing."""
+    """nonpad_kv_seqlen: keys per request; the leading queries of the last request see nothing."""
     q, k, v = drawn(4, b=3, sq=4, sk=12)
     lengths = ints(12, 7, 2)
     given = [heads_first(x) for x in (q, k, v)]
@@ -157,7 +158,7 @@ def test_lengths_of_a_cache(causal, backend):
 
 @each_backend
 def test_new_keys_after_past_ones(backend):
-    """past_key and present_key: what kv_cache_append and attention_decode do in place."""
+    """past_key and present_key: kv_cache_append and attention_decode do the same in place."""
     q, k, v = drawn(5, sq=3, sk=3)
     _, past_k, past_v = drawn(6, sk=6)
     inputs = [*map(heads_first, (q, k, v)), None, *map(heads_first, (past_k, past_v))]
@@ -174,7 +175,7 @@ def test_new_keys_after_past_ones(backend):
     close(tm.attention_decode(q, *caches, **options), heads_first(wanted))
 
 
-# B, S, tokens of the past, options. onnxruntime takes several tokens after a past for B = 1 only.
+# B, S, past tokens, options. onnxruntime takes several tokens after a past only for B = 1.
 STEPS = {
     "a step": (2, 1, (7, 3), {}),
     "softcap": (2, 1, (7, 3), {"softcap": 1.5}),
@@ -194,8 +195,8 @@ FEW_STEPS = ("window", "sinks", "rotary of neighbours", "a chunk")
     [(c, b) for b in backends("reference") for c in (STEPS if b in ON_HOST else FEW_STEPS)],
 )
 def test_a_step_is_group_query_attention(case, backend):
-    """Rotation, the cache that is written and attention over it, of one operator there and of two
-    here. A window of w there is (w - 1, 0) here; its smooth softmax has a sink of 0."""
+    """Rotation, cache update and attention over the cache: one operator there, two here. A window
+    of w there is (w - 1, 0) here; its smooth softmax has a sink of 0."""
     batch, tokens, past, options = STEPS[case]
     options = dict(options)
     h, hk, d, capacity = 4, 2, 16, 12
@@ -265,7 +266,7 @@ def test_rotation_is_rotary_embedding(interleaved, backend):
 
 @on_host
 def test_keys_of_padded_sentences(backend):
-    """MultiHeadAttention: a length of each sentence, and a bias added to the scores."""
+    """MultiHeadAttention: a length per sentence, and a bias added to the scores."""
     q, k, v = drawn(7, sq=6, sk=6, hk=4, dv=16)
     lengths = ints(6, 3)
     bias = torch.randn(1, 4, 6, 6)
@@ -282,7 +283,7 @@ def test_keys_of_padded_sentences(backend):
 @examples(20)
 @given(seed=st.integers(0, 99), n=st.integers(1, 300), levels=st.sampled_from([2, 9, 1000]))
 def test_topk_is_that_of_onnx(backend, seed, n, levels):
-    """Values, indices and their order, ties to the lower index."""
+    """Values, indices and their order agree; ties go to the lower index."""
     g = torch.Generator().manual_seed(seed)
     scores = torch.randint(levels, (3, n), generator=g).float() - levels // 2
     k = 1 + seed % n
@@ -301,7 +302,7 @@ def test_topk_is_that_of_onnx(backend, seed, n, levels):
 
 
 def recurrence(rule, decay, beta, domain, seed=0, h=4, hk=2, tokens=37):
-    """Inputs of one recurrence [B, T, H, D], and what onnxruntime makes of them."""
+    """Inputs of one recurrence [B, T, H, D], and onnxruntime's results."""
     g = torch.Generator().manual_seed(seed)
     b, d, dv = 2, 16, 8
     q = torch.randn(b, tokens, h, d, generator=g)
@@ -325,7 +326,7 @@ DOMAINS = pytest.mark.parametrize("domain", ["", MICROSOFT], ids=["onnx", "contr
 @each_backend
 @pytest.mark.parametrize("rule", ["linear", "gated"])
 def test_recurrences_are_linear_attention(rule, backend, domain):
-    """One state for each KV head there, for each query head here."""
+    """States are per KV head there and per query head here."""
     tokens = 37 if backend in ON_HOST else 5
     decay = rule == "gated"
     *call, wanted, final = recurrence(rule, decay, False, domain, tokens=tokens)
@@ -343,7 +344,7 @@ def test_recurrences_are_linear_attention(rule, backend, domain):
 @DOMAINS
 @each_backend
 def test_the_delta_rule_is_a_titans_memory_without_momentum(backend, domain):
-    """The delta rule in chunks of one token: theta is the update rate, and nothing is forgotten."""
+    """The delta rule in chunks of one token: theta is the update rate, and nothing decays."""
     tokens = 37 if backend in ON_HOST else 5
     *call, wanted, final = recurrence("delta", False, True, domain, h=2, tokens=tokens)
     q, k, v, state, _, beta = moved(backend, *call)

@@ -1,5 +1,5 @@
 """OpenVINO's CPU plugin as an oracle: ScaledDotProductAttention-13 and TopK-11 of
-https://docs.openvino.ai (operation specifications). Its float32 kernels, on one thread."""
+https://docs.openvino.ai (operation specifications). Its float32 kernels run on one thread."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def core():
 
 
 def answer(node_of, *inputs):
-    """Outputs of the node that node_of makes of parameters for the inputs."""
+    """Outputs of the node that node_of builds from parameters for the inputs."""
     inputs = [x.numpy() for x in inputs]
     parameters = [openvino.opset13.parameter(x.shape, x.dtype) for x in inputs]
     model = openvino.Model(node_of(*parameters).outputs(), parameters)
@@ -37,8 +37,8 @@ def answer(node_of, *inputs):
 
 
 def theirs(q, k, v, *, mask=None, scale=None, causal=False):
-    """Heads come first there, each query head has keys of its own, and causal rows begin at the
-    first key."""
+    """OpenVINO has heads first, separate keys for each query head, and top-left causal
+    alignment."""
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, 2) for x in (k, v))
     inputs = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
@@ -63,7 +63,7 @@ def drawn(seed, b=2, sq=5, sk=9, h=4, hk=2, d=16, dv=16):
 
 
 def mask_of(kind, h, sq, sk):
-    """Each row of a boolean mask sees a key: one that sees none is NaN there and 0 here."""
+    """Each row of a boolean mask sees a key: an empty row is NaN there and 0 here."""
     g = torch.Generator().manual_seed(1)
     if kind == "float":
         return torch.randn(1, h, sq, sk, generator=g)
@@ -115,7 +115,7 @@ def test_any_attention_is_that_of_openvino(sq, sk, d, dv, heads, mask):
 @on_host
 @pytest.mark.parametrize(("n", "levels"), [(40, 2), (300, 9), (3000, 1000)])
 def test_topk_is_that_of_openvino(n, levels, backend):
-    """Values, indices and their order, ties to the lower index."""
+    """Values, indices and their order agree; ties go to the lower index."""
     scores = torch.randint(levels, (3, n)).float()
     k = n // 3
 

@@ -1,9 +1,9 @@
 """PyTorch's own rules of scaled_dot_product_attention, with integrations.sdpa enabled.
 
-The scope is that of test/test_transformers.py of pytorch/pytorch: layouts, masks, causality, groups
-of heads, scales, gradients, modules of torch.nn, and contexts that choose a backend. What must come
-out is what PyTorch's plain composition (SDPBackend.MATH) gives; whether a call is ours or stays
-PyTorch's is part of each case.
+The scope follows test/test_transformers.py of pytorch/pytorch: layouts, masks, causality, groups of
+heads, scales, gradients, modules of torch.nn, and contexts that choose a backend. Expected results
+come from PyTorch's plain composition (SDPBackend.MATH); whether a call is ours or stays PyTorch's
+is part of each case.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def make(*shape, keys=None, heads_k=None, value_dim=None, dtype=torch.float32):
-    """q [B, H, Sq, D], k and v."""
+    """Returns q [B, H, Sq, D], k and v."""
     b, h, sq, d = shape
     sizes = [(b, h, sq, d), (b, heads_k or h, keys or sq, d)]
     sizes.append((*sizes[1][:3], value_dim or d))
@@ -34,7 +34,7 @@ def make(*shape, keys=None, heads_k=None, value_dim=None, dtype=torch.float32):
 
 
 def results(tensors, grad=True, **options):
-    """Output, and the gradients of all that is differentiated."""
+    """Output, and the gradients of all differentiable inputs."""
     leaves = [x.detach().requires_grad_(grad) for x in tensors]
     out = sdpa(*leaves, **options)
     if not grad:
@@ -44,7 +44,8 @@ def results(tensors, grad=True, **options):
 
 
 def check(tensors, served=2, close=CLOSE, grad=True, **options):
-    """Ours against PyTorch's composition; served calls, forward and backward, are ours."""
+    """Compares ours with PyTorch's composition; served: expected number of our calls, forward and
+    backward."""
     with sdpa_kernel(SDPBackend.MATH):
         expected = results(tensors, grad, **options)
     with ours.enable() as route:
@@ -118,7 +119,7 @@ def test_rows_that_see_nothing_are_zero_and_have_no_gradient():
 
 
 def test_the_smallest_number_hides_as_well():
-    """Masks that models build hold finfo.min, not minus infinity."""
+    """Masks that models build hold finfo.min instead of -inf."""
     tensors = make(1, 2, 9, 16)
     visible = torch.ones(9, 9, dtype=torch.bool).tril()
     check(tensors, attn_mask=torch.where(visible, 0.0, torch.finfo(torch.float32).min))
@@ -180,7 +181,8 @@ def test_only_some_inputs_have_gradients():
         torch.testing.assert_close(*grads, **CLOSE)
 
 
-# What PyTorch gives to its composition, not to a flash kernel, and what it never gets to.
+# Calls that PyTorch gives to its composition instead of a flash kernel, and calls that it never
+# reaches.
 ELSEWHERE = {
     "three dimensions": (lambda: [x[0] for x in make(1, 2, 9, 16)], {}),
     "five dimensions": (lambda: [x[None] for x in make(1, 2, 9, 16)], {}),
@@ -253,7 +255,7 @@ def test_malformed_calls_are_refused_as_before(options, change, message):
 
 
 def test_a_mask_beside_causality_hides_as_well():
-    """The composition refuses it, PyTorch's flash kernel takes it."""
+    """The composition refuses it, PyTorch's flash kernel accepts it."""
     tensors, mask = make(1, 2, 9, 16), torch.randn(9, 9)
     below = torch.ones(9, 9, dtype=torch.bool).tril()
     both_hide = mask.masked_fill(~below, -torch.inf)
@@ -307,7 +309,7 @@ def test_vmap_and_gradients_of_each_sample():
     found = []
     for context in (sdpa_kernel(SDPBackend.MATH), ours.enable()):
         with context, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that vmap has no rule for a kernel
+            warnings.simplefilter("ignore")  # vmap has no rule for a kernel
             grads = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(q, k, v)
             found.append((torch.func.vmap(sdpa)(q, k, v), *grads))
     torch.testing.assert_close(*found, **CLOSE)
@@ -317,7 +319,7 @@ def test_vmap_and_gradients_of_each_sample():
 
 
 def both(module, *args, train=True, **options):
-    """(outputs and gradients of the composition, those under enable(), the route)."""
+    """(outputs and gradients of the composition, the same under enable(), the route)."""
     found = []
     for context in (sdpa_kernel(SDPBackend.MATH), ours.enable()):
         with context as route:
@@ -353,11 +355,11 @@ def test_multihead_attention(masks, train):
     x = torch.randn(2, 9, 32)
     module = nn.MultiheadAttention(32, 4, batch_first=True)
     route = both(module, x, x, x, need_weights=False, train=train, **MASKS[masks])
-    # eval() has a fused path that calls no operator of attention, and takes boolean masks.
+    # eval() has a fused path that calls no attention operator, and takes boolean masks.
     fused = not any(mask.is_floating_point() for mask in MASKS[masks].values() if mask is not True)
     assert route.served == (2 if train else 0 if fused else 1)
     route = both(module, x, x, x, need_weights=True, train=train, **MASKS[masks])
-    assert route.served == 0  # weights are asked for
+    assert route.served == 0  # weights are requested
 
 
 @pytest.mark.parametrize(
@@ -379,7 +381,7 @@ def test_other_forms_of_multihead_attention(options):
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     module = nn.MultiheadAttention(32, 4, **{"batch_first": True, **options})
     assert both(module, q, k, v, need_weights=False).served == 2
-    # The fused path of eval() has queries, keys and values of one tensor: these are not.
+    # The fused path of eval() needs queries, keys and values in one tensor; these are separate.
     assert both(module, q, k, v, need_weights=False, train=False).served == 1
 
 

@@ -1,5 +1,5 @@
-"""Types of models of transformers under register(): logits, padding, batches and generate() are
-those of their own eager attention. With --full 44 types, else 12."""
+"""Model types of transformers under register(): logits, padding, batches and generate() equal their
+own eager attention. With --full 44 types, else 12."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ integration = pytest.importorskip("tokenmill.integrations.transformers")
 import tiny_models as tiny  # noqa: E402
 
 TOKENS = 9
-# Four rows; each stands in the batch with all others.
+# Four rows; each is in the batch with all others.
 ROWS = ("1" * 9, "1" * 6 + "000", "000" + "1" * 6, "110011101")
 PADDING = {
     "none": (ROWS[0],) * 3,
@@ -34,8 +34,8 @@ def mask_of(rows):
 
 
 def sees_a_key(mask, kind):
-    """[B, S]: whether a query does, in layers with a window too. Eager attention of the others is a
-    mean over what is hidden, ours 0."""
+    """Mask [B, S] of queries that see a key, also in layers with a window. For other queries, eager
+    attention gives a mean over masked keys, ours 0."""
     seen = mask.cumsum(1)
     if "sliding_window" in tiny.DECODERS.get(kind, {}):
         seen = seen - torch.nn.functional.pad(seen, (tiny.WINDOW, 0))[:, : mask.shape[1]]
@@ -48,7 +48,7 @@ def ids_of(rows, tokens=TOKENS):
 
 
 def under(model, name, **inputs):
-    """The first result of a model with an attention by its name, which must be what runs."""
+    """The first result of a model with the named attention, which must be the one that runs."""
     model.set_attn_implementation(name)
     with torch.no_grad():
         return model(**inputs)[0]
@@ -56,7 +56,7 @@ def under(model, name, **inputs):
 
 @pytest.fixture
 def name(monkeypatch):
-    """An attention that counts its calls, so that no model can fall back unseen."""
+    """An attention that counts its calls, so that no model can silently fall back."""
     calls = []
     real = integration.attention_forward
 
@@ -78,7 +78,7 @@ def test_enough_types_are_here():
 
 @pytest.mark.parametrize("kind", types(tiny.DECODERS))
 def test_a_decoder_reads_a_prompt_as_eager_does(kind, name):
-    """In every row that sees a key, those of padding after the text among them."""
+    """Every row that sees a key is compared, including padding after the text."""
     model = tiny.decoder(kind)
     for rows in PADDING.values():
         mask = mask_of(rows)
@@ -90,7 +90,8 @@ def test_a_decoder_reads_a_prompt_as_eager_does(kind, name):
 
 @pytest.mark.parametrize("kind", types(tiny.DECODERS))
 def test_a_row_does_not_depend_on_its_batch(kind, name):
-    """Not even where it is padding: beside rows with other padding and with holes, or alone."""
+    """This includes padding: next to rows with other padding and with holes, or in a batch of
+    one."""
     model, ids, mask = tiny.decoder(kind), ids_of(len(ROWS)), mask_of(ROWS)
     together = under(model, name, input_ids=ids, attention_mask=mask)
     for row in range(len(ROWS)):
@@ -137,7 +138,7 @@ def test_a_vision_model_is_that_of_eager(kind, name):
 
 
 def encoder_inputs(kind, mask):
-    if kind == "Whisper":  # hears, and has no mask of what it hears
+    if kind == "Whisper":  # takes audio, without a mask for it
         generator = torch.Generator().manual_seed(2)
         return {"input_features": torch.randn(len(mask), 8, 32, generator=generator)}
     return {"input_ids": ids_of(len(mask)), "attention_mask": mask}
@@ -145,7 +146,7 @@ def encoder_inputs(kind, mask):
 
 @pytest.mark.parametrize("kind", types(tiny.SEQ2SEQ))
 def test_an_encoder_with_a_decoder_is_that_of_eager(kind, name):
-    """Both have padding, and cross-attention has that of the encoder."""
+    """Both have padding, and cross-attention has the padding of the encoder."""
     model = tiny.seq2seq(kind)
     for rows in PADDING.values():
         mask = mask_of(rows)

@@ -1,4 +1,4 @@
-"""Models of transformers by their type, tiny; random weights large enough to tell keys apart."""
+"""Tiny transformers models by type; random weights are large enough to tell keys apart."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WINDOWED = {"sliding_window": WINDOW}
 EXPERT = {"num_experts_per_tok": 1}
 IMAGES = {name: n for name, n in SIZES.items() if name not in ("vocab_size",)}
 IMAGES |= {"image_size": 16, "patch_size": 4}
-# Sizes as BART names them, of an encoder and a decoder.
+# Sizes under BART's names, for an encoder and a decoder.
 PARTS = {
     "vocab_size": VOCABULARY, "d_model": 32, "init_std": 0.2, "dropout": 0.0,
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
