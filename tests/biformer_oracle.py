@@ -15,7 +15,7 @@ def part_of(w, prefix):
 
 
 def routed_channels_first(x, w, heads, parts, topk):
-    """x [B, C, Y, X]. Zeros fill up what the 1x1 convolution made."""
+    """x [B, C, Y, X]. The output of the 1x1 convolution is zero-padded."""
     dim, size = x.shape[1], x.shape[2:]
     region = size[0] // parts, size[1] // parts
     q, k, v = F.conv2d(x, w["qkv_linear.weight"], w["qkv_linear.bias"]).chunk(3, 1)
@@ -29,7 +29,7 @@ def routed_channels_first(x, w, heads, parts, topk):
 
 
 def routed_channels_last(x, w, heads, parts, topk):
-    """x [B, Y, X, C]. Zeros fill up the input, and regions divide what comes of it."""
+    """x [B, Y, X, C]. The input is zero-padded, and regions divide the result."""
     height, width = x.shape[1:3]
     x = F.pad(x, (0, 0, 0, -width % parts, 0, -height % parts))
     if "qkv.qkv.weight" in w:
@@ -41,7 +41,7 @@ def routed_channels_last(x, w, heads, parts, topk):
 
 
 def last_stage(x, w, heads, local):
-    """x [B, Y, X, C]. The scale is that of a head."""
+    """x [B, Y, X, C]. The scale uses the head dimension."""
     channels = x.shape[3]
     q, k, v = (x.flatten(1, 2) @ w["qkv.weight"].flatten(1).T).chunk(3, 2)
     split = [t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
@@ -68,7 +68,7 @@ def convolved(x, w, prefix, **options):
 
 
 def block(x, w, topk):
-    """x [B, C, Y, X], channels last within."""
+    """x [B, C, Y, X]; computes channels last."""
     if "pos_embed.weight" in w:
         x = x + depthwise(x, w, "pos_embed.")
     x = x.permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""The backends that the tests of files have as a parameter, as pytest collects them."""
+"""Backends that test files take as a parameter, as pytest collects them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def backends_of(session, paths: Iterable[Path]) -> dict[Path, set[str]]:
-    """By file. Files that are not part of the session are collected in a process of their own."""
+    """Backends by file. Files outside the session are collected in a separate process."""
     names = [(item.path, item.nodeid) for item in session.items]
     missing = sorted({str(path) for path in paths} - {str(path) for path, _ in names})
     found = defaultdict(set)

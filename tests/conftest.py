@@ -9,7 +9,7 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ["TOKENMILL_TUNE_CACHE"] = os.devnull  # the choices of an untuned machine
+os.environ["TOKENMILL_TUNE_CACHE"] = os.devnull  # default knobs of an untuned machine
 
 from hypothesis import HealthCheck, settings
 from shares import pytest_terminal_summary  # noqa: F401 a hook
@@ -18,7 +18,7 @@ from tier import QUICK
 import tokenmill as tm
 import tokenmill._emulator
 
-SEED = os.environ.get("TOKENMILL_TEST_SEED")  # of drawn calls; unset: the same calls in each run
+SEED = os.environ.get("TOKENMILL_TEST_SEED")  # of drawn calls; unset: fixed calls
 settings.register_profile(
     "tokenmill",
     deadline=None,
@@ -53,12 +53,13 @@ def pytest_configure(config):
     if SEED is not None:
         config.option.hypothesis_seed = SEED
     _selected[:] = config.getoption("--backend")
-    if tm._library.emulated_built():  # races and values that nobody set, beside the bounds
+    if tm._library.emulated_built():  # detect races and uninitialized values, in addition to bounds
         tm._emulator.configure("check=1")
 
 
 def pytest_collection_finish(session):
-    """Tens of thousands of tests live as long as the session: garbage is not looked for there."""
+    """Tens of thousands of tests live as long as the session: freezes them for the garbage
+    collector."""
     gc.collect()
     gc.freeze()
 
@@ -68,7 +69,7 @@ def pytest_sessionfinish(session):
 
 
 def backends(*others: str) -> list[str]:
-    """The kernels that this machine can run, and others, as far as --backend selects them."""
+    """The kernels that this machine can run, and others, restricted by --backend."""
     states = tm.backends()
     able = [b for b, state in states.items() if state.startswith(("available", "interpreter"))]
     found = [b for b in able if b != "reference"] + list(others)
@@ -80,9 +81,9 @@ def device_of(backend: str) -> str:
 
 
 def assert_same(found, wanted, backend: str) -> None:
-    """Tensors with the same bits. The reference promises values: its products are torch's BLAS,
-    which chooses an order of sums by shapes and strides, so two of its results are each within two
-    floors of the error budget."""
+    """Asserts equal bits. For the reference only values are compared: its products use torch's
+    BLAS, whose summation order depends on shapes and strides, so two of its results may each differ
+    by two floors of the error budget."""
     if isinstance(found, torch.Tensor):
         found, wanted = (found,), (wanted,)
     for x, y in zip(found, wanted, strict=True):
@@ -93,15 +94,15 @@ def assert_same(found, wanted, backend: str) -> None:
 
 
 def cpu_variants() -> list[tuple[str, str | None]]:
-    """(backend, instruction set) for every kernel; None where there is no choice of set."""
+    """(backend, instruction set) of every kernel; None for backends without instruction sets."""
     others: list[tuple[str, str | None]] = [(b, None) for b in backends() if b != "cpu"]
     sets = tm.testing.cpu_isas() if "cpu" in backends() else []
     return [("cpu", isa) for isa in (sets[-1:] if QUICK else sets)] + others
 
 
 def in_each_dtype(dtypes, variants):
-    """Parameters (dtype, *variant) of tests of shapes. Triton's interpreter runs the same programs
-    whatever the dtype, and takes the first: the contract and drawn calls take all."""
+    """Parameters (dtype, *variant) of shape tests. Triton's interpreter runs the same programs for
+    every dtype and takes only the first one: the contract and drawn calls cover all."""
     return [
         pytest.param(dtype, *variant, id="-".join(map(str, (dtype, *variant))))
         for dtype in dtypes
@@ -112,7 +113,7 @@ def in_each_dtype(dtypes, variants):
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """torch.empty holds NaN, so that an element nobody wrote shows."""
+    """Fills torch.empty with NaN, so that an unwritten element shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.manual_seed(0)
@@ -122,7 +123,7 @@ def _poisoned_memory():
 
 @pytest.fixture
 def isa(request):
-    """Indirect parameter: the instruction set to run, or None."""
+    """Indirect parameter: instruction set to run, or None."""
     if request.param is None:
         yield None
         return
@@ -140,7 +141,7 @@ def threads():
 
 @pytest.fixture(scope="session")
 def ranks():
-    """The group of gloo processes of a size, started when a test first wants it."""
+    """Returns a group of gloo processes of a given size, started on first use."""
     from ranks import Ranks
 
     groups: dict[int, Ranks] = {}

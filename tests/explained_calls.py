@@ -1,5 +1,5 @@
-"""Which operators the code under test calls, and which kernel takes each call: on a CPU, and on
-GPUs, without running there."""
+"""Records the operators that the code under test calls, and the kernel that takes each call: on a
+CPU, and on GPUs without running there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenmill import _dispatch, registry
 
 
 class Call(NamedTuple):
-    """One of an operator, with the arguments of its public function, backend left out."""
+    """A call of one operator, with the arguments of its public function except backend."""
 
     op: str
     args: tuple[Any, ...]
@@ -26,7 +26,7 @@ class Call(NamedTuple):
         return tm.explain(self.op, *self.args, backend=backend, **self.options)
 
     def lowered(self) -> tuple[registry.OpSpec, tuple[Any, ...]]:
-        """The operator that runs and its arguments, as its schema has them."""
+        """The operator that runs, and its arguments in schema order."""
         spec = registry.get(self.op)
         options = {name: value for name, value in self.options.items() if name != "out"}
         if spec.over_cache and options.get("seqlens_k") is not None:
@@ -41,8 +41,8 @@ class Call(NamedTuple):
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Call]]:
-    """The calls of operators inside, in their order, from any module of the package. They run on
-    the CPU, whatever backend they ask for."""
+    """Records the operator calls of the block in order, from any module of the package. They run on
+    the CPU, whatever backend they request."""
     calls: list[Call] = []
     operators = {spec.function: name for name, spec in registry.ops().items()}
     replaced: list[tuple[Any, str, Any]] = []
@@ -70,7 +70,7 @@ def recorded() -> Iterator[list[Call]]:
 
 
 def kernels(calls: list[Call]) -> list[str]:
-    """The kernel of each call on a CPU: `dense/attention`. It must be a native one."""
+    """The CPU kernel of each call: `dense/attention`. It must be a native kernel."""
     found = []
     for call in calls:
         explained = call.explained("cpu")
@@ -101,7 +101,7 @@ def _hashable(value: Any) -> bool:
 
 
 def _detached(arguments: Any) -> Any:
-    """Tensors as they are, but for their history: a call for a gradient is another call."""
+    """Detaches tensors from autograd: a call that needs a gradient is another call."""
     if isinstance(arguments, dict):
         return {name: _detached(value) for name, value in arguments.items()}
     if isinstance(arguments, tuple) and type(arguments) is tuple:

@@ -1,4 +1,4 @@
-"""Programs of triton_kernels/float8.py, for tests/test_float8.py."""
+"""Programs of triton_kernels/float8.py for tests/test_float8.py."""
 
 from __future__ import annotations
 

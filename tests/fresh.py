@@ -1,6 +1,6 @@
-"""Processes that begin with torch and tokenmill: importing them takes longer than most scripts run.
+"""Processes that start with torch and tokenmill imported: importing takes longer than most scripts.
 
-A server, which has imported them and done nothing else, forks each process.
+A server that has imported them and done nothing else forks each process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "tokenmil
 
 
 def run_script(path: Path, *arguments: object) -> str:
-    """What a script says, whose exit status must be 0."""
+    """Output of a script, whose exit status must be 0."""
     with tempfile.NamedTemporaryFile("r") as said:
         given = [str(a) for a in arguments]
         process = context.Process(target=_run, args=(str(path), given, said.name))

@@ -1,4 +1,4 @@
-"""Requests of different lengths in one call, and each alone."""
+"""Requests of different lengths in one call, compared with a call per request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGE = 16
 
 
 def forms(backends):
-    """Of each backend; of Triton's interpreter, which is slow, two that reach every branch."""
+    """Forms of each backend; Triton's slow interpreter gets two forms that reach every branch."""
     few = ("packed", "padded over pages")
     return [(f, b) for b in backends for f in FORMS if b != "triton" or f in few]
 
@@ -27,7 +27,8 @@ def ends(lengths):
 
 
 def pages_of(rows):
-    """Keys [S, Hk, D] of requests as pages of which some are nobody's, and a table."""
+    """Keys [S, Hk, D] of requests in pages, some of which belong to no request, and a
+    block_table."""
     most = -(-max(map(len, rows)) // PAGE)
     order = torch.randperm(most * len(rows), generator=torch.Generator().manual_seed(1))
     table = order.view(len(rows), most).int()
@@ -46,8 +47,8 @@ def padded(rows, most):
 
 
 class Requests:
-    """(q, k, v) and options of a call; alone: those of each request; only: one
-    of them. What nobody reads is NaN."""
+    """(q, k, v) and options of a call; alone: the same per request; only: one
+    request. Unused elements are NaN."""
 
     def __init__(self, form, backend, dtype=torch.float32, only=None):
         g = torch.Generator().manual_seed(0)
@@ -80,14 +81,14 @@ class Requests:
         self.options = {n: t.to(device) for n, t in self.options.items()}
 
     def rows(self, b):
-        """Of request b among all queries of results [(B,) Sq | T, ...]."""
+        """Rows of request b among all queries of results [(B,) Sq | T, ...]."""
         first = sum(self.queries[:b])
         if self.packed:
             return (slice(first, first + self.queries[b]),)
         return b, slice(self.queries[b])
 
     def lists(self, b, block_q):
-        """Of request b among lists [(B,) H, R, ...]."""
+        """Rows of request b among lists [(B,) H, R, ...]."""
         count = -(-self.queries[b] // block_q)
         first = sum(self.queries[:b]) // block_q + b
         if self.packed:

@@ -1,4 +1,4 @@
-"""Which samples of an operator show its options, two by two."""
+"""Selects samples of an operator that cover its options pairwise."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tokenmill.registry import OpSpec, Sample
 
 
 def kind(value: Any) -> Any:
-    """What code that looks at an argument, and not into it, can tell: of a tensor its rank, of a
-    number its type and sign, of a switch its value."""
+    """Properties of an argument that code can see without reading its values: rank of a tensor,
+    type and sign of a number, value of a switch."""
     if isinstance(value, torch.Tensor):
         return (
             "tensor",
@@ -43,9 +43,9 @@ def pairs(spec: OpSpec, sample: Sample) -> Iterator[tuple]:
 
 @functools.cache
 def telling(op: str) -> tuple[Sample, ...]:
-    """Samples of an operator that have each pair of options which any of its samples has: the first
-    sample, and then always the one with most pairs that are left. For what follows from the options
-    of a call alone: which Python code runs, what graphs are made of."""
+    """Samples of an operator that cover each pair of options that any sample has: greedily, the
+    first sample and then always the one with most uncovered pairs. For tests of behavior that
+    depends only on the options of a call: Python code paths, contents of graphs."""
     spec = registry.get(op)
     left = {sample: set(pairs(spec, sample)) for sample in spec.samples}
     found: list[Sample] = []

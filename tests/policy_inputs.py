@@ -1,4 +1,4 @@
-"""Prompts and steps for tests of policies, and attention one head at a time."""
+"""Prompts and steps for policy tests, and attention one head at a time."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LENGTHS, STEPS = (37, 22), 9
 
 @dataclass
 class Tokens:
-    """Prompts of LENGTHS tokens, padded with large numbers, then STEPS tokens for each."""
+    """Prompts of LENGTHS tokens, padded with large numbers, then STEPS tokens per request."""
 
     prompt: tuple[Tensor, Tensor, Tensor]  # q, k, v [B, S, heads, D]
     steps: list[tuple[Tensor, Tensor, Tensor]]
 
     def of(self, b: int) -> tuple[Tensor, Tensor, Tensor]:
-        """All queries, keys and values of a request, float64."""
+        """All queries, keys and values of a request, in float64."""
         n = LENGTHS[b]
         parts = [
             torch.cat([self.prompt[i][b, :n], *(s[i][b] for s in self.steps)]) for i in (0, 1, 2)
@@ -34,7 +34,7 @@ class Tokens:
 
 
 def draw(seed: int = 0, alike: float = 1.0) -> Tokens:
-    """A query of a step differs from the one before by `alike`, but now and then by all."""
+    """A step's query differs from the previous one by `alike`, but completely now and then."""
     g = torch.Generator().manual_seed(seed)
 
     def token(n: int) -> list[Tensor]:
@@ -67,7 +67,7 @@ def new_cache(page: int | None, capacity: int = 64, heads: int = HK) -> policies
 
 
 class TinyIndexer(torch.nn.Module):
-    """Of 3 heads of 8, from what the layer multiplies."""
+    """Indexer with 3 heads of 8 channels, from the input of the layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class TinyIndexer(torch.nn.Module):
         return self.q(q).unflatten(2, (3, 8)), self.k(k), self.weights(q)
 
 
-# Of every policy, with budgets below what there is.
+# Each policy with budgets smaller than the number of keys.
 SPARING: list[tuple[type[policies.Policy], dict[str, Any]]] = [
     (policies.FullAttention, {}),
     (policies.TokenSelect, {"k": 8, "num_sink": 2, "num_recent": 4}),
@@ -103,7 +103,7 @@ SPARING: list[tuple[type[policies.Policy], dict[str, Any]]] = [
 
 
 def run(policy: policies.Policy, tokens: Tokens) -> Tensor:
-    """[steps, B, H, Dv]"""
+    """Results of the steps, [steps, B, H, Dv]."""
     out = policy.prefill(*tokens.prompt, lengths=torch.tensor(LENGTHS, dtype=torch.int32))
     for b, n in enumerate(LENGTHS):
         q, k, v = tokens.of(b)
@@ -115,7 +115,8 @@ def run(policy: policies.Policy, tokens: Tokens) -> Tensor:
 
 
 def assert_steps(policy: policies.Policy, tokens: Tokens, literals: Sequence[Any]) -> None:
-    """Each step is that of the literal of each request, which is given its keys so far."""
+    """Asserts that each step equals the literal reading of each request, which gets its keys so
+    far."""
     for t, step in enumerate(tokens.steps):
         out = policy.step(*step)
         for b, n in enumerate(LENGTHS):
@@ -125,19 +126,19 @@ def assert_steps(policy: policies.Policy, tokens: Tokens, literals: Sequence[Any
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, more: Tensor | None = None) -> Tensor:
-    """One query over keys [n, D], with something added to the logits."""
+    """One query over keys [n, D], with a term added to the logits."""
     z = k @ q * SCALE
     return torch.softmax(z if more is None else z + more, 0) @ v
 
 
 def best(scores: Tensor, k: int) -> list[int]:
-    """Positions of the k largest, ascending; of equal ones the first."""
+    """Positions of the k largest scores, ascending; ties go to the first."""
     order = sorted(range(len(scores)), key=lambda j: (-scores[j].item(), j))
     return sorted(order[:k])
 
 
 def over(q: Tensor, k: Tensor, v: Tensor, chosen: list[list[int]]) -> Tensor:
-    """All heads of a query, each over the keys chosen for it or for its key head."""
+    """All heads of a query, each over the keys chosen for it or for its KV head."""
     heads = range(len(q))
     own = chosen if len(chosen) == len(q) else [chosen[h // GROUP] for h in heads]
     return torch.stack([attend(q[h], k[own[h], h // GROUP], v[own[h], h // GROUP]) for h in heads])

@@ -2,8 +2,8 @@
 
     found = ranks(4).run(function, argument)    # what function(argument) returned on each rank
 
-The function is one of a test module, so that a process finds it; it runs beside its peers in an
-initialised default group.
+The function is defined in a test module, so that a process can import it; it runs concurrently with
+its peers in an initialized default group.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from fresh import context
 
-TIMEOUT = 120.0  # seconds of a run
+TIMEOUT = 120.0  # seconds per run
 
 
 class Failed(Exception):
@@ -43,7 +43,8 @@ class Ranks:
             there.close()
 
     def run(self, function: Callable[..., Any], *args: Any, survivors: bool = False) -> list[Any]:
-        """The results by rank. survivors: a rank that died or raised gives the text of that."""
+        """Results by rank. survivors: for a rank that died or raised, its result is the error
+        text."""
         for pipe in self._pipes:
             with contextlib.suppress(BrokenPipeError):
                 pipe.send((function, args))
@@ -64,12 +65,12 @@ class Ranks:
                 if not ok:
                     errors.append(f"rank {rank} of {self.size}: {result}")
             if errors and not survivors:
-                self.close()  # the others wait for it
+                self.close()  # the other ranks wait for it
                 raise Failed("\n".join(errors))
         return found
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Terminates the processes."""
         for pipe in self._pipes:
             pipe.close()
         for process in self.processes:
@@ -80,7 +81,7 @@ class Ranks:
 
 
 def refusals(calls: Iterable[Callable[[], Any]]) -> list[str]:
-    """What the calls say that raise."""
+    """Messages of the calls that raise."""
     found = []
     for call in calls:
         try:

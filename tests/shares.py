@@ -1,5 +1,5 @@
-"""The end of a run: packages that were not there to be compared with, and where the time went,
-as seconds of each operator and backend."""
+"""The end of a run: packages that were not installed for comparison, and the seconds of each
+operator and backend."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import PurePosixPath
 from tokenmill import registry, testing
 from tokenmill._dispatch import ALL_BACKENDS
 
-LEAST_SECONDS = 1.0  # of a row that is printed
+LEAST_SECONDS = 1.0  # minimum of a printed row
 
 
 def share_of(node: str, operators: Collection[str], isas: Collection[str]) -> tuple[str, str]:
-    """(operator or file, backend or "") that the name of a test tells."""
+    """(operator or file, backend or "") from the name of a test."""
     path, _, rest = node.partition("::")
     file = PurePosixPath(path)
     words = file.stem.removeprefix("test_").split("_")
@@ -31,7 +31,7 @@ def share_of(node: str, operators: Collection[str], isas: Collection[str]) -> tu
 
 
 def table(seconds: Iterable[tuple[str, float]], operators: Collection[str], isas: Collection[str]):
-    """Rows (name, seconds of all, seconds of each backend), the largest first."""
+    """Rows (name, total seconds, seconds per backend), the largest first."""
     shares: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for node, duration in seconds:
         operator, backend = share_of(node, operators, isas)
@@ -41,7 +41,7 @@ def table(seconds: Iterable[tuple[str, float]], operators: Collection[str], isas
 
 
 def not_installed(reports: Iterable[object]) -> dict[str, list[str]]:
-    """{folder: packages} by the reasons "not installed: NAME" of tests that were skipped."""
+    """{folder: packages} from the skip reasons "not installed: NAME"."""
     found: dict[str, set[str]] = defaultdict(set)
     for report in reports:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
@@ -58,7 +58,7 @@ def pytest_terminal_summary(terminalreporter):
     for folder, names in missing.items():
         terminalreporter.write_line(f"{folder}: not installed: {', '.join(names)}")
     reports = [r for of in terminalreporter.stats.values() for r in of if hasattr(r, "duration")]
-    # A report stands once for each of setup, call and teardown.
+    # Setup, call and teardown have a report each.
     rows = table(((r.nodeid, r.duration) for r in reports), registry.ops(), testing.cpu_isas())
     total = sum(row[1] for row in rows)
     if total < 60:

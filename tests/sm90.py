@@ -1,5 +1,5 @@
-"""The PTX machine as device sm_90a, with its checks, in several orders of warps and of what is
-asynchronous."""
+"""The PTX machine as device sm_90a, with its checks, in several orders of warps and of asynchronous
+operations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def hopper(mode: str = MODES[0]) -> Iterator[None]:
 
 
 def check_every_order(call: Callable[[], Sequence[Tensor]]) -> None:
-    """The results have the same bits in all modes."""
+    """Asserts that the results have the same bits in all modes."""
     with hopper():
         first = call()
     for mode in MODES[1:]:
@@ -37,8 +37,9 @@ def check_every_order(call: Callable[[], Sequence[Tensor]]) -> None:
 
 
 def check_explained(op: str, why: str, *args: Any, **kwargs: Any) -> Any:
-    """The kernel that runs is the one that explain names: that for 9.0 where `why` is empty, else
-    another one, because a rule that begins so is broken. Returns the results."""
+    """Asserts that the kernel that runs is the one that explain names: the sm_90a kernel if `why`
+    is empty, else another kernel, because of a broken rule that begins with `why`. Returns the
+    results."""
     with _emulator.configured("device=sm_90a"), _emulator.counting() as launches:
         kernel = tm.explain(op, *args, backend="emulated", **kwargs).kernel
         found = getattr(tm, op)(*args, backend="emulated", **kwargs)

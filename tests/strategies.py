@@ -1,4 +1,4 @@
-"""Hypothesis strategies for calls of operators: shapes, strides, lengths, masks, hostile values."""
+"""Hypothesis strategies for operator calls: shapes, strides, lengths, masks, hostile values."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ WINDOWS = st.one_of(st.just(-1), st.integers(0, 70))
 
 
 def layouts(shape, dtype, generator):
-    """Tensors of one shape in the memory orders that callers have."""
+    """Tensors of one shape in the memory layouts that callers use."""
     return (
         lambda: torch.randn(shape, generator=generator).to(dtype),
-        # [B, H, S, D] seen as [B, S, H, D]
+        # [B, H, S, D] viewed as [B, S, H, D]
         lambda: torch.randn(_swapped(shape), generator=generator).to(dtype).transpose(-3, -2),
         # one part of a fused projection
         lambda: torch.randn((*shape[:-1], 3 * shape[-1]), generator=generator).to(dtype)[
@@ -32,8 +32,8 @@ def _swapped(shape):
 
 @st.composite
 def attention_samples(draw, max_length=70, kinds=("softmax", "sigmoid"), normalizers=None):
-    """A sample of attention with any combination of options; with normalizers, of kinds that have
-    them, and with biases of -inf."""
+    """Draws a sample of attention with any combination of options; with normalizers, of kinds that
+    support them, and with biases of -inf."""
     length = LENGTHS.filter(lambda n: n <= max_length)
     kind = draw(st.sampled_from(kinds))
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 3), (1, 7)]))
@@ -57,7 +57,7 @@ def attention_samples(draw, max_length=70, kinds=("softmax", "sigmoid"), normali
         "softcap": draw(st.sampled_from([0.0, 0.0, 2.5])),
     }
     if normalizers:
-        # A relu row may sum to nearly nothing: as ill-conditioned as that sum.
+        # A relu row may sum to almost 0: the result is as ill-conditioned as that sum.
         options["normalize"] = draw(
             st.sampled_from(normalizers if kind != "relu" else [None, "count"])
         )
@@ -110,7 +110,7 @@ def linear_samples(
     max_length=140,
     maps=("identity", "elu1", "relu", "silu", "taylor2"),
 ):
-    """A sample of linear attention with any combination of options."""
+    """Draws a sample of linear attention with any combination of options."""
     lengths = st.one_of(
         st.sampled_from([0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129]), st.integers(0, 140)
     ).filter(lambda n: n <= max_length)
@@ -125,8 +125,8 @@ def linear_samples(
     n = len(sequences) if packed else n
     decay = draw(st.sampled_from([None, "head", "steep", "token", "steep token"]))
     with_state = draw(st.booleans())
-    # Weights of both signs have no normaliser to speak of. Over one token out is v, and gradients
-    # of q and k are rounding errors.
+    # Weights of both signs may have a normalizer near 0. Over one token out is v, and gradients of
+    # q and k are rounding errors.
     longest = max(sequences, default=0) if packed else length
     positive = feature_map in ("elu1", "taylor2") and (longest > 1 or with_state)
     normalize = draw(st.booleans()) if positive else False

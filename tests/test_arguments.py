@@ -1,4 +1,4 @@
-"""What the public functions take and refuse beside tensors."""
+"""Non-tensor arguments that the public functions accept and refuse."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def i32(*values):
 
 
 def composites():
-    """A call of each public function that is made of operators."""
+    """A call of each public function that is composed of operators."""
     q, k = torch.randn(2, 20, 4, 8), torch.randn(2, 20, 2, 8)
     assign = i32([0, 1, 2, 0, 1, 2], [0, 1, 2, 2, 1, 2])
     return {
@@ -66,7 +66,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("function", composites(), ids=lambda f: f.__name__)
 def test_errors_of_composites_are_of_the_package(function):
-    """As test_no_argument_crashes has it for operators."""
+    """The same property as test_no_argument_crashes, for functions composed of operators."""
     args, kwargs = composites()[function]
     function(*args, **kwargs)
     for at, name in enumerate(inspect.signature(function).parameters):

@@ -1,4 +1,4 @@
-"""torch.autocast casts the arguments of an operator as the registry says, through every door."""
+"""torch.autocast casts the arguments of an operator as the registry says, on every call path."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def autocast(device="cpu", **options):
 
 
 def draw(spec, sample=None, device="cpu"):
-    """Arguments by name, in float32; by default of the sample with most of those that are cast."""
+    """Float32 arguments by name, by default of the sample with the most arguments that are cast."""
     signature = list(inspect.signature(spec.function).parameters)
     drawn = []
     for s in spec.samples if sample is None else [spec.samples[sample]]:
@@ -38,18 +38,18 @@ def draw(spec, sample=None, device="cpu"):
 
 
 def lowered_names(spec):
-    """The public names of what becomes half."""
+    """Public names of arguments that are cast to half precision."""
     public, schema = list(inspect.signature(spec.function).parameters), spec.forward.arguments
     return {n if n in public else public[schema.index(n)] for n in spec.forward.autocast.lower}
 
 
 def halve(spec, given):
-    names = lowered_names(spec) - {*spec.forward.autocast.wide}  # which are float32 here
+    names = lowered_names(spec) - {*spec.forward.autocast.wide}  # float32 here
     return {n: t.to(HALF) if n in names and t is not None else t for n, t in given.items()}
 
 
 def by_hand(spec, given):
-    """What autocast makes of float32 arguments, of which caches and their queries stay."""
+    """Expected autocast result for float32 arguments; caches and their queries are not cast."""
     rule = spec.forward.autocast
     if rule.cache and (not rule.paged or given.get("block_table") is not None):
         return dict(given)
@@ -135,7 +135,7 @@ def test_torch_ops_cast_alike(spec):
     with autocast():
         found = spec.forward.run("tokenmill", lowered)
     found = found if isinstance(found, tuple) else (found,)
-    # A public function may round what its operator gives: additive_attention does.
+    # A public function may round the result of its operator: additive_attention does.
     first = found[0].to(wanted[0].dtype)
     same([first, *written], [wanted[0], *wanted[len(wanted) - len(written) :]])
 
@@ -158,7 +158,7 @@ def test_compiled_graphs_cast_alike(spec):
 
 @each(CAST)
 def test_mixed_dtypes_are_accepted(spec):
-    """Layers under autocast return half beside what is float32."""
+    """Layers under autocast return half precision together with float32 tensors."""
     given = draw(spec)
     rule = spec.forward.autocast
     first = rule.cache if rule.cache and not rule.paged else next(iter(given))
@@ -188,7 +188,7 @@ def test_rows_are_promoted(spec):
     ids=lambda f: f.__name__,
 )
 def test_functions_made_of_operators(function):
-    """Also their own sums and products are those of the call by hand."""
+    """Their own sums and products equal the call by hand, too."""
     q, k, v = torch.randn(3, 2, 70, 2, 16, generator=torch.Generator().manual_seed(0))
     wanted = function(*(t.to(HALF) for t in (q, k, v)))
     with autocast():

@@ -1,4 +1,4 @@
-"""bench --counters: its arithmetic on made-up counters, its peers' data, and real rows of each
+"""bench --counters: its arithmetic on synthetic counters, its peers' data, and real rows of each
 operator."""
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_lanes_of_a_row(kind, unit, per_cycle):
 def test_least_work_of_a_shape():
     full = attention.Shape(False, 64, 512, 2, 1, False)
     assert full.scores == 2 * 512 * 512
-    # two products of S x S x D, 4096 multiplications and additions an instruction
+    # two products of S x S x D, 4096 multiplications and additions per instruction
     assert full.least_mma == 2 * 2 * 512 * 512 * 64 * 2 / 4096
     assert full.least_bytes("sigmoid") == (2 * 2 + 2) * 512 * 64 * 2
     assert full.least_bytes("softmax") - full.least_bytes("sigmoid") == 2 * 512 * 4
@@ -78,7 +78,7 @@ def test_every_row_has_peers(variant):
 
 def test_least_work_of_linear_attention():
     shape = linear.Shape(64)
-    # of each token: pairs within chunks of 64 (32.5 on average) twice, and the state twice
+    # per token: pairs within chunks of 64 (32.5 on average) twice, and the state twice
     macs = 1024 * 2 * (2 * 32.5 * 64 + 2 * 64 * 64)
     assert shape.least_mma == macs * 2 / 4096
     assert shape.least_bytes == 4 * 1024 * 2 * 64 * 2
@@ -91,7 +91,7 @@ def test_peers_of_linear_attention():
     """Two kernels of flash-linear-attention count as one; each figure is the best of all."""
     bounds = linear.bounds(64)
     assert bounds["instructions"] == pytest.approx(4 * (5.39 + 11.77))
-    assert bounds["traffic_over_least"] == 1.5  # of lightning-attention
+    assert bounds["traffic_over_least"] == 1.5  # from lightning-attention
     assert round(bounds["mma_over_least"], 2) == 1.33
     assert bounds["binding_cycles"] == pytest.approx(6.25 + 14.16)
     assert not linear.bounds(256)
@@ -141,13 +141,13 @@ def test_a_row_says_what_the_kernel_did(device, capsys, tmp_path):
     (row,) = rows_of(f"^{title}$", ["attention"], tmp_path)
     assert row["case"] == title and row["op"] == "attention"
     assert title in capsys.readouterr().out
-    # no kernel does less than the least, and ours neither spills nor meets conflicts of banks
+    # no kernel does less than the minimum, and ours neither spill nor have bank conflicts
     assert 1 <= row["mma_over_least"] < 1.2 and 1 <= row["traffic_over_least"] < 4
     assert row["waves_over_ideal"] == 1 and row["local_requests"] == 0
     assert row["binding_cycles"] == max(c for u, c in row["cycles"].items() if u != "l2")
 
 
-# Pattern of one case of each operator, and what must hold of its figures.
+# Pattern of one case per operator, and limits of its figures.
 ROWS = {
     "attention_decode": ("^bfloat16, keys 2000, 300, stream_k", {"traffic_over_least": 1.1}),
     "kv_block_scores": ("^maxima of 64 of 8192 tokens", {"traffic_over_least": 1.05}),
@@ -178,7 +178,7 @@ ROWS = {
     "block_sparse_attention": ("blocks of 2, float16$", {"traffic_over_least": 1.05}),
     "hip_block_select": ("^512 queries, float16$", {"traffic_over_least": 1.05}),
     "best_match": ("", {"traffic_over_least": 6.6}),
-    "cluster_tokens": ("", {"traffic_over_least": 61}),  # a window of clusters for each cell
+    "cluster_tokens": ("", {"traffic_over_least": 61}),  # a window of clusters per cell
     "gather_fuse": ("kept$", {"traffic_over_least": 1.1}),
     "gather_tokens": ("", {"traffic_over_least": 1.1}),
     "local_pool": ("^mean", {"traffic_over_least": 5.3}),  # a window through L1
@@ -188,13 +188,13 @@ ROWS = {
     "segment_reduce": ("^sum", {"traffic_over_least": 1.7}),
     "topk_partition": ("", {"traffic_over_least": 3.1}),
 }
-# Sums over few lanes, and histograms, meet in banks.
+# Sums over few lanes, and histograms, have bank conflicts.
 WAVES = {
     "bilevel_routing_attention": 1.02, "cluster_tokens": 1.1, "gather_fuse": 3.3,
     "hip_block_select": 1.1, "indexer_topk_select": 1.02, "linear_attention_decode": 1.6,
     "reconstruct_tokens": 1.1, "topk_partition": 1.7, "topk_select": 1.5,
 }  # fmt: skip
-# Whose products tensor cores compute.
+# Operators whose products run on tensor cores.
 PRODUCTS = {
     "attention_column_scores", "attention_decode", "best_match", "bilevel_routing_attention",
     "block_sparse_attention", "hip_block_select", "indexer_topk_select", "kv_block_scores",
@@ -230,7 +230,7 @@ def test_rows_of_each_operator(op, capsys, tmp_path):
     for key, bound in most.items():
         assert row[key] <= bound, key
     assert row["traffic_over_least"] >= 1
-    if op != "mask_partition":  # where ptxas takes the bits of a warp into registers
+    if op != "mask_partition":  # ptxas keeps a warp's bits in registers there
         assert row["local_requests"] == 0
     assert row["waves_over_ideal"] <= WAVES.get(op, 1.01)
     assert row["mma_over_least"] >= 1 if op in PRODUCTS else row["mma_over_least"] == 0
@@ -238,19 +238,19 @@ def test_rows_of_each_operator(op, capsys, tmp_path):
 
 @built
 def test_gradients_are_counted_apart(tmp_path):
-    """A backward row has the kernels of the backward alone, and no peers."""
+    """A backward row has only the kernels of the backward, and no peers."""
     (row,) = rows_of("^backward D64 S1024 H2, decay", ["linear_attention"], tmp_path)
     assert row["against"] == {} and 1 <= row["mma_over_least"] < 2
 
 
 @built
 def test_work_of_lists(tmp_path):
-    """Tensor cores multiply what lists name, and nothing else; heads of 32 are filled up to 64."""
+    """Tensor cores multiply only what lists name; heads of 32 are padded to 64."""
     least = {"block_sparse_attention": 1, "hip_block_select": 1, "bilevel_routing_attention": 2}
     rows = rows_of("^(256|512 queries|16 regions of 8).*, float16$", list(least), tmp_path)
     assert {row["op"] for row in rows} == set(least)
     for row in rows:
         backward = "backward" in row["case"]
         assert row["mma_over_least"] == pytest.approx(least[row["op"]] * (1.4 if backward else 1))
-        exponentials = 16 * row["cycles"]["special"] / 1000  # of a score
+        exponentials = 16 * row["cycles"]["special"] / 1000  # per score
         assert exponentials <= {"hip_block_select": 0}.get(row["op"], 2 if backward else 1.1)

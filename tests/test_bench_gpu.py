@@ -1,5 +1,5 @@
-"""GPU timing, sensors, primitives and peers of the benchmarks, on a device that is made up: no test
-looks at a time that was measured."""
+"""GPU timing, sensors, primitives and peers of the benchmarks, on a simulated device: no test
+depends on a measured time."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_sensors_say_why_they_are_absent(monkeypatch):
 
 
 def test_primitives_of_a_gpu_are_asked_of_torch():
-    """On CPU tensors and a clock that stands still but for the events."""
+    """Runs on CPU tensors and a clock that only events advance."""
 
     class Ticking(Clock):
         def synchronize(self):
@@ -217,7 +217,7 @@ def probe():
 
 
 def test_probes_do_what_they_count(probe):
-    """Every block and thread has the result of all steps."""
+    """Every CTA and thread has the result of all steps."""
     x = torch.arange(1024.0)
     for steps in (0, 1, 9):
         read = probe(x, of="shared", blocks=2, steps=steps)

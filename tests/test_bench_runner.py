@@ -1,5 +1,5 @@
-"""The runner of the benchmarks: intervals, budgets of time, runs that go on, ceilings, timing on a
-GPU that is made up. No test looks at a time that was measured."""
+"""The runner of the benchmarks: intervals, time budgets, resumed runs, ceilings, timing on a
+simulated GPU. No test depends on a measured time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MADE_UP = ceilings.Ceilings({"float32": 1e9}, ((1e3, 8e9), (1e9, 1e9)), "quick")
 
 
 def test_the_interval_of_a_median_is_between_order_statistics():
-    """Coverage by counting every sequence of coins, and by its normal limit."""
+    """Coverage is checked by counting every sequence of coins, and by its normal limit."""
     for n in (1, 2, 5, 6, 9, 13):
         found = median_interval([float(i) for i in range(n, 0, -1)])
         outside = sum(
@@ -76,7 +76,7 @@ def test_a_limited_run_is_content_with_one_round():
     assert timing.interleave(runs, seconds=0.0)["a"].rounds == timing.ROUNDS
 
 
-# Runs that go on
+# Resumed runs
 
 
 def work():
@@ -85,7 +85,7 @@ def work():
 
 @pytest.fixture
 def bench(monkeypatch, capsys):
-    """Runs `bench gather_tokens` on made-up cases and ceilings; returns status and output."""
+    """Runs `bench gather_tokens` on synthetic cases and ceilings; returns status and output."""
     monkeypatch.setattr(ceilings, "measured", lambda dtypes, gpu, threads: MADE_UP)
     prepared = []
 
@@ -128,7 +128,7 @@ def test_a_run_goes_on_where_it_was_cut_off(bench, tmp_path):
     assert "--resume: 1 of 3 cases are measured already" in second.out
     bench.broken = None
     copy = tmp_path / "copy.json"
-    third = bench("--resume", target, "--json", copy)  # a row that failed is measured again
+    third = bench("--resume", target, "--json", copy)  # a failed row is measured again
     assert third.status == 0 and third.prepared == [1]
     rows = json.loads(copy.read_text())["rows"]
     assert [row["length"] for row in rows] == [0, 2, 1]
@@ -139,7 +139,7 @@ def test_a_run_goes_on_where_it_was_cut_off(bench, tmp_path):
 
 def test_a_run_does_not_go_on_with_what_was_measured_otherwise(bench, tmp_path):
     target = tmp_path / "r.json"
-    assert bench("--resume", target).status == 0  # there is none: a new run
+    assert bench("--resume", target).status == 0  # no earlier file: a new run
     text = target.read_text()
     for changed, words in (
         ({"build": "0"}, "build 0, now "),
@@ -242,7 +242,7 @@ PRIMITIVES = [
 
 def test_ceilings_of_primitives():
     found = ceilings.from_primitives(PRIMITIVES, "cpu", 1)
-    assert found.flops == {"float32": 7, "bfloat16": 7}  # which may be computed as float32
+    assert found.flops == {"float32": 7, "bfloat16": 7}  # may be computed as float32
     assert [found.bytes_per_second(n) for n in (1, 100, 1000, 1e9)] == [9, 9, 5, 5]
     assert math.isclose(found.bytes_per_second(1000**0.5 * 10), 7)  # half way, by the logarithm
     assert found.memory == 5
@@ -282,7 +282,7 @@ def test_rows_that_are_kept_are_compared_with_new_ceilings(bench, tmp_path):
 
 
 def test_threads_measure_at_the_same_time():
-    """Each is a thread of its own, however soon another is done."""
+    """Each measurement has its own thread, even if another one ends early."""
     seen = []
     rates = primitives_cpu._together(3, lambda: seen.append(threading.get_ident()) or 1.0)(0.0)
     assert {*rates} == {3.0}

@@ -1,6 +1,7 @@
-"""The source tree: which torch and CUTLASS the build backend takes, what the sdist holds, the
-project that ci/hub writes, the rules of ci/rules and the chips for which ci/gpu builds. Runs in a
-source tree only; tests/test_install.py has the choice of CUDA and the editable install."""
+"""The source tree: torch and CUTLASS versions that the build backend accepts, contents of the
+sdist, the project that ci/hub writes, the rules of ci/rules and the chips for which ci/gpu builds.
+Runs only in a source tree; tests/test_install.py covers the choice of CUDA and the editable
+install."""
 
 from __future__ import annotations
 
@@ -117,7 +118,7 @@ def test_a_build_that_cannot_succeed_ends_in_a_line(backend, monkeypatch, platfo
 
 
 def git_files(*folders: str) -> list[str]:
-    """Files of the tree as it stands, those of the next commit too."""
+    """Files of the working tree, including untracked files of the next commit."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *folders]
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("not a clone")
@@ -127,7 +128,7 @@ def git_files(*folders: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """Names of the files in the sdist of a copy of the tree in which builds left their traces."""
+    """File names in the sdist of a copy of the tree with leftovers of builds."""
     pytest.importorskip("setuptools")
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("out")
     for name in git_files():
@@ -172,7 +173,7 @@ def test_the_sdist_holds_nothing_else_than_sources(sdist):
 
 
 def script(name, monkeypatch):
-    """A script of ci/ that has no suffix, as a module."""
+    """A script of ci/ without suffix, as a module."""
     loader = importlib.machinery.SourceFileLoader(name, str(ROOT / "ci" / name))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -181,7 +182,8 @@ def script(name, monkeypatch):
 
 
 def test_the_hub_project_has_every_source(monkeypatch, tmp_path):
-    """Each exists, each kernel for each instruction set and backend, each once for its backend."""
+    """Each source exists, each kernel for each instruction set and backend, each once per
+    backend."""
     tomllib = pytest.importorskip("tomllib")  # CPython 3.11
     if shutil.which("cmake") is None:
         pytest.skip("cmake writes the instances of CUDA kernels")
@@ -201,7 +203,7 @@ def test_the_hub_project_has_every_source(monkeypatch, tmp_path):
         assert len(listed) == len(set(listed))
         assert not [s for s in listed if not (tmp_path / s).exists()]
         assert {f"built/{isa}/{k}" for isa in sets for k in kernels} <= set(listed)
-    left = {"bindings", "emulated", "exchange", "old_libraries", "watch"}  # of _C and of wheels
+    left = {"bindings", "emulated", "exchange", "old_libraries", "watch"}  # of _C and wheels
     shared = [p for d in ("core", "cpu") for p in (hub.ROOT / "csrc" / d).glob("*.cpp")]
     wanted = {str(p.relative_to(hub.ROOT)) for p in shared if p.stem not in left}
     assert wanted <= set(sources["cpu"]) & set(sources["cuda"])
@@ -274,7 +276,7 @@ def test_a_chip_that_cannot_run_the_kernels_is_refused(ci_gpu):
 
 
 class Machine:
-    """What a run of ci/gpu needs of one, in a folder of its own."""
+    """Machine interface of a ci/gpu run, in a folder of its own."""
 
     name, dry, jobs = "A GPU", True, "1"
 
@@ -308,7 +310,7 @@ def test_steps_are_recorded_as_they_end_and_resumed(ci_gpu, monkeypatch, tmp_pat
     again.step("good one", write, result)
     assert "good one: done before" in capsys.readouterr().out
     assert result.read_text() == "x" and len(again.entries) == 3
-    result.unlink()  # what it wrote is gone: it runs again
+    result.unlink()  # its output is gone: it runs again
     again.step("good one", write, result)
     assert result.read_text() == "x" and not again.failed
     again.step("goes on", write, resumed=result)

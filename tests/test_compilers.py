@@ -31,7 +31,7 @@ class Everything(torch.nn.Module):
         gate = x.mean(-1).sigmoid()
         memory = tm.titans_memory(x, x, x, alpha=gate, eta=gate, theta=gate / 16, chunk_size=4)
         cached = cached + memory + tm.landmark_attention(x, x, x, block=4)
-        # The mean: a sum of the slots is so large that its rounding shows in the sine.
+        # The mean: the sum of the slots is so large that its rounding shows in the sine.
         return (linear + following + kept + slots.mean()).sin() + cached
 
 

@@ -1,4 +1,4 @@
-"""What every operator owes on every backend, from the registry alone."""
+"""Requirements for every operator on every backend, derived from the registry."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ each_spec = pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SP
 
 
 INTERPRETERS = [b for b in ("triton", "emulated") if device_of(b) == "cpu"]
-# Programs one by one: all that could differ is what a launcher makes of the number of threads.
+# Programs run serially: only the launcher's use of the number of threads could differ.
 SERIAL = [b for b in INTERPRETERS if b == "triton"]
 
 
 def each_call(few=(), without=(), others=(), of=lambda op: registry.get(op).samples):
-    """Each sample `of` an operator on each backend, of which `few` take the first sample alone:
-    what is tested there is the same for all backends."""
+    """Each sample `of` an operator on each backend; backends in `few` take only the first sample,
+    where the tested property is the same for all backends."""
     return pytest.mark.parametrize(
         ("spec", "sample", "backend"),
         [
@@ -63,14 +63,14 @@ def outputs(result):
 
 
 def clean(spec, backend=None):
-    """The public function on copies of what it writes into."""
+    """The public function, applied to copies of arguments that it writes into."""
     return tm.testing.without_side_effects(
         spec, lambda *args, **kwargs: spec.function(*args, backend=backend, **kwargs)
     )
 
 
 def equal(x, y):
-    """NaN counts as 0; float8, which PyTorch does not compare, by its bytes."""
+    """Equality with NaN as 0; float8, which PyTorch does not compare, by its bytes."""
     if x.dtype == y.dtype == torch.float8_e4m3fn:
         x, y = x.view(torch.uint8), y.view(torch.uint8)
     return torch.equal(x.nan_to_num(), y.nan_to_num())
@@ -121,7 +121,7 @@ def test_reference_gradcheck(spec, sample):
 
     def run(*_):
         result = outputs(spec.function(*args, backend="reference", **kwargs))
-        # A log-sum-exp of nothing is -inf for every input near by.
+        # The log-sum-exp of nothing is -inf for every nearby input.
         return tuple(torch.where(torch.isinf(r), 0.0, r) for r in result)
 
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
@@ -142,7 +142,7 @@ def test_strides_and_inputs_are_respected(spec, sample, backend):
     def scatter(t):  # same values, every stride but the last one odd
         if t.dim() < 2:
             return t
-        if any(t is w for w in written):  # the rows of a state lie together
+        if any(t is w for w in written):  # the rows of a state are contiguous
             return t.new_zeros(t.shape[0], t.shape[1] + 2, *t.shape[2:])[:, 1:-1].copy_(t)
         wide = t.new_zeros(*(2 * n + 1 for n in t.shape[:-1]), t.shape[-1] + 3)
         view = wide[tuple(slice(1, 2 * n, 2) for n in t.shape[:-1])][..., 2 : 2 + t.shape[-1]]
@@ -167,7 +167,7 @@ def tensors(tree):
     return found
 
 
-# The machine has no threads; tests/test_gpu.py compares its orders of warps and blocks.
+# The PTX machine has no threads; tests/test_gpu.py compares its orders of warps and CTAs.
 @each_call(few=SERIAL, without=("emulated",))
 def test_same_bits_for_any_thread_count_and_run(spec, sample, backend, threads):
     args, kwargs = map_tensors(draw(sample), lambda t: t.to(device_of(backend)))
@@ -196,8 +196,8 @@ def test_opcheck(spec, sample, backend):
     lowered = spec.lower(*args, **kwargs)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if any(isinstance(t, torch.Tensor) and t.dtype == torch.float8_e4m3fn for t in lowered):
-        checks.remove("test_schema")  # it compares with a tolerance, which float8 has none of
-    # Backends share the fake kernels and the autograd of which graphs are made.
+        checks.remove("test_schema")  # its tolerance comparison does not support float8
+    # Backends share the fakes and the autograd from which graphs are made.
     first = sample == spec.samples[0]
     if first or (backend not in INTERPRETERS and sample in telling(spec.name)):
         checks.append("test_aot_dispatch_dynamic")
@@ -222,7 +222,7 @@ def test_opcheck(spec, sample, backend):
         torch.library.opcheck(op, *call, test_utils="test_faketensor", raise_exception=True)
 
 
-# Backends share what graphs are made of; test_opcheck has AOT autograd of the other samples.
+# Backends share graphs; test_opcheck covers AOT autograd of the other samples.
 @each_call(few=INTERPRETERS, of=telling)
 def test_compiles_as_one_graph(spec, sample, backend):
     args, kwargs = map_tensors(draw(sample), lambda t: t.to(device_of(backend)))
@@ -264,7 +264,7 @@ def test_bad_input_is_refused_in_the_same_words_everywhere(spec, bad):
     said = {}
     for backend in ("reference", *backends()):
         if bad.values and backend not in ("cpu", "reference"):
-            continue  # values never cost the other backends a synchronisation
+            continue  # values never cost the other backends a synchronization
         device = device_of(backend)
         moved = [a.to(device) if isinstance(a, torch.Tensor) and not a.is_meta else a for a in args]
         with pytest.raises(RuntimeError) as info:
@@ -291,13 +291,13 @@ def test_bad_values_stay_in_bounds_and_are_refused_on_request(spec, bad, backend
     args, kwargs = map_tensors((args, kwargs), lambda t: t.to(device_of(backend)))
     with tm._emulator.reporting() if backend == "emulated" else nullcontext([]) as reports:
         spec.function(*args, backend=backend, **kwargs)
-    assert all("race: " in r.report and "slot" in bad.name for r in reports)  # of two blocks
+    assert all("race: " in r.report and "slot" in bad.name for r in reports)  # of two CTAs
     monkeypatch.setenv("TOKENMILL_CHECK", "1")
     with pytest.raises(RuntimeError, match=re.escape(bad.error)):
         spec.function(*args, backend=backend, **kwargs)
 
 
-GPU = ("cuda", "triton")  # a crash there would take the device from the tests that follow
+GPU = ("cuda", "triton")  # a crash there would take the device from later tests
 HOSTILE = st.one_of(
     st.none(),
     st.booleans(),
@@ -332,7 +332,7 @@ HOSTILE = st.one_of(
 @examples(150)
 @given(data=st.data())
 def test_no_argument_crashes(spec, backend, data):
-    """Whatever is passed, the call returns or raises an error of this package."""
+    """For any argument, the call returns or raises an error of this package."""
     sample = data.draw(st.sampled_from(spec.samples))
     args, kwargs = draw(sample)
     args = list(args)
@@ -395,7 +395,7 @@ def test_kernels_name_dtypes_as_torch_does(dtype):
 
 @each_spec
 def test_raw_operator_refuses_a_tensor_of_another_device(spec):
-    """One on meta sends the call to the fake kernel, whose results nobody writes."""
+    """A meta tensor sends the call to the fake, whose results nobody writes."""
     args, kwargs = draw(spec.samples[0])
     for op in spec.torch_ops:
         lowered = spec.lower(*args, **kwargs)
@@ -409,7 +409,7 @@ def test_raw_operator_refuses_a_tensor_of_another_device(spec):
 
 
 def backward_arguments(spec, lowered):
-    """What autograd gives the backward of a call."""
+    """Arguments that autograd passes to the backward of a call."""
     seen = []
 
     class Record(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""How host code calls the CUDA runtime: in one place, which checks every call."""
+"""Host code calls the CUDA runtime in one place, which checks every call."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def test_one_place_calls_the_runtime():
     assert found == {
         "cuda/launch.cu",
         "cuda/arch/sm90/tensor_map.cu",
-    }  # which asks for one function
+    }  # asks for one function
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    """What each case of cuda_launch.cpp printed."""
+    """Output of each case of cuda_launch.cpp."""
     if NVCC is None:
         pytest.skip("nvcc is not installed")
     program = tmp_path_factory.mktemp("launch") / "program"
@@ -41,7 +41,7 @@ def said(tmp_path_factory):
 
 
 def test_the_limit_of_shared_memory_is_raised_once(said):
-    """Threads that need different sizes would lower it under each other."""
+    """Threads that need different sizes would lower it concurrently."""
     assert said["threads"] == "0 failed, 1 limit, raised once"
     assert said["limit"] == "100352"
     for case in ("another device", "a device behind the table", "another kernel"):

@@ -1,4 +1,4 @@
-"""Calls that are too large for CUDA kernels alone: the error names argument, rule and value."""
+"""Calls that are too large only for CUDA kernels: the error names argument, rule and value."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def places_of(args, kwargs):
 
 
 def cuts(tensors, pairs):
-    """Dimensions to cut to nothing together: those of one size or of two, or one by itself."""
+    """Dimensions to cut to zero together: all of one size or of two sizes, or a single one."""
     dims = [(name, d, size) for name, t in tensors.items() for d, size in enumerate(t.shape)]
     sizes = sorted({size for *_, size in dims if size > 0})
     for count in (1, 2) if pairs else (1,):
@@ -33,7 +33,8 @@ def cuts(tensors, pairs):
 
 
 def cut(args, kwargs, dims, fill):
-    """The call with nothing in those dimensions, and all integers the same unless fill is None."""
+    """The call with size zero in those dimensions, and all integers equal to fill unless it is
+    None."""
     args, kwargs = list(args), dict(kwargs)
     for name, t in places_of(args, kwargs).items():
         for d in [d for n, d in dims if n == name]:
@@ -45,7 +46,7 @@ def cut(args, kwargs, dims, fill):
 
 
 def calls(sample, pairs):
-    """For each cut the call as it is, and with ids and lengths that fit any size."""
+    """For each cut, the call as it is, and with ids and lengths that are valid for any size."""
     args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
     seen = set()
     for dims in cuts(places_of(args, kwargs), pairs):
@@ -57,7 +58,7 @@ def calls(sample, pairs):
 
 
 def results(spec, sample, backend, args, kwargs):
-    """Outputs and gradients, none where the backend has none."""
+    """Outputs and gradients, no gradients if the backend has none."""
     function = without_side_effects(spec, functools.partial(spec.function, backend=backend))
     outputs, _ = evaluate(function, args, kwargs)
     lowered = spec.lower(*args, **kwargs)
@@ -68,7 +69,7 @@ def results(spec, sample, backend, args, kwargs):
 
 @functools.cache
 def wanted(op):
-    """Calls of an operator that the reference accepts, and what it says to each."""
+    """Calls of an operator that the reference accepts, and its result or error for each."""
     spec, found = registry.get(op), []
     for sample in spec.samples:
         for either in calls(sample, pairs=sample is spec.samples[0]):
@@ -87,7 +88,7 @@ def wanted(op):
 def test_sizes_of_zero(spec, backend):
     tried = wanted(spec.name)
     assert tried
-    if backend == "triton" and device_of(backend) == "cpu":  # the interpreter takes its time
+    if backend == "triton" and device_of(backend) == "cpu":  # the interpreter is slow
         numbers = [sum(t.numel() for part in want for t in part) for *_, want in tried]
         order = sorted((n, i) for i, n in enumerate(numbers) if n)
         tried = [tried[i] for _, i in order[:3]]
@@ -100,7 +101,7 @@ def test_sizes_of_zero(spec, backend):
         if gradients:
             pairs += zip(gradients, want[1], strict=True)
         for a, b in pairs:
-            if a.dtype == b.dtype == torch.float8_e4m3fn:  # which is compared by its bits alone
+            if a.dtype == b.dtype == torch.float8_e4m3fn:  # compared by its bits only
                 a, b = a.float(), b.float()
             torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3, equal_nan=True)
 

@@ -151,7 +151,7 @@ MERGED = vision.Merged(torch.rand(3, 8, 8), torch.tensor([1, 1, 1, 2]), 2, 30.0,
 
 
 class Balanced(HTMLParser):
-    """Whether every tag is closed."""
+    """Checks that every tag is closed."""
 
     def __init__(self):
         super().__init__()
@@ -205,7 +205,8 @@ def test_exit_status_and_page(fails, short_text, tmp_path, monkeypatch, capsys):
 
 
 def test_parts_that_fail_are_checks_of_the_page(short_text, tmp_path, monkeypatch):
-    """Losses of NaN are drawn without their points, and the page of an earlier run goes first."""
+    """NaN losses are drawn without their points, and the page of an earlier run is removed
+    first."""
     show = show_module()
     (tmp_path / "index.html").write_text("all checks hold")
 
@@ -259,7 +260,7 @@ def test_an_old_transformers_is_refused(monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Operators that are called, and on which backend."""
+    """Operators that are called, and their backends."""
     seen, choose = set(), _dispatch.choose
 
     def note(spec, lowered, backend=None, op=None):
@@ -276,7 +277,7 @@ def assert_ci_demo_builds(asked):
 
 
 def test_generation_under_policies(asked):
-    """Policies read less than full attention, all on the backend asked for."""
+    """Policies read less than full attention, all on the requested backend."""
     pytest.importorskip("transformers", minversion="5.24")
     setup = dataclasses.replace(generate.LLAMA, width=32, layers=2, context=48, batch=1, steps=2)
     run = generate.train(setup, backend="cpu")
@@ -296,7 +297,7 @@ def test_generation_under_policies(asked):
 
 
 def test_a_rate_is_of_the_best_times(monkeypatch):
-    """Of the prompt and of all; where the steps take no time there is none."""
+    """Rates refer to the prompt and to the whole; if the steps take no time, there is no rate."""
     calls = {name: {1: [3.0, 2.0, 9.0], 5: [0.0, 6.0, 8.0, 4.0]} for name in generate.POLICIES}
     calls["SnapKV"][5] = [0.0, 2.0, 2.0, 2.0]
     names = {type(policy): name for name, policy in generate.POLICIES.items()}

@@ -1,5 +1,5 @@
-"""Derivatives of every operator beyond the first one of autograd: the transforms of torch.func, and
-forward mode and second derivatives, which the reference has and a kernel refuses."""
+"""Derivatives of every operator beyond first-order autograd: the transforms of torch.func, and
+forward mode and second derivatives, which the reference supports and a kernel refuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenmill import _dispatch, registry
 
 
 def draw(spec, backend="reference", seed=0):
-    """Arguments and keywords of the smallest sample that is not degenerate."""
+    """Arguments and keywords of the smallest non-degenerate sample."""
     args, kwargs = small(spec).make(torch.float32, torch.Generator().manual_seed(seed))
     device = device_of(backend)
     there = [x.to(device) if isinstance(x, torch.Tensor) else x for x in (*args, *kwargs.values())]
@@ -39,7 +39,7 @@ def small(spec):
 
 
 def small_enough(spec, backend):
-    """Triton's interpreter runs a program after the other."""
+    """True unless Triton's interpreter, which runs programs serially, would take too long."""
     return backend != "triton" or device_of(backend) != "cpu" or size(small(spec)) < 1000
 
 
@@ -57,10 +57,11 @@ def is_float(x):
 
 
 def function_of_leaves(spec, backend, call=None):
-    """The floating-point results as a function of what has a gradient, and the values of that."""
+    """The floating-point results as a function of inputs with a gradient, and the values of
+    these."""
     args, kwargs = call or draw(spec, backend)
     parameters = list(inspect.signature(spec.function).parameters)
-    keys = [*range(len(args)), *kwargs]  # the schema may name an argument otherwise
+    keys = [*range(len(args)), *kwargs]  # the schema may use other argument names
     names = [
         (parameters[k], spec.forward.arguments[k]) if k in range(len(args)) else (k,) for k in keys
     ]
@@ -75,7 +76,7 @@ def function_of_leaves(spec, backend, call=None):
         there = {**given, **dict(zip(leaves, values, strict=True))}
         called = [there[i] for i in range(len(args))]
         result = spec.function(*called, **{k: there[k] for k in kwargs}, backend=backend)
-        # A log-sum-exp of nothing is -inf for every input near by.
+        # The log-sum-exp of nothing is -inf for every nearby input.
         return tuple(torch.where(torch.isinf(r), 0.0, r) for r in as_tuple(result) if is_float(r))
 
     return run, tuple(given[key] for key in leaves)
@@ -90,7 +91,7 @@ def penalty(run):
 
 
 def penalised(run, values):
-    """Derivatives of the squares of the gradients."""
+    """Derivatives of the squared gradients."""
     values = [v.clone().requires_grad_() for v in values]
     first = torch.autograd.grad(penalty(run)(*values), values, create_graph=True)
     total = sum(g.square().sum() for g in first)
@@ -152,7 +153,7 @@ def test_jvp_of_a_kernel_is_refused(spec, backend):
 @each(DIFFERENTIABLE, backends())
 def test_second_derivatives_are_right_or_refused(spec, backend):
     run, values = function_of_leaves(spec, backend)
-    # Moving rows is linear: the gradient is made of operators that have one.
+    # Moving rows is linear: the gradient consists of operators that have one.
     if spec.name in ("gather_tokens", "scatter_tokens"):
         _, found = penalised(run, values)
         _, want = penalised(*function_of_leaves(spec, "reference"))
@@ -180,7 +181,7 @@ def test_the_reference_has_all_derivatives(spec, backend):
 
 @each(SPECS, ["cpu"])
 def test_vmap_calls_an_operator_for_each_element(spec, backend):
-    """Arguments of two draws; what is written is written for each."""
+    """Arguments come from two draws; written arguments are written for each."""
     calls = [draw(spec, seed=seed) for seed in (0, 1)]
     pairs = [spec.lower(*args, **kwargs) for args, kwargs in calls]
     op = spec.forward.overload(_dispatch.namespace(backend))

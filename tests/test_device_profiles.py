@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels on devices with little and with much shared memory: 99 KB for a block
+"""The compiled CUDA kernels on devices with little and with much shared memory: 99 KB per CTA
 (sm_86) and 227 KB (sm_90a). Tiles, stages and warps that the host chooses by it differ; results do
 not, beyond the error budget."""
 
@@ -63,9 +63,9 @@ def listed_keys(d, h):
     return sparse_call((37,), h=h, hk=1, d=d, dv=d, lists=1, capacity=40)
 
 
-# The least shapes that reach each rule by which shared memory decides.
+# The smallest shapes that reach each rule that depends on shared memory.
 CALLS = {
-    # pairs of warps of a block of the backward: 4, 2 or 1
+    # pairs of warps per CTA of the backward: 4, 2 or 1
     "attention": [
         (F32, attention_call(128)),
         (F32, attention_call(192)),
@@ -74,7 +74,7 @@ CALLS = {
         (F16, attention_call(256, softcap=5.0)),
         (F16, attention_call(256, kind="sigmoid")),
     ],
-    # rows of a tile
+    # rows per tile
     "attention_decode": [(F32, decode_call(128, 64)), (F32, decode_call(256, 33))],
     "sparse_decode_attention": [
         (F32, listed_keys(72, 33)),
@@ -84,9 +84,9 @@ CALLS = {
     ],
     "block_sparse_attention": [(F32, lists(128)), (F32, lists(256)), (F16, lists(256))],
     "bilevel_routing_attention": [(F32, regions(128)), (F32, regions(256)), (F16, regions(256))],
-    # a block of several tiles, which have rows beside those of the others
+    # a block of several tiles, which have extra rows
     "landmark_attention": [(F32, landmarks(256)), (F16, landmarks(256)), (F16, landmarks(64))],
-    # stages, and columns of a slice of values
+    # stages, and columns per slice of values
     "linear_attention": [
         (F16, linear_call(128, 64)),
         (F16, linear_call(128, 72)),

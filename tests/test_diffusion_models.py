@@ -34,8 +34,8 @@ def dit():
 
 
 def groups_of(x, grid, ratio, cell=2):
-    """Rows of one picture that are one token: each of the most similar tokens goes into the first
-    one of some cell."""
+    """Rows of one picture that merge into one token: each of the most similar tokens merges into
+    the first token of some cell."""
     columns = grid[1]
     steps = (range(0, side // cell * cell, cell) for side in grid)
     firsts = [i * columns + j for i, j in itertools.product(*steps)]
@@ -56,14 +56,14 @@ def whole(x, groups, out):
 
 
 def literal(attn, x, grid, ratio):
-    """One picture."""
+    """Merged attention of one picture."""
     groups = groups_of(x, grid, ratio)
     out = attn(torch.stack([x[group].mean(0) for group in groups])[None])[0]
     return whole(x, groups, out)
 
 
 def literal_agents(attn, x, grid, ratio, agent_ratio, cell):
-    """One picture, as LeapLabTHU/Agent-Attention at 207ce3e, agentsd/patch.py, computes it."""
+    """One picture, computed as in LeapLabTHU/Agent-Attention at 207ce3e, agentsd/patch.py."""
     groups, coarse = (groups_of(x, grid, share, cell) for share in (ratio, agent_ratio))
     tokens, agents = (torch.stack([x[g].mean(0) for g in some]) for some in (groups, coarse))
     if 2 * len(agents) >= len(tokens):
@@ -97,7 +97,7 @@ def test_tokens_are_merged_around_attention(build):
     assert torch.equal(model(*inputs).sample, before)
     patched = seen[: len(seen) // 2]
     sizes = {x.shape[1] for _, x, _ in patched}
-    assert sizes == ({120, 30} if build is unet else {16})  # halved layers stay as they are
+    assert sizes == ({120, 30} if build is unet else {16})  # halved layers do not change
     for attn, x, out in patched:
         for b in range(2):
             finest = x.shape[1] == grid[0] * grid[1]
@@ -137,7 +137,7 @@ def test_agents_without_training(build, ratio, agent_ratio, cell):
 
 @torch.no_grad()
 def test_agents_have_the_cells_of_the_merged_tokens():
-    """A generator says which token of a cell others go into, once for both."""
+    """A generator selects the destination token of each cell once for both."""
     torch.manual_seed(0)
     model, inputs, _ = unet()
     seen = []

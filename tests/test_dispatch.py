@@ -1,4 +1,4 @@
-"""Which backend a call takes where a build lacks a kernel, and what it says then."""
+"""Backend of a call if a build lacks a kernel, and the messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenmill import _dispatch, _library, registry
 
 @pytest.fixture
 def without_kernel(monkeypatch):
-    """linear_attention as a build of other operators has it."""
+    """linear_attention as in a build that contains only other operators."""
     op = registry.get("linear_attention").forward
     monkeypatch.setattr(_library, "_native_keys", _library._native_keys - {(op.name, "CPU")})
     monkeypatch.setitem(vars(op), "short", None)

@@ -22,7 +22,7 @@ measured = pytest.mark.skipif(not RESULTS, reason="the results are not beside th
 
 
 def anchors(page):
-    """The names that GitHub gives to the headings of a page."""
+    """The anchors that GitHub gives to the headings of a page."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}

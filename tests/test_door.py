@@ -54,7 +54,7 @@ def test_both_doors_give_the_same_bits(spec, backend):
         one, other = copied(values), copied(values)
         found = spec.forward.direct(namespace)(*one)
         same(found, as_tuple(spec.forward.run(namespace, other)))
-        same(one, other)  # what was written
+        same(one, other)  # written arguments
 
 
 @each_call

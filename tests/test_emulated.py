@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels in the PTX machine: the way there, and how faults come back."""
+"""The compiled CUDA kernels in the PTX machine: the call path, and reporting of faults."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_it_runs_only_if_asked(monkeypatch):
     ],
 )
 def test_no_query_heads_leave_gradients_of_zero(op, name):
-    """Nothing is planned for them, and nothing divides by that."""
+    """No launch is planned for them, and nothing divides by their number."""
     spec = tm.registry.get(op)
     sample = next(s for s in spec.samples if s.name == name)
     args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
@@ -124,7 +124,7 @@ def test_devices_differ_in_their_limits():
 @pytest.mark.parametrize("ends", [(0, 2**30, 9), (-(2**30), 4, 9), (9, 4, 0), (0, 0, 2**31 - 1)])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_bad_lengths_never_reach_beyond_a_tensor(kind, ends):
-    """Values inside tensors cost CUDA no synchronisation: kernels clamp them."""
+    """Values inside tensors cost CUDA no synchronization: kernels clamp them."""
     q, k, v = (torch.randn(9, 2, 32, requires_grad=True) for _ in range(3))
     good = torch.tensor([0, 4, 9], dtype=torch.int32)
     bad = torch.tensor(ends, dtype=torch.int32)
@@ -183,7 +183,8 @@ def test_the_package_can_load_it_from_elsewhere(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("rule", ["segments", "ranges"])
 def test_tensor_work_of_documents_is_that_of_their_tiles(dtype, rule):
-    """Four documents side by side take, forward and backward, what four calls of one take."""
+    """A call with four documents takes as much, forward and backward, as four calls with one
+    each."""
     from tokenmill import _emulator
 
     length, copies = 64, 4
@@ -216,7 +217,7 @@ def test_tensor_work_of_documents_is_that_of_their_tiles(dtype, rule):
     ],
 )
 def test_budgets_hold_where_tensor_cores_truncate(op, name, device):
-    """mma=hardware (docs/ptxvm.md): the error budget of half precision has room for it."""
+    """mma=hardware (docs/ptxvm.md): the error budget of half precision covers it."""
     from tokenmill import _emulator
 
     spec = tm.registry.get(op)

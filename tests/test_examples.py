@@ -1,4 +1,4 @@
-"""Every example runs and says what it should."""
+"""Every example runs and prints what it should."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def engine(monkeypatch):
 )
 def test_an_engine_answers_as_each_request_alone(pages, page_size, seats, budget, engine):
     """Equal prompts, prompts that begin others, one token, all ending at once, too few pages; no
-    row is read that was not written."""
+    unwritten row is read."""
     serve, model = engine
     beginning = list(range(40, 64))
     prompts = [beginning[:n] for n in (16, 16, 16, 1, 23, 8, 9, 24)] + [[7], [7] * 20]

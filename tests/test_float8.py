@@ -22,7 +22,7 @@ FLAGS = {"baseline": (), "avx2": AVX2, "avx512": AVX512}
 
 
 def float8_inputs() -> torch.Tensor:
-    """All float16 values, what lies halfway between two codes, and its neighbours in float32."""
+    """All float16 values, the midpoints between codes, and their neighbors in float32."""
     halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
     codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     middles = (codes[1:] + codes[:-1]) / 2
@@ -42,7 +42,7 @@ def test_the_reference_is_the_cast_of_pytorch_with_saturation():
 
 
 def check_float8(codes_of, values_of):
-    """codes_of(float32) and values_of(uint8) against PyTorch."""
+    """Compares codes_of(float32) and values_of(uint8) with PyTorch."""
     x = float8_inputs()
     assert torch.equal(codes_of(x), float8_codes(x))
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)

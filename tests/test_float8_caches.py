@@ -1,5 +1,5 @@
-"""Caches in float8_e4m3fn with scales, and latent caches: the operators that read them mean what
-they mean for the numbers that codes and scales stand for."""
+"""float8_e4m3fn caches with scales, and latent caches: operators give the results of the decoded
+numbers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ each_call = pytest.mark.parametrize("name", CALLS)
 
 
 def drawn(name, backend, dtype=torch.float32):
-    """Function, arguments by position and by name."""
+    """Function, positional arguments and keywords."""
     op, make = CALLS[name]
     call = make(dtype, torch.Generator().manual_seed(0))
     args, kwargs = map_tensors(call, lambda t: t.to(device_of(backend)))
@@ -49,7 +49,7 @@ def drawn(name, backend, dtype=torch.float32):
 
 
 def run(function, args, kwargs, backend):
-    """All results."""
+    """All results of a call."""
     found = function(*args, **kwargs, backend=backend)
     return found if isinstance(found, tuple) else (found,)
 
@@ -77,7 +77,7 @@ def test_they_stand_for_codes_times_scales(name, backend):
 @pytest.mark.parametrize("where", ["k_scale", "v_scale", "codes"])
 @each_backend
 def test_nan_shows_where_it_is_seen_alone(where, backend):
-    """In the newest key, which the last query sees."""
+    """NaN is in the newest key, which only the last query sees."""
     for name in ("decode", "sparse"):
         function, args, kwargs = drawn(name, backend)
         lengths, table = kwargs["seqlens_k"], kwargs.get("block_table")
@@ -87,7 +87,7 @@ def test_nan_shows_where_it_is_seen_alone(where, backend):
         clean = run(function, args, kwargs, backend)[0]
         j = int(lengths[0]) - 1
         slot = (0, j) if table is None else (int(table[0, j // 8]), j % 8)
-        at = *slot, 1  # of the second KV head of the first request
+        at = *slot, 1  # second KV head of the first request
         if where == "codes":
             args[2] = args[2].clone()
             args[2].view(torch.uint8)[at] = 0x7F
@@ -129,7 +129,7 @@ def test_tokens_are_selected_from_them(backend):
 
 @each_backend
 def test_what_was_appended_is_read(backend):
-    """Scales of tokens, as kv_cache_append writes them."""
+    """Per-token scales are used as kv_cache_append writes them."""
     device = device_of(backend)
     k, v = torch.randn(2, 20, 2, 16, device=device).bfloat16()
     caches = torch.zeros(2, 3, 8, 2, 16, device=device).to(FLOAT8)

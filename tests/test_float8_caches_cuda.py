@@ -1,5 +1,5 @@
-"""CUDA kernels on caches in float8_e4m3fn and on latent heads, on the PTX machine: what the samples
-of the operators do not reach."""
+"""CUDA kernels on float8_e4m3fn caches and on latent heads, on the PTX machine: cases that the
+samples of the operators do not reach."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def check(op, make, dtype):
 @each_dtype
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_code_is_exact(packed, dtype):
-    """As a value of the only key of a row, and as the one channel of a key that a query has."""
+    """Each code is the value of the only key of a row, and the only channel of a key that a query
+    uses."""
     values = CODES.reshape(1, 1, 1, 256)
     q = torch.zeros(1, 1, 1, 8, dtype=dtype)
     call = {"seqlens_k": ints(1), "backend": "emulated"}
@@ -60,7 +61,7 @@ def test_every_code_is_exact(packed, dtype):
     ids=["softmax", "sigmoid", "packed"],
 )
 def test_scales_of_any_size(options, size, dtype):
-    """Of values, whose product with a weight float16 could not hold."""
+    """The scales of values multiply weights to products beyond the float16 range."""
     draw = decode_call((40, 18), d=16, dv=24, capacity=40, float8=("token", "token"), **options)
 
     def make(to, g):
@@ -70,14 +71,15 @@ def test_scales_of_any_size(options, size, dtype):
         return (*args[:2], codes), {**kwargs, "v_scale": (scale * size).to(kwargs["k_scale"])}
 
     if dtype == torch.float16 and size < 1:
-        size = 2.0**-10  # its results are subnormal below
+        size = 2.0**-10  # results are subnormal below
     check("attention_decode", make, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("which", ["decode", "packed", "mask", "sparse"])
 def test_hidden_scales_do_not_show(which, dtype):
-    """Those of keys before the window, behind a row's own key and outside of ranges."""
+    """Hidden scales belong to keys before the window, after a row's own key and outside the
+    ranges."""
     options = {"sq": 3, "h": 4, "hk": 2, "d": 24, "dv": 24, "float8": ("token", "token")}
     length = 40
     if which == "sparse":
@@ -145,7 +147,7 @@ def test_latent_heads_of_lists(scales, dtype):
 
 @each_dtype
 def test_extra_keys_beside_float8(dtype):
-    """They are of the dtype of q."""
+    """Extra keys have the dtype of q."""
     make = sparse_call(
         (40, 3), d=24, dv=20, entries=7, extra=5, pairs=6, float8=("token", "head"), num_recent=3
     )
@@ -155,7 +157,7 @@ def test_extra_keys_beside_float8(dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("scales", [None, ("head", "one")], ids=["own dtype", "float8"])
 def test_little_shared_memory_will_do(scales, dtype):
-    """99 KB, as 8.6, 8.9 and 12.x give a block."""
+    """A CTA has 99 KB, as on 8.6, 8.9 and 12.x."""
     options = {"hk": 1, "capacity": 24, "float8": scales}
     with tm.testing.emulated_cuda(device="sm_86"):
         latent = {"h": 3, "d": 576, "dv": 512, **options}

@@ -1,4 +1,4 @@
-"""Counts of operations, which PyTorch's FlopCounterMode reports."""
+"""Operation counts that PyTorch's FlopCounterMode reports."""
 
 from __future__ import annotations
 

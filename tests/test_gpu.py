@@ -1,6 +1,6 @@
-"""What a device alone can show: that nothing synchronises, that a graph follows the contents of its
-inputs, that the device agrees with the machine. Without a GPU the last one compares the machine
-with itself in another order."""
+"""Properties that need a device: nothing synchronizes, a graph follows the contents of its inputs,
+the device agrees with the PTX machine. Without a GPU, the last test compares the machine with
+itself in another order."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def placed(sample, dtype=torch.float32, seed=0, backend=BACKEND):
 
 
 def forward_and_backward(spec, sample, args, kwargs, backend=BACKEND):
-    """A function that computes outputs, what is written, and gradients where there are any."""
+    """A function that computes outputs, written arguments, and gradients if there are any."""
     call = tm.testing.without_side_effects(spec, functools.partial(spec.function, backend=backend))
     cotangents = None
     if spec.gradients_of(sample):
@@ -124,7 +124,7 @@ def test_the_device_agrees_with_the_machine(spec, sample, dtype):
     there = placed(sample, dtype, backend="emulated")
     with _emulator.configured("order=reverse"):
         on_machine = forward_and_backward(spec, sample, *there, backend="emulated")()
-    if not GPU:  # the machine in both orders of warps and blocks
+    if not GPU:  # the machine in both orders of warps and CTAs
         assert same_bits(on_device, on_machine)
         return
     found = tm.testing.compare(spec, sample, "cuda", dtype, device="cuda", draws=4)

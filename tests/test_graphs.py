@@ -1,6 +1,6 @@
-"""The first call of a function in a process is a compiled one, with sizes that vary; and functions
-run on fake tensors. A process of its own for each: what another call has cached would hide a
-failure of the trace."""
+"""The first call of a function in a process is a compiled one, with dynamic sizes; and functions
+run on fake tensors. Each test has its own process: caches of another call would hide a failure of
+the trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A later token never touches an earlier row: what a mask hides may hold NaN or infinities."""
+"""A later token never affects an earlier row: masked values may be NaN or infinite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conftest import backends, cpu_variants, device_of
 
 import tokenmill as tm
 
-# Rows of these keep their bits; Triton's may move by one.
+# Rows of these keep their bits; Triton's rows may move by one bit.
 BACKENDS = [
     *(pytest.param(b, isa, id=isa) for b, isa in cpu_variants() if b == "cpu"),
     *(pytest.param(b, None, id=b) for b in backends("reference") if b not in ("cpu", "triton")),
@@ -21,14 +21,14 @@ HEADS, KV_HEADS, TOKENS = 4, 2, 40
 
 
 def decode(function, q, k, v, **options):
-    """The last four tokens at once against a cache of all."""
+    """The last four tokens in one call, against a cache of all tokens."""
     lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
     out = function(q[:, -4:], k, v, seqlens_k=lengths, **options)
     return out if isinstance(out, torch.Tensor) else out[0]
 
 
 def listed(q, k, v, **options):
-    """Each block of 8 queries against blocks of 8 keys: its own, the one before, the first."""
+    """Each block of 8 queries attends to blocks of 8 keys: its own, the previous and the first."""
     blocks = -(-q.shape[1] // 8)
     own = torch.arange(blocks, dtype=torch.int32)
     rows = [sorted({0, max(b - 1, 0), b}) for b in own.tolist()]
@@ -80,7 +80,7 @@ CALLS = {
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# The first token that holds something else, and what.
+# First changed token, and its new value.
 LATER = [(TOKENS - 1, NAN), (TOKENS - 3, INF), (18, -1e38)]
 
 
@@ -102,7 +102,7 @@ def test_a_later_token_touches_no_earlier_row(name, dtype, backend, isa):
     for first, value in LATER[:2] if backend == "emulated" else LATER:
         later_k, later_v = k.clone(), v.clone()
         for x in (later_k, later_v):
-            x[:, first:, :, ::3] = torch.tensor(value).to(x)  # -inf for -1e38 in float16
+            x[:, first:, :, ::3] = torch.tensor(value).to(x)  # -1e38 becomes -inf in float16
         out = call(q, later_k, later_v)
         seen = max(first - TOKENS + rows, 0)
         assert torch.equal(out[:, :seen], clean[:, :seen])
@@ -140,7 +140,7 @@ def test_what_is_not_finite_shows_where_it_is_seen(name, dtype, backend):
 @pytest.mark.parametrize("dim", [128, 256])
 @pytest.mark.parametrize("name", ["softmax", "decode", "listed", "landmarks", "linear"])
 def test_later_tokens_of_wide_heads(name, dim, dtype, backend):
-    """Each width has a kernel of its own on GPUs."""
+    """Each head_dim has its own kernel on GPUs."""
     q, k, v = inputs(dtype, backend, dim)
     call = functools.partial(CALLS[name], backend=backend)
     clean = call(q, k, v)
@@ -159,7 +159,7 @@ TRITON = list(zip(CALLS, itertools.cycle([torch.float32, torch.float16]), strict
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "triton"])
 @pytest.mark.parametrize(("name", "dtype"), TRITON, ids=str)
 def test_a_later_token_touches_no_earlier_row_in_triton(name, dtype, backend):
-    """Rows beside NaN are summed again, in steps of their own: a last bit may move."""
+    """Rows with NaN in their tile are recomputed, with another tiling: a last bit may move."""
     torch.manual_seed(0)
     shapes = [(1, TOKENS, h, 24) for h in (HEADS, KV_HEADS, KV_HEADS)]
     q, k, v = (torch.randn(s).to(dtype).to(device_of(backend)) for s in shapes)
@@ -171,20 +171,20 @@ def test_a_later_token_touches_no_earlier_row_in_triton(name, dtype, backend):
         later_k[:, first:, :, ::3] = later_v[:, first:, :, ::3] = value
         out = call(q, later_k, later_v)
         seen = first - TOKENS + rows
-        bits = 2 * torch.finfo(dtype).eps  # of sums up to the largest result
+        bits = 2 * torch.finfo(dtype).eps  # eps of sums up to the largest result
         largest = max(clean[:, :seen].abs().max().item(), 1.0)
         torch.testing.assert_close(out[:, :seen], clean[:, :seen], rtol=bits, atol=bits * largest)
         assert torch.isnan(out[:, seen:]).any()
 
 
 def tf32(x):
-    """To the nearest of 11 bits, away from zero in a tie: cvt.rna.tf32.f32."""
+    """Rounds to 11 bits, ties away from zero: cvt.rna.tf32.f32."""
     return ((x.view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
 
 
 @pytest.fixture
 def tf32_products(monkeypatch):
-    """Products of float32 in Triton's interpreter as tensor cores make them, by tf32x3."""
+    """Makes Triton's interpreter compute float32 products as tensor cores do, by tf32x3."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     exact = interpreter.InterpreterBuilder.create_dot
 
@@ -203,7 +203,7 @@ def tf32_products(monkeypatch):
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "triton"])
 @pytest.mark.parametrize("name", ["softmax", "decode", "listed"])
 def test_the_largest_floats_touch_no_earlier_row_in_triton(name, backend, tf32_products):
-    """They are infinite as operands of tensor cores."""
+    """These values become infinite as tensor-core operands."""
     q, k, v = (x[:1] for x in inputs(torch.float32, backend))
     clean = CALLS[name](q, k, v, backend=backend)
     most = torch.finfo(torch.float32).max

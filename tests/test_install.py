@@ -1,5 +1,5 @@
-"""What pip runs in a source tree: for which GPUs a build is, an editable install, and the variables
-that the documents name. Nothing here compiles."""
+"""pip in a source tree: the GPUs that a build targets, an editable install, and the variables that
+the documents name. Nothing here compiles."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_build_without_cuda_says_why(choice, nvcc, gpus, why):
     ],
 )
 def test_cuda_that_is_asked_for_is_built_or_an_error(choice, asked, archs):
-    """Without a GPU, and for no other one than asked for where there is one."""
+    """Without a GPU, and with a GPU other than the requested one."""
     for gpus in ([], [(9, 0)]):
         made = choice.choose(asked, NVCC, gpus, KNOWN)
         assert made.cuda and made.archs == archs
@@ -89,7 +89,7 @@ def test_cuda_that_is_left_out_is_left_out(choice):
 
 
 class Driver:
-    """libcuda.so.1 of a machine with GPUs of these compute capabilities."""
+    """Stand-in for libcuda.so.1 on a machine with GPUs of these compute capabilities."""
 
     def __init__(self, capabilities, status=0):
         self.capabilities, self.status = capabilities, status
@@ -143,15 +143,15 @@ if words[0] == "--install":
 
 @pytest.fixture(scope="module")
 def editable(tmp_path_factory):
-    """A copy of the tree, the unpacked wheel of its editable install, and what the build printed.
-    In place of CMake a script installs the libraries of the package under test."""
+    """A copy of the tree, the unpacked wheel of its editable install, and the output of the build.
+    A script stands in for CMake and installs the libraries of the package under test."""
     pytest.importorskip("setuptools")
     base = tmp_path_factory.mktemp("editable")
     tree, tools, wheel = base / "tree", base / "tools", base / "wheel"
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "results", "*.egg-info", "_ptxvm")
     for folder in ("ci", "python", "bench", "triton_kernels"):
         shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=ignored)
-    for name in ("bench", "triton_kernels"):  # links made by hand, which are not needed
+    for name in ("bench", "triton_kernels"):  # manual links, which are not needed
         (tree / "python" / "tokenmill" / name).unlink(missing_ok=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "THIRD_PARTY_NOTICES.txt"):
         shutil.copy(ROOT / name, tree)
@@ -171,7 +171,7 @@ def editable(tmp_path_factory):
         "PYTHONPATH": f"{tree / 'ci'}:{tools}",
         "TOKENMILL_CUDA": "0",
         "MAX_JOBS": "1",
-        "CMAKE_TOOLCHAIN_FILE": "",  # the headers of Python are not looked at
+        "CMAKE_TOOLCHAIN_FILE": "",  # skips the search for Python headers
     }
     code = f"import build_backend; build_backend.build_editable({str(base)!r})"
     done = subprocess.run(
@@ -189,7 +189,7 @@ def test_a_build_prints_what_it_builds(editable):
 
 
 def test_an_editable_install_imports_from_the_tree(editable):
-    """Kernels, and the packages that live outside python/, without links made by hand."""
+    """Kernels and packages outside python/ are importable, without manual links."""
     tree, wheel, _ = editable
     code = (
         f"import site, sys; site.addsitedir({str(wheel)!r})\n"
@@ -214,7 +214,7 @@ def test_an_editable_install_imports_from_the_tree(editable):
 
 
 def test_an_editable_install_keeps_its_objects(editable):
-    """In the folder where the next build of the tree finds them."""
+    """They stay in the folder where the next build of the tree finds them."""
     (folder,) = (editable[0] / "build").glob("temp.*")
     assert (folder / "built" / "plan").exists()
 

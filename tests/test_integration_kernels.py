@@ -1,4 +1,4 @@
-"""Which kernel takes each call of each integration: a call that loses its kernel is seen here."""
+"""Kernel of each call of each integration: a call that loses its kernel fails here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_vllm import custom, load  # noqa: F401 a fixture
 from tokenmill import _dispatch
 from tokenmill.integrations import sdpa
 
-PROMPT = 300  # keys from which on a step is attention to a cache
+PROMPT = 300  # min keys from which a step is attention to a cache
 FORWARD, DECODE = "dense/attention", "dense/attention_decode"
 
 
@@ -40,7 +40,7 @@ def padding(kind):
 
 
 def calls_of_llama(model, backend, mask, cache=None, steps=0):
-    """Kernels of a prompt and of the last of some steps of generate()."""
+    """Kernels of a prompt, and of the last of some steps of generate()."""
     from tokenmill.integrations.transformers import register
 
     model.set_attn_implementation(register(f"tokenmill_{backend}_kernels", backend=backend))
@@ -81,7 +81,7 @@ def test_prompts_of_transformers_on_cuda(kind, llama):
     assert cuda_kernels(calls, sm90=False) == [FORWARD] * len(calls)
 
 
-# (Cache, padding): the kernel on a CPU, that on compute capability 9.0
+# (Cache, padding): kernel on a CPU, kernel on compute capability 9.0
 STEPS = {
     ("dynamic", "none"): (FORWARD, f"{DECODE}/kernel_sm90"),
     ("dynamic", "left"): (DECODE, f"{DECODE} (not kernel_sm90: mask_q_spans)"),
@@ -104,7 +104,7 @@ def test_steps_of_generate_on_cuda(cache, kind, llama):
     assert not calls[0].packed
 
 
-# Queries of each request: whether the call is packed, and its kernel on compute capability 9.0
+# Queries per request: whether the call is packed, and its kernel on compute capability 9.0
 BOTH = f"{FORWARD}/kernel_sm90 and csrc/{DECODE} for requests with fewer than 32 queries"
 VLLM = {
     "prefill": ([200], True, BOTH),
@@ -157,7 +157,7 @@ def test_a_batch_invariant_engine_has_packed_steps(custom, monkeypatch):  # noqa
 
 
 def test_scaled_dot_product_attention(monkeypatch):
-    """The forward and the backward that run are those that explain names."""
+    """The forward and backward kernels that run are those that explain names."""
     ran = []
     real = sdpa.below_autograd
 
@@ -182,7 +182,7 @@ def test_scaled_dot_product_attention(monkeypatch):
             assert name.startswith(f"csrc/{FORWARD}/kernel_sm90 in")
 
 
-TOKENS = ["tokens/best_match", "tokens/topk_partition"]  # of bipartite_match
+TOKENS = ["tokens/best_match", "tokens/topk_partition"]  # kernels of bipartite_match
 MERGE = ["sparse/transpose_block_list", "tokens/segment_reduce"]
 VIT = {
     "merge": ({"merge": 4}, [FORWARD, *TOKENS, *MERGE]),

@@ -1,4 +1,4 @@
-"""Models of transformers, random and tiny, give what their own attention gives."""
+"""Random tiny models of transformers give the results of their own attention."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = {
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 6,
-    "initializer_range": 0.2,  # scores that a mask, a cap or a sink can be told from
+    "initializer_range": 0.2,  # large enough for a mask, cap or sink to affect scores
 }
 CAUSAL = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
 WINDOWED = CAUSAL | {"sliding_window": 4}
@@ -105,7 +105,7 @@ def padding_mask(name):
 
 
 def run(model, implementation, ids, mask, cotangent):
-    """Outputs where there are tokens, and the gradients of all parameters."""
+    """Outputs at real tokens, and the gradients of all parameters."""
     model.set_attn_implementation(implementation)
     model.zero_grad()
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -133,7 +133,7 @@ def test_outputs_and_gradients_are_those_of_eager_attention(build, padding, toke
     expected, expected_grads = run(model, "eager", ids, mask, cotangent)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     assert grads.keys() == expected_grads.keys()
-    # The gradient of a bias of the keys is 0 but for rounding: one scale for all parameters.
+    # The gradient of a key bias is 0 except for rounding: all parameters share one scale.
     scale = max(grad.abs().max().item() for grad in expected_grads.values())
     for name, grad in grads.items():
         expected = expected_grads[name]
@@ -141,7 +141,7 @@ def test_outputs_and_gradients_are_those_of_eager_attention(build, padding, toke
 
 
 def train(model, implementation, inputs, dtype=None):
-    """Output where there are tokens, and gradients of its sum of squares."""
+    """Output at real tokens, and gradients of its sum of squares."""
     model.set_attn_implementation(implementation)
     model.zero_grad()
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
@@ -159,7 +159,7 @@ def train(model, implementation, inputs, dtype=None):
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_training_under_autocast_is_as_good_as_that_of_sdpa(build, dtype, tokenmill):
-    """Queries and keys that positions rotate are float32 beside 16-bit values."""
+    """Queries and keys after rotary embedding are float32, other tensors are 16-bit."""
     model = build().train()
     inputs = {"input_ids": torch.randint(40, (3, 11)), "attention_mask": padding_mask("right")}
     if build is vit:
@@ -276,7 +276,7 @@ def test_sliding_window_without_a_mask(causal):
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_padded_keys_before_a_cached_piece(kind):
-    """Fewer queries than keys: each row is as if its padding were not there."""
+    """With fewer queries than keys, each row is as if its padding did not exist."""
     q, k, v = torch.randn(4, 2, 4, 8), torch.randn(4, 2, 11, 8), torch.randn(4, 2, 11, 8)
     padding = torch.arange(11) >= torch.tensor([0, 5, 9, 11])[:, None]
     together = forward(q, k, v, padding, is_causal=True, kind=kind)
@@ -289,7 +289,7 @@ def test_padded_keys_before_a_cached_piece(kind):
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_a_step_with_many_keys_runs_as_decode(padding, monkeypatch):
-    """The newest tokens of rows with 700 keys, some of them padding: as with few keys."""
+    """The newest tokens of rows with 700 keys, some of them padding, behave as with few keys."""
     place = torch.arange(700)
     mask = {
         "left": place >= torch.tensor([0, 300, 700])[:, None],
@@ -311,7 +311,7 @@ def test_a_step_with_many_keys_runs_as_decode(padding, monkeypatch):
 
 
 def test_autocast_casts_a_step_with_many_keys_too():
-    """Rotary embedding leaves q and k in float32 beside v."""
+    """Rotary embedding leaves q and k in float32, while v is 16-bit."""
     q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 300, 16), torch.randn(1, 2, 300, 16)
     with torch.autocast("cpu", torch.bfloat16):
         out = forward(q, k, v.bfloat16(), is_causal=True)
@@ -365,9 +365,9 @@ def test_what_needs_the_weights_is_refused(tokenmill):
 @pytest.mark.parametrize("sq", [1, 4, 11])
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "as on a GPU"])
 def test_padding_hides_keys_and_nothing_else(sq, kind, rows, gpu, monkeypatch):
-    """Padding after the text, before it, around it and in it: each query sees the shown keys up to
-    its own place, padding or not, beside any other rows."""
-    if gpu:  # as packed sequences, where rows have one run each
+    """Padding is after the text, before it, around it and inside it: each query sees the unpadded
+    keys up to its own position, whether it is padding or not, next to any other rows."""
+    if gpu:  # as packed sequences, if each row has a single run
         monkeypatch.setattr(
             padding_module, "_packs", lambda q, k, v, p, *_: sq > 1 and p.shape.runs
         )
@@ -388,7 +388,7 @@ def test_padding_hides_keys_and_nothing_else(sq, kind, rows, gpu, monkeypatch):
 
 
 def test_layers_share_what_is_known_of_a_mask(tokenmill, monkeypatch):
-    """A mask is looked at once in a call of the model, and its sequences are cut once."""
+    """Each model call inspects a mask once and computes its sequences once."""
     cuts = []
     real = padding_module._ends
     monkeypatch.setattr(padding_module, "_ends", lambda *a: cuts.append(1) or real(*a))
@@ -399,7 +399,7 @@ def test_layers_share_what_is_known_of_a_mask(tokenmill, monkeypatch):
 
 
 def test_a_row_has_its_bits_beside_any_others():
-    """On a CPU: alone, beside rows with padding on either side, and beside rows with holes."""
+    """On a CPU: single, next to rows with padding on either side, and next to rows with holes."""
     bits = ("11111111111", "11111100000", "00011111111", "11001110100")
     mask = torch.tensor([[bit == "1" for bit in row] for row in bits])
     q, k, v = torch.randn(4, 4, 11, 8), torch.randn(4, 2, 11, 8), torch.randn(4, 2, 11, 8)
@@ -417,7 +417,7 @@ def test_a_row_has_its_bits_beside_any_others():
 
 
 def test_weights_of_any_mask():
-    """output_attentions=True: the output is that of the kernels, and the weights make it."""
+    """output_attentions=True: the output comes from the kernels, and the weights reproduce it."""
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
     padding = torch.tensor([[True] * 7, [False] * 3 + [True] * 4])
     ends_q, ends_k = torch.tensor([0, 2, 5]).int(), torch.tensor([0, 3, 7]).int()
@@ -447,7 +447,8 @@ def test_weights_of_any_mask():
 @pytest.mark.parametrize("padding", ["none", "right", "left", "hole"])
 @pytest.mark.parametrize("build", [bert, llama, mistral, t5])
 def test_dropout_is_that_of_sdpa(build, padding, tokenmill):
-    """Kernels have none: the same rows, gradients and random numbers, and one notice."""
+    """Kernels have no dropout: rows, gradients and random numbers are the same, and one warning
+    appears."""
     model, ids, mask = build().train(), torch.randint(40, (3, 11)), padding_mask(padding)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -481,7 +482,8 @@ def test_a_missing_library_names_its_extra(library, monkeypatch):
 
 
 def test_dropout_of_packed_sequences():
-    """Of 4, 1 and 6 tokens whose last 2, 1 and 5 ask: as in each of them alone."""
+    """Sequences of 4, 1 and 6 tokens, with queries for the last 2, 1 and 5, match separate
+    calls."""
     ends_q, ends_k = torch.tensor([0, 2, 3, 8]).int(), torch.tensor([0, 4, 5, 11]).int()
     mask = integration._complete(None, 8, 11, True, 3, ends_q, ends_k, torch.device("cpu"))
     for (q0, q1), (k0, k1) in zip(ends_q.unfold(0, 2, 1), ends_k.unfold(0, 2, 1), strict=True):

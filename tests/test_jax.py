@@ -1,4 +1,4 @@
-"""Functions in JAX give what they give in PyTorch, under jit, grad and vmap."""
+"""JAX functions give the results of PyTorch, under jit, grad and vmap."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Presses of kvpress on our operators.
 
-kvpress 0.5.5 needs transformers below 5.3, which is not what the other tests have. With it, in an
-environment of its own (pip install "transformers<5.3" kvpress, and this package), the tests of this
-file compare with kvpress itself; without it, a stand-in of its base class is enough for the scores
-and the choice.
+kvpress 0.5.5 needs transformers below 5.3, which the other tests do not use. With it, in a separate
+environment (pip install "transformers<5.3" kvpress, and this package), the tests of this file
+compare with kvpress itself; without it, a stand-in of its base class suffices for scores and
+selection.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HEADS, KV_HEADS, DIM, TOKENS = 4, 2, 8, 30
 
 @pytest.fixture
 def presses(monkeypatch):
-    """The integration, on the base class and the two functions of kvpress that it imports."""
+    """The integration, on kvpress's base class and the two functions that it imports."""
     if HERE:
         yield importlib.import_module("tokenmill.integrations.kvpress")
         return
@@ -51,7 +51,7 @@ def presses(monkeypatch):
 
 
 def layer_call(length=TOKENS):
-    """A layer, its hidden states, keys, values and rotations, and the queries [B, H, S, D]."""
+    """A layer, its hidden states, keys, values and rotary tables, and the queries [B, H, S, D]."""
     sizes = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
     layer = torch.nn.Module()
     layer.q_proj = torch.nn.Linear(16, HEADS * DIM)
@@ -67,7 +67,7 @@ def layer_call(length=TOKENS):
 
 
 def weights(q, keys):
-    """[B, H, S, Sk] causal softmax."""
+    """Causal softmax [B, H, S, Sk]."""
     scores = q @ keys.repeat_interleave(HEADS // KV_HEADS, 1).mT / DIM**0.5
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     return scores.masked_fill(hidden, -torch.inf).softmax(-1)
@@ -78,7 +78,7 @@ def groups(x):
 
 
 def literal(name, q, keys):
-    """What the papers compute, written out; the window has 5 queries."""
+    """The papers' computation, written out; the window has 5 queries."""
     if name == "SnapKVPress":
         mean = weights(q, keys)[:, :, -5:, :-5].mean(2)
         return groups(torch.nn.functional.avg_pool1d(mean, 3, 1, 1)).mean(2)
@@ -152,7 +152,7 @@ def llama(implementation):
 
 
 def compressed(press, implementation="sdpa", length=100):
-    """The keys [B, Hk, kept, D] of both layers behind a prompt."""
+    """The keys [B, Hk, kept, D] of both layers after a prompt."""
     from transformers import DynamicCache
 
     model, cache = llama(implementation), DynamicCache()

@@ -1,4 +1,4 @@
-"""Calls on meta: shapes alone."""
+"""Calls on meta tensors: shapes only."""
 
 from __future__ import annotations
 

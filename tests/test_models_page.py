@@ -14,7 +14,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 
 @pytest.mark.skipif(not PAGE.exists(), reason="the documents are not beside the tests")
 def test_the_code_of_the_page_on_models_runs():
-    """Blocks of libraries that are not here are left out."""
+    """Blocks that need libraries that are not installed are skipped."""
     has: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 9

@@ -1,4 +1,4 @@
-"""Every module of tokenmill.nn: compiled at two lengths, under autocast, copied."""
+"""Every module of tokenmill.nn: compiled at two lengths, under autocast, and copied."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def offsets(n):
 
 
 class Positioned(torch.nn.Linear):
-    """A layer that sees tokens and their positions."""
+    """A layer that uses tokens and their positions."""
 
     def forward(self, tokens, positions):
         return tokens + super().forward(tokens + positions)
@@ -36,14 +36,14 @@ class Positioned(torch.nn.Linear):
 def poolformer():
     model = nn.PoolFormer((1,) * 4, (16,) * 4, num_classes=5, layer_scale=1)
     for name, weight in model.named_parameters():
-        # The mixer takes a constant away: the gradient of this bias is 0 but for rounding.
+        # The mixer removes a constant: the gradient of this bias is 0 except for rounding.
         weight.requires_grad_("norm1.bias" not in name)
     return model.eval()
 
 
 @dataclass
 class Case:
-    """A module and what it is called with at length n."""
+    """A module and its arguments at length n."""
 
     make: Any
     inputs: Any
@@ -67,7 +67,7 @@ CASES = {
         lambda: nn.BiFormer((1,) * 4, (16,) * 4, head_dim=8, regions=2, topk=(1, 2, 1, None),
                             num_classes=5).eval(),
         lambda n: (randn(2, 3, n, 32),),
-        (48, 48),  # its attentions are compiled at two lengths by themselves
+        (48, 48),  # its attentions are compiled at two lengths separately
     ),
     "BiFormerAttention": Case(
         lambda: nn.BiFormerAttention(32, 4, regions=2, topk=2), lambda n: (randn(1, n, 8, 32),)
@@ -139,7 +139,7 @@ CASES = {
     "PoolFormer": Case(
         poolformer,
         lambda n: (randn(2, 3, n, 32),),
-        (48, 48),  # its mixer is compiled at two lengths by itself
+        (48, 48),  # its mixer is compiled at two lengths separately
     ),
     "PoolFormerMixing": Case(nn.PoolFormerMixing, lambda n: (randn(1, n, 8, 16),)),
     "PoolFormerMixing, channels first": Case(
@@ -243,7 +243,7 @@ def test_compiles_as_one_graph_at_any_length(case):
     module = case.make()
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="eager")
-    for length in case.lengths:  # from the second on it is dynamic
+    for length in case.lengths:  # dynamic from the second length on
         inputs = case.inputs(length)
         for found, wanted in zip(outputs(compiled(*inputs)), outputs(module(*inputs)), strict=True):
             assert torch.equal(found, wanted)
@@ -251,8 +251,8 @@ def test_compiles_as_one_graph_at_any_length(case):
 
 @each
 def test_trains_under_autocast(case):
-    """Gradients are those of float32 up to the rounding of bfloat16, and have the dtypes of what
-    they belong to."""
+    """Gradients equal float32 gradients up to bfloat16 rounding, and have the dtypes of their
+    parameters."""
     torch.manual_seed(0)
     module, inputs = case.make(), case.inputs(case.lengths[0])
     leaves = [t for t in (*module.parameters(), *inputs) if t.requires_grad]
@@ -262,7 +262,7 @@ def test_trains_under_autocast(case):
             out = outputs(module(*inputs))[0]
         if not out.is_floating_point():
             return
-        # Not the same for all: what a layer norm gives has the same sum whatever it is given.
+        # Not uniform: the output of a layer norm has a constant sum.
         cotangent = torch.linspace(0.5, 1.5, out.numel()).view_as(out).to(out.dtype)
         grads = torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
         results.append([out, *grads])
@@ -270,7 +270,7 @@ def test_trains_under_autocast(case):
         assert grad is None or grad.dtype == leaf.dtype
     for wanted, found in zip(*results, strict=True):
         assert (wanted is None) == (found is None)
-        # Of two tokens that are near each other another one may be the greatest.
+        # If two tokens are nearly equal, the other one may be the maximum.
         assert wanted is None or (found - wanted).norm() <= 0.1 * wanted.norm()
 
 

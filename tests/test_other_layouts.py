@@ -1,4 +1,4 @@
-"""Tensors as other libraries lay them out: what is copied, taken as it is, and refused."""
+"""Memory layouts of other libraries: tensors that are copied, accepted as they are, or refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_an_array_is_not_printed():
 
 
 def last_apart(t):
-    """The same values, the last dimension not contiguous: a view of [B, H, D, S]."""
+    """The same values with a non-contiguous last dimension: a view of [B, H, D, S]."""
     return t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
@@ -99,7 +99,7 @@ def test_jagged_tensors_are_packed_sequences(function, backend):
     q, k = jagged(3, 7, device=device, grad=True), jagged(5, 1, device=device)
     out = function(q, k, k, backend=backend)
     assert out.is_nested
-    assert out.shape == q.shape  # the same ragged dimension: they add up
+    assert out.shape == q.shape  # the same ragged dimension: they can be added
     (out + q).values()
     for a, x, y in zip(out.unbind(), q.unbind(), k.unbind(), strict=True):
         torch.testing.assert_close(a, function(x[None], y[None], y[None])[0])

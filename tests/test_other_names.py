@@ -1,4 +1,4 @@
-"""Keywords of other libraries: an error names ours."""
+"""Keywords of other libraries: the error names our keyword."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Q = torch.randn(1, 8, 2, 8)
 N = torch.tensor([8], dtype=torch.int32)
 LISTS = torch.zeros(1, 1, 1, 1, dtype=torch.int32), torch.ones(1, 1, 1, dtype=torch.int32)
 TOKENS = torch.randn(1, 6, 4)
-# Functions with calls that are right.
+# Functions with valid calls.
 CALLS = {
     tm.attention: ((Q, Q, Q), {}),
     tm.sigmoid_attention: ((Q, Q, Q), {}),
@@ -43,7 +43,7 @@ CALLS = {
 HANDED_ON = {tm.sigmoid_attention: "attention", tm.lightning_attention: "linear_attention"}
 each_function = pytest.mark.parametrize("function", CALLS, ids=lambda f: f.__name__)
 
-# (function, its keyword elsewhere, what the error says)
+# (function, its keyword elsewhere, expected error)
 THEIRS = [
     (tm.attention, "is_causal", "is called causal here"),
     (tm.attention, "attn_mask", "is called bias here"),
@@ -84,7 +84,7 @@ THEIRS = [
 def test_a_name_of_another_library_is_answered_by_ours(function, name, rule):
     args, kwargs = CALLS[function]
     if name == "cache_seqlens":
-        kwargs = {}  # ours is not there, as theirs is meant
+        kwargs = {}  # our keyword is replaced by theirs
     op = HANDED_ON.get(function, function.__name__)
     with pytest.raises(
         tm.InputError, match=rf"^tokenmill\.{op}: {name}: {rule}.*; got 1$"
@@ -107,7 +107,8 @@ def test_other_names_are_refused_and_not_shown(function):
 
 
 def test_the_table_tells_the_truth():
-    """What is called otherwise has a function with that name, and what is absent has none."""
+    """Each keyword of ours that the table names exists, and keywords that it calls absent do
+    not."""
     own = {f: set(inspect.signature(f).parameters) for f in CALLS}
     for theirs, (ours, _) in RENAMED.items():
         for name in ours:
@@ -133,7 +134,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "coming-from.md"
 
 @pytest.mark.skipif(not PAGE.exists(), reason="the documents are not beside the tests")
 def test_the_page_for_newcomers_names_what_the_errors_name():
-    """A row `theirs` -> `ours` of its tables is what the error of some function says."""
+    """A row `theirs` -> `ours` of the page's tables matches the error of some function."""
     own = [tuple(inspect.signature(f).parameters) for f in CALLS]
     seen = 0
     for theirs, ours in re.findall(r"^\| `(\w+)` \| `(\w+)` \|$", PAGE.read_text(), re.MULTILINE):

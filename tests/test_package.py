@@ -1,4 +1,4 @@
-"""The installed package as such: import, symbols, command line."""
+"""The installed package: import, symbols, command line."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_library_loads_with_every_symbol_bound():
 
 
 def test_library_needs_only_the_stable_abi():
-    """C symbols of torch's stable ABI, no C++ ones: that is what lets one build serve any torch."""
+    """Only C symbols of torch's stable ABI, no C++ ones, so that one build serves any torch."""
     out = subprocess.run(
         ["nm", "-D", "--undefined-only", PACKAGE / "_ops.so"], capture_output=True, text=True
     )
@@ -60,7 +60,7 @@ def test_library_needs_only_the_stable_abi():
 
 
 def test_torch_has_the_private_names_that_the_package_uses():
-    """What it owes to no version, on paths of code that few calls take, too."""
+    """These names are not guaranteed by any version; rarely used code paths are included."""
     used = set()
     for path in PACKAGE.rglob("*.py"):
         source = path.read_text()

@@ -1,4 +1,4 @@
-"""cu_seqlens whose values are wrong, or leave tokens without a sequence: CUDA and Triton read none
+"""cu_seqlens with wrong values, or that leave tokens without a sequence: CUDA and Triton read none
 of them on the host."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CALLS = {
     "linear": (linear_attention, {}, torch.float16),
     "gates": (linear_attention, {"feature_map": "elu1", "normalize": True}, torch.float32),
 }
-# The last of tokens that several blocks share.
+# The last case has tokens that several CTAs share.
 GAPS = [(40, (3, 20, 20, 33)), (40, (0, 25)), (40, (40, 40)), (300, (5, 20, 40))]
 CASES = [
     (backend, call, tokens, ends)
@@ -48,8 +48,8 @@ HOSTILE = [
 
 
 def run(call, tokens, ends, backend, *, part=slice(None), nan=None):
-    """Results and gradients, rows of tokens. part: of the tokens; nan: those that hold nothing
-    else."""
+    """Results and gradients, with token rows. part: slice of the tokens; nan: tokens filled with
+    NaN."""
     function, options, dtype = CALLS[call]
     g = torch.Generator().manual_seed(0)
     q, dout = (torch.randn(tokens, 2, 16, generator=g).to(dtype) for _ in range(2))
@@ -86,7 +86,7 @@ def test_a_token_without_a_sequence_is_an_empty_row(backend, call, tokens, ends)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("ends", HOSTILE)
 def test_every_element_is_written_whatever_the_values(backend, call, ends, monkeypatch):
-    """Memory that nobody wrote holds NaN, the second time what was there before."""
+    """Unwritten memory holds NaN, and in the second run the previous contents."""
     got = run(call, 40, ends, backend)
     monkeypatch.setattr(deterministic, "fill_uninitialized_memory", False)
     again = run(call, 40, ends, backend)

@@ -15,7 +15,7 @@ from tokenmill import _cli
 from tokenmill.__main__ import TWO_WORDS, _parser
 
 ROOT = Path(__file__).resolve().parent.parent
-# tests/test_documents.py and tests/test_models_page.py look at their results, too.
+# tests/test_documents.py and tests/test_models_page.py check their results, too.
 ELSEWHERE = {"serving.md", "models.md"}
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = re.compile(r"^(?:    )+((?:python|torchrun) .*)$", re.MULTILINE)
@@ -25,7 +25,7 @@ PAGES = [p for p in DOCUMENTS if p.parent != ROOT and CODE.search(p.read_text())
 
 
 def blocks(page):
-    """The code of a page, each with line numbers of the page."""
+    """The code blocks of a page, each with line numbers of the page."""
     text = page.read_text()
     for match in CODE.finditer(text):
         before = text.count("\n", 0, match.start(1))
@@ -34,7 +34,7 @@ def blocks(page):
 
 @pytest.fixture
 def alone(monkeypatch, tmp_path):
-    """An empty folder, the seed 0, and what torchrun tells the only process."""
+    """An empty folder, seed 0, and the environment that torchrun gives a single process."""
     monkeypatch.chdir(tmp_path)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
@@ -66,7 +66,7 @@ def test_the_code_of_a_page_runs(page, alone):
 
 
 def test_commands_of_the_documents_exist():
-    """`python -m tokenmill ...` parses, and scripts are where the documents say."""
+    """`python -m tokenmill ...` parses, and scripts exist where the documents say."""
     parsed = 0
     for page in DOCUMENTS:
         for line in COMMANDS.findall(page.read_text()):

@@ -1,4 +1,4 @@
-"""The index of papers: what its rows name is there, and docs/papers.md is made from them."""
+"""The index of papers: names in its rows exist, and docs/papers.md is generated from them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_each_row_says_what_it_was_checked_against(paper):
 
 
 def named(call):
-    """What a call of the index names: a function or class, and the keywords that it gets."""
+    """Names in a call of the index: a function or class, and its keywords."""
     tree = ast.parse(call, mode="eval").body
     keywords = []
     if isinstance(tree, ast.Call):
@@ -109,7 +109,7 @@ def test_every_call_of_a_row_is_tested(paper):
 
 @each_here
 def test_the_tests_of_a_row_run_on_its_backends(paper, request):
-    """Some test of the row has each backend as a parameter."""
+    """Each backend is a parameter of some test of the row."""
     if paper.backends == PLAIN:
         return
     of_cuda = {"cuda", "emulated"}

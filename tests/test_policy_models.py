@@ -1,4 +1,4 @@
-"""Models of transformers, random and tiny, that generate under a policy."""
+"""Random tiny models of transformers that generate under a policy."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ MODELS = {
 
 
 def index(q, k):
-    """An indexer of one head: the first of the layer."""
+    """An indexer of one head, the first head of the layer."""
     return q[:, :, :1], k[:, :, 0], torch.ones(*q.shape[:2], 1)
 
 
@@ -90,7 +90,7 @@ def llama():
 
 
 def prompts():
-    """Of 17 and 12 tokens, the second padded on the left."""
+    """Prompts of 17 and 12 tokens, the second padded on the left."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 40, (2, 17), generator=generator)
     mask = torch.ones_like(ids)
@@ -144,7 +144,7 @@ def test_full_attention_is_the_model(name):
     ids=lambda recipe: type(recipe).__name__,
 )
 def test_caps_and_sinks_are_those_of_the_model(name, recipe):
-    """A budget for all keys is full attention, with what the model does to its logits."""
+    """A budget for all keys gives full attention, including what the model does to its logits."""
     model, (ids, mask) = MODELS[name]().eval(), prompts()
     model.set_attn_implementation("eager")
     expected = generate(model, ids, mask, max_new_tokens=3)
@@ -154,10 +154,10 @@ def test_caps_and_sinks_are_those_of_the_model(name, recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
 def test_rows_chunks_and_beams(recipe, llama, monkeypatch):
-    """Padding, chunks of prompts, beams and a cache that grows change nothing about a row."""
+    """Padding, chunks of prompts, beams and a growing cache do not change a row."""
     ids, mask = prompts()
     fixed = isinstance(recipe, policies.HiP | policies.TokenSelect)  # chunks from the first token
-    noisy = isinstance(recipe, policies.Keyformer)  # the noise is that of a request's number
+    noisy = isinstance(recipe, policies.Keyformer)  # the noise depends on a request's number
     with apply_policy(llama, recipe) as applied:
         together = generate(llama, ids, mask)
         if isinstance(recipe, policies.StreamingLLM | policies.SnapKV | policies.H2O):
@@ -182,7 +182,7 @@ def test_rows_chunks_and_beams(recipe, llama, monkeypatch):
 
 @torch.no_grad()
 def followed(model, ids, tokens):
-    """The log probability of tokens behind a prompt, one step at a time."""
+    """The log probability of tokens after a prompt, one step at a time."""
     out, total = model(ids, use_cache=True), 0.0
     for token in tokens:
         total = total + out.logits[0, -1].log_softmax(-1)[token]
@@ -214,7 +214,7 @@ def test_calls_of_the_model(recipe, llama):
 
 @torch.no_grad()
 def test_every_way_to_give_the_cache(llama):
-    """Steps with the cache by either name, or by its place, are one call."""
+    """The cache may be passed under either name, or by position."""
     ids, names = prompts()[0], [*inspect.signature(llama.forward).parameters]
     assert names.index("cache") == 3
     with apply_policy(llama, policies.FullAttention()) as applied:
@@ -237,7 +237,7 @@ def test_every_way_to_give_the_cache(llama):
             with pytest.raises(RuntimeError, match=rule + "must be given once; got 2"):
                 llama(ids, *others[: 3 - len(named)], past_key_values=cache, **named)
         with pytest.raises(RuntimeError, match=rule + "must be None, or come from the model under"):
-            llama(ids, cache=transformers.DynamicCache())  # which would stay empty
+            llama(ids, cache=transformers.DynamicCache())  # would stay empty
 
 
 def test_drafts_and_second_turns(llama):
@@ -341,7 +341,7 @@ def test_what_cannot_be_is_refused(llama):
 
 @torch.no_grad()
 def test_copies_and_what_a_model_had_before():
-    """A deep copy has a policy of its own; what belongs to the instance comes back."""
+    """A deep copy has its own policy; instance attributes are restored."""
     model, ids = MODELS["llama"]().eval(), prompts()[0]
     model.generate = own = functools.partial(type(model).generate, model)
     dead = weakref.ref(model.model)
@@ -360,12 +360,12 @@ def test_copies_and_what_a_model_had_before():
     apply_policy(model, policies.FullAttention())
     del model, own, applied
     gc.collect()
-    assert dead() is None  # a policy that was not removed holds no model
+    assert dead() is None  # no reference to the model remains
 
 
 @torch.no_grad()
 def test_attention_that_never_comes(monkeypatch):
-    """Keys of a policy are attended to by their own layer or by none."""
+    """Each layer attends to its own keys of a policy, or no layer does."""
     rule = r"^tokenmill.integrations.transformers.apply_policy: model: "
     bloom = transformers.BloomConfig(vocab_size=40, hidden_size=16, n_layer=1, n_head=2)
     bloom = transformers.BloomForCausalLM(bloom)
@@ -403,7 +403,7 @@ def test_attention_that_never_comes(monkeypatch):
      ("gpt_oss", True, 4)],
 )  # fmt: skip
 def test_continuous_batching(name, pages, size, monkeypatch):
-    """Requests of different lengths, in pages and chunks, are as each alone."""
+    """Requests of different lengths, in pages and chunks, match separate requests."""
     in_place = []
     attend = _pages.attention
     monkeypatch.setattr(
@@ -424,7 +424,7 @@ def test_continuous_batching(name, pages, size, monkeypatch):
             progress_bar=False,
         )
     assert [result.generated_tokens for result in found.values()] == alone
-    # Layers with a window gather, and pages whose size is no power of two.
+    # Layers with a window gather, as do pages whose size is not a power of two.
     assert set(in_place) == ({(-1, 0)} if pages and size == 4 else set())
     assert not model._forward_pre_hooks
     assert model.config._attn_implementation == "eager"

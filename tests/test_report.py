@@ -32,7 +32,7 @@ CHECKS = [
 
 
 class Page(HTMLParser):
-    """Tags, whether they are closed, and cells of tables by their rows."""
+    """Tags with their closing state, and table cells by row."""
 
     def __init__(self, text):
         super().__init__()

@@ -1,4 +1,4 @@
-"""scaled_dot_product_attention of torch on tokenmill, and as it was afterwards."""
+"""torch's scaled_dot_product_attention on tokenmill, and its state afterwards."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_values_and_gradients_are_as_good_as_those_of_torch(name, dtype):
     for grad, wanted, other in zip(found[1:], oracle[1:], plain[1:], strict=True):
         tm.testing.assert_accurate(grad, wanted, other, gradient=True)
     assert found[0].stride() == plain[0].stride()
-    assert all(map(torch.equal, run(tensors, **options), plain))  # torch's kernels are back
+    assert all(map(torch.equal, run(tensors, **options), plain))  # torch's kernels are restored
 
 
 @pytest.mark.parametrize("ours", [(True, False), (False, True)], ids=["forward", "backward"])
@@ -199,7 +199,7 @@ def test_the_registry_of_torch():
 
 @pytest.mark.skipif(not _library.emulated_built(), reason="the PTX machine is not built")
 def test_cuda_kernels_behind_the_operators_of_cuda():
-    """Those operators see no CPU tensor: their functions are called as the dispatcher would."""
+    """These operators get no CPU tensor: their functions are called as the dispatcher would."""
     tensors = inputs(torch.float16)
     expected = run(tensors, is_causal=True)
     with sdpa.enable(backend="emulated") as route:

@@ -1,4 +1,4 @@
-"""python -m tokenmill: what its commands print, what they refuse, and their exit statuses."""
+"""python -m tokenmill: output of its commands, refusals, and exit statuses."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ NO_GPU = [
     ],
 )
 def test_a_bad_argument_is_one_line_and_status_2(line, message, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "EXTRAS", ())  # the model is asked for after the arguments
+    monkeypatch.setattr(demo, "EXTRAS", ())  # the model is requested after the arguments
     assert main(line.split()) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and message in err
@@ -241,7 +241,7 @@ def table(capsys):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_operator_checks_out_on_kernels_and_reference(dtype, threads, capsys, monkeypatch):
-    """On one sample: tests/test_contract.py takes all."""
+    """One sample per operator: tests/test_contract.py covers all."""
     for spec in registry.ops().values():
         monkeypatch.setitem(spec.__dict__, "samples", spec.samples[:1])
     threads(1)
@@ -320,7 +320,7 @@ def test_share_of_a_budget_of_nothing():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Sets the cases of a run, whose peaks are made up."""
+    """Sets the cases of a run, with synthetic peaks."""
     made_up = ceilings.Ceilings({"float32": 1e9}, ((1e9, 1e9),), "quick")
     monkeypatch.setattr(ceilings, "measured", lambda dtypes, gpu, threads: made_up)
 
@@ -367,7 +367,7 @@ def test_bench_names_its_cases(capsys):
 
 
 def test_the_file_of_a_run_is_whole_after_every_row(quick, tmp_path, capsys):
-    """A case that fails, or a peer, is recorded; a run that is cut off keeps what it measured."""
+    """Failing cases and peers are recorded; an interrupted run keeps its measurements."""
     target = tmp_path / "r.json"
     target.write_text("the results of an earlier run " * 99)
     seen = []
@@ -475,7 +475,7 @@ def test_plots_of_results_that_were_cut_off(tmp_path):
     machine = {"cpu": "c", "isa": "i", "torch": "t"}
     rows = [row, {"op": "f", "case": "d", "error": "E: e"}]
     document = {"machine": machine, "device": "cpu", "threads": 1, "rows": rows}
-    document["copy_bandwidth"] = 1.0  # both ceilings bound a row: one picture has both panels
+    document["copy_bandwidth"] = 1.0  # both ceilings bind a row: one picture has both panels
     rows.append(row | {"bytes_per_second": 2.0})
     assert plot.draw(document, tmp_path) == [tmp_path / "f.png"]
 

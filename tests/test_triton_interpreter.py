@@ -51,7 +51,7 @@ NUMBERS = [0, 1, -1, 200, 2**31, 2**40, 2**64, 0.0, -0.0, 2.5, 1e300, float("nan
 
 
 def operands():
-    """Pairs of tensors of any two types, and tensors beside numbers."""
+    """Pairs of tensors of any two types, and tensors with numbers."""
     dtypes = ("int1", "uint8", "int32", "uint32", "int64", "fp16", "bf16", "fp32", "fp64")
     types = {getattr(tl, n.replace("fp", "float").replace("bf", "bfloat")): n for n in dtypes}
     random = np.random.default_rng(0)

@@ -65,7 +65,7 @@ def test_a_bad_knob_is_an_error(name, number, message):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Lists the benchmarks of a GPU, which nothing prepares."""
+    """Lists the benchmarks of a GPU without preparing them."""
     monkeypatch.setattr(case, "device", torch.device("cuda"))
 
 
@@ -74,12 +74,12 @@ def test_every_knob_has_benchmarks(gpu):
     for knob in KNOBS.values():
         found = [title for title in titles[knob.op] if re.search(knob.cases, title)]
         assert found, knob.name
-        if knob.name.startswith("attention.triton"):  # tiles of these two alone are tuned
+        if knob.name.startswith("attention.triton"):  # only the tiles of these two are tuned
             assert all(re.match(r"(sigmoid|softmax) \w+ S", title) for title in found), found
 
 
 def calls(dtype=torch.float32):
-    """A call of each operator with a native knob, which the least and the largest value cut up
+    """A call of each operator with a native knob, which the minimum and the maximum value split
     differently."""
     torch.manual_seed(0)
     q, k = torch.randn(1, 200, 4, 64, dtype=dtype), torch.randn(1, 200, 2, 64, dtype=dtype)
@@ -131,7 +131,7 @@ def test_a_range_of_a_decode_changes_the_order_of_sums_alone(threads):
     ("name", "values"), [("best_match.fill", (1, 2)), ("hip_block_select.fill", (0, 1))]
 )
 def test_knobs_of_cuda_change_no_bit(name, values):
-    """Both values, between which the choice of the kernel changes."""
+    """Both values are on different sides of a kernel choice."""
     multiprocessors = int(os.environ.get("PTXVM_SMS", "132"))
     a, b = torch.randn(multiprocessors, 65, 8), torch.randn(multiprocessors, 3, 8)
     q, k = torch.randn(1, 16, 1, 8), torch.randn(1, 80, 1, 8)
@@ -299,7 +299,7 @@ def test_what_is_taken(ratios, best):
 
 
 def fake_times(monkeypatch, seconds):
-    """seconds(knob, value, number of the measurement)"""
+    """Sets measured times to seconds(knob, value, number of the measurement)."""
     measured = []
 
     def times(self, knob, case, values):
@@ -340,7 +340,7 @@ def test_a_dry_run_and_a_spent_budget_write_nothing(cache, monkeypatch, capsys):
 
 
 def test_a_knob_that_was_not_tried_keeps_what_it_has(cache, monkeypatch, capsys):
-    """Of three knobs of an operator the second fails and the third is not reached."""
+    """An operator has three knobs: the second fails and the third is not reached."""
     name, names = _knobs.device_name("cpu"), [f"test.{part}" for part in "abcd"]
     knobs = {n: Knob(n, "best_match", "cpu", 1, (2, 3), "", "C=64") for n in names}
     knobs["test.d"] = replace(knobs["test.d"], order=True)
@@ -380,7 +380,7 @@ def test_order_is_asked_for(cache, monkeypatch, capsys):
 
 @pytest.mark.parametrize("wrong", [8, 4])
 def test_a_value_that_cannot_run_is_left_out(wrong, monkeypatch):
-    """A real measurement, of a call that one value breaks."""
+    """A real measurement of a call that one value breaks."""
     knob = KNOBS["attention.shares"]
     monkeypatch.delenv("TOKENMILL_BACKEND", raising=False)
     clock = tune.Clock(Namespace(device="cpu", threads=1, time_budget=9.0), 0.0)
@@ -391,7 +391,7 @@ def test_a_value_that_cannot_run_is_left_out(wrong, monkeypatch):
                 clock.times(knob, case, [4, 8])
         else:
             assert list(clock.times(knob, case, [4, 8])) == [4]
-            clock = replace(clock, measure=lambda run: run() and 7.0)  # as of a GPU
+            clock = replace(clock, measure=lambda run: run() and 7.0)  # as on a GPU
             assert clock.times(knob, case, [4, 8]) == {4: 7.0}
     assert "TOKENMILL_BACKEND" not in os.environ
 

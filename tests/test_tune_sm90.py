@@ -1,4 +1,4 @@
-"""What `tune` can choose for compute capability 9.0, on the PTX machine."""
+"""Choices of `tune` for compute capability 9.0, on the PTX machine."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def attend(tensors, **options):
     return tm.attention(*tensors, return_lse=True, backend="emulated", **options)
 
 
-# Tiles: more than the 132 multiprocessors, so that blocks take several; two of each head, whose
-# order sections decide; of packed sequences.
+# Tiles: more than the 132 SMs, so that CTAs take several; two per head, whose order sections
+# decide; tiles of packed sequences.
 SHAPES = {
     "many tiles": (inputs(33, 40, 140, 70), {}, (132, 70, 140)),
     "two tiles of a head": (inputs(200, 64, 4, 2), {"causal": True}, (8, 8, 8)),
@@ -119,7 +119,7 @@ def test_a_forward_takes_either_kernel(op):
 
 @pytest.mark.parametrize("op", ["attention", "block_sparse_attention"])
 def test_a_backward_takes_either_kernel(op, monkeypatch):
-    """The forward has its kernel all the same."""
+    """The forward uses its sm_90a kernel in both cases."""
     leaves = [x.requires_grad_() for x in inputs(64, 64, 1, 1)]
     monkeypatch.setitem(globals(), "inputs", lambda *_, **__: leaves)
     wanted = torch.autograd.grad(CALLS[op]("reference").sum(), leaves)

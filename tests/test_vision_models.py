@@ -1,4 +1,4 @@
-"""Vision transformers of transformers and timm, random and tiny, with fewer tokens."""
+"""Random tiny vision transformers of transformers and timm, with fewer tokens."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def without_positions(model):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_merged_duplicates_are_the_model(name):
-    """Tokens that are equal stay equal: a row that counts as often as they are does the same."""
+    """Equal tokens stay equal: one row weighted by their count gives the same result."""
     torch.manual_seed(0)
     model, library = MODELS[name]()
     model.eval()
     without_positions(model)
-    patches = torch.randn(2, 3, 4, 4).repeat(1, 1, 4, 2)  # of two kinds, eight of each
+    patches = torch.randn(2, 3, 4, 4).repeat(1, 1, 4, 2)  # two kinds, eight of each
     images = torch.cat([patches, torch.randn(2, 3, 4, 8).repeat(1, 1, 4, 1)], 3)
     expected = logits(model, images)
     reduction = library.patch(model, merge=[0, 4, 2, 2])
@@ -142,7 +142,7 @@ def test_keep_rate_is_that_of_the_encoder(name, fuse):
 
 
 def test_keep_rate_with_a_distillation_token():
-    """The class token alone chooses; the other token of the prefix stays behind it."""
+    """Only the class token chooses; the other prefix token stays after it."""
     torch.manual_seed(0)
     model, images = deit()[0].eval(), torch.randn(2, 3, 16, 16)
     seen = []
@@ -159,7 +159,7 @@ def test_keep_rate_with_a_distillation_token():
 
 
 def test_dropout_of_weights_and_checkpoints():
-    """Dropout is that of PyTorch; a block that runs again finds the sizes that it found before."""
+    """Dropout equals PyTorch's; a recomputed block finds the sizes of its first run."""
     torch.manual_seed(0)
     model = transformers.ViTModel(transformers.ViTConfig(**SMALL)).train()
     reduction = ours.patch(model, merge=2)

@@ -1,7 +1,7 @@
-"""The backend of vLLM, on a stand-in of what it imports and of the engine's loop.
+"""The vLLM backend, on a stand-in for vLLM's modules and its engine loop.
 
 vLLM is not installed where these tests run. The stand-in has the names and signatures of
-vllm.v1.attention.backend and of its registry in vLLM 0.22, and nothing else of them.
+vllm.v1.attention.backend and of its registry in vLLM 0.22, and nothing else.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Registry:
 
 @pytest.fixture
 def custom(monkeypatch):
-    """A tree of modules of vLLM; its member CUSTOM of the registry."""
+    """A module tree of vLLM; returns CUSTOM of the registry."""
     for name in [*sys.modules]:
         if name.split(".")[0] == "vllm":
             monkeypatch.delitem(sys.modules, name)
@@ -95,7 +95,7 @@ def custom(monkeypatch):
 
 
 def load(custom):
-    """What vLLM does: the plugin's function, then the class by its path."""
+    """Loads the backend as vLLM does: the plugin's function, then the class by its path."""
     importlib.import_module("tokenmill.integrations.vllm").register()
     module, name = custom.get_path().rsplit(".", 1)
     return getattr(importlib.import_module(module), name)
@@ -112,8 +112,8 @@ class Request:
 
 
 def serve(backend, impl, layer, requests, dtype=torch.float32, budget=9):
-    """Steps of at most budget tokens: decode rows, then as much of a prompt as there is room for.
-    Yields each request that ends, with the outputs of all its tokens."""
+    """Steps of at most budget tokens: decode rows first, then as much of a prompt as fits. Yields
+    each finished request, with the outputs of all its tokens."""
     builder = backend.get_builder_cls()(None, ["0"], None, torch.device("cpu"))
     shape = backend.get_kv_cache_shape(PAGES, PAGE, KV_HEADS, DIM)
     cache = torch.zeros(shape, dtype=dtype)
@@ -175,7 +175,7 @@ def serve(backend, impl, layer, requests, dtype=torch.float32, budget=9):
 
 
 def dense(request, window=None, softcap=0.0, sink=None, slopes=None, scale=None):
-    """Attention of one request alone, in float64."""
+    """Attention of a single request, in float64."""
     q, k, v = (x.double() for x in (request.q, request.k, request.v))
     k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or DIM**-0.5)
@@ -204,7 +204,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_engine_that_serves_requests(case, custom):
-    """Prompts in chunks beside decode rows, in pages that those before have left."""
+    """Prompts in chunks together with decode rows, in pages released by earlier requests."""
     backend = load(custom)
     options, meaning = CASES[case]
     impl = backend.get_impl_cls()(HEADS, DIM, 0.3, KV_HEADS, **options)
@@ -236,7 +236,7 @@ def test_encoders_profiling_runs_and_what_is_refused(custom):
         backend.get_impl_cls()(4, 16, 1.0, attn_type=AttentionType.ENCODER_DECODER)
     with pytest.raises(NotImplementedError, match=r"kv_cache_dtype: .*; got fp8_e5m2"):
         backend.get_impl_cls()(4, 16, 1.0, kv_cache_dtype="fp8_e5m2")
-    assert 528 not in backend.get_supported_kernel_block_sizes()  # which vLLM divides into these
+    assert 528 not in backend.get_supported_kernel_block_sizes()  # vLLM divides it into these
     assert backend.supports_head_size(80) and not backend.supports_head_size(257)
     assert not backend.supports_compute_capability(SimpleNamespace(major=7, minor=5))
     builder = backend.get_builder_cls()(None, [], None, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""What a call writes into, for every operator that does."""
+"""Arguments that a call writes into, for every operator that writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CALLS = [
 
 
 def arguments(spec, op, name, backend):
-    """Those of the schema, for the first sample that gives the one of that name."""
+    """Schema arguments of the first sample that gives the named argument."""
     for sample in spec.samples:
         args, kwargs = draw(sample)
         lowered = list(spec.lower(*args, **kwargs))
@@ -49,7 +49,7 @@ def op_out(spec, args, kwargs):
 
 @pytest.mark.parametrize(("spec", "op", "name", "backend"), CALLS)
 def test_lazy_negatives_are_refused_and_do_no_harm(spec, op, name, backend):
-    """torch.ops too, whose own way of writing to one aborts the process when it is collected."""
+    """This includes torch.ops, whose own write to one aborts the process when it is collected."""
     lowered = arguments(spec, op, name, backend)
     at = op.arguments.index(name)
     before = lowered[at].clone()
@@ -72,7 +72,7 @@ def test_lazy_negatives_are_refused_and_do_no_harm(spec, op, name, backend):
 
 
 def test_a_graph_refuses_lazy_negatives():
-    """What it would write, torch loses."""
+    """torch would lose the written values."""
     q, state = torch.randn(1, 1, 2, 8), torch.zeros(1, 2, 8, 8)
 
     def run(q, state):
@@ -84,7 +84,7 @@ def test_a_graph_refuses_lazy_negatives():
 
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_a_negative_that_repeats_is_read_beside_what_is_written(backend):
-    """It has strides of its own only once it is negated."""
+    """It gets its own strides only when it is negated."""
     caches = torch.zeros(2, 1, 8, 2, 4, device=device_of(backend))
     places = torch.tensor([[-3]], dtype=torch.int32, device=device_of(backend))
     counts = torch.tensor([1], dtype=torch.int32, device=device_of(backend))
@@ -114,7 +114,7 @@ def test_lazy_negatives_are_read_as_what_they_stand_for(backend):
 
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_parts_of_one_tensor_are_apart(backend):
-    """Keys and values in one cache, however they are laid out."""
+    """Keys and values share one cache, in any layout."""
     keep = torch.tensor([[1, 3, 4], [0, 5, 7]], dtype=torch.int32)
     counts = torch.tensor([3, 2], dtype=torch.int32)
     device = device_of(backend)
@@ -122,7 +122,7 @@ def test_parts_of_one_tensor_are_apart(backend):
     k, v = torch.randn(2, 2, 8, 3, 4, device=device)
     want = k.clone(), v.clone()
     tm.kv_cache_compact(*want, keep, counts, backend=backend)
-    gap = torch.zeros(2, 2 * 8 * 3 * 4 + 5, device=device)  # behind each page
+    gap = torch.zeros(2, 2 * 8 * 3 * 4 + 5, device=device)  # after each page
     for dim in (*range(4), None):
         if dim is None:
             parts = gap[:, :-5].view(2, 8, 3, 2, 4).unbind(3)
@@ -147,7 +147,7 @@ def layouts(draw):
 
 @given(layouts(), layouts())
 def test_overlap_is_never_missed(first, second):
-    memory = torch.arange(121.0)  # 12 + 3 x 3 x 12 is the last of a view
+    memory = torch.arange(121.0)  # 12 + 3 x 3 x 12 is the last element of a view
     a, b = (memory.as_strided(sizes, strides, offset) for offset, sizes, strides in (first, second))
     here, there = a.flatten().tolist(), b.flatten().tolist()
     if len(set(here)) < len(here):
@@ -166,7 +166,7 @@ OUT_CALLS = [
 
 @pytest.mark.parametrize(("spec", "sample", "backend"), OUT_CALLS)
 def test_out_gets_the_bits_of_a_new_result(spec, sample, backend):
-    """Also within wider rows, of which nothing else is written."""
+    """This includes wider rows, of which nothing else is written."""
     args, kwargs = map_tensors(draw(sample), lambda t: t.to(device_of(backend)))
     results = tm.testing.tensors_of(spec.function(*args, **kwargs, backend=backend))
     want = results[0]
@@ -187,7 +187,7 @@ def test_out_gets_the_bits_of_a_new_result(spec, sample, backend):
 @pytest.mark.parametrize("backend", [b for b in backends() if b not in ("cpu", "triton")])
 @pytest.mark.parametrize("function", [tm.attention, tm.linear_attention])
 def test_tokens_of_no_sequence_are_written_in_place(function, backend):
-    """A GPU does not check that sequences have all tokens."""
+    """A GPU does not check that sequences cover all tokens."""
     q = torch.randn(3, 2, 8, device=device_of(backend))
     starts = torch.zeros(1, dtype=torch.int32, device=q.device)
     name = "cu_seqlens_q" if function is tm.attention else "cu_seqlens"

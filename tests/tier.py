@@ -1,5 +1,5 @@
-"""What `ci/test` leaves to `ci/test --full`: before a release, and where kernels changed; and what
-`ci/test --quick` leaves to both."""
+"""Test tiers: `ci/test --full` runs before a release and after kernel changes, and covers more than
+`ci/test`; `ci/test --quick` covers less."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ full_only = pytest.mark.skipif(not FULL, reason="ci/test --full runs it")
 
 
 def examples(count: int) -> settings:
-    """Hypothesis draws so many examples, with --full ten times as many, with --quick a third."""
+    """Number of Hypothesis examples: ten times as many with --full, a third with --quick."""
     return settings(max_examples=count * 10 if FULL else -(-count // 3) if QUICK else count)
 
 
 def daily(*cases: str, full: tuple[str, ...]) -> tuple[str, ...]:
-    """What is tested every day; with --full, `full` too."""
+    """Cases that are tested every day; with --full, `full` too."""
     return (*cases, *full) if FULL else cases

@@ -1,4 +1,4 @@
-"""Where nvcc and the headers of CUTLASS are, for tests that compile something of their own."""
+"""Location of nvcc and of the CUTLASS headers, for tests that compile code of their own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def nvcc() -> str | None:
 
 
 def cutlass_include() -> Path | None:
-    """The folder that the build uses (TOKENMILL_CUTLASS), or that of the installed package."""
+    """The folder that the build uses (TOKENMILL_CUTLASS), or the installed package's folder."""
     package = importlib.util.find_spec("cutlass_library")
     roots = [Path(os.environ["TOKENMILL_CUTLASS"])] if "TOKENMILL_CUTLASS" in os.environ else []
     if package and package.origin:

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels without a GPU, and reads what the compiler made of them."""
+"""Compiles Triton kernels without a GPU, and reads the resources of the compiled code."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from unittest import mock
 
 from tier import FULL
 
-REGISTERS = 255  # of one thread
-# KiB of one program, by compute capability; 8.6 and 8.9 run the code of 8.0 in 99.
+REGISTERS = 255  # per thread
+# KiB per program, by compute capability; 8.6 and 8.9 run the code of 8.0 in 99.
 SHARED = {80: 99, 90: 227} if FULL else {90: 227}
-OPERANDS = {"float16": "f16", "bfloat16": "bf16", "float32": "tf32"}  # in the names of products
+OPERANDS = {"float16": "f16", "bfloat16": "bf16", "float32": "tf32"}  # in PTX names of products
 
 
 class Target:
-    """Stands in for the driver, which needs a GPU."""
+    """Stand-in for the driver, which needs a GPU."""
 
     def __init__(self, capability):
         from triton.backends.compiler import GPUTarget
@@ -52,7 +52,7 @@ def compiled(capability, call):
 
 
 def resources(kernel, code):
-    """What ptxas made of a kernel. Spilled registers lie on the stack."""
+    """ptxas resources of a kernel. Spilled registers are in local memory."""
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -80,8 +80,7 @@ def assert_fits(program, capability):
 
 
 def fresh_process(test, *arguments, folder, **environment):
-    """Python beside a test file, compiling into folder: whether to interpret is settled on
-    import."""
+    """Runs Python on a test file, compiling into folder: interpretation is decided on import."""
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [str(Path(__file__).parent), inherited.get("PYTHONPATH", "")]
     inherited["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
@@ -97,7 +96,7 @@ def fresh_process(test, *arguments, folder, **environment):
 
 
 def without_code(test, script, *, folder):
-    """Runs a script in which a kernel is compiled to nothing: to one object for each key under
-    which Triton would keep its code."""
+    """Runs a script in which kernels compile to nothing: to one object for each key under which
+    Triton would keep the code."""
     nothing = "import triton.compiler\n\ntriton.compiler.compile = lambda *_, **__: object()\n"
     return fresh_process(test, "-c", nothing + script, folder=folder)

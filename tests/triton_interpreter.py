@@ -1,8 +1,8 @@
 """Triton's interpreter without the work that it repeats at every call of a device function and at
-every operation: looking through the whole language for what to replace, which the launch has done,
-building tables of types, types of blocks and shapes that it has built before, and a dozen
-operations of the language beside each one of integers, to see that it does not overflow. Nine
-tenths of the time of a test went there. The operations are those of triton_operations.py.
+every operation: searching the whole language for functions to replace, which the launch has done,
+building tables of types, block types and shapes that it has built before, and a dozen operations of
+the language for each integer operation, to check for overflow. This took nine tenths of the time of
+a test. The operations are in triton_operations.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def patch_once_a_launch() -> None:
 
 
 def call_builtins_at_once() -> None:
-    """Without a copy of their keywords, and without the check that the interpreter passes."""
+    """Calls builtins without a copy of their keywords and without the interpreter's argument
+    check."""
 
     def patch_attr(module, name, member, builder, scope):
         function = getattr(member, "__wrapped__", member)
@@ -86,14 +87,15 @@ def keep_numpy_types() -> None:
 
 
 def keep_block_types() -> None:
-    """One object for each pair of element type and shape, and in it what its tensors say of it."""
+    """One object per pair of element type and shape, which caches the properties that its tensors
+    need."""
     make_type = tl.block_type.__init__
     known = {}
     scalar = tl.tuple([]), tl.constexpr(1)
 
     def new_type(cls, element_ty=None, shape=()):
         sizes = tuple([s.value if isinstance(s, tl.constexpr) else s for s in shape])
-        key = id(element_ty), sizes  # a type holds its element_ty: no other has its id
+        key = id(element_ty), sizes  # a type holds its element_ty, so that the id stays unique
         if key not in known:
             made = object.__new__(cls)
             make_type(made, element_ty, shape)
@@ -114,7 +116,7 @@ def keep_block_types() -> None:
 
 
 def keep_types_of_arguments() -> None:
-    """One object for each type of a kernel's arguments."""
+    """One object per type of a kernel's arguments."""
     make_type, known = tl.str_to_ty, {}
 
     def str_to_ty(name, c):
@@ -137,7 +139,7 @@ def check_sizes_at_once() -> None:
 
 
 def check_overflow_at_once() -> None:
-    """In one operation of NumPy on 64 bits."""
+    """Checks in one NumPy operation on 64 bits."""
     operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
     def check(semantic, left, right, operation):
@@ -154,7 +156,7 @@ def check_overflow_at_once() -> None:
 
 
 def hasten() -> None:
-    """Other releases of Triton, which have other insides, stay as they are."""
+    """Applies the patches; Triton releases with other internals are left unchanged."""
     if hasattr(interpreter, "_LangPatchScope") and hasattr(interpreter, "_patch_lang"):
         patch_once_a_launch()
     if hasattr(interpreter, "_patch_attr") and hasattr(interpreter, "interpreter_semantic"):

@@ -1,10 +1,9 @@
 """Elementwise operations of Triton's interpreter, each one call of NumPy.
 
-What an operation makes of its operands (the type that both are cast to, the shape of the result)
-follows from their types alone: it is found once for each pair of types, and kept as a plan. NumPy
-broadcasts by the same rule as Triton: a missing dimension is one in front. Where there is no plan
-(types that NumPy lacks, operands that do not match, bits that wrap around) Triton's own code runs,
-and raises what there is to raise.
+The common type of the operands and the shape of the result depend only on the operands' types: they
+are computed once for each pair of types, and cached as a plan. NumPy broadcasts by the same rule as
+Triton: a missing dimension is a leading one. Without a plan (types that NumPy lacks, operands that
+do not match, bits that wrap around) Triton's own code runs, and raises its own errors.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from triton.runtime.interpreter import TensorHandle
 FLOATS = (tl.float16, tl.float32, tl.float64)
 INTS = (tl.int8, tl.int16, tl.int32, tl.int64, tl.uint8, tl.uint16, tl.uint32, tl.uint64)
 NUMPY = {x: interpreter._get_np_dtype(x) for x in (*FLOATS, *INTS, tl.int1)}
-LEAST, MOST = -(2**63), 2**63 - 1  # of a number that an element type is asked about
+LEAST, MOST = -(2**63), 2**63 - 1  # range of numbers that get an element type
 
-# What this file replaces; a release of Triton that lacks one keeps the others too.
+# Replaced functions; a Triton release that lacks one keeps its other functions too.
 REPLACED = (
     "add", "sub", "mul", "truediv", "and_", "or_", "xor_", "less_than", "less_equal",
     "greater_than", "greater_equal", "equal", "not_equal", "shl", "lshr", "ashr", "cast", "where",
@@ -34,7 +33,7 @@ tensor = tl.tensor
 
 
 def make(data, scalar, kind):
-    """A tensor of type `kind`, of whose elements the type is `scalar`."""
+    """A tensor of type `kind` with element type `scalar`."""
     handle = object.__new__(TensorHandle)
     handle.data, handle.dtype, handle.attr = data, scalar, {}
     made = object.__new__(tensor)
@@ -48,8 +47,8 @@ def make(data, scalar, kind):
 
 
 def kept(plan):
-    """plan(left type, right type), which is computed once: a plan holds the types, so that no
-    others have their ids."""
+    """plan(left type, right type), computed once: a plan holds the types, so that their ids stay
+    unique."""
     plans = {}
 
     def find(left, right):
@@ -71,7 +70,7 @@ def block(scalar, shape):
 
 
 def common_shape(*kinds):
-    """None where Triton refuses to broadcast."""
+    """Broadcast shape, None if Triton refuses to broadcast."""
     try:
         return np.broadcast_shapes(*map(shape_of, kinds))
     except ValueError:
@@ -79,7 +78,7 @@ def common_shape(*kinds):
 
 
 def common_scalar(left, right, divides=False):
-    """The type that scalars of two types are cast to; None if that is for Triton to do."""
+    """The type that scalars of two types are cast to; None to leave it to Triton."""
     if left.is_ptr() or right.is_ptr() or left not in NUMPY or right not in NUMPY:
         return None
     semantic = interpreter.interpreter_semantic
@@ -91,7 +90,7 @@ def common_scalar(left, right, divides=False):
 
 
 def number(value, scalar):
-    """A number beside a tensor has the type of the tensor, if that can hold it."""
+    """A number takes the type of the tensor it is combined with, if that type can hold it."""
     if type(value) is float:
         return NUMPY[scalar].type(value) if scalar in FLOATS else None
     if type(value) is not int or not LEAST <= value <= MOST:
@@ -104,7 +103,7 @@ def number(value, scalar):
 
 
 class Operation:
-    """An operation of TritonSemantic on two operands, of which one may be a number."""
+    """An operation of TritonSemantic on two operands, one of which may be a number."""
 
     def __init__(self, name, ufunc, of, *, compares=False, divides=False, bounded=False):
         self.name, self.ufunc, self.of = name, ufunc, of
@@ -126,7 +125,7 @@ class Operation:
         )
 
     def range(self, scalar):
-        """The least and the largest result, where the interpreter checks that it is in between."""
+        """Minimum and maximum result, if the interpreter checks the range."""
         if not self.bounded or scalar not in INTS or scalar.int_bitwidth == 64:
             return None
         return scalar.get_int_min_value(), scalar.get_int_max_value()
@@ -193,7 +192,7 @@ OPERATIONS = [
 
 
 def with_pointers(add):
-    """Addition, of pointers and numbers of elements too."""
+    """Addition, including pointers plus offsets."""
 
     def plan(left, right):
         scalar = left.scalar
@@ -287,7 +286,7 @@ def spread(x, kind):
 
 
 def operands_at_once(slow):
-    """Of operations that have no class here."""
+    """Patches the operand conversion of operations that have no class here."""
 
     def plans(divides):
         def plan(left, right):
@@ -361,7 +360,7 @@ def expand_at_once(slow):
 
 
 def numbers_at_once(slow):
-    """The tensor of a number: for what has no plan, an assignment above all."""
+    """The tensor of a number, for operations without a plan, mostly assignments."""
 
     def to_tensor(self, x, check_type=True):
         kind = type(x)
@@ -375,7 +374,7 @@ def numbers_at_once(slow):
 
 
 def operators(functions):
-    """Those of Python, which reach the operation without the functions of the language between."""
+    """Python operators, which call the operation without the language functions in between."""
     names = {
         "add": ("__add__", "__radd__", True),
         "sub": ("__sub__", "__rsub__", True),

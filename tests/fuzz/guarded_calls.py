@@ -1,8 +1,7 @@
-"""Calls with every tensor flush against a page that may not be touched, a line before each: target,
+"""Calls with every tensor flush against a protected page, and a line before each call: target,
 sample and call by number, then in words.
-
-python guarded_calls.py TARGET SAMPLE: all from that sample on
-python guarded_calls.py TARGET SAMPLE CALL ARGUMENT: one, with that argument alone guarded"""
+python guarded_calls.py TARGET SAMPLE: all calls from that sample on
+python guarded_calls.py TARGET SAMPLE CALL ARGUMENT: one call, with only that argument guarded"""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from tokenmill.fuzz.targets import NoCall, Target, targets
 from tokenmill.registry import Sample
 
 HOSTILE = (-1, -(2**31), 2**31 - 1, "behind", "descending")
-FULL = os.environ.get("TOKENMILL_TEST_FULL") == "1"  # otherwise half of them for each sample
+FULL = os.environ.get("TOKENMILL_TEST_FULL") == "1"  # otherwise half of the calls of each sample
 WHOLE = (torch.int32, torch.int64)
 
 
@@ -28,12 +27,12 @@ class Call(NamedTuple):
     given: dict[str, Any]
     isa: str
     end: str
-    argument: str = ""  # whose values are made hostile
+    argument: str = ""  # argument with hostile values
     values: int | str = ""
 
 
 def fuzzed() -> list[Target]:
-    """The raw operator stands for its public function."""
+    """Fuzz targets; the raw operator stands for its public function."""
     found = [t for t in targets("cpu") if not t.compared and t.name != "explain"]
     return [t for i, t in enumerate(found) if t.name not in [other.name for other in found[:i]]]
 
@@ -70,7 +69,7 @@ def make(call: Call, only: str | None) -> None:
     given = dict(call.given)
     if call.argument:
         given[call.argument] = hostile(given[call.argument], call.values)
-    for name in call.target.written:  # once, of a copy
+    for name in call.target.written:  # one call, on a copy
         if given.get(name) is not None:
             given[name] = given[name].clone()
     with tm.testing.cpu_isa(call.isa), Guard(call.end) as guard:

@@ -1,4 +1,4 @@
-"""Malformed calls, and what the fuzzer itself must see."""
+"""Malformed calls, and defects that the fuzzer itself must detect."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_everything_public_is_called():
     called = {spec.function for spec in registry.ops().values()} | set(COMPOSITIONS)
     assert functions - called == {tm.backends, tm.build_info, tm.explain}
     classes = {c for n in tm.nn.__all__ if issubclass(c := type_of(tm.nn, n), torch.nn.Module)}
-    # The encoder is around layers of the caller's.
+    # The encoder wraps layers of the caller.
     assert classes - {tm.nn.FocusEncoder} == {kind for kind, _, _ in MODULES}
     kinds = {type_of(tm.policies, n) for n in tm.policies.__all__} - {tm.policies.Policy}
     assert {k for k in kinds if issubclass(k, tm.policies.Policy)} == set(POLICIES)
@@ -63,7 +63,7 @@ def test_calls_are_valid_before_they_are_changed(target):
 
 @pytest.mark.parametrize("target", targets("cpu"), ids=lambda t: t.name)
 def test_an_array_is_refused_in_words(target):
-    """A comparison with an array gives an array, whose truth is an error of NumPy."""
+    """A comparison with an array returns an array, whose truth value raises a NumPy error."""
     array = pytest.importorskip("numpy").array([1.0, 2.0])
     try:
         given = target.arguments(target.samples[0], torch.float32, torch.Generator().manual_seed(0))
@@ -170,7 +170,7 @@ def test_an_access_beyond_a_guarded_tensor_kills(end):
         with Guard(end) as guard:
             x = guard(torch.ones(5))
             step = -1 if end == "front" else 5
-            torch.as_strided(x, (1,), (1,), 0)  # inside
+            torch.as_strided(x, (1,), (1,), 0)  # stays inside the storage
             import ctypes
 
             ctypes.c_float.from_address(x.data_ptr() + 4 * step).value  # noqa: B018

@@ -1,4 +1,4 @@
-"""No operator touches memory beside its tensors, whatever ids and lengths say."""
+"""No operator touches memory outside its tensors, for any ids and lengths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from conftest import backends
 
 SCRIPT = Path(__file__).with_name("guarded_calls.py")
-MOST = 5  # defects to look for
+MOST = 5  # max defects to report
 
 
 def run(*arguments: object) -> tuple[int, list[str], str]:
