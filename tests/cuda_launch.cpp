@@ -1,5 +1,5 @@
-// csrc/cuda/launch.cu on a CUDA runtime of our own, which the cases below set up. Prints a line for
-// each case.
+// Runs csrc/cuda/launch.cu on a fake CUDA runtime, which the cases below set up. Prints one line
+// per case.
 #include <atomic>
 #include <cstdio>
 #include <cstring>
@@ -67,7 +67,7 @@ cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void** arguments, size_t b
                              cudaStream_t) {
   const std::lock_guard lock(mutex);
   ++launches;
-  float second;  // the caller's int, as the kernel wants it
+  float second;  // the caller's int, converted for the kernel
   std::memcpy(&second, arguments[1], sizeof second);
   if (static_cast<int>(bytes) > allowed[device] || second != 2) return cudaErrorInvalidValue;
   return of_launch;
