@@ -1,9 +1,9 @@
-"""PEP 517 backend: setuptools, plus a torch and a CUTLASS that are taken from where they lie.
+"""PEP 517 backend: setuptools, plus torch and CUTLASS from existing installations.
 
 The extension uses only torch's stable ABI, so any torch >= MIN_TORCH serves as a source of headers
-and link stubs; of CUTLASS it needs headers alone. A build environment is isolated from the
-environment that the wheel is meant for; this backend looks there by path (never importing anything)
-and asks for a download only of what is missing, of CUTLASS only where CUDA will be built.
+and link stubs; CUTLASS is needed for headers only. A build environment is isolated from the
+environment that the wheel is meant for; this backend searches there by path (never importing
+anything) and requests a download only of what is missing, CUTLASS only if CUDA will be built.
 """
 
 from __future__ import annotations
@@ -80,12 +80,13 @@ def find_nvcc() -> Path | None:
 
 
 def choose_cuda() -> cuda_choice.Choice:
-    """Whether the build has CUDA kernels, and for which GPUs. Asked for and missing: an error."""
+    """Decides about CUDA kernels and their GPUs. Raises if they are requested but cannot be
+    built."""
     return cuda_choice.choose(os.environ, find_nvcc())
 
 
 def check_platform() -> None:
-    """Ends a build that cannot succeed in one line."""
+    """Ends a build that cannot succeed with a one-line error."""
     if not sys.platform.startswith("linux"):
         raise SystemExit(
             f"tokenmill build: platform: kernels are built on Linux alone; got {sys.platform}"

@@ -1,8 +1,8 @@
-"""Whether a build has CUDA kernels, and for which GPUs.
+"""Choice of CUDA kernels for a build, and of their GPUs.
 
-TOKENMILL_CUDA=1, a list in TOKENMILL_CUDA_ARCHS or TOKENMILL_PTXVM=1 asks for them: a missing nvcc
-is then an error. TOKENMILL_CUDA=0 leaves them out, whatever else is set. Otherwise they are built
-where nvcc and a GPU are, for this GPU: the default list takes 40 minutes on two cores.
+TOKENMILL_CUDA=1, a list in TOKENMILL_CUDA_ARCHS or TOKENMILL_PTXVM=1 requests them: a missing nvcc
+is then an error. TOKENMILL_CUDA=0 leaves them out, in any case. Otherwise they are built if both
+nvcc and a GPU exist, for this GPU: the default list takes 40 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 
 @dataclass(frozen=True)
 class Choice:
-    """archs is TOKENMILL_CUDA_ARCHS of CMake; none of them: its default list."""
+    """archs: TOKENMILL_CUDA_ARCHS for CMake; empty: its default list."""
 
     cuda: bool
     why: str
@@ -58,7 +58,7 @@ def visible_gpus() -> list[tuple[int, int]]:
 
 
 def known_chips(nvcc: Path | None) -> list[str]:
-    """The chips (sm_90, ...) for which nvcc makes machine code."""
+    """The chips (sm_90, ...) for which nvcc generates machine code."""
     if nvcc is None:
         return []
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
@@ -66,8 +66,8 @@ def known_chips(nvcc: Path | None) -> list[str]:
 
 
 def architectures(capabilities: Sequence[tuple[int, int]], known: Sequence[str]) -> tuple[str, ...]:
-    """TOKENMILL_CUDA_ARCHS for GPUs of these compute capabilities: machine code where nvcc can make
-    it, and the PTX that every chip runs."""
+    """TOKENMILL_CUDA_ARCHS for GPUs of these compute capabilities: machine code if nvcc supports
+    them, and the PTX that runs on every chip."""
     machine_code = []
     for major, minor in sorted(set(capabilities)):
         if f"sm_{major}{minor}" in known:
@@ -82,7 +82,7 @@ def choose(
     gpus: Sequence[tuple[int, int]] | None = None,
     known: Sequence[str] | None = None,
 ) -> Choice:
-    """gpus and known are looked up where they are not given and matter."""
+    """gpus and known are looked up if they are not given and needed."""
     asked = environment.get("TOKENMILL_CUDA", "")
     archs = tuple(a for a in environment.get("TOKENMILL_CUDA_ARCHS", "").split(";") if a)
     if asked not in ("", "0", "1"):

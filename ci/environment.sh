@@ -1,5 +1,5 @@
-# Sourced by the scripts beside it: a virtual environment of their own, with torch in it.
-# nvcc is taken from the path or from /usr/local/cuda.
+# Sourced by the other scripts of this folder: makes their virtual environments, with torch.
+# nvcc is searched on the path and in /usr/local/cuda.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
@@ -9,9 +9,9 @@ command -v nvcc >/dev/null || [ ! -x /usr/local/cuda/bin/nvcc ] || PATH=/usr/loc
 
 step() { printf '\n[%(%H:%M:%S)T] %s\n' -1 "$*"; }
 
-# make_venv NAME: .venv-NAME with pip and torch. TOKENMILL_TORCH names another requirement. Each
-# torch is unpacked once, into .venv-torch-*: the others begin with links to its files, which pip
-# replaces and never changes.
+# make_venv NAME: .venv-NAME with pip and torch. TOKENMILL_TORCH overrides the requirement. Each
+# torch is unpacked once, into .venv-torch-*: other environments start as hard links to its files,
+# which pip replaces and never modifies.
 make_venv() {
   local python=${PYTHON:-python3} torch=${TOKENMILL_TORCH:-torch>=2.10} base from to
   local folder='import sysconfig; print(sysconfig.get_path("purelib"))'
@@ -34,22 +34,22 @@ make_venv() {
   python -c 'import importlib.metadata as m; print("torch", m.version("torch"))'
 }
 
-pip() { python -m pip "$@"; } # the environments have no script of that name
+pip() { python -m pip "$@"; } # the environments have no pip script
 
-# install_torch PYTHON REQUIREMENT. A wheel that PIP_FIND_LINKS offers (a CPU build, say) is taken
-# before the index is asked, whose newest torch for Linux brings gigabytes of CUDA.
+# install_torch PYTHON REQUIREMENT. A wheel from PIP_FIND_LINKS (for example a CPU build) takes
+# precedence over the index, whose newest torch for Linux pulls in gigabytes of CUDA.
 install_torch() {
   "$1" -m pip install -q --no-index --no-deps "$2" 2>/dev/null || true
   "$1" -m pip install -q "$2"
 }
 
-# The workers share the cores: a thread of OpenMP that spins while it waits takes those of others.
+# The workers share the cores: OpenMP threads must not spin while they wait.
 run_tests() { OMP_WAIT_POLICY=passive python -m pytest -n auto --dist worksteal "$@"; }
 
 cuda_wanted() { [ "${TOKENMILL_CUDA:-}" != 0 ] && command -v nvcc >/dev/null; }
 
-# Headers of CUTLASS for the CUDA half, without what that package wants at run time, unless
-# TOKENMILL_CUTLASS points to some.
+# CUTLASS headers for the CUDA build, without the package's runtime requirements, unless
+# TOKENMILL_CUTLASS is set.
 cutlass_headers() {
   if cuda_wanted && [ -z "${TOKENMILL_CUTLASS:-}" ]; then
     [ -d out/cutlass/cutlass_library ] ||

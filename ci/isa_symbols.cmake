@@ -1,6 +1,6 @@
-# A weak function compiled for one instruction set may be the copy that the linker keeps for all of
-# them, and then fault on an older machine. Everything that a cpu*.cpp emits must be local or in the
-# namespace of its instruction set.
+# The linker may keep one instruction set's copy of a weak function for all instruction sets, which
+# then faults on an older machine. Every symbol of a cpu*.cpp must be local or in the namespace of its
+# instruction set.
 #   cmake -DNM=nm -DISA=avx2 -DOBJECTS=a.o;b.o -P isa_symbols.cmake
 cmake_policy(VERSION 3.26)
 execute_process(COMMAND ${NM} -C ${OBJECTS} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
