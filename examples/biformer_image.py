@@ -4,7 +4,7 @@ Cuts a real photograph (the one that matplotlib ships, or --picture) into patche
 sends them through the attention of BiFormer. No trained weights are at hand: queries and keys are
 the same random projection of the patches, so that regions are routed to those that look like them.
 For pictures of 224x224, 600x500 and 1024x1024 pixels it prints time and peak memory of forward and
-backward, beside the published formulation, which gathers a copy of the keys and values of every
+backward, next to the published formulation, which gathers a copy of the keys and values of every
 routed region. A minute on two cores.
 
     python examples/biformer_image.py --plot regions.png     # needs tokenmill[bench]
@@ -30,7 +30,7 @@ PATCH, HEADS, DIM, REGIONS = 4, 2, 32, 7
 
 
 def photograph(path: Path | None) -> Tensor:
-    """[3, Y, X], 0 to 1."""
+    """Image [3, Y, X] with values 0 to 1."""
     import matplotlib.pyplot as plt
     from matplotlib.cbook import get_sample_data
 
@@ -96,10 +96,10 @@ def seconds(*args: Any) -> float:
 
 
 def peak(*args: Any) -> int | None:
-    """Bytes that the first call of this process adds to what it holds; None where the system does
-    not say."""
+    """Bytes that the first call of this process allocates at its peak; None if the system does not
+    report it."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to current usage
         before = held_at_most()
         call(*args)
         return held_at_most() - before
@@ -125,7 +125,7 @@ def measure(x: list[Tensor], topk: int) -> None:
 
 
 def plot(picture: Tensor, x: list[Tensor], topk: int, path: Path) -> None:
-    """Four regions, and the regions that they attend to."""
+    """Plots four regions, and the regions that they attend to."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
 """A published BiFormer model on a picture.
 
-Parameters have the published names and shapes, so that a published checkpoint loads strictly. Of
-the five models, three are those of the paper (tiny, small, base) and two have the layout of Swin-T:
+Parameters have the published names and shapes, so that a published checkpoint loads strictly. Three
+of the five models are from the paper (tiny, small, base), and two have the layout of Swin-T:
 "stl", and "stl-channels-first", whose blocks see maps [B, C, Y, X]. Without weights they are
-random, and only the time of an image means something.
+random, and only the time of an image is meaningful.
 
     python examples/biformer_model.py --model small
     python examples/biformer_model.py --weights biformer_tiny.pth --picture cat.jpg
@@ -37,7 +37,7 @@ def load(model: tm.nn.BiFormer, path: Path) -> None:
 
 
 def picture(path: Path | None, side: int) -> Tensor:
-    """[1, 3, side, side], normalised as for ImageNet."""
+    """Image [1, 3, side, side], normalized as for ImageNet."""
     if path is None:
         return torch.randn(1, 3, side, side)
     import matplotlib.pyplot as plt

@@ -1,11 +1,11 @@
 """Which keys does HiP find in real text?
 
 Takes queries and keys of two models that read a long text: the layers of a pretrained sentence
-encoder (all-MiniLM-L6-v2, pieces of 512 tokens behind each other) and a small causal model trained
-here. For several budgets it prints how much of the attention of each query the chosen keys hold,
-and how far the output is off, for HiP, for its exact mode, for a sliding window and for random
-blocks, all with the same number of keys; then the time of HiP attention against the length. A few
-minutes on two cores.
+encoder (all-MiniLM-L6-v2, consecutive pieces of 512 tokens) and a small causal model trained here.
+For several budgets it prints how much of the attention of each query the chosen keys hold, and the
+error of the output, for HiP, for its exact mode, for a sliding window and for random blocks, all
+with the same number of keys; then the time of HiP attention against the length. A few minutes on
+two cores.
 
     python examples/hip_text.py --plot hip.png     # needs tokenmill[bench], tokenmill[demo]
 """
@@ -32,7 +32,7 @@ BLOCK_Q, BLOCK_K, NUM_SINK, NUM_RECENT = 32, 2, 4, 60
 
 @dataclass(frozen=True)
 class Heads:
-    """What one layer attends with: q, k and v [1, S, heads, D]."""
+    """Attention inputs of one layer: q, k and v [1, S, heads, D]."""
 
     q: Tensor
     k: Tensor
@@ -42,8 +42,8 @@ class Heads:
 
 @dataclass(frozen=True)
 class Found:
-    """Of one method at one budget, the mean over layers and queries: the share of the attention
-    weight that its keys hold, and the error of the output relative to its size."""
+    """Result of one method at one budget, mean over layers and queries: the share of the attention
+    weight that its keys hold, and the relative error of the output."""
 
     model: str
     method: str
@@ -87,7 +87,7 @@ def trained_layers(length: int, setup: needle.Setup, folder: Path | None) -> lis
 
 
 def random_blocks(heads: Heads, budget: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Blocks between the first and the last keys of each row, drawn without looking."""
+    """Random blocks between the first and the last keys of each row."""
     length, count = heads.q.shape[1:3]
     rows, blocks = -(-length // BLOCK_Q), -(-length // BLOCK_K)
     scores = torch.rand(count, rows, blocks, generator=g)
@@ -99,7 +99,7 @@ def random_blocks(heads: Heads, budget: int, g: torch.Generator) -> tuple[Tensor
 
 
 def attend(heads: Heads, method: str, budget: int) -> tuple[Tensor, Tensor]:
-    """out and lse with num_sink + budget + num_recent keys for a query."""
+    """out and lse with num_sink + budget + num_recent keys per query."""
     sizes = {"block_q": BLOCK_Q, "block_k": BLOCK_K, "num_sink": NUM_SINK, "causal": True}
     recent = NUM_RECENT
     if method in ("HiP", "HiP, exact"):
@@ -126,7 +126,7 @@ def compare(model: str, layers: list[Heads], budgets: list[int]) -> Iterator[Fou
         tm.attention(h.q, h.k, h.v, scale=h.scale, causal=True, return_lse=True) for h in layers
     ]
     for budget in budgets:
-        # Queries that see more keys than any method takes.
+        # Queries that see more keys than any method selects.
         late = slice(NUM_SINK + budget + NUM_RECENT + BLOCK_Q, None)
         for method in METHODS:
             recall, error = 0.0, 0.0
@@ -141,13 +141,13 @@ def compare(model: str, layers: list[Heads], budgets: list[int]) -> Iterator[Fou
 @dataclass(frozen=True)
 class Timing:
     length: int
-    hip: float  # seconds of one thread
+    hip: float  # seconds on one thread
     dense: float
 
 
 @torch.inference_mode()
 def timings(lengths: list[int], budget: int) -> Iterator[Timing]:
-    """Of 4 heads of 64, whatever they hold, in processor time."""
+    """Processor time of 4 heads of 64, with arbitrary contents."""
     torch.set_num_threads(1)
     for length in lengths:
         q, k, v = (torch.randn(1, length, 4, 64) for _ in range(3))
@@ -167,7 +167,7 @@ def timings(lengths: list[int], budget: int) -> Iterator[Timing]:
 
 
 def exponent(points: list[tuple[int, float]]) -> float:
-    """Of time in length, fitted to the upper half of the lengths."""
+    """Exponent of time in length, fitted to the upper half of the lengths."""
     upper = points[len(points) // 2 - 1 :]
     x, y = torch.tensor(upper, dtype=torch.float64).log().unbind(1)
     x, y = x - x.mean(), y - y.mean()

@@ -1,11 +1,11 @@
 """Which keys does an indexer choose once it is trained?
 
-Trains a small model on text with attention to all keys, then an indexer beside each of its layers:
-first on the weights of the whole attention (warm-up), then together with the model, whose attention
-now reads the keys in the lists of the indexer alone (DeepSeek Sparse Attention). For several
-lengths of the lists it prints how much of the attention the listed keys hold, and the loss of the
-model that reads no others, beside lists of an indexer before its training and lists of the keys
-with the most weight. A few minutes on two cores.
+Trains a small model on text with attention to all keys, then an indexer for each of its layers:
+first on the weights of the full attention (warm-up), then together with the model, whose attention
+now reads only the keys in the indexer's lists (DeepSeek Sparse Attention). For several lengths of
+the lists it prints how much of the attention the listed keys hold, and the loss of the model that
+reads only these, next to lists of an untrained indexer and lists of the keys with the most weight.
+A few minutes on two cores.
 
     python examples/indexer.py
     python examples/indexer.py --topk 32 64 --length 1024
@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 import tokenmill as tm
 from tokenmill.demo import text
 
-HEADS, DIM = 4, 32  # of an indexer
+HEADS, DIM = 4, 32  # heads and head_dim of an indexer
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Setup:
     context: int = 512
     batch: int = 4
     warm_up: int = 120  # steps
-    steps: int = 60  # of sparse training
-    topk: int = 64  # in these
+    steps: int = 60  # sparse training steps
+    topk: int = 64  # list length in sparse training
 
 
 QUICK = Setup(needle.QUICK, context=128, batch=2, warm_up=15, steps=4, topk=32)
 
 
 class Indexer(nn.Module):
-    """Few small heads and one key for all of them, made of the queries and keys of a layer."""
+    """A few small heads with one shared key, computed from the queries and keys of a layer."""
 
     def __init__(self, setup: needle.Setup) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ Choose = Callable[[Indexer, Tensor, Tensor], Lists]
 
 @torch.no_grad()
 def mass(q: Tensor, k: Tensor) -> Tensor:
-    """The causal weights [B, S, S] of attention, summed over heads. Of all pairs: texts are short
+    """Causal attention weights [B, S, S], summed over heads, over all pairs: texts are short
     here."""
     z = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2))
     later = torch.ones(z.shape[2:], dtype=torch.bool).triu(1)
@@ -72,7 +72,7 @@ def mass(q: Tensor, k: Tensor) -> Tensor:
 
 
 def listed(weights: Tensor, lists: Lists) -> Tensor:
-    """Weights [B, S, S] of the entries of lists, 0 behind them."""
+    """Weights [B, S, S] of the list entries, 0 for padding."""
     return weights.gather(2, lists[0].long().clamp(min=0)).masked_fill(lists[0] < 0, 0.0)
 
 
@@ -94,7 +94,7 @@ def indexed(topk: int) -> Choose:
 
 
 def oracle(topk: int) -> Choose:
-    """The keys with the most weight."""
+    """Lists of the keys with the most weight."""
 
     def choose(indexer: Indexer, q: Tensor, k: Tensor) -> Lists:
         weights = mass(q, k)
@@ -106,8 +106,8 @@ def oracle(topk: int) -> Choose:
 
 
 def sparse(q: Tensor, k: Tensor, v: Tensor, lists: Lists) -> tuple[Tensor, Tensor]:
-    """Attention to the listed keys, and what each of them got from all heads, [B, S, K]. Each query
-    has a list of its own, for all heads."""
+    """Attention to the listed keys, and their attention mass over all heads, [B, S, K]. Each query
+    has its own list, shared by all heads."""
     out, mass = tm.block_sparse_attention(
         q, k, v, lists[0][:, None], lists[1][:, None], block_q=1, block_k=1, causal=True,
         scale=needle.SCALE, return_mass=True,
@@ -130,7 +130,7 @@ def report(kind: str, step: int, steps: int, losses: str, begin: float) -> None:
 
 
 def warm_up(model: needle.Model, indexers: nn.ModuleList, setup: Setup) -> None:
-    """The model stays; the indexers learn the weights of its attention to all keys."""
+    """The model is frozen; the indexers learn the weights of its attention to all keys."""
     optimiser = torch.optim.AdamW(indexers.parameters(), lr=1e-2, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, setup.warm_up, pct_start=0.1)
     lists, begin = every_key(setup.context, setup.batch), time.perf_counter()
@@ -155,8 +155,8 @@ def warm_up(model: needle.Model, indexers: nn.ModuleList, setup: Setup) -> None:
 
 
 def train(model: needle.Model, indexers: nn.ModuleList, setup: Setup) -> None:
-    """The model learns from the text, with what the lists hold; the indexers from its attention to
-    the keys that they list."""
+    """The model learns from the text, reading the listed keys; the indexers learn from its
+    attention to the keys that they list."""
     optimiser = torch.optim.AdamW(
         [{"params": model.parameters(), "lr": 3e-4}, {"params": indexers.parameters(), "lr": 1e-3}],
         weight_decay=0.0,
@@ -188,8 +188,8 @@ def train(model: needle.Model, indexers: nn.ModuleList, setup: Setup) -> None:
 def evaluate(
     model: needle.Model, indexers: nn.ModuleList, codes: Tensor, choose: Choose | None
 ) -> tuple[float, float]:
-    """Over the second half of a text, which sees more keys than a list has: the share of the
-    attention that the listed keys hold, and the loss. None: attention to all keys."""
+    """Evaluates the second half of a text, whose queries see more keys than a list has: the share
+    of the attention that the listed keys hold, and the loss. None: attention to all keys."""
     half = len(codes) // 2
     recalls = []
 

@@ -1,8 +1,8 @@
 """A language model whose cost per token does not depend on how much it has read.
 
 Trains a small character model with lightning attention, reads a long text piece by piece, continues
-it, and prints tokens per second at several lengths of context beside the same model with softmax
-attention over a cache of keys and values. About three minutes on two cores.
+it, and prints tokens per second at several context lengths, next to the same model with softmax
+attention over a KV cache. About three minutes on two cores.
 
     python examples/long_context_lm.py --plot long_context.png     # needs tokenmill[bench]
 """
@@ -25,7 +25,7 @@ from tokenmill.demo import text
 Mix = Callable[
     [Tensor, Tensor, Tensor], Tensor
 ]  # queries, keys, values [B, S, H, D] -> [B, S, H, D]
-PIECE = 4096  # characters read at once
+PIECE = 4096  # characters per call
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Setup:
     batch: int = 16
     steps: int = 300
     contexts: tuple[int, ...] = (1024, 16384, 131072)
-    seconds: float = 2.0  # of each timing
+    seconds: float = 2.0  # seconds per timing
 
 
 QUICK = Setup(
@@ -46,8 +46,8 @@ QUICK = Setup(
 
 
 class Block(nn.Module):
-    """Projections with SiLU, some mixing over time, a norm of each head and a gate, as in
-    MiniMax-01; then an MLP."""
+    """Projections with SiLU, a mixer over time, a norm per head and a gate, as in MiniMax-01; then
+    an MLP."""
 
     def __init__(self, setup: Setup):
         super().__init__()
@@ -70,7 +70,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """From codes [B, S] to logits. How a layer mixes over time is an argument."""
+    """From codes [B, S] to logits. The mixer of each layer over time is an argument."""
 
     def __init__(self, setup: Setup):
         super().__init__()
@@ -87,7 +87,7 @@ class LanguageModel(nn.Module):
 
 
 class Lightning:
-    """One layer's memory: a state [1, H, D, D], whatever has been read."""
+    """State of one layer [1, H, D, D], of constant size."""
 
     def __init__(self, setup: Setup, layer: int):
         head_dim = setup.width // setup.heads
@@ -111,8 +111,8 @@ class Lightning:
 
 
 class SoftmaxCache:
-    """One layer's memory as softmax attention has it: keys and values of everything read. They are
-    random here, for the time does not depend on them."""
+    """KV cache of one layer for softmax attention over everything read. Its contents are random,
+    since the time does not depend on them."""
 
     def __init__(self, setup: Setup, context: int):
         shape = (2, 1, context, setup.heads, setup.width // setup.heads)
@@ -150,7 +150,8 @@ def train(model: LanguageModel, setup: Setup) -> None:
 
 @torch.inference_mode()
 def read(model: LanguageModel, memory: list[Lightning], codes: Tensor) -> float:
-    """Reads codes in pieces; the mean loss of predicting each from all before, in nats."""
+    """Reads codes in pieces; returns the mean loss of predicting each from all previous codes, in
+    nats."""
     total = 0.0
     for begin in range(0, len(codes) - 1, PIECE):
         piece = codes[begin : begin + PIECE + 1]
@@ -161,7 +162,7 @@ def read(model: LanguageModel, memory: list[Lightning], codes: Tensor) -> float:
 
 @torch.inference_mode()
 def continue_text(model: LanguageModel, memory: list[Lightning], last: int, count: int) -> str:
-    """The next `count` characters, drawn at temperature 0.7."""
+    """The next `count` characters, sampled at temperature 0.7."""
     code, found = torch.tensor([[last]]), []
     for _ in range(count):
         logits = model(code, [layer.step for layer in memory])[0, -1]

@@ -2,8 +2,8 @@
 
 Trains small character models on whole sequences of real text that are sharded over the ranks, one
 with lightning attention on 65,536 characters and one with softmax attention on 8,192, by plain SGD,
-and continues the text from a cache that is sharded, too. Rank 0 repeats all of it alone and prints
-both side by side. About four minutes on two cores.
+and continues the text from a cache that is sharded, too. Rank 0 repeats everything in one process
+and prints both side by side. About four minutes on two cores.
 
     torchrun --nproc-per-node 4 examples/long_context_parallel.py
 """
@@ -33,7 +33,7 @@ class Setup(ModelSetup):
     width: int = 64
     heads: int = 2
     layers: int = 2
-    lightning: int = 65536  # characters of a sequence
+    lightning: int = 65536  # characters per sequence
     softmax: int = 8192
     steps: int = 50
     continued: int = 40
@@ -89,8 +89,8 @@ class Together(Alone):
 
 
 class Cache:
-    """Keys and values of a layer: those of this rank's part of the text, and on the last rank room
-    for what is written behind it."""
+    """Keys and values of a layer for this rank's part of the text; the last rank has room for the
+    tokens appended after it."""
 
     def __init__(self, where: Alone, length: int, room: int):
         last = where.ranks == 1 or dist.get_rank() == where.ranks - 1
@@ -113,7 +113,7 @@ class Cache:
 
 
 def mixes(setup: Setup, where: Alone, length: int, lightning: bool) -> list[Mix]:
-    """What mixes tokens in each layer."""
+    """The mixer of each layer over tokens."""
     if not lightning:
         return [functools.partial(where.attend, length=length)] * setup.layers
     slopes = [tm.lightning_slopes(setup.heads, n, setup.layers) for n in range(setup.layers)]
@@ -144,7 +144,7 @@ def train(model: LanguageModel, setup: Setup, where: Alone, lightning: bool) -> 
 
 @torch.inference_mode()
 def continue_text(model: LanguageModel, setup: Setup, where: Alone) -> str:
-    """The likeliest characters behind the validation text, from a cache over all ranks."""
+    """The most likely characters after the validation text, from a cache sharded over all ranks."""
     codes = text.characters()[1][: setup.softmax]
     caches = [Cache(where, len(codes), setup.continued) for _ in range(setup.layers)]
 

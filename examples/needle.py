@@ -1,9 +1,9 @@
 """Needles in a haystack: which keys of a cache may go unread?
 
-Trains a small model to look up what was said of a name, hides a few names in a long text, and asks
-for them with full attention and with every policy of tokenmill.policies: right answers, tokens per
-second, and bytes of cache read for a token. The model knows no positions, only what stands before a
-character, so it reads far longer texts than it was trained on. A few minutes on two cores.
+Trains a small model to look up the answer to a name, hides a few names in a long text, and asks for
+them with full attention and with every policy of tokenmill.policies: correct answers, tokens per
+second, and bytes of cache read per token. The model has no positions, only the characters before
+each character, so it reads far longer texts than it was trained on. A few minutes on two cores.
 
     python examples/needle.py --length 32768 --plot needle.png     # needs tokenmill[bench]
 """
@@ -27,10 +27,10 @@ from tokenmill import policies
 from tokenmill.demo import text
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, H, D], k, v [B, S, Hk, D] -> as q
-WINDOW = 12  # characters that a key tells of
+WINDOW = 12  # characters that a key encodes
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NAME, ANSWER = 4, 3  # characters
-SCALE = 1.0  # of queries and keys of length sqrt(32): a match outweighs all that is in a long text
+SCALE = 1.0  # for queries and keys of norm sqrt(32): a match outweighs the rest of a long text
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ QUICK = Setup(width=64, context=256, batch=4, steps=12)
 
 
 class Block(nn.Module):
-    """Attention by content: queries and keys are made of the last characters, and a key of those
-    before it, so that a query finds what came after the same characters. Then an MLP."""
+    """Attention by content: a query encodes the last characters, and a key the characters before
+    its own, so that a query finds what followed the same characters. Then an MLP."""
 
     def __init__(self, setup: Setup):
         super().__init__()
@@ -76,7 +76,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mix: Mix, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory: the last WINDOW normed inputs [B, WINDOW, width]."""
         inputs = torch.cat([memory, self.norms[0](x)], 1)
-        gram = self.before(inputs.mT).mT  # [:, i]: of the WINDOW inputs before the i-th of x
+        gram = self.before(inputs.mT).mT  # [:, i]: from the WINDOW inputs before the i-th of x
         q = self.norm_q(self.q(gram[:, 1:]).unflatten(-1, (-1, self.dim)))
         k = self.norm_k(self.k(gram[:, :-1]).unflatten(-1, (-1, self.dim)))
         v = self.v(inputs[:, WINDOW:]).unflatten(-1, (-1, self.dim))
@@ -85,7 +85,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """From codes [B, S] to logits; how a layer mixes, and what it remembers, are arguments."""
+    """From codes [B, S] to logits; mixer and memory of each layer are arguments."""
 
     def __init__(self, setup: Setup):
         super().__init__()
@@ -118,7 +118,7 @@ def encode(words: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Story:
-    """A text with sentences <name=answer> hidden in it; at its end stand the names as <name?>."""
+    """A text with sentences <name=answer> hidden in it; it ends with the names as <name?>."""
 
     codes: Tensor
     facts: dict[str, str]
@@ -144,7 +144,8 @@ def story(codes: Tensor, needles: int, g: torch.Generator) -> Story:
 
 
 def lesson(codes: Tensor, setup: Setup, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A text that answers what it asks at its end, [context + 1], and which codes are answers."""
+    """A text that answers the questions at its end, [context + 1], and a mask of the answer
+    codes."""
     needles = 4
     rest = needles * (2 * (NAME + ANSWER + 3) + NAME + 3)  # facts, names, answers
     size = setup.context + 1 - rest
@@ -184,7 +185,7 @@ def train(model: Model, setup: Setup) -> None:
 
 
 def trained(setup: Setup, folder: Path | None) -> Model:
-    """The model, from the folder if it was trained before."""
+    """The model, loaded from the folder if it was trained before."""
     torch.manual_seed(setup.seed)
     model = Model(setup)
     if folder is None:
@@ -205,7 +206,7 @@ Prompt = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v and lse of a layer
 
 @torch.inference_mode()
 def read(model: Model, codes: Tensor) -> tuple[list[Prompt], list[Tensor]]:
-    """Reads a text once for all policies: what each layer attended with, and what it remembers."""
+    """Reads a text once for all policies: attention inputs of each layer, and its memory."""
     prompts: list[Prompt] = []
 
     def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -218,8 +219,8 @@ def read(model: Model, codes: Tensor) -> tuple[list[Prompt], list[Tensor]]:
 
 
 def retrieval_heads(model: Model, codes: Tensor, g: torch.Generator) -> list[tuple[int, ...]]:
-    """Of each layer the key head that looks up names best: from the end of <name in the questions
-    to what came after <name in the text."""
+    """Per layer, the KV head that looks up names best: from the end of <name in the questions to
+    the text that followed <name."""
     told = story(codes[:1024], 8, g)
     asked = len(told.codes) - len(told.facts) * (NAME + 3)
     found = [place + i * (NAME + ANSWER + 3) + NAME + 1 for i, place in enumerate(told.places)]
@@ -238,7 +239,7 @@ def retrieval_heads(model: Model, codes: Tensor, g: torch.Generator) -> list[tup
 
 @torch.inference_mode()
 def copied(model: Model, codes: Tensor, g: torch.Generator) -> Tensor:
-    """Of each layer and head, the share of answers that it copies (Wu et al. 2024)."""
+    """Share of answers that each layer and head copies (Wu et al. 2024)."""
     told = story(codes[:1024], 8, g)
     shares = torch.zeros(model.setup.layers, model.setup.heads)
     for i, (name, answer) in enumerate(told.facts.items()):
@@ -253,7 +254,7 @@ def copied(model: Model, codes: Tensor, g: torch.Generator) -> Tensor:
 
 
 def methods(budget: int) -> dict[str, tuple[type[policies.Policy], dict[str, Any]]]:
-    """Every policy with about `budget` keys for a token of a layer that does not see all."""
+    """Every policy with about `budget` keys per token in layers that do not see all keys."""
     recent = budget // 4
     return {
         "full": (policies.FullAttention, {}),
@@ -273,13 +274,13 @@ def methods(budget: int) -> dict[str, tuple[type[policies.Policy], dict[str, Any
 
 @dataclass(frozen=True)
 class Row:
-    """What one policy did: answers right of each needle, in the order of the text."""
+    """Result of one policy: correct answers per needle, in the order of the text."""
 
     name: str
     right: list[bool]
     tokens_per_second: float
-    bytes_read: float  # for a token, all layers
-    kept: int  # keys and values of a layer, all heads together
+    bytes_read: float  # per token, all layers
+    kept: int  # keys and values per layer, all heads together
 
 
 @torch.inference_mode()
@@ -287,7 +288,7 @@ def ask(
     model: Model, told: Story, prompts: list[Prompt], memory: list[Tensor], name: str,
     method: type[policies.Policy], options: list[dict[str, Any]],
 ) -> Row:  # fmt: skip
-    """Asks for every name; after each question the caches are as they were."""
+    """Asks for every name; after each question the caches are restored."""
     layers: list[policies.Policy] = []
     for number, (q, k, v, lse) in enumerate(prompts):
         held = len(options[number].get("retrieval", range(k.shape[2])))
@@ -382,7 +383,7 @@ def main() -> None:
     model = trained(setup, options.checkpoint)
 
     g = torch.Generator().manual_seed(setup.seed + 1)
-    hay = torch.cat(text.characters()[::-1])  # begins with what the model has not seen
+    hay = torch.cat(text.characters()[::-1])  # begins with text that the model has not seen
     told = story(hay.repeat(-(-length // len(hay)))[:length], needles, g)
     start = time.perf_counter()
     prompts, memory = read(model, told.codes)

@@ -1,10 +1,10 @@
 """Continuous batching over a cache in pages, and what it is worth.
 
 Trains a small character model on the language reference of Python and serves requests with it as an
-engine does (serve_engine.py): they come and go between steps, prompts are read in chunks beside the
-tokens of other requests, texts that begin alike share pages. Then the same model serves one request
-at a time, from pages and from contiguous caches with PyTorch's attention. Tokens must be the same.
-A minute or two on two cores.
+engine does (serve_engine.py): they come and go between steps, prompts are read in chunks together
+with tokens of other requests, and texts with equal beginnings share pages. Then the same model
+serves one request at a time, from pages and from contiguous caches with PyTorch's attention. Tokens
+must be the same. A minute or two on two cores.
 
     python examples/serve.py --requests 64 --pages 200     # needs tokenmill[demo]
 """
@@ -35,7 +35,8 @@ QUICK = Setup(width=32, heads=2, layers=2, context=64, batch=8, steps=24)
 
 
 class Contiguous:
-    """The cache of one request, [H, S, D] for the keys and values of each layer, and PyTorch."""
+    """Contiguous cache of one request, [H, S, D] keys and values per layer, with PyTorch's
+    attention."""
 
     def __init__(self, model: LanguageModel, length: int):
         self.model = model
@@ -45,7 +46,7 @@ class Contiguous:
         self.caches = torch.empty(len(layers), 2, layers[0].heads, length, head_dim)
 
     def forward(self, codes: list[int], begin: int) -> Iterator[tuple[int, float]]:
-        """What follows codes, of which the first `begin` are in the cache."""
+        """Next token after codes, whose first `begin` tokens are in the cache."""
         end = len(codes)
         distance = torch.arange(end) - torch.arange(begin, end)[:, None]
         bias = (self.slopes * distance).masked_fill(distance > 0, float("-inf"))  # [H, new, end]
@@ -81,9 +82,9 @@ def serve(engine: Engine, requests: list[Request], ended: Callable[[], None]) ->
 
 
 def workload(count: int, length: int, new: int, seed: int) -> list[Request]:
-    """Passages of the language reference, every other one behind the same preamble. The first five,
-    which come at once, are what engines trip over: one token, a prompt twice, the beginning of it,
-    and a prompt that leaves room for one token."""
+    """Passages of the language reference, every other one after the same preamble. The first five
+    arrive at once and are hard cases for engines: one token, a prompt twice, a prefix of it, and a
+    prompt that leaves room for one token."""
     g = torch.Generator().manual_seed(seed)
     preamble = text.passages(1, length)[0][: length // 4] + "\n\n"
     sizes = torch.randint(2, length // 2 + 2, (count,), generator=g).tolist()
@@ -105,7 +106,7 @@ def workload(count: int, length: int, new: int, seed: int) -> list[Request]:
 
 @dataclass
 class Run:
-    """All requests, served in one way."""
+    """Results of serving all requests in one way."""
 
     way: str
     requests: list[Request]
@@ -114,7 +115,7 @@ class Run:
 
 
 def compare(model: LanguageModel, requests: list[Request], repeats: int, **sizes: int) -> list[Run]:
-    """The fastest of several runs of each way, which take turns."""
+    """The fastest of several interleaved runs of each way."""
     ways = {f"pages, {sizes['seats']} at once": sizes["seats"], "pages, 1 at a time": 1}
     ways["PyTorch, 1 at a time"] = 0
     best: dict[str, Run] = {}
@@ -137,7 +138,8 @@ def compare(model: LanguageModel, requests: list[Request], repeats: int, **sizes
 
 
 def show(runs: list[Run], requests: list[Request]) -> bool:
-    """Prints the comparison; whether every way generated the tokens of the last one."""
+    """Prints the comparison; returns True if every way generated the same tokens as the last
+    one."""
     prompts = sum(len(request.codes) for request in requests)
     answers = sum(request.last for request in requests) - prompts
     console = Console(width=100, highlight=False)

@@ -1,8 +1,8 @@
-"""The engine of examples/serve.py: which tokens a step of the model has, and where their keys lie.
+"""The engine of examples/serve.py: schedules the tokens of a model step and places their keys.
 
-A step is one pass of the model, and one call of attention in each layer, over the newest token of
-every text that is being continued and the next piece of a prompt. Texts that begin alike share
-pages. When pages run out, the request that came last gives its own back and waits.
+A step is one pass of the model, and one attention call per layer, over the newest token of every
+text that is being continued and the next piece of a prompt. Texts with equal beginnings share
+pages. When pages run out, the request that arrived last releases its pages and waits.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from torch import Tensor
 import tokenmill as tm
 from tokenmill.demo.language_model import LanguageModel
 
-# A layer's number and its new q, k, v [T, H, D] to what they attend to, [T, H, D].
+# (layer, new q, k, v [T, H, D]) -> attention output [T, H, D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(eq=False)
 class Request:
-    """codes: the prompt and what was generated, of which the cache holds the first `held`."""
+    """codes: the prompt and the generated tokens, the first `held` of which are in the cache."""
 
     codes: list[int]
-    last: int  # its length at the end
-    arrival: int  # the step before which it comes
+    last: int  # final length
+    arrival: int  # step before which it arrives
     pages: list[int] = field(default_factory=list)
     held: int = 0
-    logs: list[float] = field(default_factory=list)  # log-probabilities of what was generated
+    logs: list[float] = field(default_factory=list)  # log-probabilities of generated tokens
     evicted: bool = False
 
 
 @torch.inference_mode()
 def greedy(model: LanguageModel, codes: list[int], rows: list[int], attend: Attend) -> Iterator:
-    """What most likely follows the tokens `rows` of codes [T], and its log-probability."""
+    """Most likely next token after the tokens `rows` of codes [T], and its log-probability."""
     x = model.embedding(torch.tensor(codes))[None]
     for number, block in enumerate(model.blocks):
         layer = block.attention
@@ -50,13 +50,13 @@ def greedy(model: LanguageModel, codes: list[int], rows: list[int], attend: Atte
 
 
 class Pages:
-    """Which pages, of `size` tokens each, are in use, and by how many. A full page is known by the
-    text up to its end, also when nobody uses it any more, until it is taken for another text."""
+    """Pages of `size` tokens each, with their number of users. A full page is registered under the
+    text up to its end, even without users, until it is reused for another text."""
 
     def __init__(self, count: int, size: int):
         self.size = size
         self.users = [0] * count
-        self.free = dict.fromkeys(range(count))  # in the order in which they will be taken
+        self.free = dict.fromkeys(range(count))  # in the order of reuse
         self.page_of: dict[bytes, int] = {}
         self.text_of: dict[int, bytes] = {}
 
@@ -68,7 +68,7 @@ class Pages:
         return page
 
     def share(self, codes: list[int]) -> list[int]:
-        """The full pages that the beginning of codes is known to be in, with one user more."""
+        """The full pages registered for the beginning of codes; adds a user to each."""
         found: list[int] = []
         for end in range(self.size, len(codes) + 1, self.size):
             page = self.page_of.get(bytes(codes[:end]))
@@ -80,22 +80,23 @@ class Pages:
         return found
 
     def publish(self, codes: list[int], pages: list[int], begin: int) -> None:
-        """Makes known which pages codes fill; those before token `begin` are known."""
+        """Registers the pages that codes fill; pages before token `begin` are registered
+        already."""
         for number in range(begin // self.size, len(codes) // self.size):
             known = bytes(codes[: (number + 1) * self.size])
             if self.page_of.setdefault(known, pages[number]) == pages[number]:
                 self.text_of[pages[number]] = known
 
     def give_back(self, pages: list[int]) -> None:
-        for page in reversed(pages):  # ends are taken before beginnings, which more texts share
+        for page in reversed(pages):  # ends are reused before beginnings, which more texts share
             self.users[page] -= 1
             if self.users[page] == 0:
                 self.free[page] = None
 
 
 class Engine:
-    """Serves requests in the order in which they came. All running ones but the last have read
-    their prompts, for nothing is admitted behind a prompt that takes what a step has left."""
+    """Serves requests in order of arrival. All running requests except the last have read their
+    prompts, since nothing is admitted after a prompt that uses up the step's budget."""
 
     def __init__(self, model: LanguageModel, pages: int, page_size: int, seats: int, budget: int):
         if not 1 <= seats <= budget:
@@ -133,7 +134,7 @@ class Engine:
         return ended
 
     def schedule(self) -> list[tuple[Request, int]]:
-        """The requests of a step, and how many tokens each has in it."""
+        """The requests of a step, and the number of tokens of each."""
         batch: list[tuple[Request, int]] = []
         left, evictions = self.budget, self.counts["evictions"]
         while len(batch) < len(self.running):
@@ -142,13 +143,14 @@ class Engine:
                 batch.append((request, count))
                 left -= count
             else:
-                self.evict()  # the last, which may be this one
+                self.evict()  # the last request, which may be this one
         if self.counts["evictions"] > evictions:
             return batch
         while left and self.waiting and len(self.running) < self.seats:
             request = self.waiting[0]
-            # The logits of the last token are needed: it is always computed. Pages that this step
-            # fills may be shared, for a layer has all keys in its cache before it attends.
+            # The logits of the last token are needed, so it is always computed. Pages that this
+            # step fills may be shared, since a layer stores all keys in its cache before it
+            # attends.
             request.pages = self.pages.share(request.codes[:-1])
             request.held = len(request.pages) * self.pages.size
             count = self.allot(request, left)
@@ -162,7 +164,8 @@ class Engine:
         return batch
 
     def allot(self, request: Request, most: int) -> int:
-        """Takes pages for the next tokens of a request. How many tokens, 0 if pages are lacking."""
+        """Takes pages for the next tokens of a request. Returns the number of tokens, 0 if pages
+        are lacking."""
         count = min(len(request.codes) - request.held, most)
         end = request.held + count
         need = -(-end // self.pages.size) - len(request.pages)
@@ -173,7 +176,8 @@ class Engine:
         return count
 
     def evict(self) -> None:
-        """The request that came last loses its place in the cache, and is the next to get one."""
+        """The request that arrived last loses its place in the cache, and is the next to get
+        one."""
         request = self.running.pop()
         request.evicted = True
         self.release(request)
@@ -190,7 +194,7 @@ class Engine:
         spans = [(request, request.held, request.held + count) for request, count in batch]
         codes = [code for request, begin, end in spans for code in request.codes[begin:end]]
         places = [(request, t) for request, begin, end in spans for t in range(begin, end)]
-        # [T], page * page size + offset
+        # [T], page * page_size + offset
         slots = torch.tensor([r.pages[t // size] * size + t % size for r, t in places])
         starts = list(itertools.accumulate((count for _, count in batch), initial=0))
         widest = max(len(request.pages) for request, _ in batch)

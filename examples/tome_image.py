@@ -3,9 +3,9 @@
 Cuts a real photograph (the one that matplotlib ships, or --picture) into patches of 4x4 pixels and
 merges a quarter of the tokens at a time, as layers with nn.TokenMerging do. No trained weights are
 at hand: a token is its pixels, and tokens are compared by pixels and place. Each token stands for
-the mean of what was merged into it, so the picture of the tokens that are left can be drawn; the
-same number of random tokens, into which their neighbours in the row are merged, is the one to beat.
-Also prints how long matching, merging and unmerging take beside eager PyTorch, and the attention
+the mean of the tokens merged into it, so the picture of the remaining tokens can be drawn; the
+baseline is the same number of random tokens, into which their neighbors in the row are merged. Also
+prints how long matching, merging and unmerging take compared with eager PyTorch, and the attention
 that they save. Half a minute on two cores.
 
     python examples/tome_image.py --plot merged.png     # needs tokenmill[bench]
@@ -34,13 +34,13 @@ class Merged(NamedTuple):
     source: Tensor  # [1, N]: the row of each patch
 
     def picture(self, height: int, width: int) -> Tensor:
-        """[3, Y, X] of the rows that the patches are in."""
+        """Image [3, Y, X] of the rows that the patches are in."""
         patches = tm.unmerge_tokens(self.tokens, self.source)[0]
         return F.pixel_shuffle(patches.T.unflatten(1, (height // PATCH, width // PATCH)), PATCH)
 
 
 def photograph(path: Path | None, side: int) -> Tensor:
-    """[3, Y, X], 0 to 1, Y and X multiples of PATCH."""
+    """Image [3, Y, X] with values 0 to 1, Y and X multiples of PATCH."""
     import matplotlib.pyplot as plt
     from matplotlib.cbook import get_sample_data
 
@@ -60,13 +60,13 @@ def patches_of(picture: Tensor) -> Tensor:
 
 
 def places_of(height: int, width: int) -> Tensor:
-    """[1, N, 2], -1 to 1 along the longer side."""
+    """Coordinates [1, N, 2], -1 to 1 along the longer side."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return (2 * torch.stack([y, x], -1) / max(height, width) - 1).flatten(0, 1)[None]
 
 
 def merged(picture: Tensor, layers: int) -> list[Merged]:
-    """The tokens after each layer, a quarter fewer than after the one before."""
+    """The tokens after each layer, a quarter fewer than after the previous one."""
     tokens = patches_of(picture)
     places = places_of(*(n // PATCH for n in picture.shape[1:]))
     size = source = None

@@ -1,10 +1,10 @@
 """A vision transformer and a sentence encoder with fewer tokens.
 
 Trains a small vision transformer for a minute and a half on the handwritten digits that
-scikit-learn ships, each somewhere on a noisy canvas, in patches of 4x4 pixels. Then drops tokens
-without training again: nn.EViTReorganize keeps the patches that the class token attends to,
-nn.TokenMerging merges those that are alike. Prints accuracy and images per second against the
-tokens that are left, and draws which patches EViT keeps and what ToMe merges.
+scikit-learn ships, each at a random place on a noisy canvas, in patches of 4x4 pixels. Then drops
+tokens without further training: nn.EViTReorganize keeps the patches that the class token attends
+to, nn.TokenMerging merges similar patches. Prints accuracy and images per second against the
+remaining tokens, and draws which patches EViT keeps and ToMe merges.
 
 Then all-MiniLM-L6-v2 embeds long passages while each layer merges tokens: cosine to the embedding
 of all tokens, and passages per second.
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 import tokenmill as tm
 
 CANVAS, PATCH, DIM, HEADS = 24, 4, 64, 4
-DIGIT = 8  # pixels of a side
-DROPS = (0, 2)  # layers behind whose attention tokens go
+DIGIT = 8  # pixels per side
+DROPS = (0, 2)  # layers that drop tokens after their attention
 Shorten = tm.nn.EViTReorganize | tm.nn.TokenMerging | None
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """[n, 8, 8], 0 to 1, and labels."""
+    """Images [n, 8, 8] with values 0 to 1, and labels."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -40,7 +40,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def on_canvas(images: Tensor, g: torch.Generator) -> Tensor:
-    """[n, CANVAS, CANVAS]: each digit at a random place in noise."""
+    """Canvases [n, CANVAS, CANVAS]: each digit at a random place in noise."""
     canvas = 0.15 * torch.rand(len(images), CANVAS, CANVAS, generator=g)
     places = torch.randint(0, CANVAS - DIGIT + 1, (len(images), 2), generator=g).tolist()
     for picture, image, (y, x) in zip(canvas, images, places, strict=True):
@@ -56,7 +56,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.GELU(), nn.Linear(4 * DIM, DIM))
 
     def attend(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x behind the attention, queries and keys."""
+        """x after the attention, queries and keys."""
         q, k, v = self.qkv(self.norms[0](x)).unflatten(2, (3, HEADS, -1)).unbind(2)
         bias = None if size is None else tm.nn.TokenMerging.attention_bias(size)
         return x + self.proj(tm.attention(q, k, v, bias=bias).flatten(2)), q, k
@@ -75,8 +75,7 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, 10)
 
     def forward(self, pictures: Tensor, shorten: Shorten = None) -> tuple[Tensor, Tensor, int]:
-        """Logits, for each patch the row that it is in at the end (-1: dropped), and how many rows
-        there are."""
+        """Logits, the final row of each patch (-1: dropped), and the number of rows."""
         patches = F.pixel_unshuffle(pictures[:, None], PATCH).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(len(patches), -1, -1), self.embed(patches)], 1)
         x = x + self.place
@@ -94,7 +93,7 @@ class Transformer(nn.Module):
 
 
 def _rows_of_kept(rows: Tensor, keep: Tensor, tokens: int) -> Tensor:
-    """rows, which name tokens before some of them were dropped, as rows of those that are left."""
+    """Renumbers rows, which refer to tokens before dropping, to the remaining tokens."""
     moved = torch.full((len(rows), tokens), -1, dtype=torch.int32)
     moved[:, 0] = 0
     place = torch.arange(1, keep.shape[1] + 1, dtype=torch.int32).expand_as(keep)
@@ -103,7 +102,7 @@ def _rows_of_kept(rows: Tensor, keep: Tensor, tokens: int) -> Tensor:
 
 
 def train(steps: int, batch: int) -> tuple[Transformer, Tensor, Tensor]:
-    """The model, and pictures and labels that it was not trained on."""
+    """The model, and pictures and labels held out from training."""
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(0)
     images, labels = digits()
@@ -175,7 +174,7 @@ def plot(model: Transformer, pictures: Tensor, path: Path) -> None:
 
 
 class Encoder:
-    """all-MiniLM-L6-v2, whose layers merge r tokens behind their attention."""
+    """all-MiniLM-L6-v2, whose layers merge r tokens after their attention."""
 
     def __init__(self) -> None:
         from transformers import AutoModel, AutoTokenizer
@@ -189,7 +188,7 @@ class Encoder:
         self.model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
 
     def __call__(self, tokens: Tensor, r: int) -> tuple[Tensor, int]:
-        """Embeddings [B, 384] of ids [B, N], and the tokens that are left of each passage."""
+        """Embeddings [B, 384] of ids [B, N], and the number of remaining tokens per passage."""
         x, size, source = self.model.embeddings(tokens), None, None
         merge = tm.nn.TokenMerging(r)
         for layer in self.model.encoder.layer:

@@ -1,8 +1,8 @@
 """Attention of several papers in one small vision transformer.
 
 Trains the same network once for each attention on the handwritten digits that scikit-learn ships,
-one token for each pixel, and prints how the loss falls and the accuracy on digits not seen, beside
-the twin with softmax.
+one token per pixel, and prints how the loss falls and the accuracy on unseen digits, next to the
+same network with softmax.
 
     python examples/papers/digits.py                       # a minute; needs tokenmill[demo]
     python examples/papers/digits.py sigmoid soft_causal --epochs 20
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import tokenmill as tm
 
 SIDE, DIM, HEADS, DEPTH, BATCH = 8, 32, 2, 2, 64
-# (q, k, v of [B, S, H, D], share of the training that is done) to [B, S, H, D]
+# (q, k, v [B, S, H, D], completed share of the training) -> [B, S, H, D]
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
@@ -36,12 +36,12 @@ def sigmoid(q: Tensor, k: Tensor, v: Tensor, done: float) -> Tensor:
 
 def soft_causal(q: Tensor, k: Tensor, v: Tensor, done: float) -> Tensor:
     """iLLaMA (Wang et al. 2024): the causal mask fades in over the first half of the training. The
-    class token is the last one, which sees all."""
+    class token comes last and sees all tokens."""
     return tm.soft_causal_attention(q, k, v, max(0.0, 1 - 2 * done))
 
 
 def decay(q: Tensor, k: Tensor, v: Tensor, done: float) -> Tensor:
-    """CACE (Zhou et al. 2024): normalised weights fade with the distance of the pixels. The class
+    """CACE (Zhou et al. 2024): normalized weights decay with the distance of the pixels. The class
     token is one more cell, below the first column."""
     gamma = 1 - 2.0 ** -(5 + torch.arange(HEADS))
     return tm.attention(q, k, v, post_decay=tm.masks.decay2d(gamma, SIDE))

@@ -1,10 +1,10 @@
 """Length extrapolation of TokenSelect (Wu et al. 2024): needles beyond the trained length.
 
-Trains a small model with rotary embedding to say what stood after a name, on texts of 256 tokens,
-and asks it in longer ones: with full attention and the positions of the text, with a sliding window
-whose positions are places in the cache (StreamingLLM), and with TokenSelect, which rotates what it
-attends to by place in its list, so that no position is beyond those of the training. Half a minute
-on two cores.
+Trains a small model with rotary embedding to recall the token after a name, on texts of 256 tokens,
+and asks it in longer ones: with full attention and positions in the text, with a sliding window
+whose positions are places in the cache (StreamingLLM), and with TokenSelect, which rotates keys by
+their place in its list, so that no position exceeds the trained ones. Half a minute on two
+cores.
 
     python examples/papers/extrapolation.py
     python examples/papers/extrapolation.py --lengths 256 4096 --texts 4
@@ -24,12 +24,12 @@ import tokenmill as tm
 from tokenmill import policies
 
 TRAINED = 256  # tokens
-FILLER, NAMES, ANSWERS = 48, 64, 32  # kinds of tokens
-FACTS = 6  # of a text: a name and its answer
+FILLER, NAMES, ANSWERS = 48, 64, 32  # numbers of token kinds
+FACTS = 6  # per text: a name and its answer
 WIDTH, HEADS, KEY_HEADS, DIM, LAYERS = 64, 4, 2, 32, 2
-FASTEST, SLOWEST = 1 / 16, 1 / 320  # radians of a token by which pairs of columns are rotated
-SCALE = 1.0  # of queries and keys of length sqrt(32): equal tokens outweigh all others
-# (q [B, S, H, D], k and v [B, S, Hk, D], neither rotated) to [B, S, H, D]
+FASTEST, SLOWEST = 1 / 16, 1 / 320  # rotation of column pairs, in radians per token
+SCALE = 1.0  # for queries and keys of norm sqrt(32): equal tokens outweigh all others
+# (q [B, S, H, D], k and v [B, S, Hk, D], all without rotation) -> [B, S, H, D]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -40,14 +40,14 @@ def tables(positions: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, at: Tensor) -> Tensor:
-    """x [B, S, H, D] at positions [S]."""
+    """Rotary embedding of x [B, S, H, D] at positions [S]."""
     cos, sin = (t[at, None] for t in tables(int(at.max()) + 1))
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 class Block(nn.Module):
-    """Attention whose keys also tell of the token before, then an MLP."""
+    """Attention whose keys also encode the previous token, then an MLP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,8 +97,8 @@ class Model(nn.Module):
 
 
 def texts(count: int, length: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Tokens [count, length] with a fact in each of FACTS parts, and at the end all names in any
-    order, each with its answer; and the answers [count, FACTS]."""
+    """Tokens [count, length] with a fact in each of FACTS parts, ending with all names in any
+    order, each followed by its answer; and the answers [count, FACTS]."""
     tokens = torch.randint(FILLER, (count, length), generator=g)
     names = torch.rand(count, NAMES, generator=g).argsort(1)[:, :FACTS] + FILLER
     answers = torch.randint(ANSWERS, (count, FACTS), generator=g)
@@ -137,7 +137,7 @@ def train(model: Model, steps: int) -> None:
 
 
 def full(caches: list[policies.KVCache]) -> list[Attend]:
-    """Full attention with the positions of the text, as the model was trained."""
+    """Full attention with positions in the text, as in training."""
 
     def attend(layer: policies.FullAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         first = layer.cache.longest
@@ -152,7 +152,7 @@ def full(caches: list[policies.KVCache]) -> list[Attend]:
 def by_place(
     method: type[policies.Policy], caches: list[policies.KVCache], **options: object
 ) -> list[Attend]:
-    """A policy that is given queries and keys without rotation."""
+    """A policy that receives queries and keys without rotation."""
     layers = policies.stack(method, caches, scale=SCALE, **options)
 
     def attend(layer: policies.Policy, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """A TokenFormer that grows while it learns.
 
 Trains a small network of Pattention layers on the handwritten digits that scikit-learn ships,
-appends parameter tokens to each layer, and trains on (TokenFormer, Wang et al. 2024, section 3.3).
-norm_scale stays, so the network that has just grown computes what it did before; beside it, one of
-the final size from scratch.
+appends parameter tokens to each layer, and continues training (TokenFormer, Wang et al. 2024,
+section 3.3). norm_scale is kept, so the network computes the same function right after growing. A
+network of the final size is trained from scratch for comparison.
 
     python examples/papers/grow_layers.py                  # half a minute; needs tokenmill[demo]
 """
@@ -53,7 +53,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 @torch.no_grad()
 def grow(model: nn.Sequential, tokens: int, images: Tensor) -> float:
-    """Appends so many tokens to each layer; by how much that changes a logit."""
+    """Appends `tokens` tokens to each layer; returns the largest change of a logit."""
     before = model(images)
     for layer in model:
         if isinstance(layer, tm.nn.Pattention):

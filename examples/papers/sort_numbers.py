@@ -1,8 +1,8 @@
 """A pointer network that learns to sort.
 
 Reads numbers in any order and points to them from the smallest to the largest (Vinyals et al. 2015,
-Pointer Networks). Prints how the loss falls, and how many rows of each length it sorts whole: one
-network for all of them, as pointers need no output layer of a size.
+Pointer Networks). Prints how the loss falls, and how many rows of each length are sorted without an
+error: one network for all lengths, since pointers need no output layer of fixed size.
 
     python examples/papers/sort_numbers.py                 # a minute
     python examples/papers/sort_numbers.py --numbers 8 --steps 2000
@@ -40,7 +40,8 @@ class PointerNetwork(nn.Module):
         return x, self.key(encoded), state
 
     def forward(self, numbers: Tensor, order: Tensor) -> Tensor:
-        """With the numbers that the outputs before should have pointed to."""
+        """Teacher forcing: each output sees the numbers that earlier outputs should have pointed
+        to."""
         x, keys, state = self.encode(numbers)
         before = x.gather(1, order[:, :-1, None].expand(-1, -1, WIDTH))
         first = self.begin.expand(len(x), 1, -1)
@@ -49,7 +50,7 @@ class PointerNetwork(nn.Module):
 
     @torch.no_grad()
     def sort(self, numbers: Tensor) -> Tensor:
-        """The pointers [B, N], one after the other; none twice."""
+        """The pointers [B, N], one after the other, without repetition."""
         x, keys, state = self.encode(numbers)
         given, left = self.begin.expand(len(x), 1, -1), torch.ones_like(numbers, dtype=torch.bool)
         pointers = []
@@ -63,7 +64,7 @@ class PointerNetwork(nn.Module):
 
 
 def sorted_whole(network: PointerNetwork, numbers: int, rows: int = 500) -> float:
-    """The share of rows that are sorted without a fault."""
+    """The share of rows that are sorted without an error."""
     x = torch.rand(rows, numbers, generator=torch.Generator().manual_seed(1))
     found = x.gather(1, network.sort(x))
     return float((found == x.sort(1)[0]).all(1).float().mean())

@@ -2,8 +2,8 @@
 
 Trains a character model twice on the language reference of Python: attention to a window of 16
 characters, and the same with a neural memory in each layer, through which a character sees all
-before it. Prints how the loss falls, and the loss on text not seen, near the beginning of a context
-and far from it. Under a minute on two cores.
+earlier ones. Prints how the loss falls, and the loss on unseen text, near the beginning of a
+context and far from it. Under a minute on two cores.
 
     python examples/papers/titans.py
     python examples/papers/titans.py --depth 2 --steps 40     # a memory of two layers: slow
@@ -22,7 +22,7 @@ import tokenmill as tm
 from tokenmill.demo import text
 
 WIDTH, HEADS, LAYERS, WINDOW, CONTEXT, BATCH = 64, 2, 2, 16, 256, 16
-SLOPES = torch.tensor([0.5, 0.0625])  # positions of the window, a slope for each head
+SLOPES = torch.tensor([0.5, 0.0625])  # ALiBi slope of each head
 
 
 class Block(nn.Module):
@@ -56,7 +56,7 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(WIDTH, text.VOCABULARY, bias=False)
 
     def losses(self, windows: Tensor) -> Tensor:
-        """Cross-entropy [B, S] of each character of [B, S + 1] but the first."""
+        """Cross-entropy [B, S] of each character of [B, S + 1] except the first."""
         logits = self.head(self.norm(self.blocks(self.embedding(windows[:, :-1]))))
         return cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
 
