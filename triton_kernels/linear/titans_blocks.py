@@ -41,8 +41,8 @@ class Block(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """[BLOCK_T] factors of the tokens of a block; decay and eta are per token, the others
-    cumulative."""
+    """[BLOCK_T] factors of the tokens of a block: decay and eta per token; memory, momentum and
+    kept cumulative from the start of the block; w_end and e_end for its last token."""
 
     decay: Any
     eta: Any
