@@ -107,8 +107,8 @@ def test_other_names_are_refused_and_not_shown(function):
 
 
 def test_the_table_tells_the_truth():
-    """Each keyword of ours that the table names exists, and keywords that it calls absent do
-    not."""
+    """For each renamed keyword some function has our name and not theirs, and no function has a
+    keyword that the table calls absent."""
     own = {f: set(inspect.signature(f).parameters) for f in CALLS}
     for theirs, (ours, _) in RENAMED.items():
         for name in ours:

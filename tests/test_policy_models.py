@@ -365,7 +365,7 @@ def test_copies_and_what_a_model_had_before():
 
 @torch.no_grad()
 def test_attention_that_never_comes(monkeypatch):
-    """Each layer attends to its own keys of a policy, or no layer does."""
+    """A layer attends to its own pending keys of a policy, or the call raises and drops them."""
     rule = r"^tokenmill.integrations.transformers.apply_policy: model: "
     bloom = transformers.BloomConfig(vocab_size=40, hidden_size=16, n_layer=1, n_head=2)
     bloom = transformers.BloomForCausalLM(bloom)

@@ -209,6 +209,6 @@ def test_any_number_of_splits_of_tiles(float8):
     ids=["window", "float8", "packed"],
 )
 def test_chunks_of_queries(options):
-    """12 queries with 20 heads each fill the 256 rows of a tile group."""
+    """Chunks have 12 queries: 20 heads each fill the 256 rows that tiles take together."""
     call = decode_call((70, 9), h=20, hk=1, d=288, dv=40, capacity=72, **options)
     keeps_the_budget("attention_decode", call, torch.float32)

@@ -277,7 +277,7 @@ def test_an_isolated_spike_can_be_missed(backend):
 
 @each_backend
 def test_orders_and_unseen_keys_do_not_matter(backend):
-    """I7: results do not depend on the order of heads or on keys that no query sees."""
+    """I7: lists do not depend on the order of requests and heads, or on unseen rows."""
     generator = torch.Generator().manual_seed(0)
     q, k = whole((3, 30, 6, 16), generator), whole((3, 250, 2, 16), generator)
     lengths = torch.tensor([250, 20, 131], dtype=torch.int32)
