@@ -1,13 +1,13 @@
-// Lists of key blocks, one for each block of queries of a head. Free of torch.
+// Lists of key blocks, one per query block of a head. Free of torch.
 #pragma once
 #include "core/dtype.h"
 
 namespace tokenmill {
 
-// Lists are sets in ascending order. What lies in them is not trusted: an id counts if it is that
-// of a block and greater than every id before it (`ListWalk`).
+// Lists are ascending sets. Their contents are not trusted: an id counts if it is a block index and
+// greater than all previous ids (`ListWalk`).
 struct BlockList {
-  const int32_t *indices, *counts;  // [B, heads, rows, entries] and [B, heads, rows] with strides
+  const int32_t *indices, *counts;  // [B, heads, rows, entries] and [B, heads, rows], strided
   int64_t indices_batch, indices_head, indices_row;
   int64_t counts_batch, counts_head, counts_row;
   int64_t heads, rows, entries;  // heads: 1, KV heads or query heads
@@ -21,10 +21,10 @@ struct BlockList {
   }
 };
 
-// Which ids of a list count, visited in order.
+// Decides which ids of a list count; ids are visited in order.
 struct ListWalk {
   int64_t blocks;
-  int64_t largest = -1;  // of the ids so far
+  int64_t largest = -1;  // maximum id so far
 
   TOKENMILL_HOST_DEVICE bool counts(int32_t id) {
     if (id <= largest) return false;

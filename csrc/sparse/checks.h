@@ -1,5 +1,5 @@
-// The checks that operators on lists of blocks share: those of python/tokenmill/sparse/rules.py, in
-// its order and words.
+// Checks shared by the operators on block lists; same order and messages as
+// python/tokenmill/sparse/rules.py.
 #pragma once
 #include <bit>
 
@@ -10,15 +10,15 @@ namespace tokenmill {
 
 constexpr int64_t kMaxListBlock = 128;
 
-// log2 of a number of queries or keys of a block
+// log2 of a block size in queries or keys
 inline int32_t check_block(const char* op, const char* name, int64_t value) {
   check(value >= 1 && value <= kMaxListBlock && std::has_single_bit(static_cast<uint64_t>(value)),
         op, name, Rule("must be a power of two up to ", kMaxListBlock), value);
   return std::countr_zero(static_cast<uint64_t>(value));
 }
 
-// indices [B, heads, rows, K] or, packed, [heads, rows, K]; fits: they have the shape that `shape`
-// names.
+// indices: [B, heads, rows, K] or, packed, [heads, rows, K]; `fits`: they have the shape that
+// `shape` names.
 template <typename... Parts>
 BlockList check_list(const char* op, const View& indices, const View& counts,
                      const Rule<Parts...>& shape, bool fits, const char* other, const View& first) {

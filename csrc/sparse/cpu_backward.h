@@ -1,10 +1,11 @@
-// Backward of attention to what lists hold, for any walk: the five products of
-// csrc/dense/attention/cpu_backward.cpp, on transposed scores, with a tile of rows outside and the
-// keys that they see inside, gathered in tiles. dK and dV are summed in float32 for the KV head,
-// where the rows of a tile of keys lie anywhere.
+// Backward of attention over lists, for any walk: the five products of
+// csrc/dense/attention/cpu_backward.cpp on transposed scores. The outer loop runs over row tiles,
+// the inner loop over the keys that they see, gathered in tiles. dK and dV are summed in float32
+// for the KV head, because the rows of a key tile may lie anywhere.
 //
-// Keys are cut into parts as there: the parts of a KV head sum dK and dV of their own keys over all
-// rows in order, and dQ is the sum over the parts in order, whatever thread does which.
+// Keys are split into parts as in the dense backward: the parts of a KV head sum dK and dV of their
+// own keys over all rows in order, and dQ is the sum over the parts in order, independent of the
+// assignment to threads.
 #pragma once
 #include <cstring>
 #include <optional>
@@ -17,11 +18,11 @@ namespace tokenmill::TOKENMILL_ISA {
 
 static_assert(kQueryBlock % kPanel == 0);
 
-// The keys of a part that rows of a tile see.
+// Keys of one part that the rows of a tile see.
 struct KeyTile {
   int64_t count;
   int64_t at[kKeyTile];
-  float from[kKeyTile], until[kKeyTile];  // the queries that see them
+  float from[kKeyTile], until[kKeyTile];  // range of queries that see each key
 };
 
 template <class Op, bool kCoarse, class Walk>
@@ -57,7 +58,7 @@ class BackwardWorker {
     query = workspace.take(kQueryBlock);
   }
 
-  // Every part of one KV head behind each other.
+  // Runs all parts of one KV head in order.
   void run_head(int64_t kv) {
     clear_keys(0, places);
     for (int64_t n = 0; n < tiles.count; ++n) {
@@ -71,7 +72,7 @@ class BackwardWorker {
     store_keys(kv);
   }
 
-  // One part of one KV head; its dQ goes to `partial` [rows of the KV head][width_d].
+  // Runs one part of one KV head; dQ goes to `partial` [rows of the KV head][width_d].
   void run_split(int64_t kv, int64_t part, float* partial) {
     clear_keys(part * split.keys, (part + 1) * split.keys);
     for (int64_t n = 0, row = 0; n < tiles.count; ++n) {
@@ -83,7 +84,7 @@ class BackwardWorker {
     store_keys(kv);
   }
 
-  // dQ of a KV head whose parts are all done: partials [parts][rows of the KV head][width_d].
+  // Sums dQ of a KV head over its finished parts: partials [parts][rows of the KV head][width_d].
   void reduce(int64_t kv, const float* partials, int64_t part_size) {
     for (int64_t n = 0, row = 0; n < tiles.count; ++n) {
       rows = tiles.at(kv, n);
@@ -111,7 +112,8 @@ class BackwardWorker {
     return dense;
   }
 
-  // Packs the queries of tile n; false if it has none. One part of a KV head keeps their delta.
+  // Packs the queries of tile n; false if the tile is empty. Only one part of a KV head stores
+  // delta (keeps_delta).
   bool enter(int64_t kv, int64_t n, bool keeps_delta) {
     rows = tiles.at(kv, n);
     if (rows.rows <= 0) return false;
@@ -145,12 +147,12 @@ class BackwardWorker {
     return true;
   }
 
-  // dQ of the current rows from the keys of one part, to dq_out.
+  // Adds one part's keys to dk and dv, and writes the current rows' dQ from these keys to dq_out.
   void run_part(int64_t part, float* dq_out) {
     const int64_t begin = part * split.keys, end = begin + split.keys;
     std::memset(dq_out, 0, rows.rows * width_d * sizeof(float));
     keys.count = 0;
-    // Runs ascend, but the last may begin before others end.
+    // Runs ascend, but the last one may begin before others end.
     while (first_run < runs.count() && runs[first_run].end <= begin) ++first_run;
     const int64_t last = runs.count() - 1;
     for (int64_t n = first_run; n <= last; ++n) {
@@ -168,7 +170,7 @@ class BackwardWorker {
     if (keys.count > 0) run_keys(dq_out);
   }
 
-  // The gathered keys against the current rows.
+  // Processes the gathered keys against the current rows.
   void run_keys(float* dq_out) {
     const char *k_rows[kKeyTile], *v_rows[kKeyTile];
     for (int64_t j = 0; j < keys.count; ++j) {
@@ -209,7 +211,7 @@ class BackwardWorker {
     score_tile<kPlain, N>(r, c);
   }
 
-  // P^T and dS^T of kTileRows keys from r on and N vectors of queries from c on.
+  // P^T and dS^T [kTileRows keys from r on, N vectors of queries from c on].
   template <bool kPlain, int N>
   __attribute__((noinline)) void score_tile(int64_t r, int64_t c) {
     vf z[kTileRows][N];
@@ -224,7 +226,7 @@ class BackwardWorker {
       for (int m = 0; m < kTileRows; ++m) score_row<true>(z[m], dp[m], r + m, c, masked);
       scores.store_pairs(r, c, z);
     } else {
-      // One copy of a row's code: z itself would leave its registers where it is indexed.
+      // A single copy of the row code: if z itself were indexed, it would leave its registers.
       vf rows_z[kTileRows][N];
       TM_UNROLL(8)
       for (int m = 0; m < kTileRows; ++m) {
@@ -237,7 +239,7 @@ class BackwardWorker {
     }
   }
 
-  // The weights of key r and N vectors of queries from c on; z becomes the gradient of their q.k.
+  // P^T of key r and N vectors of queries from c on; z becomes dS^T, the gradient of q.k.
   template <bool kPlain, int N>
   TM_INLINE void score_row(vf (&z)[N], const float* dp, int64_t r, int64_t c, bool masked) {
     const vf from = set(keys.from[r]), until = set(keys.until[r]), factor = set(score_mod.factor);
@@ -245,9 +247,9 @@ class BackwardWorker {
     TM_UNROLL(4)
     for (int n = 0; n < N; ++n) {
       vf t = z[n];
-      if constexpr (!kPlain)
-        t = score_mod.exponent(t, zero(), zero());
-      else if constexpr (Op::kPair != 1)  // else qt holds the factor
+      if constexpr (!kPlain) t = score_mod.exponent(t, zero(), zero());
+      // with pairs, q is not prescaled; otherwise q includes the factor
+      else if constexpr (Op::kPair != 1)
         t = t * factor;
       w[n] = power<kCoarse>(t - load(queries.lse + c + n * kWidth));
       dz[n] = w[n] * (load(dp + n * kWidth) - load(queries.delta + c + n * kWidth));
@@ -269,7 +271,7 @@ class BackwardWorker {
       store(to + i, load(to + i) + load(from + i));
   }
 
-  // The keys whose sums dk and dv are from now on.
+  // Selects the keys whose dk and dv are summed next, and zeroes the sums.
   void clear_keys(int64_t begin, int64_t end) {
     origin = begin;
     keys_end = end < places ? end : places;
@@ -300,7 +302,7 @@ class BackwardWorker {
   const Walk& walk;
   const typename Walk::BackwardParams& g;
   const AttentionParams& p;
-  const AttentionBackwardParams dense;  // what QueryOperands reads
+  const AttentionBackwardParams dense;  // interface expected by QueryOperands
   QueryOperands<Op> queries;
   KeyOperands<Op> tile;
   RowTiles<Walk> tiles;
@@ -311,20 +313,20 @@ class BackwardWorker {
   Scores scores;
   cpu::Workspace workspace;
   float *dq, *dq_total, *dk, *dv;
-  float *spare_d, *spare_v;  // rows of dk and dv for keys that are none
-  float* query;              // of each row, relative to the block's first
+  float *spare_d, *spare_v;  // dk and dv rows for padding keys
+  float* query;              // per row, relative to the block's first query
 
   RowTile rows{};
   ScoreMod score_mod{p, 0, 0, Sequence(p, 0)};
-  float lowest = 0, highest = 0;  // queries of the current rows
+  float lowest = 0, highest = 0;  // range of queries of the current rows
   KeyTile keys{};
   int64_t padded = 0, first_run = 0, origin = 0, keys_end = 0;
 };
 
-// How the keys of a walk are cut, and the dQ of the parts of its KV heads.
+// Split of a walk's keys into parts, and the partial dQ of its KV heads.
 template <class Walk>
 struct KeyParts {
-  int64_t count, part_size;  // floats of a part
+  int64_t count, part_size;  // part_size: floats per part
 
   explicit KeyParts(const Walk& walk) : count(Split(walk.key_places()).count) {
     const AttentionParams& p = walk.d.attention;
@@ -362,7 +364,7 @@ void backward_on(const Walk* walks, const typename Walk::BackwardParams* each, i
     FlushDenormals flush;
     std::optional<BackwardWorker<Op, kCoarse, Walk>> worker;
     float* of_walk = partials;
-    // Items come in order.
+    // Items come in ascending order.
     for (int64_t next, r = 0, first = 0; (next = items.next()) >= 0;) {
       for (; next - first >= items_of(r); worker.reset()) {
         of_walk += whole_head ? 0 : heads * KeyParts<Walk>(walks[r]).floats();
@@ -378,14 +380,14 @@ void backward_on(const Walk* walks, const typename Walk::BackwardParams* each, i
       const int64_t kv = item / parts.count, part = item % parts.count;
       float* of_head = of_walk + kv * parts.floats();
       worker->run_split(kv, part, of_head + part * parts.part_size);
-      // The last part to finish adds all of them up.
+      // The last part to finish adds up all parts.
       if (__atomic_add_fetch(finished + r * heads + kv, 1, __ATOMIC_ACQ_REL) == parts.count)
         worker->reduce(kv, of_head, parts.part_size);
     }
   });
 }
 
-// Of `count` walks, as listed_forward.
+// Runs `count` walks, as listed_forward does.
 template <class Walk>
 void listed_backward(const Walk* walks, const typename Walk::BackwardParams* each, int64_t count) {
   if (count == 0) return;

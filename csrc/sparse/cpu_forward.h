@@ -1,9 +1,9 @@
-// Forward of attention to what lists hold, for any walk (sparse/cpu_walk.h). A worker owns a tile
-// of rows (queries of a block, in the heads that share a list and keys) and streams past it the
-// keys that they see, in vectors of kWidth. Where a whole vector of neighbours is seen it is packed
-// once for the KV head; what is left of small blocks and at the ends of ranges is gathered for the
-// tile, from copies of its rows that lie side by side: in a tensor [B, S, H, D] each lies on
-// another page, and tiles read it again and again.
+// Forward of attention over lists, for any walk (sparse/cpu_walk.h). A worker owns a tile of rows
+// (queries of a block, in the heads that share a list and keys) and streams the keys that they see
+// past it, in vectors of kWidth keys. Fully visible vectors of consecutive keys are packed once per
+// KV head; the remaining keys of small blocks and range ends are gathered per tile from contiguous
+// copies of their rows: in a [B, S, H, D] tensor each row is on another memory page, and tiles read
+// it repeatedly.
 #pragma once
 #include <cstring>
 #include <optional>
@@ -16,14 +16,15 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-constexpr int64_t kRowsOfTile = 144;  // a multiple of kTileRows
+constexpr int64_t kRowsOfTile = 144;  // multiple of kTileRows
 
 struct SparseRows : QueryRows {
-  float* query;             // of each row, relative to the block's first
-  float *lowest, *highest;  // of the register tile that starts at a row
+  float* query;             // per row, relative to the block's first query
+  float *lowest, *highest;  // query range of the register tile that starts at a row
 };
 
-// Weights of kRows rows and kVectors vectors of keys, at `slot` of the step.
+// P = exp(score_mod(Q K^T)) for kRows rows and kVectors vectors of keys, stored at `slot` of the
+// step.
 template <class Op, bool kCoarse, bool kPlain, int kRows, int kVectors>
 __attribute__((noinline)) void score_tile(const SparseRows& t, int64_t row, const KeyVector* keys,
                                           int64_t slot) {
@@ -38,7 +39,7 @@ __attribute__((noinline)) void score_tile(const SparseRows& t, int64_t row, cons
       for (int x = 0; x < kRows * kVectors; ++x)
         tile[x] = t.score_mod->exponent(tile[x], zero(), zero());
     });
-  } else if constexpr (Op::kPair != 1) {  // else q holds the factor
+  } else if constexpr (Op::kPair != 1) {  // otherwise q includes the factor
     const vf factor = set(t.score_mod->factor);
     TM_UNROLL(8)
     for (int r = 0; r < kRows; ++r) {
@@ -63,7 +64,7 @@ __attribute__((noinline)) void score_tile(const SparseRows& t, int64_t row, cons
 
 using ScoreTile = void (*)(const SparseRows&, int64_t, const KeyVector*, int64_t);
 
-// The copy of score_tile for 1 .. kTileVectors vectors.
+// Instance of score_tile for 1 .. kTileVectors vectors.
 template <class Op, bool kCoarse, bool kPlain, int kRows, int kVectors = kTileVectors>
 ScoreTile score_tile_for(int64_t vectors) {
   if constexpr (kVectors > Op::kPair)
@@ -72,7 +73,7 @@ ScoreTile score_tile_for(int64_t vectors) {
   return &score_tile<Op, kCoarse, kPlain, kRows, kVectors>;
 }
 
-// C[M][width] += P V over the vectors that `seen` has bits of. A weight of 0 hides its value.
+// C[M, width] += P V over the vectors whose bit is set in `seen`. A weight of 0 masks its value.
 template <class Op, int M, int N = kTileVectors>
 __attribute__((noinline)) void add_values(float* c, int64_t ldc, const float* p, int64_t ldp,
                                           const KeyVector* keys, uint64_t seen, int64_t column,
@@ -91,7 +92,7 @@ __attribute__((noinline)) void add_values(float* c, int64_t ldc, const float* p,
     each([&](const float* weights, const float* v)
              TM_LAMBDA { multiply<Op, false>(acc, weights, ldp, v + n, width, kWords); });
     if (!finite(acc)) [[unlikely]] {
-      vf shown[M][N];  // not acc itself, which would leave its registers
+      vf shown[M][N];  // a separate accumulator, so that acc stays in registers
       clear(shown);
       each([&](const float* weights, const float* v)
                TM_LAMBDA { multiply_shown<Op>(shown, weights, ldp, v + n, width, kWords); });
@@ -143,7 +144,7 @@ class ForwardWorker {
     t.highest = workspace.take(kRowsOfTile);
   }
 
-  // One share of the tiles of one KV head.
+  // Runs one share of the tiles of one KV head.
   void run(int64_t item) {
     kv = item / shares;
     const int64_t share = item % shares;
@@ -254,7 +255,7 @@ class ForwardWorker {
     }
   }
 
-  // The share [from, to) of `all` of the rows that the coming step packs.
+  // Prefetches the share [from, to) of `all` of the rows that the next step packs.
   void prefetch(int64_t from, int64_t to, int64_t all) const {
     const int64_t keys = coming->count * kWidth, end = (to < all ? to : all) * keys / all;
     for (int64_t i = from * keys / all; i < end; ++i) {
@@ -271,7 +272,7 @@ class ForwardWorker {
     }
   }
 
-  // `count` more rows of the output, and of the next tile's queries.
+  // Prefetches `count` more rows of the output and of the next tile's queries.
   void prefetch_rows(int64_t row, int64_t count) {
     for (int64_t r = row; r < row + count; ++r) {
       if (r < t.rows) {
@@ -287,7 +288,7 @@ class ForwardWorker {
     }
   }
 
-  // The next tile that has rows, if there is one, the runs of keys that it sees and its first step.
+  // Finds the next non-empty tile, if any, the key runs that it sees, and its first step.
   void find_next() {
     next.rows = 0;
     while (next_tile < end_tile && next.rows <= 0) next = tiles.at(kv, next_tile++);
@@ -306,7 +307,7 @@ class ForwardWorker {
     return keys.seen(t.lowest[row], t.highest[row]);
   }
 
-  // The next vectors of keys, as many as a step takes.
+  // Fills a step with the next vectors of keys.
   void fill(Step& step) {
     step.count = 0;
     KeyVector* open = nullptr;
@@ -340,7 +341,7 @@ class ForwardWorker {
 
   static void close(Step& step) {
     for (int64_t j = 0; j < step.count; ++j) step.vectors[j].close();
-    // Pairs of vectors share words of P: a last one that nobody sees fills up.
+    // Vectors are paired in words of P: an odd last one is padded with a fully masked vector.
     if (step.count % Op::kPair) {
       KeyVector& nothing = step.vectors[step.count++];
       nothing.open(true);
@@ -348,7 +349,7 @@ class ForwardWorker {
     }
   }
 
-  // The rows of K and V of key x behind each other.
+  // Address of the copied row of key x: K followed by V.
   char* copy_of(int64_t x) const { return copy + x * (k_bytes + v_bytes); }
   const char* copied_row(int64_t x) {
     char* to = copy_of(x);
@@ -408,22 +409,22 @@ class ForwardWorker {
   KeyRuns runs;
   int64_t shares, places, vectors;
   SparseRows t;
-  int64_t k_floats, v_floats;  // of a packed vector of keys
-  int64_t k_bytes, v_bytes;    // of a copied row
+  int64_t k_floats, v_floats;  // per packed vector of keys
+  int64_t k_bytes, v_bytes;    // per copied row
   cpu::Workspace workspace;
-  float *head_k, *head_v;  // of the KV head, vectors packed when first needed
+  float *head_k, *head_v;  // vectors of the KV head, packed on first use
   uint8_t* done;
-  char* copy;  // of rows that were gathered
+  char* copy;  // rows for gathered keys
   uint8_t* copied;
-  float *own_k, *own_v;  // of the step
-  Step *now, *coming;    // steps of keys
+  float *own_k, *own_v;  // vectors of the step
+  Step *now, *coming;    // current and next step of keys
 
-  int64_t kv = 0, packed = -1;  // KV heads: the current one, and that of what is packed
+  int64_t kv = 0, packed = -1;  // KV heads: the current one, and the owner of the packed vectors
   int64_t next_tile = 0, end_tile = 0;
   RowTile tile{}, next{};
   float sink = -kInf;
-  RowCursor stored, coming_row;        // the next rows to prefetch: of the output, and of `next`
-  int64_t next_run = 0, next_key = 0;  // the first key that no step has
+  RowCursor stored, coming_row;        // next rows to prefetch: of the output, and of `next`
+  int64_t next_run = 0, next_key = 0;  // first key that is not yet in a step
 };
 
 template <class Op, bool kCoarse, class Walk>
@@ -439,7 +440,7 @@ void forward_on(const Walk* walks, int64_t count) {
   // A parallel region costs about as much as 2 Mflop on one thread.
   const double work = 2 * pairs * static_cast<double>(p.head_dim + p.value_dim);
   const int threads = work < 2e6 ? 1 : cpu::num_threads();
-  // An item is a share of the tiles of one KV head; several per thread for balance.
+  // A work item is a share of the tiles of one KV head; several items per thread, for load balance.
   const int64_t heads = p.batch * p.kv_heads;
   const int64_t per_thread = knob(Knob::block_sparse_attention_shares);
   int64_t shares = threads == 1 ? 1 : ceil_div(per_thread * threads, heads * count);
@@ -457,7 +458,7 @@ void forward_on(const Walk* walks, int64_t count) {
   });
 }
 
-// Of `count` walks, which have batch, heads, head dimensions and dtype in common.
+// Runs `count` walks that have batch, heads, head dimensions and dtype in common.
 template <class Walk>
 void listed_forward(const Walk* walks, int64_t count) {
   if (count == 0) return;

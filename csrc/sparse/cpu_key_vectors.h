@@ -1,4 +1,4 @@
-// Vectors of kWidth keys of listed runs, for the CPU kernels: which queries see each lane.
+// Vectors of kWidth keys from listed runs, with a query range per lane, for the CPU kernels.
 #pragma once
 #include "sparse/cpu_walk.h"
 
@@ -10,9 +10,9 @@ static_assert(kStepVectors <= 64 && kStepVectors % kTileVectors == 0);
 struct KeyVector {
   const float *k, *v;                 // packed
   int64_t keys;                       // fewer than kWidth if gathered
-  bool gathered;                      // else keys at[0] .. at[0] + kWidth - 1
-  int64_t at[kWidth];                 // of the request
-  float from[kWidth], until[kWidth];  // the queries of the block that see them
+  bool gathered;                      // otherwise keys at[0] .. at[0] + kWidth - 1
+  int64_t at[kWidth];                 // key places within the request
+  float from[kWidth], until[kWidth];  // range of queries of the block that see each lane
   float first_from, last_from, first_until, last_until;
 
   void open(bool gather) {
@@ -22,7 +22,7 @@ struct KeyVector {
     first_from = first_until = SeenBy::kNever;
     last_from = last_until = 0;
   }
-  // Lanes are seen by every query if nothing else is said.
+  // Lanes are visible to every query unless see() restricts them.
   void see_all() { first_from = 0, last_until = SeenBy::kNever; }
   void see(int64_t lane, SeenBy by) {
     const float begin = static_cast<float>(by.from), end = static_cast<float>(by.until);
@@ -39,7 +39,8 @@ struct KeyVector {
     if (keys < kWidth) last_from = SeenBy::kNever;
   }
 
-  // Queries from first to last: whether one sees one of the keys, and whether each sees all.
+  // For queries first .. last: seen: any key is visible to any of them; whole: all keys are visible
+  // to all of them.
   bool seen(float first, float last) const { return first_from <= last && first < last_until; }
   bool whole(float first, float last) const { return last_from <= first && last < first_until; }
 };

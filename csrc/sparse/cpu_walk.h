@@ -1,30 +1,30 @@
-// Which rows a tile has and which keys they see, for the CPU kernels of attention to what lists
-// hold. Queries and keys have places: numbers in the order in which the kernels see them. A `Walk`
-// says what they are: the queries of a row of a list lie side by side, and so do the keys of an
-// entry; where the rows of tensors lie at places; which keys a list holds.
+// Rows of a tile and the keys they see, for the CPU kernels of attention over lists. Queries and
+// keys are identified by places: indices in the order in which the kernels visit them. The queries
+// of a row of a list are consecutive places, and so are the keys of an entry. A `Walk` maps places
+// to tensor rows and lists to keys.
 #pragma once
 #include "dense/attention/cpu_scores.h"
 #include "sparse/listed.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 
-// A part of the rows of a block of queries: row r of the block is its query r % queries in head
-// r / queries of those that share a list and keys.
+// Part of the rows of a query block: row r of the block is its query r % queries in head r /
+// queries of the heads that share a list and keys.
 struct RowTile {
-  int64_t b, kv_head, head;  // head: the first of those together
+  int64_t b, kv_head, head;  // head: first of the heads that share keys
   int64_t list_row;
   int64_t query, queries;  // of the block
-  int64_t first, rows;     // of the block's rows
+  int64_t first, rows;     // within the rows of the block
 
   int64_t head_of(int64_t r) const { return head + (first + r) / queries; }
   int64_t query_of(int64_t r) const { return query + (first + r) % queries; }
-  // The queries from first_query() to last_query() have rows.
+  // Queries first_query() to last_query() have rows in the tile.
   bool one_head() const { return first / queries == (first + rows - 1) / queries; }
   int64_t first_query() const { return one_head() ? query_of(0) : query; }
   int64_t last_query() const { return one_head() ? query_of(rows - 1) : query + queries - 1; }
 };
 
-// The rows of a tile, one after the other.
+// Iterates over the rows of a tile.
 class RowCursor {
  public:
   RowCursor() = default;
@@ -43,8 +43,8 @@ class RowCursor {
   int64_t begin_ = 0, end_ = 0, head_ = 0, query_ = 0;
 };
 
-// The tiles of a KV head, in the order in which they are worked on: of most_rows at most, and all
-// but the last of a block a multiple of `unit`, which divides most_rows.
+// Tiles of a KV head in processing order, at most most_rows rows each. All but the last tile of a
+// block have a multiple of `unit` rows; `unit` divides most_rows.
 template <class Walk>
 struct RowTiles {
   const Walk& walk;
@@ -59,7 +59,7 @@ struct RowTiles {
         parts(ceil_div(walk.most_queries() * together, most_rows)),
         count(list_rows * parts * (group / together)) {}
 
-  // rows <= 0: nothing is left for this part of a short block.
+  // rows <= 0: this part of a short block is empty.
   RowTile at(int64_t kv, int64_t n) const {
     const int64_t kv_heads = walk.d.attention.kv_heads;
     RowTile t{kv / kv_heads, kv % kv_heads};
@@ -75,24 +75,23 @@ struct RowTiles {
   }
 };
 
-// Keys [begin, end). Where queries see the keys before them alone, key x is first seen by query
-// x + shift, and by `stay` queries from there.
+// Keys [begin, end). Under a causal mask, key x is first seen by query x + shift, and by `stay`
+// queries from there on.
 struct KeyRun {
   int64_t begin, end, shift, stay;
 };
 
-// The queries of a block that see a key: from <= query < until, relative to the block's first.
+// Queries of a block that see a key: from <= query < until, relative to the block's first.
 struct SeenBy {
   static constexpr int32_t kNever = 1 << 20;
   int32_t from, until;
 };
 
-// The keys that rows of a tile see, as runs. No key is in two of them, and each is seen by one row
-// at least.
+// Keys that the rows of a tile see, as disjoint runs. Each key is seen by at least one row.
 class KeyRuns {
  public:
   static constexpr int64_t kAlways = int64_t{1} << 40;
-  float sink = -kInf;  // a logit beside those of the keys
+  float sink = -kInf;  // sink logit of the softmax, without a key
 
   explicit KeyRuns(int64_t most) : most_(most) {}
 
@@ -106,7 +105,7 @@ class KeyRuns {
   void add(const KeyRun& run) {
     if (run.begin < run.end) runs_[count_++] = run;
   }
-  // The same, as part of the last run where it goes on; not of those before `first`.
+  // Adds a run, or extends the last run if it is contiguous and its index is at least `first`.
   void join(int64_t first, const KeyRun& run) {
     if (count_ > first && runs_[count_ - 1].end == run.begin && run.begin < run.end)
       runs_[count_ - 1].end = run.end;

@@ -1,4 +1,4 @@
-// Backwards on the device that find the queries of a block of keys.
+// CUDA backwards that find the queries of a key block through transposed lists.
 #pragma once
 #include "core/parts.h"
 #include "core/stream.h"
@@ -7,8 +7,8 @@
 namespace tokenmill {
 
 #if defined(TOKENMILL_WITH_CUDA)
-// With the lists of p.forward seen from `blocks` blocks of keys, and workspace. Lists of packed
-// requests have no batch.
+// Launches p with its lists transposed over `blocks` key blocks, and with workspace. The lists of
+// packed requests have no batch dimension.
 template <typename Params>
 void launch_with_transposed_lists(const char* op, const View& q, Params& p, int64_t blocks) {
   const auto& f = p.forward;

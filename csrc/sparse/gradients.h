@@ -1,4 +1,4 @@
-// What the host functions share of attention on [B, S, H, D] whose gradients are those of q, k, v.
+// Host code shared by attention operators on [B, S, H, D] with gradients for q, k and v.
 #pragma once
 #include "core/qkv.h"
 #include "dense/score_mod.h"
@@ -8,7 +8,7 @@ namespace tokenmill {
 // [B, S, H, D], or packed [T, H, D].
 inline Rows rows_of(const View& t) { return rows_of(t, t.dim() == 3); }
 
-// Softmax of the products of the call's queries and keys. Packed ones have no batch yet.
+// Parameters of softmax attention over the call's q and k. Packed calls have batch 0 at this point.
 template <typename Args>
 void set_inputs(AttentionParams& p, const Args& a) {
   p.batch = a.q.dim() == 3 ? 0 : a.q.size(0);
@@ -34,7 +34,7 @@ std::vector<int64_t> out_sizes(const Args& a) {
   return sizes;
 }
 
-// lse; run() writes it and out.
+// Returns lse; run() writes it and out.
 template <typename Run>
 Array forward_into(AttentionParams& p, const View& q, const View& out, Run run) {
   out.note(true);
@@ -45,7 +45,7 @@ Array forward_into(AttentionParams& p, const View& q, const View& out, Run run) 
   return lse;
 }
 
-// out and lse, written by run().
+// Returns out and lse, written by run().
 template <typename Run>
 std::tuple<Array, Array> forward_of(AttentionParams& p, const View& q, Run run) {
   Array out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, q);
@@ -53,8 +53,8 @@ std::tuple<Array, Array> forward_of(AttentionParams& p, const View& q, Run run) 
   return {out, lse};
 }
 
-// dq, dk and dv, written by run(). The record a is {dout, dlse, out, lse, forward}; f are the
-// forward's parameters in p.
+// Returns dq, dk and dv, written by run(). The record `a` is {dout, dlse, out, lse, forward}; f is
+// the forward's parameters within p.
 template <typename Params, typename Args, typename Run>
 std::tuple<Array, Array, Array> gradients_of(const char* op, Params& p, AttentionParams& f,
                                              const Args& a, Run run) {

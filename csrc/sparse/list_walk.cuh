@@ -1,15 +1,15 @@
-// Which ids of a list count, by a warp that reads 32 of them at once.
+// Warp-wide validity check of list ids, 32 at a time.
 #pragma once
 #include "cuda/warp.cuh"
 #include "sparse/block_list.h"
 
 namespace tokenmill::cuda {
 
-// ListWalk of the next 32 ids, one a lane. All lanes together; those past the end have a negative
-// id.
+// ListWalk over the next 32 ids, one per lane. Called by all lanes; lanes past the end pass a
+// negative id.
 struct WarpListWalk {
   int blocks;
-  int largest = -1;  // of the ids so far
+  int largest = -1;  // maximum id so far
 
   __device__ __forceinline__ bool counts(int id) {
     const int lane = threadIdx.x % kWarpSize;

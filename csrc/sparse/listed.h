@@ -1,4 +1,4 @@
-// Attention of queries to what lists hold. Free of torch.
+// Attention of queries to listed keys. Free of torch.
 #pragma once
 #include "dense/attention/params.h"
 #include "sparse/block_list.h"
@@ -6,10 +6,10 @@
 namespace tokenmill {
 
 struct ListedAttention {
-  AttentionParams attention;  // softmax with softcap; no other term, no window
+  AttentionParams attention;  // softmax with softcap; no other score_mod, no window
   BlockList list;
 
-  // Heads that share a list and keys: the query heads h with the same h / heads_together().
+  // Number of query heads that share a list and keys: heads h with the same h / heads_together().
   TOKENMILL_HOST_DEVICE int64_t heads_together() const {
     return list.heads > attention.kv_heads ? 1 : attention.heads / attention.kv_heads;
   }

@@ -1,5 +1,5 @@
-// Backward of attention to lists, seven products in two launches without atomics: one kernel owns
-// the queries, one the keys, which find their queries through the transposed lists.
+// Backward of attention over lists: seven products in two launches without atomics. One kernel owns
+// query tiles, the other key tiles, which find their queries through the transposed lists.
 //
 //   queries:  S = Q K^T, dP = dO V^T, dQ += dS K
 //   keys:     S = K Q^T, dP = V dO^T, dV += P dO, dK += dS Q
@@ -24,7 +24,7 @@ struct KeySideShape : GradientShape<T, kBucket, Side::keys> {
   using Base = GradientShape<T, kBucket, Side::keys>;
   using Listing = Listing_;
 
-  // What is known of the queries, at the front of shared memory.
+  // Query metadata at the start of shared memory.
   struct alignas(128) Info {
     typename Listing::Window window;
     RowRing<Base::kTileRows> ring;
@@ -37,7 +37,7 @@ struct KeySideShape : GradientShape<T, kBucket, Side::keys> {
   }
 };
 
-// Rows of queries and of dO that a listing finds for a tile of keys, as stream_rows wants them.
+// Row source for stream_rows: the rows of Q and dO that a listing finds for a key tile.
 template <typename T, typename Shape>
 class TileQueries : public Shape::Listing {
  public:
@@ -93,7 +93,7 @@ class TileQueries : public Shape::Listing {
  private:
   using Listing::b_, Listing::d_, Listing::head_;
 
-  // Some queries may not exist, and rows may lie anywhere.
+  // Slow path: queries may not exist, and rows may lie anywhere.
   __device__ __forceinline__ void load_rows(uint32_t tile, int first) const {
     const AttentionParams& p = d_.attention;
 #pragma unroll 1
@@ -114,7 +114,7 @@ class TileQueries : public Shape::Listing {
   uint32_t stages_;
 };
 
-// The `rows` rows that a block owns to shared memory, zeros behind `count` of them.
+// Copies `count` owned rows to shared memory and zero-fills up to `rows`.
 template <typename Tile, typename T, typename RowOf>
 __device__ __forceinline__ void load_owned(uint32_t to, int rows, int count, int64_t columns,
                                            bool aligned, const RowOf& row_of) {
@@ -236,7 +236,7 @@ __device__ __forceinline__ void listed_key_gradients(const typename Walk::Gradie
     queries.each_window([&] {
       stream_rows<Shape::kTileRows>(queries, [&](int stage, int begin) {
         const auto column = [&](int i) { return queries.column(queries.at(begin + i), keys); };
-        // Which queries see any of the keys of this warp, and which all.
+        // Bit masks of the queries that see any of this warp's keys, and of those that see all.
         uint64_t any = 0, all = 0;
 #pragma unroll
         for (int i = 0; i < Shape::kTileRows; i += kWarpSize) {

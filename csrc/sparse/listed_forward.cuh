@@ -1,5 +1,5 @@
-// Forward of attention to lists. A block owns a tile of queries that share a list; the keys that
-// any of them sees stream through two stages of shared memory, gathered into full tiles.
+// Forward of attention over lists. A CTA owns a tile of queries that share a list; the keys that
+// any of them sees are gathered into full tiles and stream through two stages of shared memory.
 #pragma once
 #include "cuda/attention/epilogue.cuh"
 #include "cuda/attention/score_mod.cuh"
@@ -8,7 +8,7 @@
 
 namespace tokenmill::cuda {
 
-// Keys are Walk::Keys.
+// Keys: Walk::Keys.
 template <typename T, int kBucket, typename Keys>
 struct ForwardMemory {
   using Shape = ListedShape<T, kBucket>;
@@ -16,13 +16,14 @@ struct ForwardMemory {
   using Table = KeyTable<T, Keys, Stream::kTileRows>;
   static_assert(Stream::kTileRows == Shape::kTileKeys);
 
-  // What becomes of a row of 16 bits.
+  // Destination and final statistics of a 16-bit row.
   struct RowEnd {
     float sum, row_max;
     T* to;
   };
   static constexpr int kRows = Shape::kMaxRowWarps * Shape::kWarpRows;
-  // What is known of the keys, positions of queries, stages, in the end results; wide queries.
+  // Layout: key table, query positions, then stages, which hold the results at the end; Q if rows
+  // are wide.
   static constexpr int kPositionsAt = sizeof(Table), kStagesAt = kPositionsAt + kRows * 4;
   static_assert(kStagesAt % 128 == 0);
   static constexpr int kEndsAt = kStagesAt + kRows * Shape::kRowBytes;
@@ -45,11 +46,11 @@ class ListedWarp : public ListedProducts<T, kBucket> {
   using typename Products::Addresses;
   using typename Products::Shape;
   static constexpr int kFlushKeys = 1024;
-  // Registers are short: what is needed once for a tile, or in the end, is computed anew.
+  // Registers are short: values used once per tile, or at the end, are recomputed.
   static constexpr bool kForgets = kBucket > 64 && !Shape::kFloat;
 
-  // Rows beyond those of the block repeat the last one. Positions wait in shared memory: they are
-  // needed where some row does not see some key, and registers are short.
+  // Rows past the end of the tile repeat the last one. Positions are kept in shared memory, because
+  // only masked tiles need them and registers are short.
   __device__ ListedWarp(const Launch& d, const Queries& q, uint32_t queries, int* positions)
       : d_(d) {
     if (q.rows <= first()) return;
@@ -64,10 +65,10 @@ class ListedWarp : public ListedProducts<T, kBucket> {
     }
   }
 
-  // From the first one of this warp on.
+  // Number of rows from this warp's first one on.
   static __device__ __forceinline__ int rows(const Table& table) { return table.rows - first(); }
 
-  // The tile that begins with key t, at `at`, which is left as it was.
+  // Processes the tile that starts with key t, at address `at`, which is unchanged on return.
   __device__ __forceinline__ void add_tile(const Table& table, const int* positions, Addresses& at,
                                            int t) {
     const int* const own = positions + first();
@@ -78,7 +79,8 @@ class ListedWarp : public ListedProducts<T, kBucket> {
       add_rows(table, own, at, t);
   }
 
-  // float: moves the sums to a second level, in the output itself. With `last`, the result.
+  // float32: moves the partial sums to a second level of accumulation, in the output itself. `last`
+  // writes the final result.
   __device__ __forceinline__ void flush(const Table& table, const Queries& q, bool last) {
     const AttentionParams& p = d_.attention;
     const int c = threadIdx.x % 4, g = threadIdx.x % kWarpSize / 4;
@@ -125,9 +127,9 @@ class ListedWarp : public ListedProducts<T, kBucket> {
     flushed_ = true;
   }
 
-  // 16 bits: the sums become results, by way of shared memory, as a lane holds 4 bytes of a chunk.
-  // `area` is room for the rows of this warp, `ends` for what becomes of each. Lane l knows where
-  // row l % kWarpRows goes.
+  // 16 bits: epilogue through shared memory, since a lane holds 4 bytes of a 16-byte chunk. `area`
+  // has room for the rows of this warp, `ends` for their destinations. Lane l knows the destination
+  // of row l % kWarpRows.
   __device__ __forceinline__ void store(const Table& table, const Queries& q, uint32_t area,
                                         RowEnd* ends) {
     const AttentionParams& p = d_.attention;
@@ -147,7 +149,7 @@ class ListedWarp : public ListedProducts<T, kBucket> {
       if (lane < rows(table)) p.lse[(q.b * p.heads + h) * p.seqlen_q + i] = scale.lse;
       ends[lane].to = rows_at<T>(p.out, q.b, i, h);
     }
-    float factors[2 * kRowTiles];  // of rows g, g + 8, ...
+    float factors[2 * kRowTiles];  // for rows g, g + 8, ...
 #pragma unroll
     for (int r = 0; r < 2 * kRowTiles; ++r)
       factors[r] = __shfl_sync(kFullWarp, scale.factor, 8 * r + lane / 4);
@@ -161,15 +163,15 @@ class ListedWarp : public ListedProducts<T, kBucket> {
   using Products::kRowTiles;
   using Products::neg_row_max_, Products::sum_, Products::out_;
 
-  // Of the block: row r of this warp.
+  // First row of this warp within the CTA.
   static __device__ int first() { return Shape::kWarpRows * Products::row_warp(); }
-  // The first row for half of the lanes, the last one for the others.
+  // First row for the lower half of the lanes, last row for the upper half.
   static __device__ int edge() {
     return threadIdx.x % kWarpSize < kWarpSize / 2 ? 0 : Shape::kWarpRows - 1;
   }
   static __device__ int row(const Queries& q, int r) { return min(first() + r, q.rows - 1); }
 
-  // All rows see all keys.
+  // Processes a tile in which all rows see all keys.
   __device__ __forceinline__ void add_whole(Addresses& at) {
     if constexpr (Shape::kFloat) {
 #pragma unroll 1
@@ -188,7 +190,7 @@ class ListedWarp : public ListedProducts<T, kBucket> {
     }
   }
 
-  // Row tile by row tile, of which some rows may see some keys.
+  // Processes a masked tile, one row tile at a time.
   __device__ __forceinline__ void add_rows(const Table& table, const int* positions, Addresses& at,
                                            int t) {
     constexpr int kKeys = Shape::kMaskedKeys;
@@ -228,7 +230,7 @@ class ListedWarp : public ListedProducts<T, kBucket> {
         s[n][i] = cap > 0 ? apply_softcap(s[n][i] * scale, cap, kLog2e) : s[n][i] * d_.factor;
   }
 
-  // `seen` of this lane's first key, positions of its first row.
+  // `seen`: of this lane's first key; `positions`: of its first row.
   template <int kKeyTiles>
   static __device__ __forceinline__ void hide(float (&s)[kKeyTiles][4], const Seeing* seen,
                                               const int* positions) {
@@ -263,7 +265,7 @@ class ListedWarp : public ListedProducts<T, kBucket> {
                                                const float (&factors)[2 * kRowTiles]) const {
     using Tile = typename Shape::KeyTile;
     constexpr int kPatterns = Tile::kSwizzledChunks;
-    constexpr int kLanes = Tile::kChunks;  // side by side in a row
+    constexpr int kLanes = Tile::kChunks;  // lanes per row
     constexpr int kRows = kWarpSize / kLanes;
     constexpr int kCount = kChunkBytes / static_cast<int>(sizeof(T));
     static_assert(kLanes <= kWarpSize);

@@ -1,5 +1,5 @@
-// One warp of the backward: 16 or 32 rows, of queries or of keys, and the products that they take
-// part in.
+// One warp of the backward: 16 or 32 rows of queries or keys, and the products that they take part
+// in.
 #pragma once
 #include "cuda/arch/ldmatrix.cuh"
 #include "cuda/arch/mma_sm80.cuh"
@@ -9,8 +9,8 @@
 
 namespace tokenmill::cuda {
 
-// x is what the scores are made of (Q, K), y the other tensor (dO, V). A block owns rows of one
-// side; those of the other stream by.
+// x is the operand of the scores (Q or K), y the other tensor (dO or V). A CTA owns rows of one
+// side; rows of the other side stream past.
 template <typename T, int kBucket, Side kSide>
 struct GradientShape {
   static constexpr bool kFloat = sizeof(T) == 4;
@@ -20,20 +20,20 @@ struct GradientShape {
 
   static constexpr int kTileRows = kRowBytes <= 128 ? 64 : kRowBytes <= 256 ? 32 : 16;
   static constexpr int kTileBytes = kTileRows * kRowBytes;
-  // Of queries also minus lse and minus delta.
+  // Streamed queries come with minus lse and minus delta.
   static constexpr int kStatisticsBytes = kKeys ? 2 * kTileRows * 4 : 0;
   static constexpr int kStageBytes = 2 * kTileBytes + kStatisticsBytes;
 
-  // Two warps share 256 columns of dK and dV, whose accumulators no warp could hold.
+  // Two warps share 256 columns of dK and dV, whose accumulators do not fit in one warp.
   static constexpr int kColumnWarps = kKeys && kBucket == 256 ? 2 : 1;
   static constexpr int kColumns = kBucket / kColumnWarps;
-  // 16-row tiles of a warp. Where registers allow it, they hold its rows as operands.
+  // 16-row tiles per warp. The warp's rows are held in registers as operands where they fit.
   static constexpr int kRowTiles = !kKeys && kRowBytes <= 128 ? 2 : 1, kWarpRows = 16 * kRowTiles;
   static constexpr bool kLeftInRegisters = kRowBytes <= (kKeys ? 128 : 256);
   static constexpr int kMaxRowWarps = kRowBytes <= 128 ? 8 / kRowTiles : 32768 / (32 * kRowBytes);
   static constexpr int kMaxThreads = kMaxRowWarps * kColumnWarps * kWarpSize;
 
-  static constexpr int kStep = kMmaDepth<T>;  // streamed rows at once
+  static constexpr int kStep = kMmaDepth<T>;  // streamed rows per step
 };
 
 template <typename T, int kBucket, Side kSide, typename Shape_ = GradientShape<T, kBucket, kSide>>
@@ -46,7 +46,7 @@ class GradientWarp {
   static constexpr int kBlocks = Shape::kColumns / 16;
   static constexpr int kStep = Shape::kStep, kStepTiles = kStep / 8;
 
-  // `owned` is where the rows of the block lie in shared memory: x, then y.
+  // `owned`: address of the CTA's rows in shared memory: x, then y.
   __device__ GradientWarp(const AttentionParams& p, float factor, int row_warps, uint32_t owned)
       : row_warp_(threadIdx.x / kWarpSize % row_warps),
         first_column_(threadIdx.x / kWarpSize / row_warps * Shape::kColumns),
@@ -71,7 +71,7 @@ class GradientWarp {
         }
   }
 
-  // Once its rows have arrived.
+  // Loads the owned operands; the rows must have arrived in shared memory.
   __device__ __forceinline__ void load_left() {
     if constexpr (Shape::kLeftInRegisters)
       unroll<kRowTiles>([&](auto m) {
@@ -82,29 +82,32 @@ class GradientWarp {
       });
   }
 
-  // Of the block.
+  // First row of this warp within the CTA.
   __device__ int first() const { return Shape::kWarpRows * row_warp_; }
 
   __device__ bool is_plain() const { return softcap_ <= 0; }
 
-  // Row tiles kFirst ... kFirst + kCount - 1 and the kStep streamed rows from `row` on of the tile
-  // at `stage`. statistic(kind, m, n, i): minus the log-sum-exp in bits (0) or minus delta (1) of
-  // element i of accumulator n of row tile m. kPlain: all rows see each other, without a softcap;
-  // else sees(m, n, i) says so.
+  // Row tiles kFirst ... kFirst + kCount - 1 against kStep streamed rows from `row` on of the tile
+  // at `stage`. statistic(kind, m, n, i): minus lse in log2 units (0) or minus delta (1) for
+  // element i of accumulator n of row tile m. kPlain: no mask and no softcap; else the mask is
+  // sees(m, n, i).
   template <bool kPlain, int kFirst, int kCount, typename Statistic, typename Sees>
   __device__ __forceinline__ void add_step(uint32_t stage, int row, const Statistic& statistic,
                                            const Sees& sees) {
     const uint32_t x = stage + row * Shape::kRowBytes, y = x + Shape::kTileBytes;
     float s[kCount][kStepTiles][4], dp[kCount][kStepTiles][4];
+// dP accumulates from minus delta
 #pragma unroll
     for (int m = 0; m < kCount; ++m)
 #pragma unroll
       for (int n = 0; n < kStepTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[m][n][i] = 0, dp[m][n][i] = statistic(1, kFirst + m, n, i);
+    // S = x x'^T, dP = y y'^T, x' and y' being the streamed rows
     multiply_rows<kFirst>(s, x_, left_, x + rows_);
     multiply_rows<kFirst>(dp, y_, left_ + left_y_, y + rows_);
     Fragment<T, 4> weights[kCount], slopes[kCount];
+// P = 2^(score_mod(S) - lse), dS = P (dP - delta)
 #pragma unroll
     for (int m = 0; m < kCount; ++m)
 #pragma unroll
@@ -126,11 +129,12 @@ class GradientWarp {
         if constexpr (kKeys) to_left(weights[m], n, w);
         to_left(slopes[m], n, ds);
       }
+    // keys: dV += P dO, dK += dS Q; queries: dQ += dS K
     if constexpr (kKeys) accumulate<kFirst>(of_y_, weights, y + columns_);
     accumulate<kFirst>(of_x_, slopes, x + columns_);
   }
 
-  // Sums of row r < rows of this warp to row_of(r), `dim` columns each.
+  // Stores the sums of rows r < rows of this warp to row_of(r), `dim` columns each.
   template <bool kOfX, typename RowOf>
   __device__ __forceinline__ void store(float factor, int rows, int dim, const RowOf& row_of) {
     const int lane = threadIdx.x % kWarpSize;
@@ -154,7 +158,7 @@ class GradientWarp {
   }
 
  protected:
-  static constexpr int kDepths = Shape::kRowBytes / 32;  // products along a row
+  static constexpr int kDepths = Shape::kRowBytes / 32;  // MMA k-steps along a row
   using Left =
       uint32_t[Shape::kLeftInRegisters ? kRowTiles : 1][Shape::kLeftInRegisters ? kDepths : 1][4];
 
@@ -165,8 +169,8 @@ class GradientWarp {
     });
   }
 
-  // out += the rows of the tiles from kFirst on, in registers or at `left`, times (kStep rows at
-  // `right`)^T
+  // out += A B^T: A is the row tiles from kFirst on, in registers or at `left`; B is kStep rows at
+  // `right`.
   template <int kFirst, int kCount>
   static __device__ __forceinline__ void multiply_rows(float (&out)[kCount][kStepTiles][4],
                                                        const Left& words, uint32_t left,
@@ -198,7 +202,7 @@ class GradientWarp {
     });
   }
 
-  // Accumulators of columns 8 n ... + 7 as their part of a left operand.
+  // Converts accumulators of columns 8 n ... + 7 to their part of an A operand.
   static __device__ __forceinline__ void to_left(Fragment<T, 4>& to, int n, const float (&x)[4]) {
     if constexpr (Shape::kFloat) {
       to = make_fragment<T>(__float_as_uint(x[0]), __float_as_uint(x[2]), __float_as_uint(x[1]),
@@ -209,7 +213,7 @@ class GradientWarp {
     }
   }
 
-  // acc += a times the kStep rows at `right`
+  // acc += A B, B being kStep rows at `right`.
   template <int kFirst, int kTiles, int kCount>
   static __device__ __forceinline__ void accumulate(float (&acc)[kTiles][2 * kBlocks][4],
                                                     const Fragment<T, 4> (&a)[kCount],
@@ -241,11 +245,11 @@ class GradientWarp {
 
   int row_warp_, first_column_;
   float softcap_, scale_, factor_;
-  uint32_t left_;            // of this lane: left operands from x
-  int left_y_;               // and from there those from y
-  uint32_t rows_, columns_;  // in a tile of the stream: right operands
+  uint32_t left_;            // this lane's address of A operands from x
+  int left_y_;               // offset from there to A operands from y
+  uint32_t rows_, columns_;  // offsets of B operands in a streamed tile
   Left x_, y_;
-  // Sums of dS x and P y.
+  // Accumulators of dS x and P y.
   float of_x_[kRowTiles][2 * kBlocks][4], of_y_[kKeys ? kRowTiles : 1][kKeys ? 2 * kBlocks : 1][4];
 };
 

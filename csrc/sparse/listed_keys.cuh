@@ -1,24 +1,24 @@
-// Rows of listed keys and values, and where rows lie.
+// Streaming of listed key and value rows, and row addressing.
 //
-// The kernels on lists know them through a `Walk`: which rows of queries a block owns, which keys
-// these see, and which queries see a tile of keys. It names rows by places, ints that are
-// negative where there is no row.
+// The kernels are generic over a `Walk`: the query rows that a CTA owns, the keys that they see,
+// and the queries that see a key tile. Rows are identified by places: ints, negative if there is no
+// row.
 #pragma once
 #include "sparse/listed_stream.cuh"
 
 namespace tokenmill::cuda {
 
-// A place in a sequence is the position there.
+// In a sequence, a place is a position.
 __device__ __forceinline__ int64_t step_to(const Rows& rows, int place) { return place * rows.seq; }
 
-// The same in chunks of kCount elements, as far as 32 bits go.
+// Offset in chunks of kCount elements, modulo 2^32.
 template <int kCount>
 __device__ __forceinline__ uint32_t chunks_to(const Rows& rows, int place) {
   return static_cast<uint32_t>(place) *
          static_cast<uint32_t>(static_cast<uint64_t>(rows.seq) / kCount);
 }
 
-// From one head to another.
+// Chunks between heads.
 template <int kCount>
 __device__ __forceinline__ uint32_t head_chunks_to(const Rows& rows, int head) {
   return static_cast<uint32_t>(head) *
@@ -30,17 +30,18 @@ __device__ __forceinline__ T* row_at(const Rows& rows, int64_t b, int place, int
   return rows_at<T>(rows, b, place, h);
 }
 
-// Queries at positions begin .. end - 1 see a key.
+// A key is seen by queries at positions begin .. end - 1.
 struct Seeing {
   static constexpr int kNobody = 0x7fffffff;  // begin of a key that does not exist
-  static constexpr int kFar = 0x3fffffff;     // beyond any position, and any sum of two
+  // larger than any position, and than any sum of two positions
+  static constexpr int kFar = 0x3fffffff;
 
   int begin, end;
 
   __device__ __forceinline__ bool by(int position) const {
     return position >= begin && position < end;
   }
-  // Queries at positions first ... last do so, all or any of them.
+  // True if all (any) of the queries at positions first ... last see the key.
   __device__ __forceinline__ bool by_all(int first, int last) const {
     return begin <= first && end > last;
   }
@@ -49,16 +50,16 @@ struct Seeing {
   }
 };
 
-// What is known of rows of two tensors, of keys and values or of queries and dO, that stream by, in
-// shared memory: where those of two tiles lie, one that is loaded and one that is looked up, and
-// who sees those of the tile at work as well.
+// Metadata in shared memory of streamed rows of two tensors (K and V, or Q and dO): addresses for
+// two tiles, one being loaded and one being looked up, and query ranges also for the tile being
+// computed.
 template <int kTileRows>
 struct RowRing {
   static constexpr int kRows = kTileRows;
   static constexpr int kGroup = kTileRows < kWarpSize ? kTileRows : kWarpSize;
-  static constexpr int kGroups = kTileRows / kGroup;  // of a tile
+  static constexpr int kGroups = kTileRows / kGroup;  // per tile
 
-  // Chunks from the first row of either tensor on where the launch is compact, else a place.
+  // Offset in chunks from the first row of each tensor if the launch is compact, else a place.
   struct alignas(8) Row {
     uint32_t x, y;
   };
@@ -66,7 +67,7 @@ struct RowRing {
   FetchedIds<kTileRows> fetched;
   Row rows[2 * kTileRows];
   Seeing seen[4 * kTileRows];
-  Seeing seen_group[4][kGroups];  // by whom all of a group are seen
+  Seeing seen_group[4][kGroups];  // intersection over each group
 
   __device__ __forceinline__ Row& row(unsigned t) { return rows[t % (2 * kTileRows)]; }
   __device__ __forceinline__ const Row& row(unsigned t) const { return rows[t % (2 * kTileRows)]; }
@@ -74,21 +75,21 @@ struct RowRing {
     return seen[t % (4 * kTileRows)];
   }
 
-  // Of one group of the tile that begins with number t: all groups together have all lanes.
+  // One group of the tile that starts with row t; the lanes of a warp cover all groups.
   __device__ __forceinline__ const Seeing& own_group(unsigned t) const {
     return seen_group[t / kTileRows % 4][threadIdx.x % kGroups];
   }
-  // All keys of the tile exist. All lanes of a warp together.
+  // True if all keys of the tile exist. Called by all lanes of a warp.
   __device__ __forceinline__ bool is_full(unsigned t) const {
     return __all_sync(kFullWarp, own_group(t).begin != Seeing::kNobody);
   }
-  // All queries see all keys of the tile: those at the positions of the first and of the last lane,
-  // which each half of a warp has, and all between.
+  // True if all queries see all keys of the tile: `position` is the first query's in one half of
+  // each warp's lanes and the last query's in the other.
   __device__ __forceinline__ bool seen_by_all(unsigned t, int position) const {
     return __all_sync(kFullWarp, own_group(t).by(position));
   }
 
-  // What is known of key number t. The threads of a group together.
+  // Stores the metadata of key t. Called by the threads of a group together.
   __device__ __forceinline__ void store(unsigned t, const Row& at, const Seeing& by) {
     row(t) = at;
     seen[t % (4 * kTileRows)] = by;
@@ -100,19 +101,19 @@ struct RowRing {
   }
 };
 
-// Where the kernels on queries keep what they know of keys, at the front of shared memory.
+// Key metadata of the query-side kernels, at the start of shared memory.
 template <typename T, typename Keys_, int kTileRows>
 struct alignas(128) KeyTable {
   using Keys = Keys_;
 
   RowRing<kTileRows> ring;
-  const T *k, *v;  // the first ones of the request and head
+  const T *k, *v;  // first rows of the request and head
   Keys keys;
-  int rows;         // of queries
-  int counters[2];  // of Keys::find
+  int rows;         // query rows
+  int counters[2];  // for Keys::find
 };
 
-// All threads of a block together; the table is of the keys that the queries see.
+// Fills the table for the keys that the queries see. Called by all threads of the CTA.
 template <typename Walk, typename Table>
 __device__ __forceinline__ void find_keys(const typename Walk::Launch& d,
                                           const typename Walk::Queries& q, Table& table) {
@@ -126,8 +127,8 @@ __device__ __forceinline__ void find_keys(const typename Walk::Launch& d,
   Table::Keys::find(d, q, &table.keys, table.counters);
 }
 
-// The tile of two tensors that begins with number `first` of a ring, whose rows all exist, counted
-// in chunks from x and y on.
+// Copies the tile of two tensors that starts with row `first` of a ring. All rows must exist;
+// offsets are in chunks from x and y.
 template <typename XTile, typename YTile, typename T, typename Ring>
 __device__ __forceinline__ void copy_full_tile(uint32_t tile, const Ring& ring, int first,
                                                const T* x, int64_t x_columns, const T* y,
@@ -157,7 +158,7 @@ __device__ __forceinline__ void copy_full_tile(uint32_t tile, const Ring& ring, 
   }
 }
 
-// The keys and values of a tile of queries, as stream_rows wants them.
+// Row source for stream_rows: the keys and values of a query tile.
 template <typename T, typename Shape_, typename Walk, typename KeyTile, typename ValueTile>
 struct KeySource {
   using Shape = Shape_;
@@ -192,7 +193,7 @@ struct KeySource {
   }
 
  private:
-  // Some keys may not exist, and rows may lie anywhere.
+  // Slow path: keys may not exist, and rows may lie anywhere.
   __device__ __forceinline__ void load_rows(uint32_t tile, int first) const {
     using KeyCopy = RowCopy<T, KeyTile>;
     using ValueCopy = RowCopy<T, ValueTile>;

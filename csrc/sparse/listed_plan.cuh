@@ -1,4 +1,4 @@
-// How the host launches kernels on lists.
+// Host-side launch planning of the kernels on lists.
 #pragma once
 #include "cuda/launch.cuh"
 #include "cuda/vector.cuh"
@@ -11,13 +11,13 @@ bool has_whole_chunks(const Rows& rows, int64_t columns, Lines... lines) {
   return is_vectorizable<T>(rows.data, columns, rows.batch, rows.seq, rows.head, lines...);
 }
 
-// True if so many elements make fewer than 2^32 chunks.
+// True if this number of elements makes fewer than 2^32 chunks.
 template <typename T>
 bool is_compact(int64_t elements) {
   return elements / (16 / static_cast<int64_t>(sizeof(T))) < int64_t{1} << 32;
 }
 
-// visit.operator()<bucket>()
+// Calls visit.operator()<bucket>() with the rounded-up head_dim.
 template <typename Visit>
 auto visit_bucket(const AttentionParams& p, const Visit& visit) {
   const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;

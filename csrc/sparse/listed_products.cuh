@@ -1,6 +1,5 @@
-// One warp of the forward of attention to lists: the products of its rows of queries with a step of
-// keys, their softmax weights, and the products of these with the values. Which keys a row sees is
-// not known here.
+// One warp of the forward of attention over lists: S = Q K^T for a step of keys, softmax, and O +=
+// P V. The mask is supplied by the caller.
 #pragma once
 #include "cuda/attention/hidden_values.cuh"
 #include "cuda/attention/online_softmax.cuh"
@@ -11,25 +10,23 @@
 
 namespace tokenmill::cuda {
 
-// A warp owns 32 rows with queries in registers, or 16 with queries in shared memory where rows are
-// wide; two warps share 256 columns of float32, whose accumulators leave one no room. Queries take
-// half of what is left beside the stages, so that blocks fit the 99 KiB of shared memory of small
-// chips.
+// A warp owns 32 rows with Q in registers, or 16 with Q in shared memory if rows are wide; two
+// warps share 256 columns of float32, whose accumulators leave no room in one warp. Q takes half of
+// the shared memory left by the stages, so that CTAs fit the 99 KiB of smaller GPUs.
 template <typename T, int kBucket>
 struct ListedShape : ForwardShape<T, kBucket> {
   using Base = ForwardShape<T, kBucket>;
   static constexpr bool kWide = Base::kRowBytes > 256;
   static constexpr bool kQueryInRegisters = !kWide;
   static constexpr int kStepKeys = kWide ? kMmaDepth<T> : Base::kStepKeys;
-  static constexpr int kMaskedKeys = kStepKeys < 16 ? kStepKeys : 16;  // of steps with masks
+  static constexpr int kMaskedKeys = kStepKeys < 16 ? kStepKeys : 16;  // per step with masks
   static_assert(Base::kRowTiles == (kWide ? 1 : 2));
 
   static constexpr int kColumnWarps = Base::kRowBytes > 512 ? 2 : 1;
   static constexpr int kMaxRowWarps = kWide ? 32768 / (16 * Base::kRowBytes) : 4;
   static constexpr int kMinRowWarps = kColumnWarps > 1 ? kMaxRowWarps : 1;
   static constexpr int kMaxThreads = kMaxRowWarps * kColumnWarps * kWarpSize;
-  // Of a multiprocessor; 0: ptxas decides. With wide rows of float32 it would aim at more, and
-  // spill.
+  // Minimum CTAs per SM; 0: ptxas decides. For wide float32 rows ptxas would aim higher and spill.
   static constexpr int kMinBlocks = kWide && Base::kFloat ? 1 : 0;
 };
 
@@ -39,7 +36,7 @@ class ListedProducts {
   using Shape = ListedShape<T, kBucket>;
   using Addresses = StageAddresses<Shape, !Shape::kFloat && kBucket == 128>;
   static constexpr int kRowTiles = Shape::kRowTiles;
-  static constexpr int kColumns = kBucket / Shape::kColumnWarps;  // of values
+  static constexpr int kColumns = kBucket / Shape::kColumnWarps;  // columns of V
   static constexpr int kTiles = kColumns / 8;
 
   static __device__ int row_warp() { return threadIdx.x / kWarpSize % row_warps(); }
@@ -47,7 +44,7 @@ class ListedProducts {
     return Shape::kColumnWarps > 1 ? threadIdx.x / kWarpSize / row_warps() * kColumns : 0;
   }
 
-  // In a stage.
+  // Addresses within a stage.
   static __device__ __forceinline__ Addresses addresses(uint32_t stage) {
     Addresses at(stage);
     if constexpr (Shape::kColumnWarps > 1) {
@@ -67,14 +64,15 @@ class ListedProducts {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
         out_[m][n][0] = out_[m][n][1] = out_[m][n][2] = out_[m][n][3] = 0;
-      // With these a row's first weights overflow, which sets its row_max.
+      // With these values the first weights of a row overflow, which triggers the update of
+      // row_max.
       neg_row_max_[m][0] = neg_row_max_[m][1] = kFloatMax;
       sum_[m][0] = sum_[m][1] = 0;
     }
   }
 
-  // From global memory, `columns` elements of each row; aligned: these are whole chunks. Row l of
-  // the warp lies at `row` of lane l.
+  // Loads `columns` elements of each row from global memory; aligned: these are whole chunks. Row l
+  // of the warp is at `row` of lane l.
   __device__ __forceinline__ void load_queries(const T* row, int columns, bool aligned) {
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
@@ -96,22 +94,24 @@ class ListedProducts {
     }
   }
 
-  // In shared memory, where `queries` are those of the block.
+  // Q in shared memory; `queries` is the address of the CTA's rows.
   __device__ __forceinline__ void find_queries(uint32_t queries) {
     query_.find(queries + row_warp() * 16 * Shape::kRowBytes, threadIdx.x % kWarpSize);
   }
 
-  // The rows of kCount tiles from kFirst on and kKeys keys from kOffset on at `at`. score_mod(s)
-  // follows the first product; exponents of weights are s times factor then, and -inf hides a pair.
-  // It returns whether any is hidden from those that sees(half, key) tells; null: none can be. The
-  // compiler cannot know that `positive` is.
+  // One step of keys: rows of kCount tiles from kFirst on against kKeys keys from kOffset on at
+  // `at`. score_mod(s) is applied to S; afterwards exponents are s times factor, and -inf masks a
+  // pair. It returns true if any pair is masked; sees(half, key) tells which, null: no pair can be.
+  // `positive` is always positive, which the compiler cannot know.
   template <int kFirst, int kCount, int kKeys, int kOffset, typename ScoreMod, typename Sees>
   __device__ __forceinline__ void add_step(const Addresses& at, float factor, int positive,
                                            const ScoreMod& score_mod, const Sees& sees) {
     float s[kCount][kKeys / 8][4];
+    // S = Q K^T
     multiply_keys<kFirst, kOffset>(s, at);
     const bool cut = score_mod(s);
     Fragment<T, 4> p[kCount][kKeys / kDepth];
+    // online softmax: P = 2^(factor S - row_max), rescale O where row_max grows
     if constexpr (kUpdatesFirst) {
       constexpr int kMask = ((1 << kCount) - 1) << kFirst;
       int update = empty_ & kMask;
@@ -137,14 +137,16 @@ class ListedProducts {
     if constexpr (!std::is_same_v<Sees, std::nullptr_t>) {
       if (cut && !all_finite<T, kKeys, kTiles>(at)) {
         multiply_seen_values<T, kFirst, kKeys>(out_, p, at, before, sees);
+        // O += P V, without masked pairs, whose V may be Inf or NaN
         return;
       }
     }
     multiply_values<T, kFirst, kOffset>(out_, p, at, before);
+    // O += P V
   }
 
   float out_[kRowTiles][kTiles][4];
-  float neg_row_max_[kRowTiles][2], sum_[kRowTiles][2];  // of rows g, g + 8; sums of this lane
+  float neg_row_max_[kRowTiles][2], sum_[kRowTiles][2];  // for rows g, g + 8; sums of this lane
 
  private:
   static __device__ int row_warps() {
@@ -161,9 +163,10 @@ class ListedProducts {
       multiply_shared<T, kOffset>(s, at, query_);
   }
 
-  // Where the first step has many keys, its weights are not made in vain.
+  // With many keys in the first step, its row_max is updated first, so that the weights are not
+  // computed twice.
   static constexpr bool kUpdatesFirst = Shape::kStepKeys > 16;
-  int empty_ = (1 << kRowTiles) - 1;  // row tiles that have seen nothing
+  int empty_ = (1 << kRowTiles) - 1;  // bit mask of row tiles that have seen no key
   SharedQueries<Shape> query_;
   QuerySlice q_[kRowTiles][Shape::kQueryInRegisters ? Shape::kSlices : 1];
 };

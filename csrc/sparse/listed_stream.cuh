@@ -1,5 +1,5 @@
-// Rows of two tensors, from wherever they lie, through two stages of shared memory. Where those of
-// a tile lie is looked up two tiles ahead.
+// Streams rows of two tensors, from arbitrary addresses, through two stages of shared memory.
+// Addresses are looked up two tiles ahead.
 #pragma once
 #include "cuda/attention/gmem_to_smem.cuh"
 #include "cuda/attention/sequence.cuh"
@@ -7,14 +7,14 @@
 
 namespace tokenmill::cuda {
 
-// kTileRows rows of both tensors a stage.
+// kTileRows rows of both tensors per stage.
 template <typename T, int kBucket>
 struct StreamShape : TileShape<T, kBucket> {
   static constexpr int kTileRows = TileShape<T, kBucket>::kTileKeys;
 };
 
-// The ids of lists that say where the rows of two tiles lie, on their way to shared memory. A
-// thread reads what it has asked for.
+// List ids that determine the addresses of two tiles, in flight to shared memory. Each thread reads
+// the ids that it fetched itself.
 template <int kTileRows>
 struct FetchedIds {
   int ids[2 * kTileRows];
@@ -26,11 +26,11 @@ struct FetchedIds {
   }
 };
 
-// The rows 0 ... source.total() - 1. fetch(t) begins to read what says where number t lies, if that
-// is in global memory, store(t) by the same thread keeps the result in shared memory, and
-// load(stage, t) copies the tile that begins with number t and commits the copies. work(stage, t)
-// follows for each tile. All threads together; in the end nothing is under way and nobody reads a
-// stage.
+// Streams rows 0 ... source.total() - 1. fetch(t) starts reading the id that locates row t, if it
+// is in global memory; store(t), called by the same thread, keeps the result in shared memory;
+// load(stage, t) copies the tile that starts with row t and commits the copies. work(stage, t)
+// follows for each tile. Called by all threads; on return no copy is in flight and no thread reads
+// a stage.
 template <int kTileRows, typename Source, typename Work>
 __device__ __forceinline__ void stream_rows(Source& source, const Work& work) {
   if (source.total() <= 0) {
@@ -64,7 +64,7 @@ __device__ __forceinline__ void stream_rows(Source& source, const Work& work) {
     if (next < source.total()) source.load(stage ^ 1, next);
     work(stage, first);
     if (first + 2 * kTileRows < source.total()) {
-      cp_async_wait<1>();  // for what was fetched, not for the tile
+      cp_async_wait<1>();  // waits for the fetched ids, not for the tile
       each(first + 2 * kTileRows, store);
     }
   }

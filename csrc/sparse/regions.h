@@ -1,4 +1,4 @@
-// Maps cut into regions. Free of torch.
+// Feature maps cut into regions. Free of torch.
 #pragma once
 #include "core/dtype.h"
 
@@ -11,8 +11,8 @@ struct Region {
   TOKENMILL_HOST_DEVICE int32_t pixels() const { return height * width; }
 };
 
-// Regions in rows, numbered from the upper left one. Those at the right and the lower end are
-// smaller where regions do not divide the map.
+// Row-major grid of regions. Regions at the right and lower borders are smaller if the region size
+// does not divide the map.
 struct RegionGrid {
   int32_t height, width, region_height, region_width;
 
@@ -23,7 +23,7 @@ struct RegionGrid {
     return (width + region_width - 1) / region_width;
   }
   TOKENMILL_HOST_DEVICE int32_t regions() const { return rows() * columns(); }
-  // Of a whole region.
+  // Pixels of a full region.
   TOKENMILL_HOST_DEVICE int32_t pixels() const { return region_height * region_width; }
   TOKENMILL_HOST_DEVICE Region region(int32_t i) const {
     const int32_t y = i / columns() * region_height, x = i % columns() * region_width;

@@ -6,13 +6,14 @@ namespace tokenmill::TOKENMILL_ISA {
 
 namespace {
 
-// -sum_i P_i,sink delta_i of the rows of a head, as the sink has no value.
+// Gradient of a head's sink logit: -sum_i P_i,sink delta_i over its rows. The sink has no value.
 float sink_gradient(const AttentionParams& p, int64_t head, const float* lse, const float* delta) {
   double sum = 0;
   for (int64_t i = 0; i < p.seqlen_q; ++i) {
     if (lse[i] == -kInf) continue;
-    const float weight =
-        p.sink[head] == lse[i] ? 1 : std::exp(p.sink[head] - lse[i]);  // also where both are inf
+    const float weight = p.sink[head] == lse[i]
+                             ? 1
+                             : std::exp(p.sink[head] - lse[i]);  // 1 also if both are infinite
     sum -= weight * delta[i];
   }
   return static_cast<float>(sum);

@@ -1,5 +1,6 @@
-// What the entries of lists got. An item is one list: the keys that its entries add are gathered in
-// panels, and past each stream the rows that read the list, whose scores are computed again.
+// Attention mass of each list entry. A work item is one list: the keys of its entries are gathered
+// in panels, and the rows that read the list stream past each panel and have their scores
+// recomputed.
 //
 //   mass_e = sum over rows r and keys j of e: 2^(t_rj - lse_r)
 #pragma once
@@ -11,8 +12,8 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-constexpr int64_t kMassRows = 512;  // packed at once
-// Rows that are summed from zero and added once: equal weights round alike in every sum.
+constexpr int64_t kMassRows = 512;  // rows packed at once
+// Rows summed from zero before one addition to the total: equal weights round alike in every sum.
 constexpr int64_t kMassSum = 8 * kTileRows;
 
 // Keys, the entry of each, and the first query of the block that sees it through the list.
@@ -23,7 +24,7 @@ struct KeyPanel {
   alignas(64) float from[kPanel];
 };
 
-// A walk knows where keys lie.
+// Walk: addressing of queries and keys (sparse/cpu_walk.h).
 template <class Walk>
 class MassWorker {
  public:
@@ -68,10 +69,10 @@ class MassWorker {
       const int64_t h = head + (first + r) / queries_of_block;
       rows[r] = walk.query_row(p.q, b, i, h);
       const float x = p.lse[walk.lse_at(b, h, i)];
-      lse[r] = x == -kInf ? kInf : x * kLog2e;  // a row that saw nothing has P = 0
+      lse[r] = x == -kInf ? kInf : x * kLog2e;  // a row that saw no key has P = 0
       place[r] = static_cast<float>((first + r) % queries_of_block);
     }
-    for (int64_t r = count; r < padded; ++r) lse[r] = kInf, place[r] = -1;  // which see nothing
+    for (int64_t r = count; r < padded; ++r) lse[r] = kInf, place[r] = -1;  // padding: sees no key
     const float factor = score_mod.plain ? score_mod.factor : 1;
     pack_rows<Float32>(ScatteredRows{rows}, p.dtype, count, padded, p.head_dim, factor, queries,
                        ld);
@@ -100,7 +101,7 @@ class MassWorker {
     if (panel.keys > 0) add(panel);
   }
 
-  // Adds what the keys of a panel got, and empties it.
+  // Adds the mass of the panel's keys to their entries, and empties the panel.
   void add(KeyPanel& panel) {
     pack_transposed<Float32>(ScatteredRows{panel.rows}, p.dtype, panel.keys, p.head_dim, 1.f, keys);
     for (int64_t j = panel.keys; j < kPanel; ++j) panel.from[j] = SeenBy::kNever;
@@ -141,12 +142,12 @@ class MassWorker {
   Walk walk;
   int64_t words, ld;
   cpu::Workspace workspace;
-  float* queries;      // packed rows: queries of the block, heads that read the list outside
-  float *lse, *place;  // of each row: in bits, and its query relative to the block's first
+  float* queries;      // packed rows: heads that read the list outer, queries of the block inner
+  float *lse, *place;  // per row: lse in log2 units, and its query relative to the block's first
   float* keys;         // packed panel
 
   int64_t b = 0, list_head = 0, list_row = 0;
-  int64_t first = 0, count = 0;  // rows that are packed
+  int64_t first = 0, count = 0;  // packed rows
   ScoreMod score_mod{p, 0, 0, Sequence(p, 0)};
   float* mass = nullptr;
 };
@@ -167,7 +168,7 @@ void listed_mass(const BlockSparseCalls& calls) {
   cpu::parallel_items(lists, threads, [&](cpu::ItemCounter& items) {
     FlushDenormals flush;
     std::optional<MassWorker<Walk>> worker;
-    // Items come in order.
+    // Items come in ascending order.
     for (int64_t item, r = 0, first = 0; (item = items.next()) >= 0;) {
       for (; item - first >= lists_of(r); worker.reset()) first += lists_of(r++);
       if (!worker) worker.emplace(calls.each[r]);

@@ -1,4 +1,4 @@
-// Launches the kernels of the backward for one element type.
+// Launches the backward kernels for one element type.
 #pragma once
 #include "dense/attention/kernel_backward_statistics.cuh"
 #include "sparse/block_sparse_attention/cuda_plan.cuh"
@@ -6,7 +6,7 @@
 
 namespace tokenmill::cuda::block_sparse_attention {
 
-// Keys of a block: more than 64 of them only where all are in one block of the lists.
+// Row warps of a key tile: more than 64 keys only if they all belong to one key block.
 inline int key_row_warps(const BlockSparseParams& d, int most) {
   int warps = d.log2_block_k > 6 ? 8 : 4;
   if (warps > most) warps = most;
@@ -14,7 +14,7 @@ inline int key_row_warps(const BlockSparseParams& d, int most) {
   return warps;
 }
 
-// Blocks of the kernel on queries.
+// Grid of the query-side kernel.
 template <typename T, int kBucket>
 BlockSparseGradients plan_query_side(const BlockSparseBackwardParams& bp,
                                      const BlockSparseGradients& g) {
@@ -33,7 +33,7 @@ BlockSparseGradients plan_query_side(const BlockSparseBackwardParams& bp,
   return d;
 }
 
-// kQueries(d), then kKeys(d).
+// Launches kQueries(d), then kKeys(d).
 template <typename T, int kBucket, typename Keys, auto kQueries, auto kKeys>
 const char* launch_gradients(BlockSparseGradients d, cudaStream_t stream) {
   using Queries = QuerySideShape<T, kBucket>;
@@ -54,7 +54,7 @@ inline int64_t statistics_rows(const AttentionParams& p) {
   return (p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.seqlen_q;
 }
 
-// Of the rows, in the workspace.
+// Row statistics (minus lse, minus delta) in the workspace.
 inline BackwardArgs statistics_of(const BlockSparseBackwardParams& bp) {
   const AttentionParams& p = bp.forward.attention;
   BackwardArgs args{};
@@ -66,7 +66,7 @@ inline BackwardArgs statistics_of(const BlockSparseBackwardParams& bp) {
   return args;
 }
 
-// What both kernels read, once the statistics of the rows are known.
+// Computes the row statistics, which both kernels read.
 template <typename T>
 const char* launch_statistics(const BlockSparseBackwardParams& bp, cudaStream_t stream,
                               BlockSparseGradients& d) {

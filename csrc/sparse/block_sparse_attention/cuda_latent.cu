@@ -17,7 +17,7 @@ int64_t decode_bytes(const LatentBlockSparse& d) {
   });
 }
 
-// Of packed requests; behind what the decode kernel takes of the workspace.
+// Maps packed queries to requests. The table follows the decode kernel's part of the workspace.
 const char* find_requests(LatentBlockSparse& d, cudaStream_t stream) {
   auto* const to = reinterpret_cast<int32_t*>(static_cast<char*>(d.workspace) + decode_bytes(d));
   d.requests = to;

@@ -1,4 +1,4 @@
-// How the host cuts a call into blocks, forward and backward.
+// Grid of a call, forward and backward.
 #pragma once
 #include "cuda/refuse.cuh"
 #include "sparse/block_sparse_attention/kernel_keys.cuh"
@@ -7,8 +7,8 @@
 
 namespace tokenmill::cuda::block_sparse_attention {
 
-// Tiles of the rows of a block of queries, by the least warps of `warp_rows` rows that hold them,
-// `least` to `most`.
+// Cuts the rows of a query block into tiles, with the smallest number of warps, between `least` and
+// `most`, of `warp_rows` rows each that holds them.
 inline BlockSparseLaunch plan_queries(const BlockSparseParams& d, int warp_rows, int least,
                                       int most) {
   BlockSparseLaunch launch{d};
@@ -24,7 +24,7 @@ inline BlockSparseLaunch plan_queries(const BlockSparseParams& d, int warp_rows,
   return launch;
 }
 
-// With `aligned` known.
+// Requires `aligned` to be set.
 template <typename T>
 bool has_compact_keys(const BlockSparseLaunch& d) {
   const AttentionParams& p = d.attention;

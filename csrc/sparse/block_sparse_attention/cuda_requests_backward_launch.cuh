@@ -5,7 +5,7 @@
 
 namespace tokenmill::cuda::block_sparse_attention {
 
-// As kernels on rows alone take a call: they find ends of keys, but read no keys.
+// Parameters for row-wise kernels, which read only the extents of keys, not keys.
 inline BlockSparseBackwardParams with_ends_of_keys(BlockSparseBackwardParams bp) {
   AttentionParams& p = bp.forward.attention;
   if (!p.cu_seqlens_k) p.cu_seqlens_k = p.cu_seqlens_q;

@@ -1,4 +1,4 @@
-// Launches the forward of packed requests and of keys in pages for one element type.
+// Launches the forward of packed requests and of paged keys for one element type.
 #pragma once
 #include "sparse/block_sparse_attention/cuda_plan.cuh"
 #include "sparse/block_sparse_attention/kernel_requests.cuh"

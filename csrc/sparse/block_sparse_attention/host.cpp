@@ -25,7 +25,7 @@ struct BlockSparseAttentionArgs : Record {
   View block_table, cu_seqlens_q, cu_seqlens_k;
 };
 
-// Of latent caches, forward only.
+// Latent caches have wider heads; forward only.
 bool is_latent(const BlockSparseAttentionArgs& a) {
   return std::max(a.q.size(-1), a.v.size(-1)) > kMaxHeadDim;
 }
@@ -34,8 +34,8 @@ HeadDims head_dims(const BlockSparseAttentionArgs& a) {
   return a.block_q == 1 ? HeadDims{kMaxCacheDim, kMaxCacheValueDim} : HeadDims{};
 }
 
-// As check_qkv, where keys are pages, or of requests whose queries are packed: their number is not
-// that of q's batch.
+// Counterpart of check_qkv for paged keys and packed queries, whose leading sizes differ from q's
+// batch.
 void check_rows(const BlockSparseAttentionArgs& a) {
   if (a.cu_seqlens_k && !a.cu_seqlens_q)
     fail(kOp, "cu_seqlens_q", "must be given with cu_seqlens_k", "None");
@@ -86,7 +86,7 @@ BlockList check_lists(const BlockSparseAttentionArgs& a, int64_t batch) {
                     fits, "q", a.q);
 }
 
-// On the CPU alone.
+// Checks of values, CPU only.
 void check_values(const BlockSparseAttentionArgs& a, const BlockSparseParams& d) {
   if (a.cu_seqlens_q)
     check_cu_seqlens_values(kOp, "cu_seqlens_q", a.cu_seqlens_q, d.attention.seqlen_q);
@@ -96,7 +96,7 @@ void check_values(const BlockSparseAttentionArgs& a, const BlockSparseParams& d)
     check_block_table_values(kOp, key_rows(a.k, a.block_table), d.attention.batch, d.lengths);
 }
 
-// The checks are those of python/tokenmill/sparse/block_sparse_rules.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/sparse/block_sparse_rules.py.
 BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
   check_rows(a);
   int64_t batch = a.q.size(0);
@@ -128,13 +128,14 @@ BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
                std::countr_zero(static_cast<uint64_t>(a.k.size(1)))};
   }
   if (!a.q.is_cuda) check_values(a, d);
-  const int64_t all = d.attention.seqlen_q + d.attention.seqlen_k;  // sums with it stay in range
+  // bound on sums with positions, to avoid overflow
+  const int64_t all = d.attention.seqlen_q + d.attention.seqlen_k;
   d.num_sink = std::min(a.num_sink, all);
   d.num_recent = std::min(a.num_recent, all);
   return d;
 }
 
-// The calls of a call, in the memory that `requests` has.
+// Splits a packed call into one call per request, stored in `requests`.
 template <typename Calls, typename Params>
 Calls calls_of(const Params& d, const AttentionParams& p, std::vector<Params>& requests) {
   if (!p.cu_seqlens_q) return {&d, 1};
@@ -190,7 +191,7 @@ void run_latent_on_cpu(LatentBlockSparse l) {
   cpu::block_sparse_attention_latent(l);
 }
 
-// mass is null if it is not asked for.
+// mass is null if it is not requested.
 void run_forward(const BlockSparseMass& d, const BlockSparseAttentionArgs& a) {
 #if defined(TOKENMILL_WITH_CUDA)
   if (a.q.is_cuda) {
@@ -218,13 +219,13 @@ void run_forward(const BlockSparseMass& d, const BlockSparseAttentionArgs& a) {
                 : cpu::block_sparse_attention_mass(calls);
 }
 
-// Writes out; returns lse and mass, of size 0 if it is not asked for.
+// Writes out; returns lse and mass (size 0 if not requested).
 std::tuple<Array, Array> answer(BlockSparseParams& d, const BlockSparseAttentionArgs& a,
                                 const View& out) {
   std::vector<int64_t> sizes{0};
   if (a.return_mass) sizes = a.indices.sizes;
   Array mass = empty(sizes, a.q, ScalarType::Float);
-  if (out.numel() == 0 || a.cu_seqlens_q) fill(0, mass);  // also lists without queries
+  if (out.numel() == 0 || a.cu_seqlens_q) fill(0, mass);  // a list may have no queries
   float* const to = mass.numel() > 0 ? mass.mutable_data<float>() : nullptr;
   Array lse = forward_into(d.attention, a.q, out, [&] { run_forward({d, to, d.list.rows}, a); });
   return {lse, mass};
@@ -275,7 +276,7 @@ struct BlockSparseAttentionBackwardArgs : Record {
   BlockSparseAttentionArgs forward;
 };
 
-// dsink is the sum of each request's rows, [B, H].
+// dsink sums over the rows of each request, [B, H].
 std::tuple<Array, Array, Array, Array> block_sparse_attention_backward(
     const BlockSparseAttentionBackwardArgs& a) {
   const View& q = a.forward.q;

@@ -1,4 +1,4 @@
-// Forward over the first keys, those of listed blocks, and the last keys.
+// Forward over sink keys, listed blocks and recent keys.
 #pragma once
 #include "sparse/block_sparse_attention/kernel_keys.cuh"
 #include "sparse/listed_forward.cuh"

@@ -1,4 +1,4 @@
-// Backward over the first keys, those of listed blocks, and the last keys.
+// Backward over sink keys, listed blocks and recent keys.
 #pragma once
 #include "sparse/block_sparse_attention/kernel_queries.cuh"
 #include "sparse/listed_backward.cuh"

@@ -1,12 +1,11 @@
-// Backward on compute capability 9.0a, of the calls that takes_backward_sm90 lets in: seven
-// products in two kernels without atomics, as in listed_backward.cuh.
+// sm_90a backward, for the calls that takes_backward_sm90 accepts: seven products in two kernels
+// without atomics, as in listed_backward.cuh.
 //
 //   queries:  S = Q K^T, dP = dO V^T, dQ += dS K
 //   keys:     S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q
 //   dS = P (dP - delta), delta = rowsum(dO O) - dlse
 //
-// This is the kernel on queries. Its blocks are those of the forward, and so is the warp that
-// loads.
+// This file has the query-side kernel. Its grid and its producer warp are the forward's.
 #pragma once
 #include "cuda/attention/epilogue_sm90.cuh"
 #include "cuda/attention/hidden_values_sm90.cuh"
@@ -16,18 +15,18 @@
 
 namespace tokenmill::cuda::block_sparse_attention {
 
-// Its out_map is that of dO.
+// out_map describes dO.
 struct Sm90QueryGradients : Sm90Launch {
   Rows dq;
-  const float *minus_lse, *minus_delta;  // like lse
+  const float *minus_lse, *minus_delta;  // layout of lse
 };
 
-// A warpgroup that multiplies: one unit.
+// Consumer warpgroup: computes one unit.
 template <typename T, typename Shape>
 class Sm90QueryRows {
  public:
   static constexpr int kRows = Shape::kRows, kKeys = Shape::kTileKeys, kHeadDim = Shape::kHeadDim;
-  // dP runs while weights are made, as far as registers allow it; else it takes the place of S.
+  // Issue dP before the softmax where registers allow it; else dP reuses the registers of S.
   static constexpr bool kEarly = kHeadDim <= 64;
   using Shared = Sm90Shared<Shape>;
 
@@ -65,7 +64,7 @@ class Sm90QueryRows {
     }
     if (unit.queries <= 0) return;
     const uint32_t staged = shared_address(rows_.q);
-    sync_warpgroup(warpgroup_);  // all are done with the memory
+    sync_warpgroup(warpgroup_);  // all threads are done with the staging memory
     unroll<2>([&](auto h) { stage_row<T, h, kHeadDim>(staged, dq_, p.scale, false); });
     sync_warpgroup(warpgroup_);
     store_rows<T, kHeadDim>(rows_at<T>(d_.dq, block.b, unit.first_query, unit.head), d_.dq.seq,
@@ -85,8 +84,10 @@ class Sm90QueryRows {
     float scores[1 + kEarly][kKeys / 2];
     auto &s = scores[0], &dp = scores[kEarly];
     uint32_t p[kKeys / 4], ds[kKeys / 4];
+    // S = Q K^T
     start_qk<T, kHeadDim, kKeys>(s, shared_address(rows_.q), k);
     shared_.v_full[stage.index].wait(stage.parity);
+    // dP = dO V^T
     const auto start_dp = [&] {
       start_qk<T, kHeadDim, kKeys>(dp, shared_address(rows_.out),
                                    shared_address(shared_.v[stage.index]));
@@ -97,6 +98,7 @@ class Sm90QueryRows {
     if (cut) sight.bounds(first, 2 * static_cast<int>(threadIdx.x % 4)).hide(s, true, true);
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i) {
+      // P = 2^(factor S - lse)
       const float x = fmaf(s[2 * i], d_.scores.factor, minus_lse_[i % 2]);
       const float y = fmaf(s[2 * i + 1], d_.scores.factor, minus_lse_[i % 2]);
       p[i] = pack<T>(exp2_approx(x), exp2_approx(y));
@@ -107,11 +109,13 @@ class Sm90QueryRows {
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i) {
       const float2 w = unpack<T>(p[i]);
+      // dS = P (dP - delta)
       const float x = w.x * (dp[2 * i] + minus_delta_[i % 2]);
       const float y = w.y * (dp[2 * i + 1] + minus_delta_[i % 2]);
       ds[i] = pack<T>(x, y);
     }
     if (cut) clear_hidden(ds, p);
+    // dQ += dS K
     start_pv<T, kKeys>(dq_, ds, k);
     wait_for_product<0>(dq_);
     release(shared_.k_empty[stage.index]);

@@ -1,9 +1,9 @@
-// The kernel on keys of the backward on compute capability 9.0a, see kernel_backward_sm90.cuh.
+// Key-side kernel of the sm_90a backward, see kernel_backward_sm90.cuh.
 //
-// A block of threads owns 64 keys of a block of the lists. One warp loads K and V once, walks over
-// the blocks of queries that see any of the keys, and loads Q, dO and the statistics of 64 rows at
-// a time. A warpgroup multiplies. Accumulators are keys by queries: rounded, they are the left
-// operands of dV and dK as they lie.
+// A CTA owns 64 keys of one key block. A producer warp loads K and V once, iterates over the query
+// blocks that see any of the keys, and loads Q, dO, lse and delta for 64 rows at a time. One
+// consumer warpgroup computes. Accumulators are [keys, queries]: converted to 16 bits, they are the
+// A operands of dV and dK without a change of layout.
 #pragma once
 #include "cuda/arch/sm90/tma.cuh"
 #include "cuda/arch/sm90/wgmma.cuh"
@@ -15,7 +15,7 @@
 
 namespace tokenmill::cuda::block_sparse_attention {
 
-// A block is one warpgroup that loads and one that multiplies. Two blocks share a multiprocessor.
+// A CTA is one producer and one consumer warpgroup. Two CTAs share an SM.
 template <int kHeadDim_>
 struct Sm90KeyShape {
   static constexpr int kHeadDim = kHeadDim_;
@@ -23,22 +23,22 @@ struct Sm90KeyShape {
   static constexpr int kTileQueries = 64;
   static constexpr int kStages = 2;
   static constexpr int kThreads = 2 * kWarpgroupThreads;
-  static constexpr int kLoadRegisters = 56, kMultiplyRegisters = 200;  // 128 at the launch
+  static constexpr int kLoadRegisters = 56, kMultiplyRegisters = 200;  // 128 at launch
   static constexpr int kTileBytes = 64 * kHeadDim * 2;
 };
 
-// Queries of a tile: its columns are those at position `first` and on, `count` of them. Keys of a
-// list that names them see all of them, others the rest of what they see. count < 0: this is behind
-// the last tile.
+// Queries of a tile: its columns are `count` queries from position `first` on. If `listed`, the
+// queries list the key block and see all its keys, up to the causal mask; else they see only sink
+// and recent keys. count < 0 marks the end of the stream.
 struct alignas(16) QuerySight {
   int first, count, listed, padding;
 };
 
-// The queries of the request of a tile of keys, as BatchQueries and PackedQueries have them.
+// Queries of the request of a key tile; same fields as BatchQueries and PackedQueries.
 struct Sm90Queries {
   int b, start, end, list_row, blocks, diagonal;
 
-  // All lanes of a warp together.
+  // Called by all lanes of a warp.
   __device__ static Sm90Queries of(const BlockSparseGradients& d, const RequestKeyTile& tile) {
     const int queries = static_cast<int>(d.attention.seqlen_q), size = 1 << d.log2_block_q;
     if (!d.attention.cu_seqlens_q)
@@ -56,9 +56,9 @@ struct alignas(1024) Sm90KeyShared {
   float minus_lse[Shape::kStages][Shape::kTileQueries];
   float minus_delta[Shape::kStages][Shape::kTileQueries];
   QuerySight sight[Shape::kStages];
-  RequestKeyTile tile;  // here, as registers are short
+  RequestKeyTile tile;  // in shared memory to save registers
   Sm90Queries queries;
-  Mbarrier keys_full, part_full;  // part: of a tile whose rows do not all count
+  Mbarrier keys_full, part_full;  // part_full: tiles with rows to be zeroed before use
   Mbarrier full[Shape::kStages], empty[Shape::kStages];
 
   __device__ void init_barriers() {
@@ -73,7 +73,7 @@ struct Sm90KeyGradients : BlockSparseGradients {
   CUtensorMap query_map, dout_map, key_map, value_map;
 };
 
-// The warp that loads.
+// Producer warp.
 template <typename Shape>
 class Sm90QueryLoader {
  public:
@@ -116,11 +116,11 @@ class Sm90QueryLoader {
     load_boxes<Shape::kKeys, kHeadDim>(d_.value_map, at, shared_.v, shared_.keys_full);
   }
 
-  // Blocks of queries of the heads that share the list of `head`, in order: those before `open` see
-  // some of the keys as first or last ones, the others are those that list the keys.
+  // Streams the query blocks of the heads that share the list of `head`, in order: blocks before
+  // `open` see some of the keys as sink or recent keys, later ones only if they list the key block.
   __device__ __forceinline__ void load_list(int head, int together) {
     const int log2_size = d_.log2_block_q, last_key = tile_.first + tile_.seen - 1;
-    const int to_row = queries_.diagonal + queries_.start;  // from a query's number to its position
+    const int to_row = queries_.diagonal + queries_.start;  // offset from query index to position
     const int begin = d_.causal ? max(tile_.first - to_row, 0) >> log2_size : 0;
     int open = begin;
     if (tile_.first < d_.num_sink)
@@ -138,7 +138,7 @@ class Sm90QueryLoader {
       const int middle = at + (high - at) / 2;
       listing[middle] - queries_.list_row < begin ? at = middle + 1 : high = middle;
     }
-    // A lane has one of the entries that follow, `used` of which are behind.
+    // Each lane holds one of the next entries; `used` of them are consumed.
     const auto entry = [&](int e) {
       return e < listing_end ? listing[e] - queries_.list_row : kNoBlock;
     };
@@ -160,7 +160,7 @@ class Sm90QueryLoader {
     }
   }
 
-  // Queries number `first` and on of the request.
+  // Loads queries `first` and on of the request.
   __device__ __forceinline__ void load_tile(int head, int first, bool listed) {
     const int row = queries_.start + first, count = min(queries_.end - row, kQueries);
     const int position = row + queries_.diagonal;
@@ -176,7 +176,7 @@ class Sm90QueryLoader {
       shared_.minus_delta[s][j] = j < count ? d_.minus_delta[statistics + j] : 0;
     }
     __syncwarp();
-    // Rows of the next request are zeros, as those behind the tensor are: see Sm90Loader.
+    // Rows of the next request are zeroed, as TMA zeroes rows past the tensor: see Sm90Loader.
     const bool cleared = d_.attention.cu_seqlens_q && count < kQueries;
     Mbarrier& full = cleared ? shared_.part_full : shared_.full[s];
     if (issues()) {
@@ -199,10 +199,11 @@ class Sm90QueryLoader {
   Shared& shared_;
   const RequestKeyTile& tile_;
   const Sm90Queries& queries_;
-  unsigned tiles_ = 0, parts_ = 0;  // so far; parts: through part_full
+  unsigned tiles_ = 0,
+           parts_ = 0;  // counts so far; parts_ counts tiles that went through part_full
 };
 
-// The warpgroup that multiplies.
+// Consumer warpgroup.
 template <typename T, typename Shape>
 class Sm90KeyRows {
  public:
@@ -232,7 +233,7 @@ class Sm90KeyRows {
   }
 
  private:
-  // All queries see all keys.
+  // True if all queries of the tile see all keys.
   __device__ bool all_seen(const QuerySight& q) const {
     const int last = tile_.first + kKeys - 1;
     if (tile_.seen < kKeys || q.count < kQueries || (d_.causal && q.first < last)) return false;
@@ -240,7 +241,8 @@ class Sm90KeyRows {
            (d_.num_recent > 0 && q.first + kQueries - 1 < tile_.first + d_.num_recent);
   }
 
-  // The queries that see the thread's keys, by columns from the thread's first one on.
+  // For each of this thread's two keys, the queries that see it, in columns relative to the
+  // thread's first one.
   __device__ __forceinline__ RowBounds bounds(const QuerySight& q) const {
     const int own = 2 * static_cast<int>(threadIdx.x % 4);
     RowBounds r;
@@ -264,7 +266,9 @@ class Sm90KeyRows {
     float scores[1 + kEarly][kQueries / 2];
     auto &s = scores[0], &dp = scores[kEarly];
     uint32_t p[kQueries / 4], ds[kQueries / 4];
+    // S^T = K Q^T
     start_qk<T, kHeadDim, kQueries>(s, shared_address(shared_.k), q);
+    // dP^T = V dO^T
     const auto start_dp = [&] {
       start_qk<T, kHeadDim, kQueries>(dp, shared_address(shared_.v), dout);
     };
@@ -275,6 +279,7 @@ class Sm90KeyRows {
     unroll<kQueries / 8>([&](auto n) {
       const float2 lse = load_float2<n * 32>(shared_address(shared_.minus_lse[stage]) + own);
       unroll<2>([&](auto h) {
+        // P = 2^(factor S - lse)
         const float x = fmaf(s[4 * n + 2 * h], d_.factor, lse.x);
         const float y = fmaf(s[4 * n + 2 * h + 1], d_.factor, lse.y);
         p[2 * n + h] = pack<T>(exp2_approx(x), exp2_approx(y));
@@ -283,17 +288,19 @@ class Sm90KeyRows {
     if constexpr (!kEarly) start_dp();
     wait_for_product<0>(dp);
     unroll<kQueries / 8>([&](auto n) {
-      // Else ptxas adds all deltas before it multiplies, and registers are short.
+      // Otherwise ptxas loads all deltas before the multiplications, and registers run out.
       if constexpr (!kEarly && n == kQueries / 16) __syncwarp();
       const float2 delta = load_float2<n * 32>(shared_address(shared_.minus_delta[stage]) + own);
       unroll<2>([&](auto h) {
         const float2 w = unpack<T>(p[2 * n + h]);
+        // dS = P (dP - delta)
         const float x = w.x * (dp[4 * n + 2 * h] + delta.x);
         const float y = w.y * (dp[4 * n + 2 * h + 1] + delta.y);
         ds[2 * n + h] = pack<T>(x, y);
       });
     });
     if (cut) clear_hidden(ds, p);
+    // dV += P^T dO, dK += dS^T Q
     start_pv<T, kQueries>(dv_, p, dout);
     start_pv<T, kQueries>(dk_, ds, q);
     wait_for_product<0>(dk_);
@@ -302,7 +309,7 @@ class Sm90KeyRows {
 
   __device__ __forceinline__ void store() {
     const int lane = threadIdx.x % kWarpSize, first = warpgroup_row(0) - lane / 4;
-    // Keys behind the request's last one: 0 times what is not finite.
+    // Keys past the end of the request: their sums may be 0 times Inf or NaN.
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i)
       if (warpgroup_row(i / 2 % 2) >= tile_.seen) dk_[i] = dv_[i] = 0;
@@ -318,7 +325,7 @@ class Sm90KeyRows {
 
   const Sm90KeyGradients& d_;
   Shared& shared_;
-  const RequestKeyTile& tile_;  // there when keys_full has ended
+  const RequestKeyTile& tile_;  // valid once keys_full has completed
   float dk_[kHeadDim / 2], dv_[kHeadDim / 2];
 };
 
@@ -331,7 +338,7 @@ __global__ void __launch_bounds__(Sm90KeyShape<kHeadDim>::kThreads, 2)
   auto& shared = *reinterpret_cast<Sm90KeyShared<Shape>*>(sm90_shared);
   if (threadIdx.x == 0) shared.init_barriers();
   __syncthreads();
-  // From the first lane: the compiler then knows that it is the same for a warp.
+  // Broadcast from lane 0, so that the compiler knows the value is warp-uniform.
   if (__shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0) == 0) {
     shrink_registers<Shape::kLoadRegisters>();
     if (threadIdx.x < kWarpSize) Sm90QueryLoader<Shape>(d, shared).run();
@@ -341,7 +348,7 @@ __global__ void __launch_bounds__(Sm90KeyShape<kHeadDim>::kThreads, 2)
   }
 }
 
-// With the maps of the kernel on queries.
+// Uses the TMA descriptors of the query-side kernel.
 template <typename T, int kHeadDim>
 const char* launch_keys_sm90(const Sm90Launch& queries, const BlockSparseGradients& g,
                              cudaStream_t stream) {

@@ -1,5 +1,5 @@
-// A tile of queries and the row of keys that it sees: the first keys, those of listed blocks, and
-// the last keys.
+// Query tile of a CTA and the sequence of keys it sees: sink keys, keys of listed blocks, recent
+// keys.
 #pragma once
 #include "cuda/attention/epilogue.cuh"
 #include "sparse/block_sparse_attention/params.h"
@@ -7,29 +7,29 @@
 
 namespace tokenmill::cuda::block_sparse_attention {
 
-// What the host adds to a call.
+// Launch parameters added by the host.
 struct BlockSparseLaunch : BlockSparseParams {
-  int row_warps;         // of a block
-  int tile_rows;         // that they own
-  int tiles;             // of a block of queries
-  int64_t query_blocks;  // of a head
+  int row_warps;         // warps along the rows of a CTA
+  int tile_rows;         // rows of a CTA
+  int tiles;             // tiles of a query block
+  int64_t query_blocks;  // per head
   bool aligned;          // rows of the inputs are whole 16-byte chunks
-  bool aligned_out;      // and those of the output
+  bool aligned_out;      // rows of the output are whole 16-byte chunks
   bool compact;          // all keys and values lie within 2^32 chunks, and are aligned
-  float factor;          // of products in exponents of 2
+  float factor;          // scale of products, in log2 units
 
   TOKENMILL_HOST_DEVICE const Rows& q() const { return attention.q; }
   TOKENMILL_HOST_DEVICE const Rows& k() const { return attention.k; }
   TOKENMILL_HOST_DEVICE const Rows& v() const { return attention.v; }
 };
 
-// Rows of a tile: queries of one block, times the heads that share their keys. Row r is query r /
+// Rows of a tile: queries of one block times the heads that share their keys. Row r is query r /
 // together of head r % together.
 struct QueryTile {
   int b, head, together;
-  int block, first_query;  // of the block
-  int first, rows;         // of the block's rows
-  int diagonal;            // of the position of query 0
+  int block, first_query;  // first query of the block
+  int first, rows;         // within the rows of the block
+  int diagonal;            // position minus query index
 
   __device__ static QueryTile of(const BlockSparseLaunch& d) {
     const AttentionParams& p = d.attention;
@@ -38,7 +38,7 @@ struct QueryTile {
     const int heads = static_cast<int>(p.heads) / q.together;
     const unsigned index = block_index(), head_blocks = index / d.tiles;
     const unsigned blocks = static_cast<unsigned>(d.query_blocks);
-    // The last queries see most keys under a causal mask: they start first.
+    // Under a causal mask the last queries see the most keys: start with them.
     q.block = static_cast<int>(blocks - 1 - head_blocks % blocks);
     q.b = static_cast<int>(head_blocks / blocks) / heads;
     q.head = static_cast<int>(head_blocks / blocks) % heads * q.together;
@@ -61,21 +61,21 @@ struct QueryTile {
   __device__ int position(int r) const { return query(r) + diagonal; }
 };
 
-// In shared memory: registers are short. Key t of the row is a first key before `sinks`, a listed
-// one before `list_end`, else a last one.
+// Kept in shared memory to save registers. Key t of the sequence is a sink key before `sinks`, a
+// listed key before `list_end`, else a recent key.
 struct TileKeys {
   static constexpr int kNowhere = -1;
 
   const int32_t* list;
   int blocks;
-  int first;                     // entry of the list
-  int sinks, list_end, total;    // in the row
-  int listed_begin, listed_end;  // of the keys that lists add
+  int first;                     // first entry of the list
+  int sinks, list_end, total;    // indices into the sequence of keys
+  int listed_begin, listed_end;  // range of positions covered by the list
   int recent_begin, recent;
   bool ascends;
 
-  // All threads of a block together; `shared` is room for one. The list is read once: where it
-  // ascends, how many ids lie before an end is where that end is.
+  // Called by all threads of the CTA; `shared` has room for one TileKeys. The list is read once: in
+  // an ascending list, the number of ids below a bound is the index of the first id not below it.
   template <typename Queries>
   __device__ static void find(const BlockSparseLaunch& d, const Queries& q, TileKeys* shared,
                               int* counters) {
@@ -121,22 +121,22 @@ struct TileKeys {
     __syncthreads();
   }
 
-  // As they were found.
+  // The query tile, recomputed as find() saw it.
   static __device__ __forceinline__ QueryTile queries_again(const BlockSparseLaunch& d,
                                                             const TileKeys&) {
     return QueryTile::of(d);
   }
 
-  // The id that key t comes from; null: none.
+  // Address of the list id of key t, or null.
   __device__ __forceinline__ const int32_t* id_at(const BlockSparseLaunch& d, int t) const {
     return is_listed(t) ? list + entry(d, t) : nullptr;
   }
 
-  // The position of key t, kNowhere if no query of the tile sees it.
+  // Position of key t, or kNowhere if no query of the tile sees it.
   __device__ __forceinline__ int place(const BlockSparseLaunch& d, int t, int id) const {
     if (!is_listed(t)) return t < sinks ? t : t < total ? recent_begin + t - list_end : kNowhere;
     if (static_cast<unsigned>(id) >= static_cast<unsigned>(blocks)) return kNowhere;
-    // What no list should be like: an id counts if it is greater than all before it.
+    // Invalid lists (not ascending): an id counts if it is greater than all previous ids.
     if (!ascends)
       for (int e = 0; e < entry(d, t); ++e)
         if (list[e] >= id) return kNowhere;
@@ -149,7 +149,7 @@ struct TileKeys {
     return place;
   }
 
-  // Of key t, which lies at `position`.
+  // Range of query positions that see key t at `position`.
   __device__ __forceinline__ Seeing seen_by(const BlockSparseLaunch& d, int t, int position) const {
     if (position < 0) return {Seeing::kNobody, Seeing::kFar};
     if (!d.causal) return {-Seeing::kFar, Seeing::kFar};
@@ -157,7 +157,7 @@ struct TileKeys {
             t >= list_end ? position + recent : Seeing::kFar};
   }
 
-  // A row of weights that sum to `sum` relative to 2^row_max.
+  // Output scale and lse of a row whose weights sum to `sum` relative to 2^row_max.
   static __device__ RowScale epilogue(const BlockSparseLaunch& d, int head, float sum,
                                       float row_max) {
     const float* sink = d.attention.sink;

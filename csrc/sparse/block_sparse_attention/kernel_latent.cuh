@@ -1,5 +1,5 @@
-// Latent heads: each query is a request of sparse_decode_attention. A block has up to 16 heads that
-// share a list, and as many blocks as heads need follow each other, so that they find keys in L2.
+// Latent heads: each query is a request of sparse_decode_attention. A CTA has up to 16 heads that
+// share a list; the CTAs of one list are adjacent in the grid, so that they share keys in L2.
 #pragma once
 #include "sparse/block_sparse_attention/latent.h"
 #include "sparse/sparse_decode_attention/kernel.cuh"
@@ -11,8 +11,8 @@ struct LatentLaunch : sparse_decode_attention::ListedLaunch<LatentBlockSparse> {
 template <typename T>
 using LatentKeys = sparse_decode_attention::ListedKeys<T, kLatentBucket, T, LatentLaunch>;
 
-// Whether the block's packed query is that of no request: the first of its blocks makes it an empty
-// row.
+// If the CTA's packed query belongs to no request, returns true; the first CTA of the query writes
+// an empty row.
 template <typename T>
 __device__ __forceinline__ bool fill_loose_query(const LatentLaunch& d, const DecodePlan& plan) {
   if (!d.cu_seqlens_q) return false;

@@ -1,4 +1,4 @@
-// Which packed request each query is of, once for all blocks that have to know.
+// Maps packed queries to requests, once for all CTAs of the launch.
 #pragma once
 #include "cuda/warp.cuh"
 #include "sparse/block_sparse_attention/latent.h"

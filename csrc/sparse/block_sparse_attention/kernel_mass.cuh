@@ -1,6 +1,6 @@
-// What the entries of lists got. A block owns keys of one list, gathered from its entries, whose
+// Attention mass of each list entry. A CTA owns keys of one list, gathered from its entries, whose
 // fragments stay in registers; the rows that read the list stream through two stages of shared
-// memory, and their scores are computed again.
+// memory, and their scores are recomputed.
 //
 //   mass_e = sum over rows r and keys j of e: 2^(t_rj - lse_r)
 #pragma once
@@ -22,14 +22,14 @@ template <typename T, int kBucket>
 struct MassShape : TileShape<T, kBucket> {
   using Base = TileShape<T, kBucket>;
   using Tile = typename Base::KeyTile;
-  static constexpr int kTileRows = Base::kTileKeys;  // that stream
+  static constexpr int kTileRows = Base::kTileKeys;  // streamed rows of a stage
   static constexpr int kOwnTiles = kBucket <= (Base::kFloat ? 64 : 128) ? 2 : 1;
-  static constexpr int kOwnKeys = 16 * kOwnTiles;  // of a warp
+  static constexpr int kOwnKeys = 16 * kOwnTiles;  // per warp
   static constexpr int kBlockKeys = kMassWarps * kOwnKeys;
   static constexpr bool kOwnInRegisters = kBucket <= (Base::kFloat ? 128 : 256);
-  static constexpr int kStep = 16;  // streamed rows at once
+  static constexpr int kStep = 16;  // streamed rows per step
 
-  // A streamed row: what is added to its exponents (minus its lse), and its query.
+  // Streamed row: its shift in the exponent (minus lse in log2 units), and its query.
   struct alignas(8) Row {
     float shift;
     int query;
@@ -40,14 +40,14 @@ struct MassShape : TileShape<T, kBucket> {
 
 struct MassLaunch : BlockSparseMass {
   KeyRows keys;
-  int parts;        // blocks of a list
-  int64_t blocks;   // of queries, of a head
-  bool aligned;     // rows of queries and keys are whole 16-byte chunks
-  bool leaves_out;  // keys on pages that are not there, as the forward of latent heads does
-  float factor;     // of products in exponents of 2
+  int parts;        // CTAs per list
+  int64_t blocks;   // query blocks per head
+  bool aligned;     // rows of q and k are whole 16-byte chunks
+  bool leaves_out;  // skip keys on invalid pages, as the forward of latent heads does
+  float factor;     // scale of products, in log2 units
 };
 
-// As RequestBlock, of a batch whose keys are positions.
+// Counterpart of RequestBlock for a batch whose keys are indexed by position.
 struct QueryBlock {
   int b, block;
   int first_query, queries;
@@ -73,20 +73,19 @@ struct MassBlocks {
   static __device__ const Rows& keys(const MassLaunch& d) { return d.attention.k; }
 };
 
-// Of packed requests, and of keys in pages.
+// Packed requests, and paged keys.
 struct MassRequests {
   using Block = RequestBlock;
   static constexpr bool kPaged = true;
   static __device__ const KeyRows& keys(const MassLaunch& d) { return d.keys; }
 };
 
-// The list of a block, and the keys that it owns there: number x of a list is a key of its entry
-// x >> log2_block_k.
+// List of a CTA and its range of keys there: key x of a list belongs to entry x >> log2_block_k.
 template <int kBlockKeys>
 struct MassPlace {
   int64_t b, list_head, block;
-  int64_t first;   // key of the list
-  int64_t passes;  // over kBlockKeys keys, of one entry where there are several
+  int64_t first;   // first key of the list
+  int64_t passes;  // passes over kBlockKeys keys; with several passes, all keys belong to one entry
 
   __device__ explicit MassPlace(const MassLaunch& d) {
     const int64_t item = blockIdx.x / d.parts;
@@ -99,7 +98,7 @@ struct MassPlace {
   }
 };
 
-// Where key x of a list lies; negative: it adds none.
+// Position of key x of a list; negative if it adds no key.
 __device__ inline int mass_key(const MassLaunch& d, const int32_t* ids, int64_t count, bool ascends,
                                int64_t length, int64_t x) {
   const int64_t e = x >> d.log2_block_k;
@@ -108,7 +107,7 @@ __device__ inline int mass_key(const MassLaunch& d, const int32_t* ids, int64_t 
   if (id < 0 || id >= d.key_blocks()) return -1;
   const int64_t at = (int64_t{id} << d.log2_block_k) + (x & ((int64_t{1} << d.log2_block_k) - 1));
   if (at < d.num_sink || at >= length) return -1;
-  // What no list should be like: an id counts if it is greater than all before it.
+  // Invalid lists (not ascending): an id counts if it is greater than all previous ids.
   for (int64_t i = 0; !ascends && i < e; ++i)
     if (ids[i] >= id) return -1;
   return static_cast<int>(at);
@@ -121,7 +120,7 @@ class MassWarp {
   using Row = typename Shape::Row;
   static constexpr int kTiles = Shape::kOwnTiles;
 
-  // `keys` are the positions of those of this warp, `rows` where they lie.
+  // `keys`: positions of this warp's keys; `rows`: their rows in memory.
   __device__ MassWarp(const MassLaunch& d, const T* head, const int* keys, const int* rows)
       : d_(d), head_(head), rows_(rows) {
 #pragma unroll
@@ -137,7 +136,7 @@ class MassWarp {
     }
   }
 
-  // Adds the tile of rows at `tile`, of which `rows` tells; sees(key, query).
+  // Adds the streamed tile at `tile`, described by `rows`; sees(key, query) is the mask.
   template <typename Sees>
   __device__ __forceinline__ void add_tile(uint32_t tile, const Row* rows, const Sees& sees) {
     KeyAddresses<Shape> at(tile);
@@ -163,7 +162,7 @@ class MassWarp {
     }
   }
 
-  // sums[key of the warp] = what it got.
+  // Writes the mass of each of the warp's keys to sums[key].
   __device__ __forceinline__ void store(float* sums) const {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
@@ -215,12 +214,12 @@ class MassWarp {
   const T* head_;
   const int* rows_;
   int key_[kTiles][2];
-  float sum_[kTiles][2];  // of this lane
+  float sum_[kTiles][2];  // partial sums of this lane
   QuerySlice slices_[Shape::kOwnInRegisters ? kTiles : 1]
                     [Shape::kOwnInRegisters ? Shape::kSlices : 1];
 };
 
-// The rows of one KV head that read a list: queries of its block, heads outside.
+// Rows of one KV head that read a list: heads outer, queries of the block inner.
 struct MassRows {
   int64_t b, head, first_query;
   int queries, rows;
@@ -229,7 +228,7 @@ struct MassRows {
   __device__ int64_t head_of(int r) const { return head + r / queries; }
 };
 
-// One tile of them, from number `first` on, to shared memory; the copies are not committed.
+// Copies one tile of rows, from row `first` on, to shared memory; the copies are not committed.
 template <typename T, int kBucket>
 __device__ __forceinline__ void load_rows(uint32_t tile, typename MassShape<T, kBucket>::Row* to,
                                           const MassLaunch& d, const MassRows& rows, int first) {
@@ -246,14 +245,14 @@ __device__ __forceinline__ void load_rows(uint32_t tile, typename MassShape<T, k
     if (first + r < rows.rows) {
       const int query = rows.query(first + r);
       const float lse = p.lse[(rows.b * p.heads + rows.head_of(first + r)) * p.seqlen_q + query];
-      // A row that saw nothing has no weights.
+      // A row that saw no key has no weights.
       found = {-lse * kLog2e, lse == -infinity() ? -1 : query};
     }
     to[r] = found;
   }
 }
 
-// For a third block of a multiprocessor ptxas would spill.
+// With three CTAs per SM ptxas would spill.
 template <typename T, int kBucket, typename Walk>
 __global__ void __launch_bounds__(kMassThreads, 2)
     block_sparse_mass_kernel(const __grid_constant__ MassLaunch d) {
@@ -275,7 +274,7 @@ __global__ void __launch_bounds__(kMassThreads, 2)
   const int group = static_cast<int>(p.heads / p.kv_heads);
   const int all = static_cast<int>(p.heads / d.list.heads), together = min(all, group);
   MassRows rows{place.b, 0, block.first_query, block.queries, block.queries * together};
-  // Query i sees key j through the list if i + diagonal >= j; without a mask any does.
+  // Query i sees key j through the list if i + diagonal >= j; without a causal mask always.
   const int diagonal = block.diagonal - static_cast<int>(d.num_recent);
   const auto sees = [&](int key, int query) {
     return key >= 0 && query >= 0 && (!d.causal || query + diagonal >= key);
@@ -287,7 +286,7 @@ __global__ void __launch_bounds__(kMassThreads, 2)
   for (int64_t e = threadIdx.x; e < count; e += blockDim.x)
     ascends &= e == 0 || ids[e] > ids[e - 1];
   ascends = __syncthreads_and(ascends);
-  float total = 0;  // of entry threadIdx.x of the block
+  float total = 0;  // mass of entry threadIdx.x of the CTA
 #pragma unroll 1
   for (int64_t pass = 0; pass < place.passes; ++pass) {
     __syncthreads();

@@ -1,24 +1,25 @@
-// A tile of keys and the queries that see any of them, found through the transposed lists.
+// Key tile of a CTA in the backward, and the queries that see any of its keys, found through the
+// transposed lists.
 #pragma once
 #include "sparse/block_sparse_attention/kernel_keys.cuh"
 
 namespace tokenmill::cuda::block_sparse_attention {
 
-// What the host adds to the arguments of a gradient.
+// Launch parameters of the backward.
 struct BlockSparseGradients : BlockSparseLaunch {
   Rows dout, dq, dk, dv;
-  const float *minus_lse, *minus_delta;  // like lse
-  const int32_t *offsets, *listing;      // of transpose_block_list
-  bool compact_queries;                  // like compact, of what streams by a tile of keys
+  const float *minus_lse, *minus_delta;  // layout of lse
+  const int32_t *offsets, *listing;      // from transpose_block_list
+  bool compact_queries;                  // `compact` for Q and dO, which stream past a key tile
 
   TOKENMILL_HOST_DEVICE const Rows& of_dout() const { return dout; }
   __device__ static int query_at(int place) { return place; }
 };
 
-// Keys that a block owns, in blocks of keys that follow each other.
+// Keys that a CTA owns: consecutive rows of one or more key blocks.
 struct BlockKeyTile {
   int b, kv_head;
-  int first, rows, seen;  // seen: those that there are
+  int first, rows, seen;  // seen: keys within the length of the request
 
   __device__ static BlockKeyTile of(const BlockSparseGradients& d) {
     const AttentionParams& p = d.attention;
@@ -34,32 +35,32 @@ struct BlockKeyTile {
   __device__ int place(int r) const { return first + max(r, 0); }
 };
 
-// A streamed query: -1 if there is none; its head among those that share its list; its block among
-// those of the window.
+// Streamed query, or -1 if there is none; its head among the heads that share its list; its block
+// within the window.
 struct ListingQuery {
   int query;
   short head, block;
 };
 
-// Blocks of queries at a time: which blocks of the tile's keys each one lists, as bits, and the
-// numbers of those that any key of the tile may be seen by.
+// Window of query blocks: which key blocks of the tile each one lists, as bits, and the blocks that
+// may see any key of the tile.
 template <int kBlocks>
 struct QueryWindow {
   uint32_t bits[kBlocks][2];
-  int cursors[64];  // of the list of each block of keys
+  int cursors[64];  // read position in the transposed list of each key block
   int count;
   short active[kBlocks];
 };
 
-// The 16 keys of a warp, and what sees them.
+// The 16 keys of a warp and their mask.
 struct WarpKeys {
-  // A query: the bits of the blocks of these keys that it lists.
+  // Streamed query, with the bits of the warp's key blocks that it lists.
   struct Column {
     int query, position;
     unsigned listed;
   };
 
-  // From number `offset` of the tile on.
+  // Keys from `offset` of the tile on.
   template <typename KeyTile>
   __device__ WarpKeys(const BlockSparseLaunch& d, const KeyTile& tile, int offset)
       : first(tile.first + offset),
@@ -84,7 +85,7 @@ struct WarpKeys {
     if (c.query < 0 || !whole || (causal && c.position < last)) return false;
     return c.listed == mask || last < sinks || (recent > 0 && c.position < first + recent);
   }
-  // Key number r.
+  // True if query c sees key `first + r`.
   __device__ bool sees(const Column& c, int r) const {
     const int key = first + r;
     if (c.query < 0 || key > last || (causal && c.position < key)) return false;
@@ -95,12 +96,12 @@ struct WarpKeys {
   int first, last;
   bool whole, causal;
   int log2_block, sinks, recent;
-  int word, shift;  // of their bits
+  int word, shift;  // word and bit position of the warp's blocks in QueryWindow::bits
   unsigned mask;
 };
 
-// The queries of a request: rows start() ... end() - 1 of batch b, whose lists are `blocks()` from
-// row list_row() on, and from a row to its position.
+// Queries of a request: rows start() ... end() - 1 of batch b, with `blocks()` lists from row
+// list_row() on; a row's position is row + diagonal.
 struct BatchQueries {
   const BlockSparseGradients& d;
   int b, diagonal;
@@ -114,7 +115,7 @@ struct BatchQueries {
   __device__ int blocks() const { return static_cast<int>(d.query_blocks); }
 };
 
-// Queries that may see a tile of keys, window by window.
+// Iterates over the queries that may see a key tile, window by window.
 template <typename T, int kBucket, typename Queries>
 class BlockListing {
  public:
@@ -126,13 +127,13 @@ class BlockListing {
   __device__ BlockListing(const BlockSparseGradients& d, Window& window, const KeyTile& tile)
       : BlockListing(d, window, tile, Queries(d, tile)) {}
 
-  // Lists of the heads of the group follow each other, and so do windows of their blocks of
-  // queries. All threads of the block together.
+  // Visits the lists of the heads in the group one after the other, and each list in windows of
+  // query blocks. Called by all threads of the CTA.
   template <typename Visit>
   __device__ __forceinline__ void each_window(const Visit& visit) {
     const int group = static_cast<int>(d_.attention.heads / d_.attention.kv_heads);
     const int blocks = queries_.blocks();
-    // The block of the first query that may see the first key.
+    // First query block that may see the first key.
     const int first_query = first_key_ - queries_.diagonal - queries_.start();
     const int begin = d_.causal ? max(first_query, 0) >> d_.log2_block_q : 0;
 #pragma unroll 1
@@ -148,7 +149,7 @@ class BlockListing {
 
   __device__ int total() const { return window_.count * block_rows(); }
 
-  // The ids are in shared memory.
+  // No ids to prefetch: they are in shared memory.
   __device__ static constexpr const int32_t* id_at(int) { return nullptr; }
 
   __device__ __forceinline__ ListingQuery look_up(int t, int) const {
@@ -169,7 +170,7 @@ class BlockListing {
  protected:
   const BlockSparseGradients& d_;
   int b_;
-  int head_ = 0;  // of the list at hand
+  int head_ = 0;  // first head of the current list
 
  private:
   template <typename KeyTile>
@@ -186,8 +187,8 @@ class BlockListing {
 
   __device__ int block_rows() const { return together_ << d_.log2_block_q; }
 
-  // Blocks first_ ... end - 1 of queries. Lists of blocks of keys ascend: where one window ends
-  // the next one begins.
+  // Fills the window with query blocks first_ ... end - 1. The lists of key blocks ascend, so a
+  // window resumes at the cursors of the previous one.
   __device__ __forceinline__ void find_blocks(int end, bool starts) {
     const int thread = threadIdx.x, lane = thread % kWarpSize;
     const int first_block = first_key_ >> d_.log2_block_k;
@@ -237,7 +238,7 @@ class BlockListing {
     __syncthreads();
   }
 
-  // Any query of a block may see any key of the tile as one of its first or last ones.
+  // True if any query of the block may see any key of the tile as a sink or recent key.
   __device__ bool sees_without_list(int block) const {
     const int diagonal = queries_.diagonal;
     const int first = queries_.start() + (block << d_.log2_block_q) + diagonal;
@@ -250,7 +251,7 @@ class BlockListing {
   Queries queries_;
   int kv_head_, first_key_, last_key_;
   int together_;
-  int first_ = 0;  // block of the window
+  int first_ = 0;  // first block of the window
 };
 
 struct BlockGradientWalk : BlockWalk {

@@ -1,5 +1,4 @@
-// Requests whose queries are packed or whose keys lie in pages: where their queries, lists and keys
-// are, and the forward over them.
+// Packed requests and paged keys: addressing of queries, lists and keys, and the forward over them.
 #pragma once
 #include "cuda/sequences.cuh"
 #include "sparse/block_sparse_attention/kernel_keys.cuh"
@@ -7,12 +6,12 @@
 
 namespace tokenmill::cuda::block_sparse_attention {
 
-// Keys of a request in pages of 2^log2_page rows: row i of a page p is row p 2^log2_page + i. What
-// the host can divide is divided there, as registers are short.
+// Keys of a request in pages of 2^log2_page rows: row i of page p is row p 2^log2_page + i. Strides
+// are divided into chunks on the host to save registers.
 struct KeyRows {
   Rows rows;
-  int log2_page;  // 31: not in pages
-  int mask;       // of a row in its page
+  int log2_page;  // 31: not paged
+  int mask;       // row mask within a page
   uint32_t page_chunks, row_chunks;
 
   template <typename T>
@@ -37,7 +36,7 @@ __device__ __forceinline__ uint32_t chunks_to(const KeyRows& keys, int row) {
          static_cast<uint32_t>(row & keys.mask) * keys.row_chunks;
 }
 
-// The row of the key at a position; `table` is that of its request. A page that is not there is
+// Row of the key at a position; `table` is the request's block_table row. An invalid page reads as
 // page 0.
 __device__ __forceinline__ int row_of_key(const KeyPages& pages, const int32_t* table,
                                           int position) {
@@ -53,17 +52,16 @@ struct RequestLaunch : BlockSparseLaunch {
   __device__ const KeyRows& v() const { return values; }
 };
 
-// A block of queries of one request. Queries are rows of q.
+// Block of queries of one request. Queries are rows of q.
 struct RequestBlock {
-  int b;        // of queries and lists: 0 where they are packed
+  int b;        // batch of queries and lists: 0 if packed
   int request;  // -1: none
   int block;    // row of the lists
   int first_query, queries;
-  int diagonal;           // of the position of row 0
-  int key_start, length;  // the first row of packed keys, and how many keys there are
+  int diagonal;           // position minus row index
+  int key_start, length;  // first row of packed keys, and the number of keys
 
-  // Number `index` of the blocks of batch b, or of all packed requests. All lanes of a warp
-  // together.
+  // Block `index` of batch b, or of all packed requests. Called by all lanes of a warp.
   __device__ static RequestBlock of(const BlockSparseParams& d, int b, int64_t index) {
     const AttentionParams& p = d.attention;
     const int size = 1 << d.log2_block_q;
@@ -90,7 +88,7 @@ struct RequestBlock {
   }
 
   __device__ bool exists() const { return request >= 0; }
-  // Of keys that are packed, padded or in pages.
+  // First key row of the request, for packed, padded or paged keys.
   template <typename T>
   __device__ T* first_key(const BlockSparseParams& d, const Rows& rows, int64_t kv_head) const {
     return rows_at<T>(rows, d.pages.table ? 0 : request, key_start, kv_head);
@@ -100,10 +98,10 @@ struct RequestBlock {
   }
 };
 
-// Which tile a block of threads owns: part `tile` of the rows of a block of queries. The last
-// queries see most keys under a causal mask: they start first.
+// Tile of a CTA: part `tile` of the rows of a query block. Under a causal mask the last queries see
+// the most keys: start with them.
 struct TileNumber {
-  int b, head;  // the first of the heads that share keys
+  int b, head;  // head: first of the heads that share keys
   int tile;
   int64_t block;
 
@@ -118,11 +116,11 @@ struct TileNumber {
   }
 };
 
-// As QueryTile.
+// Counterpart of QueryTile.
 struct RequestTile : RequestBlock {
   const BlockSparseLaunch& d;
   int head, together;
-  int first, rows;  // of the block's rows
+  int first, rows;  // within the rows of the block
 
   __device__ static RequestTile of(const BlockSparseLaunch& d) {
     const TileNumber number = TileNumber::of(d);
@@ -155,7 +153,7 @@ struct RequestTile : RequestBlock {
 
 struct RequestKeys : TileKeys {
   RequestBlock block;
-  const int32_t* table;  // of the request, null: not in pages
+  const int32_t* table;  // block_table row of the request; null: not paged
 
   __device__ static void find(const RequestLaunch& d, const RequestTile& q, RequestKeys* shared,
                               int* counters) {
@@ -180,7 +178,7 @@ struct RequestWalk {
   using Keys = RequestKeys;
 };
 
-// Whether the block of threads owns packed queries that no request has: then fill(rows, head).
+// If the CTA owns packed queries outside of every request, calls fill(rows, head) and returns true.
 template <typename Fill>
 __device__ __forceinline__ bool fill_loose_rows(const BlockSparseLaunch& d, const Fill& fill) {
   const AttentionParams& p = d.attention;

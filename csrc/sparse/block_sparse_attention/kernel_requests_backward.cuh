@@ -1,4 +1,4 @@
-// Backward of packed requests, whose keys are packed too or padded.
+// Backward of packed requests, with packed or padded keys.
 #pragma once
 #include "sparse/block_sparse_attention/kernel_queries.cuh"
 #include "sparse/block_sparse_attention/kernel_requests.cuh"
@@ -6,15 +6,15 @@
 
 namespace tokenmill::cuda::block_sparse_attention {
 
-// As BlockKeyTile: keys of one request.
+// Counterpart of BlockKeyTile: keys of one request.
 struct RequestKeyTile {
   int request;  // -1: none
-  int b;        // of keys: 0 where they are packed
+  int b;        // batch of keys: 0 if packed
   int kv_head;
-  int key_start, length;  // row of key 0, and how many keys the request has
+  int key_start, length;  // row of key 0, and the number of keys of the request
   int first, rows, seen;
 
-  // All lanes of a warp together.
+  // Called by all lanes of a warp.
   __device__ static RequestKeyTile of(const BlockSparseGradients& d) {
     const AttentionParams& p = d.attention;
     const int kv_heads = static_cast<int>(p.kv_heads),
@@ -41,13 +41,13 @@ struct RequestKeyTile {
   __device__ int place(int r) const { return key(max(r, 0)); }
 };
 
-// As BatchQueries, of a packed request.
+// Counterpart of BatchQueries for a packed request.
 class PackedQueries {
  public:
   static constexpr int b = 0;
   int diagonal;
 
-  // All lanes of a warp together.
+  // Called by all lanes of a warp.
   __device__ PackedQueries(const BlockSparseGradients& d, const RequestKeyTile& tile) {
     const AttentionParams& p = d.attention;
     const int size = 1 << d.log2_block_q;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(QuerySideShape<T, kBucket>::kMaxThreads, 1)
   if (!fill_loose_rows(d, make_zero)) listed_query_gradients<T, kBucket, RequestGradientWalk>(d);
 }
 
-// Whether the block of threads owns packed keys that no request has, whose gradients are 0.
+// If the CTA owns packed keys outside of every request, zeroes their gradients and returns true.
 template <typename T>
 __device__ __forceinline__ bool fill_loose_keys(const BlockSparseGradients& d) {
   const AttentionParams& p = d.attention;

@@ -1,12 +1,12 @@
-// Forward on compute capability 9.0a, of the calls that takes_sm90 lets in.
+// sm_90a forward, for the calls that takes_sm90 accepts.
 //
 //   S = Q K^T    P = 2^(factor S - row_max)    O = P V
 //
-// A block has up to three units of 64 rows of queries that share a list, a warpgroup each. One warp
-// walks over the keys that any of them sees: the first ones, those of the list, the last ones, in
-// tiles of 64. It loads Q once and K and V tile by tile, and says beside each tile of K which keys
-// lie there and who sees them. A warpgroup keeps S, P and O in registers. Where no mask cuts, Q K^T
-// of a tile and P V of the one before run while P is made.
+// A CTA has up to three consumer warpgroups, each with a unit of 64 query rows; the units share one
+// list. A producer warp iterates over the keys that any unit sees (sink keys, listed blocks, recent
+// keys) in tiles of 64. It loads Q once and K and V per tile, and publishes with each K tile its
+// key range and mask. A consumer warpgroup keeps S, P and O in registers. On unmasked tiles, Q K^T
+// of one tile and P V of the previous one overlap with the softmax.
 #pragma once
 #include "cuda/attention/epilogue_sm90.cuh"
 #include "cuda/attention/hidden_values_sm90.cuh"
@@ -16,7 +16,7 @@
 
 namespace tokenmill::cuda::block_sparse_attention {
 
-// A warpgroup that multiplies: one unit.
+// Consumer warpgroup: computes one unit.
 template <typename T, typename Shape>
 class Sm90Rows {
  public:
@@ -55,7 +55,7 @@ class Sm90Rows {
   }
 
  private:
-  // When they are there.
+  // Waits for K tile `number` and returns its mask.
   __device__ __forceinline__ TileSight await_keys(unsigned number) const {
     const Stage<Shape> stage(number);
     shared_.k_full[stage.index].wait(stage.parity);
@@ -70,18 +70,22 @@ class Sm90Rows {
     ++number_;
   }
 
-  // Tiles from the next one on as long as they are whole. Returns the one behind them.
+  // Processes unmasked tiles from the current one on, with S = Q K^T of the next tile in flight
+  // during the softmax. Returns the mask of the first tile after them.
   __device__ __forceinline__ TileSight add_whole_tiles(Scores& weights) {
     float s[kKeys / 2];
     uint32_t p[kKeys / 4];
+    // S = Q K^T
     multiply_keys(s, number_);
     finish_keys<0>(s, number_);
+    // online softmax: update row_max, rescale row_sum and O
     weights.weigh(s);
     weights.rescale(o_);
     pack_weights(p, s, weights);
     TileSight next;
 #pragma unroll 1
     for (next = await_keys(number_ + 1); next.all<kRows>(first_); next = await_keys(number_ + 1)) {
+      // S = Q K^T of the next tile, O += P V of this one
       multiply_keys(s, number_ + 1);
       multiply_values(p, number_);
       finish_keys<1>(s, number_ + 1);
@@ -91,13 +95,14 @@ class Sm90Rows {
       pack_weights(p, s, weights);
       ++number_;
     }
+    // O += P V of the last unmasked tile
     multiply_values(p, number_);
     finish_values(number_);
     ++number_;
     return next;
   }
 
-  // A tile that a mask or the end of the keys cuts.
+  // Processes one tile that is cut by a mask or by the end of the keys.
   __device__ __forceinline__ void add_cut_tile(const TileSight& tile, Scores& weights) {
     float s[kKeys / 2];
     uint32_t p[kKeys / 4];
@@ -117,16 +122,18 @@ class Sm90Rows {
     const bool infinite =
         has_infinite_values<T, kHeadDim, kKeys, kKeys>(values, seen_begin, seen_end);
     if (any_in_warpgroup(warpgroup_, infinite))
+      // O += P V, without the products of masked pairs: 0 times Inf or NaN would be NaN
       multiply_seen_values<T, kKeys, kKeys>(o_, p, values, shared_address(rows_.out), warpgroup_,
                                             tile.bounds(first_, 0));
     else
+      // O += P V
       start_pv<T, kKeys>(o_, p, values);
-    fence_stores();  // values were read as ordinary memory is, and the next copy overwrites them
+    fence_stores();  // V was read through the generic proxy; the next TMA copy overwrites it
     finish_values(number_);
     ++number_;
   }
 
-  // Which are there.
+  // Issues S = Q K^T. The K tile must have arrived.
   __device__ __forceinline__ void multiply_keys(float (&s)[kKeys / 2], unsigned number) {
     start_qk<T, kHeadDim, kKeys>(s, shared_address(rows_.q),
                                  shared_address(shared_.k[Stage<Shape>(number).index]));
@@ -147,15 +154,16 @@ class Sm90Rows {
     release(shared_.v_empty[Stage<Shape>(number).index]);
   }
 
-  // Rows of O through shared memory to the tensor, and their lse.
+  // Epilogue: writes O through shared memory, and lse.
   __device__ __forceinline__ void store(const Scores& weights) {
     const AttentionParams& p = d_.attention;
-    const TileNumber number = TileNumber::of(d_);  // found again, as are the rows: see `run`
+    // recomputed, like the rows, to save registers: see `run`
+    const TileNumber number = TileNumber::of(d_);
     const RequestBlock block = RequestBlock::of(d_, number.b, number.block);
     const Sm90Unit unit = Sm90Unit::of(d_, number, block, warpgroup_);
     const uint32_t staged = shared_address(rows_.out);
     float* const lse = p.lse + (block.b * p.heads + unit.head) * p.seqlen_q + unit.first_query;
-    sync_warpgroup(warpgroup_);  // all are done with the memory
+    sync_warpgroup(warpgroup_);  // all threads are done with the staging memory
     unroll<2>([&](auto h) {
       const RowScale scale = weights.finish(h, p.sink ? p.sink + unit.head : nullptr, 0);
       const int row = warpgroup_row(h);
@@ -167,7 +175,7 @@ class Sm90Rows {
     if (p.cu_seqlens_q && unit.queries < kRows)
       return store_rows<T, kHeadDim>(rows_at<T>(p.out, 0, unit.first_query, unit.head), p.out.seq,
                                      unit.queries, staged);
-    if (warpgroup_thread() > 0) return;  // rows that the tensor does not have are left out
+    if (warpgroup_thread() > 0) return;  // TMA clips rows outside of the tensor
     store_boxes<kRows, kHeadDim>(d_.out_map, {unit.first_query, unit.head, block.b}, rows_.out);
     wait_for_stores();
   }
@@ -178,7 +186,7 @@ class Sm90Rows {
   int warpgroup_;
   bool exists_;
   int first_;            // position of row 0
-  unsigned number_ = 0;  // of the next tile of keys
+  unsigned number_ = 0;  // index of the next key tile
   float o_[kHeadDim / 2];
 };
 

@@ -1,5 +1,5 @@
-// The warp of kernels on queries that walks over keys, on compute capability 9.0a: the first ones,
-// those of a list, the last ones; and the roles of the warps of their blocks.
+// Producer warp of the sm_90a query-side kernels: iterates over the sink keys, the listed blocks
+// and the recent keys. Also dispatches the warp roles of a CTA.
 #pragma once
 #include "cuda/arch/sm90/tma.cuh"
 #include "sparse/block_sparse_attention/cuda_plan.cuh"
@@ -8,8 +8,8 @@
 
 namespace tokenmill::cuda::block_sparse_attention {
 
-// The warp that loads. For a gradient dO comes beside Q, and rows of K that nobody sees are zeros:
-// 0 times NaN would be NaN.
+// Producer warp. The backward also loads dO, and zeroes the rows of K that no query sees: 0 times
+// NaN would be NaN.
 template <typename Shape>
 class Sm90Loader {
  public:
@@ -24,7 +24,7 @@ class Sm90Loader {
 
   __device__ __forceinline__ void run() {
     load_queries();
-    // The first unit has the least part of the queries: if it has none, no unit has any.
+    // Unit 0 has the lowest rows: if it is empty, all units are.
     if (Sm90Unit::of(d_, number_, block_, 0).queries > 0) load_keys();
     const Stage<Shape> stage(tiles_);
     wait_as_warp(shared_.k_empty[stage.index], stage.parity ^ 1);
@@ -34,7 +34,7 @@ class Sm90Loader {
   }
 
  private:
-  // Those that any unit sees, with their values.
+  // Streams the K and V tiles that any unit sees.
   __device__ __forceinline__ void load_keys() {
     const int last_query = block_.first_query + block_.queries - 1;
     const SeenKeys of_first = d_.seen_from(block_.first_query + block_.diagonal, block_.length);
@@ -79,8 +79,8 @@ class Sm90Loader {
     });
   }
 
-  // Blocks of the list in keys begin .. end - 1: an id counts if it is that of a block and greater
-  // than all before it. The lanes have an id each.
+  // Streams the listed blocks that overlap keys [begin, end). An id is valid if it is a block index
+  // and greater than all previous ids. Each lane holds one id.
   __device__ __forceinline__ void load_list(int begin, int end, int high) {
     const int64_t head = d_.list_head(number_.head);
     const int32_t* const list = d_.list.at(block_.b, head, block_.block);
@@ -88,7 +88,7 @@ class Sm90Loader {
     const int blocks = static_cast<int>(d_.key_blocks()), size = 1 << d_.log2_block_k;
     const int lane = threadIdx.x % kWarpSize;
     const auto id_at = [&](int e) { return e < count ? list[e] : -1; };
-    int largest = -1, next = id_at(lane);  // largest: of the ids so far
+    int largest = -1, next = id_at(lane);  // largest: maximum id so far
 #pragma unroll 1
     for (int first = 0; first < count; first += kWarpSize) {
       const int id = next;
@@ -112,7 +112,7 @@ class Sm90Loader {
     }
   }
 
-  // From key0 on; `by` as in TileSight, but counted from key 0.
+  // Loads the tile that starts at key0; `by` is its mask with columns counted from key 0.
   __device__ __forceinline__ void load_tile(int key0, const TileSight& by) {
     const Stage<Shape> stage(tiles_++);
     const int i = stage.index;
@@ -148,17 +148,18 @@ class Sm90Loader {
   Shared& shared_;
   TileNumber number_;
   RequestBlock block_;
-  unsigned tiles_ = 0, parts_ = 0;  // so far; parts: through part_full
+  unsigned tiles_ = 0,
+           parts_ = 0;  // counts so far; parts_ counts tiles that went through part_full
 };
 
-// A block of threads: a warp that loads, and a Warpgroup for each warpgroup that multiplies.
+// Warp roles of a CTA: one producer warp and `warpgroups` consumer warpgroups.
 template <typename Shape, typename Warpgroup, typename Launch>
 __device__ __forceinline__ void run_roles(const Launch& d) {
   extern __shared__ __align__(1024) char sm90_shared[];
   auto& shared = *reinterpret_cast<Sm90Shared<Shape>*>(sm90_shared);
   if (threadIdx.x == 0) shared.init_barriers(d.warpgroups);
   __syncthreads();
-  // From the first lane: the compiler then knows that it is the same for a warp.
+  // Broadcast from lane 0, so that the compiler knows the value is warp-uniform.
   const int warpgroup =
       __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0) - 1;
   if (warpgroup < 0) {
@@ -170,7 +171,7 @@ __device__ __forceinline__ void run_roles(const Launch& d) {
   }
 }
 
-// Blocks and maps of a launch; out has the shape of the output.
+// Fills in the grid and the TMA descriptors of a launch. `out` has the shape of the output.
 template <typename Shape>
 const char* plan_sm90(Sm90Launch& plan, const BlockSparseParams& d, const Rows& out) {
   const AttentionParams& p = d.attention;

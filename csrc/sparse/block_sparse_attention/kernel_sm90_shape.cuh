@@ -1,4 +1,4 @@
-// Tiles of the forward on compute capability 9.0a, and what its parts share.
+// Tile shapes and shared memory of the sm_90a forward.
 #pragma once
 #include "cuda/arch/sm90/mbarrier.cuh"
 #include "cuda/arch/sm90/tensor_map.h"
@@ -8,17 +8,18 @@
 
 namespace tokenmill::cuda::block_sparse_attention {
 
-// A block is one warpgroup that loads and 1 to kMaxWarpgroups that multiply.
-// kGradient: of the kernel that makes dQ.
+// A CTA is one producer warpgroup and 1 to kMaxWarpgroups consumer warpgroups. kGradient selects
+// the kernel that computes dQ.
 template <int kHeadDim_, bool kGradient_ = false>
 struct Sm90Shape {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kGradient = kGradient_;
-  static constexpr int kRows = 64;  // of a warpgroup: queries of one head
+  static constexpr int kRows = 64;  // per consumer warpgroup: queries of one head
   static constexpr int kTileKeys = 64;
-  // Tiles of keys, and of values, that lie in shared memory: two blocks of one warpgroup fit.
+  // Pipeline stages for K and for V in shared memory, such that two CTAs with one consumer
+  // warpgroup each fit on an SM.
   static constexpr int kStages = kHeadDim <= 64 ? 4 : 2;
-  // 128 registers of a thread at the launch are those of two blocks of 256 threads or one of 512.
+  // 128 registers per thread at launch allow two CTAs of 256 threads or one of 512 per SM.
   static constexpr int kMaxWarpgroups = 3;
   static constexpr int kLoadRegisters = 56, kMultiplyRegisters = 152;
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;
@@ -26,14 +27,14 @@ struct Sm90Shape {
   static constexpr int threads(int warpgroups) { return (1 + warpgroups) * kWarpgroupThreads; }
 };
 
-// Who sees a tile of keys: a row at position p those from max(begin, p + low) to
-// min(end, p + high) - 1, counted from the first one of the tile.
+// Mask of a key tile, in columns relative to the first key of the tile: a row at position p sees
+// columns max(begin, p + low) to min(end, p + high) - 1.
 struct alignas(16) TileSight {
-  int begin, end;  // in the tile; end < 0: this is behind the last tile
+  int begin, end;  // columns of the tile; end < 0 marks the end of the stream
   int low, high;
 
-  // kRows rows from position `first` on see some of the keys; all of them see all of the 64. Rows
-  // behind the last query count too.
+  // True if any of the kRows rows from position `first` on sees any key; `all`: if each of them
+  // sees all 64 keys. Rows past the last query are included.
   template <int kRows>
   __device__ bool any(int first) const {
     return max(begin, first + low) < min(end, first + kRows - 1 + high);
@@ -42,7 +43,7 @@ struct alignas(16) TileSight {
   __device__ bool all(int first) const {
     return max(begin, first + kRows - 1 + low) <= 0 && min(end, first + high) >= 64;
   }
-  // Of the thread's rows, from column `own` of the tile on.
+  // Column bounds of this thread's two rows, relative to its column `own` of the tile.
   __device__ __forceinline__ RowBounds bounds(int first, int own) const {
     const int at[2] = {first + warpgroup_row(0), first + warpgroup_row(1)};
     return {{max(begin, at[0] + low) - own, max(begin, at[1] + low) - own},
@@ -50,17 +51,18 @@ struct alignas(16) TileSight {
   }
 };
 
-// Shared memory of a block. A barrier `full` ends its phase when the copies into its tile are done,
-// `empty` when all warps that multiply are done with the tile. `sight` goes with k.
+// Shared memory of a CTA. A `full` barrier completes its phase when the copies into its stage have
+// landed, an `empty` barrier when all consumer warps have released the stage. The mask of a tile
+// (`sight`) is published with its K stage.
 template <typename Shape>
 struct alignas(1024) Sm90Shared {
   struct alignas(1024) Rows {
-    char q[Shape::kQueryBytes], out[Shape::kQueryBytes];  // kGradient: dO in the place of out
+    char q[Shape::kQueryBytes], out[Shape::kQueryBytes];  // dO replaces O when kGradient is set
   };
 
   char k[Shape::kStages][Shape::kKeyBytes];
   char v[Shape::kStages][Shape::kKeyBytes];
-  Mbarrier q_full, part_full;  // part: of a tile whose rows do not all count
+  Mbarrier q_full, part_full;  // part_full: tiles with rows to be zeroed before use
   Mbarrier k_full[Shape::kStages], k_empty[Shape::kStages];
   Mbarrier v_full[Shape::kStages], v_empty[Shape::kStages];
   TileSight sight[Shape::kStages];
@@ -81,16 +83,16 @@ struct alignas(1024) Sm90Shared {
   }
 };
 
-// What the host chose for a launch. The rows of a block of queries are units of 64 queries of one
-// head: unit u is part u / together of the queries of head u % together of those that share keys.
-// BlockSparseLaunch::tiles blocks of `warpgroups` units each have them.
+// Launch parameters chosen by the host. The rows of a query block are split into units of 64
+// queries of one head: unit u is part u / together of the queries of head u % together among the
+// heads that share keys. BlockSparseLaunch::tiles CTAs of `warpgroups` units each cover them.
 struct Sm90Launch : BlockSparseLaunch {
   CUtensorMap query_map, key_map, value_map, out_map;
   Sm90Scores scores;
   int units, warpgroups;
 };
 
-// Words of dS where those of P are 0: a hidden pair's dP need not be finite.
+// Zeroes dS where P is 0: dP of a masked pair may be Inf or NaN.
 template <int kCount>
 __device__ __forceinline__ void clear_hidden(uint32_t (&ds)[kCount], const uint32_t (&p)[kCount]) {
 #pragma unroll
@@ -98,7 +100,7 @@ __device__ __forceinline__ void clear_hidden(uint32_t (&ds)[kCount], const uint3
     ds[i] &= (p[i] & 0xffff ? 0xffff : 0) | (p[i] >> 16 ? 0xffff0000 : 0);
 }
 
-// The queries of a unit, rows first_query .. first_query + queries - 1 of q: none if queries <= 0.
+// Rows first_query .. first_query + queries - 1 of q, one head; the unit is empty if queries <= 0.
 struct Sm90Unit {
   int head, first_query, queries;
 

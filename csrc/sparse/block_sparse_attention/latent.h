@@ -1,24 +1,24 @@
-// Latent heads with a list for each query: the query is a request of sparse_decode_attention, whose
-// cache ends behind the last key that it sees. Free of torch.
+// Latent heads with a list per query: each query is a request of sparse_decode_attention whose
+// cache ends after the last key that the query sees. Free of torch.
 #pragma once
 #include "sparse/block_sparse_attention/params.h"
 #include "sparse/sparse_decode_attention/params.h"
 
 namespace tokenmill {
 
-// attention.batch counts queries and attention.seqlen_q is 1. What belongs to a request is that of
+// attention.batch counts queries, and attention.seqlen_q is 1. Per-request fields are indexed by
 // the request of the query.
 struct LatentBlockSparse : SparseDecodeParams {
-  int64_t queries;   // of a request: query i of request b is number b * queries + i
-  int64_t lse_rows;  // of a head in lse
+  int64_t queries;   // per request: query i of request b has index b * queries + i
+  int64_t lse_rows;  // rows per head in lse
   bool causal;
-  int64_t indices_row, counts_row;  // from query to query
-  // Of packed requests, else null. Numbers of queries are tokens; requests[n] is the request of
-  // query n, -1: none. On CUDA the launch makes it.
+  int64_t indices_row, counts_row;  // strides between queries
+  // Packed requests, else null. Query indices are tokens; requests[n] is the request of query n,
+  // -1: none. On CUDA the launch computes it.
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *requests;
   int64_t num_requests;
 
-  // In q, out and lse.
+  // Row of query n in q, out and lse.
   TOKENMILL_HOST_DEVICE QueryPlace place(int64_t n) const {
     if (cu_seqlens_q) return {0, n};
 #if defined(__CUDA_ARCH__)  // fewer than 2^31 queries
@@ -59,8 +59,8 @@ struct LatentBlockSparse : SparseDecodeParams {
     return own < 0 ? 0 : own > entries ? entries : own;
   }
 
-  // The packed request of query n. Whatever cu_seqlens_q says, the request found ends behind the
-  // query and does not begin behind it.
+  // Packed request of query n. For any contents of cu_seqlens_q, the returned request begins at or
+  // before the query and ends after it.
   TOKENMILL_HOST_DEVICE int32_t find_request(int64_t n) const {
     if (n < cu_seqlens_q[0] || n >= cu_seqlens_q[num_requests]) return -1;
     int64_t low = 0, high = num_requests;
@@ -75,12 +75,12 @@ struct LatentBlockSparse : SparseDecodeParams {
   TOKENMILL_HOST_DEVICE int64_t queries_behind(int64_t b, int64_t n) const {
     return cu_seqlens_q ? cu_seqlens_q[b + 1] - n - 1 : queries - place(n).i - 1;
   }
-  // Of request b, among packed keys.
+  // First packed key of request b.
   TOKENMILL_HOST_DEVICE int64_t first_key(int64_t b) const {
     const int64_t at = cu_seqlens_k[b];
     return at < 0 ? 0 : at > cache.capacity ? cache.capacity : at;
   }
-  // A packed request has a row of lists more than queries.
+  // Row of lists of query n. A packed request has one row of lists more than queries.
   TOKENMILL_HOST_DEVICE QueryPlace list_place(int64_t n) const {
     if (!cu_seqlens_q) return place(n);
     const int64_t b = request(n);

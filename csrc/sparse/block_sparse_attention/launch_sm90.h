@@ -1,4 +1,4 @@
-// Which calls the forward of compute capability 9.0a takes, and their launch.
+// Launch conditions of the sm_90a forward, and its launch.
 #pragma once
 #include "dense/attention/launch_sm90.h"
 #include "sparse/block_sparse_attention/params.h"
@@ -17,13 +17,13 @@ struct Sm90Tensors : MappedTensors {
                       {out, batch_q, p.seqlen_q, p.heads, p.value_dim}} {}
 };
 
-// Units of 64 rows in the rows of a block of queries, see Sm90Launch.
+// Number of 64-row units in the rows of a query block, see Sm90Launch.
 inline int64_t sm90_units(const BlockSparseParams& d) {
   const int64_t block_q = int64_t{1} << d.log2_block_q, queries = d.attention.seqlen_q;
   return ceil_div(block_q < queries ? block_q : queries, 64) * d.heads_together();
 }
 
-// The rules of python/tokenmill/sparse/block_sparse_kernels.py.
+// Same rules as python/tokenmill/sparse/block_sparse_kernels.py.
 inline bool takes_sm90(const BlockSparseParams& d) {
   const AttentionParams& p = d.attention;
   if (p.dtype == DType::float32 || p.head_dim != p.value_dim) return false;

@@ -1,13 +1,13 @@
-// What the entries of lists got of the weights. Free of torch.
+// Attention mass of list entries. Free of torch.
 #pragma once
 #include "sparse/block_sparse_attention/params.h"
 
 namespace tokenmill {
 
-// lse as the forward left it.
+// lse comes from the forward.
 struct BlockSparseMass : BlockSparseParams {
-  float* mass;        // [B, heads, rows, entries] of the lists, null: not asked for
-  int64_t mass_rows;  // of a head: of all requests where they are packed
+  float* mass;        // [B, heads, rows, entries] of the lists; null: not requested
+  int64_t mass_rows;  // rows per head: over all requests if packed
 };
 
 const char* launch_cuda(const BlockSparseMass&, void* stream);

@@ -1,18 +1,18 @@
-// Attention of blocks of queries to listed blocks of keys. Free of torch.
+// Attention of query blocks to listed key blocks. Free of torch.
 #pragma once
 #include "sparse/listed.h"
 
 namespace tokenmill {
 
-// Query i of a request sees the keys [0, sinks), those of its list in [sinks, listed), and
-// [listed, end). None of the three decreases with i.
+// Query i of a request sees the sink keys [0, sinks), the keys of its list in [sinks, listed), and
+// the recent keys [listed, end). None of the three bounds decreases with i.
 struct SeenKeys {
   int64_t sinks, listed, end;
 };
 
 // Key x of a request is row x % 2^log2_size of a page. Pages are Rows::batch apart.
 struct KeyPages {
-  const int32_t* table;  // [B, pages of a request], null: keys are not in pages
+  const int32_t* table;  // [B, pages per request], null: keys are not paged
   int64_t stride, count;
   int32_t log2_size;
 
@@ -25,10 +25,10 @@ struct KeyPages {
 struct BlockSparseParams : ListedAttention {
   KeyPages pages;
   const int32_t* lengths;  // [B], or null: all keys
-  int64_t lse_rows;        // of a head in lse: queries of all requests where they are packed
+  int64_t lse_rows;        // rows per head in lse: queries of all requests if packed
   int32_t log2_block_q, log2_block_k;
   bool causal;
-  int64_t num_sink, num_recent;  // num_recent with causal alone
+  int64_t num_sink, num_recent;  // num_recent only with causal
 
   TOKENMILL_HOST_DEVICE int64_t length(int64_t b) const {
     if (!lengths) return attention.seqlen_k;
@@ -38,7 +38,7 @@ struct BlockSparseParams : ListedAttention {
   TOKENMILL_HOST_DEVICE int64_t key_blocks() const {
     return (attention.seqlen_k + (int64_t{1} << log2_block_k) - 1) >> log2_block_k;
   }
-  // Pairs of a query and a key that it may see, if lists and requests are full.
+  // Number of visible (query, key) pairs if lists and requests are full.
   double most_pairs() const {
     const AttentionParams& p = attention;
     double keys = static_cast<double>(list.entries << log2_block_k) +
@@ -50,7 +50,7 @@ struct BlockSparseParams : ListedAttention {
     const int64_t n = length(b);
     return seen_from(n - attention.seqlen_q + i, n);
   }
-  // By a query at a position, of a request of n keys.
+  // Keys seen by a query at a position, in a request of n keys.
   TOKENMILL_HOST_DEVICE SeenKeys seen_from(int64_t position, int64_t n) const {
     int64_t end = causal ? position + 1 : n;
     if (end < 0) end = 0;
@@ -61,19 +61,19 @@ struct BlockSparseParams : ListedAttention {
 };
 
 struct BlockSparseBackwardParams {
-  BlockSparseParams forward;  // out and lse as the forward left them
+  BlockSparseParams forward;  // with out and lse from the forward
   Rows dout;
-  const float* dlse;  // like lse, or null
-  Rows dq, dk, dv;    // in the dtype of q
+  const float* dlse;  // layout of lse, or null
+  Rows dq, dk, dv;    // dtype of q
   float* dsink;       // [B, H], sums over the rows of a request, or null
-  float* delta;       // CPU, with dsink: workspace like lse
-  // CUDA: the lists seen from the keys, as transpose_block_list makes them, [B, heads, blocks + 1]
-  // and [B, heads, rows * entries], and workspace.
+  float* delta;       // CPU, with dsink: workspace with the layout of lse
+  // CUDA: transposed lists from transpose_block_list, [B, heads, blocks + 1] and [B, heads, rows *
+  // entries], and workspace.
   const int32_t *offsets, *rows;
   void* workspace;
 };
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const BlockSparseParams&, void* stream);
 const char* launch_cuda(const BlockSparseBackwardParams&, void* stream);
 int64_t workspace_bytes(const BlockSparseBackwardParams&);

@@ -1,4 +1,4 @@
-// Calls that have kernels of their own: packed requests, and keys in pages.
+// Calls with separate kernels: packed requests, and paged keys.
 #pragma once
 #include <cuda_runtime_api.h>
 

@@ -1,4 +1,4 @@
-// Calls as the CPU kernels take them: packed requests are calls of their own. Free of torch.
+// Calls of the CPU kernels: each packed request is a separate call. Free of torch.
 #pragma once
 #include "cpu/isa.h"
 #include "sparse/block_sparse_attention/mass.h"
@@ -17,11 +17,11 @@ struct BlockSparseBackwardCalls {
 
 namespace block_sparse_attention {
 
-// Where the tokens and lists of a packed request lie among those of all requests.
+// Offsets of a packed request's tokens and lists within all requests.
 struct RequestPlace {
   int64_t b;
   int64_t query, queries;
-  int64_t key, keys;  // of packed keys
+  int64_t key, keys;  // packed keys
   int64_t list_row, list_rows;
 
   RequestPlace(const BlockSparseParams& d, int64_t b) : b(b), key(0), keys(d.attention.seqlen_k) {
