@@ -96,8 +96,8 @@ class GradientWarp {
                                            const Sees& sees) {
     const uint32_t x = stage + row * Shape::kRowBytes, y = x + Shape::kTileBytes;
     float s[kCount][kStepTiles][4], dp[kCount][kStepTiles][4];
-// dP accumulates from minus delta
 #pragma unroll
+    // dP accumulates from minus delta
     for (int m = 0; m < kCount; ++m)
 #pragma unroll
       for (int n = 0; n < kStepTiles; ++n)
@@ -107,8 +107,8 @@ class GradientWarp {
     multiply_rows<kFirst>(s, x_, left_, x + rows_);
     multiply_rows<kFirst>(dp, y_, left_ + left_y_, y + rows_);
     Fragment<T, 4> weights[kCount], slopes[kCount];
-// P = 2^(score_mod(S) - lse), dS = P (dP - delta)
 #pragma unroll
+    // P = 2^(score_mod(S) - lse), dS = P (dP - delta)
     for (int m = 0; m < kCount; ++m)
 #pragma unroll
       for (int n = 0; n < kStepTiles; ++n) {

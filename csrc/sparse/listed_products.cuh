@@ -1,5 +1,5 @@
-// One warp of the forward of attention over lists: S = Q K^T for a step of keys, softmax, and O +=
-// P V. The mask is supplied by the caller.
+// One warp of the forward of attention over lists: S = Q K^T for a step of keys, softmax,
+// and O += P V. The mask is supplied by the caller.
 #pragma once
 #include "cuda/attention/hidden_values.cuh"
 #include "cuda/attention/online_softmax.cuh"

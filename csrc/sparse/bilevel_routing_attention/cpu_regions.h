@@ -1,4 +1,4 @@
-// Regions of a map, for the CPU kernels: places are pixels in the order of regions.
+// Regions of a feature map, for the CPU kernels: places are pixels in region order.
 #pragma once
 #include "cpu/workspace.h"
 #include "sparse/bilevel_routing_attention/params.h"
@@ -10,9 +10,9 @@ struct MapRows : Rows {
   int64_t line;
 };
 
-// Where the pixels of a map lie. Those of a region have places side by side, whose first is a
-// multiple of kWidth if `aligned` and there are as many of them: whole vectors are then those of
-// one region. Places past the end of a region have no pixel.
+// Addresses of the pixels of a map. The pixels of a region have consecutive places. If `aligned`,
+// and a region has at least kWidth pixels, its first place is a multiple of kWidth, so that each
+// full vector lies in one region. Places past the end of a region have no pixel.
 class RegionOrder {
  public:
   RegionOrder(const RegionGrid& map, bool aligned)

@@ -1,4 +1,4 @@
-// Launches the kernels of the backward for one element type.
+// Launches the backward kernels for one element type.
 #pragma once
 #include "sparse/bilevel_routing_attention/cuda_plan.cuh"
 #include "sparse/bilevel_routing_attention/kernel_backward.cuh"

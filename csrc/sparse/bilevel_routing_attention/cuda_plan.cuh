@@ -1,4 +1,4 @@
-// How the host cuts a call into blocks, forward and backward.
+// Grid of a call, forward and backward.
 #pragma once
 #include "cuda/refuse.cuh"
 #include "sparse/bilevel_routing_attention/kernel_keys.cuh"
@@ -6,8 +6,8 @@
 
 namespace tokenmill::cuda::bilevel_routing_attention {
 
-// Tiles of `rows` rows by `most` warps of `warp_rows` rows at most, as few as can be and equally
-// large; one where there are no rows.
+// Cuts `rows` rows into the minimum number of equal tiles of at most `most` warps of `warp_rows`
+// rows; one tile if there are no rows.
 template <typename Launch>
 void cut_rows(Launch& d, int64_t rows, int warp_rows, int least, int most) {
   d.tiles = rows > 0 ? static_cast<int>(ceil_div(rows, int64_t{warp_rows} * most)) : 1;
@@ -16,7 +16,7 @@ void cut_rows(Launch& d, int64_t rows, int warp_rows, int least, int most) {
   d.tile_rows = warp_rows * d.row_warps;
 }
 
-// With maps of one pixel at least.
+// Maps must have at least one pixel.
 inline RegionLaunch plan_regions(const BilevelParams& d) {
   RegionLaunch launch{d, RegionMap::of(d.queries), RegionMap::of(d.keys)};
   launch.together = FastDivmod::of(static_cast<int>(d.heads_together()));
@@ -25,7 +25,7 @@ inline RegionLaunch plan_regions(const BilevelParams& d) {
   return launch;
 }
 
-// With `aligned` known.
+// Requires `aligned` to be set.
 template <typename T>
 bool has_compact_keys(const RegionLaunch& d) {
   const AttentionParams& p = d.attention;
@@ -45,7 +45,8 @@ inline int64_t query_tiles(const RegionLaunch& d) {
 }
 
 inline const char* check_sizes(const BilevelParams& d) {
-  const auto whole = [](const RegionGrid& grid) {  // pixels, if all regions were as the first
+  // pixels, if all regions were as large as the first one
+  const auto whole = [](const RegionGrid& grid) {
     return int64_t{grid.regions()} * grid.region(0).pixels();
   };
   const int64_t queries = whole(d.queries) * d.heads_together(), keys = whole(d.keys);

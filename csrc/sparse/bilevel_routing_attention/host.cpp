@@ -7,12 +7,14 @@ namespace tokenmill {
 namespace {
 
 constexpr const char* kOp = "bilevel_routing_attention";
-constexpr int64_t kMaxSide = int64_t{1} << 15;  // of a map: pixels and rows fit 32 bits
+// maximum height and width of a map: pixels and rows fit 32 bits
+constexpr int64_t kMaxSide = int64_t{1} << 15;
 
 // [B, Y, X, H, D]
 Rows pixels_of(const View& t) { return {t.mutable_data(), t.step(0), t.step(2), t.step(3)}; }
 
-// Of a fresh tensor, whose pixels are rows y * X + x. A step says nothing of a side of one pixel.
+// Row-major pixels y * X + x of a new tensor. Strides are computed, since the stride of a dimension
+// of size 1 is arbitrary.
 Rows contiguous_pixels(const View& t) {
   const int64_t pixel = t.size(3) * t.size(4);
   return {t.mutable_data(), t.size(1) * t.size(2) * pixel, pixel, t.size(4)};
@@ -37,8 +39,7 @@ struct BilevelRoutingAttentionArgs : Record {
   bool mask_padding;
 };
 
-// The checks are those of python/tokenmill/sparse/bilevel_routing_attention.py, in its order and
-// words.
+// Same checks, order and messages as python/tokenmill/sparse/bilevel_routing_attention.py.
 BilevelParams make_params(const BilevelRoutingAttentionArgs& a) {
   check_qkv(kOp, a.q, a.k, a.v, 5);
   const auto side = [&](const char* name, const View& t, int64_t of) {

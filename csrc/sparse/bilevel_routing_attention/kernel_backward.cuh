@@ -5,9 +5,9 @@
 
 namespace tokenmill::cuda::bilevel_routing_attention {
 
-constexpr int kMapStatisticsThreads = 128, kMapStatisticsLanes = 8;  // of a block, of a row
+constexpr int kMapStatisticsThreads = 128, kMapStatisticsLanes = 8;  // per CTA, per row
 
-// The part of one of kMapStatisticsLanes lanes in the product of two rows.
+// Partial dot product of two rows by one of kMapStatisticsLanes lanes.
 template <int kCount, typename T>
 __device__ float dot_of_lane(const T* a, const T* b, int lane, int64_t columns) {
   float sum = 0;
@@ -21,8 +21,8 @@ __device__ float dot_of_lane(const T* a, const T* b, int lane, int64_t columns) 
   return sum;
 }
 
-// minus_lse in bits, and with it P = 0 for rows that saw nothing, and minus_delta. d.aligned is
-// said of out and dout.
+// minus_lse in log2 units, -inf for rows that saw no key so that P = 0, and minus_delta. d.aligned
+// refers to out and dout.
 template <typename T>
 __global__ void __launch_bounds__(kMapStatisticsThreads)
     bilevel_statistics_kernel(const __grid_constant__ RegionGradients d) {

@@ -1,4 +1,4 @@
-// A tile of queries of one region, and the row of keys that it sees: those of listed regions, one
+// Query tile of one region and the sequence of keys it sees: the keys of listed regions, one region
 // after the other.
 #pragma once
 #include "cuda/attention/epilogue.cuh"
@@ -9,7 +9,7 @@
 
 namespace tokenmill::cuda::bilevel_routing_attention {
 
-// Rows of a map: pixel (y, x) is the place y << 15 | x.
+// Rows of a map: pixel (y, x) has place y << 15 | x.
 struct MapRows {
   Rows rows;
   int64_t line;
@@ -38,15 +38,15 @@ __device__ __forceinline__ T* row_at(const MapRows& map, int64_t b, int place, i
   return rows_at<T>(map.rows, b, 0, h) + step_to(map, place);
 }
 
-// The regions of a map, with divisions prepared.
+// Regions of a map, with FastDivmod divisors.
 struct RegionMap {
   static constexpr int kNowhere = -1;
 
   RegionGrid grid;
   int regions;
-  int slot;  // pixels of the largest region that there is
+  int slot;  // pixels of the largest region
   FastDivmod columns, width,
-      last_width;  // regions in a row; pixels in a line of one, of the last one
+      last_width;  // regions per row; pixels per line of a region, of the last region in a row
 
   static RegionMap of(const RegionGrid& grid) {
     const Region first = grid.region(0), last = grid.region(grid.columns() - 1);
@@ -64,7 +64,7 @@ struct RegionMap {
     return {y, x, min(grid.region_height, grid.height - y), min(grid.region_width, grid.width - x)};
   }
 
-  // Of pixel number i < slot of a region; kNowhere beyond a smaller one.
+  // Place of pixel i < slot of a region; kNowhere past the end of a smaller region.
   __device__ __forceinline__ int place(int id, int i) const {
     const int row = columns.divide(id), column = id - row * columns.value;
     const FastDivmod& line = column == columns.value - 1 ? last_width : width;
@@ -79,29 +79,29 @@ struct RegionMap {
   }
 };
 
-// What the host adds to a call.
+// Launch parameters added by the host.
 struct RegionLaunch : BilevelParams {
   RegionMap query_map, key_map;
   FastDivmod together, key_slot;  // heads that share a list and keys; key_map.slot
-  int row_warps;                  // of a block
-  int tile_rows;                  // that they own
-  int tiles;                      // of a region
+  int row_warps;                  // warps along the rows of a CTA
+  int tile_rows;                  // rows of a CTA
+  int tiles;                      // tiles of a region
   bool aligned;                   // rows of the inputs are whole 16-byte chunks
-  bool aligned_out;               // and those of the output
+  bool aligned_out;               // rows of the output are whole 16-byte chunks
   bool compact;                   // all keys and values lie within 2^32 chunks, and are aligned
-  float factor;                   // of products in exponents of 2
+  float factor;                   // scale of products, in log2 units
 
   __device__ MapRows q() const { return {attention.q, q_line}; }
   __device__ MapRows k() const { return {attention.k, k_line}; }
   __device__ MapRows v() const { return {attention.v, v_line}; }
 };
 
-// Rows of a tile: queries of one region, times the heads that share their keys. Row r is pixel r /
+// Rows of a tile: queries of one region times the heads that share their keys. Row r is pixel r /
 // together of head r % together.
 struct RegionQueries {
   const RegionLaunch& d;
   int b, head, region;
-  int first, rows;  // of the region's rows
+  int first, rows;  // within the rows of the region
 
   __device__ static RegionQueries of(const RegionLaunch& d) {
     const int heads = d.together.divide(static_cast<int>(d.attention.heads));
@@ -128,17 +128,17 @@ struct RegionQueries {
     const int row = first + r;
     return head + row - d.together.divide(row) * d.together.value;
   }
-  __device__ static int position(int) { return 0; }  // all see the same keys
+  __device__ static int position(int) { return 0; }  // all queries see the same keys
 };
 
-// In shared memory: registers are short. Entry t / slot of the list has key t.
+// Kept in shared memory to save registers. Key t belongs to entry first + t / slot of the list.
 struct RegionKeys {
   const int32_t* list;
-  int first, total;  // the first entry that counts; keys of all up to the last one
+  int first, total;  // first valid entry; keys of all entries up to the last valid one
   bool all_count;
-  float pads;  // log of the keys that fill up regions; -inf: none
+  float pads;  // log of the number of padding keys of regions; -inf: none
 
-  // All threads of a block together; `shared` is room for one.
+  // Called by all threads of the CTA; `shared` has room for one RegionKeys.
   __device__ static void find(const RegionLaunch& d, const RegionQueries& q, RegionKeys* shared,
                               int*) {
     if (threadIdx.x < kWarpSize) {
@@ -166,16 +166,16 @@ struct RegionKeys {
     __syncthreads();
   }
 
-  // The region that key t lies in; null: none.
+  // Address of the list id of key t, or null.
   __device__ __forceinline__ const int32_t* id_at(const RegionLaunch& d, int t) const {
     return t < total ? list + first + d.key_slot.divide(t) : nullptr;
   }
 
-  // The place of key t, kNowhere if there is none.
+  // Place of key t, or kNowhere.
   __device__ __forceinline__ int place(const RegionLaunch& d, int t, int id) const {
     if (t >= total) return RegionMap::kNowhere;
     const int n = d.key_slot.divide(t);
-    if (!all_count) {  // an id counts if it is that of a region and greater than all before it
+    if (!all_count) {  // an id counts if it is a region index and greater than all previous ids
       if (id < 0 || id >= d.key_map.regions) return RegionMap::kNowhere;
       for (int e = first + n - 1; e >= first; --e)
         if (list[e] >= id) return RegionMap::kNowhere;
@@ -188,12 +188,12 @@ struct RegionKeys {
     return RegionQueries::of(d);
   }
   static __device__ __forceinline__ int row_of(const RegionLaunch&, int place) { return place; }
-  // All queries see a key, or none.
+  // A key is visible to all queries or to none.
   __device__ __forceinline__ static Seeing seen_by(const RegionLaunch&, int, int place) {
     return {place < 0 ? Seeing::kNobody : -Seeing::kFar, Seeing::kFar};
   }
 
-  // A row of weights that sum to `sum` relative to 2^row_max.
+  // Output scale and lse of a row whose weights sum to `sum` relative to 2^row_max.
   __device__ __forceinline__ RowScale epilogue(const RegionLaunch&, int, float sum,
                                                float row_max) const {
     return softmax_epilogue(sum, row_max, pads > -infinity() ? &pads : nullptr, 0);

@@ -1,30 +1,30 @@
-// A tile of keys of one region and the queries of the regions that list it, found through the
-// transposed lists.
+// Key tile of one region, and the queries of the regions that list it, found through the transposed
+// lists.
 #pragma once
 #include "sparse/bilevel_routing_attention/kernel_keys.cuh"
 
 namespace tokenmill::cuda::bilevel_routing_attention {
 
-// What the host adds to the arguments of a gradient.
+// Launch parameters of the backward.
 struct RegionGradients : RegionLaunch {
   Rows dout, dq, dk, dv;
   int64_t dout_line;
   const float* dlse;
-  float *minus_lse, *minus_delta;    // like lse
-  const int32_t *offsets, *listing;  // of transpose_block_list
-  bool compact_queries;              // like compact, of what streams by a tile of keys
-  FastDivmod query_rows;             // of the largest region, for the heads that share a list
+  float *minus_lse, *minus_delta;    // layout of lse
+  const int32_t *offsets, *listing;  // from transpose_block_list
+  bool compact_queries;              // `compact` for Q and dO, which stream past a key tile
+  FastDivmod query_rows;             // rows of the largest region, over the heads that share a list
 
   __device__ MapRows of_dout() const { return {dout, dout_line}; }
   __device__ MapRows out() const { return {attention.out, out_line}; }
   __device__ int query_at(int place) const { return query_map.row(place); }
 };
 
-// Keys of one region that a block owns.
+// Keys of one region that a CTA owns.
 struct RegionKeyTile {
   const RegionGradients& d;
   int b, kv_head, region;
-  int first, rows, seen;  // of the region's pixels; seen: all of them
+  int first, rows, seen;  // within the pixels of the region; seen: all of them
 
   __device__ static RegionKeyTile of(const RegionGradients& d) {
     const int tile = blockIdx.x % d.tiles, regions = d.key_map.regions;
@@ -47,7 +47,7 @@ struct RegionKeyTile {
   __device__ int key(int r) const { return d.key_map.row(place(r)); }
 };
 
-// All keys of a warp are seen by each query that there is.
+// Mask of a warp's keys: visible to every existing query.
 struct RegionWarpKeys {
   __device__ RegionWarpKeys(const RegionLaunch&, const RegionKeyTile&, int) {}
 
@@ -57,10 +57,10 @@ struct RegionWarpKeys {
   __device__ static constexpr bool sees(int, int) { return true; }
 };
 
-// Queries of the regions that list a region of keys.
+// Queries of the regions that list a key region.
 class RegionListing {
  public:
-  // kNowhere if there is none; its head among those that share its list.
+  // query: place, or kNowhere; head: index among the heads that share its list.
   struct Place {
     int query, head;
   };
@@ -69,7 +69,8 @@ class RegionListing {
   __device__ RegionListing(const RegionGradients& d, Window&, const RegionKeyTile& tile)
       : d_(d), b_(tile.b), kv_head_(tile.kv_head), region_(tile.region) {}
 
-  // Lists of the heads of the group follow each other. All threads of the block together.
+  // Visits the lists of the heads in the group one after the other. Called by all threads of the
+  // CTA.
   template <typename Visit>
   __device__ __forceinline__ void each_window(const Visit& visit) {
     const int group = static_cast<int>(d_.attention.heads / d_.attention.kv_heads);
@@ -104,7 +105,7 @@ class RegionListing {
  protected:
   const RegionGradients& d_;
   int b_;
-  int head_ = 0;  // of the list at hand
+  int head_ = 0;  // first head of the current list
 
  private:
   int kv_head_, region_;

@@ -1,4 +1,4 @@
-// Attention of the regions of a map to listed regions. Free of torch.
+// Attention of the regions of a feature map to listed regions. Free of torch.
 #pragma once
 #include "cpu/isa.h"
 #include "sparse/listed.h"
@@ -6,16 +6,16 @@
 
 namespace tokenmill {
 
-// Pixel (y, x) of a map [B, Y, X, H, D] is row y * X + x: `seq` of its Rows leads from x to x + 1,
-// and what is called a line here from y to y + 1. lse is [B, H, Y, X].
+// Pixel (y, x) of a map [B, Y, X, H, D] is row y * X + x. `seq` of its Rows is the stride of x, the
+// `line` strides are those of y. lse is [B, H, Y, X].
 struct BilevelParams : ListedAttention {  // without softcap
-  RegionGrid queries, keys;               // as many regions in both
+  RegionGrid queries, keys;               // same number of regions in both
   int64_t q_line, k_line, v_line, out_line;
-  // Keys that fill up listed regions to the size of a whole one count, with a logit and a value of
-  // 0. If not, they do not exist.
+  // Padding keys that extend listed regions to full size take part in the softmax, with logit 0 and
+  // value 0. If false, there is no padding.
   bool pads_count;
 
-  // Pairs of a query and a key, if lists are full.
+  // Number of (query, key) pairs if lists are full.
   double most_pairs() const {
     const AttentionParams& p = attention;
     double seen = static_cast<double>(list.entries) * keys.pixels();
@@ -25,17 +25,17 @@ struct BilevelParams : ListedAttention {  // without softcap
 };
 
 struct BilevelBackwardParams {
-  BilevelParams forward;  // out and lse as the forward left them
+  BilevelParams forward;  // with out and lse from the forward
   Rows dout;
   int64_t dout_line;
-  const float* dlse;  // like lse, or null
-  Rows dq, dk, dv;    // contiguous, in the dtype of q
+  const float* dlse;  // layout of lse, or null
+  Rows dq, dk, dv;    // contiguous, dtype of q
   // CUDA: as in BlockSparseBackwardParams
   const int32_t *offsets, *rows;
   void* workspace;
 };
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const BilevelParams&, void* stream);
 const char* launch_cuda(const BilevelBackwardParams&, void* stream);
 int64_t workspace_bytes(const BilevelBackwardParams&);

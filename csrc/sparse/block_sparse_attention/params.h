@@ -67,8 +67,8 @@ struct BlockSparseBackwardParams {
   Rows dq, dk, dv;    // dtype of q
   float* dsink;       // [B, H], sums over the rows of a request, or null
   float* delta;       // CPU, with dsink: workspace with the layout of lse
-  // CUDA: transposed lists from transpose_block_list, [B, heads, blocks + 1] and [B, heads, rows *
-  // entries], and workspace.
+  // CUDA: transposed lists from transpose_block_list, [B, heads, blocks + 1] and
+  // [B, heads, rows * entries], and workspace.
   const int32_t *offsets, *rows;
   void* workspace;
 };

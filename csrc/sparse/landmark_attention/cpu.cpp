@@ -1,12 +1,12 @@
-// Forward. A worker owns a tile of queries of one head and streams the keys past it in tiles of
-// whole blocks. With exponents t = scale log2(e) q.k and the landmark's own, l:
+// Forward. A worker owns a query tile of one head and streams the keys past it in tiles of whole
+// blocks. With exponents t = scale log2(e) q.k, and l the exponent of the landmark:
 //
 //   an earlier block:  w_j = 2^(l - M) / s 2^(t_j - m),  m = max_j t_j, s = sum_j 2^(t_j - m)
 //   the own block:     w_j = 2^(t_j - M)
 //
-// over ordinary keys j. out = sum w_j v_j / Z; Z sums 2^(l - M), and the w_j of the own block. M
-// follows the largest l and own t. The m and s of a block longer than a tile come from a pass of
-// their own over its keys.
+// over ordinary keys j. out = sum w_j v_j / Z; Z sums 2^(l - M), and the w_j of the own block. M is
+// a running maximum of l and of the t of the own block. The m and s of a block longer than a tile
+// come from a separate pass over its keys.
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -16,7 +16,7 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kTileQueries = 128;  // a multiple of kPanel
+constexpr int64_t kTileQueries = 128;  // multiple of kPanel
 constexpr int kValueRows = 4;          // rows of the register tile of P V
 
 // Exponents of kTileRows keys and a panel of queries.
@@ -35,7 +35,7 @@ __attribute__((noinline)) void score_tile(const float* k, int64_t ldk, const flo
   }
 }
 
-// C[M][width] += P^T V, P with a row for each word of keys. A weight of 0 hides its value.
+// C[M, width] += P^T V; P has a row per word of keys. A weight of 0 masks its value.
 template <class Op, int M, int N = kTileVectors>
 __attribute__((noinline)) void add_values(float* c, int64_t ldc, const float* p, const float* v,
                                           int64_t ldv, int64_t words, int64_t column,
@@ -46,7 +46,7 @@ __attribute__((noinline)) void add_values(float* c, int64_t ldc, const float* p,
     clear(acc);
     multiply<Op, true>(acc, p, kPanel, v + n, ldv, words);
     if (!finite(acc)) [[unlikely]] {
-      vf shown[M][N];  // not acc itself, which would leave its registers
+      vf shown[M][N];  // a separate accumulator, so that acc stays in registers
       clear(shown);
       for (int64_t k = 0; k < words; ++k)
         for (int i = 0; i < M; ++i)
@@ -100,7 +100,7 @@ class ForwardWorker {
     stats.place(workspace, kTileQueries);
   }
 
-  // One share of the query tiles of one KV head, all its query heads behind each other.
+  // Runs one share of the query tiles of one KV head, query head by query head.
   void run(int64_t item) {
     const int64_t kv = item / shares, all = query_tiles * (p.heads / p.kv_heads);
     const int64_t end = (item % shares + 1) * all / shares;
@@ -202,7 +202,7 @@ class ForwardWorker {
     }
   }
 
-  // From exponents to weights, of the first `seen` keys.
+  // Converts exponents to weights, for the first `seen` keys.
   void find_weights(int64_t tile, int64_t c, int64_t seen) {
     const int64_t at = tiles.first(tile), blocks = blocks_of(tiles, seen);
     const int64_t count = rows - c < kPanel ? rows - c : kPanel;
@@ -230,14 +230,14 @@ class ForwardWorker {
     }
   }
 
-  // The landmark's exponent of kWidth queries, -inf if the tile has none that they see.
+  // Landmark exponent for kWidth queries, -inf if the tile has no landmark that they see.
   vf landmark(const BlockRows& x, int64_t c, int64_t n) const {
     if (!tiles.whole()) return load(stats.landmark + c + n);
     return x.landmark >= 0 ? load(t + x.landmark * kPanel + n) : set(-kInf);
   }
 
-  // The maximum of block number `slot` among the keys of kWidth queries, and M. kOwn: some of them
-  // lie in the block, or before it.
+  // Maximum exponent of block `slot` for kWidth queries, and update of M. kOwn: some queries lie in
+  // the block, or before it.
   template <bool kOwn>
   void find_top(const BlockRows& x, int64_t at, int64_t slot, int64_t c, int64_t n) {
     const int64_t i = first + c + n;
@@ -255,7 +255,7 @@ class ForwardWorker {
       raise(top, c + n);
   }
 
-  // Moves M of rows `row` and on up to `top`.
+  // Raises M of rows `row` and on to `top`.
   __attribute__((noinline)) void raise(vf top, int64_t row) {
     float lane[kWidth];
     store(lane, top);
@@ -327,11 +327,11 @@ class ForwardWorker {
   float factor;
   LongBlock stats{};
   cpu::Workspace workspace;
-  float *k, *v;  // of the KV head, tiles packed when first needed
+  float *k, *v;  // tiles of the KV head, packed on first use
   uint8_t* done;
   float *q, *out;
   float *t, *pairs;  // exponents, then weights, [keys][kPanel]; as pairs of keys
-  float* maxima;     // of the blocks of a tile, [blocks][kPanel]
+  float* maxima;     // per block of a tile, [blocks][kPanel]
   float *row_max, *raise_above, *sums;
 
   int64_t b = 0, kv_head = 0, h = 0, first = 0, rows = 0, packed = -1;
@@ -344,7 +344,8 @@ void forward(const LandmarkParams& d) {
   // A parallel region costs about as much as 2 Mflop on one thread.
   const double work = pairs * static_cast<double>(p.batch * p.heads * (p.head_dim + p.value_dim));
   const int threads = work < 2e6 ? 1 : cpu::num_threads();
-  // An item is a share of the tiles of one KV head; at least four per thread for balance.
+  // A work item is a share of the tiles of one KV head; at least four items per thread, for load
+  // balance.
   const int64_t heads = p.batch * p.kv_heads;
   const int64_t all = p.heads / p.kv_heads * ceil_div(p.seqlen_q, kTileQueries);
   int64_t shares = threads == 1 ? 1 : ceil_div(4 * threads, heads);

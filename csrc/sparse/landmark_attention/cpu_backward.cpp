@@ -1,13 +1,13 @@
 // Backward: the five products of csrc/dense/attention/cpu_backward.cpp on transposed scores, with
-// tiles of keys that hold whole blocks. With delta = rowsum(dO O) - dlse and dp = dO V^T, of an
-// earlier block, whose landmark has the exponent l,
+// key tiles of whole blocks. With delta = rowsum(dO O) - dlse and dp = dO V^T, for an earlier block
+// whose landmark has exponent l,
 //
 //   g = 2^(l - lse),  e_j = 2^(t_j - m),  s = sum_j e_j,  w_j = g e_j / s,  D = sum_j e_j dp_j / s
 //   dS_j = w_j (dp_j - D),  dS_landmark = g (D - delta)
 //
-// and of the own block w_j = 2^(t_j - lse), dS_j = w_j (dp_j - delta). So block and query have a
-// base m, a factor and a D, and the rest is one formula. A block longer than a tile has its m, s
-// and D from a pass of their own.
+// and for the own block w_j = 2^(t_j - lse), dS_j = w_j (dp_j - delta). Each (block, query) pair
+// thus has a base m, a factor and a D, and both cases share one formula. The m, s and D of a block
+// longer than a tile come from a separate pass.
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -16,9 +16,9 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-// The keys are cut into at most kSplits parts of whole blocks, and of tiles.
+// Splits the keys into at most kSplits parts of whole blocks and whole tiles.
 struct KeyParts {
-  int64_t tiles, count;  // of a part; parts
+  int64_t tiles, count;  // tiles per part; number of parts
 
   explicit KeyParts(const BlockTiles& all) {
     const int64_t unit = all.parts;  // tiles that stay together
@@ -63,7 +63,7 @@ class BackwardWorker {
 
   static int64_t padded(const AttentionParams& p) { return round_up(p.seqlen_q, kQueryBlock); }
 
-  // Every part of one KV head behind each other.
+  // Runs all parts of one KV head in order.
   void run_head(int64_t kv) {
     enter(kv);
     clear_keys(0, p.seqlen_k);
@@ -78,7 +78,7 @@ class BackwardWorker {
     store_keys();
   }
 
-  // One part of one KV head; its dQ goes to `partial` [group][padded_q][width_d].
+  // Runs one part of one KV head; dQ goes to `partial` [group][padded_q][width_d].
   void run_split(int64_t kv, int64_t part, float* partial) {
     enter(kv);
     clear_keys(key_of(part * parts.tiles), key_of((part + 1) * parts.tiles));
@@ -89,7 +89,7 @@ class BackwardWorker {
     store_keys();
   }
 
-  // dQ of a KV head whose parts are all done, [parts][group][padded_q][width_d].
+  // Sums dQ of a KV head over its finished parts, [parts][group][padded_q][width_d].
   void reduce(int64_t kv, const float* partials) {
     enter(kv);
     const int64_t size = padded_q * width_d;
@@ -128,7 +128,7 @@ class BackwardWorker {
     queries.pack_statistics(s, b, h, padded_q, 0);
   }
 
-  // The keys whose sums dk and dv are from now on.
+  // Selects the keys whose dk and dv are summed next, and zeroes the sums.
   void clear_keys(int64_t begin, int64_t end) {
     origin = begin;
     keys_end = end;
@@ -155,7 +155,7 @@ class BackwardWorker {
     }
   }
 
-  // t and dp of the keys of the tile that a panel of queries may see. Returns their number.
+  // t and dp of the tile's keys that a panel of queries may see. Returns their number.
   int64_t score(int64_t i) {
     const int64_t behind = i + kPanel < p.seqlen_q ? i + kPanel : p.seqlen_q;
     const int64_t seen = behind - first_key < keys ? behind - first_key : keys;
@@ -211,7 +211,7 @@ class BackwardWorker {
     if (x.landmark >= 0) store(stats.landmark + i, load(z + x.landmark * kPanel));
   }
 
-  // The current tile of keys against queries i .. i + kQueryBlock - 1.
+  // Processes the current key tile against queries i .. i + kQueryBlock - 1.
   void run_block(int64_t i, float* dq_rows) {
     const int64_t left = p.seqlen_q - i, count = left < kQueryBlock ? left : kQueryBlock;
     for (int64_t c = 0; c < count; c += kPanel) {
@@ -249,8 +249,8 @@ class BackwardWorker {
     }
   }
 
-  // e_j of block number `slot` and kWidth queries from i + n on in place of t_j; their factor, D,
-  // and dS of the landmark. kOwn: some of them lie in the block, or before it.
+  // Replaces t_j by e_j for block `slot` and kWidth queries from i + n on; computes their factor,
+  // D, and dS of the landmark. kOwn: some queries lie in the block, or before it.
   template <bool kOwn>
   void find_weights(const BlockRows& x, int64_t slot, int64_t i, int64_t n) {
     float *z = t + n, *change = dp + n;
@@ -297,13 +297,13 @@ class BackwardWorker {
     store(factors + slot * kPanel + n, factor);
     store(means + slot * kPanel + n, mean);
     if (x.landmark < 0) return;
-    // A weight of 0, whose gradient is dp - D.
+    // P of the landmark is 0; store_scores takes its dS from `gates`.
     store(z + x.landmark * kPanel, zero());
     store(gates + slot * kPanel + n, pull);
   }
 
-  // P^T and dS^T of kTileRows keys from r on, 0 from `seen` on, and a panel of queries, c of the
-  // block.
+  // Stores P^T and dS^T of kTileRows keys from r on, 0 from `seen` on, for the panel of queries at
+  // offset c of the block.
   void store_scores(int64_t r, int64_t c, int64_t seen) {
     vf dz[kTileRows][kTileVectors];
     for (int m = 0; m < kTileRows; ++m) {
@@ -357,10 +357,10 @@ class BackwardWorker {
   Scores scores{};
   LongBlock stats{};
   cpu::Workspace workspace;
-  float* deltas;  // of a long block, the sum of e_j dp_j of each query
+  float* deltas;  // long block: sum of e_j dp_j per query
   float *dq, *dq_total, *dk, *dv;
-  float *t, *dp;                   // of the tile and a panel, [keys][kPanel]
-  float *factors, *means, *gates;  // of the blocks of the tile, [blocks][kPanel]
+  float *t, *dp;                   // for the tile and a panel, [keys][kPanel]
+  float *factors, *means, *gates;  // for the blocks of the tile, [blocks][kPanel]
 
   int64_t b = 0, kv_head = 0, h = 0;
   int64_t first_key = 0, keys = 0, origin = 0, keys_end = 0;
@@ -393,7 +393,7 @@ void backward(const LandmarkBackwardParams& g) {
       const int64_t kv = item / parts, part = item % parts;
       float* all = partials + kv * parts * size;
       worker.run_split(kv, part, all + part * size);
-      // The last part to finish adds all of them up.
+      // The last part to finish adds up all parts.
       if (__atomic_add_fetch(finished + kv, 1, __ATOMIC_ACQ_REL) == parts) worker.reduce(kv, all);
     }
   });

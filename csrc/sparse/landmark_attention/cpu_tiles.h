@@ -1,5 +1,5 @@
-// Tiles of keys for the CPU kernels, and the scores of a tile against a panel of queries. Scores
-// are transposed: rows are keys, lanes are queries, so that the statistics of a block are vectors.
+// Key tiles of the CPU kernels, and the scores of a tile against a panel of queries. Scores are
+// transposed, keys by queries, so that block statistics are vectors over queries.
 #pragma once
 #include "dense/attention/cpu_backward_operands.h"
 #include "sparse/landmark_attention/params.h"
@@ -8,8 +8,8 @@ namespace tokenmill::TOKENMILL_ISA {
 
 // A tile holds whole blocks, or a part of one block that is longer than a tile.
 struct BlockTiles {
-  int64_t length, block, parts;  // tiles of a block
-  int64_t keys, count;           // of a tile; of the sequence
+  int64_t length, block, parts;  // parts: tiles per block
+  int64_t keys, count;           // keys per tile; tiles of the sequence
 
   BlockTiles(int64_t length, int64_t block)
       : length(length),
@@ -31,7 +31,7 @@ struct BlockTiles {
   bool is_landmark(int64_t key) const { return key % block == block - 1; }
 };
 
-// The rows of a tile, of one KV head: of keys, and of values with a row of zeros for a landmark.
+// Row addresses of a tile of one KV head: keys, and values with zeros for landmarks.
 struct TileRows {
   const char *k[kKeyTile], *v[kKeyTile];
 
@@ -46,19 +46,18 @@ struct TileRows {
   }
 };
 
-// The part of a block that lies in a tile: rows [from, to) are its ordinary keys.
+// Part of a block within a tile: rows [from, to) are its ordinary keys.
 struct BlockRows {
   int64_t from, to;
-  int64_t landmark;  // its row, or -1
-  int64_t end;       // of the block among the queries, which later ones see by its landmark
+  int64_t landmark;  // row of the landmark, or -1
+  int64_t end;       // end of the block; queries from here on see it through its landmark
 
   bool earlier(int64_t query) const { return query >= end; }
-  // Lanes of queries from `query` on that see the block by its landmark; that see row j of it,
-  // where it is their own.
+  // Mask of the queries from `query` on that see the block through its landmark.
   vm earlier_lanes(int64_t query) const { return lanes(end - query, kWidth); }
 };
 
-// Block n of a tile of keys from `first` on, of which `count` are there.
+// Block n of a tile of `count` keys from `first` on.
 inline BlockRows block_rows(const BlockTiles& tiles, int64_t first, int64_t count, int64_t n) {
   const int64_t begin = tiles.whole() ? n * tiles.block : 0;
   const int64_t end = (first + begin) / tiles.block * tiles.block + tiles.block;
@@ -69,24 +68,25 @@ inline BlockRows block_rows(const BlockTiles& tiles, int64_t first, int64_t coun
 inline int64_t blocks_of(const BlockTiles& tiles, int64_t count) {
   return tiles.whole() ? ceil_div(count, tiles.block) : 1;
 }
-constexpr int64_t kMostBlocks = kKeyTile / 2;  // of a tile
+constexpr int64_t kMostBlocks = kKeyTile / 2;  // per tile
 
-// Queries from `query` on see row j of their own block, whose keys begin at `first`.
+// Mask of the queries from `query` on that see row j of their own block, which begins at key
+// `first`.
 TM_INLINE vm own_lanes(int64_t first, int64_t j, int64_t query) {
   return lanes(first + j - query, kWidth);
 }
 
-// The statistics of a block among the exponents of a panel, for kWidth queries: the maximum m of
-// its ordinary keys. -inf becomes a number: differences from it are no NaN.
+// Maximum m over the ordinary keys of a block, for kWidth queries; -inf becomes finite, so that
+// differences from it are not NaN.
 TM_INLINE vf finite_max(vf m) { return max_of(set(-kMax), m); }
-// weight / sum, 0 for a block without a weight.
+// weight / sum; 0 for a block without a weight.
 TM_INLINE vf share_of(vf weight, vf sum) {
   return select(equal(sum, zero()), zero(), weight / sum);
 }
 
-// The maximum, and the sum relative to it, of a block that comes in parts.
+// Statistics of a block that spans several tiles: the maximum, and the sum relative to it.
 struct LongBlock {
-  float *max, *sum, *landmark;  // exponents; of each query
+  float *max, *sum, *landmark;  // max and landmark are exponents; one per query
 
   int64_t size(int64_t queries) const { return 3 * queries + 3 * 16; }
   void place(cpu::Workspace& workspace, int64_t queries) {

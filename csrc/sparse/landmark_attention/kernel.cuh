@@ -1,5 +1,5 @@
-// Forward. A block owns 64 queries of one head, a warp 16 of them; tiles of keys stream through
-// shared memory. Of a tile a warp has all scores at once, and so whole blocks.
+// Forward. A CTA owns 64 queries of one head, 16 per warp; key tiles stream through shared memory.
+// A warp holds all scores of a tile at once, and thus whole blocks.
 #pragma once
 #include "cuda/attention/epilogue.cuh"
 #include "cuda/attention/gmem_to_smem.cuh"
@@ -24,11 +24,12 @@ struct LandmarkShape : TileShape<T, kBucket> {
 struct LandmarkLaunch {
   LandmarkParams d;
   KeyTiles keys;
-  int tiles;     // of queries, of a head
-  bool aligned;  // rows are whole chunks
+  int tiles;     // query tiles per head
+  bool aligned;  // rows are whole 16-byte chunks
 };
 
-// `rows` rows from row `first` on, zeros behind them and where hides(row).
+// Loads `rows` rows from row `first` on; rows past them, and those for which hides(row), are
+// zero-filled.
 template <typename Tile, typename T, typename Hides>
 __device__ __forceinline__ void load_rows(uint32_t to, int most, const Rows& from, int64_t b,
                                           int64_t h, int first, int rows, int64_t columns,
@@ -48,7 +49,7 @@ class ForwardWarp {
   using Shape = LandmarkShape<T, kBucket>;
   static constexpr int kKeys = Shape::kTileKeys, kKeyTiles = kKeys / 8;
 
-  // The first of this warp's queries.
+  // first: index of this warp's first query.
   __device__ ForwardWarp(const LandmarkLaunch& launch, int first, uint32_t queries, uint32_t stage)
       : keys_(launch.keys), first_(first), factor_(launch.d.attention.scale * kLog2e), at_(stage) {
     const int lane = threadIdx.x % kWarpSize;
@@ -59,12 +60,12 @@ class ForwardWarp {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
       out_[0][n][0] = out_[0][n][1] = out_[0][n][2] = out_[0][n][3] = 0;
-    // With these a row's first weights overflow, which sets its row_max.
+    // With these values the first weights of a row overflow, which triggers the update of row_max.
     neg_row_max_[0][0] = neg_row_max_[0][1] = kFloatMax;
     sum_[0][0] = sum_[0][1] = 0;
   }
 
-  // The statistics of a long block, of which this is a tile.
+  // Accumulates the block statistics over one tile of a block that is longer than a tile.
   __device__ __forceinline__ void search(int tile) {
     if (tile % keys_.parts == 0) statistics_.clear();
     float s[1][kKeyTiles][4];
@@ -115,7 +116,7 @@ class ForwardWarp {
       for (int n = 0; n < kTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          // float: lane c of a quad holds columns 32 group + 8 c ... + 7.
+          // float32: lane c of a quad holds columns 32 group + 8 c ... + 7.
           const int column =
               Shape::kFloat ? 32 * (n / 4) + 8 * c + 4 * i + n % 4 : 8 * n + 2 * c + i;
           if (column < p.value_dim)
@@ -126,7 +127,8 @@ class ForwardWarp {
 
  private:
   static constexpr int kTiles = kBucket / 8;
-  // Weights of more keys at once leave no registers for float, which holds two parts of each.
+  // Weights of more keys at once leave no registers for float32, where each weight is held in two
+  // parts.
   static constexpr int kStepKeys = Shape::kFloat ? 8 : kKeys;
 
   __device__ __forceinline__ void multiply(float (&s)[1][kKeyTiles][4]) const {
@@ -137,8 +139,8 @@ class ForwardWarp {
       for (int i = 0; i < 4; ++i) s[0][n][i] *= factor_;
   }
 
-  // Scores to exponents of weights, -inf where a key is not seen. Returns whether there are such
-  // beside landmarks, whose values are 0.
+  // Converts scores to exponents of weights, -inf where masked. Returns true if any key other than
+  // a landmark is masked; the values of landmarks are 0.
   __device__ __forceinline__ bool find_exponents(float (&s)[kKeyTiles][4], int first, int count) {
     const int blocks = BlockColumns::blocks(keys_, count);
 #pragma unroll 1
@@ -182,7 +184,7 @@ class ForwardWarp {
   SharedQueries<Shape> query_;
   BlockStatistics statistics_;
   float out_[1][kTiles][4];
-  float neg_row_max_[1][2], sum_[1][2];  // of rows g, g + 8; sums of this lane
+  float neg_row_max_[1][2], sum_[1][2];  // for rows g, g + 8; sums of this lane
 };
 
 template <typename T, int kBucket>
@@ -195,7 +197,7 @@ __global__ void __launch_bounds__(LandmarkShape<T, kBucket>::kWarps* kWarpSize, 
   const KeyTiles keys = launch.keys;
   const int64_t bh = blockIdx.x / launch.tiles, b = bh / p.heads, h = bh % p.heads;
   const int64_t kv_head = h / (p.heads / p.kv_heads);
-  // The last queries see most keys: longest blocks first.
+  // The last queries see the most keys: start with the longest CTAs.
   const int tile = launch.tiles - 1 - static_cast<int>(blockIdx.x % launch.tiles);
   const int first = tile * Shape::kRows, last = min(first + Shape::kRows, keys.tokens) - 1;
   const auto none = [](int) { return false; };
@@ -208,7 +210,7 @@ __global__ void __launch_bounds__(LandmarkShape<T, kBucket>::kWarps* kWarpSize, 
   for (int n = 0; n < steps; ++n) {
     const KeyTiles::Step step = keys.step(n, last);
     const int at = keys.first(step.tile), count = keys.count_of(step.tile);
-    __syncthreads();  // the tile before this one is read
+    __syncthreads();  // the previous tile has been read
     load_rows<typename Shape::KeyTile, T>(stage, Shape::kTileKeys, p.k, b, kv_head, at, count,
                                           p.head_dim, launch.aligned, none);
     if (!step.search)

@@ -1,13 +1,13 @@
-// Backward, without atomics: one kernel owns the queries, one the keys. Both begin a tile of pairs
-// with the statistics of its blocks, from scores whose rows are queries: the shift of a block's
-// exponents (kernel_blocks.cuh), and the mean D of dP over it by its own softmax. The rest is that
-// of attention, dS = P (dP - delta), with
+// Backward without atomics: one kernel owns query tiles, the other key tiles. Both begin a tile
+// pair by recomputing the statistics of its blocks from S, with queries as rows: the shift of a
+// block's exponents (kernel_blocks.cuh), and the mean D of dP under the block's own softmax. Then
+// dS = P (dP - delta) as in attention, with
 //
-//   an earlier block's key:  P = 2^(t + shift - lse),  delta = D
-//   its landmark:            P = 2^(l - lse),          delta = delta - D, dP = 0 as its value is 0
-//   a key of the own block:  P = 2^(t - lse)
+//   a key of an earlier block:   P = 2^(t + shift - lse),  delta = D
+//   its landmark:                P = 2^(l - lse),  delta = delta - D,  dP = 0 as its value is 0
+//   a key of the query's block:  P = 2^(t - lse)
 //
-// where the landmark's P goes to dS alone.
+// where the landmark's P only enters dS.
 #pragma once
 #include "cuda/fast_divmod.cuh"
 #include "sparse/landmark_attention/kernel.cuh"
@@ -19,8 +19,8 @@ struct GradientLaunch {
   AttentionBackwardParams g;
   KeyTiles keys;
   FastDivmod block;
-  int tiles;     // of queries, of a head
-  bool aligned;  // rows are whole chunks
+  int tiles;     // query tiles per head
+  bool aligned;  // rows are whole 16-byte chunks
 };
 
 template <typename T, int kBucket, Side kSide>
@@ -28,13 +28,13 @@ struct LandmarkGradientShape : GradientShape<T, kBucket, kSide> {
   using Base = GradientShape<T, kBucket, kSide>;
   static constexpr int kRowTiles = 1, kWarpRows = 16;
   static constexpr bool kLeftInRegisters = false;
-  static constexpr int kRows = Base::kTileRows;  // of queries and of keys
+  static constexpr int kRows = Base::kTileRows;  // queries and keys per tile
   static constexpr int kRowWarps = kRows / kWarpRows;
   static constexpr int kThreads = kRowWarps * Base::kColumnWarps * kWarpSize;
   static constexpr int kMostBlocks = kRows / 2;
 
-  // Rows that the block owns, of x and y; those of the other side; of the keys' side the other
-  // tiles of a long block; what is known of the queries.
+  // Layout: owned rows of x and y; rows of the other side; on the key side, the other tiles of a
+  // long block; query statistics.
   static constexpr int kPairBytes = 2 * Base::kTileBytes;
   static constexpr int kOthersAt = 2 * kPairBytes;
   static constexpr int kKnownAt = kOthersAt + (Base::kKeys ? kPairBytes : 0);
@@ -59,7 +59,8 @@ class LandmarkGradientWarp
       : Warp(launch.g.forward, launch.g.forward.scale * kLog2e, Shape::kRowWarps, owned),
         launch_(launch) {}
 
-  // Adds the keys of a tile of a long block, at `keys`, to the statistics of 16 rows at `queries`.
+  // Accumulates the statistics of 16 query rows at `queries` over one tile, at `keys`, of a long
+  // block.
   __device__ __forceinline__ void search(BlockStatistics& found, uint32_t queries, uint32_t keys,
                                          int tile) const {
     float s[kTiles][4], dp[kTiles][4];
@@ -67,7 +68,7 @@ class LandmarkGradientWarp
     const int first = launch_.keys.first(tile), count = launch_.keys.count_of(tile);
     found.add(BlockColumns::of(launch_.keys, first, count, 0), s, dp);
   }
-  // Those of the whole blocks of a tile, for rows `row` .. + 15 of the tile of queries.
+  // Statistics of the whole blocks of a key tile, for rows `row` .. + 15 of the query tile.
   __device__ __forceinline__ void find(Known& known, int row, uint32_t queries, uint32_t keys,
                                        int tile) const {
     float s[kTiles][4], dp[kTiles][4];
@@ -91,7 +92,7 @@ class LandmarkGradientWarp
       known.blocks[row + lane / 4 + 8 * h][block] = {found.shift(h), found.mean_of(h)};
   }
 
-  // A key of a tile that begins with key `first`.
+  // Key of the tile that starts with key `first`.
   struct Key {
     int position, slot, end;
     bool landmark;
@@ -105,7 +106,7 @@ class LandmarkGradientWarp
             position == end - 1};
   }
 
-  // Row r of the tile of queries, query number `query`, and a key.
+  // Minus the shifted lse of a pair: row r of the query tile, which is query `query`, and a key.
   static __device__ __forceinline__ float minus_lse(const Known& known, int r, int query,
                                                     const Key& key) {
     const bool shifts = key.earlier(query) && !key.landmark;
@@ -122,7 +123,7 @@ class LandmarkGradientWarp
     return exist && (key.earlier(query) || (key.position <= query && !key.landmark));
   }
 
-  // 0 for the values of landmarks, whose keys are `own`.
+  // Zeroes the values of landmarks among this thread's keys `own`.
   __device__ __forceinline__ void clear_values(const Key (&own)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -134,7 +135,7 @@ class LandmarkGradientWarp
   }
 
  private:
-  // t and dP of 16 rows at `queries` and of a tile of keys at `keys`; x, then y.
+  // t = Q K^T and dP = dO V^T for 16 rows at `queries` and the key tile at `keys`; x, then y.
   __device__ __forceinline__ void multiply_pairs(float (&s)[kTiles][4], float (&dp)[kTiles][4],
                                                  uint32_t queries, uint32_t keys) const {
     const int lane = threadIdx.x % kWarpSize;
@@ -168,13 +169,13 @@ class LandmarkGradientWarp
   const GradientLaunch& launch_;
 };
 
-// Where rows of a call lie, for one sequence.
+// Loads the tiles of one sequence to shared memory.
 template <typename T, typename Shape>
 struct PairLoader {
   const GradientLaunch& launch;
   int64_t b;
 
-  // The values of landmarks become 0.
+  // The values of landmarks are zeroed.
   __device__ __forceinline__ void keys(uint32_t to, int64_t kv_head, int tile) const {
     const AttentionParams& p = launch.g.forward;
     const KeyTiles& keys = launch.keys;
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(LandmarkGradientShape<T, kBucket, Side::querie
   const AttentionParams& p = launch.g.forward;
   const KeyTiles& keys = launch.keys;
   const int64_t bh = blockIdx.x / launch.tiles, b = bh / p.heads, h = bh % p.heads;
-  // The last queries see most keys: longest blocks first.
+  // The last queries see the most keys: start with the longest CTAs.
   const int first = (launch.tiles - 1 - static_cast<int>(blockIdx.x % launch.tiles)) * Shape::kRows;
   const int last = min(first + Shape::kRows, keys.tokens) - 1;
   const PairLoader<T, Shape> loader{launch, b};
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(LandmarkGradientShape<T, kBucket, Side::querie
   for (int n = 0; n < steps; ++n) {
     const KeyTiles::Step step = keys.step(n, last);
     const int at = keys.first(step.tile), count = keys.count_of(step.tile);
-    __syncthreads();  // the tile before this one is read
+    __syncthreads();  // the previous tile has been read
     loader.keys(stage, h / (p.heads / p.kv_heads), step.tile);
     loader.wait();
     if (first + row > last || first + row + 15 < at) continue;
@@ -289,21 +290,22 @@ __global__ void __launch_bounds__(LandmarkGradientShape<T, kBucket, Side::keys>:
   loader.keys(owned, kv_head, tile);
   Warp warp(launch, owned);
   const int row = warp.first(), lane = threadIdx.x % kWarpSize;
-  const int own_queries = static_cast<int>(threadIdx.x) / kWarpSize * 16;  // whose statistics
-  // Of row g + 8 half of this warp. Registers are short: known anew where it is needed.
+  // first query row whose statistics this warp computes
+  const int own_queries = static_cast<int>(threadIdx.x) / kWarpSize * 16;
+  // Key of row g + 8 half of this warp, recomputed at each use to save registers.
   const auto own = [&](int half) {
     int own_row = row + lane / 4 + 8 * half;
     keep(own_row);
     return warp.key_of(first_key, own_row);
   };
-  const int block_end = (first_key / keys.block + 1) * keys.block;  // of the first block
+  const int block_end = (first_key / keys.block + 1) * keys.block;  // end of the first key's block
 #pragma unroll 1
   for (int g = 0; g < group; ++g) {
     const int64_t h = kv_head * group + g;
 #pragma unroll 1
     for (int first = first_key / Shape::kRows * Shape::kRows; first < keys.tokens;
          first += Shape::kRows) {
-      __syncthreads();  // the tile before this one is read
+      __syncthreads();  // the previous tile has been read
       loader.queries(stage, known, h, first);
       loader.wait();
       const uint32_t own_rows = stage + own_queries * Shape::kRowBytes;

@@ -1,7 +1,8 @@
-// Blocks of keys in tiles, and the statistics of a block among the scores of a warp.
+// Blocks of keys in tiles, and block statistics over the scores of a warp.
 //
-// To an earlier block's exponents t_j is added shift = l - log2 sum_j 2^t_j, over its ordinary keys
-// j, with l the exponent of its landmark: then it is causal attention without landmarks.
+// The exponents t_j of an earlier block are shifted by l - log2 sum_j 2^t_j, over its ordinary keys
+// j, with l the exponent of its landmark: after that, the operator is causal attention without
+// landmarks.
 #pragma once
 #include "cuda/arch/opaque.cuh"
 #include "cuda/math.cuh"
@@ -9,11 +10,12 @@
 
 namespace tokenmill::cuda::landmark_attention {
 
-// A tile has whole blocks, or a part of one block that is longer than a tile. A walk over the keys
-// takes steps: a tile each, but first a long block that queries see by its landmark is searched.
+// A tile has whole blocks, or a part of one block that is longer than a tile. The key loop is a
+// sequence of steps, one tile each; a long block that queries see through its landmark takes an
+// extra pass over its tiles first, for its statistics.
 struct KeyTiles {
   int tokens, block;  // block is at most tokens + 1
-  int keys, parts;    // of a tile, tiles of a block
+  int keys, parts;    // keys per tile, tiles per block
 
   __host__ __device__ static KeyTiles of(int64_t tokens, int64_t block, int most) {
     const int length = static_cast<int>(tokens);
@@ -40,7 +42,7 @@ struct KeyTiles {
     int tile;
     bool search;
   };
-  // Steps of queries up to `last`.
+  // Number of steps for queries up to `last`.
   __device__ int steps(int last) const {
     if (whole()) return last / keys + 1;
     return last / block * 2 * parts + last % block / keys + 1;
@@ -53,8 +55,8 @@ struct KeyTiles {
   }
 };
 
-// The part of a block in a tile: columns [from, to) are its ordinary keys. Queries from `end` on
-// see it by its landmark.
+// Part of a block within a tile: columns [from, to) are its ordinary keys. Queries from `end` on
+// see it through its landmark.
 struct BlockColumns {
   int from, to, landmark, end;
 
@@ -71,16 +73,16 @@ struct BlockColumns {
   }
 
   __device__ bool has(int column) const { return column >= from && column < to; }
-  // Any of columns 8 n .. 8 n + 7, the landmark's too.
+  // True if columns 8 n .. 8 n + 7 contain any of the block, including its landmark.
   __device__ bool meets(int n) const { return 8 * n + 7 >= from && 8 * n <= max(to, landmark); }
 };
 
-// visit(n, i, column) of the elements of accumulators s[kTiles][4] that lie in a block; element i
-// is of row g (i / 2 = 0) or g + 8.
+// Calls visit(n, i, column) for the elements of accumulators s[kTiles][4] that lie in a block;
+// element i is in row g (i / 2 = 0) or g + 8.
 template <int kTiles, typename Visit>
 __device__ __forceinline__ void visit_block(const BlockColumns& block, const Visit& visit) {
   int c = threadIdx.x % 4;
-  keep(c);  // columns are not kept for the next block
+  keep(c);  // columns are recomputed for each block to save registers
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     if (!block.meets(n)) continue;
@@ -89,8 +91,8 @@ __device__ __forceinline__ void visit_block(const BlockColumns& block, const Vis
   }
 }
 
-// Of rows g and g + 8: the greatest exponent of the ordinary keys, sums of weights relative to it
-// and of these times dP, and the exponent of the landmark.
+// For rows g and g + 8: maximum exponent of the ordinary keys, sum of weights relative to it, sum
+// of weights times dP, and exponent of the landmark.
 struct BlockStatistics {
   float top[2], sum[2], mean[2], landmark[2];
 
@@ -102,7 +104,7 @@ struct BlockStatistics {
     }
   }
 
-  // dp null: without means.
+  // dp null: no means.
   template <int kTiles>
   __device__ __forceinline__ void add(const BlockColumns& block, const float (&s)[kTiles][4],
                                       const float (*dp)[4]) {
@@ -138,7 +140,7 @@ struct BlockStatistics {
     const float base = top[h] == -infinity() ? 0 : top[h];
     return landmark[h] - base - log2_approx(sum[h] == 0 ? 1 : sum[h]);
   }
-  // Of dP, by the weights of the block's own softmax.
+  // Mean of dP under the block's own softmax.
   __device__ float mean_of(int h) const { return sum[h] == 0 ? 0 : mean[h] / sum[h]; }
 };
 

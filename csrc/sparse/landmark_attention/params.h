@@ -1,4 +1,4 @@
-// Causal attention with a grouped softmax over blocks, each weighed by its last token. Free of
+// Causal attention with a grouped softmax over blocks, each weighted by its last token. Free of
 // torch.
 #pragma once
 #include "cpu/isa.h"
@@ -8,15 +8,16 @@ namespace tokenmill {
 
 struct LandmarkParams {
   AttentionParams attention;  // softmax, as many keys as queries; lse is log Z
-  int64_t block;              // keys of a block with its landmark; more than there are keys: none
-};
-
-struct LandmarkBackwardParams {
-  AttentionBackwardParams attention;  // out and lse as the forward left them
+  // keys per block including its landmark; larger than the number of keys: no landmark
   int64_t block;
 };
 
-// null, or what went wrong
+struct LandmarkBackwardParams {
+  AttentionBackwardParams attention;  // with out and lse from the forward
+  int64_t block;
+};
+
+// null, or an error message
 const char* launch_cuda(const LandmarkParams&, void* stream);
 const char* launch_cuda(const LandmarkBackwardParams&, void* stream);
 

@@ -1,5 +1,5 @@
-// Rows of keys that lists put together, for the engine of attention_decode: the first keys of a
-// request, the blocks of a list, the last keys, and keys from outside the cache.
+// Key source of the attention_decode engine for listed keys: the sink keys of a request, the blocks
+// of a list, the recent keys, and keys from outside the cache.
 #pragma once
 #include "cpu/float8.h"
 #include "dense/attention_decode/cpu_decode.h"
@@ -12,7 +12,7 @@ class ListedKeys {
  public:
   using Op = Products;
   static constexpr DType kType = kElementType;
-  // What was turned in float32 is rounded to what the products take.
+  // Keys rotated in float32 are rounded to the operand type of the products.
   static constexpr DType kTurned = Op::kPair == 2 ? DType::bfloat16 : DType::float32;
   static constexpr bool kTurns = true, kChunks = false;
   using Params = CallParams;
@@ -22,13 +22,13 @@ class ListedKeys {
   struct Step : StepRows {
     float from[kStep], until[kStep];
     int32_t turn[kStep];   // row of the rotary tables, or -1
-    int32_t extra[kStep];  // number of an extra key, or -1
+    int32_t extra[kStep];  // index of an extra key, or -1
     bool all_seen, all_cached;
   };
   struct Placed {
     const char *const *k, *const *v;
     int64_t k_offset, v_offset;
-    bool turned;   // keys are rows of kTurned that `turn` makes
+    bool turned;   // keys are rotated rows of kTurned, computed by `turn`
     bool widened;  // values are rows of floats, times their scales
   };
 
@@ -36,7 +36,7 @@ class ListedKeys {
   static int64_t request(const Params&, int64_t n) { return n; }
   static int64_t queries(const Params& d) { return d.attention.seqlen_q; }
   static int64_t row_heads(const Params& d) { return d.row_heads(); }
-  // Heads that share a list read what lies side by side.
+  // Heads that share a list read adjacent memory.
   static int64_t heads(const Params& d) {
     return d.list_heads == 1 ? heads_together(d.row_heads()) : 1;
   }
@@ -78,7 +78,7 @@ class ListedKeys {
   }
 
   void find(Step& to, const KeyRange& range, int64_t key0) const {
-    const int64_t old = row_.length - p_.seqlen_q;  // the position of query 0
+    const int64_t old = row_.length - p_.seqlen_q;  // position of query 0
     to.all_seen = key0 + kStep <= range.end;
     to.all_cached = true;
     for (int64_t i = 0; i < kStep; ++i) {
@@ -115,7 +115,7 @@ class ListedKeys {
       }
       if (d_.cos) to.turn[i] = table_row(d_.cache_positions ? t : key.position);
     }
-    // Rows lie on pages of their own: their translations are asked for at once.
+    // Rows lie on different memory pages: prefetch their TLB entries together.
     for (int64_t i = 0; i < kStep; ++i) {
       __builtin_prefetch(to.k[i], 0, 2);
       __builtin_prefetch(to.v[i], 0, 2);
@@ -206,7 +206,7 @@ class ListedKeys {
   static bool holes() { return false; }
   static float visible(int64_t, int64_t) { return 0; }  // "count" is not an option of lists
 
-  // Weights relative to row_max of the time, and that.
+  // Stores weights relative to the current row_max, and that row_max.
   template <int kRows>
   void keep(int64_t key0, int64_t n, int64_t blocks, const RowBlock<kRows>& block, const vf* scores,
             int64_t vectors) const {
@@ -217,7 +217,8 @@ class ListedKeys {
     for (int64_t j = 0; j < vectors; ++j) store(to + (j + 1) * kWidth, scores[j]);
   }
 
-  // block[n].row_max and .sums: the final one, and factors of weights relative to it.
+  // Adds the mass of the entries. block[n].row_max and .sums hold the final row_max and the factors
+  // of weights relative to it.
   template <int kRows>
   void count(const RowBlock<kRows>* block, int64_t heads, int64_t head_blocks) const {
     if (!d_.mass) return;
@@ -231,8 +232,8 @@ class ListedKeys {
         vf sum[kStep / kCount] = {};
         for (int64_t n = 0; n < head_blocks; ++n, from += kKept<kRows>) {
           const RowBlock<kRows>& rows = block[own * head_blocks + n];
-          // row_max rises; that of a row which saw nothing is above the final one, and its weights
-          // 0.
+          // row_max only rises, except for a row that saw no key: its row_max is above the final
+          // one, and its weights are 0.
           const vf shrink = min_of(load(from) - load(rows.row_max), zero());
           const vf factor = load(rows.sums) * exp2<5>(shrink);
           for (int64_t j = 0; j < kept_vectors<kRows>(key0); ++j)
@@ -246,9 +247,9 @@ class ListedKeys {
  private:
   static constexpr int64_t kTurnedBytes = kTurned == DType::float32 ? 4 : 2;
   template <int kRows>
-  static constexpr int64_t kKept = kStep * kRows + kWidth;  // of a block and a step
+  static constexpr int64_t kKept = kStep * kRows + kWidth;  // per block and step
 
-  // The rows of a head in a step that are not all as they lie in the cache.
+  // Rows of a head in a step that are not all usable as they lie in the cache.
   struct Rearranged {
     const char *k[kStep], *v[kStep], *unturned[kStep], *turned[kStep];
     float log_count[kStep];
@@ -290,7 +291,7 @@ class ListedKeys {
   int64_t extra_offset(const Rows& rows, int64_t extra, int64_t own) const {
     return extra < 0 ? 0 : own * rows.head * extra_element_;
   }
-  // Of a row of a step; keys that are nowhere are zeros of any type.
+  // Type of a row of a step; missing keys are zeros of any type.
   DType type_of(const Step& step, int64_t i) const {
     return step.extra[i] < 0 ? d_.cache.dtype : p_.dtype;
   }
@@ -314,7 +315,7 @@ class ListedKeys {
     to.until[i] = static_cast<float>(p_.seqlen_q);
   }
 
-  // A row of elements with its pairs of columns turned; `at` < 0: as it is.
+  // Rotates the column pairs of a row; `at` < 0: no rotation.
   void turn_row(const void* from, DType type, int64_t at, void* to) {
     const int64_t dim = p_.head_dim, pairs = d_.pairs;
     float* __restrict x = loaded_, * __restrict y = moved_;
@@ -345,17 +346,17 @@ class ListedKeys {
   const AttentionParams& p_;
   const int64_t element_, extra_element_;  // bytes, of the cache and of extra keys
   const bool scaled_;
-  const bool mixes_;  // extra keys have another type than the cache
+  const bool mixes_;  // the type of extra keys differs from the cache's
   int64_t ldk_, ldv_;
   cpu::Workspace workspace_;
   const char* zeros_;
-  float *loaded_, *moved_;  // rows that are being turned
-  char* turned_;            // kStep rows of keys of each head, and one of queries
-  float* widened_;          // kStep rows of values of each head
+  float *loaded_, *moved_;  // scratch rows of a rotation
+  char* turned_;            // kStep key rows per head, and one query row
+  float* widened_;          // kStep value rows per head
   Rearranged rearranged_[kMaxHeads];
   int64_t b_ = 0, head_ = 0;
   Row row_{};
-  int64_t recent_ = 0;     // last tokens that exist
+  int64_t recent_ = 0;     // number of recent tokens that exist
   float* kept_ = nullptr;  // [steps][blocks][kKept]
 };
 

@@ -9,7 +9,7 @@ extern template const char* launch_sparse<__half>(const SparseLaunch&, void*, cu
 extern template const char* launch_sparse<__nv_bfloat16>(const SparseLaunch&, void*, cudaStream_t);
 extern template const char* launch_sparse<float>(const SparseLaunch&, void*, cudaStream_t);
 
-// Of float8_launch.cuh.
+// Defined in float8_launch.cuh.
 template <typename T>
 const char* launch_float8(const SparseLaunch&, void*, cudaStream_t);
 extern template const char* launch_float8<__half>(const SparseLaunch&, void*, cudaStream_t);
@@ -22,7 +22,7 @@ int64_t rows_of_head(const SparseDecodeParams& d) {
   return d.attention.heads / d.row_heads() * d.attention.seqlen_q;
 }
 
-// Whole steps on both ends of what a list adds.
+// Rounded up to whole steps, with one more at both ends of the listed keys.
 int64_t logit_row(const SparseDecodeParams& d) {
   return round_up(listed_keys(d), kLogitAlign) + 2 * kLogitAlign;
 }
@@ -35,7 +35,7 @@ int64_t listed_count(const SparseDecodeParams& d) {
   return d.mass ? round_up(2 * d.attention.batch * d.row_heads(), kLogitAlign) : 0;
 }
 
-// Warps are blocks of their own while there are few.
+// While there are few warps, each is a CTA.
 const char* launch_mass(const SparseLaunch& d, cudaStream_t stream) {
   const int64_t heads = d.attention.batch * d.row_heads();
   const int64_t warps = ceil_div(d.entries, mass_entries(d.log2_block));

@@ -1,11 +1,11 @@
-// Plans and launches instances of the kernels of sparse_decode_attention.
+// Plans and launches the kernels of sparse_decode_attention.
 #pragma once
 #include "dense/attention_decode/cuda_launch.cuh"
 #include "sparse/sparse_decode_attention/kernel.cuh"
 
 namespace tokenmill::cuda::sparse_decode_attention {
 
-// Most keys that a list adds to a row.
+// Maximum number of keys that a list adds.
 inline int64_t listed_keys(const SparseDecodeParams& d) { return d.entries << d.log2_block; }
 
 inline int64_t cut(int64_t keys, const KvCache& cache) {
@@ -13,10 +13,10 @@ inline int64_t cut(int64_t keys, const KvCache& cache) {
 }
 
 struct ListedPlan : DecodeLaunch {
-  int cut_keys;  // ListedLaunch's
+  int cut_keys;  // see ListedLaunch
 };
 
-// Rows of keys are short: where blocks of 256 keys are fewer than multiprocessors, they get fewer.
+// Key sequences are short: if splits of 256 keys make fewer CTAs than SMs, splits get shorter.
 template <typename Keys>
 ListedPlan plan_sparse(const SparseDecodeParams& d) {
   using T = typename Keys::Element;

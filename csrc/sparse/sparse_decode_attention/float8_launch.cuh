@@ -1,4 +1,4 @@
-// Attention to listed keys of a cache in float8_e4m3fn.
+// Attention to listed keys of a float8_e4m3fn cache.
 #pragma once
 #include "sparse/sparse_decode_attention/cuda_launch.cuh"
 

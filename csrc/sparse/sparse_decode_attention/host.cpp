@@ -114,8 +114,7 @@ struct SparseDecodeAttentionArgs : Record {
   View k_scale, v_scale;
 };
 
-// The checks are those of python/tokenmill/sparse/sparse_decode_attention_rules.py, in its order
-// and words.
+// Same checks, order and messages as python/tokenmill/sparse/sparse_decode_attention_rules.py.
 SparseDecodeParams make_params(const SparseDecodeAttentionArgs& a) {
   check_cache(kOp, a.q, a.k_cache, a.v_cache, bool(a.block_table));
   check_scale(kOp, scale_of(a), a.softcap);
@@ -132,7 +131,7 @@ SparseDecodeParams make_params(const SparseDecodeAttentionArgs& a) {
   d.cache = make_cache(kOp, a.q, a.q.size(0), a.k_cache, a.v_cache, a.seqlens_k, a.block_table,
                        a.k_scale, a.v_scale);
   d.log2_block = log2_block;
-  d.num_sink = std::min(a.num_sink, d.cache.capacity);  // sums with them stay in range
+  d.num_sink = std::min(a.num_sink, d.cache.capacity);  // bounds sums with them, to avoid overflow
   d.num_recent = std::min(a.num_recent, d.cache.capacity);
   d.num_splits = a.num_splits;
   d.cache_positions = a.pos_mode == "cache";

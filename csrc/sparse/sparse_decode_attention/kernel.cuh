@@ -1,4 +1,4 @@
-// The scores of attention_decode over the row of keys of a list head.
+// attention_decode's mainloop over the key sequence of a list head.
 #pragma once
 #include "dense/attention_decode/kernel.cuh"
 #include "sparse/sparse_decode_attention/kernel_keys.cuh"
@@ -33,7 +33,8 @@ class SparseWarp
     logits_ = d.logits + in_heads * d.logit_row - list_begin_ / kLogitAlign * kLogitAlign;
   }
 
-  // Adds the kStepKeys keys from `key` on, at `at`, of which `keys` knows more at `place`.
+  // Adds the kStepKeys keys from `key` on, in shared memory at `at`; `keys` has their metadata at
+  // `place`.
   __device__ __forceinline__ void add_step(const Keys& keys, const Addresses& at, int place,
                                            int key, int) {
     float s[kKeyTiles][4];
@@ -42,7 +43,7 @@ class SparseWarp
     apply_score_mod(s, keys, place);
     if (key < list_end_ && key + Shape::kStepKeys > list_begin_) store_logits(s, key);
     this->exponentiate(s);
-    float least = 1;  // weights of hidden keys are 0
+    float least = 1;  // weights of masked keys are 0
     Products::each_score(s, [&](float& x, int, int) { least = fminf(least, x); });
     const auto sees_key = [&](int half, int k) { return sees(half, keys, place + k); };
     if constexpr (Shape::kFloat8) scale_weights(s, keys.v_scales(place), sees_key);
@@ -83,10 +84,10 @@ class SparseWarp
   }
 
   const Params& d_;
-  int position_[2];  // of the queries of rows g and g + 8, in the request
-  int rows_;         // from row g on
+  int position_[2];  // positions in the request of the queries of rows g and g + 8
+  int rows_;         // rows from row g on
   int list_begin_, list_end_;
-  float* logits_;  // of row g and key 0
+  float* logits_;  // row g, key 0
 };
 
 template <typename Keys>
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
   run_listed<ListedKeys<T, kBucket>>(d, plan);
 }
 
-// For more than two blocks of a multiprocessor ptxas spills.
+// With more than two CTAs per SM ptxas spills.
 template <typename T, int kBucket>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     sparse_decode_float8_kernel(const __grid_constant__ SparseLaunch d,

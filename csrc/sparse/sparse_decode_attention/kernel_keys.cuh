@@ -1,31 +1,31 @@
-// The row of keys of a list head, as the engine of attention_decode streams over it.
+// Key sequence of a list head, as a key source of the attention_decode engine.
 #pragma once
 #include "dense/attention_decode/kernel_products.cuh"
 #include "sparse/sparse_decode_attention/params.h"
 
 namespace tokenmill::cuda::sparse_decode_attention {
 
-// What the host adds to a call.
+// Launch parameters added by the host.
 template <class Params>
 struct ListedLaunch : Params {
-  // Exponents in base 2 of what the list adds, for mass: a row of `logit_row` of them for each row
-  // of each list head. Null without mass.
+  // For mass: log2-unit exponents of listed keys, one row of `logit_row` per row of each list head.
+  // Null without mass.
   float* logits;
   int64_t logit_row;
-  int2* listed;      // [B, row heads], the entries that each list adds: first and last + 1
-  bool wide_tables;  // four rotations at once can be read
-  int cut_keys;      // blocks begin at its multiples in the row: a tile, or a part of one
+  int2* listed;      // [B, row heads], range of entries that each list adds: first and last + 1
+  bool wide_tables;  // rotary tables allow vector loads of four elements
+  int cut_keys;  // splits begin at multiples of cut_keys in the sequence: a tile, or a part of one
 };
 struct SparseLaunch : ListedLaunch<SparseDecodeParams> {};
 
-// The fewest keys of a block where the host cuts for more blocks.
+// Minimum number of keys per split when the host splits for more CTAs.
 constexpr int kLeastCut = 32;
 
-// Of the first key in a row of logits: whole steps of the kernel are stored.
+// Alignment of the first key in a row of logits: the kernel stores whole steps.
 constexpr int kLogitAlign = 16;
 
-// KeyRow::of by all threads of a block. Each warp searches for both ends of the list at once, four
-// halvings at a time: half a warp reads the 15 entries that these may ask for.
+// KeyRow::of, computed by all threads of the CTA. Each warp searches for both ends of the list at
+// once, four halvings per round: half a warp reads the 15 entries that these may need.
 template <class Params>
 __device__ __forceinline__ KeyRow find_row(const Params& d, int64_t b, int64_t h) {
   const int lane = threadIdx.x % kWarpSize, node = lane % 16;
@@ -63,15 +63,15 @@ __device__ __forceinline__ KeyRow find_row(const Params& d, int64_t b, int64_t h
                     int64_t{__shfl_sync(kFullWarp, low, 16)}, ascends);
 }
 
-// A key in registers, on its way to shared memory.
+// Metadata of a key in registers, on its way to shared memory.
 struct ListedKey {
   KvCache::Slot at;
   int2 seen_by;      // positions begin .. end - 1 of the queries that see it
-  float log2_count;  // of the keys that it stands for
-  int turn;          // row of the tables of rotations, -1: none
+  float log2_count;  // log2 of the number of keys that it represents
+  int turn;          // row of the rotary tables, -1: no rotation
 };
 
-// Of a Float8 cache.
+// Key of a Float8 cache.
 struct ScaledListedKey : ListedKey {
   float k_scale, v_scale;
 };
@@ -79,8 +79,9 @@ struct ScaledListedKey : ListedKey {
 template <typename Keys>
 class SparseWarp;
 
-// Extra keys beside a Float8 cache are of T. Their values become bfloat16: those of float16 in two
-// parts, for which a key stands in the row twice, with half of its weight and twice its scale.
+// Extra keys next to a Float8 cache have type T. Their values are converted to bfloat16: float16
+// values in two parts, for which the key occurs twice in the sequence, with half its weight and
+// twice its scale.
 template <typename T, int kBucket, typename Cache = T, typename Launch = SparseLaunch>
 class ListedKeys {
  public:
@@ -92,8 +93,8 @@ class ListedKeys {
   static constexpr bool kSplitsExtras = kFloat8 && kTwoWeights<T>;
   using Key = std::conditional_t<kFloat8, ScaledListedKey, ListedKey>;
   static constexpr int kTile = Shape::kTileKeys;
-  // Four tiles: one is worked on, one is loaded, one is looked up, and slower warps may still work
-  // on the one before.
+  // Four tiles: one being computed, one being loaded, one being looked up, and the previous one,
+  // which slower warps may still read.
   static constexpr int kRing = 4 * kTile;
   static constexpr int kRowBytes = 128;
   static_assert(sizeof(KeyRow) <= kRowBytes);
@@ -109,7 +110,7 @@ class ListedKeys {
         log2_counts_(reinterpret_cast<float*>(seen_by_ + kRing)),
         turns_(reinterpret_cast<int*>(log2_counts_ + kRing)) {}
 
-  // The keys of this block, if any. All threads together.
+  // Key range of this CTA; false if empty. Called by all threads.
   __device__ __forceinline__ bool take(const DecodePlan& plan, Segment& s) {
     const int tiles = static_cast<int>(d_.row_heads()) * plan.row_tiles;
     s.output = blockIdx.x / plan.splits;
@@ -151,7 +152,7 @@ class ListedKeys {
   __device__ __forceinline__ ListedKey find_listed(const Segment& s, int t, int end) const {
     ListedKey key{{0, 0}, {kNever, kNever}, 0, -1};
     if (t >= end) return key;
-    const int number = t - static_cast<int>(row_->cached);  // of an extra key, or of its part
+    const int number = t - static_cast<int>(row_->cached);  // index of an extra key, or of its part
     const int part = kSplitsExtras && number >= 0 ? number - number / 2 : 0;
     const RowKey found = row_->key(d_, s.b, s.h, t - part);
     if (found.at.row == RowKey::kExtra) {
@@ -164,7 +165,7 @@ class ListedKeys {
       return key;
     }
     if (found.position == RowKey::kNowhere) return key;
-    // Longer ones than any request mean the same.
+    // Clamped; more than the length of any request makes no difference.
     const int recent = static_cast<int>(d_.num_recent < kMaxLength ? d_.num_recent : kMaxLength);
     const bool is_recent = t >= row_->list_end;
     const int begin = found.position + (is_recent ? 0 : recent);
@@ -196,11 +197,12 @@ class ListedKeys {
                                  : KvCache::offset(cache, slot, h);
     return static_cast<const Cache*>(extra ? added.data : cache.data) + offset;
   }
-  // Rows of keys that nobody sees are not read; those that are no codes are read by extra_row.
+  // False for masked keys, whose rows are not read, and for extra keys next to a Float8 cache,
+  // which extra_row reads.
   __device__ __forceinline__ bool exists(int at) const {
     return seen_by_[at].x != kNever && !(kFloat8 && at_[at].row == RowKey::kExtra);
   }
-  // Of an extra key beside a Float8 cache, or null.
+  // Row of an extra key next to a Float8 cache, or null.
   template <bool kValues>
   __device__ __forceinline__ const T* extra_row(const Segment& s, int at) const {
     if (at_[at].row != RowKey::kExtra) return nullptr;
@@ -211,7 +213,7 @@ class ListedKeys {
   }
   __device__ bool is_lost_part(int at) const { return at_[at].page % 2; }
 
-  // Where in shared memory those of the key at a place and of the next ones lie.
+  // Shared memory addresses of the scales of the keys from a place on.
   __device__ uint32_t k_scales(int at) const { return shared_address(scales() + at); }
   __device__ uint32_t v_scales(int at) const { return shared_address(scales() + kRing + at); }
 
@@ -249,7 +251,7 @@ class ListedKeys {
     return min(max(position, 0), static_cast<int>(d_.positions) - 1);
   }
 
-  // 16 threads a row.
+  // 16 threads per row.
   template <typename TableRow>
   __device__ __forceinline__ void turn_rows(unsigned char* tile, int rows,
                                             const TableRow& table_row) const {
@@ -263,7 +265,7 @@ class ListedKeys {
       const int pairs = static_cast<int>(d_.pairs);
       const int lane = threadIdx.x % kLanes;
       if (d_.wide_tables) {
-        // Four elements at i and at i + pairs, in either layout.
+        // Four elements at i and four at i + pairs, in either layout.
 #pragma unroll 1
         for (int i = 4 * lane; i < pairs; i += 4 * kLanes)
           turn_four(element(tile, r, i), element(tile, r, i + pairs), cos, sin, i);
@@ -293,7 +295,7 @@ class ListedKeys {
     x = turned;
   }
 
-  // The elements at a and b, column i and the one as many columns behind as there are pairs.
+  // Rotates the elements at a and b: columns i and i + pairs.
   __device__ __forceinline__ void turn_four(T* a, T* b, const float* cos, const float* sin,
                                             int i) const {
     float x[4], y[4], c[2][2], s[2][2];
@@ -321,7 +323,7 @@ class ListedKeys {
   }
 
   const Params& d_;
-  KeyRow* row_;  // in shared memory, as are the others: registers are short
+  KeyRow* row_;  // the pointers below are to shared memory, to save registers
   KvCache::Slot* at_;
   int2* seen_by_;
   float* log2_counts_;

@@ -1,15 +1,15 @@
-// The probabilities that each entry of a list added, from the logits that the scores left behind.
+// Attention mass of each list entry, from the logits stored by the decode kernel.
 #pragma once
 #include "sparse/sparse_decode_attention/kernel_keys.cuh"
 
 namespace tokenmill::cuda::sparse_decode_attention {
 
-constexpr int kMassThreads = 128;  // at most
+constexpr int kMassThreads = 128;  // maximum
 
-// Entries of a warp, one key a lane at a time.
+// Entries per warp, at one key per lane.
 inline int64_t mass_entries(int log2_block) { return log2_block < 5 ? kWarpSize >> log2_block : 1; }
 
-// What each entry of a list got: a warp for mass_entries() of one list head.
+// Sums the mass of each list entry: one warp for mass_entries() entries of one list head.
 __global__ void __launch_bounds__(kMassThreads)
     sparse_mass_kernel(const __grid_constant__ SparseLaunch d, int rows, int64_t warps,
                        int64_t heads) {
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kMassThreads)
       const float shift = -kLog2e * lse[i % group * p.seqlen_q + i / group];
       for (int key = lane & ((1 << log2_lanes) - 1); key < 1 << d.log2_block; key += kWarpSize) {
         const float x = logits[key];
-        // Of a row that sees nothing, lse is -inf too.
+        // for a row that sees no key, lse is -inf too
         sum += x == -infinity() ? 0 : exp2_approx(x + shift);
       }
     }

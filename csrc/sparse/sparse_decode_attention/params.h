@@ -1,36 +1,38 @@
-// Attention of the newest tokens of a request to some of its keys. Free of torch.
+// Attention of the newest tokens of a request to a subset of its keys. Free of torch.
 //
-// The keys that a list head attends to stand in a row: the first tokens of the request, the blocks
-// of its list, the last tokens, and keys from outside the cache. Kernels stream over that row.
+// The keys that a list head attends to form a sequence: the first tokens of the request (sinks),
+// the blocks of its list, the last tokens (recent), and keys from outside the cache. Kernels
+// iterate over this sequence.
 #pragma once
 #include "cpu/isa.h"
 #include "dense/attention_decode/params.h"
 
 namespace tokenmill {
 
-// attention: softmax; neither bias, score bias, ALiBi, window nor packed.
+// attention: softmax; no bias, score bias, ALiBi, window or packing.
 struct SparseDecodeParams : CacheAttention {
-  const int32_t* indices;  // [B, list heads, entries] with strides
+  const int32_t* indices;  // [B, list heads, entries], strided
   int64_t indices_batch, indices_head, entries;
-  const int32_t* counts;  // [B, list heads] with strides
+  const int32_t* counts;  // [B, list heads], strided
   int64_t counts_batch, counts_head;
   int64_t list_heads;  // 1, KV heads or query heads
-  int32_t log2_block;  // keys of an entry
+  int32_t log2_block;  // log2 of the keys per entry
   int64_t num_sink, num_recent;
-  // [positions, pairs] with strides between positions, or null: no rotation.
+  // [positions, pairs] with a stride between positions, or null: no rotation.
   const float *cos, *sin;
   int64_t cos_stride, sin_stride, positions, pairs;
-  bool interleaved;              // pairs (2 i, 2 i + 1), or (i, i + pairs)
-  bool cache_positions;          // keys are turned by their place in the row, not in the request
+  bool interleaved;  // pairs (2 i, 2 i + 1), or (i, i + pairs)
+  // keys are rotated by their index in the sequence, not by position in the request
+  bool cache_positions;
   Rows extra_k, extra_v;         // [B, extra, Hk, D]
-  const float* extra_log_count;  // [B, Hk, extra] with strides
+  const float* extra_log_count;  // [B, Hk, extra], strided
   int64_t extra, extra_log_count_batch, extra_log_count_head;
   int64_t num_splits;  // 0: automatic
   float* mass;         // [B, KV heads or query heads, entries], or null
   void* workspace;     // CUDA
 
-  // Heads with a list of their own or a shared one: those of the cache unless each query head has a
-  // list. All rows of one read the same keys.
+  // Heads of the key sequences: the KV heads, or the query heads if each has its own list. All
+  // query rows of one such head read the same keys.
   TOKENMILL_HOST_DEVICE int64_t row_heads() const {
     return list_heads > attention.kv_heads ? attention.heads : attention.kv_heads;
   }
@@ -49,26 +51,27 @@ struct SparseDecodeParams : CacheAttention {
   }
 };
 
-// Where a key of a row lies, and its position in the request.
+// Address of a key of the sequence, and its position in the request.
 struct RowKey {
-  static constexpr int32_t kExtra = -1;  // for a row: `page` is the number of an extra key
-  static constexpr int32_t kNowhere = 0x7fffffff;  // for a position: no query sees it
+  static constexpr int32_t kExtra = -1;  // value of `row` for an extra key; `page` is its index
+  static constexpr int32_t kNowhere = 0x7fffffff;  // value of `position`: no query sees the key
 
   KvCache::Slot at{0, 0};
   int32_t position = kNowhere;
 };
 
-// The row of keys of one head h < row_heads() of one request. A query at position p sees keys
-// before list_end if they lie at p - num_recent or before, those from there on if they lie behind
-// that and not behind p, and extra keys.
+// Key sequence of one head h < row_heads() of one request. A query at position p sees sink and
+// listed keys (before list_end) at positions up to p - num_recent, recent keys at positions from
+// there up to p, and all extra keys.
 struct KeyRow {
   int64_t length, sinks, first, last;  // keys of the request; entries first .. last - 1 of the list
-  int64_t recent_begin;                // in the request
-  int64_t list_begin, list_end, cached, total;  // in the row: of the list, of the cache, of all
-  bool ascends;                                 // the list
+  int64_t recent_begin;                // position in the request
+  // indices in the sequence: bounds of the list, end of the cached keys, total
+  int64_t list_begin, list_end, cached, total;
+  bool ascends;  // whether the list is ascending
 
-  // What the blocks of a list hold that any query sees through it. The list goes from its first
-  // entry that is not wholly among the first tokens to its first one that is wholly behind that.
+  // Range of positions that any query sees through its list. It starts with the first entry that is
+  // not wholly among the sinks, and ends before the first one that lies wholly past the range.
   struct Listed {
     int64_t begin, end;
 
@@ -78,13 +81,13 @@ struct KeyRow {
       const int64_t old = length > d.num_recent ? length - d.num_recent : 0;
       return {d.num_sink < old ? d.num_sink : old, old};
     }
-    // The first key of the block in which the first one lies.
+    // First key of the block that contains `begin`.
     TOKENMILL_HOST_DEVICE int64_t first_block(int32_t log2_block) const {
       return (begin >> log2_block) << log2_block;
     }
   };
 
-  // Always inlined: a copy in an object of one instruction set would be weak.
+  // Always inlined: an out-of-line copy in one instruction set's object would be a weak symbol.
   template <class Params>
   __attribute__((always_inline)) static KeyRow of(const Params& d, int64_t b, int64_t h) {
     const Listed listed = Listed::of(d, b);
@@ -99,7 +102,7 @@ struct KeyRow {
               search(list, count, listed.end, d.log2_block), true);
   }
 
-  // With what search or scan found.
+  // From the results of search or scan.
   template <class Params>
   TOKENMILL_HOST_DEVICE static KeyRow of(const Params& d, int64_t b, int64_t first, int64_t last,
                                          bool ascends) {
@@ -118,8 +121,8 @@ struct KeyRow {
     return row;
   }
 
-  // The first of `count` entries whose block begins at key `key` or behind it, `count` if none
-  // does: of a list that ascends.
+  // Ascending list: index of the first of `count` entries whose block begins at or after key `key`,
+  // `count` if there is none.
   TOKENMILL_HOST_DEVICE static int64_t search(const int32_t* list, int64_t count, int64_t key,
                                               int32_t log2_block) {
     int64_t low = 0, high = count;
@@ -132,7 +135,7 @@ struct KeyRow {
     }
     return low;
   }
-  // Of any list.
+  // The same for any list.
   TOKENMILL_HOST_DEVICE static int64_t scan(const int32_t* list, int64_t count, int64_t key,
                                             int32_t log2_block) {
     int64_t e = 0;
@@ -140,8 +143,8 @@ struct KeyRow {
     return e;
   }
 
-  // An entry counts if it is greater than all before it. Those before `first` are smaller than that
-  // one. A list that does not ascend costs a comparison for each pair of its entries.
+  // An entry counts if it is greater than all previous ones. Entries before `first` are smaller
+  // than entry `first`. A list that is not ascending costs one comparison per pair of entries.
   TOKENMILL_HOST_DEVICE bool counts(const int32_t* list, int64_t entry) const {
     if (ascends) return true;
     const int32_t* const end = list + entry;
@@ -153,8 +156,8 @@ struct KeyRow {
     return true;
   }
 
-  // Number t of the row. Entries that do not count, keys that the request does not have and pages
-  // that do not exist are nowhere.
+  // Key t of the sequence. Entries that do not count, keys past the request and invalid pages are
+  // kNowhere.
   template <class Params>
   TOKENMILL_HOST_DEVICE RowKey key(const Params& d, int64_t b, int64_t h, int64_t t) const {
     if (t >= cached) return {{static_cast<int32_t>(t - cached), RowKey::kExtra}, 0};
@@ -174,7 +177,7 @@ struct KeyRow {
   }
 };
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const SparseDecodeParams&, void* stream);
 int64_t workspace_bytes(const SparseDecodeParams&);
 

@@ -1,5 +1,5 @@
-// A counting sort of the entries of one list head by their block. Rows are visited in order, so
-// that those of a block ascend.
+// Counting sort of one list head's entries by key block. Rows are visited in order, so that the
+// rows of a block ascend.
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -24,7 +24,7 @@ void transpose(const TransposeBlockListParams& p, int64_t b, int64_t h) {
   int32_t* offsets = p.offsets + head * (p.blocks + 1);
   int32_t* rows = p.rows + head * capacity;
   std::memset(offsets, 0, (p.blocks + 1) * sizeof(int32_t));
-  // offsets[j + 1] counts the entries of block j, then says where the next one of them goes.
+  // offsets[j + 1] first counts the entries of block j, then becomes the index of its next entry.
   for_each_entry(p, b, h, [&](int64_t, int32_t id) { ++offsets[id + 1]; });
   int32_t begin = 0;
   for (int64_t j = 1; j <= p.blocks; ++j) {

@@ -5,12 +5,12 @@ namespace tokenmill {
 namespace cuda::transpose_block_list {
 namespace {
 
-constexpr int64_t kLeastRows = 16;  // of a part
+constexpr int64_t kLeastRows = 16;  // minimum rows per part
 
 int64_t list_heads(const TransposeBlockListParams& p) { return p.batch * p.list.heads; }
 int64_t entries_of_head(const TransposeBlockListParams& p) { return p.list.rows * p.list.entries; }
 
-// As many parts as leave the memory linear in the entries and the blocks.
+// As many parts as keep memory linear in the entries and the blocks.
 TransposePlan make_plan(const TransposeBlockListParams& p) {
   const int64_t most = ceil_div(p.list.rows, kLeastRows);
   const int64_t linear = p.blocks > 0 ? entries_of_head(p) / p.blocks : 1;
@@ -41,7 +41,7 @@ const char* launch_cuda(const TransposeBlockListParams& p, void* stream) {
   const int64_t places = heads * plan.parts * p.blocks * sizeof(int32_t);
   if (const char* error = set_bytes(plan.places, 0, places, s)) return error;
   if (const char* error = set_bytes(p.rows, 0xff, entries * sizeof(int32_t), s))
-    return error;  // -1
+    return error;  // rows = -1
   if (entries > 0) {
     const int64_t blocks = ceil_div(heads * p.list.rows, kTransposeThreads / kWarpSize);
     if (const char* error = launch<transpose_count_kernel>(blocks < kMaxGrid ? blocks : kMaxGrid,

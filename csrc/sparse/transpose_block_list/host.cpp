@@ -19,7 +19,7 @@ struct TransposeBlockListArgs : Record {
   int64_t num_blocks;
 };
 
-// The checks are those of python/tokenmill/sparse/transpose_block_list.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/sparse/transpose_block_list.py.
 std::tuple<Array, Array> transpose_block_list(const TransposeBlockListArgs& a) {
   TransposeBlockListParams p{};
   p.list = check_list(kOp, a.indices, a.counts, Rule("must have shape [B, heads, rows, K]"),

@@ -1,6 +1,6 @@
-// A counting sort of the entries of each list head by their block, in three kernels. The rows are
-// cut into parts that count for themselves; within a part rows follow each other, and no id counts
-// twice in a row, so that places need no atomics and the rows of a block ascend.
+// Counting sort of each list head's entries by key block, in three kernels. The rows are split into
+// parts with separate counts; within a part rows are processed in order, and an id counts at most
+// once per row, so that output indices need no atomics and the rows of a block ascend.
 #pragma once
 #include <cub/block/block_scan.cuh>
 
@@ -12,10 +12,10 @@ namespace tokenmill::cuda::transpose_block_list {
 constexpr int kTransposeThreads = 128, kScanThreads = 1024;
 
 struct TransposePlan {
-  int parts;      // of the rows of a head
-  int part_rows;  // of all but the last
-  int32_t* ids;   // [B, heads, rows, entries]: those that count, else -1
-  // [B, heads, parts, blocks]: entries of a part, then where its next one goes
+  int parts;      // parts of the rows of a head
+  int part_rows;  // rows of each part but the last
+  int32_t* ids;   // [B, heads, rows, entries]: valid ids, else -1
+  // [B, heads, parts, blocks]: entries per part, then the output index of the next one
   int32_t* places;
 };
 
@@ -24,7 +24,7 @@ __device__ inline int32_t* places_of(const TransposeBlockListParams& p, const Tr
   return plan.places + (head * plan.parts + part) * p.blocks;
 }
 
-// A warp for each row.
+// One warp per row.
 __global__ void __launch_bounds__(kTransposeThreads)
     transpose_count_kernel(const __grid_constant__ TransposeBlockListParams p,
                            const __grid_constant__ TransposePlan plan) {
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kTransposeThreads)
   }
 }
 
-// A block for each head: where the entries of a block begin, and those of each part.
+// One CTA per head: offsets of the blocks, and of each part within them.
 __global__ void __launch_bounds__(kScanThreads)
     transpose_scan_kernel(const __grid_constant__ TransposeBlockListParams p,
                           const __grid_constant__ TransposePlan plan) {
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kScanThreads)
     for (int part = 0; exists && part < plan.parts; ++part) count += places[part * p.blocks + j];
     int32_t place, total;
     Scan(shared).ExclusiveSum(count, place, total);
-    __syncthreads();  // `shared` is read
+    __syncthreads();  // `shared` has been read
     place += before;
     before += total;
     if (!exists) continue;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kScanThreads)
   if (threadIdx.x == 0) offsets[p.blocks] = before;
 }
 
-// A block for each part.
+// One CTA per part.
 __global__ void __launch_bounds__(kTransposeThreads)
     transpose_place_kernel(const __grid_constant__ TransposeBlockListParams p,
                            const __grid_constant__ TransposePlan plan) {

@@ -1,4 +1,4 @@
-// Which blocks of queries list a block of keys. Free of torch.
+// Query blocks that list each key block. Free of torch.
 #pragma once
 #include "cpu/isa.h"
 #include "sparse/block_list.h"
@@ -7,13 +7,13 @@ namespace tokenmill {
 
 struct TransposeBlockListParams {
   BlockList list;
-  int64_t batch, blocks;  // blocks of keys
+  int64_t batch, blocks;  // key blocks
   int32_t* offsets;       // [B, heads, blocks + 1]
-  int32_t* rows;          // [B, heads, list.rows * list.entries], -1 behind the last
+  int32_t* rows;          // [B, heads, list.rows * list.entries], -1 past the last
   void* workspace;        // CUDA
 };
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const TransposeBlockListParams&, void* stream);
 int64_t workspace_bytes(const TransposeBlockListParams&);
 
