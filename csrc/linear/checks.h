@@ -1,5 +1,4 @@
-// What calls of the linear family must keep to: the rules of python/tokenmill/linear/rules.py, in
-// its order and words.
+// Checks of the linear family; same rules, order and messages as python/tokenmill/linear/rules.py.
 #pragma once
 #include "core/qkv.h"
 #include "linear/params.h"
@@ -52,7 +51,7 @@ inline LogDecay log_decay_of(const View& t, bool packed) {
   return d;
 }
 
-// A NaN spreads; it is not refused.
+// NaN propagates; it is not rejected.
 inline void check_decay_values(const char* op, const View& t) {
   float largest = 0;
   const int64_t rank = t.dim();

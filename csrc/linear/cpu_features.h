@@ -1,4 +1,4 @@
-// Feature maps of linear attention in vectors, for the CPU kernels.
+// Vectorized feature maps of linear attention, for the CPU kernels.
 #pragma once
 #include "cpu/simd.h"
 #include "linear/params.h"
@@ -17,7 +17,7 @@ TM_INLINE vf sigmoid_of(vf x) {
   return set(1.f) / (set(1.f) + exp_below(min_of(set(100.f), x * set(-1.f))));
 }
 
-// The maps other than taylor2, element by element.
+// Element-wise maps (all but taylor2).
 template <FeatureMap kMap>
 TM_INLINE vf feature(vf x) {
   if constexpr (kMap == FeatureMap::elu1)
@@ -40,7 +40,7 @@ TM_INLINE vf feature_slope(vf x) {
   return set(1.f);
 }
 
-// visit(MapConstant) with the map as a constant: one branch outside the loop.
+// Calls visit(MapConstant) with the map as a compile-time constant: one branch outside the loop.
 template <FeatureMap kMap>
 struct MapConstant {
   static constexpr FeatureMap value = kMap;
@@ -59,8 +59,8 @@ TM_INLINE void visit_map(FeatureMap map, const Visit& visit) {
   }
 }
 
-// Replaces `rows` rows of floats, ld (a multiple of kWidth) apart, by factor * feature; what lies
-// past `length` in a row stays zero.
+// Replaces `rows` rows of floats, ld (a multiple of kWidth) apart, by factor * feature; elements
+// past `length` stay zero.
 inline void map_rows(FeatureMap map, float factor, float* x, int64_t ld, int64_t rows,
                      int64_t length) {
   visit_map(map, [&](auto m) TM_LAMBDA {
@@ -73,12 +73,12 @@ inline void map_rows(FeatureMap map, float factor, float* x, int64_t ld, int64_t
   });
 }
 
-// Where row i of the upper triangle of second moments begins among the features.
+// First feature index of row i of the upper triangle of second moments.
 TM_INLINE int64_t moment_row(int64_t i, int64_t head_dim) {
   return 1 + head_dim + i * head_dim - i * (i - 1) / 2;
 }
 
-// The features of taylor2 of one row of head_dim numbers.
+// taylor2 features of one row of head_dim numbers.
 template <bool kQuery>
 inline void taylor_row(const float* x, int64_t head_dim, float* to) {
   *to++ = 1;
@@ -103,9 +103,9 @@ inline void taylor_row_backward(const float* x, const float* g, int64_t head_dim
   }
 }
 
-// The features of taylor2 from vectors x_1 .. x_D of as many tokens as there are lanes, one every
-// `step` floats from row 1 on. kQuery: the factors of the moments (x holds the scale). Row 0 is 1
-// for the first `valid` tokens.
+// taylor2 features of vectors x_1 .. x_D for kWidth tokens at a time, in rows `step` floats apart
+// from row 1 on. kQuery: with the factors of the moments (x includes the scale). Row 0 is 1 for the
+// first `valid` tokens.
 template <bool kQuery>
 inline void taylor_features(float* x, int64_t step, int64_t head_dim, int64_t tokens,
                             int64_t valid) {

@@ -1,4 +1,4 @@
-// Feature maps of single elements; taylor2 is made of products of them.
+// Element-wise feature maps; taylor2 is built from products of elements.
 #pragma once
 #include "cuda/math.cuh"
 #include "linear/params.h"
@@ -14,7 +14,7 @@ __device__ __forceinline__ float map_feature(FeatureMap map, float x) {
     case FeatureMap::elu1:
       return x < 0 ? exp2_approx(kLog2e * x) : x + 1;
     case FeatureMap::relu:
-      return x < 0 ? 0 : x;  // NaN stays
+      return x < 0 ? 0 : x;  // NaN propagates
     case FeatureMap::silu:
       return x * sigmoid(x);
     default:

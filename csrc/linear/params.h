@@ -1,4 +1,4 @@
-// What the operators of linear attention share.
+// Parameters shared by the operators of linear attention.
 #pragma once
 #include "core/dtype.h"
 #include "core/rows.h"
@@ -6,19 +6,19 @@
 namespace tokenmill {
 
 // Applied to queries and keys. taylor2 keeps moments of the keys, (1, k_i, k_i k_j for i <= j), and
-// gives the query the factors: its state does not depend on the scale.
+// applies the factors to the query: its state does not depend on the scale.
 enum class FeatureMap : int32_t { identity, elu1, relu, silu, taylor2 };
 constexpr int64_t kMaxTaylorHeadDim = 32;
 
-// Natural logarithm of what remains of the state from one token to the next: none (null), of a head
-// (steps batch = seq = 0) or of each token. Steps in elements.
+// Natural log of the decay of the state from one token to the next: none (null), per head (strides
+// batch = seq = 0) or per token. Strides in elements.
 struct LogDecay {
   float* data;
   int64_t batch, seq, head;
   bool per_token;
 };
 
-// [N, H, F, Dv], with a normaliser [N, H, F, Dv + 1]: rows of one head lie without gaps.
+// [N, H, F, Dv], with a normalizer [N, H, F, Dv + 1]: each head is contiguous.
 struct States {
   float* data;
   int64_t sequence, head;
@@ -28,7 +28,7 @@ TOKENMILL_HOST_DEVICE constexpr int64_t feature_dim(FeatureMap map, int64_t head
   return map == FeatureMap::taylor2 ? 1 + head_dim + head_dim * (head_dim + 1) / 2 : head_dim;
 }
 
-// Added to the normaliser.
+// Added to the normalizer.
 constexpr float kNormalizerEpsilon = 1e-6f;
 
 }  // namespace tokenmill

@@ -1,5 +1,5 @@
-// Forward: chunk by chunk, the states in cache. A worker owns some heads of a sequence, or some
-// value columns of one where there are fewer heads than threads.
+// Forward, chunk by chunk, with the states in cache. A worker owns some heads of a sequence, or
+// some columns of V of one head if there are fewer heads than threads.
 #include "cpu/parallel.h"
 #include "linear/linear_attention/cpu_chunk_bfloat16.h"
 #include "linear/linear_attention/cpu_rows.h"
@@ -8,8 +8,8 @@ namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
 struct Division {
-  int64_t heads, blocks;        // heads of an item, and how many times that a sequence has
-  int64_t slices, slice_width;  // of value columns
+  int64_t heads, blocks;        // heads per item; items per sequence
+  int64_t slices, slice_width;  // slices of the columns of V
 
   int64_t items(const LinearAttentionParams& p) const { return p.batch * blocks * slices; }
 };
@@ -120,7 +120,7 @@ class Worker {
       return;
     }
 #endif
-    // Tiles of a whole chunk read its rows alone.
+    // Tiles of a full chunk read only its own rows.
     const bool in_place = scale_at_end && p.dtype == DType::float32 && n == kChunk;
     o.x = in_place ? reinterpret_cast<float*>(q.data) : x;
     o.ldx = in_place ? q.step : ldx;
@@ -177,10 +177,10 @@ class Worker {
   const LinearAttentionParams& p;
   const Division& division;
   bool taylor;
-  int64_t tokens = kChunk;  // of a chunk
-  bool narrow;  // products of bfloat16, where there are such: the operands are in bfloat16 already
+  int64_t tokens = kChunk;  // per chunk
+  bool narrow;              // bfloat16 products, where supported: the operands are already bfloat16
   ChunkOperands o;
-  bool scale_at_end;  // of the products of queries, not before them
+  bool scale_at_end;  // applies the scale to the products of queries instead of to queries
   ChunkDecay decay;
 #if defined(__AVX512BF16__)
   BFloat16Operands pairs;

@@ -1,16 +1,16 @@
-// Backward: three recurrences of the kind of the forward. With y the sums before normalisation and
-// q holding the scale,
+// Backward: three recurrences of the same form as the forward. With y the sums before normalization
+// and q including the scale,
 //
-//   dq_i = sum_{j <= i} pair (dy_i . v_j) k_j    forward in time, the state transposed
+//   dq_i = sum_{j <= i} pair (dy_i . v_j) k_j    forward in time, transposed state
 //   dv_j = sum_{i >= j} pair (k_j . q_i) dy_i    backward in time
-//   dk_j = sum_{i >= j} pair (v_j . dy_i) q_i    backward in time, the state transposed
+//   dk_j = sum_{i >= j} pair (v_j . dy_i) q_i    backward in time, transposed state
 //
-// Memory does not grow with the length, unless the gradient of the decay is wanted. That at token t
-// is the sum over all i >= t > j of pair (q_i . k_j) (dy_i . v_j): of pairs within the chunk of t,
-// of q_i . dq_i and k_j . dk_j as far as they come from the state, and of the states <S, dS> before
-// and after the chunk, between which the chunk's decay lies. Nothing of it cancels (the difference
-// of q.dq and k.dk, summed over the tokens behind, would leave the rounding of both). S is saved
-// before each segment and from there computed again.
+// Memory does not grow with the length, unless the gradient of the decay is wanted. At token t that
+// gradient is the sum over all i >= t > j of pair (q_i . k_j) (dy_i . v_j): from pairs within the
+// chunk of t, from q_i . dq_i and k_j . dk_j as far as they come from the state, and from <S, dS>
+// of the states before and after the chunk, between which the chunk's decay lies. No terms cancel
+// (the difference of q.dq and k.dk, summed over the later tokens, would leave the rounding error of
+// both). S is saved before each segment and recomputed from there.
 #include <initializer_list>
 
 #include "cpu/parallel.h"
@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t kSegment = 256, kChunksOfSegment = kSegment / kChunk;
 static_assert(kSegment % kChunk == 0);
 
-// One recurrence: operands in place, and what a chunk gives.
+// One recurrence: its operands, and the decay of the current chunk.
 struct Recurrence {
   ChunkOperands o;
   ChunkDecay decay;
@@ -40,7 +40,7 @@ class Worker {
         p(bp.forward),
         group(p.heads / p.kv_heads),
         heads(kv_heads * group),
-        // One of no tokens, so that the gradient of a decay is written.
+        // At least one segment, so that the gradient of a decay is written even without tokens.
         segments(bp.ddecay.data ? ceil_div(longest > 0 ? longest : 1, kSegment) : 0),
         rows(p, p.map == FeatureMap::identity && !p.normalize && bp.dout.data && segments == 0),
         to_queries(p.decay, rows.width, rows.features, false, rows.q_factor),
@@ -75,7 +75,7 @@ class Worker {
     decay_gradients = workspace.take(heads * segments * kSegment);
   }
 
-  // KV heads kv .. kv + count - 1 of sequence b.
+  // Processes KV heads kv .. kv + count - 1 of sequence b.
   void run(int64_t b, int64_t kv, int64_t count, Part part) {
     const Sequence s(p, b);
     for (int64_t l = 0; l < count * group; ++l)
@@ -88,7 +88,7 @@ class Worker {
   }
 
  private:
-  // y and z of any of the three.
+  // Maximum size of y and z over the three recurrences.
   int64_t operand_size() const {
     int64_t size = 0;
     for (const Recurrence* r : {&to_queries, &to_keys, &to_values}) {
@@ -106,7 +106,8 @@ class Worker {
            ChunkDecay::kTable + kChunk * kChunk + (3 * kChunk + kTileRows) * ldo + 16 * 16;
   }
 
-  // Rows of gradients: those of a tensor, in the end, or rows to be stored in one.
+  // Destination of gradient rows: the output tensor itself, or rows that are stored to it at the
+  // end.
   struct Target {
     float* rows;
     int64_t step;
@@ -122,7 +123,7 @@ class Worker {
     return s.length - t < kChunk ? s.length - t : kChunk;
   }
 
-  // The state in memory [features][width], transposed.
+  // Copies the transposed state from or to memory [features][width].
   template <bool kStore>
   void move_transposed(const ChunkOperands& o, float* memory) const {
     for (int64_t c = 0; c < o.width; c += kPanel)
@@ -135,8 +136,8 @@ class Worker {
       }
   }
 
-  // Outputs of a chunk, in rows `step` apart; if the gradient of the decay is wanted, also what the
-  // state adds to row r times row r of `factors`, in crossing[r].
+  // Outputs of a chunk, in rows `step` apart; if the gradient of the decay is wanted, also
+  // crossing[r] = the state's contribution to row r times row r of `factors`.
   void outputs(const Recurrence& r, int64_t n, bool state, float* to, int64_t step,
                const float* factors, float* crossing, const Ahead& ahead) {
     if (segments == 0) return chunk_outputs<false>(r.o, r.decay, n, state, to, step, spare, ahead);
@@ -156,7 +157,7 @@ class Worker {
     }
   }
 
-  // dq, and the states before segments.
+  // Computes dq, and saves the states before segments.
   void queries(const Sequence& s, int64_t b, int64_t kv, int64_t count) {
     std::memset(transposed_states, 0, heads * to_queries.o.state_size() * sizeof(float));
     for (int64_t l = 0; p.initial.data && l < count * group; ++l) {
@@ -174,7 +175,7 @@ class Worker {
       }
   }
 
-  // For the chunk of query head h at t. Queries are read where dq is only written, but for maps.
+  // Rows to prefetch for the chunk of query head h at t. dq only needs queries for feature maps.
   Ahead ahead_of(const Sequence& s, int64_t b, int64_t h, int64_t t, bool keys) const {
     Ahead a;
     if (t < 0 || t >= s.length) return a;
@@ -187,7 +188,7 @@ class Worker {
     return a;
   }
 
-  // The gradients written by the chunk of query head h at t.
+  // Gradient rows written by the chunk of query head h at t.
   Ahead written_ahead(const Sequence& s, int64_t b, int64_t h, int64_t t) const {
     Ahead a;
     if (t < 0 || t >= s.length) return a;
@@ -197,7 +198,7 @@ class Worker {
     return a;
   }
 
-  // Of query head h, the l-th of this worker.
+  // Chunk of query head h, the l-th of this worker.
   void query_chunk(const Sequence& s, int64_t b, int64_t h, int64_t l, int64_t t,
                    const Ahead& ahead) {
     ChunkOperands& o = to_queries.o;
@@ -217,7 +218,7 @@ class Worker {
     if (t + n < s.length) chunk_state(o, to_queries.decay, n, ahead);
   }
 
-  // The states of queries before each chunk of the segment from t on.
+  // Recomputes the query-side states before each chunk of the segment from t on.
   void restore_states(const Sequence& s, int64_t b, int64_t kv, int64_t count, int64_t t) {
     for (int64_t l = 0; l < count * group; ++l)
       copy_state(state_before(l, 0), saved_state(l, t / kSegment));
@@ -248,12 +249,12 @@ class Worker {
   float* state_before(int64_t l, int64_t chunk) const {
     return before_chunks + (l * kChunksOfSegment + chunk) * to_keys.o.state_size();
   }
-  // Of token t. The forward pass leaves there what the state gives to it.
+  // Decay gradient at token t. The forward pass leaves the contribution of the state there.
   float* decay_gradient(int64_t l, int64_t t) const {
     return decay_gradients + l * segments * kSegment + t;
   }
 
-  // dk, dv and dinitial; dk and dv are sums over the query heads of a KV head.
+  // Computes dk, dv and dinitial; dk and dv are summed over the query heads of a KV head.
   void keys(const Sequence& s, int64_t b, int64_t kv, int64_t count) {
     ChunkOperands &ok = to_keys.o, &ov = to_values.o;
     std::memset(transposed_states, 0, heads * ok.state_size() * sizeof(float));
@@ -295,7 +296,7 @@ class Worker {
     }
   }
 
-  // Of query head h, the l-th of this worker, to dk and dv.
+  // Adds the chunk of query head h, the l-th of this worker, to dk and dv.
   void key_chunk(const Sequence& s, int64_t b, int64_t h, int64_t l, int64_t t, bool assign,
                  const Ahead& ahead, const Ahead& written) {
     ChunkOperands &ok = to_keys.o, &ov = to_values.o;
@@ -335,8 +336,8 @@ class Worker {
     if (!assign) add_rows(dv, n, p.value_dim);
   }
 
-  // Of n tokens. Rows are in reversed order, those of `gradients` in that of time: they hold
-  // q_i . dq_i, and keys k_j . dk_j, as far as these come from a state; `scores` are k_j . q_i.
+  // Decay gradients of n tokens. Rows are in reversed order, `gradients` in time order: they hold
+  // q_i . dq_i, and `keys` k_j . dk_j, as far as these come from a state; `scores` are k_j . q_i.
   void add_decay_gradient(float* gradients, int64_t n, const float* keys, const float* scores,
                           double across) const {
     double sums[kChunk];
@@ -348,7 +349,7 @@ class Worker {
       sum += static_cast<double>(keys[r]);
     }
     for (int64_t j = 1; j < n; ++j) {
-      double weight = 0;  // of key j with the queries 0 .. i
+      double weight = 0;  // key j with the queries 0 .. i
       for (int64_t i = 0; i < j; ++i) {
         const int64_t at = j * kChunk + i;
         weight += static_cast<double>(kept_weights[at]) * static_cast<double>(scores[at]);
@@ -384,7 +385,7 @@ class Worker {
       }
   }
 
-  // Through the feature map, from gradients of features to those of the elements.
+  // Applies the derivative of the feature map: gradients of features to gradients of elements.
   template <bool kQuery>
   void store_gradients(const Span& to, const Span& elements, float* gradients) const {
     const float factor = kQuery && !rows.plain ? p.scale : 1;
@@ -434,7 +435,7 @@ class Worker {
   float *transposed_states, *value_states, *out, *spare, *packed_dk, *packed_dv;
   float *by_state, *kept_weights, *undecayed_table;
   float *saved, *before_chunks, *decay_gradients, *tables;
-  Target dk, dv;  // of the chunk
+  Target dk, dv;  // of the current chunk
 };
 
 }  // namespace

@@ -3,8 +3,8 @@
 //   out_r = sum_{s <= r} pair(r, s) (x_r . y_s) z_s + from_start(r) x_r State
 //   State = total State + sum_s to_end(s) y_s^T z_s
 //
-// x and y are rows of `features` numbers, z and out of `width`. Three kinds of register tile, each
-// a function of its own (see multiply_rows in cpu/tile.h).
+// x and y are rows of `features` numbers, z and out of `width`. There are three kinds of register
+// tile, each in a separate function (see multiply_rows in cpu/tile.h).
 #pragma once
 #include <cstring>
 
@@ -14,18 +14,18 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-constexpr int kShortRows = 4;  // of a register tile where kTileRows would compute idle rows
-// Tokens. The fewer, the less work within a chunk, and the more often the state is updated.
+constexpr int kShortRows = 4;  // rows of a register tile where kTileRows would compute idle rows
+// Tokens per chunk. Smaller chunks mean less work within the chunk and more state updates.
 constexpr int64_t kChunk = 16;
 constexpr int kTokenPanel = kPanel < kChunk ? kPanel : kChunk;
-constexpr int64_t kPaddedRows = round_up(kMaxChunk + kTileRows, kWidth);  // of x: whole tiles
+constexpr int64_t kPaddedRows = round_up(kMaxChunk + kTileRows, kWidth);  // rows of x: whole tiles
 
-// Rows of the next register tile where `left` are to be done.
+// Rows of the next register tile when `left` rows remain.
 constexpr int64_t rows_of_tile(int64_t left) {
   const bool fits = left <= kShortRows || (left > kTileRows && left <= 2 * kShortRows);
   return fits ? kShortRows : kTileRows;
 }
-// Rows that the tiles of n rows compute.
+// Rows computed by the tiles of n rows.
 constexpr int64_t rows_of_tiles(int64_t n) {
   int64_t rows = 0;
   while (rows < n) rows += rows_of_tile(n - rows);
@@ -34,11 +34,11 @@ constexpr int64_t rows_of_tiles(int64_t n) {
 
 struct ChunkOperands {
   int64_t features, width;
-  int64_t score_features;  // of which the scores take this many, from first_score on
+  int64_t score_features;  // the scores use this many features, from first_score on
   int64_t first_score;
   bool taylor;         // the weight of a pair is 1 + u + u^2/2
-  bool transposed;     // x
-  int64_t state_rows;  // features, and zeros up to whole tiles
+  bool transposed;     // layout of x
+  int64_t state_rows;  // features, zero-padded to whole tiles
   int64_t ldx;
   float* x;  // [kPaddedRows][ldx], or transposed [features][ldx]; zero past the tokens
   float* y;  // [kChunk / kTokenPanel][state_rows][kTokenPanel]: transposed, zero past the tokens
@@ -82,16 +82,16 @@ struct ChunkOperands {
   float* state_panel(int64_t column) const { return state + column * state_rows; }
 };
 
-// Rows of tensors to ask for during a chunk, before the next one packs or stores them: rows of a
-// head lie apart, which no hardware prefetcher follows. Reads go to L2.
+// Rows of tensors to prefetch during a chunk, before the next chunk packs or stores them: the rows
+// of a head are far apart, which hardware prefetchers do not follow. Reads go to L2.
 struct Ahead {
   struct Rows {
     const char* data = nullptr;
-    int64_t step = 0, n = 0, bytes = 0;  // step and bytes of a row
+    int64_t step = 0, n = 0, bytes = 0;  // step and bytes per row
   };
-  Rows scores, outputs, state, written;  // asked for beside these products
+  Rows scores, outputs, state, written;  // prefetched during the product of the same name
 
-  // The share [part, part + count) of `parts`.
+  // Prefetches the share [part, part + count) of `parts`.
   template <bool kWrite = false>
   static TM_INLINE void ask(const Rows& r, int64_t part, int64_t count, int64_t parts) {
     const int64_t end = (part + count < parts ? part + count : parts) * r.n / parts;
@@ -101,7 +101,7 @@ struct Ahead {
   }
 };
 
-// Of a score and what decay leaves of it: 0 for a later token, whatever its key holds.
+// Decayed score: 0 for a later token, even if its key is not finite.
 TM_INLINE vf pair_weight(vf score, vf pair) {
   return select(equal(pair, zero()), zero(), score * pair);
 }
@@ -133,8 +133,8 @@ __attribute__((noinline)) void score_tile(const ChunkOperands& o, const ChunkDec
   }
 }
 
-// Of a register tile at `row` and `column`: what the state and `words` words of pairs add up to.
-// Later tokens, whose weights are 0, are hidden whatever z holds.
+// Register tile at `row` and `column`: contribution of the state plus `words` words of pairs. Later
+// tokens have weight 0 and are masked even if z is not finite.
 template <class Op, bool kTransposedX, int M, int N>
 TM_INLINE void add_up(vf (&acc)[M][N], const ChunkOperands& o, const ChunkDecay& decay, int64_t row,
                       int64_t column, bool state, const float* weights, int64_t ldw, const float* z,
@@ -154,7 +154,7 @@ TM_INLINE void add_up(vf (&acc)[M][N], const ChunkOperands& o, const ChunkDecay&
   from_state(acc);
   multiply<Op, false>(acc, weights, ldw, z, kPanel, words);
   if (!finite(acc)) [[unlikely]] {
-    vf shown[M][N];  // not acc itself, which would leave its registers
+    vf shown[M][N];  // a separate accumulator, so that acc stays in registers
     from_state(shown);
     for (int i = 0; i < M; ++i)
       for (int64_t k = 0; k < words && k * Op::kPair <= row + i; ++k)
@@ -166,7 +166,8 @@ TM_INLINE void add_up(vf (&acc)[M][N], const ChunkOperands& o, const ChunkDecay&
   }
 }
 
-// `tokens` of the chunk have a weight in these rows; without a state, features are not looked at.
+// The first `tokens` tokens of the chunk have weights in these rows; without a state, x is not
+// read.
 template <bool kTransposedX, int M, int N>
 __attribute__((noinline)) void out_tile(const ChunkOperands& o, const ChunkDecay& decay,
                                         int64_t row, int64_t column, int64_t tokens, bool state,
@@ -181,7 +182,7 @@ __attribute__((noinline)) void out_tile(const ChunkOperands& o, const ChunkDecay
   }
 }
 
-// y holds to_end already. The chunk is summed from zero: a second level of accumulation.
+// y already includes to_end. The chunk is summed from zero, as a second level of accumulation.
 template <int M, int N>
 __attribute__((noinline)) void state_tile(const ChunkOperands& o, float total, int64_t row,
                                           int64_t column, int64_t n) {
@@ -203,7 +204,8 @@ __attribute__((noinline)) void state_tile(const ChunkOperands& o, float total, i
   }
 }
 
-// fn.template operator()<M, N>() for a tile of `rows` (kTileRows or kShortRows) and `vectors`.
+// Calls fn.template operator()<M, N>() for a tile of `rows` (kTileRows or kShortRows) and
+// `vectors`.
 template <int N = kTileVectors, typename Fn>
 TM_INLINE void with_tile(int64_t rows, int64_t vectors, const Fn& fn) {
   if (vectors == N)
@@ -227,7 +229,7 @@ inline void scale_keys(const ChunkOperands& o, const ChunkDecay& decay, int64_t 
   }
 }
 
-// The weights of pairs.
+// Computes the weights of pairs.
 template <bool kTransposedX>
 inline void chunk_scores(const ChunkOperands& o, const ChunkDecay& decay, int64_t n,
                          const Ahead& ahead) {
@@ -242,9 +244,10 @@ inline void chunk_scores(const ChunkOperands& o, const ChunkDecay& decay, int64_
   }
 }
 
-// What pairs, of which weights are there, and the state add up to, or one of them alone. Rows past
-// n of the last tile go to `spare` instead of `out`: all rows of that tile do, and those that exist
-// are copied. width is rounded up to vectors, so must out be; spare has kTileRows rows.
+// Sums the contributions of pairs, whose weights must have been computed, and of the state, or only
+// one of them. If the last tile has rows past n, all its rows are written to `spare`, and the valid
+// ones are copied to `out`. The width, and rows of out, are rounded up to vectors; spare has
+// kTileRows rows.
 template <bool kTransposedX>
 inline void chunk_products(const ChunkOperands& o, const ChunkDecay& decay, int64_t n, bool pairs,
                            bool state, float* out, int64_t ldo, float* spare, const Ahead& ahead) {
@@ -275,7 +278,7 @@ inline void chunk_outputs(const ChunkOperands& o, const ChunkDecay& decay, int64
   chunk_products<kTransposedX>(o, decay, n, true, state, out, ldo, spare, ahead);
 }
 
-// Consumes y.
+// Overwrites y.
 inline void chunk_state(const ChunkOperands& o, const ChunkDecay& decay, int64_t n,
                         const Ahead& ahead) {
   if (!decay.none()) scale_keys(o, decay, n);

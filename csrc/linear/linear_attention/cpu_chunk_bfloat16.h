@@ -1,7 +1,7 @@
-// A chunk whose operands are pairs of bfloat16 along each reduction: q, k and v as they are stored,
-// weights and decayed keys rounded once for the products that take them. The state, its product
-// with the queries and all sums are float32: rounded once the state would lose exact counts, and as
-// a sum of two bfloat16 it takes as many multiply-adds.
+// A chunk with operands as pairs of bfloat16 along each reduction: q, k and v as stored, weights
+// and decayed keys rounded once for their products. The state, its product with the queries and all
+// sums are float32: rounded once, the state would lose exact counts; as a sum of two bfloat16 it
+// would take as many multiply-adds.
 #pragma once
 #include "linear/linear_attention/cpu_rows.h"
 
@@ -12,9 +12,9 @@ constexpr int64_t kPairChunk = 2 * kWidth;  // tokens
 static_assert(kPairChunk <= kMaxChunk);
 
 struct BFloat16Operands {
-  const ChunkOperands& o;  // whose state it is, and rows of x as floats
+  const ChunkOperands& o;  // provides the state and x as float32 rows
   int64_t words, ldx, ldk;
-  const float* x;  // [kPaddedRows][step_x]: packed_x, or where they lie
+  const float* x;  // [kPaddedRows][step_x]: packed_x, or the tensor itself
   int64_t step_x;
   float* packed_x;  // [kPaddedRows][ldx], zero past the tokens
   float* y;         // [words][kPairChunk]
@@ -122,7 +122,7 @@ __attribute__((noinline)) void state_tile(const BFloat16Operands& b, float total
   }
 }
 
-// out has whole tiles of rows.
+// out must have whole tiles of rows.
 template <typename Out>
 inline void chunk_outputs(const BFloat16Operands& b, const ChunkDecay& decay, int64_t n, bool state,
                           Out* out, int64_t ldo, const Ahead& ahead) {

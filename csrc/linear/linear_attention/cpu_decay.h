@@ -1,4 +1,4 @@
-// What remains from token to token within a chunk, for the CPU kernels.
+// Decay factors between the tokens of a chunk, for the CPU kernels.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -10,12 +10,12 @@ namespace tokenmill::TOKENMILL_ISA {
 
 constexpr int64_t kMaxChunk = 32;  // tokens
 
-// Exponents below these give the same float32 results, and inf - inf is never formed.
+// Exponents below these give the same float32 results, and inf - inf cannot occur.
 constexpr double kLeastConstant = -1e4, kLeastOfToken = -128;
 
-// A recurrence runs forward in time, or, for gradients, backward: its row r is then token n - 1 - r
-// of the chunk. All factors are powers of e with exponents <= 0; those that make outputs, of pairs
-// and from_start, are times `scale`.
+// A recurrence runs forward in time or, for gradients, backward: its row r is then token n - 1 - r
+// of the chunk. All factors are powers of e with exponents <= 0; the factors of outputs, of pairs
+// and from_start, include `scale`.
 class ChunkDecay {
  public:
   ChunkDecay(const LogDecay& decay, bool backward, float scale)
@@ -24,7 +24,7 @@ class ChunkDecay {
   bool none() const { return !decay_.data; }
 
   static constexpr int64_t kRowsPad = 16;
-  // Floats of what is known of a constant decay before the first chunk.
+  // Floats of the table of a constant decay, computed before the first chunk.
   static constexpr int64_t kTable =
       kMaxChunk + kRowsPad + kRowsPad + kMaxChunk + kMaxChunk + kWidth;
 
@@ -52,10 +52,10 @@ class ChunkDecay {
     std::memset(to_end + n, 0, kRowsPad * sizeof(float));
   }
 
-  float from_start[kMaxChunk + kRowsPad] = {};  // of the state before the chunk, in row r
-  float to_end[kMaxChunk + kRowsPad] = {};      // of row r, in the state after it
+  float from_start[kMaxChunk + kRowsPad] = {};  // weight of the state before the chunk in row r
+  float to_end[kMaxChunk + kRowsPad] = {};      // weight of row r in the state after the chunk
   float total;
-  const float* pair;  // of row s in row r: pair[r * pair_step + s], 0 for s > r
+  const float* pair;  // weight of row s in row r: pair[r * pair_step + s], 0 for s > r
   int64_t pair_step;
 
  private:
@@ -64,7 +64,7 @@ class ChunkDecay {
   const float* head(int64_t b, int64_t h) const {
     return decay_.data + b * decay_.batch + h * decay_.head;
   }
-  // Of a table, what remains to a row from rows s - r further on, 0 for those after it.
+  // Table of a constant decay, indexed by s - r; 0 for later rows, s > r.
   template <typename Float>
   static Float* row_of(Float* table) {
     return table + kMaxChunk + kRowsPad + kRowsPad + kMaxChunk - 1;
@@ -76,7 +76,7 @@ class ChunkDecay {
     for (int64_t t = 0; t < n; ++t)
       prefix[t] = sum += clamp(head[(first + t) * decay_.seq], kLeastOfToken);
     total = static_cast<float>(std::exp(sum));
-    // Differences of two floats each, in powers of 2: a prefix alone is too coarse.
+    // Log2 differences as two floats each: a single float32 prefix sum is too coarse.
     constexpr double kLog2eDouble = 1.4426950408889634;
     float high[kMaxChunk + kRowsPad], low[kMaxChunk + kRowsPad];
     float start[kMaxChunk + kRowsPad], end[kMaxChunk + kRowsPad];
@@ -110,7 +110,7 @@ class ChunkDecay {
   const LogDecay& decay_;
   bool backward_;
   float scale_;
-  float pairs_[(kMaxChunk + kRowsPad) * kMaxChunk];  // of decays of tokens
+  float pairs_[(kMaxChunk + kRowsPad) * kMaxChunk];  // for per-token decays
 };
 
 }  // namespace tokenmill::TOKENMILL_ISA

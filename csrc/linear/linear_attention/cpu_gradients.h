@@ -1,16 +1,16 @@
-// The rows of a chunk that the backward CPU kernel takes its operands from.
+// Operand rows of a chunk for the backward CPU kernel.
 #pragma once
 #include "linear/linear_attention/cpu_rows.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 
-// Features of q and k, v and the gradient dy of the sums, with a normaliser each with its column:
-// where the tensors hold them (`plain`: q without the scale), or packed rows of floats, zero past
-// the tokens (q with the scale).
+// Features of q and k, v, and the gradient dy of the sums, each with its column if there is a
+// normalizer: read from the tensors (`plain`: q excludes the scale), or packed as float rows, zero
+// past the tokens (q includes the scale).
 struct GradientRows {
   const LinearAttentionParams& p;
   bool plain;
-  float q_factor;  // of what q holds
+  float q_factor;  // factor included in q
   int64_t features, width, ldf, ldw;
   Span q, k, v, dy;
   float *packed_q, *packed_k, *packed_v, *packed_dy;
@@ -51,7 +51,7 @@ struct GradientRows {
     if (plain) return;
     load_features<true>(q, p.scale, packed_q);
     q = span_of(packed_q, ldf, n);
-    if (bp.dout.data) load(dy, 1, p.value_dim, packed_dy, ldw);  // else it stays zero
+    if (bp.dout.data) load(dy, 1, p.value_dim, packed_dy, ldw);  // otherwise it stays zero
     dy = span_of(packed_dy, ldw, n);
     if (!bp.dout.data || !p.normalize) return;
     const Span os = span_of(p.out, p.dtype, b, head, first, n);
@@ -70,7 +70,7 @@ struct GradientRows {
     }
   }
 
-  // Tiles of a whole chunk read its rows alone.
+  // Tiles of a full chunk read only its own rows.
   void as_x(ChunkOperands& o, const Span& s, float* packed) const {
     const bool in_place = !plain || (s.dtype == DType::float32 && s.n == kChunk);
     o.ldx = in_place ? s.step : round_up(o.features, kWidth);

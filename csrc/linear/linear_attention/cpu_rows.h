@@ -1,4 +1,4 @@
-// From tensors to the operands of a chunk and back, for the CPU kernels.
+// Conversion between tensors and the operands of a chunk, for the CPU kernels.
 #pragma once
 #include "linear/cpu_features.h"
 #include "linear/linear_attention/cpu_chunk.h"
@@ -15,8 +15,8 @@ struct Sequence {
         length(p.cu_seqlens ? p.cu_seqlens[b + 1] - start : p.seqlen) {}
 };
 
-// Heads that one worker takes through a sequence side by side, chunk by chunk: their rows lie next
-// to each other in memory, their states stay in L2.
+// Number of heads that a worker runs through a sequence together, chunk by chunk: their rows are
+// adjacent in memory, their states stay in L2.
 inline int64_t heads_per_item(int64_t batch, int64_t heads, int64_t threads, int64_t state_floats) {
   constexpr int64_t kStates = 1 << 17;
   int64_t size = heads > 0 ? heads : 1;
@@ -28,7 +28,7 @@ inline int64_t heads_per_item(int64_t batch, int64_t heads, int64_t threads, int
   return size;
 }
 
-// n rows of one head, `step` elements apart; a negative step walks back in time.
+// n rows of one head, `step` elements apart; a negative step runs backward in time.
 struct Span {
   char* data;
   DType dtype;
@@ -52,7 +52,7 @@ TM_INLINE Span span_of(float* rows, int64_t step, int64_t n) {
   return {reinterpret_cast<char*>(rows), DType::float32, step, n};
 }
 
-// factor * features of `length` elements, as x.
+// x = factor * features of rows with `length` elements.
 inline void pack_x(const ChunkOperands& o, const Span& s, FeatureMap map, float factor,
                    int64_t length) {
   if (map != FeatureMap::taylor2) {
@@ -73,7 +73,7 @@ inline void pack_x(const ChunkOperands& o, const Span& s, FeatureMap map, float 
   taylor_features<true>(o.x, o.ldx, length, rows, s.n);
 }
 
-// Features of `length` elements, as y.
+// y = features of rows with `length` elements.
 inline void pack_y(const ChunkOperands& o, const Span& s, FeatureMap map, float factor,
                    int64_t length) {
   const bool taylor = map == FeatureMap::taylor2;
@@ -91,7 +91,7 @@ inline void pack_y(const ChunkOperands& o, const Span& s, FeatureMap map, float 
   }
 }
 
-// factor * `length` elements, as z.
+// z = factor * rows with `length` elements.
 inline void pack_z(const ChunkOperands& o, const Span& s, float factor, int64_t length) {
   for (int64_t c = 0; c < o.width; c += kPanel) {
     const int64_t ld = o.width - c < kPanel ? round_up(o.width - c, kWidth) : kPanel;
@@ -110,14 +110,14 @@ inline void pack_z(const ChunkOperands& o, const Span& s, float factor, int64_t 
   }
 }
 
-// Column `column` of z.
+// Fills column `column` of z.
 inline void fill_z(const ChunkOperands& o, int64_t column, int64_t n, float value) {
   float* to = o.z_panel(column / kPanel * kPanel) + column % kPanel;
   for (int64_t r = 0; r < n; ++r) to[r * kPanel] = value;
 }
 
-// Columns first .. first + count - 1 of `rows` rows of a state in memory, each of ld floats, from
-// or to column `at` of the operand.
+// Copies columns first .. first + count - 1 of `rows` rows of a state in memory, each of ld floats,
+// from or to column `at` of the operand.
 template <bool kStore>
 inline void move_state(const ChunkOperands& o, float* memory, int64_t ld, int64_t rows,
                        int64_t first, int64_t count, int64_t at) {

@@ -16,9 +16,10 @@ extern template const char* launch_recurrence<float>(const Recurrence&, const Re
 
 namespace {
 
-constexpr int kAhead = 4;  // loads under way
+constexpr int kAhead = 4;  // loads in flight
 
-// The states at the end of each part of a sequence, from those that the parts alone would leave.
+// Turns the states computed from each part separately into the states at the end of each part of a
+// sequence.
 __global__ void __launch_bounds__(kMaxThreads)
     recurrence_scan_kernel(const __grid_constant__ Recurrence p,
                            const __grid_constant__ RecurrencePlan plan) {
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     length = rows.length;
   }
   const int64_t end = first + (length + plan.tokens_per_part - 1) / plan.tokens_per_part - 1;
-  if (first + 1 >= end) return;  // what the first part leaves is what it would leave alone
+  if (first + 1 >= end) return;  // the first part's own state is already final
   const int64_t step = p.heads * plan.slices * plan.slot_floats;
   const int64_t total = plan.slot_floats - 4;
   const int64_t used = p.normalize || p.extra != Extra::none ? total : total - plan.tail;
@@ -89,7 +90,7 @@ Recurrence forward_of(const LinearAttentionParams& p) {
   return r;
 }
 
-// Parts that are not chained: what they alone would leave goes ahead of the outputs.
+// For parts that are not chained: a first launch computes their separate states.
 template <typename Launch>
 const char* launch_all_parts(const Recurrence& p, RecurrencePlan plan, cudaStream_t stream,
                              const Launch& launch_parts) {
@@ -105,7 +106,7 @@ const char* launch_all_parts(const Recurrence& p, RecurrencePlan plan, cudaStrea
   return launch_parts(plan);
 }
 
-// kNotMapped: left to the kernel of every chip.
+// kNotMapped: falls back to the sm_80 kernel.
 template <typename T>
 const char* launch_on_sm90(const Recurrence& p, cudaStream_t stream) {
   if constexpr (kHasSm90 && !std::is_same_v<T, float>)

@@ -1,11 +1,11 @@
-// The backward is three recurrences. With y the sums before normalisation, w the decays between two
+// The backward is three recurrences. With y the sums before normalization, w the decays between two
 // tokens and phi the feature map:
 //
-//   dphi(q)_i = sum of w (dy_i . v_j) phi(k)_j over j <= i       forwards, the state transposed
-//   dphi(k)_j = sum of w (v_j . dy_i) phi(q)_i over i >= j       backwards, the state transposed
+//   dphi(q)_i = sum of w (dy_i . v_j) phi(k)_j over j <= i       forwards, transposed state
+//   dphi(k)_j = sum of w (v_j . dy_i) phi(q)_i over i >= j       backwards, transposed state
 //   dv_j      = sum of w (phi(k)_j . phi(q)_i) dy_i over i >= j  backwards
 //
-// The column of ones of the normaliser is a further feature of the first two.
+// The normalizer's column of ones is an extra feature of the first two.
 #include "cuda/refuse.cuh"
 #include "linear/linear_attention/cuda_launch.cuh"
 #include "linear/linear_attention/kernel_backward.cuh"
@@ -14,7 +14,7 @@ namespace tokenmill {
 namespace cuda::linear_attention {
 namespace {
 
-// Hands out the workspace, or measures it where there is none.
+// Bump allocator on the workspace; with a null base it only measures the size.
 class Allocator {
  public:
   explicit Allocator(float* base) : base_(base) {}
@@ -156,7 +156,7 @@ struct Backward {
   } in_workspace_{};
 };
 
-// A warp for each head of each of `rows`.
+// Grid with one warp per row and head.
 struct HeadWarps {
   dim3 grid;
   unsigned threads;

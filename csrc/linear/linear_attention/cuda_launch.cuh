@@ -1,14 +1,15 @@
-// Cuts sequences into parts and launches the kernels of a recurrence.
+// Splits sequences into parts and launches the kernels of a recurrence.
 #pragma once
 #include "cuda/launch.cuh"
 #include "linear/linear_attention/kernel.cuh"
 
 namespace tokenmill::cuda::linear_attention {
 
-// Fewer tokens than this are not worth a block and a state of their own.
+// Minimum tokens per part: fewer do not pay for a CTA and a state.
 constexpr int64_t kLeastTokens = 256;
-// Parts of a sequence of which each waits for the state of the one before it. More of them are
-// scanned by a launch of its own: in a chain the trips of states to L2 and back add up.
+// Maximum parts of a sequence that are chained, each waiting for the state of the previous part.
+// More parts are scanned by a separate launch, because the round trips of states to L2 add up in a
+// chain.
 constexpr int64_t kMostChained = 5;
 constexpr int64_t kMaxRecurrenceLength = int64_t{1} << 29;
 
@@ -17,15 +18,15 @@ inline int bucket_of(const Recurrence& p) {
   return p.taylor || dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
 }
 
-// True if the state does not fit into accumulators (RecurrenceShape::kSteps).
+// True if the state does not fit in the accumulators (RecurrenceShape::kSteps).
 inline bool in_steps(const Recurrence& p) { return p.taylor || bucket_of(p) > 128; }
 
-// RecurrenceShape::kChains
+// Same as RecurrenceShape::kChains.
 inline bool has_chains(const Recurrence& p) {
   return !in_steps(p) && (p.dtype != DType::float32 || bucket_of(p) <= 64);
 }
 
-// visit.operator()<T, kBucket, kTaylor>() of the instance.
+// Calls visit.operator()<T, kBucket, kTaylor>() for the instance.
 template <typename T, typename Visit>
 auto visit_instance(const Recurrence& p, const Visit& visit) {
   if (p.taylor) return visit.template operator()<T, 64, true>();
@@ -46,7 +47,7 @@ int shared_bytes(const Recurrence& p, int warps, int stages) {
          stages * Shape::stage_bytes(warps, p.value_taylor);
 }
 
-// 64 columns of values for a block, or 128 where there are more and a stage of them fits.
+// Warps per CTA: for 64 columns of V, or for 128 if there are more and a stage of them fits.
 inline int warps_of(const Recurrence& p) {
   if (p.columns <= kSubtileColumns) return 4;
   const int bytes = visit_dtype(p.dtype, [&]<typename Element>() {
@@ -57,7 +58,7 @@ inline int warps_of(const Recurrence& p) {
   return bytes <= shared_limit() ? 8 : 4;
 }
 
-// Cuts sequences into parts of so many tokens, or more where there are too few.
+// Splits sequences into parts of at least this many tokens.
 inline void set_parts(RecurrencePlan& plan, const Recurrence& p, int64_t tokens) {
   tokens = round_up(tokens < kLeastTokens ? kLeastTokens : tokens, 64);
   plan.tokens_per_part = static_cast<int>(tokens < p.seqlen ? tokens : round_up(p.seqlen + 64, 64));
@@ -68,7 +69,7 @@ inline void set_parts(RecurrencePlan& plan, const Recurrence& p, int64_t tokens)
   plan.chained = plan.from_workspace && has_chains(p) && ceil_div(p.seqlen, tokens) <= kMostChained;
 }
 
-// What does not depend on the instance, from shapes alone.
+// Instance-independent part of the plan, from shapes only.
 inline RecurrencePlan plan_recurrence(const Recurrence& p) {
   RecurrencePlan plan{};
   plan.warps = warps_of(p);
@@ -89,9 +90,9 @@ inline RecurrencePlan plan_recurrence(const Recurrence& p) {
   return plan;
 }
 
-// Of compute capability 9.0, where a multiprocessor has one block: at most as many parts as run at
-// once. Packed, each sequence may end with a short one. They are no more than those of
-// plan_recurrence, whose workspace they have.
+// sm_90a plan, with one CTA per SM: at most as many parts as run concurrently. Packed, each
+// sequence may end with a short part. There are no more parts than in plan_recurrence, which sizes
+// the workspace.
 inline RecurrencePlan plan_sm90(const Recurrence& p) {
   RecurrencePlan plan = plan_recurrence(p);
   const int64_t at_once = multiprocessors() / (p.heads * plan.slices);

@@ -37,7 +37,7 @@ std::vector<int64_t> out_sizes(const View& q, const View& v) {
   return sizes;
 }
 
-// All that metadata can break.
+// All rules on metadata.
 LinearAttentionParams make_params(const LinearAttentionArgs& a) {
   const bool packed = a.packed();
   LinearAttentionParams p{};

@@ -1,5 +1,5 @@
-// A block runs through one part of a sequence for one head and a slice of the columns of values,
-// chunk by chunk. A warp keeps the state of 16 of the columns in its accumulators.
+// A CTA processes one part of a sequence for one head and a slice of the columns of V, chunk by
+// chunk. Each warp keeps the state of 16 columns in its accumulators.
 #pragma once
 #include "linear/linear_attention/kernel_decay.cuh"
 #include "linear/linear_attention/kernel_features.cuh"
@@ -40,7 +40,7 @@ class RecurrenceBlock {
     for (int i = threadIdx.x; i < kTokens + kTableBefore; i += blockDim.x)
       vectors_.table[i] = output_scale() * decays_.at_distance(i - kTableBefore);
 
-    // Chained, a part finds out first what it leaves to the next one.
+    // Chained: the first pass computes the state that is handed to the next part.
 #pragma unroll 1
     for (int before = chained(); before >= 0; --before) {
       runs_ahead_ = plan_.states_only || before;
@@ -52,10 +52,10 @@ class RecurrenceBlock {
   }
 
  private:
-  // Of the weights; taylor2 has the scale inside.
+  // Scale of the weights; taylor2 includes it in its features.
   __device__ float output_scale() const { return kTaylor || p_.value_taylor ? 1 : p_.scale; }
   __device__ bool chained() const { return Shape::kChains && plan_.chained; }
-  // In this run through the part: no outputs.
+  // True in a pass that computes only the state, without outputs.
   __device__ bool states_only() const { return Shape::kChains ? runs_ahead_ : plan_.states_only; }
   __device__ bool live() const { return warp_column() < p_.columns; }
   __device__ int steps() const { return Shape::kSteps ? plan_.features / Shape::kFeatures : 1; }
@@ -65,7 +65,7 @@ class RecurrenceBlock {
             p_.columns};
   }
   __device__ int subtiles() const { return plan_.warps * kColumnsPerWarp / kSubtileColumns; }
-  // Of the chunk that starts at `first`.
+  // Tokens of the chunk that starts at `first`.
   __device__ int tokens_from(int first) const {
     return min(part_.end - first, kTokens - (first + part_.padding) % kTokens);
   }
@@ -77,7 +77,7 @@ class RecurrenceBlock {
             plan_.reverse ? -x.rows.seq : x.rows.seq, end, x.dim - column, aligned};
   }
 
-  // Through the part.
+  // Runs through the chunks of the part.
   __device__ __forceinline__ void run_chunks() {
     const auto load = [&](uint32_t stage, int row) {
       const int end = row + tokens_from(row);
@@ -100,7 +100,7 @@ class RecurrenceBlock {
     uint32_t stage = stages_, other = plan_.stages > 1 ? stages_ + stage_bytes : stages_;
     if (!Shape::kChains) start_state();
     if (part_.first < part_.end) load(stage, part_.first);
-    if (Shape::kChains) start_state();  // may wait, copies go on meanwhile
+    if (Shape::kChains) start_state();  // may wait, while the copies are in flight
 #pragma unroll 1
     for (int first = part_.first; first < part_.end;) {
       const int n = tokens_from(first), next = first + n;
@@ -128,19 +128,19 @@ class RecurrenceBlock {
   __device__ int warp_column() const { return column_ + warp_ * kColumnsPerWarp; }
   __device__ SlotState<Shape> own_slot() const {
     uint32_t slot = slot_;
-    keep(slot);  // or its address would wait in registers meanwhile
+    keep(slot);  // otherwise its address would occupy registers meanwhile
     return SlotState<Shape>(p_.workspace + slot * plan_.slot_floats);
   }
   __device__ float* slot_normalizer(SlotState<Shape> slot) const {
     return slot.data() + plan_.features * kColumnsPerWarp * plan_.warps;
   }
 
-  // Between parts the state comes from the workspace. One too large for accumulators stays there: a
-  // part takes the slot of the one before it, the first that of the last.
+  // Between parts the state comes from the workspace. A state too large for the accumulators is
+  // kept there: a part reuses the slot of the previous part, the first part that of the last.
   __device__ __forceinline__ void start_state() {
     if (!Shape::kSteps) slot_state_ = own_slot();
     const bool carried = plan_.from_workspace && !states_only() && part_.index > 0;
-    const int64_t slots = p_.heads * plan_.slices;  // of a part
+    const int64_t slots = p_.heads * plan_.slices;  // per part
     const int64_t slot_step = slots * plan_.slot_floats;
     if (chained() && !states_only()) {
       if (carried) await(plan_.arrived + slot_ - slots);
@@ -189,8 +189,8 @@ class RecurrenceBlock {
               : 0;
   }
 
-  // Stores the state that the part leaves: that of the part alone, and of all parts but the first
-  // what remains of the state before it, from which the part then starts.
+  // Stores the state at the end of the part: its own contribution and, except in the first part,
+  // the decayed state at its start. The accumulators then hold the state at the start.
   __device__ __forceinline__ void hand_on(bool carried, int64_t slot_step) {
     SlotState<Shape> before = slot_state_;
     before.move(-slot_step);
@@ -255,7 +255,7 @@ class RecurrenceBlock {
       to[warp_column() - column_ + threadIdx.x % kColumnsPerWarp] = extra_state_;
   }
 
-  // After `tokens` tokens, counted from the first: if a segment ends there.
+  // Saves the state after `tokens` tokens of the sequence, if a segment ends there.
   __device__ __forceinline__ void save_state(int tokens) {
     if (!p_.saved || states_only() || (tokens % kSegment != 0 && tokens != part_.length)) return;
     const int64_t segment = first_segment(p_, part_.b) + (tokens - 1) / kSegment;
@@ -270,7 +270,7 @@ class RecurrenceBlock {
     store_extra(slot_normalizer(slot));
   }
 
-  // Tokens first ... first + n - 1.
+  // Processes tokens first ... first + n - 1.
   __device__ __forceinline__ void add_chunk(uint32_t stage, int first, int n) {
     const uint32_t queries = stage, keys = stage + Shape::kRowBytes;
     const uint32_t values =
@@ -297,11 +297,12 @@ class RecurrenceBlock {
       }
 
       prepared_ = first == 0 && plan_.reverse ? -1 : n;
-      // What the last token itself leaves in the final state cancels in the gradient of its decay.
+      // The last token's own contribution to the final state cancels in the gradient of its decay.
       const bool drop_last = p_.saved && !plan_.reverse;
       if (warp_ == 0) decays_.prepare(vectors_, first, n, output_scale(), p_.scale_keys, drop_last);
       __syncthreads();
     }
+    // W = causal, decay-weighted Q K^T
     if (!states_only()) make_weights(queries, keys);
 
     ValueFragments<T, Shape> fragments;
@@ -330,13 +331,16 @@ class RecurrenceBlock {
       }
       if (live()) {
         if (Shape::kSteps) slot_state_.load(s_, step);
+        // O = S Q
         if (!states_only() && have_state_) multiply_state<T, Shape>(acc, s_, step_queries);
+        // S = total S
         if (p_.decay.data) {
           const float total = vectors_.total[0];
 #pragma unroll
           for (auto& s : s_) s[0] *= total, s[1] *= total, s[2] *= total, s[3] *= total;
         }
         if (!kTaylor) fragments.load(values, subtile_column);
+        // S += K^T (end V)
         add_to_state<T, Shape>(s_, fragments,
                                p_.decay.data || p_.scale_keys ? vectors_.end : nullptr, step_keys);
         if (Shape::kSteps) slot_state_.store(s_, step);
@@ -357,12 +361,14 @@ class RecurrenceBlock {
     __syncthreads();
     if (p_.normalize) normalize(row, normalizer, first, n);
     if (!live()) return;
+    // O *= start
     const int c = threadIdx.x % 4;
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
       const float2 start = *reinterpret_cast<const float2*>(vectors_.start + 8 * t + 2 * c);
       acc[t][0] *= start.x, acc[t][1] *= start.y, acc[t][2] *= start.x, acc[t][3] *= start.y;
     }
+    // O += W V
     multiply_seen_weights<T, Shape>(acc, s_, fragments, values, subtile_column, weights_,
                                     p_.no_diagonal);
     if (p_.normalize) {
@@ -375,8 +381,8 @@ class RecurrenceBlock {
     store(acc, values, first, n);
   }
 
-  // Weights of the keys of the chunk for its queries, 16 by 16 at a time; above the diagonal of
-  // such squares nothing is stored.
+  // W = decay-weighted Q K^T of the chunk, in 16 x 16 squares; squares above the diagonal are not
+  // stored.
   __device__ __forceinline__ void make_weights(uint32_t queries, uint32_t keys) {
     constexpr int kSquares = kTokens / 16;
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
@@ -384,6 +390,7 @@ class RecurrenceBlock {
 #pragma unroll 1
     for (int column = warp_ / kSquares; column <= row; column += plan_.warps / kSquares) {
       float w[2][4] = {};
+      // W = Q K^T
       multiply_rows<T, typename Shape::RowTile>(w, queries, 16 * row, keys, 16 * column);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
@@ -401,7 +408,7 @@ class RecurrenceBlock {
             if (p_.extra != Extra::none)
               x[e] += vectors_.extra[p_.extra == Extra::queries ? query : key + e];
             x[e] *= weight(query, key + e);
-            // Selected: 0 times NaN or infinity is NaN.
+            // select instead of multiply: 0 times NaN or Inf is NaN
             if (column == row && is_hidden(8 * h, 8 * n + e, p_.no_diagonal)) x[e] = 0;
           }
           if constexpr (Shape::kFloat) {
@@ -462,17 +469,17 @@ class RecurrenceBlock {
   const int64_t h_;
   Vectors& vectors_;
   const uint32_t weights_, stages_;
-  const int warp_, column_;  // column_: first one of the block
+  const int warp_, column_;  // column_: first column of the CTA
   const uint32_t slot_;
   const Decays decays_;
   SlotState<Shape> slot_state_;
   float s_[Shape::kFeatureTiles][4];
 
-  float extra_state_ = 0;  // of the lane's column
-  float remaining_ = 1;    // of what the part started with
-  int prepared_ = -1;      // tokens that the vectors of decays hold for
-  bool have_state_;        // else it is zero
-  bool runs_ahead_;        // of the outputs, for the state alone
+  float extra_state_ = 0;  // for this lane's column
+  float remaining_ = 1;    // product of decays since the start of the part
+  int prepared_ = -1;      // number of tokens for which the decay vectors were computed
+  bool have_state_;        // otherwise the state is zero
+  bool runs_ahead_;        // current pass computes the state only, ahead of the outputs
 };
 
 template <typename T, int kBucket, bool kTaylor>

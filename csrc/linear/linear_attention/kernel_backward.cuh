@@ -1,5 +1,6 @@
-// What the backward does around its three recurrences: gradients of what the normaliser divides,
-// sums over the query heads of a group, derivatives of feature maps, the gradient of decays.
+// Element-wise steps of the backward around its three recurrences: gradients through the
+// normalizer, sums over the query heads of a group, derivatives of feature maps, gradients of
+// decays.
 #pragma once
 #include "cuda/vector.cuh"
 #include "linear/decay.cuh"
@@ -7,17 +8,17 @@
 
 namespace tokenmill::cuda::linear_attention {
 
-// Rows are numbered through all sequences: [tokens, H, ...] in the workspace.
+// Rows are numbered over all sequences: [tokens, H, ...] in the workspace.
 struct BackwardPlan {
   int64_t tokens, segments;  // of all sequences; packed: a bound on the segments
   int features, group;
   bool taylor;
-  float *dy_zero, *dz;  // dy: elements of the dtype of q, see launch
-  float *dq, *dk, *dv;  // [tokens, H, features or value dimension]; null: written in place
+  float *dy_zero, *dz;  // dy: elements have the dtype of q, see launch
+  float *dq, *dk, *dv;  // [tokens, H, features or value_dim]; null: written in place
   float *forward_states, *backward_states;
-  int64_t slot_floats, slices, state_floats, tail_floats;  // of the saved states
-  // For the gradient of decays: [tokens, H], [segments, H], [tokens, H]. diagonal: what a token's
-  // pair with itself weighs in dphi(q) and dphi(k), which leave it out until then, because it
+  int64_t slot_floats, slices, state_floats, tail_floats;  // layout of the saved states
+  // For the gradient of decays: [tokens, H], [segments, H], [tokens, H]. diagonal: weight of a
+  // token's pair with itself in dphi(q) and dphi(k), which exclude it until then, because it
   // cancels.
   float *change, *partial, *diagonal;
   Rows dy;
@@ -32,12 +33,12 @@ __device__ __forceinline__ TokenPlace place_of(const LinearAttentionParams& p, i
   return {t / length, t % length};
 }
 
-// Warps of a block are heads of its token.
+// The warps of a CTA process heads of one token.
 __device__ __forceinline__ int64_t head_of_warp() {
   return blockIdx.y * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
 }
 
-// With z the normaliser: dy = dout / z and, for the column of ones, dz = -dout . out / z.
+// With z the normalizer: dy = dout / z and, for the column of ones, dz = -dout . out / z.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     divide_gradients_kernel(const __grid_constant__ LinearAttentionBackwardParams p,
@@ -75,7 +76,7 @@ __device__ __forceinline__ float map_derivative(FeatureMap map, float x) {
     case FeatureMap::elu1:
       return x < 0 ? exp2_approx(kLog2e * x) : 1;
     case FeatureMap::relu:
-      return x > 0 ? 1 : x <= 0 ? 0 : x;  // NaN stays
+      return x > 0 ? 1 : x <= 0 ? 0 : x;  // NaN propagates
     case FeatureMap::silu: {
       const float s = sigmoid(x);
       return s * fmaf(x, 1 - s, 1.f);
@@ -85,17 +86,18 @@ __device__ __forceinline__ float map_derivative(FeatureMap map, float x) {
   }
 }
 
-// One gradient of rows of `dim` elements from those of their features, summed over `group` heads.
+// Gradient of rows of `dim` elements from the gradients of their features, summed over `group`
+// heads.
 struct GradientRows {
   const float* from;      // [tokens, H, features]
   const float* diagonal;  // [tokens, H], times features of `other`; or null
   Rows x, other, to;
   int features, dim, group, other_group;
   FeatureMap map;
-  bool query;  // taylor2: has the factors, else `other` has
+  bool query;  // taylor2: this side has the factors; otherwise `other` has them
 };
 
-// The gradient of a feature: element i of the row, mapped, times element j if there is one.
+// Gradient of one feature: element i of the row, mapped, times element j if there is one.
 template <typename T>
 __device__ __forceinline__ float sum_heads(const GradientRows& g, const float* from,
                                            const float* diagonal, int64_t b, int64_t t, int head,
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const float own = taylor && g.query ? p.scale : 1, theirs = taylor && !g.query ? p.scale : 1;
   for (int c = lane; c < g.dim; c += kWarpSize) {
     float y = 0;
-    // Element c alone, then in its products with element j.
+    // Linear feature of element c (j = -1), then its products with element j.
 #pragma unroll 1
     for (int j = -1; j < (taylor ? g.dim : 0); ++j) {
       const bool square = j == c && !g.query;
@@ -152,7 +154,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-// By one warp, whether `token`, number t of its batch, is the last of its sequence.
+// True if `token`, number t of its batch, is the last of its sequence. Called by one warp.
 __device__ __forceinline__ bool ends_sequence(const LinearAttentionParams& p, int64_t token,
                                               int64_t t) {
   if (!p.cu_seqlens) return t + 1 == p.seqlen;
@@ -163,7 +165,8 @@ __device__ __forceinline__ bool ends_sequence(const LinearAttentionParams& p, in
 }
 
 // phi(q) . dphi(q) - phi(k) . dphi(k), without the diagonal, and the diagonal. Without it, the key
-// of a sequence's last token acts on the final state alone, which the saved states leave out too.
+// of a sequence's last token only affects the final state, from which the saved states exclude it
+// too.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     decay_change_kernel(const __grid_constant__ LinearAttentionParams p,
@@ -205,13 +208,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (lane == 0) plan.diagonal[row] = plan.taylor ? own : p.scale * own;
 }
 
-// A segment of a sequence: its first token and their number.
+// Segment of a sequence: its first token and its number of tokens.
 struct Segment {
   TilePlace place;
-  int64_t b, slot;  // b: -1 of none; slot: among the segments of all sequences
+  int64_t b, slot;  // b: -1 if there is no segment; slot: index among the segments of all sequences
   int start, length, first, count;
 
-  // All lanes of a warp together.
+  // Called by all lanes of a warp.
   __device__ Segment(const LinearAttentionParams& p, int64_t number) : slot(number) {
     const int64_t each = (p.seqlen + kSegment - 1) / kSegment;
     place = {static_cast<int>(each ? number / each : -1),
@@ -229,7 +232,7 @@ struct Segment {
   __device__ bool is_last() const { return first + count == length; }
 };
 
-// Of `count` threads of a block, a power of two; every thread gets the result.
+// Sum over `count` threads of a CTA, a power of two; every thread gets the result.
 __device__ inline float block_sum(float x, float* shared) {
   x = warp_sum(x);
   __syncthreads();
@@ -245,8 +248,8 @@ __device__ inline float decay_at(const LogDecay& decay, int64_t b, int64_t t, in
   return exp2_exact(log2_decay(x, kLeastHeadDecay));
 }
 
-// The gradient of each decay of a segment: change summed from the segment's end, and what passes
-// between the state at its end and later tokens.
+// Gradient of each decay of a segment: suffix sums of `change` from the segment's end, and the
+// interaction of the state at its end with later tokens.
 __global__ void __launch_bounds__(kSegment)
     decay_gradient_kernel(const __grid_constant__ LinearAttentionBackwardParams p,
                           const __grid_constant__ BackwardPlan plan) {
@@ -270,7 +273,7 @@ __global__ void __launch_bounds__(kSegment)
       inner = fmaf(x[i], y[i], inner);
   }
   inner = block_sum(inner, parts);
-  const int64_t row = f.cu_seqlens ? 0 : s.b;  // of tensors with tokens
+  const int64_t row = f.cu_seqlens ? 0 : s.b;  // batch index in tensors with tokens
   if (!s.is_last())
     inner *= decay_at(f.decay, f.decay.per_token ? row : s.b, s.start + s.first + s.count, h);
   const int i = threadIdx.x;
@@ -284,7 +287,7 @@ __global__ void __launch_bounds__(kSegment)
     from ^= 1;
   }
   x = i < s.count ? x + inner : 0;
-  // The first token's decay acts on the initial state alone.
+  // The first token's decay only affects the initial state.
   if (!f.initial.data && s.first + i == 0) x = 0;
 
   if (p.ddecay.per_token) {
@@ -298,7 +301,7 @@ __global__ void __launch_bounds__(kSegment)
   }
 }
 
-// Sums over the segments of a sequence; a warp each.
+// Sums over the segments of a sequence; one warp each.
 __global__ void __launch_bounds__(kMaxThreads)
     sum_decay_gradients_kernel(const __grid_constant__ LinearAttentionBackwardParams p,
                                const __grid_constant__ BackwardPlan plan) {

@@ -1,11 +1,11 @@
-// Weights that decays give to the tokens of a chunk, relative to its ends.
+// Decay weights of the tokens of a chunk, relative to its ends.
 #pragma once
 #include "linear/decay.cuh"
 #include "linear/linear_attention/kernel_shape.cuh"
 
 namespace tokenmill::cuda::linear_attention {
 
-// The decays of one head of one sequence, in the order of the recurrence. Backwards, the step from
+// Decays of one head of one sequence, in the order of the recurrence. In reverse, the step from
 // token t + 1 to t has the decay of t + 1, and the first step has none.
 class Decays {
  public:
@@ -30,14 +30,15 @@ class Decays {
   // Weight of a key `distance` tokens before the query.
   __device__ float at_distance(int distance) const { return exp2_exact(head_ * distance); }
 
-  // What the last step leaves to the next one, which backwards has its decay from this sequence.
+  // Decay applied to the state after the last step; in reverse it is that of the sequence's first
+  // token.
   __device__ float behind_last() const {
     if (!reverse_ || length_ == 0) return 1;
     return exp2_exact(per_token_ ? of_token(0) : head_);
   }
 
-  // By one warp: the vectors of the n tokens from `first` on. `scale` goes into `start` or, with
-  // scale_keys, `end`. With drop_last the last token leaves nothing in the state.
+  // Computes the vectors of the n tokens from `first` on, by one warp. `scale` is applied to
+  // `start` or, with scale_keys, to `end`. With drop_last the last token adds nothing to the state.
   template <typename Vectors>
   __device__ __forceinline__ void prepare(Vectors& to, int first, int n, float scale,
                                           bool scale_keys, bool drop_last) const {

@@ -1,11 +1,11 @@
-// Feature maps on tiles in shared memory, by all threads of a block.
+// Feature maps on tiles in shared memory, computed by all threads of a CTA.
 #pragma once
 #include "linear/linear_attention/kernel_products.cuh"
 
 namespace tokenmill::cuda::linear_attention {
 
-// The pair (i, j) of each feature of taylor2: x_i x_j, where x at kNoFeature is 1. Features
-// rounded up have none.
+// Pair (i, j) of each taylor2 feature: x_i x_j, where x at kNoFeature is 1. Padding features have
+// none.
 constexpr uint8_t kPadding = 255;
 
 template <int kTokens>
@@ -24,7 +24,7 @@ __device__ void list_features(SharedVectors<kTokens>& to, int dim) {
   }
 }
 
-// Features begin ... begin + 63 of n tokens, zero beyond them.
+// Features begin ... begin + 63 of n tokens, zero past them.
 template <typename T, typename From, typename To, int kTokens>
 __device__ void make_features(uint32_t to, uint32_t rows, const SharedVectors<kTokens>& vectors,
                               int begin, int n, bool factors, float scale) {
@@ -64,7 +64,7 @@ __device__ void make_features(uint32_t to, uint32_t rows, const SharedVectors<kT
   }
 }
 
-// The map on a tile in place; what lies beyond n rows and the columns stays zero.
+// Applies the map to a tile in place; elements past n rows and past the columns stay zero.
 template <typename T, typename Tile, int kRows>
 __device__ void map_tile(uint32_t tile, FeatureMap map, int n, int columns) {
   constexpr int kCount = kChunkBytes / sizeof(T);
@@ -83,8 +83,8 @@ __device__ void map_tile(uint32_t tile, FeatureMap map, int n, int columns) {
   }
 }
 
-// The maps on a chunk of n tokens: its queries (0: none), keys, and `columns` of values from
-// `column` on behind the keys.
+// Applies the maps to a chunk of n tokens: queries (0: none), keys, and `columns` columns of V from
+// `column` on, which follow the keys in the stage.
 template <typename T, typename Shape>
 __device__ __forceinline__ void map_chunk(const Recurrence& p, uint32_t queries, uint32_t keys,
                                           int columns, int column, int n) {

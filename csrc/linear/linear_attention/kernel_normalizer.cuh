@@ -1,5 +1,5 @@
-// Without tensor cores: the normaliser, what a column of ones among the values would give, and the
-// extra feature, what a column more of queries and keys would.
+// Products on CUDA cores: the normalizer, equivalent to a column of ones in V, and the extra
+// feature, equivalent to one more column in Q and K.
 #pragma once
 #include "linear/linear_attention/kernel_features.cuh"
 
@@ -14,14 +14,14 @@ __device__ __forceinline__ void load_chunk(float (&to)[kChunkBytes / sizeof(T)],
     to[i] = static_cast<float>(reinterpret_cast<const T*>(words)[i]);
 }
 
-// Threads share the chunks of the rows of a token: token threadIdx.x % kTokens.
+// Threads with the same token, threadIdx.x % kTokens, share the 16-byte chunks of its rows.
 template <typename T, typename Shape>
 struct NormalizerRow {
   static constexpr int kCount = kChunkBytes / sizeof(T);
   int token = threadIdx.x % Shape::kTokens, part = threadIdx.x / Shape::kTokens;
   int parts = blockDim.x / Shape::kTokens;
 
-  // Of the state, in the features of a step.
+  // Contribution of the state, over the features of a step.
   __device__ __forceinline__ float of_state(uint32_t queries, const float* state) const {
     float sum = 0;
 #pragma unroll 1
@@ -34,7 +34,7 @@ struct NormalizerRow {
     return sum;
   }
 
-  // Of the chunk.
+  // Contribution of the chunk.
   __device__ __forceinline__ float of_weights(uint32_t weights) const {
     float sum = 0;
 #pragma unroll 1
@@ -48,14 +48,14 @@ struct NormalizerRow {
   }
 };
 
-// state = total state + sum of weighted keys, n of them, for the features of a step.
+// state = total state + sum of n weighted keys, for the features of a step.
 template <typename T, typename Shape>
 __device__ void add_to_normalizer(float* state, float total, const float* weights, uint32_t keys,
                                   int n) {
-  constexpr int kCount = 4 / sizeof(T);  // elements of a word
+  constexpr int kCount = 4 / sizeof(T);  // elements per word
   const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
-  const int words = Shape::kFeatures / kCount / warps;  // of a warp, a power of two
+  const int words = Shape::kFeatures / kCount / warps;  // per warp, a power of two
   const int side = min(words, kWarpSize);
 #pragma unroll 1
   for (int first = 0; first < words; first += side) {
@@ -85,8 +85,8 @@ __device__ void add_to_normalizer(float* state, float total, const float* weight
   }
 }
 
-// The extra feature of n tokens, for the 16 columns of a warp from `column` of a subtile of values
-// on: adds its part to acc and returns its row of the state, a column per lane.
+// Extra feature of n tokens, for the warp's 16 columns from `column` of a V subtile on: adds its
+// contribution to acc, and returns its row of the state, one column per lane.
 template <typename T, typename Shape>
 __device__ __forceinline__ float add_extra(float (&acc)[Shape::kTokens / 8][4], float state,
                                            const SharedVectors<Shape::kTokens>& vectors,

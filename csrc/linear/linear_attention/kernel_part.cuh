@@ -1,18 +1,18 @@
-// The part of a sequence that a block runs through.
+// Part of a sequence processed by one CTA.
 #pragma once
 #include "linear/linear_attention/kernel_shape.cuh"
 
 namespace tokenmill::cuda::linear_attention {
 
-// Which part of which sequence a block has.
+// Part of a sequence, and its extent.
 struct Part {
-  int b, slot;        // b: -1 of none; slot: among the parts of all sequences
-  int index, count;   // among the parts of the sequence
+  int b, slot;        // b: -1 if there is no part; slot: index among the parts of all sequences
+  int index, count;   // within the sequence
   int start, length;  // of the sequence, in tokens
-  int padding;        // by which the first chunk of the sequence is short
-  int first, end;     // of the part, in tokens of the sequence
+  int padding;        // tokens missing from the first chunk of the sequence
+  int first, end;     // token range of the part, within the sequence
 
-  // All lanes of a warp together.
+  // Called by all lanes of a warp.
   __device__ Part(const Recurrence& p, const RecurrencePlan& plan, int number)
       : b(number / static_cast<int>(plan.parts)),
         slot(number),
@@ -31,7 +31,7 @@ struct Part {
       length = static_cast<int>(p.seqlen);
     }
     count = max((length + plan.tokens_per_part - 1) / plan.tokens_per_part, 1);
-    // Backwards, chunks end where they would forwards.
+    // In reverse, chunk boundaries are at the same tokens as in the forward direction.
     padding = plan.reverse ? -length & 63 : 0;
     first = max(index * plan.tokens_per_part - padding, 0);
     end = min((index + 1) * plan.tokens_per_part - padding, length);
@@ -40,14 +40,15 @@ struct Part {
   __device__ bool is_last() const { return index == count - 1; }
 };
 
-// The number of the first segment of sequence b, read again where registers are short. All lanes of
-// a warp together.
+// Index of the first segment of sequence b; reread at each use to save registers. Called by all
+// lanes of a warp.
 __device__ inline int64_t first_segment(const Recurrence& p, int b) {
   if (!p.cu_seqlens) return b * ((p.seqlen + kSegment - 1) / kSegment);
   return first_slot(rows_of_sequence(p.cu_seqlens, p.batch, p.seqlen, b), b, kSegment);
 }
 
-// What tokens without a sequence get, in a slice of the columns: no sums. `part` is of none.
+// Zeroes the outputs of tokens outside of every sequence, in one slice of the columns. `part` has b
+// < 0.
 template <typename T>
 __device__ void clear_tokens(const Recurrence& p, const RecurrencePlan& plan, const Part& part,
                              int64_t h, int slice) {

@@ -1,6 +1,6 @@
-// The four products of a chunk, by one warp. Weights W = queries keys^T lie in shared memory, rows
-// are queries; everything that has columns of values is transposed: 16 columns of values are the
-// rows of a fragment, so that the state, which stays in accumulators, is itself an operand.
+// The four products of a chunk, by one warp. Weights W = Q K^T are in shared memory, [queries,
+// keys]; everything with V columns is transposed: 16 columns of V are the rows of a fragment, so
+// that the state, which stays in accumulators, is itself an MMA operand.
 #pragma once
 #include "cuda/arch/ldmatrix.cuh"
 #include "cuda/attention/hidden_values.cuh"
@@ -8,8 +8,8 @@
 
 namespace tokenmill::cuda::linear_attention {
 
-// 16-bit tiles: where a lane points for ldmatrix of rows row ... row + 15. The pair of chunks
-// 2 kPair, 2 kPair + 1 is at square<Tile, kPair>(base), rows 16 n on at kRowBytes 16 n more.
+// 16-bit tiles: this lane's ldmatrix address for rows row ... row + 15. The pair of 16-byte chunks
+// 2 kPair, 2 kPair + 1 is at square<Tile, kPair>(base); rows 16 n on are kRowBytes 16 n further.
 template <typename Tile>
 __device__ __forceinline__ uint32_t square_base(uint32_t tile, int row) {
   const int lane = threadIdx.x % kWarpSize;
@@ -57,13 +57,13 @@ __device__ __forceinline__ float element(uint32_t tile, int row, int column) {
   return load_element<T>(tile + Tile::offset(row, byte / kChunkBytes) + byte % kChunkBytes);
 }
 
-// Where element (row, column) of a tile of floats lies.
+// Address of element (row, column) of a float tile.
 template <typename Tile>
 __device__ __forceinline__ uint32_t float_at(uint32_t tile, int row, int column) {
   return tile + Tile::offset(row, column / 4) + column % 4 * 4;
 }
 
-// d[16][16] += rows query ... query + 15 by rows key ... key + 15, over all columns.
+// d[16, 16] += A B^T: rows query ... query + 15 times rows key ... key + 15, over all columns.
 template <typename T, typename Tile>
 __device__ __forceinline__ void multiply_rows(float (&d)[2][4], uint32_t queries, int query,
                                               uint32_t keys, int key) {
@@ -98,16 +98,17 @@ __device__ __forceinline__ void multiply_rows(float (&d)[2][4], uint32_t queries
   }
 }
 
-// Whether a query of an accumulator of multiply_rows, in row g + `row`, does not see its key, in
-// column 2 c + `column`, if both begin at the same token: it sees those `shift` tokens before it.
+// Causal mask for an accumulator of multiply_rows, row g + `row`, column 2 c + `column`, if both
+// rows and columns begin at the same token: true if the key is less than `shift` tokens before the
+// query.
 __device__ __forceinline__ bool is_hidden(int row, int column, int shift) {
   int lane = threadIdx.x % kWarpSize;
   keep(lane);
   return lane % 4 * 2 + column + shift > lane / 4 + row;
 }
 
-// The scale of rows g and g + 8 of the state that makes it fit into float16, and its inverse:
-// powers of two, so that the largest element is near 2^14.
+// Power-of-two scales of state rows g and g + 8, and their inverses, that bring the largest element
+// near 2^14, within the range of float16.
 struct RowScale {
   float factor[2], inverse[2];
 
@@ -126,7 +127,7 @@ struct RowScale {
   }
 };
 
-// acc[tokens][16 columns]^T += state^T queries^T.
+// acc[tokens, 16 columns]^T += state^T Q^T.
 template <typename T, typename Shape>
 __device__ __forceinline__ void multiply_state(float (&acc)[Shape::kTokens / 8][4],
                                                const float (&s)[Shape::kFeatureTiles][4],
@@ -149,7 +150,8 @@ __device__ __forceinline__ void multiply_state(float (&acc)[Shape::kTokens / 8][
   } else {
     constexpr bool kHalf = std::is_same_v<T, __half>;
     const uint32_t base = square_base<Tile>(queries, 0);
-    // float16: scaled to its range. bfloat16: high + low, for the sums over long contexts.
+    // float16: the state is scaled into range. bfloat16: split into high + low, for sums over long
+    // contexts.
     float factor[2] = {1, 1}, inverse[2] = {1, 1};
     float part[kHalf ? kTokenTiles : 1][4];
     if constexpr (kHalf) {
@@ -196,14 +198,13 @@ __device__ __forceinline__ void multiply_state(float (&acc)[Shape::kTokens / 8][
   }
 }
 
-// The warp's 16 columns of a chunk of values, transposed: words of fragments, still without
-// weights.
+// The warp's 16 columns of a chunk of V, transposed to A fragments, not yet weighted.
 template <typename T, typename Shape>
 struct ValueFragments {
   static constexpr int kBlocks = Shape::kTokens / Shape::kDepth;
   uint32_t words[kBlocks][4];
 
-  // `column` of the subtile at `values`.
+  // `column`: within the subtile at `values`.
   __device__ __forceinline__ void load(uint32_t values, int column) {
     using Tile = typename Shape::ValueTile;
     if constexpr (Shape::kFloat) {
@@ -237,7 +238,7 @@ struct ValueFragments {
       for (uint32_t& word : words[k]) word = make_finite<T>(word);
   }
 
-  // Times the weights of their tokens.
+  // Fragment k scaled by the weights of its tokens.
   __device__ __forceinline__ Fragment<T, 4> weighted(int k, const float* weights) const {
     const int c = threadIdx.x % 4;
     uint32_t w[4];
@@ -258,7 +259,7 @@ struct ValueFragments {
   }
 };
 
-// acc += values^T weights^T. Keys behind the last query of a tile are left out.
+// acc += V^T W^T. Keys after the last query of a tile are skipped.
 template <typename T, typename Shape>
 __device__ __forceinline__ void multiply_weights(float (&acc)[Shape::kTokens / 8][4],
                                                  const ValueFragments<T, Shape>& values,
@@ -291,8 +292,8 @@ __device__ __forceinline__ void multiply_weights(float (&acc)[Shape::kTokens / 8
   }
 }
 
-// acc += weighted values that are not finite, at `column` of the subtile at `values`, in queries
-// that are `shift` tokens or more behind them.
+// acc += W V over the non-finite elements of V, at `column` of the subtile at `values`, for queries
+// at least `shift` tokens after them.
 template <typename T, typename Shape>
 __device__ __forceinline__ void add_infinite(float (&acc)[Shape::kTokens / 8][4], uint32_t values,
                                              int column, uint32_t weights, int shift) {
@@ -322,14 +323,15 @@ __device__ __forceinline__ void add_infinite(float (&acc)[Shape::kTokens / 8][4]
   });
 }
 
-// acc += values^T weights^T for any values; `state` is the one behind the chunk, `shift` as above.
+// acc += V^T W^T for any V, including non-finite values; `state` is the state after the chunk,
+// `shift` as above.
 template <typename T, typename Shape>
 __device__ __forceinline__ void multiply_seen_weights(float (&acc)[Shape::kTokens / 8][4],
                                                       const float (&state)[Shape::kFeatureTiles][4],
                                                       ValueFragments<T, Shape>& fragments,
                                                       uint32_t values, int column, uint32_t weights,
                                                       int shift) {
-  // What a value that is not finite adds to the state is not finite either, whatever its key.
+  // A non-finite value makes its sum in the state non-finite, whatever its key.
   if (__any_sync(kFullWarp, !is_finite<float>(state[0][0]) || !is_finite<float>(state[0][2]))) {
     add_infinite<T, Shape>(acc, values, column, weights, shift);
     fragments.make_all_finite();
@@ -337,7 +339,7 @@ __device__ __forceinline__ void multiply_seen_weights(float (&acc)[Shape::kToken
   multiply_weights<T, Shape>(acc, fragments, weights);
 }
 
-// state^T += weighted values^T keys.
+// state^T += (weights V)^T K.
 template <typename T, typename Shape>
 __device__ __forceinline__ void add_to_state(float (&s)[Shape::kFeatureTiles][4],
                                              const ValueFragments<T, Shape>& values,

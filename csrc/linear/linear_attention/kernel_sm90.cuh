@@ -1,13 +1,12 @@
-// Forward on compute capability 9.0a, of the calls that takes_sm90 lets in. For chunks of 64
-// tokens:
+// sm_90a forward, for the calls that takes_sm90 accepts. For chunks of 64 tokens:
 //
 //   W = decayed, causal Q K^T    O = start S Q + W V    S = total S + K^T (end V)
 //
-// A block runs through one part of a sequence for one head and 128 columns of values. One warp
-// loads chunks into kStages stages, another one makes the decays of a chunk. A warpgroup makes W,
-// a chunk ahead. Each of the other warpgroups keeps the state of 64 columns in its accumulators,
-// transposed: rounded to 16 bits it is itself the left operand of its product with Q, and so are
-// values as ldmatrix reads them.
+// A CTA processes one part of a sequence for one head and 128 columns of V. A producer warp loads
+// chunks into kStages pipeline stages, another warp computes the decays of each chunk. One consumer
+// warpgroup computes W, one chunk ahead. Each of the other consumer warpgroups keeps the state of
+// 64 columns in its accumulators, transposed: converted to 16 bits, the state is the A operand of
+// its product with Q, and so is V as loaded by ldmatrix.
 #pragma once
 #include "cuda/arch/sm90/tma.cuh"
 #include "cuda/arch/sm90/wgmma_columns.cuh"
@@ -23,7 +22,7 @@
 
 namespace tokenmill::cuda::linear_attention {
 
-// What the warps of a block have in common.
+// Context shared by the warps of a CTA.
 template <typename Shape>
 struct Sm90Block {
   static constexpr int kTokens = Shape::kTokens;
@@ -36,14 +35,14 @@ struct Sm90Block {
 
   __device__ bool states_only() const { return plan.parts.states_only; }
   __device__ int batch() const { return p.cu_seqlens ? 0 : part.b; }
-  // In the workspace, of the part that is `other` parts away.
+  // Workspace slot of the part `other` parts away.
   __device__ float* slot(int other) const {
     const int64_t number = part.slot + other;
     return p.workspace +
            ((number * p.heads + h) * plan.parts.slices + slice) * plan.parts.slot_floats;
   }
 
-  // visit(number, first token of the sequence, tokens) of each chunk.
+  // Calls visit(number, first token of the sequence, tokens) for each chunk.
   template <typename Visit>
   __device__ __forceinline__ void each_chunk(const Visit& visit) const {
     unsigned number = 0;
@@ -56,13 +55,13 @@ struct Sm90Block {
     shared.full[stage.index].wait(stage.parity);
     shared.ready[stage.index].wait(stage.parity);
   }
-  // For a warp that writes into the stage.
+  // Waits until the stage may be overwritten.
   __device__ __forceinline__ void await_empty(const Stage<Shape>& stage) const {
     wait_as_warp(shared.empty[stage.index], stage.parity ^ 1);
   }
 };
 
-// The warp that loads.
+// Producer warp.
 template <typename Shape>
 __device__ void load_sm90(const Sm90Block<Shape>& b) {
   constexpr int kTokens = Shape::kTokens, kHeadDim = Shape::kHeadDim;
@@ -85,15 +84,15 @@ __device__ void load_sm90(const Sm90Block<Shape>& b) {
   });
 }
 
-// The warp that makes decays. Packed, rows behind a sequence are another one's, whose NaN times a
-// weight of 0 would be NaN: they become zeros.
+// Decay warp. Packed: rows past the end of the sequence belong to the next one, and a NaN there
+// times a weight of 0 would be NaN: they are zeroed.
 template <typename Shape>
 __device__ void decay_sm90(const Sm90Block<Shape>& b) {
   constexpr int kTokens = Shape::kTokens;
   auto& shared = b.shared;
   const Decays decays(b.p.decay, false, b.part.b, b.part.start, b.part.length, b.h);
   const bool first_lane = threadIdx.x % kWarpSize == 0;
-  float remaining = 1;  // of what the part starts with
+  float remaining = 1;  // product of decays since the start of the part
   b.each_chunk([&](unsigned number, int first, int n) {
     const Stage<Shape> stage(number);
     b.await_empty(stage);
@@ -111,7 +110,7 @@ __device__ void decay_sm90(const Sm90Block<Shape>& b) {
   if (b.states_only() && first_lane) b.slot(0)[b.plan.parts.slot_floats - 4] = remaining;
 }
 
-// The warpgroup that weighs: keys of a chunk for its queries.
+// Consumer warpgroup that computes W, [queries, keys] of a chunk.
 template <typename T, typename Shape>
 __device__ void weigh_sm90(const Sm90Block<Shape>& b) {
   constexpr int kTokens = Shape::kTokens;
@@ -123,6 +122,7 @@ __device__ void weigh_sm90(const Sm90Block<Shape>& b) {
     const Stage<Sm90WeightStages> to(number);
     float s[kTokens / 2];
     b.await_chunk(stage);
+    // W = Q K^T
     start_qk<T, Shape::kHeadDim, kTokens>(s, shared_address(shared.q[stage.index]),
                                           shared_address(shared.k[stage.index]));
     const ChunkDecays& decays = shared.decays[stage.index];
@@ -134,16 +134,17 @@ __device__ void weigh_sm90(const Sm90Block<Shape>& b) {
         shared_address(shared.weights[to.index]), 16 * warp);
     unroll<kTokens / 16>([&](auto pair) {
       uint32_t words[4] = {};
-      if (pair <= warp) {  // others see nothing
+      if (pair <= warp) {  // later keys are fully masked
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int key = 16 * pair + i / 2 * 8 + 2 * c, query = row + i % 2 * 8;
           const float2 key_high = *reinterpret_cast<const float2*>(decays.high + key);
           const float2 key_low = *reinterpret_cast<const float2*>(decays.low + key);
+          // W *= scale * decay
           float* const x = s + 8 * pair + 2 * i;
           x[0] *= b.p.scale * exp2_approx((high[i % 2] - key_high.x) + (low[i % 2] - key_low.x));
           x[1] *= b.p.scale * exp2_approx((high[i % 2] - key_high.y) + (low[i % 2] - key_low.y));
-          // Selected: 0 times NaN or infinity is NaN.
+          // select instead of multiply: 0 times NaN or Inf is NaN
           words[i] = pack<T>(key > query ? 0 : x[0], key + 1 > query ? 0 : x[1]);
         }
       }
@@ -155,12 +156,12 @@ __device__ void weigh_sm90(const Sm90Block<Shape>& b) {
   });
 }
 
-// A warpgroup that keeps the state of 64 columns of values: as rows, features are columns.
+// Consumer warpgroup that keeps the state of 64 columns of V: [columns, features].
 template <typename T, typename Shape>
 class Sm90State {
  public:
   static constexpr int kTokens = Shape::kTokens, kHeadDim = Shape::kHeadDim;
-  static constexpr int kHalves = kHeadDim / 128;  // of the features, a product each
+  static constexpr int kHalves = kHeadDim / 128;  // one product per half of the features
   static constexpr bool kHalf = std::is_same_v<T, __half>;
 
   __device__ Sm90State(const Sm90Block<Shape>& b, int warpgroup) : b_(b), warpgroup_(warpgroup) {}
@@ -171,7 +172,7 @@ class Sm90State {
       const Stage<Shape> stage(number);
       b_.await_chunk(stage);
       add_chunk(stage, number);
-      fence_stores();  // values were read as ordinary memory is, and the next copy overwrites them
+      fence_stores();  // V was read through the generic proxy; the next TMA copy overwrites it
       release(b_.shared.empty[stage.index]);
       if (!b_.states_only()) store(first, n);
     });
@@ -180,9 +181,9 @@ class Sm90State {
   }
 
  private:
-  // Of the warpgroup.
+  // First column of this warp within the warpgroup.
   __device__ static int warp_column() { return warpgroup_thread() / kWarpSize * kColumnsPerWarp; }
-  // Of the values.
+  // First column of the warpgroup within V.
   __device__ int column() const {
     return b_.slice * Shape::kBlockColumns + warpgroup_ * Shape::kColumns;
   }
@@ -192,6 +193,7 @@ class Sm90State {
     const uint32_t values = shared_address(b_.shared.v[stage.index][warpgroup_]);
 #pragma unroll
     for (float& x : o_) x = 0;
+    // O = S Q
     if (!b_.states_only() && have_state_) multiply_state(shared_address(b_.shared.q[stage.index]));
     ValueFragments<T, Shape> fragments;
     uint32_t weighted[kTokens / 4];
@@ -203,26 +205,31 @@ class Sm90State {
       for (int i = 0; i < 4; ++i) weighted[4 * k + i] = words.words[i];
     }
     have_state_ = true;
+    // S = total S
     const float total = decays.total[0];
 #pragma unroll
     for (auto& half : s_)
 #pragma unroll
       for (float& x : half) x *= total;
+    // S += K^T (end V)
     unroll<kHalves>([&](auto half) {
       start_pv<T, kTokens>(s_[half], weighted,
                            shared_address(b_.shared.k[stage.index]) +
                                half * (128 / kBoxColumns) * Shape::kBlockBytes);
     });
+    // O *= start
     if (!b_.states_only()) scale_outputs(decays);
 #pragma unroll
     for (auto& half : s_) wait_for_product<0>(half);
+    // O += W V
     if (!b_.states_only()) multiply_weights(fragments, values, number);
   }
 
-  // o = state^T queries^T. float16: the state is scaled to its range. bfloat16: high + low,
-  // for the sums over long contexts.
+  // O^T = S^T Q^T. float16: the state is scaled into range. bfloat16: split into high + low, for
+  // sums over long contexts.
   __device__ __forceinline__ void multiply_state(uint32_t queries) {
-    constexpr int kSteps = (kHalf ? 8 : 4) / kHalves;  // of 16 features, words in registers
+    // k-steps of 16 features with operands in registers
+    constexpr int kSteps = (kHalf ? 8 : 4) / kHalves;
     float factor[2] = {1, 1};
     if constexpr (kHalf) {
       const RowScale scale(reinterpret_cast<const float (&)[kHeadDim / 8][4]>(s_));
@@ -263,19 +270,19 @@ class Sm90State {
     }
   }
 
-  // o += values^T weights^T; the state is the one behind the chunk.
+  // O^T += V^T W^T; the state is the state after the chunk.
   __device__ __forceinline__ void multiply_weights(ValueFragments<T, Shape>& fragments,
                                                    uint32_t values, unsigned number) {
     const Stage<Sm90WeightStages> from(number);
     const uint32_t weights = shared_address(b_.shared.weights[from.index]);
     b_.shared.weights_full[from.index].wait(from.parity);
-    // What a value that is not finite adds to the state is not finite either, whatever its key.
+    // A non-finite value makes its sum in the state non-finite, whatever its key.
     const bool infinite =
         __any_sync(kFullWarp, !is_finite<float>(s_[0][0]) || !is_finite<float>(s_[0][2]));
     if (infinite)
       add_infinite<T, Shape>(reinterpret_cast<float (&)[kTokens / 8][4]>(o_), values, warp_column(),
                              weights, 0);
-    // Again, where there were no registers for them meanwhile.
+    // Reloaded, since registers could not hold the fragments meanwhile.
     if constexpr (kHeadDim > 128) fragments.load(values, warp_column());
     if (infinite) fragments.make_all_finite();
     start_by_rows<T, 0>(
@@ -284,11 +291,11 @@ class Sm90State {
     release(b_.shared.weights_empty[from.index]);
   }
 
-  // Through shared memory to the tensor.
+  // Epilogue through shared memory.
   __device__ __forceinline__ void store(int first, int n) {
     char* const staged = b_.shared.out[warpgroup_];
     const int token = b_.part.start + first;
-    if (warpgroup_thread() == 0) wait_for_stores();  // of the chunk before
+    if (warpgroup_thread() == 0) wait_for_stores();  // store of the previous chunk
     sync_warpgroup(warpgroup_);
     const uint32_t own = ValueFragments<T, Shape>::own_chunk(shared_address(staged), warp_column());
     unroll<kTokens / 16>([&](auto t) {
@@ -299,7 +306,7 @@ class Sm90State {
     });
     fence_stores();
     sync_warpgroup(warpgroup_);
-    if (!b_.p.cu_seqlens || n == kTokens) {  // rows that the tensor does not have are left out
+    if (!b_.p.cu_seqlens || n == kTokens) {  // TMA clips rows outside of the tensor
       if (warpgroup_thread() == 0)
         store_boxes<kTokens, Shape::kColumns>(b_.plan.out, {token, b_.h, b_.batch(), column()},
                                               staged);
@@ -312,7 +319,7 @@ class Sm90State {
   __device__ CallerState caller_state(const StateRows& rows) const {
     return {rows, b_.part.b, b_.h, kHeadDim, b_.p.columns};
   }
-  // visit(element of the slot, accumulators), 4 at a time.
+  // Calls visit(element of the slot, accumulators), 4 at a time.
   template <typename Visit>
   __device__ __forceinline__ void each_of_slot(float* slot, const Visit& visit) {
     constexpr int kThreads = Shape::kWarpgroups * kWarpgroupThreads;
@@ -321,7 +328,7 @@ class Sm90State {
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) visit(own[n * kThreads], s_[n / 16] + n % 16 * 4);
   }
-  // visit(element of the state, accumulator)
+  // Calls visit(element of the state, accumulator).
   template <typename Visit>
   __device__ __forceinline__ void each_of_caller(const CallerState& state, const Visit& visit) {
 #pragma unroll
@@ -361,8 +368,8 @@ class Sm90State {
 
   const Sm90Block<Shape>& b_;
   const int warpgroup_;
-  bool have_state_;            // else it is zero
-  float inverse_[2] = {1, 1};  // of the scale of the state, RowScale
+  bool have_state_;            // otherwise the state is zero
+  float inverse_[2] = {1, 1};  // inverse scale of the state, see RowScale
   float s_[kHalves][64];
   float o_[kTokens / 2];
 };
@@ -386,7 +393,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim>::kThreads, 1)
   __syncthreads();
   const Sm90Block<Shape> block{
       p, plan, part, static_cast<int>(rest % heads), static_cast<int>(slice), shared};
-  // From the first lane: the compiler then knows that it is the same for a warp.
+  // Broadcast from lane 0, so that the compiler knows the value is warp-uniform.
   const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpSize, 0);
   const int warpgroup = warp / (kWarpgroupThreads / kWarpSize);
   if (warpgroup == 0) {
@@ -406,7 +413,7 @@ template <typename T, int kHeadDim>
 const char* launch_sm90_kernel(const Recurrence& p, const RecurrencePlan& parts,
                                cudaStream_t stream) {
   using Shape = Sm90Shape<kHeadDim>;
-  // warps_of: slices and slots of the plan are those of 8 warps.
+  // Slices and slots of the plan are for 8 warps, see warps_of.
   static_assert(Shape::kBlockColumns == 8 * kColumnsPerWarp);
   Sm90Plan plan{};
   plan.parts = parts;

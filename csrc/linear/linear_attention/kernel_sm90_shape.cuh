@@ -1,4 +1,4 @@
-// Tiles of the recurrence on compute capability 9.0a, and what its warps share.
+// Tile shapes and shared memory of the sm_90a recurrence.
 #pragma once
 #include "cuda/arch/sm90/mbarrier.cuh"
 #include "cuda/arch/sm90/tensor_map.h"
@@ -7,28 +7,29 @@
 
 namespace tokenmill::cuda::linear_attention {
 
-// A block is a warpgroup that loads, one that weighs, and kWarpgroups that keep the state.
+// A CTA is a producer warpgroup, a consumer warpgroup that computes W, and kWarpgroups consumer
+// warpgroups that keep the state.
 template <int kHeadDim_>
 struct Sm90Shape {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kTokens = 64;  // of a chunk
+  static constexpr int kTokens = 64;  // per chunk
   static constexpr int kWarpgroups = 2;
-  static constexpr int kColumns = 64;  // of values, of a warpgroup
+  static constexpr int kColumns = 64;  // columns of V per warpgroup
   static constexpr int kBlockColumns = kWarpgroups * kColumns;
   static constexpr int kStages = kHeadDim <= 128 ? 3 : 2;  // chunks in shared memory
   static constexpr int kThreads = (2 + kWarpgroups) * kWarpgroupThreads;
-  // 64 Ki registers make 128 of each thread at the launch. The state takes kHeadDim / 2.
+  // 64 Ki registers are 128 per thread at launch. The state takes kHeadDim / 2.
   static constexpr int kLoadRegisters = kHeadDim <= 128 ? 40 : 32;
   static constexpr int kWeighRegisters = kHeadDim <= 128 ? 72 : 64;
   static constexpr int kStateRegisters = kHeadDim <= 128 ? 200 : 208;
 
-  // As ValueFragments and add_infinite take them; the layout of tma.cuh.
+  // Interface of ValueFragments and add_infinite; layout of tma.cuh.
   static constexpr bool kFloat = false;
   static constexpr int kDepth = kMmaDepth<__half>;
   using ValueTile = SharedTile<kBoxRowBytes, Swizzle::plain>;
   using WeightTile = ValueTile;
 
-  static constexpr int kRowBytes = kTokens * kHeadDim * 2;  // of queries or keys
+  static constexpr int kRowBytes = kTokens * kHeadDim * 2;  // queries or keys
   static constexpr int kBlockBytes = kTokens * kBoxRowBytes;
 };
 
@@ -36,14 +37,14 @@ struct Sm90WeightStages {
   static constexpr int kStages = 2;
 };
 
-// Of a chunk, see SharedVectors.
+// Decays of a chunk, see SharedVectors.
 struct ChunkDecays {
   float start[64], end[64], high[64], low[64], total[4];
 };
 
-// Shared memory of a block. Barriers of a stage: `full` ends its phase when the copies are done,
-// `ready` when the decays are there and rows behind the sequence are zeros, `empty` when all warps
-// are done with it.
+// Shared memory of a CTA. Barriers of a stage: `full` completes when the copies have landed,
+// `ready` when decays are computed and rows past the sequence are zeroed, `empty` when all consumer
+// warps have released the stage.
 template <typename Shape>
 struct alignas(1024) Sm90Shared {
   static constexpr int kWeightStages = Sm90WeightStages::kStages;
@@ -58,7 +59,7 @@ struct alignas(1024) Sm90Shared {
   Mbarrier weights_full[kWeightStages], weights_empty[kWeightStages];
 
   __device__ void init_barriers(bool weighs) {
-    constexpr int kWarps = kWarpgroupThreads / kWarpSize;  // of a warpgroup
+    constexpr int kWarps = kWarpgroupThreads / kWarpSize;  // per warpgroup
     for (int i = 0; i < Shape::kStages; ++i) {
       full[i].init(1), ready[i].init(1);
       empty[i].init((Shape::kWarpgroups + weighs) * kWarps);

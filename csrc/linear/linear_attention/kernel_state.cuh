@@ -1,12 +1,12 @@
-// Where the state of a block lies in global memory: in the tensors of the caller, or in a slot of
-// the workspace, as the accumulators of its threads. How a block hands its slot to another one.
+// State of a CTA in global memory: in the caller's tensors, or in a workspace slot in accumulator
+// layout. Also the hand-over of a slot from one CTA to another.
 #pragma once
 #include "linear/linear_attention/kernel_shape.cuh"
 
 namespace tokenmill::cuda::linear_attention {
 
-// The number of a block in the order in which blocks begin: those with lower numbers run already,
-// so that it may wait for them. All threads of the block; shared: a word that is free.
+// Index of this CTA in start order: all CTAs with lower indices are already running, so it is safe
+// to wait for them. Called by all threads of the CTA; shared: a free word.
 __device__ inline unsigned take_number(unsigned* begun, unsigned* shared) {
   if (threadIdx.x == 0) *shared = atomicAdd(begun, 1u);
   __syncthreads();
@@ -15,7 +15,7 @@ __device__ inline unsigned take_number(unsigned* begun, unsigned* shared) {
   return number;
 }
 
-// All threads of a block, about what any of them has stored.
+// Publishes the stores of all threads of the CTA. Called by all threads.
 __device__ __forceinline__ void announce(unsigned* flag) {
   __syncthreads();
   if (threadIdx.x == 0)
@@ -31,7 +31,7 @@ __device__ __forceinline__ void await(const unsigned* flag) {
   __syncthreads();
 }
 
-// Accumulators of a step of features, which is step number `step`.
+// Accumulators of feature step `step`, in a slot.
 template <typename Shape>
 class SlotState {
  public:
@@ -54,8 +54,8 @@ class SlotState {
       to[n * blockDim.x] = {s[n][0], s[n][1], s[n][2], s[n][3]};
   }
 
-  // Stores s + factor * the state in the slot `before`, which s becomes. Loads go ahead of stores,
-  // as either takes the time of a trip to L2.
+  // Stores s + factor * state of slot `before`, and sets s to that state. Loads are issued ahead of
+  // stores, since each takes a round trip to L2.
   __device__ __forceinline__ void pass_on(float (&s)[Shape::kFeatureTiles][4], float factor,
                                           const SlotState& before) const {
     constexpr int kAhead = 8;
@@ -85,7 +85,7 @@ class SlotState {
   float* slot_;
 };
 
-// The state of one head as the caller has it.
+// State of one head in the caller's layout.
 struct CallerState {
   float* data;
   int64_t feature_step, column_step;
@@ -98,8 +98,8 @@ struct CallerState {
         features(features),
         columns(columns) {}
 
-  // visit(element, accumulator) for this lane's elements, from `feature` and `column` on, that
-  // exist.
+  // Calls visit(element, accumulator) for this lane's elements from `feature` and `column` on,
+  // within bounds.
   template <int kTiles, typename Visit>
   __device__ __forceinline__ void each(float (&s)[kTiles][4], int feature, int column,
                                        const Visit& visit) const {
@@ -115,7 +115,7 @@ struct CallerState {
           visit(at[i % 2 * feature_step + i / 2 * 8 * column_step], s[n][i]);
       f += 8;
       at += 8 * feature_step;
-      keep(f);  // or the compiler would compute all addresses at once
+      keep(f);  // otherwise the compiler computes all addresses at once
       keep(at);
     }
   }

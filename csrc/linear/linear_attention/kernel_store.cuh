@@ -1,10 +1,10 @@
-// Stores what a warp has computed of a chunk: 16 columns, transposed in accumulators.
+// Stores a warp's outputs of a chunk: 16 columns, transposed in the accumulators.
 #pragma once
 #include "linear/linear_attention/kernel_products.cuh"
 
 namespace tokenmill::cuda::linear_attention {
 
-// n rows, `step` elements apart, of which `columns` exist.
+// Stores n rows, `step` elements apart; columns from `columns` on are skipped.
 template <typename Shape>
 __device__ __forceinline__ void store_accumulators(float* out, int64_t step,
                                                    const float (&acc)[Shape::kTokens / 8][4], int n,
@@ -19,8 +19,8 @@ __device__ __forceinline__ void store_accumulators(float* out, int64_t step,
     }
 }
 
-// 16-bit results pass through the warp's own columns of the values, from `own` of their subtile on,
-// which nobody needs any more.
+// 16-bit outputs are staged in the warp's own columns of V in shared memory, from `own` on, which
+// are no longer needed.
 template <typename T, typename Shape>
 __device__ __forceinline__ void store_packed(T* out, int64_t step,
                                              const float (&acc)[Shape::kTokens / 8][4], int n,

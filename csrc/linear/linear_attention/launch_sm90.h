@@ -1,4 +1,4 @@
-// Which calls the forward of compute capability 9.0a takes, and its launch.
+// Launch conditions of the sm_90a forward, and its launch.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -18,7 +18,7 @@ struct Sm90Tensors : MappedTensors {
                       {p.out, batch, p.seqlen, p.heads, p.columns}} {}
 };
 
-// The rules of python/tokenmill/linear/linear_attention_kernels.py, for a recurrence that is a
+// Same rules as python/tokenmill/linear/linear_attention_kernels.py, for a recurrence that is a
 // forward.
 inline bool takes_sm90(const Recurrence& p) {
   const auto fits = [](int dim) { return dim == 128 || dim == 256; };
@@ -27,7 +27,7 @@ inline bool takes_sm90(const Recurrence& p) {
   return has_sm90_tokens(p.seqlen, p.cu_seqlens, p.batch) && Sm90Tensors(p).can_be_mapped();
 }
 
-// null, kNotMapped, or what went wrong. Defined in a generated source for each element type.
+// null, kNotMapped, or an error message. Defined in a generated source for each element type.
 template <typename T>
 const char* launch_sm90(const Recurrence& p, const RecurrencePlan& plan, cudaStream_t stream);
 

@@ -17,24 +17,24 @@ struct LinearAttentionParams {
   States initial, final;      // null: zeros; not wanted
   float* normalizer;          // [B, H, S], packed [H, T], epsilon included; null unless normalize
   const int32_t* cu_seqlens;  // [B + 1], null unless packed
-  int64_t chunk_size;         // a power of two; 0 leaves it to the kernel
-  float* workspace;           // of the CUDA kernels
+  int64_t chunk_size;         // a power of two; 0: chosen by the kernel
+  float* workspace;           // CUDA only
 };
 
 struct LinearAttentionBackwardParams {
-  LinearAttentionParams forward;  // out and normalizer as the forward left them (if normalize)
+  LinearAttentionParams forward;  // with out and normalizer (if normalize) from the forward
   Rows dout;                      // null data: zeros
   States dfinal;                  // null: zeros
-  Rows dq, dk, dv;                // in the dtype of q
-  LogDecay ddecay;  // written; for decays of a head [B, H], to be summed; null: not wanted
+  Rows dq, dk, dv;                // dtype of q
+  LogDecay ddecay;  // output; per-head decays [B, H] are to be summed; null: not wanted
   States dinitial;  // null: not wanted
 };
 
-// Of the CUDA kernels; shapes and the current device decide.
+// CUDA workspace; depends on shapes and the current device.
 int64_t workspace_bytes(const LinearAttentionParams&);
 int64_t workspace_bytes(const LinearAttentionBackwardParams&);
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const LinearAttentionParams&, void* stream);
 const char* launch_cuda(const LinearAttentionBackwardParams&, void* stream);
 

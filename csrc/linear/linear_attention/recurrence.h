@@ -1,4 +1,4 @@
-// The recurrence that forward and backward are made of:
+// Recurrence from which forward and backward are built:
 //   S_t = exp(decay_t) S_{t-1} + k_t^T v_t,  out_t = scale q_t S_t,
 // run forwards or, with reversed tokens, backwards.
 #pragma once
@@ -9,20 +9,20 @@ namespace tokenmill::cuda::linear_attention {
 struct Operand {
   Rows rows;
   int dim;
-  int group;  // heads of the recurrence that share one of the operand
+  int group;  // heads of the recurrence per head of the operand
   FeatureMap map;
 };
 
-// State of a head: element (feature, column) is feature_step x feature + column_step x column on.
+// State of a head: element (feature, column) is at feature_step x feature + column_step x column.
 struct StateRows {
   float* data;
   int64_t sequence, head, feature_step, column_step;
 };
 
-// A feature beyond those of queries and keys: given for one side, 1 on the other.
+// One feature in addition to those of q and k: given for one side, 1 on the other.
 enum class Extra : int32_t { none, queries, keys };
 
-constexpr int kSegment = 256;  // tokens from one saved state to the next
+constexpr int kSegment = 256;  // tokens between saved states
 
 struct Recurrence {
   int64_t batch, heads, seqlen;  // as in LinearAttentionParams
@@ -31,26 +31,26 @@ struct Recurrence {
   Operand q, k, v;
   int columns;  // of the state
   Rows out;
-  bool out_float;  // whatever the dtype
+  bool out_float;  // out is float32, whatever the dtype
   float scale;
-  bool scale_keys;  // not queries: the state holds the scale
+  bool scale_keys;  // applies the scale to keys instead of queries: the state includes it
 
-  bool no_diagonal;   // a token does not see itself
+  bool no_diagonal;   // strictly causal: a token does not see itself
   bool taylor;        // taylor2 on q and k
-  bool key_factors;   // of taylor2: k has those that depend on the scale, not q
-  bool value_taylor;  // columns are the features taylor2 of v
+  bool key_factors;   // taylor2: the scale-dependent factors are applied to k instead of q
+  bool value_taylor;  // the columns are the taylor2 features of v
   bool value_factors;
   bool normalize;
   float* normalizer;
   LogDecay decay;
   StateRows initial, final;
   Extra extra;
-  const float* extra_data;  // as the normaliser
-  float* saved;  // [segments of all sequences, H, slices], slots: states at the ends of segments
+  const float* extra_data;  // layout of the normalizer
+  float* saved;  // [segments of all sequences, H, slices] slots: states at the ends of segments
   float* workspace;
 };
 
-// Of a recurrence, in floats; the current device decides.
+// Workspace of a recurrence in floats; depends on the current device.
 int64_t workspace_floats(const Recurrence&);
 const char* launch_recurrence(const Recurrence&, bool reverse, void* stream);
 

@@ -1,5 +1,5 @@
 // Decode: one pass over the state, which is decayed, updated and multiplied row by row. Bound by
-// the memory of the state.
+// the memory traffic of the state.
 #include <cmath>
 #include <cstring>
 
@@ -11,7 +11,7 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-// Vectors of a row that stay in registers: as many hold v, as many the outputs.
+// Vectors of a row held in registers: this many for v, and as many for the outputs.
 constexpr int kBlock = kWidth == 16 ? 8 : 4;
 
 class Worker {
@@ -128,7 +128,7 @@ class Worker {
     }
   }
 
-  // The columns from c on, fewer than a vector.
+  // Columns from c on, fewer than a vector.
   __attribute__((noinline)) void update_rest(float* state, int64_t c) {
     for (int64_t f = 0; f < features; ++f)
       for (int64_t i = c; i < width; ++i) {
@@ -163,7 +163,7 @@ class Worker {
 void linear_attention_decode(const LinearDecodeParams& p) {
   const int64_t heads = p.batch * p.heads;
   const int64_t state = feature_dim(p.map, p.head_dim) * (p.value_dim + p.normalize);
-  // A parallel region costs about as much as passing over this many floats on one thread.
+  // A parallel region costs about as much as processing this many floats on one thread.
   const int threads = heads * state * p.seqlen < (1 << 17) ? 1 : cpu::num_threads();
   cpu::parallel_items(heads, threads, [&](cpu::ItemCounter& items) {
     FlushDenormals flush;

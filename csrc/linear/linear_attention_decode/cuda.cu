@@ -4,7 +4,7 @@
 namespace tokenmill {
 namespace {
 
-// Of a block, where heads are fewer than multiprocessors: rows of 128 bytes.
+// Minimum columns per CTA when there are fewer heads than SMs: rows of 128 bytes.
 constexpr int64_t kLeastColumns = 32;
 
 template <typename T, int kVector>

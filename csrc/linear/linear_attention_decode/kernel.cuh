@@ -1,5 +1,5 @@
-// Decoding: the state of a head passes through the registers of one block once per token. Lanes
-// side by side have neighbouring columns, warps and what is left of a warp other features.
+// Decode: the state of a head passes through the registers of one CTA once per token. Adjacent
+// lanes hold adjacent columns; warps, and the remaining lanes of a warp, hold different features.
 #pragma once
 #include "cuda/vector.cuh"
 #include "cuda/warp.cuh"
@@ -10,13 +10,13 @@
 namespace tokenmill::cuda::linear_attention_decode {
 
 constexpr int kDecodeThreads = 256;
-constexpr int kDecodeFeatures = 9 * 64;  // at least those of taylor2 with 32 dimensions
-constexpr int kDecodeColumns = 257;      // values and the normaliser
-constexpr int kDecodeBatch = 4;          // rows of the state that a thread loads at once
+constexpr int kDecodeFeatures = 9 * 64;  // at least the features of taylor2 with 32 dimensions
+constexpr int kDecodeColumns = 257;      // value_dim and the normalizer
+constexpr int kDecodeBatch = 4;          // state rows loaded at once per thread
 
 struct DecodePlan {
-  int lanes;   // that share a row of the state, a power of two
-  int slices;  // of the columns, a block each; 1 with a normaliser, which all columns need
+  int lanes;   // lanes per row of the state, a power of two
+  int slices;  // slices of the columns, one CTA each; 1 with a normalizer, which all columns need
 };
 
 struct DecodeShared {
@@ -25,7 +25,7 @@ struct DecodeShared {
   float parts[kDecodeThreads * 4];
 };
 
-// Features of x, which is [dim] in shared memory; those of a query have their factors.
+// Feature f of x [dim] in shared memory; query features include their factors.
 __device__ inline float decode_feature(const float* x, int f, int dim, float scale, bool query) {
   if (f == 0) return 1;
   if (f <= dim) return query ? scale * x[f - 1] : x[f - 1];
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const int features = taylor ? 1 + dim + dim * (dim + 1) / 2 : dim;
   const int64_t slot = p.indices ? p.indices[b] : b;
   const bool skipped = slot < 0 || slot >= p.slots;
-  const int width = plan.lanes * kVector;  // columns that a block takes at once
+  const int width = plan.lanes * kVector;  // columns per pass of the CTA
   const int lane = threadIdx.x % plan.lanes * kVector, row = threadIdx.x / plan.lanes;
   const int rows = kDecodeThreads / plan.lanes;
   float* const state =
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
     const T* const v = at(p.v, b, t, kv_head);
     for (int c = threadIdx.x; c < columns; c += kDecodeThreads)
       shared.v[c] = c < value_dim ? static_cast<float>(v[c]) : 1;
-    float* const raw = shared.parts;  // queries and keys of taylor2 wait here for their products
+    float* const raw = shared.parts;  // staging of q and k before the products of taylor2
     for (int f = threadIdx.x; f < dim; f += kDecodeThreads) {
       (taylor ? raw : shared.q)[f] = map_feature(p.map, static_cast<float>(q[f]));
       (taylor ? raw + dim : shared.k)[f] = map_feature(p.map, static_cast<float>(k[f]));

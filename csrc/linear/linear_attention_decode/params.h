@@ -17,7 +17,7 @@ struct LinearDecodeParams {
   const int32_t* indices;  // [B], a slot each; < 0 or >= slots: out is 0, no state changes. null: b
 };
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const LinearDecodeParams&, void* stream);
 
 }  // namespace tokenmill

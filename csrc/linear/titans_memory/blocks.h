@@ -1,12 +1,12 @@
-// The blocks of a sequence: chunks, and where these are longer than kBlock tokens, parts of them.
+// Blocks of a sequence: chunks, or parts of chunks longer than kBlock tokens.
 //
-// A block begins with the memory M and the momentum S, and its chunk with the memory G. With
-// U = K G - V, the gradient of token j is k_j^T u_j, and after token t of the block
+// A block begins with the memory M and the momentum S, and its chunk with the memory G. With U = K
+// G - V, the gradient of token j is k_j^T u_j, and after token t of the block
 //
 //   memory   = W[t, 0] M + W[t, 1] S - sum_(j <= t) W[t, 2 + j] k_j^T u_j
 //   momentum =             E[t, 1] S - sum_(j <= t) E[t, 2 + j] k_j^T u_j
 //
-// Rows of W and E follow from one another as memory and momentum do; nothing is divided.
+// Rows of W and E obey the same recurrences as memory and momentum; there are no divisions.
 #pragma once
 #include "linear/titans_memory/params.h"
 
@@ -14,8 +14,8 @@ namespace tokenmill {
 
 struct TitansBlock {
   int64_t first, tokens;
-  int64_t number_of_start;  // of the block that its chunk begins with
-  bool starts;              // a chunk
+  int64_t number_of_start;  // index of the first block of its chunk
+  bool starts;              // the block starts a chunk
 };
 
 // Block `number` of a sequence of `length` tokens.

@@ -1,4 +1,4 @@
-// Forward: block by block, the state in cache. A worker owns a head of a sequence.
+// Forward, block by block, with the state in cache. A worker owns a head of a sequence.
 #include <initializer_list>
 
 #include "cpu/parallel.h"
@@ -100,7 +100,7 @@ class Worker {
 
   const TitansParams& p;
   const int64_t dim, ldk, ldv;
-  const bool apart;  // the memory that a chunk begins with, from that of a block
+  const bool apart;  // the memory at the start of the chunk is stored separately from the block's
   cpu::Workspace workspace;
   const Matrix q, k, scaled, transposed, u, out, pairs;
   float *const w, *const e;

@@ -1,13 +1,13 @@
-// Backward: a sweep that computes the states again and keeps those that blocks begin with, and one
-// from the last block to the first. A worker owns a head of a sequence. With X = dO U^T,
-// P = Q K^T and w, e the last rows of W and E, a block has
+// Backward: a forward sweep that recomputes the states and keeps those at block starts, then a
+// sweep from the last block to the first. A worker owns a head of a sequence. With X = dO U^T, P =
+// Q K^T and w, e the last rows of W and E, a block has
 //
 //   dU = -(W o P)^T dO - diag(w) K dM' - diag(e) K dS'          dV = -dU
 //   dM = W00 dM' + (diag(W0) Q)^T dO   dS = W01 dM' + E1 dS' + (diag(W1) Q)^T dO   dG = K^T dU
 //   dQ = diag(W0) dO M^T + diag(W1) dO S^T - (W o X) K
 //   dK = -diag(w) U dM'^T - diag(e) U dS'^T - (W o X)^T Q + dU G^T
 //
-// where dM' and dS' are the gradients of the state behind it.
+// where dM' and dS' are the gradients of the state after the block.
 #include <initializer_list>
 
 #include "cpu/parallel.h"
@@ -153,7 +153,7 @@ class Worker {
     product_pairs(pairs, n, q, transposed, dim);
     transpose_into(transposed, u, n, f.value_dim);
     product_pairs(dpairs, n, dout, transposed, f.value_dim);
-    // pairs becomes the gradient of W, dpairs that of the products.
+    // pairs becomes the gradient of W, dpairs the gradient of the products.
     for (int64_t t = 0; t < n; ++t)
       for (int64_t j = 0; j < kBlock; j += kWidth) {
         const vf weight = load(w.row(t) + j);
@@ -164,7 +164,7 @@ class Worker {
         store(pairs.row(t) + j, select(hidden, zero(), zero() - pair * x));
       }
 
-    // Values and states.
+    // dU, dV, dG
     product_upper<true>(du, n, weighted, dout, ldv);
     negate(w_end);
     scale_rows(scaled, k, negative, n, ldk);
@@ -176,7 +176,7 @@ class Worker {
       store_row(du.row(t), -1.f, row_of(p.dv, f.dtype, b, token + t, h), f.dtype, f.value_dim);
     product<true, false>(dstart, dim, k, du, n, ldv);
 
-    // Keys.
+    // dK
     transpose_into(turned, dmemory, dim, f.value_dim);
     product<false, true>(first, n, u, turned, f.value_dim, ldk);
     transpose_into(turned, dmomentum, dim, f.value_dim);
@@ -191,7 +191,7 @@ class Worker {
     for (int64_t t = 0; t < n; ++t)
       store_row(dk.row(t), 1.f, row_of(p.dk, f.dtype, b, token + t, h), f.dtype, dim);
 
-    // Queries.
+    // dQ
     if (!at.starts) transpose_into(turned, memory, dim, f.value_dim);
     product<false, true>(first, n, dout, turned, f.value_dim, ldk);
     transpose_into(turned, momentum, dim, f.value_dim);
@@ -204,6 +204,7 @@ class Worker {
     for (int64_t t = 0; t < n; ++t)
       store_row(first.row(t), 1.f, row_of(p.dq, f.dtype, b, token + t, h), f.dtype, dim);
 
+    // dM, dS, and the gradients of the gates
     carry_back(memory, momentum, n);
     scale_rows(scaled, q, factors.memory, n, ldk);
     product<true, false>(dmemory, dim, scaled, dout, n, ldv);
@@ -226,7 +227,8 @@ class Worker {
       store(to + c, fma(load(x + c), set(a), load(y + c) * set(b)));
   }
 
-  // The gradients of the state move to before the block; those of the factors that carried it.
+  // Propagates the gradients of the state to the start of the block, and computes the gradients of
+  // the factors that carried the state.
   void carry_back(const Matrix& memory, const Matrix& momentum, int64_t n) {
     const vf of_memory = set(factors.memory[n - 1]), of_momentum = set(factors.momentum[n - 1]);
     const vf kept = set(factors.kept[n - 1]);
@@ -245,9 +247,9 @@ class Worker {
     dkept = sum_lanes(of[2]);
   }
 
-  // Rows of W and E backwards.
+  // Rows of W and E in reverse.
   void gate_gradients(int64_t b, int64_t token, int64_t h, int64_t n) {
-    vf gw[kBlock / kWidth], ge[kBlock / kWidth];  // of the row after this one
+    vf gw[kBlock / kWidth], ge[kBlock / kWidth];  // gradients of the next row
     float gw_memory = 0, gw_momentum = 0, ge_kept = 0;
     for (int64_t j = 0; j < kBlock / kWidth; ++j) {
       gw[j] = zero() - load(dw_end + j * kWidth);

@@ -1,5 +1,5 @@
-// What the forward and backward CPU kernels make of the tokens of one block: operands, factors of
-// gates, and products over register tiles.
+// Per-block operands of the forward and backward CPU kernels: loads, factors of gates, and products
+// over register tiles.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -10,8 +10,9 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-constexpr int64_t kBlock = 64;                 // tokens
-constexpr int64_t kRows = kBlock + kTileRows;  // of an operand: the last tile may reach past it
+constexpr int64_t kBlock = 64;  // tokens
+// rows of an operand: the last tile may extend past the block
+constexpr int64_t kRows = kBlock + kTileRows;
 constexpr int kFewRows = 4;
 
 constexpr int64_t rows_of_tile(int64_t left) {
@@ -19,7 +20,7 @@ constexpr int64_t rows_of_tile(int64_t left) {
   return left <= kFewRows || (left > kTileRows && left <= 2 * kFewRows) ? kFewRows : kTileRows;
 }
 
-// fn.template operator()<M>(row) for each tile of `rows` rows, which may reach past them.
+// Calls fn.template operator()<M>(row) for each tile of `rows` rows, which may extend past them.
 template <typename Fn>
 TM_INLINE void each_tile(int64_t rows, const Fn& fn) {
   for (int64_t row = 0, step; row < rows; row += step) {
@@ -39,7 +40,7 @@ struct Matrix {
   float* row(int64_t i) const { return data + i * ld; }
 };
 
-// C[rows][width] = or += A B over `words`; transposed: A^T B.
+// C[rows, width] = or += A B over `words`; transposed: A^T B.
 template <bool kTransposed, bool kAssign>
 inline void product(const Matrix& c, int64_t rows, const Matrix& a, const Matrix& b, int64_t words,
                     int64_t width) {
@@ -50,7 +51,7 @@ inline void product(const Matrix& c, int64_t rows, const Matrix& a, const Matrix
   });
 }
 
-// C += A B with a lower-triangular A [n][n]: a weight of 0 hides its row of B.
+// C += A B with a lower-triangular A [n, n]: a weight of 0 masks its row of B.
 inline void product_lower(const Matrix& c, int64_t n, const Matrix& a, const Matrix& b,
                           int64_t width) {
   each_tile(n, [&]<int M>(int64_t row) TM_LAMBDA {
@@ -59,7 +60,7 @@ inline void product_lower(const Matrix& c, int64_t n, const Matrix& a, const Mat
   });
 }
 
-// C = or += A^T B with a lower-triangular A [n][n].
+// C = or += A^T B with a lower-triangular A [n, n].
 template <bool kAssign>
 inline void product_upper(const Matrix& c, int64_t n, const Matrix& a, const Matrix& b,
                           int64_t width) {
@@ -69,7 +70,7 @@ inline void product_upper(const Matrix& c, int64_t n, const Matrix& a, const Mat
   });
 }
 
-// The lower triangle of C [n][n] = A B, with what rounds it up to vectors.
+// Lower triangle of C [n, n] = A B, including the padding to whole vectors.
 inline void product_pairs(const Matrix& c, int64_t n, const Matrix& a, const Matrix& b,
                           int64_t words) {
   each_tile(n, [&]<int M>(int64_t row) TM_LAMBDA {
@@ -78,7 +79,7 @@ inline void product_pairs(const Matrix& c, int64_t n, const Matrix& a, const Mat
   });
 }
 
-// to [columns][rows rounded up to vectors] of from [rows][columns].
+// to [columns][rows rounded up to vectors] = transpose of from [rows][columns].
 inline void transpose_into(const Matrix& to, const Matrix& from, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; r += kWidth)
     for (int64_t c = 0; c < columns; c += kWidth) {
@@ -92,7 +93,7 @@ inline void transpose_into(const Matrix& to, const Matrix& from, int64_t rows, i
     }
 }
 
-// Row i of `to` is factors[i] times that of `from`.
+// Row i of `to` = factors[i] times row i of `from`.
 inline void scale_rows(const Matrix& to, const Matrix& from, const float* factors, int64_t rows,
                        int64_t width) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -117,13 +118,13 @@ struct Gates {
   }
 };
 
-// Of M and S in the memory, and of S in the momentum, after each token; those of the gradients are
-// rows of W and E beside it.
+// Factors of M and S in the memory, and of S in the momentum, after each token; the factors of the
+// gradients are separate rows of W and E.
 struct Factors {
   float memory[kBlock], momentum[kBlock], kept[kBlock];
 };
 
-// Rows of W and E without their first two columns, [n][kBlock] with kAll, else the last one alone.
+// Rows of W and E without their first two columns: [n][kBlock] with kAll, else only the last row.
 template <bool kAll>
 inline void weigh(const Gates& g, int64_t n, Factors& f, float* w, float* e) {
   float memory = 1, momentum = 0, kept = 1;
@@ -156,7 +157,7 @@ inline void weigh(const Gates& g, int64_t n, Factors& f, float* w, float* e) {
   }
 }
 
-// What a pair of tokens contributes: 0 without weight, whatever the product is.
+// Negated contribution of a pair of tokens: 0 without weight, even if the product is not finite.
 TM_INLINE vf negative_product(vf weight, vf x) {
   return select(equal(weight, zero()), zero(), zero() - weight * x);
 }
@@ -173,7 +174,7 @@ TM_INLINE char* row_of(const Rows& r, DType t, int64_t b, int64_t token, int64_t
          (b * r.batch + token * r.seq + h * r.head) * (t == DType::float32 ? 4 : 2);
 }
 
-// Asks for rows of a head, which lie apart: no hardware prefetcher follows.
+// Prefetches rows of a head: they are far apart, which hardware prefetchers do not follow.
 template <bool kWrite = false>
 inline void ask_for(const Rows& r, DType t, int64_t b, int64_t token, int64_t h, int64_t rows,
                     int64_t length) {
@@ -184,7 +185,7 @@ inline void ask_for(const Rows& r, DType t, int64_t b, int64_t token, int64_t h,
       __builtin_prefetch(first + i * r.seq * size + c, kWrite, 2);
 }
 
-// A state in memory, whose rows lie together, from or to rows `ld` apart.
+// Copies a state in memory, whose rows are contiguous, to rows of `to`.
 inline void load_state(const Matrix& to, const States& from, int64_t b, int64_t h, int64_t rows,
                        int64_t columns) {
   for (int64_t r = 0; r < rows; ++r) {

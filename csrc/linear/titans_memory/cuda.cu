@@ -6,15 +6,15 @@ namespace {
 
 using namespace cuda::titans_memory;
 
-// Columns of a slice. A sweep is a chain of blocks of tokens, of which a narrow slice does each
-// sooner, and more of all in all: the pairs of tokens are those of every slice.
+// Columns per slice. A sweep is a sequential chain of token blocks: a narrow slice processes each
+// block sooner, but narrow slices do more work in total, since each one recomputes the token pairs.
 constexpr int kWide = 32, kNarrow = 8;
 
 int64_t sweep_blocks(const TitansParams& p, int width) {
   return (p.batch + (p.cu_seqlens != nullptr)) * p.heads * ceil_div(p.value_dim, width);
 }
 
-// Narrow where a wide slice does not fit, or where each narrow one has a multiprocessor for itself.
+// Narrow if a wide slice does not fit, or if each narrow slice gets an SM of its own.
 int width_of(const TitansParams& p) {
   const bool alone = sweep_blocks(p, kNarrow) <= cuda::multiprocessors();
   return p.head_dim > 128 || alone ? kNarrow : kWide;

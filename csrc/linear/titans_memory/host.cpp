@@ -59,7 +59,7 @@ TokenGates gates_of(const View& t, bool packed) {
   return {t.mutable_data<float>(), packed ? 0 : t.step(0), t.step(-2), t.step(-1)};
 }
 
-// All that metadata can break.
+// All rules on metadata.
 TitansParams make_params(const TitansArgs& a) {
   const bool packed = a.packed();
   check_inputs(a);

@@ -1,7 +1,7 @@
-// The sweeps over the blocks of a sequence. A thread block owns a head and a slice of the value
-// columns, which depend on no other ones, and has the state of the slice in shared memory:
+// Sweeps over the blocks of a sequence. A CTA owns a head and a slice of the columns of V, which
+// are independent of each other, and keeps the state of the slice in shared memory:
 //
-//   states_kernel     out, and the state behind the last token; or what the backward reads
+//   states_kernel     out, and the state after the last token; or the inputs of the backward
 //   gradients_kernel  from the last block to the first: dV, and the gradients of the states
 //
 // The rest of the backward is in kernel_backward.cuh.
@@ -14,30 +14,31 @@
 namespace tokenmill::cuda::titans_memory {
 
 constexpr int kThreads = 256;
-constexpr int kTokens = 32;             // of a block: a lane each
-constexpr int kPairStep = kTokens + 1;  // between rows of pairs
+constexpr int kTokens = 32;             // per block: one lane each
+constexpr int kPairStep = kTokens + 1;  // row stride of pairs
 constexpr int kMaxHeadDim = 256;
-// Of registers for; without a number ptxas makes room for three on 12.0, and spills.
+// CTAs per SM for the register budget; without it ptxas targets three on sm_120, and spills.
 constexpr int kBlocksOfMultiprocessor = 2;
 
-// Of a block; first counts all tokens of a batch or of packed sequences. No tokens: no block.
+// Location of a block; `first` counts all tokens of a batch or of packed sequences. tokens = 0: no
+// block.
 struct Place {
   int sequence, tokens, start_slot;
   int64_t first;
 };
 
-// What the backward keeps, by slot: each block of a sequence has one.
+// Data kept for the backward, by slot: each block of a sequence has one.
 struct Kept {
   int64_t slots;
   Place* places;  // [slots]
-  float* states;  // [slots, H, 4, D, Dv]: M and S before a block, their gradients behind it
+  float* states;  // [slots, H, 4, D, Dv]: M and S before a block, their gradients after it
   float *u, *du;  // [tokens, H, Dv]
 };
 
 enum : int { kMemory, kMomentum, kMemoryGradient, kMomentumGradient };
 
-// Slots from the one of the first block of a sequence on. A part of a chunk is counted for each
-// sequence that begins or ends in it.
+// First slot of a sequence. A part of a chunk is counted for each sequence that begins or ends in
+// it.
 __host__ __device__ inline int64_t slots_before(const TitansParams& p, int64_t sequence,
                                                 int64_t start) {
   if (!p.cu_seqlens) return sequence * titans_blocks(p.seqlen, p.chunk_size, kTokens);
@@ -54,19 +55,20 @@ __device__ inline PackedRows rows_of(const TitansParams& p, int64_t b) {
   return rows_of_sequence(p.cu_seqlens, p.batch, p.seqlen, b);
 }
 
-// Of a token, among those of a head.
+// Row of a token among the rows of a head.
 __device__ __forceinline__ int64_t row_number(const TitansParams& p, int64_t b, int64_t token) {
   return (p.cu_seqlens ? 0 : b * p.seqlen) + token;
 }
 
-// What gates make of M and S, after each token and behind the block.
+// Factors that the gates apply to M and S, after each token and after the block.
 struct Factors {
   float decay[kTokens], eta[kTokens], theta[kTokens];
   float memory[kTokens], momentum[kTokens], kept[kTokens];
   float w_end[kTokens], e_end[kTokens];
 };
 
-// pairs[t][j] becomes W[t, 2 + j], and with kAll kept[t][j] E[t, 2 + j]. The first two warps.
+// pairs[t][j] becomes W[t, 2 + j], and with kAll kept[t][j] E[t, 2 + j]. Called by the first two
+// warps.
 template <bool kAll>
 __device__ inline void weigh(const TitansParams& p, Factors& f, float* pairs, float* kept,
                              int64_t b, int64_t h, int64_t token, int n) {
@@ -107,8 +109,8 @@ __device__ __forceinline__ const T* row_at(const Rows& rows, int64_t b, int64_t 
   return static_cast<const T*>(rows.data) + b * rows.batch + token * rows.seq + h * rows.head;
 }
 
-// n rows of `columns` elements from column `first` on, at most `width` of them, as floats; zero
-// beyond the columns.
+// Loads n rows of `columns` elements from column `first` on, at most `width` of them, as floats;
+// zero past the columns.
 template <typename T>
 __device__ __forceinline__ void load_rows(float* to, int step, const T* from, int64_t seq, int n,
                                           int64_t first, int64_t columns, int width) {
@@ -180,7 +182,7 @@ struct Sweep {
     load_rows(q, step, row_at<T>(p.q, b, token, h), p.q.seq, n, 0, dim, dim);
   }
 
-  // pairs[t][j], j <= t: minus the weight, which is there, times q_t . k_j.
+  // pairs[t][j], j <= t: multiplied by -(q_t . k_j); they hold the weights on entry.
   __device__ void score(int n) {
     for (int i = threadIdx.x; i < n * kTokens; i += kThreads) {
       const int t = i / kTokens, j = i % kTokens;
@@ -212,7 +214,8 @@ struct Sweep {
   }
 };
 
-// Which head and slice a thread block has. Packed: one more sequence stands for the tokens of none.
+// Head and slice of a CTA. Packed: one extra sequence stands for the tokens outside of every
+// sequence.
 struct Share {
   int64_t b, h, column;
   __device__ Share(const TitansParams& p, int width) {
@@ -224,7 +227,7 @@ struct Share {
   }
 };
 
-// 0 in the rows that no sequence has.
+// Zeroes the rows outside of every sequence.
 template <typename T>
 __device__ inline void clear_loose(const TitansParams& p, const Rows& rows, int64_t h,
                                    int64_t column, int64_t columns, int width) {
@@ -236,7 +239,7 @@ __device__ inline void clear_loose(const TitansParams& p, const Rows& rows, int6
   }
 }
 
-// The slots of sequence b, and those behind it that nobody has.
+// Writes the slots of sequence b, and the unused ones after it.
 __device__ inline void write_places(const TitansParams& p, const Kept& kept, int64_t b,
                                     const PackedRows& rows) {
   const int64_t own = slots_before(p, b, rows.start);
@@ -255,7 +258,7 @@ __device__ inline void write_places(const TitansParams& p, const Kept& kept, int
   }
 }
 
-// kKeep: for the backward, instead of out.
+// kKeep: stores the inputs of the backward instead of out.
 template <typename T, int kWidth, bool kKeep>
 __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
     states_kernel(const __grid_constant__ TitansParams p, const __grid_constant__ Kept kept) {

@@ -1,6 +1,6 @@
-// Gradients of queries, keys and gates of one block and head, from the states before it and their
-// gradients behind it. Nothing here depends on another block. Tiles are [kTokens][kTokens]: a warp
-// has some of their rows, a lane a column.
+// Gradients of queries, keys and gates of one block and head, from the states before the block and
+// their gradients after it. Blocks are independent here. Tiles are [kTokens][kTokens]: a warp owns
+// some rows, a lane a column.
 #pragma once
 #include "linear/titans_memory/kernel.cuh"
 
@@ -12,13 +12,14 @@ constexpr int kTile = kTokens * kPairStep;
 struct BlockShared {
   Factors f;
   float w[kTile], e[kTile];
-  float scores[kTile], values[kTile];  // q_t . k_j and dout_t . u_j, and then what W and they get
+  // q_t . k_j and dout_t . u_j, then the gradients of W and of q_t . k_j
+  float scores[kTile], values[kTile];
   float states[5][kTile], rows[3][kTile];
   float dmemory[kTokens], dmomentum[kTokens], dw_end[kTokens], de_end[kTokens];
   float sums[3][kThreads / kWarpSize];
 };
 
-// A tile of a state [D][Dv]: rows d, columns c.
+// Tile of a state [D][Dv]: rows d, columns c.
 __device__ __forceinline__ void load_state_tile(float* to, const float* state, int64_t d, int64_t c,
                                                 int64_t dim, int64_t columns) {
   for (int i = threadIdx.x; i < kTokens * kTokens; i += kThreads) {
@@ -27,7 +28,7 @@ __device__ __forceinline__ void load_state_tile(float* to, const float* state, i
   }
 }
 
-// sums[i] += the product of row (warp + 8 i) of a and row `lane` of b.
+// sums[i] += row (warp + 8 i) of a dot row `lane` of b.
 __device__ __forceinline__ void add_products(float (&sums)[kRowsOfWarp], const float* a,
                                              const float* b) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t dim = in.head_dim, columns = in.value_dim;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   constexpr int kWarps = kThreads / kWarpSize;
-  if (slot == kept.slots) {  // packed: the tokens of no sequence
+  if (slot == kept.slots) {  // packed: tokens outside of every sequence
     clear_loose<T>(in, p.dq, h, 0, dim, static_cast<int>(dim));
     clear_loose<T>(in, p.dk, h, 0, dim, static_cast<int>(dim));
     const auto clear_gate = [&](const TokenGates& g) {
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
   weigh<true>(in, s.f, s.w, s.e, b, h, token, n);
   for (int i = threadIdx.x; i < kTokens; i += kThreads)
     s.dmemory[i] = s.dmomentum[i] = s.dw_end[i] = s.de_end[i] = 0;
-  for (int i = threadIdx.x; i < 3 * kTile; i += kThreads) s.rows[0][i] = 0;  // past n too
+  for (int i = threadIdx.x; i < 3 * kTile; i += kThreads) s.rows[0][i] = 0;  // zero past n
 
   const auto load = [&](float* to, const Rows& rows, int64_t first, int64_t length) {
     const T* const from = rows.data ? row_at<T>(rows, b, token, h) : nullptr;
@@ -102,8 +103,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kRowsOfWarp; ++i) {
     const int t = row_of(i), at_pair = t * kPairStep + lane;
     const bool seen = lane <= t && t < n;
-    s.scores[at_pair] = seen ? -scores[i] * values[i] : 0;     // of W
-    s.values[at_pair] = seen ? -s.w[at_pair] * values[i] : 0;  // of q_t . k_j
+    s.scores[at_pair] = seen ? -scores[i] * values[i] : 0;     // gradient of W
+    s.values[at_pair] = seen ? -s.w[at_pair] * values[i] : 0;  // gradient of q_t . k_j
   }
 
   const auto state = [&](int64_t of, int which) {
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kRowsOfWarp; ++i) {
       const int t = row_of(i);
-      if (t >= n) continue;  // the whole warp
+      if (t >= n) continue;  // uniform across the warp
       const float q = s.rows[0][t * kPairStep + lane], k = s.rows[1][t * kPairStep + lane];
       const float of_memory = warp_sum(memory_q[i] * q), of_momentum = warp_sum(momentum_q[i] * q);
       const float of_w = warp_sum(memory_k[i] * k), of_e = warp_sum(momentum_k[i] * k);
@@ -177,8 +178,8 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (warp > 0) return;
 
-  // Rows of W and E backwards: a lane has a column of each.
-  float dmemory = 0, dmomentum = 0, dkept = 0;  // of the carried factors
+  // Rows of W and E in reverse: each lane owns a column of both.
+  float dmemory = 0, dmomentum = 0, dkept = 0;  // gradients of the carried factors
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) {
     dmemory += s.sums[0][i];

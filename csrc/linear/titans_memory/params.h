@@ -4,7 +4,7 @@
 
 namespace tokenmill {
 
-// One number for each token and head, [B, S, H]; steps in elements, batch = 0 where packed.
+// One number per token and head, [B, S, H]; strides in elements, batch = 0 if packed.
 struct TokenGates {
   float* data;
   int64_t batch, seq, head;
@@ -21,23 +21,23 @@ struct TitansParams {
   States initial_memory, initial_momentum;  // null: zeros
   States memory, momentum;                  // after the last token; null: not wanted
   const int32_t* cu_seqlens;                // [B + 1], null unless packed
-  float* workspace;                         // of the CUDA kernels
+  float* workspace;                         // CUDA only
 };
 
 struct TitansBackwardParams {
   TitansParams forward;
   Rows dout;                  // null data: zeros
-  States dmemory, dmomentum;  // of the last state; null: zeros
-  Rows dq, dk, dv;            // in the dtype of q
+  States dmemory, dmomentum;  // gradients of the last state; null: zeros
+  Rows dq, dk, dv;            // dtype of q
   TokenGates dalpha, deta, dtheta;
   States dinitial_memory, dinitial_momentum;  // null: not wanted
 };
 
-// Of the CUDA kernels; shapes decide.
+// CUDA workspace; depends on shapes only.
 int64_t workspace_bytes(const TitansParams&);
 int64_t workspace_bytes(const TitansBackwardParams&);
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const TitansParams&, void* stream);
 const char* launch_cuda(const TitansBackwardParams&, void* stream);
 
