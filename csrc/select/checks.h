@@ -1,5 +1,5 @@
-// The checks that operators on keys share: those of python/tokenmill/select/rules.py, in its order
-// and words.
+// Checks shared by the operators on keys; same rules, order and messages as
+// python/tokenmill/select/rules.py.
 #pragma once
 #include <algorithm>
 
@@ -28,7 +28,7 @@ inline void check_length_values(const char* op, const char* name, const int32_t*
           int64_t{lengths[b]});
 }
 
-// [B, H, Sq] of q [B, Sq, H, D]; null if not given
+// lse is [B, H, Sq] for q [B, Sq, H, D]; null if not given.
 template <typename Params>
 void set_lse(const char* op, const View& lse, const View& q, Params& p) {
   if (!lse) return;
@@ -43,7 +43,7 @@ void set_lse(const char* op, const View& lse, const View& q, Params& p) {
   p.lse_head = t.step(1);
 }
 
-// Requests of keys [B, S, ...], or of a table of pages.
+// Number of requests in keys [B, S, ...], or in a block_table.
 inline int64_t batch_of(const View& k, const View& block_table) {
   return block_table ? block_table.size(0) : k.size(0);
 }
@@ -57,8 +57,7 @@ inline void check_block_table(const char* op, const View& block_table, const Vie
   check_device_of(op, "block_table", t, "k", k);
 }
 
-// The number of requests of queries that are packed or not, over keys that are packed, padded or in
-// pages.
+// Number of requests, with packed or unpacked queries, and packed, padded or paged keys.
 inline int64_t check_sequences(const char* op, const View& q, const View& k, const View& seqlens_k,
                                const View& cu_seqlens_q, const View& cu_seqlens_k,
                                const View& block_table, const View& seqlens_q = {}) {
@@ -85,7 +84,7 @@ inline int64_t check_sequences(const char* op, const View& q, const View& k, con
   return batch;
 }
 
-// k [B, S, H, ...] or [pages, page_size, H, ...]
+// k: [B, S, H, ...] or [pages, page_size, H, ...]
 inline KeyRows key_rows(const View& k, const View& block_table) {
   KeyRows rows{k.data(), k.step(0), k.step(1), k.step(2), k.size(1), nullptr, 0, k.size(1), 0};
   if (block_table) {
@@ -98,7 +97,7 @@ inline KeyRows key_rows(const View& k, const View& block_table) {
   return rows;
 }
 
-// On the CPU alone: the pages of the first lengths[b] rows must be there.
+// CPU only: the pages of the first lengths[b] rows must exist.
 inline void check_block_table_values(const char* op, const KeyRows& k, int64_t batch,
                                      const int32_t* lengths) {
   for (int64_t b = 0; b < batch && k.table && k.page_size > 0; ++b)

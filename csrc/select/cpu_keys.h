@@ -1,4 +1,4 @@
-// Scores as unsigned integers of the same order, and the n-th largest of them.
+// Order-preserving unsigned integer keys of scores, and the n-th largest of them.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -20,7 +20,7 @@ TM_INLINE float score_of(uint32_t key) {
   return std::bit_cast<float>(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-// The lanes of a mask as bits, lane 0 lowest.
+// Lanes of a mask as bits, lane 0 lowest.
 TM_INLINE uint64_t bits_of(vm m) {
 #if defined(__AVX512F__)
   return m;
@@ -40,7 +40,7 @@ inline uint32_t nth_largest(uint32_t* keys, int64_t count, int64_t rank) {
       least = keys[i] < least ? keys[i] : least;
       most = keys[i] > most ? keys[i] : most;
     }
-    const int width = std::bit_width(most - least);  // bits that differ
+    const int width = std::bit_width(most - least);  // number of bits that differ
     if (width == 0) return least;
     const int count_width = std::bit_width(static_cast<uint64_t>(count));
     const int bits = count_width < 4 ? 4 : count_width > 11 ? 11 : count_width;

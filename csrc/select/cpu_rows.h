@@ -1,4 +1,4 @@
-// What the CPU kernels that multiply queries and keys share.
+// Helpers shared by the CPU kernels that multiply queries with keys.
 #pragma once
 #include <limits>
 #include <type_traits>
@@ -18,8 +18,8 @@ TM_INLINE char* row_of(const Rows& r, DType t, int64_t b, int64_t i, int64_t h) 
          (b * r.batch + i * r.seq + h * r.head) * (t == DType::float32 ? 4 : 2);
 }
 
-// run(row, integral_constant of the rows at once) over `rows` rows: tiles, and single rows where a
-// tile would be mostly idle. Operands must hold whole tiles.
+// Calls run(row, integral_constant of the rows at once) over `rows` rows: full tiles, and single
+// rows where a tile would be mostly idle. Operands must have room for whole tiles.
 template <typename Run>
 TM_INLINE void each_tile(int64_t rows, const Run& run) {
   int64_t r = 0;
@@ -27,7 +27,7 @@ TM_INLINE void each_tile(int64_t rows, const Run& run) {
   for (; r < rows; ++r) run(r, std::integral_constant<int, 1>());
 }
 
-// 2^t as coarse as 16-bit operands allow, or to float32 accuracy.
+// 2^t, only as accurate as 16-bit operands require, or to float32 accuracy.
 template <bool kCoarse>
 TM_INLINE vf power(vf t) {
   return exp2<kCoarse ? 3 : 5>(t);

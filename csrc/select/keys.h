@@ -1,20 +1,20 @@
-// Where the keys of a request lie, packed or in pages. Free of torch.
+// Addressing of a request's keys, packed or paged. Free of torch.
 #pragma once
 #include "core/dtype.h"
 
 namespace tokenmill {
 
-// Row t of request b: without a table at b * batch + t * seq, with one at row t % page_size of page
-// table[b][t / page_size]; pages are `batch` elements apart. Strides in elements.
+// Row t of request b: without a table at b * batch + t * seq; with one at row t % page_size of page
+// table[b][t / page_size], pages being `batch` elements apart. Strides in elements.
 struct KeyRows {
   const void* data;
   int64_t batch, seq, head;
-  int64_t rows;          // of a request
+  int64_t rows;          // per request
   const int32_t* table;  // [B, *]; null: none
   int64_t table_stride, page_size, pages;
 };
 
-// Rows t .. end - 1 lie `seq` apart from `offset` on; offset < 0: their page is not there.
+// Rows t .. end - 1 are `seq` apart from `offset` on; offset < 0: their page does not exist.
 struct KeyRun {
   int64_t offset, end;
 };
@@ -27,14 +27,14 @@ TOKENMILL_HOST_DEVICE inline KeyRun key_run(const KeyRows& k, int64_t b, int64_t
   return {there ? found * k.batch + (t - first) * k.seq : -1, first + k.page_size};
 }
 
-// lengths [B] clamped to the rows that there are; null: all.
+// lengths [B] clamped to the number of rows; null: all.
 TOKENMILL_HOST_DEVICE inline int64_t clamped_length(const int32_t* lengths, int64_t b,
                                                     int64_t most) {
   if (!lengths || lengths[b] > most) return most;
   return lengths[b] < 0 ? 0 : lengths[b];
 }
 
-// An end of packed sequences, cut to the rows that there are.
+// End of a packed sequence, clamped to the number of rows.
 TOKENMILL_HOST_DEVICE inline int64_t packed_end(const int32_t* cu_seqlens, int64_t i,
                                                 int64_t rows) {
   const int64_t end = cu_seqlens[i];

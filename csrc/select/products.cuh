@@ -1,4 +1,4 @@
-// Products of rows of keys, straight from memory, with query rows in shared memory, by one warp.
+// S = K Q^T by one warp: key rows directly from global memory, query rows in shared memory.
 #pragma once
 #include "cuda/arch/mma_sm80.cuh"
 #include "cuda/load_tile.cuh"
@@ -6,14 +6,14 @@
 
 namespace tokenmill::cuda {
 
-constexpr int kScoreRows = 16;   // of keys, of a product
-constexpr int kSliceBatch = 4;   // slices of keys that are loaded at once
-constexpr int kSliceBytes = 64;  // 16 of each lane of a quad, two products deep
+constexpr int kScoreRows = 16;   // key rows per product
+constexpr int kSliceBatch = 4;   // 64-byte slices of key rows loaded at once
+constexpr int kSliceBytes = 64;  // 16 per lane of a quad, two MMA k-steps
 
-// s[n] = products of 16 rows of keys with columns 8 n .. 8 n + 7 of `queries`, of which there are
-// `tiles`. The rows g and g + 8 of a lane start at low and high; keys.load(words, row, chunk) reads
-// 16 bytes of one, zeros if there are none, and keys.plan says how many slices of 64 bytes a row
-// has and how many bytes lie between columns.
+// s[n] = 16 key rows times columns 8 n .. 8 n + 7 of `queries`, which has `tiles` column tiles.
+// Rows g and g + 8 of a lane start at low and high; keys.load(words, row, chunk) reads 16 bytes of
+// a row, or zeros past its end. keys.plan has the number of 64-byte slices per row and the byte
+// stride between columns.
 template <typename T, int kColumnTiles, typename Keys>
 __device__ __forceinline__ void multiply_queries(float (&s)[kColumnTiles][4], const Keys& keys,
                                                  const T* low, const T* high, uint32_t queries,

@@ -1,4 +1,4 @@
-// The n-th largest key of a row by digits of ordered keys, and a sort, by one block.
+// n-th largest key of a row by radix select on order-preserving keys, and a sort, by one CTA.
 #pragma once
 #include <cstdint>
 #include <cub/block/block_scan.cuh>
@@ -6,7 +6,7 @@
 namespace tokenmill::cuda {
 
 constexpr int kTopkThreads = 512;
-constexpr int kDigitBits = 11;  // 11, 11 and 10 of a key
+constexpr int kDigitBits = 11;  // 11, 11 and 10 bits of a key
 constexpr int kBins = 1 << kDigitBits;
 constexpr int kDigits = 3;
 
@@ -15,7 +15,7 @@ constexpr __host__ __device__ int digit_shift(int digit) {
 }
 constexpr __host__ __device__ int digit_bits(int digit) { return digit == 2 ? 10 : kDigitBits; }
 
-// Unsigned integers in the order of the scores, -0 as 0; 0 for what is never selected.
+// Order-preserving unsigned integer of a score, -0 as 0; 0 for scores that are never selected.
 __device__ __forceinline__ uint32_t key_of(float x) {
   const uint32_t bits = __float_as_uint(x + 0.f);
   const uint32_t key =
@@ -23,11 +23,12 @@ __device__ __forceinline__ uint32_t key_of(float x) {
   return x > __int_as_float(0xff800000) ? key : 0;
 }
 
-// What is known of the wanted-th key of a row: its digits so far, and how many of the keys that
-// begin with them are wanted.
+// State of the search for a row's wanted-th key: its digits so far, and how many keys with that
+// prefix are wanted.
 struct TopkState {
   uint32_t prefix;
-  int wanted, equal, candidates;  // keys with this prefix; keys of this prefix or above
+  // equal: keys with this prefix; candidates: keys with this prefix or a larger one
+  int wanted, equal, candidates;
 };
 
 struct TopkShared {
@@ -49,8 +50,8 @@ __device__ __forceinline__ void count_key(unsigned* bins, uint32_t key, int digi
     atomicAdd(&bins[key >> shift & ((1u << bits) - 1)], 1u);
 }
 
-// Takes one digit more into the state, from the counts of all keys that begin with its prefix. If
-// fewer are counted than wanted, all are. The bins are counted from the highest on.
+// Adds one digit to the state, from the histogram of all keys with its prefix. If fewer keys are
+// counted than wanted, all are wanted. Bins are scanned from the highest down.
 __device__ inline void narrow(TopkShared& shared, int digit) {
   constexpr int kEach = kBins / kTopkThreads;
   const TopkState old = shared.state;
@@ -78,7 +79,7 @@ __device__ inline void narrow(TopkShared& shared, int digit) {
   __syncthreads();
 }
 
-// Sorts `size` numbers, a power of two, by the whole block: a bitonic network.
+// Sorts `size` numbers, a power of two, by all threads of the CTA: bitonic network.
 __device__ inline void sort_ascending(uint64_t* keys, int size) {
   __syncthreads();
   for (int span = 2; span <= size; span *= 2) {

@@ -136,7 +136,7 @@ class RecurrenceBlock {
   }
 
   // Between parts the state comes from the workspace. A state too large for the accumulators is
-  // kept there: a part reuses the slot of the previous part, the first part that of the last.
+  // kept there: a part reuses the slot of the previous part, the first part the last slot.
   __device__ __forceinline__ void start_state() {
     if (!Shape::kSteps) slot_state_ = own_slot();
     const bool carried = plan_.from_workspace && !states_only() && part_.index > 0;

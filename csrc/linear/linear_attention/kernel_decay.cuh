@@ -30,8 +30,8 @@ class Decays {
   // Weight of a key `distance` tokens before the query.
   __device__ float at_distance(int distance) const { return exp2_exact(head_ * distance); }
 
-  // Decay applied to the state after the last step; in reverse it is that of the sequence's first
-  // token.
+  // Decay applied to the state after the last step; in reverse, the decay of the
+  // sequence's first token.
   __device__ float behind_last() const {
     if (!reverse_ || length_ == 0) return 1;
     return exp2_exact(per_token_ ? of_token(0) : head_);

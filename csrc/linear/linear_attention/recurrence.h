@@ -19,7 +19,7 @@ struct StateRows {
   int64_t sequence, head, feature_step, column_step;
 };
 
-// One feature in addition to those of q and k: given for one side, 1 on the other.
+// One feature in addition to the features of q and k: given for one side, 1 on the other.
 enum class Extra : int32_t { none, queries, keys };
 
 constexpr int kSegment = 256;  // tokens between saved states

@@ -1,6 +1,6 @@
-// Two passes over the scores, whose tiles stay in registers. The first, without lse, finds maximum
-// and sum of each row: a worker owns rows and streams the keys past them. The second adds weights
-// up: a worker owns keys and streams the rows.
+// Two passes over S, whose tiles stay in registers. The first, used without lse, computes row_max
+// and row_sum: a worker owns rows and streams the keys past them. The second accumulates weights
+// per key: a worker owns keys and streams the rows.
 #include <cstring>
 
 #include "cpu/gumbel.h"
@@ -12,10 +12,10 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kKeyBlock = 256;   // of a worker of the second pass; a multiple of kPanel
-constexpr int64_t kRowBlock = 48;    // that it packs at once; a multiple of kTileRows
-constexpr int64_t kOwnedRows = 192;  // of a worker of the first pass, of all heads of a group
-// Exponents, in bits, of one head of one request: scale q.k, or (scale q.k + noise) / tau.
+constexpr int64_t kKeyBlock = 256;   // keys per item of the second pass; a multiple of kPanel
+constexpr int64_t kRowBlock = 48;    // rows packed at once; a multiple of kTileRows
+constexpr int64_t kOwnedRows = 192;  // rows per item of the first pass, over all heads of a group
+// Log2-unit exponents of one head of one request: scale q.k, or (scale q.k + noise) / tau.
 struct Head {
   const ColumnScoresParams& p;
   ColumnScoresRequest request;
@@ -32,14 +32,14 @@ struct Head {
   const char* query(int64_t i) const { return row_of(p.q, p.dtype, b, i, h); }
   const char* key(int64_t j) const { return row_of(p.k, p.dtype, b, j, h * p.kv_heads / p.heads); }
 
-  // Rows of queries as A operand. Pairs of bfloat16 cannot hold the factor.
+  // Packs query rows as A operand. Pairs of bfloat16 cannot include the factor.
   template <class Op>
   void pack_queries(int64_t i, int64_t rows, float* to, int64_t ld) const {
     pack_rows<Op>(query(i), p.dtype, p.q.seq, rows, round_up(rows, kTileRows), p.head_dim,
                   Op::kPair == 1 ? factor : 1, to, ld);
   }
 
-  // Of kRows queries from i on (at q) and the panel of keys from j on.
+  // Exponents of kRows queries from i on (at q) and the panel of keys from j on.
   template <class Op, bool kNoise, int kRows>
   TM_INLINE void exponents(vf (&t)[kRows][kTileVectors], int64_t i, const float* q, int64_t ld,
                            int64_t j, const float* panel, int64_t words) const {
@@ -63,7 +63,7 @@ struct Head {
     }
   }
 
-  // Puts `hidden` where a query does not see a key.
+  // Writes `hidden` where a query does not see a key.
   template <int kRows>
   TM_INLINE void hide(vf (&x)[kRows][kTileVectors], int64_t i, int64_t j, vf hidden) const {
     if (j + kPanel <= request.column_end(i) && i + kRows <= request.rows) [[likely]]
@@ -83,13 +83,13 @@ struct Statistics {
   float *row_max, *weight;  // [B, H, Sq]
 
   void set_row(int64_t at, float top, float sum) const {
-    // Nothing is below +inf: P = 0.
+    // no exponent exceeds +inf: P = 0
     row_max[at] = sum == 0 ? kInf : top;
     weight[at] = sum == 0 ? 0 : 1 / sum;
   }
 };
 
-// Adds a panel to maxima and sums, kWidth of each for a row.
+// Adds a panel to row_max and row_sum, kept as kWidth partial results per row.
 template <class Op, bool kCoarse, bool kNoise, int kRows>
 __attribute__((noinline)) void add_to_rows(const Head& head, int64_t i, const float* q, int64_t ld,
                                            int64_t j, const float* panel, int64_t words,
@@ -103,7 +103,7 @@ __attribute__((noinline)) void add_to_rows(const Head& head, int64_t i, const fl
     vf top = old;
     TM_UNROLL(4)
     for (int n = 0; n < kTileVectors; ++n) top = max_of(top, t[m][n]);
-    // 2^0 is not exactly 1 (cpu/simd.h), which would add up.
+    // 2^0 is not exactly 1 (cpu/simd.h), and the error would accumulate.
     const vf rescale = select(less(old, top), power<kCoarse>(old - top), set(1.f));
     vf sum = load(sums + m * kWidth) * rescale;
     TM_UNROLL(4)
@@ -171,7 +171,7 @@ void read_statistics(const ColumnScoresParams& p, const Statistics& to) {
   }
 }
 
-// Adds the weights of kRows rows to the sums of a panel.
+// Adds the weights of kRows rows to the column sums of a panel.
 template <class Op, bool kCoarse, bool kNoise, int kRows>
 __attribute__((noinline)) void add_to_columns(const Head& head, int64_t i, const float* q,
                                               int64_t ld, int64_t j, const float* panel,
@@ -185,7 +185,7 @@ __attribute__((noinline)) void add_to_columns(const Head& head, int64_t i, const
     for (int n = 0; n < kTileVectors; ++n)
       t[m][n] = power<kCoarse>(t[m][n] - set(row_max[m])) * set(weight[m]);
   }
-  head.hide(t, i, j, zero());  // also the NaN of a row that is not there for a key
+  head.hide(t, i, j, zero());  // also replaces the NaN of pairs in which the row does not exist
   TM_UNROLL(4)
   for (int n = 0; n < kTileVectors; ++n) {
     vf sum = t[0][n];
@@ -195,7 +195,7 @@ __attribute__((noinline)) void add_to_columns(const Head& head, int64_t i, const
   }
 }
 
-// One worker's keys, packed, and the rows that stream past them.
+// Packed keys of one worker, and the rows that stream past them.
 template <class Op, bool kCoarse, bool kNoise>
 struct ColumnWorker {
   const ColumnScoresParams& p;
@@ -218,7 +218,7 @@ struct ColumnWorker {
     column = workspace.take(kKeyBlock);
   }
 
-  // Sums of keys j .. j + count - 1 for one head, in `column`.
+  // Column sums of keys j .. j + count - 1 for one head, in `column`.
   void add_head(const Head& head, int64_t j, int64_t count) {
     const ColumnScoresRequest& request = head.request;
     std::memset(column, 0, kKeyBlock * sizeof(float));
@@ -226,7 +226,7 @@ struct ColumnWorker {
       const int64_t rows = lower(kRowBlock, request.rows - i);
       head.pack_queries<Op>(i, rows, q, ld);
       const int64_t at = (head.b * p.heads + head.h) * p.seqlen_q + i;
-      for (int64_t r = 0; r < kRowBlock; ++r) {  // of rows that are not there P = 0
+      for (int64_t r = 0; r < kRowBlock; ++r) {  // P = 0 for nonexistent rows
         row_max[r] = r < rows ? statistics.row_max[at + r] : kInf;
         weight[r] = r < rows ? statistics.weight[at + r] : 0;
       }

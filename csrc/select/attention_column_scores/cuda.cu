@@ -14,7 +14,7 @@ extern template const char* launch_pass<float>(const ColumnScoresParams&, const 
 namespace {
 
 struct ScoreSizes {
-  int64_t rows, parts, sums;  // elements of what ScorePlan points at
+  int64_t rows, parts, sums;  // sizes in elements of the buffers of ScorePlan
 };
 
 ScoreSizes sizes_of(const ColumnScoresParams& p) {

@@ -1,17 +1,17 @@
-// Chooses blocks and launches the two passes for one type of elements.
+// Chooses the grid and launches the two passes for one element type.
 #pragma once
 #include "cuda/launch.cuh"
 #include "select/attention_column_scores/kernel.cuh"
 
 namespace tokenmill::cuda::attention_column_scores {
 
-// Blocks that fill a GPU: what streams is split where there are fewer.
+// CTAs that fill a GPU: with fewer, the streamed dimension is split.
 constexpr int64_t kFillingBlocks = 264;
-constexpr int64_t kLeastSplit = 256;  // streamed rows
+constexpr int64_t kLeastSplit = 256;  // minimum streamed rows per split
 
 inline int bucket_of(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
-// Rows that a block owns: Shape::kBlockRows of the bucket.
+// Rows per CTA: Shape::kBlockRows of the bucket.
 inline int64_t block_rows(const ColumnScoresParams& p) {
   const int bucket = bucket_of(p.head_dim);
   return kScoreWarps * (bucket <= (p.dtype == DType::float32 ? 64 : 128) ? 32 : 16);

@@ -38,8 +38,7 @@ struct AttentionColumnScoresArgs : Record {
   int64_t seed;
 };
 
-// The checks are those of python/tokenmill/select/attention_column_scores.py, in its order and
-// words.
+// Same checks, order and messages as python/tokenmill/select/attention_column_scores.py.
 Array attention_column_scores(const AttentionColumnScoresArgs& a) {
   check_qkv(kOp, a.q, a.k, a.k, 4);
   ColumnScoresParams p{};

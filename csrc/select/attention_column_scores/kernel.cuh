@@ -1,7 +1,7 @@
-// Two passes over the scores. A warp owns 16 or 32 rows of one operand, whose fragments stay in
-// registers; rows of the other stream through two stages of shared memory. The first pass owns
-// queries and finds maximum and sum of their exponents; the second owns keys and adds weights up.
-// Both may split what streams, by shapes alone; small kernels put the parts together in order.
+// Two passes over S. A warp owns 16 or 32 rows of one operand, whose fragments stay in registers;
+// rows of the other stream through two stages of shared memory. The first pass owns queries and
+// computes row_max and row_sum; the second owns keys and accumulates weights. Both may split the
+// streamed dimension, depending only on shapes; small kernels combine the splits in order.
 #pragma once
 #include "cuda/arch/mma_sm80.cuh"
 #include "cuda/attention/qk.cuh"
@@ -26,32 +26,32 @@ struct ScoreShape : TileShape<T, kBucket> {
   using Tile = typename Tiles::KeyTile;
   static constexpr int kTileRows = Tiles::kTileKeys;
   static constexpr int kOwnTiles = kBucket <= (Tiles::kFloat ? 64 : 128) ? 2 : 1;
-  static constexpr int kOwnRows = 16 * kOwnTiles;  // of a warp
+  static constexpr int kOwnRows = 16 * kOwnTiles;  // per warp
   static constexpr int kBlockRows = kScoreWarps * kOwnRows;
   static constexpr bool kOwnInRegisters = !Tiles::kFloat || kBucket <= 128;
   static constexpr int kSharedBytes = 2 * Tiles::kTileBytes;
 };
 
 struct ScorePlan {
-  int splits;          // of what streams
-  int per_split;       // rows of it
-  unsigned blocks;     // of what is owned, of one head
-  int64_t step;        // TileLoader::step
-  float factor;        // exponents in bits = factor q.k
+  int splits;          // splits of the streamed dimension
+  int per_split;       // streamed rows per split
+  unsigned blocks;     // CTAs along the owned dimension, per head
+  int64_t step;        // see TileLoader::step
+  float factor;        // exponents in log2 units = factor q.k
   bool aligned;        // rows start at multiples of 16 bytes and consist of whole chunks
-  bool whole;          // and fill those of their tiles
-  float2* parts;       // [splits, B, H, window] maximum and sum, of the first pass
+  bool whole;          // rows also fill those of their tiles
+  float2* parts;       // [splits, B, H, window] row_max and row_sum of the first pass
   float2* statistics;  // [B, H, window] row_max and weight: P = 2^(t - row_max) weight
   float* sums;         // [splits, B, H, Sk], of the second pass
 };
 
-// What one warp owns.
+// Owned rows of one warp, and their partial results.
 template <typename T, int kBucket, ScorePass kPass, bool kNoise>
 class ScoreWarp {
  public:
   using Shape = ScoreShape<T, kBucket>;
   static constexpr int kTiles = Shape::kOwnTiles;
-  // Streamed rows of a step. The noise of a step is unrolled.
+  // Streamed rows per step. The noise of a step is unrolled.
   static constexpr bool kShort = Shape::kFloat || kBucket > 64 || kPass == ScorePass::columns;
   static constexpr int kStep = kNoise ? 8 : kShort ? 16 : 32;
   static_assert(Shape::kTileRows % kStep == 0);
@@ -80,7 +80,7 @@ class ScoreWarp {
     }
   }
 
-  // The streamed rows that one of own rows `row` sees.
+  // Range of streamed rows visible to owned row `row`.
   __device__ int begin(int row) const {
     return kPass == ScorePass::rows ? 0 : static_cast<int>(request_.row_begin(row));
   }
@@ -88,7 +88,7 @@ class ScoreWarp {
     return static_cast<int>(kPass == ScorePass::rows ? request_.column_end(row) : request_.rows);
   }
 
-  // Adds the tile of streamed rows from row0 on that lies at `tile`.
+  // Processes the tile of streamed rows from row0 on, at address `tile`.
   __device__ __forceinline__ void add_tile(uint32_t tile, int row0) {
     if (first_ > last_) return;
     Addresses at(tile);
@@ -107,7 +107,7 @@ class ScoreWarp {
     }
   }
 
-  // visit(own row, maximum, sum), by one lane of each quad.
+  // Calls visit(owned row, maximum, sum) from one lane of each quad.
   template <typename Visit>
   __device__ void epilogue(const Visit& visit) const {
 #pragma unroll
@@ -128,7 +128,7 @@ class ScoreWarp {
  private:
   using Addresses = KeyAddresses<Shape>;
 
-  // Rows beyond the last repeat it.
+  // Rows past the last one repeat it.
   __device__ __forceinline__ void load_own(QuerySlice& to, int m, int slice) const {
     const int lane = threadIdx.x % kWarpSize, chunk = 4 * slice + lane % 4;
 #pragma unroll
@@ -158,7 +158,7 @@ class ScoreWarp {
           for (int i = 0; i < 4; ++i)
             t[m][n][i] = exp2_approx(t[m][n][i] - statistic[n][i % 2].x) * statistic[n][i % 2].y;
     }
-    // Also the NaN of a row that is not there for a key.
+    // Also replaces the NaN of pairs in which the row does not exist.
     if (from < begin(last_) || from + kStep > end(first_))
       each_pair(from, [&](int m, int n, int i, int own, int streamed) {
         if (streamed < begin(own) || streamed >= end(own))
@@ -216,7 +216,8 @@ class ScoreWarp {
           [] {});
   }
 
-  // visit(own tile, streamed tile, i, own row, streamed row) for the accumulators of this lane.
+  // Calls visit(owned tile, streamed tile, i, owned row, streamed row) for this lane's
+  // accumulators.
   template <typename Visit>
   __device__ __forceinline__ void each_pair(int from, const Visit& visit) const {
     const int lane = threadIdx.x % kWarpSize;
@@ -248,7 +249,7 @@ class ScoreWarp {
   float top_[kTiles][2], sum_[kTiles][2];  // of this lane
 };
 
-// Without a number of blocks ptxas spills a few bytes for the sake of one block more.
+// Without a minimum number of CTAs ptxas spills a few bytes to fit one more.
 template <typename T, int kBucket, ScorePass kPass, bool kNoise>
 __global__ void __launch_bounds__(kScoreThreads, 3)
     column_scores_kernel(const __grid_constant__ ColumnScoresParams p,
@@ -274,7 +275,7 @@ __global__ void __launch_bounds__(kScoreThreads, 3)
 
   const int stream_origin = kRows ? 0 : static_cast<int>(request.first_row);
   const int split_begin = stream_origin + split * plan.per_split;
-  // In whole tiles from the split's start, so that none reaches into the next split.
+  // Starts at a whole tile from the split's start, so that no tile reaches into the next split.
   const int before = max(warp.begin(block_first) - split_begin, 0);
   const int begin = split_begin + before / Shape::kTileRows * Shape::kTileRows;
   const int end = min(warp.end(block_last), split_begin + plan.per_split);

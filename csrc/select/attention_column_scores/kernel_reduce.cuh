@@ -1,10 +1,10 @@
-// What puts the parts of the two passes together.
+// Reductions over the splits of the two passes.
 #pragma once
 #include "select/attention_column_scores/kernel.cuh"
 
 namespace tokenmill::cuda::attention_column_scores {
 
-// Row max and weight of each row, from lse or from what the splits of the first pass found.
+// row_max and weight of each row, from lse or from the splits of the first pass.
 __global__ void __launch_bounds__(kScoreThreads)
     row_statistics_kernel(const __grid_constant__ ColumnScoresParams p, const ScorePlan plan) {
   const int64_t rows = p.batch * p.heads * p.window_queries;
@@ -27,11 +27,11 @@ __global__ void __launch_bounds__(kScoreThreads)
       top = most;
     }
   }
-  // Nothing is below +inf: P = 0.
+  // no exponent exceeds +inf: P = 0
   plan.statistics[at] = sum == 0 ? float2{infinity(), 0} : float2{top, 1 / sum};
 }
 
-// Scores of keys and heads, or groups, from what the splits of the second pass found.
+// Scores of keys per head or group, from the splits of the second pass.
 __global__ void __launch_bounds__(kScoreThreads)
     reduce_columns_kernel(const __grid_constant__ ColumnScoresParams p, const ScorePlan plan) {
   const bool together = p.head_reduce != HeadReduce::none;

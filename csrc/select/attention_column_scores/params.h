@@ -13,21 +13,21 @@ struct ColumnScoresParams {
   int64_t seqlen_q, seqlen_k, head_dim;
   DType dtype;
   Rows q, k;
-  const float* lse;  // [B, H, Sq] with strides; null: to be computed
+  const float* lse;  // [B, H, Sq], strided; null: to be computed
   int64_t lse_batch, lse_head;
   float scale;
   bool causal;
   ColumnReduce reduce;
   HeadReduce head_reduce;
-  int64_t window_queries;                  // the last ones that count; seqlen_q: all
+  int64_t window_queries;                  // number of last queries that count; seqlen_q: all
   const int32_t *lengths, *query_lengths;  // [B], null: seqlen_k, seqlen_q
   float inverse_tau;                       // 0: no noise
   uint64_t seed;
   float* out;       // [B, H or Hk, Sk]
-  void* workspace;  // of the CUDA kernels
+  void* workspace;  // CUDA only
 };
 
-// One request: its queries and keys that count.
+// Extent of one request: the queries and keys that count.
 struct ColumnScoresRequest {
   int64_t first_row, rows, columns, diagonal;  // queries first_row .. rows - 1
   bool causal;
@@ -40,17 +40,17 @@ struct ColumnScoresRequest {
     diagonal = columns - rows;
   }
 
-  // Keys that query i sees: those before.
+  // Query i sees the keys before column_end(i).
   TOKENMILL_HOST_DEVICE int64_t column_end(int64_t i) const {
     const int64_t end = i + diagonal + 1;
     return causal && end < columns ? (end > 0 ? end : 0) : columns;
   }
-  // Queries that see key j: those from here to rows.
+  // Key j is seen by queries row_begin(j) .. rows - 1.
   TOKENMILL_HOST_DEVICE int64_t row_begin(int64_t j) const {
     const int64_t begin = j - diagonal;
     return causal && begin > first_row ? begin : first_row;
   }
-  // What the sum of a column that is read as a mean is divided by.
+  // Divisor of a column's sum for the mean.
   TOKENMILL_HOST_DEVICE int64_t divisor(ColumnReduce reduce, int64_t j) const {
     const int64_t count = reduce == ColumnReduce::mean ? rows - first_row : rows - row_begin(j);
     return reduce == ColumnReduce::sum || count < 1 ? 1 : count;
@@ -63,10 +63,10 @@ struct ColumnScoresRequest {
   }
 };
 
-// Bytes that the CUDA kernels need beside the output.
+// CUDA workspace in bytes.
 int64_t workspace_bytes(const ColumnScoresParams&);
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const ColumnScoresParams&, void* stream);
 
 }  // namespace tokenmill

@@ -1,4 +1,4 @@
-// Few rows against all keys: exponents of blocks of keys, sums of each row, results of blocks of
+// Few query rows against all keys: exponents per block of keys, sums per row, results per block of
 // keys. Keys are read once.
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
@@ -8,7 +8,7 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kKeyBlock = 256;  // of a worker; a multiple of kWidth
+constexpr int64_t kKeyBlock = 256;  // keys per item; a multiple of kWidth
 
 // Dot products of one row and kWidth keys.
 template <class E>
@@ -29,7 +29,7 @@ TM_INLINE vf dot_keys(const float* q, const E& e, const typename E::type* const 
   return sums[0];
 }
 
-// Exponents, in bits, of keys from j on, of all heads and rows: what lies together is read
+// Log2-unit exponents of keys from j on, for all heads and rows, so that adjacent memory is read
 // together. q holds the rows [H, R] as floats times the scale.
 void find_exponents(const RowScoresParams& p, int64_t b, int64_t j, const float* q, int64_t ld) {
   const int64_t group = p.heads / p.kv_heads, length = p.length(b);
@@ -83,7 +83,7 @@ void weigh_row(const RowScoresParams& p, int64_t b, int64_t h, int64_t r) {
                        load_as_float_n(t, DType::float32, j, end - j) * set(weight), end - j);
 }
 
-// Where the largest exponent of a row is, the first of equal ones. NaN counts as +inf.
+// Position of a row's largest exponent, the first of equal ones. NaN counts as +inf.
 void find_largest(const RowScoresParams& p, int64_t b, int64_t h, int64_t r) {
   const int64_t row = (b * p.heads + h) * p.rows + r;
   const int64_t end = p.gives_nothing(b, h, r) ? 0 : p.end(r, p.length(b));
@@ -97,7 +97,7 @@ void find_largest(const RowScoresParams& p, int64_t b, int64_t h, int64_t r) {
   p.largest[row] = static_cast<int32_t>(best);
 }
 
-// Results of keys j .. of one request, of all heads and rows.
+// Results of keys j .. of one request, over all heads and rows.
 void reduce_rows(const RowScoresParams& p, int64_t b, int64_t first) {
   const int64_t rows = p.heads * p.rows, wanted = p.seqlen_k - p.skip;
   const float* weights = p.exponents + b * rows * p.seqlen_k + p.skip;

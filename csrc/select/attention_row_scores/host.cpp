@@ -37,7 +37,7 @@ constexpr std::pair<std::string_view, RowReduce> kReduces[] = {{"none", RowReduc
                                                                {"max", RowReduce::max},
                                                                {"argmax", RowReduce::argmax}};
 
-// The checks are those of python/tokenmill/select/attention_row_scores.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/select/attention_row_scores.py.
 Array attention_row_scores(const AttentionRowScoresArgs& a) {
   check_qkv(kOp, a.q, a.k, a.k, 4);
   RowScoresParams p{};

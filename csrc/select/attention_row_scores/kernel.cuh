@@ -1,5 +1,5 @@
-// Few rows against all keys, three kernels: exponents (keys are read once), maximum and sum of each
-// row, results of each key.
+// Few query rows against all keys, in three kernels: exponents (keys are read once), row_max and
+// row_sum, results per key.
 #pragma once
 #include "cuda/load_tile.cuh"
 #include "cuda/math.cuh"
@@ -10,13 +10,13 @@
 namespace tokenmill::cuda::attention_row_scores {
 
 constexpr int kRowThreads = 256;
-constexpr int kKeyLanes = 8;                          // that share a key
-constexpr int kKeysAtOnce = kRowThreads / kKeyLanes;  // of a block
+constexpr int kKeyLanes = 8;                          // lanes per key
+constexpr int kKeysAtOnce = kRowThreads / kKeyLanes;  // keys per CTA and step
 constexpr int kBlockKeys = 4 * kKeysAtOnce;
-constexpr int kRowsAtOnce = kKeyLanes;  // each lane ends with the sum of one
-constexpr int kNowhere = 0x7fffffff;    // behind any key
+constexpr int kRowsAtOnce = kKeyLanes;  // each lane ends with the sum of one row
+constexpr int kNowhere = 0x7fffffff;    // larger than any key index
 
-// The sums over 8 lanes of 8 numbers: lane l gets that of number l.
+// Sums over 8 lanes of 8 numbers: lane l gets the sum of number l.
 __device__ __forceinline__ float transposed_sum(float (&x)[kRowsAtOnce], int lane) {
 #pragma unroll
   for (int step = kKeyLanes / 2; step > 0; step /= 2)
@@ -29,19 +29,19 @@ __device__ __forceinline__ float transposed_sum(float (&x)[kRowsAtOnce], int lan
   return x[0];
 }
 
-// Where 4 columns of a row of queries lie: those that lanes read at once are neighbours.
+// Offset of 4 columns of a query row: columns read by different lanes at once are adjacent.
 template <int kBucket, int kCount>
 __device__ __forceinline__ int query_slot(int column) {
   return (column % kCount / 4 * (kBucket / kCount) + column / kCount) * 4;
 }
 
-// A block owns keys of one head, and takes the rows of its group 8 at a time.
-// Without a number of blocks ptxas spills a few bytes for the sake of one block more.
+// A CTA owns keys of one head, and processes the rows of its GQA group 8 at a time. Without a
+// minimum number of CTAs ptxas spills a few bytes to fit one more.
 template <typename T, int kBucket>
 __global__ void __launch_bounds__(kRowThreads, 2)
     row_exponents_kernel(const __grid_constant__ RowScoresParams p, unsigned blocks, bool aligned) {
   constexpr int kCount = kChunkBytes / sizeof(T);
-  constexpr int kChunks = kBucket / kCount / kKeyLanes;  // of one lane
+  constexpr int kChunks = kBucket / kCount / kKeyLanes;  // per lane
   __shared__ __align__(16) float queries[kRowsAtOnce][kBucket];
   const int first = static_cast<int>(blockIdx.x % blocks) * kBlockKeys;
   const int64_t in_batch = blockIdx.x / blocks, b = in_batch / p.kv_heads;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   }
 }
 
-// Row max and weight of each row: P = 2^(t - row_max) weight.
+// row_max and weight of each row: P = 2^(t - row_max) weight.
 __global__ void __launch_bounds__(kRowThreads)
     row_weights_kernel(const __grid_constant__ RowScoresParams p) {
   __shared__ float tops[kRowThreads / kWarpSize], sums[kRowThreads / kWarpSize];
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kRowThreads)
   auto* to = reinterpret_cast<float2*>(p.statistics) + row;
   if (p.lse) {
     const float lse = p.lse[b * p.lse_batch + bh % p.heads * p.lse_head + row % p.rows];
-    // Nothing is below +inf: P = 0.
+    // no exponent exceeds +inf: P = 0
     if (threadIdx.x == 0)
       *to = lse == -infinity() ? float2{infinity(), 0} : float2{lse * kLog2e, 1};
     return;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kRowThreads)
   *to = sum == 0 ? float2{infinity(), 0} : float2{top, 1 / sum};
 }
 
-// A block owns a row: where its largest exponent is, the first of equal ones. NaN counts as +inf.
+// One CTA per row: position of its largest exponent, the first of equal ones. NaN counts as +inf.
 __global__ void __launch_bounds__(kRowThreads)
     row_argmax_kernel(const __grid_constant__ RowScoresParams p) {
   __shared__ float tops[kRowThreads / kWarpSize];
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kRowThreads)
   p.largest[row] = place == kNowhere ? -1 : place;
 }
 
-// A thread owns a key of a request; with `none` of a row.
+// One thread per key of a request or, with RowReduce::none, per key of a row.
 __global__ void __launch_bounds__(kRowThreads)
     reduce_rows_kernel(const __grid_constant__ RowScoresParams p) {
   const bool apart = p.reduce == RowReduce::none;

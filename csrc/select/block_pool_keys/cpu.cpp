@@ -1,4 +1,5 @@
-// Bound by the memory of the keys: the columns of a head stay in registers over a block's tokens.
+// Bound by the memory traffic of the keys: the columns of a head stay in registers over the tokens
+// of a block.
 #include <algorithm>
 
 #include "cpu/parallel.h"
@@ -9,17 +10,17 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int kColumns = kWidth == 16 ? 8 : 4;  // vectors, twice as many accumulators
+constexpr int kColumns = kWidth == 16 ? 8 : 4;  // vectors; there are twice as many accumulators
 constexpr float kInfinity = __builtin_inff();
 
-// Memory that is wanted next, `step` bytes for each row that is pooled.
+// Memory to prefetch: `step` bytes per pooled row.
 struct Ahead {
   const char* from;
   int64_t step;
 };
 
 // Columns c .. c + N * kWidth - 1 (N = 1: up to kWidth of them) of one head over the rows, which
-// lie at rows[t] + head.
+// are at rows[t] + head.
 template <DType kType, bool kMean, int N>
 TM_INLINE void pool_columns(const PoolParams& p, const int64_t* rows, int64_t count, int64_t head,
                             const Ahead& ahead, void* out, int64_t c) {
@@ -64,8 +65,8 @@ TM_INLINE void pool_columns(const PoolParams& p, const int64_t* rows, int64_t co
 template <DType kType, bool kMean>
 void pool_block(const PoolParams& p, int64_t b, int64_t block, const int64_t* rows, int64_t count) {
   using Element = typename Elements<kType>::type;
-  // Of the next block a part for each head, so that all memory is asked for in order: no hardware
-  // follows the rows of a head from page to page.
+  // Each head prefetches a share of the next block, so that memory is read in order: hardware
+  // prefetchers do not follow the rows of a head across pages.
   const bool in_order = !p.k.table && p.kv_heads * p.head_dim == p.k.seq && count > 0;
   const int64_t step = in_order ? p.head_dim * static_cast<int64_t>(sizeof(Element)) : 0;
   const int64_t next = in_order ? rows[0] + p.block * p.k.seq : 0;
@@ -88,7 +89,7 @@ void block_pool_keys(const PoolParams& p) {
   // Below about 128 Ki elements a parallel region costs more than it gains.
   const int64_t elements = p.batch * p.k.rows * p.kv_heads * p.head_dim;
   const int threads = p.start || elements < (1 << 17) ? 1 : cpu::num_threads();
-  // Items are runs of blocks, at least 64 tokens.
+  // An item is a run of blocks with at least 64 tokens.
   const int64_t each = ceil_div(64, p.block), runs = ceil_div(p.blocks, each);
   const int64_t most = std::min(p.block, p.k.rows);
   cpu::parallel_items(p.batch * runs, threads, [&](cpu::ItemCounter& items) {

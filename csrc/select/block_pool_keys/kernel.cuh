@@ -1,5 +1,5 @@
-// A thread pools kVector neighbouring columns of a head over the tokens of a block; neighbouring
-// threads have neighbouring columns.
+// A thread pools kVector adjacent columns of a head over the tokens of a block; adjacent threads
+// have adjacent columns.
 #pragma once
 #include "cuda/launch.cuh"
 #include "cuda/math.cuh"
@@ -10,15 +10,15 @@ namespace tokenmill::cuda {
 
 constexpr int kPoolThreads = 256;
 
-// slots: threads of a request that share its blocks, each taking every slots-th of them.
+// slots: threads that share the blocks of a request; each processes every slots-th block.
 struct PoolPlan {
   int64_t slots;
-  int chunks;  // of kVector columns of a head
+  int chunks;  // chunks of kVector columns per head
 };
 
 template <bool kMean, int kVector>
 struct Pooled {
-  float low[kVector], high[kVector];  // low: the sum, of a mean
+  float low[kVector], high[kVector];  // low holds the sum for a mean
 
   __device__ Pooled() {
 #pragma unroll
@@ -76,14 +76,14 @@ __global__ void __launch_bounds__(kPoolThreads, 4)
 template <typename T, bool kMean, int kVector>
 const char* launch_pool(const PoolParams& p, cudaStream_t stream) {
   PoolPlan plan{};
-  // Tokens are appended to few blocks at a time.
+  // Few blocks receive appended tokens at a time.
   plan.slots = p.start && p.blocks > 8 ? 8 : p.blocks;
   plan.chunks = static_cast<int>(ceil_div(p.head_dim, kVector));
   const int64_t blocks = ceil_div(p.batch * plan.slots * p.kv_heads * plan.chunks, kPoolThreads);
   return launch<pool_kernel<T, kMean, kVector>>(blocks, kPoolThreads, 0, stream, p, plan);
 }
 
-// Of one element type.
+// Launches the kernel for one element type.
 template <typename T>
 const char* launch_pool(const PoolParams& p, cudaStream_t stream) {
   constexpr int kVector = 16 / sizeof(T);

@@ -6,8 +6,8 @@ namespace tokenmill {
 
 enum class PoolMode : int32_t { mean, max, minmax };
 
-// Pools blocks of keys: all of them, or with `start` those that tokens start[b] .. length - 1
-// touch.
+// Pools blocks of keys: all of them or, with `start`, only the blocks that tokens start[b] ..
+// length - 1 touch.
 struct PoolParams {
   int64_t batch, kv_heads, head_dim, block, blocks;
   PoolMode mode;
@@ -23,7 +23,7 @@ struct PoolBlocks {
   int64_t begin, end, length;
 };
 
-// The blocks of a request that are written.
+// Blocks of a request that are written.
 TOKENMILL_HOST_DEVICE inline PoolBlocks pool_blocks(const PoolParams& p, int64_t b) {
   const int64_t length = clamped_length(p.lengths, b, p.k.rows);
   if (!p.start) return {0, p.blocks, length};
@@ -32,7 +32,7 @@ TOKENMILL_HOST_DEVICE inline PoolBlocks pool_blocks(const PoolParams& p, int64_t
           length};
 }
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const PoolParams&, void* stream);
 
 }  // namespace tokenmill

@@ -1,4 +1,4 @@
-// What the functional and the in-place operator share.
+// Host code shared by the functional and the in-place operator.
 #pragma once
 #include "core/stream.h"
 #include "select/block_pool_keys/params.h"
@@ -6,7 +6,7 @@
 
 namespace tokenmill {
 
-// The checks are those of python/tokenmill/select/block_pool_keys.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/select/block_pool_keys.py.
 inline PoolParams pool_params(const char* op, const View& k, int64_t block, std::string_view mode,
                               const View& lengths, const View& block_table) {
   check(k.dim() == 4, op, "k", "must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]",

@@ -1,7 +1,6 @@
-// The search of one query block after the other. Its queries lie across the lanes of vectors, and
-// the keys of representatives are multiplied with them one by one: from a copy of their head, if
-// many query blocks read it, else from where they are in memory. Few queries are multiplied along
-// the head dimension instead.
+// Searches the query blocks one after the other. Queries are in vector lanes, and the keys of
+// representatives are multiplied with them one by one: from a copy of their head if many query
+// blocks read it, else directly from memory. Few queries are multiplied along head_dim instead.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -19,18 +18,17 @@ namespace {
 
 constexpr float kNegInf = -__builtin_inff();
 constexpr float kUnknown = __builtin_nanf("");
-constexpr int kRows = kWidth == 16 ? 8 : 6;  // keys of a register tile
+constexpr int kRows = kWidth == 16 ? 8 : 6;  // keys per register tile
 constexpr int kVectors = 2;                  // of queries
 constexpr int kLanes = kVectors * kWidth;
 constexpr int64_t kFewQueries = 4;
-constexpr int64_t kAhead = 2 * kRows;  // keys that are prefetched
+constexpr int64_t kAhead = 2 * kRows;  // prefetch distance, in keys
 constexpr int64_t kAheadFew = 64;
-// Keys of a head lie on pages that they share with other heads: from so many on, address
-// translation takes a quarter of the time, and a copy of the head pays if each key is read so
-// often.
+// Keys of a head share memory pages with other heads: from this many keys on, address translation
+// takes a quarter of the time, and a copy of the head pays if each key is read this often.
 constexpr int64_t kCopiedKeys = 8192, kCopiedReads = 16;
 
-// Unsigned integers in the order of the scores, and back.
+// Order-preserving unsigned integers of scores, and back.
 TM_INLINE uint32_t key_of(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -39,15 +37,16 @@ TM_INLINE float score_of(uint32_t key) {
   return std::bit_cast<float>(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-// A key of a representative: what it counts for.
+// Key of a representative, and its mask.
 struct Probe {
   const char* key;
-  int32_t slot;  // of its node among those that are scored
-  float room;    // of the end of the last query; queries of a smaller deficit count the key
+  int32_t slot;  // index of its node among the scored nodes
+  // distance from the key to the end of the last query; queries with a smaller deficit see the key
+  float room;
 };
 
-// best[i] = max(best[i], products of row i with kLanes queries that count it), a vector for each
-// row. A function of its own, as the one in cpu/tile.h.
+// best[i] = max(best[i], products of row i with the kLanes queries that see it), one vector per
+// row. A separate function, like the register tile in cpu/tile.h.
 template <class Op>
 __attribute__((noinline)) void score_rows(const float* const (&rows)[kRows], const float* queries,
                                           int64_t words, const float* deficits,
@@ -74,7 +73,7 @@ __attribute__((noinline)) void score_rows(const float* const (&rows)[kRows], con
     for (int n = 0; n < kVectors; ++n) {
       vf x = acc[i][n];
       if (masked) x = select(less(load(deficits + n * kWidth), set(rooms[i])), x, set(kNegInf));
-      most = max_of(x, most);  // not a NaN
+      most = max_of(x, most);  // not NaN
     }
     store(best[i], most);
   }
@@ -116,7 +115,7 @@ class Searcher {
     cpu::prefer_huge_pages(copy, p.k.rows * ldw * 4);
   }
 
-  // A share of the query blocks of one list.
+  // Processes a share of the query blocks of one list.
   void run(int64_t item) {
     const int64_t list = item / shares % p.lists, request = item / (shares * p.lists);
     kv_head = list * p.kv_heads / p.lists;
@@ -154,7 +153,7 @@ class Searcher {
     scores[count++] = kUnknown;
   }
 
-  // All admissible blocks, so many at a time as a list has.
+  // Scores all admissible blocks, at most one list's length at a time.
   int64_t scan(HipNode all) {
     int64_t count = 0;
     for (int32_t block = all.begin; block < all.end;) {
@@ -206,8 +205,8 @@ class Searcher {
     return count;
   }
 
-  // Nodes become their halves, from the last on: in place. Known are the scores of a node's
-  // representative and of its first block, if that represented a node before.
+  // Splits nodes into halves in place, from the last on. The scores of a node's representative and,
+  // if it represented an earlier node, of its first block are already known.
   int64_t halve(int64_t count) {
     int64_t halves = 2 * count;
     for (int64_t i = 0; i < count; ++i) halves -= nodes[i].end - nodes[i].begin == 1;
@@ -224,14 +223,14 @@ class Searcher {
         scores[to] = known(hip_representative(p, half));
         first_scores[to] = known(half.begin);
       };
-      put({middle, node.end});  // of a node of one block: the node
+      put({middle, node.end});  // a node of one block remains
       if (middle > node.begin) put({node.begin, middle});
     }
     return halves;
   }
 
-  // The queries that speak for a block, the last one first, each head of the list by itself.
-  // Lanes without a query have the last one's.
+  // Loads the queries that score a block, the last one first, head by head. Lanes without a query
+  // repeat the last query.
   void load_queries(int64_t list, HipRows rows) {
     count_queries = p.group * rows.rows;
     few = count_queries <= kFewQueries;
@@ -267,7 +266,7 @@ class Searcher {
     return static_cast<const char*>(p.k.data) + (run.offset + kv_head * p.k.head) * element_size;
   }
 
-  // The keys of the current head, as words.
+  // Copies the keys of the current head, as words.
   void copy_head() {
     const int64_t head = at.b * p.kv_heads + kv_head;
     if (head == copied) return;
@@ -278,7 +277,7 @@ class Searcher {
     copied = head;
   }
 
-  // Scores of the nodes that have none.
+  // Scores the nodes that have no score.
   void score(int64_t count) {
     int64_t slots = 0, probed = 0;
     const bool from_copy = copies && !few, anywhere = !from_copy && p.k.table != nullptr;
@@ -378,17 +377,18 @@ class Searcher {
     });
   }
 
-  // The best nodes, in order, come first; of equal ones the lower blocks. Returns how many.
+  // Moves the best nodes to the front, in order; among equal ones the lower blocks win. Returns
+  // their number.
   int64_t keep_best(int64_t count) {
     if (count <= p.wanted) return count;
     const int64_t length = round_up(count, kWidth);
     std::fill(scores + count, scores + length, kUnknown);
     vf least = set(-kNegInf), most = set(kNegInf);
     for (int64_t i = 0; i < length; i += kWidth) {
-      least = min_of(load(scores + i), least);  // not a NaN
+      least = min_of(load(scores + i), least);  // not NaN
       most = max_of(load(scores + i), most);
     }
-    // At least `wanted` scores reach `low`, fewer reach `high`.
+    // At least `wanted` scores are >= `low`, fewer are >= `high`.
     uint32_t low = key_of(-max_lanes(zero() - least)), high = key_of(max_lanes(most)) + 1;
     int64_t reaching = count;
     while (high - low > 1 && reaching != p.wanted) {
@@ -458,7 +458,7 @@ template <class Op>
 void search(const HipParams& p, int threads) {
   const int64_t lists = p.requests() * p.lists;
   if (lists == 0 || p.blocks == 0) return;
-  // At least four items per thread for balance.
+  // At least four items per thread, for load balance.
   const int64_t shares =
       threads == 1 ? 1 : std::min(p.blocks, ceil_div(int64_t{4} * threads, lists));
   cpu::parallel_items(lists * shares, threads, [&](cpu::ItemCounter& counter) {

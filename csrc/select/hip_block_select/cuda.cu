@@ -9,26 +9,26 @@ namespace tokenmill {
 namespace cuda::hip_block_select {
 namespace {
 
-constexpr int kMaxShared = 97 * 1024;  // of a block on every device, beside what is static
+constexpr int kMaxShared = 97 * 1024;  // dynamic shared memory per CTA on every GPU
 static_assert(kMaxShared + sizeof(HipShared<kFewWarps * kWarpSize>) <= 99 * 1024);
-// 256 columns of float32, 2048 blocks of a list.
+// 256 columns of float32, 2048 blocks per list.
 static_assert(HipShape<1>::shared_bytes(17 * kSliceBytes, 2048) +
                   sizeof(HipShared<kManyWarps * kWarpSize>) <=
               99 * 1024);
 
 int64_t blocks_of(const HipParams& p) { return p.requests() * p.lists * p.blocks; }
 int64_t key_blocks(const HipParams& p) { return ceil_div(p.k.rows, p.block_k); }
-// Of query columns.
+// Query columns per list.
 int64_t columns_of(const HipParams& p) {
   return p.group * ((std::min(p.block_q, p.queries) - 1) / p.stride_q + 1);
 }
-// Whether each list has a multiprocessor for itself.
+// True if each list gets an SM of its own.
 bool is_alone(const HipParams& p) {
   return blocks_of(p) <= knob(Knob::hip_fill) * multiprocessors();
 }
 
-// How many levels of the tree all multiprocessors score in about the time in which those of the
-// lists score one. A single level would not pay for its launch, nor would a tree of one.
+// Number of tree levels that all SMs can score in about the time in which the CTAs of the lists
+// score one. A single level does not pay for its launch, nor does a tree of one level.
 int levels_ahead(const HipParams& p) {
   constexpr int64_t kMostScores = int64_t{1} << 23;  // 32 MiB
   const int64_t lists = blocks_of(p);

@@ -12,11 +12,11 @@ constexpr std::pair<std::string_view, Representative> kRepresentatives[] = {
     {"first", Representative::first},
     {"middle", Representative::middle},
     {"last", Representative::last}};
-constexpr int64_t kMaxBlock = 128;    // keys of a block
-constexpr int64_t kMaxBlocks = 2048;  // of a list
+constexpr int64_t kMaxBlock = 128;    // keys per block
+constexpr int64_t kMaxBlocks = 2048;  // per list
 constexpr int64_t kNever = int64_t{1} << 32;
 
-// Lists to start from, or their counts, whose first `dims` dimensions are those of the counts: null
+// Lists to start from, or their counts; the first `dims` dimensions are those of the counts. null
 // if not given.
 const int32_t* start_list(const char* name, const View& tensor, const std::vector<int64_t>& shape,
                           size_t dims, bool exact, const View& q, int64_t (&strides)[3]) {
@@ -52,7 +52,7 @@ struct HipBlockSelectArgs : Record {
   View seqlens_k, block_table, seqlens_q, cu_seqlens_q, cu_seqlens_k;
 };
 
-// The checks are those of python/tokenmill/select/hip_block_select.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/select/hip_block_select.py.
 void check_rows(const HipBlockSelectArgs& a) {
   constexpr const char* kPacked = "must have 3 dimensions [T, H, D] (packed)";
   check(a.q.dim() == (a.cu_seqlens_q ? 3 : 4), kOp, "q",
@@ -151,7 +151,7 @@ std::tuple<Array, Array> hip_block_select(const HipBlockSelectArgs& a) {
   p.counts = counts.mutable_data<int32_t>();
   if (heads > 0 && p.batch > 0 && counts.numel() > 0) {
     run(p, a.q);
-  } else {  // nothing speaks for a list
+  } else {  // no queries
     fill(-1, indices);
     fill(0, counts);
   }

@@ -1,15 +1,16 @@
-// The search of one query block by one block of threads. Nodes are in shared memory; a warp scores
-// 16 keys of representatives at a time, straight from memory, against queries in shared memory; the
-// best nodes are found by digits of their scores and stay in order by a scan.
+// Search of one query block by one CTA. Nodes are in shared memory; a warp scores 16 representative
+// keys at a time, directly from global memory, against queries in shared memory; the best nodes are
+// found by radix select on their scores and kept in order by a scan.
 //
-// Where lists are few, blocks of threads of the whole device first score every node of the tree's
-// first levels, of which a search needs some.
+// If there are few lists, CTAs on all SMs first score every node of the first tree levels, of which
+// a search needs some.
 #pragma once
 #include "select/hip_block_select/kernel_shape.cuh"
 
 namespace tokenmill::cuda::hip_block_select {
 
-// One query block: all methods by all threads of a block, which meet at the end of each.
+// One query block. All methods are called by all threads of the CTA, which synchronize at the end
+// of each.
 template <typename T, int kColumnTiles, int kWarps>
 class HipSearch {
  public:
@@ -50,8 +51,8 @@ class HipSearch {
     if (threadIdx.x == 0) p.counts[item] = count;
   }
 
-  // Part `part` of the blocks whose scores the search finds in plan.ahead: those that represent the
-  // nodes of its first levels, or all.
+  // Scores part `part` of the blocks that the search looks up in plan.ahead: the representatives of
+  // the nodes of its first levels, or all blocks.
   __device__ void score_ahead(int part) {
     if (all.end - all.begin <= plan.wanted) return;
     if (columns <= kColumns) load_queries(0);
@@ -64,26 +65,26 @@ class HipSearch {
   }
 
  private:
-  // The tree begins with `wanted` nodes.
+  // The tree has `wanted` root nodes.
   __device__ HipNode start_node(int i) const { return {start_of(i), start_of(i + 1)}; }
-  __device__ int start_of(int i) const {  // n i / wanted, whose product may not be an int
+  __device__ int start_of(int i) const {  // n i / wanted, whose product may overflow int
     const int n = all.end - all.begin, each = n / plan.wanted, more = n % plan.wanted;
     return all.begin + each * i + more * i / plan.wanted;
   }
-  // Of ceil(n / wanted) blocks, the most that a node has.
+  // Depth for the largest node, of ceil(n / wanted) blocks.
   __device__ int rounds_of_tree() const {
     return 32 - __clz((all.end - all.begin - 1) / plan.wanted);
   }
-  // All blocks are about as many as the nodes of one level less.
+  // Scoring all blocks costs about as much as the nodes of one level less.
   __device__ int levels_ahead() const {
     if (kColumnTiles > 1 || plan.levels == 0) return 0;
     const int rounds = rounds_of_tree();
     return rounds <= plan.levels + 1 ? rounds : plan.levels;
   }
 
-  // The block that represents node `slot` of the levels from the first on, in which node i has the
-  // halves 2 i and 2 i + 1 of the next one: two levels follow, so that none is a block yet. -1: it
-  // represents the node's parent, too.
+  // Block that represents node `slot`, counting level by level from the first one; node i has the
+  // halves 2 i and 2 i + 1 in the next level. Two more levels follow, so that no node is a single
+  // block yet. -1: it also represents the node's parent.
   __device__ int representative_of(int slot) const {
     const int level = 31 - __clz(slot / plan.wanted + 2);
     const int number = slot - plan.wanted * ((1 << level) - 2);
@@ -121,7 +122,7 @@ class HipSearch {
     return count;
   }
 
-  // All admissible blocks, so many at a time as a list has.
+  // Scores all admissible blocks, at most one list's length at a time.
   __device__ int scan_all() {
     int count = 0;
 #pragma unroll 1
@@ -140,10 +141,11 @@ class HipSearch {
     return count;
   }
 
-  // How many of `count` things each thread takes, side by side.
+  // Consecutive items per thread, of `count`.
   __device__ static int share(int count) { return (count + kThreads - 1) / kThreads; }
 
-  // The nodes of a list. An id begins one if its group comes behind those of all ids before it.
+  // Nodes of a start list. An id begins a node if its group comes after the groups of all previous
+  // ids.
   __device__ int list_nodes() {
     const int64_t row[] = {item / (p.blocks * p.lists), list, item % p.blocks};
     const int32_t *ids = p.start, *counts = p.start_counts;
@@ -180,9 +182,9 @@ class HipSearch {
     return static_cast<int>(total);
   }
 
-  // Kept nodes to their halves; a half with the representative of its node has its score, and any
-  // has that of its representative in `scores`, unless null. Returns how many there are; `unknown`
-  // of them are to be scored.
+  // Replaces kept nodes by their halves. A half with the same representative as its node keeps the
+  // node's score; other scores come from `scores` at the representative, unless null. Returns the
+  // number of halves; `unknown` of them remain to be scored.
   __device__ int halve(int count, const float* scores, unsigned& unknown) {
     const int each = share(count), first = static_cast<int>(threadIdx.x) * each;
     const int last = min(first + each, count);
@@ -200,7 +202,8 @@ class HipSearch {
         one({middle, node.end});
       }
     };
-    unsigned sums = 0, before, total;  // halves in the low half, unknown ones in the high one
+    // halves in the low half of the word, unscored ones in the high half
+    unsigned sums = 0, before, total;
     visit([&](HipNode, float value) { sums += value == value ? 1u : 0x10001u; });
     typename Shared::Scan(shared.scan.sum).ExclusiveSum(sums, before, total);
     int to = static_cast<int>(before & 0xffff), place = static_cast<int>(before >> 16);
@@ -213,8 +216,8 @@ class HipSearch {
     return static_cast<int>(total & 0xffff);
   }
 
-  // Columns first .. first + kColumns - 1 of the queries that speak for the block, the last query
-  // first, each head of the list by itself.
+  // Loads columns first .. first + kColumns - 1 of the queries that score the block, the last query
+  // first, head by head.
   __device__ void load_queries(int first) {
     const int chunks = plan.slices * (kSliceBytes / kChunkBytes);
 #pragma unroll 1
@@ -239,7 +242,7 @@ class HipSearch {
     return rows.first - column % rows.rows * p.stride_q;
   }
 
-  // Scores of the halves that are to be done.
+  // Scores the halves in `todo`.
   __device__ void score(int count) {
     score(
         count, 0, 1, [&](int slot) { return todo[slot]; },
@@ -249,8 +252,8 @@ class HipSearch {
         [&](int number) -> float& { return halves.score[number]; });
   }
 
-  // Part `part` of `count` slots. number_of(slot) is -1 or what block_of, a block of keys, and
-  // score_of, where its score goes, are asked for.
+  // Scores part `part` of `count` slots. number_of(slot) is -1 or the argument of block_of, a block
+  // of keys, and of score_of, the destination of its score.
   template <typename NumberOf, typename BlockOf, typename ScoreOf>
   __device__ __forceinline__ void score(int count, int part, int parts, const NumberOf& number_of,
                                         const BlockOf& block_of, const ScoreOf& score_of) {
@@ -266,7 +269,7 @@ class HipSearch {
     }
   }
 
-  // 16 rows of keys, or all rows of a block, with the queries in shared memory.
+  // Scores 16 key rows, or all rows of a block, against the queries in shared memory.
   template <typename NumberOf, typename BlockOf, typename ScoreOf>
   __device__ __forceinline__ void score_unit(int unit, int count, int tiles, bool fresh,
                                              const NumberOf& number_of, const BlockOf& block_of,
@@ -304,7 +307,7 @@ class HipSearch {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (place[i / 2] >= 0 && place[i / 2] < ends[8 * n + 2 * c + i % 2])
-            most[i / 2] = fmaxf(most[i / 2], s[n][i]);  // not a NaN
+            most[i / 2] = fmaxf(most[i / 2], s[n][i]);  // not NaN
       }
     }
 #pragma unroll
@@ -327,7 +330,7 @@ class HipSearch {
     }
   }
 
-  // The best halves stay, in order; of equal ones the lower blocks. Returns how many.
+  // Keeps the best halves, in order; among equal ones the lower blocks win. Returns their number.
   __device__ int keep_best(int count) {
     const int each = share(count), first = static_cast<int>(threadIdx.x) * each;
     const int last = min(first + each, count);
@@ -338,7 +341,8 @@ class HipSearch {
       ties = static_cast<unsigned>(shared.wanted);
     }
     const auto key = [&](int i) { return count > plan.wanted ? hip_key(halves.score[i]) : 1u; };
-    unsigned sums = 0, before, total;  // above the bar in the low half, equal to it in the high one
+    unsigned sums = 0, before,
+             total;  // above the bar in the low half, equal to it in the high half
     for (int i = first; i < last; ++i) sums += key(i) > bar ? 1u : key(i) == bar ? 0x10000u : 0u;
     typename Shared::Scan(shared.scan.sum).ExclusiveSum(sums, before, total);
     unsigned above = before & 0xffff, equal = before >> 16;
@@ -354,7 +358,8 @@ class HipSearch {
     return min(count, plan.wanted);
   }
 
-  // The wanted-th key of the halves (shared.prefix), and how many of its equals are wanted.
+  // Finds the wanted-th key of the halves (shared.prefix), and how many halves equal to it are
+  // wanted.
   __device__ void find_bar(int count) {
     constexpr int kEach = (kHipBins + kThreads - 1) / kThreads;
     if (threadIdx.x == 0) shared.prefix = 0, shared.wanted = plan.wanted;
@@ -370,7 +375,7 @@ class HipSearch {
           atomicAdd(&shared.bins[key % kHipBins], 1u);
       }
       __syncthreads();
-      // Bins from the highest on.
+      // Bins from the highest down.
       unsigned counts[kEach], sum = 0, before;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
@@ -395,7 +400,7 @@ class HipSearch {
   const HipPlan& plan;
   Shared& shared;
   uint32_t queries;
-  int* ends;  // of columns
+  int* ends;  // per column
   HipNodes kept, halves;
   uint16_t* todo;  // halves without a score
   int64_t item, list, end;
@@ -405,7 +410,7 @@ class HipSearch {
   int columns;
 };
 
-// Of a multiprocessor.
+// CTAs per SM.
 template <typename T, int kColumnTiles, int kWarps>
 constexpr int kHipBlocks =
     kWarps == kManyWarps ? 1 : (kColumnTiles == 1 ? 4 : 3) - (sizeof(T) == 4 ? 1 : 0);
@@ -419,7 +424,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kHipBlocks<T, kColumnTiles,
   Search(p, plan, shared, memory, blockIdx.x).run();
 }
 
-// plan.parts blocks for each list.
+// plan.parts CTAs per list.
 template <typename T, int kColumnTiles, int kWarps>
 __global__ void __launch_bounds__(kWarps* kWarpSize, kHipBlocks<T, kColumnTiles, kWarps>)
     hip_ahead_kernel(const __grid_constant__ HipParams p, const __grid_constant__ HipPlan plan) {

@@ -1,4 +1,4 @@
-// What a block of threads of a search has: its plan, its shared memory, its keys.
+// Plan, shared memory and keys of a CTA of the search.
 #pragma once
 #include <cub/block/block_scan.cuh>
 
@@ -8,22 +8,22 @@
 
 namespace tokenmill::cuda::hip_block_select {
 
-// Of a block: few where the device has several blocks for each multiprocessor, else many, so that
-// the keys of as many units are on their way to it.
+// Warps per CTA: few if there are several CTAs per SM, else many, so that the keys of as many units
+// are in flight.
 constexpr int kFewWarps = 4, kManyWarps = 16;
 constexpr int kHipDigitBits = 8;
 constexpr int kHipBins = 1 << kHipDigitBits;
 
 struct HipPlan {
   int wanted;
-  int slots;           // blocks of keys among 16 rows; 1: a block is taken 16 rows at a time
+  int slots;           // blocks of keys per 16 rows; 1: a block is processed 16 rows at a time
   int chunks, slices;  // 16 and 64 bytes of a row
-  int query_bytes;     // between columns in shared memory
+  int query_bytes;     // column stride in shared memory
   int rounds;          // of a search from a list
-  int levels;          // of the tree whose nodes are scored ahead of the search
-  int parts;           // blocks that share these nodes of a list
-  int64_t blocks;      // of keys: the distance between lists in `ahead`
-  float* ahead;        // scores of these nodes, by the block that represents each
+  int levels;          // tree levels scored ahead of the search
+  int parts;           // CTAs that share the scored-ahead nodes of a list
+  int64_t blocks;      // key blocks: list stride in `ahead`
+  float* ahead;        // scores of these nodes, indexed by their representative block
   bool keys_aligned, queries_aligned;
 };
 
@@ -31,13 +31,13 @@ template <int kColumnTiles>
 struct HipShape {
   static constexpr int kColumns = 8 * kColumnTiles;  // queries in shared memory
 
-  // Nodes that were kept and their halves have a beginning, an end and a score each.
+  // Kept nodes and their halves have a begin, an end and a score each.
   static constexpr int shared_bytes(int query_bytes, int wanted) {
     return kColumns * (query_bytes + 4) + 3 * wanted * 12 + 2 * wanted * 2;
   }
 };
 
-// Nodes by number. A score that is not known is NaN.
+// Nodes by index. An unknown score is NaN.
 struct HipNodes {
   int *begin, *end;
   float* score;
@@ -58,20 +58,20 @@ struct HipShared {
   } scan;
   unsigned bins[kHipBins];
   unsigned prefix;
-  int wanted;  // of the scores that begin with the prefix
+  int wanted;  // among the scores that begin with the prefix
 };
 
 struct Most {
   __device__ int operator()(int a, int b) const { return a > b ? a : b; }
 };
 
-// Unsigned integers in the order of the scores.
+// Order-preserving unsigned integers of scores.
 __device__ __forceinline__ unsigned hip_key(float score) {
   const unsigned bits = __float_as_uint(score);
   return bits ^ (static_cast<unsigned>(static_cast<int>(bits) >> 31) | 0x80000000u);
 }
 
-// Keys of one key head of one request, which begin at row `start`.
+// Keys of one KV head of one request, which begin at row `start`.
 template <typename T>
 struct HipKeys {
   const HipParams& p;

@@ -1,4 +1,4 @@
-// Lists of blocks of keys by a search in a tree of blocks. Free of torch.
+// Lists of key blocks, found by a search in a tree of blocks. Free of torch.
 #pragma once
 #include "core/rows.h"
 #include "cpu/isa.h"
@@ -8,14 +8,14 @@ namespace tokenmill {
 
 enum class Representative : int32_t { first, middle, last };
 
-// A list is that of one query head, or of the `group` query heads of one key head. Its query block
-// speaks through every stride_q-th of its rows, counted backwards from the last. Lists of packed
-// queries have no dimension of requests: the blocks of sequence b begin at number
-// cu_seqlens_q[b] / block_q + b, and those that no sequence has are empty.
+// A list belongs to one query head, or to the `group` query heads of one KV head. A query block is
+// scored by every stride_q-th of its rows, counted backwards from the last. Lists of packed queries
+// have no request dimension: the blocks of sequence b begin at index cu_seqlens_q[b] / block_q + b,
+// and blocks of no sequence are empty.
 struct HipParams {
   int64_t batch, lists, kv_heads, head_dim;
-  int64_t group;                     // query heads of a list
-  int64_t queries, block_q, blocks;  // of a request; packed: of all sequences
+  int64_t group;                     // query heads per list
+  int64_t queries, block_q, blocks;  // per request; packed: of all sequences
   int64_t stride_q;
   int64_t block_k, wanted;  // wanted = budget / block_k
   int64_t num_sink, num_recent;
@@ -23,7 +23,7 @@ struct HipParams {
   bool exact, causal;
   DType dtype;
   Rows q;
-  KeyRows k;                                   // packed: the rows of all sequences
+  KeyRows k;                                   // packed: rows of all sequences
   const int32_t* lengths;                      // [B], clamped; null: all
   const int32_t* query_counts;                 // [B], clamped; null: all
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [B + 1]; null unless packed
@@ -37,10 +37,10 @@ struct HipParams {
   TOKENMILL_HOST_DEVICE int64_t requests() const { return cu_seqlens_q ? 1 : batch; }  // of lists
 };
 
-// The query block of a list: where its request begins, and what it has.
+// Query block of a list: offsets and sizes of its request.
 struct HipBlock {
   int64_t b, block;          // of the request
-  int64_t q_start, queries;  // row of the first query, how many there are
+  int64_t q_start, queries;  // row of the first query, number of queries
   int64_t k_start, tokens;   // of keys
 };
 
@@ -48,7 +48,7 @@ struct HipBlock {
 TOKENMILL_HOST_DEVICE inline HipBlock hip_block(const HipParams& p, int64_t b, int64_t block) {
   HipBlock at{b, block, 0, p.queries, 0, 0};
   if (p.cu_seqlens_q) {
-    int64_t low = 0, high = p.batch;  // the last sequence that begins at `block` or before it
+    int64_t low = 0, high = p.batch;  // the last sequence that begins at or before `block`
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
       const bool begun =
@@ -71,7 +71,7 @@ TOKENMILL_HOST_DEVICE inline HipBlock hip_block(const HipParams& p, int64_t b, i
   return at;
 }
 
-// Queries first, first - stride_q, ... of the request (`rows` of them) speak for a query block.
+// Queries first, first - stride_q, ... of the request (`rows` of them) score a query block.
 struct HipRows {
   int64_t first, rows;
 };
@@ -83,18 +83,18 @@ TOKENMILL_HOST_DEVICE inline HipRows hip_rows(const HipParams& p, const HipBlock
   return {last, (last - begin) / p.stride_q + 1};
 }
 
-// A query counts the keys num_sink .. end - 1.
+// A query sees the candidate keys num_sink .. end - 1.
 TOKENMILL_HOST_DEVICE inline int64_t hip_end(const HipParams& p, const HipBlock& at,
                                              int64_t query) {
   return at.tokens - p.num_recent + (p.causal ? query - at.queries + 1 : 0);
 }
 
-// Half-open intervals of blocks: what is admissible, and the nodes of a search.
+// Half-open interval of blocks: the admissible range, or a node of a search.
 struct HipNode {
   int32_t begin, end;
 };
 
-// Of a query block with `rows`, whose last query counts the keys before `end`.
+// Admissible blocks of a query block with `rows`, whose last query sees the keys before `end`.
 TOKENMILL_HOST_DEVICE inline HipNode hip_admissible(const HipParams& p, HipRows rows, int64_t end) {
   if (rows.rows == 0 || end <= p.num_sink) return {0, 0};
   return {static_cast<int32_t>(p.num_sink / p.block_k),
@@ -107,7 +107,7 @@ TOKENMILL_HOST_DEVICE inline int32_t hip_representative(const HipParams& p, HipN
                                                     : node.begin + (node.end - node.begin) / 2;
 }
 
-// The node that block `id` of a list becomes.
+// Start node for block `id` of a start list.
 TOKENMILL_HOST_DEVICE inline HipNode hip_restart_node(const HipParams& p, HipNode admissible,
                                                       int32_t id) {
   const int64_t begin = id / p.restart_span * p.restart_span, end = begin + p.restart_span;
@@ -115,7 +115,7 @@ TOKENMILL_HOST_DEVICE inline HipNode hip_restart_node(const HipParams& p, HipNod
           end < admissible.end ? static_cast<int32_t>(end) : admissible.end};
 }
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const HipParams&, void* stream);
 int64_t workspace_bytes(const HipParams&);
 

@@ -1,6 +1,6 @@
-// Panels of keys times rows of queries and heads. The heads of a query are summed where their
-// products leave the registers, so a panel of scores for each query is all that memory sees of
-// them. A query keeps those above a threshold; when it has too many, the best topk give a new one.
+// Panels of keys times rows of queries and heads. The heads of a query are summed as the products
+// leave the registers, so that only one panel of scores per query reaches memory. A query keeps the
+// scores above a threshold; when it has too many, the best topk determine a new threshold.
 #include <algorithm>
 
 #include "core/knobs.h"
@@ -15,21 +15,21 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kFewRows = 64;      // with which packing the keys takes a sixth of the time
-constexpr int64_t kMaxQueries = 128;  // of an item
-constexpr int64_t kMaxCandidates = 1 << 20;  // of an item
-constexpr int64_t kPartKeys = 4096;          // of an item, at least
-constexpr int64_t kKeysOfHint = 16;          // and thread, at least: a hint is one key more
+constexpr int64_t kFewRows = 64;  // with this many rows, packing the keys takes a sixth of the time
+constexpr int64_t kMaxQueries = 128;         // per item
+constexpr int64_t kMaxCandidates = 1 << 20;  // per item
+constexpr int64_t kPartKeys = 4096;          // minimum per item
+constexpr int64_t kKeysOfHint = 16;  // minimum keys per hint and thread: a hint costs one more key
 
-// An item is some queries of a sequence, a tile, and a part of its keys. The rows of the tile, of
-// queries and heads, are so few (Knob::indexer_rows) that their words stay in L2.
+// An item is a tile of queries of a sequence and a part of its keys. A tile has so few rows, of
+// queries and heads (Knob::indexer_rows), that its words stay in L2.
 struct IndexerPlan {
-  int64_t list;   // entries that a list can have
+  int64_t list;   // maximum length of a list
   int64_t limit;  // candidates of a query before they are cut to the list
-  int64_t room;   // candidates of a query in memory
+  int64_t room;   // capacity for the candidates of a query
   int64_t tile_queries, tiles;
   int64_t part_keys, parts;
-  int64_t hints;  // of a query that are looked at
+  int64_t hints;  // hints used per query
 
   IndexerPlan(const IndexerParams& p, int threads) {
     list = std::min(p.topk, indexer_blocks(p));
@@ -56,8 +56,8 @@ struct IndexerPlan {
   }
 };
 
-// Adds M rows of a product with a panel to scores: row i, of head `head` + i modulo `heads`,
-// belongs to the query of the row before or, from head 0 on, to the next one.
+// Adds M rows of a product with a panel to scores: row i belongs to head `head` + i modulo `heads`,
+// and to the query of the previous row or, at head 0, to the next query.
 template <class Op, int M, bool kRelu>
 __attribute__((noinline)) void add_heads(float* scores, const float* weights, int64_t head,
                                          int64_t heads, int64_t rows, const float* a, int64_t lda,
@@ -87,13 +87,13 @@ __attribute__((noinline)) void add_heads(float* scores, const float* weights, in
   }
 }
 
-// The lists of parts, until the last part of a tile is done.
+// Lists of the parts of a tile, until the last part is done.
 struct PartLists {
   float* scores;  // [tiles, tile_queries, parts, list]
   int32_t* ids;
   int64_t* counts;  // [tiles, tile_queries, parts]
   int32_t* done;    // [tiles]
-  float* hinted;    // [tiles], of several parts: thresholds
+  float* hinted;    // [tiles], with several parts: thresholds
 
   static int64_t entries(const IndexerPlan& plan) {
     return plan.parts == 1 ? 0 : plan.tiles * plan.tile_queries * plan.parts;
@@ -147,12 +147,12 @@ class Indexer {
     tiles_before = plan.tiles;
     order = reinterpret_cast<uint32_t*>(memory.take(plan.room));
     sorted = reinterpret_cast<uint32_t*>(memory.take(plan.room));
-    // Tiles of the product end up to kTileRows - 1 rows behind the last one.
+    // Product tiles extend up to kTileRows - 1 rows past the last one.
     std::fill(queries, queries + (rows + kTileRows) * ldq, 0.f);
   }
 
-  // A score just below the least of the list, or less, from keys that were on the one before; -inf
-  // for several queries, or where these are too few.
+  // A threshold just below the smallest score of the list, or lower, from the keys on the previous
+  // list; -inf for several queries, or if the hints are too few.
   float hinted_threshold(int64_t tile) {
     if (tile != loaded) load_tile(tile);
     if (count > 1) return kNegInf;
@@ -191,7 +191,7 @@ class Indexer {
     }
     if (plan.hints > 0)
       candidates[0].threshold = plan.parts > 1 ? shared.hinted[tile] : hinted_threshold(tile);
-    int64_t query = 0;  // the first that sees a key of the panel
+    int64_t query = 0;  // first query that sees a key of the panel
     for (int64_t row = first; row < last; row += kPanel) {
       const int64_t n = std::min<int64_t>(kPanel, last - row);
       while (ends[query] <= row) ++query;
@@ -216,7 +216,7 @@ class Indexer {
 
   void load_tile(int64_t tile) {
     loaded = tile;
-    // From the sequence of the tile before: the tiles of a worker follow each other.
+    // Starts at the sequence of the previous tile: a worker's tiles ascend.
     while (tile < tiles_before) tiles_before -= plan.tiles_of(p, --b);
     for (int64_t own; tile >= tiles_before + (own = plan.tiles_of(p, b)); ++b) tiles_before += own;
     sequence = indexer_sequence(p, b);
@@ -238,7 +238,7 @@ class Indexer {
   const char* key_at(const KeyRun& run, int64_t t) const {
     return static_cast<const char*>(p.k.data) + (run.offset + t * p.k.seq) * key_size;
   }
-  // A panel, transposed.
+  // Packs a panel, transposed.
   void pack_keys(int64_t row, int64_t n) {
     const int64_t first = sequence.k_start + row;
     if (key_size == 1) copy_scales(0, first, n);
@@ -250,7 +250,7 @@ class Indexer {
     }
     pack_rows_of(ScatteredRows{offsets}, n);
   }
-  // Of keys `first` .. first + n - 1, to those of a panel from number `at` on.
+  // Copies scales of keys `first` .. first + n - 1 to the scales of a panel from index `at` on.
   void copy_scales(int64_t at, int64_t first, int64_t n) {
     const float* const all = static_cast<const float*>(p.k_scale.data);
     if (!all) std::fill(scales + at, scales + at + n, 1.f);
@@ -281,8 +281,8 @@ class Indexer {
     pack_transposed<Op>(from, p.dtype, n, p.head_dim, 1, keys);
   }
 
-  // What is asked for while panels are multiplied: rows of the next panel, as far as they lie
-  // together. Transposing reads 32 bytes of a row at a time, which no hardware follows.
+  // Selects rows of the next panel to prefetch while panels are multiplied, if they are contiguous.
+  // Transposing reads 32 bytes of a row at a time, which hardware prefetchers do not follow.
   void find_next(int64_t row, int64_t last) {
     ahead = ahead_end = nullptr;
     if (row >= last || p.k.seq != p.head_dim) return;
@@ -316,13 +316,13 @@ class Indexer {
     });
   }
 
-  // What pack_codes leaves of the scales.
+  // Applies the part of the scales that pack_codes leaves.
   TM_INLINE void scale_scores(float* z, int64_t n) const {
     if (Op::kPair == 2 && key_size == 1)
       for (int64_t j = 0; j < n; j += kWidth) store(z + j, load(z + j) * load(scales + j));
   }
 
-  // Of query i and n keys from `row` on.
+  // Takes the scores of query i and n keys from `row` on.
   TM_INLINE void take_scores(int64_t i, int64_t row, int64_t n) {
     float* const z = scores + i * kPanel;
     scale_scores(z, n);
@@ -340,7 +340,7 @@ class Indexer {
     if (candidates[i].count > plan.limit) candidates[i].cut(plan.list, order, sorted);
   }
 
-  // Maxima of the blocks that end among these keys, to `blocks`. Returns how many there are.
+  // Writes maxima of the blocks that end among these keys to `blocks`. Returns their number.
   int64_t reduce_blocks(int64_t i, const float* z, int64_t row, int64_t n) {
     int64_t closed = 0;
     float most = open[i];
@@ -356,7 +356,7 @@ class Indexer {
     return closed;
   }
 
-  // A block that ends behind the keys.
+  // Closes a block that extends past the last key.
   void close_block(int64_t i) {
     if (open[i] == kNegInf) return;
     blocks[0] = open[i];
@@ -373,7 +373,7 @@ class Indexer {
     }
   }
 
-  // Parts in their order, so that ids ascend.
+  // Merges parts in order, so that ids ascend.
   void merge_lists(int64_t tile) {
     for (int64_t i = 0; i < count; ++i) {
       Candidates& c = candidates[i];
@@ -410,14 +410,14 @@ class Indexer {
   int64_t words, ldq, element_size, key_size, rows;
   cpu::Workspace memory;
   float *queries, *weights, *keys;  // words of [query, head] and of a panel
-  float *scores, *blocks, *open;    // [query, kPanel]; closed blocks; the block of a query so far
-  int64_t *open_ids, *ends;         // of that block; of the keys that a query sees
+  float *scores, *blocks, *open;    // [query, kPanel]; closed blocks; current block of each query
+  int64_t *open_ids, *ends;         // of the current block; end of the keys that each query sees
   float* scales;                    // of a panel
   const char** offsets;             // rows of a panel
   Candidates* candidates;
   uint32_t *order, *sorted;
-  const char *ahead = nullptr, *ahead_end = nullptr;  // of the next panel
-  int64_t b, tiles_before;  // a sequence, and the tiles in front of its own
+  const char *ahead = nullptr, *ahead_end = nullptr;  // next panel to prefetch
+  int64_t b, tiles_before;  // current sequence, and the number of tiles before it
   int64_t loaded = -1, first_query = 0, count = 0;
   IndexerSequence sequence{};
 };

@@ -1,18 +1,18 @@
-// The scores and ids of one query above a threshold.
+// Scores and ids of one query above a threshold.
 #pragma once
 #include "select/cpu_keys.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 
-// What may be on a list: scores, none of which is NaN, and ids, which ascend.
+// Candidates for a list: scores, none of which is NaN, and ascending ids.
 struct Candidates {
   float* scores;
   int32_t* ids;
   int64_t count;
-  float threshold;  // a score is wanted if it is above
+  float threshold;  // scores above it are candidates
 
-  // Takes of ids first .. first + n - 1 what is above the threshold; n is at most kPanel. `from`
-  // has whole vectors.
+  // Adds the scores above the threshold, with ids first .. first + n - 1; n is at most kPanel.
+  // `from` has whole vectors.
   TM_INLINE void add(const float* from, int64_t n, int64_t first) {
     const vf bound = set(threshold);
     for (int64_t i = 0; i < n; i += kWidth) {
@@ -27,7 +27,7 @@ struct Candidates {
     }
   }
 
-  // Keeps the `most` best. keys, sorted: memory for `count` numbers each.
+  // Keeps the `most` best candidates. keys, sorted: scratch for `count` numbers each.
   void cut(int64_t most, uint32_t* keys, uint32_t* sorted) {
     if (count <= most) return;
     for (int64_t i = 0; i < count; ++i) keys[i] = sorted[i] = key_of(scores[i]);
@@ -47,7 +47,8 @@ struct Candidates {
   }
 };
 
-// The threshold that leaves `least` and what is greater. Subnormal numbers compare as 0.
+// The threshold just below `least`, which keeps `least` and larger scores. Subnormal numbers
+// compare as 0.
 inline float just_below(float least) {
   constexpr float kNormal = 0x1p-126f;
   if (least == kNegInf) return kNegInf;

@@ -1,4 +1,4 @@
-// Panels of keys as floats, transposed: elements of 8 and 16 bits cross as words of 32.
+// Transposed panels of keys as floats: 8-bit and 16-bit elements are transposed as 32-bit words.
 #pragma once
 #include <algorithm>
 
@@ -7,8 +7,8 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-// pack_transposed of bfloat16 as floats: pairs of elements are transposed as words, which takes
-// half of the shuffles, and then cut.
+// pack_transposed of bfloat16 to float32: pairs of elements are transposed as words, which takes
+// half of the shuffles, and split afterwards.
 template <class Source>
 inline void pack_pairs(const Source from, int64_t rows, int64_t length, float* dst) {
   using Bits = uint32_t __attribute__((vector_size(sizeof(vf))));
@@ -33,7 +33,7 @@ inline void pack_pairs(const Source from, int64_t rows, int64_t length, float* d
     }
 }
 
-// 4 kWidth codes from number d on, 0 beyond `length`.
+// 4 kWidth codes from index d on, 0 past `length`.
 TM_INLINE vf load_codes(const uint8_t* p, int64_t d, int64_t length) {
   if (d + 4 * kWidth <= length) return load(reinterpret_cast<const float*>(p + d));
   uint8_t lane[4 * kWidth] = {};
@@ -41,21 +41,21 @@ TM_INLINE vf load_codes(const uint8_t* p, int64_t d, int64_t length) {
   return load(reinterpret_cast<const float*>(lane));
 }
 
-// What the byte of each word that a shift by kShift makes the highest is worth; NaN codes become
-// +-480.
+// Value of the byte of each word that a shift by kShift makes the highest; NaN codes become +-480.
 template <int kShift>
 TM_INLINE vf float8_byte(float8_words codes) {
   const float8_words code = codes << kShift, magnitude = (code & 0x7f000000) >> 4;
   const vf normal = std::bit_cast<vf>(magnitude + ((127 - 7) << 23));
-  // Of 0 and the subnormal numbers 2^-7 (1 + m / 8), which is to be 2^-6 m / 8; for the others the
-  // second is the larger one.
+  // For 0 and the subnormal numbers `normal` is 2^-7 (1 + m / 8), which must become 2^-6 m / 8; for
+  // the others the second operand is larger.
   const vf value = min_of(normal, fma(normal, set(2.f), set(-0x1p-6f)));
   return std::bit_cast<vf>(std::bit_cast<float8_words>(value) | (code & ~0x7fffffff));
 }
 
-// pack_transposed of codes of float8_e4m3fn, each row times its scale: words of four codes are
-// transposed, and then become floats. Pairs hold powers of two times codes, exactly, and what is
-// left of the scales, 1 to 2, stays there. A row with a NaN has one in its first word.
+// pack_transposed of float8_e4m3fn codes, each row times its scale: words of four codes are
+// transposed, then converted to floats. With pairs, the words hold codes times powers of two,
+// exactly, and the remaining factors of the scales, 1 to 2, stay in `scales`. A row with a NaN has
+// a NaN in its first word.
 template <class Op, class Source>
 inline void pack_codes(const Source from, int64_t rows, int64_t length, float* scales, float* dst) {
   const int64_t words = words_of<Op>(length);
@@ -66,7 +66,7 @@ inline void pack_codes(const Source from, int64_t rows, int64_t length, float* s
       store(scales + c, std::bit_cast<vf>((bits & 0x7fffff) | 0x3f800000));
       scale = std::bit_cast<vf>(scale == scale ? bits & ~0x7fffff : bits);
     }
-    float8_words found{};  // the high bit of a byte: a NaN
+    float8_words found{};  // high bit of a byte: NaN
     for (int64_t d = 0; d < length; d += 4 * kWidth) {
       vf block[kWidth];
       TM_UNROLL(16)

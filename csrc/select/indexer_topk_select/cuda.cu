@@ -9,16 +9,16 @@ namespace tokenmill {
 namespace cuda::indexer_topk_select {
 namespace {
 
-constexpr int kMaxShared = 96 * 1024;                    // of a block on every device
-constexpr int64_t kMaxKeys = 0x7fffff00;                 // of a request
-constexpr int64_t kSpareScores = 8192;                   // of a query, beside topk
-constexpr int64_t kMostScores = 1 << 26;                 // of a stripe: 256 MB
-constexpr int64_t kLeastRows = 64, kMostRows = 1 << 20;  // of a stripe
-constexpr int64_t kBlocksInTurn = 8;  // of a multiprocessor: causal queries have unequal work
+constexpr int kMaxShared = 96 * 1024;                    // per CTA, on every GPU
+constexpr int64_t kMaxKeys = 0x7fffff00;                 // per request
+constexpr int64_t kSpareScores = 8192;                   // per query, in addition to topk
+constexpr int64_t kMostScores = 1 << 26;                 // per stripe: 256 MB
+constexpr int64_t kLeastRows = 64, kMostRows = 1 << 20;  // per stripe
+constexpr int64_t kBlocksInTurn = 8;                     // per SM: causal queries have unequal work
 
 int64_t row_scores(const IndexerParams& p) { return round_up(p.k.rows, 4); }
 
-// Rows of a stripe: all of its scores are in memory at once, which is O(topk) for each query.
+// Rows per stripe, whose scores are all in memory at once: O(topk) per query.
 int64_t stripe_rows(const IndexerParams& p) {
   const int64_t scores = std::min(p.tokens * (p.topk + kSpareScores), kMostScores);
   return std::min(p.tokens, std::clamp(scores / row_scores(p), kLeastRows, kMostRows));
@@ -39,7 +39,7 @@ TopkParams topk_params(const IndexerParams& p, const ScorePlan& plan) {
   return topk;
 }
 
-// The workspace: scores, maxima of blocks, lengths, and what topk_select needs.
+// Workspace: scores, block maxima, lengths, and the workspace of topk_select.
 struct Memory {
   int64_t blocks, lengths, topk, bytes;
 
@@ -48,7 +48,7 @@ struct Memory {
     blocks = p.block_k > 1 ? scores : 0;
     lengths = blocks + scores;
     topk = round_up(lengths + rows * 4, 16);
-    // The last stripe may be shorter, and its rows be shared by more blocks.
+    // The last stripe may be shorter, with more CTAs per row.
     bytes = topk;
     for (const int64_t of : {rows, p.tokens % rows}) {
       ScorePlan plan{};
@@ -69,10 +69,10 @@ const char* launch_scores(const IndexerParams& p, const ScorePlan& plan, cudaStr
 template <typename T, typename Key>
 const char* launch_stripe(const IndexerParams& p, ScorePlan plan, cudaStream_t stream) {
   const int64_t sms = multiprocessors();
-  // Queries that share no keys take more keys instead, so that fewer blocks load a query.
+  // Queries that share no keys process more keys per CTA instead, so that fewer CTAs load a query.
   const bool apart = p.cu_seqlens_q ? p.tokens <= p.batch : p.queries == 1;
   const auto set_shape = [&](int round_keys, int64_t blocks) {
-    // Of a sequence; if one has more, its blocks take them in turn.
+    // Keys per sequence; a longer sequence is processed in several rounds by its CTAs.
     const int64_t keys = p.cu_seqlens_k ? ceil_div(p.k.rows, p.batch) : p.k.rows;
     const int64_t groups = ceil_div(keys, round_keys), all = plan.rows * groups;
     plan.rounds = 1;
@@ -102,7 +102,7 @@ const char* launch_blocks(const IndexerParams& p, const ScorePlan& plan, cudaStr
                                       lanes, static_cast<int>(row_blocks));
 }
 
-// Rows of codes in pieces of as many bytes as a chunk has elements.
+// Rows of codes are read in pieces of as many bytes as a 16-byte chunk of T has elements.
 template <typename T>
 bool has_whole_chunks(const KeyRows& k, int64_t dim) {
   constexpr int64_t kCount = kChunkBytes / sizeof(T);

@@ -11,7 +11,7 @@ namespace {
 
 constexpr const char* kOp = "indexer_topk_select";
 constexpr int64_t kMaxHeads = 64, kMaxTopk = 65536;
-constexpr int64_t kFar = int64_t{1} << 31;  // beyond any key
+constexpr int64_t kFar = int64_t{1} << 31;  // larger than any key index
 
 void run(IndexerParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
@@ -31,7 +31,7 @@ struct IndexerTopkSelectArgs : Record {
   View k_scale, previous;
 };
 
-// The checks are those of python/tokenmill/select/indexer_topk_select.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/select/indexer_topk_select.py.
 void check_rows(const IndexerTopkSelectArgs& a) {
   const bool packed = bool(a.cu_seqlens_q);
   check(
@@ -161,7 +161,7 @@ std::tuple<Array, Array, Array> indexer_topk_select(const IndexerTopkSelectArgs&
   p.values = a.return_values ? values.mutable_data<float>() : nullptr;
   if (p.tokens > 0 && p.k.rows > 0 && p.batch > 0) {
     run(p, a.q);
-  } else {  // there is nothing to list
+  } else {  // empty lists
     fill(-1, indices);
     fill(0, counts);
     fill(-std::numeric_limits<double>::infinity(), values);

@@ -1,8 +1,8 @@
-// Scores on tensor cores: s[i, j] = sum over heads h of w[i, h] act(q[i, h] . k[j]), rows of one
-// stripe of queries against all keys, which topk_select then reads. A warp holds 16 kUnits rows of
-// keys in registers and multiplies them by the heads of one query after the other, which pass
-// through shared memory. Codes of float8_e4m3fn become T, exactly and but for the magnitude of
-// their scale, which multiplies the sum over heads.
+// Scores on tensor cores: s[i, j] = sum over heads h of w[i, h] act(q[i, h] . k[j]), for a stripe
+// of query rows against all keys; topk_select then reads them. A warp holds 16 kUnits key rows in
+// registers and multiplies them by the heads of one query after the other, which pass through
+// shared memory. float8_e4m3fn codes are converted to T exactly, without the magnitude of their
+// scale, which is applied to the sum over heads.
 #pragma once
 #include "cuda/arch/mma_sm80.cuh"
 #include "cuda/float8.cuh"
@@ -13,41 +13,41 @@
 
 namespace tokenmill::cuda::indexer_topk_select {
 
-constexpr int kUnitKeys = 16;    // rows of a product
-constexpr int kHeadTiles = 8;    // of 8 columns
-constexpr int kSliceBytes = 64;  // 16 of each lane of a quad, two products deep
+constexpr int kUnitKeys = 16;    // key rows per MMA tile
+constexpr int kHeadTiles = 8;    // tiles of 8 columns
+constexpr int kSliceBytes = 64;  // 16 per lane of a quad, two MMA k-steps
 constexpr int kSliceBatch = 4;   // slices of keys in registers
-constexpr int kTileTokens = 16;  // queries of a block, at most
-constexpr int kStages = 2;       // of queries in shared memory, where they fit
+constexpr int kTileTokens = 16;  // maximum queries per CTA
+constexpr int kStages = 2;       // pipeline stages of queries in shared memory, if they fit
 
-// Rows are those of a stripe: row r is query `first` + r.
+// Rows are relative to a stripe: row r is query `first` + r.
 struct ScorePlan {
   int64_t first;
-  int64_t ld;  // scores of a row, a multiple of 4
+  int64_t ld;  // row stride of scores, a multiple of 4
   int rows, tile_tokens, key_groups, rounds;
   int head_tiles;      // 8 heads each
   int log2_chunks;     // 16 bytes of `slices`, rounded up
   int chunks, slices;  // 16 and 64 bytes of a row of q or k
-  int query_bytes;  // between heads in shared memory: 64 bytes more than a multiple of 128, so that
-                    // two heads side by side differ in their banks
+  int query_bytes;     // stride of heads in shared memory: 64 bytes more than a multiple of 128, so
+                       // that adjacent heads are in different banks
   int stages;
   bool queries_aligned, keys_aligned;
   float* scores;     // [rows, ld]
-  float* blocks;     // [rows, ld], maxima of blocks; of block_k 1 the same memory
-  int32_t* lengths;  // [rows], of `blocks`
+  float* blocks;     // [rows, ld], block maxima; aliases scores if block_k is 1
+  int32_t* lengths;  // [rows], lengths of `blocks`
 
-  // Of one query and its weights.
+  // One query and its weights.
   TOKENMILL_HOST_DEVICE int stage_bytes() const { return 8 * head_tiles * (query_bytes + 4); }
 };
 
-// A query of the tile, and the keys that its list may have.
+// A query of the tile, and the range of keys that its list may contain.
 struct IndexerToken {
   int64_t query, weight;  // offsets, in elements
   int64_t k_start, keys;  // of the sequence
   int b, begin, end;
 };
 
-// A query without a sequence sees nothing.
+// A query outside of every sequence sees nothing.
 __device__ inline IndexerToken find_token(const IndexerParams& p, int64_t token) {
   int64_t b = 0;
   if (p.cu_seqlens_q) {  // the last sequence that begins at or before the token
@@ -81,7 +81,7 @@ __device__ __forceinline__ float load_weight(const IndexerParams& p, int64_t at)
   return static_cast<float>(static_cast<const __nv_bfloat16*>(p.weights.data)[at]);
 }
 
-// Heads of one query and their weights to a stage; heads that there are not become zero.
+// Loads the heads of one query and their weights to a stage; missing heads are zero-filled.
 template <typename T>
 __device__ __forceinline__ void load_query(const IndexerParams& p, const ScorePlan& plan,
                                            const IndexerToken& token, uint32_t queries,
@@ -89,7 +89,7 @@ __device__ __forceinline__ void load_query(const IndexerParams& p, const ScorePl
   constexpr int kCount = kChunkBytes / sizeof(T);
   const T* const query = static_cast<const T*>(p.q.data) + token.query;
   const int heads = static_cast<int>(p.heads);
-  // A thread has one chunk of every so many heads.
+  // A thread loads one chunk of every step-th head.
   const int chunk = threadIdx.x & ((1 << plan.log2_chunks) - 1);
   const int step = blockDim.x >> plan.log2_chunks;
   const int columns = static_cast<int>(p.head_dim) - chunk * kCount;
@@ -112,8 +112,8 @@ __device__ __forceinline__ void load_query(const IndexerParams& p, const ScorePl
     weights[own] = own < heads ? load_weight(p, token.weight + own) : 0.f;
 }
 
-// Chunk `chunk` of a row of codes as 16 bytes of T, zero beyond the columns; whole: all of a row's
-// chunks are there, aligned. A NaN code becomes +-480; true if there is one.
+// Chunk `chunk` of a row of codes as 16 bytes of T, zero past the columns; whole: all chunks of the
+// row exist and are aligned. A NaN code becomes +-480; returns true if there is one.
 template <typename T>
 __device__ __forceinline__ bool load_codes(uint32_t (&words)[4], const Float8* row, int chunk,
                                            int columns, bool whole) {
@@ -127,11 +127,11 @@ __device__ __forceinline__ bool load_codes(uint32_t (&words)[4], const Float8* r
     for (int i = 0; i < kCount; ++i)
       if (column + i < columns) codes.x[i / 4] |= uint32_t{row[column + i].code} << 8 * (i % 4);
   }
-  uint32_t found = 0;  // the high bit of a byte: a NaN
+  uint32_t found = 0;  // high bit of a byte: NaN
 #pragma unroll
   for (uint32_t four : codes.x) found |= (four & 0x7f7f7f7fu) + 0x01010101u;
-  // Exponents count from the least of T, whose subnormal numbers are those of the codes; a power of
-  // two corrects that.
+  // Exponents are relative to the minimum of T, whose subnormal numbers correspond to those of the
+  // codes; a power of two corrects the result.
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) {
@@ -158,12 +158,12 @@ __device__ __forceinline__ float sign_of(float scale) {
   return scale == 0 ? 0.f : copysignf(1.f, scale);
 }
 
-// Rows g and g + 8 of the units of a warp, from key `first` on.
+// Rows g and g + 8 of each unit of a warp, from key `first` on.
 template <typename T, typename Key, int kUnits>
 struct KeyTile {
   static constexpr bool kCodes = !std::is_same_v<T, Key>;
-  const Key* rows[kUnits][2];  // null: not there
-  float scales[kUnits][2];     // of codes; NaN: the key is
+  const Key* rows[kUnits][2];  // null: missing
+  float scales[kUnits][2];     // scales of codes; NaN: the key is NaN
   uint32_t words[kUnits][kSliceBatch][2][4];
 
   __device__ __forceinline__ void find(const IndexerParams& p, const IndexerToken& token,
@@ -211,7 +211,7 @@ struct KeyTile {
           }
         }
   }
-  // Words times the sign of their scale.
+  // Multiplies words by the sign of their scale.
   __device__ static void turn(uint32_t (&w)[4], float scale) {
     constexpr uint32_t kSigns = sizeof(T) == 4 ? 0x80000000u : 0x80008000u;
 #pragma unroll
@@ -219,7 +219,8 @@ struct KeyTile {
   }
 };
 
-// products[u][n] += keys of unit u times heads 8 n .. 8 n + 7, slices `first` and the next ones.
+// products[u][n] += keys of unit u times heads 8 n .. 8 n + 7, for kSliceBatch slices from `first`
+// on.
 template <typename T, typename Key, int kUnits>
 __device__ __forceinline__ void multiply_slices(float (&products)[kUnits][kHeadTiles][4],
                                                 const KeyTile<T, Key, kUnits>& keys,
@@ -249,7 +250,7 @@ __device__ __forceinline__ void multiply_slices(float (&products)[kUnits][kHeadT
     }
   };
   Fragment<T, 4> a[kUnits][2];
-  if constexpr (sizeof(T) == 4) {  // a slice is cut into tf32 once for all heads
+  if constexpr (sizeof(T) == 4) {  // split a slice into tf32 parts once for all heads
     unroll<kSliceBatch>([&](auto j) {
       if (j >= slices) return;
       fragments_of(j, a);
@@ -266,7 +267,7 @@ __device__ __forceinline__ void multiply_slices(float (&products)[kUnits][kHeadT
 #pragma unroll
     for (int n = 0; n < kHeadTiles; ++n, tile += tile_bytes) {
       if (n >= plan.head_tiles) break;
-      keep(tile);  // else each slice has its address computed
+      keep(tile);  // otherwise the address is computed for each slice
       unroll<kSliceBatch>([&](auto j) {
         if (j >= slices) return;
         fragments_of(j, a);
@@ -276,8 +277,8 @@ __device__ __forceinline__ void multiply_slices(float (&products)[kUnits][kHeadT
   }
 }
 
-// A row of a key times one of queries in shared memory. Cut into tf32, an infinity is an infinity
-// and NaN, and so is what rounds to one: products that are NaN are computed again.
+// Product of a key row and a query row in shared memory. In split tf32, an infinity becomes
+// infinity and NaN, and so does a value that rounds to infinity: NaN products are recomputed here.
 template <typename Key>
 __device__ __forceinline__ float multiply_again(const Key* key, float sign, uint32_t query,
                                                 int dim) {
@@ -289,7 +290,7 @@ __device__ __forceinline__ float multiply_again(const Key* key, float sign, uint
   return sum;
 }
 
-// Sums over heads of what a warp multiplied, to the scores of the query: lane l of 32 has key
+// Sums a warp's products over heads, and stores the scores of the query: lane l of 32 has key
 // `first` + l of 16 kUnits.
 template <typename T, typename Key, int kUnits>
 __device__ __forceinline__ void store_scores(const IndexerParams& p, const ScorePlan& plan,
@@ -333,7 +334,7 @@ __device__ __forceinline__ void store_scores(const IndexerParams& p, const Score
     sums[i] += __shfl_xor_sync(kFullWarp, sums[i], 2);
     if (keys.rows[i / 2][i % 2] == nullptr) sums[i] = -infinity();
   }
-  // The lanes of a quad have the same sums, of keys 8 apart; lane c stores number c.
+  // The lanes of a quad have the same sums, for keys 8 apart; lane c stores number c.
   float own = sums[0];
 #pragma unroll
   for (int i = 1; i < 2 * kUnits; ++i)
@@ -342,9 +343,9 @@ __device__ __forceinline__ void store_scores(const IndexerParams& p, const Score
   if (c < 2 * kUnits && key < token.end) scores[key] = key < token.begin ? -infinity() : own;
 }
 
-// A block has up to tile_tokens queries, and of their keys every key_groups-th group of `rounds`
-// times 16 kUnits for each warp. kHeld: the slices of a row of keys fit the registers, and with one
-// round stay there for all queries of a sequence.
+// A CTA has up to tile_tokens queries and every key_groups-th group of their keys, a group being
+// `rounds` times 16 kUnits keys per warp. kHeld: the slices of a key row fit in registers and, with
+// one round, stay there for all queries of a sequence.
 template <typename T, typename Key, int kUnits, bool kHeld>
 __global__ void __launch_bounds__(kUnits == 1 ? 128 : 256, kUnits == 1 ? 3 : 1)
     indexer_kernel(const __grid_constant__ IndexerParams p,
@@ -373,7 +374,7 @@ __global__ void __launch_bounds__(kUnits == 1 ? 128 : 256, kUnits == 1 ? 3 : 1)
 #pragma unroll 1
   for (int64_t group = first_group;; group += plan.key_groups) {
     const int64_t group_key = group * plan.rounds * round_keys;
-    // The next query that sees a key of the group.
+    // Next query that sees a key of the group.
     const auto next = [&](int i) {
       while (i < count && tokens[i].end <= group_key) ++i;
       return i;
@@ -381,7 +382,7 @@ __global__ void __launch_bounds__(kUnits == 1 ? 128 : 256, kUnits == 1 ? 3 : 1)
     int i = next(0);
     if (i == count) break;
     KeyTile<T, Key, kUnits> keys;
-    int stage = 0, held = -1;  // the sequence whose keys are there
+    int stage = 0, held = -1;  // held: sequence whose keys are in registers
     load_query<T>(p, plan, tokens[i], queries_of(0), weights_of(0));
     cp_async_commit();
 #pragma unroll 1
@@ -433,7 +434,7 @@ __global__ void __launch_bounds__(kUnits == 1 ? 128 : 256, kUnits == 1 ? 3 : 1)
 
 constexpr int kBlockThreads = 256;
 
-// Maxima of blocks of keys, NaN where one is. `lanes`, a power of two, share a block.
+// Block maxima of scores, NaN if a score is NaN. `lanes` lanes, a power of two, share a block.
 __global__ void __launch_bounds__(kBlockThreads)
     indexer_block_kernel(const __grid_constant__ IndexerParams p,
                          const __grid_constant__ ScorePlan plan, int lanes, int row_blocks) {

@@ -1,6 +1,6 @@
-// Panels of keys times the query rows of a key head: a few of those are multiplied with the keys as
-// they lie in memory, more with a transposed copy. What a query does not see is hidden in the
-// product, which is then reduced over rows of a block, queries and heads in cache.
+// Panels of keys times the query rows of a KV head: few rows are multiplied with the keys as they
+// are in memory, more rows with a transposed copy. Masks are applied to the product, which is then
+// reduced over rows of a block, queries and heads while in cache.
 #include <algorithm>
 #include <cstring>
 
@@ -13,15 +13,15 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kPartColumns = 96;  // that share a panel, if there are as many
-constexpr int64_t kAllColumns = 768;  // the same of all key heads, which stay in cache
-constexpr int64_t kItemRows = 1024;   // of keys, at least
-constexpr int64_t kAheadRows = 16;    // of prefetches
-constexpr int64_t kFewColumns = 8;    // for which a transposed copy does not pay
+constexpr int64_t kPartColumns = 96;  // score rows that share a panel, if there are that many
+constexpr int64_t kAllColumns = 768;  // the same over all KV heads, to stay in cache
+constexpr int64_t kItemRows = 1024;   // minimum key rows per item
+constexpr int64_t kAheadRows = 16;    // prefetch distance, in rows
+constexpr int64_t kFewColumns = 8;    // up to this many, a transposed copy does not pay
 
-// Score rows ("columns", as they lie behind each other in memory) of a key head are ordered by row
-// of the result, head, query. A set makes one result. An item is some rows of the result, of all
-// heads, and some blocks of keys, whose heads are read one after another: they lie side by side.
+// Score rows ("columns", since they are contiguous in memory) of a KV head are ordered by row of
+// the result, head, query. A set of them makes one result. An item is some rows of the result, for
+// all heads, and some key blocks, whose heads are read one after another, since they are adjacent.
 struct ScorePlan {
   int64_t group, row_queries, set, part_sets, sets, parts;
   int64_t panel_blocks, item_blocks, items_per_part;
@@ -39,7 +39,7 @@ struct ScorePlan {
         items_per_part(ceil_div(p.blocks, item_blocks)) {}
 };
 
-// The larger, NaN if one is.
+// Maximum; NaN if either is NaN.
 TM_INLINE vf max_or_nan(vf a, vf b) { return select(equal(a, a), max_of(a, b), a); }
 TM_INLINE float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
 
@@ -92,7 +92,7 @@ class Scorer {
            (b * p.q.batch + i * p.q.seq + h * p.q.head) * query_size;
   }
 
-  // The columns of a part as words, and where their queries see keys.
+  // Loads the columns of a part as words, and the end of the keys that each query sees.
   void load_queries(int64_t part) {
     b = part / plan.parts;
     first_set = part % plan.parts * plan.part_sets;
@@ -135,7 +135,7 @@ class Scorer {
     return rows[0];
   }
 
-  // The negative (half 0) or positive elements; NaN is both.
+  // The negative (half 0) or positive elements; NaN is in both.
   const void* clamped_row(const void* from, int half) {
     for (int64_t d = 0; d < p.head_dim; d += kWidth) {
       const vf x = load_as_float_n(from, p.dtype, d, p.head_dim - d);
@@ -148,7 +148,7 @@ class Scorer {
   float* query_words(int64_t h, int half, int64_t c) const {
     return queries + ((h * halves + half) * columns + c) * ldq;
   }
-  // Scores of a column with a panel, and with its blocks if those have several rows.
+  // Scores of a column with a panel, and of its blocks if those have several rows.
   float* panel_scores(int64_t h, int64_t c) const {
     return products + ((few ? h : 0) * columns + c) * kPanel;
   }
@@ -158,7 +158,7 @@ class Scorer {
     const int64_t first = block * p.block_rows;
     const int64_t last = std::min(block_end * p.block_rows, p.k.rows);
     const bool reduces = p.block_rows > 1;
-    bool fresh = true;  // no panel of these blocks has been added
+    bool fresh = true;  // no panel of these blocks has been added yet
     const int64_t skipped = std::max<int64_t>(begin - first, 0) / kPanel * kPanel;
     for (int64_t row = first + skipped; row < std::min(last, end); row += kPanel) {
       panel = std::min<int64_t>(kPanel, last - row);
@@ -185,7 +185,7 @@ class Scorer {
       emit_sets(h, block_scores(h, 0), block_ld, block, block_end - block);
   }
 
-  // Rows that no query sees repeat the last one seen: their pages may not be there.
+  // Rows that no query sees repeat the last visible row: their pages may not exist.
   void find_rows(int64_t row) {
     const int64_t seen = std::min(panel, end - row);
     KeyRun run{0, row};
@@ -203,7 +203,7 @@ class Scorer {
     return static_cast<const char*>(p.k.data) +
            (offsets[i] + h * p.k.head + half * p.k_half) * key_size;
   }
-  // Of the first head's scale of a row, whose page is there.
+  // Offset of the first head's scale of a row, whose page must exist.
   int64_t scale_offset(int64_t row) const {
     if (!p.k.table) return b * p.k_scale.page + row * p.k_scale.row;
     const int64_t page = p.k.table[b * p.k.table_stride + row / p.k.page_size];
@@ -253,9 +253,9 @@ class Scorer {
     }
   }
 
-  // The rows that come kAheadRows after i, as far as they are known, where the heads of a row lie
-  // side by side: a part of them for each head, so that all memory is asked for in order. (Rows of
-  // one head, further apart than a line, take 1.4 times as long: no hardware follows them.)
+  // Prefetches the rows kAheadRows after i, if known and if the heads of a row are adjacent: a
+  // share per head, so that memory is read in order. (Rows of one head, further apart than a line,
+  // take 1.4 times as long: hardware prefetchers do not follow them.)
   TM_INLINE void prefetch(int64_t i, int64_t h, int64_t count) const {
     if (p.kv_heads * p.head_dim * halves != p.k.seq) return;
     const bool known = i + kAheadRows + count <= panel;
@@ -275,8 +275,8 @@ class Scorer {
     visit_words<Op>(p.k.data, p.dtype, 1, visit);
   }
 
-  // Columns first .. last - 1 of all heads, kCount at a time. A vector of sums for each of kWidth
-  // pairs of a key and a column, whose transpose adds them up.
+  // Columns first .. last - 1 of all heads, kCount at a time: a vector of partial sums for each of
+  // kWidth (key, column) pairs, reduced by a transpose.
   template <int kCount>
   __attribute__((noinline)) void multiply_rows_of(int64_t first, int64_t last) {
     constexpr int kKeys = kWidth / kCount;
@@ -366,7 +366,7 @@ class Scorer {
     }
   }
 
-  // Each set of columns, ld apart: the maximum over queries, then the maximum or mean over heads.
+  // Reduces each set of columns, ld apart: maximum over queries, then maximum or mean over heads.
   void emit_sets(int64_t kv_head, const float* z, int64_t ld, int64_t block, int64_t n) const {
     const int64_t heads = reduces_group(p) ? plan.group : 1, others = plan.group / heads;
     for (int64_t s = 0; s < count / plan.set; ++s, z += plan.set * ld) {
@@ -401,17 +401,17 @@ class Scorer {
   const BlockScoreParams& p;
   const ScorePlan plan;
   int64_t columns, halves, words, ldq;
-  bool codes;                    // of keys
+  bool codes;                    // keys are codes
   int64_t query_size, key_size;  // of elements
-  bool few;                      // columns, of all parts
+  bool few;                      // few columns, over all parts
   int64_t block_ld;
   cpu::Workspace memory;
   float *queries, *keys, *products, *blocks, *rows[4], *hidden, *total;
   float* key_scales;                        // of a panel
-  int64_t *ends, *offsets, *scale_offsets;  // of columns; of the rows of a panel
+  int64_t *ends, *offsets, *scale_offsets;  // per column; per row of a panel
   char* gathered;
   int64_t loaded = -1, b = 0, first_set = 0, count = 0, begin = 0, end = 0;
-  int64_t panel = 0, width = 0;  // rows of keys; columns of products
+  int64_t panel = 0, width = 0;  // key rows; product columns
   bool whole = true, any_hidden = false;
 };
 

@@ -1,4 +1,4 @@
-// The softmax of each head's scores, in place, and its sum over heads.
+// In-place softmax of each head's scores, and its sum over heads.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kVoteColumns = 4096;
 
-// Blocks of which a query of the row sees something.
+// Blocks that any query of the row sees, at least partly.
 inline SeenRows seen_blocks(const BlockScoreParams& p, int64_t b, int64_t row) {
   const SeenRows seen = seen_rows(p, tokens_of(p, b), last_query(p, row));
   const int64_t begin = std::min(seen.begin / p.block_rows, p.blocks);
@@ -20,7 +20,7 @@ inline SeenRows seen_blocks(const BlockScoreParams& p, int64_t b, int64_t row) {
   return {begin, std::clamp(end, begin, p.blocks)};
 }
 
-// A NaN stays, and does not count in the sum.
+// NaN propagates, and is ignored in row_sum.
 inline void softmax(float* z, int64_t n) {
   vf most = set(-__builtin_inff());
   for (int64_t i = 0; i < n; i += kWidth) {

@@ -8,7 +8,7 @@ namespace tokenmill {
 namespace cuda::kv_block_scores {
 namespace {
 
-constexpr int kMaxShared = 96 * 1024;  // of a block on every device
+constexpr int kMaxShared = 96 * 1024;  // per CTA, on every GPU
 
 int64_t round_to_16(int64_t bytes) { return round_up(bytes, 16); }
 
@@ -19,7 +19,7 @@ int64_t mean_bytes(const BlockScoreParams& p) {
 
 int64_t vote_pieces(const BlockScoreParams& p) { return ceil_div(p.blocks, kVotePiece); }
 
-// Queries become their means, in the workspace.
+// Replaces queries by their means, in the workspace.
 template <typename T>
 const char* average_queries(BlockScoreParams& p, cudaStream_t stream) {
   PoolParams pool{};
@@ -44,7 +44,7 @@ const char* launch_scores(const BlockScoreParams& p, ScorePlan plan, cudaStream_
   const int whole_sets = plan.set < Shape::kColumns ? Shape::kColumns / plan.set : 1;
   plan.part_columns = whole_sets * plan.set;
   plan.parts = static_cast<int>(ceil_div(plan.columns, plan.part_columns));
-  // Queries are loaded once for several units where there are blocks enough to fill a GPU.
+  // With enough CTAs to fill a GPU, queries are loaded once for several units.
   const int64_t others = p.batch * p.kv_heads * plan.parts;
   const int64_t rounds = others * ceil_div(plan.units, kScoreWarps) / (16 * multiprocessors());
   plan.rounds = static_cast<int>(rounds < 1 ? 1 : rounds > 8 ? 8 : rounds);

@@ -36,7 +36,7 @@ struct KvBlockScoresArgs : Record {
   View seqlens_k, block_table, k_scale;
 };
 
-// The checks are those of python/tokenmill/select/kv_block_scores.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/select/kv_block_scores.py.
 Array kv_block_scores(const KvBlockScoresArgs& a) {
   const bool boxes = a.scoring == "minmax", raw = a.scoring == "max_block";
   check(a.scoring == "dot" || boxes || raw, kOp, "scoring",
@@ -119,7 +119,7 @@ Array kv_block_scores(const KvBlockScoresArgs& a) {
   Array out = scores_of(out_heads);
   p.out = out.mutable_data<float>();
   if (out.numel() == 0) return out;
-  if (heads == 0 && !votes) {  // nothing scores the keys
+  if (heads == 0 && !votes) {  // no queries
     fill(-std::numeric_limits<double>::infinity(), out);
     return out;
   }

@@ -1,6 +1,6 @@
-// Scores on tensor cores. A warp takes 16 rows of keys at a time, straight from memory into the
-// registers of its fragments, and multiplies them by query rows in shared memory. Boxes are keys of
-// twice the width, whose queries are split by sign.
+// Scores on tensor cores. A warp loads 16 key rows at a time from global memory directly into its
+// fragments, and multiplies them by query rows in shared memory. Boxes are keys of twice the width,
+// with queries split by sign.
 #pragma once
 #include "cuda/float8.cuh"
 #include "cuda/math.cuh"
@@ -13,26 +13,26 @@ constexpr int kScoreWarps = 4;
 constexpr int kScoreThreads = kScoreWarps * kWarpSize;
 constexpr int kSlotLd = kScoreRows + 1;
 
-// Score rows ("columns", as the keys are the rows of the product) of a key head are ordered by row
-// of the result, head, query. A set of them makes one result. A block takes one part, whole sets, a
-// piece of the columns in shared memory at a time. A unit is what a warp takes of the keys: 16
-// rows, whole blocks of which are its slots, or all rows of one block.
+// Score rows ("columns", since the keys are the rows of the product) of a KV head are ordered by
+// row of the result, head, query. A set of them makes one result. A CTA processes one part, whole
+// sets, with a piece of the columns in shared memory at a time. A unit is the work of a warp: 16
+// key rows, whose whole blocks are its slots, or all rows of one block.
 struct ScorePlan {
   int group, row_queries, set;
   int columns, part_columns, parts;
   int units, unit_rows, slots;
-  int rounds;  // units of a warp
+  int rounds;  // units per warp
   int unit_groups;
   int half_chunks, chunks, slices;  // 16 bytes of a row of keys, of a row and its other half; 64
-  int query_bytes;  // between columns in shared memory: 64 bytes more than a multiple
-                    // of 128, so that two columns side by side differ in their banks
+  int query_bytes;  // column stride in shared memory: 64 bytes more than a multiple of 128, so that
+                    // adjacent columns are in different banks
   bool keys_aligned, queries_aligned;
 };
 
 template <int kColumnTiles>
 struct ScoreShape {
   static constexpr int kColumns = 8 * kColumnTiles;   // in shared memory
-  static constexpr int kScores = kColumns * kSlotLd;  // of a warp
+  static constexpr int kScores = kColumns * kSlotLd;  // per warp
 
   static int shared_bytes(int query_bytes) {
     return kColumns * query_bytes + (kScoreWarps * kScores + kColumns) * 4;
@@ -40,7 +40,7 @@ struct ScoreShape {
 };
 
 struct ScoreColumn {
-  int row, query;  // of the result; of the sequence, -1 beyond its end
+  int row, query;  // of the result; of the sequence, -1 past its end
   int head;        // of the group
 
   __device__ ScoreColumn(const BlockScoreParams& p, const ScorePlan& plan, int column) {
@@ -53,7 +53,7 @@ struct ScoreColumn {
   }
 };
 
-// The negative elements, or the positive ones; NaN is both.
+// The negative elements, or the positive ones; NaN is in both.
 template <typename T>
 __device__ __forceinline__ void keep_sign(uint32_t (&words)[4], bool positive) {
   constexpr int kCount = kChunkBytes / sizeof(T);
@@ -69,8 +69,8 @@ __device__ __forceinline__ void keep_sign(uint32_t (&words)[4], bool positive) {
   for (int i = 0; i < 4; ++i) words[i] = reinterpret_cast<const uint32_t (&)[4]>(pack)[i];
 }
 
-// A piece of the columns of one key head: their queries to shared memory, and up to where each sees
-// keys. By all threads of a block.
+// Loads a piece of the columns of one KV head: queries to shared memory, and the end of the keys
+// that each sees. Called by all threads of a CTA.
 template <typename T>
 __device__ void load_queries(const BlockScoreParams& p, const ScorePlan& plan, int64_t b,
                              int64_t kv_head, int first, int columns, int padded, uint32_t queries,
@@ -102,12 +102,12 @@ __device__ void load_queries(const BlockScoreParams& p, const ScorePlan& plan, i
   }
 }
 
-// Keys of one key head, of T or Float8.
+// Keys of one KV head, of T or Float8.
 template <typename T, typename Cache>
 struct ScoreKeys {
   static constexpr bool kFloat8 = std::is_same_v<Cache, Float8>;
   struct Row {
-    const T* data;  // null: zeros; of Float8 an address that load alone reads
+    const T* data;  // null: zeros; for Float8 an address that only load() dereferences
     bool hidden;
     float scale;
   };
@@ -126,13 +126,13 @@ struct ScoreKeys {
     else
       return {data, p.boxes && static_cast<float>(data[0]) > static_cast<float>(data[p.k_half]), 1};
   }
-  // Of a row whose page is there.
+  // Scale of a row whose page exists.
   __device__ __forceinline__ float scale(int i) const {
     if (!p.k.table) return p.k_scale.at(b, i, kv_head);
     const int64_t page = i / p.k.page_size;
     return p.k_scale.at(p.k.table[b * p.k.table_stride + page], i - page * p.k.page_size, kv_head);
   }
-  // Of a row and, behind it, its other half.
+  // Chunk of a row or, after it, of its other half.
   __device__ __forceinline__ void load(uint32_t (&words)[4], const T* row, int chunk) const {
     words[0] = words[1] = words[2] = words[3] = 0;
     if (row == nullptr || chunk >= plan.chunks) return;
@@ -160,7 +160,7 @@ struct ScoreKeys {
   }
 };
 
-// Scores of one unit with the columns in shared memory: to scores[column * kSlotLd + slot].
+// Scores of one unit against the columns in shared memory, to scores[column * kSlotLd + slot].
 template <typename T, int kColumnTiles, typename Keys>
 __device__ __forceinline__ void score_unit(const Keys& keys, int unit, int seen_begin, int seen_end,
                                            uint32_t queries, const int* ends, int tiles,
@@ -169,7 +169,7 @@ __device__ __forceinline__ void score_unit(const Keys& keys, int unit, int seen_
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
   const int first = unit * keys.plan.unit_rows;
   const int last = min(first + keys.plan.unit_rows, static_cast<int>(p.k.rows));
-  const int span = keys.plan.slots == 1 ? 8 : kScoreRows / keys.plan.slots;  // rows in a half
+  const int span = keys.plan.slots == 1 ? 8 : kScoreRows / keys.plan.slots;  // rows per half
   bool fresh = true;
 #pragma unroll 1
   for (int row = first; row < last; row += kScoreRows) {
@@ -210,7 +210,7 @@ __device__ __forceinline__ void score_unit(const Keys& keys, int unit, int seen_
     for (int i = lane; i < 8 * kColumnTiles * kSlotLd; i += kWarpSize) scores[i] = -infinity();
 }
 
-// The result of a set so far; sets larger than what shared memory holds go through several pieces.
+// Partial result of a set; sets larger than shared memory go through several pieces.
 struct ScoreSet {
   float most, total;
   int query, head;
@@ -230,7 +230,7 @@ struct ScoreSet {
 };
 
 // Reduces the columns of whole sets, or of a piece of one, and writes the results of a unit.
-// Lanes side by side have neighbouring blocks of keys.
+// Adjacent lanes have adjacent key blocks.
 __device__ __forceinline__ void reduce_sets(const BlockScoreParams& p, const ScorePlan& plan,
                                             int64_t b, int64_t kv_head, int first, int columns,
                                             int unit, const float* scores, ScoreSet& set) {
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(kScoreThreads, kColumnTiles == 1 ? 4 : 3)
   score_blocks<T, kColumnTiles, T>(p, plan);
 }
 
-// Of keys in float8_e4m3fn.
+// float8_e4m3fn keys.
 template <typename T, int kColumnTiles>
 __global__ void __launch_bounds__(kScoreThreads, kColumnTiles == 1 ? 4 : 3)
     score_float8_kernel(const __grid_constant__ BlockScoreParams p,

@@ -1,5 +1,5 @@
-// The sum over heads of the softmax of their scores, which lie in memory: maxima and sums of pieces
-// of a row, then the vote.
+// Sum over heads of the softmax of their scores, which are in global memory: row_max and row_sum of
+// pieces of a row, then the vote.
 #pragma once
 #include "cuda/math.cuh"
 #include "cuda/warp.cuh"
@@ -8,17 +8,17 @@
 namespace tokenmill::cuda::kv_block_scores {
 
 constexpr int kVoteThreads = 256;
-constexpr int kVoteEach = 16;  // scores of a thread, of a piece
+constexpr int kVoteEach = 16;  // scores per thread and piece
 constexpr int kVotePiece = kVoteThreads * kVoteEach;
-constexpr int kVoteColumns = kVoteThreads;  // of a block
+constexpr int kVoteColumns = kVoteThreads;  // per CTA
 constexpr int kVoteHeads = 64;              // at a time
 
-// Of a piece of a row: the maximum in bits, and the sum of powers of two relative to it.
+// Piece of a row: maximum in log2 units, and sum of powers of two relative to it.
 struct VotePart {
   float most, sum;
 };
 
-// Of all numbers in a block; NaN is ignored.
+// Reduction over the CTA; NaN is ignored.
 template <bool kMax>
 __device__ __forceinline__ float block_reduce(float x) {
   __shared__ float parts[kVoteThreads / kWarpSize];
@@ -57,11 +57,11 @@ __global__ void __launch_bounds__(kVoteThreads, 4)
   if (threadIdx.x == 0) parts[blockIdx.x] = {most, sum};
 }
 
-// blockIdx.x: b, row, piece of the blocks of keys
+// blockIdx.x: b, row, piece of the key blocks
 __global__ void __launch_bounds__(kVoteThreads, 4)
     vote_kernel(const __grid_constant__ BlockScoreParams p, const VotePart* parts, int pieces,
                 int column_pieces) {
-  __shared__ float lse[kVoteHeads];  // in bits
+  __shared__ float lse[kVoteHeads];  // in log2 units
   const int64_t place = blockIdx.x / static_cast<unsigned>(column_pieces);
   const int64_t b = place / p.rows, row = place % p.rows;
   const int64_t column =

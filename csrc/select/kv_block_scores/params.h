@@ -7,27 +7,27 @@ namespace tokenmill {
 
 enum class HeadReduce : int32_t { none, group_max, group_mean, softmax_vote };
 
-// Rows of k are keys, or boxes (minimum, maximum) of several tokens. Scores of block_rows rows make
-// one of a block, and scores of block_q queries one of a row.
+// Rows of k are keys, or boxes (minimum, maximum) of several tokens. The scores of block_rows rows
+// are reduced to one per block, and the scores of block_q queries to one per row.
 struct BlockScoreParams {
   int64_t batch, heads, kv_heads, head_dim;
   int64_t queries;             // Sq
   int64_t block_q, rows;       // rows = ceil(Sq / block_q)
   int64_t block_rows, blocks;  // blocks = ceil(k.rows / block_rows)
-  int64_t row_tokens;          // of a row of k
+  int64_t row_tokens;          // tokens per row of k
   bool boxes, mean_q, causal;  // mean_q: queries are averaged; else the maximum of their scores
   HeadReduce head_reduce;
   DType dtype, k_dtype;  // of q; of k: the same, or float8_e4m3fn
   float scale;
   Rows q;
   KeyRows k;
-  CacheScale k_scale;  // of pages and their rows, or of requests and rows
-  int64_t k_half;      // from a minimum to its maximum
+  CacheScale k_scale;  // strides of pages and their rows, or of requests and rows
+  int64_t k_half;      // offset from a minimum to its maximum
   int64_t num_sink, num_recent;
   const int32_t* lengths;  // [B], tokens, clamped; null: all
   float* out;              // [B, heads of the result, rows, blocks]
-  float* scores;           // [B, H, rows, blocks], of softmax_vote
-  void* workspace;         // of the CUDA kernels
+  float* scores;           // [B, H, rows, blocks], for softmax_vote
+  void* workspace;         // CUDA only
 };
 
 // Rows of k that a query sees: begin .. end - 1.
@@ -50,7 +50,7 @@ TOKENMILL_HOST_DEVICE inline int64_t last_query(const BlockScoreParams& p, int64
   return (end < p.queries ? end : p.queries) - 1;
 }
 
-// Score rows of a row, and of what one result reduces: those of queries and of heads.
+// Score rows per row of the result, and per result: over queries and over heads.
 TOKENMILL_HOST_DEVICE inline int64_t queries_of_row(const BlockScoreParams& p) {
   return p.mean_q ? 1 : p.block_q;
 }
@@ -58,10 +58,10 @@ TOKENMILL_HOST_DEVICE inline bool reduces_group(const BlockScoreParams& p) {
   return p.head_reduce == HeadReduce::group_max || p.head_reduce == HeadReduce::group_mean;
 }
 
-// What the CUDA kernels need beside the outputs.
+// CUDA workspace in bytes.
 int64_t workspace_bytes(const BlockScoreParams&);
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const BlockScoreParams&, void* stream);
 
 }  // namespace tokenmill

@@ -1,6 +1,6 @@
-// What turns or is scaled of a row is widened to float32 and rounded in the L1 cache. Products
-// and sums of the rotation are rounded one by one (CMakeLists.txt: no contraction), as on every
-// backend: what float8 rounds then has the same bits everywhere.
+// Rows that are rotated or scaled are widened to float32 and rounded in the L1 cache. Products and
+// sums of the rotation are rounded separately (CMakeLists.txt: no contraction), as on every
+// backend: the input of the float8 rounding then has the same bits everywhere.
 #include <cstring>
 
 #include "cpu/float8.h"
@@ -10,8 +10,8 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kRoom = 576 + kWidth;  // of a row: the largest head dimension, in whole vectors
-constexpr int64_t kTokensAtOnce = 8;     // of a worker
+constexpr int64_t kRoom = 576 + kWidth;  // floats per row: the largest head_dim, in whole vectors
+constexpr int64_t kTokensAtOnce = 8;     // tokens per item
 
 template <DType kType, DType kCache>
 struct Worker {
@@ -25,12 +25,12 @@ struct Worker {
     return static_cast<Element*>(rows.data) + b * rows.batch + s * rows.seq + h * rows.head;
   }
 
-  // Lanes behind the row are 0.
+  // Lanes past the end of the row are 0.
   static void widen(const void* from, int64_t dim, float* x) {
     for (int64_t i = 0; i < dim; i += kWidth) store(x + i, E::load_n(from, i, dim - i));
   }
 
-  // x: the columns that turn
+  // x: the rotated columns
   void rotate(int64_t t, float* x) const {
     using F = Elements<DType::float32>;
     const float* cosine = p.cos + p.position(t) * p.cos_stride;
@@ -67,7 +67,7 @@ struct Worker {
     for (int64_t i = 0; i < dim; i += kWidth) to(i, load(x + i), dim - i);
   }
 
-  // A row in its own dtype; columns that do not turn keep their bits.
+  // Copies a row in its own dtype; columns that are not rotated keep their bits.
   void copy(int64_t t, const typename E::type* from, int64_t dim, bool rotated,
             typename E::type* to) const {
     const int64_t before = rotated ? p.rope_offset : dim, turning = 2 * p.pairs;

@@ -6,7 +6,7 @@ namespace tokenmill {
 namespace cuda::kv_cache_append {
 namespace {
 
-constexpr int64_t kMostRows = 65535;  // blocks along y, of a row at least
+constexpr int64_t kMostRows = 65535;  // grid limit along y, in CTAs of at least one row
 
 template <typename T, typename Cache>
 bool is_aligned(const AppendedRows& a) {
@@ -39,7 +39,7 @@ const char* launch_append(const AppendParams& p, cudaStream_t stream) {
       static_cast<int>(lanes < kAppendThreads ? round_up(lanes, 32) : kAppendThreads);
   const dim3 grid(static_cast<unsigned>(p.tokens),
                   static_cast<unsigned>(ceil_div(lanes, kAppendThreads)));
-  // A thread has as many units as 256 columns need, or those of a latent cache: 576.
+  // Units per thread: enough for 256 columns, or for the 576 of a latent cache.
   const auto append = [&]<int kCount, int kUnits>() {
     constexpr int kMost = static_cast<int>(ceil_div(288, 32 * kCount));
     if (units <= 32 * kUnits)

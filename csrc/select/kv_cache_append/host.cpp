@@ -31,7 +31,7 @@ void check_caches(const KvCacheAppendArgs& a) {
   check_caches_alike(kOp, a.k_cache, a.v_cache, kMaxCacheDim, kMaxCacheValueDim);
 }
 
-// New keys or values [T, Hk, D] beside their cache.
+// New keys or values [T, Hk, D] and their cache.
 AppendedRows check_new(const char* name, const View& t, const View& cache,
                        const KvCacheAppendArgs& a) {
   check(t.dim() == 3, kOp, name, "must have 3 dimensions [T, Hk, D]", t.dim());
@@ -46,7 +46,7 @@ AppendedRows check_new(const char* name, const View& t, const View& cache,
   return rows;
 }
 
-// New values, or none where rows of k hold them.
+// New values, or none if rows of k contain them.
 AppendedRows check_new_values(const KvCacheAppendArgs& a) {
   if (!a.v_cache) {
     check(!a.v, kOp, "v", "goes with v_cache alone", a.v.sizes);
@@ -56,7 +56,7 @@ AppendedRows check_new_values(const KvCacheAppendArgs& a) {
   return check_new("v", a.v, a.v_cache, a);
 }
 
-// An integer of each token. `must` begins the rules.
+// One integer per token. `must` is the beginning of the rules' wording.
 Ints check_ints(const char* name, const char* must, const View& t, const KvCacheAppendArgs& a) {
   const std::vector<int64_t> wanted{a.k.size(0)};
   check(t.sizes == wanted, kOp, name, Rule(must, " shape ", wanted), t.sizes);
@@ -194,7 +194,7 @@ void run(const AppendParams& p, const View& cache) {
   cpu::kv_cache_append(p);
 }
 
-// The checks are those of python/tokenmill/select/kv_cache_append.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/select/kv_cache_append.py.
 Array kv_cache_append(const KvCacheAppendArgs& a) {
   check_caches(a);
   AppendParams p{};

@@ -1,7 +1,7 @@
-// Writes rows of new keys, values and queries, rotated and in the dtype of where they go. A few
-// neighbouring threads own a row, and each holds its part in registers: load, rotate, find the
-// largest, divide, store. Products, sums and quotients are rounded one by one, as on every backend:
-// what float8 rounds then has the same bits everywhere.
+// Writes rows of new keys, values and queries, rotated and converted to the dtype of their
+// destination. A few adjacent threads own a row and hold its parts in registers: load, rotate, find
+// the maximum, divide, store. Products, sums and quotients are rounded separately, as on every
+// backend: the input of the float8 rounding then has the same bits everywhere.
 #pragma once
 #include <type_traits>
 
@@ -13,10 +13,10 @@
 
 namespace tokenmill::cuda::kv_cache_append {
 
-// Of a block at most, and blocks of a multiprocessor: 64 registers.
+// Maximum threads per CTA, and CTAs per SM: 64 registers.
 constexpr int kAppendThreads = 256, kAppendBlocks = 4;
 
-// Row `row` of token t: its keys, then its values, then its queries.
+// Row `row` of token t: its keys first, then its values, then its queries.
 struct AppendRow {
   enum class Kind { key, value, query, none };
   Kind kind;
@@ -48,11 +48,11 @@ struct AppendRow {
   }
 };
 
-// cos and sin of a token's pairs. All rows of a block take them.
+// cos and sin of a token's pairs, shared by all rows of a CTA.
 struct Angles {
-  // Of eight pairs the last four lie 144 words further: threads that read four or eight in a row,
-  // or two, meet no bank twice.
-  static constexpr int kFar = 144, kWords = kFar + 144;  // of 288 pairs
+  // The last four of every eight pairs are stored 144 words further, so that threads that read two,
+  // four or eight consecutive pairs have no bank conflicts.
+  static constexpr int kFar = 144, kWords = kFar + 144;  // for 288 pairs
   alignas(16) float cosine[kWords], sine[kWords];
 
   static __device__ int place(int pair) { return pair / 8 * 4 + pair % 4 + pair / 4 % 2 * kFar; }
@@ -62,7 +62,7 @@ struct Angles {
       sine[place(i)] = p.sin[position * p.sin_stride + i];
     }
   }
-  // a cos - b sin, b cos + a sin
+  // (a cos - b sin, b cos + a sin)
   template <int kPairs>
   __device__ void turn(int first_pair, float* a, float* b, int stride) const {
     constexpr int kAtOnce = kPairs < 4 ? kPairs : 4;
@@ -82,13 +82,15 @@ struct Angles {
   }
 };
 
-// The columns of a row in units of two chunks of kVector columns. The pairs (i, i + pairs) are
-// first: their halves are the chunks of a unit. Of the other columns, on both sides of them, the
-// chunks lie half of all apart, so that neighbours read neighbouring chunks. Pairs (2 i, 2 i + 1)
-// lie within a chunk like other columns, or are the chunks of a unit (kVector 1).
+// Columns of a row, in units of two chunks of kVector columns. Rotated pairs (i, i + pairs) come
+// first: their halves are the two chunks of a unit. The remaining columns, on both sides of them,
+// are split into halves, one chunk from each, so that adjacent threads read adjacent chunks. Pairs
+// (2 i, 2 i + 1) lie within a chunk like the remaining columns, or are the two chunks of a unit
+// (kVector 1).
 template <int kVector>
 struct Columns {
-  int dim, offset, pairs, rest;  // pairs: that are units; rest: columns between chunks of others
+  // pairs: stored as units; rest: distance between the two chunks of other units
+  int dim, offset, pairs, rest;
   bool neighbours;
 
   __device__ Columns(int dim, int offset, int pairs, bool interleaved)
@@ -98,7 +100,7 @@ struct Columns {
         rest(static_cast<int>(round_up((dim - 2 * this->pairs + 1) / 2, kVector))),
         neighbours(kVector == 1 && interleaved) {}
 
-  // dim or more: there is none
+  // First column of a chunk; dim or more if there is none.
   __device__ int at(int unit, int chunk) const {
     const int i = unit * kVector;
     if (i < pairs) return offset + (neighbours ? 2 * i + chunk : i + chunk * pairs);
@@ -108,8 +110,8 @@ struct Columns {
   }
 };
 
-// T: of k, v and q; Cache: T or Float8. 2^log2_lanes threads, up to a warp, own a row, each of them
-// kUnits units.
+// T: type of k, v and q; Cache: T or Float8. 2^log2_lanes threads, up to a warp, own a row, with
+// kUnits units each.
 template <typename T, typename Cache, int kVector, int kUnits>
 __global__ void __launch_bounds__(kAppendThreads, kAppendBlocks)
     append_kernel(const __grid_constant__ AppendParams p, int log2_lanes) {
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(kAppendThreads, kAppendBlocks)
     }
   }
 
-  const int64_t at = (t * p.query_heads + row.head) * dim;  // in q_out
+  const int64_t at = (t * p.query_heads + row.head) * dim;  // row in q_out
 #pragma unroll
   for (int u = 0; u < kUnits; ++u)
 #pragma unroll

@@ -5,8 +5,8 @@
 
 namespace tokenmill {
 
-// A row x [D] of float8_e4m3fn is stored as round(x / scale), saturated at +-448. Where the scale
-// is the token's own it is max|x| / 448 over what is finite, 1 if that is below the normal numbers.
+// A row x [D] of float8_e4m3fn is stored as round(x / scale), saturated at +-448. A per-token scale
+// is max|x| / 448 over the finite elements, or 1 if that is below the normal numbers.
 constexpr float kFloat8Max = 448.f, kLeastScale = 1.17549435e-38f;
 
 // [T] of int32 or int64.
@@ -21,36 +21,36 @@ struct Ints {
   }
 };
 
-// New keys or values, and where they go.
+// New keys or values, and their destination.
 struct AppendedRows {
   int64_t dim;
   Rows rows;           // [T, Hk, D]
   Rows cache;          // [P, page size, Hk, D]
-  const float* scale;  // [1] or [Hk], read; null: 1
+  const float* scale;  // [1] or [Hk], input; null: 1
   int64_t scale_head;
-  Rows token_scale;  // [P, page size, Hk] of float, written; data null: none
+  Rows token_scale;  // [P, page size, Hk] float32, output; data null: none
 };
 
 struct AppendParams {
-  int64_t tokens, heads, value_heads;  // value_heads: as many, or 0: no values
-  DType dtype, cache_dtype;            // the same, or the cache is of float8_e4m3fn
+  int64_t tokens, heads, value_heads;  // value_heads: same as heads, or 0: no values
+  DType dtype, cache_dtype;            // the same, or float8_e4m3fn for the cache
   AppendedRows k, v;
   Rows q;  // [T, H, D], rotated into q_out, which is contiguous
   void* q_out;
   int64_t query_heads;  // 0: no q
   Ints slots;           // page * page_size + row
   int64_t pages, page_size;
-  // Row positions[t] of [table, pairs] turns the pairs of a row; cos null: they stay.
+  // Row positions[t] of [table, pairs] rotates the pairs of a row; cos null: no rotation.
   const float *cos, *sin;
   int64_t cos_stride, sin_stride, table, pairs;
-  int64_t rope_offset;  // the first of 2 pairs columns
+  int64_t rope_offset;  // first of the 2 pairs rotated columns
   Ints positions;
   bool interleaved;  // pairs (2 i, 2 i + 1) of these columns, or (i, i + pairs)
 
   struct Place {
     int64_t page, row;
   };
-  // page < 0: the token goes nowhere
+  // page < 0: the token is not stored
   TOKENMILL_HOST_DEVICE Place place(int64_t t) const {
     const int64_t slot = slots.at(t);
     if (slot < 0 || slot >= pages * page_size) return {-1, 0};
@@ -60,14 +60,14 @@ struct AppendParams {
     }
     return {slot / page_size, slot % page_size};
   }
-  // Cut to the tables.
+  // Clamped to the tables.
   TOKENMILL_HOST_DEVICE int64_t position(int64_t t) const {
     const int64_t at = positions.at(t);
     return at < 0 ? 0 : at < table ? at : table - 1;
   }
 };
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const AppendParams&, void* stream);
 
 }  // namespace tokenmill

@@ -16,7 +16,7 @@ struct Angle {
   vf cosine, sine;
 };
 
-// sin(2 pi x) of |x| <= 1/4, absolute error 1e-8.
+// sin(2 pi x) for |x| <= 1/4, absolute error 1e-8.
 TM_INLINE vf sine_of_turns(vf x) {
   const vf z = x * set(6.28318531f), u = z * z;
   vf p = set(1.6059044e-10f);
@@ -28,15 +28,15 @@ TM_INLINE vf sine_of_turns(vf x) {
   return fma(z * u, p, z);
 }
 
-// Of pairs i .. i + kWidth - 1 after a step of `delta` slots. Whole revolutions are taken off what
-// two floats hold, so that far steps keep their digits.
+// Angles of pairs i .. i + kWidth - 1 for a move of `delta` slots. Whole revolutions are removed
+// from the two-float product, so that long moves keep their precision.
 TM_INLINE Angle angle_of(const CompactParams& p, int64_t i, float delta) {
   const vf turns = load_as_float_n(p.turns, DType::float32, i, p.pairs - i);
   const vf rest = load_as_float_n(p.turns_rest, DType::float32, i, p.pairs - i);
 #if defined(__FMA__)
   const vf step = set(delta), product = step * turns;
   const vf low = fma(step, turns, zero() - product) + step * rest;
-#else  // no fused product to take the error of a product from
+#else  // without FMA: error of a product in double
   vf product, low;
   for (int l = 0; l < kWidth; ++l) {
     const double exact = static_cast<double>(delta) * static_cast<double>(turns[l]);
@@ -47,7 +47,8 @@ TM_INLINE Angle angle_of(const CompactParams& p, int64_t i, float delta) {
   float lane[kWidth];
   store(lane, product);
   for (float& x : lane) x -= std::nearbyint(x);
-  const vf x = load(lane) + low;  // |x| <= 1/2, and a little
+  // |x| <= 1/2 plus rounding
+  const vf x = load(lane) + low;
   const vf size = abs_of(x), half = set(0.5f), quarter = set(0.25f);
   const vf folded = select(less(quarter, size), half - size, size);
   const vf sine = sine_of_turns(folded);

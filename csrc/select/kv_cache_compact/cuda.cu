@@ -7,8 +7,8 @@ namespace {
 
 constexpr int64_t kSectorBytes = 32;
 
-// A block for each group of lanes. Heads that are fewer than multiprocessors have more blocks,
-// whose lanes read a sector of a row at least.
+// One CTA per group of lanes. If there are fewer heads than SMs, each head gets more CTAs, whose
+// lanes read at least one sector of a row.
 CompactPlan plan_of(const CompactParams& p, int64_t units, int64_t unit_bytes) {
   int lanes = 1;
   while (lanes < kWarpSize && lanes < units) lanes *= 2;

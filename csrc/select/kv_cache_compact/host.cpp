@@ -58,7 +58,7 @@ struct KvCacheCompactArgs : Record {
   bool interleaved, compensation;
 };
 
-// The checks are those of python/tokenmill/select/kv_cache_compact.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/select/kv_cache_compact.py.
 std::tuple<Array, Array, Array, Array> kv_cache_compact(const KvCacheCompactArgs& a) {
   check_cache_ranks(kOp, a.k_cache, a.v_cache);
   check(is_kernel_dtype(a.k_cache.dtype), kOp, "k_cache", "must be float16, bfloat16 or float32",

@@ -1,6 +1,6 @@
-// Moves rows to lower slots in place. A block owns some columns of one head of one request and
-// takes its tokens in order: it reads a chunk of them, waits for all its warps, and writes. Later
-// chunks read from slots behind those that are written.
+// Moves rows to lower slots in place. A CTA owns some columns of one head of one request and
+// processes its tokens in order: it reads a chunk of them, waits for all its warps, and writes.
+// Later chunks read from slots after the written ones.
 #pragma once
 #include "cuda/math.cuh"
 #include "cuda/vector.cuh"
@@ -10,22 +10,25 @@
 namespace tokenmill::cuda::kv_cache_compact {
 
 constexpr int kCompactThreads = 256;
-constexpr int kTokensAtOnce = 4;  // of a thread
+constexpr int kTokensAtOnce = 4;  // per thread
 constexpr int kSumTokens = 64;    // summed from zero: a second level of accumulation
 
 struct CompactPlan {
-  int lanes;        // threads side by side in a row, each with one unit
-  int units;        // of a row: vectors of 16 bytes or elements; pairs, then the elements behind
-  unsigned blocks;  // of a head
+  int lanes;  // adjacent threads of a row, each with one unit
+  // units per row: vectors of 16 bytes or elements; for rotated keys pairs, then the remaining
+  // elements
+  int units;
+  unsigned blocks;  // CTAs per head
 };
 
-// x turned by delta slots of pair i.
+// Pair i rotated by delta slots.
 __device__ __forceinline__ float2 turned(const CompactParams& p, int i, int delta, float2 x) {
   const auto step = static_cast<float>(delta);
   const float turns = p.turns[i], product = __fmul_rn(step, turns);
   const float low = fmaf(step, p.turns_rest[i], fmaf(step, turns, -product));
   float sine, cosine;
-  // Whole revolutions are taken off what two floats hold, so that far steps keep their digits.
+  // Whole revolutions are removed from the two-float product, so that long moves keep their
+  // precision.
   sincospif(2 * (product - rintf(product) + low), &sine, &cosine);
   return {x.x * cosine - x.y * sine, x.y * cosine + x.x * sine};
 }
@@ -50,7 +53,7 @@ __global__ void __launch_bounds__(kCompactThreads)
   const CompactPlace at(p, blockIdx.x / plan.blocks);
   const int unit = blockIdx.x % plan.blocks * plan.lanes + threadIdx.x % plan.lanes;
   const int row = threadIdx.x / plan.lanes, chunk = kCompactThreads / plan.lanes;
-  // Strides are those of elements; Unit may be several.
+  // Strides are in elements; a Unit may contain several.
   const auto address = [&](int64_t offset, int bytes) {
     return static_cast<char*>(rows.data) + (offset + at.h * rows.head) * bytes +
            unit * static_cast<int64_t>(sizeof(Unit));
@@ -77,7 +80,7 @@ __global__ void __launch_bounds__(kCompactThreads)
   }
 }
 
-// The same for keys that turn. A thread moves a pair, or one of the elements behind the pairs.
+// The same for rotated keys. A thread moves a pair, or one of the elements after the pairs.
 template <typename T>
 __global__ void __launch_bounds__(kCompactThreads)
     turn_rows_kernel(const __grid_constant__ CompactParams p, const CompactPlan plan) {
@@ -114,7 +117,8 @@ __global__ void __launch_bounds__(kCompactThreads)
   }
 }
 
-// Sums over the tokens that no list names. A warp takes every eighth token of 32 columns.
+// Sums over the dropped tokens, which no list names. A warp processes every eighth token for 32
+// columns.
 template <typename T>
 __global__ void __launch_bounds__(kCompactThreads)
     sum_dropped_kernel(const __grid_constant__ CompactParams p, const Rows rows, int dim,

@@ -6,7 +6,7 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-// Sum over the tokens of kWidth elements. The length of a vector does not matter to the cosine.
+// Sum over the tokens for kWidth elements. The cosine does not depend on the norm of a vector.
 TM_INLINE vf sum_tokens(const SimilarityGateParams& p, int which, int64_t b, int64_t h, int64_t d) {
   const Rows& r = p.rows[which];
   vf sum = zero();

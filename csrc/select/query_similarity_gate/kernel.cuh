@@ -1,4 +1,4 @@
-// One block per request.
+// One CTA per request.
 #pragma once
 #include "cuda/vector.cuh"
 #include "cuda/warp.cuh"
@@ -9,7 +9,7 @@ namespace tokenmill::cuda::query_similarity_gate {
 constexpr int kGateThreads = 256;
 constexpr int kGateWarps = kGateThreads / kWarpSize;
 
-// Sum over the tokens. The length of a vector does not matter to the cosine.
+// Sum over the tokens. The cosine does not depend on the norm of a vector.
 template <typename T>
 __device__ __forceinline__ float sum_tokens(const SimilarityGateParams& p, int which, int64_t b,
                                             int64_t h, int64_t d) {
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kGateThreads)
     gate_kernel(const __grid_constant__ SimilarityGateParams p) {
   __shared__ float parts[3][kGateWarps];
   const int64_t b = blockIdx.x;
-  float sums[3] = {};  // of x y, x x and y y
+  float sums[3] = {};  // x y, x x and y y
   for (int64_t i = threadIdx.x; i < p.heads * p.head_dim; i += kGateThreads) {
     const int64_t h = i / p.head_dim, d = i % p.head_dim;
     const float x = sum_tokens<T>(p, 0, b, h, d), y = sum_tokens<T>(p, 1, b, h, d);

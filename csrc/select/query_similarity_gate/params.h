@@ -5,7 +5,7 @@
 
 namespace tokenmill {
 
-// out[b]: whether the cosine of the sums of two lists of queries [B, S, H, D] reaches a threshold.
+// out[b]: true if the cosine of the sums of two lists of queries [B, S, H, D] reaches a threshold.
 struct SimilarityGateParams {
   int64_t batch, heads, head_dim;
   int64_t lengths[2];
@@ -15,7 +15,7 @@ struct SimilarityGateParams {
   bool* out;
 };
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const SimilarityGateParams&, void* stream);
 
 }  // namespace tokenmill

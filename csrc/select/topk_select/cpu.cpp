@@ -1,7 +1,6 @@
-// The k largest of each row. A threshold from part of the row, or from hints, leaves a few
-// candidates in one pass over it; the k-th of them is exact. Ties at the threshold need no
-// candidates. Of short rows and small k the k-th score itself is found, one maximum after the
-// other.
+// The k largest scores of each row. A threshold, from a sample of the row or from hints, leaves a
+// few candidates in one pass over it; the k-th of them is exact. Ties at the threshold need no
+// candidates. For short rows and small k the k-th score is found directly, by repeated maxima.
 #include <algorithm>
 #include <cmath>
 
@@ -13,14 +12,14 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kMaxHints = 256;  // whose scores are read
+constexpr int64_t kMaxHints = 256;  // hints whose scores are read
 constexpr int64_t kMaxSample = 2048, kGroups = 31 * 16, kMaxGroups = 4 * kGroups;
-constexpr int kBatch = 64;        // positions of a word of bits
-constexpr int64_t kShort = 1024;  // positions of a row for single maxima
+constexpr int kBatch = 64;        // positions per word of bits
+constexpr int64_t kShort = 1024;  // maximum row length for repeated maxima
 
 constexpr uint32_t kSeed = 0x9e3779b9;
 
-// A position of interval number s, from a linear congruential generator.
+// Pseudo-random position in interval number s, from a linear congruential generator.
 TM_INLINE int64_t random_in_interval(uint32_t& random, int64_t s, int64_t interval) {
   random = random * 1664525 + 1013904223;
   return s * interval + static_cast<int64_t>(uint64_t{random} * interval >> 32);
@@ -31,7 +30,7 @@ TM_INLINE vm above_bound(vf x, vf bound) {
   return kOrEqual ? either(less(bound, x), equal(bound, x)) : less(bound, x);
 }
 
-// How many of x[0 .. count - 1] are above a bound > -inf, or equal to it. x is padded by -inf.
+// Number of x[0 .. count - 1] above a bound > -inf, or equal to it. x is padded with -inf.
 template <bool kOrEqual = false>
 inline int64_t count_above(const float* x, int64_t count, float bound) {
   constexpr int kChains = 4;
@@ -48,7 +47,7 @@ inline int64_t count_above(const float* x, int64_t count, float bound) {
 constexpr int64_t kPadding = 4 * kWidth;
 inline void pad(float* x, int64_t count) { std::fill(x + count, x + count + kPadding, kNegInf); }
 
-// Positions that were selected before. Any numbers may be among them.
+// Positions of an earlier selection. Any numbers may occur.
 struct Hints {
   const int32_t* positions;
   int64_t count;
@@ -60,8 +59,8 @@ struct Hints {
   }
 };
 
-// Scores around that of the last one wanted: more positions than are wanted, though few more,
-// probably lie above `threshold`, and fewer above `surely`.
+// Bracket of the wanted-th score: somewhat more positions than wanted probably lie above
+// `threshold`, and fewer above `surely`.
 struct Guess {
   float threshold, surely;
 };
@@ -77,8 +76,8 @@ struct Range {
     return first(Elements<kType>::load_n(scores, i, 1));
   }
 
-  // Appends, in order, the positions above the threshold to `to`, which has room for `room` of them
-  // and kBatch more. Returns how many, or room + 1 if there are more.
+  // Appends the positions above the threshold, in order, to `to`, which has room for `room` +
+  // kBatch of them. Returns their number, or room + 1 if there are more than `room`.
   int64_t above(float threshold, int32_t* to, int64_t room) const {
     const vf bound = set(threshold);
     int64_t count = 0, i = begin;
@@ -91,7 +90,7 @@ struct Range {
       int32_t* next = to + count;
       count += std::popcount(bits);
       if (count > room) return room + 1;
-      // The first few without a branch for each, which would be mispredicted.
+      // The first few are written without a branch each, which would be mispredicted.
       TM_UNROLL(5)
       for (int few = 0; few < 5; ++few, bits &= bits - 1)
         *next++ = static_cast<int32_t>(i + std::countr_zero(bits | uint64_t{1} << 63));
@@ -107,7 +106,7 @@ struct Range {
     return count;
   }
 
-  // The first (or last) `wanted` positions with this score, in order. Returns how many there are.
+  // The first (or last) `wanted` positions with this score, in order. Returns their number.
   int64_t equal_to(float score, bool from_the_end, int64_t wanted, int32_t* to) const {
     const vf x = set(score);
     const int64_t vectors = ceil_div(end - begin, kWidth);
@@ -123,7 +122,7 @@ struct Range {
       if (!any(m)) continue;
       const int64_t here = store_lane_numbers(found, static_cast<int32_t>(i), m);
       const int64_t taken = std::min(here, wanted - count);
-      if (from_the_end)  // backwards, from the last place on
+      if (from_the_end)  // filled backwards from the end
         std::copy(found + here - taken, found + here, to + wanted - count - taken);
       else
         std::copy(found, found + taken, to + count);
@@ -133,8 +132,8 @@ struct Range {
     return count;
   }
 
-  // A score that probably has a few more than `wanted` positions above it; if it has fewer, then
-  // probably because many are equal to it. Of two ways, that which leaves fewer.
+  // A score that probably has a few more than `wanted` positions above it; if fewer, then probably
+  // because many are equal to it. Chooses the method that leaves fewer candidates.
   float guess(int64_t wanted, uint32_t* keys) const {
     const int64_t length = end - begin, sample = std::clamp<int64_t>(length / 128, 256, kMaxSample);
     const double expected = static_cast<double>(wanted) * sample / length;
@@ -142,8 +141,8 @@ struct Range {
     int64_t groups = kGroups;
     while (5 * groups < 8 * wanted) groups *= 2;
     if (groups <= kMaxGroups && 4 * groups <= length) {
-      // Above the wanted-th of the maxima lie as many positions as fall into that many groups.
-      // Reading one of them again costs as much as reading kReread for the maxima.
+      // As many positions lie above the wanted-th of the group maxima as fall into that many
+      // groups. Reading one of them again costs as much as reading kReread for the maxima.
       constexpr double kReread = 25;
       const double above = -groups * std::log1p(-static_cast<double>(wanted) / groups);
       const double depth = std::sqrt(above * kReread * length) / groups;
@@ -157,9 +156,10 @@ struct Range {
                : kNegInf;
   }
 
-  // The rank-th largest maximum of `groups` groups of one position in each block: at least `rank`
-  // positions have this score or more. Lanes of vectors are groups, so that neighbours fall into
-  // several; blocks, which do not overlap, begin anywhere, so that a period meets all.
+  // The rank-th largest maximum of `groups` groups with one position in each block: at least `rank`
+  // positions have this score or more. Vector lanes are groups, so that adjacent positions fall
+  // into different groups; the disjoint blocks begin at random offsets, so that a periodic row
+  // reaches all groups.
   uint32_t largest_of_groups(int64_t rank, int64_t groups, int64_t blocks, uint32_t* keys) const {
     const int64_t reach = end - begin - groups - kWidth;
     float maxima[kMaxGroups];
@@ -173,7 +173,8 @@ struct Range {
     return nth_largest(keys, groups, rank);
   }
 
-  // One position of each of `sample` intervals, which a period in the scores does not meet.
+  // Samples one random position from each of `sample` intervals, which is robust to periodic
+  // scores.
   uint32_t largest_of_sample(int64_t rank, int64_t sample, uint32_t* keys) const {
     uint32_t random = kSeed;
     const int64_t interval = (end - begin) / sample;
@@ -182,15 +183,15 @@ struct Range {
     return nth_largest(keys, sample, rank);
   }
 
-  // The same from positions that were selected before. Above a score lie some of them, estimated
-  // from one of `stride`, and others, from one vector of each interval of 2^shift positions. If
-  // most hints are right, nearly all of them and few others lie above the score that is looked for,
-  // so that both estimates are close. Hints that repeat others make the threshold too high.
+  // Guess from hints. The count of positions above a score is estimated from the hints, one in
+  // `stride`, plus the other positions, one vector per interval of 2^shift positions. If most hints
+  // are right, nearly all of them and few others lie above the wanted score, so that both estimates
+  // are close. Repeated hints make the threshold too high.
   Guess guess_from(Hints hints, int64_t wanted, int32_t* sampled, float* hinted,
                    float* others) const {
     const int64_t length = end - begin;
     const int64_t vectors = std::clamp<int64_t>(length / 128, 256, kMaxSample) / kWidth;
-    // A vector fits an interval of a short row too, which then has fewer.
+    // An interval has at least one vector; a short row then has fewer intervals.
     const auto each = static_cast<uint64_t>(std::max<int64_t>(length / vectors, kWidth));
     const int shift = static_cast<int>(std::bit_width(each)) - 1;
     const int64_t intervals = length >> shift, inside = (int64_t{1} << shift) - kWidth + 1;
@@ -211,7 +212,8 @@ struct Range {
     }
     pad(hinted, read);
     pad(others, sample);
-    // Between two keys: above the score of `low` probably lie enough, above that of `high` not.
+    // Bisection: enough positions probably lie above the score of `low`, not enough above the score
+    // of `high`.
     struct Above {
       uint32_t key;
       int64_t hinted, others;
@@ -241,7 +243,7 @@ struct Range {
     return {score_of(high.key), surely};  // many scores are equal to it
   }
 
-  // Hides the hinted ones of the sampled positions: kWidth from sampled[s] on, in interval s.
+  // Masks hinted positions among the sampled ones: kWidth from sampled[s] on, in interval s.
   void hide(Hints hints, int32_t* sampled, int64_t intervals, int shift, float* others) const {
     if (hints.ascend()) {
       const int32_t* hint = hints.positions;
@@ -253,7 +255,8 @@ struct Range {
       }
       return;
     }
-    // Hints in no interval are compared with the first position, which is far from all of them.
+    // Hints outside of all intervals are compared with the first position, which is far from all of
+    // them.
     sampled[intervals] = static_cast<int32_t>(begin);
     const uint32_t first = static_cast<uint32_t>(begin), outside = static_cast<uint32_t>(intervals);
     for (int64_t j = 0; j < hints.count; ++j) {
@@ -264,7 +267,7 @@ struct Range {
     }
   }
 
-  // Whether one maximum after the other is quickest: each takes a pass over the range.
+  // True if repeated maxima are fastest: each takes a pass over the range.
   bool takes_maxima(int64_t wanted) const {
     return end - begin <= kShort && wanted * (end - begin) <= 512 * kWidth;
   }
@@ -278,9 +281,9 @@ struct Range {
       const vf x = end - i < kWidth ? select(lanes(0, end - i),
                                              Elements<kType>::load_n(scores, i, end - i), none)
                                     : Elements<kType>::load(scores, i);
-      store(all + length, select(less(none, x), x, none));  // NaN is none
+      store(all + length, select(less(none, x), x, none));  // NaN becomes -inf
     }
-    float least = -kNegInf;  // of those that were found
+    float least = -kNegInf;  // smallest maximum found so far
     for (float found = 0; found < static_cast<float>(wanted);) {
       vf next = none, count = zero();
       for (int64_t i = 0; i < length; i += kWidth) {
@@ -296,7 +299,7 @@ struct Range {
     return least;
   }
 
-  // The wanted-th largest score, by passes over the whole range.
+  // The wanted-th largest score, by radix passes over the whole range.
   float exact(int64_t wanted) const {
     uint32_t prefix = 0;
     for (int shift = 21; shift >= 0; shift = shift == 21 ? 10 : shift == 10 ? 0 : -1) {
@@ -315,13 +318,13 @@ struct Range {
   }
 };
 
-// Memory for one row.
+// Scratch memory for one row.
 struct Scratch {
   int32_t *positions, *ties;  // of candidates; of scores equal to the threshold
   float* scores;              // of candidates, and of hints
   uint32_t* keys;             // of candidates and samples
-  int32_t* numbers;           // in the memory of keys
-  float* others;              // likewise
+  int32_t* numbers;           // aliases keys
+  float* others;              // aliases keys
   int64_t room;
 
   Scratch(cpu::Workspace& memory, const TopkParams& p) : room(room_of(p)) {
@@ -332,7 +335,7 @@ struct Scratch {
     keys = reinterpret_cast<uint32_t*>(others);
     numbers = reinterpret_cast<int32_t*>(others);
   }
-  // Up to 2 kMaxSample samples, and the hints that are read, 2 k, fit too.
+  // Also large enough for up to 2 kMaxSample samples and the 2 k hints that are read.
   static int64_t room_of(const TopkParams& p) {
     return std::max(std::min(p.columns, 8 * p.k + 16384 + p.columns / 64),
                     std::max(2 * kMaxSample, p.previous ? 2 * p.k : 0));
@@ -342,20 +345,20 @@ struct Scratch {
   }
 };
 
-// Of more candidates than are wanted, in the order of the positions.
+// Selects `wanted` of more candidates, in the order of the positions.
 inline void select_candidates(int64_t count, int64_t wanted, Guess guess, bool tie_high,
                               const Scratch& scratch, int32_t* to) {
   const int32_t* const positions = scratch.positions;
   const float* const scores = scratch.scores;
-  const auto take_above = [&](float bound) {  // of which there are `wanted`
+  const auto take_above = [&](float bound) {  // exactly `wanted` are above
     int64_t found = 0;
     for (int64_t c = 0; c < count; c += kWidth)
       found += store_lane_numbers(scratch.numbers + found, static_cast<int32_t>(c),
                                   less(set(bound), load(scores + c)));
     for (int64_t j = 0; j < wanted; ++j) to[j] = positions[scratch.numbers[j]];
   };
-  // Between two keys: above the score of `low` lie more than are wanted, above that of `high`,
-  // `larger`, fewer.
+  // Bisection: more positions than wanted lie above the score of `low`, and fewer, `larger`, above
+  // the score of `high`.
   uint32_t low = key_of(guess.threshold), high = key_of(guess.surely);
   int64_t larger = count_above(scores, count, guess.surely);
   if (larger == 0 || larger >= wanted) {
@@ -365,7 +368,7 @@ inline void select_candidates(int64_t count, int64_t wanted, Guess guess, bool t
     larger = 0;
   }
   for (int64_t more = count, step = 0; high - low > 1; ++step) {
-    // Where a straight line through the counts meets `wanted`, or the middle.
+    // Linear interpolation of the counts to `wanted`, or the midpoint.
     const double part =
         step % 3 < 2 ? static_cast<double>(more - wanted) / static_cast<double>(more - larger) : .5;
     const uint32_t between = static_cast<uint32_t>(part * (high - low));
@@ -378,7 +381,7 @@ inline void select_candidates(int64_t count, int64_t wanted, Guess guess, bool t
       high = middle, larger = some;
   }
   const float least = score_of(high);
-  // Of the candidates with the least score, those number `from` to `from + ties - 1`.
+  // Among the candidates with the smallest score, takes numbers `from` to `from + ties - 1`.
   const int64_t ties = wanted - larger;
   const int64_t from = tie_high ? count_above<true>(scores, count, least) - wanted : 0;
   for (int64_t c = 0, found = 0, seen = 0; c < count && found < wanted; ++c) {
@@ -389,8 +392,8 @@ inline void select_candidates(int64_t count, int64_t wanted, Guess guess, bool t
   }
 }
 
-// The `wanted` largest scores above -inf, in the order of the positions. Returns how many there
-// are.
+// Selects the `wanted` largest scores above -inf, in the order of the positions. Returns their
+// number.
 template <DType kType>
 int64_t select_range(const Range<kType>& range, int64_t wanted, bool tie_high, Hints hints,
                      const Scratch& scratch, int32_t* to) {
@@ -399,7 +402,7 @@ int64_t select_range(const Range<kType>& range, int64_t wanted, bool tie_high, H
   const int64_t room = scratch.room;
   Guess guess{kNegInf, -kNegInf};
   int64_t above = 0, equals = 0;
-  // Whether all that are wanted lie above the threshold or are equal to it, and fit.
+  // True if all wanted positions lie above the threshold or equal it, and fit in memory.
   const auto suffices = [&] {
     const float threshold = guess.threshold;
     above = range.above(threshold, positions, room);
@@ -454,7 +457,7 @@ void select_row(const TopkParams& p, int64_t r, const Scratch& scratch) {
   int64_t count = 0;
   for (int64_t i = 0; i < first_end; ++i) to[count++] = static_cast<int32_t>(i);
   const int64_t forced = first_end + window.length - last_begin;
-  // Of long lists the first part is read.
+  // Only the beginning of a long list of hints is read.
   Hints hints{p.previous + r * p.hint_stride, p.previous ? std::min(p.hints, 2 * p.k) : 0};
   while (hints.count > 0 && hints.positions[hints.count - 1] < 0) --hints.count;
   count += select_range(Range<kType>{scores, first_end, last_begin}, p.k - forced, p.tie_high,

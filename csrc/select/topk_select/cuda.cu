@@ -8,10 +8,10 @@ namespace tokenmill {
 namespace cuda::topk_select {
 namespace {
 
-// A longer row is worth the launches that several blocks take, if rows do not fill the GPU.
+// Longer rows pay for the launches of several CTAs per row, if the rows do not fill the GPU.
 constexpr int64_t kOneBlockColumns = 16384;
-constexpr int64_t kPartColumns = 512;  // at least, of a block
-// Beyond these, rows whose first digit leaves too many candidates are worth more launches.
+constexpr int64_t kPartColumns = 512;  // minimum per CTA
+// Above these, rows whose first digit leaves too many candidates pay for more launches.
 constexpr int64_t kListedColumns = 131072, kListedK = 4096;
 constexpr int64_t kSharedSort = 8192;  // keys of 8 bytes
 
@@ -21,7 +21,7 @@ int parts_of(const TopkParams& p) {
   if (p.columns <= kOneBlockColumns || p.rows == 0) return 1;
   const int64_t sms = multiprocessors();
   if (2 * p.rows > sms) return 1;
-  // A vector for each thread, less where that leaves multiprocessors idle.
+  // One vector per thread, less if that leaves SMs idle.
   const int64_t full = ceil_div(p.columns, kTopkThreads * 16 / element_bytes(p));
   const int64_t filling = std::min(ceil_div(p.columns, kPartColumns), ceil_div(sms, p.rows));
   const int64_t most = std::min<int64_t>(2 * sms / p.rows, kTopkThreads);
@@ -30,7 +30,7 @@ int parts_of(const TopkParams& p) {
 
 bool is_listed(const TopkParams& p) { return p.columns <= kListedColumns && p.k <= kListedK; }
 
-// Keys of the sort of a row: a power of two.
+// Keys in the sort of a row: a power of two.
 int64_t sort_size(const TopkParams& p) {
   if (!p.by_score) return 0;
   return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::min(p.k, p.columns))));

@@ -35,7 +35,7 @@ struct TopkSelectArgs : Record {
   View previous;
 };
 
-// The checks are those of python/tokenmill/select/topk_select.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/select/topk_select.py.
 std::tuple<Array, Array, Array, Array> topk_select(const TopkSelectArgs& a) {
   check(a.scores.dim() == 2, kOp, "scores", "must have 2 dimensions [R, n]", a.scores.dim());
   check(is_kernel_dtype(a.scores.dtype), kOp, "scores", "must be float16, bfloat16 or float32",

@@ -1,7 +1,7 @@
-// Exact selection by digits of ordered keys, without a sort: histograms find the k-th key, an
-// ordered pass writes the positions. A row takes one block, or several that share histograms in
-// memory: two launches if the first digit probably leaves few candidates, which one block finishes,
-// or else a launch for each digit and two for the ordered pass.
+// Exact radix select on order-preserving keys, without a sort: histograms find the k-th key, an
+// ordered pass writes the positions. A row is processed by one CTA, or by several that share
+// histograms in global memory: in two launches if the first digit probably leaves few candidates,
+// which one CTA finishes, or else in one launch per digit and two for the ordered pass.
 #pragma once
 #include <cub/block/block_reduce.cuh>
 
@@ -11,20 +11,20 @@
 
 namespace tokenmill::cuda::topk_select {
 
-// Held in shared memory, of a row of one block and of a row of several.
+// Candidates held in shared memory, for one CTA per row and for several.
 constexpr int kCandidates = 4096, kListed = 8192;
 
 // [capacity] keys, then their positions; afterwards the keys of a sort.
 extern __shared__ uint4 topk_dynamic[];
 
-// The part of a row where scores decide.
+// The range of a row in which scores decide.
 template <typename T>
 struct TopkRow {
   static constexpr int kVector = 16 / sizeof(T);
 
   const T* scores;  // position 0
   int length, begin, end;
-  int wanted;  // of begin .. end - 1
+  int wanted;  // among begin .. end - 1
 
   __device__ TopkRow(const TopkParams& p, int64_t row) {
     const TopkWindow window = topk_window(p, row);
@@ -35,8 +35,8 @@ struct TopkRow {
     wanted = static_cast<int>(p.k) - begin - (length - end);
   }
 
-  // Vectors of 16 aligned bytes count from the one that holds `from`; the first may begin before
-  // it.
+  // Aligned 16-byte vectors are counted from the one that contains `from`; the first may begin
+  // before it.
   __device__ int first_position(int from) const {
     return from - static_cast<int>(reinterpret_cast<uintptr_t>(scores + from) % 16 / sizeof(T));
   }
@@ -57,18 +57,18 @@ struct TopkRow {
   __device__ uint32_t key_at(int i) const { return key_of(static_cast<float>(scores[i])); }
 };
 
-// Of a row that several blocks share: bins and ticket are 0 between kernels.
+// State of a row shared by several CTAs: bins and ticket are 0 between kernels.
 struct TopkSharedRow {
   unsigned bins[kBins];
   unsigned ticket;
   TopkState state;
 };
 
-// The workspace.
+// Workspace.
 struct TopkMemory {
-  uint64_t* sort_keys;  // sort_stride for each row; null: a sort, if any, is in shared memory
+  uint64_t* sort_keys;  // sort_stride per row; null: a sort, if any, is in shared memory
   int64_t sort_stride;
-  TopkSharedRow* rows;  // null: a block per row
+  TopkSharedRow* rows;  // null: one CTA per row
   int2* part_counts;    // [rows, parts], keys above and equal to the threshold; or candidates, 0
   uint2* lists;         // [rows, parts, list_stride], candidates: key and position
   int64_t list_stride;
@@ -88,9 +88,9 @@ __device__ void count_row(unsigned* bins, const TopkRow<T>& row, int from, int u
   }
 }
 
-// visit(position, key, above, equal) for the keys above and equal to a threshold, with their ranks
-// among those of their kind, in the order of the positions. load(keys, i) gives kVector keys from
-// i. Returns how many are above it.
+// Calls visit(position, key, above, equal) for the keys above and equal to a threshold, in the
+// order of the positions; above and equal are ranks within each kind. load(keys, i) gives kVector
+// keys from i on. Returns the number of keys above.
 template <int kVector, typename Load, typename Visit>
 __device__ unsigned visit_in_order(TopkShared& shared, int from, int until, uint32_t threshold,
                                    unsigned above, unsigned equal, const Load& load,
@@ -99,7 +99,7 @@ __device__ unsigned visit_in_order(TopkShared& shared, int from, int until, uint
     const int i = tile + static_cast<int>(threadIdx.x) * kVector;
     uint32_t keys[kVector] = {};
     if (i < until) load(keys, i);
-    unsigned counts = 0, total;  // above in the low half
+    unsigned counts = 0, total;  // above in the low half, equal in the high half
 #pragma unroll
     for (int v = 0; v < kVector; ++v)
       counts += keys[v] > threshold ? 1u : keys[v] == threshold ? 0x10000u : 0u;
@@ -122,10 +122,10 @@ __device__ unsigned visit_in_order(TopkShared& shared, int from, int until, uint
   return above;
 }
 
-// Writes the position of a key that is above the threshold, or equal to it and among those that are
-// taken: the first `state.wanted`, or the last ones.
+// Writes the position of a key that is above the threshold, or equal to it and among the ties that
+// are taken: the first `state.wanted`, or the last ones.
 struct TopkWriter {
-  int32_t* indices;  // of begin
+  int32_t* indices;  // for position begin
   uint32_t threshold;
   unsigned first_tie, ties;
 
@@ -165,8 +165,8 @@ __device__ void order_by_score(const TopkParams& p, const TopkRow<T>& row, int32
   __syncthreads();
 }
 
-// Forced positions, the tail, and what lies beside the positions. `selected` is how many the
-// ordered pass wrote.
+// Writes forced positions, the tail, and the other outputs. `selected`: number of positions written
+// by the ordered pass.
 template <typename T>
 __device__ void finish_row(const TopkParams& p, const TopkMemory& memory, int64_t r,
                            const TopkRow<T>& row, int selected) {
@@ -190,7 +190,8 @@ __device__ void finish_row(const TopkParams& p, const TopkMemory& memory, int64_
   }
 }
 
-// Candidates: keys with the prefix of the first digit or above it, in the order of the positions.
+// Candidates: keys with the prefix of the first digit or a larger one, in the order of the
+// positions.
 template <int kCapacity>
 struct TopkCandidates {
   __device__ static uint32_t* keys() { return reinterpret_cast<uint32_t*>(topk_dynamic); }
@@ -203,7 +204,8 @@ struct TopkCandidates {
   }
 };
 
-// What follows the first digit: the others, from the candidates if they are held, and the results.
+// Completes a selection after the first digit: the other digits, from the candidates if they are
+// held, and the results.
 template <int kCapacity, typename T>
 __device__ void finish_selection(const TopkParams& p, const TopkMemory& memory, int64_t r,
                                  const TopkRow<T>& row, TopkShared& shared, bool held) {
@@ -242,7 +244,7 @@ __device__ void finish_selection(const TopkParams& p, const TopkMemory& memory, 
   finish_row(p, memory, r, row, state.candidates - state.equal + state.wanted);
 }
 
-// One block per row.
+// One CTA per row.
 template <typename T>
 __global__ void __launch_bounds__(kTopkThreads, 1)
     topk_row_kernel(const __grid_constant__ TopkParams p,
@@ -276,7 +278,7 @@ __global__ void __launch_bounds__(kTopkThreads, 1)
   }
 }
 
-// Positions of one of the parts of a row.
+// Positions of one part of a row.
 struct TopkPart {
   int from, until;
 
@@ -290,7 +292,7 @@ struct TopkPart {
   }
 };
 
-// True in the block that comes last, which then sees what all others of the row have written.
+// True in the last CTA of a row to arrive, which then sees all writes of the others.
 __device__ inline bool is_last(unsigned* ticket, int parts) {
   __shared__ bool last;
   __threadfence();
@@ -304,7 +306,7 @@ __device__ inline bool is_last(unsigned* ticket, int parts) {
   return last;
 }
 
-// Candidates of all parts of a row, which other blocks have listed, into shared memory. There are
+// Gathers the candidates of all parts of a row, listed by other CTAs, into shared memory. There are
 // no more parts than threads.
 __device__ inline void gather_lists(TopkShared& shared, const TopkMemory& memory, int64_t parts) {
   using Candidates = TopkCandidates<kListed>;
@@ -327,7 +329,7 @@ __device__ inline void gather_lists(TopkShared& shared, const TopkMemory& memory
   __syncthreads();
 }
 
-// One digit of the wanted-th key of rows that several blocks share: blockIdx.x is the part.
+// One digit of the wanted-th key of rows shared by several CTAs: blockIdx.x is the part.
 template <typename T>
 __global__ __launch_bounds__(kTopkThreads) void topk_digit_kernel(
     const __grid_constant__ TopkParams p, const __grid_constant__ TopkMemory memory, int digit) {
@@ -354,8 +356,8 @@ __global__ __launch_bounds__(kTopkThreads) void topk_digit_kernel(
   if (threadIdx.x == 0) all.state = shared.state;
 }
 
-// The rest of rows whose first digit is known. Each block lists the candidates of its part, and the
-// last one gathers them; if they are too many, the first block takes the whole row.
+// Completes rows whose first digit is known. Each CTA lists the candidates of its part, and the
+// last one gathers them; if they are too many, the first CTA processes the whole row.
 template <typename T>
 __global__ void __launch_bounds__(kTopkThreads, 1)
     topk_list_kernel(const __grid_constant__ TopkParams p,
@@ -425,7 +427,7 @@ __global__ void __launch_bounds__(kTopkThreads, 1)
   const TopkRow<T> row(p, r);
   const TopkPart part(row, static_cast<int>(blockIdx.x), memory.parts);
   if (threadIdx.x == 0) shared.state = memory.rows[r].state;
-  // Keys of the parts before; there are no more parts than threads.
+  // Keys of the previous parts; there are no more parts than threads.
   int2 counts = {0, 0};
   if (threadIdx.x < blockIdx.x) counts = memory.part_counts[r * memory.parts + threadIdx.x];
   unsigned before, above, equal;

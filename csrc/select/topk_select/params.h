@@ -5,7 +5,7 @@
 namespace tokenmill {
 
 // Row r of scores [rows, columns] is searched in columns start .. start + length - 1, clamped to
-// those that there are; positions count from start.
+// the existing columns; positions count from start.
 struct TopkParams {
   int64_t rows, columns, k;
   DType dtype;
@@ -13,19 +13,19 @@ struct TopkParams {
   int64_t row_stride;               // in elements
   const int32_t* lengths;           // [rows]; null: up to the last column
   const int32_t* row_starts;        // [rows]; null: 0
-  bool tie_high;                    // of equal scores the higher position goes first
-  bool by_score;                    // in the order of the scores, not of the positions
-  int64_t force_first, force_last;  // positions that are taken whatever their score
-  const int32_t* block_table;       // [page_rows, pages], of physical positions
+  bool tie_high;                    // among equal scores the higher position goes first
+  bool by_score;                    // output in the order of the scores instead of the positions
+  int64_t force_first, force_last;  // positions taken whatever their score
+  const int32_t* block_table;       // [page_rows, pages], for physical positions
   int64_t page_rows, pages, page_stride;
   int32_t log2_page_size;
-  const int32_t* row_to_batch;  // [rows], the row of the block table; null: r
+  const int32_t* row_to_batch;  // [rows], row of the block_table; null: r
   const int32_t* previous;      // [rows, hints]: any numbers; null: none
   int64_t hints, hint_stride;
-  int32_t *indices, *counts;  // [rows, k], -1 behind the last; [rows]
-  void* values;               // [rows, k] of dtype, -inf behind the last; null: not wanted
-  int32_t* physical;          // [rows, k], beside indices; null: not wanted
-  void* workspace;            // of the CUDA kernels
+  int32_t *indices, *counts;  // [rows, k], -1 past the last; [rows]
+  void* values;               // [rows, k] of dtype, -inf past the last; null: not wanted
+  int32_t* physical;          // [rows, k], parallel to indices; null: not wanted
+  void* workspace;            // CUDA only
 };
 
 struct TopkWindow {
@@ -40,7 +40,7 @@ TOKENMILL_HOST_DEVICE inline TopkWindow topk_window(const TopkParams& p, int64_t
   return {start, length};
 }
 
-// Where a position lies in a paged cache, -1 if its page is not there.
+// Physical position in a paged cache, -1 if the page does not exist.
 TOKENMILL_HOST_DEVICE inline int32_t topk_physical(const TopkParams& p, int64_t row, int64_t i) {
   const int64_t batch = p.row_to_batch ? p.row_to_batch[row] : row;
   const int64_t page = i >> p.log2_page_size;
@@ -50,10 +50,10 @@ TOKENMILL_HOST_DEVICE inline int32_t topk_physical(const TopkParams& p, int64_t 
   return found < 0 || slot > 0x7fffffff ? -1 : static_cast<int32_t>(slot);
 }
 
-// What the CUDA kernels need beside the outputs, on the current device.
+// CUDA workspace in bytes, on the current device.
 int64_t workspace_bytes(const TopkParams&);
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const TopkParams&, void* stream);
 
 }  // namespace tokenmill

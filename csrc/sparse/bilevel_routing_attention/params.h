@@ -7,7 +7,7 @@
 namespace tokenmill {
 
 // Pixel (y, x) of a map [B, Y, X, H, D] is row y * X + x. `seq` of its Rows is the stride of x, the
-// `line` strides are those of y. lse is [B, H, Y, X].
+// `line` strides belong to y. lse is [B, H, Y, X].
 struct BilevelParams : ListedAttention {  // without softcap
   RegionGrid queries, keys;               // same number of regions in both
   int64_t q_line, k_line, v_line, out_line;
