@@ -1,5 +1,5 @@
-// The checks that operators on tokens share: those of python/tokenmill/tokens/rules.py, in its
-// order and words.
+// Checks shared by the operators on tokens; same rules, order and messages as
+// python/tokenmill/tokens/rules.py.
 #pragma once
 #include <algorithm>
 
@@ -14,7 +14,7 @@ inline void check_token_rows(const char* op, const char* name, const View& t) {
   check(tokens < int64_t{1} << 31, op, name, "must have fewer than 2^31 tokens in all", tokens);
 }
 
-// [B, N, C] to compute with.
+// Tokens [B, N, C] for arithmetic.
 inline void check_tokens(const char* op, const char* name, const View& t) {
   check(t.dim() == 3, op, name, "must have 3 dimensions [B, N, C]", t.dim());
   check(is_kernel_dtype(t.dtype), op, name, "must be float16, bfloat16 or float32", t.dtype);
@@ -26,7 +26,7 @@ inline bool is_movable(ScalarType t) {
   return is_kernel_dtype(t) || t == ScalarType::Int || t == ScalarType::Long;
 }
 
-// [B, N, C] to move alone.
+// Tokens [B, N, C] that are only moved.
 inline void check_movable_tokens(const char* op, const char* name, const View& t) {
   check(t.dim() == 3, op, name, "must have 3 dimensions [B, N, C]", t.dim());
   check(is_movable(t.dtype), op, name, kMovable, t.dtype);
@@ -42,7 +42,7 @@ inline void check_like(const char* op, const char* name, const View& t,
   check_device_of(op, name, t, other, first);
 }
 
-// What a call writes into: of the shape, with dtype and device of the first of those that it reads.
+// Output of a call: has the given shape, and the dtype and device of the first input.
 inline void check_out(const char* op, const View& out, const std::vector<int64_t>& shape,
                       std::initializer_list<Read> read) {
   const View& first = *read.begin()->view;
@@ -60,8 +60,8 @@ inline void check_indices(const char* op, const char* name, const View& t, int64
   check_device_of(op, name, t, other, first);
 }
 
-// On the CPU alone: each `least` (-1: no row, 0: a row) to tokens - 1, and in a row of its own no
-// token twice unless repeats are allowed.
+// CPU only: each index is between `least` (-1: no row, 0: a row) and tokens - 1, and no token
+// occurs twice within a row unless repeats are allowed.
 inline void check_index_values(const char* op, const char* name, const View& t, int64_t tokens,
                                int64_t least = -1, bool repeats = true) {
   const int64_t rows = t.dim() == 2 ? t.size(0) : 1, entries = t.size(-1);

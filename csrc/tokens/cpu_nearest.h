@@ -1,6 +1,6 @@
-// The k rows of a set that are nearest each of some rows. Distances are sums of squared differences
-// in registers, of which no more than the k least of a row are kept. A screen, where it pays,
-// leaves few to be summed and changes no bit of what is found.
+// k nearest rows of a set for each of some rows. Distances are sums of squared differences in
+// registers; only the k smallest per row are kept. A screen, where it pays, leaves few distances to
+// compute and does not change a bit of the result.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -62,14 +62,14 @@ __attribute__((noinline)) vf distances_of_pairs(const char* const* a, const char
   return sum;
 }
 
-// A distance that is not finite counts as the largest float.
+// Clamps distances that are not finite to the largest float.
 TM_INLINE vf finite_distance(vf d) {
   return select(less(d, set(__builtin_inff())), d, set(kMostDistance));
 }
 
 class NearestFinder {
  public:
-  // Rows that share a panel of the set: they stay in the second-level cache.
+  // Number of rows that share a panel of the set, so that they stay in the L2 cache.
   static int64_t chunk_rows(int64_t rows, int64_t channels, int threads) {
     const int64_t cached =
         std::clamp<int64_t>(knob(Knob::nearest_floats) / round_up(channels, kWidth), 48, 768);
@@ -77,7 +77,7 @@ class NearestFinder {
     return round_up(std::min({cached, shared, rows}), kTileRows);
   }
 
-  // screen: null, or one of the same sets. exact: distances are wanted, not the numbers alone.
+  // screen: null, or a screen of the same sets. exact: distances are returned, not only indices.
   NearestFinder(const RowSets& sets, const Screen* screen, int64_t chunk, int64_t k, bool exact)
       : sets(sets),
         screen(screen),
@@ -98,8 +98,8 @@ class NearestFinder {
     tile = memory.take(kTileRows * kPanel);
   }
 
-  // After this id(r) holds the k nearest to row r of set b, by distance and then by number, and
-  // distance(r) how far they are.
+  // Afterwards id(r) holds the k nearest rows of set b to row r, by distance and then by index, and
+  // distance(r) their distances.
   void run(int64_t b, const char* const* from, DType dtype, int64_t count) {
     std::fill(distances, distances + count * k, __builtin_inff());
     left.clear();
@@ -107,7 +107,7 @@ class NearestFinder {
       find_candidates(b, from, dtype, count);
       std::fill(distances, distances + count * k, __builtin_inff());
       choose(b, from, dtype, count);
-      // Of sets of which a screen knows nothing.
+      // Stops using the screen for sets of which it knows too little.
       if (4 * static_cast<int64_t>(left.size()) > count) screens = false;
     } else {
       for (int64_t r = 0; r < count; ++r) left.push_back(r);
@@ -123,9 +123,9 @@ class NearestFinder {
     float value;
     int32_t id;
   };
-  static constexpr int32_t kUnknown = -1;  // as count: all are candidates
+  static constexpr int32_t kUnknown = -1;  // value of `count`: all rows are candidates
 
-  // Rows in `left`.
+  // Compares the rows in `left` with the whole set.
   void compare_with_all(int64_t b, const char* const* from, DType dtype) {
     const int64_t count = static_cast<int64_t>(left.size());
     std::vector<const char*> at(count);
@@ -156,7 +156,7 @@ class NearestFinder {
     }
   }
 
-  // Numbers come in ascending order: of equal distances the first stays in front.
+  // Indices arrive in ascending order: among equal distances the first stays in front.
   void insert(int64_t r, float d, int32_t number) const {
     float* const values = distance(r);
     int32_t* const numbers = id(r);
@@ -169,7 +169,7 @@ class NearestFinder {
     numbers[at] = number;
   }
 
-  // The screen of each row; its k least so far are in `distances`.
+  // Applies the screen to each row; its k smallest values so far are in `distances`.
   void find_candidates(int64_t b, const char* const* from, DType dtype, int64_t count) {
     const int64_t words = screen->words, ldw = screen->ldw;  // at most lda
     const Lengths reach = screen->lengths_of(b);
@@ -224,7 +224,7 @@ class NearestFinder {
     candidates[r * most + counts[r]++] = {value, number};
   }
 
-  // Those that are none any more.
+  // Drops candidates that no longer qualify.
   void drop_candidates(int64_t r) {
     Candidate* const own = candidates.data() + r * most;
     int32_t kept = 0;
@@ -233,7 +233,7 @@ class NearestFinder {
     counts[r] = kept;
   }
 
-  // The k nearest of the candidates. Rows of which nothing is known go to `left`.
+  // Selects the k nearest candidates. Rows without information go to `left`.
   void choose(int64_t b, const char* const* from, DType dtype, int64_t count) {
     pairs = 0;
     for (int64_t r = 0; r < count; ++r) {
@@ -277,7 +277,7 @@ class NearestFinder {
 
   const RowSets sets;
   const Screen* const screen;
-  const int64_t channels, lda, k, most;  // `most`: candidates of a row
+  const int64_t channels, lda, k, most;  // `most`: maximum number of candidates per row
   const bool exact;
   bool screens = true;
   std::vector<Candidate> candidates;
@@ -292,8 +292,8 @@ class NearestFinder {
   int32_t* ids;
 };
 
-// body(sets, screen, first) for all sets at once or, where a screen pays, for those from `first` on
-// that one holds. `rows` are compared with each set.
+// Calls body(sets, screen, first) for all sets at once or, where a screen pays, for the sets from
+// `first` on that one screen holds. `rows` rows are compared with each set.
 template <typename Body>
 void for_screened_sets(const RowSets& sets, int64_t rows, int64_t k, int threads,
                        const Body& body) {

@@ -1,4 +1,4 @@
-// Rows of bytes copied on the CPU, for the cpu.cpp of operators that move tokens.
+// Row copies on the CPU, for the operators that move tokens.
 #pragma once
 #include <algorithm>
 
@@ -11,9 +11,9 @@ namespace {
 constexpr int64_t kItemBytes = 1 << 16;
 // Below this a parallel region costs more than it gains.
 constexpr int64_t kParallelBytes = 1 << 18;
-// While a row is copied, the one so many places behind it is fetched: where rows are scattered, the
-// hardware cannot know it. Of a row further behind a line of each page is, so that the translation
-// of its address, which takes longest, is there in time.
+// Prefetch distances in rows. While a row is copied, the row kRowsAhead later is prefetched, since
+// hardware prefetchers cannot follow scattered rows. For a row kPagesAhead later, one line per page
+// is touched, so that its address translation, the slowest part, is done in time.
 constexpr int64_t kRowsAhead = 2, kPagesAhead = 8, kPageBytes = 4096;
 
 TM_INLINE int64_t rows_per_item(int64_t row_bytes) {
@@ -21,7 +21,8 @@ TM_INLINE int64_t rows_per_item(int64_t row_bytes) {
 }
 TM_INLINE int threads_for(int64_t bytes) { return bytes < kParallelBytes ? 1 : cpu::num_threads(); }
 
-// Past the caches, where the result is larger than they are: its lines are not read first.
+// Results larger than the caches are written with non-temporal stores: their lines are not read
+// first.
 constexpr int64_t kStreamBytes = 1 << 23;
 
 TM_INLINE void stream(char* to, vf x) {
@@ -35,15 +36,15 @@ TM_INLINE void stream(char* to, vf x) {
   store(reinterpret_cast<float*>(to), x);
 #endif
 }
-// Behind the last row that was streamed, before other threads read it.
+// Fence after the last non-temporal store, before other threads read.
 TM_INLINE void end_stream() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
 
-// Faster than memcpy, which takes rows of a few KiB for the cache's own and copies them by a
-// microcoded instruction. `next`, if not null, is fetched meanwhile.
+// Faster than memcpy, which copies rows of a few KiB, as if they fit the cache, with a microcoded
+// instruction. `next`, if not null, is prefetched meanwhile.
 template <bool kStream>
 TM_INLINE void copy_row(char* to, const char* from, int64_t bytes, const char* next = nullptr) {
   constexpr int64_t kBytes = sizeof(vf);
@@ -70,14 +71,14 @@ TM_INLINE void copy_row(char* to, const char* from, int64_t bytes, const char* n
   }
 }
 
-// Rows to write, part of `total` bytes that the call writes.
+// Rows to write, out of `total` bytes that the call writes.
 struct Rows {
   char* first;
   int64_t step, bytes, total;
 };
 
 // Row i - begin of `to` = row(i), a pointer or null for zeros, for i from begin to end. Rows up to
-// `last` are fetched, as the caller goes on with them.
+// `last` are prefetched, since the caller continues with them.
 template <typename Row>
 TM_INLINE void copy_rows(const Rows& to, int64_t begin, int64_t end, int64_t last, const Row& row) {
   const int64_t bytes = to.bytes;

@@ -1,7 +1,7 @@
-// Which rows of a set can be among the k nearest of another row. Half a squared distance is that of
-// the row to a point near the set, plus |c|^2 / 2 - a c relative to that point: products alone,
-// with a bound for their error. What lies beyond the k-th least by more than the bound is no
-// candidate.
+// Screen for the k nearest rows of a set. Half a squared distance is half the squared distance of
+// the row to a point near the set, plus |c|^2 / 2 - a c relative to that point: only products, with
+// a bound on their error. Rows further away than the k-th smallest value by more than the bound are
+// not candidates.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -13,7 +13,7 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-// The rows of a set, for each sequence. Steps in elements.
+// Rows of a set, per sequence. Strides in elements.
 struct RowSets {
   const void* data;
   DType dtype;
@@ -31,25 +31,25 @@ struct RowSets {
   }
 };
 
-// The multiplication of a screen: of pairs of bfloat16 where there is one. csrc/cpu/isa.cpp says on
-// which machines that is the faster one.
+// Products of a screen: pairs of bfloat16 where available. csrc/cpu/isa.cpp selects them on
+// machines where they are faster.
 #if defined(__AVX512BF16__)
 using ScreenOp = BFloat16;
 #else
 using ScreenOp = Float32;
 #endif
 
-// Of rows relative to the point: bounds of the length of a row and of what its words leave out.
+// Upper bounds for rows relative to the point: length of a row, and of its rounding error as words.
 struct Lengths {
   float whole, lost;
 
-  void include(const Lengths& other) {  // NaN stays
+  void include(const Lengths& other) {  // NaN propagates
     whole = other.whole <= whole ? whole : other.whole;
     lost = other.lost <= lost ? lost : other.lost;
   }
 };
 
-// A row relative to `middle` (zeros behind its channels), times `sign`, as words.
+// Row relative to `middle` (zero past its channels), times `sign`, as words.
 template <class Op, DType kType>
 TM_INLINE Lengths center_row(const void* row, const float* middle, int64_t channels, float sign,
                              float* words, int64_t count, float* squares = nullptr) {
@@ -75,7 +75,7 @@ TM_INLINE Lengths center_row(const void* row, const float* middle, int64_t chann
     store(words + w, x);
     whole = fma(x, x, whole);
   }
-  // 2^-10 is more than the rounding of a sum of 2^15 squares, 2^-23 that of a difference.
+  // 2^-10 exceeds the rounding of a sum of 2^15 squares, 2^-23 the rounding of a difference.
   constexpr float kMore = 1 + 1.f / 1024, kDifference = 1.f / (1 << 23);
   const float sum = sum_lanes(whole), length = kMore * std::sqrt(sum);
   if (squares) *squares = sum;
@@ -107,16 +107,16 @@ __attribute__((noinline)) void biased_products(float* tile, const float* rows, i
       biased_products<Op, N - 1>(tile + n, rows, ldw, panel + n, bias + n, words, width - n);
 }
 
-// The sets of all sequences as words, in panels of kPanel columns.
+// Sets of all sequences as words, in panels of kPanel columns.
 class Screen {
  public:
-  // Whether it takes less time than exact distances to all.
+  // True if the screen takes less time than exact distances to all rows.
   static bool pays(const RowSets& sets, int64_t rows, int64_t k) {
     return sets.size * sets.channels >= kLeastWork * (k + 3) && rows >= kLeastRows &&
            sets.channels <= kMostChannels;
   }
 
-  // As many as fit into a few MB, which the allocator keeps from call to call.
+  // Number of sets that fit into a few MB, which the allocator keeps between calls.
   static int64_t sets_at_once(const RowSets& sets) {
     constexpr int64_t kFloats = 1 << 21;
     return std::max<int64_t>(kFloats / (sets.size * sets.channels), 1);
@@ -146,7 +146,7 @@ class Screen {
     });
   }
 
-  // Floats of a row relative to the point, with zeros behind it.
+  // Floats per row relative to the point, including zero padding.
   int64_t channels() const { return ScreenOp::kPair * ldw; }
   const float* middle(int64_t b) const { return middles + b * channels(); }
   const float* panel(int64_t b, int64_t n) const {
@@ -159,11 +159,11 @@ class Screen {
     for (int64_t n = 0; n < panels; ++n) most.include(lengths[b * panels + n]);
     return most;
   }
-  // How far above the k-th least of a row a candidate may lie. NaN: nothing is known.
+  // Margin above a row's k-th smallest value within which a row is a candidate. NaN: no bound.
   float margin(const Lengths& row, const Lengths& set) const {
     if (!(row.whole < kMostLength && set.whole < kMostLength)) return __builtin_nanf("");
-    // Each term of a sum of C products meets C + 1 roundings at most, in any order, and is a
-    // product or half of a square here and a square in an exact distance.
+    // Each term of a sum of C products has at most C + 1 roundings, in any order. The term is a
+    // product or half a square here, and a square in an exact distance.
     const float rounding = static_cast<float>(sets.channels + 16) / (1 << 24);
     const float a = row.whole + row.lost, c = set.whole + set.lost;
     const float products = row.lost * c + a * set.lost;
@@ -175,10 +175,10 @@ class Screen {
 
  private:
   static constexpr int64_t kLeastWork = 1 << 13, kLeastRows = 256;
-  static constexpr int64_t kMostChannels = 1 << 15;  // that bounds of roundings hold for
+  static constexpr int64_t kMostChannels = 1 << 15;  // for which the rounding bounds hold
   static constexpr int kSamples = 16;
   static constexpr float kMostLength = 1e15f;
-  static constexpr float kLeastMargin = 1e-30f;  // for what denormals were
+  static constexpr float kLeastMargin = 1e-30f;  // absorbs flushed denormals
 
   void find_middle(int64_t b, float* middle) const {
     const int64_t samples = std::min<int64_t>(kSamples, sets.size);

@@ -1,5 +1,5 @@
-// The rows of a set that are nearest each of some rows, by sums of squared differences. A block has
-// 64 rows and goes through the set 64 rows at a time; a thread has 4 x 4 distances in registers.
+// Nearest rows of a set for each of some rows, by sums of squared differences. A CTA has 64 rows
+// and iterates over the set 64 rows at a time; a thread has 4 x 4 distances in registers.
 #pragma once
 #include "cuda/fast_divmod.cuh"
 #include "cuda/launch.cuh"
@@ -11,16 +11,17 @@
 namespace tokenmill::cuda {
 
 constexpr int kNearThreads = 256, kNearRows = 64, kNearDepth = 16;
-constexpr int kNearStride = kNearRows + 4;  // floats of a slice: of two reads of 16 bytes a bank
+// floats per slice row: the padding spreads 16-byte reads over the banks
+constexpr int kNearStride = kNearRows + 4;
 
-// Row i of batch row b lies at b * batch + i / width * line + i % width * row.
+// Row i of batch row b is at b * batch + i / width * line + i % width * row.
 template <typename T>
 struct MapRows {
   const T* data;
   int64_t batch, line, row;
   FastDivmod width;
   int count;
-  bool aligned;  // four elements at once
+  bool aligned;  // allows loads of four elements
 
   __device__ __forceinline__ const T* at(int64_t b, int i) const {
     const int y = width.divide(i);
@@ -32,11 +33,11 @@ struct Nearest {
   int row_tiles;
   int channels, k;
   int32_t* labels;   // [B, rows]: the nearest, or
-  float* distances;  // [B, rows, k]: lists by distance and then by number ...
-  int32_t* ids;      // ... and what they name
+  float* distances;  // [B, rows, k]: lists by distance and then by index ...
+  int32_t* ids;      // ... and the row indices
 };
 
-// Channels c .. c + 3 of a row to four floats, zeros where there are none.
+// Loads channels c .. c + 3 of a row as floats, zero past the last channel.
 template <typename T>
 __device__ __forceinline__ void load_four(float (&to)[4], const T* row, int c, int channels,
                                           bool aligned) {
@@ -45,7 +46,7 @@ __device__ __forceinline__ void load_four(float (&to)[4], const T* row, int c, i
   for (int i = 0; i < 4; ++i) to[i] = c + i < channels ? static_cast<float>(row[c + i]) : 0.f;
 }
 
-// A slice of 64 rows, transposed.
+// Loads a slice of 64 rows, transposed.
 template <typename T>
 __device__ __forceinline__ void load_slice(float (*slice)[kNearStride], const MapRows<T>& from,
                                            int64_t b, int first, int c, int channels) {
@@ -57,12 +58,12 @@ __device__ __forceinline__ void load_slice(float (*slice)[kNearStride], const Ma
   for (int i = 0; i < 4; ++i) slice[own + i][row] = x[i];
 }
 
-// What is not finite counts as the largest float.
+// Clamps distances that are not finite to the largest float.
 __device__ __forceinline__ float clamped_distance(float d) {
   return d <= kMostDistance ? d : kMostDistance;
 }
 
-// A list of one warp.
+// k-nearest list of one warp.
 struct NearList {
   float* d;
   int32_t* id;
@@ -74,7 +75,7 @@ struct NearList {
   }
   __device__ __forceinline__ float last() const { return d[k - 1]; }
 
-  // Numbers come in ascending order: of equal distances the first stays in front.
+  // Indices arrive in ascending order: among equal distances the first stays in front.
   __device__ void insert(float value, int number) const {
     const int lane = threadIdx.x % kWarpSize;
     int at = 0;
@@ -93,7 +94,8 @@ struct NearList {
     __syncwarp();
   }
 
-  // Of distances of columns first .. first + 63, those less than the last of the list.
+  // Inserts the distances of columns first .. first + 63 that are smaller than the last of the
+  // list.
   __device__ __forceinline__ void update(const float* row, int first, int columns) const {
     const int lane = threadIdx.x % kWarpSize;
     float least = last();
@@ -147,7 +149,7 @@ __global__ void __launch_bounds__(kNearThreads, 2)
     float d[4][4] = {};
 #pragma unroll 1
     for (int c = 0; c < near.channels; c += kNearDepth) {
-      __syncthreads();  // the slices before these are read
+      __syncthreads();  // the previous slices have been read
       load_slice(slice_a, rows, b, first, c, near.channels);
       load_slice(slice_b, set, b, column, c, near.channels);
       __syncthreads();
@@ -205,7 +207,7 @@ __global__ void __launch_bounds__(kNearThreads, 2)
   }
 }
 
-// batch rows of `rows` and `set`; null, or what went wrong.
+// `rows` and `set` have `batch` batch rows; returns null, or an error message.
 template <bool kLabels, typename T, typename S>
 const char* launch_nearest(const MapRows<T>& rows, const MapRows<S>& set, Nearest near,
                            int64_t batch, cudaStream_t stream) {
@@ -214,7 +216,7 @@ const char* launch_nearest(const MapRows<T>& rows, const MapRows<S>& set, Neares
                                                rows, set, near);
 }
 
-// Rows that can be read four elements at once.
+// True if rows can be read four elements at a time.
 template <typename T, typename... Strides>
 bool reads_fours(const void* p, int64_t channels, Strides... strides) {
   return reinterpret_cast<uintptr_t>(p) % (4 * sizeof(T)) == 0 && channels % 4 == 0 &&

@@ -1,5 +1,5 @@
-// Rows of bytes copied on CUDA: a block is as many rows as fill it, and the threads of a row are at
-// most a warp, so that rows of any length are read by whole cache lines.
+// Row copies on CUDA: a CTA processes as many rows as fill it, with at most a warp of threads per
+// row, so that rows of any length are read in whole cache lines.
 #pragma once
 #include "core/dtype.h"
 #include "cuda/launch.cuh"
@@ -8,11 +8,11 @@
 namespace tokenmill::cuda {
 
 constexpr int kRowThreads = 256;
-constexpr int kRowChunks = 4;  // loads of a thread that are under way together
+constexpr int kRowChunks = 4;  // loads in flight per thread
 constexpr int64_t kMostBatches = 65535;
 
-// Threads along a row and rows along a block, for rows of `chunks` accesses; a grid of (rows,
-// batch). Blocks of few rows are smaller, so that every multiprocessor has one.
+// Threads along a row, and rows per CTA, for rows of `chunks` accesses; a grid of (rows, batch).
+// With few rows CTAs are smaller, so that every SM has one.
 struct RowGrid {
   dim3 block, grid;
   bool fits;
@@ -31,7 +31,7 @@ struct RowGrid {
   }
 };
 
-// The row of this thread.
+// Row of this thread.
 __device__ __forceinline__ int64_t row_of_thread() {
   return int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
 }
@@ -51,7 +51,8 @@ __device__ __forceinline__ void copy_row(T* __restrict__ to, const T* __restrict
   }
 }
 
-// visit.operator()<T>() with the widest type by which addresses and strides are all divisible.
+// Calls visit.operator()<T>() with the widest type by which all addresses and strides are
+// divisible.
 template <typename Visit>
 auto visit_width(uint64_t bits, const Visit& visit) {
   if (bits % 16 == 0) return visit.template operator()<uint4>();

@@ -39,7 +39,7 @@ struct ScorePlan {
   int64_t step;        // see TileLoader::step
   float factor;        // exponents in log2 units = factor q.k
   bool aligned;        // rows start at multiples of 16 bytes and consist of whole chunks
-  bool whole;          // rows also fill those of their tiles
+  bool whole;          // rows also fill the rows of their tiles
   float2* parts;       // [splits, B, H, window] row_max and row_sum of the first pass
   float2* statistics;  // [B, H, window] row_max and weight: P = 2^(t - row_max) weight
   float* sums;         // [splits, B, H, Sk], of the second pass

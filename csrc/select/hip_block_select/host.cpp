@@ -16,8 +16,8 @@ constexpr int64_t kMaxBlock = 128;    // keys per block
 constexpr int64_t kMaxBlocks = 2048;  // per list
 constexpr int64_t kNever = int64_t{1} << 32;
 
-// Lists to start from, or their counts; the first `dims` dimensions are those of the counts. null
-// if not given.
+// Lists to start from, or their counts; the leading `dims` dimensions match the counts. null if not
+// given.
 const int32_t* start_list(const char* name, const View& tensor, const std::vector<int64_t>& shape,
                           size_t dims, bool exact, const View& q, int64_t (&strides)[3]) {
   if (!tensor) return nullptr;

@@ -130,8 +130,8 @@ __device__ __forceinline__ bool load_codes(uint32_t (&words)[4], const Float8* r
   uint32_t found = 0;  // high bit of a byte: NaN
 #pragma unroll
   for (uint32_t four : codes.x) found |= (four & 0x7f7f7f7fu) + 0x01010101u;
-  // Exponents are relative to the minimum of T, whose subnormal numbers correspond to those of the
-  // codes; a power of two corrects the result.
+  // Exponents are relative to the minimum of T, whose subnormal numbers correspond to the codes'
+  // subnormal numbers; a power of two corrects the result.
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) {

@@ -1,5 +1,5 @@
-// Rows of a, in cache as words, times panels of transposed rows of b. Products go no further than
-// the maximum of each row and lane, so the matrix of them is nowhere.
+// Rows of a, in cache as words, times panels of transposed rows of b. Products are reduced to the
+// maximum per row and lane, so that their matrix is never stored.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -15,16 +15,16 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kSliceWords = 512;              // of a reduction, which is summed at a time
-constexpr int64_t kMinRows = 96, kMaxRows = 768;  // of a, that share a panel
+constexpr int64_t kSliceWords = 512;              // words of a reduction summed at once
+constexpr int64_t kMinRows = 96, kMaxRows = 768;  // rows of a that share a panel
 
 float factor_of(float squares) {
   if (squares < kLeastSquares) return 0;
   return squares <= kMostSquares ? 1 / std::sqrt(squares) : __builtin_nanf("");
 }
 
-// Rows of a that one item takes: a part of the second-level cache, and fewer where there would not
-// be items for all threads, which costs another transposition of b. It changes no result.
+// Rows of a per item: a share of the L2 cache, and fewer if there would not be items for all
+// threads, at the cost of transposing b again. The result does not depend on it.
 int64_t chunk_rows(const MatchParams& p, int64_t words, int threads) {
   const int64_t cached = std::clamp(knob(Knob::best_match_words) / words, kMinRows, kMaxRows);
   const int64_t shared = ceil_div(p.rows * p.batch, threads);
@@ -117,7 +117,7 @@ class Matcher {
     }
   }
 
-  // NaN beyond the last row of b.
+  // Factors of the columns; NaN past the last row of b.
   void find_factors(const vf (&squares)[kTileVectors], int64_t columns) {
     for (int j = 0; j < kTileVectors; ++j) store(factors_b + j * kWidth, squares[j]);
     for (int64_t i = 0; i < kPanel; ++i)
@@ -126,7 +126,7 @@ class Matcher {
                                     : factor_of(factors_b[i]);
   }
 
-  // Greater alone: of equal products in a lane the first stays.
+  // Strictly greater: among equal products in a lane the first stays.
   TM_INLINE void update(int64_t first, const float* c, int64_t vector, int64_t width) const {
     for (int64_t r = first; r < first + kTileRows; ++r, c += kPanel) {
       vf most = load(best + r * kWidth), at = load(place + r * kWidth);
@@ -134,7 +134,7 @@ class Matcher {
         const vf x = load(c + j) * load(factors_b + j);
         const vm greater = less(most, x);
         most = select(greater, x, most);
-        // The bits of an integer: numbers of vectors are exact.
+        // integer bits, so that vector indices are exact
         const auto number = static_cast<int32_t>(vector + j / kWidth);
         at = select(greater, set(std::bit_cast<float>(number)), at);
       }

@@ -54,7 +54,7 @@ const char* launch_cuda(const MatchParams& p, void* stream) {
     plan.aligned_b = cuda::is_vectorizable<T>(p.b, p.channels, p.b_batch, p.b_row);
     if (p.normalize)
       if (const char* error = cuda::best_match::launch_factors<T>(p, plan, s)) return error;
-    // Smaller blocks where larger ones would be half empty, or leave a GPU so.
+    // Smaller CTAs if larger ones would be half empty, or would leave SMs idle.
     const bool large = p.rows > cuda::best_match::MatchShape<1>::kRows &&
                        p.batch * ceil_div(p.rows, cuda::best_match::MatchShape<2>::kRows) >=
                            knob(Knob::best_match_fill) * cuda::multiprocessors();

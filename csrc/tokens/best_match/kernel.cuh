@@ -1,6 +1,6 @@
-// Products on tensor cores, of which no more than the maximum of each row leaves the registers. A
-// block has some rows of a and goes through all rows of b, a tile of columns of the products at a
-// time; slices of both operands come through a ring of buffers in shared memory.
+// Products on tensor cores, reduced to the maximum per row in registers. A CTA has some rows of a
+// and iterates over all rows of b, one tile of product columns at a time; slices of both operands
+// pass through a ring of shared memory buffers.
 #pragma once
 #include "cuda/arch/mma_sm80.cuh"
 #include "cuda/load_tile.cuh"
@@ -12,12 +12,12 @@ namespace tokenmill::cuda::best_match {
 
 constexpr int kMatchWarps = 4;
 constexpr int kMatchThreads = kMatchWarps * kWarpSize;
-constexpr int kMatchColumns = 64;   // rows of b, of a tile
+constexpr int kMatchColumns = 64;   // rows of b per tile
 constexpr int kMatchStages = 3;     // slices of b in shared memory
-constexpr int kResidentSlices = 4;  // of a, up to which all of them stay there
+constexpr int kResidentSlices = 4;  // up to this many slices, all of a stays in shared memory
 constexpr int kSliceRowBytes = 128;
 
-// kRowTiles times 16 rows of a for each warp.
+// kRowTiles times 16 rows of a per warp.
 template <int kRowTiles>
 struct MatchShape {
   static constexpr int kRows = kMatchWarps * 16 * kRowTiles;
@@ -36,11 +36,11 @@ struct MatchPlan {
   const float *factors_a, *factors_b;  // [B, rows], [B, partners]; null: 1
 };
 
-// 16 bytes that a lane reads of a row serve two products (mma_sm80.cuh): chunks 4 j .. 4 j + 3 of
-// two neighbouring rows at once.
+// 16 bytes read by a lane from a row serve two products (mma_sm80.cuh): chunks 4 j .. 4 j + 3 of
+// two adjacent rows at once.
 using MatchTile = SharedTile<kSliceRowBytes, Swizzle::quad>;
 
-// Slice `slice` of rows first .. first + kRows - 1, zeros where there are none.
+// Loads slice `slice` of rows first .. first + kRows - 1, zero-filled past the last row.
 template <typename T, int kRows>
 __device__ __forceinline__ void load_slice(uint32_t tile, const GlobalRows<T>& from, int first,
                                            int slice) {
@@ -101,13 +101,13 @@ struct BestProduct {
   float score;
   int index;
 
-  // Columns come in ascending order: of equal products the first stays.
+  // Columns arrive in ascending order: among equal products the first stays.
   __device__ __forceinline__ void add(float product, int column) {
     const bool greater = product > score;
     score = greater ? product : score;
     index = greater ? column : index;
   }
-  // Times the factor of the row of a, which orders products anew only where it is 0.
+  // Multiplies by the factor of the row of a, which changes the order of products only if it is 0.
   __device__ __forceinline__ void scale(float factor, const float* factors_b, int partners) {
     if (factor != factor) *this = {-infinity(), 0};
     if (score == -infinity()) return;
@@ -115,7 +115,7 @@ struct BestProduct {
     if (factor == 0)
       for (index = 0; index < partners - 1 && factors_b[index] != factors_b[index];) ++index;
   }
-  // Over the lanes of a quad, which share a row.
+  // Maximum over the lanes of a quad, which share a row.
   __device__ __forceinline__ void reduce() {
 #pragma unroll
     for (int offset = 1; offset < 4; offset *= 2) {
@@ -128,7 +128,7 @@ struct BestProduct {
   }
 };
 
-// Times the factors of the rows of b; NaN, which no maximum takes, beyond the last.
+// Multiplies by the factors of the rows of b; NaN, which never is the maximum, past the last row.
 template <int kRowTiles>
 __device__ __forceinline__ void scale_columns(float (&s)[kRowTiles][kMatchColumns / 8][4],
                                               const float* factors, int column, int partners) {
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) best[m][0] = best[m][1] = {-infinity(), 0};
 
-  // What is loaded next: a slice of a tile of columns.
+  // Next slice of a column tile to load.
   int next_column = 0, next_slice = 0, next_stage = 0;
   const auto load = [&] {
     if (next_column < partners) {
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
     for (int slice = 0; slice < plan.slices; ++slice) {
       cp_async_wait<kMatchStages - 2>();
       __syncthreads();
-      load();  // over the slice before this one, which all threads have read
+      load();  // overwrites the previous slice, which all threads have read
       multiply_slice<T, kRowTiles>(s, slots_a + (resident ? slice : stage) * Shape::kBytesA,
                                    stages_b + stage * Shape::kBytesB);
       if (++stage == kMatchStages) stage = 0;
@@ -232,8 +232,8 @@ __device__ __forceinline__ float factor_of(float squares) {
   return squares <= kMostSquares ? 1 / sqrtf(squares) : quiet_nan();
 }
 
-// blockIdx: rows, sequences. A warp takes a row, 16 bytes a lane whether they are aligned or not:
-// the order of the sum does not depend on strides.
+// blockIdx: rows, sequences. One warp per row, 16 bytes per lane whether aligned or not: the order
+// of the sum does not depend on strides.
 template <typename T>
 __global__ void __launch_bounds__(kMatchThreads)
     factor_kernel(const __grid_constant__ GlobalRows<T> from, int64_t from_batch, int64_t batch,

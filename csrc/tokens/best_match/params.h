@@ -4,8 +4,8 @@
 
 namespace tokenmill {
 
-// a [B, rows, C] and b [B, partners, C] with a contiguous last dimension; strides in elements.
-// A product is (dot product * factor of the row of b) * factor of the row of a, where a factor is
+// a [B, rows, C] and b [B, partners, C] with a contiguous last dimension; strides in elements. A
+// product is (dot product * factor of the row of b) * factor of the row of a, where a factor is
 // factor_of the sum of squares with normalize, 1 without.
 struct MatchParams {
   int64_t batch, rows, partners, channels;
@@ -17,18 +17,19 @@ struct MatchParams {
   int64_t b_batch, b_row;
   int32_t* index;   // [B, rows]
   float* score;     // [B, rows]
-  void* workspace;  // of the CUDA kernels
+  void* workspace;  // CUDA only
 };
 
-// Of a row whose norm is not finite: NaN, which no product survives. Squares that sum to less than
-// the smallest normal float, denormals for some of the hardware, count as 0.
+// A row whose norm is not finite has factor NaN, so that no product with it is selected. Squares
+// that sum to less than the smallest normal float, which are denormals on some hardware, count as
+// 0.
 constexpr float kLeastSquares = 1.17549435e-38f;
 constexpr float kMostSquares = 3.402823466e38f;
 
-// What the CUDA kernels need beside the outputs.
+// CUDA workspace in bytes.
 int64_t workspace_bytes(const MatchParams&);
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const MatchParams&, void* stream);
 
 }  // namespace tokenmill

@@ -1,6 +1,6 @@
-// An image is cut into chunks of rows of cells, whose pixels add to sums of their own over the
+// An image is split into chunks of rows of cells, whose pixels add to per-chunk sums over the
 // clusters that they reach; the sums of an image are then added in order. Distances and weights of
-// a few pixels of a cell live in cache from one step to the next and nowhere else.
+// a few pixels of a cell only live in cache between steps.
 #include <algorithm>
 #include <vector>
 
@@ -10,7 +10,7 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int kPixels = 4;                // of a cell that are worked on together
+constexpr int kPixels = 4;                // pixels of a cell processed together
 constexpr int kGroup = kWidth / kPixels;  // clusters that share a vector of distances with them
 constexpr int64_t kMaxChunks = 8;
 
@@ -24,15 +24,15 @@ struct Shape {
     sum_rows = std::min(chunk_rows + 2 * p.reach, p.grid_y);
     sum_floats = sum_rows * p.grid_x * (row + 1);
   }
-  int64_t row;   // floats of a row of channels
-  int64_t most;  // clusters that a pixel weighs
-  // Of an image; they depend on the shapes of a call alone.
+  int64_t row;   // floats per row of channels
+  int64_t most;  // maximum clusters weighted per pixel
+  // Per image; depends only on the shapes of a call.
   int64_t chunks, chunk_rows;  // rows of cells
   int64_t sum_rows;            // rows of clusters that a chunk reaches
-  int64_t sum_floats;          // of a chunk: sums, then masses
+  int64_t sum_floats;          // per chunk: sums, then masses
 };
 
-// The pixels of a cell, kPixels at a time, against the clusters that they weigh.
+// Pixels of a cell, kPixels at a time, against their candidate clusters.
 class Cell {
  public:
   Cell(const ClusterParams& p, const Shape& shape)
@@ -49,8 +49,8 @@ class Cell {
     std::fill(spare, spare + shape.row, 0.f);
   }
 
-  // visit(y, x, count) for groups of pixels of a cell, which follow each other from (y, x) on row
-  // by row. `from`: rows of the clusters of image b.
+  // Calls visit(y, x, count) for groups of consecutive pixels of a cell, from (y, x) on, row by
+  // row. `from`: rows of the clusters of image b.
   template <typename Visit>
   void for_each_group(int64_t b, int64_t cell_y, int64_t cell_x, const float* from,
                       const Visit& visit) {
@@ -81,7 +81,7 @@ class Cell {
     int64_t y, x;
   };
 
-  // weights[k][pixel] = |pixel - cluster k|^2, infinity beyond the clusters that there are.
+  // weights[k][pixel] = |pixel - cluster k|^2, infinity past the last cluster.
   void measure() const {
     for (int64_t k = 0; k < padded; k += kGroup) {
       vf sum[kWidth];
@@ -108,8 +108,7 @@ class Cell {
     for (int64_t i = count * kPixels; i < padded * kPixels; ++i) weights[i] = __builtin_inff();
   }
 
-  // From distances to the softmax of each pixel over its clusters; nothing for pixels that are not
-  // there.
+  // Softmax of each pixel over its clusters, from distances; 0 for pixels that do not exist.
   void weigh(int have) const {
     vf least = set(__builtin_inff());
     for (int64_t i = 0; i < padded * kPixels; i += kWidth) least = min_of(least, load(weights + i));
@@ -132,7 +131,7 @@ class Cell {
       store(weights + i, load(weights + i) * inverse);
   }
 
-  // Adds the pixels, by weight, to the sums of their clusters: rows of clusters from first_row on,
+  // Adds the weighted pixels to the sums of their clusters: rows of clusters from first_row on,
   // then the masses.
   void add_to(float* to, int64_t first_row) {
     float* const masses = to + shape.sum_rows * p.grid_x * shape.row;
@@ -169,7 +168,7 @@ class Cell {
     }
   }
 
-  // The sum of rows of clusters, by weight, for each pixel; `offset` floats from those of near.
+  // Weighted sum of cluster rows for each pixel; the rows are `offset` floats from `near`.
   void gather(const Place* at, int have, ptrdiff_t offset, int64_t b, void* out) const {
     visit_elements(p.dtype, [&](auto e) TM_LAMBDA {
       for (int64_t c = 0; c < shape.row; c += kWidth) {
@@ -188,7 +187,7 @@ class Cell {
     });
   }
 
-  // The nearest of the clusters that are weighed.
+  // Nearest of the candidate clusters.
   void label(const Place* at, int have, int64_t b) const {
     for (int i = 0; i < have; ++i) {
       float least = __builtin_inff();
@@ -234,13 +233,13 @@ class Cell {
   int64_t count = 0, padded = 0;
 };
 
-// The centroids of one image through all iterations. Each step has items, which any thread may do.
+// Centroids of one image through all iterations. Each step has items that any thread may process.
 class Image {
  public:
   Image(const ClusterParams& p, const Shape& shape, int64_t b, float* centroids, float* partial)
       : p(p), shape(shape), b(b), centroids(centroids), partial(partial) {}
 
-  // A row of cells.
+  // Initial centroids of a row of cells.
   void pool(int64_t cell_y) const {
     const CellRange ys = pooled_pixels(cell_y, p.height, p.grid_y);
     for (int64_t cell_x = 0; cell_x < p.grid_x; ++cell_x) {
@@ -273,7 +272,7 @@ class Image {
         });
   }
 
-  // A row of clusters.
+  // Updates a row of clusters.
   void update(int64_t y, bool last) const {
     for (int64_t x = 0; x < p.grid_x; ++x) {
       const int64_t cluster = y * p.grid_x + x, out = b * p.clusters() + cluster;
@@ -388,7 +387,7 @@ void cluster_tokens(const ClusterParams& p) {
   const int threads = work < (1 << 16) ? 1 : cpu::num_threads();
   cpu::Workspace memory(images * clusters);
   float* const centroids = memory.take(images * clusters);
-  if (shape.chunks == 1) {  // small images: each is the work of one thread
+  if (shape.chunks == 1) {  // small images: one thread each
     cpu::parallel_items(images, threads, [&](cpu::ItemCounter& counter) {
       FlushDenormals flush;
       Cell cell(p, shape);
@@ -422,7 +421,7 @@ void cluster_tokens(const ClusterParams& p) {
     label_by_all(p, shape, centroids, threads);
 }
 
-// dx_n = sum over m of Q_mn dcentroids_m / mass_m, nothing from clusters without mass.
+// dx_n = sum over m of Q_mn dcentroids_m / mass_m, 0 from clusters without mass.
 void cluster_tokens_backward(const ClusterBackwardParams& q) {
   const ClusterParams& p = q.forward;
   const Shape shape(p);

@@ -7,10 +7,11 @@ namespace tokenmill {
 namespace cuda::cluster_tokens {
 namespace {
 
-// Of pixels in shared memory: four blocks fit any device.
+// Shared memory for pixels: four CTAs fit on any GPU.
 constexpr int64_t kStagedBytes = 24 << 10;
 static_assert(kStagedBytes >= kMaxClusterChannels * 4);
-constexpr int64_t kSlabFloats = int64_t{1} << 24;  // of weights in memory, if a row of cells fits
+// floats of weights in global memory, if a row of cells fits
+constexpr int64_t kSlabFloats = int64_t{1} << 24;
 
 unsigned limited(int64_t blocks) { return static_cast<unsigned>(blocks < 65535 ? blocks : 65535); }
 
@@ -19,7 +20,7 @@ int lines_of(const ClusterParams& p, int64_t rows) {
   return static_cast<int>(lines < p.height ? lines : p.height);
 }
 
-// It depends on the shapes of a call alone, and so do the sums.
+// The plan depends only on the shapes of a call, and so does the order of sums.
 ClusterPlan make_plan(const ClusterParams& p) {
   ClusterPlan plan{};
   plan.window = static_cast<int>(p.window_y() * p.window_x());
@@ -35,7 +36,7 @@ ClusterPlan make_plan(const ClusterParams& p) {
   return plan;
 }
 
-// In floats, multiples of 128 bytes.
+// Sizes in floats, multiples of 128 bytes.
 struct Areas {
   int64_t weights, centroids, sums, masses;
 
@@ -58,7 +59,7 @@ void place(ClusterPlan& plan, const ClusterParams& p, bool backward) {
   plan.masses = plan.sums + areas.sums;
 }
 
-// visit(slab), which returns what went wrong, until something does.
+// Calls visit(slab) until it returns an error message.
 template <typename Visit>
 const char* for_each_slab(const ClusterParams& p, const ClusterPlan& plan, bool final,
                           const Visit& visit) {

@@ -19,7 +19,7 @@ struct ClusterTokensArgs : Record {
   bool window_labels;
 };
 
-// The checks of python/tokenmill/tokens/cluster_tokens.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/tokens/cluster_tokens.py.
 ClusterParams make_params(const ClusterTokensArgs& a) {
   check(a.x.dim() == 4, kOp, "x", "must have 4 dimensions [B, Y, X, C]", a.x.dim());
   check(is_kernel_dtype(a.x.dtype), kOp, "x", "must be float16, bfloat16 or float32", a.x.dtype);

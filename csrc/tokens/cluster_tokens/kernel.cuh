@@ -1,7 +1,8 @@
-// Pixels with the same home share the clusters that they weigh: a block measures some of them at
-// once, from shared memory, and their weights go to memory, a row of window_y window_x for each
-// pixel. A warp then has a few neighbouring clusters and adds up the pixels that reach them, in
-// order. A slab, some rows of cells of all images, is what memory holds of weights at a time.
+// Pixels with the same home cell share their candidate clusters: a CTA measures the distances of
+// some of them at once, from shared memory, and their weights go to global memory, one row of
+// window_y window_x per pixel. A warp then owns a few adjacent clusters and adds up the pixels that
+// reach them, in order. A slab, some rows of cells of all images, is the unit in which weights are
+// kept in memory.
 #pragma once
 #include <type_traits>
 
@@ -13,32 +14,32 @@
 namespace tokenmill::cuda::cluster_tokens {
 
 constexpr int kClusterWarps = 4, kClusterThreads = kClusterWarps * kWarpSize;
-constexpr int kMeasured = 16;   // pixels of a cell that are measured together, at most
-constexpr int kCellPixels = 4;  // that are spread to together
-constexpr int kSpan = 4;        // neighbouring clusters of a warp
+constexpr int kMeasured = 16;   // maximum pixels of a cell measured together
+constexpr int kCellPixels = 4;  // pixels processed together by spread_kernel
+constexpr int kSpan = 4;        // adjacent clusters per warp
 
 struct ClusterPlan {
-  int window;         // clusters of a row of weights
-  int slab_rows;      // rows of cells of a slab
-  int slab_lines;     // lines of pixels of a slab, at most
-  int channel_tiles;  // of 32 lanes
+  int window;         // clusters per row of weights
+  int slab_rows;      // rows of cells per slab
+  int slab_lines;     // maximum lines of pixels per slab
+  int channel_tiles;  // tiles of 32 lanes
   int measured;       // pixels of a cell at once
-  int64_t pitch;      // elements between these in shared memory
+  int64_t pitch;      // element stride of these in shared memory
   float* centroids;   // [B, gy, gx, C]
   float* weights;     // [B, slab_lines, X, window]
   float* sums;        // [B, gy, gx, C] and ...
   float* masses;      // ... [channel_tiles, B, gy, gx], of the slabs so far; with several slabs
 };
 
-// Channels of a lane.
+// Channels per lane.
 template <typename T>
 constexpr int kLaneChannels = 16 / sizeof(T);
 
 struct Slab {
   int first, last;    // rows of cells
-  int line;           // where its pixels begin
-  bool begins, ends;  // it is the first of an iteration, or the last
-  bool final;         // iteration
+  int line;           // first line of its pixels
+  bool begins, ends;  // first or last slab of an iteration
+  bool final;         // last iteration
 };
 
 __device__ __forceinline__ float* weights_at(const ClusterParams& p, const ClusterPlan& plan,
@@ -47,8 +48,8 @@ __device__ __forceinline__ float* weights_at(const ClusterParams& p, const Clust
          ((b * plan.slab_lines + y - slab.line) * p.width + x) * int64_t{plan.window};
 }
 
-// Channels c .. c + kVector - 1 of a row, zeros where there are none. Lanes share rows in the same
-// way whether these are aligned or not: sums do not depend on strides.
+// Channels c .. c + kVector - 1 of a row, zero past the last channel. The assignment of lanes to
+// channels does not depend on alignment, so that sums do not depend on strides.
 template <bool kAligned, typename T, int kVector>
 __device__ __forceinline__ void load_part(float (&to)[kVector], const T* row, int64_t c,
                                           int64_t channels) {
@@ -73,7 +74,7 @@ __device__ __forceinline__ void store_part(T* row, const float (&from)[kVector],
   }
 }
 
-// Rows of cells, cells of a row: the mean of its pixels for each, a warp for a cell.
+// Grid: rows of cells, cells of a row. Mean of the pixels of each cell, one warp per cell.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kClusterThreads)
     pool_cells_kernel(const __grid_constant__ ClusterParams p,
@@ -104,13 +105,13 @@ __global__ void __launch_bounds__(kClusterThreads)
     }
 }
 
-// A cell, its pixels and the clusters that they weigh.
+// Cell, its pixels and their candidate clusters.
 struct HomeCell {
   int64_t b;
   CellRange ys, xs;   // clusters
-  int line, column;   // the first pixel
-  int width, pixels;  // pixels of a line, and of all lines
-  int across, count;  // clusters of a row, and of all rows
+  int line, column;   // first pixel
+  int width, pixels;  // pixels per line, and in all lines
+  int across, count;  // clusters per row, and in all rows
 
   __device__ HomeCell(const ClusterParams& p, int64_t b, int64_t cell_y, int64_t cell_x) : b(b) {
     ys = cells_near(cell_y, p.reach, p.grid_y);
@@ -138,7 +139,7 @@ struct MeasuredPixels {
   T* staged;  // [count, pitch]
   int64_t pitch;
 
-  // By all threads.
+  // Called by all threads.
   template <bool kAligned>
   __device__ __forceinline__ void stage(const ClusterParams& p, const HomeCell& cell) const {
     using Word = std::conditional_t<kAligned, uint4, T>;
@@ -154,7 +155,7 @@ struct MeasuredPixels {
   }
 };
 
-// Their distances to the clusters that they weigh.
+// Distances of the pixels to their candidate clusters.
 template <typename T, bool kAligned>
 __device__ __forceinline__ void measure_pixels(const ClusterParams& p, const ClusterPlan& plan,
                                                const Slab& slab, const HomeCell& cell,
@@ -162,7 +163,7 @@ __device__ __forceinline__ void measure_pixels(const ClusterParams& p, const Clu
                                                const MeasuredPixels<T>& pixels) {
   constexpr int kVector = kLaneChannels<T>;
   const int lane = threadIdx.x % kWarpSize;
-  const int mine = pixels.first + lane;  // the pixel whose distances this lane stores
+  const int mine = pixels.first + lane;  // pixel whose distances this lane stores
   float* to = nullptr;
   if (lane < pixels.count) to = weights_at(p, plan, slab, cell.b, cell.y_of(mine), cell.x_of(mine));
   for (int k = threadIdx.x / kWarpSize; k < cell.count; k += kClusterWarps) {
@@ -193,7 +194,7 @@ __device__ __forceinline__ void measure_pixels(const ClusterParams& p, const Clu
   }
 }
 
-// From distances to the softmax of a pixel, by one warp.
+// Softmax of a pixel over its clusters, from distances. Called by one warp.
 __device__ __forceinline__ void weigh_pixel(const ClusterParams& p, float* weights, int count) {
   const int lane = threadIdx.x % kWarpSize;
   float least = infinity();
@@ -211,7 +212,7 @@ __device__ __forceinline__ void weigh_pixel(const ClusterParams& p, float* weigh
   for (int k = lane; k < count; k += kWarpSize) weights[k] *= inverse;
 }
 
-// The nearest of the clusters that a pixel weighs, by one warp.
+// Nearest of a pixel's candidate clusters. Called by one warp.
 __device__ __forceinline__ int nearest_weighed(const float* distances, int count) {
   float best = infinity();
   int place = 0;
@@ -230,7 +231,7 @@ __device__ __forceinline__ int nearest_weighed(const float* distances, int count
   return place;
 }
 
-// Blocks: cells of a row, rows of the slab, images.
+// Grid: cells of a row, rows of the slab, images.
 template <typename T, bool kAligned, bool kLabels>
 __global__ void __launch_bounds__(kClusterThreads, 4)
     weigh_kernel(const __grid_constant__ ClusterParams p, const __grid_constant__ ClusterPlan plan,
@@ -245,7 +246,7 @@ __global__ void __launch_bounds__(kClusterThreads, 4)
                                        reinterpret_cast<T*>(shared), plan.pitch};
         pixels.template stage<kAligned>(p, cell);
         measure_pixels<T, kAligned>(p, plan, slab, cell, centroids, pixels);
-        __syncthreads();  // the distances are in memory
+        __syncthreads();  // the distances are in global memory
 #pragma unroll 1
         for (int i = threadIdx.x / kWarpSize; i < pixels.count; i += kClusterWarps) {
           const int y = cell.y_of(first + i), x = cell.x_of(first + i);
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(kClusterThreads, 4)
     }
 }
 
-// The weighed sums of kSpan clusters over the pixels of the slab that reach them.
+// Weighted sums of kSpan clusters over the pixels of the slab that reach them.
 template <int kVector>
 struct SpanSums {
   float sum[kSpan][kVector], mass[kSpan];
@@ -295,7 +296,7 @@ __device__ __forceinline__ void add_pixels(const ClusterParams& p, const Cluster
           if (there) load_part<kAligned>(value, data + p.x_at(b, y, x), c, p.channels);
 #pragma unroll
           for (int j = 0; j < kSpan; ++j) {
-            if (offset + j < 0 || offset + j >= cell.across) continue;  // not in reach
+            if (offset + j < 0 || offset + j >= cell.across) continue;  // out of reach
             const float w = weights[j];
             sums.mass[j] += w;
 #pragma unroll
@@ -305,7 +306,7 @@ __device__ __forceinline__ void add_pixels(const ClusterParams& p, const Cluster
     }
 }
 
-// Blocks: spans of a row of clusters, rows of clusters, channel tiles of images.
+// Grid: spans of a row of clusters, rows of clusters, channel tiles of images.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kClusterThreads, 3)
     update_kernel(const __grid_constant__ ClusterParams p, const __grid_constant__ ClusterPlan plan,
@@ -358,8 +359,8 @@ __global__ void __launch_bounds__(kClusterThreads, 3)
     }
 }
 
-// dx_n = sum over m of Q_mn dcentroids_m / mass_m. Blocks as of weigh_kernel, whose weights are
-// those of `previous`; a warp has every fourth tile of channels.
+// dx_n = sum over m of Q_mn dcentroids_m / mass_m. Same grid as weigh_kernel, with the weights
+// computed from `previous`; a warp processes every fourth tile of channels.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kClusterThreads, 4)
     spread_kernel(const __grid_constant__ ClusterBackwardParams q,

@@ -1,4 +1,4 @@
-// Soft clusters of the pixels of a map. Free of torch.
+// Soft clustering of the pixels of a feature map. Free of torch.
 #pragma once
 #include "core/dtype.h"
 #include "cpu/isa.h"
@@ -8,7 +8,8 @@ namespace tokenmill {
 constexpr int64_t kMaxClusterChannels = 4096;
 
 // x [B, Y, X, C] with a contiguous last dimension; strides in elements. Clusters are cells of a
-// grid; a pixel weighs those at most `reach` rows and columns from its home.
+// grid; a pixel is assigned weights for the clusters at most `reach` rows and columns from its home
+// cell.
 struct ClusterParams {
   int64_t batch, height, width, channels, grid_y, grid_x, iters, reach;
   DType dtype;
@@ -19,11 +20,11 @@ struct ClusterParams {
   void* centroids;  // [B, gy, gx, C]
   int32_t* labels;  // [B, Y, X]
   float* mass;      // [B, gy, gx]
-  float* previous;  // [B, gy, gx, C]: what the last iteration measured distances from
-  void* workspace;  // of the CUDA kernels
+  float* previous;  // [B, gy, gx, C]: centroids to which the last iteration measured distances
+  void* workspace;  // CUDA only
 
   TOKENMILL_HOST_DEVICE int64_t clusters() const { return grid_y * grid_x; }
-  // Most clusters that a pixel weighs along Y, along X.
+  // Maximum clusters per pixel along Y, along X.
   TOKENMILL_HOST_DEVICE int64_t window_y() const { return window(grid_y); }
   TOKENMILL_HOST_DEVICE int64_t window_x() const { return window(grid_x); }
   TOKENMILL_HOST_DEVICE int64_t window(int64_t cells) const {
@@ -35,7 +36,7 @@ struct ClusterParams {
 };
 
 struct ClusterBackwardParams {
-  ClusterParams forward;   // mass and previous are those of the forward; the outputs are unused
+  ClusterParams forward;   // with mass and previous from the forward; the outputs are unused
   const void* dcentroids;  // [B, gy, gx, C] contiguous
   void* dx;                // [B, Y, X, C] contiguous
 };
@@ -44,31 +45,31 @@ struct CellRange {
   int64_t begin, end;
 };
 
-// Along one side: the pixels whose home is a cell ...
+// Along one side: pixels whose home is one of the cells first .. last.
 TOKENMILL_HOST_DEVICE inline CellRange pixels_of_cells(int64_t first, int64_t last, int64_t pixels,
                                                        int64_t cells) {
   return {ceil_div(first * pixels, cells), ceil_div((last + 1) * pixels, cells)};
 }
-// ... the cells at most `reach` from one ...
+// Along one side: cells at most `reach` from a cell.
 TOKENMILL_HOST_DEVICE inline CellRange cells_near(int64_t cell, int64_t reach, int64_t cells) {
   return {cell > reach ? cell - reach : 0, cell + reach + 1 < cells ? cell + reach + 1 : cells};
 }
-// ... and the pixels whose mean a cell starts with.
+// Along one side: pixels whose mean initializes a cell.
 TOKENMILL_HOST_DEVICE inline CellRange pooled_pixels(int64_t cell, int64_t pixels, int64_t cells) {
   return {cell * pixels / cells, ceil_div((cell + 1) * pixels, cells)};
 }
 
-// Weights below this, in units of the largest of a pixel, are 0: the rest of the arithmetic knows
-// no denormals.
+// Weights below this, relative to a pixel's largest, are 0, so that no denormals occur in later
+// arithmetic.
 constexpr float kLeastLog2Weight = -100;
 
-// A distance that is not finite counts as the largest float.
+// Distances that are not finite are clamped to the largest float.
 constexpr float kMostDistance = 3.402823466e38f;
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const ClusterParams&, void* stream);
 const char* launch_cuda(const ClusterBackwardParams&, void* stream);
-int64_t workspace_bytes(const ClusterParams&);  // of the CUDA kernels
+int64_t workspace_bytes(const ClusterParams&);  // CUDA
 int64_t workspace_bytes(const ClusterBackwardParams&);
 
 }  // namespace tokenmill

@@ -1,5 +1,5 @@
-// Bound by memory: the tokens of a sequence are read once and in their order, which the hardware
-// foresees, and each is copied to its place or added to f.
+// Memory-bound: the tokens of a sequence are read once and in order, which suits hardware
+// prefetchers, and each is copied to its output row or added to f.
 #include "cpu/element_bytes.h"
 #include "tokens/cpu_rows.h"
 #include "tokens/gather_fuse/params.h"
@@ -7,10 +7,9 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kSlice = 1024, kLeastSlice = 128;  // channels of one item
+constexpr int64_t kSlice = 1024, kLeastSlice = 128;  // channels per item
 constexpr int kRowsOfChunk = 64;                     // summed from zero, then added once
-// A line so far ahead is fetched, of x and of out, so that the translations of their addresses are
-// there in time.
+// Prefetch distances in x and out, so that address translations are done in time.
 constexpr int64_t kTokensAhead = 4, kBytesAhead = 3 * kPageBytes;
 
 float sum_of_weights(const GatherFuseParams& p, int64_t b) {
@@ -21,7 +20,7 @@ float sum_of_weights(const GatherFuseParams& p, int64_t b) {
   return static_cast<float>(sum);
 }
 
-// Adds the rows of a sequence that f sums, some of their channels.
+// Sums the rows of rest into f, for some channels of a sequence.
 template <DType kType>
 class Sum {
  public:
@@ -141,7 +140,7 @@ void backward(const GatherFuseBackwardParams& q, int64_t b, int64_t begin, int64
 
 }  // namespace
 
-// An item is a slice of the channels of a sequence, narrow only where there would be too few.
+// An item is a slice of the channels of a sequence, narrow only if there would be too few items.
 // Slices do not change the order of a sum.
 void gather_fuse(const GatherFuseParams& p) {
   const int64_t size = element_bytes(p.dtype), bytes = p.channels * size;

@@ -14,7 +14,7 @@ const char* launch_fuse(const GatherFuseParams& p, cudaStream_t stream) {
   using namespace cuda;
   using namespace cuda::gather_fuse;
   const int64_t slices = ceil_div(p.channels, kWarpSize * kVector);
-  // The sum of the weights is wanted also of rows without channels.
+  // The sum of the weights is also required for rows without channels.
   FusePlan plan{static_cast<int>(slices > 0 ? slices : 1), kWarpSize};
   const auto copy_blocks = [&] { return ceil_div((p.rows() - 1) * plan.copy_lanes, kFuseThreads); };
   while (plan.copy_lanes < kFuseThreads && plan.copy_lanes * kVector < p.channels &&
@@ -37,7 +37,7 @@ const char* launch_fuse(const GatherFuseBackwardParams& q, cudaStream_t stream) 
   if (blocks > kMaxGrid) return refuse("x", kMostBlocks, blocks);
   if (place_blocks > kMaxGrid) return refuse("keep", kMostBlocks, place_blocks);
   const int64_t bytes = p.batch * p.patches * sizeof(int32_t);
-  if (const char* error = set_bytes(q.places, 0xff, bytes, stream)) return error;  // -1
+  if (const char* error = set_bytes(q.places, 0xff, bytes, stream)) return error;  // places = -1
   if (const char* error =
           launch<fuse_places_kernel>(grid_of(place_blocks, p.batch), kFuseThreads, 0, stream, q))
     return error;

@@ -13,7 +13,7 @@ struct GatherFuseArgs : Record {
   bool normalize;
 };
 
-// The checks are those of python/tokenmill/tokens/gather_fuse.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/tokens/gather_fuse.py.
 GatherFuseParams make_params(const GatherFuseArgs& a) {
   check_tokens(kOp, "x", a.x);
   const int64_t batch = a.x.size(0), tokens = a.x.size(1);
@@ -43,7 +43,7 @@ GatherFuseParams make_params(const GatherFuseArgs& a) {
   return p;
 }
 
-// On the CPU: which entry of keep, then of rest, names each patch, or -1. Returns places.
+// CPU: the entry of keep, or of rest, that names each patch, or -1. Returns places.
 void check_values(const GatherFuseParams& p, const View& keep, const View& rest, int32_t* places) {
   check_index_values(kOp, "keep", keep, p.patches);
   check_index_values(kOp, "rest", rest, p.patches);

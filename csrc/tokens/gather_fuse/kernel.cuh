@@ -1,6 +1,5 @@
-// Forward: a block copies rows, one or more warps each, or sums a slice of f, each warp over every
-// eighth row of rest. Backward: a block for a run of rows of dx, after the lists were turned
-// around.
+// Forward: a CTA copies rows, with one or more warps each, or sums a slice of f, each warp over
+// every eighth row of rest. Backward: one CTA per run of rows of dx, after the lists are inverted.
 #pragma once
 #include "cuda/vector.cuh"
 #include "tokens/gather_fuse/params.h"
@@ -9,12 +8,12 @@
 namespace tokenmill::cuda::gather_fuse {
 
 constexpr int kFuseThreads = 256, kFuseWarps = kFuseThreads / kWarpSize;
-// Per multiprocessor: left alone, ptxas spills to fit more.
+// CTAs per SM: without these ptxas spills to fit more.
 constexpr int kFuseBlocks = 4, kFuseBackwardBlocks = 2;
 
 struct FusePlan {
-  int slices;      // blocks that sum f; those behind them copy
-  int copy_lanes;  // of a row: a power of two of warps
+  int slices;      // CTAs that sum f; the CTAs after them copy
+  int copy_lanes;  // threads per copied row: a power-of-two number of warps
 };
 
 __device__ __forceinline__ bool is_patch(const GatherFuseParams& p, int64_t j) {
@@ -45,7 +44,7 @@ __device__ __forceinline__ void fuse_copy(const GatherFuseParams& p, int64_t b, 
   copy_elements<T, kVector>(to, from, p.channels, threadIdx.x & (lanes - 1), lanes);
 }
 
-// This warp's part of f, and of the sum of the weights. 32 rows are summed from zero, then added.
+// This warp's partial sum of f, and of the weights. 32 rows are summed from zero, then added.
 template <typename T, int kVector>
 __device__ __forceinline__ float fuse_part(const GatherFuseParams& p, int64_t b, int64_t c,
                                            float (&sum)[kVector]) {
@@ -83,7 +82,7 @@ __device__ __forceinline__ float fuse_part(const GatherFuseParams& p, int64_t b,
 template <typename T, int kVector>
 __device__ __forceinline__ void fuse_slice(const GatherFuseParams& p, int64_t b, int slice) {
   constexpr int kChannels = kWarpSize * kVector;
-  // Padded so that neighbouring channels, which are vectors apart, lie in different banks.
+  // Padded so that adjacent channels, which are vectors apart, are in different banks.
   __shared__ float parts[kFuseWarps][kVector][kWarpSize + kWarpSize / kVector];
   __shared__ float totals[kFuseWarps];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -106,7 +105,7 @@ __device__ __forceinline__ void fuse_slice(const GatherFuseParams& p, int64_t b,
     static_cast<T*>(p.out)[b * p.out_batch + (p.rows() - 1) * p.out_row + begin + i] =
         static_cast<T>(f);
   }
-  __syncthreads();  // the next sequence writes parts
+  __syncthreads();  // the next sequence overwrites parts
 }
 
 template <typename T, int kVector>
@@ -123,7 +122,7 @@ __global__ void __launch_bounds__(kFuseThreads, kFuseBlocks)
   }
 }
 
-// Of a patch named twice the last place stays, in any order of threads.
+// For a patch named twice the last place wins, in any order of threads.
 __global__ void __launch_bounds__(kFuseThreads)
     fuse_places_kernel(const __grid_constant__ GatherFuseBackwardParams q) {
   const GatherFuseParams& p = q.forward;
@@ -156,12 +155,12 @@ __device__ __forceinline__ float fuse_scale(T* dx, const T* x, const T* df, cons
   return warp_sum(dot);
 }
 
-constexpr int kFuseRows = kWarpSize;         // of dx, of a block
-constexpr int kFuseChannels = 1024;          // of df that a block holds
+constexpr int kFuseRows = kWarpSize;         // rows of dx per CTA
+constexpr int kFuseChannels = 1024;          // channels of df held by a CTA
 constexpr int32_t kZeros = -1, kFused = -2;  // instead of a row of dout
 
-// A block takes rows of dx, a warp one after the other. What all of its rows of rest read, df, and
-// f if normalized, comes from shared memory.
+// A CTA processes rows of dx, one warp per row in turn. Data shared by its rows of rest, df and, if
+// normalized, f, is in shared memory.
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kFuseThreads, kFuseBackwardBlocks)
     gather_fuse_backward_kernel(const __grid_constant__ GatherFuseBackwardParams q) {
@@ -172,7 +171,7 @@ __global__ void __launch_bounds__(kFuseThreads, kFuseBackwardBlocks)
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t first = int64_t{blockIdx.x} * kFuseRows, tokens = p.prefix + p.patches;
   const int rows = static_cast<int>(tokens - first < kFuseRows ? tokens - first : kFuseRows);
-  // Of the lane.
+  // Patch of this lane.
   const int64_t j = first + lane - p.prefix;
   const bool has_weight = warp == 0 && lane < rows && j >= 0;
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
@@ -213,7 +212,7 @@ __global__ void __launch_bounds__(kFuseThreads, kFuseBackwardBlocks)
           copy_elements<T, kVector>(dx, from, channels, lane, kWarpSize);
         }
       }
-      __syncthreads();  // df is read, and dots are written
+      __syncthreads();  // df has been read, and dots are written
     }
     if (has_weight) q.dweight[b * p.patches + j] = total == 0 ? 0 : dots[lane] / total;
     __syncwarp();

@@ -26,17 +26,17 @@ struct GatherFuseParams {
 };
 
 struct GatherFuseBackwardParams {
-  GatherFuseParams forward;  // weight_sum of the forward; out is unused
+  GatherFuseParams forward;  // with weight_sum from the forward; out is unused
   const void* dout;
   int64_t dout_batch, dout_row;
-  const void* fused;  // the last row of out
+  const void* fused;  // last row of out
   int64_t fused_batch;
-  int32_t* places;  // [batch, patches]: in keep, or kept + place in rest, or -1
+  int32_t* places;  // [batch, patches]: index in keep, or kept + index in rest, or -1
   void* dx;         // [batch, prefix + patches, channels]
   float* dweight;   // [batch, patches]
 };
 
-// null, or what went wrong. The backward writes places.
+// null, or an error message. The backward writes places.
 const char* launch_cuda(const GatherFuseParams&, void* stream);
 const char* launch_cuda(const GatherFuseBackwardParams&, void* stream);
 

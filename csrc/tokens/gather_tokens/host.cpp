@@ -7,7 +7,7 @@ namespace {
 
 constexpr const char* kOp = "gather_tokens";
 
-// The checks are those of python/tokenmill/tokens/gather_tokens.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/tokens/gather_tokens.py.
 GatherTokensParams make_params(const View& from, const View& ids) {
   check_movable_tokens(kOp, "x", from);
   const bool flat = ids.dim() == 1;
@@ -27,7 +27,7 @@ GatherTokensParams make_params(const View& from, const View& ids) {
   p.x = from.data<char>();
   p.x_batch = from.step(0) * bytes;
   p.x_token = from.step(1) * bytes;
-  // Sequences that follow each other are one.
+  // Contiguous sequences are treated as one.
   p.flat = flat && from.size(0) > 1 && p.x_batch != p.tokens * p.x_token;
   p.indices = ids.data<int32_t>();
   p.indices_batch = flat ? 0 : ids.step(0);

@@ -5,7 +5,7 @@
 
 namespace tokenmill::cuda::gather_tokens {
 
-constexpr int kGatherBlocks = 4;  // per multiprocessor: left alone, ptxas spills to fit more
+constexpr int kGatherBlocks = 4;  // CTAs per SM: without this ptxas spills to fit more
 
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, kGatherBlocks)

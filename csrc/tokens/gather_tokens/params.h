@@ -5,11 +5,11 @@
 
 namespace tokenmill {
 
-// Strides of x and out in bytes. Where indices are flat there is one sequence of indices, and index
-// i is token i % tokens of sequence i / tokens.
+// Strides of x and out in bytes. Flat indices form one sequence, in which index i is token i %
+// tokens of sequence i / tokens.
 struct GatherTokensParams {
   int64_t batch, entries;  // of indices
-  int64_t rows, tokens;    // indices are below rows: tokens, or those of all sequences
+  int64_t rows, tokens;    // indices are below rows: tokens, or tokens of all sequences
   int64_t row_bytes;
   const char* x;
   int64_t x_batch, x_token;
@@ -20,7 +20,7 @@ struct GatherTokensParams {
   int64_t out_batch, out_row;
 };
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const GatherTokensParams&, void* stream);
 
 }  // namespace tokenmill

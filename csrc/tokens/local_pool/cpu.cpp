@@ -1,11 +1,11 @@
-// Windows are separable: the columns of the windows of a line of tokens are pooled first, then rows
-// of those. What they read stays in cache from line to line.
+// Windows are separable: window columns of a line of tokens are pooled first, then the rows of the
+// result. The data stays in cache from line to line.
 #include "tokens/local_pool/cpu_windows.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-// finish(c, n, pooled) for n channels from c.
+// Calls finish(c, n, pooled) for n channels from c.
 template <DType kType, bool kMax, bool kScaled, typename Finish>
 TM_INLINE void pool(const Taps& taps, int64_t channels, const Finish& finish) {
   for_vectors(channels, [&](auto vectors, int64_t c, int64_t n) TM_LAMBDA {
@@ -26,7 +26,7 @@ TM_INLINE void pool(const Taps& taps, int64_t channels, const Finish& finish) {
   });
 }
 
-// What is pooled, and with which weights: x and its mask, or dout over the divisors of its means.
+// Input of the pooling and its weights: x and its mask, or dout over the divisors of its means.
 struct Source {
   Map map;
   const float* scales;  // [height, width] of one sequence; null: the mask
@@ -37,7 +37,7 @@ struct Line {
   int64_t b;
   int y;
   int64_t c, channels;
-  float* columns;  // [width, channels]: the columns of the windows, pooled
+  float* columns;  // [width, channels]: pooled columns of the windows
 };
 
 template <DType kType, bool kMax, bool kScaled>
@@ -63,8 +63,8 @@ void pool_columns(const LocalPoolParams& p, const Source& s, const Line& at) {
   }
 }
 
-// Windows of three columns next to each other, where every token counts: each column is pooled once
-// and stays in registers while the windows pass it.
+// Windows of three adjacent columns without a mask: each column is pooled once and stays in
+// registers while the window slides.
 template <DType kType, bool kMax, bool kScaled, typename Finish>
 TM_INLINE void slide_line(const LocalPoolParams& p, const Source& s, const Line& at,
                           const Finish& finish) {
@@ -105,12 +105,12 @@ TM_INLINE void slide_line(const LocalPoolParams& p, const Source& s, const Line&
   });
 }
 
-// finish(x, c, n, pooled) for each token of a line.
+// Calls finish(x, c, n, pooled) for each token of a line.
 template <DType kType, bool kMax, bool kScaled, typename Finish>
 TM_INLINE void pool_line(const LocalPoolParams& p, const Source& s, const Reach* reaches,
                          const Line& at, const Finish& finish) {
-  // More vectors of channels than that would walk along the line once each, far from token to
-  // token.
+  // With more vectors of channels, each would take a separate pass along the line, with a large
+  // stride between tokens.
   const bool few = p.channels <= 4 * kWidth;
   if (few && p.kernel_y > 1 && p.kernel_x == 3 && p.dilation_x == 1 && (kScaled || !p.mask))
     return slide_line<kType, kMax, kScaled>(p, s, at, finish);
@@ -137,7 +137,7 @@ TM_INLINE void pool_line(const LocalPoolParams& p, const Source& s, const Reach*
   }
 }
 
-// Tokens in the window of each token of a line.
+// Number of unmasked tokens in the window of each token of a line.
 void count_line(const LocalPoolParams& p, const Reach* reaches, int64_t b, int y, int* columns,
                 int* line) {
   const Reach rows = reach_y(p, y);
@@ -151,13 +151,13 @@ void count_line(const LocalPoolParams& p, const Reach* reaches, int64_t b, int y
   }
 }
 
-// Of a mean. 1 where there is nothing to divide.
+// Divisor of a mean; 1 if the window is empty.
 float divisor(const LocalPoolParams& p, int count) {
   return p.count_include_pad ? static_cast<float>(p.kernel_y * p.kernel_x)
                              : static_cast<float>(std::max(count, 1));
 }
 
-// visit(b, begin, end): lines of a sequence, all of them where one thread runs.
+// Calls visit(b, begin, end) for ranges of lines of a sequence: all of them with one thread.
 template <typename Visit>
 void for_lines(const LocalPoolParams& p, const Visit& visit) {
   const int threads = threads_for(p);
@@ -175,7 +175,8 @@ void for_lines(const LocalPoolParams& p, const Visit& visit) {
 
 template <DType kType, bool kMax>
 void forward(const LocalPoolParams& p) {
-  constexpr bool kDivides = kType == DType::float32;  // 16 bits hide the rounding of a reciprocal
+  // 16-bit outputs hide the rounding of a reciprocal
+  constexpr bool kDivides = kType == DType::float32;
   const Source source{map_of_x(p, sizeof(typename Elements<kType>::type)), nullptr};
   const int64_t step = p.kernel_y > 1 ? channels_at_once(p) : p.channels;
   const int64_t floats = p.kernel_y > 1 ? step * p.width : 0;
@@ -204,7 +205,7 @@ void forward(const LocalPoolParams& p) {
   });
 }
 
-// A token is in the windows of those that are in its own, were none masked.
+// Without a mask, a token is in the windows of exactly the tokens in its own window.
 template <DType kType>
 void backward(const LocalPoolBackwardParams& q) {
   const LocalPoolParams& p = q.forward;

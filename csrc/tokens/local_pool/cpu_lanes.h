@@ -1,5 +1,5 @@
-// Vectors of elements as integers: in the order of the elements, and with those of 16 bits as two
-// vectors of floats. Float i of half h is element 2 i + h there, which costs no shuffles.
+// Vectors of elements as integers, in the order of the elements; 16-bit elements are widened to two
+// vectors of floats. Float i of half h is element 2 i + h, which needs no shuffles.
 #pragma once
 #include <type_traits>
 
@@ -17,7 +17,7 @@ struct Lanes {
   typedef Key vk __attribute__((vector_size(4 * kWidth)));
   static constexpr int kHalves = kWide ? 1 : 2, kCount = kWidth * kHalves;
   static constexpr Key kMost = kWide ? 0x7fffffff : 0x7fff;
-  static constexpr Key kNone = -kMost - 1;  // below all keys
+  static constexpr Key kNone = -kMost - 1;  // smaller than all keys
   static constexpr Key kInfinity = kWide ? 0x7f800000 : kType == DType::float16 ? 0x7c00 : 0x7f80;
 
   static TM_INLINE vk all(Key x) { return vk{} + x; }
@@ -27,7 +27,7 @@ struct Lanes {
     return x;
   }
   static TM_INLINE void store(void* p, vk x) { std::memcpy(p, &x, sizeof x); }
-  // The first n elements, the rest zero and not read.
+  // The first n elements; the rest is zero and not read.
   static TM_INLINE vk load_n(const void* p, int64_t n) {
     if (n >= kCount) return load(p);
     Key lane[kCount] = {};
@@ -41,7 +41,7 @@ struct Lanes {
     std::memcpy(p, lane, n * sizeof(Key));
   }
 
-  // In the order of the elements: -0 and 0 are equal, and so are all NaN, which are the greatest.
+  // Order-preserving keys: -0 and 0 are equal, and all NaN are equal and the maximum.
   static TM_INLINE vk keys(vk x) {
     if constexpr (kWide) {
       const vf number = (vf)x + zero();  // -0 + 0 is 0
@@ -104,7 +104,7 @@ struct Lanes {
     }
   }
 
-  // x where half h of `found` is `number`, 0 elsewhere.
+  // x where half h of `found` equals `number`, 0 elsewhere.
   static TM_INLINE vf where_equal(vk found, vk number, int h, vf x) {
     const vi differing = (vi)(found ^ number);
     const int32_t bits = kWide ? -1 : h == 0 ? 0xffff : static_cast<int32_t>(0xffff0000);
@@ -112,7 +112,7 @@ struct Lanes {
   }
 
  private:
-  // The upper 16 bits of a float, rounded to nearest even; a NaN stays a quiet NaN.
+  // Upper 16 bits of a float, rounded to nearest even; a NaN stays a quiet NaN.
   static TM_INLINE vi rounded(vf x) {
     const vi bits = (vi)x, most = bits & 0x7fffffff;
     const vi up = bits + ((bits >> 16) & 1) + 0x7fff;

@@ -1,7 +1,7 @@
-// The gradient of a maximum, separable like the maximum: the first in a window, row by row, is the
-// first in its row, of the first row whose maximum is the greatest. A gradient goes to that row of
-// its window first (along Y), and there to the token (along X). Elements are compared as integers
-// as wide as they are; lines follow each other in rings.
+// Gradient of max pooling, separable like the maximum: the first maximum of a window in row-major
+// order is the first maximum of its row, in the first row that attains the window's maximum. A
+// gradient is routed first to that row of its window (along Y), then to the token (along X).
+// Elements are compared as integers of the same width; lines are kept in ring buffers.
 #include <initializer_list>
 
 #include "tokens/local_pool/cpu_lanes.h"
@@ -10,7 +10,7 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-// visit(Count<n>()), n known to the compiler where windows are small; else 0.
+// Calls visit(Count<n>()), with n known at compile time for small windows; else 0.
 template <int kCount>
 struct Count {
   static constexpr int value = kCount;
@@ -27,7 +27,7 @@ TM_INLINE void visit_count(int count, const Visit& visit) {
   }
 }
 
-// Rows that windows gather from, the first of them as tap `tap`.
+// Rows that windows gather from; the first one is tap `tap`.
 template <typename Row>
 struct Rows {
   Rows(int count, int tap) : count(count), tap(tap) {}
@@ -36,13 +36,14 @@ struct Rows {
   int count, tap;
 };
 
-// The row of the next line that the hardware does not foresee, while this one is read.
+// Prefetches the row of the next line, which hardware prefetchers do not follow, while this one is
+// read.
 TM_INLINE void fetch(const char* from, int64_t bytes) {
   constexpr int64_t kLineBytes = 64;
   for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(from + i, 0, 3);
 }
 
-// The first greatest of rows of keys and its tap, -1 if there is none.
+// First maximum over rows of keys and its tap, -1 if there is none.
 template <class L>
 TM_INLINE void first_maximum(const Rows<typename L::Key>& rows, int64_t length,
                              typename L::Key* value, typename L::Key* tap) {
@@ -65,8 +66,8 @@ TM_INLINE void first_maximum(const Rows<typename L::Key>& rows, int64_t length,
   });
 }
 
-// finish(k, sum) of the gradients, rows of elements, whose tap was found, channels from k. Taps of
-// row i are tap - i.
+// Calls finish(k, sum) with the sums of gradients, rows of elements, whose tap was found, for
+// channels from k. The tap of row i is tap - i.
 template <class L, int kCount, typename Finish>
 TM_INLINE void sum_elements(const Rows<char>& gradients, const Rows<typename L::Key>& found,
                             int64_t channels, const Finish& finish) {
@@ -86,7 +87,7 @@ TM_INLINE void sum_elements(const Rows<char>& gradients, const Rows<typename L::
   }
 }
 
-// Channels of sequences as they are read and written.
+// Channels of sequences in input and output layout.
 template <DType kType>
 struct Maps {
   using L = Lanes<kType>;
@@ -95,7 +96,7 @@ struct Maps {
   explicit Maps(const LocalPoolBackwardParams& q)
       : p(q.forward), x(map_of_x(p, sizeof(Key))), dout(map_of_dout(q, sizeof(Key))) {}
 
-  // Of a token that the mask leaves out: below all others.
+  // Keys of a token; a masked token is smaller than all others.
   TM_INLINE void load_keys(int64_t b, int64_t y, int64_t at_x, int64_t c, int64_t channels,
                            Key* to) const {
     const char* const from = x.at(b, y, at_x, c);
@@ -105,7 +106,7 @@ struct Maps {
                some ? L::keys(L::load_n(from + k * sizeof(Key), channels - k)) : L::all(L::kNone));
   }
 
-  // The gradient of n channels from c of a token.
+  // Stores the gradient of n channels from c of a token.
   TM_INLINE void store(int64_t b, int64_t y, int64_t at_x, int64_t c, int64_t n,
                        const vf (&gradient)[L::kHalves]) const {
     vf sum[L::kHalves], own[L::kHalves];
@@ -123,7 +124,7 @@ struct Maps {
   const Map x, dout;
 };
 
-// Channels c .. c + channels - 1 of one sequence. Rows of channels are as long as vectors are.
+// Channels c .. c + channels - 1 of one sequence. Rows of channels are padded to whole vectors.
 template <DType kType>
 class Slice {
   using L = Lanes<kType>;
@@ -165,8 +166,8 @@ class Slice {
   }
   int64_t at(int64_t y, int64_t x) const { return (y % lines_ * p_.width + x) * step_; }
 
-  // visit(begin, end, reach of begin) for tokens of a line whose windows reach as far on either
-  // side.
+  // Calls visit(begin, end, reach of begin) for runs of tokens of a line whose windows have the
+  // same extent.
   template <typename Visit>
   TM_INLINE void for_each_run(const Visit& visit) const {
     for (int x = 0, end; x < p_.width; x = end) {
@@ -199,7 +200,7 @@ class Slice {
     first_maximum<L>(rows, p_.width * step_, nullptr, columns_ + at(y, 0));
   }
 
-  // line_: what of dout goes to the row of windows that lies on line y.
+  // line_: gradient of dout routed to the rows of windows on line y.
   void along_y(int y) {
     const Reach r = reach_y(p_, y);
     Rows<char> gradients(r.count, p_.kernel_y - 1 - r.tap);
@@ -254,17 +255,17 @@ class Slice {
   const Maps<kType> maps_;
   const LocalPoolParams& p_;
   const Reach* reaches_;
-  const int64_t lines_, step_;  // lines of a ring, channels of a row
+  const int64_t lines_, step_;  // lines per ring, channels per row
   cpu::Workspace memory_;
   int64_t b_, c_, channels_;
   Key* keys_;  // [width, step]
-  // [lines, width, step]: the maxima of the rows of windows and their taps, and which row of its
-  // window has a token's maximum.
+  // [lines, width, step]: maxima of the rows of windows, their taps, and the row of the window that
+  // contains a token's maximum.
   Key *values_, *rows_, *columns_;
-  float* line_;  // [width, step], halves as widen leaves them
+  float* line_;  // [width, step], in the half order of widen
 };
 
-// Slices of channels that leave enough items for the threads; what fits into `floats` at best.
+// Channels per slice: small enough to give all threads items, and to fit kLineFloats if possible.
 int64_t slice_of(const LocalPoolParams& p, int64_t items, int64_t rows) {
   constexpr int64_t kLeast = 4 * kWidth;
   int64_t step = std::max<int64_t>(kLineFloats / rows / kLeast, 1) * kLeast;
@@ -288,8 +289,8 @@ void backward(const LocalPoolBackwardParams& q) {
   });
 }
 
-// Windows of one row: keys and taps of a run of tokens are enough, and gradients go to tokens at
-// once.
+// Windows of one row: only keys and taps of a run of tokens are needed, and gradients are routed
+// directly to tokens.
 template <DType kType>
 void backward_of_lines(const LocalPoolBackwardParams& q) {
   using L = Lanes<kType>;

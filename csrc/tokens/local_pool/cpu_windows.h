@@ -1,5 +1,5 @@
-// What the passes over windows of tokens share on the CPU: which places a window reaches along one
-// dimension, and rows of channels pooled into one.
+// Helpers shared by the CPU passes over windows of tokens: extent of a window along one dimension,
+// and pooling of rows of channels.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -14,12 +14,13 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 constexpr int kMostTaps = 255;
-constexpr int64_t kLineFloats = 1 << 15;  // of a pooled line, at best: half of a level 2 cache
+// floats of a pooled line, if possible: half of an L2 cache
+constexpr int64_t kLineFloats = 1 << 15;
 
-// A NaN of either survives.
+// NaN if either is NaN.
 TM_INLINE vf max_or_nan(vf a, vf b) { return select(equal(a, a), max_of(a, b), a); }
 
-// What one dimension of the window of a place reaches: the first tap, where it is, and how many.
+// Extent of a window along one dimension: first tap, its position, and the number of taps.
 struct Reach {
   int tap, first, count;
 };
@@ -33,7 +34,7 @@ inline Reach reach(int place, int size, int kernel, int dilation) {
 inline Reach reach_y(const LocalPoolParams& p, int y) {
   return reach(y, p.height, p.kernel_y, p.dilation_y);
 }
-// Of every place of a line.
+// Extents for every position of a line.
 inline std::vector<Reach> reaches_x(const LocalPoolParams& p) {
   std::vector<Reach> found(p.width);
   for (int x = 0; x < p.width; ++x) found[x] = reach(x, p.width, p.kernel_x, p.dilation_x);
@@ -44,7 +45,7 @@ TM_INLINE bool counts(const LocalPoolParams& p, int64_t b, int64_t y, int64_t x)
   return !p.mask || p.mask[b * p.mask_batch + y * p.mask_line + x * p.mask_token];
 }
 
-// The rows of elements that are pooled into one, each with a number of its own.
+// Rows of elements to be pooled, each with a number attached.
 struct Taps {
   const char* rows[kMostTaps];
   float numbers[kMostTaps];
@@ -56,7 +57,7 @@ struct Taps {
   }
 };
 
-// body(Vectors<N>, c, n) for N vectors of channels from c, each of n channels.
+// Calls body(Vectors<N>, c, n) for N vectors of channels from c, with n channels each.
 template <int kCount>
 struct Vectors {
   static constexpr int value = kCount;
@@ -68,7 +69,7 @@ TM_INLINE void for_vectors(int64_t channels, const Body& body) {
   for (; c < channels; c += kWidth) body(Vectors<1>(), c, std::min<int64_t>(kWidth, channels - c));
 }
 
-// A tensor [B, Y, X, C] of elements; steps in bytes.
+// Tensor [B, Y, X, C] of elements; strides in bytes.
 struct Map {
   const char* data;
   int64_t batch, line, token, size;

@@ -5,14 +5,14 @@ namespace {
 
 int64_t tokens_of(const LocalPoolParams& p) { return p.batch * p.height * p.width; }
 
-constexpr int64_t kFillBlocks = 128;  // smaller tiles before fewer blocks
+constexpr int64_t kFillBlocks = 128;  // tiles are made smaller before there are fewer CTAs
 
-// Of tokens, their scales, and counts of lines and columns.
+// Bytes of the tokens, their scales, and the counts of lines and columns.
 int64_t tile_bytes(int64_t lines, int64_t pitch, int64_t lanes) {
   return lines * pitch * (lanes * cuda::local_pool::kPoolBytes + 4) + (lines + pitch) * 4;
 }
 
-// Tiles for windows that reach halo_y and halo_x. False: most of what they would read is halo.
+// Tile sizes for windows that extend halo_y and halo_x. False if most of the reads would be halo.
 bool find_tiles(const LocalPoolParams& p, int vector, cuda::local_pool::PoolTiles* tiles) {
   constexpr int kLeastTokens = 64, kSector = 2, kConflictFree = 8;  // lanes
   const int64_t halo_y = int64_t{p.kernel_y / 2} * p.dilation_y;
@@ -21,7 +21,7 @@ bool find_tiles(const LocalPoolParams& p, int vector, cuda::local_pool::PoolTile
   int64_t lanes = kSector, columns = 1, lines = 1;
   for (;;) {
     const int64_t width = ceil_div(p.width, columns), height = ceil_div(p.height, lines);
-    // Neighbours in a tile keep different banks from line to line.
+    // Adjacent tokens of a tile stay in different banks from line to line.
     const int64_t pitch = width + round_up(2 * halo_x, kConflictFree / lanes);
     const int64_t lines_staged = height + 2 * halo_y, staged = pitch * lines_staged;
     const int64_t blocks = p.batch * columns * lines * ceil_div(chunks, lanes);

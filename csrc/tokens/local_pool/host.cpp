@@ -15,7 +15,7 @@ struct LocalPoolArgs : Record {
   bool count_include_pad, subtract_input;
 };
 
-// The checks are those of python/tokenmill/tokens/local_pool.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/tokens/local_pool.py.
 LocalPoolParams make_params(const LocalPoolArgs& a) {
   check(a.x.dim() == 4, kOp, "x", "must have 4 dimensions [B, Y, X, C], or 3 [B, N, C]", a.x.dim());
   check(is_kernel_dtype(a.x.dtype), kOp, "x", "must be float16, bfloat16 or float32", a.x.dtype);

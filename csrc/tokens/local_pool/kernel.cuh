@@ -1,6 +1,6 @@
-// A thread pools a vector of channels of one token. Where windows are compact a block copies a tile
-// of the map and its halo, in a slice of channels, to shared memory; else it is a run of tokens of
-// a line, and neighbours share what they read through the level 1 cache.
+// A thread pools a vector of channels of one token. For compact windows a CTA copies a tile of the
+// map and its halo, in a slice of channels, to shared memory; otherwise it processes a run of
+// tokens of a line, and adjacent threads share their reads through the L1 cache.
 #pragma once
 #include "cuda/arch/cp_async.cuh"
 #include "cuda/arch/opaque.cuh"
@@ -14,11 +14,11 @@
 namespace tokenmill::cuda::local_pool {
 
 constexpr uint16_t kNoTap = 0xffff;   // taps are below 255 x 255
-constexpr int kPoolBlocks = 4;        // per multiprocessor, as many as tiles let
-constexpr int kPoolBytes = 16;        // that a lane reads at once
-constexpr int kTileBytes = 48 << 10;  // of shared memory, for a tile and its scales
+constexpr int kPoolBlocks = 4;        // CTAs per SM, if tiles permit
+constexpr int kPoolBytes = 16;        // bytes per load and lane
+constexpr int kTileBytes = 48 << 10;  // shared memory of a tile and its scales
 
-// height x width tokens and halo_y, halo_x around them, in lines of pitch tokens; slices of `lanes`
+// height x width tokens plus a halo of halo_y, halo_x, in lines of pitch tokens; slices of `lanes`
 // vectors of channels.
 struct PoolTiles {
   int height, width, halo_y, halo_x, pitch;
@@ -40,7 +40,7 @@ struct PoolSource {
 
   __device__ __forceinline__ const T* at(int y, int x) const { return data + y * line + x * token; }
 };
-// Of all sequences.
+// Elements of all sequences.
 template <typename T>
 struct PoolMap {
   const T* data;
@@ -67,7 +67,7 @@ __device__ __forceinline__ bool pool_counts(const LocalPoolParams& p, int64_t b,
   if (!kMasked || !p.mask) return true;
   return p.mask[b * p.mask_batch + y * p.mask_line + x * p.mask_token];
 }
-// run.operator()<kMasked>(): where there is no mask, no tap asks for it.
+// Calls run.operator()<kMasked>(), so that without a mask no tap tests it.
 template <typename Run>
 __device__ __forceinline__ void with_mask(const LocalPoolParams& p, const Run& run) {
   if (p.mask)
@@ -76,8 +76,8 @@ __device__ __forceinline__ void with_mask(const LocalPoolParams& p, const Run& r
     run.template operator()<false>();
 }
 
-// visit(tap, y, x, data) for the taps of the window that are on the map, end_line() after those of
-// a line; kStep is -1 for the tokens whose window has this one as that tap.
+// Calls visit(tap, y, x, data) for the taps of the window that lie on the map, and end_line() after
+// each line; with kStep -1 for the tokens that have this token at that tap of their window.
 template <int kStep, typename Source, typename Visit, typename EndLine>
 __device__ __forceinline__ void for_taps(const LocalPoolParams& p, const PoolToken& at,
                                          const Source& source, const Visit& visit,
@@ -101,12 +101,12 @@ __device__ __forceinline__ float pool_divisor(const LocalPoolParams& p, int coun
   return static_cast<float>(p.count_include_pad ? p.kernel_y * p.kernel_x : count);
 }
 
-// One over what a mean was divided by, 0 where nothing was.
+// Reciprocal of the divisor of a mean, 0 for an empty window.
 __device__ __forceinline__ float pool_scale(const LocalPoolParams& p, int count) {
   return count > 0 ? 1 / pool_divisor(p, count) : 0;
 }
 
-// Along one dimension of the window of a place.
+// Number of taps on the map along one dimension.
 __device__ __forceinline__ int taps_on_map(int place, int size, int kernel, int dilation) {
   int count = 0, at = place - kernel / 2 * dilation;
   for (int i = 0; i < kernel; ++i, at += dilation)
@@ -114,7 +114,8 @@ __device__ __forceinline__ int taps_on_map(int place, int size, int kernel, int 
   return count;
 }
 
-// visit(token) for the tokens of this thread, visit_channels(c) for its vectors of one.
+// Calls visit(token) for the tokens of this thread; visit_channels calls visit(c) for its vectors
+// of channels.
 template <typename Visit>
 __device__ __forceinline__ void visit_token(const PoolPlan& plan, const Visit& visit) {
   const int64_t i = row_of_thread();
@@ -125,9 +126,9 @@ __device__ __forceinline__ void visit_channels(const LocalPoolParams& p, const V
   for (int64_t c = threadIdx.x * kVector; c < p.channels; c += blockDim.x * kVector) visit(c);
 }
 
-// visit(token, c, source, scales): the tokens and channels of this thread, and where it finds what
-// lies in their windows, from channel c on. scales, if kScaled: [batch, height, width]; a tile does
-// without them (null) where every token counts.
+// Calls visit(token, c, source, scales) for the tokens and channels of this thread; source has the
+// elements of their windows from channel c on. scales, if kScaled: [batch, height, width]; null in
+// a tile without a mask.
 template <int kVector, bool kTiled, bool kScaled, typename T, typename Visit>
 __device__ __forceinline__ void visit_windows(const LocalPoolParams& p, const PoolPlan& plan,
                                               const PoolMap<T>& from, const float* scales,
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(kRowThreads, kPoolBlocks)
         });
         if constexpr (!kMax) {
           const float divisor = count > 0 ? pool_divisor(p, count) : 1, scale = 1 / divisor;
-      // 16 bits hide the rounding of the reciprocal.
+      // 16-bit outputs hide the rounding of the reciprocal.
 #pragma unroll
           for (int v = 0; v < kVector; ++v)
             pooled[v] = sizeof(T) == 2 ? pooled[v] * scale : pooled[v] / divisor;
@@ -264,7 +265,7 @@ __global__ void __launch_bounds__(kRowThreads, kPoolBlocks)
       });
 }
 
-// Of each token.
+// Scale of each token.
 __global__ void __launch_bounds__(kRowThreads)
     pool_scales_kernel(const __grid_constant__ LocalPoolParams p,
                        const __grid_constant__ PoolPlan plan, float* scales) {
@@ -309,7 +310,7 @@ __global__ void __launch_bounds__(kRowThreads, kPoolBlocks)
       });
 }
 
-// The tap that each maximum comes from.
+// Tap of each maximum.
 template <typename T, int kVector, bool kTiled>
 __global__ void __launch_bounds__(kRowThreads, kPoolBlocks)
     pool_taps_kernel(const __grid_constant__ LocalPoolParams p,
@@ -330,7 +331,7 @@ __global__ void __launch_bounds__(kRowThreads, kPoolBlocks)
                 load_floats(value, data);
 #pragma unroll
                 for (int v = 0; v < kVector; ++v) {
-                  // The first NaN stays: nothing is greater, and none but a number gives way to it.
+                  // The first NaN wins: no value is greater, and a NaN is not replaced.
                   const bool is_number = best[v] == best[v];
                   const bool wins = is_number && !(value[v] <= best[v]);
                   if (wins || found.x[v] == kNoTap) {

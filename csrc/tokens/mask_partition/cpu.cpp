@@ -1,4 +1,4 @@
-// The tokens that a mask takes, packed. Rows are counted, then written by different workers.
+// Packs the tokens selected by a mask. Rows are counted first, then written by different workers.
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -9,7 +9,7 @@ namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
 constexpr int64_t kTile = 1024;               // tokens
-constexpr int64_t kParallelTokens = 1 << 16;  // fewer are not worth a parallel region
+constexpr int64_t kParallelTokens = 1 << 16;  // fewer do not pay for a parallel region
 
 int64_t count(const uint8_t* mask, int64_t tokens) {
   int64_t taken = 0;
@@ -21,7 +21,7 @@ void write_row(const MaskPartitionParams& p, int64_t b) {
   const uint8_t* const mask = p.mask + b * p.mask_batch;
   int32_t* const inverse = p.inverse + b * p.tokens;
   int32_t place = p.cu_seqlens[b];
-  // Every token is written here, and those that are not taken are overwritten.
+  // Every token is written, and tokens that are not selected are overwritten.
   int32_t packed[kTile + 1];
   for (int64_t begin = 0; begin < p.tokens; begin += kTile) {
     const int64_t end = begin + kTile < p.tokens ? begin + kTile : p.tokens;
@@ -29,7 +29,7 @@ void write_row(const MaskPartitionParams& p, int64_t b) {
     for (int64_t i = begin; i < end; ++i) {
       const int32_t taken = mask[i] != 0;
       packed[place - first] = static_cast<int32_t>(b * p.tokens + i);
-      inverse[i] = place | (taken - 1);  // no branch, which the mask would decide
+      inverse[i] = place | (taken - 1);  // branch-free, since the mask is unpredictable
       place += taken;
     }
     std::memcpy(p.indices + first, packed, (place - first) * sizeof(int32_t));

@@ -23,7 +23,7 @@ const char* launch_cuda(const MaskPartitionParams& p, void* stream) {
   const int64_t chunks = chunks_of(p);
   auto* const bits = static_cast<unsigned*>(p.workspace);
   auto* const counts = reinterpret_cast<int32_t*>(bits + chunks * (kMaskChunk / kWarpSize));
-  const char* error = set_bytes(p.indices, 0xff, p.size * sizeof(int32_t), s);  // -1
+  const char* error = set_bytes(p.indices, 0xff, p.size * sizeof(int32_t), s);  // indices = -1
   if (error) return error;
   if (chunks == 0) return set_bytes(p.cu_seqlens, 0, (p.batch + 1) * sizeof(int32_t), s);
   error = launch<mask_count_kernel>(chunks, kMaskThreads, 0, s, p, bits, counts);

@@ -7,7 +7,7 @@ namespace {
 
 constexpr const char* kOp = "mask_partition";
 
-// On the CPU alone.
+// Checks of values, CPU only.
 void check_values(const MaskPartitionParams& p) {
   int64_t taken = 0;
   for (int64_t b = 0; b < p.batch; ++b)
@@ -28,7 +28,7 @@ struct MaskPartitionArgs : Record {
   Optional<int64_t> max_total;
 };
 
-// The checks are those of python/tokenmill/tokens/mask_partition.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/tokens/mask_partition.py.
 std::tuple<Array, Array, Array> mask_partition(const MaskPartitionArgs& a) {
   check(a.mask.dim() == 2, kOp, "mask", "must have 2 dimensions [B, N]", a.mask.dim());
   check(a.mask.dtype == ScalarType::Bool, kOp, "mask", "must be bool", a.mask.dtype);

@@ -1,5 +1,5 @@
-// The tokens that a mask takes, packed: chunks are counted, their counts summed, then tokens
-// written to their places. The mask is read once and its bits are kept.
+// Packs the tokens selected by a mask: counts per chunk, a scan of the counts, then each token is
+// written to its output index. The mask is read once and kept as bits.
 #pragma once
 #include <cub/block/block_scan.cuh>
 
@@ -10,15 +10,15 @@ namespace tokenmill::cuda::mask_partition {
 
 constexpr int kMaskThreads = 256, kMaskScanThreads = 1024;
 constexpr int kMaskWarps = kMaskThreads / kWarpSize;
-constexpr int kMaskSteps = 8;  // of 32 tokens, of a warp
+constexpr int kMaskSteps = 8;  // steps of 32 tokens per warp
 constexpr int kMaskChunk = kMaskThreads * kMaskSteps;
 
-// The tokens of a warp's part of a chunk: bit l of step j is token 32 j + l.
+// Tokens of a warp's part of a chunk: bit l of step j is token 32 j + l.
 struct MaskBits {
   unsigned bits[kMaskSteps];
   int count;
 
-  // As an earlier kernel kept them.
+  // Reads the bits stored by an earlier kernel.
   __device__ __forceinline__ explicit MaskBits(const uint4* kept) : count(0) {
 #pragma unroll
     for (int j = 0; j < kMaskSteps; j += 4) {
@@ -29,7 +29,7 @@ struct MaskBits {
     for (int j = 0; j < kMaskSteps; ++j) count += __popc(bits[j]);
   }
 
-  // By lanes 0 to kMaskSteps - 1.
+  // Called by lanes 0 to kMaskSteps - 1.
   __device__ __forceinline__ void keep(unsigned* to) const {
     unsigned own = 0;
 #pragma unroll
@@ -55,12 +55,12 @@ struct MaskBits {
 __device__ __forceinline__ uint32_t first_of_warp() {
   return blockIdx.x * kMaskChunk + threadIdx.x / kWarpSize * (kWarpSize * kMaskSteps);
 }
-// Where the bits of a warp are.
+// Address of the bits of a warp.
 __device__ __forceinline__ unsigned* bits_of_warp(unsigned* bits) {
   return bits + first_of_warp() / kWarpSize;
 }
 
-// Tokens taken by the warps of this block before this one, and by all.
+// Selected tokens in the earlier warps of this CTA, and in all of them.
 __device__ __forceinline__ int2 sums_of_block(int count) {
   __shared__ int counts[kMaskWarps];
   if (threadIdx.x % kWarpSize == 0) counts[threadIdx.x / kWarpSize] = count;
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kMaskThreads)
   if (threadIdx.x == 0) counts[blockIdx.x] = sums.y;
 }
 
-// Counts of chunks become the places where they begin. One block.
+// Exclusive scan of chunk counts to output offsets. One CTA.
 __global__ void __launch_bounds__(kMaskScanThreads)
     mask_scan_kernel(const __grid_constant__ MaskPartitionParams p, int32_t* counts, int chunks) {
   using Scan = cub::BlockScan<int32_t, kMaskScanThreads>;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kMaskScanThreads)
     Scan(shared).ExclusiveSum(i < chunks ? counts[i] : 0, place, total);
     if (i < chunks) counts[i] = before + place;
     before += total;
-    __syncthreads();  // `shared` is read
+    __syncthreads();  // `shared` has been read
   }
   if (threadIdx.x == 0) p.cu_seqlens[p.batch] = min(before, static_cast<int32_t>(p.size));
 }
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kMaskThreads)
   const MaskBits mask(reinterpret_cast<const uint4*>(bits_of_warp(bits)));
   const int32_t begin = begins[blockIdx.x];
   const int2 sums = sums_of_block(mask.count);
-  int32_t place = sums.x;  // in the block
+  int32_t place = sums.x;  // within the CTA
 #pragma unroll
   for (int j = 0; j < kMaskSteps; ++j) {
     const uint32_t i = first + j * kWarpSize + lane;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kMaskThreads)
     if (i == b * tokens) p.cu_seqlens[b] = min(begin + at, size);
   }
   __syncthreads();
-  // From a place in front of the block's, so that warps write whole sectors.
+  // Starts at an aligned index before the CTA's first one, so that warps write whole sectors.
   const uint32_t from = static_cast<uint32_t>(begin), end = min(begin + sums.y, size);
   for (uint32_t at = from / 8 * 8 + threadIdx.x; at < end; at += kMaskThreads)
     if (at >= from) p.indices[at] = packed[at - from];

@@ -1,4 +1,4 @@
-// The tokens that a mask takes, packed. Free of torch.
+// Packs the tokens selected by a mask. Free of torch.
 #pragma once
 #include "core/dtype.h"
 #include "cpu/isa.h"
@@ -13,9 +13,9 @@ struct MaskPartitionParams {
   void* workspace;                          // CUDA
 };
 
-int64_t workspace_bytes(const MaskPartitionParams&);  // of the CUDA kernels
+int64_t workspace_bytes(const MaskPartitionParams&);  // CUDA
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const MaskPartitionParams&, void* stream);
 
 }  // namespace tokenmill

@@ -1,4 +1,4 @@
-// Each token finds its nearest centroids and adds up their values while they are in cache.
+// Each token finds its nearest centroids and sums their values while they are in cache.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -12,7 +12,7 @@ namespace {
 
 int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
-// The entries of a list by number instead of distance, with the weights of distances.
+// Sorts a list by index instead of distance, and computes weights from distances.
 void write_list(const ReconstructParams& p, const float* d, const int32_t* ids, int64_t row) {
   int32_t* const index = p.index + row * p.k;
   float* const weight = p.weight + row * p.k;

@@ -19,7 +19,7 @@ struct ReconstructTokensArgs : Record {
   std::string_view norm;
 };
 
-// The checks of python/tokenmill/tokens/reconstruct_tokens.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/tokens/reconstruct_tokens.py.
 ReconstructParams make_params(const ReconstructTokensArgs& a) {
   check_tokens(kOp, "features", a.features);
   const int64_t batch = a.features.size(0), channels = a.features.size(2);
@@ -84,13 +84,13 @@ std::tuple<Array, Array, Array> reconstruct_tokens(const ReconstructTokensArgs& 
   return {out, index, weight};
 }
 
-// The lists of tokens, seen from the centroids.
+// Transposes the lists of tokens into lists per centroid.
 TransposeBlockListParams transposition(const ReconstructBackwardParams& p, const int32_t* counts) {
   TransposeBlockListParams t{};
   t.list.indices = p.index;
   t.list.indices_batch = p.tokens * p.k;
   t.list.indices_row = p.k;
-  t.list.counts = counts;  // of every list the same
+  t.list.counts = counts;  // the same for every list
   t.list.heads = 1;
   t.list.rows = p.tokens;
   t.list.entries = p.k;

@@ -1,4 +1,4 @@
-// What follows the search for the nearest centroids (nearest.cuh), and the gradient.
+// Weighted sums after the search for the nearest centroids (nearest.cuh), and the gradient.
 #pragma once
 #include "cuda/math.cuh"
 #include "cuda/vector.cuh"
@@ -9,7 +9,7 @@ namespace tokenmill::cuda::reconstruct_tokens {
 
 constexpr int kReconstructWarps = 4, kReconstructThreads = kReconstructWarps * kWarpSize;
 
-// A list by distance becomes one by number, with weights. By one warp.
+// Converts a list by distance to a list by index, with weights. Called by one warp.
 __device__ __forceinline__ void write_list(const ReconstructParams& p, const float* d,
                                            const int32_t* ids, int32_t* index, float* weight) {
   const int lane = threadIdx.x % kWarpSize, k = static_cast<int>(p.k);
@@ -34,7 +34,7 @@ __device__ __forceinline__ void write_list(const ReconstructParams& p, const flo
   __syncwarp();
 }
 
-// Blocks: tokens, sequences. A warp for each token.
+// Grid: tokens, sequences. One warp per token.
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kReconstructThreads)
     reconstruct_kernel(const __grid_constant__ ReconstructParams p, const float* distances,
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kReconstructThreads)
   }
 }
 
-// Blocks: centroids, sequences. A warp for each centroid.
+// Grid: centroids, sequences. One warp per centroid.
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kReconstructThreads)
     reconstruct_backward_kernel(const __grid_constant__ ReconstructBackwardParams p) {
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kReconstructThreads)
       float sum[kVector] = {}, d[kVector] = {};
 #pragma unroll 1
       for (int chunk = begin; chunk < end; chunk += kWarpSize) {
-        // A lane finds the weight of a token, and all add them up one by one.
+        // Each lane looks up the weight of one token; then all lanes add the tokens one by one.
         const bool exists = chunk + lane < end;
         const int32_t own = exists ? listed[chunk + lane] : 0;
         const float weight = exists ? p.weight_of(b, own, m) : 0;

@@ -1,4 +1,4 @@
-// Each row of out is written once, from where it comes.
+// Each row of out is written once, from its source.
 #include "tokens/cpu_rows.h"
 #include "tokens/scatter_tokens/params.h"
 

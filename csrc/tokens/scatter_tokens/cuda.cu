@@ -8,7 +8,7 @@ const char* launch_cuda(const ScatterTokensParams& p, void* stream) {
   using namespace cuda::scatter_tokens;
   const auto s = static_cast<cudaStream_t>(stream);
   const int64_t bytes = p.batch * p.tokens * sizeof(int32_t);
-  if (const char* error = set_bytes(p.places, 0xff, bytes, s)) return error;  // -1
+  if (const char* error = set_bytes(p.places, 0xff, bytes, s)) return error;  // places = -1
   const int64_t blocks = ceil_div(p.entries, kRowThreads);
   if (blocks > kMaxGrid) return refuse("indices", kMostBlocks, blocks);
   const int64_t sequences = p.sequences < kMostBatches ? p.sequences : kMostBatches;

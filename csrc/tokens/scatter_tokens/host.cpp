@@ -7,7 +7,7 @@ namespace {
 
 constexpr const char* kOp = "scatter_tokens";
 
-// Where each token comes from. Of a token that is named twice, the message is that of the checks.
+// Source row of each token. For a token named twice, the message is the one of the checks.
 void write_places(const ScatterTokensParams& p, const View& ids) {
   std::fill(p.places, p.places + p.batch * p.tokens, -1);
   for (int64_t s = 0; s < p.sequences; ++s)
@@ -25,7 +25,7 @@ struct ScatterTokensArgs : Record {
   int64_t batch, tokens;
 };
 
-// The checks are those of python/tokenmill/tokens/scatter_tokens.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/tokens/scatter_tokens.py.
 Array scatter_tokens(const ScatterTokensArgs& a) {
   check(a.y.dim() == 2 || a.y.dim() == 3, kOp, "y", "must have 3 dimensions [B, K, C], or 2 [K, C]",
         a.y.dim());

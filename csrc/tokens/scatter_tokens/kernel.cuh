@@ -1,11 +1,11 @@
-// The indices are turned around first, so that each row of out is written once.
+// The indices are inverted first, so that each row of out is written once.
 #pragma once
 #include "tokens/row_copy.cuh"
 #include "tokens/scatter_tokens/params.h"
 
 namespace tokenmill::cuda::scatter_tokens {
 
-// Of rows of one token the last one stays, in any order of threads.
+// Among rows of the same token the last one wins, in any order of threads.
 __global__ void __launch_bounds__(kRowThreads)
     scatter_places_kernel(const __grid_constant__ ScatterTokensParams p) {
   const int64_t k = int64_t{blockIdx.x} * kRowThreads + threadIdx.x;

@@ -5,8 +5,8 @@
 
 namespace tokenmill {
 
-// Strides of y and base in bytes. Where indices are flat, y has one sequence, whose indices count
-// the tokens of all sequences of out.
+// Strides of y and base in bytes. With flat indices, y has one sequence, whose indices count the
+// tokens of all sequences of out.
 struct ScatterTokensParams {
   int64_t batch, tokens;       // of out
   int64_t sequences, entries;  // of y
@@ -18,11 +18,11 @@ struct ScatterTokensParams {
   int64_t indices_batch;  // elements
   const char* base;       // null: zeros
   int64_t base_batch, base_token;
-  int32_t* places;  // [batch, tokens]: which row of its sequence of y a token takes, or -1
+  int32_t* places;  // [batch, tokens]: row of y, within its sequence, that a token takes, or -1
   char* out;        // [batch, tokens, row_bytes]
 };
 
-// null, or what went wrong. Writes places.
+// null, or an error message. Writes places.
 const char* launch_cuda(const ScatterTokensParams&, void* stream);
 
 }  // namespace tokenmill

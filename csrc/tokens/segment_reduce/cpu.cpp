@@ -1,5 +1,5 @@
-// Rows reduced by segments, a segment at a time in tiles of channels that fit the registers. Long
-// segments are cut into parts of a fixed length, which different workers take.
+// Reduces rows by segments, one segment at a time in tiles of channels that fit in registers. Long
+// segments are split into parts of fixed length, which different workers process.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -15,11 +15,11 @@ namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
 constexpr int64_t kPart = 1024;      // places
-constexpr int64_t kSumPlaces = 256;  // that one accumulator takes
-// Of channels: rows are read once, front to back, which is what fetches memory fastest. The
-// extremes need twice the registers; what does not fit waits in the level 1 cache.
+constexpr int64_t kSumPlaces = 256;  // places per accumulator
+// Vectors of channels per tile: rows are read once, front to back, which is the fastest access
+// pattern. Extremes need twice the registers and spill to the L1 cache.
 constexpr int kTile = kWidth == 16 ? 16 : 8;
-constexpr int64_t kParallelElements = 1 << 16;  // fewer are not worth a parallel region
+constexpr int64_t kParallelElements = 1 << 16;  // fewer do not pay for a parallel region
 
 TM_INLINE bool is_extreme(const SegmentReduceParams& p) {
   return p.reduce == Reduce::amax || p.reduce == Reduce::amin;
@@ -35,7 +35,7 @@ struct Tile {
   TM_INLINE int64_t at(int v) const { return column + v * kWidth; }
   TM_INLINE int64_t count() const { return kPartial ? lanes : kWidth; }
 
-  // finish(v, sum) for each vector.
+  // Calls finish(v, sum) for each vector.
   template <typename Finish>
   TM_INLINE void sum(PlaceRange range, const Finish& finish) const {
     vf total[kVectors];
@@ -60,8 +60,8 @@ struct Tile {
     for (int v = 0; v < kVectors; ++v) finish(v, total[v]);
   }
 
-  // finish(v, value, row) for each vector: the greatest or least of each channel, and their rows.
-  // Rows are moved as the bits of floats, never computed with.
+  // Calls finish(v, value, row) for each vector: maximum or minimum of each channel, and its row.
+  // Row indices are moved as float bits; no arithmetic is done on them.
   template <bool kGreatest, typename Finish>
   TM_INLINE void extremes(PlaceRange range, const Finish& finish) const {
     vf best[kVectors], found[kVectors];
@@ -72,7 +72,7 @@ struct Tile {
       best[v] = first < 0 ? zero() : load(first, v);
       found[v] = as_float(first);
     }
-    // A sum is NaN where anything is.
+    // The sum is NaN if any element is NaN.
     vf sum[4] = {};
     TM_UNROLL(16)
     for (int v = 0; v < kVectors; ++v) sum[v % 4] = sum[v % 4] + best[v];
@@ -119,7 +119,7 @@ struct Tile {
   }
 };
 
-// visit(tile) for all channels.
+// Calls visit(tile) for all channels.
 template <DType kType, typename Visit>
 TM_INLINE void for_each_tile(const SegmentReduceParams& p, int64_t b, const Visit& visit) {
   int64_t c = 0;
@@ -140,7 +140,7 @@ double weight_of(const SegmentReduceParams& p, int64_t b, PlaceRange range) {
   return sum;
 }
 
-// Sums, or extremes and their rows, of all channels of some places: to.sum(at, n, x) and
+// Sums, or extremes and their rows, of all channels of some places: calls to.sum(at, n, x) and
 // to.extreme(at, n, x, row) for n channels from `at` on.
 template <DType kType, typename To>
 TM_INLINE void reduce_places(const SegmentReduceParams& p, int64_t b, PlaceRange range,
@@ -157,7 +157,7 @@ TM_INLINE void reduce_places(const SegmentReduceParams& p, int64_t b, PlaceRange
   });
 }
 
-// Where the row of a segment goes.
+// Output row of a segment.
 template <DType kType>
 class Result {
  public:
@@ -201,11 +201,11 @@ class Result {
   vf divisor_;
 };
 
-// A part of a segment.
+// Partial result of a segment.
 struct Partial {
   float* values;   // [C]
-  int32_t* rows;   // [C], of an extreme; -1: there was no row
-  double* weight;  // the sum
+  int32_t* rows;   // [C], for extremes; -1: no row
+  double* weight;  // sum of weights
 
   TM_INLINE void sum(int64_t c, int64_t n, vf x) const {
     Elements<DType::float32>::store_n(values, c, x, n);
@@ -214,7 +214,7 @@ struct Partial {
     sum(c, n, x);
     Elements<DType::float32>::store_n(rows, c, row, n);
   }
-  // Adds a later part of the same segment.
+  // Merges a later part of the same segment.
   void merge(const SegmentReduceParams& p, const Partial& later) const {
     *weight += *later.weight;
     const float sign = p.reduce == Reduce::amax ? 1.f : -1.f;
@@ -231,8 +231,7 @@ struct Partial {
   }
 };
 
-// Rows in an order of their own, which the hardware cannot know, are fetched ahead as cpu_rows.h
-// has it.
+// Permuted rows, which hardware prefetchers cannot follow, are prefetched as in cpu_rows.h.
 template <DType kType>
 TM_INLINE void fetch_rows(const SegmentReduceParams& p, int64_t b, PlaceRange range) {
   using Element = typename Elements<kType>::type;
@@ -280,7 +279,7 @@ void finish_parts(const SegmentReduceParams& p, int64_t segment, const Partial& 
   }
 }
 
-// A segment of more than kPart places. Who finishes its last part puts the parts together.
+// Segment of more than kPart places. The worker that finishes the last part merges all parts.
 struct LongSegment {
   int64_t b, s, first_part, parts;
   std::atomic<int64_t> missing;
@@ -292,7 +291,7 @@ class Work {
   explicit Work(const SegmentReduceParams& p)
       : p_(p),
         parts_(count_parts()),
-        longs_(new LongSegment[parts_ / 2]),  // each has two parts or more
+        longs_(new LongSegment[parts_ / 2]),  // each has at least two parts
         memory_(parts_ * floats_of(p) + 16),
         base_(memory_.take(parts_ * floats_of(p))) {
     LongSegment* next = longs_.get();
@@ -436,7 +435,7 @@ void row_gradient(const SegmentReduceBackwardParams& q, int64_t b, int64_t row) 
     return;
   }
   if (is_extreme(p)) {
-    // A loop that vectorizes: nothing aliases, and 64 bits would halve the lanes.
+    // Vectorizable loop: no aliasing, and 32-bit indices, since 64 bits would halve the lanes.
     const int32_t* __restrict arg = p.arg + segment * p.channels;
     const Element* __restrict from = dy;
     Element* __restrict to = dx;

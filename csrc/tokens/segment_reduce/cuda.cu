@@ -6,9 +6,9 @@ namespace tokenmill {
 namespace cuda::segment_reduce {
 namespace {
 
-constexpr int64_t kBlockPlaces = 64;   // in the mean, from which a segment gets a whole block
-constexpr int64_t kPartPlaces = 1024;  // at least, of a part
-constexpr int64_t kManyBlocks = 1024;  // that fill any GPU
+constexpr int64_t kBlockPlaces = 64;   // mean length from which a segment gets a whole CTA
+constexpr int64_t kPartPlaces = 1024;  // minimum per part
+constexpr int64_t kManyBlocks = 1024;  // enough to fill any GPU
 constexpr int64_t kMostParts = 256;
 
 unsigned limited(int64_t blocks, int64_t most) {
@@ -90,7 +90,7 @@ const char* launch_cuda(const SegmentReduceParams& p, void* stream) {
   using namespace cuda;
   using namespace cuda::segment_reduce;
   const auto s = static_cast<cudaStream_t>(stream);
-  const SegmentPlan plan = make_plan(p);  // of several parts only if tiles are few
+  const SegmentPlan plan = make_plan(p);  // several parts only if tiles are few
   if (plan.tiles * int64_t{plan.parts} > kMaxYZ)
     return refuse("x", "must have at most 65535 tiles of 32 loads of channels on CUDA", plan.tiles);
   return visit_dtype(p.dtype, [&]<typename T>() {
@@ -104,7 +104,8 @@ const char* launch_cuda(const SegmentReduceBackwardParams& q, void* stream) {
   const SegmentReduceParams& p = q.forward;
   const auto s = static_cast<cudaStream_t>(stream);
   const int64_t bytes = p.batch * p.tokens * sizeof(int32_t);
-  if (const char* error = set_bytes(q.segment_of_row, 0xff, bytes, s)) return error;  // -1
+  // segment_of_row = -1
+  if (const char* error = set_bytes(q.segment_of_row, 0xff, bytes, s)) return error;
   const int64_t threads = is_end(p) ? p.segments : p.places;
   if (threads > 0 && p.segments > 0) {
     const dim3 grid(limited(ceil_div(threads, kSegmentThreads), kMaxGrid),

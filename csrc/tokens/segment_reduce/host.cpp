@@ -17,7 +17,7 @@ struct SegmentReduceArgs : Record {
   std::string_view reduce;
 };
 
-// The checks are those of python/tokenmill/tokens/segment_reduce.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/tokens/segment_reduce.py.
 SegmentReduceParams make_params(const SegmentReduceArgs& a) {
   check_tokens(kOp, "x", a.x);
   const int64_t batch = a.x.size(0), tokens = a.x.size(1);
@@ -57,7 +57,7 @@ SegmentReduceParams make_params(const SegmentReduceArgs& a) {
   return p;
 }
 
-// On the CPU alone.
+// Checks of values, CPU only.
 void check_values(const SegmentReduceParams& p) {
   std::vector<char> seen(p.perm ? p.tokens : 0);
   for (int64_t b = 0; b < p.batch; ++b) {

@@ -1,6 +1,6 @@
-// Rows reduced by segments. A warp or a block takes a segment in a tile of channels, a lane
-// neighbouring channels; where segments are few and long, several blocks take parts of one, put
-// together in their order.
+// Reduces rows by segments. A warp or a CTA processes a segment in a tile of channels, adjacent
+// channels per lane; if segments are few and long, several CTAs process parts of one, which are
+// merged in order.
 #pragma once
 #include "cuda/arch/shared_memory.cuh"
 #include "cuda/vector.cuh"
@@ -11,20 +11,20 @@ namespace tokenmill::cuda::segment_reduce {
 
 constexpr int kSegmentThreads = 256;
 constexpr int kSegmentWarps = kSegmentThreads / kWarpSize;
-constexpr int kSumPlaces = 256;   // that one accumulator takes
-constexpr int kWarpPlaces = 128;  // of a segment that one warp takes in a group
+constexpr int kSumPlaces = 256;   // places per accumulator
+constexpr int kWarpPlaces = 128;  // maximum places of a segment processed by one warp of a group
 
-// All of it follows from the shapes.
+// The plan depends only on shapes.
 struct SegmentPlan {
-  int group;  // segments of a block, 1 or one for each warp
-  int parts;  // blocks of a segment and tile; 1 with several segments
+  int group;  // segments per CTA, 1 or one per warp
+  int parts;  // CTAs per segment and tile; 1 with several segments per CTA
   int tiles;
-  float* values;   // [parts, B, S, C], if there are several
-  int32_t* rows;   // likewise, of extremes
+  float* values;   // [parts, B, S, C], if there are several parts
+  int32_t* rows;   // the same, for extremes
   float* weights;  // [parts, B, S]
 };
 
-// What a lane knows of its channels. Of extremes the rows too, -1: none yet.
+// A lane's accumulators for its channels. For extremes also the rows, -1: none yet.
 template <int kVector, bool kExtreme>
 struct SegmentLane {
   float value[kVector];
@@ -36,7 +36,7 @@ struct SegmentLane {
 #pragma unroll
     for (int v = 0; v < (kExtreme ? kVector : 1); ++v) row[v] = -1;
   }
-  // Extremes: the greater one; what is not greater, and NaN after NaN, changes nothing.
+  // Extremes: keeps the greater value; values that are not greater, and NaN after NaN, are ignored.
   __device__ __forceinline__ void take(int v, float x, int32_t r) {
     if (r < 0 || (row[v] >= 0 && (x <= value[v] || value[v] != value[v]))) return;
     value[v] = x;
@@ -54,7 +54,7 @@ __device__ __forceinline__ float sign_of(Reduce reduce) {
   return reduce == Reduce::amin ? -1.f : 1.f;
 }
 
-// Rows and weights of 32 places, one in each lane; -1 behind the end.
+// Rows and weights of 32 places, one per lane; -1 past the end.
 struct PlaceOfLane {
   int32_t row;
   float weight;
@@ -65,7 +65,8 @@ struct PlaceOfLane {
         weight(row >= 0 ? (p.weight ? p.weight[b * p.weight_batch + row] : 1.f) : 0.f) {}
 };
 
-// Places begin .. end - 1 of batch row b in the channels from c on. Returns the sum of the weights.
+// Reduces places begin .. end - 1 of batch row b for the channels from c on. Returns the sum of the
+// weights.
 template <typename T, int kVector, bool kExtreme>
 __device__ __forceinline__ float reduce_places(const SegmentReduceParams& p, int64_t b,
                                                int64_t begin, int64_t end, int64_t c,
@@ -75,7 +76,7 @@ __device__ __forceinline__ float reduce_places(const SegmentReduceParams& p, int
   const bool there = c < p.channels;
   const float sign = sign_of(p.reduce);
   float weight = 0;
-  int count = 0;  // exact where a sum of ones in float32 would stop growing
+  int count = 0;  // exact where a float32 sum of ones would stop growing
   for (int64_t chunk = begin; chunk < end; chunk += kSumPlaces) {
     SegmentLane<kVector, false> sum;
     const int64_t chunk_end = end - chunk < kSumPlaces ? end : chunk + kSumPlaces;
@@ -108,7 +109,7 @@ __device__ __forceinline__ float reduce_places(const SegmentReduceParams& p, int
   return p.weight ? warp_sum(weight) : static_cast<float>(warp_sum(count));
 }
 
-// The rows of the extremes of channels c .. c + kVector - 1, rows of arg from `to` on.
+// Stores the rows of the extremes of channels c .. c + kVector - 1 to arg, at `to`.
 template <int kVector>
 __device__ __forceinline__ void store_rows(int32_t* to, int64_t c, int64_t channels,
                                            const int32_t (&row)[kVector]) {
@@ -120,7 +121,7 @@ __device__ __forceinline__ void store_rows(int32_t* to, int64_t c, int64_t chann
 #pragma unroll
     for (int v = 0; v < kVector; ++v) words[v / 4][v % 4] = static_cast<uint32_t>(row[v]);
     if constexpr (kVector == 8) {
-      // 32 bytes of a lane: pairs of lanes exchange halves, so that each store fills sectors.
+      // 32 bytes per lane: pairs of lanes exchange halves, so that each store fills sectors.
       const bool odd = threadIdx.x % 2;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -138,7 +139,7 @@ __device__ __forceinline__ void store_rows(int32_t* to, int64_t c, int64_t chann
   }
 }
 
-// Channels c .. c + kVector - 1 of a segment, number `segment` of all. A warp comes whole.
+// Writes channels c .. c + kVector - 1 of segment number `segment` of all. Called by whole warps.
 template <typename T, int kVector, bool kExtreme>
 __device__ __forceinline__ void finish_segment(const SegmentReduceParams& p, int64_t segment,
                                                int64_t c, float weight,
@@ -157,8 +158,8 @@ __device__ __forceinline__ void finish_segment(const SegmentReduceParams& p, int
   store_floats(static_cast<T*>(p.y) + first + c, y);
 }
 
-// Blocks: (groups of plan.group segments, tiles and parts, batch). In a group of several, a warp
-// takes one, and all warps together take those that are long.
+// Grid: (groups of plan.group segments, tiles and parts, batch). In a group of several segments,
+// each warp processes one, and all warps together process the long ones.
 template <typename T, int kVector, bool kExtreme>
 __global__ void __launch_bounds__(kSegmentThreads, 3)
     segment_kernel(const __grid_constant__ SegmentReduceParams p,
@@ -173,7 +174,8 @@ __global__ void __launch_bounds__(kSegmentThreads, 3)
   for (int64_t b = blockIdx.z; b < p.batch; b += gridDim.z)
     for (int64_t first = int64_t{blockIdx.x} * plan.group; first < p.segments;
          first += int64_t{gridDim.x} * plan.group) {
-      // First each warp its own one (-1), then one after the other.
+      // First each warp processes its own segment (-1), then all warps process the long ones in
+      // turn.
       for (int turn = plan.group > 1 ? -1 : 0; turn < plan.group; ++turn) {
         const bool alone = turn < 0;
         const int64_t s = first + (alone ? warp : turn);
@@ -192,10 +194,10 @@ __global__ void __launch_bounds__(kSegmentThreads, 3)
           const int64_t end = begin + slice < all.end ? begin + slice : all.end;
           weight = reduce_places<T>(p, b, begin, end, c, lane);
         }
-        if (alone && !__syncthreads_or(is_long)) turn = plan.group;  // there is no long one
+        if (alone && !__syncthreads_or(is_long)) turn = plan.group;  // no long segment
         if (!mine) continue;
         if (!alone) {
-          __syncthreads();  // what the last turn wrote is read
+          __syncthreads();  // the results of the last turn have been read
 #pragma unroll
           for (int v = 0; v < kVector; ++v) {
             values[warp][v][id] = lane.value[v];
@@ -228,7 +230,7 @@ __global__ void __launch_bounds__(kSegmentThreads, 3)
     }
 }
 
-// The parts of segments put together: a block for each segment.
+// Merges the parts of segments: one CTA per segment.
 template <typename T, bool kExtreme>
 __global__ void __launch_bounds__(kSegmentThreads)
     segment_merge_kernel(const __grid_constant__ SegmentReduceParams p,
@@ -248,7 +250,7 @@ __global__ void __launch_bounds__(kSegmentThreads)
   }
 }
 
-// The first or last row of each segment: a warp for each.
+// First or last row of each segment: one warp each.
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kSegmentThreads, 4)
     segment_end_kernel(const __grid_constant__ SegmentReduceParams p) {
@@ -276,8 +278,8 @@ __global__ void __launch_bounds__(kSegmentThreads, 4)
     }
 }
 
-// The segment of each row; segment_of_row holds -1 before. A thread for each place, with "first"
-// and "last" for each segment.
+// Segment of each row; segment_of_row must be -1 on entry. One thread per place or, with "first"
+// and "last", per segment.
 __global__ void __launch_bounds__(kSegmentThreads)
     segment_of_row_kernel(const __grid_constant__ SegmentReduceBackwardParams q) {
   const SegmentReduceParams& p = q.forward;
@@ -291,7 +293,7 @@ __global__ void __launch_bounds__(kSegmentThreads)
       if (ends) {
         row = end_row(p, b, s);
       } else {
-        // The last segment that begins at the place or before it.
+        // The last segment that begins at or before the place.
         const int32_t* const offsets = p.offsets + b * p.offsets_batch;
         int64_t low = 0, high = p.segments;
         while (low < high) {
@@ -308,7 +310,7 @@ __global__ void __launch_bounds__(kSegmentThreads)
     }
 }
 
-// dx and dweight: a warp for each row.
+// dx and dweight: one warp per row.
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kSegmentThreads, 4)
     segment_backward_kernel(const __grid_constant__ SegmentReduceBackwardParams q) {

@@ -1,4 +1,4 @@
-// Rows of a sequence reduced by segments. Free of torch.
+// Reduction of the rows of a sequence by segments. Free of torch.
 #pragma once
 #include "core/dtype.h"
 #include "cpu/isa.h"
@@ -17,7 +17,7 @@ struct SegmentReduceParams {
   int64_t x_batch, x_row;
   const int32_t* offsets;  // [B, S + 1]
   int64_t offsets_batch;
-  const int32_t* perm;  // [B, P], the row of a place; null: the place itself
+  const int32_t* perm;  // [B, P], row of a place; null: the place itself
   int64_t perm_batch;
   const float* weight;  // [B, N], by row; null: 1
   int64_t weight_batch;
@@ -28,20 +28,20 @@ struct SegmentReduceParams {
 };
 
 struct SegmentReduceBackwardParams {
-  SegmentReduceParams forward;  // y, weight_sum and arg are those of the forward
+  SegmentReduceParams forward;  // with y, weight_sum and arg from the forward
   const void* dy;               // [B, S, C]
   int64_t dy_batch, dy_row;
   const float* dweight_sum;  // [B, S], or null
-  int32_t* segment_of_row;   // [B, N]: -1 where a row has no gradient
+  int32_t* segment_of_row;   // [B, N]: -1 for a row without a gradient
   void* dx;                  // [B, N, C]
-  float* dweight;            // [B, N], or null: not asked for
+  float* dweight;            // [B, N], or null: not requested
 };
 
 struct PlaceRange {
   int64_t begin, end;
 };
 
-// Cut to the places that there are; a segment that ends before it begins is empty.
+// Clamped to the existing places; a segment that ends before it begins is empty.
 TOKENMILL_HOST_DEVICE inline PlaceRange segment_places(const SegmentReduceParams& p, int64_t b,
                                                        int64_t s) {
   const int32_t* ends = p.offsets + b * p.offsets_batch + s;
@@ -58,7 +58,7 @@ TOKENMILL_HOST_DEVICE inline int32_t row_of_place(const SegmentReduceParams& p, 
   return row >= 0 && row < p.tokens ? row : -1;
 }
 
-// The row that "first" or "last" takes, -1 if there is none.
+// Row that "first" or "last" selects, -1 if there is none.
 TOKENMILL_HOST_DEVICE inline int32_t end_row(const SegmentReduceParams& p, int64_t b, int64_t s) {
   const PlaceRange range = segment_places(p, b, s);
   const bool first = p.reduce == Reduce::first;
@@ -69,10 +69,10 @@ TOKENMILL_HOST_DEVICE inline int32_t end_row(const SegmentReduceParams& p, int64
   return -1;
 }
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const SegmentReduceParams&, void* stream);
 const char* launch_cuda(const SegmentReduceBackwardParams&, void* stream);
-int64_t workspace_bytes(const SegmentReduceParams&);  // of the CUDA kernels
+int64_t workspace_bytes(const SegmentReduceParams&);  // CUDA
 
 }  // namespace tokenmill
 

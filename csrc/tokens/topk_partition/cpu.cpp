@@ -1,5 +1,5 @@
-// Tokens partitioned by their scores, a row at a time: the k-th largest key, then one pass that
-// sends each token to its side. A short row in the order of the scores is sorted as a whole.
+// Partitions tokens by score, one row at a time: the k-th largest key, then one pass that sends
+// each token to its side. A short row in score order is sorted as a whole.
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -14,9 +14,9 @@ constexpr int64_t kShortRow = 1024;
 constexpr int kDigitBits = 8;
 constexpr int kDigitBins = 1 << kDigitBits;
 constexpr int kDigits = 32 / kDigitBits;
-constexpr int64_t kParallelTokens = 1 << 15;  // fewer are not worth a parallel region
+constexpr int64_t kParallelTokens = 1 << 15;  // fewer do not pay for a parallel region
 
-// Memory for one row.
+// Scratch memory for one row.
 struct Scratch {
   uint32_t *keys, *sorted;
   uint64_t *entries, *moved;
@@ -36,7 +36,7 @@ struct Scratch {
 
 template <DType kType>
 void load_keys(const TopkPartitionParams& p, int64_t b, uint32_t* keys) {
-  // As key_of has them, without branches: NaN becomes -inf, and -0 + 0 is 0.
+  // Same as key_of, branch-free: NaN becomes -inf, and -0 + 0 is 0.
   const vf sign = set(p.largest ? 1.f : -1.f), least = set(kNegInf);
   const int64_t from = b * p.scores_batch;
   float* const scores = reinterpret_cast<float*>(keys);
@@ -60,8 +60,8 @@ TM_INLINE uint64_t entry_of(uint32_t key, int64_t i) {
 }
 TM_INLINE uint32_t key_of_entry(uint64_t entry) { return static_cast<uint32_t>(entry >> 32); }
 
-// Sorts entries, a key above an index each, by the descending digits of their keys from `digit` on.
-// Stable. `from` and `to` change places with every digit in which entries differ.
+// Stable radix sort of entries, a key above an index each, by descending digits of their keys from
+// `digit` on. `from` and `to` are swapped for every digit in which entries differ.
 void sort_by_digits(uint64_t*& from, uint64_t*& to, int64_t count, int digit) {
   int32_t bins[kDigits][kDigitBins];
   std::memset(bins[digit], 0, (kDigits - digit) * sizeof bins[0]);
@@ -83,10 +83,10 @@ void sort_by_digits(uint64_t*& from, uint64_t*& to, int64_t count, int digit) {
   }
 }
 
-// By descending key, stable. Returns where the sorted entries are.
+// Stable sort by descending key. Returns the location of the sorted entries.
 const uint64_t* sort_by_key(uint64_t* from, uint64_t* to, int64_t count) {
-  // Few entries have the upper half of a key in common: they are put in order one by one, unless
-  // there are many.
+  // Few entries share the upper half of their key: these are ordered by insertion, unless there are
+  // many.
   int64_t moves = count <= kShortRow ? 2 * count : 0;
   if (moves > 0) sort_by_digits(from, to, count, kDigits / 2);
   for (int64_t i = 1; i < count && moves > 0; ++i) {
@@ -101,14 +101,14 @@ const uint64_t* sort_by_key(uint64_t* from, uint64_t* to, int64_t count) {
   return from;
 }
 
-// All tokens of a short row by score: the first k are kept.
+// Sorts all tokens of a short row by score; the first k are kept.
 void partition_sorted(const TopkPartitionParams& p, int64_t k, const Scratch& scratch,
                       int32_t* keep, int32_t* rest) {
   for (int64_t i = 0; i < p.tokens; ++i) scratch.entries[i] = entry_of(scratch.keys[i], i);
   const uint64_t* const sorted = sort_by_key(scratch.entries, scratch.moved, p.tokens);
   for (int64_t i = 0; i < k; ++i) keep[i] = static_cast<int32_t>(sorted[i]);
   const uint32_t least = key_of_entry(sorted[k - 1]);
-  const int64_t last = keep[k - 1];  // of the tokens kept with the least key
+  const int64_t last = keep[k - 1];  // last kept token with the smallest kept key
   int32_t* const others = reinterpret_cast<int32_t*>(scratch.sorted);  // room for all tokens
   int64_t count = 0;
   for (int64_t i = 0; i < p.tokens; ++i) {
@@ -135,7 +135,7 @@ void partition_row(const TopkPartitionParams& p, int64_t b, const Scratch& scrat
   if (p.by_score && p.tokens <= kShortRow && p.tokens <= 4 * k)
     return partition_sorted(p, k, scratch, keep, rest);
   uint32_t threshold = 0;
-  int64_t ties = 0;  // to keep, of the tokens at the threshold
+  int64_t ties = 0;  // tokens at the threshold to keep
   if (k < p.tokens) {
     std::memcpy(scratch.sorted, keys, p.tokens * sizeof(uint32_t));
     threshold = nth_largest(scratch.sorted, p.tokens, k);

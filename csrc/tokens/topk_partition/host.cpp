@@ -24,7 +24,7 @@ struct TopkPartitionArgs : Record {
   int64_t protect_first, protect_last;
 };
 
-// The checks are those of python/tokenmill/tokens/topk_partition.py, in its order and words.
+// Same checks, order and messages as python/tokenmill/tokens/topk_partition.py.
 std::tuple<Array, Array> topk_partition(const TopkPartitionArgs& a) {
   check(a.scores.dim() == 2, kOp, "scores", "must have 2 dimensions [B, N]", a.scores.dim());
   check(is_kernel_dtype(a.scores.dtype), kOp, "scores", "must be float16, bfloat16 or float32",

@@ -1,5 +1,5 @@
-// Tokens partitioned by their scores: a block for each row finds the k-th largest key, then sends
-// each token to its side in the order of the tokens.
+// Partitions tokens by score: one CTA per row finds the k-th largest key, then sends each token to
+// its side in token order.
 #pragma once
 #include "cuda/vector.cuh"
 #include "select/radix_select.cuh"
@@ -7,20 +7,19 @@
 
 namespace tokenmill::cuda::topk_partition {
 
-constexpr int kSharedSort = 2048;  // kept tokens that are sorted in shared memory
+constexpr int kSharedSort = 2048;  // maximum kept tokens sorted in shared memory
 constexpr unsigned kSharedKeys =
-    4096;  // tokens whose scores are read once; those behind them each time
+    4096;  // tokens whose scores are read once; later tokens are reread each time
 constexpr unsigned kSectorBytes = 32;
 
-// Places of a row for which a block has threads in front of it, so that each of its warps moves
-// whole sectors.
+// Number of idle threads before the row's first token, so that each warp accesses whole sectors.
 template <typename T>
 __device__ __forceinline__ unsigned skipped_places(const T* row) {
   return static_cast<unsigned>(reinterpret_cast<uintptr_t>(row) % kSectorBytes / sizeof(T));
 }
 
 struct PartitionMemory {
-  uint64_t* sort_keys;  // sort_stride for each row, if more than kSharedSort are sorted
+  uint64_t* sort_keys;  // sort_stride per row, if more than kSharedSort are sorted
   int64_t sort_stride;
 };
 
@@ -35,7 +34,7 @@ struct PartitionRow {
         scores(static_cast<const T*>(params.scores) + b * params.scores_batch),
         valid(params.valid ? params.valid + b * params.valid_batch : nullptr) {}
 
-  // Scores of NaN and -inf come before invalid tokens.
+  // NaN and -inf scores come before invalid tokens.
   __device__ __forceinline__ uint32_t key_at(unsigned i) const {
     if (is_protected(p, i)) return kProtectedKey;
     if (valid && !valid[i]) return kInvalidKey;
@@ -51,12 +50,12 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
   __shared__ TopkShared shared;
   __shared__ uint64_t shared_sort[kSharedSort];
   __shared__ uint32_t keys[kSharedKeys];
-  // Unsigned: the tile behind the last of 2^31 - 1 tokens begins beyond them.
+  // Unsigned: the tile after the last of 2^31 - 1 tokens begins past int.
   const unsigned tokens = static_cast<unsigned>(p.tokens);
   for (int64_t b = blockIdx.x; b < p.batch; b += gridDim.x) {
     const PartitionRow<T> row(p, b);
     const unsigned k = static_cast<unsigned>(count_of(p, b));
-    const bool all = k == 0 || (k == tokens && !p.by_score);  // on one side, in order
+    const bool all = k == 0 || (k == tokens && !p.by_score);  // all tokens on one side, in order
     int32_t* const keep = p.keep + b * p.k;
     int32_t* const rest = p.rest + b * p.others;
     for (int64_t i = k + threadIdx.x; i < p.k; i += kTopkThreads) keep[i] = -1;
@@ -65,11 +64,11 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
       (k == 0 ? rest : keep)[i] = static_cast<int32_t>(i);
     if (all) continue;
 
-    // A place in front of the row is a large number.
+    // An index before the row wraps around to a large number.
     const unsigned skipped = skipped_places(row.scores);
     for (unsigned t = threadIdx.x; t < min(tokens, kSharedKeys) + skipped; t += kTopkThreads)
       if (const unsigned i = t - skipped; i < min(tokens, kSharedKeys)) keys[i] = row.key_at(i);
-    // Each thread reads the keys that it has written.
+    // Each thread only reads keys that it has written.
     const auto key_at = [&](unsigned i) { return i < kSharedKeys ? keys[i] : row.key_at(i); };
     if (threadIdx.x == 0) shared.state = {0, static_cast<int>(k), 0, 0};
     for (int digit = 0; digit < kDigits; ++digit) {
@@ -92,7 +91,7 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
       const unsigned i = tile + threadIdx.x - skipped;
       const uint32_t key = i < tokens ? key_at(i) : 0;
       const bool greater = key > threshold, tie = key == threshold;
-      unsigned before, total;  // greater ones in the low half
+      unsigned before, total;  // greater keys in the low half, ties in the high half
       TopkShared::Scan(shared.scan).ExclusiveSum(greater ? 1u : tie ? 0x10000u : 0u, before, total);
       const unsigned ties_before = equal + (before >> 16);
       const unsigned place = above + (before & 0xffff) + min(ties_before, ties);
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
         else
           keep[place] = static_cast<int32_t>(i);
       } else if (i < tokens) {
-        // Where the keys of this tile and those before it were, which all threads have read.
+        // Overwrites the keys of this and earlier tiles, which all threads have read.
         const unsigned at = i - place;
         if (at < kSharedKeys)
           keys[at] = i;
@@ -116,7 +115,7 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
     const unsigned others = min(tokens - k, kSharedKeys), before_rest = skipped_places(rest);
     for (unsigned t = threadIdx.x; t < others + before_rest; t += kTopkThreads)
       if (const unsigned i = t - before_rest; i < others) rest[i] = static_cast<int32_t>(keys[i]);
-    __syncthreads();  // the next row writes keys
+    __syncthreads();  // the next row overwrites keys
     if (!p.by_score) continue;
     unsigned size = 1;
     while (size < k) size *= 2;

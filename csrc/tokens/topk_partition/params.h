@@ -1,4 +1,4 @@
-// Tokens partitioned by their scores. Free of torch.
+// Partition of tokens by score. Free of torch.
 #pragma once
 #include "core/dtype.h"
 #include "cpu/isa.h"
@@ -7,21 +7,21 @@ namespace tokenmill {
 
 struct TopkPartitionParams {
   int64_t batch, tokens;
-  int64_t k;              // to keep of each row, or at most
-  const int32_t* counts;  // [B], to keep; null: k
+  int64_t k;              // tokens to keep per row, or maximum
+  const int32_t* counts;  // [B], tokens to keep; null: k
   DType dtype;
   const void* scores;  // [B, N]
   int64_t scores_batch;
-  bool largest, by_score;  // whether keep is in the order of the scores
+  bool largest, by_score;  // by_score: keep is in score order
   const bool* valid;       // [B, N]; null: all
   int64_t valid_batch;
   int64_t protect_first, protect_last;
-  int32_t *keep, *rest;  // [B, k], [B, others], -1 behind the last
+  int32_t *keep, *rest;  // [B, k], [B, others], -1 past the last
   int64_t others;        // N - k, with counts N
   void* workspace;       // CUDA
 };
 
-// Tokens are ordered by keys, greatest first, and of equal keys by index. The keys of scores lie
+// Tokens are ordered by descending keys, and by index among equal keys. The keys of scores lie
 // between these two.
 constexpr uint32_t kProtectedKey = 0xffffffffu, kInvalidKey = 1;
 
@@ -29,16 +29,16 @@ TOKENMILL_HOST_DEVICE inline bool is_protected(const TopkPartitionParams& p, int
   return i < p.protect_first || i >= p.tokens - p.protect_last;
 }
 
-// To keep of row b. Protected tokens are.
+// Tokens to keep in row b; protected tokens are always kept.
 TOKENMILL_HOST_DEVICE inline int64_t count_of(const TopkPartitionParams& p, int64_t b) {
   if (!p.counts) return p.k;
   const int64_t least = p.protect_first + p.protect_last, count = p.counts[b];
   return count < least ? least : count > p.k ? p.k : count;
 }
 
-int64_t workspace_bytes(const TopkPartitionParams&);  // of the CUDA kernel
+int64_t workspace_bytes(const TopkPartitionParams&);  // CUDA
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const TopkPartitionParams&, void* stream);
 
 }  // namespace tokenmill
