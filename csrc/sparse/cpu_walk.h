@@ -13,7 +13,7 @@ namespace tokenmill::TOKENMILL_ISA {
 struct RowTile {
   int64_t b, kv_head, head;  // head: first of the heads that share keys
   int64_t list_row;
-  int64_t query, queries;  // of the block
+  int64_t query, queries;  // range of the block
   int64_t first, rows;     // within the rows of the block
 
   int64_t head_of(int64_t r) const { return head + (first + r) / queries; }

@@ -435,7 +435,7 @@ class Worker {
   float *transposed_states, *value_states, *out, *spare, *packed_dk, *packed_dv;
   float *by_state, *kept_weights, *undecayed_table;
   float *saved, *before_chunks, *decay_gradients, *tables;
-  Target dk, dv;  // of the current chunk
+  Target dk, dv;  // rows of the current chunk
 };
 
 }  // namespace

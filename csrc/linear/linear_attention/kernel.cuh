@@ -190,7 +190,7 @@ class RecurrenceBlock {
   }
 
   // Stores the state at the end of the part: its own contribution and, except in the first part,
-  // the decayed state at its start. The accumulators then hold the state at the start.
+  // the decayed state at its start, which the accumulators hold afterwards.
   __device__ __forceinline__ void hand_on(bool carried, int64_t slot_step) {
     SlotState<Shape> before = slot_state_;
     before.move(-slot_step);
@@ -302,8 +302,7 @@ class RecurrenceBlock {
       if (warp_ == 0) decays_.prepare(vectors_, first, n, output_scale(), p_.scale_keys, drop_last);
       __syncthreads();
     }
-    // W = causal, decay-weighted Q K^T
-    if (!states_only()) make_weights(queries, keys);
+    if (!states_only()) make_weights(queries, keys);  // W = causal, decay-weighted Q K^T
 
     ValueFragments<T, Shape> fragments;
     const int subtile_column = warp_ * kColumnsPerWarp % kSubtileColumns;
@@ -333,9 +332,8 @@ class RecurrenceBlock {
         if (Shape::kSteps) slot_state_.load(s_, step);
         // O = S Q
         if (!states_only() && have_state_) multiply_state<T, Shape>(acc, s_, step_queries);
-        // S = total S
         if (p_.decay.data) {
-          const float total = vectors_.total[0];
+          const float total = vectors_.total[0];  // S = total S
 #pragma unroll
           for (auto& s : s_) s[0] *= total, s[1] *= total, s[2] *= total, s[3] *= total;
         }
@@ -361,14 +359,13 @@ class RecurrenceBlock {
     __syncthreads();
     if (p_.normalize) normalize(row, normalizer, first, n);
     if (!live()) return;
-    // O *= start
+    // O = start O + W V
     const int c = threadIdx.x % 4;
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
       const float2 start = *reinterpret_cast<const float2*>(vectors_.start + 8 * t + 2 * c);
       acc[t][0] *= start.x, acc[t][1] *= start.y, acc[t][2] *= start.x, acc[t][3] *= start.y;
     }
-    // O += W V
     multiply_seen_weights<T, Shape>(acc, s_, fragments, values, subtile_column, weights_,
                                     p_.no_diagonal);
     if (p_.normalize) {
@@ -381,8 +378,7 @@ class RecurrenceBlock {
     store(acc, values, first, n);
   }
 
-  // W = decay-weighted Q K^T of the chunk, in 16 x 16 squares; squares above the diagonal are not
-  // stored.
+  // Computes W in 16 x 16 squares; squares above the diagonal are not stored.
   __device__ __forceinline__ void make_weights(uint32_t queries, uint32_t keys) {
     constexpr int kSquares = kTokens / 16;
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
@@ -390,7 +386,6 @@ class RecurrenceBlock {
 #pragma unroll 1
     for (int column = warp_ / kSquares; column <= row; column += plan_.warps / kSquares) {
       float w[2][4] = {};
-      // W = Q K^T
       multiply_rows<T, typename Shape::RowTile>(w, queries, 16 * row, keys, 16 * column);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {

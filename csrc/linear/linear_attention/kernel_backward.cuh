@@ -10,7 +10,7 @@ namespace tokenmill::cuda::linear_attention {
 
 // Rows are numbered over all sequences: [tokens, H, ...] in the workspace.
 struct BackwardPlan {
-  int64_t tokens, segments;  // of all sequences; packed: a bound on the segments
+  int64_t tokens, segments;  // totals over all sequences; packed: a bound on the segments
   int features, group;
   bool taylor;
   float *dy_zero, *dz;  // dy: elements have the dtype of q, see launch

@@ -8,7 +8,7 @@ namespace tokenmill::cuda::linear_attention {
 struct Part {
   int b, slot;        // b: -1 if there is no part; slot: index among the parts of all sequences
   int index, count;   // within the sequence
-  int start, length;  // of the sequence, in tokens
+  int start, length;  // extent of the sequence, in tokens
   int padding;        // tokens missing from the first chunk of the sequence
   int first, end;     // token range of the part, within the sequence
 

@@ -80,7 +80,7 @@ struct RecurrencePlan {
   // CTAs: parts x heads x slices; if packed, also for tokens outside of every sequence
   int64_t blocks;
   int64_t slot_floats;
-  int64_t segments;  // of all sequences, a bound if packed
+  int64_t segments;  // total over all sequences, a bound if packed
 
   int features;                    // rounded up
   int64_t q_step, k_step, v_step;  // see TileLoader::step

@@ -22,7 +22,7 @@ struct LinearAttentionParams {
 };
 
 struct LinearAttentionBackwardParams {
-  LinearAttentionParams forward;  // with out and normalizer (if normalize) from the forward
+  LinearAttentionParams forward;  // includes out and normalizer (if normalize)
   Rows dout;                      // null data: zeros
   States dfinal;                  // null: zeros
   Rows dq, dk, dv;                // dtype of q

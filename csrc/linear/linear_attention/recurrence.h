@@ -29,7 +29,7 @@ struct Recurrence {
   const int32_t* cu_seqlens;
   DType dtype;
   Operand q, k, v;
-  int columns;  // of the state
+  int columns;  // columns of the state
   Rows out;
   bool out_float;  // out is float32, whatever the dtype
   float scale;

@@ -92,7 +92,7 @@ class ScoreWarp {
   __device__ __forceinline__ void add_tile(uint32_t tile, int row0) {
     if (first_ > last_) return;
     Addresses at(tile);
-    float sums[kTiles][2] = {};  // from zero: a second level of accumulation
+    float sums[kTiles][2] = {};  // second level of accumulation
 #pragma unroll 1
     for (int i = 0; i < Shape::kTileRows; i += kStep) {
       const int from = row0 + i;
@@ -246,7 +246,7 @@ class ScoreWarp {
   int first_, last_;
   QuerySlice slices_[Shape::kOwnInRegisters ? kTiles : 1]
                     [Shape::kOwnInRegisters ? Shape::kSlices : 1];
-  float top_[kTiles][2], sum_[kTiles][2];  // of this lane
+  float top_[kTiles][2], sum_[kTiles][2];  // partial results of this lane
 };
 
 // Without a minimum number of CTAs ptxas spills a few bytes to fit one more.

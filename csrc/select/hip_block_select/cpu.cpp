@@ -19,7 +19,7 @@ namespace {
 constexpr float kNegInf = -__builtin_inff();
 constexpr float kUnknown = __builtin_nanf("");
 constexpr int kRows = kWidth == 16 ? 8 : 6;  // keys per register tile
-constexpr int kVectors = 2;                  // of queries
+constexpr int kVectors = 2;                  // query vectors per register tile
 constexpr int kLanes = kVectors * kWidth;
 constexpr int64_t kFewQueries = 4;
 constexpr int64_t kAhead = 2 * kRows;  // prefetch distance, in keys

@@ -19,7 +19,7 @@ struct HipPlan {
   int slots;           // blocks of keys per 16 rows; 1: a block is processed 16 rows at a time
   int chunks, slices;  // 16 and 64 bytes of a row
   int query_bytes;     // column stride in shared memory
-  int rounds;          // of a search from a list
+  int rounds;          // levels of a search from a list
   int levels;          // tree levels scored ahead of the search
   int parts;           // CTAs that share the scored-ahead nodes of a list
   int64_t blocks;      // key blocks: list stride in `ahead`
@@ -58,7 +58,7 @@ struct HipShared {
   } scan;
   unsigned bins[kHipBins];
   unsigned prefix;
-  int wanted;  // among the scores that begin with the prefix
+  int wanted;  // wanted scores that begin with the prefix
 };
 
 struct Most {

@@ -34,14 +34,15 @@ struct HipParams {
   int32_t *indices, *counts;  // [B, lists, blocks, wanted], [B, lists, blocks]
   void* workspace;            // CUDA
 
-  TOKENMILL_HOST_DEVICE int64_t requests() const { return cu_seqlens_q ? 1 : batch; }  // of lists
+  // Request dimension of the lists.
+  TOKENMILL_HOST_DEVICE int64_t requests() const { return cu_seqlens_q ? 1 : batch; }
 };
 
 // Query block of a list: offsets and sizes of its request.
 struct HipBlock {
-  int64_t b, block;          // of the request
+  int64_t b, block;          // request, and block within it
   int64_t q_start, queries;  // row of the first query, number of queries
-  int64_t k_start, tokens;   // of keys
+  int64_t k_start, tokens;   // row of the first key, number of keys
 };
 
 // Block number `block` of the lists of request b.

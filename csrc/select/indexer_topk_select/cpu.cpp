@@ -15,7 +15,7 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kFewRows = 64;  // with this many rows, packing the keys takes a sixth of the time
+constexpr int64_t kFewRows = 64;  // at this many rows, packing the keys takes a sixth of the time
 constexpr int64_t kMaxQueries = 128;         // per item
 constexpr int64_t kMaxCandidates = 1 << 20;  // per item
 constexpr int64_t kPartKeys = 4096;          // minimum per item
@@ -411,8 +411,8 @@ class Indexer {
   cpu::Workspace memory;
   float *queries, *weights, *keys;  // words of [query, head] and of a panel
   float *scores, *blocks, *open;    // [query, kPanel]; closed blocks; current block of each query
-  int64_t *open_ids, *ends;         // of the current block; end of the keys that each query sees
-  float* scales;                    // of a panel
+  int64_t *open_ids, *ends;         // id of the current block; end of the keys that each query sees
+  float* scales;                    // scales of a panel
   const char** offsets;             // rows of a panel
   Candidates* candidates;
   uint32_t *order, *sorted;

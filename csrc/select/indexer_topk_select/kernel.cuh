@@ -43,7 +43,7 @@ struct ScorePlan {
 // A query of the tile, and the range of keys that its list may contain.
 struct IndexerToken {
   int64_t query, weight;  // offsets, in elements
-  int64_t k_start, keys;  // of the sequence
+  int64_t k_start, keys;  // extent of the sequence
   int b, begin, end;
 };
 

@@ -402,12 +402,12 @@ class Scorer {
   const ScorePlan plan;
   int64_t columns, halves, words, ldq;
   bool codes;                    // keys are codes
-  int64_t query_size, key_size;  // of elements
+  int64_t query_size, key_size;  // bytes per element
   bool few;                      // few columns, over all parts
   int64_t block_ld;
   cpu::Workspace memory;
   float *queries, *keys, *products, *blocks, *rows[4], *hidden, *total;
-  float* key_scales;                        // of a panel
+  float* key_scales;                        // scales of a panel
   int64_t *ends, *offsets, *scale_offsets;  // per column; per row of a panel
   char* gathered;
   int64_t loaded = -1, b = 0, first_set = 0, count = 0, begin = 0, end = 0;

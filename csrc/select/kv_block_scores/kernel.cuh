@@ -31,7 +31,7 @@ struct ScorePlan {
 
 template <int kColumnTiles>
 struct ScoreShape {
-  static constexpr int kColumns = 8 * kColumnTiles;   // in shared memory
+  static constexpr int kColumns = 8 * kColumnTiles;   // columns in shared memory
   static constexpr int kScores = kColumns * kSlotLd;  // per warp
 
   static int shared_bytes(int query_bytes) {
@@ -40,8 +40,8 @@ struct ScoreShape {
 };
 
 struct ScoreColumn {
-  int row, query;  // of the result; of the sequence, -1 past its end
-  int head;        // of the group
+  int row, query;  // row of the result; query of the sequence, -1 past its end
+  int head;        // index in the GQA group
 
   __device__ ScoreColumn(const BlockScoreParams& p, const ScorePlan& plan, int column) {
     const int rest = column / plan.row_queries;

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kVoteThreads, 4)
 __global__ void __launch_bounds__(kVoteThreads, 4)
     vote_kernel(const __grid_constant__ BlockScoreParams p, const VotePart* parts, int pieces,
                 int column_pieces) {
-  __shared__ float lse[kVoteHeads];  // in log2 units
+  __shared__ float lse[kVoteHeads];  // log2 units
   const int64_t place = blockIdx.x / static_cast<unsigned>(column_pieces);
   const int64_t b = place / p.rows, row = place % p.rows;
   const int64_t column =

@@ -17,7 +17,7 @@ struct BlockScoreParams {
   int64_t row_tokens;          // tokens per row of k
   bool boxes, mean_q, causal;  // mean_q: queries are averaged; else the maximum of their scores
   HeadReduce head_reduce;
-  DType dtype, k_dtype;  // of q; of k: the same, or float8_e4m3fn
+  DType dtype, k_dtype;  // k_dtype: same as dtype, or float8_e4m3fn
   float scale;
   Rows q;
   KeyRows k;

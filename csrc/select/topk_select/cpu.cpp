@@ -320,9 +320,9 @@ struct Range {
 
 // Scratch memory for one row.
 struct Scratch {
-  int32_t *positions, *ties;  // of candidates; of scores equal to the threshold
-  float* scores;              // of candidates, and of hints
-  uint32_t* keys;             // of candidates and samples
+  int32_t *positions, *ties;  // candidates; scores equal to the threshold
+  float* scores;              // candidates and hints
+  uint32_t* keys;             // candidates and samples
   int32_t* numbers;           // aliases keys
   float* others;              // aliases keys
   int64_t room;

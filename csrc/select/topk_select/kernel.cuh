@@ -24,7 +24,7 @@ struct TopkRow {
 
   const T* scores;  // position 0
   int length, begin, end;
-  int wanted;  // among begin .. end - 1
+  int wanted;  // selections from begin .. end - 1
 
   __device__ TopkRow(const TopkParams& p, int64_t row) {
     const TopkWindow window = topk_window(p, row);

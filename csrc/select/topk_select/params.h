@@ -10,10 +10,10 @@ struct TopkParams {
   int64_t rows, columns, k;
   DType dtype;
   const void* scores;
-  int64_t row_stride;               // in elements
+  int64_t row_stride;               // elements
   const int32_t* lengths;           // [rows]; null: up to the last column
   const int32_t* row_starts;        // [rows]; null: 0
-  bool tie_high;                    // among equal scores the higher position goes first
+  bool tie_high;                    // ties go to the higher position
   bool by_score;                    // output in the order of the scores instead of the positions
   int64_t force_first, force_last;  // positions taken whatever their score
   const int32_t* block_table;       // [page_rows, pages], for physical positions

@@ -11,7 +11,7 @@ struct RegionGradients : RegionLaunch {
   int64_t dout_line;
   const float* dlse;
   float *minus_lse, *minus_delta;    // layout of lse
-  const int32_t *offsets, *listing;  // from transpose_block_list
+  const int32_t *offsets, *listing;  // output of transpose_block_list
   bool compact_queries;              // `compact` for Q and dO, which stream past a key tile
   FastDivmod query_rows;             // rows of the largest region, over the heads that share a list
 

@@ -25,7 +25,7 @@ struct BilevelParams : ListedAttention {  // without softcap
 };
 
 struct BilevelBackwardParams {
-  BilevelParams forward;  // with out and lse from the forward
+  BilevelParams forward;  // includes out and lse
   Rows dout;
   int64_t dout_line;
   const float* dlse;  // layout of lse, or null

@@ -56,7 +56,7 @@ struct alignas(1024) Sm90KeyShared {
   float minus_lse[Shape::kStages][Shape::kTileQueries];
   float minus_delta[Shape::kStages][Shape::kTileQueries];
   QuerySight sight[Shape::kStages];
-  RequestKeyTile tile;  // in shared memory to save registers
+  RequestKeyTile tile;  // kept here to save registers
   Sm90Queries queries;
   Mbarrier keys_full, part_full;  // part_full: tiles with rows to be zeroed before use
   Mbarrier full[Shape::kStages], empty[Shape::kStages];
@@ -209,7 +209,7 @@ class Sm90KeyRows {
  public:
   static constexpr int kKeys = Shape::kKeys, kQueries = Shape::kTileQueries;
   static constexpr int kHeadDim = Shape::kHeadDim;
-  // dP runs while weights are made, as far as registers allow it; else it takes the place of S.
+  // Issue dP before the softmax where registers allow it; else dP reuses the registers of S.
   static constexpr bool kEarly = kHeadDim <= 64;
   using Shared = Sm90KeyShared<Shape>;
 

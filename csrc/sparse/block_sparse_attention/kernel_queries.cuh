@@ -9,7 +9,7 @@ namespace tokenmill::cuda::block_sparse_attention {
 struct BlockSparseGradients : BlockSparseLaunch {
   Rows dout, dq, dk, dv;
   const float *minus_lse, *minus_delta;  // layout of lse
-  const int32_t *offsets, *listing;      // from transpose_block_list
+  const int32_t *offsets, *listing;      // output of transpose_block_list
   bool compact_queries;                  // `compact` for Q and dO, which stream past a key tile
 
   TOKENMILL_HOST_DEVICE const Rows& of_dout() const { return dout; }

@@ -88,7 +88,7 @@ struct LatentBlockSparse : SparseDecodeParams {
   }
 };
 
-// null, or what went wrong
+// null, or an error message
 const char* launch_cuda(const LatentBlockSparse&, void* stream);
 int64_t workspace_bytes(const LatentBlockSparse&);
 

@@ -61,7 +61,7 @@ struct BlockSparseParams : ListedAttention {
 };
 
 struct BlockSparseBackwardParams {
-  BlockSparseParams forward;  // with out and lse from the forward
+  BlockSparseParams forward;  // includes out and lse
   Rows dout;
   const float* dlse;  // layout of lse, or null
   Rows dq, dk, dv;    // dtype of q

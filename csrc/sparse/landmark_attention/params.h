@@ -13,7 +13,7 @@ struct LandmarkParams {
 };
 
 struct LandmarkBackwardParams {
-  AttentionBackwardParams attention;  // with out and lse from the forward
+  AttentionBackwardParams attention;  // includes out and lse
   int64_t block;
 };
 

@@ -71,7 +71,7 @@ struct KeyRow {
   bool ascends;  // whether the list is ascending
 
   // Range of positions that any query sees through its list. It starts with the first entry that is
-  // not wholly among the sinks, and ends before the first one that lies wholly past the range.
+  // not wholly among the sinks, and ends before the first one wholly past the range.
   struct Listed {
     int64_t begin, end;
 

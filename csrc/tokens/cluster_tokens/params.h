@@ -36,7 +36,7 @@ struct ClusterParams {
 };
 
 struct ClusterBackwardParams {
-  ClusterParams forward;   // with mass and previous from the forward; the outputs are unused
+  ClusterParams forward;   // includes mass and previous; the outputs are unused
   const void* dcentroids;  // [B, gy, gx, C] contiguous
   void* dx;                // [B, Y, X, C] contiguous
 };

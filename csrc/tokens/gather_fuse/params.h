@@ -22,11 +22,11 @@ struct GatherFuseParams {
   float* weight_sum;      // [batch]
   const int32_t* places;  // CPU: [batch, patches], as in the backward
 
-  TOKENMILL_HOST_DEVICE int64_t rows() const { return prefix + kept + 1; }  // of out
+  TOKENMILL_HOST_DEVICE int64_t rows() const { return prefix + kept + 1; }  // rows of out
 };
 
 struct GatherFuseBackwardParams {
-  GatherFuseParams forward;  // with weight_sum from the forward; out is unused
+  GatherFuseParams forward;  // includes weight_sum; out is unused
   const void* dout;
   int64_t dout_batch, dout_row;
   const void* fused;  // last row of out

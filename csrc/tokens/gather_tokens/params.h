@@ -8,7 +8,7 @@ namespace tokenmill {
 // Strides of x and out in bytes. Flat indices form one sequence, in which index i is token i %
 // tokens of sequence i / tokens.
 struct GatherTokensParams {
-  int64_t batch, entries;  // of indices
+  int64_t batch, entries;  // shape of indices
   int64_t rows, tokens;    // indices are below rows: tokens, or tokens of all sequences
   int64_t row_bytes;
   const char* x;

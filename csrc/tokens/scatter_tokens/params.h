@@ -8,9 +8,9 @@ namespace tokenmill {
 // Strides of y and base in bytes. With flat indices, y has one sequence, whose indices count the
 // tokens of all sequences of out.
 struct ScatterTokensParams {
-  int64_t batch, tokens;       // of out
-  int64_t sequences, entries;  // of y
-  int64_t rows;                // indices are below
+  int64_t batch, tokens;       // shape of out
+  int64_t sequences, entries;  // shape of y
+  int64_t rows;                // indices are below `rows`
   int64_t row_bytes;
   const char* y;
   int64_t y_batch, y_row;

@@ -28,7 +28,7 @@ struct SegmentReduceParams {
 };
 
 struct SegmentReduceBackwardParams {
-  SegmentReduceParams forward;  // with y, weight_sum and arg from the forward
+  SegmentReduceParams forward;  // includes y, weight_sum and arg
   const void* dy;               // [B, S, C]
   int64_t dy_batch, dy_row;
   const float* dweight_sum;  // [B, S], or null
