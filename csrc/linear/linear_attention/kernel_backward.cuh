@@ -232,7 +232,7 @@ struct Segment {
   __device__ bool is_last() const { return first + count == length; }
 };
 
-// Sum over `count` threads of a CTA, a power of two; every thread gets the result.
+// Sum over the kMaxThreads threads of a CTA; every thread gets the result.
 __device__ inline float block_sum(float x, float* shared) {
   x = warp_sum(x);
   __syncthreads();

@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
             const float key = shared.k[f], query = shared.q[f];
 #pragma unroll
             for (int e = 0; e < kVector; ++e) {
+              // S = decay S + k^T v, out += q S
               s[i].x[e] = fmaf(decay, s[i].x[e], key * value[e]);
               sum[e] = fmaf(query, s[i].x[e], sum[e]);
             }

@@ -292,6 +292,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
     load_rows(s.x, kWidth, row_at<T>(p.v, b, token, h), p.v.seq, n, own.column, p.value_dim,
               kWidth);
     weigh<false>(p, f, s.pairs, nullptr, b, h, token, n);
+    // U = K G - V
     for (int j = threadIdx.x; j < n * kFours; j += kThreads) {
       const int t = j / kFours, c = j % kFours * 4;
       const float4 v = four(s.x + t * kWidth + c);
@@ -305,6 +306,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
       float* const to = kept.u + (row_number(p, b, token) * p.heads + h) * p.value_dim;
       store_rows(to, p.heads * p.value_dim, s.x, kWidth, n, own.column, p.value_dim, kWidth, 1.f);
     } else {
+      // out = diag(W0) Q M + diag(W1) Q S - (W o Q K^T) U
       for (int j = threadIdx.x; j < n * kFours; j += kThreads) {
         const int t = j / kFours, c = j % kFours * 4;
         float m[4] = {}, o[4] = {}, sum[4] = {};
@@ -320,6 +322,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
                  own.column, p.value_dim, kWidth, 1.f);
     }
     const float to_memory = f.memory[n - 1], to_momentum = f.momentum[n - 1], stay = f.kept[n - 1];
+    // M = W00 M + W01 S - (diag(w) K)^T U, S = E1 S - (diag(e) K)^T U
     for (int j = threadIdx.x; j < s.dim * kFours; j += kThreads) {
       const int d = j / kFours, c = j % kFours * 4;
       float m[4] = {}, o[4] = {};
@@ -372,6 +375,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
     weigh<false>(in, f, s.pairs, nullptr, b, h, token, n);
     s.score(n);
     __syncthreads();
+    // dU = -(W o P)^T dO - diag(w) K dM' - diag(e) K dS'
     for (int j = threadIdx.x; j < n * kFours; j += kThreads) {
       const int t = j / kFours, c = j % kFours * 4;
       float m[4] = {}, o[4] = {}, sum[4] = {};
@@ -383,11 +387,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
                  {sum[0], sum[1], sum[2], sum[3]});
     }
     __syncthreads();
+    // dV = -dU
     store_rows(const_cast<T*>(row_at<T>(p.dv, b, token, h)), p.dv.seq, s.y, kWidth, n, own.column,
                in.value_dim, kWidth, -1.f);
     float* const to = kept.du + (row_number(in, b, token) * in.heads + h) * in.value_dim;
     store_rows(to, in.heads * in.value_dim, s.y, kWidth, n, own.column, in.value_dim, kWidth, 1.f);
     const float to_memory = f.memory[n - 1], to_momentum = f.momentum[n - 1], stay = f.kept[n - 1];
+    // dM, dS and dG, as in cpu_backward.cpp
     for (int j = threadIdx.x; j < s.dim * kFours; j += kThreads) {
       const int d = j / kFours, c = j % kFours * 4;
       float m[4] = {}, o[4] = {}, g[4] = {};

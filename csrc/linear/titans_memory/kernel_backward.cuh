@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(kThreads)
   };
   const auto row_of = [&](int i) { return warp + i * kWarps; };
 
+  // P = Q K^T, X = dO U^T
   float scores[kRowsOfWarp] = {}, values[kRowsOfWarp] = {};
 #pragma unroll 1
   for (int64_t d = 0; d < dim; d += kTokens) {
@@ -126,6 +127,7 @@ __global__ void __launch_bounds__(kThreads)
       load_kept(s.rows[1], kept.u, c);
       load_kept(s.rows[2], kept.du, c);
       __syncthreads();
+      // dO M^T, dO S^T, U dM'^T, U dS'^T and dU G^T
       add_products(memory_q, s.rows[0], s.states[kMemory]);
       add_products(momentum_q, s.rows[0], s.states[kMomentum]);
       add_products(memory_k, s.rows[1], s.states[kMemoryGradient]);

@@ -143,12 +143,14 @@ class ScoreWarp {
                                            float (&sums)[kTiles][2]) {
     float2 statistic[kStep / 8][2];
     if constexpr (kPass == ScorePass::columns) load_statistics(statistic, from);
+    // t = factor Q K^T, plus noise / tau if kNoise
     float t[kTiles][kStep / 8][4];
     multiply_step(t, at);
     each_pair(from, [&](int m, int n, int i, int own, int streamed) {
       t[m][n][i] *= plan_.factor;
       if constexpr (kNoise) t[m][n][i] = fmaf(noise(own, streamed), p_.inverse_tau, t[m][n][i]);
     });
+    // columns: P = 2^(t - row_max) weight
     if constexpr (kPass == ScorePass::columns) {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m)
@@ -168,6 +170,7 @@ class ScoreWarp {
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        // rows: row_max = max(row_max, t), rescale row_sum
         if constexpr (kPass == ScorePass::rows) {
           float top = top_[m][half];
 #pragma unroll

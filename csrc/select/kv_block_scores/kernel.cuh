@@ -176,6 +176,7 @@ __device__ __forceinline__ void score_unit(const Keys& keys, int unit, int seen_
     if (row >= seen_end || row + kScoreRows <= seen_begin) continue;
     const auto low = keys.row(row + g, min(last, seen_end));
     const auto high = keys.row(row + g + 8, min(last, seen_end));
+    // S = K Q^T
     float s[kColumnTiles][4];
     multiply_queries(s, keys, low.data, high.data, queries, tiles);
 #pragma unroll

@@ -142,6 +142,7 @@ class MassWarp {
     KeyAddresses<Shape> at(tile);
 #pragma unroll 1
     for (int i = 0; i < Shape::kTileRows; i += Shape::kStep) {
+      // S = K Q^T
       float t[kTiles][Shape::kStep / 8][4];
       multiply(t, at);
 #pragma unroll
@@ -153,6 +154,7 @@ class MassWarp {
           for (int m = 0; m < kTiles; ++m)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
+              // P = 2^(t - lse)
               const float weight = exp2_approx(exponent(t[m][n][2 * half + odd]) + row.shift);
               if (sees(key_[m][half], row.query)) sum_[m][half] += weight;
             }

@@ -77,6 +77,7 @@ class ForwardWarp {
   __device__ __forceinline__ void add(int tile) {
     const int first = keys_.first(tile), count = keys_.count_of(tile);
     float s[1][kKeyTiles][4];
+    // S = Q K^T
     multiply(s);
     const bool cut = find_exponents(s[0], first, count);
     const bool clean = cut && !all_finite<T, kKeys, kTiles>(at_);
@@ -87,8 +88,10 @@ class ForwardWarp {
 #pragma unroll
         for (int i = 0; i < 4; ++i) part[0][n][i] = s[0][kStepKeys / 8 * step + n][i];
       Fragment<T, 4> p[1][kStepKeys / kMmaDepth<T>];
+      // online softmax: P = 2^(t - row_max), rescale O where row_max grows
       softmax_weights<0, true>(part, 1.f, neg_row_max_, sum_, out_, p);
       const auto before = [](auto) {};
+      // O += P V; non-finite V is added below, for visible pairs only
       if (clean)
         multiply_values<T, 0, kStepKeys * step, true>(out_, p, at_, before);
       else

@@ -255,6 +255,7 @@ __global__ void __launch_bounds__(LandmarkGradientShape<T, kBucket, Side::querie
         return warp.key_of(at, k + 8 * n + lane % 4 * 2 + i % 2);
       };
       const auto own = [&](int i) { return row + lane / 4 + i / 2 * 8; };
+      // dQ += dS K
       warp.template add_step<false, 0, 1>(
           stage, k,
           [&](int kind, int, int n, int i) {
@@ -333,6 +334,7 @@ __global__ void __launch_bounds__(LandmarkGradientShape<T, kBucket, Side::keys>:
         if (first + k + Shape::kStep <= first_key + row) continue;
         const auto query = [&](int n, int i) { return k + 8 * n + lane % 4 * 2 + i % 2; };
         const typename Warp::Key key[2] = {own(0), own(1)};
+        // dV += P^T dO, dK += dS^T Q
         warp.template add_step<false, 0, 1>(
             stage, k,
             [&](int kind, int, int n, int i) {

@@ -37,16 +37,19 @@ class SparseWarp
   // `place`.
   __device__ __forceinline__ void add_step(const Keys& keys, const Addresses& at, int place,
                                            int key, int) {
+    // S = Q K^T
     float s[kKeyTiles][4];
     this->multiply_keys(s, at);
     if constexpr (Shape::kFloat8) scale_scores(s, keys.k_scales(place));
     apply_score_mod(s, keys, place);
     if (key < list_end_ && key + Shape::kStepKeys > list_begin_) store_logits(s, key);
+    // online softmax: P = 2^(S - row_max), rescale O where row_max grows
     this->exponentiate(s);
     float least = 1;  // weights of masked keys are 0
     Products::each_score(s, [&](float& x, int, int) { least = fminf(least, x); });
     const auto sees_key = [&](int half, int k) { return sees(half, keys, place + k); };
     if constexpr (Shape::kFloat8) scale_weights(s, keys.v_scales(place), sees_key);
+    // O += P V
     this->multiply_values(s, at, __any_sync(kFullWarp, least == 0), sees_key);
   }
 
