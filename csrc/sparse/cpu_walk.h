@@ -8,8 +8,8 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-// Part of the rows of a query block: row r of the block is its query r % queries in head r /
-// queries of the heads that share a list and keys.
+// Part of the rows of a query block: row r of the block is its query r % queries in head
+// r / queries of the heads that share a list and keys.
 struct RowTile {
   int64_t b, kv_head, head;  // head: first of the heads that share keys
   int64_t list_row;

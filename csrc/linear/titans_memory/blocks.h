@@ -1,7 +1,7 @@
 // Blocks of a sequence: chunks, or parts of chunks longer than kBlock tokens.
 //
-// A block begins with the memory M and the momentum S, and its chunk with the memory G. With U = K
-// G - V, the gradient of token j is k_j^T u_j, and after token t of the block
+// A block begins with the memory M and the momentum S, and its chunk with the memory G. With
+// U = K G - V, the gradient of token j is k_j^T u_j, and after token t of the block
 //
 //   memory   = W[t, 0] M + W[t, 1] S - sum_(j <= t) W[t, 2 + j] k_j^T u_j
 //   momentum =             E[t, 1] S - sum_(j <= t) E[t, 2 + j] k_j^T u_j

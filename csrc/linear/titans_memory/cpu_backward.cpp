@@ -1,6 +1,6 @@
 // Backward: a forward sweep that recomputes the states and keeps those at block starts, then a
-// sweep from the last block to the first. A worker owns a head of a sequence. With X = dO U^T, P =
-// Q K^T and w, e the last rows of W and E, a block has
+// sweep from the last block to the first. A worker owns a head of a sequence. With X = dO U^T,
+// P = Q K^T and w, e the last rows of W and E, a block has
 //
 //   dU = -(W o P)^T dO - diag(w) K dM' - diag(e) K dS'          dV = -dU
 //   dM = W00 dM' + (diag(W0) Q)^T dO   dS = W01 dM' + E1 dS' + (diag(W1) Q)^T dO   dG = K^T dU

@@ -76,8 +76,8 @@ struct Range {
     return first(Elements<kType>::load_n(scores, i, 1));
   }
 
-  // Appends the positions above the threshold, in order, to `to`, which has room for `room` +
-  // kBatch of them. Returns their number, or room + 1 if there are more than `room`.
+  // Appends the positions above the threshold, in order, to `to`, which has room for
+  // `room` + kBatch of them. Returns their number, or room + 1 if there are more than `room`.
   int64_t above(float threshold, int32_t* to, int64_t room) const {
     const vf bound = set(threshold);
     int64_t count = 0, i = begin;

@@ -96,8 +96,8 @@ struct RegionLaunch : BilevelParams {
   __device__ MapRows v() const { return {attention.v, v_line}; }
 };
 
-// Rows of a tile: queries of one region times the heads that share their keys. Row r is pixel r /
-// together of head r % together.
+// Rows of a tile: queries of one region times the heads that share their keys. Row r is pixel
+// r / together of head r % together.
 struct RegionQueries {
   const RegionLaunch& d;
   int b, head, region;

@@ -23,8 +23,8 @@ struct BlockSparseLaunch : BlockSparseParams {
   TOKENMILL_HOST_DEVICE const Rows& v() const { return attention.v; }
 };
 
-// Rows of a tile: queries of one block times the heads that share their keys. Row r is query r /
-// together of head r % together.
+// Rows of a tile: queries of one block times the heads that share their keys. Row r is query
+// r / together of head r % together.
 struct QueryTile {
   int b, head, together;
   int block, first_query;  // first query of the block

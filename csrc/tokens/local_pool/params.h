@@ -5,8 +5,8 @@
 
 namespace tokenmill {
 
-// Tap (i, j) of the window of token (y, x) is token (y + dilation_y (i - kernel_y / 2), x +
-// dilation_x (j - kernel_x / 2)). Strides in elements.
+// Tap (i, j) of the window of token (y, x) is token (y + dilation_y (i - kernel_y / 2),
+// x + dilation_x (j - kernel_x / 2)). Strides in elements.
 struct LocalPoolParams {
   int64_t batch, channels;
   int height, width;
