@@ -23,8 +23,8 @@ struct SparseRows : QueryRows {
   float *lowest, *highest;  // query range of the register tile that starts at a row
 };
 
-// P = exp(score_mod(Q K^T)) for kRows rows and kVectors vectors of keys, stored at `slot` of the
-// step.
+// S = Q K^T and softmax weights P of kRows rows and kVectors vectors of keys, stored at `slot` of
+// the step.
 template <class Op, bool kCoarse, bool kPlain, int kRows, int kVectors>
 __attribute__((noinline)) void score_tile(const SparseRows& t, int64_t row, const KeyVector* keys,
                                           int64_t slot) {
