@@ -1,4 +1,4 @@
-"""additive_attention: scores v . tanh(q + k), and the pointers that they give."""
+"""additive_attention: scores v . tanh(q + k), and the argmax over the inputs."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def additive_attention(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""The scores of additive attention, or the values that they weigh.
+    r"""Additive attention: its scores, or the values weighted by their softmax.
 
     .. math::
        u_{ij} = v \cdot \tanh(q_i + k_j), \qquad out_i = \sum_j \operatorname{softmax}_j(u_i)\,
        values_j
 
-    with q and k already projected (:math:`W_2 d_i` and :math:`W_1 e_j`). The kernels never have the
-    tensor of T times N times A hyperbolic tangents in memory, neither forward nor backward, which
-    computes them again. Softmax and the product with values are PyTorch's.
+    with q and k already projected (:math:`W_2 d_i` and :math:`W_1 e_j`). The ``[B, T, N, A]``
+    tensor of tangents is never materialised: the backward recomputes it. Softmax and the product
+    with values are PyTorch's.
 
     Args:
         q: ``[B, T, A]`` float16, bfloat16 or float32 (float64 on the reference), T queries.
@@ -57,15 +57,15 @@ def additive_attention(
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        scores ``[B, T, N]``, -inf where the mask hides, or out ``[B, T, C]``, in the dtype of q; a
-        query that sees nothing has out 0. What a hidden pair holds, NaN too, reaches no score and
-        no gradient. Gradients: q, k, v_weight, values.
+        scores ``[B, T, N]``, -inf for masked pairs, or out ``[B, T, C]``, in the dtype of q; a
+        query with no visible input has out 0. Masked pairs, NaN included, affect neither scores nor
+        gradients. Gradients: q, k, v_weight, values.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
 
     Complexity: B T N A tangents, as many again in the backward (twice as many on a GPU); extra
-    memory of the scores, float32, and in the backward of a few times q and k.
+    memory for the float32 scores, and in the backward for a few tensors the size of q and k.
 
     Paper: Pointer Networks (Vinyals et al. 2015), section 2.3; section 2.2 for values.
 
@@ -85,7 +85,7 @@ def additive_attention(
     (scores,) = call(SPEC, lowered, backend)
     if values is None:
         return scores.to(q.dtype)
-    if mask is not None:  # a row of -inf alone
+    if mask is not None:  # the whole row is -inf
         seen = (mask[:, None] if mask.dim() == 2 else mask).any(-1, keepdim=True)
         weights = torch.where(seen, torch.where(seen, scores, 0.0).softmax(-1), 0.0)
     else:
@@ -104,11 +104,11 @@ def pointer_argmax(
     """The input that each query points to: the largest score of :func:`additive_attention`.
 
     Args:
-        q, k, v_weight, mask, backend: as there.
+        q, k, v_weight, mask, backend: as in :func:`additive_attention`.
 
     Returns:
-        int64 ``[B, T]``; of equal scores the first, never one of NaN or -inf; -1 where there is
-        none. Not differentiable.
+        int64 ``[B, T]``; the first of equal scores, never a score of NaN or -inf; -1 where there is
+        no other. Not differentiable.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -151,7 +151,7 @@ def _lower(op: str, q: Tensor, k: Tensor, v_weight: Tensor, mask: Tensor | None)
     given = q, k, v_weight, mask
     if all(map(_is_whole, given)):
         return given
-    # Beside the tangents copies are nothing, once it is known that they fit each other.
+    # Once the shapes are known to be consistent, copies cost little compared with the tangents.
     _check_shapes(op, *given, float64=True)
     return tuple(t if t is None or _is_whole(t) else t.contiguous() for t in given)
 
@@ -166,7 +166,7 @@ def _check_alike(op: str, name: str, t: Tensor, q: Tensor) -> None:
     check_device_of(op, name, t, "q", q)
 
 
-# csrc/dense/additive_attention/host.cpp has the same rules in the same order and words.
+# The rules of csrc/dense/additive_attention/host.cpp, in the same order and words.
 def _check(
     q: Tensor,
     k: Tensor,
@@ -269,7 +269,7 @@ SPEC = register_op(
         differentiable=("q", "k", "v_weight"),
         sharding=Sharding({"q": "br.", "k": "b..", "v_weight": ".", "mask": "br. b."}, ("br.",)),
         paper="Pointer Networks (Vinyals et al. 2015)",
-        # Sum, tangent, product and sum of each.
+        # A sum, a tangent, a product and an accumulation per (query, key, channel).
         flops=lambda q, k, v_weight, mask: 4.0 * _tangents(q, k),
         # Two for the tangent, four for d, five for the gradients.
         backward_flops=lambda q, k, v_weight, mask: 11.0 * _tangents(q, k),

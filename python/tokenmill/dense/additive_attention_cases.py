@@ -19,7 +19,7 @@ def _sample(batch: int, rows: int, keys: int, width: int, mask: str = "", scale:
             return args, {}
         shape = (batch, keys) if mask == "keys" else (batch, rows, keys)
         visible = torch.rand(shape, generator=g) < 0.6
-        visible[-1, :1] = False  # of pairs: a query that sees nothing
+        visible[-1, :1] = False  # of pairs: a query with no visible input
         return args, {"mask": visible}
 
     return make

@@ -1,4 +1,4 @@
-"""amplified_attention: logits of the last queries raised by a share of their size."""
+"""amplified_attention: logits of the last queries raised in proportion to their magnitude."""
 
 from __future__ import annotations
 
@@ -38,35 +38,35 @@ def amplified_attention(
 ) -> Tensor:
     r"""Softmax attention that raises the logits of chosen keys in the last rows.
 
-    With :math:`z_{ij} = scale\; q_i \cdot k_j`, the last queries (rows of them) have
+    With :math:`z_{ij} = scale\; q_i \cdot k_j`, the last `rows` queries have
 
     .. math::
        P_i = \operatorname{softmax}_j(z_{ij} + g_j\, |z_{ij}|)
 
     and the others plain softmax attention. The gain acts on the logit before the softmax, so a key
-    with a negative logit rises too. Factors of weights after the softmax are something else
-    (:func:`reweighted_attention`).
+    with a negative logit rises too. For factors on the weights after the softmax see
+    :func:`reweighted_attention`.
 
     Args:
         q: ``[B, Sq, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
             with a contiguous last dimension, D up to 256.
         k, v: ``[B, Sk, Hk, D]`` and ``[B, Sk, Hk, Dv]``; Hk divides H (GQA).
-        gains: ``[B | 1, H | 1, Sk]``, the gain g of each key, finite, 0 for keys that stay as they
-            are; H counts query heads. float32 or the dtype of q.
-        rows: number of last queries that are changed, at least 1; more than Sq means all.
+        gains: ``[B | 1, H | 1, Sk]``, the gain g of each key, finite, 0 for unchanged keys; H
+            counts query heads. float32 or the dtype of q.
+        rows: number of last queries to change, at least 1; more than Sq means all.
         causal: query i sees keys j <= i + Sk - Sq (bottom-right aligned).
         scale: factor of q.k; None = 1/sqrt(D).
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        out ``[B, Sq, H, Dv]`` in the dtype of q. A query that sees no key has out 0. Gradients: q,
-        k, v, gains.
+        out ``[B, Sq, H, Dv]`` in the dtype of q. A query with no visible key has out 0. Gradients:
+        q, k, v, gains.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
 
     Complexity: one :func:`attention`, and 2 B H rows Sk D operations for the logits of the last
-    rows, which read the keys once more; B H rows Sk logits are in memory.
+    rows, which read the keys a second time; B H rows Sk logits are held in memory.
 
     Paper: Fixing Imbalanced Attention to Mitigate In-Context Hallucination of Large Vision-Language
     Model (PAINT, Arif et al. 2025), section 4: g = 0.7 for local and 0.3 for summary tokens
@@ -94,7 +94,7 @@ def amplified_attention(
     )  # fmt: skip
     if before == 0:
         return raised
-    # Without the last rows, the last keys that are hidden from the others go too.
+    # Without the last rows, the keys that only they can see are dropped too.
     seen = max(k.shape[1] - last.shape[1], 0) if causal else k.shape[1]
     plain = attention(
         q[:, :before], k[:, :seen], v[:, :seen], scale=scale, causal=causal, backend=backend
@@ -103,7 +103,7 @@ def amplified_attention(
 
 
 def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """[B, H, rows, Sk] of q [B, rows, H, D] and k [B, Sk, Hk, D], without expanding k."""
+    """Logits [B, H, rows, Sk] of q [B, rows, H, D] and k [B, Sk, Hk, D], without expanding k."""
     groups = q.unflatten(2, (k.shape[2], q.shape[2] // max(k.shape[2], 1)))
     return (torch.einsum("brhgd,bjhd->bhgrj", groups, k) * scale).flatten(1, 2)
 

@@ -1,4 +1,4 @@
-"""attention: exact attention with any score map, and normalised or not."""
+"""attention: exact attention with any score map, normalised or not."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def attention(
     v_scale: Tensor | None = None,
     **other: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Exact attention with any score map, without the matrix of scores in memory.
+    r"""Exact attention with any score map; the score matrix is never materialised.
 
     For query i and key j of one head, with :math:`r = i + S_k - S_q - j`:
 
@@ -104,14 +104,14 @@ def attention(
         cap(x) = softcap \tanh(x / softcap)
 
     softmax: :math:`P_{ij} = e^{z_{ij} - lse_i}` with
-    :math:`lse_i = \log(e^{sink} + \sum_j e^{z_{ij}})`; other kinds: :math:`P_{ij} = f(z_{ij})`, or
-    divided as normalize says:
+    :math:`lse_i = \log(e^{sink} + \sum_j e^{z_{ij}})`; other kinds: :math:`P_{ij} = f(z_{ij})`,
+    divided according to normalize:
 
     ==========  ==========================================================
     kind        f(z)
     ==========  ==========================================================
     "sigmoid"   :math:`1 / (1 + e^{-z})`
-    "relu"      :math:`\max(z, 0)`, of which the derivative at 0 is 1
+    "relu"      :math:`\max(z, 0)`, with derivative 1 at 0
     "elu1"      :math:`z + 1` for z > 0, else :math:`e^z`
     "linear"    :math:`z`
     "taylor2"   :math:`1 + z + z^2 / 2`
@@ -127,57 +127,58 @@ def attention(
         k, v: ``[B, Sk, Hk, D]`` and ``[B, Sk, Hk, Dv]`` (packed ``[Tk, Hk, ...]``); Hk divides H;
             query head h reads head h // (H // Hk) (GQA, MQA) without copies. Dv up to 256.
         kind: "softmax", "sigmoid", "relu", "elu1", "linear" or "taylor2".
-        normalize: of kinds other than softmax. None: weights as they are. "sum": divided by
+        normalize: for kinds other than softmax. None: weights unchanged. "sum": divided by
             :math:`s_i + 10^{-8}` with the row sum :math:`s_i = \sum_j f(z_{ij})`; with "linear",
             whose sums have either sign, by :math:`\max(|s_i|, 1)`. "count": divided by the number
-            of keys that the query sees (after all masks, a bias of -inf included).
+            of keys visible to the query (after all masks, a bias of -inf included).
         scale: factor of q.k; None = 1/sqrt(D).
-        score_bias: added to every score of a head: a float, "neg_log_n" (-log Sk; packed: of each
-            sequence), or a tensor ``[H]`` or ``[B, H]``. None = 0. +inf gives the weights 1 in
-            sigmoid, and NaN in softmax, with lse and all gradients of the head.
+        score_bias: added to every score of a head: a float, "neg_log_n" (-log Sk; packed: for each
+            sequence), or a tensor ``[H]`` or ``[B, H]``. None = 0. +inf gives weights of 1 in
+            sigmoid; in softmax it makes the weights, lse and all gradients of the head NaN.
         bias: broadcastable to ``[B, H, Sq, Sk]`` (packed: ``[B, H, max_seqlen_q, max_seqlen_k]``),
             in the dtype of q or float32. -inf hides a pair; +inf is the largest finite logit. Or
-            bool, as the attn_mask of scaled_dot_product_attention: True = visible. A mask is made
-            a bias in the dtype of q, of its own shape; it has no gradient.
+            bool, like the attn_mask of scaled_dot_product_attention: True = visible. A bool mask is
+            converted to a bias of the same shape in the dtype of q; it has no gradient.
         mask: of :mod:`tokenmill.masks` (prefix, segments, ranges), or a tuple of at most one of
-            each class. A pair is visible if it, causal and window allow it.
+            each class. A pair is visible if mask, causal and window all allow it.
         alibi_slopes: ``[H]`` or ``[B, H]``; subtracts slope times distance.
         alibi_grid: distances between cells of a grid (:func:`tokenmill.masks.grid`) instead of
             positions; Sq = Sk, not packed.
-        sink: ``[H]``, softmax only: a learnable logit that takes weight and has no value.
+        sink: ``[H]``, softmax only: a learnable logit that adds to the row sum and has no value.
         softcap: 0 = off.
-        post_decay: softmax only: weights are multiplied by gamma^distance on a grid after they are
-            normalised (:func:`tokenmill.masks.decay2d`), and not normalised again; lse is that of
-            the weights before. Sq = Sk, neither packed nor with alibi_slopes.
+        post_decay: softmax only: weights are multiplied by gamma^distance on a grid after
+            normalisation (:func:`tokenmill.masks.decay2d`), and not renormalised; lse is the value
+            before the decay. Sq = Sk, neither packed nor with alibi_slopes.
         causal: query i sees keys j <= i + Sk - Sq (bottom-right aligned).
-        window: (left, right) keys beside a query's own position; -1 = no limit.
-        cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``, where packed sequences begin and end;
+        window: (left, right) numbers of keys on each side of a query's own position; -1 = no limit.
+        cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``, offsets of the packed sequences;
             cu_seqlens_k None = cu_seqlens_q. On a GPU, which does not check these values, tokens
-            before the first sequence and behind the last one are empty rows: out 0, lse -inf,
+            before the first sequence and after the last one are empty rows: out 0, lse -inf,
             gradients 0.
         max_seqlen_q, max_seqlen_k: bounds on the lengths of packed sequences; None = all tokens.
         seqlens_k, block_table: k and v are a KV cache, ``[B, S, Hk, D]`` or pages ``[P, page size,
-            Hk, D]``, of which request b has seqlens_k[b] keys; q is ``[B, Sq, H, D]`` or packed
-            with cu_seqlens_q, without cu_seqlens_k. :func:`attention_decode` with causal as it is
-            given here, and its rules: forward only; neither bias, alibi_grid, post_decay nor
+            Hk, D]``, with seqlens_k[b] keys for request b; q is ``[B, Sq, H, D]`` or packed
+            with cu_seqlens_q, without cu_seqlens_k. This calls :func:`attention_decode` with the
+            given causal, under its rules: forward only; no bias, alibi_grid, post_decay or
             precision "fast".
         return_lse: also return lse (softmax), or the row sums s (normalize="sum").
         precision: "fast" allows a hardware tanh for the sigmoid (absolute error 2^-12 in P).
-        out: where to write the result: shape and dtype as returned, any strides with a contiguous
-            last dimension that keep elements apart; it shares no memory with what the call reads.
-            Then no input may require a gradient, unless under no_grad.
+        out: preallocated result: shape and dtype as returned, any non-overlapping strides with a
+            contiguous last dimension; it shares no memory with the inputs. Then no input may
+            require a gradient, unless under no_grad.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
-        k_scale, v_scale: of caches (seqlens_k) in float8_e4m3fn, as in :func:`attention_decode`.
+        k_scale, v_scale: scales of caches (seqlens_k) in float8_e4m3fn, as in
+            :func:`attention_decode`.
 
     Returns:
         out ``[B, Sq, H, Dv]`` (packed ``[Tq, H, Dv]``) in the dtype of q; with return_lse also lse
-        ``[B, H, Sq]`` (packed ``[H, Tq]``) float32, natural log, or the sums s of that shape,
-        themselves differentiable. A query that sees no key has out 0 and lse -inf (with a sink:
+        ``[B, H, Sq]`` (packed ``[H, Tq]``) float32, natural log, or the row sums s of the same
+        shape, both differentiable. A query with no visible key has out 0 and lse -inf (with a sink:
         lse = sink), s 0. Gradients: q, k, v, score_bias, bias, alibi_slopes, sink, gamma. Under
-        torch.autocast q, k, v and bias are cast as those of torch's scaled_dot_product_attention.
-        Parts over disjoint keys: :func:`merge_attention_states` merges softmax by its lse and sums
-        kinds without normalize; with "sum", numerators :math:`(s_i + 10^{-8})\,out_i` and row sums
-        add up.
+        torch.autocast q, k, v and bias are cast like the inputs of torch's
+        scaled_dot_product_attention. Parts over disjoint keys: :func:`merge_attention_states`
+        merges softmax by its lse and sums kinds without normalize; with "sum", numerators
+        :math:`(s_i + 10^{-8})\,out_i` and row sums add up.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
@@ -248,13 +249,13 @@ def attention(
 def _over_cache(
     q: Tensor, k: Tensor, v: Tensor, refused: dict[str, Any], **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """attention_decode, which has neither of the arguments refused."""
+    """Calls attention_decode, which supports none of the refused arguments."""
     for name, value in refused.items():
         if value is not None:
             fail(OP, name, "must not be given with a cache (seqlens_k)", value)
     if options["seqlens_k"] is None:
         fail(OP, "seqlens_k", "must be given with block_table", None)
-    from .attention_decode import attention_decode  # listed behind attention
+    from .attention_decode import attention_decode  # exported after attention
 
     results: Tensor | tuple[Tensor, Tensor] = attention_decode(q, k, v, **options)
     return results
@@ -327,7 +328,7 @@ def lower(
         )  # fmt: skip
     per_head, constant, neg_log_n = lower_score_bias(OP, score_bias, q)
     width, distance, reach = NO_GRID if alibi_grid is None else _lower_grid(alibi_grid)
-    return (  # without *, which costs as much as a check
+    return (  # spelled out: unpacking with * costs as much as a check
         q,
         k,
         v,
@@ -369,15 +370,15 @@ def _lower_grid(grid: Grid) -> tuple[int, str, int]:
 
 
 def _lower_bias(bias: Tensor, q: Tensor) -> Tensor:
-    """[..., Sq, Sk] with four dimensions, and a mask as the logits that it stands for."""
+    """The bias as [..., Sq, Sk] with four dimensions; a bool mask becomes additive logits."""
     if bias.dtype == torch.bool:
-        wide = not q.is_floating_point() or q.dtype.itemsize == 1  # neither is taken
+        wide = not q.is_floating_point() or q.dtype.itemsize == 1  # no kernel takes either
         dtype = torch.float32 if wide else q.dtype
         bias = torch.zeros_like(bias, dtype=dtype).masked_fill_(~bias, -torch.inf)
     return bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
 
 
-# With gradients in float32: those of all but bias are [B, H] from the kernels.
+# Float32 gradients: the kernels return [B, H] for all of these but bias.
 EXTRAS = ("score_bias", "bias", "alibi_slopes", "sink")
 
 
@@ -431,7 +432,7 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
     if dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
         dout = dout.contiguous()
     if dlse is not None:
-        dlse = None if out is None else dlse.contiguous()  # a count is a constant
+        dlse = None if out is None else dlse.contiguous()  # the count has no gradient
     needed = FORWARD.needed_gradients(ctx)
     needs = [needed[name] for name in EXTRAS]
     dq, dk, dv, *grads = ops.attention_backward(dout, dlse, out, lse, *needs, *lowered)

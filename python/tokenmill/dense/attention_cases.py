@@ -1,4 +1,4 @@
-"""Calls of attention that every backend must answer, and calls that every backend must refuse."""
+"""Valid and malformed sample calls of attention."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _qkv(
 
 
 def with_options(options: dict[str, Any], dtype: torch.dtype, g: torch.Generator) -> dict[str, Any]:
-    """Options that are callables draw a tensor from (dtype, generator)."""
+    """Resolves callables among the options: each draws a tensor from (dtype, generator)."""
     drawn = {k: o(dtype, g) if callable(o) else o for k, o in options.items()}
     return drawn if "kind" in drawn else drawn | {"return_lse": True}
 
@@ -218,7 +218,7 @@ SAMPLES = (
 
 
 def _pack(**changes: Any) -> Any:
-    """The first sample as two packed sequences of 33 tokens, with changes."""
+    """The first sample, modified, as two packed sequences of 33 tokens."""
 
     def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
         args[:] = [a.flatten(0, 1) for a in args]
@@ -233,7 +233,7 @@ def _cu(*ends: int, dtype: torch.dtype = torch.int32) -> Tensor:
 
 
 # Edits of the first sample: q [2, 33, 4, 32], k and v [2, 33, 2, 32].
-# Of every operator with a kind and a normaliser.
+# These hold for every operator with a kind and a normaliser.
 MALFORMED_KINDS = (
     Malformed(
         "kind",

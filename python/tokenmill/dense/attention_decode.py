@@ -134,73 +134,75 @@ def attention_decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention of the newest tokens of each request over its KV cache, dense or paged.
 
-    Request b has n = seqlens_k[b] keys, those of its Sq newest tokens included, and its queries are
-    the last Sq of n positions: query i sees keys j <= n - Sq + i. The result is that of
-    :func:`tokenmill.attention` with causal=True on those keys, request by request. Keys and values
-    are read once for each KV head, whatever H / Hk and Sq. With cu_seqlens_q each request has
-    queries of its own number: prefill, chunks of it, speculative and decode rows in one call.
+    Request b has n = seqlens_k[b] keys, including its Sq newest tokens, and its queries are the
+    last Sq of n positions: query i sees keys j <= n - Sq + i. The result equals
+        :func:`tokenmill.attention` with causal=True on these keys, request by request. Keys and
+        values are read once for each KV head, whatever H / Hk and Sq. With cu_seqlens_q each
+        request has its own number of queries: prefill, chunks of it, speculative and decode rows in
+        one call.
 
     Args:
         q: ``[B, Sq, H, D]``, or packed ``[T, H, D]`` with cu_seqlens_q; float16, bfloat16 or
             float32 (float64 on the reference), D up to 576. Any strides; copied only where the last
-            dimension is not contiguous. Caches never are copied.
+            dimension is not contiguous. Caches are never copied.
         k_cache, v_cache: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]`` in the dtype of q or in
             float8_e4m3fn, Hk a divisor of H (GQA, MQA), Dv up to 512; with block_table pages ``[P,
             page size, Hk, D]`` and ``[P, page size, Hk, Dv]``, the page size a power of two. Any
             strides with a contiguous last dimension, so ``[P, Hk, page size, D]`` is passed as its
             transpose, and v_cache may be a view of k_cache: ``k_cache[..., :512]`` are the values
-            of a latent cache. The new keys must be there.
-        seqlens_k: int32 ``[B]``, keys of each request, from 0 to S (pages: pages times page size).
-            Keys beyond them are never read.
+                of a latent cache. The new keys must already be in the cache.
+        seqlens_k: int32 ``[B]``, number of keys of each request, from 0 to S (pages: pages times
+            page size). Later slots are never read.
         block_table: int32 ``[B, pages]``, the pages of each request in order; entries beyond its
             last key may hold anything.
         kind, normalize, scale, alibi_slopes, sink, softcap: as in :func:`tokenmill.attention`.
         score_bias: a float, a tensor ``[H]`` or ``[B, H]``, or "neg_log_n": -log seqlens_k[b].
-        mask: segments or ranges of :mod:`tokenmill.masks`, or both; packed, ranges alone (a tree of
-            drafts). Ids of keys are those of all positions that the cache has room for, in the
-            order of the request's keys. A prefix is refused.
-        causal: query i sees no key behind its own position. False: all n keys, or those that window
-            leaves.
-        window: (left, right) keys beside a query's own position; -1 = no limit. With causal, right
-            is -1 or 0.
-        cu_seqlens_q: int32 ``[B + 1]``, where the queries of each request begin and end; a request
-            may have none. On a GPU, which does not check these values, tokens of no request are
-            empty rows.
+        mask: segments or ranges of :mod:`tokenmill.masks`, or both; packed calls take ranges only
+            (a tree of drafts). Segment ids of keys cover all positions that the cache has room for,
+            in the order of the request's keys. A prefix is refused.
+        causal: query i sees no key after its own position. False: all n keys, or the keys inside
+            window.
+        window: (left, right) numbers of keys on each side of a query's own position; -1 = no limit.
+            With causal, right is -1 or 0.
+        cu_seqlens_q: int32 ``[B + 1]``, offsets of the queries of each request; a request may have
+            none. On a GPU, which does not check these values, tokens outside all requests are empty
+            rows.
         max_seqlen_q: a bound on the queries of a request; None = all tokens.
         num_splits: 0 = automatic. n cuts the keys of each request into n ranges, at most one for
             each step of the kernel. With n > 0 a request's result has the same bits in any batch,
-            whatever the other requests are; on the cpu backend, and packed, that holds for 0 too.
+            whatever the other requests are; on the cpu backend, and for packed calls, 0 has this
+            property too.
         schedule: how the keys are spread over a GPU. "split" cuts each request into equally many
             ranges, "stream_k" all requests together into equally long ranges, best for unequal
             lengths; "auto" takes stream_k on the cuda backend, unless num_splits is given, and
             split on triton. The cpu backend has one schedule and takes any of these, and so do
             packed calls.
         return_lse: also return lse (softmax), or the row sums s (normalize="sum").
-        out: where to write the result: shape and dtype as returned, any strides with a contiguous
-            last dimension that keep elements apart; it shares no memory with what the call reads.
+        out: preallocated result: shape and dtype as returned, any non-overlapping strides with a
+            contiguous last dimension; it shares no memory with the inputs.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
-        k_scale, v_scale: of caches in float8_e4m3fn, float32 ``[1]``, ``[Hk]`` or for each token
-            ``[P, page size, Hk]`` (dense ``[B, S, Hk]``), any strides: keys and values are the
-            numbers of the cache times their scale, in float32. None = 1. As
-            :func:`kv_cache_append` reads and writes them.
+        k_scale, v_scale: scales of caches in float8_e4m3fn: float32 ``[1]``, ``[Hk]`` or, for each
+            token, ``[P, page size, Hk]`` (dense ``[B, S, Hk]``), any strides: keys and values are
+            the stored numbers times their scale, in float32. None = 1. :func:`kv_cache_append` uses
+            the same scales.
 
     Returns:
         out ``[B, Sq, H, Dv]`` (packed ``[T, H, Dv]``) in the dtype of q; with return_lse also lse
-        ``[B, H, Sq]`` (packed ``[H, T]``) float32, natural log, or s of that shape. A query that
-        sees no key has out 0 and lse -inf (with a sink: lse = sink), s 0. NaN
-        in one request stays there. The same inputs give the same bits. There is no gradient: inputs
-        that require one are refused unless under no_grad.
+        ``[B, H, Sq]`` (packed ``[H, T]``) float32, natural log, or s of the same shape. A query
+        with no visible key has out 0 and lse -inf (with a sink: lse = sink), s 0. NaN in one
+        request does not reach others. The same inputs give the same bits. There is no gradient:
+        inputs that require one are refused unless under no_grad.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs. On a GPU a length is
             clamped to what the cache holds, and a page that does not exist is read as page 0.
 
     Complexity: 2 H Sq (D + Dv) operations and (D + Dv) Hk elements read for each key of a request;
-    nothing is allocated but results of ranges, which are summed in the order of the keys.
+    only the partial results of ranges are allocated; they are combined in the order of the keys.
 
     Paper: Flash-Decoding (Dao et al. 2023); LeanAttention (Sanovar et al. 2024), section 4, for
     stream_k; PagedAttention (Kwon et al. 2023) for pages; SARATHI (Agrawal et al. 2023) for chunks
-    of prefill beside decode rows.
+    of prefill batched with decode rows.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -351,8 +353,9 @@ def _fake_out(*arguments: Any) -> Tensor:
 
 
 def flops(*lowered: Any) -> float:
-    """Operations of the two products over the keys of each request, without window and mask; causal
-    rows of a packed call over those before them."""
+    """Operations of the two products over the keys of each request, ignoring window and mask;
+    causal rows of a packed call count the keys up to their own position.
+    """
     a = FORWARD.record(*lowered)
     room = capacity(a.k_cache, a.block_table)
     batch = a.seqlens_k.shape[0]

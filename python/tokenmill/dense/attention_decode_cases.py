@@ -1,5 +1,4 @@
-"""Calls of attention_decode that every backend must answer, and (attention_decode_malformed) calls
-that every backend must refuse."""
+"""Sample calls of attention_decode; attention_decode_malformed has the malformed ones."""
 
 from __future__ import annotations
 
@@ -24,8 +23,9 @@ def draw_cache(
     dtype: torch.dtype,
     g: torch.Generator,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Caches of keys and values with room for `capacity` tokens a request, dense or in shuffled
-    pages, NaN after the last key; seqlens_k and block_table."""
+    """Caches of keys and values with room for `capacity` tokens per request, dense or in shuffled
+    pages, NaN after the last key; also seqlens_k and block_table.
+    """
     batch, kwargs = len(lengths), {"seqlens_k": torch.tensor(lengths, dtype=torch.int32)}
     caches = [torch.randn(batch, capacity, *shape, generator=g).to(dtype) for shape in shapes]
     for cache in caches:
@@ -48,8 +48,9 @@ def draw_cache(
 
 
 def draw_scale(kind: str | None, cache: Tensor, g: torch.Generator) -> Tensor | None:
-    """kind: "one", "head" or "token". Those of tokens are NaN where the cache [P, page size, Hk, D]
-    is."""
+    """kind: "one", "head" or "token". Scales of tokens are NaN where the cache [P, page size, Hk,
+    D] is NaN.
+    """
     if kind is None:
         return None
     scale = 0.5 + torch.rand(cache.shape[:3], generator=g)
@@ -62,7 +63,7 @@ def draw_scale(kind: str | None, cache: Tensor, g: torch.Generator) -> Tensor | 
 def in_float8(
     caches: list[Tensor], scales: Sequence[str | None], g: torch.Generator
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Caches of keys and values as float8_e4m3fn, and the scales that a call takes."""
+    """Caches of keys and values as float8_e4m3fn, and their scales."""
     named = zip(("k_scale", "v_scale"), scales, caches, strict=True)
     drawn = {name: draw_scale(kind, cache, g) for name, kind, cache in named}
     given = {name: scale for name, scale in drawn.items() if scale is not None}
@@ -83,8 +84,9 @@ def decode_call(
     latent: bool = False,
     **options: Any,
 ) -> Any:
-    """queries: of each request, packed, instead of sq. float8: what scales caches in float8_e4m3fn
-    have. latent: the values are the first channels of the keys."""
+    """queries: number for each request, packed, instead of sq. float8: the kind of scales for
+    caches in float8_e4m3fn. latent: the values are the first channels of the keys.
+    """
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         shape = (len(lengths), sq) if queries is None else (sum(queries),)

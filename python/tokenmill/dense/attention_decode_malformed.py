@@ -38,7 +38,7 @@ def _ints(values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
 
 
 def _pages(t: Tensor) -> Tensor:
-    """[3, 64, ...] as 12 pages of 16 tokens."""
+    """The cache [3, 64, ...] as 12 pages of 16 tokens."""
     return t.reshape(12, 16, *t.shape[2:])
 
 

@@ -1,5 +1,6 @@
-"""The rules for a call of attention_decode. csrc/dense/attention_decode/host.cpp has the same rules
-in the same order and words; the contract test compares the two."""
+"""Rules for a call of attention_decode. csrc/dense/attention_decode/host.cpp has the same rules in
+the same order and words; the contract test compares the two.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +87,9 @@ def unsupported(backend: str, *lowered: Any) -> list[str]:
 
 
 def lower_cache_mask(mask: Masks, q: Tensor, causal: bool, cu_seqlens_q: Tensor | None) -> Lowered:
-    """Positions of keys are those of the request: a prefix would need its length."""
+    """Key positions are relative to the request; a prefix mask is refused because it needs its
+    length.
+    """
     if mask is None:
         return NO_MASK
     several = isinstance(mask, tuple | list) and not isinstance(mask, MASKS)

@@ -1,4 +1,4 @@
-"""Draws of the tensors, masks and decays of sample calls, from (dtype, generator)."""
+"""Random tensors, masks and decays for sample calls, from (dtype, generator)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def draw_integers(*shape: int, low: int = 0, high: int) -> Any:
 
 
 def draw_ranges(*shape: int, keys: int) -> Any:
-    """Some empty, some beyond the keys."""
+    """Random ranges: some empty, some reaching past the keys."""
 
     def draw(dtype: torch.dtype, g: torch.Generator) -> masks.Ranges:
         begin = draw_integers(*shape, low=-3, high=keys)(g)

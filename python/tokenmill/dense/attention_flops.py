@@ -1,4 +1,4 @@
-"""How many operations a call of attention takes."""
+"""Operation counts of attention."""
 
 from __future__ import annotations
 

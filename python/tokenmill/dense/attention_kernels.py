@@ -1,6 +1,7 @@
-"""Which calls of attention, and of requests with a cache, the kernels of compute capability 9.0
-take: launch_sm90.h of csrc/dense/attention and csrc/dense/attention_decode, launch_backward_sm90.h
-of the first and cuda.cu of the second have the same rules."""
+"""Which calls of attention, and of requests with a cache, the sm_90a kernels take. The same rules
+are in launch_sm90.h of csrc/dense/attention and csrc/dense/attention_decode, launch_backward_sm90.h
+of the first and cuda.cu of the second.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ from .attention_rules import Arguments
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
 DECODE_HEAD_DIMS = (64, 128)
-DECODE_ROWS = 64  # queries times heads of a KV head, of a tile
+DECODE_ROWS = 64  # rows of a tile: queries times heads of a GQA group
 LEAST_PAGE = 64  # tokens; a tile has 64 to 128
 MOST_BACKWARD_TILES = 2**31 - 1
 SWITCH, LEAST_TILES = "attention_decode.sm90", "attention_decode.sm90_tiles"  # knobs
 
 
 def unsupported_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
-    """Why the forward does not take a call."""
+    """Rules of the sm_90a forward that a call breaks."""
     a = Arguments(*lowered)
     rules = _rules_of_both_passes(a)
     _check_forward(rules, a, out)
@@ -30,8 +31,9 @@ def unsupported_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
 
 
 def unsupported_cached_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
-    """Why neither the forward nor the kernel for a few rows takes requests with a cache: a call of
-    attention_decode. The rules are those of the one that suits its number of rows."""
+    """Rules that a call with a cache (attention_decode) breaks, of the sm_90a forward or of the
+    decode kernel, whichever suits the number of rows; empty if either takes the call.
+    """
     a = DecodeArguments(*lowered)
     broken = _unsupported_forward(a, out)
     if not broken or not _divides_keys(a):
@@ -55,8 +57,9 @@ def cached_sm90_kernel(*lowered: Any) -> str:
 
 
 def cached_sm90_knobs(*lowered: Any, out: Tensor | None = None) -> list[str]:
-    """The number of tiles from which on the forward takes a call is among them where it matters,
-    whichever kernel takes the call."""
+    """Knobs that decide which sm_90a kernel takes a cached call, including the number of tiles from
+    which the forward takes it.
+    """
     a = DecodeArguments(*lowered)
     forward = not _unsupported_forward(a, out)
     few = not forward and _has_few_rows(a) and not _unsupported_decode(a, out)
@@ -69,12 +72,12 @@ def cached_sm90_knobs(*lowered: Any, out: Tensor | None = None) -> list[str]:
 
 
 def _divides_keys(a: Any) -> bool:
-    """Kernels for a few rows, which divide the keys of a request, could answer."""
+    """Whether a split-KV decode kernel could take the call."""
     return a.cu_seqlens_q is None and bool(a.causal or a.window_right == 0)
 
 
 def _rows(a: Any) -> int:
-    """Of a KV head, of which there may be none."""
+    """Rows of a KV head; Hk may be 0."""
     return int(a.q.shape[-2] // max(a.k_cache.shape[2], 1) * a.q.shape[-3])
 
 
@@ -83,7 +86,7 @@ def _has_few_rows(a: Any) -> bool:
 
 
 def _unsupported_decode(a: Any, out: Tensor | None) -> list[str]:
-    """The rules of the kernel for a few rows, where there are few."""
+    """The rules of the decode kernel, which applies to few rows."""
     rules = Rules()
     _check_cached_form(rules, a, DECODE_HEAD_DIMS)
     rules.check_scale(a)
@@ -110,7 +113,8 @@ def _unsupported_forward(a: Any, out: Tensor | None) -> list[str]:
 
 
 def unsupported_sm90_backward(*lowered: Any) -> list[str]:
-    """Why the backward does not take the gradient of a call. That of `out` must lie as q does."""
+    """Rules of the sm_90a backward that a call breaks. dout needs the layout of q.
+    """
     a = Arguments(*lowered)
     rules = _rules_of_both_passes(a)
     if float32(a.softcap) > 0:
@@ -133,7 +137,7 @@ def _rules_of_both_passes(a: Any) -> Rules:
 
 
 def _check_form(rules: Rules, a: Any, keys: str, values: str, head_dims: tuple[int, ...]) -> None:
-    """What holds with a cache too."""
+    """Rules that hold with and without a cache."""
     check = rules.check
     rules.check_heads(a.q, getattr(a, values), head_dims, values)
     check(a.kind in ("softmax", "sigmoid"), "kind", "must be 'softmax' or 'sigmoid'", a.kind)

@@ -1,4 +1,4 @@
-"""The keywords of attention and of functions that hand them over to it."""
+"""Keyword arguments of attention and of the functions that forward them to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Precision = Literal["accurate", "fast"]
 
 
 class SigmoidOptions(TypedDict, total=False):
-    """Keywords of :func:`sigmoid_attention` beside score_bias."""
+    """Keywords of :func:`sigmoid_attention` other than score_bias."""
 
     normalize: Normalize
     scale: float | None
@@ -38,7 +38,7 @@ class SigmoidOptions(TypedDict, total=False):
 
 
 class AttentionOptions(SigmoidOptions, total=False):
-    """Keywords of :func:`attention` beside return_lse, on which the type of the result depends."""
+    """Keywords of :func:`attention` other than return_lse, which decides the type of the result."""
 
     kind: Kind
     score_bias: ScoreBias

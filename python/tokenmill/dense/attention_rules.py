@@ -1,5 +1,6 @@
-"""The rules for a call of attention. csrc/dense/attention/host.cpp has the same rules in the
-same order and words; the contract test compares the two."""
+"""Rules for a call of attention. csrc/dense/attention/host.cpp has the same rules in the same order
+and words; the contract test compares the two.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from .terms import check_kind, check_mask, check_scale_and_cap, check_terms
 
 OP = "attention"
 PRECISIONS = ("accurate", "fast")
-MAX_CELLS = 2**21  # of a grid, whose rows kernels find in float32
+MAX_CELLS = 2**21  # of a grid; kernels hold its coordinates in float32
 Arguments = record_of(OP)
 
 
@@ -61,7 +62,7 @@ def _check_cu_seqlens(
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
 ) -> int:
-    """The number of sequences."""
+    """Checks cu_seqlens and returns the number of sequences."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         if cu_seqlens_q is not None or cu_seqlens_k is not None:
             missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
@@ -110,7 +111,7 @@ def _check_bias(bias: Tensor, q: Tensor, full: tuple[int, ...]) -> None:
 
 
 def check_attention_values(*lowered: Any) -> None:
-    """The rules on values: what the lengths say."""
+    """Checks on values: what lengths and offsets say."""
     a = Arguments(*lowered)
     for name, cu, bound_name, bound, total in (
         ("cu_seqlens_q", a.cu_seqlens_q, "max_seqlen_q", a.max_seqlen_q, a.q.shape[0]),

@@ -1,4 +1,5 @@
-"""merge_attention_states: joins attention results over disjoint sets of keys by their lse."""
+"""merge_attention_states: merges partial attention results over disjoint sets of keys by their lse.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +20,14 @@ OP = "merge_attention_states"
 def merge_attention_states(
     outs: Tensor, lses: Tensor | None = None, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""Joins attention results over disjoint sets of keys into one, by their lse.
+    r"""Merges partial attention results over disjoint sets of keys by their lse.
 
     With :math:`lse = \log \sum_i e^{lse_i}` and weights :math:`w_i = e^{lse_i - lse}`, the result
     is :math:`out = \sum_i w_i\, out_i`: exactly the attention over the union of the keys, in any
     grouping (the reduction is associative). The weights sum to 1 however large the lses are: two
     parts in which a finite mask hides every key give their mean. Without lses the parts are summed,
-    which is the union for weights without a normaliser (kinds other than softmax; those that are
-    divided by their sum are merged as :func:`attention` says).
+    which is exact for unnormalised weights (kinds other than softmax; :func:`attention` says how to
+    merge weights divided by their sum).
 
     Args:
         outs: ``[n, B, S, H, D]`` or packed ``[n, T, H, D]``, float16, bfloat16 or float32 (float64

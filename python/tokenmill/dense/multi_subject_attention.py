@@ -1,4 +1,4 @@
-"""multi_subject_attention: subjects of an image isolated, and their references put in place."""
+"""multi_subject_attention: isolates the subjects of an image and repositions their references."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def multi_subject_attention(
 
     A query of subject r sees the background and the tokens of subject r in its own image, and the
     tokens of subject r in reference r, whose box is resampled onto the box of subject r first
-    (:func:`reposition_tokens`). A query of the background sees its own image, and no reference.
+    (:func:`reposition_tokens`). A background query sees its own image and no reference.
 
     Args:
         q: ``[B, N, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
@@ -63,7 +63,7 @@ def multi_subject_attention(
         grid: (height, width) with height * width = N.
         referring: bool ``[B | 1, N]``, the queries that see the references; None = all. The
             released code draws half of them in each layer, for more varied images.
-        reposition: False leaves the references where they are.
+        reposition: False keeps the references at their positions.
         mode: how references are resampled, "nearest" or "bilinear"; masks always by "nearest".
         scale: factor of q.k; None = 1/sqrt(D).
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
@@ -75,8 +75,8 @@ def multi_subject_attention(
         RuntimeError: naming argument, rule and value, before anything runs. On a GPU a subject
             above R sees the background and itself.
 
-    Complexity: :func:`attention` of N queries to (R + 1) N keys, of which tiles that are hidden
-    from all their queries are not multiplied; a copy of all keys and values.
+    Complexity: :func:`attention` of N queries to (R + 1) N keys, skipping fully masked tiles; a
+        copy of all keys and values.
 
     Paper: Improving Multi-Subject Consistency in Open-Domain Image Generation with Isolation and
     Reposition Attention (IR-Diffusion, He et al. 2024).
@@ -118,7 +118,7 @@ def multi_subject_attention(
         for t, mine in ((k_refs, k), (v_refs, v))
     )
     placed = placed.view(batch, count, tokens)
-    ref_ids = torch.where(placed, ids[:, None], -1).flatten(1)  # -1: of no query's segment
+    ref_ids = torch.where(placed, ids[:, None], -1).flatten(1)  # -1: in no query's segment
     segments = masks.segments(found, torch.cat((ref_ids, found), 1), shared=0)
     refers = found > 0 if referring is None else (found > 0) & referring
     begin = torch.where(refers, 0, count * tokens).int()[:, None, :, None]

@@ -14,18 +14,19 @@ from .attention_rules import OP
 
 
 def is_nested(t: Any) -> bool:
-    """Whether t is a nested tensor; jagged ones are a subclass of Tensor, which is asked first."""
+    """Whether t is a nested tensor. Tests for a Tensor subclass first, as jagged tensors are one.
+    """
     return bool(getattr(t, "is_nested", False))
 
 
-# Arguments that say lengths, which nested tensors have, or name memory for a plain result.
+# Arguments that nested tensors make redundant (lengths), or that need a plain tensor result.
 REFUSED = ("bias", "cu_seqlens_q", "cu_seqlens_k", "seqlens_k", "block_table", "out")
 
 
 def as_packed(
     q: Any, k: Any, v: Any, given: Mapping[str, Any]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-    """The values of q, k and v, ``[B, *, H, D]``, and cu_seqlens from their offsets."""
+    """Values of q, k and v, ``[B, *, H, D]``, and cu_seqlens from their offsets."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         _check_nested(name, t)
     for name in REFUSED:
@@ -43,7 +44,7 @@ def as_packed(
 def over_nested(
     attention: Callable[..., Any], q: Any, k: Any, v: Any, given: Mapping[str, Any], **options: Any
 ) -> Any:
-    """attention of nested tensors. given: arguments that must be None."""
+    """Attention of nested tensors. given: arguments that must be None."""
     packed, ends = as_packed(q, k, v, given)
     found = attention(*packed, **ends, **options)
     out, *lse = found if isinstance(found, tuple) else (found,)
@@ -56,7 +57,7 @@ def _check_nested(name: str, t: Any) -> None:
         fail(OP, name, "must be nested, as q is", t)
     if t.layout is not torch.jagged:
         fail(OP, name, f"{JAGGED}; layout", t.layout)
-    # The ragged dimension is the second one, [B, *, H, D], and its rows follow each other.
+    # The ragged dimension must be the second, [B, *, H, D], and its rows contiguous without gaps.
     ok = t.dim() == 4 and t._ragged_idx == 1 and t.lengths() is None
     if not ok:
         fail(OP, name, "must be nested as [B, *, H, D] without gaps (contiguous())", t.dim())

@@ -47,35 +47,35 @@ def pattention(
       \rVert_2`
     * "softmax": :math:`norm\_scale\; \operatorname{softmax}(s)`
 
-    with the exact gelu. The matrix of T times N weights is never in memory, neither forward nor
-    backward: blocks of tokens follow each other, and the backward computes their scores again. The
-    products are those of PyTorch on every device: there is no argument `backend`.
+    with the exact gelu. The ``[T, N]`` weight matrix is never materialised: tokens are processed in
+    blocks, and the backward recomputes their scores. PyTorch computes the products on every device:
+    there is no argument `backend`.
 
     Args:
         x: ``[..., D1]`` float16, bfloat16, float32 or float64.
         key_tokens: ``[N, D1]`` in the dtype of x.
         value_tokens: ``[N, D2]`` in the dtype of x.
-        activation: "l2_norm_gelu" (of all published models), "gelu_l2_norm" or "softmax".
-        norm_scale: None = sqrt(N), for "softmax" N. A number that does not change as tokens are
-            appended keeps the function: with N pairs more of keys 0, "l2_norm_gelu" and
-            "gelu_l2_norm" give what they gave.
+        activation: "l2_norm_gelu" (used by all published models), "gelu_l2_norm" or "softmax".
+        norm_scale: None = sqrt(N), for "softmax" N. A value that stays constant as tokens are
+            appended preserves the function: appending pairs with keys of 0 does not change the
+            result of "l2_norm_gelu" and "gelu_l2_norm".
         scale: factor of the scores.
-        eps: the least norm by which scores are divided. A token whose norm is not larger has no
+        eps: minimum norm by which scores are divided. A token whose norm is not larger has no
             gradient through its scores.
 
     Returns:
-        ``[..., D2]`` in the dtype of x; a token of zeros gives zeros, but for "softmax".
+        ``[..., D2]`` in the dtype of x; a token of zeros gives zeros, except for "softmax".
         Gradients: x, key_tokens, value_tokens, any number of times.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
 
     Complexity: 2 T N (D1 + D2) operations, and 6 T N D1 + 4 T N D2 for the backward; extra memory
-    of a block of scores, 2^20 on a CPU and 2^25 on a GPU.
+        for a block of scores, 2^20 on a CPU and 2^25 on a GPU.
 
     Paper: TokenFormer: Rethinking Transformer Scaling with Tokenized Model Parameters (Wang et al.
     2024), section 3.2. Its equation has the factor sqrt(n) before the softmax-like function; the
-    published models have it as said above.
+    published models compute the form above.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -124,7 +124,7 @@ def default_norm_scale(activation: str, count: int) -> float:
 
 
 class _Weights(NamedTuple):
-    """From the scores of a block of tokens to their weights, and back."""
+    """Maps the scores of a block of tokens to weights, forward and backward."""
 
     activation: str
     norm_scale: float
@@ -132,7 +132,7 @@ class _Weights(NamedTuple):
     eps: float
 
     def scores(self, x: Tensor, key_tokens: Tensor) -> Tensor:
-        """[tokens, N], at least float32"""
+        """scores: [tokens, N], at least float32."""
         wide = torch.promote_types(x.dtype, torch.float32)
         s = (x @ key_tokens.T).to(wide)
         return s if self.scale == 1 else s * self.scale
@@ -146,7 +146,7 @@ class _Weights(NamedTuple):
         return g * self._factor(_norm(g))
 
     def backward(self, s: Tensor, dp: Tensor) -> Tensor:
-        """The gradient of s, from that of the weights."""
+        """Gradient of s, from the gradient of the weights."""
         if self.activation == "softmax":
             p = s.softmax(-1)
             dp = dp * self.norm_scale
@@ -161,8 +161,9 @@ class _Weights(NamedTuple):
         return self.norm_scale / norm.clamp(min=self.eps)
 
     def _through_norm(self, t: Tensor, norm: Tensor, d: Tensor) -> Tensor:
-        """The gradient of t, from d, that of norm_scale t / |t|: norm_scale / |t| (d - u (u.d))
-        with u = t / |t|."""
+        """Gradient of t, given the gradient d of norm_scale t / |t|: norm_scale / |t| (d - u (u.d))
+        with u = t / |t|.
+        """
         factor = torch.where(norm > self.eps, self._factor(norm), 0.0)
         least = norm.clamp(min=self.eps)
         along = torch.linalg.vecdot(t, d).unsqueeze(-1) / least / least
@@ -178,12 +179,14 @@ def _gelu_backward(d: Tensor, z: Tensor) -> Tensor:
     return gradient
 
 
-# Scores of a block of tokens: they fit the cache of a CPU, and occupy a GPU.
+# Elements in a block of scores: small enough for the CPU cache, large enough to fill a GPU.
 CPU_SCORES, GPU_SCORES = 2**20, 2**25
 
 
 def _blocks(x: Tensor, count: int) -> list[slice]:
-    """Of about as many tokens each: a last one of few would cost as much as a whole one."""
+    """Splits tokens into blocks of about equal size: a short last block would cost as much as a
+    full one.
+    """
     most = max(1, (CPU_SCORES if x.device.type == "cpu" else GPU_SCORES) // count)
     tokens = max(x.shape[0], 1)
     blocks = max(1, (tokens + most // 2) // most)

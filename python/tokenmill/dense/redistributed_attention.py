@@ -1,4 +1,4 @@
-"""redistributed_attention: weight of attention sinks given to the image."""
+"""redistributed_attention: moves weight from attention sinks to the image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .terms import share_of
 
 OP = "redistributed_attention"
 AUTOCAST = Autocast(lower=("q", "k", "v"))
-EPS = 1e-6  # added to each weight of a visual token where their sum divides
+EPS = 1e-6  # added to each visual weight where their sum is a divisor
 
 
 @AUTOCAST.applied
@@ -47,29 +47,29 @@ def redistributed_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Softmax attention in whose image-centric heads sinks give weight to the other visual tokens.
+    r"""Softmax attention that moves the weight of sinks to visual tokens in image-centric heads.
 
     With the weights :math:`V_i` of all visual tokens in row i of a head and :math:`S_i` of the
     visual sinks, the row is image-centric if it stands after the image, the request has a visual
     sink, :math:`S_i \le \rho\,(V_i + 10^{-6} N)` for N visual tokens, and
     :math:`V_i \ge min\_visual`. There the weights of **all** sinks, of image and text, are
-    multiplied by p, and what they lose goes to the visual tokens that are no sinks, in proportion
-    to their weights. Other rows have plain attention.
+    multiplied by p, and the weight removed is given to the visual tokens that are not sinks, in
+    proportion to their weights. Other rows have plain attention.
 
     Args:
         q: ``[B, Sq, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
             with a contiguous last dimension, D up to 256.
         k, v: ``[B, Sk, Hk, D]`` and ``[B, Sk, Hk, Dv]``; Hk divides H (GQA).
         image: (begin, end) of the visual tokens among the keys, the same for all requests.
-        hidden: ``[B, Sk, C]``, what enters the layer, before its norm: sinks are
+        hidden: ``[B, Sk, C]``, the input of the layer, before its norm: sinks are
             ``massive_activations(hidden, sink_dims, threshold=tau)``. None: sinks are given.
-        sink_dims: the dimensions of hidden that tell sinks (see :func:`massive_activations`).
-        tau: how massive an activation is, in root mean squares of hidden.
-        sinks: bool ``[B | 1, Sk]``, in place of hidden: a step of decoding has the sinks of the
+        sink_dims: the dimensions of hidden that identify sinks (see :func:`massive_activations`).
+        tau: threshold of a massive activation, in root mean squares of hidden.
+        sinks: bool ``[B | 1, Sk]``, instead of hidden: a decode step passes the sinks of the
             prompt, and False for new tokens.
         rho: largest share of the visual sinks in the weight of the visual tokens.
-        min_visual: least weight of the visual tokens.
-        p: share of its weight that a sink keeps, 0 to 1.
+        min_visual: minimum weight of the visual tokens.
+        p: fraction of its weight that a sink keeps, 0 to 1.
         causal: query i sees keys j <= i + Sk - Sq (bottom-right aligned).
         scale: factor of q.k; None = 1/sqrt(D).
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
@@ -84,9 +84,9 @@ def redistributed_attention(
     Complexity: for the rows after the image two passes of :func:`attention` over all keys and two
     over the image, for the others one; memory is linear in Sq and Sk.
 
-    Paper: See What You Are Told (VAR, Kang et al. 2025), section 4; defaults, and sinks of text
-    that give too, as in the released code, in all layers from the third on. The prompt decides
-    which tokens are sinks, for the steps of decoding as well.
+    Paper: See What You Are Told (VAR, Kang et al. 2025), section 4; the defaults, and text sinks
+        that give weight too, follow the released code, which applies it in all layers from the
+        third on. The prompt decides which tokens are sinks, for decode steps as well.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -127,7 +127,7 @@ def redistributed_attention(
     lowered, lowered_lse = attend(late, k, v, factors[:, None, None], causal)
     visual = sinks[:, None, None, begin:end]
     hide = torch.zeros(visual.shape, dtype=wide, device=q.device)
-    pictures = (k[:, begin:end], v[:, begin:end])  # which all of these rows see
+    pictures = (k[:, begin:end], v[:, begin:end])  # keys visible to all of these rows
     others, others_lse = attend(late, *pictures, hide.masked_fill(visual, -math.inf), False)
     with torch.no_grad():
         _, sunk_lse = attend(late, *pictures, hide.masked_fill(~visual, -math.inf), False)

@@ -46,23 +46,24 @@ def reweighted_attention(
     the weight :math:`W_{ig} = \sum_{g(j) = g} P_{ij}` of a group in a row,
 
     .. math::
-       out_i = \sum_j P_{ij}\, c_{i,g(j)}\, v_j, \qquad c_{ig} = f_g \text{ but for}
+       out_i = \sum_j P_{ij}\, c_{i,g(j)}\, v_j, \qquad c_{ig} = f_g \text{ except for}
 
     * renormalize="none": nothing else; rows no longer sum to 1.
     * renormalize="all": :math:`c_{ig} = f_g / \sum_h f_h W_{ih}`; rows sum to 1 again.
     * renormalize="others": :math:`c_{i0} = 1 + \sum_g (1 - f_g) W_{ig} / W_{i0}`; group 0 receives
-      what the others lose, in proportion to its weights. Where group 0 has no weight, that is lost.
+        the weight that the others lose, in proportion to its weights. Where group 0 has no weight,
+        it is dropped.
 
-    The matrix of weights is never in memory: f is a bias :math:`\log f_g` of the keys, and lse
-    tells what it took away.
+    The weight matrix is never materialised: f is a bias :math:`\log f_g` of the keys, and the lse
+        gives the weight that it removed.
 
     Args:
         q: ``[B, Sq, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
             with a contiguous last dimension, D up to 256.
         k, v: ``[B, Sk, Hk, D]`` and ``[B, Sk, Hk, Dv]``; Hk divides H.
-        groups: int32 or int64 ``[B | 1, H | 1, Sk]``, 0 to G - 1; heads are those of q. A GPU takes
-            other numbers as keys of factor 1 outside of all groups.
-        factors: ``[G]`` or ``[H, G]``, not negative; with renormalize="others" at most 1, and 1 for
+        groups: int32 or int64 ``[B | 1, H | 1, Sk]``, 0 to G - 1; H counts query heads. A GPU
+            treats keys with other numbers as ungrouped, with factor 1.
+        factors: ``[G]`` or ``[H, G]``, nonnegative; with renormalize="others" at most 1, and 1 for
             group 0. float32 or the dtype of q.
         causal: query i sees keys j <= i + Sk - Sq (bottom-right aligned).
         renormalize: "others", "all" or "none".
@@ -70,8 +71,8 @@ def reweighted_attention(
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        out ``[B, Sq, H, Dv]`` in the dtype of q. A query that sees no key has out 0. Gradients: q,
-        k, v, factors (0 for a factor of 0).
+        out ``[B, Sq, H, Dv]`` in the dtype of q. A query with no visible key has out 0. Gradients:
+        q, k, v, factors (0 for a factor of 0).
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
@@ -80,9 +81,9 @@ def reweighted_attention(
     linear in Sq and Sk.
 
     Paper: Unveiling and Harnessing Hidden Attention Sinks (ACT, Yu et al. 2024), section 4, and See
-    What You Are Told (VAR, Kang et al. 2025), section 4, redistribute weights by "others". Their
-    calls, which also choose sinks, heads and rows, are :func:`sink_calibrated_attention` and
-    :func:`redistributed_attention`; :func:`amplified_attention` has gains of logits.
+    What You Are Told (VAR, Kang et al. 2025), section 4, redistribute weights by "others". The
+    complete methods, which also choose sinks, heads and rows, are :func:`sink_calibrated_attention`
+    and :func:`redistributed_attention`; :func:`amplified_attention` applies gains to logits.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -113,7 +114,7 @@ def reweighted_attention(
 
 
 def _logarithms(groups: Tensor, factors: Tensor) -> Tensor:
-    """The bias [B | 1, H | 1, 1, Sk] of each key: the logarithm of its factor."""
+    """The bias [B | 1, H | 1, 1, Sk] of each key: the log of its factor."""
     count = factors.shape[-1]
     place = groups.clamp(0, count - 1).long()
     known = (groups >= 0) & (groups < count)
@@ -123,7 +124,7 @@ def _logarithms(groups: Tensor, factors: Tensor) -> Tensor:
     else:
         of_keys = factors[place]
     taken = of_keys > 0
-    logs = torch.where(taken, of_keys, 1.0).log()  # no gradient of log at 0
+    logs = torch.where(taken, of_keys, 1.0).log()  # avoids the gradient of log at 0
     logs = torch.where(taken, logs, -torch.inf)
     return torch.where(known, logs, 0.0)[:, :, None]
 

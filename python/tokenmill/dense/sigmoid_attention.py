@@ -1,4 +1,4 @@
-"""sigmoid_attention: attention with the sigmoid and the bias of its paper."""
+"""sigmoid_attention: sigmoid attention with the score bias of its paper."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def sigmoid_attention(
     of keys: :math:`n\,\sigma(-\log n) = n / (n + 1)`.
 
     Args:
-        q, k, v: as in :func:`attention`; of one tensor ``[B, S, 3, H, D]``, as the published code
-            takes them, ``*qkv.unbind(2)``, which copies nothing.
+        q, k, v: as in :func:`attention`; a fused tensor ``[B, S, 3, H, D]``, as in the published
+            code, is passed as ``*qkv.unbind(2)``, which copies nothing.
         score_bias: as in :func:`attention`; default "neg_log_n".
-        options: every other keyword of :func:`attention` but sink, post_decay and return_lse. With
-            normalize="sum" a row of weights sums to 1 for any number of keys.
+        options: every other keyword of :func:`attention` except sink, post_decay and return_lse.
+            With normalize="sum" a row of weights sums to 1 for any number of keys.
 
     Returns:
         out ``[B, Sq, H, Dv]`` in the dtype of q.

@@ -1,4 +1,4 @@
-"""sink_calibrated_attention: attention that gives part of the weight of sinks to other keys."""
+"""sink_calibrated_attention: moves part of the weight of attention sinks to other keys."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ def sink_calibrated_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Softmax attention in whose chosen heads sinks, but for the first, keep a share of their
-    weight.
+    r"""Softmax attention that scales down all sinks but the first in chosen heads.
 
-    A key is a sink of a head if the mean of its weight, over the queries that see it, is above
-    threshold. The first sink stays as it is. The weights of the others are multiplied by beta, and
-    what they lose in a row goes to the keys that are no such sink, in proportion to their weights:
+    A key is a sink of a head if its mean weight, over the queries that see it, is above threshold.
+    The first sink is unchanged. The weights of the other sinks S are multiplied by beta, and the
+    weight removed from a row goes to the keys outside S, in proportion to their weights:
 
     .. math::
        P'_{ij} = \beta P_{ij} \;(j \in S), \qquad
@@ -48,15 +47,15 @@ def sink_calibrated_attention(
         k, v: ``[B, Sk, Hk, D]`` and ``[B, Sk, Hk, Dv]``; Hk divides H (GQA).
         heads: query heads that are calibrated, 0 to H - 1, each once; None = all. The others have
             plain attention.
-        beta: share of its weight that a sink keeps, 0 to 1.
+        beta: fraction of its weight that a sink keeps, 0 to 1.
         threshold: mean weight above which a key is a sink, 0 to 1.
         causal: query i sees keys j <= i + Sk - Sq (bottom-right aligned).
         scale: factor of q.k; None = 1/sqrt(D).
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        out ``[B, Sq, H, Dv]`` in the dtype of q. A query that sees no key has out 0. Gradients: q,
-        k, v, not through the choice of sinks.
+        out ``[B, Sq, H, Dv]`` in the dtype of q. A query with no visible key has out 0. Gradients:
+        q, k, v, not through the choice of sinks.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
@@ -66,8 +65,8 @@ def sink_calibrated_attention(
     linear in Sq and Sk.
 
     Paper: Unveiling and Harnessing Hidden Attention Sinks (ACT, Yu et al. 2024), section 4. The
-    released evaluation has these numbers and calibrates a list of heads in each of the layers 2 to
-    30 of 32; its chat evaluation has the threshold 0.15.
+        released evaluation uses these defaults and calibrates a list of heads in each of the layers
+        2 to 30 of 32; its chat evaluation uses threshold 0.15.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -91,7 +90,7 @@ def sink_calibrated_attention(
             scale=scale, backend=backend,
         )  # fmt: skip
         sinks = means > bound
-        sinks = sinks & (sinks.cumsum(-1) > 1)  # the first one stays
+        sinks = sinks & (sinks.cumsum(-1) > 1)  # the first sink is unchanged
     wide = torch.promote_types(q.dtype, torch.float32)
     factors = torch.tensor([1.0, keep], dtype=wide, device=q.device)
     changed = reweighted_attention(

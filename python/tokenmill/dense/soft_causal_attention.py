@@ -1,4 +1,4 @@
-"""soft_causal_attention: attention whose causal mask fades in, after the softmax."""
+"""soft_causal_attention: attention with a causal mask that fades in, applied after the softmax."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def soft_causal_attention(
        P_i = \operatorname{softmax}_j(scale\; q_i \cdot k_j)
 
     alpha = 1 is attention to all keys. alpha = 0 is not causal attention: the weight of later keys
-    is lost, not given to the others. From two passes, full and causal, with their lse:
+    is dropped, not redistributed. Computed from two passes, full and causal, and their lse:
     :math:`out = \alpha\,o^{full} + (1 - \alpha)\, e^{lse^{causal} - lse^{full}}\, o^{causal}`; the
-    matrix of weights is never in memory.
+    weight matrix is never materialised.
 
     Args:
         q: ``[B, Sq, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
             with a contiguous last dimension, D up to 256.
         k, v: ``[B, Sk, Hk, D]`` and ``[B, Sk, Hk, Dv]``; Hk divides H.
-        alpha: a finite number, from 1 (no mask) to 0 over the training; or a tensor of no
-            dimensions, which may have a gradient.
+        alpha: a finite number, annealed from 1 (no mask) to 0 during training; or a
+            zero-dimensional tensor, which may require a gradient.
         scale: factor of q.k; None = 1/sqrt(D).
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
@@ -57,8 +57,8 @@ def soft_causal_attention(
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
 
-    Complexity: 3 B H Sq Sk (D + Dv) operations, half as many again as :func:`attention`; memory
-    linear in Sq and Sk.
+    Complexity: 3 B H Sq Sk (D + Dv) operations, 1.5 times :func:`attention`; memory linear in Sq
+        and Sk.
 
     Paper: Adapting LLaMA Decoder to Vision Transformer (iLLaMA, Wang et al. 2024), section 3.2, the
     soft mask strategy.

@@ -1,6 +1,7 @@
-"""The score mod, from q.k to the weights, of operators with a score map: how the arguments of the
-public functions become those of the schema, and their rules. csrc/dense/terms.h has the
-same rules in the same order and words."""
+"""The score_mod (from q.k to the weights) of operators with a score map: lowers the arguments of
+public functions to the schema's, and checks them. csrc/dense/terms.h has the same rules in the same
+order and words.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def as_window(op: str, window: Any) -> tuple[int, int]:
 def lower_score_bias(
     op: str, score_bias: float | str | Tensor | None, q: Tensor
 ) -> tuple[Tensor | None, float, bool]:
-    """As a tensor, a number and whether to subtract the logarithm of the number of keys."""
+    """The bias as a tensor, a number, and whether to subtract the log of the number of keys."""
     if score_bias is None:
         return None, 0.0, False
     if isinstance(score_bias, Tensor):
@@ -66,12 +67,12 @@ def lower_normalize(op: str, normalize: str | None) -> str:
 
 
 def has_row_statistic(kind: str, normalize: str) -> bool:
-    """Whether there is a second result: of softmax the lse, of normalize the sums or counts."""
+    """Whether there is a second result: the lse of softmax, the sums or counts of normalize."""
     return kind == "softmax" or normalize != "none"
 
 
 def row_statistic_like(q: Tensor, kind: str, normalize: str) -> Tensor:
-    """[B, H, Sq], packed [H, T], without data; of size 0 if there is none."""
+    """An empty row statistic: [B, H, Sq], packed [H, T]; of size 0 if there is none."""
     shape: tuple[int, ...] = (0,)
     if has_row_statistic(kind, normalize):
         shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
@@ -136,7 +137,7 @@ def check_mask(
     q_spans: Tensor | None,
     k_spans: Tensor | None,
 ) -> None:
-    """keys: that a row of k_spans has, or more of them."""
+    """keys: number of keys that a row of k_spans must cover at least."""
     heads, rows = q.shape[-2], q.shape[-3]
     batch = 1 if q.dim() == 3 else batch
     if ranges is not None:
@@ -178,8 +179,9 @@ def check_small(op: str, name: str, t: Tensor, q: Tensor) -> None:
 
 
 def share_of(part: Tensor, whole: Tensor) -> Tensor:
-    """The share [B, S, H, 1] that a part of the keys has in the weights of a row, from the lse
-    [B, H, S] of the part and of all keys; 0 where there are none."""
+    """Share [B, S, H, 1] of a part of the keys in the weights of a row, from the lse [B, H, S] of
+    the part and of all keys; 0 where there are none.
+    """
     none = whole == -torch.inf
     share = (part - torch.where(none, 0.0, whole)).exp()
     return share.transpose(1, 2)[..., None]

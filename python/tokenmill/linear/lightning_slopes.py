@@ -1,4 +1,4 @@
-"""lightning_slopes: the decays of published models of lightning attention."""
+"""lightning_slopes: decay slopes of published lightning attention models."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def lightning_slopes(
 ) -> Tensor:
     r"""Slopes for :func:`lightning_attention`, in one of the two conventions in use.
 
-    Models trained with one give nonsense with the other. For head h of H (from 0) and layer l of L:
+    Models trained with one do not work with the other. For head h of H (from 0) and layer l of L:
 
     - "minimax" (the authors' code, TransNormerLLM, MiniMax-01): :math:`2^{-8(h+1)/H}`, as in
-      ALiBi, times :math:`1 - l/(L-1) + 10^{-5}`. Where H is no power of two, the slopes of the
-      power of two below are followed by every other slope of the power of two above.
+      ALiBi, times :math:`1 - l/(L-1) + 10^{-5}`. Where H is not a power of two, the slopes of the
+      next smaller power of two are followed by every other slope of the next larger one.
     - "paper" (the formula of TransNormerLLM, flash-linear-attention): :math:`(8h/H)(1 - l/L)`,
       linear in h; head 0 does not decay.
 
     Args:
         num_heads: H, up to 65536.
-        layer, num_layers: l from 0 and L; None for both: no factor for the layer.
+        layer, num_layers: l (from 0) and L; None for both: no layer factor.
         convention: "minimax" or "paper".
 
     Returns:
-        ``[H]`` float32 on the CPU, not negative; the weight of a token n tokens back is
+        ``[H]`` float32 on the CPU, nonnegative; the weight of a token n tokens back is
         :math:`e^{-slope\,n}`.
 
     Raises:
@@ -65,7 +65,7 @@ def lightning_slopes(
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """2^(-8 (h + 1) / H), interpolated where H is no power of two."""
+    """2^(-8 (h + 1) / H), interpolated where H is not a power of two."""
     below = 2 ** math.floor(math.log2(num_heads))
     slopes = [2.0 ** (-8.0 * (h + 1) / below) for h in range(below)]
     between = [2.0 ** (-4.0 * (h + 1) / below) for h in range(0, 2 * below, 2)]

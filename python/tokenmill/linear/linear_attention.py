@@ -42,7 +42,7 @@ LIGHTNING = "lightning_attention"
 
 
 class LightningOptions(TypedDict, total=False):
-    """Keywords of :func:`lightning_attention` beside scale and return_final_state."""
+    """Keywords of :func:`lightning_attention` other than scale and return_final_state."""
 
     feature_map: FeatureMap
     normalize: bool
@@ -54,8 +54,9 @@ class LightningOptions(TypedDict, total=False):
 
 
 class LinearOptions(LightningOptions, total=False):
-    """Keywords of :func:`linear_attention` beside return_final_state, on which the type of the
-    result depends."""
+    """Keywords of :func:`linear_attention` other than return_final_state, which decides the type of
+    the result.
+    """
 
     log_decay: Tensor | None
     scale: float | None
@@ -111,7 +112,8 @@ def linear_attention(
 
     A token sees itself with weight 1; the decay of the first token acts on initial_state. With
     normalize, :math:`z_t = \sum_s w_{ts} + 10^{-6}` over the weights :math:`w_{ts}` of the tokens
-    seen, and :math:`out_t` is divided by it. The kernels work on chunks, as products of matrices.
+    seen, and :math:`out_t` is divided by it. The kernels are chunked: each chunk is a few matrix
+    products.
 
     Args:
         q: ``[B, S, H, D]``, or packed ``[T, H, D]`` with cu_seqlens; float16, bfloat16 or float32
@@ -119,42 +121,42 @@ def linear_attention(
             their last dimension is not contiguous.
         k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]`` (packed ``[T, Hk, ...]``); Hk divides H;
             query head h reads head h // (H // Hk) (GQA, MQA) without copies. Dv up to 256.
-        log_decay: natural logarithm of what remains of the state, not positive; -inf forgets
-            everything. ``[H]`` for a constant of each head, ``[B, S, H]`` (packed ``[T, H]``) for a
-            gate of each token, in float32. None: no decay.
+        log_decay: natural logarithm of the factor on the state, at most 0; -inf forgets everything.
+            ``[H]`` for a constant per head, ``[B, S, H]`` (packed ``[T, H]``) for a gate per token,
+            in float32. None: no decay.
         feature_map: :math:`\phi`: "identity", "elu1" (elu(x) + 1), "relu", "silu"; or "taylor2",
             weights :math:`1 + u + u^2/2` with :math:`u = scale\; q_t \cdot k_s`, for D up to 32.
         scale: None = 1/sqrt(D). With "taylor2" it is the scale inside u.
         normalize: divide by the sum of the weights; meant for maps whose weights are positive.
-        initial_state: float32 ``[B, H, F, Dv]`` (packed: one for each sequence), as a call with
-            return_final_state returned it. F = D; "taylor2": 1 + D + D(D+1)/2, the sums of 1,
+        initial_state: float32 ``[B, H, F, Dv]`` (packed: one for each sequence), as returned by a
+            call with return_final_state. F = D; "taylor2": 1 + D + D(D+1)/2, the sums of 1,
             :math:`k_i` and :math:`k_i k_j` (i <= j) times v, which do not depend on the scale. With
             normalize ``[B, H, F, Dv + 1]``, the last column being the sum of the keys.
         return_final_state: also return the state after the last token.
-        cu_seqlens: int32 ``[N + 1]``, where packed sequences begin and end; each has its own state.
-            On a GPU, which does not check these values, tokens before the first sequence and
-            behind the last one have out 0 and gradients 0.
-        chunk_size: tokens per chunk, a power of two from 16 to 256; a hint that changes rounding
-            alone. None: the kernel's choice.
-        out: where to write the result: shape and dtype as returned, any strides with a contiguous
-            last dimension, each element at an address of its own and none in an input (parts of
-            one tensor are apart). Needs no_grad or inputs without gradient.
+        cu_seqlens: int32 ``[N + 1]``, offsets of the packed sequences; each has its own state. On a
+            GPU, which does not check these values, tokens before the first sequence and after the
+            last one have out 0 and gradients 0.
+        chunk_size: tokens per chunk, a power of two from 16 to 256; a hint that only changes
+            rounding. None: the kernel's choice.
+        out: preallocated result: shape and dtype as returned, any non-overlapping strides with a
+            contiguous last dimension; it shares no element with an input (disjoint parts of one
+            tensor are allowed). Needs no_grad or inputs without gradient.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         out ``[B, S, H, Dv]`` (packed ``[T, H, Dv]``) in the dtype of q; with return_final_state
-        also the state, float32. An empty sequence leaves its state as it was. Gradients: q, k, v,
+        also the state, float32. An empty sequence leaves its state unchanged. Gradients: q, k, v,
         log_decay, initial_state, through out and state.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
 
-    Complexity: about 4 H S F Dv operations per sequence and a chunk's own 2 H S C (D + Dv); memory
+    Complexity: about 4 H S F Dv operations per sequence, and 2 H S C (D + Dv) inside chunks; memory
     linear in S.
 
-    Paper: Transformers are RNNs (Katharopoulos et al. 2020); decay of a head: Lightning
-    Attention-2 (Qin et al. 2024); gates: Mamba-2 (Dao and Gu 2024), section 6; "taylor2": Simple
-    linear attention language models balance the recall-throughput tradeoff (Arora et al. 2024).
+    Paper: Transformers are RNNs (Katharopoulos et al. 2020); decay per head: Lightning Attention-2
+    (Qin et al. 2024); gates: Mamba-2 (Dao and Gu 2024), section 6; "taylor2": Simple linear
+    attention language models balance the recall-throughput tradeoff (Arora et al. 2024).
 
     Example:
         >>> import torch, tokenmill as tm
@@ -229,17 +231,17 @@ def lightning_attention(
     return_final_state: bool = False,
     **options: Unpack[LightningOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Lightning attention: :func:`linear_attention` with the constant decay of each head.
+    r"""Lightning attention: :func:`linear_attention` with a constant decay per head.
 
     :math:`out_t = scale \sum_{s \le t} e^{-slope (t - s)} (q_t \cdot k_s)\, v_s`: a token sees
     itself with weight 1, and initial_state has decayed by :math:`e^{-slope (t + 1)}` at token t.
 
     Args:
         q, k, v: as in :func:`linear_attention`.
-        slopes: ``[H]`` float32, not negative: what :func:`lightning_slopes` returns, or learned.
+        slopes: ``[H]`` float32, nonnegative: from :func:`lightning_slopes`, or learned.
         scale: as in :func:`linear_attention`, but 1 by default, as in the published models.
         return_final_state: also return the state after the last token.
-        options: every other keyword of :func:`linear_attention` but log_decay, which is -slopes.
+        options: every other keyword of :func:`linear_attention` except log_decay, which is -slopes.
 
     Returns:
         As :func:`linear_attention`. Gradients: q, k, v, slopes, initial_state.
@@ -406,7 +408,7 @@ def _backward(
 
 
 def flops(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, feature_map: str, *_: Any) -> float:
-    """Operations of the state update and the query of a token."""
+    """Operations of the state update and the query, per token."""
     features = feature_dim(feature_map, q.shape[-1])
     return 4.0 * math.prod(q.shape[:-1]) * features * v.shape[-1]
 
@@ -448,7 +450,7 @@ SPEC = register_op(
         sharding=Sharding(
             {
                 "q k v": "b.h.",
-                "log_decay": "b.h bh",  # of which the second has the gradient of [H]
+                "log_decay": "b.h bh",  # the gradient of the second form, [H], is summed
                 "initial_state": "bh..",
             },
             ("b.h.", "bh..", "bh."),

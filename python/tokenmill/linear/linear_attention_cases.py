@@ -1,5 +1,4 @@
-"""Calls of linear_attention that every backend must answer, and calls that every backend must
-refuse."""
+"""Valid and malformed sample calls of linear_attention."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ def draw_state(
     dtype: torch.dtype,
     g: torch.Generator,
 ) -> Tensor:
-    """A state [N, H, F, Dv(+ 1)] that a few tokens left; shape is N, H, D, Dv."""
+    """A state [N, H, F, Dv(+ 1)] after a few tokens; shape is N, H, D, Dv."""
     n, heads, d, dv = shape
     k = torch.randn(n, 3, heads, d, generator=g)
     v = torch.randn(n, 3, heads, dv, generator=g)
@@ -48,7 +47,7 @@ def _sample(
     state: bool = False,
     **options: Any,
 ) -> Any:
-    """decay: "head", "token", or the slope of each head. lengths packs sequences."""
+    """decay: "head", "token", or one slope per head. lengths packs sequences."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         n, lead = b, [b, s]

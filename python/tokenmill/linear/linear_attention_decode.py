@@ -35,10 +35,10 @@ def linear_attention_decode(
     backend: str | None = None,
     **other: Never,
 ) -> Tensor:
-    r"""Decode of :func:`linear_attention`: the next tokens, with states in slots, in place.
+    r"""Decode step of :func:`linear_attention`, updating states in slots in place.
 
     Request b continues from the state in slot state_indices[b], which is updated in place. The
-    result is that of :func:`linear_attention` with the same tokens and initial_state.
+    result equals :func:`linear_attention` with the same tokens and initial_state.
 
     Args:
         q: ``[B, S, H, D]``, float16, bfloat16 or float32 (float64 on the reference), D up to 256.
@@ -46,10 +46,10 @@ def linear_attention_decode(
             is 1, or more for several tokens.
         k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, Hk a divisor of H (GQA, MQA).
         state: float32 ``[slots, H, F, Dv]``, with normalize ``[slots, H, F, Dv + 1]``, as
-            :func:`linear_attention` returns it; updated in place. The rows of a head have no
-            gaps, each element at an address of its own and none in another argument.
-        log_decay: ``[H]`` or ``[B, S, H]``, not positive, as in :func:`linear_attention`.
-        feature_map, normalize: as in :func:`linear_attention`; those with which the state was made.
+            :func:`linear_attention` returns it; updated in place. The ``[F, Dv]`` block of a head
+            is contiguous; no two elements overlap, and none is shared with another argument.
+        log_decay: ``[H]`` or ``[B, S, H]``, at most 0, as in :func:`linear_attention`.
+        feature_map, normalize: as in :func:`linear_attention`, the same as when the state was made.
         state_indices: int32 ``[B]``, the slot of each request; -1 skips a request (padding of a
             batch): its out is 0 and no state changes. No slot twice. None: slot b for request b.
         scale: None = 1/sqrt(D), as in :func:`linear_attention`.

@@ -1,5 +1,6 @@
-"""Which calls of linear_attention the kernel of compute capability 9.0 takes: launch_sm90.h of
-csrc/linear/linear_attention has the same rules."""
+"""Which calls of linear_attention the sm_90a kernel takes; launch_sm90.h of
+csrc/linear/linear_attention has the same rules.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ HEAD_DIMS = (128, 256)
 
 
 def unsupported_sm90(op: TorchOp, *lowered: Any, out: Tensor | None = None) -> list[str]:
-    """Why the forward does not take a call."""
+    """Rules of the sm_90a forward that a call breaks."""
     a = op.record(*lowered)
     rules = Rules()
     rules.check(a.q.dtype != torch.float32, "q", "must be float16 or bfloat16", a.q.dtype)

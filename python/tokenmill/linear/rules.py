@@ -1,5 +1,6 @@
-"""The rules for calls of the linear family. csrc/linear/*/host.cpp has the same rules in the
-same order and words; the contract test compares the two."""
+"""Rules for calls of the linear family. csrc/linear/*/host.cpp has the same rules in the same order
+and words; the contract test compares the two.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ MAX_TAYLOR_HEAD_DIM = 32
 
 
 def feature_dim(feature_map: str, head_dim: int) -> int:
-    """Rows of the state: with taylor2 the moments 1, k_i and k_i k_j (i <= j) of a key."""
+    """Rows of the state; with taylor2 the moments 1, k_i and k_i k_j (i <= j) of a key."""
     if feature_map != "taylor2":
         return head_dim
     return 1 + head_dim + head_dim * (head_dim + 1) // 2
@@ -103,7 +104,7 @@ def check_decode(
 def check_slots(
     op: str, argument: str, state: Tensor, state_indices: Tensor | None, q: Tensor
 ) -> None:
-    """Slots of states, and which of them the requests have."""
+    """Checks the state slots and state_indices."""
     batch = q.shape[0]
     if state_indices is None:
         if state.shape[0] < batch:
@@ -149,7 +150,7 @@ def _check_inputs(
 
 
 def _head_state(q: Tensor, v: Tensor, feature_map: str, normalize: bool) -> tuple[int, int, int]:
-    """[H, F, Dv], with a normaliser [H, F, Dv + 1]."""
+    """[H, F, Dv], with normalize [H, F, Dv + 1]."""
     return q.shape[-2], feature_dim(feature_map, q.shape[-1]), v.shape[-1] + int(normalize)
 
 
@@ -180,7 +181,7 @@ def check_slot_values(op: str, state_indices: Tensor, slots: int) -> None:
 
 
 def check_decay_values(op: str, log_decay: Tensor | None) -> None:
-    """A NaN spreads; it is not refused."""
+    """Checks log_decay values. NaN is allowed: it propagates."""
     if log_decay is None:
         return
     positive = log_decay[log_decay > 0]

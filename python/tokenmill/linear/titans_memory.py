@@ -1,4 +1,4 @@
-"""titans_memory: a linear memory that steps of gradient descent write."""
+"""titans_memory: a linear memory written by gradient descent steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Loss = Literal["mse"]
 
 
 class TitansOptions(TypedDict, total=False):
-    """Keywords of :func:`titans_memory` beside gates and return_final_state."""
+    """Keywords of :func:`titans_memory` other than gates and return_final_state."""
 
     chunk_size: int
     loss: Loss
@@ -97,43 +97,44 @@ def titans_memory(
         M_t = (1 - \alpha_t) M_{t-1} + S_t, \qquad out_t = q_t M_t
 
     where :math:`\ell_t(M) = \frac12 |k_t M - v_t|^2`, so :math:`\nabla \ell_t(M_c) = k_t^T (k_t M_c
-    - v_t)`. A chunk has chunk_size tokens, and a call, or a packed sequence, begins with a new one.
-    With chunk_size 1 each gradient is that at the memory before its token; a larger chunk_size
-    computes something else, faster. Chunks are products of matrices, in float32, with nothing
-    divided: alpha = 1, eta = 0 and theta = 0 are exact.
+    - v_t)`. A chunk has chunk_size tokens; a call, or a packed sequence, starts a new one. With
+    chunk_size 1 each gradient is taken at the memory before its token; a larger chunk_size computes
+    a different function, faster. Chunks are matrix products in float32 without divisions: alpha =
+    1, eta = 0 and theta = 0 are exact.
 
     Args:
         q, k: ``[B, S, H, D]``, or packed ``[T, H, D]`` with cu_seqlens; float16, bfloat16, float32
             or float64.
         v: ``[B, S, H, Dv]`` (packed ``[T, H, Dv]``) in the dtype of q.
-        alpha: ``[B, S, H]`` (packed ``[T, H]``) of any floating-point dtype, the share that is
-            forgotten. The paper has gates from 0 to 1; other numbers are computed as given.
-        eta: as alpha, the share of the momentum that stays.
-        theta: as alpha, the step of a token. The tokens of a chunk step from the same memory: with
-            keys of length 1, sums of theta / (1 - eta) over a chunk that are above 2 can diverge.
+        alpha: ``[B, S, H]`` (packed ``[T, H]``) of any floating-point dtype, the fraction that is
+            forgotten. The paper's gates are from 0 to 1; other numbers are accepted.
+        eta: as alpha, the fraction of the momentum that is kept.
+        theta: as alpha, the step size of a token. The tokens of a chunk step from the same memory:
+            with keys of length 1, sums of theta / (1 - eta) over a chunk that are above 2 can
+            diverge.
         chunk_size: tokens whose gradients are taken at the same memory, at least 1.
         loss: "mse".
-        initial_state: (M, S), each float32 (float64 beside such q) ``[B, H, D, Dv]`` (packed: one
-            for each sequence), as a call with return_final_state returned them. None: 0.
+        initial_state: (M, S), each float32 (float64 with float64 q) ``[B, H, D, Dv]`` (packed: one
+            for each sequence), as returned by a call with return_final_state. None: 0.
         return_final_state: also return memory and momentum after the last token.
-        cu_seqlens: int32 ``[N + 1]``, where packed sequences begin and end. On a GPU, which does
-            not check these values, tokens before the first sequence and behind the last one have
-            out 0 and gradients 0.
-        backend: "cpu", "cuda", "triton" or "reference"; None chooses. CUDA has heads of up to 256
-            dimensions, the others any.
+        cu_seqlens: int32 ``[N + 1]``, offsets of the packed sequences. On a GPU, which does not
+            check these values, tokens before the first sequence and after the last one have out 0
+            and gradients 0.
+        backend: "cpu", "cuda", "triton" or "reference"; None chooses. CUDA takes a head_dim up to
+            256, the others any.
 
     Returns:
         out ``[B, S, H, Dv]`` (packed ``[T, H, Dv]``) in the dtype of q; with return_final_state
-        also (M, S) in the dtype of initial_state. An empty sequence leaves its state as it was.
+        also (M, S) in the dtype of initial_state. An empty sequence leaves its state unchanged.
         Gradients: q, k, v, alpha, eta, theta, initial_state, through out and state.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
 
     Complexity: 2 H S (5 D Dv + n (D + Dv) / 2) operations with n = chunk_size, but at most 64, and
-    2.6 times that for the backward, which computes the states again. It has extra memory for them:
-    on a CPU 2 D Dv numbers for each chunk, or 64 tokens of one, and thread; on a GPU twice as many
-    for each chunk, or 32 tokens of one, and head.
+    2.6 times as many for the backward, which recomputes the states. It needs extra memory for them:
+    on a CPU 2 D Dv numbers per thread for each chunk (or each 64 tokens of a chunk); on a GPU twice
+    as many per head for each chunk (or each 32 tokens of a chunk).
 
     Paper: Titans: Learning to Memorize at Test Time (Behrouz et al. 2025), sections 3.1 and 3.2.
     Its :math:`\ell` has no factor of 1/2: its theta is half of the one here.
@@ -286,7 +287,7 @@ def _unsupported(backend: str, *lowered: Any) -> list[str]:
 
 
 def flops(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> float:
-    """Operations of error, momentum, memory and query of a token."""
+    """Operations of error, momentum, memory and query, per token."""
     return 10.0 * math.prod(q.shape) * v.shape[-1]
 
 

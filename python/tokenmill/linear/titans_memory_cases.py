@@ -1,5 +1,4 @@
-"""Calls of titans_memory that every backend must answer, and calls that every backend must
-refuse."""
+"""Valid and malformed sample calls of titans_memory."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ def _sample(
     state: bool = False,
     **options: Any,
 ) -> Any:
-    """lengths packs sequences; gates are the same for all tokens."""
+    """lengths packs sequences; gates are equal for all tokens."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         wide = torch.promote_types(dtype, torch.float32)
@@ -38,7 +37,7 @@ def _sample(
         q, k, v = (
             (torch.randn(*lead, h, size, generator=g) * size**-0.5).to(dtype) for size in (d, d, dv)
         )
-        # The steps of a chunk add up: with more they would diverge.
+        # The steps of a chunk add up; larger gates would diverge.
         most = (0.2, 0.9, 0.5)
         for name, bound, value in zip(GATES, most, gates or (None, None, None), strict=True):
             drawn = torch.rand(*lead, h, generator=g) * bound

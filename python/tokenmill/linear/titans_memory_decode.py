@@ -31,22 +31,22 @@ def titans_memory_decode(
     chunk_size: int = 64,
     state_indices: Tensor | None = None,
 ) -> Tensor:
-    r"""Decode of :func:`titans_memory`: the next tokens, with states in slots, in place.
+    r"""Decode step of :func:`titans_memory`, updating states in slots in place.
 
     Request b continues from the state in slot state_indices[b], which is updated in place. Chunks
-    go on from call to call: the results are those of one call of :func:`titans_memory` with all
-    tokens since filled was 0. A state that :func:`titans_memory` returned is one of memory and
-    momentum with filled 0. The parts are PyTorch's on every device: there is no argument `backend`.
+    continue across calls: the results equal one call of :func:`titans_memory` with all tokens since
+    filled was 0. A state returned by :func:`titans_memory` is used as memory and momentum with
+    filled 0. PyTorch computes this on every device: there is no argument `backend`.
 
     Args:
         q, k: ``[B, S, H, D]`` float16, bfloat16, float32 or float64. S is 1, or more for several
             tokens, one after the other.
         v: ``[B, S, H, Dv]`` in the dtype of q.
-        start: float32 (float64 beside such q) ``[slots, H, D, Dv]``, the memory before the chunk of
-            the last token. It is not read where filled is 0.
-        memory, momentum: as start, those after the last token; 0 before the first one.
+        start: float32 (float64 with float64 q) ``[slots, H, D, Dv]``, the memory before the chunk
+            of the last token. It is not read where filled is 0.
+        memory, momentum: as start, the values after the last token; 0 before the first token.
         filled: int32 ``[slots]``, tokens of the chunk so far, 0 to chunk_size - 1. All four are
-            updated in place, each element at an address of its own and none in another argument.
+            updated in place; no two elements overlap, and none is shared with another argument.
         alpha, eta, theta: ``[B, S, H]`` of any floating-point dtype.
         chunk_size: as in :func:`titans_memory`.
         state_indices: int32 ``[B]``, the slot of each request; -1 skips a request (padding of a
@@ -111,7 +111,7 @@ def titans_memory_decode(
         rows = torch.arange(batch, device=q.device)
         live = torch.ones_like(rows, dtype=torch.bool)
     else:
-        # A request that is skipped repeats one that is not: what the two write is the same.
+        # A skipped request repeats a live one, so both write the same values.
         live = (state_indices >= 0) & (state_indices < slots)
         source = torch.where(live, torch.arange(batch, device=q.device), live.int().argmax())
         given = [t[source] for t in given]
@@ -126,7 +126,7 @@ def titans_memory_decode(
 def _steps(
     inputs: list[Tensor], states: list[Tensor], chunk_size: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """out [B, S, H, Dv] and the states behind the last token."""
+    """out [B, S, H, Dv] and the states after the last token."""
     start, memory, momentum, filled = states
     outs = []
     for q, k, v, alpha, eta, theta in zip(*(t.unbind(1) for t in inputs), strict=True):
@@ -142,7 +142,7 @@ def _steps(
 
 
 def _beside(t: Tensor, like: Tensor) -> Tensor:
-    """With the number of dimensions of another."""
+    """Reshapes t to the number of dimensions of another tensor."""
     return t.reshape(*t.shape, *[1] * (like.dim() - t.dim()))
 
 

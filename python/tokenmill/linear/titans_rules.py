@@ -1,5 +1,6 @@
-"""The rules for calls of titans_memory and titans_memory_decode. csrc/linear/titans_memory/host.cpp
-has the same rules in the same order and words; the contract test compares the two."""
+"""Rules for calls of titans_memory and titans_memory_decode. csrc/linear/titans_memory/host.cpp has
+the same rules in the same order and words; the contract test compares the two.
+"""
 
 from __future__ import annotations
 
