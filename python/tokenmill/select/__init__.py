@@ -1,4 +1,4 @@
-"""Which keys to attend to."""
+"""Selection of the keys to attend to."""
 
 from ..reference.select.gumbel import gumbel_noise
 from .attention_column_scores import attention_column_scores

@@ -49,34 +49,36 @@ def attention_column_scores(
     seqlens_q: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""The attention that each key receives from all queries, without the matrix of weights.
+    r"""The attention that each key receives from all queries; the weight matrix is never
+    materialised.
 
     .. math::
         c_j = \sum_i P_{ij}, \qquad P_{ij} = e^{scale \; q_i \cdot k_j - lse_i}
 
     over the queries i that see key j. With gumbel_tau,
-    :math:`P_{ij} = softmax_j((scale \; q_i \cdot k_j + g_{ij}) / \tau)` with noise g of the Gumbel
-    distribution. H2O, SnapKV, TOVA, Recycled Attention and Keyformer evict by it.
+    :math:`P_{ij} = softmax_j((scale \; q_i \cdot k_j + g_{ij}) / \tau)` with Gumbel noise g. H2O,
+    SnapKV, TOVA, Recycled Attention and Keyformer evict by this score.
 
     Args:
         q: ``[B, Sq, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any strides
             with a contiguous last dimension, D up to 256.
         k: ``[B, Sk, Hk, D]``, Hk a divisor of H (GQA, MQA).
-        lse: float32 ``[B, H, Sq]``, of :func:`attention` with return_lse, the same scale and mask;
-            None computes it, which doubles the cost. A query whose lse is -inf counts for nothing.
-        causal: query i sees keys j <= i + Sk - Sq (bottom-right aligned; of each request with
+        lse: float32 ``[B, H, Sq]``, from :func:`attention` with return_lse, the same scale and
+            mask; None computes it, which doubles the cost. A query whose lse is -inf is ignored.
+        causal: query i sees keys j <= i + Sk - Sq (bottom-right aligned; per request with
             seqlens_k).
         reduce: "sum" over queries; "mean" divides by the number of queries, "visible_mean" by the
-            number of those that see the key (0 where there are none).
+            number of queries that see the key (0 where there are none).
         window_queries: only the last window_queries queries count; None: all.
         scale: factor of q.k; None = 1/sqrt(D).
-        gumbel_tau: temperature of the noisy softmax, positive; None: no noise. Goes without lse.
-        seed: of the noise, 0 to 2^63 - 1; needed with gumbel_tau. The noise of a pair depends on
-            seed, request, head, key and the position of the query, i + Sk - Sq, alone: the next
-            step of a growing cache has fresh noise. :func:`tokenmill.select.gumbel_noise` has it.
-        head_reduce: "none", or "group_mean" or "group_max" over the query heads of a key head.
-        seqlens_k: int32 ``[B]``, the keys of each request; others score 0. None: Sk.
-        seqlens_q: int32 ``[B]``, the queries of each request; None: Sq.
+        gumbel_tau: temperature of the noisy softmax, positive; None: no noise. Excludes lse.
+        seed: seed of the noise, 0 to 2^63 - 1; required with gumbel_tau. The noise of a pair
+            depends only on seed, request, head, key and the position of the query, i + Sk - Sq: the
+            next step of a growing cache has fresh noise. :func:`tokenmill.select.gumbel_noise`
+            computes it.
+        head_reduce: "none", or "group_mean" or "group_max" over the query heads of a GQA group.
+        seqlens_k: int32 ``[B]``, number of keys of each request; later keys score 0. None: Sk.
+        seqlens_q: int32 ``[B]``, number of queries of each request; None: Sq.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -250,7 +252,7 @@ SPEC = register_op(
         sharding=Sharding(
             {"q k": "b.h.", "lse": "bh.", "seqlens_k seqlens_q": "b"},
             ("bh.",),
-            without=("gumbel_tau",),  # whose noise counts requests and heads
+            without=("gumbel_tau",),  # its noise depends on the global request and head
         ),
         paper="Keyformer (Adnan et al. 2024), H2O (Zhang et al. 2023), SnapKV (Li et al. 2024)",
         flops=_flops,

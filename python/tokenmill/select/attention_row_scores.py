@@ -49,30 +49,30 @@ def attention_row_scores(
         a_j = \frac{1}{H R} \sum_h \sum_r P_{hrj}, \qquad
         P_{hrj} = e^{scale \; q_{rh} \cdot k_j - lse_{hr}}
 
-    with reduce="mean", always probabilities over all visible keys, those skipped among them (so the
-    result of skip=1 sums to less than 1). The row of the class token chooses patches in EViT and
-    VTC-CLS; the last query of a step chooses keys in TOVA and Recycled Attention.
+    with reduce="mean". Probabilities are always over all visible keys, including skipped ones (so
+    the result of skip=1 sums to less than 1). The row of the class token chooses patches in EViT
+    and VTC-CLS; the last query of a step chooses keys in TOVA and Recycled Attention.
 
     Args:
         q_rows: ``[B, R, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any
             strides with a contiguous last dimension, D up to 256: the class token, or the last
-            queries of a step. R is small: memory for H R Sk exponents is taken.
+            queries of a step. R is small: H R Sk exponents are held in memory.
         k: ``[B, Sk, Hk, D]``, Hk a divisor of H (GQA, MQA).
         scale: factor of q.k; None = 1/sqrt(D).
-        lse: float32 ``[B, H, R]`` of the forward of these rows; None: over the visible keys. A row
-            whose lse is -inf gives nothing.
-        reduce: over heads and rows: "mean", "sum", "max", or "none". "argmax": of each head and row
-            the position of the key with the largest weight, the first of equal ones; NaN counts as
-            the largest.
-        skip: the first keys that have no place in the result (1 for a class token).
+        lse: float32 ``[B, H, R]`` from the forward of these rows; None: computed over the visible
+            keys. A row whose lse is -inf contributes nothing.
+        reduce: over heads and rows: "mean", "sum", "max", or "none". "argmax": for each head and
+            row the position of the key with the largest weight, the first of equal weights; NaN
+            counts as the largest.
+        skip: number of first keys left out of the result (1 for a class token).
         causal: row r sees keys j <= r + Sk - R: the rows are the last queries.
-        seqlens_k: int32 ``[B]``, the keys of each request; others get 0. None: Sk.
+        seqlens_k: int32 ``[B]``, number of keys of each request; later keys get 0. None: Sk.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         float32 ``[B, Sk - skip]``, with reduce="none" ``[B, H, R, Sk - skip]``. With "argmax" int32
-        ``[B, H, R]``, places in k; -1 for a row that sees no key behind those skipped, or whose lse
-        is -inf. Not differentiable.
+        ``[B, H, R]``, positions in k; -1 for a row with no visible key after the skipped ones, or
+        whose lse is -inf. Not differentiable.
 
     Raises:
         RuntimeError: naming argument, rule and value. On a GPU lengths out of range are clamped.

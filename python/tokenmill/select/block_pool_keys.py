@@ -1,4 +1,4 @@
-"""block_pool_keys: one pooled key, or a box of bounds, for each block of a cache."""
+"""block_pool_keys: one pooled key, or a box of bounds, per block of a cache."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ def block_pool_keys(
     block_table: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""One pooled key, or a box (minimum and maximum), for each block of `block` tokens.
+    r"""One pooled key, or a box (minimum and maximum), per block of `block` tokens.
 
     "mean" is summed in float32 and rounded once; maxima and minima are elements of the keys, so
-    that the box of "minmax" holds every key exactly, in any dtype. The last block pools the tokens
-    that it has. A block without tokens has mean 0, maximum -inf and minimum +inf. A NaN makes its
-    column of its own block NaN, and no other.
+    that the box of "minmax" holds every key exactly, in any dtype. A partial last block pools its
+    own tokens. A block without tokens has mean 0, maximum -inf and minimum +inf. A NaN only affects
+    its channel of its own block.
 
     Args:
         k: ``[B, S, Hk, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
             with a contiguous last dimension; with block_table ``[pages, page_size, Hk, D]``.
         block: tokens of a block.
         mode: "mean", "max", or "minmax" (the bounds of Quest).
-        lengths: ``[B]`` int32, tokens of each request; clamped to those in the cache, negative =
-            none. None: all.
+        lengths: ``[B]`` int32, number of tokens of each request; clamped to the tokens in the
+            cache, negative = none. None: all.
         block_table: ``[B, P]`` int32, the pages of each request; then S = P * page_size. Entries
             beyond the length may be anything.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
@@ -69,8 +69,8 @@ def block_pool_keys(
         2, D]``, minima first. Not differentiable.
 
     Raises:
-        RuntimeError: naming argument, rule and value. On a GPU tokens of pages that are not there
-            are left out.
+        RuntimeError: naming argument, rule and value. On a GPU tokens of pages that do not exist
+            are skipped.
 
     Complexity: reads each key once.
 
@@ -100,19 +100,20 @@ def block_pool_keys_update(
     block_table: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Pools again, in place, the blocks that hold tokens start to length - 1 of each request.
+    r"""Recomputes, in place, the pooled blocks that hold tokens start to length - 1 of each
+    request.
 
-    For a cache to which tokens were appended: the result is that of :func:`block_pool_keys` on the
+    For a cache to which tokens were appended: the result equals :func:`block_pool_keys` on the
     whole cache, and only the blocks that the new tokens touch are read and written. After tokens
-    were taken back, start = length - 1 corrects the last block. Other blocks stay as they are, also
-    those beyond the length.
+    were removed, start = length - 1 corrects the last block. Other blocks are unchanged, also
+    blocks beyond the length.
 
     Args:
         k: as in :func:`block_pool_keys`.
-        pooled: its result, any strides with a contiguous last dimension, each element at an address
-            of its own and none in another argument; updated in place.
+        pooled: its result, any non-overlapping strides with a contiguous last dimension, sharing no
+            memory with another argument; updated in place.
         block, mode, lengths, block_table: as in :func:`block_pool_keys`.
-        start: ``[B]`` int32, the first token that is new; from the length on nothing changes,
+        start: ``[B]`` int32, the first new token; a value at or beyond the length changes nothing,
             negative = 0.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
@@ -121,7 +122,7 @@ def block_pool_keys_update(
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is written. On a GPU tokens
-            of pages that are not there are left out.
+            of pages that do not exist are skipped.
 
     Complexity: reads the new tokens and at most block - 1 others of each request.
 
@@ -171,7 +172,7 @@ def lower_update(
 
 
 def _check_types(op: str, k: Any, block: Any, mode: Any, lengths: Any, block_table: Any) -> int:
-    """block as an int."""
+    """Checks the argument types and returns block as an int."""
     check_tensor(op, "k", k)
     check_tensor(op, "lengths", lengths, optional=True)
     check_tensor(op, "block_table", block_table, optional=True)

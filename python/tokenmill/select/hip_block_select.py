@@ -1,4 +1,4 @@
-"""hip_block_select: blocks of keys for block-sparse attention, by a search in a tree of blocks."""
+"""hip_block_select: key blocks for block-sparse attention, found by a tree search over blocks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ REPRESENTATIVES = ("first", "middle", "last")
 BOUNDS = ("sample", "minmax")
 HEAD_REDUCES = ("none", "group_max")
 MAX_BLOCK = 128  # keys of a block
-MAX_BLOCKS = 2048  # of a list: a GPU has the nodes of a search in shared memory
+MAX_BLOCKS = 2048  # entries of a list: a GPU keeps the nodes of a search in shared memory
 Arguments = record_of(OP)
 
 
@@ -73,85 +73,84 @@ def hip_block_select(
     block_table: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""HiP's tree search: the blocks of keys for each block of queries, in O(log S) steps.
+    r"""HiP's tree search: selects the key blocks of each query block in O(log S) steps.
 
     The result is a list for :func:`block_sparse_attention` (or, with one query, for
-    :func:`sparse_decode_attention`), which attends beside it to the first num_sink keys and the
-    last num_recent keys that a query sees. So these two kinds of keys are *kept anyway*, and a pair
-    of a query and a key *counts* if the query sees the key and does not keep it anyway: query i of
-    a request with m queries and l keys is at p = l - m + i and counts the keys num_sink to
-    p - num_recent (causal, bottom-right aligned; not causal: to l - 1 - num_recent). Admissible are
-    the n blocks of which the last query of the query block counts a key. With N = budget / block_k:
+    :func:`sparse_decode_attention`), which in addition attends to the first num_sink keys and the
+    last num_recent keys visible to a query. These two kinds of keys are *always kept*, and a pair
+    of a query and a key *counts* if the key is visible and not always kept: query i of a request
+    with m queries and l keys is at p = l - m + i and counts the keys num_sink to p - num_recent
+    (causal, bottom-right aligned; not causal: to l - 1 - num_recent). The n blocks with a key that
+    counts for the last query of the query block are admissible. With N = budget / block_k:
 
-    1. If n <= N, all admissible blocks are selected: list, first and last keys are then all that
-       any query of the query block sees.
-    2. The admissible blocks are cut into N nodes, node i from floor(n i / N) to floor(n (i+1) / N).
-    3. Each node of several blocks becomes two, the left one with the smaller half. A node scores
-       max q·k over the keys k of *one* block, its representative, and the queries that speak for
-       the query block: every stride_q-th, counted backwards from its last one. Pairs that do not
-       count are left out, and so are products that are NaN: if nothing is left, the score is -inf.
-       Products are float32, without a scale.
-    4. The N nodes with the largest scores stay; ties go to the lower keys. Back to 3
-       while a node has several blocks.
+    1. If n <= N, all admissible blocks are selected: list, sink and recent keys then cover every
+    key visible to a query of the query block. 2. The admissible blocks are cut into N nodes, node i
+    from floor(n i / N) to floor(n (i+1) / N). 3. Each node of several blocks is split in two, the
+       left one with the smaller half. A node scores max q·k over the keys k of *one* block, its
+       representative, and over sampled queries of the query block: every stride_q-th, counted
+       backwards from its last one. Pairs that do not count, and NaN products, are skipped: if
+       nothing is left, the score is -inf. Products are float32, without a scale.
+    4. The N nodes with the largest scores are kept; ties go to the lower keys. Repeat from 3 while
+    a node has several blocks.
 
-    What the list holds is N different blocks (all, if there are fewer). It is likely, not certain,
-    to hold the best ones: the search finds what its representatives lead to. Smooth scores it
-    finds, and keys that are alike within each first node; a single large score between
-    representatives it can miss. With representative="first" the left half of a node has the node's
-    score, so the largest score that was ever seen stays. bound="minmax" looks at every block
-    instead and returns the N best of all, exactly: O(S) for each query block.
+    The list holds N different blocks (all, if there are fewer), likely but not certainly the best
+    ones, since the search follows its representatives. It finds smooth scores, and keys that are
+    similar within each initial node; it can miss a single large score between representatives. With
+    representative="first" the left half of a node has the node's score, so the largest score seen
+    so far is kept. bound="minmax" instead visits every block and returns the exact N best: O(S) per
+    query block.
 
-    start is an earlier list, of the step before in decoding or of a coarser search. Its ids become
-    aligned groups of restart_span blocks (of which a group counts once), cut to the admissible
-    blocks, and the search goes on from these nodes at 3: log2(restart_span) steps instead of
-    log2(n / N). Ids that are not admissible or not greater than the id before are left out; a list
-    without any other is searched from scratch. The list then has at most the blocks of its groups.
+    start is an earlier list, from the previous decode step or a coarser search. Its ids become
+    aligned groups of restart_span blocks (each group once), clipped to the admissible blocks, and
+    the search continues from these nodes at 3: log2(restart_span) steps instead of log2(n / N). Ids
+    that are not admissible or not greater than the id before are skipped; a list without valid ids
+    is searched from scratch. The result then has at most the blocks of these groups.
 
-    Requests of different lengths are padded (seqlens_q, seqlens_k), packed (cu_seqlens) or, of
-    keys, in pages (block_table). Query blocks begin at the first query of each request, which has
-    the lists that it has alone, bit for bit.
+    Requests of different lengths are padded (seqlens_q, seqlens_k), packed (cu_seqlens) or, for
+    keys, in pages (block_table). Query blocks begin at the first query of each request; its lists
+    do not depend on the other requests, bit for bit.
 
     Args:
         q: ``[B, Sq, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
             with a contiguous last dimension, D up to 256; packed ``[T, H, D]`` with cu_seqlens_q.
-            In decoding Sq is 1, or a few tokens.
+            In decode Sq is 1, or a few tokens.
         k: ``[B, S, Hk, D]`` in the dtype of q, Hk a divisor of H (GQA); packed ``[Tk, Hk, D]`` with
             cu_seqlens_k; ``[pages, page_size, Hk, D]`` with block_table.
-        budget: keys of a list, a multiple of block_k, at most 2048 block_k.
+        budget: number of keys in a list, a multiple of block_k, at most 2048 block_k.
         block_q: queries that share a list; the last block may have fewer.
         block_k: keys of a block, 1 to 128. Block i has the keys i block_k to (i + 1) block_k - 1.
-        stride_q: one query of so many speaks for a query block.
-        representative: the block that stands for a node: its "first", its "last", or the "middle"
-            one, number floor(size / 2).
-        num_sink, num_recent: sink (first) and recent (last) keys, attended to anyway.
+        stride_q: sampling stride over the queries of a query block.
+        representative: the block that represents a node: its "first", its "last", or the "middle"
+            block, number floor(size / 2).
+        num_sink, num_recent: numbers of sink (first) and recent (last) keys, always kept.
         bound: "sample" (the search) or "minmax" (exact).
-        start: (indices, counts) as this function returns them, or None.
-        restart_span: blocks of a node that an id of start becomes.
+        start: (indices, counts) as returned by this function, or None.
+        restart_span: size in blocks of the node made from an id of start.
         causal: a query sees no later key.
-        head_reduce: "none" (a list for each query head) or "group_max" (for each key head: scores
+        head_reduce: "none" (a list for each query head) or "group_max" (for each KV head: scores
             are maxima over its query heads).
-        seqlens_q: int32 ``[B]``, the queries of each request, its first rows of q. None: Sq. Query
-            blocks behind them have empty lists.
-        seqlens_k: int32 ``[B]``, keys of each request, those of its queries included. None: all.
-        cu_seqlens_q: int32 ``[B + 1]``, where packed queries begin and end. Their keys are packed
-            too, or ``[B, S, Hk, D]`` or pages.
-        cu_seqlens_k: the same of packed keys. None with a packed k: cu_seqlens_q.
+        seqlens_q: int32 ``[B]``, number of queries of each request, the first rows of q. None: Sq.
+            Later query blocks have empty lists.
+        seqlens_k: int32 ``[B]``, number of keys of each request, including the keys of its queries.
+            None: all.
+        cu_seqlens_q: int32 ``[B + 1]``, offsets of packed queries. Their keys are packed too, or
+            ``[B, S, Hk, D]`` or pages.
+        cu_seqlens_k: the same for packed keys. None with a packed k: cu_seqlens_q.
         block_table: int32 ``[B, P]``, the pages of each request; key t is row t % page_size of page
             ``block_table[b, t // page_size]``. Entries beyond the length may be anything.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         (indices, counts): int32 ``[B, H, ceil(Sq / block_q), budget / block_k]`` block numbers,
-        ascending, -1 after the last, and how many there are, int32 ``[B, H, ceil(Sq / block_q)]``;
-        with "group_max" Hk for H. Of packed queries int32 ``[H, R, budget / block_k]`` and ``[H,
+        ascending, -1 after the last, and their number, int32 ``[B, H, ceil(Sq / block_q)]``; with
+        "group_max" Hk instead of H. For packed queries int32 ``[H, R, budget / block_k]`` and ``[H,
         R]`` with R = T // block_q + B: query block r of sequence b has row cu_seqlens_q[b] //
-        block_q + b + r, and rows without one are empty. The same bits in every run. Not
-        differentiable.
+        block_q + b + r, and unused rows are empty. Deterministic. Not differentiable.
 
     Raises:
-        RuntimeError: naming argument, rule and value. On a GPU lengths are cut to the keys that
-            there are, keys of pages that are not there count as zeros, and a float32 product with
-            an infinite factor is NaN (three tf32 products make one).
+        RuntimeError: naming argument, rule and value. On a GPU lengths are clamped to the keys that
+            exist, keys of pages that do not exist are read as zeros, and a float32 product with an
+            infinite factor is NaN (three tf32 products make one).
 
     Complexity: 4 D budget block_q / stride_q operations for each of ceil(log2(n / N)) steps of a
     query block, fewer where a score is known from a step before; O(budget) memory for each query
@@ -301,7 +300,7 @@ def _check_rows(op: str, a: Any, float64: bool) -> None:
 
 
 def _keys(a: Any) -> int:
-    """Of a request, at most; of packed sequences all."""
+    """Number of keys of the longest request; of packed sequences, of all requests."""
     if a.cu_seqlens_k is not None:
         return int(a.k.shape[0])
     return rows_of_request(a.k, a.block_table)
@@ -337,7 +336,8 @@ def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
 
 
 def _flops(*lowered: Any) -> float:
-    """Operations of a search whose query blocks all see half the keys, of the longest request."""
+    """Operations of a search of the longest request, in which each query block sees half the keys.
+    """
     a = Arguments(*lowered)
     keys = _keys(a)
     if a.cu_seqlens_k is not None and known(a.cu_seqlens_k):

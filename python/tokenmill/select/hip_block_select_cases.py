@@ -1,5 +1,6 @@
-"""Samples and malformed calls of hip_block_select. Queries and keys are whole numbers: products are
-exact in every order of summation, so that every backend selects the same blocks."""
+"""Samples and malformed calls of hip_block_select. Queries and keys are integers: products are
+exact in every order of summation, so every backend selects the same blocks.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ def _sample(
     change: Any = None,
     **options: Any,
 ) -> Any:
-    """n keys; pages: how many of how many keys there are. Packed if options say where sequences
-    begin. Small windows unless options say else."""
+    """n keys; pages: (number of pages, page size). Packed if the options hold cu_seqlens. Small
+    windows unless options say otherwise.
+    """
     options = {
         "budget": 32, "block_q": 32, "num_sink": 4, "num_recent": 10, **options,
     }  # fmt: skip
@@ -121,7 +123,7 @@ def _half_a_start(args: list[Any], kwargs: dict[str, Any]) -> None:
 
 
 def _packed(**options: Any) -> Any:
-    """The first sample packed, and what options change."""
+    """The first sample packed, with changed options."""
     ends = {"cu_seqlens_q": _ints(0, 20, 40), "cu_seqlens_k": _ints(0, 160, 320)}
 
     def change(args: list[Any], kwargs: dict[str, Any]) -> None:

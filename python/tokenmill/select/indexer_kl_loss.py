@@ -1,4 +1,4 @@
-"""indexer_kl_loss: how far the weights of an indexer are from those of the attention it serves."""
+"""indexer_kl_loss: divergence between the weights of an indexer and of the attention it serves."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def indexer_kl_loss(
     *,
     activation: str = "relu",
 ) -> Tensor:
-    r"""The loss that trains an indexer: the divergence of its weights over listed keys from those
-    of the attention that it serves.
+    r"""Loss for training an indexer: the divergence of its weights over listed keys from the
+    weights of the attention that it serves.
 
     With the scores of :func:`indexer_topk_select`, :math:`s_{ij} = \sum_h w_{ih}\, act(q_{ih}
     \cdot k_j)`, and the keys :math:`L_i` in the list of query i,
@@ -55,40 +55,41 @@ def indexer_kl_loss(
        t_{ij} = \frac{target_{ij}}{\sum_{j' \in L_i} target_{ij'}}
 
     with 0 log 0 = 0. A query without entries, or whose targets are all 0, adds 0 and has gradients
-    of 0. Blocks of queries follow each other, and the backward computes their scores again: neither
-    the scores of all pairs nor the keys of all lists are ever in memory. Rows are gathered and
-    their gradients summed by :func:`gather_tokens` and :func:`segment_reduce`, in an order that
-    depends on the lists alone; the products are those of PyTorch on every device: there is no
-    argument `backend`.
+    of 0. Queries are processed in blocks, and the backward recomputes their scores: neither the
+    scores of all pairs nor the keys of all lists are ever in memory. Rows are gathered and their
+    gradients summed by :func:`gather_tokens` and :func:`segment_reduce`, in an order that only
+    depends on the lists; PyTorch computes the products on every device: there is no argument
+    `backend`.
 
     Args:
         q: ``[B, Sq, Hi, D]`` float16, bfloat16 or float32 (or float64), any strides with a
             contiguous last dimension.
         k: ``[B, Sk, D]`` in the dtype of q, one key for all heads.
-        weights: ``[B, Sq, Hi]`` float32 or in the dtype of q. A scale of the scores is a factor of
+        weights: ``[B, Sq, Hi]`` float32 or in the dtype of q. A scale of the scores is folded into
             them.
-        indices: int32 ``[B, Sq, K]``, the keys of each query as :func:`indexer_topk_select` lists
-            them: 0 to Sk - 1, ascending. A key that is listed twice counts once, with its first
-            target. On a GPU an entry counts if it is that of a key and greater than all before it.
-        counts: int32 ``[B, Sq]``, entries of each list, 0 to K. What lies beyond, in indices and in
-            target, may be anything.
-        target: ``[B, Sq, K]``, of each entry the weight that attention gives the key, summed over
-            heads, finite and not negative; float16, bfloat16 or float32 (float64 beside such q).
-            It gets no gradient. A GPU computes with others as they are.
+        indices: int32 ``[B, Sq, K]``, the keys of each query as listed by
+            :func:`indexer_topk_select`: 0 to Sk - 1, ascending. A key that is listed twice counts
+            once, with its first target. On a GPU an entry counts if it is in range and greater than
+            all before it.
+        counts: int32 ``[B, Sq]``, number of entries of each list, 0 to K. Later values in indices
+            and target may be anything.
+        target: ``[B, Sq, K]``, the weight that attention gives to the key of each entry, summed
+            over heads, finite and nonnegative; float16, bfloat16 or float32 (float64 with float64
+            q). It gets no gradient. A GPU does not check these values.
         activation: "relu" or "none".
 
     Returns:
-        The sum over all queries, float32 (float64 of such q) without dimensions. Divide it by the
-        number of queries for a mean. Gradients: q, k, weights, in reverse mode; second derivatives
-        too, but these keep the keys of all lists in memory.
+        The sum over all queries, a float32 scalar (float64 for float64 q). Divide it by the number
+        of queries for a mean. Gradients: q, k, weights, in reverse mode; second derivatives too,
+        but these keep the keys of all lists in memory.
 
     Raises:
-        RuntimeError: naming argument, rule and value, before anything runs. Values are not looked
-            at on GPUs and within the transforms of torch.func.
+        RuntimeError: naming argument, rule and value, before anything runs. Values are not checked
+            on GPUs and within the transforms of torch.func.
 
     Complexity: 2 Hi D operations for each entry of a list, and 6 Hi D for the backward; extra
     memory of a few times a block of queries, which is 2^22 elements on a CPU and 2^26 on a GPU, or
-    Sk entries, or one query, whichever is most.
+    Sk entries, or one query, whichever is largest.
 
     Paper: DeepSeek-V3.2-Exp (DeepSeek-AI 2025), continued pre-training: the dense warm-up (lists of
     all keys) and the sparse training of its lightning indexer.
@@ -115,18 +116,21 @@ def indexer_kl_loss(
         _check_values(k, indices, counts, target)
     apply = _Rows.apply
     if torch.compiler.is_compiling() and not any(t.requires_grad for t in (q, k, weights)):
-        apply = _Rows.forward  # Dynamo would give it a context, which setup_context takes
+        # Dynamo would pass it a context, which setup_context receives instead
+        apply = _Rows.forward
     rows: Tensor = apply(q, k, weights, indices, counts, target, activation)
     return _sum(rows.flatten())
 
 
-# Elements of a block of queries: keys, and products with heads.
+# Elements in a block of queries: keys, and products with heads.
 CPU_ELEMENTS, GPU_ELEMENTS = 2**22, 2**26
 
 
 def _blocks(q: Tensor, k: Tensor, entries: int) -> Iterator[tuple[slice, slice]]:
     """Sequences and queries of each block: several whole sequences, or a part of one. A block has
-    as many entries as a sequence has keys, or more: the gradient of all keys is added after it."""
+    at least as many entries as a sequence has keys, because the gradient of all keys is added after
+    each block.
+    """
     batch, queries, heads, dim = q.shape
     if 0 in (batch, queries, entries, k.shape[1]):
         return
@@ -139,20 +143,21 @@ def _blocks(q: Tensor, k: Tensor, entries: int) -> Iterator[tuple[slice, slice]]
 
 
 class _Block(NamedTuple):
-    """E entries for each query, in P parts. One that does not count has the id -1, a key of zeros
-    and the target 0."""
+    """A block of queries with E entries each, in P parts. An invalid entry has id -1, a zero key
+    and target 0.
+    """
 
     q: Tensor  # [B, S, 1, H, D]
     weights: Tensor  # [B, S, 1, H]
     ids: Tensor  # [B, S, E]
     keys: Tensor  # [B, S, P, E / P, D]
-    target: Tensor  # [B, S, E], with the sum 1, or 0
+    target: Tensor  # [B, S, E], sums to 1 or is 0
     products: Tensor  # [B, S, P, H, E / P]
     log_p: Tensor  # [B, S, E]
 
 
-# The threads of a CPU share the sums of a product that is long, or the only one: sums over entries
-# have at most so many terms, and there are always two products.
+# The threads of a CPU only share long sums, or several products: sums over entries have at most
+# this many terms, and there are always at least two products.
 PART = 1024
 
 
@@ -180,7 +185,7 @@ def _block(
     t = torch.where(ids < 0, 0.0, t)
     peak = t.amax(-1, keepdim=True)
     ids = torch.where(peak == 0, -1, ids)
-    t = t / torch.where(peak == 0, 1.0, peak)  # the sum of any finite targets is finite
+    t = t / torch.where(peak == 0, 1.0, peak)  # keeps the sum of finite targets finite
     t = t / torch.where(peak == 0, 1.0, _sum(t)[..., None])
 
     queries, w = q[at].to(wide)[:, :, None], weights[at].to(wide)[:, :, None]
@@ -194,7 +199,7 @@ def _block(
 
 
 def _listed(indices: Tensor, counts: Tensor, keys: int) -> Tensor:
-    """The ids of the entries that count, -1 for the others."""
+    """Ids of the valid entries, -1 for the others."""
     place = torch.arange(indices.shape[-1], device=indices.device)
     there = (place < counts[..., None]) & (indices >= 0) & (indices < keys)
     ids = torch.where(there, indices, -1)
@@ -203,15 +208,16 @@ def _listed(indices: Tensor, counts: Tensor, keys: int) -> Tensor:
 
 
 def _sum(x: Tensor) -> Tensor:
-    """Over the last dimension, in an order that does not depend on the number of threads: PyTorch
-    gives one long sum to all of them."""
+    """Sum over the last dimension in an order independent of the number of threads: PyTorch splits
+    one long sum across all threads.
+    """
     while x.shape[-1] > PART:
         x = pad(x, (0, -x.shape[-1] % PART)).unflatten(-1, (-1, PART)).sum(-1)
     return x.sum(-1)
 
 
 class _Rows(torch.autograd.Function):
-    """The divergence [B, Sq] of each query."""
+    """The divergence [B, Sq], one value per query."""
 
     generate_vmap_rule = True
 
@@ -237,7 +243,7 @@ class _Rows(torch.autograd.Function):
             return (None,) * 7
         need_q, need_k, need_weights = ctx.needs_input_grad[:3]
         dq: list[Tensor] = []
-        dk: list[Tensor] = []  # of the sequences of a block
+        dk: list[Tensor] = []  # one per sequence of a block
         dw: list[Tensor] = []
         for at in _blocks(q, k, lists[0].shape[-1]):
             block = _block(at, q, k, weights, *lists)
@@ -269,7 +275,7 @@ class _Rows(torch.autograd.Function):
 
 
 def _sums_of_keys(rows: Tensor, ids: Tensor, keys: int) -> Tensor:
-    """Of rows [B, S E, D] of entries the sums [B, keys, D] by id, in the order of the entries."""
+    """Sums [B, keys, D] of rows [B, S E, D] of entries by id, in the order of the entries."""
     place = torch.where(ids < 0, keys, ids).flatten(1)
     ordered, perm = place.sort(dim=1, stable=True)
     firsts = torch.arange(keys + 1, dtype=ids.dtype, device=ids.device)

@@ -1,4 +1,4 @@
-"""indexer_topk_select: the keys with the largest scores of an indexer, for each query."""
+"""indexer_topk_select: the keys with the largest indexer scores, for each query."""
 
 from __future__ import annotations
 
@@ -64,14 +64,15 @@ def indexer_topk_select(
     previous: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
-    r"""The topk keys that an indexer scores highest, for each query: exact, without the matrix.
+    r"""The topk keys that an indexer scores highest, for each query: exact; the score matrix is
+    never materialised.
 
     Query i and key j have the score :math:`s_{ij} = \sum_h w_{ih}\, act(q_{ih} \cdot k_j)`, in
     float32; all heads share one key. Of the n keys of a sequence with Sq queries, query i sees key
     j if :math:`j \le i + n - Sq` (causal, bottom-right aligned), or all of them. Its list holds the
-    topk largest scores among the keys that it sees, without the first num_sink and the last
-    num_recent of these. Of equal scores the lower position goes first. NaN and -inf are never
-    selected, so a list may have fewer than topk entries, and has where fewer keys are seen.
+    topk largest scores among its visible keys, excluding the first num_sink and the last num_recent
+    of these. Ties go to the lower position. NaN and -inf are never selected, so a list may have
+    fewer than topk entries, as it has where fewer keys are visible.
 
     Args:
         q: ``[B, Sq, Hi, D]``, or packed ``[T, Hi, D]`` with cu_seqlens_q; float16, bfloat16 or
@@ -80,33 +81,33 @@ def indexer_topk_select(
         k: ``[B, Sk, D]`` in the dtype of q or in float8_e4m3fn; packed ``[Tk, D]`` with
             cu_seqlens_k; ``[pages, page_size, D]`` with block_table.
         weights: ``[B, Sq, Hi]`` (packed ``[T, Hi]``) float32 or in the dtype of q. A scale of the
-            scores is a factor of them.
-        topk: entries of a list, 1 to 65536; more than there are keys is allowed.
+            scores is folded into them.
+        topk: number of entries of a list, 1 to 65536; it may exceed the number of keys.
         causal: a query sees no later key.
         activation: "relu" or "none".
-        block_k: keys of a block. Above 1 lists hold ids of blocks, and topk counts them; the score
-            of a block is the maximum over those of its keys that may be listed, NaN if one is.
-        num_sink: first keys that are left out of the lists, as they are attended to anyway.
-        num_recent: last keys likewise, of those that the query sees (its own included).
-        seqlens_k: int32 ``[B]``, keys of each request in k. None: all.
-        cu_seqlens_q: int32 ``[B + 1]``, where packed queries begin and end. Their keys are packed
-            too, or ``[B, Sk, D]`` or pages. On a GPU, which does not check these values, a token
-            without a sequence gets an empty list.
-        cu_seqlens_k: the same of packed keys. None with a packed k: cu_seqlens_q.
+        block_k: keys of a block. Above 1 lists hold ids of blocks, and topk counts blocks; the
+            score of a block is the maximum over its keys that may be listed, NaN if one is NaN.
+        num_sink: number of first keys excluded from the lists, because they are always attended to.
+        num_recent: number of last visible keys excluded likewise (including the query's own).
+        seqlens_k: int32 ``[B]``, number of keys of each request in k. None: all.
+        cu_seqlens_q: int32 ``[B + 1]``, offsets of packed queries. Their keys are packed too, or
+            ``[B, Sk, D]`` or pages. On a GPU, which does not check these values, a token outside
+            all sequences gets an empty list.
+        cu_seqlens_k: the same for packed keys. None with a packed k: cu_seqlens_q.
         block_table: int32 ``[B, P]``, the pages of each request; row t of its keys is row
             t % page_size of page ``block_table[b, t // page_size]``. Entries beyond the length may
-            be anything. On a GPU, keys whose page is not there are not listed.
-        return_values: also give the scores.
+            be anything. On a GPU, keys whose page does not exist are not listed.
+        return_values: also return the scores.
         k_scale: for keys in float8_e4m3fn, float32, any strides: ``[B, Sk]`` (packed ``[Tk]``, in
-            pages ``[pages, page_size]``), one of each key as :func:`kv_cache_append` writes them,
-            or ``[1]``. Key j is k_scale_j times its code. None: 1. A key whose code or scale is not
+            pages ``[pages, page_size]``), one per key as written by :func:`kv_cache_append`, or
+            ``[1]``. Key j is k_scale_j times its code. None: 1. A key whose code or scale is not
             finite has the score NaN.
         previous: int32 ``[B, Sq, K]`` (packed ``[T, K]``), K at least 1: a hint, the lists of the
-            step before. Results are the same whatever it holds. In a step of one query for each
-            request, with block_k = 1 and 16 keys or more for each of topk entries, a CPU scores
-            these keys first and begins with the least of their scores as its threshold, which
-            saves most where later keys score higher; ids that are not greater than all before them
-            are skipped. Other backends do not look at it.
+            previous step. It never changes the result. In a step of one query per request, with
+            block_k = 1 and at least 16 keys for each of the topk entries, a CPU scores these keys
+            first and uses the minimum of their scores as the initial threshold, which saves most
+            where later keys score higher; ids that are not greater than all before them are
+            skipped. Other backends ignore it.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -117,9 +118,9 @@ def indexer_topk_select(
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 2 Hi D operations for each pair of a query and a key that it sees. Beside the
-    results, memory for O(topk) candidates of each query that is at work on a CPU; on GPUs for
-    min(topk + 8192 of each query, 2^26) scores in all, but for those of 64 queries at least.
+    Complexity: 2 Hi D operations for each pair of a query and a visible key. In addition to the
+    results, memory for O(topk) candidates of each query in progress on a CPU; on GPUs for min(topk
+    + 8192 per query, 2^26) scores in total, but at least the scores of 64 queries.
 
     Paper: DeepSeek-V3.2-Exp (DeepSeek-AI 2025), section 2.1: the lightning indexer of DeepSeek
     Sparse Attention, its index score and top-k selection.
@@ -262,7 +263,7 @@ def _check_previous(a: Any) -> None:
 
 
 def _keys(a: Any) -> int:
-    """Of a request, at most; of packed sequences all."""
+    """Number of keys of the longest request; of packed sequences, of all requests."""
     if a.cu_seqlens_k is not None:
         return int(a.k.shape[0])
     return rows_of_request(a.k, a.block_table)

@@ -1,5 +1,6 @@
-"""Samples and malformed calls of indexer_topk_select. Queries, keys and weights are whole numbers:
-scores are exact in every order of summation, so that every backend selects the same keys."""
+"""Samples and malformed calls of indexer_topk_select. Queries, keys and weights are integers:
+scores are exact in every order of summation, so every backend selects the same keys.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +33,9 @@ def _sample(
     k_scale: str | None = None,
     **options: Any,
 ) -> Any:
-    """queries, keys: leading sizes in place of (b, sq) and (b, n), for packed sequences and
-    pages. Scales are powers of two, a negative one and what makes a key NaN or 0 among them."""
+    """queries, keys: leading sizes instead of (b, sq) and (b, n), for packed sequences and pages.
+    Scales are powers of two, among them a negative one and values that make a key NaN or 0.
+    """
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         rows = queries or (b, sq)

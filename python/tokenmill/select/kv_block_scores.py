@@ -60,27 +60,27 @@ def kv_block_scores(
     backend: str | None = None,
     k_scale: Tensor | None = None,
 ) -> Tensor:
-    r"""Scores of each row of queries against each block of keys: pooled keys, boxes or tokens.
+    r"""Scores of each row of queries against each key block: pooled keys, boxes or tokens.
 
     A query and a row of k give the score z, and a score is reduced in this order:
 
-    1. The queries of a block_q become one with q_reduce="mean": their mean in float32, rounded once
-       to the dtype of q, so that its product is the mean of their products. Its position is that
-       of its last query.
-    2. z = scale q·k ("dot": k has a pooled key for each block, or tokens with block_k=1), or with
+    1. With q_reduce="mean" the queries of a block_q become one: their mean in float32, rounded once
+    to the dtype of q, so that its product is the mean of their products. Its position is the
+    position of its last query. 2. z = scale q·k ("dot": k has a pooled key for each block, or
+    tokens with block_k=1), or with
        scoring="minmax" the bound :math:`scale \sum_d \max(q_d, 0) M_d + \min(q_d, 0) m_d`, which no
        key of a box exceeds (for scale > 0), or with "max_block" q·k of raw keys.
-    3. z is -inf where the query does not see the row: tokens from seqlens_k on, later than the
+    3. z is -inf where the row is masked for the query: tokens from seqlens_k on, later than the
        query if causal (bottom-right aligned: query i is at seqlens_k - Sq + i), before num_sink,
-       and the last num_recent of those that are left. A row of several tokens is seen if one of
-       them is. Boxes without keys (minimum above maximum) are not seen either.
+       and the last num_recent of the remaining tokens. A row of several tokens is visible if one of
+       them is. Boxes without keys (minimum above maximum) are masked too.
     4. "max_block" takes the maximum over the tokens of each block.
     5. q_reduce="max" takes the maximum over the queries of each block_q.
-    6. head_reduce takes the maximum or the mean over the query heads of a key head, or with
-       "softmax_vote" the sum over all heads of the softmax of z over the blocks that are seen. A
-       NaN there does not count in the softmax, and gives NaN to its own block alone.
+    6. head_reduce takes the maximum or the mean over the query heads of a KV head, or with
+    "softmax_vote" the sum over all heads of the softmax of z over the visible blocks. A NaN does
+    not count in this softmax, and only makes its own block NaN.
 
-    Blocks that no query of a row sees are -inf, and a NaN in a key makes its own block NaN.
+    Blocks not visible to any query of a row are -inf, and a NaN in a key makes its own block NaN.
     :func:`topk_select` selects neither. Sums and results are float32.
 
     Args:
@@ -97,16 +97,16 @@ def kv_block_scores(
         head_reduce: "none", "group_max", "group_mean" or "softmax_vote".
         scale: factor of z. None = 1/sqrt(D).
         causal: a query sees no later token.
-        num_sink: first tokens that are not scored, as they are kept anyway.
-        num_recent: last tokens likewise, of those that the query sees.
-        seqlens_k: int32 ``[B]``, tokens (not blocks) of each request; clamped to those that there
-            are, negative = none. None: all.
+        num_sink: number of first tokens that are not scored, because they are always kept.
+        num_recent: number of last visible tokens, not scored likewise.
+        seqlens_k: int32 ``[B]``, number of tokens (not blocks) of each request; clamped to the
+            capacity, negative = none. None: all.
         block_table: ``[B, P]`` int32, the pages of each request; row t of k is row t % page_size of
             page ``block_table[b, t // page_size]``. Entries beyond the length may be anything.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
-        k_scale: of keys in float8_e4m3fn, float32 ``[1]``, ``[Hk]`` or for each row ``[B, N, Hk]``
-            (``[pages, page_size, Hk]``), any strides: keys are the numbers in k times their scale,
-            in float32. None = 1.
+        k_scale: scales of keys in float8_e4m3fn: float32 ``[1]``, ``[Hk]`` or, for each row, ``[B,
+            N, Hk]`` (``[pages, page_size, Hk]``), any strides: keys are the stored numbers times
+            their scale, in float32. None = 1.
 
     Returns:
         float32 (float64 on the reference) ``[B, H, ceil(Sq / block_q), Nb]``, with "group_max" and
@@ -114,13 +114,13 @@ def kv_block_scores(
         ceil(N / block_k). Not differentiable.
 
     Raises:
-        RuntimeError: naming argument, rule and value. On a GPU rows of pages that are not there
-            count as zeros.
+        RuntimeError: naming argument, rule and value. On a GPU rows of pages that do not exist are
+            read as zeros.
 
     Complexity: 2 Sq H N D operations (twice that for "minmax"; Sq / block_q for Sq with "mean").
-    Keys are read once for the query heads of a key head. Scores of tokens are written nowhere with
-    "max_block"; "softmax_vote" writes B H Nb floats for each row beside its result, which is less
-    than a second reading of the keys would cost.
+    Keys are read once for the query heads of a KV head. With "max_block" token scores are never
+    written to memory; "softmax_vote" writes B H Nb floats per row in addition to its result, which
+    is cheaper than reading the keys twice.
 
     Paper: Quest (Tang et al. 2024), section 3.3; TokenSelect (Wu et al. 2024), section 4.2;
     MInference (Jiang et al. 2024), section 3.2.
@@ -257,7 +257,7 @@ def _check_values(
     block_table: Tensor | None,
     k_scale: Tensor | None,
 ) -> None:
-    if seqlens_k is not None and scoring != "max_block":  # in rows of k
+    if seqlens_k is not None and scoring != "max_block":  # counts rows of k
         seqlens_k = (seqlens_k.long().clamp(min=0) + block_k - 1) // block_k
     check_block_table_values(OP, block_table, k, seqlens_k)
 

@@ -27,8 +27,9 @@ def _sample(
     float8: str | None = None,
     **options: Any,
 ) -> Any:
-    """n rows of keys; pages: how many of how many rows there are; float8: the shape of the scale of
-    keys in float8_e4m3fn."""
+    """n rows of keys; pages: (number of pages, page size); float8: shape of the scale of keys in
+    float8_e4m3fn.
+    """
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         q = torch.randn(b, sq, h, d, generator=g)

@@ -1,4 +1,4 @@
-"""kv_cache_append: writes new keys and values into a cache, rotated and in its dtype."""
+"""kv_cache_append: writes new keys and values into a cache, with RoPE and quantisation fused."""
 
 from __future__ import annotations
 
@@ -56,36 +56,36 @@ def kv_cache_append(
     v_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | None:
-    r"""Writes the keys and values of new tokens into a KV cache in place, in one pass: keys rotated
-    by their positions, both rounded to the dtype of the cache.
+    r"""Writes the keys and values of new tokens into a KV cache in place and in one pass: keys are
+    rotated by their positions, both are rounded to the dtype of the cache.
 
     A cache in float8_e4m3fn holds x / scale rounded to nearest even, saturated at -448 and 448,
-    infinities too; NaN stays NaN. Rotation and division are done in float32 without fused
-    products, so codes and scales have the same bits on every backend.
+    including infinities; NaN stays NaN. Rotation and division are done in float32 without fused
+    multiply-adds, so codes and scales have the same bits on every backend.
 
     Args:
         k_cache, v_cache: ``[P, page size, Hk, D]`` and ``[P, page size, Hk, Dv]``, or dense ``[B,
-            S, Hk, ...]``, in the dtype of k or in float8_e4m3fn; any strides with a contiguous last
-            dimension, each element at an address of its own and none in another argument (halves of
-            one tensor are apart). D up to 576, Dv up to 512. Overwritten at the slots. v_cache is
+            S, Hk, ...]``, in the dtype of k or in float8_e4m3fn; any non-overlapping strides with a
+            contiguous last dimension, sharing no element with another argument (halves of one
+            tensor are allowed). D up to 576, Dv up to 512. Overwritten at the slots. v_cache is
             None where one row holds key and value (latent caches, whose values are a view of
             k_cache).
         k, v: ``[T, Hk, D]`` and ``[T, Hk, Dv]``, float16, bfloat16 or float32 (float64 on the
             reference), any strides with a contiguous last dimension. v is None with v_cache.
-        slots: int32 or int64 ``[T]``, where each token goes: page * page size + offset (dense: b *
-            S + t), each slot once; -1 leaves the token out.
-        q: ``[T, H, D]``, Hk a divisor of H: queries that are rotated as the keys are, those of
-            tokens without a slot too. Needs rope.
+        slots: int32 or int64 ``[T]``, slot of each token: page * page size + offset (dense: b * S +
+            t), each slot once; -1 skips the token.
+        q: ``[T, H, D]``, Hk a divisor of H: queries, rotated like the keys, including tokens
+            without a slot. Requires rope.
         rope: (cos, sin, positions): float ``[positions, pairs]`` twice, pairs up to (D -
             rope_offset) / 2, and int32 or int64 ``[T]``, the row of each token. Columns before and
-            after the pairs stay as they are. None: keys are written as they come.
-        rope_offset: the first column of the pairs, 0 to D - 2; 512 of a latent row ``[latent 512 |
-            rotated 64]``. Needs rope.
-        interleaved: pairs are columns (2 i, 2 i + 1) behind it, not (i, i + pairs).
+            after the pairs are unchanged. None: no rotation.
+        rope_offset: the first column of the pairs, 0 to D - 2; 512 for a latent row ``[latent 512 |
+            rotated 64]``. Requires rope.
+        interleaved: pairs are columns (2 i, 2 i + 1) from rope_offset on, not (i, i + pairs).
         k_scale, v_scale: for caches in float8_e4m3fn, float32. ``[1]`` or ``[Hk]``: read, x is
             divided by it. ``[P, page size, Hk]`` (dense ``[B, S, Hk]``): written for each token and
-            head, max|x| / 448 of its row over what is finite, and 1 where that is below the normal
-            numbers (a row of zeros). None: 1.
+            head, max|x| / 448 over the finite elements of its row, and 1 where this is subnormal or
+            0 (a row of zeros). None: 1.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -94,8 +94,8 @@ def kv_cache_append(
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is written. On a GPU a token
-            whose slot is out of range is left out, its position is cut to the tables, and what a
-            slot that is named twice holds afterwards is not defined.
+            whose slot is out of range is skipped, positions are clamped to the tables, and the
+            contents of a repeated slot are undefined.
 
     Complexity: reads k, v and q once and writes as many elements.
 
@@ -165,11 +165,11 @@ def lower(
 
 
 def _scales(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The one that is read, and the one that is written."""
+    """The scale that is read, and the scale that is written."""
     return (None, scale) if scale is not None and scale.dim() == 3 else (scale, None)
 
 
-# csrc/select/kv_cache_append/host.cpp has the same rules in the same order and words.
+# The rules of csrc/select/kv_cache_append/host.cpp, in the same order and words.
 def _check(*lowered: Any, float64: bool = False) -> None:
     a = FORWARD.record(*lowered)
     _check_caches(a, float64)
@@ -193,7 +193,7 @@ def _check(*lowered: Any, float64: bool = False) -> None:
     if a.k_scale_out is not None:
         check_written(OP, "k_scale", a.k_scale_out, read)
     if a.v_scale_out is not None:
-        # "k_scale" of the call is read or written, never both.
+        # "k_scale" of the call is either read or written, never both.
         taken = a.k_scale if a.k_scale_out is None else a.k_scale_out
         check_written(OP, "v_scale", a.v_scale_out, {**read, "k_scale": taken})
 
@@ -303,14 +303,14 @@ def _fake(*lowered: Any) -> Tensor:
 
 
 def _unsupported(backend: str, *lowered: Any) -> list[str]:
-    """Of a call whose first tensor does not tell."""
+    """float64 rows need the reference even where k_cache, the first tensor, is not float64."""
     a = FORWARD.record(*lowered)
     wide = a.k.dtype == torch.float64 != a.k_cache.dtype
     return ["float64 runs on the reference backend alone"] if wide else []
 
 
 def flops(*lowered: Any) -> float:
-    """Three operations for each element that turns, one for each that is written."""
+    """Three operations per rotated element, one per written element."""
     a = FORWARD.record(*lowered)
     turned = 0 if a.cos is None else a.k.shape[1] + (0 if a.q is None else a.q.shape[1])
     pairs = 0 if a.cos is None else a.cos.shape[1]

@@ -103,7 +103,7 @@ SAMPLES = (
 
 
 def _row(args: list[Any], kwargs: dict[str, Any]) -> None:
-    """New keys that lie in the cache."""
+    """New keys that share memory with the cache."""
     args[2] = args[0].view(12, 2, 16)[:5]
 
 

@@ -1,4 +1,4 @@
-"""kv_cache_compact: evicts from a cache of keys and values, in place."""
+"""kv_cache_compact: evicts from a KV cache in place."""
 
 from __future__ import annotations
 
@@ -48,41 +48,40 @@ def kv_cache_compact(
     r"""Evicts from a KV cache in place: keeps the listed tokens and closes the gaps.
 
     Token keep[d] of a request moves to slot d, for d below its count. Lists ascend, so no slot is
-    written before it is read, and no second cache is needed. Slots from the count on are free; what
-    they hold is left over.
+    written before it is read, and no second cache is needed. Slots from the count on are free, with
+    stale contents.
 
     Args:
         k_cache, v_cache: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, or with block_table pages
             ``[P, page size, Hk, ...]`` that no two requests share; float16, bfloat16 or float32,
-            any strides with a contiguous last dimension, each element at an address of its own and
-            none in another argument (halves of one tensor are apart). Overwritten.
-        keep: int32 ``[B, K]``, or ``[B, Hk, K]`` for a list of each head (dense caches alone):
-            slots in ascending order, as :func:`topk_select` gives them.
-        counts: int32 ``[B]`` or ``[B, Hk]``, the entries of each list that count.
-        seqlens_k: int32 ``[B]``, the tokens in the cache of each request; None: all slots.
-        block_table: int32 ``[B, pages]``, the page of each run of page-size tokens.
+            any non-overlapping strides with a contiguous last dimension, sharing no element with
+            another argument (halves of one tensor are allowed). Overwritten.
+        keep: int32 ``[B, K]``, or ``[B, Hk, K]`` for a list per head (dense caches only): slots in
+            ascending order, as returned by :func:`topk_select`.
+        counts: int32 ``[B]`` or ``[B, Hk]``, number of valid entries of each list.
+        seqlens_k: int32 ``[B]``, number of tokens in the cache of each request; None: all slots.
+        block_table: int32 ``[B, pages]``, the pages of each request in order.
         rerotate: for keys to which a rotary embedding was applied at their slot: rotates them by
-            slot d minus slot keep[d], in float32. A base from 1 on (inverse frequencies
-            base^(-2 i / D)), or
-            the inverse frequencies themselves, float ``[1 .. D/2]`` (columns after the pairs stay
-            as they are). None: keys keep their positions.
+            slot d minus slot keep[d], in float32. A base >= 1 (inverse frequencies base^(-2 i /
+            D)), or the inverse frequencies themselves, float ``[1 .. D/2]`` (columns after the
+            pairs are unchanged). None: keys keep their positions.
         interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + number of pairs).
-        compensation: also return sums over the tokens below seqlens_k that no list names, before
-            any rotation: the compensation token of RazorAttention is their mean. They may be added
-            to those of earlier calls.
+        compensation: also return sums over the evicted tokens (below seqlens_k, in no list), before
+            any rotation: the compensation token of RazorAttention is their mean. The sums may be
+            added to the sums of earlier calls.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        seqlens_k as it is now, int32 of the shape of counts; with compensation (seqlens_k, k_sum,
-        v_sum, dropped): float32 ``[B, Hk, D]`` and ``[B, Hk, Dv]``, and int32 ``[B, Hk]``, how
-        many. There is no gradient: inputs that require one are refused unless under no_grad.
+        the new seqlens_k, int32 of the shape of counts; with compensation (seqlens_k, k_sum,
+        v_sum, dropped): float32 ``[B, Hk, D]`` and ``[B, Hk, Dv]``, and int32 ``[B, Hk]``, their
+        number. There is no gradient: inputs that require one are refused unless under no_grad.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is written. On a GPU an entry
-            that does not move down, or is on a page out of range, moves nothing; what a page that
-            is named twice holds afterwards is not defined.
+            that does not move down, or is on a page out of range, moves nothing; the contents of a
+            repeated page are undefined.
 
-    Complexity: reads and writes each kept row that moves once; with compensation reads the cache.
+    Complexity: reads and writes each moved row once; with compensation reads the whole cache.
 
     Paper: StreamingLLM (Xiao et al. 2024), section 3.2; RazorAttention (Tang et al. 2024), section
     3.3; eviction as in H2O (Zhang et al. 2023) and Keyformer (Adnan et al. 2024).
@@ -130,7 +129,7 @@ def lower(
 
 
 def _rotations(rerotate: Any, k_cache: Tensor) -> Tensor:
-    """Revolutions of each pair for a step of one slot, [2, pairs]: the sum of two float32."""
+    """Revolutions of each pair per slot, [2, pairs]: the sum of two float32."""
     if isinstance(rerotate, Tensor):
         ok = rerotate.dim() == 1 and rerotate.is_floating_point()
         check(ok, OP, "rerotate", "must be a number or floats [pairs]", rerotate)

@@ -1,4 +1,4 @@
-"""massive_activations: tokens whose hidden state is massive in dimensions known for it."""
+"""massive_activations: tokens whose hidden state is massive in known dimensions."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def massive_activations(
        \max_{d \in dims} \frac{|x_d|}{\sqrt{\operatorname{mean}_c x_c^2 + eps}} > threshold
 
     Args:
-        hidden: ``[B, S, C]`` float16, bfloat16 or float32 (float64 stays so): what enters a decoder
-            layer, before its norm.
+        hidden: ``[B, S, C]`` float16, bfloat16 or float32 (float64 stays float64): the input of a
+            decoder layer, before its norm.
         dims: the dimensions in which a language model has massive activations, -C to C - 1, at
             least one: (2533, 1415) for LLaMA-2 7B and (2100, 4743) for LLaMA-2 13B.
-        threshold: tau of the paper, not negative.
+        threshold: tau of the paper, nonnegative.
         eps: added to the mean of squares.
 
     Returns:

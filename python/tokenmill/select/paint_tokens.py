@@ -1,4 +1,4 @@
-"""paint_tokens: the local and the summary tokens of an image, from attention of its class token."""
+"""paint_tokens: local and summary tokens of an image, from the attention of its class token."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ def paint_tokens(
     whisker: float = 1.5,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""The local and the summary tokens among the N patches of an image.
+    r"""Local and summary tokens among the N patches of an image.
 
     Summary tokens are the outliers of late_scores, values above
     :math:`Q_3 + whisker\,(Q_3 - Q_1)` with quartiles interpolated linearly. Local tokens are the
-    ``int(local_share N)`` largest of first_scores but for the summary tokens.
+    ``int(local_share N)`` largest of first_scores, excluding the summary tokens.
 
     Args:
         first_scores: ``[B, N]`` float16, bfloat16 or float32 (float64 on the reference), the
             attention that the class token gives to each patch in the first layer of the vision
             encoder, as a sum or a mean over heads: :func:`attention_row_scores` with skip=1, or row
             0 of a matrix of weights.
-        late_scores: ``[B, N]`` likewise, of the second-last layer.
-        local_share: share of the patches, 0 to 1.
-        whisker: how far above the third quartile outliers begin, in distances between the
-            quartiles; not negative.
-        backend: of :func:`topk_select` (see :func:`tokenmill.explain`).
+        late_scores: ``[B, N]`` likewise, from the second-last layer.
+        local_share: fraction of the patches, 0 to 1.
+        whisker: distance above the third quartile at which outliers begin, in interquartile ranges;
+            nonnegative.
+        backend: backend of :func:`topk_select` (see :func:`tokenmill.explain`).
 
     Returns:
-        (local, summary), bool ``[B, N]``, with no token in both. Of equal scores the lower position
-        is local first. NaN is never chosen. Not differentiable.
+        (local, summary), bool ``[B, N]``, with no token in both. Ties go to the lower position. NaN
+        is never chosen. Not differentiable.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -78,7 +78,7 @@ def paint_tokens(
     if count == 0:
         return torch.zeros_like(summary), summary
     indices, _ = topk_select(first, count, backend=backend)
-    # Column N takes the entries -1 of lists that are not full.
+    # Padding entries -1 of the lists are redirected to the extra column N.
     places = torch.where(indices < 0, tokens, indices).long()
     local = summary.new_zeros(batch, tokens + 1).scatter(1, places, True)[:, :tokens]
     return local & ~summary, summary

@@ -30,22 +30,24 @@ OP = "query_similarity_gate"
 def query_similarity_gate(
     q: Tensor, q_ref: Tensor, threshold: float = 0.9, *, backend: str | None = None
 ) -> Tensor:
-    r"""Whether the previous selection can be reused: queries are like those that it was made for.
+    r"""Whether the previous selection can be reused, because the queries resemble the ones it was
+    made for.
 
-    The mean over the tokens of q and that of q_ref, all heads side by side, are compared by their
-    cosine. The answer stays on the device: a selection kernel can be predicated on it without a
+    The mean over the tokens of q and the mean of q_ref, heads concatenated, are compared by their
+    cosine. The result stays on the device: a selection kernel can be predicated on it without a
     synchronisation.
 
     Args:
         q: ``[B, S, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
             with a contiguous last dimension.
-        q_ref: ``[B, S', H, D]`` in the dtype of q: those queries, or their mean (S' = 1).
-        threshold: least cosine at which the selection can be reused.
+        q_ref: ``[B, S', H, D]`` in the dtype of q: the queries of the selection, or their mean (S'
+            = 1).
+        threshold: minimum cosine at which the selection can be reused.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        ``[B]`` bool, True where the cosine is at least the threshold. A mean of zeros and a NaN are
-        like nothing. Not differentiable.
+        ``[B]`` bool, True where the cosine is at least the threshold. False for a mean of zeros or
+        NaN. Not differentiable.
 
     Raises:
         RuntimeError: naming argument, rule and value.

@@ -12,7 +12,7 @@ from ..registry import Malformed, Sample
 
 
 def _sample(b: int, s: int, s_ref: int, h: int = 4, d: int = 32, change: Any = None) -> Any:
-    """Requests that are near and far from their queries, in turn."""
+    """Alternating requests: near and far from the reference queries."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         base = torch.randn(b, 1, h, d, generator=g)

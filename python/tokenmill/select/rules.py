@@ -1,4 +1,4 @@
-"""The checks that operators on keys share. csrc/select/checks.h has them in the same words."""
+"""Checks shared by operators on keys. csrc/select/checks.h has them in the same words."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_lse(op: str, lse: Tensor | None, q: Tensor) -> None:
 
 
 def batch_of(k: Tensor, block_table: Tensor | None) -> int:
-    """Requests of keys [B, S, ...], or of a table of pages."""
+    """Number of requests of keys [B, S, ...], or of a block table."""
     return k.shape[0] if block_table is None else block_table.shape[0]
 
 
@@ -74,8 +74,9 @@ def check_sequences(
     block_table: Tensor | None,
     seqlens_q: Tensor | None = None,
 ) -> int:
-    """The number of requests of queries that are packed or not, over keys that are packed, padded
-    or in pages."""
+    """Checks lengths and offsets of queries, packed or not, over packed, padded or paged keys, and
+    returns the number of requests.
+    """
     if cu_seqlens_k is not None and cu_seqlens_q is None:
         fail(op, "cu_seqlens_q", "must be given with cu_seqlens_k", None)
     batch: int = q.shape[0]
@@ -104,7 +105,7 @@ def check_sequences(
 def check_block_table_values(
     op: str, block_table: Tensor | None, k: Tensor, lengths: Tensor | None
 ) -> None:
-    """The pages of the first lengths[b] rows must be there."""
+    """The pages of the first lengths[b] rows must exist."""
     if block_table is None or k.shape[1] == 0:
         return
     pages, page_size = k.shape[:2]

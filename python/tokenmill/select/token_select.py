@@ -1,4 +1,4 @@
-"""token_select: the k tokens of a cache with the most votes of all heads."""
+"""token_select: the k tokens of a cache with the most votes over all heads."""
 
 from __future__ import annotations
 
@@ -29,42 +29,44 @@ def token_select(
     backend: str | None = None,
     k_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""The k tokens of a cache with the most votes of all heads, beside sink and recent tokens.
+    r"""The k tokens of a cache with the most votes over all heads, excluding sink and recent
+    tokens.
 
     Candidates are the tokens num_sink to seqlens_k - num_recent - 1. The mean of the queries of q
     (rounded to their dtype) gives each head a softmax over the candidates, and a token's vote is
-    its sum over heads: :math:`w_t = \sum_h \exp(scale\, \bar q_h \cdot k_t - lse_h)`. The list
-    holds candidates alone: the first num_sink and the last num_recent tokens are attended to
-    anyway, and where no more than k candidates are left, all of them are in it.
+    its sum over heads: :math:`w_t = \sum_h \exp(scale\, \bar q_h \cdot k_t - lse_h)`. The list only
+    holds candidates: the first num_sink and the last num_recent tokens are always attended to, and
+    where there are at most k candidates, all of them are listed.
 
     This is :func:`kv_block_scores` with "softmax_vote", then :func:`topk_select`. The keys are read
-    once. Between the two pass 4 S bytes of votes, and within the first 4 H S bytes of scores, each
-    written once and read at most three times, against 2 Hk D S bytes of 16-bit keys: with H = 32,
-    Hk = 8 and D = 128, 6 % of the keys for each time. Reading the keys twice would cost 100 %.
+    once. Between the two kernels pass 4 S bytes of votes, and within the first 4 H S bytes of
+    scores, each written once and read at most three times, compared with 2 Hk D S bytes of 16-bit
+    keys: with H = 32, Hk = 8 and D = 128, each pass costs 6 % of the keys. Reading the keys twice
+    would cost 100 %.
 
     Args:
-        q: ``[B, Sq, H, D]`` float16, bfloat16 or float32: a token, or those of a chunk. They are
-            taken as seen from the end of the cache, so num_recent should cover a chunk that is in
-            it already.
+        q: ``[B, Sq, H, D]`` float16, bfloat16 or float32: one token, or the tokens of a chunk.
+            Their position is taken to be the end of the cache, so num_recent should cover a chunk
+            that is already in it.
         k_cache: ``[B, S, Hk, D]`` in the dtype of q or in float8_e4m3fn, Hk a divisor of H; with
             block_table ``[pages, page_size, Hk, D]``.
-        k: tokens wanted, 1 to 65536.
-        num_sink: sink (first) tokens, which are not in the list.
-        num_recent: recent (last) tokens, which are not in the list.
+        k: number of tokens to select, 1 to 65536.
+        num_sink: number of sink (first) tokens, which are not in the list.
+        num_recent: number of recent (last) tokens, which are not in the list.
         vote: "softmax".
-        kernel_size: each candidate gets the most votes that any of so many candidates has, itself
-            in their middle; odd, up to 1023. 1: its own.
+        kernel_size: max-pooling of votes: each candidate gets the maximum over a window of
+            kernel_size candidates centred on it; odd, up to 1023. 1: no pooling.
         scale: factor of the products. None = 1/sqrt(D); the authors' code has 1.
-        seqlens_k: int32 ``[B]``, tokens of each request; None: all.
+        seqlens_k: int32 ``[B]``, number of tokens of each request; None: all.
         block_table: ``[B, P]`` int32, the pages of each request.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
-        k_scale: of a cache in float8_e4m3fn, float32 ``[1]``, ``[Hk]`` or for each token ``[B, S,
-            Hk]`` (``[pages, page_size, Hk]``); None = 1.
+        k_scale: scales of a cache in float8_e4m3fn: float32 ``[1]``, ``[Hk]`` or, for each token,
+            ``[B, S, Hk]`` (``[pages, page_size, Hk]``); None = 1.
 
     Returns:
         (indices ``[B, 1, 1, k]`` int32, counts ``[B, 1, 1]`` int32): one list for all heads, of
-        positions in the request, ascending, -1 after the last; of equal votes the lower position
-        goes first. Not differentiable.
+        positions in the request, ascending, -1 after the last; ties go to the lower position. Not
+        differentiable.
 
     Raises:
         RuntimeError: naming argument, rule and value.

@@ -53,46 +53,46 @@ def topk_select(
     r"""The k largest scores of each row, as positions.
 
     Row r is searched in the columns ``row_starts[r]`` to ``row_starts[r] + lengths[r] - 1``, and
-    positions count from ``row_starts[r]``. NaN and -inf are never selected, so a row may give fewer
-    than k. The result is exact and does not depend on threads, runs or backend.
+    positions are relative to ``row_starts[r]``. NaN and -inf are never selected, so a row may have
+    fewer than k. The result is exact and does not depend on threads, runs or backend.
 
     Args:
         scores: ``[R, n]`` float16, bfloat16 or float32 (float64 on the reference), any strides with
             a contiguous last dimension, n < 2^31.
-        k: positions wanted of each row, 1 to 65536; more than n is allowed.
+        k: number of positions per row, 1 to 65536; it may exceed n.
         lengths: ``[R]`` int32, columns to search; clamped to the columns, negative = none.
             None: up to the last column.
         row_starts: ``[R]`` int32, 0 to n. None: 0.
         tie: which of equal scores goes first, "low" or "high" positions. 0 and -0 are equal.
-        order: of the result, "index" (ascending positions) or "score" (descending; equal ones as in
-            tie; forced ones that are NaN or -inf come last).
-        force_first: so many first positions of the row are taken whatever their score, even NaN,
-            and count among the k (attention sinks).
-        force_last: so many last positions likewise (recent keys); force_first + force_last <= k.
-        block_table: ``[B, P]`` int32 numbers of pages: also gives the rows of positions in a paged
-            cache, ``block_table[b, i // page_size] * page_size + i % page_size``.
-        page_size: positions of a page, a power of two.
+        order: order of the result, "index" (ascending positions) or "score" (descending; equal
+            scores as in tie; forced positions with NaN or -inf come last).
+        force_first: number of first positions of the row that are taken whatever their score, even
+            NaN, and count among the k (attention sinks).
+        force_last: number of last positions, likewise (recent keys); force_first + force_last <= k.
+        block_table: ``[B, P]`` int32 page numbers: also returns the rows of the positions in a
+            paged cache, ``block_table[b, i // page_size] * page_size + i % page_size``.
+        page_size: positions per page, a power of two.
         row_to_batch: ``[R]`` int32, the row of block_table for each row. None: its own, B = R.
-        return_values: also give the scores.
+        return_values: also return the scores.
         previous: ``[R, K]`` int32 with K >= 1, positions that were selected before in similar rows,
-            in any order (a hint: results are the same whatever it holds; positions that are not
-            there are skipped). The CPU guesses from it which score the last one has, which pays if
-            most are right; the other backends do not read it.
+            in any order (a hint that never changes the result; invalid positions are skipped). The
+            CPU estimates the k-th score from it, which pays if most positions are right; other
+            backends ignore it.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         (indices, counts[, values][, physical]): ``[R, k]`` int32 with -1 after the last, ``[R]``
         int32, ``[R, k]`` in the dtype of scores with -inf after the last, and ``[R, k]`` int32
-        beside indices, -1 where a page is not in the table or negative. Not differentiable.
+        aligned with indices, -1 where a page is not in the table or negative. Not differentiable.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
     Complexity: one or two passes over the scores and O(k log k) for order="score"; O(k) extra
-    memory, on CUDA 8 bytes for each score of up to 131072 columns where a row takes several blocks.
+    memory, on CUDA 8 bytes for each score of up to 131072 columns where a row takes several CTAs.
 
-    Paper: exact selection as TokenSelect (Wu et al. 2024, section 4.2), TidalDecode (Yang et al.
-    2024, section 3) and Quest (Tang et al. 2024, section 3.3) need it.
+    Paper: exact selection as required by TokenSelect (Wu et al. 2024, section 4.2), TidalDecode
+    (Yang et al. 2024, section 3) and Quest (Tang et al. 2024, section 3.3).
 
     Example:
         >>> import torch, tokenmill as tm

@@ -44,7 +44,7 @@ def _pages(batch: int, pages: int) -> Any:
 
 
 def _hints(rows: int, hints: int, end: int) -> Any:
-    """Numbers from -10 on, some of which are no positions, and others twice there."""
+    """Numbers from -10 on, some of them invalid positions, others repeated."""
     return lambda g: torch.randint(-10, end, (rows, hints), generator=g, dtype=torch.int32)
 
 

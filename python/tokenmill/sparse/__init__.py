@@ -1,4 +1,4 @@
-"""Attention to listed keys, and to blocks of them."""
+"""Attention to listed keys and to listed blocks of keys."""
 
 from .bilevel_routing_attention import bilevel_routing_attention
 from .block_sparse_attention import block_sparse_attention

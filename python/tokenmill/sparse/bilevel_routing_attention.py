@@ -34,11 +34,11 @@ from .rules import check_list
 OP = "bilevel_routing_attention"
 
 AUTOCAST = Autocast(lower=("q", "k", "v"))
-MAX_SIDE = 2**15  # of a map: pixels and rows fit 32 bits
+MAX_SIDE = 2**15  # of a map, so that pixel and row numbers fit 32 bits
 
 
 class BilevelRoutingOptions(TypedDict, total=False):
-    """Keywords of :func:`bilevel_routing_attention` beside return_lse and return_graph."""
+    """Keywords of :func:`bilevel_routing_attention` other than return_lse and return_graph."""
 
     regions: int | tuple[int, int] | None
     topk: int | None
@@ -90,9 +90,9 @@ def bilevel_routing_attention(
 ) -> Tensor | tuple[Tensor, ...]:
     r"""Attention of each region of a map to the topk regions whose mean keys match its mean query.
 
-    Maps are cut into rectangular regions; those at the right and lower edges are smaller if
-    regions do not divide it. With the means :math:`\bar q_r, \bar k_r` of queries and keys over
-    the pixels of region r,
+    Maps are cut into rectangular regions; regions at the right and lower edges are smaller if the
+    map is not a multiple of them. With the means :math:`\bar q_r, \bar k_r` of queries and keys
+    over the pixels of region r,
 
     .. math::
        A_{rs} = \sum_h \bar q_{rh} \cdot \bar k_{sh}, \qquad
@@ -101,32 +101,31 @@ def bilevel_routing_attention(
              \operatorname{softmax}_j(\mathrm{scale}\; q_i \cdot k_j)\, v_j
 
     for the query of pixel i. The choice of regions is not differentiated. Keys and values are read
-    in place: nothing is gathered, memory is that of inputs and outputs.
+    in place: nothing is gathered, and no memory beyond inputs and outputs is needed.
 
     Args:
         q: ``[B, Y, X, H, D]`` (channels last), float16, bfloat16 or float32 (float64 on the
             reference), any strides with a contiguous last dimension, D up to 256.
         k, v: ``[B, Yk, Xk, Hk, D]`` and ``[B, Yk, Xk, Hk, Dv]``, Hk a divisor of H. A map of
-            another size is cut into as many regions, of ceil(Yk / number) pixels.
-        regions: how many along Y and X (one number: both). Regions have ceil(Y / number) pixels;
-            there may be fewer of them than asked for.
+            another size is cut into the same number of regions, of ceil(Yk / number) pixels.
+        regions: number of regions along Y and X (one number: both). Regions have ceil(Y / number)
+            pixels; there may be fewer regions than requested.
         topk: regions that each region attends to, 1 to their number.
         region_size: pixels of a region of q along Y and X, instead of regions.
         scale: factor of q.k; None = 1/sqrt(D).
-        mask_padding: the missing pixels of the smaller regions do not exist. False: they are keys
-            whose logit and value are 0, as in the models published with BiFormer.
-        region_graph: int32 ``[B, 1 | Hk | H, R, K]`` instead of topk: the regions that each one
-            attends to, in any order, once each whatever is repeated. What is no region (-1) is
-            left out.
+        mask_padding: the missing pixels of the smaller regions are masked. False: they are keys
+            with logit 0 and value 0, as in the models published with BiFormer.
+        region_graph: int32 ``[B, 1 | Hk | H, R, K]`` instead of topk: the regions that each region
+            attends to, in any order; duplicates count once, and ids out of range (-1) are ignored.
         return_lse: also return lse.
         return_graph: also return the graph, ascending.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         out ``[B, Y, X, H, Dv]`` in the dtype of q; with return_lse also lse ``[B, H, Y, X]``
-        float32, natural log, itself differentiable; with return_graph also int32 ``[B, heads, R,
-        K]``, heads = 1 if it was computed (of equal regions the lower; those whose product is NaN
-        or -inf never, -1 in their place). A region that attends to nothing has out 0 and lse -inf.
+        float32, natural log, also differentiable; with return_graph also int32 ``[B, heads, R,
+        K]``, heads = 1 if it was computed (ties go to the lower region; a product of NaN or -inf is
+        never chosen, -1 takes its place). A region that attends to nothing has out 0 and lse -inf.
         Gradients: q, k, v.
 
     Raises:
@@ -164,7 +163,7 @@ def bilevel_routing_attention(
     return results if len(results) > 1 else out
 
 
-@AUTOCAST.applied  # the routing is a product
+@AUTOCAST.applied  # the routing is a matrix product
 def lower(
     q: Tensor,
     k: Tensor,
@@ -208,7 +207,7 @@ def lower(
 def _region_sizes(
     q: Tensor, k: Tensor, regions: Any, region_size: Any
 ) -> tuple[int, int, int, int]:
-    """Sizes of the regions of q along Y and X, and of k."""
+    """Region sizes of q along Y and X, and of k."""
     if regions is None and region_size is None:
         fail(OP, "regions", "must be given, or region_size", None)
     if regions is not None:
@@ -240,7 +239,7 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
 
 
 def _fits(lists: Tensor, q: Tensor, k: Tensor, regions: int) -> tuple[str, bool]:
-    """The shape that lists must have, and whether they do."""
+    """The shape that lists must have, and whether indices and counts have it."""
     batch, heads, kv_heads = q.shape[0], q.shape[3], k.shape[3]
     fits = lists.dim() == 4 and lists.shape[0] == batch and lists.shape[2] == regions
     fits = fits and is_any(lists.shape[1], 1, kv_heads, heads)
@@ -282,7 +281,7 @@ def _check_regions(
         check(found == wanted, OP, name, rule, found)
 
 
-# csrc/sparse/bilevel_routing_attention/host.cpp has the same rules in the same order and words.
+# The rules of csrc/sparse/bilevel_routing_attention/host.cpp, in the same order and words.
 def _check(
     q: Tensor,
     k: Tensor,
@@ -315,7 +314,7 @@ def flops(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, *siz
 
 
 def backward_flops(*lowered: Any) -> float:
-    """Operations of the five products."""
+    """Operations of the five products of the backward."""
     return 2.5 * flops(*lowered)
 
 

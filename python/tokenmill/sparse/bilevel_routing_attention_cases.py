@@ -27,7 +27,7 @@ def bilevel_call(
     region_size: tuple[int, int] | None = None,
     **options: Any,
 ) -> Any:
-    """graphs: 1, hk or h. wild: a graph that is none."""
+    """graphs: 1, hk or h. wild: the graph holds invalid ids."""
     cut = {"region_size": region_size} if region_size else {"regions": regions or (3, 2)}
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:

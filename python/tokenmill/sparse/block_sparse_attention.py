@@ -34,7 +34,7 @@ from .gradients import cotangents
 
 
 class BlockSparseOptions(TypedDict, total=False):
-    """Keywords of :func:`block_sparse_attention` beside the sizes of blocks and return_lse."""
+    """Keywords of :func:`block_sparse_attention` other than the block sizes and return_lse."""
 
     causal: bool
     num_sink: int
@@ -143,19 +143,19 @@ def block_sparse_attention(
     r"""Softmax attention of blocks of queries to listed blocks of keys, with gradients.
 
     Queries block_q * r to block_q * (r + 1) - 1 share the list of row r. Request b has n =
-    seqlens_k[b] keys, and query i of its m is at position p = n - m + i. It sees of the keys j < n
-    (and j <= p if causal) those
+    seqlens_k[b] keys, and query i of its m is at position p = n - m + i. It sees the keys j < n
+    (and j <= p if causal) that are
 
     - in the blocks of its list: keys id * block_k to (id + 1) * block_k - 1,
     - among the first num_sink,
     - among its own last num_recent, j > p - num_recent,
 
-    each once, whatever overlaps. Lists and counts stay on the device: nothing is planned on the
-    host, and what is launched depends on shapes alone.
+    each once, even if these sets overlap. Lists and counts stay on the device: nothing is planned
+    on the host, and the launch depends only on shapes.
 
-    Requests may be packed (cu_seqlens_q), their keys packed too, padded or in pages. Each has the
-    result and the gradients that it has alone, bit for bit; gradients of the reference, and heads
-    wider than 256 on a GPU, up to the order of sums.
+    Requests may be packed (cu_seqlens_q), with keys packed too, padded or in pages. The result and
+    gradients of a request do not depend on the other requests, bit for bit; gradients of the
+    reference, and heads wider than 256 on a GPU, up to the order of sums.
 
     Args:
         q: ``[B, Sq, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any strides
@@ -163,59 +163,59 @@ def block_sparse_attention(
             ``[T, H, D]``.
         k, v: ``[B, Sk, Hk, D]`` and ``[B, Sk, Hk, Dv]``, Hk a divisor of H (GQA, MQA), Dv up to
             256; with block_q = 1 up to 512; packed ``[Tk, Hk, D]`` and ``[Tk, Hk, Dv]`` with
-            cu_seqlens_k. v may be a view of k, as in a latent cache, which all heads share
-            (Hk = 1). Heads wider than 256 are forward only.
+            cu_seqlens_k. v may be a view of k, as in a latent cache shared by all heads (Hk = 1).
+            Heads wider than 256 are forward only.
         indices: int32 ``[B, 1, R, K]`` (lists for all heads), ``[B, Hk, R, K]`` (for each KV head)
-            or ``[B, H, R, K]`` (for each query head), with R = ceil(Sq / block_q). Of packed
+            or ``[B, H, R, K]`` (for each query head), with R = ceil(Sq / block_q). For packed
             queries ``[1 | Hk | H, R, K]`` with R = T // block_q + B, as :func:`hip_block_select`
-            makes them: row r of request b is row cu_seqlens_q[b] // block_q + b + r, other rows
-            are not read. Lists ascend, as :func:`topk_select` makes them: an id counts if it is
-            that of a block and greater than every id before it.
-        counts: int32 ``[B, 1 | Hk | H, R]`` (packed ``[1 | Hk | H, R]``), entries of each list,
-            clamped to 0 to K.
+            returns: row r of request b is row cu_seqlens_q[b] // block_q + b + r, other rows are
+            not read. Lists ascend, as :func:`topk_select` returns: an id counts if it is in range
+            and greater than every id before it.
+        counts: int32 ``[B, 1 | Hk | H, R]`` (packed ``[1 | Hk | H, R]``), number of entries of each
+            list, clamped to 0 to K.
         block_q, block_k: queries of a row and keys of an entry, powers of two up to 128. Sq and Sk
             need not be multiples.
         causal: a query sees no later key.
-        num_sink: sink (first) keys, always seen; lists need not hold them.
-        num_recent: recent (last) keys, up to the query itself, likewise; with causal alone.
+        num_sink: number of sink (first) keys, always seen; lists need not hold them.
+        num_recent: number of recent (last) keys, up to the query itself, likewise; only with
+            causal.
         scale: factor of q.k; None = 1/sqrt(D).
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
         seqlens_k: int32 ``[B]``, keys of each request, clamped to 0 to Sk. None: all.
-        sink: ``[H]``: a learnable logit of each head that takes weight and has no value.
+        sink: ``[H]``: a learnable logit of each head that adds to the row sum and has no value.
         block_table: int32 ``[B, P]``, the pages of each request in order: k and v are pages
             ``[pages, page_size, Hk, ...]``, page_size a power of two, and seqlens_k must be given.
-            Entries behind a request's last key may hold anything. Forward only.
-        cu_seqlens_q: int32 ``[B + 1]``, where packed queries begin and end. Their keys are packed
-            too, or ``[B, Sk, Hk, ...]`` or pages.
-        cu_seqlens_k: the same of packed keys. None with a packed k: cu_seqlens_q.
+            Entries after a request's last key may hold anything. Forward only.
+        cu_seqlens_q: int32 ``[B + 1]``, offsets of packed queries. Their keys are packed too, or
+            ``[B, Sk, Hk, ...]`` or pages.
+        cu_seqlens_k: the same for packed keys. None with a packed k: cu_seqlens_q.
         return_lse: also return lse.
-        return_mass: also return the probability that the entries of lists received.
-        out: where to write the result: shape and dtype as returned, any strides with a contiguous
-            last dimension that keep elements apart; it shares no memory with what the call reads.
-            Then no input may require a gradient, unless under no_grad.
+        return_mass: also return the probability mass of each list entry.
+        out: preallocated result: shape and dtype as returned, any non-overlapping strides with a
+            contiguous last dimension; it shares no memory with the inputs. Then no input may
+            require a gradient, unless under no_grad.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         out ``[B, Sq, H, Dv]`` (packed ``[T, H, Dv]``) in the dtype of q; with return_lse also lse
-        ``[B, H, Sq]`` (``[H, T]``) float32, natural log, itself differentiable; with return_mass
-        last mass, float32 in the shape of indices: the probabilities of the keys that an entry
+        ``[B, H, Sq]`` (``[H, T]``) float32, natural log, also differentiable; with return_mass
+        finally mass, float32 in the shape of indices: the probabilities of the keys that an entry
         added, summed over its keys, the queries of its row and the heads that read the list; 0
-        where it added none (keys among the first and last ones are not the list's). With lists for
-        each query head (expanded, they take no memory) it is that of each head; with block_q =
-        block_k = 1 and lists for all heads the target of :func:`indexer_kl_loss`. There is no
-        gradient through it. A query that sees no key has out 0 and lse -inf (with a sink: lse =
-        sink), and gets no gradient. Gradients: q, k, v, sink; those of keys that nobody lists are
-        0.
+        where it added none (sink and recent keys are not counted for the list). With lists for each
+        query head (an expanded tensor takes no memory) the mass is per head; with block_q = block_k
+        = 1 and lists for all heads it is the target of :func:`indexer_kl_loss`. There is no
+        gradient through mass. A query with no visible key has out 0 and lse -inf (with a sink: lse
+        = sink), and gets no gradient. Gradients: q, k, v, sink; 0 for keys that no query lists.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
 
     Complexity: 2 H (D + Dv) operations for each pair of a query and a key that it sees, 2 H D more
-    for those listed with return_mass, backward 2.5 to 3.5 times that; memory linear in Sq, Sk and
+    for listed pairs with return_mass, backward 2.5 to 3.5 times that; memory linear in Sq, Sk and
     the entries.
 
     Paper: HiP (Lee et al. 2024), section 3.3; SeerAttention, MInference and native sparse attention
-    read such lists too; the softmax is that of FlashAttention-2 (Dao 2023).
+    read such lists too; online softmax as in FlashAttention-2 (Dao 2023).
 
     Example:
         >>> import torch, tokenmill as tm
@@ -382,8 +382,9 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def flops(*lowered: Any) -> float:
-    """Operations of the two products over what a query sees of listed blocks, and sink and recent
-    keys beside them."""
+    """Operations of the two products over the visible keys of listed blocks, and over sink and
+    recent keys.
+    """
     a = FORWARD.record(*lowered)
     heads, dim = a.q.shape[-2:]
     sizes = (a.block_q, a.block_k, a.causal)
@@ -401,8 +402,9 @@ def flops(*lowered: Any) -> float:
 
 
 def _requests(a: Any) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Queries, keys and lists of requests that have as many of each; packed ones whose lengths are
-    not known count as one."""
+    """Queries, keys and lists of requests, grouped by equal sizes; packed requests of unknown
+    lengths count as one.
+    """
     sq = a.q.shape[-3]
     sk = a.k.shape[0] if a.cu_seqlens_k is not None else capacity(a.k, a.block_table)
     if a.cu_seqlens_q is None:
@@ -422,7 +424,7 @@ def _requests(a: Any) -> Iterator[tuple[int, int, Tensor, Tensor]]:
 def _listed_pairs(
     sq: int, sk: int, indices: Tensor, counts: Tensor, block_q: int, block_k: int, causal: bool
 ) -> float:
-    """Pairs of a query and a listed key that it sees."""
+    """Number of pairs of a query and a visible listed key."""
     entries = torch.arange(indices.shape[3], device=indices.device)
     first_row = torch.arange(indices.shape[2], device=indices.device)[:, None] * block_q
     rows = (sq - first_row).clamp(0, block_q)
@@ -434,13 +436,14 @@ def _listed_pairs(
         inside = x.clamp(min=0).minimum(keys + 1)
         return inside * (inside - 1) // 2 + (x - keys - 1).clamp(min=0) * keys
 
-    start = first_row + sk - sq + 1 - first_key  # keys of the block that its first query sees
+    # number of the block's keys that its first query sees
+    start = first_row + sk - sq + 1 - first_key
     pairs = before(start + rows) - before(start) if causal else rows * keys
     return float(pairs.where(entries < counts[..., None], 0).sum())
 
 
 def backward_flops(*lowered: Any) -> float:
-    """Operations of the five products."""
+    """Operations of the five products of the backward."""
     return 2.5 * flops(*lowered)
 
 
@@ -490,7 +493,7 @@ SPEC = register_op(
                 "seqlens_k": "b",
                 "sink": "bh",
             },
-            ("b.h.", "bh.", "b..."),  # a list may be read by heads of several parts
+            ("b.h.", "bh.", "b..."),  # heads on several shards may read the same list
             without=("cu_seqlens_q", "cu_seqlens_k"),
         ),
         paper="HiP (Lee et al. 2024); FlashAttention-2 (Dao 2023)",

@@ -30,7 +30,7 @@ def draw_lists(
 def hostile_lists(
     indices: Tensor, counts: Tensor, blocks: int, g: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """What no kernel may trust: any id, in any order, repeated, and any count."""
+    """Malformed values that no kernel may trust: any id, in any order, repeated, and any count."""
     wild = torch.randint(-2, blocks + 3, indices.shape, generator=g, dtype=torch.int32)
     wild[torch.rand(wild.shape, generator=g) < 0.05] = torch.iinfo(torch.int32).max
     wild[torch.rand(wild.shape, generator=g) < 0.05] = torch.iinfo(torch.int32).min
@@ -58,9 +58,10 @@ def block_sparse_call(
     ends_k: tuple[int, ...] = (),
     **options: Any,
 ) -> Any:
-    """lists: 1, hk or h. page: keys lie in pages of so many, in any order. latent: values are the
-    first channels of the keys. ends_q, ends_k: where packed requests end, of which there are b;
-    without ends_k each has sk keys of its own."""
+    """lists: 1, hk or h. page: page size of a cache with shuffled pages. latent: values are the
+    first channels of the keys. ends_q, ends_k: offsets of b packed requests; without ends_k each
+    has sk keys of its own.
+    """
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         q, k, v = (
@@ -274,7 +275,7 @@ SAMPLES = (
 
 
 def packed(ends: Tensor) -> Any:
-    """The first request of the first sample, as packed queries of the keys of both."""
+    """The first request of the first sample, as packed queries on the keys of both requests."""
 
     def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
         args[0], args[3], args[4] = (args[i][0] for i in (0, 3, 4))

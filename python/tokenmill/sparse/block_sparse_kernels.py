@@ -1,5 +1,6 @@
-"""Which calls of block_sparse_attention the kernels of compute capability 9.0 take: launch_sm90.h
-and launch_backward_sm90.h of csrc/sparse/block_sparse_attention have the same rules."""
+"""Which calls of block_sparse_attention the sm_90a kernels take; launch_sm90.h and
+launch_backward_sm90.h of csrc/sparse/block_sparse_attention have the same rules.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ from .._sm90 import Rules, float32
 from .block_sparse_rules import Arguments
 
 HEAD_DIMS = (64, 128)
-LEAST_BLOCK = 64  # of queries and of keys: the rows of a warpgroup, and of a tile of keys
+LEAST_BLOCK = 64  # both block_q and block_k: rows of a warpgroup, and of a key tile
 
 
 def unsupported_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
-    """Why the forward does not take a call."""
+    """Rules of the sm_90a forward that a call breaks."""
     a = Arguments(*lowered)
     rules = _rules_of_both_passes(a)
     if out is not None:
@@ -24,7 +25,7 @@ def unsupported_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
 
 
 def unsupported_sm90_backward(*lowered: Any) -> list[str]:
-    """Why the backward does not take the gradient of a call. That of `out` must lie as q does."""
+    """Rules of the sm_90a backward that a call breaks. dout needs the layout of q."""
     a = Arguments(*lowered)
     rules = _rules_of_both_passes(a)
     rules.check(float32(a.softcap) <= 0, "softcap", "must be 0 in float32", a.softcap)

@@ -1,5 +1,6 @@
-"""The rules for a call of block_sparse_attention. Its host.cpp in csrc has the same rules in the
-same order and words; the contract test compares the two."""
+"""Rules for a call of block_sparse_attention. Its host.cpp in csrc has the same rules in the same
+order and words; the contract test compares the two.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ Arguments = record_of(OP)
 
 
 def is_wide(t: Any) -> bool:
-    """q or v has heads as latent caches have them, which are forward only."""
+    """Whether q or v has the wide head_dim of latent caches, which is forward only."""
     return isinstance(t, Tensor) and t.dim() > 0 and t.shape[-1] > MAX_HEAD_DIM
 
 
@@ -73,7 +74,7 @@ def check_block_sparse(*lowered: Any, float64: bool = False, op: str = OP) -> No
 
 
 def _check_rows(op: str, a: Any, float64: bool) -> None:
-    """Queries alone may be packed; keys may be pages."""
+    """Queries may be packed over keys that are not, or over pages."""
     q = a.q
     most = (MAX_CACHE_DIM, MAX_CACHE_VALUE_DIM) if a.block_q == 1 else (MAX_HEAD_DIM, MAX_HEAD_DIM)
     if a.cu_seqlens_k is not None and a.cu_seqlens_q is None:
@@ -92,8 +93,9 @@ def _check_rows(op: str, a: Any, float64: bool) -> None:
 
 
 def list_shape(a: Any, batch: int) -> list[int]:
-    """[B, H, R], or of packed queries [H, R], where a request's lists begin behind a row for each
-    whole block of queries in front of it, and one for each request."""
+    """[B, H, R], or for packed queries [H, R], where the lists of a request start at row
+    cu_seqlens_q[b] // block_q + b.
+    """
     tokens, heads = a.q.shape[-3:-1]
     if a.cu_seqlens_q is not None:
         return [heads, tokens // a.block_q + batch]

@@ -1,4 +1,4 @@
-"""core_context_attention: distant tokens through one core token for each group of them."""
+"""core_context_attention: distant tokens represented by one core token per group."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ def core_context_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Causal attention to a window of tokens, and to one core token for each group before it.
+    r"""Causal attention to a window of tokens, and to one core token per group before the window.
 
-    Groups of g tokens follow each other from the first token on. The last query of a group weighs
-    the tokens of its group; their weighted sums are its core, of each query head its own:
+    Tokens are cut into groups of g from the first token on. The last query of a group attends to
+    the tokens of its group; the weighted sums of their keys and values are the group's core, one
+    per query head:
 
     .. math::
        a = \operatorname{softmax}_{j \in G}(\mathrm{scale}\; q_{last(G)} \cdot k_j), \qquad
@@ -62,11 +63,11 @@ def core_context_attention(
         q: ``[B, S, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
             with a contiguous last dimension, D up to 256.
         k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, Hk a divisor of H. Rotary embedding, if any,
-            is in q and k already: a core is in the place of its tokens.
-        cores: "query": each query head has cores of its own, as in the released code. "kv": the
-            query heads that share a KV head share its cores, which their mean query weighs; the
-            cores of a cache are then H / Hk times fewer. With H = Hk they are the same.
-        window: the fewest tokens that are seen one by one, from 0 on.
+            is already applied to q and k: a core needs no position of its own.
+        cores: "query": each query head has its own cores, as in the released code. "kv": the query
+            heads of a GQA group share cores, weighted by their mean query; a cache then has H / Hk
+            times fewer cores. With H = Hk both are the same.
+        window: minimum number of tokens seen individually, at least 0.
         group: tokens of a group, a power of two up to 128.
         scale: factor of q.k; None = 1/sqrt(D).
         return_lse: also return lse.
@@ -75,13 +76,12 @@ def core_context_attention(
     Returns:
         out ``[B, S, H, Dv]`` in the dtype of q; with return_lse also lse ``[B, H, S]`` float32,
         natural log. Gradients of q, k and v, through the cores too. For S < window + group it is
-        causal attention, and for group=1 at any S.
+        causal attention, as it is for group=1 at any S.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 2 H (D + Dv) (S / g + window + g) operations for a query at most; memory linear in
-    S.
+    Complexity: 2 H (D + Dv) (S / g + window + g) operations at most per query; memory linear in S.
 
     Paper: Core Context Aware attention (Chen et al. 2024), sections 3.1 and 3.2, as the authors
     released it (chenyaofo/CCA-Attention at 052cc8e). The paper's formulas pool the inputs of a
@@ -104,7 +104,7 @@ def core_context_attention(
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
-    """Checks the inputs of a whole sequence. Returns the scale."""
+    """Checks the inputs of a whole sequence and returns the scale."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(OP, name, t)
     check_qkv(OP, q, k, v, 4, True)
@@ -122,14 +122,14 @@ def _attend(
     scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attends to the cores that the last query sees, if there are any, and to tokens.
+    """Attends to the cores visible to the last query, if there are any, and to tokens.
 
-    Queries that see the same cores are a row of blocks: group of them follow each other, and the
-    first row ends where c becomes 1 - near. Queries of zeros before the first make it complete.
+    Queries with the same visible cores form a row of `group` queries; the first row ends where c
+    becomes 1 - near. Zero queries are prepended to complete it.
     """
     length = q.shape[1]
     before = (1 - window) % group
-    near = (window - 1 + before) // group  # row r sees cores of groups before r - near
+    near = (window - 1 + before) // group  # row r sees the cores of groups before r - near
     rows = -(-(length + before) // group)
     padded = torch.nn.functional.pad(q, (0, 0, 0, 0, before, rows * group - length - before))
     out, lse = block_sparse_attention(
@@ -158,7 +158,7 @@ def as_sizes(group: int, window: int, cores: Cores) -> tuple[int, int]:
 
 
 def _cores_seen(tokens: int, group: int, window: int) -> int:
-    """Cores that the last of so many tokens sees."""
+    """Number of cores visible to the last of `tokens` tokens."""
     return max(tokens - window, 0) // group
 
 
@@ -175,14 +175,14 @@ def core_tokens(
     """Cores [B, count, H | Hk, D] and [B, count, H | Hk, Dv] of the first groups.
 
     A core is the attention of its query to its group, with the keys as values too. Its bits do not
-    depend on how many groups and requests there are where those of attention do not.
+    depend on the number of groups and requests on backends whose attention has that property.
     """
     kv_heads, tokens = k.shape[2], count * group
     last = q[:, group - 1 : tokens : group].unflatten(2, (kv_heads, -1))
-    if cores == "kv":  # a sum one after the other: that of torch depends on the batch
+    if cores == "kv":  # explicit order of summation: torch's mean depends on the batch size
         wide = last.to(torch.promote_types(q.dtype, torch.float32)).unbind(3)
         last = (functools.reduce(torch.add, wide) / len(wide)).to(q.dtype).unsqueeze(3)
-    queries = last.flatten(0, 1).transpose(1, 2)  # [B count, queries of a KV head, Hk, D]
+    queries = last.flatten(0, 1).transpose(1, 2)  # [B count, GQA group, Hk, D]
     keys, values = (t[:, :tokens].unflatten(1, (count, group)).flatten(0, 1) for t in (k, v))
     core_k, core_v = (
         attention(queries, keys, t, scale=scale, backend=backend)
@@ -195,8 +195,9 @@ def core_tokens(
 
 
 def _near_groups(q: Tensor, rows: int, near: int, group: int) -> tuple[Tensor, Tensor]:
-    """Lists for each row of queries: the groups that it sees token by token, from r - near to r as
-    far as there are keys."""
+    """Lists for each row of queries: the groups seen token by token, from r - near up to the last
+    key.
+    """
     row = torch.arange(rows, dtype=torch.int32, device=q.device)
     first = (row - near).clamp(min=0)
     last = row.clamp(max=-(-q.shape[1] // group) - 1)
@@ -209,11 +210,12 @@ def _near_groups(q: Tensor, rows: int, near: int, group: int) -> tuple[Tensor, T
 def _far_groups(
     q: Tensor, core_k: Tensor, core_v: Tensor, group: int, scale: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention to cores. The queries of a row see the same ones: they are heads of one query,
-    which sees one core less than the next."""
+    """Attention to cores. The queries of a row see the same cores, so they become heads of one
+    query, which sees one core less than the next row's.
+    """
     core_heads = core_v.shape[2]
     rows = q.unflatten(2, (core_heads, -1)).unflatten(1, (-1, group))
-    rows = rows.transpose(2, 3)  # [B, rows, heads of cores, group, queries of a core, D]
+    rows = rows.transpose(2, 3)  # [B, rows, core heads, group, queries per core, D]
     out, lse = attention(
         rows.flatten(2, 4), core_k, core_v, causal=True, scale=scale, return_lse=True,
         backend=backend,
@@ -224,8 +226,8 @@ def _far_groups(
 
 
 class CoreContextState:
-    """The state of decoding with :func:`core_context_attention`: the cores of complete groups, and
-    the tokens that are seen one by one.
+    """Decode state of :func:`core_context_attention`: the cores of complete groups, and the tokens
+    still seen individually.
 
     Args:
         cores, window, group, scale, backend: as in :func:`core_context_attention`.
@@ -258,17 +260,17 @@ class CoreContextState:
 
     @property
     def raw(self) -> int:
-        """Tokens that are kept one by one."""
+        """Number of tokens kept individually."""
         return self.tokens - self.cores * self.group
 
     @property
     def cores(self) -> int:
-        """Groups that are seen as cores."""
+        """Number of groups seen as cores."""
         return _cores_seen(self.tokens, self.group, self.window)
 
     @AUTOCAST.applied
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the first tokens of all requests, at least one of them."""
+        """Attention of the first tokens of all requests; at least one token."""
         if self.tokens:
             fail(OP, "state", "must be empty; tokens", self.tokens)
         factor = _check_inputs(q, k, v, self.scale)
@@ -292,7 +294,7 @@ class CoreContextState:
 
     @AUTOCAST.applied
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of one new token of each request, ``[B, 1, H, D]``."""
+        """Attention of one new token per request, ``[B, 1, H, D]``."""
         for name, t in (("q", q), ("k", k), ("v", v)):
             check_tensor(OP, name, t)
         check_qkv(OP, q, k, v, 4, True)
@@ -312,7 +314,7 @@ class CoreContextState:
         return merge_attention_states(outs, lses, backend=self.backend)[0]
 
     def _append(self, k: Tensor, v: Tensor) -> None:
-        """Keeps the newest token with the others."""
+        """Appends the newest token to the individual tokens."""
         self._kept = self.raw + 1
         self.tokens += 1
         if self._kept > self._raw[0].shape[1]:  # the window is not full yet
@@ -331,7 +333,7 @@ class CoreContextState:
         return core_tokens(q, k, v, self.group, scale, count, self.kind, self.backend)
 
     def _core_of_the_newest(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """The core of the group that the newest token, with query q, has completed."""
+        """The core of the group completed by the newest token, which has query q."""
         last = slice(self._kept - self.group, self._kept)
         keys, values = (t[:, last] for t in self._raw)
         queries = q.expand(-1, self.group, -1, -1)
@@ -339,7 +341,7 @@ class CoreContextState:
         return self._cores_of(queries, keys, values, factor, 1)
 
     def _move_a_core(self) -> None:
-        """The oldest group that was seen token by token is seen as its core from now on."""
+        """Moves the oldest individually seen group to the cores."""
         if self.cores > self._core[0].shape[1]:
             self._core = [_with_room(t, 2 * t.shape[1]) for t in self._core]
         for cache, core in zip(self._core, self._waiting.pop(0), strict=True):
@@ -356,7 +358,7 @@ class CoreContextState:
 
 
 def _with_room(t: Tensor, tokens: int) -> Tensor:
-    """A copy of t [B, n, ...] with room for more tokens after it."""
+    """A copy of t [B, n, ...] with capacity for `tokens` tokens."""
     room = t.new_zeros((t.shape[0], max(tokens, t.shape[1]), *t.shape[2:]))
     room[:, : t.shape[1]] = t
     return room

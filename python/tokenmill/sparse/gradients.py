@@ -1,4 +1,4 @@
-"""What attention shares whose gradients are those of queries, keys and values."""
+"""Helpers for attention operators with gradients of queries, keys and values."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def cotangents(
     dout: Tensor | None, dlse: Tensor | None, out: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Cotangents as the operators take them."""
+    """Cotangents in the layout that the operators take."""
     if dout is None:
         dout = torch.zeros_like(out)
     if dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum

@@ -1,4 +1,4 @@
-"""hip_attention: attention to sink and recent keys, and to blocks that HiP's search finds."""
+"""hip_attention: attention to sink and recent keys, and to blocks found by HiP's search."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ MAX_DECODE = 8  # query tokens
 
 @dataclass
 class HipLists:
-    """The lists of one layer between steps of decoding, for :func:`hip_attention`."""
+    """Block lists of one layer, kept between decode steps of :func:`hip_attention`."""
 
-    lists: tuple[Tensor, Tensor] | None = None  # as hip_block_select returns them
-    age: int = 0  # tokens since they were chosen
+    lists: tuple[Tensor, Tensor] | None = None  # as returned by hip_block_select
+    age: int = 0  # tokens since the lists were computed
 
 
 @overload
@@ -147,20 +147,20 @@ def hip_attention(
     backend: str | None = None,
     **other: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Softmax attention in O(S log S): to sink keys, recent keys, and blocks that HiP finds.
+    r"""Softmax attention in O(S log S): to sink keys, recent keys, and blocks found by HiP.
 
     :func:`hip_block_select`, then :func:`block_sparse_attention` on its lists, or
-    :func:`sparse_decode_attention` where queries are the newest tokens of a cache (at most 8 of
-    them, causal) or keys lie in pages. A sequence of at most num_sink + budget + num_recent keys
-    gets exact attention, unless lists of an earlier step are reused.
+    :func:`sparse_decode_attention` where the queries are the newest tokens of a cache (at most 8,
+    causal) or the keys are paged. A sequence of at most num_sink + budget + num_recent keys gets
+    exact attention, unless lists of an earlier step are reused.
 
     Requests of different lengths are padded on the right (seqlens_q and seqlens_k), or packed
-    (cu_seqlens_q), with keys that are packed, in pages or padded. Such a request has the result
-    that it has alone, given in the same way, bit for bit (padded, unless a gradient is wanted).
+    (cu_seqlens_q), with keys that are packed, paged or padded. The result of a request does not
+    depend on the other requests, bit for bit (for padded requests, unless a gradient is needed).
 
-    In decode the next steps can reuse the lists of one step: keep a :class:`HipLists` for each
-    layer and say how many tokens may pass until a new search. Tokens that came meanwhile are among
-    the last num_recent, so that none of them is missed.
+    In decode the lists of one step can be reused by the next steps: keep a :class:`HipLists` for
+    each layer and set refresh_interval, the number of tokens until a new search. Tokens appended
+    meanwhile are among the last num_recent, so none of them is missed.
 
     Args:
         q: ``[B, Sq, H, D]`` float16, bfloat16 or float32 (float64 on the reference), D up to 256;
@@ -168,42 +168,43 @@ def hip_attention(
         k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, Hk a divisor of H; packed ``[Tk, Hk, ...]``
             with cu_seqlens_k; with block_table pages ``[pages, page_size, Hk, ...]``, page_size a
             power of two.
-        budget, stride_q, representative, bound, start, restart_span, head_reduce: of the search
-            (:func:`hip_block_select`).
+        budget, stride_q, representative, bound, start, restart_span, head_reduce: parameters of the
+            search (:func:`hip_block_select`).
         block_q, block_k: queries that share a list, and keys of a block: powers of two up to 128.
-        num_sink, num_recent: sink and recent keys, which every query attends to (num_recent: with
-            causal alone). num_sink is rounded up to whole blocks: a block of which it held a part
+        num_sink, num_recent: numbers of sink and recent keys, which every query attends to
+            (num_recent: only with causal). num_sink is rounded up to whole blocks: a partial block
             would cost the list an entry.
-        causal: a query sees no later key. False goes with q and k of four dimensions.
+        causal: a query sees no later key. False requires q and k of four dimensions.
         scale: factor of q·k in the attention; None = 1/sqrt(D).
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
         return_lse: also return lse.
-        seqlens_q: ``[B]`` int32, the queries of each request, its first rows of q. None: Sq. Rows
-            behind them have out 0 and lse -inf.
-        seqlens_k: ``[B]`` int32, keys of each request, those of its queries included. None: all.
-        cu_seqlens_q: ``[B + 1]`` int32, where packed queries begin and end.
-        cu_seqlens_k: the same of packed keys. None with a packed k: cu_seqlens_q.
+        seqlens_q: ``[B]`` int32, number of queries of each request, the first rows of q. None: Sq.
+            Later rows have out 0 and lse -inf.
+        seqlens_k: ``[B]`` int32, number of keys of each request, including the keys of its queries.
+            None: all.
+        cu_seqlens_q: ``[B + 1]`` int32, offsets of packed queries.
+        cu_seqlens_k: the same for packed keys. None with a packed k: cu_seqlens_q.
         max_seqlen_q, max_seqlen_k: bounds on the lengths of packed sequences; None = all tokens.
-            Where max_seqlen_q is below block_q it saves work, as for decode rows alone (1).
+            A max_seqlen_q below block_q saves work, as for decode rows only (1).
         block_table: ``[B, P]`` int32, the pages of each request.
-        lists: the lists of earlier steps, used again and replaced here (decoding alone).
-        refresh_interval: tokens for which lists are used, 1 to num_recent. None: 1.
-        num_splits: of :func:`sparse_decode_attention`. 0 = automatic in decoding, else 1. With n >
-            0 a decoded request, too, has the bits that it has alone.
+        lists: the lists of earlier steps, reused and updated in place (only in decode).
+        refresh_interval: number of tokens for which lists are used, 1 to num_recent. None: 1.
+        num_splits: as in :func:`sparse_decode_attention`. 0 = automatic in decode, else 1. With n >
+            0 the bits of a decoded request do not depend on the other requests either.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         out ``[B, Sq, H, Dv]`` (packed ``[T, H, Dv]``) in the dtype of q; with return_lse also lse
         ``[B, H, Sq]`` (``[H, T]``) float32, natural log. Gradients of q, k and v through the
-        attention (not the choice of keys), except in decoding, over pages and of packed tokens.
+        attention (not the choice of keys), except in decode, over pages and for packed tokens.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: that of its two parts: 2 (D + Dv) (num_sink + budget + num_recent) operations for a
-    query, and the search. With pages or cu_seqlens also memory for a copy of q, for the lists and
-    for P entries of the table for each query block, and for a copy of packed keys and values; with
-    seqlens_q too, and for a copy of k and v where a gradient is wanted.
+    Complexity: 2 (D + Dv) (num_sink + budget + num_recent) operations per query, and the search.
+    With pages or cu_seqlens extra memory for a copy of q, for the lists, for P entries of the table
+    per query block, and for a copy of packed keys and values; the same with seqlens_q, plus a copy
+    of k and v where a gradient is needed.
 
     Paper: HiP Attention (Lee et al. 2024), sections 3 and 4; mask caching: section 4.2.
 
@@ -293,7 +294,7 @@ def _attend_in_blocks(
     q: Tensor, k: Tensor, v: Tensor, found: tuple[Tensor, Tensor], x: _Requests, block_q: int,
     num_splits: int, sizes: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Each block of queries decodes, as the newest tokens of the keys up to it."""
+    """Runs each block of queries as a decode step: the newest tokens of the keys up to its end."""
     check_values_of(OP, k, v)
     indices, counts = found
     batch, table = q.shape[0], x.block_table
@@ -336,8 +337,9 @@ def _attend_padded(
     q: Tensor, k: Tensor, v: Tensor, found: tuple[Tensor, Tensor], seqlens_q: Tensor | None,
     seqlens_k: Tensor | None, sizes: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """With seqlens_q: the rows behind queries and keys are zeros, and there are enough of them that
-    a request whose queries all counted would have its own at the same positions."""
+    """With seqlens_q: zeroes the rows after the queries and keys of each request, and pads the keys
+    so that valid queries keep their positions when all rows count as queries.
+    """
     if seqlens_q is None:
         return block_sparse_attention(q, k, v, *found, seqlens_k=seqlens_k, **sizes)
     check_values_of(OP, k, v)
@@ -359,7 +361,7 @@ def _attend_padded(
 
 
 def _bound(name: str, given: int | None, cu_seqlens: Tensor | None) -> int | None:
-    """On the lengths of packed sequences."""
+    """Upper bound on the lengths of packed sequences."""
     if given is None:
         return None
     if cu_seqlens is None:
@@ -380,7 +382,8 @@ def check_values_of(op: str, k: Tensor, v: Tensor) -> None:
 
 
 def whole_sinks(op: str, num_sink: int, block_k: int) -> int:
-    """num_sink rounded up to whole blocks; a block size that is refused later changes nothing."""
+    """num_sink rounded up to whole blocks; invalid block sizes, refused later, leave it unchanged.
+    """
     check(num_sink >= 0, op, "num_sink", "must not be negative", num_sink)
     return -(-num_sink // block_k) * block_k if block_k >= 1 else num_sink
 
@@ -388,7 +391,7 @@ def whole_sinks(op: str, num_sink: int, block_k: int) -> int:
 def _interval(
     lists: HipLists | None, refresh_interval: int | None, num_recent: int, decoding: bool
 ) -> int:
-    """Tokens for which lists are used."""
+    """Number of tokens for which lists are used."""
     if lists is None:
         if refresh_interval is not None:
             fail(OP, "refresh_interval", "goes with lists alone", refresh_interval)

@@ -1,4 +1,4 @@
-"""landmark_attention: a grouped softmax, with one landmark token for each block."""
+"""landmark_attention: a grouped softmax with one landmark token per block."""
 
 from __future__ import annotations
 
@@ -55,27 +55,28 @@ def landmark_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Causal attention with a grouped softmax: the last token of a block, its landmark, weighs it.
+    r"""Causal attention with a grouped softmax: a block is weighted by its last token, its
+    landmark.
 
-    Query i, in block c, weighs its own block and the landmarks of the blocks before it in one
-    softmax; what a landmark gets is shared by the tokens of its block. With logits
-    :math:`z_j = \mathrm{scale}\; q_i \cdot k_j` and :math:`\ell_b` that of the landmark of block b:
+    Query i, in block c, applies one softmax over its own block and the landmarks of earlier blocks;
+    the weight of a landmark is distributed over the tokens of its block. With logits :math:`z_j =
+    \mathrm{scale}\; q_i \cdot k_j`, and :math:`\ell_b` the logit of the landmark of block b:
 
     .. math::
        Z = \sum_{b < c} e^{\ell_b} + \sum_{j \in c,\, j \le i} e^{z_j}, \qquad
        w_j = \frac{e^{z_j}}{Z} \;(j \in c), \qquad
        w_j = \frac{e^{\ell_b}}{Z} \, \frac{e^{z_j}}{\sum_{m \in b} e^{z_m}} \;(j \in b < c)
 
-    where sums over the tokens of a block leave its landmark out: a landmark has weight 0, and as a
-    query sees what the token before it sees. The weights of a query sum to 1. The last block may be
-    shorter than the others; it then has no landmark yet.
+    where sums over the tokens of a block exclude its landmark: a landmark has weight 0, and as a
+    query it sees the same keys as the token before it. The weights of a query sum to 1. The last
+    block may be shorter than the others; it then has no landmark yet.
 
     Args:
         q: ``[B, S, H, D]`` float16, bfloat16 or float32 (float64 on the reference), D up to 256.
         k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, Hk a divisor of H.
-        block: tokens of a block with its landmark, at least 2.
+        block: tokens of a block, including its landmark, at least 2.
         scale: factor of q.k; None = 1/sqrt(D).
-        return_lse: also return lse, itself differentiable.
+        return_lse: also return lse, which is differentiable.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -86,8 +87,8 @@ def landmark_attention(
         RuntimeError: naming argument, rule and value.
 
     Complexity: the operations of causal attention, and one more exponential for each query and
-    block, in one pass over the keys; memory linear in S, forward and backward. A block that is
-    longer than a tile of keys (96 of them on CPUs, 16 to 64 on GPUs) is read twice.
+    block, in one pass over the keys; memory linear in S, forward and backward. A block longer than
+    a key tile (96 keys on CPUs, 16 to 64 on GPUs) is read twice.
 
     Paper: Landmark Attention (Mohtashami and Jaggi 2023), section 3.1.
 
@@ -122,7 +123,7 @@ def check_block(op: str, block: int) -> None:
     check(2 <= block < 2**31, op, "block", "must be 2 to 2^31 - 1", block)
 
 
-# csrc/sparse/landmark_attention/host.cpp has the same rules in the same order and words.
+# The rules of csrc/sparse/landmark_attention/host.cpp, in the same order and words.
 def _check(
     q: Tensor, k: Tensor, v: Tensor, block: int, scale: float, *, float64: bool = False
 ) -> None:
@@ -133,13 +134,13 @@ def _check(
 
 
 def flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> float:
-    """Operations of the two products over the pairs that a causal mask leaves."""
+    """Operations of the two products over the pairs visible under the causal mask."""
     batch, tokens, heads, dim = q.shape
     return 2.0 * batch * heads * band(tokens, tokens, -1, 0) * (dim + v.shape[-1])
 
 
 def backward_flops(*lowered: Any) -> float:
-    """Operations of the five products."""
+    """Operations of the five products of the backward."""
     return 2.5 * flops(*lowered)
 
 

@@ -22,7 +22,7 @@ def landmark_call(
     factor: float = 1.0,
     **options: Any,
 ) -> Any:
-    """factor: of the keys of landmarks, and of all others its inverse."""
+    """factor: multiplies the keys of landmarks, its inverse all other keys."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         q, k, v = (

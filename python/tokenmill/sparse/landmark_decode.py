@@ -1,4 +1,5 @@
-"""landmark_decode: decoding, and chunks of a prompt, over the blocks of the best landmarks."""
+"""landmark_decode: decode steps, and chunks of a prompt, over the blocks with the best landmarks.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from .sparse_decode_attention_rules import check_rope
 OP = "landmark_decode"
 
 Share = Literal["none", "queries", "heads"]
-AT_ONCE = 16  # queries whose own blocks are copied at the same time
+AT_ONCE = 16  # queries whose blocks are copied at the same time
 
 
 @Autocast(lower=("q",), cache="k_cache").applied
@@ -51,21 +52,20 @@ def landmark_decode(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Decoding with :func:`landmark_attention`, or the next chunk of a prompt, over the blocks
-    whose landmarks score highest.
+    """Decode with :func:`landmark_attention`, or the next chunk of a prompt, over the blocks whose
+    landmarks score highest.
 
     The keys of the newest Sq tokens of each request, the queries, are in the cache. The block in
-    which they begin and all that follows is local: a query sees it as in
-    :func:`landmark_attention`. Of the complete blocks before, it sees the topk with the greatest
-    landmark logits, for each head and query its own. The weights are those of the grouped softmax
-    over what is seen.
+    which they begin and all later keys are local: a query sees it as in :func:`landmark_attention`.
+    Of the complete blocks before it sees the topk with the greatest landmark logits, chosen per
+    head and query. The weights are the grouped softmax over the visible keys.
 
     With rope, queries and cache come without rotary embedding, and each block has a place among
     topk + 1 slots right before the local tokens. To be scored, the newest topk blocks are rotated
-    to the last topk slots, and all older ones to the first. The blocks that are retrieved are then
-    rotated to the slots in their order: the j-th to slot j (from 0), or to slot j + 1 if it is
-    among the newest topk. No distance is greater than (topk + 2) block + Sq, however long the text:
-    a model reads more than it was trained for.
+    to the last topk slots, and all older ones to the first. The retrieved blocks are then rotated
+    to the slots in their order: the j-th to slot j (from 0), or to slot j + 1 if it is among the
+    newest topk. No distance is greater than (topk + 2) block + Sq, however long the text: a model
+    can read more than its training length.
 
     Args:
         q: ``[B, Sq, H, D]`` float16, bfloat16 or float32 (float64 on the reference), D up to 256:
@@ -77,15 +77,15 @@ def landmark_decode(
             Keys beyond them are never read.
         block_table: int32 ``[B, pages]``, the pages of each request in order; entries beyond its
             last key may hold anything. Blocks count the request's tokens, wherever pages end.
-        block: tokens of a block with its landmark, at least 2.
+        block: tokens of a block, including its landmark, at least 2.
         topk: blocks to retrieve, at least 1. None: all, which gives the last rows of
             :func:`landmark_attention`.
-        share: "none": each head and query retrieves blocks of its own. "queries": those of a head
-            share the blocks of the greatest probability that any of them gives; such a chunk copies
-            Sq times less. "heads": the heads of a query share likewise.
+        share: "none": each head and query retrieves its own blocks. "queries": the queries of a
+            head share the blocks with the greatest probability in any of them; a chunk then copies
+            Sq times less. "heads": the heads of a query share blocks likewise.
         rope: (cos, sin), float ``[positions, pairs]`` each, pairs up to D / 2, for (topk + 2) block
-            + Sq - 1 positions, or for what the cache can hold of a request, if that is less.
-            Columns after the pairs stay as they are. None: q and the cache are used as they are.
+            + Sq - 1 positions, or for the cache capacity of a request, if it is smaller. Columns
+            after the pairs are unchanged. None: no rotation.
         interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + pairs).
         scale: factor of q.k; None = 1/sqrt(D).
         return_lse: also return lse.
@@ -93,7 +93,7 @@ def landmark_decode(
 
     Returns:
         out ``[B, Sq, H, Dv]`` in the dtype of q; with return_lse also log Z, ``[B, H, Sq]``
-        float32. A query that sees no key, or only that of a landmark, has out 0 and lse -inf.
+        float32. A query with no visible key, or only a landmark, has out 0 and lse -inf.
         Gradients of q, k_cache and v_cache, none through the choice of blocks.
 
     Raises:
@@ -101,8 +101,8 @@ def landmark_decode(
             cache holds, and a page that does not exist is read as page 0.
 
     Complexity: reads S / block landmarks, topk block keys for a head and query (share="queries":
-    for a head), and block + Sq local ones; it copies no more of the cache than these, for at most
-    16 queries at a time. The whole cache stays on the device of q.
+    for a head), and block + Sq local ones; only these are copied from the cache, for at most 16
+    queries at a time. The whole cache stays on the device of q.
 
     Paper: Landmark Attention (Mohtashami and Jaggi 2023), sections 3.2 and 3.3, as the authors
     released it (epfml/landmark-attention at d963e50).
@@ -189,22 +189,21 @@ class _Rope(NamedTuple):
     interleaved: bool
 
     def turn(self, x: Tensor, at: Tensor) -> Tensor:
-        """x [..., D] turned to positions at, [...] or fewer dimensions before D of size 1."""
+        """x [..., D] rotated to positions at, [...] or fewer dimensions before D of size 1."""
         cos, sin = (t[at.clamp(0, len(t) - 1)] for t in (self.cos, self.sin))
         return rotate(x.to(cos.dtype), cos, sin, self.interleaved).to(x.dtype)
 
 
 class _Cache(NamedTuple):
-    """Keys and values, dense or in pages, and the position of each request's newest key."""
+    """Keys and values, dense or paged, and the position of each request's newest key."""
 
     k: Tensor
     v: Tensor
     block_table: Tensor | None
-    newest: Tensor  # [B], -1 without keys
+    newest: Tensor  # [B], -1 for a request without keys
 
     def places(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The first two indices into k and v of positions [B, ...]. One after the newest key is
-        taken for that key."""
+        """The first two indices into k and v of positions [B, ...], clamped to the newest key."""
         of_request = (-1, *[1] * (positions.dim() - 1))
         request = torch.arange(len(positions), device=positions.device).view(of_request)
         positions = torch.minimum(positions, self.newest.view(of_request)).clamp(min=0)
@@ -212,11 +211,11 @@ class _Cache(NamedTuple):
             return request, positions
         pages, size = self.k.shape[:2]
         page = self.block_table[request, positions // size].long()
-        exists = (page >= 0) & (page < pages)  # not of a request without keys
+        exists = (page >= 0) & (page < pages)  # a request without keys may have none
         return page.where(exists, 0), positions % size
 
     def landmarks(self, count: int, block: int) -> Tensor:
-        """Keys [B, count, Hk, D] of the landmarks of so many blocks."""
+        """Keys [B, count, Hk, D] of the landmarks of the first `count` blocks."""
         if self.block_table is None:
             return self.k[:, block - 1 :: block]
         last = torch.arange(1, count + 1, device=self.k.device) * block - 1
@@ -224,11 +223,11 @@ class _Cache(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """The two parts of what is seen: local tokens and retrieved blocks."""
+    """One call: its local tokens and its retrieved blocks."""
 
     cache: _Cache
     begin: Tensor  # [B], the position of the first query; negative where there are fewer keys
-    held: int  # keys that a request can have
+    held: int  # keys that a request can hold
     block: int
     topk: int  # at most held // block
     rope: _Rope | None
@@ -237,17 +236,18 @@ class _Call(NamedTuple):
 
     @property
     def complete(self) -> Tensor:
-        """[B], blocks before the local tokens."""
+        """[B], number of complete blocks before the local tokens."""
         return self.begin.clamp(min=0) // self.block
 
     @property
     def origin(self) -> Tensor:
-        """[B], the position in the tables of the first local token: after topk + 1 slots, or where
-        it lies in the request if there are fewer blocks before it."""
+        """[B], position in the tables of the first local token: after topk + 1 slots, or its
+        position in the request if there are fewer blocks before it.
+        """
         return self.complete.clamp(max=self.topk + 1) * self.block
 
     def queries(self, q: Tensor) -> Tensor:
-        """q at its positions, as local tokens are."""
+        """q rotated to its positions among the local tokens."""
         if self.rope is None:
             return q
         first = self.origin + self.begin - self.complete * self.block
@@ -255,10 +255,11 @@ class _Call(NamedTuple):
         return self.rope.turn(q, at[:, :, None])
 
     def local(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention [B, Sq, H, Dv] to the block in which the queries begin and what follows, and
-        its log Z [B, H, Sq]."""
+        """Attention [B, Sq, H, Dv] to the block in which the queries begin and later keys, and its
+        log Z [B, H, Sq].
+        """
         row = torch.arange(min(self.block - 1 + q.shape[1], self.held), device=q.device)
-        if q.shape[1] == 1:  # without its landmark
+        if q.shape[1] == 1:  # the landmark is left out
             row = row[: self.block - 1]
         first = self.complete * self.block
         positions = first[:, None] + row
@@ -281,7 +282,8 @@ class _Call(NamedTuple):
     def _rows_of_queries(
         self, q: Tensor, k: Tensor, v: Tensor, first: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Landmark attention of the queries, which are rows first [B] and after of local keys."""
+        """Landmark attention of the queries, which are rows first [B] and later of the local keys.
+        """
         batch, count = q.shape[:2]
         requests = torch.arange(batch, device=q.device)[:, None]
         source = torch.arange(k.shape[1], device=q.device) - first[:, None]
@@ -299,8 +301,9 @@ class _Call(NamedTuple):
         return out, lse.transpose(1, 2)
 
     def retrieved(self, q: Tensor, share: Share) -> tuple[Tensor, Tensor]:
-        """Attention [topk, B, H, Sq, Dv] to the tokens of each retrieved block, and the logits of
-        their landmarks [topk, B, H, Sq]."""
+        """Attention [topk, B, H, Sq, Dv] to the tokens of each retrieved block, and the logits
+        [topk, B, H, Sq] of their landmarks.
+        """
         q = self.queries(q)
         with torch.no_grad():
             chosen = self._choose(q, share)
@@ -313,11 +316,13 @@ class _Call(NamedTuple):
 
     def _choose(self, q: Tensor, share: Share) -> Tensor:
         """Blocks [B, H, Sq, topk], or [B, H, 1, topk] if queries share them: ascending, -1 after
-        the last."""
+        the last.
+        """
         count = self.held // self.block
         landmarks = self.cache.landmarks(count, self.block)
         complete = self.complete
-        if self.rope is not None:  # the newest topk on slots of their own, others on the first
+        # the newest topk blocks on their own slots, older ones on the first slot
+        if self.rope is not None:
             oldest = (complete - self.topk - 1).clamp(min=0)[:, None]
             slot = (torch.arange(count, device=q.device) - oldest).clamp(min=0)
             landmarks = self.rope.turn(landmarks, ((slot + 1) * self.block - 1)[:, :, None])
@@ -337,7 +342,7 @@ class _Call(NamedTuple):
         return chosen.long().view(*scores.shape[:3], self.topk)
 
     def _blocks(self, q: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention to the tokens of blocks chosen [B, H, Sq | 1, topk]."""
+        """Attention to the tokens of the chosen blocks [B, H, Sq | 1, topk]."""
         batch, count, heads = q.shape[:3]
         sharing = count if chosen.shape[2] == 1 else 1
         token = torch.arange(self.block, device=q.device)
@@ -357,14 +362,15 @@ class _Call(NamedTuple):
             "scale": self.scale, "return_lse": True, "backend": self.backend,
         }  # fmt: skip
         out, _ = attention(rows, keys[:, :last], values[:, :last], **options)
-        _, logits = attention(rows, keys[:, last:], values[:, last:], **options)  # of one key: q.k
+        # the lse over one key is q.k
+        _, logits = attention(rows, keys[:, last:], values[:, last:], **options)
         shape = (batch, heads, chosen.shape[2], self.topk)
         out = out[:, :, 0].unflatten(0, shape).permute(3, 0, 1, 2, 4, 5).flatten(3, 4)
         logits = logits[:, 0].unflatten(0, shape).masked_fill(absent[..., 0], -torch.inf)
         return out, logits.permute(3, 0, 1, 2, 4).flatten(3, 4)
 
     def _slots(self, chosen: Tensor) -> Tensor:
-        """The slots of blocks that are attended to, [B, H, Sq | 1, topk]."""
+        """Slots of the retrieved blocks, [B, H, Sq | 1, topk]."""
         complete = self.complete[:, None, None, None]
         rank = torch.arange(self.topk, device=chosen.device)
         newest = chosen >= (complete - self.topk).clamp(min=0)

@@ -1,4 +1,6 @@
-"""moba_attention: each query attends to its own block of keys and to those whose means suit it."""
+"""moba_attention: each query attends to its own block of keys and to the blocks with the best mean
+keys.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ def moba_attention(
     r"""Mixture of Block Attention: causal attention of each query, in each head, to its own block
     of keys and to the earlier blocks whose mean key has the largest product with it.
 
-    Blocks :math:`I_i` of `block` keys follow each other from the first key on. For a query at
+    Keys are cut into blocks :math:`I_i` of `block` keys from the first key on. For a query at
     position t, in block c,
 
     .. math::
@@ -47,8 +49,8 @@ def moba_attention(
        I = \bigcup_{i \in \operatorname{topk}(s)} I_i \cap \{j \le t\}, \qquad
        out = \operatorname{softmax}_{j \in I}(\mathrm{scale}\; q \cdot k_j)\, v_j
 
-    so that the own block is one of the topk. Equal products go to the earlier block; a product that
-    is NaN is never chosen.
+    so that the query's own block is one of the topk. Ties go to the earlier block; a NaN product is
+    never chosen.
 
     Args:
         q: ``[B, Sq, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
@@ -56,23 +58,22 @@ def moba_attention(
             = Sk or seqlens_k[b]: a whole sequence, or its last chunk.
         k, v: ``[B, Sk, Hk, D]`` and ``[B, Sk, Hk, Dv]``, Hk a divisor of H.
         block: keys of a block, a power of two up to 128 or a multiple of 128.
-        topk: blocks of a query, 1 to 65536, its own among them.
+        topk: number of blocks per query, 1 to 65536, including its own.
         scale: factor of q.k; None = 1/sqrt(D).
-        seqlens_k: int32 ``[B]``, keys of each request, clamped to 0 to Sk. None: all.
+        seqlens_k: int32 ``[B]``, number of keys of each request, clamped to 0 to Sk. None: all.
         return_lse: also return lse.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         out ``[B, Sq, H, Dv]`` in the dtype of q; with return_lse also lse ``[B, H, Sq]`` float32,
         natural log. Gradients of q, k and v through the attention, not through the choice, as in
-        the paper. With topk blocks or fewer in sight it is causal attention.
+        the paper. With at most topk visible blocks it is causal attention.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 2 H D products for a query and each block, and 2 H (D + Dv) operations for each key
-    of its blocks. Memory of 4 B H Sq topk ceil(block / 128) bytes for lists, and of a stripe of
-    scores.
+    Complexity: 2 H D products per query and block, and 2 H (D + Dv) operations for each key of its
+    blocks. Memory of 4 B H Sq topk ceil(block / 128) bytes for lists, and one stripe of scores.
 
     Paper: MoBA: Mixture of Block Attention for Long-Context LLMs (Lu et al. 2025), section 2.2,
     equations 2 to 6 and the two paragraphs on causality. The released code counts the own block
@@ -104,7 +105,7 @@ def moba_attention(
     factor = scale_or_default(OP, scale, q)
 
     keys = k.shape[1]
-    if whole:  # a block has no more parts than the keys
+    if whole:  # a block has at most as many parts as there are keys
         block = min(block, max(1, -(-keys // MAX_BLOCK)) * MAX_BLOCK)
     topk = min(topk, max(1, -(-keys // block)))
     part = min(block, MAX_BLOCK)
@@ -119,7 +120,7 @@ def moba_attention(
 def _own_and_best_blocks(
     q: Tensor, k: Tensor, block: int, topk: int, seqlens_k: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Lists [B, H, Sq, topk] and their counts."""
+    """Lists [B, H, Sq, topk] and counts."""
     batch, queries, heads = q.shape[:3]
     n = seqlens_k
     n = torch.full((batch,), k.shape[1], dtype=torch.int32, device=q.device) if n is None else n

@@ -57,59 +57,58 @@ def native_sparse_attention(
     **other: Never,
 ) -> Tensor:
     r"""Native Sparse Attention: causal attention to compressed keys, to selected blocks and to a
-    window, each a softmax of its own, mixed by gates.
+    window, each with its own softmax, mixed by gates.
 
     .. math::
        out_t = \sum_{c \in \{cmp, slc, win\}} g^c_t \operatorname{Attn}(q_t, K^c_t, V^c_t)
 
-    - Compressed: key i stands for the tokens i stride to i stride + block - 1, and is seen by
-      queries at the last of these and later. Its weights in a head are :math:`p^{cmp}_t`.
+    - Compressed: key i represents the tokens i stride to i stride + block - 1, and is visible to
+    queries at or after the last of these. Its weights in a head are :math:`p^{cmp}_t`.
     - Selected: a query attends to the first num_first and the last num_local of the blocks of
       select_block tokens up to its own, and to those with the largest importance, topk in all. A
-      block's importance is the weight of the compressed keys that stand for its tokens, once for
-      each stride of tokens that they share, summed over the query heads of a key head, which share
-      the list:
+      block's importance is the weight of the compressed keys that represent its tokens, counted
+      once per stride of tokens that they share, summed over the query heads of a GQA group, which
+      share the list:
 
       .. math::
          p^{slc}_t[j] = \sum_h \sum_{m=0}^{l'/d - 1} \sum_{n=0}^{l/d - 1}
          p^{cmp}_{t,h}[\tfrac{l'}{d} j + m - n]
 
-      with l, d and l' for block, stride and select_block. Equal importance goes to the earlier
-      block.
-    - Window: the last `window` tokens, the query's own among them.
+      with l, d and l' for block, stride and select_block. Ties go to the earlier block.
+    - Window: the last `window` tokens, including the query's own.
 
     Args:
         q: ``[B, Sq, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
             with a contiguous last dimension, D up to 256. Query i is at position Sk - Sq + i: a
             whole sequence, or its last chunk.
-        k, v: ``[B, Sk, Hk, D]`` and ``[B, Sk, Hk, Dv]``, Hk a divisor of H: of the selected blocks.
+        k, v: ``[B, Sk, Hk, D]`` and ``[B, Sk, Hk, Dv]``, Hk a divisor of H; read by the selected
+            blocks.
         gates: ``[B, Sq, H, 3]`` floating-point, factors of the three branches in the order above
-            (in the paper sigmoids of what an MLP makes of the token).
+            (in the paper sigmoids of an MLP of the token).
         k_compressed, v_compressed: ``[B, N, Hk, D]`` and ``[B, N, Hk, Dv]`` with N = floor((Sk -
-            block) / stride) + 1, at least 0: what a learned map makes of each block. None: means.
+            block) / stride) + 1, at least 0: the blocks compressed by a learned map. None: means.
         k_window, v_window: keys and values of the window, shaped as k and v. None: k and v.
-        block, stride: tokens that a compressed key stands for, and from one to the next; stride
+        block, stride: tokens represented by a compressed key, and the distance between two; stride
             divides block and select_block.
         select_block: tokens of a selected block, a power of two up to 128.
-        topk: blocks of a query, 1 to 65536, num_first and num_local among them.
-        num_first, num_local: first and last blocks that are always selected.
+        topk: number of blocks per query, 1 to 65536, including num_first and num_local.
+        num_first, num_local: numbers of first and last blocks that are always selected.
         window: tokens of the window, at least 1.
         scale: factor of q.k; None = 1/sqrt(D).
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        ``[B, Sq, H, Dv]`` in the dtype of q. A branch in which a query sees nothing adds 0.
-        Gradients of all tensors, through the three branches, not through the choice, as in the
-        paper.
+        ``[B, Sq, H, Dv]`` in the dtype of q. A branch with no visible key adds 0. Gradients of all
+        tensors, through the three branches, not through the choice, as in the paper.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
     Complexity: 2 H (D + Dv) (S / stride + topk select_block + window) operations for a query, and
-    2 H D S / stride to select. Memory linear in S, and a stripe of weights.
+    2 H D S / stride to select. Memory linear in S, and one stripe of weights.
 
     Paper: Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention (Yuan
-    et al. 2025), sections 3.2 and 3.3, equations 5 to 12; defaults are those of section 4.1.
+    et al. 2025), sections 3.2 and 3.3, equations 5 to 12; defaults from section 4.1.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -143,7 +142,7 @@ def native_sparse_attention(
     lengths = torch.full((1,), keys, dtype=torch.int32, device=q.device)
     at = positions(q.shape[1], lengths)
     complete = (at + 1 - block).div(stride, rounding_mode="floor") + 1
-    complete = complete.clamp(0, wanted)  # compressed keys that a query sees, [1, Sq]
+    complete = complete.clamp(0, wanted)  # compressed keys visible to a query, [1, Sq]
     ends = complete[:, None, :, None]
     coarse, lse = attention(
         q, k_compressed, v_compressed, mask=masks.ranges(torch.zeros_like(ends), ends),
@@ -226,7 +225,7 @@ def _check_sizes(
 
 
 def _means(t: Tensor, block: int, stride: int, count: int) -> Tensor:
-    """[B, count, Hk, D]: the means of blocks, summed in float32."""
+    """Block means [B, count, Hk, D], summed in float32."""
     wide = torch.promote_types(t.dtype, torch.float32)
     tokens = (count - 1) * stride + block if count else 0
     sums = t[:, :tokens].to(wide).unflatten(1, (tokens // stride, stride)).sum(2)
@@ -248,7 +247,7 @@ def _selected(
     sizes: dict[str, int],
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Lists [B, Hk, Sq, topk] and their counts."""
+    """Lists [B, Hk, Sq, topk] and counts."""
     batch, size = q.shape[0], sizes["select_block"]
     blocks = -(-keys // size)
     topk = min(sizes["topk"], max(blocks, 1))
@@ -272,8 +271,9 @@ def _selected(
 
 
 def _shared(weight: Tensor, block: int, stride: int, select_block: int, blocks: int) -> Tensor:
-    """[..., N] -> [..., blocks]: of each block, the weights of the compressed keys of its strides.
-    Stride c lies in the compressed keys c - block / stride + 1 to c."""
+    """[..., N] -> [..., blocks]: sums, per block, the weights of the compressed keys of its
+    strides. Stride c belongs to the compressed keys c - block / stride + 1 to c.
+    """
     over, each = block // stride, select_block // stride
     if weight.shape[-1] == 0:
         return weight.new_zeros(*weight.shape[:-1], blocks)

@@ -1,7 +1,7 @@
-"""Blocks of queries of requests of any length, each a request of sparse_decode_attention.
+"""Blocks of queries of variable-length requests, each run as a request of sparse_decode_attention.
 
-The block that ends at query `end` of a request with m queries and l keys has the last queries of
-the first l - m + end keys. What is computed depends on shapes alone.
+The block that ends at query `end` of a request with m queries and l keys holds the last queries of
+the first l - m + end keys. The computation depends only on shapes.
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PAGE = 64  # rows of the pages that keys without pages get
+PAGE = 64  # page size when unpaged keys are turned into pages
 
 
 @dataclass
 class QueryBlocks:
-    """N blocks of up to block_q queries, read `width` rows at a time: by default block_q, so that
-    what a request gets does not depend on what else there is."""
+    """N blocks of up to block_q queries, read `width` rows at a time. The default width, block_q,
+    makes a request's result independent of the other requests.
+    """
 
     block_q: int
     width: int
-    request: Tensor  # [N]
-    first: Tensor  # [N]: row of the first query of the request, in all rows of q
-    end: Tensor  # [N]: in the request, 0 where the block is empty
-    queries: Tensor  # [B], of each request
-    token_block: Tensor  # [rows of q]
-    token: Tensor  # [rows of q]: its number in the request
-    there: Tensor  # [rows of q]: whether a request has it
+    request: Tensor  # [N] request of the block
+    first: Tensor  # [N] row of q with the request's first query
+    end: Tensor  # [N] end of the block within the request, 0 for an empty block
+    queries: Tensor  # [B] number of queries of each request
+    token_block: Tensor  # [rows of q] block of the row
+    token: Tensor  # [rows of q] index of the row within its request
+    there: Tensor  # [rows of q] whether the row belongs to a request
 
     @staticmethod
     def padded(q: Tensor, seqlens_q: Tensor | None, block_q: int) -> QueryBlocks:
-        """Of q [B, Sq, ...]."""
+        """Blocks of padded queries q [B, Sq, ...]."""
         batch, rows = q.shape[:2]
         count = -(-rows // block_q)
         request = torch.arange(batch, device=q.device).repeat_interleave(count)
@@ -50,7 +51,9 @@ class QueryBlocks:
 
     @staticmethod
     def packed(cu_seqlens_q: Tensor, tokens: int, most: int | None, block_q: int) -> QueryBlocks:
-        """Of q [tokens, ...], whose blocks are those of hip_block_select. most: of a sequence."""
+        """Blocks of packed queries q [tokens, ...], numbered as in hip_block_select. most: bound on
+        the length of a sequence.
+        """
         starts, ends = cu_seqlens_q[:-1].long(), cu_seqlens_q[1:].long()
         batch, device = len(starts), starts.device
         first_block = starts // block_q + torch.arange(batch, device=device)
@@ -80,13 +83,15 @@ class QueryBlocks:
         return QueryBlocks(block_q, width, request, first, end, queries, token_block, token, there)
 
     def take(self, rows: Tensor) -> Tensor:
-        """rows [T, ...] of all requests, as [N, width, ...]. Rows that a block lacks are any."""
+        """Gathers rows [T, ...] of all requests to [N, width, ...]; unused rows hold arbitrary
+        values.
+        """
         steps = torch.arange(self.width, device=rows.device)
         at = self.first[:, None] + (self.end[:, None] - self.width + steps).clamp(min=0)
         return rows[at.clamp(0, len(rows) - 1)]
 
     def give(self, blocks: Tensor, empty: float) -> Tensor:
-        """The inverse of take, [T, ...]; rows that no request has are `empty`."""
+        """The inverse of take, [T, ...]; rows outside all requests are `empty`."""
         row = self.token - self.end[self.token_block] + self.width
         at = self.token_block * self.width + row.clamp(0, self.width - 1)
         rows = blocks.flatten(0, 1)[at]
@@ -94,15 +99,16 @@ class QueryBlocks:
         return torch.where(there, rows, torch.tensor(empty, dtype=rows.dtype, device=rows.device))
 
     def keys(self, lengths: Tensor) -> Tensor:
-        """int32 [N]: keys up to the end of each block, of requests with lengths [B]."""
+        """int32 [N]: number of keys up to the end of each block, for requests of lengths [B]."""
         before = lengths.long() - self.queries
         found = (before[self.request] + self.end).clamp(min=0)
         return torch.where(self.end > 0, found, 0).int()
 
 
 def pages_of_rows(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values [B, S, Hk, ...] as pages, and a table int32 [B, P]: without a copy where S is
-    a multiple of 16."""
+    """Keys and values [B, S, Hk, ...] as pages, and a block table int32 [B, P]; no copy where S is
+    a multiple of 16.
+    """
     batch, rows = k.shape[:2]
     size = math.gcd(rows, PAGE)
     if size < 16:
@@ -116,8 +122,9 @@ def pages_of_rows(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def pages_of_packed(
     k: Tensor, v: Tensor, cu_seqlens_k: Tensor, longest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A copy of packed keys and values [T, Hk, ...] in which each sequence begins a page, and a
-    table int32 [B, P]."""
+    """A copy of packed keys and values [T, Hk, ...] in which each sequence starts a new page, and a
+    block table int32 [B, P].
+    """
     tokens, batch = len(k), len(cu_seqlens_k) - 1
     starts = cu_seqlens_k[:-1].long()
     first_page = starts // PAGE + torch.arange(batch, device=k.device)

@@ -1,4 +1,4 @@
-"""What recipes share that list blocks of keys for single queries."""
+"""Helpers of methods that list blocks of keys for single queries."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CPU_ELEMENTS, GPU_ELEMENTS = 2**24, 2**26  # scores in memory at a time
+CPU_ELEMENTS, GPU_ELEMENTS = 2**24, 2**26  # scores held in memory at a time
 
 
 def stripes(q: Tensor, columns: int) -> Iterator[slice]:
-    """Queries of [B, Sq, H, D] whose scores of so many columns are in memory together; at least one
-    stripe, which may be empty."""
+    """Stripes of the queries [B, Sq, H, D] whose scores over so many columns are held in memory
+    together; at least one stripe, which may be empty.
+    """
     elements = CPU_ELEMENTS if q.device.type == "cpu" else GPU_ELEMENTS
     rows = max(1, elements // max(q.shape[0] * q.shape[2] * columns, 1))
     for first in range(0, max(q.shape[1], 1), rows):
@@ -20,8 +21,9 @@ def stripes(q: Tensor, columns: int) -> Iterator[slice]:
 
 
 def positions(queries: int, lengths: Tensor) -> Tensor:
-    """int32 [B, Sq]: those of queries that are the last of lengths[b] tokens, negative if there are
-    fewer."""
+    """int32 [B, Sq]: positions of queries that are the last of lengths[b] tokens; negative if there
+    are fewer tokens.
+    """
     rows = torch.arange(queries, dtype=torch.int32, device=lengths.device)
     return lengths[:, None] - queries + rows
 
@@ -32,7 +34,7 @@ def for_heads(rows: Tensor, heads: int) -> Tensor:
 
 
 def split_blocks(indices: Tensor, counts: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """The lists with each block as the smaller ones that it consists of."""
+    """The lists with each block split into smaller blocks."""
     if parts == 1:
         return indices, counts
     part = torch.arange(parts, dtype=torch.int32, device=indices.device)

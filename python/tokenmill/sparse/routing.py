@@ -1,4 +1,4 @@
-"""Which regions of a map attend to which: the first level of bi-level routing attention."""
+"""Region-to-region routing: the first level of bi-level routing attention."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from ..select.topk_select import topk_select
 
 
 def region_means(x: Tensor, region_y: int, region_x: int) -> Tensor:
-    """[B, R, H, D] float32 (float64 of float64): means of x [B, Y, X, H, D] over the pixels of each
-    region."""
-    # Lines first: a sum along Y alone runs over memory in its order, many times as fast as one
-    # along both sides.
+    """float32 [B, R, H, D] (float64 for float64): means of x [B, Y, X, H, D] over the pixels of
+    each region.
+    """
+    # Rows first: a sum along Y reads memory in order, and is many times as fast as one over both
+    # axes at once.
     return _means(_means(x, 1, region_y), 2, region_x).flatten(1, 2)
 
 
 def _means(x: Tensor, axis: int, size: int) -> Tensor:
-    """Means of `size` neighbours along an axis, and of the fewer left at its end."""
+    """Means of `size` neighbours along an axis, and of the remainder at its end."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     side = x.shape[axis]
     whole = side // size * size
@@ -39,7 +40,8 @@ def route(
     key_region: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """Lists [B, 1, R, topk] and counts [B, 1, R] of the regions of k whose mean has the largest
-    product with that of a region of q, over all heads; ties go to the lower."""
+    product with the mean of a region of q, over all heads; ties go to the lower region.
+    """
     mean_q, mean_k = region_means(q, *region), region_means(k, *key_region)
     group = q.shape[3] // max(k.shape[3], 1)
     if group > 1:

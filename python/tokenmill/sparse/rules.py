@@ -1,5 +1,5 @@
-"""The checks that operators on lists of blocks share. csrc/sparse/checks.h has them in the same
-words."""
+"""Checks shared by operators on lists of blocks. csrc/sparse/checks.h has them in the same words.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def check_list(
     other: str,
     first: Tensor,
 ) -> None:
-    """indices [B, heads, rows, K] or, packed, [heads, rows, K]: fits says whether they have the
-    right shape."""
+    """indices [B, heads, rows, K] or, packed, [heads, rows, K]; fits: whether their shapes are
+    right.
+    """
     check(fits, op, "indices", f"must have shape {shape}", indices.shape)
     if counts.shape != indices.shape[:-1]:
         fail(op, "counts", f"must have shape {show(indices.shape[:-1])}", counts.shape)

@@ -128,18 +128,18 @@ def sparse_decode_attention(
     v_scale: Tensor | None = None,
     **other: Never,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
-    r"""Decode over selected, sink and recent keys of a KV cache, with fused RoPE.
+    r"""Decode attention over selected, sink and recent keys of a KV cache, with fused RoPE.
 
-    Request b has n = seqlens_k[b] keys, those of its Sq newest tokens included; query i is at
-    position p = n - Sq + i and sees of the keys j <= p those
+    Request b has n = seqlens_k[b] keys, including its Sq newest tokens; query i is at position p =
+    n - Sq + i and sees the keys j <= p that are
 
     - among the first num_sink of the request,
     - among its own last num_recent, j > p - num_recent,
     - in the blocks of its list: keys id * block_k to (id + 1) * block_k - 1,
 
-    each once, whatever overlaps. With block_table None or not, in pages or not, ids count keys of
-    the request. Beside them it sees the extra keys, if given. Keys and values are read once for all
-    query heads that share a list and a KV head, and all query tokens.
+    each once, even if these sets overlap. Ids count keys of the request, with or without pages. In
+    addition it sees the extra keys, if given. Keys and values are read once for all query heads
+    that share a list and a KV head, and all query tokens.
 
     Args:
         q: ``[B, Sq, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any strides
@@ -147,50 +147,51 @@ def sparse_decode_attention(
         k_cache, v_cache: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]`` in the dtype of q or in
             float8_e4m3fn, Hk a divisor of H (GQA, MQA), Dv up to 512; with block_table pages ``[P,
             page size, Hk, D]`` and ``[P, page size, Hk, Dv]``, the page size a power of two.
-            v_cache may be a view of k_cache, as in :func:`attention_decode`. The new keys must be
-            there.
+            v_cache may be a view of k_cache, as in :func:`attention_decode`. The new keys must
+            already be in the cache.
         indices: int32 ``[B, 1, K]`` (a list for all heads), ``[B, Hk, K]`` (for each KV head) or
-            ``[B, H, K]`` (for each query head: keys of a group are read once for each list).
-            Lists ascend, as :func:`topk_select` makes them. An id that is not greater than every id
-            before it, or out of range, is left out.
-        counts: int32 ``[B, 1]``, ``[B, Hk]`` or ``[B, H]``: the entries of each list that count,
+            ``[B, H, K]`` (for each query head: a GQA group reads keys once per list). Lists ascend,
+            as :func:`topk_select` returns. An id that is not greater than every id before it, or
+            out of range, is skipped.
+        counts: int32 ``[B, 1]``, ``[B, Hk]`` or ``[B, H]``: number of valid entries of each list,
             clamped to 0 to K.
         block_k: keys of an entry, a power of two up to 128.
-        seqlens_k: int32 ``[B]``, keys of each request, from 0 to S (pages: pages times page size).
+        seqlens_k: int32 ``[B]``, number of keys of each request, from 0 to S (pages: pages times
+            page size).
         block_table: int32 ``[B, pages]``, the pages of each request in order. A key on a page that
-            does not exist (evicted: -1) is left out.
-        num_sink, num_recent: sink (first) and recent (last) keys, always seen; lists may omit
-            them.
-        pos_mode: positions of rope. "absolute": positions in the request. "cache" (one query
-            token): places in the row of keys that are attended to, in order; the query has that of
-            the last one.
-        rope: (cos, sin), float ``[positions, pairs]`` each, pairs up to D / 2: q and the cache
-            come without their rotary embedding, and are rotated by the row of their position.
-            Columns after the pairs stay as they are. None: they are used as they are. Places
-            count keys of a block that are left out, and stop at the last row of the tables.
+            does not exist (evicted: -1) is skipped.
+        num_sink, num_recent: numbers of sink (first) and recent (last) keys, always seen; lists may
+            omit them.
+        pos_mode: positions for rope. "absolute": positions in the request. "cache" (one query
+            token): ranks among the keys attended to, in order; the query has the rank of the last
+            one.
+        rope: (cos, sin), float ``[positions, pairs]`` each, pairs up to D / 2: q and the cache are
+            stored without rotary embedding, and are rotated by the row of their position. Columns
+            after the pairs are unchanged. None: no rotation. Ranks count skipped keys of a block,
+            and are clamped to the last row of the tables.
         interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + pairs).
         extra_k, extra_v: ``[B, E, Hk, D]`` and ``[B, E, Hk, Dv]`` in the dtype of q: keys and
-            values from outside the cache that every query sees, never rotated.
-        extra_log_count: float ``[B, Hk, E]``: added to their logits, the log of how many keys each
-            stands for; -inf: none. None: 0.
+            values outside the cache that every query sees, never rotated.
+        extra_log_count: float ``[B, Hk, E]``: added to their logits: the log of the number of keys
+            that each represents; -inf: none. None: 0.
         scale: factor of the products, None = 1/sqrt(D).
         softcap: logits become softcap * tanh(logits / softcap), before counts are added; 0 = off.
-        sink: float ``[H]``, a logit of each head that takes weight and has no value.
+        sink: float ``[H]``, a logit of each head that adds to the row sum and has no value.
         num_splits: 0 = automatic. n cuts each row of keys into n ranges, at most one for each step
             of the kernel. With n > 0 the result of a request has the same bits in any batch.
-        return_mass: also return the probability that the entries of lists received.
-        out: where to write the result, as in :func:`attention_decode`.
+        return_mass: also return the probability mass of each list entry.
+        out: preallocated result, as in :func:`attention_decode`.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
-        k_scale, v_scale: of caches in float8_e4m3fn, float32 ``[1]``, ``[Hk]`` or for each token
-            ``[P, page size, Hk]`` (dense ``[B, S, Hk]``), any strides: keys and values are the
-            numbers of the cache times their scale, in float32. None = 1.
+        k_scale, v_scale: scales of caches in float8_e4m3fn: float32 ``[1]``, ``[Hk]`` or, for each
+            token, ``[P, page size, Hk]`` (dense ``[B, S, Hk]``), any strides: keys and values are
+            the stored numbers times their scale, in float32. None = 1.
 
     Returns:
         (out, lse), with return_mass (out, lse, mass): out ``[B, Sq, H, Dv]`` in the dtype of q; lse
         ``[B, H, Sq]`` float32, natural log, for :func:`merge_attention_states`; mass float32 ``[B,
         Hk, K]``, or ``[B, H, K]`` with a list for each query head: the probabilities of the keys
         that an entry added, summed over its keys, the query tokens and the heads of a group; 0
-        where it added none. A query that sees nothing has out 0 and lse -inf (with a sink: lse =
+        where it added none. A query with no visible key has out 0 and lse -inf (with a sink: lse =
         sink). The same inputs give the same bits. There is no gradient: inputs that require one are
         refused unless under no_grad.
 
@@ -199,7 +200,7 @@ def sparse_decode_attention(
             clamped to what the cache holds.
 
     Complexity: 2 H Sq (D + Dv) operations and (D + Dv) Hk elements read for each key of a row. A
-    list of K entries that does not ascend costs up to K^2 / 2 comparisons more.
+    list of K entries that does not ascend costs up to K^2 / 2 additional comparisons.
 
     Paper: TokenSelect (Wu et al. 2024), TidalDecode (Yang et al. 2024), Quest (Tang et al. 2024),
     Recycled Attention (Xu et al. 2024); pos_mode "cache": StreamingLLM (Xiao et al. 2024), section

@@ -59,7 +59,8 @@ def sparse_call(
     **options: Any,
 ) -> Any:
     """lists: 1, hk or h; pairs > 0: a rotary embedding; extra keys, with counts or without. float8:
-    what scales caches in float8_e4m3fn have. latent: the values are the first channels of keys."""
+    kind of scales of caches in float8_e4m3fn. latent: values are the first channels of the keys.
+    """
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         batch = len(lengths)

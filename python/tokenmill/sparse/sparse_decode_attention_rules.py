@@ -1,5 +1,6 @@
-"""The rules for a call of sparse_decode_attention. csrc/sparse/sparse_decode_attention/host.cpp has
-the same rules in the same order and words; the contract test compares the two."""
+"""Rules for a call of sparse_decode_attention. csrc/sparse/sparse_decode_attention/host.cpp has the
+same rules in the same order and words; the contract test compares the two.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""transpose_block_list: lists of key blocks for each block of queries, seen from the keys."""
+"""transpose_block_list: inverts lists of key blocks per query block to lists of query blocks per
+key block.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +21,21 @@ OP = "transpose_block_list"
 def transpose_block_list(
     indices: Tensor, counts: Tensor, num_blocks: int, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Which blocks of queries list a block of keys: the lists of
-    :func:`block_sparse_attention` from the side of the keys, as its gradient reads them.
+    """For each block of keys, the blocks of queries that list it: the lists of
+    :func:`block_sparse_attention` transposed, as its backward reads them.
 
     Args:
         indices: int32 ``[B, heads, rows, K]``, for each row (a block of queries) an ascending list
             of blocks of keys. An id counts if it is 0 to num_blocks - 1 and greater than every id
             before it.
-        counts: int32 ``[B, heads, rows]``, entries of each list, clamped to 0 to K.
-        num_blocks: blocks of keys, 0 to 2^30.
+        counts: int32 ``[B, heads, rows]``, number of entries of each list, clamped to 0 to K.
+        num_blocks: number of key blocks, 0 to 2^30.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         (offsets, rows): int32 ``[B, heads, num_blocks + 1]`` and ``[B, heads, rows * K]``. Block j
         is in the lists of ``rows[b, h, offsets[b, h, j] : offsets[b, h, j + 1]]``, which ascend;
-        -1 after the last. Not differentiable, and the same on every run.
+        -1 after the last. Not differentiable; deterministic.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -61,7 +63,7 @@ def lower(indices: Tensor, counts: Tensor, num_blocks: int) -> tuple[Any, ...]:
     return indices, counts, num_blocks
 
 
-# csrc/sparse/transpose_block_list/host.cpp has the same rules in the same order and words.
+# The rules of csrc/sparse/transpose_block_list/host.cpp, in the same order and words.
 def _check(indices: Tensor, counts: Tensor, num_blocks: int, *, float64: bool = False) -> None:
     fits = indices.dim() == 4
     check_list(OP, indices, counts, "[B, heads, rows, K]", fits, "indices", indices)

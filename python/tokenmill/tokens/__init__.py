@@ -1,4 +1,4 @@
-"""Tokens selected, gathered, merged, scattered and pooled."""
+"""Selecting, gathering, merging, scattering and pooling tokens."""
 
 from .best_match import best_match
 from .bipartite_match import bipartite_match

@@ -29,27 +29,28 @@ def best_match(
        \mathrm{index}_i = \operatorname{argmax}_j \, a_i \cdot b_j, \qquad
        \mathrm{score}_i = \max_j \, a_i \cdot b_j
 
-    Ties go to the first row. The matrix of all products is never in memory. A product that is
-    NaN counts as -inf; a row whose products all do has index 0 and score -inf.
+    Ties go to the first row. The product matrix is never materialised. A NaN product counts as
+    -inf; a row with only such products has index 0 and score -inf.
 
     Args:
         a: ``[B, Na, C]`` float16, bfloat16 or float32 (float64 on the reference), any strides with
             a contiguous last dimension (``metric[:, ::2]``), C up to 4096.
         b: ``[B, Nb, C]`` in the dtype of a.
-        normalize: the product of the rows divided by their Euclidean norms, as float32 has them: of
-            a row whose norm is 0 every product is 0, of one whose norm is not finite NaN.
+        normalize: divide the product by the Euclidean norms of the rows, in float32: every product
+            of a row with norm 0 is 0, every product of a row with a norm that is not finite is NaN.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         (index, score): int32 ``[B, Na]``, and float32 ``[B, Na]`` (float64 on the reference). With
         Nb = 0 they are -1 and -inf. Not differentiable. Sums are float32; where the two greatest
-        products of a row differ by no more than the rounding of their sums, backends may differ.
-        On a GPU the product of an infinity is NaN in float32, whose products are sums of three.
+        products of a row differ by no more than the rounding of their sums, backends may differ. On
+        a GPU a float32 product with an infinite factor is NaN, because it is computed as the sum of
+        three products.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 2 Na Nb C operations for each sequence; reads a once and b, on a CPU, once for a few
+    Complexity: 2 Na Nb C operations for each sequence; reads a once and, on a CPU, b once per few
     hundred rows of a. Extra memory does not depend on Na Nb.
 
     Paper: ToMe (Bolya et al. 2023), section 3.
@@ -72,7 +73,7 @@ def lower(a: Tensor, b: Tensor, *, normalize: bool = False) -> tuple[Any, ...]:
     return a, b, normalize
 
 
-# csrc/tokens/best_match/host.cpp has the same rules in the same order and words.
+# The rules of csrc/tokens/best_match/host.cpp, in the same order and words.
 def _check(a: Tensor, b: Tensor, normalize: bool, *, float64: bool = False) -> None:
     check_tokens(OP, "a", a, float64=float64)
     check_tokens(OP, "b", b, float64=float64)

@@ -12,7 +12,7 @@ from ..registry import Malformed, Sample
 
 
 def _whole_numbers(batch: int, rows: int, partners: int, channels: int) -> Any:
-    """Small ones, exact in every dtype and in tf32: many products are equal."""
+    """Small integers, exact in every dtype and in tf32: many products are equal."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         a, b = (
@@ -25,8 +25,9 @@ def _whole_numbers(batch: int, rows: int, partners: int, channels: int) -> Any:
 
 
 def _separate(batch: int, rows: int, partners: int, channels: int, change: Any = None) -> Any:
-    """Rows of b are unlike each other, and each row of a is nearly one of them at another length.
-    Both are views of one tensor."""
+    """Rows of b are dissimilar, and each row of a is nearly one of them, scaled. Both are views of
+    one tensor.
+    """
 
     def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         signs = torch.randint(0, 2, (batch, partners, channels), generator=g) * 2.0 - 1
@@ -47,7 +48,7 @@ def _separate(batch: int, rows: int, partners: int, channels: int, change: Any =
 
 
 def _hostile(tokens: Tensor) -> None:
-    """Of a: rows of zeros, NaN and inf. Of b the same, and further a row of inf."""
+    """a has rows of zeros, NaN and inf; b has these, and one more row of inf."""
     tokens[0, 2:4] = 0
     tokens[0, 6:8] = torch.nan
     tokens[0, 10, 1] = torch.inf

@@ -1,4 +1,4 @@
-"""bipartite_match: which tokens merge into which."""
+"""bipartite_match: decides which tokens merge into which."""
 
 from __future__ import annotations
 
@@ -47,53 +47,54 @@ def bipartite_match(
     backend: str | None = None,
     **other: Never,
 ) -> tuple[Tensor, int, Tensor]:
-    r"""Which tokens merge into which, for :func:`merge_tokens` and :func:`unmerge_tokens`.
+    r"""Decides which tokens merge into which, for :func:`merge_tokens` and :func:`unmerge_tokens`.
 
     Tokens are divided into sources and destinations. Each source has a partner, the destination
-    whose product with it is the greatest (:func:`best_match`, of equal ones the first), and a
-    score, that product. The r sources of the greatest score, of equal ones the first, are merged
-    into their partners. The rows of the result are the sources that are left, in their order, and
-    then the destinations in theirs.
+    with the greatest product (:func:`best_match`, ties to the first), and this product as its
+    score. The r sources with the greatest scores (ties to the first) are merged into their
+    partners. The rows of the result are the remaining sources in order, then the destinations in
+    order.
 
     Args:
-        metric: ``[B, N, C]``, what tokens are compared by: in ToMe the mean of the keys over the
-            heads, in ToMe for Stable Diffusion the hidden state. float16, bfloat16 or float32
-            (float64 on the reference), any strides with a contiguous last dimension, C up to 4096.
-        r: sources to merge; as many as there may be if it is more, none if it is not positive.
-        partition: which tokens are destinations. "alternate": odd ones. "grid": one of each cell.
-            "index": those that are given. "kth": the last of each group of tokens. "random": all
-            but r, the same for every sequence.
-        grid: (rows, columns) of "grid", one token each, those of a row consecutive; the first
-            protect_first tokens come before them and are sources.
-        cell: (rows, columns) of a cell. Its destination is the first token, or with a generator a
-            random one, the same for every sequence. Tokens outside of whole cells are sources.
-        destinations: ``[Nd]`` int32 or int64 of "index", tokens in any order.
-        group: tokens of a group of "kth". Groups begin after the first protect_first tokens, which
-            are sources; so are tokens after the last whole group, and these are not merged.
-        protect_first: the first so many tokens are not merged into others (a class token).
-        protect_targets: nothing is merged into the first so many destinations (a distillation
-            token, which is the first odd one).
-        normalize: compare directions; otherwise products as they are.
-        threshold: pairs with a smaller score are not merged. How many there are then depends on the
-            sequence, and one number is read from the device.
-        generator: of "random" (None: the default one) and "grid".
+        metric: ``[B, N, C]``, the features that tokens are compared by: in ToMe the mean of the
+            keys over the heads, in ToMe for Stable Diffusion the hidden state. float16, bfloat16 or
+            float32 (float64 on the reference), any strides with a contiguous last dimension, C up
+            to 4096.
+        r: number of sources to merge; clamped to the maximum described below, and to 0.
+        partition: which tokens are destinations. "alternate": the odd tokens. "grid": one per cell.
+            "index": the tokens in destinations. "kth": the last of each group of tokens. "random":
+            all but r, the same for every sequence.
+        grid: (rows, columns) for "grid", row-major; the first protect_first tokens precede the grid
+            and are sources.
+        cell: (rows, columns) of a cell. Its destination is its first token, or with a generator a
+            random token, the same for every sequence. Tokens outside whole cells are sources.
+        destinations: ``[Nd]`` int32 or int64 for "index", tokens in any order.
+        group: tokens per group for "kth". Groups begin after the first protect_first tokens, which
+            are sources; tokens after the last whole group are sources too, and are not merged.
+        protect_first: number of first tokens that are not merged into others (a class token).
+        protect_targets: number of first destinations that nothing is merged into (a distillation
+            token, which is the first odd token).
+        normalize: compare cosines; otherwise unnormalised products.
+        threshold: pairs with a smaller score are not merged. The number of merged pairs then
+            depends on the sequence, and one number is read from the device.
+        generator: random generator for "random" (None: the default one) and "grid".
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        (assign, num_out, score): int32 ``[B, N]``, the row of the result of each token; the number
-        of rows; float32 ``[B, Na]`` (float64 on the reference), the scores of the sources in their
-        order. num_out is N - r, or with a threshold the rows of the sequence that has most: others
-        do not use their last ones. With r = 0 assign is a permutation. r is at most the number of
-        sources that are not protected, with "alternate" also half of the tokens that are not
-        protected (ToMe), with "kth" those of whole groups, with "index" N - Nd - protect_first
-        whatever destinations are among the first tokens; 0 if there is no destination but protected
-        ones. Not differentiable.
+        (assign, num_out, score): int32 ``[B, N]``, the result row of each token; the number of
+        rows; float32 ``[B, Na]`` (float64 on the reference), the scores of the sources in their
+        order. num_out is N - r, or with a threshold the maximum number of rows of a sequence:
+        others leave their last rows unused. With r = 0 assign is a permutation. r is at most the
+        number of unprotected sources, with "alternate" also half of the unprotected tokens (ToMe),
+        with "kth" the number of sources in whole groups, with "index" N - Nd - protect_first even
+        if destinations are among the first tokens; 0 if all destinations are protected. Not
+        differentiable.
 
     Raises:
-        RuntimeError: naming argument, rule and value. On a GPU destinations out of range or twice
-            are replaced by others.
+        RuntimeError: naming argument, rule and value. On a GPU destinations out of range or
+            repeated are replaced by others.
 
-    Complexity: 2 B Na Nb C operations, and O(N) for the choice in each sequence.
+    Complexity: 2 B Na Nb C operations, and O(N) per sequence for the choice.
 
     Paper: ToMe (Bolya et al. 2023), section 3; ToMe for Stable Diffusion (Bolya and Hoffman 2023),
     section 4.
@@ -163,13 +164,13 @@ def bipartite_match(
 
 
 class _Parts(NamedTuple):
-    """Which tokens are sources and which destinations, each in ascending order."""
+    """Sources and destinations, each in ascending order."""
 
     sources: slice | Tensor
     targets: slice | Tensor
     may_merge: int
-    held: int  # so many first sources are protected
-    valid: Tensor | None = None  # which sources are not, if that is in a tensor
+    held: int  # number of protected first sources
+    valid: Tensor | None = None  # unprotected sources, if given as a tensor
 
 
 def _alternate(tokens: int, protect_first: int, protect_targets: int) -> _Parts:
@@ -179,8 +180,9 @@ def _alternate(tokens: int, protect_first: int, protect_targets: int) -> _Parts:
 
 
 def _chosen(destinations: Tensor, tokens: int, held: int, protected: int = 0) -> _Parts:
-    """Numbers out of range count as the nearest token; of numbers that come twice, other tokens
-    take the place. Any of the `protected` first tokens may be a destination."""
+    """Numbers out of range are clamped; a repeated number is replaced by another token. The first
+    `protected` tokens may be destinations.
+    """
     chosen = torch.zeros(tokens, dtype=torch.int8, device=destinations.device)
     if tokens > 0:
         chosen[destinations.long().clamp(0, tokens - 1)] = 1
@@ -196,7 +198,7 @@ def _groups(group: int, tokens: int, held: int, device: torch.device) -> _Parts:
     parts, behind = _chosen(last, tokens, held), (tokens - held) % group
     if behind == 0:
         return parts
-    sources = torch.arange(tokens - held - count, device=device)  # behind those that are held
+    sources = torch.arange(tokens - held - count, device=device)  # after the protected sources
     may_merge = parts.may_merge - behind
     return parts._replace(may_merge=may_merge, valid=sources < may_merge)
 

@@ -1,4 +1,4 @@
-"""cluster_tokens: the pixels of a map as the soft clusters of a coarser grid."""
+"""cluster_tokens: soft clustering of a map's pixels into a coarser grid."""
 
 from __future__ import annotations
 
@@ -37,44 +37,44 @@ def cluster_tokens(
     window_labels: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The pixels of a map as the soft clusters of a coarser grid.
+    r"""Soft clustering of the pixels of a map into a coarser grid.
 
     Centroids start as the adaptive average pool of x. The home of pixel (y, x) is the cell
-    (y·gy // Y, x·gx // X) of the grid, and the pixel weighs the clusters whose cell is at most
-    window // 2 rows and columns from there. Each iteration is
+    (y·gy // Y, x·gx // X) of the grid; its candidates are the clusters whose cell is at most window
+    // 2 rows and columns from there. Each iteration is
 
     .. math::
        Q_{mn} = \operatorname{softmax}_m(-\tau \lVert x_n - c_m \rVert^2), \qquad
        c_m \leftarrow \sum_n Q_{mn} x_n \Big/ \sum_n Q_{mn}
 
-    with the softmax over the clusters that pixel n weighs; a weight below 2^-100 of the largest of
-    its pixel is 0. A cluster that no pixel weighs keeps its centroid.
+    with the softmax over the candidates of pixel n; a weight below 2^-100 times the largest weight
+    of its pixel is 0. A cluster without weight keeps its centroid.
 
     Args:
         x: ``[B, Y, X, C]`` float16, bfloat16 or float32 (float64 on the reference), any strides
             with a contiguous last dimension, C up to 4096.
-        grid: (gy, gx) clusters along Y and X, each at most one for a pixel; an integer stands for
-            both.
+        grid: (gy, gx) clusters along Y and X, at most Y and X; an integer sets both.
         iters: iterations, 1 to 1000.
         tau: factor of the squared distance, at least 0.
-        window: side of the square of cells around its home that a pixel weighs, odd.
-        window_labels: labels name the nearest cluster that the pixel weighs, not that of all.
+        window: side of the square of candidate cells around a pixel's home, odd.
+        window_labels: labels hold the nearest candidate, not the nearest of all clusters.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         (centroids, labels, mass): ``[B, gy, gx, C]`` in the dtype of x, int32 ``[B, Y, X]`` and
-        ``[B, gy, gx]`` float32. labels hold the cluster gy·gx counts row by row whose centroid,
-        before it is rounded, is nearest, ties to the first; a distance that is not
-        finite counts as the largest float32. mass is the sum of Q in the last iteration, 0 for a
-        cluster that kept its centroid. Centroids are differentiable in x, with Q taken as constant:
-        the gradient is that of the last mean. Distances are float32 sums of squared differences;
-        where the two least of a pixel differ by no more than their rounding, backends may differ.
+        ``[B, gy, gx]`` float32. labels hold the number, row-major in the gy·gx grid, of the cluster
+        with the nearest centroid before rounding, ties to the first; a distance that is not finite
+        counts as the largest float32. mass is the sum of Q in the last iteration, 0 for a cluster
+        that kept its centroid. Centroids are differentiable in x, with Q taken as constant: the
+        gradient only passes through the last mean. Distances are float32 sums of squared
+        differences; where the two smallest distances of a pixel differ by no more than their
+        rounding, backends may differ.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 5 B Y X window^2 C operations for each iteration, and 3 B Y X gy gx C for labels
-    among all clusters. No matrix of all pixels and clusters is in memory.
+    Complexity: 5 B Y X window^2 C operations per iteration, and 3 B Y X gy gx C for labels among
+    all clusters. The matrix of pixels and clusters is never materialised.
 
     Paper: Expedit (Liang et al. 2022), token clustering; superpixel sampling networks (Jampani et
     al. 2018).
@@ -110,7 +110,7 @@ def lower(
     return x, *sides, iters, tau, window, window_labels
 
 
-# csrc/tokens/cluster_tokens/host.cpp has the same rules in the same order and words.
+# The rules of csrc/tokens/cluster_tokens/host.cpp, in the same order and words.
 def _check(
     x: Tensor,
     grid_y: int,
@@ -217,8 +217,8 @@ BACKWARD = register(
         triton="tokens.cluster_tokens:cluster_tokens_backward",
     )
 )
-# Q is a constant to gradients, which numerical differentiation of the reference knows nothing of:
-# in the samples it hardly depends on x.
+# Gradients take Q as constant, unlike numerical differentiation of the reference: in the samples Q
+# hardly depends on x.
 SPEC = register_op(
     OpSpec(
         name=OP,

@@ -20,7 +20,7 @@ def _noise(shape: tuple[int, ...], **options: Any) -> Any:
 
 
 def _squares(side: int, cells: int, channels: int, **options: Any) -> Any:
-    """Squares of a colour each with little noise: pixels belong to one cluster alone."""
+    """Squares of one colour each with little noise: each pixel belongs to a single cluster."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         colours = 2.0 * torch.randint(-3, 4, (1, cells, cells, channels), generator=g)

@@ -1,4 +1,4 @@
-"""gather_fuse: the kept tokens, and one fused token for the rest."""
+"""gather_fuse: gathers the kept tokens and fuses the rest into one token."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def gather_fuse(
     r"""Gathers the prefix tokens and the patches to keep, and fuses the rest into one token.
 
     With x = [prefix tokens; patches] the result is :math:`[prefix;\ x_{keep};\ f]` with
-    :math:`f = \sum_{j \in rest} w_j x_j`, as a token reorganisation after an attention layer has
-    it, in one pass. Kept rows are copied bit by bit; f is summed in float32.
+    :math:`f = \sum_{j \in rest} w_j x_j`, the token reorganisation after an attention layer, in one
+    pass. Kept rows are copied bit for bit; f is summed in float32.
 
     Args:
         x: ``[B, prefix + N, C]``, float16, bfloat16 or float32 (float64 on the reference), any
             strides with a contiguous last dimension.
         keep: ``[B, K]`` int32 or int64, patches 0 to N - 1 (patch j is token prefix + j); -1 gives
             a row of zeros.
-        rest: ``[B, R]`` int32 or int64, the patches that f sums; -1 is left out. keep and rest
-            together name no patch twice; what neither names is dropped.
-        weight: ``[B, N]``, any float, computed with in float32.
-        prefix: tokens in front (the class token) that are always kept.
-        normalize: divide f by the sum of its weights, and let f be 0 where that is 0. False as in
-            EViT, whose fused token is a sum.
-        out: where to write the result: shape and dtype as returned, any strides with a contiguous
-            last dimension, each element at an address of its own and none in another argument
-            (parts of one tensor are apart). Needs no_grad or arguments without gradient.
+        rest: ``[B, R]`` int32 or int64, the patches summed in f; -1 is skipped. keep and rest
+            together name no patch twice; patches in neither are dropped.
+        weight: ``[B, N]``, any floating-point dtype, converted to float32.
+        prefix: number of first tokens (the class token) that are always kept.
+        normalize: divide f by the sum of its weights; f is 0 where the sum is 0. False as in EViT,
+            whose fused token is a sum.
+        out: preallocated result: shape and dtype as returned, any non-overlapping strides with a
+            contiguous last dimension; it shares no element with another argument (disjoint parts of
+            one tensor are allowed). Needs no_grad or arguments without gradient.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -59,9 +59,10 @@ def gather_fuse(
 
     Raises:
         RuntimeError: naming argument, rule and value. On a GPU an index out of range counts as -1,
-            and of a patch named twice the last place (in keep, then rest) has the gradient.
+            and the gradient of a repeated patch is taken from its last occurrence (in keep, then
+            rest).
 
-    Complexity: reads (prefix + K + R)·C elements and writes (prefix + K + 1)·C for each sequence.
+    Complexity: reads (prefix + K + R)·C elements and writes (prefix + K + 1)·C per sequence.
 
     Paper: EViT (Liang et al. 2022), section 3.2.
 
@@ -97,7 +98,7 @@ def lower(
     return x, as_int32(keep), as_int32(rest), widen(weight, x), prefix, normalize
 
 
-# csrc/tokens/gather_fuse/host.cpp has the same rules in the same order and words.
+# The rules of csrc/tokens/gather_fuse/host.cpp, in the same order and words.
 def _check(
     x: Tensor,
     keep: Tensor,

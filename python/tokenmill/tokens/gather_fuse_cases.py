@@ -12,7 +12,7 @@ from ..registry import Malformed, Sample
 
 
 def _sample(shape: tuple[int, int, int], kept: int, dropped: int = 0, **options: Any) -> Any:
-    """Of the patches the first in a random order are kept and the last are dropped."""
+    """In a random order of patches, the first are kept and the last are dropped."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         change = options.get("change")
@@ -30,7 +30,7 @@ def _sample(shape: tuple[int, int, int], kept: int, dropped: int = 0, **options:
 
 
 def _holes(x: Tensor, keep: Tensor, rest: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """int64, entries of -1, and a sequence whose weights add up to 0."""
+    """int64 indices, entries of -1, and a sequence whose weights add up to 0."""
     keep, rest, weight = keep.long(), rest.long(), weight.clone()
     keep[0, 1] = rest[0, 2] = -1
     weight[1] = 0

@@ -38,28 +38,27 @@ def gather_tokens(
     out: Tensor | Sequence[Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Gathers the rows that indices name, from one tensor or several.
+    """Gathers rows by index, from one tensor or several.
 
-    Rows are copied bit by bit. An index of -1 gives a row of zeros, and a row may be named any
-    number of times.
+    Rows are copied bit for bit. An index of -1 gives a row of zeros; indices may repeat.
 
     Args:
         xs: ``[B, N, C]`` float16, bfloat16, float32, int32 or int64 (float64 on the reference), any
             strides with a contiguous last dimension; or ``[B, N]`` (scores), ``[B, N, H, D]``.
             With flat indices also packed: ``[N]``, ``[N, C]``. Or several such tensors, of any
-            dtypes, that one index gathers.
+                dtypes, gathered by one index.
         indices: ``[B, K]`` int32 or int64, -1 to N - 1. Or flat: ``[K]``, where b * N + n is token
             n of sequence b.
-        out: where to write the result: shape and dtype as returned, any strides with a contiguous
-            last dimension (of ``[B, K, H, D]`` the last two), each element at an address of its own
-            and none in x or indices (parts of one tensor are apart). Needs no_grad or an x without
-            gradient. Of several tensors as many.
+        out: preallocated result: shape and dtype as returned, any non-overlapping strides with a
+            contiguous last dimension (the last two for ``[B, K, H, D]``); it shares no element with
+            x or indices (disjoint parts of one tensor are allowed). Needs no_grad or an x without
+            gradient. For several tensors, one out each.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        ``[B, K, C]`` in the dtype of xs (``[B, K]``, ``[B, K, H, D]``), with flat indices without
-        B; a tuple of them for several tensors. Differentiable in floating-point xs: the gradient of
-        a row is the sum, in float32, of those of its copies, in the order of the indices.
+        ``[B, K, C]`` in the dtype of xs (``[B, K]``, ``[B, K, H, D]``), without B for flat indices;
+        a tuple for several tensors. Differentiable in floating-point xs: the gradient of a row is
+        the float32 sum of the gradients of its copies, in the order of the indices.
 
     Raises:
         RuntimeError: naming argument, rule and value. On a GPU an index out of range gives a row of
@@ -67,8 +66,8 @@ def gather_tokens(
 
     Complexity: reads and writes B·K·C elements.
 
-    Paper: Focus-DETR (Zheng et al. 2023), whose layers gather queries, positions and scores by one
-    index; EViT (Liang et al. 2022).
+    Paper: Focus-DETR (Zheng et al. 2023), whose layers gather queries, positions and scores by the
+    same index; EViT (Liang et al. 2022).
 
     Example:
         >>> import torch, tokenmill as tm
@@ -108,7 +107,7 @@ def _gather(x: Tensor, indices: Tensor, out: Tensor | None, backend: str | None)
 
 
 def _leading(x: Tensor, indices: Tensor) -> int:
-    """Dimensions before the channels: one for packed tokens, else two."""
+    """Number of dimensions before the channels: one for packed tokens, else two."""
     return 1 if indices.dim() == 1 and x.dim() < 3 else 2
 
 
@@ -124,7 +123,7 @@ def lower(x: Tensor, indices: Tensor) -> tuple[Any, ...]:
 
 
 def lower_out(out: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    """As rows, which must not take a copy."""
+    """The out tensor as rows, which must not need a copy."""
     leading = indices.dim()
     if out.dim() == leading + 2 and 0 not in out.shape:
         one = out.shape[-2] == 1 or out.shape[-1] == 1 or out.stride(-2) == out.shape[-1]
@@ -132,7 +131,7 @@ def lower_out(out: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     return as_rows(out, leading) if leading <= out.dim() <= leading + 2 else out
 
 
-# csrc/tokens/gather_tokens/host.cpp has the same rules in the same order and words.
+# The rules of csrc/tokens/gather_tokens/host.cpp, in the same order and words.
 def _check(x: Tensor, indices: Tensor, *, float64: bool = False) -> None:
     check_movable_tokens(OP, "x", x, float64=float64)
     fits = indices.dim() == 1 or (indices.dim() == 2 and indices.shape[0] == x.shape[0])
@@ -174,7 +173,9 @@ def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
 
 
 def sum_of_copies(ops: Any, dout: Tensor, indices: Tensor, tokens: int) -> Tensor:
-    """[B, tokens, C], the sum of the rows of dout [B, K, C] whose index [B, K] it is."""
+    """[B, tokens, C]: for each token the sum of the rows of dout [B, K, C] with its index in [B,
+    K].
+    """
     entries = indices[:, None, :, None]
     counts = entries.new_ones(entries.shape[:-1])
     offsets, rows = ops.transpose_block_list(entries, counts, tokens)

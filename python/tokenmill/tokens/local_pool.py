@@ -1,4 +1,4 @@
-"""local_pool: each token pooled with its neighbours, channels last."""
+"""local_pool: pools each token with its neighbours, channels last."""
 
 from __future__ import annotations
 
@@ -40,33 +40,34 @@ def local_pool(
 ) -> Tensor:
     r"""The mean or maximum of the window around each token of a sequence or a map, stride 1.
 
-    The window of a token at (y, x) holds those at :math:`(y + d_y i,\ x + d_x j)` that are on the
-    map and not masked, with i and j up to half of kernel. PoolFormer's mixer is kernel (3, 3) with
-    subtract_input, PoNet's local pooling kernel 3 with "max".
+    The window of a token at (y, x) holds the tokens at :math:`(y + d_y i,\ x + d_x j)` that are on
+    the map and not masked, with i and j up to half of kernel. PoolFormer's mixer is kernel (3, 3)
+    with subtract_input; PoNet's local pooling is kernel 3 with "max".
 
     Args:
         x: ``[B, N, C]`` or a map ``[B, Y, X, C]``, float16, bfloat16 or float32 (float64 on the
             reference), any strides with a contiguous last dimension.
-        kernel: odd width of the window, 1 to 255; of a map also a pair (along Y, along X).
-        dilation: distance between neighbours in a window, 0 to 65535, of a map also a pair; 0
-            counts the token itself once for each place of the window.
-        mode: "avg" (summed in float32) or "max", where a NaN wins, and the first of equal tokens in
-            row-major order has the whole gradient.
+        kernel: odd width of the window, 1 to 255; for a map also a pair (along Y, along X).
+        dilation: distance between neighbours in a window, 0 to 65535, for a map also a pair; 0
+            counts the token itself once per tap of the window.
+        mode: "avg" (summed in float32) or "max", where NaN wins, and the first of equal tokens in
+            row-major order gets the whole gradient.
         mask: bool ``[B, N]`` or ``[B, Y, X]``. A token where it is False is in no window; its own
-            window has its neighbours. None: all are.
-        count_include_pad: divide a mean by the size of kernel, not by the tokens in the window.
+            window still holds its neighbours. None: all True.
+        count_include_pad: divide a mean by the size of kernel, not by the number of tokens in the
+            window.
         subtract_input: subtract the token itself from the result, also where it is masked.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        Like x. A window without tokens gives 0 (minus the token, with subtract_input).
-        Differentiable in x.
+        Shape and dtype of x. A window without tokens gives 0 (minus the token, with
+        subtract_input). Differentiable in x.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: B·N·C·(kernel_y + kernel_x) additions on the CPU; the other backends take each
-    window anew.
+    Complexity: B·N·C·(kernel_y + kernel_x) additions on the CPU; the other backends sum each window
+    separately.
 
     Paper: PoolFormer (Yu et al. 2022), PoNet (Tan et al. 2022).
 
@@ -119,7 +120,7 @@ def lower(
 
 
 def _pair(name: str, value: Any, line: bool) -> tuple[int, int]:
-    """Along Y and along X. A line has one row."""
+    """A pair (along Y, along X). A sequence is a map of one row."""
     if isinstance(value, tuple | list) and not line:
         check(len(value) == 2, OP, name, "must be an integer or two", value)
         first, second = value
@@ -128,7 +129,7 @@ def _pair(name: str, value: Any, line: bool) -> tuple[int, int]:
     return as_int(OP, name, first), as_int(OP, name, second)
 
 
-# csrc/tokens/local_pool/host.cpp has the same rules in the same order and words.
+# The rules of csrc/tokens/local_pool/host.cpp, in the same order and words.
 def _check(
     x: Tensor,
     mask: Tensor | None,

@@ -1,4 +1,4 @@
-"""mask_partition: the tokens that a mask takes, packed."""
+"""mask_partition: packs the tokens selected by a mask."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ OP = "mask_partition"
 def mask_partition(
     mask: Tensor, *, max_total: int | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Packs the tokens of a mask: where each comes from, and where it goes.
+    """Packs the tokens selected by a mask: their source indices, and the packed position of each
+    token.
 
     Args:
         mask: bool ``[B, N]``, any strides with a contiguous last dimension, B·N < 2^31.
-        max_total: size of indices, at least the number of tokens taken (a GPU drops those beyond
-            it). None: B·N, enough for any mask.
+        max_total: size of indices, at least the number of selected tokens (a GPU drops later ones).
+            None: B·N, enough for any mask.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        (indices, cu_seqlens, inverse): int32 ``[max_total]``, b·N + n of the tokens taken,
-        ascending, with -1 after the last; int32 ``[B + 1]``, row b has the places
-        ``cu_seqlens[b]`` to ``cu_seqlens[b + 1] - 1``; int32 ``[B, N]``, the place of each token,
-        -1 if it is not taken. Not differentiable.
+        (indices, cu_seqlens, inverse): int32 ``[max_total]``, b·N + n of the selected tokens,
+        ascending, with -1 after the last; int32 ``[B + 1]``, row b has the positions
+        ``cu_seqlens[b]`` to ``cu_seqlens[b + 1] - 1``; int32 ``[B, N]``, the packed position of
+        each token, -1 if it is not selected. Not differentiable.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: O(B·N), one pass over the mask and one that writes.
+    Complexity: O(B·N), one pass over the mask and one write pass.
 
-    Paper: DToP (Tang et al. 2023, section 3.3), tokens that have not left early.
+    Paper: DToP (Tang et al. 2023, section 3.3), tokens that have not exited early.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -58,7 +59,7 @@ def lower(mask: Tensor, *, max_total: int | None = None) -> tuple[Any, ...]:
     return mask, max_total
 
 
-# csrc/tokens/mask_partition/host.cpp has the same rules in the same order and words.
+# The rules of csrc/tokens/mask_partition/host.cpp, in the same order and words.
 def _check(mask: Tensor, max_total: int | None, *, float64: bool = False) -> None:
     check(mask.dim() == 2, OP, "mask", "must have 2 dimensions [B, N]", mask.dim())
     check(mask.dtype == torch.bool, OP, "mask", "must be bool", mask.dtype)

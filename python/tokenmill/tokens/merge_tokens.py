@@ -1,4 +1,4 @@
-"""merge_tokens and unmerge_tokens: tokens averaged into fewer rows, and rows given back to them."""
+"""merge_tokens and unmerge_tokens: average tokens into fewer rows, and copy rows back to tokens."""
 
 from __future__ import annotations
 
@@ -27,29 +27,30 @@ def merge_tokens(
     backend: str | None = None,
     **other: Never,
 ) -> tuple[Tensor, Tensor]:
-    r"""Merges tokens into rows: row t of the result holds those with ``assign == t``.
+    r"""Merges tokens into rows: row t of the result combines the tokens with ``assign == t``.
 
     With :math:`W_t = \sum_{i \to t} w_i`, the mean is :math:`y_t = \sum_{i \to t} w_i x_i / W_t`,
     and 0 where :math:`W_t = 0`. Passing the weight_sum of one merge as the weight of the next keeps
     the mean over all original tokens.
 
     One counting sort (:func:`transpose_block_list`) and one sum over its segments
-    (:func:`segment_reduce`): the same bits on every run, without atomic additions.
+    (:func:`segment_reduce`): deterministic, without atomic additions.
 
     Args:
         x: ``[B, N, C]`` or packed ``[N, C]``, float16, bfloat16 or float32 (float64 on the
             reference), any strides with a contiguous last dimension.
         assign: ``[B, N]`` or ``[N]`` int32 or int64, the row of each token, 0 to num_out - 1; -1
             drops it.
-        num_out: rows of the result.
-        weight: ``[B, N]`` or ``[N]``, of each token (its size); None: 1. For sum and mean alone.
+        num_out: number of rows of the result.
+        weight: ``[B, N]`` or ``[N]``, weight of each token (its size); None: 1. Only for sum and
+            mean.
         reduce: "mean", "sum", "amax", "amin", "first" or "last" (in the order of the tokens).
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         (y, weight_sum): ``[B, num_out, C]`` in the dtype of x and ``[B, num_out]`` float32, the sum
-        of weights (the number of tokens without them). A row without tokens is 0. Differentiable in
-        x and weight, but not in the choice.
+        of weights (without weight, the number of tokens). A row without tokens is 0. Differentiable
+        in x and weight, but not in the choice.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -103,8 +104,8 @@ def merge_tokens(
 
 
 def unmerge_tokens(y: Tensor, assign: Tensor, *, backend: str | None = None) -> Tensor:
-    """Copies to each token the row into which it was merged: the inverse of :func:`merge_tokens`
-    for tokens that were equal.
+    """Copies to each token the row into which it was merged: the inverse of :func:`merge_tokens` if
+    the merged tokens were equal.
 
     Args:
         y: ``[B, M, C]`` or packed ``[M, C]``.
@@ -112,7 +113,7 @@ def unmerge_tokens(y: Tensor, assign: Tensor, *, backend: str | None = None) -> 
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        ``[B, N, C]`` in the dtype of y, differentiable in y: :func:`gather_tokens` by another name.
+        ``[B, N, C]`` in the dtype of y, differentiable in y; the same as :func:`gather_tokens`.
 
     Raises:
         RuntimeError: naming argument, rule and value.

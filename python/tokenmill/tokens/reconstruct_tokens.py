@@ -1,4 +1,4 @@
-"""reconstruct_tokens: tokens as means of the values of their nearest centroids."""
+"""reconstruct_tokens: tokens as weighted means of the values of their nearest centroids."""
 
 from __future__ import annotations
 
@@ -39,38 +39,38 @@ def reconstruct_tokens(
     norm: str = "l1",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Reconstructs tokens as means of the values of their k nearest centroids:
+    r"""Reconstructs tokens as weighted means of the values of their k nearest centroids:
 
     .. math::
        w_{nm} = e^{-\tau \lVert f_n - s_m \rVert^2}, \qquad
        out_n = \sum_m w_{nm} z_m \Big/ \sum_m w_{nm}
 
-    over the k centroids of least distance, ties to the first. With norm "l2" the
-    weights of a token are divided by their Euclidean norm instead. The least distance of a token is
-    taken off before the exponential, so that its weights never all vanish.
+    over the k centroids at minimum distance, ties to the first. With norm "l2" the weights of a
+    token are divided by their Euclidean norm instead. The minimum distance of a token is subtracted
+    before the exponential, so that its weights never all underflow.
 
     Args:
         features: f, ``[B, N, C]`` float16, bfloat16 or float32 (float64 on the reference), any
             strides with a contiguous last dimension, C up to 4096: tokens before clustering.
         centroids: s, ``[B, M, C]`` in the dtype of features.
         values: z, ``[B, M, Cv]`` in the dtype of features: centroids after some layers.
-        k: centroids of a token, 1 to M.
+        k: number of centroids per token, 1 to M.
         tau: factor of the squared distance, at least 0.
-        norm: "l1" (weights sum to 1) or "l2", which the published code has.
+        norm: "l1" (weights sum to 1) or "l2", as in the published code.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         (out, index, weight): ``[B, N, Cv]`` in the dtype of values, int32 ``[B, N, k]``, ascending,
-        and the weights beside it, float32 (float64 on the reference). A distance that is not finite
-        counts as the largest float32; if there are no others the weights are NaN. out is
-        differentiable in values. Distances are float32 sums of squared differences; where two
-        differ by no more than their rounding, backends may differ.
+        and their weights ``[B, N, k]``, float32 (float64 on the reference). A distance that is not
+        finite counts as the largest float32; if all are, the weights are NaN. out is differentiable
+        in values. Distances are float32 sums of squared differences; where two differ by no more
+        than their rounding, backends may differ.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 3 B N M C operations to find the nearest and 2 B N k Cv for the means. The matrix of
-    distances is never in memory.
+    Complexity: 3 B N M C operations to find the nearest and 2 B N k Cv for the means. The distance
+    matrix is never materialised.
 
     Paper: Expedit (Liang et al. 2022), token reconstruction.
 
@@ -101,7 +101,7 @@ def lower(
     return features, centroids, values, k, tau, norm
 
 
-# csrc/tokens/reconstruct_tokens/host.cpp has the same rules in the same order and words.
+# The rules of csrc/tokens/reconstruct_tokens/host.cpp, in the same order and words.
 def _check(
     features: Tensor,
     centroids: Tensor,

@@ -21,8 +21,9 @@ def _sample(
     views: bool = False,
     **options: Any,
 ) -> Any:
-    """Features around centroids. Weights are constants to gradients, which numerical
-    differentiation of the reference knows nothing of: features of a large size hardly move them."""
+    """Features around centroids. Gradients take weights as constants, unlike numerical
+    differentiation of the reference: perturbing large features hardly changes the weights.
+    """
 
     def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         near = torch.randn(batch, count, channels, generator=g)

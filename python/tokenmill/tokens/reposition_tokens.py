@@ -1,4 +1,4 @@
-"""reposition_tokens: a box of a grid of tokens, resampled onto another box."""
+"""reposition_tokens: resamples a box of a token grid onto another box."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Mode = Literal["nearest", "bilinear"]
 
 
 def subject_boxes(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The smallest boxes of a grid that hold the tokens of masks.
+    """Bounding boxes, on a grid, of the tokens of masks.
 
     Args:
         mask: bool ``[..., N]``, the tokens of a subject; token i is the cell of row i // width and
@@ -25,7 +25,7 @@ def subject_boxes(mask: Tensor, grid: tuple[int, int]) -> Tensor:
         grid: (height, width) with height * width = N.
 
     Returns:
-        int32 ``[..., 4]``: (top, left, bottom, right), bottom and right exclusive; 0 of a mask
+        int32 ``[..., 4]``: (top, left, bottom, right), bottom and right exclusive; 0 for a mask
         without tokens.
 
     Raises:
@@ -48,7 +48,7 @@ def subject_boxes(mask: Tensor, grid: tuple[int, int]) -> Tensor:
         return torch.zeros((*mask.shape[:-1], 4), dtype=torch.int32, device=mask.device)
     cells = mask.unflatten(-1, size)
     ends = []
-    for axis in (-1, -2):  # rows with a token, then columns
+    for axis in (-1, -2):  # rows that hold a token, then columns
         line = cells.any(axis)
         at = torch.arange(line.shape[-1], dtype=torch.int32, device=mask.device)
         far = torch.where(line, at, line.shape[-1]).amin(-1)
@@ -77,27 +77,27 @@ def reposition_tokens(
     mode: Mode = "nearest",
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    r"""Scales and moves a box of a grid of tokens onto another box; the other cells are 0.
+    r"""Scales and moves a box of a token grid onto another box; the other cells are 0.
 
     Row i of a target box of h rows comes from row :math:`\lfloor i\,h_s / h \rfloor` of a source
     box of :math:`h_s` rows ("nearest"), or from the two rows around
-    :math:`(i + \tfrac12)\, h_s / h - \tfrac12`, held within the box ("bilinear"); columns likewise:
-    ``torch.nn.functional.interpolate`` of the box, with its factor in float32.
+    :math:`(i + \tfrac12)\, h_s / h - \tfrac12`, clamped to the box ("bilinear"); columns likewise,
+    as ``torch.nn.functional.interpolate`` of the box, whose factor is float32.
 
     Args:
         xs: ``[B, N, C]`` or ``[B, N, H, D]`` (keys or values), float16, bfloat16 or float32
             (float64 on the reference), any strides with a contiguous last dimension; or several.
         source, target: int32 or int64 ``[B | 1, 4]``, boxes (top, left, bottom, right), bottom and
-            right exclusive (:func:`subject_boxes`). Cells outside of the grid, and a target whose
+            right exclusive (:func:`subject_boxes`). Cells outside the grid, and a target whose
             source is empty, give 0.
         grid: (height, width) with height * width = N; token i is the cell of row i // width and
             column i % width.
         mode: "nearest" or "bilinear".
-        backend: of :func:`gather_tokens` (see :func:`tokenmill.explain`).
+        backend: backend of :func:`gather_tokens` (see :func:`tokenmill.explain`).
 
     Returns:
-        as xs. Sums of "bilinear" are float32, rounded once. Gradients: xs; the same bits in each
-        run, which ``grid_sample`` does not promise on a GPU.
+        shapes and dtypes of xs. Sums of "bilinear" are float32, rounded once. Gradients: xs;
+        deterministic, unlike ``grid_sample`` on a GPU.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -139,8 +139,9 @@ def reposition_tokens(
 def _samples(
     source: Tensor, target: Tensor, size: tuple[int, int], mode: str
 ) -> tuple[Tensor, Tensor | None]:
-    """int32 [B | 1, taps, N] of the cells that each cell comes from, -1 for none, and the weights
-    of the four taps of "bilinear"."""
+    """int32 [B | 1, taps, N]: source cells of each cell, -1 for none; and the weights of the four
+    taps of "bilinear".
+    """
     near = mode == "nearest"
     places: list[tuple[Tensor, ...]] = []
     shares, inside = [], []
@@ -152,12 +153,12 @@ def _samples(
         step = at - start
         ok = (at >= start) & (at < stop) & (old > 0)
         if near:
-            # interpolate has a float32 factor, and 23 * 14 / 46 is 6 with it.
+            # interpolate has a float32 factor: 23 * 14 / 46 is 6 in float32.
             factor = old.float() / new.float()
             place = (step.float() * factor).floor().long().minimum(old - 1)
             places.append((begin + place,))
         else:
-            # (2 step + 1) old / (2 new) - 1/2, held within the box, as a fraction over 2 new.
+            # (2 step + 1) old / (2 new) - 1/2, clamped to the box, as a fraction over 2 new.
             top = ((2 * step + 1) * old - new).clamp(min=0)
             low = (top // (2 * new)).minimum(old - 1).clamp(min=0)
             high = (low + 1).minimum((old - 1).clamp(min=0))

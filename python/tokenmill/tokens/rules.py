@@ -1,5 +1,5 @@
-"""The checks that operators on tokens share. csrc/tokens/checks.h has them in the same order and
-words."""
+"""Checks shared by operators on tokens. csrc/tokens/checks.h has them in the same order and words.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOVABLE = (torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int6
 
 
 def check_tokens(op: str, name: str, t: Tensor, *, float64: bool) -> None:
-    """Checks tokens [B, N, C] to compute with."""
+    """Checks tokens [B, N, C] that take part in arithmetic."""
     check(t.dim() == 3, op, name, "must have 3 dimensions [B, N, C]", t.dim())
     check_dtype(op, name, t, float64=float64)
     _check_rows(op, name, t)
@@ -48,8 +48,9 @@ def check_like(
 
 
 def check_out(op: str, out: Tensor, shape: list[int], read: dict[str, Tensor]) -> None:
-    """Checks what a call writes into: shape, dtype and device of the first tensor that it reads,
-    each element at its own address, and none in a tensor that is read."""
+    """Checks a preallocated result: shape, dtype and device of the first input, no overlapping
+    elements, and no memory shared with an input.
+    """
     other, first = next(iter(read.items()))
     check_like(op, "out", out, shape, first.dtype, other, first)
     check_written(op, "out", out, {**read})
@@ -67,8 +68,9 @@ def check_indices(op: str, name: str, t: Tensor, batch: int, other: str, first: 
 def check_index_values(
     op: str, name: str, t: Tensor, tokens: int, *, least: int = -1, repeats: bool = True
 ) -> None:
-    """Each `least` (-1: no row, 0: a row) to tokens - 1, and in a row of its own no token twice
-    unless repeats are allowed."""
+    """Each index is `least` (-1: no row, 0: a row) to tokens - 1, and no token repeats within a row
+    unless repeats are allowed.
+    """
     bad = t[(t < least) | (t >= tokens)]
     if bad.numel():
         fail(op, name, f"must be {least} to {tokens - 1}", int(bad[0]))

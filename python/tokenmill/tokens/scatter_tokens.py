@@ -1,4 +1,4 @@
-"""scatter_tokens: rows put back where an index says."""
+"""scatter_tokens: writes rows back to the positions given by an index."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ def scatter_tokens(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Writes the rows of y to the places in a copy of base that indices name: the adjoint of
+    r"""Writes the rows of y to indexed positions of a copy of base: the adjoint of
     :func:`gather_tokens` where base is 0.
 
     Args:
         y: ``[B, K, C]`` float16, bfloat16, float32, int32 or int64 (float64 on the reference), any
             strides with a contiguous last dimension; or ``[B, K]``, ``[B, K, H, D]``. With flat
             indices ``[K, C]``, ``[K]`` or ``[K, H, D]``.
-        indices: ``[B, K]`` int32 or int64, 0 to N - 1, no token twice in a sequence; -1 leaves out.
-            Or flat: ``[K]``, where b * N + n is token n of sequence b.
-        base: ``[B, N, C]`` like y, which stays as it is; with flat indices also packed ``[N, C]``.
-            Or a number: zeros for N tokens in each sequence; or a pair (B, N).
+        indices: ``[B, K]`` int32 or int64, 0 to N - 1, no token twice in a sequence; -1 skips the
+            row. Or flat: ``[K]``, where b * N + n is token n of sequence b.
+        base: ``[B, N, C]`` in the dtype of y, not modified; with flat indices also packed ``[N,
+            C]``. Or a number N: zeros for N tokens in each sequence; or a pair (B, N).
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        ``[B, N, C]`` in the dtype of y, packed ``[N, C]`` where base is packed or a number beside
+        ``[B, N, C]`` in the dtype of y, packed ``[N, C]`` where base is packed, or a number with
         flat indices. Differentiable in floating-point y and base.
 
     Raises:
-        RuntimeError: naming argument, rule and value. On a GPU an index out of range is left out,
-            and of rows of one token one is taken.
+        RuntimeError: naming argument, rule and value. On a GPU an index out of range is skipped,
+            and of several rows for one token one is taken.
 
-    Complexity: reads K rows of y and N - K of base, and writes N, for each sequence.
+    Complexity: per sequence, reads K rows of y and N - K of base, and writes N.
 
-    Paper: DToP (Tang et al. 2023) and Focus-DETR (Zheng et al. 2023), which put tokens back.
+    Paper: DToP (Tang et al. 2023) and Focus-DETR (Zheng et al. 2023), which write tokens back.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -93,7 +93,7 @@ def lower(y: Tensor, indices: Tensor, base: Tensor | int | tuple[int, int]) -> t
     return y, indices, base, batch, tokens
 
 
-# csrc/tokens/scatter_tokens/host.cpp has the same rules in the same order and words.
+# The rules of csrc/tokens/scatter_tokens/host.cpp, in the same order and words.
 def _check(
     y: Tensor,
     indices: Tensor,

@@ -14,7 +14,7 @@ from ..registry import Malformed, Sample
 def _sample(
     shape: tuple[int, ...], base: tuple[int, ...] | int, change: Any = None, *, flat: bool = False
 ) -> Any:
-    """y of a shape, and indices of a fourth of which name nothing."""
+    """y of a shape, and indices of which a fourth are -1."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         y = torch.randn(shape, generator=g).to(dtype)

@@ -1,4 +1,4 @@
-"""segment_reduce: the rows of each segment of a sequence as one row."""
+"""segment_reduce: reduces the rows of each segment of a sequence to one row."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ def segment_reduce(
     return_weight_sum: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Reduces the rows of each segment to one: their sum, mean, extremes, first or last.
+    r"""Reduces the rows of each segment to one: sum, mean, maximum, minimum, first or last.
 
     Segment s of a sequence is its rows ``offsets[s]`` to ``offsets[s + 1] - 1``, or with perm the
-    rows that these places of perm name. An empty segment gives 0. Sums are float32 in an order that
-    depends on the offsets alone.
+    rows listed at these positions of perm. An empty segment gives 0. Sums are float32 in an order
+    that only depends on the offsets.
 
     Args:
         x: ``[B, N, C]``, or ``[T, C]`` for consecutive sequences, float16, bfloat16 or
             float32 (float64 on the reference), any strides with a contiguous last dimension.
         offsets: int32 ``[B, S + 1]``, for x ``[T, C]`` ``[S + 1]`` (cu_seqlens). Not decreasing,
             each 0 to N (or P).
-        weight: ``[B, N]`` or ``[T]`` of any floating type, one for each row of x, with "sum" and
-            "mean"; computed with in float32. None: 1.
-        perm: int32 ``[B, P]`` or ``[P]``, rows of x by place, -1 for none. Between the first and
-            the last offset no row may stand twice; other places are not read.
+        weight: ``[B, N]`` or ``[T]`` of any floating type, one per row of x, with "sum" and "mean";
+            converted to float32. None: 1.
+        perm: int32 ``[B, P]`` or ``[P]``, rows of x in order of the segments, -1 for none. Between
+            the first and the last offset no row may repeat; other positions are not read.
         reduce: "sum" :math:`\sum w x`, "mean" :math:`\sum w x / W` with :math:`W = \sum w` (0 where
             W is 0), "amax" or "amin" in each channel (NaN wins), "first" or "last" row.
-        return_weight_sum: also give W (without weight, and for the other reductions: the number of
-            rows).
+        return_weight_sum: also return W (without weight, and for the other reductions: the number
+            of rows).
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         y or (y, weight_sum): ``[B, S, C]`` or ``[S, C]`` in the dtype of x, and ``[B, S]`` or
         ``[S]`` float32. Differentiable in x and weight. The whole gradient of an extreme goes to
-        the first row of the segment that has it.
+        the first row of the segment that attains it.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -120,7 +120,7 @@ def lower(
     return x, offsets, perm, weight, reduce
 
 
-# csrc/tokens/segment_reduce/host.cpp has the same rules in the same order and words.
+# The rules of csrc/tokens/segment_reduce/host.cpp, in the same order and words.
 def _check(
     x: Tensor,
     offsets: Tensor,
@@ -256,7 +256,7 @@ SPEC = register_op(
         function=segment_reduce,
         lower=lower,
         reference=reference.segment_reduce,
-        plain=reference.segment_reduce,  # sums in float32: no 16-bit sum of PyTorch's is closer
+        plain=reference.segment_reduce,  # float32 sums: a 16-bit sum of PyTorch's is no closer
         forward=FORWARD,
         backward=BACKWARD,
         differentiable=("x", "weight"),

@@ -12,7 +12,7 @@ from ..registry import Malformed, Sample
 
 
 def draw_offsets(batch: int, segments: int, places: int, g: torch.Generator) -> Tensor:
-    """Of segments that begin anywhere and end anywhere; some are empty."""
+    """Offsets of segments with random boundaries; some segments are empty."""
     ends = torch.randint(places + 1, (batch, segments + 1), generator=g)
     return ends.sort(-1).values.int()
 
@@ -26,7 +26,7 @@ def _sample(
     weight: bool = False,
     **options: Any,
 ) -> Any:
-    """perm: places more than rows; they and a few others name no row."""
+    """perm: more positions than rows; the surplus and a few others are -1."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         batch, tokens, channels = shape

@@ -1,4 +1,4 @@
-"""topk_partition: the k best tokens of each row, and the others."""
+"""topk_partition: partitions the tokens of each row into the k best and the rest."""
 
 from __future__ import annotations
 
@@ -41,32 +41,32 @@ def topk_partition(
 ) -> tuple[Tensor, Tensor]:
     """Partitions the tokens of each row into the k best and the rest.
 
-    Best are, in this order: protected tokens, by index; valid ones by score, equal scores by index;
-    valid ones whose score is NaN or -inf (+inf, if the smallest are wanted); the others. The result
-    is exact and does not depend on threads, runs or backend.
+    The ranking is: protected tokens, by index; valid tokens by score, ties by index; valid tokens
+    whose score is NaN or -inf (+inf if largest is False); invalid tokens. The result is exact and
+    does not depend on threads, runs or backend.
 
     Args:
         scores: ``[B, N]`` float16, bfloat16 or float32 (float64 on the reference), any strides with
             a contiguous last dimension, N < 2^31. 0 and -0 are equal.
-        k: tokens to keep of each row, 0 to N. Or int32 or int64 ``[B]``: a number for each row.
-        max_k: the most that such a k names, on which the shapes depend. None: N.
-        largest: whether great scores are better than small ones.
-        order: of the tokens kept, "score" (the best one first) or "index" (ascending).
+        k: number of tokens to keep per row, 0 to N. Or int32 or int64 ``[B]``: one number per row.
+        max_k: maximum of a tensor k, which decides the shapes. None: N.
+        largest: whether larger scores are better.
+        order: order of the kept tokens, "score" (best first) or "index" (ascending).
         valid: bool ``[B, N]``. Invalid tokens come after all others. None: all are valid.
-        protect_first: so many first tokens are kept whatever their score, even if they are invalid
+        protect_first: number of first tokens that are kept whatever their score, even if invalid
             (the class token).
-        protect_last: so many last tokens likewise; protect_first + protect_last <= each k.
+        protect_last: number of last tokens, likewise; protect_first + protect_last <= each k.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        (keep, rest): int32 ``[B, k]`` and ``[B, N - k]``; rest ascends. With a k for each row
-        ``[B, max_k]`` and ``[B, N]``, -1 after the last. Not differentiable.
+        (keep, rest): int32 ``[B, k]`` and ``[B, N - k]``; rest ascends. With a tensor k ``[B,
+        max_k]`` and ``[B, N]``, -1 after the last. Not differentiable.
 
     Raises:
-        RuntimeError: naming argument, rule and value. On a GPU a k of a row that is out of range
-            counts as the nearest that is not.
+        RuntimeError: naming argument, rule and value. On a GPU values of a tensor k are clamped to
+            the valid range.
 
-    Complexity: O(N) for each row, O(N) extra memory.
+    Complexity: O(N) per row, O(N) extra memory.
 
     Paper: EViT (Liang et al. 2022, section 3.2), attentive and inattentive tokens; Focus-DETR
     (Zheng et al. 2023, section 3.2).
@@ -114,7 +114,7 @@ def lower(
     return scores, k, counts, largest, order, valid, protect_first, protect_last
 
 
-# csrc/tokens/topk_partition/host.cpp has the same rules in the same order and words.
+# The rules of csrc/tokens/topk_partition/host.cpp, in the same order and words.
 def _check(
     scores: Tensor,
     k: int,

@@ -29,7 +29,7 @@ def _sample(
 
 
 def _ragged(batch: int, tokens: int, most: int | None, **options: Any) -> Any:
-    """A k for each row: 0, or what is protected; the most; and some between."""
+    """A tensor k: 0 or the number of protected tokens, the maximum, and values between."""
     uniform = _sample(batch, tokens, 0, hostile=True, invalid=0.3, max_k=most, **options)
     least = sum(options.get(name, 0) for name in ("protect_first", "protect_last"))
 
