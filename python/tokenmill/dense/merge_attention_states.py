@@ -1,4 +1,5 @@
-"""merge_attention_states: merges partial attention results over disjoint sets of keys by their lse.
+"""merge_attention_states: merges partial attention results over disjoint sets of keys by their
+lse.
 """
 
 from __future__ import annotations

@@ -336,7 +336,8 @@ def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
 
 
 def _flops(*lowered: Any) -> float:
-    """Operations of a search of the longest request, in which each query block sees half the keys.
+    """Operations of a search of the longest request, in which each query block sees half the
+    keys.
     """
     a = Arguments(*lowered)
     keys = _keys(a)

@@ -1,4 +1,5 @@
-"""landmark_decode: decode steps, and chunks of a prompt, over the blocks with the best landmarks.
+"""landmark_decode: decode steps, and chunks of a prompt, over the blocks with the best
+landmarks.
 """
 
 from __future__ import annotations
@@ -282,7 +283,8 @@ class _Call(NamedTuple):
     def _rows_of_queries(
         self, q: Tensor, k: Tensor, v: Tensor, first: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Landmark attention of the queries, which are rows first [B] and later of the local keys.
+        """Landmark attention of the queries, which are rows first [B] and later of the local
+        keys.
         """
         batch, count = q.shape[:2]
         requests = torch.arange(batch, device=q.device)[:, None]

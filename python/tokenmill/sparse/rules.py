@@ -1,4 +1,5 @@
-"""Checks shared by operators on lists of blocks. csrc/sparse/checks.h has them in the same words.
+"""Checks shared by operators on lists of blocks. csrc/sparse/checks.h has them in the same
+words.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Checks shared by operators on tokens. csrc/tokens/checks.h has them in the same order and words.
+"""Checks shared by operators on tokens. csrc/tokens/checks.h has them in the same order and
+words.
 """
 
 from __future__ import annotations
