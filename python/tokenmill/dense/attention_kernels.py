@@ -113,8 +113,7 @@ def _unsupported_forward(a: Any, out: Tensor | None) -> list[str]:
 
 
 def unsupported_sm90_backward(*lowered: Any) -> list[str]:
-    """Rules of the sm_90a backward that a call breaks. dout needs the layout of q.
-    """
+    """Rules of the sm_90a backward that a call breaks. dout needs the layout of q."""
     a = Arguments(*lowered)
     rules = _rules_of_both_passes(a)
     if float32(a.softcap) > 0:

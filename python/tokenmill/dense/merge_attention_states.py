@@ -1,6 +1,4 @@
-"""merge_attention_states: merges partial attention results over disjoint sets of keys by their
-lse.
-"""
+"""merge_attention_states: merges attention results over disjoint sets of keys by their lse."""
 
 from __future__ import annotations
 

@@ -14,9 +14,7 @@ from .attention_rules import OP
 
 
 def is_nested(t: Any) -> bool:
-    """Whether t is a nested tensor. Tests for a Tensor subclass first, as jagged tensors are
-    one.
-    """
+    """Whether t is a nested tensor. Tests for a Tensor subclass first."""
     return bool(getattr(t, "is_nested", False))
 
 

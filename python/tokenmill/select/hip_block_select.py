@@ -336,9 +336,7 @@ def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
 
 
 def _flops(*lowered: Any) -> float:
-    """Operations of a search of the longest request, in which each query block sees half the
-    keys.
-    """
+    """Operations of a search, if every query block of the longest request sees half the keys."""
     a = Arguments(*lowered)
     keys = _keys(a)
     if a.cu_seqlens_k is not None and known(a.cu_seqlens_k):

@@ -382,9 +382,7 @@ def check_values_of(op: str, k: Tensor, v: Tensor) -> None:
 
 
 def whole_sinks(op: str, num_sink: int, block_k: int) -> int:
-    """num_sink rounded up to whole blocks; invalid block sizes, refused later, leave it
-    unchanged.
-    """
+    """num_sink rounded up to whole blocks; unchanged for invalid block sizes, refused later."""
     check(num_sink >= 0, op, "num_sink", "must not be negative", num_sink)
     return -(-num_sink // block_k) * block_k if block_k >= 1 else num_sink
 

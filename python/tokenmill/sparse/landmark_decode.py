@@ -1,6 +1,4 @@
-"""landmark_decode: decode steps, and chunks of a prompt, over the blocks with the best
-landmarks.
-"""
+"""landmark_decode: decode, and chunks of a prompt, over the blocks with the best landmarks."""
 
 from __future__ import annotations
 

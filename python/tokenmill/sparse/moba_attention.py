@@ -1,6 +1,4 @@
-"""moba_attention: each query attends to its own block of keys and to the blocks with the best mean
-keys.
-"""
+"""moba_attention: each query attends to its own block and to the blocks with the best mean keys."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""transpose_block_list: inverts lists of key blocks per query block to lists of query blocks per
-key block.
-"""
+"""transpose_block_list: transposes lists of key blocks per query block."""
 
 from __future__ import annotations
 
