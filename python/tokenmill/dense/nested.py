@@ -14,7 +14,7 @@ from .attention_rules import OP
 
 
 def is_nested(t: Any) -> bool:
-    """Whether t is a nested tensor. Tests for a Tensor subclass first."""
+    """Whether t is a nested tensor."""
     return bool(getattr(t, "is_nested", False))
 
 

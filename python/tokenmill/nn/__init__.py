@@ -1,4 +1,4 @@
-"""Modules with the defaults of the papers, on top of the operators.
+"""Modules with the defaults of the papers, built on the operators.
 
 Example:
     >>> import torch

@@ -1,4 +1,4 @@
-"""Rotary positions of the modules that have them."""
+"""Rotary position embedding for modules."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from torch import Tensor
 
 
 def rotated(x: Tensor, angles: Tensor, *, interleaved: bool = False) -> Tensor:
-    """x ``[.., N, H, D]`` turned by angles ``[.., N, D / 2]``: pairs are channels i and i + D / 2,
-    or, interleaved, 2 i and 2 i + 1."""
+    """x ``[.., N, H, D]`` rotated by angles ``[.., N, D / 2]``: pairs are channels i and i + D / 2,
+    or, interleaved, 2 i and 2 i + 1.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = angles.cos()[..., None, :], angles.sin()[..., None, :]
     if interleaved:
@@ -19,6 +20,6 @@ def rotated(x: Tensor, angles: Tensor, *, interleaved: bool = False) -> Tensor:
 
 
 def angles_at(at: Tensor, head_dim: int, base: float) -> Tensor:
-    """``[.., D / 2]`` of positions, in float32: position times base^(-2 i / D)."""
+    """float32 angles ``[.., D / 2]`` of positions: position times base^(-2 i / D)."""
     steps = torch.arange(0, head_dim, 2, device=at.device)
     return at[..., None].float() * base ** (-steps / head_dim)

@@ -14,11 +14,12 @@ from ..dense.attention import attention
 from .rules import check_heads, check_input, convolved, stretching
 
 NAME = "nn.AgentAttention"
-BASE = 7  # side of the maps of biases that are stretched over the grid, as published
+BASE = 7  # side of the bias maps that are interpolated to the grid, as published
 
 
 class AgentAttention(nn.Module):
-    r"""Attention through a few agents: they gather the values, and the queries ask the agents.
+    r"""Attention through a few agent tokens: agents attend to the keys, and queries attend to the
+    agents.
 
     With queries, keys and values of the tokens of a map, and agents A,
 
@@ -28,44 +29,45 @@ class AgentAttention(nn.Module):
            + b_o.
 
     Agents are the means of the queries in the cells of a coarse grid, or given. Each bias is the
-    sum of a map of 7x7 stretched over the grid, one number for each row and one for each column.
+    sum of a 7x7 map interpolated to the grid, one number per row and one per column.
 
     Args:
         dim: channels C of the input.
-        num_heads: heads H, which divide the channels.
-        grid: (gy, gx) tokens of the map along Y and X, to which the biases belong; an integer
-            stands for both.
-        agents: (ay, ax) agents along Y and X; an integer stands for both.
-        class_token: token 0 is not on the map: no agent has a part of it, it has biases of its own
+        num_heads: number of heads H, a divisor of the channels.
+        grid: (gy, gx) tokens of the map along Y and X, to which the biases belong; an integer sets
+            both.
+        agents: (ay, ax) agents along Y and X; an integer sets both.
+        class_token: token 0 is not on the map: it is not pooled into agents, and has its own biases
             and no local term.
         qkv_bias: whether the projection of queries, keys and values has a bias.
-        backend: of the operator (see :func:`tokenmill.explain`).
+        backend: backend of the operator (see :func:`tokenmill.explain`).
 
     Shape:
-        x ``[B, N, C]`` with N = gy gx, with class_token 1 + gy gx, row by row; agents (None:
-        pooled) ``[B, ay ax, C]``, with the channels of all heads, as queries have; to ``[B, N,
-        C]``; float16, bfloat16, float32.
+        x ``[B, N, C]`` with N = gy gx, with class_token 1 + gy gx, row-major; agents (None: pooled)
+        ``[B, ay ax, C]``, with the channels of all heads, like queries; to ``[B, N, C]``; float16,
+        bfloat16, float32.
 
     Weights: qkv ``[3 C, C]``, proj ``[C, C]`` with a bias, dwc ``[C, 1, 3, 3]`` with a bias; with n
     = ay ax the biases an_bias and na_bias ``[H, n, 7, 7]``, ah_bias ``[1, H, n, gy, 1]``, aw_bias
     ``[1, H, n, 1, gx]``, ha_bias ``[1, H, gy, 1, n]``, wa_bias ``[1, H, 1, gx, n]``, and with
     class_token ac_bias ``[1, H, n, 1]`` and ca_bias ``[1, H, 1, n]``. State dicts of the layers of
-    the published models load as they are: DeiT (with class_token), Swin (the grid is a window), PVT
+    the published models load unchanged: DeiT (with class_token), Swin (the grid is a window), PVT
     (``q`` and ``kv`` instead of qkv) and CSWin (``attns.0.`` before all but qkv and proj, and
     ``get_v`` instead of dwc).
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 8 n C operations for each token in place of 4 N C, beside 8 C^2 of the projections.
-    No matrix of N x n is in memory but the biases, which all sequences share.
+    Complexity: 8 n C operations per token instead of 4 N C, plus 8 C^2 for the projections. No N x
+    n matrix is in memory except the biases, which all sequences share.
 
     Paper: Agent Attention (Han et al. 2024), section 4. Agents along each side in the released
     models: 7 in DeiT-T and -S (grid 14), 9 in DeiT-B; 3, 4, 7 and 7 in the stages of PVT, Swin and
-    CSWin (grids 56, 28, 14 and 7), of which the last one of Swin and the last two of CSWin have
-    their own attention. Windows and stripes are whole maps there, without shifts. Not here: the
-    keys of fewer pixels (sr_ratio above 1) that the code of PVT allows and no released model has,
-    and stripes. :func:`tokenmill.integrations.diffusers.patch` has agents for Stable Diffusion.
+    CSWin (grids 56, 28, 14 and 7), of which the last stage of Swin and the last two of CSWin keep
+    their original attention. Windows and stripes are whole maps there, without shifts. Not
+    supported: keys of fewer pixels (sr_ratio above 1), which the code of PVT allows and no released
+    model uses, and stripes. :func:`tokenmill.integrations.diffusers.patch` applies agents to Stable
+    Diffusion.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -129,8 +131,9 @@ class AgentAttention(nn.Module):
         return self.proj(out + F.pad(local, (0, 0, first, 0)))
 
     def _pooled(self, q: Tensor) -> Tensor:
-        """``[B, n, C]`` of q ``[B, gy, gx, C]``. As products: the gradient of adaptive_avg_pool2d
-        has no order of summation on a GPU."""
+        """Pooled queries ``[B, n, C]`` of q ``[B, gy, gx, C]``, as matrix products: the gradient of
+        adaptive_avg_pool2d has no fixed order of summation on a GPU.
+        """
         rows, columns = (
             F.adaptive_avg_pool1d(torch.eye(length, device=q.device)[None], size)[0].T.to(q.dtype)
             for length, size in zip(self.grid, self.agents, strict=True)

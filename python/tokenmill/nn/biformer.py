@@ -27,32 +27,32 @@ class BiFormerAttention(nn.Module):
 
     Args:
         dim: channels C of the input.
-        num_heads: heads, which divide the channels.
-        regions: regions along each side of the map (the paper's S).
-        topk: regions that each region attends to.
-        scale: factor of q.k; None = 1/sqrt(C), as in the published models: all channels, not those
-            of a head.
-        side_dwconv: side of the depthwise convolution of the values; 0 leaves it out.
-        padding: where regions do not divide the map: "mask", regions of ceil(side / regions)
+        num_heads: number of heads, a divisor of the channels.
+        regions: number of regions along each side of the map (the paper's S).
+        topk: number of regions that each region attends to.
+        scale: factor of q.k; None = 1/sqrt(C), as in the published models: all channels, not the
+            channels of a head.
+        side_dwconv: kernel size of the depthwise convolution of the values; 0 omits it.
+        padding: used where regions do not divide the map: "mask", regions of ceil(side / regions)
             pixels, the last of them smaller; "zeros", as in the published channels-first code,
-            regions of floor(side / regions) pixels, filled up by keys whose logit and value are 0;
-            "input", as in the published models for segmentation, the input itself is filled up, so
+            regions of floor(side / regions) pixels, padded with keys whose logit and value are 0;
+            "input", as in the published models for segmentation, the input itself is padded, so
             that the added pixels carry the bias of the projection.
-        backend: of the operator (see :func:`tokenmill.explain`).
+        backend: backend of the operator (see :func:`tokenmill.explain`).
 
     Shape:
         x ``[B, Y, X, C]``, channels last, to ``[B, Y, X, C]``; float16, bfloat16, float32.
 
     Weights: qkv ``[3 C, C]``, lepe ``[C, 1, side, side]``, wo ``[C, C]``, each with a bias.
-    State dicts of the published layouts load as they are: ``qkv.qkv`` and ``wo`` (channels last),
+    State dicts of the published layouts load unchanged: ``qkv.qkv`` and ``wo`` (channels last),
     ``qkv_linear`` and ``output_linear`` (1x1 convolutions).
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
     Paper: BiFormer (Zhu et al. 2023), section 3.2, equations 1 to 7; its models have regions=7,
-    side_dwconv=5, 32 channels a head and topk 1, 4 and 16 in their first three stages. The fourth
-    has :class:`AttentionLePE`.
+    side_dwconv=5, 32 channels per head and topk 1, 4 and 16 in their first three stages. The fourth
+    uses :class:`AttentionLePE`.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -126,27 +126,27 @@ class AttentionLePE(nn.Module):
 
     Args:
         dim: channels C of the input.
-        num_heads: heads, which divide the channels.
+        num_heads: number of heads, a divisor of the channels.
         scale: factor of q.k; None = 1/sqrt(C / num_heads), unlike :class:`BiFormerAttention`.
         qkv_bias: whether the projection of queries, keys and values has a bias.
-        side_dwconv: side of the depthwise convolution; 0 leaves it out.
-        local: what it convolves: "input", x as above, or "values", v, as in the published
-            channels-first code.
-        backend: of the operator (see :func:`tokenmill.explain`).
+        side_dwconv: kernel size of the depthwise convolution; 0 omits it.
+        local: the input of the convolution: "input", x as above, or "values", v, as in the
+            published channels-first code.
+        backend: backend of the operator (see :func:`tokenmill.explain`).
 
     Shape:
         x ``[B, Y, X, C]``, channels last, to ``[B, Y, X, C]``; float16, bfloat16, float32.
 
     Weights: qkv ``[3 C, C]``, lepe ``[C, 1, side, side]`` with a bias, proj ``[C, C]`` with a bias,
-    as the published models call them. 1x1 convolutions (channels first) load as they are.
+    with the names of the published models. 1x1 convolutions (channels first) load unchanged.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 8 C^2 + 4 C Y X operations for each of the Y X pixels.
+    Complexity: 8 C^2 + 4 C Y X operations per pixel.
 
-    Paper: BiFormer (Zhu et al. 2023), whose last stage of 7x7 pixels has it; the local term is that
-    of CSWin (Dong et al. 2022).
+    Paper: BiFormer (Zhu et al. 2023), whose last stage of 7x7 pixels uses it; the local term
+    follows CSWin (Dong et al. 2022).
 
     Example:
         >>> import torch, tokenmill as tm

@@ -1,4 +1,4 @@
-"""The published BiFormer models, whole, from pictures to classes."""
+"""The published BiFormer models, from images to logits."""
 
 from __future__ import annotations
 
@@ -20,49 +20,51 @@ Layout = Literal["biformer", "swin"]
 
 class BiFormer(nn.Module):
     r"""A vision transformer whose early stages attend to routed regions, and whose last stage
-    attends to all pixels. The published models have names: :func:`biformer_tiny`,
+    attends to all pixels. The published models are :func:`biformer_tiny`,
     :func:`biformer_small`, :func:`biformer_base` and :func:`biformer_stl`.
 
-    A stage halves the sides of the map (the first one quarters those of the picture) and has blocks
+    A stage halves the sides of the map (the first stage quarters the sides of the image) and has
+    blocks
 
     .. math::
        x \leftarrow x + \operatorname{DWConv}_3(x), \quad
        x \leftarrow x + \operatorname{attn}(\operatorname{LN}(x)), \quad
        x \leftarrow x + \operatorname{MLP}(\operatorname{LN}(x)).
 
-    Behind the stages are a batch norm, the mean of the pixels and a linear layer.
+    After the stages come a batch norm, the mean over the pixels and a linear layer.
 
     Args:
-        depths: blocks of the four stages, 1 to 100 each.
-        channels: of the four stages.
-        mlp_ratio: hidden channels of an MLP for each of its input.
-        topk: regions that a region attends to in each stage; None = :class:`AttentionLePE` of 8
-            heads instead of :class:`BiFormerAttention` (the release writes -2).
-        regions: regions along each side of a map, 1 to 64.
+        depths: number of blocks of the four stages, 1 to 100 each.
+        channels: channels of the four stages.
+        mlp_ratio: hidden channels of an MLP divided by its input channels.
+        topk: number of regions that a region attends to in each stage; None =
+            :class:`AttentionLePE` with 8 heads instead of :class:`BiFormerAttention` (the release
+            writes -2).
+        regions: number of regions along each side of a map, 1 to 64.
         head_dim: channels of a head of :class:`BiFormerAttention`.
-        side_dwconv: side of the convolution in the attentions; 0 leaves it out.
-        drop_path: chance that a branch of the last block is left out of a picture in training; the
-            chances rise linearly from 0 at the first block.
-        in_channels: of the pictures.
-        num_classes: rows of the head; 0 leaves it out, and the mean of the pixels is the result.
-        layout: "biformer", as above, or "swin", that of the ablation of the paper: patches that do
-            not overlap, and no convolution in front of a block.
+        side_dwconv: kernel size of the convolution in the attention layers; 0 omits it.
+        drop_path: probability of dropping a branch of the last block per image in training
+            (stochastic depth); probabilities rise linearly from 0 at the first block.
+        in_channels: channels of the images.
+        num_classes: rows of the head; 0 omits it and returns the mean over the pixels.
+        layout: "biformer", as above, or "swin", the layout of the paper's ablation: non-overlapping
+            patches, and no convolution before a block.
         channels_first: batch norms instead of layer norms, and the attention of the refactored
-            release, whose local term in the last stage is that of the values.
-        padding: of :class:`BiFormerAttention`, where regions do not divide a map. None = that of
-            the release: "input", or "zeros" with channels_first. "mask" leaves the padding out of
-            the softmax, which the release does not. With "mask" or "zeros", a routed map must have
-            ``regions`` pixels a side.
-        backend: of the operators (see :func:`tokenmill.explain`).
+            release, whose local term in the last stage convolves the values.
+        padding: padding of :class:`BiFormerAttention`, where regions do not divide a map. None = as
+            in the release: "input", or "zeros" with channels_first. "mask" excludes the padding
+            from the softmax, unlike the release. With "mask" or "zeros", a routed map must have at
+            least ``regions`` pixels per side.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
-        x ``[B, in_channels, Y, X]`` to ``[B, num_classes]``; float16, bfloat16, float32. Pictures
-        have any size (of 32 pixels a side and more with "swin"). :meth:`features` gives the maps of
-        the stages ``[B, channels[i], Y', X']``, with Y' about Y / 4, Y / 8, Y / 16 and Y / 32, for
-        what predicts from maps.
+        x ``[B, in_channels, Y, X]`` to ``[B, num_classes]``; float16, bfloat16, float32. Images
+        have any size (at least 32 pixels per side with "swin"). :meth:`features` returns the maps
+        of the stages ``[B, channels[i], Y', X']``, with Y' about Y / 4, Y / 8, Y / 16 and Y / 32,
+        for dense prediction.
 
-    Weights: checkpoints of the release (the entry "model" in them) load strictly. Fresh ones are as
-    there: linear layers have normal weights with a deviation of 0.02, and biases of 0.
+    Weights: checkpoints of the release (their entry "model") load strictly. Initialisation is as in
+    the release: linear layers have normal weights with standard deviation 0.02, and biases of 0.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -70,10 +72,10 @@ class BiFormer(nn.Module):
     Complexity: O((Y X)^(4/3)) for the best number of regions; 2.2, 4.5 and 9.8 G multiplications
     for tiny, small and base at 224 x 224.
 
-    Paper: BiFormer (Zhu et al. 2023). Read in the released code: layers, their order and names,
-    depths, channels, mlp_ratio, topk, regions, head_dim, side_dwconv, scales, padding, fresh
-    weights, the default drop_path, and 0.15 in the command that trains small. From the text of the
-    paper alone: 0.1 for tiny and 0.4 for base.
+    Paper: BiFormer (Zhu et al. 2023). From the released code: layers, their order and names,
+    depths, channels, mlp_ratio, topk, regions, head_dim, side_dwconv, scales, padding,
+    initialisation, the default drop_path, and 0.15 in the command that trains small. Only from the
+    text of the paper: 0.1 for tiny and 0.4 for base.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -151,7 +153,7 @@ class BiFormer(nn.Module):
         self.apply(begin)
 
     def features(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The maps of the four stages, channels first, without the norm behind the last."""
+        """Maps of the four stages, channels first, without the final norm."""
         weight = self.norm.weight
         check_input(NAME, "x", x, weight)
         shaped = x.dim() == 4 and x.shape[1] == self.in_channels
@@ -174,7 +176,7 @@ class BiFormer(nn.Module):
 
 
 def biformer_tiny(**options: Any) -> BiFormer:
-    """BiFormer-T, of 13.1 M parameters: depths 2, 2, 8, 2 and channels 64, 128, 256, 512.
+    """BiFormer-T, 13.1 M parameters: depths 2, 2, 8, 2 and channels 64, 128, 256, 512.
 
     Args:
         options: other arguments of :class:`BiFormer`, such as drop_path (0.1 in the paper).
@@ -191,28 +193,30 @@ def biformer_tiny(**options: Any) -> BiFormer:
 
 
 def biformer_small(**options: Any) -> BiFormer:
-    """BiFormer-S, of 25.5 M parameters: depths 4, 4, 18, 4 and channels 64, 128, 256, 512. Options
-    are those of :class:`BiFormer`; drop_path is 0.15 in the paper and in its command for training.
+    """BiFormer-S, 25.5 M parameters: depths 4, 4, 18, 4 and channels 64, 128, 256, 512. Takes the
+    options of :class:`BiFormer`; drop_path is 0.15 in the paper and in its training command.
     """
     return BiFormer(**{"depths": (4, 4, 18, 4), "channels": NARROW, **options})
 
 
 def biformer_base(**options: Any) -> BiFormer:
-    """BiFormer-B, of 56.8 M parameters: depths 4, 4, 18, 4 and channels 96, 192, 384, 768. Options
-    are those of :class:`BiFormer`; drop_path is 0.4 in the paper."""
+    """BiFormer-B, 56.8 M parameters: depths 4, 4, 18, 4 and channels 96, 192, 384, 768. Takes the
+    options of :class:`BiFormer`; drop_path is 0.4 in the paper.
+    """
     return BiFormer(**{"depths": (4, 4, 18, 4), "channels": WIDE, **options})
 
 
 def biformer_stl(**options: Any) -> BiFormer:
-    """BiFormer-STL, of 28.4 M parameters, in the layout of Swin-T: depths 2, 2, 6, 2, channels 96,
-    192, 384, 768 and mlp_ratio 4. Options are those of :class:`BiFormer`; channels_first=True is
-    the refactored model of the release."""
+    """BiFormer-STL, 28.4 M parameters, in the layout of Swin-T: depths 2, 2, 6, 2, channels 96,
+    192, 384, 768 and mlp_ratio 4. Takes the options of :class:`BiFormer`; channels_first=True is
+    the refactored model of the release.
+    """
     given = {"depths": (2, 2, 6, 2), "channels": WIDE, "mlp_ratio": 4, "layout": "swin"}
     return BiFormer(**{**given, **options})
 
 
 class _Block(nn.Module):
-    """[B, C, Y, X] to the same; attention are the arguments of its attention."""
+    """[B, C, Y, X] to the same; attention: the arguments of its attention layer."""
 
     def __init__(
         self,
@@ -253,7 +257,7 @@ class _Block(nn.Module):
 
 
 class _Stage(nn.Module):
-    """Blocks under the name that they have in the Swin layout."""
+    """Blocks, under their name in the Swin layout."""
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__()
@@ -265,7 +269,7 @@ class _Stage(nn.Module):
 
 
 def _convolutions(pixels: int, before: int | None, dim: int) -> nn.Sequential:
-    """To half the side, the picture to a quarter."""
+    """Halves the sides of a map, or quarters the sides of the image."""
     half = functools.partial(nn.Conv2d, kernel_size=3, stride=2, padding=1)
     if before is not None:
         return nn.Sequential(half(before, dim), nn.BatchNorm2d(dim))

@@ -1,5 +1,6 @@
-"""What CACE adds to a recogniser of text: attention that fades with the distance, and a loss with a
-memory of every character."""
+"""CACE's additions to a text recogniser: attention that fades with the distance, and a loss with a
+memory of every character.
+"""
 
 from __future__ import annotations
 
@@ -32,18 +33,17 @@ class CharacterAttention(nn.Module):
        y = \big(\operatorname{softmax}(\rho(q) \rho(k)^\top / \sqrt D) \odot
            \gamma_h^{\operatorname{dist}(i, j)}\big)\, v\, W + b, \qquad \gamma_h = 1 - 2^{-5-h},
 
-    not renormalised, with rotary positions :math:`\rho` of the place in the flattened grid.
+    not renormalised, with rotary positions :math:`\rho` in the flattened grid.
 
     Args:
         dim: channels C of the input.
-        num_heads: heads h, from 0, which divide the channels.
+        num_heads: number of heads h (from 0), a divisor of the channels.
         grid: rows and columns of the tokens. The first stage of the released models has (8, 32).
-        decay: whether weights fade. The later blocks of an encoder, "global" ones, have plain
-            weights.
+        decay: whether weights fade. The later, "global" blocks of an encoder have plain weights.
         distance: "chebyshev" or "manhattan".
-        rotary: whether queries and keys are turned by their places.
+        rotary: whether queries and keys are rotated by their positions.
         qkv_bias: whether the projection of queries, keys and values has a bias.
-        backend: of :func:`tokenmill.attention`.
+        backend: backend of :func:`tokenmill.attention`.
 
     Shape:
         x ``[B, rows * columns, C]`` to the same; float16, bfloat16, float32.
@@ -54,10 +54,10 @@ class CharacterAttention(nn.Module):
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 8 C^2 + 4 C N operations for each of N tokens.
+    Complexity: 8 C^2 + 4 C N operations per token.
 
-    Paper: Focus on the Whole Character (Zhou et al. 2024), section 3.2. The angles of the released
-    code reach from 1 to 1/10000, both included.
+    Paper: Focus on the Whole Character (Zhou et al. 2024), section 3.2. The frequencies of the
+    released code range from 1 to 1/10000, both included.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -125,34 +125,34 @@ class CharacterAttention(nn.Module):
 
 
 class CharacterConsistencyLoss(nn.Module):
-    r"""The intra-inter consistency loss of CACE: the features of a character are drawn to the
-    memory of its class and away from those of the others,
+    r"""The intra-inter consistency loss of CACE: the features of a character are pulled to the
+    memory of its class and pushed away from the memories of other classes,
 
     .. math::
        \ell = \frac{w}{2} \sum_i \frac{|x_i - c_{y_i}|^2}
               {\epsilon + \sum_{j \ne y_i} |x_i - c_j|^2}.
 
-    The centers c are the long-term memory: parameters that outlive a batch.
+    The centers c are the long-term memory: parameters that persist across batches.
 
     Args:
-        num_classes: characters.
+        num_classes: number of characters.
         dim: channels C of a feature.
         weight: w. The released configuration has 0.2.
         eps: added to the sum over the other classes.
 
     Shape:
         features ``[.., C]``, targets of the same leading shape, int32 or int64: the class of each
-        character, negative where there is none (padding, the end of a text). To a number; float32,
-        float64 beside such features.
+        character, negative where there is none (padding, the end of a text). To a scalar; float32,
+        or float64 for float64 features.
 
-    Weights, with the name of the released models: centers ``[num_classes, C]``, which begin as
-    normal numbers of deviation 0.02.
+    Weights, with the name of the released models: centers ``[num_classes, C]``, initialised from a
+    normal distribution with standard deviation 0.02.
 
     Raises:
-        RuntimeError: naming argument, rule and value. A target that is no class raises where the
+        RuntimeError: naming argument, rule and value. A target out of range raises where the
             package reads values (on a CPU); on a GPU it adds 0.
 
-    Complexity: 2 C num_classes operations for each character.
+    Complexity: 2 C num_classes operations per character.
 
     Paper: Focus on the Whole Character (Zhou et al. 2024), section 3.3. In training the released
     code adds it to the cross entropy for the last quarter of all steps.

@@ -1,4 +1,4 @@
-"""Patches that the class token attends to: reorganised (EViT) or pruned (VTC-CLS)."""
+"""Reorganises (EViT) or prunes (VTC-CLS) patches by the attention of the class token."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ EVIT, PRUNING, SCORES = "nn.EViTReorganize", "nn.ClsTokenPruning", "nn.class_sco
 def class_scores(
     q: Tensor, k: Tensor, *, scale: float | None = None, backend: str | None = None
 ) -> Tensor:
-    """The attention that token 0 gives to each other token: the mean over the heads of
-    probabilities over all tokens.
+    """The attention of token 0 to each other token: the mean over heads of probabilities over all
+    tokens.
 
     Args:
-        q, k: ``[B, 1 + N, H, D]`` and ``[B, 1 + N, Hk, D]``; of q token 0 alone is read.
+        q, k: ``[B, 1 + N, H, D]`` and ``[B, 1 + N, Hk, D]``; only token 0 of q is read.
         scale: factor of q.k; None = 1/sqrt(D).
-        backend: of :func:`tokenmill.attention_row_scores`. Where a gradient is needed, which that
-            does not have, it is plain PyTorch.
+        backend: backend of :func:`tokenmill.attention_row_scores`. Where a gradient is needed,
+            which that operator does not have, plain PyTorch is used.
 
     Returns:
         float32 ``[B, N]``.
@@ -50,7 +50,7 @@ def class_scores(
         check(t.dim() == 4, SCORES, name, "must have 4 dimensions [B, 1 + N, H, D]", t.dim())
         check(t.shape[1] >= 1, SCORES, name, "must begin with a class token; tokens", t.shape[1])
     first = q[:, :1]
-    # The tensors of torch.func's vmap do not say that they require a gradient.
+    # Tensors under torch.func.vmap do not report that they require a gradient.
     derived = not torch.compiler.is_compiling() and transformed()
     derived = derived or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
     if not derived:
@@ -64,29 +64,29 @@ def class_scores(
 
 
 class EViTReorganize(nn.Module):
-    r"""After the attention of a block: keeps the patches to which the class token attends most, and
-    fuses the others into one token,
+    r"""Applied after the attention of a block: keeps the patches to which the class token attends
+    most, and fuses the others into one token,
 
     .. math::
        y = [x_0;\ x_{top};\ f], \qquad f = \sum_{j \notin top} a_j x_j.
 
     Args:
-        keep_rate: share of the patches to keep, of which the next integer is taken.
-        tokens: how many to keep instead; None = by the rate.
-        fuse: whether there is f.
-        normalize: divide f by the sum of its weights, which the published models do not.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        keep_rate: fraction of the patches to keep, rounded up.
+        tokens: number of patches to keep instead; None = by the rate.
+        fuse: whether to append f.
+        normalize: divide f by the sum of its weights, unlike the published models.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
         x ``[B, 1 + N, C]`` and scores ``[B, N]`` (:meth:`scores`, or row 0 of an attention map,
-        averaged over the heads) to (y ``[B, 1 + K + 1, C]``, keep int32 ``[B, K]``): the patches
-        kept, greatest score first, as y has them. If all are kept, y is x, without f. keep_rate and
-        tokens of a call replace those of the layer in it (:func:`keep_rate_schedule`); tokens
-        prevail over a rate.
+        averaged over the heads) to (y ``[B, 1 + K + 1, C]``, keep int32 ``[B, K]``): the kept
+        patches, greatest score first, in the order of y. If all are kept, y is x, without f.
+        keep_rate and tokens of a call override the arguments of the layer
+        (:func:`keep_rate_schedule`); tokens take precedence over a rate.
 
-    Gradients go through x and through the scores of f, as in the published models, but not through
-    the choice: a kept patch gives its score none. :meth:`scores` has a gradient (in plain PyTorch;
-    :func:`tokenmill.attention_row_scores` has none).
+    Gradients flow through x and through the scores in f, as in the published models, but not
+    through the choice: the score of a kept patch gets none. :meth:`scores` has a gradient (in plain
+    PyTorch; :func:`tokenmill.attention_row_scores` has none).
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -94,8 +94,8 @@ class EViTReorganize(nn.Module):
     Complexity: reads x once and writes y.
 
     Paper: EViT (Liang et al. 2022), section 3.2: keep_rate 0.5 to 0.9 in layers 3, 6 and 9 of 12
-    (from 0), as :class:`EViTEncoder` has them. The released code takes the scores behind the
-    dropout of the attention map, which is 0 there.
+    (from 0), as in :class:`EViTEncoder`. The released code takes the scores after the dropout of
+    the attention map, which is 0 there.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -157,25 +157,25 @@ class EViTReorganize(nn.Module):
 
 
 class ClsTokenPruning(nn.Module):
-    """Selects the image tokens of a language model: the patches to which the class token of the
-    vision encoder attends most, summed over its layers, in their order on the image.
+    """Selects the image tokens for a language model: the patches to which the class token of the
+    vision encoder attends most, summed over layers, in image order.
 
     Args:
-        keep: patches to keep.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        keep: number of patches to keep.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
         x ``[B, 1 + N, C]``, the features of a layer, and scores ``[B, N]`` of several layers (a
         sequence, or their sum) to (patches ``[B, keep, C]``, indices int32 ``[B, keep]``,
-        ascending). The class token is not among them.
+        ascending). The class token is not included.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
     Complexity: reads and writes keep rows.
 
-    Paper: VTC-CLS (Wang et al. 2024), section 3: all layers from some first one on but the last, 64
-    to 192 of 576 patches.
+    Paper: VTC-CLS (Wang et al. 2024), section 3: all layers from a chosen one on except the last,
+    64 to 192 of 576 patches.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -219,7 +219,7 @@ class ClsTokenPruning(nn.Module):
 
 
 def _kept(name: str, keep_rate: float, tokens: int | None) -> tuple[float, int | None]:
-    """A rate and a number of patches to keep."""
+    """Number of patches to keep, from a rate or a number."""
     keep_rate = as_number(name, "keep_rate", keep_rate)
     check(0 < keep_rate <= 1, name, "keep_rate", "must be above 0 and at most 1", keep_rate)
     if tokens is not None:

@@ -1,4 +1,4 @@
-"""The token clustering and reconstruction of Expedit, around layers that see clusters alone."""
+"""Token clustering and reconstruction of Expedit, around layers that process clusters only."""
 
 from __future__ import annotations
 
@@ -43,23 +43,24 @@ def released(name: str, preset: Preset) -> Released:
 
 
 class TokenClustering(nn.Module):
-    r"""Reduces a map of tokens to a smaller map of clusters, for the layers between here and a
+    r"""Reduces a map of tokens to a smaller map of clusters, for the layers up to a
     :class:`TokenReconstruction`. It has no weights.
 
     Args:
-        grid: (gy, gx) clusters along Y and X; an integer stands for both. A side of the map that
-            has fewer tokens keeps its own.
-        preset: released settings, for what is None below and for :class:`TokenReconstruction`:
+        grid: (gy, gx) clusters along Y and X; an integer sets both. A side of the map with fewer
+            tokens is not reduced.
+        preset: released settings, for arguments that are None below and for
+            :class:`TokenReconstruction`:
 
-            - "segmenter": iters=5, tau=0.05, window=7, k=3, of its two blocks
+            - "segmenter": iters=5, tau=0.05, window=7, k=3, from its two blocks
             - "sam": iters=5, tau=0.01, window=5, k=20, in each window of attention
-            - "depth" (DPT): iters=5, tau=1, window=5, k=20, of its command
-            - "swin": iters=5, tau=1/200, window=7, k=3, of its two blocks
+            - "depth" (DPT): iters=5, tau=1, window=5, k=20, from its command
+            - "swin": iters=5, tau=1/200, window=7, k=3, from its two blocks
             - "detection" (DINO and Mask DINO on Swin-L): iters=3, tau=1/100, window=5, k=25
-        iters: iterations.
+        iters: number of iterations.
         tau: factor of the squared distance; the Swin models call its inverse by that name.
-        window: side of the square of cells around its own that a token weighs, odd.
-        backend: of the operator (see :func:`tokenmill.explain`).
+        window: side of the square of candidate cells around a token's own, odd.
+        backend: backend of the operator (see :func:`tokenmill.explain`).
 
     Shape:
         x ``[B, Y, X, C]`` to ``[B, gy, gx, C]``; float16, bfloat16, float32.
@@ -67,10 +68,10 @@ class TokenClustering(nn.Module):
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 5 Y X window^2 C operations for each iteration.
+    Complexity: 5 Y X window^2 C operations per iteration.
 
-    Paper: Expedit (Liang et al. 2022), section 3.2. :class:`ExpeditedBlocks` puts both around the
-    blocks of a vision transformer.
+    Paper: Expedit (Liang et al. 2022), section 3.2. :class:`ExpeditedBlocks` wraps the blocks of a
+    vision transformer in both.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -116,30 +117,30 @@ class TokenClustering(nn.Module):
 
 
 class TokenReconstruction(nn.Module):
-    r"""Restores a map of tokens from what layers made of its clusters: each token becomes a
-    combination of the clusters with the nearest centroids. It has no weights.
+    r"""Restores a map of tokens from processed clusters: each token becomes a combination of the
+    clusters with the nearest centroids. It has no weights.
 
     Args:
-        k: clusters of a token; all where there are fewer.
-        preset: released settings, for what is None: see :class:`TokenClustering`.
+        k: number of clusters per token; all where there are fewer.
+        preset: released settings, for arguments that are None: see :class:`TokenClustering`.
         tau: factor of the squared distance.
-        norm: "l2", weights of Euclidean norm 1, as in all released code (equal tokens do not come
-            back as they were), or "l1", weights that sum to 1, as the paper describes them.
-        backend: of the operator (see :func:`tokenmill.explain`).
+        norm: "l2", weights of Euclidean norm 1, as in all released code (equal tokens are not
+            reproduced exactly), or "l1", weights that sum to 1, as described in the paper.
+        backend: backend of the operator (see :func:`tokenmill.explain`).
 
     Shape:
-        x ``[B, Y, X, C]``, the tokens before clustering; centroids ``[B, gy, gx, C]``, as
-        :class:`TokenClustering` gave them; clusters ``[B, gy, gx, D]``, after the layers; to
-        ``[B, Y, X, D]``.
+        x ``[B, Y, X, C]``, the tokens before clustering; centroids ``[B, gy, gx, C]``, as returned
+        by :class:`TokenClustering`; clusters ``[B, gy, gx, D]``, after the layers; to ``[B, Y, X,
+        D]``.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
     Complexity: 3 Y X gy gx C operations to find the nearest, 2 Y X k D for the combinations.
 
-    Paper: Expedit (Liang et al. 2022), section 3.2. In the released code gradients go through the
-    weights as well, which nothing there trains (here to clusters alone), and a token takes all
-    clusters that are as near as the k-th (here the first ones).
+    Paper: Expedit (Liang et al. 2022), section 3.2. In the released code gradients also flow
+    through the weights, which nothing there trains (here only to clusters), and a token takes all
+    clusters tied with the k-th (here the first ones).
 
     Example: :class:`TokenClustering`
         >>> import tokenmill as tm

@@ -1,4 +1,4 @@
-"""Early exit of tokens, as DToP does it."""
+"""Early exit of tokens (DToP)."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ NAME = "nn.DToPExit"
 
 
 class ActiveTokens(NamedTuple):
-    """The active tokens, packed, and where they belong."""
+    """The active tokens, packed, and their positions."""
 
-    tokens: Tensor  # [T, C], zeros behind the last
+    tokens: Tensor  # [T, C], zeros after the last token
     cu_seqlens: Tensor  # [B + 1] int32
-    indices: Tensor  # [T] int32, b * N + n; -1 behind the last
+    indices: Tensor  # [T] int32, b * N + n; -1 after the last token
     active: Tensor  # [B, N] bool
 
 
 class DToPExit(nn.Module):
-    """Early exit: tokens that a head in the middle of a model is sure of leave the model.
+    """Early exit: tokens that an intermediate head classifies confidently leave the model.
 
     An active token exits if the probability of its likeliest class is above the threshold. So that
-    a later stage still sees every class that is in the picture, the ``keep`` surest of each class
-    that would exit go on nevertheless. They are chosen among active tokens only: a token that has
-    left takes no place and does not come back, whatever the probabilities say about it.
+    a later stage still sees every class in the image, the ``keep`` most confident exiting tokens of
+    each class stay active. They are chosen among active tokens only: an exited token takes no place
+    and does not return, whatever its probabilities.
 
-    The tokens that go on are packed for :func:`attention` with cu_seqlens (an image may have none
-    left). Their results go back with ``scatter_tokens(y, stage.indices, x)``, which leaves those
-    that have exited as they were; passing (B, N) in place of x sets them to zero, as the published
-    code does. Predictions are kept likewise: ``torch.where(active, new, old)``.
+    The remaining tokens are packed for :func:`attention` with cu_seqlens (an image may have none
+    left). Their results are written back with ``scatter_tokens(y, stage.indices, x)``, which leaves
+    exited tokens unchanged; passing (B, N) instead of x sets them to zero, as in the published
+    code. Predictions are kept likewise: ``torch.where(active, new, old)``.
 
     Args:
-        threshold: of the probability; 1 lets none leave.
-        keep: tokens of each class that go on whatever their probability, in each image; of equal
-            ones the first.
-        max_total: room for packed tokens. None: B·N, a static bound.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        threshold: probability above which a token exits; with 1 no token exits.
+        keep: number of tokens of each class, per image, that stay active whatever their
+            probability; ties go to the first.
+        max_total: capacity for packed tokens. None: B·N, a static bound.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
         x ``[B, N, C]``, probabilities ``[B, N, classes]``, active ``[B, N]`` bool (None: all) to
@@ -59,12 +59,12 @@ class DToPExit(nn.Module):
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: reads the probabilities once and sorts B·N numbers twice; one read of the tokens
-    that go on.
+    Complexity: reads the probabilities once and sorts B·N numbers twice; one read of the remaining
+    tokens.
 
-    Paper: Dynamic Token Pruning (Tang et al. 2023), section 3.2. Threshold 0.9 and 5 tokens a class
-    are its defaults, after blocks 6 and 8 of 12; a probability is the product of the softmax over
-    (class, no class) of a query and the sigmoid of its mask in the segmentation heads.
+    Paper: Dynamic Token Pruning (Tang et al. 2023), section 3.2. Threshold 0.9 and 5 tokens per
+    class are its defaults, after blocks 6 and 8 of 12; a probability is the product of the softmax
+    over (class, no class) of a query and the sigmoid of its mask in the segmentation heads.
 
     Example:
         >>> import torch
@@ -123,10 +123,10 @@ class DToPExit(nn.Module):
 
     def _exits(self, probabilities: Tensor, active: Tensor | None) -> Tensor:
         confidence, likeliest = probabilities.max(2)
-        sure = confidence > self.threshold  # not if it is NaN
+        sure = confidence > self.threshold  # false for NaN
         if active is not None:
             sure = sure & active
-        # Places within the tokens of an image that exit with the same class, the surest first.
+        # Ranks among the tokens of an image that exit with the same class, most confident first.
         by_confidence = torch.sort(
             torch.where(sure, confidence, -torch.inf), dim=1, descending=True, stable=True
         ).indices

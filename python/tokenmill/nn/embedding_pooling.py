@@ -1,4 +1,4 @@
-"""Embeddings of texts from the hidden states of a language model."""
+"""Text embeddings from the hidden states of a language model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PUBLISHED = {
 class EmbeddingPooling(nn.Module):
     r"""Pools the hidden states of a text into its embedding.
 
-    "last" takes the last token (EOS), "mean" the mean of the tokens; "attention" lets r trained
+    "last" takes the last token (EOS), "mean" the mean of the tokens; with "attention" r trained
     latents L attend to the tokens:
 
     .. math::
@@ -40,8 +40,8 @@ class EmbeddingPooling(nn.Module):
            + L, \qquad
        y = \operatorname{mean}\big(z + \operatorname{GEGLU}(n''(z))\big).
 
-    With layers, "last" or "mean" pools each layer of the model, and the latents attend to these,
-    x, one for each layer, with an embedding of its number added. Embeddings have length 1.
+    With layers, "last" or "mean" pools each layer of the model, and the latents attend to the
+    pooled layers x, with an embedding of the layer number added. Embeddings have length 1.
 
     Args:
         dim: channels C.
@@ -49,27 +49,27 @@ class EmbeddingPooling(nn.Module):
         layers: number of layers that the latents attend to, with "last" and "mean". None: the
             method on the states of one layer.
         num_latents: r.
-        num_heads, head_dim: H and d of that attention, of any product.
+        num_heads, head_dim: H and d of the latents' attention, of any product.
         normalize: whether embeddings are divided by their length.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
-        x ``[B, N, C]`` and mask bool ``[B, N]``, tokens that are there (None: all), or packed ``[T,
-        C]`` with cu_seqlens int32 ``[B + 1]``; with layers as many of them, in a sequence or a
-        tensor of one dimension more; to ``[B, C]``. A text without tokens is 0, or what the latents
-        make of nothing; float16, bfloat16, float32.
+        x ``[B, N, C]`` and mask bool ``[B, N]``, True for valid tokens (None: all), or packed ``[T,
+        C]`` with cu_seqlens int32 ``[B + 1]``; with layers one such tensor per layer, in a sequence
+        or stacked in a leading dimension; to ``[B, C]``. A text without tokens is 0, or the
+        latents' output for no input; float16, bfloat16, float32.
 
-    Weights, unless the method is "last" or "mean" alone: latents ``[r, C]``, to_q ``[H d, C]``,
-    to_kv ``[2 H d, C]``, to_out ``[C, H d]``, ff_in ``[8 C, C]``, ff_out ``[C, 4 C]``, norm,
+    Weights, unless the method is "last" or "mean" without layers: latents ``[r, C]``, to_q ``[H d,
+    C]``, to_kv ``[2 H d, C]``, to_out ``[C, H d]``, ff_in ``[8 C, C]``, ff_out ``[C, 4 C]``, norm,
     norm_context and ff_norm (layer norms), with layers pos_emb ``[layers, C]``. State dicts of the
-    published pooling layers load as they are.
+    published pooling layers load unchanged.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: "last" and "mean" read their rows once; the latents take 4 H d r operations for each
-    token or layer and 2 r (2 C H d + 12 C^2) for each text. Heads of more than 256 dimensions, as
-    published, are computed by PyTorch, which holds [B, H, r, N] weights unless it has a kernel.
+    Complexity: "last" and "mean" read their rows once; the latents take 4 H d r operations per
+    token or layer and 2 r (2 C H d + 12 C^2) per text. A head_dim above 256, as published, is
+    computed by PyTorch, which holds [B, H, r, N] weights unless it has a kernel.
 
     Paper: Pooling And Attention (Tang and Yang 2024), section 3; 768 latents, 32 heads of 2048.
     The published layer for tokens attends to padding too.

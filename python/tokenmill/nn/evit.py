@@ -1,4 +1,4 @@
-"""The blocks of a vision transformer with the reorganisation of EViT, and its schedule."""
+"""Vision transformer blocks with EViT token reorganisation, and its keep-rate schedule."""
 
 from __future__ import annotations
 
@@ -27,47 +27,47 @@ NAME, SCHEDULE = "nn.EViTEncoder", "nn.keep_rate_schedule"
 
 
 class EViTEncoder(nn.Module):
-    r"""The blocks of a plain vision transformer, some of which drop patches between their attention
-    and their MLP:
+    r"""The blocks of a plain vision transformer; some drop patches between their attention and
+    their MLP:
 
     .. math::
        x \leftarrow x + \operatorname{MHSA}(\operatorname{LN}(x)), \quad
        x \leftarrow \operatorname{reorganize}(x, a), \quad
        x \leftarrow x + \operatorname{MLP}(\operatorname{LN}(x)),
 
-    where a are the :func:`class_scores` of the block's own queries and keys, and reorganize is
-    :class:`EViTReorganize`. Embeddings, the norm behind the blocks and the head are the caller's.
+    where a are the :func:`class_scores` of the block's queries and keys, and reorganize is
+    :class:`EViTReorganize`. Embeddings, the final norm and the head are left to the caller.
 
     Args:
         dim: channels C.
-        num_heads: heads, which divide the channels.
-        depth: blocks, 1 to 1000.
-        layers: the blocks, from 0, that drop patches, ascending.
-        keep_rate: share of its patches that such a block keeps; one for all, or one for each.
-        fuse: whether the others become one token, an ordinary patch in the blocks behind.
-        mlp_ratio: hidden channels of an MLP for each of its input.
+        num_heads: number of heads, a divisor of the channels.
+        depth: number of blocks, 1 to 1000.
+        layers: indices (from 0) of the blocks that drop patches, ascending.
+        keep_rate: fraction of its patches that such a block keeps; one for all, or one for each.
+        fuse: whether the others become one token, an ordinary patch in later blocks.
+        mlp_ratio: hidden channels of an MLP divided by its input channels.
         qkv_bias: whether queries, keys and values have a bias.
-        drop_path: chance that a branch of the last block is left out of a picture in training; the
-            chances rise linearly from 0 at the first block.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        drop_path: probability of dropping a branch of the last block per image in training
+            (stochastic depth); probabilities rise linearly from 0 at the first block.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
         x ``[B, 1 + N, C]``, the class token first, to (y ``[B, 1 + M, C]``, source int32
-        ``[B, M]``): for each row of y behind the class token the patch, from 0, that it began as,
-        and -1 for a token that was fused. float16, bfloat16, float32. keep_rate and tokens of a
-        call, one for all of ``layers`` or one for each, replace the rates in it: the rate of a
-        :func:`keep_rate_schedule` in training, or a number of patches to keep.
+        ``[B, M]``): for each row of y after the class token its original patch, from 0, and -1 for
+        a fused token. float16, bfloat16, float32. keep_rate and tokens of a call, one for all of
+        ``layers`` or one for each, override the rates: the rate of a :func:`keep_rate_schedule` in
+        training, or a number of patches to keep.
 
     Weights: blocks.i.norm1, blocks.i.attn.qkv, blocks.i.attn.proj, blocks.i.norm2, blocks.i.mlp.fc1
-    and blocks.i.mlp.fc2, as the published models and those of DeiT call them: the entries "blocks."
-    of their checkpoints load strictly. Fresh ones are as there: linear layers have normal weights
-    with a deviation of 0.02, and biases of 0.
+    and blocks.i.mlp.fc2, with the names of the published models and of DeiT: the entries "blocks."
+    of their checkpoints load strictly. Initialisation is as in these models: linear layers have
+    normal weights with standard deviation 0.02, and biases of 0.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: that of the blocks on the tokens that are left: 196 patches become 139, 99 and 71 at
-    the rate of 0.7, a third fewer operations (3.0 instead of 4.6 G multiplications for DeiT-S).
+    Complexity: the blocks on the remaining tokens: 196 patches become 139, 99 and 71 at a rate of
+    0.7, a third fewer operations (3.0 instead of 4.6 G multiplications for DeiT-S).
 
     Paper: EViT (Liang et al. 2022), section 3; the defaults are the released DeiT-S, at a keep_rate
     of 0.7, drop locations 3, 6 and 9, with fuse_token. Their epsilon of layer norms is 1e-6.
@@ -144,7 +144,7 @@ class EViTEncoder(nn.Module):
         return x, source
 
     def _each(self, argument: str, given: Any) -> list[Any]:
-        """A value for each of the layers."""
+        """One value for each of the layers."""
         if not isinstance(given, tuple | list):
             return [given] * len(self.layers)
         if len(given) != len(self.layers):
@@ -157,7 +157,7 @@ class EViTEncoder(nn.Module):
 
 
 class _Block(nn.Module):
-    """A block of a vision transformer, in its two halves."""
+    """A vision transformer block, split into its two halves."""
 
     def __init__(self, dim: int, hidden: int, qkv_bias: bool, chance: float) -> None:
         super().__init__()
@@ -183,20 +183,20 @@ class _Block(nn.Module):
 def keep_rate_schedule(
     step: int, steps_per_epoch: int, base_rate: float = 0.7, *, start: int = 10, epochs: int = 100
 ) -> float:
-    r"""The keep rate of a step of training: 1 in the first epochs, then falling as a cosine,
+    r"""The keep rate of a training step: 1 in the first epochs, then a cosine decay,
 
     .. math::
        r = r_0 + (1 - r_0) \frac{1 + \cos(\pi t)}{2}, \qquad
        t = \frac{step - start \cdot steps\_per\_epoch}{epochs \cdot steps\_per\_epoch},
 
-    and the base rate r_0 behind.
+    and the base rate r_0 afterwards.
 
     Args:
-        step: of the whole training, from 0.
-        steps_per_epoch: steps of an epoch.
-        base_rate: the rate at the end, above 0 and at most 1.
-        start: epochs at a rate of 1.
-        epochs: in which it falls; 0: at once.
+        step: training step, from 0.
+        steps_per_epoch: number of steps per epoch.
+        base_rate: final rate, above 0 and at most 1.
+        start: number of epochs at a rate of 1.
+        epochs: number of epochs of the decay; 0: immediate.
 
     Returns:
         The rate, for keep_rate of :class:`EViTReorganize` and :class:`EViTEncoder`.

@@ -1,4 +1,4 @@
-"""The blocks of a vision transformer, the middle ones on clusters of tokens."""
+"""Vision transformer blocks, the middle ones running on clusters of tokens."""
 
 from __future__ import annotations
 
@@ -14,45 +14,44 @@ from .._check import as_int, check, check_dtype, check_tensor
 from .clustering import Preset, TokenClustering, TokenReconstruction
 
 NAME = "nn.ExpeditedBlocks"
-MAX_SIDE = 256  # of a window: a small map is filled up to one
+MAX_SIDE = 256  # of a window: a small map is padded to one window
 
 
 class ExpeditedBlocks(nn.Module):
-    r"""Runs the blocks of a trained vision transformer, those from ``start`` to before ``end`` on
-    clusters in place of tokens:
+    r"""Runs the blocks of a trained vision transformer, with blocks ``start`` to ``end`` - 1 on
+    clusters instead of tokens:
 
     .. math::
        x = b_{start - 1}(\dots b_0(x)), \quad c = \operatorname{cluster}(x), \quad
        z = b_{end - 1}(\dots b_{start}(c)), \quad
        x = b_{last}(\dots b_{end}(\operatorname{reconstruct}(x, c, z))).
 
-    Tokens in front of the map (the class token) are kept out of the clusters, go through all blocks
-    and are put back. There are no weights but those of the blocks.
+    Tokens before the map (the class token) are not clustered, go through all blocks and are put
+    back. The blocks hold all weights.
 
     Args:
-        blocks: modules from tokens to tokens; a norm behind the last block may be one of them.
+        blocks: modules from tokens to tokens; a norm after the last block may be one of them.
         start: the first block that sees clusters, from 0.
-        end: the first block that sees tokens again; None = none of them.
-        grid: (gy, gx) clusters along Y and X, of each window with ``partition``; an integer stands
-            for both.
-        preset: settings of :class:`TokenClustering` and :class:`TokenReconstruction`, for what is
-            None here.
-        iters, tau, window: of the clustering; tau is that of the reconstruction too.
-        k, norm: of the reconstruction.
-        prefix: tokens in front of the map: 1, a class token; 0, none.
-        partition: side of the windows in which to cluster, 1 to 256, as models with attention in
-            windows do; the map is filled up by zeros to whole windows. None = cluster the map.
-            Blocks that attend in windows have to be given the side gy for those of clusters, as the
+        end: the first block that sees tokens again; None = no block.
+        grid: (gy, gx) clusters along Y and X, per window with ``partition``; an integer sets both.
+        preset: settings of :class:`TokenClustering` and :class:`TokenReconstruction`, for arguments
+            that are None here.
+        iters, tau, window: arguments of the clustering; tau is used by the reconstruction too.
+        k, norm: arguments of the reconstruction.
+        prefix: number of tokens before the map: 1, a class token; 0, none.
+        partition: side of the windows in which to cluster, 1 to 256, for models with window
+            attention; the map is zero-padded to whole windows. None = cluster the whole map. Blocks
+            with window attention must be configured with side gy while they run on clusters, as the
             release does.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
         x ``[B, prefix + Y X, C]``, with shape = (Y, X), or None for a square map, to the same;
-        blocks in the middle see ``[B, prefix + gy gx, C]``. With prefix=0 also x ``[B, Y, X, C]``;
+        the middle blocks see ``[B, prefix + gy gx, C]``. With prefix=0 also x ``[B, Y, X, C]``;
         then the blocks see maps. float16, bfloat16, float32.
 
-    Where the release has it (SAM clusters in front of the block that its command names, Segmenter
-    and DPT behind it; Segmenter has the last norm among the blocks):
+    Settings of the release (SAM clusters before the block that its command names, Segmenter and DPT
+    after it; Segmenter counts the last norm among the blocks):
 
     - SAM, ViT-H, "1.5 x faster": start=6, end=None, grid=9, preset="sam", partition=14, prefix=0
     - SAM, ViT-H, "1.2 x faster": start=14, grid=10, preset="sam", partition=14, prefix=0
@@ -62,8 +61,8 @@ class ExpeditedBlocks(nn.Module):
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: that of the blocks, on gy gx tokens in the middle, and that of
-    :class:`TokenClustering` and :class:`TokenReconstruction` once each.
+    Complexity: the blocks, the middle ones on gy gx tokens, and :class:`TokenClustering` and
+    :class:`TokenReconstruction` once each.
 
     Paper: Expedit (Liang et al. 2022), section 3.
 
@@ -121,8 +120,9 @@ class ExpeditedBlocks(nn.Module):
     def features(
         self, x: Tensor, layers: Sequence[int], shape: tuple[int, int] | None = None
     ) -> list[Tensor]:
-        """The tokens behind some blocks, ascending, from 0; those behind blocks that see clusters
-        are reconstructed, as DPT takes them."""
+        """The tokens after the given blocks, ascending, from 0; after blocks that run on clusters
+        they are reconstructed, as for DPT.
+        """
         last = len(self.blocks) - 1
         rule = f"must be some of 0 to {last}, ascending"
         check(isinstance(layers, tuple | list), NAME, "layers", rule, layers)
@@ -156,7 +156,9 @@ class ExpeditedBlocks(nn.Module):
         count: tuple[int, int],
         sides: tuple[int, int],
     ) -> Tensor:
-        """Tokens of the clusters x, by the windows before clustering and their centroids."""
+        """Tokens reconstructed from clusters x, given the windows before clustering and their
+        centroids.
+        """
         grid = (after.shape[1], after.shape[2])
         first, small = self._split(x, (count[0] * grid[0], count[1] * grid[1]))
         tokens = _merged(self.reconstruct(before, after, _parts(small, grid)), count)
@@ -186,7 +188,7 @@ class ExpeditedBlocks(nn.Module):
         return rows, columns
 
     def _split(self, x: Tensor, sides: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Tokens in front of the map, and the map."""
+        """Splits x into the tokens before the map, and the map."""
         if x.dim() == 4:
             return x[:0], x
         return x[:, : self.prefix], x[:, self.prefix :].unflatten(1, sides)
@@ -198,7 +200,7 @@ class ExpeditedBlocks(nn.Module):
 
 
 def _windows(x: Tensor, side: int | None) -> tuple[Tensor, tuple[int, int]]:
-    """[B ny nx, side, side, C] of [B, Y, X, C], and (ny, nx)."""
+    """[B ny nx, side, side, C] from [B, Y, X, C], and (ny, nx)."""
     if side is None:
         return x, (1, 1)
     x = F.pad(x, (0, 0, 0, -x.shape[2] % side, 0, -x.shape[1] % side))
@@ -213,7 +215,7 @@ def _parts(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _merged(windows: Tensor, count: tuple[int, int]) -> Tensor:
-    """The map that windows [B ny nx, y, x, C] are of."""
+    """The map of windows [B ny nx, y, x, C]."""
     batch = windows.shape[0] // (count[0] * count[1])
     x = windows.unflatten(0, (batch, *count)).transpose(2, 3)  # [B, ny, y, nx, x, C]
     return x.flatten(3, 4).flatten(1, 2)

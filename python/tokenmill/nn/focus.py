@@ -1,4 +1,4 @@
-"""The choice of foreground tokens of Focus-DETR."""
+"""Foreground token selection of Focus-DETR."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ NAME = "nn.FocusSelect"
 
 
 class FocusSelect(nn.Module):
-    r"""Selects foreground tokens, fewer in each layer of an encoder, for pictures of any size.
+    r"""Selects foreground tokens, fewer in each layer of an encoder, for images of any size.
 
-    Picture b with v tokens gives its :math:`\lfloor ratio \cdot v \rfloor + 1` best ones (at most
-    v), and layer l works on the first :math:`\lfloor cascade_l \cdot w \rfloor` of them, where w is
-    the width of the choice. Best first, so that each layer has a part of what the layer before it
-    had.
+    An image with v tokens contributes its :math:`\lfloor ratio \cdot v \rfloor + 1` best tokens (at
+    most v), and layer l processes the first :math:`\lfloor cascade_l \cdot w \rfloor` of them,
+    where w is the width of the selection. Best first, so the tokens of a layer are a subset of the
+    previous layer's.
 
     Args:
-        ratio: share of the tokens of a picture.
-        cascade: for each layer, the share of the width.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        ratio: fraction of the tokens of an image.
+        cascade: fraction of the width, per layer.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
         forward: scores ``[B, N]``, valid ``[B, N]`` bool (None: all) to indices ``[B, w]`` int32, w
-        = min(floor(ratio N) + 1, N), in the order of the scores; -1 after the last of a picture.
+        = min(floor(ratio N) + 1, N), in the order of the scores; -1 after the last token of an
+        image.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
     Complexity: one selection; each layer reads and writes its tokens once.
 
-    Paper: Focus-DETR (Zheng et al. 2023), section 3.2. There w is the most that a picture of the
-    batch has, which is known on the device alone; here it is what N allows, and after the last
-    token of a picture rows are zeros and are not written back.
+    Paper: Focus-DETR (Zheng et al. 2023), section 3.2. There w is the maximum over the images of
+    the batch, which is only known on the device; here it is the bound for N, and rows after the
+    last token of an image are zeros and are not written back.
 
     Example:
         >>> import torch
@@ -86,7 +87,7 @@ class FocusSelect(nn.Module):
         return topk_partition(scores, count, max_k=width, valid=valid, backend=self.backend)[0]
 
     def layer(self, indices: Tensor, number: int) -> Tensor:
-        """The tokens of a layer, ``[B, floor(cascade w)]``, a view of those of the first one."""
+        """The tokens of a layer, ``[B, floor(cascade w)]``, a view of the first layer's tokens."""
         check_tensor(NAME, "indices", indices)
         check(indices.dim() == 2, NAME, "indices", "must have 2 dimensions [B, w]", indices.dim())
         number = as_int(NAME, "number", number)
@@ -99,5 +100,5 @@ class FocusSelect(nn.Module):
         return gather_tokens(xs, indices, backend=self.backend)
 
     def scatter(self, tokens: Tensor, indices: Tensor, base: Tensor) -> Tensor:
-        """Writes the rows of the tokens back to their places in base."""
+        """Writes the rows of the tokens back to their positions in base."""
         return scatter_tokens(tokens, indices, base, backend=self.backend)

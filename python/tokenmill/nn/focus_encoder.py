@@ -1,4 +1,4 @@
-"""The foreground scores of Focus-DETR and an encoder that works on foreground tokens."""
+"""Foreground scores of Focus-DETR, and an encoder that processes foreground tokens."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ CASCADE = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2)
 
 
 class FocusScorer(nn.Module):
-    r"""Scores tokens of a pyramid of maps as foreground, each level with the score of the one above
-    it:
+    r"""Foreground scores for the tokens of a feature pyramid, each level modulated by the score of
+    the next coarser level:
 
     .. math::
        s_l = \operatorname{MLP}\big(x_l \odot (1 + \alpha_l \operatorname{up}(s_{l+1}))\big),
 
-    from the coarsest level, which has no other, to the finest. Half of the hidden channels of the
-    MLP are replaced by their mean over the level.
+    from the coarsest level, which has no modulation, to the finest. Half of the hidden channels of
+    the MLP are replaced by their mean over the level.
 
     Args:
         dim: channels C, a multiple of 4.
-        num_levels: levels of the pyramid.
+        num_levels: number of pyramid levels.
 
     Shape:
         levels, finest first, ``[B, Y, X, C]`` each, to ``[B, N]`` with N the sum of Y X, in the
-        order of the levels, row by row; float16, bfloat16, float32. Padding is zeros, and counts in
-        the means. What the scores of padding are, :class:`FocusSelect` does not look at.
+        order of the levels, row-major; float16, bfloat16, float32. Padding is zeros, and counts in
+        the means. :class:`FocusSelect` ignores the scores of padding.
 
-    Weights: alpha ``[num_levels - 1]``, of the coarsest pair first, and enc_mask_predictor, as in
+    Weights: alpha ``[num_levels - 1]``, coarsest pair first, and enc_mask_predictor, as in
     the published transformer.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 3.25 C^2 operations for each token.
+    Complexity: 3.25 C^2 operations per token.
 
     Paper: Focus-DETR (Zheng et al. 2023), section 3, top-down score modulation. Its input is the
     features with their positions, after a linear layer and a layer norm.
@@ -111,32 +111,30 @@ class MaskPredictor(nn.Module):
 
 
 class FocusDualAttention(nn.Module):
-    r"""Attention among the most telling of the foreground tokens, in front of a layer of the
-    encoder: those with the largest product of the foreground score and the largest logit of a
-    class. With positions p,
+    r"""Attention among the most informative foreground tokens, before an encoder layer: the tokens
+    with the largest product of foreground score and maximum class logit. With positions p,
 
     .. math::
        x' = \operatorname{norm}(x + \operatorname{MHA}(x + p, x + p, x)),
 
-    which takes the place of x for these tokens; the others stay as they are. The choice has no
-    gradient.
+    which replaces x for these tokens; the others are unchanged. The choice has no gradient.
 
     Args:
         dim: channels C.
-        num_heads: heads, which divide the channels.
-        topk: tokens that attend to each other; all where there are fewer.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        num_heads: number of heads, a divisor of the channels.
+        topk: number of tokens that attend to each other; all where there are fewer.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
         x and positions ``[B, w, C]``, scores ``[B, w]``, classes ``[B, w, classes]``, and indices
-        int32 ``[B, w]``, -1 where a row is no token (None: all are), to ``[B, w, C]``.
+        int32 ``[B, w]``, -1 for rows that are not tokens (None: all are), to ``[B, w, C]``.
 
-    Weights: attn, named as those of torch.nn.MultiheadAttention, and norm2, a layer norm.
+    Weights: attn, with the names of torch.nn.MultiheadAttention, and norm2, a layer norm.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 8 C^2 + 4 C topk operations for each of the topk tokens, and one selection.
+    Complexity: 8 C^2 + 4 C topk operations per selected token, and one selection.
 
     Paper: Focus-DETR (Zheng et al. 2023), section 3, dual attention: 300 tokens. There is no
     dropout.
@@ -228,39 +226,40 @@ class FocusDualAttention(nn.Module):
 
 
 class FocusEncoder(nn.Module):
-    """The encoder of Focus-DETR: each layer works on fewer foreground tokens, the best first.
+    """The encoder of Focus-DETR: each layer processes fewer foreground tokens, the best first.
 
-    A layer gathers its tokens (:class:`FocusSelect`), those that tell most attend to each other
-    (:class:`FocusDualAttention`), the given layer follows, and its rows go back to their places.
+    A layer gathers its tokens (:class:`FocusSelect`), the most informative ones attend to each
+    other (:class:`FocusDualAttention`), the given layer follows, and its rows are scattered back.
 
     Args:
-        layers: what follows the dual attention in each layer of the encoder, called as
-            ``layer(tokens, positions, *others, **shared)`` to give the tokens; in the paper
+        layers: modules that follow the dual attention in each encoder layer, called as
+            ``layer(tokens, positions, *others, **shared)`` and returning the tokens; in the paper
             deformable attention to all tokens, a norm, a feed-forward network and a norm.
-        class_head: tokens to logits of classes, e.g. a linear layer; the same for all layers.
+        class_head: module from tokens to class logits, e.g. a linear layer; the same for all
+            layers.
         dim: channels C.
-        num_heads: heads of the dual attention.
-        topk: tokens of the dual attention.
-        ratio: share of the tokens of a picture that are foreground.
-        cascade: for each layer, the share of these.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        num_heads: number of heads of the dual attention.
+        topk: number of tokens of the dual attention.
+        ratio: fraction of the tokens of an image that are foreground.
+        cascade: fraction of the foreground tokens, per layer.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
         x and positions ``[B, N, C]``, scores ``[B, N]`` (:class:`FocusScorer`), valid bool ``[B,
-        N]`` (None: all); others, tensors with a row for each token, ``[B, N, ...]`` of up to 4
-        dimensions (reference points), gathered like x, and shared, keywords that every layer has as
-        they are (what deformable attention samples from); to ``[B, N, C]``.
+        N]`` (None: all); others, tensors with a row per token, ``[B, N, ...]`` of up to 4
+        dimensions (reference points), gathered like x, and shared, keywords passed to every layer
+        unchanged (the maps that deformable attention samples from); to ``[B, N, C]``.
 
-    Weights: dual (one for each layer), layers, class_head.
+    Weights: dual (one per layer), layers, class_head.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: that of the layers on about 0.3 N tokens on average by default.
+    Complexity: the layers on about 0.3 N tokens, on average by default.
 
-    Paper: Focus-DETR (Zheng et al. 2023), section 3. Rows behind the last token of a
-    picture, where pictures of a batch differ in size, are zeros here and take no part; published
-    code fills them with background tokens of the picture, which may be among the 300.
+    Paper: Focus-DETR (Zheng et al. 2023), section 3. Rows after the last token of an image, where
+    images of a batch differ in size, are zeros here and take no part; published code fills them
+    with background tokens of the image, which may be among the 300.
 
     Example:
         >>> import torch, tokenmill as tm

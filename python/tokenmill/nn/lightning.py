@@ -1,4 +1,4 @@
-"""Lightning attention with its projections, norm and gate."""
+"""Lightning attention with projections, norm and gate."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ NAME, STATE = "nn.MiniMaxLightningAttention", "nn.MiniMaxLightningState"
 
 
 class MiniMaxLightningState:
-    """What :class:`MiniMaxLightningAttention` knows of the tokens that sequences had so far, in
-    slots.
+    """The recurrent state of :class:`MiniMaxLightningAttention`, one slot per sequence.
 
     Args:
         kv: float32 ``[slots, H, D, D]``, sums of outer products of keys and values.
@@ -40,7 +39,7 @@ class MiniMaxLightningState:
         self.kv = kv
 
     def reset(self, slots: Tensor | None = None) -> None:
-        """Forgets what slots have seen. None: all."""
+        """Clears slots. None: all."""
         if slots is None:
             self.kv.zero_()
         else:
@@ -55,20 +54,20 @@ class MiniMaxLightningAttention(Slopes):
        o_t = \sum_{s \le t} e^{-\lambda_h (t - s)} (q_t \cdot k_s)\, v_s, \qquad
        y = (\sigma(x W_g) \odot \operatorname{RMSNorm}(o)) W_o.
 
-    The norm is over the channels of all heads. The layer that the paper of lightning attention
-    trained is another one, :class:`TransNormerAttention`: positions, no activation of values and
-    gate, a norm without weights.
+    The norm is over the channels of all heads. The layer trained in the lightning attention paper
+    is :class:`TransNormerAttention`: with positions, without activation of values and gate, and
+    with a norm without weights.
 
     Args:
         dim: channels C of the input.
         num_heads: heads H.
         head_dim: channels D of a head. None: C / H.
-        layer, num_layers: number of this layer from 0 and of all layers, which the slopes
-            :math:`\lambda` depend on (see :func:`tokenmill.lightning_slopes`); None for both: the
+        layer, num_layers: index of this layer from 0 and number of layers, which determine the
+            slopes :math:`\lambda` (see :func:`tokenmill.lightning_slopes`); None for both: the
             slopes of ALiBi.
-        convention: of the slopes, "minimax" or "paper".
-        eps: of the norm.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        convention: convention of the slopes, "minimax" or "paper".
+        eps: epsilon of the norm.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
         x ``[B, N, C]``, or packed ``[T, C]`` with cu_seqlens int32 ``[B + 1]``; to the same;
@@ -77,17 +76,17 @@ class MiniMaxLightningAttention(Slopes):
     Weights: qkv_proj ``[3 H D, C]``, for each head the rows of its queries, keys and values;
     output_gate ``[H D, C]``, norm ``[H D]``, out_proj ``[C, H D]``, and the buffer slopes ``[H]``,
     which stays float32 when the module changes its dtype. The state dict of a lightning layer of
-    MiniMax in transformers loads as it is, with its slopes (slope_rate) where it has them; where
-    it has none, the number of heads is to be a power of two, as transformers has no other rule.
+    MiniMax in transformers loads unchanged, with its slopes (slope_rate) if present; otherwise the
+    number of heads must be a power of two, the only case that transformers defines.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 10 C H D + 4 H D^2 operations for each token, whatever the length; a state has 4 H
-    D^2 bytes.
+    Complexity: 10 C H D + 4 H D^2 operations per token, whatever the length; a state has 4 H D^2
+    bytes.
 
-    Paper: MiniMax-01 (2025), section 2; the sum is that of Various Lengths, Constant Speed (Qin et
-    al. 2024), section 3.
+    Paper: MiniMax-01 (2025), section 2; the sum from Various Lengths, Constant Speed (Qin et al.
+    2024), section 3.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -130,7 +129,7 @@ class MiniMaxLightningAttention(Slopes):
         return self._gated(out, x)
 
     def new_state(self, slots: int) -> MiniMaxLightningState:
-        """A state of so many sequences that have seen nothing."""
+        """An empty state for a number of sequences."""
         slots = as_int(NAME, "slots", slots)
         check(slots >= 0, NAME, "slots", "must not be negative", slots)
         shape = (slots, self.num_heads, self.head_dim, self.head_dim)
@@ -139,8 +138,10 @@ class MiniMaxLightningAttention(Slopes):
     def prefill(
         self, x: Tensor, state: MiniMaxLightningState, slots: Tensor | None = None
     ) -> Tensor:
-        """The next tokens x ``[B, N, C]`` of the sequences in slots int32 ``[B]`` (None: slot b for
-        sequence b), many at once; the state is updated in place. Needs no_grad, as decode does."""
+        """Processes the next tokens x ``[B, N, C]`` of the sequences in slots int32 ``[B]`` (None:
+        slot b for sequence b), many at once; the state is updated in place. Needs no_grad, like
+        decode.
+        """
         self._check_state(x, state, slots, prefill=True)
         q, k, v = self._qkv(x)
         rows = slice(x.shape[0]) if slots is None else slots.long()
@@ -154,8 +155,9 @@ class MiniMaxLightningAttention(Slopes):
     def decode(
         self, x: Tensor, state: MiniMaxLightningState, slots: Tensor | None = None
     ) -> Tensor:
-        """The same for few tokens, one as a rule; reads and writes each state once. A slot of -1
-        skips its sequence, whose result then is 0."""
+        """Like prefill, for few tokens, usually one; reads and writes each state once. A slot of -1
+        skips its sequence, whose result is 0.
+        """
         self._check_state(x, state, slots)
         q, k, v = self._qkv(x)
         out = linear_attention_decode(
@@ -173,7 +175,8 @@ class MiniMaxLightningAttention(Slopes):
         return F.silu(self.qkv_proj(x)).unflatten(-1, (self.num_heads, 3, -1)).unbind(-2)
 
     def _gated(self, out: Tensor, x: Tensor) -> Tensor:
-        o = self.norm(out.flatten(-2).to(self.norm.weight.dtype))  # autocast leaves a norm alone
+        # autocast does not cast for a norm
+        o = self.norm(out.flatten(-2).to(self.norm.weight.dtype))
         y: Tensor = self.out_proj(torch.sigmoid(self.output_gate(x)) * o)
         return y
 
@@ -212,7 +215,7 @@ class MiniMaxLightningAttention(Slopes):
 
 
 def _take_slopes(module: nn.Module, state: Any, prefix: str, *args: Any) -> None:
-    """The slopes of a published layer; those of the module where there are none."""
+    """Takes the slopes of a published layer; keeps the module's own where there are none."""
     assert isinstance(module, MiniMaxLightningAttention)
     for name in ("query_decay", "key_decay", "diagonal_decay"):
         state.pop(prefix + name, None)

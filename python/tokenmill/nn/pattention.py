@@ -1,4 +1,4 @@
-"""The layer of TokenFormer, whose parameters are tokens."""
+"""The TokenFormer layer, whose parameters are tokens."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ NAME = "nn.Pattention"
 
 
 class Pattention(nn.Module):
-    r"""A linear layer whose width of parameters can grow: :func:`tokenmill.pattention` with learned
-    keys and values.
+    r"""A linear layer with a growable number of parameter tokens: :func:`tokenmill.pattention` with
+    learned keys and values.
 
     Args:
         in_features, out_features: D1 and D2.
-        num_tokens: N, pairs of keys and values.
+        num_tokens: N, number of key-value pairs.
         activation, scale: as in :func:`tokenmill.pattention`.
-        norm_scale: None = sqrt(num_tokens) (for "softmax" num_tokens) at construction. It stays
-            when tokens are appended, so that the function stays too.
+        norm_scale: None = sqrt(num_tokens) (for "softmax" num_tokens) at construction. It is kept
+            when tokens are appended, so that the function is preserved.
 
     Shape:
         ``[..., in_features]`` to ``[..., out_features]``.
@@ -28,8 +28,8 @@ class Pattention(nn.Module):
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Paper: TokenFormer (Wang et al. 2024), sections 3.2 and 3.3. Keys and values begin as normal
-    numbers of variance 1 / in_features and 1 / num_tokens.
+    Paper: TokenFormer (Wang et al. 2024), sections 3.2 and 3.3. Keys and values are initialised
+    from normal distributions of variance 1 / in_features and 1 / num_tokens.
 
     Example:
         >>> import torch
@@ -71,9 +71,10 @@ class Pattention(nn.Module):
         return self.key_tokens.shape[0]
 
     def append(self, count: int, *, values: Tensor | None = None) -> None:
-        """Appends pairs of tokens to new parameters, which an optimiser must be given: keys are 0,
-        so the function stays, and values are as at construction or [count, out_features] given.
-        "softmax" gives weight to keys of 0: it cannot grow without a change."""
+        """Appends pairs of tokens, creating new parameters that the optimiser must be given: keys
+        are 0, so the function is preserved, and values are as at construction or [count,
+        out_features] given. "softmax" gives weight to keys of 0: it cannot grow without a change.
+        """
         if self.activation == "softmax":
             fail(NAME, "activation", "must be of L2 norm to append tokens", self.activation)
         count = as_int(NAME, "count", count)

@@ -1,4 +1,4 @@
-"""The pooling network PoNet in place of attention."""
+"""PoNet: pooling instead of attention."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ NAME, SEGMENTS = "nn.PoNetMixing", "nn.segments_of"
 
 
 def segments_of(boundaries: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Segment numbers for :class:`PoNetMixing`: a boundary token is a segment of its own, and
-    what follows it begins another.
+    """Segment numbers for :class:`PoNetMixing`: a boundary token is its own segment, and the next
+    token begins another.
 
     Args:
         boundaries: ``[B, N]`` bool, e.g. ends of sentences.
-        mask: ``[B, N]`` bool, tokens that are there. None: all.
+        mask: ``[B, N]`` bool, True for valid tokens. None: all.
 
     Returns:
-        ``[B, N]`` int32, ascending in each row; -1 where no token is.
+        ``[B, N]`` int32, ascending in each row; -1 for invalid tokens.
 
     Example:
         >>> import torch
@@ -56,18 +56,17 @@ class PoNetMixing(nn.Module):
        g = \sum_j \operatorname{softmax}_j(\bar q \cdot k_j / \sqrt{d})\, k_j, \qquad
        out_i = (g + \max_{j \in seg(i)} s_j) \odot o_i + \max_{|j - i| \le 1} l_j,
 
-    where :math:`\bar q` is the mean of Q over the tokens that are there, and g is formed for each
-    head. Where no token is, out is 0.
+    where :math:`\bar q` is the mean of Q over the valid tokens, and g is computed per head. out is
+    0 for invalid tokens.
 
     Args:
         dim: channels C.
-        num_heads: heads of the global part, which divide the channels.
-        exclude_first: whether the first token (the class token) is left out of the two maxima, so
-            that they do not depend on it.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        num_heads: number of heads of the global part, a divisor of the channels.
+        exclude_first: whether the first token (the class token) is excluded from the two maxima.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
-        x ``[B, N, C]``, segments ``[B, N]`` int32 (numbers below N; -1 where no token is;
+        x ``[B, N, C]``, segments ``[B, N]`` int32 (numbers below N; -1 for invalid tokens;
         :func:`segments_of`) to ``[B, N, C]``.
 
     Weights: query, key, output, segment and local, each a linear layer C to C.
@@ -75,8 +74,8 @@ class PoNetMixing(nn.Module):
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 10 B N C² operations of the projections, and a few reads of their results. A segment
-    or window of which only the first token is left has maximum 0.
+    Complexity: 10 B N C² operations for the projections, and a few reads of their results. A
+    segment or window that only holds an excluded first token has maximum 0.
 
     Paper: PoNet (Tan et al. 2022), section 3.
 

@@ -1,4 +1,4 @@
-"""The published PoolFormer models, whole, from pictures to classes."""
+"""The published PoolFormer models, from images to logits."""
 
 from __future__ import annotations
 
@@ -20,42 +20,41 @@ NARROW, WIDE = (64, 128, 320, 512), (96, 192, 384, 768)
 
 class PoolFormer(nn.Module):
     r"""A vision transformer whose token mixer is average pooling (:class:`PoolFormerMixing`). The
-    published models have names: :func:`poolformer_s12`, :func:`poolformer_s24`,
-    :func:`poolformer_s36`, :func:`poolformer_m36` and :func:`poolformer_m48`.
+    published models are :func:`poolformer_s12`, :func:`poolformer_s24`, :func:`poolformer_s36`,
+    :func:`poolformer_m36` and :func:`poolformer_m48`.
 
-    A convolution quarters the sides of the picture, others halve the sides of the map between
-    the stages, which have blocks
+    A convolution quarters the sides of the image, others halve the sides of the map between the
+    stages, which have blocks
 
     .. math::
        x \leftarrow x + \lambda_1 \odot \operatorname{mix}(\operatorname{GN}(x)), \quad
        x \leftarrow x + \lambda_2 \odot \operatorname{MLP}(\operatorname{GN}(x)),
 
-    with group norms of one group (all channels and pixels of a picture). After the stages are such
-    a norm, the mean of the pixels and a linear layer.
+    with group norms of one group (all channels and pixels of an image). After the stages come such
+    a norm, the mean over the pixels and a linear layer.
 
     Args:
-        depths: blocks of the four stages, 1 to 100 each.
-        channels: of the four stages.
-        mlp_ratio: hidden channels of an MLP for each of its input.
+        depths: number of blocks of the four stages, 1 to 100 each.
+        channels: channels of the four stages.
+        mlp_ratio: hidden channels of an MLP divided by its input channels.
         pool_size: side of the window of the mixer, odd.
-        layer_scale: what lambda_1 and lambda_2, one number for each channel, begin as. None: there
-            are none.
-        drop_path: chance that a branch of the last block is left out of a picture in training; the
-            chances rise linearly from 0 at the first block.
-        in_channels: of the pictures.
-        num_classes: rows of the head; 0 leaves it out, and the mean of the pixels is the result.
-        backend: of the operator (see :func:`tokenmill.explain`).
+        layer_scale: initial value of lambda_1 and lambda_2, one number per channel. None: no layer
+            scale.
+        drop_path: probability of dropping a branch of the last block per image in training
+            (stochastic depth); probabilities rise linearly from 0 at the first block.
+        in_channels: channels of the images.
+        num_classes: rows of the head; 0 omits it and returns the mean over the pixels.
+        backend: backend of the operator (see :func:`tokenmill.explain`).
 
     Shape:
-        x ``[B, in_channels, Y, X]`` to ``[B, num_classes]``; float16, bfloat16, float32. Pictures
-        have at least 3 pixels a side. :meth:`features` gives the maps of the stages ``[B,
-        channels[i], Y', X']``, with Y' about Y / 4, Y / 8, Y / 16 and Y / 32, for what predicts
-        from maps.
+        x ``[B, in_channels, Y, X]`` to ``[B, num_classes]``; float16, bfloat16, float32. Images
+        have at least 3 pixels per side. :meth:`features` returns the maps of the stages ``[B,
+        channels[i], Y', X']``, with Y' about Y / 4, Y / 8, Y / 16 and Y / 32, for dense prediction.
 
     Weights: patch_embed.proj, network.0, .2, .4 and .6 (the stages; blocks with norm1, norm2,
     mlp.fc1, mlp.fc2, layer_scale_1 and layer_scale_2), network.1, .3 and .5 (proj), norm and head,
-    as the published models call them: their checkpoints load strictly. Fresh ones are as there:
-    matrices have normal weights with a deviation of 0.02, and biases of 0.
+    with the names of the published models: their checkpoints load strictly. Initialisation is as in
+    these models: matrices have normal weights with standard deviation 0.02, and biases of 0.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -63,8 +62,8 @@ class PoolFormer(nn.Module):
     Complexity: linear in the pixels; 1.8, 3.4, 5.0, 8.8 and 11.6 G multiplications for S12, S24,
     S36, M36 and M48 at 224 x 224.
 
-    Paper: PoolFormer (Yu et al. 2022), section 3.2 and table 1. Read in the released code: layers,
-    their order and names, depths, channels, mlp_ratio, layer_scale and fresh weights.
+    Paper: PoolFormer (Yu et al. 2022), section 3.2 and table 1. From the released code: layers,
+    their order and names, depths, channels, mlp_ratio, layer_scale and initialisation.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -114,13 +113,13 @@ class PoolFormer(nn.Module):
         self.apply(begin)
 
     def features(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The maps of the four stages, channels first, without the norm after the last."""
+        """Maps of the four stages, channels first, without the final norm."""
         check_input(NAME, "x", x, self.norm.weight)
         shaped = x.dim() == 4 and x.shape[1] == self.in_channels
         check(shaped, NAME, "x", f"must have shape [B, {self.in_channels}, Y, X]", x.shape)
         if min(x.shape[2:]) < 3:
             fail(NAME, "x", "must have at least 3 pixels a side", list(x.shape[2:]))
-        # The mixer takes pixels with their channels together, and convolutions keep that order.
+        # The mixer reads pixels channels-last, and convolutions keep this memory format.
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
         maps = []
         for i, layer in enumerate(self.network):
@@ -135,7 +134,7 @@ class PoolFormer(nn.Module):
 
 
 def poolformer_s12(**options: Any) -> PoolFormer:
-    """PoolFormer-S12, of 11.9 M parameters: depths 2, 2, 6, 2 and channels 64, 128, 320, 512.
+    """PoolFormer-S12, 11.9 M parameters: depths 2, 2, 6, 2 and channels 64, 128, 320, 512.
 
     Args:
         options: other arguments of :class:`PoolFormer`, such as drop_path (0.1 in the paper).
@@ -149,7 +148,7 @@ def poolformer_s12(**options: Any) -> PoolFormer:
 
 
 def poolformer_s24(**options: Any) -> PoolFormer:
-    """PoolFormer-S24, of 21.4 M parameters: depths 4, 4, 12, 4 and the channels of S12.
+    """PoolFormer-S24, 21.4 M parameters: depths 4, 4, 12, 4 and the channels of S12.
 
     Args:
         options: other arguments of :class:`PoolFormer`, such as drop_path (0.1 in the paper).
@@ -165,7 +164,7 @@ def poolformer_s24(**options: Any) -> PoolFormer:
 
 
 def poolformer_s36(**options: Any) -> PoolFormer:
-    """PoolFormer-S36, of 30.9 M parameters: depths 6, 6, 18, 6, the channels of S12 and a
+    """PoolFormer-S36, 30.9 M parameters: depths 6, 6, 18, 6, the channels of S12 and a
     layer_scale of 1e-6.
 
     Args:
@@ -182,7 +181,7 @@ def poolformer_s36(**options: Any) -> PoolFormer:
 
 
 def poolformer_m36(**options: Any) -> PoolFormer:
-    """PoolFormer-M36, of 56.2 M parameters: depths 6, 6, 18, 6, channels 96, 192, 384, 768 and a
+    """PoolFormer-M36, 56.2 M parameters: depths 6, 6, 18, 6, channels 96, 192, 384, 768 and a
     layer_scale of 1e-6.
 
     Args:
@@ -199,7 +198,7 @@ def poolformer_m36(**options: Any) -> PoolFormer:
 
 
 def poolformer_m48(**options: Any) -> PoolFormer:
-    """PoolFormer-M48, of 73.5 M parameters: depths 8, 8, 24, 8, the channels of M36 and a
+    """PoolFormer-M48, 73.5 M parameters: depths 8, 8, 24, 8, the channels of M36 and a
     layer_scale of 1e-6.
 
     Args:

@@ -15,14 +15,14 @@ MIXING, SEGMENTS = "nn.PoolFormerMixing", "nn.SegmentPooling"
 
 
 class PoolFormerMixing(nn.Module):
-    """The token mixer of PoolFormer: the mean of the pixels around each one, minus the pixel. At
+    """The token mixer of PoolFormer: the mean over a window around each pixel, minus the pixel. At
     the edge of the map the mean is over the pixels inside it.
 
     Args:
         pool_size: side of the window, odd.
-        channels_first: the map is ``[B, C, Y, X]``; memory in the order of torch.channels_last is
-            then taken as it is.
-        backend: of the operator (see :func:`tokenmill.explain`).
+        channels_first: the map is ``[B, C, Y, X]``; torch.channels_last memory is then read without
+            a copy.
+        backend: backend of the operator (see :func:`tokenmill.explain`).
 
     Shape:
         x ``[B, Y, X, C]`` to ``[B, Y, X, C]``.
@@ -69,10 +69,10 @@ class SegmentPooling(nn.Module):
 
     Args:
         reduce: "first" takes the first `prefix` rows of each word, which an encoder within words
-            has filled (the paper's way); "sum", "mean", "amax", "amin" and "last" make one row of
-            all.
-        prefix: rows of a word in front of its characters.
-        backend: of the operators (see :func:`tokenmill.explain`).
+            has filled (as in the paper); "sum", "mean", "amax", "amin" and "last" reduce all rows
+            to one.
+        prefix: number of rows of a word before its characters.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
         x ``[T, C]`` and offsets int32 ``[W + 1]`` to ``[W, prefix, C]`` (``[W, 1, C]`` unless
@@ -81,9 +81,9 @@ class SegmentPooling(nn.Module):
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: reads the rows that it takes once.
+    Complexity: reads the pooled rows once.
 
-    Paper: Learn Your Tokens (Thawani et al. 2023), section 2: 4 prefix rows a word.
+    Paper: Learn Your Tokens (Thawani et al. 2023), section 2: 4 prefix rows per word.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -127,9 +127,10 @@ class SegmentPooling(nn.Module):
         return pooled[:, None]
 
     def insert(self, x: Tensor, offsets: Tensor, words: Tensor) -> Tensor:
-        """x with the rows that a language model made of word w, ``[W, prefix, C]``, in place of the
-        first ones of word w + 1: what its characters are decoded from. The first word keeps its
-        own, and rows that a word does not have are dropped."""
+        """x with the language model's output rows for word w, ``[W, prefix, C]``, replacing the
+        first rows of word w + 1: the input from which its characters are decoded. The first word
+        keeps its rows, and rows beyond the length of a word are dropped.
+        """
         check_words(SEGMENTS, x, offsets)
         check_tensor(SEGMENTS, "words", words)
         wanted = [offsets.shape[0] - 1, self.prefix, x.shape[1]]
@@ -139,7 +140,7 @@ class SegmentPooling(nn.Module):
         return scatter_tokens(words[:-1].flatten(0, 1), rows, x, backend=self.backend)
 
     def _rows(self, offsets: Tensor) -> Tensor:
-        """[W, prefix], -1 where a word ends before."""
+        """Row indices [W, prefix], -1 beyond the end of a word."""
         place = torch.arange(self.prefix, dtype=torch.int32, device=offsets.device)
         rows = offsets[:-1, None] + place
         return torch.where(rows < offsets[1:, None], rows, -1)

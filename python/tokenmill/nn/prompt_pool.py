@@ -1,4 +1,4 @@
-"""Visual tokens replaced by learned prompt tokens that are assigned to them (Croc)."""
+"""Replaces visual tokens by learned prompt tokens that are assigned to them (Croc)."""
 
 from __future__ import annotations
 
@@ -23,43 +23,42 @@ Match = Literal["hungarian", "nearest"]
 
 
 class PromptTokenPool(nn.Module):
-    r"""A pool of learned prompt tokens that replace a random share of the tokens of an image, each
-    by the prompt token assigned to it.
+    r"""A pool of learned prompt tokens. A random fraction of the tokens of an image is replaced,
+    each by the prompt token assigned to it.
 
-    With the distances :math:`d_{ij} = \lVert x_i - e_j \rVert_2` of the tokens that are replaced
-    from the prompt tokens, match "hungarian" gives each of them a prompt token of its own with the
-    least sum of distances, and "nearest" gives each the nearest one, the same to several if need
-    be.
+    With the distances :math:`d_{ij} = \lVert x_i - e_j \rVert_2` between replaced tokens and prompt
+    tokens, match "hungarian" assigns distinct prompt tokens with the minimum sum of distances, and
+    "nearest" assigns each token its nearest prompt token, possibly the same to several.
 
     Args:
-        dim: C, channels of a token.
-        num_prompts: prompt tokens of the pool, initially N(0, 1).
-        share: of the tokens that are replaced, of which the next integer is taken.
+        dim: channels C of a token.
+        num_prompts: number of prompt tokens in the pool, initialised from N(0, 1).
+        share: fraction of the tokens that are replaced, rounded up to a number.
         match: "hungarian" or "nearest".
 
     Shape:
-        x ``[B, N, C]``, and optionally chosen bool ``[B, N]`` (None: a random share for each image,
-        drawn by torch's generator), to (y ``[B, N, C]``, assigned int64 ``[B, N]``): y is x with
-        the prompt token assigned in the place of each chosen one, and assigned is its place in the
-        pool, -1 of tokens that stay.
+        x ``[B, N, C]``, and optionally chosen bool ``[B, N]`` (None: a random fraction of each
+        image, drawn by torch's generator), to (y ``[B, N, C]``, assigned int64 ``[B, N]``): y is x
+        with each chosen token replaced by its prompt token, and assigned is the index in the pool,
+        -1 for unchanged tokens.
 
-    Gradients go to x where it stays and to :attr:`prompts` where they replace it, none through the
-    assignment.
+    Gradients flow to x where it is unchanged and to :attr:`prompts` where they replace it, none
+    through the assignment.
 
-    "hungarian" solves on the CPU with scipy, image by image: on a GPU it synchronises.
-    torch.compile breaks its graph there.
+    "hungarian" solves on the CPU with scipy, image by image: it synchronises a GPU and causes a
+    graph break in torch.compile.
 
     Raises:
         RuntimeError: naming argument, rule and value; with "hungarian" if more tokens are replaced
             than the pool has, or scipy is missing (``pip install 'tokenmill[scipy]'``).
 
-    Complexity: for each image M chosen tokens times P prompt tokens: M P C operations for the
-    distances, M^2 P for the assignment ("hungarian").
+    Complexity: per image with M chosen tokens and P prompt tokens, M P C operations for the
+    distances and M^2 P for the assignment ("hungarian").
 
-    Paper: Croc (Xie et al. 2024), section 3, whose text has the Hungarian assignment. The released
-    code takes the nearest prompt token of a pool of 2048, for three quarters of the tokens, which
-    it normalises first (``torch.nn.functional.normalize(x, dim=-1)``); the attention of its layers
-    has ``tokenmill.masks.prefix`` up to the first label.
+    Paper: Croc (Xie et al. 2024), section 3, whose text describes the Hungarian assignment. The
+    released code takes the nearest prompt token of a pool of 2048, for three quarters of the
+    tokens, which it normalises first (``torch.nn.functional.normalize(x, dim=-1)``); the attention
+    of its layers uses ``tokenmill.masks.prefix`` up to the first label.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -99,7 +98,7 @@ class PromptTokenPool(nn.Module):
         return torch.where(chosen[..., None], taken, x), assigned
 
     def draw(self, x: Tensor) -> Tensor:
-        """bool ``[B, N]``: a random share of the tokens of each image."""
+        """bool ``[B, N]``: a random fraction of the tokens of each image."""
         batch, tokens = x.shape[:2]
         stay = int(tokens * (1 - self.share))
         order = torch.rand(batch, tokens, device=x.device).argsort(-1)
@@ -108,7 +107,7 @@ class PromptTokenPool(nn.Module):
 
     @torch.no_grad()
     def assign(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """int64 ``[B, N]``: the prompt token assigned to each chosen token, -1 to the others."""
+        """int64 ``[B, N]``: the prompt token assigned to each chosen token, -1 for the others."""
         wide = torch.promote_types(x.dtype, torch.float32)
         distances = torch.cdist(x.to(wide), self.prompts.to(wide).expand(x.shape[0], -1, -1))
         if self.match == "nearest":
@@ -136,7 +135,7 @@ class PromptTokenPool(nn.Module):
 
 @torch.compiler.disable
 def _hungarian(distances: Tensor, chosen: Tensor) -> Tensor:
-    """The assignment with the least sum of distances [B, N, P] for each row of chosen [B, N]."""
+    """Assignment with the minimum sum of distances [B, N, P] for each row of chosen [B, N]."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as missing:

@@ -1,4 +1,4 @@
-"""What modules with weights check before torch does, and steps that several of them share."""
+"""Argument checks of modules with weights, and steps that several modules share."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .._check import as_int, as_number, check, check_device_of, check_dtype_of, 
 
 
 def check_input(name: str, argument: str, x: Tensor, weight: Tensor) -> None:
-    """A tensor that a linear layer with this weight takes."""
+    """Checks an input against the weight of a linear layer."""
     check_tensor(name, argument, x)
     check_device_of(name, argument, x, "the weights", weight)
-    # Autocast does not know the meta device.
+    # Autocast does not support the meta device.
     if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
         check_dtype_of(name, argument, x, "the weights", weight)
 
 
 def check_heads(name: str, dim: int, num_heads: int) -> tuple[int, int]:
-    """Channels and the heads that divide them."""
+    """Checks the channels and the number of heads, a divisor of the channels."""
     dim, num_heads = as_int(name, "dim", dim), as_int(name, "num_heads", num_heads)
     check(1 <= dim < 2**31, name, "dim", "must be 1 to 2^31 - 1", dim)
     divides = num_heads > 0 and dim % num_heads == 0
@@ -33,8 +33,9 @@ def check_heads(name: str, dim: int, num_heads: int) -> tuple[int, int]:
 def check_wide_heads(
     name: str, dim: int, num_heads: int, head_dim: int | None, most: int
 ) -> tuple[int, int, int]:
-    """Channels, heads, and the channels of a head, at most `most`; None: the heads divide those of
-    the input."""
+    """Checks channels, heads and head_dim, at most `most`; None: the number of heads must divide
+    the input channels.
+    """
     dim, num_heads = as_int(name, "dim", dim), as_int(name, "num_heads", num_heads)
     check(1 <= dim < 2**31, name, "dim", "must be 1 to 2^31 - 1", dim)
     check(1 <= num_heads <= 2**16, name, "num_heads", "must be 1 to 2^16", num_heads)
@@ -49,7 +50,7 @@ def check_wide_heads(
 
 
 def check_mlp_ratio(name: str, mlp_ratio: float, *dims: int) -> float:
-    """Hidden channels of an MLP for each of its input, of which there are `dims`."""
+    """Hidden channels of an MLP with `dims` input channels."""
     mlp_ratio = as_number(name, "mlp_ratio", mlp_ratio)
     held = mlp_ratio * min(dims) >= 1 and mlp_ratio * max(dims) < 2**31
     check(held, name, "mlp_ratio", "must leave 1 to 2^31 - 1 hidden channels", mlp_ratio)
@@ -63,12 +64,12 @@ def check_chance(name: str, argument: str, chance: float) -> float:
 
 
 def drop_chances(last: float, blocks: int) -> list[float]:
-    """Of stochastic depth: they rise linearly from 0 at the first block."""
+    """Drop probabilities of stochastic depth: rising linearly from 0 at the first block."""
     return [last * i / max(blocks - 1, 1) for i in range(blocks)]
 
 
 def begin(module: nn.Module) -> None:
-    """Fresh weights of a linear layer in vision transformers."""
+    """Initialises a linear layer as vision transformers do."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -79,7 +80,7 @@ M = TypeVar("M", bound="Slopes")
 
 
 class Slopes(nn.Module):
-    """A module with a buffer of slopes, which stays float32 when the module changes its dtype."""
+    """A module with a buffer of slopes that stays float32 when the module changes its dtype."""
 
     slopes: Tensor
 
@@ -92,8 +93,9 @@ class Slopes(nn.Module):
 
 
 class DropPath(nn.Module):
-    """In training, leaves a branch out of an element of the batch with some chance, and divides
-    what it keeps by the chance of that."""
+    """Stochastic depth: in training drops a branch per batch element with a probability, and
+    divides kept branches by the probability of keeping.
+    """
 
     def __init__(self, chance: float) -> None:
         super().__init__()
@@ -108,7 +110,7 @@ class DropPath(nn.Module):
 
 
 def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Convolves x [B, Y, X, C]; a map without pixels, which PyTorch refuses, gives none."""
+    """Convolves x [B, Y, X, C]; a map without pixels, which PyTorch refuses, returns empty."""
     if x.numel() == 0:
         return x.new_zeros(x.shape)
     y: Tensor = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -122,8 +124,7 @@ def renamed(
     prefix: str,
     *args: Any,
 ) -> None:
-    """Renames entries of a state dict to the names of the module; 1x1 convolutions become
-    matrices."""
+    """Renames state dict entries to the names of the module; 1x1 convolutions become matrices."""
     for old, new in names.items():
         for kind in ("weight", "bias"):
             if (found := state.pop(prefix + old + kind, None)) is not None:
@@ -131,8 +132,9 @@ def renamed(
 
 
 def stretching(length: int, size: int, *, align_corners: bool, like: Tensor) -> Tensor:
-    """Linear interpolation of `length` values to `size` values, as a matrix ``[size, length]``:
-    the gradient of a product has one order of summation, that of F.interpolate on a GPU none."""
+    """Linear interpolation of `length` values to `size` values, as a matrix ``[size, length]``: the
+    gradient of a product has a fixed order of summation, unlike F.interpolate on a GPU.
+    """
     values = torch.eye(length, device=like.device)[None]
     rows = F.interpolate(values, size, mode="linear", align_corners=align_corners)[0]
     return rows.T.to(like.dtype)

@@ -1,4 +1,4 @@
-"""The summaries of an image that MULTI-LANE learns for each task."""
+"""Learned image summaries per task (MULTI-LANE)."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ NAME = "nn.SelectorSummary"
 
 
 class SelectorSummary(nn.Module):
-    r"""Summarises patches by selectors, which attend to them in one head as wide as the channels:
+    r"""Summarises patches by selectors, which attend to them with one head over all channels:
 
     .. math::
        y_{t,b} = \operatorname{softmax}(S_t X_b^\top / \sqrt{C})\, X_b.
 
-    The patches X are keys and values as they are, and have no gradient: the selectors S of a task
-    alone learn. In the paper a layer attends to its summaries and class token in place of all
-    patches, and the selectors, not what became of the summaries, go on to the next layer.
+    The patches X are used as keys and values without projection, and have no gradient: only the
+    selectors S of a task are trained. In the paper a layer attends to its summaries and class token
+    instead of all patches, and the selectors, not the processed summaries, are passed to the next
+    layer.
 
     Args:
         dim: channels C.
-        num_selectors: selectors of a task.
-        num_tasks: tasks T.
+        num_selectors: number of selectors per task.
+        num_tasks: number of tasks T.
         detach: whether patches have no gradient.
 
     Shape:
         x ``[B, N, C]``, patches and class token after the norm of the layer, and selectors ``[T, B,
-        S, C]`` or ``[T, S, C]`` (None: those of the module, of all tasks), to ``[T, B, S, C]``;
-        tasks, indices ``[T']``, chooses among those of the module. An image without patches gives
-        0. Any floating type.
+        S, C]`` or ``[T, S, C]`` (None: the module's selectors of all tasks), to ``[T, B, S, C]``;
+        tasks, indices ``[T']``, selects among the module's tasks. An image without patches gives 0.
+        Any floating-point dtype.
 
     Weights: selectors ``[T, S, C]``.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 4 T S C operations for each patch; two matrix products of PyTorch, with [T, B, S, N]
-    weights in memory, as heads of 768 are wider than the kernels of :func:`tokenmill.attention`,
+    Complexity: 4 T S C operations per patch; two matrix products of PyTorch, with [T, B, S, N]
+    weights in memory, because a head_dim of 768 exceeds the kernels of :func:`tokenmill.attention`,
     and selectors are few.
 
     Paper: Less is more: Summarizing Patch Tokens (De Min et al. 2024), section 3; 20 selectors (10
-    for VOC) of 768 channels, drawn from a standard normal distribution. A new task begins with
-    the selectors of the one before it (:meth:`begin_task`).
+    for VOC) of 768 channels, drawn from a standard normal distribution. A new task is initialised
+    with the selectors of the previous task (:meth:`begin_task`).
 
     Example:
         >>> import torch, tokenmill as tm
@@ -85,7 +86,7 @@ class SelectorSummary(nn.Module):
         if given.shape[1] != x.shape[0]:
             fail(NAME, "selectors", f"must have the batch size of x, {x.shape[0]}", given.shape)
         patches = x.detach() if self.detach else x
-        # All tasks of an image are rows of one product with its patches.
+        # The selectors of all tasks are rows of one product with the patches of an image.
         rows = given.transpose(0, 1).flatten(1, 2)
         logits = (rows * channels**-0.5) @ patches.mT
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -95,7 +96,7 @@ class SelectorSummary(nn.Module):
 
     @torch.no_grad()
     def begin_task(self, task: int) -> None:
-        """Copies the selectors of the task before this one, where this one begins."""
+        """Initialises the selectors of this task with the previous task's."""
         task, tasks = as_int(NAME, "task", task), self.selectors.shape[0]
         check(1 <= task < tasks, NAME, "task", f"must be 1 to num_tasks - 1, {tasks - 1}", task)
         self.selectors[task] = self.selectors[task - 1]

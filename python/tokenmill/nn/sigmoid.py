@@ -17,7 +17,8 @@ NAME = "nn.SigmoidAttention"
 
 
 class SigmoidAttention(nn.Module):
-    r"""Attention whose weights are sigmoids, with what keeps its outputs small at first:
+    r"""Attention with sigmoid weights, and the paper's options that keep its outputs small at
+    initialisation:
 
     .. math::
        q, k, v = x W_{qkv}, \qquad
@@ -33,21 +34,22 @@ class SigmoidAttention(nn.Module):
 
     Args:
         dim: channels C of the input.
-        num_heads: heads, which divide the channels.
-        causal: whether a token sees itself and those before it alone.
+        num_heads: number of heads, a divisor of the channels.
+        causal: whether a token only sees itself and earlier tokens.
         qk_norm: whether queries and keys pass a layer norm over the channels of a head, n above.
         score_bias: b, "neg_log_n" (minus the logarithm of the number of keys) or a number.
-        learn_bias: whether that number is where a parameter of each head begins.
-        layer_scale: where the parameter :math:`\gamma` of each channel begins. None: none.
+        learn_bias: whether the bias is a learned parameter per head, initialised with score_bias.
+        layer_scale: initial value of the per-channel parameter :math:`\gamma`. None: no layer
+            scale.
         hybrid_norm: whether the result passes a layer norm, norm above.
-        alibi: whether the distance of tokens lowers their logits, by the slopes of ALiBi.
+        alibi: whether to subtract the distance of tokens times the ALiBi slopes from the logits.
         bias: whether the two projections have biases.
-        backend: of the operator (see :func:`tokenmill.explain`).
+        backend: backend of the operator (see :func:`tokenmill.explain`).
 
     Shape:
-        x ``[B, N, C]``, or packed ``[T, C]`` with cu_seqlens int32 ``[B + 1]``, where sequences
-        begin and end (n is then the length of each); to the same; float16, bfloat16, float32.
-        :meth:`attend` takes queries, keys and values in one tensor, as the published code does, and
+        x ``[B, N, C]``, or packed ``[T, C]`` with cu_seqlens int32 ``[B + 1]``, offsets of the
+        sequences (n is then the length of each); to the same; float16, bfloat16, float32.
+        :meth:`attend` takes queries, keys and values in one tensor, like the published code, and
         leaves both projections, norm and gamma to the caller.
 
     Weights: qkv ``[3 C, C]``, proj ``[C, C]``; q_norm, k_norm with qk_norm; norm with hybrid_norm;
@@ -56,12 +58,12 @@ class SigmoidAttention(nn.Module):
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 8 C^2 + 4 C N operations for each token, half of 4 C N if causal. The backward needs
-    no statistics of rows.
+    Complexity: 8 C^2 + 4 C N operations per token, half of 4 C N if causal. The backward needs no
+    row statistics.
 
     Paper: Theory, Analysis, and Best Practices for Sigmoid Self-Attention (Ramapuram et al. 2024),
-    sections 2 and 5. Its rotary embedding is not part of this layer. The published code has the
-    number -7.62, minus the logarithm of 2048, for models trained at that length.
+    sections 2 and 5. Its rotary embedding is not part of this layer. The published code uses -7.62,
+    minus the logarithm of 2048, for models trained at that length.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -143,7 +145,7 @@ class SigmoidAttention(nn.Module):
     def attend(
         self, qkv: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
     ) -> Tensor:
-        """The attention alone, of queries, keys and values that are views of one tensor:
+        """Only the attention, over queries, keys and values that are views of one tensor:
         ``[B, N, 3, H, D]``, or the output ``[B, N, 3 C]`` of one projection, to ``[B, N, H, D]``;
         with cu_seqlens ``[T, 3, H, D]`` or ``[T, 3 C]`` to ``[T, H, D]``."""
         check_input(NAME, "qkv", qkv, self.proj.weight)

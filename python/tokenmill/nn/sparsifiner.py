@@ -1,4 +1,4 @@
-"""The attention of Sparsifiner."""
+"""Sparsifiner attention."""
 
 from __future__ import annotations
 
@@ -20,57 +20,56 @@ NAME = "nn.SparsifinerAttention"
 
 
 class SparsifinerAttention(nn.Module):
-    r"""Attention of each token to the tokens with the largest low-rank estimate of its attention.
+    r"""Attention of each token to the tokens with the largest low-rank estimate of attention.
 
-    The estimate is a mixture of n' patterns over the tokens, the same for all inputs. With queries
-    and keys of c = D / 2 dimensions and the tokens reduced to n' = N / 6,
+    The estimate is a mixture of n' learned patterns over the tokens, shared by all inputs. With
+    queries and keys of c = D / 2 dimensions and the tokens reduced to n' = N / 6,
 
     .. math::
        C = \operatorname{softmax}\!\big((q W_q + b_q)\,((k W_k + b_k)^\top W_n)\, H^{-1/2}\big),
        \qquad \tilde A = \operatorname{top}_8(C)\, |W_{back}|^\top,
 
-    where weights that are not above 0.02 and coefficients that are not among the 8 largest count as
-    0. A token attends, in each head, to the ceil(0.25 N) tokens of the largest :math:`\tilde A`, of
-    equal ones to the first. The class token attends to all. The choice has no gradient: the
-    estimate is trained on its own, by :meth:`approximate`.
+    where weights up to 0.02 and coefficients outside the 8 largest count as 0. A token attends, in
+    each head, to the ceil(0.25 N) tokens with the largest :math:`\tilde A`, ties to the first. The
+    class token attends to all. The choice has no gradient: the estimate is trained separately, by
+    :meth:`approximate`.
 
-    If tokens have left (:class:`SparsifinerEncoder`), those that are left attend to each other
-    only, and a budget above the number of patches becomes that number. The class token gives each
-    token that has left the weight of a logit 0 and a value 0, as in the published code, which sets
-    their keys and values to 0.
+    If tokens have been dropped (:class:`SparsifinerEncoder`), the remaining tokens only attend to
+    each other, and the budget is clamped to the number of patches. For the class token each dropped
+    token still counts with logit 0 and value 0, as in the published code, which sets their keys and
+    values to 0.
 
     Args:
         dim: channels C of the input.
-        num_tokens: tokens N, the class token first: patterns belong to places.
+        num_tokens: number of tokens N, the class token first: patterns belong to positions.
         num_heads: heads H, which divide the channels.
-        keep_rate: share of the tokens that each one attends to.
+        keep_rate: fraction of the tokens that each token attends to.
         reduce_tokens, reduce_channels: N / n' and D / c, rounded down: 32 patterns of 197 tokens.
-        coefficients: patterns that an estimate is made of at most. None: all.
-        basis_threshold: what a pattern must exceed.
+        coefficients: maximum number of patterns in an estimate. None: all.
+        basis_threshold: threshold that a pattern's weights must exceed.
         qkv_bias: whether the projection of queries, keys and values has a bias.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
         x ``[B, N, C]`` to ``[B, N, C]``; float16, bfloat16, float32. With places, an int32 or int64
         ``[B, M]`` of patches from 0 to N - 2 in ascending order, x is ``[B, 1 + M, C]``: the class
-        token and these patches. :meth:`attend` also gives the attention of the class token.
+        token and these patches. :meth:`attend` also returns the attention of the class token.
 
     Weights: qkv, proj, and mask_predictor with proj_c_q, proj_c_k (linear), proj_n and proj_back_n
-    ``[N, n']``, as the published models call them.
+    ``[N, n']``, with the names of the published models.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: for each head 4 N D c + 4 N c n' + 2 N^2 n' operations for the estimate (2 N^2 8
-    if only the products of coefficients and patterns that are not 0 are counted) and 4 N K D for
-    the attention to K tokens. The estimate is in memory, [B, H, N, N]; on a CPU, dense
-    attention is the faster one unless tokens keep less than about a sixteenth of the others
-    (docs/sparse.md).
+    Complexity: per head 4 N D c + 4 N c n' + 2 N^2 n' operations for the estimate (2 N^2 8 if only
+    products of nonzero coefficients and patterns are counted) and 4 N K D for the attention to K
+    tokens. The estimate is in memory, [B, H, N, N]; on a CPU dense attention is faster unless
+    tokens keep less than about a sixteenth of the others (docs/sparse.md).
 
-    Paper: Sparsifiner (Wei et al. 2023), sections 3.2 and 3.3. reduce_tokens, coefficients,
-    keep_rate and basis_threshold have the values of the published experiment; its functions
-    default to 8 for reduce_tokens. The factor of the estimate is 1 / sqrt(H), not 1 / sqrt(c), as
-    in the published code.
+    Paper: Sparsifiner (Wei et al. 2023), sections 3.2 and 3.3. The defaults of reduce_tokens,
+    coefficients, keep_rate and basis_threshold are from the published experiment; its functions
+    default to reduce_tokens 8. The factor of the estimate is 1 / sqrt(H), not 1 / sqrt(c), as in
+    the published code.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -133,14 +132,15 @@ class SparsifinerAttention(nn.Module):
     def attend(
         self, x: Tensor, places: Tensor | None = None, scored: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """The result of a call, and the attention that the class token gives to each other token,
-        float32 ``[B, N - 1]`` (``[B, M]`` with places): the mean over the heads, without a
-        gradient. It says which tokens stay. Without scored it is None."""
+        """The result of forward, and the attention of the class token to each other token, float32
+        ``[B, N - 1]`` (``[B, M]`` with places): the mean over heads, without a gradient. It decides
+        which tokens are kept. Without scored it is None.
+        """
         check_bool(NAME, "scored", scored)
         q, k, v = self._qkv(x, places)
         scores = None
         if scored:
-            # A token that has left has a logit of 0, as a key of zeros gives it.
+            # A dropped token has logit 0, as if its key were zeros.
             keys = F.pad(k, (0, 0, 0, 0, 0, self.num_tokens - k.shape[1]))
             with torch.no_grad():
                 scores = class_scores(q, keys, backend=self.backend)[:, : k.shape[1] - 1]
@@ -171,8 +171,9 @@ class SparsifinerAttention(nn.Module):
 
     def approximate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The estimate ``[B, H, N - 1, N]``, of all patterns and with its gradient, and the
-        attention that it is to match, for every token but the first: what the estimate is trained
-        on (materialised: for training at the papers' lengths)."""
+        attention that it should match, for every token but the first: the inputs of the training
+        loss (materialised: for training at the papers' lengths).
+        """
         q, k, _ = self._qkv(x)
         z = torch.einsum("bihd,bjhd->bhij", q[:, 1:], k) * q.shape[-1] ** -0.5
         return self.mask_predictor(q[:, 1:], k, sparse=False), torch.softmax(z, -1)
@@ -200,7 +201,7 @@ class SparsifinerAttention(nn.Module):
 
 
 class LowRankAttention(nn.Module):
-    """The estimate: q ``[B, M, H, D]`` and k ``[B, N, H, D]`` to ``[B, H, M, N]``."""
+    """Low-rank estimate: q ``[B, M, H, D]`` and k ``[B, N, H, D]`` to ``[B, H, M, N]``."""
 
     def __init__(
         self,
@@ -226,8 +227,9 @@ class LowRankAttention(nn.Module):
         self.basis_threshold = basis_threshold
 
     def forward(self, q: Tensor, k: Tensor, sparse: bool, rows: Tensor | None = None) -> Tensor:
-        """sparse: only patterns above the threshold, and the largest coefficients. rows int32
-        [B, N]: the places of the keys, which are then fewer than the patterns have."""
+        """sparse: use only pattern weights above the threshold, and the largest coefficients. rows
+        int32 [B, N]: positions of the keys, which may be fewer than the positions of the patterns.
+        """
         if rows is None:
             keys = torch.einsum("bjhc,jn->bhcn", self.proj_c_k(k), self.proj_n)
             basis = self.proj_back_n.T  # [n', N]

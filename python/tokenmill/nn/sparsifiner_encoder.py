@@ -1,4 +1,4 @@
-"""The blocks of a vision transformer with Sparsifiner's attention, and fewer tokens in some."""
+"""Vision transformer blocks with Sparsifiner attention, some of which drop tokens."""
 
 from __future__ import annotations
 
@@ -30,53 +30,54 @@ NAME = "nn.SparsifinerEncoder"
 
 class SparsifinerEncoder(nn.Module):
     r"""The blocks of a plain vision transformer with sparse connectivity (each token attends to a
-    share of the others, :class:`SparsifinerAttention`) and with token sparsity (tokens leave in
-    some blocks):
+    fraction of the others, :class:`SparsifinerAttention`) and token sparsity (some blocks drop
+    tokens):
 
     .. math::
        x \leftarrow x + \operatorname{attn}(\operatorname{LN}(x)), \quad
        x \leftarrow \operatorname{top}(x), \quad
        x \leftarrow x + \operatorname{MLP}(\operatorname{LN}(x)).
 
-    After the attention of the i-th of ``layers`` (from 0), the ceil(r^(i + 1) (N - 1)) patches stay
-    to which the class token attends most, of equal ones the first, where r is token_keep_rate. They
-    keep their order. Embeddings, the norm after the blocks and the head are the caller's.
+    After the attention of the i-th of ``layers`` (from 0), the ceil(r^(i + 1) (N - 1)) patches to
+    which the class token attends most are kept in order, ties to the first, where r is
+    token_keep_rate. Embeddings, the final norm and the head are left to the caller.
 
     Args:
         dim: channels C.
-        num_heads: heads, which divide the channels.
-        depth: blocks, 1 to 1000.
-        num_tokens: tokens N, the class token first: patterns belong to places.
-        layers: the blocks, from 0, in which tokens leave, ascending.
-        token_keep_rate: r, above 0 and at most 1; 1: all stay.
-        keep_rate: share of the N tokens that each one attends to; one for all, or one for each
+        num_heads: number of heads, a divisor of the channels.
+        depth: number of blocks, 1 to 1000.
+        num_tokens: number of tokens N, the class token first: patterns belong to positions.
+        layers: indices (from 0) of the blocks that drop tokens, ascending.
+        token_keep_rate: r, above 0 and at most 1; 1: all are kept.
+        keep_rate: fraction of the N tokens that each token attends to; one for all, or one for each
             block.
-        reduce_tokens, reduce_channels, coefficients, basis_threshold: of
+        reduce_tokens, reduce_channels, coefficients, basis_threshold: as in
             :class:`SparsifinerAttention`.
-        mlp_ratio: hidden channels of an MLP for each of its input.
+        mlp_ratio: hidden channels of an MLP divided by its input channels.
         qkv_bias: whether queries, keys and values have a bias.
-        drop_path: chance that a branch of the last block is left out of a picture in training; the
-            chances rise linearly from 0 at the first block.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        drop_path: probability of dropping a branch of the last block per image in training
+            (stochastic depth); probabilities rise linearly from 0 at the first block.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
         x ``[B, N, C]`` to (y ``[B, 1 + M, C]``, source int32 ``[B, M]``): the class token and the
-        patches that are left, and which patch, from 0, each row after the class token is, in
-        ascending order. float16, bfloat16, float32.
+        remaining patches, and the patch, from 0, of each row after the class token, in ascending
+        order. float16, bfloat16, float32.
 
     Weights: blocks.i.norm1, blocks.i.attn (:class:`SparsifinerAttention`), blocks.i.norm2,
-    blocks.i.mlp.fc1 and blocks.i.mlp.fc2, as the published models call them: the entries "blocks."
-    of their checkpoints load strictly; DeiT has all but mask_predictor. Fresh ones are as there:
-    linear layers have normal weights with a deviation of 0.02, and biases of 0.
+    blocks.i.mlp.fc1 and blocks.i.mlp.fc2, with the names of the published models: the entries
+    "blocks." of their checkpoints load strictly; DeiT has all but mask_predictor. Initialisation is
+    as in these models: linear layers have normal weights with standard deviation 0.02, and biases
+    of 0.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: each block costs what the tokens that are left cost.
+    Complexity: each block costs as much as its remaining tokens.
 
     Paper: Sparsifiner (Wei et al. 2023), section 4, sparse attention and token sparsity combined.
     layers and token_keep_rate are the defaults of the released code, whose rate of 1 removes no
-    token; its i-th block removes a token by setting it to 0, which gives the same rows.
+    token; its blocks remove a token by setting it to 0, which gives the same rows.
 
     Example:
         >>> import torch, tokenmill as tm

@@ -1,4 +1,4 @@
-"""The layers of Based: linear attention with a Taylor map, and softmax in a window."""
+"""Layers of Based: linear attention with a Taylor feature map, and sliding-window softmax."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TAYLOR, WINDOW, BLOCK = "nn.TaylorAttention", "nn.WindowAttention", "nn.TaylorWi
 
 
 class TaylorWindowState(NamedTuple):
-    """What :class:`TaylorWindowBlock` knows of the tokens that it has read.
+    """The recurrent state of :class:`TaylorWindowBlock`.
 
     Args:
-        sums: float32 ``[B, H, F, D + 1]``, features of keys times values, and the sum of keys.
+        sums: float32 ``[B, H, F, D + 1]``, key features times values, and the sum of key features.
         k, v: ``[B, M, H, D]``, keys and values of the last M tokens, as many as a window holds.
-        length: int64 ``[B]``, how many tokens there were.
+        length: int64 ``[B]``, number of tokens so far.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -41,21 +41,21 @@ class TaylorWindowState(NamedTuple):
 
 
 class TaylorAttention(nn.Module):
-    r"""Causal linear attention with the map of Based:
+    r"""Causal linear attention with the feature map of Based:
 
     .. math::
        o_t = \frac{\sum_{s \le t} (1 + u_{ts} + u_{ts}^2 / 2)\, v_s}
                   {\sum_{s \le t} (1 + u_{ts} + u_{ts}^2 / 2)}, \qquad
        u_{ts} = q_t \cdot k_s / \sqrt{d}, \qquad y = o W_o,
 
-    with queries and keys of d = feature_dim channels a head.
+    with queries and keys of d = feature_dim channels per head.
 
     Args:
         dim: channels C of the input.
-        num_heads: heads H.
+        num_heads: number of heads H.
         feature_dim: channels d of queries and keys, at most 32.
         head_dim: channels D of values. None: C / H.
-        backend: of :func:`tokenmill.linear_attention`.
+        backend: backend of :func:`tokenmill.linear_attention`.
 
     Shape:
         x ``[B, N, C]`` to the same; float16, bfloat16, float32. With return_state also the sums,
@@ -67,11 +67,11 @@ class TaylorAttention(nn.Module):
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 4 H (d C + D C) + 2 H d^2 D operations for each token, whatever the length.
+    Complexity: 4 H (d C + D C) + 2 H d^2 D operations per token, whatever the length.
 
     Paper: Simple linear attention language models balance the recall-throughput tradeoff (Arora et
     al. 2024), section 4. The released code adds 1e-12 (its Triton form 1e-6) to the denominator,
-    which is at least half of the number of tokens: less than a rounding of float32.
+    which is at least half the number of tokens: below float32 rounding.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -140,15 +140,15 @@ class WindowAttention(nn.Module):
 
     Args:
         dim: channels C of the input.
-        num_heads: heads, which divide the channels.
-        window: tokens before its own that a token sees.
-        rotary_base: base of the angles. None: no positions.
-        backend: of :func:`tokenmill.attention`.
+        num_heads: number of heads, a divisor of the channels.
+        window: number of earlier tokens that a token sees.
+        rotary_base: base of the rotary embedding. None: no positions.
+        backend: backend of :func:`tokenmill.attention`.
 
     Shape:
         x ``[B, N, C]`` to the same; float16, bfloat16, float32. With return_state also (k, v,
         length): keys, rotated, and values ``[B, M, H, D]`` of the last M tokens, at most window of
-        them, and int64 ``[B]``, how many tokens there were; a later call takes them as ``state=``.
+        them, and int64 ``[B]``, the number of tokens so far; a later call takes them as ``state=``.
 
     Weights, with the names of the released models: Wqkv ``[3 C, C]``, rows of all queries, keys and
     values; out_proj ``[C, C]``.
@@ -156,11 +156,11 @@ class WindowAttention(nn.Module):
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 8 C^2 + 4 C (window + 1) operations for each token.
+    Complexity: 8 C^2 + 4 C (window + 1) operations per token.
 
     Paper: Simple linear attention language models balance the recall-throughput tradeoff (Arora et
-    al. 2024), section 4. The released models have ``window_size: 256`` in their configuration, of
-    which half is the reach to the left: 128 tokens and the token itself.
+    al. 2024), section 4. The released models have ``window_size: 256`` in their configuration, half
+    of which is the reach to the left: 128 tokens and the token itself.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -254,9 +254,9 @@ class WindowAttention(nn.Module):
 
 
 class TaylorWindowBlock(nn.Module):
-    r"""Two layers of Based, one after the other: :class:`TaylorAttention`, which recalls from any
-    distance, and :class:`WindowAttention`, which is exact nearby. Each has norms before it and a
-    gated network after it,
+    r"""Two consecutive layers of Based: :class:`TaylorAttention`, which recalls from any distance,
+    and :class:`WindowAttention`, which is exact nearby. Each has norms before it and a gated
+    network after it,
 
     .. math::
        x' = x + \operatorname{mix}(\operatorname{RMSNorm}(x)), \qquad
@@ -265,13 +265,13 @@ class TaylorWindowBlock(nn.Module):
 
     Args:
         dim: channels C of the input.
-        num_heads: heads of both layers, which divide the channels.
-        feature_dim: channels of queries and keys of the first, at most 32.
-        window: tokens before its own that a token sees in the second.
+        num_heads: number of heads of both layers, a divisor of the channels.
+        feature_dim: channels of queries and keys of the first layer, at most 32.
+        window: number of earlier tokens that a token sees in the second layer.
         mlp_dim: channels of the gated network. None: 2 C.
-        rotary_base: of the second layer, see :class:`WindowAttention`.
-        eps: of the norms.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        rotary_base: rotary base of the second layer, see :class:`WindowAttention`.
+        eps: epsilon of the norms.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
         x ``[B, N, C]`` to the same; float16, bfloat16, float32. With return_state also a
@@ -285,8 +285,8 @@ class TaylorWindowBlock(nn.Module):
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: of the two attentions, and 12 C mlp_dim operations for each token. A state has a
-    size of its own, whatever the length.
+    Complexity: the two attention layers, and 12 C mlp_dim operations per token. The size of a state
+    does not depend on the length.
 
     Paper: Simple linear attention language models balance the recall-throughput tradeoff (Arora et
     al. 2024), section 4. A released model of 360 M parameters is 27 layers: 5 such pairs, at 1, 6,
@@ -367,7 +367,7 @@ class _Layer(nn.Module):
 
     @staticmethod
     def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-        y: Tensor = norm(x.to(norm.weight.dtype))  # autocast leaves a norm alone
+        y: Tensor = norm(x.to(norm.weight.dtype))  # autocast does not cast for a norm
         return y
 
 
@@ -391,7 +391,7 @@ def check_tokens(name: str, x: Tensor, layer: nn.Linear) -> None:
 
 
 def check_part(name: str, part: str, t: Tensor, shape: list[int], x: Tensor) -> None:
-    """A part of a state."""
+    """Checks one part of a state."""
     check_tensor(name, "state", t)
     check_device_of(name, "state", t, "x", x)
     if list(t.shape) != shape:

@@ -1,4 +1,4 @@
-"""The neural memory of Titans with its projections, gates and norm."""
+"""The neural memory of Titans with projections, gates and norm."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ NAME = "nn.TitansMemory"
 
 
 class TitansState(NamedTuple):
-    """What :class:`TitansMemory` knows of the tokens that it has read.
+    """The recurrent state of :class:`TitansMemory`.
 
     Args:
-        memory: a tensor ``[B, H, in, out]`` for each matrix of a memory, after the last token.
+        memory: one tensor ``[B, H, in, out]`` per matrix of a memory, after the last token.
         momentum: as memory, the momentum of gradient descent.
-        tail: ``[B, conv_size - 1, 3 H D]``, what the convolution still sees of the last tokens.
+        tail: ``[B, conv_size - 1, 3 H D]``, the last inputs that the convolution still needs.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -51,7 +51,7 @@ class TitansState(NamedTuple):
 
 
 class TitansMemory(nn.Module):
-    r"""A memory of each head that learns while it reads, in place of attention.
+    r"""A per-head memory trained at test time, instead of attention.
 
     .. math::
        q, k, v = \operatorname{silu}(\operatorname{conv}(x W_{qkv})), \qquad
@@ -59,50 +59,50 @@ class TitansMemory(nn.Module):
        y = (\sigma(x W_o) \odot \operatorname{RMSNorm}(M_t(q_t))) W_y,
 
     with q and k of length 1, theta times max_step, and M the memory of
-    :func:`tokenmill.titans_memory`: with depth 1 a matrix and this operator, with more a network of
-    depth matrices with gelu between them, whose gradients of each token torch.func computes. That
-    is slow, and its training keeps every weight of the memory for each token.
+    :func:`tokenmill.titans_memory`: with depth 1 a matrix and this operator; otherwise a network of
+    depth matrices with gelu between them, with per-token gradients from torch.func. The latter is
+    slow, and its training keeps every weight of the memory for each token.
 
     Args:
         dim: channels C of the input.
-        num_heads: heads H, each with a memory of its own.
+        num_heads: number of heads H, each with its own memory.
         head_dim: channels D of a head. None: C / H.
-        depth: matrices of a memory. The paper compares 1 to 4.
+        depth: number of matrices of a memory. The paper compares 1 to 4.
         expansion: hidden channels of a deeper memory, as a multiple of D.
         chunk_size: tokens whose gradients are taken at the same memory.
-        conv_size: tokens that the causal convolution of each channel of queries, keys and values
-            sees; 1 weighs the token alone.
-        max_step: the largest theta. None: 2 / D, a step of 1 for the mean of the squared errors of
-            the channels instead of half of their sum.
-        eps: of the norm, which is over the channels of a head.
-        backend: of :func:`tokenmill.titans_memory` (see :func:`tokenmill.explain`); a memory of
-            several matrices has none.
+        conv_size: width in tokens of the causal depthwise convolution of queries, keys and values;
+            1 only scales the token.
+        max_step: maximum theta. None: 2 / D, which is a step of 1 for the mean of the squared
+            errors over channels instead of half of their sum.
+        eps: epsilon of the norm, which is over the channels of a head.
+        backend: backend of :func:`tokenmill.titans_memory` (see :func:`tokenmill.explain`); not
+            used by a memory of several matrices.
 
     Shape:
         x ``[B, N, C]`` to the same; float16, bfloat16, float32, float64. With return_state also a
-        :class:`TitansState`, which a later call takes as ``state=``: the two are one call with all
-        tokens if the first has a multiple of chunk_size tokens, as a call begins a chunk.
-        :meth:`recall` reads a memory and leaves it as it is.
+        :class:`TitansState`, which a later call takes as ``state=``: the two calls equal one call
+        with all tokens if the first has a multiple of chunk_size tokens, because a call starts a
+        new chunk. :meth:`recall` reads a memory without changing it.
 
-    Weights: qkv_proj ``[3 H D, C]``, rows of all queries, keys and values; conv ``[conv_size,
-    3 H D]``, the last row that of the token itself; gates ``[3 H, C]`` with a bias, rows of alpha,
-    eta and theta; output_gate ``[H D, C]``, norm ``[D]``, out_proj ``[C, H D]``; and memory, the
-    matrices ``[H, in, out]`` that a sequence begins with. They are learned; those of depth 1 begin
-    as 0, deeper ones as normal numbers of variance 1 / in.
+    Weights: qkv_proj ``[3 H D, C]``, rows of all queries, keys and values; conv ``[conv_size, 3 H
+    D]``, the last row for the token itself; gates ``[3 H, C]`` with a bias, rows of alpha, eta and
+    theta; output_gate ``[H D, C]``, norm ``[D]``, out_proj ``[C, H D]``; and memory, the initial
+    matrices ``[H, in, out]`` of a sequence. They are learned; initialised to 0 with depth 1,
+    otherwise from normal distributions of variance 1 / in.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: with depth 1 12 C H D operations and those of :func:`tokenmill.titans_memory` for
-    each token.
+    Complexity: with depth 1, 12 C H D operations per token and the cost of
+    :func:`tokenmill.titans_memory`.
 
     Paper: Titans: Learning to Memorize at Test Time (Behrouz et al. 2025), section 3.1 for the
     memory and 4.4 for silu, the lengths of queries and keys, convolution, norm and gate. The paper
-    does not say what its gates are functions of beside x, how large a step may be, the convolution
-    or the activation of a deep memory. Sigmoids, max_step, gelu and expansion are those of
-    titans-pytorch, the widely used implementation, without its norm and sum around a memory;
-    conv_size is that of the usual linear recurrences. The bias of alpha begins as -4, so that half
-    of the memory is left after 38 tokens, those of eta and theta as 0.
+    does not specify what its gates depend on other than x, the maximum step, the convolution or the
+    activation of a deep memory. Sigmoids, max_step, gelu and expansion follow titans-pytorch, the
+    widely used implementation, without its norm and residual around a memory; conv_size follows
+    common linear recurrences. The bias of alpha is initialised to -4, so that half of the memory is
+    left after 38 tokens, the biases of eta and theta to 0.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -215,9 +215,10 @@ class TitansMemory(nn.Module):
         return y, TitansState(after, moved, seen[:, x.shape[1] :])
 
     def recall(self, x: Tensor, state: TitansState | None = None) -> Tensor:
-        """What the memory holds for tokens x ``[B, N, C]``, which it does not learn: y of the
-        equation above with the memory of the state (None: the one that a sequence begins with) for
-        every token. The convolution sees the tokens of x, not those before them."""
+        """Reads the memory for tokens x ``[B, N, C]`` without learning them: y of the equation
+        above with the memory of the state (None: the initial memory) for every token. The
+        convolution sees only the tokens of x, not earlier ones.
+        """
         self._check(x, state)
         inner = self.num_heads * self.head_dim
         queries = F.linear(x, self.qkv_proj.weight[:inner])
@@ -229,7 +230,7 @@ class TitansMemory(nn.Module):
         return self._gated(_read(q, self._memory(x.shape[0], wide, state)), x)
 
     def _memory(self, batch: int, dtype: torch.dtype, state: TitansState | None) -> list[Tensor]:
-        """The matrices [B, H, in, out] that a call begins with."""
+        """The initial matrices [B, H, in, out] of a call."""
         if state is not None:
             return [w.to(dtype) for w in state.memory]
         return [w.to(dtype).expand(batch, *w.shape) for w in self.memory]
@@ -259,7 +260,7 @@ class TitansMemory(nn.Module):
 
 
 def _check_part(part: str, shapes: list[Any], given: Any, x: Tensor) -> None:
-    """A part of a state has these shapes."""
+    """Checks the shapes of one part of a state."""
     given = given if isinstance(given, tuple) else (given,)
     rule = f"must have {len(shapes)} tensors of {part}"
     check(len(given) == len(shapes), NAME, "state", rule, len(given))
@@ -271,8 +272,7 @@ def _check_part(part: str, shapes: list[Any], given: Any, x: Tensor) -> None:
 
 
 def _convolved(seen: Tensor, weight: Tensor) -> Tensor:
-    """Each channel with its causal filter: seen [B, size - 1 + N, C], weight [size, C] to [B, N,
-    C]."""
+    """Causal depthwise convolution: seen [B, size - 1 + N, C], weight [size, C] to [B, N, C]."""
     size, length = weight.shape[0], seen.shape[1] - weight.shape[0] + 1
     y = weight[0] * seen[:, :length]
     for i in range(1, size):
@@ -281,20 +281,20 @@ def _convolved(seen: Tensor, weight: Tensor) -> Tensor:
 
 
 def _network(memory: Tensor, x: Tensor, shapes: list[torch.Size]) -> Tensor:
-    """x [.., in] through the matrices that lie in memory one after the other."""
+    """Applies the matrices, stored consecutively, to x [.., in]."""
     for i, part in enumerate(memory.split([shape.numel() for shape in shapes])):
         x = (F.gelu(x) if i else x) @ part.view(shapes[i])
     return x
 
 
 def _flat(matrices: list[Tensor]) -> Tensor:
-    """[B, H, in, out] each, to [B H, numbers]."""
+    """Flattens matrices of [B, H, in, out] each to [B H, numbers]."""
     return torch.cat([w.flatten(2) for w in matrices], 2).flatten(0, 1)
 
 
 @Autocast(lower=("q",)).applied
 def _read(q: Tensor, memory: list[Tensor]) -> Tensor:
-    """q [B, N, H, D] through memories [B, H, in, out]."""
+    """Reads memories [B, H, in, out] with q [B, N, H, D]."""
     wide = q.to(memory[0].dtype).transpose(1, 2)
     if len(memory) == 1:
         return (wide @ memory[0]).transpose(1, 2).to(q.dtype)
@@ -311,8 +311,9 @@ def _deep_memory(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, eta: Tensor, theta: Tensor,
     first: list[Tensor], begun: list[Tensor], chunk: int,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
-    """titans_memory of memories that are networks, which begin with the matrices of first, [B, H,
-    in, out] each, and their momentum: out, memory and momentum."""
+    """titans_memory of memories that are networks, initialised with the matrices first, [B, H, in,
+    out] each, and their momentum; returns out, memory and momentum.
+    """
     if q.numel() == 0:
         return torch.zeros_like(v), tuple(first), tuple(begun)
     shapes = [w.shape[2:] for w in first]

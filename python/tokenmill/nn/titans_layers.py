@@ -1,4 +1,4 @@
-"""The three ways in which Titans joins attention and a neural memory."""
+"""The three Titans architectures that combine attention and a neural memory."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .titans import TitansMemory, TitansState
 
 
 class TitansLayerState(NamedTuple):
-    """What :class:`TitansMAG` and :class:`TitansMAL` know of the tokens that they have read.
+    """The recurrent state of :class:`TitansMAG` and :class:`TitansMAL`.
 
     Args:
-        memory: that of their memory.
+        memory: state of their memory.
         k, v: ``[B, M, H, D]``, keys and values of the last M tokens, at most window - 1 of them.
 
     Example:
@@ -109,18 +109,18 @@ class _Layer(nn.Module):
         return y
 
     def _after_persistent(self, x: Tensor) -> Tensor:
-        """x [B, N, C] with the persistent tokens before it."""
+        """x [B, N, C] with the persistent tokens prepended."""
         first = self.persistent.to(x.dtype).expand(x.shape[0], *self.persistent.shape)
         return torch.cat([first, x], 1)
 
     def _gated(self, y: Tensor, m: Tensor) -> Tensor:
-        """norm(y) * sigmoid(norm(m)), each with its learned vector."""
-        dtype = self.norm.weight.dtype  # autocast leaves a norm alone
+        """norm(y) * sigmoid(norm(m)), each norm with its learned vector."""
+        dtype = self.norm.weight.dtype  # autocast does not cast for a norm
         gate = torch.sigmoid(self.gate_norm(m.to(dtype)))
         return (self.norm(y.to(dtype)) * gate).to(y.dtype)
 
     def _kept(self, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
-        """The keys and values that a next token sees."""
+        """Keys and values still visible to the next token."""
         first = max(k.shape[1] - (window - 1), 0)
         return k[:, first:], v[:, first:]
 
@@ -130,8 +130,8 @@ class _Layer(nn.Module):
 
 
 class TitansMAC(_Layer):
-    r"""Memory as context: attention in a segment sees what the memory holds for the segment, and
-    the memory learns what attention gives.
+    r"""Memory as context: attention within a segment sees what is recalled for the segment, and the
+    memory learns the results of attention.
 
     For segment t, with persistent tokens P and the memory M,
 
@@ -139,28 +139,28 @@ class TitansMAC(_Layer):
        h_t = M^*_{t-1}(S_t), \qquad y_t = \operatorname{Attn}([P, h_t, S_t]), \qquad
        M_t = M_{t-1}(y_t), \qquad o_t = y_t \otimes M^*_t(y_t)
 
-    where M* reads and does not learn, y_t are the results for the tokens of the segment, and
+    where M* reads without learning, y_t are the results for the tokens of the segment, and
     :math:`a \otimes b = \operatorname{RMSNorm}(a) \odot \sigma(\operatorname{RMSNorm}(b))`.
 
     Args:
         dim: channels C of the input.
-        num_heads: heads H of the attention.
+        num_heads: number of heads H of the attention.
         head_dim: channels D of a head. None: C / H.
-        segment: tokens of a segment. The last one may be shorter.
-        persistent: tokens P that every segment sees, which are learned.
-        retrieved: what a token sees of h_t, which has a token for each one of the segment: "past"
-            (those of tokens up to itself) or "segment" (all, as the paper draws it: a token then
-            depends on later ones of its segment).
-        memory: a :class:`TitansMemory` of C channels; its chunk_size cuts each segment. None: one
-            with a matrix for each head, of the same num_heads and head_dim.
-        eps: of the two norms.
-        backend: of the attention and of a memory that the layer makes.
+        segment: tokens per segment. The last segment may be shorter.
+        persistent: number of learned tokens P that every segment sees.
+        retrieved: the part of h_t, which has one token per token of the segment, that a token sees:
+            "past" (up to its own position) or "segment" (all, as in the figure of the paper: a
+            token then depends on later tokens of its segment).
+        memory: a :class:`TitansMemory` of C channels; its chunk_size cuts each segment. None: a
+            memory with one matrix per head, of the same num_heads and head_dim.
+        eps: epsilon of the two norms.
+        backend: backend of the attention, and of a memory created by the layer.
 
     Shape:
         x ``[B, N, C]`` to the same; float16, bfloat16, float32. With return_state also a
-        :class:`TitansState`, which a later call takes as ``state=``: the two are one call with all
-        tokens if the first has whole segments. To generate, keep the state of the last whole
-        segment and call with the tokens of the open one.
+        :class:`TitansState`, which a later call takes as ``state=``: the two calls equal one call
+        with all tokens if the first has whole segments. To generate, keep the state of the last
+        whole segment and call with the tokens of the open segment.
 
     Weights: persistent ``[P, C]``, qkv_proj ``[3 H D, C]``, out_proj ``[C, H D]``, norm and
     gate_norm ``[C]``, memory.
@@ -169,14 +169,15 @@ class TitansMAC(_Layer):
         RuntimeError: naming argument, rule and value.
 
     Complexity: attention of N / segment segments to P + 2 segment keys, and a memory that reads N
-    tokens twice; segments are computed one after the other.
+    tokens twice; segments are processed sequentially.
 
     Paper: Titans: Learning to Memorize at Test Time (Behrouz et al. 2025), section 4.1, equations
-    21 to 25, and section 4.2 for the product. Two things are read here so that no token depends on
-    a later one: "past" above, and :math:`M^*_t(y_t)`, which reads for each token after that token
-    was learned, not after the segment. Positions of the attention are the caller's: the paper names
-    none. No code of the authors is released; titans-pytorch, the widely used implementation, has
-    learned tokens in place of h_t and adds what the memory reads to the stream of the layer.
+    21 to 25, and section 4.2 for the product. Two choices ensure that no token depends on a later
+    one: "past" above, and :math:`M^*_t(y_t)`, which is read for each token after this token was
+    learned, not after the segment. Positional embedding of the attention is left to the caller: the
+    paper specifies none. No code of the authors is released; titans-pytorch, the widely used
+    implementation, has learned tokens instead of h_t and adds the memory's output to the residual
+    stream.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -236,7 +237,7 @@ class TitansMAC(_Layer):
         return out, state
 
     def _read(self, part: Tensor, recalled: Tensor) -> Tensor:
-        """Attention of a segment's tokens to persistent tokens, recalled ones and themselves."""
+        """Attention of a segment's tokens to persistent tokens, recalled tokens and the segment."""
         tokens, first = part.shape[1], self.persistent.shape[0]
         seen = self._after_persistent(torch.cat([recalled, part], 1))
         q, k, v = self._heads(seen)
@@ -250,7 +251,7 @@ class TitansMAC(_Layer):
 
 
 class TitansMAG(_Layer):
-    r"""Memory as gate: attention in a window and a memory, side by side.
+    r"""Memory as gate: sliding-window attention and a memory in parallel.
 
     .. math::
        y = \operatorname{SW-Attn}^*([P, x]), \qquad o = y \otimes M([P, x])
@@ -259,14 +260,14 @@ class TitansMAG(_Layer):
     :math:`a \otimes b = \operatorname{RMSNorm}(a) \odot \sigma(\operatorname{RMSNorm}(b))`.
 
     Args:
-        dim, num_heads, head_dim, persistent, memory, eps, backend: as :class:`TitansMAC` has them.
-        window: tokens that a token sees, itself included.
+        dim, num_heads, head_dim, persistent, memory, eps, backend: as in :class:`TitansMAC`.
+        window: number of tokens that a token sees, including itself.
 
     Shape:
         x ``[B, N, C]`` to the same; float16, bfloat16, float32. With return_state also a
-        :class:`TitansLayerState`, which a later call takes as ``state=``: the two are one call with
-        all tokens if the first ends a chunk of the memory, which reads P + N tokens. With a memory
-        of chunk_size 1 every token does.
+        :class:`TitansLayerState`, which a later call takes as ``state=``: the two calls equal one
+        call with all tokens if the first ends a chunk of the memory, which reads P + N tokens. With
+        chunk_size 1 every call does.
 
     Weights: as :class:`TitansMAC`.
 
@@ -277,7 +278,7 @@ class TitansMAG(_Layer):
 
     Paper: Titans: Learning to Memorize at Test Time (Behrouz et al. 2025), section 4.2, equations
     26 to 28. The nonlinearity of the product is a sigmoid of the memory's side, as titans-pytorch
-    gates what attention gives.
+    gates the output of attention.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -344,15 +345,15 @@ class TitansMAG(_Layer):
 
 
 class TitansMAL(_Layer):
-    r"""Memory as layer: a memory, and attention in a window to what it gives.
+    r"""Memory as layer: a memory, then sliding-window attention over its output.
 
     .. math::
        y = M([P, x]), \qquad o = \operatorname{SW-Attn}(y)
 
     Args:
-        dim, num_heads, head_dim, persistent, memory, backend: as :class:`TitansMAC` has them.
-        window: tokens that a token sees, itself included. What the memory gives for the
-            persistent tokens P lies before the first token.
+        dim, num_heads, head_dim, persistent, memory, backend: as in :class:`TitansMAC`.
+        window: number of tokens that a token sees, including itself. The memory's output for the
+            persistent tokens P precedes the first token.
 
     Shape:
         as :class:`TitansMAG`, state included.
@@ -427,6 +428,6 @@ def _window(name: str, window: int) -> int:
 
 
 def _joined(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Keys and values, one after the other along the tokens."""
+    """Concatenates keys and values along the tokens."""
     k, v = (torch.cat([a.to(b.dtype), b], 1) for a, b in zip(before, after, strict=True))
     return k, v

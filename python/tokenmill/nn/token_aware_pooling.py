@@ -24,32 +24,32 @@ POOLING, LOSS = "nn.TokenAwarePooling", "nn.AttentionDiversificationLoss"
 
 
 class TokenAwarePooling(nn.Module):
-    r"""Mixes each token of a map with neighbourhoods of several sizes, weighted token by token, in
-    front of an attention layer, so that attention does not hang on a few tokens:
+    r"""Mixes each token of a map with neighbourhoods of several sizes, with per-token weights,
+    before an attention layer, so that attention does not depend on a few tokens:
 
     .. math::
        m = \operatorname{softmax}\big(\operatorname{Conv}(\operatorname{BN}(\operatorname{Conv}(x)))
            / \tau\big), \qquad
        y = m_0\, x + \sum_{k=1}^{K-1} m_k\, \operatorname{avg}_{3 \times 3}^{(k)}(x),
 
-    with the mean of a 3x3 window whose cells are k apart. Cells beyond the edge count as zeros.
+    with the mean over a 3x3 window with dilation k. Cells beyond the edge count as zeros.
 
     Args:
         dim: channels C.
         num_scales: K, the identity and K - 1 dilations.
         temperature: :math:`\tau`.
-        backend: of the operator (see :func:`tokenmill.explain`).
+        backend: backend of the operator (see :func:`tokenmill.explain`).
 
     Shape:
         x ``[B, Y, X, C]`` to ``[B, Y, X, C]``; float16, bfloat16, float32.
 
     Weights: proj.0 ``[K, C, 3, 3]``, proj.1 (batch norm of K channels) and proj.2 ``[K, K, 3, 3]``,
-    as in the dilation predictor of the published blocks, whose state dict loads as it is.
+    as in the dilation predictor of the published blocks, whose state dict loads unchanged.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 18 C K operations for each token for the weights, and K - 1 passes of
+    Complexity: 18 C K operations per token for the weights, and K - 1 passes of
     :func:`tokenmill.local_pool`.
 
     Paper: Robustifying Token Attention (Guo et al. 2023), section 3; 4 scales.
@@ -104,25 +104,25 @@ class TokenAwarePooling(nn.Module):
 
 
 class AttentionDiversificationLoss(nn.Module):
-    r"""How alike the rows of attention are: the mean cosine of each row and the mean row.
+    r"""Similarity of the rows of attention: the mean cosine between each row and the mean row.
 
     Rows are means over the heads. Weights of at most threshold / N count as 0, in the rows and in
     the mean row, and the result is the mean over rows, sequences and layers.
 
     Args:
-        threshold: in units of 1 / N, the weight of a row that attends to all alike.
+        threshold: in units of 1 / N, the weight in a uniform row.
 
     Shape:
-        maps, one for each layer, ``[B, N, N]``, mean weights of the heads, as :meth:`mean_map`
-        makes them from queries and keys; to a number.
+        maps, one per layer, ``[B, N, N]``, weights averaged over heads, as computed by
+        :meth:`mean_map` from queries and keys; to a scalar.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
     Complexity: reads each map three times.
 
-    Paper: Robustifying Token Attention (Guo et al. 2023), section 3: threshold 2, added to the
-    loss of the task with factor 1.
+    Paper: Robustifying Token Attention (Guo et al. 2023), section 3: threshold 2, added to the task
+    loss with factor 1.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -154,8 +154,8 @@ class AttentionDiversificationLoss(nn.Module):
     @staticmethod
     def mean_map(q: Tensor, k: Tensor, *, scale: float | None = None, tile: int = 128) -> Tensor:
         """The mean over the heads of softmax(scale q k^T), ``[B, N, N]``, of q and k ``[B, N, H,
-        D]``. Rows are formed `tile` at a time, and again in the backward, so that the weights of
-        the heads are never in memory together. scale None: 1 / sqrt(D)."""
+        D]``. Rows are computed `tile` at a time, and recomputed in the backward, so that the
+        weights of all heads are never in memory together. scale None: 1 / sqrt(D)."""
         for name, t in (("q", q), ("k", k)):
             check_tensor(LOSS, name, t)
             check(t.dim() == 4, LOSS, name, "must have 4 dimensions [B, N, H, D]", t.dim())

@@ -22,34 +22,35 @@ NAME = "nn.TokenMerging"
 
 
 class TokenMerging(nn.Module):
-    r"""A step of ToMe, between the attention of a block and its feed-forward network: the r tokens
-    most similar to a token of the other half are merged into it.
+    r"""A merging step of ToMe, between the attention and the MLP of a block: the r tokens most
+    similar to a token of the other half are merged into it.
 
-    Rows are means over the tokens that they stand for, whose number is their size. So that they
-    count as often in attention, log(size) is added to the logits of a key
+    Rows are means over the tokens that they represent; their number is the size of a row. To weight
+    merged rows proportionally in attention, log(size) is added to the logits of a key
     (:meth:`attention_bias`).
 
     Args:
-        r: tokens to merge in this block; at most half of those that are not protected are.
+        r: number of tokens to merge in this block; at most half of the unprotected tokens are
+            merged.
         class_token: token 0 is not merged.
         distill_token: nothing is merged into token 1.
-        threshold: pairs whose cosine is smaller are not merged; sequences then differ in the rows
-            that they use, and those that they do not use have size 0.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        threshold: pairs with a smaller cosine are not merged; sequences then use different numbers
+            of rows, and unused rows have size 0.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
-        x ``[B, N, C]``; metric ``[B, N, D]``, or keys ``[B, N, H, D]``, whose mean over the heads
-        is taken; size float32 ``[B, N]`` (None: 1); source int32 ``[B, N0]`` (None: of the N tokens
-        here) to (x ``[B, N - r, C]``, size ``[B, N - r]``, source ``[B, N0]``), where source is the
-        row in which each of the original tokens is. The class token stays row 0, the distillation
-        token row 1. Gradients go through x; the choice has none.
+        x ``[B, N, C]``; metric ``[B, N, D]``, or keys ``[B, N, H, D]``, averaged over heads; size
+        float32 ``[B, N]`` (None: 1); source int32 ``[B, N0]`` (None: the N tokens of x) to (x ``[B,
+        N - r, C]``, size ``[B, N - r]``, source ``[B, N0]``), where source is the row of each
+        original token. The class token stays row 0, the distillation token row 1. Gradients flow
+        through x; the choice has none.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 2 (N / 2)^2 D operations for a sequence; reads x once.
+    Complexity: 2 (N / 2)^2 D operations per sequence; reads x once.
 
-    Paper: ToMe (Bolya et al. 2023), section 3. Its image models merge 8 to 23 tokens a block.
+    Paper: ToMe (Bolya et al. 2023), section 3. Its image models merge 8 to 23 tokens per block.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -104,7 +105,7 @@ class TokenMerging(nn.Module):
             backend=self.backend,
         )  # fmt: skip
         if self.distill_token and x.shape[1] > 1:
-            at = assign[:, 1:2]  # the first destination: behind the sources that are left
+            at = assign[:, 1:2]  # the first destination, after the remaining sources
             assign = torch.where(assign == at, 1, assign + ((assign >= 1) & (assign < at)))
         y, size = merge_tokens(x, assign, rows, weight=size, backend=self.backend)
         return y, size, assign.gather(1, source.long())
@@ -132,11 +133,11 @@ class TokenMerging(nn.Module):
 
     @staticmethod
     def attention_bias(size: Tensor) -> Tensor:
-        """The bias ``[B, 1, 1, N]`` of :func:`tokenmill.attention`: log(size), -inf of none."""
+        """The bias ``[B, 1, 1, N]`` for :func:`tokenmill.attention`: log(size), -inf for size 0."""
         return size.log()[:, None, None]
 
     def unmerge(self, y: Tensor, source: Tensor) -> Tensor:
-        """``[B, N0, C]``: each original token as a copy of the row that it is in."""
+        """``[B, N0, C]``: a copy of its row for each original token."""
         return unmerge_tokens(y, source, backend=self.backend)
 
     def extra_repr(self) -> str:

@@ -18,12 +18,12 @@ MAX_HEAD_DIM = 256
 
 
 class TransNormerState(NamedTuple):
-    """What :class:`TransNormerAttention` knows of the tokens that it has read.
+    """The recurrent state of :class:`TransNormerAttention`.
 
     Args:
         kv: float32 ``[B, H, F, D]``, decayed sums of outer products of keys and values; F = D, or 2
             D with lrpe.
-        length: int64 ``[B]``, how many tokens those were.
+        length: int64 ``[B]``, number of tokens so far.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -47,20 +47,20 @@ class TransNormerAttention(Slopes):
        y = (u \odot \operatorname{SRMSNorm}(o)) W_o
 
     with SRMSNorm(o) = o / rms(o) over the channels of all heads and no weights. With lrpe
-    :math:`\rho_t(x) = [x \cos t\theta, x \sin t\theta]`, so that a product of channel d is
-    weighted by :math:`\cos(\theta_d (t - s))`; without it :math:`\rho` is the identity.
+    :math:`\rho_t(x) = [x \cos t\theta, x \sin t\theta]`, so that the product of channel d is
+    multiplied by :math:`\cos(\theta_d (t - s))`; without it :math:`\rho` is the identity.
 
     Args:
         dim: channels C of the input.
-        num_heads: heads H, which divide the channels.
-        layer, num_layers: number of this layer from 0 and of all layers, which the slopes
-            :math:`\lambda` depend on (see :func:`tokenmill.lightning_slopes`).
-        lrpe: whether the layer has positions. None: the first layer has, as in the paper. The
+        num_heads: number of heads H, a divisor of the channels.
+        layer, num_layers: index of this layer from 0 and number of layers, which determine the
+            slopes :math:`\lambda` (see :func:`tokenmill.lightning_slopes`).
+        lrpe: whether the layer has positions. None: only the first layer, as in the paper. The
             state of such a layer is twice as large.
-        convention: of the slopes. "minimax" is the rule of the released models of TransNormerLLM,
-            too; "paper" the formula of the text.
-        eps: of the norm.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        convention: convention of the slopes. "minimax" is also the rule of the released
+            TransNormerLLM models; "paper" is the formula of the text.
+        eps: epsilon of the norm.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
         x ``[B, N, C]`` to the same; float16, bfloat16, float32. With return_state also a
@@ -73,11 +73,11 @@ class TransNormerAttention(Slopes):
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 10 C^2 + 4 C F operations for each token, whatever the length; a state has 4 C F
-    bytes; F = D, or 2 D with lrpe.
+    Complexity: 10 C^2 + 4 C F operations per token, whatever the length; a state has 4 C F bytes; F
+    = D, or 2 D with lrpe.
 
     Paper: TransNormerLLM (Qin et al. 2023), section 3.1, and Various Lengths, Constant Speed (Qin
-    et al. 2024), section 4. The released code of both is what the layer follows.
+    et al. 2024), section 4. The layer follows the released code of both.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -187,8 +187,8 @@ class TransNormerLayer(nn.Module):
     Args:
         dim, num_heads, layer, num_layers, lrpe, convention, eps, backend: see
             :class:`TransNormerAttention`.
-        glu_dim: channels between W_1, W_2 and W_3. None: 2 C. The released models have 2816 for
-            1024 channels.
+        glu_dim: hidden channels of the gated unit. None: 2 C. The released models use 2816 for 1024
+            channels.
 
     Shape:
         x ``[B, N, C]`` to the same; float16, bfloat16, float32. With return_state also a
@@ -196,16 +196,16 @@ class TransNormerLayer(nn.Module):
         tokens alike.
 
     Weights, with the names of the released models: token_mixer, a :class:`TransNormerAttention`;
-    channel_mixer.l1 and .l2 ``[glu_dim, C]``, channel_mixer.l3 ``[C, glu_dim]``. The norms have
-    none.
+    channel_mixer.l1 and .l2 ``[glu_dim, C]``, channel_mixer.l3 ``[C, glu_dim]``. The norms have no
+    weights.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: as :class:`TransNormerAttention`, and 6 C glu_dim operations for each token.
+    Complexity: as :class:`TransNormerAttention`, and 6 C glu_dim operations per token.
 
     Paper: TransNormerLLM (Qin et al. 2023), section 3.1; Various Lengths, Constant Speed (Qin et
-    al. 2024), section 4. Their released code is what this layer follows.
+    al. 2024), section 4. The layer follows their released code.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -282,7 +282,8 @@ class Lrpe(nn.Module):
         self.theta = nn.Parameter(theta.view(num_heads, 1, head_dim))
 
     def forward(self, x: Tensor, at: Tensor) -> Tensor:
-        # Angles reach the length of a sequence: their rounding in 16 bits would be whole turns.
+        # Angles grow with the sequence length: in 16 bits their rounding error would be whole
+        # turns.
         theta = self.theta[:, 0].to(torch.promote_types(x.dtype, torch.float32))
         angles = at[:, :, None, None] * theta
         turned = torch.cat([x * angles.cos(), x * angles.sin()], -1)

@@ -1,4 +1,4 @@
-"""Words from characters by an encoder within each word."""
+"""Word representations from characters, by an encoder within each word."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ NAME = "nn.WordPooling"
 
 
 class WordPooling(nn.Module):
-    r"""Pools the characters of each word into a few rows, which a language model of words reads.
+    r"""Pools the characters of each word into a few rows, the input of a word-level language model.
 
-    `prefix` trained rows stand in front of the characters of each word, positions count from the
-    first of them, and an encoder attends within each word; what it makes of the prefix rows is the
-    word. Words are packed: word w is rows ``offsets[w]`` to ``offsets[w + 1] - 1`` of x, and no
+    `prefix` trained rows precede the characters of each word, positions count from the first of
+    these rows, and an encoder attends within each word; its output for the prefix rows represents
+    the word. Words are packed: word w is rows ``offsets[w]`` to ``offsets[w + 1] - 1`` of x, and no
     padding is computed.
 
     Args:
         dim: channels C.
-        num_heads: heads of the encoder, which divide the channels.
-        num_layers: layers of the encoder.
-        prefix: rows p of a word.
-        max_length: characters of a word that are read; the others are left out.
+        num_heads: number of heads of the encoder, a divisor of the channels.
+        num_layers: number of layers of the encoder.
+        prefix: number of rows p per word.
+        max_length: maximum number of characters read per word; later ones are dropped.
         dim_feedforward: width of the feed-forward networks of the encoder.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Shape:
-        x ``[T, C]``, embedded characters, and offsets int32 ``[W + 1]`` to ``[W, prefix, C]``. An
-        empty word is what its prefix rows make of each other; float16, bfloat16, float32.
+        x ``[T, C]``, embedded characters, and offsets int32 ``[W + 1]`` to ``[W, prefix, C]``. For
+        an empty word the encoder runs on its prefix rows only; float16, bfloat16, float32.
 
-    Weights: prefix_rows ``[p, C]``, positions ``[p + max_length, C]``, and layers, named as those
-    of torch.nn.TransformerEncoder (norms after the residuals, ReLU), whose state dict they take.
+    Weights: prefix_rows ``[p, C]``, positions ``[p + max_length, C]``, and layers, named as in
+    torch.nn.TransformerEncoder (norms after the residuals, ReLU), whose state dict they load.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: num_layers (8 C^2 + 4 C F) operations for each character and prefix row, with F =
-    dim_feedforward, and 4 C n^2 for each word of n rows.
+    Complexity: num_layers (8 C^2 + 4 C F) operations per character and prefix row, with F =
+    dim_feedforward, and 4 C n^2 per word of n rows.
 
     Paper: Learn Your Tokens (Thawani et al. 2023), section 2; 4 prefix rows, 12 characters, 2
     layers of 4 heads over 768 channels. There is no dropout. The published code pads words to 12
@@ -93,7 +93,7 @@ class WordPooling(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         rows, _, ends = self._rows(x, offsets)
-        # No sequence is longer than a word, those that the rows behind the last word make included.
+        # No sequence is longer than a word, including the one formed by rows after the last word.
         most, total = self.prefix + self.max_length, rows.shape[0]
         behind = torch.arange(1, -(-total // most) + 1, device=x.device) * most
         behind = (ends[-1] + behind).clamp(max=total)
@@ -104,18 +104,20 @@ class WordPooling(nn.Module):
         return self.pool(rows, ends)
 
     def decoder_input(self, x: Tensor, offsets: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows that the characters are decoded from, by causal attention within words, and
-        where words end: ``[T + W prefix, C]`` and int32 ``[W + 1]``. The prefix rows of word w + 1
-        are what the language model made of word w, ``words[w]`` ``[prefix, C]``; positions are
-        added once more, as published. The first word keeps its own. Rows behind the last word mean
-        nothing."""
+        """The rows from which characters are decoded, by causal attention within words, and the
+        offsets of words: ``[T + W prefix, C]`` and int32 ``[W + 1]``. The prefix rows of word w + 1
+        are the language model's output for word w, ``words[w]`` ``[prefix, C]``; positions are
+        added again, as published. The first word keeps its prefix rows. Rows after the last word
+        are undefined.
+        """
         rows, places, ends = self._rows(x, offsets)
         rows = self.pool.insert(rows, ends, words)
         return rows + gather_tokens(self.positions, places, backend=self.backend), ends
 
     def _rows(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Prefix rows and characters with positions ``[T + W p, C]``, their places in words (-1
-        behind the last word), and where words end."""
+        """Prefix rows and characters with positions ``[T + W p, C]``, their positions in words (-1
+        after the last word), and the offsets of words.
+        """
         check_words(NAME, x, offsets)
         check_input(NAME, "x", x, self.positions)
         channels = self.positions.shape[1]
@@ -129,7 +131,7 @@ class WordPooling(nn.Module):
         word = word.clamp(max=max(lengths.shape[0] - 1, 0))
         starts = torch.stack([ends, offsets])[:, word]
         places = row - starts[0]
-        # Characters stand behind the prefix rows in what is gathered, as they do in words.
+        # In the gathered rows, as in words, characters follow the prefix rows.
         sources = torch.where(places < self.prefix, places, places + starts[1])
         places, sources = (torch.where(there, t, -1) for t in (places, sources))
         rows = gather_tokens(torch.cat([self.prefix_rows.to(x.dtype), x]), sources,
