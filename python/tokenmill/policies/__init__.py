@@ -1,25 +1,25 @@
 """KV selection methods behind one interface, each a short composition of operators.
 
 A policy is one layer's attention: `prefill` reads prompts, whole or in chunks (with full attention,
-but where the method has more to say), and `step` attends for the new tokens of each request, one or
-several, to the keys that the method chooses. All take grouped query heads, requests of different
-lengths, padding on either side, caches dense or in pages, and any backend.
+unless the method changes it), and `step` lets the new tokens of each request, one or several,
+attend to the keys that the method selects. All support GQA, requests of different lengths, padding
+on either side, dense or paged caches, and any backend.
 
 ==========================  ==================================================  ======
 policy                      keys attended to                                    cache
 ==========================  ==================================================  ======
 :class:`FullAttention`      all
-:class:`TokenSelect`        those that the heads vote for, sink, recent
-:class:`TidalDecode`        those that an earlier layer selected
+:class:`TokenSelect`        tokens with the most votes, sink, recent
+:class:`TidalDecode`        tokens selected by an earlier layer
 :class:`Quest`              pages with the largest bounds
-:class:`HiP`                blocks that a tree search finds, sink, recent
-:class:`Indexer`            those that an indexer of the model scores highest
-:class:`RecycledAttention`  those of the last full step, new ones
-:class:`RefreshKV`          keys of the last full step, which new ones replace
+:class:`HiP`                blocks found by a tree search, sink, recent
+:class:`Indexer`            tokens scored highest by the model's indexer
+:class:`RecycledAttention`  keys of the last full step, new tokens
+:class:`RefreshKV`          keys of the last full step, replaced by new tokens
 :class:`StreamingLLM`       sink, recent                                        evicts
-:class:`H2O`                those with the most attention so far, recent        evicts
+:class:`H2O`                tokens with the most attention, recent              evicts
 :class:`Keyformer`          the same, with noise                                evicts
-:class:`SnapKV`             those that the prompt's end attends to, later ones  evicts
+:class:`SnapKV`             prompt keys chosen by its end, later tokens         evicts
 :class:`RazorAttention`     all in retrieval heads; sink, recent, a mean        evicts
 ==========================  ==================================================  ======
 

@@ -25,21 +25,21 @@ from ..select.kv_cache_append import kv_cache_append
 from ..select.kv_cache_compact import kv_cache_compact
 
 NAME = "policies.KVCache"
-Back = int | Sequence[int] | Tensor  # tokens to take back, of each request
+Back = int | Sequence[int] | Tensor  # number of tokens to take back, per request
 
 
 class KVCache:
-    r"""The KV cache of one layer for some requests, dense or paged.
+    r"""The KV cache of one layer for a batch of requests, dense or paged.
 
-    Lengths live on the device; the longest that any may be is known on the host, so that nothing
-    here waits for the device.
+    Lengths live on the device; an upper bound on them is known on the host, so that nothing here
+    synchronises with the device.
 
     Args:
         k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, or with block_table pages ``[P, page size,
-            Hk, ...]`` that no two requests share. Written in place, so that no two elements may
-            share memory; of one floating-point dtype. No gradient goes through them.
-        block_table: int32 ``[B, pages]``, the pages of each request in order. Those that tokens are
-            written to must be there; on a GPU that is not checked (but with TOKENMILL_CHECK=1).
+            Hk, ...]`` that no two requests share. Written in place, so no two elements may share
+            memory; of the same floating-point dtype. No gradient flows through them.
+        block_table: int32 ``[B, pages]``, the pages of each request in order. Pages that tokens are
+            written to must exist; a GPU only checks this with TOKENMILL_CHECK=1.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -76,7 +76,7 @@ class KVCache:
 
     @classmethod
     def like(cls, k: Tensor, v: Tensor, capacity: int) -> KVCache:
-        """An empty dense cache of that capacity for keys and values like k and v."""
+        """An empty dense cache of the given capacity for keys and values like k and v."""
         return cls(*(t.new_empty(t.shape[0], capacity, *t.shape[2:]) for t in (k, v)))
 
     @property
@@ -85,16 +85,18 @@ class KVCache:
 
     @property
     def key_bytes(self) -> int:
-        """Bytes of the key of one token, all heads."""
+        """Bytes of the key of one token, over all heads."""
         return self.k.shape[2] * self.k.shape[3] * self.k.element_size()
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of the key and value of one token, all heads."""
+        """Bytes of the key and value of one token, over all heads."""
         return self.key_bytes + self.v.shape[2] * self.v.shape[3] * self.v.element_size()
 
     def fill(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
-        """Holds the first lengths[b] tokens of k ``[B, S, Hk, D]`` and v; None: all."""
+        """Fills the cache with the first lengths[b] tokens of k ``[B, S, Hk, D]`` and v; None:
+        all.
+        """
         self._check_tokens(k, v)
         tokens = k.shape[1]
         own = self.count(tokens, lengths)
@@ -108,32 +110,35 @@ class KVCache:
         self._write(*self._slots(at.expand_as(there)), k, v, there)
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Adds a token to each request: k ``[B, 1, Hk, D]``, v ``[B, 1, Hk, Dv]``."""
+        """Appends a token to each request: k ``[B, 1, Hk, D]``, v ``[B, 1, Hk, Dv]``."""
         self._check_tokens(k, v)
         check(k.shape[1] == 1, NAME, "k", "must have 1 token", k.shape[1])
         self.extend(k, v)
 
     def extend(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
-        """Adds the first lengths[b] tokens of k ``[B, n, Hk, D]`` and v to each request; None: all.
-        `longest` grows by n."""
+        """Appends the first lengths[b] tokens of k ``[B, n, Hk, D]`` and v to each request; None:
+        all. `longest` grows by n."""
         self.check_room(k, v)
         added = self.count(k.shape[1], lengths)
         there = None
-        if lengths is not None and self.block_table is not None:  # dense: what lies beyond means
-            there = torch.arange(k.shape[1], device=k.device) < added[:, None]  # nothing
+        # dense: rows past the length are free
+        if lengths is not None and self.block_table is not None:
+            there = torch.arange(k.shape[1], device=k.device) < added[:, None]
         self._write(*self._slots(self._last(0, k.shape[1])), k, v, there)
         self.lengths = self.lengths + added
         self.longest += k.shape[1]
 
     def check_room(self, k: Tensor, v: Tensor) -> None:
-        """Raises unless k ``[B, n, Hk, D]`` and v are tokens that can be added."""
+        """Raises unless k ``[B, n, Hk, D]`` and v can be appended."""
         self._check_tokens(k, v)
         longest = self.longest + k.shape[1]
         check(longest <= self.capacity, NAME, "k", f"must fit into {self.capacity}", longest)
 
     def rewind(self, tokens: Back) -> None:
-        """Takes back the last tokens of each request: a number, one for each request, or int32
-        ``[B]``. Of a tensor on a GPU the host does not learn how many: `longest` stays."""
+        """Removes the last tokens of each request: a number, a sequence with one number per
+        request, or int32 ``[B]``. With a tensor on a GPU the host does not learn the numbers:
+        `longest` is unchanged.
+        """
         batch = self.lengths.shape[0]
         least = 0
         if isinstance(tokens, Tensor):
@@ -153,7 +158,7 @@ class KVCache:
             self.longest = max(self.lengths.tolist(), default=0)
 
     def grow(self, slots: int) -> None:
-        """Makes room for so many tokens of each request in a dense cache: its k and v are new."""
+        """Grows a dense cache to a capacity in tokens per request: k and v are reallocated."""
         rule = "cannot grow in pages: give the block table more columns"
         check(self.block_table is None, NAME, "slots", rule, slots)
         more = slots - self.capacity
@@ -164,8 +169,9 @@ class KVCache:
             )
 
     def reorder(self, requests: Tensor) -> None:
-        """Request i becomes what requests[i] was, of a dense cache: int64 ``[B']`` names requests
-        as often as wanted."""
+        """Request i becomes the former requests[i] of a dense cache: int64 ``[B']``; requests may
+        repeat.
+        """
         rule = "cannot be reordered in pages: reorder the block table"
         check(self.block_table is None, NAME, "requests", rule, requests.shape)
         self.k, self.v = self.k.index_select(0, requests), self.v.index_select(0, requests)
@@ -173,18 +179,19 @@ class KVCache:
         self.requests = torch.arange(len(requests), device=self.k.device)
 
     def count(self, tokens: int, lengths: Tensor | None) -> Tensor:
-        """int32 ``[B]``: how many of so many tokens count for each request."""
+        """int32 ``[B]``: number of valid tokens, out of `tokens`, of each request."""
         if lengths is None:
             return torch.full_like(self.lengths, tokens)
         return self._checked_lengths(lengths, "lengths").clamp(0, tokens)
 
     def clear(self) -> None:
-        """Takes all tokens back."""
+        """Removes all tokens."""
         self.lengths, self.longest = torch.zeros_like(self.lengths), 0
 
     def replace(self, k: Tensor, v: Tensor) -> None:
-        """Overwrites the last n tokens of each request: k ``[B, n, Hk, D]``. On a GPU it is not
-        checked that a request has so many (but with TOKENMILL_CHECK=1)."""
+        """Overwrites the last n tokens of each request: k ``[B, n, Hk, D]``. A GPU only checks with
+        TOKENMILL_CHECK=1 that a request has n tokens.
+        """
         self._check_tokens(k, v)
         tokens = k.shape[1]
         least = self.longest
@@ -195,14 +202,15 @@ class KVCache:
         self._write(*self._slots(self._last(tokens, tokens)), k, v)
 
     def rows(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values at positions ``[B, n]`` of each request: ``[B, n, Hk, D]``. Those of
-        pages that are not there are any."""
+        """Keys and values at positions ``[B, n]`` of each request: ``[B, n, Hk, D]``. Arbitrary
+        where a page does not exist.
+        """
         page, row = self._slots(at.long())
         page = page.clamp(0, max(self.k.shape[0] - 1, 0))
         return self.k[page, row], self.v[page, row]
 
     def dense(self, t: Tensor) -> Tensor:
-        """The cache's k or v as ``[B, capacity, Hk, D]``; of pages a copy."""
+        """The cache's k or v as ``[B, capacity, Hk, D]``; a copy if paged."""
         if self.block_table is None:
             return t
         at = torch.arange(self.capacity, device=t.device)
@@ -251,12 +259,12 @@ class KVCache:
             _check_like(name, t, like, wanted, "what the cache is for")
 
     def _last(self, back: int, tokens: int) -> Tensor:
-        """[B, tokens]: the positions from `back` before the end of each request."""
+        """[B, tokens]: consecutive positions, starting `back` before the end of each request."""
         first = (self.lengths - back).clamp(min=0)
         return first[:, None].long() + torch.arange(tokens, device=self.k.device)
 
     def _slots(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        """Page (dense: request) and row of positions [B, n]."""
+        """Page (request, if dense) and row of positions [B, n]."""
         if self.block_table is None:
             return self.requests[:, None].expand_as(at), at
         size = self.k.shape[1]
@@ -266,7 +274,7 @@ class KVCache:
     def _write(
         self, page: Tensor, row: Tensor, k: Tensor, v: Tensor, there: Tensor | None = None
     ) -> None:
-        """Tokens [B, n], of which those count that are there."""
+        """Writes tokens [B, n], only where there is True."""
         if self.block_table is not None and reads_values(page):
             pages = self.k.shape[0]
             bad = (page < 0) | (page >= pages)
@@ -282,7 +290,7 @@ class KVCache:
 def _write_some(
     k_cache: Tensor, v_cache: Tensor, page: Tensor, row: Tensor, k: Tensor, v: Tensor, there: Tensor
 ) -> None:
-    """Rows [B, n, Hk, D] into pages, those that are there; which, the host need not know."""
+    """Writes rows [B, n, Hk, D] into pages where there is True, without a host synchronisation."""
     slots = torch.where(there, page * k_cache.shape[1] + row, -1).flatten()
     k, v = (t.detach().flatten(0, 1).contiguous() for t in (k, v))
     values = (v_cache, v) if v.shape[2] > 0 else (None, None)
@@ -290,7 +298,7 @@ def _write_some(
 
 
 def _check_like(name: str, t: Tensor, like: Tensor, shape: Sequence[int], why: str) -> None:
-    """dtype and device of like, and the first sizes as in shape."""
+    """Checks for the dtype and device of like, and for the leading sizes in shape."""
     check_dtype_of(NAME, name, t, "the cache", like)
     check_device_of(NAME, name, t, "the cache", like)
     if list(t.shape[: len(shape)]) != list(shape):

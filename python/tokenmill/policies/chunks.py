@@ -1,4 +1,4 @@
-"""Requests whose tokens are not the first of a row: chunks of prompts, and padding on the left."""
+"""Requests whose tokens are not the first of a row: chunks of prompts, and left padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..dense.attention_decode import attention_decode
 
 @dataclass
 class Waiting:
-    """A prompt whose last chunk is to come, the tokens of each request first: [B, S, ...]."""
+    """A prompt whose last chunk is still to come, the tokens of each request first: [B, S, ...]."""
 
     q: Tensor
     k: Tensor
@@ -33,7 +33,9 @@ class Waiting:
 
 
 def joined(old: Tensor, new: Tensor, before: Tensor, width: int) -> Tensor:
-    """[B, width, ...]: the first before[b] rows of old, then those of new, then any."""
+    """[B, width, ...]: the first before[b] rows of old, then the rows of new, then arbitrary
+    rows.
+    """
     at = torch.arange(width, device=old.device)
     there = before[:, None].long()
     source = torch.where(at < there, at, old.shape[1] + at - there)
@@ -42,7 +44,7 @@ def joined(old: Tensor, new: Tensor, before: Tensor, width: int) -> Tensor:
 
 
 def rolled(x: Tensor, by: Tensor) -> Tensor:
-    """x [B, S, ...] with the rows of request b moved by[b] further, round the end."""
+    """x [B, S, ...] with the rows of request b rotated by by[b], wrapping around."""
     tokens = x.shape[1]
     at = torch.arange(tokens, device=x.device) - by[:, None].long()
     return of_rows(x, at % max(tokens, 1))
@@ -57,8 +59,9 @@ def attend_last(
     q: Tensor, k: Tensor, v: Tensor, n: Tensor, count: Tensor, *,
     block_table: Tensor | None = None, **scoring: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Causal attention of queries [B, S, H, D], of which the first count[b] are the last of n[b]
-    tokens: out [B, S, H, Dv], and lse [B, S, H]."""
+    """Causal attention of queries [B, S, H, D], the first count[b] of which are the last of n[b]
+    tokens; returns out [B, S, H, Dv] and lse [B, S, H].
+    """
     missing = q.shape[1] - count
     out, lse = attention_decode(
         rolled(q, missing), k, v, seqlens_k=n, block_table=block_table, return_lse=True, **scoring

@@ -16,25 +16,25 @@ from .policy import Policy, rows_of, span
 from .rotation import Rope, check_rope, rotated
 
 Share = int | float
-ROUNDED = 1e-6  # 0.57 of 100 keys, 56.99999999999999 as doubles, are 57
+ROUNDED = 1e-6  # makes 0.57 of 100 keys, 56.99999999999999 in double, 57
 
 
 @dataclass(eq=False)
 class StreamingLLM(Policy):
-    r"""Attends to sink and recent tokens, rotated by their place among the keys attended to.
+    r"""Attends to sink and recent tokens, with RoPE by rank among the keys attended to.
 
     With rope the policy is given queries and keys without rotary embedding, and rotates each key by
-    its place among those attended to, so that no place is beyond num_sink + num_recent. Without it
-    they are used as they are. A full cache is compacted; what a step sees does not depend on when.
+    its rank among the keys attended to, so that no rank exceeds num_sink + num_recent. Without rope
+    they are not rotated. A full cache is compacted; the result of a step does not depend on when.
     Pages beyond the lengths are free.
 
     Args:
-        num_sink, num_recent: sink (first) and recent (last) tokens; the recent include the newest.
-            The released code cuts its cache to start_size + recent_size after a token has attended
-            to it in eval_long_ppl.py, which is num_recent = recent_size + 1 here, and before a turn
-            in run_streaming_llama.py, which is :meth:`make_room`.
-        rope: (cos, sin), float ``[positions, pairs]``, pairs up to D / 2; as many positions as the
-            longest prompt has tokens, and num_sink + num_recent.
+        num_sink, num_recent: numbers of sink (first) and recent (last) tokens, including the
+            newest. The released code cuts its cache to start_size + recent_size after a token has
+            attended to it in eval_long_ppl.py, which is num_recent = recent_size + 1 here, and
+            before a turn in run_streaming_llama.py, which is :meth:`make_room`.
+        rope: (cos, sin), float ``[positions, pairs]``, pairs up to D / 2; at least as many
+            positions as the longest prompt has tokens, and num_sink + num_recent.
         interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + pairs).
 
     Paper: StreamingLLM (Xiao et al. 2024), section 3.2. Prompts are read with full attention, as
@@ -72,12 +72,12 @@ class StreamingLLM(Policy):
         return max(tokens, self.num_sink + self.num_recent) + 1
 
     def make_room(self, tokens: int) -> None:
-        """Evicts all but the sink tokens and the last num_recent - tokens ones, for a turn of a
-        conversation: each of so many tokens to come, of the user and of the answer, then sees all
-        of the turn before it. Without it the window moves on with each token.
+        """Evicts all but the sink tokens and the last num_recent - tokens tokens, before a turn of
+        a conversation: each of the next `tokens` tokens, of user and answer, then sees all earlier
+        tokens of the turn. Without it the window slides with each token.
 
         Args:
-            tokens: tokens of the turn; num_recent or more leave the sink tokens only.
+            tokens: number of tokens of the turn; num_recent or more only keeps the sink tokens.
         """
         tokens = as_int(self._name, "tokens", tokens)
         check(tokens >= 0, self._name, "tokens", "must be at least 0", tokens)
@@ -89,17 +89,17 @@ class StreamingLLM(Policy):
 
 @dataclass(eq=False)
 class H2O(Policy):
-    r"""Attends to the tokens that received the most attention so far, and to recent tokens.
+    r"""Attends to the tokens with the most accumulated attention, and to recent tokens.
 
-    A key's score is the attention that it got from all queries that saw it, averaged over the query
-    heads of its head. After each step the key with the lowest score, recent ones aside, is
-    dropped. Lists name what is left, and a full cache is compacted to them.
+    A key's score is its total attention from all queries that saw it, averaged over the query heads
+    of its KV head. After each step the key with the lowest score, excluding recent keys, is
+    dropped. Lists hold the remaining keys, and a full cache is compacted to them.
 
     Args:
-        heavy, recent: keys kept for their score and as the last ones: a number, or a share of the
-            prompt's tokens (rounded down, but the last token stays).
+        heavy, recent: keys kept by score, and last keys kept: a number, or a fraction of the
+            prompt's tokens (rounded down, but the last token is kept).
 
-    Paper: H2O (Zhang et al. 2023), section 4; the shares are those of its 20 % budget.
+    Paper: H2O (Zhang et al. 2023), section 4; the default fractions make up its 20 % budget.
     """
 
     heavy: Share = 0.1
@@ -160,18 +160,18 @@ class Keyformer(Policy):
     little with each step.
 
     Args:
-        budget: keys kept: a number, or a share of the prompt's tokens.
-        recent: of these the last ones: a number, or a share of the budget.
-        tau, tau_step: temperature for the prompt, and what each step adds; the paper goes from 1 to
-            2, so that tau_step is 1 / new tokens.
-        seed: of the noise.
-        released: keys as the released code chooses them: the token to come counts in the budget,
-            and a token that leaves the recent ones is dropped, without being compared with older
-            ones. What was chosen from the prompt then stays to the end. False: a token that leaves
-            them stays if its score is among the best, as in the paper.
+        budget: keys kept: a number, or a fraction of the prompt's tokens.
+        recent: last keys among them: a number, or a fraction of the budget.
+        tau, tau_step: temperature for the prompt, and increment per step; the paper goes from 1 to
+            2, so tau_step is 1 / new tokens.
+        seed: seed of the noise.
+        released: select keys like the released code: the next token counts in the budget, and a
+            token that is no longer recent is dropped without being compared with older ones, so the
+            selection from the prompt is kept to the end. False: a token that is no longer recent is
+            kept if its score is among the best, as in the paper.
 
     Paper: Keyformer (Adnan et al. 2024), algorithm 1; defaults of the released code, which only
-    masks what it drops, and sums the scores of all requests; here each request drops its own.
+    masks dropped keys, and sums scores over all requests; here each request drops its own keys.
     """
 
     budget: Share = 0.6
@@ -218,7 +218,7 @@ class Keyformer(Policy):
         return out
 
     def _scores_of(self, q: Tensor, k: Tensor, **options: Any) -> Tensor:
-        # The cache stays as long as it is, and the noise of a place with it but for the seed.
+        # The length of the cache is constant, so only the seed changes the noise at a slot.
         return attention_column_scores(
             q, k, gumbel_tau=self.tau + self._steps * self.tau_step, seed=self.seed + self._steps,
             scale=self.scale, head_reduce="group_mean", backend=self.backend, **options,
@@ -241,15 +241,16 @@ class Keyformer(Policy):
 
 @dataclass(eq=False)
 class SnapKV(Policy):
-    r"""Attends to the keys that the end of the prompt attends to, to that end, and to new tokens.
+    r"""Attends to the prompt keys that the end of the prompt attends to most, to that end, and to
+    new tokens.
 
-    Only the prompt is evicted from: a key's score is the mean attention from the last window
-    queries, averaged over kernel neighbours and over the query heads of its head.
+    Only prompt keys are evicted: a key's score is the mean attention from the last window queries,
+    averaged over kernel neighbours and over the query heads of its KV head.
 
     Args:
-        budget: keys kept of a prompt, the window's among them.
-        window: last tokens of the prompt, which choose and stay.
-        kernel: neighbours averaged, odd.
+        budget: number of keys kept of a prompt, including the window.
+        window: number of last prompt tokens, whose queries select keys, and which are kept.
+        kernel: number of neighbours averaged, odd.
 
     Paper: SnapKV (Li et al. 2024), section 4.
     """
@@ -288,7 +289,7 @@ class SnapKV(Policy):
 
 
 def amount(share: Share, of: Tensor) -> Tensor:
-    """A number of keys for each request, given as such or as a share, rounded down."""
+    """Number of keys per request, given as a number or as a fraction, rounded down."""
     if isinstance(share, int):
         return torch.full_like(of, share)
     return (of.double() * share + ROUNDED).int()
@@ -299,7 +300,9 @@ def most(share: Share, of: int) -> int:
 
 
 def first_and_last(n: Tensor, first: int, last: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Lists and counts of the first slots and the last[b] last slots of n[b], up to width."""
+    """Lists and counts of the `first` first slots and the last[b] last slots of n[b], up to
+    width.
+    """
     at = span(torch.zeros_like(n), first + width)
     gap = (n - last - first).clamp(min=0)[:, None]
     return torch.where(at < first, at, at + gap), torch.minimum(n, last + first)
@@ -308,8 +311,10 @@ def first_and_last(n: Tensor, first: int, last: Tensor, width: int) -> tuple[Ten
 def keep_best(
     scores: Tensor, counts: Tensor, budget: Tensor, recent: Tensor, most: int, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the first counts[b, h] scores [B, Hk, S] the budget[b] largest, the last recent[b] always
-    among them: int32 [B, Hk, most] ascending, their scores (0 after the last), how many."""
+    """Among the first counts[b, h] scores [B, Hk, S], selects the budget[b] largest, always
+    including the last recent[b]: int32 [B, Hk, most] ascending, their scores (0 after the last),
+    and counts.
+    """
     at = torch.arange(max(scores.shape[2], most), device=scores.device)
     last = at[: scores.shape[2]] >= (counts - recent[:, None])[..., None]
     chosen, found = topk_select(

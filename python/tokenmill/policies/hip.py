@@ -1,4 +1,4 @@
-"""HiP: blocks of keys that a tree search finds."""
+"""HiP: key blocks found by a tree search."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from .policy import HEAD_REDUCE, Keeping, Lists
 
 @dataclass(eq=False)
 class HiP(Keeping):
-    r"""Attends to sink and recent tokens, and to the blocks of keys that HiP's search finds.
+    r"""Attends to sink and recent tokens, and to the key blocks found by HiP's search.
 
-    The first layers are full. In the others prompts, chunks and steps attend as
-    :func:`hip_attention` does: a query block in a prompt, and a step, search for blocks in O(log S)
-    looks at keys. The lists of a step serve the next steps too.
+    The first layers use full attention. In the others prompts, chunks and steps use
+    :func:`hip_attention`: a query block of a prompt, or a step, searches for blocks by reading
+    O(log S) keys. The lists of a step are reused by the next steps.
 
     Args:
-        budget: keys listed, a multiple of block_k.
-        block_q, block_k: queries of a prompt that share a list, and keys of a block.
-        stride_q: one query of so many speaks for a query block.
-        num_sink, num_recent: sink (first) and recent (last) tokens, always attended to.
-        dense_layers: first layers, which are full.
-        refresh_interval: steps that lists serve, at most num_recent, so that tokens which are newer
-            than a list are among the recent ones. Tokens that cease to be recent meanwhile are not
-            attended to until the next search.
-        lists: "query": each query head has its own list. "key": the query heads of a key head share
-            one, of the blocks with the largest product with any of them.
+        budget: number of listed keys, a multiple of block_k.
+        block_q, block_k: prompt queries that share a list, and keys per block.
+        stride_q: sampling stride over the queries of a query block.
+        num_sink, num_recent: numbers of sink (first) and recent (last) tokens, always attended to.
+        dense_layers: number of first layers with full attention.
+        refresh_interval: number of steps that use a list, at most num_recent, so that tokens newer
+            than a list are among the recent ones. Tokens that are no longer recent are not attended
+            to until the next search.
+        lists: "query": each query head has its own list. "key": the query heads of a KV head share
+            a list, of the blocks with the largest product with any of them.
 
-    Complexity: 2 (D + Dv) (num_sink + budget + num_recent) operations for a query and head, and the
-    search. Prompts and chunks of different lengths are one call, of which each request has the bits
-    that it has alone.
+    Complexity: 2 (D + Dv) (num_sink + budget + num_recent) operations per query and head, and the
+    search. Prompts and chunks of different lengths are one call, in which the result of a request
+    does not depend on the others, bit for bit.
 
-    Paper: HiP Attention (Lee et al. 2024), sections 3 and 4: three dense layers, and masks that are
+    Paper: HiP Attention (Lee et al. 2024), sections 3 and 4: three dense layers, and masks
     refreshed every 8 steps. The released code of that version shares masks in batches of equal
     lengths.
     """
@@ -127,17 +127,20 @@ class HiP(Keeping):
         if self.sink is None:
             return hip_attention(q, k, v, **options)
         out, lse = hip_attention(q, k, v, return_lse=True, **options)
-        share = torch.sigmoid(lse - self.sink.to(lse)[:, None])  # of the keys, [B, H, S]
+        # weight of the keys relative to the sink, [B, H, S]
+        share = torch.sigmoid(lse - self.sink.to(lse)[:, None])
         return (out * share.transpose(1, 2)[..., None]).to(out.dtype)
 
     def _note_reads(self) -> None:
-        """Of a step; of the search as many keys as it looks at, if it visits none again."""
+        """Counts the reads of a step; for the search, the keys that it visits, assuming that none
+        is visited twice.
+        """
         cache, lists = self.cache, self._found.lists
         assert lists is not None
         n, heads = cache.lengths, max(cache.k.shape[2], 1)
-        # No number is larger than the cache, so that all fit the type of lengths.
+        # Clamped to the cache capacity, so that all numbers fit the dtype of lengths.
         sink, recent = (min(x, cache.capacity) for x in (self.num_sink, self.num_recent))
-        first = -(-sink // self.block_k)  # block after the sink tokens
+        first = -(-sink // self.block_k)  # first block after the sink tokens
         always = min(first * self.block_k + recent, cache.capacity)
         self._reads.append((n.clamp(max=always), cache.token_bytes))
         counts = lists[1][:, :, 0]

@@ -1,4 +1,4 @@
-"""Indexer: the tokens that an indexer of the model's own scores highest."""
+"""Indexer: the tokens scored highest by an indexer of the model."""
 
 from __future__ import annotations
 
@@ -18,35 +18,34 @@ from .cache import Back, KVCache
 from .chunks import rolled
 from .policy import Keeping
 
-# Of tokens [B, n]: q [B, n, Hi, D], k [B, n, D], weights [B, n, Hi].
+# Indexer output for tokens [B, n]: q [B, n, Hi, D], k [B, n, D], weights [B, n, Hi].
 Index = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(eq=False)
 class Indexer(Keeping):
-    r"""Attends to the topk tokens that an indexer scores highest, each query to its own.
+    r"""Attends to the topk tokens that an indexer scores highest, chosen per query.
 
-    The indexer makes queries of a few heads, one key for all of them, and weights of each token;
-    the score of a key is :math:`\sum_h w_h\, act(q_h \cdot k)`. Its keys lie in a cache beside that
-    of keys and values. All heads of a query share its list; as long as there are no more than topk
-    tokens, attention is full.
+    The indexer computes queries of a few heads, one key shared by all heads, and weights per token;
+    the score of a key is :math:`\sum_h w_h\, act(q_h \cdot k)`. Its keys have their own cache next
+    to the KV cache. All heads of a query share its list; up to topk tokens attention is full.
 
     Args:
-        indexer: a module or function that is given queries ``[B, n, H, D]`` and keys ``[B, n, Hk,
+        indexer: a module or function that takes queries ``[B, n, H, D]`` and keys ``[B, n, Hk,
             D]`` of new tokens and returns (q ``[B, n, Hi, Di]``, k ``[B, n, Di]``, weights ``[B, n,
-            Hi]``), token by token. None, or where it needs more than these: the methods that read
-            tokens take what it returns as `index`. No gradient goes through the choice;
+            Hi]``), token by token. None, or if it needs other inputs: pass its outputs as `index`
+            to the methods that read tokens. No gradient flows through the choice;
             :func:`indexer_kl_loss` trains it.
-        topk: tokens attended to, 1 to 65536.
-        index_cache: where its keys go: ``[B, S, Di]``, or ``[pages, page size, Di]`` for the block
-            table of the cache. Written in place. None: the policy makes one.
+        topk: number of tokens attended to, 1 to 65536.
+        index_cache: cache of its keys: ``[B, S, Di]``, or ``[pages, page size, Di]`` for the block
+            table of the cache. Written in place. None: the policy allocates one.
         activation: "relu" or "none".
 
-    Complexity: 2 Hi Di operations for each pair of a query and a key that it sees, and 2 H (D + Dv)
-    topk for each query. Chunks and drafts over pages read a key for each query that lists it.
+    Complexity: 2 Hi Di operations per pair of a query and a visible key, and 2 H (D + Dv) topk per
+    query. Chunks and drafts over pages read a key once per query that lists it.
 
     Paper: DeepSeek-V3.2-Exp (DeepSeek-AI 2025), section 2.1: DeepSeek Sparse Attention, with its
-    2048 tokens. A list may leave out the query's own token, as there.
+    2048 tokens. As in the paper, a list may omit the query's own token.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -80,14 +79,14 @@ class Indexer(Keeping):
             fits = self.index_cache.dim() == 3 and self.index_cache.shape[:2] == wanted
             rule = f"must have shape {show([*wanted])[:-1]}, Di]"
             check(fits, self._name, "index_cache", rule, self.index_cache.shape)
-        self._given: Index | None = None  # of the call
-        self._left = False  # whether it is padded on the left
+        self._given: Index | None = None  # index of the current call
+        self._left = False  # whether it is left-padded
 
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None, more: bool = False,
         padding: str = "right", index: Index | None = None,
     ) -> Tensor:  # fmt: skip
-        left = isinstance(padding, str) and padding == "left"  # else it is refused
+        left = isinstance(padding, str) and padding == "left"  # other values are refused later
         self._given, self._left = index, left and lengths is not None
         try:
             return super().prefill(q, k, v, lengths=lengths, more=more, padding=padding)
@@ -171,14 +170,14 @@ class Indexer(Keeping):
         self._reads = []
 
     def _add(self, index_k: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
-        """Puts tokens into both caches."""
+        """Appends tokens to both caches."""
         self._keys._check_tokens(*_as_cached(index_k))
         self.cache.extend(k, v, lengths)
         self._keys.extend(*_as_cached(index_k), lengths)
         self._reads = []
 
     def _read(self, q: Tensor, index_q: Tensor, weights: Tensor) -> Tensor:
-        """Attention of queries that are the last tokens of each request."""
+        """Attention of queries that are the last tokens of their requests."""
         cache, tokens = self.cache, q.shape[1]
         if cache.longest <= self.topk:
             return self._attend_all(q)
@@ -197,7 +196,7 @@ class Indexer(Keeping):
             )  # fmt: skip
         behind = torch.arange(1 - tokens, 1, dtype=torch.int32, device=q.device)
         n = (cache.lengths[:, None] + behind).clamp(min=0)
-        # One call in which each query is a request of its own: on a CPU 1.7 to 2.1 times as fast as
+        # One call with each query as its own request: on a CPU 1.7 to 2.1 times as fast as
         # block_sparse_attention over pages with blocks of one query.
         out, _ = sparse_decode_attention(
             q.flatten(0, 1)[:, None], cache.k, cache.v, indices.flatten(0, 1)[:, None],
@@ -207,7 +206,7 @@ class Indexer(Keeping):
         return out[:, 0].unflatten(0, (q.shape[0], tokens))
 
     def _of_call(self, q: Tensor, lengths: Tensor | None) -> Index | None:
-        """What the caller of prefill gave, padded on the right."""
+        """The index given by the caller of prefill, right-padded."""
         if self._given is None or not self._left:
             return self._given
         by = self.cache.count(q.shape[1], lengths) - q.shape[1]
@@ -215,7 +214,7 @@ class Indexer(Keeping):
         return index_q, index_k, weights
 
     def _index(self, q: Tensor, k: Tensor, given: Index | None) -> Index:
-        """What the indexer makes of tokens, as the caller gave it or its own."""
+        """The index of the tokens: given by the caller, or computed by the indexer."""
         if given is not None:
             return self._checked(given, q, "index")
         if self.indexer is None:
@@ -238,5 +237,5 @@ class Indexer(Keeping):
 
 
 def _as_cached(index_k: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys of one head, and values of no columns."""
+    """Index keys as a KV cache of one head, with values of width 0."""
     return index_k[:, :, None], index_k[:, :, None, :0]

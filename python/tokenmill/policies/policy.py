@@ -1,4 +1,4 @@
-"""What all policies share, and full attention as the first of them."""
+"""The base class of policies, and full attention."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ..sparse.sparse_decode_attention import sparse_decode_attention
 from .cache import Back, KVCache
 from .chunks import Waiting, attend_last, joined, rolled
 
-# Each query head or each key head has a list of its own: the head_reduce of the scores for each.
+# Each query head or each KV head has its own list; maps to the head_reduce of the scores.
 Lists = Literal["query", "key"]
 HEAD_REDUCE: dict[Lists, HeadReduce] = {"query": "none", "key": "group_max"}
 
@@ -41,20 +41,21 @@ HEAD_REDUCE: dict[Lists, HeadReduce] = {"query": "none", "key": "group_max"}
 class Policy:
     """One layer's attention over a cache, token by token.
 
-    `prefill` (or `begin`) once, then `step` for each token. Both put the keys and values that they
-    are given into the cache. Nothing in a step waits for the device.
+    `prefill` (or `begin`) once, then `step` for each token. Both append the given keys and values
+    to the cache. A step never synchronises with the device.
 
     Args:
-        cache: where the layer's keys and values go; empty. None: the policy is a description for
+        cache: the layer's KV cache; empty. None: the policy is a description for
             :func:`tokenmill.integrations.transformers.apply_policy`, and cannot attend.
         layer: the layer's number, from 0, for policies that treat layers differently.
-        previous: the policy of the layer before, for those that pass a selection on
+        previous: the policy of the previous layer, for policies that reuse its selection
             (:func:`stack` sets both).
         scale: factor of the products, None = 1/sqrt(D).
-        backend: of all operators, None = the best available.
-        softcap: logits become softcap * tanh(logits / softcap) where keys are attended to; 0: off.
-            What chooses keys reads the logits before that.
-        sink: float ``[H]``, a logit of each head that takes weight and has no value; None: none.
+        backend: backend of all operators, None = the best available.
+        softcap: logits become softcap * tanh(logits / softcap) in the attention; 0: off. The
+            selection of keys uses uncapped logits.
+        sink: float ``[H]``, a logit of each head that adds to the row sum and has no value; None:
+            none.
 
     Raises:
         RuntimeError: naming argument, rule and value, here and in every method.
@@ -68,26 +69,27 @@ class Policy:
     softcap: float = 0.0
     sink: Tensor | None = field(default=None, repr=False)
 
-    # The least that a whole number may be, where that is not 0.
+    # Minimum of integer fields, where it is not 0.
     _LEAST: ClassVar[dict[str, int]] = {}
-    _MOST: ClassVar[dict[str, int]] = {}  # if not the largest int32, as lengths are
-    _ROWS: ClassVar[tuple[str, ...]] = ("_list", "_counts", "_query")  # with a row for each request
+    _MOST: ClassVar[dict[str, int]] = {}  # maximum, where it is not int32's, the dtype of lengths
+    # attributes with one row per request
+    _ROWS: ClassVar[tuple[str, ...]] = ("_list", "_counts", "_query")
 
     def __post_init__(self) -> None:
         self._check_fields()
-        self._reads: list[tuple[Tensor, int]] = []  # rows, and bytes of one
-        self._waiting: Waiting | None = None  # of a prompt whose last chunk is to come
-        self._token = 0  # of a step of several
-        self._list: Tensor  # selected keys [B, 1 | Hk, K], and how many
+        self._reads: list[tuple[Tensor, int]] = []  # rows, and bytes per row
+        self._waiting: Waiting | None = None  # a prompt whose last chunk is still to come
+        self._token = 0  # index within a step of several tokens
+        self._list: Tensor  # selected keys [B, 1 | Hk, K], and their counts
         self._counts: Tensor
-        self._query: Tensor  # for which they were selected [B, 1, H, D]
+        self._query: Tensor  # query [B, 1, H, D] for which they were selected
 
     @property
     def _name(self) -> str:
         return f"policies.{type(self).__name__}"
 
     def _check_fields(self) -> None:
-        """Numbers of NumPy become those of Python."""
+        """Checks the fields, and converts NumPy numbers to Python's."""
         known = self.cache is None or isinstance(self.cache, KVCache)
         check(known, self._name, "cache", "must be a KVCache or None", self.cache)
         known = self.previous is None or isinstance(self.previous, Policy)
@@ -119,7 +121,7 @@ class Policy:
 
     @property
     def _scoring(self) -> dict[str, Any]:
-        """Arguments of every operator that attends."""
+        """Arguments common to every attention operator."""
         return {
             "scale": self.scale, "softcap": self.softcap, "sink": self.sink,
             "backend": self.backend,
@@ -131,17 +133,18 @@ class Policy:
     ) -> Tensor:  # fmt: skip
         """Causal attention over prompts, or over their next chunks, then :meth:`begin`.
 
-        A policy that keeps every key reads further chunks at any time: of a prompt, of the next
-        turn. A policy that evicts chooses at the end of a prompt, and must know where that is.
+        A policy that keeps every key accepts further chunks at any time: of a prompt, or of the
+            next turn. A policy that evicts makes its selection at the end of a prompt, and must
+            know where it is.
 
         Args:
-            q: ``[B, S, H, D]``, prompts padded with anything finite.
+            q: ``[B, S, H, D]``, prompts padded with any finite values.
             k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``.
-            lengths: int32 ``[B]``, tokens of each prompt or chunk; None: S. Rows of the result
-                beyond them mean nothing.
+            lengths: int32 ``[B]``, number of tokens of each prompt or chunk; None: S. Later rows of
+                the result are undefined.
             more: further chunks of these prompts follow. Policies that evict hold the queries, keys
-                and values of a prompt until its last chunk; for the others it means nothing.
-            padding: "right" or "left", the side on which tokens are missing.
+                and values of a prompt until its last chunk; other policies ignore it.
+            padding: "right" or "left", the side of the padding.
 
         Returns:
             ``[B, S, H, Dv]``, padded as q.
@@ -160,7 +163,7 @@ class Policy:
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, more: bool
     ) -> Tensor:
-        """prefill() of prompts padded on the right, by a policy that evicts."""
+        """prefill() of right-padded prompts, by a policy that evicts."""
         rule = "must be True in all chunks of a prompt but the last, as keys are evicted behind it"
         check(self.cache.longest == 0, self._name, "more", rule, False)
         if more or self._waiting is not None:
@@ -172,7 +175,7 @@ class Policy:
         return out
 
     def _turned(self, x: Tensor, at: Tensor, positions: int) -> Tensor:
-        """Queries or keys as prompts attend with them, at positions [S] or [B, S]."""
+        """Queries or keys rotated as prompts attend with them, at positions [S] or [B, S]."""
         return x
 
     def _read_chunk_of_prompt(
@@ -210,7 +213,7 @@ class Policy:
         return out
 
     def _count(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        """int32 [B]: tokens of each request."""
+        """int32 [B]: number of tokens of each request."""
         check_tensor(self._name, "v", v)
         check(v.dim() == 4, self._name, "v", "must have 4 dimensions [B, S, H, D]", v.dim())
         rule = f"must have the tokens of q, {q.shape[1]}"
@@ -225,13 +228,14 @@ class Policy:
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
     ) -> None:
-        """Puts prompts into the cache and selects what to keep: `prefill` for prompts whose
-        attention was computed elsewhere, with its lse ``[B, H, S]``."""
+        """Stores prompts in the cache and selects the keys to keep: `prefill` for prompts whose
+        attention was computed elsewhere, with its lse ``[B, H, S]``.
+        """
         self._check_prompt(q, k)
         self.cache.fill(k, v, lengths)
 
     def _for_scores(self, lse: Tensor) -> Tensor | None:
-        """The lse with which column scores, whose logits have no cap, are normalised."""
+        """The lse that normalises column scores, whose logits are not capped."""
         return lse if self.softcap == 0 else None
 
     def _check_prompt(self, q: Tensor, k: Tensor) -> None:
@@ -248,8 +252,8 @@ class Policy:
         check(k.shape[3] == q.shape[3], self._name, "k", rule, k.shape[3])
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the new tokens of each request: one, or several whose keys are known, as of
-        a draft. The result is that of a step for each token.
+        """Attention of the new tokens of each request: one, or several with known keys, such as a
+        draft. The result equals one step per token.
 
         Args:
             q: ``[B, n, H, D]``.
@@ -276,38 +280,38 @@ class Policy:
         return torch.cat(outs, 1)
 
     def _check_step(self, k: Tensor, v: Tensor) -> None:
-        """Raises unless there is room for the tokens of a step."""
+        """Raises unless the cache has room for the tokens of a step."""
 
     @property
     def _at_once(self) -> bool:
-        """Whether _step takes several tokens."""
+        """Whether _step accepts several tokens."""
         return False
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """step() of one token."""
+        """step() for one token."""
         raise NotImplementedError
 
     def rewind(self, tokens: Back) -> None:
-        """Takes back the last tokens of each request, as drafts that were refused.
+        """Removes the last tokens of each request, such as rejected drafts.
 
         Args:
-            tokens: a number, one for each request, or int32 ``[B]``. Of a tensor on a GPU the host
-                does not learn how much room it gives back.
+            tokens: a number, a sequence with one number per request, or int32 ``[B]``. With a
+                tensor on a GPU the host does not learn how much room is freed.
 
         Raises:
-            RuntimeError: of policies that evict, as what made room for a token is gone.
+            RuntimeError: for policies that evict, because evicted keys cannot be restored.
         """
         fail(self._name, "tokens", "cannot be taken back from a policy that evicts", tokens)
 
     def grow(self, slots: int) -> None:
-        """Makes room for so many tokens of each request in a dense cache."""
+        """Grows a dense cache to a capacity in tokens per request."""
         self.cache.grow(slots)
 
     def reorder(self, requests: Tensor) -> None:
-        """Request i becomes what requests[i] was, as beams do.
+        """Request i becomes the former requests[i], as in beam search.
 
         Args:
-            requests: int64 ``[B']``; a request may be named several times, or never.
+            requests: int64 ``[B']``; a request may occur several times, or never.
         """
         self.cache.reorder(requests)
         for name in self._ROWS:
@@ -317,33 +321,39 @@ class Policy:
             self._waiting = self._waiting.reordered(requests)
 
     def slots(self, tokens: int) -> int | None:
-        """The slots that a cache needs for a prompt of so many tokens and any number of steps;
-        None: for each token one."""
+        """Number of slots that a cache needs for a prompt of the given length and any number of
+        steps; None: one per token.
+        """
         return None
 
     def reset(self) -> None:
-        """Takes back everything: the next prompt is the first."""
+        """Clears all state: the next prompt is the first."""
         self.cache.clear()
         self._waiting, self._reads = None, []
 
     def cache_heads(self, heads: int, layer: int) -> int:
-        """How many of a layer's key heads the cache must have room for."""
+        """Number of a layer's KV heads that the cache holds."""
         return heads
 
     @property
     def kept(self) -> Tensor:
-        """Keys of each request that later steps may attend to: int32 ``[B]`` or ``[B, Hk]``."""
+        """Number of keys of each request that later steps may attend to: int32 ``[B]`` or ``[B,
+        Hk]``.
+        """
         return self.cache.lengths
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of the keys and values in the cache, of all requests. Waits for the device."""
+        """Bytes of the keys and values in the cache, over all requests. Synchronises with the
+        device.
+        """
         return int(self.cache.lengths.sum()) * self.cache.token_bytes
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of cache (and of what stands for keys) that the last step had to read, each once
-        for all query heads that share them. Waits for the device."""
+        """Bytes of cache (and of pooled keys and the like) that the last step had to read, each
+        counted once for all query heads that share it. Synchronises with the device.
+        """
         return sum(int(rows.sum()) * size for rows, size in self._reads)
 
     def _append(self, k: Tensor, v: Tensor) -> None:
@@ -362,9 +372,10 @@ class Policy:
     def _attend(
         self, q: Tensor, indices: Tensor, counts: Tensor, **options: Any
     ) -> tuple[Any, ...]:
-        """Attends to the keys of lists ``[B, 1 | Hk | H, K]``, and to sink and recent ones."""
+        """Attends to the keys of lists ``[B, 1 | Hk | H, K]``, and to sink and recent keys."""
         cache = self.cache
-        shared = 1 if counts.shape[1] == 1 else cache.k.shape[2]  # key heads beside a list's own
+        # number of KV heads; 1 for a list shared by all heads
+        shared = 1 if counts.shape[1] == 1 else cache.k.shape[2]
         always = options.get("num_sink", 0) + options.get("num_recent", 0)
         listed = counts * options.get("block_k", 1)
         self._reads.append(
@@ -381,12 +392,12 @@ AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
 
 
 def stack(method: type[AnyPolicy], caches: Sequence[KVCache], **options: Any) -> list[AnyPolicy]:
-    """Makes a policy for each layer of a model; each knows its number and the policy before.
+    """Creates a policy for each layer of a model, with its layer number and the previous policy.
 
     Args:
         method: the class of the policies.
         caches: one for each layer.
-        options: fields of the policies, the same in all layers.
+        options: fields of the policies, the same for all layers.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -410,7 +421,9 @@ def stack(method: type[AnyPolicy], caches: Sequence[KVCache], **options: Any) ->
 
 
 class Keeping(Policy):
-    """A policy whose cache keeps every key, so that a chunk of tokens can see all before it."""
+    """A policy whose cache keeps every key, so that a chunk of tokens can see all earlier
+    tokens.
+    """
 
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, more: bool
@@ -424,17 +437,16 @@ class Keeping(Policy):
         return super()._prefill(q, k, v, lengths, False)
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        """Attention of several new tokens of each request: the next chunk of prompts that are read
-        in chunks.
+        """Attention of several new tokens of each request: the next chunk of prompts.
 
         Args:
             q: ``[B, n, H, D]``, the next tokens of each request.
             k, v: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]``.
-            lengths: int32 ``[B]``, tokens of each chunk, the first of q; None: n. Rows of the
-                result beyond them mean nothing.
+            lengths: int32 ``[B]``, number of tokens of each chunk, the first of q; None: n. Later
+                rows of the result are undefined.
 
         Returns:
-            ``[B, n, H, Dv]``: causal attention, each token over all before it.
+            ``[B, n, H, Dv]``: causal attention of each token to all tokens up to it.
         """
         self._check_prompt(q, k)
         self.cache.extend(k, v, lengths)
@@ -457,7 +469,7 @@ class Keeping(Policy):
 
 
 class FullAttention(Keeping):
-    """Attends to all keys: what the other policies approximate."""
+    """Attends to all keys: the baseline that the other policies approximate."""
 
     @property
     def _at_once(self) -> bool:
@@ -469,7 +481,7 @@ class FullAttention(Keeping):
 
 
 def rows_of(x: Tensor, heads: int) -> Tensor:
-    """[B] -> [B * heads], for an operator that takes a row for each head."""
+    """[B] -> [B * heads], for an operator that takes one row per head."""
     return x[:, None].expand(-1, heads).reshape(-1).contiguous()
 
 

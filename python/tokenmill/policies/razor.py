@@ -1,4 +1,4 @@
-"""RazorAttention: heads that look things up keep every key, the others a short cache."""
+"""RazorAttention: retrieval heads keep every key, the others a short cache."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ class RazorAttention(Policy):
     r"""Retrieval heads attend to all keys; the others to sink and recent tokens, and to one
     compensation token for the rest.
 
-    That token's key and value are the means of the keys and values left out, and its logit gets the
-    logarithm of their number. The cache holds the retrieval heads, ``[B, S, number of them, D]``;
-    the others have a short dense one of the policy's own.
+    Its key and value are the means of the evicted keys and values, and the logarithm of their
+    number is added to its logit. The cache holds the retrieval heads, ``[B, S, number of retrieval
+    heads, D]``; the policy allocates a short dense cache for the other heads.
 
     :meth:`profile` finds the retrieval heads of a model of transformers. For queries and keys of
     another model :func:`profile_repeated_tokens` scores heads and :func:`choose_retrieval_heads`
     chooses.
 
     Args:
-        retrieval: key heads that keep everything, as (0, 3); or a tuple for each layer, as ((0, 3),
-            (), (1,)), of which a policy takes the one of its layer. Required; (): none.
-        num_sink: sink (first) tokens that the others keep.
-        local, share: the others keep local last tokens, or the share-th part of the prompt if that
+        retrieval: KV heads that keep everything, e.g. (0, 3); or one tuple per layer, e.g. ((0, 3),
+            (), (1,)), from which a policy takes its layer's. Required; (): none.
+        num_sink: number of sink (first) tokens that the other heads keep.
+        local, share: the other heads keep the last `local` tokens, or 1/share of the prompt if that
             is more.
         slack: tokens added to the short cache before it is compacted; results do not depend on it.
-        compensation: "counted": one token for the n that went, with logit q.k + log n, as in the
-            paper. "single": one token with logit q.k. "none": no token.
+        compensation: "counted": one token for the n evicted tokens, with logit q.k + log n, as in
+            the paper. "single": one token with logit q.k. "none": no token.
 
     Paper: RazorAttention (Tang et al. 2024), section 3.3 and algorithm 1. Huawei's release for
-    MindSpore (golden-stick) has compensation="single" (or "none"), 256 slots in all of which the
-    mean takes one (num_sink=4, local=251, a large share), and adds every generated token to
-    them. Here the window moves on, and what leaves it goes into the mean.
+    MindSpore (golden-stick) has compensation="single" (or "none"), 256 slots in total, one of them
+    for the mean (num_sink=4, local=251, a large share), and adds every generated token to them.
+    Here the window slides, and tokens that leave it go into the mean.
     """
 
     retrieval: Heads | tuple[Heads, ...] | None = None
@@ -72,35 +72,36 @@ class RazorAttention(Policy):
     ) -> RazorAttention:
         r"""A policy with the retrieval heads of a model of transformers.
 
-        The model reads its begin token and a sequence of random tokens, repeated: what a head
-        attends to does not come from any meaning. :func:`profile_repeated_tokens` scores its heads,
-        a key head by the largest score of its query heads, and :func:`choose_retrieval_heads`
-        takes the first of all layers with full attention.
+        The model reads its begin token and a repeated sequence of random tokens, so that attention
+        does not depend on meaning. :func:`profile_repeated_tokens` scores its heads, a KV head by
+        the largest score of its query heads, and :func:`choose_retrieval_heads` takes the best over
+        all layers with full attention.
 
         Args:
             model: a decoder of transformers 5.24 or later, without a policy.
-            tokenizer: its tokenizer, whose special tokens are not drawn and whose begin token comes
-                first. None: ids from the model's configuration.
-            tokens: different tokens in a row; fewer if the model has fewer positions or words.
-            repeats: how often they come, at least 2.
-            echo, induction: the part of all key heads that is kept for each score, 0 to 1.
-            seed: of the tokens.
-            backend: of the attention of the model.
+            tokenizer: its tokenizer; special tokens are not drawn, and the begin token comes first.
+                None: ids from the model's configuration.
+            tokens: length of the random sequence in distinct tokens; fewer if the model has fewer
+                positions or a smaller vocabulary.
+            repeats: number of repetitions, at least 2.
+            echo, induction: fraction of all KV heads that is kept for each score, 0 to 1.
+            seed: seed of the tokens.
+            backend: backend of the model's attention.
             options: further fields of the policy.
 
         Returns:
-            A policy without a cache, whose `retrieval` has the heads of each layer.
+            A policy without a cache, whose `retrieval` holds the heads of each layer.
 
         Raises:
             RuntimeError: naming argument, rule and value.
 
         Complexity: one pass of the model over tokens * repeats + 1 tokens, with attention computed
-        twice; no matrix of weights.
+        twice; the weight matrix is never materialised.
 
         Paper: RazorAttention (Tang et al. 2024), section 3.2 and table 2: 2500 tokens, 4 times, 1 %
         and 14 % of all heads. The release (golden-stick) draws ids with replacement from 10000 to
-        12500, attends without a causal mask (it adds -1e-5 where it should hide), counts the begin
-        token once a period as an earlier occurrence, and drops echo heads of all layers but the
+        12500, attends without a causal mask (it adds -1e-5 to masked logits), counts the begin
+        token once per period as an earlier occurrence, and drops echo heads of all layers but the
         first that has one.
 
         Example:
@@ -143,7 +144,7 @@ class RazorAttention(Policy):
         check(all(of_layers) or not any(of_layers), self._name, "retrieval", rule, self.retrieval)
 
     def heads_kept(self, layer: int | None = None) -> Heads:
-        """The retrieval heads of a layer; None: of the policy's own."""
+        """The retrieval heads of a layer; None: the policy's own."""
         layer = self.layer if layer is None else layer
         retrieval: Any = self.retrieval
         rule = "must be a tuple of different key heads"
@@ -187,7 +188,7 @@ class RazorAttention(Policy):
     def reorder(self, requests: Tensor) -> None:
         super().reorder(requests)
         if "_parts" in vars(self):
-            self._parts[1].reorder(requests)  # the cache of the first is that of the policy
+            self._parts[1].reorder(requests)  # the first part shares the cache of the policy
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for name, t in (("q", q), ("k", k), ("v", v)):
@@ -198,7 +199,7 @@ class RazorAttention(Policy):
         check(groups, self._name, "k", rule, k.shape)
         rule = f"must have the key heads of k, {k.shape[2]}"
         check(v.shape[2] == k.shape[2], self._name, "v", rule, v.shape)
-        q = q.unflatten(2, (k.shape[2], -1))  # the query heads of each key head
+        q = q.unflatten(2, (k.shape[2], -1))  # groups the query heads by KV head
         out = q.new_empty(*q.shape[:4], v.shape[3])
         for part, heads in zip(self._parts, self._heads, strict=True):
             mine = part.step(q[:, :, heads].flatten(2, 3), k[:, :, heads], v[:, :, heads])
@@ -215,13 +216,13 @@ class RazorAttention(Policy):
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of both caches, as far as they are filled, and of the sums of what went."""
+        """Bytes of the filled parts of both caches, and of the sums of evicted tokens."""
         return sum(part.bytes_held for part in self._parts)
 
 
 @dataclass(eq=False)
 class _Compensated(Policy):
-    """Attends to sink and recent tokens and the mean of the rest. begin overwrites k and v."""
+    """Attends to sink and recent tokens and to the mean of the rest. begin overwrites k and v."""
 
     num_sink: int = 4
     local: int = 4000
@@ -246,7 +247,7 @@ class _Compensated(Policy):
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
-        if cache.longest == cache.capacity:  # what goes is in the sums
+        if cache.longest == cache.capacity:  # evicted tokens are in the sums
             keep, counts = first_and_last(cache.lengths, self.num_sink, self._local, self._width)
             cache.compact(keep, counts, self.backend)
         self._append(k, v)
@@ -261,7 +262,7 @@ class _Compensated(Policy):
         return out
 
     def _mean(self, q: Tensor) -> dict[str, Tensor]:
-        """The compensation token. Where nothing went its logit is -inf."""
+        """The compensation token. Its logit is -inf where nothing was evicted."""
         gone = self._dropped
         count = gone[:, None, :, None].clamp(min=1)
         counted = gone if self.compensation == "counted" else gone.clamp(max=1)

@@ -1,4 +1,4 @@
-"""RefreshKV: a small cache of each request, chosen anew when its queries have changed."""
+"""RefreshKV: a small cache per request, selected again when its queries have changed."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ LATER = torch.iinfo(torch.int32).max  # after every position
 
 @dataclass(eq=False)
 class RefreshKV(Keeping):
-    r"""Recycled Attention as it was published: a partial cache that the prompt's last query chooses
-    and each full step chooses again.
+    r"""Recycled Attention as published: a partial cache selected by the prompt's last query, and
+    again by each full step.
 
-    A key's score is the largest probability that a query head of its key head gives to it or to one
-    of kernel neighbours; the budget keys with the largest scores make up the partial cache. A step
-    attends to it and to its own token, which then takes the place of the key with the lowest
-    score, and once all of these are gone, of the oldest token. In every stride-th step the query,
-    the mean of all heads, is compared with the query of the last full step (at first: of the last
-    token of the prompt): below the threshold the step is full and chooses again. All keys stay in
-    the cache.
+    A key's score is the largest probability that a query head of its KV head gives to it or to one
+    of its kernel neighbours; the budget keys with the largest scores form the partial cache. A step
+    attends to it and to its own token, which then replaces the key with the lowest score or, once
+    all of these are gone, the oldest token. In every stride-th step the query, averaged over heads,
+    is compared with the query of the last full step (initially the last token of the prompt): below
+    the threshold the step is full and selects again. All keys stay in the cache.
 
     Args:
-        budget: keys of the partial cache: a number, or a share of the prompt's tokens.
-        stride: steps from one comparison to the next; the first is in step stride.
-        threshold: least cosine at which the partial cache serves on; each request decides for
-            itself. None: every stride-th step is full.
-        kernel: neighbours of which a key gets the largest probability, odd; 1: its own.
+        budget: keys of the partial cache: a number, or a fraction of the prompt's tokens.
+        stride: number of steps between comparisons; the first is in step stride.
+        threshold: minimum cosine at which the partial cache is kept; decided per request. None:
+            every stride-th step is full.
+        kernel: width of the max-pooling of probabilities over neighbouring keys, odd; 1: no
+            pooling.
 
     Paper: RefreshKV (Xu et al. 2025), section 2.2 and appendix A.1, with a budget of 1/8, stride 5
     or 10, threshold 0.85 (Llama 3.1) or 0.95 (Qwen 2), kernel 7. :class:`RecycledAttention` is its
@@ -59,10 +59,12 @@ class RefreshKV(Keeping):
         super().begin(q, k, v, lse, lengths=lengths)
         check(self.kernel % 2 == 1, self._name, "kernel", "must be odd", self.kernel)
         n = self.cache.lengths
-        self._query = q.new_zeros(q.shape[0], 1, 1, q.shape[3])  # of all heads, at a full step
-        self._end = torch.zeros_like(n)  # tokens at the last full step
-        self._size = torch.zeros_like(n)  # keys of the partial cache
-        self._ranked = n.new_zeros(len(n), k.shape[2], 0)  # its keys, the largest score first
+        # mean over heads, at the last full step
+        self._query = q.new_zeros(q.shape[0], 1, 1, q.shape[3])
+        self._end = torch.zeros_like(n)  # number of tokens at the last full step
+        self._size = torch.zeros_like(n)  # number of keys in the partial cache
+        # keys of the partial cache, largest score first
+        self._ranked = n.new_zeros(len(n), k.shape[2], 0)
         self._counts = n.new_zeros(len(n), k.shape[2])
         self._read_prompt(q, n)
 
@@ -72,7 +74,7 @@ class RefreshKV(Keeping):
         return out
 
     def _read_prompt(self, q: Tensor, new: Tensor) -> None:
-        """The last of new[b] queries chooses, if there is one."""
+        """Selects with the last of new[b] queries, if there is one."""
         self._steps = 0
         wanted = amount(self.budget, self.cache.lengths).clamp(min=1)
         self._size = torch.where(new > 0, wanted, self._size)
@@ -107,7 +109,7 @@ class RefreshKV(Keeping):
     def _partial(self) -> tuple[Tensor, Tensor]:
         """Lists [B, Hk, most + 1] of the partial cache and the newest token, and counts."""
         n, size = self.cache.lengths, self._size[:, None]
-        newer = (n - 1 - self._end)[:, None]  # tokens since the full step, but the newest
+        newer = (n - 1 - self._end)[:, None]  # tokens since the full step, except the newest
         left = (self._counts - (self._counts + newer - size).clamp(min=0)).clamp(min=0)
         recent = torch.minimum(newer, size) + 1
         at = torch.arange(self._most + 1, dtype=torch.int32, device=n.device)
@@ -117,7 +119,9 @@ class RefreshKV(Keeping):
         return rows, left + recent
 
     def _choose(self, q: Tensor, full: Tensor) -> None:
-        """The partial cache by queries [B, 1, H, D], for the requests that are full [B]."""
+        """Selects the partial cache by queries [B, 1, H, D], for requests where full [B] is
+        True.
+        """
         cache, heads = self.cache, self.cache.k.shape[2]
         n = cache.lengths.masked_fill(~full, 0)
         p = attention_row_scores(

@@ -1,4 +1,4 @@
-"""Which heads look things up: retrieval heads, by two kinds of texts."""
+"""Finding retrieval heads, by two kinds of texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..select.attention_row_scores import attention_row_scores
 NAME = "policies.profile_retrieval_heads"
 REPEATED = "policies.profile_repeated_tokens"
 CHOOSE = "policies.choose_retrieval_heads"
-ROWS = 16  # steps whose scores are in memory together
+ROWS = 16  # steps whose scores are held in memory together
 
 
 def profile_retrieval_heads(
@@ -36,39 +36,39 @@ def profile_retrieval_heads(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""The share of a needle that each head of a layer copies while a model repeats it.
+    r"""The fraction of a needle that each head of a layer copies while a model repeats it.
 
-    A head copies token j of the needle in a step if j is the key of its largest weight and the
-    token that the step generates is that at j. A head's score is the share of the needle's tokens
-    that it copies in some step; scores are averaged over needles, lengths and depths. Heads with a
-    mean of 0.1 or more retrieve: fewer than 5 % do. A key head of which a query head retrieves is
-    one for :class:`RazorAttention` to keep.
+    A head copies token j of the needle in a step if j is the key of its largest weight and the step
+    generates the token at j. A head's score is the fraction of the needle's tokens that it copies
+    in some step; scores are averaged over needles, lengths and depths. Heads with a mean of at
+    least 0.1 are retrieval heads: fewer than 5 %. :class:`RazorAttention` should keep a KV head if
+    one of its query heads is a retrieval head.
 
     Args:
         q: ``[B, R, H, D]`` float16, bfloat16 or float32 (float64 on the reference): the queries of
-            the R steps that generate the answer, as the layer attends with them (rotated).
-        k: ``[B, S, Hk, D]``, Hk a divisor of H: the keys of the context and of the steps; the
-            query of step r is that of key S - R + r, and sees no later one.
+            the R steps that generate the answer, after the rotary embedding.
+        k: ``[B, S, Hk, D]``, Hk a divisor of H: the keys of the context and of the steps; the query
+            of step r is at key S - R + r, and sees no later key.
         tokens: int32 or int64 ``[B, S]``, the tokens of the keys.
         answer: int32 or int64 ``[B, R]``, the token that each step generates.
         needle: (begin, end) of the tokens to repeat, 0 <= begin < end <= S.
-        every_step: a token counts in each step that copies it, as in the released code, so that a
-            score may be above 1; False: once, as in the paper.
+        every_step: a token counts in each step that copies it, as in the released code, so a score
+            may exceed 1; False: once, as in the paper.
         scale: factor of q.k; None = 1/sqrt(D).
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         float32 ``[B, H]``, 0 to 1 (every_step: up to R divided by the tokens of the needle). Not
-        differentiable. Of equal weights the first is the largest.
+        differentiable. Ties of weights go to the first key.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 2 B H R S D operations, and memory of B H S floats for each of 16 steps at a time.
+    Complexity: 2 B H R S D operations, and memory of B H S floats for each of 16 concurrent steps.
 
     Paper: Retrieval Head Mechanistically Explains Long-Context Factuality (Wu et al. 2024), section
-    2. The released code averages over the texts of which the answer has more than half of the
-    needle's words.
+    2. The released code averages over the texts whose answer has more than half of the needle's
+    words.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -104,22 +104,21 @@ def profile_repeated_tokens(
     sink: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""How much each head of a layer attends to earlier occurrences of its token (echo), and to the
-    tokens after those (induction), while a model reads random tokens again and again.
+    r"""Attention of each head of a layer to earlier occurrences of its token (echo), and to the
+    tokens after these (induction), while a model reads repeated random tokens.
 
     .. math::
         echo = mean_i \sum_{m \ge 1} P_{i, i - m p}, \qquad
         induction = mean_i \sum_{m \ge 1} P_{i, i - m p + 1}
 
     with the causal softmax weights P and the period p, over the queries i of all repetitions but
-    the first, m as far as the first. A head that looks up what stood at the same token has a large
-    score; what the tokens mean plays no part.
+    the first, and m back to the first repetition. A head that looks up earlier occurrences has a
+    large score; the meaning of tokens plays no part.
 
     Args:
-        q: ``[B, S, H, D]`` float16, bfloat16 or float32 (float64 on the reference), as the layer
-            attends with them (rotated). The last tokens of the text are period random ones, at
-            least twice; the S % period tokens before them, as a begin token, are seen and do not
-            count.
+        q: ``[B, S, H, D]`` float16, bfloat16 or float32 (float64 on the reference), after the
+            rotary embedding. The text ends with at least two repetitions of period random tokens;
+            the S % period tokens before them, such as a begin token, are visible but do not count.
         k: ``[B, S, Hk, D]``, Hk a divisor of H.
         period: number of different random tokens, 1 to S // 2.
         scale: factor of q.k; None = 1/sqrt(D).
@@ -132,11 +131,11 @@ def profile_repeated_tokens(
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: causal attention once, for the normalisation; the weights that count are 2 S H for
-    each earlier occurrence. Memory linear in S.
+    Complexity: causal attention once, for the normalisation; 2 S H relevant weights per earlier
+    occurrence. Memory linear in S.
 
     Paper: RazorAttention (Tang et al. 2024), section 3.2. The release (golden-stick) divides by S^2
-    where this has a mean, which leaves the order of heads.
+    instead of taking the mean, which does not change the order of heads.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -175,24 +174,23 @@ def profile_repeated_tokens(
 def choose_retrieval_heads(
     echo: Tensor, induction: Tensor, *, echo_part: float = 0.01, induction_part: float = 0.14
 ) -> tuple[tuple[int, ...], ...]:
-    r"""The key heads of a model that are worth a whole cache: those first by either score.
+    r"""The KV heads of a model that should keep a full cache: the best by either score.
 
     Args:
-        echo, induction: float ``[layers, Hk]``, the scores of each key head: the largest of its
+        echo, induction: float ``[layers, Hk]``, the scores of each KV head: the largest over its
             query heads (see :func:`profile_repeated_tokens`).
-        echo_part, induction_part: the part of all heads of all layers that are taken for each
-            score, 0 to 1, rounded to the nearest number; at least one if the part is not 0. Of
-            equal scores the first layer, then the first head. NaN is never chosen.
+        echo_part, induction_part: fraction of all heads of all layers taken for each score, 0 to 1,
+            rounded to the nearest number; at least one if the fraction is not 0. Ties go to the
+            first layer, then the first head. NaN is never chosen.
 
     Returns:
-        The heads of each layer, ascending: `retrieval` of :class:`RazorAttention`.
+        The heads of each layer, ascending: the `retrieval` of :class:`RazorAttention`.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
     Paper: RazorAttention (Tang et al. 2024), section 3.2 and table 2. The release (golden-stick)
-    takes all heads of a score that equals the last one chosen, and none of a part below half a
-    head.
+    takes all heads tied with the last one chosen, and none for a fraction below half a head.
 
     Example:
         >>> import torch, tokenmill as tm

@@ -1,4 +1,4 @@
-"""Rotary embedding of keys that are cached without it."""
+"""Rotary embedding of keys that are cached unrotated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ Rope = tuple[Tensor, Tensor]
 
 
 def check_rope(name: str, rope: Rope, q: Tensor, positions: int, what: str) -> None:
-    """(cos, sin) for queries [B, S, H, D] at so many positions; what says why so many."""
+    """Checks (cos, sin) for queries [B, S, H, D] and the required number of positions; what: the
+    reason for this number.
+    """
     pair = isinstance(rope, tuple | list) and len(rope) == 2
     pair = pair and all(isinstance(t, Tensor) and t.dim() == 2 for t in rope)
     rule = "must be None or a pair of tensors [positions, pairs]"
@@ -27,6 +29,6 @@ def check_rope(name: str, rope: Rope, q: Tensor, positions: int, what: str) -> N
 
 
 def rotated(x: Tensor, rope: Rope, at: Tensor, interleaved: bool) -> Tensor:
-    """x [B, S, H, D] turned to positions [S] or [B, S]."""
+    """x [B, S, H, D] rotated to positions [S] or [B, S]."""
     cos, sin = (t[at].unsqueeze(-2).float() for t in rope)
     return rotate(x.float(), cos, sin, interleaved).to(x)

@@ -1,4 +1,4 @@
-"""Policies that keep every key and attend to some: caches dense or in pages."""
+"""Policies that keep every key and attend to a selection, in dense or paged caches."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from .policy import HEAD_REDUCE, Keeping, Lists, rows_of, span
 
 @dataclass(eq=False)
 class TidalDecode(Keeping):
-    r"""Full attention in a few layers, which select the tokens for the layers after them.
+    r"""Full attention in a few layers, which select the tokens for later layers.
 
-    Layers below first are full. Layer first and layer correction are full too and select the budget
-    tokens with the largest logits; the layers after them attend to those and to the newest token.
-    Make the layers of a model with :func:`stack`.
+    Layers below first use full attention. Layer first and layer correction do too, and select the
+    budget tokens with the largest logits; later layers attend to these and to the newest token.
+    Create the layers of a model with :func:`stack`.
 
-    What sparse layers pass on makes keys and values of later layers differ from those of full
-    attention. :meth:`correct` recomputes them for the last tokens, from time to time.
+    Sparse layers make keys and values of later layers deviate from full attention. :meth:`correct`,
+    called from time to time, recomputes them for the last tokens.
 
     Args:
-        budget: tokens selected.
+        budget: number of tokens selected.
         first: the first layer that selects.
         correction: the layer that selects again.
-        lists: "query": each query head has its own list. "key": the query heads of a key head share
-            one, of the tokens with the largest logit of any of them, so that a key is read once.
-        keep_newest: True: the newest token is attended to in any case and takes no place of the
-            budget, as in the released kernels. False: it competes with the others for one of the
-            budget places, as in the released model code.
+        lists: "query": each query head has its own list. "key": the query heads of a KV head share
+            a list, of the tokens with the largest logit in any of them, so that a key is read once.
+        keep_newest: True: the newest token is always attended to and does not count in the budget,
+            as in the released kernels. False: it competes with the others for a place in the
+            budget, as in the released model code.
 
-    Paper: TidalDecode (Yang et al. 2024), section 3; lists of the released model code. Its
-    correction layer is 9 or 13 by default, in different files; its kernels need one request and as
-    many key heads as query heads.
+    Paper: TidalDecode (Yang et al. 2024), section 3; lists as in the released model code. Its
+    correction layer is 9 or 13 by default, in different files; its kernels need one request and H =
+    Hk.
     """
 
     budget: int = 256
@@ -53,14 +53,14 @@ class TidalDecode(Keeping):
 
     def reorder(self, requests: Tensor) -> None:
         super().reorder(requests)
-        vars(self).pop("_lists", None)  # a step makes its own
+        vars(self).pop("_lists", None)  # recreated by the next step
 
     def correct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Recomputes the last tokens of each request: full attention in every layer, whose keys and
-        values replace those in the cache.
+        """Recomputes the last tokens of each request: full attention in every layer, replacing
+        their keys and values in the cache.
 
         Args:
-            q: ``[B, n, H, D]``, queries of the last n tokens, of a pass of the model over them.
+            q: ``[B, n, H, D]``, queries of the last n tokens, from a pass of the model over them.
             k, v: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]``.
 
         Returns:
@@ -74,7 +74,7 @@ class TidalDecode(Keeping):
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._append(k, v)
         if self._token == 0:
-            self._lists: list[tuple[Tensor, Tensor]] = []  # of each token of the step
+            self._lists: list[tuple[Tensor, Tensor]] = []  # one entry per token of the step
         if self.layer in (self.first, self.correction):
             return self._select(q)
         if self.layer < self.first:
@@ -107,19 +107,19 @@ class TidalDecode(Keeping):
 
 @dataclass(eq=False)
 class Quest(Keeping):
-    r"""Attends to the pages whose boxes allow the largest logits, and to the newest page.
+    r"""Attends to the pages with the largest logit bounds, and to the newest page.
 
-    A box holds the minimum and maximum of each column over the keys of a page, and gives a bound
-    that no logit of the page exceeds. The heads of a group take the largest of their bounds, and
+    A box holds the minimum and maximum of each channel over the keys of a page, and gives an upper
+    bound on the logits of the page. The heads of a GQA group take the largest of their bounds, and
     share a list.
 
     Args:
-        budget: tokens attended to, at least 3 pages.
-        page: tokens of a page; a power of two, whatever the page size of the cache.
-        dense_layers: first layers, which are full.
+        budget: number of tokens attended to, at least 3 pages.
+        page: tokens per page of the method; a power of two, independent of the page size of the
+            cache.
+        dense_layers: number of first layers with full attention.
 
-    Paper: Quest (Tang et al. 2024), section 3.3. The released kernels need one request and as many
-    key heads as query heads.
+    Paper: Quest (Tang et al. 2024), section 3.3. The released kernels need one request and H = Hk.
     """
 
     budget: int = 1024
@@ -179,7 +179,7 @@ class Quest(Keeping):
         return out
 
     def _pool(self, start: Tensor) -> None:
-        """Boxes of the pages with tokens start[b] and later."""
+        """Updates the boxes of the pages with tokens from start[b] on."""
         block_pool_keys_update(
             self.cache.k, self._boxes, self.page, start=start, mode="minmax",
             lengths=self.cache.lengths, block_table=self.cache.block_table, backend=self.backend,
@@ -188,20 +188,20 @@ class Quest(Keeping):
 
 @dataclass(eq=False)
 class RecycledAttention(Keeping):
-    r"""Full attention every few steps; in between, attention to the keys that received most.
+    r"""Full attention every few steps; in between, attention to the keys with the most attention.
 
-    A full step keeps, for each key head, the budget keys with the largest probability summed over
-    its query heads; the following steps attend to those and to newer tokens. All keys
-    stay in the cache for the next full step.
+    A full step selects, for each KV head, the budget keys with the largest probability summed over
+    its query heads; the following steps attend to these and to newer tokens. All keys stay in the
+    cache for the next full step.
 
     Args:
-        budget: keys kept of a full step.
-        stride: steps from one full step to the next, the first step being one.
-        threshold: a step is full before that, request by request, if the cosine of its query and
-            that of the last full step, all heads side by side, is less. None: by stride alone.
+        budget: number of keys selected by a full step.
+        stride: number of steps between full steps; the first step is full.
+        threshold: a step is full earlier, decided per request, if the cosine of its query and the
+            query of the last full step, heads concatenated, is smaller. None: only by stride.
 
     Paper: Recycled Attention (Xu et al. 2024), section 3, with its fixed and its dynamic schedule:
-    the first version of the paper. :class:`RefreshKV` is the published one.
+    the first version of the paper. :class:`RefreshKV` is the published version.
     """
 
     budget: int = 4096
@@ -215,10 +215,10 @@ class RecycledAttention(Keeping):
     ) -> None:
         super().begin(q, k, v, lse, lengths=lengths)
         n, heads = self.cache.lengths, k.shape[2]
-        self._steps, self._longest = 0, 0  # and tokens at the last full step
-        self._since = torch.zeros_like(n)  # as _steps, of each request
-        self._end = torch.zeros_like(n)  # as _longest
-        self._query = q.new_zeros(q.shape[0], 1, *q.shape[2:])  # like nothing
+        self._steps, self._longest = 0, 0  # step count, and length at the last full step
+        self._since = torch.zeros_like(n)  # steps since the last full step, per request
+        self._end = torch.zeros_like(n)  # length at the last full step, per request
+        self._query = q.new_zeros(q.shape[0], 1, *q.shape[2:])  # zeros: similar to no query
         self._list = n.new_zeros(()).expand(q.shape[0], heads, self.budget)
         self._counts = n.new_zeros(q.shape[0], heads)
 
@@ -238,7 +238,7 @@ class RecycledAttention(Keeping):
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         out = super().extend(q, k, v, lengths=lengths)
-        if lengths is not None:  # the next step is full: requests have their own numbers of tokens
+        if lengths is not None:  # the next step is full: requests have different numbers of tokens
             self._steps = 0
         return out
 
@@ -278,7 +278,7 @@ class RecycledAttention(Keeping):
         return out
 
     def _best(self, mass: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        """Lists of the keys with the largest mass [B, Hk, S] of the first n[b], and counts."""
+        """Lists of the keys with the largest mass [B, Hk, S] among the first n[b], and counts."""
         indices, counts = topk_select(
             mass.flatten(0, 1), self.budget, lengths=rows_of(n, mass.shape[1]),
             backend=self.backend,

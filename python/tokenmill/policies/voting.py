@@ -1,4 +1,4 @@
-"""TokenSelect: the tokens that all heads vote for."""
+"""TokenSelect: the tokens with the most votes over all heads."""
 
 from __future__ import annotations
 
@@ -18,42 +18,45 @@ from .rotation import Rope, check_rope, rotated
 
 @dataclass(eq=False)
 class TokenSelect(Keeping):
-    r"""Attends to sink and recent tokens, and to the k tokens that the heads vote for.
+    r"""Attends to sink and recent tokens, and to the k tokens with the most votes of the heads.
 
-    A head votes with its softmax over the candidates, and all heads share one list. As long as a
-    request's query is like the one that last selected (cosine of at least threshold, the heads side
-    by side), its list stays, and no key is read to select. That is for steps; each chunk selects.
+    A head votes with its softmax over the candidates, and all heads share one list. While a
+    request's query is similar to the query of its last selection (cosine of at least threshold,
+    heads concatenated), its list is reused, and no key is read to select. This applies to steps;
+    each chunk selects.
 
-    Prompts are read in chunks. The mean of a chunk's queries votes, and the chunk attends to sink
-    tokens, the tokens selected, recent ones and, causally, to itself. A prompt of no more tokens
-    than num_sink + k + num_recent is read with full attention.
+    Prompts are read in chunks. The mean of a chunk's queries votes, and the chunk attends to sink,
+    selected and recent tokens and, causally, to itself. A prompt of at most num_sink + k +
+    num_recent tokens is read with full attention.
 
-    With rope the policy extends models beyond the length that they were trained for: it is given
-    queries and keys without rotary embedding, and rotates what is attended to by its place in the
-    list, so that no place is beyond num_sink + k + max(num_recent, chunk). For the vote, keys stay
-    as they are and a query is rotated as if all candidates were num_recent tokens away.
+    With rope the policy extends models beyond their training length: it is given queries and keys
+    without rotary embedding, and rotates the keys attended to by their rank in the list, so that no
+    rank exceeds num_sink + k + max(num_recent, chunk). For the vote, keys are not rotated and a
+    query is rotated as if all candidates were num_recent tokens away.
 
     Args:
-        k: tokens selected beside sink and recent ones.
-        num_sink, num_recent: sink (first) and recent (last) tokens, always attended to. The tokens
-            of a chunk count among the recent, the newest first, and are all attended to.
-        threshold: least cosine at which the previous selection is reused in a step; above 1: never.
-        vote_scale: factor of the products in the votes; None = scale. The released code has 1.
-        chunk: tokens of a chunk of a prompt.
-        kernel_size: a token gets the most votes of so many neighbours, odd; 1: its own.
+        k: number of tokens selected in addition to sink and recent tokens.
+        num_sink, num_recent: numbers of sink (first) and recent (last) tokens, always attended to.
+            The tokens of a chunk count as recent, the newest first, and are all attended to.
+        threshold: minimum cosine at which the previous selection is reused in a step; above 1:
+            never.
+        vote_scale: factor of the products in the votes; None = scale. The released code uses 1.
+        chunk: tokens per chunk of a prompt.
+        kernel_size: width of the max-pooling of votes over neighbouring tokens, odd; 1: no pooling.
         rope: (cos, sin), float ``[positions, pairs]``, pairs up to D / 2, with a position for each
-            place of a list and each distance of a vote: num_sink + k + max(num_recent, chunk) and
-            num_recent + chunk, or the tokens that the cache has room for if those are no more than
-            num_sink + k + num_recent. None: queries and keys are used as they are.
+            rank in a list and each distance of a vote: num_sink + k + max(num_recent, chunk) and
+            num_recent + chunk, or the capacity of the cache if it is at most num_sink + k +
+            num_recent. None: no rotation.
         interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + pairs).
 
     Complexity: a prompt takes 2 H (D + Dv) S (num_sink + k + num_recent) operations, and H D S^2 /
-    chunk to select; what a chunk attends to is gathered once.
+    chunk to select; the keys that a chunk attends to are gathered once.
 
     Paper: TokenSelect (Wu et al. 2024), sections 4.2 and 4.3, with its chunks of 512. The released
-    code takes key head h mod Hk for head h, scores in 16 bits, one request at a time, and has the
+    code uses KV head h mod Hk for head h, scores in 16 bits, one request at a time, and has the
     reuse switched off; here h // (H / Hk), float32, any number of requests. Candidates are the
-    tokens before the last num_recent, as there, but never those of the chunk itself.
+    tokens before the last num_recent, as in the released code, but never tokens of the chunk
+    itself.
     """
 
     k: int = 2048
@@ -87,7 +90,8 @@ class TokenSelect(Keeping):
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._append(k, v)
         serves = query_similarity_gate(q, self._query, self.threshold, backend=self.backend)
-        asked = self.cache.lengths.masked_fill(serves, 0)  # without tokens nothing is read
+        # requests that reuse their list get length 0, so nothing is read
+        asked = self.cache.lengths.masked_fill(serves, 0)
         indices, counts = self._vote(self._from_afar(q), asked, self.num_recent)
         serves = serves[:, None, None]
         self._list = torch.where(serves, self._list, indices)
@@ -112,21 +116,21 @@ class TokenSelect(Keeping):
                 places = max(self.num_sink + self.k + max(beside), sum(beside))
             check_rope(self._name, self.rope, q, places, "each place of a list")
         self.cache.fill(k, v, lengths)
-        self._query = q.new_zeros(q.shape[0], 1, *q.shape[2:])  # like nothing
+        self._query = q.new_zeros(q.shape[0], 1, *q.shape[2:])  # zeros: similar to no query
         self._list = self.cache.lengths.new_zeros(()).expand(q.shape[0], 1, self.k)
         self._counts = self.cache.lengths.new_zeros(q.shape[0], 1)
 
     @property
     def _listed(self) -> int:
-        """Tokens up to which all are attended to."""
+        """Number of tokens up to which all are attended to."""
         return self.num_sink + self.k + self.num_recent
 
     def _from_afar(self, q: Tensor) -> Tensor:
-        """Queries [B, n, H, D] as they vote."""
+        """Queries [B, n, H, D] rotated for the vote."""
         if self.rope is None:
             return q
         at = self.num_recent + torch.arange(q.shape[1], device=q.device)
-        at = at.clamp(max=len(self.rope[0]) - 1)  # in a cache without candidates
+        at = at.clamp(max=len(self.rope[0]) - 1)  # only for a cache without candidates
         return rotated(q, self.rope, at, self.interleaved)
 
     def _vote(self, q: Tensor, n: Tensor, num_recent: int) -> tuple[Tensor, Tensor]:
@@ -141,8 +145,9 @@ class TokenSelect(Keeping):
     def _read(
         self, q: Tensor, k: Tensor, v: Tensor, begin: Tensor, lengths: Tensor, before: int
     ) -> Tensor:
-        """Attention of tokens that are in the cache from begin[b] on, and up to lengths[b] count.
-        before is the most that begin is."""
+        """Attention of tokens stored in the cache from begin[b] on, valid up to lengths[b]. before:
+        upper bound on begin.
+        """
         tokens = q.shape[1]
         size = self.chunk if before + tokens > self._listed else max(tokens, 1)
         outs = []
@@ -156,7 +161,7 @@ class TokenSelect(Keeping):
     def _read_chunk(
         self, q: Tensor, k: Tensor, v: Tensor, begin: Tensor, lengths: Tensor, before: int
     ) -> Tensor:
-        """q, k, v [B, n, ...] of positions begin[b] to begin[b] + n - 1."""
+        """Attention of q, k, v [B, n, ...] at positions begin[b] to begin[b] + n - 1."""
         rows = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
         bias, places = None, rows.expand(q.shape[0], -1)
         if before > 0:
@@ -172,7 +177,7 @@ class TokenSelect(Keeping):
         else:
             order = places
         if self.rope is not None:
-            most = len(self.rope[0]) - 1  # for rows beyond a prompt, which mean nothing
+            most = len(self.rope[0]) - 1  # rows beyond a prompt are undefined
             q = rotated(q, self.rope, places.clamp(max=most), self.interleaved)
             k = rotated(k, self.rope, order.clamp(max=most), self.interleaved)
         return attention(q, k, v, causal=True, bias=bias, **self._scoring)
@@ -180,7 +185,7 @@ class TokenSelect(Keeping):
     def _before(
         self, q: Tensor, begin: Tensor, lengths: Tensor, before: int
     ) -> tuple[Tensor, Tensor]:
-        """Positions before a chunk that it attends to, ascending, and how many."""
+        """Positions before a chunk that it attends to, ascending, and their number."""
         valid = (lengths - begin).clamp(0, q.shape[1])
         if before + q.shape[1] <= self._listed:
             return span(torch.zeros_like(begin), before), begin
