@@ -1,7 +1,8 @@
-"""The plugin by which vLLM knows the backend of :mod:`tokenmill.integrations.vllm`.
+"""The plugin that registers the backend of :mod:`tokenmill.integrations.vllm` with vLLM.
 
-vLLM calls it in each of its processes, chosen or not. It stands outside of the package, whose
-import loads PyTorch and the kernels: it names the backend's class, and imports nothing of ours.
+vLLM calls it in each of its processes, whether the backend is chosen or not. It is outside the
+package, whose import loads PyTorch and the kernels: it names the backend's class, and imports
+nothing from the package.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ BACKEND = "tokenmill.integrations._vllm_backend.TokenmillBackend"
 def register() -> None:
     """Makes tokenmill the backend CUSTOM of vLLM, in this process.
 
-    The backend is a path until vLLM is asked for CUSTOM. Where vLLM has no registry of backends, or
-    another plugin has taken the name, a warning says so and nothing changes.
+    The backend is only an import path until CUSTOM is requested. If vLLM has no backend registry,
+    or another plugin has taken the name, it warns and changes nothing.
 
     Raises:
         ModuleNotFoundError: without vLLM.

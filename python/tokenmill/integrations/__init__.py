@@ -1,1 +1,1 @@
-"""tokenmill inside other libraries. Each module imports its library when it is imported itself."""
+"""Integrations with other libraries. Each module imports its library on import."""

@@ -1,4 +1,4 @@
-"""What to install where a library is missing."""
+"""Errors for missing or old libraries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from .._check import check
 
 
 def needs(library: str, missing: ModuleNotFoundError) -> ModuleNotFoundError:
-    """What to raise where a library is missing whose name is that of its integration and extra."""
+    """The error to raise where the library of an integration (also the name of the extra) is
+    missing.
+    """
     return ModuleNotFoundError(
         f"tokenmill.integrations.{library} needs {library}: pip install 'tokenmill[{library}]'; "
         f"got {missing}",
@@ -15,7 +17,7 @@ def needs(library: str, missing: ModuleNotFoundError) -> ModuleNotFoundError:
 
 
 def check_version(name: str, library: str, version: str, *least: int) -> None:
-    """That a library is as new as a function needs: name is the function's."""
+    """Checks that a library is recent enough for a function; name: the function's name."""
     found = tuple(int(part) for part in version.split(".")[:2])
     wanted = ".".join(map(str, least))
     check(found >= least, name, library, f"must be {wanted} or later", version)

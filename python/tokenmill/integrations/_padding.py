@@ -1,4 +1,4 @@
-"""Padding masks of transformers: attention to shown keys, without a matrix of pairs."""
+"""Padding masks of transformers: attention to visible keys, without a pairwise mask."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ Ends = tuple[Tensor, Tensor, bool]
 
 
 class Shape(NamedTuple):
-    """What the host knows of the rows: whether the keys that are shown are neighbours in each, and
-    whether some row hides keys before the first of them, or after the last."""
+    """Host-side facts on the rows: whether the visible keys of each row are contiguous, and whether
+    some row has masked keys before its first visible key, or after its last.
+    """
 
     runs: bool
     leading: bool
@@ -24,10 +25,12 @@ class Shape(NamedTuple):
 
 
 class Padding:
-    """A mask ``[B, Sk]``, True where a key is shown, and what all layers of a model ask of it."""
+    """A mask ``[B, Sk]``, True for visible keys, with derived values shared by all layers of a
+    model.
+    """
 
     def __init__(self, mask: Tensor):
-        self.mask = mask.detach().bool()  # not the tensor that this is kept with
+        self.mask = mask.detach().bool()  # detached: not the tensor object that caches this
         self._segments: dict[int, masks.Segments] = {}
         self._packed: dict[tuple[int, bool], list[Ends]] = {}
         self._bounds: tuple[Tensor, Tensor] | None = None
@@ -35,7 +38,7 @@ class Padding:
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """``[B]`` each: the first key that is shown, and one past the last; 0 where none is."""
+        """``[B]`` each: the first visible key, and one past the last; 0 where there is none."""
         if self._bounds is None:
             shown = self.mask.int()
             past = self.mask.shape[1] - shown.flip(1).argmax(1)
@@ -53,22 +56,24 @@ class Padding:
         return self._shape
 
     def segments(self, sq: int) -> masks.Segments:
-        """The mask of sq queries: shown keys are of their segment."""
+        """Segment mask for sq queries: visible keys are in their segment."""
         if sq not in self._segments:
             q_ids = torch.zeros(1, sq, dtype=torch.int32, device=self.mask.device)
             self._segments[sq] = masks.segments(q_ids, (~self.mask).int())
         return self._segments[sq]
 
     def packed(self, sq: int, causal: bool) -> list[Ends]:
-        """Packed calls whose sum is attention to the shown keys, which are neighbours:
-        (cu_seqlens_q, cu_seqlens_k, causal) each."""
+        """Packed calls whose sum is attention to the visible keys, which are contiguous:
+        (cu_seqlens_q, cu_seqlens_k, causal) each.
+        """
         if (sq, causal) not in self._packed:
             self._packed[sq, causal] = self._pack(sq, causal)
         return self._packed[sq, causal]
 
     def _pack(self, sq: int, causal: bool) -> list[Ends]:
-        """Queries see the keys of their own sequence. Hidden keys are in sequences without queries,
-        and queries that see none in sequences without keys, whose result is 0."""
+        """Queries see the keys of their own sequence. Masked keys are in sequences without queries,
+        and queries with no visible key in sequences without keys, whose result is 0.
+        """
         (begin, end), sk = self.bounds, self.mask.shape[1]
         zero = torch.zeros_like(begin)
         all_q, all_k = (torch.full_like(begin, n) for n in (sq, sk))
@@ -76,7 +81,7 @@ class Padding:
             return [(*_ends([zero, all_q], [begin, all_k]), causal)]
         if not causal:
             return [(*_ends([zero, all_q, all_q], [begin, end, all_k]), False)]
-        # Query i is at key i + Sk - Sq: those past the last key that is shown see all of them.
+        # Query i is at key i + Sk - Sq: queries past the last visible key see all visible keys.
         past = (end - (sk - sq)).clamp(0, sq)
         return [
             (*_ends([zero, past, past, all_q], [begin, end, all_k, all_k]), True),
@@ -85,7 +90,9 @@ class Padding:
 
 
 def _ends(q: list[Tensor], k: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """cu_seqlens from where the sequences of each row end, ``[B]`` each, the last at its size."""
+    """cu_seqlens from the ends of the sequences within each row, ``[B]`` each, the last being the
+    row size.
+    """
     ends = []
     for in_row in (torch.stack(q, 1), torch.stack(k, 1)):
         row = torch.arange(len(in_row), device=in_row.device)[:, None]
@@ -95,8 +102,9 @@ def _ends(q: list[Tensor], k: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def padding_of(mask: Tensor, q: Tensor, k: Tensor) -> Padding | None:
-    """The padding of a mask ``[B, Sk]`` or of a complete mask of one query; None for other masks.
-    It is kept with the mask: layers share what is found."""
+    """Padding of a mask ``[B, Sk]`` or of a complete mask of one query; None for other masks.
+    Cached on the mask, so that layers share it.
+    """
     (batch, sq), sk = q.shape[:2], k.shape[1]
     shown = mask
     if mask.dim() == 4:
@@ -112,7 +120,9 @@ def padding_of(mask: Tensor, q: Tensor, k: Tensor) -> Padding | None:
 
 
 def decoded(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None, **options: Any) -> Tensor:
-    """Attention of the newest tokens to a cache; with padding of one token, to the shown keys."""
+    """Attention of the newest tokens to a cache; with padding (one token only), to the visible
+    keys.
+    """
     visible = None
     if padding is None:
         seqlens = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
@@ -126,7 +136,7 @@ def decoded(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None, **options:
 def padded(
     q: Tensor, k: Tensor, v: Tensor, padding: Padding, bias: Tensor | None, **options: Any
 ) -> Tensor:
-    """Attention to the shown keys: [B, Sq, H, D] -> [B, Sq, H, Dv]."""
+    """Attention to the visible keys: [B, Sq, H, D] -> [B, Sq, H, Dv]."""
     sq, sk = q.shape[1], k.shape[1]
     causal = options["causal"] and sq > 1
     if bias is None and _packs(q, k, v, padding, causal, options["backend"]):
@@ -146,10 +156,11 @@ def padded(
 def _packs(
     q: Tensor, k: Tensor, v: Tensor, padding: Padding, causal: bool, backend: str | None
 ) -> bool:
-    """Whether the rows are read as packed sequences. Kernels of GPUs take more of these than of
-    segments. On a CPU packing saves time where each row begins with its run, all of whose queries
-    see it all, and tokens need not be copied; elsewhere segments do, with bits that no other row
-    has a say in: those of a row that is packed so, and of one without padding."""
+    """Whether rows are run as packed sequences. GPU kernels support more packed calls than segment
+    masks. On a CPU packing saves time only if every row starts with its visible run, attention is
+    not causal and no tensor must be copied; otherwise segments are used. Their bits do not depend
+    on other rows, and equal the packed result and the result of a row without padding.
+    """
     if torch.compiler.is_compiling() or q.shape[1] == 1:
         return False
     if q.device.type != "cpu" or backend not in (None, "cpu", "reference"):
@@ -169,7 +180,7 @@ def packed(
     max_seqlen_k: int | None,
     **options: Any,
 ) -> Tensor:
-    """[B, S, H, D] -> [B, S, H, Dv], with the B S tokens in sequences as cu_seqlens say."""
+    """[B, S, H, D] -> [B, S, H, Dv], with the B S tokens as sequences given by cu_seqlens."""
     out = attention(
         *(x.flatten(0, 1) for x in (q, k, v)),
         cu_seqlens_q=cu_seqlens_q,

@@ -1,8 +1,8 @@
-"""Attention over the pages of transformers' continuous batching, read where they are.
+"""Attention over the pages of transformers' continuous batching, without gathering them.
 
-transformers describes a batch by the places of tokens in its cache: read_index, those of all keys
-of one request after the other, and write_index, those of the new ones. Place p is row p % page
-size of page p // page size, so that the first place of each page gives the block table.
+transformers describes a batch by slots in its cache: read_index holds the slots of all keys,
+request after request, and write_index the slots of new keys. Slot p is row p % page size of page p
+// page size, so the first slot of each page gives the block table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ except ImportError:
 
 
 class Pages(NamedTuple):
-    """Keys and values of one layer, ``[pages, page size, Hk, D]``, and ``[requests, columns]``."""
+    """Keys and values of one layer, ``[pages, page size, Hk, D]``, and the block table ``[requests,
+    columns]``.
+    """
 
     k_cache: Tensor
     v_cache: Tensor
@@ -34,27 +36,28 @@ class Pages(NamedTuple):
 
 
 class _CacheInPlace(_Cache):
-    """The cache of one call of the model, whose state is that of the cache of transformers."""
+    """The cache of one model call, sharing its state with the cache of transformers."""
 
     __slots__ = ("tables",)
 
     def __init__(self, cache: Any) -> None:
         object.__setattr__(self, "__dict__", vars(cache))
-        self.tables: dict[int, Tensor] = {}  # of each group of layers
+        self.tables: dict[int, Tensor] = {}  # one per group of layers
 
     @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Writes the new keys and values ``[1, Hk, T, D]``, and names the pages in kwargs instead
-        of gathering them."""
+        """Writes the new keys and values ``[1, Hk, T, D]``, and passes the pages in kwargs instead
+        of gathering them.
+        """
         allocator = self.layer_to_allocator[layer_idx]
         read_index = kwargs["read_index"][allocator.index]
         in_place = allocator.supports_block_table and read_index.numel() > 0
-        if in_place:  # without an index all keys are new ones, and there is nothing to gather
+        if in_place:  # without an index all keys are new, and there is nothing to gather
             k_cache, v_cache = allocator.get_cache_for_block_table(layer_idx)
             size = k_cache.shape[1]
-            in_place = size & (size - 1) == 0  # of tokenmill.attention
+            in_place = size & (size - 1) == 0  # required by tokenmill.attention
         if not in_place:
             gathered: tuple[Tensor, Tensor] = super().update(
                 key_states, value_states, layer_idx, kwargs
@@ -77,7 +80,7 @@ class _CacheInPlace(_Cache):
 def give_pages(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """A hook before the forward of a model: a cache in pages is read in place."""
+    """Forward pre-hook of a model: lets a paged cache be read in place."""
     cache = kwargs.get("cache")
     if not HAS_ALLOCATORS or not isinstance(cache, _Cache):
         return None
@@ -87,7 +90,9 @@ def give_pages(
 
 
 def block_table(read_index: Tensor, cu_seqlens_k: Tensor, longest: int, page_size: int) -> Tensor:
-    """``[requests, columns]`` int32. Entries behind a request name some page that exists."""
+    """``[requests, columns]`` int32. Entries past the end of a request name an arbitrary existing
+    page.
+    """
     columns = torch.arange(-(-longest // page_size), device=read_index.device) * page_size
     places = cu_seqlens_k[:-1, None].long() + columns
     places = places.clamp(max=read_index.numel() - 1)
@@ -102,7 +107,7 @@ def attend_to_pages(
     max_seqlen_q: int | None,
     **options: Any,
 ) -> Tensor:
-    """[1, T, H, D] -> [1, T, H, Dv], the T tokens in sequences as cu_seqlens_q says."""
+    """[1, T, H, D] -> [1, T, H, Dv], with the T tokens as sequences given by cu_seqlens_q."""
     out = attention(
         q.flatten(0, 1),
         pages.k_cache,

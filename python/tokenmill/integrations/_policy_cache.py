@@ -1,4 +1,4 @@
-"""The cache of transformers whose layers attend as a policy says."""
+"""A transformers cache whose layers attend through a policy."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from ._needs import check_version
 NAME = "integrations.transformers.apply_policy"
 IMPLEMENTATION = "tokenmill_policy"
 KEEP = "_tokenmill_policy"
-SLACK = 64  # slots that a new cache has beside those of the prompt
+SLACK = 64  # slots of a new cache in addition to the prompt's
 
-# The layer whose keys the model has just computed: its attention comes next.
+# The layer whose keys the model has just computed; its attention call follows.
 _pending: ContextVar[PolicyLayer | None] = ContextVar("_pending", default=None)
 _prompt_end: ContextVar[int | None] = ContextVar("_prompt_end", default=None)  # in columns
 _generates: ContextVar[bool] = ContextVar("_generates", default=False)
 
 
 class _Offset(int):
-    """The offset of the keys of a PolicyLayer, by which its mask is known."""
+    """Key offset of a PolicyLayer, which identifies its mask."""
 
 
 class PolicyLayer(CacheLayerMixin):
-    """One layer's keys and values, in the cache of its policy."""
+    """Keys and values of one layer, in the cache of its policy."""
 
     is_sliding = False
     supports_early_init = False
@@ -52,15 +52,15 @@ class PolicyLayer(CacheLayerMixin):
         self.config = config
         self.is_croppable = isinstance(recipe, Keeping)
         self.policy: Policy | None = None
-        self.columns = 0  # tokens so far, those of the padding among them
+        self.columns = 0  # tokens so far, including padding
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """The policy is made by the first attention, which knows the queries."""
+        """The policy is created by the first attention call, which knows the queries."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Returns the new tokens alone: the policy holds those before."""
+        """Returns only the new tokens: the policy holds the earlier ones."""
         found = self.config._attn_implementation
         rule = "must go to a model under the policy, as this attention knows no keys before"
         check(found == IMPLEMENTATION, NAME, "cache", rule, found)
@@ -75,7 +75,9 @@ class PolicyLayer(CacheLayerMixin):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, there: Tensor | None, scoring: dict[str, Any]
     ) -> Tensor:
-        """[B, n, H, D] -> [B, n, H, Dv], where there [B, n] is True; 0 elsewhere. None: all."""
+        """[B, n, H, D] -> [B, n, H, Dv], where there [B, n] is True; 0 elsewhere. None: all
+        True.
+        """
         if self.policy is None:
             self._make(q, k, v, scoring)
         policy = self.policy
@@ -94,7 +96,7 @@ class PolicyLayer(CacheLayerMixin):
         self._make_room(q.shape[1] + (0 if keeps else end - self.columns))
         if there is None:
             return policy.prefill(q, k, v, more=more)
-        order = torch.argsort(~there, dim=1, stable=True)  # tokens first, in their order
+        order = torch.argsort(~there, dim=1, stable=True)  # valid tokens first, in order
         row = torch.arange(len(order), device=order.device)[:, None]
         lengths = there.sum(1, dtype=torch.int32)
         packed = policy.prefill(*(x[row, order] for x in (q, k, v)), lengths=lengths, more=more)
@@ -115,7 +117,7 @@ class PolicyLayer(CacheLayerMixin):
         self.policy, self.columns = None, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        # Older versions of transformers name the length that is left.
+        # Older versions of transformers pass the remaining length.
         back = -tokens_to_remove if tokens_to_remove <= 0 else self.columns - tokens_to_remove
         if back > 0 and self.policy is not None:
             self.policy.rewind(back)
@@ -150,7 +152,9 @@ class PolicyLayer(CacheLayerMixin):
         self._most = recipe.slots(end)
 
     def _make_room(self, tokens: int) -> None:
-        """Before the policy adds tokens: it makes room itself in a cache of _most slots."""
+        """Makes room before the policy adds tokens; the policy itself makes room in a cache of
+        _most slots.
+        """
         assert self.policy is not None
         cache = self.policy.cache
         wanted = cache.longest + tokens
@@ -165,10 +169,11 @@ class PolicyLayer(CacheLayerMixin):
 
 
 class PolicyCache(Cache):
-    """The cache of a model under a policy: layers with full attention have it, others their own.
+    """The cache of a model under a policy: layers with full attention use the policy's cache,
+    others their own.
 
     Args:
-        config: of the model, whose DynamicCache says which layers there are.
+        config: configuration of the model; its DynamicCache determines the layers.
         recipes: the policy of each layer with full attention, without a cache.
     """
 
@@ -186,15 +191,15 @@ class PolicyCache(Cache):
 
     @property
     def policies(self) -> list[Policy]:
-        """Of the layers with full attention, once they have read a token."""
+        """Policies of the layers with full attention, available once they have read a token."""
         return [layer.policy for layer in self._of_policy if layer.policy is not None]
 
 
 class AppliedPolicy:
-    """A policy in a model, until `remove` or the end of a with statement.
+    """A policy applied to a model, until `remove` or the end of a with statement.
 
     Attributes:
-        cache: the newest cache made for the model, None before its first call; `cache.policies`
+        cache: the newest cache created for the model, None before its first call; `cache.policies`
             has `kept` and `bytes_read` of each layer.
     """
 
@@ -229,7 +234,7 @@ class AppliedPolicy:
         self.remove()
 
     def remove(self) -> None:
-        """Gives the model its own attention back. A second call does nothing."""
+        """Restores the model's own attention. A second call does nothing."""
         if vars(self.model).get(KEEP) is not self:
             return
         del vars(self.model)[KEEP]
@@ -246,8 +251,8 @@ class AppliedPolicy:
     def _give_cache(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before each call of the model: its cache is new, or that of a policy."""
-        _pending.set(None)  # of a call that has failed
+        """Before each call of the model: ensures that its cache is new, or a policy cache."""
+        _pending.set(None)  # left over from a failed call
         by_place = dict(zip(self._parameters, args, strict=False))
         spellings = {self._argument, "past_key_values"}
         given = [by_place.get(self._argument), *(kwargs.get(name) for name in spellings)]
@@ -267,7 +272,7 @@ class AppliedPolicy:
         return args, kwargs
 
     def _cache_for(self, given: Any) -> PolicyCache:
-        """The cache given, or a new one in the place of none or of an empty one of generate()."""
+        """The given cache, or a new one if none, or an empty cache of generate(), was given."""
         if not isinstance(given, PolicyCache):
             fresh = given is None
             if type(given) is DynamicCache and _generates.get():
@@ -285,7 +290,7 @@ class AppliedPolicy:
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any],
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """generate() reads a prompt, whole or in chunks: how long it is, the layers must know."""
+        """generate() reads a prompt, whole or in chunks; the layers must know its length."""
         if model_kwargs.get(self._argument) is None:  # use_cache=False
             return self._read_prompt(input_ids, generation_config, model_kwargs, *args, **kwargs)
         cache = self._cache_for(model_kwargs[self._argument])
@@ -300,13 +305,14 @@ class AppliedPolicy:
 
 
 def pretrained(model: torch.nn.Module) -> list[Any]:
-    """The models of transformers in a model, itself among them."""
+    """The transformers models within a model, including itself."""
     return [m for m in model.modules() if isinstance(m, PreTrainedModel)]
 
 
 def configs_of(model: torch.nn.Module, *others: Any) -> list[Any]:
-    """Each configuration of the models in a model, these others, and the configurations in them
-    once, those of no module among them."""
+    """All configurations, each once: of the models within a model, the given others, and the nested
+    configurations, including configurations without a module.
+    """
     configs = [*(m.config for m in pretrained(model)), *others]
     found: dict[int, Any] = {}
     while configs:
@@ -326,27 +332,27 @@ def _marked(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy:
-    """Generates with a policy: the layers of a model attend to the keys that it chooses.
+    """Generates with a policy: the layers of a model attend to the keys that it selects.
 
     Works with :meth:`generate` (greedy, sampling, beams, prompt lookup and other drafts, chunked
-    prefill, padding on either side) and with calls of the model. There is one copy of keys and
-    values, that of the policies. Layers with a window or a state keep their own attention and
-    cache; scales, soft caps and sinks of the model are those of the policy.
+    prefill, padding on either side) and with calls of the model. Keys and values are stored once,
+    by the policies. Layers with a window or a state keep their own attention and cache; the policy
+    uses the scales, soft caps and sinks of the model.
 
-    A call with several tokens behind a prompt is a step in generate(), which has drafts, and else
-    the next chunk of the prompt, but for policies that evict, to which it is a step. The cache of
-    the next call is that of the result of the last; one of another class would not be filled, and
-    is refused.
+    A call with several tokens after a prompt is a step within generate(), which has drafts;
+    otherwise it is the next chunk of the prompt, except for policies that evict, for which it is a
+    step. Pass the cache of the last result to the next call; a cache of another class would not be
+    filled, and is refused.
 
     Args:
-        model: a decoder of transformers 5.24 or later (:class:`LlamaForCausalLM` and its like).
-            Layers that read the keys of others (Gemma 3n, Gemma 4) are refused.
-        policy: one without a cache, as ``policies.Quest(budget=1024)``, of which each layer gets a
-            copy; or one for each layer with full attention.
+        model: a decoder of transformers 5.24 or later (:class:`LlamaForCausalLM` and the like).
+            Layers that read the keys of other layers (Gemma 3n, Gemma 4) are refused.
+        policy: a policy without a cache, e.g. ``policies.Quest(budget=1024)``, copied for each
+            layer; or one policy per layer with full attention.
 
     Returns:
-        A context manager; `remove` does what leaving it does. A cache made under the policy has the
-        attribute `policies`.
+        A context manager; `remove` is the same as leaving it. A cache created under the policy has
+        the attribute `policies`.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -390,7 +396,7 @@ def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy
     check(several, NAME, "policy", rule, policy)
     check(len(recipes) == sum(layers), NAME, "policy", rule, len(recipes))
     for number, recipe in enumerate(recipes):
-        recipe.cache_heads(0, number)  # raises where it has no heads for a layer
+        recipe.cache_heads(0, number)  # raises if it has no heads for a layer
         rule = "must have no {}, as the model brings its own"
         for name in ("cache", "rope", "index_cache", "sink"):
             value = getattr(recipe, name, None)
@@ -400,7 +406,9 @@ def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy
 
 
 def register_beside(attention: Callable[..., Any], build_mask: Callable[..., Any]) -> None:
-    """Adds the implementation of models under a policy, whose other layers have attention."""
+    """Registers the implementation for models under a policy; their other layers use
+    `attention`.
+    """
     AttentionInterface.register(IMPLEMENTATION, functools.partial(_attend, attention=attention))
     AttentionMaskInterface.register(
         IMPLEMENTATION, functools.partial(_build_mask, build_mask=build_mask)
@@ -437,7 +445,7 @@ def _attend(
     needs = any(x.requires_grad for x in (query, key, value)) and torch.is_grad_enabled()
     rule = "must need no gradient, as a policy has none: call the model in torch.no_grad()"
     check(not needs, NAME, "model", rule, needs)
-    # Under autocast a rotary embedding makes queries and keys of another dtype than values.
+    # Under autocast the rotary embedding gives queries and keys another dtype than values.
     q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
     recipe, sink = layer.recipe, options.get("s_aux")
     scoring = {
@@ -458,8 +466,9 @@ def _build_mask(
     build_mask: Callable[..., Any],
     **options: Any,
 ) -> Tensor | None:
-    """Of a PolicyLayer [B, n], True for new tokens that are no padding, or None: all are. Of other
-    layers what build_mask says."""
+    """For a PolicyLayer [B, n], True for new tokens that are not padding, or None: all are. For
+    other layers the result of build_mask.
+    """
     if not isinstance(kv_offset, _Offset):
         return build_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
     if not options.get("allow_is_causal_skip", True):

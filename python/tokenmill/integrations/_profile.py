@@ -1,4 +1,4 @@
-"""The queries and keys of a model of transformers, and what its heads do with repeated tokens."""
+"""Queries and keys of a transformers model, and the behaviour of its heads on repeated tokens."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ Visit = Callable[[int, Tensor, Tensor, dict[str, Any]], None]
 def watch_attention(
     model: torch.nn.Module, visit: Visit, *, backend: str | None = None
 ) -> Iterator[None]:
-    """A with statement in which the layers of a model show what they multiply, and attend with
-    tokenmill.
+    """A context manager in which the layers of a model expose their queries and keys, and attend
+    with tokenmill.
 
-    What is asked of heads is asked of these: :func:`tokenmill.policies.profile_retrieval_heads`,
+    Inputs for profiling heads: :func:`tokenmill.policies.profile_retrieval_heads`,
     :func:`tokenmill.policies.profile_repeated_tokens`.
 
     Args:
         model: a decoder of transformers 5.4 or later, without a policy.
         visit: visit(layer, q, k, scoring) is called before each layer attends: its number, q ``[B,
-            n, H, D]`` and k ``[B, S, Hk, D]`` as they are multiplied (rotated, keys of a cache
-            among them), and the scale, softcap and sink of :func:`tokenmill.attention`.
+            n, H, D]`` and k ``[B, S, Hk, D]`` after the rotary embedding and including cached keys,
+            and the scale, softcap and sink of :func:`tokenmill.attention`.
         backend: as in :func:`register`.
 
     Raises:
@@ -99,7 +99,7 @@ def watch_attention(
 def score_heads(
     model: Any, tokenizer: Any, *, tokens: int, repeats: int, seed: int, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Echo and induction score of each key head of the layers with full attention, [layers, Hk]."""
+    """Echo and induction scores of each KV head of the layers with full attention, [layers, Hk]."""
     check_version(NAME, "transformers", transformers.__version__, 5, 24)
     config = getattr(model, "config", None)
     decodes = hasattr(config, "get_text_config") and hasattr(model, "set_attn_implementation")
@@ -135,7 +135,7 @@ def score_heads(
 
 
 def repeated(config: Any, tokenizer: Any, tokens: int, repeats: int, seed: int) -> Tensor:
-    """The ids of a begin token, if there is one, and of random tokens, repeated."""
+    """Token ids: a begin token, if there is one, and repeated random tokens."""
     source = config if tokenizer is None else tokenizer
     begin = getattr(source, "bos_token_id", None)
     begin = begin[0] if isinstance(begin, list) else begin

@@ -1,4 +1,4 @@
-"""Fewer tokens in the blocks of a vision transformer, between their attention and their MLP."""
+"""Token reduction in vision transformer blocks, between attention and MLP."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ KEEP = "_tokenmill_reduction"
 
 @dataclass(eq=False)
 class Reduction:
-    """What became of the tokens in the last call of a patched model.
+    """The token reduction of the last call of a patched model.
 
     Attributes:
-        merge: tokens to merge in each block, or None.
-        keep_rate: the share of patches to keep in each block, 1 where all stay, or None.
-        prefix: tokens before the patches (class, distillation, registers), which stay in front.
-        source: int32. With merge ``[B, N]``, the row of the result in which each token is; with
-            keep_rate ``[B, rows - prefix]``, the patch that a row is, -1 for what was fused.
-        size: float32 ``[B, rows]`` with merge, the tokens in each row.
+        merge: number of tokens to merge in each block, or None.
+        keep_rate: fraction of patches to keep in each block, 1 where all are kept, or None.
+        prefix: number of tokens before the patches (class, distillation, registers), which stay
+            first.
+        source: int32. With merge ``[B, N]``, the result row of each token; with keep_rate ``[B,
+            rows - prefix]``, the patch of each row, -1 for the fused token.
+        size: float32 ``[B, rows]`` with merge, number of tokens in each row.
 
-    Checkpoints (blocks that run again in backward) find what the last call of the model found:
-    backward must come before the next call.
+    Checkpointed blocks, recomputed in the backward, reuse the results of the last call of the
+    model: the backward must run before the next call.
     """
 
     merge: list[int] | None
@@ -41,7 +42,7 @@ class Reduction:
     prefix: int
     fuse: bool = True
     backend: str | None = None
-    # Behind each block: a block that runs again, as checkpoints do, finds what it found before.
+    # Results after each block: a recomputed block (checkpointing) reuses its earlier input.
     _sizes: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
     _sources: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
@@ -56,16 +57,16 @@ class Reduction:
         return self._sizes.get(max(self._sizes, default=0))
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """``[B, rows, C] -> [B, N, C]``: to each token that was merged, its row."""
+        """``[B, rows, C] -> [B, N, C]``: copies to each merged token its row."""
         check(self.merge is not None, "integrations.Reduction", "merge", "must be given", None)
         return unmerge_tokens(y, self.source, backend=self.backend)
 
     def attend(
         self, block: int, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float
     ) -> Tensor:
-        """[B, N, H, D], each key as often as there are tokens in it."""
+        """Attention [B, N, H, D]; each key counts as many times as there are tokens in it."""
         size = self._sizes.get(block - 1) if block > 0 else None
-        alone = self.merge is None or not any(self.merge[:block])  # each token in a row of its own
+        alone = self.merge is None or not any(self.merge[:block])  # every row is a single token
         bias = None if size is None or alone else size.log()[:, None, None]
         if dropout > 0:  # no kernel drops weights
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -79,8 +80,8 @@ class Reduction:
         return out
 
     def reduce(self, block: int, x: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """x [B, N, C] behind the attention of a block, with fewer rows."""
-        # A block that runs again, in backward, keeps what those behind it have found.
+        """x [B, N, C] after the attention of a block, with fewer rows."""
+        # A block recomputed in the backward keeps the results of later blocks.
         compiles = torch.compiler.is_compiling()
         if block == 0 and (compiles or torch._C._current_graph_task_id() == -1):
             self._sizes, self._sources = {}, {}
@@ -102,7 +103,7 @@ class Reduction:
         assign, rows, _ = bipartite_match(
             k.detach().mean(2), r, protect_first=n, protect_targets=n // 2, backend=self.backend
         )
-        # The tokens of the prefix, odd ones of which are destinations, come to the front again.
+        # Moves the prefix tokens to the front again; the odd ones are destinations.
         front = assign[:, :n]
         before = (front[:, None] < assign[..., None]).sum(2, dtype=torch.int32)
         assign = assign + n - before
@@ -137,7 +138,7 @@ def make_reduction(
     name: str, depth: int, prefix: int, class_token: bool, merge: Any, keep_rate: Any,
     layers: Sequence[int] | None, fuse: bool, backend: str | None,
 ) -> Reduction:  # fmt: skip
-    """From the arguments of a patch()."""
+    """Creates a Reduction from the arguments of a patch()."""
     one = (merge is None) != (keep_rate is None)
     check(one, name, "merge", "must be given, or keep_rate, and not both", merge)
     check_bool(name, "fuse", fuse)
@@ -164,7 +165,7 @@ def install(
     name: str, model: nn.Module, blocks: Sequence[nn.Module], reduction: Reduction,
     forward: Callable[..., Any],
 ) -> None:  # fmt: skip
-    """Puts forward(block, number, reduction, ...) in the place of that of each block."""
+    """Replaces the forward of each block by forward(block, number, reduction, ...)."""
     check(KEEP not in vars(model), name, "model", "must not be patched yet", type(model).__name__)
     check_own_forward(name, blocks)
     for number, block in enumerate(blocks):
@@ -180,7 +181,7 @@ def uninstall(name: str, model: nn.Module) -> None:
 
 
 def check_own_forward(name: str, modules: Sequence[nn.Module]) -> None:
-    """That no patch, hook or wrapper is in the place of the forward of their classes."""
+    """Checks that no patch, hook or wrapper replaces the forward of their classes."""
     for module in modules:
         free = "forward" not in vars(module)
         rule = "must have blocks with the forward of their class"

@@ -1,4 +1,4 @@
-"""Fewer tokens in the vision transformers of transformers."""
+"""Token reduction in the vision transformers of transformers."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ def patch(
 ) -> Reduction:  # fmt: skip
     """Merges or drops tokens in the layers of a ViT or a DeiT, between attention and MLP.
 
-    The weights stay as they are, and attention is :func:`tokenmill.attention`; dropout of its
-    weights, in training, is that of PyTorch. The last hidden states have the rows that are left,
-    the class and distillation tokens in front.
+    Weights are unchanged, and attention is :func:`tokenmill.attention`; with dropout of attention
+    weights, in training, PyTorch's attention runs. The last hidden states hold the remaining rows,
+    class and distillation tokens first.
 
     Args:
         model: a ViT or DeiT of transformers 5.24 or later, with any head that reads its class
             tokens.
-        merge: ToMe: tokens that each layer merges, one number or one for each layer. Keys of merged
-            tokens count in attention as often as there are tokens in them.
-        keep_rate: EViT: share of the patches that the given layers keep, those that the class token
-            attends to most.
-        layers: those, from 0; None: a quarter, a half and three quarters down (3, 6 and 9 of 12).
-        fuse: the dropped patches become one token.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        merge: ToMe: number of tokens that each layer merges, one number or one per layer. Merged
+            keys count in attention as many times as there are tokens in them.
+        keep_rate: EViT: fraction of the patches that the given layers keep, chosen by the attention
+            of the class token.
+        layers: indices (from 0) of these layers; None: at a quarter, half and three quarters of the
+            depth (3, 6 and 9 of 12).
+        fuse: fuse the dropped patches into one token.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Returns:
-        Its `source` and `size` say after each call of the model what became of the tokens.
+        After each call of the model its `source` and `size` describe the reduction of the tokens.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -79,7 +80,7 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Gives the layers their own forward back."""
+    """Restores the layers' own forward."""
     uninstall("integrations.transformers.unpatch", model)
 
 

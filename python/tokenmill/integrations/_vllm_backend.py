@@ -1,7 +1,7 @@
-"""The classes that vLLM asks a backend of attention for. vLLM imports this module by its name.
+"""The classes that vLLM expects of an attention backend. vLLM imports this module by name.
 
-A step has T tokens of R requests, one behind the other as query_start_loc ``[R + 1]`` says; request
-r has seq_lens[r] keys, the new ones among them, in pages block_table[r]. Prefills, chunks of them,
+A step has T tokens of R requests, packed with offsets query_start_loc ``[R + 1]``; request r has
+seq_lens[r] keys, including the new ones, in pages block_table[r]. Prefills, chunked prefills,
 drafts and decode rows are one call.
 """
 
@@ -26,15 +26,16 @@ from ..select.kv_cache_append import kv_cache_append
 
 FP8 = ("fp8", "fp8_e4m3")
 WITHOUT_CACHE = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
-# Whether vLLM writes new keys by a call of its own. Where it does not know of one, forward writes.
+# Whether vLLM writes new keys in a separate call; in versions without it, forward writes them.
 SEPARATE_UPDATE = hasattr(AttentionBackend, "forward_includes_kv_cache_update")
-ROWS_OF_DECODE = 64  # queries times heads of a KV head, of the kernels that divide keys
-INVARIANT = "VLLM_BATCH_INVARIANT"  # of the environment: the same bits in any batch
+# rows (queries times heads of a GQA group) supported by the split-KV decode kernels
+ROWS_OF_DECODE = 64
+INVARIANT = "VLLM_BATCH_INVARIANT"  # environment variable: the same bits in any batch
 
 
 @dataclass
 class TokenmillMetadata:
-    """What all layers of a step share."""
+    """Metadata shared by all layers of a step."""
 
     num_reqs: int
     num_actual_tokens: int
@@ -47,7 +48,9 @@ class TokenmillMetadata:
 
     @property
     def queries(self) -> int:
-        """Queries of a request where all have as many, else 0. Nothing is read from the device."""
+        """Number of queries per request if equal for all, else 0. Nothing is read from the
+        device.
+        """
         uniform = self.num_reqs * self.max_query_len == self.num_actual_tokens
         return self.max_query_len if uniform and len(self.seq_lens) == self.num_reqs else 0
 
@@ -137,14 +140,14 @@ class TokenmillImpl(AttentionImpl):
     ) -> Tensor:
         """Writes output ``[T, H, D]`` (or ``[T, H D]``) and returns it.
 
-        query is ``[T, H, D]``, key and value ``[T, Hk, D]``, kv_cache as get_kv_cache_shape says.
-        T may be more than the tokens of the step; rows behind them are left alone.
+        query is ``[T, H, D]``, key and value ``[T, Hk, D]``, kv_cache as in get_kv_cache_shape. T
+        may exceed the number of tokens of the step; later rows are not written.
         """
         if output is None:
             raise ValueError("tokenmill vllm: output: must be given; got None")
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("tokenmill vllm: output_scale: must be None; got a tensor")
-        if attn_metadata is None:  # a run that measures memory
+        if attn_metadata is None:  # a memory profiling run
             return output.fill_(0)
         step = attn_metadata
         tokens = slice(step.num_actual_tokens)
@@ -159,7 +162,7 @@ class TokenmillImpl(AttentionImpl):
             "alibi_slopes": self.alibi_slopes,
             "sink": self.sinks,
         }
-        if self._takes_decode(step):  # [R, n, H, D], which kernels that divide keys take
+        if self._takes_decode(step):  # [R, n, H, D], the layout of the split-KV decode kernels
             query, out = (x.unflatten(0, (step.num_reqs, step.queries)) for x in (query, out))
         else:
             options |= {"cu_seqlens_q": step.query_start_loc, "max_seqlen_q": step.max_query_len}
@@ -183,8 +186,9 @@ class TokenmillImpl(AttentionImpl):
         return output
 
     def _takes_decode(self, step: TokenmillMetadata) -> bool:
-        """Whether the requests of a step have equally many queries, and few. Longer prompts fill a
-        GPU without divided keys, and packed calls have the same bits in any batch."""
+        """Whether the requests of a step have equally many, and few, queries. Longer prompts fill a
+        GPU without splitting keys, and packed calls have the same bits in any batch.
+        """
         if self.attn_type in WITHOUT_CACHE or self.invariant or not step.causal:
             return False
         rows = step.queries * (self.num_heads // self.num_kv_heads)
@@ -193,7 +197,7 @@ class TokenmillImpl(AttentionImpl):
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        """Writes the new keys and values ``[T, Hk, D]`` into the slots, -1 into none."""
+        """Writes the new keys and values ``[T, Hk, D]`` into their slots; slot -1 skips a token."""
         if self.attn_type in WITHOUT_CACHE or self.kv_sharing_target_layer_name is not None:
             return
         k_cache, v_cache, scales = self._pages(layer, kv_cache)
@@ -201,7 +205,7 @@ class TokenmillImpl(AttentionImpl):
         kv_cache_append(k_cache, v_cache, key[tokens], value[tokens], slot_mapping, **scales)
 
     def _pages(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """[pages, page size, Hk, D] of keys and of values, and the scales of float8."""
+        """Keys and values [pages, page size, Hk, D], and their float8 scales."""
         k_cache, v_cache = kv_cache.unbind(0)
         if self.kv_cache_dtype not in FP8:
             return k_cache, v_cache, {}
@@ -230,7 +234,7 @@ class TokenmillBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes() -> list[int]:
-        return [16, 32, 64, 128, 256]  # pages have a power of two of tokens
+        return [16, 32, 64, 128, 256]  # the page size is a power of two
 
     @staticmethod
     def get_kv_cache_shape(

@@ -1,4 +1,4 @@
-"""Attention of transformers that returns its weights, in plain PyTorch."""
+"""Attention that returns its weights for transformers, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def attention_with_weights(
     position_bias: Tensor | None, dropout: float, *, kind: str, scale: float | None,
     score_bias: str | None, softcap: float, sink: Tensor | None, causal: bool, **others: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """[B, Sq, H, D] -> out [B, Sq, H, Dv] and weights [B, H, Sq, Sk], 0 of a hidden key.
+    """[B, Sq, H, D] -> out [B, Sq, H, Dv] and weights [B, H, Sq, Sk], 0 for masked keys.
 
-    mask has all in it that hides keys, boolean or additive, or is None where causality does; given
-    is the mask of the call, whose padding "neg_log_n" does not count.
+    mask holds all masking, boolean or additive, or is None if there is only causality; given is the
+    mask of the call, whose padding does not count in "neg_log_n".
     """
     sq, sk = q.shape[1], k.shape[1]
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))

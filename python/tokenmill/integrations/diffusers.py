@@ -1,4 +1,4 @@
-"""Fewer tokens in the self-attention of diffusers' image models, and few agents.
+"""Token merging and agent attention in the self-attention of diffusers' image models.
 
 Example:
     >>> import torch
@@ -45,7 +45,7 @@ KEEP = "_tokenmill_merging"
 
 @dataclass(eq=False)
 class _Merging:
-    """Of one model."""
+    """Merging state of one model."""
 
     ratio: float
     cell: tuple[int, int]
@@ -58,7 +58,7 @@ class _Merging:
     shortcut: float = 0.075
     hook: Any = None
     sample: tuple[int, int] = (0, 0)  # rows and columns of the latest input
-    finest: int = 0  # tokens of the first self-attention of the latest call
+    finest: int = 0  # number of tokens in the first self-attention of the latest call
 
     def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
@@ -67,7 +67,7 @@ class _Merging:
         self.finest = 0
 
     def grid(self, tokens: int) -> tuple[int, int]:
-        """Rows and columns of the tokens of a layer, which halve those of the input."""
+        """Rows and columns of a layer's tokens: the input size, halved repeatedly."""
         rows, columns = self.sample
         while rows * columns > tokens:
             rows, columns = -(-rows // 2), -(-columns // 2)
@@ -79,7 +79,7 @@ class _Merging:
         x = hidden_states
         others = (*args, options.get("encoder_hidden_states"), options.get("attention_mask"))
         alone = x.dim() == 3 and all(other is None for other in others)
-        if not alone:  # attention to a text, or with a mask of the tokens as they were
+        if not alone:  # cross-attention, or a mask over the unmerged tokens
             return plain(x, *args, **options)
         tokens = x.shape[1]
         self.finest = max(self.finest, tokens)
@@ -91,7 +91,7 @@ class _Merging:
         if self.agent_ratio is None:
             return unmerge_tokens(plain(merged, **options), assign, backend=self.backend)
         if state is not None and self.generator is not None:
-            self.generator.set_state(state)  # agents have the same cells
+            self.generator.set_state(state)  # agents use the same cells
         assign_agents, number = self.match(x, self.agent_ratio)
         if 2 * number < rows:
             agents, _ = merge_tokens(x, assign_agents, number, backend=self.backend)
@@ -108,7 +108,7 @@ class _Merging:
         return assign, rows
 
     def ask_agents(self, attn: Any, x: Tensor, agents: Tensor) -> Tensor:
-        """x [B, N, C]: agents [B, n, C] gather the values, and the queries ask the agents."""
+        """x [B, N, C]: agents [B, n, C] attend to the keys, and queries attend to the agents."""
         layers = (attn.to_q, attn.to_k, attn.to_v, attn.to_q)
         q, k, v, a = (
             layer(t).unflatten(2, (attn.heads, -1))
@@ -130,39 +130,39 @@ def patch(
     backend: str | None = None,
 ) -> None:  # fmt: skip
     r"""Merges similar tokens before each self-attention of an image model, and copies each row of
-    its result to the tokens that are in it. With agent_ratio, few agents A, made by merging more
-    tokens, gather the values V of the merged tokens, and the queries Q ask the agents:
+    its result to the tokens merged into it. With agent_ratio, a few agents A, made by merging more
+    tokens, attend to the merged tokens (K, V), and the queries Q attend to the agents:
 
     .. math::
        y = \operatorname{softmax}(d^{-s/2}\, Q A^\top)\,
            \operatorname{softmax}(d^{-1/2}\, A K^\top)\, V + t V,
 
-    with d channels a head, s agent_scale and t shortcut. Neither needs training.
+    with d channels per head, s agent_scale and t shortcut. Both are training-free.
 
     Args:
         pipe_or_model: a pipeline with a unet or a transformer, or such a model, with layers of the
             class BasicTransformerBlock (UNets of Stable Diffusion, DiT, PixArt).
-        ratio: share of the tokens to merge, 0 to 1; at most all but one of each cell are.
-        cell: rows and columns of a cell, one token of which others are merged into.
-        max_downsample: layers whose grid of tokens is smaller than the finest of the model by more
-            than this factor on a side stay as they are.
-        generator: which token of a cell; None: the first.
-        agent_ratio: share of the tokens that are merged for the agents, 0 to 1. None, or agents
-            that are not fewer than half of the merged tokens: the attention of the model. Agents
-            take the projections of a layer, and its processor does not run.
+        ratio: fraction of the tokens to merge, 0 to 1; at most all but one per cell.
+        cell: rows and columns of a cell; others are merged into one token per cell.
+        max_downsample: layers whose token grid is smaller than the model's finest by more than this
+            factor per side are unchanged.
+        generator: random choice of the token of a cell; None: the first.
+        agent_ratio: fraction of the tokens that are merged to make the agents, 0 to 1. None, or if
+            there are at least half as many agents as merged tokens: the model's own attention.
+            Agents use the projections of a layer, and its processor does not run.
         agent_scale: exponent s of the factor of the second product.
         shortcut: t.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: N^2 C / 2 operations to match N tokens with a quarter of them, instead of the share
-    of N^2 C that attention saves.
+    Complexity: N^2 C / 2 operations to match N tokens with a quarter of them, in exchange for the
+    fraction of N^2 C saved in attention.
 
     Paper: ToMe for Stable Diffusion (Bolya and Hoffman 2023), section 4. Tokens are compared after
     the norm of the block. Agent Attention (Han et al. 2024), applied to Stable Diffusion: the
-    released code has agents in the first 20 of 50 steps, ratio=0.4, cell=(4, 4) and
+    released code uses agents in the first 20 of 50 steps, ratio=0.4, cell=(4, 4) and
     agent_ratio=0.95, and then only merges, ratio=0.4 and cell=(2, 2).
     """
     model = _model(NAME, pipe_or_model)
@@ -196,14 +196,14 @@ def patch(
         ratio, (sizes[0], sizes[1]), max_downsample, generator, backend, attentions, **agents
     )
     for attn in attentions:
-        # Not a closure: a deep copy of the model has layers of its own in it.
+        # Not a closure, so that a deep copy of the model refers to its own layers.
         attn.forward = functools.partial(merging.attend, attn.forward)
     merging.hook = model.register_forward_pre_hook(merging.see, with_kwargs=True)
     vars(model)[KEEP] = merging
 
 
 def unpatch(pipe_or_model: Any) -> None:
-    """Gives the layers their own attention back."""
+    """Restores the layers' own attention."""
     name = "integrations.diffusers.unpatch"
     model = _model(name, pipe_or_model)
     merging = vars(model).pop(KEEP, None)

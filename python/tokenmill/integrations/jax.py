@@ -1,10 +1,10 @@
 """Functions of the package in JAX, under jit, grad and vmap, on the CPU.
 
-A call is a callback of the compiled program: it computes what the function of the same name of
-:mod:`tokenmill` does, with its arguments, checks and messages; shapes are known, and wrong
-arguments refused, while JAX traces. Reverse-mode gradients are those of the function, which runs
-again for them; forward mode and second derivatives are errors of JAX. vmap calls one after the
-other. :mod:`tokenmill.dlpack` is faster where neither jit nor grad is wanted.
+A call is a callback of the compiled program: it runs the function of the same name in
+:mod:`tokenmill`, with its arguments, checks and messages; shapes are inferred, and wrong arguments
+refused, while JAX traces. Reverse-mode gradients are the function's, which is rerun for them;
+forward mode and second derivatives raise errors of JAX. vmap runs calls sequentially.
+:mod:`tokenmill.dlpack` is faster where neither jit nor grad is needed.
 
 Example:
     >>> import jax, jax.numpy as jnp
@@ -68,7 +68,7 @@ def _in_jax(name: str, *, differentiable: bool = True) -> Callable[..., Any]:
         for key, value in arrays.items():
             rule = f"must be one of {', '.join(DTYPES)}"
             check(str(value.dtype) in DTYPES, public, key, rule, str(value.dtype))
-        # As JAX takes them: float64 of NumPy becomes float32 unless jax_enable_x64 is set.
+        # As in JAX: float64 of NumPy becomes float32 unless jax_enable_x64 is set.
         arrays = {key: jax.numpy.asarray(value) for key, value in arrays.items()}
         check("out" not in arrays, public, "out", "must be None, as arrays are not written", "out")
         if not differentiable:
@@ -135,7 +135,7 @@ def _call(function: Any, arrays: dict[str, Any], fixed: dict[str, Any]) -> Any:
     def gradients(values: Any, cotangents: Any) -> tuple[Any, ...]:
         cotangents = list(cotangents if several else (cotangents,))
         for i, shape in enumerate(shapes):
-            if cotangents[i].dtype == jax.dtypes.float0:  # of whole numbers
+            if cotangents[i].dtype == jax.dtypes.float0:  # integer outputs
                 cotangents[i] = np.zeros(shape.shape, shape.dtype)
         inputs = [_shape(t) for t, real in zip(like, floats, strict=True) if real]
         found = iter(
@@ -152,9 +152,9 @@ def _shape(t: Tensor) -> Any:
 
 
 def _tensor(value: Any) -> Tensor:
-    """An array of a callback, copied: JAX's memory must not be written."""
+    """A copy of a callback's array: JAX's memory must not be written."""
     value = np.array(value)
-    if value.dtype.name == "bfloat16":  # which NumPy's own types do not have
+    if value.dtype.name == "bfloat16":  # not a native dtype of NumPy
         return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(value)
 

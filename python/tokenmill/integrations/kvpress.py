@@ -1,9 +1,9 @@
-"""Presses of kvpress on tokenmill's operators: what is evicted from a KV cache behind the prompt.
+"""kvpress presses on tokenmill's operators: KV cache eviction after the prompt.
 
-They are ScorerPress subclasses, for whatever takes one (``with press(model):``, the pipeline,
-AdaKVPress and other wrappers). Weights of attention are never in memory, so that none needs
-attn_implementation="eager" and the scores of H2O are linear in memory. Of equal scores the lower
-position stays, and keys stay in the order of their positions.
+These are ScorerPress subclasses, usable wherever one is accepted (``with press(model):``, the
+pipeline, AdaKVPress and other wrappers). Attention weights are never materialised, so none needs
+attn_implementation="eager" and the scores of H2O take linear memory. Ties go to the lower position,
+and kept keys stay in order.
 
 Written for kvpress 0.5.5, which needs transformers below 5.3.
 """
@@ -35,7 +35,7 @@ __all__ = ["ObservedAttentionPress", "QuestPress", "SnapKVPress", "StreamingLLMP
 
 @dataclass
 class _Press(ScorerPress):
-    """A press whose keys topk_select chooses and gather_tokens moves.
+    """A press that selects keys with topk_select and moves them with gather_tokens.
 
     Hooks get keys and values as ``[B, Hk, Sk, D]``, hidden states ``[B, S, C]`` and in kwargs the
     arguments of the layer; scores are float32 ``[B, Hk, Sk]``.
@@ -54,7 +54,7 @@ class _Press(ScorerPress):
             return keys, values
         scores = self.score(module, hidden_states, keys, values, attentions, kwargs).float()
         kept = compute_n_kept(keys.shape[2], self.compression_ratio)
-        lowest = torch.finfo(scores.dtype).min  # NaN and -inf are chosen last, not never
+        lowest = torch.finfo(scores.dtype).min  # NaN and -inf are selected last rather than never
         scores = scores.nan_to_num(nan=lowest, neginf=lowest)
         indices, _ = topk_select(scores.flatten(0, 1), kept, backend=self._backend)
         rows = gather_tokens(
@@ -75,7 +75,7 @@ class _Press(ScorerPress):
         kwargs: dict[str, Any],
         last: int | None = None,
     ) -> Tensor:
-        """[B, S, H, D]: the last queries of the layer, rotated."""
+        """The last queries of the layer, rotated: [B, S, H, D]."""
         places = kwargs["position_embeddings"][0].shape[1]
         if last is None and hidden_states.shape[1] != places:
             op = f"integrations.kvpress.{type(self).__name__}"
@@ -98,7 +98,7 @@ class _Press(ScorerPress):
 
 
 def _with_window(scores: Tensor, window: int) -> Tensor:
-    """Scores [B, Hk, Sk - window], and behind them higher ones of the newest tokens."""
+    """Appends higher scores for the newest tokens to scores [B, Hk, Sk - window]."""
     top = scores.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).amax()
     newest = torch.maximum(top + 1, top * 2).expand(*scores.shape[:2], window)
     return torch.cat([scores, newest], dim=-1)
@@ -109,14 +109,14 @@ class SnapKVPress(_Press):
     """SnapKV: the attention that the last queries of the prompt give to each key, smoothed.
 
     Args:
-        compression_ratio: share of the keys that are evicted, 0 to 1.
-        window_size: queries that vote; their keys stay.
-        kernel_size: positions over which scores are averaged, odd.
+        compression_ratio: fraction of the keys to evict, 0 to 1.
+        window_size: number of queries that vote; their keys are kept.
+        kernel_size: number of positions over which scores are averaged, odd.
         backend: as in :func:`tokenmill.attention_column_scores`.
 
-    The keys are those of kvpress's SnapKVPress, up to ties and rounding, where the scale of the
-    model is 1/sqrt(head dimension): theirs knows no other. Under ChunkPress the queries of a chunk
-    are turned by the last positions of the prompt, as theirs are.
+    Selects the keys of kvpress's SnapKVPress, up to ties and rounding, if the scale of the model is
+    1/sqrt(head_dim), the only scale that kvpress supports. Under ChunkPress the queries of a chunk
+    are rotated by the last positions of the prompt, as in kvpress.
 
     Paper: SnapKV (Li et al. 2024), section 4.
 
@@ -164,11 +164,11 @@ class ObservedAttentionPress(_Press):
     """H2O: the mean attention that each key receives from the queries that see it.
 
     Args:
-        compression_ratio: share of the keys that are evicted, 0 to 1.
+        compression_ratio: fraction of the keys to evict, 0 to 1.
         backend: as in :func:`tokenmill.attention_column_scores`.
 
-    The keys are those of kvpress's ObservedAttentionPress, up to ties and rounding, without
-    attn_implementation="eager" and without its matrix of weights.
+    Selects the keys of kvpress's ObservedAttentionPress, up to ties and rounding, without
+    attn_implementation="eager" and its weight matrix.
 
     Paper: H2O (Zhang et al. 2023), section 4.
 
@@ -202,15 +202,15 @@ class ObservedAttentionPress(_Press):
 
 @dataclass
 class StreamingLLMPress(_Press):
-    """StreamingLLM: the first and the newest keys stay.
+    """StreamingLLM: keeps the first and the newest keys.
 
     Args:
-        compression_ratio: share of the keys that are evicted, 0 to 1.
-        n_sink: first keys that stay.
+        compression_ratio: fraction of the keys to evict, 0 to 1.
+        n_sink: number of first keys to keep.
         backend: as in :func:`tokenmill.topk_select`.
 
-    The keys are those of kvpress's StreamingLLMPress. The positions of the paper, which are those
-    in the cache, need KeyRerotationPress around it.
+    Selects the keys of kvpress's StreamingLLMPress. The positions of the paper, ranks in the cache,
+    require KeyRerotationPress around it.
 
     Paper: StreamingLLM (Xiao et al. 2024), section 3.2.
 
@@ -239,21 +239,21 @@ class StreamingLLMPress(_Press):
             fail(op, "n_sink", f"must be less than the number of tokens, {length}", self.n_sink)
         scores = torch.arange(length, dtype=torch.float32, device=keys.device)
         scores[: self.n_sink] = length
-        return scores.repeat(*keys.shape[:2], 1)  # wrappers write into scores
+        return scores.repeat(*keys.shape[:2], 1)  # wrappers write into the scores
 
 
 @dataclass
 class QuestPress(_Press):
-    """Quest's bound on the scores of a page, as a measure of what to evict.
+    """Evicts by Quest's bound on the logits of a page.
 
-    A token scores what its page does: the highest bound over the last queries of the prompt and the
-    query heads of a key head. Quest itself evicts nothing: it reads other pages in each step, which
-    is :class:`tokenmill.policies.Quest`.
+    The score of a token is the score of its page: the highest bound over the last queries of the
+    prompt and the query heads of a KV head. Quest itself evicts nothing and selects pages in each
+    step; this is :class:`tokenmill.policies.Quest`.
 
     Args:
-        compression_ratio: share of the keys that are evicted, 0 to 1.
-        page_size: tokens of a page.
-        window_size: queries that vote; their keys stay.
+        compression_ratio: fraction of the keys to evict, 0 to 1.
+        page_size: tokens per page.
+        window_size: number of queries that vote; their keys are kept.
         backend: as in :func:`tokenmill.kv_block_scores`.
 
     Paper: Quest (Tang et al. 2024), section 3.3.

@@ -1,16 +1,15 @@
 """torch.nn.functional.scaled_dot_product_attention on :func:`tokenmill.attention`.
 
-The function of torch is a composition that ends in one operator for each kernel. enable() puts
-tokenmill in the place of the flash kernels, forward and backward, for the CPU and for CUDA; which
-calls reach them is still for torch to say:
+torch's function is a composite that ends in one operator per kernel. enable() replaces the flash
+kernels, forward and backward, for the CPU and for CUDA; torch still decides which calls reach them:
 
 - CPU: four dimensions, one head dimension, no dropout, a mask without a gradient.
 - CUDA: float16 and bfloat16, no mask, no dropout, compute capability 8.0 and up.
 
-What does not reach them has torch's own kernels, as have nested tensors, varlen_attn, and the fused
-path of torch.nn.TransformerEncoderLayer and MultiheadAttention in eval(), which calls no operator
-of attention (torch.backends.mha.set_fastpath_enabled(False) takes it away). A call that reaches
-them and that tokenmill does not take goes on to torch's kernel, with a warning for each reason.
+Other calls use torch's own kernels, and so do nested tensors, varlen_attn, and the fused path of
+torch.nn.TransformerEncoderLayer and MultiheadAttention in eval(), which calls no attention operator
+(torch.backends.mha.set_fastpath_enabled(False) disables it). A call that reaches them but is not
+supported by tokenmill is forwarded to torch's kernel, with one warning per reason.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ BACKENDS = ("cpu", "cuda", "triton", "emulated")
 
 
 class Route:
-    """What enable() has set up, until remove() or the end of its with statement.
+    """The override set up by enable(), until remove() or the end of its with statement.
 
     Attributes:
-        served: how many calls ran on tokenmill, forward and backward.
-        passed: how many went on to torch's kernel, by the reason.
+        served: number of calls that ran on tokenmill, forward and backward.
+        passed: number of calls forwarded to torch's kernel, by reason.
     """
 
     def __init__(self, backend: str | None) -> None:
@@ -52,7 +51,7 @@ class Route:
         self.passed: Counter[str] = Counter()
 
     def remove(self) -> None:
-        """Takes this route back; a second call does nothing."""
+        """Removes this route; a second call does nothing."""
         with _lock:
             if self in _routes:
                 _routes.remove(self)
@@ -76,9 +75,9 @@ class Route:
         self.passed[reason] += 1
 
 
-_lock = threading.RLock()  # of what is enabled: torch's registry calls remove() of _Kernels
-_routes: list[Route] = []  # the last one counts
-_before: str | None = None  # the implementation of flash attention that was active
+_lock = threading.RLock()  # reentrant: torch's registry calls remove() of _Kernels
+_routes: list[Route] = []  # the last one is active
+_before: str | None = None  # flash attention implementation active before the first route
 
 
 def enable(*, backend: str | None = None) -> Route:
@@ -88,10 +87,12 @@ def enable(*, backend: str | None = None) -> Route:
         backend: "cpu", "cuda", "triton" or None, as in :func:`tokenmill.attention`.
 
     Returns:
-        a :class:`Route`, which is also a context manager: behind it all is as it was. Routes nest.
+        a :class:`Route`, which is also a context manager: leaving it restores the previous state.
+        Routes nest.
 
     ``torch.nn.attention.activate_flash_attention_impl("tokenmill")`` is the same without a backend,
-    once this module is imported. Graphs of torch.compile call what is enabled when they run.
+    once this module is imported. Graphs of torch.compile use the route that is enabled when they
+    run.
 
     Raises:
         RuntimeError: for another backend, or a torch without torch.library.get_kernel.
@@ -123,13 +124,13 @@ def enable(*, backend: str | None = None) -> Route:
 
 
 def disable() -> None:
-    """Takes all routes back."""
+    """Removes all routes."""
     for route in (*_routes,):
         route.remove()
 
 
 def _restore() -> None:
-    """Activates what was active before the first route."""
+    """Activates the implementation that was active before the first route."""
     if not REGISTRY:
         _kernels.remove()
     elif _before != NAME and torch.nn.attention.current_flash_attention_impl() == NAME:
@@ -143,7 +144,7 @@ REGISTRY = hasattr(torch.nn.attention, "register_flash_attention_impl")
 
 
 class _Kernels:
-    """The library in which our kernels are, and the kernels that they stand before."""
+    """The torch library that holds our kernels, and the kernels that they override."""
 
     def __init__(self) -> None:
         self.library: torch.library.Library | None = None
@@ -159,14 +160,14 @@ class _Kernels:
             except RuntimeError:  # a torch without CUDA
                 continue
             self.own[name] = own
-            with warnings.catch_warnings():  # that a kernel is overridden, which is meant
+            with warnings.catch_warnings():  # overriding a kernel is intended
                 warnings.simplefilter("ignore")
                 library.impl(name, kernel, key, with_keyset=True)
         self.library = library
         return self
 
     def remove(self) -> None:
-        """The registry of torch calls this too, when another implementation is activated."""
+        """torch's registry also calls this when another implementation is activated."""
         with _lock:
             self.library = None
             _routes.clear()
@@ -193,8 +194,8 @@ def _cpu_forward(
             keys, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
         )
     out, lse = call.forward()
-    lse = lse.masked_fill(lse == -torch.inf, 0)  # torch's of a row that sees nothing
-    return out, lse.mT.contiguous().mT  # the strides that torch's shape rule states
+    lse = lse.masked_fill(lse == -torch.inf, 0)  # torch's value for a row with no visible key
+    return out, lse.mT.contiguous().mT  # the strides declared by torch's meta function
 
 
 def _cpu_backward(
@@ -285,8 +286,8 @@ _kernels = _Kernels()
 class _Call:
     """One call of scaled_dot_product_attention, forward or backward.
 
-    query is [B, H, Sq, D], key [B, Hk, Sk, D], value [B, Hk, Sk, D]. torch's causality is aligned
-    top-left: query i sees keys j <= i, whatever the lengths, so that keys from Sq on are unseen.
+    query is [B, H, Sq, D], key [B, Hk, Sk, D], value [B, Hk, Sk, D]. torch's causal mask is aligned
+    top-left: query i sees keys j <= i, whatever the lengths, so keys from Sq on are never visible.
     """
 
     def __init__(
@@ -299,7 +300,7 @@ class _Call:
         self.route = (_routes[-1:] or [_default])[0]
 
     def served(self, debug_mask: bool = False) -> bool:
-        """Whether the call is ours; if not, the route notes why."""
+        """Whether tokenmill takes the call; otherwise the route records the reason."""
         reason = "a debug mask is not returned" if debug_mask else self._reason()
         if reason:
             self.route.refuses(reason)
@@ -349,7 +350,7 @@ class _Call:
         return lower(q, k, v, scale=self.scale, bias=mask, causal=self.causal)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """out, laid out as the query, and lse [B, H, Sq]."""
+        """out, in the layout of the query, and lse [B, H, Sq]."""
         query = self.tensors[0]
         out = torch.empty_like(query)
         if self.namespace != namespace("cpu") or out.stride(-1) != 1:
@@ -361,9 +362,9 @@ class _Call:
         return out, lse
 
     def backward(self, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients, laid out as [B, S, H, D]."""
+        """Gradients, in the layout [B, S, H, D]."""
         grad, out = (_last_contiguous(x.detach().transpose(1, 2)) for x in (grad, out))
-        needs = (False,) * 4  # of score_bias, bias, alibi_slopes, sink
+        needs = (False,) * 4  # needs of score_bias, bias, alibi_slopes, sink
         dq, dk, dv, *_ = below_autograd(
             BACKWARD, self.namespace, (grad, None, out, lse.contiguous(), *needs, *self.lowered)
         )
@@ -377,7 +378,7 @@ def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-_default = Route(None)  # of activate_flash_attention_impl, which makes none
+_default = Route(None)  # used by activate_flash_attention_impl, which creates no route
 
 if REGISTRY:
     torch.nn.attention.register_flash_attention_impl(NAME, register_fn=_install)

@@ -1,4 +1,4 @@
-"""Fewer tokens in the vision transformers of timm.
+"""Token reduction in the vision transformers of timm.
 
 Example:
     >>> import timm, torch
@@ -44,23 +44,24 @@ def patch(
 ) -> Reduction:  # fmt: skip
     """Merges or drops tokens in the blocks of a vision transformer, between attention and MLP.
 
-    The weights stay as they are, and attention is :func:`tokenmill.attention`; dropout of its
-    weights, in training, is that of PyTorch. A mean over patches ("avg") weighs each row with the
-    tokens in it.
+    Weights are unchanged, and attention is :func:`tokenmill.attention`; with dropout of attention
+    weights, in training, PyTorch's attention runs. A mean over patches ("avg") weights each row by
+    the number of its tokens.
 
     Args:
-        model: a VisionTransformer (ViT, DeiT, with registers or without, ...) whose blocks are of
-            timm's class Block with its class Attention.
-        merge: ToMe: tokens that each block merges, one number or one for each block. Keys of merged
-            tokens count in attention as often as there are tokens in them.
-        keep_rate: EViT: share of the patches that the blocks of layers keep, those that the class
-            token attends to most.
-        layers: those blocks, from 0; None: a quarter, a half and three quarters down (3, 6 and 9).
-        fuse: the dropped patches become one token.
-        backend: of the operators (see :func:`tokenmill.explain`).
+        model: a VisionTransformer (ViT, DeiT, with or without registers, ...) whose blocks are
+            timm's Block with timm's Attention.
+        merge: ToMe: number of tokens that each block merges, one number or one per block. Merged
+            keys count in attention as many times as there are tokens in them.
+        keep_rate: EViT: fraction of the patches that the blocks in layers keep, chosen by the
+            attention of the class token.
+        layers: indices (from 0) of these blocks; None: at a quarter, half and three quarters of the
+            depth (3, 6 and 9 of 12).
+        fuse: fuse the dropped patches into one token.
+        backend: backend of the operators (see :func:`tokenmill.explain`).
 
     Returns:
-        Its `source` and `size` say after each call of the model what became of the tokens.
+        After each call of the model its `source` and `size` describe the reduction of the tokens.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -92,13 +93,13 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Gives the blocks their own forward back."""
+    """Restores the blocks' own forward."""
     uninstall("integrations.timm.unpatch", model)
     vars(model).pop("pool", None)
 
 
 def _pool(model: Any, reduction: Reduction, x: Tensor, pool_type: str | None = None) -> Tensor:
-    """A mean over patches, each row as often as there are tokens in it."""
+    """Mean over patches, each row weighted by its number of tokens."""
     size = reduction.size
     if (pool_type or "avg") != "avg" or size is None:
         return type(model).pool(model, x, pool_type)

@@ -1,5 +1,5 @@
-"""Models of Hugging Face transformers: their attention on :func:`tokenmill.attention` (register),
-generate() under a policy (apply_policy), fewer tokens in vision transformers (patch).
+"""Hugging Face transformers: attention on :func:`tokenmill.attention` (register), generate() under
+a policy (apply_policy), token reduction in vision transformers (patch).
 
 Needs transformers 5.4 or later, whose masks are built from the lengths of queries and keys;
 apply_policy and patch need 5.24.
@@ -63,7 +63,7 @@ def register(name: str = "tokenmill", *, backend: str | None = None, kind: Kind 
     """Adds an attention implementation to transformers.
 
     Args:
-        name: what to pass as attn_implementation.
+        name: the value for attn_implementation.
         backend: as in :func:`tokenmill.attention`.
         kind: "softmax", which keeps the meaning of a pretrained model, or "sigmoid" (with a score
             bias of -log n, n being the number of keys that are not padding; with a complete mask,
@@ -93,19 +93,19 @@ def register(name: str = "tokenmill", *, backend: str | None = None, kind: Kind 
 def continuous_batching(
     model: torch.nn.Module, *, backend: str | None = None, pages: bool = True
 ) -> Iterator[None]:
-    """A with statement in which ``generate_batch`` and its like attend on tokenmill.
+    """A context manager in which ``generate_batch`` and the like use tokenmill's attention.
 
-    transformers keeps keys and values in pages. It hands block tables to flash-attn alone, and
-    gathers the keys of each request for all other attention, which it calls with packed sequences.
-    It accepts implementations by their names, "sdpa" and what has "flash" in it, which
+    transformers keeps keys and values in pages. It passes block tables only to flash-attn, and
+    gathers the keys of each request for all other implementations, which it calls with packed
+    sequences. It accepts implementations by name, "sdpa" and names containing "flash", which
     set_attn_implementation does not.
 
     Args:
         model: a decoder of transformers.
         backend: as in :func:`register`.
-        pages: layers with full attention read their pages in place (transformers 5.24 or later)
-            where a page has a power of two of tokens; False, layers with a window, other pages and
-            older releases gather.
+        pages: layers with full attention read their pages in place (transformers 5.24 or later) if
+            the page size is a power of two; with False, a window, other page sizes or older
+            releases, keys are gathered.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -159,34 +159,34 @@ def attention_forward(
     """The attention function of one layer, as transformers calls it.
 
     Args:
-        module: the layer; its is_causal counts where the argument is None.
-        query: ``[B, H, Sq, D]``. Any strides do, without a copy, but on a GPU a padding mask needs
-            rows that follow each other in memory and copies others.
+        module: the layer; its is_causal is used where the argument is None.
+        query: ``[B, H, Sq, D]``. Any strides, without a copy, except that on a GPU a padding mask
+            requires contiguous rows and copies others.
         key, value: ``[B, Hk, Sk, D]`` and ``[B, Hk, Sk, Dv]``, likewise.
-        attention_mask: None; a padding mask ``[B, Sk]`` of :func:`build_mask`, complete but for
-            causality with the last query at the last key; or a complete mask that broadcasts to
+        attention_mask: None; a padding mask ``[B, Sk]`` of :func:`build_mask`, to which causality
+            with the last query at the last key is added; or a complete mask that broadcasts to
             ``[B, H, Sq, Sk]``, boolean (True is visible) or additive.
         scaling: None = 1/sqrt(D).
-        dropout: of the weights, in training. No kernel drops weights: the call goes to
-            scaled_dot_product_attention, and a warning says so once.
+        dropout: dropout of the weights, in training. No kernel supports it: the call goes to
+            scaled_dot_product_attention, with a warning once.
         kind, backend: as in :func:`register`.
-        is_causal: None = what module says.
-        sliding_window: the number of keys up to its own that a query sees (if not causal, as many
-            from its own on), where no mask says so already.
+        is_causal: None = module's.
+        sliding_window: number of keys up to its own that a query sees (if not causal, as many from
+            its own on), unless the mask already contains it.
         softcap: None = off.
         s_aux: ``[H]``, learnable sink.
         position_bias: broadcasts to ``[B, H, Sq, Sk]``, differentiable.
-        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: where the sequences of a packed
-            batch (B = 1) begin; they take the place of a mask.
-        tokenmill_pages: where the keys and values of these sequences are, in place of key and
-            value; within :func:`continuous_batching`.
-        others: ignored, except what would change the result, and output_attentions: True runs the
-            call in plain PyTorch, which has the weights in memory.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: offsets and maximum lengths of the
+            sequences of a packed batch (B = 1); they replace a mask.
+        tokenmill_pages: the pages of these sequences, replacing key and value; within
+            :func:`continuous_batching`.
+        others: ignored, except options that would change the result, and output_attentions: True
+            runs the call in plain PyTorch, which materialises the weights.
 
     Returns:
-        out ``[B, Sq, H, Dv]``, 0 for a query that sees no key, and None, or with output_attentions
-        the weights ``[B, H, Sq, Sk]``, behind dropout as those of "eager". A query that is padding
-        itself sees what any query at its place sees, so that no row depends on its batch.
+        out ``[B, Sq, H, Dv]``, 0 for a query with no visible key, and None, or with
+        output_attentions the weights ``[B, H, Sq, Sk]``, after dropout, as with "eager". A padding
+        query sees the same keys as any query at its position, so no row depends on its batch.
 
     Raises:
         RuntimeError: for a head mask, for dropout of sigmoid attention or with a soft cap or a
@@ -296,29 +296,28 @@ def build_mask(
     allow_is_bidirectional_skip: bool = False,
     **options: Any,
 ) -> Tensor | None:
-    """The mask of all layers of one kind, as transformers asks for it.
+    """The mask of all layers of one kind, in transformers' mask interface.
 
     Args:
         batch_size, q_length, kv_length: B, Sq and Sk.
         q_offset, kv_offset: positions of the first query (a tensor for a static cache) and key.
         mask_function: from indices (batch, head, query, key) to visible.
         attention_mask: ``[B, tokens so far]``, False on padding.
-        local_size: the window or chunk that mask_function has in it.
-        allow_is_causal_skip: mask_function is causality and local_size alone.
-        allow_is_bidirectional_skip: mask_function is local_size alone.
+        local_size: the window or chunk size in mask_function.
+        allow_is_causal_skip: mask_function is only causality and local_size.
+        allow_is_bidirectional_skip: mask_function is only local_size.
         options: passed on to transformers' own mask function.
 
     Returns:
-        None or a padding mask ``[B, Sk]`` where all else that hides keys is causality with the
-        last query at the last key; else the complete boolean mask ``[B, 1, Sq, Sk]``. True is
-        visible.
+        None or a padding mask ``[B, Sk]`` if the only other masking is causality with the last
+        query at the last key; else the complete boolean mask ``[B, 1, Sq, Sk]``. True is visible.
     """
     if sharded_attention.get() and attention_mask is None:
-        return None  # causality and windows are about positions in the whole sequence
+        return None  # causality and windows refer to positions in the whole sequence
     end = kv_offset + kv_length
     plain = allow_is_causal_skip or allow_is_bidirectional_skip
     if allow_is_causal_skip and not (isinstance(q_offset, int) and q_offset + q_length == end):
-        plain = False  # the last query is not at the last key: a cache with room to grow
+        plain = False  # the last query is not at the last key: a cache with spare capacity
     if plain and (local_size is None or kv_length < local_size):
         if attention_mask is None:
             return None
@@ -350,7 +349,7 @@ def _complete(
     mask: Tensor | None, sq: int, sk: int, causal: bool, sliding_window: int | None,
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, device: torch.device,
 ) -> Tensor | None:  # fmt: skip
-    """A mask of attention_forward with all that hides keys in it, None for plain causality."""
+    """A mask for attention_forward that includes all masking; None for plain causality."""
     if cu_seqlens_q is None and (mask.dim() == 4 if mask is not None else sliding_window is None):
         return None if mask is None else mask[..., :sk]
     query = torch.arange(sq, device=device)[:, None]
@@ -392,9 +391,10 @@ def _few_queries(
     q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask: Tensor | None,
     padding: Padding | None, kind: Kind, backend: str | None,
 ) -> bool:  # fmt: skip
-    """Whether the call is a step of generate() that the kernel of attention_decode runs sooner: it
-    reads keys once for all heads that share them, and divides long rows of keys. On a CPU attention
-    does so itself, but for padding."""
+    """Whether the call is a decode step of generate() that attention_decode runs faster: it reads
+    keys once per GQA group, and splits long rows of keys. On a CPU attention does so itself, except
+    with padding.
+    """
     sq, sk = q.shape[1], k.shape[1]
     if kind != "softmax" or not 0 < sq <= 8 or sk < 256 * sq:
         return False
@@ -409,7 +409,7 @@ def _few_queries(
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as a bias of dtype or float32, without repeating what was only expanded."""
+    """A mask as an additive bias of dtype or float32, without materialising expanded dimensions."""
     for dim in range(mask.dim() - 1):
         if mask.stride(dim) == 0:
             mask = mask.narrow(dim, 0, 1)
