@@ -1,8 +1,7 @@
-"""Operators on sequences that lie on several ranks of torch.distributed.
+"""Operators on sequences sharded over ranks of torch.distributed.
 
-Each rank calls the function with the shard of its tokens (:func:`shard_sequence`); the functions
-move what they must with the collectives of a process group or a device mesh, and are
-differentiable.
+Each rank calls the function with its shard of the tokens (:func:`shard_sequence`); the functions
+communicate through the collectives of a process group or a device mesh, and are differentiable.
 """
 
 from ._group import PeerError

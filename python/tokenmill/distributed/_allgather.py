@@ -1,4 +1,4 @@
-"""Attention of the queries of this rank to the gathered keys of all."""
+"""Attention of this rank's queries to the gathered keys of all ranks."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Ten
 
 
 def _together(piece: Piece, call: Call) -> list[list[Part]]:
-    """The rows of a piece with the keys that they see, in groups for which one call serves: those
-    of packed sequences with one window."""
+    """The rows of a piece with their visible keys, grouped so that one call serves a group: packed
+    sequences with equal windows.
+    """
     ends = [0, call.where.length] if call.cu_seqlens is None else call.cu_seqlens.tolist()
     groups: list[list[Part]] = []
     for begin, end in itertools.pairwise(ends):
@@ -48,7 +49,7 @@ def _together(piece: Piece, call: Call) -> list[list[Part]]:
             groups[-1].append(part)
         else:
             groups.append([part])
-    # A rank without tokens makes the call, too: its gradients meet those of the others.
+    # A rank without tokens makes the call too: the other ranks' backward needs it.
     return groups or [[Part(Piece(piece.first, piece.first), Piece(0, 0), (-1, -1))]]
 
 

@@ -1,4 +1,4 @@
-"""Windows between pieces of a sequence, as attention of the pieces alone has them."""
+"""Attention windows between pieces of a sequence, in each piece's own coordinates."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ class Part(NamedTuple):
 
 def visible(rows: Piece, keys: Piece, left: int | None, right: int | None) -> Part | None:
     """The rows that see any of the keys j with i - left <= j <= i + right, and these keys; None if
-    there are none. A window of attention is aligned at the ends of rows and keys."""
+    there are none. A window of attention is aligned at the last row and the last key.
+    """
     first = rows.first if right is None else max(rows.first, keys.first - right)
     end = rows.end if left is None else min(rows.end, keys.end + left)
     begin = keys.first if left is None else max(keys.first, first - left)
     stop = keys.end if right is None else min(keys.end, end + right)
     if first >= end or begin >= stop:
         return None
-    ahead = stop - end  # of the last row's position
+    ahead = stop - end  # relative to the last row's position
     window = -1 if left is None else left + ahead, -1 if right is None else right - ahead
     return Part(Piece(first, end), Piece(begin, stop), window)

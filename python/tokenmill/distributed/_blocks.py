@@ -1,9 +1,9 @@
-"""Blocks of keys that ranks lend each other: those that a rank needs travel to it, and their
+"""Exchange of key blocks between ranks: a rank receives the blocks that it needs, and sends their
 gradients back.
 
-A unit is a block of tokens of one request and one key head. The compact keys of a rank
-[B, slots * block, Hk, D] are the units that it needs, in the order of the sequence; what heads need
-fewer than others leave zeros, which nobody lists.
+A unit is a block of tokens of one request and one KV head. The compact keys of a rank [B, slots *
+block, Hk, D] are the units that it needs, in the order of the sequence; heads that need fewer units
+are padded with zeros, which no list names.
 """
 
 from __future__ import annotations
@@ -19,27 +19,31 @@ from torch.autograd.function import once_differentiable
 from ._group import Group
 from .sequence import Layout, Piece
 
-Units = tuple[Tensor, Tensor, Tensor]  # request, block and head of each
+Units = tuple[Tensor, Tensor, Tensor]  # request, block and KV head of each unit
 
 
 class Loan(NamedTuple):
-    """What a rank lends to the ranks, itself among them, and where it puts what it borrows."""
+    """The blocks that a rank sends to all ranks, including itself, and the slots of the blocks it
+    receives.
+    """
 
     group: Group
-    block: int  # tokens
-    lent: list[Units]  # to each rank, blocks of the own shard
-    borrowed: list[int]  # units from each rank
-    places: Units  # of what is borrowed, blocks of the compact keys
-    slots: int  # blocks of the compact keys
-    lacking: int  # tokens that the last of them does not have
+    block: int  # tokens per block
+    lent: list[Units]  # per destination rank, units of this rank's shard
+    borrowed: list[int]  # number of units from each rank
+    places: Units  # slots of the received units in the compact keys
+    slots: int  # number of blocks of the compact keys
+    lacking: int  # tokens missing in the last block
 
     def borrow(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Shards [B, n, Hk, *] to compact keys and values, with gradients."""
+        """Exchanges shards [B, n, Hk, *] for compact keys and values; differentiable."""
         found: tuple[Tensor, Tensor] = _Borrow.apply(k, v, self)
         return found
 
     def send(self, units: Tensor, back: bool) -> Tensor:
-        """[units, block, E] to those who borrow them, or back to those who lent them."""
+        """Sends [units, block, E] to the ranks that need them, or their gradients back to the
+        owners.
+        """
         each = units.shape[1:].numel()
         lent = [len(of[0]) * each for of in self.lent]
         borrowed = [n * each for n in self.borrowed]
@@ -51,11 +55,11 @@ class Loan(NamedTuple):
 def arrange(
     group: Group, where: Layout, block: int, needed: Tensor, last: Piece
 ) -> tuple[Loan, Tensor]:
-    """The loan of the blocks in a mask needed [B, Hk, blocks] of this rank, and the slot of each of
-    them [B, Hk, blocks].
+    """The exchange for the blocks in this rank's mask needed [B, Hk, blocks], and the slot of each
+    block [B, Hk, blocks].
 
-    The blocks `last` have the last slots, each its own, whoever needs them; none after them is
-    needed. One exchange of masks tells the owners.
+    The blocks `last` always have the last slots, one each, even if not needed; no later block is
+    needed. One exchange of masks informs the owners.
     """
     blocks = [Piece(-(-p.first // block), -(-p.end // block)) for (p,) in where.pieces]
     batch, heads = needed.shape[:2]
@@ -79,13 +83,13 @@ def arrange(
 
 
 def _units(mask: Tensor) -> Units:
-    """Of a mask [B, Hk, blocks], in its order."""
+    """Units of a mask [B, Hk, blocks], in its order."""
     b, h, c = mask.nonzero(as_tuple=True)
     return b, c, h
 
 
 def _shifted(found: Sequence[Units], blocks: Sequence[Piece]) -> list[Units]:
-    """Units of the ranks as units of the sequence."""
+    """Block numbers within ranks as block numbers of the sequence."""
     return [(b, c + of.first, h) for (b, c, h), of in zip(found, blocks, strict=True)]
 
 
@@ -116,7 +120,7 @@ class _Borrow(torch.autograd.Function):
 
 
 def _read(x: Tensor, block: int, units: Units) -> Tensor:
-    """Units of x [B, n, Hk, D]: [units, block, D], with zeros behind the last token."""
+    """Units of x [B, n, Hk, D]: [units, block, D], zero-padded after the last token."""
     if lacking := -x.shape[1] % block:
         x = F.pad(x, (0, 0, 0, 0, 0, lacking))
     b, c, h = units
@@ -124,7 +128,7 @@ def _read(x: Tensor, block: int, units: Units) -> Tensor:
 
 
 def _placed(units: Tensor, shape: Sequence[int], loan: Loan) -> Tensor:
-    """The compact keys that hold units [units, block, D]."""
+    """Scatters units [units, block, D] into compact keys."""
     b, slot, h = loan.places
     found = units.new_zeros(shape[0], loan.slots, loan.block, shape[2], units.shape[-1])
     found[b, slot, :, h] = units

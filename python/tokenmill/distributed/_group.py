@@ -1,9 +1,9 @@
-"""The ranks that share a sequence, and what they send each other.
+"""The ranks that share a sequence, and their communication.
 
-Two collectives carry everything: `exchange` (every rank sends a part of its elements to every
-other) and `gather` (every rank gets the shards of all). Both take shards of different sizes, are
-differentiable, and sum gradients in the order of the ranks, so that results have the same bits on
-every run. They are PyTorch's functional collectives: a result is waited for where it is first used.
+Two collectives are used: `exchange` (an all-to-all of elements) and `gather` (an all-gather of
+shards). Both accept shards of different sizes, are differentiable, and sum gradients in rank order,
+so that results have the same bits on every run. They are PyTorch's functional collectives: a result
+is waited for at its first use.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._check import check, fail, synchronising_checks
 
-# torch 2.13 renames it.
+# Renamed in torch 2.13.
 _all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
 
 
 class PeerError(RuntimeError):
-    """A collective that did not end: a rank is gone, late or at another call."""
+    """A collective that did not complete: a rank is gone, late or at another call."""
 
 
 class Group:
-    """The ranks of a process group, or of a device mesh of one dimension, in one call."""
+    """The ranks of a process group, or of a one-dimensional device mesh, in one call."""
 
     def __init__(self, op: str, mesh: DeviceMesh | None, group: dist.ProcessGroup | None) -> None:
         self.op = op
@@ -54,7 +54,7 @@ class Group:
 
     @contextlib.contextmanager
     def named(self, what: str) -> Iterator[None]:
-        """Names operator, rank and group where a collective fails."""
+        """Adds operator, rank and group to the error of a failed collective."""
         try:
             yield
         except (RuntimeError, ValueError) as error:
@@ -67,7 +67,7 @@ class Group:
             ) from error
 
     def send(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """`sent[r]` elements of the flat x go to rank r, and `received[r]` come from it."""
+        """Sends `sent[r]` elements of the flat x to rank r, and receives `received[r]` from it."""
         with self.named("all_to_all"):
             return funcol.all_to_all_single(x.contiguous(), [*received], [*sent], self.group)
 
@@ -76,25 +76,24 @@ class Group:
             return funcol.wait_tensor(x)
 
     def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """send(), with its gradient."""
+        """send(), differentiable."""
         if self.size == 1:
             return x
         found: Tensor = _Exchange.apply(x, self, tuple(sent), tuple(received))
         return found
 
     def gather(self, x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
-        """The shards of all ranks, joined along dim; rank r has sizes[r] of it."""
+        """Concatenates the shards of all ranks along dim; rank r has sizes[r] of it."""
         if self.size == 1:
             return x
         found: Tensor = _Gather.apply(x, self, dim, tuple(sizes))
         return found
 
     def check_alike(self, **values: Any) -> None:
-        """Compares what all ranks must have in common with the first message of a call, 8 bytes.
-
-        Where they differ, all ranks name the argument and both values. A group without a backend
-        for CPU tensors compares on the device, where a difference is an assertion, unless
-        TOKENMILL_CHECK=1 lets the host read it.
+        """Compares the arguments that all ranks must have in common, in the first message of a
+        call, 8 bytes. Where they differ, all ranks name the argument and both values. A group
+        without a backend for CPU tensors compares on the device, where a difference is an
+        assertion, unless TOKENMILL_CHECK=1 lets the host read it.
         """
         if self.size == 1 or torch.compiler.is_compiling():
             return
@@ -112,11 +111,11 @@ class Group:
             self._name_difference(own)
 
     def _has_cpu_backend(self) -> bool:
-        config = str(dist.get_backend_config(self.group))  # "cpu:gloo,cuda:nccl"
+        config = str(dist.get_backend_config(self.group))  # e.g. "cpu:gloo,cuda:nccl"
         return any(part.startswith("cpu:") for part in config.split(","))
 
     def _name_difference(self, own: dict[str, Any]) -> None:
-        """Every rank comes here: the digests that differ are those that all ranks have."""
+        """Names a differing argument. All ranks call this, as all have the same digests."""
         found: list[Any] = [None] * self.size
         with self.named("the comparison of arguments"):
             dist.all_gather_object(found, own, group=self.group)
@@ -127,13 +126,17 @@ class Group:
 
 
 def records_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
-    """Which tensors autograd records: a backward has collectives that every rank must enter."""
+    """The tensors that autograd records: their backward contains collectives that every rank must
+    enter.
+    """
     recording = torch.is_grad_enabled()
     return tuple(recording and t is not None and t.requires_grad for t in tensors)
 
 
 def _described(value: Any) -> Any:
-    """What ranks compare of an argument: of tensors all but the values, of objects the type."""
+    """The part of an argument that ranks compare: of tensors all but the values, of objects the
+    type.
+    """
     if isinstance(value, Tensor):
         gradient = " with a gradient" if value.requires_grad and torch.is_grad_enabled() else ""
         return f"a tensor {[*value.shape]} of {str(value.dtype)[6:]}{gradient}"
@@ -164,7 +167,7 @@ class _Gather(torch.autograd.Function):
         ctx.how = group, dim, sizes
         rows = x.movedim(dim, 0)
         most = max(sizes)
-        if rows.shape[0] < most:  # a collective takes shards of one size
+        if rows.shape[0] < most:  # the collective requires shards of equal size
             rows = torch.cat([rows, rows.new_zeros(most - rows.shape[0], *rows.shape[1:])])
         with group.named("all_gather"):
             found = funcol.wait_tensor(_all_gather(rows.contiguous(), 0, group.group))
@@ -183,6 +186,6 @@ class _Gather(torch.autograd.Function):
         parts = group.wait(group.send(rows.flatten(), sent, [own * each] * group.size))
         wide = torch.promote_types(g.dtype, torch.float32)
         total = torch.zeros(own, *rows.shape[1:], dtype=wide, device=g.device)
-        for part in parts.view(group.size, own, *rows.shape[1:]):  # in the order of the ranks
+        for part in parts.view(group.size, own, *rows.shape[1:]):  # in rank order
             total += part
         return total.to(g.dtype).movedim(0, dim), None, None, None

@@ -1,4 +1,4 @@
-"""Results over disjoint sets of keys, added one after the other in float32."""
+"""Sequential merging, in float32, of results over disjoint sets of keys."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from ..dense.merge_attention_states import merge_attention_states
 from ._group import Group
 
-SUM_FLOOR = 1e-8  # beside a row sum, as attention divides by it
+SUM_FLOOR = 1e-8  # added to a row sum, as in attention
 
 
 class Merge:
-    """Adds parts to out [B, n, H, Dv] and to the statistics of rows [B, H, n], both float32."""
+    """Merges parts into out [B, n, H, Dv] and the row statistics [B, H, n], both float32."""
 
     def __init__(self, kind: str, normalize: str | None, backend: str | None) -> None:
         self.kind, self.normalize, self.backend = kind, normalize or "none", backend
@@ -42,11 +42,11 @@ class Merge:
             return out
         divisor = self._divisor(statistic)
         if self.normalize == "count":
-            divisor = divisor.clamp(min=1)  # a row that sees nothing has out 0
+            divisor = divisor.clamp(min=1)  # a row with no visible key has out 0
         return out / _of_rows(divisor)
 
     def of_ranks(self, group: Group, out: Tensor, statistic: Tensor) -> tuple[Tensor, Tensor]:
-        """The result of the parts of all ranks, in their order, on every rank: one gather."""
+        """Merges the parts of all ranks, in rank order, on every rank: one gather."""
         total, of_total = self.start(out.shape, out)
         if statistic.numel() == 0:
             statistic = torch.zeros_like(of_total)
@@ -57,12 +57,12 @@ class Merge:
         return self.finish(total, of_total), of_total
 
     def _divisor(self, statistic: Tensor) -> Tensor:
-        """What attention divides a row by."""
+        """The divisor that attention applies to a row."""
         if self.normalize == "count":
             return statistic
         return statistic.abs().clamp(min=1) if self.kind == "linear" else statistic + SUM_FLOOR
 
 
 def _of_rows(x: Tensor) -> Tensor:
-    """[B, H, n] beside [B, n, H, D]"""
+    """[B, H, n] broadcastable with [B, n, H, D]."""
     return x.transpose(1, 2)[..., None]

@@ -1,5 +1,6 @@
-"""How a call on DTensors falls apart into calls on their shards, from metadata alone: the same
-answer, or the same error, on every rank."""
+"""Splits a call on DTensors into calls on their shards, from metadata only: the same answer, or the
+same error, on every rank.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from ..registry import AXES, Sharding
 
 
 class Meta(NamedTuple):
-    """A tensor without its values. A plain tensor is the same on every rank."""
+    """Metadata of a tensor. A plain tensor is the same on every rank."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -32,18 +33,18 @@ class Meta(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """The part of a dimension that a rank reads of what its group of ranks shares."""
+    """Slice of a dimension that a rank takes from a tensor replicated in its group of ranks."""
 
     dim: int
     start: int
-    size: int  # of the dimension
+    size: int  # size of the dimension
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a rank has of a tensor: its shard at these placements, and of that the slices.
+    """The part of a tensor on a rank: its shard at these placements, then these slices.
 
-    once: along an axis that the tensor does not have, other ranks count it already.
+    once: the call is split along an axis that the tensor lacks, and another rank already counts it.
     """
 
     shape: tuple[int, ...]
@@ -55,16 +56,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """Of a call: a Part, a number or None for each argument, and a Part for each result."""
+    """Plan of a call: a Part, a number or None for each argument, and a Part for each result."""
 
     arguments: tuple[Any, ...]
     results: tuple[Part, ...]
-    gradients: tuple[tuple[Placement, ...] | None, ...]  # of the arguments
+    # placements of the gradients of the arguments
+    gradients: tuple[tuple[Placement, ...] | None, ...]
 
 
 @dataclass(frozen=True)
 class Axes:
-    """The axes of a tensor by dimension ("." for none), and those that it lacks harmlessly."""
+    """The axes of a tensor by dimension ("." for none), and the axes that it may lack."""
 
     letters: str
     same: str
@@ -83,13 +85,13 @@ def parse(labels: str, rank: int) -> Axes:
 
 @dataclass(frozen=True)
 class _Labels:
-    """The labels of an operator, a forward or a backward one."""
+    """Axis labels of a forward or backward operator."""
 
     arguments: dict[str, str]
     results: tuple[str, ...]
     saved: frozenset[str]  # arguments that are results of the forward
     cotangents: frozenset[str]
-    gradients: bool  # results are those
+    gradients: bool  # whether the results are gradients
     without: tuple[str, ...]
 
     def of(self, name: str, given: dict[str, Any]) -> str:
@@ -102,7 +104,7 @@ class _Labels:
 
 @functools.cache
 def labels_of(name: str) -> _Labels:
-    """Raises KeyError for a result or a gradient whose name tells nothing."""
+    """Raises KeyError for a result or a gradient without a known name."""
     op = _library.registered(name)
     forward = _library.registered(op.public_name)
     sharding = registry.get(op.public_name).sharding
@@ -141,11 +143,11 @@ def _result_names(op: TorchOp, unnamed: str) -> list[str]:
 
 
 def plan(op: TorchOp, mesh: DeviceMesh, values: tuple[Any, ...]) -> Plan:
-    """values are the arguments of the schema, with a Meta for each tensor."""
+    """values: arguments of the schema, with a Meta for each tensor."""
     ranks = tuple(mesh.get_coordinate() or ())
     try:
         hash(values)
-    except TypeError:  # sizes of a graph
+    except TypeError:  # symbolic sizes
         return _Planner(op, mesh, ranks, values).plan()
     return _remembered(op.name, mesh, ranks, values)
 
@@ -188,7 +190,7 @@ class _Planner:
         stands_for_none = t.shape == (0,) and name in self.labels.saved
         return "" if stands_for_none else self.labels.of(name, self.given)
 
-    # Which axis a dimension of the mesh splits.
+    # Choice of the axis that each mesh dimension splits.
 
     def _axis(self, i: int) -> str | None:
         first = next(self._split(i), None)
@@ -206,8 +208,9 @@ class _Planner:
         return axis
 
     def _split(self, i: int) -> Iterator[str]:
-        """The arguments that the mesh dimension splits. Autograd hands on cotangents as it has
-        them: these follow the others."""
+        """Arguments split by the mesh dimension. Cotangents are skipped: autograd passes any
+        placement, and they are redistributed to match.
+        """
         for name in self.tensors:
             placement = self._at(name, i)
             if name in self.labels.cotangents or placement.is_replicate():
@@ -225,7 +228,7 @@ class _Planner:
         return letter
 
     def _check_call(self, axis: str, first: str, i: int) -> None:
-        """Whether the call falls apart along the axis."""
+        """Checks that the call can be split along the axis."""
         word = AXES[axis]
         for name in self.labels.without:
             if self.given.get(name):
@@ -242,7 +245,7 @@ class _Planner:
     def _check_placement(self, axis: str, first: str, name: str, i: int) -> None:
         placement, dim = self._at(name, i), self.axes[name].dim(axis)
         if placement.is_replicate() or placement.is_partial():
-            if name in self.op.written:  # else the call would write into a copy
+            if name in self.op.written:  # otherwise the call would write into a copy
                 where = "the same on every rank" if dim is None else f"Shard({dim})"
                 rule = f"must be {where}, as it is written and {first} is split along {AXES[axis]}"
                 if dim is None:
@@ -261,19 +264,20 @@ class _Planner:
             if not _fits(size, ways, uniform and size == largest, fixed)
         ]
         if misfits:
-            if any(not name for name, _ in misfits):  # a result that joins what is split
+            # a result would combine values along the split axis
+            if any(not name for name, _ in misfits):
                 self._fail(first, f"must not be split along {AXES[axis]} in this call", i)
             name, size = misfits[0]
             rule = f"must have {AXES[axis]} that {math.prod(ways)} ranks share evenly"
             fail(self.op.public_name, name, rule, size)
 
     def _ways(self, axis: str, until: int) -> list[int]:
-        """Among how many ranks the dimensions of the mesh split the axis, one after the other."""
+        """Numbers of ranks by which successive mesh dimensions split the axis."""
         before = [self.mesh.size(j) for j in range(until) if self.chosen[j] == axis]
         return [*before, self.mesh.size(until)]
 
     def _sizes(self, axis: str) -> Iterator[tuple[str, int, bool]]:
-        """Name of the argument or "", size along the axis, whether all of it must be split."""
+        """Name of the argument or "", size along the axis, whether it must be split completely."""
         for name, t in self.tensors.items():
             dim = self.axes[name].dim(axis)
             if dim is not None:
@@ -288,11 +292,11 @@ class _Planner:
         return max(size for _, size, _ in self._sizes(axis))
 
     def _uniform(self, axis: str) -> bool:
-        """Whether all that is split is split alike, also into shards of different sizes."""
+        """Whether all split sizes are equal, so that uneven shards are possible too."""
         largest = self._largest(axis)
         return all(n == largest or (n == 1 and not fixed) for _, n, fixed in self._sizes(axis))
 
-    # What a rank has.
+    # The parts on this rank.
 
     def _argument(self, name: str, value: Any) -> Any:
         if isinstance(value, Meta):
@@ -309,7 +313,7 @@ class _Planner:
 
     def _result(self, r: Tensor, axes: Axes) -> Part:
         other: Placement = Partial() if self.labels.gradients else Replicate()
-        if r.shape == (0,):  # stands for none
+        if r.shape == (0,):  # stands for no result
             return Part((0,), (1,), (Replicate(),) * self.mesh.ndim)
         placements, slices = self._place(tuple(r.shape), axes, other)
         once = not self.labels.gradients and self._counted_elsewhere(axes)
@@ -327,8 +331,9 @@ class _Planner:
     def _place(
         self, shape: Sequence[int], axes: Axes, other: Placement
     ) -> tuple[tuple[Placement, ...], tuple[Slice, ...]]:
-        """The placement for each dimension of the mesh, where `other` stands for parts of a call
-        that have the tensor in common; and the slices of that."""
+        """Placement for each mesh dimension, `other` where several parts of the call share the
+        tensor; and the slices of shared tensors.
+        """
         placements: list[Placement] = []
         slices: list[Slice] = []
         left = list(shape)
@@ -375,15 +380,16 @@ def _fits(size: int, ways: list[int], uniform: bool, fixed: bool) -> bool:
 
 
 def _chunk(size: int, ways: int, rank: int) -> int:
-    """The part of a rank, as torch.chunk cuts."""
+    """Size of a rank's chunk, as in torch.chunk."""
     most = -(-size // ways)
     return max(min(most, size - most * rank), 0)
 
 
 def _global_results(op: TorchOp, values: tuple[Any, ...]) -> list[Tensor]:
-    """The results of the whole call without data; raises for one that breaks a rule."""
+    """The results of the whole call without data; raises for a call that breaks a rule."""
     sizes = [n for v in values if isinstance(v, Meta) for n in v.shape]
-    traced = any(isinstance(n, torch.SymInt) for n in sizes)  # products of them belong to the graph
+    # products of symbolic sizes belong to the graph
+    traced = any(isinstance(n, torch.SymInt) for n in sizes)
     with contextlib.nullcontext() if traced else _disable_current_modes():
         whole = [
             torch.empty_strided(v.shape, v.stride, dtype=v.dtype, device="meta")

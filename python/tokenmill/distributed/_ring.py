@@ -1,8 +1,8 @@
-"""Attention with keys and values that travel from rank to rank.
+"""Ring attention: keys and values travel from rank to rank.
 
-In step t rank r has the shard of rank r - t, and the next one is on its way. Partial results are
-merged in float32 in the order of the steps. In the backward the gradients of a shard travel with it
-and come home in step P; the probabilities come from the statistic of the whole row.
+In step t rank r holds the shard of rank r - t, and the next one is in flight. Partial results are
+merged in float32 in step order. In the backward the gradients of a shard travel with it and arrive
+home in step P; probabilities are recomputed from the statistics of whole rows.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor,
 
 
 class _Step(NamedTuple):
-    """Rows of this rank and keys of a shard that see each other: where both begin in the shards,
-    and whether they are the same tokens, which every row sees."""
+    """Rows of this rank and keys of a shard that see each other: their offsets within the shards,
+    and whether they are the same tokens, the diagonal step that every row takes part in.
+    """
 
     row: int
     key: int
@@ -48,7 +49,7 @@ class _Step(NamedTuple):
 
 
 def _steps(call: Call, source: int) -> list[_Step]:
-    """The calls for the keys of rank `source`."""
+    """The steps for the keys of rank `source`."""
     found: list[_Step] = []
     row = 0
     for rows in call.where.pieces[call.group.rank]:
@@ -64,7 +65,7 @@ def _steps(call: Call, source: int) -> list[_Step]:
 
 
 class _Calls:
-    """The calls of this rank, without their tensors of tokens."""
+    """The attention calls of this rank, without their token tensors."""
 
     def __init__(self, call: Call, score_bias: Tensor | None, sink: Tensor | None) -> None:
         self.options = dict(call.options)
@@ -77,7 +78,7 @@ class _Calls:
         options = dict(self.options)
         if self.score_bias is not None:
             options["score_bias"] = self.score_bias
-        if self.sink is not None and step.same:  # it takes weight once
+        if self.sink is not None and step.same:  # the sink is counted once
             options["sink"] = self.sink
         rows, keys = step.part.rows.size, step.part.keys.size
         return lower(
@@ -91,8 +92,9 @@ class _Calls:
     def differentiate(
         self, of_rows: tuple[Tensor | None, ...], needs: dict[str, bool], lowered: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Gradients of queries, keys, values and of the parameters that are needed, from the
-        gradients, results and statistics of whole rows."""
+        """Gradients of queries, keys, values and of the required parameters, from the gradients,
+        results and statistics of whole rows.
+        """
         kernels = namespace(choose(SPEC, lowered, self.backend))
         dq, dk, dv, *grads = below_autograd(
             BACKWARD, kernels, (*of_rows, *needs.values(), *lowered)
@@ -102,13 +104,14 @@ class _Calls:
         return dq, dk, dv, {n: g.sum_to_size(getattr(a, n).shape) for n, g in found if needs[n]}
 
     def belongs(self, name: str, step: _Step) -> bool:
-        """Whether the gradient of a parameter is one of these keys. Of a softmax it comes from the
-        statistics of rows."""
+        """Whether the gradient of a parameter includes a contribution from these keys. For softmax
+        it comes from the row statistics and is counted once.
+        """
         return step.same or (name == "score_bias" and self.kind != "softmax")
 
 
 class _Shards:
-    """The shards on their way: a flat buffer of a rank's keys and values, or of their gradients."""
+    """The shards in flight: a flat buffer of a rank's keys and values, or of their gradients."""
 
     def __init__(self, group: Group, sizes: tuple[int, ...], k: Tensor, v: Tensor) -> None:
         self.group, self.sizes = group, sizes
@@ -116,11 +119,11 @@ class _Shards:
         self.each = sum(t.shape[0] * t.shape[2] * t.shape[3] for t in (k, v))
 
     def source(self, step: int) -> int:
-        """Whose shard is here."""
+        """Rank whose shard is held now."""
         return (self.group.rank - step) % self.group.size
 
     def pass_on(self, buffer: Tensor, step: int) -> Tensor:
-        """Sends the shard of this step to the next rank; the buffer of the next step."""
+        """Sends the shard of this step to the next rank; returns the buffer of the next step."""
         sent, received = [0] * self.group.size, [0] * self.group.size
         sent[(self.group.rank + 1) % self.group.size] = buffer.numel()
         before = (self.group.rank - 1) % self.group.size
@@ -128,7 +131,7 @@ class _Shards:
         return self.group.send(buffer, sent, received)
 
     def views(self, buffer: Tensor, step: int) -> list[Tensor]:
-        """Keys and values [B, n, Hk, D] of the shard of this step."""
+        """Keys and values [B, n, Hk, D] of this step's shard."""
         tokens = self.sizes[self.source(step)]
         shapes = [(shape[0], tokens, *shape[2:]) for shape in self.shapes]
         parts = buffer.split([math.prod(shape) for shape in shapes])

@@ -1,4 +1,4 @@
-"""Attention with whole sequences of some heads on each rank."""
+"""Ulysses attention: each rank has whole sequences of some heads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def heads_divide(heads: int, kv_heads: int, ranks: int) -> str | None:
-    """Why the heads cannot be shared out among the ranks."""
+    """The reason why the heads cannot be divided among the ranks, or None."""
     if heads % ranks:
         return f"{ranks} ranks do not divide {heads} query heads"
     if kv_heads % ranks and ranks % kv_heads:
@@ -30,7 +30,7 @@ def head_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor,
     for name in ("score_bias", "sink", "alibi_slopes"):
         if isinstance(options.get(name), Tensor):  # [..., H]
             options[name] = options[name].chunk(group.size, -1)[group.rank]
-    copies = max(group.size // k.shape[-2], 1)  # of a key head, on neighbouring ranks
+    copies = max(group.size // k.shape[-2], 1)  # copies of a KV head, on neighbouring ranks
     whole = [in_order(_by_heads(group, t, where.sizes, n), -3, where)
              for t, n in ((q, 1), (k, copies), (v, copies))]  # fmt: skip
     if call.cu_seqlens is not None:

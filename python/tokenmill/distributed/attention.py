@@ -1,4 +1,4 @@
-"""attention over a sequence whose tokens lie on several ranks."""
+"""attention over a sequence sharded over ranks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .sequence import Layout, Order, layout_of_shard
 Schedule = Literal["auto", "ring", "allgather", "ulysses"]
 SCHEDULES = ("ring", "allgather", "ulysses")
 OP = "distributed.attention"
-# Of a whole sequence alone: they are about positions, or about pairs.
+# Only for whole sequences: these depend on positions or pairs.
 WHOLE = ("bias", "mask", "alibi_slopes", "alibi_grid", "post_decay")
 
 
@@ -45,8 +45,8 @@ class Call(NamedTuple):
 
     group: Group
     where: Layout
-    options: dict[str, Any]  # of tokenmill.attention
-    left: int | None  # keys that a query sees to its left; None = all
+    options: dict[str, Any]  # options of tokenmill.attention
+    left: int | None  # number of visible keys to the left of a query; None = all
     right: int | None
     cu_seqlens: Tensor | None
     return_lse: bool
@@ -69,46 +69,49 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Exact self-attention of a sequence whose tokens are sharded over ranks.
 
-    Each rank has the queries, keys and values of its own tokens, as :func:`shard_sequence` cuts
-    them, and gets their rows of :func:`tokenmill.attention` of the whole sequence. Schedules:
+    Each rank passes the queries, keys and values of its own tokens, as sharded by
+    :func:`shard_sequence`, and gets their rows of :func:`tokenmill.attention` over the whole
+    sequence. Schedules:
 
-    - "ring": keys and values travel from rank to rank while the rank computes with those that it
-      has; memory of one shard. Partial results are merged in float32, softmax by its lse, kinds
-      with normalize="sum" by numerators and row sums, others by a sum.
-    - "allgather": every rank gathers all keys and values; the way for packed sequences.
-    - "ulysses": an all-to-all gives each rank whole sequences of some heads, and one gives the
-      results back: the bits of one process. The number of ranks divides the query heads, and the
-      key heads, or these divide it.
+    - "ring": keys and values travel from rank to rank, overlapped with computation on the current
+    shard; memory of one shard. Partial results are merged in float32, softmax by its lse, kinds
+    with normalize="sum" by numerators and row sums, others by a sum.
+    - "allgather": every rank gathers all keys and values; used for packed sequences.
+    - "ulysses": an all-to-all gives each rank whole sequences of some heads, and another returns
+    the results: the same bits as one process. The number of ranks divides the query heads, and
+    divides the KV heads or is divided by them.
 
     Args:
         q: ``[B, n, H, D]`` with the n tokens of this rank, or packed ``[n, H, D]`` with cu_seqlens.
-        k, v: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]`` (packed ``[n, Hk, ...]``) of the same tokens.
-        mesh, group: a device mesh of one dimension, or a process group; None = all ranks.
-        schedule: "ring", "allgather", "ulysses", or "auto": the one that can run the call and sends
-            the fewest bytes (:func:`plan`).
-        order: "contiguous" or "zigzag" (the same work for all ranks where attention is causal).
-        length: tokens of the whole sequence. None: the sum of sizes, or as many on every rank.
-        sizes: tokens of each rank, in contiguous order. None: the rule of :func:`shard_sequence`.
-        cu_seqlens: int32 ``[N + 1]``, where packed sequences begin and end in the whole; the same
+        k, v: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]`` (packed ``[n, Hk, ...]``), the same tokens.
+        mesh, group: a one-dimensional device mesh, or a process group; None = all ranks.
+        schedule: "ring", "allgather", "ulysses", or "auto": the schedule that supports the call and
+            sends the fewest bytes (:func:`plan`).
+        order: "contiguous" or "zigzag" (equal work on all ranks for causal attention).
+        length: number of tokens of the whole sequence. None: the sum of sizes, or equal shards on
+            all ranks.
+        sizes: number of tokens of each rank, in contiguous order. None: the rule of
+            :func:`shard_sequence`.
+        cu_seqlens: int32 ``[N + 1]``, offsets of packed sequences in the whole sequence; the same
             on every rank. Read on the host.
         return_lse: also return lse (softmax) or the row sums (normalize="sum") of these tokens.
-        options: of :func:`tokenmill.attention`: kind, normalize, scale, score_bias, sink, softcap,
-            causal, window, precision, backend; with "ulysses" alibi_slopes too. Parameters
+        options: options of :func:`tokenmill.attention`: kind, normalize, scale, score_bias, sink,
+            softcap, causal, window, precision, backend; with "ulysses" alibi_slopes too. Parameters
             (score_bias, sink, alibi_slopes) are the same on all ranks; their gradients are the
-            shares of this rank's rows ("ulysses": heads), to be summed over the ranks as those of
-            any replicated parameter are.
+            contributions of this rank's rows ("ulysses": heads), to be summed over the ranks as for
+            any replicated parameter.
 
     Returns:
         out ``[B, n, H, Dv]`` (packed ``[n, H, Dv]``) in the dtype of q; with return_lse also
-        ``[B, H, n]`` (packed ``[H, n]``) float32. Gradients of q, k, v and of parameters. The same
-        bits on every run.
+        ``[B, H, n]`` (packed ``[H, n]``) float32. Gradients of q, k, v and of parameters.
+        Deterministic.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is sent. PeerError: a
-            collective failed, naming rank and group. Ranks that differ in what
-            they must have in common all raise.
+            collective failed, naming rank and group. If arguments that must agree differ between
+            ranks, all ranks raise.
 
-    Complexity: the operations of the rank's rows; bytes and steps: :func:`plan`.
+    Complexity: the operations of the rank's rows; for bytes and steps see :func:`plan`.
 
     Paper: Ring Attention (Liu et al. 2023); DeepSpeed Ulysses (Jacobs et al. 2023); A Unified View
     of Long-Sequence Models (Hu et al. 2023), section 4.
@@ -133,15 +136,15 @@ def attention(
 def sigmoid_attention(
     q: Tensor, k: Tensor, v: Tensor, *, score_bias: Any = "neg_log_n", **options: Any
 ) -> Tensor:
-    """:func:`attention` with kind="sigmoid" and a score bias of -log n, n the length of the whole
-    sequence, as :func:`tokenmill.sigmoid_attention` has it. No lse is sent.
+    """:func:`attention` with kind="sigmoid" and a score bias of -log n, n being the length of the
+    whole sequence, as in :func:`tokenmill.sigmoid_attention`. No lse is sent.
 
     Args:
         q, k, v, options: as in :func:`attention`.
-        score_bias: as there; default "neg_log_n".
+        score_bias: as in :func:`attention`; default "neg_log_n".
 
     Returns:
-        out, as there.
+        out, as in :func:`attention`.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -249,11 +252,13 @@ def _prepare(
 
 
 def _check_options(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
-    """The rules of a plain call with these options: a call refused on one rank leaves the others
-    waiting."""
+    """Applies the rules of a plain call to these options: a call refused on one rank only would
+    leave the other ranks waiting.
+    """
     options = dict(call.options)
     backend = options.pop("backend", None)
-    if call.cu_seqlens is not None:  # as many sequences, of which the last one has all tokens
+    # the same number of sequences, the last of which has all tokens
+    if call.cu_seqlens is not None:
         options["cu_seqlens_q"] = ends = torch.zeros_like(call.cu_seqlens, device=q.device)
         ends[-1] = q.shape[0]
     lowered = lower(q, k, v, **options)
@@ -278,7 +283,7 @@ def _choose(op: str, q: Tensor, k: Tensor, v: Tensor, call: Call, schedule: str)
 
 
 def _reason(schedule: str, q: Tensor, k: Tensor, call: Call) -> str | None:
-    """Why a schedule cannot run the call; None if it can."""
+    """The reason why a schedule does not support the call; None if it does."""
     options = call.options
     for name in WHOLE:
         if options.get(name) is not None and (name != "alibi_slopes" or schedule != "ulysses"):

@@ -1,4 +1,4 @@
-"""attention_decode over a cache whose positions lie on several ranks."""
+"""attention_decode over a cache sharded over ranks by position."""
 
 from __future__ import annotations
 
@@ -58,24 +58,25 @@ def attention_decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Decode with a cache that is sharded over ranks by position.
 
-    Rank r has room for the positions behind those of the ranks before it: a request of n keys has
-    the first ones on rank 0 and is continued on rank 1. Every rank attends to the keys that it has;
-    one gather of results and statistics follows, merged in the order of the ranks: the result is
-    that of :func:`tokenmill.attention_decode`, on every rank, with the same bits on every run.
+    Rank r stores the positions after the positions of lower ranks: a request of n keys has its
+    first keys on rank 0 and continues on rank 1. Every rank attends to its own keys; one gather of
+    results and statistics follows, merged in rank order. The result equals
+    :func:`tokenmill.attention_decode`, on every rank, with the same bits on every run.
 
     Args:
         q: ``[B, Sq, H, D]``, the same on every rank.
         k_cache, v_cache: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]``, n positions of this rank; with
-            block_table pages of this rank, as there.
-        seqlens_k: int32 ``[B]``, keys of each request on all ranks together, the same on all.
-        mesh, group: a device mesh of one dimension, or a process group; None = all ranks.
-        sizes: positions of each rank. None: as many on every rank.
+            block_table pages of this rank, as in :func:`tokenmill.attention_decode`.
+        seqlens_k: int32 ``[B]``, total number of keys of each request over all ranks, the same on
+            all.
+        mesh, group: a one-dimensional device mesh, or a process group; None = all ranks.
+        sizes: number of positions of each rank. None: equal on all ranks.
         block_table: int32 ``[B, pages]`` of this rank's positions.
-        kind, normalize, scale, score_bias, alibi_slopes, sink, softcap, window: as there, with the
-            positions in the whole cache.
-        return_lse, backend: as there.
-        k_scale, v_scale: as there, of this rank's cache in float8_e4m3fn: ``[1]``, ``[Hk]``, or
-            for each of its tokens ``[B, n, Hk]`` (``[P, page size, Hk]``).
+        kind, normalize, scale, score_bias, alibi_slopes, sink, softcap, window: as in
+            :func:`tokenmill.attention_decode`, with positions in the whole cache.
+        return_lse, backend: as in :func:`tokenmill.attention_decode`.
+        k_scale, v_scale: scales of this rank's cache in float8_e4m3fn: ``[1]``, ``[Hk]``, or for
+            each of its tokens ``[B, n, Hk]`` (``[P, page size, Hk]``).
 
     Returns:
         out ``[B, Sq, H, Dv]`` in the dtype of q; with return_lse also ``[B, H, Sq]`` float32. Not
@@ -87,7 +88,7 @@ def attention_decode(
 
     Complexity: each rank reads its keys once; B Sq H (Dv + 1) float32 from each rank to all.
 
-    Paper: Flash-Decoding (Dao et al. 2023), with ranks in the place of splits; A Unified View of
+    Paper: Flash-Decoding (Dao et al. 2023), with ranks instead of splits; A Unified View of
     Long-Sequence Models (Hu et al. 2023), section 4.
 
     Example:
@@ -159,24 +160,24 @@ def _on_this_rank(
     options: dict[str, Any],
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, Sq, H, Dv] and the statistic [B, H, Sq] of the keys at this rank's positions.
+    """out [B, Sq, H, Dv] and the row statistic [B, H, Sq] over the keys at this rank's positions.
 
-    The queries of a request are heads of one query here, which sees the last key on this rank: what
-    each of them sees is a range of its own.
+    The queries of a request become heads of one query, which sees the last key on this rank; a
+    range mask restricts each head to its query's visible keys.
     """
     batch, rows, heads = q.shape[:3]
     split = (k_cache.shape[2], heads // max(k_cache.shape[2], 1))
 
     def fold(x: Tensor) -> Tensor:
-        """[B, Sq, H, ...] -> [B, H Sq, ...]"""
+        """[B, Sq, H, ...] -> [B, H Sq, ...]."""
         return x.unflatten(2, split).movedim(1, 3).flatten(1, 3)
 
     def per_query(x: Tensor) -> Tensor:
-        """[H] or [B, H] as [B, Sq, H]"""
+        """[H] or [B, H] as [B, Sq, H]."""
         return (x if x.dim() == 1 else x[:, None]).float().expand(batch, rows, heads)
 
-    here = (seqlens_k - own.first).clamp(0, own.size)  # keys of each request
-    # Of each query among the positions of this rank [B, Sq].
+    here = (seqlens_k - own.first).clamp(0, own.size)  # number of keys of each request on this rank
+    # Position of each query relative to this rank's first position, [B, Sq].
     position = (seqlens_k - own.first - rows)[:, None] + torch.arange(rows, device=q.device)
     terms = []
     if isinstance(score_bias, Tensor):
@@ -185,7 +186,7 @@ def _on_this_rank(
         terms.append(-seqlens_k.clamp(min=1).log()[:, None, None])
     elif score_bias is not None:
         options["score_bias"] = score_bias
-    if alibi_slopes is not None:  # the operator counts distances from the last key that is here
+    if alibi_slopes is not None:  # the operator counts distances from the last key on this rank
         slopes = per_query(alibi_slopes)
         terms.append(-slopes * (position - here[:, None] + 1)[..., None])
         options["alibi_slopes"] = fold(slopes)

@@ -1,4 +1,4 @@
-"""block_sparse_attention over a sequence whose tokens lie on several ranks."""
+"""block_sparse_attention over a sequence sharded over ranks."""
 
 from __future__ import annotations
 
@@ -45,53 +45,55 @@ def block_sparse_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Softmax self-attention of blocks of queries to listed blocks of keys, of a sequence whose
-    tokens are sharded over ranks.
+    r"""Softmax self-attention of query blocks to listed key blocks, over a sequence sharded over
+    ranks.
 
-    Each rank has the queries, keys and values of its own tokens, as :func:`shard_sequence` cuts
-    them in contiguous order, and the lists of its own queries, with blocks of the whole sequence.
-    It gets their rows of :func:`tokenmill.block_sparse_attention` of the whole sequence. Queries
-    stay where they are; of keys and values each rank gets the blocks that its lists, sink and
-    recent keys name, for each key head its own, and no others. One rank makes the plain call.
+    Each rank passes the queries, keys and values of its own tokens, as sharded by
+    :func:`shard_sequence` in contiguous order, and the lists of its own queries, with block ids of
+    the whole sequence. It gets their rows of :func:`tokenmill.block_sparse_attention` over the
+    whole sequence. Queries are not sent; each rank receives only the key and value blocks named by
+    its lists and by sink and recent keys, per KV head. A single rank makes the plain call.
 
-    Every rank that has tokens starts at a multiple of block_q and of block_k: ``sizes`` says where.
-    The last one may have any number of tokens, and ranks may have none.
+    Every rank that has tokens starts at a multiple of block_q and of block_k (see ``sizes``). The
+    last rank may have any number of tokens, and ranks may have none.
 
     Args:
         q: ``[B, n, H, D]`` with the n tokens of this rank, float16, bfloat16 or float32 (float64 on
             the reference).
         k, v: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]`` of the same tokens, Hk a divisor of H.
-        indices: int32 ``[B, 1 | Hk | H, R, K]`` with R = ceil(n / block_q): of this rank's query
-            blocks, ids count blocks of the whole sequence. K may differ between ranks. An id counts
-            if it is that of a block and greater than every id before it.
-        counts: int32 ``[B, 1 | Hk | H, R]``, entries of each list, clamped to 0 to K.
+        indices: int32 ``[B, 1 | Hk | H, R, K]`` with R = ceil(n / block_q): for this rank's query
+            blocks, with block ids of the whole sequence. K may differ between ranks. An id counts
+            if it is in range and greater than every id before it.
+        counts: int32 ``[B, 1 | Hk | H, R]``, number of entries of each list, clamped to 0 to K.
         block_q, block_k: queries of a row and keys of an entry, powers of two up to 128.
         causal: a query sees no later key.
-        num_sink: sink (first) keys of the whole sequence, always seen.
-        num_recent: recent (last) keys, up to the query itself, likewise; with causal alone.
+        num_sink: number of sink (first) keys of the whole sequence, always seen.
+        num_recent: number of recent (last) keys, up to the query itself, likewise; only with
+            causal.
         scale: factor of q.k; None = 1/sqrt(D).
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
-        mesh, group: a device mesh of one dimension, or a process group; None = all ranks.
-        length: tokens of the whole sequence. None: the sum of sizes, or as many on every rank.
-        sizes: tokens of each rank. None: the rule of :func:`shard_sequence`.
+        mesh, group: a one-dimensional device mesh, or a process group; None = all ranks.
+        length: number of tokens of the whole sequence. None: the sum of sizes, or equal shards on
+            all ranks.
+        sizes: number of tokens of each rank. None: the rule of :func:`shard_sequence`.
         return_lse: also return lse.
         backend: as in :func:`tokenmill.block_sparse_attention`.
 
     Returns:
         out ``[B, n, H, Dv]`` in the dtype of q; with return_lse also lse ``[B, H, n]`` float32,
-        natural log, itself differentiable. Gradients of q, k and v are those of the sum of the
-        losses of all ranks, those of keys and values added up in float32 in the order of the ranks.
-        The same bits on every run. A rank without tokens takes part in the forward and in the
-        backward: it must call both.
+        natural log, also differentiable. Gradients of q, k and v are with respect to the sum of the
+        losses of all ranks; gradients of keys and values are summed in float32 in rank order.
+        Deterministic. A rank without tokens takes part in the forward and in the backward: it must
+        call both.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is sent. PeerError: a
-            collective failed, naming rank and group. Ranks that differ in what
-            they must have in common all raise.
+            collective failed, naming rank and group. If arguments that must agree differ between
+            ranks, all ranks raise.
 
     Complexity: the operations of the rank's rows. A rank sends the owner of each block B Hk bytes,
-    which say who needs it, and block_k (D + Dv) elements for each block, request and key head that
-    another rank needs; as many come back in the backward. The host waits for the bytes.
+    a mask of the blocks it needs, and block_k (D + Dv) elements for each block, request and KV head
+    that another rank needs; as many come back in the backward. The host waits for the masks.
 
     Paper: as :func:`tokenmill.block_sparse_attention`.
 
@@ -129,7 +131,9 @@ def prepare(
     backend: str | None,
     **alike: Any,
 ) -> tuple[Group, Layout]:
-    """Checks a call of the operator on the tokens of this rank; `alike` is the same on all."""
+    """Checks a call of the operator on the tokens of this rank; `alike`: arguments that must agree
+    on all ranks.
+    """
     SPEC.forward.check(*lowered, float64=True, op=op)
     a = SPEC.forward.record(*lowered)
     tokens = a.q.shape[1]
@@ -164,26 +168,27 @@ def _on_this_rank(call: Any, ranks: Group, where: Layout) -> Any:
 
 
 def _last(call: Any, where: Layout, own: Piece) -> Piece:
-    """Blocks that must stay at the end of the keys. Causal: those of recent keys and the rank's
-    own, for positions count from the end. Otherwise the last one, if it is not whole."""
+    """Blocks that must stay at the end of the compact keys. Causal: recent keys and the rank's own
+    blocks, because positions count from the end. Otherwise the last block, if it is partial.
+    """
     if own.size == 0:
         return Piece(0, 0)
     if not call.causal:
         return Piece(where.length // call.block_k, -(-where.length // call.block_k))
     first = own.first // call.block_k
-    recent = -(-max(call.num_recent - 1, 0) // call.block_k)  # before the rank's own
+    recent = -(-max(call.num_recent - 1, 0) // call.block_k)  # blocks before the rank's own
     return Piece(max(first - recent, 0), -(-own.end // call.block_k))
 
 
 def _needed(call: Any, listed: Tensor, last: Piece, blocks: int) -> Tensor:
-    """[B, Hk, blocks]: which of them this rank needs."""
+    """[B, Hk, blocks]: whether this rank needs a block."""
     batch, lists = call.indices.shape[:2]
     kv_heads = call.k.shape[2]
     mask = listed.new_zeros((batch, lists, blocks + 1))
     ids = torch.where(listed, call.indices, blocks)
     mask.scatter_(-1, ids.flatten(2).long(), True)
     mask = mask[..., :blocks]
-    if lists > kv_heads:  # one for each query head
+    if lists > kv_heads:  # one list per query head
         mask = mask.unflatten(1, (kv_heads, lists // kv_heads)).any(2)
     mask = mask.expand(batch, kv_heads, blocks).contiguous()
     mask[..., : min(-(-call.num_sink // call.block_k), last.end)] = True
@@ -193,15 +198,15 @@ def _needed(call: Any, listed: Tensor, last: Piece, blocks: int) -> Tensor:
 
 
 def _renumbered(indices: Tensor, listed: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
-    """The lists with slots in the place of blocks, without the entries that do not count."""
+    """The lists with slots instead of block ids, without invalid entries."""
     lists, entries = indices.shape[1], indices.shape[3]
-    if lists == 1:  # all key heads need the same
+    if lists == 1:  # all KV heads need the same blocks
         slot = slot[:, :1]
     elif lists > slot.shape[1]:
         slot = slot.repeat_interleave(lists // slot.shape[1], 1)
     ids = torch.where(listed, indices, 0).flatten(2).long()
     moved = slot.gather(-1, ids).view_as(indices)
-    # Slots ascend where blocks do, so that sorting closes gaps alone.
+    # Slots ascend with block ids, so sorting only closes gaps.
     moved = torch.where(listed, moved, torch.iinfo(torch.int64).max).sort(-1).values
     counts = listed.sum(-1)
     there = torch.arange(entries, device=indices.device) < counts[..., None]

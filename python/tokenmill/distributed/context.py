@@ -1,4 +1,4 @@
-"""Models of one process on sequences that lie on several ranks."""
+"""Single-process models on sequences sharded over ranks."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def context_parallel(
     length: int | None = None,
     sizes: Sequence[int] | None = None,
 ) -> Iterator[None]:
-    """Within it, the attention layers of a model that is registered with
-    :mod:`tokenmill.integrations.transformers` take the tokens of a rank for a shard of a sequence.
+    """Context manager in which the attention layers of a model using
+    :mod:`tokenmill.integrations.transformers` treat the tokens of a rank as a shard of a sequence.
 
-    Everything else in a model works on tokens alone. Give it the shards of input ids, of positions
-    (``position_ids``, or all ranks would begin at 0) and of labels, which are shifted before they
-    are sharded; sum the gradients of parameters over the ranks, as in data parallelism. A padding
-    mask is refused. The backward may run outside.
+    Everything else in a model is per token. Pass the shards of input ids, of positions
+    (``position_ids``; otherwise all ranks would start at 0) and of labels, which are shifted before
+    sharding; sum the gradients of parameters over the ranks, as in data parallelism. A padding mask
+    is refused. The backward may run outside the context.
 
     Args:
         mesh, group, schedule, order, length, sizes: as in :func:`attention`.

@@ -1,4 +1,4 @@
-"""hip_attention over a sequence whose tokens lie on several ranks."""
+"""hip_attention over a sequence sharded over ranks."""
 
 from __future__ import annotations
 
@@ -56,48 +56,50 @@ def hip_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""HiP's self-attention to sink keys, recent keys and blocks that a search finds, of a sequence
-    whose tokens are sharded over ranks.
+    r"""HiP's self-attention to sink keys, recent keys and blocks found by a search, over a sequence
+    sharded over ranks.
 
     :func:`tokenmill.hip_block_select` for the rank's own queries, then
-    :func:`block_sparse_attention` on their lists. The search looks at keys anywhere before a query,
-    and at which ones depends on what it has seen: so every rank gathers *all keys* first, without a
-    gradient. Values never travel whole: of them, and of the keys that the gradient flows through,
-    each rank gets the blocks of its lists. Lists are those of one process.
+    :func:`block_sparse_attention` on their lists. The search may read any key before a query,
+    depending on the keys read so far, so every rank gathers *all keys* first, without a gradient.
+    Values are never gathered as a whole: of values, and of keys with a gradient, each rank receives
+    only the blocks in its lists. The lists equal those of one process.
 
     Every rank that has tokens starts at a multiple of block_q and of block_k.
 
     Args:
         q: ``[B, n, H, D]`` with the n tokens of this rank.
-        k, v: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]`` of the same tokens, Hk a divisor of H.
-        budget, stride_q, representative, bound, restart_span, head_reduce: of the search
+        k, v: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]``, the same tokens, Hk a divisor of H.
+        budget, stride_q, representative, bound, restart_span, head_reduce: parameters of the search
             (:func:`tokenmill.hip_block_select`).
         start: (indices, counts) of an earlier search for this rank's queries, or None.
         block_q, block_k: queries that share a list, and keys of a block: powers of two up to 128.
-        num_sink, num_recent: sink keys of the whole sequence and recent keys, which every query
-            attends to (num_recent: with causal alone). num_sink is rounded up to whole blocks.
+        num_sink, num_recent: numbers of sink keys of the whole sequence and of recent keys, which
+            every query attends to (num_recent: only with causal). num_sink is rounded up to whole
+            blocks.
         causal: a query sees no later key.
         scale: factor of q·k in the attention; None = 1/sqrt(D).
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
-        mesh, group: a device mesh of one dimension, or a process group; None = all ranks.
-        length: tokens of the whole sequence. None: the sum of sizes, or as many on every rank.
-        sizes: tokens of each rank. None: the rule of :func:`shard_sequence`.
+        mesh, group: a one-dimensional device mesh, or a process group; None = all ranks.
+        length: number of tokens of the whole sequence. None: the sum of sizes, or equal shards on
+            all ranks.
+        sizes: number of tokens of each rank. None: the rule of :func:`shard_sequence`.
         return_lse: also return lse.
         backend: as in :func:`tokenmill.hip_attention`.
 
     Returns:
         out ``[B, n, H, Dv]`` in the dtype of q; with return_lse also lse ``[B, H, n]`` float32,
         natural log. Gradients of q, k and v through the attention (not the choice of keys), as in
-        :func:`block_sparse_attention`. The same bits on every run.
+        :func:`block_sparse_attention`. Deterministic.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is sent. PeerError: a
-            collective failed, naming rank and group. Ranks that differ in what
-            they must have in common all raise.
+            collective failed, naming rank and group. If arguments that must agree differ between
+            ranks, all ranks raise.
 
-    Complexity: the search and the attention of the rank's rows. A rank sends its B n Hk D elements
-    of keys to every other, then what :func:`block_sparse_attention` sends; it holds the keys of all
-    while it searches. Decoding (the lists of an earlier step, a cache) has no form here:
+    Complexity: the search and the attention of the rank's rows. A rank sends its B n Hk D key
+    elements to every other rank, then the data of :func:`block_sparse_attention`; it holds the keys
+    of all ranks during the search. Decode (the lists of an earlier step, a cache) is not supported:
     :func:`sparse_decode_attention` takes lists.
 
     Paper: HiP Attention (Lee et al. 2024), sections 3 and 4.
@@ -134,7 +136,7 @@ def hip_attention(
     attend = lower(q, k, v, no_list, no_list.sum(-1, dtype=torch.int32), **options, op=OP)
     ranks, where = prepare(OP, attend, mesh, group, length, sizes, backend, **search)
     keys = ranks.gather(k.detach(), 1, where.sizes)
-    if causal:  # queries are the last of the keys that the rank sees
+    if causal:  # queries are the last of the keys visible to the rank
         keys = keys[:, : where.pieces[ranks.rank][0].end]
     found = hip_block_select(q.detach(), keys, start=start, backend=backend, **search, **both)
     del keys

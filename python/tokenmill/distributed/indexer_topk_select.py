@@ -1,4 +1,4 @@
-"""indexer_topk_select over keys that lie on several ranks."""
+"""indexer_topk_select over keys sharded over ranks."""
 
 from __future__ import annotations
 
@@ -51,43 +51,45 @@ def indexer_topk_select(
     return_values: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """The topk keys that an indexer scores highest, for each query, of keys that are sharded over
-    ranks by position.
+    """The topk keys that an indexer scores highest, for each query, over keys sharded over ranks by
+    position.
 
-    Rank r has room for the positions behind those of the ranks before it, as in
+    Rank r stores the positions after the positions of lower ranks, as in
     :func:`sparse_decode_attention`. Each rank lists the best of its own keys, one gather collects
-    these candidates, and every rank selects among them: the lists of
-    :func:`tokenmill.indexer_topk_select` on all keys, on every rank, equal scores by position. No
-    key moves.
+    these candidates, and every rank selects among them. The lists equal
+    :func:`tokenmill.indexer_topk_select` on all keys, on every rank, with ties by position. No key
+    is sent.
 
     Args:
         q: ``[B, Sq, Hi, D]``, or packed ``[T, Hi, D]`` with cu_seqlens_q; the same on every rank.
-        k: ``[B, n, D]``, n positions of this rank; with block_table pages of this rank, as there.
+        k: ``[B, n, D]``, n positions of this rank; with block_table pages of this rank, as in
+            :func:`tokenmill.indexer_topk_select`.
         weights: ``[B, Sq, Hi]`` (packed ``[T, Hi]``), the same on every rank.
-        topk: entries of a list, 1 to 65536.
-        mesh, group: a device mesh of one dimension, or a process group; None = all ranks.
-        sizes: positions of each rank. None: as many on every rank.
-        block_k: keys of a block. Every rank with room starts at a multiple of it.
-        seqlens_k: int32 ``[B]``, keys of each request on all ranks together, the same on all.
+        topk: number of entries of a list, 1 to 65536.
+        mesh, group: a one-dimensional device mesh, or a process group; None = all ranks.
+        sizes: number of positions of each rank. None: equal on all ranks.
+        block_k: keys of a block. Every rank with positions starts at a multiple of it.
+        seqlens_k: int32 ``[B]``, total number of keys of each request over all ranks, the same on
+            all.
             None: all positions.
-        cu_seqlens_q: int32 ``[B + 1]``, where packed queries begin and end; the same on every rank.
+        cu_seqlens_q: int32 ``[B + 1]``, offsets of packed queries; the same on every rank.
         block_table: int32 ``[B, P]``, the pages of this rank's positions.
-        k_scale: for keys in float8_e4m3fn, as there: ``[1]`` or one of each key of this rank,
-            ``[B, n]``, in pages ``[pages, page_size]``.
-        causal, activation, num_sink, num_recent, return_values, backend: as there, about the whole.
+        k_scale: for keys in float8_e4m3fn: ``[1]`` or one per key of this rank, ``[B, n]``, in
+            pages ``[pages, page_size]``.
+        causal, activation, num_sink, num_recent, return_values, backend: as in
+            :func:`tokenmill.indexer_topk_select`, for the whole sequence.
 
     Returns:
-        (indices, counts[, values]) as there, positions (or blocks) of the whole; the same on every
-        rank. Not differentiable. Scores have the rounding that each rank's share of the keys gives
-        them.
+        (indices, counts[, values]) as in :func:`tokenmill.indexer_topk_select`, with positions (or
+        blocks) of the whole sequence; the same on every rank. Not differentiable. Scores are
+        rounded as in a call on each rank's keys.
 
     Raises:
         RuntimeError: naming argument, rule and value. PeerError: a collective failed.
-            Ranks that differ in what
-            they must have in common all raise.
+            If arguments that must agree differ between ranks, all ranks raise.
 
-    Complexity: 2 Hi D operations for each pair of a query and a key of this rank that it sees; 8
-    bytes for each of min(topk, n) candidates of each query, from each rank to all.
+    Complexity: 2 Hi D operations per pair of a query and a visible key of this rank; 8 bytes for
+    each of min(topk, n) candidates per query, from each rank to all.
 
     Paper: as :func:`tokenmill.indexer_topk_select`.
 
@@ -157,7 +159,7 @@ def indexer_topk_select(
 
 @contextlib.contextmanager
 def _named() -> Iterator[None]:
-    """The rules of the operator, under the name of this one."""
+    """Applies the rules of the operator, with this function's name in errors."""
     try:
         yield
     except RuntimeError as error:
@@ -168,7 +170,7 @@ def _named() -> Iterator[None]:
 def _lists_of_this_rank(
     call: Any, own: Piece, total: int, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Ids in the whole, and scores, of the best of this rank's keys: [..., topk] each."""
+    """Global ids, and scores, of the best of this rank's keys: [..., topk] each."""
     q, k, table = call.q, call.k, call.block_table
     batch = len(call.cu_seqlens_q) - 1 if call.cu_seqlens_q is not None else q.shape[0]
     if own.size == 0 or q.shape[0] == 0 or batch == 0:
@@ -181,7 +183,7 @@ def _lists_of_this_rank(
     }  # fmt: skip
     n = call.seqlens_k
     n = torch.full((batch,), total, dtype=torch.int32, device=q.device) if n is None else n
-    # Keys of this rank up to the last one that is not recent; of later ranks, too.
+    # Keys up to the last one that is not recent, including keys of later ranks.
     end = n - min(call.num_recent, total) - own.first
     if not call.causal or (call.cu_seqlens_q is None and q.shape[1] == 1):
         found = select(
@@ -190,7 +192,7 @@ def _lists_of_this_rank(
         )  # fmt: skip
         indices, scores = found[0], found[2]
     else:
-        if table is None:  # pages are read in place by several sequences
+        if table is None:  # several sequences then read the pages in place
             table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
         indices, scores = _lists_of_queries(call, table, end, own.size, options)
     return torch.where(indices < 0, -1, indices + own.first // call.block_k), scores
@@ -199,8 +201,9 @@ def _lists_of_this_rank(
 def _lists_of_queries(
     call: Any, table: Tensor, end: Tensor, size: int, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Of causal queries, the last of which sees the first end[b] keys. The queries of a request are
-    three sequences: those that see no key of this rank, some, and all."""
+    """Lists of causal queries, the last of which sees the first end[b] keys. The queries of a
+    request form three sequences: those with none, some, and all of this rank's keys visible.
+    """
     q, rows = call.q, call.q.shape[:-2]
     starts = call.cu_seqlens_q
     if starts is None:

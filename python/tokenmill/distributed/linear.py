@@ -1,12 +1,11 @@
-"""linear_attention over a sequence whose tokens lie on several ranks.
+"""linear_attention over a sequence sharded over ranks.
 
-Each rank makes the state of its own tokens from zero, all ranks gather these states and the decays
-that belong to them, and each puts together, in float32 and in the order of the ranks, the state
-with which its tokens begin:
+Each rank computes the state of its own tokens from zero, all ranks gather these states and their
+decays, and each combines, in float32 and in rank order, the initial state of its tokens:
 
-    S_0 = initial_state,    S_(r+1) = e^(sum of log_decay on r) S_r + state of r alone
+    S_0 = initial_state,    S_(r+1) = e^(sum of log_decay on r) S_r + state of r from zero
 
-What is sent does not depend on the length.
+The amount of communication does not depend on the length.
 """
 
 from __future__ import annotations
@@ -66,50 +65,50 @@ def linear_attention(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Causal linear attention of a sequence whose tokens are sharded over ranks.
+    r"""Causal linear attention over a sequence sharded over ranks.
 
-    Each rank has the queries, keys and values of its own tokens, as :func:`shard_sequence` cuts
-    them in contiguous order, and gets the rows of :func:`tokenmill.linear_attention` of the whole
-    sequence for them. One gather of a state for each rank, whatever the length, tells a rank what
-    came before; states and decays are put together in float32 in the order of the ranks. One rank
-    makes the plain call.
+    Each rank passes the queries, keys and values of its own tokens, as sharded by
+    :func:`shard_sequence` in contiguous order, and gets their rows of
+    :func:`tokenmill.linear_attention` over the whole sequence. One gather of a state per rank,
+    whatever the length, provides the preceding state; states and decays are combined in float32 in
+    rank order. A single rank makes the plain call.
 
     Args:
         q: ``[B, n, H, D]`` with the n tokens of this rank, or packed ``[n, H, D]`` with cu_seqlens.
-        k, v: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]`` (packed ``[n, Hk, ...]``) of the same tokens.
-        mesh, group: a device mesh of one dimension, or a process group; None = all ranks.
-        order: "contiguous". Zigzag order is refused: the state goes from a token to the next, and
-            all ranks have the same work as it is.
-        length: tokens of the whole sequence. None: the sum of sizes, or as many on every rank.
-        sizes: tokens of each rank. None: the rule of :func:`shard_sequence`.
-        log_decay: float32, not positive: ``[H]``, the same on all ranks, or gates ``[B, n, H]``
+        k, v: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]`` (packed ``[n, Hk, ...]``), the same tokens.
+        mesh, group: a one-dimensional device mesh, or a process group; None = all ranks.
+        order: "contiguous". Zigzag order is refused: the state passes from token to token, and
+            contiguous order already balances the work.
+        length: number of tokens of the whole sequence. None: the sum of sizes, or equal shards on
+            all ranks.
+        sizes: number of tokens of each rank. None: the rule of :func:`shard_sequence`.
+        log_decay: float32, at most 0: ``[H]``, the same on all ranks, or gates ``[B, n, H]``
             (packed ``[n, H]``) of the tokens of this rank. None: no decay.
         feature_map, scale, normalize, chunk_size, backend: as in
             :func:`tokenmill.linear_attention`, the same on all ranks.
         initial_state: float32 ``[B, H, F, Dv]`` (normalize: Dv + 1), the state before the first
-            token of the whole; packed: one for each sequence of the whole. The same on all ranks.
-        return_final_state: also return the state after the last token of the whole (packed: of
-            each sequence), the same on all ranks.
-        cu_seqlens: int32 ``[N + 1]``, where packed sequences begin and end in the whole; they may
-            lie on several ranks. The same on every rank. Read on the host.
-        out: as there, for the rows of this rank.
+            token of the whole sequence; packed: one per packed sequence. The same on all ranks.
+        return_final_state: also return the state after the last token of the whole sequence
+            (packed: of each packed sequence), the same on all ranks.
+        cu_seqlens: int32 ``[N + 1]``, offsets of packed sequences in the whole sequence; they may
+            span several ranks. The same on every rank. Read on the host.
+        out: as in :func:`tokenmill.linear_attention`, for the rows of this rank.
 
     Returns:
         out ``[B, n, H, Dv]`` (packed ``[n, H, Dv]``) in the dtype of q; with return_final_state
-        also the state, float32. Gradients of q, k, v and gates are those of the sum of the losses
-        of all ranks; those of a constant log_decay and of initial_state are the share of this rank,
-        to be summed over the ranks as those of any replicated parameter are. The same bits on every
-        run.
+        also the state, float32. Gradients of q, k, v and gates are with respect to the sum of the
+        losses of all ranks; gradients of a constant log_decay and of initial_state are this rank's
+        contribution, to be summed over the ranks as for any replicated parameter. Deterministic.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is sent. PeerError: a
-            collective failed, naming rank and group. Ranks that differ in what
-            they must have in common all raise.
+            collective failed, naming rank and group. If arguments that must agree differ between
+            ranks, all ranks raise.
 
-    Complexity: twice the operations of the rank's rows, one half of them for the state that others
-    need: packed, of the sequence that goes on behind the shard alone. A rank sends B H F Dv numbers
-    (B Hk F Dv without decay) to every other, forward and backward, in one step each; packed with
-    return_final_state also the states of the sequences that end on it.
+    Complexity: twice the operations of the rank's rows, half of them for the state that other ranks
+    need (packed: only for the sequence that continues after the shard). A rank sends B H F Dv
+    numbers (B Hk F Dv without decay) to every other rank, forward and backward, in one step each;
+    packed with return_final_state also the states of the sequences that end on it.
 
     Paper: LASP-2: Rethinking Sequence Parallelism for Linear Attention (Sun et al. 2025); Mamba-2
     (Dao and Gu 2024), section 8.2.
@@ -187,17 +186,17 @@ def lightning_attention(
     scale: float | None = 1.0,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`linear_attention` with the constant decay of each head, as
-    :func:`tokenmill.lightning_attention` has it.
+    """:func:`linear_attention` with a constant decay per head, as in
+    :func:`tokenmill.lightning_attention`.
 
     Args:
         q, k, v: as in :func:`linear_attention`.
-        slopes: ``[H]`` float32, not negative, the same on all ranks.
-        scale: as there, but 1 by default, as in the published models.
-        options: every other keyword of :func:`linear_attention` but log_decay, which is -slopes.
+        slopes: ``[H]`` float32, nonnegative, the same on all ranks.
+        scale: as in :func:`linear_attention`, but 1 by default, as in the published models.
+        options: every other keyword of :func:`linear_attention` except log_decay, which is -slopes.
 
     Returns:
-        As :func:`linear_attention`. The gradient of slopes is the share of this rank.
+        As :func:`linear_attention`. The gradient of slopes is this rank's contribution.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is sent.
@@ -221,19 +220,20 @@ def lightning_attention(
 
 
 class Held(NamedTuple):
-    """What a rank has of the sequences. Unpacked ones go through all ranks."""
+    """The sequences on a rank. An unpacked sequence spans all ranks."""
 
-    since: int  # the rank where the sequence begins that goes on here
-    before: int  # tokens, at the start of the shard, of a sequence that began before it
-    behind: int  # tokens, at the end of the shard, of a sequence that goes on behind it
+    since: int  # rank where the sequence that continues here begins
+    before: int  # tokens, at the start of the shard, of a sequence that began on an earlier rank
+    behind: int  # tokens, at the end of the shard, of a sequence that continues on a later rank
     first: int  # sequences first .. end - 1 begin here
     end: int
-    ended: int  # sequences that end here
+    ended: int  # number of sequences that end here
 
 
 def hold(where: Layout, ends: list[int] | None, to_the_end: bool) -> list[Held]:
-    """What each rank has; ends of packed sequences, from 0 on. to_the_end: unpacked sequences go
-    on behind the last rank, too, for their final state."""
+    """The sequences on each rank; ends: cu_seqlens of packed sequences, starting at 0. to_the_end:
+    an unpacked sequence is treated as continuing after the last rank, for its final state.
+    """
     if ends is None:
         *others, last = where.sizes
         tails = [*others, last if to_the_end else 0]
@@ -243,7 +243,7 @@ def hold(where: Layout, ends: list[int] | None, to_the_end: bool) -> list[Held]:
     for rank, (piece,) in enumerate(where.pieces):
         first, end = (bisect.bisect_left(ends, at, hi=sequences) for at in piece)
         if rank + 1 == len(where.pieces):
-            end = sequences  # with the empty ones behind all tokens
+            end = sequences  # including empty sequences after all tokens
         before = min(ends[first], piece.end) - piece.first
         behind = piece.end - max(ends[end - 1], piece.first) if ends[end] > piece.end else 0
         ended = end - first + (before > 0) - (behind > 0)
@@ -253,9 +253,10 @@ def hold(where: Layout, ends: list[int] | None, to_the_end: bool) -> list[Held]:
 
 
 def tied(x: Tensor, *others: Tensor | None, zeros: bool) -> Tensor:
-    """x, as a result that depends on others, too: all ranks take part in the backward of what was
-    gathered, also those that read nothing of it or have no tokens. zeros: others get gradients of
-    0, for what comes before them; or else they have a gradient from elsewhere."""
+    """x, with autograd edges to others, so that every rank takes part in the backward of the
+    gather, even if it reads nothing of it or has no tokens. zeros: others get gradients of 0, so
+    that the backward continues through them; otherwise they have a gradient from elsewhere.
+    """
     found: Tensor = _Tied.apply(x, zeros, *others)
     return found
 
@@ -273,10 +274,10 @@ class _Tied(torch.autograd.Function):
 
 
 class Shard(NamedTuple):
-    """A call on the tokens of a rank."""
+    """A call on the tokens of one rank."""
 
     group: Group
-    plan: list[Held]  # of each rank
+    plan: list[Held]  # one per rank
     q: Tensor
     k: Tensor
     v: Tensor
@@ -285,8 +286,9 @@ class Shard(NamedTuple):
     options: dict[str, Any]
 
     def cut(self, t: Tensor | None, first: int, count: int, packed: bool) -> Any:
-        """Some tokens of a tensor that has those of this rank: [B, count, ...] or, packed,
-        [count, ...]. What has no tokens stays. Without any, see tied()."""
+        """A range of this rank's tokens: [B, count, ...] or, packed, [count, ...]. Tensors without
+        a token dimension are returned as is. For an empty range see tied().
+        """
         dim = self.q.dim() - 3
         if t is None or t.dim() == 1:
             return t
@@ -302,7 +304,9 @@ class Shard(NamedTuple):
         return_final_state: bool,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        """out and final state of some tokens, which are a sequence unless cu_seqlens cuts them."""
+        """out and final state of a range of tokens, which is one sequence unless cu_seqlens splits
+        it.
+        """
         given = (self.q, self.k, self.v, self.log_decay, self.out)
         q, k, v, log_decay, out = (self.cut(t, first, count, cu_seqlens is not None) for t in given)
         found = on_one(
@@ -318,14 +322,17 @@ class Shard(NamedTuple):
         return (out if count else self.tied(out, self.q, initial_state)), final_state
 
     def tied(self, x: Tensor, *others: Tensor | None) -> Tensor:
-        """x, which depends on others, keys, values and decays as a result of some tokens does."""
+        """x, with autograd edges to others, keys, values and decays, like a result of some
+        tokens.
+        """
         zeros = self.q.shape[-3] == 0
         return tied(x, self.k, self.v, self.log_decay, *others, zeros=zeros)
 
 
 class States:
-    """The states of all ranks, of their tokens behind (see Held) alone, and what remains of a state
-    over these tokens."""
+    """The states of all ranks over their trailing tokens (Held.behind), from zero, and their decay
+    factors.
+    """
 
     def __init__(self, shard: Shard) -> None:
         self.tokens = [h.behind for h in shard.plan]
@@ -334,7 +341,7 @@ class States:
         given = (shard.k, shard.v, shard.log_decay)
         k, v, log_decay = (shard.cut(t, first, count, False) for t in given)
         self.constant = log_decay if log_decay is not None and log_decay.dim() == 1 else None
-        # Without decay the query heads of a key head have one state. No query reads it here.
+        # Without decay the query heads of a KV head share a state. No query reads it here.
         heads = k.shape[-2] if log_decay is None else shard.q.shape[-2]
         self.copies = shard.q.shape[-2] // heads
         queries = k.new_zeros(k.shape[-1]).expand(*k.shape[:2], heads, -1)
@@ -347,11 +354,11 @@ class States:
         flat = torch.cat([t.flatten() for t in sent])[None]
         together = shard.group.gather(flat, 0, [1] * shard.group.size)
         parts = together.split([t.numel() for t in sent], 1)
-        # [P, B, H / copies, F, E] and of gates [P, B, H]
+        # [P, B, H / copies, F, E], and for gates [P, B, H]
         self.found = [part.unflatten(1, t.shape) for part, t in zip(parts, sent, strict=True)]
 
     def after(self, state: Tensor | None, ranks: Iterable[int]) -> Tensor:
-        """[B, H, F, E] after the tokens of some ranks, from that before them."""
+        """The state [B, H, F, E] after the tokens of some ranks, from the state before them."""
         states, *sums = (t.unbind() for t in self.found)
         zero = self._of_heads(torch.zeros_like(states[0]))
         found = tied(zero if state is None else state, self.found[0], zeros=False)
@@ -383,7 +390,7 @@ def _of_sequences(
 def _of_packed(
     shard: Shard, ends: list[int], initial_state: Tensor | None, return_final_state: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """ends count from the first token of this rank."""
+    """ends: offsets relative to the first token of this rank."""
     rank = shard.group.rank
     since, before, behind, first, end, ended = shard.plan[rank]
     start = initial_state
@@ -391,7 +398,7 @@ def _of_packed(
         start = start[first - 1 : first] if before else None
     start = States(shard).after(start, range(since, rank))
     start = tied(start, initial_state, zeros=True)
-    # Without tokens, too: see tied().
+    # Runs even without tokens: see tied().
     out, final = shard.run(0, before, start, return_final_state)
     outs, finals = [out[0]], [final]
     if end > first:
@@ -412,7 +419,8 @@ def _of_packed(
         whole = outs[0] if end == first else torch.cat(outs)
     if not return_final_state:
         return whole
-    # One goes on if tokens lie behind: the last that begins here, or else the one from before.
+    # If the shard ends within a sequence, that sequence continues: the last that begins here, or
+    # else the one from an earlier rank.
     here = ended - (begun := max(end - first - (behind > 0), 0))
     finals = [finals[0][:here], *(t[:begun] for t in finals[1:])]
     rows = shard.tied(torch.cat(finals), shard.q, start)

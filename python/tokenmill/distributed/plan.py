@@ -1,4 +1,4 @@
-"""Bytes, steps and operations of each schedule."""
+"""Communication volume, steps and operations of each schedule."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 class Cost(NamedTuple):
-    """What a rank sends and does in one call."""
+    """Communication and work of a rank in one call."""
 
-    forward_bytes: int  # sent by the rank
+    forward_bytes: int  # sent by one rank
     backward_bytes: int
-    steps: int  # collectives of the forward, one after the other
-    flops: float  # forward, of the rank with the most
+    steps: int  # sequential collectives of the forward
+    flops: float  # forward, maximum over ranks
 
 
 def plan(
@@ -29,13 +29,13 @@ def plan(
     causal: bool = False,
     order: str = "contiguous",
 ) -> dict[str, Cost]:
-    """What each schedule of :func:`attention` costs.
+    """The cost of each schedule of :func:`attention`.
 
     Args:
         batch, length, heads, kv_heads, head_dim, value_dim: sizes of the whole call; value_dim None
             = head_dim.
-        ranks: ranks that share the sequence.
-        itemsize: bytes of an element.
+        ranks: number of ranks that share the sequence.
+        itemsize: bytes per element.
         causal, order: as in :func:`attention`.
 
     Returns:
@@ -53,15 +53,15 @@ def plan(
     copies = max(ranks // kv_heads, 1)
     rows = batch * tokens * heads
     away = ranks - 1
-    # Elements that leave the rank: a share (P - 1) / P of queries, results and (copied) keys.
+    # Elements that leave the rank: a fraction (P - 1) / P of queries, results and (copied) keys.
     moved = (rows * (head_dim + value_dim) + keys * copies) * away // ranks
     pairs = float(tokens) * length
     if causal:
-        # The last rank of contiguous order has nearly all of its square.
+        # The last rank in contiguous order computes nearly its whole rectangle.
         pairs *= 1 - 0.5 / ranks if order == "contiguous" else 0.5
     flops = 2.0 * batch * heads * pairs * (head_dim + value_dim)
     share = 2.0 * batch * heads * length * length * (0.5 if causal else 1.0) / ranks
-    home = ranks if away else 0  # gradients of keys and values come back, in float32
+    home = ranks if away else 0  # gradients of keys and values return in float32
     return {
         "ring": Cost(keys * itemsize * away, keys * (itemsize * away + 4 * home), away, flops),
         "allgather": Cost(keys * itemsize * away, keys * itemsize * away, 1, flops),
@@ -70,20 +70,23 @@ def plan(
 
 
 def linear_bytes(batch: int, heads: int, feature_dim: int, value_dim: int, ranks: int) -> int:
-    """That a rank sends in a forward of linear attention: the state of its shard and its decay."""
+    """Bytes that a rank sends in a forward of linear attention: the state of its shard and its
+    decay.
+    """
     return 4 * batch * heads * (feature_dim * value_dim + 1) * (ranks - 1)
 
 
 def decode_bytes(batch: int, rows: int, heads: int, value_dim: int, ranks: int) -> int:
-    """That a rank sends in a step of decoding: results and statistics in float32."""
+    """Bytes that a rank sends in a decode step: results and statistics in float32."""
     return 4 * batch * rows * heads * (value_dim + 1) * (ranks - 1)
 
 
 def cheapest(able: list[str], q: Tensor, k: Tensor, v: Tensor, ranks: int, length: int) -> str:
-    """Of the schedules that can run a call, that which sends the fewest bytes forward and backward;
-    of two with the same, ring before allgather, for its memory."""
+    """The supported schedule with the fewest bytes, forward and backward; ties prefer ring to
+    allgather, for its memory.
+    """
     if ranks == 1 and "ulysses" in able:
-        return "ulysses"  # which is the plain call
+        return "ulysses"  # the plain call
     costs = plan(
         batch=q.shape[0] if q.dim() == 4 else 1,
         length=length,

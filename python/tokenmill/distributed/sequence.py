@@ -1,4 +1,4 @@
-"""How the tokens of a sequence lie on the ranks of a group."""
+"""Layout of the tokens of a sequence on the ranks of a group."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Piece(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The pieces of each rank, in the order in which it holds them."""
+    """The pieces of each rank, in the order in which they are stored."""
 
     pieces: tuple[tuple[Piece, ...], ...]
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Tokens of each rank."""
+        """Number of tokens of each rank."""
         return tuple(sum(p.size for p in pieces) for pieces in self.pieces)
 
     @property
@@ -44,13 +44,13 @@ class Layout(NamedTuple):
 
 
 def equal_pieces(length: int, count: int) -> list[Piece]:
-    """`count` neighbours of which the first ones are longer by a token, as torch.tensor_split."""
+    """`count` adjacent pieces, the first ones longer by one token, as in torch.tensor_split."""
     ends = [length // count * n + min(length % count, n) for n in range(count + 1)]
     return [Piece(*pair) for pair in itertools.pairwise(ends)]
 
 
 def as_sizes(op: str, sizes: Any) -> list[int]:
-    """Tokens of each rank, as a caller names them."""
+    """Number of tokens of each rank, from a caller's argument."""
     try:
         return [as_int(op, "sizes", size) for size in sizes]
     except TypeError:
@@ -85,7 +85,9 @@ def layout_of_shard(
     sizes: Sequence[int] | None,
     noun: str = "tokens",
 ) -> Layout:
-    """That of a sequence of which this rank has `tokens`, by the rule of :func:`shard_sequence`."""
+    """Layout of a sequence of which this rank has `tokens`, by the rule of
+    :func:`shard_sequence`.
+    """
     op = group.op
     if length is None:
         length = tokens * group.size if sizes is None else sum(as_sizes(op, sizes))
@@ -100,8 +102,7 @@ def layout_of_shard(
 
 
 def check_starts(op: str, where: Layout, step: int, names: str) -> None:
-    """Ranks that hold something start at a multiple of step, the larger of the powers of two that
-    are named."""
+    """Ranks with tokens must start at a multiple of step, the larger of the given powers of two."""
     for rank, (piece,) in enumerate(where.pieces):
         rule = f"must start each rank at a multiple of {names}, {step}; rank {rank}"
         check(piece.size == 0 or piece.first % step == 0, op, "sizes", rule, piece.first)
@@ -116,19 +117,19 @@ def shard_sequence(
     group: dist.ProcessGroup | None = None,
     sizes: Sequence[int] | None = None,
 ) -> Tensor:
-    """This rank's shard of a sequence that every rank has whole.
+    """This rank's shard of a sequence that every rank holds as a whole.
 
-    "contiguous" order gives rank r the r-th of P neighbouring parts. "zigzag" cuts 2 P parts and
-    gives rank r parts r and 2 P - 1 - r, so that in causal attention all ranks have the same work.
-    Lengths that P (2 P) does not divide make the first parts longer by a token: shards of different
-    sizes, or empty ones.
+    "contiguous" order gives rank r the r-th of P adjacent parts. "zigzag" cuts 2 P parts and gives
+    rank r parts r and 2 P - 1 - r, so that causal attention is balanced. If the length is not a
+    multiple of P (2 P), the first parts are longer by one token: shards differ in size, or are
+    empty.
 
     Args:
         x: any tensor with at least dim + 1 dimensions.
-        mesh, group: a device mesh of one dimension, or a process group; None = all ranks.
-        dim: the dimension of tokens, 1 of ``[B, S, H, D]``, 0 of ``[T, H, D]``.
+        mesh, group: a one-dimensional device mesh, or a process group; None = all ranks.
+        dim: the token dimension, 1 for ``[B, S, H, D]``, 0 for ``[T, H, D]``.
         order: "contiguous" or "zigzag".
-        sizes: tokens of each rank, in contiguous order. None: the rule above.
+        sizes: number of tokens of each rank, in contiguous order. None: the rule above.
 
     Returns:
         The shard: in contiguous order a view, in zigzag order a copy. Differentiable.
@@ -136,7 +137,7 @@ def shard_sequence(
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: nothing is sent.
+    Complexity: no communication.
 
     Example:
         >>> import torch, torch.distributed as dist, tokenmill.distributed as tmd
@@ -164,15 +165,16 @@ def unshard_sequence(
     length: int | None = None,
     sizes: Sequence[int] | None = None,
 ) -> Tensor:
-    """The whole sequence, on every rank: undoes :func:`shard_sequence`.
+    """The whole sequence, on every rank: the inverse of :func:`shard_sequence`.
 
     Args:
         x: the shard of this rank.
-        mesh, dim, order, group, sizes: as there.
-        length: tokens of the whole sequence. None: the sum of sizes, or as many on every rank.
+        mesh, dim, order, group, sizes: as in :func:`shard_sequence`.
+        length: number of tokens of the whole sequence. None: the sum of sizes, or equal shards on
+            all ranks.
 
     Returns:
-        The joined tensor. Its gradient comes back as the sum of those of all ranks.
+        The joined tensor. The gradient of x sums the gradients of all ranks.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -203,13 +205,13 @@ def _check_dim(op: str, x: Tensor, dim: int) -> int:
 
 
 def take(x: Tensor, dim: int, pieces: Sequence[Piece]) -> Tensor:
-    """Pieces of a whole sequence."""
+    """Selects pieces of a whole sequence."""
     parts = [x.narrow(dim, piece.first, piece.size) for piece in pieces]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def in_order(x: Tensor, dim: int, where: Layout) -> Tensor:
-    """A sequence whose tokens stand as the ranks hold them, in its own order."""
+    """Reorders a sequence from rank order to sequence order."""
     return _arrange(x, dim, where, inverse=False)
 
 
@@ -228,5 +230,5 @@ def _arrange(x: Tensor, dim: int, where: Layout, inverse: bool) -> Tensor:
     for piece in here:
         starts[piece] = at
         at += piece.size
-    # Empty pieces may be equal: they have no token.
+    # Empty pieces may coincide: they have no tokens.
     return torch.cat([x.narrow(dim, starts[piece], piece.size) for piece in there], dim)

@@ -1,9 +1,9 @@
 """DTensors in, DTensors out. Each operator runs on the shards of its arguments, without a gather.
 
-`OpSpec.sharding` says along which axes a call falls apart: sequences of a batch, heads, rows,
-channels. An argument that is replicated is sliced, which moves nothing; one that is partial is
-reduced; a plain tensor that needs no gradient counts as replicated. Any other placement is an error
-that names it: gathers are the caller's, by `redistribute`.
+`OpSpec.sharding` declares the axes along which a call can be split: sequences of a batch, heads,
+rows, channels. A replicated argument is sliced, without communication; a partial one is reduced; a
+plain tensor that needs no gradient counts as replicated. Any other placement is an error that names
+it: gathers are left to the caller, by `redistribute`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ._parts import Meta, Part, Plan, plan
 
 @functools.cache
 def register_sharding() -> None:
-    """Teaches DTensor the operators of this package, forward and backward. Importing
+    """Registers the operators of this package with DTensor, forward and backward. Importing
     tokenmill.distributed calls it.
 
     Example:
@@ -61,8 +61,9 @@ def _rule(op: TorchOp, namespace: str) -> Callable[..., Any]:
 def run_reference(
     spec: OpSpec, lowered: tuple[Any, ...], op: TorchOp, arguments: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """The reference on shards. op is the forward operator with the arguments lowered, or the one
-    with one more, into which the first result goes afterwards."""
+    """Runs the reference on shards. op: the forward operator with the lowered arguments, or the out
+    variant, with one more argument into which the first result is copied.
+    """
     mesh, parts = _plan(op, arguments)
     if op is not spec.forward:
         mesh, parts = _plan(spec.forward, lowered)
@@ -101,7 +102,7 @@ def _plan(op: TorchOp, values: Sequence[Any]) -> tuple[DeviceMesh, Plan]:
 
 
 def _local(v: Tensor, mesh: DeviceMesh, part: Part, written: bool, gradient: Any = None) -> Tensor:
-    """What this rank has of an argument."""
+    """This rank's part of an argument."""
     if not isinstance(v, DTensor):
         v = DTensor.from_local(v, mesh, [Replicate()] * mesh.ndim, run_check=False)
     if v.placements != part.placements:
@@ -116,7 +117,7 @@ def _local(v: Tensor, mesh: DeviceMesh, part: Part, written: bool, gradient: Any
 
 
 def _whole(r: Tensor, mesh: DeviceMesh, part: Part) -> Tensor:
-    """The DTensor of which this rank has r."""
+    """The DTensor of which r is this rank's part."""
     for dim, start, size in part.slices:
         shape = [*r.shape[:dim], size, *r.shape[dim + 1 :]]
         r = r.new_zeros(shape).slice_scatter(r, dim, start, start + 1)

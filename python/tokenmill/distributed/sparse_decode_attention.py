@@ -1,4 +1,4 @@
-"""sparse_decode_attention over a cache whose positions lie on several ranks."""
+"""sparse_decode_attention over a cache sharded over ranks by position."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ._merge import Merge
 from .sequence import Layout, Piece, check_starts, layout_of_shard
 
 OP = "distributed.sparse_decode_attention"
-PAGES = (64, 32, 16, 8, 4, 2, 1)  # rows of a page of a cache that has none
+PAGES = (64, 32, 16, 8, 4, 2, 1)  # page sizes tried for a cache without pages
 
 
 @Autocast(lower=("q", "extra_k", "extra_v"), cache="k_cache").applied
@@ -57,54 +57,58 @@ def sparse_decode_attention(
     v_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
-    """Decode over selected, sink and recent keys of a cache that is sharded over ranks by position.
+    """Decode attention over selected, sink and recent keys of a cache sharded over ranks by
+    position.
 
-    Positions lie as in :func:`attention_decode`: rank r has room for those behind the positions of
-    the ranks before it. Lists are about the whole cache. Every rank attends to the listed, sink and
-    recent keys that it has; one gather of results and lse follows, merged in the order of the
-    ranks: the result is that of :func:`tokenmill.sparse_decode_attention`, on every rank, with the
-    same bits on every run. No key moves.
+    Positions are laid out as in :func:`attention_decode`: rank r stores the positions after the
+    positions of lower ranks. Lists refer to the whole cache. Every rank attends to its own listed,
+    sink and recent keys; one gather of results and lse follows, merged in rank order. The result
+    equals :func:`tokenmill.sparse_decode_attention`, on every rank, with the same bits on every
+    run. No key is sent.
 
     Args:
         q: ``[B, Sq, H, D]``, the same on every rank.
         k_cache, v_cache: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]``, n positions of this rank; with
-            block_table pages of this rank, as there.
-        indices: int32 ``[B, 1 | Hk | H, K]``, positions of the whole cache in blocks of block_k, as
-            there; the same on every rank.
-        counts: int32 ``[B, 1 | Hk | H]``, entries of each list; the same on every rank.
-        block_k: keys of an entry, a power of two up to 128. Every rank with room starts at a
+            block_table pages of this rank, as in :func:`tokenmill.sparse_decode_attention`.
+        indices: int32 ``[B, 1 | Hk | H, K]``, positions of the whole cache in blocks of block_k;
+            the same on every rank.
+        counts: int32 ``[B, 1 | Hk | H]``, number of entries of each list; the same on every rank.
+        block_k: keys of an entry, a power of two up to 128. Every rank with positions starts at a
             multiple of it.
-        seqlens_k: int32 ``[B]``, keys of each request on all ranks together, the same on all.
-        mesh, group: a device mesh of one dimension, or a process group; None = all ranks.
-        sizes: positions of each rank. None: as many on every rank.
+        seqlens_k: int32 ``[B]``, total number of keys of each request over all ranks, the same on
+            all.
+        mesh, group: a one-dimensional device mesh, or a process group; None = all ranks.
+        sizes: number of positions of each rank. None: equal on all ranks.
         block_table: int32 ``[B, pages]`` of this rank's positions; a key on a page that does not
-            exist is left out.
-        num_sink, num_recent: sink (first) and recent (last) keys of the whole, always seen.
-        pos_mode: "absolute". With rope "cache" is refused on several ranks: the place of a key in
-            the row of those attended to counts what other ranks have.
+            exist is skipped.
+        num_sink, num_recent: numbers of sink (first) and recent (last) keys of the whole cache,
+            always seen.
+        pos_mode: "absolute". With rope, "cache" is refused on several ranks: the rank of a key
+            among the keys attended to depends on keys of other ranks.
         rope: (cos, sin), float ``[positions, pairs]`` for all positions of all ranks.
-        interleaved, scale, softcap, num_splits, backend: as there.
-        extra_k, extra_v, extra_log_count, sink: as there, the same on every rank; they count once.
-        return_mass: also return the probability that the entries of lists received. Queries are
-            then read one after the other, keys once for each query head, and a second gather sends
-            the mass.
-        k_scale, v_scale: as there, of this rank's cache in float8_e4m3fn: ``[1]``, ``[Hk]``, or
-            for each of its tokens ``[B, n, Hk]`` (``[P, page size, Hk]``).
+        interleaved, scale, softcap, num_splits, backend: as in
+            :func:`tokenmill.sparse_decode_attention`.
+        extra_k, extra_v, extra_log_count, sink: as in :func:`tokenmill.sparse_decode_attention`,
+            the same on every rank; they count once.
+        return_mass: also return the probability mass of each list entry. Queries are then processed
+            one at a time, keys are read once per query head, and a second gather sends the mass.
+        k_scale, v_scale: scales of this rank's cache in float8_e4m3fn: ``[1]``, ``[Hk]``, or for
+            each of its tokens ``[B, n, Hk]`` (``[P, page size, Hk]``).
 
     Returns:
-        (out, lse), with return_mass (out, lse, mass), as there. Not differentiable: inputs that
-        require a gradient are refused unless under no_grad.
+        (out, lse), with return_mass (out, lse, mass), as in
+        :func:`tokenmill.sparse_decode_attention`. Not differentiable: inputs that require a
+        gradient are refused unless under no_grad.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is sent. PeerError: a
-            collective failed. Ranks that differ in what
-            they must have in common all raise.
+            collective failed. If arguments that must agree differ between ranks, all ranks raise.
 
     Complexity: each rank reads its listed keys once; B Sq H (Dv + 1) float32 from each rank to all,
-    with return_mass B K for each list more.
+    and with return_mass B K more per list.
 
     Paper: as :func:`tokenmill.sparse_decode_attention`; Flash-Decoding (Dao et al. 2023), with
-    ranks in the place of splits.
+    ranks instead of splits.
 
     Example:
         >>> import torch, torch.distributed as dist, tokenmill.distributed as tmd
@@ -202,7 +206,7 @@ def _on_all_ranks(
     out, lse = out.to(call.q.dtype), lse.to(wide)
     if not call.return_mass:
         return out, lse
-    # A query that sees nothing has lse -inf, and no mass.
+    # A query with no visible key has lse -inf, and no mass.
     share = torch.where(lse.isneginf(), 0, (of_part - lse).exp())
     mass = (mass * share.movedim(2, 0)[..., None]).sum(0)
     kv_heads = call.k_cache.shape[2]
@@ -212,19 +216,20 @@ def _on_all_ranks(
 
 
 def _keys_of_this_rank(call: Any, own: Piece, total: int) -> Any:
-    """The call with the positions of this rank as 0 to own.size - 1, and those of later ranks as
-    pages that do not exist: queries, recent keys and rotations keep their distances."""
-    if own.first > 0:  # they count once
+    """The call with the positions of this rank as 0 to own.size - 1, and positions of later ranks
+    on pages that do not exist, so that queries, recent keys and rotations keep their distances.
+    """
+    if own.first > 0:  # sink and extra keys count once
         call = call._replace(sink=None, extra_k=None, extra_v=None, extra_log_count=None)
     if call.cos is not None:
         call = call._replace(cos=call.cos[own.first :], sin=call.sin[own.first :])
-    # No query is nearer to a key of this rank than the last of its recent keys and its rotation.
+    # Without rope only distances up to num_recent matter, so fewer extra positions are enough.
     behind = total - own.end
     if call.cos is None:
         behind = min(behind, call.num_recent + call.q.shape[1])
     lengths = (call.seqlens_k - own.first).clamp(0, own.size + behind)
     first = own.first // call.block_k
-    indices = call.indices.clamp(min=-1) - first  # ids of other ranks are no blocks here
+    indices = call.indices.clamp(min=-1) - first  # ids of other ranks are out of range here
     call = call._replace(
         indices=indices,
         counts=_until_last(indices, call.counts, -(-own.size // call.block_k)),
@@ -235,7 +240,7 @@ def _keys_of_this_rank(call: Any, own: Piece, total: int) -> Any:
 
 
 def _until_last(indices: Tensor, counts: Tensor, blocks: int) -> Tensor:
-    """Counts without the entries after the last one that is a block here."""
+    """Counts truncated after the last entry whose block is on this rank."""
     entries = indices.shape[2]
     if entries == 0:
         return counts
@@ -245,13 +250,13 @@ def _until_last(indices: Tensor, counts: Tensor, blocks: int) -> Tensor:
 
 
 def _with_room(call: Any, behind: int) -> Any:
-    """The call with a table of pages that names `behind` more positions, which have no page."""
+    """The call with a block table that has `behind` more positions, on pages that do not exist."""
     k, v, table = call.k_cache, call.v_cache, call.block_table
     scales = [call.k_scale, call.v_scale]
     if table is None:
         k, v, table = _as_pages(k, v)
         scales = [x if x is None or x.dim() == 1 else _as_pages_of(table, x, k) for x in scales]
-    elif k.shape[0] == 0:  # an operator wants a page
+    elif k.shape[0] == 0:  # an operator needs at least one page
         k, v = (x.new_zeros(1, *x.shape[1:]) for x in (k, v))
         scales = [
             x if x is None or x.dim() == 1 else x.new_zeros(1, *x.shape[1:]) for x in scales
@@ -260,7 +265,7 @@ def _with_room(call: Any, behind: int) -> Any:
     table = F.pad(table, (0, -(-behind // k.shape[1])), value=-1)
     cos, sin = call.cos, call.sin
     lacking = 0 if cos is None else table.shape[1] * k.shape[1] - cos.shape[0]
-    if lacking > 0:  # the last page is not whole: nobody is there
+    if lacking > 0:  # the last page is partial: its extra positions are unused
         cos, sin = (F.pad(x, (0, 0, 0, lacking)) for x in (cos, sin))
     return call._replace(
         k_cache=k, v_cache=v, block_table=table, cos=cos, sin=sin, k_scale=scales[0],
@@ -269,8 +274,9 @@ def _with_room(call: Any, behind: int) -> Any:
 
 
 def _as_pages(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A dense cache [B, n, Hk, *] as pages and their table, without a copy where requests lie whole
-    pages apart, as many in k as in v."""
+    """A dense cache [B, n, Hk, *] as pages and their block table, without a copy where requests are
+    a whole number of pages apart, equal in k and v.
+    """
     batch, tokens = k.shape[:2]
     sizes = [size for size in PAGES if tokens % size == 0]
     able = [size for size in sizes if _apart(k, size) == _apart(v, size) > 0]
@@ -286,7 +292,7 @@ def _as_pages(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _as_pages_of(table: Tensor, scales: Tensor, k: Tensor) -> Tensor:
-    """Scales [B, n, Hk] of the tokens of a dense cache that became pages k."""
+    """Scales [B, n, Hk] of a dense cache, rearranged like its pages k."""
     batch, each = table.shape
     count, size = k.shape[:2]
     if batch > 0 and _apart(scales, size) * (batch - 1) + each == count:
@@ -297,17 +303,17 @@ def _as_pages_of(table: Tensor, scales: Tensor, k: Tensor) -> Tensor:
 
 
 def _pages_in_place(x: Tensor, count: int, size: int) -> Tensor:
-    """x [B, n, ...] as pages [count, size, ...], also of what lies between requests."""
+    """x [B, n, ...] viewed as pages [count, size, ...], including pages between requests."""
     return x.as_strided((count, size, *x.shape[2:]), (_stride(x, size), *x.stride()[1:]))
 
 
 def _stride(cache: Tensor, size: int) -> int:
-    """From one page to the next. That of a dimension of size 1 may be any number."""
+    """Stride between pages. The stride of a dimension of size 1 is arbitrary."""
     return cache.stride(1) * size if cache.shape[1] > 1 else cache.stride(0)
 
 
 def _apart(cache: Tensor, size: int) -> int:
-    """Pages from one request to the next; 0 if they are no whole number."""
+    """Number of pages between requests; 0 if it is not a whole number."""
     batch, tokens = cache.shape[:2]
     if batch == 1 or tokens == 1:
         return tokens // size
@@ -316,7 +322,7 @@ def _apart(cache: Tensor, size: int) -> int:
 
 
 def _each_query(call: Any, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    """out and lse, and the mass [Sq, B, H, K] of each query and head beside its own lse."""
+    """out and lse, and the mass [Sq, B, H, K] of each query and head, relative to its own lse."""
     heads, rows = call.q.shape[2], call.q.shape[1]
     of_list = heads // max(call.indices.shape[1], 1)
     call = call._replace(

@@ -1,4 +1,4 @@
-"""topk_select over columns that lie on several ranks."""
+"""topk_select over columns sharded over ranks."""
 
 from __future__ import annotations
 
@@ -34,26 +34,27 @@ def topk_select(
     """The k largest scores of each row, whose columns are sharded over ranks, as positions in the
     whole row.
 
-    Rank r has the columns behind those of the ranks before it. Each rank selects its own k, one
-    gather collects them, and every rank selects among them: exactly the positions of
-    :func:`tokenmill.topk_select` of the joined row, on every rank, ties by position.
+    Rank r has the columns after the columns of lower ranks. Each rank selects its own k, one gather
+    collects them, and every rank selects among them: exactly the positions of
+    :func:`tokenmill.topk_select` on the joined row, on every rank, with ties by position.
 
     Args:
         scores: ``[R, n]`` float16, bfloat16 or float32, the n columns of this rank.
-        k: positions wanted of each row, 1 to 65536.
-        mesh, group: a device mesh of one dimension, or a process group; None = all ranks.
-        sizes: columns of each rank. None: as many on every rank.
-        lengths: ``[R]`` int32, columns of the joined row to search, from the first; the same on
-            every rank. None: all.
-        tie, order, return_values, backend: as there.
+        k: number of positions per row, 1 to 65536.
+        mesh, group: a one-dimensional device mesh, or a process group; None = all ranks.
+        sizes: number of columns of each rank. None: equal on all ranks.
+        lengths: ``[R]`` int32, number of columns of the joined row to search, from the first; the
+            same on every rank. None: all.
+        tie, order, return_values, backend: as in :func:`tokenmill.topk_select`.
 
     Returns:
-        (indices, counts[, values]) as there, the same on every rank. Not differentiable.
+        (indices, counts[, values]) as in :func:`tokenmill.topk_select`, the same on every rank. Not
+        differentiable.
 
     Raises:
         RuntimeError: naming argument, rule and value. PeerError: a collective failed.
 
-    Complexity: that of a selection on each rank; 8 R min(k, n) bytes from each rank to all.
+    Complexity: one selection on each rank; 8 R min(k, n) bytes from each rank to all.
 
     Paper: as :func:`tokenmill.topk_select`.
 
@@ -115,10 +116,11 @@ def best_of_ranks(
     return_values: bool,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    """(indices, counts[, values]) of the k best of all ranks' candidates, positions and values
-    ``[R, K]``, in ascending order on each rank and from rank to rank; those of rank r end after
-    widths[r] at most."""
-    # float32 holds any score. [R, 2 width] int32
+    """(indices, counts[, values]) of the k best of all ranks' candidates, given as positions and
+    values ``[R, K]``, ascending on each rank and from rank to rank; rank r has at most widths[r]
+    candidates.
+    """
+    # float32 represents any score. [R, 2 width] int32
     most = widths[ranks.rank]
     sent = torch.cat([positions[:, :most], values[:, :most].float().view(torch.int32)], 1)
     gathered = ranks.gather(sent.T.contiguous(), 0, [2 * width for width in widths])
