@@ -1,8 +1,8 @@
-"""tokenmill: attention beyond plain softmax, and choosing, gathering and merging tokens.
+"""tokenmill: attention beyond softmax, and selecting, gathering and merging tokens.
 
-Every function runs on one of four backends with one meaning: plain PyTorch ("reference"), native
-C++ ("cpu"), CUDA ("cuda") and Triton ("triton"). `torch.ops.tokenmill.*` are the same operators
-for other frameworks.
+Every function has the same meaning on four backends: plain PyTorch ("reference"), native C++
+("cpu"), CUDA ("cuda") and Triton ("triton"). `torch.ops.tokenmill.*` are the same operators for
+other frameworks.
 """
 
 import importlib as _importlib
@@ -180,7 +180,7 @@ _knobs.load()
 if _typing.TYPE_CHECKING:
     from . import nn, papers, policies
 else:
-    _LATER = ("nn", "papers", "policies")  # on top of the operators: loaded at first use
+    _LATER = ("nn", "papers", "policies")  # subpackages built on the operators: loaded at first use
 
     def __getattr__(name: str) -> object:
         if name in _LATER:

@@ -16,13 +16,13 @@ from . import _cli, _dispatch, _info, _self_check, registry
 from ._self_check import DTYPES
 from ._version import __version__
 
-BROKEN_PIPE = 128 + 13  # the status of a program that the signal ends
+BROKEN_PIPE = 128 + 13  # exit status of a program killed by SIGPIPE
 INTERRUPTED = 128 + 2
-TWO_WORDS = (["primitives"], ["report"], ["scale"])  # that may follow "bench"
+TWO_WORDS = (["primitives"], ["report"], ["scale"])  # second words that may follow "bench"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, 1 if a command found something wrong, 2 if it could not run."""
+    """Exit status: 0, 1 if a command found a failure, 2 if it could not run."""
     try:
         try:
             return _run(argv)
@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed
-        if error.errno == errno.EPIPE:  # a reader that has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # swallows unflushed output
+        if error.errno == errno.EPIPE:  # the reader has closed the pipe, like head
             return BROKEN_PIPE
         print(f"tokenmill: {error.strerror}", file=sys.stderr)
         return 1
@@ -45,7 +45,7 @@ def _run(argv: list[str] | None) -> int:
     if argv[:1] == ["bench"] and argv[1:2] in TWO_WORDS:
         argv = [" ".join(argv[:2]), *argv[2:]]
     behind: list[str] = []
-    if argv[:1] == ["ptx"] and "--" in argv:  # of the program that it runs
+    if argv[:1] == ["ptx"] and "--" in argv:  # arguments of the program to run
         at = argv.index("--")
         argv, behind = argv[:at], argv[at + 1 :]
     try:

@@ -1,9 +1,9 @@
-"""What torch.autocast does to the floating-point arguments of an operator.
+"""Casting of floating-point arguments under torch.autocast.
 
-Queries, keys and values become the dtype of autocast, as those of scaled_dot_product_attention do.
-A cache is read as it is, and queries take its dtype. Rows that one result is made of become the
-widest of their dtypes, as with torch.cat. float64 stays, and so does what a call writes into: as in
-PyTorch, a call with out= casts nothing. Within an operator autocast is off.
+Queries, keys and values are cast to the autocast dtype, like those of scaled_dot_product_attention.
+A cache is never cast, and queries take its dtype. Rows combined into one result are cast to the
+widest of their dtypes, as in torch.cat. float64 is never cast, nor are arguments that a call
+writes: as in PyTorch, a call with out= casts nothing. Within an operator autocast is off.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ enabled = torch._C._is_any_autocast_enabled  # on any device
 
 @dataclass(frozen=True)
 class Autocast:
-    """A rule for the arguments of one operator, which it names.
+    """The casting rule of one operator, by argument names.
 
-    lower become the dtype of autocast, or that of cache, if there is one; with paged, cache is one
-    beside a block_table alone. Of lower, those in wide stay if they are float32. promote become the
-    widest dtype among them. If the first of them is float64 or no floating-point tensor, all stay
-    as they are.
+    lower: cast to the autocast dtype, or to the dtype of cache, if given; with paged, cache only
+    counts as a cache together with a block_table. wide: arguments in lower that are not cast if
+    they are float32. promote: cast to the widest dtype among them. If the first of these is float64
+    or not a floating-point tensor, nothing is cast.
     """
 
     lower: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Autocast:
     wide: tuple[str, ...] = ()
 
     def apply(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments as the operator gets them, in their order."""
+        """The cast arguments, in order."""
         names = [n for n in (*self.lower, *self.promote) if _castable(given.get(n))]
         if not names or names[0] != (*self.lower, *self.promote)[0]:
             return given
@@ -56,8 +56,9 @@ class Autocast:
         return torch.get_autocast_dtype(first.device.type)
 
     def applied(self, function: F) -> F:
-        """Decorates a function made of operators: under autocast it gets its arguments by this rule
-        and runs without autocast."""
+        """Decorates a function composed of operators: under autocast its arguments are cast by this
+        rule and it runs without autocast.
+        """
         names = tuple(inspect.signature(function).parameters)
 
         @functools.wraps(function)
@@ -77,7 +78,7 @@ class Autocast:
 
 
 def device_of(values: Iterable[Any]) -> str | None:
-    """The type of device of the first tensor, if autocast is on there."""
+    """Device type of the first tensor, if autocast is enabled for it."""
     for value in values:
         if isinstance(value, torch.Tensor):
             device = value.device.type

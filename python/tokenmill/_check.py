@@ -37,7 +37,7 @@ def show(value: Any) -> str:
         return f"a tensor of shape {show(value.shape)}"
     if isinstance(value, int | torch.SymInt):
         return str(value)
-    if hasattr(value, "__dlpack__"):  # whose elements nobody wants in an error
+    if hasattr(value, "__dlpack__"):  # arrays, whose elements do not belong in an error message
         library = type(value).__module__.partition(".")[0]
         library = {"numpy": "NumPy", "jaxlib": "JAX", "jax": "JAX", "cupy": "CuPy"}.get(
             library, library
@@ -58,8 +58,9 @@ def check(ok: bool, op: str, argument: str, rule: str, value: Any) -> None:
 
 
 def is_any(value: Any, *values: Any) -> bool:
-    """value in values. Dynamo (torch 2.13) answers `in` wrongly where value is a known size and
-    one of values is a size that varies."""
+    """value in values. Dynamo (torch 2.13) evaluates `in` wrongly where value is a static size and
+    one of values is a dynamic size.
+    """
     return any(value == v for v in values)
 
 
@@ -73,8 +74,9 @@ def check_tensor(op: str, argument: str, value: Any, *, optional: bool = False) 
 
 
 def as_int(op: str, argument: str, value: Any, rule: str = "must be an integer") -> int:
-    """An int from an int, a NumPy integer or anything else that works as an index; not from a bool
-    or a tensor. A SymInt stays one."""
+    """An int from an int, a NumPy integer or any other index-like object; bools and tensors are
+    refused. A SymInt is kept.
+    """
     if type(value) is int:
         found = value
     elif isinstance(value, torch.SymInt):
@@ -92,7 +94,7 @@ def as_int(op: str, argument: str, value: Any, rule: str = "must be an integer")
 
 
 def as_number(op: str, argument: str, value: Any, rule: str = "must be a number") -> float:
-    """A float from a real number of Python or NumPy, not from a bool."""
+    """A float from a real number of Python or NumPy; bools are refused."""
     if type(value) is float:
         return value
     if not isinstance(value, Real | torch.SymInt | torch.SymFloat) or isinstance(value, bool):
@@ -104,13 +106,13 @@ def as_number(op: str, argument: str, value: Any, rule: str = "must be a number"
 
 
 def check_float32(op: str, argument: str, value: float, why: str = "") -> None:
-    """For numbers that PyTorch converts: it has an error of its own for larger ones."""
+    """For numbers converted by PyTorch, which has its own error for larger values."""
     fits = abs(value) <= torch.finfo(torch.float32).max
     check(fits, op, argument, f"must be finite in float32{why}", value)
 
 
 def is_scale(scale: float) -> bool:
-    """Of scores: times log2(e) it is finite in float32."""
+    """Whether x is a valid scale of scores: finite in float32 after multiplication by log2(e)."""
     return abs(scale) <= 2.0**127
 
 
@@ -159,8 +161,8 @@ def check_qkv(
     most_value: int = MAX_HEAD_DIM,
 ) -> None:
     """Rank (3: packed, 4: sequences, 5: maps), dtype, device, layout and the shapes that queries,
-    keys and values share. paged: keys lie in pages, of which there may be any number. most and
-    most_value: the widest heads of q and k, and of v."""
+    keys and values share. paged: keys are in pages, any number of them. most, most_value: maximum
+    head_dim of q and k, and of v."""
     layout = {3: "[T, H, D] (packed)", 4: "[B, S, H, D]", 5: "[B, Y, X, H, D]"}[rank]
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != rank:
@@ -199,7 +201,7 @@ def check_dtype_of(
 
 
 def check_wide(op: str, argument: str, t: torch.Tensor, first: torch.Tensor) -> None:
-    """float32, or float64 beside a tensor in float64."""
+    """float32, or float64 with a float64 tensor."""
     wide = torch.promote_types(first.dtype, torch.float32)
     if t.dtype != wide:
         fail(op, argument, f"must be {show(wide)}", t.dtype)
@@ -218,7 +220,7 @@ def check_cu_seqlens(op: str, argument: str, t: torch.Tensor, q: torch.Tensor) -
 
 
 def check_cu_seqlens_values(op: str, argument: str, t: torch.Tensor, total: int) -> list[int]:
-    """The ends of packed sequences, which start at 0, never decrease and end at total."""
+    """Offsets of packed sequences: they start at 0, never decrease and end at total."""
     ends: list[int] = t.tolist()
     check(ends[0] == 0, op, argument, "must start at 0", ends[0])
     check(ends == sorted(ends), op, argument, "must not decrease", ends)
@@ -254,6 +256,6 @@ def synchronising_checks() -> bool:
 
 
 def reads_values(t: torch.Tensor) -> bool:
-    """Whether a function made of operators may read the values of t."""
+    """Whether a function composed of operators may read the values of t."""
     here = t.device.type == "cpu" or synchronising_checks()
     return here and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)

@@ -1,4 +1,4 @@
-"""The command line's own vocabulary: a bad argument is one line on stderr and exit status 2."""
+"""Command-line helpers: a bad argument is one line on stderr and exit status 2."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ HELP = re.compile(r"-h|--h(el?|elp)?")
 
 
 class UsageError(Exception):
-    """A command that cannot run as it was given: `argument: rule; got value`."""
+    """A command that cannot run as given: `argument: rule; got value`."""
 
     def __init__(self, message: str, command: str = "") -> None:
         super().__init__(message)
-        self.command = command  # "" stands for the one that runs
+        self.command = command  # "" stands for the running command
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         return self.prog.removeprefix("python -m ")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """A command that does not exist is answered with its like, not with all."""
+        """An unknown command is answered with similar names instead of the full list."""
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             like = registry.did_you_mean(str(value), action.choices)
             rule = f"no command '{value}'{like}; {self.prog} --help lists all"
@@ -43,8 +43,9 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message.removeprefix("argument "), self.command)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Of a command line that is wrong because of options that do not exist they are named, not
-        the words behind them."""
+        """If a command line fails because of unknown options, the error names them rather than the
+        words after them.
+        """
         try:
             return super().parse_known_args(args, namespace)
         except UsageError as error:
@@ -54,8 +55,9 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
 
     def _split(self, words: list[str]) -> tuple[list[str], list[str]]:
-        """Options that do not exist, and the words without them and without what may be their
-        values. --help is left out: it would act."""
+        """Unknown options, and the remaining words without their possible values. --help is
+        dropped: it would take effect.
+        """
         end = words.index("--") if "--" in words else len(words)
         unknown, rest, takes = [], [], False
         for word in words[:end]:
@@ -83,7 +85,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def operator(name: str) -> str:
-    """The name of an operator."""
+    """Parses the name of an operator."""
     try:
         return registry.get(name).name
     except registry.UnknownOperator:
@@ -93,7 +95,7 @@ def operator(name: str) -> str:
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Parses a whole number from least to most."""
+    """Parses an integer from least to most."""
     rule = f"must be a whole number of at least {least}"
     if most is not None:
         rule = f"must be a whole number from {least} to {most}"
@@ -111,7 +113,7 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def seconds(value: str) -> float:
-    """A time that ends."""
+    """Parses a finite time in seconds."""
     try:
         number = float(value)
     except ValueError:
@@ -122,7 +124,7 @@ def seconds(value: str) -> float:
 
 
 def duration(value: str) -> float:
-    """Seconds of "90", "90s", "10m" or "1h30m"."""
+    """Parses "90", "90s", "10m" or "1h30m" as seconds."""
     found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", value)
     total = 0.0
     if found:
@@ -135,7 +137,7 @@ def duration(value: str) -> float:
 
 
 def writable_folder(argument: str, folder: Path) -> Path:
-    """The folder, made if it was not there. Asked before work that would be lost."""
+    """Parses a folder, created if missing. Checked before work whose results would be lost."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".tokenmill"
@@ -163,6 +165,6 @@ def unwritable(argument: str, path: Path | str | None, error: OSError) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """An exception for a row of a table: the first line of its message, cut at 160 characters."""
+    """An exception for a table row: the first line of its message, cut at 160 characters."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:160]}"

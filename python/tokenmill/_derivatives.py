@@ -1,8 +1,8 @@
-"""What autograd and the transforms of torch.func make of an operator.
+"""Autograd and torch.func transforms of operators.
 
-Kernels have first derivatives in reverse mode. Whoever asks a kernel for another one (a tangent of
-forward mode, the derivative of a gradient) gets an error that names the operator, never 0; the
-reference has them all. vmap calls an operator once for each element of the batch.
+Kernels have first derivatives in reverse mode. Any other derivative of a kernel (a forward-mode
+tangent, the derivative of a gradient) raises an error that names the operator, and is never
+silently 0; the reference supports all. vmap calls an operator once per element of the batch.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ ELSEWHERE = "use backend='reference'"
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward mode is at work. Its wrappers and dual tensors are ordinary
-    torch.Tensor, which only the whole dispatcher takes apart."""
+    """Whether torch.func or forward mode is active. Its wrappers and dual tensors are ordinary
+    torch.Tensor objects that only the full dispatcher unwraps.
+    """
     level: int = forward_ad._current_level
     return level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def autograd_function(op: TorchOp, namespace: str) -> type[_SingleLevelFunction] | None:
-    """The function that runs the operator below autograd and knows its derivative; None if it has
-    none. It takes the arguments of the schema, and last the keys of a dispatch or None. Each level
-    of torch.func comes here by itself: torch.autograd.Function would start again at the uppermost.
+    """The autograd function that runs the operator below autograd and defines its derivative; None
+    if it has none. It takes the arguments of the schema, then the dispatch keys or None. Each level
+    of torch.func enters here separately: torch.autograd.Function would restart at the top level.
     """
     if op.differentiates:
         setup_context: Callable[..., Any] = _keep_nothing
@@ -52,7 +53,7 @@ def autograd_function(op: TorchOp, namespace: str) -> type[_SingleLevelFunction]
     def run(ctx: Any, *args: Any) -> Any:
         *arguments, keys = args
         if torch._C._are_functorch_transforms_active():
-            # The next level records by itself; apply has switched recording off.
+            # The next level records on its own; apply has disabled recording.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 results = _below(op, namespace, keys, arguments)
         else:
@@ -74,7 +75,8 @@ def autograd_function(op: TorchOp, namespace: str) -> type[_SingleLevelFunction]
 
 class _Calls:
     """The operators of torch.ops.<namespace> for a backward, with all arguments by position. Below
-    autograd they skip the dispatcher's, 10 us a call."""
+    autograd they skip the dispatcher's autograd, which costs 10 us per call.
+    """
 
     def __init__(self, namespace: str, below: bool) -> None:
         self._namespace = namespace
@@ -103,7 +105,7 @@ def _plain() -> bool:
 
 
 def below_autograd(op: TorchOp, namespace: str, values: Sequence[Any]) -> Any:
-    """The results of a call that nobody records."""
+    """The results of a call that is not recorded."""
     results = op.run_direct(namespace, values)
     if results is not NotImplemented:
         return results
@@ -120,18 +122,18 @@ def _below(op: TorchOp, namespace: str, keys: Any, values: Sequence[Any]) -> Any
         return op.call(op.overload(namespace).redispatch, values, keys)
 
 
-_KEPT = object()  # in the place of a tensor
+_KEPT = object()  # placeholder for a saved tensor
 
 
 def keep(ctx: Any, inputs: Sequence[Any], *results: Tensor | None) -> None:
-    """For the backward: the arguments of a call, and what it needs of the results."""
+    """Saves, for the backward, the arguments of a call and the results that it needs."""
     ctx.save_for_backward(*[x for x in inputs if isinstance(x, Tensor)], *results)
     ctx.plain = [_KEPT if isinstance(x, Tensor) else x for x in inputs]
     ctx.set_materialize_grads(False)
 
 
 def kept(ctx: Any) -> tuple[list[Any], list[Any]]:
-    """The arguments and the results that `keep` was given."""
+    """The arguments and results saved by `keep`."""
     saved = iter(ctx.saved_tensors)
     return [next(saved) if x is _KEPT else x for x in ctx.plain], list(saved)
 
@@ -154,7 +156,7 @@ def _refuse_second(op: TorchOp) -> Callable[..., Any]:
 
 
 def autograd_kernel(op: TorchOp, namespace: str) -> Callable[..., Any]:
-    """The operator at the dispatcher's autograd keys, at every level of torch.func."""
+    """Registers the operator at the dispatcher's autograd keys, for every level of torch.func."""
     apply = op.recorded(namespace)
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
@@ -181,7 +183,7 @@ def autograd_kernel(op: TorchOp, namespace: str) -> Callable[..., Any]:
 
 
 def _find_tangent(op: TorchOp, arguments: Sequence[Any]) -> tuple[str, Tensor] | None:
-    """The first tangent of an argument, and the name of that."""
+    """The first tangent of an argument, and the name of this argument."""
     for name, t in zip(op.arguments, arguments, strict=True):
         if isinstance(t, Tensor) and t.is_floating_point():
             tangent = forward_ad.unpack_dual(t).tangent
@@ -196,14 +198,14 @@ def _refuse_tangent(op: TorchOp, name: str, tangent: Tensor) -> NoReturn:
 
 
 def _has_floating(results: Any) -> bool:
-    """Whether there is a floating-point result: one of shape [0] is there for its place alone."""
+    """Whether there is a floating-point result; one of shape [0] is only a placeholder."""
     results = results if isinstance(results, tuple) else (results,)
     tensors = [r for r in results if isinstance(r, Tensor)]
     return any(r.is_floating_point() and r.shape != (0,) for r in tensors)
 
 
 def refuse_gradient(op: TorchOp, arguments: Sequence[Any]) -> None:
-    """Raises for an argument that requires a gradient of a call that can have none."""
+    """Raises if an argument requires a gradient in a call that has none."""
     if not (op.written or op.refuses_gradients):
         return
     for name, value in zip(op.arguments, arguments, strict=True):
@@ -214,7 +216,7 @@ def refuse_gradient(op: TorchOp, arguments: Sequence[Any]) -> None:
 
 
 def note_writes(op: TorchOp, arguments: Sequence[Any]) -> None:
-    """Lets autograd see that tensors which it saved were overwritten."""
+    """Notifies autograd that saved tensors were overwritten."""
     for name in op.written:
         t = arguments[op.arguments.index(name)]
         if t is not None and not t.is_inference():
@@ -222,8 +224,9 @@ def note_writes(op: TorchOp, arguments: Sequence[Any]) -> None:
 
 
 def vmap_kernel(op: TorchOp, namespace: str) -> Callable[..., Any]:
-    """The operator called for one element of the batch after the other. torch's own registration
-    refuses schemas with tensors that go by keyword."""
+    """Calls the operator for each element of the batch in turn. torch's own registration refuses
+    schemas with keyword-only tensors.
+    """
 
     def run(*values: Any) -> Any:
         return op.run(namespace, values)

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why the others do not."""
+"""Backend selection, and the reasons against the other backends."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ._strides import empty_like, strided, with_rows
 if TYPE_CHECKING:
     from .registry import OpSpec, Sample
 
-# In order of preference. "emulated" is the CUDA kernel in the PTX machine: it runs only if asked.
+# In order of preference. "emulated" is the CUDA kernel in the PTX machine: it only runs on request.
 ALL_BACKENDS = ("cpu", "cuda", "triton", "emulated", "reference")
 BACKENDS = tuple(b for b in ALL_BACKENDS if b != "emulated" or _library.emulated_built())
-_asked: str | None = None  # by testing.emulated_cuda
+_asked: str | None = None  # set by testing.emulated_cuda
 
 
 def reasons(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
-    """Why `backend` cannot run the call; empty if it can."""
+    """The reasons why `backend` cannot run the call; empty if it can."""
     if backend == "reference":
         return []
     first: torch.Tensor = next(t for t in lowered if isinstance(t, torch.Tensor))
@@ -69,17 +69,17 @@ def reasons(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
 
 
 def unsupported(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
-    """Why the kernels of a backend do not run a call, wherever its tensors are."""
+    """The reasons why a backend's kernels do not support a call, wherever its tensors are."""
     return spec.unsupported(backend, *lowered) if spec.unsupported else []
 
 
 def missing(spec: OpSpec, sample: Sample, backend: str) -> list[str]:
-    """Why the kernels of a backend do not run a sample."""
+    """The reasons why a backend's kernels do not support a sample."""
     return unsupported(spec, _kernels_of(backend), _lowered(spec, sample))
 
 
 def able(spec: OpSpec, sample: Sample, backend: str) -> bool:
-    """Whether the kernels of a backend run a sample, and its gradients if it has any."""
+    """Whether a backend's kernels run a sample, and its gradients if it has any."""
     if backend == "reference" or not spec.unsupported:
         return True
     if not spec.gradients_of(sample):
@@ -88,7 +88,9 @@ def able(spec: OpSpec, sample: Sample, backend: str) -> bool:
 
 
 def unsupported_gradients(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
-    """Why the kernels of a backend do not run a call whose inputs all require gradients."""
+    """The reasons why a backend's kernels do not support a call whose inputs all require
+    gradients.
+    """
     call = spec.forward.record(*lowered)
     learning = {
         name: t.detach().requires_grad_()
@@ -110,9 +112,9 @@ def _lowered(spec: OpSpec, sample: Sample) -> tuple[Any, ...]:
 def choose(
     spec: OpSpec, lowered: tuple[Any, ...], backend: str | None = None, op: str | None = None
 ) -> str:
-    """The backend that runs the call: the one asked for (argument, testing.emulated_cuda, then
-    TOKENMILL_BACKEND), or the first of BACKENDS that can. The reference always can; interpreters
-    run only if asked. Errors name op, or the operator itself.
+    """The backend that runs the call: the requested one (argument, testing.emulated_cuda, then
+    TOKENMILL_BACKEND), or the first of BACKENDS that supports it. The reference always does;
+    interpreters only run on request. Errors name op, or the operator itself.
     """
     op = op or spec.name
     backend = _wanted(backend)
@@ -124,7 +126,7 @@ def choose(
     if not isinstance(backend, str) or backend not in ALL_BACKENDS:
         fail(op, "backend", f"must be one of {', '.join(BACKENDS)} or None", backend)
     if why := reasons(spec, backend, lowered):
-        if spec.unsupported:  # of a malformed call the rule is named
+        if spec.unsupported:  # for a malformed call the error names the broken rule
             spec.forward.check(*lowered, float64=True)
         raise InputError(
             f"tokenmill.{op}: backend: '{backend}' cannot run this call: {'; '.join(why)}"
@@ -146,7 +148,7 @@ _NAMESPACES = {"triton": _library.TRITON_NAMESPACE, "emulated": _library.EMULATE
 
 
 def namespace(backend: str) -> str:
-    """The namespace of torch.ops in which a backend's kernels are."""
+    """The torch.ops namespace of a backend's kernels."""
     return _NAMESPACES.get(backend, _library.NAMESPACE)
 
 
@@ -160,8 +162,9 @@ def call(
     out: torch.Tensor | None = None,
     used: int = ALL_RESULTS,
 ) -> tuple[Any, ...]:
-    """Runs the lowered call on the backend chosen for it; the first result is written into out. Of
-    the results the caller uses so many: a plain call makes no others."""
+    """Runs the lowered call on its backend; the first result is written into out. used: number of
+    results that the caller uses; a plain call computes no others.
+    """
     if backend is None and out is None and _asked is None and not compiling():
         op = spec.forward
         try:
@@ -170,7 +173,8 @@ def call(
                 results = _call_and_record(op, lowered)
             elif op.written and results is not NotImplemented:
                 note_writes(op, lowered)
-        except RuntimeError:  # strides cost as much to ask for as a check: only a refusal asks
+        # reading strides costs as much as a check, so they are only read after a refusal
+        except RuntimeError:
             if not strided(spec, lowered):
                 raise
             results = NotImplemented
@@ -195,10 +199,10 @@ def call(
         refuse_gradient(checked, arguments)
     if chosen == "reference":
         if any(isinstance(t, torch.Tensor) and t.is_meta for t in lowered):
-            # Shapes alone: the reference looks at values, the operator has a fake kernel.
+            # Shapes only: the reference checks values, and the operator has a fake kernel.
             checked.check(*arguments, float64=True)
             return _results(spec.forward.run(_library.NAMESPACE, lowered), out)
-        if not torch.compiler.is_compiling():  # the dispatcher does so before a kernel
+        if not torch.compiler.is_compiling():  # otherwise the dispatcher does so before a kernel
             lowered = checked.resolve_views(lowered)
             arguments = lowered if out is None else (*lowered, out)
         if sharding:
@@ -216,7 +220,7 @@ def call(
         return _results(call(spec, lowered, chosen), out)
     if torch.compiler.is_compiling() or transformed():
         return _results(checked.run(namespace(chosen), arguments), None, out)
-    # Autograd in the dispatcher costs 10 us a call, as much as the rest of the dispatch.
+    # The dispatcher's autograd costs 10 us per call, as much as the rest of the dispatch.
     if autograd and (apply := checked.recorded(namespace(chosen))):
         return _results(apply(*arguments, None), None, out)
     results = below_autograd(checked, namespace(chosen), arguments)
@@ -228,7 +232,7 @@ _warned: set[tuple[str, str]] = set()
 
 
 def _warn_of_missing_kernel(spec: OpSpec, lowered: tuple[Any, ...]) -> None:
-    """Warns once for each operator and device whose kernel was left out of the build."""
+    """Warns once per operator and device if its kernel was left out of the build."""
     first = next(t for t in lowered if isinstance(t, torch.Tensor))
     device = first.device.type
     missing = device in ("cpu", "cuda") and not spec.forward.has_native(device.upper())
@@ -243,8 +247,7 @@ def _warn_of_missing_kernel(spec: OpSpec, lowered: tuple[Any, ...]) -> None:
 
 
 def _call_and_record(op: _library.TorchOp, values: tuple[Any, ...]) -> Any:
-    """The results of a plain call on the CPU that is to be differentiated; NotImplemented for any
-    other call."""
+    """The results of a plain, differentiable call on the CPU; NotImplemented for any other call."""
     apply = op.recorded(_library.NAMESPACE)
     if apply is None or not values[0].is_cpu or values[0].dtype is torch.float64:
         return NotImplemented
@@ -254,8 +257,10 @@ def _call_and_record(op: _library.TorchOp, values: tuple[Any, ...]) -> Any:
 def _mode_of_reference(
     spec: OpSpec, op: _library.TorchOp, arguments: tuple[Any, ...]
 ) -> contextlib.AbstractContextManager[Any]:
-    """Results that kernels have no gradient for have none here, and what kernels may write into
-    may be written here: PyTorch lets nobody else write into what inference mode has made."""
+    """Matches the kernels: results without a gradient have none on the reference either, and
+    arguments that kernels write may be inference tensors, which PyTorch only lets inference mode
+    write.
+    """
     if spec.differentiable and not op.written:
         return contextlib.nullcontext()
     written = [arguments[op.arguments.index(name)] for name in op.written]
@@ -295,10 +300,11 @@ def _needs_autograd(lowered: tuple[Any, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Answer of `explain`: the chosen backend with its kernel, and why not the others. knobs: how
-    `tune` has chosen and cut the kernels for compute capability 9.0 that could take the call, by
-    name: "32 (standard)" or "16 (tuned; standard 32)". copied: arguments that are copied first,
-    since their last dimension is not contiguous."""
+    """Answer of `explain`: the selected backend with its kernel, and the reasons against the
+    others. knobs: values, by name, of the knobs that select and partition the sm_90a kernels that
+    could take the call: "32 (standard)" or "16 (tuned; standard 32)". copied: arguments that are
+    copied first, because their last dimension is not contiguous.
+    """
 
     op: str
     backend: str | None
@@ -322,10 +328,11 @@ class Explanation:
 
 
 def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any) -> Explanation:
-    """Which backend and kernel would run `op(*args, **kwargs)`, and why the others would not.
+    """The backend and kernel that would run `op(*args, **kwargs)`, and the reasons against the
+    others.
 
-    op is the name of an operator or the public function. Nothing runs; a call that would be refused
-    is explained by its error. Complexity O(1).
+    op is the name of an operator or the public function. Nothing runs; for a call that would be
+    refused the answer is its error. Complexity O(1).
 
     Example:
         >>> import torch, tokenmill as tm
@@ -416,7 +423,7 @@ def _cuda_kernel(
 def _knobs_of_call(
     spec: OpSpec, backend: str, lowered: tuple[Any, ...], out: torch.Tensor | None
 ) -> dict[str, str]:
-    """Those that chose and cut kernels for compute capability 9.0 that could take the call."""
+    """Knobs that select and partition the sm_90a kernels that could take the call."""
     asks = backend in ("cuda", "emulated") and spec.unsupported_sm90 is not None
     if not asks or not _is_sm90(backend, lowered) or (backend == "cuda" and not builds_sm90()):
         return {}
@@ -433,7 +440,7 @@ def _knobs_of_call(
 
 
 def builds_sm90() -> bool:
-    """Whether this build has the kernels for compute capability 9.0."""
+    """Whether this build contains the sm_90a kernels."""
     archs = build_info().get("cuda_archs")  # None without tokenmill._C
     return archs is None or any(a.startswith("90a") for a in archs)
 
@@ -447,8 +454,9 @@ def _is_sm90(backend: str, lowered: tuple[Any, ...]) -> bool:
 
 
 def kernels(spec: OpSpec, backend: str) -> str:
-    """What a backend has of an operator in this build: "yes", "forward" (without its backward) or
-    "-"."""
+    """A backend's kernels of an operator in this build: "yes", "forward" (without its backward) or
+    "-".
+    """
     if backend == "reference":
         return "yes"
     if backend == "triton":
@@ -461,7 +469,7 @@ def kernels(spec: OpSpec, backend: str) -> str:
 
 
 def backends() -> dict[str, str]:
-    """Each backend with "available" or the reason why this machine does not have it.
+    """Each backend with "available" or the reason why it is not available on this machine.
 
     Example:
         >>> import tokenmill as tm

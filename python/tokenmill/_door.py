@@ -1,5 +1,6 @@
-"""The short way to a native operator: module _C calls it without torch's dispatcher, which has
-nothing to do for plain tensors while nothing records, transforms or watches the call."""
+"""The fast path to a native operator: module _C calls it without torch's dispatcher, which is not
+needed for plain tensors while nothing records, transforms or observes the call.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +12,26 @@ import torch
 
 try:
     from . import _C
-except ImportError:  # built for another Python
+except ImportError:  # built for another Python version
     _C = None  # type: ignore[assignment]
 
 
 class Door(NamedTuple):
-    """An operator. call takes the arguments of the schema by position or name, and returns a tuple,
-    or NotImplemented for what is not an ordinary tensor. plain takes all of them as one tuple, and
-    how many of the results to make. It also returns NotImplemented for float64, which the reference
-    runs, where a variable of the environment chooses a backend or asks for checks, and where torch
-    would do more than to run the call; None where it would record a gradient."""
+    """Fast path of one operator. call takes the arguments of the schema by position or name, and
+    returns a tuple, or NotImplemented for anything but ordinary tensors. plain takes all of them as
+    one tuple, and the number of results to compute. It also returns NotImplemented for float64,
+    which the reference runs, if an environment variable selects a backend or requests checks, and
+    if torch would do more than run the call; None if torch would record a gradient.
+    """
 
     call: Callable[..., Any]
     plain: Callable[[tuple[Any, ...], int], Any]
 
 
 def functions(library: Path) -> dict[str, Door]:
-    """The operators of a loaded library by name; none where torch has no table of DLPack's C
-    functions that we know, or cannot be asked what it does with a call."""
+    """The operators of a loaded library by name; none if torch has no table of DLPack's C functions
+    in a known version, or its handling of a call cannot be queried.
+    """
     if _C is None:
         return {}
     try:
@@ -37,9 +40,10 @@ def functions(library: Path) -> dict[str, Door]:
         return {}
 
 
-compiling = torch.compiler.is_compiling  # an attribute of torch.compiler costs as much as the call
+# reading an attribute of torch.compiler costs as much as the call
+compiling = torch.compiler.is_compiling
 
 
 def is_open() -> bool:
-    """Whether a call may skip the dispatcher. Gradients are the caller's matter."""
+    """Whether a call may skip the dispatcher. Gradients are the caller's responsibility."""
     return not (compiling() or _C.is_watched())

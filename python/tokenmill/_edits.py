@@ -1,4 +1,4 @@
-"""Edits of a good call, which make the malformed calls of an operator."""
+"""Edits of a valid call that produce the malformed calls of an operator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def set_argument(index: int, change: Any) -> Any:
-    """Replaces a positional argument by what `change` makes of it."""
+    """Replaces a positional argument by `change` of it."""
 
     def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
         args[index] = change(args[index])

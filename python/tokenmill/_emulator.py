@@ -1,5 +1,6 @@
 """The PTX machine inside the emulated library of a development build: its options, checks and
-counters. `tokenmill.ptx` is the machine for other kernels; options of the two are apart."""
+counters. `tokenmill.ptx` is the machine for other kernels; the two have separate options.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def machine() -> Machine:
     """The machine inside the emulated library."""
     if not _library.emulated_built():
         raise RuntimeError("tokenmill.emulator: not in this build (TOKENMILL_PTXVM=1)")
-    from .ptx.vm import Machine  # not a name of tokenmill before it is asked for
+    from .ptx.vm import Machine  # loaded lazily
 
     return Machine(_library.EMULATED_PATH)
 
@@ -33,13 +34,13 @@ def configure(settings: str) -> None:
 
 
 def device() -> str:
-    """The device whose limits apply: "sm_80"."""
+    """The device whose limits apply, e.g. "sm_80"."""
     return machine().settings["device"]
 
 
 @contextlib.contextmanager
 def configured(settings: str) -> Iterator[None]:
-    """Sets options for a while; afterwards those named are what they were."""
+    """Sets options temporarily, and restores their previous values afterwards."""
     before = machine().settings
     configure(settings)
     try:
@@ -59,7 +60,8 @@ def _options(settings: str) -> dict[str, int | str]:
 
 
 def counting() -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
-    """Counts what the kernels inside do. The list is filled at the end, one entry per launch.
+    """Counts the work of kernels in the context. The list is filled at the end, one entry per
+    launch.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -74,8 +76,8 @@ def counting() -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
 
 
 def reporting() -> contextlib.AbstractContextManager[list[Report]]:
-    """Lets kernels inside go on after they break a rule of check mode or leave their memory
-    (docs/ptxvm.md). The list is filled at the end, an entry for each rule at each line.
+    """Lets kernels in the context continue after breaking a rule of check mode or accessing memory
+    out of bounds (docs/ptxvm.md). The list is filled at the end, one entry per rule and line.
 
     Example:
         >>> import torch, tokenmill as tm

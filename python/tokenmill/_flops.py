@@ -1,6 +1,6 @@
-"""The operators' counts of operations, for torch.utils.flop_counter.FlopCounterMode.
+"""Operation counts of the operators, for torch.utils.flop_counter.FlopCounterMode.
 
-That module imports Triton, so its registry is filled when somebody else imports it.
+That module imports Triton, so its registry is filled when other code imports it.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ COUNTER = "torch.utils.flop_counter"
 
 
 def known(t: Tensor) -> bool:
-    """Whether a count may depend on the values of t: not where tensors are shapes alone."""
+    """Whether a count may depend on the values of t; false for tensors without data."""
     return not (t.is_meta or is_fake(t))
 
 
 def band(rows: int, columns: int, left: int, right: int) -> float:
-    """Pairs that a band leaves: row i, at column i + columns - rows, sees those from left before to
-    right after it (-1: no limit)."""
+    """Number of pairs in a band: row i, at column i + columns - rows, sees from left columns before
+    it to right after it (-1: no limit).
+    """
     shift = columns - rows
 
     def below(start: int) -> float:
-        """Sum over i of the columns from 0 to start + i."""
+        """Sum over i of the number of columns from 0 to start + i."""
         return before(start + rows) - before(start)
 
     def before(x: int) -> float:
@@ -52,7 +53,7 @@ def band(rows: int, columns: int, left: int, right: int) -> float:
 def masked_pairs(
     ranges: Tensor | None, q_spans: Tensor | None, k_spans: Tensor | None, batch: int, keys: int
 ) -> float:
-    """A bound on the pairs that a mask leaves of `batch` sequences, for one head."""
+    """Upper bound on the visible pairs under a mask, for `batch` sequences and one head."""
     bounds = [math.inf]
     if ranges is not None and known(ranges):
         begin, end = ranges.clamp(0, keys).unbind(-1)
@@ -63,7 +64,7 @@ def masked_pairs(
             (t[..., 0].contiguous(), t[..., 1].contiguous()) for t in (q_spans, k_spans)
         )
         n = max(len(q_spans), len(k_spans), 1)
-        # Spans do not meet where that of the key begins behind, or ends before, that of the query.
+        # Spans do not meet where the key's begins after the query's ends, or ends before it begins.
         first_k, last_k = (t.sort(-1)[0].expand(n, -1).contiguous() for t in (first_k, last_k))
         first_q, last_q = (t.expand(n, -1).contiguous() for t in (first_q, last_q))
         begun = torch.searchsorted(first_k, last_q, right=True)
@@ -73,7 +74,7 @@ def masked_pairs(
 
 
 def install(specs: Sequence[OpSpec]) -> None:
-    """Has the formulas of specs registered as soon as PyTorch's counter is there."""
+    """Registers the formulas of specs as soon as PyTorch's counter is imported."""
     if COUNTER in sys.modules:
         _register(specs, sys.modules[COUNTER])
     else:

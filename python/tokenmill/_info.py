@@ -1,4 +1,4 @@
-"""What this build and this machine are."""
+"""Properties of this build and this machine."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dict with version, compiler, cpu_isas, cuda_version ("" without CUDA), cuda_archs and
-        cuda_driver (the oldest release of NVIDIA's driver on Linux that runs the machine code of
-        the CUDA half; a GPU that gets PTX needs a driver for cuda_version). Without the optional
-        module tokenmill._C only version is known.
+        cuda_driver (the oldest NVIDIA driver release on Linux that runs the machine code of the
+        CUDA part; a GPU that uses PTX needs a driver for cuda_version). Without the optional module
+        tokenmill._C only version is known.
 
     Example:
         >>> import tokenmill as tm
@@ -46,7 +46,7 @@ def build_info() -> dict[str, Any]:
 
 
 def machine() -> dict[str, str]:
-    """The machine, as results of benchmarks name it."""
+    """Machine description used in benchmark results."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "cpu": cpu_model(),
@@ -60,7 +60,7 @@ def machine() -> dict[str, str]:
 
 
 def _driver() -> str:
-    """The version of CUDA that NVIDIA's driver supports, without initialising it."""
+    """The CUDA version supported by NVIDIA's driver, without initialising it."""
     version = ctypes.c_int()
     try:
         if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)):

@@ -1,9 +1,9 @@
-"""Whole numbers that choose kernels and cut up their work, and the tuned values of this machine.
+"""Integer knobs that select kernels and partition their work, and the tuned values of this machine.
 
-A call takes the standard values unless a cache holds better ones of `python -m tokenmill tune` for
+A call uses the standard values unless the cache of `python -m tokenmill tune` holds better ones for
 the device, this version and the operator. The cache is read once: for the CPU at import, for a GPU
 when torch initialises it. A knob of order changes the order of sums, so results differ in their
-last bits from those with its standard value; the others change no bit.
+last bits from the standard value's; other knobs change no bit.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from ._version import __version__
 
 FORMAT = "tokenmill tune 1"
 VARIABLE = "TOKENMILL_TUNE_CACHE"
-TABLE = 0  # the value of a knob that leaves a number to the table of its kernel
+TABLE = 0  # knob value that defers to the table of its kernel
 
 
 @dataclass(frozen=True)
 class Knob:
-    """cases: a pattern for titles of the operator's benchmarks, which measure the knob.
-    part: of a knob of the kernels for compute capability 9.0, "forward" or "backward"."""
+    """cases: pattern for titles of the operator's benchmarks that measure the knob. part: "forward"
+    or "backward", for a knob of sm_90a kernels.
+    """
 
     name: str
     op: str
@@ -53,13 +54,14 @@ class Knob:
 
 SHARES = (1, 2, 4, 8, 16)
 ATTENTION_CASES = r"(sigmoid causal|softmax dense) S=2048 D=64, (float32|bfloat16), forward$"
-PLAIN = r"(sigmoid|softmax) \w+"  # other kinds and windows of attention keep the table
+PLAIN = r"(sigmoid|softmax) \w+"  # other kinds and windows of attention use the table
 SPARSE_CASES = r"S=8192 D=64 blocks 64x(64|16) 20 %, \w+, forward$"
 
 
 def _triton(op: str, width: int, cases: str, tiles: bool) -> Iterator[Knob]:
-    """Of the forward tiles of a Triton kernel for 16-bit heads of up to `width` elements. Warps and
-    tiles decide how sums are laid out."""
+    """Knobs of the forward tiles of a Triton kernel for 16-bit heads of up to `width` elements.
+    Warps and tiles determine the order of sums.
+    """
     for name, candidates, what, order in (
         ("stages", (1, 2, 3, 4), "loads of tiles that are under way together", False),
         ("warps", (2, 4, 8), "warps of a program", True),
@@ -72,13 +74,12 @@ def _triton(op: str, width: int, cases: str, tiles: bool) -> Iterator[Knob]:
 
 
 def switch(op: str, part: str) -> str:
-    """The knob that turns the kernel for compute capability 9.0 of a pass off."""
+    """The knob that switches the sm_90a kernel of a pass off."""
     return f"{op}.sm90" + ("_backward" if part == "backward" else "")
 
 
 def _sm90() -> Iterator[Knob]:
-    """Of kernels for compute capability 9.0 (docs/hopper.md). Those of other devices do not read
-    them."""
+    """Knobs of the sm_90a kernels (docs/hopper.md). Kernels for other devices ignore them."""
     dense = r"^(sigmoid \w+ S=2048 D=(64|128)|softmax causal S=\d+ D=128), bfloat16, forward"
     listed = r"^S=8192 D=64 blocks 64x64 \d+ %, bfloat16, forward"
     for op, cases, parts in (
@@ -181,7 +182,7 @@ def value(name: str) -> int:
 
 
 def put(name: str, number: int) -> None:
-    """Sets a knob for the calls to come, on the PTX machine too once it is loaded."""
+    """Sets a knob for later calls, including those on the PTX machine once it is loaded."""
     if name in triton_values:
         triton_values[name] = number
         return
@@ -191,20 +192,21 @@ def put(name: str, number: int) -> None:
 
 
 def copy_to(machine: Any) -> None:
-    """The PTX machine, a namespace of torch.ops that is being loaded, begins with the values that
-    are in force."""
+    """Copies the current values to the PTX machine, a torch.ops namespace that is being loaded."""
     for name in KNOBS:
         if name not in triton_values:
             machine.knob(name, value(name))
 
 
 def refusals(name: str) -> list[str]:
-    """What keeps a call from a kernel that the knob turns off, as a rule that is broken."""
+    """The broken rule if the knob switches its kernel off; empty otherwise."""
     return [] if value(name) else [f"{name}: must be 1; got 0"]
 
 
 def of_sm90(op: str, part: str) -> list[str]:
-    """What chooses the kernel for compute capability 9.0 of a pass and, if it is on, cuts it."""
+    """The knob that selects the sm_90a kernel of a pass and, if it is on, the knobs that partition
+    it.
+    """
     chooses = switch(op, part)
     cuts = [knob.name for knob in KNOBS.values() if knob.op == op and knob.part == part]
     return [chooses, *(name for name in cuts if name != chooses and value(chooses))]
@@ -219,7 +221,7 @@ def shown(name: str) -> str:
 
 @contextlib.contextmanager
 def override(**values: int) -> Iterator[None]:
-    """Other values for a while; a dot of a name is written as two underscores."""
+    """Sets values temporarily; a dot in a name is written as two underscores."""
     named = {name.replace("__", "."): number for name, number in values.items()}
     before = {name: value(name) for name in named}
     try:
@@ -232,7 +234,7 @@ def override(**values: int) -> Iterator[None]:
 
 
 def path() -> Path:
-    """Where the cache is."""
+    """Path of the cache."""
     if given := os.environ.get(VARIABLE):
         return Path(given)
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -240,7 +242,7 @@ def path() -> Path:
 
 
 def device_name(device: str) -> str:
-    """How the cache names a device. GPUs of several kinds have no name, and so no tuned values."""
+    """The cache's name for a device. Mixed kinds of GPUs have no name, and so no tuned values."""
     if device == "cpu":
         from ._info import cpu_model
 
@@ -250,12 +252,13 @@ def device_name(device: str) -> str:
 
 
 class Damaged(Exception):
-    """What the cache holds is not a cache."""
+    """The contents of the cache are not valid."""
 
 
 def read(file: Path) -> dict[str, Any]:
-    """{device: {version: {op: entry}}}; nothing of a file that is missing or empty, or of what is
-    no file: a pipe would never end."""
+    """{device: {version: {op: entry}}}; empty for a file that is missing or empty, and for anything
+    but a regular file (reading a pipe would never end).
+    """
     try:
         text = file.read_text() if file.is_file() else ""
     except FileNotFoundError:
@@ -277,14 +280,14 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def _nested(value: Any, levels: int) -> bool:
-    """Whether value is objects in objects, so many levels of them below it."""
+    """Whether value is nested objects, with the given number of levels below it."""
     if not isinstance(value, dict):
         return False
     return levels == 0 or all(_nested(v, levels - 1) for v in value.values())
 
 
 def numbers(entries: dict[str, Any]) -> dict[str, int]:
-    """The values of knobs in {op: entry}."""
+    """The knob values in {op: entry}."""
     found: dict[str, int] = {}
     for op, entry in entries.items():
         knobs = entry.get("knobs")
@@ -310,8 +313,9 @@ def _sound(op: str, entry: dict[str, Any]) -> bool:
 
 
 def load() -> None:
-    """Takes the tuned values of this machine from the cache. Damage is one warning, and then all
-    values are the standard ones."""
+    """Loads the tuned values of this machine from the cache. A damaged cache is one warning, and
+    all values are the standard ones.
+    """
     file = path()
     try:
         devices = read(file)
@@ -330,7 +334,7 @@ def load() -> None:
     if not tuned:
         return
     _take(tuned.get(device_name("cpu"), {}), ("cpu",))
-    # torch runs it when it initialises CUDA, or now where it has.
+    # Runs when torch initialises CUDA, or now if it already has.
     later = getattr(torch.cuda, "_lazy_call", None)
     if later and any(KNOBS[n].backend != "cpu" for values in tuned.values() for n in values):
         later(functools.partial(_take_of_gpu, tuned))
@@ -347,7 +351,7 @@ def _take(values: dict[str, int], backends: tuple[str, ...]) -> None:
 
 
 def entry_of(file: Path, device: str, op: str) -> dict[str, Any]:
-    """What the cache holds for an operator on a device, of this version; nothing of damage."""
+    """The cache entry of an operator on a device for this version; none if damaged."""
     try:
         entry = read(file).get(device, {}).get(__version__, {}).get(op, {})
     except Damaged:
@@ -356,8 +360,9 @@ def entry_of(file: Path, device: str, op: str) -> dict[str, Any]:
 
 
 def prepare(file: Path) -> Path:
-    """The regular file that the cache is, or will be, behind links, in a folder that takes it.
-    OSError if there is none."""
+    """The regular file of the cache, existing or to be created, with links resolved, in a writable
+    folder. OSError if there is none.
+    """
     file = Path(os.path.realpath(file))
     if file.exists() and not file.is_file():
         raise OSError(errno.EINVAL, "not a regular file")
@@ -367,9 +372,10 @@ def prepare(file: Path) -> Path:
 
 
 def write(file: Path, device: str, op: str, entry: dict[str, Any]) -> None:
-    """Adds the entry of an operator on a device to the cache, in one step: a reader sees the file
-    before or after. What other versions and devices have stays; what is damaged goes. Others may
-    read a new file; one that is there keeps its mode."""
+    """Adds the entry of an operator on a device to the cache, atomically: a reader sees the file
+    before or after. Entries of other versions and devices are kept; damaged contents are dropped. A
+    new file is world-readable; an existing file keeps its mode.
+    """
     file = prepare(file)
     mode = stat.S_IMODE(file.stat().st_mode) if file.exists() else 0o644
     try:

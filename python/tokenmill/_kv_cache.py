@@ -1,5 +1,6 @@
-"""The rules for calls on a KV cache. csrc/core/kv_cache_checks.h has the same
-rules in the same order and words; the contract test compares the two."""
+"""Rules for calls on a KV cache. csrc/core/kv_cache_checks.h has the same rules in the same order
+and words; the contract test compares the two.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +23,12 @@ from ._check import (
     show,
 )
 
-# Latent caches: 512 channels that are the values too, and 64 that carry positions.
+# Latent caches: 512 channels that are also the values, and 64 that carry positions.
 MAX_CACHE_DIM, MAX_CACHE_VALUE_DIM = 576, 512
 
 
 def check_cache_ranks(op: str, k: Tensor, v: Tensor | None) -> None:
-    """v is None where k holds the values too."""
+    """v is None where k also holds the values."""
     rule = "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])"
     for name, t in (("k_cache", k), ("v_cache", v)):
         if t is not None:
@@ -43,7 +44,9 @@ def check_cache_shapes(op: str, k: Tensor, v: Tensor) -> None:
 def check_caches_alike(
     op: str, k: Tensor, v: Tensor | None, most: int = MAX_HEAD_DIM, most_v: int = MAX_HEAD_DIM
 ) -> None:
-    """Caches of four dimensions, where no query has checked them. A v of None is k's."""
+    """Checks 4-dimensional caches against each other, where no query has been checked. v None:
+    k's.
+    """
     if v is None:
         check_last_contiguous(op, "k_cache", k)
         check_head_dim(op, "k_cache", k, most)
@@ -57,7 +60,9 @@ def check_caches_alike(
 
 
 def check_cache_dtype(op: str, name: str, cache: Tensor, rows: Tensor, of: str = "q") -> None:
-    """A cache, or keys of one, beside rows of the dtype that it has or is read in."""
+    """Checks the dtype of a cache, or of its keys, against rows of the dtype that it stores or is
+    read in.
+    """
     if cache.dtype not in (rows.dtype, torch.float8_e4m3fn):
         rule = f"must have the dtype of {of}, {show(rows.dtype)}, or float8_e4m3fn"
         fail(op, name, rule, cache.dtype)
@@ -74,8 +79,9 @@ def check_cache_scale(
     shared: bool = True,
     token: bool = True,
 ) -> None:
-    """The scale of keys or values of a cache [P, page size, Hk, D]: [1] or [Hk], where shared,
-    [P, page size, Hk], where token. Beside rows in float64 it may be that too."""
+    """Checks the scale of keys or values of a cache [P, page size, Hk, D]: [1] or [Hk] if shared,
+    [P, page size, Hk] if token. float64 is also accepted with float64 rows.
+    """
     if t is None:
         return
     rule = "goes with caches in float8_e4m3fn alone"
@@ -152,7 +158,7 @@ def check_int32(op: str, argument: str, t: Tensor) -> None:
 
 
 def capacity(k: Tensor, block_table: Tensor | None) -> int:
-    """Keys that a request may have."""
+    """Maximum number of keys of a request."""
     if block_table is None:
         return k.shape[1]
     return block_table.shape[1] * k.shape[1] if k.shape[0] > 0 else 0
@@ -166,7 +172,7 @@ def check_lengths_values(
     *,
     pages_may_lack: bool = False,
 ) -> None:
-    """The rules on values: lengths within the cache, pages that exist."""
+    """Checks on values: lengths within the cache, pages that exist."""
     most, pages, size = capacity(k, block_table), k.shape[0], k.shape[1]
     table = None if block_table is None or pages_may_lack else block_table.tolist()
     for b, length in enumerate(seqlens_k.tolist()):

@@ -1,11 +1,11 @@
-"""Loads the operator library and attaches to each operator what lives in Python: fake kernels,
+"""Loads the operator library and attaches to each operator its Python parts: fake kernels,
 autograd, vmap, and Triton implementations.
 
 `torch.ops.tokenmill.<op>` is the native operator. `torch.ops.tokenmill_triton.<op>` has the same
 schema, fake, autograd and vmap, and runs the Triton kernel; where no native CUDA kernel is
-registered it serves `torch.ops.tokenmill.<op>` on CUDA too. `torch.ops.tokenmill_emulated.<op>`, in
-development builds alone, runs the compiled CUDA kernel on CPU tensors, in the PTX machine. The last
-two namespaces are filled when an operator of theirs is looked up.
+registered it also serves `torch.ops.tokenmill.<op>` on CUDA. `torch.ops.tokenmill_emulated.<op>`,
+only in development builds, runs the compiled CUDA kernel on CPU tensors, in the PTX machine. The
+last two namespaces are filled at the first lookup of one of their operators.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EMULATED_NAMESPACE = "tokenmill_emulated"
 
 
 def find_ops(package: Path) -> Path:
-    """The library of every operator in the folder of the package."""
+    """The library of all operators in the package's folder."""
     ops, tree = package / "_ops.so", package.parents[1]
     if ops.exists():
         return ops
@@ -61,7 +61,7 @@ _AUTOCAST_KEYS |= torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 @functools.cache
 def record_of(name: str) -> Any:
-    """The arguments of an operator as a type of named tuple, in the order of the schema."""
+    """The arguments of an operator as a named tuple type, in the order of the schema."""
     schema = getattr(native, name).default._schema
     return collections.namedtuple(name, [a.name for a in schema.arguments])
 
@@ -73,13 +73,13 @@ _direct = {NAMESPACE: _door.functions(_OPS)}
 class TorchOp:
     """One operator of the library. Every callable takes the arguments of the schema.
 
-    check raises for a bad call by metadata alone (float64=True admits float64, which only the
-    reference runs); check_values by the values inside tensors, which costs a synchronisation on a
-    GPU. fake gives the outputs without data. triton is the "module:function" of the Triton
-    implementation inside tokenmill.triton_kernels. backward and setup_context are those of
+    check raises for a bad call from metadata only (float64=True admits float64, which only the
+    reference runs); check_values from the values inside tensors, which costs a synchronisation on a
+    GPU. fake returns the outputs without data. triton is the "module:function" of the Triton
+    implementation inside tokenmill.triton_kernels. backward and setup_context are as in
     torch.library.register_autograd, with torch.ops.<namespace> before the context. A call of an
-    operator without backward has constant results, unless it refuses_gradients; one that writes
-    into an argument always does. autocast says what torch.autocast casts.
+    operator without backward has constant results, unless it refuses_gradients; an operator that
+    writes into an argument always does. autocast declares what torch.autocast casts.
     """
 
     name: str
@@ -91,14 +91,15 @@ class TorchOp:
     setup_context: Callable[..., Any] | None = None
     refuses_gradients: bool = False
     autocast: Autocast | None = None
-    arguments: tuple[str, ...] = field(init=False)  # names of the schema
-    positional: int = field(init=False)  # how many of them may go without their name
-    defaults: tuple[Any, ...] = field(init=False)  # of the arguments, None where there is none
-    written: tuple[str, ...] = field(init=False)  # those that a call writes into
-    tensors: frozenset[str] = field(init=False)  # those that must be tensors
-    # The next two are made here, not at first use: a graph that Dynamo traces cannot make them.
+    arguments: tuple[str, ...] = field(init=False)  # argument names of the schema
+    positional: int = field(init=False)  # number of arguments that may be positional
+    # defaults of the arguments, None where there is none
+    defaults: tuple[Any, ...] = field(init=False)
+    written: tuple[str, ...] = field(init=False)  # arguments that a call writes into
+    tensors: frozenset[str] = field(init=False)  # arguments that must be tensors
+    # The next two are created here, not at first use: a graph traced by Dynamo cannot create them.
     record: Any = field(init=False, compare=False, repr=False)  # the arguments as a named tuple
-    # The operator as module _C has it for plain calls (_door.Door); None without one.
+    # The operator's fast path in module _C for plain calls (_door.Door); None without one.
     short: Callable[[tuple[Any, ...], int], Any] | None = field(
         init=False, compare=False, repr=False
     )
@@ -118,7 +119,7 @@ class TorchOp:
 
     @property
     def public_name(self) -> str:
-        """The name of the public operator that this one belongs to."""
+        """Name of the public operator that this operator belongs to."""
         return self.name.removesuffix("_backward").removesuffix("_out")
 
     @property
@@ -140,8 +141,9 @@ class TorchOp:
         object.__setattr__(self, "short", direct and direct.plain)
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """All arguments of a call of torch.ops, in the order of the schema: a scale of None is that
-        of the head dimension."""
+        """All arguments of a torch.ops call, in the order of the schema; a scale of None becomes
+        the default for the head_dim.
+        """
         values = [*args, *self.defaults[len(args) :]]
         for name, value in kwargs.items():
             values[self.arguments.index(name)] = value
@@ -152,16 +154,16 @@ class TorchOp:
         return tuple(values)
 
     def call(self, run: Callable[..., Any], values: Sequence[Any], *before: Any) -> Any:
-        """run(*before, ...) with all arguments of a call as torch.ops takes them."""
+        """run(*before, ...) with all arguments of a call, passed as torch.ops takes them."""
         named = dict(zip(self.arguments[self.positional :], values[self.positional :], strict=True))
         return run(*before, *values[: self.positional], **named)
 
     def needed_gradients(self, ctx: Any) -> dict[str, bool]:
-        """Which arguments the backward of a call owes a gradient, by name."""
+        """The arguments for which the backward must return a gradient, by name."""
         return dict(zip(self.arguments, ctx.needs_input_grad, strict=False))
 
     def gradients(self, **of: Any) -> tuple[Any, ...]:
-        """What the backward of the operator returns: the gradients given by name, else None."""
+        """The return value of the operator's backward: the gradients given by name, else None."""
         return tuple(of.get(name) for name in self.arguments)
 
     def run(self, namespace: str, values: Sequence[Any]) -> Any:
@@ -178,14 +180,14 @@ class TorchOp:
         )
 
     def direct(self, namespace: str) -> Callable[..., Any] | None:
-        """The operator as module _C has it; None where this build has no native one."""
+        """The operator in module _C; None if this build has no native one."""
         if namespace == EMULATED_NAMESPACE:
             _load_emulated()
         found = _direct.get(namespace, {}).get(self.name)
         return found and found.call
 
     def run_direct(self, namespace: str, values: Sequence[Any]) -> Any:
-        """The results of a call without dispatcher, as torch.ops gives them, or NotImplemented."""
+        """The results of a call without the dispatcher, in torch.ops form, or NotImplemented."""
         run = self.direct(namespace)
         results = run(*values) if run and _door.is_open() else NotImplemented
         if results is NotImplemented or len(results) > 1:
@@ -193,7 +195,7 @@ class TorchOp:
         return results[0] if results else None
 
     def cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments of a call under autocast as the kernel gets them."""
+        """The arguments of a call after autocast."""
         if self.autocast is None:
             return args
         given = self.autocast.apply(dict(zip(self.arguments, args, strict=True)))
@@ -204,7 +206,8 @@ class TorchOp:
 
     def recorded(self, namespace: str) -> Callable[..., Any] | None:
         """Runs the operator below the dispatcher's autograd and records its derivative; None if it
-        has none. It takes all arguments of a call, and last the keys of a dispatch or None."""
+        has none. It takes all arguments of a call, then the dispatch keys or None.
+        """
         if namespace not in self._recorded:
             function: Any = _derivatives.autograd_function(self, namespace)
             self._recorded[namespace] = function and function.apply
@@ -236,8 +239,10 @@ _subclasses: list[tuple[type, Callable[[TorchOp, str], Callable[..., Any]]]] = [
 
 
 def register_subclass(cls: type, rule: Callable[[TorchOp, str], Callable[..., Any]]) -> None:
-    """Lets rule(op, namespace) run each operator, now and later attached, that gets a tensor of a
-    class with __torch_dispatch__. It takes what torch.library.register_torch_dispatch says."""
+    """Lets rule(op, namespace) handle calls of each operator, attached now or later, on tensors of
+    a class with __torch_dispatch__. rule returns a function for
+    torch.library.register_torch_dispatch.
+    """
     _subclasses.append((cls, rule))
     for op, namespace in _attached:
         _attach_rule(op, namespace, cls, rule(op, namespace))
@@ -254,15 +259,16 @@ def _define_triton() -> None:
     for op in _registered.values():
         if op.triton:
             library.define(str(op.overload()._schema).removeprefix(f"{NAMESPACE}::"))
-            for key in ("CPU", "CUDA"):  # CPU: under Triton's interpreter
+            for key in ("CPU", "CUDA"):  # CPU: for Triton's interpreter
                 library.impl(op.name, functools.partial(_call_triton, op), key)
             _attach(op, TRITON_NAMESPACE)
 
 
 def _attach(op: TorchOp, namespace: str) -> None:
-    """Gives the operator in a namespace its fake kernel, its autograd, its rule for vmap, its
-    autocast and, if it writes into an argument, what it does with lazy negatives and conjugates.
-    What torch does there by itself fails an assertion and aborts the process later."""
+    """Attaches fake kernel, autograd, vmap rule, autocast and, for operators that write into an
+    argument, the handling of lazy negatives and conjugates in a namespace. torch's default handling
+    of these fails an assertion and later aborts the process.
+    """
     qualname = f"{namespace}::{op.name}"
     on_views = functools.partial(_call_on_views, op, namespace)
     for key in ("Conjugate", "Negative") if op.written else ():
@@ -291,7 +297,7 @@ def _call_autocast(op: TorchOp, namespace: str, *args: Any, **kwargs: Any) -> An
 
 
 def _check(op: TorchOp, args: tuple[Any, ...], **options: bool) -> None:
-    """torch passes None for any tensor: csrc/core/torch.cpp has this check."""
+    """torch passes None for any tensor: csrc/core/torch.cpp has the same check."""
     for name, value in zip(op.arguments, args, strict=True):
         if value is None and name in op.tensors:
             check_tensor(op.name, name, value)
@@ -304,7 +310,7 @@ def call_fake(op: TorchOp, *args: Any, **kwargs: Any) -> Any:
         _check(op, values)
     elif not op.differentiates:
         _check(op, values, float64=True)
-    # A call with one tensor on meta comes here too, and its results would be memory nobody wrote.
+    # Also reached by a call with one tensor on meta; its results would be uninitialised memory.
     given = zip(op.arguments, values, strict=True)
     tensors = [(name, t) for name, t in given if isinstance(t, torch.Tensor)]
     first, anchor = tensors[0]
@@ -314,8 +320,9 @@ def call_fake(op: TorchOp, *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_wide_on_meta(values: Sequence[Any]) -> bool:
-    """Whether the call asks for the shapes of float64, which the reference alone can run. (Within a
-    graph tensors have the device that they will run on.)"""
+    """Whether the call asks for the shapes of float64, which only the reference can run. (Within a
+    graph tensors report the device that they will run on.)
+    """
     first = values[0]
     if not isinstance(first, torch.Tensor):
         return False
@@ -324,7 +331,7 @@ def _is_wide_on_meta(values: Sequence[Any]) -> bool:
 
 def _call_on_views(op: TorchOp, namespace: str, *args: Any, **kwargs: Any) -> Any:
     values = op.resolve_views(op.bind(args, kwargs))
-    _check(op, values)  # refuses those that are written
+    _check(op, values)  # refuses written arguments
     return op.run(namespace, values)
 
 
@@ -349,7 +356,7 @@ def triton_installed() -> bool:
 
 
 def _minor_version(package: str) -> tuple[int, ...]:
-    """(major, minor), or () of a package that is not installed."""
+    """(major, minor), or () for a package that is not installed."""
     try:
         return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))
     except importlib.metadata.PackageNotFoundError:
@@ -360,7 +367,7 @@ def _find_interpreter_fault() -> str | None:
     triton, numpy = (_minor_version(name) for name in ("triton", "numpy"))
     if not numpy:
         return "Triton's interpreter needs NumPy"
-    # 3.6 makes an int of an array with a dimension, which is an error from NumPy 2.4 on.
+    # Triton 3.6 converts a 1-element array to int, which is an error from NumPy 2.4 on.
     if triton and triton < (3, 7) and numpy >= (2, 4):
         return "Triton's interpreter needs Triton 3.7 or later, or NumPy below 2.4"
     return None
@@ -370,7 +377,7 @@ _INTERPRETER_FAULT = _find_interpreter_fault() if _TRITON_INSTALLED else None
 
 
 def interpreter_fault() -> str | None:
-    """Why the interpreter of the installed Triton runs no kernel, if it does not."""
+    """The reason why the interpreter of the installed Triton cannot run kernels, or None."""
     return _INTERPRETER_FAULT
 
 
@@ -384,7 +391,7 @@ def emulated_built() -> bool:
 
 
 def _fill_emulated() -> None:
-    from . import _knobs  # which is above this module
+    from . import _knobs  # _knobs is above this module
 
     torch.ops.load_library(str(EMULATED_PATH))
     _direct[EMULATED_NAMESPACE] = _door.functions(EMULATED_PATH)
@@ -396,11 +403,13 @@ def _fill_emulated() -> None:
             found.append(op.name)
             _attach(op, EMULATED_NAMESPACE)
     _knobs.copy_to(getattr(torch.ops, EMULATED_NAMESPACE))
-    _emulated_ops.update(found)  # another thread sees all of them or none
+    _emulated_ops.update(found)  # atomic: another thread sees all of them or none
 
 
 class _FilledAtFirstUse(torch._ops._OpNamespace):
-    """A namespace of torch.ops. Its operators cost as much time as the rest of the import."""
+    """A namespace of torch.ops filled at first use: its operators cost as much time as the rest of
+    the import.
+    """
 
     def __init__(self, name: str, fill: Callable[[], None]) -> None:
         super().__init__(name)
@@ -410,12 +419,12 @@ class _FilledAtFirstUse(torch._ops._OpNamespace):
 
     def fill(self) -> None:
         with self._filling:
-            fill, self._fill = self._fill, None  # fill looks operators up
+            fill, self._fill = self._fill, None  # fill looks operators up itself
             if fill:
                 fill()
 
     def __getattr__(self, name: str) -> Any:
-        if not name.startswith("__"):  # what Python asks of any module
+        if not name.startswith("__"):  # attributes that Python reads of any module
             self.fill()
         return super().__getattr__(name)
 
@@ -430,8 +439,9 @@ def loaded_emulated() -> Any:
 
 
 def _load_emulated() -> set[str]:
-    """The operators of the emulated library. A trace, which asks too, can neither load it nor take
-    a lock to see that it is loaded."""
+    """The operators of the emulated library. A trace also calls this, and can neither load it nor
+    take a lock to see that it is loaded.
+    """
     if _emulated and not _emulated_ops:
         _emulated.fill()
     return _emulated_ops

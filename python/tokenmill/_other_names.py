@@ -1,8 +1,8 @@
-"""Keywords of other libraries: what a function of this package says to them.
+"""Error messages for keywords of other libraries.
 
-A function that refuses other names collects them in ``**other``, which costs one empty dict a call
-(about 30 ns) and no frame. ``Never`` as its type lets type checkers refuse them before; the
-signature that :func:`inspect.signature`, help() and the site show does not have it.
+A function that refuses other names collects them in ``**other``, which costs one empty dict per
+call (about 30 ns) and no frame. Its type ``Never`` lets type checkers reject them earlier; it does
+not appear in the signature shown by :func:`inspect.signature`, help() and the site.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class UnknownKeyword(InputError, TypeError):
-    """A keyword that the function does not have: a TypeError, as of any function of Python."""
+    """A keyword that the function does not have: a TypeError, as for any Python function."""
 
 
 class _Required:
@@ -26,9 +26,9 @@ class _Required:
         return "nothing"
 
 
-REQUIRED: Any = _Required()  # default of a required keyword, for which others have another name
+REQUIRED: Any = _Required()  # default of a required keyword that other libraries name differently
 
-# Their name -> ours, and a remark. The first name that the function has is meant.
+# Foreign name -> our names, and a remark. The first name that the function has is suggested.
 RENAMED: dict[str, tuple[tuple[str, ...], str]] = {
     # PyTorch's scaled_dot_product_attention and flex_attention
     "attn_mask": (("bias", "mask"), "; a bool tensor shows what is True"),
@@ -98,7 +98,7 @@ _WEIGHTS = "the weights are never in memory; return_lse=True gives their normali
 _GQA = "is not needed: fewer heads in k and v than in q are GQA"
 _LAYOUT = "there is one layout, [B, S, H, D] (or packed [T, H, D]): transpose(1, 2), a view"
 
-# Their name -> why there is none here.
+# Foreign name -> the reason why there is no counterpart.
 ABSENT: dict[str, str] = {
     "dropout_p": _DROPOUT,
     "dropout": _DROPOUT,
@@ -130,7 +130,7 @@ ABSENT: dict[str, str] = {
 
 
 def refuses_other_names(function: F) -> F:
-    """Shows the signature of a function without ``**other``, in which it collects other names."""
+    """Hides ``**other``, which collects foreign names, from the signature of a function."""
     signature = inspect.signature(function)
     own = [
         p.replace(default=p.empty) if p.default is REQUIRED else p
@@ -142,14 +142,14 @@ def refuses_other_names(function: F) -> F:
 
 
 def refuse(op: str, function: Callable[..., Any], other: Mapping[str, Any]) -> NoReturn:
-    """The error of the first keyword that a function does not have."""
+    """The error for the first keyword that a function does not have."""
     name, value = next(iter(other.items()))
     rule = rule_of(name, tuple(inspect.signature(function).parameters))
     raise UnknownKeyword(f"tokenmill.{op}: {name}: {rule}; got {show(value)}")
 
 
 def rule_of(name: str, own: tuple[str, ...]) -> str:
-    """What to pass instead of a keyword, to a function with these parameters."""
+    """Suggestion for a keyword, given the parameters of the function."""
     ours, remark = RENAMED.get(name, ((), ""))
     for candidate in ours:
         if candidate in own:

@@ -47,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit status: 0 if every tensor keeps its error budget, 1 if one does not, a call fails or
-    nothing could be checked."""
+    """Exit status: 0 if every tensor is within its error budget, 1 if one is not, a call fails or
+    nothing could be checked.
+    """
     if options.fuzz is not None:
         return fuzz.run(options)
     from .bench.progress import progress
@@ -78,10 +79,10 @@ def run(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the operators run."""
+    """Device and instruction set on which operators run."""
 
     backend: str
-    isa: str | None = None  # None: the one that is in force
+    isa: str | None = None  # None: the current one
 
     def __str__(self) -> str:
         return f"{self.backend} {self.isa}" if self.isa else self.backend
@@ -97,18 +98,19 @@ class Place:
 
 @dataclass
 class Row:
-    """What was found about one operator in one place."""
+    """Findings on one operator in one place."""
 
     place: Place
     op: str
-    absent: bool = False  # it has no kernel there
-    compared: int = 0  # tensors
-    wrong: int = 0  # of them
-    failed: int = 0  # calls
-    worst: float = 0.0  # largest share of an error budget
+    absent: bool = False  # whether it has no kernel there
+    compared: int = 0  # number of tensors compared
+    wrong: int = 0  # number of tensors over budget
+    failed: int = 0  # number of failed calls
+    worst: float = 0.0  # maximum error as a fraction of its budget
     problems: list[str] = field(default_factory=list)
-    shares: dict[str, float] = field(default_factory=dict)  # worst, by dtype
-    left_out: dict[str, str] = field(default_factory=dict)  # samples, and why kernels lack them
+    shares: dict[str, float] = field(default_factory=dict)  # worst, per dtype
+    # samples left out, and why kernels do not support them
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -152,7 +154,7 @@ def _check(spec: OpSpec, places: list[Place], dtypes: list[str], verbose: bool) 
     ]
     for dtype in dtypes:
         for sample in spec.samples:
-            for row in rows:  # innermost: the oracle is asked once for all of them
+            for row in rows:  # innermost loop, so that the oracle runs once for all rows
                 if row.absent:
                     continue
                 if why := _dispatch.missing(spec, sample, row.place.backend):
@@ -169,7 +171,7 @@ def _compare(row: Row, spec: OpSpec, sample: Sample, dtype: str, verbose: bool) 
             found = testing.compare(
                 spec, sample, place.backend, DTYPES[dtype], device=place.device, draws=4
             )
-    except Exception as error:  # a call that fails leaves the others to be checked
+    except Exception as error:  # a failing call does not stop the others
         row.failed += 1
         row.problems.append(f"{call}: {_cli.one_line(error)}")
         return
@@ -196,7 +198,7 @@ def _summary(rows: list[Row]) -> None:
 
 
 def _write(path: Path, rows: list[Row]) -> None:
-    """What `tokenmill report` reads."""
+    """Writes the file that `tokenmill report` reads."""
     places = dict.fromkeys(row.place for row in rows)
     document: dict[str, Any] = {
         "machine": _info.machine(),

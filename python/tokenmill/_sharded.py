@@ -1,4 +1,6 @@
-"""How calls of one process find what runs them on several ranks, which most need not import."""
+"""Hooks through which single-process calls reach the distributed implementation, without importing
+it.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,16 @@ from typing import Any
 
 import torch
 
-# Stands in for attention: set by tokenmill.distributed.context_parallel, asked for by integrations.
+# Replacement for attention: set by tokenmill.distributed.context_parallel, read by integrations.
 sharded_attention: ContextVar[Callable[..., Any] | None] = ContextVar(
     "sharded_attention", default=None
 )
 
 
 def sharding_of(arguments: Sequence[Any]) -> Any:
-    """The module that runs calls on DTensors, if this is one; None in a graph, where the rules are
-    there once tokenmill.distributed is imported."""
+    """The module that runs calls on DTensors, if t is one; None in a graph, where the rules are
+    registered once tokenmill.distributed is imported.
+    """
     if torch.compiler.is_compiling():
         return None
     tensors = sys.modules.get("torch.distributed.tensor")

@@ -1,5 +1,6 @@
-"""Which calls kernels of compute capability 9.0 take: the rules that operators share, as in
-calls.h, launch_sm90.h and tensor_map.cu of csrc."""
+"""Which calls the sm_90a kernels take: rules shared by operators, as in calls.h, launch_sm90.h and
+tensor_map.cu of csrc.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST_TOKENS = 32  # queries, of a tile of 64 or 128 rows or a chunk of 64
-MOST_TILES = 2**30  # of a forward
+LEAST_TOKENS = 32  # queries in a tile of 64 or 128 rows, or a chunk of 64
+MOST_TILES = 2**30  # tiles of a forward
 
 
 class Rules:
-    """Those that a call breaks: "argument: rule; got value" each."""
+    """The rules that a call breaks: "argument: rule; got value" each."""
 
     def __init__(self) -> None:
         self.broken: list[str] = []
@@ -59,7 +60,7 @@ class Rules:
 
 
 def most_tiles(q: Tensor, cu_seqlens_q: Tensor | None, rows: int) -> int:
-    """A bound on those of `rows` queries of all heads."""
+    """Upper bound on the number of tiles of `rows` queries, over all heads."""
     tokens, heads = q.shape[-3:-1]
     if cu_seqlens_q is not None:
         return int(heads * (tokens // rows + cu_seqlens_q.shape[0]))
@@ -71,6 +72,8 @@ def float32(x: float) -> float:
 
 
 def _has_mapped_strides(t: Tensor) -> bool:
-    """Strides of extents of 1 do not matter, and a map has 40 bits for the others, in bytes."""
+    """Whether strides can be encoded in a tensor map: strides of extents of 1 are ignored, others
+    must fit 40 bits, in bytes.
+    """
     strides = (s for s, extent in zip(t.stride()[:-1], t.shape[:-1], strict=True) if extent > 1)
     return all(t.shape[-1] <= s < 2**39 and s % 8 == 0 for s in strides)

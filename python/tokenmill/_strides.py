@@ -1,4 +1,4 @@
-"""Copies of arguments whose last dimension is not contiguous, before an operator runs."""
+"""Copies arguments whose last dimension is not contiguous, before an operator runs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ JAGGED = "must be nested with layout=torch.jagged, or packed with cu_seqlens"
 
 
 def strided(spec: OpSpec, lowered: tuple[Any, ...]) -> dict[str, int]:
-    """The arguments that a call copies since their last dimension is not contiguous, with their
-    places in the lowered list."""
+    """The arguments that a call copies because their last dimension is not contiguous, with their
+    indices in the lowered list.
+    """
     found = {}
     for name in spec.copied:
         at = spec.forward.arguments.index(name)
@@ -32,7 +33,7 @@ def strided(spec: OpSpec, lowered: tuple[Any, ...]) -> dict[str, int]:
 def with_rows(
     spec: OpSpec, lowered: tuple[Any, ...], copy: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[Any, ...]:
-    """The lowered call with copies of the arguments that need one."""
+    """The lowered call with copies of the arguments that need them."""
     places = [*strided(spec, lowered).values()]
     if not places:
         return lowered

@@ -1,4 +1,6 @@
-"""What a call writes into. csrc/core/written.h has the same rules in the same order and words."""
+"""Rules on arguments that a call writes. csrc/core/written.h has the same rules in the same order
+and words.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,15 @@ from torch import Tensor
 
 from ._check import check_like_out, fail
 
-SEARCHED = 4096  # multiples of strides, of a pair of tensors
+SEARCHED = 4096  # maximum number of stride multiples searched for a pair of tensors
 
 
 def check_written(op: str, name: str, t: Tensor, read: dict[str, Tensor | None]) -> None:
-    """No lazy negative or conjugate, each element at an address of its own, and none where one lies
-    that the call reads. Where there are no addresses (in a graph that is being made), the kernel
-    looks for itself when it runs."""
-    if torch.compiler.is_dynamo_compiling():  # which cannot ask any of this
+    """A written argument must not be a lazy negative or conjugate, must have no overlapping
+    elements, and must share no element with an input. Where there are no addresses (while tracing a
+    graph), the kernel checks when it runs.
+    """
+    if torch.compiler.is_dynamo_compiling():  # Dynamo can trace none of this
         return
     if t.is_neg() or t.is_conj():
         fail(op, name, "must not be a negative or conjugate view", t)
@@ -34,7 +37,7 @@ def check_written(op: str, name: str, t: Tensor, read: dict[str, Tensor | None])
 
 
 def check_out(op: str, out: Tensor, shape: tuple[int, ...], arguments: Any) -> None:
-    """The result of a call with these arguments, a record, in the dtype and on the device of q."""
+    """Checks out against the arguments of a call, a record: dtype and device of q."""
     given: dict[str, Any] = arguments._asdict()
     read = {name: t if isinstance(t, Tensor) else None for name, t in given.items()}
     check_like_out(op, "out", out, shape, arguments.q)
@@ -42,8 +45,9 @@ def check_out(op: str, out: Tensor, shape: tuple[int, ...], arguments: Any) -> N
 
 
 def _address(t: Tensor) -> int | None:
-    """None of a tensor without elements, or without memory of its own: fake or of another subclass,
-    or wrapped by a transform."""
+    """The address; None for a tensor without elements, or without its own memory: fake or another
+    subclass, or wrapped by a transform.
+    """
     if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
         return None
     try:
@@ -53,9 +57,10 @@ def _address(t: Tensor) -> int | None:
 
 
 def _elements_apart(t: Tensor) -> bool:
-    """Whether no two indices share an address. A layout whose dimensions interleave, none stepping
-    over the whole of the others, counts as sharing."""
-    last = 0  # offset of the last element of the dimensions so far
+    """Whether no two indices share an address. Conservative: a layout with interleaved dimensions,
+    where no stride exceeds the extent of the smaller ones, counts as overlapping.
+    """
+    last = 0  # offset of the last element over the dimensions so far
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
         if size > 1 and stride <= last:
             return False
@@ -64,12 +69,12 @@ def _elements_apart(t: Tensor) -> bool:
 
 
 def _share_memory(a: Tensor, b: Tensor, apart: int) -> bool:
-    """Whether an element of a may lie where one of b lies, which begins `apart` bytes behind a.
+    """Whether an element of a may overlap one of b, which begins `apart` bytes after a.
 
-    For every cut the strides from it on step by multiples of their greatest common divisor; what
-    the others span is compared modulo that. This tells apart what was cut from one tensor along any
-    dimension, such as interleaved keys and values. What it leaves is searched: pages with a gap
-    between them.
+    For every cut, strides from the cut on are multiples of their greatest common divisor; the
+    extents of smaller strides are compared modulo it. This proves disjoint the parts of one tensor
+    cut along any dimension, such as interleaved keys and values. Remaining cases are searched, such
+    as pages with a gap between them.
     """
     steps_a, steps_b = (
         [(s * t.itemsize, n - 1) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1]
@@ -99,8 +104,10 @@ def _share_memory(a: Tensor, b: Tensor, apart: int) -> bool:
 
 
 def _meets(dims: list[tuple[int, int, int]], at: int, low: int, high: int, left: list[int]) -> bool:
-    """Whether `at` plus a multiple of each stride lies in low .. high, or whether that takes more
-    than left[0] steps to see. dims: (stride, least multiple, most), from the largest stride on."""
+    """Whether `at` plus a multiple of each stride lies in low .. high, or whether deciding it takes
+    more than left[0] steps. dims: (stride, minimum multiple, maximum), in order of decreasing
+    stride.
+    """
     if not dims:
         return low <= at <= high
     (stride, least, most), *others = dims

@@ -1,8 +1,8 @@
-"""The functions of the package for arrays of NumPy, JAX, CuPy and whoever else speaks DLPack.
+"""The functions of the package for arrays of NumPy, JAX, CuPy and other DLPack libraries.
 
-Arrays go in and come out without copies: ``tokenmill.dlpack.f`` is ``tokenmill.f`` with arrays in
-the place of tensors, and results of the kind of its first array. Nothing is recorded for
-gradients. What a call writes into must be memory that its owner lets others write (not JAX's).
+Arrays are passed and returned without copies: ``tokenmill.dlpack.f`` is ``tokenmill.f`` with arrays
+instead of tensors, and results of the type of its first array. Gradients are not recorded.
+Arguments that a call writes must be writable by others (not JAX's).
 
 Example:
     >>> import numpy as np
@@ -47,7 +47,7 @@ def _to_tensor(value: Any) -> Any:
 
 
 def _back_to(array: Any) -> Callable[[Any], Any]:
-    """What makes a tensor an array of the kind of this one."""
+    """A function that converts tensors to the array type of the given array."""
     if hasattr(array, "__array_namespace__"):
         library = array.__array_namespace__()
     else:

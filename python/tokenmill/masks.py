@@ -1,8 +1,8 @@
-"""Masks of :func:`tokenmill.attention` and :func:`tokenmill.attention_decode` that are not bands
-along the diagonal, without a matrix of pairs: prefixes, segments and ranges of keys.
+"""Masks for :func:`tokenmill.attention` and :func:`tokenmill.attention_decode` other than diagonal
+bands, without materialising pairs: prefixes, segments and ranges of keys.
 
-A call takes one mask, or a tuple of at most one of each class; with causal and window, a pair is
-visible if all allow it. Tiles that are hidden from all their queries are not multiplied.
+A call takes one mask, or a tuple of at most one of each class; together with causal and window, a
+pair is visible if all allow it. Fully masked tiles are skipped.
 
     >>> import torch, tokenmill as tm
     >>> q = k = v = torch.randn(1, 6, 2, 16)
@@ -69,13 +69,13 @@ Masks: TypeAlias = Mask | tuple[Mask, ...] | None
 
 
 def prefix(lengths: Tensor) -> Prefix:
-    """Causal behind a prefix that all queries see: query i sees key j if j <= i + Sk - Sq or
-    j < lengths[b].
+    """Causal after a prefix that all queries see: query i sees key j if j <= i + Sk - Sq or j <
+    lengths[b].
 
-    Stands in place of causal, which raises beside it; a window still cuts.
+    Replaces causal, which must not be given too; a window still applies.
 
     Args:
-        lengths: int32 ``[B]``, in keys; of packed sequences one for each.
+        lengths: int32 ``[B]``, in keys; for packed calls one per sequence.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -101,13 +101,13 @@ def segments(
     rule: Rule = "equal",
     shared: int | None = None,
 ) -> Segments:
-    """Queries see keys of their own segment (documents, subjects), or of no later one.
+    """Queries see keys of their own segment (documents, subjects), or of no later segment.
 
     Args:
         q_ids: int32 ``[B, Sq]`` or ``[1, Sq]`` (packed ``[Tq]``), in any order. Sorted ids let
             whole tiles be skipped.
-        k_ids: likewise of keys ``[B, Sk]`` (packed ``[Tk]``); None = q_ids. Of a cache, ids of all
-            positions that it has room for, in the order of the request's keys.
+        k_ids: likewise for keys ``[B, Sk]`` (packed ``[Tk]``); None = q_ids. For a cache, ids of
+            all positions that it has room for, in the order of the request's keys.
         rule: "equal": visible if q_ids == k_ids; "not_after": if q_ids >= k_ids.
         shared: an id whose keys all queries see, and whose queries see all keys.
 
@@ -164,13 +164,13 @@ def ranges(begin: Tensor, end: Tensor) -> Ranges:
 
 
 def grid(width: int, distance: Distance = "chebyshev", *, window: int | None = None) -> Grid:
-    """Distances of alibi_slopes between cells of a grid: token i is the cell of row i // width and
+    """Distances for alibi_slopes between cells of a grid: token i is the cell of row i // width and
     column i % width.
 
     Args:
-        width: cells of a row, from 1.
+        width: cells per row, at least 1.
         distance: "chebyshev": ``max(|dy|, |dx|)``; "manhattan": ``|dy| + |dx|``.
-        window: pairs farther apart are hidden; None = none is.
+        window: pairs farther apart are masked; None = no limit.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -199,13 +199,13 @@ def grid(width: int, distance: Distance = "chebyshev", *, window: int | None = N
 def decay2d(
     gamma: Tensor, width: int, distance: Distance = "chebyshev", window: int | None = None
 ) -> Decay2d:
-    """Decay of normalised weights with the distance on a grid: those of head h are multiplied by
-    gamma_h ^ distance, and rows do not sum to 1 any more.
+    """Decay of normalised weights with the distance on a grid: weights of head h are multiplied by
+    gamma_h ^ distance, and rows no longer sum to 1.
 
     Args:
         gamma: ``[H]`` or ``[B, H]``, from 0 to 1; 0^0 = 1. It has a gradient.
         width, distance: as in :func:`grid`.
-        window: the factor of pairs farther apart is 0; None = of none.
+        window: the factor of pairs farther apart is 0; None = no limit.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -235,7 +235,7 @@ def _check_int32(function: str, argument: str, t: Any, *ranks: int) -> None:
 
 
 class Lowered(NamedTuple):
-    """A mask as the schema has it: what a kernel needs to know of any tuple of masks.
+    """A tuple of masks, lowered to the fields of the schema.
 
     ranges: int32 ``[B | 1, H | 1, Sq, R, 2]``, (begin, end) of the keys that a query sees;
     q_spans, k_spans: int32 ``[B | 1, Sq | Sk, 2]``, first and last id; a pair is visible if the
@@ -260,13 +260,13 @@ def lower_mask(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Lowered:
-    """keys: of a sequence; of packed ones, all."""
+    """keys: number of keys of a sequence; for packed calls, of all sequences."""
     if mask is None:
         return NO_MASK
     by_class = _by_class(op, mask, q)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if not _fits(q, packed, cu_seqlens_q, cu_seqlens_k):
-        return NO_MASK  # the rules have an error for it
+        return NO_MASK  # the rules report the error
     rows = q.shape[-3]
     spans = NO_MASK
     segments: Segments | None = by_class.get(Segments)
@@ -286,7 +286,7 @@ def lower_mask(
         end = _prefix_end(op, leading, rows, keys, q, cu_seqlens_q, cu_seqlens_k)
         if bounds is None:
             bounds = torch.stack((torch.zeros_like(end), end), -1)[:, None, :, None]
-        elif end.shape[-1] == bounds.shape[2]:  # else the rules have an error for it, too
+        elif end.shape[-1] == bounds.shape[2]:  # otherwise the rules report an error too
             begin, old = bounds.unbind(-1)
             new = old.minimum(end[:, None, :, None])
             bounds = torch.stack((begin.expand_as(new), new), -1)
@@ -321,7 +321,7 @@ def _by_class(op: str, mask: Any, q: Tensor) -> dict[type, Any]:
 
 
 def _checked(mask: Mask) -> Mask:
-    """A record may have been made by hand."""
+    """Checks the mask, as the record may have been built by hand."""
     if isinstance(mask, Prefix):
         return prefix(mask.lengths)
     if isinstance(mask, Ranges):
@@ -348,7 +348,7 @@ def _spans(op: str, segments: Segments, packed: bool) -> Lowered:
 
 
 def _beside(of: Tensor, t: Tensor) -> Tensor:
-    """t as a DTensor that all ranks have, where `of` is a DTensor."""
+    """t as a replicated DTensor, if `of` is a DTensor."""
     mesh = None if type(of) is Tensor else getattr(of, "device_mesh", None)
     if mesh is None:
         return t
@@ -366,7 +366,7 @@ def _prefix_end(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> Tensor:
-    """[B | 1, Sq]: where the keys end that a query sees."""
+    """[B | 1, Sq]: end of the keys visible to each query."""
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if list(leading.lengths.shape) != [batch]:
         fail(op, "mask", f"lengths of prefix must have shape [{batch}]", leading.lengths.shape)
@@ -377,6 +377,6 @@ def _prefix_end(
     if batch == 0:
         return torch.zeros_like(i)[None]
     b = torch.bucketize(i, cu_seqlens_q[1:], right=True).clamp(max=batch - 1)
-    # i - start_q + k_length - q_length + 1, as ends are starts plus lengths
+    # i - start_q + k_length - q_length + 1, with ends = starts + lengths
     causal = i - cu_seqlens_q[1:][b] + cu_seqlens_k.diff()[b] + 1
     return causal.maximum(leading.lengths[b])[None]

@@ -1,5 +1,4 @@
-"""What the package knows about each operator, written once: tests, benchmarks, documentation and
-`python -m tokenmill` all read it here."""
+"""The operator registry: tests, benchmarks, documentation and `python -m tokenmill` all read it."""
 
 from __future__ import annotations
 
@@ -18,7 +17,8 @@ from ._library import TorchOp
 @dataclass(frozen=True)
 class Sample:
     """Arguments of one call of a public function. `make` draws fresh tensors from a generator.
-    forward_only: an operator that has gradients has none of this call."""
+    forward_only: this call has no gradient although the operator has.
+    """
 
     name: str
     make: Callable[[torch.dtype, torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -30,9 +30,9 @@ class Malformed:
     """A call that every backend must refuse: `change` edits the arguments of a sample in place."""
 
     name: str
-    error: str  # a piece of the message: argument, rule and value
+    error: str  # part of the message: argument, rule and value
     change: Callable[[list[Any], dict[str, Any]], None]
-    values: bool = False  # breaks a rule on values inside tensors, not on metadata
+    values: bool = False  # whether it breaks a rule on values inside tensors, not on metadata
 
 
 AXES = {"b": "batch", "h": "heads", "r": "rows", "c": "channels"}
@@ -40,19 +40,19 @@ AXES = {"b": "batch", "h": "heads", "r": "rows", "c": "channels"}
 
 @dataclass(frozen=True)
 class Sharding:
-    """Along which dimensions a call falls apart into calls on parts of its arguments.
+    """The dimensions along which a call splits into calls on parts of its arguments.
 
-    A tensor has a letter of AXES for each dimension that may be split, and a point for others:
-    "b.h." for ``[B, S, H, D]``. Of labels divided by a space a tensor takes those of its rank, or
-    else the last ones of the first. "~c" behind them: the axis is not there, and the parts of the
-    call along it have the same of it. Heads may be those of a group, and a dimension of size 1
-    stands for all.
+    A tensor has a letter of AXES for each dimension that may be split, and a point for the others:
+    "b.h." for ``[B, S, H, D]``. Among labels separated by spaces a tensor takes the label of its
+    rank, otherwise the trailing letters of the first. A suffix "~c": the tensor lacks this axis,
+    and is the same for all parts of the call along it. The head axis may count KV heads, and a
+    dimension of size 1 broadcasts.
 
-    arguments has the labels by name, or by several divided by spaces (a number that counts an axis
-    has the letter); by "name@other" those in calls that have the argument `other`. What is not
-    listed is the same for all parts. results has the labels of each result. Gradients have those of
-    the argument, cotangents those of the result. Calls with an argument named in `without` do not
-    fall apart.
+    arguments: labels by name, or by several names separated by spaces (an integer that counts an
+    axis has its letter); "name@other" applies to calls that have the argument `other`. Arguments
+    not listed are the same for all parts. results: labels of each result. A gradient has the labels
+    of its argument, a cotangent the labels of its result. Calls with an argument named in `without`
+    cannot be split.
     """
 
     arguments: dict[str, str] = field(hash=False)
@@ -65,7 +65,7 @@ class Sharding:
 
     @property
     def axes(self) -> list[str]:
-        """The words of the axes along which some tensor may be split."""
+        """Names of the axes along which some tensor may be split."""
         found = "".join((*self.arguments.values(), *self.results))
         return [word for letter, word in AXES.items() if letter in found]
 
@@ -74,36 +74,29 @@ class Sharding:
 class OpSpec:
     """One public operator.
 
-    lower takes the arguments of the public function and returns the lowered list: the arguments of
-    the schema, shared in one order by reference, C++ params and Triton launcher.
-    differentiable names the arguments with a gradient. out, if there, is the operator that writes
-    the first result into its last argument; lower_out(out, *lowered) is that argument as the schema
-    has it.
-    logarithms are the outputs (by position) whose errors count absolutely while they are below 1:
-    an error there is a relative error of what they are the logarithm of.
-    flops counts the operations of a forward call by the lowered list, backward_flops those of its
-    backward; None = twice as many. Where tensors are shapes alone (meta and fake ones) they count
-    bounds.
-    unsupported(backend, *lowered) lists why CUDA or Triton cannot run a call, beyond what holds for
-    every operator. The cpu backend runs all calls.
-    unsupported_sm90(*lowered, out=out) lists why the kernel for compute capability 9.0 does not
-    take a call, which the one for all chips then runs. None: there is no such kernel.
-    sm90_kernel(*lowered) names the kernels of a call that it takes, if they are not
-    csrc/<family>/<name>/kernel_sm90.
-    sm90_knobs(*lowered, out=out) names the knobs that choose and cut them, if they are not those of
-    the operator, or if one of them can keep a call from them by its size.
-    unsupported_sm90_backward(*lowered) does so for the gradient of a call.
-    plain is what PyTorch code without care for precision would do in the dtype of the inputs: the
-    baseline of the error budget.
-    over_cache names the operator that answers calls of the public function with seqlens_k.
-    sharding says how a call on DTensors falls apart, or why it does not.
+    lower maps the arguments of the public function to the lowered list: the arguments of the
+    schema, in the order shared by reference, C++ params and Triton launcher. differentiable names
+    the arguments with a gradient. out, if any, is the operator that writes the first result into
+    its last argument; lower_out(out, *lowered) is this argument in the form of the schema.
+    logarithms are the outputs (by position) whose errors are absolute while they are below 1: an
+    absolute error of a logarithm is a relative error of its argument. flops counts the operations
+    of a forward call from the lowered list, backward_flops the operations of its backward; None =
+    twice as many. For tensors without data (meta and fake) they return bounds. unsupported(backend,
+    *lowered) lists the reasons why CUDA or Triton cannot run a call, beyond the rules for every
+    operator. The cpu backend runs all calls. unsupported_sm90(*lowered, out=out) lists the reasons
+    why the sm_90a kernel does not take a call, which the sm_80 kernel then runs. None: there is no
+    sm_90a kernel. sm90_kernel(*lowered) names the sm_90a kernels of a call, if not
+    csrc/<family>/<name>/kernel_sm90. sm90_knobs(*lowered, out=out) names the knobs that select and
+    partition them, if not the operator's, or if one of them can exclude a call by its size.
+    unsupported_sm90_backward(*lowered) lists the reasons for the backward of a call.
+    plain is ordinary PyTorch code in the dtype of the inputs, without care for precision: the
+    baseline of the error budget. over_cache names the operator that runs calls of the public
+    function with seqlens_k. sharding declares how a call on DTensors is split, or why it cannot be.
     copied names arguments that the public function copies if their last dimension is not
-    contiguous; torch.ops refuses them.
-    as_packed(q, k, v, kwargs) is a call of jagged nested tensors as one of packed sequences.
-    written names the arguments of the public function that some call writes into, where they are
-    not those of the schema.
-    samples and malformed are those of the module <name>_cases beside that of the operator, which
-    tests and tools alone load.
+    contiguous; torch.ops refuses them. as_packed(q, k, v, kwargs) converts a call on jagged nested
+    tensors to packed sequences. written names the arguments of the public function that some call
+    writes into, if they differ from the schema's. samples and malformed come from the module
+    <name>_cases next to the operator's, which only tests and tools load.
     """
 
     name: str
@@ -152,7 +145,7 @@ class OpSpec:
 
     @property
     def splits_along(self) -> str:
-        """The axes along which calls on DTensors fall apart, or why there are none."""
+        """The axes along which calls on DTensors can be split, or the reason why there are none."""
         if isinstance(self.sharding, Sharding):
             return ", ".join(self.sharding.axes)
         return f"none: {self.sharding}" if self.sharding else "?"
@@ -176,7 +169,7 @@ def ops() -> dict[str, OpSpec]:
 
 
 class UnknownOperator(KeyError):
-    """A name that no operator has."""
+    """Error for a name that no operator has."""
 
     def __str__(self) -> str:  # KeyError shows the repr of its message
         return str(self.args[0])
@@ -192,8 +185,9 @@ def get(name: str) -> OpSpec:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """For a message: at most three names that are nearly this one or contain it, in parentheses
-    after a space. Empty where there are none."""
+    """A suffix for a message: at most three names that are similar to this one or contain it, in
+    parentheses after a space. Empty if there are none.
+    """
     names = list(names)
     near = difflib.get_close_matches(name, names, 3, 0.7)
     if len(name) > 2:

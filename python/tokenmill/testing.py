@@ -1,8 +1,8 @@
-"""The error budget, and what tests and users need to check a kernel: oracle access, instruction-set
-selection, timing.
+"""The error budget, and helpers for checking a kernel: oracle access, instruction-set selection,
+timing.
 
-A result is right if its error against the float64 oracle is at most `factor` times the error that
-plain PyTorch makes in the same dtype, plus a floor that covers the rounding of one output element
+A result is correct if its error against the float64 oracle is at most `factor` times the error of
+plain PyTorch in the same dtype, plus a floor that covers the rounding of one output element
 (docs/numerics.md).
 """
 
@@ -23,10 +23,10 @@ from . import _dispatch, _emulator, _library, registry
 from .registry import OpSpec, Sample
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
-# In units of the largest magnitude of the result: what a kernel rounds and plain PyTorch, by luck,
-# may not. Results: the output element (16 bits), a few roundings of exponent and reciprocal
-# (float32). Gradients: one rounding more, of the weights (16 bits) or of the log-sum-exp from which
-# they are computed again (float32).
+# In units of the largest magnitude of the result: roundings that a kernel has and plain PyTorch may
+# by luck not have. Results: the output element (16 bits), a few roundings of exponent and
+# reciprocal (float32). Gradients: one more rounding, of the weights (16 bits) or of the log-sum-exp
+# from which they are recomputed (float32).
 FORWARD_FLOOR = {
     torch.float16: 2**-11,
     torch.bfloat16: 2**-8,
@@ -40,7 +40,8 @@ GRADIENT_FLOOR = {
     torch.float64: 3e-14,
 }
 
-# e^(z - lse) is off by what z, lse and their difference round in float32: 3 times 2^-24 |lse|.
+# Float32 rounding of z, lse and their difference makes e^(z - lse) wrong by up to 3 times 2^-24
+# |lse|.
 LSE_FLOOR = 2.0**-22
 
 
@@ -53,7 +54,8 @@ def magnitude(x: Tensor) -> float:
 
 def error(actual: Tensor, oracle: Tensor, scale: float | None = None) -> float:
     """Largest absolute difference in units of scale, by default the magnitude of the oracle.
-    Infinite where one has a NaN or an infinity that the other does not have."""
+    Infinite if only one of them has a NaN or an infinity somewhere.
+    """
     a, o = actual.double(), oracle.double()
     if a.shape != o.shape:
         raise AssertionError(f"shapes differ: {tuple(a.shape)} and {tuple(o.shape)}")
@@ -75,8 +77,9 @@ def budget(
     scale: float | None = None,
     lse: float = 0.0,
 ) -> float:
-    """The error that a kernel may make on inputs of `dtype` where plain PyTorch returns `plain`.
-    lse is the magnitude of the log-sum-exp from which a backward computes weights again."""
+    """The error allowed to a kernel on inputs of `dtype` if plain PyTorch returns `plain`. lse is
+    the magnitude of the log-sum-exp from which a backward recomputes weights.
+    """
     if gradient:
         floor = max(GRADIENT_FLOOR[dtype], LSE_FLOOR * lse)
         return GRADIENT_FACTOR * error(plain, oracle, scale) + floor
@@ -91,12 +94,12 @@ def assert_accurate(
     gradient: bool = False,
     name: str = "result",
 ) -> None:
-    """Raises unless actual keeps the error budget.
+    """Raises unless actual is within the error budget.
 
     Args:
-        actual: what the kernel returned.
+        actual: result of the kernel.
         oracle: the float64 reference.
-        plain: what plain PyTorch returns in the dtype of actual.
+        plain: result of plain PyTorch in the dtype of actual.
         gradient: gradients have a wider budget (3 times plain PyTorch) than results (2 times).
         name: names the tensor in the message.
 
@@ -115,8 +118,9 @@ def assert_accurate(
 
 
 def convert(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors (also inside tuples) in another dtype, everything else as it is. Those
-    of 8 bits, in which nothing is computed, stay too."""
+    """Floating-point tensors (also inside tuples) in another dtype, everything else unchanged.
+    8-bit tensors, in which nothing is computed, are unchanged too.
+    """
 
     def change(t: Tensor) -> Tensor:
         if not _is_float(t) or t.itemsize == 1:
@@ -127,7 +131,8 @@ def convert(value: Any, dtype: torch.dtype) -> Any:
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Tensors (also inside tuples, lists and dicts) changed, everything else as it is.
+    """Applies a change to tensors (also inside tuples, lists and dicts); everything else is
+    unchanged.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -145,7 +150,7 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """Tensors (also inside tuples, lists and dicts), in their order.
+    """Tensors (also inside tuples, lists and dicts), in order.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -163,9 +168,9 @@ def evaluate(
     kwargs: dict[str, Any],
     cotangents: Sequence[Tensor] | Callable[[list[Tensor]], Sequence[Tensor]] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of a call (without those that it does not have) and, given cotangents or what draws
-    them for the outputs, the gradients of all its floating-point tensors, in the order of the
-    call."""
+    """Outputs of a call (without absent ones) and, given cotangents or a function that draws them
+    for the outputs, the gradients of all its floating-point tensors, in the order of the call.
+    """
     leaves: list[Tensor] = []
 
     def leaf(x: Tensor) -> Tensor:
@@ -189,8 +194,9 @@ def evaluate(
 
 
 def without_side_effects(spec: OpSpec, function: Callable[..., Any]) -> Callable[..., Any]:
-    """function, which takes the arguments of spec's public function, on copies of those that a call
-    writes into. What was written is appended to the results."""
+    """function, which takes the arguments of spec's public function, run on copies of the arguments
+    that a call writes. These are appended to the results.
+    """
     if not spec.written:
         return function
     names = list(inspect.signature(spec.function).parameters)
@@ -225,7 +231,7 @@ class Comparison:
 
     @property
     def share(self) -> float:
-        """The share of the budget that the error takes: 0 where there is no error."""
+        """The error as a fraction of the budget: 0 if there is no error."""
         if self.error == 0:
             return 0.0
         return self.error / self.allowed if self.allowed > 0 else float("inf")
@@ -241,21 +247,21 @@ def compare(
     seed: int = 0,
     draws: int | None = None,
 ) -> list[Comparison]:
-    """Outputs and gradients of one sample on one backend, each against its error budget. Outputs
-    alone where the backend has no gradients of such a call.
+    """Outputs and gradients of one sample on one backend, each against its error budget. Only
+    outputs if the backend has no gradients for such a call.
 
     The magnitude of a tensor, which is the unit of its errors, and the error of plain PyTorch are
     the largest over a few draws of the sample: one draw of a small tensor may cancel to nearly
     nothing, and plain PyTorch may be lucky in one.
 
     Args:
-        draws: of how many. None: of four, unless the first decides: further draws only widen a
-            budget, and what keeps that of the first keeps that of all.
+        draws: number of draws. None: four, unless the first decides: further draws only widen a
+            budget, so a result within the first budget is within all.
     """
     if draws is None:
         again = functools.partial(compare, spec, sample, backend, dtype, device=device, seed=seed)
         found = again(draws=1)
-        # The budget is infinite where plain PyTorch has an error and the oracle no magnitude.
+        # The budget is infinite where plain PyTorch has an error and the oracle has magnitude 0.
         sure = all(c.error == 0 or c.error <= c.allowed < float("inf") for c in found)
         return found if sure else again(draws=4)
     several = [_draw(spec.name, sample, dtype, seed + i) for i in range(draws)]
@@ -283,7 +289,7 @@ def compare(
         if i in logarithms:
             unit = max(unit, 1.0)
         gradient = name.startswith("gradient")
-        allowed = 0.0  # of integers
+        allowed = 0.0  # integers
         if tensor.is_floating_point():
             allowed = max(
                 budget(d.plain[i], d.wide[i], dtype, gradient=gradient, scale=unit, lse=lse)
@@ -295,7 +301,9 @@ def compare(
 
 @dataclass(frozen=True)
 class _Draw:
-    """Arguments of a call, and its outputs and gradients from the oracle and plain PyTorch."""
+    """Arguments of a call, with its outputs and gradients from the oracle and from plain
+    PyTorch.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -304,7 +312,8 @@ class _Draw:
     plain: list[Tensor]
 
 
-@functools.lru_cache(maxsize=4)  # one sample's: backends and instruction sets follow each other
+# for one sample: backends and instruction sets are tested in succession
+@functools.lru_cache(maxsize=4)
 def _draw(op: str, sample: Sample, dtype: torch.dtype, seed: int) -> _Draw:
     spec = registry.get(op)
     reference = without_side_effects(spec, oracle(op))
@@ -341,7 +350,7 @@ def _is_float(x: Any) -> bool:
 @contextlib.contextmanager
 def cpu_isa(name: str) -> Iterator[None]:
     """Runs the CPU kernels of another instruction set: "baseline", "avx2", "avx512" or
-    "avx512_bf16", where it was built and the machine has it.
+    "avx512_bf16", if it was built and the machine supports it.
 
     Example:
         >>> import tokenmill as tm
@@ -372,12 +381,12 @@ def cpu_isas() -> list[str]:
 @contextlib.contextmanager
 def emulated_cuda(device: str | None = None) -> Iterator[None]:
     """Runs every call on CPU tensors that names no backend through the compiled CUDA kernels, in
-    the PTX machine. In development builds alone (TOKENMILL_PTXVM=1).
+    the PTX machine. Only in development builds (TOKENMILL_PTXVM=1).
 
     Args:
-        device: whose limits the kernels meet: sm_80, sm_86, sm_89, sm_90a or sm_120 (shared memory,
-            multiprocessors and compute capability). sm_90a also runs the kernels for 9.0; all else
-            runs those for 8.0. None leaves the one that PTXVM_DEVICE names, else sm_80.
+        device: device whose limits apply: sm_80, sm_86, sm_89, sm_90a or sm_120 (shared memory,
+            multiprocessors and compute capability). sm_90a also runs the sm_90a kernels; all others
+            run the sm_80 kernels. None keeps the device named by PTXVM_DEVICE, else sm_80.
 
     Raises:
         ValueError: for another device.
