@@ -1,5 +1,5 @@
 """python -m tokenmill demo: a pretrained encoder, training with softmax and with sigmoid,
-generate() under policies, and a vision transformer that merges tokens, on one page."""
+generate() under policies, and a vision transformer with token merging, on one page."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _too_old() -> str:
-    """The version of transformers, where it is installed and too old."""
+    """The installed version of transformers if it is too old."""
     try:
         installed = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:

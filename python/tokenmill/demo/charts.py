@@ -1,4 +1,4 @@
-"""Pictures of the page: lines and bars as SVG, images as PNG, none of which needs a library."""
+"""Charts of the page: lines and bars as SVG, images as PNG, without libraries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 36
-# Of a map from 0 to 1: dark, purple, orange, pale.
+# Colour map from 0 to 1: dark, purple, orange, pale.
 RAMP = ((0.0, 0.0, 0.02), (0.45, 0.07, 0.42), (0.93, 0.41, 0.15), (0.99, 0.95, 0.75))
 
 
@@ -29,8 +29,9 @@ class Line:
 
 
 def lines(curves: Sequence[Line], x_name: str, y_name: str) -> str:
-    """Curves over linear axes, named in a legend below. Points that are not finite are left out,
-    and so are the axes where no point is left."""
+    """Curves over linear axes, with a legend below. Points that are not finite are skipped, and the
+    axes too if no point remains.
+    """
     finite = [[p for p in c.points if all(map(math.isfinite, p))] for c in curves]
     legend = "".join(
         f'<span><i style="background:{c.colour}"></i>{escape(c.name)}</span>'
@@ -73,8 +74,9 @@ def lines(curves: Sequence[Line], x_name: str, y_name: str) -> str:
 
 
 def bars(rows: Sequence[tuple[str, float, str]], colours: Sequence[str]) -> str:
-    """A bar for each (name, value, what stands behind it), none for a value that is not finite.
-    They grow with the page."""
+    """One bar per (name, value, label), none for a value that is not finite. Bars scale with the
+    page.
+    """
     values = [value if math.isfinite(value) else 0.0 for _, value, _ in rows]
     most = max(values, default=0.0) or 1.0
     body = "".join(
@@ -86,7 +88,7 @@ def bars(rows: Sequence[tuple[str, float, str]], colours: Sequence[str]) -> str:
 
 
 def cells(colours: Tensor, groups: Tensor, size: int = 16) -> str:
-    """A square map of patches [n, n, 3], with lines between those of different groups [n, n]."""
+    """A square map of patches [n, n, 3], with lines between patches of different groups [n, n]."""
     n = len(groups)
     parts, edges = [], []
     for i in range(n):
@@ -103,7 +105,7 @@ def cells(colours: Tensor, groups: Tensor, size: int = 16) -> str:
 
 
 def heat(values: Tensor) -> str:
-    """Weights [rows, columns] from 0 to 1 as an image, on a scale of square roots; NaN is 0."""
+    """Weights [rows, columns] from 0 to 1 as an image, on a square root scale; NaN is 0."""
     ramp = torch.tensor(RAMP)
     place = values.nan_to_num(0).clamp(0, 1).sqrt() * (len(ramp) - 1)
     low = place.floor().long().clamp(max=len(ramp) - 2)
@@ -112,7 +114,7 @@ def heat(values: Tensor) -> str:
 
 
 def image(picture: Tensor) -> str:
-    """The address of a PNG of [3, height, width], 0 to 1."""
+    """Data URL of a PNG of [3, height, width], 0 to 1."""
     pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
     height, width, _ = pixels.shape
     rows = b"".join(b"\0" + bytes(row.flatten().tolist()) for row in pixels)

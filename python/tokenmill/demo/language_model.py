@@ -1,4 +1,4 @@
-"""A small causal language model over characters, trained with softmax or sigmoid attention."""
+"""A small causal character-level language model, trained with softmax or sigmoid attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..dense.terms import Kind
 from . import text
 
 KINDS: tuple[Kind, ...] = ("softmax", "sigmoid")
-EVALUATIONS = 6  # during one training
+EVALUATIONS = 6  # per training
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Run:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with ALiBi, queries and keys normed, and so is what each head returns.
+    """Causal self-attention with ALiBi; queries, keys and the output of each head are normalised.
 
-    The last norm matters to sigmoid: with a score bias of -log n the weights of a head that looks
-    at few characters sum to about their share of the context, and such a head would be drowned by
-    those that look at all.
+    The output norm matters for sigmoid: with a score bias of -log n the weights of a head that
+    attends to few characters sum to about their fraction of the context, so its output would be
+    drowned by heads that attend to all characters.
     """
 
     slopes: Tensor
@@ -115,7 +115,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """From codes [B, S] to logits [B, S, VOCABULARY]."""
+    """Codes [B, S] to logits [B, S, VOCABULARY]."""
 
     def __init__(self, setup: Setup, kind: Kind, backend: str | None = None) -> None:
         super().__init__()
@@ -149,8 +149,9 @@ def train(
     device: str = "cpu",
     after_step: Callable[[], None] = lambda: None,
 ) -> Run:
-    """Trains one model. The seed decides the initial parameters and the batches, the same for both
-    kinds; `seconds` is the time of the steps without the evaluations."""
+    """Trains one model. The seed determines initial parameters and batches, equal for both kinds;
+    `seconds` is the time of the steps without evaluations.
+    """
     train_text, validation_text = (codes.to(device) for codes in text.characters())
     torch.manual_seed(setup.seed)
     run = Run(kind, setup, LanguageModel(setup, kind, backend).to(device))
@@ -178,14 +179,14 @@ def train(
 
 
 def learning_rate(step: int, setup: Setup) -> float:
-    """Linear warm-up over a tenth of the steps, then half a cosine to 0."""
+    """Linear warm-up over a tenth of the steps, then a cosine decay to 0."""
     warm_up = (step + 1) / max(1, setup.steps // 10)
     return setup.learning_rate * min(warm_up, (1 + math.cos(math.pi * step / setup.steps)) / 2)
 
 
 @torch.inference_mode()
 def evaluate(model: LanguageModel, codes: Tensor, setup: Setup) -> float:
-    """Mean loss over all whole windows of codes."""
+    """Mean loss over all complete windows of codes."""
     windows = codes.unfold(0, setup.context + 1, setup.context)
     losses = [
         next_character_loss(model, piece) * len(piece) for piece in windows.split(2 * setup.batch)
@@ -194,6 +195,6 @@ def evaluate(model: LanguageModel, codes: Tensor, setup: Setup) -> float:
 
 
 def next_character_loss(model: LanguageModel, windows: Tensor) -> Tensor:
-    """Cross-entropy, in nats per character, of windows [B, S + 1]."""
+    """Cross-entropy of windows [B, S + 1], in nats per character."""
     logits = model(windows[:, :-1])
     return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())

@@ -1,4 +1,4 @@
-"""What the demo found as one HTML file, which loads nothing and runs no script."""
+"""Results of the demo as one HTML file, which loads nothing and runs no script."""
 
 from __future__ import annotations
 
@@ -70,20 +70,20 @@ pre { margin: .4rem 0 0; font: .8rem/1.45 ui-monospace, monospace; white-space: 
 
 @dataclass
 class Found:
-    """What there is to show. Parts that did not run are empty."""
+    """Contents of the page. Parts that did not run are empty."""
 
     machine: dict[str, str]
     facts: str
-    backend: str  # of all but the table of the encoder
+    backend: str  # for everything but the encoder's table
     agreements: list[Agreement]
     answers: list[Answer]
     runs: list[Run]
-    maps: str = ""  # of the last layers of the runs, HTML
+    maps: str = ""  # last layers of the runs, HTML
     llama: Llama | None = None
     prompt: str = ""
     generated: list[Generated] = field(default_factory=list)
     merged: Merged | None = None
-    checks: Sequence[Any] = ()  # of show.Check
+    checks: Sequence[Any] = ()  # list of show.Check
     seconds: float = 0.0
 
 
@@ -110,7 +110,9 @@ def page(found: Found) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML; one that begins with a class in brackets, "[ok]1", gets it."""
+    """An HTML table. Cells are HTML; a cell that begins with a class in brackets, "[ok]1", gets
+    this class.
+    """
 
     def cell(words: str) -> str:
         kind, found, rest = words[1:].partition("]") if words.startswith("[") else ("", "", "")
@@ -203,7 +205,7 @@ def _smooth(losses: Sequence[float]) -> list[tuple[float, float]]:
 
 @torch.inference_mode()
 def maps(runs: Sequence[Run]) -> str:
-    """What the heads of the last layers look at, in one window of validation text."""
+    """Attention maps of the heads of the last layers, in one window of validation text."""
     if not runs:
         return ""
     parts = []
@@ -266,7 +268,7 @@ def _generated(found: Found) -> str:
 
 
 def rate(g: Generated) -> str:
-    """Tokens a second; a dash where none were measured."""
+    """Tokens per second; a dash if not measured."""
     return f"{g.rate:.0f}" if math.isfinite(g.rate) else "-"
 
 
@@ -299,7 +301,7 @@ def _vision(found: Found) -> str:
 
 
 def _mean_of_groups(values: Tensor, groups: Tensor) -> Tensor:
-    """The mean of each group, for each of its members."""
+    """For each member, the mean of its group."""
     _, member, counts = groups.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(counts), values.shape[1]).index_add_(0, member, values)
     return (sums / counts[:, None])[member]

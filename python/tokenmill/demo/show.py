@@ -1,4 +1,4 @@
-"""What `python -m tokenmill demo` runs and prints."""
+"""Runs and prints `python -m tokenmill demo`."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .encoder import Agreement
 from .generate import FULL, Generated, Llama
 from .language_model import KINDS, Run, Setup
 
-SECONDS = 1.0  # of measuring each batch
-MAX_LOSS_RATIO = 1.03  # of sigmoid to softmax
-MAX_READ = 0.8  # of the bytes of a step with full attention
+SECONDS = 1.0  # measuring time per batch
+MAX_LOSS_RATIO = 1.03  # sigmoid to softmax
+MAX_READ = 0.8  # fraction of the bytes of a step with full attention
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Check:
-    """A line of the summary."""
+    """One line of the summary."""
 
     name: str
     value: str
@@ -47,7 +47,7 @@ def run(backends: list[str] | None, *, out: Path, setup: Setup, llama: Setup) ->
             raise _cli.UsageError(f"--{error.removeprefix('tokenmill.attention: ')}")
     path = _cli.writable_folder("--out", out) / "index.html"
     try:
-        path.unlink(missing_ok=True)  # a run that is interrupted leaves no other run's page
+        path.unlink(missing_ok=True)  # an interrupted run must not leave another run's page
     except OSError as error:
         raise _cli.UsageError(_cli.unwritable("--out", path, error)) from None
     console = Console()
@@ -60,7 +60,7 @@ def run(backends: list[str] | None, *, out: Path, setup: Setup, llama: Setup) ->
     failures: list[Check] = []
 
     def part(name: str, make: Callable[[], T]) -> T | None:
-        """What a part found; of one that fails nothing is left but a check that does not hold."""
+        """The result of a part; a part that fails leaves only a failed check."""
         try:
             return make()
         except Exception as error:
@@ -106,7 +106,7 @@ def run(backends: list[str] | None, *, out: Path, setup: Setup, llama: Setup) ->
 
 
 def default_backends() -> list[str]:
-    """Those for a GPU where there is one, else the kernels for CPUs and the reference."""
+    """Default backends: a GPU's if there is one, otherwise the CPU kernels and the reference."""
     if torch.cuda.is_available():
         found = [backend for backend in ("cuda", "triton") if not refusal(backend)]
         if found:
@@ -120,7 +120,7 @@ def device_of(backend: str) -> str:
 
 
 def refusal(backend: str) -> str | None:
-    """Why attention cannot run on this backend here; None if it can."""
+    """The reason why attention cannot run on this backend here; None if it can."""
     q = torch.empty(1, 1, 1, 32, device=device_of(backend))
     return _dispatch.explain("attention", q, q, q, backend=backend).error
 
@@ -237,7 +237,7 @@ def generation_checks(generated: list[Generated]) -> Iterator[Check]:
 def encoder_checks(agreements: list[Agreement]) -> Iterator[Check]:
     for backend in dict.fromkeys(a.backend for a in agreements):
         cosines = [a.cosine for a in agreements if a.backend == backend]
-        least = min(cosines, key=lambda c: (c == c, c))  # NaN is less than all
+        least = min(cosines, key=lambda c: (c == c, c))  # NaN counts as less than all
         limit = encoder.MIN_COSINE
         name = f"embeddings on {backend}: least cosine with {encoder.STOCK}"
         yield Check(name, f"{least:.7f}", f">= {limit}", least >= limit)
@@ -269,7 +269,7 @@ def summary(checks: list[Check]) -> Table:
 
 
 def new_table(words: list[str], numbers: list[str]) -> Table:
-    """A table with the headings of columns of words (left) and of numbers (right)."""
+    """A table with headings for text columns (left) and number columns (right)."""
     table = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     for heading in words:
         table.add_column(heading)

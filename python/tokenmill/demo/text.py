@@ -1,4 +1,4 @@
-"""Text that every machine with Python has: the language reference that help() prints."""
+"""Text available on every machine with Python: the language reference printed by help()."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VOCABULARY = 128  # ASCII
 
 @functools.cache
 def paragraphs() -> tuple[str, ...]:
-    """All paragraphs in ASCII, each once: some topics contain others."""
+    """All ASCII paragraphs, each once: some topics contain others."""
     from pydoc_data.topics import topics
 
     whole = "\n\n".join(topics[name] for name in sorted(topics))
@@ -28,8 +28,9 @@ def prose() -> tuple[str, ...]:
 
 
 def passages(count: int, words: int) -> list[str]:
-    """`count` pieces of `words` words, spread evenly over the prose, each from the beginning of a
-    paragraph."""
+    """`count` passages of `words` words, spread evenly over the prose, each from the beginning of a
+    paragraph.
+    """
     found = prose()
     pieces = []
     for number in range(count):
@@ -44,12 +45,14 @@ def passages(count: int, words: int) -> list[str]:
 
 
 def characters() -> tuple[Tensor, Tensor]:
-    """The text as codes below VOCABULARY: nine tenths to train on, the last tenth to validate."""
+    """The text as codes below VOCABULARY: nine tenths for training, the last tenth for
+    validation.
+    """
     return _codes("\n\n".join(paragraphs()))
 
 
 def sentences() -> tuple[Tensor, Tensor]:
-    """The same of the prose alone, on one line."""
+    """The same for prose only, on one line."""
     return _codes(" ".join(" ".join(prose()).split()))
 
 
@@ -61,8 +64,9 @@ def _codes(whole: str) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def pair_loss() -> float:
-    """Cross-entropy on the validation text, in nats per character, of predicting each character
-    from the one before by the frequencies of pairs in the training text."""
+    """Cross-entropy on the validation text, in nats per character, of a bigram model with the pair
+    frequencies of the training text.
+    """
     train, validation = characters()
     pairs = torch.bincount(train[:-1] * VOCABULARY + train[1:], minlength=VOCABULARY**2)
     counts = pairs.view(VOCABULARY, VOCABULARY).double() + 0.01

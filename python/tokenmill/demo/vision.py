@@ -1,7 +1,7 @@
-"""A vision transformer that merges tokens, and what became of each patch.
+"""A vision transformer with token merging, and the fate of each patch.
 
-The weights are random: merged patches are those whose random projections are alike, which is enough
-for the time of a call and to see where tokens go. It says nothing of accuracy.
+The weights are random: merged patches are similar under a random projection, which is enough for
+timing a call and for seeing where tokens go. It says nothing about accuracy.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 
 SIDE, PATCH, WIDTH, LAYERS = 224, 16, 192, 12
 BATCH = 8
-MERGE = 13  # tokens a layer, of 197
+MERGE = 13  # tokens per layer, out of 197
 
 
 @dataclass(frozen=True)
 class Merged:
-    """One image through the stock model and through the patched one."""
+    """One image through the stock model and the patched model."""
 
     image: Tensor  # [3, SIDE, SIDE], 0 to 1
-    source: Tensor  # [patches], the row of the result in which each is
-    rows: int  # of the result, without the class token
-    rate: float  # images a second
+    source: Tensor  # [patches], the result row of each patch
+    rows: int  # number of result rows, without the class token
+    rate: float  # images per second
     stock_rate: float
 
     @property
@@ -34,7 +34,7 @@ class Merged:
 
 
 def image(side: int = SIDE) -> Tensor:
-    """A hill at dusk: areas that are alike, and edges."""
+    """A hill at dusk: uniform areas, and edges."""
     y, x = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
     sky = torch.stack([0.35 + 0.75 * y, 0.5 + 0.25 * y, 0.72 - 0.3 * y])
     ridge = 0.62 + 0.1 * torch.sin(5.2 * x) + 0.03 * torch.sin(17 * x)
@@ -52,7 +52,7 @@ def merge(
     *, device: str = "cpu", backend: str | None = None, seconds: float = 3.0,
     side: int = SIDE, layers: int = LAYERS, batch: int = BATCH,
 ) -> Merged:  # fmt: skip
-    """Times the stock model and the patched one in turn for about `seconds`."""
+    """Times the stock model and the patched model alternately for about `seconds`."""
     from transformers import ViTConfig, ViTForImageClassification
 
     from ..integrations.transformers import patch, unpatch

@@ -1,15 +1,15 @@
-"""Malformed calls of everything that a user can call, in processes that a crash may kill.
+"""Malformed calls of the whole public API, in processes that a crash may kill.
 
-A call begins as a valid one (the samples of the registry, compositions.py) and has one to three of
-its arguments changed: dtypes, ranks, sizes, strides, values of ids and lengths, types. It must
-return or raise `tokenmill.<op>: <argument>: <rule>; got <value>`. These are defects: a crash, a
-call that takes some gigabytes, or more than 20 seconds for tensors of a size that fits memory, any
-other error, an argument that was written and should not be, and a result that differs from one call
-to the next or from the reference in shape, dtype or where it is NaN. Memory that nobody wrote
-differs: it is NaN and the largest integers in one of two equal calls.
+A call starts from a valid one (the samples of the registry, compositions.py) and has one to three
+of its arguments changed: dtypes, ranks, sizes, strides, values of ids and lengths, types. It must
+return or raise `tokenmill.<op>: <argument>: <rule>; got <value>`. Defects are: a crash, a call that
+takes some gigabytes, or more than 20 seconds for tensors of a size that fits memory, any other
+error, a write to an argument that should not be written, and a result that differs between two
+equal calls or from the reference in shape, dtype or positions of NaN. Uninitialised memory differs
+between calls: it is filled with NaN and the largest integers in one of two equal calls.
 
-A call is known by seed and number; `python -m tokenmill check --fuzz 1 --seed S --first N` makes it
-alone.
+A call is identified by seed and number; `python -m tokenmill check --fuzz 1 --seed S --first N`
+runs only this call.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ from dataclasses import dataclass, field
 from .. import _cli
 
 BACKENDS = ("cpu", "emulated", "reference")
-BATCH = 5000  # calls of one process
-SECONDS = 20.0  # of a processor's time, of one call
-EXPANDED = "huge, expanded"  # said of a tensor of billions of elements, which a call may look at
-LONG = 2.0  # seconds of such a call, which is no defect
-WAIT = 10.0  # times that, until a call that does nothing is late
+BATCH = 5000  # calls per process
+SECONDS = 20.0  # processor time per call
+# describes a tensor of billions of elements, all of which a call may read
+EXPANDED = "huge, expanded"
+LONG = 2.0  # seconds for such a call, which is not a defect
+WAIT = 10.0  # factor on these limits after which an idle call is late
 START = 600.0  # seconds until a process is ready
 COMMAND = (sys.executable, "-m", "tokenmill.fuzz.worker")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A call that does what no call may do."""
+    """A defective call."""
 
     seed: int
     number: int
@@ -62,7 +63,7 @@ class Finding:
 @dataclass
 class Report:
     findings: list[Finding] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)  # of verdicts
+    counts: Counter[str] = field(default_factory=Counter)  # count of each verdict
 
 
 def fuzz(
@@ -73,14 +74,14 @@ def fuzz(
     first: int = 0,
     found: Callable[[Finding], None] = lambda finding: None,
 ) -> Report:
-    """Makes calls number first to first + calls - 1 and returns what is wrong with them.
+    """Runs calls number first to first + calls - 1 and returns the defects.
 
     Args:
-        calls: how many.
+        calls: number of calls.
         backend: "cpu", "emulated" or "reference".
-        seed: of all calls.
-        first: number of the first one.
-        found: is told of a defect when it is found.
+        seed: seed of all calls.
+        first: number of the first call.
+        found: called with each defect as it is found.
 
     Example:
         >>> from tokenmill.fuzz import fuzz
@@ -139,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _batch(seed: int, first: int, count: int, backend: str) -> Iterator[tuple[str, str, str]]:
-    """Verdict, call and reason of each call until all are made or the process is dead."""
+    """Verdict, call and reason of each call until all have run or the process has died."""
     receive, send = os.pipe()
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -176,7 +177,7 @@ def _batch(seed: int, first: int, count: int, backend: str) -> Iterator[tuple[st
                         call = message[1]
                 yield message[1], call, message[2]
                 if "INTERNAL ASSERT" in message[2]:
-                    return  # PyTorch may have damaged its memory
+                    return  # the call may have corrupted memory
         finally:
             process.kill()
             process.wait()
@@ -184,7 +185,7 @@ def _batch(seed: int, first: int, count: int, backend: str) -> Iterator[tuple[st
             os.close(receive)
 
 
-# Freed memory is overwritten (glibc), so that nothing old passes for a result.
+# Freed memory is overwritten (glibc), so that stale data does not pass for a result.
 _ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.perturb=165",
     "OMP_WAIT_POLICY": "passive",
@@ -198,7 +199,7 @@ class _Messages:
         self.fd, self.rest, self.closed = fd, b"", False
 
     def next(self, seconds: float) -> list | None:
-        """The next one; None where the time is over or the other end is closed."""
+        """The next message; None if the time is over or the other end is closed."""
         end = time.monotonic() + seconds
         while b"\n" not in self.rest:
             ready, _, _ = select.select([self.fd], [], [], max(end - time.monotonic(), 0))
@@ -212,7 +213,7 @@ class _Messages:
 
 
 def _processor_time(pid: int) -> float:
-    """Seconds. The time of day says little on a machine that others use too."""
+    """Processor time in seconds; wall time says little on a shared machine."""
     try:
         with open(f"/proc/{pid}/stat") as stat:
             fields = stat.read().rpartition(")")[2].split()
@@ -222,7 +223,7 @@ def _processor_time(pid: int) -> float:
 
 
 def _tail(process: subprocess.Popen, errors: object) -> str:
-    """How a process ended, and what it said last."""
+    """How a process ended, and its last output."""
     try:
         status = process.wait(timeout=5)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""One call of the fuzzer: made from (seed, number), run, and judged."""
+"""One call of the fuzzer: created from (seed, number), run, and judged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .targets import Arguments, NoCall, Target, targets
 RULE = re.compile(
     r"tokenmill\.[\w.]+: [\w.]+: (.+; got .*|'\w+' cannot run this call: .+)", re.DOTALL
 )
-# What Python says of keywords, PyTorch of its modes, and its dispatcher of the types of a schema.
+# Errors of Python on keywords, of PyTorch on its modes, and of its dispatcher on schema types.
 KEYWORDS = re.compile(
     r"unexpected keyword argument|required (positional|keyword-only) argument"
     r"|multiple values for|positional arguments? but"
@@ -38,7 +38,7 @@ DISPATCHER = re.compile(
     r"|There were no tensor arguments to this function"
 )
 DEFECT = re.compile(r"INTERNAL ASSERT|aoti_torch_|torch_call_dispatcher|report a bug", re.I)
-# The last two: how an allocation that fails, in a thread too, shows in the stable ABI of PyTorch.
+# The last two show a failed allocation, also in a thread, in the stable ABI of PyTorch.
 MEMORY = re.compile(
     r"can't allocate memory|bad_alloc|out of memory|overflow|\"aten::\w*(empty|zeros|full)"
     r"|torch_parallel_for",
@@ -48,13 +48,13 @@ MEMORY = re.compile(
 
 @dataclass(frozen=True)
 class Case:
-    """A call. make gives its arguments anew each time, as a call may write into them."""
+    """A call. make creates its arguments anew each time, as a call may write into them."""
 
     target: Target
-    backend: str | None  # the argument
-    words: str  # what is called, and what was changed
+    backend: str | None  # value of the backend argument
+    words: str  # the call and its changes, in words
     make: Callable[[], Arguments]
-    end: End | None  # where tensors touch a guard page
+    end: End | None  # the end of tensors at a guard page
 
 
 @functools.lru_cache(maxsize=2)
@@ -92,8 +92,9 @@ def choose(seed: int, number: int, backend: str) -> Case:
 
 
 def _leaf(value: Any, gradients: bool) -> Any:
-    """A tensor that requires a gradient, if it did so before an edit made it a view or if
-    `gradients`."""
+    """A tensor that requires a gradient, if it did before an edit made it a view, or if
+    `gradients`.
+    """
     plain = isinstance(value, Tensor) and value.is_floating_point() and not value.is_inference()
     return (
         value.detach().requires_grad_() if plain and (gradients or value.requires_grad) else value
@@ -101,7 +102,7 @@ def _leaf(value: Any, gradients: bool) -> Any:
 
 
 def check(seed: int, number: int, backend: str, announce: Callable[[str], None]) -> tuple[str, str]:
-    """Runs a call, whose words it announces: ("done", "refused", "none" or "wrong"; why)."""
+    """Runs a call after announcing it: ("done", "refused", "none" or "wrong"; reason)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -124,7 +125,7 @@ def _judge(case: Case, guard: Callable[[Arguments], Arguments]) -> tuple[str, st
     except Exception as error:
         if _is_race_for_values(error, case):
             return "refused", ""
-        # A policy may have put tokens into its cache before a step is refused.
+        # A policy may have stored tokens in its cache before a step is refused.
         written = set() if case.target.compared or case.target.raw else set(case.target.written)
         wrong = (
             _wrong_error(error, case, extreme)
@@ -139,8 +140,9 @@ def _judge(case: Case, guard: Callable[[Arguments], Arguments]) -> tuple[str, st
 
 
 def _is_race_for_values(error: Exception, case: Case) -> bool:
-    """On the PTX machine blocks race for a slot that is named twice, which the reference refuses:
-    the values of tensors are not checked there."""
+    """Whether blocks on the PTX machine race for a repeated slot, which the reference refuses: the
+    values of tensors are not checked there.
+    """
     if case.backend != "emulated" or ": race: " not in str(error) or not case.target.compared:
         return False
     return isinstance(_reference(case), Exception)
@@ -155,10 +157,10 @@ def _second(case: Case, results: list[Tensor]) -> str:
 
 
 def _run(case: Case, arguments: Arguments, backend: str | None, *, poison: bool) -> list[Tensor]:
-    """All tensors that a call gives, also the gradients, and those that it has written.
+    """All tensors returned by a call, including gradients, and the tensors it has written.
 
-    With poison, memory that nobody wrote holds NaN and the largest integers, otherwise what was
-    there before.
+    With poison, uninitialised memory holds NaN and the largest integers, otherwise its previous
+    contents.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     deterministic.fill_uninitialized_memory = poison  # type: ignore[attr-defined]
@@ -193,10 +195,10 @@ def _wrong_error(error: Exception, case: Case, extreme: bool) -> str:
 
 
 def _changed(case: Case, arguments: Arguments, written: set[str]) -> str:
-    """Whether the call wrote where it should not."""
+    """Whether the call wrote to an argument that it should not write."""
     fresh = case.make()
-    # An operator refuses an argument that overlaps what it writes. A policy takes one that lies in
-    # its cache: an earlier step has written there before the argument is seen.
+    # An operator refuses an argument that overlaps what it writes. A policy accepts one within its
+    # cache: an earlier step may have written it before the argument is checked.
     memory = id if case.target.compared or case.target.raw else _storage
     owned = {memory(t) for name in written for t in tensors(arguments.get(name))}
     for name in arguments.keys() - written:
@@ -221,7 +223,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _bytes(t: Tensor) -> Tensor:
-    """[elements, bytes of one] of a copy, whose strides are those of its shape."""
+    """[elements, bytes per element] of a copy with contiguous strides."""
     row = t.detach().resolve_neg().resolve_conj().reshape(-1)
     return row.new_empty(row.shape).copy_(row).view(torch.uint8).view(t.numel(), -1)
 
@@ -255,13 +257,16 @@ def _reference(case: Case) -> list[Tensor] | Exception:
 
 
 def _other_words(error: Exception, case: Case, extreme: bool) -> str:
-    """Whether the reference refuses the call with other words. Backends on which values inside
-    tensors are not checked refuse less."""
+    """Whether the reference refuses the call with a different message. Backends that do not check
+    values inside tensors refuse less.
+    """
     if not case.target.compared or extreme or "backend: " in str(error):
         return ""
-    if MODES.search(str(error)):  # of autograd, which the reference may not need for a call
+    # an error of autograd, which the reference may not need for a call
+    if MODES.search(str(error)):
         return ""
-    if any(t.dtype == torch.float64 for t in tensors(case.make())):  # which only it takes
+    # only the reference accepts float64
+    if any(t.dtype == torch.float64 for t in tensors(case.make())):
         return ""
     there = _reference(case)
     if not isinstance(there, Exception):
@@ -272,8 +277,9 @@ def _other_words(error: Exception, case: Case, extreme: bool) -> str:
 
 
 def _small(arguments: Arguments) -> bool:
-    """Whether no number is NaN or so large that sums overflow, or weights that a gradient computes
-    again from a rounded log-sum-exp (docs/numerics.md)."""
+    """Whether all numbers are finite and small enough that neither sums overflow, nor weights that
+    a gradient recomputes from a rounded log-sum-exp (docs/numerics.md).
+    """
     numbers = (x for x in arguments.values() if isinstance(x, Real) and not isinstance(x, Integral))
     return all(abs(float(x)) < 1e4 for x in numbers) and all(
         bool((t.abs() < 1e4).all())

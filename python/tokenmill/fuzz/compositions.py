@@ -1,4 +1,4 @@
-"""Valid calls of functions that are made of operators."""
+"""Valid calls of functions composed of operators."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .targets import Arguments, Target, with_backend
 
 
 class Draw:
-    """Tensors of a call, from its dtype and generator."""
+    """Draws the tensors of a call, from its dtype and generator."""
 
     def __init__(self, dtype: torch.dtype, g: torch.Generator):
         self.dtype, self.g = dtype, g
@@ -265,14 +265,14 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
 }  # fmt: skip
 
 
-# Functions whose products are PyTorch's.
+# Functions whose products are computed by PyTorch.
 PLAIN: tuple[Any, ...] = (
     additive_attention, pattention, pointer_argmax, linear.titans_memory_decode,
     select.indexer_kl_loss, *reweighting.PLAIN,
 )  # fmt: skip
 
 
-# What a call writes into.
+# Arguments that a call writes.
 WRITTEN: dict[Any, tuple[str, ...]] = {
     linear.titans_memory_decode: ("start", "memory", "momentum", "filled"),
 }

@@ -1,4 +1,4 @@
-"""Tensors between pages that nothing may touch: an access beyond an end kills the process."""
+"""Tensors between inaccessible pages: an access out of bounds kills the process."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ _PRIVATE_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 class Guard:
-    """Places copies of tensors flush against a page that may not be touched.
+    """Places copies of tensors flush against an inaccessible page.
 
-    The memory goes when the guard is closed: nothing that refers to a copy may be used then.
+    Closing the guard frees the memory: nothing that refers to a copy may be used afterwards.
     """
 
     def __init__(self, end: End):
         self.end = end
         self._areas: list[tuple[int, int]] = []
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # and the original, which keeps its id
+        # also holds the original, so that its id stays valid
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, value: Any) -> Any:
-        """Tensors, also those inside tuples, lists and dicts, replaced by their copies."""
+        """Replaces tensors, also inside tuples, lists and dicts, by their copies."""
         return map_tensors(value, self._copy)
 
     def _copy(self, t: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class Guard:
         return self._copies[id(t)][1]
 
     def _place(self, t: Tensor) -> Tensor:
-        """Only plain tensors that own all they show; others stay as they are."""
+        """Copies only plain tensors that own all their memory; others are unchanged."""
         if not t.is_contiguous() or t.is_neg() or t.is_conj() or t.device.type != "cpu":
             return t
         if t.is_inference() or t.numel() > 2**22:
@@ -58,7 +59,7 @@ class Guard:
         self._areas.append((base, inside + 2 * page))
         for guarded in (base, base + page + inside):
             _libc.mprotect(guarded, page, _NOTHING)
-        # An empty tensor begins where one of its elements would end, or would begin.
+        # An empty tensor begins where one of its elements would end, or begin.
         seen = max(size, t.element_size())
         at = base + page + (inside - seen if self.end == "back" else 0)
         memory = (ctypes.c_char * seen).from_address(at)
@@ -84,7 +85,7 @@ class Guard:
 
 
 def tensors(value: Any, *, records: bool = False) -> Iterator[Tensor]:
-    """All tensors inside tuples, lists and dicts, and the fields of data classes."""
+    """All tensors inside tuples, lists, dicts and dataclass fields."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):

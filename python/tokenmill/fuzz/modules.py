@@ -13,7 +13,7 @@ from .compositions import Make, given_by, int32, samples_of
 from .guard import tensors
 from .targets import Arguments, Target
 
-# Modules whose products are PyTorch's.
+# Modules whose products are computed by PyTorch.
 PLAIN: tuple[Any, ...] = (
     nn.Pattention, nn.AgentAttention, nn.TitansMemory, nn.SigmoidAttention,
     nn.MiniMaxLightningAttention, nn.TitansMAC, nn.TitansMAG, nn.TitansMAL,
@@ -24,7 +24,7 @@ PLAIN: tuple[Any, ...] = (
     nn.SparsifinerEncoder,
 )  # fmt: skip
 
-# Class, method, valid arguments of both.
+# Class, method, and valid arguments for both.
 MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
     (nn.BiFormer, "forward", (
         lambda r: {"depths": (1, 1, 1, 1), "channels": (8, 8, 8, 8), "head_dim": 8, "regions": 2,

@@ -1,4 +1,4 @@
-"""Edits that make a valid call malformed, or valid in a way that is seldom tried."""
+"""Edits that make a valid call malformed, or valid in an unusual way."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class Thing:
 
 
 class Unfit(Exception):
-    """An edit that this value does not admit."""
+    """An edit that is impossible for this value."""
 
 
 def mutate(
     rng: random.Random, known: tuple[str, ...], arguments: Arguments, donor: Callable[[], Arguments]
 ) -> list[str]:
-    """Changes one to three arguments in place. Returns what it did, in words.
+    """Changes one to three arguments in place. Returns a description of the changes.
 
-    donor gives another valid call, some of whose arguments are added.
+    donor returns another valid call, some of whose arguments are added.
     """
     done = []
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3))):
@@ -57,7 +57,7 @@ def mutate(
                 value, text = _missing(rng, name, arguments, donor)
             else:
                 value, text = _edit(rng, arguments[name], arguments)
-        except (Unfit, RuntimeError):  # PyTorch cannot make such a tensor
+        except (Unfit, RuntimeError):  # PyTorch cannot create such a tensor
             continue
         arguments[name] = value
         done.append(f"{name}: {text}")
@@ -108,7 +108,7 @@ def _sequence(rng: random.Random, items: list[Any], arguments: Arguments) -> tup
 
 
 def _scalar(rng: random.Random, value: Any, numpy_type: str) -> tuple[Any, str]:
-    """The value, or the same as a scalar of NumPy or PyTorch."""
+    """The value, or its equivalent as a scalar of NumPy or PyTorch."""
     form = rng.choice(("python", "python", "python", "numpy", "numpy", "tensor"))
     if form != "python" and isinstance(value, int | float) and abs(value) < 2**63:
         if form == "tensor":
@@ -189,7 +189,7 @@ def _size(rng: random.Random, t: Tensor, arguments: Arguments) -> tuple[Any, str
 
 
 def _huge(rng: random.Random, t: Tensor, arguments: Arguments) -> tuple[Any, str]:
-    """Without memory: one element, again and again."""
+    """Expands one element, without allocating memory."""
     if rng.random() < 0.6 or not t.dim() or not t.numel():
         raise Unfit
     d, n = rng.randrange(t.dim()), rng.choice(HUGE)
@@ -264,7 +264,7 @@ def _swap(rng: random.Random, t: Tensor, arguments: Arguments) -> tuple[Any, str
         return t.detach().to("meta"), "on the device meta"
     if kind == "list" and not t.is_meta and t.numel() < 10000:
         return t.tolist(), "a list"
-    # NumPy has neither of these types, nor tensors without data.
+    # NumPy supports neither of these dtypes, nor tensors without data.
     foreign = t.is_meta or t.dtype in (torch.bfloat16, torch.float8_e4m3fn)
     if kind == "numpy" and not foreign and importlib.util.find_spec("numpy"):
         return t.detach().resolve_neg().numpy(), "an array of NumPy"
@@ -284,7 +284,7 @@ _TENSOR_EDITS: tuple[Edit, ...] = (
 
 
 def is_extreme(value: Any) -> bool:
-    """Whether a call with this may ask for more memory than there is, or time."""
+    """Whether a call with this argument may need more memory or time than available."""
     if isinstance(value, Tensor):
         number = value.dim() == 0 and value.dtype in (torch.int32, torch.int64)
         huge = number and not value.is_meta and is_extreme(int(value))

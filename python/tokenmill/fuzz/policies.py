@@ -1,4 +1,4 @@
-"""Valid calls of policies: a prompt, and the steps behind it."""
+"""Valid calls of policies: a prompt, and the steps after it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _both(**options: Any) -> tuple[Make, ...]:
 
 
 def _indexer(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Of queries and keys of any shape."""
+    """An indexer for queries and keys of any shape."""
     return q[..., :8], k.sum(2)[..., :8], q.sum(3)
 
 
@@ -80,7 +80,7 @@ POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
     policies.H2O: (*_both(heavy=3, recent=3), *_both(heavy=3, recent=3, more=True)),
     policies.Keyformer: (*_both(budget=6, recent=3), *_both(released=True)),
     policies.SnapKV: (*_both(budget=8, window=4), *_both(budget=8, window=4, more=True)),
-    policies.RazorAttention: (  # the cache is that of one of two key heads
+    policies.RazorAttention: (  # the cache holds one of two KV heads
         lambda r: _dense(r, **_RAZOR, **r.cache(24, hk=1)),
         lambda r: _paged(r, **_RAZOR, k_cache=r(8, 8, 1, 16), v_cache=r(8, 8, 1, 16)),
         lambda r: _dense(r, **_RAZOR, **r.cache(24, hk=1), compensation="single"),
@@ -113,7 +113,7 @@ def policy_targets() -> list[Target]:
                 if hasattr(policy, call):
                     new = (arguments[f"step_{name}"] for name in "qkv")
                     outs.append(getattr(policy, call)(*new))
-            return [*outs[1:], policy.kept]  # rows behind the lengths mean nothing
+            return [*outs[1:], policy.kept]  # rows past the lengths are undefined
 
         name = f"policies.{method.__name__}"
         known, written = (*_INPUTS, *options), ("k_cache", "v_cache", "index_cache")

@@ -1,4 +1,6 @@
-"""Valid calls of attention with changed logits or weights, and of what chooses tokens for it."""
+"""Valid calls of attention with modified logits or weights, and of functions that select tokens for
+it.
+"""
 
 from __future__ import annotations
 
@@ -74,5 +76,5 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Any, ...]], ...] = (
     )),
 )  # fmt: skip
 
-# With matrix products of PyTorch.
+# Functions that use PyTorch's matrix products.
 PLAIN: tuple[Any, ...] = (amplified_attention, nn.PromptTokenPool)

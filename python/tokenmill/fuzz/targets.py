@@ -1,4 +1,4 @@
-"""What is fuzzed: everything that a user can call, each with valid calls to begin from."""
+"""Fuzz targets: the whole public API, each function with valid calls to start from."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .. import _dispatch, registry, testing
 from .._library import TorchOp
 from ..registry import OpSpec, Sample
 
-Arguments = dict[str, Any]  # of a call, by name
+Arguments = dict[str, Any]  # arguments of a call, by name
 
 
 class NoCall(Exception):
-    """A sample that this target cannot be called with."""
+    """A sample that does not apply to this target."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Something to call.
+    """A callable under test.
 
-    run(arguments, backend) calls it; arguments(sample, dtype, generator) is a valid call. known
-    names every argument that may be changed, written those that a call writes into. A raw target is
-    an operator in torch.ops, where PyTorch's dispatcher may refuse a call by itself. One of
-    products has matrix products of PyTorch, whose bits depend on where memory begins.
+    run(arguments, backend) calls it; arguments(sample, dtype, generator) is a valid call. known:
+    names of all arguments that may be changed; written: arguments that a call writes. raw: an
+    operator in torch.ops, where PyTorch's dispatcher may refuse a call itself. products: uses
+    PyTorch's matrix products, whose bits depend on memory alignment.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Target:
     known: tuple[str, ...]
     written: tuple[str, ...] = ()
     raw: bool = False
-    compared: bool = False  # with the reference backend
+    compared: bool = False  # compared with the reference backend
     products: bool = False
 
 
 def targets(backend: str) -> list[Target]:
-    """Every target of a backend, those with many arguments several times."""
+    """Every target of a backend; targets with many arguments occur several times."""
     from .compositions import compositions
     from .modules import modules
     from .policies import policy_targets
@@ -66,15 +66,15 @@ def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Argumen
 def with_backend(
     function: Callable[..., Any],
 ) -> tuple[Callable[[Arguments, str | None], Any], tuple[str, ...]]:
-    """run and known of a public function."""
+    """run and known for a public function."""
     parameters = inspect.signature(function).parameters.values()
     names = tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
-    if len(names) < len(parameters):  # the other keywords of one of these
+    if len(names) < len(parameters):  # the function forwards its other keywords to one of these
         whole = registry.get("linear_attention" if "slopes" in names else "attention").function
         names += tuple(n for n in inspect.signature(whole).parameters if n not in names)
     if "backend" not in names:
         return (lambda arguments, backend: function(**arguments)), names
-    # A mutation may have chosen a backend already.
+    # A mutation may already have set a backend.
     return (lambda arguments, backend: function(**{"backend": backend, **arguments})), names
 
 
@@ -147,7 +147,7 @@ def _raw(spec: OpSpec, op: TorchOp, backend: str) -> Target:
 
 
 class _Seen(TorchDispatchMode):
-    """Keeps the arguments of the last call of an operator."""
+    """Records the arguments of the last call of an operator."""
 
     def __init__(self, op: TorchOp):
         super().__init__()
@@ -167,5 +167,5 @@ def _of_backward(spec: OpSpec, op: TorchOp, args: tuple[Any, ...], kwargs: Argum
         testing.evaluate(run, args, kwargs, lambda out: [torch.ones_like(o) for o in out])
     if seen.found is None:
         raise NoCall
-    # Without the base class of autograd's inputs: leaves of their own.
+    # Detached from the autograd inputs' base: leaves of their own.
     return {k: v.detach() if isinstance(v, Tensor) else v for k, v in seen.found.items()}

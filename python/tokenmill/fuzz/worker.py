@@ -1,6 +1,6 @@
-"""The process in which calls are made, which one of them may kill. It answers each line "first
-count" on its standard input with lines on the file descriptor that it is given: "begin", "words",
-"end" and "ready"."""
+"""The process that runs calls, any of which may kill it. It answers each line "first count" on its
+standard input with lines on the given file descriptor: "begin", "words", "end" and "ready".
+"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from . import case
 
-MEMORY = 6 << 30  # bytes beyond what the process has after its imports
+MEMORY = 6 << 30  # bytes in addition to the process's memory after its imports
 
 
 def main() -> None:

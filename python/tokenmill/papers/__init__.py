@@ -1,6 +1,6 @@
-"""The 61 papers that the package began from: what each computes, and how that is called here.
+"""The 61 papers that the package started from: what each computes, and the corresponding calls.
 
-`python -m tokenmill papers [word]` prints the index, docs/papers.md is made from it.
+`python -m tokenmill papers [word]` prints the index; docs/papers.md is generated from it.
 
 Example:
     >>> import tokenmill as tm
@@ -29,17 +29,16 @@ PAPERS: tuple[Paper, ...] = tuple(
 
 
 def find(query: str | int) -> tuple[Paper, ...]:
-    """The papers that hold every word of a query, best matches first.
+    """The papers that contain every word of a query, best matches first.
 
-    Words are looked for in names, titles, authors, keywords, calls, computations and notes, from
-    their beginning and without grammatical endings. A number finds that row, an identifier or an
-    address at arXiv that paper.
+    Words match prefixes, without grammatical endings, in names, titles, authors, keywords, calls,
+    computations and notes. A number finds its row, an arXiv identifier or address its paper.
 
     Args:
         query: words, a number from 1 to 61, or an address.
 
     Returns:
-        The papers, those with a match in name or title first; none if a word occurs in none.
+        The papers, with matches in name or title first; none if a word occurs in no paper.
 
     Raises:
         RuntimeError: naming argument, rule and value.

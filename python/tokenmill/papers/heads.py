@@ -1,4 +1,4 @@
-"""Papers on heads that retrieve."""
+"""Papers on retrieval heads."""
 
 from __future__ import annotations
 

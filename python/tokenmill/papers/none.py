@@ -1,4 +1,4 @@
-"""Papers without a computation that a kernel could be made for, and why."""
+"""Papers without a computation that needs a kernel, and the reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A row of the index of papers."""
+"""A row of the paper index."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ FAMILIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """A paper, what it computes, how that is called here, and what it was checked against.
+    """A paper, its computation, the corresponding calls, and what they were checked against.
 
     Attributes:
-        number: 1 to 61, the place of the paper in the list that the package began from.
+        number: 1 to 61, position of the paper in the list that the package started from.
         name: the name of the method.
         title, authors: as on the paper.
-        arxiv: its identifier there.
+        arxiv: arXiv identifier.
         family: a key of FAMILIES.
-        computes: the computation that kernels are for, in one line; "" if there is none.
+        computes: the computation for which there are kernels, in one line; "" if there is none.
         call: the calls that compute it, with the arguments that the paper or its released code
             sets. Empty if there is no such computation; then note says why.
-        test: files that hold the calls to the paper or its released code. Each name in call occurs
-            in one of them.
+        test: files that test the calls against the paper or its released code. Each name in call
+            occurs in one of them.
         example: a program of the source tree that uses a call.
         backends: the backends that run the calls and that the tests ran on, or "plain PyTorch".
-        checked: what the tests' oracle states: "released code: owner/repository at commit", "text
+        checked: source of the tests' oracle: "released code: owner/repository at commit", "text
             only", or "peer: " and its name.
-        differs: where the text and the released code disagree, and which of them is followed.
-        missing: what is not here, and why; "" where all of the computation is.
-        claim: what the paper says that it gains.
-        measured: a figure of docs/performance.md to set against the claim.
-        counted: a figure that a test counts on any CPU (operations, bytes, keys read).
-        note: a limit or a choice that a reader must know.
+        differs: differences between the text and the released code, and which of them is followed.
+        missing: the parts that are not implemented, and why; "" if the whole computation is.
+        claim: the gain claimed by the paper.
+        measured: a figure of docs/performance.md to compare with the claim.
+        counted: a figure counted by a test on any CPU (operations, bytes, keys read).
+        note: a limitation or a choice that a reader must know.
         keywords: words and synonyms that a reader would search for.
-        snippet: Python that runs as it stands.
+        snippet: self-contained Python code.
     """
 
     number: int
@@ -74,7 +74,7 @@ class Paper:
 
     @property
     def year(self) -> int:
-        """The year of the first version, which came before the conference."""
+        """Year of the first version, which precedes the conference."""
         return 2000 + int(self.arxiv[:2])
 
     @property

@@ -1,4 +1,4 @@
-"""Search over the rows of the index, by words."""
+"""Word search over the rows of the index."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .paper import FAMILIES, Paper
 
 _ADDRESS = re.compile(r"(?:arxiv|alphaxiv|huggingface)\S*?(\d{4}\.\d{5})|^(\d{4}\.\d{5})(?:v\d+)?$")
 _ENDINGS = re.compile(r"(?<=\w{4})(ations?|ions?|ings?|ies|ers?|ed|es|s|e|y)$")
-_EXACT_LETTERS = 3  # a shorter word is too often the beginning of another
-# Words that say nothing about a paper.
+_EXACT_LETTERS = 3  # a shorter word too often begins another word
+# Stop words.
 _COMMON = {"a", "an", "and", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with"}
 
 
 def rank(papers: Sequence[Paper], query: str) -> tuple[Paper, ...]:
-    """Papers that hold every word of a query, best matches first.
+    """Papers that contain every word of a query, best matches first.
 
-    A word matches where it begins a word of the row, after both lost their endings: "prune" finds
-    "pruning", "ring" does not find "clustering". A match in name or title counts most, then one in
-    keywords and calls, then one in the other text. A number or an address at arXiv finds one paper.
+    A word matches a prefix of a word of the row, after both are stemmed: "prune" finds "pruning",
+    "ring" does not find "clustering". Matches in name or title count most, then matches in keywords
+    and calls, then the other text. A number or an arXiv address finds one paper.
     """
     text = query.strip().lower()
     if address := _ADDRESS.search(text):
@@ -42,8 +42,9 @@ def nearest(papers: Sequence[Paper], query: str, limit: int = 3) -> list[str]:
 
 
 def _score(paper: Paper, wanted: list[str]) -> int:
-    """Sum of the best weight of each wanted word, more for a whole name or keyword; 0 if a word is
-    nowhere in the row."""
+    """Sum of the best weight of each query word, higher for a complete name or keyword; 0 if a word
+    does not occur in the row.
+    """
     total = 0
     for stem in wanted:
         weights = [w for w, stems in _fields(paper) if _matches(stem, stems)]
@@ -82,5 +83,5 @@ def _terms(text: str) -> list[str]:
 
 
 def _stem(word: str) -> str:
-    """A word without its grammatical ending, if at least four letters stay."""
+    """A word without its grammatical ending, if at least four letters remain."""
     return _ENDINGS.sub("", word)

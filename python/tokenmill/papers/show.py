@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def markdown(papers: Sequence[Paper] = PAPERS) -> str:
-    """docs/papers.md, or the part of it that some papers have."""
+    """docs/papers.md, or its part on some papers."""
     parts = [HEAD, f"\n{_summary(papers)}\n\n", READING.format(backends=", ".join(BACKENDS))]
     for family, title in FAMILIES.items():
         rows = [paper for paper in papers if paper.family == family]
@@ -88,7 +88,7 @@ def markdown(papers: Sequence[Paper] = PAPERS) -> str:
 
 
 def _section(paper: Paper) -> str:
-    """The part of the page about one paper."""
+    """The section of the page on one paper."""
     state = f"in part: {paper.missing}" if paper.missing else paper.state
     backends = "" if paper.backends == BACKENDS else ", ".join(paper.backends)
     items = {
@@ -125,7 +125,7 @@ def _code(call: str) -> str:
 
 
 def _linked(text: str) -> str:
-    """Text in which a page of docs is a link."""
+    """Text in which names of pages in docs are links."""
     return re.sub(r"docs/([\w-]+\.md)", r"[\1](\1)", text)
 
 

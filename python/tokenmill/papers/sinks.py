@@ -1,4 +1,4 @@
-"""Papers on attention sinks and weights that are calibrated."""
+"""Papers on attention sinks and calibrated weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Papers on tokens that are kept, merged or dropped."""
+"""Papers on keeping, merging and dropping tokens."""
 
 from __future__ import annotations
 
