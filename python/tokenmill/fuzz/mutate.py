@@ -29,7 +29,7 @@ TEXT = ("", "nonsense", "SOFTMAX", "mean", "low", "x" * 5000)
 
 
 class Thing:
-    """Nothing that an argument may be."""
+    """A value that is valid for no argument."""
 
     def __repr__(self) -> str:
         return "a thing"

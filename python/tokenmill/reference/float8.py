@@ -9,8 +9,9 @@ LARGEST = 448.0
 
 
 def float8_codes(x: Tensor) -> Tensor:
-    """x as float8_e4m3fn, to nearest even, saturated; NaN is 0x7f. (PyTorch's cast on a CPU makes
-    what is too large NaN.)"""
+    """x as float8_e4m3fn, rounded to nearest even, saturated; NaN is 0x7f. (PyTorch's CPU cast
+    turns values out of range into NaN.)
+    """
     codes = x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
     return torch.where(x.isnan(), 0x7F, codes)
 

@@ -1,4 +1,4 @@
-"""The parts of attention: scores, their softmax or other weights, and sums of values. For
+"""The parts of attention: scores, their softmax or other weights, and weighted sums of values. For
 p_i = i + Sk - Sq,
 
 z_ij = softcap tanh(scale q_i . k_j / softcap) + bias_ij - slope |p_i - j| + score_bias
@@ -36,9 +36,10 @@ def visible_pairs(sq: int, sk: int, left: int, right: int, device: torch.device)
 def masked_pairs(
     visible: Tensor, ranges: Tensor | None, q_spans: Tensor | None, k_spans: Tensor | None
 ) -> Tensor:
-    """[Sq, Sk], or [B | 1, H | 1, Sq, Sk] with a mask: what it leaves of the visible pairs. A query
-    sees key j if begin <= j < end for one of its ranges [B | 1, H | 1, Sq, R, 2], and if the spans
-    of ids, [B | 1, Sq | Sk, 2], of query and key meet."""
+    """[Sq, Sk], or [B | 1, H | 1, Sq, Sk] with a mask: the visible pairs under the mask. A query
+    sees key j if begin <= j < end for one of its ranges [B | 1, H | 1, Sq, R, 2], and if the id
+    spans, [B | 1, Sq | Sk, 2], of query and key meet.
+    """
     if ranges is not None:
         begin, end = ranges[..., None, :, :].unbind(-1)
         j = torch.arange(visible.shape[-1], device=visible.device)[:, None]
@@ -57,14 +58,14 @@ def relative_position(sq: int, sk: int, device: torch.device) -> Tensor:
 
 
 def cell_distance(sq: int, sk: int, width: int, kind: str, device: torch.device) -> Tensor:
-    """[Sq, Sk]: between cells of a grid with rows of `width`."""
+    """[Sq, Sk]: distance between cells of a grid with rows of `width`."""
     i, j = torch.arange(sq, device=device)[:, None], torch.arange(sk, device=device)
     dy, dx = (i // width - j // width).abs(), (i % width - j % width).abs()
     return dy.maximum(dx) if kind == "chebyshev" else dy + dx
 
 
 def decay(slopes: Tensor, distance: Tensor | None, sq: int, sk: int) -> Tensor:
-    """[1 | B, H, Sq, Sk]: e^(-slope distance); None = between positions."""
+    """[1 | B, H, Sq, Sk]: e^(-slope distance); distance None: between positions."""
     if distance is None:
         distance = relative_position(sq, sk, slopes.device).abs()
     return torch.exp(-slopes * distance)
@@ -88,7 +89,8 @@ def scores(
     if softcap > 0:
         z = softcap * torch.tanh(z / softcap)
     if bias is not None:
-        # A bias of +inf is the largest finite logit: one such key takes all of a softmax row.
+        # A bias of +inf is clamped to the largest finite logit: one such key takes all of a softmax
+        # row.
         z, most = z + bias.to(dtype), torch.finfo(dtype).max
         z = torch.where(z > most, most, z)
     if alibi_slopes is not None:
@@ -101,15 +103,16 @@ def scores(
 
 
 def softmax(z: Tensor, visible: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows of P and their log-sum-exp. sink [H] is a logit that takes weight and has no value. A
-    row without a visible key is 0, with lse -inf (with a sink: the sink)."""
+    """Rows of P and their log-sum-exp. sink [H] is a logit that adds to the row sum and has no
+    value. A row without a visible key is 0, with lse -inf (with a sink: the sink).
+    """
     z = torch.where(visible, z, NEG_INF)
     nothing = z.new_full((*z.shape[:-1], 1), NEG_INF)
     extra = nothing if sink is None else sink.to(z.dtype)[:, None, None].expand_as(nothing)
     row_max = torch.cat([z, extra], -1).detach().amax(-1, keepdim=True)
     row_max = torch.where(row_max == NEG_INF, 0.0, row_max)
     e = torch.exp(z - row_max)
-    # A sink of +inf takes everything; inf - inf must not be formed.
+    # A sink of +inf takes all weight; inf - inf must not be formed.
     everything = extra == math.inf
     relative = torch.where(everything, 0.0, extra) - torch.where(row_max == math.inf, 0.0, row_max)
     sink_weight = torch.where(everything, 1.0, torch.exp(relative))
@@ -121,15 +124,16 @@ def softmax(z: Tensor, visible: Tensor, sink: Tensor | None) -> tuple[Tensor, Te
 
 
 def elu1(x: Tensor) -> Tensor:
-    """e^x itself for x < 0, as elu(x) + 1 cancels. The derivative at 0 is 1; that of torch.clamp at
-    a bound is 0 or 1, by the version of torch."""
+    """e^x itself for x < 0, because elu(x) + 1 cancels. The derivative at 0 is 1; torch.clamp's at
+    a bound is 0 or 1, depending on the version of torch.
+    """
     return torch.where(x > 0, x + 1, torch.exp(torch.where(x > 0, 0.0, x)))
 
 
 def weights(kind: str, z: Tensor, visible: Tensor) -> Tensor:
-    """f(z), 0 for hidden pairs. A logit of -inf hides its pair, whatever the kind."""
+    """f(z), 0 for masked pairs. A logit of -inf masks its pair, whatever the kind."""
     visible = visible & (z != NEG_INF)
-    z = torch.where(visible, z, 0.0)  # so that no gradient is 0 times infinity
+    z = torch.where(visible, z, 0.0)  # avoids a gradient of 0 times infinity
     if kind == "sigmoid":
         f = torch.sigmoid(z)
     elif kind == "relu":
@@ -144,26 +148,27 @@ def weights(kind: str, z: Tensor, visible: Tensor) -> Tensor:
 
 
 def normalized(f: Tensor, visible: Tensor, kind: str, normalize: str) -> tuple[Tensor, Tensor]:
-    """P from weights f [B, H, Sq, Sk], and what each row of them is divided by: the sum of its
-    weights ("sum"; |sum| where they may be negative, 1 at least), or the number of visible keys
-    ("count")."""
+    """P from weights f [B, H, Sq, Sk], and the divisor of each row: the sum of its weights ("sum";
+    |sum|, at least 1, where weights may be negative), or the number of visible keys ("count").
+    """
     if normalize == "none":
         return f, f.new_empty(0)
-    wide = torch.promote_types(f.dtype, torch.float32)  # where 1e-8 is not 0
+    wide = torch.promote_types(f.dtype, torch.float32)  # a dtype in which 1e-8 is not 0
     if normalize == "count":
         n = visible.expand_as(f).sum(-1).to(f.dtype)
         return f / n.clamp(min=1.0)[..., None], n
     s = f.sum(-1)
     if kind == "linear":
-        divisor = torch.where(s.abs() > 1, s.abs(), 1.0)  # constant up to 1 and there
+        divisor = torch.where(s.abs() > 1, s.abs(), 1.0)  # constant up to and including 1
     else:
         divisor = s.to(wide) + 1e-8
     return (f / divisor[..., None]).to(f.dtype), s
 
 
 def weighted_sum(p: Tensor, v: Tensor) -> Tensor:
-    """[B, H, Sq, Sk] times [B, Sk, H, D]. A weight of 0 hides its value, which may be NaN or
-    infinite."""
+    """[B, H, Sq, Sk] times [B, Sk, H, D]. A weight of 0 masks its value, which may be NaN or
+    infinite.
+    """
     finite = torch.isfinite(v)
     out = torch.einsum("bhij,bjhd->bihd", p, torch.where(finite, v, 0.0))
     seen, values = (p.detach() != 0).to(p.dtype), v.detach()

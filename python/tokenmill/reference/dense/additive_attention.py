@@ -1,6 +1,6 @@
-"""additive_attention: scores of queries and keys, of which a hidden pair has none.
+"""additive_attention: scores of queries and keys, -inf for masked pairs.
 
-u_ij = v . tanh(q_i + k_j), -inf where the mask hides
+u_ij = v . tanh(q_i + k_j), -inf for masked pairs
 """
 
 from __future__ import annotations
@@ -19,6 +19,6 @@ def additive_attention(
     if mask is None:
         return (torch.tanh(x) @ v_weight.to(wide),)
     visible = mask.unsqueeze(1) if mask.dim() == 2 else mask
-    # What a hidden pair holds reaches neither a score nor a gradient.
+    # A masked pair affects neither a score nor a gradient.
     x = torch.where(visible.unsqueeze(-1), x, 0.0)
     return (torch.where(visible, torch.tanh(x) @ v_weight.to(wide), NEG_INF),)

@@ -1,10 +1,10 @@
 """attention: out_i = sum_j P_ij v_j over the visible keys, with P = softmax(z), or the weights f(z)
-of another kind as they are, divided by their sum or by the number of visible keys.
+of another kind, unnormalised, divided by their sum or by the number of visible keys.
 
     z_ij = softcap tanh(scale q_i . k_j / softcap) + bias_ij - slope |p_i - j| + score_bias
 
-With post_decay the slope leaves z alone, and P_ij is multiplied by e^(-slope |p_i - j|) instead.
-Query i stands at p_i = i + Sk - Sq and sees key j if -right <= p_i - j <= left.
+With post_decay z has no slope term, and P_ij is multiplied by e^(-slope |p_i - j|) instead. Query i
+is at position p_i = i + Sk - Sq and sees key j if -right <= p_i - j <= left.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def attention(
     *,
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """upcast=False keeps 16-bit inputs in 16 bits throughout: what plain PyTorch code would do, the
-    baseline of the error budget."""
+    """upcast=False keeps 16-bit inputs in 16 bits throughout, as plain PyTorch code would: the
+    baseline of the error budget.
+    """
     if cu_seqlens_q is None:
         n = 1
     else:

@@ -1,4 +1,4 @@
-"""attention_decode: out_b = attention(q_b, K_b, V_b), with the keys that request b has.
+"""attention_decode: out_b = attention(q_b, K_b, V_b), over the keys of request b.
 
 K_b = cache[b, :n_b], or row j of it from cache[block_table[b, j // size], j % size], times its
 scale if the cache is in float8_e4m3fn
@@ -43,7 +43,7 @@ def attention_decode(
     *,
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Each request is a call of attention on the keys that it has in the cache."""
+    """Each request is a call of attention on its keys in the cache."""
     outs, lses = [], []
     wide = torch.promote_types(q.dtype, torch.float32)
     dtype = wide if upcast else q.dtype

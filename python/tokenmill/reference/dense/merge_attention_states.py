@@ -1,4 +1,4 @@
-"""merge_attention_states: attention to all keys from that to parts n of them.
+"""merge_attention_states: attention to all keys, from attention to parts n of them.
 
 lse = log sum_n e^lse_n,    out = sum_n e^(lse_n - lse) out_n;    without lse: out = sum_n out_n
 """
@@ -23,5 +23,5 @@ def merge_attention_states(outs: Tensor, lses: Tensor | None) -> tuple[Tensor, T
     total = torch.where(empty, 1.0, total)
     lse = torch.where(empty, NEG_INF, row_max + torch.log(total))
     weight = (e / total).transpose(-1, -2).unsqueeze(-1)  # [n, ..., H, S] -> [n, ..., S, H, 1]
-    # An empty part has weight 0, whatever its out holds.
+    # An empty part has weight 0, whatever its out contains.
     return (torch.where(weight == 0, 0.0, outs.to(wide)) * weight).sum(0).to(outs.dtype), lse

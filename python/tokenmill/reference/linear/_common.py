@@ -2,7 +2,7 @@
 
     S_t = e^log_decay_t S_(t-1) + phi(k_t) (v_t, 1),    y_t = scale phi(q_t) S_t
 
-With normalize, out is y without its last column, over that column + 1e-6.
+With normalize, out is y without its last column, divided by this column + 1e-6.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def recurrence(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """q, k [B, S, H, F], v [B, S, H, E], log_decay [H] | [B, S, H], state [B, H, F, E]: the sums y
-    [B, S, H, E] and the state after the last token."""
+    [B, S, H, E] and the state after the last token.
+    """
     batch, length, heads, features = k.shape
     if state is None:
         state = k.new_zeros(batch, heads, features, v.shape[-1])
@@ -116,8 +117,9 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def key_features(k: Tensor, feature_map: str) -> Tensor:
-    """What the state sums. taylor2: 1, k_i and k_i k_j for i <= j, in the order of the rows of the
-    upper triangle."""
+    """Features of k that the state sums. taylor2: 1, k_i and k_i k_j for i <= j, in the order of
+    the rows of the upper triangle.
+    """
     if feature_map != "taylor2":
         return FEATURE_MAPS[feature_map](k)
     i, j = torch.triu_indices(k.shape[-1], k.shape[-1], device=k.device)
@@ -125,8 +127,9 @@ def key_features(k: Tensor, feature_map: str) -> Tensor:
 
 
 def query_features(q: Tensor, feature_map: str, scale: float) -> Tensor:
-    """The factors of the sums, scale included: for taylor2 those of 1 + u + u^2/2 with
-    u = scale q.k, in which each product of two different elements occurs twice."""
+    """Coefficients of the sums, including the scale: for taylor2 the terms of 1 + u + u^2/2 with u
+    = scale q.k, in which each product of two different elements occurs twice.
+    """
     if feature_map != "taylor2":
         return FEATURE_MAPS[feature_map](q) * scale
     q = q * scale

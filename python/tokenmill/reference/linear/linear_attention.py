@@ -1,10 +1,11 @@
-"""linear_attention, token by token, and once more as a matrix of weights.
+"""linear_attention, token by token, and again as a weight matrix.
 
     y_t = sum_(s <= t) w_ts v_s,  w_ts = scale phi(q_t) . phi(k_s) e^(sum_(s < r <= t) log_decay_r)
 
 `linear_attention` carries a state from token to token. `linear_attention_quadratic` takes the same
-list and materialises the weights of all pairs: the second, independent way to the same numbers, and
-in the dtype of the inputs what plain PyTorch code would do. PyTorch's autograd differentiates both.
+arguments and materialises the weights of all pairs: a second, independent computation of the same
+numbers, and in the dtype of the inputs what plain PyTorch code would do. PyTorch's autograd
+differentiates both.
 """
 
 from __future__ import annotations
@@ -73,8 +74,9 @@ def linear_attention_quadratic(
     *,
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """upcast=False keeps 16-bit inputs in 16 bits throughout: what plain PyTorch code would do, the
-    baseline of the error budget."""
+    """upcast=False keeps 16-bit inputs in 16 bits throughout, as plain PyTorch code would: the
+    baseline of the error budget.
+    """
 
     def one(
         q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None
@@ -116,7 +118,7 @@ def linear_attention_quadratic(
 
 
 class Decay:
-    """What remains of a token's weight later on, from differences of exponents alone.
+    """Decay factors between tokens, computed only from differences of exponents.
 
     pairs [B | 1, H | 1, S, S] from key j to query i, from_start and to_end [B | 1, S, H | 1, 1],
     total [B | 1, H | 1, 1, 1]; visible [S, S].

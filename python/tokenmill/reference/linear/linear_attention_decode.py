@@ -1,4 +1,4 @@
-"""linear_attention_decode: each request's next tokens, and its row s of the table of states.
+"""linear_attention_decode: the next tokens of each request, with its slot s of the states.
 
 S_s <- e^log_decay S_s + phi(k) (v, 1),    y = scale phi(q) S_s
 """

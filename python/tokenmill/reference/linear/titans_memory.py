@@ -1,17 +1,17 @@
-"""titans_memory in blocks of tokens, and once more token by token.
+"""titans_memory in blocks of tokens, and again token by token.
 
     S_t = eta_t S_(t-1) - theta_t k_t^T (k_t G - v_t),   M_t = (1 - alpha_t) M_(t-1) + S_t,
     out_t = q_t M_t
 
-with G the memory before the chunk of token t. `titans_memory` works on the tokens of a chunk
-together, at most BLOCK of them. A block begins with M and S. With U = K G - V, after token t of it
+with G the memory before the chunk of token t. `titans_memory` processes the tokens of a chunk
+together, at most BLOCK at a time. A block begins with M and S. With U = K G - V, after its token t
 
     memory   = W[t, 0] M + W[t, 1] S - sum_j W[t, 2 + j] k_j^T u_j
     momentum =             E[t, 1] S - sum_j E[t, 2 + j] k_j^T u_j
 
-Rows of W and E follow from one another as memory and momentum do: no number is divided by another.
-`titans_memory_by_token` takes the same list: the second, independent way to the same numbers.
-PyTorch's autograd differentiates both.
+Rows of W and E obey the same recurrence as memory and momentum, without divisions.
+`titans_memory_by_token` takes the same arguments: a second, independent computation of the same
+numbers. PyTorch's autograd differentiates both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
-Results = tuple[Tensor, Tensor, Tensor]  # of a batch of sequences: out, memory, momentum
+Results = tuple[Tensor, Tensor, Tensor]  # out, memory, momentum of a batch of sequences
 
 
 def titans_memory(
@@ -59,8 +59,9 @@ def titans_memory_by_token(
     *,
     upcast: bool = True,
 ) -> Results:
-    """upcast=False keeps 16-bit inputs in 16 bits throughout: what plain PyTorch code would do, the
-    baseline of the error budget."""
+    """upcast=False keeps 16-bit inputs in 16 bits throughout, as plain PyTorch code would: the
+    baseline of the error budget.
+    """
     inputs = (q, k, v, alpha, eta, theta)
     state = (initial_memory, initial_momentum)
     dtype = torch.promote_types(q.dtype, torch.float32) if upcast else q.dtype
@@ -103,7 +104,7 @@ def _blocks(
 
 
 def weights_of(decay: Tensor, eta: Tensor, theta: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """W [N, n, 2 + n] of gates [N, n], and the rows of E, [N, 2 + n] each."""
+    """W [N, n, 2 + n] from gates [N, n], and the rows of E, [N, 2 + n] each."""
     w, e = torch.eye(2, 2 + decay.shape[1], dtype=decay.dtype, device=decay.device)
     new = torch.diag_embed(theta, 2, 0, 2)  # [2 + n, N, 2 + n]
     ws, es = [], []

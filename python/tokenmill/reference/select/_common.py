@@ -12,7 +12,9 @@ from torch import Tensor
 
 
 def rows_of(k: Tensor, block_table: Tensor | None) -> Tensor:
-    """Keys as [B, S, ...], gathered from their pages. Pages that are not there are page 0."""
+    """Keys as [B, S, ...], gathered from their pages. Pages that do not exist are read as page
+    0.
+    """
     if block_table is None:
         return k
     if len(k) == 0:
@@ -28,7 +30,7 @@ def lengths_of(lengths: Tensor | None, batch: int, most: int, device: torch.devi
 
 
 def broadcast_lengths(given: Tensor | None, longest: int, q: Tensor) -> Tensor:
-    """[B, 1, 1, 1]"""
+    """Lengths as [B, 1, 1, 1]."""
     if given is None:
         return torch.full((q.shape[0], 1, 1, 1), longest, device=q.device)
     return given.long()[:, None, None, None]
@@ -41,7 +43,7 @@ def sequences_of(
     cu_seqlens_k: Tensor | None,
     block_table: Tensor | None,
 ) -> list[tuple[int, int, Tensor]]:
-    """Of packed sequences the first query, the end of the queries, and the keys."""
+    """For each packed sequence the first query, the end of the queries, and the keys."""
     ends: list[int] = cu_seqlens_q.tolist()
     if cu_seqlens_k is not None:
         ends_k: list[int] = cu_seqlens_k.tolist()

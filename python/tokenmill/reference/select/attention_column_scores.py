@@ -1,9 +1,10 @@
-"""attention_column_scores: what a key gets from the queries that count.
+"""attention_column_scores: attention received by a key from the counted queries.
 
     s_j = sum_i P_ij,    P_ij = e^(z_ij - lse_i),    z_ij = scale q_i . k_j
     with noise: z_ij = (scale q_i . k_j + g_ij) / tau
 
-Without lse, P is the softmax of z. A mean divides by the rows that count, or by those that see j.
+Without lse, P is the softmax of z. A mean divides by the number of counted rows, or of rows that
+see j.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def attention_column_scores(
         ]
         z = (z + torch.cat(noise).to(z)) / gumbel_tau if noise else z
     if lse is None:
-        p = torch.where(visible, softmax(z, visible, None)[0], 0)  # also the NaN of its row
+        p = torch.where(visible, softmax(z, visible, None)[0], 0)  # also masks the NaN of its row
     else:
         p = torch.where(visible & (lse > -torch.inf)[..., None], torch.exp(z - lse[..., None]), 0)
         p = p.to(z.dtype)

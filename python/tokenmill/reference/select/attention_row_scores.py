@@ -1,5 +1,5 @@
 """attention_row_scores: rows P_ij = e^(scale q_i . k_j - lse_i), or their sum, mean or maximum over
-queries i and heads, or the place of the maximum of each. Without lse, P is the softmax."""
+queries i and heads, or the position of each maximum. Without lse, P is the softmax."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def attention_row_scores(
         visible = visible & (j <= torch.arange(rows, device=q.device)[:, None] + length - rows)
     z = torch.einsum("bihd,bjhd->bhij", q, expand_heads(k, heads))
     if reduce == "argmax":
-        sign = (scale > 0) - (scale < 0)  # of equal scores none may become the larger one
+        sign = (scale > 0) - (scale < 0)  # keeps equal scores equal
         return (_largest(z * sign, visible & (j >= skip), lse),)
     z = z * scale
     if lse is None:
@@ -52,7 +52,9 @@ def attention_row_scores(
 
 
 def _largest(z: Tensor, visible: Tensor, lse: Tensor | None) -> Tensor:
-    """int32 [B, H, R]: the first of the largest visible scores; -1 where there is none."""
+    """int32 [B, H, R]: position of the first of the largest visible scores; -1 where there is
+    none.
+    """
     if lse is not None:
         visible = visible & (lse > -torch.inf)[..., None]
     visible = visible.expand_as(z)

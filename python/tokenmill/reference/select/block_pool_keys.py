@@ -1,5 +1,5 @@
 """block_pool_keys: block b is the mean, the maximum, or minimum and maximum of the keys
-b block <= j < min((b + 1) block, length); one without keys is 0, -inf, or (inf, -inf)."""
+b block <= j < min((b + 1) block, length); a block without keys is 0, -inf, or (inf, -inf)."""
 
 from __future__ import annotations
 

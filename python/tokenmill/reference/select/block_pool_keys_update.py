@@ -1,5 +1,5 @@
 """block_pool_keys_update: pooled_b = block_pool_keys(k)_b where
-start // block <= b and b block < length; other blocks keep what they have."""
+start // block <= b and b block < length; other blocks are unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noise that a counter and a seed determine: g = -log(-log u), u uniform in (0, 1).
+"""Counter-based noise: g = -log(-log u), u uniform in (0, 1).
 
 u = (floor(philox4x32_10(b, h, i, j; seed) / 2^9) + 1/2) 2^-23
 """
@@ -19,8 +19,9 @@ def gumbel_words(
     first_batch: int = 0,
     first_row: int = 0,
 ) -> Tensor:
-    """The first word of Philox4x32-10 for counter (b, h, i, j) and key seed, int64
-    [batch, heads, rows, columns]. Rows count from first_row, as 32-bit words."""
+    """The first word of Philox4x32-10 for counter (b, h, i, j) and key seed, int64 [batch, heads,
+    rows, columns]. Rows count from first_row, as 32-bit words.
+    """
     b, h, i, j = (
         (torch.arange(n) + start) & 0xFFFFFFFF
         for n, start in ((batch, first_batch), (heads, 0), (rows, first_row), (columns, 0))
@@ -36,7 +37,7 @@ def gumbel_words(
 
 
 def _multiply(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the 64 bits of x m, which int64 has no room for."""
+    """High and low 32 bits of the 64-bit product x m, which overflows int64."""
     low = x * (m & 0xFFFF)
     high = x * (m >> 16) + (low >> 16)
     return high >> 16, (high & 0xFFFF) << 16 | (low & 0xFFFF)
@@ -53,14 +54,14 @@ def gumbel_noise(
     first_row: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    r"""The noise of :func:`tokenmill.attention_column_scores`: :math:`-\log(-\log u)` with u in the
-    middle of one of 2^23 parts of (0, 1), which the high bits of the words of Philox choose.
+    r"""The noise of :func:`tokenmill.attention_column_scores`: :math:`-\log(-\log u)` with u at the
+    centre of one of 2^23 parts of (0, 1), selected by the high bits of Philox words.
 
     Args:
-        seed: of the call.
+        seed: seed of the call.
         batch, heads, rows, columns: the shape.
-        first_batch, first_row: numbers of the first sequence and of the first row; row 0 of a call
-            has the number seqlens_k - seqlens_q, its position among the keys.
+        first_batch, first_row: indices of the first sequence and of the first row; row 0 of a call
+            has index seqlens_k - seqlens_q, its position among the keys.
         dtype: float32 or float64.
 
     Returns:

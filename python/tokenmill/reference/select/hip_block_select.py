@@ -1,9 +1,9 @@
-"""hip_block_select: a binary search for the blocks of the largest scores.
+"""hip_block_select: a binary search for the blocks with the largest scores.
 
     score(block) = max q_i . k_j over the rows i of a list, its heads, and the keys j of the block
 
 The candidates are nodes, intervals of blocks. Each step halves them, scores one representative
-block of each half, and keeps the best; minmax scores all blocks.
+block per half, and keeps the best; minmax scores all blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ._common import lengths_of, rows_of, sequences_of
 
 @dataclass
 class _Queries:
-    """The rows that score the blocks of one list: products [keys] -> maximum of each block."""
+    """The rows that score the blocks of one list: products [keys] -> maximum per block."""
 
     rows: Tensor  # [rows, heads, D]
     keys: Tensor  # [S, D]
@@ -38,7 +38,7 @@ class _Queries:
 
 @dataclass
 class _Request:
-    """Its queries and keys, the lists of its query blocks, and lists to start from."""
+    """A request's queries and keys, the lists of its query blocks, and the lists to start from."""
 
     q: Tensor  # [queries, H, D]
     keys: Tensor  # [S, Hk, D]
@@ -164,7 +164,7 @@ def _start_nodes(first: int, until: int, wanted: int) -> Nodes:
 
 
 def _list_nodes(blocks: list[int], first: int, until: int, span: int) -> Nodes:
-    """Aligned groups of `span` blocks around those of a list."""
+    """Aligned groups of `span` blocks around the blocks of a list."""
     nodes: Nodes = []
     before = -1
     for block in blocks:
@@ -195,5 +195,5 @@ def _representative(begin: int, end: int, which: str) -> int:
 
 
 def _best(scores: Tensor, wanted: int) -> Tensor:
-    """Positions of the best scores, ascending; of equal ones the lower positions."""
+    """Positions of the best scores, ascending; ties go to the lower positions."""
     return scores.argsort(descending=True, stable=True)[:wanted].sort()[0]

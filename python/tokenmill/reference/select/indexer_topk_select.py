@@ -3,8 +3,8 @@
     s_ij = sum_h w_ih act(q_ih . k_j)
 
 Keys in float8_e4m3fn are codes times a scale, NaN where either is not finite.
-A block has the maximum of its keys that may be listed: those that the query sees, without the first
-num_sink and the last num_recent of them.
+A block has the maximum over its listable keys: the visible keys except the first num_sink and the
+last num_recent of them.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _lists(
     num_sink: int,
     num_recent: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of [B, Sq, H, D] queries and [B, Sk, D] keys."""
+    """Lists for queries [B, Sq, H, D] and keys [B, Sk, D]."""
     batch, queries = q.shape[:2]
     keys = k.shape[1]
     if keys == 0:

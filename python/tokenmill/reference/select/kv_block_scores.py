@@ -3,7 +3,7 @@
     z_ij = scale q_i . k_j;    minmax: scale sum_d max(q_d low_jd, q_d high_jd)
     softmax_vote: s_j = sum_h e^(z_hj - lse_h),    lse_h = log sum_j e^z_hj
 
-A block has the maximum of its rows that are seen, and -inf where there is none.
+A block has the maximum over its visible rows, and -inf where there is none.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def kv_block_scores(
     k_scale: Tensor | None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor]:
-    """dtype: of the products, for plain PyTorch; None: at least float32."""
+    """dtype: dtype of the products, for plain PyTorch; None: at least float32."""
     queries, heads = q.shape[1:3]
     keys = rows_of(k, block_table)
     batch, rows, kv_heads = keys.shape[:3]
@@ -41,7 +41,8 @@ def kv_block_scores(
     wide = dtype or torch.promote_types(q.dtype, torch.float32)
 
     last = torch.arange(queries, device=q.device)
-    if q_reduce == "mean":  # rounded to the dtype of q; stands where its last query does
+    # the mean is rounded to the dtype of q, at the position of its last query
+    if q_reduce == "mean":
         (q,) = block_pool_keys(q, block_q, "mean", None, None)
         last = (block_q * torch.arange(1, q.shape[1] + 1, device=q.device) - 1).clamp(
             max=queries - 1
@@ -90,7 +91,7 @@ def _dots(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _blocks(x: Tensor, dim: int, size: int, fill: float) -> Tensor:
-    """Cuts a dimension into blocks; the last one is filled up."""
+    """Splits a dimension into blocks; the last one is padded."""
     size = min(size, max(x.shape[dim], 1))
     padding = [0, 0] * (x.dim() - dim - 1) + [0, -x.shape[dim] % size]
     return torch.nn.functional.pad(x, padding, value=fill).unflatten(dim, (-1, size))

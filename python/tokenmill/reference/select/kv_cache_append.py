@@ -1,11 +1,11 @@
-"""kv_cache_append: row slots[t] of a cache becomes row t of what is new.
+"""kv_cache_append: row slots[t] of a cache becomes new row t.
 
     k'_t = R(positions_t) k_t,    (a, b) -> (a cos - b sin, b cos + a sin) for each pair of columns
                                   from rope_offset on
     cache_slot = k'_t,            or round(k'_t / scale) in float8_e4m3fn
 
-Where scales are those of tokens, scale = max |k'_t| / 448 over what is finite, and 1 where that is
-no normal number (a row of zeros, or without a finite number).
+With scales per token, scale = max |k'_t| / 448 over finite elements, and 1 where this is not a
+normal number (a row of zeros, or without a finite element).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _widened(x: Tensor, upcast: bool) -> Tensor:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, offset: int, interleaved: bool) -> Tensor:
-    """Pairs of the columns of x [T, H, D] rotated by the angles of their token [T, pairs]."""
+    """Rotates column pairs of x [T, H, D] by the angles of their token [T, pairs]."""
     cos, sin = (t[:, None].to(x.dtype) for t in (cos, sin))
     pairs = cos.shape[-1]
     middle, end = offset + pairs, offset + 2 * pairs

@@ -1,8 +1,8 @@
 """kv_cache_compact: row t of a cache becomes row keep[t], for t < counts.
 
-    k'_t = R(t - keep_t) k_keep_t,    R(d) turns pair p of columns by the angle 2 pi d rotations_p
+    k'_t = R(t - keep_t) k_keep_t,    R(d) rotates column pair p by the angle 2 pi d rotations_p
 
-With compensation, also the sums of the rows that are dropped, and how many there are.
+With compensation, also the sums of the dropped rows, and their number.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def kv_cache_compact(
 def _turn(
     x: Tensor, delta: Tensor, rotations: Tensor, interleaved: bool, dtype: torch.dtype | None
 ) -> Tensor:
-    """Pairs of the columns of x rotated by delta steps each."""
+    """Rotates column pairs of x by delta steps each."""
     pairs = rotations.shape[1]
     turns = delta[:, None] * rotations.double().sum(0)
     angle = 2 * torch.pi * (turns - turns.round())

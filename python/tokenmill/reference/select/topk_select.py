@@ -1,5 +1,5 @@
 """topk_select: the positions of the k largest of (class, score), where a forced position has class
-2, another one with a score > -inf class 1, and nothing else is selected. Ties go to the lower
+2, another position with a score > -inf class 1, and others are not selected. Ties go to the lower
 position, or to the higher one."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def topk_select(
     inside = position < length
     forced = inside & ((position < force_first) | (position >= length - force_last))
     selectable = inside & (x > -torch.inf)
-    # Two stable sorts: by score, then by class. The first takes ties in the order that it is given.
+    # Two stable sorts: by score, then by class. The first keeps ties in the given order.
     by_position = position.flip(1) if tie == "high" else position
     finite = torch.where(x > -torch.inf, x, -torch.inf)
     by_score = by_position.gather(1, _descending(finite.gather(1, by_position)))

@@ -15,9 +15,9 @@ def listed_blocks(indices: Tensor, counts: Tensor, blocks: int) -> Tensor:
 
 
 def listed_entries(indices: Tensor, counts: Tensor, blocks: int) -> Tensor:
-    """[B, heads, rows, K]: which entries of the lists count."""
+    """[B, heads, rows, K]: valid entries of the lists."""
     entries = indices.shape[-1]
-    if entries == 0:  # cummax has no result
+    if entries == 0:  # cummax fails on an empty dimension
         return torch.zeros_like(indices, dtype=torch.bool)
     largest = indices.cummax(-1).values
     before = torch.cat([torch.full_like(largest[..., :1], -1), largest[..., :-1]], -1)

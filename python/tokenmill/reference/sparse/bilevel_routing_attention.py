@@ -1,6 +1,7 @@
 """bilevel_routing_attention: out_i = sum_j softmax(scale q_i . k)_j v_j over the pixels j of the
-regions that the list of the region of pixel i has; without mask_padding also over the zeros that
-fill up regions at the edge."""
+regions listed for the region of pixel i; without mask_padding also over the zeros that pad regions
+at the edge.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def bilevel_routing_attention(
     )  # [B, H, Sq, Sk]
     vx = expand_heads(v.flatten(1, 2), heads).to(z.dtype)
     if not mask_padding:
-        # A column for the keys that fill up regions: value 0, logit 0, as often as there are any.
+        # A column for the keys that pad regions: value 0, logit 0, as often as there are any.
         pads = key_region_y * key_region_x - torch.bincount(others, minlength=regions)
         missing = (routed * pads).sum(-1)[:, :, own, None]
         z = torch.cat([z, missing.to(z.dtype).log()], -1)

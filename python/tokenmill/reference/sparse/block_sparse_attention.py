@@ -2,10 +2,10 @@
 
     z_ij = softcap tanh(scale q_i . k_j / softcap)
 
-A sink of the head is one more logit, without a value. mass_e is what the keys get that entry e
-adds. Key j is visible if j < end_i, and j < num_sink, j >= end_i - num_recent, or the list of the
-query's block has j // block_k. end_i is the length, with causal i + 1 + length - Sq. Packed
-requests are calls of their own: the lists of request b begin at row first_query // block_q + b.
+A sink of the head is one more logit, without a value. mass_e is the weight of the keys added by
+entry e. Key j is visible if j < end_i, and j < num_sink, j >= end_i - num_recent, or the list of
+the query's block has j // block_k. end_i is the length, with causal i + 1 + length - Sq. Packed
+requests are separate calls: the lists of request b begin at row first_query // block_q + b.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def block_sparse_attention(
     visible, added = visible_and_added(
         q, k, indices, counts, block_q, block_k, causal, num_sink, num_recent, seqlens_k
     )
-    if seqlens_k is not None:  # what lies behind them may be anything
+    if seqlens_k is not None:  # rows past the lengths may hold anything
         there = torch.arange(k.shape[1], device=k.device) < seqlens_k[:, None]
         k, v = (torch.where(there[..., None, None], x, 0.0) for x in (k, v))
     z = scores(q, k, scale, softcap, None, None, None, 0.0, upcast)
@@ -83,8 +83,9 @@ def _packed(
     block_q: int,
     alone: Callable[[int, slice], tuple[Tensor, Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The results that requests with queries `first` to `end` - 1 have alone, each with its rows of
-    the lists; mass where there are indices."""
+    """The separate results of requests with queries `first` to `end` - 1, each with its rows of the
+    lists; mass where there are indices.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     outs = [q[:0, :, :1].expand(-1, -1, v.shape[-1])]
     lses = [q[:0, :, 0].T.to(wide)]
@@ -112,8 +113,7 @@ def visible_and_added(
     num_recent: int,
     seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """[B, H, Sq, Sk]: the keys that a query sees, and those that lists add to the first and the
-    last ones among them."""
+    """[B, H, Sq, Sk]: the visible keys, and the keys that lists add to the sink and recent ones."""
     at = torch.arange(k.shape[1], device=q.device)
     end = _ends(q, k, causal, seqlens_k)
     listed = _listed(q, k, indices, counts, block_q, block_k) & (at < end)
@@ -122,7 +122,7 @@ def visible_and_added(
 
 
 def _ends(q: Tensor, k: Tensor, causal: bool, seqlens_k: Tensor | None) -> Tensor:
-    """[B, 1, Sq, 1]: of the keys that a query may see."""
+    """[B, 1, Sq, 1]: end of the keys that a query may see."""
     batch, sq, sk = q.shape[0], q.shape[1], k.shape[1]
     n = torch.full((batch,), sk, device=q.device) if seqlens_k is None else seqlens_k.clamp(0, sk)
     end = n[:, None].expand(batch, sq)
@@ -134,7 +134,7 @@ def _ends(q: Tensor, k: Tensor, causal: bool, seqlens_k: Tensor | None) -> Tenso
 def _listed(
     q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, block_q: int, block_k: int
 ) -> Tensor:
-    """[B, H, Sq, Sk]: what lists hold."""
+    """[B, H, Sq, Sk]: the listed keys."""
     sq, heads, sk = q.shape[1], q.shape[2], k.shape[1]
     blocks = listed_blocks(indices, counts, -(-sk // block_k))
     blocks = blocks.repeat_interleave(heads // max(blocks.shape[1], 1), 1)

@@ -1,11 +1,11 @@
-"""landmark_attention: the last token of a block of keys, its landmark, weighs it. Query i, of block
-c, sees with z_j = scale q_i . k_j and the logit l_b of the landmark of block b
+"""landmark_attention: a block of keys is weighted by its last token, its landmark. For query i, of
+block c, with z_j = scale q_i . k_j and the logit l_b of the landmark of block b
 
     w_j = e^z_j / Z                            j of block c, j <= i
     w_j = e^l_b / Z  e^z_j / sum_m e^z_m       j and m of a block b < c
 
-where landmarks are no j and no m, and Z makes the weights add up to 1. A block all of whose logits
-are -inf leaves its share to nobody.
+where j and m exclude landmarks, and Z makes the weights add up to 1. The weight of a block whose
+logits are all -inf is dropped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def landmark_attention(
     i = torch.arange(tokens, device=device)[:, None, None]
     j = torch.arange(blocks * block, device=device).view(blocks, block)
     ordinary = torch.arange(block, device=device) < block - 1
-    earlier = j[:, -1:] < i // block * block  # than the query's block: [S, blocks, 1]
+    earlier = j[:, -1:] < i // block * block  # earlier than the query's block: [S, blocks, 1]
     own = ordinary & ~earlier & (j <= i)
     inner, _ = softmax(z, ordinary & earlier, None)
     logits = torch.cat([z.flatten(-2), z[..., -1]], -1)

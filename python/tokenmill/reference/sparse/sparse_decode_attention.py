@@ -1,9 +1,9 @@
-"""sparse_decode_attention: out_i = sum_j softmax(z_i)_j v_j over a row of keys: the first tokens,
-the listed blocks, the last tokens, and extra keys.
+"""sparse_decode_attention: out_i = sum_j softmax(z_i)_j v_j over a row of keys: sink tokens, listed
+blocks, recent tokens, and extra keys.
 
     z_ij = softcap tanh(scale R(p_i) q_i . R(p_j) k_j / softcap) + log_count_j
 
-R turns pairs of columns by the angles of a position. mass_e is what the keys of entry e get.
+R rotates column pairs by the angles of a position. mass_e is the weight of the keys of entry e.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def sparse_decode_attention(
     *,
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The keys of a list head in a row: the first tokens, its list, the last tokens, extra keys."""
+    """Attends, per list head, to a row of keys: sink tokens, its list, recent tokens, extra
+    keys.
+    """
     batch, queries, heads = q.shape[:3]
     kv_heads, entries = k_cache.shape[2], indices.shape[2]
     row_heads = heads if indices.shape[1] > kv_heads else kv_heads
@@ -103,9 +105,10 @@ def sparse_decode_attention(
 def key_row(
     ids: list[int], length: int, queries: int, block_k: int, num_sink: int, num_recent: int
 ) -> tuple[list[int], list[int], list[bool]]:
-    """Of each key of the cache in a row: its position, -1 for one that is left out; its entry of
-    the list, -1 for none; whether it is among the recent tokens."""
-    old = max(length - num_recent, 0)  # what is no last token of the last query
+    """For each key of the cache in a row: its position, -1 for a skipped key; its list entry, -1
+    for none; whether it is a recent token.
+    """
+    old = max(length - num_recent, 0)  # before the recent tokens of the last query
     sinks = min(num_sink, old)
     first = first_at_least(ids, sinks // block_k)
     last = max(first, first_at_least(ids, -(-old // block_k)))
@@ -121,14 +124,14 @@ def key_row(
 
 
 def first_at_least(ids: list[int], least: int) -> int:
-    """The place of the first id that is not below `least`, after all if there is none."""
+    """Index of the first id that is not below `least`; the length if there is none."""
     return next((e for e, x in enumerate(ids) if x >= least), len(ids))
 
 
 def slots_of(
     cache: Tensor, b: int, at: Tensor, block_table: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pages and rows of positions of a request, and where there are such."""
+    """Pages and rows of positions of a request, and whether they exist."""
     page, row, there = torch.full_like(at, b), at, at >= 0
     if block_table is not None:
         size = cache.shape[1]
@@ -147,7 +150,7 @@ def rows_at(
     kv: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Keys or values of a head at slots, 0 where there are none."""
+    """Keys or values of a head at slots, 0 where they do not exist."""
     at = page[there], row[there], kv
     if scale is not None:
         scale = scale[at] if scale.dim() == 3 else scale[min(kv, len(scale) - 1)]

@@ -1,4 +1,4 @@
-"""Places in rows of tokens, and distances between them."""
+"""Positions in rows of tokens, and distances between tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def places_of(indices: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """[B, Na, Nb] as sums of squared differences: nothing cancels."""
+    """[B, Na, Nb] as sums of squared differences, which avoids cancellation."""
     return torch.stack([(a - row[:, None]).square().sum(-1) for row in b.unbind(1)], 2)
 
 

@@ -17,15 +17,16 @@ def best_match(a: Tensor, b: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Rows over their norms, zeros where the norm is nothing, NaN where it is not finite; both as
-    float32 has it."""
+    """Rows divided by their norms, zeros where the norm is 0, NaN where it is not finite; the norm
+    is rounded to float32.
+    """
     squares = x.square().sum(-1, keepdim=True)
     unit = torch.where(squares < _FLOAT.tiny, 0, x / squares.sqrt())
     return torch.where(squares <= _FLOAT.max, unit, torch.nan)
 
 
 def best_products(products: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, Na, Nb] to the place and value of the greatest of each row."""
+    """Index and value of the maximum of each row of [B, Na, Nb]."""
     batch, rows, partners = products.shape
     if partners == 0:
         none = products.new_full((batch, rows), -torch.inf)

@@ -1,9 +1,9 @@
-"""cluster_tokens: rounds of soft assignment to the centroids in reach, and of means.
+"""cluster_tokens: iterations of soft assignment to the centroids in reach, and of means.
 
     q_nm = e^(-tau |x_n - c_m|^2) / sum_m' e^(-tau |x_n - c_m'|^2)
     c_m <- sum_n q_nm x_n / sum_n q_nm
 
-A label is the nearest centroid. The last round alone has a gradient.
+A label is the nearest centroid. Only the last iteration has a gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._common import finite, squared_distances
 
-_LEAST_WEIGHT = 2.0**-100  # in units of the greatest of a row; a smaller one is 0
+_LEAST_WEIGHT = 2.0**-100  # relative to the largest weight of a row; smaller weights are 0
 
 
 def cluster_tokens(
@@ -24,7 +24,8 @@ def cluster_tokens(
     wide = torch.promote_types(x.dtype, torch.float32)
     shape = (batch, grid_y, grid_x)
     pixels = x.to(wide).flatten(1, 2)
-    added = torch.where(pixels.isfinite(), pixels, 0.0)  # others have weights NaN, if any
+    # pixels that are not finite have NaN weights, if any
+    added = torch.where(pixels.isfinite(), pixels, 0.0)
     fixed = pixels.detach()
     reach = clusters_in_reach(height, width, grid_y, grid_x, window, x.device)
 
@@ -55,7 +56,7 @@ def cluster_tokens(
 def clusters_in_reach(
     height: int, width: int, grid_y: int, grid_x: int, window: int, device: torch.device
 ) -> Tensor:
-    """[N, M]: which clusters a pixel weighs."""
+    """[N, M]: whether cluster m is a candidate of pixel n."""
     near = []
     for pixels, cells in ((height, grid_y), (width, grid_x)):
         home = torch.arange(pixels, device=device) * cells // pixels

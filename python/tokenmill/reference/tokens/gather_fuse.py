@@ -1,5 +1,6 @@
-"""gather_fuse: prefix, x[keep], and one token sum_r w_r x_r over the rest r, with normalize over
-sum_r w_r."""
+"""gather_fuse: prefix, x[keep], and one token sum_r w_r x_r over the rest r, with normalize divided
+by sum_r w_r.
+"""
 
 from __future__ import annotations
 

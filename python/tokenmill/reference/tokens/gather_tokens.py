@@ -13,7 +13,7 @@ def gather_tokens(x: Tensor, indices: Tensor) -> tuple[Tensor]:
         rows, places = x.flatten(0, 1)[None], indices[None]
     else:
         rows, places = x, indices
-    # A row of zeros behind the last serves -1.
+    # An index of -1 reads a row of zeros appended after the last.
     padded = torch.cat((rows, rows.new_zeros(len(rows), 1, rows.shape[2])), 1)
     found = padded[places_of(places, rows.shape[1])]
     return (found[0] if indices.dim() == 1 else found,)

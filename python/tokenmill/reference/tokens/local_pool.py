@@ -1,7 +1,7 @@
-"""local_pool: the mean or maximum of those pixels of a window that the mask has, minus the pixel
-itself where asked for.
+"""local_pool: the mean or maximum of the unmasked pixels of a window, optionally minus the pixel
+itself.
 
-    of (y, x): pixels (y + dilation_y (i - kernel_y // 2), x + dilation_x (j - kernel_x // 2))
+    (y, x): pixels (y + dilation_y (i - kernel_y // 2), x + dilation_x (j - kernel_x // 2))
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def local_pool(
 
 
 def _shifted(x: Tensor, dy: int, dx: int) -> Tensor:
-    """[B, Y, X, C] that holds x at (y + dy, x + dx) in place of (y, x), and 0 beyond the map."""
+    """[B, Y, X, C] with x at (y + dy, x + dx) in position (y, x), and 0 beyond the map."""
     height, width = x.shape[1:3]
     out = torch.zeros_like(x)
     y, y_end = max(0, -dy), min(height, height - dy)

@@ -1,5 +1,6 @@
-"""mask_partition: the places of true elements in the flattened mask, ascending, then -1; where each
-row of them begins; and place[b, n], the number of true elements in front of a true one."""
+"""mask_partition: the positions of true elements in the flattened mask, ascending, then -1; the
+offset of each row in them; and place[b, n], the number of true elements before a true one.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""reconstruct_tokens: out_n = sum_m w_nm values_m over the k nearest centroids, with
-w_nm = e^(-tau |f_n - c_m|^2) over their sum, or over the root of the sum of their squares."""
+"""reconstruct_tokens: out_n = sum_m w_nm values_m over the k nearest centroids, with w_nm = e^(-tau
+|f_n - c_m|^2) divided by their sum, or by the root of the sum of their squares.
+"""
 
 from __future__ import annotations
 

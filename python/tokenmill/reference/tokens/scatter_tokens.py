@@ -1,4 +1,4 @@
-"""scatter_tokens: out[indices_i] = y_i, and base, or 0, elsewhere; -1 names no place."""
+"""scatter_tokens: out[indices_i] = y_i, and base, or 0, elsewhere; -1 skips the row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def scatter_tokens(
         rows, places, out = y[None], indices[None], out.reshape(1, batch * tokens, channels)
     else:
         rows, places = y, indices
-    # A row behind the last takes what -1 names.
+    # Rows with index -1 go to an extra row after the last.
     padded = torch.cat((out, out.new_zeros(len(out), 1, channels)), 1)
     scattered = padded.index_put(places_of(places, out.shape[1]), rows)[:, :-1]
     return (scattered.reshape(batch, tokens, channels).clone(),)

@@ -1,8 +1,8 @@
-"""segment_reduce: rows x[perm_p] of the places offsets_s <= p < offsets_(s + 1) become one.
+"""segment_reduce: rows x[perm_p] at positions offsets_s <= p < offsets_(s + 1) are reduced to one.
 
     sum: y_s = sum_p w_p x[perm_p];    mean: y_s / sum_p w_p
 
-The others take, per channel, the greatest or the least element, or the first or the last row.
+The others take, per channel, the maximum or the minimum, or the first or the last row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def segment_reduce(
     wide = torch.promote_types(x.dtype, torch.float32)
     row, bin_ = _places(x, offsets, perm)
 
-    # Behind the rows lies one for the places that name none.
+    # Entries of -1 read an extra row after the last.
     x = torch.nn.functional.pad(x, (0, 0, 0, 1))
     if weight is None:
         w = x.new_ones(row.shape, dtype=wide)
@@ -49,8 +49,9 @@ def segment_reduce(
 
 
 def _places(x: Tensor, offsets: Tensor, perm: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[B, P]: of each place the row of x, N for none, and its segment s of batch row b as
-    b (S + 1) + s, where S stands for none."""
+    """[B, P]: for each position the row of x, N for none, and its segment s of batch row b as b (S
+    + 1) + s, where s = S means none.
+    """
     batch, tokens, _ = x.shape
     segments = offsets.shape[1] - 1
     places = tokens if perm is None else perm.shape[1]
@@ -64,13 +65,13 @@ def _places(x: Tensor, offsets: Tensor, perm: Tensor | None) -> tuple[Tensor, Te
 
 
 def _sums(bin_: Tensor, values: Tensor, bins: int) -> Tensor:
-    """Of values [B, P, ...] for each bin."""
+    """Sums of values [B, P, ...] per bin."""
     flat = values.flatten(0, 1)
     return flat.new_zeros((bins, *flat.shape[1:])).index_add(0, bin_.flatten(), flat)
 
 
 def _chosen_places(x: Tensor, row: Tensor, bin_: Tensor, segments: int, reduce: str) -> Tensor:
-    """[B, S, C]: the place whose row a segment takes, the number of places for none."""
+    """[B, S, C]: position of the row that a segment takes, P for none."""
     batch, places = row.shape
     channels = x.shape[2]
     index = bin_.flatten()[:, None].expand(-1, channels)

@@ -1,5 +1,5 @@
-"""topk_partition: positions sorted by (class, score), both descending, in a tie by position; the
-first k are kept. A protected position has class 2, one that is not valid class 0, another class 1.
+"""topk_partition: positions sorted by (class, score), both descending, ties by position; the first
+k are kept. A protected position has class 2, an invalid one class 0, others class 1.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def topk_partition(
     by_rank = rank.gather(1, by_value).argsort(dim=1, descending=True, stable=True)
     ordered = by_value.gather(1, by_rank).int()
     kept = index < (k if counts is None else counts[:, None])
-    # What does not belong to a side is sorted behind its last.
+    # Positions of the other side are sorted after the last.
     keep, rest = ordered.masked_fill(~kept, tokens)[:, :k], ordered.masked_fill(kept, tokens)
     if order == "index":
         keep = keep.sort(1).values
