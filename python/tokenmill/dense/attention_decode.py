@@ -136,10 +136,9 @@ def attention_decode(
 
     Request b has n = seqlens_k[b] keys, including its Sq newest tokens, and its queries are the
     last Sq of n positions: query i sees keys j <= n - Sq + i. The result equals
-        :func:`tokenmill.attention` with causal=True on these keys, request by request. Keys and
-        values are read once for each KV head, whatever H / Hk and Sq. With cu_seqlens_q each
-        request has its own number of queries: prefill, chunks of it, speculative and decode rows in
-        one call.
+    :func:`tokenmill.attention` with causal=True on these keys, request by request. Keys and values
+    are read once for each KV head, whatever H / Hk and Sq. With cu_seqlens_q each request has its
+    own number of queries: prefill, chunks of it, speculative and decode rows in one call.
 
     Args:
         q: ``[B, Sq, H, D]``, or packed ``[T, H, D]`` with cu_seqlens_q; float16, bfloat16 or

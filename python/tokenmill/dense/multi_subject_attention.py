@@ -76,7 +76,7 @@ def multi_subject_attention(
             above R sees the background and itself.
 
     Complexity: :func:`attention` of N queries to (R + 1) N keys, skipping fully masked tiles; a
-        copy of all keys and values.
+    copy of all keys and values.
 
     Paper: Improving Multi-Subject Consistency in Open-Domain Image Generation with Isolation and
     Reposition Attention (IR-Diffusion, He et al. 2024).

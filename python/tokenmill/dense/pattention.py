@@ -71,7 +71,7 @@ def pattention(
         RuntimeError: naming argument, rule and value, before anything runs.
 
     Complexity: 2 T N (D1 + D2) operations, and 6 T N D1 + 4 T N D2 for the backward; extra memory
-        for a block of scores, 2^20 on a CPU and 2^25 on a GPU.
+    for a block of scores, 2^20 on a CPU and 2^25 on a GPU.
 
     Paper: TokenFormer: Rethinking Transformer Scaling with Tokenized Model Parameters (Wang et al.
     2024), section 3.2. Its equation has the factor sqrt(n) before the softmax-like function; the

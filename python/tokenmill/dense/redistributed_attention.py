@@ -85,8 +85,8 @@ def redistributed_attention(
     over the image, for the others one; memory is linear in Sq and Sk.
 
     Paper: See What You Are Told (VAR, Kang et al. 2025), section 4; the defaults, and text sinks
-        that give weight too, follow the released code, which applies it in all layers from the
-        third on. The prompt decides which tokens are sinks, for decode steps as well.
+    that give weight too, follow the released code, which applies it in all layers from the third
+    on. The prompt decides which tokens are sinks, for decode steps as well.
 
     Example:
         >>> import torch, tokenmill as tm

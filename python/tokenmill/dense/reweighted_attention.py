@@ -51,11 +51,11 @@ def reweighted_attention(
     * renormalize="none": nothing else; rows no longer sum to 1.
     * renormalize="all": :math:`c_{ig} = f_g / \sum_h f_h W_{ih}`; rows sum to 1 again.
     * renormalize="others": :math:`c_{i0} = 1 + \sum_g (1 - f_g) W_{ig} / W_{i0}`; group 0 receives
-        the weight that the others lose, in proportion to its weights. Where group 0 has no weight,
-        it is dropped.
+      the weight that the others lose, in proportion to its weights. Where group 0 has no weight, it
+      is dropped.
 
     The weight matrix is never materialised: f is a bias :math:`\log f_g` of the keys, and the lse
-        gives the weight that it removed.
+    gives the weight that it removed.
 
     Args:
         q: ``[B, Sq, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides

@@ -65,8 +65,8 @@ def sink_calibrated_attention(
     linear in Sq and Sk.
 
     Paper: Unveiling and Harnessing Hidden Attention Sinks (ACT, Yu et al. 2024), section 4. The
-        released evaluation uses these defaults and calibrates a list of heads in each of the layers
-        2 to 30 of 32; its chat evaluation uses threshold 0.15.
+    released evaluation uses these defaults and calibrates a list of heads in each of the layers 2
+    to 30 of 32; its chat evaluation uses threshold 0.15.
 
     Example:
         >>> import torch, tokenmill as tm

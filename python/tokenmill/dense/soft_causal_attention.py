@@ -58,7 +58,7 @@ def soft_causal_attention(
         RuntimeError: naming argument, rule and value, before anything runs.
 
     Complexity: 3 B H Sq Sk (D + Dv) operations, 1.5 times :func:`attention`; memory linear in Sq
-        and Sk.
+    and Sk.
 
     Paper: Adapting LLaMA Decoder to Vision Transformer (iLLaMA, Wang et al. 2024), section 3.2, the
     soft mask strategy.

@@ -134,8 +134,8 @@ class Policy:
         """Causal attention over prompts, or over their next chunks, then :meth:`begin`.
 
         A policy that keeps every key accepts further chunks at any time: of a prompt, or of the
-            next turn. A policy that evicts makes its selection at the end of a prompt, and must
-            know where it is.
+        next turn. A policy that evicts makes its selection at the end of a prompt, and must know
+        where it is.
 
         Args:
             q: ``[B, S, H, D]``, prompts padded with any finite values.

@@ -84,14 +84,15 @@ def hip_block_select(
     counts for the last query of the query block are admissible. With N = budget / block_k:
 
     1. If n <= N, all admissible blocks are selected: list, sink and recent keys then cover every
-    key visible to a query of the query block. 2. The admissible blocks are cut into N nodes, node i
-    from floor(n i / N) to floor(n (i+1) / N). 3. Each node of several blocks is split in two, the
-       left one with the smaller half. A node scores max q·k over the keys k of *one* block, its
-       representative, and over sampled queries of the query block: every stride_q-th, counted
-       backwards from its last one. Pairs that do not count, and NaN products, are skipped: if
-       nothing is left, the score is -inf. Products are float32, without a scale.
+       key visible to a query of the query block.
+    2. The admissible blocks are cut into N nodes, node i from floor(n i / N) to floor(n (i+1) / N).
+    3. Each node of several blocks is split in two, the left one with the smaller half. A node
+       scores max q·k over the keys k of *one* block, its representative, and over sampled queries
+       of the query block: every stride_q-th, counted backwards from its last one. Pairs that do not
+       count, and NaN products, are skipped: if nothing is left, the score is -inf. Products are
+       float32, without a scale.
     4. The N nodes with the largest scores are kept; ties go to the lower keys. Repeat from 3 while
-    a node has several blocks.
+       a node has several blocks.
 
     The list holds N different blocks (all, if there are fewer), likely but not certainly the best
     ones, since the search follows its representatives. It finds smooth scores, and keys that are

@@ -65,9 +65,9 @@ def kv_block_scores(
     A query and a row of k give the score z, and a score is reduced in this order:
 
     1. With q_reduce="mean" the queries of a block_q become one: their mean in float32, rounded once
-    to the dtype of q, so that its product is the mean of their products. Its position is the
-    position of its last query. 2. z = scale q·k ("dot": k has a pooled key for each block, or
-    tokens with block_k=1), or with
+       to the dtype of q, so that its product is the mean of their products. Its position is the
+       position of its last query.
+    2. z = scale q·k ("dot": k has a pooled key for each block, or tokens with block_k=1), or with
        scoring="minmax" the bound :math:`scale \sum_d \max(q_d, 0) M_d + \min(q_d, 0) m_d`, which no
        key of a box exceeds (for scale > 0), or with "max_block" q·k of raw keys.
     3. z is -inf where the row is masked for the query: tokens from seqlens_k on, later than the
@@ -77,8 +77,8 @@ def kv_block_scores(
     4. "max_block" takes the maximum over the tokens of each block.
     5. q_reduce="max" takes the maximum over the queries of each block_q.
     6. head_reduce takes the maximum or the mean over the query heads of a KV head, or with
-    "softmax_vote" the sum over all heads of the softmax of z over the visible blocks. A NaN does
-    not count in this softmax, and only makes its own block NaN.
+       "softmax_vote" the sum over all heads of the softmax of z over the visible blocks. A NaN does
+       not count in this softmax, and only makes its own block NaN.
 
     Blocks not visible to any query of a row are -inf, and a NaN in a key makes its own block NaN.
     :func:`topk_select` selects neither. Sums and results are float32.
