@@ -75,28 +75,35 @@ class OpSpec:
     """One public operator.
 
     lower maps the arguments of the public function to the lowered list: the arguments of the
-    schema, in the order shared by reference, C++ params and Triton launcher. differentiable names
-    the arguments with a gradient. out, if any, is the operator that writes the first result into
-    its last argument; lower_out(out, *lowered) is this argument in the form of the schema.
+    schema, in the order shared by reference, C++ params and Triton launcher.
+    differentiable names the arguments with a gradient. out, if any, is the operator that writes the
+    first result into its last argument; lower_out(out, *lowered) is this argument in the form of
+    the schema.
     logarithms are the outputs (by position) whose errors are absolute while they are below 1: an
-    absolute error of a logarithm is a relative error of its argument. flops counts the operations
-    of a forward call from the lowered list, backward_flops the operations of its backward; None =
-    twice as many. For tensors without data (meta and fake) they return bounds. unsupported(backend,
-    *lowered) lists the reasons why CUDA or Triton cannot run a call, beyond the rules for every
-    operator. The cpu backend runs all calls. unsupported_sm90(*lowered, out=out) lists the reasons
-    why the sm_90a kernel does not take a call, which the sm_80 kernel then runs. None: there is no
-    sm_90a kernel. sm90_kernel(*lowered) names the sm_90a kernels of a call, if not
-    csrc/<family>/<name>/kernel_sm90. sm90_knobs(*lowered, out=out) names the knobs that select and
-    partition them, if not the operator's, or if one of them can exclude a call by its size.
+    absolute error of a logarithm is a relative error of its argument.
+    flops counts the operations of a forward call from the lowered list, backward_flops the
+    operations of its backward; None = twice as many. For tensors without data (meta and fake) they
+    return bounds.
+    unsupported(backend, *lowered) lists the reasons why CUDA or Triton cannot run a call, beyond
+    the rules for every operator. The cpu backend runs all calls.
+    unsupported_sm90(*lowered, out=out) lists the reasons why the sm_90a kernel does not take a
+    call, which the sm_80 kernel then runs. None: there is no sm_90a kernel.
+    sm90_kernel(*lowered) names the sm_90a kernels of a call, if not
+    csrc/<family>/<name>/kernel_sm90.
+    sm90_knobs(*lowered, out=out) names the knobs that select and partition them, if not the
+    operator's, or if one of them can exclude a call by its size.
     unsupported_sm90_backward(*lowered) lists the reasons for the backward of a call.
     plain is ordinary PyTorch code in the dtype of the inputs, without care for precision: the
-    baseline of the error budget. over_cache names the operator that runs calls of the public
-    function with seqlens_k. sharding declares how a call on DTensors is split, or why it cannot be.
+    baseline of the error budget.
+    over_cache names the operator that runs calls of the public function with seqlens_k.
+    sharding declares how a call on DTensors is split, or why it cannot be.
     copied names arguments that the public function copies if their last dimension is not
-    contiguous; torch.ops refuses them. as_packed(q, k, v, kwargs) converts a call on jagged nested
-    tensors to packed sequences. written names the arguments of the public function that some call
-    writes into, if they differ from the schema's. samples and malformed come from the module
-    <name>_cases next to the operator's, which only tests and tools load.
+    contiguous; torch.ops refuses them.
+    as_packed(q, k, v, kwargs) converts a call on jagged nested tensors to packed sequences.
+    written names the arguments of the public function that some call writes into, if they differ
+    from the schema's.
+    samples and malformed come from the module <name>_cases next to the operator's, which only tests
+    and tools load.
     """
 
     name: str
