@@ -7,11 +7,11 @@ error; TOKENMILL_TORCH_ROOT names a torch package to build against, TOKENMILL_CU
 CUTLASS; TOKENMILL_CPU_ISAS=native (or "avx2;avx512") builds the CPU kernels for fewer instruction
 sets; MAX_JOBS limits parallel compilers. For wheels: TOKENMILL_MANYLINUX=1 needs no library younger
 than manylinux_2_28 has; TOKENMILL_PREBUILT names an _ops.so of the same sources and options, next
-to which only the bindings of another Python are built. For development: TOKENMILL_PTXVM=1 adds the
-PTX machine, TOKENMILL_OPS ("select/topk_select;dense/attention") builds the kernels of these
-operators only, TOKENMILL_HEAD_DIMS ("64;128;256") attention's CUDA kernels for these head
-dimensions only, TOKENMILL_SANITIZE=1 lets AddressSanitizer watch the CPU kernels (run with libasan
-preloaded).
+to which only the bindings of another Python are built. For development: TOKENMILL_PTXVM=1, in
+a checkout, adds a library that runs the CUDA kernels on the PTX machine, TOKENMILL_OPS
+("select/topk_select;dense/attention") builds the kernels of these operators only,
+TOKENMILL_HEAD_DIMS ("64;128;256") attention's CUDA kernels for these head dimensions only,
+TOKENMILL_SANITIZE=1 lets AddressSanitizer watch the CPU kernels (run with libasan preloaded).
 
 An editable install puts the libraries into python/tokenmill and keeps the objects in build/, where
 the next build of any kind finds them.
@@ -89,7 +89,6 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         if not ptxvm:  # of an earlier build in this tree: setuptools packs whatever lies there
             (install / "_emulated.so").unlink(missing_ok=True)
-            shutil.rmtree(install / "_ptxvm", ignore_errors=True)
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_INSTALL_PREFIX": install,
@@ -134,7 +133,7 @@ class CMakeBuild(build_ext):
 
 def libraries(package: Path) -> list[Path]:
     """What a build installs next to _C."""
-    found = [package / "_ops.so", package / "_emulated.so", *package.glob("_ptxvm/*")]
+    found = [package / "_ops.so", package / "_emulated.so"]
     return [path for path in found if path.exists()]
 
 

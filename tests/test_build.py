@@ -141,7 +141,6 @@ def sdist(tmp_path_factory):
         ".venv-test/lib/a.py",
         "tests/__pycache__/a.pyc",
         "python/tokenmill/_ops.so",
-        "python/tokenmill/_ptxvm/libcudart.so.12",
     ):
         (tree / stray).parent.mkdir(parents=True, exist_ok=True)
         (tree / stray).touch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import subprocess
 import sys
@@ -217,7 +218,7 @@ def test_tensor_work_of_documents_is_that_of_their_tiles(dtype, rule):
     ],
 )
 def test_budgets_hold_where_tensor_cores_truncate(op, name, device):
-    """mma=hardware (docs/ptxvm.md): the error budget of half precision covers it."""
+    """mma=hardware (ptxvm/docs/guide.md): the error budget of half precision covers it."""
     from tokenmill import _emulator
 
     spec = tm.registry.get(op)
@@ -226,3 +227,18 @@ def test_budgets_hold_where_tensor_cores_truncate(op, name, device):
         for dtype in (torch.float16, torch.bfloat16):
             found = tm.testing.compare(spec, sample, "emulated", dtype, device="cpu")
             assert found and not [c for c in found if not c.ok]
+
+
+@built
+def test_the_examples_of_the_machine_s_functions_run():
+    from tokenmill import _emulator
+
+    results = doctest.testmod(_emulator)
+    assert results.attempted and not results.failed
+
+
+def test_a_setting_without_a_value():
+    from tokenmill import _emulator
+
+    with pytest.raises(ValueError, match="settings: must be NAME=VALUE; got 'check'"):
+        _emulator._options("count=1,check")

@@ -148,7 +148,7 @@ def editable(tmp_path_factory):
     pytest.importorskip("setuptools")
     base = tmp_path_factory.mktemp("editable")
     tree, tools, wheel = base / "tree", base / "tools", base / "wheel"
-    ignored = shutil.ignore_patterns("*.so", "__pycache__", "results", "*.egg-info", "_ptxvm")
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "results", "*.egg-info")
     for folder in ("ci", "python", "bench", "triton_kernels"):
         shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=ignored)
     for name in ("bench", "triton_kernels"):  # manual links, which are not needed

@@ -63,7 +63,6 @@ def test_explain_speaks_for_samples(capsys):
 BAD = [
     ("nosuch", "command: no command 'nosuch'; python -m tokenmill --help lists all"),
     ("chekc", "command: no command 'chekc' (did you mean 'check'?); python -m tokenmill --help"),
-    ("ptx chek a", "no command 'chek' (did you mean 'check'?); python -m tokenmill ptx --help"),
     ("--nosuch info", "unrecognized arguments: --nosuch"),
     ("info x", "unrecognized arguments: x"),
     ("ops --all", "unrecognized arguments: --all"),

@@ -17,7 +17,7 @@ NAVIGATION = {
         "distributed",
         "sharding",
         "scale",
-        "ptxvm",
+        "emulated",
     ],
     "Reference": ["api/index", "numerics", "performance", "changes"],
     "Development": [

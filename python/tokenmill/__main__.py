@@ -1,5 +1,5 @@
 """python -m tokenmill info | ops | explain | check | bench | bench primitives | bench report |
-bench scale | tune | report | demo | papers | ptx run | ptx check | ptx count"""
+bench scale | tune | report | demo | papers"""
 
 from __future__ import annotations
 
@@ -44,18 +44,12 @@ def _run(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["bench"] and argv[1:2] in TWO_WORDS:
         argv = [" ".join(argv[:2]), *argv[2:]]
-    behind: list[str] = []
-    if argv[:1] == ["ptx"] and "--" in argv:  # arguments of the program to run
-        at = argv.index("--")
-        argv, behind = argv[:at], argv[at + 1 :]
     try:
         parser = _parser()
         if not argv:
             parser.print_help()
             return 0
         options, others = parser.parse_known_args(argv)
-        if behind:
-            options.args = [*options.args, *behind]
         command = f"tokenmill {options.command}"
         if others:
             raise _cli.UsageError(f"unrecognized arguments: {' '.join(others)}")
@@ -149,10 +143,6 @@ def _parser() -> _cli.Parser:
 
     sub = command("papers", show.run, "the papers behind the package, and what computes each")
     show.add_arguments(sub)
-    from .ptx import command as ptx
-
-    sub = command("ptx", ptx.run, "CUDA kernels on a CPU: run them, check them, count what they do")
-    ptx.add_arguments(sub)
     return parser
 
 

@@ -1,6 +1,5 @@
 """The PTX machine inside the emulated library of a development build: its options, checks and
-counters. `tokenmill.ptx` is the machine for other kernels; the two have separate options.
-"""
+counters. Package `ptxvm` has another machine, for other kernels, with options of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from . import _library
 
 if TYPE_CHECKING:
-    from .ptx.vm import Machine, Report
+    from ptxvm import Machine, Report
 
 
 @functools.cache
@@ -20,13 +19,17 @@ def machine() -> Machine:
     """The machine inside the emulated library."""
     if not _library.emulated_built():
         raise RuntimeError("tokenmill.emulator: not in this build (TOKENMILL_PTXVM=1)")
-    from .ptx.vm import Machine  # loaded lazily
+    try:
+        from ptxvm import Machine
+    except ImportError as error:
+        rule = "needs the package ptxvm (pip install ./ptxvm)"
+        raise RuntimeError(f"tokenmill.emulator: {rule}") from error
 
     return Machine(_library.EMULATED_PATH)
 
 
 def configure(settings: str) -> None:
-    """Sets options of the machine: "check=1,order=reverse,seed=7" (docs/ptxvm.md lists them)."""
+    """Sets options of the machine: "check=1,order=reverse,seed=7" (ptxvm/docs/guide.md)."""
     try:
         machine().configure(**_options(settings))
     except RuntimeError as error:
@@ -77,7 +80,7 @@ def counting() -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
 
 def reporting() -> contextlib.AbstractContextManager[list[Report]]:
     """Lets kernels in the context continue after breaking a rule of check mode or accessing memory
-    out of bounds (docs/ptxvm.md). The list is filled at the end, one entry per rule and line.
+    out of bounds (ptxvm/docs/guide.md). The list is filled at the end, one entry per rule and line.
 
     Example:
         >>> import torch, tokenmill as tm

@@ -28,7 +28,7 @@ READING = """\
 "Whole" means that all of the paper's computation is here; "in part" rows say what is missing and
 why. Calls are in `tokenmill` and show the arguments that the paper or its released code sets. They
 run on the backends {backends} unless a row names others; CUDA kernels are tested
-on the [PTX machine](ptxvm.md). What a paper says about accuracy is a claim about trained models,
+on the [PTX machine](emulated.md). What a paper says about accuracy is a claim about trained models,
 which nothing here trains. Figures under "measured" are those of [performance.md](performance.md),
 on one thread of a CPU; figures under "counted" are counted by the test of the row, on any machine.
 """

@@ -1,0 +1,59 @@
+"""ptxvm run | check | count FILE [ARGS ...]: --help has a guide."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import os
+import sys
+
+from . import _cli, command
+
+BROKEN_PIPE = 128 + 13  # the status of a program that the signal ends
+INTERRUPTED = 128 + 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, 1 if something was found, 2 if the command could not run."""
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed
+        if error.errno == errno.EPIPE:  # a reader that has seen enough, such as head
+            return BROKEN_PIPE
+        print(f"ptxvm: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    name = "ptxvm"
+    at = argv.index("--") if "--" in argv else len(argv)
+    own, of_program = argv[:at], argv[at + 1 :]
+    try:
+        parser = _cli.Parser(prog="ptxvm")
+        version = importlib.metadata.version("ptxvm")
+        parser.add_argument("--version", action="version", version=f"ptxvm {version}")
+        command.add_arguments(parser)
+        if not argv:
+            parser.print_help()
+            return 0
+        if own and own[0] in command.ACTIONS:
+            name = f"ptxvm {own[0]}"
+        options = parser.parse_args(own)
+        options.args = [*options.args, *of_program]
+        return command.run(options)
+    except _cli.UsageError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""The PTX machine from Python: PTX text, launches on arrays, options, reports and counters.
+
+    machine = Machine(library)              # libcudart.so.13
+    module = machine.load(open("kernel.ptx").read())
+    with machine.options(check=1, order="reverse"):
+        module.launch("kernel", x, out, np.int32(len(x)), grid=8, block=128, shared=4096)
+
+This file needs nothing else of the package, and no package but that of the arrays. The options are
+those of docs/guide.md; src/ptxvm/host_api.h has the functions below it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import operator
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INVALID_VALUE, INVALID_PTX = 1, 218  # cudaErrorInvalidValue, cudaErrorInvalidPtx
+
+
+class MachineError(RuntimeError):
+    """What the machine reported of a failed call. `code` is the CUDA error: 719 if the kernel broke
+    a rule, 710 if an assertion failed, 218 if the PTX is not one that the machine runs."""
+
+    def __init__(self, report: str, code: int) -> None:
+        super().__init__(report)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Report:
+    """A rule of check mode that a kernel broke at a line of its PTX, and how often. `report` is
+    what was said the first time. Of a fault that ended a launch the rule is "fault" or "deadlock",
+    and the line is 0 if it has none."""
+
+    kernel: str
+    line: int
+    rule: str
+    report: str
+    count: int = 1
+
+    @classmethod
+    def of_fault(cls, text: str) -> Report:
+        """The report of a MachineError: "kernel, line 12: ..." or "kernel: ..."."""
+        found = re.match(r"(?P<kernel>[\w$.]+)(, line (?P<line>\d+))?", text)
+        if found is None:
+            return cls("", 0, "fault", text)
+        rule = "deadlock" if text.startswith(f"{found['kernel']}: deadlock") else "fault"
+        return cls(found["kernel"], int(found["line"] or 0), rule, text)
+
+
+class Module:
+    """PTX text that the machine has parsed."""
+
+    def __init__(self, machine: Machine, handle: int) -> None:
+        self._machine = machine
+        self._handle = ctypes.c_void_p(handle)
+        kernels = json.loads(machine.library.ptxvm_kernels(self._handle))
+        # By kernel, name, type of an element, number of elements of an array (0: a scalar), bytes.
+        self.parameters: dict[str, list[dict[str, Any]]] = kernels
+
+    def __del__(self) -> None:
+        self._machine.library.ptxvm_unload(self._handle)
+
+    def launch(
+        self,
+        kernel: str,
+        *arguments: Any,
+        grid: int | Sequence[int] = 1,
+        block: int | Sequence[int] = 32,
+        shared: int = 0,
+    ) -> None:
+        """Runs a kernel.
+
+        Arrays (NumPy, or torch on the CPU) are passed as pointers, and the kernel may touch them
+        and nothing else during the launch; it may not write NumPy arrays that are read-only. Other
+        arguments are NumPy or ctypes scalars of the parameter's type. Extents are x or (x, y, z);
+        `shared` is the dynamic shared memory of a block in bytes. Raises MachineError, and
+        ValueError where the arguments are not those of the kernel.
+        """
+        extents = _three(kernel, "grid", grid), _three(kernel, "block", block)
+        bytes_ = ctypes.c_uint32(_word(kernel, "shared", shared))
+        self._check_number(kernel, arguments)
+        library = self._machine.library
+        values: list[Any] = []
+        registered: list[ctypes.c_void_p] = []
+        try:
+            for i, argument in enumerate(arguments):
+                try:
+                    pointer, writable = _memory_of(argument)
+                    value = _scalar(argument) if pointer is None else ctypes.c_uint64(pointer)
+                    self._check_size(kernel, i, value)
+                except ValueError as error:
+                    named = f"argument {i} ({self._name(kernel, i)})"
+                    raise ValueError(f"{kernel}: {named}: {error}") from None
+                values.append(value)
+                if pointer is not None:
+                    registered.append(ctypes.c_void_p(pointer))
+                    size = ctypes.c_size_t(argument.nbytes)
+                    library.ptxvm_register(registered[-1], size, int(writable))
+            pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+            failed = library.ptxvm_launch(self._handle, kernel.encode(), *extents, bytes_, pointers)
+        finally:
+            for address in registered:
+                library.ptxvm_unregister(address)
+        self._machine.check(failed)
+
+    def _check_number(self, kernel: str, arguments: Sequence[Any]) -> None:
+        parameters = self.parameters.get(kernel)
+        if parameters is not None and len(arguments) != len(parameters):
+            names = ", ".join(parameter["name"] for parameter in parameters)
+            rule = f"must be {len(parameters)} ({names})"
+            raise ValueError(f"{kernel}: arguments: {rule}; got {len(arguments)}")
+
+    def _name(self, kernel: str, i: int) -> str:
+        return str(self.parameters[kernel][i]["name"]) if kernel in self.parameters else ""
+
+    def _check_size(self, kernel: str, i: int, value: Any) -> None:
+        if kernel in self.parameters:
+            size = self.parameters[kernel][i]["bytes"]
+            if ctypes.sizeof(value) != size:
+                raise ValueError(f"must have {size} bytes; got {ctypes.sizeof(value)}")
+
+
+def _memory_of(argument: Any) -> tuple[int | None, bool]:
+    """Address of an array and whether it may be written; (None, False) of what is no array."""
+    if hasattr(argument, "data_ptr"):  # torch
+        if argument.device.type != "cpu":
+            raise ValueError(f"must be on the CPU; got {argument.device}")
+        if not argument.is_contiguous():
+            raise ValueError(f"must be contiguous; got strides {tuple(argument.stride())}")
+        return argument.data_ptr(), True
+    if hasattr(argument, "ctypes"):  # NumPy; its scalars have none
+        if not argument.flags.c_contiguous:
+            raise ValueError(f"must be contiguous; got strides {argument.strides}")
+        pointer, read_only = argument.__array_interface__["data"]
+        return pointer, not read_only
+    return None, False
+
+
+def _scalar(argument: Any) -> Any:
+    """A ctypes object with the bytes of a scalar."""
+    if hasattr(argument, "tobytes"):  # NumPy
+        return ctypes.create_string_buffer(argument.tobytes(), argument.nbytes)
+    try:
+        ctypes.addressof(argument)
+    except TypeError:
+        rule = "must be an array, or a scalar of NumPy or ctypes"
+        raise ValueError(f"{rule}; got {argument!r}") from None
+    return argument
+
+
+def _word(kernel: str, name: str, value: Any) -> int:
+    """A whole number of 32 bits."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 1 << 32:
+        raise ValueError(f"{kernel}: {name}: must be from 0 to {(1 << 32) - 1}; got {value!r}")
+    return number
+
+
+def _three(kernel: str, name: str, size: Any) -> Any:
+    given = list(size) if isinstance(size, Iterable) else [size]
+    if not 1 <= len(given) <= 3:
+        raise ValueError(f"{kernel}: {name}: must be 1 to 3 extents; got {size!r}")
+    return (ctypes.c_uint32 * 3)(
+        *[_word(kernel, name, extent) for extent in given], *[1] * (3 - len(given))
+    )
+
+
+class Machine:
+    """A library with the machine in it. Options, reports and counters are the library's, so those
+    of the process. `library` has the C functions."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.library = ctypes.CDLL(str(path))
+        self.library.ptxvm_load.restype = ctypes.c_void_p
+        for name in ("options", "last_report", "reports", "counters", "kernels"):
+            getattr(self.library, f"ptxvm_{name}").restype = ctypes.c_char_p
+
+    def check(self, error: int) -> None:
+        """Raises MachineError with the last report if the error is not 0."""
+        if error:
+            raise MachineError(self.library.ptxvm_last_report().decode(), error)
+
+    def load(self, ptx: str) -> Module:
+        """Parses PTX text. The lines .version, .target and .address_size may be left out."""
+        handle = self.library.ptxvm_load(ptx.encode())
+        self.check(0 if handle else INVALID_PTX)
+        return Module(self, handle)
+
+    def run(self, ptx: str, kernel: str, *arguments: Any, **launch: Any) -> None:
+        """Loads a text and launches one kernel of it."""
+        self.load(ptx).launch(kernel, *arguments, **launch)
+
+    def configure(self, **options: int | str) -> None:
+        """Sets options: configure(check=1, order="reverse"). Raises MachineError for one that there
+        is not, and sets none then."""
+        settings = ",".join(f"{name}={value}" for name, value in options.items())
+        failed = self.library.ptxvm_configure(settings.encode())
+        self.check(INVALID_VALUE if failed else 0)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """All options as they are."""
+        text = self.library.ptxvm_options().decode()
+        return dict(setting.split("=", 1) for setting in text.split(","))
+
+    @contextlib.contextmanager
+    def options(self, **options: int | str) -> Iterator[None]:
+        """Sets options for a while. Afterwards they are what they were."""
+        before = self.settings
+        self.configure(**options)
+        try:
+            yield
+        finally:
+            self.configure(**{name: before[name] for name in options})
+
+    def reports(self) -> list[Report]:
+        """What on_fault=report let kernels go on after, since the last call."""
+        return [Report(**entry) for entry in json.loads(self.library.ptxvm_reports())]
+
+    def counters(self) -> list[dict[str, Any]]:
+        """Counters of each launch since the last reset, as docs/guide.md defines them."""
+        launches: list[dict[str, Any]] = json.loads(self.library.ptxvm_counters())["launches"]
+        return launches
+
+    def reset_counters(self) -> None:
+        self.library.ptxvm_reset_counters()
+
+    @contextlib.contextmanager
+    def reporting(self) -> Iterator[list[Report]]:
+        """Lets kernels inside go on after they broke a rule of check mode. The list is filled at
+        the end."""
+        found: list[Report] = []
+        self.reports()
+        with self.options(on_fault="report"):
+            try:
+                yield found
+            finally:
+                found += self.reports()
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[list[dict[str, Any]]]:
+        """Counts what kernels inside do. The list is filled at the end, an entry per launch."""
+        launches: list[dict[str, Any]] = []
+        self.reset_counters()
+        try:
+            with self.options(count=1):
+                yield launches
+        finally:
+            launches += self.counters()
+            self.reset_counters()

@@ -1,0 +1,21 @@
+"""Where nvcc and the headers of CUTLASS are, for tests that compile something of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+
+def nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def cutlass_include() -> Path | None:
+    """The folder that CUTLASS names, or that of the installed package nvidia-cutlass."""
+    package = importlib.util.find_spec("cutlass_library")
+    roots = [Path(os.environ["CUTLASS"])] if "CUTLASS" in os.environ else []
+    if package and package.origin:
+        roots.append(Path(package.origin).parent / "source")
+    return next((r / "include" for r in roots if (r / "include" / "cute").is_dir()), None)
