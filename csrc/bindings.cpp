@@ -30,7 +30,7 @@ py::dict build_info() {
   info["cpu_isas"] = split(TOKENMILL_ISAS);
   info["cuda_version"] = TOKENMILL_CUDA_VERSION;
   info["cuda_archs"] = split(TOKENMILL_CUDA_ARCHS);
-  const int driver = tokenmill::least_driver(std::atoi(TOKENMILL_CUDA_VERSION));
+  const int driver = tokenmill::min_driver(std::atoi(TOKENMILL_CUDA_VERSION));
   info["cuda_driver"] = driver > 0 ? std::to_string(driver) : "";
   return info;
 }

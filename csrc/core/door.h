@@ -168,7 +168,7 @@ struct Kinds {
   }
 };
 
-constexpr size_t kMostArguments = 48, kMostResults = 8;  // limits for any schema
+constexpr size_t kMaxArguments = 48, kMaxResults = 8;  // limits for any schema
 
 struct Operator {
   const char* name;

@@ -6,7 +6,7 @@ namespace tokenmill {
 
 // First Linux driver release that runs code of a CUDA runtime of this major version (NVIDIA's rule
 // of minor version compatibility); 0: unknown.
-constexpr int least_driver(int cuda_major) {
+constexpr int min_driver(int cuda_major) {
   return cuda_major == 12 ? 525 : cuda_major == 13 ? 580 : 0;
 }
 
@@ -23,8 +23,8 @@ inline std::string driver_text(int built, int found, bool compiles_ptx) {
   std::string text = compiles_ptx ? "this build has nothing but PTX for this GPU, which needs an "
                                   : "this build needs an ";
   text += "NVIDIA driver for CUDA " + cuda_version_text(compiles_ptx ? built : major * 1000);
-  const bool named = !compiles_ptx && least_driver(major) > 0;
-  text += named ? " (" + std::to_string(least_driver(major)) + " or later)" : " or later";
+  const bool named = !compiles_ptx && min_driver(major) > 0;
+  text += named ? " (" + std::to_string(min_driver(major)) + " or later)" : " or later";
   return text + (found > 0 ? "; the driver here supports CUDA " + cuda_version_text(found)
                            : "; there is no driver here");
 }

@@ -349,7 +349,7 @@ PyObject* Function::call(PyObject* const* given, size_t positional, PyObject* ke
   if (positional > count)
     return PyErr_Format(PyExc_TypeError, "tokenmill.%s: takes %zu arguments; got %zu", op.name,
                         count, positional);
-  PyObject* slots[kMostArguments] = {};
+  PyObject* slots[kMaxArguments] = {};
   std::copy_n(given, positional, slots);
   const Py_ssize_t named = keywords ? PyTuple_GET_SIZE(keywords) : 0;
   for (Py_ssize_t i = 0; i < named; ++i)
@@ -375,7 +375,7 @@ PyObject* Function::call_plain(PyObject* values, size_t wanted) {
 PyObject* Function::run(PyObject* const* slots, size_t wanted, bool float64) const {
   const size_t count = schema.arguments.size();
   // Not initialised: to clear all 5 KB would take as long as the rest.
-  alignas(Argument) std::byte room[kMostArguments * sizeof(Argument)];
+  alignas(Argument) std::byte room[kMaxArguments * sizeof(Argument)];
   auto* const arguments = reinterpret_cast<Argument*>(room);
   Call call(torch, library.emulated);
   bool wide = false;  // some tensor is float64, which only the reference takes
@@ -401,7 +401,7 @@ PyObject* Function::run(PyObject* const* slots, size_t wanted, bool float64) con
   }
   if (wide && !float64) Py_RETURN_NOTIMPLEMENTED;
 
-  Array results[kMostResults];
+  Array results[kMaxResults];
   std::string error;
   Py_BEGIN_ALLOW_THREADS;
   try {

@@ -11,7 +11,7 @@ namespace {
 
 struct Entry {
   const char* name;
-  int64_t standard, least, most;
+  int64_t standard, minimum, maximum;
 };
 
 // Documented in python/tokenmill/_knobs.py.
@@ -57,8 +57,8 @@ int64_t knob_named(std::string name, std::optional<int64_t> set) {
   const Entry& entry = kEntries[i];
   const int64_t before = values().of[i].load(std::memory_order_relaxed);
   if (set) {
-    check(*set >= entry.least && *set <= entry.most, "knob", "set",
-          Rule("must be ", entry.least, " to ", entry.most), *set);
+    check(*set >= entry.minimum && *set <= entry.maximum, "knob", "set",
+          Rule("must be ", entry.minimum, " to ", entry.maximum), *set);
     values().of[i].store(*set, std::memory_order_relaxed);
   }
   return before;

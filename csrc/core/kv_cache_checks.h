@@ -24,10 +24,10 @@ inline void check_cache_shapes(const char* op, const View& k, const View& v) {
 
 // Checks of 4-dimensional caches that no query has checked. Without a v the values are in k.
 inline void check_caches_alike(const char* op, const View& k, const View& v,
-                               int64_t most = kMaxHeadDim, int64_t most_v = kMaxHeadDim) {
+                               int64_t maximum = kMaxHeadDim, int64_t max_v = kMaxHeadDim) {
   if (!v) {
     check_last_contiguous(op, "k_cache", k);
-    check_head_dim(op, "k_cache", k, most);
+    check_head_dim(op, "k_cache", k, maximum);
     return;
   }
   check(v.dtype == k.dtype, op, "v_cache", Rule("must have the dtype of k_cache, ", k.dtype),
@@ -35,7 +35,7 @@ inline void check_caches_alike(const char* op, const View& k, const View& v,
   check_device_of(op, "v_cache", v, "k_cache", k);
   for (auto [name, t] : {std::pair{"k_cache", &k}, std::pair{"v_cache", &v}}) {
     check_last_contiguous(op, name, *t);
-    check_head_dim(op, name, *t, t == &v ? most_v : most);
+    check_head_dim(op, name, *t, t == &v ? max_v : maximum);
   }
   check_cache_shapes(op, k, v);
 }

@@ -42,14 +42,14 @@ inline void check_last_contiguous(const char* op, const char* name, const View& 
 }
 
 inline void check_head_dim(const char* op, const char* name, const View& t,
-                           int64_t most = kMaxHeadDim) {
-  check(t.size(-1) >= 1 && t.size(-1) <= most, op, name,
-        Rule("must have a head dimension of 1 to ", most), t.size(-1));
+                           int64_t maximum = kMaxHeadDim) {
+  check(t.size(-1) >= 1 && t.size(-1) <= maximum, op, name,
+        Rule("must have a head dimension of 1 to ", maximum), t.size(-1));
 }
 
 // Max head dimensions: of q and k, and of v.
 struct HeadDims {
-  int64_t most = kMaxHeadDim, most_value = kMaxHeadDim;
+  int64_t maximum = kMaxHeadDim, max_value = kMaxHeadDim;
 };
 
 // Checks rank (3: packed, 4: sequences, 5: maps), dtype, device, layout and shapes.
@@ -68,7 +68,7 @@ inline void check_qkv(const char* op, const View& q, const View& k, const View& 
   }
   for (auto [name, t] : all) {
     check_last_contiguous(op, name, *t);
-    check_head_dim(op, name, *t, t == &v ? dims.most_value : dims.most);
+    check_head_dim(op, name, *t, t == &v ? dims.max_value : dims.maximum);
   }
   check(k.size(-1) == q.size(-1), op, "k", Rule("must have the head dimension of q, ", q.size(-1)),
         k.size(-1));

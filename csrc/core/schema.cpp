@@ -99,9 +99,9 @@ const Schema& Operator::checked_schema() const {
   const Schema& schema = schema_of(name);
   std::string wanted;
   for (const SchemaArgument& a : schema.arguments) wanted += static_cast<char>(a.kind);
-  if (kinds.size() > kMostArguments)
+  if (kinds.size() > kMaxArguments)
     throw std::logic_error("tokenmill." + std::string(name) + ": a schema has at most " +
-                           std::to_string(kMostArguments) + " arguments");
+                           std::to_string(kMaxArguments) + " arguments");
   if (wanted != kinds)
     throw std::logic_error("tokenmill." + std::string(name) + ": the schema has arguments " +
                            wanted + ", the record of C++ " + kinds);

@@ -129,7 +129,7 @@ constexpr const char* kKeys[] = {"CPU"};
 void torch_call(Operator& op, uint64_t* stack, uint64_t inputs, uint64_t outputs) {
   const Schema& schema = op.schema();
   Taken taken(schema);
-  Argument arguments[kMostArguments];
+  Argument arguments[kMaxArguments];
   for (size_t i = 0; i < inputs; ++i) arguments[i] = taken.argument(stack[i], schema.arguments[i]);
   size_t tensor = 0;
   for (size_t i = 0; i < inputs; ++i) {
@@ -142,7 +142,7 @@ void torch_call(Operator& op, uint64_t* stack, uint64_t inputs, uint64_t outputs
       fail(op.name, a.name, "must be a tensor", "None");
     }
   }
-  Array results[kMostResults];
+  Array results[kMaxResults];
   op.call(arguments, results);
   for (size_t i = 0; i < outputs; ++i)
     stack[i] = torch::stable::detail::from(*static_cast<const Tensor*>(results[i].owner.get()));

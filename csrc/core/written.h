@@ -39,7 +39,7 @@ inline bool elements_apart(const Places& t) {
 
 // Range of multiples of a stride.
 struct Step {
-  int64_t stride, least, most;
+  int64_t stride, minimum, maximum;
 };
 
 // True if `at` plus multiples of the strides from index i on falls into low .. high, or if more
@@ -47,15 +47,15 @@ struct Step {
 inline bool meets(const std::vector<Step>& steps, size_t i, int64_t at, int64_t low, int64_t high,
                   int& left) {
   if (i == steps.size()) return low <= at && at <= high;
-  int64_t least = at, most = at;  // range of at plus all later strides
+  int64_t minimum = at, maximum = at;  // range of at plus all later strides
   for (size_t j = i + 1; j < steps.size(); ++j) {
-    least += steps[j].stride * steps[j].least;
-    most += steps[j].stride * steps[j].most;
+    minimum += steps[j].stride * steps[j].minimum;
+    maximum += steps[j].stride * steps[j].maximum;
   }
   const int64_t stride = steps[i].stride;
   const auto floor = [stride](int64_t x) { return x / stride - (x % stride < 0); };
-  const int64_t last = std::min(steps[i].most, floor(high - least));
-  for (int64_t n = std::max(steps[i].least, -floor(most - low)); n <= last; ++n)
+  const int64_t last = std::min(steps[i].maximum, floor(high - minimum));
+  for (int64_t n = std::max(steps[i].minimum, -floor(maximum - low)); n <= last; ++n)
     if (--left < 0 || meets(steps, i + 1, at + n * stride, low, high, left)) return true;
   return false;
 }
@@ -100,7 +100,7 @@ inline bool share_memory(const Places& a, const Places& b) {
       auto at = std::find_if(steps.begin(), steps.end(),
                              [&](const Step& step) { return step.stride <= stride; });
       if (at == steps.end() || at->stride < stride) at = steps.insert(at, {stride, 0, 0});
-      (t == &a ? at->least : at->most) += t == &a ? -last : last;
+      (t == &a ? at->minimum : at->maximum) += t == &a ? -last : last;
     }
   int left = kSearched;
   return meets(steps, 0, apart, 1 - b.width, a.width - 1, left);

@@ -90,8 +90,8 @@ TM_INLINE void store_low_bytes(uint8_t* p, float8_words words) {
 
 TM_INLINE void store_float8(uint8_t* p, vf x) {
   const float8_words bits = (float8_words)x, magnitude = bits & 0x7fffffff;
-  const float8_words most = float8_words{} + 0x43e00000;  // 448
-  const float8_words cut = magnitude < most ? magnitude : most;
+  const float8_words maximum = float8_words{} + 0x43e00000;  // 448
+  const float8_words cut = magnitude < maximum ? magnitude : maximum;
   // Subnormal, below 2^-6: the last bit of a sum with 2^14 is worth 2^-9.
   const float8_words small = (float8_words)((vf)cut + set(0x1p14f)) - 0x46800000;
   const float8_words normal = ((cut + 0x7ffff + (cut >> 20 & 1)) >> 20) - ((127 - 7) << 3);

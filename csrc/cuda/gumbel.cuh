@@ -10,8 +10,8 @@ namespace tokenmill::cuda {
 __device__ __forceinline__ uint32_t philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2,
                                            uint32_t c3) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  keep(k0);  // precomputed keys of all rounds would hold 20 registers
-  keep(k1);
+  opt_barrier(k0);  // precomputed keys of all rounds would hold 20 registers
+  opt_barrier(k1);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
     const uint32_t high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;

@@ -85,8 +85,8 @@ class TileLoader {
   // caller commits the copies, waits for them and synchronises the CTA.
   __device__ __forceinline__ void load(uint32_t tile, int row) {
     int thread = threadIdx.x, row_step = blockDim.x / kLanes;
-    keep(thread);
-    keep(row_step);
+    opt_barrier(thread);
+    opt_barrier(row_step);
     const int own_column = thread % kLanes * kCount;
     uint32_t to = tile;
 #pragma unroll 1
@@ -127,7 +127,7 @@ class TileLoader {
 
   __device__ void advance() {
     next_ = reinterpret_cast<const T*>(reinterpret_cast<const char*>(next_) + step_);
-    keep(next_);
+    opt_barrier(next_);
   }
 
   const T* next_;

@@ -7,6 +7,6 @@ namespace tokenmill::cuda {
 // Formats "argument: rule; got value"; valid until the thread's next error.
 const char* refuse(const char* argument, const char* rule, int64_t value);
 
-constexpr const char* kMostBlocks = "must fill at most 2^31 - 1 blocks of threads on CUDA";
+constexpr const char* kMaxBlocks = "must fill at most 2^31 - 1 blocks of threads on CUDA";
 
 }  // namespace tokenmill::cuda

@@ -70,7 +70,7 @@ struct TilePlace {
 // `fewest` rows have none. Called by all lanes of a warp. Number: holds the total number of tiles.
 template <typename Number = int64_t>
 __device__ inline TilePlace find_tile(const int32_t* cu_seqlens, int64_t batch, int64_t tokens,
-                                      int rows, std::type_identity_t<Number> index, int least = 0,
+                                      int rows, std::type_identity_t<Number> index, int minimum = 0,
                                       int fewest = 0) {
   const int lane = threadIdx.x % kWarpSize;
   const PackedRows all = all_rows(cu_seqlens, batch, tokens);
@@ -86,7 +86,7 @@ __device__ inline TilePlace find_tile(const int32_t* cu_seqlens, int64_t batch, 
     const int start = lane > 0 ? own_start : before, length = row_end - start;
     // fewest == 0 is known at compile time
     const bool counts = b < batch && (fewest == 0 || length >= fewest);
-    const int tiles = !counts ? 0 : length > 0 ? (length + rows - 1) / rows : least;
+    const int tiles = !counts ? 0 : length > 0 ? (length + rows - 1) / rows : minimum;
     Number end = tiles;
 #pragma unroll
     for (int offset = 1; offset < kWarpSize; offset *= 2) {

@@ -5,8 +5,8 @@
 namespace tokenmill::cuda {
 
 // Below these nothing of the state is left; clamping avoids Inf - Inf.
-constexpr float kLeastHeadDecay = -1e4f;
-constexpr float kLeastTokenDecay = -128;
+constexpr float kMinHeadDecay = -1e4f;
+constexpr float kMinTokenDecay = -128;
 
 // 2^x for x with more precision than a float.
 __device__ __forceinline__ float exp2_exact(double x) {
@@ -16,8 +16,8 @@ __device__ __forceinline__ float exp2_exact(double x) {
 }
 
 // Log2 of a decay given in natural log. NaN propagates.
-__device__ __forceinline__ double log2_decay(float x, float least) {
-  return 1.4426950408889634 * (x < least ? least : x);
+__device__ __forceinline__ double log2_decay(float x, float minimum) {
+  return 1.4426950408889634 * (x < minimum ? minimum : x);
 }
 
 }  // namespace tokenmill::cuda

@@ -35,25 +35,25 @@ TM_INLINE uint64_t bits_of(vm m) {
 inline uint32_t nth_largest(uint32_t* keys, int64_t count, int64_t rank) {
   int32_t bins[kMaxBins];
   while (true) {
-    uint32_t least = keys[0], most = keys[0];
+    uint32_t minimum = keys[0], maximum = keys[0];
     for (int64_t i = 1; i < count; ++i) {
-      least = keys[i] < least ? keys[i] : least;
-      most = keys[i] > most ? keys[i] : most;
+      minimum = keys[i] < minimum ? keys[i] : minimum;
+      maximum = keys[i] > maximum ? keys[i] : maximum;
     }
-    const int width = std::bit_width(most - least);  // number of bits that differ
-    if (width == 0) return least;
+    const int width = std::bit_width(maximum - minimum);  // number of bits that differ
+    if (width == 0) return minimum;
     const int count_width = std::bit_width(static_cast<uint64_t>(count));
     const int bits = count_width < 4 ? 4 : count_width > 11 ? 11 : count_width;
     const int shift = width > bits ? width - bits : 0;
     for (int bin = 0; bin < 1 << bits; ++bin) bins[bin] = 0;
-    for (int64_t i = 0; i < count; ++i) ++bins[(keys[i] - least) >> shift];
-    uint32_t bin = (most - least) >> shift;
+    for (int64_t i = 0; i < count; ++i) ++bins[(keys[i] - minimum) >> shift];
+    uint32_t bin = (maximum - minimum) >> shift;
     for (; bins[bin] < rank; --bin) rank -= bins[bin];
-    if (shift == 0) return least + bin;
+    if (shift == 0) return minimum + bin;
     int64_t kept = 0;
     for (int64_t i = 0; i < count; ++i) {
       keys[kept] = keys[i];
-      kept += (keys[i] - least) >> shift == bin;
+      kept += (keys[i] - minimum) >> shift == bin;
     }
     count = kept;
   }

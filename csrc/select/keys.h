@@ -29,8 +29,8 @@ TOKENMILL_HOST_DEVICE inline KeyRun key_run(const KeyRows& k, int64_t b, int64_t
 
 // lengths [B] clamped to the number of rows; null: all.
 TOKENMILL_HOST_DEVICE inline int64_t clamped_length(const int32_t* lengths, int64_t b,
-                                                    int64_t most) {
-  if (!lengths || lengths[b] > most) return most;
+                                                    int64_t maximum) {
+  if (!lengths || lengths[b] > maximum) return maximum;
   return lengths[b] < 0 ? 0 : lengths[b];
 }
 

@@ -36,14 +36,14 @@ class BackwardWorker {
         queries(dense),
         tile(p),
         tiles(walk, kQueryBlock, kPanel),
-        runs(walk.most_runs()),
+        runs(walk.max_runs()),
         width_d(queries.width_d),
         width_v(queries.width_v),
         places(walk.key_places()),
         split(places),
-        most_keys(whole_head ? places : split.keys),
+        max_keys(whole_head ? places : split.keys),
         workspace(queries.size(kQueryBlock) + tile.size(kKeyTile) + scores.size(kKeyTile) +
-                  runs.floats() + (2 * kQueryBlock + most_keys) * width_d + most_keys * width_v +
+                  runs.floats() + (2 * kQueryBlock + max_keys) * width_d + max_keys * width_v +
                   width_d + width_v + kQueryBlock + 10 * 16) {
     queries.place(workspace, kQueryBlock);
     tile.place(workspace, kKeyTile);
@@ -51,8 +51,8 @@ class BackwardWorker {
     runs.place(workspace.take(runs.floats()));
     dq = workspace.take(kQueryBlock * width_d);
     dq_total = workspace.take(kQueryBlock * width_d);
-    dk = workspace.take(most_keys * width_d);
-    dv = workspace.take(most_keys * width_v);
+    dk = workspace.take(max_keys * width_d);
+    dv = workspace.take(max_keys * width_v);
     spare_d = workspace.take(width_d);
     spare_v = workspace.take(width_v);
     query = workspace.take(kQueryBlock);
@@ -309,7 +309,7 @@ class BackwardWorker {
   KeyRuns runs;
   int64_t width_d, width_v, places;
   Split split;
-  int64_t most_keys;
+  int64_t max_keys;
   Scores scores;
   cpu::Workspace workspace;
   float *dq, *dq_total, *dk, *dv;
@@ -341,15 +341,15 @@ void backward_on(const Walk* walks, const typename Walk::BackwardParams* each, i
   const AttentionParams& p = walks[0].d.attention;
   const int64_t heads = p.batch * p.kv_heads;
   double pairs = 0;
-  int64_t most_parts = 1, floats = 0;
+  int64_t max_parts = 1, floats = 0;
   for (int64_t r = 0; r < count; ++r) {
     const KeyParts<Walk> parts(walks[r]);
-    most_parts = parts.count > most_parts ? parts.count : most_parts;
+    max_parts = parts.count > max_parts ? parts.count : max_parts;
     floats += heads * parts.floats();
-    pairs += walks[r].d.most_pairs();
+    pairs += walks[r].d.max_pairs();
   }
   const int threads = pairs * static_cast<double>(p.head_dim) < 5e5 ? 1 : cpu::num_threads();
-  const bool whole_head = threads == 1 || most_parts == 1 || heads * count >= 2 * threads;
+  const bool whole_head = threads == 1 || max_parts == 1 || heads * count >= 2 * threads;
   cpu::Workspace shared(whole_head ? 0 : floats + heads * count + 2 * 16);
   float* partials = shared.take(whole_head ? 0 : floats);
   auto* finished = reinterpret_cast<int32_t*>(shared.take(whole_head ? 0 : heads * count));

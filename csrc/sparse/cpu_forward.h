@@ -35,7 +35,7 @@ __attribute__((noinline)) void score_tile(const SparseRows& t, int64_t row, cons
   multiply_panels<Op>(s, t.q + row * t.ldq, t.ldq, panels, t.words);
 
   if constexpr (!kPlain) {
-    through_memory(s, [&](vf* tile) TM_LAMBDA {
+    via_stack(s, [&](vf* tile) TM_LAMBDA {
       for (int x = 0; x < kRows * kVectors; ++x)
         tile[x] = t.score_mod->exponent(tile[x], zero(), zero());
     });
@@ -118,7 +118,7 @@ class ForwardWorker {
       : walk(walk),
         p(walk.d.attention),
         tiles(walk, kRowsOfTile, kTileRows),
-        runs(walk.most_runs()),
+        runs(walk.max_runs()),
         shares(shares),
         places(walk.key_places()),
         vectors(ceil_div(places, kWidth)),
@@ -431,11 +431,11 @@ template <class Op, bool kCoarse, class Walk>
 void forward_on(const Walk* walks, int64_t count) {
   const AttentionParams& p = walks[0].d.attention;
   double pairs = 0;
-  int64_t most_tiles = 1;
+  int64_t max_tiles = 1;
   for (int64_t r = 0; r < count; ++r) {
     const int64_t tiles = RowTiles<Walk>(walks[r], kRowsOfTile, kTileRows).count;
-    most_tiles = tiles > most_tiles ? tiles : most_tiles;
-    pairs += walks[r].d.most_pairs();
+    max_tiles = tiles > max_tiles ? tiles : max_tiles;
+    pairs += walks[r].d.max_pairs();
   }
   // A parallel region costs about as much as 2 Mflop on one thread.
   const double work = 2 * pairs * static_cast<double>(p.head_dim + p.value_dim);
@@ -444,7 +444,7 @@ void forward_on(const Walk* walks, int64_t count) {
   const int64_t heads = p.batch * p.kv_heads;
   const int64_t per_thread = knob(Knob::block_sparse_attention_shares);
   int64_t shares = threads == 1 ? 1 : ceil_div(per_thread * threads, heads * count);
-  if (shares > most_tiles) shares = most_tiles;
+  if (shares > max_tiles) shares = max_tiles;
   cpu::parallel_items(count * heads * shares, threads, [&](cpu::ItemCounter& items) {
     FlushDenormals flush;
     std::optional<ForwardWorker<Op, kCoarse, Walk>> worker;

@@ -43,20 +43,20 @@ class RowCursor {
   int64_t begin_ = 0, end_ = 0, head_ = 0, query_ = 0;
 };
 
-// Tiles of a KV head in processing order, at most most_rows rows each. All but the last tile of a
-// block have a multiple of `unit` rows; `unit` divides most_rows.
+// Tiles of a KV head in processing order, at most max_rows rows each. All but the last tile of a
+// block have a multiple of `unit` rows; `unit` divides max_rows.
 template <class Walk>
 struct RowTiles {
   const Walk& walk;
   int64_t group, together, unit, list_rows, parts, count;
 
-  RowTiles(const Walk& walk, int64_t most_rows, int64_t unit)
+  RowTiles(const Walk& walk, int64_t max_rows, int64_t unit)
       : walk(walk),
         group(walk.d.attention.heads / walk.d.attention.kv_heads),
         together(walk.d.heads_together()),
         unit(unit),
         list_rows(walk.d.list.rows),
-        parts(ceil_div(walk.most_queries() * together, most_rows)),
+        parts(ceil_div(walk.max_queries() * together, max_rows)),
         count(list_rows * parts * (group / together)) {}
 
   // rows <= 0: this part of a short block is empty.
@@ -93,9 +93,9 @@ class KeyRuns {
   static constexpr int64_t kAlways = int64_t{1} << 40;
   float sink = -kInf;  // sink logit of the softmax, without a key
 
-  explicit KeyRuns(int64_t most) : most_(most) {}
+  explicit KeyRuns(int64_t maximum) : max_(maximum) {}
 
-  int64_t floats() const { return most_ * static_cast<int64_t>(sizeof(KeyRun) / sizeof(float)); }
+  int64_t floats() const { return max_ * static_cast<int64_t>(sizeof(KeyRun) / sizeof(float)); }
   void place(float* memory) { runs_ = reinterpret_cast<KeyRun*>(memory); }
 
   void clear() {
@@ -116,7 +116,7 @@ class KeyRuns {
   const KeyRun& operator[](int64_t i) const { return runs_[i]; }
 
  private:
-  int64_t most_;
+  int64_t max_;
   KeyRun* runs_ = nullptr;
   int64_t count_ = 0;
 };

@@ -65,7 +65,7 @@ class TileQueries : public Shape::Listing {
     };
     typename decltype(info_.ring)::Row at{};
     if (d_.compact_queries) at = {chunks_of(d_.q()), chunks_of(d_.of_dout())};
-    info_.ring.store(t, at, {found.query < 0 ? Seeing::kNobody : 0, 0});
+    info_.ring.store(t, at, {found.query < 0 ? Seeing::kMasked : 0, 0});
   }
   __device__ const Place& at(int t) const { return place(t); }
 

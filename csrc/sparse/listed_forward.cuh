@@ -195,7 +195,7 @@ class ListedWarp : public ListedProducts<T, kBucket> {
                                            int t) {
     constexpr int kKeys = Shape::kMaskedKeys;
     int lane = threadIdx.x % kWarpSize;
-    keep(lane);
+    opt_barrier(lane);
 #pragma unroll 1
     for (const int end = t + Shape::kTileKeys; t < end; t += kKeys) {
       const Seeing own = table.ring.seen_by(t + lane % kKeys);

@@ -32,9 +32,9 @@ __device__ __forceinline__ T* row_at(const Rows& rows, int64_t b, int place, int
 
 // A key is seen by queries at positions begin .. end - 1.
 struct Seeing {
-  static constexpr int kNobody = 0x7fffffff;  // begin of a key that does not exist
+  static constexpr int kMasked = 0x7fffffff;  // begin of a key that does not exist
   // larger than any position, and than any sum of two positions
-  static constexpr int kFar = 0x3fffffff;
+  static constexpr int kUnbounded = 0x3fffffff;
 
   int begin, end;
 
@@ -81,7 +81,7 @@ struct RowRing {
   }
   // True if all keys of the tile exist. Called by all lanes of a warp.
   __device__ __forceinline__ bool is_full(unsigned t) const {
-    return __all_sync(kFullWarp, own_group(t).begin != Seeing::kNobody);
+    return __all_sync(kFullWarp, own_group(t).begin != Seeing::kMasked);
   }
   // True if all queries see all keys of the tile: `position` is the first query's in one half of
   // each warp's lanes and the last query's in the other.
@@ -204,7 +204,7 @@ struct KeySource {
       const int row = static_cast<int>(at.x);
       const T* key = table.k + (d.compact ? int64_t{at.x} * kCount : step_to(d.k(), row));
       const T* value = table.v + (d.compact ? int64_t{at.y} * kCount : step_to(d.v(), row));
-      const bool exists = table.ring.seen_by(first + r).begin != Seeing::kNobody;
+      const bool exists = table.ring.seen_by(first + r).begin != Seeing::kMasked;
       KeyCopy::copy_to(tile, r, key, exists ? static_cast<int>(p.head_dim) : 0, d.aligned);
       ValueCopy::copy_to(tile + Shape::kTileBytes, r, value,
                          exists ? static_cast<int>(p.value_dim) : 0, d.aligned);

@@ -1,7 +1,7 @@
 // One warp of the forward of attention over lists: S = Q K^T for a step of keys, softmax,
 // and O += P V. The mask is supplied by the caller.
 #pragma once
-#include "cuda/attention/hidden_values.cuh"
+#include "cuda/attention/masked_values.cuh"
 #include "cuda/attention/online_softmax.cuh"
 #include "cuda/attention/qk.cuh"
 #include "cuda/attention/stage_addresses.cuh"
@@ -50,7 +50,8 @@ class ListedProducts {
     if constexpr (Shape::kColumnWarps > 1) {
       static_assert(kColumns * sizeof(T) % (8 * kChunkBytes) == 0);
 #pragma unroll
-      for (uint32_t& x : at.value) x += first_column() * static_cast<int>(sizeof(T)), keep(x);
+      for (uint32_t& x : at.value)
+        x += first_column() * static_cast<int>(sizeof(T)), opt_barrier(x);
     }
     return at;
   }
@@ -122,7 +123,7 @@ class ListedProducts {
         if (update) update_row_max<kFirst, true>(s, factor, neg_row_max_, sum_, out_);
         if (!exponentiate<kFirst>(s, factor, neg_row_max_, p, sums) || update) break;
         update = 1;
-        keep(update);
+        opt_barrier(update);
       }
 #pragma unroll
       for (int m = 0; m < kCount; ++m)

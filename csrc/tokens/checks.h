@@ -63,16 +63,16 @@ inline void check_indices(const char* op, const char* name, const View& t, int64
 // CPU only: each index is between `least` (-1: no row, 0: a row) and tokens - 1, and no token
 // occurs twice within a row unless repeats are allowed.
 inline void check_index_values(const char* op, const char* name, const View& t, int64_t tokens,
-                               int64_t least = -1, bool repeats = true) {
+                               int64_t minimum = -1, bool repeats = true) {
   const int64_t rows = t.dim() == 2 ? t.size(0) : 1, entries = t.size(-1);
   const int64_t step = t.dim() == 2 ? t.step(0) : 0;
   const int32_t* ids = t.data<int32_t>();
-  const auto good = [&](int32_t id) { return id >= least && id < tokens; };
+  const auto good = [&](int32_t id) { return id >= minimum && id < tokens; };
   for (int64_t r = 0; r < rows; ++r) {
     const int32_t *begin = ids + r * step, *end = begin + entries;
     const int32_t* bad = std::find_if_not(begin, end, good);
     if (bad != end)
-      fail(op, name, Rule("must be ", least, " to ", tokens - 1).text(), show(int64_t{*bad}));
+      fail(op, name, Rule("must be ", minimum, " to ", tokens - 1).text(), show(int64_t{*bad}));
   }
   if (repeats) return;
   std::vector<int32_t> ordered(entries);

@@ -64,7 +64,7 @@ __attribute__((noinline)) vf distances_of_pairs(const char* const* a, const char
 
 // Clamps distances that are not finite to the largest float.
 TM_INLINE vf finite_distance(vf d) {
-  return select(less(d, set(__builtin_inff())), d, set(kMostDistance));
+  return select(less(d, set(__builtin_inff())), d, set(kMaxDistance));
 }
 
 class NearestFinder {
@@ -84,9 +84,9 @@ class NearestFinder {
         channels(sets.channels),
         lda(round_up(sets.channels, kWidth)),
         k(k),
-        most(screen ? 4 * k + 28 : 0),
+        maximum(screen ? 4 * k + 28 : 0),
         exact(exact),
-        candidates(screen ? chunk * most : 0),
+        candidates(screen ? chunk * maximum : 0),
         counts(chunk),
         limits(chunk),
         margins(chunk),
@@ -215,18 +215,18 @@ class NearestFinder {
       values[at] = value;
       limits[r] = values[k - 1] + margins[r];
     }
-    if (counts[r] == most) drop_candidates(r);
-    if (counts[r] == most) {
+    if (counts[r] == maximum) drop_candidates(r);
+    if (counts[r] == maximum) {
       counts[r] = kUnknown;
       limits[r] = -__builtin_inff();
       return;
     }
-    candidates[r * most + counts[r]++] = {value, number};
+    candidates[r * maximum + counts[r]++] = {value, number};
   }
 
   // Drops candidates that no longer qualify.
   void drop_candidates(int64_t r) {
-    Candidate* const own = candidates.data() + r * most;
+    Candidate* const own = candidates.data() + r * maximum;
     int32_t kept = 0;
     for (int32_t i = 0; i < counts[r]; ++i)
       if (own[i].value < limits[r]) own[kept++] = own[i];
@@ -242,7 +242,7 @@ class NearestFinder {
         continue;
       }
       drop_candidates(r);
-      const Candidate* const own = candidates.data() + r * most;
+      const Candidate* const own = candidates.data() + r * maximum;
       if (!exact && counts[r] == 1) {
         *id(r) = own->id;
         continue;
@@ -277,7 +277,7 @@ class NearestFinder {
 
   const RowSets sets;
   const Screen* const screen;
-  const int64_t channels, lda, k, most;  // `most`: maximum number of candidates per row
+  const int64_t channels, lda, k, maximum;  // `most`: maximum number of candidates per row
   const bool exact;
   bool screens = true;
   std::vector<Candidate> candidates;

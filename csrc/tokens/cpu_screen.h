@@ -112,8 +112,8 @@ class Screen {
  public:
   // True if the screen takes less time than exact distances to all rows.
   static bool pays(const RowSets& sets, int64_t rows, int64_t k) {
-    return sets.size * sets.channels >= kLeastWork * (k + 3) && rows >= kLeastRows &&
-           sets.channels <= kMostChannels;
+    return sets.size * sets.channels >= kMinWork * (k + 3) && rows >= kMinRows &&
+           sets.channels <= kMaxChannels;
   }
 
   // Number of sets that fit into a few MB, which the allocator keeps between calls.
@@ -155,30 +155,30 @@ class Screen {
   const float* bias(int64_t b, int64_t n) const { return panel(b, n) + words * kPanel; }
 
   Lengths lengths_of(int64_t b) const {
-    Lengths most{0, 0};
-    for (int64_t n = 0; n < panels; ++n) most.include(lengths[b * panels + n]);
-    return most;
+    Lengths maximum{0, 0};
+    for (int64_t n = 0; n < panels; ++n) maximum.include(lengths[b * panels + n]);
+    return maximum;
   }
   // Margin above a row's k-th smallest value within which a row is a candidate. NaN: no bound.
   float margin(const Lengths& row, const Lengths& set) const {
-    if (!(row.whole < kMostLength && set.whole < kMostLength)) return __builtin_nanf("");
+    if (!(row.whole < kMaxLength && set.whole < kMaxLength)) return __builtin_nanf("");
     // Each term of a sum of C products has at most C + 1 roundings, in any order. The term is a
     // product or half a square here, and a square in an exact distance.
     const float rounding = static_cast<float>(sets.channels + 16) / (1 << 24);
     const float a = row.whole + row.lost, c = set.whole + set.lost;
     const float products = row.lost * c + a * set.lost;
-    return 1.01f * (2 * products + rounding * (a + c) * (a + 3 * c)) + kLeastMargin;
+    return 1.01f * (2 * products + rounding * (a + c) * (a + 3 * c)) + kMinMargin;
   }
 
   const RowSets sets;
   const int64_t words, ldw, panels;
 
  private:
-  static constexpr int64_t kLeastWork = 1 << 13, kLeastRows = 256;
-  static constexpr int64_t kMostChannels = 1 << 15;  // for which the rounding bounds hold
+  static constexpr int64_t kMinWork = 1 << 13, kMinRows = 256;
+  static constexpr int64_t kMaxChannels = 1 << 15;  // for which the rounding bounds hold
   static constexpr int kSamples = 16;
-  static constexpr float kMostLength = 1e15f;
-  static constexpr float kLeastMargin = 1e-30f;  // absorbs flushed denormals
+  static constexpr float kMaxLength = 1e15f;
+  static constexpr float kMinMargin = 1e-30f;  // absorbs flushed denormals
 
   void find_middle(int64_t b, float* middle) const {
     const int64_t samples = std::min<int64_t>(kSamples, sets.size);
@@ -196,18 +196,18 @@ class Screen {
     const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, sets.size - first);
     float* const to = packed + (b * panels + panel) * panel_floats;
     float* const bias = to + words * kPanel;
-    Lengths most{0, 0};
+    Lengths maximum{0, 0};
     visit_elements(sets.dtype, [&]<DType kType>(Elements<kType>) TM_LAMBDA {
       for (int64_t i = 0; i < count; ++i) {
-        most.include(center_row<ScreenOp, kType>(sets.at(b, first + i), middle, sets.channels, 1,
-                                                 rows + i * ldw, ldw, bias + i));
+        maximum.include(center_row<ScreenOp, kType>(sets.at(b, first + i), middle, sets.channels, 1,
+                                                    rows + i * ldw, ldw, bias + i));
         bias[i] *= 0.5f;
       }
     });
-    for (int64_t i = count; i < kPanel; ++i) bias[i] = kMostDistance;
+    for (int64_t i = count; i < kPanel; ++i) bias[i] = kMaxDistance;
     constexpr DType kWords = ScreenOp::kPair == 2 ? DType::bfloat16 : DType::float32;
     pack_transposed<ScreenOp>(rows, kWords, channels(), count, sets.channels, 1, to);
-    lengths[b * panels + panel] = most;
+    lengths[b * panels + panel] = maximum;
   }
 
   const int64_t panel_floats;

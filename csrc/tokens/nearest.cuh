@@ -60,7 +60,7 @@ __device__ __forceinline__ void load_slice(float (*slice)[kNearStride], const Ma
 
 // Clamps distances that are not finite to the largest float.
 __device__ __forceinline__ float clamped_distance(float d) {
-  return d <= kMostDistance ? d : kMostDistance;
+  return d <= kMaxDistance ? d : kMaxDistance;
 }
 
 // k-nearest list of one warp.
@@ -98,18 +98,18 @@ struct NearList {
   // list.
   __device__ __forceinline__ void update(const float* row, int first, int columns) const {
     const int lane = threadIdx.x % kWarpSize;
-    float least = last();
+    float minimum = last();
 #pragma unroll 1
     for (int half = 0; half < kNearRows; half += kWarpSize) {
       const int column = first + half + lane;
       const float value = column < columns ? clamped_distance(row[half + lane]) : infinity();
-      unsigned better = __ballot_sync(kFullWarp, value < least);
+      unsigned better = __ballot_sync(kFullWarp, value < minimum);
       for (; better; better &= better - 1) {
         const int from = __ffs(static_cast<int>(better)) - 1;
         const float candidate = __shfl_sync(kFullWarp, value, from);
-        if (!(candidate < least)) continue;
+        if (!(candidate < minimum)) continue;
         insert(candidate, first + half + from);
-        least = last();
+        minimum = last();
       }
     }
   }

@@ -9,7 +9,7 @@ namespace tokenmill::cuda {
 
 constexpr int kRowThreads = 256;
 constexpr int kRowChunks = 4;  // loads in flight per thread
-constexpr int64_t kMostBatches = 65535;
+constexpr int64_t kMaxBatches = 65535;
 
 // Threads along a row, and rows per CTA, for rows of `chunks` accesses; a grid of (rows, batch).
 // With few rows CTAs are smaller, so that every SM has one.
@@ -27,7 +27,7 @@ struct RowGrid {
     const int64_t blocks = ceil_div(rows, at_once);
     fits = blocks <= kMaxGrid;
     grid = dim3(static_cast<unsigned>(fits ? blocks : 1),
-                static_cast<unsigned>(batch < kMostBatches ? batch : kMostBatches));
+                static_cast<unsigned>(batch < kMaxBatches ? batch : kMaxBatches));
   }
 };
 

@@ -72,11 +72,11 @@ double region_rate(int64_t repeats) {
 // a working set ("read", "copy"), values per second ("exp"); or regions per second of all threads
 // ("region").
 double cpu_rate(std::string of, int64_t bytes, int64_t repeats) {
-  constexpr int64_t kMost = int64_t{1} << 34;
+  constexpr int64_t kMaximum = int64_t{1} << 34;
   const bool memory = of == "read" || of == "copy";
   check(memory || of == "exp" || of == "region", "cpu_rate", "of",
         "must be 'read', 'copy', 'exp' or 'region'", of);
-  check(!memory || (bytes > 0 && bytes % kRateStep == 0 && bytes <= kMost), "cpu_rate", "bytes",
+  check(!memory || (bytes > 0 && bytes % kRateStep == 0 && bytes <= kMaximum), "cpu_rate", "bytes",
         "must be a multiple of 2048 up to 2^34", bytes);
   check(repeats > 0, "cpu_rate", "repeats", "must be at least 1", repeats);
   if (of == "region") return region_rate(repeats);

@@ -6,11 +6,11 @@ namespace tokenmill::cuda {
 
 // Hides the origin of x: the compiler then neither recomputes x in each iteration of a loop nor
 // hoists what is derived from x out of the loop, where it would hold registers.
-__device__ __forceinline__ void keep(uint32_t& x) { asm volatile("" : "+r"(x)); }
-__device__ __forceinline__ void keep(int& x) { asm volatile("" : "+r"(x)); }
-__device__ __forceinline__ void keep(int64_t& x) { asm volatile("" : "+l"(x)); }
+__device__ __forceinline__ void opt_barrier(uint32_t& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void opt_barrier(int& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void opt_barrier(int64_t& x) { asm volatile("" : "+l"(x)); }
 template <typename T>
-__device__ __forceinline__ void keep(T*& x) {
+__device__ __forceinline__ void opt_barrier(T*& x) {
   asm volatile("" : "+l"(x));
 }
 

@@ -112,7 +112,7 @@ struct ChunkCopy {
       const int column = (i * kLanes + lane) * kCount;
       from[i] = row + (column < columns ? column : 0);
       bytes[i] = column < columns ? kChunkBytes : 0;
-      keep(from[i]);
+      opt_barrier(from[i]);
     }
   }
 

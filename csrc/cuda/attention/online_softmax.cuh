@@ -91,7 +91,7 @@ __device__ __forceinline__ void softmax_weights(const float (&s)[kCount][kKeyTil
   while (exponentiate<kFirst>(s, factor, neg_row_max, p, sums) && !updated) {
     update_row_max<kFirst, kSkipsEmpty>(s, factor, neg_row_max, sum, out);
     updated = 1;
-    keep(updated);
+    opt_barrier(updated);
   }
 #pragma unroll
   for (int m = 0; m < kCount; ++m)

@@ -64,16 +64,16 @@ struct HeadMask {
 #pragma unroll 1
       for (int r = 0; r < count; ++r) {
         const PairBounds x = of_rows(of + r, count, first, last);
-        sight.some |= x.least_first < key_end && x.most_last > key;
-        sight.all |= x.most_first <= key && x.least_last >= key_end;
+        sight.some |= x.min_first < key_end && x.max_last > key;
+        sight.all |= x.max_first <= key && x.min_last >= key_end;
       }
     }
     if (mask.q_spans) {
       const PairBounds q = of_rows(bounds.q_spans + b * bounds.q_spans_batch, 1, first, last);
       const PairBounds k = of_rows(bounds.k_spans + b * bounds.k_spans_batch, 1, s.k_start + key,
                                    s.k_start + key_end - 1);
-      sight.some &= q.least_first <= k.most_last && k.least_first <= q.most_last;
-      sight.all &= q.most_first <= k.least_last && k.most_first <= q.least_last;
+      sight.some &= q.min_first <= k.max_last && k.min_first <= q.max_last;
+      sight.all &= q.max_first <= k.min_last && k.max_first <= q.min_last;
     }
     return sight;
   }

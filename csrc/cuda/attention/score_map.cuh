@@ -35,16 +35,16 @@ __host__ __device__ inline bool scales_weights(const AttentionParams& p) {
   return p.map == ScoreMap::sigmoid || (p.normalize == Normalize::sum && p.map != ScoreMap::linear);
 }
 
-// Calls each(weigh) with the map's weigh(z), z in nats. kHides: z may be -inf, which hides its pair
-// and has weight 0.
+// Calls each(apply_map) with the map's apply_map(z), z in nats. kHides: z may be -inf, which hides
+// its pair and has weight 0.
 template <typename T, bool kHides, typename Each>
 __device__ __forceinline__ void visit_map(ScoreMap map, const Each& each) {
   const auto shown = [](float z, float weight) {
     return kHides && z == -infinity() ? 0.f : weight;
   };
   if (map == ScoreMap::relu || map == ScoreMap::linear) {
-    const float least = map == ScoreMap::relu ? 0 : -infinity();
-    each([&](float z) { return shown(z, max_or_nan(z, least)); });
+    const float minimum = map == ScoreMap::relu ? 0 : -infinity();
+    each([&](float z) { return shown(z, max_or_nan(z, minimum)); });
   } else if (map == ScoreMap::elu1) {
     // e^0 where z is positive; a NaN is not.
     each([](float z) { return z > 0 ? z + 1 : exp2_approx(z * kLog2e); });

@@ -52,8 +52,8 @@ struct ScoreMod {
   __device__ bool is_beyond(float distance) const {  // outside the window of a grid
     return p.grid.window >= 0 && distance > static_cast<float>(p.grid.window);
   }
-  // ALiBi on logits; otherwise slopes are a decay of the weights (fades).
-  __device__ bool has_alibi() const { return p.alibi_slopes && !p.fades; }
+  // ALiBi on logits; otherwise slopes are a decay of the weights (post_decay).
+  __device__ bool has_alibi() const { return p.alibi_slopes && !p.post_decay; }
   // z - slope distance, or -inf outside the window.
   __device__ float with_alibi(float z, int row, int column) const {
     const float d = distance(row, column);

@@ -69,7 +69,8 @@ struct BackwardScoreMod {
   }
 
   // statistic: for softmax minus the row's log-sum-exp without the constant, in bits.
-  __device__ __forceinline__ Weight weigh(float qk, float factor, int, int, float statistic) const {
+  __device__ __forceinline__ Weight apply_map(float qk, float factor, int, int,
+                                              float statistic) const {
     if constexpr (kMode == Mode::softmax) {
       const float w = exp2_approx(fmaf(qk, factor, statistic));
       return {w, w, 1.f};
@@ -90,8 +91,8 @@ struct BackwardScoreMod<Mode::elementwise, kScale> {
     float scale;
 
     // statistic: normalisation factor of the row's weights
-    __device__ __forceinline__ Weight weigh(float qk, float factor, int, int,
-                                            float statistic) const {
+    __device__ __forceinline__ Weight apply_map(float qk, float factor, int, int,
+                                                float statistic) const {
       const Slope f = slope_of(qk * factor);
       return {f.value * (kScale ? statistic * scale : statistic), f.slope * statistic, 1.f};
     }
@@ -146,7 +147,7 @@ struct BackwardScoreMod<Mode::general, kScale> {
   }
 
   // statistic: for softmax minus log-sum-exp in nats, else the normalisation factor of the row.
-  __device__ Weight weigh(float qk, float, int query, int key, float statistic) const {
+  __device__ Weight apply_map(float qk, float, int query, int key, float statistic) const {
     float z = qk * p.scale, through = 1;
     if (p.softcap > 0) {
       const Softcapped capped = softcap_with_slope(z, p.softcap);
@@ -163,7 +164,7 @@ struct BackwardScoreMod<Mode::general, kScale> {
     switch (weights_of(p)) {
       case Weights::softmax:
         w.p = w.slope = exp2_approx((z + statistic) * kLog2e);
-        if (p.fades) w.p *= mod.fade(mod.distance(query, key));
+        if (p.post_decay) w.p *= mod.fade(mod.distance(query, key));
         break;
       case Weights::sigmoid:
         w = sigmoid_weight<kScale>(odds);
@@ -181,7 +182,7 @@ struct BackwardScoreMod<Mode::general, kScale> {
         w.slope *= statistic;
     }
     w.through = through;
-    if (stuck) w.slope = p.fades ? -w.slope : 0;
+    if (stuck) w.slope = p.post_decay ? -w.slope : 0;
     return w;
   }
 

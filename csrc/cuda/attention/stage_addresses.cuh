@@ -52,22 +52,22 @@ struct StageAddresses : KeyAddresses<Shape> {
                  (Shape::kFloat ? ValueTile::offset(2 * c + i, g)
                                 : ValueTile::offset(lane % 16, 2 * i + lane / 16));
 #pragma unroll
-    for (uint32_t& x : key) keep(x);
+    for (uint32_t& x : key) opt_barrier(x);
 #pragma unroll
-    for (uint32_t& x : value) keep(x);
+    for (uint32_t& x : value) opt_barrier(x);
   }
 
   __device__ __forceinline__ void move(int bytes) {
 #pragma unroll
-    for (uint32_t& x : key) x += bytes, keep(x);
+    for (uint32_t& x : key) x += bytes, opt_barrier(x);
 #pragma unroll
-    for (uint32_t& x : value) x += bytes, keep(x);
+    for (uint32_t& x : value) x += bytes, opt_barrier(x);
   }
 
   // Start of the V tile.
   __device__ __forceinline__ uint32_t values() const {
     int lane = threadIdx.x % kWarpSize;
-    keep(lane);
+    opt_barrier(lane);
     return value[0] - (Shape::kFloat ? ValueTile::offset(2 * (lane % 4), lane / 4)
                                      : ValueTile::offset(lane % 16, lane / 16));
   }

@@ -26,9 +26,9 @@ Array gpu_probe(const ProbeArgs& a) {
   const bool shared = a.of == "shared", exp2 = a.of == "exp2";
   check(shared || exp2 || a.of == "barrier", kOp, "of", "must be 'shared', 'exp2' or 'barrier'",
         std::string(a.of));
-  constexpr int64_t kMost = 1 << 20;
-  check(a.blocks > 0 && a.blocks <= kMost, kOp, "blocks", "must be 1 to 2^20", a.blocks);
-  check(a.steps >= 0 && a.steps <= kMost, kOp, "steps", "must be 0 to 2^20", a.steps);
+  constexpr int64_t kMaximum = 1 << 20;
+  check(a.blocks > 0 && a.blocks <= kMaximum, kOp, "blocks", "must be 1 to 2^20", a.blocks);
+  check(a.steps >= 0 && a.steps <= kMaximum, kOp, "steps", "must be 0 to 2^20", a.steps);
   Array out = empty({a.blocks, kProbeThreads}, a.x, ScalarType::Float);
 #if defined(TOKENMILL_WITH_CUDA)
   using Of = ProbeParams::Of;

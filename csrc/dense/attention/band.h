@@ -6,7 +6,7 @@
 namespace tokenmill {
 
 struct Band {
-  static constexpr int64_t kFar = int64_t{1} << 40;  // beyond any sequence
+  static constexpr int64_t kUnbounded = int64_t{1} << 40;  // beyond any sequence
 
   int64_t low, high, columns;
 
@@ -15,8 +15,8 @@ struct Band {
   TOKENMILL_HOST_DEVICE static Band of_window(int64_t left, int64_t right, int64_t seqlen_q,
                                               int64_t seqlen_k) {
     const int64_t diagonal = seqlen_k - seqlen_q;  // bottom-right aligned
-    return {left < 0 || left > kFar ? -kFar : diagonal - left,
-            right < 0 || right > kFar ? kFar : diagonal + right + 1, seqlen_k};
+    return {left < 0 || left > kUnbounded ? -kUnbounded : diagonal - left,
+            right < 0 || right > kUnbounded ? kUnbounded : diagonal + right + 1, seqlen_k};
   }
   // The same band with keys as rows and queries as columns.
   TOKENMILL_HOST_DEVICE Band transposed(int64_t rows) const { return {1 - high, 1 - low, rows}; }

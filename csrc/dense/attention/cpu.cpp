@@ -63,7 +63,7 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
 
   const int64_t i = t.first + row;
   if constexpr (!kPlain) {
-    through_memory(s, [&](vf* tile) TM_LAMBDA {
+    via_stack(s, [&](vf* tile) TM_LAMBDA {
       apply_score_mod(*t.score_mod, tile, kRows, kVectors, i, column);
     });
   } else if constexpr (Op::kPair != 1) {  // otherwise q already holds the factor
@@ -87,16 +87,16 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
     }
   }
   if (t.cut) [[unlikely]] {
-    through_memory(s, [&](vf* tile) TM_LAMBDA {
+    via_stack(s, [&](vf* tile) TM_LAMBDA {
       hide_pairs(*t.cut, hidden_exponent(kKind), tile, kRows, kVectors, i, column);
     });
   }
 
   if constexpr (!kPlain && kKind == Exponent::softmax) {
-    if (t.score_mod->fades) {
-      vf fades[kRows * kVectors];
-      fades_of<kCoarse>(*t.score_mod, fades, kRows, kVectors, i, column);
-      const auto fade = [&](int r, int j) TM_LAMBDA { return fades[r * kVectors + j]; };
+    if (t.score_mod->post_decay) {
+      vf post_decay[kRows * kVectors];
+      post_decay_of<kCoarse>(*t.score_mod, post_decay, kRows, kVectors, i, column);
+      const auto fade = [&](int r, int j) TM_LAMBDA { return post_decay[r * kVectors + j]; };
       return store_weights<Op, kKind, kCoarse>(t, row, s, slot, fade);
     }
   }

@@ -43,14 +43,14 @@ class Worker {
         width_d(queries.width_d),
         width_v(queries.width_v),
         padded_q(round_up(longest_q, kQueryBlock)),
-        most_keys(round_up(whole_head ? longest_k : Split(longest_k).keys, kKeyTile)),
+        max_keys(round_up(whole_head ? longest_k : Split(longest_k).keys, kKeyTile)),
         workspace(floats_needed()) {
     queries.place(workspace, padded_q);
     tile.place(workspace, kKeyTile);
     dq = workspace.take(padded_q * width_d);
     dq_total = workspace.take(padded_q * width_d);
-    dk = workspace.take(most_keys * width_d);
-    dv = workspace.take(most_keys * width_v);
+    dk = workspace.take(max_keys * width_d);
+    dv = workspace.take(max_keys * width_v);
     scores.place(workspace, kKeyTile);
     mask.place(workspace, padded_q);
   }
@@ -111,7 +111,7 @@ class Worker {
 
   int64_t floats_needed() const {
     return queries.size(padded_q) + tile.size(kKeyTile) + 2 * padded_q * width_d +
-           most_keys * (width_d + width_v) + scores.size(kKeyTile) + mask.size(padded_q) + 4 * 16;
+           max_keys * (width_d + width_v) + scores.size(kKeyTile) + mask.size(padded_q) + 4 * 16;
   }
 
   void enter(int64_t batch, int64_t head) {
@@ -297,7 +297,7 @@ class Worker {
       }
       const vf dpn = load(dp + n * kWidth);
       if constexpr (kKind == Exponent::softmax) {
-        const vf fade = !kPlain && mod.fades ? mod.fade<kCoarse>(distance) : set(1.f);
+        const vf fade = !kPlain && mod.post_decay ? mod.fade<kCoarse>(distance) : set(1.f);
         const vf dpd = dpn * fade - load(queries.delta + query + n * kWidth);
         w[n] = power<kCoarse>(t - load(queries.lse + query + n * kWidth));
         dz[n] = w[n] * dpd;
@@ -331,7 +331,7 @@ class Worker {
       if constexpr (!kPlain) {
         lane_sums.score_bias = lane_sums.score_bias + dz[n];
         lane_sums.alibi_slopes =
-            fma(mod.fades ? weighted(w[n], dpn) : dz[n], distance, lane_sums.alibi_slopes);
+            fma(mod.post_decay ? weighted(w[n], dpn) : dz[n], distance, lane_sums.alibi_slopes);
         if (bp.dbias) add_to_column(dz[n], mod, bp, b, h, query + n * kWidth, key);
         if (mod.softcap > 0) dz[n] = dz[n] * mod.cap_slope(z[n]);
       }
@@ -397,7 +397,7 @@ class Worker {
   KeyOperands<Op> tile;
   BlockMask<Op> mask;
   int64_t width_d, width_v;  // of gradient rows
-  int64_t padded_q, most_keys;
+  int64_t padded_q, max_keys;
   cpu::Workspace workspace;
   float *dq, *dq_total, *dk, *dv;
   Scores scores;

@@ -14,13 +14,13 @@ constexpr int64_t kFewestRows = 8, kSomeKeys = 128;
 constexpr int64_t kFewRows = 32, kKeysOfRow = 256;
 
 inline bool has_few_rows(const AttentionParams& p) {
-  if (p.cu_seqlens_q || p.bias || p.grid.width > 0 || p.fades) return false;
+  if (p.cu_seqlens_q || p.bias || p.grid.width > 0 || p.post_decay) return false;
   const int64_t rows = p.heads / p.kv_heads * p.seqlen_q;
   const bool are_fewest = rows <= kFewestRows || p.seqlen_q == 1;
-  const int64_t least = are_fewest ? kSomeKeys : kKeysOfRow * rows;
+  const int64_t minimum = are_fewest ? kSomeKeys : kKeysOfRow * rows;
   int64_t keys = p.seqlen_k;
   if (p.window_left >= 0 && p.window_left < keys) keys = std::min(keys, p.window_left + p.seqlen_q);
-  return (are_fewest || rows <= kFewRows) && keys >= least && p.seqlen_k <= 0x7fffffff;
+  return (are_fewest || rows <= kFewRows) && keys >= minimum && p.seqlen_k <= 0x7fffffff;
 }
 
 // Presents the tensors as a KV cache with one page per request that holds all its keys.

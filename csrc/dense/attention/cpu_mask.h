@@ -102,15 +102,15 @@ struct HeadMask {
 
   // Visibility of the keys [begin, end), whose ids have hull `ids`, to `queries`.
   Seen seen(const QueryHull& queries, const Hull& ids, int64_t begin, int64_t end) const {
-    Seen most = count ? Seen::none : Seen::all;
+    Seen maximum = count ? Seen::none : Seen::all;
     const Hull keys = Hull::of_positions(begin, end);
     for (int64_t r = 0; r < count; ++r) {
       const Seen s = meet(queries.ranges[r], keys);
-      most = s > most ? s : most;
+      maximum = s > maximum ? s : maximum;
     }
-    if (!q_spans || most == Seen::none) return most;
+    if (!q_spans || maximum == Seen::none) return maximum;
     const Seen s = meet(queries.ids, ids);
-    return s < most ? s : most;
+    return s < maximum ? s : maximum;
   }
 
   bool sees(int64_t i, int64_t j) const {

@@ -92,8 +92,8 @@ struct ScoreMod {
     if (p.score_bias) constant += p.score_bias[b * p.score_bias_batch + h];
     if (p.score_bias_neg_log_n && columns > 0)
       constant -= static_cast<float>(std::log(static_cast<double>(columns)));
-    fades = p.fades;
-    has_slope = p.alibi_slopes && !fades;
+    post_decay = p.post_decay;
+    has_slope = p.alibi_slopes && !post_decay;
     plain = softcap == 0 && !bias && !p.alibi_slopes;
     factor = exponent_unit(kind) * scale;
     if (kind == Exponent::softmax) {
@@ -214,8 +214,8 @@ struct ScoreMod {
   const void* bias;
   DType bias_dtype;
   int64_t bias_q, bias_k;
-  bool has_slope, fades;  // slopes act on logits (has_slope) or on weights (fades)
-  bool plain;             // t = factor q.k, and odds or shift hold the constant
+  bool has_slope, post_decay;  // slopes act on logits (has_slope) or on weights (post_decay)
+  bool plain;                  // t = factor q.k, and odds or shift hold the constant
   float factor, shift = 0, odds = 1;
 };
 

@@ -56,15 +56,17 @@ struct QueryRows {
     adds_up = p.normalize == Normalize::sum;
     rounds = Op::kPair != 1;
   }
-  int64_t size(int64_t most) const { return most * (ldq + ldo + ldp + 2 * kWidth + 2) + 7 * 16; }
-  void place(cpu::Workspace& workspace, int64_t most) {
-    q = workspace.take(most * ldq);
-    out = workspace.take(most * ldo);
-    p = workspace.take(most * ldp);
-    sums = workspace.take(most * kWidth);
-    row_max = workspace.take(most);
-    raise_above = workspace.take(most);
-    divisors = rounds ? workspace.take(most * kWidth) : sums;
+  int64_t size(int64_t maximum) const {
+    return maximum * (ldq + ldo + ldp + 2 * kWidth + 2) + 7 * 16;
+  }
+  void place(cpu::Workspace& workspace, int64_t maximum) {
+    q = workspace.take(maximum * ldq);
+    out = workspace.take(maximum * ldo);
+    p = workspace.take(maximum * ldp);
+    sums = workspace.take(maximum * kWidth);
+    row_max = workspace.take(maximum);
+    raise_above = workspace.take(maximum);
+    divisors = rounds ? workspace.take(maximum * kWidth) : sums;
   }
 
   template <Exponent kKind>
@@ -114,7 +116,7 @@ __attribute__((noinline)) void update_row_max(const QueryRows& t, int64_t row, f
 // Passes a register tile [kRows][kVectors] through memory, so that long code has one copy, in a
 // loop; indexing s itself would move it out of registers.
 template <int kRows, int kVectors, class Each>
-TM_INLINE void through_memory(vf (&s)[kRows][kVectors], const Each& each) {
+TM_INLINE void via_stack(vf (&s)[kRows][kVectors], const Each& each) {
   vf tile[kRows * kVectors];
   TM_UNROLL(8)
   for (int r = 0; r < kRows; ++r) {
@@ -138,8 +140,8 @@ __attribute__((noinline)) inline void apply_score_mod(const ScoreMod& mod, vf* s
 
 // ALiBi decay of the weights of these pairs.
 template <bool kCoarse>
-__attribute__((noinline)) void fades_of(const ScoreMod& mod, vf* fade, int rows, int vectors,
-                                        int64_t i, int64_t column) {
+__attribute__((noinline)) void post_decay_of(const ScoreMod& mod, vf* fade, int rows, int vectors,
+                                             int64_t i, int64_t column) {
   for (int r = 0; r < rows; ++r)
     for (int j = 0; j < vectors; ++j, ++fade)
       *fade = mod.fade<kCoarse>(mod.key_distances(i + r, column + j * kWidth));

@@ -136,14 +136,14 @@ AttentionParams make_params(const AttentionArgs& a) {
     p.bias_head = t.step(1);
     p.bias_q = t.step(2);
     p.bias_k = t.step(3);
-    p.bias_rows = t.size(2) == 1 ? Band::kFar : t.size(2);
-    p.bias_columns = t.size(3) == 1 ? Band::kFar : t.size(3);
+    p.bias_rows = t.size(2) == 1 ? Band::kUnbounded : t.size(2);
+    p.bias_columns = t.size(3) == 1 ? Band::kUnbounded : t.size(3);
   }
   set_mask(kOp, p, a.q, p.seqlen_k, false, a.mask_ranges, a.mask_q_spans, a.mask_k_spans);
   p.window_left = a.window_left;
   p.window_right = a.causal ? 0 : a.window_right;
   p.fast = a.precision == "fast";
-  p.fades = a.post_decay;
+  p.post_decay = a.post_decay;
   return p;
 }
 

@@ -27,7 +27,7 @@ struct ForwardPlan {
   bool inputs_aligned, output_aligned;
   bool inputs_whole;  // aligned, and head_dim and value_dim fill the tile's rows
   // cached: skip requests with more queries, which another kernel takes; 0: no limit
-  uint8_t most_queries;
+  uint8_t max_queries;
   MaskBounds bounds;  // bounds of the mask's rows, where the call has a mask
   KvCache cache;      // the KV cache, where keys and values are cached
 };
@@ -97,7 +97,7 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
       return;
     }
     if constexpr (kCached && !kFloat8 && !Shape::kFloat)
-      if (plan.most_queries > 0 && place.rows.length > plan.most_queries) return;
+      if (plan.max_queries > 0 && place.rows.length > plan.max_queries) return;
   }
   Sequence s{place.rows.start, 0, place.rows.length, 0};
   if constexpr (kCached)
@@ -167,7 +167,7 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
   Keys load_keys(keys, begin, plan.key_step);
   Values load_values(values, begin, plan.value_step);
   int whole_end = plan.inputs_whole ? s.k_length : 0;
-  if constexpr (kBucket <= 64) keep(whole_end);
+  if constexpr (kBucket <= 64) opt_barrier(whole_end);
   // Odd tiles use stage 1: the next stage follows from key0 and needs no register.
   const auto to_other_stage = [](int key0) {
     return key0 & Shape::kTileKeys ? -Shape::kStageBytes : Shape::kStageBytes;
@@ -222,8 +222,8 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
   warp.find_sights(begin);
   warp.find_sights(begin + Shape::kTileKeys);
   uint32_t next = own + to_other_stage(begin);
-  keep(next);
-  const auto block_end = [&] { return warp.kParksBounds ? warp.place().block_end : end; };
+  opt_barrier(next);
+  const auto block_end = [&] { return warp.kSpillBoundsToSmem ? warp.place().block_end : end; };
   // Mainloop: wait for the stage of key0, prefetch the next one, then S = Q K^T, O += P V.
 #pragma unroll 1
   for (int key0 = begin; key0 < block_end();) {
@@ -335,10 +335,10 @@ ForwardPlan plan_forward(const AttentionParams& p) {
   return plan;
 }
 
-// cache: the KV cache, where Cache is not void (p then has no keys). most_queries: see ForwardPlan.
+// cache: the KV cache, where Cache is not void (p then has no keys). max_queries: see ForwardPlan.
 template <typename T, int kBucket, Weights kWeights, bool kGeneral, typename Cache = void>
 const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds, cudaStream_t stream,
-                           const KvCache& cache = {}, int most_queries = 0) {
+                           const KvCache& cache = {}, int max_queries = 0) {
   constexpr bool kCached = !std::is_void_v<Cache>, kFloat8 = std::is_same_v<Cache, Float8>;
   using Element = std::conditional_t<kCached, Cache, T>;
   const Rows &k = kCached ? cache.k : p.k, &v = kCached ? cache.v : p.v;
@@ -355,7 +355,7 @@ const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds, c
   plan.key_step = Keys::step(k.seq, plan.warps * kWarpSize);
   plan.value_step = Keys::step(v.seq, plan.warps * kWarpSize);
   plan.cache = cache;
-  plan.most_queries = static_cast<uint8_t>(most_queries);
+  plan.max_queries = static_cast<uint8_t>(max_queries);
   plan.factor = ForwardWarp<T, kBucket, kWeights, kGeneral>::factor(p);
   const int staged = plan.warps * Shape::kWarpRows * Shape::kRowBytes;
   const int work = kFloat8 ? Float8Stages<T, kBucket>::kBytes : Shape::kSharedBytes;

@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(kBiasThreads, kBiasBlocks<T, kDim>)
               const int key = column + 8 * n + lane % 4 * 2 + i % 2;
               if (key < band.begin(query) || key >= band.end(query)) continue;
               if (masked && !HeadMask{p.mask, args.bounds, b, h, s}.sees(query, key)) continue;
-              const Weight w = score_mod.weigh(qk[n][i], 0, query, key, statistic);
-              if (p.fades) {
+              const Weight w = score_mod.apply_map(qk[n][i], 0, query, key, statistic);
+              if (p.post_decay) {
                 const float fade = score_mod.mod.fade(score_mod.distance(query, key));
                 sum[n][i] += score_mod.faded(w.slope, fade, dp[n][i], minus_delta).dz;
               } else {

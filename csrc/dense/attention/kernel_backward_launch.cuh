@@ -13,9 +13,9 @@ const char* launch_side(BackwardArgs args, cudaStream_t stream) {
   const AttentionParams& p = args.p.forward;
   const int64_t tokens = kKeys ? p.seqlen_k : p.seqlen_q;
   if (tokens == 0) return nullptr;
-  const int most_bytes = shared_limit();
+  const int max_bytes = shared_limit();
   int pairs = 4;
-  while (pairs > 1 && Shape::shared_bytes(pairs) > most_bytes) pairs /= 2;
+  while (pairs > 1 && Shape::shared_bytes(pairs) > max_bytes) pairs /= 2;
   const int64_t group = p.heads / p.kv_heads;
   args.heads_per_block = 1;
   while (!kKeys && args.heads_per_block < pairs && group % (2 * args.heads_per_block) == 0)

@@ -102,7 +102,7 @@ struct PairWorker {
     return load_int<0>(own_tile_number());
   }
   __device__ __forceinline__ void next_tile() {
-    cuda::keep(exchange);  // values derived from it must not outlive the tile
+    cuda::opt_barrier(exchange);  // values derived from it must not outlive the tile
     place();
     if constexpr (Shape::kWide)
       ++counter;
@@ -305,8 +305,8 @@ struct PairWorker {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int row = row_of(m, i), at = first + i % 2;
-            Weight w = map.weigh(s[i], args.factor, kKeys ? at : row, kKeys ? row : at,
-                                 statistic(m, i, columns));
+            Weight w = map.apply_map(s[i], args.factor, kKeys ? at : row, kKeys ? row : at,
+                                     statistic(m, i, columns));
             if (kMasked && !(Seen(band, row, first)(i % 2) && seen >> i & 1)) w.p = w.slope = 0;
             s[i] = w.p;
             slope[i] = kClamps ? min_or_nan(w.slope, 65504) : w.slope;
@@ -357,9 +357,9 @@ struct PairWorker {
     uint32_t packed[kTiles][4];
     unroll<2>([&](auto h) {
       const float2 columns = column_statistics<kRow + 8 * h>(stage.statistics);
-      const bool fades = kMode == Mode::general && p.fades;
+      const bool post_decay = kMode == Mode::general && p.post_decay;
       const auto init = [&](int m, int i) {
-        return kStatistics && !fades ? statistic(m, i, columns) : 0.f;
+        return kStatistics && !post_decay ? statistic(m, i, columns) : 0.f;
       };
       bool waited = h > 0;
       multiply_rows<kMasked, kRow + 8 * h>(stage.rows, active, init, [&](auto m, float (&dp)[4]) {
@@ -373,7 +373,7 @@ struct PairWorker {
         } else {
           load_floats<kSlot<0, 2 * m + h>>(w, exchange);
         }
-        if (fades) {
+        if (post_decay) {
           if constexpr (kMode == Mode::general)
             fade(score_mod, w, dp, m, column + 8 * h + lane % 4 * 2, columns);
         } else {
@@ -489,7 +489,7 @@ struct PairWorker {
     for (int i = 0; i < 4; ++i) {
       const int query = row_of(m, i), key = first + i % 2;
       bias_sum += dz[i];
-      if (!p.fades) slope_sum -= dz[i] * score_mod.distance(query, key);
+      if (!p.post_decay) slope_sum -= dz[i] * score_mod.distance(query, key);
       if (args.direct_bias && query < score_mod.mod.rows && key < score_mod.mod.columns)
         args.p.dbias[score_mod.batch * args.p.dbias_batch + score_mod.head * args.p.dbias_head +
                      query * args.p.dbias_q + key * args.p.dbias_k] = dz[i];

@@ -38,7 +38,7 @@ class Sm90Keys {
         shared_(shared),
         keys_(keys),
         warpgroup_(warpgroup),
-        weighing_(bp, plan, keys, warpgroup) {}
+        score_map_(bp, plan, keys, warpgroup) {}
 
   __device__ __forceinline__ void run() {
 #pragma unroll
@@ -47,7 +47,7 @@ class Sm90Keys {
     unsigned number = 0;
 #pragma unroll 1
     for (int i = 0; i < plan_.group; ++i) {
-      weighing_.set_constant(keys_.h * plan_.group + i);
+      score_map_.set_constant(keys_.h * plan_.group + i);
 #pragma unroll 1
       for (int tile = keys_.begin; tile < keys_.end; ++tile, ++number) {
         const int first = tile * kQueries;
@@ -89,14 +89,14 @@ class Sm90Keys {
     if constexpr (kEarly<kGeneral>)
       start_qk<T, kHeadDim, kQueries>(dp, shared_address(shared_.v[warpgroup_]), dout);
     wait_for_product<kEarly<kGeneral> ? 1 : 0>(s);
-    weighing_.template weigh<kGeneral>(p, ds, s, query0,
-                                       shared_address(shared_.minus_lse[stage]) + own);
+    score_map_.template apply_map<kGeneral>(p, ds, s, query0,
+                                            shared_address(shared_.minus_lse[stage]) + own);
     if constexpr (!kEarly<kGeneral>)
       start_qk<T, kHeadDim, kQueries>(dp, shared_address(shared_.v[warpgroup_]), dout);
     // dV += P^T dO
     start_pv<T, kQueries>(dv_, p, dout);
     wait_for_product<1>(dp);
-    [[maybe_unused]] const float sum = weighing_.template make_ds<kGeneral>(
+    [[maybe_unused]] const float sum = score_map_.template make_ds<kGeneral>(
         ds, dp, shared_address(shared_.minus_delta[stage]) + own, [&](auto n) -> float4 {
           if constexpr (!Weighing::kPacked)
             return {s[4 * n], s[4 * n + 1], s[4 * n + 2], s[4 * n + 3]};
@@ -106,7 +106,7 @@ class Sm90Keys {
         });
     // dK += dS^T Q
     start_pv<T, kQueries>(dk_, ds, q);
-    weighing_.store_ds(shared_address(shared_.ds[number % 2]), ds);
+    score_map_.store_ds(shared_address(shared_.ds[number % 2]), ds);
     if constexpr (kGeneral && !Weighing::kSoftmax) {
       if (bp_.sums) note_slopes(sum, number);
     }
@@ -149,8 +149,8 @@ class Sm90Keys {
   }
 
   __device__ __forceinline__ void store() const {
-    weighing_.store_sums(bp_.dv, dv_, plan_.dv_factor);
-    weighing_.store_sums(bp_.dk, dk_, plan_.dq_factor);
+    score_map_.store_sums(bp_.dv, dv_, plan_.dv_factor);
+    score_map_.store_sums(bp_.dk, dk_, plan_.dq_factor);
   }
 
   // Barrier of both consumer warpgroups.
@@ -163,7 +163,7 @@ class Sm90Keys {
   Sm90BackwardShared<Shape>& shared_;
   const Sm90KeyTile& keys_;
   int warpgroup_;
-  Weighing weighing_;
+  Weighing score_map_;
   float dk_[kColumns / 2], dv_[kColumns / 2];
 };
 

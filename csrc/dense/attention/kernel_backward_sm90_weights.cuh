@@ -43,9 +43,10 @@ class Sm90KeyWeights {
   // `slopes`. Softmax without a softcap has slope = weight. kGeneral: a mask or an end cuts the
   // tile, or plan.general.
   template <bool kGeneral>
-  __device__ __forceinline__ void weigh(uint32_t (&p)[kQueries / 4],
-                                        uint32_t (&slopes)[kQueries / 4], float (&s)[kQueries / 2],
-                                        int query0, uint32_t minus_lse) const {
+  __device__ __forceinline__ void apply_map(uint32_t (&p)[kQueries / 4],
+                                            uint32_t (&slopes)[kQueries / 4],
+                                            float (&s)[kQueries / 2], int query0,
+                                            uint32_t minus_lse) const {
     const Seen sees = kGeneral ? seen(query0) : Seen{};
     const auto weigh_by = [&]<bool kCapped>(const auto& weight_of) {
       unroll<kQueries / 8>([&](auto n) {

@@ -26,7 +26,7 @@ class Sm90WideKeys {
 
   __device__ Sm90WideKeys(const AttentionBackwardParams& bp, const Sm90BackwardPlan& plan,
                           Shared& shared, const Sm90KeyTile& keys)
-      : bp_(bp), plan_(plan), shared_(shared), keys_(keys), weighing_(bp, plan, keys, 0) {
+      : bp_(bp), plan_(plan), shared_(shared), keys_(keys), score_map_(bp, plan, keys, 0) {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) sums_[i] = 0;
   }
@@ -41,7 +41,7 @@ class Sm90WideKeys {
     unsigned number = 0;
 #pragma unroll 1
     for (int i = 0; i < plan_.group; ++i) {
-      weighing_.set_constant(keys_.h * plan_.group + i);
+      score_map_.set_constant(keys_.h * plan_.group + i);
 #pragma unroll 1
       for (int tile = keys_.begin; tile < keys_.end; ++tile, ++number) {
         const int first = tile * kQueries;
@@ -98,7 +98,7 @@ class Sm90WideKeys {
   const Sm90BackwardPlan& plan_;
   Shared& shared_;
   const Sm90KeyTile& keys_;
-  Weighing weighing_;
+  Weighing score_map_;
   float sums_[kHeadDim / 2];  // dV or dK
 };
 
@@ -106,7 +106,7 @@ class Sm90WideKeys {
 template <typename T, typename Shape, Weights kWeights>
 class Sm90ValueGradient : Sm90WideKeys<T, Shape, kWeights> {
   using Base = Sm90WideKeys<T, Shape, kWeights>;
-  using Base::bp_, Base::plan_, Base::shared_, Base::weighing_, Base::sums_;
+  using Base::bp_, Base::plan_, Base::shared_, Base::score_map_, Base::sums_;
   static constexpr int kQueries = Base::kQueries;
 
  public:
@@ -121,7 +121,7 @@ class Sm90ValueGradient : Sm90WideKeys<T, Shape, kWeights> {
       shared_.ds_full.wait((tiles - 1) % 2);
       this->template add_to_queries<0>(tiles - 1, [] {});
     }
-    weighing_.store_sums(bp_.dv, sums_, plan_.dv_factor);
+    score_map_.store_sums(bp_.dv, sums_, plan_.dv_factor);
   }
 
  private:
@@ -136,7 +136,7 @@ class Sm90ValueGradient : Sm90WideKeys<T, Shape, kWeights> {
                                           shared_address(shared_.q[stage.index]));
     wait_for_product<0>(s);
     uint32_t packed[kQueries / 4];  // unused: slopes take the place of s
-    weighing_.template weigh<kGeneral>(
+    score_map_.template apply_map<kGeneral>(
         p, packed, s, query0, Base::own_statistics(shared_.queries.statistics[stage.index]));
     release(shared_.queries.empty[stage.index]);
     // the second warpgroup has read the previous tile's slopes
@@ -169,7 +169,7 @@ class Sm90ValueGradient : Sm90WideKeys<T, Shape, kWeights> {
 template <typename T, typename Shape, Weights kWeights>
 class Sm90KeyGradient : Sm90WideKeys<T, Shape, kWeights> {
   using Base = Sm90WideKeys<T, Shape, kWeights>;
-  using Base::bp_, Base::plan_, Base::shared_, Base::weighing_, Base::sums_;
+  using Base::bp_, Base::plan_, Base::shared_, Base::score_map_, Base::sums_;
   static constexpr int kQueries = Base::kQueries;
 
  public:
@@ -179,7 +179,7 @@ class Sm90KeyGradient : Sm90WideKeys<T, Shape, kWeights> {
     this->for_tiles(
         [&](auto general, auto& ds, int, unsigned number) { make_ds<general>(ds, number); },
         [&](const auto& ds, unsigned number) { add_to_keys(ds, number); });
-    weighing_.store_sums(bp_.dk, sums_, plan_.dq_factor);
+    score_map_.store_sums(bp_.dk, sums_, plan_.dq_factor);
   }
 
  private:
@@ -193,7 +193,7 @@ class Sm90KeyGradient : Sm90WideKeys<T, Shape, kWeights> {
                                           shared_address(shared_.dout[stage.index]));
     shared_.slopes_full.wait(number % 2);
     wait_for_product<0>(dp);
-    [[maybe_unused]] const float sum = weighing_.template make_ds<kGeneral>(
+    [[maybe_unused]] const float sum = score_map_.template make_ds<kGeneral>(
         ds, dp, Base::own_statistics(shared_.gradients.statistics[stage.index]),
         [&](auto n) -> float4 {
           float x[4];
@@ -211,7 +211,7 @@ class Sm90KeyGradient : Sm90WideKeys<T, Shape, kWeights> {
     const typename Base::QueryStage stage(number);
     shared_.queries.full[stage.index].wait(stage.parity);
     start_pv<T, kQueries>(sums_, ds, shared_address(shared_.q[stage.index]));
-    weighing_.store_ds(shared_address(shared_.ds[number % 2]), ds);
+    score_map_.store_ds(shared_address(shared_.ds[number % 2]), ds);
     fence_stores();
     release(shared_.ds_full);
     shared_.ds_full.wait(number % 2);

@@ -47,7 +47,7 @@ class Float8Warp : public ForwardWarp<T, kBucket, Weights::any, true, Float8Shap
   // Shared-memory address of the K scales from key0 on.
   __device__ __forceinline__ uint32_t scales(int key0) const {
     using Stages = Float8Stages<T, kBucket>;
-    return shared_address(this->parked_) + kParkedBytes<true> + Stages::kScalesAt +
+    return shared_address(this->spilled_) + kParkedBytes<true> + Stages::kScalesAt +
            (Stages::stage(key0) * Stages::kScales + key0 % Shape::kTileKeys) * 4;
   }
 
@@ -86,11 +86,11 @@ class Float8Warp : public ForwardWarp<T, kBucket, Weights::any, true, Float8Shap
   // Turns scores into weights in place and adds them to row_sum.
   template <int kFirst, int kKeyTiles>
   __device__ __forceinline__ void weigh_scores(float (&s)[1][kKeyTiles][4]) {
-    const auto each = [&](const auto& weigh) {
+    const auto each = [&](const auto& apply_map) {
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) weigh(s[0][n][i], i / 2);
+        for (int i = 0; i < 4; ++i) apply_map(s[0][n][i], i / 2);
     };
     auto& sums = this->sum_[kFirst];
     if (this->weights() == Weights::softmax) {

@@ -35,8 +35,8 @@ static __global__ void __launch_bounds__(kBoundThreads)
         const int32_t* pair = of.pairs + ((outer * of.rows + row) * of.count + r) * 2;
         const bool empty = of.half_open && pair[0] >= pair[1];
         const int first = empty ? INT32_MAX : pair[0], last = empty ? INT32_MIN : pair[1];
-        x = {min(x.least_first, first), max(x.most_first, first), min(x.least_last, last),
-             max(x.most_last, last)};
+        x = {min(x.min_first, first), max(x.max_first, first), min(x.min_last, last),
+             max(x.max_last, last)};
       }
       of.to[at] = x;
     }

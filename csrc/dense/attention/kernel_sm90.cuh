@@ -12,7 +12,7 @@
 
 #include "core/knobs.h"
 #include "cuda/attention/epilogue_sm90.cuh"
-#include "cuda/attention/hidden_values_sm90.cuh"
+#include "cuda/attention/masked_values_sm90.cuh"
 #include "cuda/launch.cuh"
 #include "dense/attention/kernel_sm90_shape.cuh"
 #include "dense/attention/launch_sm90.h"
@@ -33,8 +33,8 @@ __device__ inline BoxPlace find_cached_box(const KvCache& cache, const Sm90Tile&
 
 // Producer warp.
 template <typename Shape>
-__device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
-                          Sm90Shared<Shape>& shared) {
+__device__ void producer(const AttentionParams& p, const Sm90Plan& plan,
+                         Sm90Shared<Shape>& shared) {
   constexpr int kRows = Shape::kRows, kKeys = Shape::kTileKeys, kColumns = Shape::kColumns;
   const int group = static_cast<int>(p.heads / p.kv_heads);
   const bool issues = threadIdx.x == 0;
@@ -90,12 +90,12 @@ __device__ void load_sm90(const AttentionParams& p, const Sm90Plan& plan,
 
 // Consumer warpgroup: 64 rows of each query tile.
 template <typename T, typename Shape, Weights kWeights>
-class Sm90Rows {
+class Consumer {
  public:
   static constexpr int kRows = Shape::kRows, kKeys = Shape::kTileKeys, kHeadDim = Shape::kHeadDim;
   static constexpr int kColumns = Shape::kColumns;
 
-  __device__ Sm90Rows(const AttentionParams& p, const Sm90Plan& plan, Sm90Shared<Shape>& shared,
+  __device__ Consumer(const AttentionParams& p, const Sm90Plan& plan, Sm90Shared<Shape>& shared,
                       int warpgroup)
       : p_(p), plan_(plan), shared_(shared), warpgroup_(warpgroup) {}
 
@@ -107,7 +107,7 @@ class Sm90Rows {
       queries_ = shared_address(shared_.q[warpgroup_]);
       // Otherwise the key loop recomputes the operand from warpgroup_. With 256 columns of O no
       // register is left to hold it.
-      if constexpr (kColumns < 256) keep(queries_);
+      if constexpr (kColumns < 256) opt_barrier(queries_);
       if (tile.b < 0) {
         clear(tile);
         release(shared_.q_empty);
@@ -119,20 +119,20 @@ class Sm90Rows {
       band_ = tile.band;
 #pragma unroll
       for (int j = 0; j < kColumns / 2; ++j) o_[j] = 0;
-      RowWeights<T, kWeights> weights(plan_, constant_of(p_, tile.b, tile.h, tile.s.k_length));
+      Sm90ScoreMap<T, kWeights> weights(plan_, constant_of(p_, tile.b, tile.h, tile.s.k_length));
 #pragma unroll 1
       for (int key0 = tile.begin; key0 < tile.end;) {
         if (!sees(key0))
           skip_tile(key0);
         else if (is_whole(key0))
-          add_whole_tiles(key0, weights);
+          mainloop_unmasked(key0, weights);
         else if (kKeys == kRows || band_.end(last()) > key0 + kRows)
-          add_cut_tile<kKeys>(key0, weights);
+          masked_tile<kKeys>(key0, weights);
         else
-          add_cut_tile<kRows>(key0, weights);
+          masked_tile<kRows>(key0, weights);
       }
       release(shared_.q_empty);
-      keep(round);  // reload `round` here so that it holds no register through the key loop
+      opt_barrier(round);  // reload `round` here so that it holds no register through the key loop
       store(shared_.tiles[round % 2], weights);
     }
     if (warpgroup_thread() == 0) wait_for_stores();
@@ -160,13 +160,13 @@ class Sm90Rows {
   }
 
   // Unmasked tiles from key0 on, as many as follow each other.
-  __device__ __forceinline__ void add_whole_tiles(int& key0, RowWeights<T, kWeights>& weights) {
+  __device__ __forceinline__ void mainloop_unmasked(int& key0, Sm90ScoreMap<T, kWeights>& weights) {
     float s[kKeys / 2];
     uint32_t p[kKeys / 4];
     // S = Q K^T and P = f(S) of the first tile
     multiply_keys(s, number_);
     finish_keys<0>(s, number_);
-    weights.weigh(s);
+    weights.apply_map(s);
     weights.rescale(o_);
     pack_weights(p, s, weights);
 #pragma unroll 1
@@ -175,7 +175,7 @@ class Sm90Rows {
       multiply_keys(s, number_ + 1);
       multiply_values(p, number_);
       finish_keys<1>(s, number_ + 1);
-      weights.weigh(s);
+      weights.apply_map(s);
       finish_values(number_);
       weights.rescale(o_);
       pack_weights(p, s, weights);
@@ -188,21 +188,20 @@ class Sm90Rows {
 
   // A tile cut by a mask or by the end of the keys; its rows see keys only in the first kSeen.
   template <int kSeen>
-  __device__ __forceinline__ void add_cut_tile(int& key0, RowWeights<T, kWeights>& weights) {
+  __device__ __forceinline__ void masked_tile(int& key0, Sm90ScoreMap<T, kWeights>& weights) {
     float s[kSeen / 2];
     uint32_t p[kSeen / 4];
     multiply_keys(s, number_);
     finish_keys<0>(s, number_);
     const int seen_begin = band_.begin(last()) - key0, seen_end = band_.end(first_) - key0;
     bounds(key0, 2 * static_cast<int>(threadIdx.x % 4)).hide(s, seen_begin > 0, seen_end < kSeen);
-    weights.weigh(s);
+    weights.apply_map(s);
     weights.rescale(o_);
     pack_weights(p, s, weights);
     const Stage<Shape> stage(number_);
     shared_.v_full[stage.index].wait(stage.parity);
     const uint32_t values = shared_address(shared_.v[stage.index]);
-    const bool infinite =
-        has_infinite_values<T, kColumns, kKeys, kSeen>(values, seen_begin, seen_end);
+    const bool infinite = has_nonfinite<T, kColumns, kKeys, kSeen>(values, seen_begin, seen_end);
     if (any_in_warpgroup(warpgroup_, infinite)) {
       // step of keys whose finite copy fits into the `out` buffer
       constexpr int kStep = Shape::kOutBytes / (2 * kColumns) / kWgmmaDepth * kWgmmaDepth;
@@ -251,7 +250,7 @@ class Sm90Rows {
 
   // Epilogue: normalise O, write it through shared memory, and write lse.
   __device__ __forceinline__ void store(const Sm90Tile& tile,
-                                        const RowWeights<T, kWeights>& weights) {
+                                        const Sm90ScoreMap<T, kWeights>& weights) {
     const int first = tile.first + warpgroup_ * kRows, rows = min(tile.s.q_length - first, kRows);
     const float shift = constant_of(p_, tile.b, tile.h, tile.s.k_length);
     float factor[2];
@@ -337,10 +336,10 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim>::kThreads, 1)
       __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0) - 1;
   if (warpgroup < 0) {
     shrink_registers<Shape::kLoadRegisters>();
-    if (threadIdx.x < kWarpSize) load_sm90<Shape>(p, plan, shared);
+    if (threadIdx.x < kWarpSize) producer<Shape>(p, plan, shared);
   } else {
     grow_registers<Shape::kMultiplyRegisters>();
-    Sm90Rows<T, Shape, kWeights>(p, plan, shared, warpgroup).run();
+    Consumer<T, Shape, kWeights>(p, plan, shared, warpgroup).run();
   }
 }
 
@@ -371,13 +370,13 @@ const char* launch_sm90(const AttentionParams& p, const KvCache& cache, cudaStre
   plan.box_keys = Shape::kTileKeys;
   if (cache.block_table)
     plan.box_keys = static_cast<int>(std::gcd(page_size(cache), int64_t{Shape::kTileKeys}));
-  if (cache.seqlens && p.cu_seqlens_q) plan.least_rows = kLeastSm90Tokens;
+  if (cache.seqlens && p.cu_seqlens_q) plan.min_rows = kMinSm90Tokens;
   if (const char* error = encode_map(plan.q, tensors.q, p.dtype, Shape::kRows)) return error;
   if (const char* error = encode_map(plan.k, tensors.k, p.dtype, plan.box_keys)) return error;
   if (const char* error = encode_map(plan.v, tensors.v, p.dtype, plan.box_keys)) return error;
   if (const char* error = encode_map(plan.out, tensors.out, p.dtype, Shape::kRows)) return error;
   plan.tiles_of_head = static_cast<int>(
-      max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, Shape::kBlockRows, plan.least_rows));
+      max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, Shape::kBlockRows, plan.min_rows));
   plan.heads = static_cast<int>(tensors.q.batch * p.heads);
   plan.tiles = plan.tiles_of_head * plan.heads;
   const int64_t group = p.heads / p.kv_heads;

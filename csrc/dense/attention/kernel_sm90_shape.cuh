@@ -5,7 +5,7 @@
 #include "cuda/arch/sm90/tensor_map.h"
 #include "cuda/arch/sm90/warpgroup.cuh"
 #include "cuda/attention/mask.cuh"
-#include "cuda/attention/weights_sm90.cuh"
+#include "cuda/attention/score_map_sm90.cuh"
 
 namespace tokenmill::cuda {
 
@@ -46,7 +46,7 @@ struct Sm90Plan : Sm90Scores {
   int box_keys;       // cached: keys of a tile that one TMA box loads, all in one page
   bool ragged;        // lengths are read on the device
   // packed: rows of shorter sequences, and rows without a sequence, are left to another kernel
-  int least_rows;
+  int min_rows;
 };
 
 // Work tile: rows from `first` on of head h of sequence b, and the range of keys that any of them
@@ -102,11 +102,11 @@ __device__ inline Sm90Tile find_sm90_tile(const AttentionParams& p, const Sm90Pl
     if (p.cu_seqlens_q) {
       // At most 2^30 tiles in all, see has_sm90_tiles.
       const TilePlace place = find_tile<int>(p.cu_seqlens_q, p.batch, p.seqlen_q, kRows,
-                                             in_section / heads, 0, plan.least_rows);
+                                             in_section / heads, 0, plan.min_rows);
       tile.b = place.b;
       tile.rows = place.rows;
       // Rows without a sequence are left to another kernel: start beyond the tensor.
-      const bool none = place.b < 0 && plan.least_rows > 0;
+      const bool none = place.b < 0 && plan.min_rows > 0;
       tile.first = none ? static_cast<int>(p.seqlen_q) : place.tile * kRows;
       if (tile.b < 0) return tile;
     }

@@ -153,7 +153,7 @@ class WarpOutput {
 #pragma unroll
       for (int n = 0; n < kPatterns; ++n) {
         at[n] = area + lane % 4 * 4 + Shape::KeyTile::offset(lane / 4, n);
-        keep(at[n]);
+        opt_barrier(at[n]);
       }
     }
   };

@@ -41,8 +41,8 @@ class ForwardWarp {
   // ptxas would overlap the steps of a tile here, and spill.
   static constexpr bool kRolled = Shape::kFloat && kBucket > 32;
   // Where registers are short, state is parked in shared memory; softmax can keep the key range.
-  static constexpr bool kParks = kBucket > 64 || Shape::kFloat || kGeneral;
-  static constexpr bool kParksBounds = kParks && kWeights != Weights::softmax;
+  static constexpr bool kSpillToSmem = kBucket > 64 || Shape::kFloat || kGeneral;
+  static constexpr bool kSpillBoundsToSmem = kSpillToSmem && kWeights != Weights::softmax;
   using Addresses = StageAddresses<Shape, kLean>;
   static constexpr int kRowTiles = Shape::kRowTiles;
   static constexpr int kTiles = kBucket / 8;  // 8-column tiles of O
@@ -75,11 +75,11 @@ class ForwardWarp {
         queries_(queries),
         mask_(p.mask),
         bounds_(bounds),
-        parked_(parked) {
+        spilled_(parked) {
     weights_ = weights_of(p);
     map_ = p.map;
     normalize_ = p.normalize;
-    if constexpr (kParks) parked_[threadIdx.x / kWarpSize] = place_;
+    if constexpr (kSpillToSmem) spilled_[threadIdx.x / kWarpSize] = place_;
     if constexpr (!kGeneral) {
       offset_ = unit(weights()) * place_.shift;
       // a hidden pair, whose logit is -inf, stays hidden
@@ -106,15 +106,15 @@ class ForwardWarp {
   }
 
   __device__ WarpPlace place() const {
-    if constexpr (!kParks) return place_;
+    if constexpr (!kSpillToSmem) return place_;
     int thread = threadIdx.x;
-    keep(thread);
-    return parked_[thread / kWarpSize];
+    opt_barrier(thread);
+    return spilled_[thread / kWarpSize];
   }
 
   // S = Q K^T, weights, O += P V for the tile of keys from key0 on; `at` is restored.
   __device__ __forceinline__ void add_tile(Addresses& at, int key0) {
-    const WarpPlace whole = kParksBounds ? place() : place_;
+    const WarpPlace whole = kSpillBoundsToSmem ? place() : place_;
     if (!kGeneral && key0 >= whole.whole_begin && key0 + Shape::kTileKeys <= whole.whole_end) {
       if constexpr (kRolled) {
 #pragma unroll 1
@@ -125,7 +125,7 @@ class ForwardWarp {
         at.move(-Shape::kTileBytes);
       } else {
         int keys = whole.whole_end - key0;
-        if constexpr (kBucket > 64) keep(keys);
+        if constexpr (kBucket > 64) opt_barrier(keys);
         unroll<Shape::kTileKeys / Shape::kStepKeys>([&](auto i) {
           // Without this branch, never taken, ptxas would overlap the steps, and spill.
           if (kBucket > 64 && i > 0 && keys <= i * Shape::kStepKeys) return;
@@ -206,7 +206,7 @@ class ForwardWarp {
       unroll<kRowTiles>([&](auto m) {
         const WarpPlace now = recall(own);
         int row = now.first + 16 * m;
-        keep(row);
+        opt_barrier(row);
         const int row_end = min(row + 16, now.last + 1);
         if (row < row_end && key0 < now.band.end(row_end - 1) &&
             key0 + kMaskedKeys > now.band.begin(row) && sees<m, kPart>(key0))
@@ -230,7 +230,7 @@ class ForwardWarp {
 
   __device__ uint32_t sights_of_tile(int key0) const {
     const int second = key0 / Shape::kTileKeys % 2;
-    return shared_address(parked_) + kSightsAt + second * kMaxWarps * 4;
+    return shared_address(spilled_) + kSightsAt + second * kMaxWarps * 4;
   }
   __device__ uint32_t sights_address(int key0) const {
     return sights_of_tile(key0) + thread_index() / kWarpSize * 4;
@@ -264,7 +264,7 @@ class ForwardWarp {
     if (weights() == Weights::softmax) {
       softmax_weights<kFirst, false>(s, factor_, neg_row_max_, sum_, out_, p);
       if constexpr (kGeneral)
-        if (score_mod_.p.fades) fade<kFirst>(p[0], key0);
+        if (score_mod_.p.post_decay) fade<kFirst>(p[0], key0);
     } else if (weights() == Weights::sigmoid) {
       sigmoid_weights(s, p, tail_ && !cut);
     } else if (weights() == Weights::elementwise) {
@@ -315,7 +315,7 @@ class ForwardWarp {
   __device__ __forceinline__ void each_pair(int key0, const WarpPlace& own,
                                             const Visit& visit) const {
     int lane = threadIdx.x % kWarpSize;
-    keep(lane);
+    opt_barrier(lane);
 #pragma unroll
     for (int m = 0; m < kCount; ++m)
 #pragma unroll
@@ -340,7 +340,7 @@ class ForwardWarp {
   __device__ __forceinline__ void fade(Fragment<T, 4> (&p)[kBlocks], int key0) const {
     scale_weights<T>(p, [&](int half, int column) {
       int lane = threadIdx.x % kWarpSize;
-      keep(lane);
+      opt_barrier(lane);
       const int row = place().first + 16 * kFirst + 8 * half + lane / 4;
       return score_mod_.fade(score_mod_.distance(row, key0 + column + 2 * (lane % 4)));
     });
@@ -366,7 +366,7 @@ class ForwardWarp {
   __device__ __forceinline__ void hide_pairs(float (&s)[kKeyTiles][4], int key0) const {
     const WarpPlace own = place();
     int lane = threadIdx.x % kWarpSize;
-    keep(lane);
+    opt_barrier(lane);
     unsigned seen = 0;
 #pragma unroll 1
     for (int i = 0; i < 4 * kKeyTiles; ++i) {
@@ -389,7 +389,7 @@ class ForwardWarp {
                                                   bool tail) const {
     if constexpr (kHasTail)
       if (tail && tail_weights(s, p)) return;
-    weigh(s, p, [&](float x) {
+    apply_map(s, p, [&](float x) {
       return reciprocal_approx(exp2_approx(fmaf(x, factor_, offset_)) + 1 / kScale<T>);
     });
   }
@@ -402,7 +402,7 @@ class ForwardWarp {
                                                Fragment<T, 4> (&p)[kCount][kBlocks]) const {
     constexpr float kA = -0.98670116f, kB = 0.77178835f;
     constexpr bool kPacked = std::is_same_v<T, __half>;
-    weigh(s, p, [&](float x) {
+    apply_map(s, p, [&](float x) {
       const float e = exp2_approx(fmaf(x, -factor_, -offset_));
       return kPacked ? e : fmaf(e * e, fmaf(e, kB, kA), e);
     });
@@ -450,9 +450,9 @@ class ForwardWarp {
   }
 
   template <int kCount, int kKeyTiles, int kBlocks, typename Map>
-  static __device__ __forceinline__ void weigh(const float (&s)[kCount][kKeyTiles][4],
-                                               Fragment<T, 4> (&p)[kCount][kBlocks],
-                                               const Map& map) {
+  static __device__ __forceinline__ void apply_map(const float (&s)[kCount][kKeyTiles][4],
+                                                   Fragment<T, 4> (&p)[kCount][kBlocks],
+                                                   const Map& map) {
 #pragma unroll
     for (int m = 0; m < kCount; ++m) {
       float e[kKeyTiles][4];
@@ -469,7 +469,7 @@ class ForwardWarp {
                                                        Fragment<T, 4> (&p)[kCount][kBlocks]) const {
     // float16 keeps what tanh.approx resolves near -1; bfloat16 would not.
     constexpr bool kPacked = std::is_same_v<T, __half>;
-    weigh(s, p, [&](float x) {
+    apply_map(s, p, [&](float x) {
       const float t = tanh_approx(fmaf(x, factor_, offset_));
       return kPacked ? t : fmaf(t, 0.5f, 0.5f);
     });
@@ -493,7 +493,7 @@ class ForwardWarp {
   GlobalRows<T> queries_;
   const PairMask& mask_;
   const MaskBounds& bounds_;
-  WarpPlace* parked_;
+  WarpPlace* spilled_;
   QuerySlice q_[kRowTiles][Shape::kQueryInRegisters ? Shape::kSlices : 1];
 };
 

@@ -78,14 +78,14 @@ inline bool takes_sm90(const AttentionParams& p) {
 }
 
 // Min page size: a K tile then has at most three TMA boxes.
-constexpr int64_t kLeastSm90Page = 64;
+constexpr int64_t kMinSm90Page = 64;
 
-// Forward with a KV cache. Of packed requests it takes those with kLeastSm90Tokens queries or more,
+// Forward with a KV cache. Of packed requests it takes those with kMinSm90Tokens queries or more,
 // so that the bits of a request do not depend on its batch.
 inline bool takes_sm90(const AttentionParams& p, const KvCache& cache) {
-  if (!has_sm90_form(p) || p.seqlen_q < kLeastSm90Tokens) return false;
+  if (!has_sm90_form(p) || p.seqlen_q < kMinSm90Tokens) return false;
   if (cache.dtype != p.dtype) return false;
-  if (cache.block_table && page_size(cache) < kLeastSm90Page) return false;
+  if (cache.block_table && page_size(cache) < kMinSm90Page) return false;
   return is_sm90_forward(p, {p, cache});
 }
 

@@ -10,7 +10,7 @@ constexpr int64_t kBoundRows = 16;
 // Min and max of `first` and of `last` over some rows. An empty range counts as (INT32_MAX,
 // INT32_MIN): it widens no visible region, and makes no block fully visible.
 struct alignas(16) PairBounds {
-  int32_t least_first, most_first, least_last, most_last;
+  int32_t min_first, max_first, min_last, max_last;
 };
 
 // Rows are counted like the rows of the mask arrays, in packed arrays from the first token on.

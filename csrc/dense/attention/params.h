@@ -68,7 +68,7 @@ struct AttentionParams {
   bool fast;
   // ALiBi as a decay: slopes leave the logits unchanged; the normalised softmax weights are
   // multiplied by e^(-slope distance). lse is the log-sum-exp of the weights without decay.
-  bool fades;
+  bool post_decay;
 };
 
 struct AttentionBackwardParams {

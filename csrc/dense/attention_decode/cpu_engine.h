@@ -194,7 +194,7 @@ class DecodeWorker {
           if (next) ask_for(next->k + j * kCount, kCount, own * cache.k.head, p_.head_dim);
           multiply_head(step, own, j);
         }
-      for (int64_t n = 0; n < blocks_; ++n) weigh(n, step, key0, vectors);
+      for (int64_t n = 0; n < blocks_; ++n) apply_map(n, step, key0, vectors);
       const int64_t run = plan_.heads > 1 ? kRun : kStep;
       for (int64_t key = 0; key < keys; key += run)
         for (int64_t own = 0; own < plan_.heads; ++own) {
@@ -239,7 +239,7 @@ class DecodeWorker {
     multiply_key_tiles<Op>(words_.keys(), words_.ld(), keys, words_of<Op>(p_.head_dim),
                            q_ + first * kRows * ldq_, kRows * ldq_, blocks,
                            weights_ + first * kStep * kRows, kStep * kRows, ahead);
-    for (int64_t n = first; n < first + blocks; ++n) weigh(n, step, key0, vectors);
+    for (int64_t n = first; n < first + blocks; ++n) apply_map(n, step, key0, vectors);
     const bool shared = words_.shared() && !placed.turned && !placed.widened;
     if (!shared)
       words_.load_values(placed, value_scales(own), vectors,
@@ -278,7 +278,7 @@ class DecodeWorker {
   }
 
   // Turns scores into weights.
-  void weigh(int64_t n, const Step& step, int64_t key0, int64_t vectors) {
+  void apply_map(int64_t n, const Step& step, int64_t key0, int64_t vectors) {
     RowBlock<kRows>& block = block_[n];
     float* weights = weights_ + n * kStep * kRows;
     vf scores[kStep / kCount];
@@ -384,14 +384,15 @@ class DecodeWorker {
     alignas(64) float lane[kWidth];
     store(lane, top);
     for (int r = 0; r < kRows; ++r) {
-      float most = -kInf;
-      for (int l = r * kCount; l < (r + 1) * kCount; ++l) most = lane[l] > most ? lane[l] : most;
-      if (!(most > block.raise_above[r * kCount])) continue;
+      float maximum = -kInf;
+      for (int l = r * kCount; l < (r + 1) * kCount; ++l)
+        maximum = lane[l] > maximum ? lane[l] : maximum;
+      if (!(maximum > block.raise_above[r * kCount])) continue;
       const bool seen = block.raise_above[r * kCount] > -kInf;
-      const float factor = seen ? std::exp2(block.row_max[r * kCount] - most) : 0;
+      const float factor = seen ? std::exp2(block.row_max[r * kCount] - maximum) : 0;
       for (int l = r * kCount; l < (r + 1) * kCount; ++l) {
-        block.row_max[l] = most;
-        block.raise_above[l] = most + kHeadroom;
+        block.row_max[l] = maximum;
+        block.raise_above[l] = maximum + kHeadroom;
         block.sums[l] *= factor;
       }
       float* out = out_ + (n * kRows + r) * plan_.ldo;

@@ -81,9 +81,9 @@ struct DecodePlan {
   int64_t parts_of(int64_t steps) const {
     int64_t wanted = d.num_splits;
     if (wanted <= 0) {
-      const int64_t most = ceil_div(steps * heads, kShortRange);
-      const int64_t least = ceil_div(steps * heads, long_range);
-      wanted = most < kRanges ? most : least > kRanges ? least : kRanges;
+      const int64_t maximum = ceil_div(steps * heads, kShortRange);
+      const int64_t minimum = ceil_div(steps * heads, long_range);
+      wanted = maximum < kRanges ? maximum : minimum > kRanges ? minimum : kRanges;
     }
     return wanted < steps ? wanted : steps > 1 ? steps : 1;
   }

@@ -23,7 +23,7 @@ extern template const char* launch_float8<float>(const DecodeParams&, cudaStream
 
 // prefill_launch.cuh
 template <typename T>
-const char* launch_prefill(const DecodeParams&, const MaskBounds&, int most_queries, cudaStream_t);
+const char* launch_prefill(const DecodeParams&, const MaskBounds&, int max_queries, cudaStream_t);
 extern template const char* launch_prefill<__half>(const DecodeParams&, const MaskBounds&, int,
                                                    cudaStream_t);
 extern template const char* launch_prefill<__nv_bfloat16>(const DecodeParams&, const MaskBounds&,
@@ -49,7 +49,7 @@ static bool prefills(const AttentionParams& p) { return p.cu_seqlens_q || p.wind
 // The conditions of python/tokenmill/dense/attention_kernels.py.
 static bool takes_sm90(const DecodeParams& d) {
   const AttentionParams& p = d.attention;
-  if (p.seqlen_q > cuda::kMaxLength || d.max_seqlen_q < cuda::kLeastSm90Tokens) return false;
+  if (p.seqlen_q > cuda::kMaxLength || d.max_seqlen_q < cuda::kMinSm90Tokens) return false;
   if (!prefills(p)) {
     // Where tiles do not fill a GPU, the decode kernels, which split keys, are faster.
     const int64_t tiles = p.batch * p.heads * ceil_div(p.seqlen_q, 64);
@@ -114,14 +114,14 @@ const char* launch_cuda(const DecodeParams& d, void* stream) {
                           p.batch * p.heads);
   }
   const auto on = static_cast<cudaStream_t>(stream);
-  int most_queries = 0;
+  int max_queries = 0;
   const bool on_sm90 =
       cuda::kHasSm90 && knob(Knob::attention_decode_sm90) && cuda::compute_capability() == 90;
   if (on_sm90 && takes_sm90(d)) {
     const char* error = cuda::launch_on_sm90(p, d.cache, on);
     if (error != cuda::kNotMapped) {
       if (error || !p.cu_seqlens_q) return error;
-      most_queries = cuda::kLeastSm90Tokens - 1;
+      max_queries = cuda::kMinSm90Tokens - 1;
     }
   } else if (on_sm90 && takes_few_sm90(d)) {
     const char* error = p.dtype == DType::float16 ? launch_few_sm90<__half>(d, on)
@@ -138,7 +138,7 @@ const char* launch_cuda(const DecodeParams& d, void* stream) {
     if (const char* error = cuda::launch_bounds(p, bounds, on)) return error;
   return cuda::visit_dtype(p.dtype, [&]<typename T>() {
     return float8 ? cuda::launch_prefill_float8<T>(d, bounds, on)
-                  : cuda::launch_prefill<T>(d, bounds, most_queries, on);
+                  : cuda::launch_prefill<T>(d, bounds, max_queries, on);
   });
 }
 

@@ -24,10 +24,10 @@ DecodeLaunch plan_decode(const AttentionParams& p, int64_t heads, int64_t longes
   DecodeLaunch launch{};
   DecodePlan& plan = launch.plan;
   const int64_t rows = p.heads / heads * p.seqlen_q;
-  const int most_bytes = shared_limit();
+  const int max_bytes = shared_limit();
   int row_warps = Shape::kMinRowWarps;
   while (row_warps < Shape::kMaxRowWarps && 16 * row_warps < rows &&
-         Shape::shared_bytes(Keys::kBytes, 2 * row_warps) <= most_bytes)
+         Shape::shared_bytes(Keys::kBytes, 2 * row_warps) <= max_bytes)
     row_warps *= 2;
   while (1 << plan.log2_row_warps < row_warps) ++plan.log2_row_warps;
   plan.group = static_cast<int>(p.heads / heads);
@@ -39,14 +39,16 @@ DecodeLaunch plan_decode(const AttentionParams& p, int64_t heads, int64_t longes
   const int64_t filling = 2 * multiprocessors();
   // The capacity of a request may far exceed its length: never launch more CTAs than fill the
   // device.
-  const int64_t worth = ceil_div(longest, kLeastSteps<Shape> * Shape::kTileKeys);
-  const int64_t most = worth < 1 ? 1 : worth < kMaxAutoSplits ? worth : kMaxAutoSplits;
+  const int64_t worth = ceil_div(longest, kMinSteps<Shape> * Shape::kTileKeys);
+  const int64_t maximum = worth < 1 ? 1 : worth < kMaxAutoSplits ? worth : kMaxAutoSplits;
   if (stream_k) {
-    launch.blocks = launch.outputs * most < filling ? launch.outputs * most : filling;
+    launch.blocks = launch.outputs * maximum < filling ? launch.outputs * maximum : filling;
     launch.partial_floats = 2 * launch.blocks;
   } else {
     const int64_t wanted = launch.outputs > 0 ? ceil_div(filling, launch.outputs) : 1;
-    plan.splits = static_cast<int>(num_splits > 0 ? num_splits : wanted < most ? wanted : most);
+    plan.splits = static_cast<int>(num_splits > 0     ? num_splits
+                                   : wanted < maximum ? wanted
+                                                      : maximum);
     launch.blocks = launch.outputs * plan.splits;
     // float32 keeps a second level of sums in the workspace.
     launch.partial_floats = plan.splits > 1 || Shape::kFloat ? launch.blocks : 0;

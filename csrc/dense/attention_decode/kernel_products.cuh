@@ -2,7 +2,7 @@
 // V. Independent of what is done to the scores in between.
 #pragma once
 #include "cuda/attention/float8_tile.cuh"
-#include "cuda/attention/hidden_values.cuh"
+#include "cuda/attention/masked_values.cuh"
 #include "cuda/attention/online_softmax.cuh"
 #include "cuda/attention/qk.cuh"
 #include "cuda/attention/stage_addresses.cuh"
@@ -29,7 +29,7 @@ class DecodeProducts {
       : row_warp_(row_warp), exchange_(queries + 16 * Shape::kRowBytes) {
     // From an opaque copy: ptxas would keep the swizzle of the key addresses live.
     int lane = threadIdx.x % kWarpSize;
-    keep(lane);
+    opt_barrier(lane);
     query_.find(queries + row_warp_ * 16 * Shape::kRowBytes, lane);
   }
 
@@ -47,7 +47,8 @@ class DecodeProducts {
     if constexpr (Shape::kColumnWarps > 1) {
       static_assert(kColumns * sizeof(T) % (8 * kChunkBytes) == 0);
 #pragma unroll
-      for (uint32_t& x : at.value) x += first_column() * static_cast<int>(sizeof(T)), keep(x);
+      for (uint32_t& x : at.value)
+        x += first_column() * static_cast<int>(sizeof(T)), opt_barrier(x);
     }
     return at;
   }

@@ -100,7 +100,7 @@ struct Segment {
 
 // Minimum number of steps that is worth a CTA.
 template <typename Shape>
-constexpr int kLeastSteps = 256 / Shape::kTileKeys;
+constexpr int kMinSteps = 256 / Shape::kTileKeys;
 
 // Keys of an output tile of request b. kWholeTiles: from a multiple of kTileKeys on.
 template <typename Shape>
@@ -142,7 +142,7 @@ class Segments {
     for (int64_t b = lane; b < d.attention.batch; b += kWarpSize)
       total += steps_of<Shape>(d, static_cast<int>(b));
     total_ = warp_sum(total) * tiles_;
-    const int64_t worth = (total_ + kLeastSteps<Shape> - 1) / kLeastSteps<Shape>;
+    const int64_t worth = (total_ + kMinSteps<Shape> - 1) / kMinSteps<Shape>;
     blocks_ = worth < gridDim.x ? worth : gridDim.x;
     if (blockIdx.x >= blocks_) return;
     next_ = blockIdx.x * total_ / blocks_;

@@ -11,8 +11,8 @@
 #pragma once
 #include "cuda/arch/sm90/tma.cuh"
 #include "cuda/attention/epilogue_sm90.cuh"
-#include "cuda/attention/hidden_values_sm90.cuh"
 #include "cuda/attention/mask.cuh"
+#include "cuda/attention/masked_values_sm90.cuh"
 #include "dense/attention_decode/cuda_plan.cuh"
 #include "dense/attention_decode/kernel_merge.cuh"
 #include "dense/attention_decode/kernel_sm90_shape.cuh"
@@ -108,13 +108,13 @@ class DecodeSm90Loader {
 
 // Consumer warpgroup. Rows beyond the last one are zeros, and see the same keys as the last one.
 template <typename T, typename Shape, Weights kWeights>
-class DecodeSm90Rows {
+class DecodeConsumer {
  public:
   static constexpr int kKeys = Shape::kTileKeys, kHeadDim = Shape::kHeadDim;
   static constexpr bool kSoftmax = kWeights == Weights::softmax;
-  using Scores = RowWeights<T, kWeights, 2>;
+  using Scores = Sm90ScoreMap<T, kWeights, 2>;
 
-  __device__ DecodeSm90Rows(const DecodeParams& d, const DecodeSm90Plan& plan,
+  __device__ DecodeConsumer(const DecodeParams& d, const DecodeSm90Plan& plan,
                             DecodeSm90Shared<Shape>& shared)
       : d_(d), p_(d.attention), plan_(plan), shared_(shared), queries_(shared_address(shared.q)) {
     // Broadcast from lane 0 so that the compiler knows the value to be warp-uniform.
@@ -149,9 +149,9 @@ class DecodeSm90Rows {
 #pragma unroll 1
     for (int key0 = s.begin; key0 < s.end;) {
       if (is_whole(key0))
-        add_whole_tiles(key0, weights);
+        mainloop_unmasked(key0, weights);
       else
-        add_cut_tile(key0, weights);
+        masked_tile(key0, weights);
     }
     sync_warpgroup(0);  // all warps are done with Q
     if (s.parts == 1) return store(s, weights);
@@ -189,7 +189,7 @@ class DecodeSm90Rows {
   }
 
   // Unmasked tiles from key0 on, as many as follow each other.
-  __device__ __forceinline__ void add_whole_tiles(int& key0, Scores& weights) {
+  __device__ __forceinline__ void mainloop_unmasked(int& key0, Scores& weights) {
     float s[kKeys / 2];
     uint32_t p[kKeys / 4] = {};
     // S = Q K^T and P = f(S) of the first tile
@@ -197,7 +197,7 @@ class DecodeSm90Rows {
     finish_keys<0>(s, number_);
     if (active_) {
       plan_.scores.cap(s);
-      weights.weigh(s);
+      weights.apply_map(s);
       weights.rescale(o_);
       pack_weights(p, s, weights);
     }
@@ -209,7 +209,7 @@ class DecodeSm90Rows {
       finish_keys<1>(s, number_ + 1);
       if (active_) {
         plan_.scores.cap(s);
-        weights.weigh(s);
+        weights.apply_map(s);
       }
       finish_values(number_);
       if (active_) {
@@ -224,7 +224,7 @@ class DecodeSm90Rows {
   }
 
   // A tile cut by a mask or by the end of the keys.
-  __device__ __forceinline__ void add_cut_tile(int& key0, Scores& weights) {
+  __device__ __forceinline__ void masked_tile(int& key0, Scores& weights) {
     float s[kKeys / 2];
     uint32_t p[kKeys / 4] = {};
     multiply_keys(s, number_);
@@ -233,7 +233,7 @@ class DecodeSm90Rows {
     if (active_) {
       plan_.scores.cap(s);
       bounds(key0, 2 * static_cast<int>(threadIdx.x % 4)).hide(s, seen_begin > 0, seen_end < kKeys);
-      weights.weigh(s);
+      weights.apply_map(s);
       weights.rescale(o_);
       pack_weights(p, s, weights);
     }
@@ -242,8 +242,8 @@ class DecodeSm90Rows {
     const uint32_t values = shared_address(shared_.v[stage.index]);
     clear_unseen_values(values, band_.begin(0) - key0, band_.columns - key0);
     // A single query hides only keys that were cleared.
-    const bool infinite = p_.seqlen_q > 1 && has_infinite_values<T, kHeadDim, kKeys, kKeys>(
-                                                 values, seen_begin, seen_end);
+    const bool infinite =
+        p_.seqlen_q > 1 && has_nonfinite<T, kHeadDim, kKeys, kKeys>(values, seen_begin, seen_end);
     fence_stores();
     if (any_in_warpgroup(0, infinite))  // finite values overwrite the K stage
       multiply_seen_values<T, kKeys, kKeys>(o_, p, values, shared_address(shared_.k[stage.index]),
@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(DecodeSm90Shape<kHeadDim>::kThreads, 2)
   if (threadIdx.x == 0) shared.init_barriers();
   __syncthreads();
   if (__shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0) == 0)
-    DecodeSm90Rows<T, Shape, kWeights>(d, plan, shared).run();
+    DecodeConsumer<T, Shape, kWeights>(d, plan, shared).run();
   else
     DecodeSm90Loader<Shape>(d, plan, shared).run();
 }

@@ -5,7 +5,7 @@
 #pragma once
 #include "cuda/arch/sm90/mbarrier.cuh"
 #include "cuda/arch/sm90/tensor_map.h"
-#include "cuda/attention/weights_sm90.cuh"
+#include "cuda/attention/score_map_sm90.cuh"
 #include "dense/attention_decode/launch_sm90.h"
 
 namespace tokenmill::cuda {

@@ -47,7 +47,7 @@ inline bool takes_decode_sm90(const DecodeParams& d) {
   if (!has_sm90_form(p) || !has_sm90_scale(p) || d.cache.dtype != p.dtype) return false;
   if (p.head_dim != 64 && p.head_dim != 128) return false;
   if (p.heads / p.kv_heads * p.seqlen_q > DecodeSm90Shape<64>::kRows) return false;
-  if (d.cache.block_table && page_size(d.cache) < kLeastSm90Page) return false;
+  if (d.cache.block_table && page_size(d.cache) < kMinSm90Page) return false;
   return Sm90Tensors(p, d.cache).can_be_mapped();
 }
 

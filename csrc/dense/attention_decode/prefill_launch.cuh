@@ -5,14 +5,14 @@
 
 namespace tokenmill::cuda {
 
-// most_queries: see ForwardPlan.
+// max_queries: see ForwardPlan.
 template <typename T>
-const char* launch_prefill(const DecodeParams& d, const MaskBounds& bounds, int most_queries,
+const char* launch_prefill(const DecodeParams& d, const MaskBounds& bounds, int max_queries,
                            cudaStream_t stream) {
   const AttentionParams& p = d.attention;
   return visit_forward_bucket(p, [&]<int kBucket>(Index<kBucket>) {
     return launch_forward<T, kBucket, Weights::any, true, T>(p, bounds, stream, d.cache,
-                                                             most_queries);
+                                                             max_queries);
   });
 }
 

@@ -11,7 +11,7 @@ namespace tokenmill::TOKENMILL_ISA {
 constexpr int64_t kMaxChunk = 32;  // tokens
 
 // Exponents below these give the same float32 results, and inf - inf cannot occur.
-constexpr double kLeastConstant = -1e4, kLeastOfToken = -128;
+constexpr double kMinConstant = -1e4, kMinOfToken = -128;
 
 // A recurrence runs forward in time or, for gradients, backward: its row r is then token n - 1 - r
 // of the chunk. All factors are powers of e with exponents <= 0; the factors of outputs, of pairs
@@ -30,7 +30,7 @@ class ChunkDecay {
 
   void fill_table(float* table, int64_t b, int64_t h) const {
     if (decay_.per_token) return;
-    const double each = none() ? 0 : clamp(*head(b, h), kLeastConstant);
+    const double each = none() ? 0 : clamp(*head(b, h), kMinConstant);
     for (int64_t i = 0; i < kMaxChunk + kRowsPad; ++i)
       table[i] = i == 0 ? 1 : static_cast<float>(std::exp(each * static_cast<double>(i)));
     float* row = row_of(table);
@@ -59,7 +59,7 @@ class ChunkDecay {
   int64_t pair_step;
 
  private:
-  static double clamp(float x, double least) { return x < least ? least : x; }
+  static double clamp(float x, double minimum) { return x < minimum ? minimum : x; }
 
   const float* head(int64_t b, int64_t h) const {
     return decay_.data + b * decay_.batch + h * decay_.head;
@@ -74,7 +74,7 @@ class ChunkDecay {
     double prefix[kMaxChunk];
     double sum = 0;
     for (int64_t t = 0; t < n; ++t)
-      prefix[t] = sum += clamp(head[(first + t) * decay_.seq], kLeastOfToken);
+      prefix[t] = sum += clamp(head[(first + t) * decay_.seq], kMinOfToken);
     total = static_cast<float>(std::exp(sum));
     // Log2 differences as two floats each: a single float32 prefix sum is too coarse.
     constexpr double kLog2eDouble = 1.4426950408889634;

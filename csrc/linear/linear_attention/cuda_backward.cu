@@ -72,10 +72,10 @@ struct Backward {
       to_queries.saved = plan.forward_states;
       to_keys.saved = plan.backward_states;
     }
-    int64_t most = 0;
+    int64_t maximum = 0;
     for (const Recurrence* r : {&to_queries, &to_keys, &to_values})
-      if (const int64_t n = workspace_floats(*r); n > most) most = n;
-    float* const states = workspace.take(most);
+      if (const int64_t n = workspace_floats(*r); n > maximum) maximum = n;
+    float* const states = workspace.take(maximum);
     for (Recurrence* r : {&to_queries, &to_keys, &to_values}) r->workspace = states;
     floats = workspace.used();
   }

@@ -6,11 +6,11 @@
 namespace tokenmill::cuda::linear_attention {
 
 // Minimum tokens per part: fewer do not pay for a CTA and a state.
-constexpr int64_t kLeastTokens = 256;
+constexpr int64_t kMinTokens = 256;
 // Maximum parts of a sequence that are chained, each waiting for the state of the previous part.
 // More parts are scanned by a separate launch, because the round trips of states to L2 add up in a
 // chain.
-constexpr int64_t kMostChained = 5;
+constexpr int64_t kMaxChained = 5;
 constexpr int64_t kMaxRecurrenceLength = int64_t{1} << 29;
 
 inline int bucket_of(const Recurrence& p) {
@@ -60,13 +60,13 @@ inline int warps_of(const Recurrence& p) {
 
 // Splits sequences into parts of at least this many tokens.
 inline void set_parts(RecurrencePlan& plan, const Recurrence& p, int64_t tokens) {
-  tokens = round_up(tokens < kLeastTokens ? kLeastTokens : tokens, 64);
+  tokens = round_up(tokens < kMinTokens ? kMinTokens : tokens, 64);
   plan.tokens_per_part = static_cast<int>(tokens < p.seqlen ? tokens : round_up(p.seqlen + 64, 64));
   plan.parts = p.cu_seqlens || p.seqlen == 0 ? 1 : ceil_div(p.seqlen, plan.tokens_per_part);
   plan.all_parts = p.cu_seqlens ? p.seqlen / plan.tokens_per_part + p.batch : p.batch * plan.parts;
   plan.blocks = (plan.all_parts + (p.cu_seqlens ? 1 : 0)) * p.heads * plan.slices;
   plan.from_workspace = tokens < p.seqlen;
-  plan.chained = plan.from_workspace && has_chains(p) && ceil_div(p.seqlen, tokens) <= kMostChained;
+  plan.chained = plan.from_workspace && has_chains(p) && ceil_div(p.seqlen, tokens) <= kMaxChained;
 }
 
 // Instance-independent part of the plan, from shapes only.

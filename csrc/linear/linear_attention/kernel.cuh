@@ -128,7 +128,7 @@ class RecurrenceBlock {
   __device__ int warp_column() const { return column_ + warp_ * kColumnsPerWarp; }
   __device__ SlotState<Shape> own_slot() const {
     uint32_t slot = slot_;
-    keep(slot);  // otherwise its address would occupy registers meanwhile
+    opt_barrier(slot);  // otherwise its address would occupy registers meanwhile
     return SlotState<Shape>(p_.workspace + slot * plan_.slot_floats);
   }
   __device__ float* slot_normalizer(SlotState<Shape> slot) const {

@@ -245,7 +245,7 @@ __device__ inline float block_sum(float x, float* shared) {
 
 __device__ inline float decay_at(const LogDecay& decay, int64_t b, int64_t t, int64_t h) {
   const float x = decay.data[b * decay.batch + t * decay.seq + h * decay.head];
-  return exp2_exact(log2_decay(x, kLeastHeadDecay));
+  return exp2_exact(log2_decay(x, kMinHeadDecay));
 }
 
 // Gradient of each decay of a segment: suffix sums of `change` from the segment's end, and the

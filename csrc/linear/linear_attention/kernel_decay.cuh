@@ -21,7 +21,7 @@ class Decays {
     if (per_token_) {
       data_ = of_head + b * decay.batch + start * decay.seq;
     } else {
-      head_ = log2_decay(*of_head, kLeastHeadDecay);
+      head_ = log2_decay(*of_head, kMinHeadDecay);
     }
   }
 
@@ -81,7 +81,7 @@ class Decays {
   }
 
   __device__ double of_token(int token) const {
-    return log2_decay(data_[token * step_], kLeastTokenDecay);
+    return log2_decay(data_[token * step_], kMinTokenDecay);
   }
 
   bool per_token_, reverse_;

@@ -3,7 +3,7 @@
 // that the state, which stays in accumulators, is itself an MMA operand.
 #pragma once
 #include "cuda/arch/ldmatrix.cuh"
-#include "cuda/attention/hidden_values.cuh"
+#include "cuda/attention/masked_values.cuh"
 #include "linear/linear_attention/kernel_shape.cuh"
 
 namespace tokenmill::cuda::linear_attention {
@@ -103,7 +103,7 @@ __device__ __forceinline__ void multiply_rows(float (&d)[2][4], uint32_t queries
 // query.
 __device__ __forceinline__ bool is_hidden(int row, int column, int shift) {
   int lane = threadIdx.x % kWarpSize;
-  keep(lane);
+  opt_barrier(lane);
   return lane % 4 * 2 + column + shift > lane / 4 + row;
 }
 
@@ -299,7 +299,7 @@ __device__ __forceinline__ void add_infinite(float (&acc)[Shape::kTokens / 8][4]
                                              int column, uint32_t weights, int shift) {
   constexpr int kDepth = Shape::kDepth, kTiles = kDepth / 8;
   int lane = threadIdx.x % kWarpSize;
-  keep(lane);
+  opt_barrier(lane);
   const int g = lane / 4, c = lane % 4;
   unroll<Shape::kTokens / kDepth>([&](auto k) {
 #pragma unroll 1

@@ -63,7 +63,7 @@ struct Sm90Block {
 
 // Producer warp.
 template <typename Shape>
-__device__ void load_sm90(const Sm90Block<Shape>& b) {
+__device__ void producer(const Sm90Block<Shape>& b) {
   constexpr int kTokens = Shape::kTokens, kHeadDim = Shape::kHeadDim;
   constexpr int kValueBytes = Shape::kWarpgroups * Shape::kBlockBytes;
   auto& shared = b.shared;
@@ -398,7 +398,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim>::kThreads, 1)
   const int warpgroup = warp / (kWarpgroupThreads / kWarpSize);
   if (warpgroup == 0) {
     shrink_registers<Shape::kLoadRegisters>();
-    if (warp == 0) load_sm90(block);
+    if (warp == 0) producer(block);
     if (warp == 1) decay_sm90(block);
   } else if (warpgroup == 1) {
     shrink_registers<Shape::kWeighRegisters>();

@@ -115,8 +115,8 @@ struct CallerState {
           visit(at[i % 2 * feature_step + i / 2 * 8 * column_step], s[n][i]);
       f += 8;
       at += 8 * feature_step;
-      keep(f);  // otherwise the compiler computes all addresses at once
-      keep(at);
+      opt_barrier(f);  // otherwise the compiler computes all addresses at once
+      opt_barrier(at);
     }
   }
 };

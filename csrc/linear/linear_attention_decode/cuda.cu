@@ -5,7 +5,7 @@ namespace tokenmill {
 namespace {
 
 // Minimum columns per CTA when there are fewer heads than SMs: rows of 128 bytes.
-constexpr int64_t kLeastColumns = 32;
+constexpr int64_t kMinColumns = 32;
 
 template <typename T, int kVector>
 const char* launch_decode(const LinearDecodeParams& p, cudaStream_t stream) {
@@ -14,7 +14,7 @@ const char* launch_decode(const LinearDecodeParams& p, cudaStream_t stream) {
   while (plan.lanes < cuda::kWarpSize && plan.lanes * kVector < columns) plan.lanes *= 2;
   if (!p.normalize) {
     const auto slices = [&] { return ceil_div(columns, plan.lanes * kVector); };
-    while (plan.lanes * kVector > kLeastColumns &&
+    while (plan.lanes * kVector > kMinColumns &&
            p.batch * p.heads * slices() < cuda::multiprocessors())
       plan.lanes /= 2;
     plan.slices = static_cast<int>(slices());

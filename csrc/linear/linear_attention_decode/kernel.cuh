@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
     float decay = 1;
     if (p.decay.data) {
       const float x = p.decay.data[b * p.decay.batch + t * p.decay.seq + h * p.decay.head];
-      decay = exp2_exact(log2_decay(x, kLeastHeadDecay));
+      decay = exp2_exact(log2_decay(x, kMinHeadDecay));
     }
     __syncthreads();
 #pragma unroll 1

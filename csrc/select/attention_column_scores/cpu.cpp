@@ -154,10 +154,10 @@ void find_statistics(const ColumnScoresParams& p, const Statistics& to, int thre
       for (int64_t g = 0; g < group; ++g)
         for (int64_t r = 0; r < rows; ++r) {
           const vf top = load(tops + (g * owned + r) * kWidth);
-          const float most = max_lanes(top);
+          const float maximum = max_lanes(top);
           const float sum =
-              sum_lanes(load(sums + (g * owned + r) * kWidth) * exp2<5>(top - set(most)));
-          to.set_row((b * p.heads + kv_head * group + g) * p.seqlen_q + first + r, most, sum);
+              sum_lanes(load(sums + (g * owned + r) * kWidth) * exp2<5>(top - set(maximum)));
+          to.set_row((b * p.heads + kv_head * group + g) * p.seqlen_q + first + r, maximum, sum);
         }
     }
   });

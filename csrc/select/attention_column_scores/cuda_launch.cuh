@@ -7,7 +7,7 @@ namespace tokenmill::cuda::attention_column_scores {
 
 // CTAs that fill a GPU: with fewer, the streamed dimension is split.
 constexpr int64_t kFillingBlocks = 264;
-constexpr int64_t kLeastSplit = 256;  // minimum streamed rows per split
+constexpr int64_t kMinSplit = 256;  // minimum streamed rows per split
 
 inline int bucket_of(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
@@ -27,8 +27,8 @@ inline ScoreSplit split_pass(const ColumnScoresParams& p, ScorePass pass) {
   const int64_t streamed = rows ? p.seqlen_k : p.window_queries;
   const int64_t blocks = ceil_div(own, block_rows(p)), all = blocks * p.batch * p.heads;
   int64_t splits = all > 0 ? kFillingBlocks / all : 1;
-  const int64_t most = ceil_div(streamed, kLeastSplit);
-  splits = splits > most ? most : splits;
+  const int64_t maximum = ceil_div(streamed, kMinSplit);
+  splits = splits > maximum ? maximum : splits;
   splits = splits < 1 ? 1 : splits;
   const int64_t per_split = round_up(ceil_div(streamed, splits), 64);
   return {blocks, splits, per_split > 0 ? per_split : 64};

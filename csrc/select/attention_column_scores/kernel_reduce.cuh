@@ -22,9 +22,9 @@ __global__ void __launch_bounds__(kScoreThreads)
   } else {
     for (int split = 0; split < plan.splits; ++split) {
       const float2 part = plan.parts[split * rows + at];
-      const float most = fmaxf(top, part.x);
-      sum = sum * exp2_approx(top - most) + part.y * exp2_approx(part.x - most);
-      top = most;
+      const float maximum = fmaxf(top, part.x);
+      sum = sum * exp2_approx(top - maximum) + part.y * exp2_approx(part.x - maximum);
+      top = maximum;
     }
   }
   // no exponent exceeds +inf: P = 0

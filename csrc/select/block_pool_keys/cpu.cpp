@@ -91,10 +91,10 @@ void block_pool_keys(const PoolParams& p) {
   const int threads = p.start || elements < (1 << 17) ? 1 : cpu::num_threads();
   // An item is a run of blocks with at least 64 tokens.
   const int64_t each = ceil_div(64, p.block), runs = ceil_div(p.blocks, each);
-  const int64_t most = std::min(p.block, p.k.rows);
+  const int64_t maximum = std::min(p.block, p.k.rows);
   cpu::parallel_items(p.batch * runs, threads, [&](cpu::ItemCounter& items) {
-    cpu::Workspace memory(2 * most);
-    int64_t* const rows = reinterpret_cast<int64_t*>(memory.take(2 * most));
+    cpu::Workspace memory(2 * maximum);
+    int64_t* const rows = reinterpret_cast<int64_t*>(memory.take(2 * maximum));
     for (int64_t item; (item = items.next()) >= 0;) {
       const int64_t b = item / runs;
       const PoolBlocks blocks = pool_blocks(p, b);

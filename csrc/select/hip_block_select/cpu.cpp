@@ -68,14 +68,14 @@ __attribute__((noinline)) void score_rows(const float* const (&rows)[kRows], con
   }
   TM_UNROLL(8)
   for (int i = 0; i < kRows; ++i) {
-    vf most = load(best[i]);
+    vf maximum = load(best[i]);
     TM_UNROLL(2)
     for (int n = 0; n < kVectors; ++n) {
       vf x = acc[i][n];
       if (masked) x = select(less(load(deficits + n * kWidth), set(rooms[i])), x, set(kNegInf));
-      most = max_of(x, most);  // not NaN
+      maximum = max_of(x, maximum);  // not NaN
     }
-    store(best[i], most);
+    store(best[i], maximum);
   }
 }
 
@@ -89,8 +89,8 @@ class Searcher {
         words(words_of<Op>(p.head_dim)),
         ldw(round_up(words, kWidth)),
         row_floats(round_up(p.head_dim, 16) + 16),
-        most_queries(p.group * (std::min(p.block_q, p.queries) / p.stride_q + 1)),
-        padded(round_up(most_queries, kLanes)),
+        max_queries(p.group * (std::min(p.block_q, p.queries) / p.stride_q + 1)),
+        padded(round_up(max_queries, kLanes)),
         room(2 * p.wanted + kWidth),
         copies(p.k.rows >= kCopiedKeys &&
                p.blocks / shares * 4 * p.wanted * p.block_k >= kCopiedReads * p.k.rows),
@@ -334,14 +334,14 @@ class Searcher {
                        rooms, masked, to);
     }
     for (int64_t i = 0; i < slots; i += kWidth) {
-      vf most[kWidth];
+      vf maximum[kWidth];
       TM_UNROLL(16)
-      for (int j = 0; j < kWidth; ++j) most[j] = load(best + (i + j) * kWidth);
-      transpose(most);
+      for (int j = 0; j < kWidth; ++j) maximum[j] = load(best + (i + j) * kWidth);
+      transpose(maximum);
       TM_UNROLL(4)
       for (int step = kWidth / 2; step > 0; step /= 2)
-        for (int j = 0; j < step; ++j) most[j] = max_of(most[j], most[j + step]);
-      store(found_scores + i, most[0]);
+        for (int j = 0; j < step; ++j) maximum[j] = max_of(maximum[j], maximum[j + step]);
+      store(found_scores + i, maximum[0]);
     }
   }
 
@@ -383,13 +383,13 @@ class Searcher {
     if (count <= p.wanted) return count;
     const int64_t length = round_up(count, kWidth);
     std::fill(scores + count, scores + length, kUnknown);
-    vf least = set(-kNegInf), most = set(kNegInf);
+    vf minimum = set(-kNegInf), maximum = set(kNegInf);
     for (int64_t i = 0; i < length; i += kWidth) {
-      least = min_of(load(scores + i), least);  // not NaN
-      most = max_of(load(scores + i), most);
+      minimum = min_of(load(scores + i), minimum);  // not NaN
+      maximum = max_of(load(scores + i), maximum);
     }
     // At least `wanted` scores are >= `low`, fewer are >= `high`.
-    uint32_t low = key_of(-max_lanes(zero() - least)), high = key_of(max_lanes(most)) + 1;
+    uint32_t low = key_of(-max_lanes(zero() - minimum)), high = key_of(max_lanes(maximum)) + 1;
     int64_t reaching = count;
     while (high - low > 1 && reaching != p.wanted) {
       const uint32_t middle = low + (high - low) / 2;
@@ -437,7 +437,7 @@ class Searcher {
   }
 
   const HipParams& p;
-  int64_t shares, element_size, words, ldw, row_floats, most_queries, padded, room;
+  int64_t shares, element_size, words, ldw, row_floats, max_queries, padded, room;
   bool copies;
   cpu::Workspace memory;
   float *queries, *deficits, *converted, *best, *zeros;

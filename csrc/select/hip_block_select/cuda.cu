@@ -30,10 +30,10 @@ bool is_alone(const HipParams& p) {
 // Number of tree levels that all SMs can score in about the time in which the CTAs of the lists
 // score one. A single level does not pay for its launch, nor does a tree of one level.
 int levels_ahead(const HipParams& p) {
-  constexpr int64_t kMostScores = int64_t{1} << 23;  // 32 MiB
+  constexpr int64_t kMaxScores = int64_t{1} << 23;  // 32 MiB
   const int64_t lists = blocks_of(p);
   if (p.exact || p.start || columns_of(p) > HipShape<1>::kColumns) return 0;
-  if (lists == 0 || key_blocks(p) <= 2 * p.wanted || key_blocks(p) > kMostScores / lists) return 0;
+  if (lists == 0 || key_blocks(p) <= 2 * p.wanted || key_blocks(p) > kMaxScores / lists) return 0;
   int levels = 0;
   while ((lists << (levels + 1)) <= multiprocessors()) ++levels;
   return levels > 1 ? levels : 0;

@@ -161,16 +161,16 @@ class HipSearch {
       const int id = ids[i];
       return id >= all.begin && id < all.end ? id / span : -1;
     };
-    int most = -1, before;
-    for (int i = first; i < last; ++i) most = max(most, group_of(i));
-    typename Shared::MaxScan(shared.scan.most).ExclusiveScan(most, before, -1, Most());
+    int maximum = -1, before;
+    for (int i = first; i < last; ++i) maximum = max(maximum, group_of(i));
+    typename Shared::MaxScan(shared.scan.maximum).ExclusiveScan(maximum, before, -1, Maximum());
     __syncthreads();
     unsigned nodes = 0, place, total;
-    most = before;
+    maximum = before;
     for (int i = first; i < last; ++i) {
       const int group = group_of(i);
-      nodes += group > most;
-      most = max(most, group);
+      nodes += group > maximum;
+      maximum = max(maximum, group);
     }
     typename Shared::Scan(shared.scan.sum).ExclusiveSum(nodes, place, total);
     for (int i = first; i < last; ++i) {
@@ -278,7 +278,7 @@ class HipSearch {
     const int block_k = static_cast<int>(p.block_k);
     const int span = plan.slots > 1 ? kScoreRows / plan.slots : 8;  // lanes that share a block
     const HipKeys<T> keys{p, plan, at.b, at.k_start, list * p.kv_heads / p.lists};
-    float most[2] = {-infinity(), -infinity()};
+    float maximum[2] = {-infinity(), -infinity()};
     int number[2];
 #pragma unroll 1
     for (int piece = 0; piece < block_k; piece += kScoreRows) {
@@ -307,25 +307,25 @@ class HipSearch {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (place[i / 2] >= 0 && place[i / 2] < ends[8 * n + 2 * c + i % 2])
-            most[i / 2] = fmaxf(most[i / 2], s[n][i]);  // not NaN
+            maximum[i / 2] = fmaxf(maximum[i / 2], s[n][i]);  // not NaN
       }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      most[i] = quad_max(most[i]);
+      maximum[i] = quad_max(maximum[i]);
 #pragma unroll
       for (int o = 1; o < 8; o *= 2) {
-        const float other = __shfl_xor_sync(kFullWarp, most[i], 4 * o);
-        if (o < span) most[i] = fmaxf(most[i], other);
+        const float other = __shfl_xor_sync(kFullWarp, maximum[i], 4 * o);
+        if (o < span) maximum[i] = fmaxf(maximum[i], other);
       }
     }
-    if (plan.slots == 1) most[0] = fmaxf(most[0], most[1]);
+    if (plan.slots == 1) maximum[0] = fmaxf(maximum[0], maximum[1]);
     if (c == 0 && g % span == 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (number[i] < 0 || (i == 1 && plan.slots == 1)) continue;
         float& score = score_of(number[i]);
-        score = fresh ? most[i] + 0.f : fmaxf(score, most[i] + 0.f);  // not -0
+        score = fresh ? maximum[i] + 0.f : fmaxf(score, maximum[i] + 0.f);  // not -0
       }
     }
   }

@@ -54,14 +54,14 @@ struct HipShared {
 
   union {
     typename Scan::TempStorage sum;
-    typename MaxScan::TempStorage most;
+    typename MaxScan::TempStorage maximum;
   } scan;
   unsigned bins[kHipBins];
   unsigned prefix;
   int wanted;  // wanted scores that begin with the prefix
 };
 
-struct Most {
+struct Maximum {
   __device__ int operator()(int a, int b) const { return a > b ? a : b; }
 };
 

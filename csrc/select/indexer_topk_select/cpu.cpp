@@ -35,10 +35,10 @@ struct IndexerPlan {
     list = std::min(p.topk, indexer_blocks(p));
     limit = list + std::max<int64_t>(list, 512);
     room = limit + kPanel + kWidth;
-    const int64_t most = std::max<int64_t>(kMaxCandidates / room, 1);
+    const int64_t maximum = std::max<int64_t>(kMaxCandidates / room, 1);
     const int64_t balanced = ceil_div(p.tokens, 4 * threads), few = ceil_div(kFewRows, p.heads);
     tile_queries = std::min(knob(Knob::indexer_rows) / p.heads, std::max(balanced, few));
-    tile_queries = std::clamp<int64_t>(tile_queries, 1, std::min(most, kMaxQueries));
+    tile_queries = std::clamp<int64_t>(tile_queries, 1, std::min(maximum, kMaxQueries));
     tiles = 0;
     for (int64_t b = 0; b < p.batch; ++b) tiles += tiles_of(p, b);
     part_keys = p.k.rows;
@@ -343,16 +343,16 @@ class Indexer {
   // Writes maxima of the blocks that end among these keys to `blocks`. Returns their number.
   int64_t reduce_blocks(int64_t i, const float* z, int64_t row, int64_t n) {
     int64_t closed = 0;
-    float most = open[i];
+    float maximum = open[i];
     for (int64_t j = 0, block = row / p.block_k; j < n; ++block) {
       const int64_t end = (block + 1) * p.block_k - row, until = std::min(end, n);
-      for (; j < until; ++j) most = most != most || most > z[j] ? most : z[j];
+      for (; j < until; ++j) maximum = maximum != maximum || maximum > z[j] ? maximum : z[j];
       open_ids[i] = block;
       if (until < end) break;
-      blocks[closed++] = most;
-      most = kNegInf;
+      blocks[closed++] = maximum;
+      maximum = kNegInf;
     }
-    open[i] = most;
+    open[i] = maximum;
     return closed;
   }
 

@@ -28,31 +28,31 @@ struct Candidates {
   }
 
   // Keeps the `most` best candidates. keys, sorted: scratch for `count` numbers each.
-  void cut(int64_t most, uint32_t* keys, uint32_t* sorted) {
-    if (count <= most) return;
+  void cut(int64_t maximum, uint32_t* keys, uint32_t* sorted) {
+    if (count <= maximum) return;
     for (int64_t i = 0; i < count; ++i) keys[i] = sorted[i] = key_of(scores[i]);
-    const uint32_t least = nth_largest(sorted, count, most);
+    const uint32_t minimum = nth_largest(sorted, count, maximum);
     int64_t above = 0, kept = 0;
-    for (int64_t i = 0; i < count; ++i) above += keys[i] > least;
-    int64_t ties = most - above;
+    for (int64_t i = 0; i < count; ++i) above += keys[i] > minimum;
+    int64_t ties = maximum - above;
     for (int64_t i = 0; i < count; ++i) {
-      const bool tie = keys[i] == least && ties > 0;
+      const bool tie = keys[i] == minimum && ties > 0;
       scores[kept] = scores[i];
       ids[kept] = ids[i];
-      kept += keys[i] > least || tie;
+      kept += keys[i] > minimum || tie;
       ties -= tie;
     }
-    count = most;
-    threshold = score_of(least);
+    count = maximum;
+    threshold = score_of(minimum);
   }
 };
 
 // The threshold just below `least`, which keeps `least` and larger scores. Subnormal numbers
 // compare as 0.
-inline float just_below(float least) {
+inline float just_below(float minimum) {
   constexpr float kNormal = 0x1p-126f;
-  if (least == kNegInf) return kNegInf;
-  return least > -kNormal && least < kNormal ? -kNormal : score_of(key_of(least) - 1);
+  if (minimum == kNegInf) return kNegInf;
+  return minimum > -kNormal && minimum < kNormal ? -kNormal : score_of(key_of(minimum) - 1);
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -9,19 +9,19 @@ namespace tokenmill {
 namespace cuda::indexer_topk_select {
 namespace {
 
-constexpr int kMaxShared = 96 * 1024;                    // per CTA, on every GPU
-constexpr int64_t kMaxKeys = 0x7fffff00;                 // per request
-constexpr int64_t kSpareScores = 8192;                   // per query, in addition to topk
-constexpr int64_t kMostScores = 1 << 26;                 // per stripe: 256 MB
-constexpr int64_t kLeastRows = 64, kMostRows = 1 << 20;  // per stripe
-constexpr int64_t kBlocksInTurn = 8;                     // per SM: causal queries have unequal work
+constexpr int kMaxShared = 96 * 1024;                 // per CTA, on every GPU
+constexpr int64_t kMaxKeys = 0x7fffff00;              // per request
+constexpr int64_t kSpareScores = 8192;                // per query, in addition to topk
+constexpr int64_t kMaxScores = 1 << 26;               // per stripe: 256 MB
+constexpr int64_t kMinRows = 64, kMaxRows = 1 << 20;  // per stripe
+constexpr int64_t kBlocksInTurn = 8;                  // per SM: causal queries have unequal work
 
 int64_t row_scores(const IndexerParams& p) { return round_up(p.k.rows, 4); }
 
 // Rows per stripe, whose scores are all in memory at once: O(topk) per query.
 int64_t stripe_rows(const IndexerParams& p) {
-  const int64_t scores = std::min(p.tokens * (p.topk + kSpareScores), kMostScores);
-  return std::min(p.tokens, std::clamp(scores / row_scores(p), kLeastRows, kMostRows));
+  const int64_t scores = std::min(p.tokens * (p.topk + kSpareScores), kMaxScores);
+  return std::min(p.tokens, std::clamp(scores / row_scores(p), kMinRows, kMaxRows));
 }
 
 TopkParams topk_params(const IndexerParams& p, const ScorePlan& plan) {

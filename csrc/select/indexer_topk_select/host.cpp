@@ -11,7 +11,7 @@ namespace {
 
 constexpr const char* kOp = "indexer_topk_select";
 constexpr int64_t kMaxHeads = 64, kMaxTopk = 65536;
-constexpr int64_t kFar = int64_t{1} << 31;  // larger than any key index
+constexpr int64_t kUnbounded = int64_t{1} << 31;  // larger than any key index
 
 void run(IndexerParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
@@ -117,12 +117,13 @@ IndexerParams make_params(const IndexerTopkSelectArgs& a) {
   p.batch =
       check_sequences(kOp, a.q, a.k, a.seqlens_k, a.cu_seqlens_q, a.cu_seqlens_k, a.block_table);
   check(a.topk >= 1 && a.topk <= kMaxTopk, kOp, "topk", Rule("must be 1 to ", kMaxTopk), a.topk);
-  check(a.block_k >= 1 && a.block_k < kFar, kOp, "block_k", "must be 1 to 2^31 - 1", a.block_k);
+  check(a.block_k >= 1 && a.block_k < kUnbounded, kOp, "block_k", "must be 1 to 2^31 - 1",
+        a.block_k);
   check(a.num_sink >= 0, kOp, "num_sink", "must not be negative", a.num_sink);
   check(a.num_recent >= 0, kOp, "num_recent", "must not be negative", a.num_recent);
   p.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, p.batch, "k", a.k);
   p.k = keys_of(a);
-  check(p.k.rows < kFar, kOp, "k", "must have less than 2^31 keys of a request", p.k.rows);
+  check(p.k.rows < kUnbounded, kOp, "k", "must have less than 2^31 keys of a request", p.k.rows);
   set_scale(p, a);
   set_previous(p, a);
   const bool packed = bool(a.cu_seqlens_q);
@@ -142,8 +143,8 @@ IndexerParams make_params(const IndexerTopkSelectArgs& a) {
                a.weights.step(packed ? 0 : 1), 0};
   if (packed) p.cu_seqlens_q = a.cu_seqlens_q.data<int32_t>();
   if (a.cu_seqlens_k) p.cu_seqlens_k = a.cu_seqlens_k.data<int32_t>();
-  p.num_sink = std::min(a.num_sink, kFar);
-  p.num_recent = std::min(a.num_recent, kFar);
+  p.num_sink = std::min(a.num_sink, kUnbounded);
+  p.num_recent = std::min(a.num_recent, kUnbounded);
   if (!a.q.is_cuda) check_values(a, p);
   return p;
 }

@@ -258,7 +258,7 @@ __device__ __forceinline__ void multiply_slices(float (&products)[kUnits][kHeadT
 #pragma unroll
       for (int n = 0; n < kHeadTiles; ++n, tile += tile_bytes) {
         if (n >= plan.head_tiles) break;
-        keep(tile);
+        opt_barrier(tile);
         multiply(j, n, tile, a);
       }
     });
@@ -267,7 +267,7 @@ __device__ __forceinline__ void multiply_slices(float (&products)[kUnits][kHeadT
 #pragma unroll
     for (int n = 0; n < kHeadTiles; ++n, tile += tile_bytes) {
       if (n >= plan.head_tiles) break;
-      keep(tile);  // otherwise the address is computed for each slice
+      opt_barrier(tile);  // otherwise the address is computed for each slice
       unroll<kSliceBatch>([&](auto j) {
         if (j >= slices) return;
         fragments_of(j, a);
@@ -444,13 +444,13 @@ __global__ void __launch_bounds__(kBlockThreads)
   const int end = find_token(p, plan.first + row).end;
   const int64_t until = min(begin + p.block_k, static_cast<int64_t>(end));
   const float* const scores = plan.scores + row * plan.ld;
-  float most = -infinity();
+  float maximum = -infinity();
   for (int64_t key = begin + thread % lanes; key < until; key += lanes)
-    most = max_or_nan(most, scores[key]);
+    maximum = max_or_nan(maximum, scores[key]);
 #pragma unroll 1
   for (int o = lanes / 2; o > 0; o /= 2)
-    most = max_or_nan(most, __shfl_xor_sync(kFullWarp, most, o));
-  if (thread % lanes == 0 && begin < end) plan.blocks[row * plan.ld + block] = most;
+    maximum = max_or_nan(maximum, __shfl_xor_sync(kFullWarp, maximum, o));
+  if (thread % lanes == 0 && begin < end) plan.blocks[row * plan.ld + block] = maximum;
 }
 
 }  // namespace tokenmill::cuda::indexer_topk_select

@@ -357,10 +357,10 @@ class Scorer {
   void reduce_rows(const float* z, float* to, bool fresh) const {
     for (int64_t i = 0; i < panel; ++to) {
       const int64_t until = std::min(i + p.block_rows, panel);
-      vf most = set(-__builtin_inff());
-      for (; i + kWidth <= until; i += kWidth) most = max_or_nan(most, load(z + i));
-      float m = max_lanes(most);
-      if (max_lanes(select(equal(most, most), zero(), set(1.f))) > 0) m = __builtin_nanf("");
+      vf maximum = set(-__builtin_inff());
+      for (; i + kWidth <= until; i += kWidth) maximum = max_or_nan(maximum, load(z + i));
+      float m = max_lanes(maximum);
+      if (max_lanes(select(equal(maximum, maximum), zero(), set(1.f))) > 0) m = __builtin_nanf("");
       for (; i < until; ++i) m = max_or_nan(m, z[i]);
       *to = fresh ? m : max_or_nan(*to, m);
     }
@@ -389,10 +389,11 @@ class Scorer {
       const float* at = z + j;
       vf all = zero();
       for (int64_t h = 0; h < heads; ++h) {
-        vf most = load(at);
-        for (int64_t i = 1; i < plan.row_queries; ++i) most = max_or_nan(most, load(at + i * ld));
+        vf maximum = load(at);
+        for (int64_t i = 1; i < plan.row_queries; ++i)
+          maximum = max_or_nan(maximum, load(at + i * ld));
         at += plan.row_queries * ld;
-        all = h == 0 ? most : mean ? all + most : max_or_nan(all, most);
+        all = h == 0 ? maximum : mean ? all + maximum : max_or_nan(all, maximum);
       }
       store(total + j, all / divisor);
     }

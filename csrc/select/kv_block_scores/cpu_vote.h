@@ -22,12 +22,12 @@ inline SeenRows seen_blocks(const BlockScoreParams& p, int64_t b, int64_t row) {
 
 // NaN propagates, and is ignored in row_sum.
 inline void softmax(float* z, int64_t n) {
-  vf most = set(-__builtin_inff());
+  vf maximum = set(-__builtin_inff());
   for (int64_t i = 0; i < n; i += kWidth) {
     const vf x = Elements<DType::float32>::load_n(z, i, n - i);
-    most = max_of(select(lanes(0, n - i), x, most), most);
+    maximum = max_of(select(lanes(0, n - i), x, maximum), maximum);
   }
-  const float row_max = max_lanes(most);
+  const float row_max = max_lanes(maximum);
   const vf log2e = set(kLog2e), m = set(row_max);
   vf sum = zero();
   for (int64_t i = 0; i < n; i += kWidth) {

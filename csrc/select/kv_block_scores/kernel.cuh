@@ -197,8 +197,8 @@ __device__ __forceinline__ void score_unit(const Keys& keys, int unit, int seen_
       for (int i = 0; i < 2; ++i) {
         float* const to = scores + (8 * n + 2 * c + i) * kSlotLd;
         if (keys.plan.slots == 1) {
-          const float most = max_or_nan(s[n][i], s[n][i + 2]);
-          if (g == 0) to[0] = fresh ? most : max_or_nan(to[0], most);
+          const float maximum = max_or_nan(s[n][i], s[n][i + 2]);
+          if (g == 0) to[0] = fresh ? maximum : max_or_nan(to[0], maximum);
         } else if (g % span == 0) {
           to[g / span] = s[n][i];
           to[(g + 8) / span] = s[n][i + 2];
@@ -213,17 +213,17 @@ __device__ __forceinline__ void score_unit(const Keys& keys, int unit, int seen_
 
 // Partial result of a set; sets larger than shared memory go through several pieces.
 struct ScoreSet {
-  float most, total;
+  float maximum, total;
   int query, head;
 
-  __device__ void start() { most = -infinity(), query = 0, head = 0; }
+  __device__ void start() { maximum = -infinity(), query = 0, head = 0; }
   __device__ __forceinline__ void add(const BlockScoreParams& p, const ScorePlan& plan, float x) {
-    most = max_or_nan(most, x);
+    maximum = max_or_nan(maximum, x);
     if (++query < plan.row_queries) return;
-    total = head == 0                                 ? most
-            : p.head_reduce == HeadReduce::group_mean ? total + most
-                                                      : max_or_nan(total, most);
-    most = -infinity(), query = 0, ++head;
+    total = head == 0                                 ? maximum
+            : p.head_reduce == HeadReduce::group_mean ? total + maximum
+                                                      : max_or_nan(total, maximum);
+    maximum = -infinity(), query = 0, ++head;
   }
   __device__ float result(const BlockScoreParams& p, const ScorePlan& plan) const {
     return p.head_reduce == HeadReduce::group_mean ? total / static_cast<float>(plan.group) : total;

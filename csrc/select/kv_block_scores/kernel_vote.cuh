@@ -15,7 +15,7 @@ constexpr int kVoteHeads = 64;              // at a time
 
 // Piece of a row: maximum in log2 units, and sum of powers of two relative to it.
 struct VotePart {
-  float most, sum;
+  float maximum, sum;
 };
 
 // Reduction over the CTA; NaN is ignored.
@@ -39,22 +39,22 @@ __global__ void __launch_bounds__(kVoteThreads, 4)
   const int64_t first = int64_t{blockIdx.x % static_cast<unsigned>(pieces)} * kVotePiece;
   const float* const z = p.scores + row * p.blocks + first;
   const int64_t count = p.blocks - first;
-  float t[kVoteEach], most = -infinity();
+  float t[kVoteEach], maximum = -infinity();
 #pragma unroll
   for (int i = 0; i < kVoteEach; ++i) {
     const int at = i * kVoteThreads + threadIdx.x;
     t[i] = at < count ? kLog2e * z[at] : -infinity();
-    most = fmaxf(most, t[i]);
+    maximum = fmaxf(maximum, t[i]);
   }
-  most = block_reduce<true>(most);
+  maximum = block_reduce<true>(maximum);
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < kVoteEach; ++i) {
-    const float e = exp2_approx(t[i] - most);
+    const float e = exp2_approx(t[i] - maximum);
     sum += e == e ? e : 0;
   }
   sum = block_reduce<false>(sum);
-  if (threadIdx.x == 0) parts[blockIdx.x] = {most, sum};
+  if (threadIdx.x == 0) parts[blockIdx.x] = {maximum, sum};
 }
 
 // blockIdx.x: b, row, piece of the key blocks
@@ -74,13 +74,13 @@ __global__ void __launch_bounds__(kVoteThreads, 4)
     __syncthreads();
     for (int h = threadIdx.x / kWarpSize; h < heads; h += kVoteThreads / kWarpSize) {
       const VotePart* const own = parts + ((b * p.heads + first + h) * p.rows + row) * pieces;
-      float most = -infinity(), sum = 0;
-      for (int i = lane; i < pieces; i += kWarpSize) most = fmaxf(most, own[i].most);
-      most = warp_max(most);
+      float maximum = -infinity(), sum = 0;
+      for (int i = lane; i < pieces; i += kWarpSize) maximum = fmaxf(maximum, own[i].maximum);
+      maximum = warp_max(maximum);
       for (int i = lane; i < pieces; i += kWarpSize)
-        if (own[i].sum > 0) sum += own[i].sum * exp2_approx(own[i].most - most);
+        if (own[i].sum > 0) sum += own[i].sum * exp2_approx(own[i].maximum - maximum);
       sum = warp_sum(sum);
-      if (lane == 0) lse[h] = sum > 0 ? most + log2_approx(sum) : most;
+      if (lane == 0) lse[h] = sum > 0 ? maximum + log2_approx(sum) : maximum;
     }
     __syncthreads();
     if (column < p.blocks)

@@ -53,13 +53,13 @@ struct Worker {
   }
 
   static float scale_of_row(const float* x, int64_t dim) {
-    vf most = zero();
+    vf maximum = zero();
     for (int64_t i = 0; i < dim; i += kWidth) {
       const vf size = abs_of(load(x + i));
-      most = max_of(most, select(less(size, set(__builtin_inff())), size, zero()));
+      maximum = max_of(maximum, select(less(size, set(__builtin_inff())), size, zero()));
     }
-    const float scale = max_lanes(most) / kFloat8Max;
-    return scale < kLeastScale ? 1.f : scale;
+    const float scale = max_lanes(maximum) / kFloat8Max;
+    return scale < kMinScale ? 1.f : scale;
   }
 
   template <typename To>

@@ -6,7 +6,7 @@ namespace tokenmill {
 namespace cuda::kv_cache_append {
 namespace {
 
-constexpr int64_t kMostRows = 65535;  // grid limit along y, in CTAs of at least one row
+constexpr int64_t kMaxRows = 65535;  // grid limit along y, in CTAs of at least one row
 
 template <typename T, typename Cache>
 bool is_aligned(const AppendedRows& a) {
@@ -29,7 +29,7 @@ const char* launch_append(const AppendParams& p, cudaStream_t stream) {
   int log2_lanes = 0;
   while (log2_lanes < 5 && (1 << log2_lanes) < units) ++log2_lanes;
   const int64_t rows = p.heads + p.value_heads + p.query_heads;
-  if (rows > kMostRows)
+  if (rows > kMaxRows)
     return refuse("k", "must have at most 65535 heads with those of v and q on CUDA", rows);
   if (p.tokens > kMaxGrid)
     return refuse("k", "must have at most 2^31 - 1 tokens on CUDA", p.tokens);
@@ -41,11 +41,12 @@ const char* launch_append(const AppendParams& p, cudaStream_t stream) {
                   static_cast<unsigned>(ceil_div(lanes, kAppendThreads)));
   // Units per thread: enough for 256 columns, or for the 576 of a latent cache.
   const auto append = [&]<int kCount, int kUnits>() {
-    constexpr int kMost = static_cast<int>(ceil_div(288, 32 * kCount));
+    constexpr int kMaximum = static_cast<int>(ceil_div(288, 32 * kCount));
     if (units <= 32 * kUnits)
       return launch<append_kernel<T, Cache, kCount, kUnits>>(grid, threads, 0, stream, p,
                                                              log2_lanes);
-    return launch<append_kernel<T, Cache, kCount, kMost>>(grid, threads, 0, stream, p, log2_lanes);
+    return launch<append_kernel<T, Cache, kCount, kMaximum>>(grid, threads, 0, stream, p,
+                                                             log2_lanes);
   };
   return vectors ? append.template operator()<kVector, 1>() : append.template operator()<1, 4>();
 }

@@ -52,10 +52,12 @@ struct AppendRow {
 struct Angles {
   // The last four of every eight pairs are stored 144 words further, so that threads that read two,
   // four or eight consecutive pairs have no bank conflicts.
-  static constexpr int kFar = 144, kWords = kFar + 144;  // for 288 pairs
+  static constexpr int kUnbounded = 144, kWords = kUnbounded + 144;  // for 288 pairs
   alignas(16) float cosine[kWords], sine[kWords];
 
-  static __device__ int place(int pair) { return pair / 8 * 4 + pair % 4 + pair / 4 % 2 * kFar; }
+  static __device__ int place(int pair) {
+    return pair / 8 * 4 + pair % 4 + pair / 4 % 2 * kUnbounded;
+  }
   __device__ void load(const AppendParams& p, int64_t position) {
     for (int i = static_cast<int>(threadIdx.x); i < p.pairs; i += static_cast<int>(blockDim.x)) {
       cosine[place(i)] = p.cos[position * p.cos_stride + i];
@@ -154,23 +156,23 @@ __global__ void __launch_bounds__(kAppendThreads, kAppendBlocks)
   float scale = 1;
   if constexpr (kScaled) {
     const AppendedRows& a = row.kind == Kind::value ? p.v : p.k;
-    float most = 0;
+    float maximum = 0;
     if (a.token_scale.data) {
 #pragma unroll
       for (int u = 0; u < kUnits; ++u)
 #pragma unroll
         for (int i = 0; i < 2 * kVector; ++i) {
           const float size = fabsf(x[u][i / kVector][i % kVector]);
-          most = size <= kFloatMax ? fmaxf(most, size) : most;
+          maximum = size <= kFloatMax ? fmaxf(maximum, size) : maximum;
         }
     }
     if (p.k.token_scale.data || p.v.token_scale.data)
       for (int offset = lanes / 2; offset > 0; offset /= 2)
-        most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, offset));
+        maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, offset));
     if (row.kind == Kind::key || row.kind == Kind::value) {
       if (a.token_scale.data) {
-        scale = __fdiv_rn(most, kFloat8Max);
-        if (scale < kLeastScale) scale = 1;
+        scale = __fdiv_rn(maximum, kFloat8Max);
+        if (scale < kMinScale) scale = 1;
         if (lane == 0) *row.cached<float>(a.token_scale) = scale;
       } else if (a.scale) {
         scale = a.scale[row.head * a.scale_head];

@@ -7,7 +7,7 @@ namespace tokenmill {
 
 // A row x [D] of float8_e4m3fn is stored as round(x / scale), saturated at +-448. A per-token scale
 // is max|x| / 448 over the finite elements, or 1 if that is below the normal numbers.
-constexpr float kFloat8Max = 448.f, kLeastScale = 1.17549435e-38f;
+constexpr float kFloat8Max = 448.f, kMinScale = 1.17549435e-38f;
 
 // [T] of int32 or int64.
 struct Ints {

@@ -34,13 +34,13 @@ TM_INLINE vm above_bound(vf x, vf bound) {
 template <bool kOrEqual = false>
 inline int64_t count_above(const float* x, int64_t count, float bound) {
   constexpr int kChains = 4;
-  const vf least = set(bound), one = set(1);
+  const vf minimum = set(bound), one = set(1);
   vf sums[kChains] = {zero(), zero(), zero(), zero()};
   for (int64_t i = 0; i < count; i += kChains * kWidth) {
     TM_UNROLL(4)
     for (int c = 0; c < kChains; ++c)
       sums[c] =
-          select(above_bound<kOrEqual>(load(x + i + c * kWidth), least), sums[c] + one, sums[c]);
+          select(above_bound<kOrEqual>(load(x + i + c * kWidth), minimum), sums[c] + one, sums[c]);
   }
   return static_cast<int64_t>(sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
@@ -146,8 +146,8 @@ struct Range {
       constexpr double kReread = 25;
       const double above = -groups * std::log1p(-static_cast<double>(wanted) / groups);
       const double depth = std::sqrt(above * kReread * length) / groups;
-      const int64_t most = (length - groups - kWidth) / (groups + kWidth) + 1;
-      const int64_t blocks = std::clamp<int64_t>(static_cast<int64_t>(depth), 2, most);
+      const int64_t maximum = (length - groups - kWidth) / (groups + kWidth) + 1;
+      const int64_t blocks = std::clamp<int64_t>(static_cast<int64_t>(depth), 2, maximum);
       if (above * sample < rank * groups * blocks)
         return score_of(largest_of_groups(wanted, groups, blocks, keys));
     }
@@ -235,9 +235,9 @@ struct Range {
       const double margin =
           3 * std::sqrt(variance + missing * interval) + (missing > 0 ? 2 * interval : 0);
       const bool enough = of_hints + of_others >= wanted + margin;
-      const double most =
+      const double maximum =
           of_hints + of_others + interval + 2 * std::sqrt(variance + of_others * interval);
-      if (!enough && most <= wanted) surely = bound;
+      if (!enough && maximum <= wanted) surely = bound;
       (enough ? low : high) = middle;
     }
     return {score_of(high.key), surely};  // many scores are equal to it
@@ -283,20 +283,20 @@ struct Range {
                                     : Elements<kType>::load(scores, i);
       store(all + length, select(less(none, x), x, none));  // NaN becomes -inf
     }
-    float least = -kNegInf;  // smallest maximum found so far
+    float minimum = -kNegInf;  // smallest maximum found so far
     for (float found = 0; found < static_cast<float>(wanted);) {
       vf next = none, count = zero();
       for (int64_t i = 0; i < length; i += kWidth) {
         const vf x = load(all + i);
-        const vm below = less(x, set(least));
+        const vm below = less(x, set(minimum));
         next = max_of(next, select(below, x, none));
         count = select(below, count, count + set(1));
       }
       found = sum_lanes(count);
-      if (found < static_cast<float>(wanted)) least = max_lanes(next);
-      if (least == kNegInf) break;
+      if (found < static_cast<float>(wanted)) minimum = max_lanes(next);
+      if (minimum == kNegInf) break;
     }
-    return least;
+    return minimum;
   }
 
   // The wanted-th largest score, by radix passes over the whole range.
@@ -362,9 +362,9 @@ inline void select_candidates(int64_t count, int64_t wanted, Guess guess, bool t
   uint32_t low = key_of(guess.threshold), high = key_of(guess.surely);
   int64_t larger = count_above(scores, count, guess.surely);
   if (larger == 0 || larger >= wanted) {
-    vf most = set(guess.threshold);
-    for (int64_t c = 0; c < count; c += kWidth) most = max_of(most, load(scores + c));
-    high = key_of(max_lanes(most));
+    vf maximum = set(guess.threshold);
+    for (int64_t c = 0; c < count; c += kWidth) maximum = max_of(maximum, load(scores + c));
+    high = key_of(max_lanes(maximum));
     larger = 0;
   }
   for (int64_t more = count, step = 0; high - low > 1; ++step) {
@@ -380,14 +380,14 @@ inline void select_candidates(int64_t count, int64_t wanted, Guess guess, bool t
     else
       high = middle, larger = some;
   }
-  const float least = score_of(high);
+  const float minimum = score_of(high);
   // Among the candidates with the smallest score, takes numbers `from` to `from + ties - 1`.
   const int64_t ties = wanted - larger;
-  const int64_t from = tie_high ? count_above<true>(scores, count, least) - wanted : 0;
+  const int64_t from = tie_high ? count_above<true>(scores, count, minimum) - wanted : 0;
   for (int64_t c = 0, found = 0, seen = 0; c < count && found < wanted; ++c) {
-    const bool tie = scores[c] == least;
+    const bool tie = scores[c] == minimum;
     to[found] = positions[c];
-    found += (scores[c] > least) | (tie & (seen >= from) & (seen < from + ties));
+    found += (scores[c] > minimum) | (tie & (seen >= from) & (seen < from + ties));
     seen += tie;
   }
 }

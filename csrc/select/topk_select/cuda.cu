@@ -24,8 +24,8 @@ int parts_of(const TopkParams& p) {
   // One vector per thread, less if that leaves SMs idle.
   const int64_t full = ceil_div(p.columns, kTopkThreads * 16 / element_bytes(p));
   const int64_t filling = std::min(ceil_div(p.columns, kPartColumns), ceil_div(sms, p.rows));
-  const int64_t most = std::min<int64_t>(2 * sms / p.rows, kTopkThreads);
-  return static_cast<int>(std::min(std::max(full, filling), most));
+  const int64_t maximum = std::min<int64_t>(2 * sms / p.rows, kTopkThreads);
+  return static_cast<int>(std::min(std::max(full, filling), maximum));
 }
 
 bool is_listed(const TopkParams& p) { return p.columns <= kListedColumns && p.k <= kListedK; }

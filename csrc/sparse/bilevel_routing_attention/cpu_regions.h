@@ -34,7 +34,7 @@ class RegionOrder {
   int64_t places() const { return regions_ * slots_; }
   int64_t first(int64_t region) const { return region * slots_; }
   int64_t pixels(int64_t region) const { return pixels_[region]; }
-  int64_t most_pixels() const { return regions_ > 0 ? pixels_[0] : 0; }
+  int64_t max_pixels() const { return regions_ > 0 ? pixels_[0] : 0; }
   bool has_pixel(int64_t place) const { return spots_[place] != kNowhere; }
   int64_t y(int64_t place) const { return spots_[place] >> 16; }
   int64_t x(int64_t place) const { return spots_[place] & 0xffff; }
@@ -85,13 +85,13 @@ struct RegionWalk {
   }
   void keep_delta(const BilevelBackwardParams&, int64_t, float) const {}
 
-  int64_t most_queries() const { return of_queries.most_pixels(); }
+  int64_t max_queries() const { return of_queries.max_pixels(); }
   int64_t first_query(int64_t region) const { return of_queries.first(region); }
   int64_t queries(int64_t region) const { return of_queries.pixels(region); }
   int64_t query_places() const { return of_queries.places(); }
   int64_t key_places() const { return of_keys.places(); }
   bool has_key(int64_t place) const { return of_keys.has_pixel(place); }
-  int64_t most_runs() const { return d.list.entries; }
+  int64_t max_runs() const { return d.list.entries; }
 
   void find(const RowTile& t, KeyRuns& runs) const {
     runs.clear();

@@ -9,10 +9,10 @@ namespace tokenmill::cuda::bilevel_routing_attention {
 // Cuts `rows` rows into the minimum number of equal tiles of at most `most` warps of `warp_rows`
 // rows; one tile if there are no rows.
 template <typename Launch>
-void cut_rows(Launch& d, int64_t rows, int warp_rows, int least, int most) {
-  d.tiles = rows > 0 ? static_cast<int>(ceil_div(rows, int64_t{warp_rows} * most)) : 1;
+void cut_rows(Launch& d, int64_t rows, int warp_rows, int minimum, int maximum) {
+  d.tiles = rows > 0 ? static_cast<int>(ceil_div(rows, int64_t{warp_rows} * maximum)) : 1;
   d.row_warps = static_cast<int>(ceil_div(rows, int64_t{warp_rows} * d.tiles));
-  if (d.row_warps < least) d.row_warps = least;
+  if (d.row_warps < minimum) d.row_warps = minimum;
   d.tile_rows = warp_rows * d.row_warps;
 }
 

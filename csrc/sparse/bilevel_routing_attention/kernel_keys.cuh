@@ -190,7 +190,7 @@ struct RegionKeys {
   static __device__ __forceinline__ int row_of(const RegionLaunch&, int place) { return place; }
   // A key is visible to all queries or to none.
   __device__ __forceinline__ static Seeing seen_by(const RegionLaunch&, int, int place) {
-    return {place < 0 ? Seeing::kNobody : -Seeing::kFar, Seeing::kFar};
+    return {place < 0 ? Seeing::kMasked : -Seeing::kUnbounded, Seeing::kUnbounded};
   }
 
   // Output scale and lse of a row whose weights sum to `sum` relative to 2^row_max.

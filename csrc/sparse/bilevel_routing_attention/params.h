@@ -16,7 +16,7 @@ struct BilevelParams : ListedAttention {  // without softcap
   bool pads_count;
 
   // Number of (query, key) pairs if lists are full.
-  double most_pairs() const {
+  double max_pairs() const {
     const AttentionParams& p = attention;
     double seen = static_cast<double>(list.entries) * keys.pixels();
     if (seen > static_cast<double>(p.seqlen_k)) seen = static_cast<double>(p.seqlen_k);

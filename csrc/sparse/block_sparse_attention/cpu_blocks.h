@@ -35,7 +35,7 @@ struct BlockWalk {
     if (g.delta) g.delta[lse_at] = delta;
   }
 
-  int64_t most_queries() const { return lower(block(), d.attention.seqlen_q); }
+  int64_t max_queries() const { return lower(block(), d.attention.seqlen_q); }
   int64_t first_query(int64_t list_row) const { return list_row << d.log2_block_q; }
   int64_t queries(int64_t list_row) const {
     return lower(d.attention.seqlen_q - first_query(list_row), block());
@@ -43,7 +43,7 @@ struct BlockWalk {
   int64_t query_places() const { return d.attention.seqlen_q; }
   int64_t key_places() const { return d.attention.seqlen_k; }
   bool has_key(int64_t) const { return true; }
-  int64_t most_runs() const { return d.list.entries + 2; }
+  int64_t max_runs() const { return d.list.entries + 2; }
 
   void find(const RowTile& t, KeyRuns& runs) const {
     const AttentionParams& p = d.attention;

@@ -161,7 +161,7 @@ void listed_mass(const BlockSparseCalls& calls) {
     return d.attention.batch * d.list.heads * d.list.rows;
   };
   for (int64_t r = 0; r < calls.count; ++r) {
-    pairs += calls.each[r].most_pairs() * static_cast<double>(calls.each[r].attention.head_dim);
+    pairs += calls.each[r].max_pairs() * static_cast<double>(calls.each[r].attention.head_dim);
     lists += lists_of(r);
   }
   const int threads = 2 * pairs < 2e6 ? 1 : cpu::num_threads();

@@ -7,9 +7,9 @@
 namespace tokenmill::cuda::block_sparse_attention {
 
 // Row warps of a key tile: more than 64 keys only if they all belong to one key block.
-inline int key_row_warps(const BlockSparseParams& d, int most) {
+inline int key_row_warps(const BlockSparseParams& d, int maximum) {
   int warps = d.log2_block_k > 6 ? 8 : 4;
-  if (warps > most) warps = most;
+  if (warps > maximum) warps = maximum;
   while (warps > 1 && 8 * warps >= d.attention.seqlen_k) warps /= 2;
   return warps;
 }

@@ -9,15 +9,15 @@ namespace tokenmill::cuda::block_sparse_attention {
 
 // Cuts the rows of a query block into tiles, with the smallest number of warps, between `least` and
 // `most`, of `warp_rows` rows each that holds them.
-inline BlockSparseLaunch plan_queries(const BlockSparseParams& d, int warp_rows, int least,
-                                      int most) {
+inline BlockSparseLaunch plan_queries(const BlockSparseParams& d, int warp_rows, int minimum,
+                                      int maximum) {
   BlockSparseLaunch launch{d};
   launch.factor = d.attention.scale * kLog2e;
   const int64_t block_q = int64_t{1} << d.log2_block_q;
   const int64_t queries = block_q < d.attention.seqlen_q ? block_q : d.attention.seqlen_q;
   const int64_t rows = queries * d.heads_together();
-  launch.row_warps = least;
-  while (launch.row_warps < most && warp_rows * launch.row_warps < rows) launch.row_warps *= 2;
+  launch.row_warps = minimum;
+  while (launch.row_warps < maximum && warp_rows * launch.row_warps < rows) launch.row_warps *= 2;
   launch.tile_rows = warp_rows * launch.row_warps;
   launch.tiles = static_cast<int>(ceil_div(rows, launch.tile_rows));
   launch.query_blocks = ceil_div(d.attention.seqlen_q, block_q);

@@ -8,7 +8,7 @@
 // This file has the query-side kernel. Its grid and its producer warp are the forward's.
 #pragma once
 #include "cuda/attention/epilogue_sm90.cuh"
-#include "cuda/attention/hidden_values_sm90.cuh"
+#include "cuda/attention/masked_values_sm90.cuh"
 #include "sparse/block_sparse_attention/cuda_plan.cuh"
 #include "sparse/block_sparse_attention/kernel_backward_sm90_keys.cuh"
 #include "sparse/block_sparse_attention/kernel_sm90_loader.cuh"
@@ -55,7 +55,7 @@ class Sm90QueryRows {
     for (unsigned tile = 0;; ++tile) {
       const Stage<Shape> stage(tile);
       shared_.k_full[stage.index].wait(stage.parity);
-      const TileSight sight = shared_.sight[stage.index];
+      const TileMask sight = shared_.sight[stage.index];
       if (sight.end < 0) break;
       if (unit.queries <= 0 || !sight.any<kRows>(first))
         skip_tile(stage);
@@ -78,7 +78,7 @@ class Sm90QueryRows {
     release(shared_.v_empty[stage.index]);
   }
 
-  __device__ __forceinline__ void add_tile(const Stage<Shape>& stage, const TileSight& sight,
+  __device__ __forceinline__ void add_tile(const Stage<Shape>& stage, const TileMask& sight,
                                            int first) {
     const uint32_t k = shared_address(shared_.k[stage.index]);
     float scores[1 + kEarly][kKeys / 2];

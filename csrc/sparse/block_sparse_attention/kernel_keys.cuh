@@ -108,9 +108,11 @@ struct TileKeys {
       keys.ascends = ascends;
       keys.first = ascends ? counters[0] : 0;
       const int last = ascends ? max(counters[1], keys.first) : count;
-      keys.listed_begin = static_cast<int>(d.num_sink < Seeing::kFar ? d.num_sink : Seeing::kFar);
+      keys.listed_begin =
+          static_cast<int>(d.num_sink < Seeing::kUnbounded ? d.num_sink : Seeing::kUnbounded);
       keys.listed_end = end;
-      keys.recent = static_cast<int>(d.num_recent < Seeing::kFar ? d.num_recent : Seeing::kFar);
+      keys.recent =
+          static_cast<int>(d.num_recent < Seeing::kUnbounded ? d.num_recent : Seeing::kUnbounded);
       keys.recent_begin = max(keys.listed_begin, static_cast<int>(of_first.listed));
       const int recents = static_cast<int>(of_last.end) - keys.recent_begin;
       keys.sinks = begin;
@@ -151,10 +153,10 @@ struct TileKeys {
 
   // Range of query positions that see key t at `position`.
   __device__ __forceinline__ Seeing seen_by(const BlockSparseLaunch& d, int t, int position) const {
-    if (position < 0) return {Seeing::kNobody, Seeing::kFar};
-    if (!d.causal) return {-Seeing::kFar, Seeing::kFar};
+    if (position < 0) return {Seeing::kMasked, Seeing::kUnbounded};
+    if (!d.causal) return {-Seeing::kUnbounded, Seeing::kUnbounded};
     return {position + (is_listed(t) ? recent : 0),
-            t >= list_end ? position + recent : Seeing::kFar};
+            t >= list_end ? position + recent : Seeing::kUnbounded};
   }
 
   // Output scale and lse of a row whose weights sum to `sum` relative to 2^row_max.

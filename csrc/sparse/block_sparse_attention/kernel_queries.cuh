@@ -68,8 +68,9 @@ struct WarpKeys {
         whole(first + 16 <= tile.first + tile.seen),
         causal(d.causal),
         log2_block(d.log2_block_k),
-        sinks(static_cast<int>(d.num_sink < Seeing::kFar ? d.num_sink : Seeing::kFar)),
-        recent(static_cast<int>(d.num_recent < Seeing::kFar ? d.num_recent : Seeing::kFar)) {
+        sinks(static_cast<int>(d.num_sink < Seeing::kUnbounded ? d.num_sink : Seeing::kUnbounded)),
+        recent(static_cast<int>(d.num_recent < Seeing::kUnbounded ? d.num_recent
+                                                                  : Seeing::kUnbounded)) {
     const int low = (first >> log2_block) - (tile.first >> log2_block);
     const int blocks = log2_block < 4 ? 16 >> log2_block : 1;
     word = low / 32;

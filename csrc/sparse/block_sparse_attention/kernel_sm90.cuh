@@ -9,7 +9,7 @@
 // of one tile and P V of the previous one overlap with the softmax.
 #pragma once
 #include "cuda/attention/epilogue_sm90.cuh"
-#include "cuda/attention/hidden_values_sm90.cuh"
+#include "cuda/attention/masked_values_sm90.cuh"
 #include "sparse/block_sparse_attention/cuda_plan.cuh"
 #include "sparse/block_sparse_attention/kernel_sm90_loader.cuh"
 #include "sparse/block_sparse_attention/launch_sm90.h"
@@ -18,13 +18,13 @@ namespace tokenmill::cuda::block_sparse_attention {
 
 // Consumer warpgroup: computes one unit.
 template <typename T, typename Shape>
-class Sm90Rows {
+class Consumer {
  public:
   static constexpr int kRows = Shape::kRows, kKeys = Shape::kTileKeys, kHeadDim = Shape::kHeadDim;
   using Shared = Sm90Shared<Shape>;
-  using Scores = RowWeights<T, Weights::softmax>;
+  using Scores = Sm90ScoreMap<T, Weights::softmax>;
 
-  __device__ Sm90Rows(const Sm90Launch& d, Shared& shared, int warpgroup)
+  __device__ Consumer(const Sm90Launch& d, Shared& shared, int warpgroup)
       : d_(d), shared_(shared), rows_(shared.rows(warpgroup)), warpgroup_(warpgroup) {}
 
   __device__ __forceinline__ void run() {
@@ -40,14 +40,14 @@ class Sm90Rows {
     Scores weights(d_.scores, 0);
     shared_.q_full.wait(0);
 #pragma unroll 1
-    for (TileSight tile = await_keys(number_); tile.end >= 0;) {
+    for (TileMask tile = await_keys(number_); tile.end >= 0;) {
       if (!exists_ || !tile.any<kRows>(first_)) {
         skip_tile();
         tile = await_keys(number_);
       } else if (tile.all<kRows>(first_)) {
-        tile = add_whole_tiles(weights);
+        tile = mainloop_unmasked(weights);
       } else {
-        add_cut_tile(tile, weights);
+        masked_tile(tile, weights);
         tile = await_keys(number_);
       }
     }
@@ -56,7 +56,7 @@ class Sm90Rows {
 
  private:
   // Waits for K tile `number` and returns its mask.
-  __device__ __forceinline__ TileSight await_keys(unsigned number) const {
+  __device__ __forceinline__ TileMask await_keys(unsigned number) const {
     const Stage<Shape> stage(number);
     shared_.k_full[stage.index].wait(stage.parity);
     return shared_.sight[stage.index];
@@ -72,24 +72,24 @@ class Sm90Rows {
 
   // Processes unmasked tiles from the current one on, with S = Q K^T of the next tile in flight
   // during the softmax. Returns the mask of the first tile after them.
-  __device__ __forceinline__ TileSight add_whole_tiles(Scores& weights) {
+  __device__ __forceinline__ TileMask mainloop_unmasked(Scores& weights) {
     float s[kKeys / 2];
     uint32_t p[kKeys / 4];
     // S = Q K^T
     multiply_keys(s, number_);
     finish_keys<0>(s, number_);
     // online softmax: update row_max, rescale row_sum and O
-    weights.weigh(s);
+    weights.apply_map(s);
     weights.rescale(o_);
     pack_weights(p, s, weights);
-    TileSight next;
+    TileMask next;
 #pragma unroll 1
     for (next = await_keys(number_ + 1); next.all<kRows>(first_); next = await_keys(number_ + 1)) {
       // S = Q K^T of the next tile, O += P V of this one
       multiply_keys(s, number_ + 1);
       multiply_values(p, number_);
       finish_keys<1>(s, number_ + 1);
-      weights.weigh(s);
+      weights.apply_map(s);
       finish_values(number_);
       weights.rescale(o_);
       pack_weights(p, s, weights);
@@ -103,7 +103,7 @@ class Sm90Rows {
   }
 
   // Processes one tile that is cut by a mask or by the end of the keys.
-  __device__ __forceinline__ void add_cut_tile(const TileSight& tile, Scores& weights) {
+  __device__ __forceinline__ void masked_tile(const TileMask& tile, Scores& weights) {
     float s[kKeys / 2];
     uint32_t p[kKeys / 4];
     multiply_keys(s, number_);
@@ -113,14 +113,13 @@ class Sm90Rows {
     const int seen_end = min(tile.end, first_ + tile.high);
     tile.bounds(first_, 2 * static_cast<int>(threadIdx.x % 4))
         .hide(s, seen_begin > 0, seen_end < kKeys);
-    weights.weigh(s);
+    weights.apply_map(s);
     weights.rescale(o_);
     pack_weights(p, s, weights);
     const Stage<Shape> stage(number_);
     shared_.v_full[stage.index].wait(stage.parity);
     const uint32_t values = shared_address(shared_.v[stage.index]);
-    const bool infinite =
-        has_infinite_values<T, kHeadDim, kKeys, kKeys>(values, seen_begin, seen_end);
+    const bool infinite = has_nonfinite<T, kHeadDim, kKeys, kKeys>(values, seen_begin, seen_end);
     if (any_in_warpgroup(warpgroup_, infinite))
       // O += P V, without the products of masked pairs: 0 times Inf or NaN would be NaN
       multiply_seen_values<T, kKeys, kKeys>(o_, p, values, shared_address(rows_.out), warpgroup_,
@@ -201,7 +200,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim>::threads(Sm90Shape<kHeadDi
     loose.fill(p.lse + h * p.seqlen_q, 1, 1, -infinity());
   };
   if (fill_loose_rows(d, make_empty)) return;
-  run_roles<Shape, Sm90Rows<T, Shape>>(d);
+  run_roles<Shape, Consumer<T, Shape>>(d);
 }
 
 template <typename T, int kHeadDim>

@@ -39,7 +39,7 @@ class Sm90Loader {
     const int last_query = block_.first_query + block_.queries - 1;
     const SeenKeys of_first = d_.seen_from(block_.first_query + block_.diagonal, block_.length);
     const SeenKeys of_last = d_.seen_from(last_query + block_.diagonal, block_.length);
-    const int low = -Seeing::kFar, high = d_.causal ? 1 : Seeing::kFar;
+    const int low = -Seeing::kUnbounded, high = d_.causal ? 1 : Seeing::kUnbounded;
     const int sinks = static_cast<int>(of_last.sinks), end = static_cast<int>(of_last.end);
 #pragma unroll 1
     for (int key0 = 0; key0 < sinks; key0 += kKeys) load_tile(key0, {0, sinks, low, high});
@@ -56,7 +56,7 @@ class Sm90Loader {
 
   static __device__ bool issues() { return threadIdx.x == 0; }
   static __device__ int bounded(int64_t keys) {
-    return static_cast<int>(keys < Seeing::kFar ? keys : Seeing::kFar);
+    return static_cast<int>(keys < Seeing::kUnbounded ? keys : Seeing::kUnbounded);
   }
 
   __device__ void load_queries() {
@@ -107,20 +107,21 @@ class Sm90Loader {
         const int block = __shfl_sync(kFullWarp, key0, __ffs(left) - 1);
 #pragma unroll 1
         for (int key = block; key < block + size; key += kKeys)
-          if (key < end && key + kKeys > begin) load_tile(key, {begin, end, -Seeing::kFar, high});
+          if (key < end && key + kKeys > begin)
+            load_tile(key, {begin, end, -Seeing::kUnbounded, high});
       }
     }
   }
 
   // Loads the tile that starts at key0; `by` is its mask with columns counted from key 0.
-  __device__ __forceinline__ void load_tile(int key0, const TileSight& by) {
+  __device__ __forceinline__ void load_tile(int key0, const TileMask& by) {
     const Stage<Shape> stage(tiles_++);
     const int i = stage.index;
     const AttentionParams& p = d_.attention;
     const BoxPlace at{block_.key_start + key0, static_cast<int>(d_.kv_head(number_.head)),
                       p.cu_seqlens_k ? 0 : block_.request};
-    const TileSight sight{max(by.begin - key0, 0), min(by.end - key0, kKeys), by.low - key0,
-                          by.high - key0};
+    const TileMask sight{max(by.begin - key0, 0), min(by.end - key0, kKeys), by.low - key0,
+                         by.high - key0};
     wait_as_warp(shared_.k_empty[i], stage.parity ^ 1);
     const bool cleared = Shape::kGradient && (sight.begin > 0 || sight.end < kKeys);
     Mbarrier& full = cleared ? shared_.part_full : shared_.k_full[i];

@@ -3,7 +3,7 @@
 #include "cuda/arch/sm90/mbarrier.cuh"
 #include "cuda/arch/sm90/tensor_map.h"
 #include "cuda/arch/sm90/warpgroup.cuh"
-#include "cuda/attention/weights_sm90.cuh"
+#include "cuda/attention/score_map_sm90.cuh"
 #include "sparse/block_sparse_attention/kernel_requests.cuh"
 
 namespace tokenmill::cuda::block_sparse_attention {
@@ -29,7 +29,7 @@ struct Sm90Shape {
 
 // Mask of a key tile, in columns relative to the first key of the tile: a row at position p sees
 // columns max(begin, p + low) to min(end, p + high) - 1.
-struct alignas(16) TileSight {
+struct alignas(16) TileMask {
   int begin, end;  // columns of the tile; end < 0 marks the end of the stream
   int low, high;
 
@@ -65,7 +65,7 @@ struct alignas(1024) Sm90Shared {
   Mbarrier q_full, part_full;  // part_full: tiles with rows to be zeroed before use
   Mbarrier k_full[Shape::kStages], k_empty[Shape::kStages];
   Mbarrier v_full[Shape::kStages], v_empty[Shape::kStages];
-  TileSight sight[Shape::kStages];
+  TileMask sight[Shape::kStages];
 
   static constexpr int bytes(int warpgroups) {
     return static_cast<int>(sizeof(Sm90Shared) + warpgroups * sizeof(Rows));

@@ -39,7 +39,7 @@ struct BlockSparseParams : ListedAttention {
     return (attention.seqlen_k + (int64_t{1} << log2_block_k) - 1) >> log2_block_k;
   }
   // Number of visible (query, key) pairs if lists and requests are full.
-  double most_pairs() const {
+  double max_pairs() const {
     const AttentionParams& p = attention;
     double keys = static_cast<double>(list.entries << log2_block_k) +
                   static_cast<double>(num_sink) + static_cast<double>(num_recent);

@@ -93,7 +93,7 @@ class ForwardWorker {
     out = workspace.take(kTileQueries * ldo);
     t = workspace.take(kKeyTile * kPanel);
     pairs = workspace.take(kKeyTile * kPanel);
-    maxima = workspace.take(kMostBlocks * kPanel);
+    maxima = workspace.take(kMaxBlocks * kPanel);
     row_max = workspace.take(kTileQueries);
     raise_above = workspace.take(kTileQueries);
     sums = workspace.take(kTileQueries);
@@ -121,7 +121,7 @@ class ForwardWorker {
  private:
   int64_t floats_needed() const {
     return tiles.count * (k_floats + v_floats + 1) + kTileQueries * (words + ldo + 3) +
-           (2 * kKeyTile + kMostBlocks) * kPanel + stats.size(kTileQueries) + 11 * 16;
+           (2 * kKeyTile + kMaxBlocks) * kPanel + stats.size(kTileQueries) + 11 * 16;
   }
 
   char* row_at(const Rows& r, int64_t row) const {

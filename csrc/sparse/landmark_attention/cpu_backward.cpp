@@ -22,9 +22,9 @@ struct KeyParts {
 
   explicit KeyParts(const BlockTiles& all) {
     const int64_t unit = all.parts;  // tiles that stay together
-    const int64_t least = ceil_div(kSplitKeys, all.keys);
+    const int64_t minimum = ceil_div(kSplitKeys, all.keys);
     tiles = round_up(ceil_div(all.count, kSplits), unit);
-    if (tiles < least) tiles = round_up(least, unit);
+    if (tiles < minimum) tiles = round_up(minimum, unit);
     count = all.count > 0 ? ceil_div(all.count, tiles) : 1;
   }
 };
@@ -43,7 +43,7 @@ class BackwardWorker {
         width_d(queries.width_d),
         width_v(queries.width_v),
         padded_q(padded(p)),
-        most_keys(kTileRows + (whole_head || parts.count == 1 ? p.seqlen_k : key_of(parts.tiles))),
+        max_keys(kTileRows + (whole_head || parts.count == 1 ? p.seqlen_k : key_of(parts.tiles))),
         workspace(floats_needed()) {
     queries.place(workspace, padded_q);
     tile.place(workspace, kKeyTile);
@@ -52,13 +52,13 @@ class BackwardWorker {
     deltas = workspace.take(padded_q);
     dq = workspace.take(padded_q * width_d);
     dq_total = workspace.take(padded_q * width_d);
-    dk = workspace.take(most_keys * width_d);
-    dv = workspace.take(most_keys * width_v);
+    dk = workspace.take(max_keys * width_d);
+    dv = workspace.take(max_keys * width_v);
     t = workspace.take(kKeyTile * kPanel);
     dp = workspace.take(kKeyTile * kPanel);
-    factors = workspace.take(kMostBlocks * kPanel);
-    means = workspace.take(kMostBlocks * kPanel);
-    gates = workspace.take(kMostBlocks * kPanel);
+    factors = workspace.take(kMaxBlocks * kPanel);
+    means = workspace.take(kMaxBlocks * kPanel);
+    gates = workspace.take(kMaxBlocks * kPanel);
   }
 
   static int64_t padded(const AttentionParams& p) { return round_up(p.seqlen_q, kQueryBlock); }
@@ -107,8 +107,8 @@ class BackwardWorker {
 
   int64_t floats_needed() const {
     return queries.size(padded_q) + tile.size(kKeyTile) + scores.size(kKeyTile) +
-           stats.size(padded_q) + padded_q * (1 + 2 * width_d) + most_keys * (width_d + width_v) +
-           (2 * kKeyTile + 3 * kMostBlocks) * kPanel + 10 * 16;
+           stats.size(padded_q) + padded_q * (1 + 2 * width_d) + max_keys * (width_d + width_v) +
+           (2 * kKeyTile + 3 * kMaxBlocks) * kPanel + 10 * 16;
   }
 
   int64_t key_of(int64_t n) const {
@@ -353,7 +353,7 @@ class BackwardWorker {
   KeyParts parts;
   QueryOperands<Op> queries;
   KeyOperands<Op> tile;
-  int64_t group, width_d, width_v, padded_q, most_keys;
+  int64_t group, width_d, width_v, padded_q, max_keys;
   Scores scores{};
   LongBlock stats{};
   cpu::Workspace workspace;

@@ -68,7 +68,7 @@ inline BlockRows block_rows(const BlockTiles& tiles, int64_t first, int64_t coun
 inline int64_t blocks_of(const BlockTiles& tiles, int64_t count) {
   return tiles.whole() ? ceil_div(count, tiles.block) : 1;
 }
-constexpr int64_t kMostBlocks = kKeyTile / 2;  // per tile
+constexpr int64_t kMaxBlocks = kKeyTile / 2;  // per tile
 
 // Mask of the queries from `query` on that see row j of their own block, which begins at key
 // `first`.

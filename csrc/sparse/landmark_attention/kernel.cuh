@@ -31,12 +31,12 @@ struct LandmarkLaunch {
 // Loads `rows` rows from row `first` on; rows past them, and those for which hides(row), are
 // zero-filled.
 template <typename Tile, typename T, typename Hides>
-__device__ __forceinline__ void load_rows(uint32_t to, int most, const Rows& from, int64_t b,
+__device__ __forceinline__ void load_rows(uint32_t to, int maximum, const Rows& from, int64_t b,
                                           int64_t h, int first, int rows, int64_t columns,
                                           bool aligned, const Hides& hides) {
   using Copy = RowCopy<T, Tile>;
 #pragma unroll 1
-  for (int r = Copy::first_row(); r < most; r += Copy::row_step()) {
+  for (int r = Copy::first_row(); r < maximum; r += Copy::row_step()) {
     const bool there = r < rows && !hides(first + r);
     Copy::copy_to(to, r, rows_at<const T>(from, b, there ? first + r : 0, h),
                   there ? static_cast<int>(columns) : 0, aligned);

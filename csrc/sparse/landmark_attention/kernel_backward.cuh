@@ -31,7 +31,7 @@ struct LandmarkGradientShape : GradientShape<T, kBucket, kSide> {
   static constexpr int kRows = Base::kTileRows;  // queries and keys per tile
   static constexpr int kRowWarps = kRows / kWarpRows;
   static constexpr int kThreads = kRowWarps * Base::kColumnWarps * kWarpSize;
-  static constexpr int kMostBlocks = kRows / 2;
+  static constexpr int kMaxBlocks = kRows / 2;
 
   // Layout: owned rows of x and y; rows of the other side; on the key side, the other tiles of a
   // long block; query statistics.
@@ -39,7 +39,7 @@ struct LandmarkGradientShape : GradientShape<T, kBucket, kSide> {
   static constexpr int kOthersAt = 2 * kPairBytes;
   static constexpr int kKnownAt = kOthersAt + (Base::kKeys ? kPairBytes : 0);
   struct Known {
-    float2 blocks[kRows][kMostBlocks];  // shift, D
+    float2 blocks[kRows][kMaxBlocks];  // shift, D
     float minus_lse[kRows], minus_delta[kRows];
   };
   static constexpr int kSharedBytes = kKnownAt + static_cast<int>(sizeof(Known));
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(LandmarkGradientShape<T, kBucket, Side::keys>:
   // Key of row g + 8 half of this warp, recomputed at each use to save registers.
   const auto own = [&](int half) {
     int own_row = row + lane / 4 + 8 * half;
-    keep(own_row);
+    opt_barrier(own_row);
     return warp.key_of(first_key, own_row);
   };
   const int block_end = (first_key / keys.block + 1) * keys.block;  // end of the first key's block

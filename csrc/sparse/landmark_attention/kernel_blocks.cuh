@@ -17,11 +17,11 @@ struct KeyTiles {
   int tokens, block;  // block is at most tokens + 1
   int keys, parts;    // keys per tile, tiles per block
 
-  __host__ __device__ static KeyTiles of(int64_t tokens, int64_t block, int most) {
+  __host__ __device__ static KeyTiles of(int64_t tokens, int64_t block, int maximum) {
     const int length = static_cast<int>(tokens);
     const int own = block <= length ? static_cast<int>(block) : length + 1;
-    return {length, own, own <= most ? most / own * own : most,
-            own <= most ? 1 : (own + most - 1) / most};
+    return {length, own, own <= maximum ? maximum / own * own : maximum,
+            own <= maximum ? 1 : (own + maximum - 1) / maximum};
   }
 
   __host__ __device__ bool whole() const { return parts == 1; }
@@ -82,7 +82,7 @@ struct BlockColumns {
 template <int kTiles, typename Visit>
 __device__ __forceinline__ void visit_block(const BlockColumns& block, const Visit& visit) {
   int c = threadIdx.x % 4;
-  keep(c);  // columns are recomputed for each block to save registers
+  opt_barrier(c);  // columns are recomputed for each block to save registers
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     if (!block.meets(n)) continue;
@@ -108,16 +108,16 @@ struct BlockStatistics {
   template <int kTiles>
   __device__ __forceinline__ void add(const BlockColumns& block, const float (&s)[kTiles][4],
                                       const float (*dp)[4]) {
-    float most[2] = {-infinity(), -infinity()}, l[2] = {0, 0};
+    float maximum[2] = {-infinity(), -infinity()}, l[2] = {0, 0};
     visit_block<kTiles>(block, [&](int n, int i, int column) {
-      if (block.has(column)) most[i / 2] = fmaxf(most[i / 2], s[n][i]);
+      if (block.has(column)) maximum[i / 2] = fmaxf(maximum[i / 2], s[n][i]);
       if (column == block.landmark) l[i / 2] += s[n][i];
     });
     float base[2], more[2] = {0, 0}, more_mean[2] = {0, 0};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      most[h] = fmaxf(top[h], quad_max(most[h]));
-      base[h] = most[h] == -infinity() ? 0 : most[h];
+      maximum[h] = fmaxf(top[h], quad_max(maximum[h]));
+      base[h] = maximum[h] == -infinity() ? 0 : maximum[h];
     }
     visit_block<kTiles>(block, [&](int n, int i, int column) {
       if (!block.has(column)) return;
@@ -130,7 +130,7 @@ struct BlockStatistics {
       const float shrink = exp2_approx(top[h] - base[h]);
       sum[h] = fmaf(sum[h], shrink, quad_sum(more[h]));
       if (dp) mean[h] = fmaf(mean[h], shrink, quad_sum(more_mean[h]));
-      top[h] = most[h];
+      top[h] = maximum[h];
       l[h] = quad_sum(l[h]);
       if (block.landmark >= 0) landmark[h] = l[h];
     }

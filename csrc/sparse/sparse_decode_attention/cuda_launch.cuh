@@ -29,10 +29,11 @@ ListedPlan plan_sparse(const SparseDecodeParams& d) {
     return plan_decode<Keys>(p, d.row_heads(), longest, splits, false);
   };
   ListedPlan launch{plan(d.num_splits), kTileKeys};
-  for (int least = 128; d.num_splits == 0 && least >= kLeastCut; least /= 2) {
-    const int64_t splits = ceil_div(longest, least);
+  for (int minimum = 128; d.num_splits == 0 && minimum >= kMinCut; minimum /= 2) {
+    const int64_t splits = ceil_div(longest, minimum);
     if (launch.blocks >= multiprocessors() || splits > kMaxAutoSplits) break;
-    if (splits > launch.plan.splits) launch = {plan(splits), least < kTileKeys ? least : kTileKeys};
+    if (splits > launch.plan.splits)
+      launch = {plan(splits), minimum < kTileKeys ? minimum : kTileKeys};
   }
   launch.plan.aligned =
       has_whole_chunks<T>(p.q, p.head_dim) && has_whole_chunks<Cache>(d.cache.k, p.head_dim) &&

@@ -45,12 +45,12 @@ class SparseWarp
     if (key < list_end_ && key + Shape::kStepKeys > list_begin_) store_logits(s, key);
     // online softmax: P = 2^(S - row_max), rescale O where row_max grows
     this->exponentiate(s);
-    float least = 1;  // weights of masked keys are 0
-    Products::each_score(s, [&](float& x, int, int) { least = fminf(least, x); });
+    float minimum = 1;  // weights of masked keys are 0
+    Products::each_score(s, [&](float& x, int, int) { minimum = fminf(minimum, x); });
     const auto sees_key = [&](int half, int k) { return sees(half, keys, place + k); };
     if constexpr (Shape::kFloat8) scale_weights(s, keys.v_scales(place), sees_key);
     // O += P V
-    this->multiply_values(s, at, __any_sync(kFullWarp, least == 0), sees_key);
+    this->multiply_values(s, at, __any_sync(kFullWarp, minimum == 0), sees_key);
   }
 
  private:

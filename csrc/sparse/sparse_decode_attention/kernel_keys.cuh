@@ -19,7 +19,7 @@ struct ListedLaunch : Params {
 struct SparseLaunch : ListedLaunch<SparseDecodeParams> {};
 
 // Minimum number of keys per split when the host splits for more CTAs.
-constexpr int kLeastCut = 32;
+constexpr int kMinCut = 32;
 
 // Alignment of the first key in a row of logits: the kernel stores whole steps.
 constexpr int kLogitAlign = 16;

@@ -5,16 +5,16 @@ namespace tokenmill {
 namespace cuda::transpose_block_list {
 namespace {
 
-constexpr int64_t kLeastRows = 16;  // minimum rows per part
+constexpr int64_t kMinRows = 16;  // minimum rows per part
 
 int64_t list_heads(const TransposeBlockListParams& p) { return p.batch * p.list.heads; }
 int64_t entries_of_head(const TransposeBlockListParams& p) { return p.list.rows * p.list.entries; }
 
 // As many parts as keep memory linear in the entries and the blocks.
 TransposePlan make_plan(const TransposeBlockListParams& p) {
-  const int64_t most = ceil_div(p.list.rows, kLeastRows);
+  const int64_t maximum = ceil_div(p.list.rows, kMinRows);
   const int64_t linear = p.blocks > 0 ? entries_of_head(p) / p.blocks : 1;
-  const int64_t wanted = linear < most ? linear : most;
+  const int64_t wanted = linear < maximum ? linear : maximum;
   TransposePlan plan{};
   plan.part_rows = static_cast<int>(ceil_div(p.list.rows, wanted > 1 ? wanted : 1));
   plan.parts = plan.part_rows > 0 ? static_cast<int>(ceil_div(p.list.rows, plan.part_rows)) : 1;

@@ -19,8 +19,8 @@ constexpr int64_t kSliceWords = 512;              // words of a reduction summed
 constexpr int64_t kMinRows = 96, kMaxRows = 768;  // rows of a that share a panel
 
 float factor_of(float squares) {
-  if (squares < kLeastSquares) return 0;
-  return squares <= kMostSquares ? 1 / std::sqrt(squares) : __builtin_nanf("");
+  if (squares < kMinSquares) return 0;
+  return squares <= kMaxSquares ? 1 / std::sqrt(squares) : __builtin_nanf("");
 }
 
 // Rows of a per item: a share of the L2 cache, and fewer if there would not be items for all
@@ -129,32 +129,32 @@ class Matcher {
   // Strictly greater: among equal products in a lane the first stays.
   TM_INLINE void update(int64_t first, const float* c, int64_t vector, int64_t width) const {
     for (int64_t r = first; r < first + kTileRows; ++r, c += kPanel) {
-      vf most = load(best + r * kWidth), at = load(place + r * kWidth);
+      vf maximum = load(best + r * kWidth), at = load(place + r * kWidth);
       for (int64_t j = 0; j < width; j += kWidth) {
         const vf x = load(c + j) * load(factors_b + j);
-        const vm greater = less(most, x);
-        most = select(greater, x, most);
+        const vm greater = less(maximum, x);
+        maximum = select(greater, x, maximum);
         // integer bits, so that vector indices are exact
         const auto number = static_cast<int32_t>(vector + j / kWidth);
         at = select(greater, set(std::bit_cast<float>(number)), at);
       }
-      store(best + r * kWidth, most);
+      store(best + r * kWidth, maximum);
       store(place + r * kWidth, at);
     }
   }
 
   void finish(int64_t out, int64_t r) const {
     const vf values = load(best + r * kWidth);
-    const float most = max_lanes(values);
-    const bool some = most > -__builtin_inff() && factors_a[r] == factors_a[r];
+    const float maximum = max_lanes(values);
+    const bool some = maximum > -__builtin_inff() && factors_a[r] == factors_a[r];
     int32_t vectors[kWidth], equals[kWidth];
     std::memcpy(vectors, place + r * kWidth, sizeof vectors);
-    const int count = store_lane_numbers(equals, 0, equal(values, set(most)));
+    const int count = store_lane_numbers(equals, 0, equal(values, set(maximum)));
     int32_t found = INT32_MAX;
     for (int i = 0; i < count; ++i)
       found = std::min(found, vectors[equals[i]] * kWidth + equals[i]);
     p.index[out] = some ? found : p.partners > 0 ? 0 : -1;
-    p.score[out] = some ? most * factors_a[r] : -__builtin_inff();
+    p.score[out] = some ? maximum * factors_a[r] : -__builtin_inff();
   }
 
   const MatchParams& p;

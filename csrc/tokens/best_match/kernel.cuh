@@ -228,8 +228,8 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
 }
 
 __device__ __forceinline__ float factor_of(float squares) {
-  if (squares < kLeastSquares) return 0;
-  return squares <= kMostSquares ? 1 / sqrtf(squares) : quiet_nan();
+  if (squares < kMinSquares) return 0;
+  return squares <= kMaxSquares ? 1 / sqrtf(squares) : quiet_nan();
 }
 
 // blockIdx: rows, sequences. One warp per row, 16 bytes per lane whether aligned or not: the order

@@ -23,8 +23,8 @@ struct MatchParams {
 // A row whose norm is not finite has factor NaN, so that no product with it is selected. Squares
 // that sum to less than the smallest normal float, which are denormals on some hardware, count as
 // 0.
-constexpr float kLeastSquares = 1.17549435e-38f;
-constexpr float kMostSquares = 3.402823466e38f;
+constexpr float kMinSquares = 1.17549435e-38f;
+constexpr float kMaxSquares = 3.402823466e38f;
 
 // CUDA workspace in bytes.
 int64_t workspace_bytes(const MatchParams&);

@@ -16,7 +16,7 @@ constexpr int64_t kMaxChunks = 8;
 
 struct Shape {
   explicit Shape(const ClusterParams& p)
-      : row(round_up(p.channels, kWidth)), most(round_up(p.window_y() * p.window_x(), kGroup)) {
+      : row(round_up(p.channels, kWidth)), maximum(round_up(p.window_y() * p.window_x(), kGroup)) {
     const int64_t work = p.height * p.width * p.window_y() * p.window_x() * p.channels;
     chunks = std::clamp<int64_t>(std::min(work >> 22, p.grid_y / (p.reach + 1)), 1, kMaxChunks);
     chunk_rows = ceil_div(p.grid_y, chunks);
@@ -24,8 +24,8 @@ struct Shape {
     sum_rows = std::min(chunk_rows + 2 * p.reach, p.grid_y);
     sum_floats = sum_rows * p.grid_x * (row + 1);
   }
-  int64_t row;   // floats per row of channels
-  int64_t most;  // maximum clusters weighted per pixel
+  int64_t row;      // floats per row of channels
+  int64_t maximum;  // maximum clusters weighted per pixel
   // Per image; depends only on the shapes of a call.
   int64_t chunks, chunk_rows;  // rows of cells
   int64_t sum_rows;            // rows of clusters that a chunk reaches
@@ -38,11 +38,11 @@ class Cell {
   Cell(const ClusterParams& p, const Shape& shape)
       : p(p),
         shape(shape),
-        memory(kPixels * (shape.row + shape.most) + 2 * shape.row + 4 * 16),
-        near(shape.most),
-        sums(shape.most) {
+        memory(kPixels * (shape.row + shape.maximum) + 2 * shape.row + 4 * 16),
+        near(shape.maximum),
+        sums(shape.maximum) {
     pixels = memory.take(kPixels * shape.row);
-    weights = memory.take(kPixels * shape.most);
+    weights = memory.take(kPixels * shape.maximum);
     nothing = memory.take(shape.row);
     spare = memory.take(shape.row);
     std::fill(nothing, nothing + shape.row, 0.f);
@@ -110,13 +110,14 @@ class Cell {
 
   // Softmax of each pixel over its clusters, from distances; 0 for pixels that do not exist.
   void weigh(int have) const {
-    vf least = set(__builtin_inff());
-    for (int64_t i = 0; i < padded * kPixels; i += kWidth) least = min_of(least, load(weights + i));
-    least = over_groups(least, [](float a, float b) { return b < a ? b : a; });
+    vf minimum = set(__builtin_inff());
+    for (int64_t i = 0; i < padded * kPixels; i += kWidth)
+      minimum = min_of(minimum, load(weights + i));
+    minimum = over_groups(minimum, [](float a, float b) { return b < a ? b : a; });
     const vf factor = set(p.tau * kLog2e);
     for (int64_t i = 0; i < padded * kPixels; i += kWidth) {
-      const vf t = (least - load(weights + i)) * factor;
-      store(weights + i, select(less(t, set(kLeastLog2Weight)), zero(), exp2<5>(t)));
+      const vf t = (minimum - load(weights + i)) * factor;
+      store(weights + i, select(less(t, set(kMinLog2Weight)), zero(), exp2<5>(t)));
     }
     std::fill(weights + count * kPixels, weights + padded * kPixels, 0.f);
     vf total = zero();
@@ -190,12 +191,12 @@ class Cell {
   // Nearest of the candidate clusters.
   void label(const Place* at, int have, int64_t b) const {
     for (int i = 0; i < have; ++i) {
-      float least = __builtin_inff();
+      float minimum = __builtin_inff();
       int64_t place = 0;
       for (int64_t k = 0; k < count; ++k) {
         const float raw = weights[k * kPixels + i];
-        const float d = raw <= kMostDistance ? raw : kMostDistance;
-        if (d < least) least = d, place = k;
+        const float d = raw <= kMaxDistance ? raw : kMaxDistance;
+        if (d < minimum) minimum = d, place = k;
       }
       const int64_t width = xs.end - xs.begin;
       const int64_t cluster = (ys.begin + place / width) * p.grid_x + xs.begin + place % width;
@@ -426,7 +427,7 @@ void cluster_tokens_backward(const ClusterBackwardParams& q) {
   const ClusterParams& p = q.forward;
   const Shape shape(p);
   const int64_t clusters = p.clusters() * shape.row, rows = p.batch * p.clusters();
-  const int64_t work = p.batch * p.height * p.width * shape.most * p.channels;
+  const int64_t work = p.batch * p.height * p.width * shape.maximum * p.channels;
   const int threads = work < (1 << 16) ? 1 : cpu::num_threads();
   cpu::Workspace memory(2 * p.batch * clusters + 16);
   float* const previous = memory.take(p.batch * clusters);

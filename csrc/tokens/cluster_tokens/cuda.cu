@@ -30,8 +30,8 @@ ClusterPlan make_plan(const ClusterParams& p) {
   plan.slab_rows = static_cast<int>(rows);
   plan.slab_lines = lines_of(p, rows);
   const int64_t size = p.dtype == DType::float32 ? 4 : 2, row = round_up(p.channels * size, 16);
-  const int64_t most = ceil_div(p.height, p.grid_y) * ceil_div(p.width, p.grid_x);
-  plan.measured = static_cast<int>(std::min({most, kStagedBytes / row, int64_t{kMeasured}}));
+  const int64_t maximum = ceil_div(p.height, p.grid_y) * ceil_div(p.width, p.grid_x);
+  plan.measured = static_cast<int>(std::min({maximum, kStagedBytes / row, int64_t{kMeasured}}));
   plan.pitch = row / size;
   return plan;
 }

@@ -197,14 +197,14 @@ __device__ __forceinline__ void measure_pixels(const ClusterParams& p, const Clu
 // Softmax of a pixel over its clusters, from distances. Called by one warp.
 __device__ __forceinline__ void weigh_pixel(const ClusterParams& p, float* weights, int count) {
   const int lane = threadIdx.x % kWarpSize;
-  float least = infinity();
-  for (int k = lane; k < count; k += kWarpSize) least = fminf(least, weights[k]);
-  least = -warp_max(-least);
+  float minimum = infinity();
+  for (int k = lane; k < count; k += kWarpSize) minimum = fminf(minimum, weights[k]);
+  minimum = -warp_max(-minimum);
   const float factor = p.tau * kLog2e;
   float total = 0;
   for (int k = lane; k < count; k += kWarpSize) {
-    const float t = (least - weights[k]) * factor;
-    const float e = t < kLeastLog2Weight ? 0 : exp2_approx(t);
+    const float t = (minimum - weights[k]) * factor;
+    const float e = t < kMinLog2Weight ? 0 : exp2_approx(t);
     weights[k] = e;
     total += e;
   }
@@ -217,7 +217,7 @@ __device__ __forceinline__ int nearest_weighed(const float* distances, int count
   float best = infinity();
   int place = 0;
   for (int k = threadIdx.x % kWarpSize; k < count; k += kWarpSize) {
-    const float d = distances[k] <= kMostDistance ? distances[k] : kMostDistance;
+    const float d = distances[k] <= kMaxDistance ? distances[k] : kMaxDistance;
     if (d < best) best = d, place = k;
   }
 #pragma unroll

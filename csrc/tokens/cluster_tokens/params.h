@@ -61,10 +61,10 @@ TOKENMILL_HOST_DEVICE inline CellRange pooled_pixels(int64_t cell, int64_t pixel
 
 // Weights below this, relative to a pixel's largest, are 0, so that no denormals occur in later
 // arithmetic.
-constexpr float kLeastLog2Weight = -100;
+constexpr float kMinLog2Weight = -100;
 
 // Distances that are not finite are clamped to the largest float.
-constexpr float kMostDistance = 3.402823466e38f;
+constexpr float kMaxDistance = 3.402823466e38f;
 
 // null, or an error message
 const char* launch_cuda(const ClusterParams&, void* stream);

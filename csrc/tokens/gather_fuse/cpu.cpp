@@ -7,8 +7,8 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kSlice = 1024, kLeastSlice = 128;  // channels per item
-constexpr int kRowsOfChunk = 64;                     // summed from zero, then added once
+constexpr int64_t kSlice = 1024, kMinSlice = 128;  // channels per item
+constexpr int kRowsOfChunk = 64;                   // summed from zero, then added once
 // Prefetch distances in x and out, so that address translations are done in time.
 constexpr int64_t kTokensAhead = 4, kBytesAhead = 3 * kPageBytes;
 
@@ -146,7 +146,7 @@ void gather_fuse(const GatherFuseParams& p) {
   const int64_t size = element_bytes(p.dtype), bytes = p.channels * size;
   const int threads = threads_for(p.batch * (p.rows() - 1 + p.rest) * bytes);
   const int64_t wanted = threads > 1 ? ceil_div(4 * threads, p.batch) : 1;
-  const int64_t width = round_up(ceil_div(std::max<int64_t>(p.channels, 1), wanted), kLeastSlice);
+  const int64_t width = round_up(ceil_div(std::max<int64_t>(p.channels, 1), wanted), kMinSlice);
   const int64_t slice = std::min(kSlice, width),
                 slices = std::max<int64_t>(1, ceil_div(p.channels, slice));
   const bool aligned =

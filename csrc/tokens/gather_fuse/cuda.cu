@@ -6,7 +6,7 @@ namespace {
 
 dim3 grid_of(int64_t blocks, int64_t batch) {
   return dim3(static_cast<unsigned>(blocks),
-              static_cast<unsigned>(batch < cuda::kMostBatches ? batch : cuda::kMostBatches));
+              static_cast<unsigned>(batch < cuda::kMaxBatches ? batch : cuda::kMaxBatches));
 }
 
 template <typename T, int kVector>
@@ -21,7 +21,7 @@ const char* launch_fuse(const GatherFuseParams& p, cudaStream_t stream) {
          (plan.slices + copy_blocks()) * p.batch < multiprocessors())
     plan.copy_lanes *= 2;
   const int64_t blocks = plan.slices + copy_blocks();
-  if (blocks > kMaxGrid) return refuse("keep", kMostBlocks, blocks);
+  if (blocks > kMaxGrid) return refuse("keep", kMaxBlocks, blocks);
   return launch<gather_fuse_kernel<T, kVector>>(grid_of(blocks, p.batch), kFuseThreads, 0, stream,
                                                 p, plan);
 }
@@ -34,8 +34,8 @@ const char* launch_fuse(const GatherFuseBackwardParams& q, cudaStream_t stream) 
   const int64_t entries = p.kept + p.rest;
   const int64_t blocks = ceil_div(p.prefix + p.patches, kFuseRows);
   const int64_t place_blocks = ceil_div(entries, kFuseThreads);
-  if (blocks > kMaxGrid) return refuse("x", kMostBlocks, blocks);
-  if (place_blocks > kMaxGrid) return refuse("keep", kMostBlocks, place_blocks);
+  if (blocks > kMaxGrid) return refuse("x", kMaxBlocks, blocks);
+  if (place_blocks > kMaxGrid) return refuse("keep", kMaxBlocks, place_blocks);
   const int64_t bytes = p.batch * p.patches * sizeof(int32_t);
   if (const char* error = set_bytes(q.places, 0xff, bytes, stream)) return error;  // places = -1
   if (const char* error =

@@ -11,7 +11,7 @@ const char* launch_cuda(const GatherTokensParams& p, void* stream) {
       address(p.x) | address(p.out) | p.x_batch | p.x_token | p.out_batch | p.out_row | p.row_bytes;
   return visit_width(bits, [&]<typename T>() -> const char* {
     const RowGrid g(ceil_div(p.row_bytes, sizeof(T)), p.entries, p.batch);
-    if (!g.fits) return refuse("indices", kMostBlocks, ceil_div(p.entries, g.block.y));
+    if (!g.fits) return refuse("indices", kMaxBlocks, ceil_div(p.entries, g.block.y));
     return launch<gather_tokens_kernel<T>>(g.grid, g.block, 0, static_cast<cudaStream_t>(stream), p,
                                            tokens);
   });

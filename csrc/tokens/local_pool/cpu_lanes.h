@@ -16,8 +16,8 @@ struct Lanes {
   using Key = std::conditional_t<kWide, int32_t, int16_t>;
   typedef Key vk __attribute__((vector_size(4 * kWidth)));
   static constexpr int kHalves = kWide ? 1 : 2, kCount = kWidth * kHalves;
-  static constexpr Key kMost = kWide ? 0x7fffffff : 0x7fff;
-  static constexpr Key kNone = -kMost - 1;  // smaller than all keys
+  static constexpr Key kMaximum = kWide ? 0x7fffffff : 0x7fff;
+  static constexpr Key kNone = -kMaximum - 1;  // smaller than all keys
   static constexpr Key kInfinity = kWide ? 0x7f800000 : kType == DType::float16 ? 0x7c00 : 0x7f80;
 
   static TM_INLINE vk all(Key x) { return vk{} + x; }
@@ -46,12 +46,12 @@ struct Lanes {
     if constexpr (kWide) {
       const vf number = (vf)x + zero();  // -0 + 0 is 0
       const vk bits = (vk)number;
-      return (vk)select(equal(number, number), (vf)(bits ^ ((bits >> 31) & kMost)),
+      return (vk)select(equal(number, number), (vf)(bits ^ ((bits >> 31) & kMaximum)),
                         (vf)all(kInfinity + 1));
     }
-    vk key = x ^ ((x >> (8 * sizeof(Key) - 1)) & kMost);
+    vk key = x ^ ((x >> (8 * sizeof(Key) - 1)) & kMaximum);
     key -= key == all(-1);
-    return (x & kMost) > all(kInfinity) ? all(kInfinity + 1) : key;
+    return (x & kMaximum) > all(kInfinity) ? all(kInfinity + 1) : key;
   }
 
   static TM_INLINE void widen(vk x, vf (&to)[kHalves]) {
@@ -114,9 +114,9 @@ struct Lanes {
  private:
   // Upper 16 bits of a float, rounded to nearest even; a NaN stays a quiet NaN.
   static TM_INLINE vi rounded(vf x) {
-    const vi bits = (vi)x, most = bits & 0x7fffffff;
+    const vi bits = (vi)x, maximum = bits & 0x7fffffff;
     const vi up = bits + ((bits >> 16) & 1) + 0x7fff;
-    return most > 0x7f800000 ? bits | 0x400000 : up;
+    return maximum > 0x7f800000 ? bits | 0x400000 : up;
   }
 };
 

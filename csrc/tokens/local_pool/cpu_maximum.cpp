@@ -32,7 +32,7 @@ template <typename Row>
 struct Rows {
   Rows(int count, int tap) : count(count), tap(tap) {}
 
-  const Row* at[kMostTaps];
+  const Row* at[kMaxTaps];
   int count, tap;
 };
 
@@ -267,10 +267,10 @@ class Slice {
 
 // Channels per slice: small enough to give all threads items, and to fit kLineFloats if possible.
 int64_t slice_of(const LocalPoolParams& p, int64_t items, int64_t rows) {
-  constexpr int64_t kLeast = 4 * kWidth;
-  int64_t step = std::max<int64_t>(kLineFloats / rows / kLeast, 1) * kLeast;
-  while (step > kLeast && items * ceil_div(p.channels, step) < 4 * threads_for(p))
-    step = ceil_div(step / kLeast, 2) * kLeast;
+  constexpr int64_t kMinimum = 4 * kWidth;
+  int64_t step = std::max<int64_t>(kLineFloats / rows / kMinimum, 1) * kMinimum;
+  while (step > kMinimum && items * ceil_div(p.channels, step) < 4 * threads_for(p))
+    step = ceil_div(step / kMinimum, 2) * kMinimum;
   return std::min(step, p.channels);
 }
 

@@ -13,7 +13,7 @@ namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
-constexpr int kMostTaps = 255;
+constexpr int kMaxTaps = 255;
 // floats of a pooled line, if possible: half of an L2 cache
 constexpr int64_t kLineFloats = 1 << 15;
 
@@ -47,8 +47,8 @@ TM_INLINE bool counts(const LocalPoolParams& p, int64_t b, int64_t y, int64_t x)
 
 // Rows of elements to be pooled, each with a number attached.
 struct Taps {
-  const char* rows[kMostTaps];
-  float numbers[kMostTaps];
+  const char* rows[kMaxTaps];
+  float numbers[kMaxTaps];
   int count = 0;
 
   TM_INLINE void add(const void* row, float number = 1) {

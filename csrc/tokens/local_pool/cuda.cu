@@ -14,7 +14,7 @@ int64_t tile_bytes(int64_t lines, int64_t pitch, int64_t lanes) {
 
 // Tile sizes for windows that extend halo_y and halo_x. False if most of the reads would be halo.
 bool find_tiles(const LocalPoolParams& p, int vector, cuda::local_pool::PoolTiles* tiles) {
-  constexpr int kLeastTokens = 64, kSector = 2, kConflictFree = 8;  // lanes
+  constexpr int kMinTokens = 64, kSector = 2, kConflictFree = 8;  // lanes
   const int64_t halo_y = int64_t{p.kernel_y / 2} * p.dilation_y;
   const int64_t halo_x = int64_t{p.kernel_x / 2} * p.dilation_x;
   const int64_t chunks = ceil_div(p.channels, vector);
@@ -26,8 +26,8 @@ bool find_tiles(const LocalPoolParams& p, int vector, cuda::local_pool::PoolTile
     const int64_t lines_staged = height + 2 * halo_y, staged = pitch * lines_staged;
     const int64_t blocks = p.batch * columns * lines * ceil_div(chunks, lanes);
     const bool fits = tile_bytes(lines_staged, pitch, lanes) <= cuda::local_pool::kTileBytes;
-    if (!fits || (blocks < kFillBlocks && width * height > kLeastTokens)) {
-      if (width * height <= kLeastTokens) return false;
+    if (!fits || (blocks < kFillBlocks && width * height > kMinTokens)) {
+      if (width * height <= kMinTokens) return false;
       width >= height ? columns *= 2 : lines *= 2;
       continue;
     }

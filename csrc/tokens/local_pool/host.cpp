@@ -6,7 +6,7 @@ namespace tokenmill {
 namespace {
 
 constexpr const char* kOp = "local_pool";
-constexpr int64_t kMostTaps = 255, kMostDilation = 65535;
+constexpr int64_t kMaxTaps = 255, kMaxDilation = 65535;
 
 struct LocalPoolArgs : Record {
   View x, mask;
@@ -32,11 +32,11 @@ LocalPoolParams make_params(const LocalPoolArgs& a) {
     p.mask_token = a.mask.step(2);
   }
   for (const int64_t kernel : {a.kernel_y, a.kernel_x})
-    check(kernel >= 1 && kernel <= kMostTaps && kernel % 2 == 1, kOp, "kernel",
-          Rule("must be odd, 1 to ", kMostTaps), kernel);
+    check(kernel >= 1 && kernel <= kMaxTaps && kernel % 2 == 1, kOp, "kernel",
+          Rule("must be odd, 1 to ", kMaxTaps), kernel);
   for (const int64_t dilation : {a.dilation_y, a.dilation_x})
-    check(dilation >= 0 && dilation <= kMostDilation, kOp, "dilation",
-          Rule("must be 0 to ", kMostDilation), dilation);
+    check(dilation >= 0 && dilation <= kMaxDilation, kOp, "dilation",
+          Rule("must be 0 to ", kMaxDilation), dilation);
   check(a.pooling == "avg" || a.pooling == "max", kOp, "mode", "must be 'avg' or 'max'", a.pooling);
   p.batch = a.x.size(0);
   p.height = static_cast<int>(a.x.size(1));

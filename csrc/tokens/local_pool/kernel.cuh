@@ -84,7 +84,7 @@ __device__ __forceinline__ void for_taps(const LocalPoolParams& p, const PoolTok
                                          const EndLine& end_line) {
   const int step_y = kStep * p.dilation_y, step_x = kStep * p.dilation_x;
   auto step = step_x * source.token;
-  keep(step);
+  opt_barrier(step);
   const int first_x = at.x - p.kernel_x / 2 * step_x;
   int y = at.y - p.kernel_y / 2 * step_y;
   for (int i = 0; i < p.kernel_y; ++i, y += step_y) {

@@ -22,7 +22,7 @@ void write_list(const ReconstructParams& p, const float* d, const int32_t* ids, 
   float sum = 0;
   for (int64_t j = 0; j < p.k; ++j) {
     const vf t = set((d[0] - entries[j].second) * (p.tau * kLog2e));
-    const float w = d[0] < kMostDistance ? first(exp2<5>(t)) : __builtin_nanf("");
+    const float w = d[0] < kMaxDistance ? first(exp2<5>(t)) : __builtin_nanf("");
     index[j] = entries[j].first;
     weight[j] = w;
     sum += p.unit_norm ? w * w : w;

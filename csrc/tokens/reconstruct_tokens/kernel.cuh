@@ -13,9 +13,9 @@ constexpr int kReconstructWarps = 4, kReconstructThreads = kReconstructWarps * k
 __device__ __forceinline__ void write_list(const ReconstructParams& p, const float* d,
                                            const int32_t* ids, int32_t* index, float* weight) {
   const int lane = threadIdx.x % kWarpSize, k = static_cast<int>(p.k);
-  const float least = d[0], factor = p.tau * kLog2e;
+  const float minimum = d[0], factor = p.tau * kLog2e;
   const auto weight_of = [&](int e) {
-    return least < 3.402823466e38f ? exp2_approx((least - d[e]) * factor) : quiet_nan();
+    return minimum < 3.402823466e38f ? exp2_approx((minimum - d[e]) * factor) : quiet_nan();
   };
   float sum = 0;
   for (int e = lane; e < k; e += kWarpSize) {

@@ -10,8 +10,8 @@ const char* launch_cuda(const ScatterTokensParams& p, void* stream) {
   const int64_t bytes = p.batch * p.tokens * sizeof(int32_t);
   if (const char* error = set_bytes(p.places, 0xff, bytes, s)) return error;  // places = -1
   const int64_t blocks = ceil_div(p.entries, kRowThreads);
-  if (blocks > kMaxGrid) return refuse("indices", kMostBlocks, blocks);
-  const int64_t sequences = p.sequences < kMostBatches ? p.sequences : kMostBatches;
+  if (blocks > kMaxGrid) return refuse("indices", kMaxBlocks, blocks);
+  const int64_t sequences = p.sequences < kMaxBatches ? p.sequences : kMaxBatches;
   const dim3 places(static_cast<unsigned>(blocks), static_cast<unsigned>(sequences));
   if (const char* error = launch<scatter_places_kernel>(places, kRowThreads, 0, s, p)) return error;
   const uint64_t strides = p.row_bytes | p.y_batch | p.y_row | p.base_batch | p.base_token;

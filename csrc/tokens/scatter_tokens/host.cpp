@@ -37,10 +37,11 @@ Array scatter_tokens(const ScatterTokensArgs& a) {
   check(a.indices.dtype == ScalarType::Int, kOp, "indices", "must be int32", a.indices.dtype);
   check_last_contiguous(kOp, "indices", a.indices);
   check_device_of(kOp, "indices", a.indices, "y", a.y);
-  constexpr int64_t kMost = int64_t{1} << 31;
-  check(a.batch >= 0 && a.batch < kMost, kOp, "batch", "must be 0 to 2^31 - 1", a.batch);
-  check(a.tokens >= 0 && a.tokens < kMost, kOp, "base", "must have 0 to 2^31 - 1 tokens", a.tokens);
-  check(a.batch * a.tokens < kMost, kOp, "base", "must have fewer than 2^31 tokens in all",
+  constexpr int64_t kMaximum = int64_t{1} << 31;
+  check(a.batch >= 0 && a.batch < kMaximum, kOp, "batch", "must be 0 to 2^31 - 1", a.batch);
+  check(a.tokens >= 0 && a.tokens < kMaximum, kOp, "base", "must have 0 to 2^31 - 1 tokens",
+        a.tokens);
+  check(a.batch * a.tokens < kMaximum, kOp, "base", "must have fewer than 2^31 tokens in all",
         a.batch * a.tokens);
   const bool flat = a.y.dim() == 2;
   check(flat || a.y.size(0) == a.batch, kOp, "base",

@@ -9,10 +9,10 @@ namespace {
 constexpr int64_t kBlockPlaces = 64;   // mean length from which a segment gets a whole CTA
 constexpr int64_t kPartPlaces = 1024;  // minimum per part
 constexpr int64_t kManyBlocks = 1024;  // enough to fill any GPU
-constexpr int64_t kMostParts = 256;
+constexpr int64_t kMaxParts = 256;
 
-unsigned limited(int64_t blocks, int64_t most) {
-  return static_cast<unsigned>(blocks < most ? blocks : most);
+unsigned limited(int64_t blocks, int64_t maximum) {
+  return static_cast<unsigned>(blocks < maximum ? blocks : maximum);
 }
 constexpr int64_t kMaxYZ = 65535;
 
@@ -41,7 +41,7 @@ SegmentPlan make_plan(const SegmentReduceParams& p) {
   if (!is_end(p) && blocks > 0 && blocks < kManyBlocks && mean >= 2 * kPartPlaces) {
     int64_t parts = mean / kPartPlaces;
     if (parts > ceil_div(kManyBlocks, blocks)) parts = ceil_div(kManyBlocks, blocks);
-    plan.parts = static_cast<int>(parts < kMostParts ? parts : kMostParts);
+    plan.parts = static_cast<int>(parts < kMaxParts ? parts : kMaxParts);
   }
   const int64_t segments = plan.parts * p.batch * p.segments;
   plan.values = static_cast<float*>(p.workspace);

@@ -37,12 +37,12 @@ struct Scratch {
 template <DType kType>
 void load_keys(const TopkPartitionParams& p, int64_t b, uint32_t* keys) {
   // Same as key_of, branch-free: NaN becomes -inf, and -0 + 0 is 0.
-  const vf sign = set(p.largest ? 1.f : -1.f), least = set(kNegInf);
+  const vf sign = set(p.largest ? 1.f : -1.f), minimum = set(kNegInf);
   const int64_t from = b * p.scores_batch;
   float* const scores = reinterpret_cast<float*>(keys);
   for (int64_t i = 0; i < p.tokens; i += kWidth) {
     const vf x = sign * Elements<kType>::load_n(p.scores, from + i, p.tokens - i);
-    store(scores + i, select(less(least, x), x, least) + zero());
+    store(scores + i, select(less(minimum, x), x, minimum) + zero());
   }
   int64_t i = 0;
   for (; i < p.tokens; ++i)
@@ -107,14 +107,14 @@ void partition_sorted(const TopkPartitionParams& p, int64_t k, const Scratch& sc
   for (int64_t i = 0; i < p.tokens; ++i) scratch.entries[i] = entry_of(scratch.keys[i], i);
   const uint64_t* const sorted = sort_by_key(scratch.entries, scratch.moved, p.tokens);
   for (int64_t i = 0; i < k; ++i) keep[i] = static_cast<int32_t>(sorted[i]);
-  const uint32_t least = key_of_entry(sorted[k - 1]);
+  const uint32_t minimum = key_of_entry(sorted[k - 1]);
   const int64_t last = keep[k - 1];  // last kept token with the smallest kept key
   int32_t* const others = reinterpret_cast<int32_t*>(scratch.sorted);  // room for all tokens
   int64_t count = 0;
   for (int64_t i = 0; i < p.tokens; ++i) {
     const uint32_t key = scratch.keys[i];
     others[count] = static_cast<int32_t>(i);
-    count += (key < least) | ((key == least) & (i > last));
+    count += (key < minimum) | ((key == minimum) & (i > last));
   }
   std::memcpy(rest, others, count * sizeof(int32_t));
 }

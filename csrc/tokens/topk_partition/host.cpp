@@ -36,8 +36,8 @@ std::tuple<Array, Array> topk_partition(const TopkPartitionArgs& a) {
   p.k = a.k;
   check(p.tokens < int64_t{1} << 31, kOp, "scores", "must have fewer than 2^31 tokens in a row",
         p.tokens);
-  const char* const most = a.counts ? "max_k" : "k";
-  check(a.k >= 0 && a.k <= p.tokens, kOp, most, Rule("must be 0 to N, ", p.tokens), a.k);
+  const char* const maximum = a.counts ? "max_k" : "k";
+  check(a.k >= 0 && a.k <= p.tokens, kOp, maximum, Rule("must be 0 to N, ", p.tokens), a.k);
   if (a.counts) {
     check_like(kOp, "k", a.counts, {p.batch}, ScalarType::Int, "scores", a.scores);
     p.counts = a.counts.data<int32_t>();
@@ -52,7 +52,7 @@ std::tuple<Array, Array> topk_partition(const TopkPartitionArgs& a) {
   check(a.protect_first >= 0, kOp, "protect_first", "must not be negative", a.protect_first);
   check(a.protect_last >= 0, kOp, "protect_last", "must not be negative", a.protect_last);
   check(a.protect_first <= a.k && a.protect_last <= a.k - a.protect_first, kOp, "protect_last",
-        Rule("must leave protect_first + protect_last <= ", most, ", ", a.k,
+        Rule("must leave protect_first + protect_last <= ", maximum, ", ", a.k,
              ", with protect_first ", a.protect_first),
         a.protect_last);
   for (int64_t b = 0; a.counts && !a.scores.is_cuda && b < p.batch; ++b)

@@ -32,8 +32,8 @@ TOKENMILL_HOST_DEVICE inline bool is_protected(const TopkPartitionParams& p, int
 // Tokens to keep in row b; protected tokens are always kept.
 TOKENMILL_HOST_DEVICE inline int64_t count_of(const TopkPartitionParams& p, int64_t b) {
   if (!p.counts) return p.k;
-  const int64_t least = p.protect_first + p.protect_last, count = p.counts[b];
-  return count < least ? least : count > p.k ? p.k : count;
+  const int64_t minimum = p.protect_first + p.protect_last, count = p.counts[b];
+  return count < minimum ? minimum : count > p.k ? p.k : count;
 }
 
 int64_t workspace_bytes(const TopkPartitionParams&);  // CUDA

@@ -11,11 +11,11 @@ struct MappedTensors {
 };
 
 // With fewer tokens per sequence most of a 64-row tile would be idle.
-constexpr int kLeastSm90Tokens = 32;
+constexpr int kMinSm90Tokens = 32;
 
 // Packed: tokens per sequence on average.
 inline bool has_sm90_tokens(int64_t tokens, const int32_t* cu_seqlens, int64_t batch) {
-  return tokens >= kLeastSm90Tokens * (cu_seqlens && batch > 1 ? batch : 1);
+  return tokens >= kMinSm90Tokens * (cu_seqlens && batch > 1 ? batch : 1);
 }
 
 }  // namespace tokenmill::cuda

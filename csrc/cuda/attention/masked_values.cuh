@@ -90,7 +90,7 @@ __device__ __forceinline__ void add_infinite(float (&out)[kTiles][4], uint32_t v
 #pragma unroll 1
   for (int key = 0; key < kKeys; ++key) seen |= (sees(0, key) | sees(1, key) << 16) << key;
   int lane = threadIdx.x % kWarpSize;
-  keep(lane);
+  opt_barrier(lane);
   const int c = lane % 4;
   // factor 4: values near the largest float overflow too
   const float weight = any_sign ? quiet_nan() : 4;

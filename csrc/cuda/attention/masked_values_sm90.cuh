@@ -1,11 +1,11 @@
-// The warpgroup version, for sm_90a, of hidden_values.cuh: NaN and infinity in values of a
+// The warpgroup version, for sm_90a, of masked_values.cuh: NaN and infinity in values of a
 // shared-memory tile that a mask hides from some rows.
 #pragma once
 #include "cuda/arch/sm90/tma.cuh"
 #include "cuda/arch/sm90/warpgroup.cuh"
 #include "cuda/arch/sm90/wgmma.cuh"
-#include "cuda/attention/hidden_values.cuh"
-#include "cuda/attention/weights_sm90.cuh"
+#include "cuda/attention/masked_values.cuh"
+#include "cuda/attention/score_map_sm90.cuh"
 
 namespace tokenmill::cuda {
 
@@ -13,7 +13,7 @@ namespace tokenmill::cuda {
 // is not finite. All rows see the keys seen_begin .. seen_end - 1: whole 16-key groups of these are
 // skipped.
 template <typename T, int kColumns, int kTileKeys, int kSeen>
-__device__ __forceinline__ bool has_infinite_values(uint32_t values, int seen_begin, int seen_end) {
+__device__ __forceinline__ bool has_nonfinite(uint32_t values, int seen_begin, int seen_end) {
   constexpr int kBytes = kWarpgroupThreads * 16, kSteps = kSeen / 16;
   uint32_t found = 0, at = values + warpgroup_thread() * 16;
 #pragma unroll 1

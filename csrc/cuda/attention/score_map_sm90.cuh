@@ -57,21 +57,21 @@ struct RowBounds {
 // two weights, the A operand of P V; no word may be written while a running product reads it.
 // kShifts: number of constants of the logits, one for all rows or one each for rows g and g + 8.
 template <typename T, Weights kWeights, int kShifts = 1>
-class RowWeights;
+class Sm90ScoreMap;
 
 // Softmax: p = 2^(factor s - row_max). row_max is updated only when an exponent exceeds it by
 // kHeadroom, so rescaling is rare, and depends on the row's own scores only. row_max is rounded,
 // the exponent is not: where half an ulp of row_max counts, p = 2^(factor (s - top)) with the score
 // `top` of row_max.
 template <typename T, int kShifts>
-class RowWeights<T, Weights::softmax, kShifts> {
+class Sm90ScoreMap<T, Weights::softmax, kShifts> {
  public:
   // shift, the constant of the head, is left out of the exponents.
   template <typename... Shifts>
-  __device__ RowWeights(const Sm90Scores& plan, Shifts...) : plan_(plan) {}
+  __device__ Sm90ScoreMap(const Sm90Scores& plan, Shifts...) : plan_(plan) {}
 
   template <int kCount>
-  __device__ __forceinline__ void weigh(float (&s)[kCount]) {
+  __device__ __forceinline__ void apply_map(float (&s)[kCount]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float top = -infinity();
@@ -108,7 +108,7 @@ class RowWeights<T, Weights::softmax, kShifts> {
     return cuda::pack<T>(low, high);
   }
 
-  // Rescales O by exp2(old row_max - new row_max) of the last `weigh`.
+  // Rescales O by exp2(old row_max - new row_max) of the last `apply_map`.
   template <int kCount>
   __device__ __forceinline__ void rescale(float (&o)[kCount]) const {
     if (!__any_sync(kFullWarp, shrink_[0] != 1 || shrink_[1] != 1)) return;
@@ -144,10 +144,10 @@ class RowWeights<T, Weights::softmax, kShifts> {
 
 // Sigmoid: p = 1 / (1 + e^-z), z = scale s + shift, times kScale<T>. No sums over rows.
 template <typename T, int kShifts>
-class RowWeights<T, Weights::sigmoid, kShifts> {
+class Sm90ScoreMap<T, Weights::sigmoid, kShifts> {
  public:
   template <typename... Shifts>
-  __device__ RowWeights(const Sm90Scores& plan, Shifts... shifts)
+  __device__ Sm90ScoreMap(const Sm90Scores& plan, Shifts... shifts)
       : plan_(plan), offset_{shifts...} {
     static_assert(sizeof...(Shifts) == kShifts);
 #pragma unroll
@@ -160,7 +160,7 @@ class RowWeights<T, Weights::sigmoid, kShifts> {
   }
 
   template <int kCount>
-  __device__ __forceinline__ void weigh(float (&s)[kCount]) const {
+  __device__ __forceinline__ void apply_map(float (&s)[kCount]) const {
 #pragma unroll
     for (int i = 0; i < kCount; i += kStep) weigh_step(reinterpret_cast<float (&)[kStep]>(s[i]));
   }
