@@ -32,7 +32,7 @@ __device__ __forceinline__ bool sees_pair(const PairMask& mask, int64_t b, int64
 }
 
 // Visibility of a block's pairs: some, all. all without some does not occur.
-struct Sight {
+struct Visibility {
   bool some, all;
 };
 
@@ -51,31 +51,31 @@ struct HeadMask {
 
   // Visibility of the block of kBoundRows or fewer queries from `query` on and keys from `key` on.
   // Conservative: may report hidden pairs as visible, never visible ones as hidden.
-  __device__ __forceinline__ Sight sight(int query, int key, int keys) const {
+  __device__ __forceinline__ Visibility visibility(int query, int key, int keys) const {
     constexpr int kRows = static_cast<int>(kBoundRows);
     const int first = s.q_start + query;
     const int last = s.q_start + min(query + kRows, s.q_length) - 1;
     const int key_end = min(key + keys, s.k_length);
-    Sight sight{true, true};
+    Visibility visibility{true, true};
     if (mask.ranges) {
       const PairBounds* of = bounds.ranges + b * bounds.ranges_batch + h * bounds.ranges_head;
       const int count = static_cast<int>(mask.count);
-      sight = {false, false};
+      visibility = {false, false};
 #pragma unroll 1
       for (int r = 0; r < count; ++r) {
         const PairBounds x = of_rows(of + r, count, first, last);
-        sight.some |= x.min_first < key_end && x.max_last > key;
-        sight.all |= x.max_first <= key && x.min_last >= key_end;
+        visibility.some |= x.min_first < key_end && x.max_last > key;
+        visibility.all |= x.max_first <= key && x.min_last >= key_end;
       }
     }
     if (mask.q_spans) {
       const PairBounds q = of_rows(bounds.q_spans + b * bounds.q_spans_batch, 1, first, last);
       const PairBounds k = of_rows(bounds.k_spans + b * bounds.k_spans_batch, 1, s.k_start + key,
                                    s.k_start + key_end - 1);
-      sight.some &= q.min_first <= k.max_last && k.min_first <= q.max_last;
-      sight.all &= q.max_first <= k.min_last && k.max_first <= q.min_last;
+      visibility.some &= q.min_first <= k.max_last && k.min_first <= q.max_last;
+      visibility.all &= q.max_first <= k.min_last && k.max_first <= q.min_last;
     }
-    return sight;
+    return visibility;
   }
 
  private:
@@ -102,7 +102,7 @@ __device__ __forceinline__ bool any_sees(const PairMask& mask, const MaskBounds&
   for (int i = threadIdx.x % kWarpSize; i < blocks; i += kWarpSize) {
     const int q = query + i % of_head / in_row * kRows, k = key + i % in_row * kRows;
     if (q < s.q_length && k < s.k_length)
-      some |= HeadMask{mask, bounds, b, head + i / of_head, s}.sight(q, k, kRows).some;
+      some |= HeadMask{mask, bounds, b, head + i / of_head, s}.visibility(q, k, kRows).some;
   }
   return __any_sync(kFullWarp, some);
 }

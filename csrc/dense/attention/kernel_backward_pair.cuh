@@ -419,12 +419,14 @@ struct PairWorker {
   __device__ __forceinline__ unsigned shown_blocks(const Mod& score_mod, int column,
                                                    unsigned active) const {
     if (!p.mask.any()) return active | active << kWholeAt;
-    Sight sight{false, false};
+    Visibility visibility{false, false};
     if (lane < kTiles && active >> lane & 1) {
       const int row = first_row + 16 * lane;
-      sight = mask_of(score_mod).sight(kKeys ? column : row, kKeys ? row : column, Shape::kStep);
+      visibility =
+          mask_of(score_mod).visibility(kKeys ? column : row, kKeys ? row : column, Shape::kStep);
     }
-    return __ballot_sync(kFullWarp, sight.some) | __ballot_sync(kFullWarp, sight.all) << kWholeAt;
+    return __ballot_sync(kFullWarp, visibility.some) | __ballot_sync(kFullWarp, visibility.all)
+                                                           << kWholeAt;
   }
 
   // Runs the tiles of a stage, whose first column is `first`.

@@ -146,11 +146,11 @@ class ForwardWarp {
     const WarpPlace own = place();
     const int lane = threadIdx.x % kWarpSize, row = own.first + lane % kRowTiles * 16;
     const int key = key0 + lane / kRowTiles * kMaskedKeys;
-    Sight sight{false, false};
+    Visibility visibility{false, false};
     if (key < min(key0 + Shape::kTileKeys, own.band.columns) && row <= own.last)
-      sight = mask_of(own).sight(row, key, kMaskedKeys);
-    const unsigned some = __ballot_sync(kFullWarp, sight.some);
-    const unsigned all = __ballot_sync(kFullWarp, sight.all);
+      visibility = mask_of(own).visibility(row, key, kMaskedKeys);
+    const unsigned some = __ballot_sync(kFullWarp, visibility.some);
+    const unsigned all = __ballot_sync(kFullWarp, visibility.all);
     if (lane == 0) store_shared(sights_address(key0), some | all << 16);
     __syncwarp();
   }

@@ -55,12 +55,12 @@ class Sm90QueryRows {
     for (unsigned tile = 0;; ++tile) {
       const Stage<Shape> stage(tile);
       shared_.k_full[stage.index].wait(stage.parity);
-      const TileMask sight = shared_.sight[stage.index];
-      if (sight.end < 0) break;
-      if (unit.queries <= 0 || !sight.any<kRows>(first))
+      const TileMask visibility = shared_.visibility[stage.index];
+      if (visibility.end < 0) break;
+      if (unit.queries <= 0 || !visibility.any<kRows>(first))
         skip_tile(stage);
       else
-        add_tile(stage, sight, first);
+        add_tile(stage, visibility, first);
     }
     if (unit.queries <= 0) return;
     const uint32_t staged = shared_address(rows_.q);
@@ -78,7 +78,7 @@ class Sm90QueryRows {
     release(shared_.v_empty[stage.index]);
   }
 
-  __device__ __forceinline__ void add_tile(const Stage<Shape>& stage, const TileMask& sight,
+  __device__ __forceinline__ void add_tile(const Stage<Shape>& stage, const TileMask& visibility,
                                            int first) {
     const uint32_t k = shared_address(shared_.k[stage.index]);
     float scores[1 + kEarly][kKeys / 2];
@@ -94,8 +94,8 @@ class Sm90QueryRows {
     };
     if constexpr (kEarly) start_dp();
     wait_for_product<kEarly ? 1 : 0>(s);
-    const bool cut = !sight.all<kRows>(first);
-    if (cut) sight.bounds(first, 2 * static_cast<int>(threadIdx.x % 4)).hide(s, true, true);
+    const bool cut = !visibility.all<kRows>(first);
+    if (cut) visibility.bounds(first, 2 * static_cast<int>(threadIdx.x % 4)).hide(s, true, true);
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i) {
       // P = 2^(factor S - lse)

@@ -30,7 +30,7 @@ struct Sm90KeyShape {
 // Queries of a tile: its columns are `count` queries from position `first` on. If `listed`, the
 // queries list the key block and see all its keys, up to the causal mask; else they see only sink
 // and recent keys. count < 0 marks the end of the stream.
-struct alignas(16) QuerySight {
+struct alignas(16) QueryMask {
   int first, count, listed, padding;
 };
 
@@ -55,7 +55,7 @@ struct alignas(1024) Sm90KeyShared {
   char dout[Shape::kStages][Shape::kTileBytes];
   float minus_lse[Shape::kStages][Shape::kTileQueries];
   float minus_delta[Shape::kStages][Shape::kTileQueries];
-  QuerySight sight[Shape::kStages];
+  QueryMask visibility[Shape::kStages];
   RequestKeyTile tile;  // kept here to save registers
   Sm90Queries queries;
   Mbarrier keys_full, part_full;  // part_full: tiles with rows to be zeroed before use
@@ -99,7 +99,7 @@ class Sm90QueryLoader {
     const Stage<Shape> stage(tiles_);
     wait_as_warp(shared_.empty[stage.index], stage.parity ^ 1);
     if (!issues()) return;
-    shared_.sight[stage.index] = {0, -1, 0, 0};
+    shared_.visibility[stage.index] = {0, -1, 0, 0};
     shared_.full[stage.index].arrive();
   }
 
@@ -181,7 +181,7 @@ class Sm90QueryLoader {
     Mbarrier& full = cleared ? shared_.part_full : shared_.full[s];
     if (issues()) {
       const BoxPlace at{row, head, queries_.b};
-      shared_.sight[s] = {position, count, listed, 0};
+      shared_.visibility[s] = {position, count, listed, 0};
       full.arrive_expecting(2 * Shape::kTileBytes);
       load_boxes<kQueries, kHeadDim>(d_.query_map, at, shared_.q[s], full);
       load_boxes<kQueries, kHeadDim>(d_.dout_map, at, shared_.dout[s], full);
@@ -224,9 +224,9 @@ class Sm90KeyRows {
     for (unsigned tile = 0;; ++tile) {
       const Stage<Shape> stage(tile);
       shared_.full[stage.index].wait(stage.parity);
-      const QuerySight sight = shared_.sight[stage.index];
-      if (sight.count < 0) break;
-      add_tile(stage.index, sight);
+      const QueryMask visibility = shared_.visibility[stage.index];
+      if (visibility.count < 0) break;
+      add_tile(stage.index, visibility);
       release(shared_.empty[stage.index]);
     }
     store();
@@ -234,7 +234,7 @@ class Sm90KeyRows {
 
  private:
   // True if all queries of the tile see all keys.
-  __device__ bool all_seen(const QuerySight& q) const {
+  __device__ bool all_seen(const QueryMask& q) const {
     const int last = tile_.first + kKeys - 1;
     if (tile_.seen < kKeys || q.count < kQueries || (d_.causal && q.first < last)) return false;
     return q.listed || last < d_.num_sink ||
@@ -243,7 +243,7 @@ class Sm90KeyRows {
 
   // For each of this thread's two keys, the queries that see it, in columns relative to the
   // thread's first one.
-  __device__ __forceinline__ RowBounds bounds(const QuerySight& q) const {
+  __device__ __forceinline__ RowBounds bounds(const QueryMask& q) const {
     const int own = 2 * static_cast<int>(threadIdx.x % 4);
     RowBounds r;
 #pragma unroll
@@ -259,7 +259,7 @@ class Sm90KeyRows {
     return r;
   }
 
-  __device__ __forceinline__ void add_tile(int stage, const QuerySight& sight) {
+  __device__ __forceinline__ void add_tile(int stage, const QueryMask& visibility) {
     const uint32_t q = shared_address(shared_.q[stage]);
     const uint32_t dout = shared_address(shared_.dout[stage]);
     const uint32_t own = threadIdx.x % 4 * 8;
@@ -274,8 +274,8 @@ class Sm90KeyRows {
     };
     if constexpr (kEarly) start_dp();
     wait_for_product<kEarly ? 1 : 0>(s);
-    const bool cut = !all_seen(sight);
-    if (cut) bounds(sight).hide(s, true, true);
+    const bool cut = !all_seen(visibility);
+    if (cut) bounds(visibility).hide(s, true, true);
     unroll<kQueries / 8>([&](auto n) {
       const float2 lse = load_float2<n * 32>(shared_address(shared_.minus_lse[stage]) + own);
       unroll<2>([&](auto h) {

@@ -59,7 +59,7 @@ class Consumer {
   __device__ __forceinline__ TileMask await_keys(unsigned number) const {
     const Stage<Shape> stage(number);
     shared_.k_full[stage.index].wait(stage.parity);
-    return shared_.sight[stage.index];
+    return shared_.visibility[stage.index];
   }
 
   __device__ __forceinline__ void skip_tile() {

@@ -29,7 +29,7 @@ class Sm90Loader {
     const Stage<Shape> stage(tiles_);
     wait_as_warp(shared_.k_empty[stage.index], stage.parity ^ 1);
     if (!issues()) return;
-    shared_.sight[stage.index] = {0, -1, 0, 0};
+    shared_.visibility[stage.index] = {0, -1, 0, 0};
     shared_.k_full[stage.index].arrive();
   }
 
@@ -120,20 +120,20 @@ class Sm90Loader {
     const AttentionParams& p = d_.attention;
     const BoxPlace at{block_.key_start + key0, static_cast<int>(d_.kv_head(number_.head)),
                       p.cu_seqlens_k ? 0 : block_.request};
-    const TileMask sight{max(by.begin - key0, 0), min(by.end - key0, kKeys), by.low - key0,
-                         by.high - key0};
+    const TileMask visibility{max(by.begin - key0, 0), min(by.end - key0, kKeys), by.low - key0,
+                              by.high - key0};
     wait_as_warp(shared_.k_empty[i], stage.parity ^ 1);
-    const bool cleared = Shape::kGradient && (sight.begin > 0 || sight.end < kKeys);
+    const bool cleared = Shape::kGradient && (visibility.begin > 0 || visibility.end < kKeys);
     Mbarrier& full = cleared ? shared_.part_full : shared_.k_full[i];
     if (issues()) {
-      shared_.sight[i] = sight;
+      shared_.visibility[i] = visibility;
       full.arrive_expecting(Shape::kKeyBytes);
       load_boxes<kKeys, kHeadDim>(d_.key_map, at, shared_.k[i], full);
     }
     if (cleared) {
       wait_as_warp(full, parts_++ % 2);
-      clear_rows<kKeys, kHeadDim>(shared_.k[i], 0, sight.begin);
-      clear_rows<kKeys, kHeadDim>(shared_.k[i], sight.end);
+      clear_rows<kKeys, kHeadDim>(shared_.k[i], 0, visibility.begin);
+      clear_rows<kKeys, kHeadDim>(shared_.k[i], visibility.end);
       fence_stores();
       __syncwarp();
       if (issues()) shared_.k_full[i].arrive();

@@ -53,7 +53,7 @@ struct alignas(16) TileMask {
 
 // Shared memory of a CTA. A `full` barrier completes its phase when the copies into its stage have
 // landed, an `empty` barrier when all consumer warps have released the stage. The mask of a tile
-// (`sight`) is published with its K stage.
+// (`visibility`) is published with its K stage.
 template <typename Shape>
 struct alignas(1024) Sm90Shared {
   struct alignas(1024) Rows {
@@ -65,7 +65,7 @@ struct alignas(1024) Sm90Shared {
   Mbarrier q_full, part_full;  // part_full: tiles with rows to be zeroed before use
   Mbarrier k_full[Shape::kStages], k_empty[Shape::kStages];
   Mbarrier v_full[Shape::kStages], v_empty[Shape::kStages];
-  TileMask sight[Shape::kStages];
+  TileMask visibility[Shape::kStages];
 
   static constexpr int bytes(int warpgroups) {
     return static_cast<int>(sizeof(Sm90Shared) + warpgroups * sizeof(Rows));
