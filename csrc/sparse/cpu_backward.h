@@ -10,8 +10,8 @@
 #include <cstring>
 #include <optional>
 
+#include "attention/cpu_backward_operands.h"
 #include "cpu/parallel.h"
-#include "dense/attention/cpu_backward_operands.h"
 #include "sparse/cpu_walk.h"
 
 namespace tokenmill::TOKENMILL_ISA {

@@ -9,9 +9,9 @@
 #include <optional>
 #include <utility>
 
+#include "attention/cpu_weights.h"
 #include "core/knobs.h"
 #include "cpu/parallel.h"
-#include "dense/attention/cpu_weights.h"
 #include "sparse/cpu_key_vectors.h"
 
 namespace tokenmill::TOKENMILL_ISA {

@@ -3,7 +3,7 @@
 // of a row of a list are consecutive places, and so are the keys of an entry. A `Walk` maps places
 // to tensor rows and lists to keys.
 #pragma once
-#include "dense/attention/cpu_scores.h"
+#include "attention/cpu_scores.h"
 #include "sparse/listed.h"
 
 namespace tokenmill::TOKENMILL_ISA {

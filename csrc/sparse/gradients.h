@@ -1,7 +1,7 @@
 // Host code shared by attention operators on [B, S, H, D] with gradients for q, k and v.
 #pragma once
+#include "attention/score_mod.h"
 #include "core/qkv.h"
-#include "dense/score_mod.h"
 
 namespace tokenmill {
 

@@ -1,6 +1,6 @@
 // Attention of queries to listed keys. Free of torch.
 #pragma once
-#include "dense/attention/params.h"
+#include "attention/params.h"
 #include "sparse/block_list.h"
 
 namespace tokenmill {

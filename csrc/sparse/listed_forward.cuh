@@ -1,8 +1,8 @@
 // Forward of attention over lists. A CTA owns a tile of queries that share a list; the keys that
 // any of them sees are gathered into full tiles and stream through two stages of shared memory.
 #pragma once
-#include "cuda/attention/epilogue.cuh"
-#include "cuda/attention/score_mod.cuh"
+#include "attention/epilogue.cuh"
+#include "attention/score_mod.cuh"
 #include "sparse/listed_keys.cuh"
 #include "sparse/listed_products.cuh"
 

@@ -1,10 +1,10 @@
 // One warp of the backward: 16 or 32 rows of queries or keys, and the products that they take part
 // in.
 #pragma once
+#include "attention/mask.cuh"
+#include "attention/score_mod_backward.cuh"
 #include "cuda/arch/ldmatrix.cuh"
 #include "cuda/arch/mma_sm80.cuh"
-#include "cuda/attention/mask.cuh"
-#include "cuda/attention/score_mod_backward.cuh"
 #include "sparse/listed_keys.cuh"
 
 namespace tokenmill::cuda {

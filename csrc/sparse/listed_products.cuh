@@ -1,11 +1,11 @@
 // One warp of the forward of attention over lists: S = Q K^T for a step of keys, softmax,
 // and O += P V. The mask is supplied by the caller.
 #pragma once
-#include "cuda/attention/masked_values.cuh"
-#include "cuda/attention/online_softmax.cuh"
-#include "cuda/attention/qk.cuh"
-#include "cuda/attention/stage_addresses.cuh"
-#include "cuda/attention/tile_shape.cuh"
+#include "attention/masked_values.cuh"
+#include "attention/online_softmax.cuh"
+#include "attention/qk.cuh"
+#include "attention/stage_addresses.cuh"
+#include "attention/tile_shape.cuh"
 #include "cuda/load_tile.cuh"
 
 namespace tokenmill::cuda {

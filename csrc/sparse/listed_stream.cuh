@@ -1,9 +1,9 @@
 // Streams rows of two tensors, from arbitrary addresses, through two stages of shared memory.
 // Addresses are looked up two tiles ahead.
 #pragma once
-#include "cuda/attention/gmem_to_smem.cuh"
-#include "cuda/attention/sequence.cuh"
-#include "cuda/attention/tile_shape.cuh"
+#include "attention/gmem_to_smem.cuh"
+#include "attention/sequence.cuh"
+#include "attention/tile_shape.cuh"
 
 namespace tokenmill::cuda {
 

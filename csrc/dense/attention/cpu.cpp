@@ -2,12 +2,12 @@
 // score map is applied in the registers of S = Q K^T, and P goes to P V through L1.
 #include <cstring>
 
+#include "attention/cpu_weights.h"
 #include "core/knobs.h"
 #include "cpu/parallel.h"
 #include "dense/attention/cpu_few_rows.h"
 #include "dense/attention/cpu_mask_forward.h"
 #include "dense/attention/cpu_packed_head.h"
-#include "dense/attention/cpu_weights.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {

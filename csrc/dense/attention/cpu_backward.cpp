@@ -12,11 +12,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "attention/cpu_backward_operands.h"
+#include "attention/cpu_kinds.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
-#include "dense/attention/cpu_backward_operands.h"
 #include "dense/attention/cpu_bias_backward.h"
-#include "dense/attention/cpu_kinds.h"
 #include "dense/attention/cpu_mask_backward.h"
 
 namespace tokenmill::TOKENMILL_ISA {

@@ -1,6 +1,6 @@
 // Columns of a bias and of dbias, for the backward CPU kernel: lanes are queries.
 #pragma once
-#include "dense/attention/cpu_scores.h"
+#include "attention/cpu_scores.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 

@@ -1,8 +1,8 @@
 // Mask of key tiles against blocks of queries, for the backward CPU kernel, whose lanes are
 // queries.
 #pragma once
-#include "dense/attention/cpu_backward_operands.h"
-#include "dense/attention/cpu_mask.h"
+#include "attention/cpu_backward_operands.h"
+#include "attention/cpu_mask.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 

@@ -1,7 +1,7 @@
 // Mask of a query tile against panels of keys, for the forward CPU kernel.
 #pragma once
-#include "dense/attention/cpu_mask.h"
-#include "dense/attention/cpu_weights.h"
+#include "attention/cpu_mask.h"
+#include "attention/cpu_weights.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 

@@ -1,9 +1,9 @@
 // B operands of the forward: packed keys and values of one head, from a tensor or a KV cache.
 #pragma once
+#include "attention/cpu_weights.h"
 #include "cpu/element_bytes.h"
 #include "cpu/float8.h"
 #include "cpu/workspace.h"
-#include "dense/attention/cpu_weights.h"
 #include "dense/attention_decode/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {

@@ -1,8 +1,8 @@
+#include "attention/mask_bounds.cuh"
 #include "core/knobs.h"
 #include "cuda/refuse.cuh"
 #include "dense/attention/choose_sm90.h"
 #include "dense/attention/kernel.cuh"
-#include "dense/attention/kernel_mask.cuh"
 
 namespace tokenmill {
 namespace cuda {

@@ -1,9 +1,9 @@
+#include "attention/backward_rows.cuh"
+#include "attention/backward_statistics.cuh"
+#include "attention/mask_bounds.cuh"
 #include "core/knobs.h"
 #include "cuda/capability.h"
 #include "dense/attention/kernel_backward_launch.cuh"
-#include "dense/attention/kernel_backward_rows.cuh"
-#include "dense/attention/kernel_backward_statistics.cuh"
-#include "dense/attention/kernel_mask.cuh"
 #include "dense/attention/launch_backward_sm90.h"
 
 namespace tokenmill {

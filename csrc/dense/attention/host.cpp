@@ -1,13 +1,13 @@
 #include <limits>
 
+#include "attention/band.h"
+#include "attention/mask_bounds.h"
+#include "attention/score_mod.h"
 #include "core/parts.h"
 #include "core/qkv.h"
 #include "core/stream.h"
 #include "core/written.h"
-#include "dense/attention/band.h"
-#include "dense/attention/mask_bounds.h"
 #include "dense/attention/params_backward_sm90.h"
-#include "dense/score_mod.h"
 
 namespace tokenmill {
 namespace {

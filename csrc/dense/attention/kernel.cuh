@@ -3,8 +3,8 @@
 // memory; the warps of a CTA are split among the query heads of a GQA group, which share the tiles.
 // The host side, which plans the grid and launches an instance, follows the kernel.
 #pragma once
+#include "attention/gmem_to_smem.cuh"
 #include "core/kv_cache.h"
-#include "cuda/attention/gmem_to_smem.cuh"
 #include "cuda/launch.cuh"
 #include "dense/attention/head_dim.cuh"
 #include "dense/attention/kernel_float8.cuh"

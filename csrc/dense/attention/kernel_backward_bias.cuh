@@ -1,7 +1,7 @@
 // dbias of a broadcast bias: a CTA owns a tile of it and sums dS, in a fixed order, over the
 // sequences, heads, queries or keys that share it. S and dP are recomputed.
 #pragma once
-#include "dense/attention/kernel_backward_shape.cuh"
+#include "attention/backward_shape.cuh"
 
 namespace tokenmill::cuda {
 

@@ -13,7 +13,7 @@
 // could hold both operands and both accumulators. P goes to the dS warp, and on the queries' side
 // dS to the S warp, through shared memory, each lane's own elements, in accumulator order.
 #pragma once
-#include "dense/attention/kernel_backward_shape.cuh"
+#include "attention/backward_shape.cuh"
 
 namespace tokenmill::cuda {
 

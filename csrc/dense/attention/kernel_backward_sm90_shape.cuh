@@ -2,10 +2,10 @@
 #pragma once
 #include <type_traits>
 
+#include "attention/mask.cuh"
 #include "cuda/arch/sm90/mbarrier.cuh"
 #include "cuda/arch/sm90/tensor_map.h"
 #include "cuda/arch/sm90/warpgroup.cuh"
-#include "cuda/attention/mask.cuh"
 #include "cuda/warp.cuh"
 #include "dense/attention/launch_backward_sm90.h"
 

@@ -2,10 +2,10 @@
 // warpgroup. Accumulators are keys by queries: element 4 n + 2 h + i of a lane belongs to its key h
 // and to column 8 n + i from its first one on.
 #pragma once
+#include "attention/backward_store.cuh"
+#include "attention/score_mod_backward.cuh"
 #include "cuda/arch/sm90/wgmma_columns.cuh"
-#include "cuda/attention/score_mod_backward.cuh"
 #include "dense/attention/kernel_backward_sm90_shape.cuh"
-#include "dense/attention/kernel_backward_store.cuh"
 
 namespace tokenmill::cuda {
 

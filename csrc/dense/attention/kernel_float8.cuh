@@ -1,7 +1,7 @@
 // One warp of the forward over a float8_e4m3fn KV cache. Scales are applied to scores and weights
 // in float32.
 #pragma once
-#include "cuda/attention/float8_tile.cuh"
+#include "attention/float8_tile.cuh"
 #include "dense/attention/kernel_warp.cuh"
 
 namespace tokenmill::cuda {

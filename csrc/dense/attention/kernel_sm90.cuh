@@ -10,9 +10,9 @@
 #pragma once
 #include <numeric>
 
+#include "attention/epilogue_sm90.cuh"
+#include "attention/masked_values_sm90.cuh"
 #include "core/knobs.h"
-#include "cuda/attention/epilogue_sm90.cuh"
-#include "cuda/attention/masked_values_sm90.cuh"
 #include "cuda/launch.cuh"
 #include "dense/attention/kernel_sm90_shape.cuh"
 #include "dense/attention/launch_sm90.h"

@@ -1,11 +1,11 @@
 // Tile shapes, tile scheduler and shared memory of the sm_90a forward.
 #pragma once
+#include "attention/mask.cuh"
+#include "attention/score_map_sm90.cuh"
 #include "core/kv_cache.h"
 #include "cuda/arch/sm90/mbarrier.cuh"
 #include "cuda/arch/sm90/tensor_map.h"
 #include "cuda/arch/sm90/warpgroup.cuh"
-#include "cuda/attention/mask.cuh"
-#include "cuda/attention/score_map_sm90.cuh"
 
 namespace tokenmill::cuda {
 

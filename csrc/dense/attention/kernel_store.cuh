@@ -1,6 +1,6 @@
 // Epilogue of the sm_80 forward: from accumulators to rows of the output and their lse.
 #pragma once
-#include "cuda/attention/epilogue.cuh"
+#include "attention/epilogue.cuh"
 #include "dense/attention/kernel_warp.cuh"
 
 namespace tokenmill::cuda {

@@ -1,13 +1,13 @@
 // One warp of the sm_80 forward: its query rows, their weights for a step of keys, its output.
 #pragma once
-#include "cuda/attention/mask.cuh"
-#include "cuda/attention/online_softmax.cuh"
-#include "cuda/attention/pair_mask.cuh"
-#include "cuda/attention/qk.cuh"
-#include "cuda/attention/score_map.cuh"
-#include "cuda/attention/score_mod.cuh"
-#include "cuda/attention/stage_addresses.cuh"
-#include "cuda/attention/tile_shape.cuh"
+#include "attention/mask.cuh"
+#include "attention/online_softmax.cuh"
+#include "attention/pair_mask.cuh"
+#include "attention/qk.cuh"
+#include "attention/score_map.cuh"
+#include "attention/score_mod.cuh"
+#include "attention/stage_addresses.cuh"
+#include "attention/tile_shape.cuh"
 #include "cuda/load_tile.cuh"
 
 namespace tokenmill::cuda {

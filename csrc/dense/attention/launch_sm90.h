@@ -2,9 +2,9 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include "attention/score_map.cuh"
 #include "core/kv_cache.h"
 #include "cuda/arch/sm90/calls.h"
-#include "cuda/attention/score_map.cuh"
 #include "cuda/sequences.cuh"
 #include "dense/attention/head_dim.cuh"
 

@@ -1,5 +1,5 @@
 #pragma once
-#include "dense/attention/params.h"
+#include "attention/params.h"
 
 namespace tokenmill {
 

@@ -1,4 +1,4 @@
-#include "dense/attention/cpu_mask.h"
+#include "attention/cpu_mask.h"
 #include "dense/attention_decode/cpu_decode.h"
 
 namespace tokenmill::TOKENMILL_ISA {

@@ -21,8 +21,8 @@
 //   visible            number of keys that a query of a head sees, for Normalize::count
 //   keep, count        passes on the weights of a step; their use after normalisation
 #pragma once
-#include "dense/attention/cpu_epilogue.h"
-#include "dense/attention/cpu_kinds.h"
+#include "attention/cpu_epilogue.h"
+#include "attention/cpu_kinds.h"
 #include "dense/attention_decode/cpu_codes.h"
 #include "dense/attention_decode/cpu_plan.h"
 #include "dense/attention_decode/cpu_tiles.h"

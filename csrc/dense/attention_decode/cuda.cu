@@ -1,9 +1,9 @@
 #include <algorithm>
 
+#include "attention/mask_bounds.cuh"
 #include "core/knobs.h"
 #include "cuda/refuse.cuh"
 #include "dense/attention/choose_sm90.h"
-#include "dense/attention/kernel_mask.cuh"
 #include "dense/attention_decode/cuda_launch.cuh"
 #include "dense/attention_decode/launch_sm90.h"
 

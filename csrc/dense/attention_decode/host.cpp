@@ -2,11 +2,11 @@
 #include <map>
 #include <vector>
 
+#include "attention/score_mod.h"
 #include "core/kv_cache_checks.h"
 #include "core/stream.h"
 #include "core/written.h"
 #include "dense/attention_decode/params.h"
-#include "dense/score_mod.h"
 
 namespace tokenmill {
 namespace {

@@ -2,7 +2,7 @@
 // rows of a KV head. The CTA that finishes the last segment of an output tile merges all of them,
 // in order: no CTA waits, and the order of arrival does not change a bit.
 #pragma once
-#include "cuda/attention/gmem_to_smem.cuh"
+#include "attention/gmem_to_smem.cuh"
 #include "dense/attention_decode/kernel_merge.cuh"
 #include "dense/attention_decode/kernel_warp.cuh"
 

@@ -1,7 +1,7 @@
 // Scores of wide heads (latent caches): the warps of a CTA, which share the columns of V, split the
 // head dimension too.
 #pragma once
-#include "cuda/attention/qk.cuh"
+#include "attention/qk.cuh"
 
 namespace tokenmill::cuda {
 

@@ -1,8 +1,8 @@
 // Partial results of one output tile, merged in a fixed order: over the warps of a CTA, and over
 // segments of several CTAs.
 #pragma once
-#include "cuda/attention/epilogue.cuh"
-#include "cuda/attention/pair_mask.cuh"
+#include "attention/epilogue.cuh"
+#include "attention/pair_mask.cuh"
 #include "dense/attention_decode/kernel_shape.cuh"
 
 namespace tokenmill::cuda {

@@ -1,11 +1,11 @@
 // One warp's products for an output tile: S = Q K^T of 16 query rows and a step of keys, and O += P
 // V. Independent of what is done to the scores in between.
 #pragma once
-#include "cuda/attention/float8_tile.cuh"
-#include "cuda/attention/masked_values.cuh"
-#include "cuda/attention/online_softmax.cuh"
-#include "cuda/attention/qk.cuh"
-#include "cuda/attention/stage_addresses.cuh"
+#include "attention/float8_tile.cuh"
+#include "attention/masked_values.cuh"
+#include "attention/online_softmax.cuh"
+#include "attention/qk.cuh"
+#include "attention/stage_addresses.cuh"
 #include "dense/attention_decode/kernel_latent.cuh"
 #include "dense/attention_decode/kernel_shape.cuh"
 

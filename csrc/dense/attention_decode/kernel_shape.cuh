@@ -5,11 +5,11 @@
 // segments. A CTA takes one segment (split-KV), or all that fall into its share of the steps of all
 // output tiles (stream-K).
 #pragma once
+#include "attention/float8_tile.cuh"
+#include "attention/score_map.cuh"
+#include "attention/score_mod.cuh"
+#include "attention/tile_shape.cuh"
 #include "cuda/arch/mma_sm80.cuh"
-#include "cuda/attention/float8_tile.cuh"
-#include "cuda/attention/score_map.cuh"
-#include "cuda/attention/score_mod.cuh"
-#include "cuda/attention/tile_shape.cuh"
 #include "cuda/load_tile.cuh"
 #include "dense/attention_decode/params.h"
 

@@ -9,10 +9,10 @@
 // j+1. Segments that share an output tile leave partial sums in memory, and the CTA that finishes
 // last merges all of them, in order.
 #pragma once
+#include "attention/epilogue_sm90.cuh"
+#include "attention/mask.cuh"
+#include "attention/masked_values_sm90.cuh"
 #include "cuda/arch/sm90/tma.cuh"
-#include "cuda/attention/epilogue_sm90.cuh"
-#include "cuda/attention/mask.cuh"
-#include "cuda/attention/masked_values_sm90.cuh"
 #include "dense/attention_decode/cuda_plan.cuh"
 #include "dense/attention_decode/kernel_merge.cuh"
 #include "dense/attention_decode/kernel_sm90_shape.cuh"

@@ -3,9 +3,9 @@
 // All query rows of a KV head of a request are one output tile of at most 64 rows; its keys are cut
 // into segments, which are assigned to CTAs as in kernel_shape.cuh.
 #pragma once
+#include "attention/score_map_sm90.cuh"
 #include "cuda/arch/sm90/mbarrier.cuh"
 #include "cuda/arch/sm90/tensor_map.h"
-#include "cuda/attention/score_map_sm90.cuh"
 #include "dense/attention_decode/launch_sm90.h"
 
 namespace tokenmill::cuda {

@@ -1,6 +1,6 @@
 // Keys of attention_decode in a KV cache, and the masks and score_mod of its warps.
 #pragma once
-#include "cuda/attention/pair_mask.cuh"
+#include "attention/pair_mask.cuh"
 #include "dense/attention_decode/kernel_products.cuh"
 
 namespace tokenmill::cuda {

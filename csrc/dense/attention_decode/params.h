@@ -1,7 +1,7 @@
 #pragma once
+#include "attention/band.h"
+#include "attention/params.h"
 #include "core/kv_cache.h"
-#include "dense/attention/band.h"
-#include "dense/attention/params.h"
 
 namespace tokenmill {
 

@@ -2,8 +2,8 @@
 // keys]; everything with V columns is transposed: 16 columns of V are the rows of a fragment, so
 // that the state, which stays in accumulators, is itself an MMA operand.
 #pragma once
+#include "attention/masked_values.cuh"
 #include "cuda/arch/ldmatrix.cuh"
-#include "cuda/attention/masked_values.cuh"
 #include "linear/linear_attention/kernel_shape.cuh"
 
 namespace tokenmill::cuda::linear_attention {

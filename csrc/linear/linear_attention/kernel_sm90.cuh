@@ -8,10 +8,10 @@
 // 64 columns in its accumulators, transposed: converted to 16 bits, the state is the A operand of
 // its product with Q, and so is V as loaded by ldmatrix.
 #pragma once
+#include "attention/epilogue_sm90.cuh"
 #include "cuda/arch/sm90/tma.cuh"
 #include "cuda/arch/sm90/wgmma_columns.cuh"
 #include "cuda/arch/sm90/wgmma_rows.cuh"
-#include "cuda/attention/epilogue_sm90.cuh"
 #include "cuda/launch.cuh"
 #include "linear/linear_attention/kernel_decay.cuh"
 #include "linear/linear_attention/kernel_part.cuh"

@@ -3,10 +3,10 @@
 // computes row_max and row_sum; the second owns keys and accumulates weights. Both may split the
 // streamed dimension, depending only on shapes; small kernels combine the splits in order.
 #pragma once
+#include "attention/qk.cuh"
+#include "attention/stage_addresses.cuh"
+#include "attention/tile_shape.cuh"
 #include "cuda/arch/mma_sm80.cuh"
-#include "cuda/attention/qk.cuh"
-#include "cuda/attention/stage_addresses.cuh"
-#include "cuda/attention/tile_shape.cuh"
 #include "cuda/gumbel.cuh"
 #include "cuda/load_tile.cuh"
 #include "cuda/sequences.cuh"

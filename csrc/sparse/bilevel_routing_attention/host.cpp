@@ -1,4 +1,4 @@
-#include "dense/score_mod.h"
+#include "attention/score_mod.h"
 #include "sparse/bilevel_routing_attention/params.h"
 #include "sparse/checks.h"
 #include "sparse/device_backward.h"

@@ -1,7 +1,7 @@
 // Query tile of one region and the sequence of keys it sees: the keys of listed regions, one region
 // after the other.
 #pragma once
-#include "cuda/attention/epilogue.cuh"
+#include "attention/epilogue.cuh"
 #include "cuda/fast_divmod.cuh"
 #include "sparse/bilevel_routing_attention/params.h"
 #include "sparse/list_walk.cuh"

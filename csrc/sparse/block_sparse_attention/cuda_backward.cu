@@ -1,6 +1,6 @@
+#include "attention/backward_rows.cuh"
 #include "core/knobs.h"
 #include "cuda/capability.h"
-#include "dense/attention/kernel_backward_rows.cuh"
 #include "sparse/block_sparse_attention/cuda_requests_backward_launch.cuh"
 #include "sparse/block_sparse_attention/launch_backward_sm90.h"
 

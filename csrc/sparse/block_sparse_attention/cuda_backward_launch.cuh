@@ -1,6 +1,6 @@
 // Launches the backward kernels for one element type.
 #pragma once
-#include "dense/attention/kernel_backward_statistics.cuh"
+#include "attention/backward_statistics.cuh"
 #include "sparse/block_sparse_attention/cuda_plan.cuh"
 #include "sparse/block_sparse_attention/kernel_backward.cuh"
 

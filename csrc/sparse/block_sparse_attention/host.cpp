@@ -1,6 +1,6 @@
+#include "attention/score_mod.h"
 #include "core/kv_cache_checks.h"
 #include "core/written.h"
-#include "dense/score_mod.h"
 #include "select/checks.h"
 #include "sparse/block_sparse_attention/latent.h"
 #include "sparse/block_sparse_attention/requests.h"

@@ -7,8 +7,8 @@
 //
 // This file has the query-side kernel. Its grid and its producer warp are the forward's.
 #pragma once
-#include "cuda/attention/epilogue_sm90.cuh"
-#include "cuda/attention/masked_values_sm90.cuh"
+#include "attention/epilogue_sm90.cuh"
+#include "attention/masked_values_sm90.cuh"
 #include "sparse/block_sparse_attention/cuda_plan.cuh"
 #include "sparse/block_sparse_attention/kernel_backward_sm90_keys.cuh"
 #include "sparse/block_sparse_attention/kernel_sm90_loader.cuh"

@@ -5,10 +5,10 @@
 // consumer warpgroup computes. Accumulators are [keys, queries]: converted to 16 bits, they are the
 // A operands of dV and dK without a change of layout.
 #pragma once
+#include "attention/backward_store.cuh"
 #include "cuda/arch/sm90/tma.cuh"
 #include "cuda/arch/sm90/wgmma.cuh"
 #include "cuda/launch.cuh"
-#include "dense/attention/kernel_backward_store.cuh"
 #include "sparse/block_sparse_attention/kernel_requests_backward.cuh"
 #include "sparse/block_sparse_attention/kernel_sm90_shape.cuh"
 #include "sparse/block_sparse_attention/launch_backward_sm90.h"

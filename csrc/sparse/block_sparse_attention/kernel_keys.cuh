@@ -1,7 +1,7 @@
 // Query tile of a CTA and the sequence of keys it sees: sink keys, keys of listed blocks, recent
 // keys.
 #pragma once
-#include "cuda/attention/epilogue.cuh"
+#include "attention/epilogue.cuh"
 #include "sparse/block_sparse_attention/params.h"
 #include "sparse/listed_keys.cuh"
 

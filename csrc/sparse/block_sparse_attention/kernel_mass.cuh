@@ -4,12 +4,12 @@
 //
 //   mass_e = sum over rows r and keys j of e: 2^(t_rj - lse_r)
 #pragma once
+#include "attention/gmem_to_smem.cuh"
+#include "attention/qk.cuh"
+#include "attention/score_mod.cuh"
+#include "attention/stage_addresses.cuh"
+#include "attention/tile_shape.cuh"
 #include "cuda/arch/mma_sm80.cuh"
-#include "cuda/attention/gmem_to_smem.cuh"
-#include "cuda/attention/qk.cuh"
-#include "cuda/attention/score_mod.cuh"
-#include "cuda/attention/stage_addresses.cuh"
-#include "cuda/attention/tile_shape.cuh"
 #include "cuda/math.cuh"
 #include "sparse/block_sparse_attention/kernel_requests.cuh"
 #include "sparse/block_sparse_attention/mass.h"

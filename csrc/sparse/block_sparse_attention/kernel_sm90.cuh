@@ -8,8 +8,8 @@
 // key range and mask. A consumer warpgroup keeps S, P and O in registers. On unmasked tiles, Q K^T
 // of one tile and P V of the previous one overlap with the softmax.
 #pragma once
-#include "cuda/attention/epilogue_sm90.cuh"
-#include "cuda/attention/masked_values_sm90.cuh"
+#include "attention/epilogue_sm90.cuh"
+#include "attention/masked_values_sm90.cuh"
 #include "sparse/block_sparse_attention/cuda_plan.cuh"
 #include "sparse/block_sparse_attention/kernel_sm90_loader.cuh"
 #include "sparse/block_sparse_attention/launch_sm90.h"

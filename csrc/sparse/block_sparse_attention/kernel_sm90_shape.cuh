@@ -1,9 +1,9 @@
 // Tile shapes and shared memory of the sm_90a forward.
 #pragma once
+#include "attention/score_map_sm90.cuh"
 #include "cuda/arch/sm90/mbarrier.cuh"
 #include "cuda/arch/sm90/tensor_map.h"
 #include "cuda/arch/sm90/warpgroup.cuh"
-#include "cuda/attention/score_map_sm90.cuh"
 #include "sparse/block_sparse_attention/kernel_requests.cuh"
 
 namespace tokenmill::cuda::block_sparse_attention {

@@ -9,8 +9,8 @@
 // come from a separate pass over its keys.
 #include <cstring>
 
+#include "attention/cpu_weights.h"
 #include "cpu/parallel.h"
-#include "dense/attention/cpu_weights.h"
 #include "sparse/landmark_attention/cpu_tiles.h"
 
 namespace tokenmill::TOKENMILL_ISA {

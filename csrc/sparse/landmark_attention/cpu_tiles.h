@@ -1,7 +1,7 @@
 // Key tiles of the CPU kernels, and the scores of a tile against a panel of queries. Scores are
 // transposed, keys by queries, so that block statistics are vectors over queries.
 #pragma once
-#include "dense/attention/cpu_backward_operands.h"
+#include "attention/cpu_backward_operands.h"
 #include "sparse/landmark_attention/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {

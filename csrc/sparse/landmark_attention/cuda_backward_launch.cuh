@@ -1,6 +1,6 @@
 // Launches the backward for one element type.
 #pragma once
-#include "dense/attention/kernel_backward_statistics.cuh"
+#include "attention/backward_statistics.cuh"
 #include "sparse/landmark_attention/cuda_launch.cuh"
 #include "sparse/landmark_attention/kernel_backward.cuh"
 

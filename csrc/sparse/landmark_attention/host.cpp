@@ -1,5 +1,5 @@
+#include "attention/score_mod.h"
 #include "core/stream.h"
-#include "dense/score_mod.h"
 #include "sparse/gradients.h"
 #include "sparse/landmark_attention/params.h"
 

@@ -1,12 +1,12 @@
 // Forward. A CTA owns 64 queries of one head, 16 per warp; key tiles stream through shared memory.
 // A warp holds all scores of a tile at once, and thus whole blocks.
 #pragma once
-#include "cuda/attention/epilogue.cuh"
-#include "cuda/attention/gmem_to_smem.cuh"
-#include "cuda/attention/online_softmax.cuh"
-#include "cuda/attention/qk.cuh"
-#include "cuda/attention/stage_addresses.cuh"
-#include "cuda/attention/tile_shape.cuh"
+#include "attention/epilogue.cuh"
+#include "attention/gmem_to_smem.cuh"
+#include "attention/online_softmax.cuh"
+#include "attention/qk.cuh"
+#include "attention/stage_addresses.cuh"
+#include "attention/tile_shape.cuh"
 #include "cuda/sequences.cuh"
 #include "sparse/landmark_attention/kernel_blocks.cuh"
 #include "sparse/landmark_attention/params.h"

@@ -1,8 +1,8 @@
 // Causal attention with a grouped softmax over blocks, each weighted by its last token. Free of
 // torch.
 #pragma once
+#include "attention/params.h"
 #include "cpu/isa.h"
-#include "dense/attention/params.h"
 
 namespace tokenmill {
 

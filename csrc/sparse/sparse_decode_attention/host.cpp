@@ -1,7 +1,7 @@
+#include "attention/score_mod.h"
 #include "core/kv_cache_checks.h"
 #include "core/stream.h"
 #include "core/written.h"
-#include "dense/score_mod.h"
 #include "sparse/checks.h"
 #include "sparse/sparse_decode_attention/params.h"
 

@@ -1,8 +1,8 @@
 // Bounds of each kBoundRows rows of the mask arrays, computed before the attention kernels of a
 // masked call.
 #pragma once
+#include "attention/mask_bounds.h"
 #include "cuda/launch.cuh"
-#include "dense/attention/mask_bounds.h"
 
 namespace tokenmill::cuda {
 

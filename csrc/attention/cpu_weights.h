@@ -3,8 +3,8 @@
 #pragma once
 #include <type_traits>
 
+#include "attention/cpu_kinds.h"
 #include "cpu/workspace.h"
-#include "dense/attention/cpu_kinds.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 

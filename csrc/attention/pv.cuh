@@ -1,7 +1,7 @@
 // O += P V for one warp and a step of values in shared memory.
 #pragma once
+#include "attention/masked_values.cuh"
 #include "cuda/arch/mma_sm80.cuh"
-#include "cuda/attention/masked_values.cuh"
 #include "cuda/math.cuh"
 #include "cuda/unroll.cuh"
 #include "cuda/warp.cuh"

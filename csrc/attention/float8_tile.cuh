@@ -1,8 +1,8 @@
 // Tiles of a float8_e4m3fn KV cache: codes are converted on the way from one shared-memory tile to
 // another; K scales are applied to scores, V scales to weights.
 #pragma once
+#include "attention/pv.cuh"
 #include "cuda/arch/shared_memory.cuh"
-#include "cuda/attention/pv.cuh"
 #include "cuda/float8.cuh"
 #include "cuda/load_tile.cuh"
 #include "cuda/tile.cuh"

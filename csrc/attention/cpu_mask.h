@@ -2,8 +2,8 @@
 // at one position, so both rules become one: the spans of query and key intersect, in positions and
 // in ids. Hulls of spans decide what a tile of pairs sees before it is multiplied.
 #pragma once
+#include "attention/params.h"
 #include "cpu/simd.h"
-#include "dense/attention/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 

@@ -1,7 +1,7 @@
 // Bounds of each 16 rows of the mask arrays. With them the CUDA kernels skip fully masked blocks of
 // queries and keys, and do not test the pairs of fully visible ones.
 #pragma once
-#include "dense/attention/params.h"
+#include "attention/params.h"
 
 namespace tokenmill {
 

@@ -1,6 +1,6 @@
 // score_mod: from q.k to the logit by scale, softcap, bias, ALiBi and the constant of a head.
 #pragma once
-#include "cuda/attention/sequence.cuh"
+#include "attention/sequence.cuh"
 #include "cuda/math.cuh"
 
 namespace tokenmill::cuda {

@@ -1,7 +1,7 @@
 // Normalisation of a row at its end.
 #pragma once
+#include "attention/params.h"
 #include "cuda/math.cuh"
-#include "dense/attention/params.h"
 
 namespace tokenmill::cuda {
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <type_traits>
 
-#include "dense/attention/cpu_scores.h"
+#include "attention/cpu_scores.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 

@@ -7,11 +7,11 @@
 #include <cmath>
 #include <limits>
 
+#include "attention/band.h"
+#include "attention/cpu_epilogue.h"
+#include "attention/params.h"
 #include "cpu/simd.h"
 #include "cpu/tile.h"
-#include "dense/attention/band.h"
-#include "dense/attention/cpu_epilogue.h"
-#include "dense/attention/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 

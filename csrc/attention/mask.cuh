@@ -1,7 +1,7 @@
 // Band masks: the range of columns that a row of scores sees, in int.
 #pragma once
-#include "cuda/attention/sequence.cuh"
-#include "dense/attention/band.h"
+#include "attention/band.h"
+#include "attention/sequence.cuh"
 
 namespace tokenmill::cuda {
 

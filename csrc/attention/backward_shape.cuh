@@ -2,15 +2,15 @@
 #pragma once
 #include <cstddef>
 
+#include "attention/backward_store.cuh"
+#include "attention/gmem_to_smem.cuh"
+#include "attention/mask.cuh"
+#include "attention/pair_mask.cuh"
+#include "attention/score_mod_backward.cuh"
 #include "cuda/arch/cp_async.cuh"
 #include "cuda/arch/ldmatrix.cuh"
 #include "cuda/arch/mma_sm80.cuh"
 #include "cuda/arch/opaque.cuh"
-#include "cuda/attention/gmem_to_smem.cuh"
-#include "cuda/attention/mask.cuh"
-#include "cuda/attention/pair_mask.cuh"
-#include "cuda/attention/score_mod_backward.cuh"
-#include "dense/attention/kernel_backward_store.cuh"
 
 namespace tokenmill::cuda {
 

@@ -3,8 +3,8 @@
 #pragma once
 #include <cmath>
 
+#include "attention/params.h"
 #include "core/qkv.h"
-#include "dense/attention/params.h"
 
 namespace tokenmill {
 

@@ -3,8 +3,8 @@
 #include <cmath>
 #include <limits>
 
+#include "attention/params.h"
 #include "cpu/simd.h"
-#include "dense/attention/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 

@@ -1,11 +1,11 @@
 // The warpgroup version, for sm_90a, of masked_values.cuh: NaN and infinity in values of a
 // shared-memory tile that a mask hides from some rows.
 #pragma once
+#include "attention/masked_values.cuh"
+#include "attention/score_map_sm90.cuh"
 #include "cuda/arch/sm90/tma.cuh"
 #include "cuda/arch/sm90/warpgroup.cuh"
 #include "cuda/arch/sm90/wgmma.cuh"
-#include "cuda/attention/masked_values.cuh"
-#include "cuda/attention/score_map_sm90.cuh"
 
 namespace tokenmill::cuda {
 

@@ -3,10 +3,10 @@
 // fully masked tiles nor multiply fully masked blocks, and test pairs only in blocks that the
 // bounds show to be neither fully masked nor fully visible.
 #pragma once
+#include "attention/mask_bounds.h"
+#include "attention/sequence.cuh"
 #include "cuda/arch/opaque.cuh"
-#include "cuda/attention/sequence.cuh"
 #include "cuda/warp.cuh"
-#include "dense/attention/mask_bounds.h"
 
 namespace tokenmill::cuda {
 

@@ -1,6 +1,6 @@
 // Postprocess kernel of the backward: sums over all pairs.
 #pragma once
-#include "dense/attention/kernel_backward_shape.cuh"
+#include "attention/backward_shape.cuh"
 
 namespace tokenmill::cuda {
 

@@ -2,8 +2,8 @@
 #pragma once
 #include <type_traits>
 
+#include "attention/params.h"
 #include "cuda/math.cuh"
-#include "dense/attention/params.h"
 
 namespace tokenmill::cuda {
 

@@ -1,6 +1,6 @@
 // Online softmax of one warp.
 #pragma once
-#include "cuda/attention/pv.cuh"
+#include "attention/pv.cuh"
 
 namespace tokenmill::cuda {
 

@@ -1,7 +1,7 @@
 // Packed operands of the backward CPU kernel: Q and dO of a head, K and V of a key tile.
 #pragma once
+#include "attention/cpu_scores.h"
 #include "cpu/workspace.h"
-#include "dense/attention/cpu_scores.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 

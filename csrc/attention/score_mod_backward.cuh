@@ -1,7 +1,7 @@
 // score_mod backward: from q.k to the weight of a pair and its derivatives.
 #pragma once
-#include "cuda/attention/score_map.cuh"
-#include "cuda/attention/score_mod.cuh"
+#include "attention/score_map.cuh"
+#include "attention/score_mod.cuh"
 
 namespace tokenmill::cuda {
 

@@ -1,7 +1,7 @@
 // Rows of the queries and keys of one sequence.
 #pragma once
+#include "attention/params.h"
 #include "cuda/sequences.cuh"
-#include "dense/attention/params.h"
 
 namespace tokenmill::cuda {
 

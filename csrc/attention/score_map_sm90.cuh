@@ -3,11 +3,11 @@
 #pragma once
 #include <algorithm>
 
+#include "attention/epilogue.cuh"
+#include "attention/online_softmax.cuh"
+#include "attention/score_map.cuh"
+#include "attention/score_mod.cuh"
 #include "cuda/arch/sm90/wgmma.cuh"
-#include "cuda/attention/epilogue.cuh"
-#include "cuda/attention/online_softmax.cuh"
-#include "cuda/attention/score_map.cuh"
-#include "cuda/attention/score_mod.cuh"
 
 namespace tokenmill::cuda {
 

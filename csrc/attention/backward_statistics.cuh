@@ -1,9 +1,9 @@
 // Preprocess kernel of the backward: row statistics.
 #pragma once
-#include "cuda/attention/epilogue.cuh"
+#include "attention/backward_shape.cuh"
+#include "attention/epilogue.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/vector.cuh"
-#include "dense/attention/kernel_backward_shape.cuh"
 
 namespace tokenmill::cuda {
 
