@@ -219,8 +219,14 @@ def rules(monkeypatch):
     ("name", "text", "found"),
     [
         ("csrc/a.cuh", "// TO" "DO: later\n", ["1: work mark TO" "DO"]),
-        ("csrc/a.h", "int XXXL;\n" * 500, []),
-        ("csrc/a.h", "int x;\n" * 501, ["501: more than 500 lines"]),
+        ("csrc/a.h", "int XXXL;\n" * 800, []),
+        ("csrc/a.h", "int x;\n" * 801, ["801: more than 800 lines"]),
+        (
+            "csrc/cuda/a.cuh",
+            '#include "cuda/b.cuh"\n#include "dense/attention/c.h"\n',
+            ["2: dense/attention/c.h belongs to an operator"],
+        ),
+        ("csrc/dense/attention/a.cuh", '#include "dense/attention/c.h"\n', []),
         ("triton_kernels/a.py", "x = tl.dot(a, b)\n", ["1: tl.dot without input_precision"]),
         ("triton_kernels/a.py", "x = tl.dot(\n    a,\n    b,\n    acc,\n) * s\n", ["1: tl.dot "]),
         ("triton_kernels/a.py", 'x = tl.dot(\n    a, b, input_precision="ieee"\n)\n', []),
