@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from tokenmill.bench import report
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES += [*ROOT.glob("ptxvm/*.md"), *sorted(ROOT.glob("ptxvm/docs/*.md"))]
 PERFORMANCE = ROOT / "docs" / "performance.md"
 RESULTS = sorted(ROOT.glob("bench/results/*.json"))
 sources = pytest.mark.skipif(not PAGES, reason="the documents are not beside the tests")
@@ -68,8 +70,29 @@ def test_the_code_of_the_page_on_serving_runs():
 
 @sources
 def test_pages_for_users_stay_short():
-    for name, most in (("README.md", 160), ("docs/performance.md", 200)):
+    for name, most in (("README.md", 99), ("CHANGELOG.md", 60), ("docs/performance.md", 200)):
         assert len((ROOT / name).read_text().splitlines()) <= most, name
+
+
+FAMILIES = ("dense", "linear", "sparse", "select", "tokens")
+OPERATOR = re.compile(r"^\| (`.*?`) \| .* \| (.*?) \| (∇?) ?\|$", re.MULTILINE)
+
+
+@sources
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_page_of_operators_names_each_function_once(family):
+    page = (ROOT / "docs/operators.md").read_text()
+    (section,) = re.findall(rf"^## {family.capitalize()}\n(.*?)(?=^## |\Z)", page, re.M | re.S)
+    rows = [(re.findall(r"`(\w+)`", row[0]), *row[1:]) for row in OPERATOR.findall(section)]
+    module = f"tokenmill.{family}."
+    public = [n for n in tm.__all__ if inspect.isfunction(getattr(tm, n))]
+    there = [n for n in public if getattr(tm, n).__module__.startswith(module)]
+    assert sorted(name for names, *_ in rows for name in names) == sorted(there)
+    for names, runs_as, gradients in rows:
+        specs = [tm.registry.ops().get(name) for name in names]
+        for name, spec in zip(names, specs, strict=True):
+            assert (runs_as == "kernels") == (spec is not None), name
+            assert spec is None or bool(gradients) == bool(spec.differentiable), name
 
 
 @sources

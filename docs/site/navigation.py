@@ -2,7 +2,7 @@
 
 NAVIGATION = {
     "First steps": ["start", "choose", "coming-from", "papers", "faq", "glossary"],
-    "Operators": ["dense", "linear", "sparse", "select", "tokens", "modules"],
+    "Operators": ["operators", "dense", "linear", "sparse", "select", "tokens", "modules"],
     "Guides": [
         "models",
         "generate",

@@ -36,7 +36,6 @@ PACKAGES = {
     "policies": "Policies of caches",
     "distributed": "Sequences on several ranks",
     "papers": "The index of papers",
-    "ptx": "CUDA kernels on a CPU",
     "testing": "Kernels against the float64 reference",
 }
 LANGUAGES = {".py": "python", ".cpp": "cpp", ".h": "cpp", ".cu": "cpp", ".cuh": "cpp"}
