@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,7 +100,23 @@ def test_the_page_of_operators_names_each_function_once(family):
 
 @sources
 @measured
-def test_the_tables_of_the_performance_page_are_those_of_the_results(tmp_path):
+def test_one_script_rewrites_every_generated_page(monkeypatch):
+    loader = importlib.machinery.SourceFileLoader("tables", str(ROOT / "ci" / "tables"))
+    tables = importlib.util.module_from_spec(importlib.util.spec_from_loader("tables", loader))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    loader.exec_module(tables)
+    for name, make in tables.PAGES.items():
+        page = (ROOT / name).read_text()
+        assert make(page) == page, f"{name}: run ci/tables"
+        assert make(re.sub(r"\n\| .* \| batch.*", "", page)) == page, name
+    pages = "".join(page.read_text() for page in PAGES)
+    generated = set(re.findall(r"(?:--update|>) (docs/[\w-]+\.md)", pages))
+    assert generated and generated <= set(tables.PAGES)
+
+
+@sources
+@measured
+def test_the_performance_page_is_updated_from_the_results(tmp_path):
     page = tmp_path / "performance.md"
     page.write_text(PERFORMANCE.read_text())
     assert main(["bench", "report", *map(str, RESULTS), "--update", str(page)]) == 0
