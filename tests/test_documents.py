@@ -7,6 +7,8 @@ import importlib.util
 import inspect
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -75,6 +77,30 @@ def test_the_code_of_the_page_on_serving_runs():
 def test_pages_for_users_stay_short():
     for name, most in (("README.md", 99), ("CHANGELOG.md", 60), ("docs/performance.md", 200)):
         assert len((ROOT / name).read_text().splitlines()) <= most, name
+
+
+@sources
+def test_the_diff_that_adds_an_argument_applies_and_its_reference_runs(tmp_path):
+    page = (ROOT / "docs" / "adding-an-argument.md").read_text()
+    (diff,) = re.findall(r"```diff\n(.*?)```", page, re.DOTALL)
+    for name in re.findall(r"^--- a/(.*)$", diff, re.MULTILINE):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    if (git := shutil.which("git")) is None:
+        pytest.skip("git applies the diff")
+    done = subprocess.run(
+        [git, "apply", "--verbose", "-"], input=diff, cwd=tmp_path, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    changed = tmp_path / "python/tokenmill/reference/dense/attention.py"
+    loader = importlib.machinery.SourceFileLoader("tokenmill.reference.dense.n", str(changed))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    q, k, v = torch.randn(3, 1, 8, 2, 16, dtype=torch.float64).unbind()
+    lower = tm.registry.ops()["attention"].lower
+    out, _ = module.attention(*lower(q, k, v), negate=True)
+    turned, _ = module.attention(*lower(-q, k, v), negate=False)
+    torch.testing.assert_close(out, turned, rtol=1e-12, atol=1e-12)
 
 
 FAMILIES = ("dense", "linear", "sparse", "select", "tokens")
