@@ -176,7 +176,7 @@ def api_index() -> str:
     titles = FAMILIES | {"tools": "The build and its backends"} | PACKAGES
     rows = "\n".join(titles)
     return (
-        "# API\n\nFunctions are those of `tokenmill`; *[source]* leads to their code. "
+        "# API\n\nFunctions are in `tokenmill`; *[source]* leads to their code. "
         "Every function also takes arrays of other libraries as `tokenmill.dlpack`.\n\n"
         f"```{{toctree}}\n:maxdepth: 2\n\n{rows}\n```\n"
     )
