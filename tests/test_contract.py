@@ -8,6 +8,7 @@ import inspect
 import re
 from contextlib import nullcontext
 
+import malformed
 import numpy as np
 import pytest
 import torch
@@ -25,13 +26,12 @@ from tokenmill.testing import map_tensors
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SAMPLES = [(spec, sample) for spec in registry.ops().values() for sample in spec.samples]
 SPECS = list(registry.ops().values())
-MALFORMED = [(spec, bad) for spec in SPECS for bad in spec.malformed]
+MALFORMED = [(spec, bad) for spec in SPECS for bad in malformed.calls(spec)]
 
 each_sample = pytest.mark.parametrize(
     ("spec", "sample"), SAMPLES, ids=[f"{spec.name}-{sample.name}" for spec, sample in SAMPLES]
 )
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
-
 
 INTERPRETERS = [b for b in ("triton", "emulated") if device_of(b) == "cpu"]
 # Programs run serially: only the launcher's use of the number of threads could differ.

@@ -1,7 +1,7 @@
 """Errors that name operator, argument, rule and value.
 
 csrc/core/check.h writes the same text for the native backends; tests/test_contract.py compares the
-two on every malformed call of the registry.
+two on every call of tests/malformed.
 """
 
 from __future__ import annotations

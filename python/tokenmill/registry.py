@@ -25,16 +25,6 @@ class Sample:
     forward_only: bool = False
 
 
-@dataclass(frozen=True)
-class Malformed:
-    """A call that every backend must refuse: `change` edits the arguments of a sample in place."""
-
-    name: str
-    error: str  # part of the message: argument, rule and value
-    change: Callable[[list[Any], dict[str, Any]], None]
-    values: bool = False  # whether it breaks a rule on values inside tensors, not on metadata
-
-
 AXES = {"b": "batch", "h": "heads", "r": "rows", "c": "channels"}
 
 
@@ -102,7 +92,7 @@ class OpSpec:
     as_packed(q, k, v, kwargs) converts a call on jagged nested tensors to packed sequences.
     written names the arguments of the public function that some call writes into, if they differ
     from the schema's.
-    samples and malformed come from the module <name>_cases next to the operator's, which only tests
+    samples come from the module <name>_cases next to the operator's, which only tests
     and tools load.
     """
 
@@ -137,18 +127,13 @@ class OpSpec:
 
     @functools.cached_property
     def samples(self) -> tuple[Sample, ...]:
-        return self._cases().SAMPLES
-
-    @functools.cached_property
-    def malformed(self) -> tuple[Malformed, ...]:
-        return self._cases().MALFORMED
+        module = importlib.import_module(f"{__package__}.{self.family}.{self.name}_cases")
+        found: tuple[Sample, ...] = module.SAMPLES
+        return found
 
     def gradients_of(self, sample: Sample) -> tuple[str, ...]:
         """The arguments with a gradient in calls like the sample."""
         return () if sample.forward_only else self.differentiable
-
-    def _cases(self) -> Any:
-        return importlib.import_module(f"{__package__}.{self.family}.{self.name}_cases")
 
     @property
     def splits_along(self) -> str:

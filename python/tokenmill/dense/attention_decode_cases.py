@@ -1,4 +1,4 @@
-"""Sample calls of attention_decode; attention_decode_malformed has the malformed ones."""
+"""Sample calls of attention_decode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..registry import Sample
 from .attention_cases import Arguments, with_options
-from .attention_decode_malformed import MALFORMED as MALFORMED
 from .attention_draws import draw_masks, draw_ranges, draw_segments, draw_tensor
 
 

@@ -1,4 +1,4 @@
-"""Samples and malformed calls of attention_row_scores."""
+"""Sample calls of attention_row_scores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..registry import Malformed, Sample
+from ..registry import Sample
 
 
 def _sample(
@@ -35,10 +35,6 @@ def _sample(
     return make
 
 
-def _with_lse(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Any:
-    return lambda a, k: k.update(lse=torch.zeros(shape, dtype=dtype))
-
-
 SAMPLES = (
     Sample("class token", _sample(n=197, h=3, hk=3, d=64, skip=1)),
     Sample("lse", _sample(r=2, with_lse=True, reduce="sum")),
@@ -59,45 +55,4 @@ SAMPLES = (
     Sample("no rows", _sample(r=0)),
     Sample("no keys", _sample(n=0)),
     Sample("no requests", _sample(b=0)),
-)
-
-
-MALFORMED = (
-    Malformed(
-        "rank",
-        "q: must have 4 dimensions [B, S, H, D]; got 3",
-        lambda a, k: a.__setitem__(0, a[0][0]),
-    ),
-    Malformed(
-        "heads",
-        "k: number of heads must divide that of q, 3 (GQA); got 2",
-        lambda a, k: a.__setitem__(1, a[1][:, :, 1:]),
-    ),
-    Malformed("lse shape", "lse: must have shape [2, 3, 1]; got [2, 3]", _with_lse((2, 3))),
-    Malformed(
-        "scale",
-        "scale: must be at most 2^127 in size; got nan",
-        lambda a, k: k.update(scale=float("nan")),
-    ),
-    Malformed(
-        "reduce",
-        "reduce: must be 'none', 'sum', 'mean', 'max' or 'argmax'; got 'min'",
-        lambda a, k: k.update(reduce="min"),
-    ),
-    Malformed(
-        "skip",
-        "skip: must be 0 to the number of keys, 197; got 198",
-        lambda a, k: k.update(skip=198),
-    ),
-    Malformed(
-        "shape of seqlens_k",
-        "seqlens_k: must have shape [2]; got [1]",
-        lambda a, k: k.update(seqlens_k=torch.zeros(1, dtype=torch.int32)),
-    ),
-    Malformed(
-        "too long",
-        "seqlens_k: must be 0 to 197; got 198",
-        lambda a, k: k.update(seqlens_k=torch.full((2,), 198, dtype=torch.int32)),
-        values=True,
-    ),
 )

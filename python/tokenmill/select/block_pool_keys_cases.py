@@ -1,4 +1,4 @@
-"""Samples and malformed calls of block_pool_keys."""
+"""Sample calls of block_pool_keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import Malformed, Sample
+from ..registry import Sample
 
 
 def _ints(*values: int) -> Any:
@@ -38,56 +38,6 @@ def _sample(shape: tuple[int, ...], block: int, change: Any = None, **options: A
 _PAGES = _table([4, 1, -1], [0, 3, 2])
 
 
-_MALFORMED = (
-    Malformed(
-        "rank",
-        "k: must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]; got 3",
-        lambda a, k: a.__setitem__(0, a[0][0]),
-    ),
-    Malformed(
-        "dtype",
-        "k: must be float16, bfloat16 or float32; got int32",
-        lambda a, k: a.__setitem__(0, a[0].int()),
-    ),
-    Malformed(
-        "layout",
-        "k: must have a contiguous last dimension",
-        lambda a, k: a.__setitem__(0, a[0].transpose(1, 3)),
-    ),
-    Malformed("block", "block: must be 1 to 2^31 - 1; got 0", lambda a, k: a.__setitem__(-1, 0)),
-    Malformed(
-        "mode",
-        "mode: must be 'mean', 'max' or 'minmax'; got 'sum'",
-        lambda a, k: k.update(mode="sum"),
-    ),
-    Malformed(
-        "lengths",
-        "lengths: must have shape [2]; got [3]",
-        lambda a, k: k.update(lengths=torch.zeros(3, dtype=torch.int32)),
-    ),
-    Malformed(
-        "rank of the table",
-        "block_table: must have 2 dimensions [B, P]; got 1",
-        lambda a, k: k.update(block_table=torch.zeros(3, dtype=torch.int32)),
-    ),
-    Malformed(
-        "dtype of the table",
-        "block_table: must be int32; got int64",
-        lambda a, k: k.update(block_table=torch.zeros(2, 3, dtype=torch.int64)),
-    ),
-)
-
-
-_MISSING_PAGE = Malformed(
-    "missing page",
-    "block_table: must hold pages below 2 up to the length; got 2",
-    lambda a, k: k.update(
-        block_table=torch.tensor([[0], [2]], dtype=torch.int32), lengths=None
-    ),
-    values=True,
-)  # fmt: skip
-
-
 SAMPLES = (
     Sample("mean", _sample((2, 50, 2, 16), 16)),
     Sample("lengths", _sample((4, 40, 2, 24), 8, lengths=_ints(33, 0, -2, 99))),
@@ -103,6 +53,3 @@ SAMPLES = (
     Sample("no tokens", _sample((2, 0, 2, 8), 4)),
     Sample("no requests", _sample((0, 9, 2, 8), 4, mode="max")),
 )
-
-
-MALFORMED = (*_MALFORMED, _MISSING_PAGE)

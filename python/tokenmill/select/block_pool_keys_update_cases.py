@@ -1,4 +1,4 @@
-"""Samples and malformed calls of block_pool_keys_update."""
+"""Sample calls of block_pool_keys_update."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..registry import Malformed, Sample
+from ..registry import Sample
 from .block_pool_keys import _pooled_sizes
-from .block_pool_keys_cases import _MALFORMED, _PAGES, _ints, _sample
+from .block_pool_keys_cases import _PAGES, _ints, _sample
 
 
 def _update_sample(shape: tuple[int, ...], block: int, **options: Any) -> Any:
@@ -51,34 +51,4 @@ SAMPLES = (
         ),
     ),
     Sample("no tokens", _update_sample((2, 0, 2, 8), 4, start=_ints(0, 0))),
-)
-
-
-MALFORMED = (
-    *_MALFORMED,
-    Malformed(
-        "start",
-        "start: must have shape [2]; got [1]",
-        lambda a, k: k.update(start=torch.zeros(1, dtype=torch.int32)),
-    ),
-    Malformed(
-        "shape of pooled",
-        "pooled: must have shape [2, 4, 2, 16]; got [2, 4, 2, 15]",
-        lambda a, k: a.__setitem__(1, a[1][..., 1:]),
-    ),
-    Malformed(
-        "dtype of pooled",
-        "pooled: must have the dtype of k, float32; got float16",
-        lambda a, k: a.__setitem__(1, a[1].half()),
-    ),
-    Malformed(
-        "expanded pooled",
-        "pooled: must have each element at an address of its own; strides; got [128, 0, ",
-        lambda a, k: a.__setitem__(1, a[1][:, :1].expand(-1, 4, -1, -1)),
-    ),
-    Malformed(
-        "pooled over k",
-        "pooled: must not share memory with k; strides; got [1600, 32, 16, 1]",
-        lambda a, k: a.__setitem__(1, a[0][:, :4]),
-    ),
 )

@@ -1,4 +1,4 @@
-"""Samples and malformed calls of kv_block_scores."""
+"""Sample calls of kv_block_scores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..registry import Malformed, Sample
+from ..registry import Sample
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -143,135 +143,3 @@ SAMPLES = (
         ),
     ),
 )  # fmt: skip
-
-
-def _three_rows(args: list[Any], kwargs: dict[str, Any]) -> None:
-    kwargs["scoring"] = "minmax"
-    args[1] = torch.zeros(2, 5, 2, 3, 32)
-
-
-def _float8_boxes(args: list[Any], kwargs: dict[str, Any]) -> None:
-    _three_rows(args, kwargs)
-    args[1] = args[1].to(torch.float8_e4m3fn)
-
-
-def _scaled(scale: torch.Tensor) -> Any:
-    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
-        args[1] = args[1].to(torch.float8_e4m3fn)
-        kwargs.update(k_scale=scale)
-
-    return edit
-
-
-def _set(**changes: Any) -> Any:
-    return lambda a, k: k.update(changes)
-
-
-# Edits of the first sample: q [2, 3, 4, 32], k [2, 50, 2, 32].
-MALFORMED = (
-    Malformed(
-        "scoring",
-        "scoring: must be 'dot', 'minmax' or 'max_block'; got 'sum'",
-        _set(scoring="sum"),
-    ),
-    Malformed(
-        "rank of q",
-        "q: must have 4 dimensions [B, S, H, D]; got 3",
-        lambda a, k: a.__setitem__(0, a[0][0]),
-    ),
-    Malformed(
-        "rank of k",
-        "k: must have 4 dimensions [B, N, H, D] or [pages, page_size, H, D]; got 3",
-        lambda a, k: a.__setitem__(1, a[1][0]),
-    ),
-    Malformed(
-        "rank of boxes",
-        "k: must have 5 dimensions [B, N, H, 2, D] or [pages, page_size, H, 2, D]; got 4",
-        _set(scoring="minmax"),
-    ),
-    Malformed(
-        "dtype",
-        "q: must be float16, bfloat16 or float32; got int32",
-        lambda a, k: a.__setitem__(0, a[0].int()),
-    ),
-    Malformed(
-        "dtype of k",
-        "k: must have the dtype of q, float32, or float8_e4m3fn; got float16",
-        lambda a, k: a.__setitem__(1, a[1].half()),
-    ),
-    Malformed(
-        "boxes in float8",
-        "k: must have the dtype of q, float32; got float8_e4m3fn",
-        _float8_boxes,
-    ),
-    Malformed(
-        "scale of float32",
-        "k_scale: goes with caches in float8_e4m3fn alone; got float32",
-        _set(k_scale=torch.ones(1)),
-    ),
-    Malformed(
-        "shape of the scale",
-        "k_scale: must have shape [1], [2] or [2, 50, 2]; got [50]",
-        _scaled(torch.ones(50)),
-    ),
-    Malformed(
-        "layout",
-        "k: must have a contiguous last dimension",
-        lambda a, k: a.__setitem__(1, a[1].transpose(1, 3)),
-    ),
-    Malformed(
-        "head dimension",
-        "k: must have the head dimension of q, 32; got 31",
-        lambda a, k: a.__setitem__(1, a[1][..., 1:]),
-    ),
-    Malformed(
-        "wide head",
-        "q: must have a head dimension of 1 to 256; got 257",
-        lambda a, k: a.__setitem__(0, torch.zeros(2, 3, 4, 257)),
-    ),
-    Malformed(
-        "halves",
-        "k: must have 2 rows for each block, minimum and maximum; got 3",
-        _three_rows,
-    ),
-    Malformed(
-        "heads",
-        "k: number of heads must divide that of q, 4 (GQA); got 3",
-        lambda a, k: a.__setitem__(1, torch.zeros(2, 5, 3, 32)),
-    ),
-    Malformed(
-        "batch",
-        "k: must have the batch size of q, 2; got 1",
-        lambda a, k: a.__setitem__(1, a[1][:1]),
-    ),
-    Malformed(
-        "batch of the table",
-        "block_table: must have the batch size of q, 2; got 3",
-        _set(block_table=torch.zeros(3, 1, dtype=torch.int32)),
-    ),
-    Malformed("block_k", "block_k: must be 1 to 2^31 - 1; got 0", _set(block_k=0)),
-    Malformed("block_q", "block_q: must be 1 to 2^31 - 1; got -1", _set(block_q=-1)),
-    Malformed(
-        "q_reduce", "q_reduce: must be 'none', 'mean' or 'max'; got 'sum'", _set(q_reduce="sum")
-    ),
-    Malformed("block_q alone", "block_q: must be 1 with q_reduce 'none'; got 4", _set(block_q=4)),
-    Malformed(
-        "head_reduce",
-        "head_reduce: must be 'none', 'group_max', 'group_mean' or 'softmax_vote'; got 'max'",
-        _set(head_reduce="max"),
-    ),
-    Malformed("scale", "scale: must be at most 2^127 in size; got inf", _set(scale=float("inf"))),
-    Malformed("num_sink", "num_sink: must not be negative; got -1", _set(num_sink=-1)),
-    Malformed("num_recent", "num_recent: must not be negative; got -2", _set(num_recent=-2)),
-    Malformed(
-        "seqlens_k",
-        "seqlens_k: must have shape [2]; got [3]",
-        _set(seqlens_k=torch.zeros(3, dtype=torch.int32)),
-    ),
-    Malformed(
-        "missing page",
-        "block_table: must hold pages below 2 up to the length; got 7",
-        _set(block_table=torch.tensor([[0], [7]], dtype=torch.int32)),
-        values=True,
-    ),
-)

@@ -1,4 +1,4 @@
-"""Samples and malformed calls of transpose_block_list."""
+"""Sample calls of transpose_block_list."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from .._edits import set_argument
-from ..registry import Malformed, Sample
+from ..registry import Sample
 from .block_sparse_attention_cases import draw_lists, hostile_lists
 
 
@@ -33,25 +32,4 @@ SAMPLES = (
     Sample("no rows", _sample(2, 1, 0, 3, 5)),
     Sample("no blocks", _sample(1, 1, 3, 2, 0)),
     Sample("no heads", _sample(0, 1, 3, 2, 4)),
-)
-
-
-MALFORMED = (
-    Malformed(
-        "rank",
-        "indices: must have shape [B, heads, rows, K]; got [3, 9, 5]",
-        set_argument(0, lambda t: t[0]),
-    ),
-    Malformed(
-        "shape of counts",
-        "counts: must have shape [2, 3, 9]; got [2, 3, 8]",
-        set_argument(1, lambda t: t[:, :, :8]),
-    ),
-    Malformed("dtype", "indices: must be int32; got int64", set_argument(0, torch.Tensor.long)),
-    Malformed(
-        "layout",
-        "indices: must have a contiguous last dimension",
-        set_argument(0, lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)),
-    ),
-    Malformed("blocks", "num_blocks: must be 0 to 2^30; got -1", set_argument(2, lambda n: -1)),
 )

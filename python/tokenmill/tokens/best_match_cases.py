@@ -1,4 +1,4 @@
-"""Samples and malformed calls of best_match."""
+"""Sample calls of best_match."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._edits import set_argument, set_options
-from ..registry import Malformed, Sample
+from ..registry import Sample
 
 
 def _whole_numbers(batch: int, rows: int, partners: int, channels: int) -> Any:
@@ -63,40 +62,4 @@ SAMPLES = (
     Sample("many channels", _whole_numbers(1, 3, 67, 301)),
     Sample("no partners", _whole_numbers(2, 3, 0, 8)),
     Sample("no rows", _whole_numbers(2, 0, 3, 8)),
-)
-
-
-MALFORMED = (
-    Malformed(
-        "rank", "a: must have 3 dimensions [B, N, C]; got 2", set_argument(0, lambda t: t[0])
-    ),
-    Malformed(
-        "dtype",
-        "a: must be float16, bfloat16 or float32; got int32",
-        set_argument(0, torch.Tensor.int),
-    ),
-    Malformed(
-        "layout",
-        "b: must have a contiguous last dimension",
-        set_argument(1, lambda t: t.mT.contiguous().mT),
-    ),
-    Malformed(
-        "other dtype",
-        "b: must have the dtype of a, float32; got float16",
-        set_argument(1, torch.Tensor.half),
-    ),
-    Malformed(
-        "no channels",
-        "a: must have 1 to 4096 channels; got 0",
-        set_argument(0, lambda t: t[:, :, :0]),
-    ),
-    Malformed(
-        "batch", "b: must have the batch size of a, 2; got 1", set_argument(1, lambda t: t[:1])
-    ),
-    Malformed(
-        "channels",
-        "b: must have the channels of a, 12; got 11",
-        set_argument(1, lambda t: t[:, :, 1:]),
-    ),
-    Malformed("normalize", "normalize: must be a bool; got 1", set_options(normalize=1)),
 )

@@ -1,4 +1,4 @@
-"""Samples and malformed calls of cluster_tokens."""
+"""Sample calls of cluster_tokens."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from .._edits import set_argument, set_options
-from ..registry import Malformed, Sample
+from ..registry import Sample
 
 
 def _noise(shape: tuple[int, ...], **options: Any) -> Any:
@@ -46,39 +45,4 @@ SAMPLES = (
         "a cluster for each pixel", _noise((1, 2, 3, 1), grid=(2, 3), iters=1, tau=1.0, window=1)
     ),
     Sample("no sequences", _noise((0, 4, 4, 8), grid=2, tau=1.0)),
-)
-
-
-MALFORMED = (
-    Malformed(
-        "rank", "x: must have 4 dimensions [B, Y, X, C]; got 3", set_argument(0, lambda t: t[0])
-    ),
-    Malformed(
-        "dtype",
-        "x: must be float16, bfloat16 or float32; got int32",
-        set_argument(0, torch.Tensor.int),
-    ),
-    Malformed(
-        "layout",
-        "x: must have a contiguous last dimension",
-        set_argument(0, lambda t: t.mT.contiguous().mT),
-    ),
-    Malformed(
-        "channels", "x: must have 1 to 4096 channels; got 0", set_argument(0, lambda t: t[..., :0])
-    ),
-    Malformed("no cells", "grid: must be 1 to 7 along Y; got 0", set_argument(1, lambda g: (0, 3))),
-    Malformed(
-        "too many cells", "grid: must be 1 to 8 along X; got 9", set_argument(1, lambda g: (2, 9))
-    ),
-    Malformed(
-        "three sides",
-        "grid: must be an integer or two; got [1, 2, 3]",
-        set_argument(1, lambda g: (1, 2, 3)),
-    ),
-    Malformed("iters", "iters: must be 1 to 1000; got 0", set_options(iters=0)),
-    Malformed(
-        "many iters", "iters: must be 1 to 1000; got 1099511627776", set_options(iters=2**40)
-    ),
-    Malformed("tau", "tau: must be finite and at least 0; got -1", set_options(tau=-1.0)),
-    Malformed("window", "window: must be odd and at least 1; got 4", set_options(window=4)),
 )

@@ -1,16 +1,15 @@
-"""Calls of attention_decode that every backend must refuse."""
+"""Malformed calls of attention_decode."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from malformed import Malformed, ints, set_argument, set_options
+from malformed.dense.attention import KINDS
 from torch import Tensor
 
-from .. import masks
-from .._edits import set_argument, set_options
-from ..registry import Malformed
-from .attention_cases import MALFORMED_KINDS
+from tokenmill import masks
 
 
 def _caches(change: Any, **options: Any) -> Any:
@@ -33,19 +32,15 @@ def _packed(starts: Tensor, **options: Any) -> Any:
     return edit
 
 
-def _ints(values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.tensor(values, dtype=dtype)
-
-
 def _pages(t: Tensor) -> Tensor:
     """The cache [3, 64, ...] as 12 pages of 16 tokens."""
     return t.reshape(12, 16, *t.shape[2:])
 
 
-_TABLE = _ints([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]])
+_TABLE = ints([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11])
 
 # Edits of the first sample: q [3, 1, 4, 32], k_cache and v_cache [3, 64, 2, 32], lengths 37, 64, 5.
-MALFORMED = (
+CALLS = (
     Malformed(
         "rank", "q: must have 4 dimensions [B, Sq, H, D]; got 3", set_argument(0, lambda q: q[0])
     ),
@@ -125,7 +120,7 @@ MALFORMED = (
         "k_cache: must have pages of a power of two of tokens; got 12",
         _caches(lambda t: t[:, :12], block_table=_TABLE),
     ),
-    *MALFORMED_KINDS,
+    *KINDS,
     Malformed(
         "prefix",
         "mask: must not be a prefix with a cache; got 'prefix'",
@@ -164,17 +159,17 @@ MALFORMED = (
     Malformed(
         "rank of packed queries",
         "q: must have 3 dimensions [T, H, D] (packed); got 4",
-        set_options(cu_seqlens_q=_ints([0, 1, 2, 3])),
+        set_options(cu_seqlens_q=ints(0, 1, 2, 3)),
     ),
     Malformed(
         "starts dtype",
         "cu_seqlens_q: must be int32; got int64",
-        _packed(_ints([0, 1, 2, 3], torch.int64)),
+        _packed(ints(0, 1, 2, 3, dtype=torch.int64)),
     ),
     Malformed(
         "starts of other requests",
         "k_cache: must have the batch size of q, 2; got 3",
-        _packed(_ints([0, 1, 3])),
+        _packed(ints(0, 1, 3)),
     ),
     Malformed(
         "bound without starts",
@@ -184,13 +179,13 @@ MALFORMED = (
     Malformed(
         "negative bound",
         "max_seqlen_q: must not be negative; got -1",
-        _packed(_ints([0, 1, 2, 3]), max_seqlen_q=-1),
+        _packed(ints(0, 1, 2, 3), max_seqlen_q=-1),
     ),
     Malformed(
         "segments of packed queries",
         "mask: must be ranges alone with cu_seqlens_q; got 'segments'",
         _packed(
-            _ints([0, 1, 2, 3]),
+            ints(0, 1, 2, 3),
             mask=masks.segments(
                 torch.zeros(3, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
             ),
@@ -199,19 +194,19 @@ MALFORMED = (
     Malformed(
         "starts that decrease",
         "cu_seqlens_q: must not decrease; got [0, 2, 1, 3]",
-        _packed(_ints([0, 2, 1, 3])),
+        _packed(ints(0, 2, 1, 3)),
         values=True,
     ),
     Malformed(
         "starts of fewer tokens",
         "cu_seqlens_q: must end at the number of tokens, 3; got 2",
-        _packed(_ints([0, 1, 2, 2])),
+        _packed(ints(0, 1, 2, 2)),
         values=True,
     ),
     Malformed(
         "bound below a request",
         "max_seqlen_q: must be at least the longest sequence, 2; got 1",
-        _packed(_ints([0, 2, 2, 3]), max_seqlen_q=1),
+        _packed(ints(0, 2, 2, 3), max_seqlen_q=1),
         values=True,
     ),
     Malformed(
@@ -230,12 +225,12 @@ MALFORMED = (
     Malformed(
         "lengths dtype",
         "seqlens_k: must be int32; got int64",
-        set_options(seqlens_k=_ints([37, 64, 5], torch.int64)),
+        set_options(seqlens_k=ints(37, 64, 5, dtype=torch.int64)),
     ),
     Malformed(
         "lengths shape",
         "seqlens_k: must have shape [3]; got [2]",
-        set_options(seqlens_k=_ints([37, 64])),
+        set_options(seqlens_k=ints(37, 64)),
     ),
     Malformed(
         "table shape",
@@ -256,13 +251,13 @@ MALFORMED = (
     Malformed(
         "length",
         "seqlens_k: must be 0 to what the cache holds of a request, 64; got 65",
-        set_options(seqlens_k=_ints([37, 65, 5])),
+        set_options(seqlens_k=ints(37, 65, 5)),
         values=True,
     ),
     Malformed(
         "negative length",
         "seqlens_k: must be 0 to what the cache holds of a request, 64; got -1",
-        set_options(seqlens_k=_ints([37, 64, -1])),
+        set_options(seqlens_k=ints(37, 64, -1)),
         values=True,
     ),
     Malformed(
