@@ -9,11 +9,11 @@ import inspect
 import pytest
 import torch
 from fresh import context
+from fuzz.compositions import COMPOSITIONS, Draw
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from tokenmill import masks, nn, policies, registry
-from tokenmill.fuzz.compositions import COMPOSITIONS, Draw
 
 # These read values on the host by design, or return no tensors.
 HOST = {

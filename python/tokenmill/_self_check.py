@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import _cli, _dispatch, _info, fuzz, registry, testing
+from . import _cli, _dispatch, _info, registry, testing
 from ._version import __version__
 from .registry import OpSpec, Sample
 
@@ -43,15 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--verbose", action="store_true", help="a line for every tensor")
     parser.add_argument("--json", metavar="FILE", help="write what was found as JSON")
-    fuzz.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Exit status: 0 if every tensor is within its error budget, 1 if one is not, a call fails or
     nothing could be checked.
     """
-    if options.fuzz is not None:
-        return fuzz.run(options)
     from .bench.progress import progress
 
     if options.json:

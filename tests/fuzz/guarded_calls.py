@@ -1,7 +1,7 @@
 """Calls with every tensor flush against a protected page, and a line before each call: target,
-sample and call by number, then in words.
-python guarded_calls.py TARGET SAMPLE: all calls from that sample on
-python guarded_calls.py TARGET SAMPLE CALL ARGUMENT: one call, with only that argument guarded"""
+sample and call by number, then in words. Arguments of python -m fuzz.guarded_calls:
+TARGET SAMPLE: all calls from that sample on
+TARGET SAMPLE CALL ARGUMENT: one call, with only that argument guarded"""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 import tokenmill as tm
-from tokenmill.fuzz.guard import Guard, tensors
-from tokenmill.fuzz.targets import NoCall, Target, targets
+from fuzz.guard import Guard, tensors
+from fuzz.targets import NoCall, Target, targets
 from tokenmill.registry import Sample
 
 HOSTILE = (-1, -(2**31), 2**31 - 1, "behind", "descending")

@@ -13,13 +13,13 @@ from conftest import backends
 from tier import FULL
 
 import tokenmill as tm
-from tokenmill import fuzz, registry
-from tokenmill.fuzz import case
-from tokenmill.fuzz.compositions import COMPOSITIONS
-from tokenmill.fuzz.guard import Guard
-from tokenmill.fuzz.modules import MODULES
-from tokenmill.fuzz.policies import POLICIES
-from tokenmill.fuzz.targets import NoCall, Target, targets
+from fuzz import case, runner
+from fuzz.compositions import COMPOSITIONS
+from fuzz.guard import Guard
+from fuzz.modules import MODULES
+from fuzz.policies import POLICIES
+from fuzz.targets import NoCall, Target, targets
+from tokenmill import registry
 from tokenmill.registry import Sample
 
 CALLS = {"cpu": (2000, 100_000), "emulated": (300, 20_000)}
@@ -27,7 +27,7 @@ CALLS = {"cpu": (2000, 100_000), "emulated": (300, 20_000)}
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b in CALLS])
 def test_malformed_calls_are_refused(backend):
-    report = fuzz.fuzz(CALLS[backend][FULL], backend=backend)
+    report = runner.fuzz(CALLS[backend][FULL], backend=backend)
     assert not report.findings, "\n".join(map(str, report.findings))
     assert report.counts["done"] > 0 and report.counts["refused"] > 0
 
@@ -148,13 +148,13 @@ for number in range(first, first + count):
 
 
 def test_a_dead_and_a_late_process_are_replaced(monkeypatch):
-    monkeypatch.setattr(fuzz, "COMMAND", (sys.executable, "-c", WORKER))
-    monkeypatch.setattr(fuzz, "SECONDS", 0.5)
-    report = fuzz.fuzz(5)
+    monkeypatch.setattr(runner, "COMMAND", (sys.executable, "-c", WORKER))
+    monkeypatch.setattr(runner, "SECONDS", 0.5)
+    report = runner.fuzz(5)
     assert report.counts == {"done": 3, "wrong": 2}
     assert [(f.number, f.call) for f in report.findings] == [(1, "call 1"), (3, "call 3")]
     assert "status -6" in report.findings[0].why and "more than" in report.findings[1].why
-    assert report.findings[0].command.endswith("--fuzz 1 --seed 0 --first 1 --backend cpu")
+    assert report.findings[0].command == ("python tests/fuzz 1 --seed 0 --first 1 --backend cpu")
 
 
 def test_a_call_is_made_again_by_its_number():

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import backends
 
-SCRIPT = Path(__file__).with_name("guarded_calls.py")
+from fuzz import environment
+
 MOST = 5  # max defects to report
 
 
 def run(*arguments: object) -> tuple[int, list[str], str]:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        capture_output=True, text=True, timeout=1200, check=False,
+        [sys.executable, "-m", "fuzz.guarded_calls", *map(str, arguments)],
+        env=environment(), capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout.splitlines(), done.stderr[-1000:]
 

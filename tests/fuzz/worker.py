@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from . import case
+from fuzz import case
 
 MEMORY = 6 << 30  # bytes in addition to the process's memory after its imports
 
@@ -23,7 +23,7 @@ def main() -> None:
     faulthandler.enable()
     torch.set_num_threads(2)
     if backend == "emulated":
-        from .. import _emulator
+        from tokenmill import _emulator
 
         _emulator.configure("check=1")
     case.choose(seed, 0, backend)

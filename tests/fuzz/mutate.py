@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import EXPANDED
-from .targets import Arguments
+from fuzz.targets import Arguments
 
+# Describes a tensor of billions of elements, all of which a call may read.
+EXPANDED = "huge, expanded"
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .. import nn, select, tokens
-from ..dense import (
+from tokenmill import nn, select, tokens
+from tokenmill.dense import (
     amplified_attention,
     multi_subject_attention,
     redistributed_attention,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import _dispatch, registry, testing
-from .._library import TorchOp
-from ..registry import OpSpec, Sample
+from tokenmill import _dispatch, registry, testing
+from tokenmill._library import TorchOp
+from tokenmill.registry import OpSpec, Sample
 
 Arguments = dict[str, Any]  # arguments of a call, by name
 
@@ -45,9 +45,9 @@ class Target:
 
 def targets(backend: str) -> list[Target]:
     """Every target of a backend; targets with many arguments occur several times."""
-    from .compositions import compositions
-    from .modules import modules
-    from .policies import policy_targets
+    from fuzz.compositions import compositions
+    from fuzz.modules import modules
+    from fuzz.policies import policy_targets
 
     found = []
     for spec in registry.ops().values():

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic
 
-from .guard import End, Guard, tensors
-from .mutate import is_extreme, mutate
-from .targets import Arguments, NoCall, Target, targets
+from fuzz.guard import End, Guard, tensors
+from fuzz.mutate import is_extreme, mutate
+from fuzz.targets import Arguments, NoCall, Target, targets
 
 RULE = re.compile(
     r"tokenmill\.[\w.]+: [\w.]+: (.+; got .*|'\w+' cannot run this call: .+)", re.DOTALL

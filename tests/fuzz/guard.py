@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..testing import map_tensors
+from tokenmill.testing import map_tensors
 
 End = Literal["front", "back"]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from .. import nn
-from . import reweighting
-from .compositions import Make, given_by, int32, samples_of
-from .guard import tensors
-from .targets import Arguments, Target
+from fuzz import reweighting
+from fuzz.compositions import Make, given_by, int32, samples_of
+from fuzz.guard import tensors
+from fuzz.targets import Arguments, Target
+from tokenmill import nn
 
 # Modules whose products are computed by PyTorch.
 PLAIN: tuple[Any, ...] = (

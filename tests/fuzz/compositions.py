@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import linear, masks, nn, policies, select, sparse, tokens
-from ..dense import (
+from fuzz import reweighting
+from fuzz.targets import Arguments, Target, with_backend
+from tokenmill import linear, masks, nn, policies, select, sparse, tokens
+from tokenmill.dense import (
     additive_attention,
     pattention,
     pointer_argmax,
@@ -17,9 +19,7 @@ from ..dense import (
     sigmoid_attention,
     soft_causal_attention,
 )
-from ..registry import Sample
-from . import reweighting
-from .targets import Arguments, Target, with_backend
+from tokenmill.registry import Sample
 
 
 class Draw:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .. import policies
-from .compositions import TABLE, Draw, Make, given_by, int32, samples_of
-from .targets import Arguments, Target
+from fuzz.compositions import TABLE, Draw, Make, given_by, int32, samples_of
+from fuzz.targets import Arguments, Target
+from tokenmill import policies
 
 
 def _prompt(r: Draw) -> Arguments:

@@ -1,20 +1,7 @@
-"""Malformed calls of the whole public API, in processes that a crash may kill.
-
-A call starts from a valid one (the samples of the registry, compositions.py) and has one to three
-of its arguments changed: dtypes, ranks, sizes, strides, values of ids and lengths, types. It must
-return or raise `tokenmill.<op>: <argument>: <rule>; got <value>`. Defects are: a crash, a call that
-takes some gigabytes, or more than 20 seconds for tensors of a size that fits memory, any other
-error, a write to an argument that should not be written, and a result that differs between two
-equal calls or from the reference in shape, dtype or positions of NaN. Uninitialised memory differs
-between calls: it is filled with NaN and the largest integers in one of two equal calls.
-
-A call is identified by seed and number; `python -m tokenmill check --fuzz 1 --seed S --first N`
-runs only this call.
-"""
+"""Calls of the fuzzer in processes that a crash may kill, and their verdicts."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import select
@@ -26,17 +13,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from .. import _cli
+from fuzz import environment
+from fuzz.mutate import EXPANDED
 
+PROGRAM = "python tests/fuzz"
 BACKENDS = ("cpu", "emulated", "reference")
 BATCH = 5000  # calls per process
 SECONDS = 20.0  # processor time per call
-# describes a tensor of billions of elements, all of which a call may read
-EXPANDED = "huge, expanded"
-LONG = 2.0  # seconds for such a call, which is not a defect
+LONG = 2.0  # seconds for a call with an expanded tensor, which is not a defect
 WAIT = 10.0  # factor on these limits after which an idle call is late
 START = 600.0  # seconds until a process is ready
-COMMAND = (sys.executable, "-m", "tokenmill.fuzz.worker")
+COMMAND = (sys.executable, "-m", "fuzz.worker")
 
 
 @dataclass(frozen=True)
@@ -51,10 +38,7 @@ class Finding:
 
     @property
     def command(self) -> str:
-        return (
-            f"python -m tokenmill check --fuzz 1 --seed {self.seed} --first {self.number} "
-            f"--backend {self.backend}"
-        )
+        return f"{PROGRAM} 1 --seed {self.seed} --first {self.number} --backend {self.backend}"
 
     def __str__(self) -> str:
         return f"{self.call}\n    {self.why}\n    {self.command}"
@@ -82,11 +66,6 @@ def fuzz(
         seed: seed of all calls.
         first: number of the first call.
         found: called with each defect as it is found.
-
-    Example:
-        >>> from tokenmill.fuzz import fuzz
-        >>> fuzz(2).counts.total()
-        2
     """
     report = Report()
     number, end = first, first + calls
@@ -102,43 +81,6 @@ def fuzz(
     return report
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "malformed calls",
-        "instead of the above: calls with changed arguments of everything that can be called, on "
-        "the CPU or the PTX machine. None may crash, hang, return memory that nobody wrote, or "
-        "raise an error that does not name argument, rule and value.",
-    )
-    group.add_argument(
-        "--fuzz", type=_cli.integer(0), metavar="N", help="make N calls on each backend"
-    )
-    group.add_argument("--seed", type=_cli.integer(0), default=0, help="of the calls (default: 0)")
-    group.add_argument(
-        "--first", type=_cli.integer(0), default=0, help="number of the first call (default: 0)"
-    )
-
-
-def run(options: argparse.Namespace) -> int:
-    """python -m tokenmill check --fuzz"""
-    wrong = 0
-    for backend in options.backend or ["cpu"]:
-        if backend not in BACKENDS:
-            raise _cli.UsageError(
-                f"--backend: --fuzz runs on {', '.join(BACKENDS)}; got '{backend}'"
-            )
-        report = fuzz(
-            options.fuzz,
-            backend=backend,
-            seed=options.seed,
-            first=options.first,
-            found=lambda finding: print(finding, flush=True),
-        )
-        wrong += len(report.findings)
-        counts = ", ".join(f"{n} {verdict}" for verdict, n in sorted(report.counts.items()))
-        print(f"{backend}: {counts or 'no calls'}", flush=True)
-    return 1 if wrong else 0
-
-
 def _batch(seed: int, first: int, count: int, backend: str) -> Iterator[tuple[str, str, str]]:
     """Verdict, call and reason of each call until all have run or the process has died."""
     receive, send = os.pipe()
@@ -149,14 +91,14 @@ def _batch(seed: int, first: int, count: int, backend: str) -> Iterator[tuple[st
             stdout=errors,
             stderr=errors,
             pass_fds=[send],
-            env={**os.environ, **_ENVIRONMENT},
+            env=environment(**_VARIABLES),
         )
         os.close(send)
         assert process.stdin is not None
         try:
             messages = _Messages(receive)
             if (ready := messages.next(START)) != ["ready"]:
-                raise RuntimeError(f"tokenmill.fuzz: no process: {_tail(process, errors)} {ready}")
+                raise RuntimeError(f"fuzz: no process: {_tail(process, errors)} {ready}")
             process.stdin.write(f"{first} {count}\n".encode())
             process.stdin.flush()
             for _ in range(count):
@@ -186,7 +128,7 @@ def _batch(seed: int, first: int, count: int, backend: str) -> Iterator[tuple[st
 
 
 # Freed memory is overwritten (glibc), so that stale data does not pass for a result.
-_ENVIRONMENT = {
+_VARIABLES = {
     "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.perturb=165",
     "OMP_WAIT_POLICY": "passive",
 }
