@@ -38,6 +38,12 @@ def test_import_is_light():
     assert python(code).strip() == "[]"
 
 
+def test_malformed_calls_and_the_fuzzer_are_not_installed():
+    for path in PACKAGE.rglob("*.py"):
+        assert not re.search("malformed|fuzz", path.relative_to(PACKAGE).as_posix())
+        assert not re.search(r"\bMalformed\(|\bMALFORMED\b", path.read_text()), path
+
+
 def test_what_a_name_can_be_completed_to_is_public():
     code = "import tokenmill as tm; print(*(n for n in dir(tm) if not n.startswith('_')))"
     assert set(python(code).split()) == {n for n in tm.__all__ if not n.startswith("_")}
