@@ -15,7 +15,7 @@ def _pack(**changes: Any) -> Any:
 
     def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
         args[:] = [a.flatten(0, 1) for a in args]
-        cu = torch.tensor([0, 33, 66], dtype=torch.int32)
+        cu = ints(0, 33, 66)
         kwargs.update({"cu_seqlens_q": cu, "cu_seqlens_k": cu, **changes})
 
     return edit

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from malformed import Malformed
+from malformed import Malformed, set_argument
 
 CALLS = (
     Malformed(
         "rank",
         "outs: must have 5 dimensions [n, B, S, H, D] or 4 [n, T, H, D]; got 3",
-        lambda a, k: a.__setitem__(0, a[0][0, 0]),
+        set_argument(0, lambda t: t[0, 0]),
     ),
     Malformed(
         "dtype",
         "outs: must be float16, bfloat16 or float32; got int32",
-        lambda a, k: a.__setitem__(0, a[0].int()),
+        set_argument(0, lambda t: t.int()),
     ),
     Malformed(
         "layout",
         "outs: must have a contiguous last dimension",
-        lambda a, k: a.__setitem__(0, a[0].transpose(-1, -2)),
+        set_argument(0, lambda t: t.transpose(-1, -2)),
     ),
     Malformed(
         "no parts",
         "outs: must hold at least one part; got 0",
-        lambda a, k: a.__setitem__(0, a[0][:0]),
+        set_argument(0, lambda t: t[:0]),
     ),
     Malformed(
         "lse shape",
         "lses: must have shape [4, 2, 3, 9]; got [4, 2, 9, 3]",
-        lambda a, k: a.__setitem__(1, a[1].transpose(-1, -2)),
+        set_argument(1, lambda t: t.transpose(-1, -2)),
     ),
     Malformed(
         "lse dtype",
         "lses: must be float32; got float16",
-        lambda a, k: a.__setitem__(1, a[1].half()),
+        set_argument(1, lambda t: t.half()),
     ),
 )

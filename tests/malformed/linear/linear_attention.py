@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from malformed import Malformed, set_argument, set_options
+from malformed import Malformed, ints, set_argument, set_options
 from torch import Tensor
 
 
@@ -36,7 +36,7 @@ CALLS = (
     Malformed(
         "packed rank",
         "q: must have 3 dimensions [T, H, D] (packed); got 4",
-        set_options(cu_seqlens=torch.tensor([0, 33], dtype=torch.int32)),
+        set_options(cu_seqlens=ints(0, 33)),
     ),
     Malformed(
         "dtype",

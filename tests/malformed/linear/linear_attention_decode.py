@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from malformed import Malformed, set_argument
+from malformed import Malformed, set_argument, set_options
 
 
 def _slots(*found: int, dtype: torch.dtype = torch.int32) -> Any:
@@ -65,7 +65,7 @@ CALLS = (
     Malformed(
         "log_decay shape",
         "log_decay: must have shape [4] or [3, 1, 4]; got [3, 4]",
-        lambda a, k: k.update(log_decay=torch.zeros(3, 4)),
+        set_options(log_decay=torch.zeros(3, 4)),
     ),
     Malformed(
         "indices dtype",
@@ -76,7 +76,7 @@ CALLS = (
     Malformed(
         "log_decay positive",
         "log_decay: must not be positive; largest; got 2",
-        lambda a, k: k.update(log_decay=torch.tensor([-1.0, 0.0, 1.0, 2.0])),
+        set_options(log_decay=torch.tensor([-1.0, 0.0, 1.0, 2.0])),
         values=True,
     ),
     Malformed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from malformed import Malformed, ints
+from malformed import Malformed, ints, set_argument, set_options
 
 
 def _negative_seed(args: list[Any], kwargs: dict[str, Any]) -> None:
@@ -18,41 +18,39 @@ CALLS = (
     Malformed(
         "rank",
         "q: must have 4 dimensions [B, S, H, D]; got 3",
-        lambda a, k: a.__setitem__(0, a[0][0]),
+        set_argument(0, lambda t: t[0]),
     ),
     Malformed(
         "head dimension",
         "k: must have the head dimension of q, 32; got 31",
-        lambda a, k: a.__setitem__(1, a[1][..., 1:]),
+        set_argument(1, lambda t: t[..., 1:]),
     ),
     Malformed(
         "heads",
         "k: number of heads must divide that of q, 4 (GQA); got 3",
-        lambda a, k: a.__setitem__(1, a[1].repeat(1, 1, 2, 1)[:, :, :3]),
+        set_argument(1, lambda t: t.repeat(1, 1, 2, 1)[:, :, :3]),
     ),
     Malformed(
         "lse shape",
         "lse: must have shape [2, 4, 70]; got [2, 4, 69]",
-        lambda a, k: a.__setitem__(2, a[2][..., 1:]),
+        set_argument(2, lambda t: t[..., 1:]),
     ),
     Malformed(
         "lse with noise",
         "lse: goes without gumbel_tau; got [2, 4, 70]",
-        lambda a, k: k.update(gumbel_tau=1.0, seed=1),
+        set_options(gumbel_tau=1.0, seed=1),
     ),
     Malformed(
         "temperature",
         "gumbel_tau: must be positive and finite; got 0",
-        lambda a, k: k.update(gumbel_tau=0.0, seed=1),
+        set_options(gumbel_tau=0.0, seed=1),
     ),
     Malformed(
         "no seed",
         "seed: must be an integer; got None",
-        lambda a, k: k.update(gumbel_tau=1.0),
+        set_options(gumbel_tau=1.0),
     ),
-    Malformed(
-        "seed alone", "seed: goes with gumbel_tau alone; got 5", lambda a, k: k.update(seed=5)
-    ),
+    Malformed("seed alone", "seed: goes with gumbel_tau alone; got 5", set_options(seed=5)),
     Malformed(
         "negative seed",
         "seed: must be 0 to 2^63 - 1; got -1",
@@ -61,43 +59,43 @@ CALLS = (
     Malformed(
         "scale",
         "scale: must be at most 2^127 in size; got inf",
-        lambda a, k: k.update(scale=float("inf")),
+        set_options(scale=float("inf")),
     ),
     Malformed(
         "reduce",
         "reduce: must be 'sum', 'mean' or 'visible_mean'; got 'max'",
-        lambda a, k: k.update(reduce="max"),
+        set_options(reduce="max"),
     ),
     Malformed(
         "head_reduce",
         "head_reduce: must be 'none', 'group_mean' or 'group_max'; got 'mean'",
-        lambda a, k: k.update(head_reduce="mean"),
+        set_options(head_reduce="mean"),
     ),
     Malformed(
         "window",
         "window_queries: must be at least 1; got 0",
-        lambda a, k: k.update(window_queries=0),
+        set_options(window_queries=0),
     ),
     Malformed(
         "shape of seqlens_k",
         "seqlens_k: must have shape [2]; got [3]",
-        lambda a, k: k.update(seqlens_k=ints(1, 2, 3)),
+        set_options(seqlens_k=ints(1, 2, 3)),
     ),
     Malformed(
         "dtype of seqlens_q",
         "seqlens_q: must be int32; got int64",
-        lambda a, k: k.update(seqlens_q=torch.zeros(2, dtype=torch.int64)),
+        set_options(seqlens_q=torch.zeros(2, dtype=torch.int64)),
     ),
     Malformed(
         "too long",
         "seqlens_k: must be 0 to 70; got 71",
-        lambda a, k: k.update(seqlens_k=ints(70, 71)),
+        set_options(seqlens_k=ints(70, 71)),
         values=True,
     ),
     Malformed(
         "negative length",
         "seqlens_q: must be 0 to 70; got -1",
-        lambda a, k: k.update(seqlens_q=ints(70, -1)),
+        set_options(seqlens_q=ints(70, -1)),
         values=True,
     ),
 )

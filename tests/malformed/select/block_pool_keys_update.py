@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from malformed import Malformed
+from malformed import Malformed, set_argument, set_options
 from malformed.select.block_pool_keys import COMMON
 
 CALLS = (
@@ -11,22 +11,22 @@ CALLS = (
     Malformed(
         "start",
         "start: must have shape [2]; got [1]",
-        lambda a, k: k.update(start=torch.zeros(1, dtype=torch.int32)),
+        set_options(start=torch.zeros(1, dtype=torch.int32)),
     ),
     Malformed(
         "shape of pooled",
         "pooled: must have shape [2, 4, 2, 16]; got [2, 4, 2, 15]",
-        lambda a, k: a.__setitem__(1, a[1][..., 1:]),
+        set_argument(1, lambda t: t[..., 1:]),
     ),
     Malformed(
         "dtype of pooled",
         "pooled: must have the dtype of k, float32; got float16",
-        lambda a, k: a.__setitem__(1, a[1].half()),
+        set_argument(1, lambda t: t.half()),
     ),
     Malformed(
         "expanded pooled",
         "pooled: must have each element at an address of its own; strides; got [128, 0, ",
-        lambda a, k: a.__setitem__(1, a[1][:, :1].expand(-1, 4, -1, -1)),
+        set_argument(1, lambda t: t[:, :1].expand(-1, 4, -1, -1)),
     ),
     Malformed(
         "pooled over k",

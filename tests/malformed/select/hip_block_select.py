@@ -192,7 +192,7 @@ CALLS = (
     Malformed(
         "missing page",
         "block_table: must hold pages below 2 up to the length; got 7",
-        set_options(block_table=torch.tensor([[0], [7]], dtype=torch.int32)),
+        set_options(block_table=ints([0], [7])),
         values=True,
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from malformed import Malformed, set_options
+from malformed import Malformed, ints, set_argument, set_options
 
 
 def _three_rows(args: list[Any], kwargs: dict[str, Any]) -> None:
@@ -36,12 +36,12 @@ CALLS = (
     Malformed(
         "rank of q",
         "q: must have 4 dimensions [B, S, H, D]; got 3",
-        lambda a, k: a.__setitem__(0, a[0][0]),
+        set_argument(0, lambda t: t[0]),
     ),
     Malformed(
         "rank of k",
         "k: must have 4 dimensions [B, N, H, D] or [pages, page_size, H, D]; got 3",
-        lambda a, k: a.__setitem__(1, a[1][0]),
+        set_argument(1, lambda t: t[0]),
     ),
     Malformed(
         "rank of boxes",
@@ -51,12 +51,12 @@ CALLS = (
     Malformed(
         "dtype",
         "q: must be float16, bfloat16 or float32; got int32",
-        lambda a, k: a.__setitem__(0, a[0].int()),
+        set_argument(0, lambda t: t.int()),
     ),
     Malformed(
         "dtype of k",
         "k: must have the dtype of q, float32, or float8_e4m3fn; got float16",
-        lambda a, k: a.__setitem__(1, a[1].half()),
+        set_argument(1, lambda t: t.half()),
     ),
     Malformed(
         "boxes in float8",
@@ -76,17 +76,17 @@ CALLS = (
     Malformed(
         "layout",
         "k: must have a contiguous last dimension",
-        lambda a, k: a.__setitem__(1, a[1].transpose(1, 3)),
+        set_argument(1, lambda t: t.transpose(1, 3)),
     ),
     Malformed(
         "head dimension",
         "k: must have the head dimension of q, 32; got 31",
-        lambda a, k: a.__setitem__(1, a[1][..., 1:]),
+        set_argument(1, lambda t: t[..., 1:]),
     ),
     Malformed(
         "wide head",
         "q: must have a head dimension of 1 to 256; got 257",
-        lambda a, k: a.__setitem__(0, torch.zeros(2, 3, 4, 257)),
+        set_argument(0, lambda _: torch.zeros(2, 3, 4, 257)),
     ),
     Malformed(
         "halves",
@@ -96,12 +96,12 @@ CALLS = (
     Malformed(
         "heads",
         "k: number of heads must divide that of q, 4 (GQA); got 3",
-        lambda a, k: a.__setitem__(1, torch.zeros(2, 5, 3, 32)),
+        set_argument(1, lambda _: torch.zeros(2, 5, 3, 32)),
     ),
     Malformed(
         "batch",
         "k: must have the batch size of q, 2; got 1",
-        lambda a, k: a.__setitem__(1, a[1][:1]),
+        set_argument(1, lambda t: t[:1]),
     ),
     Malformed(
         "batch of the table",
@@ -136,7 +136,7 @@ CALLS = (
     Malformed(
         "missing page",
         "block_table: must hold pages below 2 up to the length; got 7",
-        set_options(block_table=torch.tensor([[0], [7]], dtype=torch.int32)),
+        set_options(block_table=ints([0], [7])),
         values=True,
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from malformed import Malformed
+from malformed import Malformed, ints, set_argument, set_options
 
 
 def _row(args: list[Any], kwargs: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ def _turned(rows: int = 9, pairs: int = 8, positions: Any = (0, 1, 2, 3, 4), **o
 
 
 def _slots(*values: int) -> Any:
-    return lambda a, k: a.__setitem__(4, torch.tensor(values, dtype=torch.int32))
+    return set_argument(4, lambda _: ints(*values))
 
 
 # Edits of the first sample: caches [3, 4, 2, 16], new rows [5, 2, 16], slots [5].
@@ -57,7 +57,7 @@ CALLS = (
     Malformed(
         "rank",
         "v_cache: must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D]); got 3",
-        lambda a, k: a.__setitem__(1, a[1][0]),
+        set_argument(1, lambda t: t[0]),
     ),
     Malformed(
         "dtype of the cache",
@@ -67,28 +67,28 @@ CALLS = (
     Malformed(
         "two dtypes",
         "v_cache: must have the dtype of k_cache, float32; got float8_e4m3fn",
-        lambda a, k: a.__setitem__(1, a[1].to(torch.float8_e4m3fn)),
+        set_argument(1, lambda t: t.to(torch.float8_e4m3fn)),
     ),
     Malformed(
         "shape of the cache",
         "v_cache: must have the shape of k_cache up to the head dimension, [3, 4, 2, 16]; "
         "got [2, 4, 2, 16]",
-        lambda a, k: a.__setitem__(1, a[1][1:]),
+        set_argument(1, lambda t: t[1:]),
     ),
     Malformed(
         "rank of k",
         "k: must have 3 dimensions [T, Hk, D]; got 2",
-        lambda a, k: a.__setitem__(2, a[2][0]),
+        set_argument(2, lambda t: t[0]),
     ),
     Malformed(
         "values without a cache",
         "v: goes with v_cache alone; got [5, 2, 16]",
-        lambda a, k: a.__setitem__(1, None),
+        set_argument(1, lambda _: None),
     ),
     Malformed(
         "no values",
         "v: must be given with v_cache; got None",
-        lambda a, k: a.__setitem__(3, None),
+        set_argument(3, lambda _: None),
     ),
     Malformed(
         "scales of no values",
@@ -103,38 +103,38 @@ CALLS = (
     Malformed(
         "wide values",
         "v_cache: must have a head dimension of 1 to 512; got 513",
-        lambda a, k: a.__setitem__(1, torch.zeros(3, 4, 2, 513)),
+        set_argument(1, lambda _: torch.zeros(3, 4, 2, 513)),
     ),
     Malformed(
         "shape of k",
         "k: must have shape [5, 2, 16]; got [5, 1, 16]",
-        lambda a, k: a.__setitem__(2, a[2][:, 1:]),
+        set_argument(2, lambda t: t[:, 1:]),
     ),
     Malformed(
         "tokens of v",
         "v: must have shape [5, 2, 16]; got [4, 2, 16]",
-        lambda a, k: a.__setitem__(3, a[3][1:]),
+        set_argument(3, lambda t: t[1:]),
     ),
     Malformed(
         "dtype of v",
         "v: must have the dtype of k, float32; got bfloat16",
-        lambda a, k: a.__setitem__(3, a[3].bfloat16()),
+        set_argument(3, lambda t: t.bfloat16()),
     ),
     Malformed("slots", "slots: must have shape [5]; got [3]", _slots(1, 2, 3)),
     Malformed(
         "dtype of slots",
         "slots: must have dtype int32 or int64; got int16",
-        lambda a, k: a.__setitem__(4, a[4].short()),
+        set_argument(4, lambda t: t.short()),
     ),
     Malformed(
         "queries without rope",
         "q: goes with rope alone; got [5, 4, 16]",
-        lambda a, k: k.update(q=torch.zeros(5, 4, 16)),
+        set_options(q=torch.zeros(5, 4, 16)),
     ),
     Malformed(
         "shape of q",
         "q: must have shape [5, H, 16]; got [4, 4, 16]",
-        lambda a, k: k.update(q=torch.zeros(4, 4, 16)),
+        set_options(q=torch.zeros(4, 4, 16)),
     ),
     Malformed(
         "GQA", "k: number of heads must divide that of q, 3 (GQA); got 2", _turned(heads=3)
@@ -142,7 +142,7 @@ CALLS = (
     Malformed(
         "rope",
         "rope: must be (cos, sin, positions); got 'tuple'",
-        lambda a, k: k.update(rope=(torch.ones(9, 8), torch.zeros(9, 8))),
+        set_options(rope=(torch.ones(9, 8), torch.zeros(9, 8))),
     ),
     Malformed(
         "pairs",
@@ -167,7 +167,7 @@ CALLS = (
     Malformed(
         "offset without rope",
         "rope_offset: goes with rope alone; got 2",
-        lambda a, k: k.update(rope_offset=2),
+        set_options(rope_offset=2),
     ),
     Malformed("sin", "rope: must have cos and sin of one shape; got [9, 8]", _turned(pairs=4)),
     Malformed(
@@ -201,7 +201,7 @@ CALLS = (
     Malformed(
         "repeated slots of a cache",
         "k_cache: must have each element at an address of its own; strides; got [0, 32, 16, 1]",
-        lambda a, k: a.__setitem__(0, a[0][:1].expand(3, -1, -1, -1)),
+        set_argument(0, lambda t: t[:1].expand(3, -1, -1, -1)),
     ),
     Malformed(
         "one cache twice",

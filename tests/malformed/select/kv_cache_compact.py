@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from malformed import Malformed, ints
+from malformed import Malformed, ints, set_argument, set_options
 
 
 def _pages_of_heads(args: list[Any], kwargs: dict[str, Any]) -> None:
@@ -23,32 +23,30 @@ CALLS = (
     Malformed(
         "rank",
         "v_cache: must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D]); got 3",
-        lambda a, k: a.__setitem__(1, a[1][0]),
+        set_argument(1, lambda t: t[0]),
     ),
     Malformed(
         "dtype",
         "v_cache: must have the dtype of k_cache, float32; got float16",
-        lambda a, k: a.__setitem__(1, a[1].half()),
+        set_argument(1, lambda t: t.half()),
     ),
     Malformed(
         "shape",
         "v_cache: must have the shape of k_cache up to the head dimension, [2, 40, 2, 32]; "
         "got [2, 39, 2, 32]",
-        lambda a, k: a.__setitem__(1, a[1][:, 1:]),
+        set_argument(1, lambda t: t[:, 1:]),
     ),
     Malformed(
         "shape of keep",
         "keep: must have shape [B, K] or [B, 2, K]; got [2, 1, 20]",
-        lambda a, k: a.__setitem__(2, a[2][:, None]),
+        set_argument(2, lambda t: t[:, None]),
     ),
     Malformed(
         "dtype of keep",
         "keep: must be int32; got int64",
-        lambda a, k: a.__setitem__(2, a[2].long()),
+        set_argument(2, lambda t: t.long()),
     ),
-    Malformed(
-        "counts", "counts: must have shape [2]; got [1]", lambda a, k: a.__setitem__(3, a[3][1:])
-    ),
+    Malformed("counts", "counts: must have shape [2]; got [1]", set_argument(3, lambda t: t[1:])),
     Malformed(
         "requests",
         "k_cache: must have the requests of keep, 2; got 1",
@@ -57,12 +55,12 @@ CALLS = (
     Malformed(
         "block table",
         "block_table: must have shape [2, pages]; got [1, 3]",
-        lambda a, k: k.update(block_table=ints([0, 1, 2])),
+        set_options(block_table=ints([0, 1, 2])),
     ),
     Malformed(
         "page size",
         "k_cache: must have pages of a power of two of tokens; got 40",
-        lambda a, k: k.update(block_table=ints([0], [1])),
+        set_options(block_table=ints([0], [1])),
     ),
     Malformed(
         "pages of heads",
@@ -72,22 +70,22 @@ CALLS = (
     Malformed(
         "shape of seqlens_k",
         "seqlens_k: must have shape [2]; got [3]",
-        lambda a, k: k.update(seqlens_k=ints(1, 2, 3)),
+        set_options(seqlens_k=ints(1, 2, 3)),
     ),
     Malformed(
         "base",
         "rerotate: must be a base of at least 1, or a tensor of inverse frequencies; got -1",
-        lambda a, k: k.update(rerotate=-1.0),
+        set_options(rerotate=-1.0),
     ),
     Malformed(
         "frequencies",
         "rerotate: must have 1 to 16 frequencies; got [2, 17]",
-        lambda a, k: k.update(rerotate=torch.ones(17)),
+        set_options(rerotate=torch.ones(17)),
     ),
     Malformed(
         "expanded cache",
         "k_cache: must have each element at an address of its own; strides; got [0, 64, 32, 1]",
-        lambda a, k: a.__setitem__(0, a[0][:1].expand(2, -1, -1, -1)),
+        set_argument(0, lambda t: t[:1].expand(2, -1, -1, -1)),
     ),
     Malformed(
         "one cache twice",
@@ -108,31 +106,31 @@ CALLS = (
     Malformed(
         "too long",
         "seqlens_k: must be 0 to what the cache holds of a request, 40; got 41",
-        lambda a, k: k.update(seqlens_k=ints(41, 3)),
+        set_options(seqlens_k=ints(41, 3)),
         values=True,
     ),
     Malformed(
         "count",
         "counts: must be 0 to the entries of keep, 20; got 21",
-        lambda a, k: a.__setitem__(3, ints(3, 21)),
+        set_argument(3, lambda _: ints(3, 21)),
         values=True,
     ),
     Malformed(
         "slot",
         "keep: must name slots below the length of the request, 40; got 40",
-        lambda a, k: a.__setitem__(2, torch.full((2, 20), 40, dtype=torch.int32)),
+        set_argument(2, lambda _: torch.full((2, 20), 40, dtype=torch.int32)),
         values=True,
     ),
     Malformed(
         "order",
         "keep: must ascend; got 5",
-        lambda a, k: a.__setitem__(2, torch.full((2, 20), 5, dtype=torch.int32)),
+        set_argument(2, lambda _: torch.full((2, 20), 5, dtype=torch.int32)),
         values=True,
     ),
     Malformed(
         "negative slot",
         "keep: must name slots below the length of the request, 40; got -1",
-        lambda a, k: a.__setitem__(3, ints(20, 8)),
+        set_argument(3, lambda _: ints(20, 8)),
         values=True,
     ),
 )

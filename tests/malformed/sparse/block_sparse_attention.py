@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from malformed import Malformed, set_argument, set_options
+from malformed import Malformed, ints, set_argument, set_options
 from torch import Tensor
 
 
@@ -86,17 +86,17 @@ CALLS = (
     Malformed(
         "packed keys alone",
         "cu_seqlens_q: must be given with cu_seqlens_k; got None",
-        set_options(cu_seqlens_k=torch.tensor([0, 70], dtype=torch.int32)),
+        set_options(cu_seqlens_k=ints(0, 70)),
     ),
     Malformed(
         "rank of packed queries",
         "q: must have 3 dimensions [T, H, D] (packed); got 4",
-        set_options(cu_seqlens_q=torch.tensor([0, 70], dtype=torch.int32)),
+        set_options(cu_seqlens_q=ints(0, 70)),
     ),
     Malformed(
         "requests of packed queries",
         "k: must have the batch size of q, 3; got 2",
-        packed(torch.tensor([0, 30, 50, 70], dtype=torch.int32)),
+        packed(ints(0, 30, 50, 70)),
     ),
     Malformed(
         "dtype of cu_seqlens_q",
@@ -106,7 +106,7 @@ CALLS = (
     Malformed(
         "rows of packed lists",
         "indices: must have shape [heads, 6, K] with 1, 2 or 4 heads; got [2, 5, 3]",
-        packed(torch.tensor([0, 30, 70], dtype=torch.int32)),
+        packed(ints(0, 30, 70)),
     ),
     Malformed(
         "out shape",
