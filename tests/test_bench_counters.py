@@ -16,7 +16,7 @@ from tokenmill.bench.counters import attention, case, decode, launches, linear, 
 
 built = pytest.mark.skipif(
     not tm._library.emulated_built(),
-    reason="a development build alone has the PTX machine (TOKENMILL_PTXVM=1)",
+    reason="only a development build has the PTX machine (TOKENMILL_PTXVM=1)",
 )
 
 

@@ -15,7 +15,7 @@ import tokenmill as tm
 from tokenmill import _dispatch, _library
 
 BUILT = _library.emulated_built()
-built = pytest.mark.skipif(not BUILT, reason="a development build alone has it (TOKENMILL_PTXVM=1)")
+built = pytest.mark.skipif(not BUILT, reason="only a development build has it (TOKENMILL_PTXVM=1)")
 
 
 def states(parts=3, shape=(2, 9, 3, 40)):
@@ -75,7 +75,7 @@ def test_no_query_heads_leave_gradients_of_zero(op, name):
 @built
 def test_other_dtypes_and_devices_are_refused():
     outs, lses = states()
-    with pytest.raises(RuntimeError, match="float64 runs on the reference backend alone"):
+    with pytest.raises(RuntimeError, match="float64 runs only on the reference backend"):
         tm.merge_attention_states(outs.double(), lses.double(), backend="emulated")
     with pytest.raises(RuntimeError, match="the tensors are on meta"):
         tm.merge_attention_states(outs.to("meta"), lses.to("meta"), backend="emulated")

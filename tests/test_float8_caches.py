@@ -109,7 +109,7 @@ def test_attention_takes_them(backend):
 
 def test_scales_without_a_cache_are_refused():
     q = torch.randn(1, 4, 2, 8)
-    rule = r"^tokenmill.attention: v_scale: goes with a cache \(seqlens_k\) alone; got a tensor of"
+    rule = r"^tokenmill.attention: v_scale: requires a cache \(seqlens_k\); got a tensor of"
     with pytest.raises(RuntimeError, match=rule):
         tm.attention(q, q, q, v_scale=torch.ones(1))
 

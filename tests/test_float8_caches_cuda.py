@@ -15,7 +15,7 @@ from tokenmill.testing import compare
 
 pytestmark = pytest.mark.skipif(
     not tm._library.emulated_built(),
-    reason="a development build alone has the PTX machine (TOKENMILL_PTXVM=1)",
+    reason="only a development build has the PTX machine (TOKENMILL_PTXVM=1)",
 )
 FLOAT8 = torch.float8_e4m3fn
 INF, NAN = float("inf"), float("nan")

@@ -57,7 +57,7 @@ def test_explain_speaks_for_samples(capsys):
     assert main(["explain", "attention", "--sample", "packed", "--dtype", "float64"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("tokenmill.attention: reference (")
-    assert "not cpu: float64 runs on the reference backend alone" in out
+    assert "not cpu: float64 runs only on the reference backend" in out
 
 
 BAD = [

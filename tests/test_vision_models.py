@@ -213,7 +213,7 @@ def test_what_cannot_be_is_refused():
         ),
         ({"merge": [1, 2]}, r"merge: must be one, or 4; got 2"),
         ({"merge": -1}, r"merge: must not be negative; got -1"),
-        ({"merge": 1, "layers": [1]}, r"layers: goes with keep_rate"),
+        ({"merge": 1, "layers": [1]}, r"layers: requires keep_rate"),
         ({"keep_rate": 1.5}, r"keep_rate: must be above 0 and at most 1; got 1.5"),
         ({"keep_rate": 0.5, "layers": [4]}, r"layers: must be blocks from 0 to 3"),
     ):

@@ -54,8 +54,8 @@ enum class ScaleShapes { shared, token, any };
 inline void check_cache_scale(const char* op, const char* name, const View& t, const char* of,
                               const View& cache, ScaleShapes shapes = ScaleShapes::any) {
   if (!t) return;
-  check(cache.dtype == ScalarType::Float8_e4m3fn, op, name,
-        "goes with caches in float8_e4m3fn alone", cache.dtype);
+  check(cache.dtype == ScalarType::Float8_e4m3fn, op, name, "requires a cache in float8_e4m3fn",
+        cache.dtype);
   const std::vector<int64_t> one{1}, each{cache.size(2)},
       all(cache.sizes.begin(), cache.sizes.begin() + 3);
   const bool shared = t.sizes == one || t.sizes == each;

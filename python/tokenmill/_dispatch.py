@@ -37,7 +37,7 @@ def reasons(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
     device = first.device.type
     why = []
     if first.dtype == torch.float64:
-        why.append("float64 runs on the reference backend alone")
+        why.append("float64 runs only on the reference backend")
     if backend == "cpu":
         if device != "cpu":
             why.append(f"the tensors are on {device}")

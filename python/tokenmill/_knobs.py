@@ -91,7 +91,7 @@ def _sm90() -> Iterator[Knob]:
         for part in parts:
             yield Knob(
                 switch(op, part), op, "cuda", 1, (0, 1),
-                f"{part}: the kernel for 9.0 where it takes a call (1), or that of every chip (0)",
+                f"{part}: the sm_90a kernel where it takes a call (1), or the sm_80 kernel (0)",
                 cases + (r"\+backward$" if part == "backward" else "$"),
                 order=True, part=part,
             )  # fmt: skip

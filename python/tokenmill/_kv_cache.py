@@ -84,7 +84,7 @@ def check_cache_scale(
     """
     if t is None:
         return
-    rule = "goes with caches in float8_e4m3fn alone"
+    rule = "requires a cache in float8_e4m3fn"
     check(cache.dtype == torch.float8_e4m3fn, op, name, rule, cache.dtype)
     shape, each, every = list(t.shape), [cache.shape[2]], list(cache.shape[:3])
     if not ((shared and is_any(shape, [1], each)) or (token and shape == every)):

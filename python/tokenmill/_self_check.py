@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all-isas",
         action="store_true",
-        help="backend cpu with every instruction set of this machine, not the best alone",
+        help="backend cpu with every instruction set of this machine, not only the best",
     )
     parser.add_argument("--verbose", action="store_true", help="a line for every tensor")
     parser.add_argument("--json", metavar="FILE", help="write what was found as JSON")

@@ -138,7 +138,7 @@ def test_scales_that_do_not_fit(ranks):
     rules = (
         f"attention_decode: k_scale: {shape}",
         "attention_decode: v_scale: must be float32; got float16",
-        "sparse_decode_attention: v_scale: goes with caches in float8_e4m3fn alone; got float32",
+        "sparse_decode_attention: v_scale: requires a cache in float8_e4m3fn; got float32",
         f"sparse_decode_attention: k_scale: {shape}",
     )
     for found in ranks(2).run(scales_on_a_rank):

@@ -129,7 +129,7 @@ def test_errors_name_argument_rule_and_value(ranks):
         "k: must have 15 positions on rank 0 of 2, of 32; got 16",
         "seqlens_k: must be 0 to 32; got 33",
         "backend: must be one of",
-        "k_scale: goes with caches in float8_e4m3fn alone; got float32",
+        "k_scale: requires a cache in float8_e4m3fn; got float32",
         "topk: must be that of rank 1 in group",
     )
     for found, rule in zip(ranks(2).run(errors_on_a_rank)[0], rules, strict=True):

@@ -426,7 +426,7 @@ def test_errors_name_argument_rule_and_value(ranks):
         "block_sparse_attention: block_k: must be a power of two up to 128; got 24",
         "block_sparse_attention: q: must have 33 tokens on rank 0 of 2, of 65; got 32",
         "block_sparse_attention: sizes: must be a sequence of integers; got 32",
-        "block_sparse_attention: num_recent: goes with causal alone; got 1",
+        "block_sparse_attention: num_recent: requires causal; got 1",
         "block_sparse_attention: k: must have the 32 tokens of q; got 31",
         "block_sparse_attention: indices: must be int32; got int64",
         "hip_attention: budget: must be a multiple of block_k, from 1 to 2048 times; got 3",

@@ -26,7 +26,7 @@ from ptxvm.mutate import KINDS, Mutation, mutate
 from tokenmill import _library
 
 if not _library.emulated_built():
-    pytest.skip("a development build alone has the kernels", allow_module_level=True)
+    pytest.skip("only a development build has the kernels", allow_module_level=True)
 
 HERE = Path(__file__).parent
 HALF = "merge_kernelI6__halfLi8"

@@ -134,7 +134,7 @@ def test_no_tokens():
     ("call", "error"),
     [
         (lambda: tm.nn.SigmoidAttention(8, 2, score_bias="log"), "score_bias: must be 'neg_log"),
-        (lambda: tm.nn.SigmoidAttention(8, 2, learn_bias=True), "learn_bias: goes with a score_b"),
+        (lambda: tm.nn.SigmoidAttention(8, 2, learn_bias=True), "learn_bias: requires a score_b"),
         (lambda: tm.nn.SigmoidAttention(8, 2, layer_scale=1e300), "layer_scale: must be finite in"),
         (lambda: tm.nn.SigmoidAttention(8, 2, score_bias=1e300, learn_bias=True),
          "score_bias: must be finite in float32 to be learned"),

@@ -153,7 +153,7 @@ def test_slopes_load_where_a_model_has_them():
          r"Attention: x: must have shape \[B, N, 8\]; got \[3, 8\]"),
         (lambda: nn.MiniMaxLightningAttention(8, 2).decode(
             torch.zeros(1, 1, 8), nn.MiniMaxLightningAttention(8, 2).new_state(1)),
-         r"Attention: state: goes with torch\.no_grad\(\) alone"),
+         r"Attention: state: requires torch\.no_grad\(\)"),
         (lambda: nn.MiniMaxLightningAttention(8, 2).prefill(
             torch.zeros(1, 1, 8), nn.MiniMaxLightningAttention(8, 4).new_state(1)),
          r"Attention: state: must have shape \[slots, 2, 4, 4\]"),

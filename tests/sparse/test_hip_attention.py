@@ -138,7 +138,7 @@ def test_lists_serve_an_interval_and_new_tokens_are_seen(backend, monkeypatch):
     ("message", "changes"),
     [
         ("refresh_interval: must be 1 to num_recent, 8; got 9", {"refresh_interval": 9}),
-        ("refresh_interval: goes with lists alone; got 2", {"lists": None, "refresh_interval": 2}),
+        ("refresh_interval: requires lists; got 2", {"lists": None, "refresh_interval": 2}),
         ("lists: must be a HipLists or None; got 3", {"lists": 3}),
         ("lists: are for decoding: causal, up to 8 queries; got False", {"causal": False}),
         ("budget: ", {"budget": 17}),
@@ -195,7 +195,7 @@ def test_right_padding_has_gradients_and_hides_what_it_holds(backend):
         ("causal: must be True with pages or packed tokens; got False", {"causal": False}),
         ("max_seqlen_q: must be at least the longest sequence, 27; got 26", {"max_seqlen_q": 26}),
         ("max_seqlen_k: must not be negative; got -1", {"max_seqlen_k": -1}),
-        ("max_seqlen_k: goes with cu_seqlens_k alone", {"max_seqlen_k": 9, "cu_seqlens_k": None}),
+        ("max_seqlen_k: requires cu_seqlens_k", {"max_seqlen_k": 9, "cu_seqlens_k": None}),
         ("lists: are for decoding: causal, up to 8 queries; got False", {"lists": HipLists()}),
         ("cu_seqlens_k: must have the length of cu_seqlens_q", {"cu_seqlens_k": int32(0)}),
     ],

@@ -13,7 +13,7 @@ from tokenmill.testing import compare
 
 pytestmark = pytest.mark.skipif(
     not tm._library.emulated_built(),
-    reason="a development build alone has the PTX machine (TOKENMILL_PTXVM=1)",
+    reason="only a development build has the PTX machine (TOKENMILL_PTXVM=1)",
 )
 SPEC = registry.get("sparse_decode_attention")
 SECTOR_BYTES = 32

@@ -136,7 +136,7 @@ def test_a_threshold_merges_what_is_alike():
         ({"r": -1}, "r: must not be negative; got -1"),
         ({"r": 0.5}, "r: must be an integer; got 0.5"),
         ({"class_token": False, "distill_token": True},
-         "distill_token: goes with class_token alone; got True"),
+         "distill_token: requires class_token; got True"),
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(options, error):

@@ -47,7 +47,7 @@ int64_t check_cu_seqlens(const AttentionArgs& a) {
       fail(kOp, a.cu_seqlens_q ? "cu_seqlens_k" : "cu_seqlens_q",
            "must be given with its counterpart", "None");
     for (auto [name, bound] : bounds)
-      check(!*bound, kOp, name, "goes with cu_seqlens alone", bound->value_or(0));
+      check(!*bound, kOp, name, "requires cu_seqlens", bound->value_or(0));
     return a.q.size(0);
   }
   const View &cu_q = a.cu_seqlens_q, &cu_k = a.cu_seqlens_k;

@@ -79,7 +79,7 @@ DecodeParams make_params(const AttentionDecodeArgs& a) {
   check(a.window_left >= -1, kOp, "window", "left must be >= -1 (-1 = no limit)", a.window_left);
   check(a.window_right >= -1, kOp, "window", "right must be >= -1 (-1 = no limit)", a.window_right);
   if (a.max_seqlen_q) {
-    check(a.packed(), kOp, "max_seqlen_q", "goes with cu_seqlens_q alone", *a.max_seqlen_q);
+    check(a.packed(), kOp, "max_seqlen_q", "requires cu_seqlens_q", *a.max_seqlen_q);
     check(*a.max_seqlen_q >= 0, kOp, "max_seqlen_q", "must not be negative", *a.max_seqlen_q);
   }
   check(a.num_splits >= 0 && a.num_splits <= kMaxSplits, kOp, "num_splits",

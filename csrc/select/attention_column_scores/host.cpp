@@ -52,7 +52,7 @@ Array attention_column_scores(const AttentionColumnScoresArgs& a) {
   p.q = rows_of(a.q, false);
   p.k = rows_of(a.k, false);
   set_lse(kOp, a.lse, a.q, p);
-  if (a.lse) check(a.gumbel_tau == 0, kOp, "lse", "goes without gumbel_tau", a.lse.sizes);
+  if (a.lse) check(a.gumbel_tau == 0, kOp, "lse", "must not be given with gumbel_tau", a.lse.sizes);
   check_scale(kOp, scale_of(a));
   p.reduce = choose(kOp, "reduce", kReduces, a.reduce);
   check(!a.window_queries || *a.window_queries >= 1, kOp, "window_queries", "must be at least 1",

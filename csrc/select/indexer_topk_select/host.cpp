@@ -70,8 +70,8 @@ KeyRows keys_of(const IndexerTopkSelectArgs& a) {
 void set_scale(IndexerParams& p, const IndexerTopkSelectArgs& a) {
   if (!a.k_scale) return;
   const View& t = a.k_scale;
-  check(a.k.dtype == ScalarType::Float8_e4m3fn, kOp, "k_scale",
-        "goes with caches in float8_e4m3fn alone", a.k.dtype);
+  check(a.k.dtype == ScalarType::Float8_e4m3fn, kOp, "k_scale", "requires a cache in float8_e4m3fn",
+        a.k.dtype);
   const std::vector<int64_t> one{1}, each(a.k.sizes.begin(), a.k.sizes.end() - 1);
   check(t.sizes == one || t.sizes == each, kOp, "k_scale", Rule("must have shape [1] or ", each),
         t.sizes);

@@ -49,7 +49,7 @@ AppendedRows check_new(const char* name, const View& t, const View& cache,
 // New values, or none if rows of k contain them.
 AppendedRows check_new_values(const KvCacheAppendArgs& a) {
   if (!a.v_cache) {
-    check(!a.v, kOp, "v", "goes with v_cache alone", a.v.sizes);
+    check(!a.v, kOp, "v", "requires v_cache", a.v.sizes);
     return {};
   }
   if (!a.v) fail(kOp, "v", "must be given with v_cache", "None");
@@ -75,7 +75,7 @@ void set_queries(AppendParams& p, const KvCacheAppendArgs& a) {
   check_rows("q", q, a);
   check(q.size(1) == p.heads || (p.heads > 0 && q.size(1) % p.heads == 0), kOp, "k",
         Rule("number of heads must divide that of q, ", q.size(1), " (GQA)"), p.heads);
-  check(bool(a.cos), kOp, "q", "goes with rope alone", q.sizes);
+  check(bool(a.cos), kOp, "q", "requires rope", q.sizes);
   p.q = rows_of(q, true);
   p.query_heads = q.size(1);
 }
@@ -85,7 +85,7 @@ void set_rope(AppendParams& p, const KvCacheAppendArgs& a) {
   check(given == 0 || given == 3, kOp, "rope", "must be cos, sin and positions together", given);
   const int64_t offset = a.rope_offset;
   if (!a.cos) {
-    check(offset == 0, kOp, "rope_offset", "goes with rope alone", offset);
+    check(offset == 0, kOp, "rope_offset", "requires rope", offset);
     return;
   }
   const int64_t last = std::max<int64_t>(p.k.dim - 2, 0);
@@ -118,7 +118,7 @@ void set_scale(AppendedRows& rows, const char* name, const View& read, const Vie
   if (!read && !written) return;
   const View& t = read ? read : written;
   check(!read || !written, kOp, name, "must be read or written, not both", t.sizes);
-  check(rows.dim > 0, kOp, name, "goes with v_cache alone", t.sizes);
+  check(rows.dim > 0, kOp, name, "requires v_cache", t.sizes);
   check_cache_scale(kOp, name, t, "k_cache", a.k_cache,
                     read ? ScaleShapes::shared : ScaleShapes::token);
   if (read) {

@@ -81,7 +81,7 @@ std::tuple<Array, Array, Array, Array> kv_cache_compact(const KvCacheCompactArgs
     check(t.dim() == 2 && t.size(0) == p.batch, kOp, "block_table",
           Rule("must have shape [", p.batch, ", pages]"), t.sizes);
     check_ints("block_table", t, a.k_cache);
-    check(!p.per_head, kOp, "keep", "per head goes with a dense cache alone", a.keep.sizes);
+    check(!p.per_head, kOp, "keep", "per head requires a dense cache", a.keep.sizes);
     check(std::has_single_bit(static_cast<uint64_t>(a.k_cache.size(1))), kOp, "k_cache",
           "must have pages of a power of two of tokens", a.k_cache.size(1));
     p.block_table = t.data<int32_t>();

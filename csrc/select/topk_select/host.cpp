@@ -84,7 +84,7 @@ std::tuple<Array, Array, Array, Array> topk_select(const TopkSelectArgs& a) {
     p.pages = t.size(1);
     p.page_stride = t.step(0);
   } else if (a.row_to_batch) {
-    fail(kOp, "row_to_batch", "goes with block_table alone", show(a.row_to_batch.sizes));
+    fail(kOp, "row_to_batch", "requires block_table", show(a.row_to_batch.sizes));
   }
   p.row_to_batch = per_row("row_to_batch", a.row_to_batch, a.scores);
   if (a.previous) {

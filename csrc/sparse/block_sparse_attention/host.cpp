@@ -108,7 +108,7 @@ BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
   d.log2_block_k = check_block(kOp, "block_k", a.block_k);
   check(a.num_sink >= 0, kOp, "num_sink", "must not be negative", a.num_sink);
   check(a.num_recent >= 0, kOp, "num_recent", "must not be negative", a.num_recent);
-  check(a.num_recent == 0 || a.causal, kOp, "num_recent", "goes with causal alone", a.num_recent);
+  check(a.num_recent == 0 || a.causal, kOp, "num_recent", "requires causal", a.num_recent);
   check_scale(kOp, scale_of(a), a.softcap);
   d.list = check_lists(a, batch);
   d.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, batch, "q", a.q);

@@ -126,7 +126,7 @@ SparseDecodeParams make_params(const SparseDecodeAttentionArgs& a) {
   check(a.pos_mode == "absolute" || a.pos_mode == "cache", kOp, "pos_mode",
         "must be 'absolute' or 'cache'", a.pos_mode);
   check(a.pos_mode == "absolute" || a.q.size(1) <= 1, kOp, "pos_mode",
-        "'cache' goes with one query token; q has", a.q.size(1));
+        "'cache' requires one query token; q has", a.q.size(1));
   SparseDecodeParams d{};
   d.cache = make_cache(kOp, a.q, a.q.size(0), a.k_cache, a.v_cache, a.seqlens_k, a.block_table,
                        a.k_scale, a.v_scale);

@@ -31,7 +31,7 @@ SegmentReduceParams make_params(const SegmentReduceArgs& a) {
   if (a.weight) {
     check_like(kOp, "weight", a.weight, {batch, tokens}, ScalarType::Float, "x", a.x);
     check(a.reduce == "sum" || a.reduce == "mean", kOp, "weight",
-          "goes with reduce 'sum' and 'mean' alone", a.reduce);
+          "requires reduce 'sum' and 'mean'", a.reduce);
   }
   SegmentReduceParams p{};
   p.batch = batch;

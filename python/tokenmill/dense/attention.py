@@ -236,7 +236,7 @@ def attention(
         )  # fmt: skip
     for name, cache_scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if cache_scale is not None:
-            fail(OP, name, "goes with a cache (seqlens_k) alone", cache_scale)
+            fail(OP, name, "requires a cache (seqlens_k)", cache_scale)
     lowered = lower(
         q, k, v, kind, normalize, scale, score_bias, bias, mask, alibi_slopes, alibi_grid, sink,
         softcap, causal, window, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_lse,

@@ -40,7 +40,7 @@ def check_decode(*lowered: Any, float64: bool = False) -> None:
     for side, limit in (("left", a.window_left), ("right", a.window_right)):
         check(limit >= -1, OP, "window", f"{side} must be >= -1 (-1 = no limit)", limit)
     if a.max_seqlen_q is not None:
-        check(packed, OP, "max_seqlen_q", "goes with cu_seqlens_q alone", a.max_seqlen_q)
+        check(packed, OP, "max_seqlen_q", "requires cu_seqlens_q", a.max_seqlen_q)
         check(a.max_seqlen_q >= 0, OP, "max_seqlen_q", "must not be negative", a.max_seqlen_q)
     splits = f"must be 0 (automatic) to {MAX_SPLITS}"
     check(0 <= a.num_splits <= MAX_SPLITS, OP, "num_splits", splits, a.num_splits)
@@ -97,7 +97,7 @@ def lower_cache_mask(mask: Masks, q: Tensor, causal: bool, cu_seqlens_q: Tensor 
         if isinstance(m, Prefix):
             fail(OP, "mask", "must not be a prefix with a cache", "prefix")
         if cu_seqlens_q is not None and isinstance(m, Segments):
-            fail(OP, "mask", "must be ranges alone with cu_seqlens_q", "segments")
+            fail(OP, "mask", "must be only ranges with cu_seqlens_q", "segments")
     return lower_mask(
         OP, mask, q, 0, causal=causal, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_q
     )

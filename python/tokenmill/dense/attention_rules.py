@@ -69,7 +69,7 @@ def _check_cu_seqlens(
             fail(OP, missing, "must be given with its counterpart", None)
         for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
             if bound is not None:
-                fail(OP, name, "goes with cu_seqlens alone", bound)
+                fail(OP, name, "requires cu_seqlens", bound)
         return q.shape[0]
     for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_cu_seqlens(OP, name, t, q)

@@ -143,7 +143,7 @@ def make_reduction(
     check(one, name, "merge", "must be given, or keep_rate, and not both", merge)
     check_bool(name, "fuse", fuse)
     if merge is not None:
-        check(layers is None, name, "layers", "goes with keep_rate: merge takes a list", layers)
+        check(layers is None, name, "layers", "requires keep_rate: merge takes a list", layers)
         several = merge if isinstance(merge, list | tuple) else [merge] * depth
         counts = [as_int(name, "merge", r) for r in several]
         check(len(counts) == depth, name, "merge", f"must be one, or {depth}", len(counts))

@@ -107,7 +107,7 @@ class EmbeddingPooling(nn.Module):
         if layers is not None:
             layers = as_int(NAME, "layers", layers)
             fits = layers >= 1 and method != "attention"
-            check(fits, NAME, "layers", "must be positive, with 'last' or 'mean' alone", layers)
+            check(fits, NAME, "layers", "must be positive, and requires 'last' or 'mean'", layers)
         self.dim, self.method, self.layers = dim, method, layers
         self.normalize, self.backend = normalize, backend
         self.pos_emb: nn.Embedding | None = None
@@ -225,7 +225,7 @@ class EmbeddingPooling(nn.Module):
                   cu_seqlens.dtype)  # fmt: skip
             some = cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1
             check(some, NAME, "cu_seqlens", "must have shape [B + 1]", cu_seqlens.shape)
-            check(mask is None, NAME, "mask", "goes with x [B, N, C] alone", mask)
+            check(mask is None, NAME, "mask", "requires x [B, N, C]", mask)
             if self.method == "attention":
                 width = self.to_q.out_features // self.num_heads
                 rule = f"must be at most {MAX_HEAD_DIM} for packed texts"

@@ -198,7 +198,7 @@ class MiniMaxLightningAttention(Slopes):
             fail(NAME, "state", f"must have shape [slots, {wanted[0]}, {wanted[1]}, {wanted[2]}]",
                  state.kv.shape)  # fmt: skip
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        check(not trains, NAME, "state", "goes with torch.no_grad() alone", "gradients")
+        check(not trains, NAME, "state", "requires torch.no_grad()", "gradients")
         if slots is None and x.dim() == 3 and x.shape[0] > state.kv.shape[0]:
             fail(NAME, "state", f"must have a slot for each of {x.shape[0]} sequences",
                  state.kv.shape)  # fmt: skip

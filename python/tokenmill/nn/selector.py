@@ -76,7 +76,7 @@ class SelectorSummary(nn.Module):
         check(shaped, NAME, "x", f"must have shape [B, N, {channels}]", x.shape)
         given = self._chosen(tasks) if selectors is None else selectors
         if selectors is not None:
-            check(tasks is None, NAME, "tasks", "goes with the module's selectors alone", tasks)
+            check(tasks is None, NAME, "tasks", "requires the module's selectors", tasks)
             check_input(NAME, "selectors", selectors, self.selectors)
         ranked = given.dim() in (3, 4) and given.shape[-1] == channels
         rule = f"must have shape [T, B, S, {channels}] or [T, S, {channels}]"

@@ -109,7 +109,7 @@ class SigmoidAttention(nn.Module):
             rule = "must be 'neg_log_n' or a number"
             score_bias = as_number(NAME, "score_bias", score_bias, rule)
         numeric = not learn_bias or isinstance(score_bias, float)
-        check(numeric, NAME, "learn_bias", "goes with a score_bias that is a number", learn_bias)
+        check(numeric, NAME, "learn_bias", "requires a score_bias that is a number", learn_bias)
         self.num_heads, self.causal, self.backend = num_heads, causal, backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.proj = nn.Linear(dim, dim, bias=bias)

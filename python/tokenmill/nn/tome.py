@@ -82,7 +82,7 @@ class TokenMerging(nn.Module):
         if threshold is not None:
             threshold = as_number(NAME, "threshold", threshold)
         needs = class_token or not distill_token
-        check(needs, NAME, "distill_token", "goes with class_token alone", distill_token)
+        check(needs, NAME, "distill_token", "requires class_token", distill_token)
         self.r, self.class_token, self.distill_token = r, class_token, distill_token
         self.threshold, self.backend = threshold, backend
 

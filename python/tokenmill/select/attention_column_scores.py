@@ -141,7 +141,7 @@ def lower(
         check(0 < tau < math.inf, OP, "gumbel_tau", "must be positive and finite", gumbel_tau)
         seed = as_int(OP, "seed", seed)
     elif seed is not None:
-        fail(OP, "seed", "goes with gumbel_tau alone", seed)
+        fail(OP, "seed", "requires gumbel_tau", seed)
     return (
         q, k, None if lse is None else widen(lse, q), scale_or_default(OP, scale, q), causal,
         reduce, window_queries, head_reduce, seqlens_k, seqlens_q, tau,
@@ -168,7 +168,7 @@ def _check(
     check_qkv(OP, q, k, k, 4, float64)
     check_lse(OP, lse, q)
     if lse is not None:
-        check(gumbel_tau == 0, OP, "lse", "goes without gumbel_tau", lse.shape)
+        check(gumbel_tau == 0, OP, "lse", "must not be given with gumbel_tau", lse.shape)
     check_scale(OP, scale)
     rule = "must be 'sum', 'mean' or 'visible_mean'"
     check(reduce in REDUCTIONS, OP, "reduce", rule, reduce)

@@ -236,7 +236,7 @@ def _check_rows(a: Any, float64: bool) -> None:
 def _check_scale(a: Any) -> None:
     if a.k_scale is None:
         return
-    rule = "goes with caches in float8_e4m3fn alone"
+    rule = "requires a cache in float8_e4m3fn"
     check(a.k.dtype == torch.float8_e4m3fn, OP, "k_scale", rule, a.k.dtype)
     each = list(a.k.shape[:-1])
     if not is_any(list(a.k_scale.shape), [1], each):

@@ -175,7 +175,7 @@ def _check(*lowered: Any, float64: bool = False) -> None:
     _check_caches(a, float64)
     _check_new("k", a.k, a.k.shape, a.k_cache, a)
     if a.v_cache is None:
-        check(a.v is None, OP, "v", "goes with v_cache alone", getattr(a.v, "shape", None))
+        check(a.v is None, OP, "v", "requires v_cache", getattr(a.v, "shape", None))
     else:
         check(a.v is not None, OP, "v", "must be given with v_cache", None)
         _check_new("v", a.v, a.k.shape, a.v_cache, a)
@@ -238,7 +238,7 @@ def _check_queries(a: Any) -> None:
     queries = a.q.shape[1]
     if queries != heads and (heads == 0 or queries % heads != 0):
         fail(OP, "k", f"number of heads must divide that of q, {queries} (GQA)", heads)
-    check(a.cos is not None, OP, "q", "goes with rope alone", a.q.shape)
+    check(a.cos is not None, OP, "q", "requires rope", a.q.shape)
 
 
 def _check_rope(a: Any) -> None:
@@ -246,7 +246,7 @@ def _check_rope(a: Any) -> None:
     check(given in (0, 3), OP, "rope", "must be cos, sin and positions together", given)
     offset = a.rope_offset
     if given == 0:
-        check(offset == 0, OP, "rope_offset", "goes with rope alone", offset)
+        check(offset == 0, OP, "rope_offset", "requires rope", offset)
         return
     last = max(a.k.shape[2] - 2, 0)
     rule = f"must be 0 to {last}, two columns or more before the end"
@@ -272,7 +272,7 @@ def _check_scale(
         return
     one = read is None or written is None
     check(one, OP, name, "must be read or written, not both", t.shape)
-    check(cached, OP, name, "goes with v_cache alone", t.shape)
+    check(cached, OP, name, "requires v_cache", t.shape)
     token = read is None
     check_cache_scale(OP, name, t, "k_cache", a.k_cache, a.k, shared=not token, token=token)
 
@@ -306,7 +306,7 @@ def _unsupported(backend: str, *lowered: Any) -> list[str]:
     """float64 rows need the reference even where k_cache, the first tensor, is not float64."""
     a = FORWARD.record(*lowered)
     wide = a.k.dtype == torch.float64 != a.k_cache.dtype
-    return ["float64 runs on the reference backend alone"] if wide else []
+    return ["float64 runs only on the reference backend"] if wide else []
 
 
 def flops(*lowered: Any) -> float:

@@ -176,7 +176,7 @@ def _check(
         if not (block_table.dim() == 2 and block_table.shape[0] == batch):
             fail(OP, "block_table", f"must have shape [{batch}, pages]", block_table.shape)
         _check_ints("block_table", block_table, k_cache)
-        rule = "per head goes with a dense cache alone"
+        rule = "per head requires a dense cache"
         check(keep.dim() == 2, OP, "keep", rule, keep.shape)
         rule = "must have pages of a power of two of tokens"
         check(is_power_of_two(size), OP, "k_cache", rule, size)

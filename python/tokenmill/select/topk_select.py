@@ -192,7 +192,7 @@ def _check(
     if block_table is not None:
         _check_block_table(block_table, scores, row_to_batch)
     elif row_to_batch is not None:
-        fail(OP, "row_to_batch", "goes with block_table alone", row_to_batch.shape)
+        fail(OP, "row_to_batch", "requires block_table", row_to_batch.shape)
     check_per_request(OP, "row_to_batch", row_to_batch, rows, "scores", scores)
     if previous is not None:
         _check_previous(previous, scores)

@@ -197,7 +197,7 @@ def lower(
         check(1 <= topk <= number, OP, "topk", rule, topk)
         indices, counts = route(q, k, topk, (sizes[0], sizes[1]), (sizes[2], sizes[3]))
     else:
-        check(topk is None, OP, "topk", "goes without region_graph", topk)
+        check(topk is None, OP, "topk", "must not be given with region_graph", topk)
         _check_graph(region_graph, q, k, number)
         indices = region_graph.sort(-1).values
         counts = indices.new_full(indices.shape[:-1], indices.shape[-1])
@@ -216,7 +216,7 @@ def _region_sizes(
         fits = all(n <= max(side, 1) for n, side in zip(count, pixels, strict=True))
         check(fits, OP, "regions", f"must not exceed the pixels of q, {pixels}", count)
         if region_size is not None:
-            fail(OP, "region_size", "goes without regions", region_size)
+            fail(OP, "region_size", "must not be given with regions", region_size)
         size = tuple(max(-(-side // n), 1) for side, n in zip(pixels, count, strict=True))
     else:
         size = _pair("region_size", region_size)

@@ -52,7 +52,7 @@ def check_block_sparse(*lowered: Any, float64: bool = False, op: str = OP) -> No
     for name, number in (("num_sink", a.num_sink), ("num_recent", a.num_recent)):
         check(number >= 0, op, name, "must not be negative", number)
     alone = a.num_recent == 0 or a.causal
-    check(alone, op, "num_recent", "goes with causal alone", a.num_recent)
+    check(alone, op, "num_recent", "requires causal", a.num_recent)
     check_scale_and_cap(op, a.scale, a.softcap)
     shape = list_shape(a, batch)
     fits = a.indices.dim() == len(shape) + 1

@@ -365,7 +365,7 @@ def _bound(name: str, given: int | None, cu_seqlens: Tensor | None) -> int | Non
     if given is None:
         return None
     if cu_seqlens is None:
-        fail(OP, name, f"goes with cu_seqlens_{name[-1]} alone", given)
+        fail(OP, name, f"requires cu_seqlens_{name[-1]}", given)
     given = as_int(OP, name, given)
     check(given >= 0, OP, name, "must not be negative", given)
     if reads_values(cu_seqlens):
@@ -393,7 +393,7 @@ def _interval(
     """Number of tokens for which lists are used."""
     if lists is None:
         if refresh_interval is not None:
-            fail(OP, "refresh_interval", "goes with lists alone", refresh_interval)
+            fail(OP, "refresh_interval", "requires lists", refresh_interval)
         return 0
     check(isinstance(lists, HipLists), OP, "lists", "must be a HipLists or None", lists)
     check(decoding, OP, "lists", "are for decoding: causal, up to 8 queries", decoding)

@@ -47,7 +47,7 @@ def check_sparse_decode(*lowered: Any, float64: bool = False, op: str = OP) -> N
     check(0 <= a.num_splits <= MAX_SPLITS, op, "num_splits", splits, a.num_splits)
     modes = "must be 'absolute' or 'cache'"
     check(a.pos_mode in ("absolute", "cache"), op, "pos_mode", modes, a.pos_mode)
-    rule = "'cache' goes with one query token; q has"
+    rule = "'cache' requires one query token; q has"
     check(a.pos_mode == "absolute" or q.shape[1] <= 1, op, "pos_mode", rule, q.shape[1])
     check_lengths(op, q, q.shape[0], a.seqlens_k, a.block_table)
     check_cache_scale(op, "k_scale", a.k_scale, "k_cache", k_cache, q)

@@ -273,9 +273,9 @@ def _check_partition(
         is_one = isinstance(generator, torch.Generator)
         check(is_one, OP, "generator", "must be a torch.Generator or None", generator)
         drawn = partition in ("grid", "random")
-        check(drawn, OP, "generator", "goes with partition 'grid' or 'random' alone", partition)
+        check(drawn, OP, "generator", "requires partition 'grid' or 'random'", partition)
     if partition != "grid":
-        check(grid is None, OP, "grid", "goes with partition 'grid' alone", grid)
+        check(grid is None, OP, "grid", "requires partition 'grid'", grid)
     else:
         if grid is None:
             fail(OP, "grid", "must be two positive integers", grid)
@@ -284,12 +284,12 @@ def _check_partition(
             rule = f"must have a place for each token behind the protected ones, {tokens}"
             fail(OP, "grid", rule, grid)
     if partition != "kth":
-        check(group is None, OP, "group", "goes with partition 'kth' alone", group)
+        check(group is None, OP, "group", "requires partition 'kth'", group)
     else:
         if group is None or group < 1:
             fail(OP, "group", "must be a positive integer", group)
     if partition != "index":
-        check(destinations is None, OP, "destinations", "goes with partition 'index' alone",
+        check(destinations is None, OP, "destinations", "requires partition 'index'",
               destinations)  # fmt: skip
     else:
         check(destinations is not None, OP, "destinations", "must be a tensor", destinations)

@@ -145,7 +145,7 @@ def _check(
         wide = torch.promote_types(x.dtype, torch.float32)
         check_like(OP, "weight", weight, [batch, tokens], wide, "x", x)
         if reduce not in ("sum", "mean"):
-            fail(OP, "weight", "goes with reduce 'sum' and 'mean' alone", reduce)
+            fail(OP, "weight", "requires reduce 'sum' and 'mean'", reduce)
 
 
 def _check_values(

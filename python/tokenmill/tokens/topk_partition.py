@@ -105,7 +105,7 @@ def lower(
         most = max_k if max_k is not None else scores.shape[-1] if scores.dim() else 0
         k, counts = most, as_int32(k)
     else:
-        check(max_k is None, OP, "max_k", "goes with a tensor k alone", max_k)
+        check(max_k is None, OP, "max_k", "requires a tensor k", max_k)
     k = as_int(OP, "k" if counts is None else "max_k", k)
     protect_first = as_int(OP, "protect_first", protect_first)
     protect_last = as_int(OP, "protect_last", protect_last)

@@ -188,7 +188,7 @@ CALLS = (
     ),
     Malformed(
         "max_seqlen alone",
-        "max_seqlen_q: goes with cu_seqlens alone; got 5",
+        "max_seqlen_q: requires cu_seqlens; got 5",
         set_options(max_seqlen_q=5),
     ),
     Malformed(

@@ -76,7 +76,7 @@ CALLS = (
     ),
     Malformed(
         "scales of float32",
-        "k_scale: goes with caches in float8_e4m3fn alone; got float32",
+        "k_scale: requires a cache in float8_e4m3fn; got float32",
         set_options(k_scale=torch.ones(1)),
     ),
     Malformed(
@@ -173,7 +173,7 @@ CALLS = (
     ),
     Malformed(
         "bound without starts",
-        "max_seqlen_q: goes with cu_seqlens_q alone; got 4",
+        "max_seqlen_q: requires cu_seqlens_q; got 4",
         set_options(max_seqlen_q=4),
     ),
     Malformed(
@@ -183,7 +183,7 @@ CALLS = (
     ),
     Malformed(
         "segments of packed queries",
-        "mask: must be ranges alone with cu_seqlens_q; got 'segments'",
+        "mask: must be only ranges with cu_seqlens_q; got 'segments'",
         _packed(
             ints(0, 1, 2, 3),
             mask=masks.segments(

@@ -37,7 +37,7 @@ CALLS = (
     ),
     Malformed(
         "lse with noise",
-        "lse: goes without gumbel_tau; got [2, 4, 70]",
+        "lse: must not be given with gumbel_tau; got [2, 4, 70]",
         set_options(gumbel_tau=1.0, seed=1),
     ),
     Malformed(
@@ -50,7 +50,7 @@ CALLS = (
         "seed: must be an integer; got None",
         set_options(gumbel_tau=1.0),
     ),
-    Malformed("seed alone", "seed: goes with gumbel_tau alone; got 5", set_options(seed=5)),
+    Malformed("seed alone", "seed: requires gumbel_tau; got 5", set_options(seed=5)),
     Malformed(
         "negative seed",
         "seed: must be 0 to 2^63 - 1; got -1",

@@ -156,7 +156,7 @@ CALLS = (
     ),
     Malformed(
         "scale of wide keys",
-        "k_scale: goes with caches in float8_e4m3fn alone; got float32",
+        "k_scale: requires a cache in float8_e4m3fn; got float32",
         set_options(k_scale=torch.ones(2, 50)),
     ),
     Malformed(

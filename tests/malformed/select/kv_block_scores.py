@@ -65,7 +65,7 @@ CALLS = (
     ),
     Malformed(
         "scale of float32",
-        "k_scale: goes with caches in float8_e4m3fn alone; got float32",
+        "k_scale: requires a cache in float8_e4m3fn; got float32",
         set_options(k_scale=torch.ones(1)),
     ),
     Malformed(

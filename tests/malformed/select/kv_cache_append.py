@@ -82,7 +82,7 @@ CALLS = (
     ),
     Malformed(
         "values without a cache",
-        "v: goes with v_cache alone; got [5, 2, 16]",
+        "v: requires v_cache; got [5, 2, 16]",
         set_argument(1, lambda _: None),
     ),
     Malformed(
@@ -92,7 +92,7 @@ CALLS = (
     ),
     Malformed(
         "scales of no values",
-        "v_scale: goes with v_cache alone; got [2]",
+        "v_scale: requires v_cache; got [2]",
         _scaled(torch.ones(2), values=False),
     ),
     Malformed(
@@ -128,7 +128,7 @@ CALLS = (
     ),
     Malformed(
         "queries without rope",
-        "q: goes with rope alone; got [5, 4, 16]",
+        "q: requires rope; got [5, 4, 16]",
         set_options(q=torch.zeros(5, 4, 16)),
     ),
     Malformed(
@@ -166,7 +166,7 @@ CALLS = (
     ),
     Malformed(
         "offset without rope",
-        "rope_offset: goes with rope alone; got 2",
+        "rope_offset: requires rope; got 2",
         set_options(rope_offset=2),
     ),
     Malformed("sin", "rope: must have cos and sin of one shape; got [9, 8]", _turned(pairs=4)),
@@ -182,7 +182,7 @@ CALLS = (
     ),
     Malformed(
         "scales of float32",
-        "v_scale: goes with caches in float8_e4m3fn alone; got float32",
+        "v_scale: requires a cache in float8_e4m3fn; got float32",
         _scaled(torch.ones(1), float8=False),
     ),
     Malformed(

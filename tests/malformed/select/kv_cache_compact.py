@@ -64,7 +64,7 @@ CALLS = (
     ),
     Malformed(
         "pages of heads",
-        "keep: per head goes with a dense cache alone; got [2, 2, 20]",
+        "keep: per head requires a dense cache; got [2, 2, 20]",
         _pages_of_heads,
     ),
     Malformed(

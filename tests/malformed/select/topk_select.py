@@ -61,7 +61,7 @@ CALLS = (
     ),
     Malformed(
         "row_to_batch alone",
-        "row_to_batch: goes with block_table alone; got [4]",
+        "row_to_batch: requires block_table; got [4]",
         set_options(row_to_batch=torch.zeros(4, dtype=torch.int32)),
     ),
     Malformed(

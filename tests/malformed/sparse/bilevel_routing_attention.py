@@ -35,7 +35,9 @@ CALLS = (
         set_options(regions=(13, 2)),
     ),
     Malformed(
-        "both", "region_size: goes without regions; got [4, 7]", set_options(region_size=(4, 7))
+        "both",
+        "region_size: must not be given with regions; got [4, 7]",
+        set_options(region_size=(4, 7)),
     ),
     Malformed(
         "neither", "regions: must be given, or region_size; got None", set_options(regions=None)
@@ -63,7 +65,11 @@ CALLS = (
         "topk: must be 1 to the number of regions, 6; got 7",
         set_options(region_graph=None, topk=7),
     ),
-    Malformed("topk beside a graph", "topk: goes without region_graph; got 3", set_options(topk=3)),
+    Malformed(
+        "topk beside a graph",
+        "topk: must not be given with region_graph; got 3",
+        set_options(topk=3),
+    ),
     Malformed(
         "shape of the graph",
         "region_graph: must have shape [2, heads, 6, K] with 1, 2 or 4 heads; got [2, 6, 3]",

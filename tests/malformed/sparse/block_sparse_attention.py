@@ -38,7 +38,7 @@ CALLS = (
     Malformed("last keys", "num_recent: must not be negative; got -2", set_options(num_recent=-2)),
     Malformed(
         "last keys without order",
-        "num_recent: goes with causal alone; got 4",
+        "num_recent: requires causal; got 4",
         set_options(num_recent=4),
     ),
     Malformed(

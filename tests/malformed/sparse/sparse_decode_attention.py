@@ -45,7 +45,7 @@ CALLS = (
     ),
     Malformed(
         "scales of float32",
-        "v_scale: goes with caches in float8_e4m3fn alone; got float32",
+        "v_scale: requires a cache in float8_e4m3fn; got float32",
         set_options(v_scale=torch.ones(1)),
     ),
     Malformed(
@@ -77,7 +77,7 @@ CALLS = (
     ),
     Malformed(
         "places of several tokens",
-        "pos_mode: 'cache' goes with one query token; q has; got 2",
+        "pos_mode: 'cache' requires one query token; q has; got 2",
         _several,
     ),
     Malformed(

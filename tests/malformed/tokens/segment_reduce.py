@@ -57,7 +57,7 @@ CALLS = (
     ),
     Malformed(
         "weight of an extreme",
-        "weight: goes with reduce 'sum' and 'mean' alone; got 'amax'",
+        "weight: requires reduce 'sum' and 'mean'; got 'amax'",
         set_options(reduce="amax"),
     ),
     Malformed(

@@ -36,7 +36,7 @@ CALLS = (
     Malformed("k", "k: must be 0 to N, 197; got -1", set_argument(1, lambda k: -1)),
     Malformed(
         "max_k beside a number",
-        "max_k: goes with a tensor k alone; got 60",
+        "max_k: requires a tensor k; got 60",
         set_options(max_k=60),
     ),
     Malformed(
