@@ -58,8 +58,8 @@ def keys_scored(shape: Shape) -> float:
 
 def _pairs(shape: Shape) -> float:
     """Attended pairs of query and key, per head."""
-    most = BUDGET + SINK + RECENT
-    return float(sum(min(shape.tokens - i, most) for i in range(shape.queries)))
+    maximum = BUDGET + SINK + RECENT
+    return float(sum(min(shape.tokens - i, maximum) for i in range(shape.queries)))
 
 
 def _work(shape: Shape) -> float:

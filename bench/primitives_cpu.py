@@ -22,15 +22,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def probes() -> Iterator[Probe]:
-    most = cores()
-    for threads in dict.fromkeys((1, most)):
+    maximum = cores()
+    for threads in dict.fromkeys((1, maximum)):
         yield from _arithmetic(threads)
         # Each thread has its own part of the working set.
         parts = [max(size // threads // STEP * STEP, STEP) for size in sizes()]
         for of in ("read", "copy"):
             for part in dict.fromkeys(parts):
                 yield _memory(of, part, threads)
-    yield Probe("parallel region", "s", _regions(most), {"threads": most})
+    yield Probe("parallel region", "s", _regions(maximum), {"threads": maximum})
 
 
 def cores() -> int:

@@ -16,8 +16,8 @@ TAU = 0.005
 
 def eager_reconstruct(f: Tensor, s: Tensor, z: Tensor, k: int) -> Tensor:
     d = f.square().sum(2, keepdim=True) + s.square().sum(2)[:, None] - 2 * f @ s.mT
-    least, index = d.topk(k, 2, largest=False)
-    w = torch.softmax(-TAU * least, 2)
+    minimum, index = d.topk(k, 2, largest=False)
+    w = torch.softmax(-TAU * minimum, 2)
     rows = z.gather(1, index.flatten(1)[..., None].expand(-1, -1, z.shape[2]))
     return (w[..., None] * rows.view(*index.shape, -1)).sum(2)
 

@@ -32,14 +32,14 @@ def roofline(points: list[Point], roofs: list[Roof], bandwidth: float) -> str:
     """The picture with a numbered point per case, and a legend of the numbers."""
     ridge = max(r.peak for r in roofs) / bandwidth
     low, high = _decades([*(p.intensity for p in points), ridge])
-    least, most = _decades([*(p.rate for p in points), *(r.peak for r in roofs)])
+    minimum, maximum = _decades([*(p.rate for p in points), *(r.peak for r in roofs)])
 
     def x(intensity: float) -> float:
         share = (math.log10(intensity) - low) / (high - low)
         return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
 
     def y(rate: float) -> float:
-        share = (math.log10(rate) - least) / (most - least)
+        share = (math.log10(rate) - minimum) / (maximum - minimum)
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
     parts = []
@@ -47,13 +47,13 @@ def roofline(points: list[Point], roofs: list[Roof], bandwidth: float) -> str:
         at = x(10.0**decade)
         parts.append(f'<path d="M{at} {TOP}V{HEIGHT - BOTTOM}" stroke="#eee"/>')
         parts.append(_text(at, HEIGHT - BOTTOM + 14, f"{10.0**decade:g}", "middle"))
-    for decade in range(least, most + 1):
+    for decade in range(minimum, maximum + 1):
         at = y(10.0**decade)
         parts.append(f'<path d="M{LEFT} {at}H{WIDTH - RIGHT}" stroke="#eee"/>')
         parts.append(_text(LEFT - 5, at + 4, f"{10.0 ** (decade - 9):g}", "end"))
     parts.append(_text((LEFT + WIDTH) / 2, HEIGHT - 10, "operations per byte", "middle"))
     parts.append(_text(LEFT, TOP - 7, "GFLOP/s", "middle"))
-    start = max(10.0**low, 10.0**least / bandwidth)
+    start = max(10.0**low, 10.0**minimum / bandwidth)
     top = max(r.peak for r in roofs)
     line = f"M{x(start)} {y(start * bandwidth)}L{x(top / bandwidth)} {y(top)}"
     parts.append(f'<path d="{line}" stroke="#444" fill="none"/>')

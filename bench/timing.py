@@ -91,8 +91,8 @@ def interleave(
                 samples[name] = []
         if not limited:
             end = time.perf_counter() + seconds
-        least, done = 1 if limited else ROUNDS, 0
-        while samples and (time.perf_counter() < end or done < least):
+        minimum, done = 1 if limited else ROUNDS, 0
+        while samples and (time.perf_counter() < end or done < minimum):
             for name, times in samples.items():
                 if name not in slow or done < 2:
                     times.append(measure(runs[name]))

@@ -28,8 +28,8 @@ from .gpu import CudaDevice, event_seconds
 from .progress import progress
 from .timing import Measure, interleave, use_threads
 
-LEAST_GAIN = 1.02  # of the mean, in both measurements
-MOST_LOSS = 1.03  # of a single benchmark
+MIN_GAIN = 1.02  # of the mean, in both measurements
+MAX_LOSS = 1.03  # of a single benchmark
 SECONDS = 0.2, 4.0  # seconds per measurement: min, max
 HEADER = ("knob", "standard", "best", "gain", "of the benchmarks")
 Ratios = dict[int, list[float]]  # by value: time / time of the default, per benchmark
@@ -291,9 +291,9 @@ def _measure(
 def choose(standard: int, ratios: Ratios) -> int:
     """The fastest value, or the default unless a value is significantly faster."""
     best = min(ratios, key=lambda value: (geometric_mean(ratios[value]), value != standard))
-    if max(ratios[best], default=1.0) > MOST_LOSS:
+    if max(ratios[best], default=1.0) > MAX_LOSS:
         return standard
-    return best if geometric_mean(ratios[best]) <= 1 / LEAST_GAIN else standard
+    return best if geometric_mean(ratios[best]) <= 1 / MIN_GAIN else standard
 
 
 def _write(device: str, op: str, found: list[Found], options: argparse.Namespace) -> None:

@@ -29,9 +29,9 @@ def ends(lengths):
 def pages_of(rows):
     """Keys [S, Hk, D] of requests in pages, some of which belong to no request, and a
     block_table."""
-    most = -(-max(map(len, rows)) // PAGE)
-    order = torch.randperm(most * len(rows), generator=torch.Generator().manual_seed(1))
-    table = order.view(len(rows), most).int()
+    maximum = -(-max(map(len, rows)) // PAGE)
+    order = torch.randperm(maximum * len(rows), generator=torch.Generator().manual_seed(1))
+    table = order.view(len(rows), maximum).int()
     cache = rows[0].new_full((len(order) + 1, PAGE, *rows[0].shape[1:]), float("nan"))
     for numbers, x in zip(table, rows, strict=True):
         for i, part in enumerate(x.split(PAGE)):
@@ -39,8 +39,8 @@ def pages_of(rows):
     return cache, table
 
 
-def padded(rows, most):
-    out = rows[0].new_full((len(rows), most, *rows[0].shape[1:]), float("nan"))
+def padded(rows, maximum):
+    out = rows[0].new_full((len(rows), maximum, *rows[0].shape[1:]), float("nan"))
     for to, x in zip(out, rows, strict=True):
         to[: len(x)] = x
     return out

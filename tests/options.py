@@ -42,7 +42,7 @@ def pairs(spec: OpSpec, sample: Sample) -> Iterator[tuple]:
 
 
 @functools.cache
-def telling(op: str) -> tuple[Sample, ...]:
+def pairwise_samples(op: str) -> tuple[Sample, ...]:
     """Samples of an operator that cover each pair of options that any sample has: greedily, the
     first sample and then always the one with most uncovered pairs. For tests of behavior that
     depends only on the options of a call: Python code paths, contents of graphs."""

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from tokenmill import registry, testing
 from tokenmill._dispatch import ALL_BACKENDS
 
-LEAST_SECONDS = 1.0  # minimum of a printed row
+MIN_SECONDS = 1.0  # minimum of a printed row
 
 
 def share_of(node: str, operators: Collection[str], isas: Collection[str]) -> tuple[str, str]:
@@ -68,7 +68,7 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.section(f"seconds of the tests: {total:.0f} of one core")
     write(f"{'':32}{'all':>8}" + "".join(f"{b or 'other':>10}" for b in columns))
     for name, seconds, of in rows:
-        if seconds < LEAST_SECONDS:
+        if seconds < MIN_SECONDS:
             break
         cells = "".join(f"{of[b]:10.1f}" if b in of else f"{'':10}" for b in columns)
         write(f"{name:32}{seconds:8.1f}{cells}")

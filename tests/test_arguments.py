@@ -154,11 +154,11 @@ def test_more_than_there_is_means_all(backend):
     ]
     for function, args, options in calls:
         args, options = map_tensors((args, options), lambda t: t.to(device_of(backend)))
-        most = {n: HUGE if isinstance(o, int) and o == 50 else o for n, o in options.items()}
-        if "window" in most:
-            most["window"] = tuple(HUGE if w == 50 else w for w in options["window"])
+        maximum = {n: HUGE if isinstance(o, int) and o == 50 else o for n, o in options.items()}
+        if "window" in maximum:
+            maximum["window"] = tuple(HUGE if w == 50 else w for w in options["window"])
         want = outputs(function(*args, backend=backend, **options))
-        assert same_bits(want, outputs(function(*args, backend=backend, **most))), function
+        assert same_bits(want, outputs(function(*args, backend=backend, **maximum))), function
 
 
 def test_a_short_rope_table_is_refused_however_many_keys_are_recent():

@@ -61,11 +61,11 @@ def test_least_work_of_a_shape():
     full = attention.Shape(False, 64, 512, 2, 1, False)
     assert full.scores == 2 * 512 * 512
     # two products of S x S x D, 4096 multiplications and additions per instruction
-    assert full.least_mma == 2 * 2 * 512 * 512 * 64 * 2 / 4096
-    assert full.least_bytes("sigmoid") == (2 * 2 + 2) * 512 * 64 * 2
-    assert full.least_bytes("softmax") - full.least_bytes("sigmoid") == 2 * 512 * 4
+    assert full.min_mma == 2 * 2 * 512 * 512 * 64 * 2 / 4096
+    assert full.min_bytes("sigmoid") == (2 * 2 + 2) * 512 * 64 * 2
+    assert full.min_bytes("softmax") - full.min_bytes("sigmoid") == 2 * 512 * 4
     causal = attention.Shape(True, 64, 3, 1, 1, True)
-    assert causal.scores == 6 and causal.least_mma == 5 * 6 * 64 * 2 / 4096
+    assert causal.scores == 6 and causal.min_mma == 5 * 6 * 64 * 2 / 4096
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,11 @@ def test_least_work_of_linear_attention():
     shape = linear.Shape(64)
     # per token: pairs within chunks of 64 (32.5 on average) twice, and the state twice
     macs = 1024 * 2 * (2 * 32.5 * 64 + 2 * 64 * 64)
-    assert shape.least_mma == macs * 2 / 4096
-    assert shape.least_bytes == 4 * 1024 * 2 * 64 * 2
+    assert shape.min_mma == macs * 2 / 4096
+    assert shape.min_bytes == 4 * 1024 * 2 * 64 * 2
     backward = linear.Shape(64, backward=True, gates=True)
-    assert backward.least_mma == 2.5 * shape.least_mma
-    assert backward.least_bytes == 7 * 1024 * 2 * 64 * 2 + 2 * 1024 * 2 * 4
+    assert backward.min_mma == 2.5 * shape.min_mma
+    assert backward.min_bytes == 7 * 1024 * 2 * 64 * 2 + 2 * 1024 * 2 * 4
 
 
 def test_peers_of_linear_attention():
@@ -222,12 +222,12 @@ def test_launches_of_a_request(capsys, tmp_path):
 @built
 @pytest.mark.parametrize("op", ROWS)
 def test_rows_of_each_operator(op, capsys, tmp_path):
-    pattern, most = ROWS[op]
+    pattern, maximum = ROWS[op]
     (row,) = rows_of(pattern, [op], tmp_path)
     assert row["op"] == op and re.search(pattern, row["case"])
     out = capsys.readouterr().out
     assert not re.findall(rf"^(?!{op},)\w+, per ", out, flags=re.MULTILINE)
-    for key, bound in most.items():
+    for key, bound in maximum.items():
         assert row[key] <= bound, key
     assert row["traffic_over_least"] >= 1
     if op != "mask_partition":  # ptxas keeps a warp's bits in registers there
@@ -246,11 +246,11 @@ def test_gradients_are_counted_apart(tmp_path):
 @built
 def test_work_of_lists(tmp_path):
     """Tensor cores multiply only what lists name; heads of 32 are padded to 64."""
-    least = {"block_sparse_attention": 1, "hip_block_select": 1, "bilevel_routing_attention": 2}
-    rows = rows_of("^(256|512 queries|16 regions of 8).*, float16$", list(least), tmp_path)
-    assert {row["op"] for row in rows} == set(least)
+    minimum = {"block_sparse_attention": 1, "hip_block_select": 1, "bilevel_routing_attention": 2}
+    rows = rows_of("^(256|512 queries|16 regions of 8).*, float16$", list(minimum), tmp_path)
+    assert {row["op"] for row in rows} == set(minimum)
     for row in rows:
         backward = "backward" in row["case"]
-        assert row["mma_over_least"] == pytest.approx(least[row["op"]] * (1.4 if backward else 1))
+        assert row["mma_over_least"] == pytest.approx(minimum[row["op"]] * (1.4 if backward else 1))
         exponentials = 16 * row["cycles"]["special"] / 1000  # per score
         assert exponentials <= {"hip_block_select": 0}.get(row["op"], 2 if backward else 1.1)

@@ -15,7 +15,7 @@ import torch
 from conftest import backends, cpu_variants, device_of
 from hypothesis import given
 from hypothesis import strategies as st
-from options import telling
+from options import pairwise_samples
 from tier import examples
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -104,7 +104,7 @@ def test_results_and_gradients_keep_the_error_budget(spec, sample, dtype, backen
 
 @pytest.mark.parametrize(
     ("spec", "sample"),
-    [(spec, s) for spec in SPECS for s in telling(spec.name) if spec.gradients_of(s)],
+    [(spec, s) for spec in SPECS for s in pairwise_samples(spec.name) if spec.gradients_of(s)],
     ids=lambda x: x.name,
 )
 def test_reference_gradcheck(spec, sample):
@@ -199,7 +199,7 @@ def test_opcheck(spec, sample, backend):
         checks.remove("test_schema")  # its tolerance comparison does not support float8
     # Backends share the fakes and the autograd from which graphs are made.
     first = sample == spec.samples[0]
-    if first or (backend not in INTERPRETERS and sample in telling(spec.name)):
+    if first or (backend not in INTERPRETERS and sample in pairwise_samples(spec.name)):
         checks.append("test_aot_dispatch_dynamic")
     if spec.out and spec.out.has_native("CPU") and backend == "cpu":
         out = torch.zeros_like(outputs(spec.function(*args, **kwargs))[0])
@@ -223,7 +223,7 @@ def test_opcheck(spec, sample, backend):
 
 
 # Backends share graphs; test_opcheck covers AOT autograd of the other samples.
-@each_call(few=INTERPRETERS, of=telling)
+@each_call(few=INTERPRETERS, of=pairwise_samples)
 def test_compiles_as_one_graph(spec, sample, backend):
     args, kwargs = map_tensors(draw(sample), lambda t: t.to(device_of(backend)))
     torch._dynamo.reset()

@@ -75,8 +75,8 @@ def test_the_code_of_the_page_on_serving_runs():
 
 @sources
 def test_pages_for_users_stay_short():
-    for name, most in (("README.md", 99), ("CHANGELOG.md", 60), ("docs/performance.md", 200)):
-        assert len((ROOT / name).read_text().splitlines()) <= most, name
+    for name, maximum in (("README.md", 99), ("CHANGELOG.md", 60), ("docs/performance.md", 200)):
+        assert len((ROOT / name).read_text().splitlines()) <= maximum, name
 
 
 @sources

@@ -202,8 +202,8 @@ def test_indexer():
     rows = re.findall(rf"^({name}) +([\d.]+) / [\d.]+ +([\d.]+) / [\d.]+$", out, re.M)
     held = {name: [float(x) for x in found] for name, *found in rows}
     assert list(held) == name.split("|")
-    for trained, untrained, most in zip(*held.values(), strict=True):
-        assert untrained + 0.2 < trained <= most <= 1.001
+    for trained, untrained, maximum in zip(*held.values(), strict=True):
+        assert untrained + 0.2 < trained <= maximum <= 1.001
 
 
 def test_biformer_image(tmp_path):

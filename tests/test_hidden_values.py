@@ -206,8 +206,8 @@ def test_the_largest_floats_touch_no_earlier_row_in_triton(name, backend, tf32_p
     """These values become infinite as tensor-core operands."""
     q, k, v = (x[:1] for x in inputs(torch.float32, backend))
     clean = CALLS[name](q, k, v, backend=backend)
-    most = torch.finfo(torch.float32).max
-    v[:, 37:, :, ::3] = torch.tensor([most, -3.402e38, 3.402e38])[:, None, None]
+    maximum = torch.finfo(torch.float32).max
+    v[:, 37:, :, ::3] = torch.tensor([maximum, -3.402e38, 3.402e38])[:, None, None]
     out = CALLS[name](q, k, v, backend=backend)
     seen = out.shape[1] - 3
     torch.testing.assert_close(out[:, :seen], clean[:, :seen], rtol=1e-5, atol=1e-5)

@@ -26,8 +26,8 @@ def kernel(x, out):
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU counts on beyond the last integer")
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_an_overflow_of_32_bits_is_an_error(dtype):
-    most = 2**30 - 1
-    x = torch.tensor([0, -most, 5, most], dtype=dtype)
+    maximum = 2**30 - 1
+    x = torch.tensor([0, -maximum, 5, maximum], dtype=dtype)
     out = torch.empty_like(x)
     kernel[(1,)](x, out)
     assert torch.equal(out, 2 * x + 1)

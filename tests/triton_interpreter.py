@@ -148,8 +148,8 @@ def check_overflow_at_once() -> None:
             return
         wide = (x.handle.data.astype(np.int64) for x in (left, right))
         exact = operations[operation.__name__](*wide)
-        least, most = scalar.get_int_min_value(), scalar.get_int_max_value()
-        if exact.size and (exact.min() < least or exact.max() > most):
+        minimum, maximum = scalar.get_int_min_value(), scalar.get_int_max_value()
+        if exact.size and (exact.min() < minimum or exact.max() > maximum):
             raise AssertionError(f"{scalar} overflow detected for operation {operation.__name__}")
 
     TritonSemantic.binary_op_sanitize_overflow_impl = check

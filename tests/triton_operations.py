@@ -19,7 +19,7 @@ from triton.runtime.interpreter import TensorHandle
 FLOATS = (tl.float16, tl.float32, tl.float64)
 INTS = (tl.int8, tl.int16, tl.int32, tl.int64, tl.uint8, tl.uint16, tl.uint32, tl.uint64)
 NUMPY = {x: interpreter._get_np_dtype(x) for x in (*FLOATS, *INTS, tl.int1)}
-LEAST, MOST = -(2**63), 2**63 - 1  # range of numbers that get an element type
+MIN, MAX = -(2**63), 2**63 - 1  # range of numbers that get an element type
 
 # Replaced functions; a Triton release that lacks one keeps its other functions too.
 REPLACED = (
@@ -93,7 +93,7 @@ def number(value, scalar):
     """A number takes the type of the tensor it is combined with, if that type can hold it."""
     if type(value) is float:
         return NUMPY[scalar].type(value) if scalar in FLOATS else None
-    if type(value) is not int or not LEAST <= value <= MOST:
+    if type(value) is not int or not MIN <= value <= MAX:
         return None
     if scalar in FLOATS:
         return NUMPY[scalar].type(value)

@@ -28,7 +28,7 @@ STEP = tl.constexpr(16)
 STEP_COLUMNS = tl.constexpr(32)
 
 # Registers per thread for kernels that recompute NaN rows: ptxas may choose fewer, and spill.
-MOST_REGISTERS = 255
+MAX_REGISTERS = 255
 
 # Arguments excluded from specialization: a new length does not recompile.
 LENGTHS = ["tokens_q", "tokens_k", "longest_q", "longest_k", "heads", "group", "blocks"]
@@ -72,7 +72,7 @@ class Terms(NamedTuple):
     score_bias_batch: int
     slopes: Tensor | None  # [H] or [B, H]
     slopes_batch: int
-    fades: int | None  # 1: slopes decay the weights and leave z unchanged
+    post_decay: int | None  # 1: slopes decay the weights and leave z unchanged
     chebyshev: int | None  # grid width, if slopes apply to Chebyshev distance
     manhattan: int | None
     grid_window: int | None
@@ -262,7 +262,7 @@ def visible_parts(first, last, diagonal, left, right, length, BLOCK: tl.constexp
 
 
 @triton.jit
-def lower_bound(p_list, b_begin, b_end, b_least, halvings):
+def lower_bound(p_list, b_begin, b_end, b_min, halvings):
     """Index of the first entry >= b_least among entries b_begin .. b_end - 1 of an ascending list,
     b_end if there is none; halvings: bit width of the maximum count."""
     b_low = b_begin
@@ -270,7 +270,7 @@ def lower_bound(p_list, b_begin, b_end, b_least, halvings):
     for _ in range(halvings):
         b_middle = (b_low + b_high) // 2
         m_open = b_low < b_high
-        m_below = tl.load(p_list + b_middle, mask=m_open, other=0) < b_least
+        m_below = tl.load(p_list + b_middle, mask=m_open, other=0) < b_min
         b_low = tl.where(m_open & m_below, b_middle + 1, b_low)
         b_high = tl.where(m_open & (m_below == 0), b_middle, b_high)
     return b_low
@@ -369,7 +369,7 @@ def scores(b_qk, o_i, o_j, terms, head, sequence):
         # Clamp +inf to the largest finite score; NaN fails the comparison and passes.
         b_z = tl.where(b_z > FLOAT_MAX, FLOAT_MAX, b_z)
     # z -= slope |i - j|
-    if terms.slopes is not None and terms.fades is None:
+    if terms.slopes is not None and terms.post_decay is None:
         b_distance = distance(o_i, o_j, terms, sequence)
         b_z -= head.slope * b_distance
         if terms.grid_window is not None:
@@ -381,7 +381,7 @@ def scores(b_qk, o_i, o_j, terms, head, sequence):
 def fade_of(o_i, o_j, terms, head, sequence):
     """Decay applied to softmax weights after the row sum, or None."""
     b_fade = None
-    if terms.fades is not None:
+    if terms.post_decay is not None:
         b_distance = distance(o_i, o_j, terms, sequence)
         b_fade = tl.exp2(b_distance * (head.slope * -LOG2E))
         if terms.grid_window is not None:
@@ -408,7 +408,7 @@ def terms_of(
     grid_width: int = 0,
     grid_distance: str = "chebyshev",
     grid_window: int = -1,
-    fades: bool = False,
+    post_decay: bool = False,
 ) -> Terms:
     nats = bias is not None or alibi_slopes is not None or kind not in ("softmax", "sigmoid")
     unit = 1.0 if nats else LOG2E.value
@@ -422,7 +422,7 @@ def terms_of(
         _batch_stride(score_bias),
         alibi_slopes,
         _batch_stride(alibi_slopes),
-        1 if fades else None,
+        1 if post_decay else None,
         grid_width if grid_width > 0 and grid_distance == "chebyshev" else None,
         grid_width if grid_width > 0 and grid_distance == "manhattan" else None,
         grid_window if grid_width > 0 and grid_window >= 0 else None,

@@ -10,7 +10,7 @@ from .common import INF, INTERPRETED, LOG2E, dot
 # Sigmoid weights near 1 / n are subnormal in float16 for n >= 16384.
 FLOAT16_SCALE = tl.constexpr(2.0**15)
 # Added to the row sum before division.
-LEAST_SUM = tl.constexpr(1e-8)
+MIN_SUM = tl.constexpr(1e-8)
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def inverse(b_sum, KIND: tl.constexpr, NORMALIZE: tl.constexpr):
     elif KIND == "linear":  # weights of either sign
         b_inverse = 1.0 / tl.maximum(tl.abs(b_sum), 1.0)
     else:
-        b_inverse = 1.0 / (b_sum + LEAST_SUM)
+        b_inverse = 1.0 / (b_sum + MIN_SUM)
     return b_inverse
 
 

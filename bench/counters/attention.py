@@ -45,11 +45,11 @@ class Shape:
         return self.heads * (s * (s + 1) // 2 if self.causal else s * s)
 
     @property
-    def least_mma(self) -> float:
+    def min_mma(self) -> float:
         """Minimum number of m16n8k16, for visible pairs only: 2 products forward, 5 backward."""
         return (10 if self.backward else 4) * self.head_dim * self.scores / 4096
 
-    def least_bytes(self, kind: str) -> int:
+    def min_bytes(self, kind: str) -> int:
         """Minimum traffic: every tensor once."""
         query = self.heads * self.seqlen * self.head_dim * 2
         key = self.kv_heads * self.seqlen * self.head_dim * 2
@@ -178,8 +178,8 @@ def cases() -> Iterator[CounterCase]:
             yield CounterCase(
                 f"{shape.title} {variant.title}",
                 shape.scores / 1000,
-                shape.least_bytes(variant.kind),
-                shape.least_mma,
+                shape.min_bytes(variant.kind),
+                shape.min_mma,
                 functools.partial(prepare, shape, variant),
                 bounds(shape, variant),
                 held=variant.bias or variant.kind == "softmax",
@@ -191,8 +191,8 @@ def cases() -> Iterator[CounterCase]:
             yield CounterCase(
                 f"sm_90a {shape.title} {variant.title}",
                 shape.scores / 1000,
-                shape.least_bytes(variant.kind),
-                shape.least_mma,
+                shape.min_bytes(variant.kind),
+                shape.min_mma,
                 functools.partial(on_device, "sm_90a", functools.partial(prepare, shape, variant)),
                 bounds(shape, variant, COMPARED_SM90),
                 held=variant.bias or variant.kind == "softmax",

@@ -20,10 +20,8 @@ def _draw(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def _case(
-    title: str, least_bytes: float, prepare: Callable[[], Callable[[], object]]
-) -> CounterCase:
-    return CounterCase(title, least_bytes / 1024, least_bytes, 0, prepare)
+def _case(title: str, min_bytes: float, prepare: Callable[[], Callable[[], object]]) -> CounterCase:
+    return CounterCase(title, min_bytes / 1024, min_bytes, 0, prepare)
 
 
 def merge() -> Iterator[CounterCase]:
@@ -61,9 +59,9 @@ def pool() -> Iterator[CounterCase]:
         return lambda: tm.block_pool_keys(k, block, mode=mode, backend="emulated")
 
     for mode, rows in (("mean", 1), ("minmax", 2)):
-        least = HEADS * ROW * (tokens + rows * tokens // block)
+        minimum = HEADS * ROW * (tokens + rows * tokens // block)
         yield _case(
-            f"{mode} of {block} of {tokens} tokens", least, functools.partial(prepare, mode)
+            f"{mode} of {block} of {tokens} tokens", minimum, functools.partial(prepare, mode)
         )
 
 
@@ -113,10 +111,10 @@ def append() -> Iterator[CounterCase]:
 
     rows = 2 * tokens * HEADS
     for dtype, scale in ((DTYPE, ""), (float8, "heads"), (float8, "tokens")):
-        least = rows * (ROW + DIM * dtype.itemsize) + tokens * (DIM * 4 + 16)
-        least += rows * 4 if scale == "tokens" else 0
+        minimum = rows * (ROW + DIM * dtype.itemsize) + tokens * (DIM * 4 + 16)
+        minimum += rows * 4 if scale == "tokens" else 0
         title = f"{tokens} tokens into {str(dtype)[6:]}" + (f", scales of {scale}" if scale else "")
-        yield _case(title, least, functools.partial(prepare, dtype, scale))
+        yield _case(title, minimum, functools.partial(prepare, dtype, scale))
     yield from latent_append()
 
 
@@ -134,8 +132,8 @@ def latent_append() -> Iterator[CounterCase]:
             backend="emulated",
         )  # fmt: skip
 
-    least = tokens * (2 * wide * DTYPE.itemsize + turned * 4 + 16)
-    yield _case(f"{tokens} latent rows", least, prepare)
+    minimum = tokens * (2 * wide * DTYPE.itemsize + turned * 4 + 16)
+    yield _case(f"{tokens} latent rows", minimum, prepare)
 
 
 def gate() -> Iterator[CounterCase]:

@@ -41,13 +41,13 @@ FIGURES = {
 @dataclass(frozen=True)
 class CounterCase:
     """One row. prepare draws the tensors and returns the call whose kernels are counted; figures
-    are per `units`. Without least_mma, tensor cores are ignored. against: figures of the peers;
+    are per `units`. Without min_mma, tensor cores are ignored. against: figures of the peers;
     held: whether they count in the verdict below the table."""
 
     title: str
     units: float
-    least_bytes: float
-    least_mma: float
+    min_bytes: float
+    min_mma: float
     prepare: Callable[[], Callable[[], object]]
     against: Mapping[str, float] = field(default_factory=dict)
     held: bool = True
@@ -99,8 +99,8 @@ def measure(case: CounterCase) -> dict[str, Any]:
         "binding_unit": max(on_chip, key=lambda unit: on_chip[unit]),
         "binding_cycles": max(on_chip.values()),
         "instructions": sum(launch[instructions] for launch in launches) / case.units,
-        "traffic_over_least": traffic(launches) / case.least_bytes,
-        "mma_over_least": mma / case.least_mma if case.least_mma else 0.0,
+        "traffic_over_least": traffic(launches) / case.min_bytes,
+        "mma_over_least": mma / case.min_mma if case.min_mma else 0.0,
         "waves": waves / case.units,
         "waves_over_ideal": waves / ideal if ideal else 1.0,
         "local_requests": sum(launch["local_requests"] for launch in launches),

@@ -47,14 +47,14 @@ class Shape:
         return self.batch * HEADS * LENGTH
 
     @property
-    def least_mma(self) -> float:
+    def min_mma(self) -> float:
         """Minimum for chunks of 64 tokens, visible pairs only: two pair products and two state
         products forward, five of each backward."""
         forward = useful_work(LENGTH, HEADS, self.head_dim, self.head_dim) * self.batch / 4096
         return forward * (2.5 if self.backward else 1)
 
     @property
-    def least_bytes(self) -> float:
+    def min_bytes(self) -> float:
         """Minimum traffic: every tensor once."""
         gates = 4 * (self.backward + 1) * self.gates
         return self.tokens * ((7 if self.backward else 4) * self.head_dim * 2 + gates)
@@ -111,7 +111,7 @@ def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:
         "binding_cycles": max(c for unit, c in units.items() if unit != "l2"),
         "instructions": 4 * units["issue"],
         "traffic_over_least": sum(row["traffic_kib"] for row in rows) / rows[0]["floor_kib"],
-        "mma_over_least": sum(row["mma"] for row in rows) / shape.least_mma,
+        "mma_over_least": sum(row["mma"] for row in rows) / shape.min_mma,
         "waves": units["shared"],
         "waves_over_ideal": waves / sum(r["bank_waves"] / r["waves_over_ideal"] for r in rows),
     }
@@ -139,8 +139,8 @@ def cases() -> Iterator[CounterCase]:
         yield CounterCase(
             shape.title,
             shape.tokens,
-            shape.least_bytes,
-            shape.least_mma,
+            shape.min_bytes,
+            shape.min_mma,
             functools.partial(on_device, "sm_90a", call) if shape.sm90 else call,
             {} if shape.backward else bounds(shape.head_dim),
         )

@@ -143,8 +143,8 @@ def rows_cases() -> Iterator[CounterCase]:
         k = torch.randn(1, keys, HK, D, generator=generator).to(dtype)
         return lambda: tm.attention_row_scores(q, k, backend="emulated")
 
-    least = keys * (HK * D * dtype.itemsize + 4) + H * D * dtype.itemsize
-    yield CounterCase(f"a step over {keys} keys, {str(dtype)[6:]}", keys * HK, least, 0, prepare)
+    minimum = keys * (HK * D * dtype.itemsize + 4) + H * D * dtype.itemsize
+    yield CounterCase(f"a step over {keys} keys, {str(dtype)[6:]}", keys * HK, minimum, 0, prepare)
 
 
 def _indexer(

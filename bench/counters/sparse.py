@@ -57,10 +57,10 @@ def _listed(
     # Forward: q, out and lse once. Backward: k and v for dq; for dk and dv, q and dout once per
     # list that names a block; and each gradient once.
     read = queries // block_q * keys * 2 * row
-    least = read + queries * (2 * row + 4) if not backward else 2 * read + queries * (6 * row + 4)
+    minimum = read + queries * (2 * row + 4) if not backward else 2 * read + queries * (6 * row + 4)
     mma = products((5 if backward else 2) * scores * dim, dtype)
     name = f"{title}, {'backward, ' if backward else ''}{str(dtype)[6:]}"
-    return CounterCase(name, scores / 1000, least, mma, prepare)
+    return CounterCase(name, scores / 1000, minimum, mma, prepare)
 
 
 def _regions(dtype: torch.dtype, side: int, backward: bool = False) -> CounterCase:
@@ -171,9 +171,11 @@ def _mass() -> CounterCase:
 
     scores, row = 8 * heads * entries, 2 * dim
     # Keys twice, values once; queries twice, out and lse; list and mass.
-    least = 8 * entries * (3 * row + 8) + 8 * heads * (3 * row + 8)
+    minimum = 8 * entries * (3 * row + 8) + 8 * heads * (3 * row + 8)
     mma = products(3 * scores * dim, F16)
-    return CounterCase(f"mass of 256 of {tokens} keys, float16", scores / 1000, least, mma, prepare)
+    return CounterCase(
+        f"mass of 256 of {tokens} keys, float16", scores / 1000, minimum, mma, prepare
+    )
 
 
 def _latent(packed: bool = False) -> CounterCase:
@@ -204,10 +206,10 @@ def _latent(packed: bool = False) -> CounterCase:
 
     scores = queries * heads * entries
     # Keys and ids; queries, out and lse. A CTA copies keys and values, which are the same.
-    least = queries * entries * (2 * dim + 4) + queries * heads * (2 * (dim + value_dim) + 4)
+    minimum = queries * entries * (2 * dim + 4) + queries * heads * (2 * (dim + value_dim) + 4)
     mma = products(scores * (dim + value_dim), F16)
     name = f"{'packed, ' if packed else ''}{entries} of {tokens} latent keys, float16"
-    return CounterCase(name, scores / 1000, least, mma, prepare)
+    return CounterCase(name, scores / 1000, minimum, mma, prepare)
 
 
 def blocks_cases() -> Iterator[CounterCase]:
@@ -251,9 +253,9 @@ def _search(
         )  # fmt: skip
 
     scores = lists * keys * speakers
-    least = lists * ((keys + speakers) * dim * dtype.itemsize + budget // 2 * 4)
+    minimum = lists * ((keys + speakers) * dim * dtype.itemsize + budget // 2 * 4)
     return CounterCase(
-        f"{name}, {str(dtype)[6:]}", scores / 1000, least, products(scores * dim, dtype), prepare
+        f"{name}, {str(dtype)[6:]}", scores / 1000, minimum, products(scores * dim, dtype), prepare
     )
 
 
@@ -279,10 +281,10 @@ def _landmarks(dtype: torch.dtype, block: int, backward: bool = False) -> Counte
         return lambda: torch.autograd.grad(made, (q, k, v), cotangent, retain_graph=True)
 
     rows = 8 if backward else 4  # rows in addition to lse
-    least = dense.seqlen * (rows * dense.head_dim * dtype.itemsize + 4)
-    mma = products(dense.least_mma * 2048, dtype)
+    minimum = dense.seqlen * (rows * dense.head_dim * dtype.itemsize + 4)
+    mma = products(dense.min_mma * 2048, dtype)
     title = f"{dense.title}, blocks of {block}, {str(dtype)[6:]}"
-    return CounterCase(title, dense.scores / 1000, least, mma, prepare)
+    return CounterCase(title, dense.scores / 1000, minimum, mma, prepare)
 
 
 def landmarks_cases() -> Iterator[CounterCase]:
@@ -302,8 +304,8 @@ def lists_cases() -> Iterator[CounterCase]:
         return lambda: tm.transpose_block_list(indices, counts, blocks, backend="emulated")
 
     listed = heads * rows * entries
-    least = 4 * (2 * listed + heads * (rows + blocks + 1))
-    yield CounterCase(f"{rows} lists of {entries} of {blocks}", listed, least, 0, prepare)
+    minimum = 4 * (2 * listed + heads * (rows + blocks + 1))
+    yield CounterCase(f"{rows} lists of {entries} of {blocks}", listed, minimum, 0, prepare)
 
 
 PER = "1000 scores"

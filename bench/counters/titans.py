@@ -23,8 +23,8 @@ def _case(dtype: torch.dtype, chunk: int = 64, backward: bool = False) -> Counte
         q, k, v = (t.to(dtype).requires_grad_(backward) for t in (q, k, v))
         drawn = (torch.rand(1, LENGTH, HEADS, generator=g) for _ in GATES)
         alpha, eta, theta = (
-            (x * (most - least) + least).requires_grad_(backward)
-            for x, (least, most) in zip(drawn, GATES, strict=True)
+            (x * (maximum - minimum) + minimum).requires_grad_(backward)
+            for x, (minimum, maximum) in zip(drawn, GATES, strict=True)
         )
 
         def forward() -> Tensor:

@@ -23,11 +23,11 @@ def _draw(*shape: int) -> Tensor:
 
 def _case(
     title: str,
-    least_bytes: float,
+    min_bytes: float,
     prepare: Callable[[], Callable[[], object]],
-    least_mma: float = 0,
+    min_mma: float = 0,
 ) -> CounterCase:
-    return CounterCase(title, least_bytes / 1024, least_bytes, least_mma, prepare)
+    return CounterCase(title, min_bytes / 1024, min_bytes, min_mma, prepare)
 
 
 def _lists() -> tuple[Tensor, Tensor]:
@@ -83,9 +83,9 @@ def segments() -> Iterator[CounterCase]:
         x = _draw(tokens, C)
         return lambda: tm.segment_reduce(x, offsets, reduce=reduce, backend="emulated")
 
-    least = (tokens + count) * ROW + 8 * count
-    yield _case(f"sum of {tokens} rows of {C}", least, lambda: prepare("sum"))
-    yield _case("... maximum", least + count * C * 4, lambda: prepare("amax"))
+    minimum = (tokens + count) * ROW + 8 * count
+    yield _case(f"sum of {tokens} rows of {C}", minimum, lambda: prepare("sum"))
+    yield _case("... maximum", minimum + count * C * 4, lambda: prepare("amax"))
 
 
 def pool() -> Iterator[CounterCase]:
@@ -101,11 +101,11 @@ def pool() -> Iterator[CounterCase]:
         cotangent = _draw(*out.shape)
         return lambda: torch.autograd.grad(out, x, cotangent, retain_graph=True)
 
-    least = 2 * B * SIDE * SIDE * ROW
-    yield _case(f"mean of 3 x 3 minus input, {B} x {SIDE} x {SIDE} x {C}", least,
+    minimum = 2 * B * SIDE * SIDE * ROW
+    yield _case(f"mean of 3 x 3 minus input, {B} x {SIDE} x {SIDE} x {C}", minimum,
                 lambda: prepare("avg"))  # fmt: skip
-    yield _case("... backward", least, lambda: prepare("avg", True))
-    yield _case("maximum of 3 x 3", least, lambda: prepare("max"))
+    yield _case("... backward", minimum, lambda: prepare("avg", True))
+    yield _case("maximum of 3 x 3", minimum, lambda: prepare("max"))
 
 
 def partition() -> Iterator[CounterCase]:
@@ -133,9 +133,9 @@ def match() -> Iterator[CounterCase]:
         x = _draw(1, 2 * rows, channels)
         return lambda: tm.best_match(x[:, ::2], x[:, 1::2], normalize=True, backend="emulated")
 
-    least = 2 * rows * channels * DTYPE.itemsize + 8 * rows
+    minimum = 2 * rows * channels * DTYPE.itemsize + 8 * rows
     mma = products(rows * rows * channels, DTYPE)
-    yield _case(f"{rows} of {rows} rows of {channels}", least, prepare, mma)
+    yield _case(f"{rows} of {rows} rows of {channels}", minimum, prepare, mma)
 
 
 def clusters() -> Iterator[CounterCase]:
@@ -145,8 +145,8 @@ def clusters() -> Iterator[CounterCase]:
         x = _draw(1, SIDE, SIDE, C)
         return lambda: tm.cluster_tokens(x, grid, iters=iters, tau=0.01, backend="emulated")
 
-    least = SIDE * SIDE * (ROW + 4) + grid * grid * (ROW + 4)
-    yield _case(f"{SIDE} x {SIDE} to {grid} x {grid}, {iters} iterations", least, prepare)
+    minimum = SIDE * SIDE * (ROW + 4) + grid * grid * (ROW + 4)
+    yield _case(f"{SIDE} x {SIDE} to {grid} x {grid}, {iters} iterations", minimum, prepare)
 
 
 def reconstruct() -> Iterator[CounterCase]:

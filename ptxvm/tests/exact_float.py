@@ -31,7 +31,7 @@ class Format:
         return ((1 << (self.bits - 1 - self.fraction)) - 1) << self.fraction
 
     @property
-    def least(self) -> int:
+    def minimum(self) -> int:
         """Exponent of the smallest normal number."""
         return 1 - self.bias
 
@@ -75,7 +75,7 @@ def rounded(n: int, e: int, f: Format, mode: str, zero: int = 0) -> int:
         return zero
     sign = f.sign if n < 0 else 0
     n = abs(n)
-    unit = max(n.bit_length() - 1 + e, f.least) - f.fraction
+    unit = max(n.bit_length() - 1 + e, f.minimum) - f.fraction
     shift = unit - e
     if shift <= 0:
         kept, up = n << -shift, False
@@ -90,7 +90,7 @@ def rounded(n: int, e: int, f: Format, mode: str, zero: int = 0) -> int:
         }[mode]
     kept += up
     # With the hidden bit counted in, adding it to the exponent field carries where it should.
-    exponent = unit + f.fraction - f.least
+    exponent = unit + f.fraction - f.minimum
     result = (exponent << f.fraction) + kept if kept else 0
     if result < f.infinity:
         return sign | result

@@ -32,7 +32,7 @@ PIECES = (
     *(".b128", ".f16x2", ".pred", ".param", ".reg", ".shared", ".extern", ".entry", ".func"),
 )
 SECONDS = 10  # for one text
-MOST_MEMORY = 512 << 20  # bytes beyond those of the process, for all texts of a child
+MAX_MEMORY = 512 << 20  # bytes beyond those of the process, for all texts of a child
 TRIES_OF_CHILD = 500
 
 
@@ -103,7 +103,7 @@ def in_child(texts: Sequence[str], seed: int, first: int, last: int) -> tuple[in
                 print(repr(error), flush=True)
                 os._exit(1)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) << 10
-        os._exit(2 if grown > MOST_MEMORY else 0)
+        os._exit(2 if grown > MAX_MEMORY else 0)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     why = {0: "", 1: "another error", 2: "memory", -signal.SIGALRM: "hangs"}.get(code, f"{code}")

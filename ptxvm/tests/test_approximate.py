@@ -30,10 +30,10 @@ class Function:
         return f"{self.op}.{self.kind}"
 
 
-def spacing(y: Array, fraction: int = 23, least: int = -126) -> Array:
+def spacing(y: Array, fraction: int = 23, minimum: int = -126) -> Array:
     with np.errstate(divide="ignore"):
         exponent = np.floor(np.log2(np.abs(y)))
-    return np.exp2(np.maximum(exponent, least) - fraction)
+    return np.exp2(np.maximum(exponent, minimum) - fraction)
 
 
 def angle_bound(x: Array, _: Array) -> Array:
@@ -211,8 +211,8 @@ def test_error_is_within_the_bound(function: Function) -> None:
         largest = {"f16": 65504.0, "bf16": 3.38e38}.get(function.kind, 3.4e38)
         judged = np.isfinite(x) & (x != 0) & (x >= low) & (x <= high) & (np.abs(exact) < largest)
         bound = function.bound(x, exact)
-        fraction, least = {"f16": (10, -14), "bf16": (7, -126)}.get(function.kind, (23, -126))
-        half = 0.501 * spacing(exact, fraction, least)
+        fraction, minimum = {"f16": (10, -14), "bf16": (7, -126)}.get(function.kind, (23, -126))
+        half = 0.501 * spacing(exact, fraction, minimum)
         got = to_float(rounded, function.kind)
         # A flushed result is off by itself.
         flushed = (got == 0) & ("ftz" in function.op)

@@ -222,9 +222,9 @@ def test_reductions_to_global_memory(op: str, type_: str) -> None:
 
 
 def test_sums_of_f32_flush() -> None:
-    tiny, least = np.float32(1e-40), np.finfo(np.float32).smallest_normal
-    old = np.resize(np.array([tiny, -tiny, -0.0, 2 * least, 1], np.float32), 128)
-    new = np.resize(np.array([tiny, -tiny, -tiny, -1.5 * least, tiny], np.float32), 128)
+    tiny, minimum = np.float32(1e-40), np.finfo(np.float32).smallest_normal
+    old = np.resize(np.array([tiny, -tiny, -0.0, 2 * minimum, 1], np.float32), 128)
+    new = np.resize(np.array([tiny, -tiny, -tiny, -1.5 * minimum, tiny], np.float32), 128)
     body = f"{FILL}@%p0 cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 "
     with sm90():
         machine.run(kernel(body + f"[%d1], [%r2], 512;\n{DRAIN}", 2), "k", new, old)

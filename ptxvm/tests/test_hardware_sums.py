@@ -11,7 +11,7 @@ import test_wgmma
 from machine import machine
 from test_tiles import metadata, pack, places_of, run, sizes, thin_out, unpack
 
-LEAST = {"f16": -14, "bf16": -126, "tf32": -126, "e4m3": -6, "e5m2": -14}
+MIN = {"f16": -14, "bf16": -126, "tf32": -126, "e4m3": -6, "e5m2": -14}
 # Device and kind of type: products of a step, bits below the largest exponent, bits of the result.
 ADDERS = {
     ("sm_80", 16): (8, 24, 23),
@@ -48,8 +48,8 @@ def numbers(shape: tuple[int, int], type_: str, rng: np.random.Generator) -> tup
     return single.astype(float), bits >> 16 if type_ == "bf16" else bits
 
 
-def exponent(x: float, least: int) -> int:
-    return max(math.frexp(x)[1] - 1, least)
+def exponent(x: float, minimum: int) -> int:
+    return max(math.frexp(x)[1] - 1, minimum)
 
 
 def cut(x: Fraction, kept: int) -> float:
@@ -69,12 +69,12 @@ def model(
     half: bool,
 ) -> float:
     step, bits, kept = adder
-    least = [LEAST[t] for t in types]
+    minimum = [MIN[t] for t in types]
     for begin in range(0, len(a), step):
         terms = [(exponent(c, -14 if half else -126), Fraction(c))] if c else []
         for x, y in zip(a[begin : begin + step], b[begin : begin + step], strict=True):
             if x and y:
-                size = exponent(x, least[0]) + exponent(y, least[1])
+                size = exponent(x, minimum[0]) + exponent(y, minimum[1])
                 terms.append((size, Fraction(x) * Fraction(y)))
         unit = Fraction(2) ** (max((t[0] for t in terms), default=0) - bits)
         total = sum(int(value / unit) for _, value in terms) * unit

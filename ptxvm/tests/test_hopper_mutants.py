@@ -60,7 +60,7 @@ WITHOUT_EFFECT = {
     ("pingpong", "bulk wait dropped", 0),
 }
 DRAWN = 5  # of Triton's, every day
-LEAST = {"triton": 25 if FULL else DRAWN, "cluster": 45, "pingpong": 70}  # mutants
+MIN = {"triton": 25 if FULL else DRAWN, "cluster": 45, "pingpong": 70}  # mutants
 Fault = tuple[str, str, int]
 Row = tuple[Fault, Change, str, str]  # ..., verdict, what was said
 
@@ -86,9 +86,9 @@ def judge(programs: Path, program: str, text: str, folder: Path) -> tuple[str, s
     return verdict
 
 
-def assert_reported(rows: Sequence[Row], least: int) -> None:
+def assert_reported(rows: Sequence[Row], minimum: int) -> None:
     """Nine in ten, of those with an effect: other compilers number their places otherwise."""
-    assert len(rows) >= least
+    assert len(rows) >= minimum
     missed = [row for row in rows if row[2] != "report" and row[0] not in WITHOUT_EFFECT]
     assert 10 * len(missed) <= len(rows), "\n".join(map(str, missed))
 
@@ -107,7 +107,7 @@ def test_mutants_of_triton_are_reported(programs: Path, tmp_path: Path) -> None:
     for name, kind, number, text, change in faults:
         verdict = judge(programs, name, text, tmp_path / "mutant")
         rows.append(((name, kind, number), change, *verdict))
-    assert_reported(rows, LEAST["triton"])
+    assert_reported(rows, MIN["triton"])
 
 
 def judge_program(path: Path) -> tuple[str, str]:
@@ -133,4 +133,4 @@ def test_mutants_of_cutlass_are_reported(name: str, tmp_path: Path) -> None:
         shutil.copy(program, mutated)
         write_text(mutated, at, text)
         rows.append(((name, kind, number), change, *judge_program(mutated)))
-    assert_reported(rows, LEAST[name])
+    assert_reported(rows, MIN[name])

@@ -83,10 +83,10 @@ def test_bad_statements_are_named(text: str, report: str) -> None:
         *(
             (
                 f".entry e(.param .{kind} p{extent}) {{ ret; }}",
-                rf"e, line 2: .*parameter p: the number of elements must be from 1 to {most}; "
+                rf"e, line 2: .*parameter p: the number of elements must be from 1 to {maximum}; "
                 rf"got '{re.escape(extent)}'",
             )
-            for kind, extent, most in (
+            for kind, extent, maximum in (
                 *(
                     ("b8", x, 32764)
                     for x in ("[]", "[0]", "[-1]", "[4", "[32765]", "[0x4]", "[4]]")

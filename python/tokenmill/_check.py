@@ -144,9 +144,9 @@ def check_dtype(op: str, argument: str, t: torch.Tensor, *, float64: bool) -> No
 MAX_HEAD_DIM = 256
 
 
-def check_head_dim(op: str, argument: str, t: torch.Tensor, most: int = MAX_HEAD_DIM) -> None:
-    if not 1 <= t.shape[-1] <= most:
-        fail(op, argument, f"must have a head dimension of 1 to {most}", t.shape[-1])
+def check_head_dim(op: str, argument: str, t: torch.Tensor, maximum: int = MAX_HEAD_DIM) -> None:
+    if not 1 <= t.shape[-1] <= maximum:
+        fail(op, argument, f"must have a head dimension of 1 to {maximum}", t.shape[-1])
 
 
 def check_qkv(
@@ -157,11 +157,11 @@ def check_qkv(
     rank: int,
     float64: bool,
     paged: bool = False,
-    most: int = MAX_HEAD_DIM,
-    most_value: int = MAX_HEAD_DIM,
+    maximum: int = MAX_HEAD_DIM,
+    max_value: int = MAX_HEAD_DIM,
 ) -> None:
     """Rank (3: packed, 4: sequences, 5: maps), dtype, device, layout and the shapes that queries,
-    keys and values share. paged: keys are in pages, any number of them. most, most_value: maximum
+    keys and values share. paged: keys are in pages, any number of them. maximum, max_value: maximum
     head_dim of q and k, and of v."""
     layout = {3: "[T, H, D] (packed)", 4: "[B, S, H, D]", 5: "[B, Y, X, H, D]"}[rank]
     for name, t in (("q", q), ("k", k), ("v", v)):
@@ -173,7 +173,7 @@ def check_qkv(
         check_device_of_q(op, name, t, q)
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_last_contiguous(op, name, t)
-        check_head_dim(op, name, t, most_value if name == "v" else most)
+        check_head_dim(op, name, t, max_value if name == "v" else maximum)
     if k.shape[-1] != q.shape[-1]:
         fail(op, "k", f"must have the head dimension of q, {q.shape[-1]}", k.shape[-1])
     if rank > 3 and not paged and k.shape[0] != q.shape[0]:

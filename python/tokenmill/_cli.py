@@ -94,18 +94,18 @@ def operator(name: str) -> str:
         raise argparse.ArgumentTypeError(rule) from None
 
 
-def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     """Parses an integer from least to most."""
-    rule = f"must be a whole number of at least {least}"
-    if most is not None:
-        rule = f"must be a whole number from {least} to {most}"
+    rule = f"must be a whole number of at least {minimum}"
+    if maximum is not None:
+        rule = f"must be a whole number from {minimum} to {maximum}"
 
     def parse(value: str) -> int:
         try:
             number = int(value)
         except ValueError:
             number = None
-        if number is None or number < least or (most is not None and number > most):
+        if number is None or number < minimum or (maximum is not None and number > maximum):
             raise argparse.ArgumentTypeError(f"{rule}; got '{value}'")
         return number
 

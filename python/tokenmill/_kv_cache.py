@@ -42,18 +42,18 @@ def check_cache_shapes(op: str, k: Tensor, v: Tensor) -> None:
 
 
 def check_caches_alike(
-    op: str, k: Tensor, v: Tensor | None, most: int = MAX_HEAD_DIM, most_v: int = MAX_HEAD_DIM
+    op: str, k: Tensor, v: Tensor | None, maximum: int = MAX_HEAD_DIM, max_v: int = MAX_HEAD_DIM
 ) -> None:
     """Checks 4-dimensional caches against each other, where no query has been checked. v None:
     k's.
     """
     if v is None:
         check_last_contiguous(op, "k_cache", k)
-        check_head_dim(op, "k_cache", k, most)
+        check_head_dim(op, "k_cache", k, maximum)
         return
     check_dtype_of(op, "v_cache", v, "k_cache", k)
     check_device_of(op, "v_cache", v, "k_cache", k)
-    for name, t, widest in (("k_cache", k, most), ("v_cache", v, most_v)):
+    for name, t, widest in (("k_cache", k, maximum), ("v_cache", v, max_v)):
         check_last_contiguous(op, name, t)
         check_head_dim(op, name, t, widest)
     check_cache_shapes(op, k, v)
@@ -173,11 +173,11 @@ def check_lengths_values(
     pages_may_lack: bool = False,
 ) -> None:
     """Checks on values: lengths within the cache, pages that exist."""
-    most, pages, size = capacity(k, block_table), k.shape[0], k.shape[1]
+    maximum, pages, size = capacity(k, block_table), k.shape[0], k.shape[1]
     table = None if block_table is None or pages_may_lack else block_table.tolist()
     for b, length in enumerate(seqlens_k.tolist()):
-        if not 0 <= length <= most:
-            rule = f"must be 0 to what the cache holds of a request, {most}"
+        if not 0 <= length <= maximum:
+            rule = f"must be 0 to what the cache holds of a request, {maximum}"
             fail(op, "seqlens_k", rule, length)
         for page in [] if table is None else table[b][: -(-length // size)]:
             if not 0 <= page < pages:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST_TOKENS = 32  # queries in a tile of 64 or 128 rows, or a chunk of 64
-MOST_TILES = 2**30  # tiles of a forward
+MIN_TOKENS = 32  # queries in a tile of 64 or 128 rows, or a chunk of 64
+MAX_TILES = 2**30  # tiles of a forward
 
 
 class Rules:
@@ -36,8 +36,8 @@ class Rules:
     def check_tokens(self, q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> None:
         sequences = 1 if cu_seqlens is None else max(cu_seqlens.shape[0] - 1, 1)
         tokens = q.shape[-3]
-        rule = f"must have {LEAST_TOKENS} tokens for each sequence"
-        self.check(tokens >= LEAST_TOKENS * sequences, "q", rule, tokens)
+        rule = f"must have {MIN_TOKENS} tokens for each sequence"
+        self.check(tokens >= MIN_TOKENS * sequences, "q", rule, tokens)
         self.check(k.shape[-3] > 0, "k", "must have tokens", k.shape[-3])
 
     def check_layout(self, name: str, t: Tensor) -> None:
@@ -55,11 +55,11 @@ class Rules:
         self.check(capped, "softcap", "must be below 1e38 and at most 2^64 scale", a.softcap)
 
     def check_tiles(self, q: Tensor, cu_seqlens_q: Tensor | None) -> None:
-        tiles = most_tiles(q, cu_seqlens_q, 64)
-        self.check(tiles <= MOST_TILES, "q", "must have at most 2^30 tiles of 64 rows", tiles)
+        tiles = max_tiles(q, cu_seqlens_q, 64)
+        self.check(tiles <= MAX_TILES, "q", "must have at most 2^30 tiles of 64 rows", tiles)
 
 
-def most_tiles(q: Tensor, cu_seqlens_q: Tensor | None, rows: int) -> int:
+def max_tiles(q: Tensor, cu_seqlens_q: Tensor | None, rows: int) -> int:
     """Upper bound on the number of tiles of `rows` queries, over all heads."""
     tokens, heads = q.shape[-3:-1]
     if cu_seqlens_q is not None:

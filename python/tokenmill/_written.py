@@ -110,10 +110,10 @@ def _meets(dims: list[tuple[int, int, int]], at: int, low: int, high: int, left:
     """
     if not dims:
         return low <= at <= high
-    (stride, least, most), *others = dims
+    (stride, minimum, maximum), *others = dims
     behind = sum(s * n for s, n, _ in others), sum(s * n for s, _, n in others)
-    first = max(least, -((at + behind[1] - low) // stride))
-    last = min(most, (high - at - behind[0]) // stride)
+    first = max(minimum, -((at + behind[1] - low) // stride))
+    last = min(maximum, (high - at - behind[0]) // stride)
     for n in range(first, last + 1):
         left[0] -= 1
         if left[0] < 0 or _meets(others, at + n * stride, low, high, left):

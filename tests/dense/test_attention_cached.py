@@ -111,11 +111,11 @@ def test_no_start_length_or_page_reaches_beyond_its_tensor(backend):
     empty rows."""
     args, kwargs = drawn(backend, (64, 64, 64), (20, 3, 9), page_size=16, return_lse=True)
     args[1:] = [c.nan_to_num(0.5) for c in args[1:]]
-    most, least = 2**31 - 1, -(2**31)
-    kwargs["seqlens_k"] = ints(most, least, 70, backend=backend)
+    maximum, minimum = 2**31 - 1, -(2**31)
+    kwargs["seqlens_k"] = ints(maximum, minimum, 70, backend=backend)
     kwargs["block_table"] = kwargs["block_table"].clone()
-    kwargs["block_table"][0, ::2] = most
-    kwargs["block_table"][2, 1] = least
+    kwargs["block_table"][0, ::2] = maximum
+    kwargs["block_table"][2, 1] = minimum
     kwargs["cu_seqlens_q"] = ints(2, 20, 23, 30, backend=backend)
     out, lse = tm.attention_decode(*args, **kwargs, backend=backend)
     empty = torch.ones(32, dtype=torch.bool, device=out.device)
@@ -123,7 +123,7 @@ def test_no_start_length_or_page_reaches_beyond_its_tensor(backend):
     assert torch.isfinite(out).all()
     assert torch.all(out[empty] == 0) and torch.all(out[~empty] != 0)
     assert torch.all(lse[:, empty] == -INF)
-    kwargs["cu_seqlens_q"] = ints(least, most, -5, most, backend=backend)
+    kwargs["cu_seqlens_q"] = ints(minimum, maximum, -5, maximum, backend=backend)
     assert torch.isfinite(tm.attention_decode(*args, **kwargs, backend=backend)[0]).all()
 
 

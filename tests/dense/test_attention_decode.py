@@ -296,14 +296,14 @@ def test_nan_stays_in_its_request(schedule, kind, backend):
 @pytest.mark.parametrize("schedule", ["split", "stream_k"])
 def test_no_length_and_no_page_reaches_beyond_the_cache(schedule, page_size, kind, backend):
     """NaN around the caches reveals out-of-bounds reads; the PTX machine checks bounds itself."""
-    least, most = -(2**31), 2**31 - 1
+    minimum, maximum = -(2**31), 2**31 - 1
     args, kwargs = drawn(backend, (64, 64, 64, 64), kind=kind, page_size=page_size)
     args[1:] = [c.nan_to_num(0.5) for c in args[1:]]
-    kwargs["seqlens_k"] = ints(least, most, 65, -1, backend=backend)
+    kwargs["seqlens_k"] = ints(minimum, maximum, 65, -1, backend=backend)
     if page_size is not None:
         kwargs["block_table"] = kwargs["block_table"].clone()
-        kwargs["block_table"][:, ::2] = most
-        kwargs["block_table"][1, 1] = least
+        kwargs["block_table"][:, ::2] = maximum
+        kwargs["block_table"][1, 1] = minimum
         kwargs["block_table"][2, -1] = -1
     around = [torch.full((c.shape[0] + 2, *c.shape[1:]), torch.nan) for c in args[1:]]
     around = [t.to(args[0].device) for t in around]

@@ -166,11 +166,11 @@ def test_a_split_request_has_the_bits_that_it_has_alone():
 def test_no_length_or_page_reaches_beyond_its_tensor():
     (q, k, v), kwargs = drawn((256, 256, 256), page_size=64)
     k, v = k.nan_to_num(0.5), v.nan_to_num(0.5)
-    most, least = 2**31 - 1, -(2**31)
+    maximum, minimum = 2**31 - 1, -(2**31)
     table = kwargs["block_table"].clone()
-    table[0, ::2], table[2, 1] = most, least
+    table[0, ::2], table[2, 1] = maximum, minimum
     kwargs |= {"block_table": table}
-    lengths = torch.tensor([most, least, 300], dtype=torch.int32)
+    lengths = torch.tensor([maximum, minimum, 300], dtype=torch.int32)
     out, lse = run((q, k, v), kwargs | {"seqlens_k": lengths})
     assert (out[1] == 0).all() and (lse[1] == -INF).all()
     table = table.where((table >= 0) & (table < k.shape[0]), 0)

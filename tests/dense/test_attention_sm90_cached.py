@@ -132,9 +132,9 @@ def test_short_requests_have_no_tiles_of_the_first_launch():
     knows that all are short."""
     args, kwargs = drawn((9,) * 64, page_size=64, queries=(1,) * 64, capacity=64)
     found, counts = [], []
-    for most in (None, 1):
+    for maximum in (None, 1):
         with hopper(), _emulator.counting() as launches:
-            options = kwargs | {"max_seqlen_q": most, "backend": "emulated"}
+            options = kwargs | {"max_seqlen_q": maximum, "backend": "emulated"}
             found.append(tm.attention(*args, **options))
         counts.append([(SM90 in x["kernel"], x["instructions"]) for x in launches])
     (first, rest), (alone,) = counts
@@ -156,11 +156,11 @@ def test_no_start_length_or_page_reaches_beyond_its_tensor():
     empty rows."""
     (q, k, v), kwargs = drawn((256, 256, 256), page_size=64, queries=(40, 3, 39))
     k, v = k.nan_to_num(0.5), v.nan_to_num(0.5)
-    most, least = 2**31 - 1, -(2**31)
+    maximum, minimum = 2**31 - 1, -(2**31)
     table = kwargs["block_table"].clone()
-    table[0, ::2], table[2, 1] = most, least
+    table[0, ::2], table[2, 1] = maximum, minimum
     kwargs |= {
-        "seqlens_k": torch.tensor([most, least, 300], dtype=torch.int32),
+        "seqlens_k": torch.tensor([maximum, minimum, 300], dtype=torch.int32),
         "block_table": table,
         "cu_seqlens_q": torch.tensor([2, 40, 43, 80], dtype=torch.int32),
     }
@@ -175,7 +175,7 @@ def test_no_start_length_or_page_reaches_beyond_its_tensor():
         cu_seqlens_q=torch.tensor([0, 38, 41, 78], dtype=torch.int32),
     )  # fmt: skip
     torch.testing.assert_close(out[2:80], wanted, rtol=1e-2, atol=1e-2)
-    kwargs["cu_seqlens_q"] = torch.tensor([least, most, -5, most], dtype=torch.int32)
+    kwargs["cu_seqlens_q"] = torch.tensor([minimum, maximum, -5, maximum], dtype=torch.int32)
     assert run((q, k, v), kwargs)[0].isfinite().all()
 
 

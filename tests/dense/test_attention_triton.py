@@ -167,12 +167,16 @@ assert not torch.cuda.is_initialized()
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_no_length_reaches_beyond_the_tensors(kind):
     """Lengths inside tensors are not checked: NaN around the tokens reveals out-of-bounds reads."""
-    least, most = -(2**31), 2**31 - 1
+    minimum, maximum = -(2**31), 2**31 - 1
     around = torch.full((3, 60, 2, 16), torch.nan, device=DEVICE)
     tokens = around[:, 20:40]
     tokens.copy_(torch.randn(tokens.shape))
     q, k, v = (t.requires_grad_() for t in tokens.detach())
-    for ends in ([least, most, least, most], [-5, 7, 3, 21], [most, most, 7, least]):
+    for ends in (
+        [minimum, maximum, minimum, maximum],
+        [-5, 7, 3, 21],
+        [maximum, maximum, 7, minimum],
+    ):
         cu = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
         out = tm.attention(q, k, v, kind=kind, cu_seqlens_q=cu, backend="triton")
         for result in (out, *torch.autograd.grad(out.sum(), (q, k, v))):

@@ -194,5 +194,5 @@ def test_only_chosen_heads_pay():
         with FlopCounterMode(display=False) as counter:
             tm.sink_calibrated_attention(q, k, v, heads=heads)
         counts.append(counter.get_total_flops())
-    one, few, most = counts
-    assert few - one == (most - one) / 4 and one * 3 < most - one < one * 4
+    one, few, maximum = counts
+    assert few - one == (maximum - one) / 4 and one * 3 < maximum - one < one * 4

@@ -31,7 +31,7 @@ CALLS = {
     "silu": {"map": "silu", "initial": True, "scale": 0.3, "chunk_size": 16},
     "taylor2": {"map": "taylor2", "decay": "constant", "normalize": True, "initial": True},
     "forgets": {"decay": "forgets", "initial": True},
-    "forgets at once": {"decay": "constant", "least": -INF, "initial": True},
+    "forgets at once": {"decay": "constant", "minimum": -INF, "initial": True},
 }
 # Lengths, and ends of packed sequences: across ranks, on bounds of 2, 3 and 4 shards, empty.
 WHOLES = (
@@ -67,7 +67,7 @@ class Case:
         self.replicated = {}
         if decay == "constant":
             self.replicated["log_decay"] = -torch.rand(heads, generator=draw) / 4
-            self.replicated["log_decay"][0] = call.get("least", -1e-3)
+            self.replicated["log_decay"][0] = call.get("minimum", -1e-3)
         elif decay:
             gates = -torch.rand(*lead, heads, generator=draw) / 4
             if decay == "forgets":

@@ -23,7 +23,7 @@ NVCC, CUTLASS = toolchain.nvcc(), toolchain.cutlass_include()
 pytestmark = pytest.mark.skipif(
     NVCC is None or CUTLASS is None, reason="needs nvcc and the CUTLASS headers"
 )
-THREADS, TILE_KEYS, LEAST_STEPS, FIELDS = 128, 64, 4, 6  # of stream_k.cu's Shape
+THREADS, TILE_KEYS, MIN_STEPS, FIELDS = 128, 64, 4, 6  # of stream_k.cu's Shape
 RAGGED = (300, 1, 9000, 2500, 0, 64, 5000, 1200)
 
 
@@ -54,7 +54,7 @@ def check_schedule(blocks, lengths, heads, kv_heads, tokens, window, tile_rows):
     steps = [sum(max(1, -(-(s[2] - s[1]) // TILE_KEYS)) for s in segments) for segments in blocks]
     busy = [n for n in steps if n > 0]
     assert steps[: len(busy)] == busy and max(busy) - min(busy) <= 1
-    assert len(busy) == min(len(blocks), -(-sum(busy) // LEAST_STEPS))
+    assert len(busy) == min(len(blocks), -(-sum(busy) // MIN_STEPS))
 
     found: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
     for block, segments in enumerate(blocks):

@@ -110,10 +110,10 @@ def _batch(seed: int, first: int, count: int, backend: str) -> Iterator[tuple[st
                         yield "wrong", call, _tail(process, errors)
                         return
                     endless = EXPANDED in call
-                    most = LONG if endless else SECONDS
-                    late = time.monotonic() - begin > WAIT * most
-                    if message is None and (late or _processor_time(process.pid) - spent > most):
-                        yield "long" if endless else "wrong", call, f"takes more than {most:g} s"
+                    maximum = LONG if endless else SECONDS
+                    late = time.monotonic() - begin > WAIT * maximum
+                    if message is None and (late or _processor_time(process.pid) - spent > maximum):
+                        yield "long" if endless else "wrong", call, f"takes more than {maximum:g} s"
                         return
                     if message is not None and message[0] == "words":
                         call = message[1]

@@ -10,7 +10,7 @@ from conftest import backends
 
 from fuzz import environment
 
-MOST = 5  # max defects to report
+MAX = 5  # max defects to report
 
 
 def run(*arguments: object) -> tuple[int, list[str], str]:
@@ -24,7 +24,7 @@ def run(*arguments: object) -> tuple[int, list[str], str]:
 @pytest.mark.skipif("cpu" not in backends(), reason="of the CPU kernels")
 def test_nothing_is_touched_beside_a_tensor():
     first, wrong = (0, 0), []
-    while len(wrong) < MOST:
+    while len(wrong) < MAX:
         status, lines, errors = run(*first)
         if status == 0:
             assert lines[-1] == "end" and len(lines) > 1

@@ -73,11 +73,11 @@ def published_loss(attention, threshold):
     for weights in attention:
         cosines = []
         for rows in weights.mean(1):
-            least = threshold / len(rows)
+            minimum = threshold / len(rows)
             mean = rows.mean(0)
-            mean = mean * (mean > least)
+            mean = mean * (mean > minimum)
             for row in rows:
-                kept = row * (row > least)
+                kept = row * (row > minimum)
                 both = (kept.norm() * mean.norm()).clamp(min=1e-8)
                 cosines.append((kept * mean).sum() / both)
         layers.append(torch.stack(cosines).mean())

@@ -16,7 +16,7 @@ in_each_16_bits = pytest.mark.parametrize(
     ("dtype", "backend"),
     in_each_dtype([torch.bfloat16, torch.float16], [(b,) for b in KERNELS]),
 )
-TAU, RHO, LEAST, P = 20, 0.5, 0.2, 0.6
+TAU, RHO, MIN, P = 20, 0.5, 0.2, 0.6
 S, H, C, DIMS = 14, 4, 640, (3, 200)
 IMAGE = (3, 9)
 SINKS = ([0, 4, 10], [0, 2])  # text and image; the second request has no sink in its image
@@ -43,8 +43,8 @@ def released_row(w, sinks, chosen):
     visual = [j for j in sinks if begin <= j < end]
     total = w[begin:end].sum()
     portion = w[visual].sum() / (w[begin:end] + 1e-6).sum()
-    assert min(abs(portion - RHO), abs(total - LEAST)) > 5e-4  # rounding does not change the choice
-    take = bool(visual) and portion <= RHO and total >= LEAST
+    assert min(abs(portion - RHO), abs(total - MIN)) > 5e-4  # rounding does not change the choice
+    take = bool(visual) and portion <= RHO and total >= MIN
     chosen.append(bool(take))
     if not take:
         return w

@@ -46,15 +46,15 @@ def packed(lengths, dim):
 
 @each_backend
 @pytest.mark.parametrize(
-    ("lengths", "dim", "heads", "layers", "prefix", "most"),
+    ("lengths", "dim", "heads", "layers", "prefix", "maximum"),
     [
         ([3, 12, 7, 1, 15], 16, 4, 2, 4, 12),  # paper's sizes except channels; one word too long
         ([5, 0, 0, 2], 6, 1, 1, 1, 3),
         ([1], 4, 2, 3, 2, 1),
     ],
 )
-def test_the_equations(lengths, dim, heads, layers, prefix, most, backend):
-    pool = tm.nn.WordPooling(dim, heads, layers, prefix, max_length=most, dim_feedforward=20,
+def test_the_equations(lengths, dim, heads, layers, prefix, maximum, backend):
+    pool = tm.nn.WordPooling(dim, heads, layers, prefix, max_length=maximum, dim_feedforward=20,
                              backend=backend)  # fmt: skip
     x, offsets = packed(lengths, dim)
     literal = lambda w, x, offsets: word_pooling(w, x, offsets, pool)  # noqa: E731

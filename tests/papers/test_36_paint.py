@@ -83,15 +83,15 @@ def test_factors_of_weights_do_not_reach_it():
     plain = tm.attention(q, k, v, causal=True)[:, -1]
     groups = torch.zeros(1, 1, 10, dtype=torch.int32)
     groups[..., RAISED[0][1]], groups[..., RAISED[1][1]] = 1, 2
-    least = (plain - want).norm()
+    minimum = (plain - want).norm()
     for a in torch.linspace(0.2, 4, 20):
         for b in torch.linspace(0.2, 4, 20):
             factors = torch.tensor([1.0, a, b])
             out = tm.reweighted_attention(
                 q, k, v, groups, factors, causal=True, renormalize="all"
             )[:, -1]  # fmt: skip
-            least = min(least, (out - want).norm())
-    assert least > 0.1 * want.norm()
+            minimum = min(minimum, (out - want).norm())
+    assert minimum > 0.1 * want.norm()
 
 
 @each_backend

@@ -137,7 +137,7 @@ def test_shares_are_rounded_down_as_the_release_rounds():
     for percent in (29, 30, 57, 58, 60, 70):
         want = [int(n * percent / 100) for n in of.tolist()]
         assert policies.evicting.amount(percent / 100, of).tolist() == want
-        assert [policies.evicting.most(percent / 100, n) for n in of.tolist()] == want
+        assert [policies.evicting.maximum(percent / 100, n) for n in of.tolist()] == want
 
 
 def test_bytes_of_a_step():

@@ -85,14 +85,14 @@ def steps_of(backend):
 def cut_equally(backend):
     """Ranges of equal length over the concatenated steps of all requests and heads, each of at
     least 256 keys."""
-    total, least = sum(steps_of(backend)), 256 // tile_keys(backend)
+    total, minimum = sum(steps_of(backend)), 256 // tile_keys(backend)
     if backend == "triton":
         programs = 2 * 8
         if device_of(backend) == "cuda":
             programs = 2 * torch.cuda.get_device_properties(0).multi_processor_count
-        share = max(-(-total // programs), least)
+        share = max(-(-total // programs), minimum)
         return [(a, min(a + share, total)) for a in range(0, total, share)]
-    blocks = -(-total // least)  # fewer CTAs than the device runs at once
+    blocks = -(-total // minimum)  # fewer CTAs than the device runs at once
     return [(i * total // blocks, (i + 1) * total // blocks) for i in range(blocks)]
 
 

@@ -44,9 +44,9 @@ def calls(draw, longest):
     if draw(st.booleans()):
         options |= {"gumbel_tau": draw(st.sampled_from([0.5, 1.0, 2.0])), "seed": 11}
     lists = {}
-    for name, most in (("seqlens_k", sk), ("seqlens_q", sq)):
+    for name, maximum in (("seqlens_k", sk), ("seqlens_q", sq)):
         if draw(st.booleans()):
-            lists[name] = draw(st.lists(st.integers(0, most), min_size=b, max_size=b))
+            lists[name] = draw(st.lists(st.integers(0, maximum), min_size=b, max_size=b))
     order = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
 
     def make(dtype, g):

@@ -25,9 +25,9 @@ def by_definition(k, block, mode, length):
             mean = x.float().sum(0) / max(len(x), 1)
             found.append(mean.to(k.dtype))
             continue
-        most = x.amax(0) if len(x) else torch.full(shape, -INF, dtype=k.dtype)
-        least = x.amin(0) if len(x) else torch.full(shape, INF, dtype=k.dtype)
-        found.append(most if mode == "max" else torch.stack((least, most), 1))
+        maximum = x.amax(0) if len(x) else torch.full(shape, -INF, dtype=k.dtype)
+        minimum = x.amin(0) if len(x) else torch.full(shape, INF, dtype=k.dtype)
+        found.append(maximum if mode == "max" else torch.stack((minimum, maximum), 1))
     return torch.stack(found)
 
 

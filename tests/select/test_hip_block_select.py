@@ -19,9 +19,9 @@ NAN = float("nan")
 each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
-def whole(shape, generator, dtype=torch.float32, most=4):
+def whole(shape, generator, dtype=torch.float32, maximum=4):
     """Integers: products are exact in any order."""
-    return torch.randint(-most, most + 1, shape, generator=generator).to(dtype)
+    return torch.randint(-maximum, maximum + 1, shape, generator=generator).to(dtype)
 
 
 def select(q, k, backend, **options):
@@ -47,7 +47,7 @@ def admissible(o, queries, tokens, row):
 
 
 @st.composite
-def calls(draw, longest=220, most_lists=200):
+def calls(draw, longest=220, max_lists=200):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 3), (1, 7)]))
@@ -68,7 +68,7 @@ def calls(draw, longest=220, most_lists=200):
         "head_reduce": draw(st.sampled_from(["none", "group_max"])),
     }
     heads = kv_heads if o["head_reduce"] == "group_max" else kv_heads * group
-    o["block_q"] = max(o["block_q"], -(-queries * batch * heads // most_lists))
+    o["block_q"] = max(o["block_q"], -(-queries * batch * heads // max_lists))
     q = whole((batch, queries, kv_heads * group, dim), generator, dtype)
     k = whole((batch, tokens, kv_heads, dim), generator, dtype)
     if draw(st.sampled_from([False, False, True])) and tokens:
@@ -131,7 +131,7 @@ def test_lists_on_every_instruction_set(call, backend, isa):
 
 @pytest.mark.parametrize("backend", [b for b in backends("reference") if b != "cpu"])
 @examples(40)
-@given(call=calls(longest=150, most_lists=16))
+@given(call=calls(longest=150, max_lists=16))
 def test_lists(call, backend):
     check_lists(call, backend)
 

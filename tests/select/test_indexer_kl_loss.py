@@ -37,8 +37,8 @@ def by_hand(q, k, weights, indices, counts, target, activation="relu"):
 def lists(g, batch, queries, keys, entries, repeats=False):
     """Ascending ids in random counts, garbage after them, and targets, some of which are 0."""
     indices = torch.full((batch, queries, entries), 10**9, dtype=torch.int32)
-    most = min(keys, entries) + 1
-    counts = torch.randint(most, (batch, queries), generator=g, dtype=torch.int32)
+    maximum = min(keys, entries) + 1
+    counts = torch.randint(maximum, (batch, queries), generator=g, dtype=torch.int32)
     target = torch.rand(indices.shape, generator=g, dtype=torch.float64)
     target = target * (torch.rand(indices.shape, generator=g) < 0.8)
     for b in range(batch):

@@ -215,7 +215,7 @@ def test_queries_in_stripes(backend, monkeypatch):
     if backend == "triton":
         module = pytest.importorskip("tokenmill.triton_kernels.select.indexer_topk_select")
         monkeypatch.setattr(module, "SPARE_SCORES", 0)
-        monkeypatch.setattr(module, "LEAST_ROWS", 2)
+        monkeypatch.setattr(module, "MIN_ROWS", 2)
         queries, n = 5, 150
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(-3, 4, (1, queries, 1, 8), generator=generator).half()

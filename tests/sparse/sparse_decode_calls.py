@@ -10,7 +10,7 @@ import tokenmill as tm
 from tokenmill.sparse.sparse_decode_attention_cases import sparse_call
 
 INF, NAN = float("inf"), float("nan")
-LEAST, MOST = -(2**31), 2**31 - 1
+MIN, MAX = -(2**31), 2**31 - 1
 
 each_backend = pytest.mark.parametrize("backend", backends("reference"))
 each_kernel = pytest.mark.parametrize("backend", backends())

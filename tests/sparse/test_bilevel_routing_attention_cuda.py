@@ -58,7 +58,7 @@ def listed_pixels(kwargs, size):
 
 
 @pytest.mark.parametrize(
-    "size, region, heads, kv_heads, graphs, most_rows",
+    "size, region, heads, kv_heads, graphs, max_rows",
     [
         ((16, 24), (8, 8), 2, 2, 1, 128),
         ((16, 16), (8, 8), 4, 1, 1, 128),
@@ -70,7 +70,7 @@ def listed_pixels(kwargs, size):
     ids=["64 pixels", "a group", "a list of each head", "tiles", "smaller regions", "small"],
 )
 def test_forward_reads_listed_keys_once_for_each_tile_and_multiplies_what_it_reads(
-    size, region, heads, kv_heads, graphs, most_rows
+    size, region, heads, kv_heads, graphs, max_rows
 ):
     dim, bytes_of = 64, 2
     args, kwargs = drawn(
@@ -82,7 +82,7 @@ def test_forward_reads_listed_keys_once_for_each_tile_and_multiplies_what_it_rea
     (launch,) = launches
     together = heads // max(graphs, kv_heads)
     whole = region[0] * region[1] * together
-    tiles = -(-whole // most_rows)
+    tiles = -(-whole // max_rows)
     tile_rows = round_up(-(-whole // tiles), 16)
     own = pixels_of_regions(size, region) * together
     slots = listed_pixels(kwargs, size).expand(-1, heads // together, -1, -1)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sparse_decode_calls import (
     INF,
-    LEAST,
-    MOST,
+    MAX,
+    MIN,
     NAN,
     close,
     drawn,
@@ -55,15 +55,15 @@ def spoil(indices, counts, kinds, g):
         elif kind == "repeated":
             indices[..., 1:] = torch.where(hit[..., 1:], indices[..., :-1], indices[..., 1:])
         elif kind == "negative":
-            indices[hit] = torch.tensor([-1, -7, LEAST])[
+            indices[hit] = torch.tensor([-1, -7, MIN])[
                 torch.randint(3, (int(hit.sum()),), generator=g)
             ].int()
         elif kind == "huge":
-            indices[hit] = torch.tensor([MOST, MOST // 2, 1 << 24])[
+            indices[hit] = torch.tensor([MAX, MAX // 2, 1 << 24])[
                 torch.randint(3, (int(hit.sum()),), generator=g)
             ].int()
         elif kind == "counts":
-            wrong = torch.tensor([-1, LEAST, entries + 1, MOST])
+            wrong = torch.tensor([-1, MIN, entries + 1, MAX])
             counts[:] = wrong[torch.randint(4, counts.shape, generator=g)].int()
 
 
@@ -133,7 +133,7 @@ def sparse_samples(draw, longest):
         if heads_first:
             k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v))
         if strided:
-            indices, counts = inside(indices, MOST), inside(counts, MOST)
+            indices, counts = inside(indices, MAX), inside(counts, MAX)
             for name in ("rope", "extra_k", "extra_v", "extra_log_count", "block_table"):
                 if name in kwargs:
                     kwargs[name] = inside(kwargs[name], 0)
@@ -355,14 +355,14 @@ def test_nothing_reaches_beyond_the_cache(block_k, page_size, backend):
         backend, (64, 64, 64, 64), block_k=block_k, page_size=page_size, num_sink=3, num_recent=5
     )
     args[1:3] = [c.nan_to_num(0.5) for c in args[1:3]]
-    args[3][:, :, ::5] = MOST
-    args[3][:, :, 1::5] = LEAST
-    args[4][2:] = MOST
-    kwargs["seqlens_k"] = ints([LEAST, MOST, 65, -1], backend)
+    args[3][:, :, ::5] = MAX
+    args[3][:, :, 1::5] = MIN
+    args[4][2:] = MAX
+    kwargs["seqlens_k"] = ints([MIN, MAX, 65, -1], backend)
     if page_size is not None:
         kwargs["block_table"] = kwargs["block_table"].clone()
-        kwargs["block_table"][:, ::2] = MOST
-        kwargs["block_table"][1, 1] = LEAST
+        kwargs["block_table"][:, ::2] = MAX
+        kwargs["block_table"][1, 1] = MIN
         kwargs["block_table"][2, -2] = -1
     around = [torch.full((c.shape[0] + 2, *c.shape[1:]), NAN) for c in args[1:3]]
     around = [t.to(args[0].device) for t in around]
@@ -383,7 +383,7 @@ def test_any_layout(backend):
     want = run(backend, args, kwargs)
     both = torch.stack([c.transpose(1, 2) for c in args[1:3]], 1).contiguous()
     views = [both[:, i].transpose(1, 2) for i in range(2)]
-    lists = [inside(t, MOST) for t in args[3:]]
+    lists = [inside(t, MAX) for t in args[3:]]
     extra = {n: inside(kwargs[n], NAN) for n in kwargs if n.startswith("extra")}
     q = inside(args[0], NAN)
     assert same(run(backend, [q, *views, *lists], kwargs | extra), want)

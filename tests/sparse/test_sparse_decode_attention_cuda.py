@@ -43,10 +43,10 @@ def test_keys_are_read_once_for_the_rows_of_a_head(block_k, pairs, lists, dtype)
     row_heads, size = max(lists, kv_heads), dtype.itemsize
     # An upper bound: lists may be shorter, and hold some of the last keys.
     keys = row_heads * (listed + 32)
-    most = keys * (2 * dim * size + 2 * pairs * 4)
+    maximum = keys * (2 * dim * size + 2 * pairs * 4)
     read = sum(launch["global"][kind]["sectors"] for kind in ("load", "copy")) * SECTOR_BYTES
     lists_and_queries = row_heads * listed * 4 + batch * heads * dim * size
-    assert 0.9 * most <= read <= 1.1 * most + 16 * lists_and_queries
+    assert 0.9 * maximum <= read <= 1.1 * maximum + 16 * lists_and_queries
     copied = launch["global"]["copy"]["sectors"] * SECTOR_BYTES
     assert copied <= 2 * dim * size * keys + 4 * batch * heads * dim * size
     waves, ideal = (sum(r[k] for r in launch["shared"].values()) for k in ("waves", "ideal"))

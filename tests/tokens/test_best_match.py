@@ -48,10 +48,10 @@ def check(backend, a, b, want=None, **options):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
-def whole_numbers(batch, rows, partners, channels, seed, most=2):
+def whole_numbers(batch, rows, partners, channels, seed, maximum=2):
     g = torch.Generator().manual_seed(seed)
     return (
-        torch.randint(-most, most + 1, (batch, n, channels), generator=g).float()
+        torch.randint(-maximum, maximum + 1, (batch, n, channels), generator=g).float()
         for n in (rows, partners)
     )
 
@@ -77,8 +77,8 @@ def test_the_definition(batch, rows, partners, channels, layout, dtype, seed, ba
 @each_backend
 def test_many_channels(backend, dtype):
     """More channels than a slice of a reduction, or than shared memory holds of a."""
-    check(backend, *(t.to(dtype) for t in whole_numbers(1, 7, 70, 1100, 0, most=1)))
-    check(backend, *(t.to(dtype) for t in whole_numbers(1, 2, 5, 4096, 1, most=1)))
+    check(backend, *(t.to(dtype) for t in whole_numbers(1, 7, 70, 1100, 0, maximum=1)))
+    check(backend, *(t.to(dtype) for t in whole_numbers(1, 2, 5, 4096, 1, maximum=1)))
 
 
 @each_backend

@@ -60,16 +60,16 @@ def check(metric, r, sources, targets, backend, literal_options, **options):
     seed=st.integers(0, 2**31),
 )
 def test_tome(tokens, r, class_token, distilled, threshold, seed, backend):
-    most = (tokens - int(class_token) - int(distilled)) // 2
+    maximum = (tokens - int(class_token) - int(distilled)) // 2
     o = {"protect_first": int(class_token), "protect_targets": int(distilled)}
     o["threshold"] = threshold
     parts = list(range(0, tokens, 2)), list(range(1, tokens, 2))
-    check(whole_numbers(tokens, seed), min(r, most), *parts, backend, o, **o)
+    check(whole_numbers(tokens, seed), min(r, maximum), *parts, backend, o, **o)
     metric = whole_numbers(tokens, seed).to(device_of(backend))
-    many, as_many = (tm.bipartite_match(metric, n, backend=backend, **o) for n in (99, most))
+    many, as_many = (tm.bipartite_match(metric, n, backend=backend, **o) for n in (99, maximum))
     assert torch.equal(many[0], as_many[0])
     assert many[1] == as_many[1]
-    assert threshold is not None or many[1] == tokens - most
+    assert threshold is not None or many[1] == tokens - maximum
 
 
 @each_backend

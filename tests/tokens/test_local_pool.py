@@ -134,15 +134,15 @@ def test_gradient_of_a_maximum_in_the_order_of_the_elements(kernel, dtype, isa):
     g = torch.Generator().manual_seed(0)
     values = torch.tensor([0.0, -0.0, 1, -1, 2, -2, 6e-8, -6e-8, 1e-39, -1e-39, torch.inf,
                            -torch.inf, torch.nan, -torch.nan])  # fmt: skip
-    for most in (len(values), 10, 4):  # NaN is rare, absent, and many are equal
-        drawn = torch.randint(0, most, (2, 9, 11, 37), generator=g)
+    for maximum in (len(values), 10, 4):  # NaN is rare, absent, and many are equal
+        drawn = torch.randint(0, maximum, (2, 9, 11, 37), generator=g)
         x = values[drawn].to(dtype)
         dout = torch.randint(-3, 4, x.shape, generator=g).to(dtype)
         mask = torch.rand(x.shape[:3], generator=g) < 0.9
         found = []
         for backend in ("cpu", "reference"):
             leaf = x.clone().requires_grad_()
-            out = tm.local_pool(leaf, kernel, mode="max", mask=mask, subtract_input=most == 4,
+            out = tm.local_pool(leaf, kernel, mode="max", mask=mask, subtract_input=maximum == 4,
                                 backend=backend)  # fmt: skip
             found.append(torch.autograd.grad(out, leaf, dout)[0])
         assert torch.equal(*found)
@@ -203,9 +203,9 @@ def test_agrees_with_pooling_channels_first(backend):
     mean = torch.nn.functional.avg_pool2d(first, 3, 1, 1, count_include_pad=False) - first
     found = tm.local_pool(x, 3, subtract_input=True, backend=backend)
     torch.testing.assert_close(found, mean.permute(0, 2, 3, 1))
-    most = torch.nn.functional.max_pool2d(first, 5, 1, 2)
+    maximum = torch.nn.functional.max_pool2d(first, 5, 1, 2)
     found = tm.local_pool(x, 5, mode="max", backend=backend)
-    assert torch.equal(found, most.permute(0, 2, 3, 1))
+    assert torch.equal(found, maximum.permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "triton"])

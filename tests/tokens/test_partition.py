@@ -97,12 +97,12 @@ def test_topk_partition_is_as_defined(backend, call):
 @given(call=calls(), seed=st.integers(0, 99))
 def test_k_of_each_row(backend, call, seed):
     """The call equals one call per row, padded with -1."""
-    scores, most, options = call
+    scores, maximum, options = call
     rows, n = scores.shape
-    least = options["protect_first"] + options["protect_last"]
-    k = torch.randint(least, most + 1, (rows,), generator=torch.Generator().manual_seed(seed))
-    keep, rest = partitioned(scores, k, backend, max_k=most, **options)
-    assert (keep.shape, rest.shape) == ((rows, most), (rows, n))
+    minimum = options["protect_first"] + options["protect_last"]
+    k = torch.randint(minimum, maximum + 1, (rows,), generator=torch.Generator().manual_seed(seed))
+    keep, rest = partitioned(scores, k, backend, max_k=maximum, **options)
+    assert (keep.shape, rest.shape) == ((rows, maximum), (rows, n))
     valid = options.pop("valid", torch.ones_like(scores, dtype=torch.bool))
     for r, count in enumerate(k.tolist()):
         one = slice(r, r + 1)

@@ -127,8 +127,8 @@ def test_products_that_screen_a_set_change_nothing(case, k, isa):
     non-finite values."""
     f, s = near_sets(case, torch.Generator().manual_seed(0))
     d = (f.double()[:, None] - s.double()).square().sum(-1)
-    most = torch.finfo(torch.float32).max
-    d = torch.where(d <= most, d, most)
+    maximum = torch.finfo(torch.float32).max
+    d = torch.where(d <= maximum, d, maximum)
     want = d.sort(dim=1, stable=True).indices[:, :k].sort(1).values.int()
     z = torch.zeros(len(s), 1)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

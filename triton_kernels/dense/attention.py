@@ -315,10 +315,10 @@ def attention_cached(
     """Forward over a KV cache; k and v of the call are the cache."""
     k, v = (Rows(held(t), t.stride(0), t.stride(1), t.stride(2)) for t in (call.k, call.v))
     stride = 0 if block_table is None else block_table.stride(0)
-    most = capacity(call.k, block_table)
+    maximum = capacity(call.k, block_table)
     scales = scale_of(k_scale), scale_of(v_scale)
     pages = call.k.shape[0]
-    return forward(call, Cache(k, v, seqlens_k, block_table, stride, pages, most, *scales))
+    return forward(call, Cache(k, v, seqlens_k, block_table, stride, pages, maximum, *scales))
 
 
 def forward(call: Call, cache: Cache | None = None) -> tuple[Tensor, Tensor]:

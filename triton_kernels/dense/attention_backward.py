@@ -243,7 +243,7 @@ def queries_kernel(
             if slope_sums is not None:
                 b_distance = distance(o_i[:, None], o_j[None, :], terms, sequence)
                 b_moved = b_dz
-                if terms.fades is not None:  # a weight of 0 masks a NaN
+                if terms.post_decay is not None:  # a weight of 0 masks a NaN
                     b_moved = tl.where(b_p == 0.0, 0.0, b_p * b_dp)
                 b_slope_sum -= tl.sum(b_moved * b_distance, 1)
             # dQ += dz K

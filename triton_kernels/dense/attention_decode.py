@@ -255,7 +255,7 @@ def stream_kernel(
     batch,
     tiles,
     programs,
-    least,
+    minimum,
     halvings,
     group,
     seqlen_q,
@@ -276,7 +276,7 @@ def stream_kernel(
 ):
     """Stream-K: the parts of output tiles in this program's share of steps."""
     cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity, k_scale, v_scale)
-    stream = Stream(counts, batch, tiles, programs, least)
+    stream = Stream(counts, batch, tiles, programs, minimum)
     i_program = tl.program_id(0)
     begin = i_program * share_of(stream)
     end = tl.minimum(begin + share_of(stream), all_steps(stream))
@@ -332,10 +332,10 @@ def tile_of(q: Tensor, v: Tensor, rows: int, longest: int) -> Tile:
     keys, warps, stages = TILES[size, wide]
     if INTERPRETED.value:  # a tile costs milliseconds whatever its size
         keys = min(max(triton.next_power_of_2(longest) // 16, 32), 1024)
-    most = 16
+    maximum = 16
     if size == 2:
-        most = 64 if wide <= 128 else 32
-    block = min(max(triton.next_power_of_2(rows), 16), most)
+        maximum = 64 if wide <= 128 else 32
+    block = min(max(triton.next_power_of_2(rows), 16), maximum)
     # Four warps would spill.
     if wide == 256 and (block == 32 or v.element_size() == 1):
         warps = 8
@@ -398,8 +398,8 @@ def attention_decode(
         return out, lse
     group = heads // kv_heads
     rows = group * seqlen_q
-    most = capacity(k_cache, block_table)
-    tile = tile_of(q, v_cache, rows, most)
+    maximum = capacity(k_cache, block_table)
+    tile = tile_of(q, v_cache, rows, maximum)
     row_blocks = triton.cdiv(rows, tile.rows)
     terms = terms_of(
         scale, softcap, score_bias_value, score_bias_neg_log_n, score_bias, alibi_slopes, None, kind
@@ -410,16 +410,16 @@ def attention_decode(
     tiles = kv_heads * row_blocks
     stream = NO_STREAM
     if schedule == "stream_k":
-        stream = stream_of(q, seqlens_k, most, window, tiles, tile.keys)
+        stream = stream_of(q, seqlens_k, maximum, window, tiles, tile.keys)
         programs = stream.programs
         partials = new_partials(q, batch * tiles + programs, tile.rows, value_dim=value_dim)
-        steps = longest_share(stream, most, tile.keys)
+        steps = longest_share(stream, maximum, tile.keys)
         sizes: tuple[Any, ...] = (*stream, batch.bit_length(), group, seqlen_q, rows, row_blocks)
     else:
-        splits = splits_of(q, num_splits, batch * tiles, most)
+        splits = splits_of(q, num_splits, batch * tiles, maximum)
         programs = batch * tiles * splits
         partials = new_partials(q, splits, batch, kv_heads, rows, value_dim=value_dim)
-        steps = triton.cdiv(triton.cdiv(most, tile.keys), splits)
+        steps = triton.cdiv(triton.cdiv(maximum, tile.keys), splits)
         sizes = (batch, kv_heads, group, seqlen_q, rows, row_blocks, splits)
     launch(
         ranges_kernel if stream.counts is None else stream_kernel,
@@ -432,7 +432,7 @@ def attention_decode(
         block_table,
         0 if block_table is None else block_table.stride(0),
         k_cache.shape[0],
-        most,
+        maximum,
         scale_of(k_scale),
         scale_of(v_scale),
         partials,
@@ -460,7 +460,7 @@ def attention_decode(
         num_stages=tile.stages,
     )
     merge(
-        partials, seqlens_k, most, out, lse, None, sink, terms, group, stream, kind, normalize,
+        partials, seqlens_k, maximum, out, lse, None, sink, terms, group, stream, kind, normalize,
         weights_of=torch.float32 if v_cache.element_size() == 1 else q.dtype,
     )  # fmt: skip
     return out, lse

@@ -83,12 +83,12 @@ def merge_kernel(
     batch,
     tiles,
     programs,
-    least,
+    minimum,
     heads,
     group,
     seqlen_q,
     splits,
-    most,
+    maximum,
     VALUE_DIM: tl.constexpr,
     KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -101,7 +101,7 @@ def merge_kernel(
     call. scales [2, most] if requested: row_max and factor of each row, so that a score z has
     probability 2^(z - row_max) factor."""
     o_x = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    m_x = o_x < most
+    m_x = o_x < maximum
     rows = group * seqlen_q
     o_x = tl.where(m_x, o_x, 0)
     o_i = o_x % rows // group
@@ -114,9 +114,9 @@ def merge_kernel(
     b_sum = tl.zeros([BLOCK_R], tl.float32)
     b_out = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
     head = head_of(terms, o_b, o_h, length_of(seqlens, capacity, o_b), KIND)
-    stream = Stream(counts, batch, tiles, programs, least)
+    stream = Stream(counts, batch, tiles, programs, minimum)
     o_first = o_x
-    ranges = most
+    ranges = maximum
     if stream.counts is not None:
         o_first, b_ranges = ranges_of(stream, o_x, rows, heads // group, BLOCK_M)
         splits = tl.max(b_ranges, 0)
@@ -153,7 +153,7 @@ def merge_kernel(
         b_factor, b_sum = normaliser(b_top, b_sum, b_sink, head)
         if scales is not None:
             tl.store(scales + o_x, b_row_max, mask=m_x)
-            tl.store(scales + most + o_x, b_factor, mask=m_x)
+            tl.store(scales + maximum + o_x, b_factor, mask=m_x)
     else:
         b_factor = unscaled(b_sum, WEIGHTS, KIND, NORMALIZE)
     if KIND == "softmax" or NORMALIZE != "none":
@@ -192,12 +192,12 @@ def merge(
     """weights_of: dtype of the weights in P V, None = dtype of out."""
     splits, *_, block_m, value_dim = partials.outs.shape
     seqlen_q, heads = out.shape[1:3]
-    most = out.shape[0] * seqlen_q * heads
+    maximum = out.shape[0] * seqlen_q * heads
     block_v = triton.next_power_of_2(value_dim)
     block_r = max(1, (1 << 16 if INTERPRETED.value else 2048) // block_v)
     launch(
         merge_kernel,
-        triton.cdiv(most, block_r),
+        triton.cdiv(maximum, block_r),
         out,
         partials,
         seqlens_k,
@@ -212,7 +212,7 @@ def merge(
         group,
         seqlen_q,
         splits,
-        most,
+        maximum,
         VALUE_DIM=value_dim,
         KIND=kind,
         NORMALIZE=normalize,

@@ -18,8 +18,8 @@ from ..common import Sequence, Window, launch, lower_bound
 from .kv_cache import length_of
 
 SIZES = ["batch", "kv_heads", "heads", "group", "seqlen_q", "rows", "row_blocks", "splits"]
-SIZES += ["table_stride", "pages", "capacity", "most"]
-SIZES += ["tiles", "programs", "least", "halvings", "mask_keys", "list_width"]
+SIZES += ["table_stride", "pages", "capacity", "maximum"]
+SIZES += ["tiles", "programs", "minimum", "halvings", "mask_keys", "list_width"]
 MIN_RANGE, MAX_RANGES = 256, 64  # min keys of an automatic range; max ranges per request
 REQUESTS = tl.constexpr(1024)  # requests per step of the prefix sum
 
@@ -31,7 +31,7 @@ class Stream(NamedTuple):
     batch: int
     tiles: int  # output tiles of a request
     programs: int
-    least: int  # minimum steps per program
+    minimum: int  # minimum steps per program
 
 
 NO_STREAM = Stream(None, 0, 0, 0, 0)
@@ -92,7 +92,7 @@ def all_steps(stream):
 @triton.jit
 def share_of(stream):
     """Steps per program."""
-    return tl.maximum(tl.cdiv(all_steps(stream), stream.programs), stream.least)
+    return tl.maximum(tl.cdiv(all_steps(stream), stream.programs), stream.minimum)
 
 
 @triton.jit
@@ -142,12 +142,12 @@ def stream_of(
         BLOCK_N=block_n,
         BLOCK_B=REQUESTS.value,
     )
-    most = batch * tiles * max(triton.cdiv(capacity, block_n), 1)
-    programs = min(2 * multiprocessors(q), most)
+    maximum = batch * tiles * max(triton.cdiv(capacity, block_n), 1)
+    programs = min(2 * multiprocessors(q), maximum)
     return Stream(counts, batch, tiles, programs, max(MIN_RANGE // block_n, 1))
 
 
 def longest_share(stream: Stream, capacity: int, block_n: int) -> int:
     """Maximum steps per program."""
-    most = stream.batch * stream.tiles * max(triton.cdiv(capacity, block_n), 1)
-    return max(triton.cdiv(most, stream.programs), stream.least)
+    maximum = stream.batch * stream.tiles * max(triton.cdiv(capacity, block_n), 1)
+    return max(triton.cdiv(maximum, stream.programs), stream.minimum)

@@ -19,7 +19,7 @@ from ..common import LENGTHS, program, sequence_of, visible
 
 INT32_MAX = tl.constexpr(2**31 - 1)
 INT32_MIN = tl.constexpr(-(2**31))
-MOST_RANGES = tl.constexpr(MAX_RANGES)
+RANGE_SLOTS = tl.constexpr(MAX_RANGES)
 COUNTS = tl.constexpr(2)  # entries before the tiles of a list
 LISTED = 512  # rows listed per step; small, to save registers
 
@@ -48,7 +48,7 @@ class Rules(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """Union of what a set of queries may see: a span of ids, and key ranges [MOST_RANGES]."""
+    """Union of what a set of queries may see: a span of ids, and key ranges [RANGE_SLOTS]."""
 
     first: Any
     last: Any
@@ -117,8 +117,8 @@ def seen(o_i, o_j, sequence, window, rules, RANGES: tl.constexpr):
 def hull(b_begin, b_end):
     """Hull of all non-empty ranges."""
     m_empty = b_begin >= b_end
-    least = tl.min(tl.where(m_empty, INT32_MAX, b_begin), 0)
-    return least, tl.max(tl.where(m_empty, INT32_MIN, b_end), 0)
+    minimum = tl.min(tl.where(m_empty, INT32_MAX, b_begin), 0)
+    return minimum, tl.max(tl.where(m_empty, INT32_MIN, b_end), 0)
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def reach_of(rules, o_i, m_i, RANGES: tl.constexpr):
         first = tl.min(tl.min(tl.where(m_i, b_first, INT32_MAX), 0), 0)
         last = tl.max(tl.max(tl.where(m_i, b_last, INT32_MIN), 0), 0)
     if rules.ranges is not None:
-        o_range = tl.arange(0, MOST_RANGES)[None, :]
+        o_range = tl.arange(0, RANGE_SLOTS)[None, :]
         m_range = m_i & (o_range < RANGES)
         p_range = rules.ranges + (o_i.to(tl.int64) * (2 * RANGES) + 2 * o_range)
         b_begin = tl.load(p_range, mask=m_range, other=0)
@@ -280,8 +280,8 @@ def key_tiles_kernel(
             m_all_range = tl.zeros_like(m_all)
             for r in tl.static_range(RANGES):
                 b_begin, b_end = load_pairs(rules.ranges, o_i, o_i <= last, RANGES, r)
-                least, most = hull(b_begin, b_end)
-                m_some_range = m_some_range | ((o_begin < most) & (o_begin + BLOCK_N > least))
+                minimum, maximum = hull(b_begin, b_end)
+                m_some_range = m_some_range | ((o_begin < maximum) & (o_begin + BLOCK_N > minimum))
                 m_holds = (o_begin >= tl.max(b_begin, 0)) & (o_begin + BLOCK_N <= tl.min(b_end, 0))
                 m_all_range = m_all_range | m_holds
             m_some = m_some & m_some_range

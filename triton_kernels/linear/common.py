@@ -26,8 +26,8 @@ LENGTHS = [
     "programs",
 ]
 # Stand-ins for -inf: e^-128 is 0 in float32, and differences of sums over a chunk avoid inf - inf.
-LEAST_OF_TOKEN = tl.constexpr(-128.0)
-LEAST_OF_HEAD = tl.constexpr(-1e4)
+MIN_OF_TOKEN = tl.constexpr(-128.0)
+MIN_OF_HEAD = tl.constexpr(-1e4)
 
 
 class LogDecay(NamedTuple):
@@ -118,13 +118,13 @@ def remains_of(decay, decay_batch, chunk, i_h, o_t):
         p_decay = decay.data + tl.cast(i_h, tl.int64) * decay.head
         if decay.seq is None:
             slope = tl.load(p_decay)
-            slope = tl.where(slope < LEAST_OF_HEAD, LEAST_OF_HEAD, slope)
+            slope = tl.where(slope < MIN_OF_HEAD, MIN_OF_HEAD, slope)
             total = slope * chunk.count
         else:
             o_token = tl.cast(chunk.start + chunk.first, tl.int64) + o_t
             p_token = p_decay + chunk.batch * decay_batch + o_token * decay.seq
             b_x = tl.load(p_token, mask=o_t < chunk.count, other=0.0)
-            b_x = tl.where(b_x < LEAST_OF_TOKEN, LEAST_OF_TOKEN, b_x).to(tl.float64)
+            b_x = tl.where(b_x < MIN_OF_TOKEN, MIN_OF_TOKEN, b_x).to(tl.float64)
             b_sum = tl.cumsum(b_x, 0)
             total = tl.sum(b_x, 0)
             b_high = b_sum.to(tl.float32)

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..common import INTERPRETED, MOST_REGISTERS, Rows, launch
+from ..common import INTERPRETED, MAX_REGISTERS, Rows, launch
 from ..tuned import tuned
 from .common import States, log_decay_of
 from .decay_gradient import decay_kernel, sum_chunks_kernel
@@ -179,8 +179,8 @@ def feature_dim(feature_map: str, head_dim: int) -> int:
     return head_dim if feature_map != "taylor2" else 1 + head_dim + head_dim * (head_dim + 1) // 2
 
 
-def _block(size: int, most: int) -> int:
-    return min(max(triton.next_power_of_2(size), 16), most)
+def _block(size: int, maximum: int) -> int:
+    return min(max(triton.next_power_of_2(size), 16), maximum)
 
 
 def _states(t: Tensor | None) -> States | None:
@@ -295,7 +295,7 @@ def linear_attention(
         nan,
         programs,
         *shared,
-        **options | {"num_warps": 8, "maxnreg": MOST_REGISTERS},
+        **options | {"num_warps": 8, "maxnreg": MAX_REGISTERS},
     )
     return (
         out,

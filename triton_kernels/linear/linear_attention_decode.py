@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common import Rows, launch, slice_of
 from .common import (
-    LEAST_OF_TOKEN,
+    MIN_OF_TOKEN,
     States,
     load_features,
     load_tile,
@@ -85,7 +85,7 @@ def decode_kernel(
                 p_decay += i_b * decay_batch + tl.cast(t, tl.int64) * decay.seq
             x = tl.load(p_decay)
             # S *= exp(log decay)
-            b_state *= tl.exp(tl.where(x < LEAST_OF_TOKEN, LEAST_OF_TOKEN, x))
+            b_state *= tl.exp(tl.where(x < MIN_OF_TOKEN, MIN_OF_TOKEN, x))
         b_k = load_features(keys, o_row, o_f, scale, False, MAP, HEAD_DIM, FEATURES)
         b_q = load_features(queries, o_row, o_f, scale, True, MAP, HEAD_DIM, FEATURES)
         b_k = tl.trans(b_k.to(tl.float32))

@@ -162,7 +162,7 @@ def score_halves(q, keys, memory, block, sizes, count, REPRESENTATIVE: tl.conste
         b_end = tl.load(memory.half_end + o_half)
         o_key = representative(b_begin, b_end, REPRESENTATIVE).to(tl.int64) * sizes.block_k
         m_n = i_n + o_bt // BLOCK_T < count
-        b_most = tl.full([BLOCK_N], -INF, tl.float32)
+        b_max = tl.full([BLOCK_N], -INF, tl.float32)
         for i_t in range(0, sizes.block_k, BLOCK_T):
             o_in = i_t + o_bt % BLOCK_T
             o_t = o_key + o_in
@@ -188,9 +188,9 @@ def score_halves(q, keys, memory, block, sizes, count, REPRESENTATIVE: tl.conste
                 b_z = tl.where(m_z & (b_z == b_z), b_z, -INF)
                 # max over queries and keys of each half
                 b_tile = tl.reshape(tl.max(b_z, 0), [BLOCK_N, BLOCK_T])
-                b_most = tl.maximum(b_most, tl.max(b_tile, 1))
+                b_max = tl.maximum(b_max, tl.max(b_tile, 1))
         p_score = memory.half_score + tl.load(memory.todo + o_n, mask=o_n < count, other=0)
-        tl.store(p_score, b_most, mask=o_n < count)
+        tl.store(p_score, b_max, mask=o_n < count)
 
 
 @triton.jit
@@ -358,7 +358,7 @@ def hip_block_select(
     if programs == 0:
         return indices, counts
     sizes = key_sizes(k, block_table) if cu_seqlens_k is None else (len(k), 0, 1, 0)
-    most = sizes[0] + 1  # larger numbers of keys are equivalent
+    maximum = sizes[0] + 1  # larger numbers of keys are equivalent
     start = None
     if start_indices is not None and start_counts is not None:
         start = Lists(start_indices, start_counts, *_strides(start_indices[..., 0]),
@@ -372,8 +372,8 @@ def hip_block_select(
     launch(
         hip_kernel, programs, q, Rows(q, *_strides(q[..., 0])), Rows(k, *_strides(k[..., 0])),
         block_table, *sizes, ends, start, indices, counts, places, values, queries, block_q,
-        stride_q, block_k, wanted, min(num_sink, most), min(num_recent, most), group,
-        max(lists // max(kv_heads, 1), 1), min(restart_span, most), batch, lists, blocks,
+        stride_q, block_k, wanted, min(num_sink, maximum), min(num_recent, maximum), group,
+        max(lists // max(kv_heads, 1), 1), min(restart_span, maximum), batch, lists, blocks,
         REPRESENTATIVE=REPRESENTATIVES[representative], EXACT=bound == "minmax", CAUSAL=causal,
         DIM=dim, NODES=nodes, BLOCK_M=16,
         BLOCK_N=TILE_ROWS // block_t, BLOCK_T=block_t, BLOCK_D=block_d,

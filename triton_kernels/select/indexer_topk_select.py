@@ -16,8 +16,8 @@ from .topk_select import topk_select
 TILE_BYTES = 256  # one key column of a tile; larger float32 tiles spill
 PIECE_BYTES = 128  # bytes of a row per step
 SPARE_SCORES = 8192  # scores per query in memory, in addition to topk
-LEAST_ROWS = 64  # min rows of a stripe
-MOST_SCORES = 2**26  # max scores of a stripe: 256 MB
+MIN_ROWS = 64  # min rows of a stripe
+MAX_SCORES = 2**26  # max scores of a stripe: 256 MB
 FAR = 2**31 - 1
 SIZES = ["first", "rows", "tokens", "queries", "batch", "halvings", "num_sink", "num_recent", "ld"]
 
@@ -178,8 +178,8 @@ def indexer_topk_select(
     block_k = min(block_k, sizes[0])
     blocks = triton.cdiv(sizes[0], block_k)
     ld = blocks * block_k
-    stripe = min(tokens * (topk + SPARE_SCORES), MOST_SCORES) // ld
-    stripe = min(tokens, max(stripe, LEAST_ROWS))
+    stripe = min(tokens * (topk + SPARE_SCORES), MAX_SCORES) // ld
+    stripe = min(tokens, max(stripe, MIN_ROWS))
     block_d = min(max(triton.next_power_of_2(dim), 16), PIECE_BYTES // q.element_size())
     tile_keys = TILE_BYTES // q.element_size()
     scores = q.new_empty((stripe, ld), dtype=torch.float32)

@@ -170,7 +170,7 @@ def score_kernel(
     b_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_g in range(GROUP if GROUPED else 1):
         o_h = i_kh * GROUP + (o_m * 0 + i_g if GROUPED else o_m % GROUP)
-        b_most = tl.full([BLOCK_M, BLOCK_N], -INF, tl.float32)
+        b_max = tl.full([BLOCK_M, BLOCK_N], -INF, tl.float32)
         for i_q in range(row_queries):
             if MEAN_QUERIES:
                 o_i = o_row
@@ -193,13 +193,13 @@ def score_kernel(
                     b_bad = tl.max((b_z != b_z).to(tl.int32), 2)
                     b_z = tl.max(tl.where(b_z == b_z, b_z, -INF), 2)
                     b_z = tl.where(b_bad > 0, float("nan"), b_z)
-                b_most = either_max(b_most, b_z)
+                b_max = either_max(b_max, b_z)
         if MEAN:
-            b_total += b_most
+            b_total += b_max
         elif GROUPED:
-            b_total = either_max(b_total, b_most) if i_g > 0 else b_most
+            b_total = either_max(b_total, b_max) if i_g > 0 else b_max
         else:
-            b_total = b_most
+            b_total = b_max
     if MEAN:
         b_total = tl.div_rn(b_total, tl.zeros_like(b_total) + GROUP)
     o_head = i_kh + o_m * 0 if GROUPED else i_kh * GROUP + o_m % GROUP

@@ -15,7 +15,7 @@ from ..common import FLOAT_MAX, Rows, rounded
 from ..float8 import float8_codes
 
 LARGEST = tl.constexpr(448.0)
-LEAST_SCALE = tl.constexpr(2.0**-126)
+MIN_SCALE = tl.constexpr(2.0**-126)
 
 # Arguments excluded from specialization: a new length does not recompile.
 SIZES = [
@@ -106,9 +106,9 @@ def append_kernel(
         b_x = b_x.to(tl.float32)
         if token_scale is not None:
             b_size = tl.abs(b_x)
-            b_most = tl.max(tl.where(b_size <= FLOAT_MAX, b_size, 0.0), 1)
-            b_scale = tl.div_rn(b_most, tl.zeros_like(b_most) + LARGEST)
-            b_scale = tl.where(b_scale < LEAST_SCALE, 1.0, b_scale)
+            b_max = tl.max(tl.where(b_size <= FLOAT_MAX, b_size, 0.0), 1)
+            b_scale = tl.div_rn(b_max, tl.zeros_like(b_max) + LARGEST)
+            b_scale = tl.where(b_scale < MIN_SCALE, 1.0, b_scale)
             tl.store(token_scale + o_scale + o_h * scale_head, b_scale, mask=m_h)
             b_x = tl.div_rn(b_x, b_scale[:, None] + tl.zeros_like(b_x))
         elif scale is not None:

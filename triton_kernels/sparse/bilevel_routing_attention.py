@@ -123,9 +123,9 @@ class Call(NamedTuple):
         width = max(self.q.shape[4], self.v.shape[4])
         if INTERPRETED.value or self.q.element_size() > 2 or width > 64:
             return plan
-        least = 1 if width <= 32 else 2
+        minimum = 1 if width <= 32 else 2
         forward, queries = (
-            t if t.block_m >= 64 else t._replace(num_warps=max(t.block_m // 16, least))
+            t if t.block_m >= 64 else t._replace(num_warps=max(t.block_m // 16, minimum))
             for t in plan[:2]
         )
         keys = plan.keys

@@ -12,7 +12,7 @@ from torch import Tensor
 from .sparse_decode_attention import sparse_decode_attention
 
 # Maximum number of logits of listed keys that one mass-summing launch keeps in memory.
-MOST_LOGITS = 1 << 26
+MAX_LOGITS = 1 << 26
 
 
 class Queries(NamedTuple):
@@ -98,7 +98,7 @@ def packed_attention(call: Any) -> tuple[Tensor, Tensor, Tensor]:
 def together(call: Any) -> int:
     """Queries per launch that sums mass."""
     logits = call.q.shape[-2] * call.indices.shape[-1] * call.block_k
-    return max(MOST_LOGITS // max(logits, 1), 1)
+    return max(MAX_LOGITS // max(logits, 1), 1)
 
 
 def attend_in_parts(

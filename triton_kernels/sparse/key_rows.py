@@ -91,9 +91,9 @@ def key_row(
     count = tl.minimum(tl.maximum(count, 0), entries)
 
     o_end = tl.arange(0, 2)
-    b_least = tl.where(o_end == 0, sinks // BLOCK_K, tl.cdiv(old, BLOCK_K))
+    b_min = tl.where(o_end == 0, sinks // BLOCK_K, tl.cdiv(old, BLOCK_K))
     b_first = tl.zeros([2], tl.int32)
-    b_at = lower_bound(p_list, b_first, b_first + count, b_least, halvings)
+    b_at = lower_bound(p_list, b_first, b_first + count, b_min, halvings)
     descents = tl.zeros([], tl.int32)
     for i_entry in range(1, count, TILE):
         o_entry = i_entry + tl.arange(0, TILE)
@@ -106,7 +106,7 @@ def key_row(
         for i_entry in range(0, count, TILE):
             o_entry = i_entry + tl.arange(0, TILE)
             b_id = tl.load(p_list + o_entry, mask=o_entry < count, other=-2147483648)
-            m_reached = b_id[None, :] >= b_least[:, None]
+            m_reached = b_id[None, :] >= b_min[:, None]
             b_at = tl.minimum(b_at, tl.min(tl.where(m_reached, o_entry[None, :], count), 1))
     first = tl.sum(tl.where(o_end == 0, b_at, 0), 0)
     last = tl.maximum(tl.sum(tl.where(o_end == 1, b_at, 0), 0), first)

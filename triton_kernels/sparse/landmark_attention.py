@@ -17,7 +17,7 @@ from torch import Tensor
 from ..common import (
     INF,
     INTERPRETED,
-    MOST_REGISTERS,
+    MAX_REGISTERS,
     STEP_COLUMNS,
     architecture,
     dot,
@@ -306,11 +306,11 @@ class Call(NamedTuple):
             return Plan(*[Tiles(64, 64, 4, 1)] * 3)
         # Block statistics take the registers of half a tile or more.
         dim = max(self.q.shape[-1], self.v.shape[-1])
-        least = plan_of(PLANS, self.q, self.v.shape[-1], True)
+        minimum = plan_of(PLANS, self.q, self.v.shape[-1], True)
         large = 90 <= architecture(self.q) < 120
-        plan = plan_of(LARGE_PLANS, self.q, self.v.shape[-1], True) if large else least
+        plan = plan_of(LARGE_PLANS, self.q, self.v.shape[-1], True) if large else minimum
         if dim <= 64 or self.q.element_size() == 4:
-            return plan._replace(keys=_half(least.keys))
+            return plan._replace(keys=_half(minimum.keys))
         return plan._replace(queries=_half(plan.queries)) if dim > 128 else plan
 
     def blocks(self, tiles: Tiles) -> int:
@@ -334,7 +334,7 @@ class Call(NamedTuple):
             "NB": self.blocks(tiles),
             "LONG": self.keys_of_block > tiles.block_n,
             **tile_options(tiles, self.q.shape[-1], self.v.shape[-1]),
-            "maxnreg": MOST_REGISTERS,
+            "maxnreg": MAX_REGISTERS,
         }
 
 

@@ -345,9 +345,10 @@ class Listed(NamedTuple):
         else:
             fitting = large_plans if 90 <= architecture(self.q) < 120 else plans
             plan = plan_of(fitting, self.q, self.v.shape[-1], self.softcap != 0.0)
-        most = max(triton.next_power_of_2(self.queries * self.group), 16)
+        maximum = max(triton.next_power_of_2(self.queries * self.group), 16)
         forward, queries = (
-            t if most >= t.block_m else t._replace(block_m=most, num_warps=4) for t in plan[:2]
+            t if maximum >= t.block_m else t._replace(block_m=maximum, num_warps=4)
+            for t in plan[:2]
         )
         width = max(triton.next_power_of_2(self.keys), 32)
         keys_plan = plan.keys._replace(block_n=min(plan.keys.block_n, width))

@@ -20,7 +20,7 @@ from ..common import (
     INF,
     INTERPRETED,
     LOG2E,
-    MOST_REGISTERS,
+    MAX_REGISTERS,
     STEP,
     Sequence,
     head_of,
@@ -63,7 +63,7 @@ from .key_rows import (
 SIZES = ["indices_batch", "indices_head", "counts_batch", "counts_head", "entries", "num_sink"]
 SIZES += ["num_recent", "seqlen_q", "extra_count", "table_stride", "pages", "capacity"]
 SIZES += ["log_count_batch", "log_count_head", "positions", "batch", "row_heads", "shared", "group"]
-SIZES += ["rows", "row_blocks", "splits", "halvings", "most", "blocks"]
+SIZES += ["rows", "row_blocks", "splits", "halvings", "maximum", "blocks"]
 
 
 @triton.jit
@@ -260,7 +260,7 @@ def mass_kernel(
     seqlen_q,
     row_heads,
     rows,
-    most,
+    maximum,
     blocks,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -282,7 +282,7 @@ def mass_kernel(
         p_logit = logits + i_x * entries * BLOCK_K + o_logit
         b_z = tl.load(p_logit, mask=m_entry[:, None], other=-INF)
         # P = 2^(z - row_max) factor
-        b_p = tl.exp2(b_z - tl.load(scales + i_x)) * tl.load(scales + most + i_x)
+        b_p = tl.exp2(b_z - tl.load(scales + i_x)) * tl.load(scales + maximum + i_x)
         b_mass, b_lost = add(b_mass, b_lost, tl.sum(b_p, 1))
     tl.store(mass + i_head * entries + o_entry, b_mass, mask=o_entry < entries)
 
@@ -359,11 +359,11 @@ def sparse_decode_attention(
     row_blocks = triton.cdiv(rows, tile.rows)
     splits = splits_of(q, num_splits, batch * row_heads * row_blocks, longest)
     partials = new_partials(q, splits, batch, row_heads, rows, value_dim=value_dim)
-    most = batch * row_heads * rows
+    maximum = batch * row_heads * rows
     logits, scales = None, None
     if mass.numel() > 0:
-        logits = q.new_empty((most, entries * block_k), dtype=torch.float32)
-        scales = q.new_empty((2, most), dtype=torch.float32)
+        logits = q.new_empty((maximum, entries * block_k), dtype=torch.float32)
+        scales = q.new_empty((2, maximum), dtype=torch.float32)
     rope = None if cos is None or sin is None else Rope(cos, sin, cos.stride(0), sin.stride(0))
     terms = terms_of(scale, softcap, 0.0, False, None, None)
     one_list = list_heads == 1
@@ -436,7 +436,7 @@ def sparse_decode_attention(
         AGAIN=False,
     )
     if nan is not None:  # one program per query
-        options |= {"AGAIN": True, "maxnreg": MOST_REGISTERS}
+        options |= {"AGAIN": True, "maxnreg": MAX_REGISTERS}
         launch(
             sparse_ranges_kernel,
             programs * seqlen_q,
@@ -464,7 +464,7 @@ def sparse_decode_attention(
             seqlen_q,
             row_heads,
             rows,
-            most,
+            maximum,
             blocks,
             BLOCK_K=block_k,
             BLOCK_E=block_e,

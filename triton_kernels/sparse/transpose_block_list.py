@@ -13,7 +13,7 @@ from ..common import INTERPRETED, launch
 
 # Arguments excluded from specialization.
 SIZES = ["indices_batch", "indices_head", "indices_row", "counts_batch", "counts_head"]
-SIZES += ["counts_row", "heads", "rows", "entries", "blocks", "most"]
+SIZES += ["counts_row", "heads", "rows", "entries", "blocks", "maximum"]
 
 
 class Lists(NamedTuple):
@@ -49,14 +49,14 @@ def compact_kernel(
     rows,
     entries,
     blocks,
-    most,
+    maximum,
     FACTOR: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """Compacts BLOCK_R of most = B heads rows lists. largest: running maximum of a list's ids."""
     o_row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    m_row = o_row < most
+    m_row = o_row < maximum
     o_row = tl.where(m_row, o_row, 0)
     o_b = (o_row // rows // heads).to(tl.int64)
     o_h = (o_row // rows % heads).to(tl.int64)
@@ -99,10 +99,10 @@ def compacted(indices: Tensor, counts: Tensor, blocks: int, factor: int = 1) -> 
     largest = indices.cummax(-1).values.contiguous() if entries else ids
     block_e = 64
     block_r = (1 << 16 if INTERPRETED.value else 1024) // block_e
-    most = batch * heads * rows
+    maximum = batch * heads * rows
     launch(
         compact_kernel,
-        triton.cdiv(most, block_r),
+        triton.cdiv(maximum, block_r),
         indices,
         indices,
         largest,
@@ -116,7 +116,7 @@ def compacted(indices: Tensor, counts: Tensor, blocks: int, factor: int = 1) -> 
         rows,
         entries,
         blocks,
-        most,
+        maximum,
         FACTOR=factor,
         BLOCK_R=block_r,
         BLOCK_E=block_e,

@@ -17,8 +17,8 @@ from .nearest import NOWHERE, MapRows, find_nearest, squared_distances
 from .reconstruct_tokens import channel_block
 
 SLAB = 1 << 24  # max distances in memory
-LEAST = tl.constexpr(-100.0)  # weights below 2^LEAST of the pixel's maximum are 0
-SIZES = ["tiles", "cells", "most", "first", "last"]
+MIN = tl.constexpr(-100.0)  # weights below 2^LEAST of the pixel's maximum are 0
+SIZES = ["tiles", "cells", "maximum", "first", "last"]
 
 
 class Grid(NamedTuple):
@@ -36,7 +36,7 @@ class Slab(NamedTuple):
     the minimum and the weight sum of each pixel, [B, lines, X]."""
 
     distances: Tensor
-    least: Tensor
+    minimum: Tensor
     total: Tensor
     line: int  # first line of pixels
     lines: int
@@ -70,10 +70,10 @@ def home_of(grid, cell_y, cell_x):
 
 
 @triton.jit
-def weights_of(b_d, b_least, b_total, m_d, factor):
-    b_t = tl.where(m_d, (b_least - b_d) * factor, 2 * LEAST)
+def weights_of(b_d, b_min, b_total, m_d, factor):
+    b_t = tl.where(m_d, (b_min - b_d) * factor, 2 * MIN)
     b_w = tl.exp2(b_t) / b_total
-    return tl.where(m_d & ((b_t < LEAST) == 0), b_w, 0.0)
+    return tl.where(m_d & ((b_t < MIN) == 0), b_w, 0.0)
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def measure_kernel(
         o_pixel = (i_b * grid.height + o_y) * grid.width + o_x
         tl.store(labels + o_pixel, b_place, mask=m_p)
     else:
-        tl.store(slab.least + o_slab, b_best, mask=m_p)
+        tl.store(slab.minimum + o_slab, b_best, mask=m_p)
         tl.store(slab.total + o_slab, b_total, mask=m_p)
 
 
@@ -196,9 +196,9 @@ def update_kernel(
             o_y = o_y.to(tl.int64)
             o_slab = (i_b * slab.lines + o_y - slab.line) * grid.width + o_x
             b_d = tl.load(slab.distances + o_slab * grid.window + o_k, mask=m_p, other=0.0)
-            b_least = tl.load(slab.least + o_slab, mask=m_p, other=0.0)
+            b_min = tl.load(slab.minimum + o_slab, mask=m_p, other=0.0)
             b_total = tl.load(slab.total + o_slab, mask=m_p, other=1.0)
-            b_w = weights_of(b_d, b_least, b_total, m_p, factor)
+            b_w = weights_of(b_d, b_min, b_total, m_p, factor)
             p_x = x.data + i_b * x.batch + o_y * x.line + o_x.to(tl.int64) * x.row
             m_tile = m_p[:, None] & m_c[None, :]
             b_x = tl.load(p_x[:, None] + o_c[None, :], mask=m_tile, other=0.0).to(tl.float32)
@@ -228,7 +228,7 @@ def spread_kernel(
     """dx_n = sum over m of Q_mn dcentroids_m / mass_m."""
     i_b, home, m_p, o_y, o_x = pixels_of(grid, first, cells, tiles, BLOCK_P)
     o_slab = (i_b * slab.lines + o_y - slab.line) * grid.width + o_x
-    b_least = tl.load(slab.least + o_slab, mask=m_p, other=0.0)
+    b_min = tl.load(slab.minimum + o_slab, mask=m_p, other=0.0)
     b_total = tl.load(slab.total + o_slab, mask=m_p, other=1.0)
     o_pixel = (i_b * grid.height + o_y) * grid.width + o_x
     for c in range(0, grid.channels, BLOCK_C):
@@ -241,7 +241,7 @@ def spread_kernel(
             m_d = m_p[:, None] & m_k[None, :]
             p_d = slab.distances + (o_slab * grid.window)[:, None] + o_k[None, :]
             b_d = tl.load(p_d, mask=m_d, other=0.0)
-            b_w = weights_of(b_d, b_least[:, None], b_total[:, None], m_d, factor)
+            b_w = weights_of(b_d, b_min[:, None], b_total[:, None], m_d, factor)
             o_m = (home.cluster_y + o_k // home.across) * grid.grid_x
             o_m += home.cluster_x + o_k % home.across
             o_m = i_b * grid.grid_y * grid.grid_x + o_m
@@ -279,7 +279,7 @@ class Call:
         self.lines = self._lines(self.rows)
         shape = (batch, self.lines, width)
         self.distances = x.new_empty((*shape, kept), dtype=torch.float32)
-        self.least, self.total = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
+        self.minimum, self.total = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
 
     def _lines(self, rows: int) -> int:
         return min(-(-rows * self.grid.height // self.grid.grid_y) + 1, self.grid.height)
@@ -291,7 +291,7 @@ class Call:
         """Yields each slab, its first row of cells and the end of its rows."""
         for first in range(0, self.grid.grid_y, self.rows):
             line = -(-first * self.grid.height // self.grid.grid_y)
-            slab = Slab(self.distances, self.least, self.total, line, self.lines)
+            slab = Slab(self.distances, self.minimum, self.total, line, self.lines)
             yield slab, first, min(first + self.rows, self.grid.grid_y)
 
     def measure(

@@ -29,7 +29,7 @@ class MapRows(NamedTuple):
 class Nearest(NamedTuple):
     ids: Tensor  # [B, rows, k], ascending
     distances: Tensor | None  # [B, rows, k], in the order of ids
-    least: Tensor | None  # [B, rows]
+    minimum: Tensor | None  # [B, rows]
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def select_kernel(
     distances,
     index,
     nearest,
-    least,
+    minimum,
     first,
     count,
     rows,
@@ -127,8 +127,8 @@ def select_kernel(
         b_first = tl.minimum(b_first, b_best)
 
     o_row = i_b * rows + first + o_r
-    if least is not None:
-        tl.store(least + o_row, b_first, mask=m_r)
+    if minimum is not None:
+        tl.store(minimum + o_row, b_first, mask=m_r)
     if nearest is None:  # k is 1
         tl.store(index + o_row, b_last_place, mask=m_r)
     else:
@@ -157,10 +157,10 @@ def find_nearest(
     row, without distances."""
     batch, rows, width, set_size = sizes
     anchor = map_rows.data
-    near = least = None
+    near = minimum = None
     if k is not None:
         near = anchor.new_empty((batch, rows, k), dtype=torch.float32)
-        least = anchor.new_empty((batch, rows), dtype=torch.float32)
+        minimum = anchor.new_empty((batch, rows), dtype=torch.float32)
     k = k or 1
     index = anchor.new_empty((batch, rows, k), dtype=torch.int32)
     block_r, block_n, depth = (64, 64, 64) if INTERPRETED.value else (16, 16, 32)
@@ -171,6 +171,6 @@ def find_nearest(
         tiles = triton.cdiv(count, block_r)
         launch(distance_kernel, batch * tiles, anchor, map_rows, set_rows, distances, first, count,
                tiles, width, set_size, channels, block_r, block_n, depth)  # fmt: skip
-        launch(select_kernel, batch * tiles, anchor, distances, index, near, least, first, count,
+        launch(select_kernel, batch * tiles, anchor, distances, index, near, minimum, first, count,
                rows, tiles, set_size, k, block_r, max(block_n, 32))  # fmt: skip
-    return Nearest(index, near, least)
+    return Nearest(index, near, minimum)

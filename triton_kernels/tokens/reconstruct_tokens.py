@@ -18,7 +18,7 @@ SIZES = ["tokens", "tiles", "channels", "clusters", "k", "lists"]
 def mean_kernel(
     index,
     distances,
-    least,
+    minimum,
     weight,
     values,
     out,
@@ -37,12 +37,12 @@ def mean_kernel(
     o_r = i % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < tokens
     o_row = i_b * tokens + o_r
-    b_least = tl.load(least + o_row, mask=m_r, other=0.0)
+    b_min = tl.load(minimum + o_row, mask=m_r, other=0.0)
     b_total = tl.zeros([BLOCK_R], tl.float32)
     for j in range(k):
         b_d = tl.load(distances + o_row * k + j, mask=m_r, other=0.0)
-        b_w = tl.exp2((b_least - b_d) * factor)
-        b_w = tl.where(b_least < FLOAT_MAX, b_w, float("nan"))
+        b_w = tl.exp2((b_min - b_d) * factor)
+        b_w = tl.where(b_min < FLOAT_MAX, b_w, float("nan"))
         if UNIT_NORM:
             b_w = b_w * b_w
         b_total += b_w
@@ -50,7 +50,7 @@ def mean_kernel(
         b_total = tl.sqrt(b_total)
     for j in range(k):
         b_d = tl.load(distances + o_row * k + j, mask=m_r, other=0.0)
-        b_w = tl.exp2((b_least - b_d) * factor) / b_total
+        b_w = tl.exp2((b_min - b_d) * factor) / b_total
         tl.store(weight + o_row * k + j, b_w, mask=m_r)
     for c in range(0, channels, BLOCK_C):
         o_c = c + tl.arange(0, BLOCK_C)
@@ -58,7 +58,7 @@ def mean_kernel(
         b_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         for j in range(k):
             b_d = tl.load(distances + o_row * k + j, mask=m_r, other=0.0)
-            b_w = tl.exp2((b_least - b_d) * factor) / b_total
+            b_w = tl.exp2((b_min - b_d) * factor) / b_total
             b_m = tl.load(index + o_row * k + j, mask=m_r, other=0).to(tl.int64)
             p_z = values.data + i_b * values.batch + b_m * values.seq
             b_z = tl.load(p_z[:, None] + o_c[None, :], mask=m_c, other=0.0).to(tl.float32)
@@ -112,8 +112,8 @@ def gradient_kernel(
 
 
 def channel_block(channels: int) -> int:
-    most = 1024 if INTERPRETED.value else 128
-    return max(min(triton.next_power_of_2(channels), most), 16)
+    maximum = 1024 if INTERPRETED.value else 128
+    return max(min(triton.next_power_of_2(channels), maximum), 16)
 
 
 def reconstruct_tokens(

@@ -23,7 +23,7 @@ FORM = "must be VALUE, TYPE=VALUE or [const ]TYPE[SIZES]=CONTENTS"
 CONTENTS = "zeros, ones, nan, arange, random[:SEED], a number, FILE.npy or bytes:HEX"
 _ARRAY = re.compile(r"(?P<const>const\s+)?(?P<type>\w+)\[(?P<sizes>[\d,\s]+)\]=(?P<value>.+)")
 _SCALAR = re.compile(r"((?P<type>[a-z]+\d+)=)?(?P<value>[^=]+)")
-MOST_SIZES = 32  # of NumPy
+MAX_SIZES = 32  # of NumPy
 COPIES = 4  # of an array: before, after the first run, after another, and while it is made
 ALIGNMENT = 256  # bytes
 
@@ -84,11 +84,11 @@ def _scalar(text: str, found: re.Match[str], parameter: Parameter | None) -> Any
 def _array(text: str, found: re.Match[str]) -> Any:
     dtype = _dtype(found["type"])
     sizes = [int(size) for size in found["sizes"].split(",") if size.strip()]
-    if not 1 <= len(sizes) <= MOST_SIZES:
-        raise BadArgument(f"sizes must be 1 to {MOST_SIZES} whole numbers; got '{text}'")
-    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // COPIES
-    if math.prod(sizes) * dtype.itemsize > most:
-        raise BadArgument(f"must have at most {most} bytes, 1/{COPIES} of memory; got '{text}'")
+    if not 1 <= len(sizes) <= MAX_SIZES:
+        raise BadArgument(f"sizes must be 1 to {MAX_SIZES} whole numbers; got '{text}'")
+    maximum = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // COPIES
+    if math.prod(sizes) * dtype.itemsize > maximum:
+        raise BadArgument(f"must have at most {maximum} bytes, 1/{COPIES} of memory; got '{text}'")
     array = _filled(_allocated(sizes, dtype), found["type"], found["value"].strip())
     array.flags.writeable = found["const"] is None
     return array

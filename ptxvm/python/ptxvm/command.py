@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CLEAN, FOUND = 0, 1  # exit statuses; a command that could not run has 2
 DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
-MOST_OF_A_NAME = 48
+MAX_OF_A_NAME = 48
 HAS_SOURCE_LINE = re.compile(r", line \d+ \(.+?:\d+\): ")
 ORDERS = ("forward", "reverse", "seeded")
 FLAGS = ("check", "count", "on_fault", "device", "fuel", "mma", "async", "order")  # not of --set
@@ -340,7 +340,7 @@ def _print_findings(findings: Sequence[Finding], modes: Sequence[Mode], ptx: str
 
 def _short(kernel: str) -> str:
     """The beginning of a long mangled name."""
-    return kernel if len(kernel) <= MOST_OF_A_NAME else kernel[:MOST_OF_A_NAME] + "..."
+    return kernel if len(kernel) <= MAX_OF_A_NAME else kernel[:MAX_OF_A_NAME] + "..."
 
 
 def say(options: argparse.Namespace, line: str) -> None:

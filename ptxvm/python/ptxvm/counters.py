@@ -13,7 +13,7 @@ SUMMED = (
     ("barriers", "barriers"),
     ("local_requests", "requests to local memory"),
 )
-MOST_OPCODES = 12
+MAX_OPCODES = 12
 
 
 def table(launches: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -84,5 +84,5 @@ def _opcodes(group: Sequence[dict[str, Any]]) -> Iterator[str]:
             totals[opcode] = totals.get(opcode, 0) + row["instructions"]
     ranked = sorted(totals.items(), key=lambda item: (-item[1], item[0]))
     yield f"  {'most frequent opcodes':<50}{'instructions':>12}"
-    for opcode, times in ranked[:MOST_OPCODES]:
+    for opcode, times in ranked[:MAX_OPCODES]:
         yield f"    {opcode:<46}{_number(times):>14}"

@@ -23,7 +23,7 @@ from .findings import FAULTS, Mode, Run
 from .vm import Machine, MachineError, Module, Report
 
 FIELDS = {"kernel": str, "grid": list, "block": list, "shared": int, "args": list}
-MOST_SHOWN = 8  # elements of an array in one line
+MAX_SHOWN = 8  # elements of an array in one line
 
 
 def text_of(name: str) -> str | None:
@@ -238,8 +238,8 @@ def _show(options: argparse.Namespace, launch: Launch, before: list[Any], after:
             say(options, f"argument {i}, {kind}[{sizes}]:")
             say(options, np.array2string(values, threshold=new.size + 1, max_line_width=100))
         elif changed:
-            start = " ".join(f"{x:.6g}" for x in values.ravel()[:MOST_SHOWN].tolist())
-            more = " ..." if new.size > MOST_SHOWN else ""
+            start = " ".join(f"{x:.6g}" for x in values.ravel()[:MAX_SHOWN].tolist())
+            more = " ..." if new.size > MAX_SHOWN else ""
             say(options, f"argument {i}: {changed} of {new.size} elements changed: {start}{more}")
     if not total:
         say(options, "no argument changed")

@@ -78,9 +78,10 @@ def bars(rows: Sequence[tuple[str, float, str]], colours: Sequence[str]) -> str:
     page.
     """
     values = [value if math.isfinite(value) else 0.0 for _, value, _ in rows]
-    most = max(values, default=0.0) or 1.0
+    maximum = max(values, default=0.0) or 1.0
     body = "".join(
-        f'<span>{escape(name)}</span><span class="track"><i style="width:{100 * value / most:.1f}%;'
+        f'<span>{escape(name)}</span><span class="track">'
+        f'<i style="width:{100 * value / maximum:.1f}%;'
         f'background:{colour}"></i></span><b>{escape(shown)}</b>'
         for (name, _, shown), value, colour in zip(rows, values, colours, strict=True)
     )

@@ -237,10 +237,10 @@ def generation_checks(generated: list[Generated]) -> Iterator[Check]:
 def encoder_checks(agreements: list[Agreement]) -> Iterator[Check]:
     for backend in dict.fromkeys(a.backend for a in agreements):
         cosines = [a.cosine for a in agreements if a.backend == backend]
-        least = min(cosines, key=lambda c: (c == c, c))  # NaN counts as less than all
+        minimum = min(cosines, key=lambda c: (c == c, c))  # NaN counts as less than all
         limit = encoder.MIN_COSINE
         name = f"embeddings on {backend}: least cosine with {encoder.STOCK}"
-        yield Check(name, f"{least:.7f}", f">= {limit}", least >= limit)
+        yield Check(name, f"{minimum:.7f}", f">= {limit}", minimum >= limit)
 
 
 def training_checks(runs: list[Run]) -> Iterator[Check]:

@@ -10,16 +10,16 @@ from typing import Any
 from torch import Tensor
 
 from .. import _knobs
-from .._sm90 import LEAST_TOKENS, Rules, float32, most_tiles
+from .._sm90 import MIN_TOKENS, Rules, float32, max_tiles
 from .attention_decode_rules import Arguments as DecodeArguments
 from .attention_rules import Arguments
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
 DECODE_HEAD_DIMS = (64, 128)
 DECODE_ROWS = 64  # rows of a tile: queries times heads of a GQA group
-LEAST_PAGE = 64  # tokens; a tile has 64 to 128
-MOST_BACKWARD_TILES = 2**31 - 1
-SWITCH, LEAST_TILES = "attention_decode.sm90", "attention_decode.sm90_tiles"  # knobs
+MIN_PAGE = 64  # tokens; a tile has 64 to 128
+MAX_BACKWARD_TILES = 2**31 - 1
+SWITCH, MIN_TILES = "attention_decode.sm90", "attention_decode.sm90_tiles"  # knobs
 
 
 def unsupported_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
@@ -52,7 +52,7 @@ def cached_sm90_kernel(*lowered: Any) -> str:
         return "csrc/dense/attention_decode/kernel_sm90"
     if a.cu_seqlens_q is None:
         return "csrc/dense/attention/kernel_sm90"
-    few = f"csrc/dense/attention_decode for requests with fewer than {LEAST_TOKENS} queries"
+    few = f"csrc/dense/attention_decode for requests with fewer than {MIN_TOKENS} queries"
     return f"csrc/dense/attention/kernel_sm90 and {few}"
 
 
@@ -68,7 +68,7 @@ def cached_sm90_knobs(*lowered: Any, out: Tensor | None = None) -> list[str]:
         return names
     if forward:
         names += ["attention.sm90_section", "attention.sm90_grid"]
-    return [*names, LEAST_TILES] if _divides_keys(a) else names
+    return [*names, MIN_TILES] if _divides_keys(a) else names
 
 
 def _divides_keys(a: Any) -> bool:
@@ -100,13 +100,13 @@ def _unsupported_forward(a: Any, out: Tensor | None) -> list[str]:
     check = rules.check
     _check_cached_form(rules, a, HEAD_DIMS)
     tokens = a.q.shape[-3]
-    check(tokens >= LEAST_TOKENS, "q", f"must have {LEAST_TOKENS} tokens", tokens)
-    most = LEAST_TOKENS if a.max_seqlen_q is None else a.max_seqlen_q
-    check(most >= LEAST_TOKENS, "max_seqlen_q", f"must be {LEAST_TOKENS} or more", most)
+    check(tokens >= MIN_TOKENS, "q", f"must have {MIN_TOKENS} tokens", tokens)
+    maximum = MIN_TOKENS if a.max_seqlen_q is None else a.max_seqlen_q
+    check(maximum >= MIN_TOKENS, "max_seqlen_q", f"must be {MIN_TOKENS} or more", maximum)
     if _divides_keys(a):
         check(a.num_splits == 0, "num_splits", "must be 0", a.num_splits)
         check(a.schedule != "split", "schedule", "must be 'auto' or 'stream_k'", a.schedule)
-        tiles, many = most_tiles(a.q, None, 64), _knobs.value(LEAST_TILES)
+        tiles, many = max_tiles(a.q, None, 64), _knobs.value(MIN_TILES)
         check(tiles >= many, "q", f"must have {many} tiles of 64 rows", tiles)
     _check_forward(rules, a, out)
     return rules.broken
@@ -122,9 +122,9 @@ def unsupported_sm90_backward(*lowered: Any) -> list[str]:
         rule = "must not require a gradient with a softcap"
         rules.check(not summed, "score_bias", rule, "a tensor that does")
     rows = 128 if a.q.shape[-1] <= 64 else 64
-    tiles = most_tiles(a.q, a.cu_seqlens_q, rows)
+    tiles = max_tiles(a.q, a.cu_seqlens_q, rows)
     rule = f"must have fewer than 2^31 tiles of {rows} rows"
-    rules.check(tiles <= MOST_BACKWARD_TILES, "q", rule, tiles)
+    rules.check(tiles <= MAX_BACKWARD_TILES, "q", rule, tiles)
     return rules.broken
 
 
@@ -154,8 +154,8 @@ def _check_cached_form(rules: Rules, a: Any, head_dims: tuple[int, ...]) -> None
     check(a.k_cache.dtype == a.q.dtype, "k_cache", rule, a.k_cache.dtype)
     pages, size = a.k_cache.shape[:2]
     if a.block_table is not None:
-        rule = f"must have pages of {LEAST_PAGE} tokens or more"
-        check(size >= LEAST_PAGE, "k_cache", rule, size)
+        rule = f"must have pages of {MIN_PAGE} tokens or more"
+        check(size >= MIN_PAGE, "k_cache", rule, size)
         check(a.block_table.shape[1] > 0, "block_table", "must have pages", 0)
     check(pages > 0 and size > 0, "k_cache", "must have tokens", a.k_cache.shape)
 

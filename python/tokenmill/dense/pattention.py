@@ -165,8 +165,8 @@ class _Weights(NamedTuple):
         with u = t / |t|.
         """
         factor = torch.where(norm > self.eps, self._factor(norm), 0.0)
-        least = norm.clamp(min=self.eps)
-        along = torch.linalg.vecdot(t, d).unsqueeze(-1) / least / least
+        minimum = norm.clamp(min=self.eps)
+        along = torch.linalg.vecdot(t, d).unsqueeze(-1) / minimum / minimum
         return torch.addcmul(factor * d, t, factor * along, value=-1)
 
 
@@ -187,9 +187,9 @@ def _blocks(x: Tensor, count: int) -> list[slice]:
     """Splits tokens into blocks of about equal size: a short last block would cost as much as a
     full one.
     """
-    most = max(1, (CPU_SCORES if x.device.type == "cpu" else GPU_SCORES) // count)
+    maximum = max(1, (CPU_SCORES if x.device.type == "cpu" else GPU_SCORES) // count)
     tokens = max(x.shape[0], 1)
-    blocks = max(1, (tokens + most // 2) // most)
+    blocks = max(1, (tokens + maximum // 2) // maximum)
     size = -(-tokens // blocks)
     return [slice(i, i + size) for i in range(0, tokens, size)]
 

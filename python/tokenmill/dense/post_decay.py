@@ -14,7 +14,7 @@ from ..masks import Decay2d, Grid, decay2d
 from .attention_rules import OP
 
 # Replaces smaller decays, whose logarithm would be infinite; the weights left are below rounding.
-LEAST_GAMMA = 1e-20
+MIN_GAMMA = 1e-20
 
 
 def lower_post_decay(decay: Decay2d, q: Tensor, **absent: Any) -> tuple[Tensor, Grid]:
@@ -26,5 +26,5 @@ def lower_post_decay(decay: Decay2d, q: Tensor, **absent: Any) -> tuple[Tensor, 
         check(value is None, OP, name, "must be None with post_decay", value)
     decay = decay2d(decay.gamma, *decay.grid)  # the record may have been built by hand
     gamma = widen(decay.gamma, q)
-    gamma = gamma + (LEAST_GAMMA - gamma.detach()).clamp(min=0)  # keeps the derivative 1
+    gamma = gamma + (MIN_GAMMA - gamma.detach()).clamp(min=0)  # keeps the derivative 1
     return -gamma.log(), decay.grid

@@ -174,10 +174,10 @@ def _check_values(groups: Tensor, factors: Tensor, renormalize: str) -> None:
     if not factors.numel():
         return
     given = factors.detach()
-    least, most = float(given.min()), float(given.max())
-    check(0 <= least < torch.inf, OP, "factors", "must be finite and not negative", least)
-    check(most < torch.inf, OP, "factors", "must be finite and not negative", most)
+    minimum, maximum = float(given.min()), float(given.max())
+    check(0 <= minimum < torch.inf, OP, "factors", "must be finite and not negative", minimum)
+    check(maximum < torch.inf, OP, "factors", "must be finite and not negative", maximum)
     if renormalize == "others":
-        check(most <= 1, OP, "factors", "must be at most 1 with renormalize 'others'", most)
+        check(maximum <= 1, OP, "factors", "must be at most 1 with renormalize 'others'", maximum)
         first = float(given[..., 0].min())
         check(first == 1, OP, "factors", "must be 1 for group 0 with renormalize 'others'", first)

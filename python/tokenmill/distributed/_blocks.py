@@ -22,7 +22,7 @@ from .sequence import Layout, Piece
 Units = tuple[Tensor, Tensor, Tensor]  # request, block and KV head of each unit
 
 
-class Loan(NamedTuple):
+class BlockExchange(NamedTuple):
     """The blocks that a rank sends to all ranks, including itself, and the slots of the blocks it
     receives.
     """
@@ -54,7 +54,7 @@ class Loan(NamedTuple):
 
 def arrange(
     group: Group, where: Layout, block: int, needed: Tensor, last: Piece
-) -> tuple[Loan, Tensor]:
+) -> tuple[BlockExchange, Tensor]:
     """The exchange for the blocks in this rank's mask needed [B, Hk, blocks], and the slot of each
     block [B, Hk, blocks].
 
@@ -79,7 +79,7 @@ def arrange(
     lacking = -where.length % block if last.end * block > where.length else 0
     borrowed = [len(units[0]) for units in found]
     places = b, slot[b, h, c], h
-    return Loan(group, block, lent, borrowed, places, front + last.size, lacking), slot
+    return BlockExchange(group, block, lent, borrowed, places, front + last.size, lacking), slot
 
 
 def _units(mask: Tensor) -> Units:
@@ -95,7 +95,7 @@ def _shifted(found: Sequence[Units], blocks: Sequence[Piece]) -> list[Units]:
 
 class _Borrow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, loan: Loan) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, k: Tensor, v: Tensor, loan: BlockExchange) -> tuple[Tensor, ...]:
         ctx.loan, ctx.shape = loan, k.shape[:3]
         ctx.dims = k.shape[3], v.shape[3]
         b, c, h = (torch.cat(parts) for parts in zip(*loan.lent, strict=True))
@@ -127,7 +127,7 @@ def _read(x: Tensor, block: int, units: Units) -> Tensor:
     return x.unflatten(1, (x.shape[1] // block, block))[b, c, :, h]
 
 
-def _placed(units: Tensor, shape: Sequence[int], loan: Loan) -> Tensor:
+def _placed(units: Tensor, shape: Sequence[int], loan: BlockExchange) -> Tensor:
     """Scatters units [units, block, D] into compact keys."""
     b, slot, h = loan.places
     found = units.new_zeros(shape[0], loan.slots, loan.block, shape[2], units.shape[-1])

@@ -166,13 +166,13 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: Group, dim: int, sizes: tuple[int, ...]) -> Tensor:
         ctx.how = group, dim, sizes
         rows = x.movedim(dim, 0)
-        most = max(sizes)
-        if rows.shape[0] < most:  # the collective requires shards of equal size
-            rows = torch.cat([rows, rows.new_zeros(most - rows.shape[0], *rows.shape[1:])])
+        maximum = max(sizes)
+        if rows.shape[0] < maximum:  # the collective requires shards of equal size
+            rows = torch.cat([rows, rows.new_zeros(maximum - rows.shape[0], *rows.shape[1:])])
         with group.named("all_gather"):
             found = funcol.wait_tensor(_all_gather(rows.contiguous(), 0, group.group))
-        if min(sizes) < most:
-            parts = zip(found.split(most), sizes, strict=True)
+        if min(sizes) < maximum:
+            parts = zip(found.split(maximum), sizes, strict=True)
             found = torch.cat([part[:size] for part, size in parts])
         return found.movedim(0, dim)
 

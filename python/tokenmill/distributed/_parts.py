@@ -381,8 +381,8 @@ def _fits(size: int, ways: list[int], uniform: bool, fixed: bool) -> bool:
 
 def _chunk(size: int, ways: int, rank: int) -> int:
     """Size of a rank's chunk, as in torch.chunk."""
-    most = -(-size // ways)
-    return max(min(most, size - most * rank), 0)
+    maximum = -(-size // ways)
+    return max(min(maximum, size - maximum * rank), 0)
 
 
 def _global_results(op: TorchOp, values: tuple[Any, ...]) -> list[Tensor]:

@@ -121,8 +121,8 @@ def best_of_ranks(
     candidates.
     """
     # float32 represents any score. [R, 2 width] int32
-    most = widths[ranks.rank]
-    sent = torch.cat([positions[:, :most], values[:, :most].float().view(torch.int32)], 1)
+    maximum = widths[ranks.rank]
+    sent = torch.cat([positions[:, :maximum], values[:, :maximum].float().view(torch.int32)], 1)
     gathered = ranks.gather(sent.T.contiguous(), 0, [2 * width for width in widths])
     parts = gathered.split([2 * width for width in widths])
     blocks = [(part[:width], part[width:]) for part, width in zip(parts, widths, strict=True)]

@@ -16,8 +16,8 @@ def needs(library: str, missing: ModuleNotFoundError) -> ModuleNotFoundError:
     )
 
 
-def check_version(name: str, library: str, version: str, *least: int) -> None:
+def check_version(name: str, library: str, version: str, *minimum: int) -> None:
     """Checks that a library is recent enough for a function; name: the function's name."""
     found = tuple(int(part) for part in version.split(".")[:2])
-    wanted = ".".join(map(str, least))
-    check(found >= least, name, library, f"must be {wanted} or later", version)
+    wanted = ".".join(map(str, minimum))
+    check(found >= minimum, name, library, f"must be {wanted} or later", version)

@@ -149,11 +149,11 @@ class PolicyLayer(CacheLayerMixin):
         self.policy = dataclasses.replace(
             recipe, cache=cache, layer=self.number, previous=previous, **scoring
         )
-        self._most = recipe.slots(end)
+        self._max = recipe.slots(end)
 
     def _make_room(self, tokens: int) -> None:
         """Makes room before the policy adds tokens; the policy itself makes room in a cache of
-        _most slots.
+        _max slots.
         """
         assert self.policy is not None
         cache = self.policy.cache
@@ -162,8 +162,8 @@ class PolicyLayer(CacheLayerMixin):
             wanted += self.policy._waiting.k.shape[1]
         if wanted > cache.capacity:
             wanted = max(wanted, cache.capacity * 3 // 2)
-            if cache.longest > 0 and self._most is not None:
-                wanted = min(wanted, self._most)
+            if cache.longest > 0 and self._max is not None:
+                wanted = min(wanted, self._max)
             if wanted > cache.capacity:
                 self.policy.grow(wanted)
 

@@ -36,8 +36,8 @@ def _sample(
             (torch.randn(*lead, h, size, generator=g) * size**-0.5).to(dtype) for size in (d, d, dv)
         )
         # The steps of a chunk add up; larger gates would diverge.
-        most = (0.2, 0.9, 0.5)
-        for name, bound, value in zip(GATES, most, gates or (None, None, None), strict=True):
+        maximum = (0.2, 0.9, 0.5)
+        for name, bound, value in zip(GATES, maximum, gates or (None, None, None), strict=True):
             drawn = torch.rand(*lead, h, generator=g) * bound
             kwargs[name] = (drawn if value is None else torch.full_like(drawn, value)).to(wide)
         if state:

@@ -126,7 +126,7 @@ class BiFormer(nn.Module):
         known = isinstance(layout, str) and layout in ("biformer", "swin")
         check(known, NAME, "layout", "must be 'biformer' or 'swin'", layout)
         check_bool(NAME, "channels_first", channels_first)
-        self.in_channels, self.least = in_channels, 32 if layout == "swin" else 1
+        self.in_channels, self.minimum = in_channels, 32 if layout == "swin" else 1
         downsample = _patches if layout == "swin" else _convolutions
         pairs = zip((None, *channels[:-1]), channels, strict=True)
         self.downsample_layers = nn.ModuleList(downsample(in_channels, *pair) for pair in pairs)
@@ -158,8 +158,8 @@ class BiFormer(nn.Module):
         check_input(NAME, "x", x, weight)
         shaped = x.dim() == 4 and x.shape[1] == self.in_channels
         check(shaped, NAME, "x", f"must have shape [B, {self.in_channels}, Y, X]", x.shape)
-        if min(x.shape[2:]) < self.least:
-            rule = f"must have at least {self.least} pixels a side"
+        if min(x.shape[2:]) < self.minimum:
+            rule = f"must have at least {self.minimum} pixels a side"
             fail(NAME, "x", rule, list(x.shape[2:]))
         if self.training and x.shape[0] == 1 and max(x.shape[2:]) <= 32:
             rule = "must be more than one image of up to 32 x 32 pixels in training, for its norms"

@@ -190,8 +190,8 @@ class CharacterConsistencyLoss(nn.Module):
         if targets.shape != features.shape[:-1]:
             fail(LOSS, "targets", f"must have shape {list(features.shape[:-1])}", targets.shape)
         if reads_values(targets) and targets.numel():
-            most = int(targets.max())
-            check(most < classes, LOSS, "targets", f"must be below {classes}", most)
+            maximum = int(targets.max())
+            check(maximum < classes, LOSS, "targets", f"must be below {classes}", maximum)
         with torch.autocast(features.device.type, enabled=False):
             dtype = torch.promote_types(features.dtype, torch.float32)
             x, centers = features.flatten(0, -2).to(dtype), self.centers.to(dtype)

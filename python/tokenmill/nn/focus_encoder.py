@@ -168,15 +168,15 @@ class FocusDualAttention(nn.Module):
     ) -> Tensor:
         self._check(x, positions, scores, classes, indices)
         telling = (classes.amax(2) * scores).detach()
-        most = min(self.topk, x.shape[1])
+        maximum = min(self.topk, x.shape[1])
         if indices is None:
-            chosen = topk_partition(telling, most, backend=self.backend)[0]
+            chosen = topk_partition(telling, maximum, backend=self.backend)[0]
         else:
             there = indices >= 0
-            count = there.sum(1).clamp(max=most)
-            chosen = topk_partition(telling, count, max_k=most, valid=there, backend=self.backend)[
-                0
-            ]
+            count = there.sum(1).clamp(max=maximum)
+            chosen = topk_partition(
+                telling, count, max_k=maximum, valid=there, backend=self.backend
+            )[0]
         tokens, places = gather_tokens((x, positions), chosen, backend=self.backend)
         asked = torch.cat([tokens + places, tokens], 2)
         q, k, v = self._projected(asked)

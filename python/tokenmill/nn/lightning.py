@@ -112,7 +112,7 @@ class MiniMaxLightningAttention(Slopes):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        dim, num_heads, head_dim = check_wide_heads(NAME, dim, num_heads, head_dim, most=256)
+        dim, num_heads, head_dim = check_wide_heads(NAME, dim, num_heads, head_dim, maximum=256)
         inner = num_heads * head_dim
         self.num_heads, self.head_dim, self.backend = num_heads, head_dim, backend
         self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)
@@ -207,8 +207,8 @@ class MiniMaxLightningAttention(Slopes):
             named = slots.dim() == 1 and slots.shape[0] == x.shape[0]
             check(named, NAME, "slots", f"must have shape [{x.shape[0]}]", slots.shape)
             if reads_values(slots) and slots.numel():
-                least = int(slots.min())
-                check(least >= 0, NAME, "slots", "must not be negative in prefill", least)
+                minimum = int(slots.min())
+                check(minimum >= 0, NAME, "slots", "must not be negative in prefill", minimum)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}"

@@ -249,11 +249,11 @@ def _convolution(before: int, dim: int, side: int, stride: int, padding: int) ->
     return nn.Sequential(OrderedDict({"proj": conv}))
 
 
-def _four(argument: str, values: Any, most: int) -> list[int]:
+def _four(argument: str, values: Any, maximum: int) -> list[int]:
     four = isinstance(values, tuple | list) and len(values) == STAGES
     check(four, NAME, argument, "must be four, one for each stage", values)
     numbers = [as_int(NAME, argument, n) for n in values]
-    limit = str(most) if most < 1000 else "2^24 - 1"
+    limit = str(maximum) if maximum < 1000 else "2^24 - 1"
     for n in numbers:
-        check(1 <= n <= most, NAME, argument, f"must be 1 to {limit}", n)
+        check(1 <= n <= maximum, NAME, argument, f"must be 1 to {limit}", n)
     return numbers

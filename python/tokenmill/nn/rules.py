@@ -31,7 +31,7 @@ def check_heads(name: str, dim: int, num_heads: int) -> tuple[int, int]:
 
 
 def check_wide_heads(
-    name: str, dim: int, num_heads: int, head_dim: int | None, most: int
+    name: str, dim: int, num_heads: int, head_dim: int | None, maximum: int
 ) -> tuple[int, int, int]:
     """Checks channels, heads and head_dim, at most `most`; None: the number of heads must divide
     the input channels.
@@ -44,8 +44,8 @@ def check_wide_heads(
         check(dim % num_heads == 0, name, "num_heads", rule, num_heads)
         head_dim = dim // num_heads
     head_dim = as_int(name, "head_dim", head_dim)
-    limit = "2^16" if most == 2**16 else str(most)
-    check(1 <= head_dim <= most, name, "head_dim", f"must be 1 to {limit}", head_dim)
+    limit = "2^16" if maximum == 2**16 else str(maximum)
+    check(1 <= head_dim <= maximum, name, "head_dim", f"must be 1 to {limit}", head_dim)
     return dim, num_heads, head_dim
 
 

@@ -90,7 +90,7 @@ class TaylorAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        dim, num_heads, head_dim = check_wide_heads(TAYLOR, dim, num_heads, head_dim, most=256)
+        dim, num_heads, head_dim = check_wide_heads(TAYLOR, dim, num_heads, head_dim, maximum=256)
         feature_dim = as_int(TAYLOR, "feature_dim", feature_dim)
         small = 1 <= feature_dim <= MAX_TAYLOR_HEAD_DIM
         check(small, TAYLOR, "feature_dim", f"must be 1 to {MAX_TAYLOR_HEAD_DIM}", feature_dim)

@@ -132,7 +132,7 @@ class TitansMemory(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        dim, num_heads, head_dim = check_wide_heads(NAME, dim, num_heads, head_dim, most=2**16)
+        dim, num_heads, head_dim = check_wide_heads(NAME, dim, num_heads, head_dim, maximum=2**16)
         small = {"depth": depth, "expansion": expansion, "conv_size": conv_size}
         for name, size in small.items():
             small[name] = as_int(NAME, name, size)

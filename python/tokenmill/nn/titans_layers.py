@@ -60,7 +60,9 @@ class _Layer(nn.Module):
         backend: str | None,
     ) -> None:
         super().__init__()
-        dim, num_heads, head_dim = check_wide_heads(self.name, dim, num_heads, head_dim, most=256)
+        dim, num_heads, head_dim = check_wide_heads(
+            self.name, dim, num_heads, head_dim, maximum=256
+        )
         persistent = as_int(self.name, "persistent", persistent)
         check(0 <= persistent < 2**20, self.name, "persistent", "must be 0 to 2^20 - 1", persistent)
         if memory is None:

@@ -146,9 +146,9 @@ class AttentionDiversificationLoss(nn.Module):
         check_device_of(LOSS, "maps", rows, "the first map", first)
         square = rows.dim() == 3 and rows.shape[1] == rows.shape[2] and rows.numel() > 0
         check(square, LOSS, "maps", "must have shape [B, N, N], none of them 0", rows.shape)
-        least = self.threshold / rows.shape[2]
+        minimum = self.threshold / rows.shape[2]
         mean = rows.mean(1, keepdim=True)
-        rows, mean = (torch.where(t > least, t, 0) for t in (rows, mean))
+        rows, mean = (torch.where(t > minimum, t, 0) for t in (rows, mean))
         return F.cosine_similarity(mean, rows, dim=2).mean()
 
     @staticmethod

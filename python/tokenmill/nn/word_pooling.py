@@ -78,9 +78,9 @@ class WordPooling(nn.Module):
                   "dim_feedforward": dim_feedforward}  # fmt: skip
         for name, count in counts.items():
             counts[name] = as_int(NAME, name, count)
-            least = int(name != "num_layers")
-            rule = f"must be {least} to 2^20 - 1"
-            check(least <= counts[name] < 2**20, NAME, name, rule, count)
+            minimum = int(name != "num_layers")
+            rule = f"must be {minimum} to 2^20 - 1"
+            check(minimum <= counts[name] < 2**20, NAME, name, rule, count)
         self.num_heads, self.prefix, self.max_length = num_heads, prefix, max_length
         self.backend = backend
         self.prefix_rows = nn.Parameter(torch.randn(prefix, dim) * 0.02)
@@ -94,13 +94,13 @@ class WordPooling(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         rows, _, ends = self._rows(x, offsets)
         # No sequence is longer than a word, including the one formed by rows after the last word.
-        most, total = self.prefix + self.max_length, rows.shape[0]
-        behind = torch.arange(1, -(-total // most) + 1, device=x.device) * most
+        maximum, total = self.prefix + self.max_length, rows.shape[0]
+        behind = torch.arange(1, -(-total // maximum) + 1, device=x.device) * maximum
         behind = (ends[-1] + behind).clamp(max=total)
         sequences = torch.cat([ends, behind.to(torch.int32)])
         for layer in self.layers:
             assert isinstance(layer, nn.TransformerEncoderLayer)
-            rows = self._encoded(layer, rows, sequences, most)
+            rows = self._encoded(layer, rows, sequences, maximum)
         return self.pool(rows, ends)
 
     def decoder_input(self, x: Tensor, offsets: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ class WordPooling(nn.Module):
         return rows, places, ends
 
     def _encoded(
-        self, layer: nn.TransformerEncoderLayer, rows: Tensor, sequences: Tensor, most: int
+        self, layer: nn.TransformerEncoderLayer, rows: Tensor, sequences: Tensor, maximum: int
     ) -> Tensor:
         attend = layer.self_attn
         q, k, v = (
@@ -149,7 +149,7 @@ class WordPooling(nn.Module):
             .unbind(1)
         )
         out = attention(
-            q, k, v, cu_seqlens_q=sequences, max_seqlen_q=most, max_seqlen_k=most,
+            q, k, v, cu_seqlens_q=sequences, max_seqlen_q=maximum, max_seqlen_k=maximum,
             backend=self.backend,
         )  # fmt: skip
         rows = layer.norm1(rows + attend.out_proj(out.flatten(1)))

@@ -140,7 +140,7 @@ class KVCache:
         `longest` is unchanged.
         """
         batch = self.lengths.shape[0]
-        least = 0
+        minimum = 0
         if isinstance(tokens, Tensor):
             back = self._checked_lengths(tokens, "tokens").clamp(min=0)
         else:
@@ -150,10 +150,10 @@ class KVCache:
             check(len(numbers) == batch, NAME, "tokens", rule, len(numbers))
             wrong = [n for n in numbers if not 0 <= n <= self.longest]
             check(not wrong, NAME, "tokens", f"must be 0 to {self.longest}", wrong and wrong[0])
-            least = min(numbers, default=0)
+            minimum = min(numbers, default=0)
             back = torch.tensor(numbers, dtype=torch.int32, device=self.k.device)
         self.lengths = (self.lengths - back).clamp(min=0)
-        self.longest -= least
+        self.longest -= minimum
         if reads_values(self.lengths):
             self.longest = max(self.lengths.tolist(), default=0)
 
@@ -194,11 +194,11 @@ class KVCache:
         """
         self._check_tokens(k, v)
         tokens = k.shape[1]
-        least = self.longest
+        minimum = self.longest
         if self.k.device.type == "cpu" or synchronising_checks():
-            least = int(self.lengths.min()) if len(self.lengths) else 0
-        rule = f"must have no more tokens than each request, {least}"
-        check(tokens <= least, NAME, "k", rule, tokens)
+            minimum = int(self.lengths.min()) if len(self.lengths) else 0
+        rule = f"must have no more tokens than each request, {minimum}"
+        check(tokens <= minimum, NAME, "k", rule, tokens)
         self._write(*self._slots(self._last(tokens, tokens)), k, v)
 
     def rows(self, at: Tensor) -> tuple[Tensor, Tensor]:

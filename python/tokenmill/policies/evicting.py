@@ -107,7 +107,7 @@ class H2O(Policy):
     _ROWS: ClassVar[tuple[str, ...]] = ("_list", "_counts", "_scores", "_budget", "_recent")
 
     def slots(self, tokens: int) -> int | None:
-        return max(tokens, most(self.heavy, tokens) + max(most(self.recent, tokens), 1)) + 1
+        return max(tokens, maximum(self.heavy, tokens) + max(maximum(self.recent, tokens), 1)) + 1
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
@@ -120,7 +120,7 @@ class H2O(Policy):
         )  # fmt: skip
         self._recent = amount(self.recent, n).clamp(min=1)
         self._budget = amount(self.heavy, n) + self._recent
-        self._most = most(self.heavy, tokens) + max(most(self.recent, tokens), 1)
+        self._max = maximum(self.heavy, tokens) + max(maximum(self.recent, tokens), 1)
         self._list = span(torch.zeros_like(n), tokens)[:, None].expand(scores.shape).contiguous()
         self._counts = n[:, None].repeat(1, k.shape[2])
         self._evict(scores)
@@ -129,7 +129,7 @@ class H2O(Policy):
         cache = self.cache
         if cache.longest == cache.capacity:
             cache.compact(self._list, self._counts, self.backend)
-            self._list = torch.arange(self._most, dtype=torch.int32, device=q.device).expand_as(
+            self._list = torch.arange(self._max, dtype=torch.int32, device=q.device).expand_as(
                 self._list
             )
         newest = self._counts[..., None].long()
@@ -149,7 +149,7 @@ class H2O(Policy):
 
     def _evict(self, scores: Tensor) -> None:
         chosen, self._scores, self._counts = keep_best(
-            scores, self._counts, self._budget, self._recent, self._most, self.backend
+            scores, self._counts, self._budget, self._recent, self._max, self.backend
         )
         self._list = self._list.gather(-1, chosen.long())
 
@@ -185,12 +185,12 @@ class Keyformer(Policy):
     _MOST: ClassVar[dict[str, int]] = {"seed": 2**63 - 1}
 
     def slots(self, tokens: int) -> int | None:
-        return max(tokens, most(self.budget, tokens)) + 1
+        return max(tokens, maximum(self.budget, tokens)) + 1
 
     def grow(self, slots: int) -> None:
         super().grow(slots)
         if "_wanted" in vars(self):
-            self._most = min(self._wanted, self.cache.capacity)
+            self._max = min(self._wanted, self.cache.capacity)
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
@@ -201,8 +201,8 @@ class Keyformer(Policy):
         self._read = n  # tokens so far
         self._budget = amount(self.budget, n).clamp(min=1)
         self._recent = amount(self.recent, self._budget).clamp(min=1)
-        self._wanted = max(most(self.budget, tokens), 1)
-        self._most = min(self._wanted, self.cache.capacity)
+        self._wanted = max(maximum(self.budget, tokens), 1)
+        self._max = min(self._wanted, self.cache.capacity)
         self._evict(self._scores_of(q, k, causal=True, seqlens_k=n, seqlens_q=n))
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ class Keyformer(Policy):
             scores = scores.masked_fill((leaves & full[:, None])[:, None], -torch.inf)
             budget, recent = torch.where(full, budget - 1, n), recent - 1
         chosen, self._scores, counts = keep_best(
-            scores, counts, budget, recent, self._most, self.backend
+            scores, counts, budget, recent, self._max, self.backend
         )
         self.cache.compact(chosen, counts, self.backend)
 
@@ -295,7 +295,7 @@ def amount(share: Share, of: Tensor) -> Tensor:
     return (of.double() * share + ROUNDED).int()
 
 
-def most(share: Share, of: int) -> int:
+def maximum(share: Share, of: int) -> int:
     return share if isinstance(share, int) else int(of * share + ROUNDED)
 
 
@@ -309,20 +309,25 @@ def first_and_last(n: Tensor, first: int, last: Tensor, width: int) -> tuple[Ten
 
 
 def keep_best(
-    scores: Tensor, counts: Tensor, budget: Tensor, recent: Tensor, most: int, backend: str | None
+    scores: Tensor,
+    counts: Tensor,
+    budget: Tensor,
+    recent: Tensor,
+    maximum: int,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Among the first counts[b, h] scores [B, Hk, S], selects the budget[b] largest, always
     including the last recent[b]: int32 [B, Hk, most] ascending, their scores (0 after the last),
     and counts.
     """
-    at = torch.arange(max(scores.shape[2], most), device=scores.device)
+    at = torch.arange(max(scores.shape[2], maximum), device=scores.device)
     last = at[: scores.shape[2]] >= (counts - recent[:, None])[..., None]
     chosen, found = topk_select(
-        scores.masked_fill(last, torch.inf).flatten(0, 1), most, lengths=counts.flatten(),
+        scores.masked_fill(last, torch.inf).flatten(0, 1), maximum, lengths=counts.flatten(),
         order="score", backend=backend,
     )  # fmt: skip
     counts = torch.minimum(found.view(counts.shape), budget[:, None])
-    unused = at[:most] >= counts[..., None]
+    unused = at[:maximum] >= counts[..., None]
     end = torch.iinfo(torch.int32).max
     chosen = chosen.view(unused.shape).masked_fill(unused, end).sort(-1).values
     chosen = chosen.masked_fill(unused, 0)

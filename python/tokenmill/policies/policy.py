@@ -99,10 +99,10 @@ class Policy:
             whole = isinstance(value, Integral) and not isinstance(value, bool)
             if entry.type == "int" or (entry.type == "Share" and whole):
                 value = as_int(self._name, name, value)
-                least = self._LEAST.get(name, 0)
-                check(value >= least, self._name, name, f"must be at least {least}", value)
-                most = self._MOST.get(name, INT32_MAX)
-                check(value <= most, self._name, name, f"must be at most {most}", value)
+                minimum = self._LEAST.get(name, 0)
+                check(value >= minimum, self._name, name, f"must be at least {minimum}", value)
+                maximum = self._MOST.get(name, INT32_MAX)
+                check(value <= maximum, self._name, name, f"must be at most {maximum}", value)
             elif entry.type == "Share":
                 rule = "must be a number of keys or a share of them, 0 to 1"
                 value = as_number(self._name, name, value, rule)
@@ -190,8 +190,8 @@ class Policy:
         before = waiting.lengths
         total = before + count
         if reads_values(total):
-            most = max(total.tolist(), default=0)
-            check(most <= capacity, self._name, "k", f"must fit into {capacity}", most)
+            maximum = max(total.tolist(), default=0)
+            check(maximum <= capacity, self._name, "k", f"must fit into {capacity}", maximum)
         width = min(waiting.k.shape[1] + tokens, capacity)
         total = total.clamp(max=width)
         keys, values = (

@@ -242,8 +242,8 @@ class _Compensated(Policy):
             k, v, keep, counts, seqlens_k=n, compensation=True, backend=self.backend
         )
         self._k_sum, self._v_sum, self._dropped = sums[1], sums[2], sums[3]
-        most = min(self.num_sink + self._width, tokens)
-        self.cache.fill(k[:, :most], v[:, :most], counts)
+        maximum = min(self.num_sink + self._width, tokens)
+        self.cache.fill(k[:, :maximum], v[:, :maximum], counts)
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache

@@ -15,7 +15,7 @@ from ..select.query_similarity_gate import query_similarity_gate
 from ..select.topk_select import topk_select
 from .cache import Back
 from .chunks import of_rows
-from .evicting import Share, amount, most
+from .evicting import Share, amount, maximum
 from .policy import Keeping, rows_of, span
 
 LATER = torch.iinfo(torch.int32).max  # after every position
@@ -78,8 +78,8 @@ class RefreshKV(Keeping):
         self._steps = 0
         wanted = amount(self.budget, self.cache.lengths).clamp(min=1)
         self._size = torch.where(new > 0, wanted, self._size)
-        self._most = max(most(self.budget, self.cache.longest), 1, self._ranked.shape[2])
-        self._ranked = pad(self._ranked, (0, self._most - self._ranked.shape[2]))
+        self._max = max(maximum(self.budget, self.cache.longest), 1, self._ranked.shape[2])
+        self._ranked = pad(self._ranked, (0, self._max - self._ranked.shape[2]))
         if q.shape[1] > 0:
             self._choose(of_rows(q, (new - 1).clamp(min=0)[:, None].long()), new > 0)
 
@@ -112,7 +112,7 @@ class RefreshKV(Keeping):
         newer = (n - 1 - self._end)[:, None]  # tokens since the full step, except the newest
         left = (self._counts - (self._counts + newer - size).clamp(min=0)).clamp(min=0)
         recent = torch.minimum(newer, size) + 1
-        at = torch.arange(self._most + 1, dtype=torch.int32, device=n.device)
+        at = torch.arange(self._max + 1, dtype=torch.int32, device=n.device)
         ranked = pad(self._ranked, (0, 1)).masked_fill(at >= left[..., None], LATER)
         last = n[:, None, None] - recent[..., None] + at - left[..., None]
         rows = torch.where(at < left[..., None], ranked.sort(-1).values, last)
@@ -131,7 +131,7 @@ class RefreshKV(Keeping):
         scores = p[:, :, 0].unflatten(1, (heads, -1)).amax(2)
         scores = max_pool1d(scores, self.kernel, 1, self.kernel // 2)
         ranked, counts = topk_select(
-            scores.flatten(0, 1), self._most, lengths=rows_of(n, heads), order="score",
+            scores.flatten(0, 1), self._max, lengths=rows_of(n, heads), order="score",
             backend=self.backend,
         )  # fmt: skip
         counts = torch.minimum(counts.view(-1, heads), self._size[:, None])
@@ -145,7 +145,7 @@ class RefreshKV(Keeping):
     def rewind(self, tokens: Back) -> None:
         super().rewind(tokens)
         n = self.cache.lengths
-        at = torch.arange(self._most, device=n.device)
+        at = torch.arange(self._max, device=n.device)
         there = (at < self._counts[..., None]) & (self._ranked < n[:, None, None])
         order = (~there).to(torch.uint8).sort(dim=-1, stable=True).indices
         self._ranked, self._counts = self._ranked.gather(-1, order), there.sum(-1).int()

@@ -20,9 +20,9 @@ def check_rope(name: str, rope: Rope, q: Tensor, positions: int, what: str) -> N
     check(pair and rope[0].shape == rope[1].shape, name, "rope", rule, rope)
     few = f"must have a position for {what}, {positions}"
     check(len(rope[0]) >= positions, name, "rope", few, rope[0].shape)
-    most = q.shape[3] // 2
-    rule = f"must have up to {most} pairs of columns"
-    check(rope[0].shape[1] <= most, name, "rope", rule, rope[0].shape)
+    maximum = q.shape[3] // 2
+    rule = f"must have up to {maximum} pairs of columns"
+    check(rope[0].shape[1] <= maximum, name, "rope", rule, rope[0].shape)
     for t in rope:
         check_dtype(name, "rope", t, float64=True)
         check_device_of_q(name, "rope", t, q)

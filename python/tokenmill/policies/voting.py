@@ -177,9 +177,9 @@ class TokenSelect(Keeping):
         else:
             order = places
         if self.rope is not None:
-            most = len(self.rope[0]) - 1  # rows beyond a prompt are undefined
-            q = rotated(q, self.rope, places.clamp(max=most), self.interleaved)
-            k = rotated(k, self.rope, order.clamp(max=most), self.interleaved)
+            maximum = len(self.rope[0]) - 1  # rows beyond a prompt are undefined
+            q = rotated(q, self.rope, places.clamp(max=maximum), self.interleaved)
+            k = rotated(k, self.rope, order.clamp(max=maximum), self.interleaved)
         return attention(q, k, v, causal=True, bias=bias, **self._scoring)
 
     def _before(

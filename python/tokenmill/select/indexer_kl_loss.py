@@ -135,8 +135,8 @@ def _blocks(q: Tensor, k: Tensor, entries: int) -> Iterator[tuple[slice, slice]]
     if 0 in (batch, queries, entries, k.shape[1]):
         return
     elements = CPU_ELEMENTS if q.device.type == "cpu" else GPU_ELEMENTS
-    most = max(1, max(elements // (dim + heads), k.shape[1]) // entries)
-    sequences, rows = max(1, most // queries), min(most, queries)
+    maximum = max(1, max(elements // (dim + heads), k.shape[1]) // entries)
+    sequences, rows = max(1, maximum // queries), min(maximum, queries)
     for b in range(0, batch, sequences):
         for i in range(0, queries, rows):
             yield slice(b, b + sequences), slice(i, i + rows)

@@ -251,9 +251,9 @@ def _check_rope(a: Any) -> None:
     last = max(a.k.shape[2] - 2, 0)
     rule = f"must be 0 to {last}, two columns or more before the end"
     check(0 <= offset <= last, OP, "rope_offset", rule, offset)
-    most = (a.k.shape[2] - offset) // 2
-    if not (a.cos.dim() == 2 and a.cos.shape[0] >= 1 and 1 <= a.cos.shape[1] <= most):
-        rule = f"must have shape [positions, pairs], 1 position or more, 1 to {most} pairs"
+    maximum = (a.k.shape[2] - offset) // 2
+    if not (a.cos.dim() == 2 and a.cos.shape[0] >= 1 and 1 <= a.cos.shape[1] <= maximum):
+        rule = f"must have shape [positions, pairs], 1 position or more, 1 to {maximum} pairs"
         fail(OP, "rope", rule, a.cos.shape)
     same = a.sin.shape == a.cos.shape
     check(same, OP, "rope", "must have cos and sin of one shape", a.sin.shape)

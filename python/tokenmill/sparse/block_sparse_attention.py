@@ -388,7 +388,7 @@ def flops(*lowered: Any) -> float:
     a = FORWARD.record(*lowered)
     heads, dim = a.q.shape[-2:]
     sizes = (a.block_q, a.block_k, a.causal)
-    pairs = more = most = 0.0
+    pairs = more = maximum = 0.0
     for sq, sk, indices, counts in _requests(a):
         if known(a.counts):
             pairs += _listed_pairs(sq, sk, indices, counts, *sizes)
@@ -396,9 +396,9 @@ def flops(*lowered: Any) -> float:
             pairs += float(indices.numel() * a.block_q * a.block_k)
         requests = indices.shape[0]
         more += requests * heads * sq * (a.num_sink + a.num_recent)
-        most += requests * heads * band(sq, sk, -1, 0 if a.causal else -1)
+        maximum += requests * heads * band(sq, sk, -1, 0 if a.causal else -1)
     pairs *= heads / max(a.indices.shape[-3], 1)
-    return float(2.0 * min(pairs + more, most) * (dim + a.v.shape[-1]))
+    return float(2.0 * min(pairs + more, maximum) * (dim + a.v.shape[-1]))
 
 
 def _requests(a: Any) -> Iterator[tuple[int, int, Tensor, Tensor]]:

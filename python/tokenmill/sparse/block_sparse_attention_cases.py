@@ -18,8 +18,8 @@ def draw_lists(
     indices = torch.full((batch, heads, rows, entries), -1, dtype=torch.int32)
     counts = torch.zeros(batch, heads, rows, dtype=torch.int32)
     for at in torch.cartesian_prod(*map(torch.arange, (batch, heads, rows))).tolist():
-        most = min(entries, blocks)
-        count = int(torch.randint(most // 2, most + 1, (), generator=g))
+        maximum = min(entries, blocks)
+        count = int(torch.randint(maximum // 2, maximum + 1, (), generator=g))
         ids = torch.randperm(blocks, generator=g)[:count].sort().values
         counts[tuple(at)] = count
         indices[tuple(at)][:count] = ids.int()

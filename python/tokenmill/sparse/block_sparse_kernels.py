@@ -12,7 +12,7 @@ from .._sm90 import Rules, float32
 from .block_sparse_rules import Arguments
 
 HEAD_DIMS = (64, 128)
-LEAST_BLOCK = 64  # both block_q and block_k: rows of a warpgroup, and of a key tile
+MIN_BLOCK = 64  # both block_q and block_k: rows of a warpgroup, and of a key tile
 
 
 def unsupported_sm90(*lowered: Any, out: Tensor | None = None) -> list[str]:
@@ -37,7 +37,7 @@ def _rules_of_both_passes(a: Any) -> Rules:
     rules.check_heads(a.q, a.v, HEAD_DIMS)
     for name in ("block_q", "block_k"):
         size = getattr(a, name)
-        rules.check(size >= LEAST_BLOCK, name, f"must be {LEAST_BLOCK} or more", size)
+        rules.check(size >= MIN_BLOCK, name, f"must be {MIN_BLOCK} or more", size)
     rules.check(a.block_table is None, "block_table", "must be None", "a tensor")
     rules.check_scale(a)
     rules.check_tokens(a.q, a.k, a.cu_seqlens_q)

@@ -76,17 +76,19 @@ def check_block_sparse(*lowered: Any, float64: bool = False, op: str = OP) -> No
 def _check_rows(op: str, a: Any, float64: bool) -> None:
     """Queries may be packed over keys that are not, or over pages."""
     q = a.q
-    most = (MAX_CACHE_DIM, MAX_CACHE_VALUE_DIM) if a.block_q == 1 else (MAX_HEAD_DIM, MAX_HEAD_DIM)
+    maximum = (
+        (MAX_CACHE_DIM, MAX_CACHE_VALUE_DIM) if a.block_q == 1 else (MAX_HEAD_DIM, MAX_HEAD_DIM)
+    )
     if a.cu_seqlens_k is not None and a.cu_seqlens_q is None:
         fail(op, "cu_seqlens_q", "must be given with cu_seqlens_k", None)
     if a.cu_seqlens_k is not None:
-        return check_qkv(op, q, a.k, a.v, 3, float64, False, *most)
+        return check_qkv(op, q, a.k, a.v, 3, float64, False, *maximum)
     if a.cu_seqlens_q is not None:
         check(q.dim() == 3, op, "q", "must have 3 dimensions [T, H, D] (packed)", q.dim())
         check_last_contiguous(op, "q", q)
         q = q[None]
     paged = a.block_table is not None
-    check_qkv(op, q, a.k, a.v, 4, float64, paged or a.cu_seqlens_q is not None, *most)
+    check_qkv(op, q, a.k, a.v, 4, float64, paged or a.cu_seqlens_q is not None, *maximum)
     if paged:
         page, rule = a.k.shape[1], "must have pages of a power of two of tokens"
         check(is_power_of_two(page), op, "k", rule, page)

@@ -242,8 +242,8 @@ def hip_attention(
     if packed and cu_seqlens_k is None and k.dim() == 3:
         cu_seqlens_k = cu_seqlens_q
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
-    most_q = _bound("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
-    most_k = _bound("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
+    max_q = _bound("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
+    max_k = _bound("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
     interval = _interval(lists, refresh_interval, num_recent, decoding)
     kept = lists.lists if lists is not None and lists.age + tokens <= interval else None
     found = kept or hip_block_select(
@@ -261,7 +261,7 @@ def hip_attention(
         "softcap": softcap, "backend": backend,
     }  # fmt: skip
     if in_blocks or (seqlens_q is not None and causal and not learning):
-        requests = _Requests(seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k, most_q, most_k,
+        requests = _Requests(seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_q, max_k,
                              block_table)  # fmt: skip
         out, lse = _attend_in_blocks(q, k, v, found, requests, block_q, num_splits, sizes)
     elif not decoding or tokens == 0:
@@ -269,8 +269,8 @@ def hip_attention(
         out, lse = _attend_padded(q, k, v, found, seqlens_q, seqlens_k, sizes)
     else:
         if seqlens_k is None:
-            most = capacity(k, block_table)
-            seqlens_k = torch.full((q.shape[0],), most, dtype=torch.int32, device=q.device)
+            maximum = capacity(k, block_table)
+            seqlens_k = torch.full((q.shape[0],), maximum, dtype=torch.int32, device=q.device)
         indices, counts = (t[:, :, 0] for t in found)
         out, lse = sparse_decode_attention(
             q, k, v, indices, counts, seqlens_k=seqlens_k, block_table=block_table,
@@ -285,8 +285,8 @@ class _Requests:
     seqlens_k: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
-    most_q: int | None
-    most_k: int | None
+    max_q: int | None
+    max_k: int | None
     block_table: Tensor | None
 
 
@@ -306,7 +306,7 @@ def _attend_in_blocks(
         lse = torch.full_like(out[..., 0], -torch.inf, dtype=torch.float32)
         return out, lse.transpose(-1, -2)
     if x.cu_seqlens_q is not None:
-        blocks = QueryBlocks.packed(x.cu_seqlens_q, len(q), x.most_q, block_q)
+        blocks = QueryBlocks.packed(x.cu_seqlens_q, len(q), x.max_q, block_q)
         indices, counts = indices.transpose(0, 1), counts.T
     else:
         blocks = QueryBlocks.padded(q, x.seqlens_q, block_q)
@@ -314,8 +314,8 @@ def _attend_in_blocks(
     lengths = x.seqlens_k
     if x.cu_seqlens_k is not None:
         lengths = x.cu_seqlens_k.diff()
-        most = len(k) if x.most_k is None else min(x.most_k, len(k))
-        k, v, table = pages_of_packed(k, v, x.cu_seqlens_k, most)
+        maximum = len(k) if x.max_k is None else min(x.max_k, len(k))
+        k, v, table = pages_of_packed(k, v, x.cu_seqlens_k, maximum)
     elif table is None:
         if lengths is None:
             lengths = torch.full((batch,), k.shape[1], device=q.device)

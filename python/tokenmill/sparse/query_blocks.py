@@ -50,7 +50,7 @@ class QueryBlocks:
         )  # fmt: skip
 
     @staticmethod
-    def packed(cu_seqlens_q: Tensor, tokens: int, most: int | None, block_q: int) -> QueryBlocks:
+    def packed(cu_seqlens_q: Tensor, tokens: int, maximum: int | None, block_q: int) -> QueryBlocks:
         """Blocks of packed queries q [tokens, ...], numbered as in hip_block_select. most: bound on
         the length of a sequence.
         """
@@ -66,20 +66,20 @@ class QueryBlocks:
         there = (token >= 0) & (row < ends[owner])
         blocks = first_block[owner] + token // block_q
         return QueryBlocks._of(
-            block_q, block_q if most is None else most, request, starts[request],
+            block_q, block_q if maximum is None else maximum, request, starts[request],
             number - first_block[request], ends - starts,
             blocks.clamp(0, max(len(number) - 1, 0)), token, there,
         )  # fmt: skip
 
     @staticmethod
     def _of(
-        block_q: int, most: int, request: Tensor, first: Tensor, block: Tensor, queries: Tensor,
+        block_q: int, maximum: int, request: Tensor, first: Tensor, block: Tensor, queries: Tensor,
         token_block: Tensor, token: Tensor, there: Tensor,
     ) -> QueryBlocks:  # fmt: skip
         own = queries[request]
         begin = block * block_q
         end = torch.where((begin >= 0) & (begin < own), (begin + block_q).minimum(own), 0)
-        width = max(min(block_q, most), 1)
+        width = max(min(block_q, maximum), 1)
         return QueryBlocks(block_q, width, request, first, end, queries, token_block, token, there)
 
     def take(self, rows: Tensor) -> Tensor:

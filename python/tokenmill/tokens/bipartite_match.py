@@ -137,8 +137,8 @@ def bipartite_match(
         assert group is not None
         parts = _groups(group, tokens, protect_first, metric.device)
     else:
-        most = max(min(r, tokens - max(protect_first, protect_targets + 1)), 0)
-        parts = _random(most, tokens, protect_first, generator, metric.device)
+        maximum = max(min(r, tokens - max(protect_first, protect_targets + 1)), 0)
+        parts = _random(maximum, tokens, protect_first, generator, metric.device)
     targets = metric[:, parts.targets][:, protect_targets:]
     index, score = best_match(
         metric[:, parts.sources], targets, normalize=normalize, backend=backend

@@ -24,7 +24,7 @@ from .moving import contiguous_rows
 from .rules import check_like
 
 OP = "local_pool"
-MOST_TAPS, MOST_DILATION = 255, 65535  # along one dimension
+MAX_TAPS, MAX_DILATION = 255, 65535  # along one dimension
 
 
 def local_pool(
@@ -152,11 +152,11 @@ def _check(
     if mask is not None:
         check_like(OP, "mask", mask, list(x.shape[:3]), torch.bool, "x", x)
     for kernel in (kernel_y, kernel_x):
-        ok = 1 <= kernel <= MOST_TAPS and kernel % 2 == 1
-        check(ok, OP, "kernel", f"must be odd, 1 to {MOST_TAPS}", kernel)
+        ok = 1 <= kernel <= MAX_TAPS and kernel % 2 == 1
+        check(ok, OP, "kernel", f"must be odd, 1 to {MAX_TAPS}", kernel)
     for dilation in (dilation_y, dilation_x):
-        ok = 0 <= dilation <= MOST_DILATION
-        check(ok, OP, "dilation", f"must be 0 to {MOST_DILATION}", dilation)
+        ok = 0 <= dilation <= MAX_DILATION
+        check(ok, OP, "dilation", f"must be 0 to {MAX_DILATION}", dilation)
     check(pooling in ("avg", "max"), OP, "mode", "must be 'avg' or 'max'", pooling)
 
 

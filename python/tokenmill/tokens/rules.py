@@ -67,14 +67,14 @@ def check_indices(op: str, name: str, t: Tensor, batch: int, other: str, first: 
 
 
 def check_index_values(
-    op: str, name: str, t: Tensor, tokens: int, *, least: int = -1, repeats: bool = True
+    op: str, name: str, t: Tensor, tokens: int, *, minimum: int = -1, repeats: bool = True
 ) -> None:
     """Each index is `least` (-1: no row, 0: a row) to tokens - 1, and no token repeats within a row
     unless repeats are allowed.
     """
-    bad = t[(t < least) | (t >= tokens)]
+    bad = t[(t < minimum) | (t >= tokens)]
     if bad.numel():
-        fail(op, name, f"must be {least} to {tokens - 1}", int(bad[0]))
+        fail(op, name, f"must be {minimum} to {tokens - 1}", int(bad[0]))
     if repeats:
         return
     ordered = t.sort(-1).values

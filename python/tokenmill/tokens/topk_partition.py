@@ -102,8 +102,8 @@ def lower(
     counts = None
     if isinstance(k, Tensor):
         check_tensor(OP, "k", k)
-        most = max_k if max_k is not None else scores.shape[-1] if scores.dim() else 0
-        k, counts = most, as_int32(k)
+        maximum = max_k if max_k is not None else scores.shape[-1] if scores.dim() else 0
+        k, counts = maximum, as_int32(k)
     else:
         check(max_k is None, OP, "max_k", "requires a tensor k", max_k)
     k = as_int(OP, "k" if counts is None else "max_k", k)
@@ -132,8 +132,8 @@ def _check(
     check_last_contiguous(OP, "scores", scores)
     batch, tokens = scores.shape
     check(tokens < 2**31, OP, "scores", "must have fewer than 2^31 tokens in a row", tokens)
-    most = "k" if counts is None else "max_k"
-    check(0 <= k <= tokens, OP, most, f"must be 0 to N, {tokens}", k)
+    maximum = "k" if counts is None else "max_k"
+    check(0 <= k <= tokens, OP, maximum, f"must be 0 to N, {tokens}", k)
     if counts is not None:
         check_like(OP, "k", counts, [batch], torch.int32, "scores", scores)
     check(order in ("score", "index"), OP, "order", "must be 'score' or 'index'", order)
@@ -142,7 +142,7 @@ def _check(
     check(protect_first >= 0, OP, "protect_first", "must not be negative", protect_first)
     check(protect_last >= 0, OP, "protect_last", "must not be negative", protect_last)
     if not protect_first + protect_last <= k:
-        rule = f"must leave protect_first + protect_last <= {most}, {k}, with protect_first"
+        rule = f"must leave protect_first + protect_last <= {maximum}, {k}, with protect_first"
         fail(OP, "protect_last", f"{rule} {protect_first}", protect_last)
 
 
@@ -158,10 +158,10 @@ def _check_values(
 ) -> None:
     if counts is None:
         return
-    least = protect_first + protect_last
-    bad = counts[(counts < least) | (counts > k)]
+    minimum = protect_first + protect_last
+    bad = counts[(counts < minimum) | (counts > k)]
     if bad.numel():
-        fail(OP, "k", f"must be {least} to {k}", int(bad[0]))
+        fail(OP, "k", f"must be {minimum} to {k}", int(bad[0]))
 
 
 def _fake(

@@ -27,16 +27,16 @@ def _sample(
     return make
 
 
-def _ragged(batch: int, tokens: int, most: int | None, **options: Any) -> Any:
+def _ragged(batch: int, tokens: int, maximum: int | None, **options: Any) -> Any:
     """A tensor k: 0 or the number of protected tokens, the maximum, and values between."""
-    uniform = _sample(batch, tokens, 0, hostile=True, invalid=0.3, max_k=most, **options)
-    least = sum(options.get(name, 0) for name in ("protect_first", "protect_last"))
+    uniform = _sample(batch, tokens, 0, hostile=True, invalid=0.3, max_k=maximum, **options)
+    minimum = sum(options.get(name, 0) for name in ("protect_first", "protect_last"))
 
     def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         (scores, _), given = uniform(dtype, g)
-        end = tokens if most is None else most
-        k = torch.randint(least, end + 1, (batch,), generator=g, dtype=torch.int32)
-        k[0], k[1] = least, end
+        end = tokens if maximum is None else maximum
+        k = torch.randint(minimum, end + 1, (batch,), generator=g, dtype=torch.int32)
+        k[0], k[1] = minimum, end
         return (scores, k), given
 
     return make

@@ -91,8 +91,8 @@ def scores(
     if bias is not None:
         # A bias of +inf is clamped to the largest finite logit: one such key takes all of a softmax
         # row.
-        z, most = z + bias.to(dtype), torch.finfo(dtype).max
-        z = torch.where(z > most, most, z)
+        z, maximum = z + bias.to(dtype), torch.finfo(dtype).max
+        z = torch.where(z > maximum, maximum, z)
     if alibi_slopes is not None:
         if distance is None:
             distance = relative_position(q.shape[1], k.shape[1], q.device).abs()

@@ -133,8 +133,8 @@ class Decay:
             log_decay = position.new_zeros(1)
         # inf - inf must not be formed; e^-128 is 0 in float32 and e^-10000 in float64.
         per_token = log_decay.dim() == 3
-        least = -128.0 if per_token and dtype == torch.float32 else -1e4
-        log_decay = log_decay.clamp(min=least)
+        minimum = -128.0 if per_token and dtype == torch.float32 else -1e4
+        log_decay = log_decay.clamp(min=minimum)
         if per_token:
             prefix = log_decay.cumsum(1)  # [B, S, H]
             by_head = prefix.transpose(1, 2)

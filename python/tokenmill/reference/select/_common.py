@@ -23,10 +23,10 @@ def rows_of(k: Tensor, block_table: Tensor | None) -> Tensor:
     return k[torch.where(there, block_table, 0).long()].flatten(1, 2)
 
 
-def lengths_of(lengths: Tensor | None, batch: int, most: int, device: torch.device) -> Tensor:
+def lengths_of(lengths: Tensor | None, batch: int, maximum: int, device: torch.device) -> Tensor:
     if lengths is None:
-        return torch.full((batch,), most, device=device)
-    return lengths.long().clamp(0, most)
+        return torch.full((batch,), maximum, device=device)
+    return lengths.long().clamp(0, maximum)
 
 
 def broadcast_lengths(given: Tensor | None, longest: int, q: Tensor) -> Tensor:

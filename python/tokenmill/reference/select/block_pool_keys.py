@@ -25,7 +25,7 @@ def block_pool_keys(
         wide = torch.promote_types(k.dtype, torch.float32)
         total = torch.where(valid, padded, 0).sum(2, dtype=wide)
         return ((total / valid.sum(2).clamp(min=1)).to(k.dtype),)
-    most = torch.where(valid, padded, -torch.inf).amax(2)
+    maximum = torch.where(valid, padded, -torch.inf).amax(2)
     if mode == "max":
-        return (most,)
-    return (torch.stack((torch.where(valid, padded, torch.inf).amin(2), most), 3),)
+        return (maximum,)
+    return (torch.stack((torch.where(valid, padded, torch.inf).amin(2), maximum), 3),)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..float8 import LARGEST, float8_codes
 
-LEAST_SCALE = 2.0**-126
+MIN_SCALE = 2.0**-126
 
 
 def kv_cache_append(
@@ -61,7 +61,7 @@ def kv_cache_append(
         if scale_out is not None:
             finite = torch.where(wide.isfinite(), wide.abs(), 0.0)
             scale = finite.amax(-1) / LARGEST
-            scale = torch.where(scale < LEAST_SCALE, 1.0, scale)
+            scale = torch.where(scale < MIN_SCALE, 1.0, scale)
             scale_out[page, row] = scale
         if scale is not None:
             wide = wide / scale[..., None]

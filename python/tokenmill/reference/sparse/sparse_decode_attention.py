@@ -123,9 +123,9 @@ def key_row(
     return position + list(range(begin, length)), entry + [-1] * (length - begin), recent
 
 
-def first_at_least(ids: list[int], least: int) -> int:
+def first_at_least(ids: list[int], minimum: int) -> int:
     """Index of the first id that is not below `least`; the length if there is none."""
-    return next((e for e, x in enumerate(ids) if x >= least), len(ids))
+    return next((e for e, x in enumerate(ids) if x >= minimum), len(ids))
 
 
 def slots_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MOST = torch.finfo(torch.float32).max
+MAX = torch.finfo(torch.float32).max
 
 
 def places_of(indices: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -20,4 +20,4 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def finite(d: Tensor) -> Tensor:
-    return torch.where(d <= MOST, d, MOST)
+    return torch.where(d <= MAX, d, MAX)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._common import finite, squared_distances
 
-_LEAST_WEIGHT = 2.0**-100  # relative to the largest weight of a row; smaller weights are 0
+_MIN_WEIGHT = 2.0**-100  # relative to the largest weight of a row; smaller weights are 0
 
 
 def cluster_tokens(
@@ -67,7 +67,7 @@ def clusters_in_reach(
 
 
 def _assignment(d: Tensor, reach: Tensor, tau: float) -> Tensor:
-    least = torch.where(reach, d, torch.inf).amin(2, keepdim=True)
-    weight = torch.exp(-tau * (d - least))
-    weight = torch.where(reach & ~(weight < _LEAST_WEIGHT), weight, 0.0)
+    minimum = torch.where(reach, d, torch.inf).amin(2, keepdim=True)
+    weight = torch.exp(-tau * (d - minimum))
+    weight = torch.where(reach & ~(weight < _MIN_WEIGHT), weight, 0.0)
     return torch.where(reach, weight / weight.sum(2, keepdim=True), 0.0)

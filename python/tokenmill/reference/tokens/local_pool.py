@@ -36,8 +36,8 @@ def local_pool(
         pooled = torch.where(counted, taps, 0.0).sum(0) / divisor
     else:
         taps = torch.where(counted, taps, -torch.inf)
-        most = taps.detach().amax(0)
-        attains = counted & ((taps == most) | (taps != taps))
+        maximum = taps.detach().amax(0)
+        attains = counted & ((taps == maximum) | (taps != taps))
         pooled = taps.gather(0, attains.int().argmax(0, keepdim=True))[0]
     pooled = torch.where(count > 0, pooled, 0.0)
     return (pooled - x if subtract_input else pooled,)

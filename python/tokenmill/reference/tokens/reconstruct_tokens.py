@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import MOST, finite, squared_distances
+from ._common import MAX, finite, squared_distances
 
 
 def reconstruct_tokens(
@@ -17,8 +17,8 @@ def reconstruct_tokens(
     d = finite(squared_distances(features.detach().to(wide), centroids.detach().to(wide)))
     index = d.sort(dim=2, stable=True).indices[..., :k].sort(2).values
     d = d.gather(2, index)
-    least = d.amin(2, keepdim=True)
-    weight = torch.where(least < MOST, torch.exp(-tau * (d - least)), torch.nan)
+    minimum = d.amin(2, keepdim=True)
+    weight = torch.where(minimum < MAX, torch.exp(-tau * (d - minimum)), torch.nan)
     if norm == "l1":
         weight = weight / weight.sum(2, keepdim=True)
     else:

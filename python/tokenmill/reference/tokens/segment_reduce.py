@@ -80,9 +80,9 @@ def _chosen_places(x: Tensor, row: Tensor, bin_: Tensor, segments: int, reduce: 
     if reduce in ("amax", "amin"):
         rows = x.detach().gather(1, row[..., None].expand(-1, -1, channels)).flatten(0, 1)
         rows = rows if reduce == "amax" else -rows
-        most = rows.new_full((batch * (segments + 1), channels), -torch.inf)
-        most = most.scatter_reduce(0, index, rows, "amax")  # NaN wins
-        best = (rows == most.gather(0, index)) | rows.isnan()
+        maximum = rows.new_full((batch * (segments + 1), channels), -torch.inf)
+        maximum = maximum.scatter_reduce(0, index, rows, "amax")  # NaN wins
+        best = (rows == maximum.gather(0, index)) | rows.isnan()
         place = place.masked_fill(~best, places)
 
     none = torch.full((batch * (segments + 1), channels), -1 if reduce == "last" else places)
