@@ -37,7 +37,7 @@ class Peer:
 
 def _sixteen_bits(name: str, tensors: tuple[Tensor, ...]) -> None:
     if tensors[0].dtype not in (torch.float16, torch.bfloat16):
-        raise Absent(f"{name}: float16 and bfloat16 alone")
+        raise Absent(f"{name}: only float16 and bfloat16")
 
 
 def _flash_attention(*, causal: bool, left: int) -> Forward:
@@ -76,7 +76,7 @@ def _flashinfer_prefill(*, causal: bool, left: int) -> Forward:
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if len(q) != 1 or q.requires_grad:
-            raise Absent("flashinfer: one sequence, forward alone")
+            raise Absent("flashinfer: one sequence, only forward")
         call = flashinfer.single_prefill_with_kv_cache
         return call(q[0], k[0], v[0], causal=causal, window_left=left)[None]
 

@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
         for name in ("resume", "primitives", "time_budget"):
             if getattr(options, name):
                 flag = name.replace("_", "-")
-                raise _cli.UsageError(f"--{flag}: is for times; leave it out beside counts")
+                raise _cli.UsageError(f"--{flag}: is for times; leave it out with counts")
         measure_all = counters.run if options.counters else launches.run
     stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr if options.json == "-" else stdout):

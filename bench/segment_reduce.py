@@ -70,7 +70,7 @@ def _case(
 
         def build_index_add() -> Run:
             if reduce != "sum":
-                raise Absent("adds alone")
+                raise Absent("only adds")
             return run_of(index_add)
 
         def build_segment_reduce() -> Run:

@@ -89,7 +89,7 @@ def check_platform() -> None:
     """Ends a build that cannot succeed with a one-line error."""
     if not sys.platform.startswith("linux"):
         raise SystemExit(
-            f"tokenmill build: platform: kernels are built on Linux alone; got {sys.platform}"
+            f"tokenmill build: platform: kernels are built only on Linux; got {sys.platform}"
         )
     named = os.environ.get("CXX", "").split()
     if not any(shutil.which(name) for name in (*named, "c++", "g++", "clang++")):

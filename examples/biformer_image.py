@@ -155,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--picture", type=Path, help="a picture; default: one from matplotlib")
     parser.add_argument("--topk", type=int, default=4, help="regions that each attends to")
-    parser.add_argument("--quick", action="store_true", help="the smallest picture alone")
+    parser.add_argument("--quick", action="store_true", help="only the smallest picture")
     parser.add_argument("--plot", type=Path, help="draw the routed regions over the picture")
     options = parser.parse_args()
     picture = photograph(options.picture)

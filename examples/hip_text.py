@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192, help="tokens that a model reads")
     parser.add_argument("--quick", action="store_true", help="a tiny model and text, for a test")
     parser.add_argument("--checkpoint", type=Path, help="folder that keeps the trained model")
-    parser.add_argument("--no-encoder", action="store_true", help="the trained model alone")
+    parser.add_argument("--no-encoder", action="store_true", help="only the trained model")
     parser.add_argument("--plot", type=Path, help="also draw recall and time into this PNG")
     options = parser.parse_args()
     length = 1024 if options.quick else options.length

@@ -105,8 +105,8 @@ def test_an_explicit_cutlass_must_be_good(backend, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("platform", "compiler", "line"),
     [
-        ("darwin", "/usr/bin/c++", "platform: kernels are built on Linux alone; got darwin"),
-        ("win32", None, "platform: kernels are built on Linux alone; got win32"),
+        ("darwin", "/usr/bin/c++", "platform: kernels are built only on Linux; got darwin"),
+        ("win32", None, "platform: kernels are built only on Linux; got win32"),
         ("linux", None, r"C\+\+ compiler: none was found; install g\+\+ 12 or later"),
     ],
 )

@@ -100,7 +100,7 @@ BAD = [
     ("bench --time-budget 0s", "--time-budget: must be a time of more than 0 such as 90s, 10m"),
     ("bench --time-budget 1x", "--time-budget: must be a time of more than 0 such as 90s, 10m"),
     ("bench --time-budget 1m --seconds 1", "--seconds: not allowed with argument --time-budget"),
-    ("bench --counters --resume x", "--resume: is for times; leave it out beside counts"),
+    ("bench --counters --resume x", "--resume: is for times; leave it out with counts"),
     ("bench --launches --time-budget 1m", "--time-budget: is for times; leave it out"),
     ("bench gather_tokens --resume -", "--resume: must be a file; got '-'"),
     ("bench primitives --device tpu", "--device: invalid choice: 'tpu'"),

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, stdout: TextIO) -> int:
     if not _library.emulated_built():
         raise _cli.UsageError("--counters: needs a development build (TOKENMILL_PTXVM=1)")
     if options.plot:
-        raise _cli.UsageError("--plot: draws no counters; leave it out beside --counters")
+        raise _cli.UsageError("--plot: draws no counters; leave it out with --counters")
     if unknown := sorted(set(options.ops) - set(OPS)):
         raise _cli.UsageError(
             f"ops: must be of {', '.join(OPS)} with --counters; got {', '.join(unknown)}"

@@ -43,7 +43,7 @@ class Rules:
     def check_layout(self, name: str, t: Tensor) -> None:
         past = t.data_ptr() % 16
         rule = "must start at a multiple of 16 bytes"
-        self.check(past == 0, name, rule, f"{past} bytes behind one")
+        self.check(past == 0, name, rule, f"{past} bytes past one")
         rule = f"must have strides that are multiples of 8, of {t.shape[-1]} or more"
         self.check(past > 0 or _has_mapped_strides(t), name, rule, t.stride())
 

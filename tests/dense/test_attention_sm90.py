@@ -318,7 +318,7 @@ def test_explain_knows_widths_keys_masks_and_sequences():
 
 def test_explain_knows_the_layouts_of_tensor_maps():
     q, k, v = inputs(64, h=2, hk=2)
-    start = "must start at a multiple of 16 bytes; got 2 bytes behind one"
+    start = "must start at a multiple of 16 bytes; got 2 bytes past one"
     strides = "must have strides that are multiples of 8, of 64 or more; got "
 
     def shifted(x):

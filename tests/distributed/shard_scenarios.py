@@ -252,7 +252,7 @@ def refusals(mesh):
         return distribute_tensor(t, mesh, placements)
 
     heads = [on(t, Shard(2)) for t in (q, k, v)]
-    rule = "q: must be split along dimension 0 (batch) or 2 (heads) alone; got"
+    rule = "q: must be split only along dimension 0 (batch) or 2 (heads); got"
     with refused("attention", rule):
         tm.attention(*(on(t, Shard(1)) for t in (q, k, v)))
     with refused("attention", "k: must be Shard(2) or Replicate, as q is split along heads; got"):
@@ -275,7 +275,7 @@ def refusals(mesh):
     rule = "gumbel_tau: must not be given where the call is split along heads; got 0.5"
     with refused("attention_column_scores", rule):
         tm.attention_column_scores(*heads[:2], gumbel_tau=0.5, seed=1)
-    rule = "q: must be split along dimension 0 (batch) or 2 (heads) alone (mesh dimension 1); got"
+    rule = "q: must be split only along dimension 0 (batch) or 2 (heads) (mesh dimension 1); got"
     with refused("attention", rule):
         tm.attention(*(on(t, Replicate(), Shard(1), mesh=mesh) for t in (q, k, v)))
 

@@ -264,5 +264,5 @@ def test_explain_knows_sequences_and_layouts():
     strides = "must have strides that are multiples of 8, of 128 or more; got (16384, 256, 0, 1)"
     check_explanation(f"k: {strides}", q, k[:, :, :1].expand(k.shape), v)
     shifted = torch.empty(q.numel() + 1, dtype=F16)[1:].view(q.shape)
-    start = "must start at a multiple of 16 bytes; got 2 bytes behind one"
+    start = "must start at a multiple of 16 bytes; got 2 bytes past one"
     check_explanation(f"out: {start}", q, k, v, out=shifted)

@@ -203,7 +203,7 @@ def test_compiles_as_one_graph():
         ({"grid": (4, 5)}, "grid: requires partition 'grid'; got [4, 5]"),
         ({"partition": "grid"}, "grid: must be two positive integers; got None"),
         ({"partition": "grid", "grid": (4, 6)},
-         "grid: must have a place for each token behind the protected ones, 20; got [4, 6]"),
+         "grid: must have a place for each token after the protected ones, 20; got [4, 6]"),
         ({"partition": "grid", "grid": (4, 5), "cell": (0, 2)},
          "cell: must be two positive integers; got [0, 2]"),
         ({"generator": torch.Generator()},

@@ -234,7 +234,7 @@ def _generated(found: Found) -> str:
     words = (
         f"<p>A Llama of {count / 1e6:.1f} million parameters over characters, trained here for "
         f"{setup.steps} steps ({found.llama.seconds:.0f} s, loss {found.llama.losses[-1]:.2f}), "
-        f"writes {len(first.words)} characters behind a prompt of {len(found.prompt)} on backend "
+        f"writes {len(first.words)} characters after a prompt of {len(found.prompt)} on backend "
         f"{escape(found.backend)}. "
         f"<code>apply_policy</code> gives each layer a policy, which may read {BUDGET} keys a step "
         "(the first layer of Quest reads all). So small a model spends its time elsewhere: tokens "

@@ -206,7 +206,7 @@ def show_generation(console: Console, setup: Setup, backend: str) -> tuple[Llama
     console.print(
         f"\nLlama over characters, {setup.steps} steps in {run.seconds:.0f} s, "
         f"loss {run.losses[-1]:.2f}:\n"
-        f"generate() of {generate.NEW} behind {generate.PROMPT} on backend {backend}\n",
+        f"generate() of {generate.NEW} after {generate.PROMPT} on backend {backend}\n",
         highlight=False,
     )
     table = new_table(["policy"], ["tokens/s", "KiB read\na step", "as full\nattention"])

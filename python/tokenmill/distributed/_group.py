@@ -39,7 +39,7 @@ class Group:
         if mesh is not None:
             ok = isinstance(mesh, DeviceMesh)
             check(ok, op, "mesh", "must be a torch.distributed.device_mesh.DeviceMesh", mesh)
-            check(group is None, op, "group", "must be None beside mesh", group)
+            check(group is None, op, "group", "must be None with mesh", group)
             check(mesh.ndim == 1, op, "mesh", "must have one dimension", mesh.ndim)
             group = mesh.get_group()
         elif group is None:

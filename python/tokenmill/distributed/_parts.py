@@ -223,7 +223,7 @@ class _Planner:
         letter = axes.letters[placement.dim] if type(placement) is Shard else "."
         if letter == ".":
             dims = [f"{d} ({AXES[x]})" for d, x in enumerate(axes.letters) if x != "."]
-            why = f"must be split along dimension {' or '.join(dims)} alone"
+            why = f"must be split only along dimension {' or '.join(dims)}"
             self._fail(name, why if dims else "must be the same on every rank", i)
         return letter
 

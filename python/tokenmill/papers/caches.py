@@ -17,7 +17,7 @@ ROWS = (
         family="caches",
         computes=(
             "the k tokens of a cache with the largest sum over heads of softmaxed q.k, "
-            "beside sink and recent ones; kept while the cosine of successive queries "
+            "next to sink and recent ones; kept while the cosine of successive queries "
             "is high; chunks of a prompt vote with their mean query; rotated by place "
             "in the list, models read more than they were trained for"
         ),
@@ -117,7 +117,7 @@ print(layer.bytes_read)  # 12928
         differs=(
             "model code and kernels of the release differ: in the first the newest token"
             " competes for one of the budget places (keep_newest=False), in the second "
-            "it is attended to beside those (default). The correction layer is 9 in "
+            "it is attended to with them (default). The correction layer is 9 in "
             "modify_llama.py, 13 in enable_tidal.py and the scripts"
         ),
         claim="decoding up to 2.1 times as fast",
@@ -166,7 +166,7 @@ print([layer.bytes_read for layer in layers])
         computes=(
             "a full step now and then chooses the keys that it weighed most, and the "
             "steps between attend to those and to new ones. First version: all new ones"
-            " beside them, by stride or by the likeness of queries. Published version "
+            " next to them, by stride or by the likeness of queries. Published version "
             "(RefreshKV): the prompt's last query chooses first, and each new token "
             "takes the place of the key with the lowest score"
         ),
@@ -318,7 +318,7 @@ print(layer.step(torch.randn(1, 1, 4, 16), k[:, :1], k[:, :1]).shape, layer.kept
         family="caches",
         computes=(
             "keys by their attention so far, softmax((z + Gumbel noise) / tau) with tau"
-            " rising, beside recent ones"
+            " rising, with recent ones"
         ),
         call=(
             "tokenmill.policies.Keyformer(budget=0.6, recent=0.3, tau=1.0, tau_step=0.01)",

@@ -153,7 +153,7 @@ y.shape, tm.attention(q, k, v, mask=mask).shape
         differs=(
             "the release resizes hidden states by torch.nn.functional.interpolate (mode "
             "nearest) and projects them; we resample keys and values, which is the same "
-            "where the projections have no bias, as those of SDXL. Its masks of subjects"
+            "where the projections have no bias, as in SDXL. Its masks of subjects"
             " do not overlap, so one id for each token holds them. Half of the queries "
             "of a subject, drawn at random in each layer, see no reference there: "
             "referring= takes them."

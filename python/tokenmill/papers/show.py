@@ -20,7 +20,7 @@ HEAD = """\
 The package began from 61 papers. This page says, family by family, what each computes, what
 computes it here, and what the test of that call was checked against: the code that the authors
 released, or the text of the paper. `python -m tokenmill papers linear attention` searches it, and
-`tokenmill.papers` is the table. Years are those of first versions. The page is made from the table:
+`tokenmill.papers` is the table. Years are of first versions. The page is made from the table:
 
     python -m tokenmill papers --markdown > docs/papers.md
 """

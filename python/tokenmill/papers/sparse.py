@@ -314,7 +314,7 @@ out = tm.bilevel_routing_attention(q, k, v, regions=7, topk=4)
         ),
         note=(
             "approximate: what it finds in text is in docs/sparse.md. The release may not "
-            "be used commercially, so the text alone was read"
+            "be used commercially, so only the text was read"
         ),
         keywords=(
             "HiP attention",

@@ -164,7 +164,7 @@ class Policy:
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, more: bool
     ) -> Tensor:
         """prefill() of right-padded prompts, by a policy that evicts."""
-        rule = "must be True in all chunks of a prompt but the last, as keys are evicted behind it"
+        rule = "must be True in all chunks of a prompt but the last, as keys are evicted after it"
         check(self.cache.longest == 0, self._name, "more", rule, False)
         if more or self._waiting is not None:
             return self._read_chunk_of_prompt(q, k, v, lengths, more)

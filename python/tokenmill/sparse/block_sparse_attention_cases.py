@@ -145,7 +145,7 @@ SAMPLES = (
     ),
     Sample("nothing listed", block_sparse_call(entries=0)),
     Sample(
-        "first and last keys alone",
+        "only first and last keys",
         block_sparse_call(entries=0, causal=True, num_sink=4, num_recent=9),
     ),
     Sample("more queries than keys", block_sparse_call(sq=70, sk=20, causal=True, num_recent=5)),

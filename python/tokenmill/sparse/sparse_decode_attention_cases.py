@@ -122,7 +122,7 @@ SAMPLES = (
             sink=draw_tensor(6),
         ),
     ),
-    Sample("extra keys alone", sparse_call((9, 0), entries=0, extra=2, counted=False)),
+    Sample("only extra keys", sparse_call((9, 0), entries=0, extra=2, counted=False)),
     Sample(
         "first and last keys by their place",
         sparse_call((64, 5, 12), entries=0, pairs=16, num_sink=4, num_recent=8, pos_mode="cache"),

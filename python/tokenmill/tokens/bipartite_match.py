@@ -281,7 +281,7 @@ def _check_partition(
             fail(OP, "grid", "must be two positive integers", grid)
         tokens = metric.shape[1] - protect_first
         if grid[0] * grid[1] != tokens:
-            rule = f"must have a place for each token behind the protected ones, {tokens}"
+            rule = f"must have a place for each token after the protected ones, {tokens}"
             fail(OP, "grid", rule, grid)
     if partition != "kth":
         check(group is None, OP, "group", "requires partition 'kth'", group)
