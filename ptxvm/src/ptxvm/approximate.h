@@ -1,6 +1,6 @@
-// Elementary functions in double, by IEEE operations alone in a fixed order: the same bits with any
-// compiler, library and instruction set. Errors are below 2^-34 relative, so that a rounding to f32
-// is the right one but for few operands.
+// Elementary functions in double precision, built only from IEEE operations in a fixed order: the
+// same bits with any compiler, library and instruction set. The relative error is below 2^-34, so
+// that rounding to f32 is correct for all but few operands.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -75,7 +75,8 @@ inline double sine_of(double x, int quarters) {
   return negative != flip ? -value : value;
 }
 
-// (1 - e) / (1 + e) with e = exp(-2 |x|), or three terms of the series where that would cancel.
+// tanh(|x|) = (1 - e) / (1 + e) with e = exp(-2 |x|), or three terms of the series where that would
+// cancel.
 inline double tanh_of(double x) {
   const double a = std::abs(x), e = exp2_of(a * (-2 * kLog2E));
   const double small = a * (1 - a * a * (1.0 / 3 - a * a * (2.0 / 15)));

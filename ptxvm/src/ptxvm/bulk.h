@@ -1,4 +1,4 @@
-// What linear bulk copies (ops_bulk.cpp) and those of tensors (ops_bulk_tensor.cpp) share.
+// Shared by linear bulk copies (ops_bulk.cpp) and tensor bulk copies (ops_bulk_tensor.cpp).
 #pragma once
 #include <cstdint>
 #include <string>
@@ -9,16 +9,16 @@
 namespace ptxvm {
 
 // Slots: address in shared memory (a source or a destination), address in the other memory or of a
-// tensor map, mbarrier, size, mask of blocks, cache policy, coordinates.
+// tensor map, mbarrier, size, multicast mask, cache policy, coordinates.
 enum BulkSlot : uint8_t { kNear, kFar, kSignal, kSize, kBlocks, kPolicy, kFirstCoordinate };
 constexpr uint8_t kNearWide = 1, kFarWide = 2, kSignalWide = 4, kNearOwn = 8;  // Instruction::flags
 
-// Instruction::variant. From global memory or from the own block's to shared memory, from shared to
-// global memory, and into the cache alone.
+// Instruction::variant. load: global memory to shared::cta or shared::cluster. send: own shared
+// memory to shared memory of the cluster. store: shared to global memory. prefetch: into L2 only.
 enum class Bulk : uint8_t { load, send, store, prefetch };
 
-// Instruction::width: what a reduction does, above the type of a linear one or the rank of a
-// tensor.
+// Instruction::width: the reduction in the upper bits; the element type (linear copy) or the rank
+// (tensor copy) in the lower bits.
 constexpr uint8_t packed(Transfer::Combine combine, int low) {
   return static_cast<uint8_t>(static_cast<int>(combine) << 4 | low);
 }
@@ -26,12 +26,11 @@ inline Transfer::Combine combine_of(const Instruction& in) {
   return static_cast<Transfer::Combine>(in.width >> 4);
 }
 
-// Whether a reduction exists: PTX has fewer of them into shared memory than into global memory, and
-// others for tensors.
+// PTX has fewer reductions into shared memory than into global memory, and others for tensors.
 enum class Reduced : uint8_t { shared, global, tensor };  // the destination
 bool reduces(Transfer::Combine, Transfer::Element, Reduced);
 
-// The words of an opcode and the operands behind the first two.
+// Modifiers of a bulk copy's opcode.
 struct BulkForm {
   Bulk kind = Bulk::load;
   bool multicast = false, policy = false;
@@ -39,10 +38,10 @@ struct BulkForm {
   Transfer::Combine combine = Transfer::Combine::copy;
 };
 
-// Reads the words of any bulk copy; those in `own` are left to the caller.
+// Parses the modifiers of any bulk copy; those in `own` are left to the caller.
 BulkForm read_bulk_words(Decoder&, const Statement&, std::initializer_list<const char*> own);
 
-// A place in shared memory of a block of the cluster, within bounds.
+// A bounds-checked place in the shared memory of a block of the cluster.
 enum class Whose : uint8_t { any, own, other };  // blocks that it may be in
 struct SharedPlace {
   Block* block;
@@ -54,7 +53,8 @@ inline Whose near_block(const Instruction& in) {
   return in.flags & kNearOwn ? Whose::own : Whose::any;
 }
 
-// Completes a load: its targets are the block of `place`, or those of the mask in slot kBlocks.
+// Sets the targets of a load: the block of `place`, or the blocks of the multicast mask in slot
+// kBlocks.
 void add_targets(Warp&, const Instruction&, int lane, const SharedPlace& place, Transfer&);
 
 void decode_bulk_tensor(Decoder&, const Statement&, Instruction&);

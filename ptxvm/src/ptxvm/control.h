@@ -7,8 +7,8 @@ namespace ptxvm {
 // Instruction::flags of barriers and of bar.warp.sync.
 constexpr uint8_t kAligned = 1;            // all lanes of a warp execute the same barrier
 constexpr uint8_t kNegated = 2;            // the predicate of a reduction
-constexpr uint8_t kConvergesAnywhere = 4;  // with the same instruction at another place
-// Of Control::await: the whole warp executes it together.
+constexpr uint8_t kConvergesAnywhere = 4;  // converges with the same instruction at another place
+// Control::await: the whole warp executes it together.
 constexpr uint8_t kAwaitsAligned = 128;
 
 // A barrier of a block. Slots of the instructions: [result,] number, threads [, predicate].

@@ -1,5 +1,5 @@
-// What a launch did, counted exactly: instructions by class, tensor-core work, requests to shared
-// and global memory. Definitions in docs/guide.md, "Counters". All of it needs Options.count.
+// Exact counts of a launch: instructions by class, tensor-core work, requests to shared and global
+// memory. Definitions in docs/guide.md, "Counters". Everything here requires Options.count.
 #pragma once
 #include <string>
 #include <string_view>
@@ -8,7 +8,7 @@
 
 namespace ptxvm {
 
-// Around a launch. The scheduler adds to kernel.issued and kernel.active between the two.
+// Called around a launch. The scheduler adds to kernel.issued and kernel.active between the two.
 void start_counting(Kernel&);
 void finish_counting(const Kernel&, const uint32_t grid[3], const uint32_t block[3],
                      uint32_t dynamic_shared);

@@ -10,7 +10,7 @@
 
 namespace ptxvm {
 
-// What a call returns: the error of the kernel that failed before it, if one did.
+// Return value of a call: the error of a kernel that failed before it, if there is one.
 inline cudaError_t finish(cudaError_t error = cudaSuccess) {
   const int fault = device_error();
   return fault ? static_cast<cudaError_t>(fault) : error;
@@ -23,7 +23,7 @@ inline cudaError_t refuse(cudaError_t error, const std::string& report) {
 
 }  // namespace ptxvm
 
-// Names that code compiled with a default stream per thread calls. There is one order of work.
+// Names that code compiled with per-thread default streams calls. Work has only one order.
 #define PTXVM_PER_THREAD(function, suffix) \
   extern "C"                               \
       __attribute__((visibility("default"), alias(#function))) decltype(function) function##suffix

@@ -1,5 +1,5 @@
-// How an instruction file teaches the machine its opcodes: a function per base opcode that reads a
-// statement through the decoder and fills in an instruction.
+// Interface through which an instruction file registers its opcodes: a function per base opcode
+// parses a statement with the decoder and fills in an instruction.
 #pragma once
 #include <functional>
 #include <string>
@@ -18,9 +18,9 @@ struct Address {
 
 class Decoder {
  public:
-  // The slot of a destination or source operand goes to the end of the instruction's slots; all
-  // writes come before the first read. bits is 1 for predicates, else 8 to 128. A register of
-  // another width is an error, except for ld, st and cvt: width() tells them.
+  // The slot of a destination or source operand is appended to the instruction's slots; all writes
+  // come before the first read. bits is 1 for predicates, else 8 to 128. A register of another
+  // width is an error, except for ld, st and cvt: width() returns its width.
   void write(const std::string& operand, int bits);
   void read(const std::string& operand, int bits);   // register, immediate, special, symbol; a
                                                      // predicate's "!" is left to the caller
@@ -30,7 +30,7 @@ class Decoder {
   int width(const std::string& operand) const;  // bits of the declared register, 0 if not one
   static std::vector<std::string> elements(const std::string& operand);  // of "{a, b}", or itself
   void branch_to(const std::string& label);              // fills in `target` once it is known
-  uint32_t branch_to_table(const std::string& table);    // number of the kernel's table
+  uint32_t branch_to_table(const std::string& table);    // index of the kernel's table
   [[noreturn]] void fail(const std::string& why) const;  // names the PTX line
   Kernel& kernel();
 

@@ -1,4 +1,4 @@
-// What decode.cpp, slots.cpp and control.cpp share while a kernel is decoded.
+// Shared by decode.cpp, slots.cpp and control.cpp while a kernel is decoded.
 #pragma once
 #include <deque>
 #include <map>
@@ -12,8 +12,8 @@
 
 namespace ptxvm {
 
-// Something that takes a slot: a register, a constant or a special register. Until slots are
-// placed, the "slots" of instructions are indices of values.
+// A value that takes a slot: a register, a constant or a special register. Until slots are placed,
+// the "slots" of instructions are indices of values.
 struct Value {
   enum class Kind : uint8_t { variable, constant, special } kind;
   int bits;
@@ -21,13 +21,13 @@ struct Value {
   bool dynamic_shared = false;    // a constant relative to the start of dynamic shared memory
 };
 
-// A function body that is being decoded: the kernel, or a function inlined at a call.
+// A function body being decoded: the kernel, or a function inlined at a call.
 struct Frame {
   const Function* function;
   std::vector<std::unordered_map<std::string, uint32_t>> registers;  // per scope: name -> value
   std::unordered_map<const Variable*, uint32_t> local_offsets;
   std::unordered_map<std::string, uint64_t> arguments;  // formal parameter -> its address
-  std::vector<uint32_t> first;                          // instruction of each statement
+  std::vector<uint32_t> first;  // index of the first instruction of each statement
   int depth = 0;
 };
 
@@ -57,7 +57,7 @@ struct Decoder::State {
 
   uint32_t add_value(Value value);
   uint32_t constant(int bits, uint64_t value, bool dynamic_shared = false);
-  // Value and bits of a register that is visible at the statement; false if there is none.
+  // Value and bits of a register visible at the statement; false if there is none.
   bool find_register(const std::string& name, uint32_t& value, int& bits);
   // Address of a variable or parameter; false if there is none.
   bool find_symbol(const std::string& name, uint64_t& address, bool& dynamic_shared);
@@ -74,14 +74,14 @@ struct Decoder::State {
   ~State();
 };
 
-// Turns values into slots of the register file; registers that never live together share one.
+// Maps values to slots of the register file; registers with disjoint live ranges share a slot.
 void place_slots(Decoder::State&);
 
-// Fails for a form that the device is too old for.
+// Fails for a form that requires a newer device.
 void check_capability(const Decoder&, const Statement&);
 
-// Index and size in bits of a special register ("%tid.x"); false if it is none. sched.cpp gives
-// them their values.
+// Index and size in bits of a special register ("%tid.x"); false if it is none. sched.cpp sets the
+// values.
 bool find_special(const std::string& name, int& index, int& bits);
 
 }  // namespace ptxvm

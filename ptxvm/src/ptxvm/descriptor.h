@@ -1,4 +1,4 @@
-// Matrices of wgmma in shared memory.
+// wgmma operands in shared memory.
 #pragma once
 #include <cstdint>
 
@@ -6,7 +6,7 @@
 
 namespace ptxvm {
 
-// The layout of a matrix in shared memory: PTX ISA, "Matrix descriptor".
+// Layout of a matrix in shared memory: PTX ISA, "Matrix descriptor".
 class Descriptor {
  public:
   Descriptor(uint64_t bits, bool transposed)
@@ -18,9 +18,9 @@ class Descriptor {
         transposed_(transposed) {}
 
   bool has_offset() const { return offset_ != 0; }
-  // Row `row` of 16 bytes of the 8 x 16-byte core matrix whose first row or column (of M or N) is
-  // `first`, with k from 16 * `chunk` bytes on. A transposed core matrix has rows of 8 elements of
-  // M or N, one row per k.
+  // Address of row `row` (16 bytes) of the 8 x 16-byte core matrix that starts at row or column
+  // `first` of M or N and at byte 16 * `chunk` of k. A transposed core matrix has rows of 8
+  // elements of M or N, one row per k.
   uint64_t row_of_core(uint32_t first, uint32_t chunk, uint32_t row) const {
     const uint64_t pitch = uint64_t{16} << swizzle_, in_pitch = pitch / 16;
     uint64_t address = base_ + row * pitch;

@@ -1,4 +1,4 @@
-// Elements of matrices, which share registers of 32 bits: `per` of them in one. get: element j.
+// Elements of matrices, packed into registers of 32 bits: `per` elements each. get: element j.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -8,7 +8,7 @@
 
 namespace ptxvm {
 
-// least: the exponent of the least normal number.
+// least: exponent of the smallest normal number.
 struct F16 {
   static constexpr Operand type = Operand::f16;
   static constexpr int per = 2, least = -14;
@@ -29,7 +29,7 @@ struct TF32 {
   static constexpr int per = 1, least = -126;
   static float get(uint32_t bits, int) { return std::bit_cast<float>(bits & 0xffffe000); }
 };
-// e4m3 has no infinity and one NaN of each sign, e5m2 is the upper half of f16.
+// e4m3 has no infinity and one NaN of each sign; e5m2 is the upper half of f16.
 struct E4M3 {
   static constexpr Operand type = Operand::f8;
   static constexpr int per = 4, least = -6;

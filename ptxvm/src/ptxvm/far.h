@@ -1,7 +1,7 @@
-// Check mode: what is known of the agents of many clusters, as a radix tree by the number of the
-// cluster. Nodes never change, so that trees share what they have in common: to replace the times
-// of one cluster of n takes O(log n) memory, and to merge two trees the time of the nodes that
-// differ. A chain of n blocks, each of which knows all before it, takes O(n log n).
+// Check mode: vector clock over the agents of many clusters, as a radix tree by cluster number.
+// Nodes are immutable, so that trees share common parts: replacing the times of one of n clusters
+// takes O(log n) memory, and merging two trees takes time proportional to the nodes that differ. A
+// chain of n blocks, each of which knows all blocks before it, takes O(n log n).
 #pragma once
 #include <cstdint>
 #include <utility>
@@ -9,11 +9,11 @@
 
 namespace ptxvm {
 
-using Times = std::vector<uint32_t>;  // by agent of a cluster; those that are missing are 0
+using Times = std::vector<uint32_t>;  // by agent of a cluster; missing entries are 0
 
 uint32_t at(const Times&, uint32_t agent);
 void raise(Times&, uint32_t agent, uint32_t time);
-void raise(Times&, const Times& others);  // the later of each
+void raise(Times&, const Times& others);  // element-wise maximum
 
 class Far {
  public:
@@ -31,24 +31,24 @@ class Far {
   }
 
   bool empty() const { return !root_; }
-  // Whether they are one tree; equal ones need not be.
+  // Identity of the trees; trees with equal contents may compare unequal.
   bool operator==(const Far&) const = default;
   const Times* find(uint32_t cluster) const;  // null if nothing is known
-  // The same with other times of one cluster.
+  // A copy with other times for one cluster.
   Far with(uint32_t cluster, const Times&) const;
 
  private:
-  explicit Far(const Node* root);  // one more owner of it
+  explicit Far(const Node* root);  // takes shared ownership of the node
   static void release(const Node*);
   friend Far merge(const Far&, const Far&);
 
   const Node* root_ = nullptr;
 };
 
-// The later of each time. Of trees that are equal the older one, so that copies become one.
+// Element-wise maximum. For equal trees the older one, so that copies become one.
 Far merge(const Far&, const Far&);
 
-// Of the launch, before its first tree.
+// Number of clusters of the launch; called before its first tree.
 void set_clusters(uint64_t count);
 
 }  // namespace ptxvm

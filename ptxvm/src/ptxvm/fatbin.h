@@ -1,4 +1,4 @@
-// The container that nvcc puts into an object file: PTX and machine code of a module.
+// The container that nvcc embeds in an object file: PTX and machine code of a module.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -8,14 +8,15 @@ namespace ptxvm {
 
 struct FatBinary {
   std::string ptx;
-  std::string error;                          // why there is no PTX, if so
-  std::map<std::string, uint32_t> registers;  // per kernel, of the machine code beside the PTX
+  std::string error;                          // why there is no PTX, if there is none
+  std::map<std::string, uint32_t> registers;  // per thread, of the machine code, by kernel
 };
 
-// Of the PTX that the device takes. `wrapper` is what __cudaRegisterFatBinary gets.
+// The PTX that the device accepts. `wrapper` is the argument of __cudaRegisterFatBinary.
 FatBinary read_fat_binary(const void* wrapper);
 
-// Where the container holds that PTX: the same for devices that take the same. Null if it has none.
+// Position of that PTX in the container: equal for devices that take the same PTX. Null if there is
+// none.
 const void* place_of_ptx(const void* wrapper);
 
 }  // namespace ptxvm

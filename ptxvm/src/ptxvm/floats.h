@@ -1,5 +1,5 @@
-// Floating-point formats of PTX: conversions with every rounding, flushing and canonical NaNs. All
-// results are defined by integer arithmetic or IEEE operations, never by the host's modes.
+// Floating-point formats of PTX: conversions with every rounding mode, flushing and canonical NaNs.
+// All results are defined by integer arithmetic or IEEE operations, never by the host's modes.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -27,7 +27,7 @@ constexpr uint32_t kNaN32 = 0x7fffffff;  // what the hardware returns for every 
 constexpr uint64_t kNaN64 = 0xfff8000000000000;
 constexpr uint16_t kNaN16 = 0x7fff;  // f16 and bf16
 
-// Layout of a format: bits of its fraction, least exponent of a normal number, infinity, NaN.
+// Layout of a format: fraction bits, smallest exponent of a normal number, infinity, NaN.
 template <typename T>
 struct Format;
 template <>
@@ -52,7 +52,7 @@ struct Format<double> {
   static constexpr uint64_t infinity = 0x7ff0000000000000, sign = 0x8000000000000000, nan = kNaN64;
 };
 
-// where ? one : other, by masks: loops vectorise that they would not with branches.
+// where ? one : other, by masks: lets loops vectorise that would not with branches.
 template <typename U>
 constexpr U choose(bool where, U one, U other) {
   const U mask = static_cast<U>(U{0} - static_cast<U>(where));
@@ -62,7 +62,7 @@ constexpr U choose(bool where, U one, U other) {
 inline float canonical(float x) { return x == x ? x : std::bit_cast<float>(kNaN32); }
 inline double canonical(double x) { return x == x ? x : std::bit_cast<double>(kNaN64); }
 
-// Subnormal numbers become zeros of their sign.
+// Flushes subnormal numbers to zeros of their sign.
 inline float flush(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   return std::bit_cast<float>(bits & choose<uint32_t>(bits & 0x7f800000, ~0u, 0x80000000));
@@ -133,7 +133,7 @@ inline float nearest<float>(float x) {
   return x;
 }
 
-// Any rounding of a double to a narrower format, as bits.
+// Rounds a double to a narrower format in any rounding mode; returns bits.
 template <typename T>
 inline uint32_t narrow(double x, Rounding rounding) {
   using F = Format<T>;
@@ -184,8 +184,8 @@ inline float from_bits<float>(uint32_t bits) {
   return std::bit_cast<float>(bits);
 }
 
-// a * b + c rounded to odd, for a product that is exact in a double: what was lost shows in the
-// last bit, so that a second rounding to at most 51 bits is as good as a single one.
+// a * b + c rounded to odd, for a product that is exact in double: the last bit records what was
+// lost, so that a second rounding to at most 51 bits equals a single one.
 [[gnu::always_inline]] inline double odd_fma(double a, double b, double c) {
   const double product = a * b, sum = product + c;
   const double shadow = sum - product;
@@ -209,8 +209,8 @@ inline double odd_double(int64_t x) {
                : odd_double(static_cast<uint64_t>(x));
 }
 
-// Directed rounding of f32 and f64 by the host's mode. The operands are loaded and the results
-// stored between constructor and destructor, across which no compiler moves accesses to memory.
+// Directed rounding of f32 and f64 by the host's rounding mode. Operands are loaded and results
+// stored between constructor and destructor, across which no compiler moves memory accesses.
 class RoundingScope {
  public:
 #if defined(__SSE2__) && defined(__FMA__)
@@ -224,7 +224,7 @@ class RoundingScope {
     asm volatile("" ::: "memory");
     _mm_setcsr(old_);
   }
-#else  // fma is a function of the library, which asks for the mode of all units
+#else  // fma is a library function, which queries the mode of all units
   explicit RoundingScope(Rounding rounding) : old_(static_cast<unsigned>(std::fegetround())) {
     static constexpr int modes[] = {FE_TONEAREST, FE_TOWARDZERO, FE_DOWNWARD, FE_UPWARD};
     std::fesetround(modes[static_cast<int>(rounding)]);

@@ -1,5 +1,5 @@
-// Vocabulary of the instruction files: an operation on single values becomes a handler for 32 lanes
-// as a plain loop that the compiler vectorises.
+// Vocabulary of the instruction files: an operation on scalars becomes a handler for 32 lanes, as a
+// plain loop that the compiler vectorises.
 #pragma once
 #include <bit>
 #include <cstdint>
@@ -15,14 +15,15 @@
 
 namespace ptxvm {
 
-// How a value lies in a slot: halves are structures, which loops over integers read best.
+// Representation of a value in a slot: halves are structures, which loops handle best as integers.
 template <typename T>
 using Raw = std::conditional_t<std::is_class_v<T>, uint16_t, T>;
 
 // destination[i] = Op::apply(source[i] ...). Slots: destination, sources.
 //
-// A destination is the slot of a source or overlaps none. Where all are of one size a lane is read
-// before it is written, so the loop may write in place; else it goes through a copy.
+// A destination either is the slot of a source or overlaps none. If all types have one size, each
+// lane is read before it is written, so the loop may write in place; otherwise it goes through a
+// copy.
 template <typename Op, typename D, typename... S, size_t... I>
 inline void map_slots(Warp& warp, const Instruction& in, Mask mask, std::index_sequence<I...>) {
   const std::tuple<const Raw<S>*...> sources{lanes<const Raw<S>>(warp, in.slots[1 + I])...};
@@ -47,7 +48,7 @@ void map_lanes(Warp& warp, const Instruction& in, Mask mask) {
   map_slots<Op, D, S...>(warp, in, mask, std::index_sequence_for<S...>{});
 }
 
-// The lanes whose flag is not 0; flags are 0 or -1.
+// Mask of the lanes whose flag is not 0; flags are 0 or -1.
 inline Mask pack_mask(const int32_t* flags) {
   Mask mask = 0;
 #if defined(__AVX512F__)
@@ -74,14 +75,14 @@ inline Mask test_lanes(const S*... sources) {
   return pack_mask(flags);
 }
 
-// Writes the lanes in mask of a predicate; the destination may be absent.
+// Writes a predicate for the lanes in the mask; the destination may be absent.
 inline void assign_predicate(Warp& warp, uint32_t slot, Mask value, Mask mask) {
   if (slot == kNoSlot) return;
   Mask& destination = predicate(warp, slot);
   destination = (destination & ~mask) | (value & mask);
 }
 
-// A source predicate, all lanes of it; absent ones are false.
+// All lanes of a source predicate; false if it is absent.
 inline Mask read_predicate(Warp& warp, uint32_t slot, bool negated) {
   const Mask value = slot == kNoSlot ? 0 : predicate(warp, slot);
   return negated ? ~value : value;
@@ -95,7 +96,7 @@ inline void broadcast(Warp& warp, uint32_t slot, T value, Mask mask) {
     if (mask >> i & 1) destination[i] = value;
 }
 
-// A register of `bits` bits read as T: the low bits of a wider one.
+// A register of `bits` bits read as T: the low bits of a wider register.
 template <typename T>
 inline void load_lanes(Warp& warp, uint32_t slot, int bits, T* values) {
   const auto narrow = [&]<typename R>(R) {

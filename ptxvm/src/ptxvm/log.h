@@ -12,7 +12,7 @@ namespace ptxvm {
 bool has_log();
 void log_event(const std::string& object);
 
-// The text as a string of JSON.
+// The text as a JSON string.
 std::string quoted(const std::string& text);
 
 }  // namespace ptxvm

@@ -1,5 +1,4 @@
-// What the instruction files of memory share: addresses of lanes, and the words that may stand in
-// an opcode.
+// Shared by the memory instruction files: addresses of lanes, and modifiers of opcodes.
 #pragma once
 #include <initializer_list>
 
@@ -15,11 +14,11 @@ void add_matrices(OpcodeTable&);  // ops_matrix.cpp: ldmatrix, stmatrix, movmatr
 void add_hints(OpcodeTable&);     // ops_hints.cpp: fences, prefetches, isspacep
 void add_mbarrier(OpcodeTable&);
 
-// Of cp, by the words behind cp.async: mbarrier (ops_mbarrier.cpp) and bulk (ops_bulk.cpp).
+// cp.async.mbarrier (ops_mbarrier.cpp) and cp.async.bulk (ops_bulk.cpp).
 void decode_copy_arrive(Decoder&, const Statement&, Instruction&);
 void decode_bulk(Decoder&, const Statement&, Instruction&);
 
-// An 8 x 8 matrix of 16-bit elements, row after row.
+// Transposes an 8 x 8 matrix of 16-bit elements in row-major order.
 void transpose(const uint16_t* from, uint16_t* to);
 
 // Bits of Instruction::flags; Instruction::variant is the Space.
@@ -38,20 +37,20 @@ inline void lane_addresses(Warp& warp, uint32_t slot, int64_t offset, bool wide,
   }
 }
 
-// What the words of an opcode say about a memory access.
+// Modifiers of a memory access.
 struct Words {
   Space space = Space::generic;
   uint8_t order = 0;  // Instruction::order
   int vector = 1;
-  bool cache_hint = false;  // one more operand, a policy
-  std::string type;         // the last word
+  bool cache_hint = false;  // one more operand, a cache policy
+  std::string type;         // the last modifier
 };
 
-// Reads the words after the base opcode; those in `own` are left to the caller, anything else that
-// is unknown is an error.
+// Parses the modifiers after the base opcode; those in `own` are left to the caller, other unknown
+// ones are an error.
 Words read_words(Decoder&, const Statement&, std::initializer_list<const char*> own = {});
 
-// Reads "[a]" and sets offset, variant and flags.
+// Parses "[a]" and sets offset, variant and flags.
 void read_memory_operand(Decoder&, const std::string& operand, const Words&, Instruction&);
 
 }  // namespace ptxvm

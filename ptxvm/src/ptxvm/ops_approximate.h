@@ -1,4 +1,4 @@
-// Functions that PTX defines by a bound of their error, and what they share with exact forms.
+// Functions that PTX defines by an error bound, and parts shared with exact forms.
 #pragma once
 #include <string>
 
@@ -9,7 +9,7 @@ namespace ptxvm {
 
 Handler approximate_division(bool full, bool ftz);
 
-// in.variant holds the rounding.
+// in.variant holds the rounding mode.
 Handler rounded_reciprocal(const std::string& type, Rounding, bool ftz);
 Handler rounded_square_root(const std::string& type, Rounding, bool ftz);
 

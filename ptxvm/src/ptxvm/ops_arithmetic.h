@@ -1,5 +1,5 @@
-// What the arithmetic files share: reading the modifiers of an opcode, and the decode functions of
-// each class of types, among which ops_arithmetic.cpp chooses by the opcode's last type.
+// Shared by the arithmetic files: parsing of opcode modifiers, and the decode function of each
+// class of types, which ops_arithmetic.cpp selects by the opcode's last type.
 #pragma once
 #include <string>
 #include <string_view>
@@ -11,8 +11,8 @@
 
 namespace ptxvm {
 
-// The parts of an opcode after its base. Each decode function takes what it understands; what is
-// left in the end is an error.
+// Modifiers of an opcode, in order. Each decode function takes those it knows; any that remain at
+// the end are an error.
 class Modifiers {
  public:
   Modifiers(const Decoder& decoder, const Statement& statement)
@@ -26,21 +26,21 @@ class Modifiers {
     }
     return false;
   }
-  // The last part, a type.
+  // Takes the last modifier, a type.
   std::string take_type() {
     if (parts_.empty()) decoder_.fail("the opcode has no type");
     std::string type = parts_.back();
     parts_.pop_back();
     return type;
   }
-  // The first part.
+  // Takes the first modifier.
   std::string take_first(const char* what) {
     if (parts_.empty()) decoder_.fail(std::string("the opcode has no ") + what);
     std::string part = parts_.front();
     parts_.erase(parts_.begin());
     return part;
   }
-  // .rn, .rz, .rm, .rp; nearest where there is none.
+  // .rn, .rz, .rm, .rp; nearest by default.
   Rounding take_rounding(bool* found = nullptr) {
     static constexpr const char* names[] = {"rn", "rz", "rm", "rp"};
     for (int i = 0; i < 4; ++i) {
@@ -66,7 +66,7 @@ inline void expect_operands(const Decoder& decoder, const Statement& statement, 
                  std::to_string(statement.operands.size()));
 }
 
-// Destination, then the sources, all of one width.
+// Destination, then the sources, all of the same width.
 inline void read_operands(Decoder& decoder, const Statement& statement, size_t count, int bits) {
   expect_operands(decoder, statement, count);
   decoder.write(statement.operands[0], bits);
@@ -80,7 +80,7 @@ inline bool read_predicate_operand(Decoder& decoder, const std::string& operand)
   return negated;
 }
 
-// "d|p" as its two halves; the second is "_" where there is none.
+// Splits "d|p"; the second part is "_" if it is absent.
 inline std::pair<std::string, std::string> split_pair(const std::string& operand) {
   const size_t bar = operand.find('|');
   if (bar == std::string::npos) return {operand, "_"};

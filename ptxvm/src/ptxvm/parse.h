@@ -1,5 +1,5 @@
-// PTX text taken apart: variables, functions, and the statements of their bodies. What statements
-// mean is the decoder's business.
+// Parsed PTX: variables, functions, and the statements of their bodies. The decoder interprets the
+// statements.
 #pragma once
 #include <map>
 #include <memory>
@@ -17,10 +17,10 @@ struct Variable {
   uint32_t alignment = 1;
   uint64_t bytes = 0;
   uint32_t element_bytes = 1;
-  bool external = false;  // of .shared: dynamic; else defined nowhere
+  bool external = false;  // .shared: dynamic; other spaces: not defined in this module
   std::string initial;    // text after "="
   uint32_t line = 0;
-  char* memory = nullptr;  // of .global and .const, once the module is loaded
+  char* memory = nullptr;  // .global and .const: set once the module is loaded
 };
 
 struct Scope {
@@ -34,19 +34,19 @@ struct Scope {
 struct Function {
   std::string name;
   uint32_t line = 0;
-  size_t body = 0;  // where it begins in the text of the module; 0: a declaration
+  size_t body = 0;  // offset of the body in the module's text; 0: a declaration
   std::vector<Parameter> parameters, results;
   uint32_t parameter_bytes = 0;
   uint32_t max_threads = 0;
   uint32_t required[3] = {};
   uint32_t cluster[3] = {};
   uint32_t min_blocks = 1;
-  // Of the body, only while a kernel is decoded: they are many times larger than the text.
+  // Body, present only while a kernel is decoded: it is many times larger than its text.
   std::vector<Scope> scopes;
   std::vector<Statement> statements;
 };
 
-// Where the C++ source of a line of PTX and of those behind it is (.loc, from nvcc -lineinfo).
+// C++ source position of a line of PTX and of the lines that follow it (.loc, from nvcc -lineinfo).
 struct SourceLine {
   uint32_t ptx_line, file, line;
 };
@@ -68,38 +68,40 @@ struct Module {
 // Parses the text and allocates and initialises the variables of the module. Throws Fault.
 std::unique_ptr<Module> load_module(const std::string& ptx);
 
-// " (file.cuh:12)" of a line of PTX, or nothing.
+// " (file.cuh:12)" for a line of PTX, or an empty string.
 std::string source_of(const Module&, uint32_t ptx_line);
 
-// What a pointer to a function holds: nothing that can be read or called. False if there is none.
+// Value of a pointer to a function, which can be neither read nor called. False if there is no such
+// function.
 bool function_address(const Module&, const std::string& name, uint64_t& address);
 
 // Registers the variables of a module as memory that kernels may touch.
 void register_variables(const Module&);
 
-// Bytes that variables of a space have at most.
+// Maximum size in bytes of the variables of a space.
 uint64_t limit_of(Space);
 
-// Sets the bytes of a variable of `bytes` an element and of extents "[2][3]", of which an empty one
-// is as long as the initial values. What the variable must have instead, or nothing.
+// Sets the size of a variable with elements of `bytes` bytes and extents "[2][3]"; an empty extent
+// takes the number of initial values. Returns what the variable must have instead, or an empty
+// string.
 std::string give_size(Variable&, uint64_t bytes, const std::string& extents);
 
-// Value of an integer or floating-point literal in a field of `bits`; false if it is none.
+// Value of an integer or floating-point literal in a field of `bits` bits; false if it is none.
 bool parse_literal(const std::string& text, int bits, uint64_t& value);
 
-// A whole number of 0 to `most`, without a sign; false if the text is none.
+// An unsigned integer from 0 to `most`; false for any other text.
 bool parse_count(const std::string& text, uint64_t most, uint64_t& value);
 
-// A list at its top-level commas: those outside (), [] and {}. Parts are trimmed.
+// Splits a list at top-level commas: those outside (), [] and {}. Parts are trimmed.
 std::vector<std::string> split_list(const std::string& text);
 std::string trim(const std::string& text);
 
-// Fills in the scopes and statements of a function. Throws Fault.
+// Parses the scopes and statements of a function. Throws Fault.
 void parse_body(Module&, Function&);
 
 // Stages of load_module.
 void read_source_lines(Module&, const std::string& ptx);
-std::string blank_comments(std::string ptx);  // comments, .loc and .file become blanks
+std::string blank_comments(std::string ptx);  // replaces comments, .loc and .file by blanks
 void parse_declarations(Module&);             // of module.text
 void place_variables(Module&);
 

@@ -1,4 +1,4 @@
-// Rules of check mode that a kernel broke, where the option on_fault says to report and go on.
+// Check-mode rules that a kernel broke, when on_fault says to report and continue.
 #pragma once
 #include <string>
 
@@ -6,12 +6,12 @@
 
 namespace ptxvm {
 
-// A Fault; or a report, printed if it is the first of this rule at this line, and counted.
+// Throws a Fault; or counts a report, and prints it if it is the first of this rule at this line.
 void broke_rule(Warp&, const Instruction&, int lane, const std::string& rule,
                 const std::string& what);
 
-// A list of JSON, in the order of the first reports: kernel, line, rule, report and count of each.
-// Forgets them. What is left when the process ends is printed.
+// JSON list in the order of the first reports: kernel, line, rule, report and count of each. Clears
+// the list. Reports that remain when the process ends are printed.
 std::string take_reports();
 
 }  // namespace ptxvm

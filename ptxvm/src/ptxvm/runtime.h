@@ -10,7 +10,7 @@
 
 namespace ptxvm {
 
-// What a fat binary holds for a device, or raw text for all.
+// Contents of a fat binary for one device, or raw text for all devices.
 struct Image {
   std::unique_ptr<Module> module;
   int error = 0;  // a CUDA error, if there is no module
@@ -18,20 +18,20 @@ struct Image {
   std::map<std::string, uint32_t> registers;
 };
 
-// An image is read when one of its kernels or variables is used first on a device: a library may
-// bring many.
+// An image is read when one of its kernels or variables is first used on a device: a library may
+// contain many.
 struct LoadedModule {
   const void* fat_binary = nullptr;     // null: raw text
-  std::map<const void*, Image> images;  // by the place of their text
+  std::map<const void*, Image> images;  // indexed by the position of their text
 
-  Image& open();  // of the device
+  Image& open();  // of the current device
 };
 
-// What a kernel handle points to.
+// Target of a kernel handle.
 struct KernelRecord {
   LoadedModule* loaded;
   std::string name;
-  Kernel* kernel = nullptr;  // of the device where it was used last
+  Kernel* kernel = nullptr;  // for the device where it was last used
 };
 
 struct VariableRecord {
@@ -43,7 +43,7 @@ struct Runtime {
   std::recursive_mutex mutex;
   std::vector<std::unique_ptr<LoadedModule>> modules;
   std::unordered_map<const void*, std::unique_ptr<KernelRecord>> kernels;  // by host function
-  std::unordered_map<const void*, VariableRecord> variables;               // by host shadow
+  std::unordered_map<const void*, VariableRecord> variables;  // by host shadow variable
   std::unordered_map<const void*, size_t> allocations;
 
   // Kernel of a host function or of a handle; null if there is none.
@@ -60,30 +60,30 @@ void unload(LoadedModule*);
 // error.
 int fail(int error, const std::string& report);
 int last_error(bool clear);
-std::string& last_report();              // of the thread's failure before
-std::string report_of_error(int error);  // of that failure or of the device's, if it has this error
+std::string& last_report();              // of the thread's last failure
+std::string report_of_error(int error);  // of that failure or of the device's, by its error
 
-// The error of the kernel that failed last: as on a GPU every call returns it from then on. 0 if
-// none has failed since recover().
+// Error of the kernel that failed last: as on a GPU, every later call returns it. 0 if no kernel
+// has failed since recover().
 int device_error();
 void recover();
 
-// Decodes a kernel if that is not done. 0, or a CUDA error that is recorded.
+// Decodes a kernel unless it is decoded. 0, or a CUDA error that is recorded.
 int prepare(KernelRecord*);
 
-// Whether the device can run such a launch. 0, or a CUDA error that is recorded.
+// Checks that the device can run such a launch. 0, or a CUDA error that is recorded.
 int check_launch(KernelRecord*, const uint32_t grid[3], const uint32_t block[3],
                  size_t dynamic_shared, const uint32_t* cluster, bool cooperative);
 
-// Runs a kernel. 0, or a CUDA error that is recorded; on_device: also as that of the device. A
-// cluster is that of the kernel where it is null. Blocks of a cooperative launch run together.
+// Runs a kernel. 0, or a CUDA error that is recorded; launch_on_device records it for the device
+// too. Null `cluster`: the kernel's own cluster shape. Blocks of a cooperative launch run together.
 int launch(KernelRecord*, const uint32_t grid[3], const uint32_t block[3], size_t dynamic_shared,
            void** arguments, const uint32_t* cluster = nullptr, bool cooperative = false);
 int launch_on_device(KernelRecord*, const uint32_t grid[3], const uint32_t block[3],
                      size_t dynamic_shared, void** arguments, const uint32_t* cluster = nullptr,
                      bool cooperative = false);
 
-// Dynamic shared memory that a launch may ask for.
+// Maximum dynamic shared memory of a launch, in bytes.
 uint32_t dynamic_shared_limit(const Kernel&);
 
 }  // namespace ptxvm

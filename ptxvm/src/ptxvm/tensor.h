@@ -27,17 +27,17 @@ float ordered_sum(const float* a, const float* b, int k, float c);
 
 enum class Operand : uint8_t { f16, bf16, tf32, f8 };
 
-// How the tensor cores of the device add (mma=hardware): `step` products and what is there are
-// brought to the largest exponent among them, cut `bits` bits below it and added exactly; the sum
-// is cut to a fraction of `kept` bits. The exponent of a product is the sum of those of its
-// factors.
+// How the device's tensor cores add (mma=hardware): `step` products and the running sum are aligned
+// to the largest exponent among them, truncated `bits` bits below it and added exactly; the sum is
+// truncated to a fraction of `kept` bits. The exponent of a product is the sum of its factors'
+// exponents.
 struct Adder {
   int step, bits, kept;
-  bool in_halves;  // of every four of k, two come in a first pass over k, two in a second
+  bool in_halves;  // of every four k, two are added in a first pass over k, two in a second
 };
 Adder adder_of(Operand, bool of_wgmma);
 
-// The same sum as such an adder makes it. least: exponents of the least normal numbers of A and B.
+// Sum as such an adder computes it. least: exponents of the smallest normal numbers of A and B.
 // half: the accumulator is f16, to which each step rounds to nearest.
 float hardware_sum(const float* a, const float* b, int k, const Adder&, float c, int least_a,
                    int least_b, bool half);
@@ -47,22 +47,23 @@ float hardware_sum(const float* a, const float* b, int k, const Adder&, float c,
 template <Operand type>
 bool multiply_fast(Warp&, const uint32_t* slots);
 
-// B of a wgmma as f32, for the four warps that share it: for every 8 columns and k the columns of
-// even numbers, then those of odd ones.
+// B of a wgmma as f32, shared by the four warps: for every 8 columns and k, the even columns, then
+// the odd ones.
 struct Panel {
   alignas(64) float values[256 * 16];
 };
-// Puts a core matrix in its place: 8 columns with 16 bytes of k each, of which `half` is the
-// number, or, if it is transposed, 8 rows of k with 16 bytes of columns. False, here and below, if
-// this build has no vector instructions for it.
+// Stores a core matrix in the panel: 8 columns with 16 bytes of k each (`half` is its number along
+// k) or, if transposed, 8 rows of k with 16 bytes of columns. False, here and below, if this build
+// has no vector instructions for it.
 bool widen_core(Operand, const char* const* from, bool transposed, bool negated, uint32_t column,
                 uint32_t half, Panel&);
-// D = A B + D, or A B, for the rows of a warp, with the sums of multiply_fast. a: four fragments.
+// D = A B + D, or A B, for the rows of a warp, with the summation order of multiply_fast. a: four
+// fragments.
 bool multiply_panel(Operand, Warp&, const uint32_t* d, const uint32_t* const* a, const Panel&,
                     uint32_t columns, bool accumulates);
 
-// The mma that a wgmma is for 8 columns, by the types of A and B: f16, bf16, tf32, the pairs of
-// e4m3 and e5m2, the pairs of s8 and u8, and those again with saturation. packed: D is f16.
+// The mma equivalent to a wgmma for 8 columns, by the types of A and B: f16, bf16, tf32, the pairs
+// of e4m3 and e5m2, the pairs of s8 and u8, and the latter again with saturation. packed: D is f16.
 constexpr int kFirstInteger = 7, kIntegers = 4;
 Handler wgmma_block(uint32_t kind, bool packed);
 

@@ -1,4 +1,4 @@
-// The lanes of one warp: groups that stand at different instructions, converging and barriers.
+// Execution of one warp: groups of lanes at different instructions, reconvergence and barriers.
 #pragma once
 #include <array>
 #include <string>
@@ -10,25 +10,25 @@ namespace ptxvm {
 
 constexpr int kBarriers = 16;  // per block
 
-// A block that runs, with what the scheduler keeps of it.
+// A running block with the scheduler's state for it.
 struct Resident {
   Block block;
   std::shared_ptr<Cluster> cluster;
   std::array<Barrier, kBarriers> barriers;
-  uint32_t unfinished = 0;  // warps
+  uint32_t unfinished = 0;  // warps that have not finished
   std::unique_ptr<char[]> files, shared, local;
 };
 
 // Runs a warp until its fuel is used up or all its lanes wait or have exited; returns the number of
-// instructions issued. The group with the lowest program counter runs, so that lanes meet again
-// behind a branch; one that used up a stint of options.fuel instructions gives way to the next
-// higher, so that none starves.
+// instructions issued. The group with the lowest program counter runs, so that lanes reconverge
+// after a branch; a group that has used a stint of options.fuel instructions yields to the next
+// higher one, so that none starves.
 uint64_t run_warp(Resident&, Warp&, Kernel&, uint64_t fuel);
 
-// Registers per lane before setmaxnreg: of the machine code, or what a compiler may use at most.
+// Registers per lane before setmaxnreg: from the machine code, or the compiler's maximum.
 uint32_t registers_at_start(const Kernel&, uint32_t warps);
 
-// Where the lanes of the warp stand and what they wait for, a line per group.
+// Where the lanes of the warp stand and what they wait for, one line per group.
 std::string describe(const Warp&);
 
 }  // namespace ptxvm
