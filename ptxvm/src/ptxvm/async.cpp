@@ -39,8 +39,9 @@ T combine_integers(Combine how, T old, T value) {
   }
 }
 
-// A NaN loses to a number, as in min and max of PTX. Sums of f32 flush subnormal inputs and results
-// to zeros of their sign: so PTX says of contiguous bytes, and nothing of tensors.
+// min and max return the number if one operand is NaN, as min and max of PTX do. Sums of f32 flush
+// subnormal inputs and results to zeros of their sign: PTX specifies this for contiguous bytes and
+// says nothing of tensors.
 template <typename T>
 T combine_floats(Combine how, T old, T value) {
   if constexpr (std::is_class_v<T>) {
@@ -93,7 +94,7 @@ void combine(const Transfer& transfer, uint64_t to, const char* from, uint32_t b
   }
 }
 
-// What lies out of the bounds of a tensor: zeros, or the NaN of the type.
+// Fills elements outside the bounds of a tensor with zeros or the NaN of the type.
 void fill(const Transfer& transfer, char* to, uint32_t bytes) {
   std::memset(to, 0, bytes);
   if (!transfer.fill_nan) return;
@@ -186,7 +187,7 @@ bool in_shared(const Block& block, const std::vector<Transfer::Piece>& pieces) {
   return !pieces.empty() && pieces[0].from - begin < block.shared_bytes;
 }
 
-// Takes the transfer out of the queue and lands it.
+// Removes the transfer from the queue and lands it.
 void land_at(Cluster& cluster, size_t index) {
   Transfer transfer = std::move(cluster.transfers[index]);
   cluster.transfers.erase(cluster.transfers.begin() + static_cast<std::ptrdiff_t>(index));
@@ -202,7 +203,7 @@ void land_chosen(Cluster& cluster, Choose choose) {
       ++i;
 }
 
-// Whether the lane before stores the same by the same instruction: CUTLASS stores by whole warps.
+// The previous lane stores the same data by the same instruction: CUTLASS stores with whole warps.
 bool is_alike(const Transfer& a, const Transfer& b) {
   const auto same = [](const Transfer::Piece& x, const Transfer::Piece& y) {
     return x.to == y.to && x.from == y.from && x.bytes == y.bytes;
@@ -212,7 +213,7 @@ bool is_alike(const Transfer& a, const Transfer& b) {
          same(a.pieces.front(), b.pieces.front()) && same(a.pieces.back(), b.pieces.back());
 }
 
-// Check mode: what the transfer reads and writes from now on.
+// Check mode: marks what the transfer reads and writes from now on.
 void watch(Warp& warp, Transfer& transfer) {
   const auto& issued = warp.block->cluster->transfers;
   if (!issued.empty() && is_alike(issued.back(), transfer)) return;

@@ -1,5 +1,5 @@
-// Which forms need a newer device than compute capability 8.0, among those that the machine knows:
-// ptxas refuses them for older ones.
+// Forms that require compute capability above 8.0, among those that the machine knows: ptxas
+// rejects them for older devices.
 #include <algorithm>
 #include <initializer_list>
 #include <string_view>
@@ -35,7 +35,7 @@ int capability_of(const Statement& s) {
   if (base == "mma" && has_any(s, {"e4m3", "e5m2"})) return 89;
   if (base == "mma" && s.has("f64") && !s.has("m8n8k4")) return 90;
   if (base == "mbarrier" && has_any(s, {"try_wait", "expect_tx", "complete_tx"})) return 90;
-  // An arrival of several that may complete the phase.
+  // An arrival with a count that may complete the phase.
   if (base == "mbarrier" && has_any(s, {"arrive", "arrive_drop"}) && !s.has("noComplete") &&
       s.operands.size() > 2)
     return 90;

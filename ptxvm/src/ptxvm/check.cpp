@@ -15,20 +15,20 @@ namespace {
 bool is_strong(Access kind) { return kind >= Access::strong_read; }
 bool is_read(Access kind) { return kind == Access::read || kind == Access::strong_read; }
 
-// The scope of a strong access; those whose words name none reach everywhere.
+// Scope of a strong access; system scope (kGpu here) if its opcode names none.
 uint8_t reach(const Instruction& in) { return in.order & kIsStrong ? scope_of(in) : kGpu; }
 
 uint32_t index_of(const Warp& warp, const Instruction& in) {
   return static_cast<uint32_t>(&in - warp.block->kernel->code.data());
 }
 
-// Of a reader: the index of its instruction, and which of several it is.
+// Info of a reader: the index of its instruction, and the low bits of its number.
 uint32_t read_info(uint32_t index, uint32_t reader) { return index | reader << kIndexBits; }
 
-// Of the last of several writers: which of them it is.
+// Info of the last of several writers: the low bits of its number.
 uint32_t write_info(uint32_t info, uint32_t writer) { return info | (writer & 15) << kWriterShift; }
 
-// One access to memory of a block or, where there is none, to global memory.
+// One access to shared memory of a block or, if `block` is null, to global memory.
 struct Look {
   Warp& warp;
   const Instruction& in;
@@ -38,9 +38,9 @@ struct Look {
   Proxy proxy;
   bool strong;
   uint8_t scope;
-  uint32_t flight;    // bits of what is in flight from now on
-  uint64_t host = 0;  // address of what a lane accesses
-  uint32_t cell = 0;  // bytes of a cell there, of writes
+  uint32_t flight;    // flags of what is in flight from now on
+  uint64_t host = 0;  // address that the lane accesses
+  uint32_t cell = 0;  // bytes of a cell there, for writes
 
   std::string place(uint64_t where) const {
     char text[64];
@@ -62,7 +62,7 @@ struct Look {
   void broke(const char* rule, const std::string& what) const {
     broke_rule(warp, in, lane, rule, what);
   }
-  // Strong accesses do not race if the scope of each holds the other.
+  // Strong accesses do not race if the scope of each includes the other.
   bool is_race(const Segment& other) const {
     return !strong || !other.strong || std::min(scope, other.scope) < distance(warp, other);
   }
@@ -73,7 +73,7 @@ struct Look {
   }
 };
 
-// The slow way of touch(): what is there is not known to come before.
+// Slow path of touch(): the earlier access is not known to happen before.
 void explain_flight(const Look& look, const Cell& cell, uint64_t where) {
   const Segment& writer = segment(cell.wrote & kSet ? members(cell.wrote).back() : cell.wrote);
   const std::string who = "warp " + std::to_string(writer.warp);
@@ -90,7 +90,7 @@ void explain_flight(const Look& look, const Cell& cell, uint64_t where) {
 void explain_race(const Look& look, const Cell& cell, uint64_t where, uint32_t other, bool wrote) {
   const Segment& s = segment(other);
   const uint32_t info = wrote ? cell.write_info : cell.read_info;
-  // Of several the info is that of the last one.
+  // If there are several, the info describes the last one.
   const bool has_info = wrote ? !(cell.wrote & kSet) || info >> kWriterShift == (other & 15)
                               : info >> kIndexBits == (other & 0xff);
   const std::string at = has_info ? look.at(info) : std::string();
@@ -99,8 +99,8 @@ void explain_race(const Look& look, const Cell& cell, uint64_t where, uint32_t o
                  name_of(look.warp, s) + at + "; " + look.missing(s));
 }
 
-// The segment that the access races with, 0 if there is none; of several the one whose number ends
-// with `last`, below 2^bits.
+// The segment that the access races with, 0 if there is none; among several, preferably the one
+// whose number is `last` modulo 2^bits.
 uint32_t race_in(const Look& look, uint32_t id, uint32_t last, uint32_t bits) {
   const auto races = [&](uint32_t each) {
     return first_unordered(look.warp, each, look.proxy) && look.is_race(segment(each));
@@ -117,8 +117,8 @@ Timeline::Saw& saw_at(const Look& look, uint64_t host) {
   return look.warp.timeline->saw[host / 4 % kRemembered];
 }
 
-// Whether one of those that have read the bytes since they were written comes before the access: it
-// saw them, so that they were written before.
+// A reader of the bytes since they were written happens before the access: it has observed the
+// write, so the write happens before too.
 bool was_seen(const Look& look, const Cell& cell, uint64_t host) {
   if (look.proxy != kGeneric) return false;
   const Timeline::Saw& saw = saw_at(look, host);
@@ -130,13 +130,13 @@ bool was_seen(const Look& look, const Cell& cell, uint64_t host) {
   return std::any_of(all.begin(), all.end(), before);
 }
 
-// Whether the same instruction of another lane wrote the bytes: CUTLASS stores by all lanes alike.
+// Another lane wrote the bytes by the same instruction: CUTLASS stores the same with all lanes.
 bool is_of_another_lane(const Cell& cell, uint32_t mine, uint32_t info) {
   return ((cell.write_info ^ info) & ((1u << kIndexBits) - 1)) == 0 && !(cell.wrote & kSet) &&
          are_same(cell.wrote, mine);
 }
 
-// The writer that the access races with. What an acquire takes over here comes before the access.
+// The writer that the access races with. What an acquire takes over here happens before the access.
 uint32_t racing_writer(const Look& look, const Cell& cell, uint64_t host) {
   if (was_seen(look, cell, host)) return 0;
   const auto find = [&] {
@@ -146,7 +146,7 @@ uint32_t racing_writer(const Look& look, const Cell& cell, uint64_t host) {
   if (!other || !look.strong || look.proxy != kGeneric || !(look.in.order & kAcquires))
     return other;
   flag_acquired(look.warp, look.in, look.host);
-  if (host != look.host) flag_acquired(look.warp, look.in, host);  // of a later element
+  if (host != look.host) flag_acquired(look.warp, look.in, host);  // not the first element
   return find();
 }
 
@@ -184,7 +184,7 @@ uint32_t racing_writer(const Look& look, const Cell& cell, uint64_t host) {
   }
 }
 
-// The fast way, for what most accesses find: everything that was there comes before them.
+// Fast path for most accesses: every earlier access of the cell happens before them.
 template <bool writes, bool async>
 inline void touch(const Look& look, Cell& cell, uint64_t where, uint64_t host, uint32_t mine,
                   uint32_t info) {
@@ -215,8 +215,8 @@ inline void touch(const Look& look, Cell& cell, uint64_t where, uint64_t host, u
   settle(look, cell, where, host, mine, info);
 }
 
-// unset: bits of the bytes that a lane loads and that have no value. A load loses the elements that
-// have such a byte (width: bytes of one), an ldmatrix the row.
+// unset: bits of the loaded bytes that hold no value. A load loses the elements that contain such a
+// byte (width: bytes per element), an ldmatrix the row.
 void load_unset(Warp& warp, const Instruction& instruction, int lane, uint32_t bytes,
                 uint32_t unset) {
   Undefined& undefined = warp.undefined;
@@ -227,7 +227,7 @@ void load_unset(Warp& warp, const Instruction& instruction, int lane, uint32_t b
                                                                                           << lane;
 }
 
-// Whether byte b of what the lane stores has no value.
+// Byte b of the lane's stored value is undefined.
 bool stores_unset(const Warp& warp, const Instruction& instruction, int lane, uint32_t b) {
   const Undefined& undefined = warp.undefined;
   return undefined.by == &instruction && undefined.values[b / instruction.width] >> lane & 1;
@@ -280,7 +280,7 @@ uint32_t segment_for(const Look& look) {
   return look.strong ? strong_segment_of(look.warp, look.scope) : segment_of(look.warp);
 }
 
-// Global memory by pages, made when they are touched first.
+// Shadow of global memory, in pages that are allocated at first touch.
 struct Page {
   static constexpr uint32_t kShift = 16;
   std::array<Region, (1u << kShift) / Region::kBytes> regions;
@@ -319,7 +319,8 @@ void shadow_addresses(Look look, const uint64_t* addresses, Mask mask, uint32_t 
   }
 }
 
-// Bytes in a row, at any address, that something asynchronous touches; host: of the first.
+// A contiguous range, at any alignment, that an asynchronous operation accesses; host: address of
+// its first byte.
 template <bool writes, typename Of>
 void touch_range(Look look, uint64_t begin, uint64_t host, uint64_t bytes, uint32_t mine,
                  Of region_of) {
@@ -396,7 +397,7 @@ void copy_issued(Warp& warp, const Instruction& in, const AsyncCopy& copy) {
                      segment_of(warp));
 }
 
-// segment: of those that must have waited for the copy.
+// segment: agents that have waited for the copy.
 void copy_landed(Warp& warp, const AsyncCopy& copy, uint32_t segment) {
   Region& region = warp.block->shadow->regions[copy.destination >> Region::kShift];
   Cell* cell = region.at(copy.destination, copy.bytes);
@@ -457,7 +458,7 @@ void bulk_global(Warp& warp, const Instruction& in, int lane, uint64_t address, 
     touch_range<false>(look, address, address, bytes, segment, region);
 }
 
-// Most cells are as the one before: written by the same, and read by the same or by nobody.
+// Fast path: most cells equal the previous one, with the same writer and the same reader or none.
 void operand_read(Warp& warp, const Instruction& in, const uint64_t* offsets, uint32_t count,
                   uint32_t segment, const uint64_t* b) {
   SharedShadow& shadow = *warp.block->shadow;
@@ -466,7 +467,7 @@ void operand_read(Warp& warp, const Instruction& in, const uint64_t* offsets, ui
   const Timeline& t = *warp.timeline;
   ReadOperand found{&in, b ? *b : 0, segment, shadow.writes};
   bool alike = b, known = false;
-  uint32_t wrote = 0, read = segment;  // what comes before the product, of writers if known
+  uint32_t wrote = 0, read = segment;  // what happens before the product; `wrote` if known
   for (uint32_t i = 0; i < count; ++i) {
     uint64_t where = offsets[i];
     Region& region = shadow.regions[where >> Region::kShift];

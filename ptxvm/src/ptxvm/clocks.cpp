@@ -10,16 +10,16 @@
 namespace ptxvm {
 namespace {
 
-constexpr size_t kMostReaders = 12, kMostWriters = 5;  // of a set: the latest
+constexpr size_t kMostReaders = 12, kMostWriters = 5;  // maximum size of a set: the latest are kept
 constexpr uint32_t kLastNumber = 1u << 30;
 const char* const kNoNumbers = "check=1: too many accesses between barriers in one launch";
 
-// Of the launch.
+// State of the launch.
 uint32_t first_segment = 1, first_set = 1;
 std::vector<Segment> segments;
 std::vector<std::vector<uint32_t>> sets;
-std::map<std::vector<uint32_t>, uint32_t> numbers;  // of sets
-uint32_t clusters[2], shape[3];                     // of the grid in x and y; blocks of a cluster
+std::map<std::vector<uint32_t>, uint32_t> numbers;  // numbers of sets
+uint32_t clusters[2], shape[3];                     // of the grid in x and y; cluster shape
 
 uint32_t new_segment(const Warp& warp, uint32_t agent, uint32_t time, Segment::Kind kind,
                      bool strong, uint8_t scope) {
@@ -128,7 +128,7 @@ bool comes_before(Warp& warp, uint32_t id, Proxy proxy) {
 
 namespace {
 
-// The number of `kept` and `id` together.
+// Number of the set of `kept` and `id`.
 uint32_t number_of(std::vector<uint32_t>& kept, uint32_t id) {
   if (kept.empty()) return id;
   kept.insert(std::upper_bound(kept.begin(), kept.end(), id), id);
@@ -141,7 +141,7 @@ uint32_t number_of(std::vector<uint32_t>& kept, uint32_t id) {
   return entry->second;
 }
 
-// Of those that `before` names: all that the predicate keeps and that `own` does not supersede.
+// Members of `before` that the predicate keeps and that `own` does not supersede.
 template <typename Keeps>
 std::vector<uint32_t> those_kept(uint32_t before, const Segment& own, Keeps keeps) {
   std::vector<uint32_t> kept;
@@ -179,7 +179,7 @@ uint32_t join_writers(Warp& warp, uint32_t before, uint32_t writer, Proxy proxy,
   std::vector<uint32_t> kept = those_kept(before, segment(writer), [&](const Segment& s) {
     return !s.strong || !(sees || comes_before(*warp.timeline, s, proxy));
   });
-  // At most one is weak.
+  // At most one member is weak.
   if (kept.size() >= kMostWriters)
     kept.erase(
         std::find_if(kept.begin(), kept.end(), [](uint32_t id) { return segment(id).strong; }));
@@ -188,7 +188,7 @@ uint32_t join_writers(Warp& warp, uint32_t before, uint32_t writer, Proxy proxy,
 }
 
 uint32_t product_segment(Warp& warp) {
-  // The four warps read as one.
+  // The four warps of a warpgroup count as one reader.
   const Warp& first = warp.block->warps[warp.index / 4 * 4];
   Timeline& lead = *first.timeline;
   const uint32_t time = warp.product_groups + 1;

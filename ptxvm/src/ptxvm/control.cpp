@@ -1,4 +1,4 @@
-// Control flow: branches, calls, barriers, traps. What they do to a warp is sched.cpp's business.
+// Decoding of control flow: branches, calls, barriers, traps. sched.cpp executes them.
 #include "ptxvm/control.h"
 
 #include "ptxvm/check.h"
@@ -13,7 +13,7 @@ void raise_trap(Warp& warp, const Instruction& instruction, Mask mask) {
   fault(warp, instruction, __builtin_ctz(mask), "the kernel stopped itself");
 }
 
-// int vprintf(format, arguments): nothing is printed. offset: address of the result.
+// int vprintf(format, arguments): prints nothing. offset: address of the result.
 void ignore_printf(Warp& warp, const Instruction& instruction, Mask mask) {
   for (int lane = 0; lane < kLanes; ++lane)
     if (mask >> lane & 1)
@@ -42,7 +42,7 @@ std::string text_at(Warp& warp, const Instruction& instruction, int lane, uint64
 }
 
 // void __assertfail(message, file, line, function, character size). offset, offset2, target:
-// where the first three arguments lie.
+// positions of the first three arguments.
 void fail_assertion(Warp& warp, const Instruction& instruction, Mask mask) {
   const int lane = __builtin_ctz(mask);
   const auto text = [&](int64_t where) {
@@ -170,7 +170,7 @@ void Decoder::State::decode_call() {
     return value;
   };
   Instruction instruction;
-  if (through_pointer) {  // an error of those that come here
+  if (through_pointer) {  // an error for lanes that reach it
     decoder.read(name, 64);
     instruction.run = refuse_pointer;
     append(instruction);

@@ -16,22 +16,22 @@ constexpr uint64_t kSectorBytes = 32, kBankBytes = 4, kBanks = 32, kWaveBytes = 
 struct Requests {
   uint64_t requests = 0, lanes = 0, bytes = 0;
   uint64_t units = 0;  // sectors of global memory, waves of shared memory
-  uint64_t ideal = 0;  // the least number of units that these bytes could have taken
+  uint64_t ideal = 0;  // minimum number of units for these bytes
 };
 
 struct Totals {
-  std::array<Requests, 5> global, shared;  // by Traffic
+  std::array<Requests, 5> global, shared;  // indexed by Traffic
   Requests bulk_global, bulk_shared;
   uint64_t local_requests = 0;
-  uint64_t a_bytes = 0, b_bytes = 0;  // operands of wgmma
+  uint64_t a_bytes = 0, b_bytes = 0;  // shared memory read by wgmma
 };
 Totals totals;
 std::vector<std::string> launches;
 
 const char* const kTraffic[] = {"load", "store", "atomic", "copy", "matrix"};
 
-// Naturally aligned accesses of one size are equal or disjoint, so counting distinct addresses in
-// units of `unit` bytes counts distinct memory.
+// Naturally aligned accesses of one size are equal or disjoint, so the number of distinct addresses
+// in units of `unit` bytes measures distinct memory.
 uint64_t distinct(const uint64_t* addresses, Mask mask, uint64_t unit) {
   std::array<uint64_t, kLanes> values;
   size_t count = 0;
@@ -41,8 +41,8 @@ uint64_t distinct(const uint64_t* addresses, Mask mask, uint64_t unit) {
   return std::unique(values.begin(), values.begin() + count) - values.begin();
 }
 
-// The lanes of one phase are served together; each access covers `bytes / 4` neighbouring banks,
-// and a bank gives one word per wave, to any number of lanes. Rows of ldmatrix are not merged.
+// Lanes of one phase are served together; each access covers `bytes / 4` adjacent banks, and a bank
+// delivers one word per wave, to any number of lanes. Rows of ldmatrix are not merged.
 uint64_t waves_of_phase(const uint64_t* addresses, Mask mask, uint64_t bytes, bool merge_equal) {
   const uint64_t unit = std::max(bytes, kBankBytes), groups = kWaveBytes / unit;
   std::array<std::array<uint64_t, kLanes>, kBanks> seen;
@@ -151,10 +151,10 @@ Class classify(const std::vector<std::string_view>& parts) {
   return is_float(type) ? half : integer;
 }
 
-// Tensor-core time in units of one m16n8k16 of 16-bit operands. m8n8k4 of f16 is four products;
-// what a sparse A does not hold takes no time.
+// Tensor-core time in units of one m16n8k16 with 16-bit operands. m8n8k4 of f16 is four products;
+// elements that a sparse A does not store take no time.
 double mma_weight(const std::vector<std::string_view>& parts) {
-  if (parts[0] == "wgmma") {  // m64nNk..., of which a warp has a quarter
+  if (parts[0] == "wgmma") {  // m64nNk..., a quarter of it per warp
     const std::string shape(parts[4]);
     return std::stod(shape.substr(4)) / 8;
   }
@@ -264,7 +264,7 @@ void finish_counting(const Kernel& kernel, const uint32_t grid[3], const uint32_
     const std::string_view opcode = opcode_of(kernel.code[i]);
     const auto parts = parts_of(opcode);
     const Class kind = classify(parts);
-    // The special-function unit takes the halves of a packed pair one after the other.
+    // The special-function unit processes the halves of a packed pair one after the other.
     const bool pair = kind == special && any_of(parts.back(), {"f16x2", "bf16x2"});
     classes[kind].issued += times;
     classes[kind].active += active_lanes * (pair ? 2 : 1);

@@ -15,7 +15,7 @@ struct ErrorName {
   const char *name, *text;
 };
 
-// Those that the machine gives; texts are those of the CUDA runtime.
+// Errors that the machine returns, with the texts of the CUDA runtime.
 constexpr ErrorName kErrors[] = {
     {cudaSuccess, "cudaSuccess", "no error"},
     {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
@@ -82,8 +82,8 @@ const char* cudaGetErrorName(cudaError_t error) {
   return entry ? entry->name : "unrecognized error code";
 }
 
-// With the machine's report where this is the error of the last failure, so that a host program
-// that prints it says what went wrong. A text stays where it is until the process ends.
+// Includes the machine's report if this is the error of the last failure, so that a host program
+// that prints it says what went wrong. A text stays valid until the process ends.
 const char* cudaGetErrorString(cudaError_t error) {
   const ErrorName* const entry = find_error(error);
   const char* const text = entry ? entry->text : "unrecognized error code";
@@ -129,7 +129,7 @@ PTXVM_EXPORT cudaError_t cudaProfilerStop() { return finish(); }
 
 namespace {
 
-// Nothing of the machine depends on them: they are remembered. Bytes, but for the depth.
+// Limits that are stored but have no effect. Bytes, except for the depth.
 size_t limits[] = {
     1024,     // cudaLimitStackSize
     1 << 20,  // cudaLimitPrintfFifoSize

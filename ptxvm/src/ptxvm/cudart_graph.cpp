@@ -1,4 +1,4 @@
-// Graphs: the work of captured streams, in the order of its calls, which is one of those that the
+// Graphs: the work of captured streams in call order, which is one of the orders that the
 // dependencies allow. Nodes are not objects here: a graph is captured, instantiated and launched.
 #include <algorithm>
 #include <utility>
@@ -20,15 +20,15 @@ namespace ptxvm {
 
 struct Capture {
   cudaGraph_t graph;
-  bool is_new;  // else the caller's
+  bool is_new;  // created by the capture, not by the caller
   CUstream_st* origin;
   cudaStreamCaptureMode mode;
-  const void* thread;  // that began it
+  const void* thread;  // thread that began it
   unsigned long long id;
   bool invalid = false;
   struct Member {
     CUstream_st* stream;
-    uint64_t work = 0, joined = 0;  // and what of it another stream of the capture waits for
+    uint64_t work = 0, joined = 0;  // joined: the part that another stream of the capture waits for
   };
   std::vector<Member> members;
 };
@@ -65,7 +65,7 @@ void draw_in(const std::shared_ptr<Capture>& capture, CUstream_st* stream) {
   if (!member_of(*capture, stream)) capture->members.push_back({stream});
 }
 
-// One with a stream for which the legacy default stream waits; null if there is none.
+// A capture with a stream for which the legacy default stream waits; null if there is none.
 Capture* capture_beside_legacy() {
   for (const auto& capture : active())
     for (const auto& member : capture->members)
@@ -78,7 +78,7 @@ cudaError_t refuse_invalid(const char* function) {
                 std::string(function) + ": the capture of the stream is invalid");
 }
 
-// What a call of the legacy default stream gives: success if it disturbs no capture.
+// Result of a call on the legacy default stream: success if it disturbs no capture.
 cudaError_t forbid_legacy(const char* function) {
   Capture* const capture = capture_beside_legacy();
   if (!capture) return finish();
@@ -171,7 +171,7 @@ cudaError_t wait_for_event(cudaStream_t stream, cudaEvent_t event) {
   constexpr const char* kName = "cudaStreamWaitEvent";
   CUstream_st* const object = object_of(stream);
   const auto own = object ? object->capture : nullptr;
-  // That of an event ends with its graph.
+  // The capture of an event ends with its graph.
   const auto capture = event->capture && event->capture->graph ? event->capture : nullptr;
   if ((own && own->invalid) || (capture && capture->invalid)) return refuse_invalid(kName);
   if (!capture) {
@@ -324,7 +324,7 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   delete graph;
   return finish();
 }
-// Their number alone.
+// Returns only the number of nodes.
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* count) {
   if (nodes) return refuse(cudaErrorNotSupported, "cudaGraphGetNodes: nodes are no objects here");
   *count = graph->work.size();

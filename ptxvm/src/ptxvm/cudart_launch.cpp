@@ -19,8 +19,8 @@ std::vector<CallConfiguration>& pending_calls() {
   return calls;
 }
 
-// Host code that was loaded before the machine unregisters its modules when the machine's own
-// variables are gone.
+// Host code loaded before the machine unregisters its modules after the machine's own variables are
+// destroyed.
 bool process_ends = false;
 struct AtEnd {
   ~AtEnd() { process_ends = true; }
@@ -30,7 +30,7 @@ struct Call {
   dim3 grid, block;
   size_t dynamic_shared = 0;
   cudaStream_t stream = nullptr;
-  dim3 cluster = {0, 0, 0};  // 0: that of the kernel
+  dim3 cluster = {0, 0, 0};  // 0: the kernel's own
   bool cooperative = false;
 };
 
@@ -50,7 +50,7 @@ cudaError_t run(KernelRecord* record, const Call& call, void** arguments) {
                                                    shape.given_cluster(), call.cooperative));
 }
 
-// At once, or with a copy of its arguments when a graph is launched.
+// Launches at once, or records the launch with a copy of its arguments for a graph.
 cudaError_t launch_record(KernelRecord* record, const Call& call, void** arguments) {
   if (!is_captured(call.stream))
     return submit(call.stream, [&] { return run(record, call, arguments); });
@@ -279,7 +279,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
                                                                 dynamic_shared, 0);
 }
 
-// Clusters that the multiprocessors hold at a time, were they all of one processing cluster.
+// Clusters that the SMs hold at a time, assuming that all SMs belong to one GPC.
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function,
                                            const cudaLaunchConfig_t* config) {
   uint64_t blocks = 1;

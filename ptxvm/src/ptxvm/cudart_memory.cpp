@@ -1,4 +1,4 @@
-// Memory. That of the device is host memory.
+// Memory. Device memory is host memory.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -10,8 +10,8 @@ using namespace ptxvm;
 
 namespace {
 
-constexpr size_t kAlignment = 256;  // of cudaMalloc, bytes
-constexpr size_t kPitch = 512;      // of cudaMallocPitch, bytes
+constexpr size_t kAlignment = 256;  // bytes, of cudaMalloc
+constexpr size_t kPitch = 512;      // bytes, of cudaMallocPitch
 
 cudaError_t allocate(const char* function, void** pointer, size_t bytes) {
   const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -19,7 +19,7 @@ cudaError_t allocate(const char* function, void** pointer, size_t bytes) {
   if (!memory)
     return refuse(cudaErrorMemoryAllocation,
                   std::string(function) + ": no memory for " + std::to_string(bytes) + " bytes");
-  std::memset(memory, 0xff, rounded);  // NaN, where a kernel reads what nobody wrote
+  std::memset(memory, 0xff, rounded);  // NaN wherever a kernel reads uninitialised memory
   const std::lock_guard lock(runtime().mutex);
   runtime().allocations[memory] = bytes;
   register_memory(memory, bytes, true);
@@ -37,7 +37,7 @@ cudaError_t release(const char* function, void* pointer) {
   return finish();
 }
 
-// Calls that wait for the device.
+// Allocations that synchronise the device.
 cudaError_t allocate_at_once(const char* function, void** pointer, size_t bytes) {
   *pointer = nullptr;
   if (const auto error = finish(); error || bytes == 0) return error;
@@ -51,8 +51,8 @@ cudaError_t release_at_once(const char* function, void* pointer) {
   return release(function, pointer);
 }
 
-// One side of a copy or a fill: within an allocation, or, if that is not asked for, in memory of
-// the host that no allocation shares.
+// One side of a copy or a fill: it must lie within an allocation or, unless `on_device`, in host
+// memory that overlaps no allocation.
 cudaError_t check_range(const char* what, const void* base, size_t bytes, bool on_device,
                         Access kind) {
   const Where where = locate(base, bytes, kind);
@@ -227,7 +227,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   return finish();
 }
 
-// All memory is near.
+// Prefetching is a no-op: all memory is host memory.
 cudaError_t cudaMemPrefetchAsync(const void*, size_t, cudaMemLocation, unsigned, cudaStream_t) {
   return finish();
 }

@@ -1,5 +1,4 @@
-// Streams and events: all work runs in order, at once, or when a graph that captured it is
-// launched.
+// Streams and events: all work runs in order, at once or when a graph that captured it is launched.
 #include <chrono>
 
 #include "ptxvm/streams.h"

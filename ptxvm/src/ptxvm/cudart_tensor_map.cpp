@@ -1,4 +1,4 @@
-// The functions of the driver that host code asks the runtime for: those that make tensor maps.
+// Driver functions that host code requests through the runtime: the encoders of tensor maps.
 #include <cuda.h>
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace {
 
 using Element = Transfer::Element;
 
-// A function of the driver leaves no error for cudaGetLastError.
+// Driver functions leave no error for cudaGetLastError.
 CUresult reject(const std::string& rule, CUresult error = CUDA_ERROR_INVALID_VALUE) {
   last_report() = "cuTensorMapEncodeTiled: " + rule;
   return error;
@@ -99,7 +99,7 @@ CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ran
   if (map.swizzle && row > 16u << map.swizzle)
     return reject("a row of the box must not exceed the " + std::to_string(16u << map.swizzle) +
                   " bytes of the swizzle" + got(row));
-  // It would leave gaps between the rows in shared memory.
+  // Narrower rows would leave gaps in shared memory.
   if (map.swizzle && row < 16u << map.swizzle)
     return reject("a row of the box shorter than the " + std::to_string(16u << map.swizzle) +
                       " bytes of the swizzle is not supported" + got(row),
@@ -109,7 +109,7 @@ CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ran
   return CUDA_SUCCESS;
 }
 
-// Takes the arguments of none of its kin: they differ in number and are not looked at.
+// Stands for all im2col encoders, whose argument lists differ: the arguments are ignored.
 CUresult refuse_im2col() {
   last_report() = "cuTensorMapEncodeIm2col: im2col is not supported";
   return CUDA_ERROR_NOT_SUPPORTED;

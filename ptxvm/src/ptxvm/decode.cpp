@@ -1,4 +1,5 @@
-// From statements to instructions: operands get values, labels get targets, calls are inlined.
+// Decoding of statements into instructions: operands become values, labels become targets, calls
+// are inlined.
 #include <algorithm>
 #include <new>
 #include <unordered_set>
@@ -47,7 +48,8 @@ const Variable* Decoder::State::find_variable(const std::string& name) const {
 
 namespace {
 
-// A place behind `top`. limit_of bounds a variable, so that sums of two stay within 32 bits.
+// Allocates a variable after `top`. limit_of bounds each variable, so that sums of two fit in 32
+// bits.
 uint32_t allocate(uint32_t& top, const Variable& variable) {
   const uint32_t alignment = std::max(variable.alignment, 1u);
   const uint32_t offset = (top + alignment - 1) / alignment * alignment;
@@ -114,7 +116,7 @@ uint32_t Decoder::State::operand(const std::string& text, int bits) {
   int declared = 0, index = 0;
   const std::string& opcode = statement->opcode[0];
   if (find_register(text, value, declared)) {
-    // The only instructions whose operands may be wider than their type.
+    // Only these instructions allow operands wider than their type.
     const bool may_differ = opcode == "ld" || opcode == "st" || opcode == "cvt" || opcode == "ldu";
     if (declared != bits && !may_differ)
       Decoder(*this).fail("operand " + text + " has " + std::to_string(declared) +
@@ -141,7 +143,7 @@ uint32_t Decoder::State::operand(const std::string& text, int bits) {
   Decoder(*this).fail("unknown operand '" + text + "'");
 }
 
-// "_" as a destination: no slot for handlers that expect that, else one that nobody reads.
+// "_" as a destination: no slot for handlers that expect that, else a slot that nothing reads.
 uint32_t Decoder::State::sink(int bits) {
   static const std::unordered_set<std::string> kExpected = {
       "atom", "elect", "ld", "ldmatrix", "ldu", "lop3", "match", "setp", "shfl"};
@@ -247,7 +249,7 @@ uint32_t Decoder::branch_to_table(const std::string& table) {
 
 void Decoder::State::append(Instruction instruction) {
   instruction.line = statement->line;
-  // Texts and slots are addressed by position until the pools have their final sizes.
+  // Texts and slots are stored as indices until the pools have their final sizes.
   instruction.text = reinterpret_cast<const char*>(kernel.texts.size());
   kernel.texts.insert(kernel.texts.end(), statement->text.c_str(),
                       statement->text.c_str() + statement->text.size() + 1);
@@ -265,7 +267,7 @@ void Decoder::State::append(Instruction instruction) {
   kernel.code.push_back(instruction);
 }
 
-// A new frame of a function, whose body is parsed if it is not.
+// Pushes a frame for a function and parses its body if necessary.
 Frame& Decoder::State::enter(Function& function) {
   if (function.scopes.empty()) {
     parsed.push_back(&function);

@@ -1,7 +1,7 @@
 // Check mode: which lanes of which registers hold a value. Arithmetic on values that were never set
 // is harmless as long as nothing depends on it (compilers compute ahead and select afterwards,
-// tiles have rows that nobody wants), so it passes on that there is no value. What decides where
-// the kernel goes, what it touches and what it leaves behind must have one.
+// tiles have unused rows), so undefinedness propagates. Values that decide control flow, addresses
+// or results in memory must be defined.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -28,7 +28,7 @@ bool is_in(std::string_view word, std::initializer_list<std::string_view> words)
   return std::find(words.begin(), words.end(), word) != words.end();
 }
 
-// What runs, and how far the operands of its warp are defined.
+// The running instruction, and the definedness of its operands.
 struct Step {
   Warp& warp;
   const Instruction& instruction;
@@ -37,14 +37,14 @@ struct Step {
 
   uint32_t source(int i) const { return instruction.slots[instruction.writes + i]; }
   Mask missing_in(int i) const { return missing(warp, source(i)); }
-  // All sources together, lane by lane.
+  // Union over all sources, lane by lane.
   Mask missing_in_any() const {
     Mask any = 0;
     for (int i = 0; i < instruction.reads; ++i) any |= missing_in(i);
     return any;
   }
 
-  // The lanes may go no further without a value in the slot.
+  // Reports lanes that need a value in the slot and have none.
   void require(uint32_t slot, const std::string& what) const {
     const Mask lost = mask & missing(warp, slot);
     if (!lost) return;
@@ -75,7 +75,7 @@ bool stores_to_global(const Step& step) {
   return false;
 }
 
-// The same value of A reaches a row of D, of B a column, of C its own place (tensor.h).
+// A value of A reaches a row of D, a value of B a column, a value of C its own element (tensor.h).
 void spread_matrices(const Step& step, Mask* values) {
   const int d = step.instruction.writes, b_count = (step.instruction.reads - d) / 3,
             a_count = 2 * b_count;
@@ -103,7 +103,7 @@ void spread_tile(const Step& step, const Tile& tile, Mask* values) {
   spread_tile(tile, lost, values);
 }
 
-// wmma: loads need address and stride, stores to global memory values.
+// wmma: loads require address and stride, stores to global memory require values.
 void follow_wmma(const Step& step, Mask* values) {
   const Instruction& in = step.instruction;
   if (const Tile* tile = wmma_of(step.warp, in)) return spread_tile(step, *tile, values);
@@ -114,7 +114,7 @@ void follow_wmma(const Step& step, Mask* values) {
   for (int i = 1; i < in.reads - 1; ++i) values[i - 1] = step.missing_in(i);
 }
 
-// Shuffles whether there is a value in place of the value.
+// Shuffles definedness in the same way as the values.
 void spread_shuffle(const Step& step, Mask* values) {
   const Instruction& in = step.instruction;
   step.require_sources(1, in.reads);
@@ -134,14 +134,14 @@ void spread_shuffle(const Step& step, Mask* values) {
   if (in.slots[1] != kNoSlot) predicate(step.warp, in.slots[1]) = old_predicate;
 }
 
-// Bits of the sources and results of the instructions that settled() asks about.
+// Bits of the sources and results of the instructions that settled() handles.
 int bits_of_source(const Step& step, int i) {
   const bool selects = is_in(step.base, {"selp", "setp"}) && i == 2;
   return selects ? 1 : bits_of_type(std::string(step.opcode.substr(step.opcode.rfind('.') + 1)));
 }
 int bits_of_result(const Step& step) { return step.base == "setp" ? 1 : bits_of_source(step, 0); }
 
-// The lanes of a slot, as bytes or, of a predicate, as bits.
+// The lanes of a slot, as bytes or, for a predicate, as bits.
 struct Lanes {
   Warp& warp;
   uint32_t slot;
@@ -177,7 +177,7 @@ struct Lanes {
   }
 };
 
-// Lanes whose results are the same for all 0 and all 1 in each of the sources that miss a value.
+// Lanes with equal results for all 0 and all 1 in each source that lacks a value.
 Mask same_for_all(const Step& step, std::initializer_list<int> sources) {
   const Instruction& in = step.instruction;
   std::vector<Lanes> missing_values, results;
@@ -194,7 +194,7 @@ Mask same_for_all(const Step& step, std::initializer_list<int> sources) {
   for (const Lanes& l : results) saved_results.push_back(l.copy());
   Mask same = kFullMask;
   for (uint32_t trial = 0; trial < 1u << missing_values.size(); ++trial) {
-    // A result may lie in the slot of a source.
+    // A result may share the slot of a source.
     for (size_t i = 0; i < results.size(); ++i) results[i].restore(saved_results[i]);
     for (size_t i = 0; i < saved.size(); ++i) missing_values[i].restore(saved[i]);
     for (size_t i = 0; i < missing_values.size(); ++i)
@@ -210,8 +210,8 @@ Mask same_for_all(const Step& step, std::initializer_list<int> sources) {
   return same;
 }
 
-// Lanes whose result does not depend on what is missing. In a bitwise function each bit of a source
-// is 0 or 1, and a predicate is; a comparison that misses an operand may come out either way.
+// Lanes whose result does not depend on undefined operands. Bitwise functions and predicates are
+// evaluated for all 0 and all 1; a comparison with an undefined operand may come out either way.
 Mask settled(const Step& step) {
   if (is_in(step.base, {"and", "or", "xor", "selp"})) return same_for_all(step, {0, 1, 2});
   if (step.base == "lop3")
@@ -239,7 +239,7 @@ void follow(const Step& step, Mask* values) {
     for (int i = 1; i < in.reads; ++i) values[i - 1] = step.missing_in(i);
     return;
   }
-  if (step.base == "wgmma") {  // descriptors and scale-d; the rest is for accumulators_landed
+  if (step.base == "wgmma") {  // descriptors and scale-d; accumulators_landed handles the rest
     const bool has_registers = in.reads == in.writes + 6;
     step.require_sources(has_registers ? in.reads - 2 : in.writes, in.reads);
     return;

@@ -10,8 +10,8 @@
 namespace ptxvm {
 namespace {
 
-// An A100 with the multiprocessors of an H100, and the largest chip of each other capability.
-// The machine knows no instruction that came after compute capability 9.0.
+// sm_80 is an A100 with the SM count of an H100; the others are the largest chip of each
+// capability. The machine knows no instruction introduced after compute capability 9.0.
 constexpr Device kAll[] = {{"sm_80", 8, 0, 132, 2048, 32, 164 << 10, 50 << 20, 80, false},
                            {"sm_86", 8, 6, 84, 1536, 16, 100 << 10, 6 << 20, 86, false},
                            {"sm_89", 8, 9, 128, 1536, 24, 100 << 10, 72 << 20, 89, false},
@@ -19,12 +19,12 @@ constexpr Device kAll[] = {{"sm_80", 8, 0, 132, 2048, 32, 164 << 10, 50 << 20, 8
                            {"sm_120", 12, 0, 170, 1536, 24, 100 << 10, 96 << 20, 90, false}};
 static_assert(std::size(kAll) == kDevices);
 
-// Positions by ordinal. Options are set while the machine's variables are made: a function.
+// Positions by ordinal. A function, since options are set during static initialisation.
 std::vector<int>& chosen() {
   static std::vector<int> positions;
   return positions;
 }
-int current = 0;  // position
+int current = 0;  // position of the current device
 
 int ordinal_of(int position) {
   auto& positions = chosen();
@@ -79,7 +79,7 @@ uint32_t blocks_per_multiprocessor(const Kernel& kernel, uint32_t threads,
   uint32_t blocks = std::min(limits.blocks_per_multiprocessor,
                              limits.threads_per_multiprocessor / (warps * kLanes));
   blocks = std::min(blocks, limits.shared_per_multiprocessor / shared);
-  // Registers are given out in units of 256 per warp.
+  // Registers are allocated in units of 256 per warp.
   if (const uint32_t per_warp = (kernel.registers * kLanes + 255) / 256 * 256)
     blocks = std::min(blocks, kRegistersPerMultiprocessor / per_warp / warps);
   return blocks;

@@ -23,8 +23,8 @@ constexpr uint32_t kBits = 4, kChildren = 1u << kBits;
 
 constexpr uint32_t kMostLevels = 32 / kBits;
 
-uint32_t levels = 1;  // of branches, for all clusters of the launch
-uint64_t made = 0;    // nodes, by which they are numbered
+uint32_t levels = 1;  // tree depth for all clusters of the launch
+uint64_t made = 0;    // number of nodes made, which numbers them
 
 bool covers(const Times& times, const Times& others) {
   for (uint32_t i = 0; i < others.size(); ++i)
@@ -39,7 +39,7 @@ void set_clusters(uint64_t count) {
   while (levels < kMostLevels && count > uint64_t{1} << kBits * levels) ++levels;
 }
 
-// Level 0 holds the times of one cluster, level n those of 16^n.
+// Level 0 holds the times of one cluster, level n the clusters of a subtree of 16^n.
 struct Far::Node {
   explicit Node(uint32_t of_level) : level(of_level), number(made++) {}
   Node(const Node& other) : level(other.level), number(made++) {}
@@ -92,7 +92,7 @@ const Times* Far::find(uint32_t cluster) const {
 }
 
 Far Far::with(uint32_t cluster, const Times& times) const {
-  const Node* path[kMostLevels + 1];  // what is there, by level
+  const Node* path[kMostLevels + 1];  // existing nodes, by level
   path[levels] = root_;
   for (uint32_t level = levels; level > 0; --level)
     path[level - 1] =

@@ -13,7 +13,7 @@ namespace {
 constexpr uint32_t kWrapperMagic = 0x466243b1;
 constexpr uint32_t kContainerMagic = 0xba55ed50;
 constexpr uint64_t kFlagLz4 = 0x2000, kFlagZstd = 0x8000;
-constexpr uint64_t kFlagSpecific = 0x100000;  // compute_90a: of this architecture alone
+constexpr uint64_t kFlagSpecific = 0x100000;  // compute_90a: runs only on this architecture
 
 struct Wrapper {
   uint32_t magic, version;
@@ -32,7 +32,7 @@ struct Entry {
   uint16_t kind, version;
   uint32_t header_bytes;
   uint64_t payload_bytes;     // padded
-  uint32_t compressed_bytes;  // 0 where it is not compressed
+  uint32_t compressed_bytes;  // 0 if not compressed
   uint32_t options_offset;
   uint16_t minor, major;
   uint32_t architecture;
@@ -41,7 +41,7 @@ struct Entry {
 };
 static_assert(sizeof(Entry) == 64);
 
-// Empty with a reason in `error` if the payload cannot be read.
+// Empty, with a reason in `error`, if the payload cannot be read.
 std::string payload(const Entry& entry, const char* data, std::string& error) {
   if (!(entry.flags & (kFlagZstd | kFlagLz4))) return {data, entry.payload_bytes};
   const char* const advice = "; build it with nvcc --compress-mode=none";
@@ -89,7 +89,7 @@ void read_registers(const std::string& image, std::map<std::string, uint32_t>& r
   }
 }
 
-// Calls with each entry of the container and its data; false if it is no container.
+// Visits each entry of the container with its data; false if it is no container.
 template <typename Visit>
 bool visit_entries(const void* pointer, Visit visit) {
   Wrapper wrapper;
@@ -109,7 +109,7 @@ bool visit_entries(const void* pointer, Visit visit) {
   return true;
 }
 
-// How well an entry suits the device; 0 if it does not run there.
+// Suitability of an entry for the device; 0 if it does not run there.
 uint32_t rank(const Entry& entry) {
   const bool specific = entry.flags & kFlagSpecific;
   const bool runs = specific ? device().specific && entry.architecture == device().newest_ptx
@@ -138,7 +138,7 @@ FatBinary read_fat_binary(const void* wrapper) {
     if (entry.kind == Entry::ptx && !rank(entry)) other_ptx = entry.architecture;
     if (data == place) {
       result.ptx = payload(entry, data, result.error);
-      result.ptx.resize(std::strlen(result.ptx.c_str()));  // the payload is padded with zeros
+      result.ptx.resize(std::strlen(result.ptx.c_str()));  // the payload is zero-padded
     }
     if (entry.kind == Entry::elf && rank(entry) > best_elf) {
       std::string ignored;

@@ -1,4 +1,4 @@
-// Export what the header declares, whatever the default visibility.
+// Exports what the header declares, whatever the default visibility.
 #pragma GCC visibility push(default)
 #include "ptxvm/host_api.h"
 #pragma GCC visibility pop
@@ -116,7 +116,7 @@ std::string settings() {
   return text;
 }
 
-// PTXVM_CHECK=1 and so on: the same names in capitals.
+// PTXVM_CHECK=1 and so on: the option names in capitals.
 const bool configured = [] {
   for (const char* name : {"CHECK", "COUNT", "APPROXIMATE", "MMA", "SEED", "RESIDENT_BLOCKS",
                            "FUEL", "WATCHDOG", "ORDER", "DEVICE", "ON_FAULT", "ASYNC"}) {
@@ -153,7 +153,7 @@ void ptxvm_unregister_all(void) {
   Runtime& state = runtime();
   const std::lock_guard lock(state.mutex);
   unregister_all_memory();
-  // What the machine itself owns stays known.
+  // The machine's own allocations stay registered.
   for (const auto& [base, bytes] : state.allocations) register_memory(base, bytes, true);
   for (const auto& loaded : state.modules)
     for (const auto& [place, image] : loaded->images)
@@ -228,7 +228,7 @@ int ptxvm_launch(void* module, const char* name, const uint32_t grid[3], const u
   KernelRecord record{loaded, name};
   int error = prepare(&record);
   if (!error) {
-    // A raw launch sets no attributes: all that the device has may be asked for.
+    // A raw launch sets no attributes, so all dynamic shared memory of the device is allowed.
     const uint32_t limit = device().shared_per_block();
     record.kernel->max_dynamic_shared[device_position()] =
         limit - std::min(limit, record.kernel->static_shared);

@@ -1,4 +1,4 @@
-// Launches: the rules of a launch, parameters, and what a failure leaves behind.
+// Launches: validity rules, parameters, and errors that persist after a failure.
 #include <driver_types.h>
 #include <xmmintrin.h>
 
@@ -22,7 +22,7 @@ namespace {
 thread_local int thread_error = cudaSuccess, reported_error = cudaSuccess;
 thread_local std::string thread_report;
 
-// Of the kernel that failed last, until the machine recovers.
+// Error of the kernel that failed last, until the machine recovers.
 int device_fault = cudaSuccess;
 std::string device_report;
 
@@ -36,7 +36,7 @@ class DefaultRounding {
   unsigned saved_;
 };
 
-// What blocks of a cooperative grid meet at: its size, a counter. %envreg1 and 2 hold its address.
+// State of a cooperative grid's barrier: its size, a counter. %envreg1 and 2 hold its address.
 struct Workspace {
   uint32_t bytes = sizeof(Workspace), barrier = 0;
   Workspace() { register_memory(this, sizeof *this, true); }
@@ -48,7 +48,7 @@ std::string extent(const uint32_t size[3]) {
          std::to_string(size[2]) + ")";
 }
 
-// A rule of the device or of the kernel that the launch breaks, and the error that CUDA gives.
+// A rule of the device or the kernel that the launch violates, and the resulting CUDA error.
 struct Refusal {
   int error = cudaSuccess;
   std::string rule;
@@ -133,12 +133,12 @@ Refusal check_cooperative(const Kernel& kernel, const uint32_t grid[3], const ui
 
 constexpr uint32_t kAlone[3] = {1, 1, 1};
 
-// Of a launch, or of the kernel.
+// Cluster shape of the launch, else of the kernel.
 const uint32_t* cluster_of(const Kernel& kernel, const uint32_t* cluster) {
   return cluster ? cluster : kernel.cluster[0] ? kernel.cluster : kAlone;
 }
 
-// Of a launch that has finished.
+// Logs a launch that has finished.
 void log_launch(const Launch& run) {
   if (!has_log()) return;
   const auto list = [](const uint32_t size[3]) {
@@ -170,7 +170,7 @@ KernelRecord* Runtime::find(const void* function) {
 Image& LoadedModule::open() {
   const auto [entry, is_new] = images.try_emplace(fat_binary ? place_of_ptx(fat_binary) : nullptr);
   Image& image = entry->second;
-  // Devices for which there is nothing differ in the report.
+  // Without an image the report depends on the device, so it is made anew.
   if (!fat_binary || (!is_new && entry->first)) return image;
   FatBinary binary = read_fat_binary(fat_binary);
   image.registers = std::move(binary.registers);

@@ -10,8 +10,8 @@
 namespace ptxvm {
 namespace {
 
-// Open until the process ends; -1 if there is none. Processes may share it: each line is one write
-// at the end of the file.
+// Stays open until the process ends; -1 if there is no log. Processes may share it: each line is
+// one write at the end of the file.
 int file() {
   static const int opened = [] {
     const char* path = std::getenv("PTXVM_LOG");
@@ -26,7 +26,7 @@ int file() {
   return opened;
 }
 
-// Before a kernel runs whose events would be lost.
+// Opened before any kernel runs, so that no event is lost.
 [[maybe_unused]] const int opened = file();
 
 }  // namespace

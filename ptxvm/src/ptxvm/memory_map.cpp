@@ -1,4 +1,4 @@
-// Which memory a kernel may touch: the registered allocations of global memory, and the extents of
+// Memory that a kernel may access: the registered allocations of global memory, and the extents of
 // a block's shared, local and parameter memory.
 #include <algorithm>
 #include <cinttypes>
@@ -29,11 +29,11 @@ struct Allocation {
 
 std::vector<Allocation> allocations;
 
-// The union of the allocations that may be read, or written: views of one tensor overlap. Extents
-// that only touch stay apart, so that running off the end of one is seen. Ascending.
+// Union of the allocations that may be read or written: views of one tensor overlap. Adjacent
+// extents stay separate, so that running off the end of one is detected. Ascending.
 struct Reachable {
   std::vector<Extent> extents;
-  Extent last;  // that answered the last query
+  Extent last;  // hit of the last query
 
   const Extent* find(uint64_t address, uint64_t size) {
     if (last.holds(address, size)) return &last;
@@ -140,7 +140,7 @@ const char* space_name(Space space) {
   }
 }
 
-// The window decides for generic addresses; a variable of a call's parameters lies in local memory.
+// The window resolves generic addresses; parameter variables of calls lie in local memory.
 Space real_space(Space space, uint64_t address) {
   const uint64_t window = address & kWindowMask;
   const Space shared = address >> kRankShift & kRankMask ? Space::cluster : Space::shared;
@@ -167,8 +167,8 @@ Place windowed(Warp& warp, Space space, int lane) {
   return {block.local + bytes * (warp.index * kLanes + lane), bytes};
 }
 
-// An access that no memory answers: a fault, or, where kernels go on, bytes of the lane alone: all
-// ones, a NaN, and what it writes there nobody reads.
+// An access outside of all memory: a fault or, if kernels go on, a scratch buffer of the lane: it
+// reads as all ones (NaN), and its writes are discarded.
 char* no_memory(Warp& warp, const Instruction& instruction, int lane, const std::string& what) {
   const std::string_view opcode = opcode_of(instruction), base = opcode.substr(0, opcode.find('.'));
   const bool may_go_on = base == "ld" || base == "ldu" || base == "st" || base == "atom" ||
@@ -200,7 +200,7 @@ char* access_cluster(Warp& warp, const Instruction& instruction, uint64_t addres
     uint64_t offsets[kLanes];
     offsets[lane] = address;
     shadow_shared(warp, instruction, target, offsets, Mask{1} << lane, bytes, kind);
-    // What another block sees of a strong access it may know from its value alone.
+    // A strong access is exempt: its value may already tell the other block that it has happened.
     if (kind < Access::strong_read) reached(warp, instruction, lane, target);
   }
   return target.shared + address;

@@ -1,6 +1,6 @@
-// rcp sqrt rsqrt ex2 lg2 sin cos tanh and the approximate divisions. Bounds of the errors: PTX ISA
-// 9.0, sections 9.7.3 and 9.7.4. Options::approximate moves results by their bound, within which
-// a kernel must not care.
+// rcp sqrt rsqrt ex2 lg2 sin cos tanh and the approximate divisions. Error bounds: PTX ISA 9.0,
+// sections 9.7.3 and 9.7.4. Options::approximate moves results by their bound; a correct kernel
+// tolerates that.
 #include "ptxvm/ops_approximate.h"
 
 #include <algorithm>
@@ -11,18 +11,18 @@
 namespace ptxvm {
 namespace {
 
-// Share of a bound that is used: the rest covers the error of `value` itself.
+// Fraction of a bound that is used: the rest covers the error of `value` itself.
 constexpr double kInside = 1 - 0x1p-10;
 
-// Distance of neighbouring values of T around v; the lesser one at a power of two.
+// Distance between neighbouring values of T around v; the smaller one at a power of two.
 template <typename T>
 double spacing(double v) {
   const int exponent = v == 0 ? Format<T>::least : std::ilogb(v * kInside);
   return std::ldexp(1.0, std::max(exponent, Format<T>::least) - Format<T>::fraction);
 }
 
-// value(x) in double; bound<T>(x, v): how far a result may lie from v = value(x); limit: what no
-// result exceeds.
+// value(x): in double; bound<T>(x, v): maximum distance of a result from v = value(x); limit:
+// maximum of any result.
 struct Exp2 {
   static constexpr double limit = std::numeric_limits<double>::infinity();
   static double value(double x) { return exp2_of(x); }
@@ -100,15 +100,15 @@ T from_double(double v) {
     return nearest<T>(static_cast<float>(v));
 }
 
-// v moved by its bound up or down, and rounded so as to stay within it. Values that the tables of
-// the ISA give exactly stay: those at 0 and infinity, and 0, infinity and NaN as results.
+// v moved up or down by its bound, and rounded so as to stay within it. Values that the ISA's
+// tables give exactly do not move: at 0 and infinity, and the results 0, infinity and NaN.
 template <typename Function, typename T>
 T moved(double x, double v, int direction) {
   if (x == 0 || !std::isfinite(x) || v == 0 || !std::isfinite(v)) return from_double<T>(v);
   double target = v + direction * kInside * Function::template bound<T>(x, v);
   target = std::clamp(target, -Function::limit, Function::limit);
   const T result = from_bits<T>(narrow<T>(target, direction > 0 ? Rounding::down : Rounding::up));
-  // Among subnormal results the bound may be less than their distance.
+  // Among subnormal results the bound may be smaller than their distance.
   const T best = from_double<T>(v);
   return target * v > 0 && direction * (to_double(result) - to_double(best)) > 0 ? result : best;
 }
@@ -159,7 +159,7 @@ void approximate_pair(Warp& warp, const Instruction& in, Mask mask) {
   assign(lanes<uint32_t>(warp, in.slots[0]), packed, mask);
 }
 
-// a * (1 / b): where the reciprocal is subnormal it counts as 0, as the ISA says of |b| > 2^126.
+// a * (1 / b); a subnormal reciprocal counts as 0, as the ISA specifies for |b| > 2^126.
 template <bool Full, bool Ftz>
 void divide(Warp& warp, const Instruction& in, Mask mask) {
   const float* a = lanes<const float>(warp, in.slots[1]);
@@ -183,7 +183,7 @@ void divide(Warp& warp, const Instruction& in, Mask mask) {
   assign(lanes<float>(warp, in.slots[0]), values, mask);
 }
 
-// rcp and rsqrt.approx.ftz.f64 see and give the upper word alone.
+// rcp and rsqrt.approx.ftz.f64 read and write only the upper word.
 template <bool Root>
 struct UpperWord {
   static uint64_t apply(uint64_t a) {

@@ -1,4 +1,4 @@
-// Arithmetic opcodes: chooses by type among the files of integers, floats and halves.
+// Arithmetic opcodes: dispatch by type to the integer, float and half files.
 #include "ptxvm/ops_arithmetic.h"
 
 namespace ptxvm {

@@ -1,4 +1,4 @@
-// atom and red. The lanes of a warp act one after the other, lowest first.
+// atom and red. Lanes of a warp execute one after the other, lowest first.
 #include <algorithm>
 
 #include "ptxvm/floats.h"
@@ -106,7 +106,7 @@ void run_atomic(Warp& warp, const Instruction& in, Mask mask) {
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int i = __builtin_ctz(rest);
     char* memory = reinterpret_cast<char*>(addresses[i]);
-    // A destination may be the register of a source: all are read before one is written.
+    // A destination may be the register of a source: all sources are read before any is written.
     T old[vector], b[vector];
     std::memcpy(old, memory, sizeof old);
     for (int j = 0; j < vector; ++j) b[j] = lanes<const T>(warp, sources[1 + j])[i];
@@ -119,7 +119,7 @@ void run_atomic(Warp& warp, const Instruction& in, Mask mask) {
   }
 }
 
-// A generic address says only at run time which rule of AddFloat holds.
+// For generic addresses the space, and so the flushing rule of AddFloat, is known at run time only.
 template <int vector>
 void add_generic_float(Warp& warp, const Instruction& in, Mask mask) {
   alignas(64) uint64_t addresses[kLanes];

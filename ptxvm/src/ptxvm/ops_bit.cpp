@@ -66,7 +66,7 @@ struct FunnelShift {
   }
 };
 
-// The sign fills up, from the last bit of the field that the operand has.
+// Bits above the field are filled with the sign: the last bit of the field within the operand.
 struct ExtractField {
   template <typename T>
   static T apply(T a, uint32_t b, uint32_t c) {
@@ -175,7 +175,7 @@ struct Permute {
   }
 };
 
-// The special modes are the general one with a selector that c[1:0] chooses.
+// A special mode equals the general one with a selector chosen by c[1:0].
 struct PermuteMode {
   const char* name;
   uint32_t selectors[4];
@@ -195,7 +195,7 @@ void permute_mode(Warp& warp, const Instruction& in, Mask mask) {
   assign(lanes<uint32_t>(warp, in.slots[0]), values, mask);
 }
 
-// in.variant is the table of the function: bit 4a + 2b + c. Slots: d, p, a, b, c, table, q.
+// in.variant is the function's truth table: bit 4a + 2b + c. Slots: d, p, a, b, c, table, q.
 void logic3(Warp& warp, const Instruction& in, Mask mask) {
   const uint32_t *a = lanes<const uint32_t>(warp, in.slots[2]),
                  *b = lanes<const uint32_t>(warp, in.slots[3]),
@@ -297,7 +297,7 @@ void decode_shift(Decoder& decoder, const Statement& statement, Instruction& in)
   decoder.read(statement.operands[2], 32);
 }
 
-// Opcodes whose operands have widths of their own: destination, then sources.
+// Opcodes whose operands have their own widths: destination, then sources.
 void finish_fields(Decoder& decoder, const Statement& statement, const Instruction& in,
                    const std::string& type, std::initializer_list<int> bits) {
   if (!in.run) decoder.fail("type ." + type + " is not supported here");

@@ -1,4 +1,4 @@
-// cp.async.bulk and cp.reduce.async.bulk of contiguous bytes, and the groups of bulk copies.
+// cp.async.bulk and cp.reduce.async.bulk of contiguous bytes, and bulk groups.
 #include <algorithm>
 #include <utility>
 
@@ -12,7 +12,7 @@ namespace {
 using Combine = Transfer::Combine;
 using Element = Transfer::Element;
 
-constexpr uint32_t kUnit = 16;  // bytes of which addresses and sizes are multiples
+constexpr uint32_t kUnit = 16;  // bytes; alignment of addresses and sizes
 
 const char* const kCombines[] = {"copy", "add", "min", "max", "inc", "dec", "and", "or", "xor"};
 
@@ -84,7 +84,7 @@ void wait_bulk(Warp& warp, const Instruction& in, Mask mask) {
   groups_waited(warp, mask, static_cast<uint32_t>(in.offset), in.variant);
 }
 
-// The type of a reduction.
+// Element type of a reduction.
 Element element_of(Decoder& decoder, const Statement& statement, const BulkForm& form) {
   static constexpr std::pair<const char*, Element> kTypes[] = {
       {"b32", Element::u32}, {"b64", Element::u64}, {"u32", Element::u32}, {"s32", Element::s32},
@@ -262,7 +262,7 @@ void decode_bulk(Decoder& decoder, const Statement& statement, Instruction& in) 
   in.flags = form.near_own ? kNearOwn : 0;
   in.run = run_bulk;
   const bool prefetches = form.kind == Bulk::prefetch, stores = form.kind == Bulk::store;
-  const size_t first = prefetches ? 1 : 2;  // addresses
+  const size_t first = prefetches ? 1 : 2;  // number of addresses
   const bool signals = !prefetches && !stores;
   if (operands.size() != first + 1 + signals + form.multicast + form.policy)
     decoder.fail("wrong number of operands");
@@ -272,7 +272,7 @@ void decode_bulk(Decoder& decoder, const Statement& statement, Instruction& in) 
     if (address.wide) in.flags |= wide;
     return address.wide;
   };
-  // kNear of a store is its source, the second operand.
+  // A store has its source kNear as the second operand.
   if (prefetches)
     decoder.skip();
   else

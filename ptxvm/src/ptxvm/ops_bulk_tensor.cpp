@@ -1,5 +1,5 @@
-// Bulk copies of boxes of a tensor, which a tensor map describes. Elements of the box that lie
-// outside the tensor are zero or NaN in shared memory, and are not written in global memory.
+// Bulk copies of boxes of a tensor described by a tensor map. Elements of the box outside the
+// tensor are zero or NaN in shared memory, and are not written in global memory.
 #include <algorithm>
 
 #include "ptxvm/bulk.h"
@@ -12,10 +12,10 @@ namespace {
 using Combine = Transfer::Combine;
 using Element = Transfer::Element;
 
-constexpr uint32_t kAlignment = 128;  // bytes, of a box in shared memory
-constexpr uint32_t kUnit = 16;        // bytes that a swizzle keeps together
+constexpr uint32_t kAlignment = 128;  // bytes; alignment of a box in shared memory
+constexpr uint32_t kUnit = 16;        // bytes that a swizzle keeps contiguous
 
-// By Transfer::Element.
+// Indexed by Transfer::Element.
 const char* const kNames[] = {"u8 or u16", "u32",  "s32", "u64",  "s64",
                               "f16",       "bf16", "f32", "tf32", "f64"};
 
@@ -38,8 +38,8 @@ TensorMap map_at(Warp& warp, const Instruction& in, int lane, uint64_t address) 
   return map;
 }
 
-// Divides a box into pieces, each inside or outside of the tensor and without a swizzle between its
-// bytes.
+// Splits a box into pieces, each either inside or outside of the tensor and contiguous under the
+// swizzle.
 class Box {
  public:
   Box(Warp& warp, const Instruction& in, int lane, const TensorMap& map)
@@ -75,7 +75,7 @@ class Box {
       inside = inside && x >= 0 && x < map_.extents[d];
       address += static_cast<uint64_t>(x) * map_.strides[d];
     }
-    // Bytes of the row that the tensor has.
+    // Part of the row inside the tensor, in bytes.
     const int64_t size = map_.element_bytes, x = first_[0];
     const auto clamp = [&](int64_t value) { return std::clamp<int64_t>(value, 0, row); };
     const int64_t begin = inside ? clamp(-x * size) : row;

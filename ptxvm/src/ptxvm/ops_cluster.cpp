@@ -1,5 +1,5 @@
-// Clusters of blocks: addresses of their shared memory, their barrier; and what else sm_90 has for
-// whole warps: setmaxnreg, griddepcontrol.
+// Clusters: addresses of distributed shared memory and barrier.cluster; also the sm_90 instructions
+// of whole warps: setmaxnreg, griddepcontrol.
 #include <algorithm>
 
 #include "ptxvm/async.h"
@@ -71,7 +71,7 @@ void run_cluster_arrive(Warp& warp, const Instruction& in, Mask mask) {
   complete_cluster_barrier(*warp.block);
 }
 
-// Lanes that arrived, if they did, in the phase that is not complete.
+// Lanes whose last arrival, if any, is in the current phase.
 Mask in_this_phase(const Warp& warp) {
   const Mask now = warp.block->cluster->phase & 1 ? kFullMask : 0;
   return ~(warp.cluster_phase ^ now);
@@ -87,7 +87,7 @@ void run_cluster_wait(Warp& warp, const Instruction& in, Mask mask) {
   if (waiting != mask) cluster_passed(warp);
 }
 
-// The registers of a block are a pool that its warps share.
+// The registers of a block are a pool shared by its warps.
 uint32_t registers_left(const Block& block) {
   const auto warps = static_cast<uint32_t>(block.warps.size());
   uint32_t used = 0;
@@ -131,7 +131,7 @@ void decode_registers(Decoder& decoder, const Statement& statement, Instruction&
   in.flags = kAwaitsAligned;
 }
 
-// One grid runs at a time: what a grid depends on has finished.
+// griddepcontrol is a no-op: one grid runs at a time, so all prerequisite grids have finished.
 void do_nothing(Warp&, const Instruction&, Mask) {}
 
 void decode_dependents(Decoder& decoder, const Statement& statement, Instruction& in) {
@@ -147,7 +147,7 @@ void decode_dependents(Decoder& decoder, const Statement& statement, Instruction
 
 uint32_t registers_at_start(const Kernel& kernel, uint32_t warps) {
   if (kernel.registers) return (kernel.registers + 7) / 8 * 8;
-  // The compiler has the bound on threads, which a launch may stay below.
+  // The compiler knows the bound on threads, of which a launch may use fewer.
   const uint32_t most = std::max(warps, (kernel.max_threads + kLanes - 1) / kLanes);
   const uint32_t all = kRegistersPerMultiprocessor / kLanes / kernel.min_blocks / most;
   return std::min(all / 8 * 8, 256u);

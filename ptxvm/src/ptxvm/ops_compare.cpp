@@ -10,10 +10,10 @@ enum class Compare : uint8_t { eq, ne, lt, le, gt, ge, equ, neu, ltu, leu, gtu, 
 constexpr const char* kCompareNames[] = {"eq",  "ne",  "lt",  "le",  "gt",  "ge",  "equ",
                                          "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
 
-// What combines the comparison with the predicate c.
+// Boolean operation that combines the comparison with the predicate c.
 enum class Join : uint8_t { none, conjunction, disjunction, exclusive };
 
-// flags: c is negated; set gives the number 1 of its type, whose bits are in `target`.
+// flags: c is negated; set returns the number 1 of its type, whose bits are in `target`.
 constexpr uint8_t kNegated = 1, kOne = 2;
 
 template <typename T>
@@ -88,7 +88,7 @@ void split_halves(Warp& warp, uint32_t slot, T* low, T* high) {
   }
 }
 
-// The comparisons of both halves.
+// Compares both halves.
 template <typename Op, typename T>
 std::pair<Mask, Mask> test_pair(Warp& warp, uint32_t first, uint32_t second) {
   alignas(64) T a[2][kLanes], b[2][kLanes];
@@ -196,7 +196,7 @@ bool flushable(const std::string& type) {
   return type == "f32" || type == "f16" || type == "f16x2";
 }
 
-// a, b and, where there is a join, c.
+// Sources a, b and, with a boolean operation, c.
 void read_sources(Decoder& decoder, const Statement& statement, Instruction& in,
                   const std::string& type) {
   const bool joined = static_cast<Join>(in.variant) != Join::none;

@@ -1,5 +1,5 @@
-// cvt between integers and floating-point types. Every pair has a general handler that reads type,
-// rounding and limits from the instruction; the pairs of hot loops have one of their own.
+// cvt between integers and floating-point types. A general handler reads type, rounding and limits
+// from the instruction; the pairs used in hot loops have specialised handlers.
 #include <algorithm>
 #include <limits>
 #include <type_traits>
@@ -12,13 +12,13 @@ namespace {
 // Instruction::flags of a conversion.
 constexpr uint8_t kFtz = 1, kSaturate = 2, kRelu = 4, kFinite = 8, kToInteger = 16;
 
-// Bits of the registers: destination in Instruction::width, source in Instruction::target.
+// Register widths in bits: destination in Instruction::width, source in Instruction::target.
 
 template <typename T>
 constexpr bool is_float = std::is_same_v<T, float> || std::is_same_v<T, double> ||
                           std::is_same_v<T, Half> || std::is_same_v<T, BFloat>;
 
-// x rounded to an integer in floating point; NaN and infinity stay.
+// x rounded to an integer in floating point; NaN and infinity are unchanged.
 double to_integral(double x, Rounding rounding) {
   switch (rounding) {
     case Rounding::zero:
@@ -32,7 +32,7 @@ double to_integral(double x, Rounding rounding) {
   }
 }
 
-// Clamps to the range of D. NaN is 0, or the top bit where f64 or a 64-bit integer takes part.
+// Clamps to the range of D. NaN becomes 0, or the top bit if f64 or a 64-bit integer is involved.
 template <typename D, typename S>
 D float_to_integer(S x, const Instruction& in) {
   if constexpr (std::is_same_v<S, float>)
@@ -43,7 +43,7 @@ D float_to_integer(S x, const Instruction& in) {
     return wide ? static_cast<D>(uint64_t{1} << (8 * sizeof(D) - 1)) : D{0};
   }
   using Limits = std::numeric_limits<D>;
-  // Limits of 64 bits round up to a power of two, which is out of range itself.
+  // 64-bit limits round up to a power of two, which is itself out of range.
   if (value >= static_cast<double>(Limits::max())) return Limits::max();
   if (value <= static_cast<double>(Limits::min())) return Limits::min();
   return static_cast<D>(value);
@@ -87,7 +87,7 @@ D integer_to_float(S x, const Instruction& in) {
   using Wide = std::conditional_t<std::is_signed_v<S>, int64_t, uint64_t>;
   const Rounding rounding = static_cast<Rounding>(in.variant);
   if constexpr (std::is_same_v<D, double>) {
-    // Below 2^53 exact; else the two halves add up with a single, directed rounding.
+    // Exact below 2^53; otherwise the two halves are added with a single, directed rounding.
     if (sizeof(S) < 8 || rounding == Rounding::nearest) return limited(static_cast<double>(x), in);
     RoundingScope scope(rounding);
     volatile double high =
@@ -128,7 +128,7 @@ void store_extended(Warp& warp, const Instruction& in, const D* values, Mask mas
     }
     assign(lanes<R>(warp, in.slots[0]), wide, mask);
   };
-  // A signed result is extended by its sign, so that the wider register holds the same number.
+  // Signed results are sign-extended, so that a wider register holds the same number.
   if (in.width == 8) write(uint8_t{});
   if (in.width == 16) write(uint16_t{});
   if (in.width == 32) write(uint32_t{});
@@ -153,7 +153,7 @@ void convert(Warp& warp, const Instruction& in, Mask mask) {
   store_extended(warp, in, values, mask);
 }
 
-// Plain casts between registers of the types' own widths: no limits, nearest.
+// Plain casts between registers of the types' own widths: no limits, round to nearest.
 template <typename D, typename S>
 struct Cast {
   static D apply(S x) {
@@ -177,7 +177,7 @@ Handler with_type(const std::string& type, F f) {
   return type[0] == 'b' ? nullptr : with_integer(type, f);
 }
 
-// The handler without limits for the pairs that loops are full of.
+// Specialised handlers, without limits, for the pairs common in loops.
 template <typename D, typename S>
 constexpr bool has_cast =
     (std::is_integral_v<D> && std::is_integral_v<S> && sizeof(D) >= 4 && sizeof(S) >= 4) ||
@@ -185,7 +185,7 @@ constexpr bool has_cast =
     (std::is_same_v<D, float> && is_float<S> && sizeof(S) == 2) ||
     (is_float<D> && sizeof(D) == 2 && std::is_same_v<S, float>);
 
-// f32 to f32, as expf and floorf are full of.
+// f32 to f32, common in expf and floorf.
 struct ToUnit {
   static float apply(float x) {
     const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -264,7 +264,7 @@ void convert_tf32(Warp& warp, const Instruction& in, Mask mask) {
   assign(lanes<uint32_t>(warp, in.slots[0]), values, mask);
 }
 
-// cvt.pack.sat: a and b clamped to T; with c the packed pair is shifted in from below.
+// cvt.pack.sat: a and b clamped to T; with c, the packed pair is shifted in from below.
 template <typename T, bool Shift>
 void convert_pack(Warp& warp, const Instruction& in, Mask mask) {
   const int32_t *a = lanes<const int32_t>(warp, in.slots[1]),
@@ -322,7 +322,7 @@ void decode_special(Decoder& decoder, const Statement& statement, Instruction& i
   read_operands(decoder, statement, result == "tf32" ? 2 : 3, 32);
 }
 
-// What the rounding of a conversion may be: none, of a float, to an integer.
+// Allowed rounding modifiers: none, of a float, to an integer.
 void take_cvt_rounding(Decoder& decoder, Modifiers& modifiers, Instruction& in,
                        const std::string& result, const std::string& type) {
   static constexpr const char* names[] = {"rni", "rzi", "rmi", "rpi"};
@@ -354,7 +354,7 @@ void decode_cvt(Decoder& decoder, const Statement& statement, Instruction& in) {
     return decode_special(decoder, statement, in, modifiers, result, type);
   take_cvt_rounding(decoder, modifiers, in, result, type);
   if ((type == "f32" || result == "f32") && modifiers.take("ftz")) in.flags |= kFtz;
-  // Conversions of floats to integers clamp anyway.
+  // Conversions of floats to integers always clamp.
   if (modifiers.take("sat") && (is_float_type(result) || !is_float_type(type)))
     in.flags |= kSaturate;
   if (bits_of_type(result) == 16 && is_float_type(result)) take_limits(modifiers, in);

@@ -1,5 +1,5 @@
-// cp.async. A copy takes effect only at the wait that completes it, which is the latest moment that
-// PTX allows: a kernel that reads too early reads what was there before. Options::async chooses
+// cp.async. By default a copy takes effect only at the wait that completes it, the latest moment
+// that PTX allows: a kernel that reads too early sees the old contents. Options::async selects
 // other moments.
 #include <algorithm>
 
@@ -46,7 +46,7 @@ uint64_t shared_offset(uint64_t address) { return address & ~kWindowMask; }
   fault(warp, in, __builtin_ctz(mask), "cp.async broke a rule");
 }
 
-// Slots: destination, source, then source size or the predicate that says to ignore the source.
+// Slots: destination, source, then source size or the ignore-src predicate.
 void issue_copy(Warp& warp, const Instruction& in, Mask mask) {
   alignas(64) uint64_t to[kLanes], from[kLanes];
   alignas(64) uint32_t sizes[kLanes];
@@ -78,8 +78,8 @@ void issue_copy(Warp& warp, const Instruction& in, Mask mask) {
     count_request(warp, in, Space::global, from, reading, in.width, Traffic::copy);
   }
   if (wrong) report_copy(warp, in, mask, to, from, sizes);
-  // Bounds are checked now, so that a fault names the copy and not the wait. Partial sources are
-  // whole bytes of an aligned access.
+  // Bounds are checked at the issue, so that a fault names the copy and not the wait. Partial
+  // sources are whole bytes of an aligned access.
   for (Mask rest = reading & ~whole; rest; rest &= rest - 1) {
     const int i = __builtin_ctz(rest);
     for (uint32_t b = 0; b < sizes[i]; ++b)
@@ -114,7 +114,7 @@ void commit_copies(Warp& warp, const Instruction&, Mask mask) {
   for (int i = 0; i < kLanes; ++i) warp.copy_groups[i] += mask >> i & 1;
 }
 
-// segment: as of copy_landed.
+// segment: see copy_landed.
 template <typename Choose>
 void land_chosen(Warp& warp, uint32_t segment, Choose choose) {
   auto kept = warp.copies.begin();
@@ -129,7 +129,7 @@ void land_chosen(Warp& warp, uint32_t segment, Choose choose) {
   warp.copies.erase(kept, warp.copies.end());
 }
 
-// Completes the copies of the lanes in mask but those of their last `offset` groups.
+// Completes the copies of the lanes in the mask except their last `offset` groups.
 void wait_copies(Warp& warp, const Instruction& in, Mask mask) {
   const uint64_t keep = static_cast<uint64_t>(in.offset);
   land_chosen(warp, 0, [&](const AsyncCopy& copy) {

@@ -46,7 +46,7 @@ struct SquareRoot {
   static double apply(double a) { return __builtin_sqrt(a); }
 };
 
-// f64 keeps the payload of its first NaN operand; the NaN of an invalid operation is negative.
+// f64 keeps the payload of its first NaN operand; an invalid operation gives a negative NaN.
 template <typename... T>
 double first_nan(double result, T... operands) {
   if (result == result) return result;
@@ -81,7 +81,7 @@ struct Arithmetic {
   }
 };
 
-// The same under a directed rounding, which in.variant names.
+// The operation with the directed rounding in in.variant.
 template <typename Op, typename T, typename... S>
 void directed(Warp& warp, const Instruction& in, Mask mask) {
   RoundingScope scope(static_cast<Rounding>(in.variant));
@@ -112,7 +112,7 @@ float maybe_flush(float x) {
   return Ftz ? flush(x) : x;
 }
 
-// -0 < +0; a NaN loses against a number, or wins with .NaN.
+// -0 < +0. With one NaN operand the number is returned, or NaN with .NaN.
 template <bool Max, bool Nan, bool Ftz, bool Magnitude>
 struct Extreme {
   template <typename T>
@@ -125,7 +125,7 @@ struct Extreme {
     if constexpr (Magnitude) x &= ~sign, y &= ~sign;
     const U p = x & ~sign, q = y & ~sign;
     const bool nan_a = p > Format<T>::infinity, nan_b = q > Format<T>::infinity;
-    // Order of signed magnitudes as integers, -0 below +0.
+    // Order of sign-magnitude numbers as integers, -0 below +0.
     using I = std::make_signed_t<U>;
     const I i = static_cast<I>(x ^ (static_cast<U>(static_cast<I>(x) >> (8 * sizeof(T) - 1)) >> 1));
     const I j = static_cast<I>(y ^ (static_cast<U>(static_cast<I>(y) >> (8 * sizeof(T) - 1)) >> 1));

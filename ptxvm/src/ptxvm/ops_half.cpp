@@ -1,12 +1,12 @@
 // Arithmetic of f16, bf16 and their pairs: add sub mul fma neg abs min max. A result is rounded
-// once: f32 holds sums and products of halves well enough for that, a fused product goes through
-// rounding to odd.
+// once: f32 holds sums and products of halves exactly enough; a fused product is rounded to odd
+// first.
 #include "ptxvm/ops_arithmetic.h"
 
 namespace ptxvm {
 namespace {
 
-// Doubles as f32, rounded to odd: a second rounding to a half is then as good as a single one.
+// Doubles to f32 with rounding to odd: a second rounding to a half then equals a single one.
 void odd_floats(const double* x, float* values) {
   alignas(64) int32_t steps[kLanes];
   for (int i = 0; i < kLanes; ++i) values[i] = static_cast<float>(x[i]);
@@ -32,7 +32,7 @@ struct Subtract {
 struct Multiply {
   static float apply(float a, float b) { return a * b; }
 };
-struct Fma {};  // in two steps, see arithmetic
+struct Fma {};  // two steps, see arithmetic
 
 enum class Limit { none, saturate, relu };
 
@@ -58,7 +58,7 @@ uint32_t finish(float exact) {
   return result.bits;
 }
 
-// In steps of one element size each, which is what vectorises: halves to floats, the operation,
+// Each step handles one element size, which lets it vectorise: halves to floats, the operation,
 // floats to halves. R is the register's type: 32 bits hold a pair.
 template <typename Op, typename T, typename R, bool Ftz, Limit limit, size_t... I>
 void arithmetic(Warp& warp, const Instruction& in, Mask mask, std::index_sequence<I...>) {
@@ -104,7 +104,7 @@ struct Absolute {
   }
 };
 
-// -0 < +0; a NaN loses against a number, or wins with .NaN.
+// -0 < +0. With one NaN operand the number is returned, or NaN with .NaN.
 template <bool Max, bool Nan, bool Ftz, bool Magnitude>
 struct Extreme {
   template <typename T>
@@ -113,7 +113,7 @@ struct Extreme {
     b = maybe_flush<Ftz>(b);
     const uint32_t sign_of_both = (a.bits ^ b.bits) & 0x8000u;
     if constexpr (Magnitude) a.bits &= 0x7fff, b.bits &= 0x7fff;
-    // Order of signed magnitudes as integers, -0 below +0.
+    // Order of sign-magnitude numbers as integers, -0 below +0.
     const auto key = [](T v) {
       const int32_t bits = static_cast<int16_t>(v.bits);
       return bits ^ (bits >> 31 & 0x7fff);
@@ -155,7 +155,7 @@ template <typename Op, int Operands, bool Ftz, Limit limit>
 Handler arithmetic_by_type(const std::string& type) {
   if (type == "f16") return arithmetic<Op, Half, uint16_t, Operands, Ftz, limit>;
   if (type == "f16x2") return arithmetic<Op, Half, uint32_t, Operands, Ftz, limit>;
-  if (Ftz || limit == Limit::saturate) return nullptr;  // bf16 has neither
+  if (Ftz || limit == Limit::saturate) return nullptr;  // bf16 supports neither
   if (type == "bf16") return arithmetic<Op, BFloat, uint16_t, Operands, false, limit>;
   return arithmetic<Op, BFloat, uint32_t, Operands, false, limit>;
 }

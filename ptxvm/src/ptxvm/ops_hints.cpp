@@ -1,4 +1,4 @@
-// Instructions about memory that move no data: fences, prefetches, cache policies, isspacep.
+// Memory instructions that move no data: fences, prefetches, cache policies, isspacep.
 #include <algorithm>
 
 #include "ptxvm/memory_ops.h"
@@ -55,13 +55,13 @@ void decode_fence(Decoder& decoder, const Statement& statement, Instruction& in)
                                     : run_proxy_fence<true, false>;
     return;
   }
-  // Without .sc and the like a fence is .acq_rel. That of mbarrier.init counts for all writes.
+  // A fence without .sc or another semantics is .acq_rel. fence.mbarrier_init covers all writes.
   in.order = scope_named(parts.back()) | (is_init || parts[1] == "release" ? 0 : kAcquires) |
              (parts[1] == "acquire" ? 0 : kReleases) | (parts[1] == "sc" ? kSequential : 0);
   in.run = run_fence;
 }
 
-// The address of a hint may be out of bounds, as on hardware.
+// A hint's address may be out of bounds, as on hardware.
 void decode_prefetch(Decoder& decoder, const Statement& statement, Instruction& in) {
   const auto& parts = statement.opcode;
   const std::string& level = parts.back();

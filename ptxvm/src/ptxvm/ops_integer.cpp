@@ -9,7 +9,7 @@
 namespace ptxvm {
 namespace {
 
-// The same width without sign, and at least as wide as int so that nothing is promoted to int.
+// Unsigned type of the same width, at least as wide as int so that nothing is promoted to int.
 template <typename T>
 using Unsigned = std::conditional_t<sizeof(T) < 4, uint32_t, std::make_unsigned_t<T>>;
 
@@ -120,8 +120,8 @@ struct Absolute {
     return a < 0 ? Subtract::apply<T>(0, a) : a;
   }
 };
-// PTX leaves division by zero open: all ones and, as remainder, the dividend, as the sequences do
-// that ptxas emits for 32 bits.
+// PTX leaves division by zero undefined: the result is all ones and the remainder the dividend, as
+// in the code that ptxas emits for 32 bits.
 struct Divide {
   template <typename T>
   static T apply(T a, T b) {
@@ -158,7 +158,7 @@ struct Multiply24 {
   }
 };
 
-// Fields of Bits bits of a 32-bit register.
+// Fields of `Bits` bits in a 32-bit register.
 template <typename T, int Bits>
 int32_t field(T x, int index) {
   const uint32_t raw = static_cast<uint32_t>(x) << (32 - Bits * (index + 1));
@@ -260,7 +260,7 @@ void decode_dot(Decoder& decoder, const Statement& statement, Instruction& in) {
   read_operands(decoder, statement, 4, 32);
 }
 
-// mul and mad in all their halves.
+// All result halves of mul and mad.
 Handler choose_product(const std::string& name, const std::string& type, const std::string& part,
                        bool saturated) {
   const bool add = name == "mad";
@@ -331,8 +331,8 @@ void decode_24_bits(Decoder& decoder, const Statement& statement, Instruction& i
   read_operands(decoder, statement, add ? 4 : 3, 32);
 }
 
-// vabsdiff4: differences of the bytes of a and b, which bits of the flags call signed; with .add
-// the sum of those and of c.
+// vabsdiff4: absolute differences of the bytes of a and b, whose signedness is in the flags; with
+// .add, their sum plus c.
 template <bool sums>
 void differences(Warp& warp, const Instruction& in, Mask mask) {
   const auto *a = lanes<const uint32_t>(warp, in.slots[1]),

@@ -34,7 +34,7 @@ void transpose(const uint16_t* from, uint16_t* to) {
 
 namespace {
 
-// From the lanes whose rows hold no value to those that get elements of these rows.
+// Maps lanes whose rows hold no value to the lanes that receive elements of these rows.
 template <int count, bool transposes>
 void spread_rows(Undefined& undefined) {
   for (int i = 0; i < 8 * count; ++i) {
@@ -45,8 +45,8 @@ void spread_rows(Undefined& undefined) {
   undefined.loaded = 0;
 }
 
-// Lane 8j + r holds the address of row r of matrix j; row r goes to lanes 4r to 4r + 3 of register
-// j, two elements each, of the matrix or of its transpose.
+// ldmatrix: lane 8j + r holds the address of row r of matrix j; row r goes to lanes 4r to 4r + 3 of
+// register j, two elements each, of the matrix or of its transpose.
 template <int count, bool transposes>
 void load_matrices(Warp& warp, const Instruction& in, Mask mask) {
   if (mask != kFullMask)
@@ -90,8 +90,8 @@ void decode_ldmatrix(Decoder& decoder, const Statement& statement, Instruction& 
                         : (transposes ? load_matrices<1, true> : load_matrices<1, false>);
 }
 
-// Lane 8j + r holds the address of row r of matrix j, of which lanes 4r to 4r + 3 have two elements
-// each in register j; with .trans the register holds the transpose.
+// stmatrix: lane 8j + r holds the address of row r of matrix j; lanes 4r to 4r + 3 hold two of its
+// elements each in register j. With .trans the register holds the transpose.
 template <int count, bool transposes>
 void store_matrices(Warp& warp, const Instruction& in, Mask mask) {
   if (mask != kFullMask)
@@ -100,7 +100,7 @@ void store_matrices(Warp& warp, const Instruction& in, Mask mask) {
   lane_addresses(warp, in.slots[0], in.offset, in.flags & kWide, addresses);
   constexpr Mask rows = kFullMask >> (kLanes - 8 * count);
   if (options.count) count_request(warp, in, Space::shared, addresses, rows, 16, Traffic::matrix);
-  // Rows that hold an undefined element are undefined.
+  // A row with an undefined element is undefined.
   Undefined undefined = warp.undefined;
   if (undefined.by == &in) {
     for (int j = 0; j < count; ++j) {

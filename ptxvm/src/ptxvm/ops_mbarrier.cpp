@@ -1,8 +1,8 @@
-// mbarrier: an object of 64 bits in shared memory that counts arrivals and bytes of asynchronous
-// copies. A phase is complete when both are down to 0; the next one begins then.
+// mbarrier: a 64-bit object in shared memory that counts arrivals and transaction bytes of
+// asynchronous copies. A phase is complete when both counts are 0; then the next one begins.
 //
-// The bits, which PTX leaves open: pending arrivals (20), arrivals of a phase (20), bytes that have
-// not come (21, signed), the parity of the phase (1), and 2 that say that this is an mbarrier.
+// Bit layout, which PTX leaves opaque: pending arrivals (20), arrivals per phase (20), pending
+// transaction bytes (21, signed), phase parity (1), and 2 bits that mark an mbarrier.
 #include <cstdio>
 
 #include "ptxvm/async.h"
@@ -38,7 +38,7 @@ std::string words(const State& state) {
          " pending, " + std::to_string(state.bytes) + " bytes pending";
 }
 
-// An mbarrier that an instruction of one lane works on.
+// The mbarrier operand of one lane.
 class Object {
  public:
   Object(Warp& warp, const Instruction& in, int lane, Block& block, uint32_t offset)
@@ -73,7 +73,7 @@ class Object {
     if (!completes && state_.pending == 0 && state_.bytes == 0)
       fail("a .noComplete arrival that completes the phase");
   }
-  // Ends the operation: the phase may be complete now.
+  // Ends the operation, and the phase if it is complete.
   void store() {
     const bool complete = state_.pending == 0 && state_.bytes == 0;
     if (complete) {
@@ -106,7 +106,7 @@ class Object {
   State state_;
 };
 
-// A lane's mbarrier: its block, and the offset there.
+// Position of a lane's mbarrier: its block, and the offset there.
 struct Place {
   Block& block;
   uint32_t offset;
@@ -117,7 +117,7 @@ Place place_of(Warp& warp, const Instruction& in, int lane, uint64_t address) {
   return {block, static_cast<uint32_t>(offset)};
 }
 
-// The mbarrier of a lane's address.
+// The mbarrier at a lane's address.
 Object find(Warp& warp, const Instruction& in, int lane, uint64_t address) {
   const uint64_t rank = address >> kRankShift & kRankMask;
   if (rank && space_of(in) != Space::cluster)
@@ -166,7 +166,7 @@ void run_inval(Warp& warp, const Instruction& in, Mask mask) {
 
 constexpr uint8_t kExpects = 8, kNoComplete = 16, kDrops = 32, kArrives = 64;
 
-// Slots: [state,] address, count, bytes. Bytes are expected before the arrival.
+// Slots: [state,] address, count, bytes. expect_tx takes effect before the arrival.
 void run_arrive(Warp& warp, const Instruction& in, Mask mask) {
   for_lanes(warp, in, mask, [&](int lane, uint64_t address) {
     Object object = find(warp, in, lane, address);
@@ -194,7 +194,7 @@ void run_complete(Warp& warp, const Instruction& in, Mask mask) {
   });
 }
 
-// Slots: holds, address, parity or state. Waits for the end of the phase that they name.
+// Slots: result, address, parity or state. Waits for the end of the phase that these name.
 template <bool parity, bool sleeps>
 void run_wait(Warp& warp, const Instruction& in, Mask mask) {
   land_some(warp);
@@ -219,12 +219,12 @@ void run_wait(Warp& warp, const Instruction& in, Mask mask) {
   });
   if (const Mask waiting = mask & ~done) {
     if constexpr (sleeps) {
-      // Lanes that wait for another mbarrier than the first one go on without theirs.
+      // Lanes that wait for another mbarrier than the first one continue without waiting.
       const uint32_t what = offsets[__builtin_ctz(waiting)];
       Mask same = 0;
       for (int i = 0; i < kLanes; ++i)
         if (waiting >> i & 1 && offsets[i] == what) same |= Mask{1} << i;
-      // At a random moment the time limit may be over at once: the first look of a pipeline fails.
+      // seeded: the time limit may expire at once, so that the first try_wait of a pipeline fails.
       const bool gives_up =
           options.async == Options::Async::seeded && warp.block->cluster->random.below(4) == 0;
       if (!gives_up) sleep_unless_timed_out(warp, same, what);
@@ -232,7 +232,7 @@ void run_wait(Warp& warp, const Instruction& in, Mask mask) {
       land_oldest(*warp.block->cluster);
     }
   }
-  warp.timed_out &= ~mask;  // the time of this wait, not of the next
+  warp.timed_out &= ~mask;  // the time limit applies to this wait, not to the next
   Mask& holds = predicate(warp, in.slots[0]);
   holds = (holds & ~mask) | done;
 }
@@ -247,8 +247,8 @@ void run_pending(Warp& warp, const Instruction& in, Mask mask) {
   }
 }
 
-// cp.async.mbarrier.arrive: the arrival of a lane follows its copies. Without .noinc the pending
-// count goes up for it.
+// cp.async.mbarrier.arrive: the lane's arrival follows its copies. Without .noinc the pending count
+// is incremented for it.
 void run_copy_arrive(Warp& warp, const Instruction& in, Mask mask) {
   for_lanes(warp, in, mask, [&](int lane, uint64_t address) {
     Object object = find(warp, in, lane, address);
@@ -269,14 +269,15 @@ void need(Decoder& decoder, bool holds) {
   if (!holds) decoder.fail("unknown form of mbarrier");
 }
 
-// Sets space and flags of the address; remote ones only where `remote`.
+// Sets space and flags of the address; remote addresses are allowed only if `remote`.
 void read_object(Decoder& decoder, const std::string& operand, Words words, bool remote,
                  Instruction& in) {
   if (words.space == Space::generic) words.space = Space::shared;
   need(decoder, words.space == Space::shared || (remote && words.space == Space::cluster));
   read_memory_operand(decoder, operand, words, in);
   in.flags &= kWide;
-  // Accesses to the object itself are strong and reach every thread that may make them.
+  // Accesses to the object itself are strong, at a scope that includes every thread that may make
+  // them.
   in.order &= static_cast<uint8_t>(~kIsStrong);
 }
 
@@ -297,7 +298,7 @@ void decode_wait(Decoder& decoder, const Statement& statement, const Words& word
   decoder.write(operands[0], 1);
   read_object(decoder, operands[1], words, false, in);
   decoder.read(operands[2], parity ? 32 : 64);
-  if (operands.size() == 4) decoder.read(operands[3], 32);  // the time limit, a hint
+  if (operands.size() == 4) decoder.read(operands[3], 32);  // time limit, a hint
   if (!statement.has("relaxed")) in.order |= kAcquires;
   in.run = sleeps ? (parity ? run_wait<true, true> : run_wait<false, true>)
                   : (parity ? run_wait<true, false> : run_wait<false, false>);
@@ -312,7 +313,7 @@ void decode_arrive(Decoder& decoder, const Statement& statement, const Words& wo
              drops = statement.has("arrive_drop");
   const bool expects = statement.has("expect_tx"), incomplete = statement.has("noComplete");
   need(decoder, !(expects && incomplete) && !(incomplete && words.space == Space::cluster));
-  // The state is left out only where the mbarrier may be remote.
+  // The state may be omitted only if the mbarrier may be remote.
   const bool has_state = !only_expects && !operands.empty() && operands[0][0] != '[';
   const size_t values = operands.size() - has_state;
   need(decoder, operands.size() > has_state);

@@ -29,8 +29,8 @@ void write_at(uint64_t address, const T& value) {
   std::memcpy(reinterpret_cast<void*>(address), &value, sizeof value);
 }
 
-// Four words of 32 bits in one vector; lanes 4i to 4i + 3 of four registers form a 4 x 4 matrix
-// that a 16-byte access transposes.
+// Four 32-bit words in one vector; lanes 4i to 4i + 3 of four registers form a 4 x 4 matrix, which
+// a 16-byte access transposes.
 using Quad = uint32_t __attribute__((vector_size(16)));
 
 void transpose(Quad (&q)[4]) {
@@ -44,7 +44,7 @@ void transpose(Quad (&q)[4]) {
   q[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
 }
 
-// M: type in memory, R: unsigned type of the register, extended as M says.
+// M: type in memory; R: unsigned type of the register, sign- or zero-extended as M requires.
 template <typename M, typename R, int vector>
 void load(Warp& warp, const Instruction& in, Mask mask) {
   constexpr uint32_t bytes = sizeof(M) * vector;
@@ -161,7 +161,7 @@ Handler pick(const std::string& type, int bits, int vector) {
   return nullptr;
 }
 
-// Registers of the values, which may be wider than the type, the same for all elements.
+// Width of the value registers, equal for all elements; it may exceed the type's.
 int register_bits(Decoder& decoder, const std::vector<std::string>& values, const Words& words) {
   int bits = 0;
   for (const std::string& value : values) {
@@ -190,7 +190,7 @@ void decode_access(Decoder& decoder, const Statement& statement, Instruction& in
     read_memory_operand(decoder, memory, words, in);
     for (const std::string& value : values) decoder.read(value, bits);
   }
-  in.width = static_cast<uint8_t>(bits_of_type(words.type) / 8);  // of a value in memory
+  in.width = static_cast<uint8_t>(bits_of_type(words.type) / 8);  // size of one value in memory
   if (words.cache_hint) decoder.read(statement.operands[2], 64);
   in.run = pick<loads>(words.type, bits, words.vector);
   if (!in.run) decoder.fail("type ." + words.type + " does not fit the register");

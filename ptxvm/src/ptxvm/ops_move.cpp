@@ -15,7 +15,7 @@ void move_predicate(Warp& warp, const Instruction& in, Mask mask) {
   assign_predicate(warp, in.slots[0], read_predicate(warp, in.slots[1], in.flags & 1), mask);
 }
 
-// Elements of E, the first one lowest, in a register of W.
+// Packs elements of E, the first one lowest, in a register of W.
 template <typename W, typename E>
 void pack(Warp& warp, const Instruction& in, Mask mask) {
   constexpr int count = sizeof(W) / sizeof(E), bits = 8 * sizeof(E);
@@ -98,7 +98,7 @@ void decode_mov(Decoder& decoder, const Statement& statement, Instruction& in) {
   read_operands(decoder, statement, 2, bits);
 }
 
-// Between a window and the plain addresses of a space; in.offset is the window.
+// Converts between a window and the plain addresses of a space; in.offset is the window.
 void to_generic(Warp& warp, const Instruction& in, Mask mask) {
   const uint64_t* source = lanes<const uint64_t>(warp, in.slots[1]);
   alignas(64) uint64_t values[kLanes];

@@ -1,5 +1,5 @@
-// alloca, stacksave, stackrestore: a stack of each lane at the end of its local memory. Its first 8
-// bytes say how much of it is in use; they are all ones when a block begins, which means nothing.
+// alloca, stacksave, stackrestore: a per-lane stack at the end of local memory. Its first 8 bytes
+// hold the size in use; when a block begins they are all ones, which means nothing is in use.
 #include <bit>
 
 #include "ptxvm/check.h"

@@ -1,4 +1,4 @@
-// mma of 16 x 8 accumulators and 8-, 16- and 32-bit operands; tiles.cpp has the rest.
+// mma with 16 x 8 accumulators and 8-, 16- and 32-bit operands; tiles.cpp has the other forms.
 #include <algorithm>
 #include <string_view>
 
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kRows = 16, kColumns = 8;
 
-// Slots of an instruction in the order of its operands.
+// Slots of an instruction in operand order.
 template <int k, int per>
 struct Slots {
   static constexpr int a_count = kRows * k / per / kLanes, b_count = k * kColumns / per / kLanes;
@@ -22,7 +22,7 @@ struct Slots {
       : d(slots), a(d + c_count), b(a + a_count), c(b + b_count) {}
 };
 
-// The columns of B lie one after the other.
+// Columns of B are contiguous.
 template <typename A, typename B, int k, typename V>
 void read_operands(Warp& warp, const Slots<k, A::per>& slots, V (*a)[k], V (*b)[k]) {
   for (int s = 0; s < slots.a_count; ++s)
@@ -44,7 +44,7 @@ void require_full(Warp& warp, const Instruction& in, Mask mask) {
     fault(warp, in, __builtin_ctz(~mask), "mma without all 32 lanes of the warp");
 }
 
-// Accumulators of f32, one per register.
+// f32 accumulators, one per register.
 struct Single {
   static constexpr int count = 4;
   static float get(Warp& warp, const uint32_t* slots, int lane, int index) {
@@ -54,7 +54,7 @@ struct Single {
     lanes<float>(warp, slots[index])[lane] = value;
   }
 };
-// Accumulators of f16, two per register; the sum is rounded once.
+// f16 accumulators, two per register; the sum is rounded once.
 struct Packed {
   static constexpr int count = 2;
   static float get(Warp& warp, const uint32_t* slots, int lane, int index) {

@@ -1,4 +1,4 @@
-// The forms of mma that tiles.cpp runs: f64, 4 bits, 1 bit, m8n8*, sparse A.
+// Forms of mma that tiles.cpp executes: f64, 4 bits, 1 bit, m8n8*, sparse A.
 #include <algorithm>
 #include <initializer_list>
 
@@ -10,7 +10,7 @@ namespace {
 
 struct Form {
   const char* shape;
-  std::initializer_list<Type> types;  // of A and B
+  std::initializer_list<Type> types;  // types of A and B
   bool sparse;
 };
 
@@ -46,7 +46,7 @@ bool takes(const Form& form, Type type) {
   return std::find(form.types.begin(), form.types.end(), type) != form.types.end();
 }
 
-// Reads "sync", "aligned", shape, layouts, modifiers and types, one after the other.
+// Parses "sync", "aligned", shape, layouts, modifiers and types in order.
 class Words {
  public:
   explicit Words(const Statement& statement) : parts_(statement.opcode) {}
@@ -74,7 +74,7 @@ bool may_accumulate(const Tile& tile, bool quads) {
   return d == Type::f32 && c == Type::f32;
 }
 
-// Two groups of eight lanes: the layouts of A and B may be any.
+// f16 m8n8k4: quad-pairs of eight lanes; A and B may have any layout.
 void lay_out_quads(Tile& tile, bool a_rows, bool b_rows) {
   using Role = Fragment::Role;
   tile.a.role = a_rows ? Role::quad_rows : Role::quad_columns;
@@ -166,7 +166,7 @@ bool decode_tile(Decoder& decoder, const Statement& statement, Instruction& in) 
   int m = 0, n = 0, k = 0;
   if (form == std::end(kForms) || !parse_shape(shape, m, n, k)) return false;
   tile = make_tile(m, n, sparse ? k / 2 : k, types[0], types[1], types[2], types[3]);
-  // B has as many rows as A has columns, also where A is sparse.
+  // B has as many rows as A has columns, even if A is sparse.
   if (sparse) tile.b.registers = tile.b.unit = pieces(n * k, tile.b);
   const bool quads = shape == "m8n8k4" && types[1] == Type::f16;
   const bool rows = a_layout == "row", columns = b_layout == "col";

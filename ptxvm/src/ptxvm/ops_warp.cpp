@@ -1,5 +1,5 @@
-// Instructions of a whole warp: shfl vote match redux elect activemask nanosleep. The scheduler
-// runs a .sync instruction once, for all live lanes of its member mask (Control::converge).
+// Warp-level instructions: shfl vote match redux elect activemask nanosleep. The scheduler runs a
+// .sync instruction once, for all live lanes of its member mask (Control::converge).
 #include <algorithm>
 #include <type_traits>
 
@@ -149,7 +149,7 @@ void need_sync(Decoder& decoder, Modifiers& modifiers) {
   if (!modifiers.take("sync")) decoder.fail("needs .sync: the form without it left with sm_70");
 }
 
-// The member mask, the last operand; `position` among the slots.
+// The member mask, the last operand; its position among the slots is stored.
 void read_members(Decoder& decoder, const Statement& statement, Instruction& in,
                   uint32_t position) {
   decoder.read(statement.operands.back(), 32);
@@ -157,7 +157,7 @@ void read_members(Decoder& decoder, const Statement& statement, Instruction& in,
   in.control = Control::converge;
 }
 
-// d|p, either of which may be "_" or p missing.
+// Destinations d|p; either may be "_", and p may be absent.
 void write_pair(Decoder& decoder, const Statement& statement) {
   const auto [d, p] = split_pair(statement.operands[0]);
   decoder.write(d, 32);

@@ -1,7 +1,7 @@
-// wgmma: D (64 x N) = A (64 x k) B (k x N) + D of a warpgroup, where k elements are 32 bytes. Each
-// warp has 16 rows of A and D, whose fragments are those of N / 8 mma of m16n8k*: an mma is what
-// each 8 columns take. A product takes effect between its issue and the wait for its group; A in
-// registers is read at the issue, for nothing may change it until then.
+// wgmma: D (64 x N) = A (64 x k) B (k x N) + D for a warpgroup, with 32 bytes of k. Each warp has
+// 16 rows of A and D, in the fragment layout of N / 8 mma.m16n8k*: every 8 columns are one mma. A
+// product takes effect between its issue and the wait for its group; A in registers is read at the
+// issue, since nothing may change it until then.
 #include <algorithm>
 #include <iterator>
 #include <utility>
@@ -20,8 +20,8 @@ namespace ptxvm {
 struct Product {
   const Instruction* from;
   uint64_t a, b;                  // descriptors
-  uint32_t fragments[4][kLanes];  // of A, from registers
-  Mask lost[4];                   // lanes of those that hold no value
+  uint32_t fragments[4][kLanes];  // of A, if it is in registers
+  Mask lost[4];                   // lanes of these fragments without a value
   bool accumulates;
   uint32_t group;
 };
@@ -32,8 +32,8 @@ constexpr uint8_t kRegisters = 1, kTransposeA = 2, kTransposeB = 4, kNegateA = 8
 constexpr int kFragmentsA = 4, kFragmentsB = 2;
 constexpr uint32_t kSlotBytes = sizeof(uint32_t) * kLanes;
 
-// Slots of an instruction: D, D again as a source, A, B, whether to accumulate. Instruction::target
-// is the number of columns and the type of the operands.
+// Slots of an instruction: D, D again as a source, A, B, scale-d. Instruction::target holds the
+// number of columns and the type of the operands.
 struct Form {
   uint32_t n, kind;
   bool packed;  // D is f16
@@ -43,19 +43,19 @@ struct Form {
   int per_block() const { return packed ? 2 : 4; }
 };
 
-// Loads core matrices, each into a slot of scratch registers.
+// Loads core matrices into slots of scratch registers.
 class Loader {
  public:
   Loader(Warp& warp, const Product& product) : warp_(warp), in_(*product.from) {}
 
-  // The rows of a core matrix. False if one of them holds no value.
+  // Finds the rows of a core matrix. False if one of them holds no value.
   bool find(const Descriptor& matrix, uint32_t first, uint32_t chunk, const char** rows) {
     uint8_t lost = 0;
     for (uint32_t r = 0; r < 8; ++r) rows[r] = row_at(matrix.row_of_core(first, chunk, r), lost, r);
     return !lost;
   }
 
-  // Returns the rows (of M or N) that hold no value; of a transposed matrix all, if one is missing.
+  // Returns the rows (of M or N) without a value; all rows of a transposed matrix if one lacks it.
   uint8_t load(const Descriptor& matrix, uint32_t first, uint32_t chunk, uint32_t slot) {
     alignas(16) uint16_t plain[64];
     uint16_t* const out = lanes<uint16_t>(warp_, slot);
@@ -72,7 +72,7 @@ class Loader {
  private:
   const char* row_at(uint64_t address, uint8_t& lost, uint32_t row) {
     const Block& block = *warp_.block;
-    if (address + 16 > block.shared_bytes)  // a fault
+    if (address + 16 > block.shared_bytes)  // out of bounds: raises the fault
       return access(warp_, in_, Space::shared, address, 0, 16, Access::read);
     if (!holds_values(block, address, 16)) lost |= static_cast<uint8_t>(1 << row);
     return block.shared + address;
@@ -88,8 +88,8 @@ void negate(Warp& warp, uint32_t slot, uint32_t kind) {
   for (int i = 0; i < kLanes; ++i) values[i] ^= kSigns[std::min(kind, 3u)];
 }
 
-// Lanes of the fragments of D that the rows of a half of A reach, and those that a column of B
-// reaches, by the parity of the column (tensor.h).
+// Lanes of D's fragments that depend on rows of a half of A, and on columns of B, by the parity of
+// the column (tensor.h).
 Mask lanes_of_rows(uint8_t rows) {
   Mask mask = 0;
   for (int r = 0; r < 8; ++r)
@@ -103,14 +103,14 @@ Mask lanes_of_columns(uint8_t columns, int parity) {
   return mask;
 }
 
-// B of the product that was landed last, for other warps that take effect at the same moment.
+// B of the last landed product, for the other warps that land it at the same moment.
 struct SharedPanel {
   const Instruction* from = nullptr;
   uint64_t b = 0;
   Panel panel;
 };
 
-// The vectorised products of f32 accumulators. False if this is none, or if A or B lacks a value.
+// Vectorised path for f32 accumulators. False if it does not apply, or if A or B lacks a value.
 bool land_panel(Warp& warp, const Product& product, SharedPanel& shared) {
   const Instruction& in = *product.from;
   const Form form(in);
@@ -231,7 +231,7 @@ uint64_t uniform(Warp& warp, const Instruction& in, uint32_t slot) {
   return values[0];
 }
 
-// Check mode: rows of core matrices are read from the issue on. b: the descriptor, of B alone.
+// Check mode: rows of core matrices are read from the issue on. b: the descriptor, for B only.
 void watch_matrix(Warp& warp, const Instruction& in, const Descriptor& matrix, uint32_t first,
                   uint32_t rows, uint32_t segment, const uint64_t* b) {
   uint64_t offsets[2 * 256];
@@ -309,8 +309,8 @@ void run_wait(Warp& warp, const Instruction& in, Mask mask) {
   require_full(warp, in, mask);
   const uint64_t keep = static_cast<uint64_t>(in.offset);
   const uint64_t due = warp.product_groups - std::min<uint64_t>(keep, warp.product_groups);
-  // A product is one of the whole warpgroup: when a warp knows that it is complete, the others have
-  // read their operands too, and one warp frees the memory for all.
+  // A product belongs to the whole warpgroup: once a warp knows that it is complete, the others
+  // have read their operands too, and one warp may free the memory for all.
   auto& warps = warp.block->warps;
   const size_t first = warp.index / 4 * 4, end = std::min<size_t>(first + 4, warps.size());
   for (size_t i = first; i < end; ++i)
@@ -321,7 +321,7 @@ void run_wait(Warp& warp, const Instruction& in, Mask mask) {
     }
   for (bool any = true; any;) {
     any = false;
-    SharedPanel shared;  // of the product that is the next of each warp
+    SharedPanel shared;  // next product of each warp
     for (size_t i = first; i < end; ++i)
       if (!warps[i].products.empty() && warps[i].products.front()->group < due) {
         land_first(warps[i], shared);
@@ -332,7 +332,7 @@ void run_wait(Warp& warp, const Instruction& in, Mask mask) {
   products_waited(warp, static_cast<uint32_t>(due));
 }
 
-// Form::kind of the types of A and B, -1 if there is none.
+// Form::kind for the types of A and B, -1 if there is none.
 int kind_of(const std::string& a, const std::string& b) {
   static const std::pair<const char*, const char*> kTypes[] = {
       {"f16", "f16"},   {"bf16", "bf16"}, {"tf32", "tf32"}, {"e4m3", "e4m3"},
@@ -350,7 +350,7 @@ bool is_one(Decoder& decoder, const std::string& text, const char* one, const ch
   return text == other;
 }
 
-// A vector of registers, all of which exist.
+// A vector operand with exactly `count` registers.
 std::vector<std::string> registers_of(Decoder& decoder, const std::string& operand, int count,
                                       const std::string& what) {
   auto names = Decoder::elements(operand);
@@ -408,7 +408,7 @@ void decode_product(Decoder& decoder, const Statement& statement, Instruction& i
     if (!registers && is_one(decoder, operands[6], "0", "1")) in.flags |= kTransposeA;
     if (is_one(decoder, operands.back(), "0", "1")) in.flags |= kTransposeB;
   }
-  decoder.kernel().scratch = 0;  // slots.cpp places it
+  decoder.kernel().scratch = 0;  // placed by slots.cpp
   in.run = run_product;
 }
 

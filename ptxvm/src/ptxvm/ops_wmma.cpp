@@ -1,6 +1,6 @@
-// wmma: fragments are those of the mma that its product consists of, of m16n8k* side by side or of
-// m8n8k*; PTX leaves their layout open. A 8 x 32 product is the transpose of a 32 x 8 one. Operands
-// of f16 have eight registers, of which those beyond the elements repeat the first.
+// wmma: fragments consist of the fragments of the underlying mma, several m16n8k* side by side or
+// m8n8k*; PTX leaves their layout unspecified. An 8 x 32 product is the transpose of a 32 x 8 one.
+// f16 operands have eight registers, of which the surplus ones repeat the first.
 #include <algorithm>
 
 #include "ptxvm/memory_ops.h"
@@ -8,18 +8,18 @@
 
 namespace ptxvm {
 
-// Of a product: the fragments, and the mma of each block. Slots: D, A, B, C.
+// A product: fragments, and the mma of each block. Slots: D, A, B, C.
 struct Wmma {
   Tile whole;
   Handler block = nullptr;
-  uint32_t tile = 0;  // of multiply_tile
+  uint32_t tile = 0;  // for multiply_tile
 };
 
-// Of a load or store. Slots: values first or last, as in the text, then the stride if there is one.
+// A load or store. Slots: values first or last, as in the text, then the stride if there is one.
 struct WmmaCopy {
   Fragment fragment;
   bool row_major, has_stride;
-  int64_t stride;  // elements, where none is given
+  int64_t stride;  // in elements, if none is given
 };
 
 namespace {
@@ -28,8 +28,7 @@ bool is_in(Type type, std::initializer_list<Type> types) {
   return std::find(types.begin(), types.end(), type) != types.end();
 }
 
-// The fragments of one shape; those of D and C differ in their types alone. False if there are
-// none.
+// Fragments of one shape; D and C differ only in type. False if the shape does not exist.
 bool lay_out(const std::string& shape, Type d, Type a, Type b, Type c, Tile& whole) {
   int m = 0, n = 0, k = 0;
   if (!parse_shape(shape, m, n, k)) return false;
@@ -48,7 +47,7 @@ bool lay_out(const std::string& shape, Type d, Type a, Type b, Type c, Tile& who
     f->blocks = blocks;
     (square ? f->columns : f->rows) = square ? 8 : 16;
   }
-  Fragment& split = square ? whole.b : whole.a;  // by the block
+  Fragment& split = square ? whole.b : whole.a;  // the operand that differs from block to block
   split.blocks = blocks;
   (square ? split.columns : split.rows) = square ? 8 : 16;
   if (flat) {
@@ -65,7 +64,7 @@ void multiply_blocks(Warp& warp, const Instruction& in, Mask mask) {
   const Tile& whole = product.whole;
   const uint32_t *d = in.slots, *a = d + whole.d.registers, *b = a + whole.a.registers,
                  *c = b + whole.b.registers;
-  // The operands of the mma, which is the transpose of a flat product.
+  // Operands of the mma, which computes the transpose of a flat product.
   const Fragment* first = &whole.a;
   const Fragment* second = &whole.b;
   if (first->transposed) {
@@ -74,7 +73,7 @@ void multiply_blocks(Warp& warp, const Instruction& in, Mask mask) {
   }
   Instruction one = in;
   one.target = product.tile;
-  // D goes to its registers when all blocks are read: it may lie where A or B does.
+  // D is stored after all blocks have been read: it may share registers with A or B.
   const uint32_t scratch = warp.block->kernel->scratch;
   for (int i = 0; i < whole.d.blocks; ++i) {
     uint32_t slots[32], *next = slots;
@@ -94,7 +93,8 @@ void multiply_blocks(Warp& warp, const Instruction& in, Mask mask) {
                 lanes<uint32_t>(warp, scratch + static_cast<uint32_t>(r * 4 * kLanes)), 4 * kLanes);
 }
 
-// Calls act(register, byte of it, bytes, addresses) for pieces of memory that cover the fragment.
+// Calls act(register, byte offset in it, bytes, addresses) for pieces of memory that cover the
+// fragment.
 template <typename Act>
 void for_pieces(Warp& warp, const Instruction& in, const WmmaCopy& copy, uint32_t base,
                 uint32_t stride_slot, Act act) {
@@ -114,7 +114,7 @@ void for_pieces(Warp& warp, const Instruction& in, const WmmaCopy& copy, uint32_
             copy.has_stride ? lanes<const int32_t>(warp, stride_slot)[lane] : copy.stride;
         const int64_t major = copy.row_major ? place.row : place.column;
         const int64_t minor = copy.row_major ? place.column : place.row;
-        // Elements of b1 are words, the stride counts bits.
+        // Elements of b1 are words, but the stride counts bits.
         const int64_t at = fragment.type == Type::b1 ? major * stride + minor * 32
                                                      : (major * stride + minor) * bits;
         addresses[lane] = bases[lane] + static_cast<uint64_t>(at / 8);
@@ -172,7 +172,7 @@ void store_fragment(Warp& warp, const Instruction& in, Mask mask) {
              [&](int r, uint32_t at, uint32_t bytes, uint64_t* addresses) {
                if (options.count)
                  count_request(warp, in, space_of(in), addresses, mask, bytes, Traffic::store);
-               // The value that check mode looks at is the first, whatever its size.
+               // Check mode looks at the first value, whatever its size.
                warp.undefined = undefined;
                std::fill_n(warp.undefined.values, 8, undefined.values[r]);
                resolve(warp, in, space_of(in), addresses, mask, bytes, Access::write);
@@ -187,7 +187,7 @@ void require(Decoder& decoder, bool holds) {
   if (!holds) decoder.fail("unknown form of wmma");
 }
 
-// Types of A and B and of C and D that go together with a type of either.
+// Completes the tile's types from the type of one operand.
 bool types_of(const std::string& role, Type type, const std::string& shape, Tile& whole) {
   if (role == "a" || role == "b") {
     const Type sum = type == Type::f64                                  ? Type::f64
@@ -270,7 +270,7 @@ void decode_product(Decoder& decoder, const Statement& statement, Instruction& i
   Rounding rounding = Rounding::nearest;
   const bool rounds = parts.size() > 5 && take_rounding(parts[5], rounding);
   if (rounds) parts.erase(parts.begin() + 5);
-  const bool of_halves = parts.size() == 7;  // which have two types in the text
+  const bool of_halves = parts.size() == 7;  // f16 forms have two types in the text
   if (of_halves) parts.insert(parts.begin() + 6, {"f16", "f16"});
   const auto is_layout = [](const std::string& word) { return word == "row" || word == "col"; };
   require(decoder, parts.size() == 9 && parts[0] == "sync" && parts[1] == "aligned" &&
@@ -304,7 +304,7 @@ void decode_product(Decoder& decoder, const Statement& statement, Instruction& i
   read_registers(decoder, statement.operands[1], product.whole.a, false);
   read_registers(decoder, statement.operands[2], product.whole.b, false);
   read_registers(decoder, statement.operands[3], product.whole.c, false);
-  decoder.kernel().scratch = 0;  // slots.cpp places it
+  decoder.kernel().scratch = 0;  // placed by slots.cpp
   auto& products = decoder.kernel().products;
   products.push_back(std::make_shared<const Wmma>(product));
   in.target = static_cast<uint32_t>(products.size() - 1);

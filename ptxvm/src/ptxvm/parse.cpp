@@ -1,4 +1,4 @@
-// Structure of PTX: directives of the module, functions, scopes, statements.
+// PTX structure: module directives, functions, scopes, statements.
 #include "ptxvm/parse.h"
 
 #include <algorithm>
@@ -10,9 +10,9 @@
 namespace ptxvm {
 namespace {
 
-constexpr uint64_t kMostParameters = 32764;  // bytes of a kernel's (PTX ISA 8.1)
+constexpr uint64_t kMostParameters = 32764;  // bytes of a kernel's parameters (PTX ISA 8.1)
 constexpr uint64_t kMostAlignment = 1 << 16;
-constexpr uint64_t kMostRegisters = 1 << 20;  // that one declaration names
+constexpr uint64_t kMostRegisters = 1 << 20;  // maximum of one declaration
 
 bool is_blank(char c) { return std::isspace(static_cast<unsigned char>(c)); }
 bool is_name(char c) {
@@ -66,7 +66,7 @@ class Parser {
     while (at_ < text_.size() && is_blank(text_[at_])) ++at_;
   }
 
-  // A name, a number, or a directive: ".reg.b16" is two.
+  // A name, a number, or a directive: ".reg.b16" is two words.
   std::string word() {
     skip_blanks();
     const size_t begin = at_;
@@ -75,7 +75,7 @@ class Parser {
     return text_.substr(begin, at_ - begin);
   }
 
-  // Text up to one of the characters, which is not consumed. Quoted text is passed over.
+  // Text up to one of the characters, which is not consumed. Quoted text is skipped.
   std::string until(const char* stops) {
     const size_t begin = at_;
     bool quoted = false;
@@ -151,7 +151,7 @@ class Parser {
     return static_cast<uint32_t>(value);
   }
 
-  // ".visible .global .align 8 .b8 name[4] = {1, 2, 3, 4}, other" of [begin, end).
+  // Parses ".visible .global .align 8 .b8 name[4] = {1, 2, 3, 4}, other" in [begin, end).
   std::vector<Variable> parse_variables(size_t begin, size_t end) {
     std::vector<Variable> variables;
     Variable common;
@@ -208,7 +208,7 @@ class Parser {
     return variables;
   }
 
-  // "(.param .u64 .ptr .global .align 1 name, ...)"
+  // Parses "(.param .u64 .ptr .global .align 1 name, ...)".
   std::vector<Parameter> parse_parameters(uint64_t most, uint32_t* total) {
     std::vector<Parameter> parameters;
     expect('(');
@@ -231,7 +231,7 @@ class Parser {
       for (std::string part = next(); !part.empty(); part = next()) {
         if (part == ".align") {
           const uint32_t value = alignment_of(begin, next());
-          if (!pointer) alignment = value;  // after .ptr it is that of what is pointed to
+          if (!pointer) alignment = value;  // after .ptr, .align describes the pointed-to memory
         } else if (part == ".ptr") {
           pointer = true;
         } else if (part == ".param" || (pointer && (part == ".global" || part == ".shared" ||
@@ -313,7 +313,7 @@ class Parser {
     known = std::move(function);
   }
 
-  // Up to "{" or ";", which is not consumed.
+  // Parses up to "{" or ";", which is not consumed.
   void parse_attributes(Function& function) {
     for (skip_blanks(); text_[at_] != '{' && text_[at_] != ';'; skip_blanks()) {
       const size_t begin = at_;

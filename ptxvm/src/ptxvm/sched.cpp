@@ -55,7 +55,7 @@ class Grid {
         std::max<uint64_t>(uint64_t{multiprocessors()} *
                                blocks_per_multiprocessor(kernel_, threads_, launch.dynamic_shared),
                            std::max(options.resident_blocks, cluster_blocks_));
-    // Steps of a stride that shares no factor with the number of clusters visit each of them.
+    // A stride coprime to the number of clusters visits each of them.
     do {
       stride_ = 1 + random_.below(blocks_);
     } while (std::gcd(stride_, blocks_) != 1);
@@ -80,12 +80,12 @@ class Grid {
             finish_transfers(block);
             if (--block.cluster->unfinished == 0) {
               finish_transfers(*block.cluster);
-              // All at once: a block that is given back becomes one of another cluster.
+              // All blocks of a cluster at once: a released block becomes part of another cluster.
               for (Block* each : block.cluster->blocks) block_finished(*each);
             }
           }
         }
-        // The memory of a block stays until the last block of its cluster has finished.
+        // A block's memory stays valid until the last block of its cluster has finished.
         if (block.cluster->unfinished > 0) {
           ++resident;
           continue;
@@ -96,7 +96,8 @@ class Grid {
       }
       ++rounds_;
       if (next_ < blocks_ && residents_.size() < options.resident_blocks) admit();
-      // Perhaps they wait for blocks that have not begun: more join, up to what the device holds.
+      // The residents may wait for blocks that have not begun: admit more, up to the device's
+      // capacity.
       if (rounds_ >= kPatience)
         for (size_t i = residents_.size() / 4 + 1; i > 0; --i)
           if (next_ < blocks_ && residents_.size() < capacity_) admit();
@@ -105,12 +106,12 @@ class Grid {
   }
 
  private:
-  // All blocks of a cluster at once.
+  // Admits all blocks of a cluster.
   void admit() {
     const uint64_t index = block_at(next_++);
     const uint64_t at[3] = {index % clusters_[0], index / clusters_[0] % clusters_[1],
                             index / clusters_[0] / clusters_[1]};
-    // The state of a cluster of one block stays with the block.
+    // A cluster of one block keeps its state together with the block.
     const bool reuses = cluster_blocks_ == 1 && !spare_.empty();
     const auto cluster = reuses ? spare_.front()->cluster : std::make_shared<Cluster>();
     std::copy_n(cluster_, 3, cluster->shape);
@@ -165,7 +166,7 @@ class Grid {
     resident->shared = allocate(shared_bytes_, block.shared);
     resident->local = allocate(uint64_t{threads_} * kernel_.local_bytes, block.local);
     block.warps.resize(warps_);
-    // Files a multiple of 4 KiB apart would share the sets of the cache.
+    // Register files at multiples of 4 KiB would map to the same cache sets.
     const uint64_t stride = kernel_.file_bytes + 64 * (1 + kernel_.file_bytes / 64 % 2);
     char* files = nullptr;
     resident->files = allocate(stride * warps_, files);
@@ -228,7 +229,7 @@ class Grid {
     block_started(block);
   }
 
-  // A turn of the block: its warps in turns, until it has finished or had its share.
+  // One turn of a block: its warps take turns, until it has finished or used up its share.
   void run_block(Resident& resident) {
     const bool seeded = options.order == Options::Order::seeded;
     const uint64_t most = launch_.workspace ? std::min(options.fuel, kShortTurn) : options.fuel;
@@ -255,27 +256,27 @@ class Grid {
       if (issued > 0) {
         cluster.stalled = 0;
       } else {
-        // What may free a block: another of the cluster, a transfer, the end of a patience.
+        // A block may be unblocked by another block of the cluster, a transfer, or an expired wait.
         if (++cluster.stalled < cluster.unfinished) return;
         cluster.stalled = 0;
         if (!land_oldest(cluster)) {
           if (are_all_stuck(cluster) || !cut_waits_short(cluster)) report_deadlock(cluster);
-          return;  // what it looks at instead may depend on another block
+          return;  // the condition it polls instead may depend on another block
         }
         if (cluster.unfinished > 1) return;
       }
     }
   }
 
-  // Warps that poll memory never wait: what they poll for may depend on a transfer.
+  // Warps that poll memory never wait, but what they poll for may depend on a transfer.
   static void land_for_those_that_poll(Cluster& cluster) {
     if (cluster.quiet < kLongQuiet) return;
     cluster.quiet = 0;
     land_oldest(cluster);
   }
 
-  // Whether the waits of all clusters, of which this one comes first, were cut short many times and
-  // nothing came of it, though no block finished and none can begin.
+  // The waits of all clusters, `cluster` first, were cut short many times without effect, no block
+  // has finished, and none can begin.
   bool are_all_stuck(const Cluster& cluster) const {
     const auto is_stuck = [&](const Cluster& each) {
       return each.impatience >= kRefusals && each.worked < kShortWork * warps_;
@@ -286,8 +287,8 @@ class Grid {
                        [&](const auto& resident) { return is_stuck(*resident->cluster); });
   }
 
-  // A wait for an mbarrier may end without its phase, as on hardware after some time. False if
-  // nothing waits so.
+  // A wait for an mbarrier may end before its phase does, as on hardware after a time limit. False
+  // if nothing waits this way.
   static bool cut_waits_short(Cluster& cluster) {
     ++cluster.impatience;
     cluster.worked = 0;
@@ -326,11 +327,12 @@ class Grid {
   }
 
   static constexpr uint64_t kLongQuiet = 300000;  // instructions of a cluster without an event
-  static constexpr uint64_t kPatience = 16;       // turns of all blocks without a finished one
+  static constexpr uint64_t kPatience = 16;       // turns of all blocks without a finished block
 
-  static constexpr uint32_t kShortTurn = 500;  // instructions: blocks that meet poll until the last
+  static constexpr uint32_t kShortTurn =
+      500;  // instructions: blocks poll until the last one arrives
 
-  static constexpr uint32_t kRefusals = 1000;    // waits cut short that mean a deadlock
+  static constexpr uint32_t kRefusals = 1000;    // waits cut short that count as a deadlock
   static constexpr uint64_t kShortWork = 10000;  // instructions of a warp between two of them
 
   const Launch& launch_;
@@ -338,7 +340,7 @@ class Grid {
   Random random_;
   uint32_t threads_, warps_, shared_bytes_;
   uint32_t cluster_[3], clusters_[3], cluster_blocks_;
-  uint64_t blocks_, capacity_, stride_, first_;  // blocks_ and the rest count clusters
+  uint64_t blocks_, capacity_, stride_, first_;  // in clusters
   uint64_t next_ = 0, rounds_ = 0, since_finish_ = 0;
   std::list<std::unique_ptr<Resident>> residents_, spare_;
 };

@@ -10,7 +10,7 @@ namespace {
 
 constexpr uint32_t kUnit = 64;  // bytes of the register file per entry of Warp::defined
 
-// Shadows of blocks that have finished; a launch needs a few and starts many blocks.
+// Shadows of finished blocks, for reuse: a launch needs a few and starts many blocks.
 std::vector<std::shared_ptr<SharedShadow>> spare_shadows;
 
 }  // namespace
@@ -77,8 +77,8 @@ void reached(Warp& warp, const Instruction& in, int lane, Block& block) {
 
 namespace {
 
-// Whether the warp has waited for the access. What relaxed waits and reads saw is pending: it
-// orders no access of the warp, but the warp did not end before it.
+// The warp has waited for the access. Relaxed waits and reads are pending: they order no access of
+// the warp, but the warp did not end before them.
 bool has_waited(const Warp& warp, const Remote& remote) {
   const Timeline& t = *warp.timeline;
   const auto& pending = t.pending;
@@ -93,7 +93,7 @@ bool has_waited(const Warp& warp, const Remote& remote) {
 
 void block_finished(Block& block) {
   if (!block.shadow) return;
-  // A block ends with its last warp, so it is enough that one of them has waited.
+  // A block ends with its last warp, so it is enough that one of its warps has waited.
   for (const Remote& remote : block.shadow->remote)
     if (std::none_of(block.warps.begin(), block.warps.end(),
                      [&](const Warp& warp) { return has_waited(warp, remote); }))
@@ -114,7 +114,7 @@ void bulk_landed(Block& target, uint32_t offset, uint32_t bytes, bool reduces, u
     const uint32_t end = std::min((at | (Region::kBytes - 1)) + 1, offset + bytes);
     for (; at < end; at += 1u << region.shift, ++cell) {
       const uint32_t unit = at / 16;
-      // Where a cell is smaller than 16 bytes its first one counts.
+      // Reductions are counted at the first cell of each 16 bytes.
       if (reduces && at % 16 == 0 && --shadow.reductions[unit] > 0) {
         const uint32_t skip = 16 >> region.shift;
         cell += skip - 1;

@@ -1,10 +1,10 @@
-// Places values in the register file. Registers whose live ranges do not meet share a slot, which
-// keeps the file of a large kernel in the cache. Liveness is that of one lane: instructions write
-// the lanes of their mask only, so lanes that stand elsewhere are not disturbed. That holds among
-// values of one width: the lanes of another lie elsewhere in the slot (a predicate is one word, a
-// 16-bit register two bytes a lane), so widths never share. A register that may be read before it
-// is written lives from the first instruction on, so its slot has not been another's: check mode
-// sees that nothing was written there.
+// Register allocation in the register file. Registers with disjoint live ranges share a slot, which
+// keeps the file of a large kernel in the cache. Liveness is per lane: instructions write only the
+// lanes of their mask, so lanes at other instructions are not disturbed. This holds only among
+// values of one width: other widths place the lanes differently in the slot (a predicate is one
+// word, a 16-bit register two bytes per lane), so different widths never share. A register that may
+// be read before it is written lives from the first instruction on and shares no earlier slot:
+// check mode detects that nothing was written there.
 #include <algorithm>
 #include <array>
 #include <queue>
@@ -57,7 +57,7 @@ class Liveness {
     std::vector<uint32_t> successors;
   };
 
-  // Calls with each value of an instruction and whether it is written.
+  // Visits each value of an instruction, with a flag for writes.
   template <typename Visit>
   void visit(uint32_t at, Visit call) const {
     const Instruction& instruction = code_[at];
@@ -105,7 +105,7 @@ class Liveness {
           uint64_t& defined = block.defined[value / 64];
           const uint64_t bit = uint64_t{1} << value % 64;
           if (!written && !(defined & bit)) block.used[value / 64] |= bit;
-          // Under a guard the old value may survive.
+          // Under a guard the old value may stay live.
           if (written && code_[i].guard == kNoSlot) defined |= bit;
         });
     }
@@ -133,15 +133,14 @@ class Liveness {
   std::vector<BasicBlock> blocks_;
 };
 
-// Registers of wgmma, which are read and written after the instruction: their slots are never
-// another's.
+// wgmma reads and writes its registers after the instruction: their slots are never shared.
 std::vector<bool> written_late(const Decoder::State& state) {
   std::vector<bool> late(state.values.size(), false);
   if (state.kernel.scratch == kNoSlot) return late;
   for (const Instruction& instruction : state.kernel.code) {
     if (!std::strstr(instruction.text, "wgmma.mma_async")) continue;
     const uint32_t* slots = state.kernel.slots.data() + reinterpret_cast<size_t>(instruction.slots);
-    // Behind accumulators, as destinations and as sources, come four registers of A or a
+    // Accumulators, as destinations and as sources, are followed by four registers of A or a
     // descriptor.
     const int a = instruction.reads == instruction.writes + 6 ? 4 : 0;
     for (int i = 0; i < instruction.writes; ++i)
@@ -151,7 +150,7 @@ std::vector<bool> written_late(const Decoder::State& state) {
   return late;
 }
 
-// Linear scan over the live ranges, with free slots kept by the width of their values.
+// Linear scan over the live ranges, with free slots kept per value width.
 void share(const Decoder::State& state, std::vector<uint32_t>& slots, uint32_t& top) {
   const std::vector<Range> ranges = Liveness(state).ranges();
   const std::vector<bool> late = written_late(state);
@@ -171,9 +170,9 @@ void share(const Decoder::State& state, std::vector<uint32_t>& slots, uint32_t& 
   });
   using Ending = std::pair<uint32_t, uint32_t>;  // end of the range, value
   std::priority_queue<Ending, std::vector<Ending>, std::greater<>> active;
-  std::map<int, std::vector<uint32_t>> free_slots;  // by bits
+  std::map<int, std::vector<uint32_t>> free_slots;  // by width in bits
   for (const uint32_t value : order) {
-    // A source that dies here keeps its slot: handlers may write before they have read all.
+    // A source that dies here keeps its slot: handlers may write before they have read everything.
     while (!active.empty() && active.top().first < ranges[value].begin) {
       const uint32_t dead = active.top().second;
       active.pop();

@@ -67,7 +67,7 @@ struct Entry {
   int bits;
 };
 
-// In the order of Index.
+// Ordered as Index.
 constexpr Entry kEntries[] = {{"%tid.x", 32},
                               {"%tid.y", 32},
                               {"%tid.z", 32},

@@ -1,4 +1,4 @@
-// What publishes and takes over what warps know: barriers, mbarriers, fences, strong accesses.
+// Publishing and acquiring knowledge: barriers, mbarriers, fences, strong accesses.
 #include <algorithm>
 
 #include "ptxvm/async.h"
@@ -8,22 +8,23 @@
 namespace ptxvm {
 namespace {
 
-// A place that strong accesses touch: what reading the value there brings.
+// A memory location that strong accesses touch: the releases that a read of its value acquires.
 struct Flag {
   struct Release {
     uint8_t scope;
     uint32_t cluster;
     uint8_t rank;
-    bool several;  // blocks
+    bool several;  // released by several blocks
     Published what;
   };
-  // One of .gpu scope; those of narrower scopes order the blocks of their own cluster alone.
+  // wide: the index of a release of .gpu scope. narrow: releases of narrower scopes, which order
+  // only the blocks of their own cluster.
   std::vector<Release> releases;
   uint32_t wide = kNone;
   std::unordered_map<uint32_t, std::vector<uint32_t>> narrow;  // by cluster
 
   static constexpr uint32_t kNone = UINT32_MAX;
-  static constexpr size_t kLatest = 16;  // of those that order nothing: for reports
+  static constexpr size_t kLatest = 16;  // limit of releases that order nothing, kept for reports
 };
 
 std::unordered_map<uint64_t, Flag> shared_flags, global_flags;  // by host address
@@ -131,7 +132,7 @@ void mbarrier_passed(Warp& warp, const Instruction& in, Block& block, uint32_t o
       refuse(t.refused, publish(t.cluster, what.near, what.far), scope_of(in), kClusterScope);
     }
   }
-  // Bytes that were copied are there for all that see the phase.
+  // Copied bytes are visible to all warps that observe the phase.
   if (signal.agent) raise(t.near.seen, signal.agent, signal.phases);
 }
 

@@ -1,6 +1,6 @@
-// mma without leaving the layout of the fragments. A group of 4 lanes is a row of D, so that
-// an element of A is broadcast within 128 bits and a row of B is the same in each 128 bits; every
-// accumulator takes its products in the order of ordered_sum.
+// mma computed in the layout of its fragments. A group of 4 lanes is a row of D, so that an element
+// of A is broadcast within 128 bits and a row of B is the same in each 128 bits; every accumulator
+// adds its products in the order of ordered_sum.
 #include <cstring>
 
 #include "ptxvm/memory_ops.h"
@@ -18,7 +18,7 @@
 namespace ptxvm {
 namespace {
 
-constexpr int kTf32Bits = ~0x1fff;  // the hardware ignores the rest
+constexpr int kTf32Bits = ~0x1fff;  // the hardware ignores the low 13 bits
 
 template <Operand type>
 constexpr int kPer = type == Operand::tf32 ? 1 : 2;  // elements per register
@@ -29,7 +29,7 @@ constexpr int kPer = type == Operand::tf32 ? 1 : 2;  // elements per register
 
 namespace {
 
-// The elements of 16 registers, low ones first.
+// Elements of 16 registers, low ones first.
 template <Operand type>
 void widen(__m512i bits, __m512* elements) {
   if constexpr (type == Operand::f16) {
@@ -47,8 +47,8 @@ struct Accumulators {
   __m512 chain[4][2];
 };
 
-// Products of the column of A that is an element of lane `lane` of each group of 4, of its upper
-// and lower rows. b holds even and odd columns of B, odd says whether k is.
+// Products with the column of A held by lane `lane` of each group of 4, for its upper and lower
+// rows. b: even and odd columns of B. odd: parity of k.
 template <int lane>
 void step(Accumulators& d, const __m512* a, const __m512* b, int odd) {
   const __m512 upper = _mm512_permute_ps(a[0], lane * 0x55);
@@ -69,7 +69,7 @@ bool multiply_fast(Warp& warp, const uint32_t* slots) {
     return _mm512_loadu_si512(lanes<uint32_t>(warp, slots[index]) + 16 * block);
   };
   constexpr int per = kPer<type>;
-  // b[half of k][element][parity of the column]: 128 bits per lane of a group, in them 4 columns.
+  // b[half of k][element][parity of the column]: 128 bits, 4 columns, per lane of a group.
   __m512 b[2][per][2];
   const __m512i even = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(4));
@@ -130,14 +130,14 @@ __m512i join(const char* a, const char* b, const char* c, const char* d) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
-// 16 elements of 16 bits.
+// 16 elements of 16 bits as f32.
 template <Operand type>
 __m512 widen(__m256i bits) {
   if constexpr (type == Operand::f16) return _mm512_cvtph_ps(bits);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-// Rows of k, even columns before odd ones, from columns or, if it is transposed, rows of 16 bytes.
+// Stores rows of k, even columns before odd ones, from columns or, if transposed, rows of 16 bytes.
 template <Operand type>
 void widen_columns(const char* const* from, bool transposed, uint32_t sign, float* rows) {
   const __m512 flip = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(sign)));
@@ -179,12 +179,12 @@ void widen_columns(const char* const* from, bool transposed, uint32_t sign, floa
   }
 }
 
-// Sums of 8 columns: of 16 lanes each the upper and lower rows, of even and of odd columns.
+// Sums of 8 columns, even and odd: 16 lanes each of the upper and lower rows.
 struct Sums {
   __m512 even[4], odd[4];
 };
 
-// One of k. b: even columns, odd columns.
+// D += A B for one k. b: even columns, then odd columns.
 inline void add_products(Sums& sums, const __m512* a, const float* b) {
   const __m512 even = _mm512_broadcast_f32x4(_mm_load_ps(b));
   const __m512 odd = _mm512_broadcast_f32x4(_mm_load_ps(b + 4));
@@ -201,7 +201,7 @@ void multiply_columns(Warp& warp, const uint32_t* slots, const __m512 (*a)[4], c
   const auto place = [&](int rows, int parity) {
     return lanes<float>(warp, slots[rows / 2 * 2 + parity]) + 16 * (rows % 2);
   };
-  Sums first, second;  // of even and odd k
+  Sums first, second;  // sums over even and odd k
 #pragma GCC unroll 4
   for (int rows = 0; rows < 4; ++rows) {
     first.even[rows] = accumulates ? _mm512_loadu_ps(place(rows, 0)) : _mm512_setzero_ps();
@@ -229,13 +229,13 @@ void multiply_columns(Warp& warp, const uint32_t* slots, const __m512 (*a)[4], c
   }
 }
 
-// An element of A is the same in the four lanes of its row.
+// Broadcasts each element of A to the four lanes of its row.
 template <Operand type>
 void multiply_rows(Warp& warp, const uint32_t* d, const uint32_t* const* fragments,
                    const Panel& panel, uint32_t columns, bool accumulates) {
   constexpr int per = kPer<type>;
   __m512 a[kDepth<type>][4];
-  for (int i = 0; i < 8; ++i) {  // fragment, 16 lanes of it
+  for (int i = 0; i < 8; ++i) {  // half of a fragment, 16 lanes
     const int slot = i / 2, rows = slot % 2 * 2 + i % 2;
     __m512 elements[per];
     widen<type>(_mm512_loadu_si512(fragments[slot] + 16 * (i % 2)), elements);
@@ -281,7 +281,7 @@ bool multiply_panel(Operand type, Warp& warp, const uint32_t* d, const uint32_t*
 
 namespace {
 
-// The elements of 8 registers, low ones first.
+// Elements of 8 registers, low ones first.
 template <Operand type>
 void widen(const uint32_t* registers, __m256* elements) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(registers));
@@ -305,7 +305,7 @@ struct Accumulators {
   __m256 chain[4][2];
 };
 
-// As above, with the 128 bits of b in memory.
+// Like the AVX-512 step, with the 128 bits of b in memory.
 template <int lane>
 void step(Accumulators& d, const __m256* a, const __m128 (*b)[4], int odd) {
   const __m256 upper = _mm256_permute_ps(a[0], lane * 0x55);

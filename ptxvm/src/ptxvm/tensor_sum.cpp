@@ -1,7 +1,8 @@
-// How tensor cores add. The hardware's way is after measurements, which NVIDIA does not document:
-// F. Khattak and M. Mikaitis, "Accurate Models of NVIDIA Tensor Cores" (arXiv:2512.07004), and
-// P. Xie et al., "MMA-Sim" (arXiv:2511.10909). They leave open how mma.sp groups its products: it
-// adds what is left of A in steps of the same size. Zeros have no exponent here (MMA-Sim: -126).
+// Summation in tensor cores. The hardware model follows measurements, since NVIDIA does not
+// document it: F. Khattak and M. Mikaitis, "Accurate Models of NVIDIA Tensor Cores"
+// (arXiv:2512.07004), and P. Xie et al., "MMA-Sim" (arXiv:2511.10909). Neither covers how mma.sp
+// groups its products: here it adds the stored elements of A in steps of the same size. Zeros have
+// no exponent here (MMA-Sim: -126).
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -13,12 +14,12 @@
 namespace ptxvm {
 namespace {
 
-// 2^e, of normal numbers.
+// 2^e, for normal results.
 double power_of_two(int e) { return std::bit_cast<double>(static_cast<uint64_t>(e + 1023) << 52); }
 
 int exponent_of(float x, int least) { return std::max(std::ilogb(x), least); }
 
-// Cut to a fraction of `kept` bits. A sum beyond the range is infinite.
+// Truncates to a fraction of `kept` bits. A sum beyond the range is infinite.
 float cut(double x, int kept) {
   if (std::abs(x) >= 0x1p128) return std::copysign(std::bit_cast<float>(0x7f800000u), x);
   return std::bit_cast<float>(narrow<float>(x, Rounding::zero) & ~0u << (23 - kept));
@@ -35,8 +36,8 @@ float ordered_sum(const float* a, const float* b, int k, float c) {
   return canonical(even + odd);
 }
 
-// A100 and its kin add 8 products of 16 bits, Hopper and Blackwell 16; products of 8 bits are cut
-// at 13 bits on Ada and Hopper. ptxas makes two mma of f16 of an 8-bit mma on Hopper.
+// A100 and other sm_8x chips add 8 products of 16 bits, Hopper and Blackwell 16; products of 8 bits
+// are truncated at 13 bits on Ada and Hopper. On Hopper ptxas splits an 8-bit mma into two f16 mma.
 Adder adder_of(Operand operand, bool of_wgmma) {
   const Device& chip = device();
   const bool is_ampere = chip.major == 8, is_hopper = chip.major == 9;
@@ -50,7 +51,7 @@ Adder adder_of(Operand operand, bool of_wgmma) {
 
 namespace {
 
-// A sum with an operand that is not finite: the sign of its infinities, or NaN.
+// Sum with a non-finite operand: the sign of its infinities, or NaN.
 float sum_of_infinities(const float* a, const float* b, int k, float c) {
   bool plus = c > 0 && std::isinf(c), minus = c < 0 && std::isinf(c), none = std::isnan(c);
   for (int i = 0; i < k; ++i) {

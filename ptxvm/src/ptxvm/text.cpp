@@ -1,4 +1,4 @@
-// Text level of PTX: comments, lists, literals, types.
+// Lexical level of PTX: comments, lists, literals, types.
 #include <algorithm>
 #include <bit>
 #include <cctype>
@@ -106,7 +106,7 @@ std::string source_of(const Module& module, uint32_t ptx_line) {
   if (next == lines.begin()) return {};
   const auto file = module.source_files.find((--next)->file);
   if (file == module.source_files.end()) return {};
-  // The last two folders tell apart files of one name.
+  // The last two folders distinguish files of the same name.
   size_t from = file->second.size();
   for (int parts = 0; parts < 3 && from != std::string::npos && from > 0; ++parts)
     from = file->second.rfind('/', from - 1);

@@ -1,5 +1,5 @@
-// Fragments, and products of tiles that no vector instructions are written for: f64, 4 bits, 1 bit,
-// m8n8*, sparse A, accumulators of two types.
+// Fragments, and tile products without vectorised code: f64, 4 bits, 1 bit, m8n8*, sparse A,
+// accumulators of two types.
 #include "ptxvm/tiles.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace ptxvm {
 namespace {
 
-constexpr int kRows = 32, kDepth = 128;  // the largest tiles: rows, and elements of a row
+constexpr int kRows = 32, kDepth = 128;  // the largest tiles: rows, and elements per row
 
 struct Name {
   const char* name;
@@ -58,7 +58,7 @@ double element(Type type, uint64_t bits, int j) {
   return 0;
 }
 
-// The matrix of an operand, row after row.
+// Reads the matrix of an operand, in row-major order.
 void read(Warp& warp, const Fragment& fragment, const uint32_t* slots, double* matrix, int pitch) {
   for (int r = 0; r < fragment.registers; ++r)
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -71,15 +71,15 @@ void read(Warp& warp, const Fragment& fragment, const uint32_t* slots, double* m
     }
 }
 
-// Four bits of metadata say which two of four elements, or pairs of elements of 4 bits, a row of A
-// holds; those of tf32 which one of two. Of 16-bit elements and tf32 a lane has four times four
-// bits for each of two rows, of others eight times four for one row.
+// Metadata of a sparse A. Four bits select two of four elements (of 4-bit types: two of four pairs
+// of elements); for tf32, one of two. For 16-bit elements and tf32 a lane has four times four bits
+// for each of two rows, for other types eight times four bits for one row.
 class Metadata {
  public:
   Metadata(Warp& warp, const Instruction& in, const Tile& tile, uint32_t slot)
       : warp_(warp), in_(in), tile_(tile), values_(lanes<uint32_t>(warp, slot)) {}
 
-  // The column of A that element `i` of a row is in.
+  // Column of A of the i-th stored element of a row.
   int column(int row, int i) const {
     const bool single = tile_.a.type == Type::tf32, pairs = bits_of(tile_.a.type) == 4;
     const int chunk = single ? i : pairs ? i / 4 : i / 2;
@@ -120,7 +120,7 @@ class Metadata {
   const uint32_t* values_;
 };
 
-// In a function of its own, so that no product leaves the scope of its rounding.
+// Not inlined, so that no product moves out of its rounding scope.
 [[gnu::noinline]] double sum_of_doubles(const double* a, const double* b, int k, double c) {
   for (int i = 0; i < k; ++i) c = std::fma(a[i], b[i], c);
   return canonical(c);
@@ -174,7 +174,7 @@ uint64_t bits_of_sum(const Tile& tile, const double* a, const double* b, double 
   }
 }
 
-// What each lane that misses a value of an operand reaches.
+// Calls marks(place) for each element of each lane without a value.
 template <typename Mark>
 void mark(const Fragment& fragment, const Mask*& missing, Mark marks) {
   for (int r = 0; r < fragment.registers; ++r, ++missing)
@@ -198,7 +198,7 @@ int bits_of(Type type) { return kNames[static_cast<int>(type)].bits; }
 Place Fragment::place(int lane, int index, int j) const {
   const int slot = index % unit, block = index / unit % blocks;
   const int n = slot * per() + j;
-  // Of m8n8k4 of f16: the block of the diagonal, and the row in it.
+  // f16 m8n8k4: the diagonal block, and the row in it.
   const int quad = lane % 16 / 4 * 8, below = lane / 16 * 4;
   Place place{};
   switch (role) {
@@ -239,7 +239,7 @@ void multiply_tile(Warp& warp, const Instruction& in, Mask mask) {
   read(warp, tile.a, a_slots, a[0], kDepth);
   read(warp, tile.b, b_slots, b[0], kRows);
   read(warp, tile.c, c_slots, c[0], kRows);
-  int columns[kRows][kDepth];  // of A, where it is sparse
+  int columns[kRows][kDepth];  // columns of A, if it is sparse
   if (tile.sparse) {
     const Metadata metadata(warp, in, tile, c_slots[tile.c.registers]);
     for (int row = 0; row < 16; ++row)
@@ -279,7 +279,8 @@ void spread_tile(const Tile& tile, const Mask* missing, Mask* values) {
   mark(tile.a, missing, [&](Place place) { lost_rows[place.row] = true; });
   mark(tile.b, missing, [&](Place place) { lost_columns[place.column] = true; });
   mark(tile.c, missing, [&](Place place) { lost[place.row][place.column] = true; });
-  // Lanes of four whose metadata the selector does not name have none to give.
+  // The selector names the lanes of each four that hold metadata; values of other lanes are
+  // ignored.
   const int given = tile.in_four_lanes();
   const Mask asked = 0x11111111u * (((1u << given) - 1) << tile.selector * given);
   const bool all = tile.sparse && *missing & asked;

@@ -1,4 +1,4 @@
-// Memory of the module: variables of .global and .const get host memory and their initial values.
+// Module memory: variables of .global and .const get host memory and their initial values.
 #include <algorithm>
 #include <cstdlib>
 #include <new>
@@ -11,7 +11,7 @@ namespace ptxvm {
 namespace {
 
 // "name", "generic(name)", "name+4" or "0xff00(name)": an address, or the byte of it that a mask
-// picks.
+// selects.
 uint64_t symbol_value(const Module& module, const Variable& owner, const std::string& text) {
   const auto fail = [&](const std::string& why) {
     throw Fault("PTX, line " + std::to_string(owner.line) + ": initial value of " + owner.name +
@@ -69,7 +69,7 @@ uint64_t limit_of(Space space) {
       return uint64_t{1} << 40;  // more than any device has
     case Space::shared:
       return uint64_t{1} << kRankShift;
-    default:  // local memory of a thread, where arguments of calls lie too
+    default:  // local memory of a thread, which also holds arguments of calls
       return 512 << 10;
   }
 }
@@ -105,7 +105,7 @@ void place_variables(Module& module) {
   for (auto& [name, variable] : module.variables) {
     if (!has_memory(variable)) continue;
     const uint64_t alignment = std::max<uint64_t>(variable.alignment, 16);
-    // Zeros that cost nothing until something touches them.
+    // calloc: zeros without touching the pages.
     module.memory.emplace_back(std::calloc(variable.bytes + alignment, 1), std::free);
     if (!module.memory.back())
       throw Fault("PTX, line " + std::to_string(variable.line) + ": no memory for the " +

@@ -70,8 +70,7 @@ void Runner::add_group(uint32_t pc, Mask mask) {
   warp_.others.push_back({pc, mask});
 }
 
-// Makes a ready group the running one: the lowest above warp.pc, else the lowest. False if none is
-// ready.
+// Selects a ready group to run: the lowest above warp.pc, else the lowest. False if none is ready.
 bool Runner::pick() {
   const auto rank = [&](const Group& group) { return std::pair(group.pc <= warp_.pc, group.pc); };
   const Group* best = nullptr;
@@ -89,7 +88,7 @@ bool Runner::pick() {
   return true;
 }
 
-// The lowest program counter from pc on at which other lanes are ready.
+// The lowest program counter, from pc on, at which other lanes are ready.
 uint32_t Runner::limit_from(uint32_t pc) const {
   uint32_t limit = UINT32_MAX;
   for (const Group& group : warp_.others)
@@ -104,9 +103,9 @@ uint64_t Runner::run(uint64_t fuel) {
   if (!warp_.mask && !pick()) return 0;
   uint32_t pc = warp_.pc, limit = limit_from(pc);
   Mask mask = warp_.mask;
-  // Instructions that the running group may issue, and those left to the warp after them. A stint
-  // ends after options.fuel instructions wherever turns end, so that what a warp does depends on
-  // its own path alone.
+  // budget: instructions that the running group may issue; left: those that the warp may issue
+  // after that. A stint ends after options.fuel instructions wherever turns end, so that a warp's
+  // execution depends only on its own path.
   uint64_t budget = 0, left = fuel;
   const auto take_budget = [&] {
     budget = std::min<uint64_t>(left, options.fuel - warp_.stint);
@@ -157,7 +156,7 @@ uint64_t Runner::run(uint64_t fuel) {
       ++kernel_.issued[pc];
       kernel_.active[pc] += static_cast<uint64_t>(count(active));
     }
-    // Lanes that converge are looked at together, when all are here.
+    // Converging lanes are checked together, once all have arrived.
     if constexpr (kCheck)
       if (instruction.control != Control::converge) check_registers(warp_, instruction, active);
     if (instruction.control == Control::none) [[likely]] {
@@ -174,7 +173,7 @@ uint64_t Runner::run(uint64_t fuel) {
     if (instruction.control == Control::branch) {
       const uint32_t target = instruction.target;
       if (active == mask) {
-        // A jump forward over lanes that are ready lets them catch up: the limit stays.
+        // A jump forward over ready lanes keeps the limit, so that these catch up.
         if (target <= pc && !warp_.others.empty()) limit = limit_from(target);
         pc = target;
       } else {
@@ -244,7 +243,7 @@ void Runner::exit_lanes(Mask mask) {
   warp_.mask &= ~mask;
   ++warp_.pc;
   resident_.block.exited += static_cast<uint32_t>(count(mask));
-  // Those that wait for lanes that are gone look again.
+  // Groups that wait for exited lanes check again.
   for (Group& group : warp_.others)
     if (group.wait == Group::Wait::converge) group.wait = Group::Wait::none;
   if (!warp_.live) {
@@ -257,8 +256,8 @@ void Runner::exit_lanes(Mask mask) {
   leave_cluster_barrier(warp_, mask);
 }
 
-// Lanes that wait at this instruction for the same set join `here`; if all that are needed are
-// there, they run and the waiting ones are released. Else 0, and `here` waits.
+// Lanes that wait at this instruction for the same set join `here`; once all needed lanes have
+// arrived, they run together and the waiting groups are released. Else returns 0, and `here` waits.
 Mask Runner::gather(const Instruction& instruction, Mask here, Mask needed, uint32_t value) {
   const bool anywhere = instruction.flags & kConvergesAnywhere;
   const auto joins = [&](const Group& group) -> Mask {
@@ -336,7 +335,7 @@ void Runner::arrive(const Instruction& instruction, Mask active) {
   ++warp_.pc;
 }
 
-// Lanes that sleep come back to the instruction; it counts when it lets them pass.
+// Sleeping lanes return to the instruction; it is counted once it lets them pass.
 template <bool kCheck, bool kCount>
 void Runner::await(const Instruction& instruction, Mask active) {
   const uint32_t pc = warp_.pc;
@@ -380,7 +379,8 @@ void Runner::enter_barrier(const Instruction& instruction, Mask mask) {
               std::to_string(number) + " with " + std::to_string(barrier.expected));
   barrier.in_use = true;
   barrier.expected = expected;
-  // With a count, an aligned barrier counts whole warps, whichever of their lanes still live.
+  // With an explicit count, an aligned barrier counts whole warps, however many of their lanes
+  // live.
   const bool whole = counted && (instruction.flags & kAligned);
   barrier.arrived += static_cast<uint32_t>(whole ? kLanes : count(mask));
   if (counted && barrier.arrived > expected)
