@@ -34,8 +34,8 @@ from .vm import Machine, MachineError, Module, Report
 __all__ = ["Machine", "MachineError", "Module", "Report", "find_library", "machine"]
 
 LIBRARY = "libcudart.so.13"
-# Instruction sets of a wheel and the flags of /proc/cpuinfo that each requires, the best first. A
-# library for the CPU of its build lies where that of x86-64-v3 does.
+# Instruction sets of a wheel and the /proc/cpuinfo flags that each requires, best first. A library
+# built for the local CPU is installed in place of the x86-64-v3 one.
 ISAS = {
     "glibc-hwcaps/x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
     "": {"avx2", "fma", "f16c"},
@@ -43,12 +43,12 @@ ISAS = {
 
 
 def find_library() -> Path | None:
-    """The machine's library: PTXVM_LIBRARY, or the best of the package for this CPU. None if there
-    is none."""
+    """Path of the machine's library: PTXVM_LIBRARY, or the package's best one for this CPU; None if
+    there is none."""
     if named := os.environ.get("PTXVM_LIBRARY"):
         return Path(named).absolute() if os.path.isfile(named) else None
     flags = _cpu_flags()
-    folders = [Path(folder, "lib") for folder in __path__]  # two in an editable install
+    folders = [Path(folder, "lib") for folder in __path__]  # two folders in an editable install
     paths = [
         folder / isa / LIBRARY
         for isa, needed in ISAS.items()
@@ -80,7 +80,7 @@ def machine() -> Machine:
             raise OSError
         if library not in _loaded:
             _loaded[library] = Machine(library)
-    except (OSError, AttributeError):  # no library, or one without the machine's functions
+    except (OSError, AttributeError):  # no library, or one that lacks the machine's functions
         rule = f"PTXVM_LIBRARY: must be {LIBRARY} of the PTX machine"
         raise RuntimeError(f"ptxvm: {rule}; got '{named or library}'") from None
     return _loaded[library]

@@ -9,7 +9,7 @@ import sys
 
 from . import _cli, command
 
-BROKEN_PIPE = 128 + 13  # the status of a program that the signal ends
+BROKEN_PIPE = 128 + 13  # exit status of a program that SIGPIPE ends
 INTERRUPTED = 128 + 2
 
 
@@ -23,8 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed
-        if error.errno == errno.EPIPE:  # a reader that has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for unflushed output
+        if error.errno == errno.EPIPE:  # the reader has closed the pipe, as head does
             return BROKEN_PIPE
         print(f"ptxvm: {error.strerror}", file=sys.stderr)
         return 1

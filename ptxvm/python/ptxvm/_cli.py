@@ -9,18 +9,18 @@ from typing import NoReturn
 
 
 class UsageError(Exception):
-    """A command that cannot run as it was given: `argument: rule; got value`."""
+    """A command line that cannot run: `argument: rule; got value`."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UsageError where argparse prints its usage."""
+    """Raises UsageError instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument "))
 
 
 def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
-    """Parses a whole number from minimum to maximum."""
+    """Returns a parser of integers from minimum to maximum."""
     rule = f"must be a whole number of at least {minimum}"
     if maximum is not None:
         rule = f"must be a whole number from {minimum} to {maximum}"

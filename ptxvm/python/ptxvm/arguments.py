@@ -23,8 +23,8 @@ FORM = "must be VALUE, TYPE=VALUE or [const ]TYPE[SIZES]=CONTENTS"
 CONTENTS = "zeros, ones, nan, arange, random[:SEED], a number, FILE.npy or bytes:HEX"
 _ARRAY = re.compile(r"(?P<const>const\s+)?(?P<type>\w+)\[(?P<sizes>[\d,\s]+)\]=(?P<value>.+)")
 _SCALAR = re.compile(r"((?P<type>[a-z]+\d+)=)?(?P<value>[^=]+)")
-MAX_SIZES = 32  # of NumPy
-COPIES = 4  # of an array: before, after the first run, after another, and while it is made
+MAX_SIZES = 32  # NumPy's maximum number of dimensions
+COPIES = 4  # of an array: initial, after the first run, after another, and a temporary
 ALIGNMENT = 256  # bytes
 
 
@@ -46,7 +46,7 @@ class Kernel:
 
     @classmethod
     def of(cls, name: str, parameters: Iterable[Mapping[str, Any]]) -> Kernel:
-        """One of Module.parameters."""
+        """Builds a Kernel from an entry of Module.parameters."""
         return cls(name, tuple(Parameter(**p) for p in parameters))
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class BadArgument(ValueError):
 
 
 def make(text: str, parameter: Parameter | None) -> Any:
-    """A NumPy array, which the kernel gets as a pointer, or a scalar of the parameter's type."""
+    """A NumPy array, passed to the kernel as a pointer, or a scalar of the parameter's type."""
     if found := _ARRAY.fullmatch(text):
         return _array(text, found)
     if found := _SCALAR.fullmatch(text):
@@ -95,7 +95,7 @@ def _array(text: str, found: re.Match[str]) -> Any:
 
 
 def _allocated(sizes: list[int], dtype: Any) -> Any:
-    """An array with the alignment of cudaMalloc, so that counters are the same in every run."""
+    """Empty array with the alignment of cudaMalloc, so that counters are the same in every run."""
     size = math.prod(sizes) * dtype.itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -103,7 +103,7 @@ def _allocated(sizes: list[int], dtype: Any) -> Any:
 
 
 def _filled(array: Any, kind: str, contents: str) -> Any:
-    """The array with what the text says."""
+    """Fills the array as the text says and returns it."""
     word, _, rest = contents.partition(":")
     if array.dtype.kind == "V" and word != "bytes":
         raise BadArgument(f"must be bytes:HEX, {array.nbytes} bytes; got '{contents}'")
@@ -121,7 +121,7 @@ def _filled(array: Any, kind: str, contents: str) -> Any:
 
 
 def _random(kind: str, shape: tuple[int, ...], seed: int) -> Any:
-    """Normal for floating point; else from 0 to 99."""
+    """Normally distributed for floating point; else integers from 0 to 99."""
     generator = np.random.default_rng(seed)
     if "f" in kind:
         return generator.standard_normal(shape)
@@ -134,7 +134,7 @@ def _number(kind: str, text: str) -> Any:
     try:
         value = parse(named)
         if "f" not in kind:
-            np.array(value, TYPES[kind])  # OverflowError
+            np.array(value, TYPES[kind])  # raises OverflowError
         elif math.isfinite(value) and not np.isfinite(readable(_converted(kind, value), kind)):
             raise OverflowError
         return value
@@ -148,7 +148,7 @@ def _loaded(array: Any, kind: str, name: str) -> Any:
             loaded = np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise BadArgument(f"must be a readable .npy file; got '{name}' ({error})") from None
-    rounded = kind == "bf16" and loaded.dtype == np.float32  # as readable() makes them
+    rounded = kind == "bf16" and loaded.dtype == np.float32  # float32, as from readable()
     if loaded.shape != array.shape or not (rounded or loaded.dtype == array.dtype):
         raise BadArgument(
             f"must hold {array.dtype}{list(array.shape)}; got '{name}' with "
@@ -168,9 +168,9 @@ def _bytes(array: Any, text: str) -> Any:
 
 
 def _converted(kind: str, values: Any) -> Any:
-    """Values for an array of the kind; bf16 is rounded to nearest even, as the bits of u16."""
+    """Values converted to the element type; bf16 is rounded to nearest even and stored as u16."""
     if kind != "bf16":
-        with np.errstate(over="ignore"):  # to infinity
+        with np.errstate(over="ignore"):  # overflow becomes infinity
             return np.asarray(values).astype(TYPES[kind])
     with np.errstate(over="ignore"):
         bits = np.atleast_1d(np.asarray(values, np.float32)).view(np.uint32)
@@ -181,18 +181,18 @@ def _converted(kind: str, values: Any) -> Any:
 
 
 def readable(array: Any, kind: str) -> Any:
-    """The values of an array of the kind: those of bf16 as float32."""
+    """Values of an array of element type `kind`; bf16 is converted to float32."""
     return (np.asarray(array, np.uint32) << 16).view(np.float32) if kind == "bf16" else array
 
 
 def kind_of(text: str) -> str:
-    """The type that an argument names; "" where it names none."""
+    """Element type named in an argument; "" if it names none."""
     found = re.match(r"(?:const\s+)?(\w+)(?:\[[\d,\s]+\])?=", text)
     return found[1] if found else ""
 
 
 def for_kernel(kernel: Kernel, texts: list[str]) -> list[Any]:
-    """The arguments of a call, as many as the kernel has parameters."""
+    """Arguments of a launch, one for each parameter of the kernel."""
     if len(texts) != len(kernel.parameters):
         raise BadArgument(f"must be given once for each parameter of {kernel}; got {len(texts)}")
     made = []

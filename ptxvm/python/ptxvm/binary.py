@@ -1,4 +1,4 @@
-"""What the command line must know of a program: whether it can reach the machine at all."""
+"""Inspection of ELF files: decides whether a program can load the machine at all."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ RUNTIME = "libcudart.so"
 _DYNAMIC, _INTERPRETER = 2, 3  # kinds of program headers
 _NEEDED, _STRING_TABLE = 1, 5  # tags of the dynamic section
 _LOADED = 1
-MACHINE = 62  # x86-64, for which the PTX machine is built
+MACHINE = 62  # x86-64, the architecture that the PTX machine is built for
 
 
 @dataclass(frozen=True)
 class Binary:
-    """An ELF file of 64 bits."""
+    """A 64-bit ELF file."""
 
-    needed: tuple[str, ...]  # libraries, by the names that the loader looks for
-    has_kernels: bool  # a fat binary of nvcc
-    machine: int  # for which it was made: 62 is x86-64
+    needed: tuple[str, ...]  # libraries, by the names that the loader resolves
+    has_kernels: bool  # contains a fat binary of nvcc
+    machine: int  # ELF machine type: 62 is x86-64
     is_program: bool  # not a shared object without an interpreter
 
     @property
     def runtime(self) -> str | None:
-        """The CUDA runtime that it loads."""
+        """Name of the CUDA runtime that it loads, if any."""
         return next((name for name in self.needed if name.startswith(RUNTIME)), None)
 
 
 def read(path: Path) -> Binary | None:
-    """None if the file is not such a file."""
+    """Parses an ELF file; None if the file is not 64-bit ELF."""
     image = path.read_bytes()
     if image[:5] != b"\x7fELF\x02":
         return None

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from .findings import Finding, Mode, Run
     from .vm import Machine
 
-CLEAN, FOUND = 0, 1  # exit statuses; a command that could not run has 2
+CLEAN, FOUND = 0, 1  # exit statuses; 2 if the command could not run
 DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 MAX_OF_A_NAME = 48
 HAS_SOURCE_LINE = re.compile(r", line \d+ \(.+?:\d+\): ")
 ORDERS = ("forward", "reverse", "seeded")
-FLAGS = ("check", "count", "on_fault", "device", "fuel", "mma", "async", "order")  # not of --set
+FLAGS = ("check", "count", "on_fault", "device", "fuel", "mma", "async", "order")  # not in --set
 
 GUIDE = """\
 Runs CUDA kernels on a CPU: no GPU, no driver, no CUDA toolkit.
@@ -239,7 +239,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_settings(options: argparse.Namespace, vm: Machine) -> None:
-    """The options of the machine, before a program gets them."""
+    """Validates the machine's options before a program runs with them."""
     from .vm import MachineError
 
     names = [name for name in vm.settings if name not in FLAGS]
@@ -254,7 +254,7 @@ def _check_settings(options: argparse.Namespace, vm: Machine) -> None:
 
 
 def machine_options(options: argparse.Namespace) -> dict[str, int | str]:
-    """Options of the machine that hold for all runs."""
+    """Options of the machine that apply to all runs."""
     chosen: dict[str, int | str] = {
         name: int(options.action == name) for name in ("check", "count")
     }
@@ -339,10 +339,10 @@ def _print_findings(findings: Sequence[Finding], modes: Sequence[Mode], ptx: str
 
 
 def _short(kernel: str) -> str:
-    """The beginning of a long mangled name."""
+    """Abbreviates a long mangled name."""
     return kernel if len(kernel) <= MAX_OF_A_NAME else kernel[:MAX_OF_A_NAME] + "..."
 
 
 def say(options: argparse.Namespace, line: str) -> None:
-    """Beside a JSON document only on the standard error."""
+    """Prints a line; to standard error if standard output carries JSON."""
     print(line, file=sys.stderr if options.json else sys.stdout)

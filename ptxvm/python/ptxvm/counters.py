@@ -17,7 +17,7 @@ MAX_OPCODES = 12
 
 
 def table(launches: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """For each kernel the sums over its launches."""
+    """Rows with the sums over the launches of each kernel."""
     kernels: dict[str, list[dict[str, Any]]] = {}
     for launch in launches:
         kernels.setdefault(launch["kernel"], []).append(launch)

@@ -1,4 +1,4 @@
-"""What runs of a kernel or a program showed, once for each rule and line."""
+"""Findings of the runs of a kernel or a program, one for each rule and line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 
 from .vm import Report
 
-# No such kernel, no image of it, none for the device, PTX that the machine does not run.
+# CUDA errors of launches that did not start: no such kernel, no image, no image for the device,
+# unsupported PTX.
 NOT_LAUNCHED = (98, 200, 209, 218)
-FAULTS = (719, 710)  # CUDA errors of a kernel that broke a rule and of a failed assertion
+FAULTS = (719, 710)  # CUDA errors: a kernel broke a rule, an assertion failed
 
 
 @dataclass(frozen=True)
 class Mode:
-    """The order of warps and blocks, and the moment at which what is asynchronous takes effect."""
+    """Order of warps and blocks, and the moment at which asynchronous operations take effect."""
 
     order: str
     moment: str
@@ -33,37 +34,37 @@ class Mode:
 
 @dataclass
 class Run:
-    """What one run did."""
+    """Outcome of one run."""
 
     mode: Mode
     reports: list[Report] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)  # calls of the CUDA runtime, not kernels
-    lost: int = 0  # launches among them, which did not run
+    refused: list[str] = field(default_factory=list)  # failed CUDA runtime calls other than kernels
+    lost: int = 0  # failed launches among them, which did not run
     launches: list[dict[str, Any]] = field(default_factory=list)
-    status: int = 0  # of a program
+    status: int = 0  # exit status of a program
     output: str = ""
 
     @property
     def kernels(self) -> int:
-        """Launches that began."""
+        """Number of launches that began."""
         return len(self.launches) + sum(r.rule in ("fault", "deadlock") for r in self.reports)
 
 
 @dataclass
 class Finding:
-    report: Report  # the first
+    report: Report  # first report
     modes: list[Mode]
-    count: int = 0  # in all modes together
+    count: int = 0  # total over all modes
 
 
 def read_log(path: Path, mode: Mode) -> Run:
-    """A run of a program, from the log that the machine wrote (src/ptxvm/log.h)."""
+    """Reads a program's run from the log that the machine wrote (src/ptxvm/log.h)."""
     run = Run(mode)
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     for line in lines:
         try:
             event = json.loads(line)
-        except ValueError:  # of a process that was killed
+        except ValueError:  # truncated line of a killed process
             continue
         if "launch" in event:
             run.launches.append(event["launch"])
@@ -78,8 +79,8 @@ def read_log(path: Path, mode: Mode) -> Run:
 
 
 def summarise(runs: Iterable[Run]) -> list[Finding]:
-    """Each rule at each line once, with the modes that showed it, in the order of kernels and
-    lines."""
+    """Merges reports to one finding for each rule and line, with the modes that showed it, ordered
+    by kernel and line."""
     found: dict[tuple[str, int, str], Finding] = {}
     for run in runs:
         for report in run.reports:
@@ -99,7 +100,8 @@ def modes_in_words(modes: Sequence[Mode], all_modes: Sequence[Mode]) -> str:
 
 
 def as_json(findings: Sequence[Finding], counted: bool) -> list[dict[str, Any]]:
-    """Logs of programs have the first time at a line alone, so no counts."""
+    """Findings as JSON objects. Program logs record only the first report at a line, so they carry
+    no counts."""
     documents = []
     for finding in findings:
         document = dataclasses.asdict(finding.report) | {"count": finding.count}

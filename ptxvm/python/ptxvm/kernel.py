@@ -1,4 +1,4 @@
-"""Runs of PTX text: the kernel is launched once for each mode, on arguments made anew."""
+"""Runs of PTX text: the kernel is launched once in each mode, on freshly made arguments."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .findings import FAULTS, Mode, Run
 from .vm import Machine, MachineError, Module, Report
 
 FIELDS = {"kernel": str, "grid": list, "block": list, "shared": int, "args": list}
-MAX_SHOWN = 8  # elements of an array in one line
+MAX_SHOWN = 8  # elements of an array shown in one line
 
 
 def text_of(name: str) -> str | None:
-    """The text of a PTX file; None if the file is a program."""
+    """Contents of a PTX file; None if the file is a program."""
     path = Path(name)
     if not os.path.isfile(path):
         if shutil.which(name):
@@ -59,7 +59,7 @@ class Launch:
 
 
 def launch_of(options: argparse.Namespace, module: Module) -> Launch:
-    """What the file of --launch says, with what flags say instead."""
+    """The launch described by the --launch file, overridden by flags."""
     given = _read(options.launch) if options.launch else {}
     flags = {name: getattr(options, name) for name in ("kernel", "grid", "block", "shared")}
     given |= {name: value for name, value in flags.items() if value is not None}
@@ -146,7 +146,7 @@ def runs(options: argparse.Namespace, modes: Sequence[Mode], ptx: str) -> list[R
                 done.append(_launch(vm, module, launch, mode, values))
                 first = first or values
                 done[-1].reports += _differences(launch, first, values, done)
-    except (MachineError, ValueError) as error:  # the launch is not one of the kernel
+    except (MachineError, ValueError) as error:  # the launch does not match the kernel
         raise _cli.UsageError(str(error)) from None
     if options.action == "run" and not done[0].reports:
         _show(options, launch, inputs, first)
@@ -188,7 +188,8 @@ def _launch(vm: Machine, module: Module, launch: Launch, mode: Mode, values: lis
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends the process: Python sees signals only behind a launch, which may never end."""
+    """Makes Ctrl-C end the process: Python handles signals only after a launch, which may never
+    end."""
     before = signal.getsignal(signal.SIGINT)
     if before is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -203,7 +204,7 @@ def _interruptible() -> Iterator[None]:
 def _differences(
     launch: Launch, first: list[Any], values: list[Any], done: Sequence[Run]
 ) -> list[Report]:
-    """Arrays whose bits are not those of the first run, if both runs ended."""
+    """Reports arrays that differ bitwise from the first run's, if both runs ended."""
     if not (done[0].launches and done[-1].launches):
         return []
     found = []
@@ -218,13 +219,13 @@ def _differences(
 
 
 def _differ(a: np.ndarray, b: np.ndarray) -> int:
-    """Elements whose bits differ."""
+    """Number of elements that differ bitwise."""
     bits = np.dtype(f"u{a.itemsize}")
     return int((a.view(bits) != b.view(bits)).sum())
 
 
 def _show(options: argparse.Namespace, launch: Launch, before: list[Any], after: list[Any]) -> None:
-    """The arrays that the kernel changed, and those that were asked for."""
+    """Prints the arrays that the kernel changed, and those requested."""
     total = 0
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
         if not isinstance(new, np.ndarray):
@@ -255,12 +256,12 @@ def _show(options: argparse.Namespace, launch: Launch, before: list[Any], after:
 
 
 def _beside(path: Path) -> Path:
-    """A file is written here, and takes its name when it is whole."""
+    """Temporary path in the same folder; the complete file is renamed from it."""
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def _ask_for(path: Path) -> None:
-    """Whether --save can write, before work that would be lost."""
+    """Checks that --save can write, before any work that would be lost."""
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

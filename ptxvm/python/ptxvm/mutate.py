@@ -20,10 +20,10 @@ Edit = Callable[[re.Match[str], random.Random], str]
 
 @dataclass(frozen=True)
 class Mutation:
-    kernel: str  # found in the name of the entry
+    kernel: str  # substring of the entry's name
     kind: str
-    seed: int  # which of the places
-    drawn: bool = True  # else in the order of the text
+    seed: int  # selects the place
+    drawn: bool = True  # random place; else numbered in the order of the text
 
     def __str__(self) -> str:
         return f"{self.kernel}-{self.kind}-{self.seed}"
@@ -31,7 +31,7 @@ class Mutation:
 
 @dataclass(frozen=True)
 class Change:
-    line: int  # in the text, from 1
+    line: int  # line in the text, from 1
     before: str
     after: str
 
@@ -41,7 +41,7 @@ def _blank(found: re.Match[str], _: random.Random) -> str:
 
 
 def _digits(shift: Callable[[int, random.Random], int]) -> Edit:
-    """Another number of as many digits in place of the group `n`."""
+    """Replaces the number in group `n` by another one with as many digits."""
 
     def edit(found: re.Match[str], choice: random.Random) -> str:
         old = found["n"]
@@ -55,7 +55,8 @@ def _digits(shift: Callable[[int, random.Random], int]) -> Edit:
 
 
 def _lane(found: re.Match[str], _: random.Random) -> str:
-    """A distance that the reduction has twice then, and another not at all."""
+    """Replaces the lane distance so that the reduction uses one distance twice and omits
+    another."""
     group = "n" if found["n"] else "m"
     old, start, end = found[group], found.start(group) - found.start(), found.end(group)
     new = str(int(old) // 2 or 2).rjust(len(old))
@@ -75,26 +76,26 @@ def _padded(new: str, old: str) -> str:
 
 
 def _without_bytes(found: re.Match[str], _: random.Random) -> str:
-    """An arrival that expects no bytes."""
+    """Replaces arrive.expect_tx by an arrival that expects no bytes."""
     plain = re.sub(r"\.expect_tx|(?<=\]), [^;,]*(?=;)", "", found[0])
     return _padded(plain, found[0])
 
 
 def _other_phase(found: re.Match[str], choice: random.Random) -> str:
-    """A wait for a phase that is always the same."""
+    """Replaces the phase of a wait by a constant."""
     start = found.start("n") - found.start()
     return found[0][:start] + _padded(choice.choice("01"), found["n"])
 
 
 def _other_count(found: re.Match[str], _: random.Random) -> str:
-    """One arrival more, of a constant, or three, of a register."""
+    """Changes the arrival count: one more if it is a constant, three if it is a register."""
     start = found.start("n") - found.start()
     new = "3" if found["n"][0] == "%" else str(int(found["n"]) + 1)
     return found[0][:start] + _padded(new, found["n"]) + ";"
 
 
 def _word(**words: str) -> Edit:
-    """Another word of the same length in place of one."""
+    """Replaces a word by another one of the same length."""
 
     def edit(found: re.Match[str], _: random.Random) -> str:
         word = found["w"]
@@ -105,13 +106,13 @@ def _word(**words: str) -> Edit:
 
 
 def _without_wait(found: re.Match[str], _: random.Random) -> str:
-    """No look: the phase has ended."""
+    """Replaces a wait by a constant: the phase counts as complete."""
     new = f"mov.u32 {found['n']}, 1;"
     return new + re.sub(r"[^\n]", " ", found[0][len(new) :])
 
 
 def _behind(found: re.Match[str], _: random.Random) -> str:
-    """What comes first behind the rest."""
+    """Moves the first part after the rest."""
     return found["rest"] + found["first"]
 
 
@@ -122,13 +123,13 @@ def _compare(found: re.Match[str], _: random.Random) -> str:
     return found[0].replace(f".{found['op']}.", f".{_COMPARISONS[found['op']]}.", 1)
 
 
-_GUARD = r"(@!?%?\w+[ \t]+)?"  # goes with what it guards
+_GUARD = r"(@!?%?\w+[ \t]+)?"  # guard of the matched instruction
 
 KINDS: dict[str, tuple[str, Edit]] = {
     "barrier dropped": (r"(bar\.sync|barrier\.sync)[^;]*;", _blank),
     "wait weakened": (r"cp\.async\.wait_group[ \t]+(?P<n>\d+)", _digits(lambda n, _: n + 1)),
     "wait dropped": (r"cp\.async\.wait_(group|all)[^;]*;", _blank),
-    # nvcc moves the lane into a register before the shuffle; Triton writes it there.
+    # nvcc moves the lane into a register before the shuffle; Triton writes it in the shuffle.
     "lane": (
         r"mov\.[ub]32[ \t]+%r\d+, (?P<n>1|2|4|8|16);(?=\n([^\n]*\n){0,3}[^\n]*shfl\.sync)"
         r"|shfl\.sync\.(bfly|down|up|idx)\.b32[^;]*, (?P<m>1|2|4|8|16), \d+, -1",
@@ -155,12 +156,12 @@ KINDS: dict[str, tuple[str, Edit]] = {
         _swap,
     ),
     "matrix": (r"ldmatrix[^;{]*\{\s*(?P<a>%\w+),\s*(?P<b>%\w+)[^;]*;", _swap),
-    # What waits for what: mbarriers, what is asynchronous, and blocks among each other.
+    # Synchronisation: mbarriers, asynchronous operations, and waits between blocks.
     "arrive dropped": (_GUARD + r"mbarrier\.arrive\.(?!expect_tx)[^;]*;", _blank),
     "bytes not expected": (r"mbarrier\.arrive\.expect_tx[^;]*;", _without_bytes),
     "arrivals": (r"mbarrier\.init[^;]*, (?P<n>%?\w+);", _other_count),
     "phase": (r"mbarrier\.(try|test)_wait\.parity[^;\[]*\[[^\]]*\], (?P<n>%\w+)", _other_phase),
-    # The loop of a wait, not the first look.
+    # The loop of a wait, not its first try_wait.
     "wait skipped": (r"mbarrier\.try_wait[^;]*;\s*@P1 bra DONE;\s*bra\s+LAB_WAIT;", _blank),
     "wait removed": (
         r"mbarrier\.try_wait[^;]*;\s*selp\.u32[ \t]+(?P<n>%\w+), 1, 0, \w+;",
@@ -172,7 +173,7 @@ KINDS: dict[str, tuple[str, Edit]] = {
         _digits(lambda n, _: n + 1),
     ),
     "products not awaited": (_GUARD + r"wgmma\.wait_group[^;]*;", _blank),
-    # A stage is given back, or a turn is over, before what used it has finished.
+    # A stage is released, or a turn passed on, before its use has finished.
     "products awaited behind the release": (
         r"(?P<first>wgmma\.wait_group[^;]*;)"
         r"(?P<rest>((?!wgmma)[\s\S])*?mbarrier\.arrive((?!wgmma)[\s\S])*?\n\$L\w+:)",
@@ -201,7 +202,7 @@ KINDS: dict[str, tuple[str, Edit]] = {
 
 
 def bodies(text: str) -> dict[str, tuple[int, int]]:
-    """Where each entry lies, to the brace that closes its body."""
+    """Span of each entry in the text, up to the closing brace of its body."""
     found = {}
     for entry in re.finditer(r"\.entry[ \t]+(\w+)", text):
         depth = 0
@@ -221,11 +222,10 @@ def places(text: str, kernel: str, kind: str) -> list[re.Match[str]]:
             continue
         constants = set(re.findall(r"mov\.f32[ \t]+(%\w+), 0f", text[start:end]))
         for place in pattern.finditer(text, start, end):
-            # A product with a constant belongs to expf or logf: many ways to split their argument
-            # are equally good.
+            # A constant product in expf or logf splits the argument: many splits are equally good.
             if kind == "addend" and constants & set(re.findall(r"%\w+", place[0])):
                 continue
-            # shr.s32 takes 32 for 31: the same program.
+            # shr.s32 by 32 equals shr.s32 by 31: the same program.
             if kind == "constant" and re.match(r"shr\.s32[^;]*, 31;", place[0]):
                 continue
             found.append(place)
@@ -233,7 +233,8 @@ def places(text: str, kernel: str, kind: str) -> list[re.Match[str]]:
 
 
 def _at(text: str, found: re.Match[str], kind: str, choice: random.Random) -> tuple[str, Change]:
-    """The text with a fault of the kind at a place; the text itself where there is none."""
+    """The text with a fault of the kind at a place; the unchanged text if there is no such
+    place."""
     new = KINDS[kind][1](found, choice)
     if len(new) != len(found[0]):
         new = found[0]
@@ -243,7 +244,7 @@ def _at(text: str, found: re.Match[str], kind: str, choice: random.Random) -> tu
 
 
 def mutate(text: str, mutation: Mutation) -> tuple[str, Change]:
-    """The text with one fault; the same one every time."""
+    """The text with one fault, deterministic for a mutation."""
     candidates = places(text, mutation.kernel, mutation.kind)
     if not mutation.drawn:
         at = mutation.seed
@@ -258,7 +259,7 @@ def mutate(text: str, mutation: Mutation) -> tuple[str, Change]:
 
 
 def mutants(text: str, kinds: Sequence[str]) -> Iterator[tuple[str, int, str, Change]]:
-    """Kind, number of the place, text and change of every fault of these kinds."""
+    """Yields kind, place number, text and change of every fault of these kinds."""
     for kind in kinds:
         for number, found in enumerate(places(text, "", kind)):
             changed, change = _at(text, found, kind, random.Random(number))
@@ -274,7 +275,7 @@ def sections(image: bytes) -> Iterator[tuple[int, str]]:
 
 
 def write_text(path: Path, number: int, text: str) -> None:
-    """Puts a text of the same length in place of section number `number`."""
+    """Replaces section `number` by a text of the same length."""
     image = path.read_bytes()
     start, old = list(sections(image))[number]
     assert len(text) == len(old)

@@ -1,4 +1,4 @@
-"""Runs of a program: a child process for each mode, with the machine as its CUDA runtime."""
+"""Runs of a program: one child process per mode, with the machine as its CUDA runtime."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CALL = (
 )
 LINK = "link it with nvcc -cudart shared -gencode arch=compute_80,code=compute_80"
 LOADER_FAILED = 127
-OF_A_LAUNCH = {  # flags and their names in the parsed options
+OF_A_LAUNCH = {  # flags of a launch, with their names in the parsed options
     **{
         f"--{name}": name for name in ("launch", "kernel", "grid", "block", "shared", "arg", "save")
     },
@@ -69,7 +69,7 @@ def _command(options: argparse.Namespace, library: Path) -> list[str]:
 
 
 def _check_runtime(name: str, found: binary.Binary, library: Path) -> None:
-    """Whether the loader will give it the machine."""
+    """Checks that the loader will resolve the CUDA runtime to the machine."""
     if found.runtime is None and found.has_kernels:
         raise _cli.UsageError(
             f"FILE: must be linked with the shared CUDA runtime, whose place the machine takes; "
@@ -84,7 +84,8 @@ def _check_runtime(name: str, found: binary.Binary, library: Path) -> None:
 def _run(
     options: argparse.Namespace, command: list[str], mode: Mode, library: Path, log: Path
 ) -> Run:
-    """What a program prints is shown by `run` alone; others keep it for when it fails."""
+    """Runs the command once. Only `run` prints the program's output; other commands show it on
+    failure."""
     chosen = machine_options(options) | mode.options
     paths = [str(library.parent), os.environ.get("LD_LIBRARY_PATH", "")]
     environment = os.environ | {f"PTXVM_{name.upper()}": str(v) for name, v in chosen.items()}
@@ -101,7 +102,7 @@ def _run(
             text=True,
             errors="replace",
         )
-    except OSError as error:  # of another kind of machine, or a script without its interpreter
+    except OSError as error:  # another architecture, or a script without its interpreter
         rule = "must be a program that runs here"
         raise _cli.UsageError(f"FILE: {rule}; got '{options.file}' ({error.strerror})") from None
     run = read_log(log, mode)

@@ -26,8 +26,8 @@ INVALID_VALUE, INVALID_PTX = 1, 218  # cudaErrorInvalidValue, cudaErrorInvalidPt
 
 
 class MachineError(RuntimeError):
-    """What the machine reported of a failed call. `code` is the CUDA error: 719 if the kernel broke
-    a rule, 710 if an assertion failed, 218 if the PTX is not one that the machine runs."""
+    """Error of a failed call, with the machine's report. `code` is the CUDA error: 719 if the
+    kernel broke a rule, 710 if an assertion failed, 218 if the machine cannot run the PTX."""
 
     def __init__(self, report: str, code: int) -> None:
         super().__init__(report)
@@ -36,9 +36,9 @@ class MachineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Report:
-    """A rule of check mode that a kernel broke at a line of its PTX, and how often. `report` is
-    what was said the first time. Of a fault that ended a launch the rule is "fault" or "deadlock",
-    and the line is 0 if it has none."""
+    """A check-mode rule that a kernel broke at a line of its PTX, and how often. `report` is the
+    text of the first time. A fault that ended a launch has the rule "fault" or "deadlock", and line
+    0 if it has no line."""
 
     kernel: str
     line: int
@@ -48,7 +48,7 @@ class Report:
 
     @classmethod
     def of_fault(cls, text: str) -> Report:
-        """The report of a MachineError: "kernel, line 12: ..." or "kernel: ..."."""
+        """Builds the report of a MachineError: "kernel, line 12: ..." or "kernel: ..."."""
         found = re.match(r"(?P<kernel>[\w$.]+)(, line (?P<line>\d+))?", text)
         if found is None:
             return cls("", 0, "fault", text)
@@ -63,7 +63,7 @@ class Module:
         self._machine = machine
         self._handle = ctypes.c_void_p(handle)
         kernels = json.loads(machine.library.ptxvm_kernels(self._handle))
-        # By kernel, name, type of an element, number of elements of an array (0: a scalar), bytes.
+        # Per kernel: name, element type, number of elements of an array (0: a scalar), bytes.
         self.parameters: dict[str, list[dict[str, Any]]] = kernels
 
     def __del__(self) -> None:
@@ -130,14 +130,14 @@ class Module:
 
 
 def _memory_of(argument: Any) -> tuple[int | None, bool]:
-    """Address of an array and whether it may be written; (None, False) of what is no array."""
+    """Address of an array and whether it is writable; (None, False) if it is not an array."""
     if hasattr(argument, "data_ptr"):  # torch
         if argument.device.type != "cpu":
             raise ValueError(f"must be on the CPU; got {argument.device}")
         if not argument.is_contiguous():
             raise ValueError(f"must be contiguous; got strides {tuple(argument.stride())}")
         return argument.data_ptr(), True
-    if hasattr(argument, "ctypes"):  # NumPy; its scalars have none
+    if hasattr(argument, "ctypes"):  # NumPy arrays; NumPy scalars have no ctypes
         if not argument.flags.c_contiguous:
             raise ValueError(f"must be contiguous; got strides {argument.strides}")
         pointer, read_only = argument.__array_interface__["data"]
@@ -158,7 +158,7 @@ def _scalar(argument: Any) -> Any:
 
 
 def _word(kernel: str, name: str, value: Any) -> int:
-    """A whole number of 32 bits."""
+    """Checks and converts an unsigned integer of 32 bits."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -178,8 +178,8 @@ def _three(kernel: str, name: str, size: Any) -> Any:
 
 
 class Machine:
-    """A library with the machine in it. Options, reports and counters are the library's, so those
-    of the process. `library` has the C functions."""
+    """The PTX machine in a loaded library. Options, reports and counters belong to the library, and
+    so are shared by the whole process. `library` has the C functions."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -194,7 +194,7 @@ class Machine:
             raise MachineError(self.library.ptxvm_last_report().decode(), error)
 
     def load(self, ptx: str) -> Module:
-        """Parses PTX text. The lines .version, .target and .address_size may be left out."""
+        """Parses PTX text. The lines .version, .target and .address_size may be omitted."""
         handle = self.library.ptxvm_load(ptx.encode())
         self.check(0 if handle else INVALID_PTX)
         return Module(self, handle)
@@ -204,21 +204,21 @@ class Machine:
         self.load(ptx).launch(kernel, *arguments, **launch)
 
     def configure(self, **options: int | str) -> None:
-        """Sets options: configure(check=1, order="reverse"). Raises MachineError for one that there
-        is not, and sets none then."""
+        """Sets options: configure(check=1, order="reverse"). Raises MachineError for an unknown
+        option or value, and then sets none."""
         settings = ",".join(f"{name}={value}" for name, value in options.items())
         failed = self.library.ptxvm_configure(settings.encode())
         self.check(INVALID_VALUE if failed else 0)
 
     @property
     def settings(self) -> dict[str, str]:
-        """All options as they are."""
+        """All current options."""
         text = self.library.ptxvm_options().decode()
         return dict(setting.split("=", 1) for setting in text.split(","))
 
     @contextlib.contextmanager
     def options(self, **options: int | str) -> Iterator[None]:
-        """Sets options for a while. Afterwards they are what they were."""
+        """Sets options inside the block and restores them afterwards."""
         before = self.settings
         self.configure(**options)
         try:
@@ -227,7 +227,7 @@ class Machine:
             self.configure(**{name: before[name] for name in options})
 
     def reports(self) -> list[Report]:
-        """What on_fault=report let kernels go on after, since the last call."""
+        """Reports collected under on_fault=report since the last call."""
         return [Report(**entry) for entry in json.loads(self.library.ptxvm_reports())]
 
     def counters(self) -> list[dict[str, Any]]:
@@ -240,8 +240,8 @@ class Machine:
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[list[Report]]:
-        """Lets kernels inside go on after they broke a rule of check mode. The list is filled at
-        the end."""
+        """Inside the block, kernels continue after breaking a rule of check mode. The list is
+        filled when the block ends."""
         found: list[Report] = []
         self.reports()
         with self.options(on_fault="report"):
@@ -252,7 +252,8 @@ class Machine:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[list[dict[str, Any]]]:
-        """Counts what kernels inside do. The list is filled at the end, an entry per launch."""
+        """Counts the launches inside the block. The list is filled when the block ends, one entry
+        per launch."""
         launches: list[dict[str, Any]] = []
         self.reset_counters()
         try:

@@ -329,8 +329,7 @@ class Grid {
   static constexpr uint64_t kLongQuiet = 300000;  // instructions of a cluster without an event
   static constexpr uint64_t kPatience = 16;       // turns of all blocks without a finished block
 
-  static constexpr uint32_t kShortTurn =
-      500;  // instructions: blocks poll until the last one arrives
+  static constexpr uint32_t kShortTurn = 500;  // instructions: cooperative blocks poll a barrier
 
   static constexpr uint32_t kRefusals = 1000;    // waits cut short that count as a deadlock
   static constexpr uint64_t kShortWork = 10000;  // instructions of a warp between two of them
