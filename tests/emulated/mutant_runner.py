@@ -31,9 +31,9 @@ from tokenmill.sparse.block_sparse_attention_cases import block_sparse_call
 
 Tensors = list[torch.Tensor]
 DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "f": torch.float32}
-SECONDS, CLOCK = 60, 600  # of the processor, and until what waits counts as a hang
+SECONDS, CLOCK = 60, 600  # processor time, and wall time after which a wait counts as a hang
 PACKED = [3, 0, 70, 1, 129, 64, 17] * 6  # lengths of sequences
-FRONT, BEHIND = 5, 150  # tokens that no sequence has
+FRONT, BEHIND = 5, 150  # padding tokens that belong to no sequence
 
 
 INF, NAN = torch.inf, torch.nan
@@ -43,7 +43,7 @@ VALUES = {torch.float32: (NAN,) * 3} | dict.fromkeys(
 
 
 def spoil(v: torch.Tensor, random: torch.Generator) -> None:
-    """Each column of the values [batch, keys, heads, columns] gets one that is infinite or NaN."""
+    """Makes one value of each column of [batch, keys, heads, columns] infinite or NaN."""
     batch, keys, heads, columns = v.shape
     key = torch.randint(keys, (batch, 1, heads, columns), generator=random)
     kind = torch.randint(3, key.shape, generator=random)
@@ -51,7 +51,7 @@ def spoil(v: torch.Tensor, random: torch.Generator) -> None:
 
 
 def merge_case(dtype: torch.dtype, dim: int, parts: int, lses: bool) -> Callable[[str], Tensors]:
-    """Forward and backward; the dimension decides between vectors and single elements."""
+    """Forward and backward; the dimension decides between vectorised and scalar accesses."""
     random = torch.Generator().manual_seed(parts)
     outs = torch.randn(parts, 2, 5, 2, dim, generator=random).to(dtype)
     weights = torch.randn(parts, 2, 2, 5, generator=random) * 3
@@ -86,16 +86,16 @@ def attention_case(
     heads: int = 4,
     **options: Any,
 ) -> Callable[[str], Tensors]:
-    """Query heads share two of keys; dims are those of keys and of values."""
+    """Query heads share two KV heads; dims: head_dim of keys and of values."""
     random = torch.Generator().manual_seed(queries + keys)
     q = torch.randn(2, queries, heads, dims[0], generator=random).to(dtype)
     k = torch.randn(2, keys, 2, dims[0], generator=random).to(dtype)
     v = torch.randn(2, keys, 2, dims[1], generator=random).to(dtype)
     dout = torch.randn(2, queries, heads, dims[1], generator=random).to(dtype)
     dlse = torch.randn(2, heads, queries, generator=random)
-    # The first keys matter least: a running maximum rises for long.
+    # Scores grow along the keys, so that row_max rises for many tiles.
     k *= torch.linspace(0.1, 1, keys)[:, None, None].to(dtype)
-    if not finite:  # a sum of rounded parts makes NaN of infinities in float32
+    if not finite:  # sums of rounded parts turn infinities into NaN in float32
         spoil(v, random)
 
     def run(backend: str) -> Tensors:
@@ -113,8 +113,8 @@ def attention_case(
 def packed_attention_case(
     dtype: torch.dtype, lengths: list[int], dim: int, gradients: bool = False
 ) -> Callable[[str], Tensors]:
-    """Sequences side by side; those of keys have other lengths. In front and behind lie tokens of
-    none, which the reference does not get."""
+    """Packed sequences; key lengths are in reverse order. Padding tokens lie before and after them;
+    the reference does not get these."""
     random = torch.Generator().manual_seed(dim)
     ends = [torch.tensor([0, *x]).cumsum(0).int() for x in (lengths, lengths[::-1])]
     tokens = int(ends[0][-1])
@@ -160,8 +160,8 @@ def call_case(
     gradients: bool = False,
     finite: bool = True,
 ) -> Callable[[str], Tensors]:
-    """A call of an operator with the arguments of one of its samples: its results, or gradients of
-    q, k and v."""
+    """Calls an operator with the arguments of one of its samples: its results, or gradients of q, k
+    and v."""
     random = torch.Generator().manual_seed(0)
     args, kwargs = make(dtype, random)
     if not finite:
@@ -190,19 +190,19 @@ def call_case(
 
 
 def topk_call(dtype: torch.dtype, g: torch.Generator) -> Any:
-    """One row for all multiprocessors."""
+    """One row for all SMs."""
     return (torch.randint(5000, (1, 40001), generator=g).to(dtype), 700), {}
 
 
 def recurrence_call(dtype: torch.dtype, g: torch.Generator) -> Any:
-    """Parts of one sequence, each for a block, which hand on their state."""
+    """Parts of one sequence, one per block, which pass on their state."""
     q, k, v = (torch.randn(1, 700, 2, d, generator=g).to(dtype) for d in (12, 12, 20))
     decay = torch.tensor([-0.01, -0.2])
     return (q, k, v), {"log_decay": decay, "return_final_state": True}
 
 
 def chunks_call(s: int, heads: int, **options: Any) -> Callable[..., Any]:
-    """Chunks of linear attention, of 128 features and columns."""
+    """Chunks of linear attention, with 128 features and columns."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Any:
         q, k, v = (torch.randn(1, s, heads, 128, generator=g).to(dtype) for _ in range(3))
@@ -214,7 +214,7 @@ def chunks_call(s: int, heads: int, **options: Any) -> Callable[..., Any]:
 
 
 def packed_chunks_call(dtype: torch.dtype, g: torch.Generator) -> Any:
-    """Sequences that end inside of a chunk."""
+    """Sequences that end inside a chunk."""
     q, k, v = (torch.randn(400, 1, 128, generator=g).to(dtype) for _ in range(3))
     return (q, k, v), {
         "log_decay": torch.tensor([-0.1]),
@@ -222,9 +222,9 @@ def packed_chunks_call(dtype: torch.dtype, g: torch.Generator) -> Any:
     }
 
 
-# The forward has values that are not finite in the first one, a path of their own. Then stages are
-# filled again: with first keys, with those of a list, with the last ones; a warpgroup has no rows.
-# Then requests of two heads end inside of a tile.
+# The first call has values that are not finite, which take a path of their own in the forward. The
+# second refills stages with sink keys, listed blocks and recent keys, and leaves one warpgroup
+# without rows. In the third, requests of two heads end inside a tile.
 BLOCK_SPARSE_CALLS: tuple[dict[str, Any], ...] = (
     {"sq": 250, "sk": 330, "causal": True, "num_sink": 20, "num_recent": 70},
     {"sq": 192, "sk": 640, "block_q": 128, "causal": True, "num_sink": 330, "num_recent": 70},
@@ -243,7 +243,8 @@ CALLS = {
 }
 
 
-# The kernels of compute capability 9.0 must be right in each of these, as MODES of tests/sm90.py.
+# Kernels of compute capability 9.0 must be right in each of these modes, equal to MODES of
+# tests/sm90.py.
 SM90_MODES = (
     "async=latest",
     "async=earliest,order=reverse",
@@ -265,11 +266,12 @@ def on_sm90(*calls: Callable[[str], Tensors]) -> Iterator[Callable[[str], Tensor
 
 
 def cases(kernel: str) -> Iterator[Callable[[str], Tensors]]:
-    """What exercises a kernel, from its mangled name; short calls first, which find most faults."""
+    """Cases that exercise a kernel, given its mangled name; short calls first, which find most
+    faults."""
     element = r"I(?:\d+_*(?:nv_)?)?(half|bfloat16|f)L"
     if found := re.search(f"merge_(backward_)?kernel{element}i(\\d)", kernel):
         dtype = DTYPES[found[2]]
-        # Loops are unrolled by 4: one round or many, and 0 to 3 turns left over.
+        # Loops are unrolled by 4: one iteration or many, with 0 to 3 left over.
         short, long = (40, 1416) if found[3] != "1" else (21, 333)
         sizes = ((short, 3, True), (long, 4, True), (short, 203, True), (long, 6, False))
         for dim, parts, lses in sizes:
@@ -336,7 +338,7 @@ def cases(kernel: str) -> Iterator[Callable[[str], Tensors]]:
 
 
 def wrong(got: Tensors, wanted: Tensors) -> str:
-    """Rounding of f32 adds up over a row; that of halves happens once, at the end."""
+    """Rounding of f32 accumulates over a row; rounding to halves happens once, at the end."""
     for i, (g, w) in enumerate(zip(got, wanted, strict=True)):
         eps = torch.finfo(g.dtype).eps if g.is_floating_point() else 0
         allowed = (64 if g.dtype is torch.float32 else 2) * eps * w[torch.isfinite(w)].abs().max()
@@ -358,7 +360,7 @@ def judge(kernel: str, wanted: list[Tensors]) -> tuple[str, str]:
 
 
 def judge_original(kernel: str, wanted: list[Tensors]) -> tuple[str, str]:
-    """As judge; that the cases launch the kernel at all is part of it."""
+    """Like judge; also requires that the cases launch the kernel."""
     with _emulator.counting() as launches:
         verdict = judge(kernel, wanted)
     launched = any(kernel in launch["kernel"] for launch in launches)
@@ -366,7 +368,7 @@ def judge_original(kernel: str, wanted: list[Tensors]) -> tuple[str, str]:
 
 
 class Library:
-    """A copy of the emulated library, in which one text at a time is another."""
+    """A copy of the emulated library, in which one PTX text at a time is replaced."""
 
     def __init__(self, folder: str) -> None:
         self.path = Path(folder) / "_emulated.so"
@@ -390,7 +392,7 @@ class Library:
 
 
 def in_child(path: Path, work: Callable[[], tuple[str, str]]) -> tuple[str, str]:
-    """The verdict of a process that loads the library at `path`."""
+    """Verdict of a process that loads the library at `path`."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -401,7 +403,7 @@ def in_child(path: Path, work: Callable[[], tuple[str, str]]) -> tuple[str, str]
         try:
             _emulator.configure("check=1,watchdog=20")
             verdict = work()
-        except BaseException as error:  # the parent must hear of it
+        except BaseException as error:  # report every error to the parent
             verdict = ("error", repr(error))
         os.write(writing, json.dumps(verdict).encode()[:4000])
         os._exit(0)

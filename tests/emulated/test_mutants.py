@@ -35,16 +35,16 @@ SCALAR = "merge_kernelIfLi1"
 HALF_BACKWARD = "merge_backward_kernelI6__halfLi8"
 FLOAT_BACKWARD = "merge_backward_kernelIfLi4"
 MERGE = (HALF, FLOAT, SCALAR, HALF_BACKWARD, FLOAT_BACKWARD)
-ATTENTION = "attention_forward_kernelI6__halfLi64ELNS0_7WeightsE0ELb0E"  # softmax, nothing added
-OTHERS = (  # clean and right, but not mutated
+ATTENTION = "attention_forward_kernelI6__halfLi64ELNS0_7WeightsE0ELb0E"  # softmax, no options
+OTHERS = (  # must be clean and right, but are not mutated
     "attention_forward_kernelI13__nv_bfloat16Li64ELNS0_7WeightsE0ELb0E",
     "attention_forward_kernelIfLi64ELNS0_7WeightsE4ELb0E",
 )
 BACKWARD = [f"15backward_kernelI6__halfLi64ELNS0_4SideE{side}ELNS0_4ModeE0E" for side in (0, 1)]
-# Blocks that wait for each other: faults that leave the result right where all see one order.
+# Blocks that wait for each other: faults leave the result right if all blocks see one order.
 GRID = ("topk_list_kernelIf", "23attention_decode_kernelIfLi64ELb0", "topk_digit_kernelIf")
 CHAIN = "recurrence_kernelIfLi64ELb0"
-SURVIVORS = 10  # one in so many, at most
+SURVIVORS = 10  # at most one in so many survives
 
 MERGE_KINDS = ("address", "constant", "comparison", "operands", "addend", "lane")
 ATTENTION_KINDS = {"barrier dropped": 2, "wait weakened": 1, "wait dropped": 1} | dict.fromkeys(
@@ -70,7 +70,7 @@ MUTATIONS = {
 
 GRID_MUTATIONS = [
     *(Mutation(kernel, "fence dropped", seed) for kernel in GRID[:2] for seed in (0, 1)),
-    Mutation(GRID[2], "fence dropped", 0),  # both seeds choose one place
+    Mutation(GRID[2], "fence dropped", 0),  # both seeds choose the same place
     *(
         Mutation(CHAIN, kind, seed)
         for kind in ("order relaxed", "scope lowered")
@@ -79,7 +79,7 @@ GRID_MUTATIONS = [
 ]
 
 
-# The rows of merge_case fill so many: merge_kernel runs, not that for few rows.
+# The rows of merge_case fill this many SMs: merge_kernel runs, not the kernel for few rows.
 MULTIPROCESSORS = 16
 
 

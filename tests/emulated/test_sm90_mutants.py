@@ -1,5 +1,5 @@
-"""Faults in the pipelines of our own kernels for compute capability 9.0: in what warps that load,
-add up and multiply tell each other. Survivors and reasons are in docs/notebook/emulated.md."""
+"""Faults in the pipelines of the sm_90a kernels: in the synchronisation between producer warps,
+consumer warps and epilogue. Survivors and reasons are in docs/notebook/emulated.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPARSE_QUERIES = "block_sparse_queries_sm90_kernelI6__halfLi64E"  # of the backw
 SPARSE_KEYS = "block_sparse_keys_sm90_kernelI6__halfLi64E"
 RECURRENCE = "recurrence_sm90_kernelI6__halfLi128E"  # of linear attention
 KERNELS = (FORWARD, BACKWARD, WIDE, SPARSE, SPARSE_QUERIES, SPARSE_KEYS, RECURRENCE)
-MULTIPROCESSORS = 2  # so that a block has several tiles
+MULTIPROCESSORS = 2  # so that each CTA has several tiles
 KINDS = (
     "arrive dropped",
     "bytes not expected",
@@ -37,7 +37,8 @@ KINDS = (
     "order relaxed",
     "scope lowered",
 )
-# Faults that nothing can show, by kernel, kind and number of the place; the page says why.
+# Faults without observable effect, by kernel, kind and number of the place; reasons are in the
+# notebook.
 WITHOUT_EFFECT = {
     *((FORWARD, "products awaited behind the release", number) for number in (1, 3)),
     (FORWARD, "barrier dropped", 5),
@@ -64,7 +65,7 @@ DAILY = [
 
 
 def faults() -> list[Mutation]:
-    """All of these kinds, in the text of the library."""
+    """All faults of these kinds in the library's PTX."""
     texts = [text for _, text in sections(_library.EMULATED_PATH.read_bytes())]
     found = []
     for kernel in KERNELS:
@@ -76,7 +77,7 @@ def faults() -> list[Mutation]:
 
 
 def test_mutants_of_the_kernels_for_sm90_are_reported() -> None:
-    """Nine in ten, of those with an effect: the text of the library changes with its kernels."""
+    """At least nine in ten of the faults with an effect: the PTX changes with the kernels."""
     rows = run(faults() if FULL else DAILY, MULTIPROCESSORS)
     missed = [
         row

@@ -1,5 +1,5 @@
-"""The stream-K schedule of attention_decode: blocks share all steps equally, whatever the lengths,
-and segments tile the keys of each request."""
+"""Stream-K schedule of attention_decode: CTAs share all steps equally, whatever the lengths, and
+segments tile the keys of each request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NVCC, CUTLASS = toolchain.nvcc(), toolchain.cutlass_include()
 pytestmark = pytest.mark.skipif(
     NVCC is None or CUTLASS is None, reason="needs nvcc and the CUTLASS headers"
 )
-THREADS, TILE_KEYS, MIN_STEPS, FIELDS = 128, 64, 4, 6  # of stream_k.cu's Shape
+THREADS, TILE_KEYS, MIN_STEPS, FIELDS = 128, 64, 4, 6  # the Shape of stream_k.cu
 RAGGED = (300, 1, 9000, 2500, 0, 64, 5000, 1200)
 
 
@@ -37,7 +37,7 @@ def kernel(tmp_path_factory):
 
 
 def schedule(kernel, grid, lengths, heads, kv_heads, tokens, window, tile_rows):
-    """Of each block its segments (output tile, begin, end, part, parts, first block)."""
+    """Segments of each CTA: (output tile, begin, end, part, parts, first block)."""
     outputs = len(lengths) * kv_heads * -(-heads // kv_heads * tokens // tile_rows)
     number = np.full(grid, -1, np.int32)
     out = np.full((grid, outputs, FIELDS), -1, np.int32)
@@ -99,4 +99,4 @@ def test_the_launch_of_the_operator_is_shared_equally(kernel, page_size):
     call = (RAGGED, heads, kv_heads, 1, -1, 16)
     blocks = schedule(kernel, launch["grid"][0], *call)
     check_schedule(blocks, *call)
-    assert sum(map(bool, blocks)) > 100  # a request alone would have few
+    assert sum(map(bool, blocks)) > 100  # a single request would occupy only a few
