@@ -1,5 +1,5 @@
-"""The libraries of test_abi.py, in a process that has no torch: with CUDA, torch loads a runtime of
-the name that they ask for, and the loader gives them the first one of that name."""
+"""Runs the libraries of test_abi.py in a process without torch: with CUDA, torch loads a runtime of
+the name that they ask for, and the loader resolves a name to the first library that has it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def _library(path: str) -> ctypes.CDLL:
 def call(
     path: str, function: str, arguments: list[int | tuple[int, np.ndarray]]
 ) -> tuple[int, list[np.ndarray]]:
-    """What the function returns, and its arrays afterwards. Each comes with a key, under which it
-    is global memory, at one address, until it is released."""
+    """Return value of the function, and its arrays afterwards. Each array comes with a key, under
+    which it is global memory at one address until it is released."""
     values: list[ctypes.c_void_p | int] = []
     arrays = []
     for argument in arguments:
@@ -58,6 +58,6 @@ def recover() -> None:
 
 
 def set_options(options: dict[str, int | str]) -> None:
-    """Sets options of the machine; those set before go back to their defaults."""
+    """Sets options of the machine; options set before return to their defaults."""
     _options.close()
     _options.enter_context(machine.options(**options))

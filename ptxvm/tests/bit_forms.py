@@ -225,7 +225,7 @@ def permute(a: int, b: int, c: int) -> int:
     return result
 
 
-# Sources of the bytes 3, 2, 1, 0 of the result by c[1:0] (table of the ISA).
+# Source of bytes 3, 2, 1, 0 of the result, by c[1:0] (PTX ISA table).
 MODES = {
     "f4e": ("3210", "4321", "5432", "6543"),
     "b4e": ("5670", "6701", "7012", "0123"),

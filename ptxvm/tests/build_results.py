@@ -1,5 +1,6 @@
-"""What two builds of the machine must agree in beside results of test_determinism.py: products of
-wgmma with and without checks, and reports of kernels that race, word for word."""
+"""Results in which two builds of the machine must agree, in addition to those of
+test_determinism.py: products of wgmma with and without checks, and reports of racing kernels, word
+for word."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ TYPES = ["f16", "bf16", "tf32"]
 
 
 def products() -> bytes:
-    """Sums that are rounded: D of every type whose products are vectorised, as bytes."""
+    """D as bytes, with rounded sums, for every type whose products are vectorised."""
     random = np.random.default_rng(3)
     a, b = random.standard_normal((64, 64)), random.standard_normal((24, 64))
     a[5, 7], b[9, 3] = np.nan, np.inf
@@ -37,7 +38,7 @@ def _said(case: Case, text: str) -> str:
 
 
 def reports() -> list[str]:
-    """Of each case of a race, of what is right and of what is wrong."""
+    """Reports of the right and the wrong kernel of each race case."""
     cases = [*CASES.items(), *CASES_OF_WRITES.items()]
     with sm90(check=1, watchdog=1, **{"async": "seed:1"}):
         return [

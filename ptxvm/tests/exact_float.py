@@ -16,7 +16,7 @@ ROUNDINGS = ("rn", "rz", "rm", "rp")
 class Format:
     bits: int
     fraction: int
-    nan: int  # what an operation returns for NaN; f64 is compared as "some NaN"
+    nan: int  # result of an operation that gives NaN; for f64 any NaN matches
 
     @property
     def bias(self) -> int:
@@ -89,7 +89,7 @@ def rounded(n: int, e: int, f: Format, mode: str, zero: int = 0) -> int:
             "rp": not sign and rest > 0,
         }[mode]
     kept += up
-    # With the hidden bit counted in, adding it to the exponent field carries where it should.
+    # Adding the hidden bit to the exponent field carries correctly.
     exponent = unit + f.fraction - f.minimum
     result = (exponent << f.fraction) + kept if kept else 0
     if result < f.infinity:

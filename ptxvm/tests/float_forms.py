@@ -1,4 +1,4 @@
-"""Forms of f32, f64, f16 and bf16 that have one right result."""
+"""Forms of f32, f64, f16 and bf16 whose result is uniquely defined."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "
 
 
 def flushed(f: Format, model: Model) -> Model:
-    """Subnormal operands and results as zeros."""
+    """The model with subnormal operands and results flushed to zero."""
     return lambda *raw: exact.flush(model(*(exact.flush(x, f) for x in raw)), f)
 
 
@@ -207,7 +207,7 @@ def comparisons() -> list[Form]:
 
 
 def _cvt(a: int, of: Format, to: Format, mode: str, limits: str) -> int:
-    """Limits is a string of modifiers."""
+    """`limits` is a string of modifiers."""
     if ".ftz" in limits and of is F32:
         a = exact.flush(a, F32)
     x = exact.integral(a, of, mode) if mode.endswith("i") else exact.convert(a, of, to, mode)
@@ -274,7 +274,7 @@ def _tf32(a: int, mode: str, m: str) -> int:
     if exact.is_inf(a, F32):
         x = a
     else:
-        # The exponents are those of f32: a format of 19 bits, 13 places to the left.
+        # tf32 has the exponents of f32: a format of 19 bits, shifted left by 13.
         x = exact.rounded(*exact.value(a, F32), Format(19, 10, 0), mode, 0) << 13
         if exact.is_zero(x, F32):
             x = a & F32.sign
@@ -312,7 +312,7 @@ def integer_conversions() -> list[Form]:
             for mode in ("rni", "rzi", "rmi", "rpi"):
                 for ftz in ("", ".ftz") if f is F32 and mode == "rzi" else ("",):
                     model = partial(_to_integer, of=f, to=kind, mode=mode, ftz=bool(ftz))
-                    if bits == 8:  # seen through a wider register, with its sign
+                    if bits == 8:  # read through a wider register, sign-extended
 
                         def model(a: int, m: Model = model, k: str = kind) -> int:
                             return (signed(m(a), 8) if k == "s8" else m(a)) & 0xFFFF

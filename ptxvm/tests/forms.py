@@ -18,18 +18,18 @@ Model = Callable[..., int]
 class Form:
     text: str  # guarded as a whole in the second kernel
     result: int  # bits
-    sources: tuple[str, ...]  # types, which choose the operands: u32, s16, f16x2, ...
+    sources: tuple[str, ...]  # types, which determine the operands: u32, s16, f16x2, ...
     model: Model
-    after: str = ""  # not guarded: makes %d of predicates
+    after: str = ""  # not guarded: computes %d from predicates
     name: str = ""
-    nan: int | None = None  # results above this magnitude are all one, "some NaN"
+    nan: int | None = None  # all results above this magnitude match as NaN
 
     def __str__(self) -> str:
         return self.name or self.text.split(";")[0].split(" ")[0]
 
     @property
     def kept(self) -> int:
-        """%d where the guard is false: predicates start as true."""
+        """%d if the guard is false: predicates start as true."""
         if not self.after:
             return SENTINEL & ((1 << self.result) - 1)
         return 3 if "%q" in self.after else 1
@@ -58,7 +58,7 @@ def signed(x: int, bits: int) -> int:
 
 
 def number(x: int, kind: str) -> int:
-    """The integer that a bit pattern means."""
+    """The number that a bit pattern encodes."""
     return signed(x, bits_of(kind)) if kind[0] == "s" else x
 
 
@@ -68,7 +68,7 @@ FLOAT_FIELDS = {"f16": (10, 5), "bf16": (7, 8), "f32": (23, 8), "f64": (52, 11)}
 
 
 def edges(kind: str) -> list[int]:
-    """Operands that rules are about."""
+    """Boundary values of a type."""
     bits = bits_of(kind)
     if kind.endswith("x2"):
         half = edges(kind[:-2])
@@ -113,8 +113,8 @@ def draw(kind: str, count: int, random: np.random.Generator) -> np.ndarray:
 
 
 def operands(form: Form, count: int, seed: int) -> list[np.ndarray]:
-    """At least `count` rows: all combinations of edges (a sample of them for three sources),
-    random rows, and random rows in which one source is an edge."""
+    """At least `count` rows: all combinations of boundary values (a sample for three sources),
+    random rows, and random rows in which one source is a boundary value."""
     random = np.random.default_rng(seed)
     columns = [np.array(edges(kind), dtype=np.uint64) for kind in form.sources]
     grid = [x.ravel() for x in np.meshgrid(*columns, indexing="ij")]
@@ -204,7 +204,7 @@ def module(form: Form) -> str:
 
 
 def simple(op: str, kinds: Sequence[str], model: Model, result: int = 0, **more: object) -> Form:
-    """op %d, %a, ...;"""
+    """The form `op %d, %a, ...;`."""
     sources = ", ".join(f"%{x}" for x in "abc"[: len(kinds)])
     bits = result or bits_of(kinds[0])
     return Form(f"{op} %d, {sources};", bits, tuple(kinds), model, **more)  # type: ignore[arg-type]

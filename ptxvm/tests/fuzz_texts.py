@@ -31,13 +31,13 @@ PIECES = (
     *("_", "!", "%", "+", "-", "/*", "//", "\n", "\0", "\u00e9", "[]", "{}", "()", ".align", ".v4"),
     *(".b128", ".f16x2", ".pred", ".param", ".reg", ".shared", ".extern", ".entry", ".func"),
 )
-SECONDS = 10  # for one text
-MAX_MEMORY = 512 << 20  # bytes beyond those of the process, for all texts of a child
+SECONDS = 10  # per text
+MAX_MEMORY = 512 << 20  # bytes above the process's own, for all texts of a child
 TRIES_OF_CHILD = 500
 
 
 def changed(text: str, choice: random.Random) -> str:
-    """The text after one to three changes of its tokens."""
+    """The text after one to three random changes of its tokens."""
     tokens = TOKEN.findall(text)
     for _ in range(choice.randint(1, 3)):
         at, other = (choice.randrange(len(tokens)) for _ in range(2))
@@ -57,15 +57,15 @@ def changed(text: str, choice: random.Random) -> str:
             tokens[at] = tokens[other]
         elif kind == 6:
             del tokens[at : at + choice.randint(1, 8)]
-        elif choice.randrange(4) == 0:  # the text ends here
+        elif choice.randrange(4) == 0:  # truncate the text
             del tokens[at:]
         tokens = tokens or [" "]
     return "".join(tokens)
 
 
 def decode(text: str) -> bool:
-    """Whether the machine takes the text. Each kernel is decoded; the launch itself is refused,
-    as no grid is empty."""
+    """True if the machine accepts the text. Each kernel is decoded; the launch itself is refused,
+    as the grid is empty."""
     try:
         module = machine.load(text)
     except MachineError:
@@ -89,7 +89,7 @@ def text_of(texts: Sequence[str], seed: int, number: int) -> str:
 
 
 def in_child(texts: Sequence[str], seed: int, first: int, last: int) -> tuple[int, int, str]:
-    """Number behind the last text that was tried, how many were taken, and what went wrong."""
+    """Number of the text after the last one tried, how many were accepted, and the error if any."""
     shared = mmap.mmap(-1, 16)
     counts = np.frombuffer(shared, np.int64)
     child = os.fork()
@@ -111,7 +111,7 @@ def in_child(texts: Sequence[str], seed: int, first: int, last: int) -> tuple[in
 
 
 def fuzz(texts: Sequence[str], tries: int, seed: int) -> tuple[int, list[tuple[int, str]]]:
-    """How many texts the machine took, and numbers of those that did wrong, with what they did."""
+    """How many texts the machine accepted, and number and error of each text that failed."""
     taken, found, first = 0, [], 0
     while first < tries:
         last = min(first + TRIES_OF_CHILD, tries)
@@ -124,7 +124,7 @@ def fuzz(texts: Sequence[str], tries: int, seed: int) -> tuple[int, list[tuple[i
 
 def main(tries: int, seed: int, paths: Sequence[str]) -> None:
     texts = [Path(path).read_text() for path in paths]
-    if tries < 0:  # the text itself
+    if tries < 0:  # negative tries: the unchanged text
         print(text_of(texts, seed, -tries - 1))
         return
     taken, found = fuzz(texts, tries, seed)

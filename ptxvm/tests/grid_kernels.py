@@ -32,9 +32,9 @@ mov.u32 %r22, values;
 mad.lo.u32 %r23, %tid, 4, %r22;
 """
 
-# work: ticket, and for each tile flag (1: sum there, 2: prefix there), sum, prefix. The last thread
-# of a block publishes the sum of its tile, adds what lies before, and publishes the prefix; that of
-# the first tile publishes the prefix at once.
+# work: a ticket, and per tile a flag (1: sum published, 2: prefix published), sum, prefix. The last
+# thread of a block publishes the sum of its tile, adds the preceding sums, and publishes the
+# prefix; for the first tile it publishes the prefix at once.
 LOOK_BACK = (
     HEAD
     + """
@@ -86,7 +86,7 @@ ret; }
 """
 )
 
-# work: the number of blocks that have added. Each adds its row to out when its turn comes.
+# work: number of blocks that have added. Each block adds its row to out when its turn comes.
 SEMAPHORE = (
     HEAD
     + """
@@ -109,7 +109,7 @@ ret; }
 """
 )
 
-# work: a ticket, and 64 numbers of each block at 256 bytes and on. Who comes last adds them up.
+# work: a ticket, and from byte 256 on 64 numbers per block. The last block adds them up.
 LAST_BLOCK = (
     HEAD
     + """
@@ -148,7 +148,7 @@ END: ret; }
 @dataclass(frozen=True)
 class Kernel:
     text: str
-    work: int  # u32 of zeros
+    work: int  # number of u32 zeros
     outputs: int
     expected: Callable[[np.ndarray], np.ndarray]
 
@@ -168,7 +168,7 @@ KERNELS = {
     ),
 }
 
-# (kernel, fault): what stands there, which time it does, and what a slip makes of it.
+# (kernel, fault): original text, its occurrence, faulty text.
 MUTANTS: dict[tuple[str, str], tuple[str, int, str]] = {
     ("look_back", "release of the sum relaxed"): ("st.release.gpu", 0, "st.relaxed.gpu"),
     ("look_back", "release of the prefix relaxed"): ("st.release.gpu", 1, "st.relaxed.gpu"),

@@ -1,4 +1,4 @@
-"""Kernels of compute capability 9.0a, for the tests of what is asynchronous."""
+"""Kernels of compute capability 9.0a, for the tests of asynchronous operations."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ W{_waits}: mbarrier.{form}.parity.shared::cta.b64 done, [{barrier}], {parity};
 
 
 def init(count: int | str, barrier: str = "bar") -> str:
-    """By thread 0, before the others go on."""
+    """Initialises an mbarrier in thread 0, before the other threads continue."""
     return f"""@%p0 mbarrier.init.shared::cta.b64 [{barrier}], {count};
 bar.sync 0;
 """

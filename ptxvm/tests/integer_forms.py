@@ -1,4 +1,4 @@
-"""Forms of integers, bits, moves and warp-free selection."""
+"""Forms of integers, bits, moves and selection, without warp-level instructions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def clamp(x: int, kind: str) -> int:
 
 
 def wrap(kind: str, f, *raw: int) -> int:
-    """f of the numbers, as a bit pattern."""
+    """f of the decoded numbers, as a bit pattern."""
     return f(*(number(x, kind) for x in raw)) & ((1 << bits_of(kind)) - 1)
 
 
@@ -131,7 +131,7 @@ def dot_products() -> list[Form]:
 
 
 def carries() -> list[Form]:
-    """Two words: the result is the upper one, which shows the carry between them."""
+    """Two-word arithmetic: the result is the upper word, which shows the carry."""
     forms = Forms()
     for t in ("u32", "s32", "u64", "s64"):
         n = bits_of(t)
@@ -332,7 +332,8 @@ def moves() -> list[Form]:
 
 
 def conversions() -> list[Form]:
-    """Between integers: into a 64-bit register, which shows the extension, or one of the type."""
+    """Conversions between integers: into a 64-bit register, which shows the extension, or into one
+    of the type's width."""
     forms = Forms()
     kinds = ("u8", "s8", *INTEGERS)
     for to in kinds:

@@ -1,4 +1,4 @@
-"""Kernels on arrays of int32, an element per thread."""
+"""Kernels on arrays of int32, one element per thread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from machine import machine
 
-# Registers %t (thread of the grid), %in and %out (addresses of its element of two int arrays).
+# Registers: %t thread of the grid; %in and %out addresses of its element in the two int arrays.
 BEGIN = """
 .visible .entry k(.param .u64 p_in, .param .u64 p_out)
 {

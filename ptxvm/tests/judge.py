@@ -1,4 +1,4 @@
-"""Programs whose PTX was changed: what the machine says of them."""
+"""Runs programs with changed PTX and reads the machine's verdict."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from machine import LIBRARY
 
-# Of a broken rule, a deadlock and a hang; not of text that the machine refuses.
+# Reports of a broken rule, a deadlock or a hang; not of PTX that the machine refuses.
 REPORT = re.compile(r"\(block \([\d, ]+\), thread \d|: deadlock in block|: no block finished")
 FAULTS = (710, 719)  # cudaErrorAssert, cudaErrorLaunchFailure
 SECONDS = 300
@@ -19,7 +19,7 @@ SECONDS = 300
 def run_program(
     program: Path, options: Mapping[str, object], *arguments: str
 ) -> subprocess.CompletedProcess[str]:
-    """With options of the machine. The watchdog must end what hangs, long before the time is up."""
+    """Runs a program with machine options. The watchdog must end hangs long before the timeout."""
     environment = os.environ | {f"PTXVM_{name.upper()}": str(x) for name, x in options.items()}
     environment["LD_LIBRARY_PATH"] = str(LIBRARY.parent)
     return subprocess.run(
@@ -28,7 +28,7 @@ def run_program(
 
 
 def report_of(done: subprocess.CompletedProcess[str]) -> str:
-    """The report that ended a program, "" if none did. It may not end in another way."""
+    """The report that ended a program, "" if none did. Any other failure is an error."""
     if done.returncode == 0:
         return ""
     assert done.returncode == 1 and REPORT.search(done.stderr), (done.returncode, done.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 LANES = 32
-BYTES = 512  # of each memory that the kernels read
+BYTES = 512  # size of each memory that the kernels read
 
 
 def bits(type_: str) -> int:
@@ -42,7 +42,7 @@ ret;
 
 
 def space_base(space: str) -> str:
-    """Statements that leave the address of the data of a space in %d20."""
+    """Statements that put the address of a space's data in %d20."""
     return {
         "global": "mov.b64 %d20, %d0;",
         "generic global": "mov.b64 %d20, %d0;",
@@ -67,7 +67,7 @@ mov.u64 %d13, mine;
 st.local.v4.b32 [%d13], {%r10, %r11, %r12, %r13};
 bar.sync 0;
 """
-# %p0: the lanes of the mask in p1[0]; %d22: the offset of the lane, of p1[1 + lane].
+# %p0: lanes of the mask in p1[0]; %d22: the lane's offset, from p1[1 + lane].
 MASK = """
 ld.global.b32 %r20, [%d1];
 shr.b32 %r21, %r20, %r0;

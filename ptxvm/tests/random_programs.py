@@ -20,7 +20,7 @@ import numpy as np
 Program = list[tuple]
 Register = tuple[str, int]
 
-REGISTERS = 8  # of every kind
+REGISTERS = 8  # per kind
 DTYPES: dict[str, Any] = {
     "p": np.bool_,
     "c": np.uint8,
@@ -42,7 +42,7 @@ INTEGER_OPERATIONS = {**OPERATIONS, "xor": operator.xor, "and": operator.and_, "
 FLOAT_OPERATIONS = {**OPERATIONS, "min": np.fmin, "max": np.fmax}
 COMPARISONS: dict[str, Callable] = {"lt": operator.lt, "ge": operator.ge, "eq": operator.eq}
 LOGIC: dict[str, Callable] = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
-# Kinds of source and result; as in PTX, where a rounding stands in front if the result has less.
+# Kinds of source and result, with a rounding modifier if the result is narrower, as PTX requires.
 CONVERSIONS = [
     ("h", "x", "cvt.u32.u16"),
     ("x", "h", "cvt.u16.u32"),
@@ -68,7 +68,7 @@ def ptx_operation(kind: str, name: str) -> str:
 
 
 class Writer:
-    """Writes a program in which no register is read before it has a value on every path."""
+    """Writes a program in which every register has a value on every path before it is read."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -89,7 +89,7 @@ class Writer:
         return (kind, self.random.randrange(REGISTERS))
 
     def guarded(self, *targets: Register) -> tuple[Register, bool] | None:
-        """A guard, if the targets have a value where it does not hold."""
+        """A guard, if the targets already have a value for lanes that it masks off."""
         predicate = self.one_of("p")
         if predicate is None or not self.known.issuperset(targets) or self.random.random() < 0.6:
             self.known.update(targets)
@@ -173,7 +173,7 @@ class Writer:
         return ("if", predicate, first, other)
 
     def loop(self, depth: int) -> tuple:
-        """Its body runs once and up to three times more, or up to three times."""
+        """Loop: its body runs one to four times, or zero to three times."""
         number = self.counters
         self.counters += 1
         count, at_least_once = self.one_of("x"), self.random.random() < 0.8
@@ -191,7 +191,7 @@ class Writer:
 
 
 class Model:
-    """Runs a program for many threads, each with the number that it is given."""
+    """Runs a program for many threads, each with its own input number."""
 
     def __init__(self, writer: Writer, given: np.ndarray) -> None:
         self.registers: dict[Register, np.ndarray] = {("x", 0): given.copy()}
@@ -205,7 +205,7 @@ class Model:
         np.copyto(self.registers[register], value, where=mask)
 
     def run(self, statements: Program, mask: np.ndarray) -> np.ndarray:
-        """The threads that come to the end of the statements."""
+        """Mask of the threads that reach the end of the statements."""
         get = self.registers.get
         for kind, *rest in statements:
             if not mask.any():
@@ -276,7 +276,7 @@ class Model:
         return left | mask
 
 
-# Numbers of one thread go in and out: .in is an array of u32, .out one of RESULTS 64-bit words.
+# Input and output of one thread: .in is an array of u32, .out holds RESULTS 64-bit words.
 RESULTS = 6
 HEAD = """
 .visible .entry {name}(.param .u64 p_in, .param .u64 p_out)
@@ -289,7 +289,7 @@ HEAD = """
 
 
 class Ptx:
-    """The text of a kernel."""
+    """Writes the text of a kernel."""
 
     def __init__(self, writer: Writer, name: str) -> None:
         declared = [f".reg .{DECLARED[k]} %{k}<{REGISTERS}>;" for k in DTYPES]

@@ -1,4 +1,4 @@
-"""Objects as nvcc writes them, launched through the stand-in for the CUDA runtime."""
+"""Objects compiled by nvcc, launched through the stand-in for the CUDA runtime."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Abi:
 
     def call(self, function: str, *arguments: np.ndarray | int) -> int:
         arrays = [x for x in arguments if not isinstance(x, int)]
-        self.arrays += arrays  # so that no other has the key of one
+        self.arrays += arrays  # keeps the arrays alive, so that keys stay unique
         given = [x if isinstance(x, int) else (id(x), x) for x in arguments]
         result, after = self._ask(abi_process.call, self.path, function, given)
         for array, contents in zip(arrays, after, strict=True):
@@ -101,7 +101,7 @@ def abi(build: Abi) -> Iterator[Abi]:
 
 @pytest.fixture
 def built(process: ProcessPoolExecutor, tmp_path: Path) -> Iterator[Callable[..., Abi]]:
-    """Compiles one more library, for one test."""
+    """Compiles an additional library for one test."""
     libraries = []
 
     def build(flags: list[str], name: str = "abi.cu") -> Abi:
@@ -234,7 +234,7 @@ def test_devices(
         assert abi.call("launch_sum", x, out, len(x), 256, shared + 1, 1) == 1
         assert f"at most {shared} bytes on {name}; got {shared + 1}" in abi.text(1)
         assert abi.call("last_error") == 1
-    if shared > 101376:  # what a kernel was allowed on one device does not hold on another
+    if shared > 101376:  # attributes set for one device do not apply to another
         with abi.options(device="sm_86"):
             assert abi.call("launch_sum", x, out, len(x), 256, shared, 0) == 1
 
@@ -260,7 +260,7 @@ def test_module_for_another_architecture(built: Callable[..., Abi]) -> None:
 
 
 def test_module_that_cannot_be_read(built: Callable[..., Abi]) -> None:
-    """--compress-mode=speed writes LZ4."""
+    """Compressed with LZ4 by --compress-mode=speed, which the machine cannot read."""
     abi = built([PTX, "--compress-mode=speed"])
     a, b, out = vectors()
     assert abi.call("launch_add", a, b, out, len(a), 256) == 200

@@ -1,4 +1,4 @@
-"""Functions that PTX defines by a bound of their error (PTX ISA 9.0, sections 9.7.3 and 9.7.4)."""
+"""Functions that PTX defines by an error bound (PTX ISA 9.0, sections 9.7.3 and 9.7.4)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Function:
     op: str
     kind: str
     exact: Callable[[Array], Array]  # in float64
-    bound: Callable[[Array, Array], Array]  # of |result - exact|, from the operand and `exact`
+    bound: Callable[[Array, Array], Array]  # on |result - exact|, from the operand and `exact`
     checksum: int  # of all results: the same on every host and instruction set
-    within: tuple[float, float] = (-ALL, ALL)  # operands that the bound speaks of
+    within: tuple[float, float] = (-ALL, ALL)  # operands for which the bound holds
     special: tuple[tuple[int, int], ...] = ()  # rows of the ISA's tables
 
     def __str__(self) -> str:
@@ -193,7 +193,7 @@ def samples(function: Function) -> Array:
 
 @pytest.fixture(autouse=True)
 def newest_device() -> Iterator[None]:
-    """Some forms need a newer one than sm_80."""
+    """Some forms require a newer device than sm_80."""
     with machine.options(device="sm_90a"):
         yield
 
@@ -214,7 +214,7 @@ def test_error_is_within_the_bound(function: Function) -> None:
         fraction, minimum = {"f16": (10, -14), "bf16": (7, -126)}.get(function.kind, (23, -126))
         half = 0.501 * spacing(exact, fraction, minimum)
         got = to_float(rounded, function.kind)
-        # A flushed result is off by itself.
+        # Flushing alone causes this error.
         flushed = (got == 0) & ("ftz" in function.op)
         assert (np.abs(got - exact) <= half)[judged & ~flushed].all()
         moved_enough = []
@@ -296,7 +296,7 @@ def test_division(op: str, ftz: str, direction: int) -> None:
 
 def test_division_by_large_numbers() -> None:
     form = Form("div.approx.f32 %d, %a, %b;", 32, ("f32", "f32"), lambda a, b: a)
-    large = 0x7E800001  # just above 2^126
+    large = 0x7E800001  # slightly above 2^126
     rows = [(ONE, large, 0), (MINUS | ONE, large, MINUS), (INF, large, NAN), (ONE, INF, 0)]
     rows += [(0, 0, NAN), (ONE, 0, INF), (ONE, MINUS, MINUS | INF), (INF, INF, NAN)]
     a, b, expected = (np.array(c, dtype=np.uint64) for c in zip(*rows, strict=True))

@@ -16,7 +16,7 @@ from integer_forms import integer_forms
 from machine import Module, machine
 from tier import FULL
 
-COUNT = 10240 if FULL else 3072  # operands of a form
+COUNT = 10240 if FULL else 3072  # operands per form
 FORMS = [*integer_forms(), *bit_forms(), *float_forms()]
 TYPES = {16: np.uint16, 32: np.uint32, 64: np.uint64}
 
@@ -69,7 +69,7 @@ def check(form: Form, columns: list[np.ndarray]) -> None:
 
 @pytest.fixture(autouse=True)
 def newest_device() -> Iterator[None]:
-    """Some forms need a newer one than sm_80."""
+    """Some forms require a newer device than sm_80."""
     with machine.options(device="sm_90a"):
         yield
 
@@ -81,7 +81,7 @@ def test_form(form: Form) -> None:
 
 @given(data=st.data())
 def test_drawn_operands(data: st.DataObject) -> None:
-    """The same with operands that shrink, for any form."""
+    """The comparison for any form on operands that Hypothesis can shrink."""
     form = data.draw(st.sampled_from(FORMS))
     rows = st.lists(
         st.tuples(*(st.integers(0, (1 << bits_of(kind)) - 1) for kind in form.sources)),
@@ -98,7 +98,7 @@ def test_every_form_has_its_own_text() -> None:
 
 
 def test_differences_of_bytes_of_two_types() -> None:
-    """vabsdiff4 of a without and b with signs; no intrinsic of CUDA mixes them."""
+    """vabsdiff4 of unsigned a and signed b; no CUDA intrinsic mixes them."""
     text = """.visible .entry k(.param .u64 p) { .reg .b32 %r<5>; .reg .b64 %d<2>;
 ld.param.u64 %d0, [p]; mov.b32 %r1, 0x80FF0102; mov.b32 %r2, 0x7F017F80; mov.b32 %r3, 0;
 vabsdiff4.u32.u32.s32 %r4, %r1, %r2, %r3; st.global.b32 [%d0], %r4; ret; }"""

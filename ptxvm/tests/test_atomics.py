@@ -39,7 +39,7 @@ FORMS = [(op, t, True) for op, t in ATOMICS] + [
 
 
 def bfloat(x: np.ndarray) -> np.ndarray:
-    """Bits of bf16 to f32."""
+    """f32 values of bf16 bits."""
     return (x.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -93,7 +93,7 @@ def atomic_operands(op: str, type_: str):
 
 @pytest.fixture(autouse=True)
 def newest_device() -> Iterator[None]:
-    """Some forms need a newer one than sm_80."""
+    """Some forms require a newer device than sm_80."""
     with machine.options(device="sm_90a"):
         yield
 

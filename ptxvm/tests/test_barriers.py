@@ -1,4 +1,4 @@
-"""Barriers, blocks that wait for each other, and reports of what hangs."""
+"""Barriers, blocks that wait for each other, and reports of deadlocks and hangs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from machine import MachineError, machine
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "seeded"])
 def test_blocks_wait_for_each_other(order: str) -> None:
-    """Block i waits for block i+1, or i-1: more blocks than are resident at first."""
+    """Block i waits for block i+1 or i-1, with more blocks than are resident at first."""
     body = """
  setp.ne.u32 %p1, %r2, 0;
  @%p1 ret;

@@ -1,4 +1,4 @@
-"""Bulk copies of bytes: every direction and reduction, at every moment at which they may happen."""
+"""Bulk copies of bytes: every direction and reduction, at every moment that PTX allows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def expect(bytes_: int | str) -> str:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_there_and_back(mode: str) -> None:
-    """In two phases into two buffers, with a prefetch and a cache hint; then out again."""
+    """Global to shared memory in two phases into two buffers, with a prefetch and a cache hint;
+    then back."""
     body = f"""{init(1)}
 mov.b64 %d5, 0;
 @%p0 cp.async.bulk.prefetch.L2.global [%d0], 512;
@@ -55,7 +56,7 @@ bar.sync 0;
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("space", ["shared", "global"])
 def test_a_warp_that_polls_a_flag(space: str, mode: str) -> None:
-    """Warp 0 never waits, and the warp that sets its flag waits for a copy."""
+    """Warp 0 polls without waiting, and the warp that sets its flag waits for a copy."""
     flag = "%r2+512" if space == "shared" else "%d0+512"
     body = f"""{init(1)}
 @%p0 st.shared.u32 [%r2+512], 0;
@@ -73,8 +74,8 @@ COPY: setp.eq.u32 %p3, %r0, 32;
 
 
 def test_moments() -> None:
-    """What a kernel sees that does not wait: the old bytes at the latest moment, the new ones at
-    the earliest, either at a seeded one."""
+    """A kernel without a wait sees the old bytes at the latest moment, the new ones at the
+    earliest, either at a seeded one."""
     body = f"""{init(1)}
 @!%p0 bra DONE;
 st.shared.u32 [%r2], 7;
@@ -140,7 +141,7 @@ DONE:
 
 
 def bf16(x: np.ndarray) -> np.ndarray:
-    """Rounded to nearest even, as bits."""
+    """Rounded to bf16 to nearest even, as bits."""
     bits = x.astype(np.float32).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
@@ -257,7 +258,7 @@ DONE: {meet}"""
 
 
 def sums_in_block_0(blocks: int, unset: bool = False, **options: object) -> np.ndarray:
-    """Each other block adds its 512 bytes to those of block 0, which may hold nothing."""
+    """Each other block adds its 512 bytes to the bytes of block 0, which may be undefined."""
     meet = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;\n"
     fill = FILL.replace("st.shared", "@%p5 st.shared") if unset else FILL
     body = f"""setp.ne.u32 %p5, %r1, 0; {fill}{init(1)}
@@ -406,7 +407,7 @@ WAIT:
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 @pytest.mark.parametrize("vector", [False, True])
 def test_a_copy_over_a_flag_releases_nothing(order: str, vector: bool) -> None:
-    """Warp 1 waits for the copy and acquires what it left, not what warp 0 had released."""
+    """Warp 1 waits for the copy and acquires its data, not an earlier release by warp 0."""
     v4, one, five, flag, read = (
         (".v4", "{1, 1, 1, 1}", "{5, 5, 5, 5}", "{%r4, %r6, %r7, %r8}", "{%r5, %r9, %r10, %r11}")
         if vector

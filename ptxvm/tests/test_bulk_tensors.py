@@ -1,4 +1,5 @@
-"""Bulk copies of boxes of tensors against NumPy: ranks, swizzles, what lies outside, reductions."""
+"""Bulk copies of boxes of tensors against NumPy: ranks, swizzles, out-of-bounds parts,
+reductions."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import pytest
 from hopper import MODES, init, kernel, sm90, wait
 from machine import MachineError, machine
 
-# CUtensorMapDataType of cuda.h
+# CUtensorMapDataType of cuda.h.
 TYPES = {
     "u8": (0, np.uint8),
     "u16": (1, np.uint16),
@@ -42,7 +43,7 @@ def encode(
     nan: bool = False,
     **changes: Any,
 ) -> tuple[int, np.ndarray]:
-    """The error and the map of an array, whose last dimension is the first of the map."""
+    """Error and tensor map of an array, whose last dimension is the map's first."""
     space = np.zeros(256, np.uint8)
     place = space[-space.ctypes.data % 64 :][:128]
     rank = changes.get("rank", array.ndim)
@@ -68,7 +69,7 @@ def encode(
 
 
 def aligned(shape: tuple[int, ...], dtype: type, seed: int = 0) -> np.ndarray:
-    """Random contents at a multiple of 16 bytes."""
+    """Random contents at an address that is a multiple of 16 bytes."""
     random = np.random.default_rng(seed)
     count = int(np.prod(shape)) * np.dtype(dtype).itemsize
     space = random.integers(0, 256, count + 16, dtype=np.uint8)
@@ -79,7 +80,7 @@ def aligned(shape: tuple[int, ...], dtype: type, seed: int = 0) -> np.ndarray:
 
 
 def cut(array: np.ndarray, box: tuple[int, ...], at: tuple[int, ...], fill: Any) -> np.ndarray:
-    """The box at a place that may lie outside in part."""
+    """The box at a position that may be partly out of bounds."""
     out = np.full(box, fill, array.dtype)
     for index in np.ndindex(*box):
         place = tuple(a + i for a, i in zip(at, index, strict=True))
@@ -89,8 +90,8 @@ def cut(array: np.ndarray, box: tuple[int, ...], at: tuple[int, ...], fill: Any)
 
 
 def swizzle_rows(data: np.ndarray, mode: int) -> np.ndarray:
-    """Units of 16 bytes of each row of 32, 64 or 128 bytes, exchanged by the number of the row: it
-    counts rows of 128 bytes."""
+    """Permutes the 16-byte units of each row of 32, 64 or 128 bytes by XOR with the number of the
+    128-byte row."""
     if not mode:
         return data
     units = data.reshape(-1, 8, 16).copy()
@@ -103,8 +104,8 @@ def swizzle_rows(data: np.ndarray, mode: int) -> np.ndarray:
 
 
 def tensor_kernel(rank: int, move: str) -> str:
-    """Copies 4096 bytes between shared memory and a1 around `move`, by 256 threads; coordinates in
-    a3."""
+    """Copies 4096 bytes between shared memory and a1 around `move`, with 256 threads; coordinates
+    in a3."""
     coordinates = ", ".join(f"%r{20 + d}" for d in range(rank))
     loads = "".join(f"ld.global.u32 %r{20 + d}, [%d2+{4 * d}];\n" for d in range(rank))
     place = f"[%d0, {{{coordinates}}}]"
@@ -148,7 +149,7 @@ def run(
         machine.run(tensor_kernel(len(at), move), "k", map_, memory, numbers, array, block=256)
 
 
-# type, shape, box, place, swizzle
+# type, shape, box, position, swizzle
 BOXES = [
     ("u8", (500,), (256,), (-17,), 0),
     ("f16", (300,), (64,), (270,), 3),
@@ -180,10 +181,10 @@ def test_load_and_store(
     for mode in MODES[:3]:
         memory = np.zeros(4096, np.uint8)
         run(map_, memory, at, array, bytes_, "load", **{"async": mode, "check": 1})
-        got = swizzle_rows(memory[: len(padded)], swizzle)  # its own inverse
+        got = swizzle_rows(memory[: len(padded)], swizzle)  # the swizzle is its own inverse
         got = got[:bytes_].view(dtype).reshape(box)
         assert np.array_equal(got, wanted, equal_nan=nan), mode
-    # Back: what lies outside is not written, the rest is the box in its order.
+    # Shared to global memory: out-of-bounds elements are not written, the rest is the box in order.
     new = aligned(box, dtype, 1)
     padded[:bytes_] = new.view(np.uint8).ravel()
     memory[: len(padded)] = swizzle_rows(padded, swizzle)
@@ -212,7 +213,7 @@ def test_load_and_store(
 def test_reductions(type_: str, op: str) -> None:
     dtype = TYPES[type_][1]
     array, new = aligned((6, 16), dtype), aligned((4, 16), dtype, 2)
-    if type_ == "bf16":  # powers of two, whose sums are exact
+    if type_ == "bf16":  # powers of two, with exact sums
         array[...], new[...] = 0x3F80, 0x4000
     error, map_ = encode(array, (4, 16), type_)
     assert error == 0

@@ -1,4 +1,4 @@
-"""Forms that ptxas refuses for older devices are refused on them, naming the line."""
+"""Forms that ptxas rejects for older devices are rejected on them, naming the line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hopper import kernel, sm90
 from machine import MachineError, machine
 
 DEVICES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 120: "sm_120"}
-# The least capability for which ptxas 13.0 assembles a form.
+# Minimum capability for which ptxas 13.0 assembles each form.
 FORMS = {
     "elect.sync %r1|%p1, 0xffffffff;": 90,
     "mbarrier.arrive.shared.b64 %d2, [%d1], 2;": 90,
@@ -55,7 +55,7 @@ FORMS = {
 
 
 def program(form: str) -> str:
-    """One that never comes to the form."""
+    """A program that contains the form but never executes it."""
     return f""".visible .entry k() {{
  .reg .b16 %h<5>; .reg .b32 %r<5>; .reg .f32 %f<5>; .reg .b64 %d<5>; .reg .pred %p<2>;
  ret;

@@ -1,4 +1,4 @@
-"""What many blocks know of one another: each waits for the flags of two blocks before it and learns
+"""Transitive knowledge among many blocks: each waits for the flags of two earlier blocks and learns
 from them of all others."""
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from machine import MachineError, machine
 
 STATUS = Path("/proc/self/status")
 
-# A warp a block. Block b writes x[b], waits for the flags b - 1 and b - 7, reads x[b / 2] and
-# raises its own flag; HERE is what it does behind that.
+# One warp per block. Block b writes x[b], waits for the flags b - 1 and b - 7, reads x[b / 2] and
+# sets its own flag; HERE is code after that.
 CHAIN = """
 .visible .entry k(.param .u64 x, .param .u64 flags) {
 .reg .b64 %x, %flags, %d<6>;
@@ -58,11 +58,11 @@ def test_knowledge_passes_along() -> None:
     with machine.options(check=1):
         launch(300)
         with pytest.raises(MachineError, match=r"race: .*global.*block \(37, 0, 0\)"):
-            launch(300, "@%p1 st.global.u32 [%d1], 0;")  # which blocks 74 and 75 read
+            launch(300, "@%p1 st.global.u32 [%d1], 0;")  # read by blocks 74 and 75
 
 
 def peak() -> int:
-    """KiB that this program had at most. ru_maxrss begins with those of the parent."""
+    """Peak memory of this program in KiB. ru_maxrss starts from the parent's value."""
     (line,) = (x for x in STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
     return int(line.split()[1])
 
@@ -76,9 +76,9 @@ def grown(blocks: int) -> int:
 
 @pytest.mark.skipif(not STATUS.exists(), reason="needs /proc")
 def test_memory_of_a_chain_is_not_quadratic() -> None:
-    """In a process of its own: nothing before has raised its peak."""
+    """Runs in its own process, so that no earlier test has raised the peak."""
     script = "import sys; sys.path.insert(0, sys.argv[1]); from test_chains import grown;"
     command = [sys.executable, "-c", f"{script} print(grown(6000))", str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 1_000 < int(done.stdout) < 100_000  # 700 MB as lists of all that each block knows
+    assert 1_000 < int(done.stdout) < 100_000  # 700 MB if each block kept a list of all it knows

@@ -1,5 +1,5 @@
-"""Check mode: each check fires on a small kernel that breaks its rule, and is silent on its right
-twin. Without check mode both run."""
+"""Check mode: each check reports a small kernel that breaks its rule, and accepts its correct twin.
+Without check mode both run."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ def run(body: str, block: int = 32 * WARPS) -> np.ndarray:
     return data
 
 
-LOAD_NEXT = "xor.b32 %r5, %r2, 128;\nld.shared.b32 %r6, [%r5];\n"  # of the next warp
+LOAD_NEXT = "xor.b32 %r5, %r2, 128;\nld.shared.b32 %r6, [%r5];\n"  # the next warp's word
 COPY = "cp.async.ca.shared.global [%r2], [%d0], 4;\n"
 FILL = STORE + "bar.sync 0;\n"
 
 
 def race(address: str = r"\w+") -> str:
-    """The report, whichever of the two comes second."""
+    """Pattern of the report, whichever of the two accesses comes second."""
     return (
         rf"race: (read of|write to) shared address 0x{address}, (read|written) by warp \d.*; "
         "no barrier, mbarrier, or release and acquire lies between them"
     )
 
 
-# name: (wrong, right, what the report says)
+# name: (wrong, right, pattern of the report)
 RACES = {
     "read after write": (
         FILL + STORE + LOAD_NEXT,
@@ -174,7 +174,7 @@ def test_check(name, order):
             run(wrong)
 
 
-# With whatever the register holds these break other rules.
+# Cases that break other rules too, depending on the register's garbage value.
 WILD = [
     f"uninitialised: {what}"
     for what in (
@@ -285,7 +285,7 @@ def test_reports_are_counted_and_the_kernel_goes_on(capfd):
 
 
 def test_accesses_without_memory_are_reported_and_lost(capfd):
-    """A read gives NaN, a write nothing, of one lane as of all."""
+    """A read returns NaN, a write is discarded, for one lane as for all."""
     machine.reports()
     body = """ld.global.b32 %r5, [%d0+65536];
 @%p2 st.global.b32 [%d0+65536], %r5;
@@ -314,11 +314,11 @@ mad.wide.u32 %d1, %r6, 4, %d0;
         data = run(body + "st.global.b32 [%d1], %r7;\n").view(np.uint32)
     machine.reports()
     lanes = data.reshape(-1, 64)[:WARPS, :32]
-    assert (lanes == 0xFFFFFFFF).all()  # no lane reads what another one added
+    assert (lanes == 0xFFFFFFFF).all()  # no lane reads another lane's result
 
 
 def test_blocks_do_not_meet():
-    """Shared memory and registers of a block are its own."""
+    """Shared memory and registers are private to a block."""
     with machine.options(check=1):
         data = np.zeros(40 * WARPS * 64, np.float32)
         right = kernel(STORE + "bar.sync 0;\n" + LOAD_NEXT)

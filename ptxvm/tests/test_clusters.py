@@ -1,5 +1,5 @@
-"""Clusters: ranks, shared memory of other blocks, the barrier, rules of a launch; and the other
-instructions of compute capability 9.0 for whole warps."""
+"""Clusters: ranks, distributed shared memory, barrier.cluster, launch rules; and the other
+warp-level instructions of compute capability 9.0."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ mov.pred %p3, %is_explicit_cluster; selp.u32 %r5, 1, 0, %p3; st.global.u32 [%d1+
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_memory_of_the_others(order: str) -> None:
-    """Each block leaves words in the next one's memory, by a mapped and by a generic address, adds
-    to a word of block 0, and reads what the one before it left."""
+    """Each block stores words in the next block's memory, by a mapped and by a generic address,
+    adds to a word of block 0, and reads the previous block's words."""
     body = f"""
 mov.u32 %r4, %cluster_ctarank; mov.u32 %r5, %cluster_nctarank;
 add.u32 %r6, %r4, 1; rem.u32 %r6, %r6, %r5;
@@ -76,7 +76,8 @@ st.global.v2.u32 [%d5+16], {{%r18, %r19}};
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_arrivals_at_another_block(order: str) -> None:
-    """Block 0 waits for an arrival of each warp of the cluster and for bytes that others expect."""
+    """Block 0 waits for an arrival of each warp of the cluster and for bytes expected by other
+    blocks."""
     body = f"""
 @%p0 mbarrier.init.shared::cta.b64 [bar], 6;
 fence.mbarrier_init.release.cluster;
@@ -178,7 +179,7 @@ WAIT = f"@!%p4 bra OUT; {wait('0')} OUT:"
 LOAD = "@%p3 ld.shared::cluster.u32 %r8, [%r7];"
 RAISE = "@%p3 st.release.cluster.shared::cluster.u32 [%r7+4], 1;"
 POLL = "POLL: ld.relaxed.cluster.shared.u32 %r9, [%r2+4]; setp.eq.u32 %p5, %r9, 0; @%p5 bra POLL;"
-# What block 1 does with the memory of block 0, and how that waits for it.
+# Accesses of block 1 to the memory of block 0, and how block 1 waits for them.
 ACCESSES = {
     "arrive": (ARRIVE, WAIT),
     "arrive, relaxed wait": (ARRIVE, WAIT.replace(".parity", ".parity.relaxed.cluster")),
@@ -204,7 +205,7 @@ setp.eq.u32 %p3, %r1, 1; setp.eq.u32 %p4, %r0, 5; and.pred %p3, %p3, %p4;
 @pytest.mark.parametrize("access", ACCESSES)
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_block_waits_for_accesses_of_others_to_its_memory(access: str, waits: bool) -> None:
-    """Even where it happens to finish last."""
+    """The rule holds even if the block happens to finish last."""
     does, then = ACCESSES[access]
     body = f"""
 @%p0 mbarrier.init.shared::cta.b64 [bar], 1;
@@ -227,7 +228,8 @@ setp.eq.u32 %p4, %r1, 0;
 
 
 def test_a_report_names_the_block_that_did_the_access() -> None:
-    """Even where it ends first and another cluster could take its place."""
+    """The report is right even if that block ends first and another cluster could take its
+    place."""
     body = f"""@%p0 st.shared.u32 [%r2], 7;
 {MEET}mov.u32 %r4, 0; mapa.shared::cluster.u32 %r7, %r2, %r4;
 setp.eq.u32 %p3, %r1, 1; and.pred %p4, %p3, %p0; mov.u32 %r9, 0;
@@ -261,7 +263,7 @@ def test_a_cluster_whose_size_overflows() -> None:
 
 
 def test_setmaxnreg() -> None:
-    """Warps that ask for more wait until others have given registers back."""
+    """Warps that request more registers wait until other warps have released some."""
     body = """
 setp.lt.u32 %p3, %r0, 128; @%p3 bra GIVE;
 setmaxnreg.inc.sync.aligned.u32 208;
@@ -270,16 +272,16 @@ ret;
 GIVE: setmaxnreg.dec.sync.aligned.u32 LESS;"""
     for order in ORDERS:
         out = np.zeros(1, np.uint32)
-        with sm90(order=order):  # 16 warps of 128: 12 * 208 and 4 * 40 are not 2048
+        with sm90(order=order):  # 16 warps of 128 registers: 12 * 208 and 4 * 40 are not 2048
             text = kernel(body.replace("LESS", "40"), extra=".param .u32 b")
             with pytest.raises(MachineError, match="waits for registers of the block"):
                 machine.run(text, "k", out, np.uint32(0), block=512)
             machine.run(text.replace("208", "128"), "k", out, np.uint32(0), block=512)
-            # 8 warps that were compiled for 16 have 128, too: 4 * 208 and 4 * 40 fit.
+            # 8 warps compiled for 16 have 128 registers too: 4 * 208 and 4 * 40 fit.
             text = text.replace(") ", ") .maxntid 512, 1, 1 ", 1)
             machine.run(text, "k", out, np.uint32(0), block=256)
         assert out[0] == 1
-    # 304 threads are 10 warps, of 200 registers each.
+    # 304 threads are 10 warps with 200 registers each.
     text = kernel("setmaxnreg.dec.sync.aligned.u32 208;", extra=".param .u32 b")
     text = text.replace(") ", ") .maxntid 304, 1, 1 ", 1)
     with sm90(), pytest.raises(MachineError, match="to 208 registers where the warp has 200"):

@@ -21,7 +21,7 @@ from ptxvm.__main__ import main
 import ptxvm
 from ptxvm import arguments, binary, kernel
 
-# Thread i reads what thread 63 - i of the other warp wrote, with or without a barrier between.
+# Thread i reads the word of thread 63 - i, in the other warp, with or without a barrier.
 KERNEL = """
 .visible .entry swap(.param .u64 x, .param .u64 .ptr .global .align 16 out, .param .f32 add) {
 .reg .b64 %d<8>; .reg .b32 %r<8>; .reg .f32 %f<4>;
@@ -45,7 +45,7 @@ st.global.f32 [%d4], %f1;
 ret; }
 """
 ARGUMENTS = ["--block", "64", "--arg", "const f32[64]=arange", "--arg", "f32[64]=nan", "--arg", "2"]
-READ = 18  # the line of ld.shared
+READ = 18  # line of ld.shared
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_run_prints_and_saves_what_the_kernel_wrote(right, tmp_path, capsys):
     described.write_text(json.dumps({"block": 64, "args": ["f32[64]=ones", f"f32[64]={saved}", 3]}))
     assert main(["run", right, "--launch", str(described), "--print", "1"]) == 0
     assert capsys.readouterr().out.startswith("argument 1, f32[64]:\n[4. 4. ")
-    # A store to an input ends the launch.
+    # A store to a const input is a fault.
     assert main(["run", right, *ARGUMENTS[:4], "--arg", "const f32[64]=0", "--arg", "1"]) == 1
     out = capsys.readouterr().out
     assert out.startswith("fault: swap, line 20\n") and "read-only" in out
@@ -107,7 +107,7 @@ def test_check_as_json_and_modes(wrong, capfd):
 
 
 def test_check_compares_results(tmp_path, capfd):
-    """A block that finds a counter at zero tells the order of blocks."""
+    """A block that finds a counter at zero reveals the order of blocks."""
     path = tmp_path / "order.ptx"
     path.write_text(
         ".visible .entry first(.param .u64 c) { .reg .b64 %d0; .reg .b32 %r<3>; .reg .pred %p0;\n"
@@ -202,7 +202,7 @@ def test_files_that_are_none(tmp_path, capsys, monkeypatch):
 
 
 def test_a_command_whose_children_launch(wrong, tmp_path, capfd):
-    """A program that loads the machine as its runtime: what it did comes by its log."""
+    """A program that loads the machine as its runtime: its findings arrive through the log."""
     script = tmp_path / "launches.py"
     script.write_text(
         "import ctypes, os, sys\n"
@@ -230,7 +230,7 @@ def test_a_command_whose_children_launch(wrong, tmp_path, capfd):
 
 
 def test_a_program_whose_launch_is_refused(tmp_path, capfd):
-    """Nothing was found, but not everything ran. The program itself ends with status 0."""
+    """Nothing was found, but not everything ran. The program itself exits with status 0."""
     script = tmp_path / "launches.py"
     script.write_text(
         "import ctypes, sys\n"
@@ -242,7 +242,7 @@ def test_a_program_whose_launch_is_refused(tmp_path, capfd):
         "  vm.ptxvm_launch(module, b'none', one, block, ctypes.c_uint32(0), None)\n"
         "launch(32)\n"
         "launch(int(sys.argv[1]))\n"
-        "sys.exit(sys.prefix != sys.argv[2])\n"  # a virtual environment stays what it is
+        "sys.exit(sys.prefix != sys.argv[2])\n"  # a virtual environment must be preserved
     )
     modes = ["--order", "forward", "--async", "latest"]
     command = ["check", sys.executable, *modes, "--", str(script)]
@@ -306,7 +306,7 @@ def test_arguments_as_text(tmp_path):
     assert arguments.make("bytes:00ff1234", struct).tobytes() == bytes.fromhex("00ff1234")
     assert arguments.make("0x10", arguments.Parameter("u32", "n", 0, 4)) == np.uint32(16)
     assert arguments.make("-1", arguments.Parameter("s64", "n", 0, 8)).dtype == np.int64
-    bits = arguments.make("bf16[2,2]=1.00390625", None)  # half of a unit: to even
+    bits = arguments.make("bf16[2,2]=1.00390625", None)  # a tie: rounds to even
     assert bits.shape == (2, 2) and set(bits.ravel().tolist()) == {0x3F80}
     assert np.isnan(arguments.readable(arguments.make("bf16[1]=nan", None), "bf16")).all()
     draws = [arguments.make(f"f16[100]=random{seed}", None) for seed in ("", ":0", ":1")]

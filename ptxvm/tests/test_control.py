@@ -1,4 +1,4 @@
-"""Control flow of the PTX machine: divergence, lanes that meet again, calls."""
+"""Control flow of the PTX machine: divergence, reconvergence, calls."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ DONE:
 
 
 def test_value_that_survives_a_guard_in_a_loop() -> None:
-    """Registers that share slots: %r6 lives where %r5 must not be forgotten."""
+    """Registers that share slots: %r6 is live at a point where %r5 must be kept."""
     body = """
  ld.global.u32 %r3, [%in];
  mov.u32 %r4, 0; mov.u32 %r5, 100; mov.u32 %r7, 0;
@@ -152,7 +152,7 @@ DONE:
 
 @pytest.mark.parametrize("other", ["", "ELSE: sub.u32 %r3, %r3, 1;"])
 def test_lanes_meet_again_behind_a_branch(other: str) -> None:
-    """Behind an if, with or without else, all lanes are together."""
+    """After an if, with or without else, all lanes have reconverged."""
     body = f"""
  ld.global.u32 %r3, [%in];
  setp.lt.u32 %p1, %r3, 16;
@@ -234,7 +234,7 @@ DONE:
 
 
 def test_lock_between_lanes_of_a_warp() -> None:
-    """Lanes that spin below the one that holds the lock must not starve it."""
+    """Lanes that spin at a lower program counter must not starve the lock's holder."""
     body = """
  mov.u64 %rd1, %all;
  ld.param.u64 %rd2, [p_in];

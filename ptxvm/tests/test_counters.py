@@ -284,7 +284,7 @@ def test_global_memory(body, row, wanted):
 
 
 def test_asynchronous_copies_count_in_both_memories():
-    """Lanes that read nothing are zeros in shared memory and no traffic of global memory."""
+    """Lanes with an ignored source write zeros to shared memory and cause no global traffic."""
     body = (
         global_address(16)
         + address(16).replace("%d1", "%d3")

@@ -1,5 +1,5 @@
-"""Scans of CUB, whose blocks look back at each other, and mutants of them: faults in what publishes
-and awaits the flags of a tile."""
+"""CUB scans with decoupled look-back, and mutants of them: faults in publishing and awaiting the
+flags of a tile."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ HERE = Path(__file__).parent
 NVCC = toolchain.nvcc()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
-# So many blocks at once that one looks back over more than 32 that have no prefix yet.
+# Enough concurrent blocks that one looks back over more than 32 tiles without a prefix.
 MODES = [
     {"ORDER": "forward"},
     {"ORDER": "reverse", "ASYNC": "earliest", "FUEL": "200", "RESIDENT_BLOCKS": "64"},
     {"ORDER": "seeded", "ASYNC": "seed:1", "FUEL": "50", "RESIDENT_BLOCKS": "64"},
 ]
 KINDS = ("fence dropped", "order relaxed", "scope lowered", "value behind its flag")
-# Of what the last tile publishes: nobody looks back at it.
+# Faults in the flags of the last tile, which no block reads.
 SILENT = {
     *(("order relaxed", number) for number in (2, 4)),
     *(("value behind its flag", number) for number in (2, 4)),
     *(("scope lowered", number) for number in (1, 12, 15, 21)),
 }
 DAILY = {("fence dropped", 0), ("order relaxed", 1), ("value behind its flag", 1)}
-MIN = 30 if FULL else len(DAILY)  # places of the program; compilers differ
+MIN = 30 if FULL else len(DAILY)  # number of places in the program; depends on the compiler
 DEVICES = {"80": "sm_80", "90": "sm_90a"} if FULL else {"80": "sm_80"}
 
 
@@ -60,7 +60,7 @@ def test_results_are_right_and_nothing_is_reported(program: Path, device: str) -
 
 
 def test_mutants_are_reported(program: Path) -> None:
-    """Of the program for sm_80, those that one mode or another reports; a wrong result alone does
+    """Mutants of the sm_80 PTX that at least one mode reports; a wrong result without a report does
     not count."""
     texts = [text for _, text in sections(program.read_bytes())]
     at = next(i for i, text in enumerate(texts) if "sm_80" in text and "DeviceScan" in text)

@@ -1,4 +1,4 @@
-"""The same bits and the same counters in every run, order of warps and blocks, and build."""
+"""Equal bits and counters in every run, in every order of warps and blocks, and in every build."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tier import full_only
 
 SOURCES = Path(__file__).parents[1] / "src"
 
-# Sums of rows with divergent loops, shared memory, shuffles, approximate functions and atomics on
-# integers: no result depends on the order of threads.
+# Row sums with divergent loops, shared memory, shuffles, approximate functions and integer atomics:
+# no result depends on the order of threads.
 ROWS = """
 .visible .entry rows(.param .u64 p_x, .param .u64 p_out, .param .u64 p_count)
 {
@@ -73,7 +73,7 @@ SUM:
 
 
 def aligned(array: np.ndarray) -> np.ndarray:
-    """A copy at a multiple of 64 bytes: sectors are counted by address."""
+    """A copy aligned to 64 bytes: sectors are counted by address."""
     memory = np.empty(array.nbytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
     copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
@@ -127,7 +127,7 @@ def test_the_caller_s_handling_of_denormals_does_not_matter() -> None:
  ld.param.u64 %rd0, [p_x]; ld.global.f32 %f0, [%rd0];
  mul.rn.f32 %f0, %f0, 0f3F000000; st.global.f32 [%rd0], %f0; ret; }"""
     x = np.array([1e-39], np.float32)
-    wanted = x.view(np.uint32) // 2  # before denormals are flushed: NumPy obeys too
+    wanted = x.view(np.uint32) // 2  # before denormals are flushed, which also affects NumPy
     flushed = torch.set_flush_denormal(True)
     try:
         machine.run(half, "half", x, block=1)
@@ -140,8 +140,8 @@ def test_the_caller_s_handling_of_denormals_does_not_matter() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler to build another machine")
 @pytest.mark.skipif(not SOURCES.exists(), reason="the sources are not beside the tests")
 def test_builds_for_other_instruction_sets(tmp_path: Path) -> None:
-    """The machine that is tested runs what this host can; one for AVX2 gives the same bits and
-    says the same of races."""
+    """The tested machine uses this host's instruction set; an AVX2 build gives the same bits and
+    the same race reports."""
     flags = ["-std=c++20", "-O2", "-march=x86-64-v3", "-ffp-contract=off", "-fno-math-errno"]
     flags += ["-fno-trapping-math", "-fPIC", "-fvisibility=hidden", f"-I{SOURCES}"]
     compilers = [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]

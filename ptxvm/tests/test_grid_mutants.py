@@ -1,5 +1,5 @@
-"""Kernels whose blocks wait for each other, and their mutants: the checks say nothing of the
-kernels, and reports every mutant in one order of warps or another."""
+"""Kernels whose blocks wait for each other, and their mutants: the checks accept the kernels, and
+report every mutant in at least one order of warps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ X = np.random.default_rng(0).integers(0, 1000, BLOCKS * THREADS, np.uint32)
 
 
 def judge(kernel: Kernel, text: str) -> tuple[str, str]:
-    """survived; report: what the machine said; wrong: a result, without a report."""
+    """survived; report: the machine's report; wrong: a wrong result without a report."""
     verdict = ("survived", "")
     for mode in MODES:
         work, out = np.zeros(kernel.work, np.uint32), np.zeros(kernel.outputs, np.uint32)

@@ -1,4 +1,4 @@
-"""mma=hardware against a model in fractions: how the tensor cores of each device add."""
+"""mma=hardware against a model in fractions: summation in the tensor cores of each device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from machine import machine
 from test_tiles import metadata, pack, places_of, run, sizes, thin_out, unpack
 
 MIN = {"f16": -14, "bf16": -126, "tf32": -126, "e4m3": -6, "e5m2": -14}
-# Device and kind of type: products of a step, bits below the largest exponent, bits of the result.
+# Device and kind of type: products per step, bits below the largest exponent, bits of the result.
 ADDERS = {
     ("sm_80", 16): (8, 24, 23),
     ("sm_80", 32): (4, 24, 23),
@@ -27,7 +27,8 @@ KIND = {"f16": 16, "bf16": 16, "tf32": 32, "e4m3": 8, "e5m2": 8}
 
 
 def numbers(shape: tuple[int, int], type_: str, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Numbers of very different sizes in a type: values, bits. Some are 0, some subnormal."""
+    """Values and bits of numbers of widely different magnitudes in a type. Some are 0, some
+    subnormal."""
     if KIND[type_] == 8:
         codes = rng.integers(0, 256, shape)
         codes[(codes & 0x7F) >= (0x7C if type_ == "e5m2" else 0x7F)] = 0
@@ -53,11 +54,11 @@ def exponent(x: float, minimum: int) -> int:
 
 
 def cut(x: Fraction, kept: int) -> float:
-    """To a fraction of so many bits, towards zero, subnormal ones at the least exponent."""
+    """Truncates to a fraction of `kept` bits; subnormal numbers use the minimum exponent."""
     if x == 0:
         return 0.0
     unit = Fraction(2) ** (exponent(float(x), -126) - kept)
-    return float(int(x / unit) * unit)  # int() is towards zero
+    return float(int(x / unit) * unit)  # int() truncates
 
 
 def model(
@@ -141,7 +142,7 @@ def test_mma(device: str, shape: str, types: str) -> None:
     order = np.arange(k)
     if (
         device == "sm_90a" and KIND[pair[0]] == 8
-    ):  # an mma of the lower two of four, one of the rest
+    ):  # one mma for the lower two of four, one for the upper two
         order = np.concatenate([order[order % 4 < 2], order[order % 4 >= 2]])
     adder = ADDERS[device, KIND[pair[0]]]
     expected = wanted(a[:, order], b[order], c, (pair[0], pair[1]), adder, d == "f16")
@@ -177,7 +178,7 @@ def test_sparse() -> None:
 
 @pytest.mark.parametrize(("type_", "adder"), [("f16", (16, 25, 23)), ("e4m3", (32, 13, 13))])
 def test_wgmma_adds(type_: str, adder: tuple[int, int, int]) -> None:
-    """The accumulator is so large that products are cut; those of 8 bits at their 13 bits."""
+    """The accumulator is so large that products are truncated; 8-bit products at their 13 bits."""
     k, start = (64, 2**24 + 2) if type_ == "f16" else (128, 2**14 + 3)
     a, b = test_wgmma.operands(8, k, (type_, type_))
     bits = int(np.float32(start).view(np.uint32))
@@ -203,6 +204,6 @@ def test_sums_that_are_not_finite() -> None:
         out = run("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "f32", operands, 4)
     d = unpack(out, 16, 8, "f32")
     assert d[0, 0] == np.inf and np.isnan(d[1]).all() and d[2, 1] == np.inf
-    # Infinity beside a product below -2^128, infinities of both signs, infinity times 0.
+    # Infinity together with a product below -2^128, infinities of both signs, infinity times 0.
     assert d[3, 2] == np.inf and np.isnan(d[4, 0]) and np.isnan(d[5, 3])
     assert np.isfinite(d[6:, 0]).all()

@@ -1,5 +1,5 @@
-"""Faults in what kernels of compute capability 9.0a wait for: Triton's matmul and attention, and
-GEMMs of CUTLASS. Which of them survive, and why, is in docs/notebook.md."""
+"""Synchronisation faults in kernels of compute capability 9.0a: Triton's matmul and attention, and
+CUTLASS GEMMs. Survivors and reasons are in docs/notebook.md."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ CUTLASS_KINDS = (
     "products not awaited",
     "bulk wait dropped",
 )
-# Faults that nothing can show, by program, kind and number of the place; the page says why.
+# Faults without observable effect, by program, kind and number of the place; reasons are in the
+# notebook.
 WITHOUT_EFFECT = {
     ("matmul_fp16", "wait weakened", 1),
     ("attention_fp16", "barrier dropped", 1),
@@ -59,14 +60,14 @@ WITHOUT_EFFECT = {
     *(("pingpong", "barrier dropped", number) for number in (1, 3)),
     ("pingpong", "bulk wait dropped", 0),
 }
-DRAWN = 5  # of Triton's, every day
-MIN = {"triton": 25 if FULL else DRAWN, "cluster": 45, "pingpong": 70}  # mutants
+DRAWN = 5  # Triton faults tested every day
+MIN = {"triton": 25 if FULL else DRAWN, "cluster": 45, "pingpong": 70}  # minimum number of mutants
 Fault = tuple[str, str, int]
-Row = tuple[Fault, Change, str, str]  # ..., verdict, what was said
+Row = tuple[Fault, Change, str, str]  # fault, change, verdict, report
 
 
 def judge(programs: Path, program: str, text: str, folder: Path) -> tuple[str, str]:
-    """Runs a text in place of a program of Triton's, in each mode until one reports."""
+    """Runs a text in place of a Triton program's, in each mode until one reports."""
     folder.mkdir(exist_ok=True)
     shutil.copy(programs / f"{program}.json", folder)
     (folder / f"{program}.ptx").write_text(text)
@@ -87,7 +88,7 @@ def judge(programs: Path, program: str, text: str, folder: Path) -> tuple[str, s
 
 
 def assert_reported(rows: Sequence[Row], minimum: int) -> None:
-    """Nine in ten, of those with an effect: other compilers number their places otherwise."""
+    """At least nine in ten of the faults with an effect: place numbers depend on the compiler."""
     assert len(rows) >= minimum
     missed = [row for row in rows if row[2] != "report" and row[0] not in WITHOUT_EFFECT]
     assert 10 * len(missed) <= len(rows), "\n".join(map(str, missed))
@@ -111,7 +112,7 @@ def test_mutants_of_triton_are_reported(programs: Path, tmp_path: Path) -> None:
 
 
 def judge_program(path: Path) -> tuple[str, str]:
-    """As judge. The program prints how many results are wrong."""
+    """Like judge. The program prints its number of wrong results."""
     verdict = ("survived", "")
     for mode in MODES:
         done = run_program(path, {"check": 1, "device": "sm_90a", "watchdog": 50} | mode)

@@ -20,7 +20,7 @@ SHAPES = [name for name in LAYOUTS["mma"] if ".s32." not in name] + INT8
 
 
 class Mma:
-    """An mma instruction, and how CuTe lays its operands out."""
+    """An mma instruction with CuTe's layouts of its operands."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -49,7 +49,7 @@ class Mma:
         return values.view(np.uint32)
 
     def matrix(self, registers: np.ndarray, dtype: type) -> np.ndarray:
-        """The inverse of fragments for D."""
+        """Inverse of fragments(), for D."""
         rows, columns = self.places["c"][..., 0], self.places["c"][..., 1]
         values = registers.view(dtype)
         result = np.zeros((len(registers), 16, 8), dtype)
@@ -102,7 +102,7 @@ ret;
 
 
 def encode(x: np.ndarray, type_: str) -> np.ndarray:
-    """Values that the type holds exactly, in its encoding."""
+    """Encodes values that the type represents exactly."""
     if type_ == "bf16":
         return (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     numpy_type = {"f16": np.float16, "tf32": np.float32, "f32": np.float32, "s32": np.int32}
@@ -111,7 +111,7 @@ def encode(x: np.ndarray, type_: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_one_element_of_a_and_b(name):
-    """A has one element, B one: D has their product where A's row meets B's column."""
+    """A and B have one nonzero element each: D has their product where A's row meets B's column."""
     mma = Mma(name)
     cases = [(m, k, (m + k) % 8) for m in range(16) for k in range(mma.k)]
     a = np.zeros((len(cases), 16, mma.k))
@@ -127,7 +127,7 @@ def test_one_element_of_a_and_b(name):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_whole_matrices(name):
-    """Small integers: every sum is exact in every accumulator, whatever its order."""
+    """Small integers: every sum is exact in every accumulator, in any order."""
     mma = Mma(name)
     rng = np.random.default_rng(1)
     low_a, low_b = (0 if t == "u8" else -8 for t in (mma.a, mma.b))
@@ -142,7 +142,7 @@ def test_whole_matrices(name):
 
 @pytest.mark.parametrize("name", [n for n in SHAPES if ".s32." not in n])
 def test_rounding(name):
-    """The exact sum of random values, to the last bits of the accumulator."""
+    """Exact sum of random values, correct to the last bits of the accumulator."""
     mma = Mma(name)
     rng = np.random.default_rng(2)
     a, b = (rng.standard_normal(s).astype(np.float32) for s in ((32, 16, mma.k), (32, mma.k, 8)))
@@ -165,7 +165,7 @@ def test_rounding(name):
 
 @pytest.mark.parametrize("type_", ["f16", "bf16"])
 def test_special_values(type_):
-    """Infinities, NaN, subnormal operands; every NaN of the result is the hardware's one."""
+    """Infinities, NaN, subnormal operands; every NaN result is the hardware's canonical NaN."""
     mma = Mma(f"m16n8k16.f32.{type_}.{type_}.f32")
     infinity = {"f16": 0x7C00, "bf16": 0x7F80}[type_]
     a, b = np.zeros((4, 16, 16), np.uint16), np.zeros((4, 16, 8), np.uint16)
@@ -173,7 +173,7 @@ def test_special_values(type_):
     a[0, 0, 0], b[0, 0, :] = infinity, one
     a[1, 0, 0], b[1, 0, :] = infinity, 0
     a[2, 0, 0], b[2, 0, :] = 0xFFFF, one
-    a[3, 0, 0], b[3, 0, :] = 1, one  # the least subnormal
+    a[3, 0, 0], b[3, 0, :] = 1, one  # smallest subnormal
     c = np.zeros((4, 16, 8), np.float32)
     dtype = np.float16 if type_ == "f16" else np.uint16
     d = mma.run(a.view(dtype), b.view(dtype), c)
@@ -217,7 +217,7 @@ def test_unknown_forms_are_refused(opcode, counts):
 @pytest.mark.parametrize("space", [".shared", ".shared::cta", ""])
 @pytest.mark.parametrize("form", list(LAYOUTS["ldmatrix"]))
 def test_ldmatrix(form, space, order):
-    """Rows lie anywhere in shared memory; each lane gets the elements that CuTe says."""
+    """Rows lie anywhere in shared memory; each lane gets the elements of CuTe's layout."""
     layout = LAYOUTS["ldmatrix"][form]
     count, _, trans = form.partition(".")
     n = int(count[1])
@@ -253,7 +253,7 @@ ret;
 }}
 """
     data = np.random.default_rng(3).permutation(512).astype(np.uint16)
-    # The row that each lane names, in 16-byte units; lanes beyond the matrices name no memory.
+    # Row address of each lane, in 16-byte units; surplus lanes have invalid addresses.
     places = np.random.default_rng(4).permutation(64)[:LANES].astype(np.uint32)
     offsets = places * 16
     offsets[8 * n :] = 0x100000
@@ -311,7 +311,7 @@ ret;
 
 
 def test_layouts_are_what_cute_says(tmp_path):
-    """The committed layouts.json is what layouts.cu prints."""
+    """The committed layouts.json equals the output of layouts.cu."""
     nvcc, include = toolchain.nvcc(), toolchain.cutlass_include()
     if nvcc is None or include is None:
         pytest.skip("needs nvcc and the CUTLASS headers")

@@ -1,4 +1,4 @@
-"""Modules, parameters, variables, special registers, rules of a launch, and errors of the text."""
+"""Modules, parameters, variables, special registers, launch rules, and errors in the PTX."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_directives_need_no_blanks() -> None:
 
 
 def test_pointers_to_functions() -> None:
-    """They have a value; a call through one is an error of those that come to it."""
+    """Such a pointer has a value; a call through it is an error for the lanes that reach it."""
     declarations = """
 .func (.param .b32 result) second(.param .b32 value);
 .global .align 8 .u64 table[3] = {first, generic(second), first};
@@ -370,7 +370,7 @@ def test_options() -> None:
 
 
 def test_options_are_told_as_they_are_set() -> None:
-    """Nested, each goes back to what it was; all of them can be set at once."""
+    """Nested options are restored to their previous values; all of them can be set at once."""
     before = machine.settings
     with machine.options(check=1, order="seeded", **{"async": "seed:7"}):
         with machine.options(check=0, on_fault="collect", device="sm_90a"):
@@ -405,7 +405,7 @@ def test_the_package_is_not_hidden_by_the_folder_of_its_name(folder: str) -> Non
 
 
 def test_launches_from_several_threads() -> None:
-    """One launch runs at a time; a fault belongs to the thread that launched."""
+    """Launches are serialised; a fault belongs to the thread that launched."""
     text = """
 .visible .entry k(.param .u64 p_out, .param .u32 value, .param .u32 fails) {
  .reg .pred %p1; .reg .b32 %r<9>; .reg .b64 %rd<3>;

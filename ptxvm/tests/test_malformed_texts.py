@@ -1,4 +1,4 @@
-"""Texts of PTX with a few tokens changed: the machine takes them or says what is wrong."""
+"""PTX with a few changed tokens: the machine accepts it or reports what is wrong."""
 
 from __future__ import annotations
 

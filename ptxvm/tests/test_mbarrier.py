@@ -1,4 +1,4 @@
-"""mbarrier: phases and counts against a model, waits, copies of cp.async that arrive, reports."""
+"""mbarrier: phases and counts against a model, waits, cp.async.mbarrier.arrive, reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from machine import MachineError, machine
 
 
 class Model:
-    """An mbarrier in words: what every operation leaves, and what a wait says."""
+    """Model of an mbarrier: the state after every operation, and the result of a wait."""
 
     def __init__(self, count: int) -> None:
         self.expected = self.pending = count
@@ -25,7 +25,7 @@ class Model:
 
 
 def operation(random: np.random.Generator, model: Model) -> str:
-    """One that the model allows now, done to it, as text."""
+    """Text of a random operation that the model allows, after applying it to the model."""
     spare = model.pending - 1 if model.bytes == 0 else model.pending
     choices = ["arrive", "expect", "arrive_expect"]
     if model.pending > 1:
@@ -86,7 +86,7 @@ selp.u32 %r5, 1, 0, %p3; st.global.u32 [%d0+{8 * step + 4 * parity}], %r5;
 
 
 def test_state_of_a_phase() -> None:
-    """A token names its phase; its pending count is that before the arrival."""
+    """A state token names its phase; its pending count is the count before the arrival."""
     body = """@!%p0 bra DONE;
 mbarrier.init.shared.b64 [bar], 3;
 mbarrier.arrive.shared.b64 %d1, [bar], 2;
@@ -105,7 +105,7 @@ DONE:"""
 
 
 def test_no_complete_arrival_before_the_bytes() -> None:
-    """Bytes that have not come keep the phase open."""
+    """Pending transaction bytes keep the phase open."""
     body = """@!%p0 bra DONE;
 mbarrier.init.shared.b64 [bar], 2;
 mbarrier.expect_tx.shared.b64 [bar], 16;
@@ -144,7 +144,7 @@ DONE:"""
 @pytest.mark.parametrize("form", ["try_wait", "test_wait"])
 @pytest.mark.parametrize("order", ["forward", "reverse", "seeded"])
 def test_producer_and_consumer(order: str, form: str) -> None:
-    """A ring of two stages between warps; the counters of try_wait do not depend on the order."""
+    """A two-stage ring between warps; the counters of try_wait do not depend on the order."""
     body = f"""
 @%p0 mbarrier.init.shared.b64 [bar], 32; @%p0 mbarrier.init.shared.b64 [bar+8], 32;
 @%p0 mbarrier.init.shared.b64 [bar+16], 32; @%p0 mbarrier.init.shared.b64 [bar+24], 32;
@@ -180,7 +180,7 @@ mul.wide.u32 %d5, %r0, 4; add.u64 %d5, %d5, %d0; st.global.u32 [%d5], %r20;"""
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("noinc", ["", ".noinc"])
 def test_copies_arrive(noinc: str, mode: str) -> None:
-    """cp.async.mbarrier.arrive of one warp frees another; .noinc takes part in the count."""
+    """cp.async.mbarrier.arrive of one warp releases another; .noinc takes part in the count."""
     body = f"""
 {init(32 if noinc else 33)}
 shl.b32 %r4, %r0, 4; and.b32 %r5, %r4, 511; add.u32 %r6, %r5, %r2;
@@ -203,7 +203,7 @@ st.global.v4.u32 [%d4], {{%r10, %r11, %r12, %r13}};"""
 
 
 def test_waits_end_after_a_time() -> None:
-    """A try_wait whose phase never ends says no, so that a kernel can do something else."""
+    """A try_wait on a phase that never ends returns false, so that a kernel can do other work."""
     body = """
 @!%p0 bra DONE;
 mbarrier.init.shared.b64 [bar], 2;
@@ -224,7 +224,8 @@ DONE:"""
 
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 def test_a_wait_beside_a_flag_of_another_block(order: str) -> None:
-    """Block 0 ends its phase itself when it sees the flag, between refusals; or after 100."""
+    """Block 1 sets the flag after 100 failed waits; block 0 sees it between failed waits and
+    completes its own phase."""
     body = """
 setp.eq.u32 %p3, %r1, 1; @%p3 bra OTHER;
 @!%p0 bra DONE;

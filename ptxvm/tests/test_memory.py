@@ -48,7 +48,7 @@ SPACES = [
     "generic shared",
     "generic local",
 ]
-# PTX has no vectors beyond 16 bytes.
+# PTX has no vectors above 16 bytes.
 VECTORS = [(t, v) for t in TYPES for v in (1, 2, 4) if bits(t) * v <= 128]
 
 
@@ -158,7 +158,7 @@ ld.local.v4.b32 {%r10, %r11, %r12, %r13}, [%d13];
 
 
 def test_partial_vectors_and_strides():
-    """A column of a matrix, and a vector of which two elements are wanted."""
+    """A column of a matrix, and a vector of which only two elements are used."""
     body = """
 mul.wide.u32 %d10, %r0, 64;
 add.s64 %d10, %d10, %d0;
@@ -251,12 +251,12 @@ st.global.b32 [%d12+128], %r3;
 """
     data, out = np.arange(64, dtype=np.uint32), np.zeros(64, np.uint32)
     machine.load(kernel(body, parameters=2)).launch("k", data, out)
-    assert (out[:16] == 0xFFFFFFFF).all()  # shared memory begins as NaN
+    assert (out[:16] == 0xFFFFFFFF).all()  # shared memory is initialised to NaN
     assert np.array_equal(out[16:], data[16:])
 
 
 def test_lanes_wait_for_their_own_copies():
-    """Only lanes below 16 wait; what the others copied has not landed for anybody."""
+    """Only lanes below 16 wait; the copies of the other lanes have not landed for any lane."""
     body = """
 mul.lo.u32 %r1, %r0, 4;
 cvt.u64.u32 %d10, %r1;
@@ -278,7 +278,7 @@ st.global.b32 [%d12], %r3;
 
 
 def test_a_stack_of_each_lane():
-    """alloca, in lanes that want different sizes; the stack goes back to what was saved."""
+    """alloca with a different size per lane; stackrestore resets to the saved stack."""
     text = """.visible .entry k(.param .u64 p, .param .u64 extra) {
 .reg .b32 %r<8>; .reg .b64 %d<12>; .reg .pred %p<2>; .local .align 8 .b8 mine[8];
 ld.param.u64 %d0, [p]; ld.param.u64 %d9, [extra]; mov.u32 %r0, %tid.x;

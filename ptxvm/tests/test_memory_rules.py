@@ -1,4 +1,4 @@
-"""What the machine refuses: faults of memory accesses, and modifiers that it does not know."""
+"""Accesses and forms that the machine refuses: memory faults, and unknown modifiers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memory_kernels import kernel
 
 
 def run_one(statement: str, block: int = 32, shared: int = 0, data=None, outside: str = "") -> None:
-    """Runs a statement on thread 0 with %d0 at 64 bytes of global memory."""
+    """Runs a statement on thread 0 with %d0 pointing to 64 bytes of global memory."""
     body = f"""
 setp.ne.u32 %p1, %r0, 0;
 @%p1 bra DONE;
@@ -99,7 +99,7 @@ def test_read_only_memory_is_not_written():
 
 
 def test_overlapping_and_touching_extents():
-    """Views of one tensor make one extent; neighbours stay apart."""
+    """Views of one tensor form one extent; adjacent extents stay separate."""
     data = np.zeros(64, np.uint32)
     body = "ld.global.v4.b32 {%r1,%r2,%r3,%r4}, [%d0+24];"
     with pytest.raises(MachineError, match="the access ends 8 bytes past its end"):

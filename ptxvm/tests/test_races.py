@@ -1,4 +1,4 @@
-"""What orders accesses of different warps, blocks and proxies: each rule with a kernel that keeps
+"""Ordering of accesses by different warps, blocks and proxies: each rule with a kernel that keeps
 it and one that breaks it."""
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ STORE = "cp.async.bulk.global.shared::cta.bulk_group"
 REDUCE = "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32"
 COMMIT = "cp.async.bulk.commit_group;\n"
 FENCE = "fence.proxy.async.shared::cta;\n"
-# %p0 is thread 0, %p1 warp 0, %p2 warp 1; %p5 block 0. Data of a thread: %r4, 16 bytes each.
+# %p0: thread 0; %p1: warp 0; %p2: warp 1; %p5: block 0. %r4: shared address of the thread's 16
+# bytes.
 PLACE = "mad.lo.u32 %r4, %r0, 16, %r2; setp.eq.u32 %p5, %r1, 0;\n"
 ZERO = "mov.u32 %r20, 0; mov.u32 %r21, 1;\n"
 
 
 @dataclass
 class Case:
-    body: str  # HERE stands for what differs
+    body: str  # HERE marks the part that differs
     right: str
     wrong: str
     report: str
@@ -33,7 +34,8 @@ class Case:
 
 
 def flag(write: str, read: str, before: str = "", after: str = "") -> str:
-    """Block 0 writes a word and sets a flag, for which block 1 waits before it reads the word."""
+    """Block 0 writes a word and sets a flag; block 1 waits for the flag before it reads the
+    word."""
     return f"""@!%p5 bra READ;
 @%p0 st.global.u32 [%d0+256], 7;
 {before}
@@ -46,7 +48,7 @@ ld.global.u32 %r6, [%d0+256];
 
 
 def ticket(before: str, after: str) -> str:
-    """Each block leaves a word; the last one reads all of them and resets the counter."""
+    """Each block writes a word; the last one reads all of them and resets the counter."""
     return f"""mul.wide.u32 %d2, %r1, 4; add.u64 %d2, %d2, %d0;
 @%p0 st.global.u32 [%d2+256], %r1;
 {before}
@@ -425,7 +427,7 @@ CASES = {
         rf"race: read of global .*{GPU}",
         grid=3,
         block=32,
-        orders=("forward",),  # in others block 2 acquires what the first block released
+        orders=("forward",),  # in other orders block 2 acquires the first block's release
     ),
     "strong accesses of too small a scope": Case(
         "red.relaxed.HERE.global.add.u32 [%d0], 1;\n",

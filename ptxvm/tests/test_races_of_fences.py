@@ -1,4 +1,4 @@
-"""Fences before relaxed arrivals and behind relaxed waits, and the proxy of other blocks: each case
+"""Fences before relaxed arrivals and after relaxed waits, and the proxy of other blocks: each case
 with a kernel that keeps the rule and one that breaks it."""
 
 from __future__ import annotations

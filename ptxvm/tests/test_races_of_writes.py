@@ -1,5 +1,5 @@
-"""A strong write does not hide what was written before it, and each word of a vector is a flag:
-cases with a kernel that orders the accesses and one that does not."""
+"""A strong write does not hide earlier writes, and each word of a vector is a flag: cases with a
+kernel that orders the accesses and one that does not."""
 
 from __future__ import annotations
 

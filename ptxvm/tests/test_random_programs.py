@@ -1,4 +1,4 @@
-"""Random structured programs against a model that keeps every register of every thread apart."""
+"""Random structured programs against a model with separate registers for every thread."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from machine import machine
 from random_programs import DTYPES, RESULTS, Model, Ptx, Writer
 
 PROGRAMS = int(os.environ.get("PTXVM_PROGRAMS", "1000"))
-BATCH = 50  # kernels of a module
+BATCH = 50  # kernels per module
 BLOCK, GRID = 40, 2
 FILLER = 0x0DD0_5EED_0DD0_5EED
-# A small fuel makes lanes take turns in the middle of everything.
+# A small fuel makes lanes take turns between any two instructions.
 WAYS = (
     {},
     {"fuel": 7},
@@ -44,7 +44,7 @@ def test_random_programs(first: int) -> None:
                 found = np.ascontiguousarray(out[:, column]).view(dtype).reshape(len(given), -1)
                 wanted = np.full(len(given), FILLER, np.uint64).view(dtype)
                 wanted = wanted.reshape(len(given), -1)[:, 0].copy()
-                if model.finished.any():  # else no thread may have come to its definition
+                if model.finished.any():  # else no thread may have reached its definition
                     np.copyto(wanted, model.registers[register], where=model.finished)
                 assert np.array_equal(found[:, 0], wanted, equal_nan=dtype.kind == "f"), (
                     f"program {first + i}, {register}, {options}"
@@ -54,7 +54,7 @@ def test_random_programs(first: int) -> None:
 @pytest.mark.parametrize("fuel", [7, 20, 20000])
 @pytest.mark.parametrize("order", ["forward", "reverse", "seeded"])
 def test_flags_of_lanes_that_left_a_loop(order: str, fuel: int) -> None:
-    """A 16-bit register of the loop lives when no flag does, and its lanes lie elsewhere."""
+    """A 16-bit register of the loop is live when no flag is, and places its lanes differently."""
     text = """
     .visible .entry k(.param .u64 out)
     { .reg .pred %p<3>; .reg .b16 %h<2>; .reg .b32 %r<5>; .reg .b64 %rd<2>;

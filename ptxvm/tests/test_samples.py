@@ -1,4 +1,4 @@
-"""Programs in the manner of CUDA's samples (samples.cu), of one build."""
+"""Programs in the style of the CUDA samples (samples.cu), from one build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels that other compilers and libraries made, on the machine, against float64."""
+"""Kernels of other compilers and libraries on the machine, against float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 
 def compile_programs(tmp_path_factory: pytest.TempPathFactory, capability: int) -> Path:
-    """PTX of triton_programs.py, by a process whose Triton compiles and does not interpret."""
+    """PTX of triton_programs.py, from a process whose Triton compiles instead of interpreting."""
     pytest.importorskip("triton")
     folder = tmp_path_factory.mktemp(f"triton{capability}")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -59,12 +59,12 @@ def launch(programs: Path, name: str, *arguments: Any, grid: tuple[int, ...]) ->
 
 
 def within(got: torch.Tensor, exact: torch.Tensor, share: float) -> None:
-    """Relative to the largest result; NaN counts as wrong."""
+    """Error relative to the largest result; NaN counts as wrong."""
     error = (got.double() - exact).abs().max() / exact.abs().max()
     assert error <= share
 
 
-# Everything that can differ and must not be seen, of programs that are checked.
+# Options under which checked programs must give the same results.
 CHECKED = [
     {"check": 1, "order": order, "async": moment, "fuel": 300 if order == "seeded" else 20000}
     for order in ("forward", "reverse", "seeded")
@@ -78,7 +78,7 @@ MODES: list[dict[str, Any]] = [
     {"mma": "hardware"},
     *CHECKED * FULL,
 ]
-# With wgmma.
+# Fewer options for programs with wgmma.
 SOME = [{"check": 1}, {"async": "earliest"}, {"async": "seed:1", "order": "seeded"}]
 MODES_SM90: list[dict[str, Any]] = [
     {"device": "sm_90a"} | mode for mode in (CHECKED if FULL else SOME)
@@ -159,7 +159,7 @@ GEMMS = {
 
 
 def compile_gemm(name: str, folder: Path) -> Path:
-    """A program with the PTX of its architecture, not compressed."""
+    """A program with uncompressed PTX of its architecture."""
     nvcc, include = toolchain.nvcc(), toolchain.cutlass_include()
     if nvcc is None or include is None:
         pytest.skip("needs nvcc and the CUTLASS headers")

@@ -1,4 +1,4 @@
-"""mma, mma.sp and wmma: forms that are refused, dropped results, values that nobody set."""
+"""mma, mma.sp and wmma: refused forms, discarded results, undefined values."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_forms_that_ptxas_refuses(form: str) -> None:
 
 
 def test_undefined_values_spread_by_row_and_column() -> None:
-    """An undefined element of A or B of an mma of f64 reaches its row or its column of D."""
+    """An undefined element of A or B of an f64 mma reaches its row or its column of D."""
     for operand, lost in itertools.product("ab", (0, 13)):
         text = f""".visible .entry k(.param .u64 out) {{
 .reg .b32 %r<4>; .reg .b64 %d<12>; .reg .pred %p<3>;
@@ -65,7 +65,7 @@ ret; }}"""
 
 
 def test_undefined_metadata() -> None:
-    """Only the lanes that the selector names need metadata."""
+    """Metadata is required only from the lanes that the selector names."""
     text = """.visible .entry k(.param .u64 out) {
 .reg .b32 %r<9>; .reg .b64 %d<2>; .reg .pred %p<2>;
 ld.param.u64 %d0, [out]; mov.u32 %r0, %tid.x; mad.wide.u32 %d1, %r0, 4, %d0;
@@ -84,7 +84,7 @@ st.global.b32 [%d1], %r4; ret; }"""
 
 
 def test_sinks() -> None:
-    """What goes to "_" is dropped, and the rest is what it is without."""
+    """Results written to "_" are discarded without changing the others."""
     body = """mov.b32 %r1, 0x3C003C00; mov.b32 %r2, 0;
 mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {_, _, _, %r3}, {%r1, %r1}, {%r1},
  {%r2, %r2, %r2, %r2};

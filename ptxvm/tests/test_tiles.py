@@ -1,5 +1,6 @@
-"""mma beyond test_layouts.py, and wmma, against NumPy. The formulas of the PTX ISA say where an
-element lies, of m8n8k4 of f16 the strides of CuTe, of metadata of sparsity the order of CUTLASS."""
+"""Forms of mma not covered by test_layouts.py, and wmma, against NumPy. Element positions follow
+the formulas of the PTX ISA; f16 m8n8k4 follows CuTe's strides, sparsity metadata CUTLASS's
+order."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ LANE = np.arange(32)[:, None]
 
 
 def encode(x: np.ndarray, type_: str) -> np.ndarray:
-    """Small integers in the bits of a type."""
+    """Small integers as bits of a type."""
     if type_ == "f64":
         return x.astype(np.float64).view(np.uint64)
     if type_ in ("f32", "tf32"):
@@ -29,7 +30,7 @@ def encode(x: np.ndarray, type_: str) -> np.ndarray:
 
 
 def decode(bits: np.ndarray, type_: str) -> np.ndarray:
-    """Of accumulators."""
+    """Values of accumulator bits."""
     if type_ == "f16":
         return bits.astype(np.uint16).view(np.float16).astype(np.float64)
     dtype = {"f64": np.float64, "f32": np.float32, "s32": np.int32}[type_]
@@ -38,7 +39,8 @@ def decode(bits: np.ndarray, type_: str) -> np.ndarray:
 
 
 def pack(matrix: np.ndarray, places: tuple[np.ndarray, np.ndarray], type_: str) -> np.ndarray:
-    """Registers [lane, register] of a matrix of bits; places: of its elements, [lane, element]."""
+    """Registers [lane, register] of a matrix of bits; places: positions of its elements [lane,
+    element]."""
     per = max(32 // BITS[type_], 1)
     values = matrix[places].astype(np.uint64).reshape(32, -1, per)
     shifts = np.arange(per, dtype=np.uint64) * np.uint64(BITS[type_] % 64)
@@ -46,7 +48,7 @@ def pack(matrix: np.ndarray, places: tuple[np.ndarray, np.ndarray], type_: str) 
 
 
 def places_of(operand: str, rows: int, columns: int, type_: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of A (m x k), B (k x n), C (m x n): rows and columns [lane, element]."""
+    """Rows and columns [lane, element] of A (m x k), B (k x n) or C (m x n)."""
     per = max(32 // BITS[type_], 1)
     i = np.arange(rows * columns // 32)[None]
     group, thread = LANE >> 2, LANE % 4
@@ -62,7 +64,7 @@ def places_of(operand: str, rows: int, columns: int, type_: str) -> tuple[np.nda
 def run(
     opcode: str, d: str, operands: list[np.ndarray], outputs: int, tail: str = ""
 ) -> np.ndarray:
-    """Registers [lane, output] of D; operands are registers [lane, register] and b32 or b64."""
+    """Registers [lane, output] of D; operands are registers [lane, register], b32 or b64."""
     wide = d == "f64"
     size, base = (8, "%d") if wide else (4, "%r")
     dtype = np.uint64 if wide else np.uint32
@@ -160,7 +162,7 @@ def unpack(out: np.ndarray, m: int, n: int, d: str) -> np.ndarray:
 @pytest.mark.parametrize("layouts", ["row.col", "row.row", "col.row", "col.col"])
 @pytest.mark.parametrize(("d", "c"), [("f32", "f32"), ("f16", "f16"), ("f32", "f16")])
 def test_four_products_of_eight_lanes(d: str, c: str, layouts: str) -> None:
-    """CuTe: (lane of eight, element) is at the dot product of its digits with the strides."""
+    """CuTe: (lane of eight, element) maps to the dot product of its digits with the strides."""
     pair = np.arange(32) % 16 // 4
     thread = (np.arange(32) % 4 + 4 * (np.arange(32) // 16))[:, None]
 
@@ -215,7 +217,8 @@ SPARSE = [
 
 
 def thin_out(a: np.ndarray, type_: str, ordered: bool) -> tuple[np.ndarray, ...]:
-    """A with half of its elements 0, those that are left [row, k / 2], four bits for each chunk."""
+    """A with half of its elements zeroed, the remaining ones [row, k / 2], and four bits per
+    chunk."""
     rng = np.random.default_rng(4)
     rows, k = a.shape
     unit = 2 if BITS[type_] == 4 else 1  # elements that stay together
@@ -232,13 +235,13 @@ def thin_out(a: np.ndarray, type_: str, ordered: bool) -> tuple[np.ndarray, ...]
 
 
 def metadata(bits: np.ndarray, type_: str, selector: int) -> np.ndarray:
-    """In units of 16 bits (of 16-bit elements and tf32) or 32 bits, a unit of row r and one of row
-    r + 8 side by side; those of one r go to lanes 4 r and after, from the selector's on."""
-    unit = 4 if BITS[type_] >= 16 else 8  # chunks
+    """Metadata in units of 16 bits (16-bit elements and tf32) or 32 bits, alternating between rows
+    r and r + 8; the units of one r go to lanes 4 r and up, starting at the selector's lane."""
+    unit = 4 if BITS[type_] >= 16 else 8  # chunks per unit
     units = bits.reshape(16, -1, unit).astype(np.uint64) << (4 * np.arange(unit, dtype=np.uint64))
     words = units.sum(2).reshape(2, 8, -1).transpose(1, 2, 0)  # [r, unit, upper or lower row]
     words = words[..., 0] | words[..., 1] << 16 if unit == 4 else words.reshape(8, -1)
-    lanes = np.random.default_rng(5).integers(0, 2**32, (8, 4))  # what the others hold is ignored
+    lanes = np.random.default_rng(5).integers(0, 2**32, (8, 4))  # unselected values are ignored
     count = words.shape[1]
     lanes[:, selector * count : (selector + 1) * count] = words
     return lanes.reshape(32, 1)
@@ -293,7 +296,7 @@ def test_f64_and_integers_round_and_saturate() -> None:
     for word in ("", ".rz", ".rp"):
         opcode = f"mma.sync.aligned.m8n8k4.row.col{word}.f64.f64.f64.f64"
         results.append(run(opcode, "f64", operands, 2).view(np.float64)[0, 0])
-    exact = 4 * (1 + 2.0**-53)  # less 2**-103
+    exact = 4 * (1 + 2.0**-53)  # minus 2**-103
     assert results[1] == 4 and results[2] > exact and results[0] in (4.0, np.nextafter(4.0, 5))
     full = [np.full((32, n), 0x77777777, np.uint32) for n in (2, 1)]
     full.append(np.full((32, 4), 2**31 - 1, np.uint32))
@@ -302,7 +305,7 @@ def test_f64_and_integers_round_and_saturate() -> None:
     assert (run(opcode.format(""), "s32", full, 4).view(np.int32) == 32 * 49 - 2**31 - 1).all()
 
 
-# Shape, types of D, A, C, words before and after.
+# Shape, types of D, A, C, modifiers before and after.
 WMMA = [
     *(
         (s, d, "f16", c)
@@ -328,7 +331,7 @@ def wmma_registers(shape: str, operand: str, type_: str) -> int:
 
 
 def to_memory(x: np.ndarray, type_: str, row_major: bool, stride: int) -> np.ndarray:
-    """Bytes of a matrix of bits, `stride` elements from one row or column to the next."""
+    """Bytes of a matrix of bits, with `stride` elements from one row or column to the next."""
     lines = x if row_major else x.T
     padded = np.zeros((len(lines), stride), np.uint64)
     padded[:, : lines.shape[1]] = lines
@@ -350,7 +353,7 @@ def wmma(
     text_of_types: str,
     **options: int | str,
 ) -> np.ndarray:
-    """Loads A, B and C, multiplies, stores D: what is in its memory, in its layout."""
+    """Loads A, B and C, multiplies, stores D; returns the memory of D in its layout."""
     d, a, c = types
     kinds = [a, a, c, d]
     data = [
@@ -369,7 +372,7 @@ def wmma(
         first += count
     where = [f"[%d{i}]" for i in range(4)]
     prologue = "".join(f"ld.param.u64 %d{i}, [p{i}];\n" for i in range(4))
-    if space == ".shared":  # A is copied there first
+    if space == ".shared":  # A is copied to shared memory first
         prologue += f"""
 mov.u32 %r0, %tid.x; mov.u32 %r1, tile; cvt.u64.u32 %d5, %r0; add.u64 %d5, %d5, %d0;
 add.u32 %r2, %r1, %r0; mov.u32 %r3, 0;
@@ -408,7 +411,7 @@ ret; }}"""
 def test_wmma(shape: str, d: str, a: str, c: str) -> None:
     m, n, k = sizes(shape)
     x, y, old = matrices(m, n, k, a, a)
-    whole = a in ("s4", "u4", "b1")  # A by rows, B by columns
+    whole = a in ("s4", "u4", "b1")  # A row-major, B column-major
     layouts = [(True, False, True, True)] if whole else [(True, True, False, True)]
     layouts += [] if whole else [(False, False, True, False)]
     types = f"{d}.{c}" if a == "f16" else f"{d}.{a}.{a}.{c}"
@@ -422,7 +425,7 @@ def test_wmma(shape: str, d: str, a: str, c: str) -> None:
 
 
 def test_wmma_keeps_to_memory_and_values() -> None:
-    """Bounds, and in check mode values: a row of A without one leaves a row of D without one."""
+    """Bounds, and in check mode definedness: an undefined row of A makes a row of D undefined."""
     lists = ["{" + ", ".join(f"%r{b + i}" for i in range(8)) + "}" for b in (10, 20, 30)]
     text = f""".visible .entry k(.param .u64 a, .param .u64 out) {{
 .reg .b32 %r<40>; .reg .b64 %d<4>; .shared .align 128 .b8 tile[512];

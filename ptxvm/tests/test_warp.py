@@ -1,4 +1,4 @@
-"""Instructions of a whole warp under full and partial member masks, against models in Python."""
+"""Warp-level instructions under full and partial member masks, against Python models."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ SHUFFLES: dict[str, Callable[[int, int, int, int], tuple[int, bool]]] = {
 @pytest.mark.parametrize("mode", SHUFFLES)
 @given(values=words, small=st.integers(0, 31), vary=st.booleans())
 def test_shfl(mode: str, values: list[int], small: int, vary: bool) -> None:
-    if not vary:  # one offset and the clamp of a whole warp, as kernels have them
+    if not vary:  # one offset and the clamp of a whole warp, as in common kernels
         values[32:64] = [small] * 32
         values[64:] = [0 if mode == "up" else 31] * 32
     out, taken = run(f"shfl.sync.{mode}.b32 %r3|%p, %a, %b, %c, %r1;", array(values), FULL)
@@ -102,7 +102,7 @@ def test_shfl(mode: str, values: list[int], small: int, vary: bool) -> None:
 
 @given(values=words, members=masks)
 def test_shfl_among_members(values: list[int], members: int) -> None:
-    """Every member reads the next one, around."""
+    """Every member reads from the next member, cyclically."""
     lanes = lanes_of(members)
     for lane, following in zip(lanes, lanes[1:] + lanes[:1], strict=True):
         values[32 + lane], values[64 + lane] = following, 31

@@ -1,5 +1,5 @@
-"""wgmma against NumPy: types, both sources of A, every layout of a descriptor, moments, checks.
-Operands are small integers, so that every sum is exact."""
+"""wgmma against NumPy: types, both sources of A, every descriptor layout, moments, checks. Operands
+are small integers, so that every sum is exact."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Image:
         data = bits(values, type_)
         mn, k = values.shape
         self.mode = swizzle
-        pitch = 16 << swizzle  # bytes of a row
-        per = pitch // size  # elements of a row
+        pitch = 16 << swizzle  # bytes per row
+        per = pitch // size  # elements per row
         if transposed and swizzle:  # [block of mn, k, mn]
             blocks = data.reshape(mn // per, per, k, size).transpose(0, 2, 1, 3)
             self.leading, self.stride, self.step = k * pitch, 8 * pitch, 16 * pitch
@@ -66,13 +66,13 @@ class Image:
     def descriptor(self, base: int, slice_: int) -> int:
         code = {0: 0, 1: 3, 2: 2, 3: 1}[self.mode]
         address = base + slice_ * self.step
-        if self.row:  # rows of more than a slice, in blocks
+        if self.row:  # rows longer than a slice, in blocks
             address = base + slice_ * 32 // self.row * self.block + slice_ * 32 % self.row
         return address >> 4 | self.leading >> 4 << 16 | self.stride >> 4 << 32 | code << 62
 
 
 class CuteImage:
-    """A matrix of 16-bit elements where CuTe puts them, with its descriptor."""
+    """A matrix of 16-bit elements in CuTe's layout, with its descriptor."""
 
     def __init__(self, values: np.ndarray, offsets: list[int], descriptor: int) -> None:
         self.bytes = np.zeros(values.size * 2, np.uint8)
@@ -125,8 +125,8 @@ def run(
     after: str = "",
     **options,
 ) -> np.ndarray:
-    """D of A [64, k] and B [n, k], slice after slice of 32 bytes of k, the first of which does not
-    accumulate unless D starts with a value."""
+    """D of A [64, k] and B [n, k], one slice of 32 bytes of k after the other; the first slice does
+    not accumulate unless D starts with a value."""
     type_a, type_b, d = types
     n, slices = len(b), a.shape[1] * BYTES[type_a] // 32
     image_a = Image(a, type_a, swizzles[0], transposed[0])
@@ -207,7 +207,7 @@ def test_types(types: tuple[str, str, str], registers: bool) -> None:
 @pytest.mark.parametrize("a_transposed", [False, True])
 @pytest.mark.parametrize("swizzle", range(4))
 def test_descriptors(swizzle: int, a_transposed: bool, b_transposed: bool) -> None:
-    """A and B of different swizzles."""
+    """Different swizzles for A and B."""
     a, b = operands(64, 64, ("f16", "f16"), swizzle)
     for other in (swizzle, (swizzle + 1) % 4):
         got = run(
@@ -259,11 +259,11 @@ def test_saturation(sign: int) -> None:
 @pytest.mark.parametrize("registers", [False, True])
 @pytest.mark.parametrize("type_", ["f16", "bf16", "tf32"])
 def test_bits_with_and_without_checks(type_: str, registers: bool) -> None:
-    """A product of the warpgroup at once has the bits of one of 8 columns after the other."""
+    """The product for a whole warpgroup at once has the same bits as 8 columns at a time."""
     rng = np.random.default_rng(3)
     a, b = rng.standard_normal((64, 64)), rng.standard_normal((64, 64))
     a[3, 5], b[7, 9], b[8, 11] = np.inf, -np.inf, np.nan
-    if type_ == "bf16":  # bits() cuts
+    if type_ == "bf16":  # bits() truncates
         a, b = (x.astype(np.float32) for x in (a, b))
     types, form = (type_, type_, "f32"), {"registers": registers, "signs": (1, -1)}
     for transposed in (False, True)[: 1 + (type_ != "tf32")]:
@@ -277,7 +277,8 @@ def test_bits_with_and_without_checks(type_: str, registers: bool) -> None:
 
 
 def test_moments() -> None:
-    """Accumulators without a wait: what they were, at the latest moment; in check mode no value."""
+    """Accumulators read without a wait: old values at the latest moment; undefined in check
+    mode."""
     a, b = operands(8, 64, ("f16", "f16"))
     none = "wgmma.wait_group.sync.aligned 1;"
     types = ("f16", "f16", "f32")
@@ -380,7 +381,7 @@ def test_warps_of_a_warpgroup_differ(body: str, report: str) -> None:
 
 
 def test_warps_that_have_exited_are_not_waited_for() -> None:
-    """Warp 1 exits when the others already wait for its product."""
+    """Warp 1 exits when the other warps already wait for its product."""
     body = """@%p2 bra GONE;
 wgmma.fence.sync.aligned; wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
 @%p0 st.global.u32 [%d0], 1;
@@ -395,8 +396,8 @@ SPIN: add.u32 %r5, %r5, 1; setp.lt.u32 %p3, %r5, 100; @%p3 bra SPIN;"""
 
 @pytest.mark.parametrize("mode", MODES[:3])
 def test_one_warp_frees_the_stage_of_all(mode: str) -> None:
-    """Thread 0 alone tells the producer that B has been read, after its own wait, while the other
-    warps of its warpgroup may lag behind."""
+    """Only thread 0 tells the producer, after its own wait, that B has been read, while the other
+    warps of its warpgroup may lag."""
     tiles = 6
     random = np.random.default_rng(0)
     a = random.integers(-2, 3, (64, 16)).astype(np.float64)
@@ -443,7 +444,7 @@ add.u64 %d3, %d3, 256; add.u32 %r5, %r5, 1; setp.lt.u32 %p3, %r5, {tiles}; @%p3 
 
 
 def test_layouts_are_what_cute_says(tmp_path: Path) -> None:
-    """B where CuTe's layouts put it, with the descriptors that CuTe makes."""
+    """B in CuTe's layouts, with CuTe's descriptors."""
     nvcc, include = toolchain.nvcc(), toolchain.cutlass_include()
     if nvcc is None or include is None:
         pytest.skip("needs nvcc and the CUTLASS headers")

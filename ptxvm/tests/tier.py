@@ -1,4 +1,5 @@
-"""What `ci/test --quick` leaves to `ci/test`: most mutants, and other people's larger programs."""
+"""Tests that `ci/test --quick` leaves to `ci/test`: most mutants, and larger third-party
+programs."""
 
 from __future__ import annotations
 
@@ -11,5 +12,5 @@ full_only = pytest.mark.skipif(not FULL, reason="ci/test without --quick runs it
 
 
 def daily(*cases: str, full: tuple[str, ...]) -> tuple[str, ...]:
-    """What is always tested; without --quick, `full` too."""
+    """Cases that are always tested, plus `full` without --quick."""
     return (*cases, *full) if FULL else cases

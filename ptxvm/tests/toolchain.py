@@ -1,4 +1,4 @@
-"""Where nvcc and the headers of CUTLASS are, for tests that compile something of their own."""
+"""Locates nvcc and the CUTLASS headers, for tests that compile programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def nvcc() -> str | None:
 
 
 def cutlass_include() -> Path | None:
-    """The folder that CUTLASS names, or that of the installed package nvidia-cutlass."""
+    """Include folder of $CUTLASS, or of the installed package nvidia-cutlass."""
     package = importlib.util.find_spec("cutlass_library")
     roots = [Path(os.environ["CUTLASS"])] if "CUTLASS" in os.environ else []
     if package and package.origin:

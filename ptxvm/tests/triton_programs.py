@@ -20,7 +20,7 @@ ALIGNED = ("n", "k", "lda", "ldb", "ldc")
 
 @triton.jit
 def matmul(a, b, c, m, n, k, lda, ldb, ldc, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """c = a @ b in f32; rows are ragged."""
+    """c = a @ b in f32; sizes need not be multiples of the tile."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     inner = tl.arange(0, BK)
@@ -88,7 +88,7 @@ def compile_kernel(
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    # wgmma: a wait holds for all warps of one warpgroup, and not for those of another.
+    # wgmma: a wait covers all warps of one warpgroup, and no other warpgroup.
     options = {"num_warps": 8 if capability == 90 else 4, "num_stages": 3}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 

@@ -1,4 +1,4 @@
-"""Uses of values that nobody set, and their right twins, for the kernel of test_checks.py."""
+"""Uses of undefined values, and their correct twins, for the kernel of test_checks.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPERANDS = {
 
 
 def multiply(missing: str, but_lane: int, result: str, in_lane: int) -> str:
-    """An operand has no value in one lane; one lane leaves a result behind."""
+    """An operand is undefined in one lane; one lane stores a result."""
     text = "".join(set_up for name, set_up in OPERANDS.items() if name != missing)
     text += f"and.b32 %r9, %r0, 31;\nsetp.ne.u32 %p3, %r9, {but_lane};\n@%p3 {OPERANDS[missing]}"
     return text + MMA + f"setp.eq.u32 %p4, %r9, {in_lane};\n@%p4 st.global.b32 [%d0], {result};\n"
@@ -29,7 +29,7 @@ SHUFFLE = (
     "shfl.sync.bfly.b32 %r5, %r6, 2, 31, -1;\nsetp.eq.u32 %p4, %r9, {lane};\n"
     "@%p4 st.global.b32 [%d0], %r5;\n"
 )
-# Row 3 of the matrix is missing.
+# Row 3 of the matrix is undefined.
 MATRIX = (
     "".join(
         f"@%p2 st.shared.v4.b32 [%r3+{16 * i}], {{{{%r0, %r0, %r0, %r0}}}};\n"
@@ -47,8 +47,7 @@ THREE_OF_FOUR = (
 )
 PICK = "mov.b32 %r5, 0;\n@%p6 mov.b32 %r5, 5;\n" + SINK
 
-# What the kernel leaves behind, where it goes and what it touches must have a value; what it only
-# computes need not.
+# Stored results, control flow and addresses must be defined; other computed values need not be.
 UNINITIALISED = {
     "shared memory": (
         "ld.shared.b32 %r5, [%r2];\n" + SINK,
