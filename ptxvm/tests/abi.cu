@@ -1,4 +1,4 @@
-// Host code and kernels that reach the runtime in every way that compiled objects do.
+// Host code and kernels that use every entry point of the runtime that compiled objects call.
 #include <cuda_profiler_api.h>
 #include <cuda_runtime.h>
 
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) sum(const float* x, float* out, int 
   }
 }
 
-// Every block waits for all others.
+// Grid barrier: every block waits for all others.
 __global__ void meet(unsigned* arrived, unsigned* out) {
   if (threadIdx.x == 0) {
     atomicAdd(arrived, 1);
@@ -91,7 +91,7 @@ EXPORT int launch_meet(unsigned* arrived, unsigned* out, int blocks) {
                                      arguments, 0, nullptr);
 }
 
-// With memory of the device, a stream and events.
+// Uses device memory, a stream and events.
 EXPORT int launch_sum(const float* x, float* out, int n, int threads, int shared, int allow) {
   if (allow) {
     const auto error =
@@ -154,7 +154,7 @@ EXPORT int limits(int* values) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&values[i], sum<256>, 256, 24000);
 }
 
-// What the calls after a kernel that ran out of its memory return.
+// Error codes of the calls that follow a kernel with an out-of-bounds access.
 EXPORT int after_a_fault(int* codes) {
   float* x;
   cudaEvent_t event;
@@ -180,7 +180,7 @@ EXPORT int after_a_fault(int* codes) {
   return n;
 }
 
-// Copies and fills that leave their memory, each with bytes around it that must not change.
+// Out-of-bounds copies and fills, each with guard bytes that must not change.
 EXPORT int out_of_range(int* codes) {
   char *memory, host[4096] = {}, beside[4096];
   if (const auto error = cudaMalloc(&memory, 64)) return -error;
@@ -203,7 +203,7 @@ EXPORT int out_of_range(int* codes) {
   return cudaFree(memory) ? -2 : n;
 }
 
-// Calls that have no effect here; returns the number of the first surprise.
+// Calls that have no effect here; returns the number of the first unexpected result.
 EXPORT int other_calls() {
   size_t limit = 0, pitch = 0;
   float* rows;
@@ -219,7 +219,7 @@ EXPORT const char* text_of(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
-// Whether a text that was asked for stays when others are.
+// True if an error text stays valid after others have been requested.
 EXPORT int texts_stay(int error) {
   const char* const text = text_of(error);
   char copy[4096] = {};

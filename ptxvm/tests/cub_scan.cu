@@ -1,7 +1,7 @@
-// Scans of CUB and, with FULL, a sum and a sort, unmodified: prints a line "what wrong" for each,
-// or for those that the arguments name: the number of wrong elements. Blocks look back at what
-// earlier ones published: of numbers a flag and a value in one word, of pairs a value and then its
-// flag.
+// CUB scans and, with FULL, a sum and a sort, unmodified. Prints a line "what wrong" for each, or
+// for those that the arguments name: the number of wrong elements. Blocks look back at values
+// published by earlier blocks: for numbers, flag and value in one word; for pairs, a value and then
+// its flag.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -27,7 +27,7 @@ void check(cudaError_t error) {
   std::exit(1);
 }
 
-// What call(temporary, bytes, in, out) leaves of the input.
+// Output of call(temporary, bytes, in, out) for the input.
 template <typename T, typename Call>
 std::vector<T> run(const std::vector<T>& in, size_t outputs, const Call& call) {
   T *on_in = nullptr, *on_out = nullptr;
@@ -47,7 +47,7 @@ std::vector<T> run(const std::vector<T>& in, size_t outputs, const Call& call) {
   return out;
 }
 
-// More tiles than the 32 that a warp looks at at once: 70000 pairs make them, and 300000 numbers.
+// More tiles than the 32 that a warp looks at together: 70000 pairs suffice, as do 300000 numbers.
 constexpr int kCount = 70000;
 #ifdef FULL
 constexpr int kNumbers = 300000;

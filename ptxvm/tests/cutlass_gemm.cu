@@ -1,5 +1,5 @@
-// A multistage tensor-core GEMM of CUTLASS for sm_80: prints a line "M N K wrong" per shape, the
-// number of wrong elements.
+// A multistage tensor-core GEMM of CUTLASS for sm_80: prints a line "M N K wrong" per shape, with
+// the number of wrong elements.
 #include <cutlass/gemm/device/gemm.h>
 
 #include <array>

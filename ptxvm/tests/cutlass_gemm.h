@@ -1,5 +1,5 @@
 // GEMMs of CUTLASS, unmodified, against double precision: operands are small multiples of 1/64, so
-// that every sum is exact in f32, whatever its order.
+// that every sum is exact in f32, in any order.
 #pragma once
 #include <cuda_runtime.h>
 #include <cutlass/cutlass.h>
@@ -28,8 +28,8 @@ T* upload(const std::vector<T>& values) {
   return static_cast<T*>(device);
 }
 
-// Wrong elements of c = a b^T or, if it adds, c += a b^T, which gemm(on_a, on_b, on_c) computes on
-// the device and gives the status of: a [m, k], b [n, k], c [m, n].
+// Number of wrong elements of c = a b^T or, if it adds, c += a b^T. gemm(on_a, on_b, on_c) computes
+// it on the device and returns the status. a [m, k], b [n, k], c [m, n].
 template <typename Gemm>
 int count_wrong(int m, int n, int k, bool adds, const Gemm& gemm) {
   std::vector<Half> a(size_t(m) * k), b(size_t(n) * k);

@@ -1,8 +1,8 @@
 // A warp-specialised GEMM of CUTLASS for sm_90a (TMA, mbarrier pipelines, wgmma, a cluster of 2 x 1
-// blocks with multicast): prints a line "M N K wrong" per shape, the number of wrong elements.
+// blocks with multicast): prints a line "M N K wrong" per shape, with the number of wrong elements.
 //
-// It adds a b^T to c. As it stands a block has one tile. With PINGPONG two warpgroups take turns at
-// the tiles of a block, of which one cluster has all.
+// It computes c += a b^T. By default a block has one tile. With PINGPONG two consumer warpgroups
+// alternate between the tiles of a block, and one cluster has all tiles.
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 
 #include <array>
@@ -21,7 +21,7 @@ using Cluster = Shape<_2, _1, _1>;
 using BlockTile = Shape<_64, _64, _64>;
 using Schedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
 using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
-// Three parts of k for two stages: a tile begins in either one, and in either phase.
+// k spans three tiles for two stages: an output tile starts in either stage, and in either phase.
 constexpr std::array<int, 3> kShapes[] = {{200, 200, 136}};
 #else
 using BlockTile = Shape<_128, _64, _64>;

@@ -1,4 +1,4 @@
-// What C++ may compile to: calls, tables of branches, local arrays, initialised variables,
+// C++ constructs as compiled code: calls, branch tables, local arrays, initialised variables,
 // assertions, printf.
 #include <cuda_runtime.h>
 

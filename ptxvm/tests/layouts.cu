@@ -1,17 +1,17 @@
-// Prints as JSON how CuTe lays matrices out over the lanes of a warp: for every mma of 8-, 16- and
-// 32-bit operands of sm_80 the (row, column) of each value of each lane, and for every ldmatrix the
-// element of shared memory that each value of each lane comes from. Runs on the host.
+// Prints CuTe's warp layouts as JSON: for every mma of sm_80 with 8-, 16- and 32-bit operands the
+// (row, column) of each value of each lane, and for every ldmatrix the shared memory element that
+// each value of each lane comes from. Runs on the host.
 #include <cstdio>
 #include <cute/atom/copy_traits_sm75.hpp>
 #include <cute/atom/mma_traits_sm80.hpp>
 
 using namespace cute;
 
-// Four lanes a line.
+// Four lanes per line.
 const char* before(int lane) { return lane % 4 == 0 ? "    " : " "; }
 const char* after(int lane) { return lane == 31 ? "\n" : lane % 4 == 3 ? ",\n" : ","; }
 
-// For each lane [row, column] of each value, for a matrix of `rows` rows.
+// Per lane, [row, column] of each value, for a matrix of `rows` rows.
 template <class Layout>
 void print_matrix(const char* name, Layout layout, int rows, const char* end) {
   std::printf("   \"%s\": [\n", name);
@@ -37,8 +37,8 @@ void print_mma(const char* name, const char* end) {
   std::printf("  }%s\n", end);
 }
 
-// Layouts of copies map (lane, bit) to the bit of the data that it is: where the bits of a lane's
-// registers come from, and which lane's address each row of 128 bits is read at.
+// Copy layouts map (lane, bit) to a bit of the data: the source of each bit of a lane's registers,
+// and the lane whose address each row of 128 bits is read from.
 template <class Operation>
 void print_ldmatrix(const char* name, const char* end) {
   using Traits = Copy_Traits<Operation>;

@@ -1,6 +1,6 @@
-// Prints a line of JSON for each layout that wgmma reads matrices of 16-bit elements in: where CuTe
-// puts element (mn, k) of a matrix in shared memory, row after row of mn, and the descriptor of its
-// first 16 columns of k at address 0. Runs on the host.
+// Prints a line of JSON for each shared memory layout of 16-bit wgmma operands: CuTe's position of
+// element (mn, k), in row-major order of mn, and the descriptor of the first 16 columns of k at
+// address 0. Runs on the host.
 #include <cstdio>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>

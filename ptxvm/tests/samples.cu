@@ -1,5 +1,5 @@
-// Small programs with what CUDA's own samples use: cuda::barrier, cuda::pipeline, memcpy_async,
-// grid.sync(), wmma, graphs, virtual functions.
+// Small programs with features that CUDA's samples use: cuda::barrier, cuda::pipeline,
+// memcpy_async, grid.sync(), wmma, graphs, virtual functions.
 #include <cooperative_groups.h>
 #include <cooperative_groups/memcpy_async.h>
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@ namespace cg = cooperative_groups;
 
 constexpr int kTile = 64;
 
-// Warps 0 and 1 fill one of two buffers while the others add up the other one.
+// Warps 0 and 1 fill one of two buffers while the other warps sum the other buffer.
 __global__ void producer_consumer(const float* x, float* out, int tiles) {
   using barrier = cuda::barrier<cuda::thread_scope_block>;
   __shared__ float buffer[2][kTile];
@@ -69,7 +69,7 @@ __global__ void pipelined(const float* x, float* out, int tiles) {
   out[threadIdx.x] = sum + buffer[0][threadIdx.x];
 }
 
-// The sum of all elements: of blocks, then of their sums.
+// Sum of all elements: per block, then over the block sums.
 __global__ void grid_sum(const float* x, float* partial, float* out, int n) {
   const auto grid = cg::this_grid();
   const auto warp = cg::tiled_partition<32>(cg::this_thread_block());
@@ -84,7 +84,7 @@ __global__ void grid_sum(const float* x, float* partial, float* out, int n) {
   *out = total;
 }
 
-// C = 2 A B + C, a warp per 16 x 16.
+// C = 2 A B + C, one warp per 16 x 16 tile.
 __global__ void wmma_gemm(const __half* a, const __half* b, float* c, int n, int k) {
   using namespace nvcuda::wmma;
   const int row = blockIdx.y * 16, column = blockIdx.x * 16;
@@ -117,7 +117,7 @@ using Function = float (*)(float);
 __device__ float half_of(float x) { return x / 2; }
 __device__ Function table[] = {half_of};
 
-// Calls through pointers are faults; a module that has them runs its other kernels.
+// Calls through pointers fault; a module that contains them runs its other kernels.
 __global__ void indirect(float* out, int which) {
   Square square;
   Circle circle;
@@ -173,8 +173,8 @@ EXPORT int run_differences(const unsigned* a, const unsigned* b, unsigned* out) 
   return cudaGetLastError();
 }
 
-// Captured once with a copy and a branch of another stream, launched three times: x is multiplied
-// by 6 each time, y is what x was in between, 2 times.
+// Captured once with a copy and a branch in another stream, launched three times: x is multiplied
+// by 6 each time; y is a copy of x between the factors 2 and 3.
 EXPORT int run_graph(float* x, float* y, int n) {
   cudaStream_t stream, side;
   cudaEvent_t fork, join;
@@ -210,7 +210,7 @@ EXPORT int run_graph(float* x, float* y, int n) {
   return cudaStreamDestroy(stream);
 }
 
-// What a capture forbids: each call of the list ends one without a graph.
+// Calls that a capture forbids: each of them ends one capture without a graph.
 EXPORT int run_bad_captures(float* x, int* codes) {
   cudaStream_t stream, other;
   cudaEvent_t event;
@@ -243,7 +243,7 @@ EXPORT int run_bad_captures(float* x, int* codes) {
   return n;
 }
 
-// Codes of a call during each capture, and of the end of the capture.
+// Error codes of a call during each capture, and of the end of the capture.
 EXPORT int run_more_captures(float* x, int* codes) {
   cudaStream_t stream, side, blocking;
   cudaEvent_t fork, join;
@@ -264,7 +264,7 @@ EXPORT int run_more_captures(float* x, int* codes) {
     cudaGetLastError();
   };
   const auto draw_in = [&](cudaStream_t which) { cudaStreamWaitEvent(which, fork, 0); };
-  capture(stream, [&] {  // work after the event that joins it
+  capture(stream, [&] {  // work after the event that joins the stream
     draw_in(side);
     cudaEventRecord(join, side);
     cudaMemsetAsync(x, 0, 4, side);
@@ -324,12 +324,12 @@ EXPORT int run_more_captures(float* x, int* codes) {
   cudaGraphInstantiate(&executable, other, 0);
   codes[n++] = cudaGraphExecUpdate(executable, graph, &info);
   cudaGraphExecDestroy(executable);
-  // The caller's graph stays the caller's where its capture ends without one.
+  // The caller keeps its graph if the capture into it ends without one.
   cudaStreamBeginCaptureToGraph(stream, other, nullptr, nullptr, 0, cudaStreamCaptureModeGlobal);
   cudaStreamSynchronize(stream);
   codes[n++] = cudaStreamEndCapture(stream, &graph);
   codes[n++] = cudaGraphDestroy(other);
-  // A stream that is destroyed, of another's capture and then of its own.
+  // Destroys a stream that is part of another stream's capture, then one with its own capture.
   capture(stream, [&] {
     draw_in(side);
     return cudaStreamDestroy(side);
@@ -346,7 +346,7 @@ EXPORT int run_more_captures(float* x, int* codes) {
   return n;
 }
 
-// A host function for which another thread allocates memory; 0 if that thread ends.
+// A host function for which another thread allocates memory; 0 if that thread finishes.
 EXPORT int run_host_function() {
   static std::atomic<bool> done;
   done = false;

@@ -1,9 +1,9 @@
-// csrc/cuda/float8.cuh as kernels, for test_float8_codes.py.
+// Kernels over csrc/cuda/float8.cuh, for test_float8_codes.py.
 #include "cuda/float8.cuh"
 
 using tokenmill::cuda::Float8;
 
-// Four elements to a thread, stored as one word, and the rest one by one.
+// Four elements per thread, stored as one word; the remaining ones one by one.
 extern "C" __global__ void codes_of(const float* x, Float8* to, int n) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * 4;
   if (i + 4 <= n) {

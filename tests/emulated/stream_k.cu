@@ -1,4 +1,4 @@
-// What each block of attention_decode takes of the keys, as the kernel's own schedule has it.
+// Keys assigned to each block of attention_decode by the kernel's own schedule.
 #include "dense/attention_decode/kernel_shape.cuh"
 
 using namespace tokenmill;
@@ -6,7 +6,8 @@ using namespace tokenmill::cuda;
 
 using Shape = DecodeShape<__half, 128>;
 
-// Of block i: number[i] segments, of which the first `room` are written, kFields numbers each.
+// Segments of block i: number[i] of them, of which the first `room` are written, kFields numbers
+// each.
 extern "C" __global__ void segments(const int32_t* lengths, int batch, int heads, int kv_heads,
                                     int tokens, int window, int tile_rows, int room, int* number,
                                     int* out) {
