@@ -1,4 +1,4 @@
-"""Results in which two builds of the machine must agree, in addition to those of
+"""Results in which two builds of the machine must agree, in addition to the results of
 test_determinism.py: products of wgmma with and without checks, and reports of racing kernels, word
 for word."""
 

@@ -1,4 +1,4 @@
-"""IEEE arithmetic on bit patterns with Python's integers, apart from any floating-point unit.
+"""IEEE arithmetic on bit patterns with Python's integers, independent of any floating-point unit.
 
 A finite number is n * 2**e with integers n and e; results are rounded once, in any direction.
 """

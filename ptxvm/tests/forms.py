@@ -1,6 +1,6 @@
-"""Scalar forms of PTX instructions, each with a model of it in plain Python.
+"""Scalar forms of PTX instructions, each with a model in plain Python.
 
-A form is a line or more of PTX over the registers %d (result), %a, %b, %c (sources) and the
+A form is one or more lines of PTX over the registers %d (result), %a, %b, %c (sources) and the
 predicates %p, %q; its model takes and returns bit patterns.
 """
 

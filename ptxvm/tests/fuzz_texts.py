@@ -1,8 +1,8 @@
-"""Malformed PTX: each text must be taken or be refused with a MachineError, in little time and
-memory.
+"""Malformed PTX: each text must be accepted, or refused with a MachineError, within limits of time
+and memory.
 
-python fuzz_texts.py TRIES SEED FILE... changes texts of PTX at random, loads and decodes each in a
-child process, and prints those that end the child, with the seeds that make them again.
+python fuzz_texts.py TRIES SEED FILE... changes PTX texts at random, loads and decodes each in a
+child process, and prints those that crash the child, with the seeds that reproduce them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Kernels whose blocks wait for each other, right by the memory model of PTX, and their mutants: a
-scan that looks back, a semaphore that orders sums, and the last block that adds up all parts.
+"""Kernels whose blocks wait for each other, correct under the PTX memory model, and their mutants: a
+scan with decoupled look-back, a semaphore that orders sums, and a reduction by the last block.
 
-Blocks have 64 threads; data are u32, so that sums do not depend on their order.
+Blocks have 64 threads; data is u32, so that sums do not depend on the order.
 """
 
 from __future__ import annotations

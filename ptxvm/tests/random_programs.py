@@ -1,9 +1,9 @@
 """Random structured programs over registers of every width, as PTX and in a model.
 
-They branch, loop (for a number of turns of the thread's own), break, continue and leave, under
-guards and with registers that live for a while only: lanes that others disturb, or registers that
-wrongly share a slot, give a wrong value. In the model every register is an array of its own, with
-one element per thread, and statements write the threads that take part.
+They branch, loop (with a trip count per thread), break, continue and exit, under guards and with
+short-lived registers: interference between lanes, or registers that wrongly share a slot, give a
+wrong value. In the model every register is an array of its own, with one element per thread, and
+statements write the active threads.
 """
 
 from __future__ import annotations

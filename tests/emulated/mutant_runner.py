@@ -1,8 +1,8 @@
 """Runs operators on mutants of the emulated library, each in a process of its own.
 
-Reads mutations as JSON rows [kernel, kind, seed] from the standard input and prints an object for
-each: verdict (survived, wrong, report, hang), what was changed, and the report. The kind "original"
-changes nothing.
+Reads mutations as JSON rows [kernel, kind, seed] from standard input and prints an object for each:
+verdict (survived, wrong, report, hang), the change, and the report. The kind "original" changes
+nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Faults put into kernels on purpose: the machine's checks or a wrong result must show them.
+"""Mutants of kernels: the PTX machine's checks or a wrong result must reveal the fault.
 
-Which of them survive, and why, is in docs/notebook/emulated.md.
+Survivors and reasons are in docs/notebook/emulated.md.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Faults in the PTX of a kernel, as a slip in its source would leave them there.
+"""Mutants of a kernel: faults in its PTX as a mistake in the source would cause them.
 
-An edit keeps the length of the text, so that it can also be made inside a compiled library or
-program whose PTX is not compressed:
+An edit keeps the length of the text, so that it also works inside a compiled library or program
+with uncompressed PTX:
 
-    python -m ptxvm.mutate FILE KIND NUMBER      # of the place, from 0
+    python -m ptxvm.mutate FILE KIND NUMBER      # number of the place, from 0
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     with machine.options(check=1, order="reverse"):
         module.launch("kernel", x, out, np.int32(len(x)), grid=8, block=128, shared=4096)
 
-This file needs nothing else of the package, and no package but that of the arrays. The options are
-those of docs/guide.md; src/ptxvm/host_api.h has the functions below it.
+This module imports nothing else of the package, and no other package except the arrays' own.
+docs/guide.md lists the options; src/ptxvm/host_api.h declares the C functions underneath.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ class Module:
     ) -> None:
         """Runs a kernel.
 
-        Arrays (NumPy, or torch on the CPU) are passed as pointers, and the kernel may touch them
-        and nothing else during the launch; it may not write NumPy arrays that are read-only. Other
-        arguments are NumPy or ctypes scalars of the parameter's type. Extents are x or (x, y, z);
-        `shared` is the dynamic shared memory of a block in bytes. Raises MachineError, and
-        ValueError where the arguments are not those of the kernel.
+        Arrays (NumPy, or torch on the CPU) are passed as pointers, and the kernel may access only
+        these during the launch; it may not write NumPy arrays that are read-only. Other arguments
+        are NumPy or ctypes scalars of the parameter's type. Extents are x or (x, y, z); `shared` is
+        the dynamic shared memory of a block in bytes. Raises MachineError, and ValueError if the
+        arguments do not match the kernel's parameters.
         """
         extents = _three(kernel, "grid", grid), _three(kernel, "block", block)
         bytes_ = ctypes.c_uint32(_word(kernel, "shared", shared))

@@ -203,7 +203,8 @@ void land_chosen(Cluster& cluster, Choose choose) {
       ++i;
 }
 
-// The previous lane stores the same data by the same instruction: CUTLASS stores with whole warps.
+// True if the previous lane stores the same data by the same instruction: CUTLASS stores with whole
+// warps.
 bool is_alike(const Transfer& a, const Transfer& b) {
   const auto same = [](const Transfer::Piece& x, const Transfer::Piece& y) {
     return x.to == y.to && x.from == y.from && x.bytes == y.bytes;

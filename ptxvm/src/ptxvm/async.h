@@ -12,8 +12,8 @@
 
 namespace ptxvm {
 
-// What a sleeping group waits for: the shared-memory offset of an mbarrier of its block, or one of
-// these. kWarpgroup: a wgmma that other warps of the warpgroup have not issued yet.
+// Condition that a sleeping group waits for: the shared-memory offset of an mbarrier of its block,
+// or one of these. kWarpgroup: a wgmma that other warps of the warpgroup have not issued yet.
 constexpr uint32_t kClusterBarrier = 0xffffffff, kRegisters = 0xfffffffe, kWarpgroup = 0xfffffffd;
 
 // A bulk copy between its issue and its end. Its addresses have been checked.

@@ -26,7 +26,8 @@ inline Transfer::Combine combine_of(const Instruction& in) {
   return static_cast<Transfer::Combine>(in.width >> 4);
 }
 
-// PTX has fewer reductions into shared memory than into global memory, and others for tensors.
+// True if PTX has the reduction: it has fewer into shared memory than into global memory, and
+// others for tensors.
 enum class Reduced : uint8_t { shared, global, tensor };  // the destination
 bool reduces(Transfer::Combine, Transfer::Element, Reduced);
 

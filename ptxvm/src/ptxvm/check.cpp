@@ -117,8 +117,8 @@ Timeline::Saw& saw_at(const Look& look, uint64_t host) {
   return look.warp.timeline->saw[host / 4 % kRemembered];
 }
 
-// A reader of the bytes since they were written happens before the access: it has observed the
-// write, so the write happens before too.
+// True if a reader of the bytes since their last write happens before the access: it has observed
+// the write, so the write happens before too.
 bool was_seen(const Look& look, const Cell& cell, uint64_t host) {
   if (look.proxy != kGeneric) return false;
   const Timeline::Saw& saw = saw_at(look, host);
@@ -130,7 +130,8 @@ bool was_seen(const Look& look, const Cell& cell, uint64_t host) {
   return std::any_of(all.begin(), all.end(), before);
 }
 
-// Another lane wrote the bytes by the same instruction: CUTLASS stores the same with all lanes.
+// True if another lane wrote the bytes by the same instruction: CUTLASS stores the same with all
+// lanes.
 bool is_of_another_lane(const Cell& cell, uint32_t mine, uint32_t info) {
   return ((cell.write_info ^ info) & ((1u << kIndexBits) - 1)) == 0 && !(cell.wrote & kSet) &&
          are_same(cell.wrote, mine);
@@ -227,7 +228,7 @@ void load_unset(Warp& warp, const Instruction& instruction, int lane, uint32_t b
                                                                                           << lane;
 }
 
-// Byte b of the lane's stored value is undefined.
+// True if byte b of the lane's stored value is undefined.
 bool stores_unset(const Warp& warp, const Instruction& instruction, int lane, uint32_t b) {
   const Undefined& undefined = warp.undefined;
   return undefined.by == &instruction && undefined.values[b / instruction.width] >> lane & 1;

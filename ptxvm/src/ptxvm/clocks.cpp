@@ -19,7 +19,7 @@ uint32_t first_segment = 1, first_set = 1;
 std::vector<Segment> segments;
 std::vector<std::vector<uint32_t>> sets;
 std::map<std::vector<uint32_t>, uint32_t> numbers;  // numbers of sets
-uint32_t clusters[2], shape[3];                     // of the grid in x and y; cluster shape
+uint32_t clusters[2], shape[3];                     // clusters of the grid in x, y; cluster shape
 
 uint32_t new_segment(const Warp& warp, uint32_t agent, uint32_t time, Segment::Kind kind,
                      bool strong, uint8_t scope) {

@@ -69,15 +69,15 @@ struct Timeline {
   uint32_t cluster = 0, agent = 0;
   Known near;     // near.seen[agent] is its own time
   Published far;  // other clusters; entries for its own cluster are in near too
-  // What a strong write publishes, by its scope: the knowledge at the last fence of that scope.
+  // Knowledge at the last fence of each scope: a strong write of that scope publishes it.
   std::array<Published, kScopes> fences;
-  // What strong reads saw, by the scope of the fence that acquires it.
+  // Releases seen by strong reads, by the scope of the fence that acquires them.
   std::array<Published, kScopes> pending;
   // fences and pending for fence.sc.cluster and fence.sc.gpu, of this warp and of the warps that it
   // has met at barriers since: these fences are totally ordered, so that the strong access may be
   // made by another warp across the barrier. At .cta scope the barrier itself orders.
   std::array<Published, kScopes> met_release, met_read;
-  // What the warp released at a host address, by scope: a later strong write of its own there
+  // Releases of the warp at a host address, by scope: a later strong write of its own there
   // continues that release sequence.
   using Releases = std::array<Published, kScopes>;
   std::unordered_map<uint64_t, Releases> released;
@@ -192,7 +192,7 @@ void strong_accessed(Warp&, const Instruction&, const uint64_t* places, Mask, bo
                      bool writes, int elements, uint32_t bytes);
 void flag_acquired(Warp&, const Instruction&, uint64_t place);  // acquire of one element only
 void forget_flags(uint64_t place, uint32_t bytes);              // a weak write over flags
-// The access returns the value that it finds to the program.
+// True if the access returns the value that it finds to the program.
 bool observes(const Instruction&);
 
 // Narrowest scope that includes both.

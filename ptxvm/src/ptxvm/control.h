@@ -1,4 +1,5 @@
-// What decoding of control instructions (control.cpp) and the scheduler (sched.cpp) agree on.
+// Interface between the decoding of control instructions (control.cpp) and the scheduler
+// (sched.cpp).
 #pragma once
 #include <cstdint>
 

@@ -31,7 +31,7 @@ class Far {
   }
 
   bool empty() const { return !root_; }
-  // Identity of the trees; trees with equal contents may compare unequal.
+  // True for the same tree; trees with equal contents may compare unequal.
   bool operator==(const Far&) const = default;
   const Times* find(uint32_t cluster) const;  // null if nothing is known
   // A copy with other times for one cluster.

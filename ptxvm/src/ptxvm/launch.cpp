@@ -36,7 +36,7 @@ class DefaultRounding {
   unsigned saved_;
 };
 
-// State of a cooperative grid's barrier: its size, a counter. %envreg1 and 2 hold its address.
+// Barrier workspace of a cooperative grid: its size, a counter. %envreg1 and 2 hold its address.
 struct Workspace {
   uint32_t bytes = sizeof(Workspace), barrier = 0;
   Workspace() { register_memory(this, sizeof *this, true); }

@@ -1,5 +1,5 @@
-// What a process does on the machine, for another process that reads it: an object of JSON for each
-// event, a line each, appended at once to the file that PTXVM_LOG names.
+// Event log of a process, for another process to read: one JSON object per event and line, appended
+// at once to the file that PTXVM_LOG names.
 //
 //   {"launch": {"kernel": ..., "grid": [...], "block": [...], ...}}      counters too, if counted
 //   {"broken": {"kernel": ..., "line": ..., "rule": ..., "report": ...}} the first time at a line

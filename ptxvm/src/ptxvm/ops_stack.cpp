@@ -1,5 +1,5 @@
 // alloca, stacksave, stackrestore: a per-lane stack at the end of local memory. Its first 8 bytes
-// hold the size in use; when a block begins they are all ones, which means nothing is in use.
+// hold the size in use; at the start of a block they are all ones, which counts as empty.
 #include <bit>
 
 #include "ptxvm/check.h"

@@ -12,7 +12,7 @@ namespace {
 
 constexpr uint64_t kMostParameters = 32764;  // bytes of a kernel's parameters (PTX ISA 8.1)
 constexpr uint64_t kMostAlignment = 1 << 16;
-constexpr uint64_t kMostRegisters = 1 << 20;  // maximum of one declaration
+constexpr uint64_t kMostRegisters = 1 << 20;  // maximum number in one declaration
 
 bool is_blank(char c) { return std::isspace(static_cast<unsigned char>(c)); }
 bool is_name(char c) {

@@ -275,8 +275,8 @@ class Grid {
     land_oldest(cluster);
   }
 
-  // The waits of all clusters, `cluster` first, were cut short many times without effect, no block
-  // has finished, and none can begin.
+  // True if the waits of all clusters, `cluster` first, were cut short many times without effect,
+  // no block has finished, and none can begin.
   bool are_all_stuck(const Cluster& cluster) const {
     const auto is_stuck = [&](const Cluster& each) {
       return each.impatience >= kRefusals && each.worked < kShortWork * warps_;

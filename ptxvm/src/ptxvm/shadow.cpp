@@ -77,8 +77,8 @@ void reached(Warp& warp, const Instruction& in, int lane, Block& block) {
 
 namespace {
 
-// The warp has waited for the access. Relaxed waits and reads are pending: they order no access of
-// the warp, but the warp did not end before them.
+// True if the warp has waited for the access. Relaxed waits and reads are pending: they order no
+// access of the warp, but the warp did not end before them.
 bool has_waited(const Warp& warp, const Remote& remote) {
   const Timeline& t = *warp.timeline;
   const auto& pending = t.pending;

@@ -40,7 +40,7 @@ struct Tile {
   int selector = 0;  // selects the lanes that hold metadata
   Rounding rounding = Rounding::nearest;
 
-  // Of every four lanes, the number that hold metadata of a sparse A.
+  // Number of lanes in every four that hold metadata of a sparse A.
   int in_four_lanes() const {
     return k / (bits_of(a.type) == 4 ? 16 : a.type == Type::tf32 ? 4 : 8);
   }
