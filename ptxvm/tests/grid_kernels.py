@@ -1,5 +1,5 @@
-"""Kernels whose blocks wait for each other, correct under the PTX memory model, and their mutants: a
-scan with decoupled look-back, a semaphore that orders sums, and a reduction by the last block.
+"""Kernels whose blocks wait for each other, correct under the PTX memory model, and their mutants:
+a scan with decoupled look-back, a semaphore that orders sums, and a reduction by the last block.
 
 Blocks have 64 threads; data is u32, so that sums do not depend on the order.
 """
