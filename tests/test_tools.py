@@ -22,7 +22,7 @@ from tokenmill.bench.results import Results
 
 COMMANDS = (
     "info", "ops", "explain", "check", "bench", "bench primitives", "bench report", "tune",
-    "report", "demo", "papers", "ptx",
+    "report", "demo", "papers",
 )  # fmt: skip
 HAS_GPU = torch.cuda.is_available()
 no_gpu = pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
