@@ -140,7 +140,7 @@ def test_published_names_load():
     ("call", "error"),
     [
         (lambda: tm.nn.EmbeddingPooling(4, "eos"), "method: must be 'last', 'mean' or 'attention'"),
-        (lambda: tm.nn.EmbeddingPooling(4, "attention", 3), "layers: must be positive, and requires"),
+        (lambda: tm.nn.EmbeddingPooling(4, "attention", 3), "layers: must be positive, and req"),
         (lambda: tm.nn.EmbeddingPooling(4, layers=3, **SMALL)(torch.zeros(2, 1, 2, 4)),
          "x: must be of 3 layers"),
         (lambda: tm.nn.EmbeddingPooling(4)(torch.zeros(2, 4)), r"x: must have shape \[B, N, 4\]"),
