@@ -67,7 +67,7 @@ def known_chips(nvcc: Path | None) -> list[str]:
 
 def architectures(capabilities: Sequence[tuple[int, int]], known: Sequence[str]) -> tuple[str, ...]:
     """TOKENMILL_CUDA_ARCHS for GPUs of these compute capabilities: machine code if nvcc supports
-    them, and the PTX that runs on every chip."""
+    them, and the PTX that every GPU from sm_80 up can run."""
     machine_code = []
     for major, minor in sorted(set(capabilities)):
         if f"sm_{major}{minor}" in known:

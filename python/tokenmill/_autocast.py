@@ -1,6 +1,6 @@
 """Casting of floating-point arguments under torch.autocast.
 
-Queries, keys and values are cast to the autocast dtype, like those of scaled_dot_product_attention.
+Queries, keys and values are cast to the autocast dtype, as scaled_dot_product_attention casts them.
 A cache is never cast, and queries take its dtype. Rows combined into one result are cast to the
 widest of their dtypes, as in torch.cat. float64 is never cast, nor are arguments that a call
 writes: as in PyTorch, a call with out= casts nothing. Within an operator autocast is off.

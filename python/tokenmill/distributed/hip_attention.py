@@ -63,7 +63,7 @@ def hip_attention(
     :func:`block_sparse_attention` on their lists. The search may read any key before a query,
     depending on the keys read so far, so every rank gathers *all keys* first, without a gradient.
     Values are never gathered as a whole: of values, and of keys with a gradient, each rank receives
-    only the blocks in its lists. The lists equal those of one process.
+    only the blocks in its lists. The lists are the same as in one process.
 
     Every rank that has tokens starts at a multiple of block_q and of block_k.
 
