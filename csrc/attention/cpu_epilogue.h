@@ -24,12 +24,16 @@ inline RowScale softmax_epilogue(float sum, float row_max, bool seen, const floa
     return {1 / sum, (row_max + std::log2(sum)) * kLn2 + shift};
   }
   const float a = (*sink - shift) * kLog2e;
-  const float top = a > row_max || !(row_max > -kInf) ? a : row_max;
+  const bool sink_leads = a > row_max || !(row_max > -kInf);
+  const float top = sink_leads ? a : row_max;
   if (top == -kInf) return {0, -kInf};
   if (top == kInf) return {0, kInf};
   const float weight = row_max == -kInf ? 0 : std::exp2(row_max - top);
   const float total = sum * weight + std::exp2(a - top);
-  return {weight / total, (top + std::log2(total)) * kLn2 + shift};
+  // lse is exactly the sink where the keys have no weight.
+  const float lse =
+      sink_leads ? *sink + std::log2(total) * kLn2 : (top + std::log2(total)) * kLn2 + shift;
+  return {weight / total, lse};
 }
 
 // Normalisation factor of a row of any other kind, from its statistic: the sum of its weights, or

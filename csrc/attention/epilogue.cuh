@@ -24,12 +24,16 @@ __device__ inline RowScale softmax_epilogue(float sum, float row_max, const floa
     return {1 / sum, fmaf(row_max, kLn2, log2_approx(sum) * kLn2) + shift};
   }
   const float a = (*sink - shift) * kLog2e;
-  const float top = a > row_max || !(row_max > -infinity()) ? a : row_max;
+  const bool sink_leads = a > row_max || !(row_max > -infinity());
+  const float top = sink_leads ? a : row_max;
   if (top == -infinity()) return {0, -infinity()};
   if (top == infinity()) return {0, infinity()};
   const float weight = row_max == -infinity() ? 0 : exp2_approx(row_max - top);
   const float total = sum * weight + exp2_approx(a - top);
-  return {weight / total, fmaf(top, kLn2, log2_approx(total) * kLn2) + shift};
+  // lse is exactly the sink where the keys have no weight.
+  const float log_total = log2_approx(total) * kLn2;
+  const float lse = sink_leads ? *sink + log_total : fmaf(top, kLn2, log_total) + shift;
+  return {weight / total, lse};
 }
 
 // Factor that normalises the weights of a row. statistic: their sum, or their number.

@@ -299,6 +299,29 @@ def test_sinks_far_above_and_below_the_scores(sink, backend):
 
 
 @each_backend
+@pytest.mark.parametrize("score_bias", [None, -2.1788])
+def test_without_keys_the_lse_is_the_sink(score_bias, backend):
+    """A sink that passes through base 2 comes back rounded, and the score_bias, which nothing
+    depends on, would have a gradient."""
+    sink = torch.tensor([0.56840003, 1 / 3, -7.1, 123.456])
+    q, k = randn(1, 2, 4, 8, backend=backend), randn(1, 0, 4, 8, backend=backend)
+    leaves = [sink.to(q.device).requires_grad_()]
+    bias = None
+    if score_bias is not None:
+        bias = torch.full((4,), score_bias, device=q.device, requires_grad=True)
+        leaves.append(bias)
+    out, lse = tm.attention(
+        q, k, k, sink=leaves[0], score_bias=bias, return_lse=True, backend=backend
+    )
+    assert torch.all(out == 0)
+    assert torch.equal(lse.detach().cpu(), sink.detach().cpu()[None, :, None].expand(1, 4, 2))
+    grads = torch.autograd.grad(out.sum() + lse.sum(), leaves)
+    assert torch.equal(grads[0].cpu(), torch.full((4,), 2.0))
+    for grad in grads[1:]:
+        assert torch.all(grad == 0)
+
+
+@each_backend
 def test_saturated_sigmoid_has_finite_gradients(backend):
     q, k = (randn(1, 4, 1, 8, backend=backend) for _ in range(2))
     for bias in (-1000.0, -100.0, 100.0, 1000.0, INF, -INF):

@@ -143,15 +143,18 @@ def normaliser(b_top, b_sum, b_sink, head):
     without a value."""
     b_row_max = b_top
     if b_sink is not None:
-        b_sink = (b_sink - head.shift) * (LOG2E / head.log2e)
-        b_row_max = tl.maximum(b_top, b_sink)
+        b_score = (b_sink - head.shift) * (LOG2E / head.log2e)
+        b_row_max = tl.maximum(b_top, b_score)
     b_row_max = tl.where(b_row_max == -INF, 0.0, b_row_max)
     b_factor = exponential(b_top - b_row_max, head)
     b_total = b_sum * b_factor
+    b_base = b_row_max * (head.log2e / LOG2E) + head.shift
     if b_sink is not None:
-        b_total += tl.where(b_sink == b_row_max, 1.0, exponential(b_sink - b_row_max, head))
+        b_total += tl.where(b_score == b_row_max, 1.0, exponential(b_score - b_row_max, head))
+        # lse is exactly the sink where the keys have no weight.
+        b_base = tl.where(b_score > b_top, b_sink, b_base)
     m_empty = b_total == 0.0
-    b_lse = b_row_max * (head.log2e / LOG2E) + tl.log(tl.where(m_empty, 1.0, b_total)) + head.shift
+    b_lse = b_base + tl.log(tl.where(m_empty, 1.0, b_total))
     return (
         b_factor / tl.where(m_empty, 1.0, b_total),
         tl.where(m_empty, -INF, b_lse),
