@@ -16,6 +16,7 @@ from tier import examples
 import tokenmill as tm
 from tokenmill import registry
 from tokenmill.reference.linear import linear_attention as reference
+from tokenmill.registry import Sample
 from tokenmill.testing import compare, convert, error, evaluate, magnitude, oracle
 
 SPEC = registry.get("linear_attention")
@@ -74,6 +75,25 @@ def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
 def test_any_call_keeps_the_error_budget(dtype, backend, sample):
     found = compare(SPEC, sample, backend, dtype, device=device_of(backend))
     assert not [c for c in found if not c.ok], sample.name
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length, dim", [(16, 1), (16, 16), (40, 32)])
+def test_the_gradient_of_a_decay_beside_the_final_state(length, dim, dtype, backend):
+    """What the final state adds to the gradients of keys cancels in the gradient of the decay: its
+    rounding to 16 bits does not."""
+
+    def make(dtype, g):
+        q, k, v = (torch.randn(1, length, 1, dim, generator=g).to(dtype) for _ in range(3))
+        wide = torch.promote_types(dtype, torch.float32)
+        decay = -(0.5 * torch.rand(1, generator=g)).to(wide)
+        return (q, k, v), {"log_decay": decay, "return_final_state": True}
+
+    sample = Sample(f"{length} tokens, dim {dim}", make)
+    for seed in range(6):
+        found = compare(SPEC, sample, backend, dtype, device=device_of(backend), seed=seed)
+        assert not [c for c in found if not c.ok]
 
 
 @each_backend

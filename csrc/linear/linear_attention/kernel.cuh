@@ -331,7 +331,8 @@ class RecurrenceBlock {
       if (live()) {
         if (Shape::kSteps) slot_state_.load(s_, step);
         // O = S Q
-        if (!states_only() && have_state_) multiply_state<T, Shape>(acc, s_, step_queries);
+        if (!states_only() && have_state_)
+          multiply_state<T, Shape>(acc, s_, step_queries, p_.split_state);
         if (p_.decay.data) {
           const float total = vectors_.total[0];  // S = total S
 #pragma unroll

@@ -127,11 +127,31 @@ struct RowScale {
   }
 };
 
-// acc[tokens, 16 columns]^T += state^T Q^T.
+// Features 16 k ... 16 k + 15 of the state as an A fragment of 16 bits: its high part, and the
+// remainder.
+template <typename T, int kTiles>
+struct StateFragment {
+  uint32_t high[4], low[4];
+
+  __device__ __forceinline__ StateFragment(const float (&s)[kTiles][4], int k,
+                                           const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float x = s[2 * k + i / 2][i % 2 * 2] * factor[i % 2];
+      const float y = s[2 * k + i / 2][i % 2 * 2 + 1] * factor[i % 2];
+      high[i] = pack<T>(x, y);
+      const float2 rounded = unpack<T>(high[i]);
+      low[i] = pack<T>(x - rounded.x, y - rounded.y);
+    }
+  }
+};
+
+// acc[tokens, 16 columns]^T += state^T Q^T. 16-bit products take the state as high + low, in
+// float16 only if `split`.
 template <typename T, typename Shape>
 __device__ __forceinline__ void multiply_state(float (&acc)[Shape::kTokens / 8][4],
                                                const float (&s)[Shape::kFeatureTiles][4],
-                                               uint32_t queries) {
+                                               uint32_t queries, bool split) {
   using Tile = typename Shape::FeatureTile;
   constexpr int kTokenTiles = Shape::kTokens / 8;
   if constexpr (Shape::kFloat) {
@@ -148,52 +168,45 @@ __device__ __forceinline__ void multiply_state(float (&acc)[Shape::kTokens / 8][
       }
     }
   } else {
+    using Block = StateFragment<T, Shape::kFeatureTiles>;
     constexpr bool kHalf = std::is_same_v<T, __half>;
     const uint32_t base = square_base<Tile>(queries, 0);
-    // float16: the state is scaled into range. bfloat16: split into high + low, for sums over long
-    // contexts.
-    float factor[2] = {1, 1}, inverse[2] = {1, 1};
-    float part[kHalf ? kTokenTiles : 1][4];
-    if constexpr (kHalf) {
-      const RowScale scale(s);
+    // For each block of the state and of the tokens: multiply(d, state, queries).
+    const auto multiply = [&](auto& d, const float (&factor)[2], auto&& product) {
+      unroll<Shape::kFeatureTiles / 2>([&](auto k) {
+        const Block a(s, k, factor);
+        unroll<kTokenTiles / 2>([&](auto pair) {
+          uint32_t w[4];
+          load_square<Tile, k, 16 * pair>(w, base);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) factor[h] = scale.factor[h], inverse[h] = scale.inverse[h];
+          for (int t = 0; t < 2; ++t) product(d[2 * pair + t], a, make_fragment<T>(w[t], w[t + 2]));
+        });
+      });
+    };
+    const auto add_high = [](float (&d)[4], const Block& a, const auto& b) {
+      mma(d, make_fragment<T>(a.high[0], a.high[1], a.high[2], a.high[3]), b);
+    };
+    const auto add_low = [](float (&d)[4], const Block& a, const auto& b) {
+      mma(d, make_fragment<T>(a.low[0], a.low[1], a.low[2], a.low[3]), b);
+    };
+    if constexpr (kHalf) {
+      // The state is scaled into the range of float16.
+      const RowScale scale(s);
+      float part[kTokenTiles][4];
 #pragma unroll
       for (auto& x : part) x[0] = x[1] = x[2] = x[3] = 0;
-    }
-    unroll<Shape::kFeatureTiles / 2>([&](auto k) {
-      uint32_t high[4];
-      [[maybe_unused]] uint32_t low[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float x = s[2 * k + i / 2][i % 2 * 2] * factor[i % 2];
-        const float y = s[2 * k + i / 2][i % 2 * 2 + 1] * factor[i % 2];
-        high[i] = pack<T>(x, y);
-        if constexpr (!kHalf)
-          low[i] = pack<T>(x - __uint_as_float(high[i] << 16),
-                           y - __uint_as_float(high[i] & 0xffff0000u));
-      }
-      const auto a = make_fragment<T>(high[0], high[1], high[2], high[3]);
-      unroll<kTokenTiles / 2>([&](auto pair) {
-        uint32_t w[4];
-        load_square<Tile, k, 16 * pair>(w, base);
-#pragma unroll
-        for (int t = 0; t < 2; ++t) {
-          const auto b = make_fragment<T>(w[t], w[t + 2]);
-          if constexpr (kHalf) {
-            mma(part[2 * pair + t], a, b);
-          } else {
-            mma(acc[2 * pair + t], make_fragment<T>(low[0], low[1], low[2], low[3]), b);
-            mma(acc[2 * pair + t], a, b);
-          }
-        }
-      });
-    });
-    if constexpr (kHalf) {
+      if (split) multiply(part, scale.factor, add_low);
+      multiply(part, scale.factor, add_high);
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) acc[t][i] = fmaf(part[t][i], inverse[i / 2], acc[t][i]);
+        for (int i = 0; i < 4; ++i) acc[t][i] = fmaf(part[t][i], scale.inverse[i / 2], acc[t][i]);
+    } else {
+      constexpr float kOne[2] = {1, 1};
+      multiply(acc, kOne, [&](float (&d)[4], const Block& a, const auto& b) {
+        add_low(d, a, b);
+        add_high(d, a, b);
+      });
     }
   }
 }
