@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tokenmill import _cli, _dispatch, _knobs, registry
+from tokenmill import _cli, _explain, _knobs, registry
 from tokenmill._knobs import KNOBS, Knob
 
 from . import case as cases_module
@@ -144,9 +144,9 @@ def _usable(knob: Knob, device: str) -> bool:
     backends = ("cpu",) if device == "cpu" else ("cuda", "triton")
     if knob.backend not in backends:
         return False
-    if knob.part and not (torch.cuda.get_device_capability() == (9, 0) and _dispatch.builds_sm90()):
+    if knob.part and not (torch.cuda.get_device_capability() == (9, 0) and _explain.builds_sm90()):
         return False
-    return _dispatch.kernels(registry.get(knob.op), knob.backend) != "-"
+    return _explain.kernels(registry.get(knob.op), knob.backend) != "-"
 
 
 def _tune(knobs: list[Knob], options: argparse.Namespace, device: str) -> list[Found]:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenmill._dispatch import ALL_BACKENDS
+from tokenmill._call.choose import ALL_BACKENDS
 
 ROOT = Path(__file__).resolve().parent.parent
 

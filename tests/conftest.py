@@ -43,7 +43,7 @@ def pytest_addoption(parser):
         "--backend",
         action="append",
         default=[],
-        choices=tm._dispatch.ALL_BACKENDS,
+        choices=tm._call.choose.ALL_BACKENDS,
         help="test this backend (repeatable; default: all that this machine has)",
     )
 
@@ -53,7 +53,9 @@ def pytest_configure(config):
     if SEED is not None:
         config.option.hypothesis_seed = SEED
     _selected[:] = config.getoption("--backend")
-    if tm._library.emulated_built():  # detect races and uninitialized values, in addition to bounds
+    if (
+        tm._call.library.emulated_built()
+    ):  # detect races and uninitialized values, in addition to bounds
         tm._emulator.configure("check=1")
 
 

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 import tokenmill as tm
-from tokenmill import _dispatch, registry
+from tokenmill import _explain, registry
 
 
 class Call(NamedTuple):
@@ -85,11 +85,11 @@ def cuda_kernels(calls: list[Call], sm90: bool = True) -> list[str]:
     `dense/attention/kernel_sm90`
     or `dense/attention (not kernel_sm90: NAME)` with the first argument that breaks a rule."""
     found = []
-    with mock.patch.object(_dispatch, "_is_sm90", lambda *call: sm90):
+    with mock.patch.object(_explain, "_is_sm90", lambda *call: sm90):
         for call in calls:
             spec, lowered = call.lowered()
             assert not (spec.unsupported and spec.unsupported("cuda", *lowered))
-            name = _dispatch.kernel_name(spec, "emulated", lowered, call.options.get("out"))
+            name = _explain.kernel_name(spec, "emulated", lowered, call.options.get("out"))
             name = name.removeprefix("csrc/").rsplit(" in the PTX machine", 1)[0]
             head, _, why = name.partition(" (not kernel_sm90: ")
             found.append(f"{head} (not kernel_sm90: {why.split(':')[0]})" if why else name)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from pathlib import PurePosixPath
 
 from tokenmill import registry, testing
-from tokenmill._dispatch import ALL_BACKENDS
+from tokenmill._call.choose import ALL_BACKENDS
 
 MIN_SECONDS = 1.0  # minimum of a printed row
 

@@ -15,7 +15,7 @@ from tokenmill.bench import counters
 from tokenmill.bench.counters import attention, case, decode, launches, linear, select
 
 built = pytest.mark.skipif(
-    not tm._library.emulated_built(),
+    not tm._call.library.emulated_built(),
     reason="only a development build has the PTX machine (TOKENMILL_PTXVM=1)",
 )
 
@@ -119,7 +119,7 @@ def test_titles_are_names():
 
 
 def test_unknown_operators_are_named(monkeypatch, capsys):
-    monkeypatch.setattr(tm._library, "emulated_built", lambda: True)
+    monkeypatch.setattr(tm._call.library, "emulated_built", lambda: True)
     monkeypatch.delitem(counters.OPS, "gather_tokens")
     assert main(["bench", "--counters", "gather_tokens"]) == 2
     assert "got gather_tokens" in capsys.readouterr().err

@@ -211,7 +211,7 @@ def test_primitives_of_a_gpu_are_asked_of_torch():
 @pytest.fixture
 def probe():
     """gpu_probe on the PTX machine."""
-    if not tm._library.emulated_built():
+    if not tm._call.library.emulated_built():
         pytest.skip("needs a development build")
     return torch.ops.tokenmill_emulated.gpu_probe
 

@@ -20,7 +20,8 @@ from tier import examples
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenmill as tm
-from tokenmill import _dispatch, _library, registry
+from tokenmill import _explain, registry
+from tokenmill._call import choose, library
 from tokenmill.testing import map_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,7 +50,7 @@ def each_call(few=(), without=(), others=(), of=lambda op: registry.get(op).samp
             for sample in of(spec.name)
             for backend in backends(*others)
             if backend not in without and (backend not in few or sample == spec.samples[0])
-            if _dispatch.able(spec, sample, backend)
+            if _explain.able(spec, sample, backend)
         ],
     )
 
@@ -92,7 +93,7 @@ def same_bits(a, b):
         for backend, isa in cpu_variants()
         # A serial interpreter runs the same programs in any dtype.
         if backend not in SERIAL or dtype == torch.float32 or sample in spec.samples[:2]
-        if not _dispatch.missing(spec, sample, backend)
+        if not _explain.missing(spec, sample, backend)
     ],
     indirect=["isa"],
 )
@@ -204,7 +205,7 @@ def test_opcheck(spec, sample, backend):
     if spec.out and spec.out.has_native("CPU") and backend == "cpu":
         out = torch.zeros_like(outputs(spec.function(*args, **kwargs))[0])
         call = as_call(spec.out, (*lowered, out))
-        op = spec.out.overload(_dispatch.namespace(backend))
+        op = spec.out.overload(choose.namespace(backend))
         of_out = checks if first else [c for c in checks if c != "test_aot_dispatch_dynamic"]
         torch.library.opcheck(op, *call, test_utils=of_out, raise_exception=True)
     lowered = [
@@ -213,7 +214,7 @@ def test_opcheck(spec, sample, backend):
         else t
         for t in lowered
     ]
-    op = spec.forward.overload(_dispatch.namespace(backend))
+    op = spec.forward.overload(choose.namespace(backend))
     call = as_call(spec.forward, lowered)
     torch.library.opcheck(op, *call, test_utils=checks, raise_exception=True)
     if backend == "cpu" and spec.backward and spec.gradients_of(sample):
@@ -248,7 +249,7 @@ def test_exports(spec):
 
         exported = torch.export.export(Module(), args, kwargs)
         targets = [str(n.target) for n in exported.graph.nodes]
-        assert any(t.startswith(f"{_library.NAMESPACE}.{spec.name}") for t in targets)
+        assert any(t.startswith(f"{library.NAMESPACE}.{spec.name}") for t in targets)
         want = outputs(clean(spec)(*args, **kwargs))
         run = tm.testing.without_side_effects(spec, exported.module())
         assert same_bits(want, outputs(run(*args, **kwargs)))
@@ -362,7 +363,7 @@ def test_raw_operator_refuses_lowered_nonsense(spec, backend):
         for bad in (value.double(), value[None, None]):
             edited = [*lowered[:i], bad, *lowered[i + 1 :]]
             with pytest.raises(RuntimeError, match=rf"tokenmill\.{spec.name}") as native:
-                spec.forward.run(_dispatch.namespace(backend), edited)
+                spec.forward.run(choose.namespace(backend), edited)
             with pytest.raises(RuntimeError) as python:
                 spec.forward.check(*edited)
             assert str(native.value) == str(python.value)
@@ -380,7 +381,7 @@ def test_raw_operator_names_the_tensor_that_is_missing(spec, backend):
         rule = rf"^tokenmill\.{spec.name}: {name}: must be a tensor; got None$"
         edited = (*lowered[:at], None, *lowered[at + 1 :])
         with pytest.raises(RuntimeError, match=rule):
-            spec.forward.run(_dispatch.namespace(backend), edited)
+            spec.forward.run(choose.namespace(backend), edited)
 
 
 @pytest.mark.parametrize(
@@ -405,7 +406,7 @@ def test_raw_operator_refuses_a_tensor_of_another_device(spec):
         for i in tensors[1:]:
             edited = [*lowered[:i], lowered[i].to("meta"), *lowered[i + 1 :]]
             with pytest.raises(RuntimeError, match=r"\.\w+: \w+: must be on the device of"):
-                op.run(_library.NAMESPACE, edited)
+                op.run(library.NAMESPACE, edited)
 
 
 def backward_arguments(spec, lowered):
@@ -419,7 +420,7 @@ def backward_arguments(spec, lowered):
             return function(*args, **(kwargs or {}))
 
     lowered = [t.requires_grad_() if is_float(t) else t for t in lowered]
-    results = [r for r in outputs(spec.forward.run(_library.NAMESPACE, lowered)) if r.requires_grad]
+    results = [r for r in outputs(spec.forward.run(library.NAMESPACE, lowered)) if r.requires_grad]
     with Record():
         torch.autograd.grad(results, list(filter(is_float, lowered)),
                             [torch.ones_like(r) for r in results], allow_unused=True)  # fmt: skip
@@ -497,4 +498,4 @@ def test_every_backend_is_there(spec):
     for op in spec.torch_ops:
         assert op.triton
         assert all(op.has_native(key) for key in keys)
-        assert op.has_emulated() or not _library.emulated_built()
+        assert op.has_emulated() or not library.emulated_built()

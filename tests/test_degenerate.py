@@ -10,7 +10,8 @@ import torch
 from conftest import backends, device_of
 
 import tokenmill as tm
-from tokenmill import _dispatch, registry
+from tokenmill import _explain, registry
+from tokenmill._call import choose
 from tokenmill.testing import evaluate, map_tensors, without_side_effects
 
 SPECS = list(registry.ops().values())
@@ -62,7 +63,7 @@ def results(spec, sample, backend, args, kwargs):
     function = without_side_effects(spec, functools.partial(spec.function, backend=backend))
     outputs, _ = evaluate(function, args, kwargs)
     lowered = spec.lower(*args, **kwargs)
-    if not spec.gradients_of(sample) or _dispatch.unsupported_gradients(spec, backend, lowered):
+    if not spec.gradients_of(sample) or _explain.unsupported_gradients(spec, backend, lowered):
         return outputs, []
     return evaluate(function, args, kwargs, [torch.ones_like(o) for o in outputs])
 
@@ -94,7 +95,7 @@ def test_sizes_of_zero(spec, backend):
         tried = [tried[i] for _, i in order[:3]]
     for sample, args, kwargs, want in tried:
         there, options = map_tensors((args, kwargs), lambda t: t.to(device_of(backend)))
-        if spec.unsupported and _dispatch.reasons(spec, backend, spec.lower(*there, **options)):
+        if spec.unsupported and choose.reasons(spec, backend, spec.lower(*there, **options)):
             continue
         outputs, gradients = results(spec, sample, backend, there, options)
         pairs = [*zip(outputs, want[0], strict=True)]

@@ -17,7 +17,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tokenmill import _dispatch, demo
+from tokenmill import demo
+from tokenmill._call import choose
 from tokenmill._cli import UsageError
 from tokenmill.demo import charts, generate, language_model, text, vision
 from tokenmill.demo.generate import Generated
@@ -261,13 +262,13 @@ def test_an_old_transformers_is_refused(monkeypatch):
 @pytest.fixture
 def asked(monkeypatch):
     """Operators that are called, and their backends."""
-    seen, choose = set(), _dispatch.choose
+    seen, chosen = set(), choose.choose
 
     def note(spec, lowered, backend=None, op=None):
         seen.add((spec.name, backend))
-        return choose(spec, lowered, backend, op)
+        return chosen(spec, lowered, backend, op)
 
-    monkeypatch.setattr(_dispatch, "choose", note)
+    monkeypatch.setattr(choose, "choose", note)
     return seen
 
 

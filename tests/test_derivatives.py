@@ -15,7 +15,8 @@ from conftest import backends, device_of
 from test_contract import same_bits
 
 import tokenmill as tm
-from tokenmill import _dispatch, registry
+from tokenmill import registry
+from tokenmill._call import choose
 
 
 def draw(spec, backend="reference", seed=0):
@@ -118,7 +119,7 @@ def test_torch_func_grad_is_autograds(spec, backend):
 def test_a_kernel_refuses_tangents(spec, backend):
     args, kwargs = draw(spec, backend)
     lowered = spec.lower(*args, **kwargs)
-    namespace = _dispatch.namespace(backend)
+    namespace = choose.namespace(backend)
     results = as_tuple(spec.forward.fake(*lowered))
     constant = not any(is_float(r) and r.shape != (0,) for r in results)
     constant = constant and not spec.forward.written
@@ -184,7 +185,7 @@ def test_vmap_calls_an_operator_for_each_element(spec, backend):
     """Arguments come from two draws; written arguments are written for each."""
     calls = [draw(spec, seed=seed) for seed in (0, 1)]
     pairs = [spec.lower(*args, **kwargs) for args, kwargs in calls]
-    op = spec.forward.overload(_dispatch.namespace(backend))
+    op = spec.forward.overload(choose.namespace(backend))
     given = dict(zip(spec.forward.arguments, pairs[0], strict=True))
     written = [name for name in spec.forward.written if given[name] is not None]
     places = [spec.forward.arguments.index(name) for name in written]

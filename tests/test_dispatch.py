@@ -8,16 +8,17 @@ import pytest
 import torch
 
 import tokenmill as tm
-from tokenmill import _dispatch, _library, registry
+from tokenmill import registry
+from tokenmill._call import operator, run
 
 
 @pytest.fixture
 def without_kernel(monkeypatch):
     """linear_attention as in a build that contains only other operators."""
     op = registry.get("linear_attention").forward
-    monkeypatch.setattr(_library, "_native_keys", _library._native_keys - {(op.name, "CPU")})
+    monkeypatch.setattr(operator, "native_keys", operator.native_keys - {(op.name, "CPU")})
     monkeypatch.setitem(vars(op), "short", None)
-    monkeypatch.setattr(_dispatch, "_warned", set())
+    monkeypatch.setattr(run, "_warned", set())
 
 
 def test_a_kernel_that_the_build_left_out_is_missed_aloud(without_kernel):

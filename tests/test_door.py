@@ -15,7 +15,8 @@ from test_contract import SPECS, draw
 from test_derivatives import as_tuple
 
 import tokenmill as tm
-from tokenmill import _dispatch, _door
+from tokenmill import _explain
+from tokenmill._call import choose, door
 from tokenmill.testing import map_tensors
 
 NATIVE = [b for b in backends() if b in ("cpu", "emulated", "cuda")]
@@ -42,14 +43,14 @@ def same(found, want):
 
 
 def test_this_build_has_the_door():
-    assert set(tm.registry.ops()) <= set(_door.functions(tm._library._OPS))
+    assert set(tm.registry.ops()) <= set(door.functions(tm._call.library.LIBRARY_PATH))
 
 
 @each_call
 def test_both_doors_give_the_same_bits(spec, backend):
-    namespace = _dispatch.namespace(backend)
+    namespace = choose.namespace(backend)
     samples = spec.samples if backend != "emulated" else spec.samples[:1]
-    for sample in (s for s in samples if _dispatch.able(spec, s, backend)):
+    for sample in (s for s in samples if _explain.able(spec, s, backend)):
         values = arguments(spec, sample, backend)
         one, other = copied(values), copied(values)
         found = spec.forward.direct(namespace)(*one)
@@ -59,7 +60,7 @@ def test_both_doors_give_the_same_bits(spec, backend):
 
 @each_call
 def test_arguments_go_by_name_and_have_defaults(spec, backend):
-    op, namespace = spec.forward, _dispatch.namespace(backend)
+    op, namespace = spec.forward, choose.namespace(backend)
     values = arguments(spec, spec.samples[0], backend)
     names = dict(zip(op.arguments, copied(values), strict=True))
     shown = {a.name: a.default_value for a in op.overload()._schema.arguments}
@@ -71,7 +72,7 @@ def test_arguments_go_by_name_and_have_defaults(spec, backend):
 
 @each_call
 def test_both_doors_refuse_with_the_same_words(spec, backend):
-    op, namespace = spec.forward, _dispatch.namespace(backend)
+    op, namespace = spec.forward, choose.namespace(backend)
     values = arguments(spec, spec.samples[0], backend)
     tensors = sum(isinstance(x, torch.Tensor) for x in values)
     for i, value in enumerate(values):
@@ -99,7 +100,7 @@ def test_both_doors_refuse_with_the_same_words(spec, backend):
 
 
 def test_arguments_of_a_wrong_kind_are_named():
-    op = tm._library.registered("attention")
+    op = tm._call.operator.registered("attention")
     call = op.direct("tokenmill")
     q = torch.zeros(1, 2, 1, 4)
     for given, rule in (
@@ -138,7 +139,7 @@ SPECIAL = {
 @pytest.mark.parametrize("make", SPECIAL.values(), ids=SPECIAL)
 def test_what_is_no_ordinary_tensor_takes_the_dispatcher(make):
     x = torch.randn(1, 4, 2, 8)
-    call = tm._library.registered("attention").direct("tokenmill")
+    call = tm._call.operator.registered("attention").direct("tokenmill")
     assert call(x, x, make(x)) is NotImplemented
     assert call(make(x), x, x) is NotImplemented
 
@@ -153,7 +154,7 @@ def test_a_torch_without_the_table_has_the_dispatcher(api):
     code = f"""import torch
 {change}
 import tokenmill as tm
-assert not tm._door.functions(tm._library._OPS)
+assert not tm._call.door.functions(tm._call.library.LIBRARY_PATH)
 x = torch.ones(1, 3, 1, 4)
 assert torch.equal(tm.attention(x, x, x), x)
 """
@@ -161,7 +162,7 @@ assert torch.equal(tm.attention(x, x, x), x)
 
 
 def test_plain_calls_take_the_short_way(monkeypatch):
-    op = tm._library.registered("attention")
+    op = tm._call.operator.registered("attention")
     x = torch.randn(1, 4, 2, 8)
 
     def short(t, used=2):
@@ -191,7 +192,7 @@ def test_plain_calls_take_the_short_way(monkeypatch):
 
 
 def test_results_without_elements_have_shape_and_memory_of_their_own():
-    op = tm._library.registered("topk_select")
+    op = tm._call.operator.registered("topk_select")
     scores = torch.randn(3, 5)
     lowered = tm.registry.get("topk_select").lower(scores, 2)
     same(op.short(lowered, 4), op.run("tokenmill", lowered))
@@ -211,18 +212,18 @@ def test_modes_and_transforms_close_the_door():
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    assert _door.is_open()
+    assert door.is_open()
     for mode in (TorchFunctionMode(), TorchDispatchMode()):
         with mode:
-            assert not _door.is_open()
+            assert not door.is_open()
     with torch.autocast("cpu", torch.bfloat16):
-        assert not _door.is_open()
+        assert not door.is_open()
     with torch.autograd.forward_ad.dual_level():
-        assert not _door.is_open()
+        assert not door.is_open()
     with torch.profiler.profile():
-        assert not _door.is_open()
-    torch.vmap(lambda x: (_door.is_open() and pytest.fail(), x)[1])(torch.zeros(1))
-    assert _door.is_open()
+        assert not door.is_open()
+    torch.vmap(lambda x: (door.is_open() and pytest.fail(), x)[1])(torch.zeros(1))
+    assert door.is_open()
 
 
 def test_a_profile_names_the_operator():

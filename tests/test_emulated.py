@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import tokenmill as tm
-from tokenmill import _dispatch, _library
+from tokenmill._call import choose, library
 
-BUILT = _library.emulated_built()
+BUILT = library.emulated_built()
 built = pytest.mark.skipif(not BUILT, reason="only a development build has it (TOKENMILL_PTXVM=1)")
 
 
@@ -86,7 +86,7 @@ def test_a_release_build_says_that_it_lacks_it():
     args = states()
     with pytest.raises(RuntimeError, match=r"not in this build \(TOKENMILL_PTXVM=1\)"):
         tm.merge_attention_states(*args, backend="emulated")
-    assert "emulated" not in _dispatch.BACKENDS and "emulated" not in tm.backends()
+    assert "emulated" not in choose.BACKENDS and "emulated" not in tm.backends()
 
 
 @built
@@ -169,7 +169,7 @@ def test_a_bias_below_the_longest_sequence_is_not_overrun(kind, rows):
 
 def test_the_package_can_load_it_from_elsewhere(tmp_path):
     code = "import tokenmill as tm; print('emulated' in tm.backends())"
-    for path, there in ((tmp_path / "none.so", "False"), (Path(_library.__file__), "True")):
+    for path, there in ((tmp_path / "none.so", "False"), (Path(library.__file__), "True")):
         out = subprocess.run(
             [sys.executable, "-c", code],
             env=os.environ | {"TOKENMILL_EMULATED": str(path)},

@@ -19,14 +19,14 @@ from test_contract import (
 )
 
 import tokenmill as tm
-from tokenmill import _dispatch
+from tokenmill import _explain
 from tokenmill.testing import map_tensors
 
 GPU = torch.cuda.is_available()
 BACKEND = next((b for b in ("cuda", "emulated") if b in backends()), None)
 pytestmark = pytest.mark.skipif(BACKEND is None, reason="neither a GPU nor the PTX machine")
 needs_gpu = pytest.mark.skipif(not GPU, reason="the machine has neither graphs nor streams")
-ABLE = [(o, s) for o, s in SAMPLES if _dispatch.able(o, s, BACKEND or "cuda")]
+ABLE = [(o, s) for o, s in SAMPLES if _explain.able(o, s, BACKEND or "cuda")]
 PACKED = [(spec, sample) for spec, sample in ABLE if "cu_seqlens_q" in draw(sample)[1]]
 each_sample = pytest.mark.parametrize(
     ("spec", "sample"), ABLE, ids=[f"{spec.name}-{sample.name}" for spec, sample in ABLE]

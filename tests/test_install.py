@@ -195,7 +195,8 @@ def test_an_editable_install_imports_from_the_tree(editable):
         f"import site, sys; site.addsitedir({str(wheel)!r})\n"
         "sys.meta_path.insert(0, sys.meta_path.pop())  # before an installed package\n"
         "import tokenmill, tokenmill.bench.run, tokenmill.triton_kernels, torch\n"
-        "print(tokenmill.__file__, tokenmill._library._OPS, tokenmill.bench.run.__file__,\n"
+        "from tokenmill._call.library import LIBRARY_PATH\n"
+        "print(tokenmill.__file__, LIBRARY_PATH, tokenmill.bench.run.__file__,\n"
         "      tokenmill.triton_kernels.__file__, sep='\\n')\n"
         "x = torch.ones(1, 3, 1, 8)\n"
         "print(tokenmill.attention(x, x, x, backend='cpu').sum().item())\n"
@@ -223,12 +224,12 @@ def test_a_tree_without_its_build_says_how_to_build(tmp_path):
     package = tmp_path / "python" / "tokenmill"
     package.mkdir(parents=True)
     with pytest.raises(ImportError, match=r"_ops\.so is missing: the package was not built"):
-        tm._library.find_ops(package)
+        tm._call.library.find_ops(package)
     (tmp_path / "CMakeLists.txt").touch()
     with pytest.raises(ImportError, match="is a source tree without its build: pip install -e"):
-        tm._library.find_ops(package)
+        tm._call.library.find_ops(package)
     (package / "_ops.so").touch()
-    assert tm._library.find_ops(package) == package / "_ops.so"
+    assert tm._call.library.find_ops(package) == package / "_ops.so"
 
 
 def test_documents_name_variables_that_something_reads():

@@ -10,7 +10,7 @@ import torch
 from explained_calls import cuda_kernels, kernels, recorded
 from test_vllm import custom, load  # noqa: F401 a fixture
 
-from tokenmill import _dispatch
+from tokenmill import _explain
 from tokenmill.integrations import sdpa
 
 PROMPT = 300  # min keys from which a step is attention to a cache
@@ -175,10 +175,10 @@ def test_scaled_dot_product_attention(monkeypatch):
     both = [("attention_out", "tokenmill"), ("attention_backward", "tokenmill")]
     assert ran == both * 3
     x = q.detach().half()
-    with mock.patch.object(_dispatch, "_is_sm90", lambda *call: True):
+    with mock.patch.object(_explain, "_is_sm90", lambda *call: True):
         for causal in (False, True):
             lowered = sdpa._Call(x, x, x, 0.0, causal, None, None)._lower()
-            name = _dispatch.kernel_name(sdpa.SPEC, "emulated", lowered)
+            name = _explain.kernel_name(sdpa.SPEC, "emulated", lowered)
             assert name.startswith(f"csrc/{FORWARD}/kernel_sm90 in")
 
 

@@ -18,7 +18,7 @@ import pytest
 from collected import backends_of
 
 import tokenmill as tm
-from tokenmill import _dispatch, papers, registry
+from tokenmill import _explain, papers, registry
 from tokenmill.__main__ import main
 from tokenmill.papers import FAMILIES, show
 from tokenmill.papers.paper import BACKENDS, PLAIN, STATES
@@ -82,8 +82,8 @@ def test_calls_are_in_the_package(paper):
             assert set(keywords) <= {p.name for p in parameters}, call
         spec = registry.ops().get(function.__name__)
         for backend in paper.backends if spec else ():
-            built = any(_dispatch.kernels(s, backend) != "-" for s in registry.ops().values())
-            assert not built or _dispatch.kernels(spec, backend) != "-", (call, backend)
+            built = any(_explain.kernels(s, backend) != "-" for s in registry.ops().values())
+            assert not built or _explain.kernels(spec, backend) != "-", (call, backend)
     assert set(paper.backends) <= {*BACKENDS, *PLAIN}
     assert paper.backends
 

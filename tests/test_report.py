@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tokenmill import _dispatch, registry
+from tokenmill import _explain, registry
 from tokenmill.__main__ import main
 
 MACHINE = {"cpu": "Some <CPU>", "isa": "avx2", "gpu": "none", "torch": "2.13.0"}
@@ -149,12 +149,12 @@ def test_a_report_refuses_what_is_no_result(tmp_path, capsys):
 def test_check_writes_what_the_report_reads(report, tmp_path, monkeypatch, capsys):
     op, found = "query_similarity_gate", tmp_path / "found.json"
     sample = registry.get(op).samples[0].name
-    missing = _dispatch.missing
+    missing = _explain.missing
 
     def lacking(spec, sample_, backend):
         return ["too odd"] if sample_.name == sample else missing(spec, sample_, backend)
 
-    monkeypatch.setattr(_dispatch, "missing", lacking)
+    monkeypatch.setattr(_explain, "missing", lacking)
     words = [op, "--backend", "reference", "--dtype", "float32", "--json", str(found)]
     assert main(["check", *words]) == 0
     capsys.readouterr()

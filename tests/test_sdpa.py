@@ -11,7 +11,7 @@ from torch.nn import attention as torch_attention
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
 import tokenmill as tm
-from tokenmill import _library
+from tokenmill._call import library
 from tokenmill.integrations import sdpa
 
 OPTIONS = {
@@ -197,7 +197,7 @@ def test_the_registry_of_torch():
     del torch_attention._registry._FLASH_ATTENTION_IMPLS["other"]
 
 
-@pytest.mark.skipif(not _library.emulated_built(), reason="the PTX machine is not built")
+@pytest.mark.skipif(not library.emulated_built(), reason="the PTX machine is not built")
 def test_cuda_kernels_behind_the_operators_of_cuda():
     """These operators get no CPU tensor: their functions are called as the dispatcher would."""
     tensors = inputs(torch.float16)

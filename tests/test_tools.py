@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import tokenmill as tm
-from tokenmill import _cli, _dispatch, demo, registry, testing
+from tokenmill import _cli, _explain, demo, registry, testing
 from tokenmill.__main__ import main
+from tokenmill._call import choose
 from tokenmill.bench import ceilings, plot, progress, run
 from tokenmill.bench.case import Absent, Case
 from tokenmill.bench.results import Results
@@ -44,7 +45,7 @@ def test_info_names_build_machine_and_backends(capsys):
 def test_ops_is_the_table_of_the_registry(capsys):
     assert main(["ops"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:-3] == ["operator", "family", *_dispatch.BACKENDS]
+    assert lines[0].split()[:-3] == ["operator", "family", *choose.BACKENDS]
     rows = {line.split()[0]: line.split()[1:] for line in lines if not line.startswith(" ")}
     assert set(registry.ops()) <= set(rows)
     assert rows["attention"][:2] == ["dense", "yes"]
@@ -147,12 +148,12 @@ def test_a_bad_argument_is_one_line_and_status_2(line, message, monkeypatch, cap
 
 
 def test_counters_are_refused_without_the_machine(monkeypatch, capsys):
-    monkeypatch.setattr(tm._library, "emulated_built", lambda: False)
+    monkeypatch.setattr(tm._call.library, "emulated_built", lambda: False)
     assert main(["bench", "--counters"]) == 2
     assert capsys.readouterr().err.startswith("tokenmill bench: --counters: needs a development")
     assert main(["bench", "--launches"]) == 2
     assert capsys.readouterr().err.startswith("tokenmill bench: --launches: needs a development")
-    monkeypatch.setattr(tm._library, "emulated_built", lambda: True)
+    monkeypatch.setattr(tm._call.library, "emulated_built", lambda: True)
     assert main(["bench", "--counters", "--plot", "x"]) == 2
     assert capsys.readouterr().err.startswith("tokenmill bench: --plot: draws no counters")
     assert main(["bench", "--counters", "--list", "topk_select"]) == 0
@@ -303,7 +304,7 @@ def test_a_call_that_fails_is_a_row_and_the_others_go_on(monkeypatch, capsys):
 
 
 def test_a_check_of_nothing_is_no_success(monkeypatch, capsys):
-    monkeypatch.setattr(_dispatch, "kernels", lambda spec, backend: "-")
+    monkeypatch.setattr(_explain, "kernels", lambda spec, backend: "-")
     assert main(["check", "attention", "--backend", "cpu"]) == 1
     assert "absent  no kernel in this build" in capsys.readouterr().out
 

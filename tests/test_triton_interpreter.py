@@ -11,7 +11,7 @@ import torch
 from conftest import DEVICE
 
 import tokenmill as tm
-from tokenmill import _library
+from tokenmill._call import library
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -128,9 +128,9 @@ def test_an_interpreter_that_cannot_run_says_what_it_needs(versions, reason, mon
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    fault = _library._find_interpreter_fault()
+    fault = library._find_interpreter_fault()
     assert fault == (reason and f"Triton's interpreter {reason}")
-    monkeypatch.setattr(_library, "_INTERPRETER_FAULT", fault)
+    monkeypatch.setattr(library, "_INTERPRETER_FAULT", fault)
     rows = torch.zeros(1, 8)
     states = tm.backends()["triton"], tm.explain("topk_select", rows, 2)
     for said in map(str, states):

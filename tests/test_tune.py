@@ -17,8 +17,9 @@ import pytest
 import torch
 
 import tokenmill as tm
-from tokenmill import _emulator, _knobs, _library, registry
+from tokenmill import _emulator, _knobs, registry
 from tokenmill.__main__ import main
+from tokenmill._call import library
 from tokenmill._knobs import KNOBS, Knob
 from tokenmill._version import __version__
 from tokenmill.bench import case, tune
@@ -39,10 +40,10 @@ def cache(tmp_path, monkeypatch):
 
 def test_both_tables_of_knobs_agree():
     for knob in NATIVE:
-        assert _library.native.knob(knob.name) == knob.standard, knob.name
+        assert library.native.knob(knob.name) == knob.standard, knob.name
         for number in knob.valid:
-            _library.native.knob(knob.name, number)
-        assert _library.native.knob(knob.name, knob.standard) in knob.valid
+            library.native.knob(knob.name, number)
+        assert library.native.knob(knob.name, knob.standard) in knob.valid
     assert all(k.op in registry.ops() and k.name.startswith(k.op) for k in KNOBS.values())
 
 
@@ -60,7 +61,7 @@ def test_both_tables_of_knobs_agree():
 )
 def test_a_bad_knob_is_an_error(name, number, message):
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        _library.native.knob(name, number)
+        library.native.knob(name, number)
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_a_range_of_a_decode_changes_the_order_of_sums_alone(threads):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(not _library.emulated_built(), reason="no CUDA kernels here")
+@pytest.mark.skipif(not library.emulated_built(), reason="no CUDA kernels here")
 @pytest.mark.parametrize(
     ("name", "values"), [("best_match.fill", (1, 2)), ("hip_block_select.fill", (0, 1))]
 )
@@ -145,7 +146,7 @@ def test_knobs_of_cuda_change_no_bit(name, values):
         with emulated_cuda(), _knobs.override(**{name.replace(".", "__"): number}):
             with _emulator.counting() as launches:
                 results.append(call())
-            assert _library.loaded_emulated().knob(name) == number
+            assert library.loaded_emulated().knob(name) == number
             kernels.append([launch["kernel"] for launch in launches])
     assert kernels[0] != kernels[1]
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)

@@ -12,7 +12,7 @@ from conftest import backends
 from sm90 import MODES, hopper
 
 import tokenmill as tm
-from tokenmill import _dispatch, _emulator, _knobs
+from tokenmill import _emulator, _explain, _knobs
 from tokenmill._knobs import KNOBS
 from tokenmill.bench import tune
 
@@ -203,10 +203,11 @@ def test_explain_names_the_variant():
 SET_BEFORE_THE_FIRST_CALL = """
 import torch
 import tokenmill as tm
-from tokenmill import _emulator, _knobs, _library
+from tokenmill import _emulator, _explain, _knobs
+from tokenmill._call import library
 
 _knobs.put("attention.sm90", 0)
-assert not _library.loaded_emulated()
+assert not library.loaded_emulated()
 q = torch.ones(1, 32, 1, 64).half()
 with _emulator.configured("device=sm_90a"), _emulator.counting() as launches:
     print(tm.explain("attention", q, q, q, backend="emulated").kernel)
@@ -243,11 +244,11 @@ def test_a_card_takes_what_its_cache_has(tmp_path, monkeypatch):
 @pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
 def test_they_are_tuned_on_cards_that_have_the_kernels(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    monkeypatch.setattr(_dispatch, "kernels", lambda *_: "yes")
+    monkeypatch.setattr(_explain, "kernels", lambda *_: "yes")
     knobs = [k for k in KNOBS.values() if k.part]
     assert [k for k in knobs if tune._usable(k, "cuda")] == (knobs if capability[0] == 9 else [])
     assert not any(tune._usable(k, "cpu") for k in knobs)
-    monkeypatch.setattr(_dispatch, "builds_sm90", lambda: False)
+    monkeypatch.setattr(_explain, "builds_sm90", lambda: False)
     assert not any(tune._usable(k, "cuda") for k in knobs)
 
 

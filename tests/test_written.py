@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from test_contract import draw
 
 import tokenmill as tm
-from tokenmill import _dispatch, _written, registry
+from tokenmill import _written, registry
+from tokenmill._call import choose, run
 from tokenmill.testing import map_tensors
 
 IN_PLACE = [spec for spec in registry.ops().values() if spec.forward.written]
@@ -60,10 +61,10 @@ def test_lazy_negatives_are_refused_and_do_no_harm(spec, op, name, backend):
     )
     rule = rf"^tokenmill\.{spec.name}: {said}: must not be a negative or conjugate view; got a tens"
     with pytest.raises(RuntimeError, match=rule):
-        op.run(_dispatch.namespace(backend), edited)
+        op.run(choose.namespace(backend), edited)
     if op is spec.forward:
         with pytest.raises(RuntimeError, match=rule):
-            _dispatch.call(spec, tuple(edited), backend)
+            run.call(spec, tuple(edited), backend)
     cycle = [view]
     cycle.append(cycle)
     del view, cycle, edited

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenmill._library import triton_interpreted
+from tokenmill._call.library import triton_interpreted
 
 # True if @triton.jit made interpreted kernels when this module was imported.
 INTERPRETED = tl.constexpr(triton_interpreted())

@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from tokenmill import _cli, _info, _library
+from tokenmill import _cli, _info
+from tokenmill._call import library
 from tokenmill._version import __version__
 
 from ..progress import progress
@@ -37,7 +38,7 @@ CASE_WIDTH = 60
 
 def run(options: argparse.Namespace, stdout: TextIO) -> int:
     """Returns the exit status: 0, or 1 if a case failed."""
-    if not _library.emulated_built():
+    if not library.emulated_built():
         raise _cli.UsageError("--counters: needs a development build (TOKENMILL_PTXVM=1)")
     if options.plot:
         raise _cli.UsageError("--plot: draws no counters; leave it out with --counters")

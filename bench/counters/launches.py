@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import tokenmill as tm
-from tokenmill import _cli, _emulator, _info, _library
+from tokenmill import _cli, _emulator, _info
+from tokenmill._call import library
 from tokenmill._version import __version__
 from tokenmill.dense.attention_decode_cases import decode_call
 from tokenmill.sparse.sparse_decode_attention_cases import sparse_call
@@ -235,7 +236,7 @@ def blocks_of(call: Call) -> list[int]:
 
 
 def run(options: argparse.Namespace, stdout: TextIO) -> int:
-    if not _library.emulated_built():
+    if not library.emulated_built():
         raise _cli.UsageError("--launches: needs a development build (TOKENMILL_PTXVM=1)")
     chosen = [
         (op, title, call)

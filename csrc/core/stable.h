@@ -1,5 +1,5 @@
 // torch's stable ABI (torch >= 2.10), and the namespace of the operators, which is spelled only
-// here and in python/tokenmill/_library.py. TOKENMILL_EMULATED builds a second library of the same
+// here and in python/tokenmill/_call/library.py. TOKENMILL_EMULATED builds a second library of the same
 // operators, in which the CUDA code serves CPU tensors: its kernels run on the PTX machine
 // (ptxvm).
 #pragma once

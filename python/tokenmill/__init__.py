@@ -22,7 +22,7 @@ from . import (
     tokens,
 )
 from ._check import InputError
-from ._dispatch import backends, explain
+from ._explain import backends, explain
 from ._info import build_info
 from ._version import __version__
 from .dense import (

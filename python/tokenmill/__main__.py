@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from . import _cli, _dispatch, _info, _self_check, registry
+from . import _cli, _explain, _info, _self_check, registry
+from ._call import choose
 from ._self_check import DTYPES
 from ._version import __version__
 
@@ -93,7 +94,7 @@ def _parser() -> _cli.Parser:
     sub.add_argument("--device", default="cpu", help="of the tensors: cpu (default) or cuda")
     sub.add_argument(
         "--backend",
-        choices=_dispatch.ALL_BACKENDS,
+        choices=choose.ALL_BACKENDS,
         help="backend asked for (default: the first that can)",
     )
     sub = command(
@@ -152,7 +153,7 @@ def run_info(options: argparse.Namespace) -> int:
     for title, entries in (
         ("build", build),
         ("machine", machine),
-        ("backends", _dispatch.backends()),
+        ("backends", _explain.backends()),
         ("environment variables", _info.ENVIRONMENT),
     ):
         print(title)
@@ -163,10 +164,10 @@ def run_info(options: argparse.Namespace) -> int:
 
 
 def run_ops(options: argparse.Namespace) -> int:
-    backends = "".join(f"{b:<11}" for b in _dispatch.BACKENDS)
+    backends = "".join(f"{b:<11}" for b in choose.BACKENDS)
     print(f"{'operator':<26}{'family':<10}{backends}DTensors split along")
     for spec in registry.ops().values():
-        cells = [_dispatch.kernels(spec, backend) for backend in _dispatch.BACKENDS]
+        cells = [_explain.kernels(spec, backend) for backend in choose.BACKENDS]
         columns = "".join(f"{c:<11}" for c in cells)
         print(f"{spec.name:<26}{spec.family:<10}{columns}{spec.splits_along}")
         print(f"  {spec.paper}")
@@ -184,7 +185,7 @@ def run_explain(options: argparse.Namespace) -> int:
     args, kwargs = samples[name].make(dtype, torch.Generator().manual_seed(0))
     moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
     placed = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
-    print(_dispatch.explain(spec.name, *moved, backend=options.backend, **placed))
+    print(_explain.explain(spec.name, *moved, backend=options.backend, **placed))
     return 0
 
 

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from . import _library
+from ._call import library
 
 if TYPE_CHECKING:
     from ptxvm import Machine, Report
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @functools.cache
 def machine() -> Machine:
     """The machine inside the emulated library."""
-    if not _library.emulated_built():
+    if not library.emulated_built():
         raise RuntimeError("tokenmill.emulator: not in this build (TOKENMILL_PTXVM=1)")
     try:
         from ptxvm import Machine
@@ -25,7 +25,7 @@ def machine() -> Machine:
         rule = "needs the package ptxvm (pip install ./ptxvm)"
         raise RuntimeError(f"tokenmill.emulator: {rule}") from error
 
-    return Machine(_library.EMULATED_PATH)
+    return Machine(library.EMULATED_PATH)
 
 
 def configure(settings: str) -> None:
@@ -68,9 +68,10 @@ def counting() -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
 
     Example:
         >>> import torch, tokenmill as tm
-        >>> from tokenmill import _emulator, _library
+        >>> from tokenmill import _emulator
+        >>> from tokenmill._call import library
         >>> x = torch.randn(2, 1, 16, 2, 64)
-        >>> if _library.emulated_built():
+        >>> if library.emulated_built():
         ...     with _emulator.counting() as launches:
         ...         out = tm.merge_attention_states(x, None, backend="emulated")
         ...     assert launches[0]["instructions"] > 0
@@ -84,9 +85,10 @@ def reporting() -> contextlib.AbstractContextManager[list[Report]]:
 
     Example:
         >>> import torch, tokenmill as tm
-        >>> from tokenmill import _emulator, _library
+        >>> from tokenmill import _emulator
+        >>> from tokenmill._call import library
         >>> x = torch.randn(2, 1, 16, 2, 64)
-        >>> if _library.emulated_built():
+        >>> if library.emulated_built():
         ...     with _emulator.configured("check=1"), _emulator.reporting() as reports:
         ...         out = tm.merge_attention_states(x, None, backend="emulated")
         ...     assert not reports

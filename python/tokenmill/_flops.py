@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 if TYPE_CHECKING:
-    from ._library import TorchOp
+    from ._call.operator import TorchOp
     from .registry import OpSpec
 
 COUNTER = "torch.utils.flop_counter"
@@ -104,7 +104,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 
 def _register(specs: Sequence[OpSpec], counter: ModuleType) -> None:
-    from ._library import NAMESPACE, TRITON_NAMESPACE
+    from ._call.library import NAMESPACE, TRITON_NAMESPACE
 
     for spec in specs:
         for op in (*spec.torch_ops, *([spec.out] if spec.out else [])):

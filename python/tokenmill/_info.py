@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import _library
+from ._call import library
 from ._version import __version__
 
 ENVIRONMENT = {
@@ -50,7 +50,7 @@ def machine() -> dict[str, str]:
     return {
         "cpu": cpu_model(),
         "cores": str(os.cpu_count()),
-        "isa": _library.native.cpu_isa(),
+        "isa": library.native.cpu_isa(),
         "gpu": gpu,
         "driver": _driver(),
         "python": platform.python_version(),

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from . import _library
+from ._call import library
 from ._version import __version__
 
 FORMAT = "tokenmill tune 1"
@@ -178,7 +178,7 @@ triton_values = {k.name: k.standard for k in KNOBS.values() if k.backend == "tri
 def value(name: str) -> int:
     if name in triton_values:
         return triton_values[name]
-    return int(_library.native.knob(name))
+    return int(library.native.knob(name))
 
 
 def put(name: str, number: int) -> None:
@@ -186,8 +186,8 @@ def put(name: str, number: int) -> None:
     if name in triton_values:
         triton_values[name] = number
         return
-    _library.native.knob(name, number)
-    if emulated := _library.loaded_emulated():
+    library.native.knob(name, number)
+    if emulated := library.loaded_emulated():
         emulated.knob(name, number)
 
 
@@ -246,7 +246,7 @@ def device_name(device: str) -> str:
     if device == "cpu":
         from ._info import cpu_model
 
-        return f"{cpu_model()} ({_library.native.cpu_isa()})"
+        return f"{cpu_model()} ({library.native.cpu_isa()})"
     names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     return names.pop() if len(names) == 1 else ""
 

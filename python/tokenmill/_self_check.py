@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from . import _cli, _dispatch, _info, registry, testing
+from . import _cli, _explain, _info, registry, testing
+from ._call import choose
 from ._version import __version__
 from .registry import OpSpec, Sample
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         action="append",
-        choices=_dispatch.ALL_BACKENDS,
+        choices=choose.ALL_BACKENDS,
         help="backend to check, repeatable (default: all of this machine but interpreters)",
     )
     parser.add_argument(
@@ -127,7 +128,7 @@ class Row:
 
 
 def _places(options: argparse.Namespace) -> list[Place]:
-    states = _dispatch.backends()
+    states = _explain.backends()
     usable = [b for b, s in states.items() if s.startswith(("available", "interpreter"))]
     for backend in options.backend or []:
         if backend not in usable:
@@ -146,7 +147,7 @@ def _places(options: argparse.Namespace) -> list[Place]:
 
 def _check(spec: OpSpec, places: list[Place], dtypes: list[str], verbose: bool) -> list[Row]:
     rows = [
-        Row(place, spec.name, absent=_dispatch.kernels(spec, place.backend) == "-")
+        Row(place, spec.name, absent=_explain.kernels(spec, place.backend) == "-")
         for place in places
     ]
     for dtype in dtypes:
@@ -154,7 +155,7 @@ def _check(spec: OpSpec, places: list[Place], dtypes: list[str], verbose: bool) 
             for row in rows:  # innermost loop, so that the oracle runs once for all rows
                 if row.absent:
                     continue
-                if why := _dispatch.missing(spec, sample, row.place.backend):
+                if why := _explain.missing(spec, sample, row.place.backend):
                     row.left_out[sample.name] = "; ".join(why)
                 else:
                     _compare(row, spec, sample, dtype, verbose)
@@ -201,7 +202,7 @@ def _write(path: Path, rows: list[Row]) -> None:
         "machine": _info.machine(),
         "tokenmill": __version__,
         "date": time.strftime("%Y-%m-%d"),
-        "backends": _dispatch.backends(),
+        "backends": _explain.backends(),
         "places": [str(place) for place in places],
         "checks": [
             {

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ._library import TorchOp
+from ._call.operator import TorchOp
 
 
 @dataclass(frozen=True)

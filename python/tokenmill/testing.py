@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _dispatch, _emulator, _library, registry
+from . import _emulator, _explain, registry
+from ._call import choose, library
 from .registry import OpSpec, Sample
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
@@ -268,7 +269,7 @@ def compare(
     first = several[0]
     there, options = map_tensors((first.args, first.kwargs), lambda t: t.to(device))
     run = without_side_effects(spec, functools.partial(spec.function, backend=backend))
-    learns = bool(spec.gradients_of(sample)) and not _dispatch.unsupported_gradients(
+    learns = bool(spec.gradients_of(sample)) and not _explain.unsupported_gradients(
         spec, backend, spec.lower(*first.args, **first.kwargs)
     )
     weights = first.cotangents if learns else None
@@ -358,23 +359,23 @@ def cpu_isa(name: str) -> Iterator[None]:
         ...     print(torch.ops.tokenmill.cpu_isa())
         baseline
     """
-    before = _library.native.cpu_isa()
-    _library.native.cpu_isa(name)
+    before = library.native.cpu_isa()
+    library.native.cpu_isa(name)
     try:
         yield
     finally:
-        _library.native.cpu_isa(before)
+        library.native.cpu_isa(before)
 
 
 def cpu_isas() -> list[str]:
     """The instruction sets that this machine can run, narrowest first."""
-    before = _library.native.cpu_isa()
+    before = library.native.cpu_isa()
     found = []
     for name in ("baseline", "avx2", "avx512", "avx512_bf16"):
         with contextlib.suppress(RuntimeError):
-            _library.native.cpu_isa(name)
+            library.native.cpu_isa(name)
             found.append(name)
-    _library.native.cpu_isa(before)
+    library.native.cpu_isa(before)
     return found
 
 
@@ -400,13 +401,13 @@ def emulated_cuda(device: str | None = None) -> Iterator[None]:
         ...         out = tm.merge_attention_states(x[None], None)
     """
     limits = _emulator.configured(f"device={device}") if device else contextlib.nullcontext()
-    before = _dispatch._asked
+    before = choose.asked
     with limits:
-        _dispatch._asked = "emulated"
+        choose.asked = "emulated"
         try:
             yield
         finally:
-            _dispatch._asked = before
+            choose.asked = before
 
 
 def oracle(op: str) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from conftest import backends
 from sm90 import check_every_order, check_explained, hopper
 
 import tokenmill as tm
-from tokenmill import _dispatch, _emulator, registry
+from tokenmill import _emulator, _explain, registry
 from tokenmill.dense.attention_draws import draw_tensor
 
 pytestmark = pytest.mark.skipif("emulated" not in backends(), reason="not a development build")
@@ -344,10 +344,10 @@ def test_explain_knows_the_layouts_of_tensor_maps():
     ids=["without tokenmill._C", "with 90a", "without 90a"],
 )
 def test_explain_names_the_kernel_of_a_card(archs, why, monkeypatch):
-    monkeypatch.setattr(_dispatch, "_is_sm90", lambda *_: True)
-    monkeypatch.setattr(_dispatch, "build_info", lambda: archs)
+    monkeypatch.setattr(_explain, "_is_sm90", lambda *_: True)
+    monkeypatch.setattr(_explain, "build_info", lambda: archs)
     spec = registry.get("attention")
-    kernel = _dispatch.kernel_name(spec, "cuda", spec.lower(*inputs(32)))
+    kernel = _explain.kernel_name(spec, "cuda", spec.lower(*inputs(32)))
     ending = " (not kernel_sm90: the build has no 90a)" if why else "/kernel_sm90"
     assert kernel == f"csrc/dense/attention{ending}, float16"
 

@@ -19,7 +19,8 @@ from shard_scenarios import SCENARIOS
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from tokenmill import _dispatch, registry
+from tokenmill import registry
+from tokenmill._call.run import call
 from tokenmill._check import InputError
 from tokenmill.registry import AXES, Sharding
 
@@ -79,7 +80,7 @@ def run(spec, sample, values, cotangents):
     for i in leaves:
         if values[i] is not None:
             values[i] = values[i].detach().requires_grad_()
-    results = [r for r in _dispatch.call(spec, tuple(values), None) if r.shape != (0,)]
+    results = [r for r in call(spec, tuple(values), None) if r.shape != (0,)]
     if not leaves:
         return [*results, *(values[i] for i in written)], []
     outs = [r for r in results if r.requires_grad]

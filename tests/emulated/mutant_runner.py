@@ -25,7 +25,8 @@ import torch
 from ptxvm.mutate import Change, Mutation, mutate, sections
 
 import tokenmill as tm
-from tokenmill import _emulator, _library
+from tokenmill import _emulator
+from tokenmill._call import library
 from tokenmill.dense.attention_decode_cases import decode_call
 from tokenmill.sparse.block_sparse_attention_cases import block_sparse_call
 
@@ -372,7 +373,7 @@ class Library:
 
     def __init__(self, folder: str) -> None:
         self.path = Path(folder) / "_emulated.so"
-        shutil.copyfile(_library.EMULATED_PATH, self.path)
+        shutil.copyfile(library.EMULATED_PATH, self.path)
         self.texts = list(sections(self.path.read_bytes()))
 
     @contextlib.contextmanager
@@ -397,7 +398,7 @@ def in_child(path: Path, work: Callable[[], tuple[str, str]]) -> tuple[str, str]
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _library.EMULATED_PATH = path
+        library.EMULATED_PATH = path
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         signal.setitimer(signal.ITIMER_REAL, CLOCK)
         try:

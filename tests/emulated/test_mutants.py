@@ -23,9 +23,9 @@ pytest.importorskip("ptxvm", reason="the package ptxvm is not installed")
 import mutant_runner
 from ptxvm.mutate import KINDS, Mutation, mutate
 
-from tokenmill import _library
+from tokenmill._call import library
 
-if not _library.emulated_built():
+if not library.emulated_built():
     pytest.skip("only a development build has the kernels", allow_module_level=True)
 
 HERE = Path(__file__).parent
@@ -87,7 +87,7 @@ def run(
     mutations: Sequence[Mutation], multiprocessors: int = MULTIPROCESSORS
 ) -> list[dict[str, Any]]:
     environment = os.environ | {
-        "TOKENMILL_EMULATED": str(_library.EMULATED_PATH),
+        "TOKENMILL_EMULATED": str(library.EMULATED_PATH),
         "PTXVM_SMS": str(multiprocessors),
     }
     done = subprocess.run(
@@ -111,7 +111,7 @@ def test_the_original_kernels_are_right_and_clean() -> None:
 def test_what_waits_without_the_processor_is_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mutant_runner, "CLOCK", 0.5)
     waits = functools.partial(time.sleep, 60)
-    assert mutant_runner.in_child(_library.EMULATED_PATH, waits) == ("hang", "")
+    assert mutant_runner.in_child(library.EMULATED_PATH, waits) == ("hang", "")
 
 
 @pytest.mark.parametrize("family", MUTATIONS)

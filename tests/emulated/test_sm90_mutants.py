@@ -7,7 +7,7 @@ import pytest
 from test_mutants import run
 from tier import FULL, full_only
 
-from tokenmill import _library
+from tokenmill._call import library
 
 mutate = pytest.importorskip("ptxvm.mutate", reason="the package ptxvm is not installed")
 Mutation, places, sections = mutate.Mutation, mutate.places, mutate.sections
@@ -66,7 +66,7 @@ DAILY = [
 
 def faults() -> list[Mutation]:
     """All faults of these kinds in the library's PTX."""
-    texts = [text for _, text in sections(_library.EMULATED_PATH.read_bytes())]
+    texts = [text for _, text in sections(library.EMULATED_PATH.read_bytes())]
     found = []
     for kernel in KERNELS:
         text = next(text for text in texts if kernel in text)

@@ -85,7 +85,7 @@ def test_blocks_take_equal_shares_of_any_lengths(kernel, lengths, heads, tokens,
     check_schedule(schedule(kernel, grid, *call), *call)
 
 
-@pytest.mark.skipif(not tm._library.emulated_built(), reason="needs a development build")
+@pytest.mark.skipif(not tm._call.library.emulated_built(), reason="needs a development build")
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_the_launch_of_the_operator_is_shared_equally(kernel, page_size):
     """The grid that the operator launches, for lengths from 0 to 9000."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenmill import _dispatch, registry, testing
-from tokenmill._library import TorchOp
+from tokenmill import _explain, registry, testing
+from tokenmill._call import choose
+from tokenmill._call.operator import TorchOp
 from tokenmill.registry import OpSpec, Sample
 
 Arguments = dict[str, Any]  # arguments of a call, by name
@@ -55,7 +56,7 @@ def targets(backend: str) -> list[Target]:
         for op in (spec.forward, spec.out, spec.backward):
             if op is not None and _has(op, backend):
                 found.append(_raw(spec, op, backend))
-    found += 2 * compositions() + modules() + policy_targets() + [_explain()]
+    found += 2 * compositions() + modules() + policy_targets() + [_explaining()]
     return found
 
 
@@ -93,7 +94,7 @@ def _function(spec: OpSpec) -> Target:
     return Target(spec.name, run, spec.samples, arguments, known, written, compared=True)
 
 
-def _explain() -> Target:
+def _explaining() -> Target:
     specs = registry.ops()
     samples = tuple(
         Sample(f"{spec.name}, {sample.name}", sample.make)
@@ -106,7 +107,7 @@ def _explain() -> Target:
         return {"op": name, **by_name(specs[name].function, *sample.make(dtype, g))}
 
     def run(arguments: Arguments, backend: str | None) -> Any:
-        str(_dispatch.explain(**{"backend": backend, **arguments}))
+        str(_explain.explain(**{"backend": backend, **arguments}))
         return ()
 
     names = {n for spec in specs.values() for n in inspect.signature(spec.function).parameters}
@@ -118,7 +119,7 @@ def _has(op: TorchOp, backend: str) -> bool:
 
 
 def _raw(spec: OpSpec, op: TorchOp, backend: str) -> Target:
-    namespace = _dispatch.namespace(backend)
+    namespace = choose.namespace(backend)
     overload = op.overload(namespace)
 
     def arguments(sample: Sample, dtype: torch.dtype, g: torch.Generator) -> Arguments:

@@ -9,7 +9,8 @@ from conftest import backends
 from linear_oracle import chunked, inputs, randn, relative_error
 
 import tokenmill as tm
-from tokenmill import _dispatch, registry
+from tokenmill import registry
+from tokenmill._call import choose
 from tokenmill.linear.linear_attention_cases import draw_state
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -127,7 +128,7 @@ def test_wrong_ends_of_packed_sequences_wait_for_nobody(total, ends, backend):
     spec = registry.get("linear_attention")
     cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(q.device)
     lowered = spec.lower(q, k, v, cu_seqlens=cu_seqlens)
-    out = spec.forward.run(_dispatch.namespace(backend), lowered)[0]
+    out = spec.forward.run(choose.namespace(backend), lowered)[0]
     assert out.shape == q.shape
 
 

@@ -168,7 +168,7 @@ def test_nothing_waits_for_the_device(method, options, page, monkeypatch):
     without a kernel in this build. Checks of available tensors are skipped."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(tm._library.TorchOp, "has_native", lambda self, key: True)
+    monkeypatch.setattr(tm._call.operator.TorchOp, "has_native", lambda self, key: True)
     for name, module in [*sys.modules.items()]:
         if name.startswith("tokenmill.") and hasattr(module, "reads_values"):
             monkeypatch.setattr(module, "reads_values", lambda t: False)

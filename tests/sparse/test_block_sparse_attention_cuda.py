@@ -14,7 +14,7 @@ from tokenmill.sparse.block_sparse_attention_cases import block_sparse_call, dra
 from tokenmill.testing import compare
 
 pytestmark = pytest.mark.skipif(
-    not tm._library.emulated_built(),
+    not tm._call.library.emulated_built(),
     reason="only a development build has the PTX machine (TOKENMILL_PTXVM=1)",
 )
 SPEC = registry.get("block_sparse_attention")

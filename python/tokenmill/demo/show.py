@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .. import _cli, _dispatch, _info
+from .. import _cli, _explain, _info
 from . import encoder, generate, language_model, page, text, vision
 from .encoder import Agreement
 from .generate import FULL, Generated, Llama
@@ -122,7 +122,7 @@ def device_of(backend: str) -> str:
 def refusal(backend: str) -> str | None:
     """The reason why attention cannot run on this backend here; None if it can."""
     q = torch.empty(1, 1, 1, 32, device=device_of(backend))
-    return _dispatch.explain("attention", q, q, q, backend=backend).error
+    return _explain.explain("attention", q, q, q, backend=backend).error
 
 
 def show_encoder(console: Console, backends: list[str]) -> list[Agreement]:

@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autocast import Autocast
+from .._call.attach import register
+from .._call.autocast import Autocast
+from .._call.autograd import keep, kept
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import (
     check,
     check_device_of,
@@ -18,9 +22,6 @@ from .._check import (
     fail,
     is_any,
 )
-from .._derivatives import keep, kept
-from .._dispatch import call
-from .._library import TorchOp, register
 from ..reference.dense import additive_attention as reference
 from ..registry import OpSpec, Sharding, register_op
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
 from .._check import (
     as_int,
     check,

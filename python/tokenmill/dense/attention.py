@@ -10,11 +10,12 @@ from torch import Tensor
 from typing_extensions import Never, Unpack
 
 from .. import masks
-from .._autocast import Autocast
+from .._call.attach import register
+from .._call.autocast import Autocast
+from .._call.autograd import keep, kept
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import as_int, as_number, check, check_bool, check_tensor, check_text, fail
-from .._derivatives import keep, kept
-from .._dispatch import call
-from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
 from .._other_names import refuse, refuses_other_names
 from ..masks import NO_MASK, Decay2d, Grid, Masks, lower_mask

@@ -8,12 +8,13 @@ from typing import Any, Literal, overload
 from torch import Tensor
 from typing_extensions import Never
 
-from .._autocast import Autocast
+from .._call.attach import register
+from .._call.autocast import Autocast
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import as_int, as_number, check_bool, check_tensor, check_text, fail
-from .._dispatch import call
 from .._flops import band, known
 from .._kv_cache import capacity
-from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
 from .._other_names import REQUIRED, refuse, refuses_other_names
 from ..masks import Masks

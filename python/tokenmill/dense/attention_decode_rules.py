@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._call.operator import record_of
 from .._check import (
     MAX_HEAD_DIM,
     check,
@@ -21,7 +22,6 @@ from .._kv_cache import (
     check_lengths,
     check_lengths_values,
 )
-from .._library import record_of
 from .._written import check_out
 from ..masks import MASKS, NO_MASK, Lowered, Masks, Prefix, Segments, lower_mask
 from .terms import check_kind, check_mask, check_scale_and_cap, check_terms

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._call.operator import record_of
 from .._check import (
     check,
     check_cu_seqlens,
@@ -20,7 +21,6 @@ from .._check import (
     fail,
     show,
 )
-from .._library import record_of
 from .._written import check_out
 from .terms import check_kind, check_mask, check_scale_and_cap, check_terms
 

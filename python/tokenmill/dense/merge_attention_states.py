@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._call.attach import register
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import check, check_dtype, check_last_contiguous, check_tensor, check_wide
-from .._dispatch import call
-from .._library import TorchOp, register
 from ..reference.dense import merge_attention_states as reference
 from ..registry import OpSpec, Sharding, register_op
 

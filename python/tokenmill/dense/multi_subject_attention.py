@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import masks
-from .._autocast import Autocast
+from .._call.autocast import Autocast
 from .._check import (
     check,
     check_bool,

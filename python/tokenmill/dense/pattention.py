@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
+from .._call.autograd import keep, kept
 from .._check import (
     as_number,
     check,
@@ -19,7 +20,6 @@ from .._check import (
     check_tensor,
     check_text,
 )
-from .._derivatives import keep, kept
 
 OP = "pattention"
 AUTOCAST = Autocast(lower=("x", "key_tokens", "value_tokens"))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
 from .._check import (
     as_int,
     as_number,

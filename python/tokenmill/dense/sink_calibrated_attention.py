@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
 from .._check import as_int, as_number, check, check_bool, check_qkv, check_tensor, fail
 from ..select.attention_column_scores import attention_column_scores
 from .attention import attention

@@ -17,9 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .. import _library, registry
+from .. import registry
+from .._call import fake, operator
+from .._call.operator import TorchOp
 from .._check import fail
-from .._library import TorchOp
 from ..registry import AXES, Sharding
 
 
@@ -105,8 +106,8 @@ class _Labels:
 @functools.cache
 def labels_of(name: str) -> _Labels:
     """Raises KeyError for a result or a gradient without a known name."""
-    op = _library.registered(name)
-    forward = _library.registered(op.public_name)
+    op = operator.registered(name)
+    forward = operator.registered(op.public_name)
     sharding = registry.get(op.public_name).sharding
     if not isinstance(sharding, Sharding):
         names = tuple("" for _ in op.overload()._schema.returns)
@@ -156,7 +157,7 @@ def plan(op: TorchOp, mesh: DeviceMesh, values: tuple[Any, ...]) -> Plan:
 def _remembered(
     name: str, mesh: DeviceMesh, ranks: tuple[int, ...], values: tuple[Any, ...]
 ) -> Plan:
-    return _Planner(_library.registered(name), mesh, ranks, values).plan()
+    return _Planner(operator.registered(name), mesh, ranks, values).plan()
 
 
 class _Planner:
@@ -234,7 +235,7 @@ class _Planner:
             if self.given.get(name):
                 rule = f"must not be given where the call is split along {word}"
                 fail(self.op.public_name, name, rule, self.given[name])
-        anchor = _library.registered(self.op.public_name).arguments[0]
+        anchor = operator.registered(self.op.public_name).arguments[0]
         parts = [self.axes[anchor]]
         if not self.labels.gradients:
             found = zip(self.results, self.result_axes, strict=True)
@@ -397,7 +398,7 @@ def _global_results(op: TorchOp, values: tuple[Any, ...]) -> list[Tensor]:
             else v
             for v in values
         ]
-        results = _library.call_fake(op, *whole)
+        results = fake.call_fake(op, *whole)
     if results is None:
         return []
     return [results] if isinstance(results, Tensor) else list(results)

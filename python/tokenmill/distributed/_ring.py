@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._derivatives import below_autograd
-from .._dispatch import call as run
-from .._dispatch import choose, namespace
+from .._call.autograd import below_autograd
+from .._call.choose import choose, namespace
+from .._call.run import call as run
 from ..dense.attention import BACKWARD, EXTRAS, FORWARD, SPEC, lower
 from ..dense.terms import has_row_statistic
 from ._band import Part, visible

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Unpack
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
+from .._call.choose import choose
 from .._check import (
     as_number,
     check,
@@ -22,7 +23,6 @@ from .._check import (
     check_tensor,
     check_text,
 )
-from .._dispatch import choose
 from ..dense.attention import SPEC, lower
 from ..dense.attention_options import AttentionOptions
 from ..dense.terms import as_window, check_return_lse

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import masks
-from .._autocast import Autocast
+from .._call.autocast import Autocast
+from .._call.run import call as run
 from .._check import check, check_bool, check_tensor, check_text, reads_values
-from .._dispatch import call as run
 from .._kv_cache import capacity, check_cache, check_cache_scale, check_lengths
 from ..dense.attention_decode import SPEC, lower
 from ..dense.terms import (

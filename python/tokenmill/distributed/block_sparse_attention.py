@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
+from .._call.choose import choose
+from .._call.run import call as run
 from .._check import check, check_bool
-from .._dispatch import call as run
-from .._dispatch import choose
 from ..reference.sparse._common import listed_entries
 from ..sparse.block_sparse_attention import SPEC, lower
 from ._blocks import arrange

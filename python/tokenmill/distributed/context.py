@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._sharded import sharded_attention
+from .._call.sharded import sharded_attention
 from .attention import Schedule, attention
 from .sequence import Order
 

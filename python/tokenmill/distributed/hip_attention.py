@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
+from .._call.choose import choose
 from .._check import as_int, check_bool, check_tensor
-from .._dispatch import choose
 from ..select.hip_block_select import SPEC as SEARCH
 from ..select.hip_block_select import (
     Bound,

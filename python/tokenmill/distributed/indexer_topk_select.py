@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
+from .._call.choose import choose
 from .._check import (
     check,
     check_cu_seqlens_values,
     check_tensor,
     reads_values,
 )
-from .._dispatch import choose
 from ..select.indexer_topk_select import SPEC, lower
 from ..select.indexer_topk_select import indexer_topk_select as select
 from ..select.rules import check_length_values, rows_of_request

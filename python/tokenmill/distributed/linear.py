@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
 from .._check import (
     check,
     check_cu_seqlens_values,

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from .. import _library
+from .._call import attach
+from .._call.autograd import below_autograd
+from .._call.operator import TorchOp
 from .._check import fail, synchronising_checks
-from .._derivatives import below_autograd
-from .._library import TorchOp
 from ..registry import OpSpec
 from ._parts import Meta, Part, Plan, plan
 
@@ -34,7 +34,7 @@ def register_sharding() -> None:
         >>> import tokenmill.distributed
         >>> tokenmill.distributed.register_sharding()
     """
-    _library.register_subclass(DTensor, _rule)
+    attach.register_subclass(DTensor, _rule)
 
 
 def _rule(op: TorchOp, namespace: str) -> Callable[..., Any]:

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
+from .._call.choose import choose
+from .._call.run import call as run
 from .._check import check, reads_values, synchronising_checks
-from .._dispatch import call as run
-from .._dispatch import choose
 from ..select.rules import check_length_values
 from ..sparse.sparse_decode_attention import SPEC, Positions, lower
 from ._group import Group

@@ -25,9 +25,9 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
+from .._call.autograd import below_autograd
+from .._call.choose import choose, namespace, reasons
 from .._check import MAX_HEAD_DIM, InputError, fail, is_scale
-from .._derivatives import below_autograd
-from .._dispatch import choose, namespace, reasons
 from ..dense.attention import BACKWARD, FORWARD, OUT, SPEC, lower
 
 __all__ = ["Route", "disable", "enable"]

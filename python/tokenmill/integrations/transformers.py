@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._sharded import sharded_attention
+from .._call.sharded import sharded_attention
 from ..dense.attention import NO_WINDOW, attention
 from ._needs import needs
 

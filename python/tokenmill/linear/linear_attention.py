@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Never, Unpack
 
-from .._autocast import Autocast
+from .._call.attach import register
+from .._call.autocast import Autocast
+from .._call.autograd import keep, kept
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import (
     as_int,
     check_bool,
@@ -20,9 +24,6 @@ from .._check import (
     fail,
     reads_values,
 )
-from .._derivatives import keep, kept
-from .._dispatch import call
-from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
 from .._other_names import refuse, refuses_other_names
 from ..reference.linear import linear_attention as reference

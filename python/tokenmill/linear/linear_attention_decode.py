@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Never
 
-from .._autocast import Autocast
+from .._call.attach import register
+from .._call.autocast import Autocast
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import check_bool, check_tensor, check_text
-from .._dispatch import call
-from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
 from .._other_names import refuse, refuses_other_names
 from ..reference.linear import linear_attention_decode as reference

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import TorchOp
+from .._call.operator import TorchOp
 from .._sm90 import Rules
 
 HEAD_DIMS = (128, 256)

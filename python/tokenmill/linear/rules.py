@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._call.operator import record_of
 from .._check import (
     check,
     check_cu_seqlens,
@@ -21,7 +22,6 @@ from .._check import (
     is_any,
     show,
 )
-from .._library import record_of
 from .._written import check_out, check_written
 
 LINEAR_ATTENTION = "linear_attention"

@@ -10,7 +10,11 @@ from typing import Any, Literal, TypedDict, overload
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._autocast import Autocast
+from .._call.attach import register
+from .._call.autocast import Autocast
+from .._call.autograd import keep, kept
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import (
     MAX_HEAD_DIM,
     as_int,
@@ -20,9 +24,6 @@ from .._check import (
     check_tensor,
     check_text,
 )
-from .._derivatives import keep, kept
-from .._dispatch import call
-from .._library import TorchOp, register
 from .._lowering import widen
 from ..reference.linear import titans_memory as reference
 from ..registry import OpSpec, Sharding, register_op

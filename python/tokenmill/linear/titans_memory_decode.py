@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
 from .._check import check, check_device_of_q, check_tensor, check_wide, fail, reads_values
 from .._written import check_written
 from .rules import check_slot_values, check_slots

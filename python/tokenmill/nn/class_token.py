@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
+from .._call.autograd import transformed
 from .._check import (
     as_int,
     as_number,
@@ -19,7 +20,6 @@ from .._check import (
     check_tensor,
     fail,
 )
-from .._derivatives import transformed
 from .._lowering import scale_or_default
 from ..select.attention_row_scores import attention_row_scores
 from ..tokens.gather_fuse import gather_fuse

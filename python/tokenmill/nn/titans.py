@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
 from .._check import (
     as_int,
     as_number,

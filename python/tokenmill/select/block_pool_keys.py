@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .._call.attach import register
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import (
     as_int,
     check,
@@ -18,8 +21,6 @@ from .._check import (
     fail,
     show,
 )
-from .._dispatch import call
-from .._library import TorchOp, register
 from .._written import check_written
 from ..reference.select import block_pool_keys as reference
 from ..reference.select import block_pool_keys_update as update_reference

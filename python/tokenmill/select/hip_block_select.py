@@ -8,7 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._autocast import Autocast
+from .._call.attach import register
+from .._call.autocast import Autocast
+from .._call.operator import TorchOp, record_of
+from .._call.run import call
 from .._check import (
     as_int,
     check,
@@ -24,9 +27,7 @@ from .._check import (
     fail,
     show,
 )
-from .._dispatch import call
 from .._flops import known
-from .._library import TorchOp, record_of, register
 from ..reference.select import hip_block_select as reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import (

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
+from .._call.autograd import keep, kept
+from .._call.run import call
 from .._check import (
     check,
     check_device_of_q,
@@ -22,8 +24,6 @@ from .._check import (
     reads_values,
     show,
 )
-from .._derivatives import keep, kept
-from .._dispatch import call
 from .._kv_cache import check_int32
 from ..tokens.gather_tokens import SPEC as GATHER
 from ..tokens.segment_reduce import SPEC as SEGMENT_REDUCE

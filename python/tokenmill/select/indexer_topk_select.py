@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autocast import Autocast
+from .._call.attach import register
+from .._call.autocast import Autocast
+from .._call.operator import TorchOp, record_of
+from .._call.run import call
 from .._check import (
     as_int,
     check,
@@ -24,10 +27,8 @@ from .._check import (
     is_any,
     show,
 )
-from .._dispatch import call
 from .._flops import band, known
 from .._kv_cache import check_cache_dtype
-from .._library import TorchOp, record_of, register
 from ..reference.select import indexer_topk_select as reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import (

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autocast import Autocast
+from .._call.attach import register
+from .._call.autocast import Autocast
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import (
     as_int,
     check,
@@ -22,9 +25,7 @@ from .._check import (
     check_text,
     fail,
 )
-from .._dispatch import call
 from .._kv_cache import check_cache_dtype, check_cache_scale
-from .._library import TorchOp, register
 from .._lowering import scale_or_default
 from ..reference.select import kv_block_scores as reference
 from ..registry import OpSpec, Sharding, register_op

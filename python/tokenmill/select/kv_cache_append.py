@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._call.attach import register
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import (
     as_int,
     check,
@@ -23,7 +26,6 @@ from .._check import (
     fail,
     show,
 )
-from .._dispatch import call
 from .._kv_cache import (
     MAX_CACHE_DIM,
     MAX_CACHE_VALUE_DIM,
@@ -32,7 +34,6 @@ from .._kv_cache import (
     check_cache_scale,
     check_caches_alike,
 )
-from .._library import TorchOp, register
 from .._lowering import widen
 from .._written import check_written
 from ..reference.select import kv_cache_append as reference

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._call.attach import register
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import (
     as_number,
     check,
@@ -22,9 +25,7 @@ from .._check import (
     is_power_of_two,
     show,
 )
-from .._dispatch import call
 from .._kv_cache import check_cache_ranks, check_caches_alike
-from .._library import TorchOp, register
 from .._written import check_written
 from ..reference.select import kv_cache_compact as reference
 from ..registry import OpSpec, Sharding, register_op

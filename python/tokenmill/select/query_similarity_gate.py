@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autocast import Autocast
+from .._call.attach import register
+from .._call.autocast import Autocast
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import (
     as_number,
     check,
@@ -19,8 +22,6 @@ from .._check import (
     fail,
     show,
 )
-from .._dispatch import call
-from .._library import TorchOp, register
 from ..reference.select import query_similarity_gate as reference
 from ..registry import OpSpec, Sharding, register_op
 

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Never
 
+from .._call.attach import register
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import (
     as_int,
     check,
@@ -20,8 +23,6 @@ from .._check import (
     fail,
     is_power_of_two,
 )
-from .._dispatch import call
-from .._library import TorchOp, register
 from .._other_names import refuse, refuses_other_names
 from ..reference.select import topk_select as reference
 from ..registry import OpSpec, Sharding, register_op

@@ -9,7 +9,8 @@ from typing import Any, Literal, TypedDict, overload
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
+from .._call.run import call
 from .._check import (
     as_int,
     check,
@@ -21,7 +22,6 @@ from .._check import (
     fail,
     is_any,
 )
-from .._dispatch import call
 from .._flops import known
 from .._kv_cache import check_int32
 from .._lowering import scale_or_default

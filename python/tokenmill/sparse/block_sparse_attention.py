@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Never, Unpack
 
-from .._autocast import Autocast
+from .._call.attach import register
+from .._call.autocast import Autocast
+from .._call.autograd import keep, kept
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import MAX_HEAD_DIM, as_int, as_number, check, check_bool, check_tensor, fail
-from .._derivatives import keep, kept
-from .._dispatch import call
 from .._flops import band, known
 from .._kv_cache import capacity
-from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
 from .._other_names import refuse, refuses_other_names
 from ..reference.sparse import block_sparse_attention as reference

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._call.operator import record_of
 from .._check import (
     MAX_HEAD_DIM,
     check,
@@ -19,7 +20,6 @@ from .._check import (
     is_power_of_two,
 )
 from .._kv_cache import MAX_CACHE_DIM, MAX_CACHE_VALUE_DIM
-from .._library import record_of
 from .._written import check_out
 from ..dense.terms import check_scale_and_cap, check_sink
 from ..select.rules import (

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autocast import Autocast
-from .._derivatives import keep, kept
-from .._library import TorchOp, register
+from .._call.attach import register
+from .._call.autocast import Autocast
+from .._call.autograd import keep, kept
+from .._call.operator import TorchOp
 
 
 def register_pair(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import Never
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
 from .._check import (
     as_int,
     check,

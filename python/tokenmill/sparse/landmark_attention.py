@@ -7,9 +7,9 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
+from .._call.run import call
 from .._check import as_int, check, check_bool, check_qkv, check_scale, check_tensor
-from .._dispatch import call
 from .._flops import band
 from .._lowering import scale_or_default
 from ..reference.sparse import landmark_attention as reference

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
 from .._check import (
     as_int,
     check,

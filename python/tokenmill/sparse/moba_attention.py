@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Never
 
-from .._autocast import Autocast
+from .._call.autocast import Autocast
 from .._check import as_int, check, check_bool, check_qkv, check_tensor, is_power_of_two
 from .._lowering import scale_or_default
 from .._other_names import refuse, refuses_other_names

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from typing_extensions import Never
 
 from .. import masks
-from .._autocast import Autocast
+from .._call.autocast import Autocast
 from .._check import (
     as_int,
     check,

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Never
 
-from .._autocast import Autocast
+from .._call.attach import register
+from .._call.autocast import Autocast
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import (
     as_int,
     as_number,
@@ -18,9 +21,7 @@ from .._check import (
     check_tensor,
     check_text,
 )
-from .._dispatch import call
 from .._flops import known
-from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
 from .._other_names import REQUIRED, refuse, refuses_other_names
 from ..reference.sparse import sparse_decode_attention as reference

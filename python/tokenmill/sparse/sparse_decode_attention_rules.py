@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._call.operator import record_of
 from .._check import (
     MAX_HEAD_DIM,
     check,
@@ -25,7 +26,6 @@ from .._kv_cache import (
     check_lengths,
     check_lengths_values,
 )
-from .._library import record_of
 from .._written import check_out
 from ..dense.attention_decode_rules import MAX_SPLITS
 from ..dense.terms import check_scale_and_cap, check_small, check_terms

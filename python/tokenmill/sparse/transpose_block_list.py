@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from .._call.attach import register
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import as_int, check, check_tensor
-from .._dispatch import call
-from .._library import TorchOp, register
 from ..reference.sparse import transpose_block_list as reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import check_list

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._autocast import Autocast
+from .._call.attach import register
+from .._call.autocast import Autocast
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import check, check_bool, check_device_of, check_dtype_of, check_tensor, fail
-from .._dispatch import call
-from .._library import TorchOp, register
 from ..reference.tokens import best_match as reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import check_tokens

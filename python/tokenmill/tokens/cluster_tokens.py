@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._call.attach import register
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import (
     as_int,
     as_number,
@@ -17,8 +20,6 @@ from .._check import (
     check_last_contiguous,
     check_tensor,
 )
-from .._dispatch import call
-from .._library import TorchOp, register
 from ..reference.tokens import cluster_tokens as reference
 from ..registry import OpSpec, Sharding, register_op
 

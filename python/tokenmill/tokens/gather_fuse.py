@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._call.attach import register
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import as_int, check, check_bool, check_tensor
-from .._dispatch import call
-from .._library import TorchOp, register
 from .._lowering import widen
 from ..reference.tokens import gather_fuse as reference
 from ..registry import OpSpec, Sharding, register_op

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._call.attach import register
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import (
     as_int,
     check,
@@ -16,8 +19,6 @@ from .._check import (
     check_tensor,
     check_text,
 )
-from .._dispatch import call
-from .._library import TorchOp, register
 from ..reference.tokens import local_pool as reference
 from ..registry import OpSpec, Sharding, register_op
 from .moving import contiguous_rows

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._call.attach import register
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import as_int, check, check_last_contiguous, check_tensor
-from .._dispatch import call
-from .._library import TorchOp, register
 from ..reference.tokens import mask_partition as reference
 from ..registry import OpSpec, register_op
 

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autocast import Autocast
+from .._call.attach import register
+from .._call.autocast import Autocast
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import (
     as_int,
     as_number,
@@ -19,8 +22,6 @@ from .._check import (
     check_text,
     fail,
 )
-from .._dispatch import call
-from .._library import TorchOp, register
 from ..reference.tokens import reconstruct_tokens as reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import check_tokens

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autocast import Autocast
+from .._call.attach import register
+from .._call.autocast import Autocast
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import as_int, check, check_device_of, check_last_contiguous, check_tensor, fail, show
-from .._dispatch import call
 from .._kv_cache import check_int32
-from .._library import TorchOp, register
 from ..reference.tokens import scatter_tokens as reference
 from ..registry import OpSpec, Sharding, register_op
 from .moving import as_int32, as_rows, contiguous_rows

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._call.attach import register
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import (
     check,
     check_bool,
@@ -16,9 +19,7 @@ from .._check import (
     check_text,
     fail,
 )
-from .._dispatch import call
 from .._kv_cache import check_int32
-from .._library import TorchOp, register
 from .._lowering import widen
 from ..reference.tokens import segment_reduce as reference
 from ..registry import OpSpec, Sharding, register_op

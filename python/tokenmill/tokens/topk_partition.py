@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._call.attach import register
+from .._call.operator import TorchOp
+from .._call.run import call
 from .._check import (
     as_int,
     check,
@@ -17,8 +20,6 @@ from .._check import (
     check_text,
     fail,
 )
-from .._dispatch import call
-from .._library import TorchOp, register
 from ..reference.tokens import topk_partition as reference
 from ..registry import OpSpec, Sharding, register_op
 from .moving import as_int32

@@ -1,28 +1,24 @@
-"""Autograd and torch.func transforms of operators.
+"""Autograd of operators.
 
 Kernels have first derivatives in reverse mode. Any other derivative of a kernel (a forward-mode
 tangent, the derivative of a gradient) raises an error that names the operator, and is never
-silently 0; the reference supports all. vmap calls an operator once per element of the batch.
+silently 0; the reference supports all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import custom_function_call_vmap_helper
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from ._check import fail
-from ._sharded import sharding_of
-
-if TYPE_CHECKING:
-    from ._library import TorchOp
+from .._check import fail
+from .operator import TorchOp, registered
+from .sharded import sharding_of
 
 ELSEWHERE = "use backend='reference'"
 
@@ -33,6 +29,20 @@ def transformed() -> bool:
     """
     level: int = forward_ad._current_level
     return level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+_recorded: dict[tuple[str, str], Callable[..., Any] | None] = {}
+
+
+def recorded(op: TorchOp, namespace: str) -> Callable[..., Any] | None:
+    """Runs the operator below the dispatcher's autograd and records its derivative; None if it has
+    none. It takes all arguments of a call, then the dispatch keys or None.
+    """
+    key = (op.name, namespace)
+    if key not in _recorded:
+        function: Any = autograd_function(op, namespace)
+        _recorded[key] = function and function.apply
+    return _recorded[key]
 
 
 def autograd_function(op: TorchOp, namespace: str) -> type[_SingleLevelFunction] | None:
@@ -83,8 +93,6 @@ class _Calls:
         self._below = below
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        from ._library import registered
-
         op = registered(name)
 
         def run(*values: Any) -> Any:
@@ -157,7 +165,7 @@ def _refuse_second(op: TorchOp) -> Callable[..., Any]:
 
 def autograd_kernel(op: TorchOp, namespace: str) -> Callable[..., Any]:
     """Registers the operator at the dispatcher's autograd keys, for every level of torch.func."""
-    apply = op.recorded(namespace)
+    apply = recorded(op, namespace)
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = op.bind(args, kwargs)
@@ -221,42 +229,3 @@ def note_writes(op: TorchOp, arguments: Sequence[Any]) -> None:
         t = arguments[op.arguments.index(name)]
         if t is not None and not t.is_inference():
             torch.autograd.graph.increment_version(t)
-
-
-def vmap_kernel(op: TorchOp, namespace: str) -> Callable[..., Any]:
-    """Calls the operator for each element of the batch in turn. torch's own registration refuses
-    schemas with keyword-only tensors.
-    """
-
-    def run(*values: Any) -> Any:
-        return op.run(namespace, values)
-
-    def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
-        size = info.batch_size
-        if size == 0:
-            fail(op.public_name, op.arguments[0], "must have a batch of at least 1 in vmap", size)
-        rows = list(arguments)
-        for i, (name, dim) in enumerate(zip(op.arguments, in_dims, strict=True)):
-            if name in op.written and dim is None and arguments[i] is not None:
-                why = "must be batched by vmap, as the call writes into it"
-                fail(op.public_name, name, why, arguments[i])
-            if isinstance(dim, int):
-                t = arguments[i].movedim(dim, 0)
-                if name not in op.written and t.dim() > 1 and t.stride(-1) != 1:
-                    t = t.contiguous()
-                rows[i] = [t.select(0, row) for row in range(size)]
-            else:
-                rows[i] = [arguments[i]] * size
-        results = [run(*row) for row in zip(*rows, strict=True)]
-        if results[0] is None:
-            return None, None
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        columns = tuple(torch.stack(column) for column in zip(*results, strict=True))
-        return columns, (0,) * len(columns)
-
-    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        level: Any = retrieve_current_functorch_interpreter()
-        return custom_function_call_vmap_helper(level, rule, run, *op.bind(args, kwargs))
-
-    return kernel

@@ -27,4 +27,4 @@ def sharding_of(arguments: Sequence[Any]) -> Any:
     tensors = sys.modules.get("torch.distributed.tensor")
     if tensors is None or not any(isinstance(t, tensors.DTensor) for t in arguments):
         return None
-    return importlib.import_module(f"{__package__}.distributed.sharding")
+    return importlib.import_module("tokenmill.distributed.sharding")

@@ -1,0 +1,1 @@
+"""How a call runs: library, operator, autograd, attach, choose, run, each above the last."""

@@ -1,0 +1,177 @@
+"""One operator of the library, by name: its schema, and the Python parts that a family declares."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .._lowering import scale_or_default
+from . import door
+from .autocast import Autocast
+from .library import EMULATED_NAMESPACE, NAMESPACE, doors, emulated_operators, native
+
+
+@functools.cache
+def record_of(name: str) -> Any:
+    """The arguments of an operator as a named tuple type, in the order of the schema."""
+    schema = getattr(native, name).default._schema
+    return collections.namedtuple(name, [a.name for a in schema.arguments])
+
+
+@dataclass(frozen=True)
+class TorchOp:
+    """One operator of the library. Every callable takes the arguments of the schema.
+
+    check raises for a bad call from metadata only (float64=True admits float64, which only the
+    reference runs); check_values from the values inside tensors, which costs a synchronisation on a
+    GPU. fake returns the outputs without data. triton is the "module:function" of the Triton
+    implementation inside tokenmill.triton_kernels. backward and setup_context are as in
+    torch.library.register_autograd, with torch.ops.<namespace> before the context. A call of an
+    operator without backward has constant results, unless it refuses_gradients; an operator that
+    writes into an argument always does. autocast declares what torch.autocast casts.
+    """
+
+    name: str
+    check: Callable[..., None]
+    fake: Callable[..., Any]
+    check_values: Callable[..., None] = lambda *args: None
+    triton: str | None = None
+    backward: Callable[..., Any] | None = None
+    setup_context: Callable[..., Any] | None = None
+    refuses_gradients: bool = False
+    autocast: Autocast | None = None
+    arguments: tuple[str, ...] = field(init=False)  # argument names of the schema
+    positional: int = field(init=False)  # number of arguments that may be positional
+    # defaults of the arguments, None where there is none
+    defaults: tuple[Any, ...] = field(init=False)
+    written: tuple[str, ...] = field(init=False)  # arguments that a call writes into
+    tensors: frozenset[str] = field(init=False)  # arguments that must be tensors
+    # The next two are created here: a graph traced by Dynamo cannot create them.
+    record: Any = field(init=False, compare=False, repr=False)  # the arguments as a named tuple
+    # The operator's fast path in module _C for plain calls (door.Door); None without one.
+    short: Callable[[tuple[Any, ...], int], Any] | None = field(
+        init=False, compare=False, repr=False
+    )
+
+    @property
+    def qualname(self) -> str:
+        return f"{NAMESPACE}::{self.name}"
+
+    def has_native(self, key: str) -> bool:
+        """Whether a native kernel is registered for the dispatch key ("CPU" or "CUDA")."""
+        return (self.name, key) in native_keys
+
+    def has_emulated(self) -> bool:
+        """Whether this build can run the CUDA kernel in the PTX machine."""
+        return self.name in emulated_operators()
+
+    @property
+    def public_name(self) -> str:
+        """Name of the public operator that this operator belongs to."""
+        return self.name.removesuffix("_backward").removesuffix("_out")
+
+    @property
+    def differentiates(self) -> TorchOp | None:
+        """The operator whose gradients this one computes."""
+        return _registered[self.public_name] if self.name.endswith("_backward") else None
+
+    def __post_init__(self) -> None:
+        schema = self.overload()._schema.arguments
+        written = tuple(a.name for a in schema if a.alias_info and a.alias_info.is_write)
+        object.__setattr__(self, "arguments", tuple(a.name for a in schema))
+        object.__setattr__(self, "positional", sum(not a.kwarg_only for a in schema))
+        object.__setattr__(self, "defaults", tuple(a.default_value for a in schema))
+        object.__setattr__(self, "written", written)
+        tensors = frozenset(a.name for a in schema if str(a.type) == "Tensor")
+        object.__setattr__(self, "tensors", tensors)
+        object.__setattr__(self, "record", record_of(self.name))
+        direct = doors[NAMESPACE].get(self.name)
+        object.__setattr__(self, "short", direct and direct.plain)
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments of a torch.ops call, in the order of the schema; a scale of None becomes
+        the default for the head_dim.
+        """
+        values = [*args, *self.defaults[len(args) :]]
+        for name, value in kwargs.items():
+            values[self.arguments.index(name)] = value
+        if "scale" in self.arguments:
+            q, at = values[self.arguments.index("q")], self.arguments.index("scale")
+            if values[at] is None and isinstance(q, torch.Tensor):
+                values[at] = scale_or_default(self.name, None, q)
+        return tuple(values)
+
+    def call(self, run: Callable[..., Any], values: Sequence[Any], *before: Any) -> Any:
+        """run(*before, ...) with all arguments of a call, passed as torch.ops takes them."""
+        named = dict(zip(self.arguments[self.positional :], values[self.positional :], strict=True))
+        return run(*before, *values[: self.positional], **named)
+
+    def needed_gradients(self, ctx: Any) -> dict[str, bool]:
+        """The arguments for which the backward must return a gradient, by name."""
+        return dict(zip(self.arguments, ctx.needs_input_grad, strict=False))
+
+    def gradients(self, **of: Any) -> tuple[Any, ...]:
+        """The return value of the operator's backward: the gradients given by name, else None."""
+        return tuple(of.get(name) for name in self.arguments)
+
+    def run(self, namespace: str, values: Sequence[Any]) -> Any:
+        """torch.ops.<namespace>.<name> with all arguments of a call."""
+        return self.call(self.overload(namespace), values)
+
+    def resolve_views(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """Materialises lazy negatives and conjugates, except in arguments that the call writes."""
+        return tuple(
+            value.resolve_neg().resolve_conj()
+            if isinstance(value, torch.Tensor) and name not in self.written
+            else value
+            for name, value in zip(self.arguments, values, strict=False)
+        )
+
+    def direct(self, namespace: str) -> Callable[..., Any] | None:
+        """The operator in module _C; None if this build has no native one."""
+        if namespace == EMULATED_NAMESPACE:
+            emulated_operators()
+        found = doors.get(namespace, {}).get(self.name)
+        return found and found.call
+
+    def run_direct(self, namespace: str, values: Sequence[Any]) -> Any:
+        """The results of a call without the dispatcher, in torch.ops form, or NotImplemented."""
+        run = self.direct(namespace)
+        results = run(*values) if run and door.is_open() else NotImplemented
+        if results is NotImplemented or len(results) > 1:
+            return results
+        return results[0] if results else None
+
+    def cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of a call after autocast."""
+        if self.autocast is None:
+            return args
+        given = self.autocast.apply(dict(zip(self.arguments, args, strict=True)))
+        return tuple(given.values())
+
+    def overload(self, namespace: str = NAMESPACE) -> Any:
+        return getattr(getattr(torch.ops, namespace), self.name).default
+
+
+native_keys: set[tuple[str, str]] = set()
+_registered: dict[str, TorchOp] = {}
+
+
+def add(op: TorchOp) -> None:
+    for key in ("CPU", "CUDA"):
+        if torch._C._dispatch_has_kernel_for_dispatch_key(op.qualname, key):
+            native_keys.add((op.name, key))
+    _registered[op.name] = op
+
+
+def registered(name: str) -> TorchOp:
+    return _registered[name]
+
+
+def all_registered() -> list[TorchOp]:
+    return list(_registered.values())
