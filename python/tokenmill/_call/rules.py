@@ -1,5 +1,5 @@
-"""The rules of a call, which only C++ knows: csrc/<family>/<op>/host.cpp, asked with a description of
-the arguments, without tensors.
+"""The rules of a call, asked from the checks of C++ (csrc/<family>/<op>/host.cpp) with a
+description of its arguments, without tensors.
 """
 
 from __future__ import annotations
@@ -50,19 +50,22 @@ class _NoHint(Exception):
     """A size or number of a traced call has no known value."""
 
 
-def broken_rule(op: str, values: Sequence[Any], *, float64: bool = False) -> str | None:
+def broken_rule(
+    op: str, kinds: Sequence[str], values: Sequence[Any], *, float64: bool = False
+) -> str | None:
     """The message about the first rule of the operator that metadata of its arguments breaks.
-    Traced sizes count with the values of the trace, and no guard is added; without them the
-    operator checks when it runs. Memory (overlap of written arguments) is checked where tensors
-    have any.
+    kinds are those of the schema: "Tensor", "int", "float", "bool" or "str". float64: whether it is
+    a valid dtype. Traced sizes count with the values of the trace, and no guard is added; without
+    them the operator checks when it runs. Memory (overlap of written arguments) is checked where
+    tensors have any.
     """
     if torch.compiler.is_dynamo_compiling():
         return None  # the fake kernel checks
     words: list[int] = []
     text: list[bytes] = []
     try:
-        for value in values:
-            _describe(value, words, text)
+        for kind, value in zip(kinds, values, strict=True):
+            _describe(kind, value, words, text)
     except _NoHint:
         return None
     message = ctypes.create_string_buffer(_CAPACITY)
@@ -74,22 +77,24 @@ def broken_rule(op: str, values: Sequence[Any], *, float64: bool = False) -> str
     return message.raw[: min(length, _CAPACITY)].decode() if length else None
 
 
-def _describe(value: Any, words: list[int], text: list[bytes]) -> None:
+def _describe(kind: str, value: Any, words: list[int], text: list[bytes]) -> None:
     """Adds the words that csrc/core/rules.cpp reads."""
     if value is None:
         words.append(0)
-    elif isinstance(value, Tensor):
+    elif kind == "Tensor":
         _describe_tensor(value, words)
-    elif isinstance(value, str):
+    elif kind == "str":
         data = value.encode()
         words += (1, len(data))
         text.append(data)
-    elif isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-        _describe(_hint(value), words, text)
-    elif isinstance(value, float):
-        words += (1, struct.unpack("q", struct.pack("d", value))[0])
     else:
-        words += (1, int(value))
+        number = _hint(value) if isinstance(value, _SYMBOLS) else value
+        if kind == "float":
+            number = struct.unpack("q", struct.pack("d", number))[0]
+        words += (1, number)
+
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def _describe_tensor(t: Tensor, words: list[int]) -> None:
