@@ -111,7 +111,7 @@ class TorchOp:
             t = values[self.arguments.index(name)]
             if t is not None and (t.is_neg() or t.is_conj()):
                 rule = "must not be a negative or conjugate view"
-                fail(op or self.public_name, name, rule, t)
+                fail(op or self.public_name, name.removesuffix("_out"), rule, t)
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments of a torch.ops call, in the order of the schema; a scale of None becomes
