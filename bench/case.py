@@ -76,18 +76,18 @@ def _sample_case(spec: registry.OpSpec, sample: registry.Sample) -> Case:
     drawn, options = sample.make(torch.float32, torch.Generator().manual_seed(0))
     args = [place(a) if isinstance(a, torch.Tensor) else a for a in drawn]
     kwargs = {k: place(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    lowered = spec.lower(*args, **kwargs)
+    record = spec.record(*args, **kwargs)
     result = spec.function(*args, **kwargs)
-    moved = (*lowered, *((result,) if isinstance(result, torch.Tensor) else result))
+    moved = (*record, *((result,) if isinstance(result, torch.Tensor) else result))
     return Case(
         spec.name,
         sample.name,
         torch.float32,
-        spec.flops(*lowered),
+        spec.flops(record),
         float(sum(t.nbytes for t in moved if isinstance(t, torch.Tensor))),
         lambda: (
             lambda: spec.function(*args, **kwargs),
-            {"plain PyTorch": lambda: lambda: spec.plain(*lowered)},
+            {"plain PyTorch": lambda: lambda: spec.plain(record)},
         ),
     )
 

@@ -9,7 +9,7 @@
 namespace tokenmill {
 
 inline void check_small(const char* op, const char* name, const View& t, const View& q) {
-  check(t.dtype == ScalarType::Float, op, name, "must be float32", t.dtype);
+  check_wide(op, name, t, q);
   check_last_contiguous(op, name, t);
   check_device_of_q(op, name, t, q);
 }

@@ -28,6 +28,8 @@ struct Sizes : std::span<const int64_t> {
 
 class Framework;
 
+constexpr int32_t kMeta = -2;  // device of tensors without memory
+
 // An argument, owned by the caller. False: an optional argument that was not given.
 struct View {
   explicit operator bool() const { return framework != nullptr; }
@@ -91,6 +93,10 @@ class Framework {
   virtual ~Framework() = default;
   virtual Array empty(Sizes sizes, ScalarType dtype, bool on_gpu, int32_t device) const = 0;
   virtual void* stream(int32_t device) const = 0;
+  // The rules of the call hold, and it begins to run. A call with results need not say so.
+  virtual void begin() const {}
+  // Whether float64 is a valid dtype: for the reference, whose rules are asked here.
+  virtual bool takes_float64() const { return false; }
 };
 
 // A new contiguous array on the device of `like`; dtype defaults to like.dtype.
@@ -114,6 +120,14 @@ inline Array zeros(const std::vector<int64_t>& sizes, const View& like, ScalarTy
 inline bool is_kernel_dtype(ScalarType t) {
   return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16;
 }
+inline bool has_kernel_dtype(const View& t) {
+  return is_kernel_dtype(t.dtype) ||
+         (t.dtype == ScalarType::Double && t.framework->takes_float64());
+}
+// Dtype of float32 arguments of a call on t: float64 if t is.
+inline ScalarType wide_dtype(const View& t) {
+  return t.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 inline DType to_dtype(ScalarType t) {
   return t == ScalarType::Half            ? DType::float16
@@ -123,7 +137,7 @@ inline DType to_dtype(ScalarType t) {
 }
 
 inline bool same_device(const View& a, const View& b) {
-  return a.is_cuda == b.is_cuda && a.device == b.device;
+  return a.is_cuda == b.is_cuda && a.on_gpu == b.on_gpu && a.device == b.device;
 }
 
 }  // namespace tokenmill

@@ -1,5 +1,5 @@
 // Errors that name operator, argument, rule and value. python/tokenmill/_check.py writes the same
-// text for backends that do not pass through C++.
+// text for functions composed of operators.
 #pragma once
 #include <cctype>
 #include <cstdio>
@@ -65,6 +65,7 @@ inline std::string show(ScalarType t) {
 }
 
 inline std::string show_device(const View& v) {
+  if (v.device == kMeta) return "meta";
   return v.on_gpu ? "cuda:" + std::to_string(v.device) : "cpu";
 }
 
@@ -109,6 +110,18 @@ void check(bool ok, std::string_view op, std::string_view argument, const Rule<P
            const Value& value) {
   if (!ok) [[unlikely]]
     fail(op, argument, rule.text(), show(value));
+}
+
+// A dtype that kernels take.
+inline void check_dtype(std::string_view op, std::string_view argument, const View& t) {
+  check(has_kernel_dtype(t), op, argument, "must be float16, bfloat16 or float32", t.dtype);
+}
+
+// float32, or float64 in a call on float64.
+inline void check_wide(std::string_view op, std::string_view argument, const View& t,
+                       const View& first) {
+  const ScalarType wide = wide_dtype(first);
+  check(t.dtype == wide, op, argument, Rule("must be ", wide), t.dtype);
 }
 
 // Looks up the value of a name; the error lists all names.

@@ -4,6 +4,7 @@
 #pragma once
 #include <atomic>
 #include <concepts>
+#include <map>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -228,17 +229,26 @@ Operator& implement(const char* name) {
   return op;
 }
 
-// Registers operators for CPU and, in builds that have it, CUDA.
+#if defined(TOKENMILL_RULES_ONLY)
+constexpr bool kHasKernels = false;  // the build leaves out the operators of this file
+#else
+constexpr bool kHasKernels = true;
+#endif
+
+// Registers operators for CPU and, in builds that have it, CUDA. Without kernels, only their rules.
 struct Registration {
-  Registration(std::initializer_list<Operator*> operators);
+  Registration(std::initializer_list<Operator*> operators, bool has_kernels = kHasKernels);
 };
 
 // A library as module _C finds it, with the schemas of its operators.
 struct Library {
-  std::vector<Operator*> operators;
-  bool cuda;      // has kernels for GPUs
-  bool emulated;  // runs them on the PTX machine
+  std::vector<Operator*> operators;  // with kernels
+  bool cuda;                         // has kernels for GPUs
+  bool emulated;                     // runs them on the PTX machine
 };
 Library& this_library();
+
+// Records whose rules can be asked, by the name of the operator (core/rules.cpp).
+std::map<std::string, Operator*, std::less<>>& all_operators();
 
 }  // namespace tokenmill

@@ -62,7 +62,8 @@ inline void check_cache_scale(const char* op, const char* name, const View& t, c
   check(
       (shared && shapes != ScaleShapes::token) || (t.sizes == all && shapes != ScaleShapes::shared),
       op, name, Rule("must have shape [1], ", each, " or ", all), t.sizes);
-  check(t.dtype == ScalarType::Float, op, name, "must be float32", t.dtype);
+  const bool wide = t.dtype == ScalarType::Double && t.framework->takes_float64();
+  check(t.dtype == ScalarType::Float || wide, op, name, "must be float32", t.dtype);
   check_device_of(op, name, t, of, cache);
 }
 
@@ -85,7 +86,7 @@ inline int64_t check_cache(const char* op, const View& q, const View& k, const V
   else
     check(q.dim() == 4, op, "q", "must have 4 dimensions [B, Sq, H, D]", q.dim());
   check_cache_ranks(op, k, v);
-  check(is_kernel_dtype(q.dtype), op, "q", "must be float16, bfloat16 or float32", q.dtype);
+  check_dtype(op, "q", q);
   check_cache_dtype(op, "k_cache", k, q);
   check(v.dtype == k.dtype, op, "v_cache", Rule("must have the dtype of k_cache, ", k.dtype),
         v.dtype);

@@ -61,7 +61,7 @@ inline void check_qkv(const char* op, const View& q, const View& k, const View& 
   const std::pair<const char*, const View*> all[] = {{"q", &q}, {"k", &k}, {"v", &v}};
   for (auto [name, t] : all)
     check(t->dim() == rank, op, name, Rule("must have ", rank, " dimensions ", layout), t->dim());
-  check(is_kernel_dtype(q.dtype), op, "q", "must be float16, bfloat16 or float32", q.dtype);
+  check_dtype(op, "q", q);
   for (auto [name, t] : {all[1], all[2]}) {
     check(t->dtype == q.dtype, op, name, Rule("must have the dtype of q, ", q.dtype), t->dtype);
     check_device_of_q(op, name, *t, q);

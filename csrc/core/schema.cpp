@@ -108,6 +108,11 @@ const Schema& Operator::checked_schema() const {
   return schema;
 }
 
+std::map<std::string, Operator*, std::less<>>& all_operators() {
+  static std::map<std::string, Operator*, std::less<>> all;
+  return all;
+}
+
 Library& this_library() {
 #if defined(TOKENMILL_EMULATED)
   static Library library{{}, true, true};

@@ -1,6 +1,6 @@
 // torch's stable ABI (torch >= 2.10), and the namespace of the operators, which is spelled only
-// here and in python/tokenmill/_call/library.py. TOKENMILL_EMULATED builds a second library of the same
-// operators, in which the CUDA code serves CPU tensors: its kernels run on the PTX machine
+// here and in python/tokenmill/_call/library.py. TOKENMILL_EMULATED builds a second library of the
+// same operators, in which the CUDA code serves CPU tensors: its kernels run on the PTX machine
 // (ptxvm).
 #pragma once
 #include <torch/csrc/stable/library.h>

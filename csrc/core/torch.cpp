@@ -148,7 +148,9 @@ void torch_call(Operator& op, uint64_t* stack, uint64_t inputs, uint64_t outputs
     stack[i] = torch::stable::detail::from(*static_cast<const Tensor*>(results[i].owner.get()));
 }
 
-Registration::Registration(std::initializer_list<Operator*> added) {
+Registration::Registration(std::initializer_list<Operator*> added, bool has_kernels) {
+  for (Operator* op : added) all_operators().emplace(op->name, op);
+  if (!has_kernels) return;
   for (const char* key : kKeys) {
     // Never freed: registrations live as long as the library.
     auto* const library = new StableLibrary(StableLibrary::Kind::IMPL,

@@ -34,6 +34,14 @@ bool select_isa(const char* name);
 // `tokenmill::cpu::fn(const Params&)`. Empty in .cu files, which call no CPU kernel.
 #if defined(__CUDACC__)
 #define TOKENMILL_CPU_KERNEL(fn, Params)
+#elif defined(TOKENMILL_RULES_ONLY)
+// The operator is left out of the build: its rules are asked, and it never runs.
+#define TOKENMILL_CPU_KERNEL(fn, Params)          \
+  namespace tokenmill::cpu {                      \
+  inline namespace left_out {                     \
+  inline void fn(const Params&) { std::abort(); } \
+  }                                               \
+  }
 #else
 #define TOKENMILL_CPU_KERNEL(fn, Params)                      \
   namespace tokenmill {                                       \

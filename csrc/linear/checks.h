@@ -25,15 +25,14 @@ inline FeatureMap check_linear_inputs(const char* op, const View& q, const View&
     const std::vector<int64_t> head{q.size(-2)}, token(q.sizes.begin(), q.sizes.end() - 1);
     check(log_decay.sizes == head || log_decay.sizes == token, op, "log_decay",
           Rule("must have shape ", head, " or ", token), log_decay.sizes);
-    check(log_decay.dtype == ScalarType::Float, op, "log_decay", "must be float32",
-          log_decay.dtype);
+    check_wide(op, "log_decay", log_decay, q);
     check_device_of_q(op, "log_decay", log_decay, q);
   }
   return map;
 }
 
 inline void check_state(const char* op, const char* name, const View& t, const View& q) {
-  check(t.dtype == ScalarType::Float, op, name, "must be float32", t.dtype);
+  check_wide(op, name, t, q);
   const bool rows_lie_together =
       t.numel() == 0 || ((t.size(-1) == 1 || t.strides.back() == 1) &&
                          (t.size(-2) == 1 || t.strides[t.dim() - 2] == t.size(-1)));

@@ -35,7 +35,7 @@ void set_lse(const char* op, const View& lse, const View& q, Params& p) {
   const View& t = lse;
   const std::vector<int64_t> wanted{q.size(0), q.size(2), q.size(1)};
   check(t.sizes == wanted, op, "lse", Rule("must have shape ", wanted), t.sizes);
-  check(t.dtype == ScalarType::Float, op, "lse", "must be float32", t.dtype);
+  check_wide(op, "lse", t, q);
   check_last_contiguous(op, "lse", t);
   check_device_of_q(op, "lse", t, q);
   p.lse = t.data<float>();

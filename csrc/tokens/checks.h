@@ -17,19 +17,19 @@ inline void check_token_rows(const char* op, const char* name, const View& t) {
 // Tokens [B, N, C] for arithmetic.
 inline void check_tokens(const char* op, const char* name, const View& t) {
   check(t.dim() == 3, op, name, "must have 3 dimensions [B, N, C]", t.dim());
-  check(is_kernel_dtype(t.dtype), op, name, "must be float16, bfloat16 or float32", t.dtype);
+  check_dtype(op, name, t);
   check_token_rows(op, name, t);
 }
 
 constexpr const char* kMovable = "must be float16, bfloat16, float32, int32 or int64";
-inline bool is_movable(ScalarType t) {
-  return is_kernel_dtype(t) || t == ScalarType::Int || t == ScalarType::Long;
+inline bool is_movable(const View& t) {
+  return has_kernel_dtype(t) || t.dtype == ScalarType::Int || t.dtype == ScalarType::Long;
 }
 
 // Tokens [B, N, C] that are only moved.
 inline void check_movable_tokens(const char* op, const char* name, const View& t) {
   check(t.dim() == 3, op, name, "must have 3 dimensions [B, N, C]", t.dim());
-  check(is_movable(t.dtype), op, name, kMovable, t.dtype);
+  check(is_movable(t), op, name, kMovable, t.dtype);
   check_token_rows(op, name, t);
 }
 

@@ -116,7 +116,8 @@ def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any
             lowered = spec.forward.cast(lowered)
         spec.forward.check(*lowered, float64=True)
         if spec.out is not None and out is not None:
-            spec.out.check(*lowered, spec.lower_out(out, *lowered), float64=True)
+            record = spec.forward.record(*lowered)
+            spec.out.check(*lowered, spec.lower_out(out, record), float64=True)
         chosen = choose(spec, lowered, backend)
     except RuntimeError as error:
         return Explanation(spec.name, None, None, {}, str(error))

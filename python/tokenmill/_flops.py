@@ -114,8 +114,8 @@ def _register(specs: Sequence[OpSpec], counter: ModuleType) -> None:
 
 def _count(spec: OpSpec, op: TorchOp, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
     given = dict(zip(op.arguments, op.bind(args, kwargs), strict=True))
-    lowered = [given.get(name) for name in spec.forward.arguments]
+    record = spec.forward.record(*(given.get(name) for name in spec.forward.arguments))
     formula: Callable[..., float] = spec.flops
     if op is spec.backward:
-        formula = spec.backward_flops or (lambda *lowered: 2.0 * spec.flops(*lowered))
-    return round(formula(*lowered))
+        formula = spec.backward_flops or (lambda record: 2.0 * spec.flops(record))
+    return round(formula(record))

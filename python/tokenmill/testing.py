@@ -337,7 +337,7 @@ def _draw(op: str, sample: Sample, dtype: torch.dtype, seed: int) -> _Draw:
     returned = len(cotangents) - sum(given.get(name) is not None for name in spec.written)
 
     def plainly(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        return spec.plain(*spec.lower(*args, **kwargs))[:returned]
+        return spec.plain(spec.record(*args, **kwargs))[:returned]
 
     weights = cotangents if spec.gradients_of(sample) else None
     plain = evaluate(without_side_effects(spec, plainly), args, kwargs, weights)

@@ -13,7 +13,7 @@ struct AdditiveAttentionArgs : Record {
 
 // The checks of python/tokenmill/dense/additive_attention.py, in its order and words.
 AdditiveParams make_params(const AdditiveAttentionArgs& a) {
-  check(is_kernel_dtype(a.q.dtype), kOp, "q", "must be float16, bfloat16 or float32", a.q.dtype);
+  check_dtype(kOp, "q", a.q);
   check(a.q.dim() == 3, kOp, "q", "must have 3 dimensions [B, T, A]", a.q.dim());
   AdditiveParams p{};
   p.batch = a.q.size(0);

@@ -16,8 +16,7 @@ void check_device(const char* name, const View& t, const View& outs) {
 MergeParams make_params(const View& outs, const View& lses) {
   check(outs.dim() == 5 || outs.dim() == 4, kOp, "outs",
         "must have 5 dimensions [n, B, S, H, D] or 4 [n, T, H, D]", outs.dim());
-  check(is_kernel_dtype(outs.dtype), kOp, "outs", "must be float16, bfloat16 or float32",
-        outs.dtype);
+  check_dtype(kOp, "outs", outs);
   check(outs.last_contiguous(), kOp, "outs", "must have a contiguous last dimension; strides",
         outs.strides);
   check(outs.size(0) >= 1, kOp, "outs", "must hold at least one part", outs.size(0));
@@ -40,7 +39,7 @@ MergeParams make_params(const View& outs, const View& lses) {
     wanted.push_back(p.heads);
     wanted.push_back(p.seqlen);
     check(lses.sizes == wanted, kOp, "lses", Rule("must have shape ", wanted), lses.sizes);
-    check(lses.dtype == ScalarType::Float, kOp, "lses", "must be float32", lses.dtype);
+    check_wide(kOp, "lses", lses, outs);
     check_device("lses", lses, outs);
     p.lses = lses.data<float>();
     p.lses_part = lses.step(0);

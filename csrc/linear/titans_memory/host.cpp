@@ -30,7 +30,7 @@ void check_inputs(const TitansArgs& a) {
   const int64_t rank = a.packed() ? 3 : 4;
   const char* layout = a.packed() ? "[T, H, D] (packed)" : "[B, S, H, D]";
   check(q.dim() == rank, kOp, "q", Rule("must have ", rank, " dimensions ", layout), q.dim());
-  check(is_kernel_dtype(q.dtype), kOp, "q", "must be float16, bfloat16 or float32", q.dtype);
+  check_dtype(kOp, "q", q);
   check(q.size(-1) > 0, kOp, "q", "must have a head dimension of at least 1", q.size(-1));
   for (auto [name, t] : {std::pair{"k", &k}, std::pair{"v", &v}}) {
     check(t->dtype == q.dtype, kOp, name, Rule("must have the dtype of q, ", q.dtype), t->dtype);
@@ -49,7 +49,7 @@ void check_inputs(const TitansArgs& a) {
        {std::pair{"alpha", &a.alpha}, std::pair{"eta", &a.eta}, std::pair{"theta", &a.theta}}) {
     const bool floating = is_kernel_dtype(t->dtype) || t->dtype == ScalarType::Double;
     check(floating, kOp, name, "must be a floating-point tensor", t->dtype);
-    check(t->dtype == ScalarType::Float, kOp, name, "must be float32", t->dtype);
+    check_wide(kOp, name, *t, q);
     check(t->sizes == token, kOp, name, Rule("must have shape ", token), t->sizes);
     check_device_of_q(kOp, name, *t, q);
   }

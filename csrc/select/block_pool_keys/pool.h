@@ -11,7 +11,7 @@ inline PoolParams pool_params(const char* op, const View& k, int64_t block, std:
                               const View& lengths, const View& block_table) {
   check(k.dim() == 4, op, "k", "must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]",
         k.dim());
-  check(is_kernel_dtype(k.dtype), op, "k", "must be float16, bfloat16 or float32", k.dtype);
+  check_dtype(op, "k", k);
   check_last_contiguous(op, "k", k);
   check(block >= 1 && block < (int64_t{1} << 31), op, "block", "must be 1 to 2^31 - 1", block);
   constexpr std::pair<std::string_view, PoolMode> kModes[] = {
@@ -44,7 +44,8 @@ inline void set_pooled(PoolParams& p, const View& pooled) {
   p.out_half = p.mode == PoolMode::minmax ? pooled.step(3) : 0;
 }
 
-inline void run_pool(const char* op, const PoolParams& p, const View& k) {
+static inline void run_pool(const char* op, const PoolParams& p, const View& k) {
+  k.framework->begin();
   if (!k.is_cuda) check_block_table_values(op, p.k, p.batch, p.lengths);
   if (p.batch == 0 || p.blocks == 0 || p.kv_heads == 0 || p.head_dim == 0) return;
 #if defined(TOKENMILL_WITH_CUDA)

@@ -61,7 +61,7 @@ void check_rows(const HipBlockSelectArgs& a) {
       a.k.dim() == (a.cu_seqlens_k ? 3 : 4), kOp, "k",
       a.cu_seqlens_k ? kPacked : "must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]",
       a.k.dim());
-  check(is_kernel_dtype(a.q.dtype), kOp, "q", "must be float16, bfloat16 or float32", a.q.dtype);
+  check_dtype(kOp, "q", a.q);
   check(a.k.dtype == a.q.dtype, kOp, "k", Rule("must have the dtype of q, ", a.q.dtype), a.k.dtype);
   check_device_of(kOp, "k", a.k, "q", a.q);
   check_last_contiguous(kOp, "q", a.q);

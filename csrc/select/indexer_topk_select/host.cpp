@@ -42,7 +42,7 @@ void check_rows(const IndexerTopkSelectArgs& a) {
         a.cu_seqlens_k ? "must have 2 dimensions [T, D] (packed)"
                        : "must have 3 dimensions [B, S, D] or [pages, page_size, D]",
         a.k.dim());
-  check(is_kernel_dtype(a.q.dtype), kOp, "q", "must be float16, bfloat16 or float32", a.q.dtype);
+  check_dtype(kOp, "q", a.q);
   check_cache_dtype(kOp, "k", a.k, a.q);
   const std::vector<int64_t> wanted(a.q.sizes.begin(), a.q.sizes.end() - 1);
   check(a.weights.sizes == wanted, kOp, "weights", Rule("must have shape ", wanted),
@@ -75,7 +75,7 @@ void set_scale(IndexerParams& p, const IndexerTopkSelectArgs& a) {
   const std::vector<int64_t> one{1}, each(a.k.sizes.begin(), a.k.sizes.end() - 1);
   check(t.sizes == one || t.sizes == each, kOp, "k_scale", Rule("must have shape [1] or ", each),
         t.sizes);
-  check(t.dtype == ScalarType::Float, kOp, "k_scale", "must be float32", t.dtype);
+  check_wide(kOp, "k_scale", t, a.q);
   check_device_of_q(kOp, "k_scale", t, a.q);
   const bool shared = t.sizes != each;
   p.k_scale = p.k;

@@ -46,7 +46,7 @@ Array kv_block_scores(const KvBlockScoresArgs& a) {
         boxes ? "must have 5 dimensions [B, N, H, 2, D] or [pages, page_size, H, 2, D]"
               : "must have 4 dimensions [B, N, H, D] or [pages, page_size, H, D]",
         a.k.dim());
-  check(is_kernel_dtype(a.q.dtype), kOp, "q", "must be float16, bfloat16 or float32", a.q.dtype);
+  check_dtype(kOp, "q", a.q);
   if (boxes)
     check(a.k.dtype == a.q.dtype, kOp, "k", Rule("must have the dtype of q, ", a.q.dtype),
           a.k.dtype);

@@ -26,7 +26,7 @@ void check_rows(const char* name, const View& t, const KvCacheAppendArgs& a) {
 
 void check_caches(const KvCacheAppendArgs& a) {
   check_cache_ranks(kOp, a.k_cache, a.v_cache);
-  check(is_kernel_dtype(a.k.dtype), kOp, "k", "must be float16, bfloat16 or float32", a.k.dtype);
+  check_dtype(kOp, "k", a.k);
   check_cache_dtype(kOp, "k_cache", a.k_cache, a.k, "k");
   check_caches_alike(kOp, a.k_cache, a.v_cache, kMaxCacheDim, kMaxCacheValueDim);
 }
@@ -98,7 +98,7 @@ void set_rope(AppendParams& p, const KvCacheAppendArgs& a) {
         c.sizes);
   check(s.sizes == c.sizes, kOp, "rope", "must have cos and sin of one shape", s.sizes);
   for (const View* t : {&c, &s}) {
-    check(t->dtype == ScalarType::Float, kOp, "rope", "must be float32", t->dtype);
+    check_wide(kOp, "rope", *t, a.k);
     check_last_contiguous(kOp, "rope", *t);
     check_device_of(kOp, "rope", *t, "k_cache", a.k_cache);
   }

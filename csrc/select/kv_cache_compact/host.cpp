@@ -61,8 +61,7 @@ struct KvCacheCompactArgs : Record {
 // Same checks, order and messages as python/tokenmill/select/kv_cache_compact.py.
 std::tuple<Array, Array, Array, Array> kv_cache_compact(const KvCacheCompactArgs& a) {
   check_cache_ranks(kOp, a.k_cache, a.v_cache);
-  check(is_kernel_dtype(a.k_cache.dtype), kOp, "k_cache", "must be float16, bfloat16 or float32",
-        a.k_cache.dtype);
+  check_dtype(kOp, "k_cache", a.k_cache);
   check_caches_alike(kOp, a.k_cache, a.v_cache);
   CompactParams p{};
   p.heads = a.k_cache.size(2);
@@ -103,7 +102,7 @@ std::tuple<Array, Array, Array, Array> kv_cache_compact(const KvCacheCompactArgs
     const View& t = a.turns;
     check(t.dim() == 2 && t.size(0) == 2 && t.size(1) >= 1 && 2 * t.size(1) <= a.k_cache.size(3),
           kOp, "rerotate", Rule("must have 1 to ", a.k_cache.size(3) / 2, " frequencies"), t.sizes);
-    check(t.dtype == ScalarType::Float, kOp, "rerotate", "must be float32", t.dtype);
+    check_wide(kOp, "rerotate", t, a.k_cache);
     check_last_contiguous(kOp, "rerotate", t);
     check_device_of(kOp, "rerotate", t, "k_cache", a.k_cache);
     p.turns = t.data<float>();

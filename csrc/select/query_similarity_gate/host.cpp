@@ -27,8 +27,7 @@ Array query_similarity_gate(const QuerySimilarityGateArgs& a) {
     check(views[i].dim() == 4, kOp, kNames[i], "must have 4 dimensions [B, S, H, D]",
           views[i].dim());
   const View &first = views[0], &second = views[1];
-  check(is_kernel_dtype(first.dtype), kOp, "q", "must be float16, bfloat16 or float32",
-        first.dtype);
+  check_dtype(kOp, "q", first);
   check(second.dtype == first.dtype, kOp, "q_ref", Rule("must have the dtype of q, ", first.dtype),
         second.dtype);
   check_device_of_q(kOp, "q_ref", second, first);

@@ -38,8 +38,7 @@ struct TopkSelectArgs : Record {
 // Same checks, order and messages as python/tokenmill/select/topk_select.py.
 std::tuple<Array, Array, Array, Array> topk_select(const TopkSelectArgs& a) {
   check(a.scores.dim() == 2, kOp, "scores", "must have 2 dimensions [R, n]", a.scores.dim());
-  check(is_kernel_dtype(a.scores.dtype), kOp, "scores", "must be float16, bfloat16 or float32",
-        a.scores.dtype);
+  check_dtype(kOp, "scores", a.scores);
   check_last_contiguous(kOp, "scores", a.scores);
   check(a.scores.size(1) < (int64_t{1} << 31), kOp, "scores", "must have fewer than 2^31 columns",
         a.scores.size(1));

@@ -22,7 +22,7 @@ struct ClusterTokensArgs : Record {
 // Same checks, order and messages as python/tokenmill/tokens/cluster_tokens.py.
 ClusterParams make_params(const ClusterTokensArgs& a) {
   check(a.x.dim() == 4, kOp, "x", "must have 4 dimensions [B, Y, X, C]", a.x.dim());
-  check(is_kernel_dtype(a.x.dtype), kOp, "x", "must be float16, bfloat16 or float32", a.x.dtype);
+  check_dtype(kOp, "x", a.x);
   check_last_contiguous(kOp, "x", a.x);
   const int64_t pixels = a.x.size(0) * a.x.size(1) * a.x.size(2), channels = a.x.size(3);
   check(pixels < int64_t{1} << 31, kOp, "x", "must have fewer than 2^31 pixels in all", pixels);

@@ -21,7 +21,7 @@ GatherFuseParams make_params(const GatherFuseArgs& a) {
         Rule("must be 0 to the number of tokens, ", tokens), a.prefix);
   check_indices(kOp, "keep", a.keep, batch, "x", a.x);
   check_indices(kOp, "rest", a.rest, batch, "x", a.x);
-  check_like(kOp, "weight", a.weight, {batch, tokens - a.prefix}, ScalarType::Float, "x", a.x);
+  check_like(kOp, "weight", a.weight, {batch, tokens - a.prefix}, wide_dtype(a.x), "x", a.x);
   GatherFuseParams p{};
   p.batch = batch;
   p.prefix = a.prefix;

@@ -41,6 +41,7 @@ std::vector<int64_t> out_sizes(const View& from, const View& ids) {
 }
 
 void run(GatherTokensParams& p, const View& from, const View& ids, const View& out) {
+  from.framework->begin();
   out.note(true);
   if (!from.is_cuda) check_index_values(kOp, "indices", ids, p.rows);
   const int64_t bytes = out.element_bytes;

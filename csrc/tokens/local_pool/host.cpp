@@ -18,7 +18,7 @@ struct LocalPoolArgs : Record {
 // Same checks, order and messages as python/tokenmill/tokens/local_pool.py.
 LocalPoolParams make_params(const LocalPoolArgs& a) {
   check(a.x.dim() == 4, kOp, "x", "must have 4 dimensions [B, Y, X, C], or 3 [B, N, C]", a.x.dim());
-  check(is_kernel_dtype(a.x.dtype), kOp, "x", "must be float16, bfloat16 or float32", a.x.dtype);
+  check_dtype(kOp, "x", a.x);
   check_last_contiguous(kOp, "x", a.x);
   const int64_t tokens = a.x.size(0) * a.x.size(1) * a.x.size(2);
   check(tokens < int64_t{1} << 31, kOp, "x", "must have fewer than 2^31 tokens in all", tokens);

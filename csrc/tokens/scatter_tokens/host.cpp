@@ -29,7 +29,7 @@ struct ScatterTokensArgs : Record {
 Array scatter_tokens(const ScatterTokensArgs& a) {
   check(a.y.dim() == 2 || a.y.dim() == 3, kOp, "y", "must have 3 dimensions [B, K, C], or 2 [K, C]",
         a.y.dim());
-  check(is_movable(a.y.dtype), kOp, "y", kMovable, a.y.dtype);
+  check(is_movable(a.y), kOp, "y", kMovable, a.y.dtype);
   check_last_contiguous(kOp, "y", a.y);
   const std::vector<int64_t> places_sizes(a.y.sizes.begin(), a.y.sizes.end() - 1);
   check(a.indices.sizes == places_sizes, kOp, "indices", Rule("must have shape ", places_sizes),

@@ -29,7 +29,7 @@ SegmentReduceParams make_params(const SegmentReduceArgs& a) {
   if (a.perm) check_indices(kOp, "perm", a.perm, batch, "x", a.x);
   const Reduce reduce = choose(kOp, "reduce", kReduces, a.reduce);
   if (a.weight) {
-    check_like(kOp, "weight", a.weight, {batch, tokens}, ScalarType::Float, "x", a.x);
+    check_like(kOp, "weight", a.weight, {batch, tokens}, wide_dtype(a.x), "x", a.x);
     check(a.reduce == "sum" || a.reduce == "mean", kOp, "weight",
           "requires reduce 'sum' and 'mean'", a.reduce);
   }

@@ -27,8 +27,7 @@ struct TopkPartitionArgs : Record {
 // Same checks, order and messages as python/tokenmill/tokens/topk_partition.py.
 std::tuple<Array, Array> topk_partition(const TopkPartitionArgs& a) {
   check(a.scores.dim() == 2, kOp, "scores", "must have 2 dimensions [B, N]", a.scores.dim());
-  check(is_kernel_dtype(a.scores.dtype), kOp, "scores", "must be float16, bfloat16 or float32",
-        a.scores.dtype);
+  check_dtype(kOp, "scores", a.scores);
   check_last_contiguous(kOp, "scores", a.scores);
   TopkPartitionParams p{};
   p.batch = a.scores.size(0);

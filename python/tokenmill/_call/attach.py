@@ -13,7 +13,7 @@ import torch
 
 from . import autograd, door, vmap
 from .autocast import device_of
-from .fake import call_fake, check
+from .fake import call_fake
 from .library import (
     EMULATED_NAMESPACE,
     EMULATED_PATH,
@@ -91,17 +91,17 @@ def _call_autocast(op: TorchOp, namespace: str, *args: Any, **kwargs: Any) -> An
 
 def _call_on_views(op: TorchOp, namespace: str, *args: Any, **kwargs: Any) -> Any:
     values = op.resolve_views(op.bind(args, kwargs))
-    check(op, values)  # refuses written arguments
+    op.check(*values)  # refuses written arguments
     return op.run(namespace, values)
 
 
 def _call_triton(op: TorchOp, *args: Any, **kwargs: Any) -> Any:
     values = op.bind(args, kwargs)
-    check(op, values)
+    op.check(*values)
     assert op.triton
     module, function = op.triton.split(":")
     kernels = importlib.import_module(f"tokenmill.triton_kernels.{module}")
-    return getattr(kernels, function)(*values)
+    return getattr(kernels, function)(op.record(*values))
 
 
 def _define_triton() -> set[str]:

@@ -68,7 +68,7 @@ def autograd_function(op: TorchOp, namespace: str) -> type[_SingleLevelFunction]
                 results = _below(op, namespace, keys, arguments)
         else:
             results = _below(op, namespace, keys, arguments)
-        setup_context(ctx, arguments, results)
+        setup_context(ctx, op.record(*arguments), results)
         return results
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -133,20 +133,21 @@ def _below(op: TorchOp, namespace: str, keys: Any, values: Sequence[Any]) -> Any
 _KEPT = object()  # placeholder for a saved tensor
 
 
-def keep(ctx: Any, inputs: Sequence[Any], *results: Tensor | None) -> None:
+def keep(ctx: Any, record: Any, *results: Tensor | None) -> None:
     """Saves, for the backward, the arguments of a call and the results that it needs."""
-    ctx.save_for_backward(*[x for x in inputs if isinstance(x, Tensor)], *results)
-    ctx.plain = [_KEPT if isinstance(x, Tensor) else x for x in inputs]
+    ctx.save_for_backward(*[x for x in record if isinstance(x, Tensor)], *results)
+    ctx.record = type(record)(*[_KEPT if isinstance(x, Tensor) else x for x in record])
     ctx.set_materialize_grads(False)
 
 
-def kept(ctx: Any) -> tuple[list[Any], list[Any]]:
-    """The arguments and results saved by `keep`."""
+def kept(ctx: Any) -> tuple[Any, list[Any]]:
+    """The record of the arguments and the results saved by `keep`."""
     saved = iter(ctx.saved_tensors)
-    return [next(saved) if x is _KEPT else x for x in ctx.plain], list(saved)
+    record = type(ctx.record)(*[next(saved) if x is _KEPT else x for x in ctx.record])
+    return record, list(saved)
 
 
-def _keep_nothing(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+def _keep_nothing(ctx: Any, record: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 

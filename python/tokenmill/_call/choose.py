@@ -58,7 +58,7 @@ def reasons(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
 
 def unsupported(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
     """The reasons why a backend's kernels do not support a call, wherever its tensors are."""
-    return spec.unsupported(backend, *lowered) if spec.unsupported else []
+    return spec.unsupported(backend, spec.forward.record(*lowered)) if spec.unsupported else []
 
 
 def choose(

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from .._check import InputError, check_tensor, fail
 from .._lowering import scale_or_default
-from . import door
+from . import door, rules
 from .autocast import Autocast
 from .library import EMULATED_NAMESPACE, NAMESPACE, doors, emulated_operators, native
 
@@ -25,11 +26,11 @@ def record_of(name: str) -> Any:
 
 @dataclass(frozen=True)
 class TorchOp:
-    """One operator of the library. Every callable takes the arguments of the schema.
+    """One operator of the library. Every callable takes its record: the arguments of the schema by
+    name.
 
-    check raises for a bad call from metadata only (float64=True admits float64, which only the
-    reference runs); check_values from the values inside tensors, which costs a synchronisation on a
-    GPU. fake returns the outputs without data. triton is the "module:function" of the Triton
+    check_values raises for bad values inside tensors, which costs a synchronisation on a GPU. fake
+    returns the outputs without data. triton is the "module:function" of the Triton
     implementation inside tokenmill.triton_kernels. backward and setup_context are as in
     torch.library.register_autograd, with torch.ops.<namespace> before the context. A call of an
     operator without backward has constant results, unless it refuses_gradients; an operator that
@@ -37,9 +38,8 @@ class TorchOp:
     """
 
     name: str
-    check: Callable[..., None]
-    fake: Callable[..., Any]
-    check_values: Callable[..., None] = lambda *args: None
+    fake: Callable[[Any], Any]
+    check_values: Callable[[Any], None] = lambda record: None
     triton: str | None = None
     backward: Callable[..., Any] | None = None
     setup_context: Callable[..., Any] | None = None
@@ -50,6 +50,7 @@ class TorchOp:
     # defaults of the arguments, None where there is none
     defaults: tuple[Any, ...] = field(init=False)
     written: tuple[str, ...] = field(init=False)  # arguments that a call writes into
+    kinds: tuple[str, ...] = field(init=False)  # "Tensor", "int", "float", "bool" or "str"
     tensors: frozenset[str] = field(init=False)  # arguments that must be tensors
     # The next two are created here: a graph traced by Dynamo cannot create them.
     record: Any = field(init=False, compare=False, repr=False)  # the arguments as a named tuple
@@ -87,11 +88,30 @@ class TorchOp:
         object.__setattr__(self, "positional", sum(not a.kwarg_only for a in schema))
         object.__setattr__(self, "defaults", tuple(a.default_value for a in schema))
         object.__setattr__(self, "written", written)
+        kinds = tuple(str(a.type).removeprefix("Optional[").removesuffix("]") for a in schema)
+        object.__setattr__(self, "kinds", kinds)
         tensors = frozenset(a.name for a in schema if str(a.type) == "Tensor")
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "record", record_of(self.name))
         direct = doors[NAMESPACE].get(self.name)
         object.__setattr__(self, "short", direct and direct.plain)
+
+    def check(self, *values: Any, float64: bool = False, op: str | None = None) -> None:
+        """Raises if metadata of the arguments breaks a rule (rules.broken_rule). float64 admits
+        this dtype, which only the reference runs. Errors name op, or the public operator.
+        """
+        for name, value in zip(self.arguments, values, strict=True):
+            if value is None and name in self.tensors:  # torch passes None for any tensor
+                check_tensor(op or self.name, name, value)
+        message = rules.broken_rule(self.name, self.kinds, values, float64=float64)
+        if message is not None:
+            here = f"tokenmill.{self.public_name}:"
+            raise InputError(message.replace(here, f"tokenmill.{op}:", 1) if op else message)
+        for name in self.written:
+            t = values[self.arguments.index(name)]
+            if t is not None and (t.is_neg() or t.is_conj()):
+                rule = "must not be a negative or conjugate view"
+                fail(op or self.public_name, name.removesuffix("_out"), rule, t)
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments of a torch.ops call, in the order of the schema; a scale of None becomes

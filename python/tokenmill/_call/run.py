@@ -74,12 +74,12 @@ def call(
             with _mode_of_reference(spec, checked, arguments):
                 return _results(sharding.run_reference(spec, lowered, checked, arguments), out)
         checked.check(*arguments, float64=True)
-        spec.forward.check_values(*lowered)
+        spec.forward.check_values(spec.forward.record(*lowered))
         with _mode_of_reference(spec, checked, arguments):
-            return _results(spec.reference(*lowered), out)
+            return _results(spec.reference(spec.forward.record(*lowered)), out)
     if chosen != "cpu" and synchronising_checks() and not sharding:
         checked.check(*arguments)
-        spec.forward.check_values(*lowered)
+        spec.forward.check_values(spec.forward.record(*lowered))
     if out is not None and not _has_out(spec, chosen):
         checked.check(*arguments)
         return _results(call(spec, lowered, chosen), out)

@@ -63,17 +63,17 @@ class Sharding:
 class OpSpec:
     """One public operator.
 
-    lower maps the arguments of the public function to the lowered list: the arguments of the
-    schema, in the order shared by reference, C++ params and Triton launcher.
+    lower maps the arguments of the public function to the arguments of the schema, in its order.
+    All other callables take the record of the call: these arguments by name.
     differentiable names the arguments with a gradient. out, if any, is the operator that writes the
-    first result into its last argument; lower_out(out, *lowered) is this argument in the form of
-    the schema.
+    first result into its last argument; lower_out(out, record) is this argument in the form of the
+    schema.
     logarithms are the outputs (by position) whose errors are absolute while they are below 1: an
     absolute error of a logarithm is a relative error of its argument.
-    flops counts the operations of a forward call from the lowered list, backward_flops the
-    operations of its backward; None = twice as many. For tensors without data (meta and fake) they
+    flops counts the operations of a forward call, backward_flops the operations of its backward;
+    None = twice as many. For tensors without data (meta and fake) they
     return bounds.
-    unsupported(backend, *lowered) lists the reasons why CUDA or Triton cannot run a call, beyond
+    unsupported(backend, record) lists the reasons why CUDA or Triton cannot run a call, beyond
     the rules for every operator. The cpu backend runs all calls.
     unsupported_sm90(*lowered, out=out) lists the reasons why the sm_90a kernel does not take a
     call, which the sm_80 kernel then runs. None: there is no sm_90a kernel.
@@ -99,19 +99,19 @@ class OpSpec:
     family: str
     function: Callable[..., Any]
     lower: Callable[..., tuple[Any, ...]]
-    reference: Callable[..., tuple[Any, ...]]
-    plain: Callable[..., tuple[Any, ...]]
+    reference: Callable[[Any], tuple[Any, ...]]
+    plain: Callable[[Any], tuple[Any, ...]]
     forward: TorchOp
     backward: TorchOp | None
     differentiable: tuple[str, ...]
     paper: str
-    flops: Callable[..., float]
-    backward_flops: Callable[..., float] | None = None
+    flops: Callable[[Any], float]
+    backward_flops: Callable[[Any], float] | None = None
     out: TorchOp | None = None
     over_cache: str | None = None
-    lower_out: Callable[..., torch.Tensor] = field(default=lambda out, *lowered: out)
+    lower_out: Callable[[Any, Any], torch.Tensor] = field(default=lambda out, record: out)
     logarithms: tuple[int, ...] = ()
-    unsupported: Callable[..., list[str]] | None = None
+    unsupported: Callable[[str, Any], list[str]] | None = None
     unsupported_sm90: Callable[..., list[str]] | None = None
     sm90_kernel: Callable[..., str] | None = None
     sm90_knobs: Callable[..., list[str]] | None = None
@@ -123,6 +123,10 @@ class OpSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "written", self.written or self.forward.written)
+
+    def record(self, *args: Any, **kwargs: Any) -> Any:
+        """The record of a call of the public function."""
+        return self.forward.record(*self.lower(*args, **kwargs))
 
     @functools.cached_property
     def samples(self) -> tuple[Sample, ...]:

@@ -242,7 +242,6 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "k", "v_weight")),
-        check=_check,
         fake=_fake,
         triton="dense.additive_attention:additive_attention",
         backward=_backward,
@@ -252,7 +251,6 @@ FORWARD = register(
 BACKWARD = register(
     TorchOp(
         OP + "_backward",
-        check=_check_backward,
         fake=_fake_backward,
         triton="dense.additive_attention:additive_attention_backward",
     )

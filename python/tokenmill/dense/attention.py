@@ -448,7 +448,6 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "k", "v", "bias")),
-        check=check_attention,
         check_values=check_attention_values,
         fake=_fake,
         triton="dense.attention:attention",
@@ -456,11 +455,10 @@ FORWARD = register(
         setup_context=_setup_context,
     )
 )
-OUT = register(TorchOp(OP + "_out", check=check_attention_out, fake=_fake_out))
+OUT = register(TorchOp(OP + "_out", fake=_fake_out))
 BACKWARD = register(
     TorchOp(
         OP + "_backward",
-        check=_check_backward,
         fake=_fake_backward,
         triton="dense.attention:attention_backward",
     )

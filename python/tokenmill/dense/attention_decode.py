@@ -377,14 +377,13 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q",), cache="k_cache"),
-        check=check_decode,
         check_values=check_decode_values,
         fake=_fake,
         triton="dense.attention_decode:attention_decode",
         refuses_gradients=True,
     )
 )
-OUT = register(TorchOp(OP + "_out", check=check_decode_out, fake=_fake_out))
+OUT = register(TorchOp(OP + "_out", fake=_fake_out))
 SPEC = register_op(
     OpSpec(
         name=OP,

@@ -130,7 +130,6 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
 FORWARD = register(
     TorchOp(
         OP,
-        check=_check,
         fake=_fake,
         triton="dense.merge_attention_states:merge_attention_states",
         backward=_backward,
@@ -140,7 +139,6 @@ FORWARD = register(
 BACKWARD = register(
     TorchOp(
         OP + "_backward",
-        check=_check_backward,
         fake=_fake_backward,
         triton="dense.merge_attention_states:merge_attention_states_backward",
     )

@@ -49,7 +49,7 @@ def _rule(op: TorchOp, namespace: str) -> Callable[..., Any]:
                 for name, v, part in zip(op.arguments, values, parts.arguments, strict=True)
             ]
         if synchronising_checks() and not op.differentiates:
-            op.check_values(*local)
+            op.check_values(op.record(*local))
         results = below_autograd(op, namespace, local)
         if results is None or isinstance(results, Tensor):
             return results if results is None else _whole(results, mesh, parts.results[0])
@@ -72,8 +72,9 @@ def run_reference(
         _local(v, mesh, part, name in op.written, gradient) if isinstance(part, Part) else part
         for name, v, part, gradient in given
     ]
-    spec.forward.check_values(*local)
-    results = zip(spec.reference(*local), parts.results, strict=False)
+    record = spec.forward.record(*local)
+    spec.forward.check_values(record)
+    results = zip(spec.reference(record), parts.results, strict=False)
     return tuple(_whole(r, mesh, part) for r, part in results)
 
 

@@ -418,7 +418,6 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "k", "v")),
-        check=check_linear_attention,
         check_values=_check_values,
         fake=_fake,
         triton="linear.linear_attention:linear_attention",
@@ -426,11 +425,10 @@ FORWARD = register(
         setup_context=_setup_context,
     )
 )
-OUT = register(TorchOp(OP + "_out", check=check_linear_attention_out, fake=_fake_out))
+OUT = register(TorchOp(OP + "_out", fake=_fake_out))
 BACKWARD = register(
     TorchOp(
         OP + "_backward",
-        check=_check_backward,
         fake=_fake_backward,
         triton="linear.linear_attention:linear_attention_backward",
     )

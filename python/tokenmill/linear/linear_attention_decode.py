@@ -152,7 +152,6 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "k", "v")),
-        check=check_decode,
         check_values=_check_values,
         fake=_fake,
         triton="linear.linear_attention_decode:linear_attention_decode",

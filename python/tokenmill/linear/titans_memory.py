@@ -296,7 +296,6 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "k", "v")),
-        check=check_titans_memory,
         check_values=_check_values,
         fake=_fake,
         triton="linear.titans_memory:titans_memory",
@@ -307,7 +306,6 @@ FORWARD = register(
 BACKWARD = register(
     TorchOp(
         OP + "_backward",
-        check=_check_backward,
         fake=_fake_backward,
         triton="linear.titans_memory:titans_memory_backward",
     )

@@ -171,7 +171,6 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "k")),
-        check=_check,
         check_values=_check_values,
         fake=_fake,
         triton="select.attention_row_scores:attention_row_scores",

@@ -257,7 +257,6 @@ def _fake(
 FORWARD = register(
     TorchOp(
         OP,
-        check=_check,
         fake=_fake,
         check_values=_check_values,
         triton="select.block_pool_keys:block_pool_keys",
@@ -286,7 +285,6 @@ SPEC = register_op(
 UPDATE_FORWARD = register(
     TorchOp(
         UPDATE,
-        check=_check_update,
         fake=lambda *args: None,
         check_values=_check_update_values,
         triton="select.block_pool_keys:block_pool_keys_update",

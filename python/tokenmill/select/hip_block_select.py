@@ -351,7 +351,6 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "k"), cache="k", paged=True),
-        check=_check,
         fake=_fake,
         check_values=_check_values,
         triton="select.hip_block_select:hip_block_select",

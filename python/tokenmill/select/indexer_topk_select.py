@@ -313,7 +313,6 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "k", "weights"), cache="k", paged=True, wide=("weights",)),
-        check=_check,
         fake=_fake,
         check_values=_check_values,
         triton="select.indexer_topk_select:indexer_topk_select",

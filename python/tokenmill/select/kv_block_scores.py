@@ -302,7 +302,6 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q",), cache="k"),
-        check=_check,
         fake=_fake,
         check_values=_check_values,
         triton="select.kv_block_scores:kv_block_scores",

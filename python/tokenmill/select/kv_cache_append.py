@@ -322,7 +322,6 @@ def flops(*lowered: Any) -> float:
 FORWARD = register(
     TorchOp(
         OP,
-        check=_check,
         check_values=_check_values,
         fake=_fake,
         triton="select.kv_cache_append:kv_cache_append",

@@ -275,7 +275,6 @@ def _fake(
 FORWARD = register(
     TorchOp(
         OP,
-        check=_check,
         check_values=_check_values,
         fake=_fake,
         triton="select.kv_cache_compact:kv_cache_compact",

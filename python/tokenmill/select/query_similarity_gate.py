@@ -89,7 +89,6 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "q_ref")),
-        check=_check,
         fake=lambda q, q_ref, threshold: q.new_empty((q.shape[0],), dtype=torch.bool),
         triton="select.query_similarity_gate:query_similarity_gate",
     )

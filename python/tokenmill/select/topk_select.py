@@ -275,7 +275,6 @@ def _fake(
 FORWARD = register(
     TorchOp(
         OP,
-        check=_check,
         fake=_fake,
         check_values=_check_values,
         triton="select.topk_select:topk_select",

@@ -452,7 +452,6 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "k", "v")),
-        check=check_block_sparse,
         check_values=check_block_sparse_values,
         fake=_fake,
         triton=f"sparse.{OP}:{OP}",
@@ -460,11 +459,10 @@ FORWARD = register(
         setup_context=_setup_context,
     )
 )
-OUT = register(TorchOp(OP + "_out", check=check_block_sparse_out, fake=_fake_out))
+OUT = register(TorchOp(OP + "_out", fake=_fake_out))
 BACKWARD = register(
     TorchOp(
         OP + "_backward",
-        check=_check_backward,
         fake=_fake_backward,
         triton=f"sparse.{OP}_backward:{OP}_backward",
     )

@@ -35,7 +35,6 @@ def register_pair(
         TorchOp(
             op,
             autocast=autocast,
-            check=check,
             fake=_fake,
             triton=f"sparse.{op}:{op}",
             backward=backward,
@@ -45,7 +44,6 @@ def register_pair(
     gradients = register(
         TorchOp(
             f"{op}_backward",
-            check=check_backward,
             fake=_fake_gradients,
             triton=f"sparse.{op}_backward:{op}_backward",
         )

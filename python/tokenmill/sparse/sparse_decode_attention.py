@@ -372,14 +372,13 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "extra_k", "extra_v"), cache="k_cache"),
-        check=check_sparse_decode,
         check_values=check_sparse_decode_values,
         fake=_fake,
         triton="sparse.sparse_decode_attention:sparse_decode_attention",
         refuses_gradients=True,
     )
 )
-OUT = register(TorchOp(OP + "_out", check=check_sparse_decode_out, fake=_fake_out))
+OUT = register(TorchOp(OP + "_out", fake=_fake_out))
 SPEC = register_op(
     OpSpec(
         name=OP,

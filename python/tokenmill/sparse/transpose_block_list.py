@@ -78,7 +78,7 @@ def _fake(indices: Tensor, counts: Tensor, num_blocks: int) -> tuple[Tensor, Ten
 
 
 FORWARD = register(
-    TorchOp(OP, check=_check, fake=_fake, triton="sparse.transpose_block_list:transpose_block_list")
+    TorchOp(OP, fake=_fake, triton="sparse.transpose_block_list:transpose_block_list")
 )
 SPEC = register_op(
     OpSpec(

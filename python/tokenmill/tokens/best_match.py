@@ -108,7 +108,6 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(promote=("a", "b")),
-        check=_check,
         fake=_fake,
         triton="tokens.best_match:best_match",
     )

@@ -188,7 +188,6 @@ def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
 FORWARD = register(
     TorchOp(
         OP,
-        check=_check,
         fake=_fake,
         triton="tokens.local_pool:local_pool",
         backward=_backward,
@@ -198,7 +197,6 @@ FORWARD = register(
 BACKWARD = register(
     TorchOp(
         OP + "_backward",
-        check=_check_backward,
         fake=_fake_backward,
         triton="tokens.local_pool:local_pool_backward",
     )

@@ -92,7 +92,6 @@ def _fake(mask: Tensor, max_total: int | None) -> tuple[Tensor, Tensor, Tensor]:
 FORWARD = register(
     TorchOp(
         OP,
-        check=_check,
         fake=_fake,
         check_values=_check_values,
         triton="tokens.mask_partition:mask_partition",

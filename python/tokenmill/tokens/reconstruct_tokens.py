@@ -199,7 +199,6 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(promote=("features", "centroids", "values")),
-        check=_check,
         fake=_fake,
         triton="tokens.reconstruct_tokens:reconstruct_tokens",
         backward=_backward,
@@ -209,7 +208,6 @@ FORWARD = register(
 BACKWARD = register(
     TorchOp(
         OP + "_backward",
-        check=_check_backward,
         fake=_fake_backward,
         triton="tokens.reconstruct_tokens:reconstruct_tokens_backward",
     )

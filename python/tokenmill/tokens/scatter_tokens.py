@@ -156,7 +156,6 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(promote=("y", "base")),
-        check=_check,
         fake=_fake,
         check_values=_check_values,
         triton="tokens.scatter_tokens:scatter_tokens",

@@ -234,7 +234,6 @@ def _backward(
 FORWARD = register(
     TorchOp(
         OP,
-        check=_check,
         fake=_fake,
         check_values=_check_values,
         triton="tokens.segment_reduce:segment_reduce",
@@ -245,7 +244,6 @@ FORWARD = register(
 BACKWARD = register(
     TorchOp(
         OP + "_backward",
-        check=_check_backward,
         fake=_fake_backward,
         triton="tokens.segment_reduce:segment_reduce_backward",
     )

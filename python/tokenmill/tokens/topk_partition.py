@@ -185,7 +185,6 @@ def _fake(
 FORWARD = register(
     TorchOp(
         OP,
-        check=_check,
         fake=_fake,
         check_values=_check_values,
         triton="tokens.topk_partition:topk_partition",

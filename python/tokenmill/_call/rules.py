@@ -1,0 +1,120 @@
+"""The rules of a call, asked from the checks of C++ (csrc/<family>/<op>/host.cpp) with a
+description of its arguments, without tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .library import LIBRARY_PATH
+
+# Numbers of dtypes (c10/core/ScalarType.h).
+_DTYPES = {
+    torch.uint8: 0,
+    torch.int8: 1,
+    torch.int16: 2,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.float64: 7,
+    torch.complex32: 8,
+    torch.complex64: 9,
+    torch.complex128: 10,
+    torch.bool: 11,
+    torch.bfloat16: 15,
+    torch.float8_e5m2: 23,
+    torch.float8_e4m3fn: 24,
+    torch.float8_e5m2fnuz: 25,
+    torch.float8_e4m3fnuz: 26,
+    torch.uint16: 27,
+    torch.uint32: 28,
+    torch.uint64: 29,
+    torch.float8_e8m0fnu: 44,
+    torch.float4_e2m1fn_x2: 45,
+}
+_META = -2  # kMeta of csrc/core/array.h
+_CAPACITY = 4096
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+_ask: Any = ctypes.CDLL(str(LIBRARY_PATH)).tokenmill_rules
+_ask.restype = ctypes.c_int64
+_ask.argtypes = [ctypes.c_char_p] * 4 + [ctypes.c_int32, ctypes.c_char_p, ctypes.c_int64]
+
+
+class _NoHint(Exception):
+    """A size or number of a traced call has no known value."""
+
+
+def broken_rule(
+    op: str, kinds: Sequence[str], values: Sequence[Any], *, float64: bool = False
+) -> str | None:
+    """The message about the first rule of the operator that metadata of its arguments breaks.
+    kinds are those of the schema: "Tensor", "int", "float", "bool" or "str". float64: whether it is
+    a valid dtype. Traced sizes count with the values of the trace, and no guard is added; without
+    them the operator checks when it runs. Memory (overlap of written arguments) is checked where
+    tensors have any.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return None  # the fake kernel checks
+    # As csrc/core/rules.cpp reads them: 0 for None, otherwise 1 and what the kind needs.
+    words: list[int] = []
+    numbers: list[float] = []
+    text: list[bytes] = []
+    try:
+        for kind, value in zip(kinds, values, strict=True):
+            if value is None:
+                words.append(0)
+                continue
+            words.append(1)
+            if kind == "Tensor":
+                _describe(value, words)
+            elif kind == "str":
+                text.append(value.encode())
+                words.append(len(text[-1]))
+            else:
+                number = _hint(value) if isinstance(value, _SYMBOLS) else value
+                (numbers if kind == "float" else words).append(number)
+    except _NoHint:
+        return None
+    message = ctypes.create_string_buffer(_CAPACITY)
+    packed = struct.pack(f"{len(words)}q", *words), struct.pack(f"{len(numbers)}d", *numbers)
+    length = _ask(op.encode(), *packed, b"".join(text), float64, message, _CAPACITY)
+    assert length >= 0, op
+    return message.raw[: min(length, _CAPACITY)].decode() if length else None
+
+
+def _describe(t: Tensor, words: list[int]) -> None:
+    device = t.device
+    on_gpu = device.type not in ("cpu", "meta")
+    index = device.index or 0 if on_gpu else _META if device.type == "meta" else 0
+    words += (t.dim(), _DTYPES.get(t.dtype, -1), t.element_size(), on_gpu, index, _address(t))
+    words += [n if type(n) is int else _hint(n) for n in t.shape]
+    words += [n if type(n) is int else _hint(n) for n in t.stride()]
+
+
+def _hint(value: Any) -> Any:
+    """The value of a symbol in the trace, without a guard."""
+    node = value.node
+    if node.hint is None:
+        raise _NoHint
+    return node.hint
+
+
+def _address(t: Tensor) -> int:
+    """0 for a tensor without elements or without memory of its own: fake or another subclass, or
+    wrapped by a transform.
+    """
+    if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+        return 0
+    try:
+        address: int = t.data_ptr()
+    except RuntimeError:
+        return 0
+    return address
