@@ -13,9 +13,9 @@ from ._call import autocast, library
 from ._call.choose import BACKENDS, choose, interpreted, reasons, unsupported, wanted
 from ._call.operator import native_keys
 from ._call.run import needs_autograd
+from ._call.strides import empty_like, strided, with_rows
 from ._info import build_info
 from ._other_names import refuse
-from ._strides import empty_like, strided, with_rows
 from .registry import OpSpec, Sample
 
 

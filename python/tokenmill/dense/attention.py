@@ -21,6 +21,7 @@ from .._other_names import refuse, refuses_other_names
 from ..masks import NO_MASK, Decay2d, Grid, Masks, lower_mask
 from ..reference.dense import attention as reference
 from ..registry import OpSpec, Sharding, register_op
+from .attention_decode import attention_decode
 from .attention_flops import backward_flops, flops
 from .attention_kernels import unsupported_sm90, unsupported_sm90_backward
 from .attention_options import AttentionOptions, Precision
@@ -256,8 +257,6 @@ def _over_cache(
             fail(OP, name, "must not be given with a cache (seqlens_k)", value)
     if options["seqlens_k"] is None:
         fail(OP, "seqlens_k", "must be given with block_table", None)
-    from .attention_decode import attention_decode  # exported after attention
-
     results: Tensor | tuple[Tensor, Tensor] = attention_decode(q, k, v, **options)
     return results
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._call.strides import JAGGED
 from .._check import check, fail, reads_values
-from .._strides import JAGGED
 from .attention_rules import OP
 
 
