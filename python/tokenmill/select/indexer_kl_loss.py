@@ -241,13 +241,13 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 7
-        q, k, weights, *lists = ctx.saved_tensors
+        q, k, weights, indices, counts, target = ctx.saved_tensors
         need_q, need_k, need_weights = ctx.needs_input_grad[:3]
         dq: list[Tensor] = []
         dk: list[Tensor] = []  # one per sequence of a block
         dw: list[Tensor] = []
-        for at in _blocks(q, k, lists[0].shape[-1]):
-            block = _block(at, q, k, weights, *lists, ctx.activation)
+        for at in _blocks(q, k, indices.shape[-1]):
+            block = _block(at, q, k, weights, indices, counts, target, ctx.activation)
             empty = (block.ids < 0).all(-1)[..., None]
             ds = (block.log_p.exp() - block.target) * dy[at][..., None]
             ds = ds.masked_fill(block.ids < 0, 0.0).unflatten(-1, (block.keys.shape[2], -1))

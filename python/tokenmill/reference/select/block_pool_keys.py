@@ -17,14 +17,14 @@ from ._common import lengths_of, rows_of
 
 def block_pool_keys(a: Any) -> tuple[Tensor]:
     keys = rows_of(a.k, a.block_table)
-    return (pool(keys, a.block, a.pooling, lengths_of(a.lengths, *keys.shape[:2], a.k.device)),)
+    return (pool(keys, a.block, a.pooling, a.lengths),)
 
 
 def block_pool_keys_update(a: Any) -> tuple[Tensor]:
     keys = rows_of(a.k, a.block_table)
-    length = lengths_of(a.lengths, *keys.shape[:2], a.k.device)
-    whole = pool(keys, a.block, a.pooling, length)
-    first, end = a.start.long().clamp(min=0)[:, None], length[:, None]
+    whole = pool(keys, a.block, a.pooling, a.lengths)
+    first = a.start.long().clamp(min=0)[:, None]
+    end = lengths_of(a.lengths, len(keys), keys.shape[1], keys.device)[:, None]
     number = torch.arange(a.pooled.shape[1], device=a.k.device)
     touched = (first < end) & (number >= first // a.block) & (number * a.block < end)
     shape = (*touched.shape, *[1] * (a.pooled.dim() - 2))
@@ -32,11 +32,12 @@ def block_pool_keys_update(a: Any) -> tuple[Tensor]:
     return (a.pooled,)
 
 
-def pool(keys: Tensor, block: int, pooling: str, length: Tensor) -> Tensor:
-    """Pooled blocks [B, blocks, H, D], or [B, blocks, H, 2, D], of the first length[b] of the keys
-    [B, S, H, D].
+def pool(keys: Tensor, block: int, pooling: str, lengths: Tensor | None) -> Tensor:
+    """Pooled blocks [B, blocks, H, D], or [B, blocks, H, 2, D], of the first lengths[b] of the keys
+    [B, S, H, D]; None: all.
     """
-    tokens = keys.shape[1]
+    batch, tokens = keys.shape[:2]
+    length = lengths_of(lengths, batch, tokens, keys.device)
     block = min(block, max(tokens, 1))
     blocks = -(-tokens // block)
     padded = torch.nn.functional.pad(keys, (0, 0, 0, 0, 0, blocks * block - tokens))

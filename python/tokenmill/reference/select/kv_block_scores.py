@@ -31,7 +31,7 @@ def kv_block_scores(a: Any, *, upcast: bool = True) -> tuple[Tensor]:
     q, last = a.q, torch.arange(queries, device=a.q.device)
     # the mean is rounded to the dtype of q, at the position of its last query
     if a.q_reduce == "mean":
-        q = pool(q, a.block_q, "mean", lengths_of(None, batch, queries, q.device))
+        q = pool(q, a.block_q, "mean", None)
         last = (a.block_q * torch.arange(1, q.shape[1] + 1, device=q.device) - 1).clamp(
             max=queries - 1
         )
