@@ -335,7 +335,7 @@ def cluster_tokens(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def cluster_tokens_backward(a: Any) -> Tensor:
     call = Call(a)
-    dx: Tensor = a.x.new_empty(a.x.shape)
+    dx = a.x.new_empty(a.x.shape)
     for slab, first, end in call.slabs():
         call.measure(slab, first, end, a.previous)
         cells = (end - first) * a.grid_x

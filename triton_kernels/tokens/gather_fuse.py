@@ -181,7 +181,7 @@ def _fuse(a: Any, out: Tensor) -> Tensor:
     x, prefix = a.x, a.prefix
     batch, tokens, channels = x.shape
     kept, patches = a.keep.shape[1], tokens - prefix
-    weight_sum: Tensor = x.new_empty((batch,), dtype=torch.float32)
+    weight_sum = x.new_empty((batch,), dtype=torch.float32)
     tile = tile_of(channels)
     blocks = triton.cdiv(prefix + kept, tile["BLOCK_R"])
     launch(

@@ -47,7 +47,7 @@ def gather_kernel(
 
 
 def gather_tokens(a: Any) -> Tensor:
-    out: Tensor = a.x.new_empty((*a.indices.shape, a.x.shape[2]))
+    out = a.x.new_empty((*a.indices.shape, a.x.shape[2]))
     _gather(a, out)
     return out
 

@@ -249,7 +249,7 @@ def _pool(a: Any, out: Tensor, *, taps: bool = False) -> None:
 
 
 def local_pool(a: Any) -> Tensor:
-    out: Tensor = a.x.new_empty(a.x.shape)
+    out = a.x.new_empty(a.x.shape)
     _pool(a, out)
     return out
 
@@ -257,7 +257,7 @@ def local_pool(a: Any) -> Tensor:
 def local_pool_backward(a: Any) -> Tensor:
     *lead, channels = a.x.shape
     tokens = math.prod(lead)
-    dx: Tensor = a.x.new_empty(a.x.shape)
+    dx = a.x.new_empty(a.x.shape)
     taps = scales = None
     if a.pooling == "max":
         taps = a.x.new_empty(a.x.shape, dtype=torch.int32)

@@ -142,7 +142,7 @@ def reconstruct_tokens_backward(a: Any) -> Tensor:
     tokens = index.shape[1]
     counts = index.new_full((batch, 1, tokens), k)
     offsets, listed, _ = transposed(compacted(index[:, None], counts, clusters))
-    dvalues: Tensor = a.values.new_empty(a.values.shape)
+    dvalues = a.values.new_empty(a.values.shape)
     launch(gradient_kernel, batch * clusters, a.values, offsets, listed, index.contiguous(),
            a.weight.contiguous(), Rows(dout, dout.stride(0), dout.stride(1), 0), dvalues, tokens,
            clusters, channels, k, tokens * k, 16, channel_block(channels))  # fmt: skip

@@ -49,7 +49,7 @@ def scatter_tokens(a: Any) -> Tensor:
     flat = a.y.dim() == 2
     rows, ids = (a.y[None], a.indices[None]) if flat else (a.y, a.indices)
     entries, channels = rows.shape[1:]
-    out: Tensor = a.y.new_empty((a.batch, a.tokens, channels))
+    out = a.y.new_empty((a.batch, a.tokens, channels))
     places = torch.full((a.batch, a.tokens), -1, dtype=torch.int32, device=a.y.device)
     blocks = triton.cdiv(entries, ENTRIES)
     launch(

@@ -137,8 +137,7 @@ def _check_values(a: Any) -> None:
 
 
 def _fake(a: Any) -> Tensor:
-    out: Tensor = a.x.new_empty((*a.indices.shape, a.x.shape[2]))
-    return out
+    return a.x.new_empty((*a.indices.shape, a.x.shape[2]))
 
 
 def _setup_context(ctx: Any, a: Any, output: Tensor) -> None:

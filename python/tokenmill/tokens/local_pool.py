@@ -121,8 +121,7 @@ def _pair(name: str, value: Any, line: bool) -> tuple[int, int]:
 
 
 def _fake(a: Any) -> Tensor:
-    like_x: Tensor = a.x.new_empty(a.x.shape)
-    return like_x
+    return a.x.new_empty(a.x.shape)
 
 
 def _setup_context(ctx: Any, a: Any, output: Tensor) -> None:
