@@ -17,7 +17,7 @@ GATES = ("alpha", "eta", "theta")
 
 
 def recurrence(q, k, v, alpha, eta, theta, memory=None, momentum=None, *, chunk):
-    """Returns out, memory and momentum."""
+    """The recurrence token by token: out, memory and momentum."""
     if memory is None:
         memory = momentum = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
     outs = [v[:, :0]]

@@ -29,6 +29,10 @@ from ._common import (
 
 
 def linear_attention(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, S, H, D], k [B, S, Hk, D], v [B, S, Hk, Dv] (packed [T, ...]), log_decay [H] or [B, S,
+    H], initial_state [B, H, F, Dv (+ 1)]: out, the state after the last token, the normaliser.
+    """
+
     def one(
         q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None
     ) -> tuple[Tensor, Tensor]:

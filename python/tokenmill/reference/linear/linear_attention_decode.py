@@ -14,7 +14,9 @@ from ._common import divide, features_of, recurrence, values_of
 
 
 def linear_attention_decode(a: Any) -> tuple[Tensor]:
-    """Updates state in place."""
+    """q [B, S, H, D], k [B, S, Hk, D], v [B, S, Hk, Dv]: out [B, S, H, Dv]. state [slots, H, F, Dv
+    (+ 1)] is updated in place.
+    """
     q, log_decay, state_indices = a.q, a.log_decay, a.state_indices
     if state_indices is None:
         state_indices = torch.arange(q.shape[0], device=q.device)

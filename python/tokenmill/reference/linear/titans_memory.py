@@ -27,6 +27,9 @@ Results = tuple[Tensor, Tensor, Tensor]  # out, memory, momentum of a batch of s
 
 
 def titans_memory(a: Any) -> Results:
+    """q, k [B, S, H, D], v [B, S, H, Dv], gates [B, S, H] (packed [T, ...]), initial states [B, H,
+    D, Dv] or None.
+    """
     return _by_sequence(_blocks, a, torch.promote_types(a.q.dtype, torch.float32))
 
 

@@ -11,6 +11,7 @@ _FLOAT = torch.finfo(torch.float32)
 
 
 def best_match(record: Any) -> tuple[Tensor, Tensor]:
+    """a [B, Na, C], b [B, Nb, C]: index and score [B, Na]."""
     a, b = record.a, record.b
     wide = torch.promote_types(a.dtype, torch.float32)
     x, y = a.to(wide), b.to(wide)

@@ -19,6 +19,9 @@ _MIN_WEIGHT = 2.0**-100  # relative to the largest weight of a row; smaller weig
 
 
 def cluster_tokens(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [B, Y, X, C]: centroids [B, Gy, Gx, C], labels [B, Y, X], mass [B, Gy, Gx], and the
+    centroids before the last iteration.
+    """
     batch, height, width, channels = a.x.shape
     wide = torch.promote_types(a.x.dtype, torch.float32)
     shape = (batch, a.grid_y, a.grid_x)

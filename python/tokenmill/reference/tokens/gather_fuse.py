@@ -13,6 +13,9 @@ from .gather_tokens import rows_at
 
 
 def gather_fuse(a: Any) -> tuple[Tensor, Tensor]:
+    """x [B, prefix + N, C], keep [B, K], rest [B, R], weight [B, N]: out [B, prefix + K + 1, C] and
+    the sum of weights [B].
+    """
     patches = a.x[:, a.prefix :]
     kept, fused = rows_at(patches, a.keep), rows_at(patches, a.rest)
     w = rows_at(a.weight[..., None], a.rest)

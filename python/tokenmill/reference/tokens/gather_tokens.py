@@ -9,6 +9,7 @@ from torch import Tensor
 
 
 def gather_tokens(a: Any) -> tuple[Tensor]:
+    """x [B, N, C], indices [B, K], or [K] into all tokens of x."""
     if a.indices.dim() == 1:
         return (rows_at(a.x.flatten(0, 1)[None], a.indices[None])[0],)
     return (rows_at(a.x, a.indices),)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 
 def local_pool(a: Any) -> tuple[Tensor]:
+    """x [B, Y, X, C], mask [B, Y, X] or None."""
     x, mask = a.x, a.mask
     if mask is None:
         mask = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device)

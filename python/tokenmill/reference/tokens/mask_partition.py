@@ -11,6 +11,7 @@ from torch import Tensor
 
 
 def mask_partition(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """mask [B, N]: indices [max_total], cu_seqlens [B + 1], place [B, N]."""
     batch, tokens = a.mask.shape
     size = batch * tokens if a.max_total is None else a.max_total
     taken = a.mask.flatten().nonzero().flatten().int()

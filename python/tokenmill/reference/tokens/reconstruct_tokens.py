@@ -13,6 +13,9 @@ from .cluster_tokens import MAX, finite, squared_distances
 
 
 def reconstruct_tokens(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """features [B, N, C], centroids [B, M, C], values [B, M, Cv]: out [B, N, Cv], index and weight
+    [B, N, k].
+    """
     wide = torch.promote_types(a.features.dtype, torch.float32)
     d = finite(squared_distances(a.features.detach().to(wide), a.centroids.detach().to(wide)))
     index = d.sort(dim=2, stable=True).indices[..., : a.k].sort(2).values

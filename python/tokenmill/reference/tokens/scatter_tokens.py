@@ -11,6 +11,7 @@ from .gather_tokens import places_of
 
 
 def scatter_tokens(a: Any) -> tuple[Tensor]:
+    """y [B, K, C] and indices [B, K], or [K, C] and [K] into all tokens; base [B, N, C] or None."""
     channels = a.y.shape[-1]
     rows, places = a.y, a.indices
     out = a.y.new_zeros(a.batch, a.tokens, channels) if a.base is None else a.base

@@ -14,6 +14,9 @@ from torch import Tensor
 
 
 def segment_reduce(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, N, C], offsets [B, S + 1], perm [B, P] or None, weight [B, N] or None: y [B, S, C],
+    weight_sum [B, S], and for amax and amin the row that each number comes from, [B, S, C].
+    """
     batch, tokens, channels = a.x.shape
     segments = a.offsets.shape[1] - 1
     bins = batch * (segments + 1)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 
 def topk_partition(a: Any) -> tuple[Tensor, Tensor]:
+    """scores [B, N], counts [B] or None, valid [B, N] or None: keep [B, k] and rest [B, N - k], [B,
+    N] with counts.
+    """
     tokens = a.scores.shape[1]
     value = (a.scores if a.largest else -a.scores) + 0.0  # -0 + 0 = 0
     value = torch.where(value > -torch.inf, value, -torch.inf)
