@@ -126,7 +126,7 @@ def _fake(a: Any) -> Tensor:
 
 def _setup_context(ctx: Any, a: Any, output: Tensor) -> None:
     keep(ctx, a)
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(True)  # an undefined gradient is 0
 
 
 def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
