@@ -9,8 +9,8 @@ from typing_extensions import Never
 from .. import registry
 from .._check import as_int, check, check_tensor, fail, reads_values
 from .._other_names import refuse, refuses_other_names
+from ._rows import check_index_values, check_like, check_tokens
 from .gather_tokens import gather_tokens
-from .rules import check_index_values, check_like, check_tokens
 from .segment_reduce import segment_reduce
 
 OP = "merge_tokens"
