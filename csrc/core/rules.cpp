@@ -25,7 +25,8 @@ class Question : public Framework {
 // Reads the description of python/tokenmill/_call/rules.py, which has its layout.
 class Description {
  public:
-  Description(const int64_t* words, const char* text) : word_(words), text_(text) {}
+  Description(const int64_t* words, const double* numbers, const char* text)
+      : word_(words), number_(numbers), text_(text) {}
 
   Argument argument(Kind kind, const Question& question) {
     Argument a;
@@ -38,7 +39,7 @@ class Description {
       a.text = {text_, length};
       text_ += length;
     } else if (kind == Kind::number) {
-      a.number = std::bit_cast<double>(*word_++);
+      a.number = *number_++;
     } else if (kind == Kind::integer) {
       a.integer = *word_++;
     } else {
@@ -65,6 +66,7 @@ class Description {
   }
 
   const int64_t* word_;
+  const double* number_;
   const char* text_;
 };
 
@@ -75,8 +77,8 @@ class Description {
 // length of the message, of which `error` holds `capacity` bytes; -1 for an unknown operator.
 // float64: whether it is a valid dtype.
 extern "C" __attribute__((visibility("default"))) int64_t
-tokenmill_rules(const char* name, const int64_t* words, const char* text, int32_t float64,
-                char* error, int64_t capacity) {
+tokenmill_rules(const char* name, const int64_t* words, const double* numbers, const char* text,
+                int32_t float64, char* error, int64_t capacity) {
   using namespace tokenmill;
   const auto found = all_operators().find(std::string_view(name));
   if (found == all_operators().end()) return -1;
@@ -84,7 +86,7 @@ tokenmill_rules(const char* name, const int64_t* words, const char* text, int32_
   const Question question(float64 != 0);
   Array results[kMaxResults];
   try {
-    Description description(words, text);
+    Description description(words, numbers, text);
     Argument arguments[kMaxArguments];
     const std::string& kinds = op.kinds;
     for (size_t i = 0; i < kinds.size(); ++i)

@@ -131,7 +131,7 @@ class TorchOp:
             t = values[self.arguments.index(name)]
             if t is not None and (t.is_neg() or t.is_conj()):
                 rule = "must not be a negative or conjugate view"
-                fail(op or self.public_name, name, rule, t)
+                fail(op or self.public_name, name.removesuffix("_out"), rule, t)
 
     def fields(self, **given: Any) -> dict[str, Any]:
         """All arguments by name, in the order of the schema: the given ones, whose kinds it checks,
