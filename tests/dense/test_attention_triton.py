@@ -209,7 +209,7 @@ def mask_of(name, g):
 def test_lists_name_the_tiles_that_a_mask_leaves(name, of_keys):
     """Each tile with a visible pair is listed, no tile is listed that the mask bounds exclude, and
     full tiles have no masked pair."""
-    from tokenmill.dense.attention import lower
+    from tokenmill.dense.attention import SPEC
     from tokenmill.reference.dense import _common
     from tokenmill.triton_kernels.dense.attention import Call, Tiles
 
@@ -217,11 +217,12 @@ def test_lists_name_the_tiles_that_a_mask_leaves(name, of_keys):
     q = torch.zeros(2, 75, 4, 16, device=DEVICE)
     k = torch.zeros(2, 100, 2, 16, device=DEVICE)
     mask = mask_of(kind, torch.Generator().manual_seed(0))
-    call = Call(*lower(q, k, k, mask=mask, **options))
+    call = Call(*SPEC.record(q, k, k, mask=mask, **options))
     lists = call.lists(Tiles(8, 8, 4, 1), of_keys=of_keys)
     right = 0 if call.causal else call.window_right
     pairs = _common.visible_pairs(75, 100, call.window_left, right, q.device)
-    pairs = _common.masked_pairs(pairs, *call[10:13])
+    masks = call.mask_ranges, call.mask_q_spans, call.mask_k_spans
+    pairs = _common.masked_pairs(pairs, *masks)
     heads = 2 if of_keys else 4
     pairs = pairs.expand(2, 4, -1, -1).unflatten(1, (heads, -1))
     some = torch.nn.functional.pad(pairs.any(2).cpu(), (0, 4, 0, 5))

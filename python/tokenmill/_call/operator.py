@@ -66,6 +66,7 @@ class TorchOp:
     positional: int = field(init=False)  # number of arguments that may be positional
     # defaults of the arguments, None where there is none
     defaults: tuple[Any, ...] = field(init=False)
+    by_default: dict[str, Any] = field(init=False, compare=False, repr=False)  # the same by name
     written: tuple[str, ...] = field(init=False)  # arguments that a call writes into
     kinds: tuple[str, ...] = field(init=False)  # "Tensor", "int", "float", "bool" or "str"
     tensors: frozenset[str] = field(init=False)  # arguments that must be tensors
@@ -105,6 +106,7 @@ class TorchOp:
         object.__setattr__(self, "arguments", tuple(a.name for a in schema))
         object.__setattr__(self, "positional", sum(not a.kwarg_only for a in schema))
         object.__setattr__(self, "defaults", tuple(a.default_value for a in schema))
+        object.__setattr__(self, "by_default", {a.name: a.default_value for a in schema})
         object.__setattr__(self, "written", written)
         kinds = tuple(str(a.type).removeprefix("Optional[").removesuffix("]") for a in schema)
         object.__setattr__(self, "kinds", kinds)
@@ -137,27 +139,30 @@ class TorchOp:
         """All arguments by name, in the order of the schema: the given ones, whose kinds it checks,
         and defaults.
         """
-        fields = dict(zip(self.arguments, self.defaults, strict=True))
+        fields = self.by_default.copy()
         for name, value in given.items():
             if name not in fields:
                 raise TypeError(f"tokenmill.{self.public_name}: there is no argument '{name}'")
-            if value is not fields[name] or name in self.tensors:
-                kind = self.kinds[self.arguments.index(name)]
-                fields[name] = self._as_kind(name, kind, value)
+            if name in self.tensors:
+                check_tensor(self.name, name, value)
+                fields[name] = value
+            elif value is not fields[name]:
+                fields[name] = self._as_kind(name, value)
         return fields
 
-    def _as_kind(self, name: str, kind: str, value: Any) -> Any:
-        op, optional = self.public_name, name in self.optional
+    def _as_kind(self, name: str, value: Any) -> Any:
+        kind, optional = self.kinds[self.arguments.index(name)], name in self.optional
         if kind == "Tensor":
-            check_tensor(op, name, value, optional=optional)
+            check_tensor(self.name, name, value, optional=optional)
         elif kind == "str":
-            check_text(op, name, value)
+            check_text(self.name, name, value)
         elif kind == "bool":
-            check_bool(op, name, value)
+            check_bool(self.name, name, value)
         elif kind == "float":
-            return as_number(op, name, value)
+            return as_number(self.name, name, value)
         elif value is not None or not optional:
-            return as_int(op, name, value, "must be an integer" + " or None" * optional)
+            rule = "must be an integer" + " or None" * optional
+            return as_int(self.name, name, value, rule)
         return value
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -52,9 +52,8 @@ OF_CACHE = ("seqlens_k", "block_table", "k_scale", "v_scale")
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, **given: Any
 ) -> Tensor | tuple[Tensor, ...]:
-    for name, value in given.items():
-        if name not in DEFAULTS:
-            refuse(OP, attention, {name: value})
+    if not given.keys() <= DEFAULTS.keys():
+        refuse(OP, attention, {n: x for n, x in given.items() if n not in DEFAULTS})
     if type(q) is not Tensor and is_nested(q):
         return over_nested(attention, q, k, v, given)
     out, backend = given.pop("out", None), given.pop("backend", None)
