@@ -49,9 +49,7 @@ OP = "attention"
 OF_CACHE = ("seqlens_k", "block_table", "k_scale", "v_scale")
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, **given: Any
-) -> Tensor | tuple[Tensor, ...]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | tuple[Tensor, ...]:
     if not given.keys() <= DEFAULTS.keys():
         refuse(OP, attention, {n: x for n, x in given.items() if n not in DEFAULTS})
     if type(q) is not Tensor and is_nested(q):
@@ -239,9 +237,7 @@ def attention(
 DEFAULTS: dict[str, Any] = attention.__wrapped__.__kwdefaults__  # type: ignore[attr-defined]
 
 
-def _over_cache(
-    q: Tensor, k: Tensor, v: Tensor, **given: Any
-) -> Tensor | tuple[Tensor, ...]:
+def _over_cache(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | tuple[Tensor, ...]:
     """Calls attention_decode, which supports a part of the arguments."""
     from .attention_decode import DEFAULTS as SUPPORTED  # exported after attention
     from .attention_decode import attention_decode
@@ -330,9 +326,7 @@ def _lower_bias(bias: Tensor, q: Tensor) -> Tensor:
 MIN_GAMMA = 1e-20
 
 
-def _lower_post_decay(
-    decay: Decay2d, q: Tensor, absent: dict[str, Any]
-) -> tuple[Tensor, Grid]:
+def _lower_post_decay(decay: Decay2d, q: Tensor, absent: dict[str, Any]) -> tuple[Tensor, Grid]:
     """Slopes -log gamma and their grid. absent: arguments that post_decay excludes."""
     rule = "must be a tokenmill.masks.decay2d"
     ok = isinstance(decay, Decay2d) and isinstance(decay.grid, Grid)

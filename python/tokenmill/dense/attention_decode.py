@@ -242,9 +242,7 @@ def lower(
     return tuple(a.values())
 
 
-def _lower_mask(
-    mask: Masks, q: Tensor, causal: bool, cu_seqlens_q: Tensor | None
-) -> Lowered:
+def _lower_mask(mask: Masks, q: Tensor, causal: bool, cu_seqlens_q: Tensor | None) -> Lowered:
     """Key positions are relative to the request; a prefix mask is refused because it needs its
     length.
     """

@@ -31,8 +31,8 @@ from ._common import (
 
 def attention(a: Any, *, upcast: bool = True) -> tuple[Tensor, Tensor]:
     """q [B, Sq, H, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv] -> out [B, Sq, H, Dv], and lse or row
-    sums [B, H, Sq]; packed q [Tq, H, D] -> [Tq, H, Dv] and [H, Tq]. upcast=False keeps 16-bit inputs
-    in 16 bits throughout, as plain PyTorch code would: the baseline of the error budget.
+    sums [B, H, Sq]; packed q [Tq, H, D] -> [Tq, H, Dv] and [H, Tq]. upcast=False keeps 16-bit
+    inputs in 16 bits throughout, as plain PyTorch code would: the baseline of the error budget.
     """
     wide = torch.promote_types(a.q.dtype, torch.float32)
     if a.cu_seqlens_q is None:
@@ -95,16 +95,14 @@ def _one(a: Any, upcast: bool) -> tuple[Tensor, Tensor]:
     if a.grid_width > 0:
         distance = cell_distance(rows, keys, a.grid_width, a.grid_distance, q.device)
         near = distance <= a.grid_window if a.grid_window >= 0 else None
-    slopes = _per_head(a.alibi_slopes)
+    slopes, per_head = _per_head(a.alibi_slopes), _per_head(a.score_bias)
     fade = None
     if a.post_decay and slopes is not None:
         fade, slopes = decay(slopes, distance, rows, keys), None
         fade = fade if near is None else torch.where(near, fade, 0.0)
     elif near is not None:
         visible = visible & near
-    z = scores(
-        q, k, a.scale, a.softcap, a.bias, slopes, _per_head(a.score_bias), constant, upcast, distance
-    )
+    z = scores(q, k, a.scale, a.softcap, a.bias, slopes, per_head, constant, upcast, distance)
     if a.kind == "softmax":
         p, lse = softmax(z, visible, a.sink)
         p = p if fade is None else p * fade.to(p.dtype)
