@@ -47,15 +47,15 @@ OP = "attention_decode"
 def _attend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, **given: Any
 ) -> Tensor | tuple[Tensor, ...]:
-    for name, value in given.items():
-        if name not in DEFAULTS and name != "seqlens_k":
-            refuse(OP, attention_decode, {name: value})
+    if not given.keys() <= DEFAULTS.keys():
+        refuse(OP, attention_decode, {n: x for n, x in given.items() if n not in DEFAULTS})
     out, backend = given.pop("out", None), given.pop("backend", None)
     if out is not None:
         check_tensor(OP, "out", out, optional=True)
-    used = 2 if given.get("return_lse", False) else 1
     given.setdefault("seqlens_k", REQUIRED)
-    results = call(SPEC, lower(q, k_cache, v_cache, **given), backend, out, used=used)
+    lowered = lower(q, k_cache, v_cache, **given)
+    used = 2 if given.get("return_lse") else 1
+    results = call(SPEC, lowered, backend, out, used=used)
     return results[:2] if used == 2 else results[0]
 
 
@@ -200,7 +200,8 @@ def attention_decode(
     raise NotImplementedError
 
 
-DEFAULTS: dict[str, Any] = attention_decode.__wrapped__.__kwdefaults__  # type: ignore[attr-defined]
+_DECLARED: Any = attention_decode.__wrapped__  # type: ignore[attr-defined]
+DEFAULTS: dict[str, Any] = {"seqlens_k": REQUIRED, **_DECLARED.__kwdefaults__}
 
 
 def lower(
