@@ -27,9 +27,13 @@ from .library import EMULATED_NAMESPACE, NAMESPACE, doors, emulated_operators, n
 
 @functools.cache
 def record_of(name: str) -> Any:
-    """The arguments of an operator as a named tuple type, in the order of the schema."""
-    schema = getattr(native, name).default._schema
-    return collections.namedtuple(name, [a.name for a in schema.arguments])
+    """The arguments of an operator as a named tuple type, in the order of the schema. `places` are
+    the indices of tensors.
+    """
+    arguments = getattr(native, name).default._schema.arguments
+    record: Any = collections.namedtuple(name, [a.name for a in arguments])
+    record.places = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
+    return record
 
 
 def as_record(name: str, record: Any, **given: Any) -> Any:
