@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from .. import _knobs
+from .._call.operator import record_of
 from .._sm90 import MIN_TOKENS, Rules, float32, max_tiles
-from .attention_decode_rules import Arguments as DecodeArguments
-from .attention_rules import Arguments
 
+Arguments, DecodeArguments = record_of("attention"), record_of("attention_decode")
 HEAD_DIMS = (64, 96, 128, 192, 256)
 DECODE_HEAD_DIMS = (64, 128)
 DECODE_ROWS = 64  # rows of a tile: queries times heads of a GQA group

@@ -27,11 +27,11 @@ from .._kv_cache import (
     check_lengths_values,
 )
 from .._written import check_out
-from ..dense.attention_decode_rules import MAX_SPLITS
 from ..dense.terms import check_scale_and_cap, check_small, check_terms
 from .rules import check_block
 
 OP = "sparse_decode_attention"
+MAX_SPLITS = 1024
 Arguments = record_of(OP)
 
 
