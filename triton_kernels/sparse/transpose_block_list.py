@@ -54,7 +54,8 @@ def compact_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Compacts BLOCK_R lists of `maximum` = B heads rows. largest: running maximum of a list's ids."""
+    """Compacts BLOCK_R of the B heads rows = maximum lists. largest: running maximum of a list's
+    ids."""
     o_row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_row = o_row < maximum
     o_row = tl.where(m_row, o_row, 0)

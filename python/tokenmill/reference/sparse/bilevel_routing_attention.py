@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..dense._common import expand_heads, scores, softmax, weighted_sum
-from ._common import listed_blocks
+from .transpose_block_list import listed_blocks
 
 
 def bilevel_routing_attention(a: Any, *, upcast: bool = True) -> tuple[Tensor, Tensor]:

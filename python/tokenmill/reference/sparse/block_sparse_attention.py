@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..dense._common import expand_heads, scores, softmax, weighted_sum
 from ..select._common import rows_of, sequences_of
-from ._common import listed_blocks, listed_entries
+from .transpose_block_list import listed_blocks, listed_entries
 
 
 def block_sparse_attention(a: Any, *, upcast: bool = True) -> tuple[Tensor, Tensor, Tensor]:
