@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from .._call.operator import record_of
 from .._sm90 import Rules, float32
-from .block_sparse_rules import Arguments
 
+Arguments = record_of("block_sparse_attention")
 HEAD_DIMS = (64, 128)
 MIN_BLOCK = 64  # both block_q and block_k: rows of a warpgroup, and of a key tile
 
