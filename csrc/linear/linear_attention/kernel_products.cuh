@@ -108,38 +108,44 @@ __device__ __forceinline__ bool is_hidden(int row, int column, int shift) {
 }
 
 // Power-of-two scales of state rows g and g + 8, and their inverses, that bring the largest element
-// near 2^14, within the range of float16. kSums: sums of these rows are scaled too, and stay
-// finite.
+// near 2^14, within the range of float16.
 struct RowScale {
-  float factor[2], inverse[2];
+  float factor[2] = {1, 1}, inverse[2] = {1, 1};
 
-  template <bool kSums, int kTiles, int kSumTiles>
-  __device__ static RowScale of(const float (&s)[kTiles][4], const float (&sums)[kSumTiles][4]) {
-    RowScale scale;
+  __device__ RowScale() {}
+  template <int kTiles>
+  __device__ explicit RowScale(const float (&s)[kTiles][4]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) set(h, exponent_of(s, h));
+  }
+  // Scales that also keep `sums` finite. A state that this limits is 2^-86 of the sums.
+  template <int kTiles, int kSumTiles>
+  __device__ RowScale(const float (&s)[kTiles][4], const float (&sums)[kSumTiles][4]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float top = 0, top_sum = 0;
+      float top = 0;
 #pragma unroll
-      for (const auto& x : s) top = fmaxf(top, fmaxf(fabsf(x[2 * h]), fabsf(x[2 * h + 1])));
-      int exponent = max(exponent_of(top), 15);
-      if constexpr (kSums) {
+      for (const auto& x : sums)
 #pragma unroll
-        for (const auto& x : sums)
-#pragma unroll
-          for (int i = 2 * h; i < 2 * h + 2; ++i)
-            if (fabsf(x[i]) < infinity()) top_sum = fmaxf(top_sum, fabsf(x[i]));
-        // A state that this limits is 2^-86 of the sums.
-        exponent = max(exponent, exponent_of(top_sum) - 86);
-      }
-      scale.factor[h] = __int_as_float(268 - exponent << 23);
-      scale.inverse[h] = __int_as_float(exponent - 14 << 23);
+        for (int i = 2 * h; i < 2 * h + 2; ++i)
+          if (fabsf(x[i]) < infinity()) top = fmaxf(top, fabsf(x[i]));
+      set(h, max(exponent_of(s, h), biased_exponent(top) - 86));
     }
-    return scale;
   }
 
  private:
-  // Biased exponent of the largest element of a row, each lane with its own.
-  __device__ static int exponent_of(float top) { return __float_as_int(quad_max(top)) >> 23; }
+  __device__ static int biased_exponent(float top) { return __float_as_int(quad_max(top)) >> 23; }
+  template <int kTiles>
+  __device__ static int exponent_of(const float (&s)[kTiles][4], int h) {
+    float top = 0;
+#pragma unroll
+    for (const auto& x : s) top = fmaxf(top, fmaxf(fabsf(x[2 * h]), fabsf(x[2 * h + 1])));
+    return max(biased_exponent(top), 15);
+  }
+  __device__ void set(int h, int exponent) {
+    factor[h] = __int_as_float(268 - exponent << 23);
+    inverse[h] = __int_as_float(exponent - 14 << 23);
+  }
 };
 
 // Features 16 k ... 16 k + 15 of the state as an A fragment of 16 bits: its high part, and the
@@ -193,10 +199,12 @@ __device__ __forceinline__ void multiply_state(float (&acc)[Shape::kTokens / 8][
   } else {
     constexpr bool kHalf = std::is_same_v<T, __half>;
     const uint32_t base = square_base<Tile>(queries, 0);
-    RowScale scale{{1, 1}, {1, 1}};
-    if constexpr (kHalf) {
-      scale = RowScale::of<Shape::kSteps>(s, acc);
-      if constexpr (Shape::kSteps) scale_rows(acc, scale.factor);
+    RowScale scale;
+    if constexpr (kHalf && Shape::kSteps) {
+      scale = RowScale(s, acc);
+      scale_rows(acc, scale.factor);
+    } else if constexpr (kHalf) {
+      scale = RowScale(s);
     }
     unroll<Shape::kFeatureTiles / 2>([&](auto k) {
       const StateFragment<T, Shape::kFeatureTiles> a(s, k, scale.factor);

@@ -45,15 +45,6 @@ def as_record(name: str, record: Any, **given: Any) -> Any:
     return record_of(name)(**fields | given)
 
 
-def as_record(name: str, record: Any, **given: Any) -> Any:
-    """The record of operator `name` with the given arguments, the arguments that the record of
-    another operator has under the same names, and the defaults of the schema.
-    """
-    fields = {a.name: a.default_value for a in getattr(native, name).default._schema.arguments}
-    fields.update((n, value) for n, value in record._asdict().items() if n in fields)
-    return record_of(name)(**fields | given)
-
-
 @dataclass(frozen=True)
 class TorchOp:
     """One operator of the library. Every callable takes its record: the arguments of the schema by
