@@ -45,6 +45,18 @@ def as_record(name: str, record: Any, **given: Any) -> Any:
     return record_of(name)(**fields | given)
 
 
+# Types that need no conversion. An int may not fit 64 bits.
+_EXACT = {
+    "Tensor": torch.Tensor,
+    "Optional[Tensor]": torch.Tensor,
+    "float": float,
+    "Optional[float]": float,
+    "bool": bool,
+    "str": str,
+}
+_STRIDED = torch.strided
+
+
 @dataclass(frozen=True)
 class TorchOp:
     """One operator of the library. Every callable takes its record: the arguments of the schema by
@@ -75,6 +87,7 @@ class TorchOp:
     kinds: tuple[str, ...] = field(init=False)  # "Tensor", "int", "float", "bool" or "str"
     tensors: frozenset[str] = field(init=False)  # arguments that must be tensors
     optional: frozenset[str] = field(init=False)  # arguments that may be None
+    exact: dict[str, Any] = field(init=False, compare=False, repr=False)  # by name, see _EXACT
     # The next two are created here: a graph traced by Dynamo cannot create them.
     record: Any = field(init=False, compare=False, repr=False)  # the arguments as a named tuple
     # The operator's fast path in module _C for plain calls (door.Door); None without one.
@@ -119,6 +132,7 @@ class TorchOp:
         optional = frozenset(a.name for a in schema if str(a.type).startswith("Optional["))
         object.__setattr__(self, "optional", optional)
         object.__setattr__(self, "record", record_of(self.name))
+        object.__setattr__(self, "exact", {a.name: _EXACT.get(str(a.type)) for a in schema})
         direct = doors[NAMESPACE].get(self.name)
         object.__setattr__(self, "short", direct and direct.plain)
 
@@ -143,15 +157,12 @@ class TorchOp:
         """All arguments by name, in the order of the schema: the given ones, whose kinds it checks,
         and defaults.
         """
-        fields = self.by_default.copy()
+        fields, exact = self.by_default.copy(), self.exact
         for name, value in given.items():
-            if name not in fields:
-                raise TypeError(f"tokenmill.{self.public_name}: there is no argument '{name}'")
-            if name in self.tensors:
-                check_tensor(self.name, name, value)
-                fields[name] = value
-            elif value is not fields[name]:
-                fields[name] = self._as_kind(name, value)
+            kind = type(value)
+            if kind is not exact[name] or (kind is torch.Tensor and value.layout is not _STRIDED):
+                value = self._as_kind(name, value)
+            fields[name] = value
         return fields
 
     def _as_kind(self, name: str, value: Any) -> Any:

@@ -111,7 +111,7 @@ def _address(t: Tensor) -> int:
     """_NOWHERE for a tensor without memory of its own: fake or another subclass, or wrapped by a
     transform.
     """
-    if type(t) is not Tensor and type(t) is not torch.nn.Parameter or t.is_meta:
+    if (type(t) is not Tensor and type(t) is not torch.nn.Parameter) or t.is_meta:
         return _NOWHERE
     try:
         address: int = t.data_ptr()

@@ -52,10 +52,12 @@ OF_CACHE = ("seqlens_k", "block_table", "k_scale", "v_scale")
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | tuple[Tensor, ...]:
-    if not given.keys() <= DEFAULTS.keys():
-        refuse(OP, attention, {n: x for n, x in given.items() if n not in DEFAULTS})
     if type(q) is not Tensor and is_nested(q):
         return over_nested(attention, q, k, v, given)
+    if not given:
+        return call(SPEC, lower(q, k, v), None, used=1)[0]
+    if not given.keys() <= DEFAULTS.keys():
+        refuse(OP, attention, {n: x for n, x in given.items() if n not in DEFAULTS})
     out, backend = given.pop("out", None), given.pop("backend", None)
     if out is not None:
         check_tensor(OP, "out", out, optional=True)
@@ -64,9 +66,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | tuple[Ten
     for name in OF_CACHE:
         if (value := given.pop(name, None)) is not None:
             fail(OP, name, "requires a cache (seqlens_k)", value)
-    lowered = lower(q, k, v, **given)
     used = 2 if given.get("return_lse") else 1
-    results = call(SPEC, lowered, backend, out, used=used)
+    results = call(SPEC, lower(q, k, v, **given), backend, out, used=used)
     return results[:2] if used == 2 else results[0]
 
 
@@ -271,15 +272,17 @@ def lower(
     **given: Any,
 ) -> tuple[Any, ...]:
     """given: the arguments that the schema has under the same name and of the same kind."""
-    a = FORWARD.fields(q=q, k=k, v=v, bias=bias, **given)
-    check_bool(OP, "return_lse", return_lse)
-    a["normalize"] = lower_normalize(OP, normalize)
-    if return_lse:
+    a = FORWARD.fields(q=q, k=k, v=v, **given)
+    if bias is not None:
+        check_tensor(OP, "bias", bias, optional=True)
+        a["bias"] = _lower_bias(bias, q)
+    if normalize is not None:
+        a["normalize"] = lower_normalize(OP, normalize)
+    if return_lse is not False:
+        check_bool(OP, "return_lse", return_lse)
         check_return_lse(OP, a["kind"], a["normalize"])
     a["scale"] = scale_or_default(OP, scale, q)
     a["window_left"], a["window_right"] = as_window(OP, window)
-    if bias is not None:
-        a["bias"] = _lower_bias(bias, q)
     if a["cu_seqlens_q"] is not None and a["cu_seqlens_k"] is None:
         a["cu_seqlens_k"] = a["cu_seqlens_q"]
         if a["max_seqlen_k"] is None:
