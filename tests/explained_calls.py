@@ -88,7 +88,7 @@ def cuda_kernels(calls: list[Call], sm90: bool = True) -> list[str]:
     with mock.patch.object(_explain, "_is_sm90", lambda *call: sm90):
         for call in calls:
             spec, lowered = call.lowered()
-            assert not (spec.unsupported and spec.unsupported("cuda", *lowered))
+            assert not (spec.unsupported and spec.unsupported("cuda", spec.forward.record(*lowered)))
             name = _explain.kernel_name(spec, "emulated", lowered, call.options.get("out"))
             name = name.removeprefix("csrc/").rsplit(" in the PTX machine", 1)[0]
             head, _, why = name.partition(" (not kernel_sm90: ")

@@ -121,8 +121,9 @@ class DescribedCall : public Described {
 // Reads the description of python/tokenmill/_call/rules.py, which has its layout.
 class Description {
  public:
-  Description(const int64_t* words, const char* text, const Framework& question)
-      : word_(words), text_(text), question_(question) {}
+  Description(const int64_t* words, const double* numbers, const char* text,
+              const Framework& question)
+      : word_(words), number_(numbers), text_(text), question_(question) {}
 
   void read(const std::string& kinds, Argument* arguments) {
     for (char kind : kinds) *arguments++ = argument(static_cast<Kind>(kind));
@@ -140,7 +141,7 @@ class Description {
       a.text = {text_, length};
       text_ += length;
     } else if (kind == Kind::number) {
-      a.number = std::bit_cast<double>(*word_++);
+      a.number = *number_++;
     } else if (kind == Kind::integer) {
       a.integer = *word_++;
     } else {
@@ -167,6 +168,7 @@ class Description {
   }
 
   const int64_t* word_;
+  const double* number_;
   const char* text_;
   const Framework& question_;
 };
@@ -189,15 +191,15 @@ int64_t copy(std::string_view text, char* to, int64_t capacity) {
 // length of the message, of which `error` holds `capacity` bytes; -1 for an unknown operator.
 // float64: whether it is a valid dtype.
 extern "C" __attribute__((visibility("default"))) int64_t
-tokenmill_rules(const char* name, const int64_t* words, const char* text, int32_t float64,
-                char* error, int64_t capacity) {
+tokenmill_rules(const char* name, const int64_t* words, const double* numbers, const char* text,
+                int32_t float64, char* error, int64_t capacity) {
   using namespace tokenmill;
   Operator* const op = find_operator(name);
   if (!op) return -1;
   const Question question(float64 != 0);
   Argument arguments[kMaxArguments];
   Array results[kMaxResults];
-  Description(words, text, question).read(op->kinds, arguments);
+  Description(words, numbers, text, question).read(op->kinds, arguments);
   try {
     op->call(arguments, results);
   } catch (const RulesHold&) {
@@ -212,8 +214,8 @@ tokenmill_rules(const char* name, const int64_t* words, const char* text, int32_
 // nothing. Returns the length of the answer, of which `answer` holds `capacity` bytes; -1 for an
 // unknown operator; -2 - length for the message about a broken rule in its place.
 extern "C" __attribute__((visibility("default"))) int64_t
-tokenmill_kernels(const char* name, const int64_t* words, const char* text, char* answer,
-                  int64_t capacity) {
+tokenmill_kernels(const char* name, const int64_t* words, const double* numbers, const char* text,
+                  char* answer, int64_t capacity) {
   using namespace tokenmill;
   Operator* const op = find_operator(name);
   if (!op) return -1;
@@ -222,7 +224,7 @@ tokenmill_kernels(const char* name, const int64_t* words, const char* text, char
   try {
     const DescribedCall call(op->schema(), arguments);
     const KernelQuestion question(call);
-    Description(words, text, question).read(op->kinds, arguments);
+    Description(words, numbers, text, question).read(op->kinds, arguments);
     try {
       op->call(arguments, results);
     } catch (const Answered&) {

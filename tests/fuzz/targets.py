@@ -126,11 +126,11 @@ def _raw(spec: OpSpec, op: TorchOp, backend: str) -> Target:
         args, kwargs = sample.make(dtype, g)
         if op is spec.backward:
             return _of_backward(spec, op, args, kwargs)
-        lowered = tuple(spec.lower(*args, **kwargs))
+        lowered = spec.record(*args, **kwargs)
         if op is spec.out:
             result = spec.function(*args, **kwargs)
             out = torch.zeros_like(result if isinstance(result, Tensor) else result[0])
-            lowered = (*lowered, spec.lower_out(out, *lowered))
+            lowered = (*lowered, spec.lower_out(out, lowered))
         return dict(zip(op.arguments, lowered, strict=True))
 
     samples = spec.samples

@@ -130,21 +130,22 @@ def _below(op: TorchOp, namespace: str, keys: Any, values: Sequence[Any]) -> Any
         return op.call(op.overload(namespace).redispatch, values, keys)
 
 
-_KEPT = object()  # placeholder for a saved tensor
-
-
 def keep(ctx: Any, record: Any, *results: Tensor | None) -> None:
     """Saves, for the backward, the arguments of a call and the results that it needs."""
-    ctx.save_for_backward(*[x for x in record if isinstance(x, Tensor)], *results)
-    ctx.record = type(record)(*[_KEPT if isinstance(x, Tensor) else x for x in record])
+    values, places = list(record), record.places
+    ctx.save_for_backward(*[values[i] for i in places], *results)
+    for i in places:
+        values[i] = None
+    ctx.type, ctx.values = type(record), values
     ctx.set_materialize_grads(False)
 
 
 def kept(ctx: Any) -> tuple[Any, list[Any]]:
     """The record of the arguments and the results saved by `keep`."""
-    saved = iter(ctx.saved_tensors)
-    record = type(ctx.record)(*[next(saved) if x is _KEPT else x for x in ctx.record])
-    return record, list(saved)
+    saved, values, places = ctx.saved_tensors, ctx.values.copy(), ctx.type.places
+    for i, t in zip(places, saved, strict=False):
+        values[i] = t
+    return ctx.type(*values), list(saved[len(places) :])
 
 
 def _keep_nothing(ctx: Any, record: Any, output: Any) -> None:

@@ -19,9 +19,13 @@ from .library import EMULATED_NAMESPACE, NAMESPACE, doors, emulated_operators, n
 
 @functools.cache
 def record_of(name: str) -> Any:
-    """The arguments of an operator as a named tuple type, in the order of the schema."""
-    schema = getattr(native, name).default._schema
-    return collections.namedtuple(name, [a.name for a in schema.arguments])
+    """The arguments of an operator as a named tuple type, in the order of the schema. `places` are
+    the indices of tensors.
+    """
+    arguments = getattr(native, name).default._schema.arguments
+    record: Any = collections.namedtuple(name, [a.name for a in arguments])
+    record.places = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
+    return record
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class TorchOp:
             t = values[self.arguments.index(name)]
             if t is not None and (t.is_neg() or t.is_conj()):
                 rule = "must not be a negative or conjugate view"
-                fail(op or self.public_name, name, rule, t)
+                fail(op or self.public_name, name.removesuffix("_out"), rule, t)
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments of a torch.ops call, in the order of the schema; a scale of None becomes

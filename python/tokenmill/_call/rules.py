@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,9 +42,11 @@ _DTYPES = {
 }
 _META = -2  # kMeta of csrc/core/array.h
 _CAPACITY = 4096
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
-_ask: Callable[..., int] = ctypes.CDLL(str(LIBRARY_PATH)).tokenmill_rules
-_ask.restype = ctypes.c_int64  # type: ignore[attr-defined]
+_ask: Any = ctypes.CDLL(str(LIBRARY_PATH)).tokenmill_rules
+_ask.restype = ctypes.c_int64
+_ask.argtypes = [ctypes.c_char_p] * 4 + [ctypes.c_int32, ctypes.c_char_p, ctypes.c_int64]
 
 
 class _NoHint(Exception):
@@ -61,47 +64,54 @@ def broken_rule(
     """
     if torch.compiler.is_dynamo_compiling():
         return None  # the fake kernel checks
-    words: list[int] = []
-    text: list[bytes] = []
     try:
-        for kind, value in zip(kinds, values, strict=True):
-            _describe(kind, value, words, text)
+        described = describe(kinds, values)
     except _NoHint:
         return None
     message = ctypes.create_string_buffer(_CAPACITY)
-    length = _ask(
-        op.encode(), (ctypes.c_int64 * len(words))(*words), b"".join(text), ctypes.c_int32(float64),
-        message, ctypes.c_int64(_CAPACITY),
-    )  # fmt: skip
+    length = _ask(op.encode(), *described, float64, message, _CAPACITY)
     assert length >= 0, op
     return message.raw[: min(length, _CAPACITY)].decode() if length else None
 
 
-def _describe(kind: str, value: Any, words: list[int], text: list[bytes]) -> None:
-    """Adds the words that csrc/core/rules.cpp reads."""
-    if value is None:
-        words.append(0)
-    elif kind == "Tensor":
-        _describe_tensor(value, words)
-    elif kind == "str":
-        data = value.encode()
-        words += (1, len(data))
-        text.append(data)
-    else:
-        number = _hint(value) if isinstance(value, _SYMBOLS) else value
-        if kind == "float":
-            number = struct.unpack("q", struct.pack("d", number))[0]
-        words += (1, number)
+def describe(kinds: Sequence[str], values: Sequence[Any]) -> tuple[bytes, bytes, bytes]:
+    """Words, numbers and text as csrc/core/rules.cpp reads them: 0 for None, otherwise 1 and what
+    the kind needs.
+    """
+    words: list[int] = []
+    numbers: list[float] = []
+    text: list[bytes] = []
+    for kind, value in zip(kinds, values, strict=True):
+        if value is None:
+            words.append(0)
+            continue
+        words.append(1)
+        if kind == "Tensor":
+            _describe(value, words)
+        elif kind == "str":
+            text.append(value.encode())
+            words.append(len(text[-1]))
+        else:
+            number = _hint(value) if isinstance(value, _SYMBOLS) else value
+            (numbers if kind == "float" else words).append(number)
+    packed = struct.pack(f"{len(words)}q", *words), struct.pack(f"{len(numbers)}d", *numbers)
+    return (*packed, b"".join(text))
 
 
-_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+@dataclass(frozen=True)
+class Like:
+    """Describes a tensor without memory, on a device."""
+
+    tensor: Tensor
+    device: torch.device
 
 
-def _describe_tensor(t: Tensor, words: list[int]) -> None:
+def _describe(t: Tensor | Like, words: list[int]) -> None:
     device = t.device
+    t = t.tensor if isinstance(t, Like) else t
     on_gpu = device.type not in ("cpu", "meta")
     index = device.index or 0 if on_gpu else _META if device.type == "meta" else 0
-    words += (1, t.dim(), _DTYPES.get(t.dtype, -1), t.element_size(), on_gpu, index, _address(t))
+    words += (t.dim(), _DTYPES.get(t.dtype, -1), t.element_size(), on_gpu, index, _address(t))
     words += [n if type(n) is int else _hint(n) for n in t.shape]
     words += [n if type(n) is int else _hint(n) for n in t.stride()]
 
