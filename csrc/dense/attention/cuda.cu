@@ -3,7 +3,6 @@
 #include "cuda/refuse.cuh"
 #include "dense/attention/kernel.cuh"
 #include "dense/attention/kernels.h"
-#include "dense/attention/launch_sm90.h"
 
 namespace tokenmill {
 namespace cuda {
@@ -22,12 +21,6 @@ const char* launch_on_sm80(const Masked<AttentionParams>& m, void* stream) {
     if (const char* error = launch_bounds(p, m.bounds, on)) return error;
   return visit_dtype(p.dtype, [&]<typename T>() { return launch_forward<T>(p, m.bounds, on); });
 }
-
-#if defined(TOKENMILL_SM90)
-const char* launch_on_sm90(const Masked<AttentionParams>& m, void* stream) {
-  return launch_forward_sm90(m.params, {}, static_cast<cudaStream_t>(stream));
-}
-#endif
 
 }  // namespace cuda
 

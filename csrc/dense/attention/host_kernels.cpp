@@ -1,4 +1,3 @@
-#include "dense/attention/kernels.h"
 #include "dense/attention/rules_sm90.h"
 
 namespace tokenmill {

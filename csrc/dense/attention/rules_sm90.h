@@ -1,11 +1,14 @@
 // Rules of the calls that the sm_90a kernels of attention take. Host code without CUDA headers.
 #pragma once
-#include "attention/params.h"
 #include "core/kv_cache.h"
 #include "cuda/arch/sm90/calls.h"
 #include "cuda/tiles.h"
+#include "dense/attention/kernels.h"
 
 namespace tokenmill::cuda {
+
+const char* launch_on_sm90(const Masked<AttentionParams>&, void* stream);
+const char* launch_on_sm90(const AttentionBackwardCall&, void* stream);
 
 using Sm90HeadDims = HeadDimList<64, 96, 128, 192, 256>;
 

@@ -1,7 +1,6 @@
 #include "cuda/choose.h"
 #include "sparse/block_sparse_attention/cuda_launch.cuh"
 #include "sparse/block_sparse_attention/kernels.h"
-#include "sparse/block_sparse_attention/launch_sm90.h"
 #include "sparse/block_sparse_attention/requests.cuh"
 
 namespace tokenmill {
@@ -17,14 +16,6 @@ const char* launch_on_sm80(const BlockSparseParams& d, void* stream) {
   if (has_requests(d)) return launch_forward_of_requests(d, on);
   return visit_dtype(d.attention.dtype, [&]<typename T>() { return launch_block_sparse<T>(d, on); });
 }
-
-#if defined(TOKENMILL_SM90)
-const char* launch_on_sm90(const BlockSparseParams& d, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  return d.attention.dtype == DType::float16 ? launch_block_sparse_sm90<__half>(d, on)
-                                             : launch_block_sparse_sm90<__nv_bfloat16>(d, on);
-}
-#endif
 
 }  // namespace cuda::block_sparse_attention
 

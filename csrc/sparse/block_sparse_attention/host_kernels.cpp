@@ -1,4 +1,3 @@
-#include "sparse/block_sparse_attention/kernels.h"
 #include "sparse/block_sparse_attention/rules_sm90.h"
 
 namespace tokenmill {

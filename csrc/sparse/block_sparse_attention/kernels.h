@@ -12,8 +12,6 @@ namespace cuda::block_sparse_attention {
 
 const char* launch_on_sm80(const BlockSparseParams&, void* stream);
 const char* launch_on_sm80(const BlockSparseBackwardParams&, void* stream);
-const char* launch_on_sm90(const BlockSparseParams&, void* stream);
-const char* launch_on_sm90(const BlockSparseBackwardParams&, void* stream);
 
 }  // namespace cuda::block_sparse_attention
 }  // namespace tokenmill

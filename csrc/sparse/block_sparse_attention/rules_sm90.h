@@ -2,9 +2,12 @@
 // headers.
 #pragma once
 #include "dense/attention/rules_sm90.h"
-#include "sparse/block_sparse_attention/params.h"
+#include "sparse/block_sparse_attention/kernels.h"
 
 namespace tokenmill::cuda::block_sparse_attention {
+
+const char* launch_on_sm90(const BlockSparseParams&, void* stream);
+const char* launch_on_sm90(const BlockSparseBackwardParams&, void* stream);
 
 struct Sm90Tensors : MappedTensors {
   Sm90Tensors(const AttentionParams& p, const Rows& out)

@@ -22,7 +22,6 @@ from ..masks import NO_MASK, Decay2d, Grid, Masks, lower_mask
 from ..reference.dense import attention as reference
 from ..registry import OpSpec, Sharding, register_op
 from .attention_flops import backward_flops, flops
-from .attention_kernels import unsupported_sm90, unsupported_sm90_backward
 from .attention_options import AttentionOptions, Precision
 from .attention_rules import OP, check_attention, check_attention_out, check_attention_values
 from .nested import as_packed, is_nested, over_nested
@@ -480,8 +479,6 @@ SPEC = register_op(
         differentiable=("q", "k", "v", "score_bias", "bias", "alibi_slopes", "sink"),
         logarithms=(1,),
         over_cache="attention_decode",
-        unsupported_sm90=unsupported_sm90,
-        unsupported_sm90_backward=unsupported_sm90_backward,
         sharding=Sharding(
             {
                 "q k v": "b.h.",

@@ -28,7 +28,6 @@ from .attention_decode_rules import (
     lower_cache_mask,
     unsupported,
 )
-from .attention_kernels import cached_sm90_kernel, cached_sm90_knobs, unsupported_cached_sm90
 from .terms import (
     NO_WINDOW,
     Kind,
@@ -399,9 +398,6 @@ SPEC = register_op(
         differentiable=(),
         logarithms=(1,),
         unsupported=unsupported,
-        unsupported_sm90=unsupported_cached_sm90,
-        sm90_kernel=cached_sm90_kernel,
-        sm90_knobs=cached_sm90_knobs,
         sharding=Sharding(
             {
                 "q k_cache v_cache": "b.h.",

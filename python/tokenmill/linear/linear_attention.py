@@ -28,7 +28,6 @@ from .._lowering import scale_or_default, widen
 from .._other_names import refuse, refuses_other_names
 from ..reference.linear import linear_attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from .linear_attention_kernels import unsupported_sm90
 from .rules import LINEAR_ATTENTION as OP
 from .rules import (
     check_decay_values,
@@ -457,6 +456,5 @@ SPEC = register_op(
         paper="Lightning Attention-2 (Qin et al. 2024); Based (Arora et al. 2024)",
         flops=flops,
         backward_flops=lambda *lowered: 3.0 * flops(*lowered),  # three recurrences
-        unsupported_sm90=functools.partial(unsupported_sm90, FORWARD),
     )
 )

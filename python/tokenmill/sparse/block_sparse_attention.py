@@ -23,7 +23,6 @@ from .._lowering import scale_or_default, widen
 from .._other_names import refuse, refuses_other_names
 from ..reference.sparse import block_sparse_attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from .block_sparse_kernels import unsupported_sm90, unsupported_sm90_backward
 from .block_sparse_rules import (
     OP,
     check_block_sparse,
@@ -480,8 +479,6 @@ SPEC = register_op(
         out=OUT,
         differentiable=("q", "k", "v", "sink"),
         logarithms=(1,),
-        unsupported_sm90=unsupported_sm90,
-        unsupported_sm90_backward=unsupported_sm90_backward,
         sharding=Sharding(
             {
                 "q k v": "b.h.",
