@@ -32,7 +32,7 @@ LISTS = torch.zeros(1, 1, 1, 1, dtype=torch.int32), torch.ones(1, 1, 1, dtype=to
 CALLS = {
     "attention": ("attention", (Q, Q, Q), {}, f"{DENSE}/kernel_sm90", DENSE),
     "decode": (
-        "attention_decode", (ONE, Q, Q, lengths(50)), {}, f"{DECODE}/kernel_sm90", DECODE
+        "attention_decode", (ONE, Q, Q), {"seqlens_k": lengths(50)}, f"{DECODE}/kernel_sm90", DECODE
     ),
     "cached": (
         "attention", (Q, Q, Q), {"seqlens_k": lengths(64)}, f"{DENSE}/kernel_sm90", DECODE

@@ -42,6 +42,7 @@ class Described {
  public:
   virtual ~Described() = default;
   virtual std::string value(std::string_view argument) const = 0;
+  virtual std::string shape(std::string_view argument) const = 0;
   virtual std::string strides(std::string_view argument) const = 0;
 };
 
@@ -74,9 +75,9 @@ class Rules {
     if (call_) read_.push_back(k);
     return knob(k);
   }
-  // True for a call whose argument was described as `value`, and for a call that is not described.
-  bool may_be(std::string_view argument, std::string_view value) const {
-    return !call_ || call_->value(argument) == value;
+  // Value of an argument of a described call; empty for another call.
+  std::string described(std::string_view argument) const {
+    return call_ ? call_->value(argument) : "";
   }
 
   // The row is for other calls than this one, whatever rules it breaks.

@@ -94,6 +94,10 @@ class DescribedCall : public Described {
         return show(a->boolean);
     }
   }
+  std::string shape(std::string_view name) const override {
+    const Argument* const a = find(name);
+    return a && a->given ? show(a->view.sizes) : "None";
+  }
   // (8704, 136, 68, 1)
   std::string strides(std::string_view name) const override {
     const Argument* const a = find(name);

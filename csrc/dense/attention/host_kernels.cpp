@@ -30,7 +30,7 @@ void why_not_backward_sm90(const AttentionBackwardCall& call, Rules& r) {
                        std::to_string(cuda::sm90_tile_queries(p.head_dim)) + " rows";
               },
               tiles) &&
-      cuda::check_layout(r, "dout", t.out);
+      cuda::check_dout(r, t.out);
 }
 
 // The kernel does not take a call without workspace.

@@ -17,7 +17,7 @@ bool fills_a_gpu(Rules& r, const DecodeParams& d) {
   const AttentionParams& p = d.attention;
   if (cuda::prefills(p)) return true;
   const int64_t tiles = cuda::query_tiles(p, 64);
-  const bool splits = d.num_splits == 0 ? !d.stream_k : !r.may_be("schedule", "auto");
+  const bool splits = d.num_splits == 0 ? !d.stream_k : r.described("schedule") == "split";
   return r.check(d.num_splits == 0, "num_splits", "must be 0", d.num_splits) &&
          r.check(!splits, "schedule", "must be 'auto' or 'stream_k'") && [&] {
            const int64_t many = r.value_of(Knob::attention_decode_sm90_tiles);
@@ -55,7 +55,7 @@ void why_not_decode_sm90(const DecodeParams& d, Rules& r) {
   };
   suits() && !r.broken() &&
       cuda::check_cached_form<cuda::HeadDimList<64, 128>>(r, p, d.cache, t) &&
-      cuda::check_scale(r, p) && cuda::check_layout(r, "out", t.out);
+      cuda::check_scale(r, p) && cuda::check_out(r, t.out);
 }
 
 constexpr Knob kForwardCuts[] = {Knob::attention_sm90_section, Knob::attention_sm90_grid};

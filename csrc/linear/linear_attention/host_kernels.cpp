@@ -16,7 +16,7 @@ void why_not_sm90(const LinearAttentionParams& p, Rules& r) {
       check_layout(r, "q", {p.q, batch, p.seqlen, p.heads, p.head_dim}) &&
       check_layout(r, "k", {p.k, batch, p.seqlen, p.kv_heads, p.head_dim}) &&
       check_layout(r, "v", {p.v, batch, p.seqlen, p.kv_heads, p.value_dim}) &&
-      check_layout(r, "out", {p.out, batch, p.seqlen, p.heads, p.value_dim});
+      check_out(r, {p.out, batch, p.seqlen, p.heads, p.value_dim});
 }
 
 constexpr Kernel<LinearAttentionParams> kKernels[] = {

@@ -7,14 +7,14 @@ using cuda::block_sparse_attention::Sm90Tensors;
 
 void why_not_sm90(const BlockSparseParams& d, Rules& r) {
   const Sm90Tensors t(d.attention, d.attention.out);
-  cuda::block_sparse_attention::check_lists(r, d, t) && cuda::check_layout(r, "out", t.out);
+  cuda::block_sparse_attention::check_lists(r, d, t) && cuda::check_out(r, t.out);
 }
 
 void why_not_backward_sm90(const BlockSparseBackwardParams& p, Rules& r) {
   const Sm90Tensors t(p.forward.attention, p.dout);
   cuda::block_sparse_attention::check_lists(r, p.forward, t) &&
       r.check(!(p.forward.attention.softcap > 0), "softcap", "must be 0 in float32") &&
-      cuda::check_layout(r, "dout", t.out);
+      cuda::check_dout(r, t.out);
 }
 
 constexpr Kernel<BlockSparseParams> kForward[] = {

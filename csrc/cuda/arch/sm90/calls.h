@@ -87,4 +87,14 @@ inline bool check_layout(Rules& r, const char* name, const MappedRows& t) {
       [&](const Described& call) { return call.strides(name); });
 }
 
+// A description of a call names an output only if it is given.
+inline bool check_out(Rules& r, const MappedRows& t) {
+  return r.described("out") == "None" || check_layout(r, "out", t);
+}
+
+// A description of a call does not know dout, and has a contiguous one.
+inline bool check_dout(Rules& r, const MappedRows& t) {
+  return r.broken() || check_layout(r, "dout", t);
+}
+
 }  // namespace tokenmill::cuda
