@@ -33,7 +33,7 @@ void why_not_forward_sm90(const DecodeParams& d, Rules& r) {
   const bool few = !cuda::prefills(p) && rows_of(p) <= cuda::kMaxSm90DecodeRows;
   cuda::check_cached_form<cuda::Sm90HeadDims>(r, p, d.cache, t) &&
       r.check(p.seqlen_q >= cuda::kMinSm90Tokens, "q", "must have 32 tokens", p.seqlen_q) &&
-      r.check(d.max_seqlen_q >= cuda::kMinSm90Tokens || d.max_seqlen_q == p.seqlen_q,
+      r.check(d.max_seqlen_q >= cuda::kMinSm90Tokens || r.described("max_seqlen_q") == "None",
               "max_seqlen_q", "must be 32 or more", d.max_seqlen_q) &&
       fills_a_gpu(r, d) && cuda::check_forward(r, p, t);
   if (few && r.broken()) r.set_other_calls();
