@@ -99,7 +99,11 @@ def cuda_kernels(calls: list[Call], sm90: bool = True) -> list[str]:
 
 
 def _hashable(value: Any) -> bool:
-    return type(value).__hash__ is not None
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _detached(arguments: Any) -> Any:

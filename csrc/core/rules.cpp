@@ -1,6 +1,6 @@
-// Questions about a call, asked from Python: its arguments are described, and its operator is called
-// with arrays without memory. The question for the rules ends where the call would begin to run, the
-// question for the kernels at the launch.
+// Questions about a call, asked from Python: its arguments are described, and its operator is
+// called with arrays without memory. The question for the rules ends where the call would begin to
+// run, the question for the kernels at the launch.
 #include <bit>
 #include <charconv>
 #include <cmath>

@@ -36,8 +36,9 @@ concept HasTable = requires(const Params& p) {
 // Ends a question with the rows that were added to it.
 struct Answered {};
 
-// Calls launch_cuda(p, stream), which returns an error message or null. A question about the call ends
-// at the first launch with a table, and passes others. A build without CUDA only answers questions.
+// Calls launch_cuda(p, stream), which returns an error message or null. A question about the call
+// ends at the first launch with a table, and passes others. A build without CUDA only answers
+// questions.
 template <typename Params>
 void launch_on_device(const char* op, const View& first, const Params& p) {
   if (Inquiry* const inquiry = first.framework->inquiry()) [[unlikely]] {

@@ -96,7 +96,8 @@ bool check_cached_form(Rules& r, const AttentionParams& p, const KvCache& cache,
                  cache.dtype) &&
          r.check(!paged || size >= kMinSm90Page, "k_cache",
                  "must have pages of 64 tokens or more", size) &&
-         r.check(!paged || cache.pages == 0 || cache.capacity > 0, "block_table", "must have pages", 0) &&
+         r.check(!paged || cache.pages == 0 || cache.capacity > 0, "block_table",
+                 "must have pages", 0) &&
          r.check(cache.pages > 0 && size > 0, "k_cache", "must have tokens",
                  [](const Described& call) { return call.shape("k_cache"); });
 }

@@ -50,7 +50,8 @@ void why_not_decode_sm90(const DecodeParams& d, Rules& r) {
     return r.check(!p.cu_seqlens_q, "cu_seqlens_q", "must be None") &&
            r.check(p.window_right == 0, "causal", "must be True") &&
            r.check(rows <= cuda::kMaxSm90DecodeRows, "q",
-                   "must have at most 64 queries times heads of a KV head, or what the forward asks",
+                   "must have at most 64 queries times heads of a KV head, "
+                   "or what the forward asks",
                    rows);
   };
   suits() && !r.broken() &&

@@ -14,7 +14,8 @@ extern template const char* launch_block_sparse<float>(const BlockSparseParams&,
 const char* launch_on_sm80(const BlockSparseParams& d, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   if (has_requests(d)) return launch_forward_of_requests(d, on);
-  return visit_dtype(d.attention.dtype, [&]<typename T>() { return launch_block_sparse<T>(d, on); });
+  return visit_dtype(d.attention.dtype,
+                     [&]<typename T>() { return launch_block_sparse<T>(d, on); });
 }
 
 }  // namespace cuda::block_sparse_attention
