@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .gpu import CudaDevice, event_seconds
 from .timing import Run, interleave
 
 TRAFFIC = ("read", "copy")
@@ -115,8 +116,6 @@ def peak_flops(dtype: torch.dtype, gpu: bool = False) -> float:
 
 
 def _gpu_product_rate(dtype: torch.dtype) -> float:
-    from .gpu import CudaDevice, event_seconds
-
     n = 8192
     x = torch.randn(n, n, device="cuda").to(dtype)
     before = torch.backends.cuda.matmul.allow_tf32
@@ -131,8 +130,6 @@ def _gpu_product_rate(dtype: torch.dtype) -> float:
 
 def copy_bandwidth(gpu: bool = False, threads: int = 1) -> float:
     """Bytes per second of a large copy, reads plus writes."""
-    from .gpu import CudaDevice, event_seconds
-
     source = torch.zeros(1 << (28 if gpu else 24), device="cuda" if gpu else "cpu")
     target = torch.empty_like(source)
     runs: dict[str, Run] = {"copy": lambda: target.copy_(source)}

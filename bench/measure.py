@@ -1,4 +1,5 @@
-"""Result row of a case: its times, its peers' times, and the binding ceiling."""
+"""The time that a case may take, and its result row: its times, its peers' times, and the binding
+ceiling."""
 
 from __future__ import annotations
 
@@ -33,6 +34,34 @@ class Bench:
 
     def figure(self, timing: Timing) -> float:
         return timing.median if self.statistic == "median" else timing.best
+
+
+class Budget:
+    """Time of the cases: either `each` seconds of repetitions per case, or `total` seconds for all
+    remaining cases: time that one case leaves is shared by the others."""
+
+    def __init__(
+        self,
+        each: float,
+        total: float | None,
+        cases: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.each, self._clock, self._left = each, clock, cases
+        self._end = None if total is None else clock() + total
+
+    @property
+    def limited(self) -> bool:
+        return self._end is not None
+
+    def next(self) -> float | None:
+        """Seconds for the next case, including its preparation if the budget is limited; None if no
+        time is left."""
+        if self._end is None:
+            return self.each
+        share = (self._end - self._clock()) / max(self._left, 1)
+        self._left -= 1
+        return share if share > 0 else None
 
 
 def row_of(case: Case) -> dict[str, Any]:

@@ -198,9 +198,7 @@ def _clocks(machine: Machine) -> str:
 
 
 def _primitives(machine: Machine) -> str:
-    from .primitives import table_cells
-
-    rows = [[escape(cell) for cell in table_cells(row)] for row in machine.primitives]
+    rows = [[escape(cell) for cell in report.primitive_cells(row)] for row in machine.primitives]
     return table(["primitive", "best", "unit", "95 % of the median"], rows) if rows else ""
 
 

@@ -9,8 +9,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 import torch
@@ -18,43 +17,16 @@ import torch
 from tokenmill import _cli, _info
 from tokenmill._version import __version__
 
+from .gpu import CudaDevice
 from .interval import median_interval
 from .plot import label
+from .primitives_cpu import probes as cpu_probes
+from .primitives_cuda import Sizes
+from .primitives_cuda import probes as cuda_probes
+from .probe import Probe
 from .progress import progress
+from .report import primitive_cells
 from .results import SCHEMA, Results, build_digest
-
-SCALES = {"FLOP/s": (1e9, "GFLOP/s"), "B/s": (1e9, "GB/s"), "1/s": (1e9, "G/s"), "s": (1e-6, "us")}
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One row. measure(seconds) returns samples in the unit, taking about that many seconds; it
-    raises if this machine or this torch does not support it."""
-
-    primitive: str
-    unit: str  # a key of SCALES
-    measure: Callable[[float], list[float]]
-    facts: dict[str, Any] = field(default_factory=dict)  # dtype, bytes, threads, how
-
-    @property
-    def title(self) -> str:
-        facts = self.facts
-        parts = [self.primitive, facts.get("dtype", "")]
-        if "bytes" in facts:
-            parts.append(size(facts["bytes"]))
-        if "threads" in facts:
-            parts.append(f"{facts['threads']} thread(s)")
-        return " ".join([part for part in parts if part]) + (
-            f", {facts['how']}" if "how" in facts else ""
-        )
-
-
-def size(count: int) -> str:
-    """Size in binary units: "256 KiB"."""
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:.4g} {name}"
-    return f"{count} B"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,12 +96,7 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
 
 def _probes(device: str) -> Iterator[Probe]:
     if device == "cuda":
-        from .gpu import CudaDevice
-        from .primitives_cuda import Sizes, probes
-
-        return probes(CudaDevice(), "cuda", Sizes.of_this_device())
-    from .primitives_cpu import probes as cpu_probes
-
+        return cuda_probes(CudaDevice(), "cuda", Sizes.of_this_device())
     return cpu_probes()
 
 
@@ -152,17 +119,6 @@ def measured(probe: Probe, seconds: float) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-    cells = table_cells(row)
+    cells = primitive_cells(row)
     said = cells[3] if "absent" in row else f"median in {cells[3]}"
     return f"{cells[0]:<52}{cells[1]:>10}  {cells[2]:<8} {said}"
-
-
-def table_cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
-    """Title, value, unit, and interval of the median."""
-    from .report import figure
-
-    scale, unit = SCALES[row["unit"]]
-    if "absent" in row:
-        return row["title"], "-", unit, f"absent: {row['absent']}"
-    low, high = (figure(x / scale) for x in row["interval"])
-    return row["title"], figure(row["value"] / scale), unit, f"{low}-{high}"

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from .primitives import Probe
+from .probe import Probe
 from .timing import Run, interleave, use_threads
 
 SIZES = [1 << k for k in (15, 18, 20, 22, 24, 26, 28)]  # working sets in bytes

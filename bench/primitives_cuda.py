@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .gpu import Device, event_seconds
-from .primitives import Probe
+from .probe import Probe
 from .timing import Measure, Run, interleave
 
 THREADS, CHAINS = 256, 8  # threads per CTA of gpu_probe; independent chains per thread

@@ -13,6 +13,7 @@ from tokenmill import _cli
 from .case import geometric_mean
 from .ceilings import row_bound
 from .plot import label
+from .probe import SCALES
 
 BEGIN = "<!-- bench report: begin -->"
 END = "<!-- bench report: end -->"
@@ -101,13 +102,20 @@ def _measured(results: dict[str, Any]) -> list[str]:
 
 
 def _primitives(results: dict[str, Any]) -> list[str]:
-    from .primitives import table_cells
-
     machine = label(results["machine"], results["device"], None)
     made = f"{machine}; tokenmill {results['tokenmill']}, {results['date']}."
     header = ["primitive", "best", "unit", "95 % of the median"]
     lines = [made, "", _line(header), _line(["---"] * len(header))]
-    return lines + [_line([*table_cells(row)]) for row in results["rows"]]
+    return lines + [_line([*primitive_cells(row)]) for row in results["rows"]]
+
+
+def primitive_cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Title, value, unit, and interval of the median of a primitive's row."""
+    scale, unit = SCALES[row["unit"]]
+    if "absent" in row:
+        return row["title"], "-", unit, f"absent: {row['absent']}"
+    low, high = (figure(x / scale) for x in row["interval"])
+    return row["title"], figure(row["value"] / scale), unit, f"{low}-{high}"
 
 
 def _counters(op: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:

@@ -20,12 +20,11 @@ from tokenmill._version import __version__
 
 from . import case as cases_module
 from . import ceilings, peers, plot
-from .budget import Budget
 from .case import RECIPES, Case, cases, geometric_mean
 from .ceilings import Ceilings
 from .gpu import CudaDevice
 from .lines import Lines
-from .measure import Bench, few, key, measure, row_of, shares
+from .measure import Bench, Budget, few, key, measure, row_of, shares
 from .progress import progress
 from .results import SCHEMA, Results, build_digest, earlier, load
 from .sensors import Sensors

@@ -27,9 +27,9 @@ from tokenmill.bench import (
     run,
     timing,
 )
-from tokenmill.bench.budget import Budget
 from tokenmill.bench.case import Case
 from tokenmill.bench.interval import median_interval
+from tokenmill.bench.measure import Budget
 
 MADE_UP = ceilings.Ceilings({"float32": 1e9}, ((1e3, 8e9), (1e9, 1e9)), "quick")
 

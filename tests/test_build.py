@@ -215,6 +215,9 @@ def rules(monkeypatch):
     return script("rules", monkeypatch)
 
 
+LINE = "    x = 1\n"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "found"),
     [
@@ -231,12 +234,83 @@ def rules(monkeypatch):
         ("triton_kernels/a.py", "x = tl.dot(\n    a,\n    b,\n    acc,\n) * s\n", ["1: tl.dot "]),
         ("triton_kernels/a.py", 'x = tl.dot(\n    a, b, input_precision="ieee"\n)\n', []),
         ("tests/a.py", "x = tl.dot(a, b)\n", []),
+        ("a.py", f"def f(\n    x,\n):\n    \"\"\"F.\n    \"\"\"\n{LINE * 80}", []),
+        ("a.py", f"class A:\n  def f(x):\n{LINE * 81}", ["2: f has 81 lines, more than 80"]),
+        ("a.py", f"def f():\n    def g():\n{'    ' + LINE}{LINE * 80}", ["1: f has 82 lines"]),
+        ("a.cpp", f"void f(A a = {{}}) {{\n{LINE * 80}}}\nint a[] = {{\n{LINE * 81}}};\n", []),
+        ("a.cpp", f"void f(A a = {{}}) {{\n{LINE * 81}}}\n", ["1: f has 81 lines, more than 80"]),
+        (
+            "a.cuh",
+            "namespace a {\n#define OPEN {\nstruct alignas(16) A : B<int> {\n  A() : x{1} {}\n"
+            "  // { \" (\n  __global__ void __launch_bounds__(f(1)) g(char c = '{') const {\n"
+            f"    if (x) {{\n{LINE * 79}  }}\n  }}\n}};\n}}\n",
+            ["6: g has 81 lines"],
+        ),
+        ("a.cpp", f'void f() {{\n  g(R"({{)", "{{", 1\'000);\n{LINE * 80}}}\n', ["1: f has 81"]),
     ],
 )  # fmt: skip
 def test_rules_find_what_breaks_them(rules, name, text, found):
     breaches = list(rules.breaches(name, text))
     assert len(breaches) == len(found)
     assert all(breach.startswith(start) for breach, start in zip(breaches, found, strict=True))
+
+
+PACKAGE = "python/tokenmill/"
+
+
+@pytest.mark.parametrize(
+    ("imports", "found"),
+    [
+        ({"dense/a.py": "from ..select import b", "select/b.py": "from .._check import c"}, []),
+        (
+            {"dense/a.py": "def f():\n    from ..sparse.b import g", "sparse/b.py": ""},
+            ["dense/a.py:2: dense imports sparse, of a higher floor"],
+        ),
+        (
+            {"_call/a.py": "\nload = import_module('tokenmill.dense')".replace("'", '"'),
+             "dense/__init__.py": ""},
+            ["_call/a.py:2: _call imports dense, of a higher floor"],
+        ),
+        (
+            {"dense/a.py": "if TYPE_CHECKING:\n    from . import b",
+             "dense/b.py": "from .a import f"},
+            ["circle of modules: tokenmill.dense."],
+        ),
+        (
+            {"linear/a.py": "from ..tokens import b", "linear/c.py": "", "tokens/b.py": "",
+             "tokens/d.py": "import tokenmill.linear.c"},
+            ["circle of rooms: "],
+        ),
+        (
+            {"novel/a.py": "from .. import _check", "_check.py": ""},
+            ["novel/a.py:1: novel has no floor"],
+        ),
+    ],
+)  # fmt: skip
+def test_imports_run_downward(rules, monkeypatch, imports, found):
+    monkeypatch.setattr(rules, "LONG", {})
+    files = {PACKAGE + name: text + "\n" * 40 for name, text in imports.items()}
+    breaches = [breach.removeprefix(PACKAGE) for breach in rules.tree_breaches(files)]
+    assert len(breaches) == len(found)
+    assert all(breach.startswith(start) for breach, start in zip(breaches, found, strict=True))
+
+
+def test_small_files_are_shared(rules, monkeypatch):
+    monkeypatch.setattr(rules, "LONG", {"csrc/dense/f/host.cpp": {"f"}})
+    files = {
+        "csrc/dense/f/host.cpp": '#include "dense/f/a.h"\nvoid f() {}\n',
+        "csrc/dense/f/cpu.cpp": '#include "dense/f/a.h"\n#include "b.h"\n',
+        "csrc/dense/f/a.h": "int a;\n",
+        "csrc/dense/f/b.h": "int b;\n",
+        "bench/a.py": "from .b import f\n" + "\n" * 40,
+        "bench/b.py": "from .c import f\n",
+        "bench/c.py": "\n" * 40,
+    }
+    assert sorted(rules.tree_breaches(files)) == [
+        "bench/b.py:1: fewer than 40 lines, and only bench/a.py uses it",
+        "ci/rules: f of csrc/dense/f/host.cpp is not longer than 80 lines",
+        "csrc/dense/f/b.h:1: fewer than 40 lines, and only csrc/dense/f/cpu.cpp uses it",
+    ]
 
 
 def test_the_tree_keeps_the_rules(rules, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.machinery
 import importlib.util
 import inspect
@@ -97,9 +98,11 @@ def test_the_diff_that_adds_an_argument_applies_and_its_reference_runs(tmp_path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     loader.exec_module(module)
     q, k, v = torch.randn(3, 1, 8, 2, 16, dtype=torch.float64).unbind()
-    lower = tm.registry.ops()["attention"].lower
-    out, _ = module.attention(*lower(q, k, v), negate=True)
-    turned, _ = module.attention(*lower(-q, k, v), negate=False)
+    record = tm.registry.ops()["attention"].record
+    fields = (*record(q, k, v)._fields, "negate")
+    wider = collections.namedtuple("attention", fields)
+    out, _ = module.attention(wider(*record(q, k, v), negate=True))
+    turned, _ = module.attention(wider(*record(-q, k, v), negate=False))
     torch.testing.assert_close(out, turned, rtol=1e-12, atol=1e-12)
 
 

@@ -13,7 +13,9 @@ import tokenmill as tm
 
 transformers = pytest.importorskip("transformers", minversion="5.4")
 integration = pytest.importorskip("tokenmill.integrations.transformers")
-padding_module = pytest.importorskip("tokenmill.integrations._padding")
+attention_module = pytest.importorskip("tokenmill._transformers.attention")
+masks_module = pytest.importorskip("tokenmill._transformers.masks")
+padding_module = pytest.importorskip("tokenmill._transformers.padding")
 
 SMALL = {
     "vocab_size": 40,
@@ -302,11 +304,11 @@ def test_a_step_with_many_keys_runs_as_decode(padding, monkeypatch):
         for options in ({}, {"sliding_window": 40}, {"s_aux": torch.randn(4)}, {"softcap": 1.5})
     ]
     ran = []
-    real = integration.decoded
-    monkeypatch.setattr(integration, "decoded", lambda *a, **o: ran.append(1) or real(*a, **o))
+    real = attention_module.decoded
+    monkeypatch.setattr(attention_module, "decoded", lambda *a, **o: ran.append(1) or real(*a, **o))
     found = [step() for step in steps]
     assert len(ran) == len(steps)
-    monkeypatch.setattr(integration, "_few_queries", lambda *arguments: False)
+    monkeypatch.setattr(attention_module, "_few_queries", lambda *arguments: False)
     torch.testing.assert_close(found, [step() for step in steps])
 
 
@@ -331,13 +333,13 @@ def test_a_complete_mask_decides_alone():
 
 def test_views_are_passed_without_copies(monkeypatch):
     seen = []
-    real = integration.attention
+    real = attention_module.attention
 
     def spy(*tensors, **options):
         seen.extend(tensors)
         return real(*tensors, **options)
 
-    for module in (integration, padding_module):
+    for module in (attention_module, padding_module):
         monkeypatch.setattr(module, "attention", spy)
     q, k, v = (x.transpose(1, 2) for x in torch.randn(2, 11, 3, 4, 8).unbind(2))
     padding = padding_mask("right")[:2].bool()
@@ -457,7 +459,7 @@ def test_dropout_is_that_of_sdpa(build, padding, tokenmill):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.5)
     cotangent = torch.randn(3, 11, 48)
-    integration._say_once.cache_clear()
+    attention_module._say_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.manual_seed(1)
@@ -485,9 +487,9 @@ def test_dropout_of_packed_sequences():
     """Sequences of 4, 1 and 6 tokens, with queries for the last 2, 1 and 5, match separate
     calls."""
     ends_q, ends_k = torch.tensor([0, 2, 3, 8]).int(), torch.tensor([0, 4, 5, 11]).int()
-    mask = integration._complete(None, 8, 11, True, 3, ends_q, ends_k, torch.device("cpu"))
+    mask = masks_module.complete_mask(None, 8, 11, True, 3, ends_q, ends_k, torch.device("cpu"))
     for (q0, q1), (k0, k1) in zip(ends_q.unfold(0, 2, 1), ends_k.unfold(0, 2, 1), strict=True):
         sizes = int(q1 - q0), int(k1 - k0)
-        alone = integration._complete(None, *sizes, True, 3, None, None, torch.device("cpu"))
+        alone = masks_module.complete_mask(None, *sizes, True, 3, None, None, torch.device("cpu"))
         assert torch.equal(mask[..., q0:q1, k0:k1], alone)
         assert mask[..., q0:q1, :].sum() == alone.sum()

@@ -17,7 +17,7 @@ from tokenmill import policies
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 integration = pytest.importorskip("tokenmill.integrations.transformers")
-_pages = pytest.importorskip("tokenmill.integrations._pages")
+_pages = pytest.importorskip("tokenmill._transformers.pages")
 apply_policy = integration.apply_policy
 
 PLAIN = {

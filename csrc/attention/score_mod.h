@@ -1,5 +1,4 @@
-// Checks of score_mod arguments, for operators with a score map: the ones of
-// python/tokenmill/dense/terms.py, in its order and words.
+// Checks of score_mod arguments, for operators with a score map.
 #pragma once
 #include <cmath>
 

@@ -1,4 +1,4 @@
-// Checks of a KV cache: the ones of python/tokenmill/_kv_cache.py, in its order and words.
+// Checks of a KV cache.
 #pragma once
 #include <bit>
 

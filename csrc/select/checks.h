@@ -1,5 +1,4 @@
-// Checks shared by the operators on keys; same rules, order and messages as
-// python/tokenmill/select/rules.py.
+// Checks shared by the operators on keys.
 #pragma once
 #include <algorithm>
 

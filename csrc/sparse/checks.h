@@ -1,5 +1,4 @@
-// Checks shared by the operators on block lists; same order and messages as
-// python/tokenmill/sparse/rules.py.
+// Checks shared by the operators on block lists.
 #pragma once
 #include <bit>
 

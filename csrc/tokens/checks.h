@@ -1,5 +1,4 @@
-// Checks shared by the operators on tokens; same rules, order and messages as
-// python/tokenmill/tokens/rules.py.
+// Checks shared by the operators on tokens.
 #pragma once
 #include <algorithm>
 

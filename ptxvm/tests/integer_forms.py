@@ -305,6 +305,11 @@ def moves() -> list[Form]:
             name="mov.pred",
         )
     )
+    _add_address_conversions(forms)
+    return forms.rows
+
+
+def _add_address_conversions(forms: Forms) -> None:
     windows = {"shared": 1 << 60, "shared::cta": 1 << 60, "local": 2 << 60, "param": 3 << 60}
     for space, window in windows.items():
         forms.add_form(
@@ -328,7 +333,6 @@ def moves() -> list[Form]:
     for space in ("global", "const"):
         forms.add(f"cvta.{space}.u64", ("u64",), lambda a: a)
         forms.add(f"cvta.to.{space}.u64", ("u64",), lambda a: a)
-    return forms.rows
 
 
 def conversions() -> list[Form]:

@@ -5,6 +5,7 @@ Every function has the same meaning on four backends: plain PyTorch ("reference"
 other frameworks.
 """
 
+import functools as _functools
 import importlib as _importlib
 import typing as _typing
 
@@ -21,6 +22,7 @@ from . import (
     testing,
     tokens,
 )
+from ._call import sharded as _sharded
 from ._check import InputError
 from ._explain import backends, explain
 from ._info import build_info
@@ -176,6 +178,7 @@ __all__ = [
 
 _flops.install([*registry.ops().values()])
 _knobs.load()
+_sharded.load = _functools.partial(_importlib.import_module, f"{__name__}.distributed.sharding")
 
 if _typing.TYPE_CHECKING:
     from . import nn, papers, policies

@@ -17,9 +17,9 @@ from ._call.kernels import Kernel, table
 from ._call.operator import native_keys
 from ._call.rules import Like
 from ._call.run import needs_autograd
+from ._call.strides import empty_like, strided, with_rows
 from ._check import InputError, fail
 from ._other_names import refuse
-from ._strides import empty_like, strided, with_rows
 from .registry import OpSpec, Sample
 
 

@@ -13,15 +13,15 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-if TYPE_CHECKING:
-    from ._call.operator import TorchOp
-    from .registry import OpSpec
+from ._call.library import NAMESPACE, TRITON_NAMESPACE
+from ._call.operator import TorchOp
+from ._call.spec import OpSpec
 
 COUNTER = "torch.utils.flop_counter"
 
@@ -104,8 +104,6 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 
 def _register(specs: Sequence[OpSpec], counter: ModuleType) -> None:
-    from ._call.library import NAMESPACE, TRITON_NAMESPACE
-
     for spec in specs:
         for op in (*spec.torch_ops, *([spec.out] if spec.out else [])):
             formula = functools.partial(_count, spec, op)

@@ -38,7 +38,7 @@ def build_info() -> dict[str, Any]:
         True
     """
     try:
-        from . import _C
+        import tokenmill._C as _C
     except ImportError:
         return {"version": __version__}
     return _C.build_info()

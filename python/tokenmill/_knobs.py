@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ._call import library
+from ._info import cpu_model
 from ._version import __version__
 
 FORMAT = "tokenmill tune 1"
@@ -188,11 +189,15 @@ def put(name: str, number: int) -> None:
         emulated.knob(name, number)
 
 
-def copy_to(machine: Any) -> None:
-    """Copies the current values to the PTX machine, a torch.ops namespace that is being loaded."""
+def _copy_to(emulated: Any) -> None:
+    """Copies the current values to the emulated library, a namespace that is being filled."""
     for name in KNOBS:
         if name not in triton_values:
-            machine.knob(name, value(name))
+            emulated.knob(name, value(name))
+
+
+if library.emulated_namespace is not None:
+    library.emulated_namespace.finishers.append(_copy_to)
 
 
 def refusals(switch: str) -> list[str]:
@@ -232,8 +237,6 @@ def path() -> Path:
 def device_name(device: str) -> str:
     """The cache's name for a device. Mixed kinds of GPUs have no name, and so no tuned values."""
     if device == "cpu":
-        from ._info import cpu_model
-
         return f"{cpu_model()} ({library.native.cpu_isa()})"
     names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     return names.pop() if len(names) == 1 else ""

@@ -1,5 +1,5 @@
-"""Rules for calls on a KV cache. csrc/core/kv_cache_checks.h has the same rules in the same order
-and words; the contract test compares the two.
+"""A KV cache: its capacity, and its rules for functions composed of operators, in the words of
+csrc/core/kv_cache_checks.h.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ._check import (
-    MAX_HEAD_DIM,
     check,
     check_cu_seqlens,
     check_device_of,
@@ -27,67 +26,18 @@ from ._check import (
 MAX_CACHE_DIM, MAX_CACHE_VALUE_DIM = 576, 512
 
 
-def check_cache_ranks(op: str, k: Tensor, v: Tensor | None) -> None:
-    """v is None where k also holds the values."""
-    rule = "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])"
-    for name, t in (("k_cache", k), ("v_cache", v)):
-        if t is not None:
-            check(t.dim() == 4, op, name, rule, t.dim())
-
-
-def check_cache_shapes(op: str, k: Tensor, v: Tensor) -> None:
-    if v.shape[:-1] != k.shape[:-1]:
-        rule = f"must have the shape of k_cache up to the head dimension, {show(k.shape)}"
-        fail(op, "v_cache", rule, v.shape)
-
-
-def check_caches_alike(
-    op: str, k: Tensor, v: Tensor | None, maximum: int = MAX_HEAD_DIM, max_v: int = MAX_HEAD_DIM
-) -> None:
-    """Checks 4-dimensional caches against each other, where no query has been checked. v None:
-    k's.
-    """
-    if v is None:
-        check_last_contiguous(op, "k_cache", k)
-        check_head_dim(op, "k_cache", k, maximum)
-        return
-    check_dtype_of(op, "v_cache", v, "k_cache", k)
-    check_device_of(op, "v_cache", v, "k_cache", k)
-    for name, t, widest in (("k_cache", k, maximum), ("v_cache", v, max_v)):
-        check_last_contiguous(op, name, t)
-        check_head_dim(op, name, t, widest)
-    check_cache_shapes(op, k, v)
-
-
-def check_cache_dtype(op: str, name: str, cache: Tensor, rows: Tensor, of: str = "q") -> None:
-    """Checks the dtype of a cache, or of its keys, against rows of the dtype that it stores or is
-    read in.
-    """
-    if cache.dtype not in (rows.dtype, torch.float8_e4m3fn):
-        rule = f"must have the dtype of {of}, {show(rows.dtype)}, or float8_e4m3fn"
-        fail(op, name, rule, cache.dtype)
-
-
 def check_cache_scale(
-    op: str,
-    name: str,
-    t: Tensor | None,
-    of: str,
-    cache: Tensor,
-    rows: Tensor,
-    *,
-    shared: bool = True,
-    token: bool = True,
+    op: str, name: str, t: Tensor | None, of: str, cache: Tensor, rows: Tensor
 ) -> None:
-    """Checks the scale of keys or values of a cache [P, page size, Hk, D]: [1] or [Hk] if shared,
-    [P, page size, Hk] if token. float64 is also accepted with float64 rows.
+    """Checks the scale of keys or values of a cache [P, page size, Hk, D]: [1], [Hk] or [P, page
+    size, Hk]. float64 is also accepted with float64 rows.
     """
     if t is None:
         return
     rule = "requires a cache in float8_e4m3fn"
     check(cache.dtype == torch.float8_e4m3fn, op, name, rule, cache.dtype)
     shape, each, every = list(t.shape), [cache.shape[2]], list(cache.shape[:3])
-    if not ((shared and is_any(shape, [1], each)) or (token and shape == every)):
+    if not is_any(shape, [1], each, every):
         fail(op, name, f"must have shape [1], {show(each)} or {show(every)}", t.shape)
     wide = torch.promote_types(rows.dtype, torch.float32)
     either = "" if wide == torch.float32 else f" or {show(wide)}"
@@ -111,9 +61,13 @@ def check_cache(
         check(q.dim() == 4, op, "q", "must have 4 dimensions [B, Sq, H, D]", q.dim())
     else:
         check(q.dim() == 3, op, "q", "must have 3 dimensions [T, H, D] (packed)", q.dim())
-    check_cache_ranks(op, k, v)
+    rule = "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])"
+    for name, t in caches:
+        check(t.dim() == 4, op, name, rule, t.dim())
     check_dtype(op, "q", q, float64=float64)
-    check_cache_dtype(op, "k_cache", k, q)
+    if k.dtype not in (q.dtype, torch.float8_e4m3fn):
+        rule = f"must have the dtype of q, {show(q.dtype)}, or float8_e4m3fn"
+        fail(op, "k_cache", rule, k.dtype)
     check_dtype_of(op, "v_cache", v, "k_cache", k)
     for name, t in caches:
         check_device_of_q(op, name, t, q)
@@ -122,7 +76,9 @@ def check_cache(
         check_head_dim(op, name, t, MAX_CACHE_VALUE_DIM if name == "v_cache" else MAX_CACHE_DIM)
     if k.shape[3] != q.shape[-1]:
         fail(op, "k_cache", f"must have the head dimension of q, {q.shape[-1]}", k.shape[3])
-    check_cache_shapes(op, k, v)
+    if v.shape[:-1] != k.shape[:-1]:
+        rule = f"must have the shape of k_cache up to the head dimension, {show(k.shape)}"
+        fail(op, "v_cache", rule, v.shape)
     heads, kv_heads, size = q.shape[-2], k.shape[2], k.shape[1]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
         fail(op, "k_cache", f"number of heads must divide that of q, {heads} (GQA)", kv_heads)

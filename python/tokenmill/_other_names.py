@@ -8,6 +8,7 @@ not appear in the signature shown by :func:`inspect.signature`, help() and the s
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
@@ -139,6 +140,17 @@ def refuses_other_names(function: F) -> F:
     ]
     function.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
     return function
+
+
+def answered_by(run: Callable[..., Any]) -> Callable[[F], F]:
+    """Gives run, which takes the keywords that a call names, the signature and the docstring of the
+    decorated function, which has no body. run refuses other keywords.
+    """
+
+    def declare(function: F) -> F:
+        return functools.update_wrapper(run, function)  # type: ignore[return-value]
+
+    return declare
 
 
 def refuse(op: str, function: Callable[..., Any], other: Mapping[str, Any]) -> NoReturn:

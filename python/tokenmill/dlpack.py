@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+import tokenmill
+
 
 def _is_array(value: Any) -> bool:
     return hasattr(value, "__dlpack__") and not isinstance(value, torch.Tensor)
@@ -56,8 +58,6 @@ def _back_to(array: Any) -> Callable[[Any], Any]:
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
-    import tokenmill
-
     function = getattr(tokenmill, name) if name in tokenmill.__all__ else None
     if not callable(function) or isinstance(function, type):
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -9,6 +9,8 @@ import pytest
 import torch
 from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources
 
+from tokenmill.dense.additive_attention import BACKWARD, FORWARD
+
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
 
@@ -17,8 +19,9 @@ def call():
 
     q, v = torch.zeros(1, 64, 128, dtype=torch.bfloat16), torch.zeros(128, dtype=torch.bfloat16)
     mask = torch.ones(1, 64, 64, dtype=torch.bool)
-    scores = kernels.additive_attention(q, q, v, mask)
-    kernels.additive_attention_backward(scores, q, q, v, mask)
+    a = FORWARD.record(q, q, v, mask)
+    scores = kernels.additive_attention(a)
+    kernels.additive_attention_backward(BACKWARD.record(scores, *a))
 
 
 def main(capability):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -119,7 +120,7 @@ def test_softmax_survives_scores_that_grow_along_the_keys(dtype, backend):
     for order in (k, k.flip(1)):
         args = [t.to(dtype) for t in (q, order, v)]
         want = tm.attention(*(a.double() for a in args), backend="reference")
-        plain = SPEC.plain(*SPEC.lower(*args))[0]
+        plain = SPEC.plain(SPEC.record(*args))[0]
         moved = [a.to(device_of(backend)) for a in args]
         assert_accurate(tm.attention(*moved, backend=backend).cpu(), want, plain)
 
@@ -509,3 +510,17 @@ def test_heads_that_share_a_bias_take_turns(threads):
         return torch.autograd.grad(out, (q, k, v, bias), torch.ones_like(out))
 
     assert all(torch.equal(a, b) for a, b in zip(gradients(1), gradients(2), strict=True))
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_decode"])
+def test_the_signature_has_the_defaults_of_the_schema(name):
+    """A call runs with the defaults of the schema, wherever lower does not name the argument."""
+    spec = tm.registry.get(name)
+    lowered = inspect.signature(spec.lower).parameters
+    schema = {n: x for n, x in spec.forward.by_default.items() if n not in lowered}
+    declared = inspect.signature(spec.function).parameters
+    shared = [
+        n for n in declared if n in schema and declared[n].default is not inspect.Parameter.empty
+    ]
+    assert {"kind", "softcap", "causal", "sink"} <= {*shared}
+    assert {n: declared[n].default for n in shared} == {n: schema[n] for n in shared}

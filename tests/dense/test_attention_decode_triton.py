@@ -17,6 +17,7 @@ from tier import daily
 from triton_compiler import OPERANDS, SHARED, assert_fits, fresh_process, resources, without_code
 
 import tokenmill as tm
+from tokenmill.dense.attention_decode import FORWARD
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,37 +58,36 @@ def lowered(kind, dtype, head_dim, options, tokens=4096):
     empty = functools.partial(torch.empty, device="meta")
     queries = 16 if "rows" in options else 4 if "several" in options else 1
     q = empty(batch, queries, heads, head_dim, dtype=dtype)
-    starts = None
-    if "packed" in options:
-        q, starts = q.flatten(0, 1), empty(batch + 1, dtype=torch.int32)
     pages = (batch * tokens // 16, 16) if "paged" in options else (batch, tokens)
-    scale, cache = None, empty(*pages, kv_heads, head_dim, dtype=dtype)
+    cache = empty(*pages, kv_heads, head_dim, dtype=dtype)
+    given = {"scale": 0.125, "seqlens_k": empty(batch, dtype=torch.int32)}
+    given |= dict(zip(("kind", "normalize"), kind.split(","), strict=False))
+    if "packed" in options:
+        q, given["cu_seqlens_q"] = q.flatten(0, 1), empty(batch + 1, dtype=torch.int32)
     if "float8" in options:
-        scale, cache = empty(*pages, kv_heads), cache.to(torch.float8_e4m3fn)
-    values = cache[..., :512]  # latent keys
-    table = empty(batch, tokens // 16, dtype=torch.int32) if "paged" in options else None
-    lengths = empty(batch, dtype=torch.int32)
-    mask = [None] * 3
+        scales = empty(*pages, kv_heads)
+        cache, given = cache.to(torch.float8_e4m3fn), given | {"k_scale": scales, "v_scale": scales}
+    if "paged" in options:
+        given["block_table"] = empty(batch, tokens // 16, dtype=torch.int32)
     if "masked" in options:  # the largest mask
-        ranges = empty(batch, heads, queries, 4, 2, dtype=torch.int32)
-        spans = (empty(batch, n, 2, dtype=torch.int32) for n in (queries, tokens))
-        mask = [ranges, *spans]
-    terms = [None, 0.0, False, *mask, None, None, 0.0, -1]
+        given["mask_ranges"] = empty(batch, heads, queries, 4, 2, dtype=torch.int32)
+        for name, n in (("mask_q_spans", queries), ("mask_k_spans", tokens)):
+            given[name] = empty(batch, n, 2, dtype=torch.int32)
     if "terms" in options:
-        sink = empty(heads) if kind == "softmax" else None
-        terms = [empty(batch, heads), -1.0, True, *mask, empty(heads), sink, 5.0, 1000]
-    kind, normalize = (*kind.split(","), "none")[:2]
-    schedule = "stream_k" if "stream" in options else "auto"
-    *terms, left = terms
-    band = (True, left, -1, starts, None)
-    call = (q, cache, values, lengths, table, kind, normalize, 0.125, *terms, *band, 0, schedule)
-    return (*call, scale, scale)
+        given |= {"score_bias": empty(batch, heads), "score_bias_value": -1.0, "softcap": 5.0}
+        given |= {"score_bias_neg_log_n": True, "alibi_slopes": empty(heads), "window_left": 1000}
+        given |= {"sink": empty(heads)} if kind == "softmax" else {}
+    if "stream" in options:
+        given["schedule"] = "stream_k"
+    latent = cache[..., :512]
+    given |= {"q": q, "k_cache": cache, "v_cache": latent}
+    return FORWARD.record(**FORWARD.by_default | given)
 
 
 def compiled(capability, call):
     from tokenmill.triton_kernels.dense import attention_decode
 
-    return triton_compiler.compiled(capability, lambda: attention_decode.attention_decode(*call))
+    return triton_compiler.compiled(capability, lambda: attention_decode.attention_decode(call))
 
 
 def main(capability, *cases):

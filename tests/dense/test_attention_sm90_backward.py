@@ -42,7 +42,7 @@ def gradients(q, k, v, dout, attend=None, **options):
 def plain(q, k, v, **options):
     """PyTorch in the dtype of q."""
     count = 2 if options.get("return_lse") else 1
-    return SPEC.plain(*SPEC.lower(q, k, v, **options))[:count]
+    return SPEC.plain(SPEC.record(q, k, v, **options))[:count]
 
 
 def run(tensors, mode=MODES[0], taken=True, **options):

@@ -18,6 +18,7 @@ from tier import daily
 from triton_compiler import OPERANDS, SHARED, assert_fits, fresh_process, resources, without_code
 
 import tokenmill as tm
+from tokenmill.dense.attention import BACKWARD, EXTRAS, FORWARD, SPEC
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,23 +57,22 @@ def lowered(kind, dtype, head_dim, band, *options, tokens=1024):
     empty = functools.partial(torch.empty, device="meta")
     q = empty(batch, tokens, heads, head_dim, dtype=dtype)
     k = empty(batch, tokens, kv_heads, head_dim, dtype=dtype)
-    mask = [None] * 3
+    given = {"q": q, "k": k, "v": k, "scale": 0.125}
+    given |= dict(zip(("kind", "normalize"), kind.split(","), strict=False))
+    given |= dict(zip(("causal", "window_left", "window_right"), BANDS[band], strict=True))
     if "masked" in options:  # the largest mask
         spans = empty(batch, tokens, 2, dtype=torch.int32)
-        mask = [empty(batch, heads, tokens, 4, 2, dtype=torch.int32), spans, spans]
-    fading = "fading" in options
-    grid = (32, "chebyshev", 9) if fading else (0, "chebyshev", -1)
-    slopes = empty(heads) if fading else None
-    terms = [None, 0.0, False, None, *mask, slopes, *grid, None, 0.0]
+        ranges = empty(batch, heads, tokens, 4, 2, dtype=torch.int32)
+        given |= {"mask_ranges": ranges, "mask_q_spans": spans, "mask_k_spans": spans}
+    if "fading" in options:
+        given |= {"alibi_slopes": empty(heads), "grid_width": 32, "grid_window": 9}
+        given |= {"post_decay": True}
     if "every term" in options:
-        bias = empty(batch, 1, tokens, tokens, dtype=dtype)
-        sink = empty(heads) if kind == "softmax" else None
-        terms = [empty(batch, heads), -1.0, True, bias, *mask, empty(heads), *grid, sink, 5.0]
-    causal, left, right = BANDS[band]
-    lengths = (None, None, None, None)
-    kind, normalize = (*kind.split(","), "none")[:2]
-    band_and_lengths = (causal, left, right, *lengths)
-    return (q, k, k, kind, normalize, 0.125, *terms, *band_and_lengths, "accurate", fading)
+        given |= {"score_bias": empty(batch, heads), "score_bias_value": -1.0, "softcap": 5.0}
+        given |= {"score_bias_neg_log_n": True, "alibi_slopes": empty(heads)}
+        given |= {"bias": empty(batch, 1, tokens, tokens, dtype=dtype)}
+        given |= {"sink": empty(heads)} if kind == "softmax" else {}
+    return FORWARD.record(**FORWARD.by_default | given)
 
 
 def compiled(capability, call):
@@ -80,11 +80,11 @@ def compiled(capability, call):
     from tokenmill.triton_kernels.dense import attention
 
     def launch():
-        out, lse = attention.attention(*call)
-        kind, normalize = call[3:5]
+        out, lse = attention.attention(call)
         lse = None if lse.numel() == 0 else lse
-        kept = out if kind == "softmax" or normalize == "sum" else None
-        attention.attention_backward(out, lse, kept, lse, *[True] * 4, *call)
+        kept = out if call.kind == "softmax" or call.normalize == "sum" else None
+        needs = [True] * len(EXTRAS)
+        attention.attention_backward(BACKWARD.record(out, lse, kept, lse, *needs, *call))
 
     return triton_compiler.compiled(capability, launch)
 
@@ -209,7 +209,6 @@ def mask_of(name, g):
 def test_lists_name_the_tiles_that_a_mask_leaves(name, of_keys):
     """Each tile with a visible pair is listed, no tile is listed that the mask bounds exclude, and
     full tiles have no masked pair."""
-    from tokenmill.dense.attention import lower
     from tokenmill.reference.dense import _common
     from tokenmill.triton_kernels.dense.attention import Call, Tiles
 
@@ -217,11 +216,12 @@ def test_lists_name_the_tiles_that_a_mask_leaves(name, of_keys):
     q = torch.zeros(2, 75, 4, 16, device=DEVICE)
     k = torch.zeros(2, 100, 2, 16, device=DEVICE)
     mask = mask_of(kind, torch.Generator().manual_seed(0))
-    call = Call(*lower(q, k, k, mask=mask, **options))
+    call = Call(*SPEC.record(q, k, k, mask=mask, **options))
     lists = call.lists(Tiles(8, 8, 4, 1), of_keys=of_keys)
     right = 0 if call.causal else call.window_right
     pairs = _common.visible_pairs(75, 100, call.window_left, right, q.device)
-    pairs = _common.masked_pairs(pairs, *call[10:13])
+    masks = call.mask_ranges, call.mask_q_spans, call.mask_k_spans
+    pairs = _common.masked_pairs(pairs, *masks)
     heads = 2 if of_keys else 4
     pairs = pairs.expand(2, 4, -1, -1).unflatten(1, (heads, -1))
     some = torch.nn.functional.pad(pairs.any(2).cpu(), (0, 4, 0, 5))

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tokenmill import registry
 from tokenmill._call.run import call
+from tokenmill._call.spec import AXES, Sharding
 from tokenmill._check import InputError
-from tokenmill.registry import AXES, Sharding
 
 MESH = (2, 2)
 

@@ -15,6 +15,7 @@ import tokenmill.distributed as tmd
 from tokenmill.distributed._group import Group
 from tokenmill.distributed.sparse_decode_attention import _as_pages
 from tokenmill.reference.sparse.block_sparse_attention import visible_and_added
+from tokenmill.sparse.block_sparse_attention import SPEC
 
 BLOCKS = {"block_q": 16, "block_k": 8}
 OPTIONS = {
@@ -148,9 +149,8 @@ def moved_on_a_rank(sizes):
 
 def seen_of_others(case, options, own):
     """Per KV head, blocks of which a query in `own` sees a key outside `own`."""
-    how = {"causal": False, "num_sink": 0, "num_recent": 0, "seqlens_k": None} | BLOCKS | options
-    how = {n: x for n, x in how.items() if n not in ("scale", "softcap")}
-    seen, _ = visible_and_added(*case.tokens[:2], *case.lists, **how)
+    call = SPEC.record(*case.tokens, *case.lists, **BLOCKS, **options)
+    seen, _ = visible_and_added(call)
     seen = seen[:, :, own].any(2)
     seen = seen.unflatten(1, (2, 2)).any(2)
     seen[..., own] = False

@@ -14,7 +14,7 @@ import torch
 from tier import FULL
 
 from tokenmill import registry
-from tokenmill.registry import AXES, Sharding
+from tokenmill._call.spec import AXES, Sharding
 
 if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)

@@ -22,11 +22,11 @@ def chunked(q, k, v, *, log_decay=None, initial_state=None, **options):
         rows = slice(start, start + SIZE)
         gated = log_decay is not None and log_decay.dim() > 1
         decay = log_decay[:, rows] if gated else log_decay
-        lowered = registry.get("linear_attention").lower(
+        record = registry.get("linear_attention").record(
             q[:, rows], k[:, rows], v[:, rows],
             log_decay=decay, initial_state=state, return_final_state=True, **options,
         )  # fmt: skip
-        out, state, _ = reference.linear_attention_quadratic(*lowered)
+        out, state, _ = reference.linear_attention_quadratic(record)
         outs.append(out)
     return torch.cat(outs, 1), state
 

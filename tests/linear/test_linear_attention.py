@@ -46,7 +46,7 @@ def test_the_recurrence_is_the_matrix_of_weights(sample):
     many = len(first)
 
     def quadratic(*args, **kwargs):
-        return reference.linear_attention_quadratic(*SPEC.lower(*args, **kwargs))[:many]
+        return reference.linear_attention_quadratic(SPEC.record(*args, **kwargs))[:many]
 
     ours = evaluate(oracle("linear_attention"), args, kwargs, cotangents)
     theirs = evaluate(quadratic, args, kwargs, cotangents)

@@ -42,8 +42,8 @@ def check_results(found, q, k, v, **options):
     """Compares with float64 within the error budget."""
     wide_call = tm.testing.convert(((q, k, v), options), torch.float64)
     wide = run(*wide_call[0], backend="reference", **wide_call[1])
-    lowered = SPEC.lower(q, k, v, return_final_state=True, **options)
-    plain = reference.linear_attention_quadratic(*lowered, upcast=False)
+    record = SPEC.record(q, k, v, return_final_state=True, **options)
+    plain = reference.linear_attention_quadratic(record, upcast=False)
     for name, *results in zip(("out", "state"), found, wide, plain, strict=False):
         tm.testing.assert_accurate(*results, name=name)
 

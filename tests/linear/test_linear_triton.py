@@ -18,7 +18,8 @@ from tier import daily
 from triton_compiler import OPERANDS, SHARED, assert_fits, fresh_process, resources, without_code
 
 import tokenmill as tm
-from tokenmill.linear.rules import feature_dim
+from tokenmill import registry
+from tokenmill.linear._state import feature_dim
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,17 +62,19 @@ def calls(feature_map, dtype, head_dim, value_dim, decay, *options, tokens=1024)
     columns = value_dim + int(normalize)
     state = empty(sequences, heads, feature_dim(feature_map, head_dim), columns)
     cu = empty(sequences + 1, dtype=torch.int32) if packed else None
-    how = (log_decay, feature_map, 0.125, normalize)
+    how = {"log_decay": log_decay, "feature_map": feature_map, "scale": 0.125}
+    how["normalize"] = normalize
+    spec, decode = map(registry.get, ("linear_attention", "linear_attention_decode"))
 
     def launch():
-        out, final, z = linear_attention(q, k, v, *how, state, True, cu, None)
+        a = spec.record(q, k, v, **how, initial_state=state, return_final_state=True, cu_seqlens=cu)
+        out, final, z = linear_attention(a)
         saved = (out, z) if normalize else (None, None)
         needs = log_decay is not None, True
-        call = (q, k, v, *how, state, True, cu, None)
-        linear_attention_backward(out, final, *saved, *needs, *call)
+        linear_attention_backward(spec.backward.record(out, final, *saved, *needs, *a))
         if not packed:
             slots = empty(sequences, dtype=torch.int32)
-            linear_attention_decode(q, k, v, state, *how, slots)
+            linear_attention_decode(decode.record(q, k, v, state, **how, state_indices=slots))
 
     return launch
 

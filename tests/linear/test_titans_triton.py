@@ -15,6 +15,8 @@ import torch
 import triton_compiler
 from triton_compiler import SHARED, assert_fits, fresh_process, resources, without_code
 
+from tokenmill import registry
+
 pytest.importorskip("triton")
 
 # dtype, head_dim of keys and values, options
@@ -33,14 +35,17 @@ def compiled(capability, case, *, tokens=1024):
         empty(*lead, heads, int(n), dtype=getattr(torch, dtype))
         for n in (head_dim, head_dim, value_dim)
     )
-    gates = [empty(*lead, heads) for _ in range(3)]
+    gates = {name: empty(*lead, heads) for name in ("alpha", "eta", "theta")}
     state = empty(sequences, heads, int(head_dim), int(value_dim))
     cu = empty(sequences + 1, dtype=torch.int32) if packed else None
-    call = (q, k, v, *gates, 64, state, state, True, cu)
+    spec = registry.get("titans_memory")
+    a = spec.record(
+        q, k, v, **gates, initial_state=(state, state), return_final_state=True, cu_seqlens=cu
+    )
 
     def launch():
-        out, memory, momentum = titans_memory(*call)
-        titans_memory_backward(out, memory, momentum, True, *call)
+        out, memory, momentum = titans_memory(a)
+        titans_memory_backward(spec.backward.record(out, memory, momentum, True, *a))
 
     return triton_compiler.compiled(capability, launch)
 

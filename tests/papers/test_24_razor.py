@@ -100,7 +100,7 @@ def test_profile_of_a_model():
     before = model.config._attn_implementation
     policy = policies.RazorAttention.profile(model, tokens=12, repeats=3, echo=0.1, induction=0.3)
     assert model.config._attn_implementation == before and policy.cache is None
-    from tokenmill.integrations._profile import repeated
+    from tokenmill.policies._profile import repeated
 
     ids = repeated(config, None, 12, 3, 0)
     assert len(ids) == 37 and ids[0] == 1 and len({*ids.tolist()}) == 13

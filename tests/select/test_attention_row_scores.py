@@ -12,7 +12,6 @@ from tier import examples
 
 import tokenmill as tm
 from tokenmill.registry import Sample
-from tokenmill.select.rules import check_lse
 
 SPEC = tm.registry.get("attention_row_scores")
 NAN = float("nan")
@@ -137,7 +136,8 @@ def test_argmax_of_nan_infinities_and_empty_rows(backend):
 
 
 def test_the_rule_about_lse_names_the_dtype_of_the_call():
-    q = torch.randn(1, 4, 1, 8)
     for dtype, wide in ((torch.float16, "float32"), (torch.float64, "float64")):
+        q = torch.randn(1, 4, 1, 8).to(dtype)
+        record = SPEC.record(q, q)._replace(lse=torch.zeros(1, 1, 4).half())
         with pytest.raises(ValueError, match=f"op: lse: must be {wide}; got float16"):
-            check_lse("op", torch.zeros(1, 1, 4).half(), q.to(dtype))
+            SPEC.forward.check(*record, float64=True, op="op")

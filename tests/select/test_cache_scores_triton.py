@@ -18,6 +18,8 @@ from triton_compiler import (
     without_code,
 )
 
+from tokenmill.registry import get
+
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,18 +33,21 @@ def columns(dtype, d, noise=False, rows=500, keys=700):
     from tokenmill.triton_kernels.select.attention_column_scores import attention_column_scores
 
     q, k = torch.zeros(2, rows, 4, d, dtype=dtype), torch.zeros(2, keys, 2, d, dtype=dtype)
-    lengths = torch.zeros(2, dtype=torch.int32) if noise else None
-    return lambda: attention_column_scores(
-        q, k, None, 0.1, True, "visible_mean" if noise else "sum", None, "none", lengths, lengths,
-        1.5 if noise else 0.0, rows,
-    )  # fmt: skip
+    options = {}
+    if noise:
+        lengths = torch.zeros(2, dtype=torch.int32)
+        options = {"reduce": "visible_mean", "gumbel_tau": 1.5, "seed": rows}
+        options |= {"seqlens_k": lengths, "seqlens_q": lengths}
+    call = get("attention_column_scores").record(q, k, causal=True, **options)
+    return lambda: attention_column_scores(call)
 
 
 def rows(dtype, d, keys=700, skip=1, count=1):
     from tokenmill.triton_kernels.select.attention_row_scores import attention_row_scores
 
     q, k = torch.zeros(2, count, 8, d, dtype=dtype), torch.zeros(2, keys, 2, d, dtype=dtype)
-    return lambda: attention_row_scores(q, k, None, 0.1, True, "mean", skip, None)
+    call = get("attention_row_scores").record(q, k, causal=True, skip=skip)
+    return lambda: attention_row_scores(call)
 
 
 def compact(dtype, d, length=700, entries=300):
@@ -50,8 +55,10 @@ def compact(dtype, d, length=700, entries=300):
 
     k = torch.zeros(2, length, 2, d, dtype=dtype)
     keep, counts = torch.zeros(2, entries, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-    turns = torch.zeros(2, d // 2)
-    return lambda: kv_cache_compact(k, k, keep, counts, counts, None, turns, False, True)
+    call = get("kv_cache_compact").record(
+        k, k, keep, counts, seqlens_k=counts, rerotate=torch.zeros(d // 2), compensation=True
+    )
+    return lambda: kv_cache_compact(call)
 
 
 def append(dtype, d, pages=9, size=16, tokens=7, heads=3, table=50, scale=True):
@@ -64,9 +71,10 @@ def append(dtype, d, pages=9, size=16, tokens=7, heads=3, table=50, scale=True):
     cache = torch.zeros(pages, size, heads, d).to(torch.float8_e4m3fn)
     slots, angles = torch.zeros(tokens, dtype=torch.int32), torch.zeros(table, d // 2)
     each, every = (torch.zeros(pages, size, heads), torch.zeros(heads)) if scale else (None, None)
-    return lambda: kv_cache_append(
-        cache, cache, k, k, slots, q, angles, angles, slots, False, None, every, each, None, 0
+    call = get("kv_cache_append").record(
+        cache, cache, k, k, slots, q=q, rope=(angles, angles, slots), k_scale=each, v_scale=every
     )
+    return lambda: kv_cache_append(call)
 
 
 def main(capability):

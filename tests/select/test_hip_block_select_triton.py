@@ -17,6 +17,8 @@ from triton_compiler import (
     without_code,
 )
 
+from tokenmill.registry import get
+
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,26 +33,26 @@ CASES = {
 def search(dtype, case, tokens=4096, queries=100, dim=128):
     from tokenmill.triton_kernels.select.hip_block_select import hip_block_select
 
-    o = CASES[case]
+    o = dict(CASES[case])
     q = torch.zeros(2, queries, 8, dim, dtype=dtype)
     k, table = torch.zeros(2, tokens, 2, dim, dtype=dtype), None
-    if o.get("paged"):
+    if o.pop("paged", False):
         k = k.view(-1, 8, *k.shape[2:])
         table = torch.zeros(2, tokens // 8, dtype=torch.int32)
     block_k, budget = o.get("block_k", 2), o.get("budget", 512)
     heads, blocks = 2 if "head_reduce" in o else 8, -(-queries // 64)
-    start = (None, None)
-    if o.get("restart"):
+    start = None
+    if o.pop("restart", False):
         counts = torch.zeros(2, heads, blocks, dtype=torch.int32)
         start = (counts[..., None].expand(-1, -1, -1, budget // block_k).contiguous(), counts)
     seqlens_k, ends = torch.zeros(2, dtype=torch.int32), None
-    if o.get("packed"):
+    if o.pop("packed", False):
         q, k, seqlens_k, ends = q[0], k[0], None, torch.zeros(3, dtype=torch.int32)
-    return lambda: hip_block_select(
-        q, k, budget, 64, block_k, 2, o.get("representative", "middle"), 16, 256,
-        o.get("bound", "sample"), *start, 8, o.get("causal", True), o.get("head_reduce", "none"),
-        seqlens_k, table, None, ends, ends,
+    call = get("hip_block_select").record(
+        q, k, **o, start=start, seqlens_k=seqlens_k, block_table=table, cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
     )  # fmt: skip
+    return lambda: hip_block_select(call)
 
 
 def main(capability):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources, without_code
 
+from tokenmill.registry import get
+
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -23,11 +25,12 @@ def call(dtype, keys=1000, queries=5, heads=64, paged=False, float8=False):
     if paged:
         k, table = k.view(-1, 8, 128), torch.zeros(2, keys // 8, dtype=torch.int32)
     q = torch.zeros(queries if paged else 2, *(() if paged else (queries,)), heads, 128).to(dtype)
-    return lambda: indexer_topk_select(
-        q, k, torch.zeros(q.shape[:-1]), 7, True, "relu", 1, 3, 5, ints[:2],
-        ints if paged else None, None, table, False, torch.ones(k.shape[:2]) if float8 else None,
-        None,
+    record = get("indexer_topk_select").record(
+        q, k, torch.zeros(q.shape[:-1]), 7, num_sink=3, num_recent=5, seqlens_k=ints[:2],
+        cu_seqlens_q=ints if paged else None, block_table=table,
+        k_scale=torch.ones(k.shape[:2]) if float8 else None,
     )  # fmt: skip
+    return lambda: indexer_topk_select(record)
 
 
 def main(capability):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources, without_code
 
+from tokenmill.registry import get
+
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -30,32 +32,35 @@ def scores(dtype, case, tokens=1000, queries=5, dim=128):
     half = (2,) if case == "boxes" else ()
     k = torch.zeros(2, tokens, 2, *half, dim, dtype=dtype)
     table = None
-    if o.get("paged"):
+    if o.pop("paged", False):
         k = k.view(-1, 8, *k.shape[2:])
         table = torch.zeros(2, tokens // 8, dtype=torch.int32)
     scale = None
-    if o.get("float8"):
+    if o.pop("float8", False):
         k, scale = k.to(torch.float8_e4m3fn), torch.ones(k.shape[:3])
     lengths = torch.zeros(2, dtype=torch.int32)
-    return lambda: kv_block_scores(
-        torch.zeros(2, queries, 8, dim, dtype=dtype), k, o.get("scoring", "dot"),
-        o.get("block_k", 1), o.get("q_reduce", "none"), o.get("block_q", 1),
-        o.get("head_reduce", "none"), 0.1, o.get("causal", False), 3, 5, lengths, table, scale,
+    call = get("kv_block_scores").record(
+        torch.zeros(2, queries, 8, dim, dtype=dtype), k, **o, num_sink=3, num_recent=5,
+        seqlens_k=lengths, block_table=table, k_scale=scale,
     )  # fmt: skip
+    return lambda: kv_block_scores(call)
 
 
 def pool(dtype, mode, tokens=1000):
     from tokenmill.triton_kernels.select.block_pool_keys import block_pool_keys
 
     k = torch.zeros(2, tokens, 2, 128, dtype=dtype)
-    return lambda: block_pool_keys(k, 16, mode, torch.zeros(2, dtype=torch.int32), None)
+    lengths = torch.zeros(2, dtype=torch.int32)
+    call = get("block_pool_keys").record(k, 16, mode=mode, lengths=lengths)
+    return lambda: block_pool_keys(call)
 
 
 def gate(dtype):
     from tokenmill.triton_kernels.select.query_similarity_gate import query_similarity_gate
 
     q = torch.zeros(2, 3, 8, 128, dtype=dtype)
-    return lambda: query_similarity_gate(q, q, 0.9)
+    call = get("query_similarity_gate").record(q, q)
+    return lambda: query_similarity_gate(call)
 
 
 def main(capability):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources, without_code
 
+from tokenmill.registry import get
+
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -17,13 +19,13 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def call(dtype, columns=5000, k=64, everything=False):
     from tokenmill.triton_kernels.select.topk_select import topk_select
 
-    ints = torch.zeros(4, dtype=torch.int32)
-    options = (ints, ints) if everything else (None, None)
-    pages = (torch.zeros(4, 9, dtype=torch.int32), 16, ints) if everything else (None, 1, None)
-    return lambda: topk_select(
-        torch.zeros(4, columns, dtype=dtype), k, *options, "high" if everything else "low",
-        "index", 0, 0, *pages, everything, None,
-    )  # fmt: skip
+    options = {}
+    if everything:
+        ints, table = torch.zeros(4, dtype=torch.int32), torch.zeros(4, 9, dtype=torch.int32)
+        options = {"lengths": ints, "row_starts": ints, "tie": "high", "return_values": True}
+        options |= {"block_table": table, "page_size": 16, "row_to_batch": ints}
+    record = get("topk_select").record(torch.zeros(4, columns, dtype=dtype), k, **options)
+    return lambda: topk_select(record)
 
 
 def main(capability):

@@ -12,6 +12,9 @@ from tokenmill.registry import Sample
 from tokenmill.sparse.block_sparse_attention_cases import block_sparse_call
 
 INF, NAN = float("inf"), float("nan")
+F16, BF16 = torch.float16, torch.bfloat16
+PACKED = {"sq": 150, "sk": 150, "b": 4, "entries": 2, "ends_q": (70, 70, 134, 290)}
+PACKED_KEYS = PACKED | {"ends_k": (60, 60, 300, 340)}
 
 
 def drawn(backend, dtype=torch.float32, seed=0, **options):
@@ -20,6 +23,15 @@ def drawn(backend, dtype=torch.float32, seed=0, **options):
     device = device_of(backend)
     moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
     return [a.to(device) for a in args], moved
+
+
+def drawn_sm90(dtype=F16, seed=0, **options):
+    """A call for the sm_90a kernels, on the PTX machine: one request and head, head_dim 64, blocks
+    of 64 queries and keys, unless options differ."""
+    defaults = {"b": 1, "h": 1, "hk": 1, "lists": 1, "d": 64, "block_q": 64, "block_k": 64}
+    options = defaults | options
+    options.setdefault("dv", options["d"])
+    return block_sparse_call(**options)(dtype, torch.Generator().manual_seed(seed))
 
 
 def run(backend, args, kwargs, **changes):

@@ -24,8 +24,11 @@ from triton_compiler import (
     without_code,
 )
 
+from tokenmill import registry
+
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
+SPEC = registry.get("bilevel_routing_attention")
 CASES = daily(  # dtype, head_dim, side of a region, lists
     "float16:32:2:shared",
     "float16:128:18:each",
@@ -47,7 +50,7 @@ KERNELS = {
 }
 
 
-def lowered(dtype, dim, side, lists, batch=2, size=(56, 56), entries=4):
+def record(dtype, dim, side, lists, batch=2, size=(56, 56), entries=4):
     """A call of bilevel_routing_attention on meta tensors."""
 
     def empty(*shape, dtype=torch.int32):
@@ -57,10 +60,8 @@ def lowered(dtype, dim, side, lists, batch=2, size=(56, 56), entries=4):
     regions = -(-size[0] // side) * -(-size[1] // side)
     q = empty(batch, *size, heads, dim, dtype=dtype)
     k = empty(batch, *size, kv_heads, dim, dtype=dtype)
-    rows = batch, heads if lists == "each" else 1, regions
-    return (
-        q, k, k, empty(*rows, entries), empty(*rows), side, side, side, side, 0.1, True
-    )  # fmt: skip
+    graph = empty(batch, heads if lists == "each" else 1, regions, entries)
+    return SPEC.record(q, k, k, region_size=side, region_graph=graph)
 
 
 def kernels(capability, *call, **sizes):
@@ -68,9 +69,9 @@ def kernels(capability, *call, **sizes):
     from tokenmill.triton_kernels.sparse import bilevel_routing_attention_backward as backward
 
     def launch():
-        args = lowered(*call, **sizes)
-        out, lse = forward.bilevel_routing_attention(*args)
-        backward.bilevel_routing_attention_backward(out, lse, out, lse, *args)
+        a = record(*call, **sizes)
+        out, lse = forward.bilevel_routing_attention(a)
+        backward.bilevel_routing_attention_backward(SPEC.backward.record(out, lse, out, lse, *a))
 
     return compiled(capability, launch)
 

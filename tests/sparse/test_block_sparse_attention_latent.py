@@ -71,7 +71,7 @@ def test_results_keep_the_error_budget(case, dtype, backend, isa):
     args, kwargs = drawn("cpu", dtype, **CASES[case])
     wide_args, wide_kwargs = tm.testing.convert((args, kwargs), torch.float64)
     wide = run("reference", wide_args, wide_kwargs)
-    plain = SPEC.plain(*SPEC.lower(*args, **kwargs))
+    plain = SPEC.plain(SPEC.record(*args, **kwargs))
     device = device_of(backend)
     there = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
     found = run(backend, [t.to(device) for t in args], there)

@@ -22,8 +22,11 @@ from triton_compiler import (
     without_code,
 )
 
+from tokenmill import registry
+
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
+SPEC = registry.get("block_sparse_attention")
 CASES = daily(  # dtype, head_dim, block_q, block_k, options
     "float16:64:64:64:causal,ends",
     "float16:128:1:128:softcap,pages",
@@ -44,7 +47,7 @@ KERNELS = {
 }
 
 
-def lowered(dtype, dim, block_q, block_k, options, batch=2, tokens=4096, entries=64):
+def record(dtype, dim, block_q, block_k, options, batch=2, tokens=4096, entries=64):
     """A call of block_sparse_attention on meta tensors."""
 
     def empty(*shape, dtype=torch.float32):
@@ -64,11 +67,12 @@ def lowered(dtype, dim, block_q, block_k, options, batch=2, tokens=4096, entries
     if "packed" in options:
         cu = empty(batch + 1, dtype=torch.int32)
         q, k, indices, counts = q[0], k[0], indices[0], counts[0]
-    return (
-        q, k, k, indices, counts, block_q, block_k, "causal" in options,
-        4 if ends else 0, 100 if ends else 0, 0.1, 5.0 if "softcap" in options else 0.0,
-        empty(batch, dtype=torch.int32) if ends and cu is None else None,
-        empty(heads) if ends else None, ends, table, cu, cu,
+    return SPEC.record(
+        q, k, k, indices, counts, block_q=block_q, block_k=block_k, causal="causal" in options,
+        num_sink=4 if ends else 0, num_recent=100 if ends else 0,
+        softcap=5.0 if "softcap" in options else 0.0,
+        seqlens_k=empty(batch, dtype=torch.int32) if ends and cu is None else None,
+        sink=empty(heads) if ends else None, return_mass=ends, block_table=table, cu_seqlens_q=cu,
     )  # fmt: skip
 
 
@@ -77,10 +81,11 @@ def kernels(capability, *call, **sizes):
     from tokenmill.triton_kernels.sparse import block_sparse_attention_backward as backward
 
     def launch():
-        args = lowered(*call, **sizes)
-        out, lse, _ = forward.block_sparse_attention(*args)
-        if args[-3] is None:  # pages support only the forward
-            backward.block_sparse_attention_backward(out, lse, out, lse, True, *args)
+        a = record(*call, **sizes)
+        out, lse, _ = forward.block_sparse_attention(a)
+        if a.block_table is None:  # pages support only the forward
+            b = SPEC.backward.record(out, lse, out, lse, True, *a)
+            backward.block_sparse_attention_backward(b)
 
     return compiled(capability, launch)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from block_sparse_calls import INF, NAN, full_lists
-from block_sparse_sm90_calls import BF16, F16, PACKED, PACKED_KEYS, drawn
+from block_sparse_calls import BF16, F16, INF, NAN, PACKED, PACKED_KEYS, drawn_sm90, full_lists
 from conftest import backends
 from sm90 import check_every_order, check_explained, hopper
 
@@ -71,17 +70,19 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_results_keep_the_budget(name):
-    check_budget(*drawn(**CASES[name]))
+    check_budget(*drawn_sm90(**CASES[name]))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_hostile_lists(seed):
     """Lists have repeated, unordered or invalid ids, and more entries than a warp reads at once."""
-    check_budget(*drawn(seed=seed, sq=130, sk=150, entries=40, hostile=True, num_sink=seed * 40))
+    check_budget(
+        *drawn_sm90(seed=seed, sq=130, sk=150, entries=40, hostile=True, num_sink=seed * 40)
+    )
 
 
 def test_an_empty_list_leaves_rows_empty():
-    args, kwargs = drawn(sq=100, sk=100, entries=2)
+    args, kwargs = drawn_sm90(sq=100, sk=100, entries=2)
     args[4][:] = torch.tensor([0, 2])
     with hopper():
         out, lse = run(args, kwargs)
@@ -92,7 +93,7 @@ def test_an_empty_list_leaves_rows_empty():
 @pytest.mark.parametrize("d", [64, 128])
 def test_every_order_of_events_gives_the_same_bits(d):
     """There are more key tiles than pipeline stages."""
-    args, kwargs = drawn(
+    args, kwargs = drawn_sm90(
         sq=64, sk=448, h=2, d=d, entries=7, causal=True, num_sink=64, num_recent=70
     )
     check_every_order(lambda: run(args, kwargs))
@@ -105,11 +106,11 @@ def test_every_order_of_events_gives_the_same_bits(d):
 )
 def test_packed_requests(options):
     """Requests end inside tiles; one is empty, one fills its tile."""
-    check_budget(*drawn(h=2, causal=True, num_recent=10, **options))
+    check_budget(*drawn_sm90(h=2, causal=True, num_recent=10, **options))
 
 
 def test_a_packed_request_has_the_bits_that_it_has_alone():
-    (q, k, v, indices, counts), kwargs = drawn(**PACKED_KEYS)
+    (q, k, v, indices, counts), kwargs = drawn_sm90(**PACKED_KEYS)
     cu_q, cu_k = kwargs.pop("cu_seqlens_q"), kwargs.pop("cu_seqlens_k")
     rows = slice(134 // 64 + 3, 134 // 64 + 6)  # list rows of the last request
     with hopper():
@@ -120,7 +121,7 @@ def test_a_packed_request_has_the_bits_that_it_has_alone():
 
 
 def test_rows_without_a_request():
-    (q, k, v, *_), kwargs = drawn(sq=300, sk=300, entries=4)
+    (q, k, v, *_), kwargs = drawn_sm90(sq=300, sk=300, entries=4)
     inner = torch.tensor([5, 100, 250], dtype=torch.int32)
     lists = torch.zeros(1, 300 // 64 + 2, 4, dtype=torch.int32)
     with hopper():
@@ -137,7 +138,7 @@ def test_rows_without_a_request():
 def test_keys_that_nobody_sees_touch_no_row(value):
     """These keys lie after the request's last key, or are masked from causal rows."""
     options = {"sq": 64, "sk": 192, "h": 2, "entries": 3, "causal": True}
-    args, kwargs = drawn(seqlens_k=torch.tensor([130], dtype=torch.int32), **options)
+    args, kwargs = drawn_sm90(seqlens_k=torch.tensor([130], dtype=torch.int32), **options)
     args[3][:], args[4][:] = torch.arange(3), 3
     with hopper():
         clean = run(args, kwargs)
@@ -152,7 +153,7 @@ def test_keys_that_nobody_sees_touch_no_row(value):
 
 
 def test_values_that_are_not_finite_show_where_they_are_seen():
-    args, kwargs = drawn(sq=100, sk=100, entries=2, causal=True)
+    args, kwargs = drawn_sm90(sq=100, sk=100, entries=2, causal=True)
     args[4][:] = 2
     args[3][:] = torch.tensor([0, 1])
     args[2][:, 5, :, 7] = args[2][:, 80, :, 9] = INF
@@ -165,7 +166,7 @@ def test_values_that_are_not_finite_show_where_they_are_seen():
 
 
 def test_full_lists_are_dense_attention():
-    q, k, v = drawn(sq=100, sk=230, h=2, d=128)[0][:3]
+    q, k, v = drawn_sm90(sq=100, sk=230, h=2, d=128)[0][:3]
     lists = full_lists(q, k, 64, 64)
     with hopper():
         found = tm.block_sparse_attention(
@@ -176,7 +177,9 @@ def test_full_lists_are_dense_attention():
 
 
 def test_results_agree_with_the_kernel_of_every_chip():
-    args, kwargs = drawn(sq=130, sk=200, h=4, hk=2, lists=2, entries=3, causal=True, num_recent=9)
+    args, kwargs = drawn_sm90(
+        sq=130, sk=200, h=4, hk=2, lists=2, entries=3, causal=True, num_recent=9
+    )
     with hopper():
         found = run(args, kwargs)
     for a, b in zip(found, run(args, kwargs), strict=True):
@@ -185,7 +188,7 @@ def test_results_agree_with_the_kernel_of_every_chip():
 
 def test_strides_and_out():
     """q, k and v in one projection, and heads before tokens."""
-    args, kwargs = drawn(sq=70, sk=70, h=2, hk=2, entries=2, b=2)
+    args, kwargs = drawn_sm90(sq=70, sk=70, h=2, hk=2, entries=2, b=2)
     packed = torch.stack(args[:3], 2)
     wide = [*packed.unbind(2), *args[3:]]
     kwargs.pop("return_lse")
@@ -199,7 +202,7 @@ def test_strides_and_out():
 
 def test_tiles_that_nobody_sees_are_not_loaded():
     """Causal rows of two blocks, whose lists name all keys."""
-    args, kwargs = drawn(sq=128, sk=128, entries=2, causal=True)
+    args, kwargs = drawn_sm90(sq=128, sk=128, entries=2, causal=True)
     args[3][:], args[4][:] = torch.tensor([0, 1]), 2
     with _emulator.configured("device=sm_90a"), _emulator.counting() as launches:
         run(args, kwargs)
@@ -210,7 +213,7 @@ def test_tiles_that_nobody_sees_are_not_loaded():
 
 def test_blocks_of_threads_without_queries_load_nothing():
     """Two queries follow a block of 128: only units of their first half have queries."""
-    args, kwargs = drawn(sq=130, sk=64, h=4, block_q=128, entries=1)
+    args, kwargs = drawn_sm90(sq=130, sk=64, h=4, block_q=128, entries=1)
     args[3][:], args[4][:] = 0, 1
     with _emulator.configured("device=sm_90a"), _emulator.counting() as launches:
         run(args, kwargs)
@@ -237,7 +240,7 @@ TAKEN = {
 
 @pytest.mark.parametrize("why", TAKEN)
 def test_explain_names_the_kernel_that_runs(why):
-    args, kwargs = drawn(**{"sq": 32, "sk": 64, "entries": 1} | TAKEN[why])
+    args, kwargs = drawn_sm90(**{"sq": 32, "sk": 64, "entries": 1} | TAKEN[why])
     check_explanation(why, args, kwargs)
 
 
@@ -249,7 +252,7 @@ def check_explanation(why, args, kwargs):
 
 
 def test_explain_knows_layouts():
-    args, kwargs = drawn(sq=64, sk=64, h=2, hk=2, entries=1)
+    args, kwargs = drawn_sm90(sq=64, sk=64, h=2, hk=2, entries=1)
     padded = torch.empty(1, 64, 2, 68, dtype=F16)[..., :64].copy_(args[2])
     strides = "must have strides that are multiples of 8, of 64 or more; got "
     check_explanation(f"v: {strides}(8704, 136, 68, 1)", [*args[:2], padded, *args[3:]], kwargs)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from block_sparse_calls import NAN
-from block_sparse_sm90_calls import BF16, PACKED, PACKED_KEYS, drawn
+from block_sparse_calls import BF16, NAN, PACKED, PACKED_KEYS, drawn_sm90
 from conftest import backends
 from sm90 import check_every_order, hopper
 
@@ -28,8 +27,8 @@ def reference(*args, **kwargs):
 
 def plain(*args, **kwargs):
     """PyTorch in the dtype of q."""
-    kwargs.pop("return_lse")
-    return SPEC.plain(*SPEC.lower(*args, **kwargs, return_lse=True))[:2]
+    out, lse, _ = SPEC.plain(SPEC.record(*args, **kwargs))
+    return out, lse
 
 
 def gradients(args, kwargs, attend=emulated):
@@ -92,18 +91,20 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_keep_the_budget(name):
-    check_budget(*drawn(**CASES[name]))
+    check_budget(*drawn_sm90(**CASES[name]))
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_hostile_lists(seed):
     """Lists have repeated, unordered or invalid ids, and more rows than a warp reads at once."""
-    check_budget(*drawn(seed=seed, sq=130, sk=150, entries=40, hostile=True, num_sink=seed * 40))
+    check_budget(
+        *drawn_sm90(seed=seed, sq=130, sk=150, entries=40, hostile=True, num_sink=seed * 40)
+    )
 
 
 def test_the_largest_scale_leaves_scores_of_zero():
     """Exponents of 0 stay 0."""
-    args, kwargs = drawn(sq=32, sk=64, entries=1, scale=2.0**127)
+    args, kwargs = drawn_sm90(sq=32, sk=64, entries=1, scale=2.0**127)
     args[0].zero_()
     args[3][:], args[4][:] = 0, 1
     with hopper():
@@ -114,13 +115,13 @@ def test_the_largest_scale_leaves_scores_of_zero():
 
 
 def test_many_blocks_of_queries_list_a_block():
-    check_budget(*drawn(sq=64 * 35, sk=64, entries=1))
+    check_budget(*drawn_sm90(sq=64 * 35, sk=64, entries=1))
 
 
 @pytest.mark.parametrize("d", [64, 128])
 def test_every_order_of_events_gives_the_same_bits(d):
     """There are more tiles than pipeline stages."""
-    args, kwargs = drawn(
+    args, kwargs = drawn_sm90(
         sq=192, sk=192, h=2, d=d, entries=3, causal=True, num_sink=64, num_recent=70
     )
     check_every_order(lambda: gradients(args, kwargs))
@@ -128,7 +129,7 @@ def test_every_order_of_events_gives_the_same_bits(d):
 
 def test_a_packed_request_has_the_bits_that_it_has_alone():
     """The bits do not depend on the contents of its neighbors."""
-    (q, k, v, indices, counts), kwargs = drawn(**PACKED_KEYS)
+    (q, k, v, indices, counts), kwargs = drawn_sm90(**PACKED_KEYS)
     cu_q, cu_k = kwargs.pop("cu_seqlens_q"), kwargs.pop("cu_seqlens_k")
     q[:70] = k[:60] = v[:60] = q[134:] = k[300:] = v[300:] = NAN
     rows = slice(70 // 64 + 2, 70 // 64 + 3)  # list rows of the third request
@@ -151,7 +152,7 @@ def test_a_packed_request_has_the_bits_that_it_has_alone():
 
 def test_keys_behind_the_last_one_have_no_gradient_and_leave_none():
     lengths = {"seqlens_k": torch.tensor([100], dtype=torch.int32)}
-    args, kwargs = drawn(sq=64, sk=128, entries=2, **lengths)
+    args, kwargs = drawn_sm90(sq=64, sk=128, entries=2, **lengths)
     args[3][:], args[4][:] = torch.arange(2), 2
     with hopper():
         clean = gradients(args, kwargs)
@@ -162,7 +163,7 @@ def test_keys_behind_the_last_one_have_no_gradient_and_leave_none():
 
 
 def test_keys_without_a_request_have_no_gradient():
-    (q, k, v, *_), kwargs = drawn(sq=200, sk=200, entries=4)
+    (q, k, v, *_), kwargs = drawn_sm90(sq=200, sk=200, entries=4)
     inner = torch.tensor([5, 100, 150], dtype=torch.int32)
     lists = torch.zeros(1, 200 // 64 + 2, 4, dtype=torch.int32)
     args = (q[0], k[0], v[0], lists, torch.ones_like(lists[..., 0]))
@@ -173,7 +174,7 @@ def test_keys_without_a_request_have_no_gradient():
 
 
 def test_softcap_falls_to_the_backward_of_every_chip():
-    args, kwargs = drawn(sq=64, sk=64, entries=1, softcap=2.0)
+    args, kwargs = drawn_sm90(sq=64, sk=64, entries=1, softcap=2.0)
     check_budget(args, kwargs, taken=False)
     leaves = [x.requires_grad_() for x in args[:3]]
     with _emulator.configured("device=sm_90a"):

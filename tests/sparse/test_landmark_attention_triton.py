@@ -13,8 +13,11 @@ import pytest
 import torch
 from triton_compiler import OPERANDS, SHARED, assert_fits, compiled, fresh_process, resources
 
+from tokenmill import registry
+
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
+SPEC = registry.get("landmark_attention")
 CASES = ("float16:64:50", "float32:64:512")  # dtype, head_dim, block
 KERNELS = {"landmark_kernel", "landmark_queries_kernel", "landmark_keys_kernel"}
 
@@ -26,9 +29,9 @@ def kernels(capability, dtype, dim, block):
     def launch():
         q = torch.empty(2, 4096, 8, dim, dtype=dtype, device="meta")
         k = q[:, :, :2]
-        args = q, k, k, block, 0.1
-        out, lse = forward.landmark_attention(*args)
-        backward.landmark_attention_backward(out, lse, out, lse, *args)
+        a = SPEC.record(q, k, k, block=block)
+        out, lse = forward.landmark_attention(a)
+        backward.landmark_attention_backward(SPEC.backward.record(out, lse, out, lse, *a))
 
     return compiled(capability, launch)
 

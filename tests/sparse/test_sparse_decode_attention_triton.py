@@ -22,8 +22,11 @@ from triton_compiler import (
     without_code,
 )
 
+from tokenmill import registry
+
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
+SPEC = registry.get("sparse_decode_attention")
 CASES = daily(  # dtype, head_dim, terms
     "bfloat16:128:paged,block,rope,extra,terms,mass",
     "bfloat16:256:rope,interleaved,several",
@@ -39,7 +42,7 @@ CASES = daily(  # dtype, head_dim, terms
 )
 
 
-def lowered(dtype, dim, options, tokens=4096, entries=1024, queries=1, batch=4):
+def record(dtype, dim, options, tokens=4096, entries=1024, queries=1, batch=4):
     """A call of sparse_decode_attention on meta tensors."""
 
     def empty(*shape, dtype=torch.float32):
@@ -55,24 +58,27 @@ def lowered(dtype, dim, options, tokens=4096, entries=1024, queries=1, batch=4):
         scale, cache = empty(*pages, kv_heads), cache.to(torch.float8_e4m3fn)
     pairs = dim // 4 if "partial" in options else dim // 2
     turns = "rope" in options or "partial" in options
-    table = empty(tokens, pairs) if turns else None
+    table = empty(tokens, pairs)
     extra_k = empty(batch, extra, kv_heads, dim, dtype=dtype) if "extra" in options else None
     terms = "terms" in options
-    return (
+    return SPEC.record(
         q, cache, cache, empty(batch, kv_heads, entries, dtype=integer),
-        empty(batch, kv_heads, dtype=integer), empty(batch, dtype=integer),
-        empty(batch, tokens // page_size, dtype=integer) if paged else None,
-        16 if "block" in options else 1, 4, 100, "cache" if "place" in options else "absolute",
-        table, table, "interleaved" in options, extra_k, extra_k,
-        empty(batch, kv_heads, extra) if extra_k is not None else None, 0.1,
-        5.0 if terms else 0.0, empty(heads) if terms else None, 0, "mass" in options, scale, scale,
+        empty(batch, kv_heads, dtype=integer), seqlens_k=empty(batch, dtype=integer),
+        block_table=empty(batch, tokens // page_size, dtype=integer) if paged else None,
+        block_k=16 if "block" in options else 1, num_sink=4, num_recent=100,
+        pos_mode="cache" if "place" in options else "absolute",
+        rope=(table, table) if turns else None, interleaved="interleaved" in options,
+        extra_k=extra_k, extra_v=extra_k,
+        extra_log_count=empty(batch, kv_heads, extra) if extra_k is not None else None,
+        softcap=5.0 if terms else 0.0, sink=empty(heads) if terms else None,
+        return_mass="mass" in options, k_scale=scale, v_scale=scale,
     )  # fmt: skip
 
 
 def kernels(capability, *call, **sizes):
     from tokenmill.triton_kernels.sparse.sparse_decode_attention import sparse_decode_attention
 
-    return compiled(capability, lambda: sparse_decode_attention(*lowered(*call, **sizes)))
+    return compiled(capability, lambda: sparse_decode_attention(record(*call, **sizes)))
 
 
 def main(capability, *cases):

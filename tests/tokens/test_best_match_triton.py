@@ -17,6 +17,8 @@ from triton_compiler import (
     without_code,
 )
 
+from tokenmill import registry
+
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -26,7 +28,8 @@ def call(dtype, rows=99, partners=98, channels=64):
     from tokenmill.triton_kernels.tokens.best_match import best_match
 
     a, b = (torch.zeros(2, n, channels, dtype=dtype) for n in (rows, partners))
-    return lambda: best_match(a, b, True)
+    record = registry.get("best_match").record(a, b, normalize=True)
+    return lambda: best_match(record)
 
 
 def main(capability):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources
 
+from tokenmill import registry
+
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -21,18 +23,20 @@ def call(dtype, channels=192):
 
     x = torch.zeros(1, 64, 64, channels, dtype=dtype)
     rows = x[:, :16].flatten(1, 2)
-    options = (32, 32, 1, 0.01, 7)
+    cluster, reconstruct = map(registry.get, ("cluster_tokens", "reconstruct_tokens"))
 
     def run():
         for window_labels in (False, True):
-            _, _, mass, previous = cluster_tokens.cluster_tokens(x, *options, window_labels)
+            a = cluster.record(x, 32, iters=1, tau=0.01, window_labels=window_labels)
+            _, _, mass, previous = cluster_tokens.cluster_tokens(a)
         centroids = x[:, ::2, ::2].contiguous()
-        cluster_tokens.cluster_tokens_backward(centroids, mass, previous, x, *options, False)
+        backward = cluster.backward.record(centroids, mass, previous, *a)
+        cluster_tokens.cluster_tokens_backward(backward)
         for norm in ("l1", "l2"):
-            inputs = rows, rows, rows, 3, 0.01, norm
-            out, index, weight = reconstruct_tokens.reconstruct_tokens(*inputs)
-            index = torch.zeros_like(index)
-            reconstruct_tokens.reconstruct_tokens_backward(out, index, weight, *inputs)
+            a = reconstruct.record(rows, rows, rows, tau=0.01, norm=norm)
+            out, index, weight = reconstruct_tokens.reconstruct_tokens(a)
+            backward = reconstruct.backward.record(out, torch.zeros_like(index), weight, *a)
+            reconstruct_tokens.reconstruct_tokens_backward(backward)
 
     return run
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources, without_code
 
+from tokenmill import registry
+
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
 KERNELS = {
@@ -33,20 +35,25 @@ def call(dtype=torch.float32, tokens=600, channels=256, everything=True):
     x = torch.zeros(2, tokens, channels, dtype=dtype)
     ids = torch.zeros(2, tokens // 3, dtype=torch.int32)
     y = torch.zeros(*ids.shape, channels, dtype=dtype)
-    lists = (ids, ids, torch.zeros(2, tokens - 1), 1, everything)
+    names = ("gather_tokens", "scatter_tokens", "gather_fuse", "local_pool")
+    gather, scatter, fuse, pool = map(registry.get, names)
     maps = torch.zeros(2, tokens // 6, 6, channels, dtype=dtype)
     mask = torch.zeros(maps.shape[:3], dtype=torch.bool) if everything else None
 
     def run():
-        gather_tokens(x, ids)
-        gather_tokens(x, ids[0])
-        scatter_tokens(y, ids, x if everything else None, 2, tokens)
-        out, weight_sum = gather_fuse(x, *lists)
-        gather_fuse_backward(out, out, weight_sum, x, *lists)
+        gather_tokens(gather.record(x, ids))
+        gather_tokens(gather.record(x, ids[0]))
+        scatter_tokens(scatter.record(y, ids, x if everything else tokens))
+        a = fuse.record(x, ids, ids, torch.zeros(2, tokens - 1), normalize=everything)
+        out, weight_sum = gather_fuse(a)
+        gather_fuse_backward(fuse.backward.record(out, out, weight_sum, *a))
         for mode in ("avg", "max"):
-            options = (mask, 3, 3, 1, 2, mode, everything, everything)
-            local_pool(maps, *options)
-            local_pool_backward(maps, maps, *options)
+            a = pool.record(
+                maps, 3, dilation=(1, 2), mode=mode, mask=mask, count_include_pad=everything,
+                subtract_input=everything,
+            )  # fmt: skip
+            local_pool(a)
+            local_pool_backward(pool.backward.record(maps, *a))
 
     return run
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources, without_code
 
+from tokenmill import registry
+
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
 KERNELS = {"reduce_kernel", "backward_kernel", "partition_kernel", "count_kernel", "write_kernel"}
@@ -23,6 +25,7 @@ def call(dtype=torch.float32, reduce="mean", tokens=600, channels=256, everythin
     )
     from tokenmill.triton_kernels.tokens.topk_partition import topk_partition
 
+    segments = registry.get("segment_reduce")
     x = torch.zeros(2, tokens, channels, dtype=dtype)
     offsets = torch.zeros(2, tokens // 40 + 1, dtype=torch.int32)
     perm = torch.zeros(2, tokens, dtype=torch.int32) if everything else None
@@ -31,15 +34,19 @@ def call(dtype=torch.float32, reduce="mean", tokens=600, channels=256, everythin
     mask = torch.zeros(2, tokens, dtype=torch.bool)
 
     def run():
-        lowered = (offsets, perm, weight, reduce)
-        y, weight_sum, arg = segment_reduce(x, *lowered)
+        a = segments.record(x, offsets, perm=perm, weight=weight, reduce=reduce)
+        y, weight_sum, arg = segment_reduce(a)
         dsum = weight_sum if weighted else None
-        segment_reduce_backward(y, dsum, y, weight_sum, arg, True, x, *lowered)
-        order = "score" if everything else "index"
-        counts = torch.ones(2, dtype=torch.int32) if everything else None
-        topk_partition(x[..., 0].contiguous(), tokens // 3, counts, everything, order,
-                       mask if everything else None, 0, 1)  # fmt: skip
-        mask_partition(mask, None)
+        backward = segments.backward.record(y, dsum, y, weight_sum, arg, True, *a)
+        segment_reduce_backward(backward)
+        k = tokens // 3
+        options = {"order": "index", "largest": False}
+        if everything:
+            options = {"max_k": k, "valid": mask}
+            k = torch.ones(2, dtype=torch.int32)
+        scores = x[..., 0].contiguous()
+        topk_partition(registry.get("topk_partition").record(scores, k, protect_last=1, **options))
+        mask_partition(registry.get("mask_partition").record(mask))
 
     return run
 

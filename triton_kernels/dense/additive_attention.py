@@ -155,18 +155,18 @@ def pairs_of(t: Tensor | None, *, transposed: bool = False) -> Pairs | None:
     return Pairs(t, t.stride(0), *((column, row) if transposed else (row, column)))
 
 
-def additive_attention(q: Tensor, k: Tensor, v_weight: Tensor, mask: Tensor | None) -> Tensor:
-    batch, rows, width = q.shape
-    keys = k.shape[1]
-    scores = q.new_empty((batch, rows, keys), dtype=torch.float32)
+def additive_attention(a: Any) -> Tensor:
+    batch, rows, width = a.q.shape
+    keys = a.k.shape[1]
+    scores = a.q.new_empty((batch, rows, keys), dtype=torch.float32)
     launch(
         scores_kernel,
         batch * triton.cdiv(rows, ROWS) * triton.cdiv(keys, KEYS),
-        q,
-        rows_of(q),
-        rows_of(k),
-        v_weight,
-        pairs_of(mask),
+        a.q,
+        rows_of(a.q),
+        rows_of(a.k),
+        a.v_weight,
+        pairs_of(a.mask),
         scores,
         rows,
         keys,
@@ -207,12 +207,10 @@ def launch_side(
     return gradient
 
 
-def additive_attention_backward(
-    dscores: Tensor, q: Tensor, k: Tensor, v_weight: Tensor, mask: Tensor | None
-) -> tuple[Tensor, ...]:
-    batch, rows, width = q.shape
-    dv = q.new_empty((batch * triton.cdiv(rows, OWN), width), dtype=torch.float32)
-    dq = launch_side(q, k, v_weight, pairs_of(mask), pairs_of(dscores), dv)
-    g, mask_of_keys = pairs_of(dscores, transposed=True), pairs_of(mask, transposed=True)
-    dk = launch_side(k, q, v_weight, mask_of_keys, g, None)
-    return dq, dk, dv.sum(0).to(v_weight.dtype)
+def additive_attention_backward(a: Any) -> tuple[Tensor, ...]:
+    batch, rows, width = a.q.shape
+    dv = a.q.new_empty((batch * triton.cdiv(rows, OWN), width), dtype=torch.float32)
+    dq = launch_side(a.q, a.k, a.v_weight, pairs_of(a.mask), pairs_of(a.dscores), dv)
+    g, mask = pairs_of(a.dscores, transposed=True), pairs_of(a.mask, transposed=True)
+    dk = launch_side(a.k, a.q, a.v_weight, mask, g, None)
+    return dq, dk, dv.sum(0).to(a.v_weight.dtype)

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from tokenmill._call.operator import as_record, record_of
 from tokenmill._kv_cache import capacity
 from tokenmill.dense.terms import has_row_statistic
 
@@ -96,37 +97,10 @@ def tile_options(tiles: Tiles, head_dim: int, value_dim: int) -> dict[str, Any]:
 NO_LISTS = Lists(None, 0, 0, 1)
 
 
-class Call(NamedTuple):
-    """The lowered arguments of a call, and the kernel arguments derived from them."""
+class Call(record_of("attention")):  # type: ignore[misc]
+    """The arguments of a call, and the kernel arguments derived from them."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    kind: str
-    normalize: str
-    scale: float
-    score_bias: Tensor | None
-    score_bias_value: float
-    score_bias_neg_log_n: bool
-    bias: Tensor | None
-    mask_ranges: Tensor | None
-    mask_q_spans: Tensor | None
-    mask_k_spans: Tensor | None
-    alibi_slopes: Tensor | None
-    grid_width: int
-    grid_distance: str
-    grid_window: int
-    sink: Tensor | None
-    softcap: float
-    causal: bool
-    window_left: int
-    window_right: int
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    max_seqlen_q: int | None
-    max_seqlen_k: int | None
-    precision: str
-    post_decay: bool
+    __slots__ = ()
 
     @property
     def plain(self) -> bool:
@@ -301,28 +275,25 @@ def _bounded(tokens: int, bound: int | None) -> int:
     return tokens if bound is None else min(tokens, bound)
 
 
-def attention(*lowered: Any) -> tuple[Tensor, Tensor]:
-    return forward(Call(*lowered))
+def attention(a: Any) -> tuple[Tensor, Tensor]:
+    return forward(Call(*a))
 
 
-def attention_cached(
-    call: Call,
-    seqlens_k: Tensor,
-    block_table: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Forward over a KV cache; k and v of the call are the cache."""
+def attention_cached(a: Any) -> tuple[Tensor, Tensor]:
+    """Forward over the KV cache of a call of attention_decode."""
+    call = Call(*as_record("attention", a, k=a.k_cache, v=a.v_cache))
     k, v = (Rows(held(t), t.stride(0), t.stride(1), t.stride(2)) for t in (call.k, call.v))
-    stride = 0 if block_table is None else block_table.stride(0)
-    maximum = capacity(call.k, block_table)
-    scales = scale_of(k_scale), scale_of(v_scale)
-    pages = call.k.shape[0]
-    return forward(call, Cache(k, v, seqlens_k, block_table, stride, pages, maximum, *scales))
+    stride = 0 if a.block_table is None else a.block_table.stride(0)
+    maximum, pages = capacity(a.k_cache, a.block_table), a.k_cache.shape[0]
+    scales = scale_of(a.k_scale), scale_of(a.v_scale)
+    return forward(call, Cache(k, v, a.seqlens_k, a.block_table, stride, pages, maximum, *scales))
 
 
 def forward(call: Call, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
     plain = call.plain and cache is None
+    k, v, *where = cache or Cache(
+        call.rows(call.k), call.rows(call.v), None, None, 0, 0, 0, None, None
+    )
     tiles = tuned("attention", call.plan().forward, call.q, call.v.shape[-1], plain)
     blocks = triton.cdiv(call.longest_q, tiles.block_m)
     out = call.new((*call.q.shape[:-1], call.v.shape[-1]))
@@ -334,13 +305,14 @@ def forward(call: Call, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
         call.batch * call.heads * blocks,
         call.q,
         call.rows(call.q),
-        *((call.rows(call.k), call.rows(call.v)) if cache is None else (cache.k, cache.v)),
+        k,
+        v,
         call.rows(out),
         lse,
         call.sink,
         # With a cache, masked pairs are tested one by one: no tile lists.
         NO_LISTS if cache is not None else call.lists(tiles, of_keys=False),
-        *((None, None, 0, 0, 0, None, None) if cache is None else cache[2:]),
+        *where,
         *call.arguments(),
         blocks,
         PAGE_SIZE=1 if cache is None or cache.block_table is None else call.k.shape[1],
@@ -349,20 +321,15 @@ def forward(call: Call, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def attention_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    needs, call = rest[:4], Call(*rest[4:])
+def attention_backward(a: Any) -> tuple[Tensor, ...]:
+    call = Call(*as_record("attention", a))
+    out, lse = a.out, a.lse
     plan = call.plan()
-    extras = (call.score_bias, call.bias, call.alibi_slopes, call.sink)
     score_bias, bias, slopes, sink = (
-        t if needed else None for t, needed in zip(extras, needs, strict=True)
+        getattr(a, name) if getattr(a, f"needs_d{name}") else None
+        for name in ("score_bias", "bias", "alibi_slopes", "sink")
     )
-    douts, *qkv = map(call.rows, (dout, call.q, call.k, call.v))
+    douts, *qkv = map(call.rows, (a.dout, call.q, call.k, call.v))
     dq, dk, dv = (call.new(t.shape) for t in (call.q, call.k, call.v))
     delta = None if out is None else call.new(call.statistics_shape, torch.float32)
 
@@ -376,7 +343,7 @@ def attention_backward(
         call.batch * call.heads * blocks,
         call.q,
         douts,
-        dlse,
+        a.dlse,
         None if out is None else call.rows(out),
         lse,
         delta,

@@ -30,7 +30,7 @@ from ..common import (
     terms_of,
     window_of,
 )
-from .attention import Call, attention_cached
+from .attention import attention_cached
 from .attention_decode_merge import merge, new_partials, rows_of, store_partials
 from .attention_decode_schedule import (
     NO_STREAM,
@@ -342,81 +342,42 @@ def tile_of(q: Tensor, v: Tensor, rows: int, longest: int) -> Tile:
     return Tile(block, keys, warps, stages)
 
 
-def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    seqlens_k: Tensor,
-    block_table: Tensor | None,
-    kind: str,
-    normalize: str,
-    scale: float,
-    score_bias: Tensor | None,
-    score_bias_value: float,
-    score_bias_neg_log_n: bool,
-    mask_ranges: Tensor | None,
-    mask_q_spans: Tensor | None,
-    mask_k_spans: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sink: Tensor | None,
-    softcap: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    cu_seqlens_q: Tensor | None,
-    max_seqlen_q: int | None,
-    num_splits: int,
-    schedule: str,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if len(parts := value_parts(v_cache)) > 1:
-        results = [
-            attention_decode(
-                q, k_cache, part, seqlens_k, block_table, kind, normalize, scale, score_bias,
-                score_bias_value, score_bias_neg_log_n, mask_ranges, mask_q_spans, mask_k_spans,
-                alibi_slopes, sink, softcap, causal, window_left, window_right, cu_seqlens_q,
-                max_seqlen_q, num_splits, schedule, k_scale, v_scale,
-            )
-            for part in parts
-        ]  # fmt: skip
+def attention_decode(a: Any) -> tuple[Tensor, Tensor]:
+    if len(parts := value_parts(a.v_cache)) > 1:
+        results = [attention_decode(a._replace(v_cache=part)) for part in parts]
         return torch.cat([out for out, _ in results], -1), results[0][1]
-    if cu_seqlens_q is not None or (not causal and window_right != 0):
-        call = Call(
-            q, k_cache, v_cache, kind, normalize, scale, score_bias, score_bias_value,
-            score_bias_neg_log_n, None, mask_ranges, mask_q_spans, mask_k_spans, alibi_slopes,
-            0, "chebyshev", -1, sink, softcap, causal, window_left, window_right,
-            cu_seqlens_q, None, max_seqlen_q, None, "accurate", False,
-        )  # fmt: skip
-        return attention_cached(call, seqlens_k, block_table, k_scale, v_scale)
+    if a.cu_seqlens_q is not None or (not a.causal and a.window_right != 0):
+        return attention_cached(a)
+    q, k, v = a.q, a.k_cache, a.v_cache
     batch, seqlen_q, heads, head_dim = q.shape
-    kv_heads, value_dim = k_cache.shape[2], v_cache.shape[3]
+    kv_heads, value_dim = k.shape[2], v.shape[3]
     out = q.new_empty((batch, seqlen_q, heads, value_dim))
-    statistic = has_row_statistic(kind, normalize)
+    statistic = has_row_statistic(a.kind, a.normalize)
     lse = q.new_empty((batch, heads, seqlen_q) if statistic else (0,), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     group = heads // kv_heads
     rows = group * seqlen_q
-    maximum = capacity(k_cache, block_table)
-    tile = tile_of(q, v_cache, rows, maximum)
+    maximum = capacity(k, a.block_table)
+    tile = tile_of(q, v, rows, maximum)
     row_blocks = triton.cdiv(rows, tile.rows)
     terms = terms_of(
-        scale, softcap, score_bias_value, score_bias_neg_log_n, score_bias, alibi_slopes, None, kind
-    )
-    window = window_of(window_left, 0)
-    mask = mask_of(mask_ranges, mask_q_spans, mask_k_spans)
+        a.scale, a.softcap, a.score_bias_value, a.score_bias_neg_log_n, a.score_bias,
+        a.alibi_slopes, kind=a.kind,
+    )  # fmt: skip
+    window = window_of(a.window_left, 0)
+    mask = mask_of(a.mask_ranges, a.mask_q_spans, a.mask_k_spans)
     masked = mask.ranges is not None or mask.q_spans is not None
     tiles = kv_heads * row_blocks
     stream = NO_STREAM
-    if schedule == "stream_k":
-        stream = stream_of(q, seqlens_k, maximum, window, tiles, tile.keys)
+    if a.schedule == "stream_k":
+        stream = stream_of(q, a.seqlens_k, maximum, window, tiles, tile.keys)
         programs = stream.programs
         partials = new_partials(q, batch * tiles + programs, tile.rows, value_dim=value_dim)
         steps = longest_share(stream, maximum, tile.keys)
         sizes: tuple[Any, ...] = (*stream, batch.bit_length(), group, seqlen_q, rows, row_blocks)
     else:
-        splits = splits_of(q, num_splits, batch * tiles, maximum)
+        splits = splits_of(q, a.num_splits, batch * tiles, maximum)
         programs = batch * tiles * splits
         partials = new_partials(q, splits, batch, kv_heads, rows, value_dim=value_dim)
         steps = triton.cdiv(triton.cdiv(maximum, tile.keys), splits)
@@ -426,31 +387,31 @@ def attention_decode(
         programs,
         q,
         rows_of(q),
-        rows_of(held(k_cache)),
-        rows_of(held(v_cache)),
-        seqlens_k,
-        block_table,
-        0 if block_table is None else block_table.stride(0),
-        k_cache.shape[0],
+        rows_of(held(k)),
+        rows_of(held(v)),
+        a.seqlens_k,
+        a.block_table,
+        0 if a.block_table is None else a.block_table.stride(0),
+        k.shape[0],
         maximum,
-        scale_of(k_scale),
-        scale_of(v_scale),
+        scale_of(a.k_scale),
+        scale_of(a.v_scale),
         partials,
         terms,
         window,
         mask,
-        0 if mask_k_spans is None else mask_k_spans.shape[1],
+        0 if a.mask_k_spans is None else a.mask_k_spans.shape[1],
         q.new_empty((programs, steps), dtype=torch.int32) if masked else None,
         steps,
         *sizes,
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
-        PAGE_SIZE=1 if block_table is None else k_cache.shape[1],
-        KIND=kind,
-        NORMALIZE=normalize,
-        RANGES=ranges_in(mask_ranges),
+        PAGE_SIZE=1 if a.block_table is None else k.shape[1],
+        KIND=a.kind,
+        NORMALIZE=a.normalize,
+        RANGES=ranges_in(a.mask_ranges),
         # A single query sees every key of its range unless a mask is given.
-        HIDES=seqlen_q > 1 or kind == "relu" or masked,
+        HIDES=seqlen_q > 1 or a.kind == "relu" or masked,
         TILES=max(LISTED // tile.keys, 1),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.keys,
@@ -460,7 +421,7 @@ def attention_decode(
         num_stages=tile.stages,
     )
     merge(
-        partials, seqlens_k, maximum, out, lse, None, sink, terms, group, stream, kind, normalize,
-        weights_of=torch.float32 if v_cache.element_size() == 1 else q.dtype,
+        partials, a.seqlens_k, maximum, out, lse, None, a.sink, terms, group, stream, a.kind,
+        a.normalize, weights_of=torch.float32 if v.element_size() == 1 else q.dtype,
     )  # fmt: skip
     return out, lse

@@ -16,11 +16,11 @@ from ..float8 import float8_values
 class Cache(NamedTuple):
     """Keys and values, dense or paged. float8_e4m3fn caches are held as bytes, and each number is
     multiplied by the scale of its row and head, [P, page_size, Hk] with strides that may be 0, or
-    None."""
+    None. seqlens None: keys and values of a call without a cache."""
 
     k: Rows
     v: Rows
-    seqlens: Tensor
+    seqlens: Tensor | None
     block_table: Tensor | None
     table_stride: int
     pages: int

@@ -193,35 +193,33 @@ def launch_rows(kernel: Any, outs: Tensor, *args: Any) -> None:
     )
 
 
-def merge_attention_states(outs: Tensor, lses: Tensor | None) -> tuple[Tensor, Tensor]:
-    packed = outs.dim() == 4
-    out = outs.new_empty(outs.shape[1:])
-    lse = None if lses is None else outs.new_empty(lses.shape[1:], dtype=torch.float32)
+def merge_attention_states(a: Any) -> tuple[Tensor, Tensor]:
+    packed = a.outs.dim() == 4
+    out = a.outs.new_empty(a.outs.shape[1:])
+    lse = None if a.lses is None else a.outs.new_empty(a.lses.shape[1:], dtype=torch.float32)
     launch_rows(
         merge_kernel,
-        outs,
-        rows_of(outs, packed),
-        statistics_of(lses, packed),
+        a.outs,
+        rows_of(a.outs, packed),
+        statistics_of(a.lses, packed),
         rows_of(out[None], packed),
         statistics_of(None if lse is None else lse[None], packed),
     )
-    return out, outs.new_empty(0, dtype=torch.float32) if lse is None else lse
+    return out, a.outs.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
-def merge_attention_states_backward(
-    dout: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    packed = outs.dim() == 4
-    douts = outs.new_empty(outs.shape)
-    dlses = None if lses is None else outs.new_empty(lses.shape, dtype=torch.float32)
+def merge_attention_states_backward(a: Any) -> tuple[Tensor, Tensor]:
+    packed = a.outs.dim() == 4
+    douts = a.outs.new_empty(a.outs.shape)
+    dlses = None if a.lses is None else a.outs.new_empty(a.lses.shape, dtype=torch.float32)
     launch_rows(
         merge_backward_kernel,
-        outs,
-        rows_of(dout[None], packed),
-        statistics_of(None if dlse is None else dlse[None], packed),
-        rows_of(outs, packed),
-        statistics_of(lses, packed),
+        a.outs,
+        rows_of(a.dout[None], packed),
+        statistics_of(None if a.dlse is None else a.dlse[None], packed),
+        rows_of(a.outs, packed),
+        statistics_of(a.lses, packed),
         rows_of(douts, packed),
         statistics_of(dlses, packed),
     )
-    return douts, outs.new_empty(0, dtype=torch.float32) if dlses is None else dlses
+    return douts, a.outs.new_empty(0, dtype=torch.float32) if dlses is None else dlses

@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ..._call.operator import record_of
+from ...linear._state import feature_dim
 from ..common import INTERPRETED, MAX_REGISTERS, Rows, launch
 from ..tuned import tuned
 from .common import States, log_decay_of
@@ -55,20 +57,16 @@ PLANS = {
 }
 
 
-class Call(NamedTuple):
-    """The lowered arguments of a call, and the kernel arguments derived from them."""
+Record: Any = record_of("linear_attention")
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor | None
-    feature_map: str
-    scale: float
-    normalize: bool
-    initial_state: Tensor | None
-    return_final_state: bool
-    cu_seqlens: Tensor | None
-    chunk_size: int | None
+
+class Call(Record):
+    """The arguments of a call, and the kernel arguments derived from them."""
+
+    @classmethod
+    def of(cls, a: Any) -> Call:
+        """The call of a record of the forward or of the backward."""
+        return cls(*(getattr(a, name) for name in cls._fields))
 
     @property
     def packed(self) -> bool:
@@ -175,10 +173,6 @@ class Call(NamedTuple):
         }
 
 
-def feature_dim(feature_map: str, head_dim: int) -> int:
-    return head_dim if feature_map != "taylor2" else 1 + head_dim + head_dim * (head_dim + 1) // 2
-
-
 def _block(size: int, maximum: int) -> int:
     return min(max(triton.next_power_of_2(size), 16), maximum)
 
@@ -246,45 +240,23 @@ def _states_of_chunks(
     return sums
 
 
-def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    feature_map: str,
-    scale: float,
-    normalize: bool,
-    initial_state: Tensor | None,
-    return_final_state: bool,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(
-        q,
-        k,
-        v,
-        log_decay,
-        feature_map,
-        scale,
-        normalize,
-        initial_state,
-        return_final_state,
-        cu_seqlens,
-        chunk_size,
-    )
-    plain = feature_map != "taylor2"
+def linear_attention(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call.of(a)
+    q, k, v = call.q, call.k, call.v
+    plain = call.feature_map != "taylor2"
     tiles = tuned("linear_attention", call.plan().forward, q, v.shape[-1], plain)
     out = call.new((*q.shape[:-1], v.shape[-1]))
-    normalizer = call.new(call.statistics_shape, torch.float32) if normalize else None
-    final_state = call.float32(*call.state_shape) if return_final_state else None
+    normalizer = call.new(call.statistics_shape, torch.float32) if call.normalize else None
+    final_state = call.float32(*call.state_shape) if call.return_final_state else None
     states = _states_of_chunks(
-        call, tiles, k, v, None, None, initial_state, final_state, queries=False
+        call, tiles, k, v, None, None, call.initial_state, final_state, queries=False
     )
     options = call.options(tiles)
     parts = triton.cdiv(v.shape[-1], options["BLOCK_V"])
     programs = call.slots(tiles) * call.heads * parts
     nan = call.new((programs,), torch.int32)
-    shared = (states, *log_decay_of(log_decay), scale, *call.place(tiles), call.group, parts)
+    decay = log_decay_of(call.log_decay)
+    shared = (states, *decay, call.scale, *call.place(tiles), call.group, parts)
     rows = [call.rows(t) for t in (q, k, v, out)]
     launch(results_kernel, programs, q, *rows, normalizer, nan, *shared, **options)
     launch(
@@ -304,17 +276,9 @@ def linear_attention(
     )
 
 
-def linear_attention_backward(
-    dout: Tensor | None,
-    dfinal_state: Tensor | None,
-    out: Tensor | None,
-    normalizer: Tensor | None,
-    needs_dlog_decay: bool,
-    needs_dinitial_state: bool,
-    *lowered: Any,
-) -> tuple[Tensor, ...]:
-    call = Call(*lowered)
-    q, k, v = call.q, call.k, call.v
+def linear_attention_backward(a: Any) -> tuple[Tensor, ...]:
+    call = Call.of(a)
+    q, k, v, dout, normalizer = a.q, a.k, a.v, a.dout, a.normalizer
     plan = call.plan()
     tiles = plan.backward
     slots, place, options = call.slots(tiles), call.place(tiles), call.options(tiles)
@@ -322,14 +286,13 @@ def linear_attention_backward(
         dout = q.new_zeros(v.shape[-1]).expand(*q.shape[:-1], v.shape[-1])
     delta = None
     if normalizer is not None:
-        assert out is not None
         delta = torch.empty_like(normalizer)
         launch(
             delta_kernel,
             slots * call.heads,
             q,
             call.rows(dout),
-            call.rows(out),
+            call.rows(a.out),
             normalizer,
             delta,
             *place,
@@ -341,10 +304,10 @@ def linear_attention_backward(
         call, tiles, k, v, None, None, call.initial_state, None, queries=False
     )
     dinitial = None
-    if needs_dinitial_state:
+    if a.needs_dinitial_state:
         dinitial = call.float32(*call.state_shape)
     gradients = _states_of_chunks(
-        call, tiles, q, dout, normalizer, delta, dfinal_state, dinitial, queries=True
+        call, tiles, q, dout, normalizer, delta, a.dfinal_state, dinitial, queries=True
     )
     inputs = (*map(call.rows, (q, k, v, dout)), normalizer, delta)
     dq, dk, dv = (call.new(t.shape) for t in (q, k, v))
@@ -370,7 +333,7 @@ def linear_attention_backward(
             **options,
         )
     ddecay = call.float32(0)
-    if needs_dlog_decay:
+    if a.needs_dlog_decay:
         ddecay = _decay_gradient(call, plan.decay, inputs, states, gradients)
     return dq, dk, dv, ddecay, call.float32(0) if dinitial is None else dinitial
 
@@ -378,7 +341,6 @@ def linear_attention_backward(
 def _decay_gradient(
     call: Call, tiles: Tiles, inputs: Sequence[Any], states: Tensor, gradients: Tensor
 ) -> Tensor:
-    assert call.log_decay is not None
     slots, place = call.slots(tiles), call.place(tiles)
     constant = call.log_decay.dim() == 1
     sums = call.float32(slots, call.heads) if constant else None

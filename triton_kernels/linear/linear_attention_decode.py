@@ -3,11 +3,14 @@ and stores it once."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...linear._state import feature_dim
 from ..common import Rows, launch, slice_of
 from .common import (
     MIN_OF_TOKEN,
@@ -18,7 +21,6 @@ from .common import (
     scale_beside,
     store_tile,
 )
-from .linear_attention import feature_dim
 from .linear_attention_forward import EPSILON
 
 ELEMENTS = 4096  # elements of a state per program
@@ -107,25 +109,16 @@ def decode_kernel(
     tl.store(p_state, b_state, mask=m_state)
 
 
-def linear_attention_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    log_decay: Tensor | None,
-    feature_map: str,
-    scale: float,
-    normalize: bool,
-    state_indices: Tensor | None,
-) -> Tensor:
+def linear_attention_decode(a: Any) -> Tensor:
+    q, k, v, state = a.q, a.k, a.v, a.state
     batch, tokens, heads, head_dim = q.shape
     value_dim = v.shape[-1]
-    features = feature_dim(feature_map, head_dim)
+    features = feature_dim(a.feature_map, head_dim)
     out = q.new_empty((batch, tokens, heads, value_dim))
     normalizer = None
-    if normalize:
+    if a.normalize:
         normalizer = q.new_empty((batch, heads, tokens), dtype=torch.float32)
-    decay, decay_batch = log_decay_of(log_decay)
+    decay, decay_batch = log_decay_of(a.log_decay)
 
     def run(keys_alone: bool, block_v: int) -> None:
         tiles = 1 if keys_alone else triton.cdiv(value_dim, block_v)
@@ -136,28 +129,28 @@ def linear_attention_decode(
             *(Rows(t, *t.stride()[:3]) for t in (q, k, v, out)),
             normalizer,
             States(state, *state.stride()[:2]),
-            state_indices,
+            a.state_indices,
             decay,
             decay_batch,
-            scale,
+            a.scale,
             tokens,
             state.shape[0],
             heads,
             heads // max(k.shape[-2], 1),
             tiles,
             KEYS_ALONE=keys_alone,
-            MAP=feature_map,
+            MAP=a.feature_map,
             HEAD_DIM=head_dim,
             VALUE_DIM=value_dim,
             FEATURES=features,
-            COLUMNS=value_dim + int(normalize),
+            COLUMNS=value_dim + int(a.normalize),
             BLOCK_F=block_f,
             BLOCK_V=block_v,
             num_warps=4,
         )
 
     block_f = triton.next_power_of_2(features)
-    if normalize:
+    if a.normalize:
         run(True, 1)
     run(False, min(triton.next_power_of_2(value_dim), max(ELEMENTS // block_f, 8), 64))
     return out

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from ..._call.operator import record_of
 from ..common import INTERPRETED, Rows, launch
 from .common import States
 from .titans_memory_kernels import block_kernel, gradients_kernel, states_kernel
 
+Record: Any = record_of("titans_memory")
 
-class Call(NamedTuple):
-    """The lowered arguments of a call, and the kernel arguments derived from them."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    alpha: Tensor
-    eta: Tensor
-    theta: Tensor
-    chunk_size: int
-    initial_memory: Tensor | None
-    initial_momentum: Tensor | None
-    return_final_state: bool
-    cu_seqlens: Tensor | None
+class Call(Record):
+    """The arguments of a call, and the kernel arguments derived from them."""
+
+    @classmethod
+    def of(cls, a: Any) -> Call:
+        """The call of a record of the forward or of the backward."""
+        return cls(*(getattr(a, name) for name in cls._fields))
 
     @property
     def packed(self) -> bool:
@@ -155,8 +151,8 @@ def _sweep_states(
     )
 
 
-def titans_memory(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(*lowered)
+def titans_memory(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call.of(a)
     out = call.new(call.v)
     shape = call.state_shape if call.return_final_state else (0,)
     memory, momentum = call.float32(*shape), call.float32(*shape)
@@ -165,22 +161,16 @@ def titans_memory(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
     return out, memory, momentum
 
 
-def titans_memory_backward(
-    dout: Tensor | None,
-    dmemory: Tensor | None,
-    dmomentum: Tensor | None,
-    needs_dinitial_state: bool,
-    *lowered: Any,
-) -> tuple[Tensor, ...]:
-    call = Call(*lowered)
-    inputs = (call.q, call.k, call.v, call.alpha, call.eta, call.theta)
+def titans_memory_backward(a: Any) -> tuple[Tensor, ...]:
+    call, dout = Call.of(a), a.dout
+    inputs = (a.q, a.k, a.v, a.alpha, a.eta, a.theta)
     if dout is None:
         dout = call.v.new_zeros(call.v.shape[-1]).expand(call.v.shape)
     states = call.float32(call.slots, call.heads, 4, *call.state_shape[2:])
     us, dus = (call.float32(*call.v.shape) for _ in range(2))
     _sweep_states(call, None, (None, None), (states, us))
     dq, dk, dv, dalpha, deta, dtheta = (call.new(t) for t in inputs)
-    wanted = needs_dinitial_state and call.initial_memory is not None
+    wanted = a.needs_dinitial_state and call.initial_memory is not None
     shape = call.state_shape if wanted else (0,)
     dinitial = (call.float32(*shape), call.float32(*shape))
     gates = call.gates()
@@ -190,7 +180,7 @@ def titans_memory_backward(
         call.q,
         *(call.rows(t) for t in (call.q, call.k, dout, dv)),
         *gates,
-        *map(_states, (dmemory, dmomentum, *(dinitial if wanted else (None, None)))),
+        *map(_states, (a.dmemory, a.dmomentum, *(dinitial if wanted else (None, None)))),
         call.scratch(),
         states,
         call.rows(dus),

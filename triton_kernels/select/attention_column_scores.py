@@ -242,34 +242,22 @@ def columns_kernel(
     tl.store(scores + o_score, b_sum, mask=o_j < tokens_k)
 
 
-def attention_column_scores(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    causal: bool,
-    reduce: str,
-    window_queries: int | None,
-    head_reduce: str,
-    lengths: Tensor | None,
-    query_lengths: Tensor | None,
-    gumbel_tau: float,
-    seed: int,
-) -> Tensor:
-    batch, rows, heads, head_dim = q.shape
-    columns, kv_heads = k.shape[1:3]
-    together = head_reduce != "none"
+def attention_column_scores(a: Any) -> Tensor:
+    batch, rows, heads, head_dim = a.q.shape
+    columns, kv_heads = a.k.shape[1:3]
+    together = a.head_reduce != "none"
     if heads == 0:
-        return q.new_zeros((batch, kv_heads if together else 0, columns), dtype=torch.float32)
+        return a.q.new_zeros((batch, kv_heads if together else 0, columns), dtype=torch.float32)
     group = heads // kv_heads
-    window = rows if window_queries is None else min(window_queries, rows)
-    scores = q.new_empty((batch, heads, columns), dtype=torch.float32)
-    tiles = _tiles(head_dim, rows, columns, q.element_size())
+    window = rows if a.window_queries is None else min(a.window_queries, rows)
+    scores = a.q.new_empty((batch, heads, columns), dtype=torch.float32)
+    tiles = _tiles(head_dim, rows, columns, a.q.element_size())
+    noisy = a.gumbel_tau > 0
     shared: tuple[Any, ...] = (
-        Requests(lengths, query_lengths, int(causal)),
-        1.0 / gumbel_tau if gumbel_tau > 0 else None,
-        scale * LOG2E.value / (gumbel_tau if gumbel_tau > 0 else 1.0),
-        seed,
+        Requests(a.seqlens_k, a.seqlens_q, int(a.causal)),
+        1.0 / a.gumbel_tau if noisy else None,
+        a.scale * LOG2E.value / (a.gumbel_tau if noisy else 1.0),
+        a.seed,
         window,
         rows,
         columns,
@@ -277,32 +265,32 @@ def attention_column_scores(
         group,
     )
     block_d = max(triton.next_power_of_2(head_dim), 16)
-    if q.dtype == torch.float32:
+    if a.q.dtype == torch.float32:
         block_d = min(block_d, 128)
     options = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, **tiles}
-    places = [Rows(t, t.stride(0), t.stride(1), t.stride(2)) for t in (q, k)]
-    if lse is None:
-        row_max = q.new_empty((batch, heads, rows), dtype=torch.float32)
+    places = [Rows(t, t.stride(0), t.stride(1), t.stride(2)) for t in (a.q, a.k)]
+    if a.lse is None:
+        row_max = a.q.new_empty((batch, heads, rows), dtype=torch.float32)
         weights = torch.empty_like(row_max)
         blocks = triton.cdiv(window, tiles["BLOCK_M"])
         launch(
-            rows_kernel, blocks * batch * heads, q, *places, row_max, weights, *shared, blocks,
+            rows_kernel, blocks * batch * heads, a.q, *places, row_max, weights, *shared, blocks,
             **options,
         )  # fmt: skip
     else:
-        nothing = lse == -torch.inf
-        row_max = torch.where(nothing, torch.inf, lse * LOG2E.value)
+        nothing = a.lse == -torch.inf
+        row_max = torch.where(nothing, torch.inf, a.lse * LOG2E.value)
         weights = torch.where(nothing, 0.0, 1.0)
         row_max, weights = row_max.contiguous(), weights.expand(row_max.shape).contiguous()
     blocks = triton.cdiv(columns, tiles["BLOCK_N"])
     launch(
-        columns_kernel, blocks * batch * heads, q, *places, row_max, weights, scores, *shared,
-        blocks, REDUCE=reduce, **options,
+        columns_kernel, blocks * batch * heads, a.q, *places, row_max, weights, scores, *shared,
+        blocks, REDUCE=a.reduce, **options,
     )  # fmt: skip
     if not together:
         return scores
     grouped = scores.view(batch, kv_heads, group, columns)
-    return grouped.mean(2) if head_reduce == "group_mean" else grouped.amax(2)
+    return grouped.mean(2) if a.head_reduce == "group_mean" else grouped.amax(2)
 
 
 def _tiles(head_dim: int, rows: int, columns: int, element_size: int) -> dict[str, int]:

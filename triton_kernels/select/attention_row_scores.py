@@ -3,6 +3,8 @@ row_max and row_sum, then results per key block."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -174,61 +176,55 @@ def reduce_kernel(
         tl.store(scores + i_b * wanted + o_out, b_score, mask=m_out)
 
 
-def attention_row_scores(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    causal: bool,
-    reduce: str,
-    skip: int,
-    lengths: Tensor | None,
-) -> Tensor:
-    batch, rows, heads, head_dim = q.shape
-    columns, kv_heads = k.shape[1:3]
-    wanted = columns - skip
-    shape = (batch, heads, rows, wanted) if reduce == "none" else (batch, wanted)
-    if heads * rows == 0 and reduce != "argmax":
-        return q.new_zeros(shape, dtype=torch.float32)
-    if reduce == "argmax":
-        scores = q.new_full((batch, heads, rows), -1, dtype=torch.int32)
+def attention_row_scores(a: Any) -> Tensor:
+    batch, rows, heads, head_dim = a.q.shape
+    columns, kv_heads = a.k.shape[1:3]
+    wanted = columns - a.skip
+    shape = (batch, heads, rows, wanted) if a.reduce == "none" else (batch, wanted)
+    if heads * rows == 0 and a.reduce != "argmax":
+        return a.q.new_zeros(shape, dtype=torch.float32)
+    if a.reduce == "argmax":
+        scores = a.q.new_full((batch, heads, rows), -1, dtype=torch.int32)
     else:
-        scores = q.new_empty(shape, dtype=torch.float32)
+        scores = a.q.new_empty(shape, dtype=torch.float32)
     if scores.numel() == 0 or wanted == 0:
         return scores
-    exponents = q.new_empty((batch, heads, rows, columns), dtype=torch.float32)
-    # argmax needs only the order of exponents: a factor of +-1 keeps ties exact.
-    factor = float((scale > 0) - (scale < 0)) if reduce == "argmax" else scale * LOG2E.value
+    exponents = a.q.new_empty((batch, heads, rows, columns), dtype=torch.float32)
+    factor = a.scale * LOG2E.value
+    if a.reduce == "argmax":
+        # argmax needs only the order of exponents: a factor of +-1 keeps ties exact.
+        factor = float((a.scale > 0) - (a.scale < 0))
     group = heads // kv_heads
     block_n = 256 if INTERPRETED.value else 64 if head_dim <= 128 else 32
     blocks = triton.cdiv(columns, block_n)
-    places = [Rows(t, t.stride(0), t.stride(1), t.stride(2)) for t in (q, k)]
+    places = [Rows(t, t.stride(0), t.stride(1), t.stride(2)) for t in (a.q, a.k)]
     launch(
-        exponents_kernel, blocks * batch * kv_heads, q, *places, exponents, lengths,
+        exponents_kernel, blocks * batch * kv_heads, a.q, *places, exponents, a.seqlens_k,
         factor, rows, columns, heads, group, blocks, HEAD_DIM=head_dim, BLOCK_R=16,
         BLOCK_N=block_n, BLOCK_D=max(triton.next_power_of_2(head_dim), 16), num_warps=4,
     )  # fmt: skip
-    if lse is not None:
-        nothing = lse == -torch.inf
-        row_max = torch.where(nothing, torch.inf, lse * LOG2E.value).contiguous()
-    if reduce == "argmax":
+    if a.lse is not None:
+        nothing = a.lse == -torch.inf
+        row_max = torch.where(nothing, torch.inf, a.lse * LOG2E.value).contiguous()
+    if a.reduce == "argmax":
         launch(
-            argmax_kernel, batch * heads * rows, q, exponents, None if lse is None else row_max,
-            scores, lengths, rows, columns, skip, heads, CAUSAL=causal, BLOCK=1024, num_warps=4,
+            argmax_kernel, batch * heads * rows, a.q, exponents, None if a.lse is None else row_max,
+            scores, a.seqlens_k, rows, columns, a.skip, heads, CAUSAL=a.causal, BLOCK=1024,
+            num_warps=4,
         )  # fmt: skip
         return scores
-    if lse is None:
-        row_max = q.new_empty((batch, heads, rows), dtype=torch.float32)
+    if a.lse is None:
+        row_max = a.q.new_empty((batch, heads, rows), dtype=torch.float32)
         weights = torch.empty_like(row_max)
         launch(
-            weights_kernel, batch * heads * rows, q, exponents, row_max, weights, lengths, rows,
-            columns, heads, CAUSAL=causal, BLOCK=1024, num_warps=4,
+            weights_kernel, batch * heads * rows, a.q, exponents, row_max, weights, a.seqlens_k,
+            rows, columns, heads, CAUSAL=a.causal, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     else:
         weights = torch.where(nothing, 0.0, torch.ones_like(row_max))
     blocks = triton.cdiv(wanted, 256)
     launch(
-        reduce_kernel, blocks * batch, q, exponents, row_max, weights, scores, lengths, rows,
-        columns, skip, heads, blocks, CAUSAL=causal, REDUCE=reduce, BLOCK=256, num_warps=4,
+        reduce_kernel, blocks * batch, a.q, exponents, row_max, weights, scores, a.seqlens_k, rows,
+        columns, a.skip, heads, blocks, CAUSAL=a.causal, REDUCE=a.reduce, BLOCK=256, num_warps=4,
     )  # fmt: skip
     return scores

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill.select.rules import batch_of, rows_of_request
+
 from ..common import INF, Rows, launch, rounded
-from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys, rows_of_request
+from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys
 
 TILE = 4096  # elements
 SLOTS = 8  # programs that share the blocks to update
@@ -80,47 +84,31 @@ def pool_kernel(
             tl.store(p_out + out_half, b_high.to(dtype), mask=m_d)
 
 
-def _pool(
-    k: Tensor,
-    out: Tensor,
-    block: int,
-    mode: str,
-    start: Tensor | None,
-    lengths: Tensor | None,
-    block_table: Tensor | None,
-) -> None:
-    heads, dim = k.shape[2:]
+def _pool(a: Any, out: Tensor, start: Tensor | None) -> None:
+    heads, dim = a.k.shape[2:]
     batch, blocks = out.shape[:2]
     slots = blocks if start is None else min(SLOTS, blocks)
     block_d = triton.next_power_of_2(max(dim, 1))
-    block_t = min(triton.next_power_of_2(block), max(TILE // block_d, 1), 128)
+    block_t = min(triton.next_power_of_2(a.block), max(TILE // block_d, 1), 128)
+    both = a.pooling == "minmax"
     launch(
-        pool_kernel, batch * slots * heads if dim else 0, k, Rows(k, *k.stride()[:3]),
-        block_table, *key_sizes(k, block_table), out,
-        lengths, start, *out.stride()[:3], out.stride(3) if mode == "minmax" else 0, heads, block,
-        blocks, slots, MEAN=mode == "mean", BOTH=mode == "minmax", DIM=dim, BLOCK_T=block_t,
-        BLOCK_D=block_d, num_warps=4,
+        pool_kernel, batch * slots * heads if dim else 0, a.k, Rows(a.k, *a.k.stride()[:3]),
+        a.block_table, *key_sizes(a.k, a.block_table), out, a.lengths, start, *out.stride()[:3],
+        out.stride(3) if both else 0, heads, a.block, blocks, slots, MEAN=a.pooling == "mean",
+        BOTH=both, DIM=dim, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
 
 
-def block_pool_keys(
-    k: Tensor, block: int, mode: str, lengths: Tensor | None, block_table: Tensor | None
-) -> Tensor:
-    rows = rows_of_request(k, block_table)
-    batch = k.shape[0] if block_table is None else block_table.shape[0]
-    half = (2,) if mode == "minmax" else ()
-    out = k.new_empty((batch, triton.cdiv(rows, block), k.shape[2], *half, k.shape[3]))
-    _pool(k, out, block, mode, None, lengths, block_table)
+def block_pool_keys(a: Any) -> Tensor:
+    rows = rows_of_request(a.k, a.block_table)
+    batch = batch_of(a.k, a.block_table)
+    half = (2,) if a.pooling == "minmax" else ()
+    out: Tensor = a.k.new_empty(
+        (batch, triton.cdiv(rows, a.block), a.k.shape[2], *half, a.k.shape[3])
+    )
+    _pool(a, out, None)
     return out
 
 
-def block_pool_keys_update(
-    k: Tensor,
-    pooled: Tensor,
-    block: int,
-    mode: str,
-    start: Tensor,
-    lengths: Tensor | None,
-    block_table: Tensor | None,
-) -> None:
-    _pool(k, pooled, block, mode, start, lengths, block_table)
+def block_pool_keys_update(a: Any) -> None:
+    _pool(a, a.pooled, a.start)

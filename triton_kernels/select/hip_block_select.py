@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill.select.rules import rows_of_request
+
 from ..common import INF, Rows, dot, launch, span
 from .hip_nodes import (
     add_blocks,
@@ -315,69 +317,54 @@ def hip_kernel(
     tl.store(counts + i, count)
 
 
-def hip_block_select(
-    q: Tensor,
-    k: Tensor,
-    budget: int,
-    block_q: int,
-    block_k: int,
-    stride_q: int,
-    representative: str,
-    num_sink: int,
-    num_recent: int,
-    bound: str,
-    start_indices: Tensor | None,
-    start_counts: Tensor | None,
-    restart_span: int,
-    causal: bool,
-    head_reduce: str,
-    seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-    seqlens_q: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    heads, dim = q.shape[-2:]
-    kv_heads = k.shape[-2]
-    lists = heads if head_reduce == "none" else kv_heads
-    group, wanted = heads // max(lists, 1), budget // block_k
-    if cu_seqlens_q is None:
-        batch, queries = q.shape[:2]
+def hip_block_select(a: Any) -> tuple[Tensor, Tensor]:
+    heads, dim = a.q.shape[-2:]
+    kv_heads = a.k.shape[-2]
+    lists = heads if a.head_reduce == "none" else kv_heads
+    group, wanted = heads // max(lists, 1), a.budget // a.block_k
+    block_q = a.block_q
+    if a.cu_seqlens_q is None:
+        batch, queries = a.q.shape[:2]
         block_q = min(block_q, max(queries, 1))
         blocks = triton.cdiv(queries, block_q)
         rows: tuple[int, ...] = batch, lists, blocks
     else:
-        batch, queries = len(cu_seqlens_q) - 1, len(q)
+        batch, queries = len(a.cu_seqlens_q) - 1, len(a.q)
         blocks = queries // block_q + batch
         rows = lists, blocks
-    indices = q.new_empty((*rows, wanted), dtype=torch.int32)
-    counts = q.new_empty(rows, dtype=torch.int32)
+    indices = a.q.new_empty((*rows, wanted), dtype=torch.int32)
+    counts = a.q.new_empty(rows, dtype=torch.int32)
     programs = counts.numel()
     if heads == 0 or batch == 0:  # no query heads vote for a list
         return indices.fill_(-1), counts.zero_()
     if programs == 0:
         return indices, counts
-    sizes = key_sizes(k, block_table) if cu_seqlens_k is None else (len(k), 0, 1, 0)
-    maximum = sizes[0] + 1  # larger numbers of keys are equivalent
+    packed_keys = a.cu_seqlens_k is not None
+    sizes = (len(a.k), 0, 1, 0) if packed_keys else key_sizes(a.k, a.block_table)
+    key_count = len(a.k) if packed_keys else rows_of_request(a.k, a.block_table)
+    maximum = key_count + 1  # larger numbers of keys are equivalent
     start = None
-    if start_indices is not None and start_counts is not None:
-        start = Lists(start_indices, start_counts, *_strides(start_indices[..., 0]),
-                      *_strides(start_counts))  # fmt: skip
+    if a.start_indices is not None and a.start_counts is not None:
+        start = Lists(a.start_indices, a.start_counts, *_strides(a.start_indices[..., 0]),
+                      *_strides(a.start_counts))  # fmt: skip
     nodes = max(triton.next_power_of_2(wanted), 16)
-    places = q.new_empty((programs, 8 * nodes), dtype=torch.int32)
-    values = q.new_empty((programs, 3 * nodes), dtype=torch.float32)
-    block_t = min(triton.next_power_of_2(block_k), TILE_ROWS)
-    block_d = min(max(triton.next_power_of_2(dim), 16), PIECE_BYTES // q.element_size())
-    ends = Ends(seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k)
+    places = a.q.new_empty((programs, 8 * nodes), dtype=torch.int32)
+    values = a.q.new_empty((programs, 3 * nodes), dtype=torch.float32)
+    block_t = min(triton.next_power_of_2(a.block_k), TILE_ROWS)
+    block_d = min(max(triton.next_power_of_2(dim), 16), PIECE_BYTES // a.q.element_size())
+    ends = Ends(a.seqlens_q, a.seqlens_k, a.cu_seqlens_q, a.cu_seqlens_k)
+    search = Sizes(
+        queries, block_q, a.stride_q, a.block_k, wanted, min(a.num_sink, maximum),
+        min(a.num_recent, maximum), group, max(lists // max(kv_heads, 1), 1),
+        min(a.restart_span, maximum),
+    )  # fmt: skip
+    q_rows, k_rows = (Rows(t, *_strides(t[..., 0])) for t in (a.q, a.k))
     launch(
-        hip_kernel, programs, q, Rows(q, *_strides(q[..., 0])), Rows(k, *_strides(k[..., 0])),
-        block_table, *sizes, ends, start, indices, counts, places, values, queries, block_q,
-        stride_q, block_k, wanted, min(num_sink, maximum), min(num_recent, maximum), group,
-        max(lists // max(kv_heads, 1), 1), min(restart_span, maximum), batch, lists, blocks,
-        REPRESENTATIVE=REPRESENTATIVES[representative], EXACT=bound == "minmax", CAUSAL=causal,
-        DIM=dim, NODES=nodes, BLOCK_M=16,
-        BLOCK_N=TILE_ROWS // block_t, BLOCK_T=block_t, BLOCK_D=block_d,
-        num_warps=8, num_stages=2,
+        hip_kernel, programs, a.q, q_rows, k_rows, a.block_table, *sizes, ends, start, indices,
+        counts, places, values, *search, batch, lists, blocks,
+        REPRESENTATIVE=REPRESENTATIVES[a.representative], EXACT=a.bound == "minmax",
+        CAUSAL=a.causal, DIM=dim, NODES=nodes, BLOCK_M=16, BLOCK_N=TILE_ROWS // block_t,
+        BLOCK_T=block_t, BLOCK_D=block_d, num_warps=8, num_stages=2,
     )  # fmt: skip
     return indices, counts
 

@@ -3,12 +3,18 @@ program owns all heads of one query and a tile of keys; consecutive programs sha
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill.select.rules import rows_of_request
+from tokenmill.select.topk_select import SPEC as TOPK
+
 from ..common import INF, Rows, dot, launch, lower_bound
+from ..dense.kv_cache import held
 from ..float8 import float8_values
 from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys
 from .topk_select import topk_select
@@ -141,73 +147,51 @@ def _scale_rows(k_scale: Tensor | None, k: Tensor) -> Rows | None:
     return Rows(k_scale, k_scale.stride(0) if k.dim() == 3 else 0, k_scale.stride(-1), 0)
 
 
-def indexer_topk_select(
-    q: Tensor,
-    k: Tensor,
-    weights: Tensor,
-    topk: int,
-    causal: bool,
-    activation: str,
-    block_k: int,
-    num_sink: int,
-    num_recent: int,
-    seqlens_k: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-    return_values: bool,
-    k_scale: Tensor | None,
-    previous: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = q.shape[:-2]
-    tokens, (heads, dim) = shape.numel(), q.shape[-2:]
-    batch = shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1
-    indices = q.new_full((*shape, topk), -1, dtype=torch.int32)
-    counts = q.new_zeros(shape, dtype=torch.int32)
-    wide = (*shape, topk) if return_values else (0,)
-    values = q.new_full(wide, -torch.inf, dtype=torch.float32)
-    k_batch = k.stride(0)
-    scale_rows = _scale_rows(k_scale, k)
-    if cu_seqlens_k is not None:
+def indexer_topk_select(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shape, topk = a.q.shape[:-2], a.topk
+    tokens, (heads, dim) = shape.numel(), a.q.shape[-2:]
+    packed = a.cu_seqlens_q is not None
+    batch = len(a.cu_seqlens_q) - 1 if packed else a.q.shape[0]
+    indices = a.q.new_full((*shape, topk), -1, dtype=torch.int32)
+    counts = a.q.new_zeros(shape, dtype=torch.int32)
+    wide = (*shape, topk) if a.return_values else (0,)
+    values = a.q.new_full(wide, -torch.inf, dtype=torch.float32)
+    k, k_batch = held(a.k), a.k.stride(0)
+    if a.cu_seqlens_k is not None:
         k, k_batch = k[None], 0
-    float8 = k.dtype == torch.float8_e4m3fn
-    k = k.view(torch.uint8) if float8 else k
-    sizes = key_sizes(k, block_table)
-    if tokens == 0 or sizes[0] == 0 or batch == 0:
+    sizes, key_count = key_sizes(k, a.block_table), rows_of_request(k, a.block_table)
+    if tokens == 0 or key_count == 0 or batch == 0:
         return indices, counts, values
-    block_k = min(block_k, sizes[0])
-    blocks = triton.cdiv(sizes[0], block_k)
+    block_k = min(a.block_k, key_count)
+    blocks = triton.cdiv(key_count, block_k)
     ld = blocks * block_k
     stripe = min(tokens * (topk + SPARE_SCORES), MAX_SCORES) // ld
     stripe = min(tokens, max(stripe, MIN_ROWS))
-    block_d = min(max(triton.next_power_of_2(dim), 16), PIECE_BYTES // q.element_size())
-    tile_keys = TILE_BYTES // q.element_size()
-    scores = q.new_empty((stripe, ld), dtype=torch.float32)
-    lengths = q.new_empty((stripe,), dtype=torch.int32)
-    packed = cu_seqlens_q is not None
-    query_rows = Rows(q, 0 if packed else q.stride(0), q.stride(-3), q.stride(-2))
-    weight_rows = Rows(weights, 0 if packed else weights.stride(0), weights.stride(-2), 1)
+    block_d = min(max(triton.next_power_of_2(dim), 16), PIECE_BYTES // a.q.element_size())
+    tile_keys = TILE_BYTES // a.q.element_size()
+    scores = a.q.new_empty((stripe, ld), dtype=torch.float32)
+    lengths = a.q.new_empty((stripe,), dtype=torch.int32)
+    query_rows = Rows(a.q, 0 if packed else a.q.stride(0), a.q.stride(-3), a.q.stride(-2))
+    weight_rows = Rows(a.weights, 0 if packed else a.weights.stride(0), a.weights.stride(-2), 1)
     lists = (indices.view(-1, topk), counts.view(-1), values.view(-1, topk))
     for first in range(0, tokens, stripe):
         rows = min(stripe, tokens - first)
         launch(
-            score_kernel, rows * triton.cdiv(ld, tile_keys), q, query_rows,
-            Rows(k, k_batch, k.stride(1), 0), weight_rows, block_table, *sizes, seqlens_k,
-            cu_seqlens_q, cu_seqlens_k, scale_rows, scores, lengths, first, rows, tokens,
-            max(q.shape[1], 1), batch, (batch + 1).bit_length(), min(num_sink, FAR),
-            min(num_recent, FAR), ld,
-            CAUSAL=causal, RELU=activation == "relu", FLOAT8=float8, HEADS=heads, DIM=dim,
-            BLOCK_H=max(triton.next_power_of_2(heads), 16), BLOCK_N=tile_keys, BLOCK_D=block_d,
-            num_warps=4,
+            score_kernel, rows * triton.cdiv(ld, tile_keys), a.q, query_rows,
+            Rows(k, k_batch, k.stride(1), 0), weight_rows, a.block_table, *sizes, a.seqlens_k,
+            a.cu_seqlens_q, a.cu_seqlens_k, _scale_rows(a.k_scale, a.k), scores, lengths, first,
+            rows, tokens, max(a.q.shape[1], 1), batch, (batch + 1).bit_length(),
+            min(a.num_sink, FAR), min(a.num_recent, FAR), ld, CAUSAL=a.causal,
+            RELU=a.activation == "relu", FLOAT8=a.k.dtype == torch.float8_e4m3fn, HEADS=heads,
+            DIM=dim, BLOCK_H=max(triton.next_power_of_2(heads), 16), BLOCK_N=tile_keys,
+            BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
         best, ends = scores[:rows], lengths[:rows]
         if block_k > 1:
-            beyond = torch.arange(ld, device=q.device) >= ends[:, None]
+            beyond = torch.arange(ld, device=a.q.device) >= ends[:, None]
             best = best.masked_fill_(beyond, -torch.inf).unflatten(1, (blocks, block_k)).amax(2)
             ends = ((ends.long() + (block_k - 1)) // block_k).int()
-        found = topk_select(
-            best, topk, ends, None, "low", "index", 0, 0, None, 1, None, return_values, None
-        )
-        for to, part in zip(lists, found[: 2 + return_values], strict=False):
+        found = topk_select(TOPK.record(best, topk, ends, return_values=a.return_values))
+        for to, part in zip(lists, found[: 2 + a.return_values], strict=False):
             to[first : first + rows] = part
     return indices, counts, values

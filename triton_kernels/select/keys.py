@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill.select.rules import rows_of_request
+
 # Arguments from key_sizes, excluded from specialization.
 KEY_SIZES = ["key_count", "table_stride", "page_size", "pages"]
 
@@ -25,10 +27,6 @@ class KeyRows(NamedTuple):
     table_stride: Any
     page_size: Any
     pages: Any
-
-
-def rows_of_request(k: Tensor, block_table: Tensor | None) -> int:
-    return k.shape[1] * (1 if block_table is None else block_table.shape[1])
 
 
 def key_sizes(k: Tensor, block_table: Tensor | None) -> tuple[int, int, int, int]:

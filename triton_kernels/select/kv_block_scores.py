@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill.select.block_pool_keys import SPEC as POOL
+from tokenmill.select.rules import rows_of_request
+
 from ..common import INF, Rows, dot, launch
 from ..dense.kv_cache import held, numbers, scale_of, scaled
 from .block_pool_keys import block_pool_keys
@@ -249,53 +252,37 @@ def vote_kernel(
     tl.store(p_out, tl.where(m_seen, b_vote, -INF), mask=o_n < blocks)
 
 
-def kv_block_scores(
-    q: Tensor,
-    k: Tensor,
-    scoring: str,
-    block_k: int,
-    q_reduce: str,
-    block_q: int,
-    head_reduce: str,
-    scale: float,
-    causal: bool,
-    num_sink: int,
-    num_recent: int,
-    lengths: Tensor | None,
-    block_table: Tensor | None,
-    k_scale: Tensor | None,
-) -> Tensor:
-    batch, queries, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    sizes = key_sizes(k, block_table)
-    key_count = sizes[0]
-    row_tokens, block_rows = (1, block_k) if scoring == "max_block" else (block_k, 1)
+def kv_block_scores(a: Any) -> Tensor:
+    batch, queries, heads, dim = a.q.shape
+    kv_heads = a.k.shape[2]
+    sizes = key_sizes(a.k, a.block_table)
+    key_count = rows_of_request(a.k, a.block_table)
+    row_tokens, block_rows = (1, a.block_k) if a.scoring == "max_block" else (a.block_k, 1)
     block_rows = min(block_rows, max(key_count, 1))
-    block_q = min(block_q, max(queries, 1))
+    block_q = min(a.block_q, max(queries, 1))
     rows, blocks = triton.cdiv(queries, block_q), triton.cdiv(key_count, block_rows)
-    grouped, votes = head_reduce.startswith("group"), head_reduce == "softmax_vote"
-    seen = (queries, block_q, row_tokens, num_sink, num_recent)
-    if q_reduce == "mean":
-        q = block_pool_keys(q, block_q, "mean", None, None)
+    grouped, votes = a.head_reduce.startswith("group"), a.head_reduce == "softmax_vote"
+    mean, boxes = a.q_reduce == "mean", a.scoring == "minmax"
+    seen = Seen(queries, block_q, row_tokens, a.num_sink, a.num_recent)
+    q = block_pool_keys(POOL.record(a.q, block_q)) if mean else a.q
     group = heads // max(kv_heads, 1)
     z = q.new_empty((batch, kv_heads if grouped else heads, rows, blocks), dtype=torch.float32)
     if heads == 0 and not votes:  # no query heads score the keys
         return z.fill_(-torch.inf)
     block_d = min(max(triton.next_power_of_2(dim), 16), PIECE_BYTES // q.element_size())
-    pieces = triton.cdiv(dim, block_d) * (2 if scoring == "minmax" else 1)
+    pieces = triton.cdiv(dim, block_d) * (2 if boxes else 1)
     block_t = min(triton.next_power_of_2(block_rows), TILE_ROWS)
     block_n = TILE_ROWS // block_t
     n_tiles = triton.cdiv(blocks, block_n)
     m_tiles = triton.cdiv(rows * (1 if grouped else group), BLOCK_M)
     launch(
         score_kernel, batch * kv_heads * m_tiles * n_tiles, q, Rows(q, *q.stride()[:3]),
-        Rows(held(k), *k.stride()[:3]), block_table, *sizes, *seen, lengths, z,
-        k.stride(3) if scoring == "minmax" else 0, scale_of(k_scale), pieces, scale, z.stride(0),
-        rows, blocks, block_rows, 1 if q_reduce == "mean" else block_q, kv_heads, m_tiles, n_tiles,
-        GROUP=group, GROUPED=grouped, MEAN=head_reduce == "group_mean",
-        MEAN_QUERIES=q_reduce == "mean", CAUSAL=causal, BOXES=scoring == "minmax", DIM=dim,
-        BLOCK_M=BLOCK_M, BLOCK_N=block_n, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4,
-        maxnreg=REGISTERS,
+        Rows(held(a.k), *a.k.stride()[:3]), a.block_table, *sizes, *seen, a.seqlens_k, z,
+        a.k.stride(3) if boxes else 0, scale_of(a.k_scale), pieces, a.scale, z.stride(0), rows,
+        blocks, block_rows, 1 if mean else block_q, kv_heads, m_tiles, n_tiles, GROUP=group,
+        GROUPED=grouped, MEAN=a.head_reduce == "group_mean", MEAN_QUERIES=mean, CAUSAL=a.causal,
+        BOXES=boxes, DIM=dim, BLOCK_M=BLOCK_M, BLOCK_N=block_n, BLOCK_T=block_t, BLOCK_D=block_d,
+        num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     if not votes:
         return z
@@ -305,7 +292,7 @@ def kv_block_scores(
     lse = torch.where(z.isnan(), -torch.inf, z).logsumexp(3)
     n_tiles = triton.cdiv(blocks, VOTE_TILE)
     launch(
-        vote_kernel, batch * rows * n_tiles, q, z, lse, key_count, *seen, lengths, out, rows,
-        blocks, block_rows, heads, n_tiles, CAUSAL=causal, BLOCK_N=VOTE_TILE, num_warps=4,
+        vote_kernel, batch * rows * n_tiles, q, z, lse, key_count, *seen, a.seqlens_k, out, rows,
+        blocks, block_rows, heads, n_tiles, CAUSAL=a.causal, BLOCK_N=VOTE_TILE, num_warps=4,
     )  # fmt: skip
     return out

@@ -121,33 +121,17 @@ def append_kernel(
     tl.store(p_out, b_out, mask=m_x)
 
 
-def kv_cache_append(
-    k_cache: Tensor,
-    v_cache: Tensor | None,
-    k: Tensor,
-    v: Tensor | None,
-    slots: Tensor,
-    q: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    interleaved: bool,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    k_scale_out: Tensor | None,
-    v_scale_out: Tensor | None,
-    rope_offset: int,
-) -> Tensor:
-    turned = k.new_empty(0 if q is None else q.shape)
+def kv_cache_append(a: Any) -> Tensor:
+    turned = a.k.new_empty(0 if a.q is None else a.q.shape)
     rope, pairs, table, positions_stride = None, 0, 0, 0
-    if cos is not None and sin is not None and positions is not None:
-        rope = Rope(cos, sin, cos.stride(0), sin.stride(0), positions)
-        (table, pairs), positions_stride = cos.shape, positions.stride(0)
-    turn = (rope, positions_stride, table), (pairs, rope_offset, interleaved)
+    if a.cos is not None and a.sin is not None and a.positions is not None:
+        rope = Rope(a.cos, a.sin, a.cos.stride(0), a.sin.stride(0), a.positions)
+        (table, pairs), positions_stride = a.cos.shape, a.positions.stride(0)
+    turn = (rope, positions_stride, table), (pairs, a.rope_offset, a.interleaved)
     stay = (None, 0, 0), (0, 0, False)
     for cache, new, turns, scale, scale_out in (
-        (k_cache, k, turn, k_scale, k_scale_out),
-        (v_cache, v, stay, v_scale, v_scale_out),
+        (a.k_cache, a.k, turn, a.k_scale, a.k_scale_out),
+        (a.v_cache, a.v, stay, a.v_scale, a.v_scale_out),
     ):
         if cache is None or new is None:
             continue
@@ -156,11 +140,11 @@ def kv_cache_append(
         to = Rows(held, cache.stride(0), cache.stride(1), cache.stride(2))
         scale_head = scale.stride(0) if scale is not None and scale.shape[0] > 1 else 0
         steps = (0, 0, scale_head) if scale_out is None else scale_out.stride()
-        places = (slots, slots.stride(0), *cache.shape[:2])
+        places = (a.slots, a.slots.stride(0), *cache.shape[:2])
         _launch(new, to, places, *turns, (scale, scale_out, *steps), float8)
-    if q is not None:
+    if a.q is not None:
         to = Rows(turned, 0, turned.stride(0), turned.stride(1))
-        _launch(q, to, (None, 0, 0, 1), *turn, (None, None, 0, 0, 0), False)
+        _launch(a.q, to, (None, 0, 0, 1), *turn, (None, None, 0, 0, 0), False)
     return turned
 
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill.select.rules import rows_of_request
+
 from ..common import INTERPRETED, Rows, launch, rounded
 from .attention_column_scores import clamped
 
@@ -212,37 +214,26 @@ def sum_kernel(
         tl.store(dropped + i_row, number)
 
 
-def kv_cache_compact(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    keep: Tensor,
-    counts: Tensor,
-    lengths: Tensor | None,
-    block_table: Tensor | None,
-    rotations: Tensor | None,
-    interleaved: bool,
-    compensation: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, entries = keep.shape[0], keep.shape[-1]
-    size, heads = k_cache.shape[1:3]
-    per_head = keep.dim() == 3
+def kv_cache_compact(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, entries = a.keep.shape[0], a.keep.shape[-1]
+    pages, size, heads = a.k_cache.shape[:3]
+    per_head = a.keep.dim() == 3
 
     def sums(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return k_cache.new_empty(shape if compensation else (0,), dtype=dtype)
+        return a.k_cache.new_empty(shape if a.compensation else (0,), dtype=dtype)
 
-    k_sum, v_sum = (sums(batch, heads, c.shape[3]) for c in (k_cache, v_cache))
+    k_sum, v_sum = (sums(batch, heads, c.shape[3]) for c in (a.k_cache, a.v_cache))
     dropped = sums(batch, heads, dtype=torch.int32)
-    table_stride = block_table.stride(0) if block_table is not None else 0
-    capacity = block_table.shape[1] * size if block_table is not None else size
+    table_stride = a.block_table.stride(0) if a.block_table is not None else 0
     places = (
-        keep, counts, keep.stride(0), keep.stride(1) if per_head else 0, counts.stride(0),
-        counts.stride(1) if per_head else 0, entries, lengths, block_table, table_stride,
-        k_cache.shape[0], size, capacity, heads,
+        a.keep, a.counts, a.keep.stride(0), a.keep.stride(1) if per_head else 0,
+        a.counts.stride(0), a.counts.stride(1) if per_head else 0, entries, a.seqlens_k,
+        a.block_table, table_stride, pages, size, rows_of_request(a.k_cache, a.block_table), heads,
     )  # fmt: skip
-    for cache, total, number in ((k_cache, k_sum, dropped), (v_cache, v_sum, None)):
+    for cache, total, number in ((a.k_cache, k_sum, dropped), (a.v_cache, v_sum, None)):
         turns: tuple[Any, ...] = (None, None, 0)
-        if rotations is not None and cache is k_cache:
-            turns = (rotations[0], rotations[1], rotations.shape[1])
+        if a.rotations is not None and cache is a.k_cache:
+            turns = (*a.rotations, a.rotations.shape[1])
         rows = Rows(cache, cache.stride(0), cache.stride(1), cache.stride(2))
         dim = cache.shape[3]
         options = {
@@ -252,11 +243,11 @@ def kv_cache_compact(
             "num_warps": 4,
             "num_stages": 1,
         }
-        if compensation:
+        if a.compensation:
             launch(sum_kernel, batch * heads, cache, rows, *places, total, number, **options)
         if entries > 0:
             launch(
                 move_kernel, batch * heads, cache, rows, *places, *turns,
-                INTERLEAVED=interleaved, **options,
+                INTERLEAVED=a.interleaved, **options,
             )  # fmt: skip
-    return counts.clamp(0, entries), k_sum, v_sum, dropped
+    return a.counts.clamp(0, entries), k_sum, v_sum, dropped

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -43,11 +45,12 @@ def gate_kernel(q, q_ref, out, threshold, tokens, tokens_ref, elements, DIM: tl.
     tl.store(out + i_b, tl.sum(b_dot, 0) / length >= threshold)
 
 
-def query_similarity_gate(q: Tensor, q_ref: Tensor, threshold: float) -> Tensor:
-    batch, tokens, heads, dim = q.shape
-    out = q.new_empty((batch,), dtype=torch.bool)
+def query_similarity_gate(a: Any) -> Tensor:
+    batch, tokens, heads, dim = a.q.shape
+    out: Tensor = a.q.new_empty((batch,), dtype=torch.bool)
+    rows = (Rows(t, *t.stride()[:3]) for t in (a.q, a.q_ref))
     launch(
-        gate_kernel, batch, q, Rows(q, *q.stride()[:3]), Rows(q_ref, *q_ref.stride()[:3]), out,
-        threshold, tokens, q_ref.shape[1], heads * dim, DIM=max(dim, 1), BLOCK=TILE, num_warps=4,
+        gate_kernel, batch, a.q, *rows, out, a.threshold, tokens, a.q_ref.shape[1], heads * dim,
+        DIM=max(dim, 1), BLOCK=TILE, num_warps=4,
     )  # fmt: skip
     return out

@@ -174,62 +174,46 @@ def beside_kernel(
         tl.store(physical + o_all, tl.where(m_slot, b_slot, -1).to(tl.int32), mask=m_all)
 
 
-def topk_select(
-    scores: Tensor,
-    k: int,
-    lengths: Tensor | None,
-    row_starts: Tensor | None,
-    tie: str,
-    order: str,
-    force_first: int,
-    force_last: int,
-    block_table: Tensor | None,
-    page_size: int,
-    row_to_batch: Tensor | None,
-    return_values: bool,
-    previous: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    count, columns = scores.shape
-    indices = scores.new_empty((count, k), dtype=torch.int32)
-    counts = scores.new_empty((count,), dtype=torch.int32)
-    values = scores.new_empty((count, k) if return_values else (0,))
-    paged = block_table is not None
-    physical = scores.new_empty((count, k) if paged else (0,), dtype=torch.int32)
+def topk_select(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count, columns = a.scores.shape
+    indices = a.scores.new_empty((count, a.k), dtype=torch.int32)
+    counts = a.scores.new_empty((count,), dtype=torch.int32)
+    values = a.scores.new_empty((count, a.k) if a.return_values else (0,))
+    paged = a.block_table is not None
+    physical = a.scores.new_empty((count, a.k) if paged else (0,), dtype=torch.int32)
     if count == 0:
         return indices, counts, values, physical
-    rows, stride = Windows(scores, lengths, row_starts), scores.stride(0)
+    rows, stride = Windows(a.scores, a.lengths, a.row_starts), a.scores.stride(0)
     block = min(TILE, max(32, triton.next_power_of_2(columns)))
     launch(
-        select_kernel, count, scores, rows, indices, counts, stride, columns, k, force_first,
-        force_last, TIE_HIGH=tie == "high", BLOCK=block, num_warps=8,
+        select_kernel, count, a.scores, rows, indices, counts, stride, columns, a.k, a.force_first,
+        a.force_last, TIE_HIGH=a.tie == "high", BLOCK=block, num_warps=8,
     )  # fmt: skip
-    if order == "score":
-        _order_by_score(scores, row_starts, indices, tie == "high")
-    if return_values or paged:
-        beside: tuple[Any, ...] = (block_table, row_to_batch, physical) if paged else (None,) * 3
-        shape = block_table.shape if block_table is not None else (0, 0)
-        page_stride = block_table.stride(0) if block_table is not None else 0
+    if a.order == "score":
+        _order_by_score(indices, a)
+    if a.return_values or paged:
+        pages = (a.block_table, a.row_to_batch, physical) if paged else (None,) * 3
+        shape = a.block_table.shape if paged else (0, 0)
+        page_stride = a.block_table.stride(0) if paged else 0
         launch(
-            beside_kernel, triton.cdiv(count * k, TILE), scores, rows, indices,
-            values if return_values else None, *beside, stride, columns, k, page_stride, *shape,
-            page_size, count * k, BLOCK=TILE,
+            beside_kernel, triton.cdiv(count * a.k, TILE), a.scores, rows, indices,
+            values if a.return_values else None, *pages, stride, columns, a.k, page_stride, *shape,
+            a.page_size, count * a.k, BLOCK=TILE,
         )  # fmt: skip
     return indices, counts, values, physical
 
 
-def _order_by_score(
-    scores: Tensor, row_starts: Tensor | None, indices: Tensor, tie_high: bool
-) -> None:
+def _order_by_score(indices: Tensor, a: Any) -> None:
     """Sorts in place by score. The positions are ascending and the sort is stable."""
-    columns = scores.shape[1]
+    columns = a.scores.shape[1]
     if columns == 0:
         return
     found = indices.long()
-    start = 0 if row_starts is None else row_starts.long().clamp(0, columns)[:, None]
-    score = scores.gather(1, (found.clamp(min=0) + start).clamp(max=columns - 1)).float()
+    start = 0 if a.row_starts is None else a.row_starts.long().clamp(0, columns)[:, None]
+    score = a.scores.gather(1, (found.clamp(min=0) + start).clamp(max=columns - 1)).float()
     # Forced positions with a score of -inf or NaN come last, before the empty places.
     score = torch.where(score > -torch.inf, score, -torch.inf)
-    if tie_high:
+    if a.tie == "high":
         found, score = found.flip(1), score.flip(1)
     by_score = score.argsort(dim=1, descending=True, stable=True)
     found = found.gather(1, by_score)

@@ -4,12 +4,14 @@ that share a list and keys, and streams over the pixels of the listed regions.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from tokenmill._call.operator import record_of
 
 from ..common import INTERPRETED, Rows, head_of, launch, program, terms_of
 from ..dense.attention import Plan, Tiles
@@ -95,25 +97,17 @@ def bilevel_routing_kernel(
     )  # fmt: skip
 
 
-class Call(NamedTuple):
-    """The lowered arguments of a call, and the kernel arguments derived from them."""
+Arguments: Any = record_of("bilevel_routing_attention")
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    indices: Tensor
-    counts: Tensor
-    region_y: int
-    region_x: int
-    key_region_y: int
-    key_region_x: int
-    scale: float
-    mask_padding: bool
+
+class Call(Arguments):
+    """A call, and the kernel arguments derived from it."""
 
     @property
     def listed(self) -> Listed:
         queries, keys = self.region_y * self.region_x, self.key_region_y * self.key_region_x
-        return Listed(*self[:5], queries, keys, self.indices.shape[2])
+        lists = self.indices, self.counts
+        return Listed(self.q, self.k, self.v, *lists, queries, keys, self.indices.shape[2])
 
     def plan(self) -> Plan:
         """One warp per 16 rows if its registers hold them: its row reductions need no other warp,
@@ -159,8 +153,8 @@ def map_rows(t: Tensor) -> Rows:
     return Rows(t, batch, seq, head, line)
 
 
-def bilevel_routing_attention(*lowered: Any) -> tuple[Tensor, Tensor]:
-    call = Call(*lowered)
+def bilevel_routing_attention(a: Any) -> tuple[Tensor, Tensor]:
+    call = Call._make(a)
     listed = call.listed
     batch, height, width, heads = call.q.shape[:4]
     out = call.q.new_empty((batch, height, width, heads, call.v.shape[4]))

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill._call.operator import as_record
+
 from ..common import head_of, launch, load_rows, program, slice_of, store_rows
 from .bilevel_routing_attention import SIZES, Call, map_rows
 from .listed import Statistics, add_key_gradients, query_gradients
@@ -157,26 +159,24 @@ def bilevel_routing_keys_kernel(
     store_rows(slice_of(dv, i_b, i_kv, 0, tile.end), tile.o_j, b_dv, VALUE_DIM)
 
 
-def bilevel_routing_attention_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *lowered: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(*lowered)
+def bilevel_routing_attention_backward(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call._make(as_record("bilevel_routing_attention", a))
     listed = call.listed
     dq, dk, dv = (t.new_empty(t.shape) for t in (call.q, call.k, call.v))
-    if out.numel() == 0:
+    if a.out.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
     plan = call.plan()
     qkv = tuple(map(map_rows, (call.q, call.k, call.v)))
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(a.lse)
     lists = listed.compacted()
     launch(
         bilevel_routing_queries_kernel,
         listed.programs(plan.queries),
         call.q,
-        map_rows(dout),
-        dlse,
-        map_rows(out),
-        lse,
+        map_rows(a.dout),
+        a.dlse,
+        map_rows(a.out),
+        a.lse,
         delta,
         *qkv,
         map_rows(dq),
@@ -195,8 +195,8 @@ def bilevel_routing_attention_backward(
         bilevel_routing_keys_kernel,
         call.q.shape[0] * listed.kv_heads * wide_lists.wide * tiles,
         call.q,
-        map_rows(dout),
-        lse,
+        map_rows(a.dout),
+        a.lse,
         delta,
         *qkv,
         map_rows(dk),

@@ -6,13 +6,14 @@ adjacent.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill._call.operator import record_of
 from tokenmill._kv_cache import capacity
 
 from ..common import head_of, launch, program, terms_of
@@ -107,27 +108,11 @@ def block_sparse_kernel(
     )  # fmt: skip
 
 
-class Call(NamedTuple):
-    """The lowered arguments of a call, and the kernel arguments derived from them."""
+Arguments: Any = record_of("block_sparse_attention")
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    indices: Tensor
-    counts: Tensor
-    block_q: int
-    block_k: int
-    causal: bool
-    num_sink: int
-    num_recent: int
-    scale: float
-    softcap: float
-    lengths: Tensor | None
-    sink: Tensor | None
-    return_mass: bool
-    block_table: Tensor | None
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
+
+class Call(Arguments):
+    """A call, and the kernel arguments derived from it."""
 
     @property
     def seqlen_k(self) -> int:
@@ -138,14 +123,19 @@ class Call(NamedTuple):
     @property
     def lists(self) -> tuple[Tensor, Tensor]:
         """Lists [B, heads, rows, ...]; B is 1 for packed requests."""
-        lists = self.indices, self.counts
-        return lists if self.cu_seqlens_q is None else (lists[0][None], lists[1][None])
+        if self.cu_seqlens_q is None:
+            return self.indices, self.counts
+        return self.indices[None], self.counts[None]
+
+    @property
+    def requests(self) -> int:
+        """Number of packed requests; 1 if they are not packed."""
+        return 1 if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1
 
     @property
     def packed(self) -> tuple[Any, ...]:
         """cu_seqlens_q, cu_seqlens_k and the number of packed requests."""
-        ends = self.cu_seqlens_q
-        return ends, self.cu_seqlens_k, 1 if ends is None else len(ends) - 1
+        return self.cu_seqlens_q, self.cu_seqlens_k, self.requests
 
     @property
     def pages(self) -> tuple[Any, ...]:
@@ -156,7 +146,9 @@ class Call(NamedTuple):
     @property
     def listed(self) -> Listed:
         return Listed(
-            *self[:3],
+            self.q,
+            self.k,
+            self.v,
             *self.lists,
             self.block_q,
             self.block_k,
@@ -193,8 +185,8 @@ class Call(NamedTuple):
         }
 
 
-def block_sparse_attention(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(*lowered)
+def block_sparse_attention(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call._make(a)
     listed = call.listed
     latent = max(call.q.shape[-1], call.v.shape[-1]) > LONG.value
     out = call.q.new_empty((*call.q.shape[:-1], call.v.shape[-1]))
@@ -202,7 +194,7 @@ def block_sparse_attention(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
     if call.cu_seqlens_q is not None:  # tokens outside all requests are empty rows
         out.zero_()
         lse.fill_(-torch.inf)
-    if out.numel() == 0 or call.packed[-1] == 0:
+    if out.numel() == 0 or call.requests == 0:
         return out, lse, _mass(call, lse)
     if latent:
         return latent_attention(call)
@@ -220,7 +212,7 @@ def block_sparse_attention(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
         call.sink,
         *call.pages,
         *call.packed,
-        call.lengths,
+        call.seqlens_k,
         lists.ids,
         lists.counts,
         *call.indices.shape[-3:],

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill._call.operator import as_record
+
 from ..common import head_of, launch, load_rows, program, slice_of, store_rows
 from ..dense.attention import sink_terms
 from ..dense.attention_decode_merge import rows_of
@@ -178,27 +180,20 @@ def block_sparse_keys_kernel(
     store_rows(slice_of(dv, i_b, i_kv, 0, x.keys), o_j, b_dv, VALUE_DIM)
 
 
-def block_sparse_attention_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    needs_dsink: bool,
-    *lowered: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = Call(*lowered)
+def block_sparse_attention_backward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = Call._make(as_record("block_sparse_attention", a))
     listed = call.listed
     packed = call.cu_seqlens_q is not None
     dq = call.q.new_empty(call.q.shape)
     dk, dv = (t.new_empty(t.shape) for t in (call.k, call.v))
-    sink = call.sink if needs_dsink else None
-    requests = call.packed[-1] if packed else call.q.shape[0]
-    dsink = lse.new_zeros(0 if sink is None else (requests, call.q.shape[-2]))
-    delta = torch.empty_like(lse)
-    if packed or out.numel() == 0:  # covers tokens outside all requests
+    sink = call.sink if a.needs_dsink else None
+    requests = call.requests if packed else call.q.shape[0]
+    dsink = a.lse.new_zeros(0 if sink is None else (requests, call.q.shape[-2]))
+    delta = torch.empty_like(a.lse)
+    if packed or a.out.numel() == 0:  # covers tokens outside all requests
         for t in (dq, dk, dv, delta):
             t.zero_()
-    if out.numel() == 0 or requests == 0:
+    if a.out.numel() == 0 or requests == 0:
         return dq, dk, dv, dsink
     plan = listed.plan()
     qkv = tuple(map(rows_of, (call.q, call.k, call.v)))
@@ -208,15 +203,15 @@ def block_sparse_attention_backward(
         block_sparse_queries_kernel,
         listed.programs(plan.queries),
         call.q,
-        rows_of(dout),
-        dlse,
-        rows_of(out),
-        lse,
+        rows_of(a.dout),
+        a.dlse,
+        rows_of(a.out),
+        a.lse,
         delta,
         *qkv,
         rows_of(dq),
         *call.packed,
-        call.lengths,
+        call.seqlens_k,
         lists.ids,
         lists.counts,
         list_heads,
@@ -235,14 +230,14 @@ def block_sparse_attention_backward(
         block_sparse_keys_kernel,
         batch * listed.kv_heads * blocks,
         call.q,
-        rows_of(dout),
-        lse,
+        rows_of(a.dout),
+        a.lse,
         delta,
         *qkv,
         rows_of(dk),
         rows_of(dv),
         *call.packed,
-        call.lengths,
+        call.seqlens_k,
         offsets,
         rows,
         bits,
@@ -257,7 +252,7 @@ def block_sparse_attention_backward(
         **call.options(plan.keys),
     )
     if sink is not None:
-        terms = sink_terms(lse, delta, sink)
+        terms = sink_terms(a.lse, delta, sink)
         if packed:
             dsink[:1] = terms.sum(1)  # sum over all requests
         else:

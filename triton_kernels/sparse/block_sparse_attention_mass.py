@@ -146,12 +146,11 @@ def mass_of(call: Any, lse: Tensor) -> Tensor:
     indices, counts = call.lists
     lists, list_rows, entries = indices.shape[1:]
     mass = lse.new_empty(call.indices.shape)
-    if mass.numel() == 0 or lse.numel() == 0 or call.packed[-1] == 0:
+    if mass.numel() == 0 or lse.numel() == 0 or call.requests == 0:
         return mass.zero_()
     tiles = listed.plan().queries
     block_n = max(1024 if INTERPRETED.value else min(tiles.block_n, 64), call.block_k)
     parts = triton.cdiv(entries * call.block_k, block_n)
-    num_sink, num_recent, terms, seqlen_q, seqlen_k, row_heads, shared = call.arguments()
     options = tile_options(tiles._replace(block_n=block_n), call.q.shape[-1], call.v.shape[-1])
     del options["VALUE_DIM"], options["BLOCK_V"]
     launch(
@@ -163,7 +162,7 @@ def mass_of(call: Any, lse: Tensor) -> Tensor:
         mass,
         *call.pages,
         *call.packed,
-        call.lengths,
+        call.seqlens_k,
         indices,
         indices.cummax(-1).values.contiguous(),
         counts,
@@ -172,14 +171,8 @@ def mass_of(call: Any, lse: Tensor) -> Tensor:
         lists,
         list_rows,
         entries,
-        num_sink,
-        num_recent,
-        terms,
-        seqlen_q,
-        seqlen_k,
-        row_heads,
-        shared,
-        row_heads // lists,
+        *call.arguments(),
+        listed.row_heads // lists,
         listed.query_tiles(tiles),
         parts,
         GROUP=listed.group,

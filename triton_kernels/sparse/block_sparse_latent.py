@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenmill._call.operator import as_record
+
 from .sparse_decode_attention import sparse_decode_attention
 
 # Maximum number of logits of listed keys that one mass-summing launch keeps in memory.
@@ -26,9 +28,7 @@ class Queries(NamedTuple):
     starts: Tensor | None = None  # [N] int32: first key of the request among packed keys
 
     def part(self, rows: slice) -> Queries:
-        q, indices, counts, ends, requests, starts = self
-        own = None if starts is None else starts[rows]
-        return Queries(q[rows], indices[rows], counts[rows], ends[rows], requests[rows], own)
+        return Queries(*(None if t is None else t[rows] for t in self))
 
 
 def latent_attention(call: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,22 +113,21 @@ def attend_in_parts(
 
 
 def attend(call: Any, queries: Queries) -> tuple[Tensor, Tensor, Tensor]:
-    q, indices, counts, ends, requests, starts = queries
     k, v = call.k, call.v
-    if starts is not None:
+    if queries.starts is not None:
         k, v = k[None], v[None]
-    return sparse_decode_attention(
-        q, k, v, indices, counts, ends, call.block_table, call.block_k, call.num_sink,
-        call.num_recent, "absolute", None, None, False, None, None, None, call.scale, call.softcap,
-        call.sink, 0, call.return_mass, None, None, requests, starts,
+    decode = as_record(
+        "sparse_decode_attention", call, q=queries.q, k_cache=k, v_cache=v,
+        indices=queries.indices, counts=queries.counts, seqlens_k=queries.ends,
     )  # fmt: skip
+    return sparse_decode_attention(decode, queries.requests, queries.starts)
 
 
 def lengths_of(call: Any, batch: int) -> Tensor:
     """Number of keys per request, [B] int32."""
-    if call.lengths is None:
+    if call.seqlens_k is None:
         return call.counts.new_full((batch,), call.seqlen_k)
-    return call.lengths.clamp(0, call.seqlen_k)
+    return call.seqlens_k.clamp(0, call.seqlen_k)
 
 
 def ends_of(call: Any) -> Tensor:

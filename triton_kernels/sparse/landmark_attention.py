@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill._call.operator import record_of
+
 from ..common import (
     INF,
     INTERPRETED,
@@ -283,14 +285,11 @@ def _half(tiles: Tiles) -> Tiles:
     return tiles._replace(block_m=max(tiles.block_m // 2, 16))
 
 
-class Call(NamedTuple):
-    """The lowered arguments of a call, and the kernel arguments derived from them."""
+Arguments: Any = record_of("landmark_attention")
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    block: int
-    scale: float
+
+class Call(Arguments):
+    """A call, and the kernel arguments derived from it."""
 
     @property
     def tokens(self) -> int:
@@ -338,8 +337,8 @@ class Call(NamedTuple):
         }
 
 
-def landmark_attention(*lowered: Any) -> tuple[Tensor, Tensor]:
-    call = Call(*lowered)
+def landmark_attention(a: Any) -> tuple[Tensor, Tensor]:
+    call = Call._make(a)
     batch, tokens, heads = call.q.shape[:3]
     out = call.q.new_empty((batch, tokens, heads, call.v.shape[3]))
     lse = call.q.new_empty((batch, heads, tokens), dtype=torch.float32)

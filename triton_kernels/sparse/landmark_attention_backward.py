@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill._call.operator import as_record
+
 from ..common import dot, head_of, launch, load_rows, program, scores, slice_of, store_rows
 from ..dense.attention_backward import load_lse
 from ..dense.attention_decode_merge import rows_of
@@ -199,26 +201,24 @@ def landmark_keys_kernel(
     store_rows(slice_of(dv, i_b, i_kv, 0, tokens), columns.o_j, b_dv, VALUE_DIM)
 
 
-def landmark_attention_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *lowered: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(*lowered)
+def landmark_attention_backward(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call._make(as_record("landmark_attention", a))
     batch, tokens, heads = call.q.shape[:3]
     dq, dk, dv = (t.new_empty(t.shape) for t in (call.q, call.k, call.v))
     if call.q.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
     plan = call.plan()
     qkv = tuple(map(rows_of, (call.q, call.k, call.v)))
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(a.lse)
     tiles = triton.cdiv(tokens, plan.queries.block_m)
     launch(
         landmark_queries_kernel,
         batch * heads * tiles,
         call.q,
-        rows_of(dout),
-        dlse,
-        rows_of(out),
-        lse,
+        rows_of(a.dout),
+        a.dlse,
+        rows_of(a.out),
+        a.lse,
         delta,
         *qkv,
         rows_of(dq),
@@ -232,8 +232,8 @@ def landmark_attention_backward(
         landmark_keys_kernel,
         batch * call.k.shape[2] * tiles,
         call.q,
-        rows_of(dout),
-        lse,
+        rows_of(a.dout),
+        a.lse,
         delta,
         *qkv,
         rows_of(dk),

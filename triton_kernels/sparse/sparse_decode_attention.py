@@ -8,11 +8,14 @@ rows per query, from the values that each sees.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill._call.operator import record_of
 from tokenmill._kv_cache import capacity
 
 from ..common import (
@@ -32,7 +35,7 @@ from ..common import (
     scores,
     terms_of,
 )
-from ..dense.attention_decode import tile_of
+from ..dense.attention_decode import Tile, tile_of
 from ..dense.attention_decode_merge import merge, new_partials, rows_of, store_partials
 from ..dense.attention_decode_schedule import decode_program, range_of, splits_of
 from ..dense.attention_forward import accumulate, add
@@ -287,186 +290,195 @@ def mass_kernel(
     tl.store(mass + i_head * entries + o_entry, b_mass, mask=o_entry < entries)
 
 
+Arguments: Any = record_of("sparse_decode_attention")
+
+
+class Call(Arguments):
+    """A call, and the kernel arguments derived from it."""
+
+    @property
+    def row_heads(self) -> int:
+        """Number of heads with separate rows of keys: KV heads, or query heads if each has its own
+        list."""
+        one_list_each = self.indices.shape[1] > self.k_cache.shape[2]
+        return self.q.shape[2] if one_list_each else self.k_cache.shape[2]
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[2] // self.row_heads
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a row head."""
+        return self.group * self.q.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        return capacity(self.k_cache, self.block_table)
+
+    @property
+    def extra_count(self) -> int:
+        return 0 if self.extra_k is None else self.extra_k.shape[1]
+
+    @property
+    def longest(self) -> int:
+        """Maximum number of keys of a row."""
+        listed = self.num_sink + self.indices.shape[2] * self.block_k + self.num_recent
+        return min(listed + self.q.shape[1], FAR) + self.extra_count
+
+    @property
+    def pairs(self) -> int:
+        return 0 if self.cos is None else self.cos.shape[1]
+
+    def tile(self) -> Tile:
+        tile = tile_of(self.q, self.v_cache, self.rows, self.longest)
+        if INTERPRETED.value:
+            return tile
+        # Key addressing and rotation take registers.
+        head_dim = self.q.shape[3]
+        partly = 0 < 2 * self.pairs < head_dim
+        tile = tile._replace(keys=max(tile.keys // (4 if partly else 2), 16))
+        float8 = self.v_cache.element_size() == 1  # float8 values are accumulated from float32
+        if partly and (self.q.dtype == torch.float32 or float8):
+            return tile._replace(warps=8, stages=1)
+        if self.interleaved and head_dim > 128:
+            return tile._replace(warps=8)
+        return tile
+
+    def lists(self) -> tuple[Any, ...]:
+        """Kernel arguments from indices to num_recent."""
+        one_list, entries = self.indices.shape[1] == 1, self.indices.shape[2]
+        return (
+            self.indices,
+            self.counts,
+            self.indices.stride(0),
+            0 if one_list else self.indices.stride(1),
+            self.counts.stride(0),
+            0 if one_list else self.counts.stride(1),
+            entries,
+            entries.bit_length(),
+            min(self.num_sink, self.capacity),
+            min(self.num_recent, self.capacity),
+        )
+
+    def inputs(self) -> tuple[Any, ...]:
+        """Kernel arguments from q to log_count_head."""
+        table, cos, sin, log_count = self.block_table, self.cos, self.sin, self.extra_log_count
+        return (
+            rows_of(self.q),
+            rows_of(held(self.k_cache)),
+            rows_of(held(self.v_cache)),
+            self.seqlens_k,
+            table,
+            0 if table is None else table.stride(0),
+            self.k_cache.shape[0],
+            self.capacity,
+            scale_of(self.k_scale),
+            scale_of(self.v_scale),
+            *self.lists(),
+            None if cos is None else Rope(cos, sin, cos.stride(0), sin.stride(0)),
+            0 if cos is None else cos.shape[0],
+            None if self.extra_k is None else rows_of(self.extra_k),
+            None if self.extra_v is None else rows_of(self.extra_v),
+            self.extra_count,
+            log_count,
+            0 if log_count is None else log_count.stride(0),
+            0 if log_count is None else log_count.stride(1),
+        )
+
+    def options(self, tile: Tile) -> dict[str, Any]:
+        head_dim, value_dim = self.q.shape[3], self.v_cache.shape[3]
+        rest = min(head_dim, LONG.value) - 2 * self.pairs
+        return {
+            "HEAD_DIM": head_dim,
+            "VALUE_DIM": value_dim,
+            "PAGE_SIZE": 1 if self.block_table is None else self.k_cache.shape[1],
+            "BLOCK_K": self.block_k,
+            "PAIRS": self.pairs,
+            "INTERLEAVED": self.interleaved,
+            "BY_PLACE": self.pos_mode == "cache",
+            "BLOCK_M": tile.rows,
+            "BLOCK_N": tile.keys,
+            "BLOCK_P": max(triton.next_power_of_2(self.pairs), 16),
+            "BLOCK_R": max(triton.next_power_of_2(rest), 16),
+            "BLOCK_V": max(triton.next_power_of_2(value_dim), 16),
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+
+
 def sparse_decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    seqlens_k: Tensor,
-    block_table: Tensor | None,
-    block_k: int,
-    num_sink: int,
-    num_recent: int,
-    pos_mode: str,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    extra_k: Tensor | None,
-    extra_v: Tensor | None,
-    extra_log_count: Tensor | None,
-    scale: float,
-    softcap: float,
-    sink: Tensor | None,
-    num_splits: int,
-    return_mass: bool,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    caches: Tensor | None = None,
-    starts: Tensor | None = None,
+    a: Any, caches: Tensor | None = None, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """caches: int32 [B], cache or block_table row that each request reads; None: its own. starts:
     int32 [B], first key of each request in a cache [1, S, Hk, D] shared by all."""
-    if len(parts := value_parts(v_cache)) > 1:
+    if len(parts := value_parts(a.v_cache)) > 1:
         extra_parts = [None] * len(parts)
-        if extra_v is not None:
-            extra_parts = extra_v.split(parts[0].shape[3], -1)
+        if a.extra_v is not None:
+            extra_parts = a.extra_v.split(parts[0].shape[3], -1)
         results = [
             sparse_decode_attention(
-                q, k_cache, part, indices, counts, seqlens_k, block_table, block_k, num_sink,
-                num_recent, pos_mode, cos, sin, interleaved, extra_k, extra, extra_log_count, scale,
-                softcap, sink, num_splits, return_mass and part is parts[0], k_scale, v_scale,
-                caches, starts,
+                a._replace(
+                    v_cache=part, extra_v=extra, return_mass=a.return_mass and part is parts[0]
+                ),
+                caches,
+                starts,
             )
             for part, extra in zip(parts, extra_parts, strict=True)
-        ]  # fmt: skip
+        ]
         return torch.cat([out for out, *_ in results], -1), *results[0][1:]
-    batch, seqlen_q, heads, head_dim = q.shape
-    kv_heads, value_dim = k_cache.shape[2], v_cache.shape[3]
-    list_heads, entries = indices.shape[1:]
-    row_heads = heads if list_heads > kv_heads else kv_heads
-    out = q.new_empty((batch, seqlen_q, heads, value_dim))
-    lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
-    shape = (batch, row_heads, entries) if return_mass else (0,)
+    call = Call._make(a)
+    (batch, seqlen_q, heads, _), entries = a.q.shape, a.indices.shape[2]
+    row_heads = call.row_heads
+    out = a.q.new_empty((batch, seqlen_q, heads, a.v_cache.shape[3]))
+    lse = a.q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+    shape = (batch, row_heads, entries) if a.return_mass else (0,)
     if out.numel() == 0:
-        return out, lse, q.new_zeros(shape, dtype=torch.float32)
-    mass = q.new_empty(shape, dtype=torch.float32)
-    group = heads // row_heads
-    rows = group * seqlen_q
-    keys = capacity(k_cache, block_table)
-    extra_count = 0 if extra_k is None else extra_k.shape[1]
-    longest = min(num_sink + entries * block_k + num_recent + seqlen_q, FAR) + extra_count
-    pairs = 0 if cos is None else cos.shape[1]
-    tile = tile_of(q, v_cache, rows, longest)
-    if not INTERPRETED.value:  # key addressing and rotation take registers
-        partly = 0 < 2 * pairs < head_dim
-        tile = tile._replace(keys=max(tile.keys // (4 if partly else 2), 16))
-        float8 = v_cache.element_size() == 1  # float8 values are accumulated from float32
-        if partly and (q.dtype == torch.float32 or float8):
-            tile = tile._replace(warps=8, stages=1)
-        elif interleaved and head_dim > 128:
-            tile = tile._replace(warps=8)
+        return out, lse, a.q.new_zeros(shape, dtype=torch.float32)
+    mass = a.q.new_empty(shape, dtype=torch.float32)
+    rows, tile = call.rows, call.tile()
     row_blocks = triton.cdiv(rows, tile.rows)
-    splits = splits_of(q, num_splits, batch * row_heads * row_blocks, longest)
-    partials = new_partials(q, splits, batch, row_heads, rows, value_dim=value_dim)
+    splits = splits_of(a.q, a.num_splits, batch * row_heads * row_blocks, call.longest)
+    partials = new_partials(a.q, splits, batch, row_heads, rows, value_dim=a.v_cache.shape[3])
     maximum = batch * row_heads * rows
     logits, scales = None, None
     if mass.numel() > 0:
-        logits = q.new_empty((maximum, entries * block_k), dtype=torch.float32)
-        scales = q.new_empty((2, maximum), dtype=torch.float32)
-    rope = None if cos is None or sin is None else Rope(cos, sin, cos.stride(0), sin.stride(0))
-    terms = terms_of(scale, softcap, 0.0, False, None, None)
-    one_list = list_heads == 1
-    lists = (
-        indices,
-        counts,
-        indices.stride(0),
-        0 if one_list else indices.stride(1),
-        counts.stride(0),
-        0 if one_list else counts.stride(1),
-        entries,
-        entries.bit_length(),
-        min(num_sink, keys),
-        min(num_recent, keys),
-    )
+        logits = a.q.new_empty((maximum, entries * a.block_k), dtype=torch.float32)
+        scales = a.q.new_empty((2, maximum), dtype=torch.float32)
+    terms = terms_of(a.scale, a.softcap, 0.0, False, None, None)
     programs = batch * row_heads * row_blocks * splits
-    inputs = (
-        rows_of(q),
-        rows_of(held(k_cache)),
-        rows_of(held(v_cache)),
-        seqlens_k,
-        block_table,
-        0 if block_table is None else block_table.stride(0),
-        k_cache.shape[0],
-        keys,
-        scale_of(k_scale),
-        scale_of(v_scale),
-        *lists,
-        rope,
-        0 if cos is None else cos.shape[0],
-        None if extra_k is None else rows_of(extra_k),
-        None if extra_v is None else rows_of(extra_v),
-        extra_count,
-        extra_log_count,
-        0 if extra_log_count is None else extra_log_count.stride(0),
-        0 if extra_log_count is None else extra_log_count.stride(1),
-    )
-    shared = row_heads // kv_heads
-    sizes = (batch, row_heads, shared, group, seqlen_q, rows, row_blocks, splits)
-    reads = (caches, starts)
-    options = {
-        "HEAD_DIM": head_dim,
-        "VALUE_DIM": value_dim,
-        "PAGE_SIZE": 1 if block_table is None else k_cache.shape[1],
-        "BLOCK_K": block_k,
-        "PAIRS": pairs,
-        "INTERLEAVED": interleaved,
-        "BY_PLACE": pos_mode == "cache",
-        "BLOCK_M": tile.rows,
-        "BLOCK_N": tile.keys,
-        "BLOCK_P": max(triton.next_power_of_2(pairs), 16),
-        "BLOCK_R": max(triton.next_power_of_2(min(head_dim, LONG.value) - 2 * pairs), 16),
-        "BLOCK_V": max(triton.next_power_of_2(value_dim), 16),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
     nan = None
     if seqlen_q > 1:  # a single query sees every key of its row
-        nan = q.new_empty(programs, dtype=torch.int32)
-    arguments = (q, *inputs, partials, nan)
-    launch(
-        sparse_ranges_kernel,
-        programs,
-        *arguments,
-        logits,
-        terms,
-        *sizes,
-        *reads,
-        **options,
-        AGAIN=False,
-    )
+        nan = a.q.new_empty(programs, dtype=torch.int32)
+    shared = row_heads // a.k_cache.shape[2]
+    sizes = (batch, row_heads, shared, call.group, seqlen_q, rows, row_blocks, splits)
+    arguments = (a.q, *call.inputs(), partials, nan)
+    after = (terms, *sizes, caches, starts)
+    options = call.options(tile)
+    launch(sparse_ranges_kernel, programs, *arguments, logits, *after, **options, AGAIN=False)
     if nan is not None:  # one program per query
         options |= {"AGAIN": True, "maxnreg": MAX_REGISTERS}
-        launch(
-            sparse_ranges_kernel,
-            programs * seqlen_q,
-            *arguments,
-            None,
-            terms,
-            *sizes,
-            *reads,
-            **options,
-        )
-    merge(partials, seqlens_k, keys, out, lse, scales, sink, terms, heads // row_heads)
+        launch(sparse_ranges_kernel, programs * seqlen_q, *arguments, None, *after, **options)
+    merge(partials, a.seqlens_k, call.capacity, out, lse, scales, a.sink, terms, call.group)
     if logits is not None:
-        block_e = max((1 << 14 if INTERPRETED.value else 1024) // block_k, 1)
+        block_e = max((1 << 14 if INTERPRETED.value else 1024) // a.block_k, 1)
         blocks = triton.cdiv(entries, block_e)
         launch(
             mass_kernel,
             batch * row_heads * blocks,
-            q,
+            a.q,
             logits,
             scales,
             mass,
-            seqlens_k,
-            keys,
-            *lists,
+            a.seqlens_k,
+            call.capacity,
+            *call.lists(),
             seqlen_q,
             row_heads,
             rows,
             maximum,
             blocks,
-            BLOCK_K=block_k,
+            BLOCK_K=a.block_k,
             BLOCK_E=block_e,
             num_warps=4,
         )

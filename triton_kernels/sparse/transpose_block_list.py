@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -54,7 +54,8 @@ def compact_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Compacts BLOCK_R of most = B heads rows lists. largest: running maximum of a list's ids."""
+    """Compacts BLOCK_R of the B heads rows = maximum lists. largest: running maximum of a list's
+    ids."""
     o_row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_row = o_row < maximum
     o_row = tl.where(m_row, o_row, 0)
@@ -137,6 +138,6 @@ def transposed(lists: Lists) -> Transposed:
     return Transposed(offsets, rows, bits)
 
 
-def transpose_block_list(indices: Tensor, counts: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    offsets, rows, _ = transposed(compacted(indices, counts, num_blocks))
+def transpose_block_list(a: Any) -> tuple[Tensor, Tensor]:
+    offsets, rows, _ = transposed(compacted(a.indices, a.counts, a.num_blocks))
     return offsets, rows

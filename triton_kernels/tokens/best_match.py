@@ -3,6 +3,8 @@ product."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -92,7 +94,8 @@ def match_kernel(
     tl.store(score + o_out, b_best, mask=m_m)
 
 
-def best_match(a: Tensor, b: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+def best_match(record: Any) -> tuple[Tensor, Tensor]:
+    a, b = record.a, record.b
     batch, count, channels = a.shape
     partners = b.shape[1]
     index = a.new_empty((batch, count), dtype=torch.int32)
@@ -100,7 +103,7 @@ def best_match(a: Tensor, b: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     piece = min(max(triton.next_power_of_2(channels), 16), PIECE_BYTES // a.element_size())
     factors: list[Tensor | None] = [None, None]
     rows = [Rows(x, x.stride(0), x.stride(1), 0) for x in (a, b)]
-    if normalize:
+    if record.normalize:
         for i, x in enumerate((a, b)):
             factors[i] = a.new_empty(x.shape[:2], dtype=torch.float32)
             tiles = triton.cdiv(x.shape[1], FACTOR_ROWS)

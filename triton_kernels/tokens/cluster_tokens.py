@@ -17,7 +17,7 @@ from .nearest import NOWHERE, MapRows, find_nearest, squared_distances
 from .reconstruct_tokens import channel_block
 
 SLAB = 1 << 24  # max distances in memory
-MIN = tl.constexpr(-100.0)  # weights below 2^LEAST of the pixel's maximum are 0
+MIN = tl.constexpr(-100.0)  # weights below 2^MIN of the pixel's maximum are 0
 SIZES = ["tiles", "cells", "maximum", "first", "last"]
 
 
@@ -258,16 +258,15 @@ def spread_kernel(
 class Call:
     """Sizes, tiles and scratch memory of a call."""
 
-    def __init__(
-        self, x: Tensor, grid_y: int, grid_x: int, iters: int, tau: float, window: int
-    ) -> None:
+    def __init__(self, a: Any) -> None:
+        x, grid_y, grid_x = a.x, a.grid_y, a.grid_x
         batch, height, width, channels = x.shape
-        reach = min(window // 2, max(grid_y, grid_x))
+        reach = min(a.window // 2, max(grid_y, grid_x))
         kept = min(2 * reach + 1, grid_y) * min(2 * reach + 1, grid_x)
         self.grid = Grid(height, width, grid_y, grid_x, reach, kept, channels)
         self.x, self.batch = x, batch
         self.pixels = MapRows(x, x.stride(0), x.stride(1), x.stride(2))
-        self.factor = tau * LOG2E.value
+        self.factor = a.tau * LOG2E.value
         cell = -(-height // grid_y) * -(-width // grid_x)
         self.block_p = min(max(triton.next_power_of_2(cell), 4), 16)
         self.tiles = triton.cdiv(cell, self.block_p)
@@ -303,57 +302,44 @@ class Call:
                self.block_k, self.depth)  # fmt: skip
 
 
-def cluster_tokens(
-    x: Tensor, grid_y: int, grid_x: int, iters: int, tau: float, window: int, window_labels: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, height, width, channels = x.shape
-    call = Call(x, grid_y, grid_x, iters, tau, window)
-    shape = (batch, grid_y, grid_x)
-    labels = x.new_empty((batch, height, width), dtype=torch.int32)
-    pooled = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2).float(), (grid_y, grid_x))
+def cluster_tokens(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, height, width, channels = a.x.shape
+    call = Call(a)
+    shape = (batch, a.grid_y, a.grid_x)
+    labels = a.x.new_empty((batch, height, width), dtype=torch.int32)
+    pooled = F.adaptive_avg_pool2d(a.x.permute(0, 3, 1, 2).float(), (a.grid_y, a.grid_x))
     centroids = pooled.permute(0, 2, 3, 1).contiguous()
     previous, mass = centroids, centroids.new_zeros(shape)
-    programs = batch * grid_y * grid_x
-    for _ in range(iters):
+    programs = batch * a.grid_y * a.grid_x
+    for _ in range(a.iters):
         previous, mass = centroids, centroids.new_zeros(shape)
         sums = torch.zeros_like(centroids)
         for slab, first, end in call.slabs():
             call.measure(slab, first, end, previous)
-            launch(update_kernel, programs, x, call.pixels, slab, sums, mass, call.grid,
+            launch(update_kernel, programs, a.x, call.pixels, slab, sums, mass, call.grid,
                    call.factor, first, end - 1, call.block_n, channel_block(channels))  # fmt: skip
         some = mass != 0
         mean = sums / torch.where(some, mass, 1.0)[..., None]
         centroids = torch.where(some[..., None], mean, previous)
-    if window_labels:
+    if a.window_labels:
         for slab, first, end in call.slabs():
             call.measure(slab, first, end, centroids, labels)
     else:
-        clusters = grid_y * grid_x
+        clusters = a.grid_y * a.grid_x
         others = MapRows(centroids, clusters * channels, 0, channels)
         sizes = (batch, height * width, width, clusters)
         labels = find_nearest(call.pixels, others, sizes, channels, None).ids
-    rounded_centroids = centroids.to(x.dtype, copy=True)
+    rounded_centroids = centroids.to(a.x.dtype, copy=True)
     return rounded_centroids, labels.view(batch, height, width), mass, previous
 
 
-def cluster_tokens_backward(
-    dcentroids: Tensor,
-    mass: Tensor,
-    previous: Tensor,
-    x: Tensor,
-    grid_y: int,
-    grid_x: int,
-    iters: int,
-    tau: float,
-    window: int,
-    window_labels: bool,
-) -> Tensor:
-    call = Call(x, grid_y, grid_x, iters, tau, window)
-    dx = x.new_empty(x.shape)
+def cluster_tokens_backward(a: Any) -> Tensor:
+    call = Call(a)
+    dx = a.x.new_empty(a.x.shape)
     for slab, first, end in call.slabs():
-        call.measure(slab, first, end, previous)
-        cells = (end - first) * grid_x
-        launch(spread_kernel, call.batch * cells * call.tiles, x, dcentroids, mass, slab, dx,
+        call.measure(slab, first, end, a.previous)
+        cells = (end - first) * a.grid_x
+        launch(spread_kernel, call.batch * cells * call.tiles, a.x, a.dcentroids, a.mass, slab, dx,
                call.grid, call.factor, first, cells, call.tiles, call.block_p, call.block_k,
-               channel_block(x.shape[3]) if INTERPRETED.value else 32)  # fmt: skip
+               channel_block(a.x.shape[3]) if INTERPRETED.value else 32)  # fmt: skip
     return dx

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -165,24 +167,20 @@ def backward_kernel(
     tl.store(dweight + o_j, tl.where(m_rest, b_dw / b_divisor, 0.0), mask=m_patch)
 
 
-def gather_fuse(
-    x: Tensor, keep: Tensor, rest: Tensor, weight: Tensor, prefix: int, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    out = x.new_empty((x.shape[0], prefix + keep.shape[1] + 1, x.shape[2]))
-    return out, gather_fuse_out(x, keep, rest, weight, prefix, normalize, out)
+def gather_fuse(a: Any) -> tuple[Tensor, Tensor]:
+    out = a.x.new_empty((a.x.shape[0], a.prefix + a.keep.shape[1] + 1, a.x.shape[2]))
+    return out, _fuse(a, out)
 
 
-def gather_fuse_out(
-    x: Tensor,
-    keep: Tensor,
-    rest: Tensor,
-    weight: Tensor,
-    prefix: int,
-    normalize: bool,
-    out: Tensor,
-) -> Tensor:
+def gather_fuse_out(a: Any) -> Tensor:
+    return _fuse(a, a.out)
+
+
+def _fuse(a: Any, out: Tensor) -> Tensor:
+    """Writes out, and returns the sums of weights [B]."""
+    x, prefix = a.x, a.prefix
     batch, tokens, channels = x.shape
-    kept, patches = keep.shape[1], tokens - prefix
+    kept, patches = a.keep.shape[1], tokens - prefix
     weight_sum = x.new_empty((batch,), dtype=torch.float32)
     tile = tile_of(channels)
     blocks = triton.cdiv(prefix + kept, tile["BLOCK_R"])
@@ -191,10 +189,10 @@ def gather_fuse_out(
         batch * blocks if channels else 0,
         x,
         bits_of(x),
-        keep,
+        a.keep,
         bits_of(out),
         *steps_of(x, 2),
-        keep.stride(0),
+        a.keep.stride(0),
         prefix,
         patches,
         kept,
@@ -209,44 +207,35 @@ def gather_fuse_out(
         batch * blocks,
         x,
         x,
-        rest,
-        weight,
+        a.rest,
+        a.weight,
         out,
         weight_sum,
         *steps_of(x, 2),
-        rest.stride(0),
-        weight.stride(0),
+        a.rest.stride(0),
+        a.weight.stride(0),
         prefix,
         patches,
         kept,
-        rest.shape[1],
+        a.rest.shape[1],
         blocks,
         channels,
         *steps_of(out, 2),
-        NORMALIZE=normalize,
+        NORMALIZE=a.normalize,
         BLOCK_R=ROWS,
         BLOCK_C=SLICE,
     )
     return weight_sum
 
 
-def gather_fuse_backward(
-    dout: Tensor,
-    out: Tensor,
-    weight_sum: Tensor,
-    x: Tensor,
-    keep: Tensor,
-    rest: Tensor,
-    weight: Tensor,
-    prefix: int,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:
+def gather_fuse_backward(a: Any) -> tuple[Tensor, Tensor]:
+    x = a.x
     batch, tokens, channels = x.shape
-    kept, patches = keep.shape[1], tokens - prefix
+    kept, patches = a.keep.shape[1], tokens - a.prefix
     dx = x.new_empty(x.shape)
-    dweight = x.new_empty(weight.shape, dtype=torch.float32)
+    dweight = x.new_empty(a.weight.shape, dtype=torch.float32)
     places = torch.full((batch, patches), -1, dtype=torch.int32, device=x.device)
-    for ids, first in ((keep, 0), (rest, kept)):
+    for ids, first in ((a.keep, 0), (a.rest, kept)):
         blocks = triton.cdiv(ids.shape[1], ENTRIES)
         launch(
             places_kernel,
@@ -267,24 +256,24 @@ def gather_fuse_backward(
         backward_kernel,
         batch * blocks,
         x,
-        dout,
-        out,
-        weight_sum,
+        a.dout,
+        a.out,
+        a.weight_sum,
         x,
-        weight,
+        a.weight,
         places,
         dx,
         dweight,
-        *steps_of(dout, 2),
-        *steps_of(out, 2),
+        *steps_of(a.dout, 2),
+        *steps_of(a.out, 2),
         *steps_of(x, 2),
-        weight.stride(0),
-        prefix,
+        a.weight.stride(0),
+        a.prefix,
         patches,
         kept,
         blocks,
         channels,
-        NORMALIZE=normalize,
+        NORMALIZE=a.normalize,
         **tile,
     )
     return dx, dweight

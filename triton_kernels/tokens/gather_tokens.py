@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,27 +46,31 @@ def gather_kernel(
     copy_rows(out + i_b * out_batch + o_k * out_row, p_from, m_k, m_id, channels, BLOCK_C)
 
 
-def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
-    out = x.new_empty((*indices.shape, x.shape[2]))
-    gather_tokens_out(x, indices, out)
+def gather_tokens(a: Any) -> Tensor:
+    out = a.x.new_empty((*a.indices.shape, a.x.shape[2]))
+    _gather(a, out)
     return out
 
 
-def gather_tokens_out(x: Tensor, indices: Tensor, out: Tensor) -> None:
-    batch, tokens, channels = x.shape
-    flat = indices.dim() == 1
-    entries = indices.shape[-1]
+def gather_tokens_out(a: Any) -> None:
+    _gather(a, a.out)
+
+
+def _gather(a: Any, out: Tensor) -> None:
+    batch, tokens, channels = a.x.shape
+    flat = a.indices.dim() == 1
+    entries = a.indices.shape[-1]
     tile = tile_of(channels)
     blocks = triton.cdiv(entries, tile["BLOCK_R"])
     launch(
         gather_kernel,
         (1 if flat else batch) * blocks if channels else 0,
-        x,
-        bits_of(x),
-        indices,
+        a.x,
+        bits_of(a.x),
+        a.indices,
         bits_of(out),
-        *steps_of(x, 2),
-        0 if flat else indices.stride(0),
+        *steps_of(a.x, 2),
+        0 if flat else a.indices.stride(0),
         entries,
         max(tokens, 1),
         batch * tokens if flat else tokens,

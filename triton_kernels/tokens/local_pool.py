@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -216,106 +217,67 @@ def _mask_steps(mask: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if mask is None else steps_of(mask, 3)
 
 
-def _pool(
-    x: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    *,
-    maximum: bool,
-    taps: bool = False,
-    pad: bool = False,
-    subtract: bool = False,
-) -> None:
-    *lead, channels = x.shape
+def _pool(a: Any, out: Tensor, *, taps: bool = False) -> None:
+    """Pools x into out; with taps, out takes the tap that each maximum comes from."""
+    *lead, channels = a.x.shape
     tokens = math.prod(lead)
     tile = tile_of(channels, computed=True)
     blocks = triton.cdiv(channels, tile["BLOCK_C"])
     launch(
         pool_kernel,
         triton.cdiv(tokens, tile["BLOCK_R"]) * blocks,
-        x,
-        x,
-        mask,
+        a.x,
+        a.x,
+        a.mask,
         out,
-        *steps_of(x, 3),
-        *_mask_steps(mask),
+        *steps_of(a.x, 3),
+        *_mask_steps(a.mask),
         *lead[1:],
         tokens,
         blocks,
-        *dilation,
+        a.dilation_y,
+        a.dilation_x,
         channels,
-        KERNEL_Y=kernel[0],
-        KERNEL_X=kernel[1],
-        MAX=maximum,
+        KERNEL_Y=a.kernel_y,
+        KERNEL_X=a.kernel_x,
+        MAX=a.pooling == "max",
         TAPS=taps,
-        PAD=pad,
-        SUBTRACT=subtract,
+        PAD=a.count_include_pad and not taps,
+        SUBTRACT=a.subtract_input and not taps,
         **tile,
     )
 
 
-def local_pool(
-    x: Tensor,
-    mask: Tensor | None,
-    kernel_y: int,
-    kernel_x: int,
-    dilation_y: int,
-    dilation_x: int,
-    pooling: str,
-    count_include_pad: bool,
-    subtract_input: bool,
-) -> Tensor:
-    out = x.new_empty(x.shape)
-    _pool(
-        x,
-        mask,
-        out,
-        (kernel_y, kernel_x),
-        (dilation_y, dilation_x),
-        maximum=pooling == "max",
-        pad=count_include_pad,
-        subtract=subtract_input,
-    )
+def local_pool(a: Any) -> Tensor:
+    out = a.x.new_empty(a.x.shape)
+    _pool(a, out)
     return out
 
 
-def local_pool_backward(
-    dout: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    kernel_y: int,
-    kernel_x: int,
-    dilation_y: int,
-    dilation_x: int,
-    pooling: str,
-    count_include_pad: bool,
-    subtract_input: bool,
-) -> Tensor:
-    *lead, channels = x.shape
+def local_pool_backward(a: Any) -> Tensor:
+    *lead, channels = a.x.shape
     tokens = math.prod(lead)
-    kernel, dilation = (kernel_y, kernel_x), (dilation_y, dilation_x)
-    dx = x.new_empty(x.shape)
+    dx = a.x.new_empty(a.x.shape)
     taps = scales = None
-    if pooling == "max":
-        taps = x.new_empty(x.shape, dtype=torch.int32)
-        _pool(x, mask, taps, kernel, dilation, maximum=True, taps=True)
+    if a.pooling == "max":
+        taps = a.x.new_empty(a.x.shape, dtype=torch.int32)
+        _pool(a, taps, taps=True)
     else:
-        scales = x.new_empty(lead, dtype=torch.float32)
+        scales = a.x.new_empty(lead, dtype=torch.float32)
         launch(
             scales_kernel,
             triton.cdiv(tokens, 1024),
-            x,
-            mask,
+            a.x,
+            a.mask,
             scales,
-            *_mask_steps(mask),
+            *_mask_steps(a.mask),
             *lead[1:],
             tokens,
-            *dilation,
-            KERNEL_Y=kernel_y,
-            KERNEL_X=kernel_x,
-            PAD=count_include_pad,
+            a.dilation_y,
+            a.dilation_x,
+            KERNEL_Y=a.kernel_y,
+            KERNEL_X=a.kernel_x,
+            PAD=a.count_include_pad,
             BLOCK_R=1024,
         )
     tile = tile_of(channels, computed=True)
@@ -323,22 +285,23 @@ def local_pool_backward(
     launch(
         backward_kernel,
         triton.cdiv(tokens, tile["BLOCK_R"]) * blocks,
-        x,
-        dout,
-        mask,
+        a.x,
+        a.dout,
+        a.mask,
         scales,
         taps,
         dx,
-        *steps_of(dout, 3),
-        *_mask_steps(mask),
+        *steps_of(a.dout, 3),
+        *_mask_steps(a.mask),
         *lead[1:],
         tokens,
         blocks,
-        *dilation,
+        a.dilation_y,
+        a.dilation_x,
         channels,
-        KERNEL_Y=kernel_y,
-        KERNEL_X=kernel_x,
-        SUBTRACT=subtract_input,
+        KERNEL_Y=a.kernel_y,
+        KERNEL_X=a.kernel_x,
+        SUBTRACT=a.subtract_input,
         **tile,
     )
     return dx

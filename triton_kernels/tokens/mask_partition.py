@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -44,10 +46,11 @@ def write_kernel(
     tl.store(p_begin, tl.minimum(o_place, size), mask=(o_i < total) & (o_i % tokens == 0))
 
 
-def mask_partition(mask: Tensor, max_total: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def mask_partition(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    mask = a.mask
     batch, tokens = mask.shape
     total = batch * tokens
-    size = total if max_total is None else max_total
+    size = total if a.max_total is None else a.max_total
     indices = mask.new_full((size,), -1, dtype=torch.int32)
     cu_seqlens = mask.new_zeros((batch + 1,), dtype=torch.int32)
     inverse = mask.new_empty((batch, tokens), dtype=torch.int32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -116,9 +118,8 @@ def channel_block(channels: int) -> int:
     return max(min(triton.next_power_of_2(channels), maximum), 16)
 
 
-def reconstruct_tokens(
-    features: Tensor, centroids: Tensor, values: Tensor, k: int, tau: float, norm: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def reconstruct_tokens(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    features, centroids, values, k = a.features, a.centroids, a.values, a.k
     batch, tokens, channels = features.shape
     clusters, value_channels = values.shape[1:]
     rows = MapRows(features, features.stride(0), 0, features.stride(1))
@@ -130,28 +131,19 @@ def reconstruct_tokens(
     tiles = triton.cdiv(tokens, block)
     where = Rows(values, values.stride(0), values.stride(1), 0)
     block_c = channel_block(value_channels)
-    launch(mean_kernel, batch * tiles, values, *near, weight, where, out, tau * LOG2E.value, tokens,
-           tiles, value_channels, k, norm == "l2", block, block_c)  # fmt: skip
+    launch(mean_kernel, batch * tiles, values, *near, weight, where, out, a.tau * LOG2E.value,
+           tokens, tiles, value_channels, k, a.norm == "l2", block, block_c)  # fmt: skip
     return out, near.ids, weight
 
 
-def reconstruct_tokens_backward(
-    dout: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    features: Tensor,
-    centroids: Tensor,
-    values: Tensor,
-    k: int,
-    tau: float,
-    norm: str,
-) -> Tensor:
-    batch, clusters, channels = values.shape
+def reconstruct_tokens_backward(a: Any) -> Tensor:
+    index, dout, k = a.index, a.dout, a.k
+    batch, clusters, channels = a.values.shape
     tokens = index.shape[1]
     counts = index.new_full((batch, 1, tokens), k)
     offsets, listed, _ = transposed(compacted(index[:, None], counts, clusters))
-    dvalues = values.new_empty(values.shape)
-    launch(gradient_kernel, batch * clusters, values, offsets, listed, index.contiguous(),
-           weight.contiguous(), Rows(dout, dout.stride(0), dout.stride(1), 0), dvalues, tokens,
+    dvalues = a.values.new_empty(a.values.shape)
+    launch(gradient_kernel, batch * clusters, a.values, offsets, listed, index.contiguous(),
+           a.weight.contiguous(), Rows(dout, dout.stride(0), dout.stride(1), 0), dvalues, tokens,
            clusters, channels, k, tokens * k, 16, channel_block(channels))  # fmt: skip
     return dvalues

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -43,42 +45,40 @@ def scatter_kernel(
     copy_rows(out + (i_b * tokens + o_n) * channels, p_from, m_n, m_from, channels, BLOCK_C)
 
 
-def scatter_tokens(
-    y: Tensor, indices: Tensor, base: Tensor | None, batch: int, tokens: int
-) -> Tensor:
-    flat = y.dim() == 2
-    rows, ids = (y[None], indices[None]) if flat else (y, indices)
+def scatter_tokens(a: Any) -> Tensor:
+    flat = a.y.dim() == 2
+    rows, ids = (a.y[None], a.indices[None]) if flat else (a.y, a.indices)
     entries, channels = rows.shape[1:]
-    out = y.new_empty((batch, tokens, channels))
-    places = torch.full((batch, tokens), -1, dtype=torch.int32, device=y.device)
+    out = a.y.new_empty((a.batch, a.tokens, channels))
+    places = torch.full((a.batch, a.tokens), -1, dtype=torch.int32, device=a.y.device)
     blocks = triton.cdiv(entries, ENTRIES)
     launch(
         places_kernel,
-        len(rows) * blocks if batch * tokens else 0,
-        y,
+        len(rows) * blocks if a.batch * a.tokens else 0,
+        a.y,
         ids,
         places,
         0 if flat else ids.stride(0),
         entries,
-        batch * tokens if flat else tokens,
+        a.batch * a.tokens if flat else a.tokens,
         0,
         blocks,
         BLOCK=ENTRIES,
     )
     tile = tile_of(channels)
-    blocks = triton.cdiv(tokens, tile["BLOCK_R"])
+    blocks = triton.cdiv(a.tokens, tile["BLOCK_R"])
     launch(
         scatter_kernel,
-        batch * blocks if channels else 0,
-        y,
+        a.batch * blocks if channels else 0,
+        a.y,
         bits_of(rows),
-        None if base is None else bits_of(base),
+        None if a.base is None else bits_of(a.base),
         places,
         bits_of(out),
         0 if flat else steps_of(rows, 1)[0],
         rows.stride(1),
-        *((0, 0) if base is None else steps_of(base, 2)),
-        tokens,
+        *((0, 0) if a.base is None else steps_of(a.base, 2)),
+        a.tokens,
         blocks,
         channels,
         **tile,

@@ -5,7 +5,7 @@ Backward, a program owns rows of x and gathers the gradient of their segments th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -213,73 +213,62 @@ def backward_kernel(
         tl.store(dweight + o_row, b_dweight, mask=m_row)
 
 
-def segment_reduce(
-    x: Tensor, offsets: Tensor, perm: Tensor | None, weight: Tensor | None, reduce: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def segment_reduce(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, perm = a.x, a.perm
     batch, tokens, channels = x.shape
-    segments = offsets.shape[1] - 1
+    segments = a.offsets.shape[1] - 1
     place_count = tokens if perm is None else perm.shape[1]
     y = x.new_empty((batch, segments, channels))
     weight_sum = x.new_empty((batch, segments), dtype=torch.float32)
-    extreme = reduce in ("amax", "amin")
+    extreme = a.reduce in ("amax", "amin")
     arg = x.new_empty(y.shape if extreme else (0,), dtype=torch.int32)
     block_c = min(CHANNELS, triton.next_power_of_2(max(channels, 1)))
     mean = triton.next_power_of_2(place_count // max(segments, 1) + 1)
     block_p = max(4, min(ELEMENTS // block_c, mean))
     tiles = max(1, triton.cdiv(channels, block_c))
     launch(
-        reduce_kernel, batch * segments * tiles, x, x, Places(offsets, perm, weight), y,
-        weight_sum, arg, x.stride(0), x.stride(1), offsets.stride(0), _batch_stride(perm),
-        _batch_stride(weight), tokens, place_count, segments, channels, tiles, REDUCE=reduce,
+        reduce_kernel, batch * segments * tiles, x, x, Places(a.offsets, perm, a.weight), y,
+        weight_sum, arg, x.stride(0), x.stride(1), a.offsets.stride(0), _batch_stride(perm),
+        _batch_stride(a.weight), tokens, place_count, segments, channels, tiles, REDUCE=a.reduce,
         BLOCK_P=block_p, BLOCK_C=block_c,
     )  # fmt: skip
     return y, weight_sum, arg
 
 
-def segment_reduce_backward(
-    dy: Tensor,
-    dweight_sum: Tensor | None,
-    y: Tensor,
-    weight_sum: Tensor,
-    arg: Tensor,
-    needs_dweight: bool,
-    x: Tensor,
-    offsets: Tensor,
-    perm: Tensor | None,
-    weight: Tensor | None,
-    reduce: str,
-) -> tuple[Tensor, Tensor]:
+def segment_reduce_backward(a: Any) -> tuple[Tensor, Tensor]:
+    x, dy = a.x, a.dy
     batch, tokens, channels = x.shape
     dx = x.new_empty(x.shape)
     dweight = None
-    if needs_dweight and weight is not None:
-        dweight = x.new_empty(weight.shape, dtype=torch.float32)
+    if a.needs_dweight and a.weight is not None:
+        dweight = x.new_empty(a.weight.shape, dtype=torch.float32)
     block_c = min(CHANNELS, triton.next_power_of_2(max(channels, 1)))
     block_r = max(1, BACKWARD_ELEMENTS // block_c)
     launch(
-        backward_kernel, triton.cdiv(batch * tokens, block_r), x, dy, dweight_sum, y, weight_sum,
-        arg, x, weight, _segment_of_row(x, offsets, perm, reduce), dx, dweight, x.stride(0),
-        x.stride(1), _batch_stride(weight), tokens, offsets.shape[1] - 1, channels, dy.stride(0),
-        dy.stride(1), batch * tokens, REDUCE=reduce, BLOCK_R=block_r, BLOCK_C=block_c,
+        backward_kernel, triton.cdiv(batch * tokens, block_r), x, dy, a.dweight_sum, a.y,
+        a.weight_sum, a.arg, x, a.weight, _segment_of_row(a), dx, dweight, x.stride(0),
+        x.stride(1), _batch_stride(a.weight), tokens, a.offsets.shape[1] - 1, channels,
+        dy.stride(0), dy.stride(1), batch * tokens, REDUCE=a.reduce, BLOCK_R=block_r,
+        BLOCK_C=block_c,
     )  # fmt: skip
     return dx, x.new_empty(0, dtype=torch.float32) if dweight is None else dweight
 
 
-def _segment_of_row(x: Tensor, offsets: Tensor, perm: Tensor | None, reduce: str) -> Tensor:
+def _segment_of_row(a: Any) -> Tensor:
     """[B, N] int32: segment that a row is in, or that selects it; -1 for none."""
-    batch, tokens, _ = x.shape
-    segments = offsets.shape[1] - 1
-    places = tokens if perm is None else perm.shape[1]
-    place = torch.arange(places, dtype=torch.int32, device=x.device).repeat(batch, 1)
-    segment = torch.searchsorted(offsets.contiguous(), place, right=True, out_int32=True) - 1
-    row = place if perm is None else perm
+    batch, tokens, _ = a.x.shape
+    segments = a.offsets.shape[1] - 1
+    places = tokens if a.perm is None else a.perm.shape[1]
+    place = torch.arange(places, dtype=torch.int32, device=a.x.device).repeat(batch, 1)
+    segment = torch.searchsorted(a.offsets.contiguous(), place, right=True, out_int32=True) - 1
+    row = place if a.perm is None else a.perm
     there = (segment >= 0) & (segment < segments) & (row >= 0) & (row < tokens)
-    if reduce in ("first", "last"):
+    if a.reduce in ("first", "last"):
         # First or last place of each segment that names a valid row.
         bins = torch.where(there, segment, segments).long()
-        none = places if reduce == "first" else -1
+        none = places if a.reduce == "first" else -1
         chosen = place.new_full((batch, segments + 1), none)
-        chosen = chosen.scatter_reduce(1, bins, place, "amin" if reduce == "first" else "amax")
+        chosen = chosen.scatter_reduce(1, bins, place, "amin" if a.reduce == "first" else "amax")
         there = there & (chosen.gather(1, bins) == place)
     # One extra row after the last collects the places that name no row.
     found = place.new_full((batch, tokens + 1), -1)

@@ -3,7 +3,7 @@ to its side."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -107,18 +107,10 @@ def partition_kernel(
         ties += tl.sum(b_tied, 0)
 
 
-def topk_partition(
-    scores: Tensor,
-    k: int,
-    counts: Tensor | None,
-    largest: bool,
-    order: str,
-    valid: Tensor | None,
-    protect_first: int,
-    protect_last: int,
-) -> tuple[Tensor, Tensor]:
+def topk_partition(a: Any) -> tuple[Tensor, Tensor]:
+    scores, valid, counts, k = a.scores, a.valid, a.counts, a.k
     batch, tokens = scores.shape
-    by_score = order == "score"
+    by_score = a.order == "score"
     if counts is None and (k == 0 or (k == tokens and not by_score)):  # one side gets all
         every = torch.arange(tokens, dtype=torch.int32, device=scores.device).repeat(batch, 1)
         none = every.new_empty((batch, 0))
@@ -135,8 +127,8 @@ def topk_partition(
     block = min(TILE, max(32, triton.next_power_of_2(tokens)))
     launch(
         partition_kernel, batch, scores, rows, counts, keep, rest, keys, scores.stride(0),
-        0 if valid is None else valid.stride(0), tokens, k, others, protect_first, protect_last,
-        LARGEST=largest, BLOCK=block, num_warps=8,
+        0 if valid is None else valid.stride(0), tokens, k, others, a.protect_first,
+        a.protect_last, LARGEST=a.largest, BLOCK=block, num_warps=8,
     )  # fmt: skip
     if keys is not None:  # keys are in token order and the sort is stable
         keep = keep.gather(1, keys.argsort(dim=1, descending=True, stable=True))

@@ -11,7 +11,6 @@ struct AdditiveAttentionArgs : Record {
   View q, k, v_weight, mask;
 };
 
-// The checks of python/tokenmill/dense/additive_attention.py, in its order and words.
 AdditiveParams make_params(const AdditiveAttentionArgs& a) {
   check_dtype(kOp, "q", a.q);
   check(a.q.dim() == 3, kOp, "q", "must have 3 dimensions [B, T, A]", a.q.dim());

@@ -37,8 +37,7 @@ struct AttentionArgs : Record {
   bool packed() const { return cu_seqlens_q || cu_seqlens_k; }
 };
 
-// The checks below are the ones of python/tokenmill/dense/attention_rules.py, in its order and
-// words. Returns the number of sequences.
+// Returns the number of sequences.
 int64_t check_cu_seqlens(const AttentionArgs& a) {
   const std::pair<const char*, const Optional<int64_t>*> bounds[] = {
       {"max_seqlen_q", &a.max_seqlen_q}, {"max_seqlen_k", &a.max_seqlen_k}};

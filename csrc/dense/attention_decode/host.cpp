@@ -67,7 +67,6 @@ struct AttentionDecodeArgs : Record {
   bool packed() const { return bool(cu_seqlens_q); }
 };
 
-// The checks are the ones of python/tokenmill/dense/attention_decode.py, in its order and words.
 DecodeParams make_params(const AttentionDecodeArgs& a) {
   const int64_t batch =
       check_cache(kOp, a.q, a.k_cache, a.v_cache, bool(a.block_table), a.cu_seqlens_q);

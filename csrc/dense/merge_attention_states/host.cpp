@@ -12,7 +12,6 @@ void check_device(const char* name, const View& t, const View& outs) {
   if (!same_device(t, outs)) fail(kOp, name, "must be on the device of outs", show_device(t));
 }
 
-// The checks of python/tokenmill/dense/merge_attention_states.py, in its order and words.
 MergeParams make_params(const View& outs, const View& lses) {
   check(outs.dim() == 5 || outs.dim() == 4, kOp, "outs",
         "must have 5 dimensions [n, B, S, H, D] or 4 [n, T, H, D]", outs.dim());

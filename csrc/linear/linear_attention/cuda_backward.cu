@@ -136,8 +136,8 @@ struct Backward {
     to_keys.out_float = in_workspace_[1];
     to_keys.out = in_workspace_[1] ? workspace_rows(plan.dk, plan.features) : p.dk;
     to_keys.initial = transposed(p.dfinal);
-    // In the gradient of a decay what the final state adds to dphi(k) cancels against <S, dS>.
-    to_keys.split_state = p.ddecay.data != nullptr;
+    // In the gradient of a decay what states add to dphi(q) and dphi(k) cancels against <S, dS>.
+    to_queries.split_state = to_keys.split_state = p.ddecay.data != nullptr;
     to_keys.final = transposed(p.dinitial);
     if (f.normalize) to_keys.extra = Extra::keys;
 

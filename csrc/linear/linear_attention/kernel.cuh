@@ -341,7 +341,8 @@ class RecurrenceBlock {
         if (!kTaylor) fragments.load(values, subtile_column);
         // S += K^T (end V)
         add_to_state<T, Shape>(s_, fragments,
-                               p_.decay.data || p_.scale_keys ? vectors_.end : nullptr, step_keys);
+                               p_.decay.data || p_.scale_keys ? vectors_.end : nullptr, step_keys,
+                               p_.split_state);
         if (Shape::kSteps) slot_state_.store(s_, step);
       }
       if (p_.normalize) {
@@ -479,7 +480,7 @@ class RecurrenceBlock {
 };
 
 template <typename T, int kBucket, bool kTaylor>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     recurrence_kernel(const __grid_constant__ Recurrence p,
                       const __grid_constant__ RecurrencePlan plan) {
   extern __shared__ __align__(128) unsigned char shared[];

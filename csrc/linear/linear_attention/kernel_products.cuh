@@ -110,20 +110,41 @@ __device__ __forceinline__ bool is_hidden(int row, int column, int shift) {
 // Power-of-two scales of state rows g and g + 8, and their inverses, that bring the largest element
 // near 2^14, within the range of float16.
 struct RowScale {
-  float factor[2], inverse[2];
+  float factor[2] = {1, 1}, inverse[2] = {1, 1};
 
+  __device__ RowScale() {}
   template <int kTiles>
   __device__ explicit RowScale(const float (&s)[kTiles][4]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) set(h, exponent_of(s, h));
+  }
+  // Scales that also keep `sums` finite. A state that this limits is 2^-86 of the sums.
+  template <int kTiles, int kSumTiles>
+  __device__ RowScale(const float (&s)[kTiles][4], const float (&sums)[kSumTiles][4]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float top = 0;
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n)
-        top = fmaxf(top, fmaxf(fabsf(s[n][2 * h]), fabsf(s[n][2 * h + 1])));
-      const int exponent = max(__float_as_int(quad_max(top)) >> 23, 15);
-      factor[h] = __int_as_float(268 - exponent << 23);
-      inverse[h] = __int_as_float(exponent - 14 << 23);
+      for (const auto& x : sums)
+#pragma unroll
+        for (int i = 2 * h; i < 2 * h + 2; ++i)
+          if (fabsf(x[i]) < infinity()) top = fmaxf(top, fabsf(x[i]));
+      set(h, max(exponent_of(s, h), biased_exponent(top) - 86));
     }
+  }
+
+ private:
+  __device__ static int biased_exponent(float top) { return __float_as_int(quad_max(top)) >> 23; }
+  template <int kTiles>
+  __device__ static int exponent_of(const float (&s)[kTiles][4], int h) {
+    float top = 0;
+#pragma unroll
+    for (const auto& x : s) top = fmaxf(top, fmaxf(fabsf(x[2 * h]), fabsf(x[2 * h + 1])));
+    return max(biased_exponent(top), 15);
+  }
+  __device__ void set(int h, int exponent) {
+    factor[h] = __int_as_float(268 - exponent << 23);
+    inverse[h] = __int_as_float(exponent - 14 << 23);
   }
 };
 
@@ -146,8 +167,16 @@ struct StateFragment {
   }
 };
 
-// acc[tokens, 16 columns]^T += state^T Q^T. 16-bit products take the state as high + low, in
-// float16 only if `split`.
+template <int kTiles>
+__device__ __forceinline__ void scale_rows(float (&x)[kTiles][4], const float (&factor)[2]) {
+#pragma unroll
+  for (auto& tile : x)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) tile[i] *= factor[i / 2];
+}
+
+// acc[tokens, 16 columns]^T += state^T Q^T; acc is 0 unless the features have several steps. 16-bit
+// products take the state as high + low, in float16 only if `split`.
 template <typename T, typename Shape>
 __device__ __forceinline__ void multiply_state(float (&acc)[Shape::kTokens / 8][4],
                                                const float (&s)[Shape::kFeatureTiles][4],
@@ -168,46 +197,31 @@ __device__ __forceinline__ void multiply_state(float (&acc)[Shape::kTokens / 8][
       }
     }
   } else {
-    using Block = StateFragment<T, Shape::kFeatureTiles>;
     constexpr bool kHalf = std::is_same_v<T, __half>;
     const uint32_t base = square_base<Tile>(queries, 0);
-    // For each block of the state and of the tokens: multiply(d, state, queries).
-    const auto multiply = [&](auto& d, const float (&factor)[2], auto&& product) {
-      unroll<Shape::kFeatureTiles / 2>([&](auto k) {
-        const Block a(s, k, factor);
-        unroll<kTokenTiles / 2>([&](auto pair) {
-          uint32_t w[4];
-          load_square<Tile, k, 16 * pair>(w, base);
-#pragma unroll
-          for (int t = 0; t < 2; ++t) product(d[2 * pair + t], a, make_fragment<T>(w[t], w[t + 2]));
-        });
-      });
-    };
-    const auto add_high = [](float (&d)[4], const Block& a, const auto& b) {
-      mma(d, make_fragment<T>(a.high[0], a.high[1], a.high[2], a.high[3]), b);
-    };
-    const auto add_low = [](float (&d)[4], const Block& a, const auto& b) {
-      mma(d, make_fragment<T>(a.low[0], a.low[1], a.low[2], a.low[3]), b);
-    };
-    if constexpr (kHalf) {
-      // The state is scaled into the range of float16.
-      const RowScale scale(s);
-      float part[kTokenTiles][4];
-#pragma unroll
-      for (auto& x : part) x[0] = x[1] = x[2] = x[3] = 0;
-      if (split) multiply(part, scale.factor, add_low);
-      multiply(part, scale.factor, add_high);
-#pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[t][i] = fmaf(part[t][i], scale.inverse[i / 2], acc[t][i]);
-    } else {
-      constexpr float kOne[2] = {1, 1};
-      multiply(acc, kOne, [&](float (&d)[4], const Block& a, const auto& b) {
-        add_low(d, a, b);
-        add_high(d, a, b);
-      });
+    RowScale scale;
+    if constexpr (kHalf && Shape::kSteps) {
+      scale = RowScale(s, acc);
+      scale_rows(acc, scale.factor);
+    } else if constexpr (kHalf) {
+      scale = RowScale(s);
     }
+    unroll<Shape::kFeatureTiles / 2>([&](auto k) {
+      const StateFragment<T, Shape::kFeatureTiles> a(s, k, scale.factor);
+      const auto high = make_fragment<T>(a.high[0], a.high[1], a.high[2], a.high[3]);
+      const auto low = make_fragment<T>(a.low[0], a.low[1], a.low[2], a.low[3]);
+      unroll<kTokenTiles / 2>([&](auto pair) {
+        uint32_t w[4];
+        load_square<Tile, k, 16 * pair>(w, base);
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          const auto b = make_fragment<T>(w[t], w[t + 2]);
+          if (!kHalf || split) mma(acc[2 * pair + t], low, b);
+          mma(acc[2 * pair + t], high, b);
+        }
+      });
+    });
+    if constexpr (kHalf) scale_rows(acc, scale.inverse);
   }
 }
 
@@ -251,8 +265,9 @@ struct ValueFragments {
       for (uint32_t& word : words[k]) word = make_finite<T>(word);
   }
 
-  // Fragment k scaled by the weights of its tokens.
-  __device__ __forceinline__ Fragment<T, 4> weighted(int k, const float* weights) const {
+  // Fragment k scaled by the weights of its tokens; in 16 bits also what the rounding leaves.
+  __device__ __forceinline__ Fragment<T, 4> weighted(int k, const float* weights,
+                                                     bool rest = false) const {
     const int c = threadIdx.x % 4;
     uint32_t w[4];
     if constexpr (Shape::kFloat) {
@@ -264,8 +279,13 @@ struct ValueFragments {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 of = *reinterpret_cast<const float2*>(weights + 16 * k + 2 * c + i / 2 * 8);
-        const float2 x = unpack<T>(words[k][i]);
-        w[i] = pack<T>(x.x * of.x, x.y * of.y);
+        float2 x = unpack<T>(words[k][i]);
+        x.x *= of.x, x.y *= of.y;
+        w[i] = pack<T>(x.x, x.y);
+        if (rest) {
+          const float2 rounded = unpack<T>(w[i]);
+          w[i] = pack<T>(x.x - rounded.x, x.y - rounded.y);
+        }
       }
     }
     return make_fragment<T>(w[0], w[1], w[2], w[3]);
@@ -352,11 +372,12 @@ __device__ __forceinline__ void multiply_seen_weights(float (&acc)[Shape::kToken
   multiply_weights<T, Shape>(acc, fragments, weights);
 }
 
-// state^T += (weights V)^T K.
+// state^T += (weights V)^T K. With `split`, which has weights, 16-bit products take weights V as
+// high + low.
 template <typename T, typename Shape>
 __device__ __forceinline__ void add_to_state(float (&s)[Shape::kFeatureTiles][4],
                                              const ValueFragments<T, Shape>& values,
-                                             const float* weights, uint32_t keys) {
+                                             const float* weights, uint32_t keys, bool split) {
   using Tile = typename Shape::FeatureTile;
   if constexpr (Shape::kFloat) {
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
@@ -371,14 +392,17 @@ __device__ __forceinline__ void add_to_state(float (&s)[Shape::kFeatureTiles][4]
     }
   } else {
     const uint32_t base = square_base<Tile>(keys, 0);
-    unroll<Shape::kTokens / 16>([&](auto k) {
-      const auto a = weights ? values.weighted(k, weights) : values[k];
+    const auto add = [&](auto k, const auto& a) {
       unroll<Shape::kFeatureTiles / 2>([&](auto pair) {
         uint32_t w[4];
         load_square_transposed<Tile, pair, 16 * k>(w, base);
         mma(s[2 * pair], a, make_fragment<T>(w[0], w[1]));
         mma(s[2 * pair + 1], a, make_fragment<T>(w[2], w[3]));
       });
+    };
+    unroll<Shape::kTokens / 16>([&](auto k) {
+      if (split) add(k, values.weighted(k, weights, true));
+      add(k, weights ? values.weighted(k, weights) : values[k]);
     });
   }
 }

@@ -35,7 +35,7 @@ struct Recurrence {
   float scale;
   bool scale_keys;  // applies the scale to keys instead of queries: the state includes it
 
-  bool split_state;   // float16: the state enters products with twice the digits
+  bool split_state;   // 16 bits: states enter and leave products with twice the digits
   bool no_diagonal;   // strictly causal: a token does not see itself
   bool taylor;        // taylor2 on q and k
   bool key_factors;   // taylor2: the scale-dependent factors are applied to k instead of q

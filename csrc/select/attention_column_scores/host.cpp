@@ -36,7 +36,6 @@ struct AttentionColumnScoresArgs : Record {
   int64_t seed;
 };
 
-// Same checks, order and messages as python/tokenmill/select/attention_column_scores.py.
 Array attention_column_scores(const AttentionColumnScoresArgs& a) {
   check_qkv(kOp, a.q, a.k, a.k, 4);
   ColumnScoresParams p{};

@@ -35,7 +35,6 @@ constexpr std::pair<std::string_view, RowReduce> kReduces[] = {{"none", RowReduc
                                                                {"max", RowReduce::max},
                                                                {"argmax", RowReduce::argmax}};
 
-// Same checks, order and messages as python/tokenmill/select/attention_row_scores.py.
 Array attention_row_scores(const AttentionRowScoresArgs& a) {
   check_qkv(kOp, a.q, a.k, a.k, 4);
   RowScoresParams p{};

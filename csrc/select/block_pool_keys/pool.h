@@ -6,7 +6,6 @@
 
 namespace tokenmill {
 
-// Same checks, order and messages as python/tokenmill/select/block_pool_keys.py.
 inline PoolParams pool_params(const char* op, const View& k, int64_t block, std::string_view mode,
                               const View& lengths, const View& block_table) {
   check(k.dim() == 4, op, "k", "must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]",

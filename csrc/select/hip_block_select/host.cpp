@@ -50,7 +50,6 @@ struct HipBlockSelectArgs : Record {
   View seqlens_k, block_table, seqlens_q, cu_seqlens_q, cu_seqlens_k;
 };
 
-// Same checks, order and messages as python/tokenmill/select/hip_block_select.py.
 void check_rows(const HipBlockSelectArgs& a) {
   constexpr const char* kPacked = "must have 3 dimensions [T, H, D] (packed)";
   check(a.q.dim() == (a.cu_seqlens_q ? 3 : 4), kOp, "q",

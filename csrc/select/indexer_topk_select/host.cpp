@@ -29,7 +29,6 @@ struct IndexerTopkSelectArgs : Record {
   View k_scale, previous;
 };
 
-// Same checks, order and messages as python/tokenmill/select/indexer_topk_select.py.
 void check_rows(const IndexerTopkSelectArgs& a) {
   const bool packed = bool(a.cu_seqlens_q);
   check(

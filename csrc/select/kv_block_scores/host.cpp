@@ -34,7 +34,6 @@ struct KvBlockScoresArgs : Record {
   View seqlens_k, block_table, k_scale;
 };
 
-// Same checks, order and messages as python/tokenmill/select/kv_block_scores.py.
 Array kv_block_scores(const KvBlockScoresArgs& a) {
   const bool boxes = a.scoring == "minmax", raw = a.scoring == "max_block";
   check(a.scoring == "dot" || boxes || raw, kOp, "scoring",

@@ -192,7 +192,6 @@ void run(const AppendParams& p, const View& cache) {
   cpu::kv_cache_append(p);
 }
 
-// Same checks, order and messages as python/tokenmill/select/kv_cache_append.py.
 Array kv_cache_append(const KvCacheAppendArgs& a) {
   check_caches(a);
   AppendParams p{};

@@ -56,7 +56,6 @@ struct KvCacheCompactArgs : Record {
   bool interleaved, compensation;
 };
 
-// Same checks, order and messages as python/tokenmill/select/kv_cache_compact.py.
 std::tuple<Array, Array, Array, Array> kv_cache_compact(const KvCacheCompactArgs& a) {
   check_cache_ranks(kOp, a.k_cache, a.v_cache);
   check_dtype(kOp, "k_cache", a.k_cache);

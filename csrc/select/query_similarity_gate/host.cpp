@@ -17,7 +17,6 @@ struct QuerySimilarityGateArgs : Record {
   double threshold;
 };
 
-// Same checks, order and messages as python/tokenmill/select/query_similarity_gate.py.
 Array query_similarity_gate(const QuerySimilarityGateArgs& a) {
   const View views[2] = {a.q, a.q_ref};
   constexpr const char* kNames[2] = {"q", "q_ref"};

@@ -33,7 +33,6 @@ struct TopkSelectArgs : Record {
   View previous;
 };
 
-// Same checks, order and messages as python/tokenmill/select/topk_select.py.
 std::tuple<Array, Array, Array, Array> topk_select(const TopkSelectArgs& a) {
   check(a.scores.dim() == 2, kOp, "scores", "must have 2 dimensions [R, n]", a.scores.dim());
   check_dtype(kOp, "scores", a.scores);

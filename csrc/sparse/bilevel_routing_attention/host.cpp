@@ -39,7 +39,6 @@ struct BilevelRoutingAttentionArgs : Record {
   bool mask_padding;
 };
 
-// Same checks, order and messages as python/tokenmill/sparse/bilevel_routing_attention.py.
 BilevelParams make_params(const BilevelRoutingAttentionArgs& a) {
   check_qkv(kOp, a.q, a.k, a.v, 5);
   const auto side = [&](const char* name, const View& t, int64_t of) {

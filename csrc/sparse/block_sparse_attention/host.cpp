@@ -97,7 +97,6 @@ void check_values(const BlockSparseAttentionArgs& a, const BlockSparseParams& d)
     check_block_table_values(kOp, key_rows(a.k, a.block_table), d.attention.batch, d.lengths);
 }
 
-// Same checks, order and messages as python/tokenmill/sparse/block_sparse_rules.py.
 BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
   check_rows(a);
   int64_t batch = a.q.size(0);

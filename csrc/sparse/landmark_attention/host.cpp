@@ -14,7 +14,6 @@ struct LandmarkAttentionArgs : Record {
   Optional<double> scale;
 };
 
-// Same checks, order and messages as python/tokenmill/sparse/landmark_attention.py.
 LandmarkParams make_params(const LandmarkAttentionArgs& a) {
   check(a.block >= 2 && a.block < int64_t{1} << 31, kOp, "block", "must be 2 to 2^31 - 1", a.block);
   check_qkv(kOp, a.q, a.k, a.v, 4);

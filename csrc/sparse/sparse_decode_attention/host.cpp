@@ -112,7 +112,6 @@ struct SparseDecodeAttentionArgs : Record {
   View k_scale, v_scale;
 };
 
-// Same checks, order and messages as python/tokenmill/sparse/sparse_decode_attention_rules.py.
 SparseDecodeParams make_params(const SparseDecodeAttentionArgs& a) {
   check_cache(kOp, a.q, a.k_cache, a.v_cache, bool(a.block_table));
   check_scale(kOp, scale_of(a), a.softcap);

@@ -17,7 +17,6 @@ struct TransposeBlockListArgs : Record {
   int64_t num_blocks;
 };
 
-// Same checks, order and messages as python/tokenmill/sparse/transpose_block_list.py.
 std::tuple<Array, Array> transpose_block_list(const TransposeBlockListArgs& a) {
   TransposeBlockListParams p{};
   p.list = check_list(kOp, a.indices, a.counts, Rule("must have shape [B, heads, rows, K]"),

@@ -18,7 +18,6 @@ struct BestMatchArgs : Record {
   bool normalize;
 };
 
-// Same checks, order and messages as python/tokenmill/tokens/best_match.py.
 std::tuple<Array, Array> best_match(const BestMatchArgs& a) {
   check_tokens(kOp, "a", a.a);
   check_tokens(kOp, "b", a.b);

@@ -19,7 +19,6 @@ struct ClusterTokensArgs : Record {
   bool window_labels;
 };
 
-// Same checks, order and messages as python/tokenmill/tokens/cluster_tokens.py.
 ClusterParams make_params(const ClusterTokensArgs& a) {
   check(a.x.dim() == 4, kOp, "x", "must have 4 dimensions [B, Y, X, C]", a.x.dim());
   check_dtype(kOp, "x", a.x);

@@ -13,7 +13,6 @@ struct GatherFuseArgs : Record {
   bool normalize;
 };
 
-// Same checks, order and messages as python/tokenmill/tokens/gather_fuse.py.
 GatherFuseParams make_params(const GatherFuseArgs& a) {
   check_tokens(kOp, "x", a.x);
   const int64_t batch = a.x.size(0), tokens = a.x.size(1);

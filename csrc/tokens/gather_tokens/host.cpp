@@ -7,7 +7,6 @@ namespace {
 
 constexpr const char* kOp = "gather_tokens";
 
-// Same checks, order and messages as python/tokenmill/tokens/gather_tokens.py.
 GatherTokensParams make_params(const View& from, const View& ids) {
   check_movable_tokens(kOp, "x", from);
   const bool flat = ids.dim() == 1;

@@ -15,7 +15,6 @@ struct LocalPoolArgs : Record {
   bool count_include_pad, subtract_input;
 };
 
-// Same checks, order and messages as python/tokenmill/tokens/local_pool.py.
 LocalPoolParams make_params(const LocalPoolArgs& a) {
   check(a.x.dim() == 4, kOp, "x", "must have 4 dimensions [B, Y, X, C], or 3 [B, N, C]", a.x.dim());
   check_dtype(kOp, "x", a.x);

@@ -26,7 +26,6 @@ struct MaskPartitionArgs : Record {
   Optional<int64_t> max_total;
 };
 
-// Same checks, order and messages as python/tokenmill/tokens/mask_partition.py.
 std::tuple<Array, Array, Array> mask_partition(const MaskPartitionArgs& a) {
   check(a.mask.dim() == 2, kOp, "mask", "must have 2 dimensions [B, N]", a.mask.dim());
   check(a.mask.dtype == ScalarType::Bool, kOp, "mask", "must be bool", a.mask.dtype);

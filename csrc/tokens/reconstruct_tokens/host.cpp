@@ -19,7 +19,6 @@ struct ReconstructTokensArgs : Record {
   std::string_view norm;
 };
 
-// Same checks, order and messages as python/tokenmill/tokens/reconstruct_tokens.py.
 ReconstructParams make_params(const ReconstructTokensArgs& a) {
   check_tokens(kOp, "features", a.features);
   const int64_t batch = a.features.size(0), channels = a.features.size(2);

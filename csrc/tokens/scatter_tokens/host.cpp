@@ -25,7 +25,6 @@ struct ScatterTokensArgs : Record {
   int64_t batch, tokens;
 };
 
-// Same checks, order and messages as python/tokenmill/tokens/scatter_tokens.py.
 Array scatter_tokens(const ScatterTokensArgs& a) {
   check(a.y.dim() == 2 || a.y.dim() == 3, kOp, "y", "must have 3 dimensions [B, K, C], or 2 [K, C]",
         a.y.dim());

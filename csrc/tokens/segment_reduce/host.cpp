@@ -17,7 +17,6 @@ struct SegmentReduceArgs : Record {
   std::string_view reduce;
 };
 
-// Same checks, order and messages as python/tokenmill/tokens/segment_reduce.py.
 SegmentReduceParams make_params(const SegmentReduceArgs& a) {
   check_tokens(kOp, "x", a.x);
   const int64_t batch = a.x.size(0), tokens = a.x.size(1);

@@ -22,7 +22,6 @@ struct TopkPartitionArgs : Record {
   int64_t protect_first, protect_last;
 };
 
-// Same checks, order and messages as python/tokenmill/tokens/topk_partition.py.
 std::tuple<Array, Array> topk_partition(const TopkPartitionArgs& a) {
   check(a.scores.dim() == 2, kOp, "scores", "must have 2 dimensions [B, N]", a.scores.dim());
   check_dtype(kOp, "scores", a.scores);

@@ -1,8 +1,10 @@
-"""Errors of the command line: one line on stderr and exit status 2."""
+"""What actions of the command line share: errors, which are one line on stderr and exit status 2,
+options of the machine, and output."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -39,3 +41,21 @@ def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
 
 def unwritable(argument: str, path: Path, error: OSError) -> str:
     return f"{argument}: must be writable; got '{path}' ({error.strerror})"
+
+
+def machine_options(options: argparse.Namespace) -> dict[str, int | str]:
+    """Options of the machine that apply to all runs."""
+    chosen: dict[str, int | str] = {
+        name: int(options.action == name) for name in ("check", "count")
+    }
+    goes_on = getattr(options, "on_fault", "stop") == "report"
+    chosen["on_fault"] = "collect" if goes_on else "stop"
+    for name in ("device", "fuel", "mma"):
+        if (value := getattr(options, name)) is not None:
+            chosen[name] = value
+    return chosen | dict(options.settings)
+
+
+def say(options: argparse.Namespace, line: str) -> None:
+    """Prints a line; to standard error if standard output carries JSON."""
+    print(line, file=sys.stderr if options.json else sys.stdout)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -247,23 +246,10 @@ def _check_settings(options: argparse.Namespace, vm: Machine) -> None:
         if name not in names:
             raise _cli.UsageError(f"--set: must be one of {', '.join(names)}; got '{name}'")
     try:
-        with vm.options(**machine_options(options)):
+        with vm.options(**_cli.machine_options(options)):
             pass
     except MachineError as error:
         raise _cli.UsageError(f"--set: {str(error).removeprefix('ptxvm_configure: ')}") from None
-
-
-def machine_options(options: argparse.Namespace) -> dict[str, int | str]:
-    """Options of the machine that apply to all runs."""
-    chosen: dict[str, int | str] = {
-        name: int(options.action == name) for name in ("check", "count")
-    }
-    goes_on = getattr(options, "on_fault", "stop") == "report"
-    chosen["on_fault"] = "collect" if goes_on else "stop"
-    for name in ("device", "fuel", "mma"):
-        if (value := getattr(options, name)) is not None:
-            chosen[name] = value
-    return chosen | dict(options.settings)
 
 
 def _document(
@@ -278,7 +264,7 @@ def _document(
     return {
         "file": options.file,
         "action": options.action,
-        "options": machine_options(options),
+        "options": _cli.machine_options(options),
         "status": status,
         "findings": as_json(findings, counted=ptx is not None),
         "runs": [
@@ -341,8 +327,3 @@ def _print_findings(findings: Sequence[Finding], modes: Sequence[Mode], ptx: str
 def _short(kernel: str) -> str:
     """Abbreviates a long mangled name."""
     return kernel if len(kernel) <= MAX_OF_A_NAME else kernel[:MAX_OF_A_NAME] + "..."
-
-
-def say(options: argparse.Namespace, line: str) -> None:
-    """Prints a line; to standard error if standard output carries JSON."""
-    print(line, file=sys.stderr if options.json else sys.stdout)

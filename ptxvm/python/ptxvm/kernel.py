@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from . import _cli, arguments, machine
-from .command import machine_options, say
 from .findings import FAULTS, Mode, Run
 from .vm import Machine, MachineError, Module, Report
 
@@ -124,7 +123,7 @@ def _choose(kernels: dict[str, arguments.Kernel], name: str | None) -> arguments
 def runs(options: argparse.Namespace, modes: Sequence[Mode], ptx: str) -> list[Run]:
     vm = machine()
     try:
-        with vm.options(**machine_options(options)):
+        with vm.options(**_cli.machine_options(options)):
             module = vm.load(ptx)
     except MachineError as error:
         raise _cli.UsageError(str(error)) from None
@@ -140,7 +139,7 @@ def runs(options: argparse.Namespace, modes: Sequence[Mode], ptx: str) -> list[R
     done: list[Run] = []
     first: list[Any] = []
     try:
-        with vm.options(**machine_options(options)):
+        with vm.options(**_cli.machine_options(options)):
             for mode in modes:
                 values = _arguments(launch)
                 done.append(_launch(vm, module, launch, mode, values))
@@ -236,14 +235,16 @@ def _show(options: argparse.Namespace, launch: Launch, before: list[Any], after:
         values = arguments.readable(new, kind)
         if i in options.shown:
             sizes = ",".join(map(str, new.shape))
-            say(options, f"argument {i}, {kind}[{sizes}]:")
-            say(options, np.array2string(values, threshold=new.size + 1, max_line_width=100))
+            _cli.say(options, f"argument {i}, {kind}[{sizes}]:")
+            _cli.say(options, np.array2string(values, threshold=new.size + 1, max_line_width=100))
         elif changed:
             start = " ".join(f"{x:.6g}" for x in values.ravel()[:MAX_SHOWN].tolist())
             more = " ..." if new.size > MAX_SHOWN else ""
-            say(options, f"argument {i}: {changed} of {new.size} elements changed: {start}{more}")
+            _cli.say(
+                options, f"argument {i}: {changed} of {new.size} elements changed: {start}{more}"
+            )
     if not total:
-        say(options, "no argument changed")
+        _cli.say(options, "no argument changed")
     for number, path in options.save:
         kind = arguments.kind_of(launch.arguments[number])
         try:
@@ -252,7 +253,7 @@ def _show(options: argparse.Namespace, launch: Launch, before: list[Any], after:
             os.replace(_beside(path), path)
         except OSError as error:
             raise _cli.UsageError(_cli.unwritable("--save", path, error)) from None
-        say(options, f"wrote {path}")
+        _cli.say(options, f"wrote {path}")
 
 
 def _beside(path: Path) -> Path:

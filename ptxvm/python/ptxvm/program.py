@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import _cli, binary
-from .command import machine_options
 from .findings import Mode, Run, read_log
 
 CALL = (
@@ -86,7 +85,7 @@ def _run(
 ) -> Run:
     """Runs the command once. Only `run` prints the program's output; other commands show it on
     failure."""
-    chosen = machine_options(options) | mode.options
+    chosen = _cli.machine_options(options) | mode.options
     paths = [str(library.parent), os.environ.get("LD_LIBRARY_PATH", "")]
     environment = os.environ | {f"PTXVM_{name.upper()}": str(v) for name, v in chosen.items()}
     environment["LD_LIBRARY_PATH"] = ":".join(filter(None, paths))

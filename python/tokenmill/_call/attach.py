@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from .. import _knobs
 from . import autograd, door, vmap
 from .autocast import device_of
 from .fake import call_fake
@@ -127,7 +126,6 @@ def _fill_emulated() -> set[str]:
         if torch._C._dispatch_has_kernel_for_dispatch_key(qualname, "CPU"):
             found.add(op.name)
             _attach(op, EMULATED_NAMESPACE)
-    _knobs.copy_to(getattr(torch.ops, EMULATED_NAMESPACE))
     return found
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .._check import InputError, fail
 from . import library
-
-if TYPE_CHECKING:
-    from ..registry import OpSpec
+from .spec import OpSpec
 
 # In order of preference. "emulated" is the CUDA kernel in the PTX machine: it only runs on request.
 ALL_BACKENDS = ("cpu", "cuda", "triton", "emulated", "reference")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 try:
-    from .. import _C
+    import tokenmill._C as _C
 except ImportError:  # built for another Python version
     _C = None  # type: ignore[assignment]
 

@@ -98,7 +98,8 @@ def emulated_built() -> bool:
 
 class FilledAtFirstUse(torch._ops._OpNamespace):
     """A namespace of torch.ops filled at first use by `filler`: its operators cost as much time as
-    the rest of the import. operators: their names, once it is filled.
+    the rest of the import. operators: their names, once it is filled. finishers: functions that
+    take the filled namespace before another thread sees it.
     """
 
     filler: Callable[[], set[str]] | None = None
@@ -106,6 +107,7 @@ class FilledAtFirstUse(torch._ops._OpNamespace):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.operators: set[str] = set()
+        self.finishers: list[Callable[[Any], None]] = []
         self._filling = threading.RLock()
         setattr(torch.ops, name, self)
 
@@ -113,7 +115,10 @@ class FilledAtFirstUse(torch._ops._OpNamespace):
         with self._filling:
             filler, self.filler = self.filler, None  # the filler looks operators up itself
             if filler:
-                self.operators = filler()  # another thread sees all of them or none
+                operators = filler()
+                for finish in self.finishers:
+                    finish(self)
+                self.operators = operators  # another thread sees all of them or none
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__"):  # attributes that Python reads of any module

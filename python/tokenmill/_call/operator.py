@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-from .._check import InputError, check_tensor, fail
+from .._check import (
+    InputError,
+    as_int,
+    as_number,
+    check_bool,
+    check_tensor,
+    check_text,
+    fail,
+)
 from .._lowering import scale_or_default
 from . import door, rules
 from .autocast import Autocast
@@ -26,6 +34,15 @@ def record_of(name: str) -> Any:
     record: Any = collections.namedtuple(name, [a.name for a in arguments])
     record.places = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
     return record
+
+
+def as_record(name: str, record: Any, **given: Any) -> Any:
+    """The record of operator `name` with the given arguments, the arguments that the record of
+    another operator has under the same names, and the defaults of the schema.
+    """
+    fields = {a.name: a.default_value for a in getattr(native, name).default._schema.arguments}
+    fields.update((n, value) for n, value in record._asdict().items() if n in fields)
+    return record_of(name)(**fields | given)
 
 
 @dataclass(frozen=True)
@@ -53,10 +70,12 @@ class TorchOp:
     positional: int = field(init=False)  # number of arguments that may be positional
     # defaults of the arguments, None where there is none
     defaults: tuple[Any, ...] = field(init=False)
+    by_default: dict[str, Any] = field(init=False, compare=False, repr=False)  # the same by name
     written: tuple[str, ...] = field(init=False)  # arguments that a call writes into
     kinds: tuple[str, ...] = field(init=False)  # "Tensor", "int", "float", "bool" or "str"
     tensors: frozenset[str] = field(init=False)  # arguments that must be tensors
     results: tuple[str, ...] = field(init=False)  # names of the results in the schema
+    optional: frozenset[str] = field(init=False)  # arguments that may be None
     # The next two are created here: a graph traced by Dynamo cannot create them.
     record: Any = field(init=False, compare=False, repr=False)  # the arguments as a named tuple
     # The operator's fast path in module _C for plain calls (door.Door); None without one.
@@ -94,11 +113,14 @@ class TorchOp:
         object.__setattr__(self, "arguments", tuple(a.name for a in schema))
         object.__setattr__(self, "positional", sum(not a.kwarg_only for a in schema))
         object.__setattr__(self, "defaults", tuple(a.default_value for a in schema))
+        object.__setattr__(self, "by_default", {a.name: a.default_value for a in schema})
         object.__setattr__(self, "written", written)
         kinds = tuple(str(a.type).removeprefix("Optional[").removesuffix("]") for a in schema)
         object.__setattr__(self, "kinds", kinds)
         tensors = frozenset(a.name for a in schema if str(a.type) == "Tensor")
         object.__setattr__(self, "tensors", tensors)
+        optional = frozenset(a.name for a in schema if str(a.type).startswith("Optional["))
+        object.__setattr__(self, "optional", optional)
         object.__setattr__(self, "record", record_of(self.name))
         direct = doors[NAMESPACE].get(self.name)
         object.__setattr__(self, "short", direct and direct.plain)
@@ -119,6 +141,36 @@ class TorchOp:
             if t is not None and (t.is_neg() or t.is_conj()):
                 rule = "must not be a negative or conjugate view"
                 fail(op or self.public_name, name.removesuffix("_out"), rule, t)
+
+    def fields(self, **given: Any) -> dict[str, Any]:
+        """All arguments by name, in the order of the schema: the given ones, whose kinds it checks,
+        and defaults.
+        """
+        fields = self.by_default.copy()
+        for name, value in given.items():
+            if name not in fields:
+                raise TypeError(f"tokenmill.{self.public_name}: there is no argument '{name}'")
+            if name in self.tensors:
+                check_tensor(self.name, name, value)
+                fields[name] = value
+            elif value is not fields[name]:
+                fields[name] = self._as_kind(name, value)
+        return fields
+
+    def _as_kind(self, name: str, value: Any) -> Any:
+        kind, optional = self.kinds[self.arguments.index(name)], name in self.optional
+        if kind == "Tensor":
+            check_tensor(self.name, name, value, optional=optional)
+        elif kind == "str":
+            check_text(self.name, name, value)
+        elif kind == "bool":
+            check_bool(self.name, name, value)
+        elif kind == "float":
+            return as_number(self.name, name, value)
+        elif value is not None or not optional:
+            rule = "must be an integer" + " or None" * optional
+            return as_int(self.name, name, value, rule)
+        return value
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments of a torch.ops call, in the order of the schema; a scale of None becomes

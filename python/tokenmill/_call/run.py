@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .._check import synchronising_checks
-from .._strides import strided, with_rows
 from . import autocast, choose, library
 from .autograd import below_autograd, note_writes, recorded, refuse_gradient, transformed
 from .door import compiling
 from .operator import TorchOp
 from .sharded import sharding_of
-
-if TYPE_CHECKING:
-    from ..registry import OpSpec
+from .spec import OpSpec
+from .strides import strided, with_rows
 
 ALL_RESULTS = 99
 

@@ -4,7 +4,6 @@ it.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -17,14 +16,19 @@ sharded_attention: ContextVar[Callable[..., Any] | None] = ContextVar(
     "sharded_attention", default=None
 )
 
+# Imports and returns the module that runs calls on DTensors; set by the package's __init__, as
+# distributed is above this folder.
+load: Callable[[], Any] | None = None
+
 
 def sharding_of(arguments: Sequence[Any]) -> Any:
-    """The module that runs calls on DTensors, if t is one; None in a graph, where the rules are
-    registered once tokenmill.distributed is imported.
+    """The module that runs calls on DTensors, if an argument is one; None in a graph, where the
+    rules are registered once tokenmill.distributed is imported.
     """
     if torch.compiler.is_compiling():
         return None
     tensors = sys.modules.get("torch.distributed.tensor")
     if tensors is None or not any(isinstance(t, tensors.DTensor) for t in arguments):
         return None
-    return importlib.import_module("tokenmill.distributed.sharding")
+    assert load
+    return load()

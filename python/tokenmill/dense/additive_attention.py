@@ -12,16 +12,7 @@ from .._call.autocast import Autocast
 from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import (
-    check,
-    check_device_of,
-    check_dtype,
-    check_dtype_of,
-    check_last_contiguous,
-    check_tensor,
-    fail,
-    is_any,
-)
+from .._check import check, check_device_of, check_dtype_of, check_tensor
 from ..reference.dense import additive_attention as reference
 from ..registry import OpSpec, Sharding, register_op
 
@@ -78,8 +69,9 @@ def additive_attention(
     """
     lowered = lower(q, k, v_weight, values, mask=mask)
     if values is not None:
-        _check(*lowered, float64=True)
-        _check_alike(OP, "values", values, q)
+        FORWARD.check(*lowered, float64=True)
+        check_dtype_of(OP, "values", values, "q", q)
+        check_device_of(OP, "values", values, "q", q)
         rule = f"must have shape [{k.shape[0]}, {k.shape[1]}, C]"
         ok = values.dim() == 3 and values.shape[:2] == k.shape[:2]
         check(ok, OP, "values", rule, values.shape)
@@ -123,7 +115,7 @@ def pointer_argmax(
         [[1]]
     """
     lowered = _lower(POINTER, q, k, v_weight, mask)
-    _check(*lowered, float64=True, op=POINTER)
+    FORWARD.check(*lowered, float64=True, op=POINTER)
     with torch.no_grad():
         (scores,) = call(SPEC, lowered, backend)
         if k.shape[1] == 0:
@@ -149,93 +141,39 @@ def _lower(op: str, q: Tensor, k: Tensor, v_weight: Tensor, mask: Tensor | None)
     for name, t in (("q", q), ("k", k), ("v_weight", v_weight)):
         check_tensor(op, name, t)
     check_tensor(op, "mask", mask, optional=True)
-    given = q, k, v_weight, mask
-    if all(map(_is_whole, given)):
-        return given
-    # Once the shapes are known to be consistent, copies cost little compared with the tangents.
-    _check_shapes(op, *given, float64=True)
-    return tuple(t if t is None or _is_whole(t) else t.contiguous() for t in given)
+    # Copies cost little compared with the tangents.
+    return tuple(t if t is None or _is_whole(t) else t.contiguous() for t in (q, k, v_weight, mask))
 
 
-def _is_whole(t: Tensor | None) -> bool:
+def _is_whole(t: Tensor) -> bool:
     """Whether the last dimension is contiguous."""
-    return t is None or t.dim() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1
+    return t.dim() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1
 
 
-def _check_alike(op: str, name: str, t: Tensor, q: Tensor) -> None:
-    check_dtype_of(op, name, t, "q", q)
-    check_device_of(op, name, t, "q", q)
+def _fake(a: Any) -> Tensor:
+    wide = torch.promote_types(a.q.dtype, torch.float32)
+    return a.q.new_empty((a.q.shape[0], a.q.shape[1], a.k.shape[1]), dtype=wide)
 
 
-# The rules of csrc/dense/additive_attention/host.cpp, in the same order and words.
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v_weight: Tensor,
-    mask: Tensor | None,
-    *,
-    float64: bool = False,
-    op: str = OP,
-) -> None:
-    _check_shapes(op, q, k, v_weight, mask, float64=float64)
-    for name, t in (("q", q), ("k", k), ("v_weight", v_weight), ("mask", mask)):
-        if t is not None:
-            check_last_contiguous(op, name, t)
+def _fake_backward(a: Any) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (a.q, a.k, a.v_weight))
 
 
-def _check_shapes(
-    op: str, q: Tensor, k: Tensor, v_weight: Tensor, mask: Tensor | None, *, float64: bool
-) -> None:
-    check_dtype(op, "q", q, float64=float64)
-    check(q.dim() == 3, op, "q", "must have 3 dimensions [B, T, A]", q.dim())
-    batch, rows, width = q.shape
-    for name, t in (("k", k), ("v_weight", v_weight)):
-        _check_alike(op, name, t, q)
-    ok = k.dim() == 3 and k.shape[0] == batch and k.shape[2] == width
-    check(ok, op, "k", f"must have shape [{batch}, N, {width}]", k.shape)
-    check(v_weight.shape == (width,), op, "v_weight", f"must have shape [{width}]", v_weight.shape)
-    if mask is None:
-        return
-    check(mask.dtype == torch.bool, op, "mask", "must be bool", mask.dtype)
-    keys = k.shape[1]
-    if not is_any(tuple(mask.shape), (batch, keys), (batch, rows, keys)):
-        rule = f"must have shape [{batch}, {keys}] or [{batch}, {rows}, {keys}]"
-        fail(op, "mask", rule, mask.shape)
-    check_device_of(op, "mask", mask, "q", q)
-
-
-def _check_backward(
-    dscores: Tensor, q: Tensor, k: Tensor, v_weight: Tensor, mask: Tensor | None
-) -> None:
-    _check(q, k, v_weight, mask)
-
-
-def _fake(q: Tensor, k: Tensor, v_weight: Tensor, mask: Tensor | None) -> Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((q.shape[0], q.shape[1], k.shape[1]), dtype=wide)
-
-
-def _fake_backward(
-    dscores: Tensor, q: Tensor, k: Tensor, v_weight: Tensor, mask: Tensor | None
-) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in (q, k, v_weight))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    keep(ctx, inputs)
+def _setup_context(ctx: Any, a: Any, output: Tensor) -> None:
+    keep(ctx, a)
 
 
 def _backward(ops: Any, ctx: Any, dscores: Tensor | None) -> tuple[Any, ...]:
-    inputs, _ = kept(ctx)
     if dscores is None:
-        return None, None, None, None
+        return FORWARD.gradients()
+    a, _ = kept(ctx)
     dscores = dscores if _is_whole(dscores) else dscores.contiguous()
-    dq, dk, dv_weight = ops.additive_attention_backward(dscores, *inputs)
-    return dq, dk, dv_weight, None
+    dq, dk, dv_weight = ops.additive_attention_backward(dscores, *a)
+    return FORWARD.gradients(q=dq, k=dk, v_weight=dv_weight)
 
 
-def _tangents(q: Tensor, k: Tensor) -> float:
-    return float(q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2])
+def _tangents(a: Any) -> float:
+    return float(a.q.shape[0] * a.q.shape[1] * a.k.shape[1] * a.q.shape[2])
 
 
 FORWARD = register(
@@ -269,8 +207,8 @@ SPEC = register_op(
         sharding=Sharding({"q": "br.", "k": "b..", "v_weight": ".", "mask": "br. b."}, ("br.",)),
         paper="Pointer Networks (Vinyals et al. 2015)",
         # A sum, a tangent, a product and an accumulation per (query, key, channel).
-        flops=lambda q, k, v_weight, mask: 4.0 * _tangents(q, k),
+        flops=lambda a: 4.0 * _tangents(a),
         # Two for the tangent, four for d, five for the gradients.
-        backward_flops=lambda q, k, v_weight, mask: 11.0 * _tangents(q, k),
+        backward_flops=lambda a: 11.0 * _tangents(a),
     )
 )

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from typing_extensions import Never, Unpack
+from typing_extensions import Unpack
 
 from .. import masks
 from .._call.attach import register
@@ -15,17 +15,24 @@ from .._call.autocast import Autocast
 from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import as_int, as_number, check, check_bool, check_tensor, check_text, fail
+from .._check import (
+    check,
+    check_bool,
+    check_cu_seqlens_values,
+    check_longest,
+    check_tensor,
+    fail,
+)
+from .._flops import band, known, masked_pairs
 from .._lowering import scale_or_default, widen
-from .._other_names import refuse, refuses_other_names
-from ..masks import NO_MASK, Decay2d, Grid, Masks, lower_mask
+from .._other_names import answered_by, refuse
+from ..masks import Decay2d, Grid, Masks, lower_mask
 from ..reference.dense import attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from .attention_flops import backward_flops, flops
+from .attention_decode import DEFAULTS as SUPPORTED
+from .attention_decode import attention_decode
 from .attention_options import AttentionOptions, Precision
-from .attention_rules import OP, check_attention, check_attention_out, check_attention_values
 from .nested import as_packed, is_nested, over_nested
-from .post_decay import lower_post_decay
 from .terms import (
     NO_WINDOW,
     Kind,
@@ -38,6 +45,28 @@ from .terms import (
     lower_score_bias,
     row_statistic_like,
 )
+
+OP = "attention"
+OF_CACHE = ("seqlens_k", "block_table", "k_scale", "v_scale")
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | tuple[Tensor, ...]:
+    if not given.keys() <= DEFAULTS.keys():
+        refuse(OP, attention, {n: x for n, x in given.items() if n not in DEFAULTS})
+    if type(q) is not Tensor and is_nested(q):
+        return over_nested(attention, q, k, v, given)
+    out, backend = given.pop("out", None), given.pop("backend", None)
+    if out is not None:
+        check_tensor(OP, "out", out, optional=True)
+    if given.get("seqlens_k") is not None or given.get("block_table") is not None:
+        return _over_cache(q, k, v, out=out, backend=backend, **given)
+    for name in OF_CACHE:
+        if (value := given.pop(name, None)) is not None:
+            fail(OP, name, "requires a cache (seqlens_k)", value)
+    lowered = lower(q, k, v, **given)
+    used = 2 if given.get("return_lse") else 1
+    results = call(SPEC, lowered, backend, out, used=used)
+    return results[:2] if used == 2 else results[0]
 
 
 @overload
@@ -62,7 +91,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@refuses_other_names
+@answered_by(_attend)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -93,7 +122,6 @@ def attention(
     backend: str | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    **other: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Exact attention with any score map; the score matrix is never materialised.
 
@@ -205,59 +233,23 @@ def attention(
         >>> tm.attention(q, k, v, kind="relu", normalize="count").shape
         torch.Size([2, 100, 8, 64])
     """
-    if other:
-        refuse(OP, attention, other)
-    if type(q) is not Tensor and is_nested(q):
-        given = {
-            "bias": bias, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
-            "seqlens_k": seqlens_k, "block_table": block_table, "out": out,
-        }  # fmt: skip
-        return over_nested(
-            attention, q, k, v, given, kind=kind, normalize=normalize, scale=scale,
-            score_bias=score_bias, mask=mask, alibi_slopes=alibi_slopes, alibi_grid=alibi_grid,
-            sink=sink, softcap=softcap, post_decay=post_decay, causal=causal, window=window,
-            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, return_lse=return_lse,
-            precision=precision, backend=backend, k_scale=k_scale, v_scale=v_scale,
-        )  # fmt: skip
-    if out is not None:
-        check_tensor(OP, "out", out, optional=True)
-    if seqlens_k is not None or block_table is not None:
-        refused = {
-            "bias": bias, "alibi_grid": alibi_grid, "post_decay": post_decay,
-            "cu_seqlens_k": cu_seqlens_k, "max_seqlen_k": max_seqlen_k,
-            "precision": None if precision == "accurate" else precision,
-        }  # fmt: skip
-        return _over_cache(
-            q, k, v, refused, seqlens_k=seqlens_k, block_table=block_table, kind=kind,
-            normalize=normalize, scale=scale, score_bias=score_bias, mask=mask,
-            alibi_slopes=alibi_slopes, sink=sink, softcap=softcap, causal=causal, window=window,
-            cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, return_lse=return_lse, out=out,
-            backend=backend, k_scale=k_scale, v_scale=v_scale,
-        )  # fmt: skip
-    for name, cache_scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if cache_scale is not None:
-            fail(OP, name, "requires a cache (seqlens_k)", cache_scale)
-    lowered = lower(
-        q, k, v, kind, normalize, scale, score_bias, bias, mask, alibi_slopes, alibi_grid, sink,
-        softcap, causal, window, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_lse,
-        precision, post_decay,
-    )  # fmt: skip
-    results = call(SPEC, lowered, backend, out, used=2 if return_lse else 1)
-    return results[:2] if return_lse else results[0]
+    raise NotImplementedError
 
 
-def _over_cache(
-    q: Tensor, k: Tensor, v: Tensor, refused: dict[str, Any], **options: Any
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Calls attention_decode, which supports none of the refused arguments."""
-    for name, value in refused.items():
-        if value is not None:
+DEFAULTS: dict[str, Any] = attention.__wrapped__.__kwdefaults__  # type: ignore[attr-defined]
+
+
+def _over_cache(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | tuple[Tensor, ...]:
+    """Calls attention_decode, which supports a part of the arguments."""
+    for name, default in DEFAULTS.items():
+        value = given.get(name, default)
+        if name not in SUPPORTED and (value is not None if default is None else value != default):
             fail(OP, name, "must not be given with a cache (seqlens_k)", value)
-    if options["seqlens_k"] is None:
+    if given.get("seqlens_k") is None:
         fail(OP, "seqlens_k", "must be given with block_table", None)
-    from .attention_decode import attention_decode  # exported after attention
-
-    results: Tensor | tuple[Tensor, Tensor] = attention_decode(q, k, v, **options)
+    options = {name: value for name, value in given.items() if name in SUPPORTED}
+    options.setdefault("causal", DEFAULTS["causal"])
+    results: Tensor | tuple[Tensor, ...] = attention_decode(q, k, v, **options)
     return results
 
 
@@ -265,102 +257,53 @@ def lower(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kind: str = "softmax",
+    *,
     normalize: str | None = None,
     scale: float | None = None,
-    score_bias: float | str | Tensor | None = None,
+    score_bias: ScoreBias = None,
     bias: Tensor | None = None,
     mask: Masks = None,
-    alibi_slopes: Tensor | None = None,
     alibi_grid: Grid | None = None,
-    sink: Tensor | None = None,
-    softcap: float = 0.0,
-    causal: bool = False,
     window: tuple[int, int] = NO_WINDOW,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    return_lse: bool = False,
-    precision: str = "accurate",
     post_decay: Decay2d | None = None,
+    return_lse: bool = False,
+    **given: Any,
 ) -> tuple[Any, ...]:
-    check_tensor(OP, "q", q)
-    check_tensor(OP, "k", k)
-    check_tensor(OP, "v", v)
-    if bias is not None:
-        check_tensor(OP, "bias", bias, optional=True)
-    if alibi_slopes is not None:
-        check_tensor(OP, "alibi_slopes", alibi_slopes, optional=True)
-    for name, t in (("sink", sink), ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if t is not None:
-            check_tensor(OP, name, t, optional=True)
-    check_text(OP, "kind", kind)
-    check_text(OP, "precision", precision)
-    check_bool(OP, "causal", causal)
+    """given: the arguments that the schema has under the same name and of the same kind."""
+    a = FORWARD.fields(q=q, k=k, v=v, bias=bias, **given)
     check_bool(OP, "return_lse", return_lse)
-    normalize = lower_normalize(OP, normalize)
+    a["normalize"] = lower_normalize(OP, normalize)
     if return_lse:
-        check_return_lse(OP, kind, normalize)
-    scale = scale_or_default(OP, scale, q)
-    softcap = as_number(OP, "softcap", softcap)
-    left, right = as_window(OP, window)
-    rule = "must be an integer or None"
-    if max_seqlen_q is not None:
-        max_seqlen_q = as_int(OP, "max_seqlen_q", max_seqlen_q, rule)
-    if max_seqlen_k is not None:
-        max_seqlen_k = as_int(OP, "max_seqlen_k", max_seqlen_k, rule)
+        check_return_lse(OP, a["kind"], a["normalize"])
+    a["scale"] = scale_or_default(OP, scale, q)
+    a["window_left"], a["window_right"] = as_window(OP, window)
     if bias is not None:
-        bias = _lower_bias(bias, q)
-    if cu_seqlens_q is not None and cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens_q
-        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+        a["bias"] = _lower_bias(bias, q)
+    if a["cu_seqlens_q"] is not None and a["cu_seqlens_k"] is None:
+        a["cu_seqlens_k"] = a["cu_seqlens_q"]
+        if a["max_seqlen_k"] is None:
+            a["max_seqlen_k"] = a["max_seqlen_q"]
     if post_decay is not None:
-        alibi_slopes, alibi_grid = lower_post_decay(
-            post_decay, q, alibi_slopes=alibi_slopes, alibi_grid=alibi_grid,
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        )  # fmt: skip
-    mask_ranges, mask_q_spans, mask_k_spans = NO_MASK
+        absent = {name: a[name] for name in ("alibi_slopes", "cu_seqlens_q", "cu_seqlens_k")}
+        a["alibi_slopes"], alibi_grid = _lower_post_decay(
+            post_decay, q, {**absent, "alibi_grid": alibi_grid}
+        )
+        a["post_decay"] = True
     if mask is not None and k.dim() > 2:
-        mask_ranges, mask_q_spans, mask_k_spans = lower_mask(
-            OP, mask, q, k.shape[-3], causal=causal, cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
+        a["mask_ranges"], a["mask_q_spans"], a["mask_k_spans"] = lower_mask(
+            OP, mask, q, k.shape[-3], causal=a["causal"], cu_seqlens_q=a["cu_seqlens_q"],
+            cu_seqlens_k=a["cu_seqlens_k"],
         )  # fmt: skip
-    per_head, constant, neg_log_n = lower_score_bias(OP, score_bias, q)
-    width, distance, reach = NO_GRID if alibi_grid is None else _lower_grid(alibi_grid)
-    return (  # spelled out: unpacking with * costs as much as a check
-        q,
-        k,
-        v,
-        kind,
-        normalize,
-        scale,
-        per_head,
-        constant,
-        neg_log_n,
-        bias,
-        mask_ranges,
-        mask_q_spans,
-        mask_k_spans,
-        None if alibi_slopes is None else widen(alibi_slopes, q),
-        width,
-        distance,
-        reach,
-        None if sink is None else widen(sink, q),
-        softcap,
-        causal,
-        left,
-        right,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        precision,
-        post_decay is not None,
-    )
-
-
-NO_GRID = (0, "chebyshev", -1)
+    if score_bias is not None:
+        a["score_bias"], a["score_bias_value"], a["score_bias_neg_log_n"] = lower_score_bias(
+            OP, score_bias, q
+        )
+    if alibi_grid is not None:
+        a["grid_width"], a["grid_distance"], a["grid_window"] = _lower_grid(alibi_grid)
+    for name in ("alibi_slopes", "sink"):
+        if a[name] is not None:
+            a[name] = widen(a[name], q)
+    return tuple(a.values())
 
 
 def _lower_grid(grid: Grid) -> tuple[int, str, int]:
@@ -378,55 +321,63 @@ def _lower_bias(bias: Tensor, q: Tensor) -> Tensor:
     return bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
 
 
+# Replaces smaller decays, whose logarithm would be infinite; the weights left are below rounding.
+MIN_GAMMA = 1e-20
+
+
+def _lower_post_decay(decay: Decay2d, q: Tensor, absent: dict[str, Any]) -> tuple[Tensor, Grid]:
+    """Slopes -log gamma and their grid. absent: arguments that post_decay excludes."""
+    rule = "must be a tokenmill.masks.decay2d"
+    ok = isinstance(decay, Decay2d) and isinstance(decay.grid, Grid)
+    check(ok, OP, "post_decay", rule, decay)
+    for name, value in absent.items():
+        check(value is None, OP, name, "must be None with post_decay", value)
+    decay = masks.decay2d(decay.gamma, *decay.grid)  # the record may have been built by hand
+    gamma = widen(decay.gamma, q)
+    gamma = gamma + (MIN_GAMMA - gamma.detach()).clamp(min=0)  # keeps the derivative 1
+    return -gamma.log(), decay.grid
+
+
+def _check_values(a: Any) -> None:
+    """Lengths and offsets of packed sequences."""
+    for side, total in (("q", a.q.shape[0]), ("k", a.k.shape[0])):
+        name, bound = f"cu_seqlens_{side}", f"max_seqlen_{side}"
+        starts = getattr(a, name)
+        if starts is not None:
+            ends = check_cu_seqlens_values(OP, name, starts, total)
+            check_longest(OP, bound, ends, getattr(a, bound))
+
+
 # Float32 gradients: the kernels return [B, H] for all of these but bias.
 EXTRAS = ("score_bias", "bias", "alibi_slopes", "sink")
 
 
-def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
-    a = FORWARD.record(*lowered)
-    return a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1])), _fake_out(*lowered, None)
+def _fake(a: Any) -> tuple[Tensor, Tensor]:
+    return a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1])), _fake_out(a)
 
 
-def _fake_out(*arguments: Any) -> Tensor:
-    a = OUT.record(*arguments)
+def _fake_out(a: Any) -> Tensor:
     return row_statistic_like(a.q, a.kind, a.normalize)
 
 
-def _fake_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    needs, lowered = rest[: len(EXTRAS)], rest[len(EXTRAS) :]
-    a = FORWARD.record(*lowered)
+def _fake_backward(a: Any) -> tuple[Tensor, ...]:
     heads = (a.q.shape[0] if a.cu_seqlens_q is None else a.cu_seqlens_q.shape[0] - 1, a.q.shape[-2])
 
-    def grad(name: str, needed: bool) -> Tensor:
-        t = getattr(a, name)
+    def grad(name: str) -> Tensor:
+        t, needed = getattr(a, name), getattr(a, f"needs_d{name}")
         shape = (0,) if not needed or t is None else t.shape if name == "bias" else heads
         return a.q.new_empty(shape, dtype=torch.float32)
 
-    extra = [grad(name, needed) for name, needed in zip(EXTRAS, needs, strict=True)]
-    return (*(t.new_empty(t.shape) for t in (a.q, a.k, a.v)), *extra)
+    return (*(t.new_empty(t.shape) for t in (a.q, a.k, a.v)), *map(grad, EXTRAS))
 
 
-def _check_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor | None, lse: Tensor | None, *rest: Any
-) -> None:
-    check_attention(*rest[len(EXTRAS) :])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a = FORWARD.record(*inputs)
+def _setup_context(ctx: Any, a: Any, output: tuple[Tensor, Tensor]) -> None:
     out, lse = output if has_row_statistic(a.kind, a.normalize) else (None, None)
-    keep(ctx, inputs, None if a.normalize == "count" else out, lse)
+    keep(ctx, a, None if a.normalize == "count" else out, lse)
 
 
 def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    lowered, (out, lse) = kept(ctx)
-    a = FORWARD.record(*lowered)
+    a, (out, lse) = kept(ctx)
     if dout is None:
         dout = a.q.new_zeros((*a.q.shape[:-1], a.v.shape[-1]))
     if dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
@@ -435,7 +386,7 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
         dlse = None if out is None else dlse.contiguous()  # the count has no gradient
     needed = FORWARD.needed_gradients(ctx)
     needs = [needed[name] for name in EXTRAS]
-    dq, dk, dv, *grads = ops.attention_backward(dout, dlse, out, lse, *needs, *lowered)
+    dq, dk, dv, *grads = ops.attention_backward(dout, dlse, out, lse, *needs, *a)
     extra = {
         name: grad.sum_to_size(getattr(a, name).shape).to(getattr(a, name).dtype)
         for name, grad in zip(EXTRAS, grads, strict=True)
@@ -444,11 +395,28 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
     return FORWARD.gradients(q=dq, k=dk, v=dv, **extra)
 
 
+def flops(a: Any) -> float:
+    """Operations of the two products over visible pairs."""
+    right = 0 if a.causal else a.window_right
+    starts_q, starts_k = a.cu_seqlens_q, a.cu_seqlens_k
+    if starts_q is None:
+        sizes = [(a.q.shape[1], a.k.shape[1])] * a.q.shape[0]
+    elif known(starts_q) and known(starts_k):
+        sizes = [*zip(starts_q.diff().tolist(), starts_k.diff().tolist(), strict=True)]
+    else:
+        sizes = [(a.q.shape[0], a.k.shape[0])]
+    pairs = sum(band(sq, sk, a.window_left, right) for sq, sk in sizes)
+    mask = (a.mask_ranges, a.mask_q_spans, a.mask_k_spans)
+    batch = 1 if starts_q is not None else a.q.shape[0]
+    pairs = min(pairs, masked_pairs(*mask, batch, a.k.shape[-3]))
+    return 2.0 * a.q.shape[-2] * pairs * (a.q.shape[-1] + a.v.shape[-1])
+
+
 FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "k", "v", "bias")),
-        check_values=check_attention_values,
+        check_values=_check_values,
         fake=_fake,
         triton="dense.attention:attention",
         backward=_backward,
@@ -491,6 +459,6 @@ SPEC = register_op(
         ),
         paper="FlashAttention-2 (Dao 2023); Sigmoid Self-Attention (Ramapuram et al. 2024)",
         flops=flops,
-        backward_flops=backward_flops,
+        backward_flops=lambda a: 2.5 * flops(a),  # five products
     )
 )

@@ -6,28 +6,28 @@ import functools
 from typing import Any, Literal, overload
 
 from torch import Tensor
-from typing_extensions import Never
+from typing_extensions import Unpack
 
 from .._call.attach import register
 from .._call.autocast import Autocast
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import as_int, as_number, check_bool, check_tensor, check_text, fail
+from .._check import (
+    MAX_HEAD_DIM,
+    check_bool,
+    check_cu_seqlens_values,
+    check_longest,
+    check_tensor,
+    fail,
+)
 from .._flops import band, known
-from .._kv_cache import capacity
+from .._kv_cache import capacity, check_lengths_values
 from .._lowering import scale_or_default, widen
-from .._other_names import REQUIRED, refuse, refuses_other_names
-from ..masks import Masks
+from .._other_names import REQUIRED, answered_by, refuse
+from ..masks import MASKS, Lowered, Masks, Prefix, Segments, lower_mask
 from ..reference.dense import attention_decode as reference
 from ..registry import OpSpec, Sharding, register_op
-from .attention_decode_rules import (
-    OP,
-    check_decode,
-    check_decode_out,
-    check_decode_values,
-    lower_cache_mask,
-    unsupported,
-)
+from .attention_options import DecodeOptions, Schedule
 from .terms import (
     NO_WINDOW,
     Kind,
@@ -40,7 +40,22 @@ from .terms import (
     row_statistic_like,
 )
 
-Schedule = Literal["auto", "split", "stream_k"]
+OP = "attention_decode"
+
+
+def _attend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, **given: Any
+) -> Tensor | tuple[Tensor, ...]:
+    if not given.keys() <= DEFAULTS.keys():
+        refuse(OP, attention_decode, {n: x for n, x in given.items() if n not in DEFAULTS})
+    out, backend = given.pop("out", None), given.pop("backend", None)
+    if out is not None:
+        check_tensor(OP, "out", out, optional=True)
+    given.setdefault("seqlens_k", REQUIRED)
+    lowered = lower(q, k_cache, v_cache, **given)
+    used = 2 if given.get("return_lse") else 1
+    results = call(SPEC, lowered, backend, out, used=used)
+    return results[:2] if used == 2 else results[0]
 
 
 @overload
@@ -50,26 +65,8 @@ def attention_decode(
     v_cache: Tensor,
     *,
     seqlens_k: Tensor,
-    block_table: Tensor | None = ...,
-    kind: Kind = ...,
-    normalize: Normalize = ...,
-    scale: float | None = ...,
-    score_bias: ScoreBias = ...,
-    mask: Masks = ...,
-    alibi_slopes: Tensor | None = ...,
-    sink: Tensor | None = ...,
-    softcap: float = ...,
-    causal: bool = ...,
-    window: tuple[int, int] = ...,
-    cu_seqlens_q: Tensor | None = ...,
-    max_seqlen_q: int | None = ...,
-    num_splits: int = ...,
-    schedule: Schedule = ...,
     return_lse: Literal[False] = ...,
-    out: Tensor | None = ...,
-    backend: str | None = ...,
-    k_scale: Tensor | None = ...,
-    v_scale: Tensor | None = ...,
+    **options: Unpack[DecodeOptions],
 ) -> Tensor: ...
 
 
@@ -80,36 +77,18 @@ def attention_decode(
     v_cache: Tensor,
     *,
     seqlens_k: Tensor,
-    block_table: Tensor | None = ...,
-    kind: Kind = ...,
-    normalize: Normalize = ...,
-    scale: float | None = ...,
-    score_bias: ScoreBias = ...,
-    mask: Masks = ...,
-    alibi_slopes: Tensor | None = ...,
-    sink: Tensor | None = ...,
-    softcap: float = ...,
-    causal: bool = ...,
-    window: tuple[int, int] = ...,
-    cu_seqlens_q: Tensor | None = ...,
-    max_seqlen_q: int | None = ...,
-    num_splits: int = ...,
-    schedule: Schedule = ...,
     return_lse: Literal[True],
-    out: Tensor | None = ...,
-    backend: str | None = ...,
-    k_scale: Tensor | None = ...,
-    v_scale: Tensor | None = ...,
+    **options: Unpack[DecodeOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@refuses_other_names
+@answered_by(_attend)
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     *,
-    seqlens_k: Tensor = REQUIRED,
+    seqlens_k: Tensor,
     block_table: Tensor | None = None,
     kind: Kind = "softmax",
     normalize: Normalize = None,
@@ -130,7 +109,6 @@ def attention_decode(
     backend: str | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    **other: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention of the newest tokens of each request over its KV cache, dense or paged.
 
@@ -218,41 +196,11 @@ def attention_decode(
         ... ).shape
         torch.Size([33, 8, 64])
     """
-    if other:
-        refuse(OP, attention_decode, other)
-    if out is not None:
-        check_tensor(OP, "out", out, optional=True)
-    results = call(
-        SPEC,
-        lower(
-            q,
-            k_cache,
-            v_cache,
-            seqlens_k=seqlens_k,
-            block_table=block_table,
-            kind=kind,
-            normalize=normalize,
-            scale=scale,
-            score_bias=score_bias,
-            mask=mask,
-            alibi_slopes=alibi_slopes,
-            sink=sink,
-            softcap=softcap,
-            causal=causal,
-            window=window,
-            cu_seqlens_q=cu_seqlens_q,
-            max_seqlen_q=max_seqlen_q,
-            num_splits=num_splits,
-            schedule=schedule,
-            return_lse=return_lse,
-            k_scale=k_scale,
-            v_scale=v_scale,
-        ),
-        backend,
-        out,
-        used=2 if return_lse else 1,
-    )
-    return results[:2] if return_lse else results[0]
+    raise NotImplementedError
+
+
+_DECLARED: Any = attention_decode.__wrapped__  # type: ignore[attr-defined]
+DEFAULTS: dict[str, Any] = {"seqlens_k": REQUIRED, **_DECLARED.__kwdefaults__}
 
 
 def lower(
@@ -260,102 +208,84 @@ def lower(
     k_cache: Tensor,
     v_cache: Tensor,
     *,
-    seqlens_k: Tensor,
-    block_table: Tensor | None = None,
-    kind: str = "softmax",
     normalize: str | None = None,
     scale: float | None = None,
     score_bias: ScoreBias = None,
     mask: Masks = None,
-    alibi_slopes: Tensor | None = None,
-    sink: Tensor | None = None,
-    softcap: float = 0.0,
-    causal: bool = True,
     window: tuple[int, int] = NO_WINDOW,
-    cu_seqlens_q: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    num_splits: int = 0,
-    schedule: str = "auto",
     return_lse: bool = False,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    **given: Any,
 ) -> tuple[Any, ...]:
-    for name, t in (
-        ("q", q),
-        ("k_cache", k_cache),
-        ("v_cache", v_cache),
-        ("seqlens_k", seqlens_k),
-    ):
-        check_tensor(OP, name, t)
-    for name, option in (
-        ("block_table", block_table),
-        ("alibi_slopes", alibi_slopes),
-        ("sink", sink),
-        ("cu_seqlens_q", cu_seqlens_q),
-        ("k_scale", k_scale),
-        ("v_scale", v_scale),
-    ):
-        if option is not None:
-            check_tensor(OP, name, option, optional=True)
-    check_text(OP, "kind", kind)
-    check_text(OP, "schedule", schedule)
-    check_bool(OP, "causal", causal)
+    """given: the arguments that the schema has under the same name and of the same kind."""
+    a = FORWARD.fields(q=q, k_cache=k_cache, v_cache=v_cache, **given)
     check_bool(OP, "return_lse", return_lse)
-    normalize = lower_normalize(OP, normalize)
+    a["normalize"] = lower_normalize(OP, normalize)
     if return_lse:
-        check_return_lse(OP, kind, normalize)
-    scale = scale_or_default(OP, scale, q)
-    softcap = as_number(OP, "softcap", softcap)
+        check_return_lse(OP, a["kind"], a["normalize"])
+    a["scale"] = scale_or_default(OP, scale, q)
     left, right = as_window(OP, window)
-    if causal and right not in (-1, 0):
+    if a["causal"] and right not in (-1, 0):
         rule = "right must be -1 or 0 where queries are causal: none sees a later key"
         fail(OP, "window", rule, right)
-    if max_seqlen_q is not None:
-        rule = "must be an integer or None"
-        max_seqlen_q = as_int(OP, "max_seqlen_q", max_seqlen_q, rule)
-    num_splits = as_int(OP, "num_splits", num_splits)
-    lowered_mask = lower_cache_mask(mask, q, causal, cu_seqlens_q)
-    return (
-        q,
-        k_cache,
-        v_cache,
-        seqlens_k,
-        block_table,
-        kind,
-        normalize,
-        scale,
-        *lower_score_bias(OP, score_bias, q),
-        *lowered_mask,
-        None if alibi_slopes is None else widen(alibi_slopes, q),
-        None if sink is None else widen(sink, q),
-        softcap,
-        causal,
-        left,
-        right,
-        cu_seqlens_q,
-        max_seqlen_q,
-        num_splits,
-        schedule,
-        k_scale,
-        v_scale,
+    a["window_left"], a["window_right"] = left, right
+    if mask is not None:
+        a["mask_ranges"], a["mask_q_spans"], a["mask_k_spans"] = _lower_mask(
+            mask, q, a["causal"], a["cu_seqlens_q"]
+        )
+    if score_bias is not None:
+        a["score_bias"], a["score_bias_value"], a["score_bias_neg_log_n"] = lower_score_bias(
+            OP, score_bias, q
+        )
+    for name in ("alibi_slopes", "sink"):
+        if a[name] is not None:
+            a[name] = widen(a[name], q)
+    return tuple(a.values())
+
+
+def _lower_mask(mask: Masks, q: Tensor, causal: bool, cu_seqlens_q: Tensor | None) -> Lowered:
+    """Key positions are relative to the request; a prefix mask is refused because it needs its
+    length.
+    """
+    several = isinstance(mask, tuple | list) and not isinstance(mask, MASKS)
+    for m in mask if several else (mask,):
+        if isinstance(m, Prefix):
+            fail(OP, "mask", "must not be a prefix with a cache", "prefix")
+        if cu_seqlens_q is not None and isinstance(m, Segments):
+            fail(OP, "mask", "must be only ranges with cu_seqlens_q", "segments")
+    return lower_mask(
+        OP, mask, q, 0, causal=causal, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_q
     )
 
 
-def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
-    a = FORWARD.record(*lowered)
-    return a.q.new_empty((*a.q.shape[:-1], a.v_cache.shape[-1])), _fake_out(*lowered, None)
+def _check_values(a: Any) -> None:
+    """Lengths and offsets of requests, and pages of their keys."""
+    if a.cu_seqlens_q is not None:
+        ends = check_cu_seqlens_values(OP, "cu_seqlens_q", a.cu_seqlens_q, a.q.shape[0])
+        check_longest(OP, "max_seqlen_q", ends, a.max_seqlen_q)
+    check_lengths_values(OP, a.k_cache, a.seqlens_k, a.block_table)
 
 
-def _fake_out(*arguments: Any) -> Tensor:
-    a = OUT.record(*arguments)
+def _unsupported(backend: str, a: Any) -> list[str]:
+    widest = max(a.q.shape[-1], a.v_cache.shape[-1])
+    ragged = a.cu_seqlens_q is not None or not a.causal
+    if backend == "cuda" and ragged and widest > MAX_HEAD_DIM:
+        rule = f"beyond {MAX_HEAD_DIM} its queries are causal and not packed; got {widest}"
+        return [f"with head dimensions {rule}"]
+    return []
+
+
+def _fake(a: Any) -> tuple[Tensor, Tensor]:
+    return a.q.new_empty((*a.q.shape[:-1], a.v_cache.shape[-1])), _fake_out(a)
+
+
+def _fake_out(a: Any) -> Tensor:
     return row_statistic_like(a.q, a.kind, a.normalize)
 
 
-def flops(*lowered: Any) -> float:
+def flops(a: Any) -> float:
     """Operations of the two products over the keys of each request, ignoring window and mask;
     causal rows of a packed call count the keys up to their own position.
     """
-    a = FORWARD.record(*lowered)
     room = capacity(a.k_cache, a.block_table)
     batch = a.seqlens_k.shape[0]
     lengths = a.seqlens_k.clamp(0).tolist() if known(a.seqlens_k) else [room] * batch
@@ -376,7 +306,7 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q",), cache="k_cache"),
-        check_values=check_decode_values,
+        check_values=_check_values,
         fake=_fake,
         triton="dense.attention_decode:attention_decode",
         refuses_gradients=True,
@@ -397,7 +327,7 @@ SPEC = register_op(
         copied=("q",),
         differentiable=(),
         logarithms=(1,),
-        unsupported=unsupported,
+        unsupported=_unsupported,
         sharding=Sharding(
             {
                 "q k_cache v_cache": "b.h.",

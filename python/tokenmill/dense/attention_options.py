@@ -1,4 +1,4 @@
-"""Keyword arguments of attention and of the functions that forward them to it."""
+"""Keyword arguments of attention, of attention_decode and of the functions that forward them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..masks import Decay2d, Grid, Masks
 from .terms import Kind, Normalize, ScoreBias
 
 Precision = Literal["accurate", "fast"]
+Schedule = Literal["auto", "split", "stream_k"]
 
 
 class SigmoidOptions(TypedDict, total=False):
@@ -44,3 +45,29 @@ class AttentionOptions(SigmoidOptions, total=False):
     score_bias: ScoreBias
     sink: Tensor | None
     post_decay: Decay2d | None
+
+
+class DecodeOptions(TypedDict, total=False):
+    """Keywords of :func:`attention_decode` other than seqlens_k and return_lse, which decides the
+    type of the result.
+    """
+
+    block_table: Tensor | None
+    kind: Kind
+    normalize: Normalize
+    scale: float | None
+    score_bias: ScoreBias
+    mask: Masks
+    alibi_slopes: Tensor | None
+    sink: Tensor | None
+    softcap: float
+    causal: bool
+    window: tuple[int, int]
+    cu_seqlens_q: Tensor | None
+    max_seqlen_q: int | None
+    num_splits: int
+    schedule: Schedule
+    out: Tensor | None
+    backend: str | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None

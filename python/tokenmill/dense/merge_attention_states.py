@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .._call.attach import register
+from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import check, check_dtype, check_last_contiguous, check_tensor, check_wide
+from .._check import check_tensor
 from ..reference.dense import merge_attention_states as reference
 from ..registry import OpSpec, Sharding, register_op
 
@@ -69,62 +70,30 @@ def lower(outs: Tensor, lses: Tensor | None = None) -> tuple[Any, ...]:
     return outs, lses
 
 
-def _check(outs: Tensor, lses: Tensor | None, *, float64: bool = False) -> None:
-    check(
-        outs.dim() in (4, 5),
-        OP,
-        "outs",
-        "must have 5 dimensions [n, B, S, H, D] or 4 [n, T, H, D]",
-        outs.dim(),
-    )
-    check_dtype(OP, "outs", outs, float64=float64)
-    check_last_contiguous(OP, "outs", outs)
-    check(outs.shape[0] >= 1, OP, "outs", "must hold at least one part", outs.shape[0])
-    if lses is None:
-        return
-    wanted = [*outs.shape[:-3], outs.shape[-2], outs.shape[-3]]
-    check(
-        list(lses.shape) == wanted,
-        OP,
-        "lses",
-        f"must have shape [{', '.join(map(str, wanted))}]",
-        lses.shape,
-    )
-    check_wide(OP, "lses", lses, outs)
-    check(lses.device == outs.device, OP, "lses", "must be on the device of outs", lses.device)
+def _fake(a: Any) -> tuple[Tensor, Tensor]:
+    lse_shape = (0,) if a.lses is None else a.lses.shape[1:]
+    return a.outs.new_empty(a.outs.shape[1:]), a.outs.new_empty(lse_shape, dtype=torch.float32)
 
 
-def _check_backward(dout: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor | None) -> None:
-    _check(outs, lses)
+def _fake_backward(a: Any) -> tuple[Tensor, Tensor]:
+    lses_shape = (0,) if a.lses is None else a.lses.shape
+    return a.outs.new_empty(a.outs.shape), a.outs.new_empty(lses_shape, dtype=torch.float32)
 
 
-def _fake(outs: Tensor, lses: Tensor | None) -> tuple[Tensor, Tensor]:
-    lse_shape = (0,) if lses is None else lses.shape[1:]
-    return outs.new_empty(outs.shape[1:]), outs.new_empty(lse_shape, dtype=torch.float32)
-
-
-def _fake_backward(
-    dout: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    lses_shape = (0,) if lses is None else lses.shape
-    return outs.new_empty(outs.shape), outs.new_empty(lses_shape, dtype=torch.float32)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.set_materialize_grads(False)
+def _setup_context(ctx: Any, a: Any, output: tuple[Tensor, Tensor]) -> None:
+    keep(ctx, a)
 
 
 def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    outs, lses = ctx.saved_tensors
+    a, _ = kept(ctx)
     if dout is None:
-        dout = outs.new_zeros(outs.shape[1:])
+        dout = a.outs.new_zeros(a.outs.shape[1:])
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     if dlse is not None:
-        dlse = dlse.contiguous() if lses is not None else None
-    douts, dlses = ops.merge_attention_states_backward(dout, dlse, outs, lses)
-    return douts, (dlses if lses is not None else None)
+        dlse = dlse.contiguous() if a.lses is not None else None
+    douts, dlses = ops.merge_attention_states_backward(dout, dlse, *a)
+    return FORWARD.gradients(outs=douts, lses=dlses if a.lses is not None else None)
 
 
 FORWARD = register(
@@ -160,6 +129,6 @@ SPEC = register_op(
             ("brh.", "bhr"),
         ),
         paper="FlashAttention (Dao et al. 2022), LeanAttention (Sanovar et al. 2024)",
-        flops=lambda outs, lses: 2.0 * outs.numel(),
+        flops=lambda a: 2.0 * a.outs.numel(),
     )
 )

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._call.strides import JAGGED
 from .._check import check, fail, reads_values
-from .._strides import JAGGED
-from .attention_rules import OP
+
+OP = "attention"
 
 
 def is_nested(t: Any) -> bool:
@@ -41,11 +42,11 @@ def as_packed(
 
 
 def over_nested(
-    attention: Callable[..., Any], q: Any, k: Any, v: Any, given: Mapping[str, Any], **options: Any
+    attention: Callable[..., Any], q: Any, k: Any, v: Any, given: Mapping[str, Any]
 ) -> Any:
-    """Attention of nested tensors. given: arguments that must be None."""
+    """Attention of nested tensors. given: its other arguments."""
     packed, ends = as_packed(q, k, v, given)
-    found = attention(*packed, **ends, **options)
+    found = attention(*packed, **{n: x for n, x in given.items() if n not in REFUSED}, **ends)
     out, *lse = found if isinstance(found, tuple) else (found,)
     out = torch.nested.nested_tensor_from_jagged(out, offsets=q.offsets())
     return (out, *lse) if lse else out

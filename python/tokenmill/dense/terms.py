@@ -1,6 +1,5 @@
 """The score_mod (from q.k to the weights) of operators with a score map: lowers the arguments of
-public functions to the schema's, and checks them. csrc/dense/terms.h has the same rules in the same
-order and words.
+public functions to the schema's.
 """
 
 from __future__ import annotations
@@ -22,10 +21,8 @@ from .._check import (
     check_text,
     check_wide,
     fail,
-    is_any,
 )
 from .._lowering import widen
-from ..masks import MAX_RANGES
 
 Kind = Literal["softmax", "sigmoid", "relu", "elu1", "linear", "taylor2"]
 Normalize: TypeAlias = Literal["sum", "count"] | None
@@ -84,16 +81,6 @@ def check_return_lse(op: str, kind: str, normalize: str) -> None:
     check(ok, op, "return_lse", "needs kind 'softmax' or normalize 'sum', not", kind)
 
 
-def check_kind(op: str, kind: str, normalize: str) -> None:
-    kinds = "must be 'softmax', 'sigmoid', 'relu', 'elu1', 'linear' or 'taylor2'"
-    check(kind in KINDS, op, "kind", kinds, kind)
-    if normalize != "none":
-        known = normalize in ("sum", "count")
-        check(known, op, "normalize", "must be None, 'sum' or 'count'", normalize)
-        rule = "needs a kind other than 'softmax'"
-        check(kind != "softmax", op, "normalize", rule, normalize)
-
-
 def check_scale_and_cap(op: str, scale: float, softcap: float) -> None:
     check_scale(op, scale)
     ok = math.isfinite(softcap) and softcap >= 0
@@ -126,50 +113,6 @@ def check_sink(op: str, sink: Tensor, q: Tensor) -> None:
     if list(sink.shape) != [heads]:
         fail(op, "sink", f"must have shape [{heads}]", sink.shape)
     check_small(op, "sink", sink, q)
-
-
-def check_mask(
-    op: str,
-    q: Tensor,
-    batch: int,
-    keys: int,
-    ranges: Tensor | None,
-    q_spans: Tensor | None,
-    k_spans: Tensor | None,
-) -> None:
-    """keys: number of keys that a row of k_spans must cover at least."""
-    heads, rows = q.shape[-2], q.shape[-3]
-    batch = 1 if q.dim() == 3 else batch
-    if ranges is not None:
-        ok = (
-            ranges.dim() == 5
-            and is_any(ranges.shape[0], 1, batch)
-            and is_any(ranges.shape[1], 1, heads)
-            and ranges.shape[2] == rows
-            and 1 <= ranges.shape[3] <= MAX_RANGES
-            and ranges.shape[4] == 2
-        )
-        rule = f"must have shape [{batch} or 1, {heads} or 1, {rows}, 1 to {MAX_RANGES}, 2]"
-        check(ok, op, "mask_ranges", rule, ranges.shape)
-        check_integers(op, "mask_ranges", ranges, q)
-    if q_spans is None and k_spans is None:
-        return
-    for name, t, length, more in (
-        ("mask_q_spans", q_spans, rows, ""),
-        ("mask_k_spans", k_spans, keys, " or more" if op == "attention_decode" else ""),
-    ):
-        if t is None:
-            fail(op, name, "must be given with its counterpart", None)
-        ok = t.dim() == 3 and is_any(t.shape[0], 1, batch) and t.shape[2] == 2
-        ok = ok and (t.shape[1] == length or (bool(more) and t.shape[1] > length))
-        check(ok, op, name, f"must have shape [{batch} or 1, {length}{more}, 2]", t.shape)
-        check_integers(op, name, t, q)
-
-
-def check_integers(op: str, name: str, t: Tensor, q: Tensor) -> None:
-    check(t.dtype == torch.int32, op, name, "must be int32", t.dtype)
-    check(t.is_contiguous(), op, name, "must be contiguous; strides", t.stride())
-    check_device_of_q(op, name, t, q)
 
 
 def check_small(op: str, name: str, t: Tensor, q: Tensor) -> None:

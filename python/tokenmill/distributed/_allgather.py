@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dense.attention import attention
-from ._band import Part, visible
+from ._call import Call, Part, visible
 from .sequence import Piece, in_order
-
-if TYPE_CHECKING:
-    from .attention import Call
 
 
 def gathered_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:

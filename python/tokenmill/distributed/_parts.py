@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .. import registry
 from .._call import fake, operator
 from .._call.operator import TorchOp
+from .._call.spec import AXES, Sharding
 from .._check import fail
-from ..registry import AXES, Sharding
 
 
 class Meta(NamedTuple):

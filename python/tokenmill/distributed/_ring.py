@@ -8,7 +8,7 @@ home in step P; probabilities are recomputed from the statistics of whole rows.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,9 @@ from .._call.choose import choose, namespace
 from .._call.run import call as run
 from ..dense.attention import BACKWARD, EXTRAS, FORWARD, SPEC, lower
 from ..dense.terms import has_row_statistic
-from ._band import Part, visible
+from ._call import Call, Part, visible
 from ._group import Group
 from ._merge import Merge
-
-if TYPE_CHECKING:
-    from .attention import Call
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dense.attention import attention
+from ._call import Call
 from ._group import Group
 from .sequence import as_held, in_order
-
-if TYPE_CHECKING:
-    from .attention import Call
 
 
 def heads_divide(heads: int, kv_heads: int, ranks: int) -> str | None:

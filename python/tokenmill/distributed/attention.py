@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,29 +27,18 @@ from ..dense.attention import SPEC, lower
 from ..dense.attention_options import AttentionOptions
 from ..dense.terms import as_window, check_return_lse
 from ._allgather import gathered_attention
+from ._call import Call
 from ._group import Group, records_gradients
 from ._ring import ring_attention
 from ._ulysses import head_attention, heads_divide
 from .plan import cheapest
-from .sequence import Layout, Order, layout_of_shard
+from .sequence import Order, layout_of_shard
 
 Schedule = Literal["auto", "ring", "allgather", "ulysses"]
 SCHEDULES = ("ring", "allgather", "ulysses")
 OP = "distributed.attention"
 # Only for whole sequences: these depend on positions or pairs.
 WHOLE = ("bias", "mask", "alibi_slopes", "alibi_grid", "post_decay")
-
-
-class Call(NamedTuple):
-    """An attention call on the shards of a group."""
-
-    group: Group
-    where: Layout
-    options: dict[str, Any]  # options of tokenmill.attention
-    left: int | None  # number of visible keys to the left of a query; None = all
-    right: int | None
-    cu_seqlens: Tensor | None
-    return_lse: bool
 
 
 def attention(

@@ -14,7 +14,7 @@ from .._call.autocast import Autocast
 from .._call.choose import choose
 from .._call.run import call as run
 from .._check import check, check_bool
-from ..reference.sparse._common import listed_entries
+from ..reference.sparse.transpose_block_list import listed_entries
 from ..sparse.block_sparse_attention import SPEC, lower
 from ._blocks import arrange
 from ._group import Group, records_gradients

@@ -23,7 +23,7 @@ from ..select.hip_block_select import (
 from ..select.hip_block_select import lower as lower_search
 from ..sparse.block_sparse_attention import lower
 from ..sparse.hip_attention import whole_sinks
-from ..sparse.rules import check_block
+from ..sparse.query_lists import check_block
 from .block_sparse_attention import block_sparse_attention, prepare
 
 OP = "distributed.hip_attention"

@@ -29,12 +29,8 @@ from .._check import (
     reads_values,
 )
 from ..linear import linear_attention as plain_linear_attention
-from ..linear.linear_attention import FORWARD, FeatureMap, decay_of_slopes, lower
-from ..linear.rules import (
-    check_decay_values,
-    check_linear_attention,
-    check_linear_attention_out,
-)
+from ..linear._state import check_decay_values
+from ..linear.linear_attention import FORWARD, OUT, FeatureMap, decay_of_slopes, lower
 from ._group import Group, records_gradients
 from .sequence import Layout, Order, layout_of_shard
 
@@ -147,9 +143,9 @@ def linear_attention(
         return found
     lowered = lower(q, k, v, **how)
     if out is None:
-        check_linear_attention(*lowered, float64=True)
+        FORWARD.check(*lowered, float64=True)
     else:
-        check_linear_attention_out(*lowered, out, float64=True)
+        OUT.check(*lowered, out, float64=True)
     log_decay = FORWARD.record(*lowered).log_decay
     if reads_values(q):
         check_decay_values(OP, log_decay)

@@ -16,18 +16,17 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     DynamicCache,
-    PreTrainedModel,
 )
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from .._check import check, fail
+from .._check import check, check_version, fail
+from .._transformers.attention import attention_forward
+from .._transformers.masks import build_mask
+from .._transformers.models import KEEP, POLICY, configs_of
 from ..policies import KVCache, Policy
 from ..policies.policy import Keeping
-from ._needs import check_version
 
 NAME = "integrations.transformers.apply_policy"
-IMPLEMENTATION = "tokenmill_policy"
-KEEP = "_tokenmill_policy"
 SLACK = 64  # slots of a new cache in addition to the prompt's
 
 # The layer whose keys the model has just computed; its attention call follows.
@@ -63,7 +62,7 @@ class PolicyLayer(CacheLayerMixin):
         """Returns only the new tokens: the policy holds the earlier ones."""
         found = self.config._attn_implementation
         rule = "must go to a model under the policy, as this attention knows no keys before"
-        check(found == IMPLEMENTATION, NAME, "cache", rule, found)
+        check(found == POLICY, NAME, "cache", rule, found)
         if _pending.get() is not None:
             _pending.set(None)
             rule = "must have layers that attend as their configuration says"
@@ -210,11 +209,11 @@ class AppliedPolicy:
         self._argument = "cache" if "cache" in self._parameters else "past_key_values"
         self._configs = [(c, c._attn_implementation) for c in configs_of(model, config)]
         try:
-            model.set_attn_implementation(IMPLEMENTATION)
+            model.set_attn_implementation(POLICY)
             found = config._attn_implementation
             rule = "must have attention that transformers can replace"
             shown = f"{type(model).__name__} with {found}"
-            check(found == IMPLEMENTATION, NAME, "model", rule, shown)
+            check(found == POLICY, NAME, "model", rule, shown)
         except BaseException:
             self._restore()
             raise
@@ -304,25 +303,6 @@ class AppliedPolicy:
             _prompt_end.reset(token)
 
 
-def pretrained(model: torch.nn.Module) -> list[Any]:
-    """The transformers models within a model, including itself."""
-    return [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-
-
-def configs_of(model: torch.nn.Module, *others: Any) -> list[Any]:
-    """All configurations, each once: of the models within a model, the given others, and the nested
-    configurations, including configurations without a module.
-    """
-    configs = [*(m.config for m in pretrained(model)), *others]
-    found: dict[int, Any] = {}
-    while configs:
-        config = configs.pop(0)
-        if config is not None and id(config) not in found:
-            found[id(config)] = config
-            configs += [getattr(config, name, None) for name in config.sub_configs]
-    return [*found.values()]
-
-
 def _marked(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     token = _generates.set(True)
     try:
@@ -380,7 +360,7 @@ def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy
     encoder = getattr(config, "is_encoder_decoder", False)
     check(not encoder, NAME, "model", "must be a decoder without an encoder", type(model).__name__)
     config = config.get_text_config(decoder=True)
-    free = KEEP not in vars(model) and config._attn_implementation != IMPLEMENTATION
+    free = KEEP not in vars(model) and config._attn_implementation != POLICY
     check(free, NAME, "model", "must have no policy yet", type(model).__name__)
     shares = getattr(config, "num_kv_shared_layers", None)
     if not shares:
@@ -405,16 +385,6 @@ def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy
     return AppliedPolicy(model, [*recipes], config)
 
 
-def register_beside(attention: Callable[..., Any], build_mask: Callable[..., Any]) -> None:
-    """Registers the implementation for models under a policy; their other layers use
-    `attention`.
-    """
-    AttentionInterface.register(IMPLEMENTATION, functools.partial(_attend, attention=attention))
-    AttentionMaskInterface.register(
-        IMPLEMENTATION, functools.partial(_build_mask, build_mask=build_mask)
-    )
-
-
 def _attend(
     module: torch.nn.Module,
     query: Tensor,
@@ -423,16 +393,14 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    *,
-    attention: Callable[..., Any],
     **options: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """The attention of one layer, `[B, H, n, D]` -> `[B, n, H, Dv]`."""
     layer = _pending.get()
     _pending.set(None)
     if layer is None:
         options |= {"kind": "softmax", "backend": None}
-        return attention(
+        return attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
         )
     for name in (
@@ -462,8 +430,6 @@ def _build_mask(
     kv_length: int,
     q_offset: Any = 0,
     kv_offset: int = 0,
-    *,
-    build_mask: Callable[..., Any],
     **options: Any,
 ) -> Tensor | None:
     """For a PolicyLayer [B, n], True for new tokens that are not padding, or None: all are. For
@@ -479,3 +445,7 @@ def _build_mask(
     there = padding[:, int(kv_offset) : int(kv_offset) + q_length]
     there = torch.nn.functional.pad(there, (0, q_length - there.shape[1]), value=True)
     return None if bool(there.all()) else there
+
+
+AttentionInterface.register(POLICY, _attend)
+AttentionMaskInterface.register(POLICY, _build_mask)

@@ -8,8 +8,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-from .._check import check
-from ._needs import check_version
+from .._check import check, check_version
 from ._reduction import Reduction, install, make_reduction, uninstall
 
 NAME = "integrations.transformers.patch"

@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._check import as_int, as_number, check, fail
-from ._needs import needs
+from .._check import as_int, as_number, check, fail, needs
 
 try:
     from diffusers.models.attention import BasicTransformerBlock

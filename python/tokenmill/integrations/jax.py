@@ -27,8 +27,7 @@ from torch import Tensor
 
 import tokenmill
 
-from .._check import check
-from ._needs import needs
+from .._check import check, needs
 
 try:
     import jax

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._check import check, fail
+from .._check import check, fail, needs
 from ..select.attention_column_scores import attention_column_scores
 from ..select.block_pool_keys import block_pool_keys
 from ..select.kv_block_scores import kv_block_scores
 from ..select.topk_select import topk_select
 from ..tokens.gather_tokens import gather_tokens
-from ._needs import needs
 
 try:
     from kvpress import ScorerPress

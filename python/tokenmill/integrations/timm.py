@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._check import check
-from ._needs import needs
+from .._check import check, needs
 
 try:
     from timm.layers.attention import Attention

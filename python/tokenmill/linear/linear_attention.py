@@ -28,15 +28,9 @@ from .._lowering import scale_or_default, widen
 from .._other_names import refuse, refuses_other_names
 from ..reference.linear import linear_attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from .rules import LINEAR_ATTENTION as OP
-from .rules import (
-    check_decay_values,
-    check_linear_attention,
-    check_linear_attention_out,
-    feature_dim,
-    rows_lie_together,
-)
+from ._state import check_decay_values, feature_dim, rows_lie_together
 
+OP = "linear_attention"
 FeatureMap = Literal["identity", "elu1", "relu", "silu", "taylor2"]
 LIGHTNING = "lightning_attention"
 
@@ -332,20 +326,17 @@ def lower(
     )
 
 
-def _check_values(*lowered: Any) -> None:
-    a = FORWARD.record(*lowered)
+def _check_values(a: Any) -> None:
     if a.cu_seqlens is not None:
         check_cu_seqlens_values(OP, "cu_seqlens", a.cu_seqlens, a.q.shape[0])
     check_decay_values(OP, a.log_decay)
 
 
-def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
-    a = FORWARD.record(*lowered)
-    return (a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1])), *_fake_out(*lowered, None))
+def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1])), *_fake_out(a))
 
 
-def _fake_out(*arguments: Any) -> tuple[Tensor, Tensor]:
-    a = OUT.record(*arguments)
+def _fake_out(a: Any) -> tuple[Tensor, Tensor]:
     q = a.q
     packed = a.cu_seqlens is not None
     state: tuple[int, ...] = (0,)
@@ -359,12 +350,7 @@ def _fake_out(*arguments: Any) -> tuple[Tensor, Tensor]:
     return tuple(q.new_empty(shape, dtype=torch.float32) for shape in (state, normalizer))
 
 
-def _check_backward(*arguments: Any) -> None:
-    check_linear_attention(*arguments[-len(FORWARD.arguments) :])
-
-
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    a = BACKWARD.record(*arguments)
+def _fake_backward(a: Any) -> tuple[Tensor, ...]:
     decay_shape: tuple[int, ...] = (0,)
     if a.needs_dlog_decay and a.log_decay.dim() > 1:
         decay_shape = a.log_decay.shape
@@ -378,18 +364,16 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, a: Any, output: tuple[Tensor, ...]) -> None:
     out, _, normalizer = output
     ctx.mark_non_differentiable(normalizer)
-    normalize = FORWARD.record(*inputs).normalize
-    keep(ctx, inputs, *((out, normalizer) if normalize else (None, None)))
+    keep(ctx, a, *((out, normalizer) if a.normalize else (None, None)))
 
 
 def _backward(
     ops: Any, ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, _: Tensor | None
 ) -> tuple[Any, ...]:
-    lowered, (out, normalizer) = kept(ctx)
-    a = FORWARD.record(*lowered)
+    a, (out, normalizer) = kept(ctx)
     if dout is not None and dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
         dout = dout.contiguous()
     if dfinal_state is not None:
@@ -397,7 +381,7 @@ def _backward(
     needed = FORWARD.needed_gradients(ctx)
     needs = needed["log_decay"], needed["initial_state"]
     dq, dk, dv, dlog_decay, dinitial_state = ops.linear_attention_backward(
-        dout, dfinal_state, out, normalizer, *needs, *lowered
+        dout, dfinal_state, out, normalizer, *needs, *a
     )
     extra = {}
     if needed["log_decay"]:
@@ -407,10 +391,10 @@ def _backward(
     return FORWARD.gradients(q=dq, k=dk, v=dv, **extra)
 
 
-def flops(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, feature_map: str, *_: Any) -> float:
+def flops(a: Any) -> float:
     """Operations of the state update and the query, per token."""
-    features = feature_dim(feature_map, q.shape[-1])
-    return 4.0 * math.prod(q.shape[:-1]) * features * v.shape[-1]
+    features = feature_dim(a.feature_map, a.q.shape[-1])
+    return 4.0 * math.prod(a.q.shape[:-1]) * features * a.v.shape[-1]
 
 
 FORWARD = register(
@@ -455,6 +439,6 @@ SPEC = register_op(
         ),
         paper="Lightning Attention-2 (Qin et al. 2024); Based (Arora et al. 2024)",
         flops=flops,
-        backward_flops=lambda *lowered: 3.0 * flops(*lowered),  # three recurrences
+        backward_flops=lambda a: 3.0 * flops(a),  # three recurrences
     )
 )

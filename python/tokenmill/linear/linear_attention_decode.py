@@ -16,9 +16,10 @@ from .._lowering import scale_or_default, widen
 from .._other_names import refuse, refuses_other_names
 from ..reference.linear import linear_attention_decode as reference
 from ..registry import OpSpec, Sharding, register_op
+from ._state import check_decay_values, check_slot_values
 from .linear_attention import FeatureMap, flops
-from .rules import DECODE as OP
-from .rules import check_decay_values, check_decode, check_slot_values
+
+OP = "linear_attention_decode"
 
 
 @refuses_other_names
@@ -133,19 +134,14 @@ def lower(
     )
 
 
-def _check_values(*lowered: Any) -> None:
-    a = FORWARD.record(*lowered)
+def _check_values(a: Any) -> None:
     check_decay_values(OP, a.log_decay)
     if a.state_indices is not None:
         check_slot_values(OP, a.state_indices, a.state.shape[0])
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
-
-
-def _flops(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *lowered: Any) -> float:
-    return flops(q, k, v, *lowered)
+def _fake(a: Any) -> Tensor:
+    return a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1]))
 
 
 FORWARD = register(
@@ -167,7 +163,6 @@ SPEC = register_op(
         plain=reference.linear_attention_decode,
         forward=FORWARD,
         backward=None,
-        # Edits of the first sample: q [3, 1, 4, 32], k and v [3, 1, 2, 32], state [5, 4, 32, 32].
         copied=("q", "k", "v"),
         differentiable=(),
         sharding=Sharding(
@@ -181,6 +176,6 @@ SPEC = register_op(
             ("b.h.",),
         ),
         paper="Transformers are RNNs (Katharopoulos et al. 2020); MiniMax-01 (2025)",
-        flops=_flops,
+        flops=flops,
     )
 )

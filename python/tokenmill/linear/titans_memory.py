@@ -27,10 +27,9 @@ from .._check import (
 from .._lowering import widen
 from ..reference.linear import titans_memory as reference
 from ..registry import OpSpec, Sharding, register_op
-from .rules import rows_lie_together
-from .titans_rules import PAIR, check_titans_memory
-from .titans_rules import TITANS_MEMORY as OP
+from ._state import rows_lie_together
 
+OP = "titans_memory"
 State = tuple[Tensor, Tensor]
 Loss = Literal["mse"]
 
@@ -201,7 +200,8 @@ def lower(
     if initial_state is not None:
         pair = isinstance(initial_state, Sequence) and len(initial_state) == 2
         pair = pair and all(isinstance(t, Tensor) for t in initial_state)
-        check(pair, OP, "initial_state", PAIR, initial_state)
+        rule = "must be a pair of tensors (M, S) or None"
+        check(pair, OP, "initial_state", rule, initial_state)
         for t in initial_state:
             check_tensor(OP, "initial_state", t)
         memory, momentum = (
@@ -218,19 +218,23 @@ def lower(
     )
 
 
+def check_chunk_size(op: str, chunk_size: int) -> int:
+    chunk_size = as_int(op, "chunk_size", chunk_size)
+    check(chunk_size > 0, op, "chunk_size", "must be at least 1", chunk_size)
+    return chunk_size
+
+
 def _last_together(t: Tensor) -> Tensor:
     together = t.dim() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1
     return t if together else t.contiguous()
 
 
-def _check_values(*lowered: Any) -> None:
-    a = FORWARD.record(*lowered)
+def _check_values(a: Any) -> None:
     if a.cu_seqlens is not None:
         check_cu_seqlens_values(OP, "cu_seqlens", a.cu_seqlens, a.q.shape[0])
 
 
-def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
-    a = FORWARD.record(*lowered)
+def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     shape: tuple[int, ...] = (0,)
     if a.return_final_state:
         sequences = a.q.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
@@ -239,12 +243,7 @@ def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (a.v.new_empty(a.v.shape), *states)
 
 
-def _check_backward(*arguments: Any) -> None:
-    check_titans_memory(*arguments[-len(FORWARD.arguments) :])
-
-
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    a = BACKWARD.record(*arguments)
+def _fake_backward(a: Any) -> tuple[Tensor, ...]:
     shape = (0,)
     if a.needs_dinitial_state and a.initial_memory is not None:
         shape = a.initial_memory.shape
@@ -253,15 +252,14 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return (*(t.new_empty(t.shape) for t in inputs), *states)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    keep(ctx, inputs)
+def _setup_context(ctx: Any, a: Any, output: tuple[Tensor, ...]) -> None:
+    keep(ctx, a)
 
 
 def _backward(
     ops: Any, ctx: Any, dout: Tensor | None, dmemory: Tensor | None, dmomentum: Tensor | None
 ) -> tuple[Any, ...]:
-    lowered, _ = kept(ctx)
-    a = FORWARD.record(*lowered)
+    a, _ = kept(ctx)
     if dout is not None and dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
         dout = dout.contiguous()
     dstates = [
@@ -270,7 +268,7 @@ def _backward(
     ]
     needed = FORWARD.needed_gradients(ctx)
     of_state = needed["initial_memory"] or needed["initial_momentum"]
-    *found, memory, momentum = ops.titans_memory_backward(dout, *dstates, of_state, *lowered)
+    *found, memory, momentum = ops.titans_memory_backward(dout, *dstates, of_state, *a)
     names = ("q", "k", "v", "alpha", "eta", "theta")
     extra = {}
     if needed["initial_memory"]:
@@ -280,16 +278,16 @@ def _backward(
     return FORWARD.gradients(**dict(zip(names, found, strict=True)), **extra)
 
 
-def _unsupported(backend: str, *lowered: Any) -> list[str]:
-    shape = FORWARD.record(*lowered).q.shape
+def _unsupported(backend: str, a: Any) -> list[str]:
+    shape = a.q.shape
     if backend == "cuda" and shape and shape[-1] > MAX_HEAD_DIM:
         return [f"its head dimensions are 1 to {MAX_HEAD_DIM}; got {shape[-1]}"]
     return []
 
 
-def flops(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> float:
+def _flops(a: Any) -> float:
     """Operations of error, momentum, memory and query, per token."""
-    return 10.0 * math.prod(q.shape) * v.shape[-1]
+    return 10.0 * math.prod(a.q.shape) * a.v.shape[-1]
 
 
 FORWARD = register(
@@ -339,7 +337,7 @@ SPEC = register_op(
             ("b.h.", "bh..", "bh.."),
         ),
         paper="Titans: Learning to Memorize at Test Time (Behrouz et al. 2025)",
-        flops=flops,
+        flops=_flops,
         unsupported=_unsupported,
     )
 )

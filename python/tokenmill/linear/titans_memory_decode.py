@@ -6,10 +6,21 @@ import torch
 from torch import Tensor
 
 from .._call.autocast import Autocast
-from .._check import check, check_device_of_q, check_tensor, check_wide, fail, reads_values
+from .._check import (
+    check,
+    check_device_of_q,
+    check_dtype,
+    check_dtype_of,
+    check_last_contiguous,
+    check_tensor,
+    check_wide,
+    fail,
+    reads_values,
+    show,
+)
 from .._written import check_written
-from .rules import check_slot_values, check_slots
-from .titans_rules import check_chunk_size, check_gates, check_queries
+from ._state import check_slot_values
+from .titans_memory import check_chunk_size
 
 OP = "titans_memory_decode"
 AUTOCAST = Autocast(lower=("q", "k", "v"))
@@ -83,13 +94,13 @@ def titans_memory_decode(
     states = {"start": start, "memory": memory, "momentum": momentum}
     for name, t in (("q", q), ("k", k), ("v", v), *gates.items()):
         check_tensor(OP, name, t)
-    check_queries(OP, q, k, v, float64=True)
-    check_gates(OP, gates, q, wide=False)
+    _check_queries(q, k, v)
+    _check_gates(gates, q)
     chunk_size = check_chunk_size(OP, chunk_size)
     _check_states(states, filled, q, v)
     batch, slots, wide = q.shape[0], memory.shape[0], memory.dtype
     check_tensor(OP, "state_indices", state_indices, optional=True)
-    check_slots(OP, "start", start, state_indices, q)
+    _check_slots(slots, state_indices, q)
     inputs = {"q": q, "k": k, "v": v, **gates}
     written = {**states, "filled": filled}
     for name, t in written.items():
@@ -146,6 +157,29 @@ def _beside(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(*t.shape, *[1] * (like.dim() - t.dim()))
 
 
+def _check_queries(q: Tensor, k: Tensor, v: Tensor) -> None:
+    check(q.dim() == 4, OP, "q", "must have 4 dimensions [B, S, H, D]", q.dim())
+    check_dtype(OP, "q", q, float64=True)
+    check(q.shape[-1] > 0, OP, "q", "must have a head dimension of at least 1", q.shape[-1])
+    for name, t in (("k", k), ("v", v)):
+        check_dtype_of(OP, name, t, "q", q)
+        check_device_of_q(OP, name, t, q)
+    if k.shape != q.shape:
+        fail(OP, "k", f"must have the shape of q, {show(q.shape)}", k.shape)
+    if v.dim() != q.dim() or v.shape[:-1] != q.shape[:-1]:
+        rule = f"must have the shape of q up to the head dimension, {show(q.shape)}"
+        fail(OP, "v", rule, v.shape)
+    check(v.shape[-1] > 0, OP, "v", "must have a head dimension of at least 1", v.shape[-1])
+
+
+def _check_gates(gates: dict[str, Tensor], q: Tensor) -> None:
+    for name, t in gates.items():
+        check(t.is_floating_point(), OP, name, "must be a floating-point tensor", t.dtype)
+        if t.shape != q.shape[:-1]:
+            fail(OP, name, f"must have shape {show(q.shape[:-1])}", t.shape)
+        check_device_of_q(OP, name, t, q)
+
+
 def _check_states(states: dict[str, Tensor], filled: Tensor, q: Tensor, v: Tensor) -> None:
     head = (*q.shape[2:], v.shape[-1])
     for name, t in states.items():
@@ -162,6 +196,21 @@ def _check_states(states: dict[str, Tensor], filled: Tensor, q: Tensor, v: Tenso
     if tuple(filled.shape) != (slots,):
         fail(OP, "filled", f"must have shape [{slots}]", filled.shape)
     check_device_of_q(OP, "filled", filled, q)
+
+
+def _check_slots(slots: int, state_indices: Tensor | None, q: Tensor) -> None:
+    batch = q.shape[0]
+    if state_indices is None:
+        if slots < batch:
+            rule = f"must have a slot for each sequence, {batch}, without state_indices"
+            fail(OP, "start", rule, slots)
+        return
+    dtype = state_indices.dtype
+    check(dtype == torch.int32, OP, "state_indices", "must be int32", dtype)
+    if tuple(state_indices.shape) != (batch,):
+        fail(OP, "state_indices", f"must have shape [{batch}]", state_indices.shape)
+    check_last_contiguous(OP, "state_indices", state_indices)
+    check_device_of_q(OP, "state_indices", state_indices, q)
 
 
 def _check_filled(filled: Tensor, slots: Tensor | None, batch: int, chunk_size: int) -> None:

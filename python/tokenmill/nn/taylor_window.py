@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .._check import as_int, as_number, check, check_bool, check_device_of, check_tensor, fail
 from ..dense.attention import attention
+from ..linear._state import MAX_TAYLOR_HEAD_DIM, feature_dim
 from ..linear.linear_attention import linear_attention
-from ..linear.rules import MAX_TAYLOR_HEAD_DIM, feature_dim
 from ._rotary import angles_at, rotated
 from .rules import check_heads, check_input, check_wide_heads
 

@@ -21,8 +21,7 @@ from .._check import (
     check_tensor,
     fail,
 )
-from ..linear.titans_memory import titans_memory
-from ..linear.titans_rules import check_chunk_size
+from ..linear.titans_memory import check_chunk_size, titans_memory
 from ..reference.linear.titans_memory import weights_of
 from .rules import check_input, check_wide_heads
 

@@ -119,7 +119,7 @@ class RazorAttention(Policy):
             ...     text = model.generate(torch.randint(99, (1, 30)), max_new_tokens=4,
             ...                           do_sample=False, pad_token_id=0)
         """
-        from ..integrations._profile import score_heads
+        from ._profile import score_heads
 
         scores = score_heads(
             model, tokenizer, tokens=tokens, repeats=repeats, seed=seed, backend=backend

@@ -18,8 +18,6 @@ from .._check import (
     as_number,
     check,
     check_bool,
-    check_qkv,
-    check_scale,
     check_tensor,
     check_text,
     fail,
@@ -27,11 +25,9 @@ from .._check import (
 from .._lowering import scale_or_default, widen
 from ..reference.select import attention_column_scores as reference
 from ..registry import OpSpec, Sharding, register_op
-from .rules import check_length_values, check_lse, check_per_request
+from .rules import check_length_values
 
 OP = "attention_column_scores"
-REDUCTIONS = ("sum", "mean", "visible_mean")
-HEAD_REDUCTIONS = ("none", "group_mean", "group_max")
 
 
 def attention_column_scores(
@@ -150,83 +146,26 @@ def lower(
     )  # fmt: skip
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    causal: bool,
-    reduce: str,
-    window_queries: int | None,
-    head_reduce: str,
-    seqlens_k: Tensor | None,
-    seqlens_q: Tensor | None,
-    gumbel_tau: float,
-    seed: int,
-    *,
-    float64: bool = False,
-) -> None:
-    check_qkv(OP, q, k, k, 4, float64)
-    check_lse(OP, lse, q)
-    if lse is not None:
-        check(gumbel_tau == 0, OP, "lse", "must not be given with gumbel_tau", lse.shape)
-    check_scale(OP, scale)
-    rule = "must be 'sum', 'mean' or 'visible_mean'"
-    check(reduce in REDUCTIONS, OP, "reduce", rule, reduce)
-    if window_queries is not None:
-        check(window_queries >= 1, OP, "window_queries", "must be at least 1", window_queries)
-    rule = "must be 'none', 'group_mean' or 'group_max'"
-    check(head_reduce in HEAD_REDUCTIONS, OP, "head_reduce", rule, head_reduce)
-    for name, t in (("seqlens_k", seqlens_k), ("seqlens_q", seqlens_q)):
-        check_per_request(OP, name, t, q.shape[0], "k", k)
-    finite = math.isfinite(gumbel_tau) and gumbel_tau >= 0
-    check(finite, OP, "gumbel_tau", "must be finite and not negative (0 = off)", gumbel_tau)
-    check(0 <= seed < 2**63, OP, "seed", "must be 0 to 2^63 - 1", seed)
+def _check_values(a: Any) -> None:
+    check_length_values(OP, "seqlens_k", a.seqlens_k, a.k.shape[1])
+    check_length_values(OP, "seqlens_q", a.seqlens_q, a.q.shape[1])
 
 
-def _check_values(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    causal: bool,
-    reduce: str,
-    window_queries: int | None,
-    head_reduce: str,
-    seqlens_k: Tensor | None,
-    seqlens_q: Tensor | None,
-    gumbel_tau: float,
-    seed: int,
-) -> None:
-    check_length_values(OP, "seqlens_k", seqlens_k, k.shape[1])
-    check_length_values(OP, "seqlens_q", seqlens_q, q.shape[1])
-
-
-def _fake(*lowered: Any) -> Tensor:
-    a = FORWARD.record(*lowered)
+def _fake(a: Any) -> Tensor:
     heads = a.q.shape[2] if a.head_reduce == "none" else a.k.shape[2]
     return a.q.new_empty((a.q.shape[0], heads, a.k.shape[1]), dtype=torch.float32)
 
 
-def _flops(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    causal: bool,
-    reduce: str,
-    window_queries: int | None,
-    *rest: Any,
-) -> float:
+def _flops(a: Any) -> float:
     """Operations of the products over visible pairs, for the longest requests that fit."""
-    batch, rows, heads, dim = q.shape
-    columns = k.shape[1]
-    counted = rows if window_queries is None else min(rows, window_queries)
+    batch, rows, heads, dim = a.q.shape
+    columns = a.k.shape[1]
+    counted = rows if a.window_queries is None else min(rows, a.window_queries)
     pairs = float(counted * columns)
-    if causal:
+    if a.causal:
         ends = range(columns - counted + 1, columns + 1)
         pairs = float(sum(max(end, 0) for end in ends))
-    return 2.0 * batch * heads * pairs * dim * (1 if lse is not None else 2)
+    return 2.0 * batch * heads * pairs * dim * (1 if a.lse is not None else 2)
 
 
 FORWARD = register(

@@ -14,22 +14,17 @@ from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
     as_int,
-    check,
     check_bool,
-    check_qkv,
-    check_scale,
     check_tensor,
     check_text,
-    fail,
 )
 from .._lowering import scale_or_default, widen
 from ..reference.select import attention_row_scores as reference
 from ..registry import OpSpec, Sharding, register_op
-from .rules import check_length_values, check_lse, check_per_request
+from .rules import check_length_values
 
 OP = "attention_row_scores"
 Reduce = Literal["none", "sum", "mean", "max", "argmax"]
-REDUCTIONS = ("none", "sum", "mean", "max", "argmax")
 
 
 def attention_row_scores(
@@ -124,47 +119,16 @@ def lower(
     )  # fmt: skip
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    causal: bool,
-    reduce: str,
-    skip: int,
-    seqlens_k: Tensor | None,
-    *,
-    float64: bool = False,
-) -> None:
-    check_qkv(OP, q, k, k, 4, float64)
-    check_lse(OP, lse, q)
-    check_scale(OP, scale)
-    rule = "must be 'none', 'sum', 'mean', 'max' or 'argmax'"
-    check(reduce in REDUCTIONS, OP, "reduce", rule, reduce)
-    if not 0 <= skip <= k.shape[1]:
-        fail(OP, "skip", f"must be 0 to the number of keys, {k.shape[1]}", skip)
-    check_per_request(OP, "seqlens_k", seqlens_k, q.shape[0], "k", k)
-
-
-def _check_values(*lowered: Any) -> None:
-    a = FORWARD.record(*lowered)
+def _check_values(a: Any) -> None:
     check_length_values(OP, "seqlens_k", a.seqlens_k, a.k.shape[1])
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    causal: bool,
-    reduce: str,
-    skip: int,
-    seqlens_k: Tensor | None,
-) -> Tensor:
-    if reduce == "argmax":
-        return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.int32)
-    inner = (q.shape[2], q.shape[1]) if reduce == "none" else ()
-    return q.new_empty((q.shape[0], *inner, k.shape[1] - skip), dtype=torch.float32)
+def _fake(a: Any) -> Tensor:
+    batch, rows, heads = a.q.shape[:3]
+    if a.reduce == "argmax":
+        return a.q.new_empty((batch, heads, rows), dtype=torch.int32)
+    inner = (heads, rows) if a.reduce == "none" else ()
+    return a.q.new_empty((batch, *inner, a.k.shape[1] - a.skip), dtype=torch.float32)
 
 
 FORWARD = register(
@@ -186,10 +150,9 @@ SPEC = register_op(
         plain=functools.partial(reference.attention_row_scores, upcast=False),
         forward=FORWARD,
         backward=None,
-        # Edits of the first sample: q [2, 1, 3, 64], k [2, 197, 3, 64].
         differentiable=(),
         sharding=Sharding({"q k": "b.h.", "lse": "bh.", "seqlens_k": "b"}, ("bh.. bh. b.",)),
         paper="EViT (Liang et al. 2022), VTC-CLS (Wang et al. 2024), TOVA (Oren et al. 2024)",
-        flops=lambda q, k, *rest: 2.0 * q.numel() * k.shape[1],
+        flops=lambda a: 2.0 * a.q.numel() * a.k.shape[1],
     )
 )

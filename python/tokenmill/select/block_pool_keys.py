@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -11,31 +12,19 @@ from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
     as_int,
-    check,
-    check_device_of,
-    check_dtype,
-    check_dtype_of,
-    check_last_contiguous,
     check_tensor,
     check_text,
-    fail,
-    show,
 )
-from .._written import check_written
 from ..reference.select import block_pool_keys as reference
-from ..reference.select import block_pool_keys_update as update_reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import (
     batch_of,
-    check_block_table,
     check_block_table_values,
-    check_per_request,
     rows_of_request,
 )
 
 OP = "block_pool_keys"
 UPDATE = "block_pool_keys_update"
-MODES = ("mean", "max", "minmax")
 
 
 def block_pool_keys(
@@ -181,84 +170,22 @@ def _check_types(op: str, k: Any, block: Any, mode: Any, lengths: Any, block_tab
     return as_int(op, "block", block)
 
 
-def _check(
-    k: Tensor,
-    block: int,
-    mode: str,
-    lengths: Tensor | None,
-    block_table: Tensor | None,
-    *,
-    op: str = OP,
-    float64: bool = False,
-) -> None:
-    rule = "must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]"
-    check(k.dim() == 4, op, "k", rule, k.dim())
-    check_dtype(op, "k", k, float64=float64)
-    check_last_contiguous(op, "k", k)
-    check(1 <= block < 2**31, op, "block", "must be 1 to 2^31 - 1", block)
-    check(mode in MODES, op, "mode", "must be 'mean', 'max' or 'minmax'", mode)
-    check_block_table(op, block_table, k)
-    check_per_request(op, "lengths", lengths, batch_of(k, block_table), "k", k)
+def _fake(a: Any) -> Tensor:
+    blocks = (rows_of_request(a.k, a.block_table) + a.block - 1) // a.block
+    half = [2] if a.pooling == "minmax" else []
+    batch = batch_of(a.k, a.block_table)
+    return a.k.new_empty([batch, blocks, a.k.shape[2], *half, a.k.shape[3]])
 
 
-def _check_update(
-    k: Tensor,
-    pooled: Tensor,
-    block: int,
-    mode: str,
-    start: Tensor,
-    lengths: Tensor | None,
-    block_table: Tensor | None,
-    *,
-    float64: bool = False,
-) -> None:
-    _check(k, block, mode, lengths, block_table, op=UPDATE, float64=float64)
-    check_per_request(UPDATE, "start", start, batch_of(k, block_table), "k", k)
-    wanted = _pooled_sizes(k, block, mode, block_table)
-    if list(pooled.shape) != wanted:
-        fail(UPDATE, "pooled", f"must have shape {show(wanted)}", pooled.shape)
-    check_dtype_of(UPDATE, "pooled", pooled, "k", k)
-    check_last_contiguous(UPDATE, "pooled", pooled)
-    check_device_of(UPDATE, "pooled", pooled, "k", k)
-    read = {"k": k, "start": start, "lengths": lengths, "block_table": block_table}
-    check_written(UPDATE, "pooled", pooled, read)
-
-
-def _pooled_sizes(k: Tensor, block: int, mode: str, block_table: Tensor | None) -> list[int]:
-    blocks = (rows_of_request(k, block_table) + block - 1) // block
-    half = [2] if mode == "minmax" else []
-    return [batch_of(k, block_table), blocks, k.shape[2], *half, k.shape[3]]
-
-
-def _check_values(
-    k: Tensor, block: int, mode: str, lengths: Tensor | None, block_table: Tensor | None
-) -> None:
-    check_block_table_values(OP, block_table, k, lengths)
-
-
-def _check_update_values(
-    k: Tensor,
-    pooled: Tensor,
-    block: int,
-    mode: str,
-    start: Tensor,
-    lengths: Tensor | None,
-    block_table: Tensor | None,
-) -> None:
-    check_block_table_values(UPDATE, block_table, k, lengths)
-
-
-def _fake(
-    k: Tensor, block: int, mode: str, lengths: Tensor | None, block_table: Tensor | None
-) -> Tensor:
-    return k.new_empty(_pooled_sizes(k, block, mode, block_table))
+def _check_values(op: str, a: Any) -> None:
+    check_block_table_values(op, a.block_table, a.k, a.lengths)
 
 
 FORWARD = register(
     TorchOp(
         OP,
         fake=_fake,
-        check_values=_check_values,
+        check_values=functools.partial(_check_values, OP),
         triton="select.block_pool_keys:block_pool_keys",
     )
 )
@@ -278,15 +205,15 @@ SPEC = register_op(
             ("b.hc b.h.c",),
         ),
         paper="Quest (Tang et al. 2024)",
-        flops=lambda k, *rest: 1.0 * k.numel(),
+        flops=lambda a: 1.0 * a.k.numel(),
     )
 )
 
 UPDATE_FORWARD = register(
     TorchOp(
         UPDATE,
-        fake=lambda *args: None,
-        check_values=_check_update_values,
+        fake=lambda a: None,
+        check_values=functools.partial(_check_values, UPDATE),
         triton="select.block_pool_keys:block_pool_keys_update",
     )
 )
@@ -296,8 +223,8 @@ UPDATE_SPEC = register_op(
         family="select",
         function=block_pool_keys_update,
         lower=lower_update,
-        reference=update_reference.block_pool_keys_update,
-        plain=update_reference.block_pool_keys_update,
+        reference=reference.block_pool_keys_update,
+        plain=reference.block_pool_keys_update,
         forward=UPDATE_FORWARD,
         backward=None,
         differentiable=(),
@@ -312,6 +239,6 @@ UPDATE_SPEC = register_op(
             (),
         ),
         paper="Quest (Tang et al. 2024)",
-        flops=lambda k, pooled, block, *rest: 1.0 * k.shape[0] * block * k.shape[2] * k.shape[3],
+        flops=lambda a: 1.0 * a.k.shape[0] * a.block * a.k.shape[2] * a.k.shape[3],
     )
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..registry import Sample
-from .block_pool_keys import _pooled_sizes
+from .block_pool_keys import SPEC as POOL
 from .block_pool_keys_cases import _PAGES, _ints, _sample
 
 
@@ -16,8 +16,9 @@ def _update_sample(shape: tuple[int, ...], block: int, **options: Any) -> Any:
 
     def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         (k, _), given = draw(dtype, g)
-        mode, table = given.get("mode", "mean"), given.get("block_table")
-        pooled = torch.randn(_pooled_sizes(k, block, mode, table), generator=g)
+        pool = {name: value for name, value in given.items() if name != "start"}
+        like = POOL.forward.fake(POOL.record(k, block, **pool))
+        pooled = torch.randn(like.shape, generator=g)
         return (k, pooled.to(dtype), block), given
 
     return make

@@ -10,22 +10,15 @@ from torch import Tensor
 
 from .._call.attach import register
 from .._call.autocast import Autocast
-from .._call.operator import TorchOp, record_of
+from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
     as_int,
     check,
     check_bool,
     check_cu_seqlens_values,
-    check_device_of,
-    check_dtype,
-    check_dtype_of,
-    check_head_dim,
-    check_last_contiguous,
     check_tensor,
     check_text,
-    fail,
-    show,
 )
 from .._flops import known
 from ..reference.select import hip_block_select as reference
@@ -33,8 +26,6 @@ from ..registry import OpSpec, Sharding, register_op
 from .rules import (
     check_block_table_values,
     check_length_values,
-    check_per_request,
-    check_sequences,
     rows_of_request,
 )
 
@@ -43,12 +34,6 @@ OP = "hip_block_select"
 Representative = Literal["first", "middle", "last"]
 Bound = Literal["sample", "minmax"]
 HeadReduce = Literal["none", "group_max"]
-REPRESENTATIVES = ("first", "middle", "last")
-BOUNDS = ("sample", "minmax")
-HEAD_REDUCES = ("none", "group_max")
-MAX_BLOCK = 128  # keys of a block
-MAX_BLOCKS = 2048  # entries of a list: a GPU keeps the nodes of a search in shared memory
-Arguments = record_of(OP)
 
 
 def hip_block_select(
@@ -241,66 +226,6 @@ def lower(
     )  # fmt: skip
 
 
-# csrc/select/hip_block_select/host.cpp has the same rules in the same order and words.
-def _check(*lowered: Any, float64: bool = False, op: str = OP) -> None:
-    a = Arguments(*lowered)
-    _check_rows(op, a, float64)
-    batch = check_sequences(
-        op, a.q, a.k, a.seqlens_k, a.cu_seqlens_q, a.cu_seqlens_k, a.block_table, a.seqlens_q
-    )
-    check(1 <= a.block_k <= MAX_BLOCK, op, "block_k", f"must be 1 to {MAX_BLOCK}", a.block_k)
-    for name, size in (("block_q", a.block_q), ("stride_q", a.stride_q),
-                       ("restart_span", a.restart_span)):  # fmt: skip
-        check(1 <= size < 2**31, op, name, "must be 1 to 2^31 - 1", size)
-    rule = f"must be a multiple of block_k, from 1 to {MAX_BLOCKS} times"
-    blocks_ok = a.budget % a.block_k == 0 and 1 <= a.budget // a.block_k <= MAX_BLOCKS
-    check(blocks_ok, op, "budget", rule, a.budget)
-    rule = "must be 'first', 'middle' or 'last'"
-    check(a.representative in REPRESENTATIVES, op, "representative", rule, a.representative)
-    check(a.num_sink >= 0, op, "num_sink", "must not be negative", a.num_sink)
-    check(a.num_recent >= 0, op, "num_recent", "must not be negative", a.num_recent)
-    check(a.bound in BOUNDS, op, "bound", "must be 'sample' or 'minmax'", a.bound)
-    rule = "must be 'none' or 'group_max'"
-    check(a.head_reduce in HEAD_REDUCES, op, "head_reduce", rule, a.head_reduce)
-    check_per_request(op, "seqlens_q", a.seqlens_q, batch, "q", a.q)
-    check_per_request(op, "seqlens_k", a.seqlens_k, batch, "k", a.k)
-    shape = _list_shape(a)
-    for name, given, wanted in (("start_indices", a.start_indices, shape),
-                            ("start_counts", a.start_counts, shape[:-1])):  # fmt: skip
-        if given is None:
-            continue
-        check(a.bound == "sample", op, name, "must be None with bound 'minmax'", given)
-        if list(given.shape) != wanted:
-            fail(op, name, f"must have the shape of the result, {show(wanted)}", given.shape)
-        check(given.dtype == torch.int32, op, name, "must be int32", given.dtype)
-        check_last_contiguous(op, name, given)
-        check_device_of(op, name, given, "q", a.q)
-    if a.start_indices is not None and a.start_counts is None:
-        fail(op, "start_counts", "must be given with start_indices", None)
-    check(_keys(a) < 2**31, op, "k", "must have less than 2^31 keys of a request", _keys(a))
-
-
-def _check_rows(op: str, a: Any, float64: bool) -> None:
-    packed = "must have 3 dimensions [T, H, D] (packed)"
-    rule = packed if a.cu_seqlens_q is not None else "must have 4 dimensions [B, S, H, D]"
-    check(a.q.dim() == (4 if a.cu_seqlens_q is None else 3), op, "q", rule, a.q.dim())
-    rule = "must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]"
-    rule = packed if a.cu_seqlens_k is not None else rule
-    check(a.k.dim() == (4 if a.cu_seqlens_k is None else 3), op, "k", rule, a.k.dim())
-    check_dtype(op, "q", a.q, float64=float64)
-    check_dtype_of(op, "k", a.k, "q", a.q)
-    check_device_of(op, "k", a.k, "q", a.q)
-    for name, t in (("q", a.q), ("k", a.k)):
-        check_last_contiguous(op, name, t)
-    heads, dim = a.q.shape[-2:]
-    check_head_dim(op, "q", a.q)
-    if a.k.shape[-1] != dim:
-        fail(op, "k", f"must have the head dimension of q, {dim}", a.k.shape[-1])
-    kv_heads = a.k.shape[-2]
-    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
-        fail(op, "k", f"number of heads must divide that of q, {heads} (GQA)", kv_heads)
-
-
 def _keys(a: Any) -> int:
     """Number of keys of the longest request; of packed sequences, of all requests."""
     if a.cu_seqlens_k is not None:
@@ -317,8 +242,7 @@ def _list_shape(a: Any) -> list[int]:
     return [a.q.shape[0], lists, -(-a.q.shape[1] // a.block_q), entries]
 
 
-def _check_values(*lowered: Any) -> None:
-    a = Arguments(*lowered)
+def _check_values(a: Any) -> None:
     if a.cu_seqlens_q is not None:
         check_cu_seqlens_values(OP, "cu_seqlens_q", a.cu_seqlens_q, a.q.shape[0])
     else:
@@ -330,16 +254,14 @@ def _check_values(*lowered: Any) -> None:
     check_block_table_values(OP, a.block_table, a.k, a.seqlens_k)
 
 
-def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
-    a = Arguments(*lowered)
+def _fake(a: Any) -> tuple[Tensor, Tensor]:
     shape = _list_shape(a)
     indices = a.q.new_empty(shape, dtype=torch.int32)
     return indices, a.q.new_empty(shape[:-1], dtype=torch.int32)
 
 
-def _flops(*lowered: Any) -> float:
+def _flops(a: Any) -> float:
     """Operations of a search, if every query block of the longest request sees half the keys."""
-    a = Arguments(*lowered)
     keys = _keys(a)
     if a.cu_seqlens_k is not None and known(a.cu_seqlens_k):
         keys = int(a.cu_seqlens_k.diff().max()) if len(a.cu_seqlens_k) > 1 else 0

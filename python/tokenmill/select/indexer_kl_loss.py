@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .._call.autocast import Autocast
-from .._call.autograd import keep, kept
 from .._call.run import call
 from .._check import (
     check,
@@ -234,27 +233,29 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        keep(ctx, inputs)
+        *tensors, ctx.activation = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        (q, k, weights, *lists), _ = kept(ctx)
         if dy is None:
             return (None,) * 7
+        q, k, weights, indices, counts, target = ctx.saved_tensors
         need_q, need_k, need_weights = ctx.needs_input_grad[:3]
         dq: list[Tensor] = []
         dk: list[Tensor] = []  # one per sequence of a block
         dw: list[Tensor] = []
-        for at in _blocks(q, k, lists[0].shape[-1]):
-            block = _block(at, q, k, weights, *lists)
+        for at in _blocks(q, k, indices.shape[-1]):
+            block = _block(at, q, k, weights, indices, counts, target, ctx.activation)
             empty = (block.ids < 0).all(-1)[..., None]
             ds = (block.log_p.exp() - block.target) * dy[at][..., None]
             ds = ds.masked_fill(block.ids < 0, 0.0).unflatten(-1, (block.keys.shape[2], -1))
             if need_weights:
-                rows = (_act(block.products, lists[-1]) @ ds[..., None]).sum(2).squeeze(-1)
+                rows = (_act(block.products, ctx.activation) @ ds[..., None]).sum(2).squeeze(-1)
                 dw.append(rows.masked_fill(empty, 0.0).flatten(0, 1))
             dz = ds[..., None, :] * block.weights[..., None]
-            if lists[-1] == "relu":
+            if ctx.activation == "relu":
                 dz = torch.where(block.products > 0, dz, 0.0)
             if need_q:
                 rows = (dz @ block.keys).sum(2).masked_fill(empty[..., None], 0.0)

@@ -9,40 +9,25 @@ from torch import Tensor
 
 from .._call.attach import register
 from .._call.autocast import Autocast
-from .._call.operator import TorchOp, record_of
+from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
     as_int,
-    check,
     check_bool,
     check_cu_seqlens_values,
-    check_device_of_q,
-    check_dtype,
-    check_head_dim,
-    check_last_contiguous,
     check_tensor,
     check_text,
-    check_wide,
-    fail,
-    is_any,
-    show,
 )
 from .._flops import band, known
-from .._kv_cache import check_cache_dtype
 from ..reference.select import indexer_topk_select as reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import (
     check_block_table_values,
     check_length_values,
-    check_per_request,
-    check_sequences,
     rows_of_request,
 )
 
 OP = "indexer_topk_select"
-MAX_HEADS = 64
-MAX_TOPK = 65536
-Arguments = record_of(OP)
 
 
 def indexer_topk_select(
@@ -185,84 +170,6 @@ def lower(
     )  # fmt: skip
 
 
-def _check(*lowered: Any, float64: bool = False) -> None:
-    a = Arguments(*lowered)
-    known_activation = a.activation in ("relu", "none")
-    check(known_activation, OP, "activation", "must be 'relu' or 'none'", a.activation)
-    _check_rows(a, float64)
-    batch = check_sequences(
-        OP, a.q, a.k, a.seqlens_k, a.cu_seqlens_q, a.cu_seqlens_k, a.block_table
-    )
-    check(1 <= a.topk <= MAX_TOPK, OP, "topk", f"must be 1 to {MAX_TOPK}", a.topk)
-    check(1 <= a.block_k < 2**31, OP, "block_k", "must be 1 to 2^31 - 1", a.block_k)
-    check(a.num_sink >= 0, OP, "num_sink", "must not be negative", a.num_sink)
-    check(a.num_recent >= 0, OP, "num_recent", "must not be negative", a.num_recent)
-    check_per_request(OP, "seqlens_k", a.seqlens_k, batch, "k", a.k)
-    keys = _keys(a)
-    check(keys < 2**31, OP, "k", "must have less than 2^31 keys of a request", keys)
-    _check_scale(a)
-    _check_previous(a)
-
-
-def _check_rows(a: Any, float64: bool) -> None:
-    packed = a.cu_seqlens_q is not None
-    rule = "must have 4 dimensions [B, S, H, D]"
-    if packed:
-        rule = "must have 3 dimensions [T, H, D] (packed)"
-    check(a.q.dim() == (3 if packed else 4), OP, "q", rule, a.q.dim())
-    packed_k = a.cu_seqlens_k is not None
-    rule = "must have 3 dimensions [B, S, D] or [pages, page_size, D]"
-    if packed_k:
-        rule = "must have 2 dimensions [T, D] (packed)"
-    check(a.k.dim() == (2 if packed_k else 3), OP, "k", rule, a.k.dim())
-    check_dtype(OP, "q", a.q, float64=float64)
-    check_cache_dtype(OP, "k", a.k, a.q)
-    wanted = a.q.shape[:-1]
-    if a.weights.shape != wanted:
-        fail(OP, "weights", f"must have shape {show(wanted)}", a.weights.shape)
-    if a.weights.dtype not in (torch.float32, a.q.dtype):
-        rule = f"must be float32 or have the dtype of q, {show(a.q.dtype)}"
-        fail(OP, "weights", rule, a.weights.dtype)
-    for name, t in (("k", a.k), ("weights", a.weights)):
-        check_device_of_q(OP, name, t, a.q)
-    for name, t in (("q", a.q), ("k", a.k), ("weights", a.weights)):
-        check_last_contiguous(OP, name, t)
-    heads, dim = a.q.shape[-2:]
-    check(1 <= heads <= MAX_HEADS, OP, "q", f"must have 1 to {MAX_HEADS} heads", heads)
-    check_head_dim(OP, "q", a.q)
-    if a.k.shape[-1] != dim:
-        fail(OP, "k", f"must have the head dimension of q, {dim}", a.k.shape[-1])
-
-
-def _check_scale(a: Any) -> None:
-    if a.k_scale is None:
-        return
-    rule = "requires a cache in float8_e4m3fn"
-    check(a.k.dtype == torch.float8_e4m3fn, OP, "k_scale", rule, a.k.dtype)
-    each = list(a.k.shape[:-1])
-    if not is_any(list(a.k_scale.shape), [1], each):
-        fail(OP, "k_scale", f"must have shape [1] or {show(each)}", a.k_scale.shape)
-    check_wide(OP, "k_scale", a.k_scale, a.q)
-    check_device_of_q(OP, "k_scale", a.k_scale, a.q)
-
-
-def _check_previous(a: Any) -> None:
-    t = a.previous
-    if t is None:
-        return
-    rows = a.q.shape[:-2]
-    rule = "must have 3 dimensions [B, Sq, K]"
-    if a.cu_seqlens_q is not None:
-        rule = "must have 2 dimensions [T, K] (packed)"
-    check(t.dim() == len(rows) + 1, OP, "previous", rule, t.dim())
-    check(t.dtype == torch.int32, OP, "previous", "must be int32", t.dtype)
-    if t.shape[:-1] != rows:
-        fail(OP, "previous", f"must have a list for each query, {show(rows)}", t.shape[:-1])
-    check(t.shape[-1] >= 1, OP, "previous", "must have a column", t.shape[-1])
-    check_last_contiguous(OP, "previous", t)
-    check_device_of_q(OP, "previous", t, a.q)
-
-
 def _keys(a: Any) -> int:
     """Number of keys of the longest request; of packed sequences, of all requests."""
     if a.cu_seqlens_k is not None:
@@ -270,8 +177,7 @@ def _keys(a: Any) -> int:
     return rows_of_request(a.k, a.block_table)
 
 
-def _check_values(*lowered: Any) -> None:
-    a = Arguments(*lowered)
+def _check_values(a: Any) -> None:
     if a.cu_seqlens_q is not None:
         check_cu_seqlens_values(OP, "cu_seqlens_q", a.cu_seqlens_q, a.q.shape[0])
     if a.cu_seqlens_k is not None:
@@ -280,8 +186,7 @@ def _check_values(*lowered: Any) -> None:
     check_block_table_values(OP, a.block_table, a.k, a.seqlens_k)
 
 
-def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
-    a = Arguments(*lowered)
+def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows = a.q.shape[:-2]
     wide = torch.promote_types(a.q.dtype, torch.float32)
     return (
@@ -291,9 +196,8 @@ def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _flops(*lowered: Any) -> float:
+def _flops(a: Any) -> float:
     """Operations of the product over visible pairs."""
-    a = Arguments(*lowered)
     starts_q, starts_k, keys = a.cu_seqlens_q, a.cu_seqlens_k, _keys(a)
     if starts_q is None:
         queries = [a.q.shape[1]] * a.q.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,34 +14,19 @@ from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
     as_int,
-    check,
     check_bool,
-    check_device_of,
-    check_dtype,
-    check_dtype_of,
-    check_head_dim,
-    check_last_contiguous,
-    check_scale,
     check_tensor,
     check_text,
-    fail,
 )
-from .._kv_cache import check_cache_dtype, check_cache_scale
 from .._lowering import scale_or_default
 from ..reference.select import kv_block_scores as reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import (
-    batch_of,
-    check_block_table,
     check_block_table_values,
-    check_per_request,
     rows_of_request,
 )
 
 OP = "kv_block_scores"
-SCORINGS = ("dot", "minmax", "max_block")
-Q_REDUCES = ("none", "mean", "max")
-HEAD_REDUCES = ("none", "group_max", "group_mean", "softmax_vote")
 
 
 def kv_block_scores(
@@ -180,122 +166,26 @@ def lower(
     )  # fmt: skip
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    scoring: str,
-    block_k: int,
-    q_reduce: str,
-    block_q: int,
-    head_reduce: str,
-    scale: float,
-    causal: bool,
-    num_sink: int,
-    num_recent: int,
-    seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-    k_scale: Tensor | None,
-    *,
-    float64: bool = False,
-) -> None:
-    rule = "must be 'dot', 'minmax' or 'max_block'"
-    check(scoring in SCORINGS, OP, "scoring", rule, scoring)
-    check(q.dim() == 4, OP, "q", "must have 4 dimensions [B, S, H, D]", q.dim())
-    rule = "must have 4 dimensions [B, N, H, D] or [pages, page_size, H, D]"
-    if scoring == "minmax":
-        rule = "must have 5 dimensions [B, N, H, 2, D] or [pages, page_size, H, 2, D]"
-    check(k.dim() == (5 if scoring == "minmax" else 4), OP, "k", rule, k.dim())
-    check_dtype(OP, "q", q, float64=float64)
-    if scoring == "minmax":
-        check_dtype_of(OP, "k", k, "q", q)
-    else:
-        check_cache_dtype(OP, "k", k, q)
-    check_device_of(OP, "k", k, "q", q)
-    for name, t in (("q", q), ("k", k)):
-        check_last_contiguous(OP, name, t)
-    dim = q.shape[3]
-    check_head_dim(OP, "q", q)
-    if k.shape[-1] != dim:
-        fail(OP, "k", f"must have the head dimension of q, {dim}", k.shape[-1])
-    if scoring == "minmax":
-        rule = "must have 2 rows for each block, minimum and maximum"
-        check(k.shape[3] == 2, OP, "k", rule, k.shape[3])
-    heads, kv_heads = q.shape[2], k.shape[2]
-    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
-        fail(OP, "k", f"number of heads must divide that of q, {heads} (GQA)", kv_heads)
-    check_block_table(OP, block_table, k)
-    batch = batch_of(k, block_table)
-    name = "k" if block_table is None else "block_table"
-    if batch != q.shape[0]:
-        fail(OP, name, f"must have the batch size of q, {q.shape[0]}", batch)
-    for name, size in (("block_k", block_k), ("block_q", block_q)):
-        check(1 <= size < 2**31, OP, name, "must be 1 to 2^31 - 1", size)
-    check(q_reduce in Q_REDUCES, OP, "q_reduce", "must be 'none', 'mean' or 'max'", q_reduce)
-    if q_reduce == "none":
-        check(block_q == 1, OP, "block_q", "must be 1 with q_reduce 'none'", block_q)
-    rule = "must be 'none', 'group_max', 'group_mean' or 'softmax_vote'"
-    check(head_reduce in HEAD_REDUCES, OP, "head_reduce", rule, head_reduce)
-    check_scale(OP, scale)
-    check(num_sink >= 0, OP, "num_sink", "must not be negative", num_sink)
-    check(num_recent >= 0, OP, "num_recent", "must not be negative", num_recent)
-    check_per_request(OP, "seqlens_k", seqlens_k, batch, "k", k)
-    check_cache_scale(OP, "k_scale", k_scale, "k", k, q)
+def _check_values(a: Any) -> None:
+    rows = a.seqlens_k
+    if rows is not None and a.scoring != "max_block":
+        rows = (rows.long().clamp(min=0) + a.block_k - 1) // a.block_k
+    check_block_table_values(OP, a.block_table, a.k, rows)
 
 
-def _check_values(
-    q: Tensor,
-    k: Tensor,
-    scoring: str,
-    block_k: int,
-    q_reduce: str,
-    block_q: int,
-    head_reduce: str,
-    scale: float,
-    causal: bool,
-    num_sink: int,
-    num_recent: int,
-    seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-    k_scale: Tensor | None,
-) -> None:
-    if seqlens_k is not None and scoring != "max_block":  # counts rows of k
-        seqlens_k = (seqlens_k.long().clamp(min=0) + block_k - 1) // block_k
-    check_block_table_values(OP, block_table, k, seqlens_k)
+def _fake(a: Any) -> Tensor:
+    batch, queries, heads = a.q.shape[:3]
+    if a.head_reduce != "none":
+        heads = 1 if a.head_reduce == "softmax_vote" else a.k.shape[2]
+    blocks = rows_of_request(a.k, a.block_table)
+    if a.scoring == "max_block":
+        blocks = (blocks + a.block_k - 1) // a.block_k
+    rows = (queries + a.block_q - 1) // a.block_q
+    return a.q.new_empty((batch, heads, rows, blocks), dtype=torch.float32)
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    scoring: str,
-    block_k: int,
-    q_reduce: str,
-    block_q: int,
-    head_reduce: str,
-    scale: float,
-    causal: bool,
-    num_sink: int,
-    num_recent: int,
-    seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-    k_scale: Tensor | None,
-) -> Tensor:
-    batch, queries, heads, _ = q.shape
-    if head_reduce != "none":
-        heads = 1 if head_reduce == "softmax_vote" else k.shape[2]
-    blocks = rows_of_request(k, block_table)
-    if scoring == "max_block":
-        blocks = (blocks + block_k - 1) // block_k
-    rows = (queries + block_q - 1) // block_q
-    return q.new_empty((batch, heads, rows, blocks), dtype=torch.float32)
-
-
-def _plain(q: Tensor, *lowered: Any) -> tuple[Tensor]:
-    arguments: tuple[Any, ...] = (q, *lowered, q.dtype)
-    return reference.kv_block_scores(*arguments)
-
-
-def _flops(q: Tensor, k: Tensor, *lowered: Any) -> float:
-    return 2.0 * q.shape[1] * q.shape[2] * k.numel() / max(k.shape[2], 1)
+def _flops(a: Any) -> float:
+    return 2.0 * a.q.shape[1] * a.q.shape[2] * a.k.numel() / max(a.k.shape[2], 1)
 
 
 FORWARD = register(
@@ -314,7 +204,7 @@ SPEC = register_op(
         function=kv_block_scores,
         lower=lower,
         reference=reference.kv_block_scores,
-        plain=_plain,
+        plain=functools.partial(reference.kv_block_scores, upcast=False),
         forward=FORWARD,
         backward=None,
         differentiable=(),

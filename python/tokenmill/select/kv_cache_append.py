@@ -17,25 +17,9 @@ from .._check import (
     as_int,
     check,
     check_bool,
-    check_device_of,
-    check_dtype,
-    check_dtype_of,
-    check_last_contiguous,
     check_tensor,
-    check_wide,
-    fail,
-    show,
-)
-from .._kv_cache import (
-    MAX_CACHE_DIM,
-    MAX_CACHE_VALUE_DIM,
-    check_cache_dtype,
-    check_cache_ranks,
-    check_cache_scale,
-    check_caches_alike,
 )
 from .._lowering import widen
-from .._written import check_written
 from ..reference.select import kv_cache_append as reference
 from ..registry import OpSpec, Sharding, register_op
 
@@ -170,116 +154,7 @@ def _scales(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, scale) if scale is not None and scale.dim() == 3 else (scale, None)
 
 
-# The rules of csrc/select/kv_cache_append/host.cpp, in the same order and words.
-def _check(*lowered: Any, float64: bool = False) -> None:
-    a = FORWARD.record(*lowered)
-    _check_caches(a, float64)
-    _check_new("k", a.k, a.k.shape, a.k_cache, a)
-    if a.v_cache is None:
-        check(a.v is None, OP, "v", "requires v_cache", getattr(a.v, "shape", None))
-    else:
-        check(a.v is not None, OP, "v", "must be given with v_cache", None)
-        _check_new("v", a.v, a.k.shape, a.v_cache, a)
-    _check_ints("slots", "must have", a.slots, a)
-    _check_queries(a)
-    _check_rope(a)
-    _check_scale("k_scale", a.k_scale, a.k_scale_out, a)
-    _check_scale("v_scale", a.v_scale, a.v_scale_out, a, a.v_cache is not None)
-    names = ("k", "v", "slots", "q", "cos", "sin", "positions", "k_scale", "v_scale")
-    read = {name: getattr(a, name) for name in names}
-    check_written(OP, "k_cache", a.k_cache, read)
-    if a.v_cache is not None:
-        check_written(OP, "v_cache", a.v_cache, {**read, "k_cache": a.k_cache})
-    read.update(k_cache=a.k_cache, v_cache=a.v_cache)
-    if a.k_scale_out is not None:
-        check_written(OP, "k_scale", a.k_scale_out, read)
-    if a.v_scale_out is not None:
-        # "k_scale" of the call is either read or written, never both.
-        taken = a.k_scale if a.k_scale_out is None else a.k_scale_out
-        check_written(OP, "v_scale", a.v_scale_out, {**read, "k_scale": taken})
-
-
-def _check_caches(a: Any, float64: bool) -> None:
-    check_cache_ranks(OP, a.k_cache, a.v_cache)
-    check_dtype(OP, "k", a.k, float64=float64)
-    check_cache_dtype(OP, "k_cache", a.k_cache, a.k, "k")
-    check_caches_alike(OP, a.k_cache, a.v_cache, MAX_CACHE_DIM, MAX_CACHE_VALUE_DIM)
-
-
-def _check_new(name: str, t: Tensor, like: torch.Size, cache: Tensor, a: Any) -> None:
-    check(t.dim() == 3, OP, name, "must have 3 dimensions [T, Hk, D]", t.dim())
-    wanted = [like[0], *cache.shape[2:]]
-    if list(t.shape) != wanted:
-        fail(OP, name, f"must have shape {show(wanted)}", t.shape)
-    _check_rows(name, t, a)
-
-
-def _check_rows(name: str, t: Tensor, a: Any) -> None:
-    check_dtype_of(OP, name, t, "k", a.k)
-    check_device_of(OP, name, t, "k_cache", a.k_cache)
-    check_last_contiguous(OP, name, t)
-
-
-def _check_ints(name: str, must: str, t: Tensor, a: Any) -> None:
-    wanted = [a.k.shape[0]]
-    if list(t.shape) != wanted:
-        fail(OP, name, f"{must} shape {show(wanted)}", t.shape)
-    whole = t.dtype in (torch.int32, torch.int64)
-    check(whole, OP, name, f"{must} dtype int32 or int64", t.dtype)
-    check_device_of(OP, name, t, "k_cache", a.k_cache)
-
-
-def _check_queries(a: Any) -> None:
-    if a.q is None:
-        return
-    tokens, heads, dim = a.k.shape
-    if not (a.q.dim() == 3 and a.q.shape[0] == tokens and a.q.shape[2] == dim):
-        fail(OP, "q", f"must have shape [{tokens}, H, {dim}]", a.q.shape)
-    _check_rows("q", a.q, a)
-    queries = a.q.shape[1]
-    if queries != heads and (heads == 0 or queries % heads != 0):
-        fail(OP, "k", f"number of heads must divide that of q, {queries} (GQA)", heads)
-    check(a.cos is not None, OP, "q", "requires rope", a.q.shape)
-
-
-def _check_rope(a: Any) -> None:
-    given = sum(t is not None for t in (a.cos, a.sin, a.positions))
-    check(given in (0, 3), OP, "rope", "must be cos, sin and positions together", given)
-    offset = a.rope_offset
-    if given == 0:
-        check(offset == 0, OP, "rope_offset", "requires rope", offset)
-        return
-    last = max(a.k.shape[2] - 2, 0)
-    rule = f"must be 0 to {last}, two columns or more before the end"
-    check(0 <= offset <= last, OP, "rope_offset", rule, offset)
-    maximum = (a.k.shape[2] - offset) // 2
-    if not (a.cos.dim() == 2 and a.cos.shape[0] >= 1 and 1 <= a.cos.shape[1] <= maximum):
-        rule = f"must have shape [positions, pairs], 1 position or more, 1 to {maximum} pairs"
-        fail(OP, "rope", rule, a.cos.shape)
-    same = a.sin.shape == a.cos.shape
-    check(same, OP, "rope", "must have cos and sin of one shape", a.sin.shape)
-    for t in (a.cos, a.sin):
-        check_wide(OP, "rope", t, a.k)
-        check_last_contiguous(OP, "rope", t)
-        check_device_of(OP, "rope", t, "k_cache", a.k_cache)
-    _check_ints("rope", "must have positions of", a.positions, a)
-
-
-def _check_scale(
-    name: str, read: Tensor | None, written: Tensor | None, a: Any, cached: bool = True
-) -> None:
-    t = written if read is None else read
-    if t is None:
-        return
-    one = read is None or written is None
-    check(one, OP, name, "must be read or written, not both", t.shape)
-    check(cached, OP, name, "requires v_cache", t.shape)
-    token = read is None
-    check_cache_scale(OP, name, t, "k_cache", a.k_cache, a.k, shared=not token, token=token)
-
-
-def _check_values(*lowered: Any) -> None:
-    a = FORWARD.record(*lowered)
+def _check_values(a: Any) -> None:
     capacity = a.k_cache.shape[0] * a.k_cache.shape[1]
     slots = a.slots.tolist()
     for slot in slots:
@@ -296,23 +171,18 @@ def _check_values(*lowered: Any) -> None:
             check(0 < scale < math.inf, OP, name, "must be above 0 and finite", scale)
 
 
-def _fake(*lowered: Any) -> Tensor:
-    a = FORWARD.record(*lowered)
-    shape: Any = (0,) if a.q is None else a.q.shape
-    turned: Tensor = a.k.new_empty(shape)
-    return turned
+def _fake(a: Any) -> Tensor:
+    return a.k.new_empty((0,) if a.q is None else a.q.shape)
 
 
-def _unsupported(backend: str, *lowered: Any) -> list[str]:
+def _unsupported(backend: str, a: Any) -> list[str]:
     """float64 rows need the reference even where k_cache, the first tensor, is not float64."""
-    a = FORWARD.record(*lowered)
     wide = a.k.dtype == torch.float64 != a.k_cache.dtype
     return ["float64 runs only on the reference backend"] if wide else []
 
 
-def flops(*lowered: Any) -> float:
+def _flops(a: Any) -> float:
     """Three operations per rotated element, one per written element."""
-    a = FORWARD.record(*lowered)
     turned = 0 if a.cos is None else a.k.shape[1] + (0 if a.q is None else a.q.shape[1])
     pairs = 0 if a.cos is None else a.cos.shape[1]
     written = a.k.numel() + (0 if a.v is None else a.v.numel())
@@ -350,6 +220,6 @@ SPEC = register_op(
         ),
         written=("k_cache", "v_cache", "k_scale", "v_scale"),
         paper="rotary embedding (Su et al. 2021), PagedAttention (Kwon et al. 2023)",
-        flops=flops,
+        flops=_flops,
     )
 )

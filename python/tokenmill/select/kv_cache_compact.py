@@ -16,17 +16,8 @@ from .._check import (
     as_number,
     check,
     check_bool,
-    check_device_of,
-    check_dtype,
-    check_last_contiguous,
     check_tensor,
-    check_wide,
-    fail,
-    is_power_of_two,
-    show,
 )
-from .._kv_cache import check_cache_ranks, check_caches_alike
-from .._written import check_written
 from ..reference.select import kv_cache_compact as reference
 from ..registry import OpSpec, Sharding, register_op
 
@@ -149,97 +140,25 @@ def _rotations(rerotate: Any, k_cache: Tensor) -> Tensor:
     return torch.stack([high, (turns - high.double()).float()])
 
 
-def _check(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    keep: Tensor,
-    counts: Tensor,
-    seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-    rotations: Tensor | None,
-    interleaved: bool,
-    compensation: bool,
-    *,
-    float64: bool = False,
-) -> None:
-    check_cache_ranks(OP, k_cache, v_cache)
-    check_dtype(OP, "k_cache", k_cache, float64=float64)
-    check_caches_alike(OP, k_cache, v_cache)
-    size, heads, dim = k_cache.shape[1:]
-    if not (keep.dim() == 2 or (keep.dim() == 3 and keep.shape[1] == heads)):
-        fail(OP, "keep", f"must have shape [B, K] or [B, {heads}, K]", keep.shape)
-    _check_ints("keep", keep, k_cache)
-    batch = keep.shape[0]
-    if counts.shape != keep.shape[:-1]:
-        fail(OP, "counts", f"must have shape {show(keep.shape[:-1])}", counts.shape)
-    _check_ints("counts", counts, k_cache)
-    if block_table is not None:
-        if not (block_table.dim() == 2 and block_table.shape[0] == batch):
-            fail(OP, "block_table", f"must have shape [{batch}, pages]", block_table.shape)
-        _check_ints("block_table", block_table, k_cache)
-        rule = "per head requires a dense cache"
-        check(keep.dim() == 2, OP, "keep", rule, keep.shape)
-        rule = "must have pages of a power of two of tokens"
-        check(is_power_of_two(size), OP, "k_cache", rule, size)
-    elif k_cache.shape[0] != batch:
-        fail(OP, "k_cache", f"must have the requests of keep, {batch}", k_cache.shape[0])
-    if seqlens_k is not None:
-        if list(seqlens_k.shape) != [batch]:
-            fail(OP, "seqlens_k", f"must have shape [{batch}]", seqlens_k.shape)
-        _check_ints("seqlens_k", seqlens_k, k_cache)
-    if rotations is not None:
-        ok = rotations.dim() == 2 and rotations.shape[0] == 2
-        if not (ok and rotations.shape[1] >= 1 and 2 * rotations.shape[1] <= dim):
-            fail(OP, "rerotate", f"must have 1 to {dim // 2} frequencies", rotations.shape)
-        check_wide(OP, "rerotate", rotations, k_cache)
-        check_last_contiguous(OP, "rerotate", rotations)
-        check_device_of(OP, "rerotate", rotations, "k_cache", k_cache)
-    read = {
-        "keep": keep,
-        "counts": counts,
-        "seqlens_k": seqlens_k,
-        "block_table": block_table,
-        "rerotate": rotations,
-    }
-    check_written(OP, "k_cache", k_cache, read)
-    check_written(OP, "v_cache", v_cache, {"k_cache": k_cache, **read})
-
-
-def _check_ints(name: str, t: Tensor, k_cache: Tensor) -> None:
-    check(t.dtype == torch.int32, OP, name, "must be int32", t.dtype)
-    check_last_contiguous(OP, name, t)
-    check_device_of(OP, name, t, "k_cache", k_cache)
-
-
-def _check_values(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    keep: Tensor,
-    counts: Tensor,
-    seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-    rotations: Tensor | None,
-    interleaved: bool,
-    compensation: bool,
-) -> None:
-    batch, size, entries = keep.shape[0], k_cache.shape[1], keep.shape[-1]
-    capacity = size if block_table is None else block_table.shape[1] * size
-    length = [capacity] * batch if seqlens_k is None else seqlens_k.tolist()
+def _check_values(a: Any) -> None:
+    batch, size, entries = a.keep.shape[0], a.k_cache.shape[1], a.keep.shape[-1]
+    capacity = size if a.block_table is None else a.block_table.shape[1] * size
+    length = [capacity] * batch if a.seqlens_k is None else a.seqlens_k.tolist()
     for n in length:
         rule = f"must be 0 to what the cache holds of a request, {capacity}"
         check(0 <= n <= capacity, OP, "seqlens_k", rule, n)
     for b in range(batch):
-        lists = keep[b].tolist() if keep.dim() == 3 else [keep[b].tolist()]
-        for kept, count in zip(lists, counts[b].reshape(-1).tolist(), strict=True):
+        lists = a.keep[b].tolist() if a.keep.dim() == 3 else [a.keep[b].tolist()]
+        for kept, count in zip(lists, a.counts[b].reshape(-1).tolist(), strict=True):
             rule = f"must be 0 to the entries of keep, {entries}"
             check(0 <= count <= entries, OP, "counts", rule, count)
             for d, slot in enumerate(kept[:count]):
                 rule = f"must name slots below the length of the request, {length[b]}"
                 check(0 <= slot < length[b], OP, "keep", rule, slot)
                 check(d == 0 or slot > kept[d - 1], OP, "keep", "must ascend", slot)
-    if block_table is not None:
-        pages, taken = k_cache.shape[0], set()
-        for row, n in zip(block_table.tolist(), length, strict=True):
+    if a.block_table is not None:
+        pages, taken = a.k_cache.shape[0], set()
+        for row, n in zip(a.block_table.tolist(), length, strict=True):
             for page in row[: -(-n // size)]:
                 rule = f"must name pages below {pages} where keys lie"
                 check(0 <= page < pages, OP, "block_table", rule, page)
@@ -248,26 +167,16 @@ def _check_values(
                 taken.add(page)
 
 
-def _fake(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    keep: Tensor,
-    counts: Tensor,
-    seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-    rotations: Tensor | None,
-    interleaved: bool,
-    compensation: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, heads = keep.shape[0], k_cache.shape[2]
+def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads = a.keep.shape[0], a.k_cache.shape[2]
 
     def sums(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return k_cache.new_empty(shape if compensation else (0,), dtype=dtype)
+        return a.k_cache.new_empty(shape if a.compensation else (0,), dtype=dtype)
 
     return (
-        counts.new_empty(counts.shape),
-        sums(batch, heads, k_cache.shape[3]),
-        sums(batch, heads, v_cache.shape[3]),
+        a.counts.new_empty(a.counts.shape),
+        sums(batch, heads, a.k_cache.shape[3]),
+        sums(batch, heads, a.v_cache.shape[3]),
         sums(batch, heads, dtype=torch.int32),
     )
 
@@ -303,8 +212,6 @@ SPEC = register_op(
             ("bh b~h", "bh.", "bh.", "bh"),
         ),
         paper="StreamingLLM (Xiao et al. 2024), RazorAttention (Tang et al. 2024)",
-        flops=lambda k_cache, v_cache, keep, *rest: float(
-            keep.numel() * (k_cache.shape[3] + v_cache.shape[3])
-        ),
+        flops=lambda a: float(a.keep.numel() * (a.k_cache.shape[3] + a.v_cache.shape[3])),
     )
 )

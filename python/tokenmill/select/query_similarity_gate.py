@@ -13,14 +13,7 @@ from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
     as_number,
-    check,
-    check_device_of_q,
-    check_dtype,
-    check_dtype_of,
-    check_last_contiguous,
     check_tensor,
-    fail,
-    show,
 )
 from ..reference.select import query_similarity_gate as reference
 from ..registry import OpSpec, Sharding, register_op
@@ -72,24 +65,11 @@ def lower(q: Tensor, q_ref: Tensor, threshold: float = 0.9) -> tuple[Any, ...]:
     return q, q_ref, as_number(OP, "threshold", threshold)
 
 
-def _check(q: Tensor, q_ref: Tensor, threshold: float, *, float64: bool = False) -> None:
-    for name, t in (("q", q), ("q_ref", q_ref)):
-        check(t.dim() == 4, OP, name, "must have 4 dimensions [B, S, H, D]", t.dim())
-    check_dtype(OP, "q", q, float64=float64)
-    check_dtype_of(OP, "q_ref", q_ref, "q", q)
-    check_device_of_q(OP, "q_ref", q_ref, q)
-    for name, t in (("q", q), ("q_ref", q_ref)):
-        check_last_contiguous(OP, name, t)
-    wanted, found = ([t.shape[0], *t.shape[2:]] for t in (q, q_ref))
-    if found != wanted:
-        fail(OP, "q_ref", f"must have the B, H and D of q, {show(wanted)}", found)
-
-
 FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "q_ref")),
-        fake=lambda q, q_ref, threshold: q.new_empty((q.shape[0],), dtype=torch.bool),
+        fake=lambda a: a.q.new_empty((a.q.shape[0],), dtype=torch.bool),
         triton="select.query_similarity_gate:query_similarity_gate",
     )
 )
@@ -106,6 +86,6 @@ SPEC = register_op(
         differentiable=(),
         sharding=Sharding({"q q_ref": "b..."}, ("b",)),
         paper="TokenSelect (Wu et al. 2024)",
-        flops=lambda q, q_ref, threshold: 1.0 * q.numel() + q_ref.numel(),
+        flops=lambda a: 1.0 * a.q.numel() + a.q_ref.numel(),
     )
 )

@@ -1,4 +1,4 @@
-"""Checks shared by operators on keys. csrc/select/checks.h has them in the same words."""
+"""Sizes of keys, and checks of them, in the words of csrc/select/checks.h."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from .._check import (
     check,
     check_cu_seqlens,
     check_device_of,
-    check_device_of_q,
     check_last_contiguous,
-    check_wide,
     fail,
-    show,
 )
 
 
@@ -31,18 +28,6 @@ def check_per_request(
 def check_length_values(op: str, name: str, t: Tensor | None, longest: int) -> None:
     for length in [] if t is None else t.tolist():
         check(0 <= length <= longest, op, name, f"must be 0 to {longest}", length)
-
-
-def check_lse(op: str, lse: Tensor | None, q: Tensor) -> None:
-    """Checks lse [B, H, Sq] against q [B, Sq, H, D]."""
-    if lse is None:
-        return
-    wanted = [q.shape[0], q.shape[2], q.shape[1]]
-    if list(lse.shape) != wanted:
-        fail(op, "lse", f"must have shape {show(wanted)}", lse.shape)
-    check_wide(op, "lse", lse, q)
-    check_last_contiguous(op, "lse", lse)
-    check_device_of_q(op, "lse", lse, q)
 
 
 def batch_of(k: Tensor, block_table: Tensor | None) -> int:

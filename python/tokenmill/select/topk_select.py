@@ -15,18 +15,12 @@ from .._check import (
     as_int,
     check,
     check_bool,
-    check_device_of,
-    check_dtype,
-    check_last_contiguous,
     check_tensor,
     check_text,
-    fail,
-    is_power_of_two,
 )
 from .._other_names import refuse, refuses_other_names
 from ..reference.select import topk_select as reference
 from ..registry import OpSpec, Sharding, register_op
-from .rules import check_per_request
 
 OP = "topk_select"
 MAX_K = 65536
@@ -155,120 +149,26 @@ def lower(
     )  # fmt: skip
 
 
-def _check(
-    scores: Tensor,
-    k: int,
-    lengths: Tensor | None,
-    row_starts: Tensor | None,
-    tie: str,
-    order: str,
-    force_first: int,
-    force_last: int,
-    block_table: Tensor | None,
-    page_size: int,
-    row_to_batch: Tensor | None,
-    return_values: bool,
-    previous: Tensor | None,
-    *,
-    float64: bool = False,
-) -> None:
-    check(scores.dim() == 2, OP, "scores", "must have 2 dimensions [R, n]", scores.dim())
-    check_dtype(OP, "scores", scores, float64=float64)
-    check_last_contiguous(OP, "scores", scores)
-    columns = scores.shape[1]
-    check(columns < 2**31, OP, "scores", "must have fewer than 2^31 columns", columns)
-    check(1 <= k <= MAX_K, OP, "k", f"must be 1 to {MAX_K}", k)
-    check(tie in ("low", "high"), OP, "tie", "must be 'low' or 'high'", tie)
-    check(order in ("index", "score"), OP, "order", "must be 'index' or 'score'", order)
-    check(force_first >= 0, OP, "force_first", "must not be negative", force_first)
-    check(force_last >= 0, OP, "force_last", "must not be negative", force_last)
-    if not force_first + force_last <= k:
-        rule = f"must leave force_first + force_last <= k, {k}, with force_first {force_first}"
-        fail(OP, "force_last", rule, force_last)
-    rows = scores.shape[0]
-    check_per_request(OP, "lengths", lengths, rows, "scores", scores)
-    check_per_request(OP, "row_starts", row_starts, rows, "scores", scores)
-    power = page_size <= 2**30 and is_power_of_two(page_size)
-    check(power, OP, "page_size", "must be a power of two", page_size)
-    if block_table is not None:
-        _check_block_table(block_table, scores, row_to_batch)
-    elif row_to_batch is not None:
-        fail(OP, "row_to_batch", "requires block_table", row_to_batch.shape)
-    check_per_request(OP, "row_to_batch", row_to_batch, rows, "scores", scores)
-    if previous is not None:
-        _check_previous(previous, scores)
-
-
-def _check_block_table(table: Tensor, scores: Tensor, row_to_batch: Tensor | None) -> None:
-    check(table.dim() == 2, OP, "block_table", "must have 2 dimensions [B, P]", table.dim())
-    check(table.dtype == torch.int32, OP, "block_table", "must be int32", table.dtype)
-    check_last_contiguous(OP, "block_table", table)
-    check_device_of(OP, "block_table", table, "scores", scores)
-    if row_to_batch is None and table.shape[0] != scores.shape[0]:
-        rule = f"must have a row for each row of scores, {scores.shape[0]}, without row_to_batch"
-        fail(OP, "block_table", rule, table.shape[0])
-
-
-def _check_previous(previous: Tensor, scores: Tensor) -> None:
-    check(previous.dim() == 2, OP, "previous", "must have 2 dimensions [R, K]", previous.dim())
-    check(previous.dtype == torch.int32, OP, "previous", "must be int32", previous.dtype)
-    rows, columns = previous.shape
-    if rows != scores.shape[0]:
-        rule = f"must have a row for each row of scores, {scores.shape[0]}"
-        fail(OP, "previous", rule, rows)
-    check(columns >= 1, OP, "previous", "must have a column", columns)
-    check_last_contiguous(OP, "previous", previous)
-    check_device_of(OP, "previous", previous, "scores", scores)
-
-
-def _check_values(
-    scores: Tensor,
-    k: int,
-    lengths: Tensor | None,
-    row_starts: Tensor | None,
-    tie: str,
-    order: str,
-    force_first: int,
-    force_last: int,
-    block_table: Tensor | None,
-    page_size: int,
-    row_to_batch: Tensor | None,
-    return_values: bool,
-    previous: Tensor | None,
-) -> None:
-    columns = scores.shape[1]
-    if row_starts is not None:
-        for start in row_starts.tolist():
+def _check_values(a: Any) -> None:
+    columns = a.scores.shape[1]
+    if a.row_starts is not None:
+        for start in a.row_starts.tolist():
             rule = f"must be 0 to the number of columns, {columns}"
             check(0 <= start <= columns, OP, "row_starts", rule, start)
-    if row_to_batch is not None and block_table is not None:
-        rows = block_table.shape[0]
-        for batch in row_to_batch.tolist():
+    if a.row_to_batch is not None and a.block_table is not None:
+        rows = a.block_table.shape[0]
+        for batch in a.row_to_batch.tolist():
             rule = f"must be below the number of rows of block_table, {rows}"
             check(0 <= batch < rows, OP, "row_to_batch", rule, batch)
 
 
-def _fake(
-    scores: Tensor,
-    k: int,
-    lengths: Tensor | None,
-    row_starts: Tensor | None,
-    tie: str,
-    order: str,
-    force_first: int,
-    force_last: int,
-    block_table: Tensor | None,
-    page_size: int,
-    row_to_batch: Tensor | None,
-    return_values: bool,
-    previous: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = scores.shape[0]
+def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = a.scores.shape[0]
     return (
-        scores.new_empty((rows, k), dtype=torch.int32),
-        scores.new_empty((rows,), dtype=torch.int32),
-        scores.new_empty((rows, k) if return_values else (0,)),
-        scores.new_empty((0,) if block_table is None else (rows, k), dtype=torch.int32),
+        a.scores.new_empty((rows, a.k), dtype=torch.int32),
+        a.scores.new_empty((rows,), dtype=torch.int32),
+        a.scores.new_empty((rows, a.k) if a.return_values else (0,)),
+        a.scores.new_empty((0,) if a.block_table is None else (rows, a.k), dtype=torch.int32),
     )
 
 
@@ -301,6 +201,6 @@ SPEC = register_op(
             ("r.", "r", "r.", "r."),
         ),
         paper="TokenSelect (Wu et al. 2024), TidalDecode (Yang et al. 2024)",
-        flops=lambda scores, *rest: 1.0 * scores.numel(),
+        flops=lambda a: 1.0 * a.scores.numel(),
     )
 )

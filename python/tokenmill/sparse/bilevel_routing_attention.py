@@ -6,6 +6,7 @@ import functools
 import math
 from typing import Any, Literal, TypedDict, overload
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -17,7 +18,6 @@ from .._check import (
     check_bool,
     check_device_of_q,
     check_qkv,
-    check_scale,
     check_tensor,
     fail,
     is_any,
@@ -29,12 +29,10 @@ from ..reference.sparse import bilevel_routing_attention as reference
 from ..registry import OpSpec, Sharding, register_op
 from .gradients import register_pair
 from .routing import route
-from .rules import check_list
 
 OP = "bilevel_routing_attention"
 
 AUTOCAST = Autocast(lower=("q", "k", "v"))
-MAX_SIDE = 2**15  # of a map, so that pixel and row numbers fit 32 bits
 
 
 class BilevelRoutingOptions(TypedDict, total=False):
@@ -187,15 +185,18 @@ def lower(
     check_qkv(OP, q, k, v, 5, True)
     sizes = _region_sizes(q, k, regions, region_size)
     factor = scale_or_default(OP, scale, q)
-    _check_regions(q, k, *sizes)
-    number = -(-q.shape[1] // sizes[0]) * -(-q.shape[2] // sizes[1])
+    region_y, region_x, key_region_y, key_region_x = sizes
+    number = -(-q.shape[1] // region_y) * -(-q.shape[2] // region_x)
+    # The sizes must be right before the routing; the lists are only described.
+    counts = q.new_empty((q.shape[0], 1, number), dtype=torch.int32)
+    FORWARD.check(q, k, v, counts[..., None], counts, *sizes, factor, mask_padding, float64=True)
     if region_graph is None:
         if topk is None:
             fail(OP, "topk", "must be given, or region_graph", topk)
         topk = as_int(OP, "topk", topk)
         rule = f"must be 1 to the number of regions, {number}"
         check(1 <= topk <= number, OP, "topk", rule, topk)
-        indices, counts = route(q, k, topk, (sizes[0], sizes[1]), (sizes[2], sizes[3]))
+        indices, counts = route(q, k, topk, (region_y, region_x), (key_region_y, key_region_x))
     else:
         check(topk is None, OP, "topk", "must not be given with region_graph", topk)
         _check_graph(region_graph, q, k, number)
@@ -238,87 +239,30 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
     return numbers
 
 
-def _fits(lists: Tensor, q: Tensor, k: Tensor, regions: int) -> tuple[str, bool]:
-    """The shape that lists must have, and whether indices and counts have it."""
-    batch, heads, kv_heads = q.shape[0], q.shape[3], k.shape[3]
-    fits = lists.dim() == 4 and lists.shape[0] == batch and lists.shape[2] == regions
-    fits = fits and is_any(lists.shape[1], 1, kv_heads, heads)
-    return f"[{batch}, heads, {regions}, K] with 1, {kv_heads} or {heads} heads", fits
-
-
 def _check_graph(graph: Tensor, q: Tensor, k: Tensor, regions: int) -> None:
-    shape, fits = _fits(graph, q, k, regions)
-    check(fits, OP, "region_graph", f"must have shape {shape}", graph.shape)
+    batch, heads, kv_heads = q.shape[0], q.shape[3], k.shape[3]
+    fits = graph.dim() == 4 and graph.shape[0] == batch and graph.shape[2] == regions
+    fits = fits and is_any(graph.shape[1], 1, kv_heads, heads)
+    rule = f"[{batch}, heads, {regions}, K] with 1, {kv_heads} or {heads} heads"
+    check(fits, OP, "region_graph", f"must have shape {rule}", graph.shape)
     check_int32(OP, "region_graph", graph)
     check_device_of_q(OP, "region_graph", graph, q)
 
 
-def _check_regions(
-    q: Tensor,
-    k: Tensor,
-    region_y: int,
-    region_x: int,
-    key_region_y: int,
-    key_region_x: int,
-) -> None:
-    for name, t in (("q", q), ("k", k)):
-        for side, axis in ((1, "Y"), (2, "X")):
-            rule = f"must have at most {MAX_SIDE} pixels along {axis}"
-            check(t.shape[side] <= MAX_SIDE, OP, name, rule, t.shape[side])
-    sizes = {
-        "region_y": region_y,
-        "region_x": region_x,
-        "key_region_y": key_region_y,
-        "key_region_x": key_region_x,
-    }
-    for name, size in sizes.items():
-        check(1 <= size <= MAX_SIDE, OP, name, f"must be 1 to {MAX_SIDE}", size)
-    for side, axis in ((1, "Y"), (2, "X")):
-        name = f"key_region_{axis.lower()}"
-        wanted = -(-q.shape[side] // sizes[name.removeprefix("key_")])
-        found = -(-k.shape[side] // sizes[name])
-        rule = f"must make as many regions of k along {axis} as there are of q, {wanted}"
-        check(found == wanted, OP, name, rule, found)
-
-
-# The rules of csrc/sparse/bilevel_routing_attention/host.cpp, in the same order and words.
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    region_y: int,
-    region_x: int,
-    key_region_y: int,
-    key_region_x: int,
-    scale: float,
-    mask_padding: bool,
-    *,
-    float64: bool = False,
-) -> None:
-    check_qkv(OP, q, k, v, 5, float64)
-    _check_regions(q, k, region_y, region_x, key_region_y, key_region_x)
-    check_scale(OP, scale)
-    regions = -(-q.shape[1] // region_y) * -(-q.shape[2] // region_x)
-    shape, fits = _fits(indices, q, k, regions)
-    check_list(OP, indices, counts, shape, fits, "q", q)
-
-
-def flops(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, *sizes: Any) -> float:
+def flops(a: Any) -> float:
     """Operations of the two products over all pairs of routed regions of the average size."""
-    _, heads, regions, _ = indices.shape
-    routed = float(counts.sum()) if known(counts) else float(indices.numel())
-    pixels = math.prod(q.shape[1:3]) * math.prod(k.shape[1:3]) / max(regions, 1) ** 2
-    return 2.0 * routed * pixels * q.shape[3] / max(heads, 1) * (q.shape[-1] + v.shape[-1])
+    _, heads, regions, _ = a.indices.shape
+    routed = float(a.counts.sum()) if known(a.counts) else float(a.indices.numel())
+    pixels = math.prod(a.q.shape[1:3]) * math.prod(a.k.shape[1:3]) / max(regions, 1) ** 2
+    return 2.0 * routed * pixels * a.q.shape[3] / max(heads, 1) * (a.q.shape[-1] + a.v.shape[-1])
 
 
-def backward_flops(*lowered: Any) -> float:
+def backward_flops(a: Any) -> float:
     """Operations of the five products of the backward."""
-    return 2.5 * flops(*lowered)
+    return 2.5 * flops(a)
 
 
-FORWARD, BACKWARD = register_pair(OP, _check, AUTOCAST)
+FORWARD, BACKWARD = register_pair(OP, AUTOCAST)
 SPEC = register_op(
     OpSpec(
         name=OP,

@@ -16,21 +16,25 @@ from .._call.autocast import Autocast
 from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import MAX_HEAD_DIM, as_int, as_number, check, check_bool, check_tensor, fail
+from .._check import (
+    MAX_HEAD_DIM,
+    as_int,
+    as_number,
+    check_bool,
+    check_cu_seqlens_values,
+    check_tensor,
+    fail,
+)
 from .._flops import band, known
 from .._kv_cache import capacity
 from .._lowering import scale_or_default, widen
 from .._other_names import refuse, refuses_other_names
 from ..reference.sparse import block_sparse_attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from .block_sparse_rules import (
-    OP,
-    check_block_sparse,
-    check_block_sparse_out,
-    check_block_sparse_values,
-    is_wide,
-)
+from ..select.rules import check_block_table_values
 from .gradients import cotangents
+
+OP = "block_sparse_attention"
 
 
 class BlockSparseOptions(TypedDict, total=False):
@@ -232,7 +236,7 @@ def block_sparse_attention(
     if out is not None:
         check_tensor(OP, "out", out, optional=True)
     forward_only = "block_table" if block_table is not None else ""
-    if is_wide(q) or is_wide(v):
+    if _is_wide(q) or _is_wide(v):
         forward_only = "latent heads"
     if forward_only and torch.is_grad_enabled():
         for name, t in (("q", q), ("k", k), ("v", v), ("sink", sink)):
@@ -269,6 +273,11 @@ def block_sparse_attention(
     asked = (True, return_lse, return_mass)
     wanted = tuple(r for r, keeps in zip(results, asked, strict=False) if keeps)
     return wanted if len(wanted) > 1 else wanted[0]
+
+
+def _is_wide(t: Any) -> bool:
+    """Whether q or v has the wide head_dim of latent caches, which is forward only."""
+    return isinstance(t, Tensor) and t.dim() > 0 and t.shape[-1] > MAX_HEAD_DIM
 
 
 def lower(
@@ -330,49 +339,18 @@ def lower(
     )
 
 
-def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
-    a = FORWARD.record(*lowered)
-    return (a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1])), *_fake_out(*lowered, None))
+def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1])), *_fake_out(a))
 
 
-def _fake_out(*arguments: Any) -> tuple[Tensor, Tensor]:
-    a = OUT.record(*arguments)
+def _fake_out(a: Any) -> tuple[Tensor, Tensor]:
     mass = a.indices.shape if a.return_mass else (0,)
     shape = a.q[..., 0].transpose(-1, -2).shape
     lse = a.q.new_empty(shape, dtype=torch.float32)
     return lse, a.q.new_empty(mass, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    out, lse, mass = output
-    ctx.mark_non_differentiable(mass)
-    keep(ctx, inputs, out, lse)
-
-
-def _backward(
-    ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None
-) -> tuple[Any, ...]:
-    lowered, (out, lse) = kept(ctx)
-    dout, dlse = cotangents(dout, dlse, out)
-    needs_dsink = FORWARD.needed_gradients(ctx)["sink"]
-    dq, dk, dv, dsink = ops.block_sparse_attention_backward(
-        dout, dlse, out, lse, needs_dsink, *lowered
-    )
-    return FORWARD.gradients(q=dq, k=dk, v=dv, sink=dsink.sum(0) if needs_dsink else None)
-
-
-def _check_backward(*arguments: Any) -> None:
-    a = BACKWARD.record(*arguments)
-    if a.block_table is not None:
-        fail(OP, "block_table", "must be None: keys in pages have no gradient", a.block_table.shape)
-    check_block_sparse(*arguments[-len(FORWARD.arguments) :])
-    rule = f"must have a head dimension of 1 to {MAX_HEAD_DIM} for a gradient"
-    for name, t in (("q", a.q), ("v", a.v)):
-        check(t.shape[-1] <= MAX_HEAD_DIM, OP, name, rule, t.shape[-1])
-
-
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    a = BACKWARD.record(*arguments)
+def _fake_backward(a: Any) -> tuple[Tensor, ...]:
     requests = a.q.shape[0] if a.cu_seqlens_q is None else a.cu_seqlens_q.shape[0] - 1
     heads = (requests, a.q.shape[-2]) if a.needs_dsink and a.sink is not None else (0,)
     return (
@@ -381,11 +359,34 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def flops(*lowered: Any) -> float:
+def _check_values(a: Any) -> None:
+    for name, ends, tokens in (("cu_seqlens_q", a.cu_seqlens_q, a.q.shape[0]),
+                               ("cu_seqlens_k", a.cu_seqlens_k, a.k.shape[0])):  # fmt: skip
+        if ends is not None:
+            check_cu_seqlens_values(OP, name, ends, tokens)
+    check_block_table_values(OP, a.block_table, a.k, a.seqlens_k)
+
+
+def _setup_context(ctx: Any, a: Any, output: tuple[Tensor, ...]) -> None:
+    out, lse, mass = output
+    ctx.mark_non_differentiable(mass)
+    keep(ctx, a, out, lse)
+
+
+def _backward(
+    ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None
+) -> tuple[Any, ...]:
+    a, (out, lse) = kept(ctx)
+    dout, dlse = cotangents(dout, dlse, out)
+    needs_dsink = FORWARD.needed_gradients(ctx)["sink"]
+    dq, dk, dv, dsink = ops.block_sparse_attention_backward(dout, dlse, out, lse, needs_dsink, *a)
+    return FORWARD.gradients(q=dq, k=dk, v=dv, sink=dsink.sum(0) if needs_dsink else None)
+
+
+def flops(a: Any) -> float:
     """Operations of the two products over the visible keys of listed blocks, and over sink and
     recent keys.
     """
-    a = FORWARD.record(*lowered)
     heads, dim = a.q.shape[-2:]
     sizes = (a.block_q, a.block_k, a.causal)
     pairs = more = maximum = 0.0
@@ -442,16 +443,16 @@ def _listed_pairs(
     return float(pairs.where(entries < counts[..., None], 0).sum())
 
 
-def backward_flops(*lowered: Any) -> float:
+def backward_flops(a: Any) -> float:
     """Operations of the five products of the backward."""
-    return 2.5 * flops(*lowered)
+    return 2.5 * flops(a)
 
 
 FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "k", "v")),
-        check_values=check_block_sparse_values,
+        check_values=_check_values,
         fake=_fake,
         triton=f"sparse.{OP}:{OP}",
         backward=_backward,

@@ -23,7 +23,7 @@ from ..dense.attention import attention
 from ..dense.attention_decode import attention_decode
 from ..dense.merge_attention_states import merge_attention_states
 from .block_sparse_attention import block_sparse_attention
-from .rules import MAX_BLOCK
+from .query_lists import MAX_BLOCK
 
 OP = "core_context_attention"
 AUTOCAST = Autocast(lower=("q", "k", "v"))

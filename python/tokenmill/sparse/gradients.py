@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,22 +13,15 @@ from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 
 
-def register_pair(
-    op: str, check: Callable[..., None], autocast: Autocast
-) -> tuple[TorchOp, TorchOp]:
-    """Forward and backward of an operator (q, k, v, ...) -> (out, lse); check has its rules."""
+def register_pair(op: str, autocast: Autocast) -> tuple[TorchOp, TorchOp]:
+    """Forward and backward of an operator (q, k, v, ...) -> (out, lse)."""
 
     def backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        lowered, (out, lse) = kept(ctx)
+        a, (out, lse) = kept(ctx)
         dout, dlse = cotangents(dout, dlse, out)
         run = getattr(ops, f"{op}_backward")
-        dq, dk, dv = run(dout, dlse, out, lse, *lowered)
+        dq, dk, dv = run(dout, dlse, out, lse, *a)
         return forward.gradients(q=dq, k=dk, v=dv)
-
-    def check_backward(
-        dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *lowered: Any
-    ) -> None:
-        check(*lowered)
 
     forward = register(
         TorchOp(
@@ -51,17 +43,21 @@ def register_pair(
     return forward, gradients
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake(a: Any) -> tuple[Tensor, Tensor]:
     """out [B, ..., H, Dv] and lse [B, H, ...] of q [B, ..., H, D]."""
-    batch, *places, heads, _ = q.shape
+    batch, *places, heads, _ = a.q.shape
     return (
-        q.new_empty((batch, *places, heads, v.shape[-1])),
-        q.new_empty((batch, heads, *places), dtype=torch.float32),
+        a.q.new_empty((batch, *places, heads, a.v.shape[-1])),
+        a.q.new_empty((batch, heads, *places), dtype=torch.float32),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    keep(ctx, inputs, *output)
+def _fake_gradients(a: Any) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (a.q, a.k, a.v))
+
+
+def _setup_context(ctx: Any, a: Any, output: tuple[Tensor, Tensor]) -> None:
+    keep(ctx, a, *output)
 
 
 def cotangents(
@@ -73,16 +69,3 @@ def cotangents(
     if dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
         dout = dout.contiguous()
     return dout, None if dlse is None else dlse.contiguous()
-
-
-def _fake_gradients(
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

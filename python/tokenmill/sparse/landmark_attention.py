@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._call.autocast import Autocast
 from .._call.run import call
-from .._check import as_int, check, check_bool, check_qkv, check_scale, check_tensor
+from .._check import as_int, check_bool, check_tensor
 from .._flops import band
 from .._lowering import scale_or_default
 from ..reference.sparse import landmark_attention as reference
@@ -119,32 +119,18 @@ def lower(
     return q, k, v, block, scale_or_default(OP, scale, q)
 
 
-def check_block(op: str, block: int) -> None:
-    check(2 <= block < 2**31, op, "block", "must be 2 to 2^31 - 1", block)
-
-
-# The rules of csrc/sparse/landmark_attention/host.cpp, in the same order and words.
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, block: int, scale: float, *, float64: bool = False
-) -> None:
-    check_block(OP, block)
-    check_qkv(OP, q, k, v, 4, float64)
-    check(k.shape[1] == q.shape[1], OP, "k", f"must have the length of q, {q.shape[1]}", k.shape[1])
-    check_scale(OP, scale)
-
-
-def flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> float:
+def flops(a: Any) -> float:
     """Operations of the two products over the pairs visible under the causal mask."""
-    batch, tokens, heads, dim = q.shape
-    return 2.0 * batch * heads * band(tokens, tokens, -1, 0) * (dim + v.shape[-1])
+    batch, tokens, heads, dim = a.q.shape
+    return 2.0 * batch * heads * band(tokens, tokens, -1, 0) * (dim + a.v.shape[-1])
 
 
-def backward_flops(*lowered: Any) -> float:
+def backward_flops(a: Any) -> float:
     """Operations of the five products of the backward."""
-    return 2.5 * flops(*lowered)
+    return 2.5 * flops(a)
 
 
-FORWARD, BACKWARD = register_pair(OP, _check, Autocast(lower=("q", "k", "v")))
+FORWARD, BACKWARD = register_pair(OP, Autocast(lower=("q", "k", "v")))
 SPEC = register_op(
     OpSpec(
         name=OP,

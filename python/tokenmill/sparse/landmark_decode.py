@@ -22,11 +22,11 @@ from .._kv_cache import capacity, check_cache, check_lengths, check_lengths_valu
 from .._lowering import scale_or_default
 from ..dense.attention import attention
 from ..dense.merge_attention_states import merge_attention_states
+from ..dense.terms import check_small
 from ..reference.sparse.sparse_decode_attention import rotate
 from ..select.kv_block_scores import kv_block_scores
 from ..select.topk_select import topk_select
-from .landmark_attention import check_block, landmark_attention
-from .sparse_decode_attention_rules import check_rope
+from .landmark_attention import landmark_attention
 
 OP = "landmark_decode"
 
@@ -125,7 +125,7 @@ def landmark_decode(
         check_tensor(OP, name, t)
     check_tensor(OP, "block_table", block_table, optional=True)
     block = as_int(OP, "block", block)
-    check_block(OP, block)
+    check(2 <= block < 2**31, OP, "block", "must be 2 to 2^31 - 1", block)
     check_cache(OP, q, k_cache, v_cache, block_table is not None, True)
     for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_dtype_of(OP, name, t, "q", q)
@@ -178,7 +178,13 @@ def _as_tables(
     for t in rope:
         check_tensor(OP, "rope", t)
     cos, sin = (t.to(_wide(q)) for t in rope)
-    check_rope(OP, q, cos, sin, max(positions, 1))
+    positions, pairs = max(positions, 1), q.shape[3] // 2
+    shape = cos.dim() == 2 and cos.shape[0] >= positions and 1 <= cos.shape[1] <= pairs
+    rule = f"must have shape [positions, pairs], {positions} positions or more, 1 to {pairs} pairs"
+    check(shape, OP, "rope", rule, cos.shape)
+    check(sin.shape == cos.shape, OP, "rope", "must have cos and sin of one shape", sin.shape)
+    for t in (cos, sin):
+        check_small(OP, "rope", t, q)
     return cos, sin
 
 

@@ -15,8 +15,7 @@ from ..select.kv_block_scores import kv_block_scores
 from ..select.rules import check_per_request
 from ..select.topk_select import MAX_K, topk_select
 from .block_sparse_attention import block_sparse_attention
-from .query_lists import for_heads, positions, split_blocks, stripes
-from .rules import MAX_BLOCK
+from .query_lists import MAX_BLOCK, for_heads, positions, split_blocks, stripes
 
 OP = "moba_attention"
 

@@ -26,8 +26,7 @@ from ..dense.attention import attention
 from ..select.kv_block_scores import kv_block_scores
 from ..select.topk_select import MAX_K, topk_select
 from .block_sparse_attention import block_sparse_attention
-from .query_lists import for_heads, positions, stripes
-from .rules import check_block
+from .query_lists import check_block, for_heads, positions, stripes
 
 OP = "native_sparse_attention"
 AUTOCAST = Autocast(lower=("q", "k", "v", "k_compressed", "v_compressed", "k_window", "v_window"))

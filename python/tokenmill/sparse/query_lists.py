@@ -1,4 +1,4 @@
-"""Helpers of methods that list blocks of keys for single queries."""
+"""Helpers of methods that list blocks of keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .._check import check, is_power_of_two
+
+MAX_BLOCK = 128
 CPU_ELEMENTS, GPU_ELEMENTS = 2**24, 2**26  # scores held in memory at a time
+
+
+def check_block(op: str, name: str, value: int) -> None:
+    ok = is_power_of_two(value) and value <= MAX_BLOCK
+    check(ok, op, name, f"must be a power of two up to {MAX_BLOCK}", value)
 
 
 def stripes(q: Tensor, columns: int) -> Iterator[slice]:

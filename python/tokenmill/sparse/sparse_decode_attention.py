@@ -14,6 +14,7 @@ from .._call.autocast import Autocast
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
+    MAX_HEAD_DIM,
     as_int,
     as_number,
     check,
@@ -22,17 +23,13 @@ from .._check import (
     check_text,
 )
 from .._flops import known
+from .._kv_cache import check_lengths_values
 from .._lowering import scale_or_default, widen
 from .._other_names import REQUIRED, refuse, refuses_other_names
 from ..reference.sparse import sparse_decode_attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from .sparse_decode_attention_rules import (
-    OP,
-    check_sparse_decode,
-    check_sparse_decode_out,
-    check_sparse_decode_values,
-    unsupported,
-)
+
+OP = "sparse_decode_attention"
 
 Positions = Literal["absolute", "cache"]
 
@@ -342,14 +339,11 @@ def lower(
     )
 
 
-def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
-    a = FORWARD.record(*lowered)
-    out = a.q.new_empty((*a.q.shape[:-1], a.v_cache.shape[-1]))
-    return out, *_fake_out(*lowered, None)
+def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (a.q.new_empty((*a.q.shape[:-1], a.v_cache.shape[-1])), *_fake_out(a))
 
 
-def _fake_out(*arguments: Any) -> tuple[Tensor, Tensor]:
-    a = OUT.record(*arguments)
+def _fake_out(a: Any) -> tuple[Tensor, Tensor]:
     batch, queries, heads = a.q.shape[:3]
     row_heads = heads if a.indices.shape[1] > a.k_cache.shape[2] else a.k_cache.shape[2]
     mass = (batch, row_heads, a.indices.shape[2]) if a.return_mass else (0,)
@@ -359,9 +353,19 @@ def _fake_out(*arguments: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-def flops(*lowered: Any) -> float:
+def _check_values(a: Any) -> None:
+    check_lengths_values(OP, a.k_cache, a.seqlens_k, a.block_table, pages_may_lack=True)
+
+
+def unsupported(backend: str, a: Any) -> list[str]:
+    turned = 0 if a.cos is None else 2 * a.cos.shape[-1]
+    if backend == "triton" and a.q.shape[-1] > MAX_HEAD_DIM and turned > MAX_HEAD_DIM:
+        return [f"of wider keys it turns at most {MAX_HEAD_DIM} columns; got {turned}"]
+    return []
+
+
+def flops(a: Any) -> float:
     """Operations of the two products over all listed, sink and recent keys."""
-    a = FORWARD.record(*lowered)
     blocks = float(a.counts.sum()) if known(a.counts) else float(a.indices.numel())
     listed = blocks * a.block_k / max(a.counts.shape[1], 1)
     keys = listed + a.counts.shape[0] * (a.num_sink + a.num_recent)
@@ -372,7 +376,7 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "extra_k", "extra_v"), cache="k_cache"),
-        check_values=check_sparse_decode_values,
+        check_values=_check_values,
         fake=_fake,
         triton="sparse.sparse_decode_attention:sparse_decode_attention",
         refuses_gradients=True,

@@ -9,10 +9,9 @@ from torch import Tensor
 from .._call.attach import register
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import as_int, check, check_tensor
+from .._check import as_int, check_tensor
 from ..reference.sparse import transpose_block_list as reference
 from ..registry import OpSpec, Sharding, register_op
-from .rules import check_list
 
 OP = "transpose_block_list"
 
@@ -62,18 +61,11 @@ def lower(indices: Tensor, counts: Tensor, num_blocks: int) -> tuple[Any, ...]:
     return indices, counts, num_blocks
 
 
-# The rules of csrc/sparse/transpose_block_list/host.cpp, in the same order and words.
-def _check(indices: Tensor, counts: Tensor, num_blocks: int, *, float64: bool = False) -> None:
-    fits = indices.dim() == 4
-    check_list(OP, indices, counts, "[B, heads, rows, K]", fits, "indices", indices)
-    check(0 <= num_blocks <= 2**30, OP, "num_blocks", "must be 0 to 2^30", num_blocks)
-
-
-def _fake(indices: Tensor, counts: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    batch, heads, rows, entries = indices.shape
+def _fake(a: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, rows, entries = a.indices.shape
     return (
-        indices.new_empty((batch, heads, num_blocks + 1)),
-        indices.new_empty((batch, heads, rows * entries)),
+        a.indices.new_empty((batch, heads, a.num_blocks + 1)),
+        a.indices.new_empty((batch, heads, rows * entries)),
     )
 
 
@@ -90,10 +82,9 @@ SPEC = register_op(
         plain=reference.transpose_block_list,  # exact
         forward=FORWARD,
         backward=None,
-        # Edits of the first sample.
         differentiable=(),
         sharding=Sharding({"indices": "bh..", "counts": "bh."}, ("bh.", "bh.")),
         paper="counting sort (Gustavson 1978)",
-        flops=lambda *lowered: 0.0,
+        flops=lambda a: 0.0,
     )
 )

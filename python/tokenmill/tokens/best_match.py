@@ -12,10 +12,9 @@ from .._call.attach import register
 from .._call.autocast import Autocast
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import check, check_bool, check_device_of, check_dtype_of, check_tensor, fail
+from .._check import check_bool, check_tensor
 from ..reference.tokens import best_match as reference
 from ..registry import OpSpec, Sharding, register_op
-from .rules import check_tokens
 
 OP = "best_match"
 MAX_CHANNELS = 4096
@@ -74,34 +73,21 @@ def lower(a: Tensor, b: Tensor, *, normalize: bool = False) -> tuple[Any, ...]:
     return a, b, normalize
 
 
-# The rules of csrc/tokens/best_match/host.cpp, in the same order and words.
-def _check(a: Tensor, b: Tensor, normalize: bool, *, float64: bool = False) -> None:
-    check_tokens(OP, "a", a, float64=float64)
-    check_tokens(OP, "b", b, float64=float64)
-    check_dtype_of(OP, "b", b, "a", a)
-    check_device_of(OP, "b", b, "a", a)
-    batch, _, channels = a.shape
-    rule = f"must have 1 to {MAX_CHANNELS} channels"
-    check(1 <= channels <= MAX_CHANNELS, OP, "a", rule, channels)
-    if b.shape[0] != batch:
-        fail(OP, "b", f"must have the batch size of a, {batch}", b.shape[0])
-    if b.shape[2] != channels:
-        fail(OP, "b", f"must have the channels of a, {channels}", b.shape[2])
-
-
-def _fake(a: Tensor, b: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+def _fake(record: Any) -> tuple[Tensor, Tensor]:
+    a = record.a
     shape = a.shape[:2]
     return a.new_empty(shape, dtype=torch.int32), a.new_empty(shape, dtype=torch.float32)
 
 
-def _plain(a: Tensor, b: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    if normalize:
+def _plain(record: Any) -> tuple[Tensor, Tensor]:
+    a, b = record.a, record.b
+    if record.normalize:
         a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
     return reference.best_products(a @ b.transpose(1, 2))
 
 
-def _flops(a: Tensor, b: Tensor, normalize: bool) -> float:
-    return 2.0 * a.numel() * b.shape[1]
+def _flops(record: Any) -> float:
+    return 2.0 * record.a.numel() * record.b.shape[1]
 
 
 FORWARD = register(
@@ -122,7 +108,6 @@ SPEC = register_op(
         plain=_plain,
         forward=FORWARD,
         backward=None,
-        # Edits of the first sample.
         differentiable=(),
         sharding=Sharding({"a": "br.", "b": "b.."}, ("br", "br")),
         paper="ToMe (Bolya et al. 2023)",

@@ -21,8 +21,8 @@ from .._check import (
     show,
 )
 from .._other_names import refuse, refuses_other_names
+from ._rows import check_tokens
 from .best_match import MAX_CHANNELS, best_match
-from .rules import check_tokens
 from .topk_partition import topk_partition
 
 OP = "bipartite_match"

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._call.attach import register
+from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import (
-    as_int,
-    as_number,
-    check,
-    check_bool,
-    check_dtype,
-    check_last_contiguous,
-    check_tensor,
-)
+from .._check import as_int, as_number, check, check_bool, check_tensor
 from ..reference.tokens import cluster_tokens as reference
 from ..registry import OpSpec, Sharding, register_op
 
 OP = "cluster_tokens"
-MAX_CHANNELS = 4096
-MAX_ITERS = 1000
 
 
 def cluster_tokens(
@@ -111,62 +101,21 @@ def lower(
     return x, *sides, iters, tau, window, window_labels
 
 
-# The rules of csrc/tokens/cluster_tokens/host.cpp, in the same order and words.
-def _check(
-    x: Tensor,
-    grid_y: int,
-    grid_x: int,
-    iters: int,
-    tau: float,
-    window: int,
-    window_labels: bool,
-    *,
-    float64: bool = False,
-) -> None:
-    check(x.dim() == 4, OP, "x", "must have 4 dimensions [B, Y, X, C]", x.dim())
-    check_dtype(OP, "x", x, float64=float64)
-    check_last_contiguous(OP, "x", x)
-    batch, height, width, channels = x.shape
-    pixels = batch * height * width
-    check(pixels < 2**31, OP, "x", "must have fewer than 2^31 pixels in all", pixels)
-    rule = f"must have 1 to {MAX_CHANNELS} channels"
-    check(1 <= channels <= MAX_CHANNELS, OP, "x", rule, channels)
-    check(1 <= grid_y <= height, OP, "grid", f"must be 1 to {height} along Y", grid_y)
-    check(1 <= grid_x <= width, OP, "grid", f"must be 1 to {width} along X", grid_x)
-    check(1 <= iters <= MAX_ITERS, OP, "iters", f"must be 1 to {MAX_ITERS}", iters)
-    check(0 <= tau < math.inf, OP, "tau", "must be finite and at least 0", tau)
-    check(window >= 1 and window % 2 == 1, OP, "window", "must be odd and at least 1", window)
-
-
-def _check_backward(dcentroids: Tensor, mass: Tensor, previous: Tensor, *lowered: Any) -> None:
-    _check(*lowered)
-
-
-def _fake(
-    x: Tensor, grid_y: int, grid_x: int, iters: int, tau: float, window: int, window_labels: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = (x.shape[0], grid_y, grid_x)
-    centroids = x.new_empty((*shape, x.shape[3]))
+def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (a.x.shape[0], a.grid_y, a.grid_x)
+    centroids = a.x.new_empty((*shape, a.x.shape[3]))
     return (
         centroids,
-        x.new_empty(x.shape[:3], dtype=torch.int32),
-        x.new_empty(shape, dtype=torch.float32),
+        a.x.new_empty(a.x.shape[:3], dtype=torch.int32),
+        a.x.new_empty(shape, dtype=torch.float32),
         torch.empty_like(centroids, dtype=torch.float32),
     )
 
 
-def _fake_backward(
-    dcentroids: Tensor, mass: Tensor, previous: Tensor, x: Tensor, *options: Any
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, *ctx.options = inputs
+def _setup_context(ctx: Any, a: Any, output: tuple[Any, ...]) -> None:
     _, labels, mass, previous = output
     ctx.mark_non_differentiable(labels, mass, previous)
-    ctx.save_for_backward(mass, previous, x)
-    ctx.set_materialize_grads(False)
+    keep(ctx, a, mass, previous)
 
 
 def _backward(
@@ -177,27 +126,22 @@ def _backward(
     dmass: Tensor | None,
     dprevious: Tensor | None,
 ) -> tuple[Any, ...]:
-    mass, previous, x = ctx.saved_tensors
-    rest = (None,) * len(ctx.options)
+    a, (mass, previous) = kept(ctx)
     if dcentroids is None:
-        return x.new_zeros(x.shape), *rest
-    dx = ops.cluster_tokens_backward(dcentroids.contiguous(), mass, previous, x, *ctx.options)
-    return dx, *rest
+        return FORWARD.gradients(x=a.x.new_zeros(a.x.shape))
+    dx = ops.cluster_tokens_backward(dcentroids.contiguous(), mass, previous, *a)
+    return FORWARD.gradients(x=dx)
 
 
-def _flops(
-    x: Tensor, grid_y: int, grid_x: int, iters: int, tau: float, window: int, window_labels: bool
-) -> float:
-    reach = min(window, grid_y) * min(window, grid_x)
-    labels = reach if window_labels else grid_y * grid_x
-    return x.numel() * (5.0 * reach * iters + 3.0 * labels)
+def _flops(a: Any) -> float:
+    reach = min(a.window, a.grid_y) * min(a.window, a.grid_x)
+    labels = reach if a.window_labels else a.grid_y * a.grid_x
+    return a.x.numel() * (5.0 * reach * a.iters + 3.0 * labels)
 
 
-def _backward_flops(
-    x: Tensor, grid_y: int, grid_x: int, iters: int, tau: float, window: int, window_labels: bool
-) -> float:
+def _backward_flops(a: Any) -> float:
     """Operations of the gradient of the last iteration."""
-    return 5.0 * x.numel() * min(window, grid_y) * min(window, grid_x)
+    return 5.0 * a.x.numel() * min(a.window, a.grid_y) * min(a.window, a.grid_x)
 
 
 FORWARD = register(
@@ -212,7 +156,7 @@ FORWARD = register(
 BACKWARD = register(
     TorchOp(
         OP + "_backward",
-        fake=_fake_backward,
+        fake=lambda a: a.x.new_empty(a.x.shape),
         triton="tokens.cluster_tokens:cluster_tokens_backward",
     )
 )
@@ -228,7 +172,6 @@ SPEC = register_op(
         plain=reference.cluster_tokens,
         forward=FORWARD,
         backward=BACKWARD,
-        # Edits of the first sample.
         differentiable=("x",),
         sharding=Sharding({"x": "b..."}, ("b...", "b..", "b..", "b...")),
         paper="Expedit (Liang et al. 2022)",

@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from .._call.attach import register
+from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import as_int, check, check_bool, check_tensor
+from .._check import as_int, check_bool, check_tensor
 from .._lowering import widen
 from ..reference.tokens import gather_fuse as reference
 from ..registry import OpSpec, Sharding, register_op
-from .moving import as_int32, contiguous_rows
-from .rules import check_index_values, check_indices, check_like, check_out, check_tokens
+from ._rows import as_int32, check_index_values, contiguous_rows
 
 OP = "gather_fuse"
-BACKWARD_OP = OP + "_backward"
 
 
 def gather_fuse(
@@ -99,101 +98,39 @@ def lower(
     return x, as_int32(keep), as_int32(rest), widen(weight, x), prefix, normalize
 
 
-# The rules of csrc/tokens/gather_fuse/host.cpp, in the same order and words.
-def _check(
-    x: Tensor,
-    keep: Tensor,
-    rest: Tensor,
-    weight: Tensor,
-    prefix: int,
-    normalize: bool,
-    *,
-    float64: bool = False,
-) -> None:
-    check_tokens(OP, "x", x, float64=float64)
-    batch, tokens = x.shape[:2]
-    rule = f"must be 0 to the number of tokens, {tokens}"
-    check(0 <= prefix <= tokens, OP, "prefix", rule, prefix)
-    check_indices(OP, "keep", keep, batch, "x", x)
-    check_indices(OP, "rest", rest, batch, "x", x)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    check_like(OP, "weight", weight, [batch, tokens - prefix], wide, "x", x)
+def _check_values(a: Any) -> None:
+    patches = a.x.shape[1] - a.prefix
+    check_index_values(OP, "keep", a.keep, patches)
+    check_index_values(OP, "rest", a.rest, patches)
+    check_index_values(OP, "rest", torch.cat((a.keep, a.rest), 1), patches, repeats=False)
 
 
-def _check_out(*arguments: Any, float64: bool = False) -> None:
-    *lowered, out = arguments
-    _check(*lowered, float64=float64)
-    x, keep, rest, weight, prefix, _ = lowered
-    shape = [x.shape[0], prefix + keep.shape[1] + 1, x.shape[2]]
-    check_out(OP, out, shape, {"x": x, "keep": keep, "rest": rest, "weight": weight})
+def _fake(a: Any) -> tuple[Tensor, Tensor]:
+    batch, _, channels = a.x.shape
+    out = a.x.new_empty((batch, a.prefix + a.keep.shape[1] + 1, channels))
+    return out, _fake_out(a)
 
 
-def _check_values(
-    x: Tensor, keep: Tensor, rest: Tensor, weight: Tensor, prefix: int, normalize: bool
-) -> None:
-    patches = x.shape[1] - prefix
-    check_index_values(OP, "keep", keep, patches)
-    check_index_values(OP, "rest", rest, patches)
-    check_index_values(OP, "rest", torch.cat((keep, rest), 1), patches, repeats=False)
+def _fake_out(a: Any) -> Tensor:
+    return a.x.new_empty(a.x.shape[:1], dtype=torch.float32)
 
 
-def _fake(
-    x: Tensor, keep: Tensor, rest: Tensor, weight: Tensor, prefix: int, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    batch, _, channels = x.shape
-    out = x.new_empty((batch, prefix + keep.shape[1] + 1, channels))
-    return out, x.new_empty((batch,), dtype=torch.float32)
+def _fake_backward(a: Any) -> tuple[Tensor, Tensor]:
+    return a.x.new_empty(a.x.shape), a.x.new_empty(a.weight.shape, dtype=torch.float32)
 
 
-def _check_backward(
-    dout: Tensor,
-    out: Tensor,
-    weight_sum: Tensor,
-    x: Tensor,
-    keep: Tensor,
-    rest: Tensor,
-    weight: Tensor,
-    prefix: int,
-    normalize: bool,
-) -> None:
-    _check(x, keep, rest, weight, prefix, normalize)
-    batch, _, channels = x.shape
-    wanted = [batch, prefix + keep.shape[1] + 1, channels]
-    check_like(OP, "dout", dout, wanted, x.dtype, "x", x)
-    check_like(OP, "out", out, wanted, x.dtype, "x", x)
-    check_like(OP, "weight_sum", weight_sum, [batch], torch.float32, "x", x)
+def _setup_context(ctx: Any, a: Any, output: tuple[Any, ...]) -> None:
+    _, weight_sum = output
+    ctx.mark_non_differentiable(weight_sum)
+    keep(ctx, a, *output)
 
 
-def _fake_backward(
-    dout: Tensor,
-    out: Tensor,
-    weight_sum: Tensor,
-    x: Tensor,
-    keep: Tensor,
-    rest: Tensor,
-    weight: Tensor,
-    prefix: int,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(weight.shape, dtype=torch.float32)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, keep, rest, weight, prefix, normalize = inputs
-    ctx.save_for_backward(*output, x, keep, rest, weight)
-    ctx.prefix, ctx.normalize = prefix, normalize
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ops: Any, ctx: Any, dout: Tensor | None, _: Any) -> tuple[Any, ...]:
-    out, weight_sum, x, keep, rest, weight = ctx.saved_tensors
+def _backward(ops: Any, ctx: Any, dout: Tensor | None, dweight_sum: None) -> tuple[Any, ...]:
     if dout is None:
-        return None, None, None, None, None, None
-    dx, dweight = ops.gather_fuse_backward(
-        contiguous_rows(dout), out, weight_sum, x, keep, rest, weight, ctx.prefix, ctx.normalize
-    )
-    return dx, None, None, dweight, None, None
+        return FORWARD.gradients()
+    a, (out, weight_sum) = kept(ctx)
+    dx, dweight = ops.gather_fuse_backward(contiguous_rows(dout), out, weight_sum, *a)
+    return FORWARD.gradients(x=dx, weight=dweight)
 
 
 FORWARD = register(
@@ -209,13 +146,13 @@ FORWARD = register(
 OUT = register(
     TorchOp(
         OP + "_out",
-        fake=lambda x, *others: x.new_empty(x.shape[:1], dtype=torch.float32),
+        fake=_fake_out,
         triton="tokens.gather_fuse:gather_fuse_out",
     )
 )
 BACKWARD = register(
     TorchOp(
-        BACKWARD_OP,
+        OP + "_backward",
         fake=_fake_backward,
         triton="tokens.gather_fuse:gather_fuse_backward",
     )
@@ -237,6 +174,6 @@ SPEC = register_op(
             ("b.c", "b~c"),
         ),
         paper="EViT (Liang et al. 2022)",
-        flops=lambda x, keep, rest, *others: 2.0 * rest.numel() * x.shape[2],
+        flops=lambda a: 2.0 * a.rest.numel() * a.x.shape[2],
     )
 )

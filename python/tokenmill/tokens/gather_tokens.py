@@ -10,12 +10,10 @@ from torch import Tensor
 from .._call.attach import register
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import check, check_device_of, check_last_contiguous, check_tensor, fail, show
-from .._kv_cache import check_int32
+from .._check import check, check_tensor, fail, show
 from ..reference.tokens import gather_tokens as reference
 from ..registry import OpSpec, Sharding, register_op
-from .moving import as_int32, as_rows, contiguous_rows
-from .rules import check_index_values, check_movable_tokens, check_out
+from ._rows import as_int32, as_rows, check_index_values, contiguous_rows
 
 OP = "gather_tokens"
 
@@ -101,7 +99,7 @@ def _gather(x: Tensor, indices: Tensor, out: Tensor | None, backend: str | None)
     if out is not None:
         wanted = (*indices.shape, *behind)
         check(out.shape == wanted, OP, "out", f"must have shape {show(wanted)}", out.shape)
-        call(SPEC, lowered, backend, lower_out(out, *lowered))
+        call(SPEC, lowered, backend, lower_out(out, FORWARD.record(*lowered)))
         return out
     rows: Tensor = call(SPEC, lowered, backend)[0]
     return rows if len(behind) == 1 else rows.unflatten(-1, behind) if behind else rows.squeeze(-1)
@@ -123,44 +121,28 @@ def lower(x: Tensor, indices: Tensor) -> tuple[Any, ...]:
     return x, indices
 
 
-def lower_out(out: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+def lower_out(out: Tensor, a: Any) -> Tensor:
     """The out tensor as rows, which must not need a copy."""
-    leading = indices.dim()
+    leading = a.indices.dim()
     if out.dim() == leading + 2 and 0 not in out.shape:
         one = out.shape[-2] == 1 or out.shape[-1] == 1 or out.stride(-2) == out.shape[-1]
         check(one, OP, "out", "must have its last dimensions as one; strides", out.stride())
     return as_rows(out, leading) if leading <= out.dim() <= leading + 2 else out
 
 
-# The rules of csrc/tokens/gather_tokens/host.cpp, in the same order and words.
-def _check(x: Tensor, indices: Tensor, *, float64: bool = False) -> None:
-    check_movable_tokens(OP, "x", x, float64=float64)
-    fits = indices.dim() == 1 or (indices.dim() == 2 and indices.shape[0] == x.shape[0])
-    rule = f"must have shape [{x.shape[0]}, K], or [K]"
-    check(fits, OP, "indices", rule, indices.shape)
-    check_int32(OP, "indices", indices)
-    check_last_contiguous(OP, "indices", indices)
-    check_device_of(OP, "indices", indices, "x", x)
+def _check_values(a: Any) -> None:
+    batch, tokens = a.x.shape[:2]
+    rows = tokens if a.indices.dim() == 2 else batch * tokens
+    check_index_values(OP, "indices", a.indices, rows)
 
 
-def _check_out(x: Tensor, indices: Tensor, out: Tensor, *, float64: bool = False) -> None:
-    _check(x, indices, float64=float64)
-    check_out(OP, out, [*indices.shape, x.shape[2]], {"x": x, "indices": indices})
+def _fake(a: Any) -> Tensor:
+    return a.x.new_empty((*a.indices.shape, a.x.shape[2]))
 
 
-def _check_values(x: Tensor, indices: Tensor) -> None:
-    batch, tokens = x.shape[:2]
-    check_index_values(OP, "indices", indices, tokens if indices.dim() == 2 else batch * tokens)
-
-
-def _fake(x: Tensor, indices: Tensor) -> Tensor:
-    return x.new_empty((*indices.shape, x.shape[2]))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, indices = inputs
-    ctx.save_for_backward(indices)
-    ctx.shape = x.shape
+def _setup_context(ctx: Any, a: Any, output: Tensor) -> None:
+    ctx.save_for_backward(a.indices)
+    ctx.shape = a.x.shape
 
 
 def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
@@ -169,8 +151,8 @@ def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     dout = contiguous_rows(dout)
     if indices.dim() == 1:
         dx = sum_of_copies(ops, dout[None], indices[None], batch * tokens)
-        return dx.view(batch, tokens, channels), None
-    return sum_of_copies(ops, dout, indices, tokens), None
+        return FORWARD.gradients(x=dx.view(batch, tokens, channels))
+    return FORWARD.gradients(x=sum_of_copies(ops, dout, indices, tokens))
 
 
 def sum_of_copies(ops: Any, dout: Tensor, indices: Tensor, tokens: int) -> Tensor:
@@ -197,7 +179,7 @@ FORWARD = register(
 OUT = register(
     TorchOp(
         OP + "_out",
-        fake=lambda x, indices, out: None,
+        fake=lambda a: None,
         triton="tokens.gather_tokens:gather_tokens_out",
     )
 )
@@ -216,6 +198,6 @@ SPEC = register_op(
         differentiable=("x",),
         sharding=Sharding({"x": "b.c", "indices": "b."}, ("b.c",)),
         paper="Focus-DETR (Zheng et al. 2023)",
-        flops=lambda *lowered: 0.0,
+        flops=lambda a: 0.0,
     )
 )

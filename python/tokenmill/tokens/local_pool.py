@@ -4,28 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._call.attach import register
+from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import (
-    as_int,
-    check,
-    check_bool,
-    check_dtype,
-    check_last_contiguous,
-    check_tensor,
-    check_text,
-)
+from .._check import as_int, check, check_bool, check_tensor, check_text
 from ..reference.tokens import local_pool as reference
 from ..registry import OpSpec, Sharding, register_op
-from .moving import contiguous_rows
-from .rules import check_like
+from ._rows import contiguous_rows
 
 OP = "local_pool"
-MAX_TAPS, MAX_DILATION = 255, 65535  # along one dimension
 
 
 def local_pool(
@@ -130,59 +120,18 @@ def _pair(name: str, value: Any, line: bool) -> tuple[int, int]:
     return as_int(OP, name, first), as_int(OP, name, second)
 
 
-# The rules of csrc/tokens/local_pool/host.cpp, in the same order and words.
-def _check(
-    x: Tensor,
-    mask: Tensor | None,
-    kernel_y: int,
-    kernel_x: int,
-    dilation_y: int,
-    dilation_x: int,
-    pooling: str,
-    count_include_pad: bool,
-    subtract_input: bool,
-    *,
-    float64: bool = False,
-) -> None:
-    rule = "must have 4 dimensions [B, Y, X, C], or 3 [B, N, C]"
-    check(x.dim() == 4, OP, "x", rule, x.dim())
-    check_dtype(OP, "x", x, float64=float64)
-    check_last_contiguous(OP, "x", x)
-    tokens = x.shape[0] * x.shape[1] * x.shape[2]
-    check(tokens < 2**31, OP, "x", "must have fewer than 2^31 tokens in all", tokens)
-    if mask is not None:
-        check_like(OP, "mask", mask, list(x.shape[:3]), torch.bool, "x", x)
-    for kernel in (kernel_y, kernel_x):
-        ok = 1 <= kernel <= MAX_TAPS and kernel % 2 == 1
-        check(ok, OP, "kernel", f"must be odd, 1 to {MAX_TAPS}", kernel)
-    for dilation in (dilation_y, dilation_x):
-        ok = 0 <= dilation <= MAX_DILATION
-        check(ok, OP, "dilation", f"must be 0 to {MAX_DILATION}", dilation)
-    check(pooling in ("avg", "max"), OP, "mode", "must be 'avg' or 'max'", pooling)
+def _fake(a: Any) -> Tensor:
+    return a.x.new_empty(a.x.shape)
 
 
-def _fake(x: Tensor, *options: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _check_backward(dout: Tensor, x: Tensor, mask: Tensor | None, *options: Any) -> None:
-    _check(x, mask, *options)
-    check_like(OP, "dout", dout, list(x.shape), x.dtype, "x", x)
-
-
-def _fake_backward(dout: Tensor, x: Tensor, *options: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, mask, *ctx.options = inputs
-    ctx.save_for_backward(x, mask)
+def _setup_context(ctx: Any, a: Any, output: Tensor) -> None:
+    keep(ctx, a)
+    ctx.set_materialize_grads(True)  # an undefined gradient is 0
 
 
 def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-    x, mask = ctx.saved_tensors
-    dx = ops.local_pool_backward(contiguous_rows(dout), x, mask, *ctx.options)
-    return dx, *(None,) * (1 + len(ctx.options))
+    a, _ = kept(ctx)
+    return FORWARD.gradients(x=ops.local_pool_backward(contiguous_rows(dout), *a))
 
 
 FORWARD = register(
@@ -197,7 +146,7 @@ FORWARD = register(
 BACKWARD = register(
     TorchOp(
         OP + "_backward",
-        fake=_fake_backward,
+        fake=_fake,
         triton="tokens.local_pool:local_pool_backward",
     )
 )
@@ -211,10 +160,9 @@ SPEC = register_op(
         plain=reference.local_pool,
         forward=FORWARD,
         backward=BACKWARD,
-        # Edits of the first sample.
         differentiable=("x",),
         sharding=Sharding({"x": "b..c", "mask": "b.."}, ("b..c",)),
         paper="PoolFormer (Yu et al. 2022)",
-        flops=lambda x, mask, ky, kx, *others: 1.0 * x.numel() * (ky + kx),
+        flops=lambda a: 1.0 * a.x.numel() * (a.kernel_y + a.kernel_x),
     )
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._call.attach import register
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import as_int, check, check_last_contiguous, check_tensor
+from .._check import as_int, check, check_tensor
 from ..reference.tokens import mask_partition as reference
 from ..registry import OpSpec, register_op
 
@@ -60,32 +60,20 @@ def lower(mask: Tensor, *, max_total: int | None = None) -> tuple[Any, ...]:
     return mask, max_total
 
 
-# The rules of csrc/tokens/mask_partition/host.cpp, in the same order and words.
-def _check(mask: Tensor, max_total: int | None, *, float64: bool = False) -> None:
-    check(mask.dim() == 2, OP, "mask", "must have 2 dimensions [B, N]", mask.dim())
-    check(mask.dtype == torch.bool, OP, "mask", "must be bool", mask.dtype)
-    check_last_contiguous(OP, "mask", mask)
-    tokens = mask.shape[0] * mask.shape[1]
-    check(tokens < 2**31, OP, "mask", "must have fewer than 2^31 tokens in all", tokens)
-    if max_total is not None:
-        fits = 0 <= max_total < 2**31
-        check(fits, OP, "max_total", "must be 0 to 2^31 - 1", max_total)
-
-
-def _check_values(mask: Tensor, max_total: int | None) -> None:
-    if max_total is not None:
-        taken = int(mask.sum())
+def _check_values(a: Any) -> None:
+    if a.max_total is not None:
+        taken = int(a.mask.sum())
         rule = f"must be at least the number of tokens taken, {taken}"
-        check(taken <= max_total, OP, "max_total", rule, max_total)
+        check(taken <= a.max_total, OP, "max_total", rule, a.max_total)
 
 
-def _fake(mask: Tensor, max_total: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens = mask.shape
-    size = batch * tokens if max_total is None else max_total
+def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens = a.mask.shape
+    size = batch * tokens if a.max_total is None else a.max_total
     return (
-        mask.new_empty((size,), dtype=torch.int32),
-        mask.new_empty((batch + 1,), dtype=torch.int32),
-        mask.new_empty((batch, tokens), dtype=torch.int32),
+        a.mask.new_empty((size,), dtype=torch.int32),
+        a.mask.new_empty((batch + 1,), dtype=torch.int32),
+        a.mask.new_empty((batch, tokens), dtype=torch.int32),
     )
 
 
@@ -107,10 +95,9 @@ SPEC = register_op(
         plain=reference.mask_partition,  # exact
         forward=FORWARD,
         backward=None,
-        # Edits of the first sample.
         differentiable=(),
         sharding="places count through all sequences",
         paper="DToP (Tang et al. 2023)",
-        flops=lambda mask, *rest: 1.0 * mask.numel(),
+        flops=lambda a: 1.0 * a.mask.numel(),
     )
 )

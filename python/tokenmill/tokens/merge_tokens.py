@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Never
 
+from .. import registry
 from .._check import as_int, check, check_tensor, fail, reads_values
 from .._other_names import refuse, refuses_other_names
-from ..sparse.transpose_block_list import transpose_block_list
+from ._rows import check_index_values, check_like, check_tokens
 from .gather_tokens import gather_tokens
-from .rules import check_index_values, check_like, check_tokens
 from .segment_reduce import segment_reduce
 
 OP = "merge_tokens"
@@ -93,9 +93,10 @@ def merge_tokens(
         check(weight.is_floating_point(), OP, "weight", "must be of a floating type", weight.dtype)
         check_like(OP, "weight", weight, list(x.shape[:2]), weight.dtype, "x", x)
     lists = assign.to(torch.int32)[:, None, :, None]
-    offsets, rows = transpose_block_list(
-        lists, lists.new_ones(lists.shape[:-1]), num_out, backend=backend
-    )
+    counts = lists.new_ones(lists.shape[:-1])
+    # By its name: the operator belongs to a family that is built on this one.
+    transpose_block_list = registry.get("transpose_block_list").function
+    offsets, rows = transpose_block_list(lists, counts, num_out, backend=backend)
     y, total = segment_reduce(
         x, offsets[:, 0], perm=rows[:, 0], weight=weight, reduce=reduce, return_weight_sum=True,
         backend=backend,

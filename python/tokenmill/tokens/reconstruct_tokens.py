@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,24 +9,15 @@ from torch import Tensor
 
 from .._call.attach import register
 from .._call.autocast import Autocast
+from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import (
-    as_int,
-    as_number,
-    check,
-    check_device_of,
-    check_dtype_of,
-    check_tensor,
-    check_text,
-    fail,
-)
+from .._check import as_int, as_number, check_tensor, check_text
 from ..reference.tokens import reconstruct_tokens as reference
 from ..registry import OpSpec, Sharding, register_op
-from .rules import check_tokens
+from ._rows import contiguous_rows
 
 OP = "reconstruct_tokens"
-MAX_CHANNELS = 4096
 
 
 def reconstruct_tokens(
@@ -102,97 +92,37 @@ def lower(
     return features, centroids, values, k, tau, norm
 
 
-# The rules of csrc/tokens/reconstruct_tokens/host.cpp, in the same order and words.
-def _check(
-    features: Tensor,
-    centroids: Tensor,
-    values: Tensor,
-    k: int,
-    tau: float,
-    norm: str,
-    *,
-    float64: bool = False,
-) -> None:
-    check_tokens(OP, "features", features, float64=float64)
-    for name, t in (("centroids", centroids), ("values", values)):
-        check_tokens(OP, name, t, float64=float64)
-        check_dtype_of(OP, name, t, "features", features)
-        check_device_of(OP, name, t, "features", features)
-        if t.shape[0] != features.shape[0]:
-            fail(OP, name, f"must have the batch size of features, {features.shape[0]}", t.shape[0])
-    channels = features.shape[2]
-    rule = f"must have 1 to {MAX_CHANNELS} channels"
-    check(1 <= channels <= MAX_CHANNELS, OP, "features", rule, channels)
-    if centroids.shape[2] != channels:
-        rule = f"must have the channels of features, {channels}"
-        fail(OP, "centroids", rule, centroids.shape[2])
-    count = centroids.shape[1]
-    if values.shape[1] != count:
-        fail(OP, "values", f"must have a row for each centroid, {count}", values.shape[1])
-    check(1 <= k <= count, OP, "k", f"must be 1 to {count}, the number of centroids", k)
-    check(0 <= tau < math.inf, OP, "tau", "must be finite and at least 0", tau)
-    check(norm in ("l1", "l2"), OP, "norm", "must be 'l1' or 'l2'", norm)
-
-
-def _check_backward(dout: Tensor, index: Tensor, weight: Tensor, *lowered: Any) -> None:
-    _check(*lowered)
-
-
-def _fake(
-    features: Tensor, centroids: Tensor, values: Tensor, k: int, tau: float, norm: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens = features.shape[:2]
+def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens = a.features.shape[:2]
     return (
-        features.new_empty((batch, tokens, values.shape[2])),
-        features.new_empty((batch, tokens, k), dtype=torch.int32),
-        features.new_empty((batch, tokens, k), dtype=torch.float32),
+        a.features.new_empty((batch, tokens, a.values.shape[2])),
+        a.features.new_empty((batch, tokens, a.k), dtype=torch.int32),
+        a.features.new_empty((batch, tokens, a.k), dtype=torch.float32),
     )
 
 
-def _fake_backward(
-    dout: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    features: Tensor,
-    centroids: Tensor,
-    values: Tensor,
-    *options: Any,
-) -> Tensor:
-    return values.new_empty(values.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    features, centroids, values, *ctx.options = inputs
+def _setup_context(ctx: Any, a: Any, output: tuple[Any, ...]) -> None:
     _, index, weight = output
     ctx.mark_non_differentiable(index, weight)
-    ctx.save_for_backward(index, weight, features, centroids, values)
-    ctx.set_materialize_grads(False)
+    keep(ctx, a, index, weight)
 
 
 def _backward(
     ops: Any, ctx: Any, dout: Tensor | None, dindex: None, dweight: Tensor | None
 ) -> tuple[Any, ...]:
-    index, weight, features, centroids, values = ctx.saved_tensors
+    a, (index, weight) = kept(ctx)
     if dout is None:
-        dvalues = values.new_zeros(values.shape)
-    else:
-        if dout.stride(-1) != 1:
-            dout = dout.contiguous()
-        dvalues = ops.reconstruct_tokens_backward(
-            dout, index, weight, features, centroids, values, *ctx.options
-        )
-    return None, None, dvalues, None, None, None
+        return FORWARD.gradients(values=a.values.new_zeros(a.values.shape))
+    dvalues = ops.reconstruct_tokens_backward(contiguous_rows(dout), index, weight, *a)
+    return FORWARD.gradients(values=dvalues)
 
 
-def _flops(
-    features: Tensor, centroids: Tensor, values: Tensor, k: int, tau: float, norm: str
-) -> float:
-    tokens = features.shape[0] * features.shape[1]
-    return 3.0 * features.numel() * centroids.shape[1] + 2.0 * tokens * k * values.shape[2]
+def _flops(a: Any) -> float:
+    return 3.0 * a.features.numel() * a.centroids.shape[1] + _backward_flops(a)
 
 
-def _backward_flops(features: Tensor, centroids: Tensor, values: Tensor, k: int, *_: Any) -> float:
-    return 2.0 * features.shape[0] * features.shape[1] * k * values.shape[2]
+def _backward_flops(a: Any) -> float:
+    return 2.0 * a.features.shape[0] * a.features.shape[1] * a.k * a.values.shape[2]
 
 
 FORWARD = register(
@@ -208,7 +138,7 @@ FORWARD = register(
 BACKWARD = register(
     TorchOp(
         OP + "_backward",
-        fake=_fake_backward,
+        fake=lambda a: a.values.new_empty(a.values.shape),
         triton="tokens.reconstruct_tokens:reconstruct_tokens_backward",
     )
 )
@@ -222,7 +152,6 @@ SPEC = register_op(
         plain=reference.reconstruct_tokens,
         forward=FORWARD,
         backward=BACKWARD,
-        # Edits of the first sample.
         differentiable=("values",),
         sharding=Sharding(
             {"features": "br.~c", "centroids": "b..", "values": "b.c"},

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._call.attach import register
 from .._call.autocast import Autocast
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import as_int, check, check_device_of, check_last_contiguous, check_tensor, fail, show
-from .._kv_cache import check_int32
+from .._check import as_int, check_tensor
 from ..reference.tokens import scatter_tokens as reference
 from ..registry import OpSpec, Sharding, register_op
-from .moving import as_int32, as_rows, contiguous_rows
-from .rules import MOVABLE, check_index_values, check_like
+from ._rows import as_int32, as_rows, check_index_values, contiguous_rows
 
 OP = "scatter_tokens"
 
@@ -94,49 +91,18 @@ def lower(y: Tensor, indices: Tensor, base: Tensor | int | tuple[int, int]) -> t
     return y, indices, base, batch, tokens
 
 
-# The rules of csrc/tokens/scatter_tokens/host.cpp, in the same order and words.
-def _check(
-    y: Tensor,
-    indices: Tensor,
-    base: Tensor | None,
-    batch: int,
-    tokens: int,
-    *,
-    float64: bool = False,
-) -> None:
-    rule = "must have 3 dimensions [B, K, C], or 2 [K, C]"
-    check(y.dim() in (2, 3), OP, "y", rule, y.dim())
-    ok = y.dtype in MOVABLE or (float64 and y.dtype == torch.float64)
-    check(ok, OP, "y", "must be float16, bfloat16, float32, int32 or int64", y.dtype)
-    check_last_contiguous(OP, "y", y)
-    if indices.shape != y.shape[:-1]:
-        fail(OP, "indices", f"must have shape {show(y.shape[:-1])}", indices.shape)
-    check_int32(OP, "indices", indices)
-    check_last_contiguous(OP, "indices", indices)
-    check_device_of(OP, "indices", indices, "y", y)
-    check(0 <= batch < 2**31, OP, "batch", "must be 0 to 2^31 - 1", batch)
-    check(0 <= tokens < 2**31, OP, "base", "must have 0 to 2^31 - 1 tokens", tokens)
-    rule = "must have fewer than 2^31 tokens in all"
-    check(batch * tokens < 2**31, OP, "base", rule, batch * tokens)
-    if y.dim() == 3 and y.shape[0] != batch:
-        fail(OP, "base", f"must have the batch size of y, {y.shape[0]}", batch)
-    if base is not None:
-        check_like(OP, "base", base, [batch, tokens, y.shape[-1]], y.dtype, "y", y)
+def _check_values(a: Any) -> None:
+    rows = a.tokens if a.indices.dim() == 2 else a.batch * a.tokens
+    check_index_values(OP, "indices", a.indices, rows, repeats=False)
 
 
-def _check_values(y: Tensor, indices: Tensor, base: Tensor | None, batch: int, tokens: int) -> None:
-    rows = tokens if indices.dim() == 2 else batch * tokens
-    check_index_values(OP, "indices", indices, rows, repeats=False)
+def _fake(a: Any) -> Tensor:
+    return a.y.new_empty((a.batch, a.tokens, a.y.shape[-1]))
 
 
-def _fake(y: Tensor, indices: Tensor, base: Tensor | None, batch: int, tokens: int) -> Tensor:
-    return y.new_empty((batch, tokens, y.shape[-1]))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, indices, _, batch, tokens = inputs
-    ctx.save_for_backward(indices)
-    ctx.shape, ctx.batch, ctx.tokens = y.shape, batch, tokens
+def _setup_context(ctx: Any, a: Any, output: Tensor) -> None:
+    ctx.save_for_backward(a.indices)
+    ctx.shape, ctx.batch, ctx.tokens = a.y.shape, a.batch, a.tokens
 
 
 def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
@@ -179,6 +145,6 @@ SPEC = register_op(
             ("b.c",),
         ),
         paper="DToP (Tang et al. 2023)",
-        flops=lambda *lowered: 0.0,
+        flops=lambda a: 0.0,
     )
 )

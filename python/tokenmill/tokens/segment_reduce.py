@@ -8,25 +8,16 @@ import torch
 from torch import Tensor
 
 from .._call.attach import register
+from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import (
-    check,
-    check_bool,
-    check_device_of,
-    check_last_contiguous,
-    check_tensor,
-    check_text,
-    fail,
-)
-from .._kv_cache import check_int32
+from .._check import check, check_bool, check_tensor, check_text
 from .._lowering import widen
 from ..reference.tokens import segment_reduce as reference
 from ..registry import OpSpec, Sharding, register_op
-from .rules import check_index_values, check_indices, check_like, check_tokens
+from ._rows import check_index_values, contiguous_rows
 
 OP = "segment_reduce"
-REDUCES = ("sum", "mean", "amax", "amin", "first", "last")
 
 
 def segment_reduce(
@@ -121,112 +112,48 @@ def lower(
     return x, offsets, perm, weight, reduce
 
 
-# The rules of csrc/tokens/segment_reduce/host.cpp, in the same order and words.
-def _check(
-    x: Tensor,
-    offsets: Tensor,
-    perm: Tensor | None,
-    weight: Tensor | None,
-    reduce: str,
-    *,
-    float64: bool = False,
-) -> None:
-    check_tokens(OP, "x", x, float64=float64)
-    batch, tokens = x.shape[:2]
-    fits = offsets.dim() == 2 and offsets.shape[0] == batch and offsets.shape[1] >= 1
-    check(fits, OP, "offsets", f"must have shape [{batch}, S + 1]", offsets.shape)
-    check_int32(OP, "offsets", offsets)
-    check_last_contiguous(OP, "offsets", offsets)
-    check_device_of(OP, "offsets", offsets, "x", x)
-    if perm is not None:
-        check_indices(OP, "perm", perm, batch, "x", x)
-    rule = "must be 'sum', 'mean', 'amax', 'amin', 'first' or 'last'"
-    check(reduce in REDUCES, OP, "reduce", rule, reduce)
-    if weight is not None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        check_like(OP, "weight", weight, [batch, tokens], wide, "x", x)
-        if reduce not in ("sum", "mean"):
-            fail(OP, "weight", "requires reduce 'sum' and 'mean'", reduce)
-
-
-def _check_values(
-    x: Tensor, offsets: Tensor, perm: Tensor | None, weight: Tensor | None, reduce: str
-) -> None:
-    tokens = x.shape[1]
-    places = tokens if perm is None else perm.shape[1]
-    for b, ends in enumerate(offsets.tolist()):
+def _check_values(a: Any) -> None:
+    tokens = a.x.shape[1]
+    places = tokens if a.perm is None else a.perm.shape[1]
+    for b, ends in enumerate(a.offsets.tolist()):
         for i, end in enumerate(ends):
             check(0 <= end <= places, OP, "offsets", f"must be 0 to {places}", end)
             check(i == 0 or end >= ends[i - 1], OP, "offsets", "must not decrease", end)
-        if perm is not None:
-            used = perm[b, ends[0] : ends[-1]]
+        if a.perm is not None:
+            used = a.perm[b, ends[0] : ends[-1]]
             check_index_values(OP, "perm", used[None], tokens, repeats=False)
 
 
-def _check_backward(
-    dy: Tensor,
-    dweight_sum: Tensor | None,
-    y: Tensor,
-    weight_sum: Tensor,
-    arg: Tensor,
-    needs_dweight: bool,
-    x: Tensor,
-    offsets: Tensor,
-    perm: Tensor | None,
-    weight: Tensor | None,
-    reduce: str,
-) -> None:
-    _check(x, offsets, perm, weight, reduce)
-
-
-def _fake(
-    x: Tensor, offsets: Tensor, perm: Tensor | None, weight: Tensor | None, reduce: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, _, channels = x.shape
-    shape = (batch, offsets.shape[1] - 1, channels)
-    arg_shape = shape if reduce in ("amax", "amin") else (0,)
+def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, channels = a.x.shape
+    shape = (batch, a.offsets.shape[1] - 1, channels)
+    arg_shape = shape if a.reduce in ("amax", "amin") else (0,)
     return (
-        x.new_empty(shape),
-        x.new_empty(shape[:2], dtype=torch.float32),
-        x.new_empty(arg_shape, dtype=torch.int32),
+        a.x.new_empty(shape),
+        a.x.new_empty(shape[:2], dtype=torch.float32),
+        a.x.new_empty(arg_shape, dtype=torch.int32),
     )
 
 
-def _fake_backward(
-    dy: Tensor,
-    dweight_sum: Tensor | None,
-    y: Tensor,
-    weight_sum: Tensor,
-    arg: Tensor,
-    needs_dweight: bool,
-    x: Tensor,
-    offsets: Tensor,
-    perm: Tensor | None,
-    weight: Tensor | None,
-    reduce: str,
-) -> tuple[Tensor, Tensor]:
-    shape = weight.shape if needs_dweight and weight is not None else (0,)
-    return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
+def _fake_backward(a: Any) -> tuple[Tensor, Tensor]:
+    shape = a.weight.shape if a.needs_dweight and a.weight is not None else (0,)
+    return a.x.new_empty(a.x.shape), a.x.new_empty(shape, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, offsets, perm, weight, ctx.reduce = inputs
-    ctx.save_for_backward(*output, x, offsets, perm, weight)
-    ctx.set_materialize_grads(False)
+def _setup_context(ctx: Any, a: Any, output: tuple[Any, ...]) -> None:
+    keep(ctx, a, *output)
 
 
 def _backward(
     ops: Any, ctx: Any, dy: Tensor | None, dweight_sum: Tensor | None, darg: None
 ) -> tuple[Any, ...]:
-    y, weight_sum, arg, x, offsets, perm, weight = ctx.saved_tensors
+    a, (y, weight_sum, arg) = kept(ctx)
     needs_dweight = FORWARD.needed_gradients(ctx)["weight"]
-    dy = y.new_zeros(y.shape) if dy is None else dy
-    if dy.stride(-1) != 1:
-        dy = dy.contiguous()
+    dy = y.new_zeros(y.shape) if dy is None else contiguous_rows(dy)
     if dweight_sum is not None:
         dweight_sum = dweight_sum.contiguous() if needs_dweight else None
     dx, dweight = ops.segment_reduce_backward(
-        dy, dweight_sum, y, weight_sum, arg, needs_dweight, x, offsets, perm, weight, ctx.reduce
+        dy, dweight_sum, y, weight_sum, arg, needs_dweight, *a
     )
     return FORWARD.gradients(x=dx, weight=dweight if needs_dweight else None)
 
@@ -264,6 +191,6 @@ SPEC = register_op(
             ("b.c", "b.~c", "b.c"),
         ),
         paper="Learn Your Tokens (Thawani et al. 2023), PoNet (Tan et al. 2022)",
-        flops=lambda x, *rest: 2.0 * x.numel(),
+        flops=lambda a: 2.0 * a.x.numel(),
     )
 )

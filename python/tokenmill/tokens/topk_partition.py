@@ -10,20 +10,10 @@ from torch import Tensor
 from .._call.attach import register
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import (
-    as_int,
-    check,
-    check_bool,
-    check_dtype,
-    check_last_contiguous,
-    check_tensor,
-    check_text,
-    fail,
-)
+from .._check import as_int, check, check_bool, check_tensor, check_text, fail
 from ..reference.tokens import topk_partition as reference
 from ..registry import OpSpec, Sharding, register_op
-from .moving import as_int32
-from .rules import check_like
+from ._rows import as_int32
 
 OP = "topk_partition"
 
@@ -115,70 +105,21 @@ def lower(
     return scores, k, counts, largest, order, valid, protect_first, protect_last
 
 
-# The rules of csrc/tokens/topk_partition/host.cpp, in the same order and words.
-def _check(
-    scores: Tensor,
-    k: int,
-    counts: Tensor | None,
-    largest: bool,
-    order: str,
-    valid: Tensor | None,
-    protect_first: int,
-    protect_last: int,
-    *,
-    float64: bool = False,
-) -> None:
-    check(scores.dim() == 2, OP, "scores", "must have 2 dimensions [B, N]", scores.dim())
-    check_dtype(OP, "scores", scores, float64=float64)
-    check_last_contiguous(OP, "scores", scores)
-    batch, tokens = scores.shape
-    check(tokens < 2**31, OP, "scores", "must have fewer than 2^31 tokens in a row", tokens)
-    maximum = "k" if counts is None else "max_k"
-    check(0 <= k <= tokens, OP, maximum, f"must be 0 to N, {tokens}", k)
-    if counts is not None:
-        check_like(OP, "k", counts, [batch], torch.int32, "scores", scores)
-    check(order in ("score", "index"), OP, "order", "must be 'score' or 'index'", order)
-    if valid is not None:
-        check_like(OP, "valid", valid, [batch, tokens], torch.bool, "scores", scores)
-    check(protect_first >= 0, OP, "protect_first", "must not be negative", protect_first)
-    check(protect_last >= 0, OP, "protect_last", "must not be negative", protect_last)
-    if not protect_first + protect_last <= k:
-        rule = f"must leave protect_first + protect_last <= {maximum}, {k}, with protect_first"
-        fail(OP, "protect_last", f"{rule} {protect_first}", protect_last)
-
-
-def _check_values(
-    scores: Tensor,
-    k: int,
-    counts: Tensor | None,
-    largest: bool,
-    order: str,
-    valid: Tensor | None,
-    protect_first: int,
-    protect_last: int,
-) -> None:
-    if counts is None:
+def _check_values(a: Any) -> None:
+    if a.counts is None:
         return
-    minimum = protect_first + protect_last
-    bad = counts[(counts < minimum) | (counts > k)]
+    minimum = a.protect_first + a.protect_last
+    bad = a.counts[(a.counts < minimum) | (a.counts > a.k)]
     if bad.numel():
-        fail(OP, "k", f"must be {minimum} to {k}", int(bad[0]))
+        fail(OP, "k", f"must be {minimum} to {a.k}", int(bad[0]))
 
 
-def _fake(
-    scores: Tensor,
-    k: int,
-    counts: Tensor | None,
-    largest: bool,
-    order: str,
-    valid: Tensor | None,
-    protect_first: int,
-    protect_last: int,
-) -> tuple[Tensor, Tensor]:
-    batch, tokens = scores.shape
+def _fake(a: Any) -> tuple[Tensor, Tensor]:
+    batch, tokens = a.scores.shape
+    others = tokens - a.k if a.counts is None else tokens
     return (
-        scores.new_empty((batch, k), dtype=torch.int32),
-        scores.new_empty((batch, tokens - k if counts is None else tokens), dtype=torch.int32),
+        a.scores.new_empty((batch, a.k), dtype=torch.int32),
+        a.scores.new_empty((batch, others), dtype=torch.int32),
     )
 
 
@@ -200,10 +141,9 @@ SPEC = register_op(
         plain=reference.topk_partition,  # exact in any dtype
         forward=FORWARD,
         backward=None,
-        # Edits of the first sample.
         differentiable=(),
         sharding=Sharding({"scores": "b.", "counts": "b", "valid": "b."}, ("b.", "b.")),
         paper="EViT (Liang et al. 2022), Focus-DETR (Zheng et al. 2023)",
-        flops=lambda scores, *rest: 1.0 * scores.numel(),
+        flops=lambda a: 1.0 * a.scores.numel(),
     )
 )

@@ -8,6 +8,7 @@ With normalize, out is y without its last column, divided by this column + 1e-6.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,50 +39,41 @@ def recurrence(
     return torch.cat(sums, 1), state
 
 
-def by_sequence(
-    one: Callable[..., tuple[Tensor, Tensor]],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    feature_map: str,
-    normalize: bool,
-    initial_state: Tensor | None,
-    return_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def by_sequence(one: Callable[..., tuple[Tensor, Tensor]], a: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs of the operator from one(q, k, v, log_decay, state) -> (y, state) over a batch of
     sequences of equal length."""
+    q, k, v, log_decay = a.q, a.k, a.v, a.log_decay
     wide = torch.promote_types(q.dtype, torch.float32)
-    if cu_seqlens is None:
-        y, state = one(q, k, v, log_decay, initial_state)
-        if state is initial_state:
+    if a.cu_seqlens is None:
+        y, state = one(q, k, v, log_decay, a.initial_state)
+        if state is a.initial_state:
             state = state.clone()
-        out, normalizer = divide(y, normalize)
+        out, normalizer = divide(y, a.normalize)
     else:
-        parts, states = [q.new_zeros(1, 0, q.shape[1], v.shape[2] + int(normalize), dtype=wide)], []
-        ends = cu_seqlens.tolist()
+        columns = v.shape[2] + int(a.normalize)
+        parts, states = [q.new_zeros(1, 0, q.shape[1], columns, dtype=wide)], []
+        ends = a.cu_seqlens.tolist()
         for n in range(len(ends) - 1):
             rows = slice(ends[n], ends[n + 1])
             packed = [t[None, rows] for t in (q, k, v)]
             decay = log_decay
             if log_decay is not None and log_decay.dim() > 1:
                 decay = log_decay[None, rows]
-            before = None if initial_state is None else initial_state[n : n + 1]
+            before = None if a.initial_state is None else a.initial_state[n : n + 1]
             y, after = one(*packed, decay, before)
             parts.append(y)
             states.append(after)
-        out, normalizer = divide(torch.cat(parts, 1), normalize)
+        out, normalizer = divide(torch.cat(parts, 1), a.normalize)
         out, normalizer = out[0], normalizer[0]
         if not states:
-            features = key_features(k[:0, :1], feature_map).shape[-1]
-            states = [q.new_zeros(0, q.shape[1], features, parts[0].shape[-1], dtype=wide)]
+            features = key_features(k[:0, :1], a.feature_map).shape[-1]
+            states = [q.new_zeros(0, q.shape[1], features, columns, dtype=wide)]
         state = torch.cat(states)
     empty = q.new_empty(0, dtype=wide)
     return (
         out.to(q.dtype),
-        state.to(wide) if return_final_state else empty,
-        normalizer.to(wide) if normalize else empty,
+        state.to(wide) if a.return_final_state else empty,
+        normalizer.to(wide) if a.normalize else empty,
     )
 
 

@@ -3,12 +3,14 @@
     y_t = sum_(s <= t) w_ts v_s,  w_ts = scale phi(q_t) . phi(k_s) e^(sum_(s < r <= t) log_decay_r)
 
 `linear_attention` carries a state from token to token. `linear_attention_quadratic` takes the same
-arguments and materialises the weights of all pairs: a second, independent computation of the same
+record and materialises the weights of all pairs: a second, independent computation of the same
 numbers, and in the dtype of the inputs what plain PyTorch code would do. PyTorch's autograd
 differentiates both.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,54 +28,21 @@ from ._common import (
 )
 
 
-def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    feature_map: str,
-    scale: float,
-    normalize: bool,
-    initial_state: Tensor | None,
-    return_final_state: bool,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_attention(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, S, H, D], k [B, S, Hk, D], v [B, S, Hk, Dv] (packed [T, ...]), log_decay [H] or [B, S,
+    H], initial_state [B, H, F, Dv (+ 1)]: out, the state after the last token, the normaliser.
+    """
+
     def one(
         q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        features = features_of(q, k, feature_map, scale)
-        return recurrence(*features, values_of(v, q, normalize), log_decay, state)
+        features = features_of(q, k, a.feature_map, a.scale)
+        return recurrence(*features, values_of(v, q, a.normalize), log_decay, state)
 
-    return by_sequence(
-        one,
-        q,
-        k,
-        v,
-        log_decay,
-        feature_map,
-        normalize,
-        initial_state,
-        return_final_state,
-        cu_seqlens,
-    )
+    return by_sequence(one, a)
 
 
-def linear_attention_quadratic(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    feature_map: str,
-    scale: float,
-    normalize: bool,
-    initial_state: Tensor | None,
-    return_final_state: bool,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-    *,
-    upcast: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_attention_quadratic(a: Any, *, upcast: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """upcast=False keeps 16-bit inputs in 16 bits throughout, as plain PyTorch code would: the
     baseline of the error budget.
     """
@@ -84,37 +53,26 @@ def linear_attention_quadratic(
         dtype = torch.promote_types(q.dtype, torch.float32) if upcast else q.dtype
         wide = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(dtype), expand_heads(k, q.shape[2]).to(dtype)
-        v = append_ones(expand_heads(v, q.shape[2]).to(dtype), normalize)
-        if feature_map == "taylor2":
-            u = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+        v = append_ones(expand_heads(v, q.shape[2]).to(dtype), a.normalize)
+        if a.feature_map == "taylor2":
+            u = torch.einsum("bihd,bjhd->bhij", q, k) * a.scale
             weights = 1 + u + u * u / 2
         else:
-            mapped_q, mapped_k = FEATURE_MAPS[feature_map](q), FEATURE_MAPS[feature_map](k)
-            weights = torch.einsum("bihd,bjhd->bhij", mapped_q, mapped_k) * scale
+            mapped_q, mapped_k = FEATURE_MAPS[a.feature_map](q), FEATURE_MAPS[a.feature_map](k)
+            weights = torch.einsum("bihd,bjhd->bhij", mapped_q, mapped_k) * a.scale
         decay = Decay(log_decay, q.shape[1], wide)
         weights = torch.where(decay.visible, weights * decay.pairs.to(dtype), 0)
         y = torch.einsum("bhij,bjhe->bihe", weights, v)
         if state is not None:
-            mapped = query_features(q, feature_map, scale) * decay.from_start.to(dtype)
+            mapped = query_features(q, a.feature_map, a.scale) * decay.from_start.to(dtype)
             y = y + torch.einsum("bihf,bhfe->bihe", mapped, state.to(dtype))
-        mapped = key_features(k, feature_map) * decay.to_end.to(dtype)
+        mapped = key_features(k, a.feature_map) * decay.to_end.to(dtype)
         after = torch.einsum("bjhf,bjhe->bhfe", mapped, v).to(wide)
         if state is not None:
             after = after + decay.total * state
         return y, after
 
-    return by_sequence(
-        one,
-        q,
-        k,
-        v,
-        log_decay,
-        feature_map,
-        normalize,
-        initial_state,
-        return_final_state,
-        cu_seqlens,
-    )
+    return by_sequence(one, a)
 
 
 class Decay:

@@ -10,13 +10,14 @@ together, at most BLOCK at a time. A block begins with M and S. With U = K G - V
     momentum =             E[t, 1] S - sum_j E[t, 2 + j] k_j^T u_j
 
 Rows of W and E obey the same recurrence as memory and momentum, without divisions.
-`titans_memory_by_token` takes the same arguments: a second, independent computation of the same
+`titans_memory_by_token` takes the same record: a second, independent computation of the same
 numbers. PyTorch's autograd differentiates both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,47 +26,19 @@ BLOCK = 64
 Results = tuple[Tensor, Tensor, Tensor]  # out, memory, momentum of a batch of sequences
 
 
-def titans_memory(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    eta: Tensor,
-    theta: Tensor,
-    chunk_size: int,
-    initial_memory: Tensor | None,
-    initial_momentum: Tensor | None,
-    return_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> Results:
-    inputs = (q, k, v, alpha, eta, theta)
-    state = (initial_memory, initial_momentum)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return _by_sequence(_blocks, wide, inputs, chunk_size, state, return_final_state, cu_seqlens)
+def titans_memory(a: Any) -> Results:
+    """q, k [B, S, H, D], v [B, S, H, Dv], gates [B, S, H] (packed [T, ...]), initial states [B, H,
+    D, Dv] or None.
+    """
+    return _by_sequence(_blocks, a, torch.promote_types(a.q.dtype, torch.float32))
 
 
-def titans_memory_by_token(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    eta: Tensor,
-    theta: Tensor,
-    chunk_size: int,
-    initial_memory: Tensor | None,
-    initial_momentum: Tensor | None,
-    return_final_state: bool,
-    cu_seqlens: Tensor | None,
-    *,
-    upcast: bool = True,
-) -> Results:
+def titans_memory_by_token(a: Any, *, upcast: bool = True) -> Results:
     """upcast=False keeps 16-bit inputs in 16 bits throughout, as plain PyTorch code would: the
     baseline of the error budget.
     """
-    inputs = (q, k, v, alpha, eta, theta)
-    state = (initial_memory, initial_momentum)
-    dtype = torch.promote_types(q.dtype, torch.float32) if upcast else q.dtype
-    return _by_sequence(_tokens, dtype, inputs, chunk_size, state, return_final_state, cu_seqlens)
+    dtype = torch.promote_types(a.q.dtype, torch.float32) if upcast else a.q.dtype
+    return _by_sequence(_tokens, a, dtype)
 
 
 def _blocks(
@@ -137,38 +110,34 @@ def _tokens(
     return torch.cat(outs, 2), memory, momentum
 
 
-def _by_sequence(
-    one: Callable[..., Results],
-    dtype: torch.dtype,
-    inputs: tuple[Tensor, ...],
-    chunk_size: int,
-    state: tuple[Tensor | None, Tensor | None],
-    return_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> Results:
+def _by_sequence(one: Callable[..., Results], a: Any, dtype: torch.dtype) -> Results:
     """Outputs of the operator from `one` over a batch of sequences of equal length, in a dtype."""
-    q, _, v, *_ = inputs
+    q, v = a.q, a.v
+    inputs = (q, a.k, v, a.alpha, a.eta, a.theta)
     wide = torch.promote_types(q.dtype, torch.float32)
     sequences = [inputs]
-    if cu_seqlens is not None:
-        ends = cu_seqlens.tolist()
+    if a.cu_seqlens is not None:
+        ends = a.cu_seqlens.tolist()
         rows = [slice(*ends[n : n + 2]) for n in range(len(ends) - 1)]
         sequences = [tuple(t[None, each] for t in inputs) for each in rows]
     outs, memories, momenta = [], [], []
     for n, tensors in enumerate(sequences):
         of_heads = [t.transpose(1, 2).to(dtype) for t in tensors]
         shape = (*of_heads[0].shape[:2], q.shape[-1], v.shape[-1])
-        each = slice(None) if cu_seqlens is None else slice(n, n + 1)
-        begin = [q.new_zeros(shape, dtype=dtype) if x is None else x[each].to(dtype) for x in state]
-        out, memory, momentum = one(*of_heads[:3], tuple(of_heads[3:]), *begin, chunk_size)
+        each = slice(None) if a.cu_seqlens is None else slice(n, n + 1)
+        begin = [
+            q.new_zeros(shape, dtype=dtype) if x is None else x[each].to(dtype)
+            for x in (a.initial_memory, a.initial_momentum)
+        ]
+        out, memory, momentum = one(*of_heads[:3], tuple(of_heads[3:]), *begin, a.chunk_size)
         outs.append(out.transpose(1, 2))
         memories.append(memory.to(wide))
         momenta.append(momentum.to(wide))
     if not sequences:
         outs = [v.new_zeros(1, *v.shape)]
         memories = momenta = [q.new_zeros(0, q.shape[1], q.shape[2], v.shape[2], dtype=wide)]
-    out = torch.cat(outs, 1 if cu_seqlens is not None else 0)
-    out = (out if cu_seqlens is None else out[0]).to(q.dtype)
-    if return_final_state:
+    out = torch.cat(outs, 1 if a.cu_seqlens is not None else 0)
+    out = (out if a.cu_seqlens is None else out[0]).to(q.dtype)
+    if a.return_final_state:
         return out, torch.cat(memories), torch.cat(momenta)
     return out, q.new_empty(0, dtype=wide), q.new_empty(0, dtype=wide)

@@ -9,6 +9,8 @@ see j.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,58 +19,46 @@ from ._common import broadcast_lengths
 from .gumbel import gumbel_noise
 
 
-def attention_column_scores(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    causal: bool,
-    reduce: str,
-    window_queries: int | None,
-    head_reduce: str,
-    seqlens_k: Tensor | None,
-    seqlens_q: Tensor | None,
-    gumbel_tau: float,
-    seed: int,
-    *,
-    upcast: bool = True,
-) -> tuple[Tensor]:
-    """upcast=False keeps 16-bit inputs in 16 bits: the baseline of the error budget."""
-    batch, rows, heads = q.shape[:3]
-    columns, kv_heads = k.shape[1:3]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    if upcast:
-        q, k = q.to(wide), k.to(wide)
-    n_rows = broadcast_lengths(seqlens_q, rows, q)
-    n_columns = broadcast_lengths(seqlens_k, columns, q)
-    first = n_rows * 0 if window_queries is None else (n_rows - window_queries).clamp(min=0)
+def attention_column_scores(a: Any, *, upcast: bool = True) -> tuple[Tensor]:
+    """Scores [B, H, Sk], or [B, Hk, Sk] with head_reduce. upcast=False keeps 16-bit inputs in 16
+    bits: the baseline of the error budget.
+    """
+    batch, rows, heads = a.q.shape[:3]
+    columns, kv_heads = a.k.shape[1:3]
+    wide = torch.promote_types(a.q.dtype, torch.float32)
+    q, k = (a.q.to(wide), a.k.to(wide)) if upcast else (a.q, a.k)
+    n_rows = broadcast_lengths(a.seqlens_q, rows, q)
+    n_columns = broadcast_lengths(a.seqlens_k, columns, q)
+    first = n_rows * 0 if a.window_queries is None else (n_rows - a.window_queries).clamp(min=0)
     i = torch.arange(rows, device=q.device)[:, None]
     j = torch.arange(columns, device=q.device)
     counted = (i >= first) & (i < n_rows)
     diagonal = n_columns - n_rows
     visible = counted & (j < n_columns)
-    if causal:
+    if a.causal:
         visible = visible & (j <= i + diagonal)
 
-    z = torch.einsum("bihd,bjhd->bhij", q, expand_heads(k, heads)) * scale
-    if gumbel_tau > 0:
+    z = torch.einsum("bihd,bjhd->bhij", q, expand_heads(k, heads)) * a.scale
+    if a.gumbel_tau > 0:
         noise = [
-            gumbel_noise(seed, 1, heads, rows, columns, first_batch=b, first_row=int(d), dtype=wide)
+            gumbel_noise(
+                a.seed, 1, heads, rows, columns, first_batch=b, first_row=int(d), dtype=wide
+            )
             for b, d in enumerate(diagonal.flatten().tolist())
         ]
-        z = (z + torch.cat(noise).to(z)) / gumbel_tau if noise else z
-    if lse is None:
+        z = (z + torch.cat(noise).to(z)) / a.gumbel_tau if noise else z
+    if a.lse is None:
         p = torch.where(visible, softmax(z, visible, None)[0], 0)  # also masks the NaN of its row
     else:
-        p = torch.where(visible & (lse > -torch.inf)[..., None], torch.exp(z - lse[..., None]), 0)
-        p = p.to(z.dtype)
+        seen = visible & (a.lse > -torch.inf)[..., None]
+        p = torch.where(seen, torch.exp(z - a.lse[..., None]), 0).to(z.dtype)
     scores = p.sum(2).to(wide)
-    if reduce != "sum":
-        count = (counted if reduce == "mean" else visible).sum(2)
+    if a.reduce != "sum":
+        count = (counted if a.reduce == "mean" else visible).sum(2)
         scores = scores / count.clamp(min=1)
-    if head_reduce != "none":
+    if a.head_reduce != "none":
         if heads == 0:
             return (scores.new_zeros(batch, kv_heads, columns),)
         grouped = scores.view(batch, kv_heads, heads // kv_heads, columns)
-        scores = grouped.mean(2) if head_reduce == "group_mean" else grouped.amax(2)
+        scores = grouped.mean(2) if a.head_reduce == "group_mean" else grouped.amax(2)
     return (scores,)

@@ -3,6 +3,8 @@ queries i and heads, or the position of each maximum. Without lse, P is the soft
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,45 +12,36 @@ from ..dense._common import expand_heads, softmax
 from ._common import broadcast_lengths
 
 
-def attention_row_scores(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    causal: bool,
-    reduce: str,
-    skip: int,
-    seqlens_k: Tensor | None,
-    *,
-    upcast: bool = True,
-) -> tuple[Tensor]:
-    """upcast=False keeps 16-bit inputs in 16 bits: the baseline of the error budget."""
-    rows, heads = q.shape[1:3]
-    columns = k.shape[1]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    if upcast:
-        q, k = q.to(wide), k.to(wide)
-    length = broadcast_lengths(seqlens_k, columns, q)
+def attention_row_scores(a: Any, *, upcast: bool = True) -> tuple[Tensor]:
+    """Scores [B, Sk - skip] of queries [B, R, H, D]; [B, H, R, Sk - skip] with reduce "none", [B,
+    H, R] with "argmax". upcast=False keeps 16-bit inputs in 16 bits: the baseline of the error
+    budget.
+    """
+    rows, heads = a.q.shape[1:3]
+    columns = a.k.shape[1]
+    wide = torch.promote_types(a.q.dtype, torch.float32)
+    q, k = (a.q.to(wide), a.k.to(wide)) if upcast else (a.q, a.k)
+    length = broadcast_lengths(a.seqlens_k, columns, q)
     j = torch.arange(columns, device=q.device)
     visible = j < length
-    if causal:
+    if a.causal:
         visible = visible & (j <= torch.arange(rows, device=q.device)[:, None] + length - rows)
     z = torch.einsum("bihd,bjhd->bhij", q, expand_heads(k, heads))
-    if reduce == "argmax":
-        sign = (scale > 0) - (scale < 0)  # keeps equal scores equal
-        return (_largest(z * sign, visible & (j >= skip), lse),)
-    z = z * scale
-    if lse is None:
+    if a.reduce == "argmax":
+        sign = (a.scale > 0) - (a.scale < 0)  # keeps equal scores equal
+        return (_largest(z * sign, visible & (j >= a.skip), a.lse),)
+    z = z * a.scale
+    if a.lse is None:
         p = softmax(z, visible, None)[0]
     else:
-        p = torch.where((lse > -torch.inf)[..., None], torch.exp(z - lse[..., None]), 0)
-    p = torch.where(visible, p.to(wide), 0)[..., skip:]
-    if reduce == "none":
+        p = torch.where((a.lse > -torch.inf)[..., None], torch.exp(z - a.lse[..., None]), 0)
+    p = torch.where(visible, p.to(wide), 0)[..., a.skip :]
+    if a.reduce == "none":
         return (p,)
     p = p.flatten(1, 2)
     if p.shape[1] == 0:
         return (p.sum(1),)
-    return ({"sum": p.sum(1), "mean": p.mean(1), "max": p.amax(1)}[reduce],)
+    return ({"sum": p.sum(1), "mean": p.mean(1), "max": p.amax(1)}[a.reduce],)
 
 
 def _largest(z: Tensor, visible: Tensor, lse: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,100 +48,68 @@ class _Request:
     start: tuple[Tensor, Tensor] | None
 
 
-def hip_block_select(
-    q: Tensor,
-    k: Tensor,
-    budget: int,
-    block_q: int,
-    block_k: int,
-    stride_q: int,
-    representative: str,
-    num_sink: int,
-    num_recent: int,
-    bound: str,
-    start_indices: Tensor | None,
-    start_counts: Tensor | None,
-    restart_span: int,
-    causal: bool,
-    head_reduce: str,
-    seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-    seqlens_q: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    wanted = budget // block_k
-    heads, kv_heads = q.shape[-2], k.shape[-2]
-    lists = kv_heads if head_reduce == "group_max" else heads
-    if cu_seqlens_q is None:
-        shape = [len(q), lists, -(-q.shape[1] // block_q), wanted]
+def hip_block_select(a: Any) -> tuple[Tensor, Tensor]:
+    """Lists [B, H, query blocks, budget / block_k] and counts [B, H, query blocks]; packed without
+    B. Hk instead of H with "group_max".
+    """
+    wanted = a.budget // a.block_k
+    lists = a.k.shape[-2] if a.head_reduce == "group_max" else a.q.shape[-2]
+    if a.cu_seqlens_q is None:
+        shape = [len(a.q), lists, -(-a.q.shape[1] // a.block_q), wanted]
     else:
-        shape = [lists, len(q) // block_q + len(cu_seqlens_q) - 1, wanted]
-    indices = q.new_full(shape, -1, dtype=torch.int32)
-    counts = q.new_zeros(shape[:-1], dtype=torch.int32)
-    start = None if start_indices is None or start_counts is None else (start_indices, start_counts)
-    if cu_seqlens_q is None:
-        keys = rows_of(k, block_table)
+        shape = [lists, len(a.q) // a.block_q + len(a.cu_seqlens_q) - 1, wanted]
+    indices = a.q.new_full(shape, -1, dtype=torch.int32)
+    counts = a.q.new_zeros(shape[:-1], dtype=torch.int32)
+    start = None
+    if a.start_indices is not None and a.start_counts is not None:
+        start = a.start_indices, a.start_counts
+    if a.cu_seqlens_q is None:
+        keys = rows_of(a.k, a.block_table)
         batch, tokens = keys.shape[:2]
-        lengths = lengths_of(seqlens_k, batch, tokens, q.device).tolist()
-        queries = lengths_of(seqlens_q, batch, q.shape[1], q.device).tolist()
+        lengths = lengths_of(a.seqlens_k, batch, tokens, a.q.device).tolist()
+        queries = lengths_of(a.seqlens_q, batch, a.q.shape[1], a.q.device).tolist()
         requests = [
             _Request(
-                q[b, : queries[b]], keys[b, : lengths[b]], indices[b], counts[b],
+                a.q[b, : queries[b]], keys[b, : lengths[b]], indices[b], counts[b],
                 None if start is None else (start[0][b], start[1][b]),
             )
             for b in range(batch)
         ]  # fmt: skip
     else:
-        sequences = sequences_of(k, seqlens_k, cu_seqlens_q, cu_seqlens_k, block_table)
+        sequences = sequences_of(a.k, a.seqlens_k, a.cu_seqlens_q, a.cu_seqlens_k, a.block_table)
         requests = []
         for b, (first, end, keys) in enumerate(sequences):
-            rows = slice(first // block_q + b, None)
+            rows = slice(first // a.block_q + b, None)
             requests.append(
                 _Request(
-                    q[first:end], keys, indices[:, rows], counts[:, rows],
+                    a.q[first:end], keys, indices[:, rows], counts[:, rows],
                     None if start is None else (start[0][:, rows], start[1][:, rows]),
                 )
             )  # fmt: skip
     for request in requests:
-        _search(
-            request, wanted, block_q, block_k, stride_q, representative, num_sink, num_recent,
-            bound, restart_span, causal,
-        )  # fmt: skip
+        _search(request, a)
     return indices, counts
 
 
-def _search(
-    x: _Request,
-    wanted: int,
-    block_q: int,
-    block_k: int,
-    stride_q: int,
-    representative: str,
-    num_sink: int,
-    num_recent: int,
-    bound: str,
-    restart_span: int,
-    causal: bool,
-) -> None:
+def _search(x: _Request, a: Any) -> None:
     """Writes the lists of a request."""
-    device = x.q.device
+    device, wanted = x.q.device, a.budget // a.block_k
     wide = torch.promote_types(x.q.dtype, torch.float32)
     queries, heads = x.q.shape[:2]
     lists, kv_heads = len(x.indices), x.keys.shape[1]
     of_list = heads // lists if lists else 1  # query heads that share a list
-    for h, r in itertools.product(range(lists), range(-(-queries // block_q))):
-        last = min((r + 1) * block_q, queries) - 1
-        i = torch.arange(last, r * block_q - 1, -stride_q, device=device)
-        ends = len(x.keys) - num_recent + (i - queries + 1 if causal else 0 * i)
+    for h, r in itertools.product(range(lists), range(-(-queries // a.block_q))):
+        last = min((r + 1) * a.block_q, queries) - 1
+        i = torch.arange(last, r * a.block_q - 1, -a.stride_q, device=device)
+        ends = len(x.keys) - a.num_recent + (i - queries + 1 if a.causal else 0 * i)
         end = int(ends[0])
-        if end <= num_sink or of_list == 0:
+        if end <= a.num_sink or of_list == 0:
             continue
-        first, until = num_sink // block_k, -(-end // block_k)
+        first, until = a.num_sink // a.block_k, -(-end // a.block_k)
         those = slice(h * of_list, (h + 1) * of_list)
         keys = x.keys[:, h * kv_heads // lists].to(wide)
-        search = _Queries(x.q[i, those].to(wide), keys, ends, num_sink, block_k)
-        if bound == "minmax" or until - first <= wanted:
+        search = _Queries(x.q[i, those].to(wide), keys, ends, a.num_sink, a.block_k)
+        if a.bound == "minmax" or until - first <= wanted:
             blocks = torch.arange(first, until, device=device)
             found = blocks[_best(search.score(blocks), wanted)]
         else:
@@ -148,8 +117,8 @@ def _search(
             if x.start is not None:
                 ids, count = x.start[0][h, r], int(x.start[1][h, r])
                 given = ids[: max(count, 0)].tolist()
-                nodes = _list_nodes(given, first, until, restart_span) or nodes
-            found = _descend(search, nodes, wanted, representative)
+                nodes = _list_nodes(given, first, until, a.restart_span) or nodes
+            found = _descend(search, nodes, wanted, a.representative)
         x.indices[h, r, : len(found)] = found
         x.counts[h, r] = len(found)
 

@@ -9,50 +9,36 @@ last num_recent of them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._common import lengths_of, rows_of, sequences_of
-from .topk_select import topk_select
+from .topk_select import select
 
 
-def indexer_topk_select(
-    q: Tensor,
-    k: Tensor,
-    weights: Tensor,
-    topk: int,
-    causal: bool,
-    activation: str,
-    block_k: int,
-    num_sink: int,
-    num_recent: int,
-    seqlens_k: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-    return_values: bool,
-    k_scale: Tensor | None,
-    previous: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = topk, causal, activation, block_k, num_sink, num_recent
-    wide = torch.promote_types(q.dtype, torch.float32)
-    k = _scaled(k, k_scale, wide)
-    if cu_seqlens_q is None:
-        keys = rows_of(k, block_table)
-        length = lengths_of(seqlens_k, len(keys), keys.shape[1], q.device)
-        lists = _lists(q.to(wide), keys, weights.to(wide), length, *options)
-        indices, counts, values = lists
+def indexer_topk_select(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Lists [B, Sq, topk], counts [B, Sq] and values [B, Sq, topk] of queries [B, Sq, H, D]; packed
+    [T, topk], [T] and [T, topk].
+    """
+    wide = torch.promote_types(a.q.dtype, torch.float32)
+    q, k, weights = a.q.to(wide), _scaled(a.k, a.k_scale, wide), a.weights.to(wide)
+    if a.cu_seqlens_q is None:
+        keys = rows_of(k, a.block_table)
+        length = lengths_of(a.seqlens_k, len(keys), keys.shape[1], q.device)
+        indices, counts, values = _lists(q, keys, weights, length, a)
     else:
-        sequences = sequences_of(k, seqlens_k, cu_seqlens_q, cu_seqlens_k, block_table)
+        sequences = sequences_of(k, a.seqlens_k, a.cu_seqlens_q, a.cu_seqlens_k, a.block_table)
         parts = [
-            _lists(q[a:b][None].to(wide), keys[None], weights[a:b][None].to(wide),
-                   torch.full((1,), len(keys), device=q.device), *options)
-            for a, b, keys in sequences
+            _lists(q[begin:end][None], keys[None], weights[begin:end][None],
+                   torch.full((1,), len(keys), device=q.device), a)
+            for begin, end, keys in sequences
         ]  # fmt: skip
         if not parts:
-            parts = [_nothing(q[None], topk)]
+            parts = [_nothing(q[None], a.topk)]
         indices, counts, values = (torch.cat([x[0] for x in t]) for t in zip(*parts, strict=True))
-    return indices, counts, values if return_values else q.new_empty(0, dtype=wide)
+    return indices, counts, values if a.return_values else q.new_empty(0)
 
 
 def _scaled(k: Tensor, k_scale: Tensor | None, wide: torch.dtype) -> Tensor:
@@ -62,40 +48,31 @@ def _scaled(k: Tensor, k_scale: Tensor | None, wide: torch.dtype) -> Tensor:
 
 
 def _lists(
-    q: Tensor,
-    k: Tensor,
-    weights: Tensor,
-    length: Tensor,
-    topk: int,
-    causal: bool,
-    activation: str,
-    block_k: int,
-    num_sink: int,
-    num_recent: int,
+    q: Tensor, k: Tensor, weights: Tensor, length: Tensor, a: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lists for queries [B, Sq, H, D] and keys [B, Sk, D]."""
     batch, queries = q.shape[:2]
     keys = k.shape[1]
     if keys == 0:
-        return _nothing(q, topk)
+        return _nothing(q, a.topk)
     z = torch.einsum("bihd,bjd->bihj", q, k)
-    z = z.relu() if activation == "relu" else z
+    z = z.relu() if a.activation == "relu" else z
     scores = (weights[..., None] * z).sum(2)
 
     query, key = torch.arange(queries, device=q.device), torch.arange(keys, device=q.device)
-    num_recent = min(num_recent, keys)
-    end = (length - num_recent)[:, None] + (query - queries + 1 if causal else 0 * query)
-    seen = (key >= num_sink) & (key < end[..., None])
+    end = (length - min(a.num_recent, keys))[:, None]
+    end = end + (query - queries + 1 if a.causal else 0 * query)
+    seen = (key >= a.num_sink) & (key < end[..., None])
     scores = torch.where(seen, scores, -torch.inf)
-    block_k = min(block_k, keys)
+    block_k = min(a.block_k, keys)
     scores = torch.nn.functional.pad(scores, (0, -keys % block_k), value=-torch.inf)
-    scores = scores.unflatten(2, (-1, block_k)).amax(3)
+    scores = scores.unflatten(2, (-1, block_k)).amax(3).flatten(0, 1)
 
-    found = topk_select(
-        scores.flatten(0, 1), topk, None, None, "low", "index", 0, 0, None, 1, None, True, None
+    inside = torch.ones_like(scores, dtype=torch.bool)
+    indices, counts, values = (
+        t.unflatten(0, (batch, queries)) for t in select(scores, inside, ~inside, a.topk)
     )
-    indices, counts, values = (t.unflatten(0, (batch, queries)) for t in found[:3])
-    return indices, counts, values
+    return indices.int(), counts, values
 
 
 def _nothing(q: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,5 +80,5 @@ def _nothing(q: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
     return (
         q.new_full((*rows, topk), -1, dtype=torch.int32),
         q.new_zeros(rows, dtype=torch.int32),
-        q.new_full((*rows, topk), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)),
+        q.new_full((*rows, topk), -torch.inf),
     )

@@ -8,77 +8,66 @@ A block has the maximum over its visible rows, and -inf where there is none.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..float8 import cache_rows
 from ._common import lengths_of, rows_of
-from .block_pool_keys import block_pool_keys
+from .block_pool_keys import pool
 
 
-def kv_block_scores(
-    q: Tensor,
-    k: Tensor,
-    scoring: str,
-    block_k: int,
-    q_reduce: str,
-    block_q: int,
-    head_reduce: str,
-    scale: float,
-    causal: bool,
-    num_sink: int,
-    num_recent: int,
-    seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-    k_scale: Tensor | None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor]:
-    """dtype: dtype of the products, for plain PyTorch; None: at least float32."""
-    queries, heads = q.shape[1:3]
-    keys = rows_of(k, block_table)
+def kv_block_scores(a: Any, *, upcast: bool = True) -> tuple[Tensor]:
+    """Scores [B, H, rows of queries, blocks], or fewer heads with head_reduce. upcast=False keeps
+    16-bit inputs in 16 bits: the baseline of the error budget.
+    """
+    queries, heads = a.q.shape[1:3]
+    keys = rows_of(a.k, a.block_table)
     batch, rows, kv_heads = keys.shape[:3]
-    row_tokens, block_rows = (1, block_k) if scoring == "max_block" else (block_k, 1)
-    wide = dtype or torch.promote_types(q.dtype, torch.float32)
+    row_tokens, block_rows = (1, a.block_k) if a.scoring == "max_block" else (a.block_k, 1)
+    wide = torch.promote_types(a.q.dtype, torch.float32) if upcast else a.q.dtype
 
-    last = torch.arange(queries, device=q.device)
+    q, last = a.q, torch.arange(queries, device=a.q.device)
     # the mean is rounded to the dtype of q, at the position of its last query
-    if q_reduce == "mean":
-        (q,) = block_pool_keys(q, block_q, "mean", None, None)
-        last = (block_q * torch.arange(1, q.shape[1] + 1, device=q.device) - 1).clamp(
+    if a.q_reduce == "mean":
+        q = pool(q, a.block_q, "mean", None)
+        last = (a.block_q * torch.arange(1, q.shape[1] + 1, device=q.device) - 1).clamp(
             max=queries - 1
         )
     x = q.to(wide).unflatten(2, (kv_heads, heads // kv_heads) if kv_heads else (0, 1))
-    if k_scale is not None and k_scale.dim() == 3:
-        k_scale = rows_of(k_scale, block_table)
-    y = cache_rows(keys, k_scale, wide)
-    if scoring == "minmax":
+    scale = a.k_scale
+    if scale is not None and scale.dim() == 3:
+        scale = rows_of(scale, a.block_table)
+    y = cache_rows(keys, scale, wide)
+    if a.scoring == "minmax":
         low, high = y.unbind(3)
         z = _dots(x.clamp(max=0), low) + _dots(x.clamp(min=0), high)
         empty = (low[..., 0] > high[..., 0]).permute(0, 2, 1)[:, :, None, None]
         z = torch.where(empty, -torch.inf, z)
     else:
         z = _dots(x, y)
-    z = (scale * z).flatten(1, 2)
+    z = (a.scale * z).flatten(1, 2)
 
-    length = lengths_of(seqlens_k, batch, rows * row_tokens, q.device)
-    end = (length - num_recent)[:, None] + (last - queries + 1 if causal else 0 * last)
+    length = lengths_of(a.seqlens_k, batch, rows * row_tokens, q.device)
+    end = (length - a.num_recent)[:, None] + (last - queries + 1 if a.causal else 0 * last)
     row = torch.arange(rows, device=q.device)
     until = torch.minimum((row + 1) * row_tokens, end[..., None])
-    seen = (row * row_tokens).clamp(min=num_sink) < until
+    seen = (row * row_tokens).clamp(min=a.num_sink) < until
     seen = seen[:, None]
     z = torch.where(seen, z, -torch.inf)
     z, seen = (_blocks(t, 3, block_rows, f).amax(4) for t, f in ((z, -torch.inf), (seen, False)))
-    if q_reduce == "max":
-        z, seen = (_blocks(t, 2, block_q, f).amax(3) for t, f in ((z, -torch.inf), (seen, False)))
-    if head_reduce == "softmax_vote":
+    if a.q_reduce == "max":
+        z, seen = (_blocks(t, 2, a.block_q, f).amax(3) for t, f in ((z, -torch.inf), (seen, False)))
+    if a.head_reduce == "softmax_vote":
         lse = torch.where(z.isnan(), -torch.inf, z).logsumexp(3, keepdim=True)
         return (torch.where(seen, (z - lse).exp().sum(1, keepdim=True), -torch.inf).to(_out(z)),)
-    if head_reduce != "none":
+    if a.head_reduce != "none":
         groups = z.unflatten(1, (kv_heads, heads // kv_heads) if kv_heads else (0, 1))
         if heads == 0:
             z = groups.new_full((batch, kv_heads, *groups.shape[3:]), -torch.inf)
         else:
-            z = groups.amax(2) if head_reduce == "group_max" else groups.mean(2)
+            z = groups.amax(2) if a.head_reduce == "group_max" else groups.mean(2)
     return (z.to(_out(z)),)
 
 

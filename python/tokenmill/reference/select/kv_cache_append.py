@@ -10,6 +10,8 @@ normal number (a row of zeros, or without a finite element).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,38 +20,23 @@ from ..float8 import LARGEST, float8_codes
 MIN_SCALE = 2.0**-126
 
 
-def kv_cache_append(
-    k_cache: Tensor,
-    v_cache: Tensor | None,
-    k: Tensor,
-    v: Tensor | None,
-    slots: Tensor,
-    q: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    interleaved: bool,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    k_scale_out: Tensor | None,
-    v_scale_out: Tensor | None,
-    rope_offset: int,
-    *,
-    upcast: bool = True,
-) -> tuple[Tensor]:
-    """upcast=False rotates 16-bit rows in 16 bits: the baseline of the error budget."""
-    keys, turned = _widened(k, upcast), q
-    if cos is not None and sin is not None and positions is not None:
-        rows = cos[positions.long()], sin[positions.long()]
-        keys = _rotated(keys, *rows, rope_offset, interleaved)
-        if q is not None:
-            turned = _rotated(_widened(q, upcast), *rows, rope_offset, interleaved).to(q.dtype)
-    there = slots >= 0
-    used, size = slots[there].long(), max(k_cache.shape[1], 1)
+def kv_cache_append(a: Any, *, upcast: bool = True) -> tuple[Tensor]:
+    """The rotated q [T, H, D]; empty without q. upcast=False rotates 16-bit rows in 16 bits: the
+    baseline of the error budget.
+    """
+    keys, turned = _widened(a.k, upcast), a.q
+    if a.cos is not None and a.sin is not None and a.positions is not None:
+        rows = a.cos[a.positions.long()], a.sin[a.positions.long()]
+        keys = _rotated(keys, *rows, a.rope_offset, a.interleaved)
+        if a.q is not None:
+            turned = _rotated(_widened(a.q, upcast), *rows, a.rope_offset, a.interleaved)
+            turned = turned.to(a.q.dtype)
+    there = a.slots >= 0
+    used, size = a.slots[there].long(), max(a.k_cache.shape[1], 1)
     page, row = used // size, used % size
     for cache, new, scale, scale_out in (
-        (k_cache, keys, k_scale, k_scale_out),
-        (v_cache, v, v_scale, v_scale_out),
+        (a.k_cache, keys, a.k_scale, a.k_scale_out),
+        (a.v_cache, a.v, a.v_scale, a.v_scale_out),
     ):
         if cache is None or new is None:
             continue
@@ -66,7 +53,7 @@ def kv_cache_append(
         if scale is not None:
             wide = wide / scale[..., None]
         cache.view(torch.uint8)[page, row] = float8_codes(wide)
-    return (k.new_empty(0) if turned is None else turned,)
+    return (a.k.new_empty(0) if turned is None else turned,)
 
 
 def _widened(x: Tensor, upcast: bool) -> Tensor:

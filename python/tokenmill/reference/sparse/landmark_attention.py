@@ -10,19 +10,20 @@ logits are all -inf is dropped.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..dense._common import NEG_INF, expand_heads, scores, softmax, weighted_sum
 
 
-def landmark_attention(
-    q: Tensor, k: Tensor, v: Tensor, block: int, scale: float, *, upcast: bool = True
-) -> tuple[Tensor, Tensor]:
-    tokens, device = q.shape[1], q.device
-    block = min(block, tokens + 1)
+def landmark_attention(a: Any, *, upcast: bool = True) -> tuple[Tensor, Tensor]:
+    """out [B, S, H, Dv] and lse [B, H, S] of q [B, S, H, D] over k and v [B, S, Hk, ...]."""
+    tokens, device = a.q.shape[1], a.q.device
+    block = min(a.block, tokens + 1)
     blocks = -(-tokens // block)
-    z = scores(q, k, scale, 0.0, None, None, None, 0.0, upcast)
+    z = scores(a.q, a.k, a.scale, 0.0, None, None, None, 0.0, upcast)
     padded = torch.nn.functional.pad(z, (0, blocks * block - tokens), value=NEG_INF)
     z = padded.unflatten(-1, (blocks, block))  # [B, H, S, blocks, block]
     i = torch.arange(tokens, device=device)[:, None, None]
@@ -36,5 +37,5 @@ def landmark_attention(
     p, lse = softmax(logits, seen, None)
     within, gates = p.split((blocks * block, blocks), -1)
     p = (within + (gates[..., None] * inner).flatten(-2))[..., :tokens]
-    out = weighted_sum(p, expand_heads(v, q.shape[2]).to(p.dtype)).to(q.dtype)
-    return out, lse.to(torch.promote_types(q.dtype, torch.float32))
+    out = weighted_sum(p, expand_heads(a.v, a.q.shape[2]).to(p.dtype)).to(a.q.dtype)
+    return out, lse.to(torch.promote_types(a.q.dtype, torch.float32))

@@ -8,6 +8,8 @@ R rotates column pairs by the angles of a position. mass_e is the weight of the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,89 +17,63 @@ from ..dense._common import softmax, weighted_sum
 from ..float8 import cache_rows
 
 
-def sparse_decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    seqlens_k: Tensor,
-    block_table: Tensor | None,
-    block_k: int,
-    num_sink: int,
-    num_recent: int,
-    pos_mode: str,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    extra_k: Tensor | None,
-    extra_v: Tensor | None,
-    extra_log_count: Tensor | None,
-    scale: float,
-    softcap: float,
-    sink: Tensor | None,
-    num_splits: int,
-    return_mass: bool,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    *,
-    upcast: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attends, per list head, to a row of keys: sink tokens, its list, recent tokens, extra
-    keys.
+def sparse_decode_attention(a: Any, *, upcast: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, Sq, H, Dv], lse [B, H, Sq] and mass [B, row heads, K] of q [B, Sq, H, D] over caches
+    [B, S, Hk, ...] or pages. A row head is a KV head, or a query head if each has its own list; it
+    attends to a row of keys: sink tokens, its list, recent tokens, extra keys.
     """
-    batch, queries, heads = q.shape[:3]
-    kv_heads, entries = k_cache.shape[2], indices.shape[2]
-    row_heads = heads if indices.shape[1] > kv_heads else kv_heads
-    wide = torch.promote_types(q.dtype, torch.float32)
-    dtype = wide if upcast else q.dtype
-    out = q.new_zeros((batch, queries, heads, v_cache.shape[3]))
-    lse = q.new_empty((batch, heads, queries), dtype=wide)
-    mass = q.new_zeros((batch, row_heads, entries) if return_mass else (0,), dtype=wide)
+    batch, queries, heads = a.q.shape[:3]
+    kv_heads, entries = a.k_cache.shape[2], a.indices.shape[2]
+    row_heads = heads if a.indices.shape[1] > kv_heads else kv_heads
+    wide = torch.promote_types(a.q.dtype, torch.float32)
+    dtype = wide if upcast else a.q.dtype
+    out = a.q.new_zeros((batch, queries, heads, a.v_cache.shape[3]))
+    lse = a.q.new_empty((batch, heads, queries), dtype=wide)
+    mass = a.q.new_zeros((batch, row_heads, entries) if a.return_mass else (0,), dtype=wide)
     for b, h in [(b, h) for b in range(batch) for h in range(row_heads if heads else 0)]:
-        length, own = int(seqlens_k[b]), min(h, indices.shape[1] - 1)
+        length, own = int(a.seqlens_k[b]), min(h, a.indices.shape[1] - 1)
         kv, group = h // (row_heads // kv_heads), heads // row_heads
         mine = slice(h * group, (h + 1) * group)
         position, entry, recent = key_row(
-            indices[b, own, : max(int(counts[b, own]), 0)].tolist(),
-            length, queries, block_k, num_sink, num_recent,
+            a.indices[b, own, : max(int(a.counts[b, own]), 0)].tolist(),
+            length, queries, a.block_k, a.num_sink, a.num_recent,
         )  # fmt: skip
-        at = torch.tensor(position, dtype=torch.long, device=q.device)
-        page, row, there = slots_of(k_cache, b, at, block_table)
+        at = torch.tensor(position, dtype=torch.long, device=a.q.device)
+        page, row, there = slots_of(a.k_cache, b, at, a.block_table)
         k, v = (
             rows_at(cache, scales, page, row, there, kv, dtype)
-            for cache, scales in ((k_cache, k_scale), (v_cache, v_scale))
+            for cache, scales in ((a.k_cache, a.k_scale), (a.v_cache, a.v_scale))
         )
-        p = torch.arange(queries, device=q.device)[:, None] + length - queries
-        is_recent = torch.tensor(recent, dtype=torch.bool, device=q.device)
-        visible = there & (at <= p) & ((at > p - num_recent) == is_recent)
-        x = q[b, :, mine].to(dtype)
-        if cos is not None and sin is not None:
+        p = torch.arange(queries, device=a.q.device)[:, None] + length - queries
+        is_recent = torch.tensor(recent, dtype=torch.bool, device=a.q.device)
+        visible = there & (at <= p) & ((at > p - a.num_recent) == is_recent)
+        x = a.q[b, :, mine].to(dtype)
+        if a.cos is not None:
             turn = at.clamp(min=0), p[:, 0].clamp(min=0)
-            if pos_mode == "cache":
-                place = torch.arange(len(position), device=q.device)
+            if a.pos_mode == "cache":
+                place = torch.arange(len(position), device=a.q.device)
                 turn = place, (p[:, 0] * 0 + len(position) - 1).clamp(min=0)
-            turn = turn[0].clamp(max=len(cos) - 1), turn[1].clamp(max=len(cos) - 1)
-            k = rotate(k, cos[turn[0]], sin[turn[0]], interleaved)
-            x = rotate(x, cos[turn[1], None], sin[turn[1], None], interleaved)
+            turn = turn[0].clamp(max=len(a.cos) - 1), turn[1].clamp(max=len(a.cos) - 1)
+            k = rotate(k, a.cos[turn[0]], a.sin[turn[0]], a.interleaved)
+            x = rotate(x, a.cos[turn[1], None], a.sin[turn[1], None], a.interleaved)
         z_extra = None
-        if extra_k is not None and extra_v is not None:
-            k = torch.cat([k, extra_k[b, :, kv].to(dtype)])
-            v = torch.cat([v, extra_v[b, :, kv].to(dtype)])
-            visible = torch.cat([visible, visible.new_ones(queries, extra_k.shape[1])], 1)
-            if extra_log_count is not None:
-                z_extra = extra_log_count[b, kv].to(dtype)
-        z = torch.einsum("qhd,kd->hqk", x, k) * scale
-        if softcap > 0:
-            z = softcap * torch.tanh(z / softcap)
+        if a.extra_k is not None:
+            k = torch.cat([k, a.extra_k[b, :, kv].to(dtype)])
+            v = torch.cat([v, a.extra_v[b, :, kv].to(dtype)])
+            visible = torch.cat([visible, visible.new_ones(queries, a.extra_k.shape[1])], 1)
+            if a.extra_log_count is not None:
+                z_extra = a.extra_log_count[b, kv].to(dtype)
+        z = torch.einsum("qhd,kd->hqk", x, k) * a.scale
+        if a.softcap > 0:
+            z = a.softcap * torch.tanh(z / a.softcap)
         if z_extra is not None:
             z = z + torch.cat([z_extra.new_zeros(len(position)), z_extra])
-        weight, lse[b, mine] = softmax(z, visible, None if sink is None else sink[mine])
+        weight, lse[b, mine] = softmax(z, visible, None if a.sink is None else a.sink[mine])
         shared = v[None, :, None].expand(1, -1, weight.shape[0], -1)
-        out[b, :, mine] = weighted_sum(weight[None], shared)[0].to(q.dtype)
-        if return_mass:
+        out[b, :, mine] = weighted_sum(weight[None], shared)[0].to(a.q.dtype)
+        if a.return_mass:
             added = weight[..., : len(position)].sum((0, 1)).to(wide)
-            listed = torch.tensor(entry, dtype=torch.long, device=q.device)
+            listed = torch.tensor(entry, dtype=torch.long, device=a.q.device)
             mass[b, h].index_add_(0, listed[listed >= 0], added[listed >= 0])
     return out, lse, mass
 
@@ -124,7 +100,7 @@ def key_row(
 
 
 def first_at_least(ids: list[int], minimum: int) -> int:
-    """Index of the first id that is not below `least`; the length if there is none."""
+    """Index of the first id that is not below `minimum`; the length if there is none."""
     return next((e for e, x in enumerate(ids) if x >= minimum), len(ids))
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 _FLOAT = torch.finfo(torch.float32)
 
 
-def best_match(a: Tensor, b: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+def best_match(record: Any) -> tuple[Tensor, Tensor]:
+    """a [B, Na, C], b [B, Nb, C]: index and score [B, Na]."""
+    a, b = record.a, record.b
     wide = torch.promote_types(a.dtype, torch.float32)
     x, y = a.to(wide), b.to(wide)
-    if normalize:
+    if record.normalize:
         x, y = unit_rows(x), unit_rows(y)
     return best_products(x @ y.transpose(1, 2))
 

@@ -4,22 +4,25 @@ by sum_r w_r.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .gather_tokens import gather_tokens
+from .gather_tokens import rows_at
 
 
-def gather_fuse(
-    x: Tensor, keep: Tensor, rest: Tensor, weight: Tensor, prefix: int, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    patches = x[:, prefix:]
-    (kept,), (fused,) = gather_tokens(patches, keep), gather_tokens(patches, rest)
-    (w,) = gather_tokens(weight[..., None], rest)
+def gather_fuse(a: Any) -> tuple[Tensor, Tensor]:
+    """x [B, prefix + N, C], keep [B, K], rest [B, R], weight [B, N]: out [B, prefix + K + 1, C] and
+    the sum of weights [B].
+    """
+    patches = a.x[:, a.prefix :]
+    kept, fused = rows_at(patches, a.keep), rows_at(patches, a.rest)
+    w = rows_at(a.weight[..., None], a.rest)
     total = w.sum(1)
     f = (w * fused).sum(1)
-    if normalize:
+    if a.normalize:
         empty = total == 0
         f = torch.where(empty, 0.0, f / torch.where(empty, 1.0, total))
-    out = torch.cat((x[:, :prefix], kept, f[:, None].to(x.dtype)), 1)
+    out = torch.cat((a.x[:, : a.prefix], kept, f[:, None].to(a.x.dtype)), 1)
     return out, total[:, 0]

@@ -6,33 +6,27 @@ itself.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def local_pool(
-    x: Tensor,
-    mask: Tensor | None,
-    kernel_y: int,
-    kernel_x: int,
-    dilation_y: int,
-    dilation_x: int,
-    pooling: str,
-    count_include_pad: bool,
-    subtract_input: bool,
-) -> tuple[Tensor]:
+def local_pool(a: Any) -> tuple[Tensor]:
+    """x [B, Y, X, C], mask [B, Y, X] or None."""
+    x, mask = a.x, a.mask
     if mask is None:
         mask = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device)
     window = [
-        (dilation_y * (i - kernel_y // 2), dilation_x * (j - kernel_x // 2))
-        for i in range(kernel_y)
-        for j in range(kernel_x)
+        (a.dilation_y * (i - a.kernel_y // 2), a.dilation_x * (j - a.kernel_x // 2))
+        for i in range(a.kernel_y)
+        for j in range(a.kernel_x)
     ]
     counted = torch.stack([_shifted(mask[..., None], *offset) for offset in window])
     taps = torch.stack([_shifted(x, *offset) for offset in window])
     count = counted.sum(0)
-    if pooling == "avg":
-        divisor = len(window) if count_include_pad else count.clamp(min=1)
+    if a.pooling == "avg":
+        divisor = len(window) if a.count_include_pad else count.clamp(min=1)
         pooled = torch.where(counted, taps, 0.0).sum(0) / divisor
     else:
         taps = torch.where(counted, taps, -torch.inf)
@@ -40,7 +34,7 @@ def local_pool(
         attains = counted & ((taps == maximum) | (taps != taps))
         pooled = taps.gather(0, attains.int().argmax(0, keepdim=True))[0]
     pooled = torch.where(count > 0, pooled, 0.0)
-    return (pooled - x if subtract_input else pooled,)
+    return (pooled - x if a.subtract_input else pooled,)
 
 
 def _shifted(x: Tensor, dy: int, dx: int) -> Tensor:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._common import places_of
+from .gather_tokens import places_of
 
 
-def scatter_tokens(
-    y: Tensor, indices: Tensor, base: Tensor | None, batch: int, tokens: int
-) -> tuple[Tensor]:
-    channels = y.shape[-1]
-    out = y.new_zeros(batch, tokens, channels) if base is None else base
-    if indices.dim() == 1:
-        rows, places, out = y[None], indices[None], out.reshape(1, batch * tokens, channels)
-    else:
-        rows, places = y, indices
+def scatter_tokens(a: Any) -> tuple[Tensor]:
+    """y [B, K, C] and indices [B, K], or [K, C] and [K] into all tokens; base [B, N, C] or None."""
+    channels = a.y.shape[-1]
+    rows, places = a.y, a.indices
+    out = a.y.new_zeros(a.batch, a.tokens, channels) if a.base is None else a.base
+    if a.indices.dim() == 1:
+        rows, places = a.y[None], a.indices[None]
+        out = out.reshape(1, a.batch * a.tokens, channels)
     # Rows with index -1 go to an extra row after the last.
     padded = torch.cat((out, out.new_zeros(len(out), 1, channels)), 1)
     scattered = padded.index_put(places_of(places, out.shape[1]), rows)[:, :-1]
-    return (scattered.reshape(batch, tokens, channels).clone(),)
+    return (scattered.reshape(a.batch, a.tokens, channels).clone(),)

@@ -7,60 +7,63 @@ The others take, per channel, the maximum or the minimum, or the first or the la
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def segment_reduce(
-    x: Tensor, offsets: Tensor, perm: Tensor | None, weight: Tensor | None, reduce: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, channels = x.shape
-    segments = offsets.shape[1] - 1
+def segment_reduce(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, N, C], offsets [B, S + 1], perm [B, P] or None, weight [B, N] or None: y [B, S, C],
+    weight_sum [B, S], and for amax and amin the row that each number comes from, [B, S, C].
+    """
+    batch, tokens, channels = a.x.shape
+    segments = a.offsets.shape[1] - 1
     bins = batch * (segments + 1)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    row, bin_ = _places(x, offsets, perm)
+    wide = torch.promote_types(a.x.dtype, torch.float32)
+    row, bin_ = _places(a)
 
     # Entries of -1 read an extra row after the last.
-    x = torch.nn.functional.pad(x, (0, 0, 0, 1))
-    if weight is None:
+    x = torch.nn.functional.pad(a.x, (0, 0, 0, 1))
+    if a.weight is None:
         w = x.new_ones(row.shape, dtype=wide)
     else:
-        w = torch.nn.functional.pad(weight, (0, 1)).gather(1, row)
+        w = torch.nn.functional.pad(a.weight, (0, 1)).gather(1, row)
     weight_sum = _sums(bin_, w, bins)
 
     arg = x.new_empty(0, dtype=torch.int32)
-    if reduce in ("sum", "mean"):
+    if a.reduce in ("sum", "mean"):
         rows = x.gather(1, row[..., None].expand(-1, -1, channels)).to(wide)
         empty = (weight_sum == 0)[:, None]
-        if reduce == "mean":
+        if a.reduce == "mean":
             rows = rows.masked_fill(empty[bin_], 0.0)
         y = _sums(bin_, rows * w[..., None], bins)
-        if reduce == "mean":
+        if a.reduce == "mean":
             y = y / weight_sum[:, None].masked_fill(empty, 1.0)
         y = y.to(x.dtype).view(batch, segments + 1, channels)[:, :segments]
     else:
-        place = _chosen_places(x, row, bin_, segments, reduce)
+        place = _chosen_places(x, row, bin_, segments, a.reduce)
         found = torch.nn.functional.pad(row, (0, 1), value=tokens)[..., None]
         found = found.expand(-1, -1, channels).gather(1, place)
         y = x.gather(1, found)
-        if reduce in ("amax", "amin"):
+        if a.reduce in ("amax", "amin"):
             arg = found.masked_fill(found == tokens, -1).int()
     return y, weight_sum.view(batch, segments + 1)[:, :segments], arg
 
 
-def _places(x: Tensor, offsets: Tensor, perm: Tensor | None) -> tuple[Tensor, Tensor]:
+def _places(a: Any) -> tuple[Tensor, Tensor]:
     """[B, P]: for each position the row of x, N for none, and its segment s of batch row b as b (S
     + 1) + s, where s = S means none.
     """
-    batch, tokens, _ = x.shape
-    segments = offsets.shape[1] - 1
-    places = tokens if perm is None else perm.shape[1]
-    place = torch.arange(places, dtype=torch.int32, device=x.device).repeat(batch, 1)
-    segment = torch.searchsorted(offsets.contiguous(), place, right=True) - 1
-    row = place.long() if perm is None else perm.long()
+    batch, tokens, _ = a.x.shape
+    segments = a.offsets.shape[1] - 1
+    places = tokens if a.perm is None else a.perm.shape[1]
+    place = torch.arange(places, dtype=torch.int32, device=a.x.device).repeat(batch, 1)
+    segment = torch.searchsorted(a.offsets.contiguous(), place, right=True) - 1
+    row = place.long() if a.perm is None else a.perm.long()
     out = (segment < 0) | (segment >= segments) | (row < 0)
     segment = segment.masked_fill(out, segments)
-    first = torch.arange(batch, device=x.device)[:, None] * (segments + 1)
+    first = torch.arange(batch, device=a.x.device)[:, None] * (segments + 1)
     return row.masked_fill(out, tokens), first + segment
 
 

@@ -1,10 +1,27 @@
-"""Attention windows between pieces of a sequence, in each piece's own coordinates."""
+"""An attention call on shards, and its windows between pieces of the sequence, in each piece's own
+coordinates.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .sequence import Piece
+from torch import Tensor
+
+from ._group import Group
+from .sequence import Layout, Piece
+
+
+class Call(NamedTuple):
+    """An attention call on the shards of a group."""
+
+    group: Group
+    where: Layout
+    options: dict[str, Any]  # options of tokenmill.attention
+    left: int | None  # number of visible keys to the left of a query; None = all
+    right: int | None
+    cu_seqlens: Tensor | None
+    return_lse: bool
 
 
 class Part(NamedTuple):

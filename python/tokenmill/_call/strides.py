@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ._check import fail
-
-if TYPE_CHECKING:
-    from .registry import OpSpec
+from .._check import fail
+from .spec import OpSpec
 
 JAGGED = "must be nested with layout=torch.jagged, or packed with cu_seqlens"
 

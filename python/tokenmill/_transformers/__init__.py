@@ -1,0 +1,1 @@
+"""Attention of transformers' models on the operators, which policies and integrations share."""

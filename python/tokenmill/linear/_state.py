@@ -1,0 +1,39 @@
+"""The state of a recurrence: its size, its layout, its slots and its decay."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._check import check, fail
+
+MAX_TAYLOR_HEAD_DIM = 32
+
+
+def feature_dim(feature_map: str, head_dim: int) -> int:
+    """Rows of the state; with taylor2 the moments 1, k_i and k_i k_j (i <= j) of a key."""
+    if feature_map != "taylor2":
+        return head_dim
+    return 1 + head_dim + head_dim * (head_dim + 1) // 2
+
+
+def rows_lie_together(t: Tensor) -> bool:
+    last = t.shape[-1] == 1 or t.stride(-1) == 1
+    return t.numel() == 0 or (last and (t.shape[-2] == 1 or t.stride(-2) == t.shape[-1]))
+
+
+def check_slot_values(op: str, state_indices: Tensor, slots: int) -> None:
+    found = state_indices.tolist()
+    for i in found:
+        if not -1 <= i < slots:
+            fail(op, "state_indices", f"must be -1 (skip) or a slot below {slots}", i)
+    used = [i for i in found if i >= 0]
+    check(len(set(used)) == len(used), op, "state_indices", "must not repeat a slot", found)
+
+
+def check_decay_values(op: str, log_decay: Tensor | None) -> None:
+    """Checks log_decay values. NaN is allowed: it propagates."""
+    if log_decay is None:
+        return
+    positive = log_decay[log_decay > 0]
+    if positive.numel() > 0:
+        fail(op, "log_decay", "must not be positive; largest", positive.max().item())
