@@ -3,7 +3,16 @@
 #include <cuda_runtime.h>
 
 #include "dense/attention/launch_sm90.h"
-#include "dense/attention/params_backward_sm90.h"
+
+namespace tokenmill {
+
+// A backward call that the sm_90a kernel takes.
+struct Sm90Backward {
+  AttentionBackwardParams params;
+  float* dq_sums;  // sm90_workspace_bytes(params.forward) bytes
+};
+
+}  // namespace tokenmill
 
 namespace tokenmill::cuda {
 

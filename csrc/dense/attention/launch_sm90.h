@@ -26,15 +26,9 @@ template <typename T, Weights kWeights>
 const char* launch_forward_sm90(const AttentionParams& p, const KvCache& cache,
                                 cudaStream_t stream);
 
-// Returns null, kNotMapped, or an error message.
-inline const char* launch_forward_sm90(const AttentionParams& p, const KvCache& cache,
-                                       cudaStream_t stream) {
-  const bool softmax = p.map == ScoreMap::softmax;
-  if (p.dtype == DType::float16)
-    return softmax ? launch_forward_sm90<__half, Weights::softmax>(p, cache, stream)
-                   : launch_forward_sm90<__half, Weights::sigmoid>(p, cache, stream);
-  return softmax ? launch_forward_sm90<__nv_bfloat16, Weights::softmax>(p, cache, stream)
-                 : launch_forward_sm90<__nv_bfloat16, Weights::sigmoid>(p, cache, stream);
-}
+// The same for the dtype and the map of the call (cuda_sm90.cu). Returns null, kNotMapped, or an
+// error message.
+const char* launch_forward_sm90(const AttentionParams& p, const KvCache& cache,
+                                cudaStream_t stream);
 
 }  // namespace tokenmill::cuda
