@@ -30,6 +30,8 @@ class Framework;
 class Inquiry;  // core/kernels.h
 
 constexpr int32_t kMeta = -2;  // device of tensors without memory
+// Address of an argument that is described without memory. Not null: the argument is given.
+constexpr uintptr_t kNowhere = 256;
 
 // An argument, owned by the caller. False: an optional argument that was not given.
 struct View {
@@ -47,6 +49,7 @@ struct View {
   bool last_contiguous() const {
     return dim() == 0 || size(-1) <= 1 || strides.back() == 1 || numel() == 0;
   }
+  bool has_memory() const { return pointer && reinterpret_cast<uintptr_t>(pointer) != kNowhere; }
   bool contiguous() const {
     int64_t wanted = 1;
     for (int64_t i = dim(); i-- > 0;) {

@@ -116,13 +116,13 @@ struct Read {
 // reads.
 inline void check_written(const char* op, const char* name, const View& t,
                           std::initializer_list<Read> read) {
-  if (!t.data()) return;  // no memory: a rule that is asked, or an empty tensor
+  if (!t.has_memory()) return;
   const Places places(t);
   check(elements_apart(places), op, name,
         "must have each element at an address of its own; strides", t.strides);
   for (const Read& other : read)
-    check(!other.view || !other.view->data() || !share_memory(places, Places(*other.view)), op,
-          name, Rule("must not share memory with ", other.name, "; strides"), t.strides);
+    check(!other.view || !other.view->has_memory() || !share_memory(places, Places(*other.view)),
+          op, name, Rule("must not share memory with ", other.name, "; strides"), t.strides);
 }
 
 }  // namespace tokenmill

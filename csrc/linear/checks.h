@@ -1,0 +1,72 @@
+// Checks of the linear family.
+#pragma once
+#include "core/qkv.h"
+#include "linear/params.h"
+
+namespace tokenmill {
+
+inline FeatureMap check_linear_inputs(const char* op, const View& q, const View& k, const View& v,
+                                      const View& log_decay, std::string_view feature_map,
+                                      double scale, bool packed) {
+  check_qkv(op, q, k, v, packed ? 3 : 4);
+  check(k.size(-3) == q.size(-3), op, "k", Rule("must have the length of q, ", q.size(-3)),
+        k.size(-3));
+  constexpr std::pair<std::string_view, FeatureMap> kMaps[] = {{"identity", FeatureMap::identity},
+                                                               {"elu1", FeatureMap::elu1},
+                                                               {"relu", FeatureMap::relu},
+                                                               {"silu", FeatureMap::silu},
+                                                               {"taylor2", FeatureMap::taylor2}};
+  const FeatureMap map = choose(op, "feature_map", kMaps, feature_map);
+  check(map != FeatureMap::taylor2 || q.size(-1) <= kMaxTaylorHeadDim, op, "q",
+        Rule("must have a head dimension of 1 to ", kMaxTaylorHeadDim, " with 'taylor2'"),
+        q.size(-1));
+  check_scale(op, scale);
+  if (log_decay) {
+    const std::vector<int64_t> head{q.size(-2)}, token(q.sizes.begin(), q.sizes.end() - 1);
+    check(log_decay.sizes == head || log_decay.sizes == token, op, "log_decay",
+          Rule("must have shape ", head, " or ", token), log_decay.sizes);
+    check_wide(op, "log_decay", log_decay, q);
+    check_device_of_q(op, "log_decay", log_decay, q);
+  }
+  return map;
+}
+
+inline void check_state(const char* op, const char* name, const View& t, const View& q) {
+  check_wide(op, name, t, q);
+  const bool rows_lie_together =
+      t.numel() == 0 || ((t.size(-1) == 1 || t.strides.back() == 1) &&
+                         (t.size(-2) == 1 || t.strides[t.dim() - 2] == t.size(-1)));
+  check(rows_lie_together, op, name, "must have the rows of a head without gaps; strides",
+        t.strides);
+  check_device_of_q(op, name, t, q);
+}
+
+inline LogDecay log_decay_of(const View& t, bool packed) {
+  LogDecay d{t.mutable_data<float>(), 0, 0, t.step(-1), t.dim() > 1};
+  if (d.per_token) {
+    d.seq = t.step(-2);
+    d.batch = packed ? 0 : t.step(0);
+  }
+  return d;
+}
+
+// NaN propagates; it is not rejected.
+inline void check_decay_values(const char* op, const View& t) {
+  float largest = 0;
+  const int64_t rank = t.dim();
+  const int64_t n0 = rank > 2 ? t.size(-3) : 1, n1 = rank > 1 ? t.size(-2) : 1, n2 = t.size(-1);
+  const int64_t s0 = rank > 2 ? t.strides[rank - 3] : 0, s1 = rank > 1 ? t.strides[rank - 2] : 0;
+  for (int64_t i = 0; i < n0; ++i)
+    for (int64_t j = 0; j < n1; ++j) {
+      const float* row = t.data<float>() + i * s0 + j * s1;
+      for (int64_t h = 0; h < n2; ++h) {
+        const float x = row[h * t.strides.back()];
+        if (x > largest) largest = x;
+      }
+    }
+  check(!(largest > 0), op, "log_decay", "must not be positive; largest", double{largest});
+}
+
+inline States states_of(const View& t) { return {t.mutable_data<float>(), t.step(0), t.step(1)}; }
+
+}  // namespace tokenmill

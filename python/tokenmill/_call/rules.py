@@ -40,7 +40,7 @@ _DTYPES = {
     torch.float8_e8m0fnu: 44,
     torch.float4_e2m1fn_x2: 45,
 }
-_META = -2  # kMeta of csrc/core/array.h
+_META, _NOWHERE = -2, 256  # kMeta and kNowhere of csrc/core/array.h
 _CAPACITY = 4096
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -125,13 +125,13 @@ def _hint(value: Any) -> Any:
 
 
 def _address(t: Tensor) -> int:
-    """0 for a tensor without elements or without memory of its own: fake or another subclass, or
-    wrapped by a transform.
+    """_NOWHERE for a tensor without memory of its own: fake or another subclass, or wrapped by a
+    transform.
     """
-    if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
-        return 0
+    if type(t) is not Tensor and type(t) is not torch.nn.Parameter or t.is_meta:
+        return _NOWHERE
     try:
         address: int = t.data_ptr()
     except RuntimeError:
-        return 0
+        return _NOWHERE
     return address

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .._call.autocast import Autocast
-from .._call.autograd import keep, kept
 from .._check import (
     as_number,
     check,
@@ -207,11 +206,13 @@ class _Pattention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        keep(ctx, inputs)
+        *tensors, ctx.weights = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        (x, key_tokens, value_tokens, weights), _ = kept(ctx)
+        (x, key_tokens, value_tokens), weights = ctx.saved_tensors, ctx.weights
         if dy is None:
             return None, None, None, None
         need_x, need_keys, need_values, _ = ctx.needs_input_grad
