@@ -27,10 +27,6 @@ class Question : public Framework {
   bool float64_;
 };
 
-// Arrays of the question for the kernels have an address that nobody reads: null means that an
-// argument is absent.
-void* const kNowhere = std::bit_cast<void*>(uint64_t{1} << 12);
-
 class KernelQuestion : public Framework {
  public:
   explicit KernelQuestion(const Described& call) : inquiry_(call) {}
@@ -44,7 +40,7 @@ class KernelQuestion : public Framework {
       step *= std::max<int64_t>(sizes[i], 1);
     }
     Array made;
-    made.pointer = kNowhere;
+    made.pointer = std::bit_cast<void*>(kNowhere);
     made.sizes = {memory->data(), static_cast<size_t>(dim)};
     made.strides = {memory->data() + dim, static_cast<size_t>(dim)};
     made.dtype = dtype;
@@ -167,7 +163,6 @@ class Description {
     v.strides = {word_ + dim, dim};
     word_ += 2 * dim;
     v.framework = &question_;
-    if (question_.inquiry() && !v.pointer) v.pointer = kNowhere;
     return v;
   }
 
