@@ -321,16 +321,18 @@ def _knobs_of_call(tables: list[list[Kernel]], capability: int) -> dict[str, str
     names: list[str] = []
     for rows in tables:
         built = [row for row in rows if row.built or not rows[-1].built]
-        switches, cuts, read = [], [], []
+        switched: list[str] = []
+        cuts: list[str] = []
+        read: list[str] = []
         for row in (row for row in built if row.switch and row.fits(capability)):
             if not row.broken:
-                switches.append(row.switch)
+                switched.append(row.switch)
             if _knobs.value(row.switch):
                 read += row.read
                 cuts += [] if row.broken else row.cuts
                 if not row.broken:
                     break
-        names += [*switches, *cuts, *read]
+        names += [*switched, *cuts, *read]
     return {name: _knobs.shown(name) for name in names}
 
 
