@@ -144,9 +144,11 @@ def _usable(knob: Knob, device: str) -> bool:
     backends = ("cpu",) if device == "cpu" else ("cuda", "triton")
     if knob.backend not in backends:
         return False
-    if knob.part and not (torch.cuda.get_device_capability() == (9, 0) and _explain.builds_sm90()):
-        return False
-    return _explain.kernels(registry.get(knob.op), knob.backend) != "-"
+    spec = registry.get(knob.op)
+    if knob.switch:
+        major, minor = torch.cuda.get_device_capability()
+        return knob.switch in _explain.switches(spec, 10 * major + minor)
+    return _explain.kernels(spec, knob.backend) != "-"
 
 
 def _tune(knobs: list[Knob], options: argparse.Namespace, device: str) -> list[Found]:
@@ -261,9 +263,8 @@ def _tune_knob(knob: Knob, before: int, chosen: list[Case], clock: Clock, advanc
 
 def _turned_off(knob: Knob) -> str:
     """Reason why no value of a knob has an effect: its kernel does not run."""
-    switch = _knobs.switch(knob.op, knob.part)
-    off = knob.part and knob.name != switch and not _knobs.value(switch)
-    return f"{switch} is 0" if off else ""
+    off = knob.switch not in ("", knob.name) and not _knobs.value(knob.switch)
+    return f"{knob.switch} is 0" if off else ""
 
 
 def _measure(

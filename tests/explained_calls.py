@@ -14,6 +14,7 @@ import torch
 
 import tokenmill as tm
 from tokenmill import _explain, registry
+from tokenmill._call import choose
 
 
 class Call(NamedTuple):
@@ -93,12 +94,11 @@ def cuda_kernels(calls: list[Call], sm90: bool = True) -> list[str]:
     `dense/attention/kernel_sm90`
     or `dense/attention (not kernel_sm90: NAME)` with the first argument that breaks a rule."""
     found = []
-    with mock.patch.object(_explain, "_is_sm90", lambda *call: sm90):
+    capability = 90 if sm90 else 80
+    with mock.patch.object(_explain, "_current_capability", lambda *call: capability):
         for call in calls:
             spec, lowered = call.lowered()
-            assert not (
-                spec.unsupported and spec.unsupported("cuda", spec.forward.record(*lowered))
-            )
+            assert not choose.unsupported(spec, "cuda", lowered)
             name = _explain.kernel_name(spec, "emulated", lowered, call.options.get("out"))
             name = name.removeprefix("csrc/").rsplit(" in the PTX machine", 1)[0]
             head, _, why = name.partition(" (not kernel_sm90: ")
@@ -107,7 +107,11 @@ def cuda_kernels(calls: list[Call], sm90: bool = True) -> list[str]:
 
 
 def _hashable(value: Any) -> bool:
-    return type(value).__hash__ is not None
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _detached(arguments: Any) -> Any:

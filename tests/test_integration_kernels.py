@@ -175,7 +175,7 @@ def test_scaled_dot_product_attention(monkeypatch):
     both = [("attention_out", "tokenmill"), ("attention_backward", "tokenmill")]
     assert ran == both * 3
     x = q.detach().half()
-    with mock.patch.object(_explain, "_is_sm90", lambda *call: True):
+    with mock.patch.object(_explain, "_current_capability", lambda *call: 90):
         for causal in (False, True):
             lowered = sdpa._Call(x, x, x, 0.0, causal, None, None)._lower()
             name = _explain.kernel_name(sdpa.SPEC, "emulated", lowered)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 
 import fresh
 import pytest
@@ -13,6 +14,7 @@ from sm90 import MODES, hopper
 
 import tokenmill as tm
 from tokenmill import _emulator, _explain, _knobs
+from tokenmill._call import kernels
 from tokenmill._knobs import KNOBS
 from tokenmill.bench import tune
 
@@ -245,10 +247,14 @@ def test_a_card_takes_what_its_cache_has(tmp_path, monkeypatch):
 def test_they_are_tuned_on_cards_that_have_the_kernels(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(_explain, "kernels", lambda *_: "yes")
-    knobs = [k for k in KNOBS.values() if k.part]
+    knobs = [k for k in KNOBS.values() if k.switch]
     assert [k for k in knobs if tune._usable(k, "cuda")] == (knobs if capability[0] == 9 else [])
     assert not any(tune._usable(k, "cpu") for k in knobs)
-    monkeypatch.setattr(_explain, "builds_sm90", lambda: False)
+
+    def table(*call):
+        return [dataclasses.replace(row, built=False) for row in kernels.table(*call)]
+
+    monkeypatch.setattr(_explain, "table", table)
     assert not any(tune._usable(k, "cuda") for k in knobs)
 
 

@@ -62,6 +62,5 @@ struct Masked {
 
 // Returns null or an error message.
 const char* launch_cuda(const Masked<AttentionParams>&, void* stream);
-const char* launch_cuda(const Masked<AttentionBackwardParams>&, void* stream);
 
 }  // namespace tokenmill

@@ -51,11 +51,9 @@ void fill_array(double value, const View& array) {
     return;
   }
   const uint32_t bits = bits_of(value, array.dtype);
-#if defined(TOKENMILL_WITH_CUDA)
   if (array.is_cuda)
     return launch_on_device("fill", array,
                             FillParams{array.pointer, count, array.element_bytes, bits});
-#endif
   if (array.element_bytes == 2)
     std::fill_n(array.mutable_data<uint16_t>(), count, static_cast<uint16_t>(bits));
   else

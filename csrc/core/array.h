@@ -27,6 +27,7 @@ struct Sizes : std::span<const int64_t> {
 };
 
 class Framework;
+class Inquiry;  // core/kernels.h
 
 constexpr int32_t kMeta = -2;  // device of tensors without memory
 // Address of an argument that is described without memory. Not null: the argument is given.
@@ -100,6 +101,8 @@ class Framework {
   virtual void begin() const {}
   // Whether float64 is a valid dtype: for the reference, whose rules are asked here.
   virtual bool takes_float64() const { return false; }
+  // Not null: a launch does not run, and answers which kernels take it.
+  virtual Inquiry* inquiry() const { return nullptr; }
 };
 
 // A new contiguous array on the device of `like`; dtype defaults to like.dtype.

@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "core/driver.h"
-#include "cuda/capability.h"
+#include "cuda/choose.h"
 #include "cuda/launch.cuh"
 #include "cuda/refuse.cuh"
 

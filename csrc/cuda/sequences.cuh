@@ -9,6 +9,7 @@
 
 #include "core/dtype.h"
 #include "core/rows.h"
+#include "cuda/tiles.h"
 #include "cuda/warp.cuh"
 
 namespace tokenmill::cuda {
@@ -44,14 +45,6 @@ __device__ inline PackedRows rows_of_sequence(const int32_t* cu_seqlens, int64_t
     start = max(start, __shfl_xor_sync(kFullWarp, start, offset));
   start = min(start, last);
   return {start, max(min(cu_seqlens[b + 1], last), start) - start};
-}
-
-// Upper bound, from shapes only, on the number of tiles of `rows` rows in all sequences and in the
-// rows without one. Packed: sequences with fewer than `fewest` rows have none.
-inline int64_t max_tiles(const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t rows,
-                         int64_t fewest = 0) {
-  if (!cu_seqlens) return ceil_div(tokens, rows);
-  return tokens / rows + (fewest > 1 && tokens / fewest < batch ? tokens / fewest : batch) + 1;
 }
 
 // Index of the first tile of sequence b, such that tiles of all sequences have distinct indices

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +13,12 @@ import torch
 from . import _emulator, _knobs, registry
 from ._call import autocast, library
 from ._call.choose import BACKENDS, choose, interpreted, reasons, unsupported, wanted
+from ._call.kernels import Kernel, table
 from ._call.operator import native_keys
+from ._call.rules import Like
 from ._call.run import needs_autograd
 from ._call.strides import empty_like, strided, with_rows
-from ._info import build_info
+from ._check import InputError, fail
 from ._other_names import refuse
 from .registry import OpSpec, Sample
 
@@ -58,9 +62,10 @@ def _lowered(spec: OpSpec, sample: Sample) -> tuple[Any, ...]:
 @dataclass(frozen=True)
 class Explanation:
     """Answer of `explain`: the selected backend with its kernel, and the reasons against the
-    others. knobs: values, by name, of the knobs that select and partition the sm_90a kernels that
-    could take the call: "32 (standard)" or "16 (tuned; standard 32)". copied: arguments that are
-    copied first, because their last dimension is not contiguous.
+    others; for a device, against its other CUDA kernels. knobs: values, by name, of the knobs that
+    select and partition the kernels for one kind of chip that could take the call: "32 (standard)"
+    or "16 (tuned; standard 32)". copied: arguments that are copied first, because their last
+    dimension is not contiguous.
     """
 
     op: str
@@ -84,19 +89,33 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any) -> Explanation:
+def explain(
+    op: str | Any,
+    *args: Any,
+    backend: str | None = None,
+    device: str | None = None,
+    **kwargs: Any,
+) -> Explanation:
     """The backend and kernel that would run `op(*args, **kwargs)`, and the reasons against the
     others.
 
     op is the name of an operator or the public function. Nothing runs; for a call that would be
-    refused the answer is its error. Complexity O(1).
+    refused the answer is its error. device names a chip, "sm_90" or "9.0": the answer is the kernel
+    that the CUDA backend runs there, and why not its others, wherever the tensors are. This needs
+    neither a GPU nor CUDA kernels in the build; a build without any answers for one with all of
+    them. Complexity O(1).
 
     Example:
         >>> import torch, tokenmill as tm
-        >>> q = torch.randn(1, 16, 2, 64)
+        >>> q = torch.randn(1, 64, 2, 64, dtype=torch.float16)
         >>> print(tm.explain("attention", q, q, q).backend)
         cpu
+        >>> print(tm.explain("attention", q, q, q, device="sm_90").kernel)
+        csrc/dense/attention/kernel_sm90, float16
     """
+    capability = None if device is None else _capability_of(device)
+    if device is not None and backend not in (None, "cuda"):
+        fail("explain", "backend", "must be 'cuda' or None with a device", backend)
     spec = registry.get(op if isinstance(op, str) else op.__name__)
     if spec.over_cache and kwargs.get("seqlens_k") is not None:
         spec = registry.get(spec.over_cache)
@@ -118,17 +137,22 @@ def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any
         if spec.out is not None and out is not None:
             record = spec.forward.record(*lowered)
             spec.out.check(*lowered, spec.lower_out(out, record), float64=True)
+        if capability is not None:
+            return _on_chip(spec, lowered, out, capability, copied)
         chosen = choose(spec, lowered, backend)
     except RuntimeError as error:
         return Explanation(spec.name, None, None, {}, str(error))
-    against = {}
+    against: dict[str, list[str]] = {}
     for name in BACKENDS:
         if name != chosen and (why := reasons(spec, name, lowered)):
             against[name] = why
         elif name != chosen:
             against[name] = [_passed_over(name, wanted(backend))]
     kernel = kernel_name(spec, chosen, lowered, out)
-    knobs = _knobs_of_call(spec, chosen, lowered, out)
+    knobs = {}
+    if chosen in ("cuda", "emulated"):
+        tables = _tables(spec, lowered, out)
+        knobs = _knobs_of_call(tables, _current_capability(chosen, lowered)) if tables else {}
     return Explanation(spec.name, chosen, kernel, against, knobs=knobs, copied=copied)
 
 
@@ -143,70 +167,181 @@ def _passed_over(name: str, asked: str | None) -> str:
 def kernel_name(
     spec: OpSpec, backend: str, lowered: tuple[Any, ...], out: torch.Tensor | None = None
 ) -> str:
-    dtype = str(next(t for t in lowered if isinstance(t, torch.Tensor)).dtype)[6:]
+    dtype = str(_first(lowered).dtype)[6:]
     if backend == "cpu":
         return f"csrc/{spec.family}/{spec.name}, {library.native.cpu_isa()}, {dtype}"
-    if backend == "cuda":
-        return f"{_cuda_kernel(spec, backend, lowered, out)}, {dtype}"
-    if backend == "emulated":
-        return f"{_cuda_kernel(spec, backend, lowered, out)} in the PTX machine, {dtype}"
+    if backend in ("cuda", "emulated"):
+        tables = _tables(spec, lowered, out)
+        capability = _current_capability(backend, lowered) if tables else 0
+        machine = " in the PTX machine" if backend == "emulated" else ""
+        return f"{_cuda_kernel(spec, tables, capability)}{machine}, {dtype}"
     if backend == "triton":
         return f"triton_kernels/{spec.forward.triton}, {dtype}"
     return f"reference/{spec.family}/{spec.name}, plain PyTorch, {dtype}"
 
 
-def _cuda_kernel(
-    spec: OpSpec, backend: str, lowered: tuple[Any, ...], out: torch.Tensor | None
-) -> str:
-    name = f"csrc/{spec.family}/{spec.name}"
-    if spec.unsupported_sm90 is None or not _is_sm90(backend, lowered):
-        return name
-    if backend == "cuda" and not builds_sm90():
-        return f"{name} (not kernel_sm90: the build has no 90a)"
-    why = spec.unsupported_sm90(*lowered, out=out) + _knobs.refusals(f"{spec.name}.sm90")
-    if why:
-        forward = f"{name} (not kernel_sm90: {'; '.join(why)})"
+def _capability_of(device: str) -> int:
+    """Compute capability of a chip by name, as 10 major + minor."""
+    named = re.fullmatch(r"sm_([0-9]{2,3})[af]?|([0-9]{1,2})\.([0-9])", str(device))
+    capability = int(named[1] or named[2] + named[3]) if named else 0
+    if capability < 80:
+        rule = "must be a chip of compute capability 8.0 or later, as 'sm_90' or '9.0'"
+        fail("explain", "device", rule, device)
+    return capability
+
+
+def _current_capability(backend: str, lowered: tuple[Any, ...]) -> int:
+    """Compute capability of the device that runs the call."""
+    if backend == "emulated":
+        return _capability_of(_emulator.device())
+    major, minor = torch.cuda.get_device_capability(_first(lowered).device)
+    return 10 * major + minor
+
+
+def _tables(spec: OpSpec, lowered: tuple[Any, ...], out: torch.Tensor | None) -> list[list[Kernel]]:
+    """The CUDA kernels of the passes of a call: the forward, and the backward if it has a table and
+    the call needs one. Empty for an operator with one kernel.
+    """
+    record = spec.forward.record(*lowered)
+    if spec.out is not None and out is not None:
+        forward = table(spec.out, (*lowered, spec.lower_out(out, record)))
     else:
-        forward = spec.sm90_kernel(*lowered) if spec.sm90_kernel else f"{name}/kernel_sm90"
-    if spec.unsupported_sm90_backward is None or not needs_autograd(lowered):
-        return forward
-    why = spec.unsupported_sm90_backward(*lowered)
-    if why := why + _knobs.refusals(f"{spec.name}.sm90_backward"):
-        return f"{forward} and {name}'s backward (not kernel_backward_sm90: {'; '.join(why)})"
-    return f"{forward} and kernel_backward_sm90"
+        forward = table(spec.forward, record)
+    if not forward:
+        return []
+    backward = _backward_table(spec, record) if needs_autograd(lowered) else []
+    return [forward, backward] if backward else [forward]
 
 
-def _knobs_of_call(
-    spec: OpSpec, backend: str, lowered: tuple[Any, ...], out: torch.Tensor | None
-) -> dict[str, str]:
-    """Knobs that select and partition the sm_90a kernels that could take the call."""
-    asks = backend in ("cuda", "emulated") and spec.unsupported_sm90 is not None
-    if not asks or not _is_sm90(backend, lowered) or (backend == "cuda" and not builds_sm90()):
-        return {}
-    assert spec.unsupported_sm90 is not None
+def _backward_table(spec: OpSpec, record: Any) -> list[Kernel]:
+    """Cotangents are described as contiguous tensors."""
+    if spec.backward is None:
+        return []
+    names, device = spec.forward.results, _first(record).device
+    given = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in record]
+    made = spec.forward.fake(spec.forward.record(*given))
+    results = dict(zip(names, made if isinstance(made, tuple) else (made,), strict=True))
+    like = {name: Like(t, device) for name, t in results.items()}
+    values = record._asdict() | like | {f"d{name}": t for name, t in like.items()}
+    for name in spec.backward.arguments:
+        if name.startswith("needs_d"):
+            t = getattr(record, name.removeprefix("needs_d"))
+            values[name] = t is not None and t.requires_grad
+    try:
+        return table(spec.backward, [values[name] for name in spec.backward.arguments])
+    except InputError:
+        return []  # this call has no gradient
+
+
+def _first(values: Iterable[Any]) -> torch.Tensor:
+    return next(t for t in values if isinstance(t, torch.Tensor))
+
+
+def _reasons(row: Kernel, rows: list[Kernel], capability: int) -> list[str]:
+    """The reasons why a chip does not run a kernel. Its absence from the build counts if the build
+    has CUDA kernels at all.
+    """
+    why = []
+    if not row.fits(capability):
+        why.append(f"device: must be {row.chips}; got sm_{capability}")
+    if not row.built and rows[-1].built:
+        why.append(f"the build has no {row.arch}")
+    return [*why, *row.broken, *_knobs.refusals(row.switch)]
+
+
+def _taken(rows: list[Kernel], capability: int) -> Kernel:
+    """The first kernel of a table that runs a call; the last one takes every call."""
+    return next((r for r in rows[:-1] if not _reasons(r, rows, capability)), rows[-1])
+
+
+def _on_chip(
+    spec: OpSpec,
+    lowered: tuple[Any, ...],
+    out: torch.Tensor | None,
+    capability: int,
+    copied: tuple[str, ...],
+) -> Explanation:
+    first = _first(lowered)
+    why = ["float64 runs only on the reference backend"] if first.dtype == torch.float64 else []
+    if why := why + unsupported(spec, "cuda", lowered):
+        rule = f"tokenmill.{spec.name}: backend: 'cuda' cannot run this call: {'; '.join(why)}"
+        return Explanation(spec.name, None, None, {}, rule)
+    tables = _tables(spec, lowered, out)
+    taken = [_taken(rows, capability) for rows in tables]
+    against = {
+        row.full_name: why
+        for rows, run in zip(tables, taken, strict=True)
+        for row in rows[:-1]
+        if row is not run and (why := _reasons(row, rows, capability))
+    }
+    name = taken[0].full_name if taken else f"csrc/{spec.family}/{spec.name}"
+    if len(tables) > 1 and (taken[0] is not tables[0][-1] or taken[1] is not tables[1][-1]):
+        name += f" and {_backward_name(taken[1], tables[1])}"
+    kernel = f"{name}, {str(first.dtype)[6:]}"
+    knobs = _knobs_of_call(tables, capability)
+    return Explanation(spec.name, "cuda", kernel, against, knobs=knobs, copied=copied)
+
+
+def _backward_name(taken: Kernel, rows: list[Kernel]) -> str:
+    return f"{taken.name}'s backward" if taken is rows[-1] else taken.base
+
+
+def _cuda_kernel(spec: OpSpec, tables: list[list[Kernel]], capability: int) -> str:
+    """The kernels of a call, and why not those for this kind of chip."""
+    if not tables:
+        return f"csrc/{spec.family}/{spec.name}"
+    parts: list[str] = []
+    for rows in tables:
+        fitting = [row for row in rows[:-1] if row.fits(capability)]
+        if not fitting:
+            continue
+        taken = _taken(rows, capability)
+        name = _backward_name(taken, rows) if rows is not tables[0] else taken.full_name
+        if not fitting[0].built and rows[-1].built:
+            return f"{rows[-1].name} (not {fitting[0].base}: the build has no {fitting[0].arch})"
+        why = f" ({_refused(fitting)})" if taken is rows[-1] else ""
+        parts.append(name + why)
+    return " and ".join(parts or [tables[0][-1].name])
+
+
+def _refused(rows: list[Kernel]) -> str:
+    """Why not the kernels for this kind of chip, without those that are meant for other calls."""
+    meant = [row for row in rows if not row.other_calls] or rows
+    free = [row for row in meant if not row.broken]
+    reasons: dict[str, dict[str, None]] = {}  # by kernel; each reason once
+    for row in free[:1] or meant:
+        reasons.setdefault(row.base, {}).update(dict.fromkeys(row.broken))
+    for row in free[:1] or meant:
+        reasons[row.base].update(dict.fromkeys(_knobs.refusals(row.switch)))
+    return "; ".join(f"not {base}: {'; '.join(why)}" for base, why in reasons.items())
+
+
+def _knobs_of_call(tables: list[list[Kernel]], capability: int) -> dict[str, str]:
+    """Knobs that select and partition kernels for this kind of chip that could take the call."""
     names: list[str] = []
-    if spec.sm90_knobs:
-        names += spec.sm90_knobs(*lowered, out=out)
-    elif not spec.unsupported_sm90(*lowered, out=out):
-        names += _knobs.of_sm90(spec.name, "forward")
-    backward = spec.unsupported_sm90_backward
-    if backward is not None and needs_autograd(lowered) and not backward(*lowered):
-        names += _knobs.of_sm90(spec.name, "backward")
+    for rows in tables:
+        built = [row for row in rows if row.built or not rows[-1].built]
+        switched: list[str] = []
+        cuts: list[str] = []
+        read: list[str] = []
+        for row in (row for row in built if row.switch and row.fits(capability)):
+            if not row.broken:
+                switched.append(row.switch)
+            if _knobs.value(row.switch):
+                read += row.read
+                cuts += [] if row.broken else row.cuts
+                if not row.broken:
+                    break
+        names += [*switched, *cuts, *read]
     return {name: _knobs.shown(name) for name in names}
 
 
-def builds_sm90() -> bool:
-    """Whether this build contains the sm_90a kernels."""
-    archs = build_info().get("cuda_archs")  # None without tokenmill._C
-    return archs is None or any(a.startswith("90a") for a in archs)
-
-
-def _is_sm90(backend: str, lowered: tuple[Any, ...]) -> bool:
-    """Whether the device has compute capability 9.0."""
-    if backend == "emulated":
-        return _emulator.device() == "sm_90a"
-    device = next(t for t in lowered if isinstance(t, torch.Tensor)).device
-    return torch.cuda.get_device_capability(device) == (9, 0)
+def switches(spec: OpSpec, capability: int) -> set[str]:
+    """The knobs that switch kernels of this build for one kind of chip."""
+    args, kwargs = spec.samples[0].make(torch.float32, torch.Generator().manual_seed(0))
+    record = spec.record(*args, **kwargs)
+    rows = table(spec.forward, record) + _backward_table(spec, record)
+    return {row.switch for row in rows if row.switch and row.built and row.fits(capability)}
 
 
 def kernels(spec: OpSpec, backend: str) -> str:

@@ -34,8 +34,8 @@ TABLE = 0  # knob value that defers to the table of its kernel
 
 @dataclass(frozen=True)
 class Knob:
-    """cases: pattern for titles of the operator's benchmarks that measure the knob. part: "forward"
-    or "backward", for a knob of sm_90a kernels.
+    """cases: pattern for titles of the operator's benchmarks that measure the knob. switch: for a
+    knob of a kernel for one kind of chip, the knob that switches this kernel on.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Knob:
     what: str
     cases: str
     order: bool = False
-    part: str = ""
+    switch: str = ""
 
     @property
     def valid(self) -> frozenset[int]:
@@ -74,48 +74,45 @@ def _triton(op: str, width: int, cases: str, tiles: bool) -> Iterator[Knob]:
             yield Knob(full, op, "triton", TABLE, candidates, what, cases, order)
 
 
-def switch(op: str, part: str) -> str:
-    """The knob that switches the sm_90a kernel of a pass off."""
-    return f"{op}.sm90" + ("_backward" if part == "backward" else "")
-
-
-def _sm90() -> Iterator[Knob]:
-    """Knobs of the sm_90a kernels (docs/hopper.md). Kernels for other devices ignore them."""
+def _of_chips() -> Iterator[Knob]:
+    """Knobs of kernels for one kind of chip (docs/hopper.md), which others ignore."""
     dense = r"^(sigmoid \w+ S=2048 D=(64|128)|softmax causal S=\d+ D=128), bfloat16, forward"
     listed = r"^S=8192 D=64 blocks 64x64 \d+ %, bfloat16, forward"
-    for op, cases, parts in (
-        ("attention", dense, ("forward", "backward")),
-        ("attention_decode", r"pages of 64, bfloat16, forward", ("forward",)),
-        ("block_sparse_attention", listed, ("forward", "backward")),
-        ("linear_attention", r"S=8192 D=128, bfloat16, forward", ("forward",)),
+    for name, cases in (
+        ("attention.sm90", dense),
+        ("attention.sm90_backward", dense),
+        ("attention_decode.sm90", r"pages of 64, bfloat16, forward"),
+        ("block_sparse_attention.sm90", listed),
+        ("block_sparse_attention.sm90_backward", listed),
+        ("linear_attention.sm90", r"S=8192 D=128, bfloat16, forward"),
     ):
-        for part in parts:
-            yield Knob(
-                switch(op, part), op, "cuda", 1, (0, 1),
-                f"{part}: the sm_90a kernel where it takes a call (1), or the sm_80 kernel (0)",
-                cases + (r"\+backward$" if part == "backward" else "$"),
-                order=True, part=part,
-            )  # fmt: skip
+        part = "backward" if name.endswith("backward") else "forward"
+        yield Knob(
+            name, name.split(".")[0], "cuda", 1, (0, 1),
+            f"{part}: the sm_90a kernel where it takes a call (1), or the sm_80 kernel (0)",
+            cases + (r"\+backward$" if part == "backward" else "$"),
+            order=True, switch=name,
+        )  # fmt: skip
     yield Knob(
         "attention.sm90_section", "attention", "cuda", 32, (0, 16, 24, 32, 48),
         "MB of the L2 cache for keys and values of the heads that are in use at once (0: one "
         "head); attention_decode too",
         r"^softmax causal S=\d+ D=128, \w+, forward$",
-        part="forward",
+        switch="attention.sm90",
     )  # fmt: skip
     yield Knob(
         "attention.sm90_grid", "attention", "cuda", 0, (0, 1, 2),
         "blocks: one for each multiprocessor (0), as few as need no more rounds (1), or one for "
         "each tile of queries (2); attention_decode too",
         dense + "$",
-        part="forward",
+        switch="attention.sm90",
     )  # fmt: skip
     yield Knob(
         "attention_decode.sm90_tiles", "attention_decode", "cuda", 256, (64, 128, 256, 512),
         "tiles of 64 queries from which on causal calls take the kernel for 9.0, which does not "
         "divide the keys of a request",
         r"S=8192 (128|256|512) tokens, bfloat16, forward$",
-        order=True, part="forward",
+        order=True, switch="attention_decode.sm90",
     )  # fmt: skip
 
 
@@ -170,7 +167,7 @@ KNOBS = {
         *_triton("attention", 128, rf"{PLAIN} S=2048 D=128, bfloat16, forward$", tiles=True),
         *_triton("linear_attention", 64, r"S=8192 D=64, (bfloat16|float16), forward$", tiles=False),
         *_triton("block_sparse_attention", 64, r"64x(64|16) 20 %, bfloat16, forward$", tiles=False),
-        *_sm90(),
+        *_of_chips(),
     )
 }  # fmt: skip
 triton_values = {k.name: k.standard for k in KNOBS.values() if k.backend == "triton"}
@@ -203,18 +200,9 @@ if library.emulated_namespace is not None:
     library.emulated_namespace.finishers.append(_copy_to)
 
 
-def refusals(name: str) -> list[str]:
-    """The broken rule if the knob switches its kernel off; empty otherwise."""
-    return [] if value(name) else [f"{name}: must be 1; got 0"]
-
-
-def of_sm90(op: str, part: str) -> list[str]:
-    """The knob that selects the sm_90a kernel of a pass and, if it is on, the knobs that partition
-    it.
-    """
-    chooses = switch(op, part)
-    cuts = [knob.name for knob in KNOBS.values() if knob.op == op and knob.part == part]
-    return [chooses, *(name for name in cuts if name != chooses and value(chooses))]
+def refusals(switch: str) -> list[str]:
+    """The broken rule if a knob switches its kernel off; empty otherwise, and without a knob."""
+    return [f"{switch}: must be 1; got 0"] if switch and not value(switch) else []
 
 
 def shown(name: str) -> str:

@@ -223,5 +223,6 @@ def test_explain_takes_calls_without_heads():
     lengths = torch.tensor([70], dtype=torch.int32)
     with hopper():
         options = {"seqlens_k": lengths, "backend": "emulated"}
-        assert "sm90" in tm.explain("attention_decode", q, *caches, **options).kernel
+        kernel = tm.explain("attention_decode", q, *caches, **options).kernel
+        assert kernel.startswith("csrc/dense/attention_decode in")  # nothing is launched
         assert tm.attention_decode(q, *caches, **options).shape == q.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sm90 import check_every_order, check_explained, hopper
 
 import tokenmill as tm
 from tokenmill import _emulator, _explain, registry
+from tokenmill._call import kernels
 from tokenmill.dense.attention_draws import draw_tensor
 
 pytestmark = pytest.mark.skipif("emulated" not in backends(), reason="not a development build")
@@ -334,21 +336,17 @@ def test_explain_knows_the_layouts_of_tensor_maps():
     check_explanation(f"k: {strides}(4096, 64, 8, 1)", q, overlapping, v)
 
 
-@pytest.mark.parametrize(
-    ("archs", "why"),
-    [
-        ({}, ""),
-        ({"cuda_archs": ["80-real", "90a-real"]}, ""),
-        ({"cuda_archs": ["80-virtual"]}, "no"),
-    ],
-    ids=["without tokenmill._C", "with 90a", "without 90a"],
-)
-def test_explain_names_the_kernel_of_a_card(archs, why, monkeypatch):
-    monkeypatch.setattr(_explain, "_is_sm90", lambda *_: True)
-    monkeypatch.setattr(_explain, "build_info", lambda: archs)
+@pytest.mark.parametrize("built", [True, False])
+def test_explain_names_the_kernel_of_a_card(built, monkeypatch):
+    def table(*call):
+        *rows, last = kernels.table(*call)
+        return [*(replace(row, built=built) for row in rows), replace(last, built=True)]
+
+    monkeypatch.setattr(_explain, "_current_capability", lambda *_: 90)
+    monkeypatch.setattr(_explain, "table", table)
     spec = registry.get("attention")
     kernel = _explain.kernel_name(spec, "cuda", spec.lower(*inputs(32)))
-    ending = " (not kernel_sm90: the build has no 90a)" if why else "/kernel_sm90"
+    ending = "/kernel_sm90" if built else " (not kernel_sm90: the build has no 90a)"
     assert kernel == f"csrc/dense/attention{ending}, float16"
 
 

@@ -56,9 +56,7 @@ AdditiveParams make_params(const AdditiveAttentionArgs& a) {
 
 template <typename Params, typename Cpu>
 void launch(const Params& p, const View& q, const Cpu& launch_cpu) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_on_device(kOp, q, p);
-#endif
   launch_cpu(p);
 }
 
@@ -100,13 +98,11 @@ std::tuple<Array, Array, Array> additive_attention_backward(
     return {dq, dk, dv};
   }
   if (dv.numel() == 0) return {dq, dk, dv};
-#if defined(TOKENMILL_WITH_CUDA)
   Array workspace;
   if (in.q.is_cuda) {
-    workspace = empty({workspace_bytes(p)}, in.q, ScalarType::Byte);
+    workspace = empty({workspace_on_device(in.q, p)}, in.q, ScalarType::Byte);
     p.workspace = workspace.mutable_data();
   }
-#endif
   launch(p, in.q, cpu::additive_scores_backward);
   return {dq, dk, dv};
 }

@@ -1,8 +1,8 @@
 #include "attention/mask_bounds.cuh"
-#include "core/knobs.h"
+#include "cuda/choose.h"
 #include "cuda/refuse.cuh"
-#include "dense/attention/choose_sm90.h"
 #include "dense/attention/kernel.cuh"
+#include "dense/attention/kernels.h"
 
 namespace tokenmill {
 namespace cuda {
@@ -13,6 +13,14 @@ extern template const char* launch_forward<__nv_bfloat16>(const AttentionParams&
                                                           cudaStream_t);
 extern template const char* launch_forward<float>(const AttentionParams&, const MaskBounds&,
                                                   cudaStream_t);
+
+const char* launch_on_sm80(const Masked<AttentionParams>& m, void* stream) {
+  const AttentionParams& p = m.params;
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (p.mask.any())
+    if (const char* error = launch_bounds(p, m.bounds, on)) return error;
+  return visit_dtype(p.dtype, [&]<typename T>() { return launch_forward<T>(p, m.bounds, on); });
+}
 
 }  // namespace cuda
 
@@ -25,16 +33,7 @@ const char* launch_cuda(const Masked<AttentionParams>& m, void* stream) {
   if (p.batch * p.heads > 0x7fffffff)
     return cuda::refuse("q", "must have at most 2^31 - 1 heads in all sequences on CUDA",
                         p.batch * p.heads);
-  const auto on = static_cast<cudaStream_t>(stream);
-  if (cuda::kHasSm90 && knob(Knob::attention_sm90) && cuda::takes_sm90(p) &&
-      cuda::compute_capability() == 90) {
-    const char* error = cuda::launch_on_sm90(p, {}, on);
-    if (error != cuda::kNotMapped) return error;
-  }
-  if (p.mask.any())
-    if (const char* error = cuda::launch_bounds(p, m.bounds, on)) return error;
-  return cuda::visit_dtype(p.dtype,
-                           [&]<typename T>() { return cuda::launch_forward<T>(p, m.bounds, on); });
+  return cuda::launch_first(kernels_of(m), m, stream);
 }
 
 }  // namespace tokenmill

@@ -1,9 +1,9 @@
 #include "attention/backward_rows.cuh"
 #include "attention/backward_statistics.cuh"
 #include "attention/mask_bounds.cuh"
-#include "core/knobs.h"
-#include "cuda/capability.h"
+#include "cuda/choose.h"
 #include "dense/attention/kernel_backward_launch.cuh"
+#include "dense/attention/kernels.h"
 #include "dense/attention/launch_backward_sm90.h"
 
 namespace tokenmill {
@@ -52,17 +52,7 @@ Mode mode_of(const AttentionBackwardParams& bp, int64_t dim) {
 }
 
 template <typename T>
-const char* launch_on_sm90(const Sm90Backward& call, cudaStream_t stream) {
-  if constexpr (kHasSm90 && sizeof(T) == 2) {
-    if (call.params.forward.map == ScoreMap::softmax)
-      return launch_backward_sm90<T, Weights::softmax>(call, stream);
-    return launch_backward_sm90<T, Weights::sigmoid>(call, stream);
-  }
-  return kNotMapped;
-}
-
-template <typename T>
-const char* launch_on_every_chip(BackwardArgs& args, Mode mode, cudaStream_t stream) {
+const char* launch_main_sm80(BackwardArgs& args, Mode mode, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
     const auto launch_plain = [&]<Mode kMode>(float unit) {
       args.factor = unit * args.p.forward.scale;
@@ -77,8 +67,12 @@ const char* launch_on_every_chip(BackwardArgs& args, Mode mode, cudaStream_t str
   return launch_pairs<T, Mode::general>(args, stream);
 }
 
-template <typename T>
-const char* launch_backward(BackwardArgs args, float* dq_sums, cudaStream_t stream) {
+// Calls launch_main(args, mode), which computes dq, dk and dv, between the kernels
+// that all chips share. step: rows that it sums together, in args.p.sums.
+template <typename T, typename Main>
+const char* launch_backward(const AttentionBackwardCall& call, int step, cudaStream_t stream,
+                            const Main& launch_main) {
+  BackwardArgs args{.p = call.params, .bounds = call.bounds};
   const AttentionBackwardParams& bp = args.p;
   const AttentionParams& p = bp.forward;
   const auto vectorizable = [&](const Rows& r, int64_t dim) {
@@ -100,37 +94,50 @@ const char* launch_backward(BackwardArgs args, float* dq_sums, cudaStream_t stre
   if (has_backward_statistics(p) && p.seqlen_q > 0)
     error = launch_statistics<T>(args, mode == Mode::general, stream);
   if (error) return error;
-  error = dq_sums ? launch_on_sm90<T>({bp, dq_sums}, stream) : kNotMapped;
-  const bool on_sm90 = error != kNotMapped;
-  if (!on_sm90) error = launch_on_every_chip<T>(args, mode, stream);
+  error = launch_main(args, mode);
   if (!error && bp.dbias && bias_is_broadcast && p.seqlen_q > 0 && p.seqlen_k > 0)
     error = launch_bias(args, stream);
   if (error || !(bp.sums || bp.dsink || bp.dscore_bias)) return error;
-  const int step = on_sm90 ? sm90_tile_queries(p.head_dim) : rows_of_sum<T>(args.largest_dim());
   return launch<sum_kernel>(p.batch * p.heads, kSumThreads, 0, stream, args, step);
 }
 
 }  // namespace
+
+const char* launch_on_sm80(const AttentionBackwardCall& call, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  const AttentionParams& p = call.params.forward;
+  return visit_dtype(p.dtype, [&]<typename T>() {
+    const int64_t dim = std::max(p.head_dim, p.value_dim);
+    return launch_backward<T>(
+        call, rows_of_sum<T>(dim), on,
+        [&](BackwardArgs& args, Mode mode) { return launch_main_sm80<T>(args, mode, on); });
+  });
+}
+
+#if defined(TOKENMILL_SM90)
+const char* launch_on_sm90(const AttentionBackwardCall& call, void* stream) {
+  if (!call.workspace) return kNotMapped;
+  const auto on = static_cast<cudaStream_t>(stream);
+  const int step = sm90_tile_queries(call.params.forward.head_dim);
+  const auto launch_main = [&]<typename T>() {
+    return launch_backward<T>(call, step, on, [&](BackwardArgs& args, Mode) {
+      return launch_backward_sm90<T>({args.p, static_cast<float*>(call.workspace)}, on);
+    });
+  };
+  return call.params.forward.dtype == DType::float16
+             ? launch_main.template operator()<__half>()
+             : launch_main.template operator()<__nv_bfloat16>();
+}
+#endif
+
 }  // namespace cuda
 
-int64_t workspace_bytes(const AttentionBackwardParams& bp) {
-  const bool sm90 = cuda::kHasSm90 && knob(Knob::attention_sm90_backward) && cuda::takes_sm90(bp) &&
-                    cuda::compute_capability() == 90;
-  return sm90 ? cuda::sm90_workspace_bytes(bp.forward) : 0;
+int64_t workspace_bytes(const AttentionBackwardCall& call) {
+  return cuda::workspace_of(kernels_of(call), call);
 }
 
-const char* launch_cuda(const Masked<AttentionBackwardParams>& m, void* stream) {
-  return cuda::visit_dtype(m.params.forward.dtype, [&]<typename T>() {
-    return cuda::launch_backward<T>({.p = m.params, .bounds = m.bounds}, nullptr,
-                                    static_cast<cudaStream_t>(stream));
-  });
-}
-
-const char* launch_cuda(const Sm90Backward& call, void* stream) {
-  return cuda::visit_dtype(call.params.forward.dtype, [&]<typename T>() {
-    return cuda::launch_backward<T>({.p = call.params}, call.dq_sums,
-                                    static_cast<cudaStream_t>(stream));
-  });
+const char* launch_cuda(const AttentionBackwardCall& call, void* stream) {
+  return cuda::launch_first(kernels_of(call), call, stream);
 }
 
 }  // namespace tokenmill

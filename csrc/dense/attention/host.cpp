@@ -7,7 +7,7 @@
 #include "core/qkv.h"
 #include "core/stream.h"
 #include "core/written.h"
-#include "dense/attention/params_backward_sm90.h"
+#include "dense/attention/kernels.h"
 
 namespace tokenmill {
 namespace {
@@ -157,13 +157,11 @@ void check_values(const AttentionArgs& a, const AttentionParams& p) {
 float* float_data(const View& t) { return t.mutable_data<float>(); }
 
 void run_forward(const AttentionParams& p, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) {
     Array bounds;
     if (p.mask.any()) bounds = empty({MaskBounds::bytes(p)}, q, ScalarType::Byte);
     return launch_on_device(kOp, q, Masked{p, MaskBounds::at(p, bounds.mutable_data())});
   }
-#endif
   cpu::attention_forward(p);
 }
 
@@ -222,8 +220,7 @@ Array attention_out(const AttentionOutArgs& a) {
   return forward(p, in, a.out);
 }
 
-void run_backward(AttentionBackwardParams& p, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
+void run_backward(const AttentionBackwardParams& p, const View& q) {
   if (q.is_cuda) {
     const AttentionParams& f = p.forward;
     const int64_t rows = f.cu_seqlens_q ? f.heads * f.seqlen_q : f.batch * f.heads * f.seqlen_q;
@@ -236,19 +233,18 @@ void run_backward(AttentionBackwardParams& p, const View& q) {
     const int64_t statistics = parts.add(statistic ? kTwo * rows : 0);
     const int64_t partial = parts.add(wants_sums ? kTwo * sums : 0);
     const int64_t bounds = parts.add(f.mask.any() ? MaskBounds::bytes(f) : 0);
-    const int64_t sum_bytes = (CudaScope(q), workspace_bytes(p));
-    const int64_t dq_sums = parts.add(sum_bytes);
+    AttentionBackwardCall call{p, {}, nullptr};
+    const int64_t bytes = workspace_on_device(q, call), workspace = parts.add(bytes);
     parts.allocate(q);
     if (statistic) {
-      p.minus_lse = parts.at<float>(statistics);
-      p.minus_delta = p.minus_lse + rows;
+      call.params.minus_lse = parts.at<float>(statistics);
+      call.params.minus_delta = call.params.minus_lse + rows;
     }
-    if (wants_sums) p.sums = parts.at<float>(partial);
-    if (sum_bytes > 0) return launch_on_device(kOp, q, Sm90Backward{p, parts.at<float>(dq_sums)});
-    return launch_on_device(
-        kOp, q, Masked{p, MaskBounds::at(f, f.mask.any() ? parts.at(bounds) : nullptr)});
+    if (wants_sums) call.params.sums = parts.at<float>(partial);
+    call.bounds = MaskBounds::at(f, f.mask.any() ? parts.at(bounds) : nullptr);
+    if (bytes > 0) call.workspace = parts.at(workspace);
+    return launch_on_device(kOp, q, call);
   }
-#endif
   cpu::attention_backward(p);
 }
 

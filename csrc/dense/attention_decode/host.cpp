@@ -6,7 +6,7 @@
 #include "core/kv_cache_checks.h"
 #include "core/stream.h"
 #include "core/written.h"
-#include "dense/attention_decode/params.h"
+#include "dense/attention_decode/kernels.h"
 
 namespace tokenmill {
 namespace {
@@ -43,9 +43,7 @@ void run_on_cpu(DecodeParams& d) {
 }
 
 void run(DecodeParams& d, const View& q, const View& k, const View& v) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_with_workspace(kOp, q, d, d.workspace);
-#endif
   run_on_cpu(d);
 }
 

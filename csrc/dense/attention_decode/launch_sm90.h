@@ -1,7 +1,8 @@
-// Conditions of the sm_90a decode kernel, its tile shape, and its launch.
+// Tile shape of the sm_90a decode kernel, and its launch.
 #pragma once
 #include "dense/attention/launch_sm90.h"
 #include "dense/attention_decode/kernel_shape.cuh"
+#include "dense/attention_decode/kernels.h"
 
 namespace tokenmill::cuda {
 
@@ -9,7 +10,7 @@ namespace tokenmill::cuda {
 template <int kHeadDim_>
 struct DecodeSm90Shape {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kRows = 64;
+  static constexpr int kRows = kMaxSm90DecodeRows;
   static constexpr int kTileKeys = 64;  // all of one page
   static constexpr int kPartKeys = 16;  // keys per copy in a tile that is cut
   // Pipeline stages of K, and of V: 96 KB in flight.
@@ -38,17 +39,6 @@ struct DecodeSm90Keys {
 template <typename Visit>
 auto visit_decode_sm90_dim(int64_t head_dim, const Visit& visit) {
   return head_dim <= 64 ? visit.template operator()<64>() : visit.template operator()<128>();
-}
-
-// The conditions of python/tokenmill/dense/attention_kernels.py, for requests with the same number
-// of queries each that see no key after them.
-inline bool takes_decode_sm90(const DecodeParams& d) {
-  const AttentionParams& p = d.attention;
-  if (!has_sm90_form(p) || !has_sm90_scale(p) || d.cache.dtype != p.dtype) return false;
-  if (p.head_dim != 64 && p.head_dim != 128) return false;
-  if (p.heads / p.kv_heads * p.seqlen_q > DecodeSm90Shape<64>::kRows) return false;
-  if (d.cache.block_table && page_size(d.cache) < kMinSm90Page) return false;
-  return Sm90Tensors(p, d.cache).can_be_mapped();
 }
 
 // Instantiated in a generated source for each element type. Returns null, kNotMapped, or an error

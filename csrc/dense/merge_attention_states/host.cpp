@@ -57,9 +57,7 @@ std::vector<int64_t> without_front(const std::vector<int64_t>& sizes) {
 template <typename Params, typename Cpu>
 void launch(const Params& p, int64_t rows, const View& where, const Cpu& launch_cpu) {
   if (rows == 0) return;
-#if defined(TOKENMILL_WITH_CUDA)
   if (where.is_cuda) return launch_on_device(kOp, where, p);
-#endif
   launch_cpu(p);
 }
 

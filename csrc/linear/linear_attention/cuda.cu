@@ -1,7 +1,7 @@
-#include "core/knobs.h"
-#include "cuda/capability.h"
+#include "cuda/choose.h"
 #include "cuda/refuse.cuh"
 #include "linear/linear_attention/cuda_launch.cuh"
+#include "linear/linear_attention/kernels.h"
 #include "linear/linear_attention/launch_sm90.h"
 
 namespace tokenmill {
@@ -106,18 +106,6 @@ const char* launch_all_parts(const Recurrence& p, RecurrencePlan plan, cudaStrea
   return launch_parts(plan);
 }
 
-// kNotMapped: falls back to the sm_80 kernel.
-template <typename T>
-const char* launch_on_sm90(const Recurrence& p, cudaStream_t stream) {
-  if constexpr (kHasSm90 && !std::is_same_v<T, float>)
-    if (knob(Knob::linear_attention_sm90) && p.seqlen < kMaxRecurrenceLength && takes_sm90(p) &&
-        compute_capability() == 90)
-      return launch_all_parts(p, plan_sm90(p), stream, [&](const RecurrencePlan& plan) {
-        return launch_sm90<T>(p, plan, stream);
-      });
-  return kNotMapped;
-}
-
 }  // namespace
 
 int64_t workspace_floats(const Recurrence& p) {
@@ -148,6 +136,21 @@ const char* launch_recurrence(const Recurrence& p, bool reverse, void* stream_ha
   return launch_all_parts(p, plan, stream, launch_parts);
 }
 
+const char* launch_on_sm80(const LinearAttentionParams& p, void* stream) {
+  return launch_recurrence(forward_of(p), false, stream);
+}
+
+#if defined(TOKENMILL_SM90)
+const char* launch_on_sm90(const LinearAttentionParams& p, void* stream_handle) {
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  const Recurrence r = forward_of(p);
+  return launch_all_parts(r, plan_sm90(r), stream, [&](const RecurrencePlan& plan) {
+    return p.dtype == DType::float16 ? launch_sm90<__half>(r, plan, stream)
+                                     : launch_sm90<__nv_bfloat16>(r, plan, stream);
+  });
+}
+#endif
+
 }  // namespace cuda::linear_attention
 
 int64_t workspace_bytes(const LinearAttentionParams& p) {
@@ -157,12 +160,9 @@ int64_t workspace_bytes(const LinearAttentionParams& p) {
 
 const char* launch_cuda(const LinearAttentionParams& p, void* stream) {
   if (p.batch == 0 || p.heads == 0) return nullptr;
-  const auto forward = cuda::linear_attention::forward_of(p);
-  const char* error = cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    return cuda::linear_attention::launch_on_sm90<T>(forward, static_cast<cudaStream_t>(stream));
-  });
-  if (error != cuda::kNotMapped) return error;
-  return cuda::linear_attention::launch_recurrence(forward, false, stream);
+  if (p.seqlen >= cuda::linear_attention::kMaxRecurrenceLength)
+    return cuda::refuse("q", "must have fewer than 2^29 tokens on CUDA", p.seqlen);
+  return cuda::launch_first(kernels_of(p), p, stream);
 }
 
 }  // namespace tokenmill

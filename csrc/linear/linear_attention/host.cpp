@@ -1,7 +1,7 @@
 #include "core/stream.h"
 #include "core/written.h"
 #include "linear/checks.h"
-#include "linear/linear_attention/params.h"
+#include "linear/linear_attention/kernels.h"
 
 namespace tokenmill {
 namespace {
@@ -83,15 +83,11 @@ void check_values(const LinearAttentionArgs& a) {
 float* float_data(const View& t) { return t.mutable_data<float>(); }
 
 void run(LinearAttentionParams& p, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
-#endif
   cpu::linear_attention_forward(p);
 }
 void run(LinearAttentionBackwardParams& p, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.forward.workspace);
-#endif
   cpu::linear_attention_backward(p);
 }
 

@@ -26,9 +26,7 @@ void check_values(const View& state, const View& decay, const View& indices) {
 }
 
 void run(const LinearDecodeParams& p, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_on_device(kOp, q, p);
-#endif
   cpu::linear_attention_decode(p);
 }
 

@@ -102,15 +102,11 @@ void check_values(const TitansArgs& a) {
 }
 
 void run(TitansParams& p, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
-#endif
   cpu::titans_memory_forward(p);
 }
 void run(TitansBackwardParams& p, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.forward.workspace);
-#endif
   cpu::titans_memory_backward(p);
 }
 

@@ -20,9 +20,7 @@ constexpr std::pair<std::string_view, HeadReduce> kHeadReduces[] = {
     {"group_max", HeadReduce::group_max}};
 
 void run(ColumnScoresParams& p, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
-#endif
   cpu::attention_column_scores(p);
 }
 

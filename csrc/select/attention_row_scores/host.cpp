@@ -12,13 +12,11 @@ void run(RowScoresParams& p, const View& q) {
   const int64_t rows = p.batch * p.heads * p.rows;
   Array exponents = empty({rows * p.seqlen_k}, q, ScalarType::Float);
   p.exponents = exponents.mutable_data<float>();
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) {
     Array statistics = empty({2 * rows}, q, ScalarType::Float);
     p.statistics = statistics.mutable_data<float>();
     return launch_on_device(kOp, q, p);
   }
-#endif
   cpu::attention_row_scores(p);
 }
 

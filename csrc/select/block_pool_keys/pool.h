@@ -47,9 +47,7 @@ static inline void run_pool(const char* op, const PoolParams& p, const View& k) 
   k.framework->begin();
   if (!k.is_cuda) check_block_table_values(op, p.k, p.batch, p.lengths);
   if (p.batch == 0 || p.blocks == 0 || p.kv_heads == 0 || p.head_dim == 0) return;
-#if defined(TOKENMILL_WITH_CUDA)
   if (k.is_cuda) return launch_on_device(op, k, p);
-#endif
   cpu::block_pool_keys(p);
 }
 

@@ -33,9 +33,7 @@ const int32_t* start_list(const char* name, const View& tensor, const std::vecto
 }
 
 void run(HipParams& p, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
-#endif
   cpu::hip_block_select(p);
 }
 

@@ -14,9 +14,7 @@ constexpr int64_t kMaxHeads = 64, kMaxTopk = 65536;
 constexpr int64_t kUnbounded = int64_t{1} << 31;  // larger than any key index
 
 void run(IndexerParams& p, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
-#endif
   cpu::indexer_topk_select(p);
 }
 

@@ -17,9 +17,7 @@ constexpr std::pair<std::string_view, HeadReduce> kHeadReduces[] = {
     {"softmax_vote", HeadReduce::softmax_vote}};
 
 void run(BlockScoreParams& p, const View& q, const View& k) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
-#endif
   cpu::kv_block_scores(p);
 }
 

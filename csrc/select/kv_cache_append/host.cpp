@@ -188,9 +188,7 @@ void check_values(const AppendParams& p) {
 }
 
 void run(const AppendParams& p, const View& cache) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (cache.is_cuda) return launch_on_device(kOp, cache, p);
-#endif
   cpu::kv_cache_append(p);
 }
 

@@ -47,9 +47,7 @@ void check_values(const CompactParams& p) {
 }
 
 void run(const CompactParams& p, const View& k) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (k.is_cuda) return launch_on_device(kOp, k, p);
-#endif
   cpu::kv_cache_compact(p);
 }
 

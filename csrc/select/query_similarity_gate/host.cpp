@@ -8,9 +8,7 @@ namespace {
 constexpr const char* kOp = "query_similarity_gate";
 
 void run(const SimilarityGateParams& p, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_on_device(kOp, q, p);
-#endif
   cpu::query_similarity_gate(p);
 }
 

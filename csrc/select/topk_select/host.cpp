@@ -16,9 +16,7 @@ const int32_t* per_row(const char* name, const View& tensor, const View& scores)
 }
 
 void run(TopkParams& p, const View& scores) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (scores.is_cuda) return launch_with_workspace(kOp, scores, p, p.workspace);
-#endif
   cpu::topk_select(p);
 }
 

@@ -93,9 +93,7 @@ BilevelParams make_params(const BilevelRoutingAttentionArgs& a) {
 }
 
 void run_forward(const BilevelParams& d, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_on_device(kOp, q, d);
-#endif
   cpu::bilevel_routing_attention_forward(d);
 }
 
@@ -113,9 +111,7 @@ std::tuple<Array, Array> bilevel_routing_attention(const BilevelRoutingAttention
 }
 
 void run_backward(BilevelBackwardParams& p, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_with_transposed_lists(kOp, q, p, p.forward.keys.regions());
-#endif
   cpu::bilevel_routing_attention_backward(p);
 }
 

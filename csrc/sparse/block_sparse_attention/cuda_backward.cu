@@ -1,7 +1,7 @@
 #include "attention/backward_rows.cuh"
-#include "core/knobs.h"
-#include "cuda/capability.h"
+#include "cuda/choose.h"
 #include "sparse/block_sparse_attention/cuda_requests_backward_launch.cuh"
+#include "sparse/block_sparse_attention/kernels.h"
 #include "sparse/block_sparse_attention/launch_backward_sm90.h"
 
 namespace tokenmill {
@@ -18,18 +18,27 @@ extern template const char* launch_requests<__nv_bfloat16>(const BlockSparseBack
                                                            cudaStream_t);
 extern template const char* launch_requests<float>(const BlockSparseBackwardParams&, cudaStream_t);
 
-template <typename T>
-const char* launch_on_sm90(const BlockSparseBackwardParams& p, cudaStream_t stream) {
-  if constexpr (kHasSm90 && !std::is_same_v<T, float>) {
-    if (knob(Knob::block_sparse_attention_sm90_backward) && takes_backward_sm90(p) &&
-        compute_capability() == 90) {
-      BlockSparseGradients d;
-      if (const char* error = launch_statistics<T>(with_ends_of_keys(p), stream, d)) return error;
-      return launch_gradients_sm90<T>(p, d, stream);
-    }
-  }
-  return kNotMapped;
+const char* launch_on_sm80(const BlockSparseBackwardParams& p, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  const AttentionParams& f = p.forward.attention;
+  return visit_dtype(f.dtype, [&]<typename T>() {
+    return f.cu_seqlens_q ? launch_requests<T>(p, on) : launch_block_sparse<T>(p, on);
+  });
 }
+
+#if defined(TOKENMILL_SM90)
+const char* launch_on_sm90(const BlockSparseBackwardParams& p, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  const auto launch_gradients = [&]<typename T>() {
+    BlockSparseGradients d;
+    if (const char* error = launch_statistics<T>(with_ends_of_keys(p), on, d)) return error;
+    return launch_gradients_sm90<T>(p, d, on);
+  };
+  return p.forward.attention.dtype == DType::float16
+             ? launch_gradients.template operator()<__half>()
+             : launch_gradients.template operator()<__nv_bfloat16>();
+}
+#endif
 
 }  // namespace cuda::block_sparse_attention
 
@@ -39,19 +48,14 @@ int64_t workspace_bytes(const BlockSparseBackwardParams& p) {
 
 const char* launch_cuda(const BlockSparseBackwardParams& p, void* stream) {
   if (const char* error = cuda::block_sparse_attention::check_sizes(p.forward)) return error;
-  const auto queue = static_cast<cudaStream_t>(stream);
-  const AttentionParams& f = p.forward.attention;
-  const char* error = cuda::visit_dtype(f.dtype, [&]<typename T>() {
-    using namespace cuda::block_sparse_attention;
-    const char* error = launch_on_sm90<T>(p, queue);
-    if (error != cuda::kNotMapped) return error;
-    return f.cu_seqlens_q ? launch_requests<T>(p, queue) : launch_block_sparse<T>(p, queue);
-  });
+  const char* const error = cuda::launch_first(kernels_of(p), p, stream);
   if (error || !p.dsink) return error;
   using namespace cuda::block_sparse_attention;
   cuda::BackwardArgs args = statistics_of(with_ends_of_keys(p));
   args.p.dsink = p.dsink;
-  return cuda::launch<cuda::sum_kernel>(f.batch * f.heads, cuda::kSumThreads, 0, queue, args, 1);
+  const AttentionParams& f = p.forward.attention;
+  return cuda::launch<cuda::sum_kernel>(f.batch * f.heads, cuda::kSumThreads, 0,
+                                        static_cast<cudaStream_t>(stream), args, 1);
 }
 
 }  // namespace tokenmill

@@ -2,6 +2,7 @@
 #include "core/kv_cache_checks.h"
 #include "core/written.h"
 #include "select/checks.h"
+#include "sparse/block_sparse_attention/kernels.h"
 #include "sparse/block_sparse_attention/latent.h"
 #include "sparse/block_sparse_attention/requests.h"
 #include "sparse/checks.h"
@@ -192,9 +193,9 @@ void run_latent_on_cpu(LatentBlockSparse l) {
 
 // mass is null if it is not requested.
 void run_forward(const BlockSparseMass& d, const BlockSparseAttentionArgs& a) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (a.q.is_cuda) {
-    if (is_latent(a)) {
+    // A question about the call ends at the table, which has no row for latent heads but the last.
+    if (is_latent(a) && !a.q.framework->inquiry()) {
       LatentBlockSparse l = latent_call(d);
       launch_with_workspace(kOp, a.q, l, l.workspace);
     } else {
@@ -203,7 +204,6 @@ void run_forward(const BlockSparseMass& d, const BlockSparseAttentionArgs& a) {
     if (d.mass) launch_on_device(kOp, a.q, d);
     return;
   }
-#endif
   std::vector<BlockSparseMass> requests;
   const auto calls = calls_of<BlockSparseCalls>(d, d.attention, requests);
   if (is_latent(a)) {
@@ -261,9 +261,7 @@ std::tuple<Array, Array> block_sparse_attention_out(const BlockSparseAttentionOu
 }
 
 void run_backward(BlockSparseBackwardParams& p, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_with_transposed_lists(kOp, q, p, p.forward.key_blocks());
-#endif
   std::vector<BlockSparseBackwardParams> requests;
   cpu::block_sparse_attention_backward(
       calls_of<BlockSparseBackwardCalls>(p, p.forward.attention, requests));

@@ -28,9 +28,7 @@ LandmarkParams make_params(const LandmarkAttentionArgs& a) {
 }
 
 void run_forward(const LandmarkParams& d, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_on_device(kOp, q, d);
-#endif
   cpu::landmark_attention_forward(d);
 }
 
@@ -40,7 +38,6 @@ std::tuple<Array, Array> landmark_attention(const LandmarkAttentionArgs& a) {
 }
 
 void run_backward(LandmarkBackwardParams& g, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) {
     AttentionBackwardParams& p = g.attention;
     const AttentionParams& f = p.forward;
@@ -49,7 +46,6 @@ void run_backward(LandmarkBackwardParams& g, const View& q) {
     p.minus_delta = p.minus_lse + f.batch * f.heads * f.seqlen_q;
     return launch_on_device(kOp, q, g);
   }
-#endif
   cpu::landmark_attention_backward(g);
 }
 

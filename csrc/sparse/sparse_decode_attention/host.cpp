@@ -12,9 +12,7 @@ constexpr const char* kOp = "sparse_decode_attention";
 constexpr int64_t kMaxSplits = 1024;
 
 void run(SparseDecodeParams& d, const View& q, const View& k, const View& v) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_with_workspace(kOp, q, d, d.workspace);
-#endif
   cpu::sparse_decode_attention(d);
 }
 

@@ -8,9 +8,7 @@ namespace {
 constexpr const char* kOp = "transpose_block_list";
 
 void run(TransposeBlockListParams& p, const View& indices) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (indices.is_cuda) return launch_with_workspace(kOp, indices, p, p.workspace);
-#endif
   cpu::transpose_block_list(p);
 }
 

@@ -9,9 +9,7 @@ constexpr const char* kOp = "best_match";
 constexpr int64_t kMaxChannels = 4096;
 
 void run(MatchParams& p, const View& a) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (a.is_cuda) return launch_with_workspace(kOp, a, p, p.workspace);
-#endif
   cpu::best_match(p);
 }
 

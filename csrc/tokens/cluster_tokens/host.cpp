@@ -60,9 +60,7 @@ ClusterParams make_params(const ClusterTokensArgs& a) {
 template <typename Params, typename Cpu>
 void run(Params& p, const View& x, const Cpu& launch_cpu) {
   if (x.numel() == 0) return;
-#if defined(TOKENMILL_WITH_CUDA)
   if (x.is_cuda) return launch_with_workspace(kOp, x, p, forward_of(p).workspace);
-#endif
   launch_cpu(p);
 }
 

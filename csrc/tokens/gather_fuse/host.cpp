@@ -81,12 +81,10 @@ Array forward(GatherFuseParams& p, const View& x, const View& keep, const View& 
   p.out_row = out.step(1);
   p.weight_sum = weight_sum.mutable_data<float>();
   if (p.batch == 0) return weight_sum;
-#if defined(TOKENMILL_WITH_CUDA)
   if (x.is_cuda) {
     launch_on_device(kOp, x, p);
     return weight_sum;
   }
-#endif
   Array places = empty_places(p, x);
   check_values(p, keep, rest, places.mutable_data<int32_t>());
   p.places = places.data<int32_t>();
@@ -142,12 +140,10 @@ std::tuple<Array, Array> gather_fuse_backward(const GatherFuseBackwardArgs& a) {
   q.dx = dx.mutable_data();
   q.dweight = dweight.mutable_data<float>();
   if (p.batch * (p.prefix + p.patches) == 0) return {dx, dweight};
-#if defined(TOKENMILL_WITH_CUDA)
   if (in.x.is_cuda) {
     launch_on_device(kOp, in.x, q);
     return {dx, dweight};
   }
-#endif
   check_values(p, in.keep, in.rest, q.places);
   cpu::gather_fuse_backward(q);
   return {dx, dweight};

@@ -48,9 +48,7 @@ void run(GatherTokensParams& p, const View& from, const View& ids, const View& o
   p.out_batch = p.batch == 1 ? 0 : out.step(0) * bytes;
   p.out_row = out.step(-2) * bytes;
   if (out.numel() == 0) return;
-#if defined(TOKENMILL_WITH_CUDA)
   if (from.is_cuda) return launch_on_device(kOp, from, p);
-#endif
   cpu::gather_tokens(p);
 }
 

@@ -59,9 +59,7 @@ LocalPoolParams make_params(const LocalPoolArgs& a) {
 template <typename Params, typename Cpu>
 void launch(const Params& p, const View& x, const Cpu& launch_cpu) {
   if (x.numel() == 0) return;
-#if defined(TOKENMILL_WITH_CUDA)
   if (x.is_cuda) return launch_on_device(kOp, x, p);
-#endif
   launch_cpu(p);
 }
 
@@ -89,13 +87,11 @@ Array local_pool_backward(const LocalPoolBackwardArgs& a) {
   q.dout_token = a.dout.step(2);
   Array dx = empty(in.x.sizes, in.x);
   q.forward.out = dx.mutable_data();
-#if defined(TOKENMILL_WITH_CUDA)
   Array workspace;
   if (in.x.is_cuda) {
-    workspace = empty({workspace_bytes(q)}, in.x, ScalarType::Byte);
+    workspace = empty({workspace_on_device(in.x, q)}, in.x, ScalarType::Byte);
     q.workspace = workspace.mutable_data();
   }
-#endif
   launch(q, in.x, cpu::local_pool_backward);
   return dx;
 }

@@ -17,9 +17,7 @@ void check_values(const MaskPartitionParams& p) {
 }
 
 void run(MaskPartitionParams& p, const View& mask) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (mask.is_cuda) return launch_with_workspace(kOp, mask, p, p.workspace);
-#endif
   cpu::mask_partition(p);
 }
 

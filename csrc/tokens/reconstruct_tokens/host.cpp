@@ -65,9 +65,7 @@ ReconstructParams make_params(const ReconstructTokensArgs& a) {
 }
 
 void run(ReconstructParams& p, const View& features) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (features.is_cuda) return launch_with_workspace(kOp, features, p, p.workspace);
-#endif
   cpu::reconstruct_tokens(p);
 }
 
@@ -106,14 +104,12 @@ void run(ReconstructBackwardParams& p, const View& dout, Array& counts) {
   t.rows = listed.mutable_data<int32_t>();
   p.offsets = t.offsets;
   p.listed = t.rows;
-#if defined(TOKENMILL_WITH_CUDA)
   if (dout.is_cuda) {
-    Array workspace = empty({workspace_bytes(t)}, dout, ScalarType::Byte);
+    Array workspace = empty({workspace_on_device(dout, t)}, dout, ScalarType::Byte);
     t.workspace = workspace.mutable_data();
     launch_on_device(kOp, dout, t);
     return launch_on_device(kOp, dout, p);
   }
-#endif
   cpu::transpose_block_list(t);
   cpu::reconstruct_tokens_backward(p);
 }

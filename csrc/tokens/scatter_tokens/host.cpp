@@ -73,12 +73,10 @@ Array scatter_tokens(const ScatterTokensArgs& a) {
   Array places = empty({a.batch, a.tokens}, a.y, ScalarType::Int);
   p.out = out.mutable_data<char>();
   p.places = places.mutable_data<int32_t>();
-#if defined(TOKENMILL_WITH_CUDA)
   if (a.y.is_cuda) {
     if (out.numel() > 0) launch_on_device(kOp, a.y, p);
     return out;
   }
-#endif
   write_places(p, a.indices);
   if (out.numel() > 0) cpu::scatter_tokens(p);
   return out;

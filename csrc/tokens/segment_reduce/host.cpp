@@ -85,16 +85,12 @@ void check_values(const SegmentReduceParams& p) {
 }
 
 void run(SegmentReduceParams& p, const View& x) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (x.is_cuda) return launch_with_workspace(kOp, x, p, p.workspace);
-#endif
   cpu::segment_reduce(p);
 }
 
 void run(SegmentReduceBackwardParams& q, const View& x) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (x.is_cuda) return launch_on_device(kOp, x, q);
-#endif
   cpu::segment_reduce_backward(q);
 }
 

@@ -8,9 +8,7 @@ namespace {
 constexpr const char* kOp = "topk_partition";
 
 void run(TopkPartitionParams& p, const View& scores) {
-#if defined(TOKENMILL_WITH_CUDA)
   if (scores.is_cuda) return launch_with_workspace(kOp, scores, p, p.workspace);
-#endif
   cpu::topk_partition(p);
 }
 

@@ -86,6 +86,7 @@ class TorchOp:
     written: tuple[str, ...] = field(init=False)  # arguments that a call writes into
     kinds: tuple[str, ...] = field(init=False)  # "Tensor", "int", "float", "bool" or "str"
     tensors: frozenset[str] = field(init=False)  # arguments that must be tensors
+    results: tuple[str, ...] = field(init=False)  # names of the results in the schema
     optional: frozenset[str] = field(init=False)  # arguments that may be None
     exact: dict[str, Any] = field(init=False, compare=False, repr=False)  # by name, see _EXACT
     # The next two are created here: a graph traced by Dynamo cannot create them.
@@ -119,6 +120,8 @@ class TorchOp:
 
     def __post_init__(self) -> None:
         schema = self.overload()._schema.arguments
+        results = tuple(r.name for r in self.overload()._schema.returns)
+        object.__setattr__(self, "results", results)
         written = tuple(a.name for a in schema if a.alias_info and a.alias_info.is_write)
         object.__setattr__(self, "arguments", tuple(a.name for a in schema))
         object.__setattr__(self, "positional", sum(not a.kwarg_only for a in schema))

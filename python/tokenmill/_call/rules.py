@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,35 +64,51 @@ def broken_rule(
     """
     if torch.compiler.is_dynamo_compiling():
         return None  # the fake kernel checks
-    # As csrc/core/rules.cpp reads them: 0 for None, otherwise 1 and what the kind needs.
-    words: list[int] = []
-    numbers: list[float] = []
-    text: list[bytes] = []
     try:
-        for kind, value in zip(kinds, values, strict=True):
-            if value is None:
-                words.append(0)
-                continue
-            words.append(1)
-            if kind == "Tensor":
-                _describe(value, words)
-            elif kind == "str":
-                text.append(value.encode())
-                words.append(len(text[-1]))
-            else:
-                number = _hint(value) if isinstance(value, _SYMBOLS) else value
-                (numbers if kind == "float" else words).append(number)
+        described = describe(kinds, values)
     except _NoHint:
         return None
     message = ctypes.create_string_buffer(_CAPACITY)
-    packed = struct.pack(f"{len(words)}q", *words), struct.pack(f"{len(numbers)}d", *numbers)
-    length = _ask(op.encode(), *packed, b"".join(text), float64, message, _CAPACITY)
+    length = _ask(op.encode(), *described, float64, message, _CAPACITY)
     assert length >= 0, op
     return message.raw[: min(length, _CAPACITY)].decode() if length else None
 
 
-def _describe(t: Tensor, words: list[int]) -> None:
+def describe(kinds: Sequence[str], values: Sequence[Any]) -> tuple[bytes, bytes, bytes]:
+    """Words, numbers and text as csrc/core/rules.cpp reads them: 0 for None, otherwise 1 and what
+    the kind needs.
+    """
+    words: list[int] = []
+    numbers: list[float] = []
+    text: list[bytes] = []
+    for kind, value in zip(kinds, values, strict=True):
+        if value is None:
+            words.append(0)
+            continue
+        words.append(1)
+        if kind == "Tensor":
+            _describe(value, words)
+        elif kind == "str":
+            text.append(value.encode())
+            words.append(len(text[-1]))
+        else:
+            number = _hint(value) if isinstance(value, _SYMBOLS) else value
+            (numbers if kind == "float" else words).append(number)
+    packed = struct.pack(f"{len(words)}q", *words), struct.pack(f"{len(numbers)}d", *numbers)
+    return (*packed, b"".join(text))
+
+
+@dataclass(frozen=True)
+class Like:
+    """Describes a tensor without memory, on a device."""
+
+    tensor: Tensor
+    device: torch.device
+
+
+def _describe(t: Tensor | Like, words: list[int]) -> None:
     device = t.device
+    t = t.tensor if isinstance(t, Like) else t
     on_gpu = device.type not in ("cpu", "meta")
     index = device.index or 0 if on_gpu else _META if device.type == "meta" else 0
     words += (t.dim(), _DTYPES.get(t.dtype, -1), t.element_size(), on_gpu, index, _address(t))

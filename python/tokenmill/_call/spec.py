@@ -75,13 +75,6 @@ class OpSpec:
     return bounds.
     unsupported(backend, record) lists the reasons why CUDA or Triton cannot run a call, beyond
     the rules for every operator. The cpu backend runs all calls.
-    unsupported_sm90(*lowered, out=out) lists the reasons why the sm_90a kernel does not take a
-    call, which the sm_80 kernel then runs. None: there is no sm_90a kernel.
-    sm90_kernel(*lowered) names the sm_90a kernels of a call, if not
-    csrc/<family>/<name>/kernel_sm90.
-    sm90_knobs(*lowered, out=out) names the knobs that select and partition them, if not the
-    operator's, or if one of them can exclude a call by its size.
-    unsupported_sm90_backward(*lowered) lists the reasons for the backward of a call.
     plain is ordinary PyTorch code in the dtype of the inputs, without care for precision: the
     baseline of the error budget.
     over_cache names the operator that runs calls of the public function with seqlens_k.
@@ -112,10 +105,6 @@ class OpSpec:
     lower_out: Callable[[Any, Any], torch.Tensor] = field(default=lambda out, record: out)
     logarithms: tuple[int, ...] = ()
     unsupported: Callable[[str, Any], list[str]] | None = None
-    unsupported_sm90: Callable[..., list[str]] | None = None
-    sm90_kernel: Callable[..., str] | None = None
-    sm90_knobs: Callable[..., list[str]] | None = None
-    unsupported_sm90_backward: Callable[..., list[str]] | None = None
     sharding: Sharding | str | None = None
     written: tuple[str, ...] = ()
     copied: tuple[str, ...] = ()

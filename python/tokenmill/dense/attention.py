@@ -31,7 +31,6 @@ from ..reference.dense import attention as reference
 from ..registry import OpSpec, Sharding, register_op
 from .attention_decode import DEFAULTS as SUPPORTED
 from .attention_decode import attention_decode
-from .attention_kernels import unsupported_sm90, unsupported_sm90_backward
 from .attention_options import AttentionOptions, Precision
 from .nested import as_packed, is_nested, over_nested
 from .terms import (
@@ -451,8 +450,6 @@ SPEC = register_op(
         differentiable=("q", "k", "v", "score_bias", "bias", "alibi_slopes", "sink"),
         logarithms=(1,),
         over_cache="attention_decode",
-        unsupported_sm90=unsupported_sm90,
-        unsupported_sm90_backward=unsupported_sm90_backward,
         sharding=Sharding(
             {
                 "q k v": "b.h.",

@@ -27,7 +27,6 @@ from .._other_names import REQUIRED, answered_by, refuse
 from ..masks import MASKS, Lowered, Masks, Prefix, Segments, lower_mask
 from ..reference.dense import attention_decode as reference
 from ..registry import OpSpec, Sharding, register_op
-from .attention_kernels import cached_sm90_kernel, cached_sm90_knobs, unsupported_cached_sm90
 from .attention_options import DecodeOptions, Schedule
 from .terms import (
     NO_WINDOW,
@@ -329,9 +328,6 @@ SPEC = register_op(
         differentiable=(),
         logarithms=(1,),
         unsupported=_unsupported,
-        unsupported_sm90=unsupported_cached_sm90,
-        sm90_kernel=cached_sm90_kernel,
-        sm90_knobs=cached_sm90_knobs,
         sharding=Sharding(
             {
                 "q k_cache v_cache": "b.h.",

@@ -29,7 +29,6 @@ from .._other_names import refuse, refuses_other_names
 from ..reference.linear import linear_attention as reference
 from ..registry import OpSpec, Sharding, register_op
 from ._state import check_decay_values, feature_dim, rows_lie_together
-from .linear_attention_kernels import unsupported_sm90
 
 OP = "linear_attention"
 FeatureMap = Literal["identity", "elu1", "relu", "silu", "taylor2"]
@@ -441,6 +440,5 @@ SPEC = register_op(
         paper="Lightning Attention-2 (Qin et al. 2024); Based (Arora et al. 2024)",
         flops=flops,
         backward_flops=lambda a: 3.0 * flops(a),  # three recurrences
-        unsupported_sm90=functools.partial(unsupported_sm90, FORWARD),
     )
 )

@@ -32,7 +32,6 @@ from .._other_names import refuse, refuses_other_names
 from ..reference.sparse import block_sparse_attention as reference
 from ..registry import OpSpec, Sharding, register_op
 from ..select.rules import check_block_table_values
-from .block_sparse_kernels import unsupported_sm90, unsupported_sm90_backward
 from .gradients import cotangents
 
 OP = "block_sparse_attention"
@@ -481,8 +480,6 @@ SPEC = register_op(
         out=OUT,
         differentiable=("q", "k", "v", "sink"),
         logarithms=(1,),
-        unsupported_sm90=unsupported_sm90,
-        unsupported_sm90_backward=unsupported_sm90_backward,
         sharding=Sharding(
             {
                 "q k v": "b.h.",

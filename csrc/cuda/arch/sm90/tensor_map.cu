@@ -24,22 +24,7 @@ Encode find_encode() {
   return nullptr;
 }
 
-// Stride in bytes. With one entry in a dimension any stride will do.
-int64_t stride_of(int64_t stride, int64_t extent, int64_t columns) {
-  return 2 * (extent > 1 ? stride : columns);
-}
-
 }  // namespace
-
-bool can_map(const MappedRows& t) {
-  const auto fits = [&](int64_t stride, int64_t extent) {
-    const int64_t bytes = stride_of(stride, extent, t.columns);
-    return bytes >= 2 * t.columns && bytes % 16 == 0 && bytes < int64_t{1} << 40 && extent > 0 &&
-           extent <= int64_t{1} << 32;
-  };
-  return reinterpret_cast<uintptr_t>(t.rows.data) % 16 == 0 && fits(t.rows.seq, t.tokens) &&
-         fits(t.rows.head, t.heads) && fits(t.rows.batch, t.batch);
-}
 
 const char* encode_map(CUtensorMap& map, const MappedRows& t, DType dtype, int box_rows) {
   static const Encode encode = find_encode();
