@@ -7,6 +7,7 @@ import torch
 
 import tokenmill as tm
 from tokenmill import _knobs, registry
+from tokenmill.__main__ import main
 from tokenmill._call import choose
 
 DENSE = "csrc/dense/attention"
@@ -207,3 +208,10 @@ def test_unknown_chips_are_refused(device):
 def test_a_chip_has_no_other_backend():
     with pytest.raises(ValueError, match="backend: must be 'cuda' or None with a device; got"):
         tm.explain("attention", Q, Q, Q, device="sm_90", backend="cpu")
+
+
+def test_the_command_answers_for_a_chip(capsys):
+    assert main(["explain", "attention", "--dtype", "float16", "--chip", "sm_90"]) == 0
+    assert f"cuda ({DENSE}" in capsys.readouterr().out
+    assert main(["explain", "attention", "--chip", "sm_12"]) == 2
+    assert "device: must be a chip of compute capability 8.0 or later" in capsys.readouterr().err

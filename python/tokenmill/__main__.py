@@ -14,6 +14,7 @@ import torch
 
 from . import _cli, _explain, _info, _self_check, registry
 from ._call import choose
+from ._check import InputError
 from ._self_check import DTYPES
 from ._version import __version__
 
@@ -96,6 +97,9 @@ def _parser() -> _cli.Parser:
         "--backend",
         choices=choose.ALL_BACKENDS,
         help="backend asked for (default: the first that can)",
+    )
+    sub.add_argument(
+        "--chip", help="which CUDA kernel this chip runs (sm_80, sm_90, 12.0), wherever tensors are"
     )
     sub = command(
         "check", _self_check.run, "every operator on this machine against the float64 oracle"
@@ -184,8 +188,14 @@ def run_explain(options: argparse.Namespace) -> int:
     dtype = DTYPES.get(options.dtype, torch.float64)
     args, kwargs = samples[name].make(dtype, torch.Generator().manual_seed(0))
     moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
-    placed = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
-    print(_explain.explain(spec.name, *moved, backend=options.backend, **placed))
+    placed: dict[str, Any] = {
+        k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()
+    }
+    backend, chip = options.backend, options.chip
+    try:
+        print(_explain.explain(spec.name, *moved, backend=backend, device=chip, **placed))
+    except InputError as error:  # explain returns the errors of calls
+        raise _cli.UsageError(f"--chip: {error}") from None
     return 0
 
 

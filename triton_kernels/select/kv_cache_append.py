@@ -127,8 +127,8 @@ def kv_cache_append(a: Any) -> Tensor:
     if a.cos is not None and a.sin is not None and a.positions is not None:
         rope = Rope(a.cos, a.sin, a.cos.stride(0), a.sin.stride(0), a.positions)
         (table, pairs), positions_stride = a.cos.shape, a.positions.stride(0)
-    turn = (rope, positions_stride, table), (pairs, a.rope_offset, a.interleaved)
-    stay = (None, 0, 0), (0, 0, False)
+    turn: tuple[Any, Any] = (rope, positions_stride, table), (pairs, a.rope_offset, a.interleaved)
+    stay: tuple[Any, Any] = (None, 0, 0), (0, 0, False)
     for cache, new, turns, scale, scale_out in (
         (a.k_cache, a.k, turn, a.k_scale, a.k_scale_out),
         (a.v_cache, a.v, stay, a.v_scale, a.v_scale_out),

@@ -28,7 +28,8 @@ class Queries(NamedTuple):
     starts: Tensor | None = None  # [N] int32: first key of the request among packed keys
 
     def part(self, rows: slice) -> Queries:
-        return Queries(*(None if t is None else t[rows] for t in self))
+        parts: Any = (None if t is None else t[rows] for t in self)
+        return Queries(*parts)
 
 
 def latent_attention(call: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,7 +31,8 @@ def record_of(name: str) -> Any:
     the indices of tensors.
     """
     arguments = getattr(native, name).default._schema.arguments
-    record: Any = collections.namedtuple(name, [a.name for a in arguments])
+    named: Any = collections.namedtuple  # mypy wants literal names
+    record = named(name, [a.name for a in arguments])
     record.places = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
     return record
 

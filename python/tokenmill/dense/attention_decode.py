@@ -246,8 +246,8 @@ def _lower_mask(mask: Masks, q: Tensor, causal: bool, cu_seqlens_q: Tensor | Non
     """Key positions are relative to the request; a prefix mask is refused because it needs its
     length.
     """
-    several = isinstance(mask, tuple | list) and not isinstance(mask, MASKS)
-    for m in mask if several else (mask,):
+    several: Any = mask if isinstance(mask, tuple | list) else (mask,)
+    for m in (mask,) if isinstance(mask, MASKS) else several:
         if isinstance(m, Prefix):
             fail(OP, "mask", "must not be a prefix with a cache", "prefix")
         if cu_seqlens_q is not None and isinstance(m, Segments):
