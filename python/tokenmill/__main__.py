@@ -84,23 +84,7 @@ def _parser() -> _cli.Parser:
         "every operator, the backends that it has in this build, and how DTensors split",
     )
     sub = command("explain", run_explain, "which kernel runs a call, and why the others do not")
-    sub.add_argument("op", type=_cli.operator, help="the operator")
-    sub.add_argument("--sample", help="which of the operator's sample calls (default: the first)")
-    sub.add_argument(
-        "--dtype",
-        choices=[*DTYPES, "float64"],
-        default="float32",
-        help="of the tensors (default float32)",
-    )
-    sub.add_argument("--device", default="cpu", help="of the tensors: cpu (default) or cuda")
-    sub.add_argument(
-        "--backend",
-        choices=choose.ALL_BACKENDS,
-        help="backend asked for (default: the first that can)",
-    )
-    sub.add_argument(
-        "--chip", help="which CUDA kernel this chip runs (sm_80, sm_90, 12.0), wherever tensors are"
-    )
+    _add_explain_arguments(sub)
     sub = command(
         "check", _self_check.run, "every operator on this machine against the float64 oracle"
     )
@@ -176,6 +160,26 @@ def run_ops(options: argparse.Namespace) -> int:
         print(f"{spec.name:<26}{spec.family:<10}{columns}{spec.splits_along}")
         print(f"  {spec.paper}")
     return 0
+
+
+def _add_explain_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("op", type=_cli.operator, help="the operator")
+    sub.add_argument("--sample", help="which of the operator's sample calls (default: the first)")
+    sub.add_argument(
+        "--dtype",
+        choices=[*DTYPES, "float64"],
+        default="float32",
+        help="of the tensors (default float32)",
+    )
+    sub.add_argument("--device", default="cpu", help="of the tensors: cpu (default) or cuda")
+    sub.add_argument(
+        "--backend",
+        choices=choose.ALL_BACKENDS,
+        help="backend asked for (default: the first that can)",
+    )
+    sub.add_argument(
+        "--chip", help="which CUDA kernel this chip runs (sm_80, sm_90, 12.0), wherever tensors are"
+    )
 
 
 def run_explain(options: argparse.Namespace) -> int:
