@@ -65,8 +65,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | tuple[Ten
     for name in OF_CACHE:
         if (value := given.pop(name, None)) is not None:
             fail(OP, name, "requires a cache (seqlens_k)", value)
+    lowered = lower(q, k, v, **given)
     used = 2 if given.get("return_lse") else 1
-    results = call(SPEC, lower(q, k, v, **given), backend, out, used=used)
+    results = call(SPEC, lowered, backend, out, used=used)
     return results[:2] if used == 2 else results[0]
 
 
