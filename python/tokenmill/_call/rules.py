@@ -42,6 +42,7 @@ _DTYPES = {
 }
 _META, _NOWHERE = -2, 256  # kMeta and kNowhere of csrc/core/array.h
 _CAPACITY = 4096
+_ERRORS = "surrogatepass"  # text that is no UTF-8 comes back as it was
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 _ask: Any = ctypes.CDLL(str(LIBRARY_PATH)).tokenmill_rules
@@ -68,10 +69,13 @@ def broken_rule(
         described = describe(kinds, values)
     except _NoHint:
         return None
-    message = ctypes.create_string_buffer(_CAPACITY)
-    length = _ask(op.encode(), *described, float64, message, _CAPACITY)
+    length = capacity = _CAPACITY
+    while length >= capacity:  # a value that the message shows may be of any length
+        capacity = length + 1
+        message = ctypes.create_string_buffer(capacity)
+        length = _ask(op.encode(), *described, float64, message, capacity)
     assert length >= 0, op
-    return message.raw[: min(length, _CAPACITY)].decode() if length else None
+    return message.raw[:length].decode(errors=_ERRORS) if length else None
 
 
 def describe(kinds: Sequence[str], values: Sequence[Any]) -> tuple[bytes, bytes, bytes]:
@@ -89,7 +93,7 @@ def describe(kinds: Sequence[str], values: Sequence[Any]) -> tuple[bytes, bytes,
         if kind == "Tensor":
             _describe(value, words)
         elif kind == "str":
-            text.append(value.encode())
+            text.append(value.encode(errors=_ERRORS))
             words.append(len(text[-1]))
         else:
             number = _hint(value) if isinstance(value, _SYMBOLS) else value
