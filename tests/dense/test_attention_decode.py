@@ -392,3 +392,15 @@ def test_empty_dimensions(backend):
         out, lse = tm.attention_decode(*args, **kwargs, backend=backend)
         assert out.shape == args[0].shape and lse.numel() == out.shape[0] * out.shape[1] * 4
         assert torch.all(out == 0) and torch.all(lse == -INF)
+
+
+@each_backend
+def test_a_scalar_in_place_of_queries_breaks_a_rule(backend):
+    """Also where a backend first says whether it supports the call."""
+    k = torch.zeros(1, 4, 1, 8, device=device_of(backend))
+    lengths = torch.tensor([4], dtype=torch.int32, device=k.device)
+    for causal in (True, False):
+        with pytest.raises(RuntimeError, match=r"tokenmill\.attention_decode: q: must have 4 dim"):
+            tm.attention_decode(
+                k[0, 0, 0, 0], k, k, seqlens_k=lengths, causal=causal, backend=backend
+            )

@@ -358,8 +358,10 @@ def _check_values(a: Any) -> None:
 
 
 def unsupported(backend: str, a: Any) -> list[str]:
-    turned = 0 if a.cos is None else 2 * a.cos.shape[-1]
-    if backend == "triton" and a.q.shape[-1] > MAX_HEAD_DIM and turned > MAX_HEAD_DIM:
+    # A call without these dimensions breaks a rule, which names them.
+    dim, pairs = (0 if t is None or not t.dim() else t.shape[-1] for t in (a.q, a.cos))
+    turned = 2 * pairs
+    if backend == "triton" and dim > MAX_HEAD_DIM and turned > MAX_HEAD_DIM:
         return [f"of wider keys it turns at most {MAX_HEAD_DIM} columns; got {turned}"]
     return []
 
