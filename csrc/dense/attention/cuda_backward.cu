@@ -108,9 +108,9 @@ const char* launch_on_sm80(const AttentionBackwardCall& call, void* stream) {
   const AttentionParams& p = call.params.forward;
   return visit_dtype(p.dtype, [&]<typename T>() {
     const int64_t dim = std::max(p.head_dim, p.value_dim);
-    return launch_backward<T>(
-        call, rows_of_sum<T>(dim), on,
-        [&](BackwardArgs& args, Mode mode) { return launch_main_sm80<T>(args, mode, on); });
+    return launch_backward<T>(call, rows_of_sum<T>(dim), on, [&](BackwardArgs& args, Mode mode) {
+      return launch_main_sm80<T>(args, mode, on);
+    });
   });
 }
 

@@ -24,12 +24,13 @@ void why_not_backward_sm90(const AttentionBackwardCall& call, Rules& r) {
       (!(p.softcap > 0) || cuda::check_scale(r, p)) &&
       r.check(!sums_slopes, "score_bias", "must not require a gradient with a softcap",
               "a tensor that does") &&
-      r.check(tiles <= 0x7fffffff, "q",
-              [&] {
-                return "must have fewer than 2^31 tiles of " +
-                       std::to_string(cuda::sm90_tile_queries(p.head_dim)) + " rows";
-              },
-              tiles) &&
+      r.check(
+          tiles <= 0x7fffffff, "q",
+          [&] {
+            return "must have fewer than 2^31 tiles of " +
+                   std::to_string(cuda::sm90_tile_queries(p.head_dim)) + " rows";
+          },
+          tiles) &&
       cuda::check_dout(r, t.out);
 }
 

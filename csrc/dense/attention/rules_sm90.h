@@ -60,8 +60,7 @@ bool check_form(Rules& r, const AttentionParams& p, const Sm90Tensors& t, const 
 
 // The scale is a normal number, and scale / softcap is far from underflow.
 inline bool check_scale(Rules& r, const AttentionParams& p) {
-  const bool capped =
-      !(p.softcap > 0) || (p.softcap < 1e38f && p.scale >= 0x1p-64 * p.softcap);
+  const bool capped = !(p.softcap > 0) || (p.softcap < 1e38f && p.scale >= 0x1p-64 * p.softcap);
   return r.check(p.scale >= 0x1p-126f, "scale", "must be 2^-126 or more in float32") &&
          r.check(capped, "softcap", "must be below 1e38 and at most 2^64 scale");
 }
@@ -91,13 +90,14 @@ bool check_cached_form(Rules& r, const AttentionParams& p, const KvCache& cache,
   const int64_t size = page_size(cache);
   const bool paged = cache.block_table;
   return check_form<Dims>(r, p, t, "k_cache", "v_cache") &&
-         r.check(cache.dtype == p.dtype, "k_cache",
-                 [&] { return std::string("must have the dtype of q, ") + name_of(p.dtype); },
-                 cache.dtype) &&
-         r.check(!paged || size >= kMinSm90Page, "k_cache",
-                 "must have pages of 64 tokens or more", size) &&
-         r.check(!paged || cache.pages == 0 || cache.capacity > 0, "block_table",
-                 "must have pages", 0) &&
+         r.check(
+             cache.dtype == p.dtype, "k_cache",
+             [&] { return std::string("must have the dtype of q, ") + name_of(p.dtype); },
+             cache.dtype) &&
+         r.check(!paged || size >= kMinSm90Page, "k_cache", "must have pages of 64 tokens or more",
+                 size) &&
+         r.check(!paged || cache.pages == 0 || cache.capacity > 0, "block_table", "must have pages",
+                 0) &&
          r.check(cache.pages > 0 && size > 0, "k_cache", "must have tokens",
                  [](const Described& call) { return call.shape("k_cache"); });
 }

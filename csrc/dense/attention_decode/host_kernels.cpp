@@ -21,9 +21,9 @@ bool fills_a_gpu(Rules& r, const DecodeParams& d) {
   return r.check(d.num_splits == 0, "num_splits", "must be 0", d.num_splits) &&
          r.check(!splits, "schedule", "must be 'auto' or 'stream_k'") && [&] {
            const int64_t many = r.value_of(Knob::attention_decode_sm90_tiles);
-           return r.check(tiles >= many, "q",
-                          [&] { return "must have " + std::to_string(many) + " tiles of 64 rows"; },
-                          tiles);
+           return r.check(
+               tiles >= many, "q",
+               [&] { return "must have " + std::to_string(many) + " tiles of 64 rows"; }, tiles);
          }();
 }
 
@@ -54,8 +54,7 @@ void why_not_decode_sm90(const DecodeParams& d, Rules& r) {
                    "or what the forward asks",
                    rows);
   };
-  suits() && !r.broken() &&
-      cuda::check_cached_form<cuda::HeadDimList<64, 128>>(r, p, d.cache, t) &&
+  suits() && !r.broken() && cuda::check_cached_form<cuda::HeadDimList<64, 128>>(r, p, d.cache, t) &&
       cuda::check_scale(r, p) && cuda::check_out(r, t.out);
 }
 

@@ -39,9 +39,7 @@ constexpr Kernel<BlockSparseBackwardParams> kBackward[] = {
 
 }  // namespace
 
-std::span<const Kernel<BlockSparseParams>> kernels_of(const BlockSparseParams&) {
-  return kForward;
-}
+std::span<const Kernel<BlockSparseParams>> kernels_of(const BlockSparseParams&) { return kForward; }
 std::span<const Kernel<BlockSparseBackwardParams>> kernels_of(const BlockSparseBackwardParams&) {
   return kBackward;
 }

@@ -48,8 +48,8 @@ struct HeadDimList {
 
 template <typename Dims>
 bool check_head_dim(Rules& r, const char* name, int64_t dim) {
-  return r.check(Dims::contains(dim), name, [] { return "must have head_dim " + Dims::text(); },
-                 dim);
+  return r.check(
+      Dims::contains(dim), name, [] { return "must have head_dim " + Dims::text(); }, dim);
 }
 
 inline bool check_dtype(Rules& r, DType dtype) {
@@ -69,16 +69,16 @@ inline bool check_tokens(Rules& r, int64_t tokens, const int32_t* cu_seqlens, in
 inline bool check_layout(Rules& r, const char* name, const MappedRows& t) {
   const auto fits = [&](int64_t stride, int64_t extent) {
     const int64_t bytes = stride_of(stride, extent, t.columns);
-    return extent <= 1 || (bytes >= 2 * t.columns && bytes % 16 == 0 &&
-                           bytes < int64_t{1} << 40 && extent <= int64_t{1} << 32);
+    return extent <= 1 || (bytes >= 2 * t.columns && bytes % 16 == 0 && bytes < int64_t{1} << 40 &&
+                           extent <= int64_t{1} << 32);
   };
   const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.rows.data) % 16);
   if (!r.check(past == 0, name, "must start at a multiple of 16 bytes",
                [&] { return std::to_string(past) + " bytes past one"; }))
     return false;
   return r.check(
-      past > 0 || (fits(t.rows.seq, t.tokens) && fits(t.rows.head, t.heads) &&
-                   fits(t.rows.batch, t.batch)),
+      past > 0 ||
+          (fits(t.rows.seq, t.tokens) && fits(t.rows.head, t.heads) && fits(t.rows.batch, t.batch)),
       name,
       [&] {
         return "must have strides that are multiples of 8, of " + std::to_string(t.columns) +
