@@ -267,7 +267,8 @@ def _check_values(a: Any) -> None:
 
 def _unsupported(backend: str, a: Any) -> list[str]:
     # A call without these dimensions breaks a rule, which names them.
-    widest = max((t.shape[-1] for t in (a.q, a.v_cache) if t.dim()), default=0)
+    dim, value_dim = [t.shape[-1] if t.dim() else 0 for t in (a.q, a.v_cache)]
+    widest = max(dim, value_dim)
     ragged = a.cu_seqlens_q is not None or not a.causal
     if backend == "cuda" and ragged and widest > MAX_HEAD_DIM:
         rule = f"beyond {MAX_HEAD_DIM} its queries are causal and not packed; got {widest}"
