@@ -28,7 +28,7 @@ struct Chips {
   }
 };
 
-constexpr Chips kEveryChip{"80", 80, 999};
+constexpr Chips kFromSm80{"80", 80, 999};
 
 inline const char* name_of(DType t) {
   return t == DType::float32    ? "float32"
@@ -116,7 +116,7 @@ class Rules {
 template <typename Call>
 struct Kernel {
   const char* name;  // "csrc/dense/attention/kernel_sm90"
-  Chips chips = kEveryChip;
+  Chips chips = kFromSm80;
   void (*why_not)(const Call&, Rules&) = nullptr;              // null: takes every call
   const char* (*launch)(const Call&, void* stream) = nullptr;  // null: not in this build
   int64_t (*workspace)(const Call&) = nullptr;                 // bytes; null: none

@@ -10,11 +10,11 @@ namespace tokenmill::cuda {
 // it.
 int compute_capability();
 
-// Whether the current device runs the row for a call; a row for every chip asks no device.
+// Whether the current device runs the row for a call; an sm_80 row needs no device query.
 template <typename Call>
 bool runs(const Kernel<Call>& row, const Call& call) {
   return row.launch && takes(row, call) &&
-         (row.chips.first == kEveryChip.first || row.chips.contain(compute_capability()));
+         (row.chips.first == kFromSm80.first || row.chips.contain(compute_capability()));
 }
 
 // Workspace that suffices for each kernel that takes the call, switched on or not: another thread

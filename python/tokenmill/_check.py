@@ -236,16 +236,6 @@ def check_longest(op: str, argument: str, ends: list[int], bound: int | None) ->
         fail(op, argument, f"must be at least the longest sequence, {longest}", bound)
 
 
-def check_like_out(
-    op: str, argument: str, t: torch.Tensor, shape: tuple[int, ...], q: torch.Tensor
-) -> None:
-    if tuple(t.shape) != shape:
-        fail(op, argument, f"must have shape {show(shape)}", t.shape)
-    check_dtype_of(op, argument, t, "q", q)
-    check_last_contiguous(op, argument, t)
-    check_device_of_q(op, argument, t, q)
-
-
 def is_power_of_two(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 

@@ -5,12 +5,11 @@ and words.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._check import check_like_out, fail
+from ._check import fail
 
 SEARCHED = 4096  # maximum number of stride multiples searched for a pair of tensors
 
@@ -24,34 +23,26 @@ def check_written(op: str, name: str, t: Tensor, read: dict[str, Tensor | None])
         return
     if t.is_neg() or t.is_conj():
         fail(op, name, "must not be a negative or conjugate view", t)
-    address = _address(t)
-    if address is None:
+    address = address_of(t)
+    if not address:
         return
     if not _elements_apart(t):
         rule = "must have each element at an address of its own; strides"
         fail(op, name, rule, t.stride())
     for other, x in read.items():
-        begin = None if x is None else _address(x)
-        if x is not None and begin is not None and _share_memory(t, x, begin - address):
+        begin = None if x is None else address_of(x)
+        if x is not None and begin and _share_memory(t, x, begin - address):
             fail(op, name, f"must not share memory with {other}; strides", t.stride())
 
 
-def check_out(op: str, out: Tensor, shape: tuple[int, ...], arguments: Any) -> None:
-    """Checks out against the arguments of a call, a record: dtype and device of q."""
-    given: dict[str, Any] = arguments._asdict()
-    read = {name: t if isinstance(t, Tensor) else None for name, t in given.items()}
-    check_like_out(op, "out", out, shape, arguments.q)
-    check_written(op, "out", out, read)
-
-
-def _address(t: Tensor) -> int | None:
-    """The address; None for a tensor without elements, or without its own memory: fake or another
-    subclass, or wrapped by a transform.
+def address_of(t: Tensor) -> int | None:
+    """The address, 0 for a tensor without elements; None for one without its own memory: meta, fake
+    or another subclass, or wrapped by a transform.
     """
-    if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+    if (type(t) is not Tensor and type(t) is not torch.nn.Parameter) or t.is_meta:
         return None
     try:
-        return t.data_ptr() or None
+        return t.data_ptr()
     except RuntimeError:
         return None
 

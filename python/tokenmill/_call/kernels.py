@@ -10,15 +10,13 @@ from typing import Any
 
 from .._check import InputError
 from . import rules
-from .library import LIBRARY_PATH
 from .operator import TorchOp
 
 LAST = 999  # last compute capability of a kernel for every later chip
-_CAPACITY = 1 << 16
 
-_ask: Any = ctypes.CDLL(str(LIBRARY_PATH)).tokenmill_kernels
-_ask.restype = ctypes.c_int64
-_ask.argtypes = [ctypes.c_char_p] * 5 + [ctypes.c_int64]
+_ask_kernels: Any = rules.symbols.tokenmill_kernels
+_ask_kernels.restype = ctypes.c_int64
+_ask_kernels.argtypes = [ctypes.c_char_p] * 5 + [ctypes.c_int64]
 
 
 @dataclass(frozen=True)
@@ -66,12 +64,10 @@ def table(op: TorchOp, record: Any) -> list[Kernel]:
     """The rows in the order in which a launch tries them. The last one takes every call. Empty for
     an operator with one kernel, and for a call that launches nothing.
     """
-    answer = ctypes.create_string_buffer(_CAPACITY)
-    length = _ask(op.name.encode(), *rules.describe(op.kinds, record), answer, _CAPACITY)
-    assert length != -1, op.name
-    if length < -1:
-        raise InputError(answer.raw[: min(-2 - length, _CAPACITY)].decode())
-    return [_row(line) for line in answer.raw[:length].decode().split("\n")[:-1]]
+    status, text = rules.ask(_ask_kernels, op.name, *rules.describe(op.kinds, record))
+    if status < 0:
+        raise InputError(text)
+    return [_row(line) for line in text.split("\n")[:-1]]
 
 
 def _row(line: str) -> Kernel:

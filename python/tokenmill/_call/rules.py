@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._written import address_of
 from .library import LIBRARY_PATH
 
 # Numbers of dtypes (c10/core/ScalarType.h).
@@ -45,9 +46,10 @@ _CAPACITY = 4096
 _ERRORS = "surrogatepass"  # text that is no UTF-8 comes back as it was
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
-_ask: Any = ctypes.CDLL(str(LIBRARY_PATH)).tokenmill_rules
-_ask.restype = ctypes.c_int64
-_ask.argtypes = [ctypes.c_char_p] * 4 + [ctypes.c_int32, ctypes.c_char_p, ctypes.c_int64]
+symbols = ctypes.CDLL(str(LIBRARY_PATH))
+_ask_rules: Any = symbols.tokenmill_rules
+_ask_rules.restype = ctypes.c_int64
+_ask_rules.argtypes = [ctypes.c_char_p] * 4 + [ctypes.c_int32, ctypes.c_char_p, ctypes.c_int64]
 
 
 class _NoHint(Exception):
@@ -67,13 +69,22 @@ def broken_rule(
         described = describe(kinds, values)
     except _NoHint:
         return None
+    _, message = ask(_ask_rules, op, *described, float64)
+    return message or None
+
+
+def ask(function: Any, op: str, *arguments: Any) -> tuple[int, str]:
+    """The status and the text that a function of csrc/core/rules.cpp answers about an operator. The
+    status is the length of the text or, for a message in its place, -2 - length.
+    """
     length = capacity = _CAPACITY
-    while length >= capacity:  # a value that the message shows may be of any length
+    while length >= capacity:  # a value that the text shows may be of any length
         capacity = length + 1
-        message = ctypes.create_string_buffer(capacity)
-        length = _ask(op.encode(), *described, float64, message, capacity)
-    assert length >= 0, op
-    return message.raw[:length].decode(errors=_ERRORS) if length else None
+        text = ctypes.create_string_buffer(capacity)
+        status = function(op.encode(), *arguments, text, capacity)
+        length = max(status, -2 - status)
+    assert status != -1, op
+    return status, text.raw[:length].decode(errors=_ERRORS)
 
 
 def describe(kinds: Sequence[str], values: Sequence[Any]) -> tuple[bytes, bytes, bytes]:
@@ -113,7 +124,10 @@ def _describe(t: Tensor | Like, words: list[int]) -> None:
     t = t.tensor if isinstance(t, Like) else t
     on_gpu = device.type not in ("cpu", "meta")
     index = device.index or 0 if on_gpu else _META if device.type == "meta" else 0
-    words += (t.dim(), _DTYPES.get(t.dtype, -1), t.element_size(), on_gpu, index, _address(t))
+    address = address_of(t)
+    if address is None:
+        address = _NOWHERE
+    words += (t.dim(), _DTYPES.get(t.dtype, -1), t.element_size(), on_gpu, index, address)
     words += [n if type(n) is int else _hint(n) for n in t.shape]
     words += [n if type(n) is int else _hint(n) for n in t.stride()]
 
@@ -124,16 +138,3 @@ def _hint(value: Any) -> Any:
     if node.hint is None:
         raise _NoHint
     return node.hint
-
-
-def _address(t: Tensor) -> int:
-    """_NOWHERE for a tensor without memory of its own: fake or another subclass, or wrapped by a
-    transform.
-    """
-    if (type(t) is not Tensor and type(t) is not torch.nn.Parameter) or t.is_meta:
-        return _NOWHERE
-    try:
-        address: int = t.data_ptr()
-    except RuntimeError:
-        return _NOWHERE
-    return address

@@ -74,9 +74,10 @@ def call(
             with _mode_of_reference(spec, checked, arguments):
                 return _results(sharding.run_reference(spec, lowered, checked, arguments), out)
         checked.check(*arguments, float64=True)
-        spec.forward.check_values(spec.forward.record(*lowered))
+        record = spec.forward.record(*lowered)
+        spec.forward.check_values(record)
         with _mode_of_reference(spec, checked, arguments):
-            return _results(spec.reference(spec.forward.record(*lowered)), out)
+            return _results(spec.reference(record), out)
     if chosen != "cpu" and synchronising_checks() and not sharding:
         checked.check(*arguments)
         spec.forward.check_values(spec.forward.record(*lowered))

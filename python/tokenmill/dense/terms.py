@@ -4,7 +4,6 @@ public functions to the schema's.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -16,7 +15,6 @@ from .._check import (
     check,
     check_device_of_q,
     check_last_contiguous,
-    check_scale,
     check_tensor,
     check_text,
     check_wide,
@@ -79,40 +77,6 @@ def row_statistic_like(q: Tensor, kind: str, normalize: str) -> Tensor:
 def check_return_lse(op: str, kind: str, normalize: str) -> None:
     ok = kind == "softmax" or normalize == "sum" or kind not in KINDS
     check(ok, op, "return_lse", "needs kind 'softmax' or normalize 'sum', not", kind)
-
-
-def check_scale_and_cap(op: str, scale: float, softcap: float) -> None:
-    check_scale(op, scale)
-    ok = math.isfinite(softcap) and softcap >= 0
-    check(ok, op, "softcap", "must be finite and not negative (0 = off)", softcap)
-
-
-def check_terms(
-    op: str,
-    q: Tensor,
-    batch: int,
-    kind: str,
-    score_bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sink: Tensor | None,
-) -> None:
-    heads = q.shape[-2]
-    for name, t in (("score_bias", score_bias), ("alibi_slopes", alibi_slopes)):
-        if t is None:
-            continue
-        if list(t.shape) != [heads] and list(t.shape) != [batch, heads]:
-            fail(op, name, f"must have shape [{heads}] or [{batch}, {heads}]", t.shape)
-        check_small(op, name, t, q)
-    if sink is not None:
-        check(kind == "softmax", op, "sink", "needs kind 'softmax', not", kind)
-        check_sink(op, sink, q)
-
-
-def check_sink(op: str, sink: Tensor, q: Tensor) -> None:
-    heads = q.shape[-2]
-    if list(sink.shape) != [heads]:
-        fail(op, "sink", f"must have shape [{heads}]", sink.shape)
-    check_small(op, "sink", sink, q)
 
 
 def check_small(op: str, name: str, t: Tensor, q: Tensor) -> None:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .._check import (
     check,
-    check_cu_seqlens,
     check_device_of,
     check_last_contiguous,
     fail,
@@ -37,54 +36,6 @@ def batch_of(k: Tensor, block_table: Tensor | None) -> int:
 
 def rows_of_request(k: Tensor, block_table: Tensor | None) -> int:
     return k.shape[1] if block_table is None else block_table.shape[1] * k.shape[1]
-
-
-def check_block_table(op: str, block_table: Tensor | None, k: Tensor) -> None:
-    if block_table is None:
-        return
-    check(block_table.dim() == 2, op, "block_table", "must have 2 dimensions [B, P]",
-          block_table.dim())  # fmt: skip
-    check(block_table.dtype == torch.int32, op, "block_table", "must be int32", block_table.dtype)
-    check_last_contiguous(op, "block_table", block_table)
-    check_device_of(op, "block_table", block_table, "k", k)
-
-
-def check_sequences(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    seqlens_k: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-    seqlens_q: Tensor | None = None,
-) -> int:
-    """Checks lengths and offsets of queries, packed or not, over packed, padded or paged keys, and
-    returns the number of requests.
-    """
-    if cu_seqlens_k is not None and cu_seqlens_q is None:
-        fail(op, "cu_seqlens_q", "must be given with cu_seqlens_k", None)
-    batch: int = q.shape[0]
-    if cu_seqlens_q is not None:
-        check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q)
-        batch = cu_seqlens_q.shape[0] - 1
-        if seqlens_q is not None:
-            fail(op, "seqlens_q", "must be None with cu_seqlens_q", seqlens_q.shape)
-    if cu_seqlens_k is not None:
-        check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, q)
-        if cu_seqlens_k.shape[0] != batch + 1:
-            rule = f"must have the length of cu_seqlens_q, {batch + 1}"
-            fail(op, "cu_seqlens_k", rule, cu_seqlens_k.shape[0])
-        for name, t in (("seqlens_k", seqlens_k), ("block_table", block_table)):
-            if t is not None:
-                fail(op, name, "must be None with cu_seqlens_k", t.shape)
-        return batch
-    check_block_table(op, block_table, k)
-    found = batch_of(k, block_table)
-    if found != batch:
-        name = "k" if block_table is None else "block_table"
-        fail(op, name, f"must have the batch size of q, {batch}", found)
-    return batch
 
 
 def check_block_table_values(
