@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 
-from . import autograd, door, vmap
+from . import autograd, vmap
 from .autocast import device_of
 from .fake import call_fake
 from .library import (
     EMULATED_NAMESPACE,
-    EMULATED_PATH,
     NAMESPACE,
     TRITON_NAMESPACE,
-    doors,
     emulated_namespace,
     libraries,
+    load_emulated,
     triton_namespace,
 )
 from .operator import TorchOp, add, all_registered
@@ -117,9 +116,7 @@ def _define_triton() -> set[str]:
 
 
 def _fill_emulated() -> set[str]:
-    torch.ops.load_library(str(EMULATED_PATH))
-    doors[EMULATED_NAMESPACE] = door.functions(EMULATED_PATH)
-    libraries[EMULATED_NAMESPACE] = torch.library.Library(EMULATED_NAMESPACE, "IMPL")
+    load_emulated()
     found = set()
     for op in all_registered():
         qualname = f"{EMULATED_NAMESPACE}::{op.name}"

@@ -96,6 +96,12 @@ def emulated_built() -> bool:
     return _EMULATED_BUILT
 
 
+def load_emulated() -> None:
+    torch.ops.load_library(str(EMULATED_PATH))
+    doors[EMULATED_NAMESPACE] = door.functions(EMULATED_PATH)
+    libraries[EMULATED_NAMESPACE] = torch.library.Library(EMULATED_NAMESPACE, "IMPL")
+
+
 class FilledAtFirstUse(torch._ops._OpNamespace):
     """A namespace of torch.ops filled at first use by `filler`: its operators cost as much time as
     the rest of the import. operators: their names, once it is filled. finishers: functions that
