@@ -55,7 +55,8 @@ class Results:
                     self._part.touch()
                     self._part.unlink()
                 else:
-                    self._out = os.fdopen(descriptor, "wb")
+                    # A buffer would keep what the device refused, and refuse it again when closed.
+                    self._out = os.fdopen(descriptor, "wb", buffering=0)
             except OSError as error:
                 raise self._unwritable(error) from None
 
@@ -87,19 +88,24 @@ class Results:
 
     def end(self) -> None:
         if self._out:
-            self._out.write(END.encode())
-            self._out.flush()
+            self._stream(END)
             if self.path != "-":
                 self._out.close()
         if self.path and self.path != "-":
             print(f"wrote {self.path}")
 
+    def _stream(self, text: str) -> None:
+        assert self._out
+        rest = memoryview(text.encode())
+        while rest:
+            rest = rest[self._out.write(rest) :]
+        self._out.flush()
+
     def _write(self, text: str) -> None:
         """Appends to the rows of a stream, or writes a new file that replaces the old one."""
         try:
             if self._out:
-                self._out.write(text.encode())
-                self._out.flush()
+                self._stream(text)
             elif self._file:
                 with self._part.open("w") as part:
                     part.write("".join([*self._lines, END]))

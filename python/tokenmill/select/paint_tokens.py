@@ -71,7 +71,8 @@ def paint_tokens(
     count = min(int(share * tokens), MAX_K)
     if tokens == 0 or batch == 0:
         return (torch.zeros_like(first, dtype=torch.bool),) * 2
-    late = late.to(torch.promote_types(late.dtype, torch.float32))
+    # resolve_neg: torch.quantile of torch 2.15 ignores the negative bit of a view.
+    late = late.resolve_neg().to(torch.promote_types(late.dtype, torch.float32))
     quarters = torch.tensor((0.25, 0.75), dtype=late.dtype, device=late.device)
     low, high = torch.quantile(late, quarters, 1)
     summary = late > (high + reach * (high - low))[:, None]
