@@ -106,6 +106,17 @@ def test_other_names_are_refused_and_not_shown(function):
         function(*args, **kwargs, backed="cpu")
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, spec in tm.registry.ops().items() if hasattr(spec.function, "keywords")]
+)
+def test_every_operator_that_gets_keywords_by_name_refuses_others(name):
+    spec = tm.registry.get(name)
+    args, kwargs = spec.samples[0].make(torch.float32, torch.Generator().manual_seed(0))
+    assert spec.function.keywords >= kwargs.keys()
+    with pytest.raises(TypeError, match=rf"^tokenmill\.{name}: nosuch: is not an argument; got 1$"):
+        spec.function(*args, **kwargs, nosuch=1)
+
+
 def test_the_table_tells_the_truth():
     """For each renamed keyword some function has our name and not theirs, and no function has a
     keyword that the table calls absent."""

@@ -124,7 +124,7 @@ def explain(
     try:
         own = inspect.signature(spec.function).parameters
         if other := {name: value for name, value in kwargs.items() if name not in own}:
-            refuse(spec.name, spec.function, other)
+            refuse(spec.function, other)
         if spec.as_packed is not None and getattr(args[0] if args else None, "is_nested", False):
             packed, ends = spec.as_packed(*args[:3], kwargs)
             args, kwargs = (*packed, *args[3:]), {**kwargs, **ends}

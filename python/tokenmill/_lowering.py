@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._check import as_number
+from ._check import as_number, check_tensor
+from ._other_names import refuse
+
+
+def take_options(function: Any, given: dict[str, Any]) -> tuple[Tensor | None, str | None]:
+    """Takes out and backend from the keywords of a call of a public function, and refuses keywords
+    that the function does not declare.
+    """
+    if not given.keys() <= function.keywords:
+        refuse(function, {name: x for name, x in given.items() if name not in function.keywords})
+    out, backend = given.pop("out", None), given.pop("backend", None)
+    if out is not None:
+        check_tensor(function.__name__, "out", out, optional=True)
+    return out, backend
 
 
 def scale_or_default(op: str, scale: float | None, q: Tensor) -> float:

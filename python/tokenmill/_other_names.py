@@ -144,20 +144,24 @@ def refuses_other_names(function: F) -> F:
 
 def answered_by(run: Callable[..., Any]) -> Callable[[F], F]:
     """Gives run, which takes the keywords that a call names, the signature and the docstring of the
-    decorated function, which has no body. run refuses other keywords.
+    decorated function, which has no body. run refuses other keywords: those not in its `keywords`.
     """
 
     def declare(function: F) -> F:
+        kinds = {name: p.kind for name, p in inspect.signature(function).parameters.items()}
+        run.keywords = frozenset(  # type: ignore[attr-defined]
+            name for name, kind in kinds.items() if kind is inspect.Parameter.KEYWORD_ONLY
+        )
         return functools.update_wrapper(run, function)  # type: ignore[return-value]
 
     return declare
 
 
-def refuse(op: str, function: Callable[..., Any], other: Mapping[str, Any]) -> NoReturn:
+def refuse(function: Callable[..., Any], other: Mapping[str, Any]) -> NoReturn:
     """The error for the first keyword that a function does not have."""
     name, value = next(iter(other.items()))
     rule = rule_of(name, tuple(inspect.signature(function).parameters))
-    raise UnknownKeyword(f"tokenmill.{op}: {name}: {rule}; got {show(value)}")
+    raise UnknownKeyword(f"tokenmill.{function.__name__}: {name}: {rule}; got {show(value)}")
 
 
 def rule_of(name: str, own: tuple[str, ...]) -> str:

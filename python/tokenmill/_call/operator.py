@@ -160,31 +160,36 @@ class TorchOp:
                 rule = "must not be a negative or conjugate view"
                 fail(op or self.public_name, name.removesuffix("_out"), rule, t)
 
-    def fields(self, **given: Any) -> dict[str, Any]:
+    def fields(self, op: str | None = None, /, **given: Any) -> dict[str, Any]:
         """All arguments by name, in the order of the schema: the given ones, whose kinds it checks,
-        and defaults.
+        and defaults. Errors name op, or the operator itself.
         """
         fields, exact = self.by_default.copy(), self.exact
         for name, value in given.items():
             kind = type(value)
             if kind is not exact[name] or (kind is torch.Tensor and value.layout is not _STRIDED):
-                value = self._as_kind(name, value)
+                value = self._as_kind(op or self.name, name, value)
             fields[name] = value
         return fields
 
-    def _as_kind(self, name: str, value: Any) -> Any:
+    def lower(self, *args: Any, **given: Any) -> tuple[Any, ...]:
+        """All arguments of a call, in the order of the schema; checks the kinds of given ones."""
+        return tuple(self.fields(**dict(zip(self.arguments, args, strict=False)), **given).values())
+
+    def _as_kind(self, op: str, name: str, value: Any) -> Any:
         kind, optional = self.kinds[self.arguments.index(name)], name in self.optional
         if kind == "Tensor":
-            check_tensor(self.name, name, value, optional=optional)
+            check_tensor(op, name, value, optional=optional)
+        elif value is None and optional:
+            return None
         elif kind == "str":
-            check_text(self.name, name, value)
+            check_text(op, name, value)
         elif kind == "bool":
-            check_bool(self.name, name, value)
+            check_bool(op, name, value)
         elif kind == "float":
-            return as_number(self.name, name, value)
-        elif value is not None or not optional:
-            rule = "must be an integer" + " or None" * optional
-            return as_int(self.name, name, value, rule)
+            return as_number(op, name, value)
+        else:
+            return as_int(op, name, value, "must be an integer" + " or None" * optional)
         return value
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -63,7 +63,8 @@ class Sharding:
 class OpSpec:
     """One public operator.
 
-    lower maps the arguments of the public function to the arguments of the schema, in its order.
+    lower maps the arguments of the public function to the arguments of the schema, in its order; by
+    default they are the same.
     All other callables take the record of the call: these arguments by name.
     differentiable names the arguments with a gradient. out, if any, is the operator that writes the
     first result into its last argument; lower_out(out, record) is this argument in the form of the
@@ -91,7 +92,6 @@ class OpSpec:
     name: str
     family: str
     function: Callable[..., Any]
-    lower: Callable[..., tuple[Any, ...]]
     reference: Callable[[Any], tuple[Any, ...]]
     plain: Callable[[Any], tuple[Any, ...]]
     forward: TorchOp
@@ -100,6 +100,7 @@ class OpSpec:
     paper: str
     flops: Callable[[Any], float]
     backward_flops: Callable[[Any], float] | None = None
+    lower: Callable[..., tuple[Any, ...]] = None  # type: ignore[assignment]
     out: TorchOp | None = None
     over_cache: str | None = None
     lower_out: Callable[[Any, Any], torch.Tensor] = field(default=lambda out, record: out)
@@ -112,6 +113,8 @@ class OpSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "written", self.written or self.forward.written)
+        if self.lower is None:
+            object.__setattr__(self, "lower", self.forward.lower)
 
     def record(self, *args: Any, **kwargs: Any) -> Any:
         """The record of a call of the public function."""

@@ -24,12 +24,11 @@ from .._check import (
     fail,
 )
 from .._flops import band, known, masked_pairs
-from .._lowering import scale_or_default, widen
-from .._other_names import answered_by, refuse
+from .._lowering import scale_or_default, take_options, widen
+from .._other_names import answered_by
 from ..masks import Decay2d, Grid, Masks, lower_mask
 from ..reference.dense import attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from .attention_decode import DEFAULTS as SUPPORTED
 from .attention_decode import attention_decode
 from .attention_options import AttentionOptions, Precision
 from .nested import as_packed, is_nested, over_nested
@@ -55,11 +54,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | tuple[Ten
         return over_nested(attention, q, k, v, given)
     if not given:
         return call(SPEC, lower(q, k, v), None, used=1)[0]
-    if not given.keys() <= DEFAULTS.keys():
-        refuse(OP, attention, {n: x for n, x in given.items() if n not in DEFAULTS})
-    out, backend = given.pop("out", None), given.pop("backend", None)
-    if out is not None:
-        check_tensor(OP, "out", out, optional=True)
+    out, backend = take_options(attention, given)
     if given.get("seqlens_k") is not None or given.get("block_table") is not None:
         return _over_cache(q, k, v, out=out, backend=backend, **given)
     for name in OF_CACHE:
@@ -239,6 +234,7 @@ def attention(
 
 
 DEFAULTS: dict[str, Any] = attention.__wrapped__.__kwdefaults__  # type: ignore[attr-defined]
+SUPPORTED: frozenset[str] = attention_decode.keywords  # type: ignore[attr-defined]
 
 
 def _over_cache(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | tuple[Tensor, ...]:

@@ -17,13 +17,12 @@ from .._check import (
     check_bool,
     check_cu_seqlens_values,
     check_longest,
-    check_tensor,
     fail,
 )
 from .._flops import band, known
 from .._kv_cache import capacity, check_lengths_values
-from .._lowering import scale_or_default, widen
-from .._other_names import REQUIRED, answered_by, refuse
+from .._lowering import scale_or_default, take_options, widen
+from .._other_names import REQUIRED, answered_by
 from ..masks import MASKS, Lowered, Masks, Prefix, Segments, lower_mask
 from ..reference.dense import attention_decode as reference
 from ..registry import OpSpec, Sharding, register_op
@@ -46,11 +45,7 @@ OP = "attention_decode"
 def _attend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, **given: Any
 ) -> Tensor | tuple[Tensor, ...]:
-    if not given.keys() <= DEFAULTS.keys():
-        refuse(OP, attention_decode, {n: x for n, x in given.items() if n not in DEFAULTS})
-    out, backend = given.pop("out", None), given.pop("backend", None)
-    if out is not None:
-        check_tensor(OP, "out", out, optional=True)
+    out, backend = take_options(attention_decode, given)
     given.setdefault("seqlens_k", REQUIRED)
     lowered = lower(q, k_cache, v_cache, **given)
     used = 2 if given.get("return_lse") else 1
@@ -197,10 +192,6 @@ def attention_decode(
         torch.Size([33, 8, 64])
     """
     raise NotImplementedError
-
-
-_DECLARED: Any = attention_decode.__wrapped__  # type: ignore[attr-defined]
-DEFAULTS: dict[str, Any] = {"seqlens_k": REQUIRED, **_DECLARED.__kwdefaults__}
 
 
 def lower(

@@ -11,7 +11,6 @@ from .._call.attach import register
 from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import check_tensor
 from ..reference.dense import merge_attention_states as reference
 from ..registry import OpSpec, Sharding, register_op
 
@@ -60,14 +59,8 @@ def merge_attention_states(
         >>> torch.allclose(out, tm.attention(q, k, v), atol=1e-5)
         True
     """
-    out, lse = call(SPEC, lower(outs, lses), backend)
+    out, lse = call(SPEC, FORWARD.lower(outs, lses), backend)
     return out, lse
-
-
-def lower(outs: Tensor, lses: Tensor | None = None) -> tuple[Any, ...]:
-    check_tensor(OP, "outs", outs)
-    check_tensor(OP, "lses", lses, optional=True)
-    return outs, lses
 
 
 def _fake(a: Any) -> tuple[Tensor, Tensor]:
@@ -117,7 +110,6 @@ SPEC = register_op(
         name=OP,
         family="dense",
         function=merge_attention_states,
-        lower=lower,
         reference=reference.merge_attention_states,
         plain=reference.merge_attention_states,
         forward=FORWARD,

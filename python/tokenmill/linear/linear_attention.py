@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
-from typing_extensions import Never, Unpack
+from typing_extensions import Unpack
 
 from .._call.attach import register
 from .._call.autocast import Autocast
@@ -16,16 +16,13 @@ from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
-    as_int,
-    check_bool,
     check_cu_seqlens_values,
     check_tensor,
-    check_text,
     fail,
     reads_values,
 )
-from .._lowering import scale_or_default, widen
-from .._other_names import refuse, refuses_other_names
+from .._lowering import scale_or_default, take_options, widen
+from .._other_names import answered_by
 from ..reference.linear import linear_attention as reference
 from ..registry import OpSpec, Sharding, register_op
 from ._state import check_decay_values, feature_dim, rows_lie_together
@@ -56,6 +53,12 @@ class LinearOptions(LightningOptions, total=False):
     scale: float | None
 
 
+def _run(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | tuple[Tensor, ...]:
+    out, backend = take_options(linear_attention, given)
+    results = call(SPEC, lower(q, k, v, **given), backend, out)
+    return results[:2] if given.get("return_final_state") else results[0]
+
+
 @overload
 def linear_attention(
     q: Tensor,
@@ -78,7 +81,7 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@refuses_other_names
+@answered_by(_run)
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -94,7 +97,6 @@ def linear_attention(
     chunk_size: int | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
-    **other: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Causal linear attention with decay: cost linear in the length, and a state of fixed size.
 
@@ -164,29 +166,7 @@ def linear_attention(
         >>> torch.allclose(torch.cat([first, rest], 1), whole, atol=1e-4)
         True
     """
-    if other:
-        refuse(OP, linear_attention, other)
-    if out is not None:
-        check_tensor(OP, "out", out, optional=True)
-    result, final_state, _ = call(
-        SPEC,
-        lower(
-            q,
-            k,
-            v,
-            log_decay=log_decay,
-            feature_map=feature_map,
-            scale=scale,
-            normalize=normalize,
-            initial_state=initial_state,
-            return_final_state=return_final_state,
-            cu_seqlens=cu_seqlens,
-            chunk_size=chunk_size,
-        ),
-        backend,
-        out,
-    )
-    return (result, final_state) if return_final_state else result
+    raise NotImplementedError
 
 
 @overload
@@ -279,51 +259,15 @@ def decay_of_slopes(op: str, q: Tensor, slopes: Tensor) -> Tensor:
     return -slopes
 
 
-def lower(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    log_decay: Tensor | None = None,
-    feature_map: str = "identity",
-    scale: float | None = None,
-    normalize: bool = False,
-    initial_state: Tensor | None = None,
-    return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    chunk_size: int | None = None,
-) -> tuple[Any, ...]:
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        check_tensor(OP, name, t)
-    for name, option in (
-        ("log_decay", log_decay),
-        ("initial_state", initial_state),
-        ("cu_seqlens", cu_seqlens),
-    ):
-        if option is not None:
-            check_tensor(OP, name, option, optional=True)
-    check_text(OP, "feature_map", feature_map)
-    check_bool(OP, "normalize", normalize)
-    check_bool(OP, "return_final_state", return_final_state)
-    if chunk_size is not None:
-        chunk_size = as_int(OP, "chunk_size", chunk_size, "must be an integer or None")
-    if initial_state is not None and initial_state.dim() == 4:
-        initial_state = (
-            initial_state if rows_lie_together(initial_state) else initial_state.contiguous()
-        )
-    return (
-        q,
-        k,
-        v,
-        None if log_decay is None else widen(log_decay, q),
-        feature_map,
-        scale_or_default(OP, scale, q),
-        normalize,
-        initial_state,
-        return_final_state,
-        cu_seqlens,
-        chunk_size,
-    )
+def lower(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Any, ...]:
+    a = FORWARD.fields(q=q, k=k, v=v, **given)
+    a["scale"] = scale_or_default(OP, a["scale"], q)
+    if a["log_decay"] is not None:
+        a["log_decay"] = widen(a["log_decay"], q)
+    state = a["initial_state"]
+    if state is not None and state.dim() == 4 and not rows_lie_together(state):
+        a["initial_state"] = state.contiguous()
+    return tuple(a.values())
 
 
 def _check_values(a: Any) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from typing_extensions import Never
 
 from .._call.attach import register
 from .._call.autocast import Autocast
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import check_bool, check_tensor, check_text
-from .._lowering import scale_or_default, widen
-from .._other_names import refuse, refuses_other_names
+from .._lowering import scale_or_default, take_options, widen
+from .._other_names import answered_by
 from ..reference.linear import linear_attention_decode as reference
 from ..registry import OpSpec, Sharding, register_op
 from ._state import check_decay_values, check_slot_values
@@ -22,7 +20,13 @@ from .linear_attention import FeatureMap, flops
 OP = "linear_attention_decode"
 
 
-@refuses_other_names
+def _run(q: Tensor, k: Tensor, v: Tensor, state: Tensor, **given: Any) -> Tensor:
+    _, backend = take_options(linear_attention_decode, given)
+    out: Tensor = call(SPEC, lower(q, k, v, state, **given), backend)[0]
+    return out
+
+
+@answered_by(_run)
 def linear_attention_decode(
     q: Tensor,
     k: Tensor,
@@ -35,7 +39,6 @@ def linear_attention_decode(
     state_indices: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
-    **other: Never,
 ) -> Tensor:
     r"""Decode step of :func:`linear_attention`, updating states in slots in place.
 
@@ -82,56 +85,15 @@ def linear_attention_decode(
         >>> torch.allclose(torch.cat(steps, 1), tm.lightning_attention(q, k, v, slopes), atol=1e-4)
         True
     """
-    if other:
-        refuse(OP, linear_attention_decode, other)
-    (out,) = call(
-        SPEC,
-        lower(
-            q,
-            k,
-            v,
-            state,
-            log_decay=log_decay,
-            feature_map=feature_map,
-            normalize=normalize,
-            state_indices=state_indices,
-            scale=scale,
-        ),
-        backend,
-    )
-    return out
+    raise NotImplementedError
 
 
-def lower(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    *,
-    log_decay: Tensor | None = None,
-    feature_map: str = "identity",
-    normalize: bool = False,
-    state_indices: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Any, ...]:
-    for name, t in (("q", q), ("k", k), ("v", v), ("state", state)):
-        check_tensor(OP, name, t)
-    for name, option in (("log_decay", log_decay), ("state_indices", state_indices)):
-        if option is not None:
-            check_tensor(OP, name, option, optional=True)
-    check_text(OP, "feature_map", feature_map)
-    check_bool(OP, "normalize", normalize)
-    return (
-        q,
-        k,
-        v,
-        state,
-        None if log_decay is None else widen(log_decay, q),
-        feature_map,
-        scale_or_default(OP, scale, q),
-        normalize,
-        state_indices,
-    )
+def lower(q: Tensor, k: Tensor, v: Tensor, state: Tensor, **given: Any) -> tuple[Any, ...]:
+    a = FORWARD.fields(q=q, k=k, v=v, state=state, **given)
+    a["scale"] = scale_or_default(OP, a["scale"], q)
+    if a["log_decay"] is not None:
+        a["log_decay"] = widen(a["log_decay"], q)
+    return tuple(a.values())
 
 
 def _check_values(a: Any) -> None:

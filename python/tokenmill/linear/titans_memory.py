@@ -19,12 +19,12 @@ from .._check import (
     MAX_HEAD_DIM,
     as_int,
     check,
-    check_bool,
     check_cu_seqlens_values,
     check_tensor,
     check_text,
 )
-from .._lowering import widen
+from .._lowering import take_options, widen
+from .._other_names import answered_by
 from ..reference.linear import titans_memory as reference
 from ..registry import OpSpec, Sharding, register_op
 from ._state import rows_lie_together
@@ -42,6 +42,15 @@ class TitansOptions(TypedDict, total=False):
     initial_state: State | None
     cu_seqlens: Tensor | None
     backend: str | None
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, *, alpha: Tensor, eta: Tensor, theta: Tensor, **given: Any
+) -> Tensor | tuple[Tensor, State]:
+    _, backend = take_options(titans_memory, given)
+    lowered = lower(q, k, v, alpha=alpha, eta=eta, theta=theta, **given)
+    out, memory, momentum = call(SPEC, lowered, backend)
+    return (out, (memory, momentum)) if given.get("return_final_state") else out
 
 
 @overload
@@ -72,6 +81,7 @@ def titans_memory(
 ) -> tuple[Tensor, State]: ...
 
 
+@answered_by(_run)
 def titans_memory(
     q: Tensor,
     k: Tensor,
@@ -154,24 +164,7 @@ def titans_memory(
         >>> torch.allclose(torch.cat([first, rest], 1), whole, atol=1e-5)
         True
     """
-    out, memory, momentum = call(
-        SPEC,
-        lower(
-            q,
-            k,
-            v,
-            alpha=alpha,
-            eta=eta,
-            theta=theta,
-            chunk_size=chunk_size,
-            loss=loss,
-            initial_state=initial_state,
-            return_final_state=return_final_state,
-            cu_seqlens=cu_seqlens,
-        ),
-        backend,
-    )
-    return (out, (memory, momentum)) if return_final_state else out
+    raise NotImplementedError
 
 
 def lower(
@@ -179,24 +172,14 @@ def lower(
     k: Tensor,
     v: Tensor,
     *,
-    alpha: Tensor,
-    eta: Tensor,
-    theta: Tensor,
     chunk_size: int = 64,
     loss: str = "mse",
     initial_state: State | None = None,
-    return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
+    **given: Any,
 ) -> tuple[Any, ...]:
-    gates = {"alpha": alpha, "eta": eta, "theta": theta}
-    for name, t in (("q", q), ("k", k), ("v", v), *gates.items()):
-        check_tensor(OP, name, t)
-    chunk_size = as_int(OP, "chunk_size", chunk_size)
+    a = FORWARD.fields(q=q, k=k, v=v, chunk_size=chunk_size, **given)
     check_text(OP, "loss", loss)
     check(loss == "mse", OP, "loss", "must be 'mse'", loss)
-    check_bool(OP, "return_final_state", return_final_state)
-    check_tensor(OP, "cu_seqlens", cu_seqlens, optional=True)
-    memory = momentum = None
     if initial_state is not None:
         pair = isinstance(initial_state, Sequence) and len(initial_state) == 2
         pair = pair and all(isinstance(t, Tensor) for t in initial_state)
@@ -204,18 +187,14 @@ def lower(
         check(pair, OP, "initial_state", rule, initial_state)
         for t in initial_state:
             check_tensor(OP, "initial_state", t)
-        memory, momentum = (
+        a["initial_memory"], a["initial_momentum"] = (
             t if t.dim() != 4 or rows_lie_together(t) else t.contiguous() for t in initial_state
         )
-    return (
-        *(_last_together(t) for t in (q, k, v)),
-        *(widen(gate, q) for gate in gates.values()),
-        chunk_size,
-        memory,
-        momentum,
-        return_final_state,
-        cu_seqlens,
-    )
+    for name in ("q", "k", "v"):
+        a[name] = _last_together(a[name])
+    for name in ("alpha", "eta", "theta"):
+        a[name] = widen(a[name], q)
+    return tuple(a.values())
 
 
 def check_chunk_size(op: str, chunk_size: int) -> int:

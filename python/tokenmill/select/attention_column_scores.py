@@ -17,12 +17,10 @@ from .._check import (
     as_int,
     as_number,
     check,
-    check_bool,
-    check_tensor,
-    check_text,
     fail,
 )
-from .._lowering import scale_or_default, widen
+from .._lowering import scale_or_default, take_options, widen
+from .._other_names import answered_by
 from ..reference.select import attention_column_scores as reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import check_length_values
@@ -30,6 +28,13 @@ from .rules import check_length_values
 OP = "attention_column_scores"
 
 
+def _run(q: Tensor, k: Tensor, lse: Tensor | None = None, **given: Any) -> Tensor:
+    _, backend = take_options(attention_column_scores, given)
+    scores: Tensor = call(SPEC, lower(q, k, lse, **given), backend)[0]
+    return scores
+
+
+@answered_by(_run)
 def attention_column_scores(
     q: Tensor,
     k: Tensor,
@@ -99,13 +104,7 @@ def attention_column_scores(
         (torch.Size([1, 8, 100]), 800)
         >>> heavy, _ = tm.topk_select(scores.flatten(0, 1), 20, force_last=10)
     """
-    lowered = lower(
-        q, k, lse, causal=causal, reduce=reduce, window_queries=window_queries, scale=scale,
-        gumbel_tau=gumbel_tau, seed=seed, head_reduce=head_reduce, seqlens_k=seqlens_k,
-        seqlens_q=seqlens_q,
-    )  # fmt: skip
-    (scores,) = call(SPEC, lowered, backend)
-    return scores
+    raise NotImplementedError
 
 
 def lower(
@@ -113,37 +112,21 @@ def lower(
     k: Tensor,
     lse: Tensor | None = None,
     *,
-    causal: bool = False,
-    reduce: str = "sum",
-    window_queries: int | None = None,
-    scale: float | None = None,
     gumbel_tau: float | None = None,
     seed: int | None = None,
-    head_reduce: str = "none",
-    seqlens_k: Tensor | None = None,
-    seqlens_q: Tensor | None = None,
+    **given: Any,
 ) -> tuple[Any, ...]:
-    check_tensor(OP, "q", q)
-    check_tensor(OP, "k", k)
-    for name, t in (("lse", lse), ("seqlens_k", seqlens_k), ("seqlens_q", seqlens_q)):
-        check_tensor(OP, name, t, optional=True)
-    check_bool(OP, "causal", causal)
-    for name, text in (("reduce", reduce), ("head_reduce", head_reduce)):
-        check_text(OP, name, text)
-    if window_queries is not None:
-        window_queries = as_int(OP, "window_queries", window_queries)
-    tau = 0.0
+    a = FORWARD.fields(q=q, k=k, lse=lse, **given)
+    if lse is not None:
+        a["lse"] = widen(lse, q)
+    a["scale"] = scale_or_default(OP, a["scale"], q)
     if gumbel_tau is not None:
-        tau = as_number(OP, "gumbel_tau", gumbel_tau)
+        a["gumbel_tau"] = tau = as_number(OP, "gumbel_tau", gumbel_tau)
         check(0 < tau < math.inf, OP, "gumbel_tau", "must be positive and finite", gumbel_tau)
-        seed = as_int(OP, "seed", seed)
+        a["seed"] = as_int(OP, "seed", seed)
     elif seed is not None:
         fail(OP, "seed", "requires gumbel_tau", seed)
-    return (
-        q, k, None if lse is None else widen(lse, q), scale_or_default(OP, scale, q), causal,
-        reduce, window_queries, head_reduce, seqlens_k, seqlens_q, tau,
-        0 if seed is None else seed,
-    )  # fmt: skip
+    return tuple(a.values())
 
 
 def _check_values(a: Any) -> None:

@@ -13,12 +13,10 @@ from .._call.autocast import Autocast
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
-    as_int,
-    check_bool,
     check_tensor,
-    check_text,
 )
-from .._lowering import scale_or_default, widen
+from .._lowering import scale_or_default, take_options, widen
+from .._other_names import answered_by
 from ..reference.select import attention_row_scores as reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import check_length_values
@@ -27,6 +25,13 @@ OP = "attention_row_scores"
 Reduce = Literal["none", "sum", "mean", "max", "argmax"]
 
 
+def _run(q_rows: Tensor, k: Tensor, **given: Any) -> Tensor:
+    _, backend = take_options(attention_row_scores, given)
+    scores: Tensor = call(SPEC, lower(q_rows, k, **given), backend)[0]
+    return scores
+
+
+@answered_by(_run)
 def attention_row_scores(
     q_rows: Tensor,
     k: Tensor,
@@ -87,36 +92,17 @@ def attention_row_scores(
         (torch.Size([4, 196]), True)
         >>> keep, _ = tm.topk_select(scores, 137)
     """
-    lowered = lower(
-        q_rows, k, scale=scale, lse=lse, reduce=reduce, skip=skip, causal=causal,
-        seqlens_k=seqlens_k,
-    )  # fmt: skip
-    (scores,) = call(SPEC, lowered, backend)
-    return scores
+    raise NotImplementedError
 
 
-def lower(
-    q_rows: Tensor,
-    k: Tensor,
-    *,
-    scale: float | None = None,
-    lse: Tensor | None = None,
-    reduce: str = "mean",
-    skip: int = 0,
-    causal: bool = False,
-    seqlens_k: Tensor | None = None,
-) -> tuple[Any, ...]:
+def lower(q_rows: Tensor, k: Tensor, **given: Any) -> tuple[Any, ...]:
     check_tensor(OP, "q_rows", q_rows)
-    check_tensor(OP, "k", k)
-    for name, t in (("lse", lse), ("seqlens_k", seqlens_k)):
-        check_tensor(OP, name, t, optional=True)
-    check_bool(OP, "causal", causal)
-    check_text(OP, "reduce", reduce)
-    skip = as_int(OP, "skip", skip)
-    return (
-        q_rows, k, None if lse is None else widen(lse, q_rows),
-        scale_or_default(OP, scale, q_rows), causal, reduce, skip, seqlens_k,
-    )  # fmt: skip
+    given.setdefault("reduce", "mean")
+    a = FORWARD.fields(q=q_rows, k=k, **given)
+    a["scale"] = scale_or_default(OP, a["scale"], q_rows)
+    if a["lse"] is not None:
+        a["lse"] = widen(a["lse"], q_rows)
+    return tuple(a.values())
 
 
 def _check_values(a: Any) -> None:

@@ -11,8 +11,6 @@ from .._call.attach import register
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
-    as_int,
-    check_tensor,
     check_text,
 )
 from ..reference.select import block_pool_keys as reference
@@ -134,40 +132,16 @@ def block_pool_keys_update(
     return pooled
 
 
-def lower(
-    k: Tensor,
-    block: int,
-    *,
-    mode: str = "mean",
-    lengths: Tensor | None = None,
-    block_table: Tensor | None = None,
-) -> tuple[Any, ...]:
-    return k, _check_types(OP, k, block, mode, lengths, block_table), mode, lengths, block_table
+def lower(k: Tensor, block: int, *, mode: str = "mean", **given: Any) -> tuple[Any, ...]:
+    check_text(OP, "mode", mode)
+    return FORWARD.lower(k, block, pooling=mode, **given)
 
 
 def lower_update(
-    k: Tensor,
-    pooled: Tensor,
-    block: int,
-    *,
-    start: Tensor,
-    mode: str = "mean",
-    lengths: Tensor | None = None,
-    block_table: Tensor | None = None,
+    k: Tensor, pooled: Tensor, block: int, *, mode: str = "mean", **given: Any
 ) -> tuple[Any, ...]:
-    block = _check_types(UPDATE, k, block, mode, lengths, block_table)
-    check_tensor(UPDATE, "pooled", pooled)
-    check_tensor(UPDATE, "start", start)
-    return (k, pooled, block, mode, start, lengths, block_table)
-
-
-def _check_types(op: str, k: Any, block: Any, mode: Any, lengths: Any, block_table: Any) -> int:
-    """Checks the argument types and returns block as an int."""
-    check_tensor(op, "k", k)
-    check_tensor(op, "lengths", lengths, optional=True)
-    check_tensor(op, "block_table", block_table, optional=True)
-    check_text(op, "mode", mode)
-    return as_int(op, "block", block)
+    check_text(UPDATE, "mode", mode)
+    return UPDATE_FORWARD.lower(k, pooled, block, pooling=mode, **given)
 
 
 def _fake(a: Any) -> Tensor:

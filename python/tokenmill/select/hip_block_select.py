@@ -13,14 +13,12 @@ from .._call.autocast import Autocast
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
-    as_int,
     check,
-    check_bool,
     check_cu_seqlens_values,
-    check_tensor,
-    check_text,
 )
 from .._flops import known
+from .._lowering import take_options
+from .._other_names import answered_by
 from ..reference.select import hip_block_select as reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import (
@@ -36,6 +34,12 @@ Bound = Literal["sample", "minmax"]
 HeadReduce = Literal["none", "group_max"]
 
 
+def _run(q: Tensor, k: Tensor, **given: Any) -> tuple[Tensor, ...]:
+    _, backend = take_options(hip_block_select, given)
+    return call(SPEC, lower(q, k, **given), backend)
+
+
+@answered_by(_run)
 def hip_block_select(
     q: Tensor,
     k: Tensor,
@@ -155,75 +159,26 @@ def hip_block_select(
         >>> counts[0, :, 0].tolist(), 1000 // 2 in blocks[0, 0, 0]
         ([32, 32], True)
     """
-    lowered = lower(
-        q, k, budget=budget, block_q=block_q, block_k=block_k, stride_q=stride_q,
-        representative=representative, num_sink=num_sink, num_recent=num_recent, bound=bound,
-        start=start, restart_span=restart_span, causal=causal, head_reduce=head_reduce,
-        seqlens_q=seqlens_q, seqlens_k=seqlens_k, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, block_table=block_table,
-    )  # fmt: skip
-    indices, counts = call(SPEC, lowered, backend)
-    return indices, counts
+    raise NotImplementedError
 
 
 def lower(
     q: Tensor,
     k: Tensor,
     *,
-    budget: int = 512,
-    block_q: int = 64,
-    block_k: int = 2,
-    stride_q: int = 2,
-    representative: str = "middle",
-    num_sink: int = 16,
-    num_recent: int = 256,
-    bound: str = "sample",
     start: tuple[Tensor, Tensor] | None = None,
-    restart_span: int = 8,
-    causal: bool = True,
-    head_reduce: str = "none",
-    seqlens_q: Tensor | None = None,
-    seqlens_k: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    block_table: Tensor | None = None,
     op: str = OP,
+    **given: Any,
 ) -> tuple[Any, ...]:
-    for name, t in (("q", q), ("k", k)):
-        check_tensor(op, name, t)
-    for name, option in (("seqlens_q", seqlens_q), ("seqlens_k", seqlens_k),
-                         ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k),
-                         ("block_table", block_table)):  # fmt: skip
-        check_tensor(op, name, option, optional=True)
-    indices, counts = None, None
+    a = FORWARD.fields(op, q=q, k=k, **given)
     if start is not None:
         pair = isinstance(start, tuple | list) and len(start) == 2
         pair = pair and all(isinstance(t, Tensor) for t in start)
         check(pair, op, "start", "must be (indices, counts) or None", start)
-        indices, counts = start
-    budget, block_q, block_k, stride_q, num_sink, num_recent, restart_span = (
-        as_int(op, name, number)
-        for name, number in (
-            ("budget", budget),
-            ("block_q", block_q),
-            ("block_k", block_k),
-            ("stride_q", stride_q),
-            ("num_sink", num_sink),
-            ("num_recent", num_recent),
-            ("restart_span", restart_span),
-        )
-    )
-    for name, text in (("representative", representative), ("bound", bound),
-                       ("head_reduce", head_reduce)):  # fmt: skip
-        check_text(op, name, text)
-    check_bool(op, "causal", causal)
-    if cu_seqlens_q is not None and cu_seqlens_k is None and k.dim() == 3:
-        cu_seqlens_k = cu_seqlens_q
-    return (
-        q, k, budget, block_q, block_k, stride_q, representative, num_sink, num_recent, bound,
-        indices, counts, restart_span, causal, head_reduce, seqlens_k, block_table, seqlens_q,
-        cu_seqlens_q, cu_seqlens_k,
-    )  # fmt: skip
+        a["start_indices"], a["start_counts"] = start
+    if a["cu_seqlens_q"] is not None and a["cu_seqlens_k"] is None and k.dim() == 3:
+        a["cu_seqlens_k"] = a["cu_seqlens_q"]
+    return tuple(a.values())
 
 
 def _keys(a: Any) -> int:

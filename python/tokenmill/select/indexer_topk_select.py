@@ -12,13 +12,11 @@ from .._call.autocast import Autocast
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
-    as_int,
-    check_bool,
     check_cu_seqlens_values,
-    check_tensor,
-    check_text,
 )
 from .._flops import band, known
+from .._lowering import take_options
+from .._other_names import answered_by
 from ..reference.select import indexer_topk_select as reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import (
@@ -30,6 +28,14 @@ from .rules import (
 OP = "indexer_topk_select"
 
 
+def _run(q: Tensor, k: Tensor, weights: Tensor, topk: int, **given: Any) -> tuple[Tensor, ...]:
+    _, backend = take_options(indexer_topk_select, given)
+    lowered = lower(q, k, weights, topk, **given)
+    used = 3 if given.get("return_values") else 2
+    return call(SPEC, lowered, backend, used=used)[:used]
+
+
+@answered_by(_run)
 def indexer_topk_select(
     q: Tensor,
     k: Tensor,
@@ -121,53 +127,14 @@ def indexer_topk_select(
         >>> tm.indexer_topk_select(q, k, weights, 1, block_k=2)[0].flatten().tolist()
         [0, 0, 0, 0]
     """
-    lowered = lower(
-        q, k, weights, topk, causal=causal, activation=activation, block_k=block_k,
-        num_sink=num_sink, num_recent=num_recent, seqlens_k=seqlens_k, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, block_table=block_table, return_values=return_values,
-        k_scale=k_scale, previous=previous,
-    )  # fmt: skip
-    used = 3 if return_values else 2
-    return call(SPEC, lowered, backend, used=used)[:used]
+    raise NotImplementedError
 
 
-def lower(
-    q: Tensor,
-    k: Tensor,
-    weights: Tensor,
-    topk: int,
-    *,
-    causal: bool = True,
-    activation: str = "relu",
-    block_k: int = 1,
-    num_sink: int = 0,
-    num_recent: int = 0,
-    seqlens_k: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    block_table: Tensor | None = None,
-    return_values: bool = False,
-    k_scale: Tensor | None = None,
-    previous: Tensor | None = None,
-) -> tuple[Any, ...]:
-    for name, t in (("q", q), ("k", k), ("weights", weights)):
-        check_tensor(OP, name, t)
-    for name, option in (("seqlens_k", seqlens_k), ("cu_seqlens_q", cu_seqlens_q),
-                         ("cu_seqlens_k", cu_seqlens_k), ("block_table", block_table),
-                         ("k_scale", k_scale), ("previous", previous)):  # fmt: skip
-        check_tensor(OP, name, option, optional=True)
-    topk, block_k = as_int(OP, "topk", topk), as_int(OP, "block_k", block_k)
-    num_sink, num_recent = as_int(OP, "num_sink", num_sink), as_int(OP, "num_recent", num_recent)
-    check_text(OP, "activation", activation)
-    check_bool(OP, "causal", causal)
-    check_bool(OP, "return_values", return_values)
-    if cu_seqlens_q is not None and cu_seqlens_k is None and k.dim() == 2:
-        cu_seqlens_k = cu_seqlens_q
-    return (
-        q, k, weights, topk, causal, activation, block_k, num_sink, num_recent, seqlens_k,
-        cu_seqlens_q, cu_seqlens_k, block_table, return_values, k_scale,
-        previous,
-    )  # fmt: skip
+def lower(q: Tensor, k: Tensor, weights: Tensor, topk: int, **given: Any) -> tuple[Any, ...]:
+    a = FORWARD.fields(q=q, k=k, weights=weights, topk=topk, **given)
+    if a["cu_seqlens_q"] is not None and a["cu_seqlens_k"] is None and k.dim() == 2:
+        a["cu_seqlens_k"] = a["cu_seqlens_q"]
+    return tuple(a.values())
 
 
 def _keys(a: Any) -> int:

@@ -12,13 +12,8 @@ from .._call.attach import register
 from .._call.autocast import Autocast
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import (
-    as_int,
-    check_bool,
-    check_tensor,
-    check_text,
-)
-from .._lowering import scale_or_default
+from .._lowering import scale_or_default, take_options
+from .._other_names import answered_by
 from ..reference.select import kv_block_scores as reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import (
@@ -29,6 +24,13 @@ from .rules import (
 OP = "kv_block_scores"
 
 
+def _run(q: Tensor, k: Tensor, **given: Any) -> Tensor:
+    _, backend = take_options(kv_block_scores, given)
+    scores: Tensor = call(SPEC, lower(q, k, **given), backend)[0]
+    return scores
+
+
+@answered_by(_run)
 def kv_block_scores(
     q: Tensor,
     k: Tensor,
@@ -121,49 +123,13 @@ def kv_block_scores(
         >>> bound.shape, bool((bound + 1e-5 >= best).all())
         (torch.Size([1, 8, 1, 63]), True)
     """
-    lowered = lower(
-        q, k, scoring=scoring, block_k=block_k, q_reduce=q_reduce, block_q=block_q,
-        head_reduce=head_reduce, scale=scale, causal=causal, num_sink=num_sink,
-        num_recent=num_recent, seqlens_k=seqlens_k, block_table=block_table, k_scale=k_scale,
-    )  # fmt: skip
-    return call(SPEC, lowered, backend)[0]
+    raise NotImplementedError
 
 
-def lower(
-    q: Tensor,
-    k: Tensor,
-    *,
-    scoring: str = "dot",
-    block_k: int = 1,
-    q_reduce: str = "none",
-    block_q: int = 1,
-    head_reduce: str = "none",
-    scale: float | None = None,
-    causal: bool = False,
-    num_sink: int = 0,
-    num_recent: int = 0,
-    seqlens_k: Tensor | None = None,
-    block_table: Tensor | None = None,
-    k_scale: Tensor | None = None,
-) -> tuple[Any, ...]:
-    for name, t in (("q", q), ("k", k)):
-        check_tensor(OP, name, t)
-    for name, option in (
-        ("seqlens_k", seqlens_k),
-        ("block_table", block_table),
-        ("k_scale", k_scale),
-    ):
-        check_tensor(OP, name, option, optional=True)
-    block_k, block_q = as_int(OP, "block_k", block_k), as_int(OP, "block_q", block_q)
-    num_sink, num_recent = as_int(OP, "num_sink", num_sink), as_int(OP, "num_recent", num_recent)
-    for name, text in (("scoring", scoring), ("q_reduce", q_reduce), ("head_reduce", head_reduce)):
-        check_text(OP, name, text)
-    check_bool(OP, "causal", causal)
-    factor = scale_or_default(OP, scale, q)
-    return (
-        q, k, scoring, block_k, q_reduce, block_q, head_reduce, factor, causal, num_sink,
-        num_recent, seqlens_k, block_table, k_scale,
-    )  # fmt: skip
+def lower(q: Tensor, k: Tensor, **given: Any) -> tuple[Any, ...]:
+    a = FORWARD.fields(q=q, k=k, **given)
+    a["scale"] = scale_or_default(OP, a["scale"], q)
+    return tuple(a.values())
 
 
 def _check_values(a: Any) -> None:

@@ -14,18 +14,31 @@ from .._call.attach import register
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
-    as_int,
     check,
-    check_bool,
     check_tensor,
 )
-from .._lowering import widen
+from .._lowering import take_options, widen
+from .._other_names import answered_by
 from ..reference.select import kv_cache_append as reference
 from ..registry import OpSpec, Sharding, register_op
 
 OP = "kv_cache_append"
 
 
+def _run(
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    k: Tensor,
+    v: Tensor | None,
+    slots: Tensor,
+    **given: Any,
+) -> Tensor | None:
+    _, backend = take_options(kv_cache_append, given)
+    (turned,) = call(SPEC, lower(k_cache, v_cache, k, v, slots, **given), backend)
+    return None if given.get("q") is None else turned
+
+
+@answered_by(_run)
 def kv_cache_append(
     k_cache: Tensor,
     v_cache: Tensor | None,
@@ -100,12 +113,7 @@ def kv_cache_append(
         >>> cache[1, 2, 0, 0].float()
         tensor([ 8.,  9., 10., 11., 12., 13., 14., 15.])
     """
-    lowered = lower(
-        k_cache, v_cache, k, v, slots, q=q, rope=rope, rope_offset=rope_offset,
-        interleaved=interleaved, k_scale=k_scale, v_scale=v_scale,
-    )  # fmt: skip
-    (turned,) = call(SPEC, lowered, backend)
-    return None if q is None else turned
+    raise NotImplementedError
 
 
 def lower(
@@ -115,43 +123,20 @@ def lower(
     v: Tensor | None,
     slots: Tensor,
     *,
-    q: Tensor | None = None,
     rope: tuple[Tensor, Tensor, Tensor] | None = None,
-    rope_offset: int = 0,
-    interleaved: bool = False,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    **given: Any,
 ) -> tuple[Any, ...]:
-    for name, t, optional in (
-        ("k_cache", k_cache, False),
-        ("v_cache", v_cache, True),
-        ("k", k, False),
-        ("v", v, True),
-        ("slots", slots, False),
-        ("q", q, True),
-        ("k_scale", k_scale, True),
-        ("v_scale", v_scale, True),
-    ):
-        check_tensor(OP, name, t, optional=optional)
-    offset = as_int(OP, "rope_offset", rope_offset)
-    check_bool(OP, "interleaved", interleaved)
-    cos, sin, positions = None, None, None
+    a = FORWARD.fields(k_cache=k_cache, v_cache=v_cache, k=k, v=v, slots=slots, **given)
     if rope is not None:
         triple = isinstance(rope, tuple | list) and len(rope) == 3
         check(triple, OP, "rope", "must be (cos, sin, positions)", type(rope).__name__)
         for t in rope:
             check_tensor(OP, "rope", t)
-        cos, sin, positions = widen(rope[0], k), widen(rope[1], k), rope[2]
-    k_scales, v_scales = _scales(k_scale), _scales(v_scale)
-    return (
-        k_cache, v_cache, k, v, slots, q, cos, sin, positions, interleaved, k_scales[0],
-        v_scales[0], k_scales[1], v_scales[1], offset,
-    )  # fmt: skip
-
-
-def _scales(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The scale that is read, and the scale that is written."""
-    return (None, scale) if scale is not None and scale.dim() == 3 else (scale, None)
+        a["cos"], a["sin"], a["positions"] = widen(rope[0], k), widen(rope[1], k), rope[2]
+    for name in ("k_scale", "v_scale"):  # a scale of each token is written into the cache's scales
+        if a[name] is not None and a[name].dim() == 3:
+            a[f"{name}_out"], a[name] = a[name], None
+    return tuple(a.values())
 
 
 def _check_values(a: Any) -> None:

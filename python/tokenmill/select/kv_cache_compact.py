@@ -15,15 +15,24 @@ from .._call.run import call
 from .._check import (
     as_number,
     check,
-    check_bool,
-    check_tensor,
 )
+from .._lowering import take_options
+from .._other_names import answered_by
 from ..reference.select import kv_cache_compact as reference
 from ..registry import OpSpec, Sharding, register_op
 
 OP = "kv_cache_compact"
 
 
+def _run(
+    k_cache: Tensor, v_cache: Tensor, keep: Tensor, counts: Tensor, **given: Any
+) -> Tensor | tuple[Tensor, ...]:
+    _, backend = take_options(kv_cache_compact, given)
+    results = call(SPEC, lower(k_cache, v_cache, keep, counts, **given), backend)
+    return results if given.get("compensation") else results[0]
+
+
+@answered_by(_run)
 def kv_cache_compact(
     k_cache: Tensor,
     v_cache: Tensor,
@@ -88,12 +97,7 @@ def kv_cache_compact(
         >>> v[0, :5, 0, 0]
         tensor([0., 1., 5., 6., 7.])
     """
-    lowered = lower(
-        k_cache, v_cache, keep, counts, seqlens_k=seqlens_k, block_table=block_table,
-        rerotate=rerotate, interleaved=interleaved, compensation=compensation,
-    )  # fmt: skip
-    now, k_sum, v_sum, dropped = call(SPEC, lowered, backend)
-    return (now, k_sum, v_sum, dropped) if compensation else now
+    raise NotImplementedError
 
 
 def lower(
@@ -102,22 +106,13 @@ def lower(
     keep: Tensor,
     counts: Tensor,
     *,
-    seqlens_k: Tensor | None = None,
-    block_table: Tensor | None = None,
     rerotate: float | Tensor | None = None,
-    interleaved: bool = False,
-    compensation: bool = False,
+    **given: Any,
 ) -> tuple[Any, ...]:
-    for name, t in (("k_cache", k_cache), ("v_cache", v_cache), ("keep", keep), ("counts", counts)):
-        check_tensor(OP, name, t)
-    for name, option in (("seqlens_k", seqlens_k), ("block_table", block_table)):
-        check_tensor(OP, name, option, optional=True)
-    for name, flag in (("interleaved", interleaved), ("compensation", compensation)):
-        check_bool(OP, name, flag)
-    rotations = None if rerotate is None else _rotations(rerotate, k_cache)
-    return (
-        k_cache, v_cache, keep, counts, seqlens_k, block_table, rotations, interleaved, compensation
-    )  # fmt: skip
+    a = FORWARD.fields(k_cache=k_cache, v_cache=v_cache, keep=keep, counts=counts, **given)
+    if rerotate is not None:
+        a["rotations"] = _rotations(rerotate, k_cache)
+    return tuple(a.values())
 
 
 def _rotations(rerotate: Any, k_cache: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,10 +9,6 @@ from .._call.attach import register
 from .._call.autocast import Autocast
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import (
-    as_number,
-    check_tensor,
-)
 from ..reference.select import query_similarity_gate as reference
 from ..registry import OpSpec, Sharding, register_op
 
@@ -56,13 +50,7 @@ def query_similarity_gate(
         >>> tm.query_similarity_gate(q, torch.tensor([3.0, 0.5]).expand(2, 1, 1, 2)).tolist()
         [True, False]
     """
-    return call(SPEC, lower(q, q_ref, threshold), backend)[0]
-
-
-def lower(q: Tensor, q_ref: Tensor, threshold: float = 0.9) -> tuple[Any, ...]:
-    check_tensor(OP, "q", q)
-    check_tensor(OP, "q_ref", q_ref)
-    return q, q_ref, as_number(OP, "threshold", threshold)
+    return call(SPEC, FORWARD.lower(q, q_ref, threshold), backend)[0]
 
 
 FORWARD = register(
@@ -78,7 +66,6 @@ SPEC = register_op(
         name=OP,
         family="select",
         function=query_similarity_gate,
-        lower=lower,
         reference=reference.query_similarity_gate,
         plain=reference.query_similarity_gate,
         forward=FORWARD,

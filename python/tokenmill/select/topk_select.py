@@ -6,19 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Never
 
 from .._call.attach import register
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
-    as_int,
     check,
-    check_bool,
-    check_tensor,
-    check_text,
 )
-from .._other_names import refuse, refuses_other_names
+from .._lowering import take_options
+from .._other_names import answered_by
 from ..reference.select import topk_select as reference
 from ..registry import OpSpec, Sharding, register_op
 
@@ -26,7 +22,17 @@ OP = "topk_select"
 MAX_K = 65536
 
 
-@refuses_other_names
+def _run(scores: Tensor, k: int, **given: Any) -> tuple[Tensor, ...]:
+    _, backend = take_options(topk_select, given)
+    lowered = FORWARD.lower(scores, k, **given)
+    used = 3 if given.get("return_values") else 2
+    if given.get("block_table") is None:
+        return call(SPEC, lowered, backend, used=used)[:used]
+    *results, physical = call(SPEC, lowered, backend)
+    return (*results[:used], physical)
+
+
+@answered_by(_run)
 def topk_select(
     scores: Tensor,
     k: int,
@@ -43,7 +49,6 @@ def topk_select(
     return_values: bool = False,
     previous: Tensor | None = None,
     backend: str | None = None,
-    **other: Never,
 ) -> tuple[Tensor, ...]:
     r"""The k largest scores of each row, as positions.
 
@@ -98,55 +103,7 @@ def topk_select(
         >>> indices.tolist(), counts.tolist()
         ([[0, 1, 3, 4, -1, -1]], [4])
     """
-    if other:
-        refuse(OP, topk_select, other)
-    lowered = lower(
-        scores, k, lengths, row_starts, tie, order, force_first, force_last, block_table, page_size,
-        row_to_batch, return_values, previous,
-    )  # fmt: skip
-    if block_table is not None:
-        indices, counts, values, physical = call(SPEC, lowered, backend)
-        return (indices, counts, *([values] if return_values else []), physical)
-    used = 3 if return_values else 2
-    return call(SPEC, lowered, backend, used=used)[:used]
-
-
-def lower(
-    scores: Tensor,
-    k: int,
-    lengths: Tensor | None = None,
-    row_starts: Tensor | None = None,
-    tie: str = "low",
-    order: str = "index",
-    force_first: int = 0,
-    force_last: int = 0,
-    block_table: Tensor | None = None,
-    page_size: int = 1,
-    row_to_batch: Tensor | None = None,
-    return_values: bool = False,
-    previous: Tensor | None = None,
-) -> tuple[Any, ...]:
-    check_tensor(OP, "scores", scores)
-    if lengths is not None:
-        check_tensor(OP, "lengths", lengths, optional=True)
-    if row_starts is not None:
-        check_tensor(OP, "row_starts", row_starts, optional=True)
-    if block_table is not None:
-        check_tensor(OP, "block_table", block_table, optional=True)
-    if row_to_batch is not None:
-        check_tensor(OP, "row_to_batch", row_to_batch, optional=True)
-    if previous is not None:
-        check_tensor(OP, "previous", previous, optional=True)
-    k, page_size = as_int(OP, "k", k), as_int(OP, "page_size", page_size)
-    force_first = as_int(OP, "force_first", force_first)
-    force_last = as_int(OP, "force_last", force_last)
-    check_text(OP, "tie", tie)
-    check_text(OP, "order", order)
-    check_bool(OP, "return_values", return_values)
-    return (
-        scores, k, lengths, row_starts, tie, order, force_first, force_last, block_table, page_size,
-        row_to_batch, return_values, previous,
-    )  # fmt: skip
+    raise NotImplementedError
 
 
 def _check_values(a: Any) -> None:
@@ -185,7 +142,6 @@ SPEC = register_op(
         name=OP,
         family="select",
         function=topk_select,
-        lower=lower,
         reference=reference.topk_select,
         plain=reference.topk_select,  # exact in any dtype
         forward=FORWARD,

@@ -24,7 +24,8 @@ from .._check import (
 )
 from .._flops import known
 from .._kv_cache import check_int32
-from .._lowering import scale_or_default
+from .._lowering import scale_or_default, take_options
+from .._other_names import answered_by
 from ..reference.sparse import bilevel_routing_attention as reference
 from ..registry import OpSpec, Sharding, register_op
 from .gradients import register_pair
@@ -45,6 +46,15 @@ class BilevelRoutingOptions(TypedDict, total=False):
     mask_padding: bool
     region_graph: Tensor | None
     backend: str | None
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | tuple[Tensor, ...]:
+    _, backend = take_options(bilevel_routing_attention, given)
+    lowered = lower(q, k, v, **given)
+    out, lse = call(SPEC, lowered, backend)
+    graph = (FORWARD.record(*lowered).indices,) if given.get("return_graph") else ()
+    results = (out, *((lse,) if given.get("return_lse") else ()), *graph)
+    return results if len(results) > 1 else out
 
 
 @overload
@@ -71,6 +81,7 @@ def bilevel_routing_attention(
 ) -> Tensor | tuple[Tensor, ...]: ...
 
 
+@answered_by(_run)
 def bilevel_routing_attention(
     q: Tensor,
     k: Tensor,
@@ -142,23 +153,7 @@ def bilevel_routing_attention(
         >>> out.shape, graph.shape
         (torch.Size([1, 56, 56, 2, 32]), torch.Size([1, 1, 49, 4]))
     """
-    lowered = lower(
-        q,
-        k,
-        v,
-        regions=regions,
-        topk=topk,
-        region_size=region_size,
-        scale=scale,
-        mask_padding=mask_padding,
-        region_graph=region_graph,
-        return_lse=return_lse,
-        return_graph=return_graph,
-    )
-    out, lse = call(SPEC, lowered, backend)
-    graph = (FORWARD.record(*lowered).indices,) if return_graph else ()
-    results = (out, *((lse,) if return_lse else ()), *graph)
-    return results if len(results) > 1 else out
+    raise NotImplementedError
 
 
 @AUTOCAST.applied  # the routing is a matrix product

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
-from typing_extensions import Never, Unpack
+from typing_extensions import Unpack
 
 from .._call.attach import register
 from .._call.autocast import Autocast
@@ -18,17 +18,14 @@ from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
     MAX_HEAD_DIM,
-    as_int,
-    as_number,
     check_bool,
     check_cu_seqlens_values,
-    check_tensor,
     fail,
 )
 from .._flops import band, known
 from .._kv_cache import capacity
-from .._lowering import scale_or_default, widen
-from .._other_names import refuse, refuses_other_names
+from .._lowering import scale_or_default, take_options, widen
+from .._other_names import answered_by
 from ..reference.sparse import block_sparse_attention as reference
 from ..registry import OpSpec, Sharding, register_op
 from ..select.rules import check_block_table_values
@@ -52,6 +49,34 @@ class BlockSparseOptions(TypedDict, total=False):
     cu_seqlens_k: Tensor | None
     out: Tensor | None
     backend: str | None
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    **given: Any,
+) -> Tensor | tuple[Tensor, ...]:
+    out, backend = take_options(block_sparse_attention, given)
+    forward_only = "block_table" if given.get("block_table") is not None else ""
+    if _is_wide(q) or _is_wide(v):
+        forward_only = "latent heads"
+    if forward_only and torch.is_grad_enabled():
+        for name, t in (("q", q), ("k", k), ("v", v), ("sink", given.get("sink"))):
+            if isinstance(t, Tensor) and t.requires_grad:
+                rule = f"must not require a gradient, there is none with {forward_only}"
+                fail(OP, name, rule, t.requires_grad)
+    lowered = lower(q, k, v, indices, counts, block_q=block_q, block_k=block_k, **given)
+    asked = (True, bool(given.get("return_lse")), bool(given.get("return_mass")))
+    used = 3 if asked[2] else 2 if asked[1] else 1
+    results = call(SPEC, lowered, backend, out, used=used)
+    wanted = tuple(r for r, keeps in zip(results, asked, strict=False) if keeps)
+    return wanted if len(wanted) > 1 else wanted[0]
 
 
 @overload
@@ -118,7 +143,7 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-@refuses_other_names
+@answered_by(_run)
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -142,7 +167,6 @@ def block_sparse_attention(
     return_mass: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
-    **other: Never,
 ) -> Tensor | tuple[Tensor, ...]:
     r"""Softmax attention of blocks of queries to listed blocks of keys, with gradients.
 
@@ -231,48 +255,7 @@ def block_sparse_attention(
         >>> out[0, ::64, 0, 0].round(decimals=4).tolist()  # means of keys 0 to 31, and of 0 to 63
         [15.5, 31.5]
     """
-    if other:
-        refuse(OP, block_sparse_attention, other)
-    if out is not None:
-        check_tensor(OP, "out", out, optional=True)
-    forward_only = "block_table" if block_table is not None else ""
-    if _is_wide(q) or _is_wide(v):
-        forward_only = "latent heads"
-    if forward_only and torch.is_grad_enabled():
-        for name, t in (("q", q), ("k", k), ("v", v), ("sink", sink)):
-            if isinstance(t, Tensor) and t.requires_grad:
-                rule = f"must not require a gradient, there is none with {forward_only}"
-                fail(OP, name, rule, t.requires_grad)
-    results = call(
-        SPEC,
-        lower(
-            q,
-            k,
-            v,
-            indices,
-            counts,
-            block_q=block_q,
-            block_k=block_k,
-            causal=causal,
-            num_sink=num_sink,
-            num_recent=num_recent,
-            scale=scale,
-            softcap=softcap,
-            seqlens_k=seqlens_k,
-            sink=sink,
-            return_lse=return_lse,
-            return_mass=return_mass,
-            block_table=block_table,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-        ),
-        backend,
-        out,
-        used=3 if return_mass else 2 if return_lse else 1,
-    )
-    asked = (True, return_lse, return_mass)
-    wanted = tuple(r for r, keeps in zip(results, asked, strict=False) if keeps)
-    return wanted if len(wanted) > 1 else wanted[0]
+    raise NotImplementedError
 
 
 def _is_wide(t: Any) -> bool:
@@ -287,56 +270,18 @@ def lower(
     indices: Tensor,
     counts: Tensor,
     *,
-    block_q: int,
-    block_k: int,
-    causal: bool = False,
-    num_sink: int = 0,
-    num_recent: int = 0,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    seqlens_k: Tensor | None = None,
-    sink: Tensor | None = None,
     return_lse: bool = False,
-    return_mass: bool = False,
-    block_table: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
     op: str = OP,
+    **given: Any,
 ) -> tuple[Any, ...]:
-    for name, t in (("q", q), ("k", k), ("v", v), ("indices", indices), ("counts", counts)):
-        check_tensor(op, name, t)
-    for name, option in (("seqlens_k", seqlens_k), ("sink", sink), ("block_table", block_table),
-                         ("cu_seqlens_q", cu_seqlens_q),
-                         ("cu_seqlens_k", cu_seqlens_k)):  # fmt: skip
-        check_tensor(op, name, option, optional=True)
-    if cu_seqlens_q is not None and cu_seqlens_k is None and k.dim() == 3:
-        cu_seqlens_k = cu_seqlens_q
-    block_q, block_k = as_int(op, "block_q", block_q), as_int(op, "block_k", block_k)
-    num_sink, num_recent = as_int(op, "num_sink", num_sink), as_int(op, "num_recent", num_recent)
-    flags = (("causal", causal), ("return_lse", return_lse), ("return_mass", return_mass))
-    for name, flag in flags:
-        check_bool(op, name, flag)
-    softcap = as_number(op, "softcap", softcap)
-    return (
-        q,
-        k,
-        v,
-        indices,
-        counts,
-        block_q,
-        block_k,
-        causal,
-        num_sink,
-        num_recent,
-        scale_or_default(op, scale, q),
-        softcap,
-        seqlens_k,
-        None if sink is None else widen(sink, q),
-        return_mass,
-        block_table,
-        cu_seqlens_q,
-        cu_seqlens_k,
-    )
+    a = FORWARD.fields(op, q=q, k=k, v=v, indices=indices, counts=counts, **given)
+    check_bool(op, "return_lse", return_lse)
+    if a["cu_seqlens_q"] is not None and a["cu_seqlens_k"] is None and k.dim() == 3:
+        a["cu_seqlens_k"] = a["cu_seqlens_q"]
+    a["scale"] = scale_or_default(op, a["scale"], q)
+    if a["sink"] is not None:
+        a["sink"] = widen(a["sink"], q)
+    return tuple(a.values())
 
 
 def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -219,7 +219,7 @@ def hip_attention(
         (torch.Size([1, 1, 2, 32]), 1)
     """
     if other:
-        refuse(OP, hip_attention, other)
+        refuse(hip_attention, other)
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(OP, name, t)
     packed = cu_seqlens_q is not None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._call.autocast import Autocast
 from .._call.run import call
-from .._check import as_int, check_bool, check_tensor
+from .._check import check_bool
 from .._flops import band
 from .._lowering import scale_or_default
 from ..reference.sparse import landmark_attention as reference
@@ -104,19 +104,12 @@ def landmark_attention(
 
 
 def lower(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    block: int = 64,
-    scale: float | None = None,
-    return_lse: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **given: Any
 ) -> tuple[Any, ...]:
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        check_tensor(OP, name, t)
-    block = as_int(OP, "block", block)
     check_bool(OP, "return_lse", return_lse)
-    return q, k, v, block, scale_or_default(OP, scale, q)
+    a = FORWARD.fields(q=q, k=k, v=v, **given)
+    a["scale"] = scale_or_default(OP, a["scale"], q)
+    return tuple(a.values())
 
 
 def flops(a: Any) -> float:

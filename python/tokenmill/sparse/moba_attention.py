@@ -86,7 +86,7 @@ def moba_attention(
         True
     """
     if other:
-        refuse(OP, moba_attention, other)
+        refuse(moba_attention, other)
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(OP, name, t)
     check_tensor(OP, "seqlens_k", seqlens_k, optional=True)

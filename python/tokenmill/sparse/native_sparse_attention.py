@@ -121,7 +121,7 @@ def native_sparse_attention(
         True
     """
     if other:
-        refuse(OP, native_sparse_attention, other)
+        refuse(native_sparse_attention, other)
     sizes = {
         "block": block, "stride": stride, "select_block": select_block, "topk": topk,
         "num_first": num_first, "num_local": num_local, "window": window,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
-from typing_extensions import Never
+from typing_extensions import Required, Unpack
 
 from .._call.attach import register
 from .._call.autocast import Autocast
@@ -15,23 +15,51 @@ from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
     MAX_HEAD_DIM,
-    as_int,
-    as_number,
     check,
-    check_bool,
     check_tensor,
-    check_text,
 )
 from .._flops import known
 from .._kv_cache import check_lengths_values
-from .._lowering import scale_or_default, widen
-from .._other_names import REQUIRED, refuse, refuses_other_names
+from .._lowering import scale_or_default, take_options, widen
+from .._other_names import REQUIRED, answered_by
 from ..reference.sparse import sparse_decode_attention as reference
 from ..registry import OpSpec, Sharding, register_op
 
 OP = "sparse_decode_attention"
 
 Positions = Literal["absolute", "cache"]
+
+
+class SparseDecodeOptions(TypedDict, total=False):
+    """Keywords of :func:`sparse_decode_attention` other than return_mass."""
+
+    block_k: int
+    seqlens_k: Required[Tensor]
+    block_table: Tensor | None
+    num_sink: int
+    num_recent: int
+    pos_mode: Positions
+    rope: tuple[Tensor, Tensor] | None
+    interleaved: bool
+    extra_k: Tensor | None
+    extra_v: Tensor | None
+    extra_log_count: Tensor | None
+    scale: float | None
+    softcap: float
+    sink: Tensor | None
+    num_splits: int
+    out: Tensor | None
+    backend: str | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+
+def _run(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, counts: Tensor, **given: Any
+) -> tuple[Tensor, ...]:
+    out, backend = take_options(sparse_decode_attention, given)
+    results = call(SPEC, lower(q, k_cache, v_cache, indices, counts, **given), backend, out)
+    return results if given.get("return_mass") else results[:2]
 
 
 @overload
@@ -42,26 +70,8 @@ def sparse_decode_attention(
     indices: Tensor,
     counts: Tensor,
     *,
-    block_k: int = ...,
-    seqlens_k: Tensor,
-    block_table: Tensor | None = ...,
-    num_sink: int = ...,
-    num_recent: int = ...,
-    pos_mode: Positions = ...,
-    rope: tuple[Tensor, Tensor] | None = ...,
-    interleaved: bool = ...,
-    extra_k: Tensor | None = ...,
-    extra_v: Tensor | None = ...,
-    extra_log_count: Tensor | None = ...,
-    scale: float | None = ...,
-    softcap: float = ...,
-    sink: Tensor | None = ...,
-    num_splits: int = ...,
     return_mass: Literal[False] = ...,
-    out: Tensor | None = ...,
-    backend: str | None = ...,
-    k_scale: Tensor | None = ...,
-    v_scale: Tensor | None = ...,
+    **options: Unpack[SparseDecodeOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -73,30 +83,12 @@ def sparse_decode_attention(
     indices: Tensor,
     counts: Tensor,
     *,
-    block_k: int = ...,
-    seqlens_k: Tensor,
-    block_table: Tensor | None = ...,
-    num_sink: int = ...,
-    num_recent: int = ...,
-    pos_mode: Positions = ...,
-    rope: tuple[Tensor, Tensor] | None = ...,
-    interleaved: bool = ...,
-    extra_k: Tensor | None = ...,
-    extra_v: Tensor | None = ...,
-    extra_log_count: Tensor | None = ...,
-    scale: float | None = ...,
-    softcap: float = ...,
-    sink: Tensor | None = ...,
-    num_splits: int = ...,
     return_mass: Literal[True],
-    out: Tensor | None = ...,
-    backend: str | None = ...,
-    k_scale: Tensor | None = ...,
-    v_scale: Tensor | None = ...,
+    **options: Unpack[SparseDecodeOptions],
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-@refuses_other_names
+@answered_by(_run)
 def sparse_decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -105,7 +97,7 @@ def sparse_decode_attention(
     counts: Tensor,
     *,
     block_k: int = 1,
-    seqlens_k: Tensor = REQUIRED,
+    seqlens_k: Tensor,
     block_table: Tensor | None = None,
     num_sink: int = 0,
     num_recent: int = 0,
@@ -124,7 +116,6 @@ def sparse_decode_attention(
     backend: str | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    **other: Never,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     r"""Decode attention over selected, sink and recent keys of a KV cache, with fused RoPE.
 
@@ -216,40 +207,7 @@ def sparse_decode_attention(
         >>> out[0, 0, 0, 0].item()  # the mean of 0, 30, 50 and 79
         39.75
     """
-    if other:
-        refuse(OP, sparse_decode_attention, other)
-    check_tensor(OP, "out", out, optional=True)
-    found, lse, mass = call(
-        SPEC,
-        lower(
-            q,
-            k_cache,
-            v_cache,
-            indices,
-            counts,
-            block_k=block_k,
-            seqlens_k=seqlens_k,
-            block_table=block_table,
-            num_sink=num_sink,
-            num_recent=num_recent,
-            pos_mode=pos_mode,
-            rope=rope,
-            interleaved=interleaved,
-            extra_k=extra_k,
-            extra_v=extra_v,
-            extra_log_count=extra_log_count,
-            scale=scale,
-            softcap=softcap,
-            sink=sink,
-            num_splits=num_splits,
-            return_mass=return_mass,
-            k_scale=k_scale,
-            v_scale=v_scale,
-        ),
-        backend,
-        out,
-    )
-    return (found, lse, mass) if return_mass else (found, lse)
+    raise NotImplementedError
 
 
 def lower(
@@ -259,84 +217,25 @@ def lower(
     indices: Tensor,
     counts: Tensor,
     *,
-    block_k: int = 1,
-    seqlens_k: Tensor,
-    block_table: Tensor | None = None,
-    num_sink: int = 0,
-    num_recent: int = 0,
-    pos_mode: str = "absolute",
     rope: tuple[Tensor, Tensor] | None = None,
-    interleaved: bool = False,
-    extra_k: Tensor | None = None,
-    extra_v: Tensor | None = None,
-    extra_log_count: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    sink: Tensor | None = None,
-    num_splits: int = 0,
-    return_mass: bool = False,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
     op: str = OP,
+    **given: Any,
 ) -> tuple[Any, ...]:
-    for name, t in (
-        ("q", q),
-        ("k_cache", k_cache),
-        ("v_cache", v_cache),
-        ("indices", indices),
-        ("counts", counts),
-        ("seqlens_k", seqlens_k),
-    ):
-        check_tensor(op, name, t)
-    for name, option in (
-        ("block_table", block_table),
-        ("extra_k", extra_k),
-        ("extra_v", extra_v),
-        ("extra_log_count", extra_log_count),
-        ("sink", sink),
-        ("k_scale", k_scale),
-        ("v_scale", v_scale),
-    ):
-        check_tensor(op, name, option, optional=True)
-    block_k, num_splits = as_int(op, "block_k", block_k), as_int(op, "num_splits", num_splits)
-    num_sink, num_recent = as_int(op, "num_sink", num_sink), as_int(op, "num_recent", num_recent)
-    for name, flag in (("interleaved", interleaved), ("return_mass", return_mass)):
-        check_bool(op, name, flag)
-    softcap = as_number(op, "softcap", softcap)
-    check_text(op, "pos_mode", pos_mode)
-    cos, sin = None, None
+    given.setdefault("seqlens_k", REQUIRED)
+    a = FORWARD.fields(
+        op, q=q, k_cache=k_cache, v_cache=v_cache, indices=indices, counts=counts, **given
+    )
     if rope is not None:
         pair = isinstance(rope, tuple | list) and len(rope) == 2
         check(pair, op, "rope", "must be (cos, sin)", type(rope).__name__)
         for t in rope:
             check_tensor(op, "rope", t)
-        cos, sin = (widen(t, q) for t in rope)
-    return (
-        q,
-        k_cache,
-        v_cache,
-        indices,
-        counts,
-        seqlens_k,
-        block_table,
-        block_k,
-        num_sink,
-        num_recent,
-        pos_mode,
-        cos,
-        sin,
-        interleaved,
-        extra_k,
-        extra_v,
-        None if extra_log_count is None else widen(extra_log_count, q),
-        scale_or_default(op, scale, q),
-        softcap,
-        None if sink is None else widen(sink, q),
-        num_splits,
-        return_mass,
-        k_scale,
-        v_scale,
-    )
+        a["cos"], a["sin"] = (widen(t, q) for t in rope)
+    a["scale"] = scale_or_default(op, a["scale"], q)
+    for name in ("extra_log_count", "sink"):
+        if a[name] is not None:
+            a[name] = widen(a[name], q)
+    return tuple(a.values())
 
 
 def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,6 @@ from torch import Tensor
 from .._call.attach import register
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import as_int, check_tensor
 from ..reference.sparse import transpose_block_list as reference
 from ..registry import OpSpec, Sharding, register_op
 
@@ -50,15 +49,8 @@ def transpose_block_list(
         >>> offsets.tolist(), rows.tolist()
         ([[[0, 1, 1, 3]]], [[[0, 0, 1, -1]]])
     """
-    offsets, rows = call(SPEC, lower(indices, counts, num_blocks), backend)
+    offsets, rows = call(SPEC, FORWARD.lower(indices, counts, num_blocks), backend)
     return offsets, rows
-
-
-def lower(indices: Tensor, counts: Tensor, num_blocks: int) -> tuple[Any, ...]:
-    for name, t in (("indices", indices), ("counts", counts)):
-        check_tensor(OP, name, t)
-    num_blocks = as_int(OP, "num_blocks", num_blocks)
-    return indices, counts, num_blocks
 
 
 def _fake(a: Any) -> tuple[Tensor, Tensor]:
@@ -77,7 +69,6 @@ SPEC = register_op(
         name=OP,
         family="sparse",
         function=transpose_block_list,
-        lower=lower,
         reference=reference.transpose_block_list,
         plain=reference.transpose_block_list,  # exact
         forward=FORWARD,

@@ -12,7 +12,6 @@ from .._call.attach import register
 from .._call.autocast import Autocast
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import check_bool, check_tensor
 from ..reference.tokens import best_match as reference
 from ..registry import OpSpec, Sharding, register_op
 
@@ -62,15 +61,8 @@ def best_match(
         >>> index.shape, bool((score.abs() <= 1.00001).all())
         (torch.Size([2, 99]), True)
     """
-    index, score = call(SPEC, lower(a, b, normalize=normalize), backend)
+    index, score = call(SPEC, FORWARD.lower(a, b, normalize=normalize), backend)
     return index, score
-
-
-def lower(a: Tensor, b: Tensor, *, normalize: bool = False) -> tuple[Any, ...]:
-    check_tensor(OP, "a", a)
-    check_tensor(OP, "b", b)
-    check_bool(OP, "normalize", normalize)
-    return a, b, normalize
 
 
 def _fake(record: Any) -> tuple[Tensor, Tensor]:
@@ -103,7 +95,6 @@ SPEC = register_op(
         name=OP,
         family="tokens",
         function=best_match,
-        lower=lower,
         reference=reference.best_match,
         plain=_plain,
         forward=FORWARD,

@@ -110,7 +110,7 @@ def bipartite_match(
         2048
     """
     if other:
-        refuse(OP, bipartite_match, other)
+        refuse(bipartite_match, other)
     r = as_int(OP, "r", r)
     protect_first = as_int(OP, "protect_first", protect_first)
     protect_targets = as_int(OP, "protect_targets", protect_targets)

@@ -11,7 +11,7 @@ from .._call.attach import register
 from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import as_int, as_number, check, check_bool, check_tensor
+from .._check import as_int, check
 from ..reference.tokens import cluster_tokens as reference
 from ..registry import OpSpec, Sharding, register_op
 
@@ -82,23 +82,12 @@ def cluster_tokens(
     return centroids, labels, mass
 
 
-def lower(
-    x: Tensor,
-    grid: int | tuple[int, int],
-    *,
-    iters: int = 5,
-    tau: float,
-    window: int = 7,
-    window_labels: bool = False,
-) -> tuple[Any, ...]:
-    check_tensor(OP, "x", x)
+def lower(x: Tensor, grid: int | tuple[int, int], *, tau: float, **given: Any) -> tuple[Any, ...]:
+    a = FORWARD.fields(x=x, tau=tau, **given)
     sides = tuple(grid) if isinstance(grid, tuple | list) else (grid, grid)
     check(len(sides) == 2, OP, "grid", "must be an integer or two", grid)
-    sides = as_int(OP, "grid", sides[0]), as_int(OP, "grid", sides[1])
-    iters, window = as_int(OP, "iters", iters), as_int(OP, "window", window)
-    tau = as_number(OP, "tau", tau)
-    check_bool(OP, "window_labels", window_labels)
-    return x, *sides, iters, tau, window, window_labels
+    a["grid_y"], a["grid_x"] = as_int(OP, "grid", sides[0]), as_int(OP, "grid", sides[1])
+    return tuple(a.values())
 
 
 def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from .._call.attach import register
 from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import as_int, check_bool, check_tensor
+from .._check import check_tensor
 from .._lowering import widen
 from ..reference.tokens import gather_fuse as reference
 from ..registry import OpSpec, Sharding, register_op
@@ -82,20 +82,10 @@ def gather_fuse(
     return result
 
 
-def lower(
-    x: Tensor,
-    keep: Tensor,
-    rest: Tensor,
-    weight: Tensor,
-    *,
-    prefix: int = 1,
-    normalize: bool = False,
-) -> tuple[Any, ...]:
-    for name, t in (("x", x), ("keep", keep), ("rest", rest), ("weight", weight)):
-        check_tensor(OP, name, t)
-    prefix = as_int(OP, "prefix", prefix)
-    check_bool(OP, "normalize", normalize)
-    return x, as_int32(keep), as_int32(rest), widen(weight, x), prefix, normalize
+def lower(x: Tensor, keep: Tensor, rest: Tensor, weight: Tensor, **given: Any) -> tuple[Any, ...]:
+    a = FORWARD.fields(x=x, keep=keep, rest=rest, weight=weight, **given)
+    a["keep"], a["rest"], a["weight"] = as_int32(keep), as_int32(rest), widen(weight, x)
+    return tuple(a.values())
 
 
 def _check_values(a: Any) -> None:

@@ -10,7 +10,7 @@ from .._call.attach import register
 from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import as_int, check, check_bool, check_tensor, check_text
+from .._check import as_int, check, check_text
 from ..reference.tokens import local_pool as reference
 from ..registry import OpSpec, Sharding, register_op
 from ._rows import contiguous_rows
@@ -71,14 +71,9 @@ def local_pool(
         [1.0, 4.0, 0.0, 6.0]
     """
     lowered = lower(
-        x,
-        kernel,
-        dilation=dilation,
-        mode=mode,
-        mask=mask,
-        count_include_pad=count_include_pad,
+        x, kernel, dilation=dilation, mode=mode, mask=mask, count_include_pad=count_include_pad,
         subtract_input=subtract_input,
-    )
+    )  # fmt: skip
     out: Tensor = call(SPEC, lowered, backend)[0]
     return out.squeeze(1) if x.dim() == 3 else out
 
@@ -89,25 +84,17 @@ def lower(
     *,
     dilation: int | tuple[int, int] = 1,
     mode: str = "avg",
-    mask: Tensor | None = None,
-    count_include_pad: bool = False,
-    subtract_input: bool = False,
+    **given: Any,
 ) -> tuple[Any, ...]:
-    check_tensor(OP, "x", x)
-    check_tensor(OP, "mask", mask, optional=True)
     check_text(OP, "mode", mode)
-    for name, value in (
-        ("count_include_pad", count_include_pad),
-        ("subtract_input", subtract_input),
-    ):
-        check_bool(OP, name, value)
+    a = FORWARD.fields(x=x, pooling=mode, **given)
     line = x.dim() == 3
-    kernels = _pair("kernel", kernel, line)
-    dilations = _pair("dilation", dilation, line)
+    a["kernel_y"], a["kernel_x"] = _pair("kernel", kernel, line)
+    a["dilation_y"], a["dilation_x"] = _pair("dilation", dilation, line)
     if line:
-        x = x.unsqueeze(1)
-        mask = mask.unsqueeze(1) if mask is not None and mask.dim() else mask
-    return x, mask, *kernels, *dilations, mode, count_include_pad, subtract_input
+        a["x"], mask = x.unsqueeze(1), a["mask"]
+        a["mask"] = mask.unsqueeze(1) if mask is not None and mask.dim() else mask
+    return tuple(a.values())
 
 
 def _pair(name: str, value: Any, line: bool) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._call.attach import register
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import as_int, check, check_tensor
+from .._check import check
 from ..reference.tokens import mask_partition as reference
 from ..registry import OpSpec, register_op
 
@@ -49,15 +49,8 @@ def mask_partition(
         >>> indices.tolist(), cu_seqlens.tolist(), inverse.tolist()
         ([0, 2, 5, -1], [0, 2, 3], [[0, -1, 1], [-1, -1, 2]])
     """
-    indices, cu_seqlens, inverse = call(SPEC, lower(mask, max_total=max_total), backend)
+    indices, cu_seqlens, inverse = call(SPEC, FORWARD.lower(mask, max_total=max_total), backend)
     return indices, cu_seqlens, inverse
-
-
-def lower(mask: Tensor, *, max_total: int | None = None) -> tuple[Any, ...]:
-    check_tensor(OP, "mask", mask)
-    if max_total is not None:
-        max_total = as_int(OP, "max_total", max_total)
-    return mask, max_total
 
 
 def _check_values(a: Any) -> None:
@@ -90,7 +83,6 @@ SPEC = register_op(
         name=OP,
         family="tokens",
         function=mask_partition,
-        lower=lower,
         reference=reference.mask_partition,
         plain=reference.mask_partition,  # exact
         forward=FORWARD,

@@ -69,7 +69,7 @@ def merge_tokens(
         [[[2.0], [2.0], [10.0]]]
     """
     if other:
-        refuse(OP, merge_tokens, other)
+        refuse(merge_tokens, other)
     for name, t in (("x", x), ("assign", assign)):
         check_tensor(OP, name, t)
     check_tensor(OP, "weight", weight, optional=True)

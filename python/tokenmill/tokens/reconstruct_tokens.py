@@ -12,7 +12,6 @@ from .._call.autocast import Autocast
 from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import as_int, as_number, check_tensor, check_text
 from ..reference.tokens import reconstruct_tokens as reference
 from ..registry import OpSpec, Sharding, register_op
 from ._rows import contiguous_rows
@@ -81,15 +80,13 @@ def reconstruct_tokens(
 
 
 def lower(
-    features: Tensor, centroids: Tensor, values: Tensor, *, k: int = 3, tau: float, norm: str = "l1"
+    features: Tensor, centroids: Tensor, values: Tensor, *, tau: float, **given: Any
 ) -> tuple[Any, ...]:
-    for name, t in (("features", features), ("centroids", centroids), ("values", values)):
-        check_tensor(OP, name, t)
-    k = as_int(OP, "k", k)
-    tau = as_number(OP, "tau", tau)
-    check_text(OP, "norm", norm)
-    features, centroids = (t.detach() if t.requires_grad else t for t in (features, centroids))
-    return features, centroids, values, k, tau, norm
+    a = FORWARD.fields(features=features, centroids=centroids, values=values, tau=tau, **given)
+    for name in ("features", "centroids"):
+        if a[name].requires_grad:
+            a[name] = a[name].detach()
+    return tuple(a.values())
 
 
 def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from .._call.attach import register
 from .._call.autograd import keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import check, check_bool, check_tensor, check_text
+from .._check import check, check_bool
 from .._lowering import widen
 from ..reference.tokens import segment_reduce as reference
 from ..registry import OpSpec, Sharding, register_op
@@ -83,33 +83,23 @@ def segment_reduce(
 
 
 def lower(
-    x: Tensor,
-    offsets: Tensor,
-    *,
-    weight: Tensor | None = None,
-    perm: Tensor | None = None,
-    reduce: str = "sum",
-    return_weight_sum: bool = False,
+    x: Tensor, offsets: Tensor, *, return_weight_sum: bool = False, **given: Any
 ) -> tuple[Any, ...]:
-    check_tensor(OP, "x", x)
-    check_tensor(OP, "offsets", offsets)
-    for name, t in (("weight", weight), ("perm", perm)):
-        check_tensor(OP, name, t, optional=True)
-    check_text(OP, "reduce", reduce)
+    a = FORWARD.fields(x=x, offsets=offsets, **given)
     check_bool(OP, "return_weight_sum", return_weight_sum)
     rule = "must have 3 dimensions [B, N, C] or 2 [T, C]"
     check(x.dim() in (2, 3), OP, "x", rule, x.dim())
     if x.dim() == 2:
-        for name, t in (("offsets", offsets), ("perm", perm), ("weight", weight)):
-            if t is not None:
+        a["x"] = x[None]
+        for name in ("offsets", "perm", "weight"):
+            if (t := a[name]) is not None:
                 check(t.dim() == 1, OP, name, "must have 1 dimension with x [T, C]", t.dim())
-        x, offsets = x[None], offsets[None]
-        perm, weight = (None if t is None else t[None] for t in (perm, weight))
-    if weight is not None:
+                a[name] = t[None]
+    if (weight := a["weight"]) is not None:
         rule = "must be of a floating type"
         check(weight.is_floating_point(), OP, "weight", rule, weight.dtype)
-        weight = widen(weight, x)
-    return x, offsets, perm, weight, reduce
+        a["weight"] = widen(weight, x)
+    return tuple(a.values())
 
 
 def _check_values(a: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._call.attach import register
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import as_int, check, check_bool, check_tensor, check_text, fail
+from .._check import as_int, check, check_tensor, fail
 from ..reference.tokens import topk_partition as reference
 from ..registry import OpSpec, Sharding, register_op
 from ._rows import as_int32
@@ -78,31 +78,17 @@ def topk_partition(
 
 
 def lower(
-    scores: Tensor,
-    k: int | Tensor,
-    *,
-    max_k: int | None = None,
-    largest: bool = True,
-    order: str = "score",
-    valid: Tensor | None = None,
-    protect_first: int = 0,
-    protect_last: int = 0,
+    scores: Tensor, k: int | Tensor, *, max_k: int | None = None, **given: Any
 ) -> tuple[Any, ...]:
-    check_tensor(OP, "scores", scores)
-    check_tensor(OP, "valid", valid, optional=True)
-    counts = None
+    a = FORWARD.fields(scores=scores, **given)
     if isinstance(k, Tensor):
         check_tensor(OP, "k", k)
         maximum = max_k if max_k is not None else scores.shape[-1] if scores.dim() else 0
-        k, counts = maximum, as_int32(k)
+        a["k"], a["counts"] = as_int(OP, "max_k", maximum), as_int32(k)
     else:
         check(max_k is None, OP, "max_k", "requires a tensor k", max_k)
-    k = as_int(OP, "k" if counts is None else "max_k", k)
-    protect_first = as_int(OP, "protect_first", protect_first)
-    protect_last = as_int(OP, "protect_last", protect_last)
-    check_bool(OP, "largest", largest)
-    check_text(OP, "order", order)
-    return scores, k, counts, largest, order, valid, protect_first, protect_last
+        a["k"] = as_int(OP, "k", k)
+    return tuple(a.values())
 
 
 def _check_values(a: Any) -> None:
