@@ -105,6 +105,13 @@ def tile_options(tiles: Tiles, head_dim: int, value_dim: int) -> dict[str, Any]:
     }
 
 
+def choice_options(tiles: Tiles, head_dim: int, value_dim: int, **choices: Any) -> dict[str, Any]:
+    """Launch options of kernels that take Choices."""
+    options = tile_options(tiles, head_dim, value_dim)
+    launched = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    return {"C": choices_of(**choices, **options), **launched}
+
+
 NO_LISTS = Lists(None, 0, 0, 1)
 
 
@@ -267,11 +274,16 @@ class Call(record_of("attention")):  # type: ignore[misc]
         return lists
 
     def options(self, tiles: Tiles, page_size: int = 1) -> dict[str, Any]:
-        choices = tile_options(tiles, self.q.shape[-1], self.v.shape[-1])
-        launched = {name: choices.pop(name) for name in ("num_warps", "num_stages")}
-        choices |= {"KIND": self.kind, "NORMALIZE": self.normalize}
-        choices |= {"FAST": self.precision == "fast", "PAGE_SIZE": page_size}
-        return {"C": choices_of(RANGES=ranges_in(self.mask_ranges), **choices), **launched}
+        return choice_options(
+            tiles,
+            self.q.shape[-1],
+            self.v.shape[-1],
+            KIND=self.kind,
+            NORMALIZE=self.normalize,
+            FAST=self.precision == "fast",
+            RANGES=ranges_in(self.mask_ranges),
+            PAGE_SIZE=page_size,
+        )
 
 
 def _bounded(tokens: int, bound: int | None) -> int:

@@ -19,7 +19,6 @@ from ..common import (
     INTERPRETED,
     STEP,
     Sequence,
-    choices_of,
     head_of,
     launch,
     load_tile,
@@ -29,7 +28,7 @@ from ..common import (
     terms_of,
     window_of,
 )
-from .attention import attention_cached, store_of
+from .attention import Tiles, attention_cached, choice_options, store_of
 from .attention_decode_merge import merge, new_partials, rows_of, store_partials
 from .attention_decode_schedule import (
     NO_STREAM,
@@ -305,24 +304,19 @@ def attention_decode(a: Any) -> tuple[Tensor, Tensor]:
         q.new_empty((programs, steps), dtype=torch.int32) if masked else None,
         steps,
         *sizes,
-        C=choices_of(
+        # A single query sees every key of its range unless a mask is given.
+        HIDES=seqlen_q > 1 or a.kind == "relu" or masked,
+        TILES=max(LISTED // tile.keys, 1),
+        **choice_options(
+            Tiles(*tile),
+            head_dim,
+            value_dim,
             KIND=a.kind,
             NORMALIZE=a.normalize,
             FAST=False,
             RANGES=ranges_in(a.mask_ranges),
             PAGE_SIZE=1 if a.block_table is None else k.shape[1],
-            HEAD_DIM=head_dim,
-            VALUE_DIM=value_dim,
-            BLOCK_M=tile.rows,
-            BLOCK_N=tile.keys,
-            BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
-            BLOCK_V=max(triton.next_power_of_2(value_dim), 16),
         ),
-        # A single query sees every key of its range unless a mask is given.
-        HIDES=seqlen_q > 1 or a.kind == "relu" or masked,
-        TILES=max(LISTED // tile.keys, 1),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
     merge(
         partials, a.seqlens_k, maximum, out, lse, None, a.sink, terms, group, stream, a.kind,

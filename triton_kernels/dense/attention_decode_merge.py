@@ -29,14 +29,9 @@ class Partials(NamedTuple):
 
 @triton.jit
 def store_partials(
-    partials,
-    o_partial,
-    m_row,
-    sums,
-    VALUE_DIM: tl.constexpr,
-    KIND: tl.constexpr = "softmax",
-    NORMALIZE: tl.constexpr = "none",
-):
+    partials, o_partial, m_row, sums, VALUE_DIM: tl.constexpr,
+    KIND: tl.constexpr = "softmax", NORMALIZE: tl.constexpr = "none",
+):  # fmt: skip
     store_tile(partials.outs + o_partial * VALUE_DIM, m_row, sums.acc, VALUE_DIM)
     if KIND == "softmax" or NORMALIZE != "none":
         tl.store(partials.sums + o_partial, sums.sum, mask=m_row)

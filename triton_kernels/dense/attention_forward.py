@@ -72,15 +72,9 @@ def no_sums(BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def accumulate(
-    sums,
-    b_z,
-    b_v,
-    head,
-    KIND: tl.constexpr = "softmax",
-    NORMALIZE: tl.constexpr = "none",
-    FAST: tl.constexpr = False,
-    b_fade=None,
-):
+    sums, b_z, b_v, head, KIND: tl.constexpr = "softmax", NORMALIZE: tl.constexpr = "none",
+    FAST: tl.constexpr = False, b_fade=None,
+):  # fmt: skip
     """Adds a tile of keys to the sums of its rows. The row sum of softmax is taken before post-sum
     decay. normalize="count" counts keys instead."""
     b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = sums
@@ -110,16 +104,9 @@ def accumulate(
 
 @triton.jit
 def accumulate_seen(
-    b_z,
-    b_v,
-    b_acc,
-    b_acc_lost,
-    b_top,
-    head,
-    KIND: tl.constexpr = "softmax",
-    FAST: tl.constexpr = False,
-    b_fade=None,
-):
+    b_z, b_v, b_acc, b_acc_lost, b_top, head, KIND: tl.constexpr = "softmax",
+    FAST: tl.constexpr = False, b_fade=None,
+):  # fmt: skip
     """O += P V with weights relative to the final row_max. Skips keys whose score is -inf, and keys
     whose relu weight is 0."""
     if KIND == "softmax":
@@ -159,10 +146,7 @@ def normaliser(b_top, b_sum, b_sink, head):
         b_base = tl.where(b_score > b_top, b_sink, b_base)
     m_empty = b_total == 0.0
     b_lse = b_base + tl.log(tl.where(m_empty, 1.0, b_total))
-    return (
-        b_factor / tl.where(m_empty, 1.0, b_total),
-        tl.where(m_empty, -INF, b_lse),
-    )
+    return b_factor / tl.where(m_empty, 1.0, b_total), tl.where(m_empty, -INF, b_lse)
 
 
 @triton.jit
