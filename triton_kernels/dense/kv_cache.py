@@ -30,8 +30,8 @@ class Cache(NamedTuple):
 
 
 class Store(NamedTuple):
-    """Tensors of a Cache. Its lengths are arguments of their own. seqlens None: keys and values of
-    a call without a cache."""
+    """The tensors of a Cache, as kernels take them; CACHE_LENGTHS are arguments of their own. seqlens
+    None: keys and values of a call without a cache."""
 
     k: Rows
     v: Rows
@@ -41,7 +41,7 @@ class Store(NamedTuple):
     v_scale: Rows | None = None
 
 
-# Lengths of a Cache, excluded from specialization: a new length does not recompile.
+# Excluded from specialization: a new length does not recompile.
 CACHE_LENGTHS = ["table_stride", "pages", "capacity"]
 
 
