@@ -30,8 +30,8 @@ class Cache(NamedTuple):
 
 
 class Store(NamedTuple):
-    """The tensors of a Cache, as kernels take them; CACHE_LENGTHS are arguments of their own. seqlens
-    None: keys and values of a call without a cache."""
+    """The tensors of a Cache, as kernels take them, without CACHE_LENGTHS. seqlens None: keys and
+    values of a call without a cache."""
 
     k: Rows
     v: Rows
