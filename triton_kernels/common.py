@@ -30,9 +30,6 @@ STEP_COLUMNS = tl.constexpr(32)
 # Registers per thread for kernels that recompute NaN rows: ptxas may choose fewer, and spill.
 MAX_REGISTERS = 255
 
-# Arguments excluded from specialization: a new length does not recompile.
-LENGTHS = ["tokens_q", "tokens_k", "longest_q", "longest_k", "heads", "group", "blocks"]
-
 
 class Rows(NamedTuple):
     """[B, S, H, D] with a contiguous last dimension; strides in elements. Packed sequences are
@@ -83,6 +80,47 @@ class Terms(NamedTuple):
     bias_k: int
 
 
+class CuSeqlens(NamedTuple):
+    """Sequence bounds in packed tensors, [B + 1]; None: batched."""
+
+    q: Tensor | None
+    k: Tensor | None
+
+
+class Lengths(NamedTuple):
+    """Lengths of a call. A kernel takes them one by one, because Triton specializes kernels on the
+    integers in a tuple, and passes them on together."""
+
+    tokens_q: Any
+    tokens_k: Any
+    longest_q: Any
+    longest_k: Any
+    heads: Any
+    group: Any  # query heads per KV head
+    blocks: Any = None  # blocks of rows of a sequence
+
+
+# Arguments excluded from specialization: a new length does not recompile.
+LENGTHS = list(Lengths._fields)
+
+
+class Choices(NamedTuple):
+    """Compile-time choices of a kernel. Each is a tl.constexpr: Triton makes other members of a
+    tuple run-time values."""
+
+    KIND: Any
+    NORMALIZE: Any
+    FAST: Any
+    RANGES: Any  # mask ranges per query
+    PAGE_SIZE: Any
+    HEAD_DIM: Any
+    VALUE_DIM: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
+    BLOCK_D: Any
+    BLOCK_V: Any
+
+
 class Sequence(NamedTuple):
     """Token ranges of one sequence in the packed or batched tensors."""
 
@@ -91,6 +129,16 @@ class Sequence(NamedTuple):
     k_start: Any
     k_length: Any
     diagonal: Any  # position of query 0 among the keys
+
+
+class Block(NamedTuple):
+    """Rows first .. last of one head of one sequence, which starts at row start of the tensor."""
+
+    i_b: Any
+    i_h: Any
+    first: Any
+    last: Any
+    start: Any
 
 
 class Head(NamedTuple):
@@ -134,10 +182,31 @@ def span(cu_seqlens, tokens, longest, i_b):
 
 
 @triton.jit
-def sequence_of(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, longest_q, longest_k, i_b):
-    q_start, q_length = span(cu_seqlens_q, tokens_q, longest_q, i_b)
-    k_start, k_length = span(cu_seqlens_k, tokens_k, longest_k, i_b)
+def sequence_of(cu_seqlens, lengths, i_b):
+    q_start, q_length = span(cu_seqlens.q, lengths.tokens_q, lengths.longest_q, i_b)
+    k_start, k_length = span(cu_seqlens.k, lengths.tokens_k, lengths.longest_k, i_b)
     return Sequence(q_start, q_length, k_start, k_length, k_length - q_length)
+
+
+@triton.jit
+def query_block(cu_seqlens, lengths, heads, BLOCK: tl.constexpr):
+    """The block of queries of this program. Blocks are in reversed order: under a causal mask the
+    last queries have most keys, so they start first."""
+    i_block, i_h, i_b = program(lengths.blocks, heads)
+    sequence = sequence_of(cu_seqlens, lengths, i_b)
+    first = (lengths.blocks - 1 - i_block) * BLOCK
+    last = tl.minimum(first + BLOCK, sequence.q_length) - 1
+    return Block(i_b, i_h, first, last, sequence.q_start), sequence
+
+
+@triton.jit
+def key_block(cu_seqlens, lengths, heads, BLOCK: tl.constexpr):
+    """The block of keys of this program."""
+    i_block, i_h, i_b = program(lengths.blocks, heads)
+    sequence = sequence_of(cu_seqlens, lengths, i_b)
+    first = i_block * BLOCK
+    last = tl.minimum(first + BLOCK, sequence.k_length) - 1
+    return Block(i_b, i_h, first, last, sequence.k_start), sequence
 
 
 @triton.jit
@@ -440,6 +509,10 @@ def _broadcast_strides(t: Tensor | None) -> tuple[int, ...]:
     if t is None:
         return 0, 0, 0, 0
     return tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True))
+
+
+def choices_of(**choices: Any) -> Choices:
+    return Choices(**{name: tl.constexpr(value) for name, value in choices.items()})
 
 
 def architecture(t: Tensor) -> int:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ..common import INF, launch, load_tile, store_tile, tanh
 
-ROWS, KEYS, STEP = 16, 32, 8  # score tile: queries, keys, elements of A per step
-OWN, OTHER, WIDTH = 8, 16, 32  # gradient tile: own rows, rows reduced over, columns of A
+# Score tile: queries, keys, elements of A per step.
+ROWS, KEYS, STEP = tl.constexpr(16), tl.constexpr(32), tl.constexpr(8)
+# Gradient tile: own rows, rows reduced over, columns of A.
+OWN, OTHER, WIDTH = tl.constexpr(8), tl.constexpr(16), tl.constexpr(32)
 COUNTS = ["rows", "keys", "own_rows", "other_rows"]
 
 
@@ -44,31 +46,19 @@ def load_pairs(pairs, i_b, o_row, o_column, m_pair, other):
 
 
 @triton.jit
-def load_side(side, i_b, o_row, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, first):
+def load_side(side, i_b, o_row, rows, A: tl.constexpr, BLOCK: tl.constexpr, first):
     p_row = side.data + i_b * side.batch + o_row.to(tl.int64) * side.row
-    return load_tile(p_row, o_row < rows, WIDTH, BLOCK, first).to(tl.float32)
+    return load_tile(p_row, o_row < rows, A, BLOCK, first).to(tl.float32)
 
 
 @triton.jit
-def load_weight(v, WIDTH: tl.constexpr, BLOCK: tl.constexpr, first):
+def load_weight(v, A: tl.constexpr, BLOCK: tl.constexpr, first):
     o_a = first + tl.arange(0, BLOCK)
-    return tl.load(v + o_a, mask=o_a < WIDTH, other=0.0).to(tl.float32)
+    return tl.load(v + o_a, mask=o_a < A, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def scores_kernel(
-    q,
-    k,
-    v,
-    mask,
-    scores,
-    rows,
-    keys,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    STEP: tl.constexpr,
-):
+def scores_kernel(q, k, v, mask, scores, rows, keys, A: tl.constexpr):
     tiles_of_keys = tl.cdiv(keys, KEYS)
     tiles_of_rows = tl.cdiv(rows, ROWS)
     i = tl.program_id(0)
@@ -77,10 +67,10 @@ def scores_kernel(
     i_b = (i // tiles_of_keys // tiles_of_rows).to(tl.int64)
     m_pair = (o_i < rows)[:, None] & (o_j < keys)[None, :]
     b_sum = tl.zeros([ROWS, KEYS], tl.float32)
-    for first in range(0, WIDTH, STEP):
-        b_q = load_side(q, i_b, o_i, rows, WIDTH, STEP, first)
-        b_k = load_side(k, i_b, o_j, keys, WIDTH, STEP, first)
-        b_v = load_weight(v, WIDTH, STEP, first)
+    for first in range(0, A, STEP):
+        b_q = load_side(q, i_b, o_i, rows, A, STEP, first)
+        b_k = load_side(k, i_b, o_j, keys, A, STEP, first)
+        b_v = load_weight(v, A, STEP, first)
         # u += v . tanh(q + k)
         b_e = tanh(b_q[:, None, :] + b_k[None, :, :])  # [ROWS, KEYS, STEP]
         b_sum += tl.sum(b_e * b_v[None, None, :], 2)
@@ -92,21 +82,7 @@ def scores_kernel(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def gradients_kernel(
-    own,
-    other,
-    v,
-    mask,
-    g,
-    d_own,
-    dv,
-    own_rows,
-    other_rows,
-    A: tl.constexpr,
-    OWN: tl.constexpr,
-    OTHER: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+def gradients_kernel(own, other, v, mask, g, d_own, dv, own_rows, other_rows, A: tl.constexpr):
     """dv: one partial per block of rows, or None."""
     steps = tl.cdiv(A, WIDTH)
     tiles = tl.cdiv(own_rows, OWN)
@@ -161,7 +137,7 @@ def additive_attention(a: Any) -> Tensor:
     scores = a.q.new_empty((batch, rows, keys), dtype=torch.float32)
     launch(
         scores_kernel,
-        batch * triton.cdiv(rows, ROWS) * triton.cdiv(keys, KEYS),
+        batch * triton.cdiv(rows, ROWS.value) * triton.cdiv(keys, KEYS.value),
         a.q,
         rows_of(a.q),
         rows_of(a.k),
@@ -170,10 +146,7 @@ def additive_attention(a: Any) -> Tensor:
         scores,
         rows,
         keys,
-        WIDTH=width,
-        ROWS=ROWS,
-        KEYS=KEYS,
-        STEP=STEP,
+        width,
     )
     return scores
 
@@ -188,10 +161,9 @@ def launch_side(
 ) -> Tensor:
     batch, count, width = own.shape
     gradient = own.new_empty(own.shape)
-    options: dict[str, Any] = {"A": width, "OWN": OWN, "OTHER": OTHER, "WIDTH": WIDTH}
     launch(
         gradients_kernel,
-        batch * triton.cdiv(count, OWN) * triton.cdiv(width, WIDTH),
+        batch * triton.cdiv(count, OWN.value) * triton.cdiv(width, WIDTH.value),
         own,
         rows_of(own),
         rows_of(other),
@@ -202,14 +174,14 @@ def launch_side(
         dv,
         count,
         other.shape[1],
-        **options,
+        width,
     )
     return gradient
 
 
 def additive_attention_backward(a: Any) -> tuple[Tensor, ...]:
     batch, rows, width = a.q.shape
-    dv = a.q.new_empty((batch * triton.cdiv(rows, OWN), width), dtype=torch.float32)
+    dv = a.q.new_empty((batch * triton.cdiv(rows, OWN.value), width), dtype=torch.float32)
     dq = launch_side(a.q, a.k, a.v_weight, pairs_of(a.mask), pairs_of(a.dscores), dv)
     g, mask = pairs_of(a.dscores, transposed=True), pairs_of(a.mask, transposed=True)
     dk = launch_side(a.k, a.q, a.v_weight, mask, g, None)

@@ -13,11 +13,22 @@ from tokenmill._call.operator import as_record, record_of
 from tokenmill._kv_cache import capacity
 from tokenmill.dense.terms import has_row_statistic
 
-from ..common import INTERPRETED, Rows, Terms, Window, architecture, launch, terms_of, window_of
+from ..common import (
+    INTERPRETED,
+    CuSeqlens,
+    Rows,
+    Terms,
+    Window,
+    architecture,
+    choices_of,
+    launch,
+    terms_of,
+    window_of,
+)
 from ..tuned import tuned
-from .attention_backward import bias_kernel, keys_kernel, queries_kernel
+from .attention_backward import Saved, bias_kernel, keys_kernel, queries_kernel
 from .attention_forward import attention_kernel
-from .kv_cache import LONG, Cache, held, scale_of
+from .kv_cache import LONG, Store, held, scale_of
 from .masks import (
     COUNTS,
     LISTED,
@@ -92,6 +103,13 @@ def tile_options(tiles: Tiles, head_dim: int, value_dim: int) -> dict[str, Any]:
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
+
+
+def choice_options(tiles: Tiles, head_dim: int, value_dim: int, **choices: Any) -> dict[str, Any]:
+    """Launch options of kernels that take Choices."""
+    options = tile_options(tiles, head_dim, value_dim)
+    launched = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    return {"C": choices_of(**choices, **options), **launched}
 
 
 NO_LISTS = Lists(None, 0, 0, 1)
@@ -198,28 +216,21 @@ class Call(record_of("attention")):  # type: ignore[misc]
     def mask(self) -> PairMask:
         return mask_of(self.mask_ranges, self.mask_q_spans, self.mask_k_spans)
 
-    def sequences(self) -> Sequence[Any]:
-        return (
-            self.cu_seqlens_q,
-            self.cu_seqlens_k,
-            self.q.shape[-3],
-            # Paged keys: the mask has one id for each key of the longest request.
-            self.k.shape[-3] if self.mask_k_spans is None else self.mask_k_spans.shape[1],
-            self.longest_q,
-            self.longest_k,
-        )
+    def cu_seqlens(self) -> CuSeqlens:
+        return CuSeqlens(self.cu_seqlens_q, self.cu_seqlens_k)
 
-    def arguments(self) -> Sequence[Any]:
-        """Arguments common to all kernels, from terms to group."""
+    def conditions(self) -> Sequence[Any]:
+        """Arguments common to all kernels that decide on scores and visibility."""
+        return self.terms(), self.window(), self.mask(), self.cu_seqlens()
+
+    def lengths(self) -> Sequence[int]:
+        """Lengths except blocks."""
+        # Paged keys: the mask has one id for each key of the longest request.
+        spans = self.mask_k_spans
+        tokens_k = self.k.shape[-3] if spans is None else spans.shape[1]
+        longest = self.longest_q, self.longest_k
         group = self.heads // max(self.kv_heads, 1)
-        return (
-            self.terms(),
-            self.window(),
-            self.mask(),
-            *self.sequences(),
-            self.heads,
-            group,
-        )
+        return self.q.shape[-3], tokens_k, *longest, self.heads, group
 
     def lists(self, tiles: Tiles, of_keys: bool) -> Lists:
         """Lists of unmasked tiles: query tiles for each key block, or key tiles for each query
@@ -248,11 +259,12 @@ class Call(record_of("attention")):  # type: ignore[misc]
             batch * heads * blocks,
             self.q,
             lists,
-            mask,
             self.window(),
-            *self.sequences(),
+            mask,
+            self.cu_seqlens(),
+            *self.lengths()[:4],
             heads,
-            *([group] if of_keys else []),
+            group,
             blocks,
             RANGES=ranges_in(mask.ranges),
             BLOCK_M=tiles.block_m,
@@ -261,14 +273,17 @@ class Call(record_of("attention")):  # type: ignore[misc]
         )
         return lists
 
-    def options(self, tiles: Tiles) -> dict[str, Any]:
-        return {
-            "KIND": self.kind,
-            "NORMALIZE": self.normalize,
-            "FAST": self.precision == "fast",
-            "RANGES": ranges_in(self.mask_ranges),
-            **tile_options(tiles, self.q.shape[-1], self.v.shape[-1]),
-        }
+    def options(self, tiles: Tiles, page_size: int = 1) -> dict[str, Any]:
+        return choice_options(
+            tiles,
+            self.q.shape[-1],
+            self.v.shape[-1],
+            KIND=self.kind,
+            NORMALIZE=self.normalize,
+            FAST=self.precision == "fast",
+            RANGES=ranges_in(self.mask_ranges),
+            PAGE_SIZE=page_size,
+        )
 
 
 def _bounded(tokens: int, bound: int | None) -> int:
@@ -279,21 +294,25 @@ def attention(a: Any) -> tuple[Tensor, Tensor]:
     return forward(Call(*a))
 
 
+def store_of(a: Any) -> tuple[Store, tuple[int, int, int]]:
+    """Tensors and lengths of the cache of a call of attention_decode."""
+    k, v = (Rows(held(t), *t.stride()[:3]) for t in (a.k_cache, a.v_cache))
+    store = Store(k, v, a.seqlens_k, a.block_table, scale_of(a.k_scale), scale_of(a.v_scale))
+    stride = 0 if a.block_table is None else a.block_table.stride(0)
+    return store, (stride, a.k_cache.shape[0], capacity(a.k_cache, a.block_table))
+
+
 def attention_cached(a: Any) -> tuple[Tensor, Tensor]:
     """Forward over the KV cache of a call of attention_decode."""
     call = Call(*as_record("attention", a, k=a.k_cache, v=a.v_cache))
-    k, v = (Rows(held(t), t.stride(0), t.stride(1), t.stride(2)) for t in (call.k, call.v))
-    stride = 0 if a.block_table is None else a.block_table.stride(0)
-    maximum, pages = capacity(a.k_cache, a.block_table), a.k_cache.shape[0]
-    scales = scale_of(a.k_scale), scale_of(a.v_scale)
-    return forward(call, Cache(k, v, a.seqlens_k, a.block_table, stride, pages, maximum, *scales))
+    return forward(call, *store_of(a))
 
 
-def forward(call: Call, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
-    plain = call.plain and cache is None
-    k, v, *where = cache or Cache(
-        call.rows(call.k), call.rows(call.v), None, None, 0, 0, 0, None, None
-    )
+def forward(
+    call: Call, store: Store | None = None, cache_lengths: Sequence[int] = (0, 0, 0)
+) -> tuple[Tensor, Tensor]:
+    """store and cache_lengths: keys and values in a cache."""
+    plain = call.plain and store is None
     tiles = tuned("attention", call.plan().forward, call.q, call.v.shape[-1], plain)
     blocks = triton.cdiv(call.longest_q, tiles.block_m)
     out = call.new((*call.q.shape[:-1], call.v.shape[-1]))
@@ -305,18 +324,17 @@ def forward(call: Call, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
         call.batch * call.heads * blocks,
         call.q,
         call.rows(call.q),
-        k,
-        v,
+        store or Store(call.rows(call.k), call.rows(call.v)),
         call.rows(out),
         lse,
         call.sink,
         # With a cache, masked pairs are tested one by one: no tile lists.
-        NO_LISTS if cache is not None else call.lists(tiles, of_keys=False),
-        *where,
-        *call.arguments(),
+        call.lists(tiles, of_keys=False) if store is None else NO_LISTS,
+        *call.conditions(),
+        *cache_lengths,
+        *call.lengths(),
         blocks,
-        PAGE_SIZE=1 if cache is None or cache.block_table is None else call.k.shape[1],
-        **call.options(tiles),
+        **call.options(tiles, 1 if store is None or store.block_table is None else call.k.shape[1]),
     )
     return out, lse
 
@@ -329,9 +347,10 @@ def attention_backward(a: Any) -> tuple[Tensor, ...]:
         getattr(a, name) if getattr(a, f"needs_d{name}") else None
         for name in ("score_bias", "bias", "alibi_slopes", "sink")
     )
-    douts, *qkv = map(call.rows, (a.dout, call.q, call.k, call.v))
     dq, dk, dv = (call.new(t.shape) for t in (call.q, call.k, call.v))
     delta = None if out is None else call.new(call.statistics_shape, torch.float32)
+    dout, *qkv = map(call.rows, (a.dout, call.q, call.k, call.v))
+    saved = Saved(dout, lse, delta, *qkv)
 
     blocks = triton.cdiv(call.longest_q, plan.queries.block_m)
     score_bias_sums, slope_sums = (
@@ -342,18 +361,16 @@ def attention_backward(a: Any) -> tuple[Tensor, ...]:
         queries_kernel,
         call.batch * call.heads * blocks,
         call.q,
-        douts,
+        saved,
         a.dlse,
         None if out is None else call.rows(out),
-        lse,
-        delta,
-        *qkv,
         call.rows(dq),
         call.sink,
         score_bias_sums,
         slope_sums,
         call.lists(plan.queries, of_keys=False),
-        *call.arguments(),
+        *call.conditions(),
+        *call.lengths(),
         blocks,
         **call.options(plan.queries),
     )
@@ -362,14 +379,12 @@ def attention_backward(a: Any) -> tuple[Tensor, ...]:
         keys_kernel,
         call.batch * call.kv_heads * blocks,
         call.q,
-        douts,
-        lse,
-        delta,
-        *qkv,
+        saved,
         call.rows(dk),
         call.rows(dv),
         call.lists(plan.keys, of_keys=True),
-        *call.arguments(),
+        *call.conditions(),
+        *call.lengths(),
         blocks,
         **call.options(plan.keys),
     )
@@ -378,7 +393,7 @@ def attention_backward(a: Any) -> tuple[Tensor, ...]:
         dk,
         dv,
         _sum_blocks(call, score_bias_sums),
-        _bias_gradient(call, plan.queries, douts, lse, delta, qkv, bias),
+        _bias_gradient(call, plan.queries, saved, bias),
         _sum_blocks(call, slope_sums),
         _sink_gradient(call, lse, delta, sink),
     )
@@ -389,15 +404,7 @@ def _none(call: Call) -> Tensor:
     return call.q.new_empty(0, dtype=torch.float32)
 
 
-def _bias_gradient(
-    call: Call,
-    tiles: Tiles,
-    douts: Rows,
-    lse: Tensor | None,
-    delta: Tensor | None,
-    qkv: Sequence[Rows],
-    bias: Tensor | None,
-) -> Tensor:
+def _bias_gradient(call: Call, tiles: Tiles, saved: Saved, bias: Tensor | None) -> Tensor:
     if bias is None:
         return _none(call)
     dbias = call.q.new_empty(bias.shape, dtype=torch.float32)
@@ -406,17 +413,15 @@ def _bias_gradient(
         bias_kernel,
         batch * heads * triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n),
         call.q,
-        douts,
-        lse,
-        delta,
-        *qkv,
+        saved,
         dbias,
         heads,
         rows,
         columns,
         call.batch if batch == 1 else 1,
         call.heads if heads == 1 else 1,
-        *call.arguments(),
+        *call.conditions(),
+        *call.lengths(),
         SUM_Q=rows == 1,
         SUM_K=columns == 1,
         **call.options(tiles),

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenmill._kv_cache import capacity
 from tokenmill.dense.terms import has_row_statistic
 
 from ..common import (
@@ -25,12 +24,11 @@ from ..common import (
     load_tile,
     row_pointers,
     rows_of_nan,
-    scores,
     store_tile,
     terms_of,
     window_of,
 )
-from .attention import attention_cached
+from .attention import Tiles, attention_cached, choice_options, store_of
 from .attention_decode_merge import merge, new_partials, rows_of, store_partials
 from .attention_decode_schedule import (
     NO_STREAM,
@@ -47,19 +45,8 @@ from .attention_decode_schedule import (
     stream_of,
     visible_begin,
 )
-from .attention_forward import accumulate, accumulate_seen
-from .kv_cache import (
-    LONG,
-    Cache,
-    held,
-    key_products,
-    length_of,
-    load_keys,
-    long_products,
-    scale_of,
-    value_parts,
-    value_rows,
-)
+from .attention_forward import accumulate, accumulate_seen, no_sums
+from .kv_cache import LONG, Source, cache_of, length_of, scored_tile, value_parts
 from .masks import (
     LISTED,
     allowed,
@@ -72,210 +59,131 @@ from .masks import (
 )
 
 
-@triton.jit
-def seen_tile(
-    b_q, m_q, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window, rules,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, RANGES: tl.constexpr,
-):  # fmt: skip
-    """Scores of keys o_j, -inf where masked, and their values. b_q: queries, or pointers to rows
-    m_q if HEAD_DIM > LONG."""
-    m_j = o_j < sequence.k_length
-    b_v = load_keys(cache.v, cache, i_b, i_kv, o_j, m_j, VALUE_DIM, BLOCK_V, PAGE_SIZE)
-    b_v = value_rows(b_v, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
-    o_key = o_j[None, :]
-    # S = Q K^T
-    if HEAD_DIM > LONG:
-        b_qk = long_products(b_q, m_q, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, PAGE_SIZE)
-    else:
-        b_k = load_keys(cache.k, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, BLOCK_D, PAGE_SIZE)
-        b_qk = key_products(b_q, b_k, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
-    b_z = scores(b_qk, o_i, o_key, terms, head, sequence)
-    m_seen = (o_key < sequence.k_length) & (o_key <= o_i + sequence.diagonal)
-    if window.left is not None:
-        m_seen = m_seen & (o_key >= o_i + (sequence.diagonal - window.left))
-    m_seen = allowed(m_seen, o_i, o_key, m_i, m_j[None, :], rules, RANGES)
-    return tl.where(m_seen, b_z, -INF), b_v
+class RowBlock(NamedTuple):
+    """A block of rows of one KV head of a request."""
+
+    m_row: Any
+    o_i: Any  # query
+    o_h: Any  # head
+    i_kv: Any
+    i_b: Any
 
 
 @triton.jit
-def rows_in(i_block, i_kv, group, rows, BLOCK_M: tl.constexpr):
-    """Mask of the existing rows of a block, their queries and heads."""
+def rows_in(i_block, i_kv, i_b, group, rows, BLOCK_M: tl.constexpr):
     o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_row < rows
-    return m_row, o_row // group, i_kv * group + tl.where(m_row, o_row % group, 0)
+    o_h = i_kv * group + tl.where(m_row, o_row % group, 0)
+    return RowBlock(m_row, o_row // group, o_h, i_kv, i_b)
+
+
+@triton.jit
+def request_of(cache, seqlen_q, i_b):
+    """The sequence of a request."""
+    length = length_of(cache.seqlens, cache.capacity, i_b)
+    return Sequence(0, seqlen_q, 0, length, length - seqlen_q)
+
+
+@triton.jit
+def seen_tile(b_q, source, block, o_j, terms, head, sequence, window, rules, C):
+    """Scores of keys o_j, -inf where masked, and their values."""
+    o_i = block.o_i[:, None]
+    b_z, b_v = scored_tile(b_q, block.m_row, source, o_i, o_j, terms, head, sequence, C, C.BLOCK_V)
+    o_key = o_j[None, :]
+    m_key = o_key < sequence.k_length
+    m_seen = m_key & (o_key <= o_i + sequence.diagonal)
+    if window.left is not None:
+        m_seen = m_seen & (o_key >= o_i + (sequence.diagonal - window.left))
+    m_seen = allowed(m_seen, o_i, o_key, block.m_row[:, None], m_key, rules, C.RANGES)
+    return tl.where(m_seen, b_z, -INF), b_v
 
 
 @triton.jit
 def sum_range(
     q, cache, partials, o_partial, terms, window, mask, mask_keys, p_list,
-    sequence, first, last, i_block, i_kv, i_b, group, rows,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    KIND: tl.constexpr, NORMALIZE: tl.constexpr, RANGES: tl.constexpr, HIDES: tl.constexpr,
-    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    sequence, first, last, block, C, HIDES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Accumulates keys first .. last - 1 for a block of rows and stores the partial results."""
-    m_row, o_i, o_h = rows_in(i_block, i_kv, group, rows, BLOCK_M)
-    b_q = row_pointers(q, i_b, o_i, o_h)
-    if HEAD_DIM <= LONG:
-        b_q = load_tile(b_q, m_row, HEAD_DIM, BLOCK_D)
-    o_i = o_i[:, None]
-    m_i = m_row[:, None]
-    head = head_of(terms, i_b, o_h[:, None], sequence.k_length, KIND)
-    rules = rules_of(mask, i_b, o_h[:, None], sequence, sequence.q_length, mask_keys, RANGES)
+    o_h = block.o_h[:, None]
+    b_q = row_pointers(q, block.i_b, block.o_i, block.o_h)  # pointers, if HEAD_DIM > LONG
+    if C.HEAD_DIM <= LONG:
+        b_q = load_tile(b_q, block.m_row, C.HEAD_DIM, C.BLOCK_D)
+    source = Source(cache, cache.k, cache.v, block.i_b, block.i_kv)
+    head = head_of(terms, block.i_b, o_h, sequence.k_length, C.KIND)
+    rules = rules_of(mask, block.i_b, o_h, sequence, sequence.q_length, mask_keys, C.RANGES)
     entry = first
     entries = last
     if p_list is not None:
-        reach = reach_of(rules, o_i, m_i, RANGES)
+        reach = reach_of(rules, block.o_i[:, None], block.m_row[:, None], C.RANGES)
         entry = first - first
-        entries = list_reached(p_list, first, last, rules, reach, BLOCK_N, TILES)
+        entries = list_reached(p_list, first, last, rules, reach, C.BLOCK_N, TILES)
 
-    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
-    b_top = tl.full([BLOCK_M], -INF, tl.float32)
-    for n in range(entry, entries, BLOCK_N if p_list is None else 1):
+    sums = no_sums(C.BLOCK_M, C.BLOCK_V)
+    for n in range(entry, entries, C.BLOCK_N if p_list is None else 1):
         j = n
         if p_list is not None:
             j = tl.load(p_list + n)
-        o_j = j + tl.arange(0, BLOCK_N)
-        b_z, b_v = seen_tile(
-            b_q, m_row, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window, rules,
-            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE, RANGES,
-        )  # fmt: skip
+        o_j = j + tl.arange(0, C.BLOCK_N)
+        b_z, b_v = seen_tile(b_q, source, block, o_j, terms, head, sequence, window, rules, C)
         # online softmax, O += P V
-        b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
-            b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, KIND, NORMALIZE
-        )
-    store_partials(partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM, KIND, NORMALIZE)
+        sums = accumulate(sums, b_z, b_v, head, C.KIND, C.NORMALIZE)
+    store_partials(partials, o_partial, block.m_row, sums, C.VALUE_DIM, C.KIND, C.NORMALIZE)
 
     if HIDES:
         # recompute rows that are NaN because a masked value is not finite
-        m_again = rows_of_nan(b_acc) & m_row
+        m_again = rows_of_nan(sums.acc) & block.m_row
         if tl.max(m_again.to(tl.int32), 0) != 0:
-            b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-            b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+            b_acc = tl.zeros([C.BLOCK_M, C.BLOCK_V], tl.float32)
+            b_acc_lost = tl.zeros([C.BLOCK_M, C.BLOCK_V], tl.float32)
             for j in tl.range(first, last, STEP, num_stages=1):
                 o_j = j + tl.arange(0, STEP)
                 b_z, b_v = seen_tile(
-                    b_q, m_row, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window,
-                    rules,
-                    HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE, RANGES,
-                )  # fmt: skip
-                b_acc, b_acc_lost = accumulate_seen(b_z, b_v, b_acc, b_acc_lost, b_top, head, KIND)
-            store_tile(partials.outs + o_partial * VALUE_DIM, m_again, b_acc, VALUE_DIM)
+                    b_q, source, block, o_j, terms, head, sequence, window, rules, C
+                )
+                b_acc, b_acc_lost = accumulate_seen(
+                    b_z, b_v, b_acc, b_acc_lost, sums.top, head, C.KIND
+                )
+            store_tile(partials.outs + o_partial * C.VALUE_DIM, m_again, b_acc, C.VALUE_DIM)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def ranges_kernel(
-    q,
-    k,
-    v,
-    seqlens,
-    block_table,
-    table_stride,
-    pages,
-    capacity,
-    k_scale,
-    v_scale,
-    partials,
-    terms,
-    window,
-    mask,
-    mask_keys,
-    lists,
-    list_width,
-    batch,
-    kv_heads,
-    group,
-    seqlen_q,
-    rows,
-    row_blocks,
-    splits,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    KIND: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    RANGES: tl.constexpr,
-    HIDES: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity, k_scale, v_scale)
+    q, store, table_stride, pages, capacity, partials, terms, window, mask, mask_keys,
+    lists, list_width, batch, kv_heads, group, seqlen_q, rows, row_blocks, splits,
+    C, HIDES: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    cache = cache_of(store, table_stride, pages, capacity)
     i_split, i_block, i_kv, i_b = decode_program(tl.program_id(0), splits, row_blocks, kv_heads)
-    length = length_of(seqlens, capacity, i_b)
-    sequence = Sequence(0, seqlen_q, 0, length, length - seqlen_q)
+    sequence = request_of(cache, seqlen_q, i_b)
+    block = rows_in(i_block, i_kv, i_b, group, rows, C.BLOCK_M)
     begin = visible_begin(sequence, window.left)
-    first, last = range_of(begin, length, splits, i_split, BLOCK_N)
+    end = sequence.k_length
     if mask.ranges is not None:
-        m_row, o_i, o_h = rows_in(i_block, i_kv, group, rows, BLOCK_M)
-        rules = rules_of(mask, i_b, o_h[:, None], sequence, sequence.q_length, mask_keys, RANGES)
-        reach = reach_of(rules, o_i[:, None], m_row[:, None], RANGES)
-        begin, end = reached_span(begin, length, reach)
-        first, last = range_of(begin, end, splits, i_split, BLOCK_N)
+        o_h = block.o_h[:, None]
+        rules = rules_of(mask, i_b, o_h, sequence, sequence.q_length, mask_keys, C.RANGES)
+        reach = reach_of(rules, block.o_i[:, None], block.m_row[:, None], C.RANGES)
+        begin, end = reached_span(begin, end, reach)
+    first, last = range_of(begin, end, splits, i_split, C.BLOCK_N)
     p_list = None
     if lists is not None:
         p_list = lists + tl.program_id(0).to(tl.int64) * list_width
     o_first = ((i_split * batch + i_b) * kv_heads + i_kv) * rows
-    o_partial = o_first + (i_block * BLOCK_M + tl.arange(0, BLOCK_M))
+    o_partial = o_first + (i_block * C.BLOCK_M + tl.arange(0, C.BLOCK_M))
     sum_range(
         q, cache, partials, o_partial, terms, window, mask, mask_keys, p_list,
-        sequence, first, last, i_block, i_kv, i_b, group, rows,
-        HEAD_DIM, VALUE_DIM, PAGE_SIZE, KIND, NORMALIZE, RANGES, HIDES, TILES,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+        sequence, first, last, block, C, HIDES, TILES,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def stream_kernel(
-    q,
-    k,
-    v,
-    seqlens,
-    block_table,
-    table_stride,
-    pages,
-    capacity,
-    k_scale,
-    v_scale,
-    partials,
-    terms,
-    window,
-    mask,
-    mask_keys,
-    lists,
-    list_width,
-    counts,
-    batch,
-    tiles,
-    programs,
-    minimum,
-    halvings,
-    group,
-    seqlen_q,
-    rows,
-    row_blocks,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    KIND: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    RANGES: tl.constexpr,
-    HIDES: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    q, store, table_stride, pages, capacity, partials, terms, window, mask, mask_keys,
+    lists, list_width, counts, batch, tiles, programs, minimum, halvings,
+    group, seqlen_q, rows, row_blocks,
+    C, HIDES: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """Stream-K: the parts of output tiles in this program's share of steps."""
-    cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity, k_scale, v_scale)
+    cache = cache_of(store, table_stride, pages, capacity)
     stream = Stream(counts, batch, tiles, programs, minimum)
     i_program = tl.program_id(0)
     begin = i_program * share_of(stream)
@@ -288,20 +196,18 @@ def stream_kernel(
         i_tile = i_output % stream.tiles
         first_step, steps = steps_of(stream, i_output)
         step = tl.maximum(begin - first_step, 0)
-        length = length_of(seqlens, capacity, i_b)
-        sequence = Sequence(0, seqlen_q, 0, length, length - seqlen_q)
+        sequence = request_of(cache, seqlen_q, i_b)
+        block = rows_in(i_tile % row_blocks, i_tile // row_blocks, i_b, group, rows, C.BLOCK_M)
         first_key = visible_begin(sequence, window.left)
-        first = first_key + step * BLOCK_N
-        last = tl.minimum(first_key + tl.minimum(end - first_step, steps) * BLOCK_N, length)
+        first = first_key + step * C.BLOCK_N
+        last_key = first_key + tl.minimum(end - first_step, steps) * C.BLOCK_N
         p_list = None
         if lists is not None:  # after the lists of this program's earlier tiles
             p_list = lists + i_program.to(tl.int64) * list_width + (first_step + step - begin)
-        o_partial = (i_output + i_program).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_partial = (i_output + i_program).to(tl.int64) * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
         sum_range(
             q, cache, partials, o_partial, terms, window, mask, mask_keys, p_list,
-            sequence, first, last, i_tile % row_blocks, i_tile // row_blocks, i_b, group, rows,
-            HEAD_DIM, VALUE_DIM, PAGE_SIZE, KIND, NORMALIZE, RANGES, HIDES, TILES,
-            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+            sequence, first, tl.minimum(last_key, sequence.k_length), block, C, HIDES, TILES,
         )  # fmt: skip
 
 
@@ -358,7 +264,8 @@ def attention_decode(a: Any) -> tuple[Tensor, Tensor]:
         return out, lse
     group = heads // kv_heads
     rows = group * seqlen_q
-    maximum = capacity(k, a.block_table)
+    store, cache_lengths = store_of(a)
+    maximum = cache_lengths[-1]
     tile = tile_of(q, v, rows, maximum)
     row_blocks = triton.cdiv(rows, tile.rows)
     terms = terms_of(
@@ -387,15 +294,8 @@ def attention_decode(a: Any) -> tuple[Tensor, Tensor]:
         programs,
         q,
         rows_of(q),
-        rows_of(held(k)),
-        rows_of(held(v)),
-        a.seqlens_k,
-        a.block_table,
-        0 if a.block_table is None else a.block_table.stride(0),
-        k.shape[0],
-        maximum,
-        scale_of(a.k_scale),
-        scale_of(a.v_scale),
+        store,
+        *cache_lengths,
         partials,
         terms,
         window,
@@ -404,21 +304,19 @@ def attention_decode(a: Any) -> tuple[Tensor, Tensor]:
         q.new_empty((programs, steps), dtype=torch.int32) if masked else None,
         steps,
         *sizes,
-        HEAD_DIM=head_dim,
-        VALUE_DIM=value_dim,
-        PAGE_SIZE=1 if a.block_table is None else k.shape[1],
-        KIND=a.kind,
-        NORMALIZE=a.normalize,
-        RANGES=ranges_in(a.mask_ranges),
         # A single query sees every key of its range unless a mask is given.
         HIDES=seqlen_q > 1 or a.kind == "relu" or masked,
         TILES=max(LISTED // tile.keys, 1),
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.keys,
-        BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
-        BLOCK_V=max(triton.next_power_of_2(value_dim), 16),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **choice_options(
+            Tiles(*tile),
+            head_dim,
+            value_dim,
+            KIND=a.kind,
+            NORMALIZE=a.normalize,
+            FAST=False,
+            RANGES=ranges_in(a.mask_ranges),
+            PAGE_SIZE=1 if a.block_table is None else k.shape[1],
+        ),
     )
     merge(
         partials, a.seqlens_k, maximum, out, lse, None, a.sink, terms, group, stream, a.kind,

@@ -29,21 +29,14 @@ class Partials(NamedTuple):
 
 @triton.jit
 def store_partials(
-    partials,
-    o_partial,
-    m_row,
-    b_acc,
-    b_sum,
-    b_top,
-    VALUE_DIM: tl.constexpr,
-    KIND: tl.constexpr = "softmax",
-    NORMALIZE: tl.constexpr = "none",
-):
-    store_tile(partials.outs + o_partial * VALUE_DIM, m_row, b_acc, VALUE_DIM)
+    partials, o_partial, m_row, sums, VALUE_DIM: tl.constexpr,
+    KIND: tl.constexpr = "softmax", NORMALIZE: tl.constexpr = "none",
+):  # fmt: skip
+    store_tile(partials.outs + o_partial * VALUE_DIM, m_row, sums.acc, VALUE_DIM)
     if KIND == "softmax" or NORMALIZE != "none":
-        tl.store(partials.sums + o_partial, b_sum, mask=m_row)
+        tl.store(partials.sums + o_partial, sums.sum, mask=m_row)
     if KIND == "softmax":
-        tl.store(partials.tops + o_partial, b_top, mask=m_row)
+        tl.store(partials.tops + o_partial, sums.top, mask=m_row)
 
 
 @triton.jit
@@ -71,32 +64,11 @@ def ranges_of(stream, o_x, rows, kv_heads, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
-    partials,
-    seqlens,
-    capacity,
-    out,
-    lse,
-    scales,
-    sink,
-    terms,
-    counts,
-    batch,
-    tiles,
-    programs,
-    minimum,
-    heads,
-    group,
-    seqlen_q,
-    splits,
-    maximum,
-    VALUE_DIM: tl.constexpr,
-    KIND: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    partials, seqlens, capacity, out, lse, scales, sink, terms,
+    counts, batch, tiles, programs, minimum, heads, group, seqlen_q, splits, maximum,
+    VALUE_DIM: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     """Merges rows o_x of most = B Hk rows. 32-bit offsets, because 64-bit division is a function
     call. scales [2, most] if requested: row_max and factor of each row, so that a score z has
     probability 2^(z - row_max) factor."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -11,34 +13,33 @@ from ..common import (
     LOG2E,
     STEP,
     STEP_COLUMNS,
+    Lengths,
     Sequence,
     fade_of,
     head_of,
-    load_rows,
     load_tile,
-    program,
+    query_block,
     row_offsets,
     rows_of_nan,
-    scores,
-    sequence_of,
     slice_of,
     split_values,
     statistics_of,
     store_rows,
     store_tile,
-    visible_parts,
 )
 from ..weights import FLOAT16_SCALE, exponential, inverse, weighted, weights
-from .kv_cache import (
-    LONG,
-    Cache,
-    key_products,
-    length_of,
-    load_keys,
-    long_products,
-    value_rows,
-)
-from .masks import COUNTS, first_of, list_of, listed_parts, rules_of, seen
+from .kv_cache import CACHE_LENGTHS, LONG, Source, cache_of, length_of, scored_tile
+from .masks import first_of, key_walk, rules_of, seen
+
+
+class Sums(NamedTuple):
+    """Accumulators of a block of rows, relative to e^top for softmax, and their rounding errors."""
+
+    acc: Any  # weighted values, [BLOCK_M, BLOCK_V]
+    acc_lost: Any
+    sum: Any  # of weights, [BLOCK_M]
+    sum_lost: Any
+    top: Any  # row_max, [BLOCK_M]
 
 
 @triton.jit
@@ -63,23 +64,20 @@ def add_values(b_p, b_v, b_acc, b_acc_lost, KIND: tl.constexpr):
 
 
 @triton.jit
+def no_sums(BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
+    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    return Sums(b_acc, b_acc, b_sum, b_sum, tl.full([BLOCK_M], -INF, tl.float32))
+
+
+@triton.jit
 def accumulate(
-    b_z,
-    b_v,
-    b_acc,
-    b_acc_lost,
-    b_sum,
-    b_sum_lost,
-    b_top,
-    head,
-    KIND: tl.constexpr = "softmax",
-    NORMALIZE: tl.constexpr = "none",
-    FAST: tl.constexpr = False,
-    b_fade=None,
-):
-    """Adds a tile of keys to the row accumulators: weighted values, and the row sum of weights.
-    Softmax weights are relative to row_max, and their row sum is taken before post-sum decay.
-    normalize="count" counts keys instead."""
+    sums, b_z, b_v, head, KIND: tl.constexpr = "softmax", NORMALIZE: tl.constexpr = "none",
+    FAST: tl.constexpr = False, b_fade=None,
+):  # fmt: skip
+    """Adds a tile of keys to the sums of its rows. The row sum of softmax is taken before post-sum
+    decay. normalize="count" counts keys instead."""
+    b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = sums
     if KIND == "softmax":
         # row_max, P = exp(z - row_max), rescale by exp(m_old - m_new)
         b_new_top = tl.maximum(b_top, tl.max(b_z, 1))
@@ -101,21 +99,14 @@ def accumulate(
         elif NORMALIZE == "count":
             b_sum += tl.sum(tl.where(b_z == -INF, 0.0, 1.0), 1)
     b_acc, b_acc_lost = add_values(b_p, b_v, b_acc, b_acc_lost, KIND)
-    return b_acc, b_acc_lost, b_sum, b_sum_lost, b_top
+    return Sums(b_acc, b_acc_lost, b_sum, b_sum_lost, b_top)
 
 
 @triton.jit
 def accumulate_seen(
-    b_z,
-    b_v,
-    b_acc,
-    b_acc_lost,
-    b_top,
-    head,
-    KIND: tl.constexpr = "softmax",
-    FAST: tl.constexpr = False,
-    b_fade=None,
-):
+    b_z, b_v, b_acc, b_acc_lost, b_top, head, KIND: tl.constexpr = "softmax",
+    FAST: tl.constexpr = False, b_fade=None,
+):  # fmt: skip
     """O += P V with weights relative to the final row_max. Skips keys whose score is -inf, and keys
     whose relu weight is 0."""
     if KIND == "softmax":
@@ -155,10 +146,7 @@ def normaliser(b_top, b_sum, b_sink, head):
         b_base = tl.where(b_score > b_top, b_sink, b_base)
     m_empty = b_total == 0.0
     b_lse = b_base + tl.log(tl.where(m_empty, 1.0, b_total))
-    return (
-        b_factor / tl.where(m_empty, 1.0, b_total),
-        tl.where(m_empty, -INF, b_lse),
-    )
+    return b_factor / tl.where(m_empty, 1.0, b_total), tl.where(m_empty, -INF, b_lse)
 
 
 @triton.jit
@@ -180,190 +168,100 @@ def cached(sequence, cache, i_b):
 
 
 @triton.jit
-def load_key_rows(
-    rows,
-    part,
-    cache,
-    i_b,
-    i_kv,
-    o_j,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    first_col=0,
-):
-    """Rows o_j of keys or values, from `part` (one sequence and head) or from a cache."""
+def source_of(store, cache, i_b, i_kv, sequence):
+    """Keys and values of one KV head of a sequence."""
     if cache is None:
-        b_x = load_rows(part, o_j, DIM, BLOCK, first_col)
+        k = slice_of(store.k, i_b, i_kv, sequence.k_start, sequence.k_length)
+        v = slice_of(store.v, i_b, i_kv, sequence.k_start, sequence.k_length)
     else:
-        m_j = o_j < part.length
-        b_x = load_keys(rows, cache, i_b, i_kv, o_j, m_j, DIM, BLOCK, PAGE_SIZE, first_col)
-    return b_x
+        k, v = cache.k, cache.v
+    return Source(cache, k, v, i_b, i_kv)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "table_stride", "pages", "capacity"])
+@triton.jit(do_not_specialize=[*LENGTHS, *CACHE_LENGTHS])
 def attention_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    sink,
-    lists,
-    seqlens,
-    block_table,
-    table_stride,
-    pages,
-    capacity,
-    k_scale,
-    v_scale,
-    terms,
-    window,
-    mask,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    tokens_q,
-    tokens_k,
-    longest_q,
-    longest_k,
-    heads,
-    group,
-    blocks,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    KIND: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    FAST: tl.constexpr,
-    RANGES: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    i_block, i_h, i_b = program(blocks, heads)
-    # Reversed block order: under a causal mask the last queries have most keys, so they start
-    # first.
-    first = (blocks - 1 - i_block) * BLOCK_M
-    sequence = sequence_of(
-        cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, longest_q, longest_k, i_b
-    )
-    if first >= sequence.q_length:
+    q, store, out, lse, sink, lists, terms, window, mask, cu_seqlens,
+    table_stride, pages, capacity,
+    tokens_q, tokens_k, longest_q, longest_k, heads, group, blocks,
+    C,
+):  # fmt: skip
+    lengths = Lengths(tokens_q, tokens_k, longest_q, longest_k, heads, group, blocks)
+    block, sequence = query_block(cu_seqlens, lengths, heads, C.BLOCK_M)
+    i_b, i_h = block.i_b, block.i_h
+    if block.first >= sequence.q_length:
         return
     cache = None
-    if seqlens is not None:
-        cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity, k_scale, v_scale)
+    if store.seqlens is not None:
+        cache = cache_of(store, table_stride, pages, capacity)
         sequence = cached(sequence, cache, i_b)
-    head = head_of(terms, i_b, i_h, sequence.k_length, KIND)
-    i_kv = i_h // group
-    keys = slice_of(k, i_b, i_kv, sequence.k_start, sequence.k_length)
-    values = slice_of(v, i_b, i_kv, sequence.k_start, sequence.k_length)
-    o_i = first + tl.arange(0, BLOCK_M)
+    head = head_of(terms, i_b, i_h, sequence.k_length, C.KIND)
+    rules = rules_of(mask, i_b, i_h, sequence, tokens_q, tokens_k, C.RANGES)
+    source = source_of(store, cache, i_b, i_h // group, sequence)
+    o_i = block.first + tl.arange(0, C.BLOCK_M)
     queries = slice_of(q, i_b, i_h, sequence.q_start, sequence.q_length)
     m_q = o_i < queries.length
     b_q = queries.data + row_offsets(queries, o_i)  # pointers, if HEAD_DIM > LONG
-    if HEAD_DIM <= LONG:
-        b_q = load_tile(b_q, m_q, HEAD_DIM, BLOCK_D)
+    if C.HEAD_DIM <= LONG:
+        b_q = load_tile(b_q, m_q, C.HEAD_DIM, C.BLOCK_D)
 
-    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
-    b_top = tl.full([BLOCK_M], -INF, tl.float32)
-    last = tl.minimum(first + BLOCK_M, sequence.q_length) - 1
-    rules = rules_of(mask, i_b, i_h, sequence, tokens_q, tokens_k, RANGES)
-    band = visible_parts(
-        first, last, sequence.diagonal, window.left, window.right, sequence.k_length, BLOCK_N
-    )
-    width = COUNTS + tl.cdiv(longest_k, BLOCK_N)
-    p_list = list_of(lists, width, cu_seqlens_q, i_b, i_h, blocks, first, sequence.q_start, BLOCK_M)
-    parts = listed_parts(p_list, band)
-    ENTRY: tl.constexpr = BLOCK_N if lists.data is None else 1
+    sums = no_sums(C.BLOCK_M, C.BLOCK_V)
+    walk = key_walk(lists, window, cu_seqlens, lengths, block, sequence, C)
+    ENTRY: tl.constexpr = C.BLOCK_N if lists.data is None else 1
     MASKED: tl.constexpr = mask.ranges is not None or mask.q_spans is not None
-    for PART in tl.static_range(1 if window.left is None or p_list is not None else 0, 3):
-        for n in range(parts[PART], parts[PART + 1], ENTRY):
-            o_j = first_of(p_list, width, n, PART, BLOCK_N) + tl.arange(0, BLOCK_N)
-            b_v = load_key_rows(v, values, cache, i_b, i_kv, o_j, VALUE_DIM, BLOCK_V, PAGE_SIZE)
-            m_j = o_j < sequence.k_length
-            b_v = value_rows(b_v, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
-            # S = Q K^T
-            if HEAD_DIM > LONG:
-                b_qk = long_products(b_q, m_q, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, PAGE_SIZE)
-            else:
-                b_k = load_key_rows(k, keys, cache, i_b, i_kv, o_j, HEAD_DIM, BLOCK_D, PAGE_SIZE)
-                b_qk = key_products(b_q, b_k, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
-            b_z = scores(b_qk, o_i[:, None], o_j[None, :], terms, head, sequence)
+    for PART in tl.static_range(1 if window.left is None or lists.data is not None else 0, 3):
+        for n in range(walk.parts[PART], walk.parts[PART + 1], ENTRY):
+            o_j = first_of(walk, n, PART, C.BLOCK_N) + tl.arange(0, C.BLOCK_N)
+            b_z, b_v = scored_tile(
+                b_q, m_q, source, o_i[:, None], o_j, terms, head, sequence, C, C.BLOCK_V
+            )
             if PART != 1 or (cache is not None and MASKED):
-                m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
+                m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, C.RANGES)
                 b_z = tl.where(m_seen, b_z, -INF)
             # online softmax, O += P V
-            b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
-                b_z,
-                b_v,
-                b_acc,
-                b_acc_lost,
-                b_sum,
-                b_sum_lost,
-                b_top,
-                head,
-                KIND,
-                NORMALIZE,
-                FAST,
-                fade_of(o_i[:, None], o_j[None, :], terms, head, sequence),
-            )
+            b_fade = fade_of(o_i[:, None], o_j[None, :], terms, head, sequence)
+            sums = accumulate(sums, b_z, b_v, head, C.KIND, C.NORMALIZE, C.FAST, b_fade)
 
-    if KIND == "softmax":
+    b_sum = sums.sum
+    if C.KIND == "softmax":
         b_sink = None
         if sink is not None:
             b_sink = tl.load(sink + i_h)
-        b_factor, b_sum = normaliser(b_top, b_sum, b_sink, head)
+        b_factor, b_sum = normaliser(sums.top, b_sum, b_sink, head)
     else:
         WEIGHTS: tl.constexpr = (
-            tl.float32 if v.data.dtype.element_ty == tl.uint8 else q.data.dtype.element_ty
+            tl.float32 if store.v.data.dtype.element_ty == tl.uint8 else q.data.dtype.element_ty
         )
-        b_factor = unscaled(b_sum, WEIGHTS, KIND, NORMALIZE)
-    if KIND == "softmax" or NORMALIZE != "none":
-        o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
-        tl.store(lse + o_row + o_i, b_sum, mask=o_i < sequence.q_length)
+        b_factor = unscaled(b_sum, WEIGHTS, C.KIND, C.NORMALIZE)
+    if C.KIND == "softmax" or C.NORMALIZE != "none":
+        o_row = statistics_of(cu_seqlens.q, i_b, i_h, heads, tokens_q, sequence.q_start)
+        tl.store(lse + o_row + o_i, b_sum, mask=m_q)
     outs = slice_of(out, i_b, i_h, sequence.q_start, sequence.q_length)
     # O = O / row_sum
-    b_acc *= b_factor[:, None]
-    store_rows(outs, o_i, b_acc, VALUE_DIM)
+    b_out = sums.acc * b_factor[:, None]
+    store_rows(outs, o_i, b_out, C.VALUE_DIM)
 
     HIDES: tl.constexpr = (
         window.left is not None or window.right is not None or lists.data is not None or MASKED
     )
     # recompute rows that are NaN because a masked value is not finite
-    if HIDES or KIND == "relu":
-        m_again = rows_of_nan(b_acc) & (o_i < sequence.q_length)
+    if HIDES or C.KIND == "relu":
+        m_again = rows_of_nan(b_out) & m_q
         if tl.max(m_again.to(tl.int32), 0) != 0:
-            COLUMNS: tl.constexpr = min(BLOCK_V, STEP_COLUMNS)
-            for c in tl.range(0, VALUE_DIM, COLUMNS, num_stages=1):
-                b_y = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
-                b_y_lost = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
-                for j in tl.range(band[0], band[3], STEP, num_stages=1):
+            COLUMNS: tl.constexpr = min(C.BLOCK_V, STEP_COLUMNS)
+            for c in tl.range(0, C.VALUE_DIM, COLUMNS, num_stages=1):
+                b_y = tl.zeros([C.BLOCK_M, COLUMNS], tl.float32)
+                b_y_lost = tl.zeros([C.BLOCK_M, COLUMNS], tl.float32)
+                for j in tl.range(walk.band[0], walk.band[3], STEP, num_stages=1):
                     o_j = j + tl.arange(0, STEP)
-                    b_v = load_key_rows(
-                        v, values, cache, i_b, i_kv, o_j, VALUE_DIM, COLUMNS, PAGE_SIZE, c
+                    b_z, b_v = scored_tile(
+                        b_q, m_q, source, o_i[:, None], o_j, terms, head, sequence, C, COLUMNS, c
                     )
-                    m_j = o_j < sequence.k_length
-                    b_v = value_rows(b_v, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
-                    if HEAD_DIM > LONG:
-                        b_qk = long_products(
-                            b_q, m_q, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, PAGE_SIZE
-                        )
-                    else:
-                        b_k = load_key_rows(
-                            k, keys, cache, i_b, i_kv, o_j, HEAD_DIM, BLOCK_D, PAGE_SIZE
-                        )
-                        b_qk = key_products(b_q, b_k, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
-                    b_z = scores(b_qk, o_i[:, None], o_j[None, :], terms, head, sequence)
-                    m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
+                    m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, C.RANGES)
                     b_z = tl.where(m_seen, b_z, -INF)
                     b_fade = fade_of(o_i[:, None], o_j[None, :], terms, head, sequence)
                     # O += P V over visible keys
                     b_y, b_y_lost = accumulate_seen(
-                        b_z, b_v, b_y, b_y_lost, b_top, head, KIND, FAST, b_fade
+                        b_z, b_v, b_y, b_y_lost, sums.top, head, C.KIND, C.FAST, b_fade
                     )
                 p_out = outs.data + row_offsets(outs, o_i)
-                store_tile(p_out, m_again, b_y * b_factor[:, None], VALUE_DIM, c)
+                store_tile(p_out, m_again, b_y * b_factor[:, None], C.VALUE_DIM, c)

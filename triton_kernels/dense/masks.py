@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenmill.masks import MAX_RANGES
 
-from ..common import LENGTHS, program, sequence_of, visible
+from ..common import LENGTHS, Lengths, key_block, query_block, visible, visible_parts
 
 INT32_MAX = tl.constexpr(2**31 - 1)
 INT32_MIN = tl.constexpr(-(2**31))
@@ -64,6 +64,16 @@ class Lists(NamedTuple):
     batch: int
     head: int
     heads: int
+
+
+class Walk(NamedTuple):
+    """Tiles that a block sees. With a list, parts are entries of it: part 1 is fully visible, part
+    2 partially. p_list None: parts are those of band, in rows."""
+
+    p_list: Any
+    width: Any
+    parts: Any  # ends of three runs of entries, as visible_parts
+    band: Any  # the same in rows, of causal and window
 
 
 @triton.jit
@@ -173,37 +183,64 @@ def list_reached(p_list, begin, end, rules, reach, BLOCK: tl.constexpr, TILES: t
 
 
 @triton.jit
-def list_of(lists, width, cu_seqlens, i_b, i_h, blocks, first, start, BLOCK: tl.constexpr):
-    """List of the block of a sequence that begins at row first, or None. A packed sequence has one
-    more list than it has whole blocks."""
+def list_of(lists, width, cu_seqlens, blocks, block, BLOCK: tl.constexpr):
+    """List of a block, or None. A packed sequence has one more list than it has whole blocks."""
     p_list = None
     if lists.data is not None:
-        i_list = i_b * lists.batch
+        i_list = block.i_b * lists.batch
         if cu_seqlens is None:
             i_list *= blocks
-        i_list = (i_list + (start // BLOCK + first // BLOCK)) * lists.heads + i_h * lists.head
-        p_list = lists.data + i_list * width
+        i_list += block.start // BLOCK + block.first // BLOCK
+        p_list = lists.data + (i_list * lists.heads + block.i_h * lists.head) * width
     return p_list
 
 
 @triton.jit
-def listed_parts(p_list, band):
-    """Same as visible_parts, in entries of a list: part 1 is fully visible, part 2 partially.
-    Without a list, the parts of the band, in rows."""
+def walk_of(
+    lists, longest, cu_seqlens, blocks, block, band, OWN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Walk over tiles of BLOCK rows, at most longest in all, for a block of OWN rows."""
+    width = COUNTS + tl.cdiv(longest, BLOCK)
+    p_list = list_of(lists, width, cu_seqlens, blocks, block, OWN)
     parts = band
     if p_list is not None:
         parts = 0, -tl.load(p_list + 1), 0, tl.load(p_list)
-    return parts
+    return Walk(p_list, width, parts, band)
 
 
 @triton.jit
-def first_of(p_list, width, n, PART: tl.constexpr, BLOCK: tl.constexpr):
-    """First row of entry n of a part. Without a list, entries are rows."""
+def key_walk(lists, window, cu_seqlens, lengths, block, sequence, C):
+    """Tiles of keys that a block of queries sees."""
+    band = visible_parts(
+        block.first, block.last, sequence.diagonal, window.left, window.right, sequence.k_length,
+        C.BLOCK_N,
+    )  # fmt: skip
+    return walk_of(
+        lists, lengths.longest_k, cu_seqlens.q, lengths.blocks, block, band, C.BLOCK_M, C.BLOCK_N
+    )
+
+
+@triton.jit
+def query_walk(lists, window, cu_seqlens, lengths, block, sequence, C):
+    """Tiles of queries that see a block of keys: queries j - diagonal - right to j - diagonal +
+    left see key j."""
+    band = visible_parts(
+        block.first, block.last, -sequence.diagonal, window.right, window.left, sequence.q_length,
+        C.BLOCK_M,
+    )  # fmt: skip
+    return walk_of(
+        lists, lengths.longest_q, cu_seqlens.k, lengths.blocks, block, band, C.BLOCK_N, C.BLOCK_M
+    )
+
+
+@triton.jit
+def first_of(walk, n, PART: tl.constexpr, BLOCK: tl.constexpr):
+    """First row of entry n of a part."""
     first = n
-    if p_list is not None:
-        p_tile = p_list + n
+    if walk.p_list is not None:
+        p_tile = walk.p_list + n
         if PART == 1:
-            p_tile += width
+            p_tile += walk.width
         else:
             p_tile += COUNTS
         first = tl.load(p_tile) * BLOCK
@@ -225,35 +262,20 @@ def append(p_list, width, o_tile, m_some, m_all, partial, whole):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def key_tiles_kernel(
-    lists,
-    mask,
-    window,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    tokens_q,
-    tokens_k,
-    longest_q,
-    longest_k,
-    heads,
-    blocks,
-    RANGES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    lists, window, mask, cu_seqlens,
+    tokens_q, tokens_k, longest_q, longest_k, heads, group, blocks,
+    RANGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """Lists the key tiles of one block of queries."""
-    i_block, i_h, i_b = program(blocks, heads)
-    sequence = sequence_of(
-        cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, longest_q, longest_k, i_b
-    )
-    first = i_block * BLOCK_M
+    lengths = Lengths(tokens_q, tokens_k, longest_q, longest_k, heads, group, blocks)
+    block, sequence = query_block(cu_seqlens, lengths, heads, BLOCK_M)
+    first, last = block.first, block.last
     if first >= sequence.q_length:
         return
-    last = tl.minimum(first + BLOCK_M, sequence.q_length) - 1
     o_i = tl.minimum(first + tl.arange(0, BLOCK_M), last)
-    rules = rules_of(mask, i_b, i_h, sequence, tokens_q, tokens_k, RANGES)
+    rules = rules_of(mask, block.i_b, block.i_h, sequence, tokens_q, tokens_k, RANGES)
     width = COUNTS + tl.cdiv(longest_k, BLOCK_N)
-    p_list = list_of(lists, width, cu_seqlens_q, i_b, i_h, blocks, first, sequence.q_start, BLOCK_M)
+    p_list = list_of(lists, width, cu_seqlens.q, blocks, block, BLOCK_M)
     partial = tl.zeros([], tl.int32)
     whole = tl.zeros([], tl.int32)
     for t in range(0, tl.cdiv(sequence.k_length, BLOCK_N), TILES):
@@ -293,39 +315,21 @@ def key_tiles_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def query_tiles_kernel(
-    lists,
-    mask,
-    window,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    tokens_q,
-    tokens_k,
-    longest_q,
-    longest_k,
-    heads,
-    group,
-    blocks,
-    RANGES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    lists, window, mask, cu_seqlens,
+    tokens_q, tokens_k, longest_q, longest_k, heads, group, blocks,
+    RANGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """Lists the query tiles of one block of keys: one list for all heads of a GQA group. A tile is
     partial if any head sees a pair, full if all heads see all pairs."""
-    i_block, i_kv, i_b = program(blocks, heads)
-    sequence = sequence_of(
-        cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, longest_q, longest_k, i_b
-    )
-    first = i_block * BLOCK_N
+    lengths = Lengths(tokens_q, tokens_k, longest_q, longest_k, heads, group, blocks)
+    block, sequence = key_block(cu_seqlens, lengths, heads, BLOCK_N)
+    first, last = block.first, block.last
     if first >= sequence.k_length:
         return
-    last = tl.minimum(first + BLOCK_N, sequence.k_length) - 1
     o_j = tl.minimum(first + tl.arange(0, BLOCK_N), last)
-    rules = rules_of(mask, i_b, i_kv * group, sequence, tokens_q, tokens_k, RANGES)
+    rules = rules_of(mask, block.i_b, block.i_h * group, sequence, tokens_q, tokens_k, RANGES)
     width = COUNTS + tl.cdiv(longest_q, BLOCK_M)
-    p_list = list_of(
-        lists, width, cu_seqlens_k, i_b, i_kv, blocks, first, sequence.k_start, BLOCK_N
-    )
+    p_list = list_of(lists, width, cu_seqlens.k, blocks, block, BLOCK_N)
     partial = tl.zeros([], tl.int32)
     whole = tl.zeros([], tl.int32)
     for t in range(0, tl.cdiv(sequence.q_length, BLOCK_M), TILES):

@@ -30,138 +30,118 @@ class Parts(NamedTuple):
     head: int
 
 
-@triton.jit
-def pointers_of(x, i, o_row, seqlen, heads):
-    """Pointers to rows of part i. Row numbers run over [B, S, H]."""
-    o_token = o_row // heads
-    o_x = o_token // seqlen * x.batch + o_token % seqlen * x.seq + o_row % heads * x.head
-    return x.data + tl.cast(i, tl.int64) * x.part + o_x
+class Rows(NamedTuple):
+    """Rows of a program. Their numbers run over [B, S, H]."""
+
+    number: Any
+    inside: Any  # mask
+    seqlen: Any
+    heads: Any
+
+
+class Scale(NamedTuple):
+    """w_i = e^(lse_i - top) / sum. Weights do not come from log sum: once rounded, it is too
+    coarse."""
+
+    top: Any  # row_max
+    sum: Any
 
 
 @triton.jit
-def scale_of(lses, parts, o_row, m_row, seqlen, heads):
-    """(row_max, sum) with w_i = e^(lse_i - row_max) / sum. Weights do not come from log sum: once
-    rounded, it is too coarse."""
-    b_top = tl.full(o_row.shape, -INF, tl.float32)
+def rows_in(seqlen, heads, rows, BLOCK_R: tl.constexpr):
+    """Rows of this program."""
+    o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    return Rows(o_row, o_row < rows, seqlen, heads)
+
+
+@triton.jit
+def pointers_of(x, i, rows):
+    """Pointers to rows of part i."""
+    o_token = rows.number // rows.heads
+    o_x = o_token // rows.seqlen * x.batch + o_token % rows.seqlen * x.seq
+    return x.data + tl.cast(i, tl.int64) * x.part + (o_x + rows.number % rows.heads * x.head)
+
+
+@triton.jit
+def load_statistics(x, i, rows, other):
+    return tl.load(pointers_of(x, i, rows), mask=rows.inside, other=other)
+
+
+@triton.jit
+def scale_of(lses, parts, rows):
+    b_top = tl.full(rows.number.shape, -INF, tl.float32)
     for i in range(parts):
-        p_lse = pointers_of(lses, i, o_row, seqlen, heads)
-        b_top = tl.maximum(b_top, tl.load(p_lse, mask=m_row, other=0.0))
+        b_top = tl.maximum(b_top, load_statistics(lses, i, rows, 0.0))
     b_max = tl.where(b_top == -INF, 0.0, b_top)
-    b_sum = tl.zeros(o_row.shape, tl.float32)
+    b_sum = tl.zeros(rows.number.shape, tl.float32)
     for i in range(parts):
-        p_lse = pointers_of(lses, i, o_row, seqlen, heads)
-        b_sum += tl.exp(tl.load(p_lse, mask=m_row, other=0.0) - b_max)
-    return b_max, b_sum
+        b_sum += tl.exp(load_statistics(lses, i, rows, 0.0) - b_max)
+    return Scale(b_max, b_sum)
 
 
 @triton.jit
-def weight(lses, i, b_max, b_sum, o_row, m_row, seqlen, heads):
-    """w_i; an empty part has weight 0."""
-    b_w = tl.full(o_row.shape, 1.0, tl.float32)
+def weight(lses, i, scale, rows):
+    """w_i; an empty part has weight 0. Without lses, w_i = 1."""
+    b_w = tl.full(rows.number.shape, 1.0, tl.float32)
     if lses is not None:
-        p_lse = pointers_of(lses, i, o_row, seqlen, heads)
-        b_x = tl.load(p_lse, mask=m_row, other=-INF)
-        b_w = tl.where(b_x == -INF, 0.0, tl.exp(b_x - b_max) / b_sum)
+        b_x = load_statistics(lses, i, rows, -INF)
+        b_w = tl.where(b_x == -INF, 0.0, tl.exp(b_x - scale.top) / scale.sum)
     return b_w
 
 
 @triton.jit
-def merged(
-    outs,
-    lses,
-    b_max,
-    b_sum,
-    parts,
-    o_row,
-    m_row,
-    seqlen,
-    heads,
-    DIM: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def merged(outs, lses, scale, parts, rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """sum of w_i outs_i. Parts of weight 0 are not loaded, so their contents do not matter."""
-    b_merged = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    b_merged = tl.zeros([rows.number.shape[0], BLOCK_D], tl.float32)
     for i in range(parts):
-        b_w = weight(lses, i, b_max, b_sum, o_row, m_row, seqlen, heads)
-        p_out = pointers_of(outs, i, o_row, seqlen, heads)
-        b_out = load_tile(p_out, m_row & (b_w != 0.0), DIM, BLOCK_D)
+        b_w = weight(lses, i, scale, rows)
+        p_out = pointers_of(outs, i, rows)
+        b_out = load_tile(p_out, rows.inside & (b_w != 0.0), DIM, BLOCK_D)
         b_merged += b_w[:, None] * b_out.to(tl.float32)
     return b_merged
 
 
 @triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
-    outs,
-    lses,
-    out,
-    lse,
-    parts,
-    seqlen,
-    heads,
-    rows,
-    DIM: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    m_row = o_row < rows
-    b_max = tl.zeros([BLOCK_R], tl.float32)
-    b_sum = tl.full([BLOCK_R], 1.0, tl.float32)
+    outs, lses, out, lse, parts, seqlen, heads, rows,
+    DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    block = rows_in(seqlen, heads, rows, BLOCK_R)
+    scale = None
     if lses is not None:
-        b_max, b_sum = scale_of(lses, parts, o_row, m_row, seqlen, heads)
-        b_lse = b_max + tl.log(b_sum)
-        tl.store(pointers_of(lse, 0, o_row, seqlen, heads), b_lse, mask=m_row)
-    b_out = merged(
-        outs, lses, b_max, b_sum, parts, o_row, m_row, seqlen, heads, DIM, BLOCK_R, BLOCK_D
-    )
-    store_tile(pointers_of(out, 0, o_row, seqlen, heads), m_row, b_out, DIM)
+        scale = scale_of(lses, parts, block)
+        b_lse = scale.top + tl.log(scale.sum)
+        tl.store(pointers_of(lse, 0, block), b_lse, mask=block.inside)
+    b_out = merged(outs, lses, scale, parts, block, DIM, BLOCK_D)
+    store_tile(pointers_of(out, 0, block), block.inside, b_out, DIM)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def merge_backward_kernel(
-    dout,
-    dlse,
-    outs,
-    lses,
-    douts,
-    dlses,
-    parts,
-    seqlen,
-    heads,
-    rows,
-    DIM: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    m_row = o_row < rows
-    b_dout = load_tile(pointers_of(dout, 0, o_row, seqlen, heads), m_row, DIM, BLOCK_D)
-    b_dout = b_dout.to(tl.float32)
-    b_max = tl.zeros([BLOCK_R], tl.float32)
-    b_sum = tl.full([BLOCK_R], 1.0, tl.float32)
-    b_delta = tl.zeros([BLOCK_R], tl.float32)
+    dout, dlse, outs, lses, douts, dlses, parts, seqlen, heads, rows,
+    DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    block = rows_in(seqlen, heads, rows, BLOCK_R)
+    b_dout = load_tile(pointers_of(dout, 0, block), block.inside, DIM, BLOCK_D).to(tl.float32)
+    scale = None
     if lses is not None:
-        b_max, b_sum = scale_of(lses, parts, o_row, m_row, seqlen, heads)
-        b_out = merged(
-            outs, lses, b_max, b_sum, parts, o_row, m_row, seqlen, heads, DIM, BLOCK_R, BLOCK_D
-        )
+        scale = scale_of(lses, parts, block)
         # delta = sum of w_i delta_i - dlse
-        b_delta = tl.sum(b_dout * b_out, 1)
+        b_delta = tl.sum(b_dout * merged(outs, lses, scale, parts, block, DIM, BLOCK_D), 1)
         if dlse is not None:
-            b_delta -= tl.load(pointers_of(dlse, 0, o_row, seqlen, heads), mask=m_row, other=0.0)
+            b_delta -= load_statistics(dlse, 0, block, 0.0)
     for i in range(parts):
-        b_w = weight(lses, i, b_max, b_sum, o_row, m_row, seqlen, heads)
+        b_w = weight(lses, i, scale, block)
         m_used = b_w != 0.0
         # douts_i = w_i dout
         b_dx = tl.where(m_used[:, None], b_w[:, None] * b_dout, 0.0)
-        store_tile(pointers_of(douts, i, o_row, seqlen, heads), m_row, b_dx, DIM)
+        store_tile(pointers_of(douts, i, block), block.inside, b_dx, DIM)
         if lses is not None:
-            p_out = pointers_of(outs, i, o_row, seqlen, heads)
+            p_out = pointers_of(outs, i, block)
             # dlses_i = w_i (delta_i - delta + dlse)
-            b_out = load_tile(p_out, m_row & m_used, DIM, BLOCK_D).to(tl.float32)
+            b_out = load_tile(p_out, block.inside & m_used, DIM, BLOCK_D).to(tl.float32)
             b_dlse = tl.where(m_used, b_w * (tl.sum(b_dout * b_out, 1) - b_delta), 0.0)
-            tl.store(pointers_of(dlses, i, o_row, seqlen, heads), b_dlse, mask=m_row)
+            tl.store(pointers_of(dlses, i, block), b_dlse, mask=block.inside)
 
 
 def rows_of(x: Tensor, packed: bool) -> Parts:

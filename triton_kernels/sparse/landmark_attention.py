@@ -37,7 +37,7 @@ from ..common import (
 )
 from ..dense.attention import LARGE_PLANS, PLANS, Plan, Tiles, plan_of, tile_options
 from ..dense.attention_decode_merge import rows_of
-from ..dense.attention_forward import accumulate, accumulate_seen, normaliser
+from ..dense.attention_forward import accumulate, accumulate_seen, no_sums, normaliser
 
 SIZES = ["tokens", "block", "heads", "group", "tiles"]  # excluded from specialization
 
@@ -219,11 +219,7 @@ def landmark_kernel(
     b_q = load_rows(slice_of(q, i_b, i_h, 0, tokens), o_i, HEAD_DIM, BLOCK_D)
     last = tl.minimum(first + BLOCK_M, tokens) - 1
 
-    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
-    b_top = tl.full([BLOCK_M], -INF, tl.float32)
+    sums = no_sums(BLOCK_M, BLOCK_V)
     for first_block in range(0, last // block + 1, NB):
         found = no_statistics(BLOCK_M, NB)
         parts = 1
@@ -241,16 +237,14 @@ def landmark_kernel(
             )  # fmt: skip
             b_v = load_rows(values, o_v, VALUE_DIM, BLOCK_V)
             # online softmax, O += P V
-            b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
-                b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head
-            )
+            sums = accumulate(sums, b_z, b_v, head)
 
-    b_factor, b_lse = normaliser(b_top, b_sum, None, head)
+    b_factor, b_lse = normaliser(sums.top, sums.sum, None, head)
     o_row = (i_b * heads + i_h) * tokens + o_i
     tl.store(lse + o_row, b_lse, mask=o_i < tokens)
     # O = O / row_sum
     outs = slice_of(out, i_b, i_h, 0, tokens)
-    b_acc *= b_factor[:, None]
+    b_acc = sums.acc * b_factor[:, None]
     store_rows(outs, o_i, b_acc, VALUE_DIM)
 
     # recompute rows that are NaN because a masked value is not finite
@@ -276,7 +270,7 @@ def landmark_kernel(
                         HEAD_DIM, NB, BLOCK_N, BLOCK_D,
                     )  # fmt: skip
                     b_v = load_rows(values, o_v, VALUE_DIM, COLUMNS, c)
-                    b_y, b_y_lost = accumulate_seen(b_z, b_v, b_y, b_y_lost, b_top, head)
+                    b_y, b_y_lost = accumulate_seen(b_z, b_v, b_y, b_y_lost, sums.top, head)
             p_out = outs.data + row_offsets(outs, o_i)
             store_tile(p_out, m_again, b_y * b_factor[:, None], VALUE_DIM, c)
 

@@ -31,7 +31,7 @@ from ..common import (
 )
 from ..dense.attention import PLANS, Plan, Tiles, plan_of, tile_options
 from ..dense.attention_backward import gradients, load_lse, through_softcap
-from ..dense.attention_forward import accumulate, accumulate_seen, normaliser
+from ..dense.attention_forward import accumulate, accumulate_seen, no_sums, normaliser
 from .blocks import NOWHERE, find_listed_keys, find_listed_queries, seen_by, seen_in_front
 from .regions import find_pixel_keys, find_pixel_queries
 from .transpose_block_list import Lists, compacted
@@ -140,11 +140,7 @@ def attend(
         values = slice_of(v, 0, i_kv, 0, walk.end)
     b_q = load_tile(row_pointers(q, i_b, tile.o_i, tile.o_h), tile.m_row, HEAD_DIM, BLOCK_D)
 
-    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
-    b_top = tl.full([BLOCK_M], -INF, tl.float32)
+    sums = no_sums(BLOCK_M, BLOCK_V)
     parts = (0, walk.full, walk.total)
     # Prefetch one step ahead: a key's address comes from one load, the key from another.
     o_j = find_keys(walk, tl.arange(0, BLOCK_N), BLOCK_K)
@@ -159,21 +155,19 @@ def attend(
             if PART == 1:
                 b_z = tl.where(seen(walk, t, o_t, o_j, tile.b_end, CAUSAL), b_z, -INF)
             # online softmax, O += P V
-            b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
-                b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head
-            )
+            sums = accumulate(sums, b_z, b_v, head)
             o_j = find_keys(walk, o_t + BLOCK_N, BLOCK_K)
 
-    b_factor, b_lse = normaliser(b_top, b_sum, b_sink, head)
+    b_factor, b_lse = normaliser(sums.top, sums.sum, b_sink, head)
     o_row = statistics_at(statistics, i_b, tile.o_i, tile.o_h)
     tl.store(lse + o_row, b_lse, mask=tile.m_row)
     # O = O / row_sum
     p_out = row_pointers(out, i_b, tile.o_i, tile.o_h)
-    store_tile(p_out, tile.m_row, b_acc * b_factor[:, None], VALUE_DIM)
+    store_tile(p_out, tile.m_row, sums.acc * b_factor[:, None], VALUE_DIM)
 
     # recompute rows that are NaN because a masked value is not finite
     if CAUSAL:
-        m_again = rows_of_nan(b_acc) & tile.m_row
+        m_again = rows_of_nan(sums.acc) & tile.m_row
         if tl.max(m_again.to(tl.int32), 0) != 0:
             COLUMNS: tl.constexpr = min(BLOCK_V, STEP_COLUMNS)
             for c in tl.range(0, VALUE_DIM, COLUMNS, num_stages=1):
@@ -187,7 +181,7 @@ def attend(
                     b_qk = dot(b_q, tl.trans(b_k))
                     b_z = scores(b_qk, tile.o_i[:, None], o_k[None, :], terms, head, None)
                     b_z = tl.where(seen(walk, t, o_u, o_k, tile.b_end, CAUSAL), b_z, -INF)
-                    b_y, b_y_lost = accumulate_seen(b_z, b_v, b_y, b_y_lost, b_top, head)
+                    b_y, b_y_lost = accumulate_seen(b_z, b_v, b_y, b_y_lost, sums.top, head)
                 store_tile(p_out, m_again, b_y * b_factor[:, None], VALUE_DIM, c)
 
 

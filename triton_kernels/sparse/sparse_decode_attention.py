@@ -38,7 +38,7 @@ from ..common import (
 from ..dense.attention_decode import Tile, tile_of
 from ..dense.attention_decode_merge import merge, new_partials, rows_of, store_partials
 from ..dense.attention_decode_schedule import decode_program, range_of, splits_of
-from ..dense.attention_forward import accumulate, add
+from ..dense.attention_forward import accumulate, add, no_sums
 from ..dense.kv_cache import (
     LONG,
     Cache,
@@ -181,11 +181,7 @@ def sparse_ranges_kernel(
         q.data.dtype.element_ty,
     )  # fmt: skip
 
-    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
-    b_top = tl.full([BLOCK_M], -INF, tl.float32)
+    sums = no_sums(BLOCK_M, BLOCK_V)
     i_cache = i_b
     if caches is not None:
         i_cache = tl.load(caches + i_b).to(tl.int64)
@@ -232,14 +228,12 @@ def sparse_ranges_kernel(
             m_list = (o_t >= row.sinks) & (o_t < row.list_end)
             tl.store(p_logit, b_z, mask=m_row[:, None] & m_list[None, :])
         # online softmax, O += P V
-        b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
-            b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head
-        )
+        sums = accumulate(sums, b_z, b_v, head)
         o_j, o_page = find(row, cache, i_cache, o_t + STEP_N, BLOCK_K, PAGE_SIZE)
 
-    store_partials(partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM)
+    store_partials(partials, o_partial, m_row, sums, VALUE_DIM)
     if nan is not None and not AGAIN:
-        m_nan = rows_of_nan(b_acc) & m_row
+        m_nan = rows_of_nan(sums.acc) & m_row
         tl.store(nan + i, tl.max(m_nan.to(tl.int32), 0))
 
 
