@@ -1,15 +1,18 @@
-"""Shared device code of linear attention: chunks of tokens, intra-chunk decay, feature maps.
+"""Shared code of linear attention: layouts, chunks of tokens, intra-chunk decay, feature maps.
 
 Naming as in the attention kernels; t indexes tokens of a chunk, f features, c value columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from typing_extensions import Self
 
 from ..common import INTERPRETED, Rows, rounded, slice_of, span
 
@@ -53,6 +56,10 @@ class States(NamedTuple):
     data: Tensor
     sequence: int
     head: int
+
+
+def states_of(t: Tensor | None) -> States | None:
+    return None if t is None else States(t, t.stride(0), t.stride(1))
 
 
 class Inputs(NamedTuple):
@@ -112,6 +119,47 @@ class Remains(NamedTuple):
     high: Any
     low: Any
     total: Any
+
+
+class Layout:
+    """What a record of packed or batched tokens says of sizes and layout."""
+
+    _fields: tuple[str, ...]
+    q: Tensor
+    cu_seqlens: Tensor | None
+
+    @classmethod
+    def of(cls, a: Any) -> Self:
+        """The call of a record of the forward or of the backward."""
+        return cls(*(getattr(a, name) for name in cls._fields))
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    @property
+    def sequences(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def tokens(self) -> int:
+        return self.q.shape[-3]
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[-2]
+
+    def new(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """Allocates an output. Tokens outside all packed sequences, which no program writes, are
+        0."""
+        allocate = self.q.new_zeros if self.packed else self.q.new_empty
+        return allocate(shape, dtype=dtype or self.q.dtype)
+
+    def float32(self, *shape: int) -> Tensor:
+        return self.q.new_empty(shape, dtype=torch.float32)
+
+    def rows(self, t: Tensor) -> Rows:
+        return Rows(t, 0 if self.packed else t.stride(0), t.stride(-3), t.stride(-2))
 
 
 @triton.jit

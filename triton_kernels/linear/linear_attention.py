@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..._call.operator import record_of
 from ...linear._state import feature_dim
-from ..common import INTERPRETED, MAX_REGISTERS, Rows, launch
+from ..common import INTERPRETED, MAX_REGISTERS, launch
 from ..tuned import tuned
-from .common import Form, Inputs, States, form_of, log_decay_of
+from .common import Form, Inputs, Layout, form_of, log_decay_of, states_of
 from .decay_gradient import decay_kernel, sum_chunks_kernel
 from .linear_attention_backward import delta_kernel, keys_kernel, queries_kernel, values_kernel
 from .linear_attention_forward import TILES_AGAIN, results_again_kernel, results_kernel
@@ -60,29 +60,8 @@ PLANS = {
 Record: Any = record_of("linear_attention")
 
 
-class Call(Record):
+class Call(Layout, Record):
     """The arguments of a call, and the kernel arguments derived from them."""
-
-    @classmethod
-    def of(cls, a: Any) -> Call:
-        """The call of a record of the forward or of the backward."""
-        return cls(*(getattr(a, name) for name in cls._fields))
-
-    @property
-    def packed(self) -> bool:
-        return self.cu_seqlens is not None
-
-    @property
-    def sequences(self) -> int:
-        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-
-    @property
-    def tokens(self) -> int:
-        return self.q.shape[-3]
-
-    @property
-    def heads(self) -> int:
-        return self.q.shape[-2]
 
     @property
     def kv_heads(self) -> int:
@@ -127,18 +106,6 @@ class Call(Record):
     def per_sequence(self, tiles: Tiles) -> int:
         return triton.cdiv(self.tokens, tiles.tokens)
 
-    def new(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """Allocates an output. Tokens outside all packed sequences, which no program writes, are
-        0."""
-        allocate = self.q.new_zeros if self.packed else self.q.new_empty
-        return allocate(shape, dtype=dtype or self.q.dtype)
-
-    def float32(self, *shape: int) -> Tensor:
-        return self.q.new_empty(shape, dtype=torch.float32)
-
-    def rows(self, t: Tensor) -> Rows:
-        return Rows(t, 0 if self.packed else t.stride(0), t.stride(-3), t.stride(-2))
-
     def inputs(self, *gradients: Any) -> Inputs:
         """gradients: dout, normalizer and delta, which only the backward has."""
         decay, _ = log_decay_of(self.log_decay)
@@ -179,10 +146,6 @@ def _block(size: int, maximum: int) -> int:
     return min(max(triton.next_power_of_2(size), 16), maximum)
 
 
-def _states(t: Tensor | None) -> States | None:
-    return None if t is None else States(t, t.stride(0), t.stride(1))
-
-
 def _states_of_chunks(
     call: Call,
     tiles: Tiles,
@@ -210,8 +173,8 @@ def _states_of_chunks(
         call.q,
         sums,
         factors,
-        _states(before),
-        _states(after),
+        states_of(before),
+        states_of(after),
         call.cu_seqlens,
         call.tokens,
         call.per_sequence(tiles),
