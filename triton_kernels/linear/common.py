@@ -414,8 +414,9 @@ def moment_of(o_f, DIM: tl.constexpr):
     ordered 1, the elements, then the rows of the upper triangle; row i begins at i DIM - i (i - 1)
     / 2."""
     o_p = tl.minimum(tl.maximum(o_f - 1 - DIM, 0), DIM * (DIM + 1) // 2 - 1)
-    b_root = tl.sqrt(((2 * DIM + 1) * (2 * DIM + 1) - 8 * o_p).to(tl.float32))
-    o_i = ((2 * DIM + 1 - b_root) * 0.5).to(tl.int32)
+    # The tensor is the left operand: the interpreter has no constexpr minus tensor.
+    b_root = tl.sqrt((o_p * -8 + (2 * DIM + 1) * (2 * DIM + 1)).to(tl.float32))
+    o_i = ((b_root - (2 * DIM + 1)) * -0.5).to(tl.int32)
     o_i = tl.where(o_i * DIM - o_i * (o_i - 1) // 2 > o_p, o_i - 1, o_i)
     o_i = tl.where((o_i + 1) * DIM - (o_i + 1) * o_i // 2 <= o_p, o_i + 1, o_i)
     o_j = o_i + o_p - (o_i * DIM - o_i * (o_i - 1) // 2)
