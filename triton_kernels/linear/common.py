@@ -1,17 +1,20 @@
-"""Shared device code of linear attention: chunks of tokens, intra-chunk decay, feature maps.
+"""Shared code of linear attention: layouts, chunks of tokens, intra-chunk decay, feature maps.
 
 Naming as in the attention kernels; t indexes tokens of a chunk, f features, c value columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from typing_extensions import Self
 
-from ..common import INTERPRETED, rounded, span, statistics_of
+from ..common import INTERPRETED, Rows, rounded, slice_of, span
 
 # Arguments excluded from specialization: a new length does not recompile.
 LENGTHS = [
@@ -55,15 +58,57 @@ class States(NamedTuple):
     head: int
 
 
+def states_of(t: Tensor | None) -> States | None:
+    return None if t is None else States(t, t.stride(0), t.stride(1))
+
+
+class Inputs(NamedTuple):
+    """Tensors and scalars that the kernels read. Triton specializes integers in a tuple even if
+    do_not_specialize names the tuple: LENGTHS are parameters."""
+
+    q: Rows
+    k: Rows
+    v: Rows
+    decay: LogDecay | None
+    scale: float
+    cu_seqlens: Tensor | None
+    dout: Rows | None = None
+    normalizer: Tensor | None = None
+    delta: Tensor | None = None  # -(dout . out) / z
+
+
+class Form(NamedTuple):
+    """Compile-time choices, each a constexpr: Triton 3.6 cannot pass a tuple that is one constexpr
+    to a device function."""
+
+    MAP: tl.constexpr
+    HEAD_DIM: tl.constexpr
+    VALUE_DIM: tl.constexpr
+    FEATURES: tl.constexpr
+    COLUMNS: tl.constexpr  # of a state: VALUE_DIM, and one of the normalizer
+    BLOCK_F: tl.constexpr
+    BLOCK_V: tl.constexpr
+    BLOCK_D: tl.constexpr | None = None
+    BLOCK_T: tl.constexpr | None = None  # tokens per chunk
+    PRECISION: tl.constexpr | None = None
+
+
+def form_of(*choices: Any) -> Form:
+    return Form(*map(tl.constexpr, choices))
+
+
 class Chunk(NamedTuple):
     """BLOCK_T tokens of one sequence, of which count exist."""
 
+    slot: Any
     batch: Any
-    index: Any
     start: Any  # first token of the sequence, among all tokens
     length: Any  # length of the sequence
     first: Any  # first token of the chunk, in its sequence
     count: Any
+    tokens: Any  # of all sequences of a batch entry or packing
+    heads: Any
+    first_row: Any  # row of head 0 in statistics [B, H, S] or packed [H, T]
 
 
 class Remains(NamedTuple):
@@ -74,6 +119,47 @@ class Remains(NamedTuple):
     high: Any
     low: Any
     total: Any
+
+
+class Layout:
+    """What a record of packed or batched tokens says of sizes and layout."""
+
+    _fields: tuple[str, ...]
+    q: Tensor
+    cu_seqlens: Tensor | None
+
+    @classmethod
+    def of(cls, a: Any) -> Self:
+        """The call of a record of the forward or of the backward."""
+        return cls(*(getattr(a, name) for name in cls._fields))
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    @property
+    def sequences(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def tokens(self) -> int:
+        return self.q.shape[-3]
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[-2]
+
+    def new(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """Allocates an output. Tokens outside all packed sequences, which no program writes, are
+        0."""
+        allocate = self.q.new_zeros if self.packed else self.q.new_empty
+        return allocate(shape, dtype=dtype or self.q.dtype)
+
+    def float32(self, *shape: int) -> Tensor:
+        return self.q.new_empty(shape, dtype=torch.float32)
+
+    def rows(self, t: Tensor) -> Rows:
+        return Rows(t, 0 if self.packed else t.stride(0), t.stride(-3), t.stride(-2))
 
 
 @triton.jit
@@ -89,7 +175,9 @@ def first_slot(cu_seqlens, tokens, i_b, per_sequence, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def chunk_of(i_slot, cu_seqlens, tokens, sequences, per_sequence, halvings, BLOCK_T: tl.constexpr):
+def chunk_of(
+    i_slot, cu_seqlens, tokens, sequences, per_sequence, halvings, heads, BLOCK_T: tl.constexpr
+):
     if cu_seqlens is None:
         i_b = i_slot // per_sequence
         index = i_slot % per_sequence
@@ -105,7 +193,36 @@ def chunk_of(i_slot, cu_seqlens, tokens, sequences, per_sequence, halvings, BLOC
     start, length = span(cu_seqlens, tokens, tokens, i_b)
     first = index * BLOCK_T
     count = tl.where(first < 0, 0, tl.minimum(length - first, BLOCK_T))
-    return Chunk(i_b.to(tl.int64), index, start, length, first, count)
+    i_b = i_b.to(tl.int64)
+    first_row = i_b - i_b
+    if cu_seqlens is None:
+        first_row += i_b * heads
+    return Chunk(i_slot, i_b, start, length, first, count, tokens, heads, first_row)
+
+
+@triton.jit
+def program_of(
+    i, inputs, tokens, sequences, per_sequence, halvings, heads, shares, tiles, form
+):  # fmt: skip
+    """Chunk, head and tile of program i; shares: heads, or key heads if a program handles a
+    group."""
+    i_slot = i // (tiles * shares)
+    chunk = chunk_of(
+        i_slot, inputs.cu_seqlens, tokens, sequences, per_sequence, halvings, heads, form.BLOCK_T
+    )
+    return chunk, i // tiles % shares, i % tiles
+
+
+@triton.jit
+def rows_of(rows, chunk, i_h):
+    return slice_of(rows, chunk.batch, i_h, chunk.start, chunk.length)
+
+
+@triton.jit
+def state_of(states, chunk, i_h, form):
+    """State of a chunk and head in [slots, H, F, C]."""
+    i_state = tl.cast(chunk.slot, tl.int64) * chunk.heads + i_h
+    return states + i_state * (form.FEATURES * form.COLUMNS)
 
 
 @triton.jit
@@ -226,23 +343,30 @@ def store_tile(rows, o_row, o_c, b_x, DIM: tl.constexpr):
 
 
 @triton.jit
-def load_state(p_state, o_f, o_c, FEATURES: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr):
-    """Tile of a state [FEATURES, COLUMNS], whose first DIM columns belong to values."""
-    m_tile = (o_f < FEATURES)[:, None] & (o_c < DIM)[None, :]
-    return tl.load(p_state + o_f[:, None] * COLUMNS + o_c[None, :], mask=m_tile, other=0.0)
+def load_state(p_state, o_f, o_c, form):
+    """Tile of a state [FEATURES, COLUMNS], whose first VALUE_DIM columns belong to values."""
+    m_tile = (o_f < form.FEATURES)[:, None] & (o_c < form.VALUE_DIM)[None, :]
+    return tl.load(p_state + o_f[:, None] * form.COLUMNS + o_c[None, :], mask=m_tile, other=0.0)
 
 
 @triton.jit
-def load_normalizer(p_state, o_f, FEATURES: tl.constexpr, COLUMNS: tl.constexpr):
+def load_normalizer(p_state, o_f, form):
     """Last column of a state: the sum of the keys."""
-    return tl.load(p_state + o_f * COLUMNS + (COLUMNS - 1), mask=o_f < FEATURES, other=0.0)
+    p_column = p_state + o_f * form.COLUMNS + (form.COLUMNS - 1)
+    return tl.load(p_column, mask=o_f < form.FEATURES, other=0.0)
 
 
 @triton.jit
-def load_statistic(data, cu_seqlens, chunk, i_h, heads, tokens, o_t, other):
-    """Row statistic of a chunk, from [B, H, S] or packed [H, T]."""
-    o_row = statistics_of(cu_seqlens, chunk.batch, i_h, heads, tokens, chunk.start)
-    return tl.load(data + o_row + chunk.first + o_t, mask=o_t < chunk.count, other=other)
+def statistic_pointers(data, chunk, i_h, o_t):
+    """Pointers to the row statistics of a chunk, in [B, H, S] or packed [H, T]."""
+    i_row = chunk.first_row + i_h
+    return data + (i_row * chunk.tokens + chunk.start) + (chunk.first + o_t)
+
+
+@triton.jit
+def load_statistic(data, chunk, i_h, o_t, other):
+    p_row = statistic_pointers(data, chunk, i_h, o_t)
+    return tl.load(p_row, mask=o_t < chunk.count, other=other)
 
 
 @triton.jit
@@ -290,8 +414,9 @@ def moment_of(o_f, DIM: tl.constexpr):
     ordered 1, the elements, then the rows of the upper triangle; row i begins at i DIM - i (i - 1)
     / 2."""
     o_p = tl.minimum(tl.maximum(o_f - 1 - DIM, 0), DIM * (DIM + 1) // 2 - 1)
-    b_root = tl.sqrt(((2 * DIM + 1) * (2 * DIM + 1) - 8 * o_p).to(tl.float32))
-    o_i = ((2 * DIM + 1 - b_root) * 0.5).to(tl.int32)
+    # The tensor is the left operand: the interpreter has no constexpr minus tensor.
+    b_root = tl.sqrt((o_p * -8 + (2 * DIM + 1) * (2 * DIM + 1)).to(tl.float32))
+    o_i = ((b_root - (2 * DIM + 1)) * -0.5).to(tl.int32)
     o_i = tl.where(o_i * DIM - o_i * (o_i - 1) // 2 > o_p, o_i - 1, o_i)
     o_i = tl.where((o_i + 1) * DIM - (o_i + 1) * o_i // 2 <= o_p, o_i + 1, o_i)
     o_j = o_i + o_p - (o_i * DIM - o_i * (o_i - 1) // 2)
@@ -315,71 +440,56 @@ def load_element(rows, o_row, o_i, DIM: tl.constexpr):
 
 
 @triton.jit
-def load_features(
-    rows,
-    o_row,
-    o_f,
-    scale,
-    QUERY: tl.constexpr,
-    MAP: tl.constexpr,
-    DIM: tl.constexpr,
-    FEATURES: tl.constexpr,
-):
+def load_features(rows, o_row, o_f, scale, QUERY: tl.constexpr, form):
     """phi(x) as multiplied with the state. Only taylor2 query features include the scale."""
-    if MAP == "taylor2":
-        o_i, o_j = moment_of(o_f, DIM)
-        b_x = load_element(rows, o_row, o_i, DIM) * load_element(rows, o_row, o_j, DIM)
+    if form.MAP == "taylor2":
+        o_i, o_j = moment_of(o_f, form.HEAD_DIM)
+        b_x = load_element(rows, o_row, o_i, form.HEAD_DIM)
+        b_x = b_x * load_element(rows, o_row, o_j, form.HEAD_DIM)
         if QUERY:
             b_x *= factor_of_moment(o_i, o_j, scale)[None, :]
-        b_x = tl.where((o_row < rows.length)[:, None] & (o_f < FEATURES)[None, :], b_x, 0.0)
+        b_x = tl.where((o_row < rows.length)[:, None] & (o_f < form.FEATURES)[None, :], b_x, 0.0)
     else:
-        b_x = load_mapped(rows, o_row, o_f, MAP, DIM)
+        b_x = load_mapped(rows, o_row, o_f, form.MAP, form.HEAD_DIM)
     return b_x
 
 
 @triton.jit
-def fold_moments(
-    b_dx,
-    rows,
-    o_row,
-    o_f,
-    scale,
-    PRECISION: tl.constexpr,
-    QUERY: tl.constexpr,
-    DIM: tl.constexpr,
-    FEATURES: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def fold_moments(b_dx, rows, o_row, o_f, scale, QUERY: tl.constexpr, form):
     """Gradient of the elements of rows, from the gradient of their taylor2 features o_f."""
-    o_i, o_j = moment_of(o_f, DIM)
+    o_i, o_j = moment_of(o_f, form.HEAD_DIM)
     if QUERY:
         b_dx *= factor_of_moment(o_i, o_j, scale)[None, :]
-    m_f = (o_f < FEATURES)[:, None]
-    o_d = tl.arange(0, BLOCK_D)[None, :]
+    m_f = (o_f < form.FEATURES)[:, None]
+    o_d = tl.arange(0, form.BLOCK_D)[None, :]
     b_at_i = tl.where(m_f & (o_i[:, None] == o_d), 1.0, 0.0)
     b_at_j = tl.where(m_f & (o_j[:, None] == o_d), 1.0, 0.0)
-    b_x = product(b_dx * load_element(rows, o_row, o_j, DIM), b_at_i, PRECISION)
-    return b_x + product(b_dx * load_element(rows, o_row, o_i, DIM), b_at_j, PRECISION)
+    b_x = product(b_dx * load_element(rows, o_row, o_j, form.HEAD_DIM), b_at_i, form.PRECISION)
+    b_y = product(b_dx * load_element(rows, o_row, o_i, form.HEAD_DIM), b_at_j, form.PRECISION)
+    return b_x + b_y
 
 
 @triton.jit
-def products_of_rows(
-    x,
-    y,
-    o_row,
-    MAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """phi(X) phi(Y)^T, [BLOCK_T, BLOCK_T]."""
-    b_xy = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
-    for c in range(0, DIM, BLOCK):
-        o_c = c + tl.arange(0, BLOCK)
-        b_x = load_mapped(x, o_row, o_c, MAP, DIM)
-        b_y = load_mapped(y, o_row, o_c, MAP, DIM)
-        b_xy += product(b_x, tl.trans(b_y), PRECISION)
+def products_of_features(x, y, o_row, form):
+    """phi(X) phi(Y)^T of queries and keys, [BLOCK_T, BLOCK_T]."""
+    b_xy = tl.zeros([form.BLOCK_T, form.BLOCK_T], tl.float32)
+    for c in range(0, form.HEAD_DIM, form.BLOCK_D):
+        o_c = c + tl.arange(0, form.BLOCK_D)
+        b_x = load_mapped(x, o_row, o_c, form.MAP, form.HEAD_DIM)
+        b_y = load_mapped(y, o_row, o_c, form.MAP, form.HEAD_DIM)
+        b_xy += product(b_x, tl.trans(b_y), form.PRECISION)
+    return b_xy
+
+
+@triton.jit
+def products_of_values(x, y, o_row, form):
+    """X Y^T of values and output gradients, [BLOCK_T, BLOCK_T]."""
+    b_xy = tl.zeros([form.BLOCK_T, form.BLOCK_T], tl.float32)
+    for c in range(0, form.VALUE_DIM, form.BLOCK_V):
+        o_c = c + tl.arange(0, form.BLOCK_V)
+        b_x = load_tile(x, o_row, o_c, form.VALUE_DIM)
+        b_y = load_tile(y, o_row, o_c, form.VALUE_DIM)
+        b_xy += product(b_x, tl.trans(b_y), form.PRECISION)
     return b_xy
 
 

@@ -10,20 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common import slice_of, span
+from ..common import span
 from .common import (
     LENGTHS,
     between,
-    chunk_of,
     factor_of_chunk,
     first_slot,
     from_start,
     load_features,
     load_normalizer,
     load_state,
-    products_of_rows,
+    products_of_features,
+    products_of_values,
+    program_of,
     remains_of,
+    rows_of,
     scale_beside,
+    state_of,
     to_end,
     weights,
 )
@@ -32,142 +35,79 @@ from .linear_attention_backward import gradient_of_sums, rows_times_state
 
 @triton.jit(do_not_specialize=LENGTHS)
 def decay_kernel(
-    q,
-    k,
-    v,
-    dout,
-    normalizer,
-    delta,
-    states,
-    gradients,
-    ddecay,
-    sums,
-    decay,
-    decay_batch,
-    scale,
-    cu_seqlens,
-    tokens,
-    sequences,
-    per_sequence,
-    halvings,
-    heads,
-    group,
-    MAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    inputs, states, gradients, ddecay, sums, decay_batch, tokens, sequences, per_sequence, halvings,
+    heads, group, form,
+):  # fmt: skip
     """Writes ddecay per token, or for constant decay per head one partial sum per chunk."""
-    i_h = tl.program_id(0) % heads
-    i_slot = tl.program_id(0) // heads
-    chunk = chunk_of(i_slot, cu_seqlens, tokens, sequences, per_sequence, halvings, BLOCK_T)
+    i = tl.program_id(0)
+    chunk, i_h, _ = program_of(
+        i, inputs, tokens, sequences, per_sequence, halvings, heads, heads, 1, form
+    )
     if chunk.count <= 0:
         return
-    o_t = tl.arange(0, BLOCK_T)
+    o_t = tl.arange(0, form.BLOCK_T)
     o_row = chunk.first + o_t
-    remains = remains_of(decay, decay_batch, chunk, i_h, o_t)
-    queries = slice_of(q, chunk.batch, i_h, chunk.start, chunk.length)
-    keys = slice_of(k, chunk.batch, i_h // group, chunk.start, chunk.length)
-    values = slice_of(v, chunk.batch, i_h // group, chunk.start, chunk.length)
-    douts = slice_of(dout, chunk.batch, i_h, chunk.start, chunk.length)
-    o_state = (tl.cast(i_slot, tl.int64) * heads + i_h) * (FEATURES * COLUMNS)
-    p_before = states + o_state
-    p_after = gradients + o_state
-    b_factor, b_delta = gradient_of_sums(
-        normalizer, delta, cu_seqlens, chunk, i_h, heads, tokens, o_t
-    )
+    remains = remains_of(inputs.decay, decay_batch, chunk, i_h, o_t)
+    queries = rows_of(inputs.q, chunk, i_h)
+    keys = rows_of(inputs.k, chunk, i_h // group)
+    values = rows_of(inputs.v, chunk, i_h // group)
+    douts = rows_of(inputs.dout, chunk, i_h)
+    p_before = state_of(states, chunk, i_h, form)
+    p_after = state_of(gradients, chunk, i_h, form)
+    b_factor, b_delta = gradient_of_sums(inputs, chunk, i_h, o_t)
 
-    b_to = tl.zeros([BLOCK_T], tl.float32)  # incoming state read by each token
-    b_from = tl.zeros([BLOCK_T], tl.float32)  # each token written to the outgoing state
-    b_through = tl.zeros([BLOCK_F], tl.float32)
+    b_to = tl.zeros([form.BLOCK_T], tl.float32)  # incoming state read by each token
+    b_from = tl.zeros([form.BLOCK_T], tl.float32)  # each token written to the outgoing state
+    b_through = tl.zeros([form.BLOCK_F], tl.float32)
     # dO S^T . phi(q) and V G^T . phi(k), with S the incoming state and G the gradient of the
     # outgoing
-    for f in range(0, FEATURES, BLOCK_F):
-        o_f = f + tl.arange(0, BLOCK_F)
-        b_q = load_features(queries, o_row, o_f, scale, True, MAP, HEAD_DIM, FEATURES)
-        b_k = load_features(keys, o_row, o_f, scale, False, MAP, HEAD_DIM, FEATURES)
-        b_df = rows_times_state(
-            douts,
-            o_row,
-            p_before,
-            o_f,
-            PRECISION,
-            VALUE_DIM,
-            FEATURES,
-            COLUMNS,
-            BLOCK_T,
-            BLOCK_F,
-            BLOCK_V,
-        )
+    for f in range(0, form.FEATURES, form.BLOCK_F):
+        o_f = f + tl.arange(0, form.BLOCK_F)
+        b_q = load_features(queries, o_row, o_f, inputs.scale, True, form)
+        b_k = load_features(keys, o_row, o_f, inputs.scale, False, form)
+        b_df = rows_times_state(douts, o_row, p_before, o_f, form)
         b_to += tl.sum(b_df * b_q.to(tl.float32), 1) * b_factor
-        b_df = rows_times_state(
-            values,
-            o_row,
-            p_after,
-            o_f,
-            PRECISION,
-            VALUE_DIM,
-            FEATURES,
-            COLUMNS,
-            BLOCK_T,
-            BLOCK_F,
-            BLOCK_V,
-        )
+        b_df = rows_times_state(values, o_row, p_after, o_f, form)
         b_from += tl.sum(b_df * b_k.to(tl.float32), 1)
-        for c in range(0, VALUE_DIM, BLOCK_V):
-            o_c = c + tl.arange(0, BLOCK_V)
-            b_before = load_state(p_before, o_f, o_c, FEATURES, VALUE_DIM, COLUMNS)
-            b_after = load_state(p_after, o_f, o_c, FEATURES, VALUE_DIM, COLUMNS)
-            b_through += tl.sum(b_before * b_after, 1)
-        if normalizer is not None:
-            b_before = load_normalizer(p_before, o_f, FEATURES, COLUMNS)
-            b_after = load_normalizer(p_after, o_f, FEATURES, COLUMNS)
+        for c in range(0, form.VALUE_DIM, form.BLOCK_V):
+            o_c = c + tl.arange(0, form.BLOCK_V)
+            b_before = load_state(p_before, o_f, o_c, form)
+            b_through += tl.sum(b_before * load_state(p_after, o_f, o_c, form), 1)
+        if inputs.normalizer is not None:
+            b_before = load_normalizer(p_before, o_f, form)
+            b_after = load_normalizer(p_after, o_f, form)
             b_to += tl.sum(b_q.to(tl.float32) * b_before[None, :], 1) * b_delta
             b_from += tl.sum(b_k.to(tl.float32) * b_after[None, :], 1)
             b_through += b_before * b_after
-    b_to *= from_start(remains, o_t) * scale_beside(scale, MAP)
+    b_to *= from_start(remains, o_t) * scale_beside(inputs.scale, form.MAP)
     b_from *= to_end(remains, chunk, o_t)
     through = tl.sum(b_through, 0) * factor_of_chunk(remains)
 
     # dW W, with dW = dO V^T
-    b_pairs = products_of_rows(
-        douts, values, o_row, "identity", PRECISION, VALUE_DIM, BLOCK_T, BLOCK_V
-    )
+    b_pairs = products_of_values(douts, values, o_row, form)
     b_pairs = b_pairs * b_factor[:, None] + b_delta[:, None]
-    b_w = products_of_rows(queries, keys, o_row, MAP, PRECISION, HEAD_DIM, BLOCK_T, BLOCK_D)
-    b_pairs *= weights(b_w, scale, MAP) * between(remains, o_t, False, True)
+    b_w = products_of_features(queries, keys, o_row, form)
+    b_pairs *= weights(b_w, inputs.scale, form.MAP) * between(remains, o_t, False, True)
 
     b_to += tl.sum(b_pairs, 1)
     b_within = tl.sum(b_pairs, 0)
     m_seen = o_t[:, None] >= o_t[None, :]  # [i, t]
     b_decay = tl.sum(tl.where(m_seen, (b_to - b_within)[:, None], b_from[:, None]), 0) + through
     b_decay = tl.where(o_t < chunk.count, b_decay, 0.0)
-    if decay.seq is None:
-        tl.store(sums + i_slot * heads + i_h, tl.sum(b_decay, 0))
+    if inputs.decay.seq is None:
+        tl.store(sums + chunk.slot * heads + i_h, tl.sum(b_decay, 0))
     else:
         o_token = tl.cast(chunk.start, tl.int64) + o_row
-        if cu_seqlens is None:
+        if inputs.cu_seqlens is None:
             o_token += chunk.batch * tokens
         tl.store(ddecay + o_token * heads + i_h, b_decay, mask=o_t < chunk.count)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def sum_chunks_kernel(
-    sums,
-    ddecay,
-    cu_seqlens,
-    tokens,
-    per_sequence,
-    heads,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    sums, ddecay, cu_seqlens, tokens, per_sequence, heads,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """Sums chunk partials to [sequences, heads]."""
     i_b = tl.program_id(0)
     o_h = tl.arange(0, BLOCK_H)

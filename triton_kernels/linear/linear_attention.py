@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..._call.operator import record_of
 from ...linear._state import feature_dim
-from ..common import INTERPRETED, MAX_REGISTERS, Rows, launch
+from ..common import INTERPRETED, MAX_REGISTERS, launch
 from ..tuned import tuned
-from .common import States, log_decay_of
+from .common import Form, Inputs, Layout, form_of, log_decay_of, states_of
 from .decay_gradient import decay_kernel, sum_chunks_kernel
 from .linear_attention_backward import delta_kernel, keys_kernel, queries_kernel, values_kernel
 from .linear_attention_forward import TILES_AGAIN, results_again_kernel, results_kernel
@@ -60,29 +60,8 @@ PLANS = {
 Record: Any = record_of("linear_attention")
 
 
-class Call(Record):
+class Call(Layout, Record):
     """The arguments of a call, and the kernel arguments derived from them."""
-
-    @classmethod
-    def of(cls, a: Any) -> Call:
-        """The call of a record of the forward or of the backward."""
-        return cls(*(getattr(a, name) for name in cls._fields))
-
-    @property
-    def packed(self) -> bool:
-        return self.cu_seqlens is not None
-
-    @property
-    def sequences(self) -> int:
-        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-
-    @property
-    def tokens(self) -> int:
-        return self.q.shape[-3]
-
-    @property
-    def heads(self) -> int:
-        return self.q.shape[-2]
 
     @property
     def kv_heads(self) -> int:
@@ -127,67 +106,50 @@ class Call(Record):
     def per_sequence(self, tiles: Tiles) -> int:
         return triton.cdiv(self.tokens, tiles.tokens)
 
-    def new(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """Allocates an output. Tokens outside all packed sequences, which no program writes, are
-        0."""
-        allocate = self.q.new_zeros if self.packed else self.q.new_empty
-        return allocate(shape, dtype=dtype or self.q.dtype)
+    def inputs(self, *gradients: Any) -> Inputs:
+        """gradients: dout, normalizer and delta, which only the backward has."""
+        decay, _ = log_decay_of(self.log_decay)
+        rows = map(self.rows, (self.q, self.k, self.v))
+        return Inputs(*rows, decay, self.scale, self.cu_seqlens, *gradients)
 
-    def float32(self, *shape: int) -> Tensor:
-        return self.q.new_empty(shape, dtype=torch.float32)
+    def lengths(self, tiles: Tiles) -> Sequence[int]:
+        """Lengths common to all kernels, from tokens to heads."""
+        per_sequence = self.per_sequence(tiles)
+        return self.tokens, self.sequences, per_sequence, self.sequences.bit_length(), self.heads
 
-    def rows(self, t: Tensor) -> Rows:
-        return Rows(t, 0 if self.packed else t.stride(0), t.stride(-3), t.stride(-2))
+    def sizes(self, tiles: Tiles) -> Sequence[int]:
+        """Lengths of kernels that read decay and several heads, from decay_batch to group."""
+        _, decay_batch = log_decay_of(self.log_decay)
+        return decay_batch, *self.lengths(tiles), self.heads // max(self.kv_heads, 1)
 
-    def place(self, tiles: Tiles) -> Sequence[Any]:
-        """Arguments common to all kernels, from cu_seqlens to heads."""
-        return (
-            self.cu_seqlens,
-            self.tokens,
-            self.sequences,
-            self.per_sequence(tiles),
-            self.sequences.bit_length(),
-            self.heads,
+    def form(self, tiles: Tiles) -> Form:
+        block_f = _block(self.features, tiles.features)
+        return form_of(
+            self.feature_map,
+            self.q.shape[-1],
+            self.v.shape[-1],
+            self.features,
+            self.columns,
+            block_f,
+            _block(self.v.shape[-1], tiles.columns),
+            _block(self.q.shape[-1], 32) if self.feature_map == "taylor2" else block_f,
+            tiles.tokens,
+            "tf32x3" if self.q.dtype == torch.float32 else "tf32",
         )
 
-    @property
-    def group(self) -> int:
-        return self.heads // max(self.kv_heads, 1)
-
     def options(self, tiles: Tiles) -> dict[str, Any]:
-        taylor2 = self.feature_map == "taylor2"
-        block_f = _block(self.features, tiles.features)
-        return {
-            "MAP": self.feature_map,
-            "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "tf32",
-            "HEAD_DIM": self.q.shape[-1],
-            "VALUE_DIM": self.v.shape[-1],
-            "FEATURES": self.features,
-            "COLUMNS": self.columns,
-            "BLOCK_T": tiles.tokens,
-            "BLOCK_D": _block(self.q.shape[-1], 32) if taylor2 else block_f,
-            "BLOCK_F": block_f,
-            "BLOCK_V": _block(self.v.shape[-1], tiles.columns),
-            "num_warps": tiles.num_warps,
-            "num_stages": tiles.num_stages,
-        }
+        form = self.form(tiles)
+        return {"form": form, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
 
 
 def _block(size: int, maximum: int) -> int:
     return min(max(triton.next_power_of_2(size), 16), maximum)
 
 
-def _states(t: Tensor | None) -> States | None:
-    return None if t is None else States(t, t.stride(0), t.stride(1))
-
-
 def _states_of_chunks(
     call: Call,
     tiles: Tiles,
-    x: Tensor,
-    y: Tensor,
-    normalizer: Tensor | None,
-    delta: Tensor | None,
+    inputs: Inputs,
     before: Tensor | None,
     after: Tensor | None,
     queries: bool,
@@ -197,26 +159,12 @@ def _states_of_chunks(
     slots, options = call.slots(tiles), call.options(tiles)
     sums = call.float32(slots, call.heads, call.features, call.columns)
     factors = None if call.log_decay is None else call.float32(slots, call.heads)
-    parts = triton.cdiv(call.features, options["BLOCK_F"])
-    parts *= triton.cdiv(call.v.shape[-1], options["BLOCK_V"])
-    launch(
-        sums_kernel,
-        slots * call.heads * parts,
-        call.q,
-        call.rows(x),
-        call.rows(y),
-        normalizer,
-        delta,
-        sums,
-        factors,
-        *log_decay_of(call.log_decay),
-        call.scale,
-        *call.place(tiles),
-        call.group,
-        parts,
-        QUERY=queries,
-        **options,
-    )
+    form = options["form"]
+    parts = triton.cdiv(call.features, form.BLOCK_F.value)
+    parts *= triton.cdiv(call.v.shape[-1], form.BLOCK_V.value)
+    programs = slots * call.heads * parts
+    given = (inputs, sums, factors, *call.sizes(tiles), parts)
+    launch(sums_kernel, programs, call.q, *given, QUERY=queries, **options)
     size = call.features * call.columns
     parts = triton.cdiv(size, ELEMENTS)
     launch(
@@ -225,8 +173,8 @@ def _states_of_chunks(
         call.q,
         sums,
         factors,
-        _states(before),
-        _states(after),
+        states_of(before),
+        states_of(after),
         call.cu_seqlens,
         call.tokens,
         call.per_sequence(tiles),
@@ -242,33 +190,22 @@ def _states_of_chunks(
 
 def linear_attention(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Call.of(a)
-    q, k, v = call.q, call.k, call.v
+    q, v, inputs = call.q, call.v, call.inputs()
     plain = call.feature_map != "taylor2"
     tiles = tuned("linear_attention", call.plan().forward, q, v.shape[-1], plain)
     out = call.new((*q.shape[:-1], v.shape[-1]))
     normalizer = call.new(call.statistics_shape, torch.float32) if call.normalize else None
     final_state = call.float32(*call.state_shape) if call.return_final_state else None
-    states = _states_of_chunks(
-        call, tiles, k, v, None, None, call.initial_state, final_state, queries=False
-    )
+    states = _states_of_chunks(call, tiles, inputs, call.initial_state, final_state, queries=False)
     options = call.options(tiles)
-    parts = triton.cdiv(v.shape[-1], options["BLOCK_V"])
+    parts = triton.cdiv(v.shape[-1], options["form"].BLOCK_V.value)
     programs = call.slots(tiles) * call.heads * parts
     nan = call.new((programs,), torch.int32)
-    decay = log_decay_of(call.log_decay)
-    shared = (states, *decay, call.scale, *call.place(tiles), call.group, parts)
-    rows = [call.rows(t) for t in (q, k, v, out)]
-    launch(results_kernel, programs, q, *rows, normalizer, nan, *shared, **options)
-    launch(
-        results_again_kernel,
-        triton.cdiv(programs, TILES_AGAIN.value),
-        q,
-        *rows,
-        nan,
-        programs,
-        *shared,
-        **options | {"num_warps": 8, "maxnreg": MAX_REGISTERS},
-    )
+    given, sizes = (inputs, states, call.rows(out)), (*call.sizes(tiles), parts)
+    launch(results_kernel, programs, q, *given, normalizer, nan, *sizes, **options)
+    again = triton.cdiv(programs, TILES_AGAIN.value)
+    options |= {"num_warps": 8, "maxnreg": MAX_REGISTERS}
+    launch(results_again_kernel, again, q, *given, nan, programs, *sizes, **options)
     return (
         out,
         call.float32(0) if final_state is None else final_state,
@@ -281,35 +218,20 @@ def linear_attention_backward(a: Any) -> tuple[Tensor, ...]:
     q, k, v, dout, normalizer = a.q, a.k, a.v, a.dout, a.normalizer
     plan = call.plan()
     tiles = plan.backward
-    slots, place, options = call.slots(tiles), call.place(tiles), call.options(tiles)
+    slots = call.slots(tiles)
     if dout is None:
         dout = q.new_zeros(v.shape[-1]).expand(*q.shape[:-1], v.shape[-1])
-    delta = None
+    delta = None if normalizer is None else torch.empty_like(normalizer)
+    inputs = call.inputs(call.rows(dout), normalizer, delta)
     if normalizer is not None:
-        delta = torch.empty_like(normalizer)
-        launch(
-            delta_kernel,
-            slots * call.heads,
-            q,
-            call.rows(dout),
-            call.rows(a.out),
-            normalizer,
-            delta,
-            *place,
-            VALUE_DIM=v.shape[-1],
-            BLOCK_T=tiles.tokens,
-            BLOCK_V=options["BLOCK_V"],
-        )
-    states = _states_of_chunks(
-        call, tiles, k, v, None, None, call.initial_state, None, queries=False
-    )
+        given = (inputs, call.rows(a.out), delta, *call.lengths(tiles))
+        launch(delta_kernel, slots * call.heads, q, *given, form=call.form(tiles))
+    # Compiled for the inputs of the forward.
+    states = _states_of_chunks(call, tiles, call.inputs(), call.initial_state, None, queries=False)
     dinitial = None
     if a.needs_dinitial_state:
         dinitial = call.float32(*call.state_shape)
-    gradients = _states_of_chunks(
-        call, tiles, q, dout, normalizer, delta, a.dfinal_state, dinitial, queries=True
-    )
-    inputs = (*map(call.rows, (q, k, v, dout)), normalizer, delta)
+    gradients = _states_of_chunks(call, tiles, inputs, a.dfinal_state, dinitial, queries=True)
     dq, dk, dv = (call.new(t.shape) for t in (q, k, v))
     for kernel, tiles, heads, given, result, block in (
         (queries_kernel, plan.backward, call.heads, states, dq, "BLOCK_D"),
@@ -317,21 +239,10 @@ def linear_attention_backward(a: Any) -> tuple[Tensor, ...]:
         (values_kernel, plan.backward, call.kv_heads, gradients, dv, "BLOCK_V"),
     ):
         options = call.options(tiles)
-        parts = triton.cdiv(result.shape[-1], options[block])
-        launch(
-            kernel,
-            slots * heads * parts,
-            q,
-            *inputs,
-            given,
-            call.rows(result),
-            *log_decay_of(call.log_decay),
-            call.scale,
-            *place,
-            call.group,
-            parts,
-            **options,
-        )
+        parts = triton.cdiv(result.shape[-1], getattr(options["form"], block).value)
+        sizes = (*call.sizes(tiles), parts)
+        programs = slots * heads * parts
+        launch(kernel, programs, q, inputs, given, call.rows(result), *sizes, **options)
     ddecay = call.float32(0)
     if a.needs_dlog_decay:
         ddecay = _decay_gradient(call, plan.decay, inputs, states, gradients)
@@ -339,28 +250,15 @@ def linear_attention_backward(a: Any) -> tuple[Tensor, ...]:
 
 
 def _decay_gradient(
-    call: Call, tiles: Tiles, inputs: Sequence[Any], states: Tensor, gradients: Tensor
+    call: Call, tiles: Tiles, inputs: Inputs, states: Tensor, gradients: Tensor
 ) -> Tensor:
-    slots, place = call.slots(tiles), call.place(tiles)
+    slots = call.slots(tiles)
     constant = call.log_decay.dim() == 1
     sums = call.float32(slots, call.heads) if constant else None
     shape = (call.sequences, call.heads) if constant else call.log_decay.shape
     ddecay = call.new(shape, torch.float32)
-    launch(
-        decay_kernel,
-        slots * call.heads,
-        call.q,
-        *inputs,
-        states,
-        gradients,
-        ddecay,
-        sums,
-        *log_decay_of(call.log_decay),
-        call.scale,
-        *place,
-        call.group,
-        **call.options(tiles),
-    )
+    given = (inputs, states, gradients, ddecay, sums, *call.sizes(tiles))
+    launch(decay_kernel, slots * call.heads, call.q, *given, **call.options(tiles))
     if constant:
         launch(
             sum_chunks_kernel,

@@ -10,11 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common import slice_of, statistics_of
 from .common import (
     LENGTHS,
     between,
-    chunk_of,
     derivative,
     fold_moments,
     from_start,
@@ -25,8 +23,13 @@ from .common import (
     load_statistic,
     load_tile,
     product,
-    products_of_rows,
+    products_of_features,
+    products_of_values,
+    program_of,
     remains_of,
+    rows_of,
+    state_of,
+    statistic_pointers,
     store_tile,
     to_end,
     weights,
@@ -35,337 +38,184 @@ from .common import (
 
 @triton.jit(do_not_specialize=LENGTHS)
 def delta_kernel(
-    dout,
-    out,
-    normalizer,
-    delta,
-    cu_seqlens,
-    tokens,
-    sequences,
-    per_sequence,
-    halvings,
-    heads,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    i_h = tl.program_id(0) % heads
-    i_slot = tl.program_id(0) // heads
-    chunk = chunk_of(i_slot, cu_seqlens, tokens, sequences, per_sequence, halvings, BLOCK_T)
+    inputs, out, delta, tokens, sequences, per_sequence, halvings, heads, form
+):  # fmt: skip
+    """delta = -rowsum(dO O) / z"""
+    i = tl.program_id(0)
+    chunk, i_h, _ = program_of(
+        i, inputs, tokens, sequences, per_sequence, halvings, heads, heads, 1, form
+    )
     if chunk.count <= 0:
         return
-    o_t = tl.arange(0, BLOCK_T)
+    o_t = tl.arange(0, form.BLOCK_T)
     o_row = chunk.first + o_t
-    douts = slice_of(dout, chunk.batch, i_h, chunk.start, chunk.length)
-    outs = slice_of(out, chunk.batch, i_h, chunk.start, chunk.length)
-    b_sum = tl.zeros([BLOCK_T], tl.float32)
-    for c in range(0, VALUE_DIM, BLOCK_V):
-        o_c = c + tl.arange(0, BLOCK_V)
-        b_dout = load_tile(douts, o_row, o_c, VALUE_DIM).to(tl.float32)
-        b_sum += tl.sum(b_dout * load_tile(outs, o_row, o_c, VALUE_DIM).to(tl.float32), 1)
-    b_z = load_statistic(normalizer, cu_seqlens, chunk, i_h, heads, tokens, o_t, 1.0)
-    o_z = statistics_of(cu_seqlens, chunk.batch, i_h, heads, tokens, chunk.start)
-    tl.store(delta + o_z + o_row, -b_sum / b_z, mask=o_t < chunk.count)
+    douts = rows_of(inputs.dout, chunk, i_h)
+    outs = rows_of(out, chunk, i_h)
+    b_sum = tl.zeros([form.BLOCK_T], tl.float32)
+    for c in range(0, form.VALUE_DIM, form.BLOCK_V):
+        o_c = c + tl.arange(0, form.BLOCK_V)
+        b_dout = load_tile(douts, o_row, o_c, form.VALUE_DIM).to(tl.float32)
+        b_sum += tl.sum(b_dout * load_tile(outs, o_row, o_c, form.VALUE_DIM).to(tl.float32), 1)
+    b_z = load_statistic(inputs.normalizer, chunk, i_h, o_t, 1.0)
+    p_delta = statistic_pointers(delta, chunk, i_h, o_t)
+    tl.store(p_delta, -b_sum / b_z, mask=o_t < chunk.count)
 
 
-# delta = -rowsum(dO O) / z
 @triton.jit
-def gradient_of_sums(normalizer, delta, cu_seqlens, chunk, i_h, heads, tokens, o_t):
+def gradient_of_sums(inputs, chunk, i_h, o_t):
     """1 / z, with dy = dout / z, and delta of the normalizer column."""
     b_factor = tl.full(o_t.shape, 1.0, tl.float32)
     b_delta = tl.zeros(o_t.shape, tl.float32)
-    if normalizer is not None:
-        b_factor /= load_statistic(normalizer, cu_seqlens, chunk, i_h, heads, tokens, o_t, 1.0)
-        b_delta += load_statistic(delta, cu_seqlens, chunk, i_h, heads, tokens, o_t, 0.0)
+    if inputs.normalizer is not None:
+        b_factor /= load_statistic(inputs.normalizer, chunk, i_h, o_t, 1.0)
+        b_delta += load_statistic(inputs.delta, chunk, i_h, o_t, 0.0)
     return b_factor, b_delta
 
 
 @triton.jit
-def rows_times_state(
-    rows,
-    o_row,
-    p_state,
-    o_f,
-    PRECISION: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+def rows_times_state(rows, o_row, p_state, o_f, form):
     """Y S^T for rows o_f of a state, [BLOCK_T, BLOCK_F]."""
-    b_x = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
-    for c in range(0, VALUE_DIM, BLOCK_V):
-        o_c = c + tl.arange(0, BLOCK_V)
-        b_state = load_state(p_state, o_f, o_c, FEATURES, VALUE_DIM, COLUMNS)
-        b_x += product(load_tile(rows, o_row, o_c, VALUE_DIM), tl.trans(b_state), PRECISION)
+    b_x = tl.zeros([form.BLOCK_T, form.BLOCK_F], tl.float32)
+    for c in range(0, form.VALUE_DIM, form.BLOCK_V):
+        o_c = c + tl.arange(0, form.BLOCK_V)
+        b_state = tl.trans(load_state(p_state, o_f, o_c, form))
+        b_x += product(load_tile(rows, o_row, o_c, form.VALUE_DIM), b_state, form.PRECISION)
     return b_x
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def queries_kernel(
-    q,
-    k,
-    v,
-    dout,
-    normalizer,
-    delta,
-    states,
-    dq,
-    decay,
-    decay_batch,
-    scale,
-    cu_seqlens,
-    tokens,
-    sequences,
-    per_sequence,
-    halvings,
-    heads,
-    group,
-    tiles,
-    MAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    inputs, states, dq, decay_batch, tokens, sequences, per_sequence, halvings, heads, group, tiles,
+    form,
+):  # fmt: skip
     i = tl.program_id(0)
-    i_tile = i % tiles
-    i_h = i // tiles % heads
-    i_slot = i // (tiles * heads)
-    chunk = chunk_of(i_slot, cu_seqlens, tokens, sequences, per_sequence, halvings, BLOCK_T)
+    chunk, i_h, i_tile = program_of(
+        i, inputs, tokens, sequences, per_sequence, halvings, heads, heads, tiles, form
+    )
     if chunk.count <= 0:
         return
-    o_t = tl.arange(0, BLOCK_T)
+    o_t = tl.arange(0, form.BLOCK_T)
     o_row = chunk.first + o_t
-    remains = remains_of(decay, decay_batch, chunk, i_h, o_t)
-    queries = slice_of(q, chunk.batch, i_h, chunk.start, chunk.length)
-    keys = slice_of(k, chunk.batch, i_h // group, chunk.start, chunk.length)
-    values = slice_of(v, chunk.batch, i_h // group, chunk.start, chunk.length)
-    douts = slice_of(dout, chunk.batch, i_h, chunk.start, chunk.length)
-    p_state = states + (tl.cast(i_slot, tl.int64) * heads + i_h) * (FEATURES * COLUMNS)
-    b_factor, b_delta = gradient_of_sums(
-        normalizer, delta, cu_seqlens, chunk, i_h, heads, tokens, o_t
-    )
-    o_d = i_tile * BLOCK_D + tl.arange(0, BLOCK_D)
+    remains = remains_of(inputs.decay, decay_batch, chunk, i_h, o_t)
+    queries = rows_of(inputs.q, chunk, i_h)
+    keys = rows_of(inputs.k, chunk, i_h // group)
+    values = rows_of(inputs.v, chunk, i_h // group)
+    douts = rows_of(inputs.dout, chunk, i_h)
+    p_state = state_of(states, chunk, i_h, form)
+    b_factor, b_delta = gradient_of_sums(inputs, chunk, i_h, o_t)
+    o_d = i_tile * form.BLOCK_D + tl.arange(0, form.BLOCK_D)
 
     # dW = dO V^T, times decay
-    b_dw = products_of_rows(
-        douts, values, o_row, "identity", PRECISION, VALUE_DIM, BLOCK_T, BLOCK_V
-    )
+    b_dw = products_of_values(douts, values, o_row, form)
     b_dw = b_dw * b_factor[:, None] + b_delta[:, None]
     b_dw *= between(remains, o_t, False, False)
-    if MAP == "taylor2":
-        b_u = products_of_rows(queries, keys, o_row, MAP, PRECISION, HEAD_DIM, BLOCK_T, BLOCK_D)
-        b_dw *= 1.0 + b_u * scale
+    if form.MAP == "taylor2":
+        b_dw *= 1.0 + products_of_features(queries, keys, o_row, form) * inputs.scale
     # dphi(q) = dW phi(K) + decay dO S^T
-    b_dq = product(b_dw, load_mapped(keys, o_row, o_d, MAP, HEAD_DIM), PRECISION) * scale
+    b_k = load_mapped(keys, o_row, o_d, form.MAP, form.HEAD_DIM)
+    b_dq = product(b_dw, b_k, form.PRECISION) * inputs.scale
 
     b_start = from_start(remains, o_t)
-    for tile in range(0, FEATURES if MAP == "taylor2" else BLOCK_F, BLOCK_F):
-        o_f = tile + tl.arange(0, BLOCK_F)
-        if MAP != "taylor2":
+    for f in range(0, form.FEATURES if form.MAP == "taylor2" else form.BLOCK_F, form.BLOCK_F):
+        o_f = f + tl.arange(0, form.BLOCK_F)
+        if form.MAP != "taylor2":
             o_f = o_d
-        b_df = rows_times_state(
-            douts,
-            o_row,
-            p_state,
-            o_f,
-            PRECISION,
-            VALUE_DIM,
-            FEATURES,
-            COLUMNS,
-            BLOCK_T,
-            BLOCK_F,
-            BLOCK_V,
-        )
-        b_df *= b_factor[:, None]
-        if normalizer is not None:
-            b_column = load_normalizer(p_state, o_f, FEATURES, COLUMNS)
-            b_df += b_delta[:, None] * b_column[None, :]
+        b_df = rows_times_state(douts, o_row, p_state, o_f, form) * b_factor[:, None]
+        if inputs.normalizer is not None:
+            b_df += b_delta[:, None] * load_normalizer(p_state, o_f, form)[None, :]
         b_df *= b_start[:, None]
-        if MAP == "taylor2":
-            b_dq += fold_moments(
-                b_df, queries, o_row, o_f, scale, PRECISION, True, HEAD_DIM, FEATURES, BLOCK_D
-            )
+        if form.MAP == "taylor2":
+            b_dq += fold_moments(b_df, queries, o_row, o_f, inputs.scale, True, form)
         else:
-            b_dq += b_df * scale
-    if MAP != "taylor2":
-        b_dq *= derivative(load_tile(queries, o_row, o_d, HEAD_DIM), MAP)
-    store_tile(
-        slice_of(dq, chunk.batch, i_h, chunk.start, chunk.length), o_row, o_d, b_dq, HEAD_DIM
-    )
+            b_dq += b_df * inputs.scale
+    if form.MAP != "taylor2":
+        b_dq *= derivative(load_tile(queries, o_row, o_d, form.HEAD_DIM), form.MAP)
+    store_tile(rows_of(dq, chunk, i_h), o_row, o_d, b_dq, form.HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def keys_kernel(
-    q,
-    k,
-    v,
-    dout,
-    normalizer,
-    delta,
-    gradients,
-    dk,
-    decay,
-    decay_batch,
-    scale,
-    cu_seqlens,
-    tokens,
-    sequences,
-    per_sequence,
-    halvings,
-    heads,
-    group,
-    tiles,
-    MAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    inputs, gradients, dk, decay_batch, tokens, sequences, per_sequence, halvings, heads, group,
+    tiles, form,
+):  # fmt: skip
     """dK; one program sums over the query heads of its GQA group, in order."""
-    kv_heads = heads // group
     i = tl.program_id(0)
-    i_tile = i % tiles
-    i_hk = i // tiles % kv_heads
-    i_slot = i // (tiles * kv_heads)
-    chunk = chunk_of(i_slot, cu_seqlens, tokens, sequences, per_sequence, halvings, BLOCK_T)
+    chunk, i_hk, i_tile = program_of(
+        i, inputs, tokens, sequences, per_sequence, halvings, heads, heads // group, tiles, form
+    )
     if chunk.count <= 0:
         return
-    o_t = tl.arange(0, BLOCK_T)
+    o_t = tl.arange(0, form.BLOCK_T)
     o_row = chunk.first + o_t
-    keys = slice_of(k, chunk.batch, i_hk, chunk.start, chunk.length)
-    values = slice_of(v, chunk.batch, i_hk, chunk.start, chunk.length)
-    o_d = i_tile * BLOCK_D + tl.arange(0, BLOCK_D)
-    b_dk = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    keys = rows_of(inputs.k, chunk, i_hk)
+    values = rows_of(inputs.v, chunk, i_hk)
+    o_d = i_tile * form.BLOCK_D + tl.arange(0, form.BLOCK_D)
+    b_dk = tl.zeros([form.BLOCK_T, form.BLOCK_D], tl.float32)
     for i_h in range(i_hk * group, (i_hk + 1) * group):
-        remains = remains_of(decay, decay_batch, chunk, i_h, o_t)
-        queries = slice_of(q, chunk.batch, i_h, chunk.start, chunk.length)
-        douts = slice_of(dout, chunk.batch, i_h, chunk.start, chunk.length)
-        p_state = gradients + (tl.cast(i_slot, tl.int64) * heads + i_h) * (FEATURES * COLUMNS)
-        b_factor, b_delta = gradient_of_sums(
-            normalizer, delta, cu_seqlens, chunk, i_h, heads, tokens, o_t
-        )
+        remains = remains_of(inputs.decay, decay_batch, chunk, i_h, o_t)
+        queries = rows_of(inputs.q, chunk, i_h)
+        douts = rows_of(inputs.dout, chunk, i_h)
+        p_state = state_of(gradients, chunk, i_h, form)
+        b_factor, b_delta = gradient_of_sums(inputs, chunk, i_h, o_t)
         # dW^T = V dO^T, times decay
-        b_dw = products_of_rows(
-            values, douts, o_row, "identity", PRECISION, VALUE_DIM, BLOCK_T, BLOCK_V
-        )
+        b_dw = products_of_values(values, douts, o_row, form)
         b_dw = b_dw * b_factor[None, :] + b_delta[None, :]
         b_dw *= between(remains, o_t, True, False)
-        if MAP == "taylor2":
-            b_u = products_of_rows(keys, queries, o_row, MAP, PRECISION, HEAD_DIM, BLOCK_T, BLOCK_D)
-            b_dw *= 1.0 + b_u * scale
+        if form.MAP == "taylor2":
+            b_dw *= 1.0 + products_of_features(keys, queries, o_row, form) * inputs.scale
         # dphi(k) += dW^T phi(Q) + decay V G^T
-        b_dk += product(b_dw, load_mapped(queries, o_row, o_d, MAP, HEAD_DIM), PRECISION) * scale
+        b_q = load_mapped(queries, o_row, o_d, form.MAP, form.HEAD_DIM)
+        b_dk += product(b_dw, b_q, form.PRECISION) * inputs.scale
 
         b_end = to_end(remains, chunk, o_t)
-        for tile in range(0, FEATURES if MAP == "taylor2" else BLOCK_F, BLOCK_F):
-            o_f = tile + tl.arange(0, BLOCK_F)
-            if MAP != "taylor2":
+        for f in range(0, form.FEATURES if form.MAP == "taylor2" else form.BLOCK_F, form.BLOCK_F):
+            o_f = f + tl.arange(0, form.BLOCK_F)
+            if form.MAP != "taylor2":
                 o_f = o_d
-            b_df = rows_times_state(
-                values,
-                o_row,
-                p_state,
-                o_f,
-                PRECISION,
-                VALUE_DIM,
-                FEATURES,
-                COLUMNS,
-                BLOCK_T,
-                BLOCK_F,
-                BLOCK_V,
-            )
-            if normalizer is not None:
-                b_df += load_normalizer(p_state, o_f, FEATURES, COLUMNS)[None, :]
+            b_df = rows_times_state(values, o_row, p_state, o_f, form)
+            if inputs.normalizer is not None:
+                b_df += load_normalizer(p_state, o_f, form)[None, :]
             b_df *= b_end[:, None]
-            if MAP == "taylor2":
-                b_dk += fold_moments(
-                    b_df, keys, o_row, o_f, scale, PRECISION, False, HEAD_DIM, FEATURES, BLOCK_D
-                )
+            if form.MAP == "taylor2":
+                b_dk += fold_moments(b_df, keys, o_row, o_f, inputs.scale, False, form)
             else:
                 b_dk += b_df
-    if MAP != "taylor2":
-        b_dk *= derivative(load_tile(keys, o_row, o_d, HEAD_DIM), MAP)
-    rows = slice_of(dk, chunk.batch, i_hk, chunk.start, chunk.length)
-    store_tile(rows, o_row, o_d, b_dk, HEAD_DIM)
+    if form.MAP != "taylor2":
+        b_dk *= derivative(load_tile(keys, o_row, o_d, form.HEAD_DIM), form.MAP)
+    store_tile(rows_of(dk, chunk, i_hk), o_row, o_d, b_dk, form.HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def values_kernel(
-    q,
-    k,
-    v,
-    dout,
-    normalizer,
-    delta,
-    gradients,
-    dv,
-    decay,
-    decay_batch,
-    scale,
-    cu_seqlens,
-    tokens,
-    sequences,
-    per_sequence,
-    halvings,
-    heads,
-    group,
-    tiles,
-    MAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    kv_heads = heads // group
+    inputs, gradients, dv, decay_batch, tokens, sequences, per_sequence, halvings, heads, group,
+    tiles, form,
+):  # fmt: skip
     i = tl.program_id(0)
-    i_tile = i % tiles
-    i_hk = i // tiles % kv_heads
-    i_slot = i // (tiles * kv_heads)
-    chunk = chunk_of(i_slot, cu_seqlens, tokens, sequences, per_sequence, halvings, BLOCK_T)
+    chunk, i_hk, i_tile = program_of(
+        i, inputs, tokens, sequences, per_sequence, halvings, heads, heads // group, tiles, form
+    )
     if chunk.count <= 0:
         return
-    o_t = tl.arange(0, BLOCK_T)
+    o_t = tl.arange(0, form.BLOCK_T)
     o_row = chunk.first + o_t
-    keys = slice_of(k, chunk.batch, i_hk, chunk.start, chunk.length)
-    o_c = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    b_dv = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+    keys = rows_of(inputs.k, chunk, i_hk)
+    o_c = i_tile * form.BLOCK_V + tl.arange(0, form.BLOCK_V)
+    b_dv = tl.zeros([form.BLOCK_T, form.BLOCK_V], tl.float32)
     for i_h in range(i_hk * group, (i_hk + 1) * group):
-        remains = remains_of(decay, decay_batch, chunk, i_h, o_t)
-        queries = slice_of(q, chunk.batch, i_h, chunk.start, chunk.length)
-        douts = slice_of(dout, chunk.batch, i_h, chunk.start, chunk.length)
-        p_state = gradients + (tl.cast(i_slot, tl.int64) * heads + i_h) * (FEATURES * COLUMNS)
+        remains = remains_of(inputs.decay, decay_batch, chunk, i_h, o_t)
+        queries = rows_of(inputs.q, chunk, i_h)
+        douts = rows_of(inputs.dout, chunk, i_h)
+        p_state = state_of(gradients, chunk, i_h, form)
         # dV += phi(K) G decay + W^T dy
-        b_sum = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-        for f in range(0, FEATURES, BLOCK_F):
-            o_f = f + tl.arange(0, BLOCK_F)
-            b_k = load_features(keys, o_row, o_f, scale, False, MAP, HEAD_DIM, FEATURES)
-            b_state = load_state(p_state, o_f, o_c, FEATURES, VALUE_DIM, COLUMNS)
-            b_sum += product(b_k, b_state, PRECISION)
+        b_sum = tl.zeros([form.BLOCK_T, form.BLOCK_V], tl.float32)
+        for f in range(0, form.FEATURES, form.BLOCK_F):
+            o_f = f + tl.arange(0, form.BLOCK_F)
+            b_k = load_features(keys, o_row, o_f, inputs.scale, False, form)
+            b_sum += product(b_k, load_state(p_state, o_f, o_c, form), form.PRECISION)
         b_dv += b_sum * to_end(remains, chunk, o_t)[:, None]
-        b_factor, _ = gradient_of_sums(
-            normalizer, delta, cu_seqlens, chunk, i_h, heads, tokens, o_t
-        )
-        b_w = products_of_rows(keys, queries, o_row, MAP, PRECISION, HEAD_DIM, BLOCK_T, BLOCK_D)
-        b_w = weights(b_w, scale, MAP) * between(remains, o_t, True, False) * b_factor[None, :]
-        b_dv += product(b_w, load_tile(douts, o_row, o_c, VALUE_DIM), PRECISION)
-    rows = slice_of(dv, chunk.batch, i_hk, chunk.start, chunk.length)
-    store_tile(rows, o_row, o_c, b_dv, VALUE_DIM)
+        b_factor, _ = gradient_of_sums(inputs, chunk, i_h, o_t)
+        b_w = products_of_features(keys, queries, o_row, form)
+        b_w = weights(b_w, inputs.scale, form.MAP) * between(remains, o_t, True, False)
+        b_w *= b_factor[None, :]
+        b_dv += product(b_w, load_tile(douts, o_row, o_c, form.VALUE_DIM), form.PRECISION)
+    store_tile(rows_of(dv, chunk, i_hk), o_row, o_c, b_dv, form.VALUE_DIM)

@@ -14,7 +14,9 @@ from ...linear._state import feature_dim
 from ..common import Rows, launch, slice_of
 from .common import (
     MIN_OF_TOKEN,
+    Inputs,
     States,
+    form_of,
     load_features,
     load_tile,
     log_decay_of,
@@ -29,30 +31,9 @@ LENGTHS = ["decay_batch", "tokens", "slots", "heads", "group", "tiles"]
 
 @triton.jit(do_not_specialize=LENGTHS)
 def decode_kernel(
-    q,
-    k,
-    v,
-    out,
-    normalizer,
-    state,
-    indices,
-    decay,
-    decay_batch,
-    scale,
-    tokens,
-    slots,
-    heads,
-    group,
-    tiles,
-    KEYS_ALONE: tl.constexpr,
-    MAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    inputs, out, normalizer, state, indices, decay_batch, tokens, slots, heads, group, tiles,
+    KEYS_ALONE: tl.constexpr, form,
+):  # fmt: skip
     """KEYS_ALONE: handles only the last column (the sum of keys) and the normalizer of every token.
     The programs of the other columns load that normalizer, since the column itself changes
     meanwhile."""
@@ -65,47 +46,48 @@ def decode_kernel(
         slot = tl.load(indices + i_b).to(tl.int64)
     used = (slot >= 0) & (slot < slots)
     slot = tl.where(used, slot, 0)
-    queries = slice_of(q, i_b, i_h, 0, tokens)
-    keys = slice_of(k, i_b, i_h // group, 0, tokens)
-    o_f = tl.arange(0, BLOCK_F)
-    o_c = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    queries = slice_of(inputs.q, i_b, i_h, 0, tokens)
+    keys = slice_of(inputs.k, i_b, i_h // group, 0, tokens)
+    o_f = tl.arange(0, form.BLOCK_F)
+    o_c = i_tile * form.BLOCK_V + tl.arange(0, form.BLOCK_V)
     o_state = slot * state.sequence + tl.cast(i_h, tl.int64) * state.head
+    o_tile = o_f[:, None] * form.COLUMNS + o_c[None, :]
     if KEYS_ALONE:
-        p_state = state.data + o_state + (o_f[:, None] * COLUMNS + VALUE_DIM + o_c[None, :])
-        m_state = (o_f < FEATURES)[:, None] & (o_c < 1)[None, :]
+        o_tile += form.VALUE_DIM
+        m_state = (o_f < form.FEATURES)[:, None] & (o_c < 1)[None, :]
     else:
-        p_state = state.data + o_state + (o_f[:, None] * COLUMNS + o_c[None, :])
-        m_state = (o_f < FEATURES)[:, None] & (o_c < VALUE_DIM)[None, :]
-    m_state = m_state & (tl.zeros([BLOCK_F, BLOCK_V], tl.int64) < tl.where(used, 1, 0))
+        m_state = (o_f < form.FEATURES)[:, None] & (o_c < form.VALUE_DIM)[None, :]
+    p_state = state.data + o_state + o_tile
+    m_state = m_state & (tl.zeros([form.BLOCK_F, form.BLOCK_V], tl.int64) < tl.where(used, 1, 0))
     b_state = tl.load(p_state, mask=m_state, other=0.0)
     o_z = (i_b * heads + i_h) * tokens
     for t in range(tokens):
         o_row = t + tl.arange(0, 1)
-        if decay is not None:
-            p_decay = decay.data + tl.cast(i_h, tl.int64) * decay.head
-            if decay.seq is not None:
-                p_decay += i_b * decay_batch + tl.cast(t, tl.int64) * decay.seq
+        if inputs.decay is not None:
+            p_decay = inputs.decay.data + tl.cast(i_h, tl.int64) * inputs.decay.head
+            if inputs.decay.seq is not None:
+                p_decay += i_b * decay_batch + tl.cast(t, tl.int64) * inputs.decay.seq
             x = tl.load(p_decay)
             # S *= exp(log decay)
             b_state *= tl.exp(tl.where(x < MIN_OF_TOKEN, MIN_OF_TOKEN, x))
-        b_k = load_features(keys, o_row, o_f, scale, False, MAP, HEAD_DIM, FEATURES)
-        b_q = load_features(queries, o_row, o_f, scale, True, MAP, HEAD_DIM, FEATURES)
+        b_k = load_features(keys, o_row, o_f, inputs.scale, False, form)
+        b_q = load_features(queries, o_row, o_f, inputs.scale, True, form)
         b_k = tl.trans(b_k.to(tl.float32))
-        b_q = tl.trans(b_q.to(tl.float32)) * scale_beside(scale, MAP)
+        b_q = tl.trans(b_q.to(tl.float32)) * scale_beside(inputs.scale, form.MAP)
         if KEYS_ALONE:
             # z = phi(q) . S + eps
             b_state += b_k
             b_z = tl.sum(b_q * b_state, 0) + EPSILON
             tl.store(normalizer + o_z + t + o_c, b_z, mask=o_c < 1)
         else:
-            values = slice_of(v, i_b, i_h // group, 0, tokens)
+            values = slice_of(inputs.v, i_b, i_h // group, 0, tokens)
             # S += phi(k)^T v, y = phi(q) S
-            b_state += b_k * load_tile(values, o_row, o_c, VALUE_DIM).to(tl.float32)
+            b_state += b_k * load_tile(values, o_row, o_c, form.VALUE_DIM).to(tl.float32)
             b_y = tl.sum(b_q * b_state, 0)[None, :]
-            if COLUMNS > VALUE_DIM:
+            if form.COLUMNS > form.VALUE_DIM:
                 b_y = b_y / tl.load(normalizer + o_z + t)
-            b_y = tl.where(tl.zeros([1, BLOCK_V], tl.int64) < tl.where(used, 1, 0), b_y, 0.0)
-            store_tile(slice_of(out, i_b, i_h, 0, tokens), o_row, o_c, b_y, VALUE_DIM)
+            b_y = tl.where(tl.zeros([1, form.BLOCK_V], tl.int64) < tl.where(used, 1, 0), b_y, 0.0)
+            store_tile(slice_of(out, i_b, i_h, 0, tokens), o_row, o_c, b_y, form.VALUE_DIM)
     tl.store(p_state, b_state, mask=m_state)
 
 
@@ -120,32 +102,31 @@ def linear_attention_decode(a: Any) -> Tensor:
         normalizer = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     decay, decay_batch = log_decay_of(a.log_decay)
 
+    def rows(t: Tensor) -> Rows:
+        return Rows(t, *t.stride()[:3])
+
+    inputs = Inputs(rows(q), rows(k), rows(v), decay, a.scale, None)
+    form = a.feature_map, head_dim, value_dim, features, value_dim + int(a.normalize)
+
     def run(keys_alone: bool, block_v: int) -> None:
         tiles = 1 if keys_alone else triton.cdiv(value_dim, block_v)
         launch(
             decode_kernel,
             batch * heads * tiles if tokens > 0 else 0,
             q,
-            *(Rows(t, *t.stride()[:3]) for t in (q, k, v, out)),
+            inputs,
+            rows(out),
             normalizer,
             States(state, *state.stride()[:2]),
             a.state_indices,
-            decay,
             decay_batch,
-            a.scale,
             tokens,
             state.shape[0],
             heads,
             heads // max(k.shape[-2], 1),
             tiles,
             KEYS_ALONE=keys_alone,
-            MAP=a.feature_map,
-            HEAD_DIM=head_dim,
-            VALUE_DIM=value_dim,
-            FEATURES=features,
-            COLUMNS=value_dim + int(a.normalize),
-            BLOCK_F=block_f,
-            BLOCK_V=block_v,
+            form=form_of(*form, block_f, block_v),
             num_warps=4,
         )
 

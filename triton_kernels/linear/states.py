@@ -9,10 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common import slice_of, span
+from ..common import span
 from .common import (
     LENGTHS,
-    chunk_of,
     factor_of_chunk,
     first_slot,
     from_start,
@@ -20,105 +19,68 @@ from .common import (
     load_statistic,
     load_tile,
     product,
+    program_of,
     remains_of,
+    rows_of,
     scale_beside,
+    state_of,
     to_end,
 )
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def sums_kernel(
-    x,
-    y,
-    normalizer,
-    delta,
-    sums,
-    factors,
-    decay,
-    decay_batch,
-    scale,
-    cu_seqlens,
-    tokens,
-    sequences,
-    per_sequence,
-    halvings,
-    heads,
-    group,
-    tiles,
-    QUERY: tl.constexpr,
-    MAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    inputs, sums, factors, decay_batch, tokens, sequences, per_sequence, halvings, heads, group,
+    tiles, QUERY: tl.constexpr, form,
+):  # fmt: skip
     """A tile of a chunk's sum phi(X)^T Y: keys and values, weighted by decay to the end of the
     chunk, or (QUERY) queries and output gradients, weighted by decay from its start."""
     i = tl.program_id(0)
-    i_tile = i % tiles
-    i_h = i // tiles % heads
-    i_slot = i // (tiles * heads)
-    chunk = chunk_of(i_slot, cu_seqlens, tokens, sequences, per_sequence, halvings, BLOCK_T)
+    chunk, i_h, i_tile = program_of(
+        i, inputs, tokens, sequences, per_sequence, halvings, heads, heads, tiles, form
+    )
     if chunk.count <= 0:
         return
-    o_t = tl.arange(0, BLOCK_T)
-    remains = remains_of(decay, decay_batch, chunk, i_h, o_t)
-    i_x = i_h // group
+    o_t = tl.arange(0, form.BLOCK_T)
+    remains = remains_of(inputs.decay, decay_batch, chunk, i_h, o_t)
     if QUERY:
-        i_x = i_h
-        b_row = from_start(remains, o_t) * scale_beside(scale, MAP)
+        rows_x = rows_of(inputs.q, chunk, i_h)
+        rows_y = rows_of(inputs.dout, chunk, i_h)
+        b_row = from_start(remains, o_t) * scale_beside(inputs.scale, form.MAP)
         b_normalizer = b_row
-        if COLUMNS > VALUE_DIM:
-            b_z = load_statistic(normalizer, cu_seqlens, chunk, i_h, heads, tokens, o_t, 1.0)
-            b_delta = load_statistic(delta, cu_seqlens, chunk, i_h, heads, tokens, o_t, 0.0)
-            b_normalizer = b_row * b_delta
+        if form.COLUMNS > form.VALUE_DIM:
+            b_z = load_statistic(inputs.normalizer, chunk, i_h, o_t, 1.0)
+            b_normalizer = b_row * load_statistic(inputs.delta, chunk, i_h, o_t, 0.0)
             b_row = b_row / b_z
     else:
+        rows_x = rows_of(inputs.k, chunk, i_h // group)
+        rows_y = rows_of(inputs.v, chunk, i_h // group)
         b_row = to_end(remains, chunk, o_t)
         b_normalizer = b_row
-    rows_x = slice_of(x, chunk.batch, i_x, chunk.start, chunk.length)
-    rows_y = slice_of(y, chunk.batch, i_x, chunk.start, chunk.length)
     o_row = chunk.first + o_t
-    columns: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
-    o_f = i_tile // columns * BLOCK_F + tl.arange(0, BLOCK_F)
-    o_c = i_tile % columns * BLOCK_V + tl.arange(0, BLOCK_V)
+    columns: tl.constexpr = (form.VALUE_DIM + form.BLOCK_V - 1) // form.BLOCK_V
+    o_f = i_tile // columns * form.BLOCK_F + tl.arange(0, form.BLOCK_F)
+    o_c = i_tile % columns * form.BLOCK_V + tl.arange(0, form.BLOCK_V)
     # phi(X)^T (decay Y)
-    b_x = load_features(rows_x, o_row, o_f, scale, QUERY, MAP, HEAD_DIM, FEATURES)
-    b_x = b_x.to(tl.float32)
-    b_y = load_tile(rows_y, o_row, o_c, VALUE_DIM)
-    b_sum = product(tl.trans(b_x * b_row[:, None]), b_y, PRECISION)
-    o_state = (tl.cast(i_slot, tl.int64) * heads + i_h) * (FEATURES * COLUMNS)
-    p_tile = sums + o_state + o_f[:, None] * COLUMNS + o_c[None, :]
-    tl.store(p_tile, b_sum, mask=(o_f < FEATURES)[:, None] & (o_c < VALUE_DIM)[None, :])
-    if COLUMNS > VALUE_DIM:
+    b_x = load_features(rows_x, o_row, o_f, inputs.scale, QUERY, form).to(tl.float32)
+    b_y = load_tile(rows_y, o_row, o_c, form.VALUE_DIM)
+    b_sum = product(tl.trans(b_x * b_row[:, None]), b_y, form.PRECISION)
+    p_state = state_of(sums, chunk, i_h, form)
+    m_tile = (o_f < form.FEATURES)[:, None] & (o_c < form.VALUE_DIM)[None, :]
+    tl.store(p_state + o_f[:, None] * form.COLUMNS + o_c[None, :], b_sum, mask=m_tile)
+    if form.COLUMNS > form.VALUE_DIM:
         b_column = tl.sum(b_x * b_normalizer[:, None], 0)
-        p_column = sums + o_state + o_f * COLUMNS + VALUE_DIM
-        tl.store(p_column, b_column, mask=o_f < tl.where(i_tile % columns == 0, FEATURES, 0))
-    if decay is not None:
-        tl.store(factors + i_slot * heads + i_h, factor_of_chunk(remains), mask=i_tile == 0)
+        m_column = o_f < tl.where(i_tile % columns == 0, form.FEATURES, 0)
+        tl.store(p_state + o_f * form.COLUMNS + form.VALUE_DIM, b_column, mask=m_column)
+    if inputs.decay is not None:
+        tl.store(factors + chunk.slot * heads + i_h, factor_of_chunk(remains), mask=i_tile == 0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def scan_kernel(
-    sums,
-    factors,
-    before,
-    after,
-    cu_seqlens,
-    tokens,
-    per_sequence,
-    heads,
-    tiles,
-    REVERSE: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    sums, factors, before, after, cu_seqlens, tokens, per_sequence, heads, tiles,
+    REVERSE: tl.constexpr, SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Scan over the chunks of one head: every chunk's sum is replaced by the state entering the
     chunk. REVERSE runs from the last chunk to the first."""
     i = tl.program_id(0)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..common import span
 
@@ -31,6 +32,14 @@ LENGTHS = [
     "head_dim",  # a loop bound that ptxas would unroll
     "value_dim",
 ]
+
+
+class Gates(NamedTuple):
+    """Gates per token and head, contiguous [B, S, H] or packed [T, H]."""
+
+    alpha: Tensor
+    eta: Tensor
+    theta: Tensor
 
 
 class Block(NamedTuple):
@@ -108,8 +117,13 @@ def first_gate(cu_seqlens, i_b, i_h, start, tokens, heads):
 
 
 @triton.jit
-def gates_of(gates, o_gate, heads, o_row, m_row):
-    return tl.load(gates + o_gate + o_row.to(tl.int64) * heads, mask=m_row, other=0.0)
+def load_gate(gate, o_gate, heads, o_row, m_row):
+    return tl.load(gate + o_gate + o_row.to(tl.int64) * heads, mask=m_row, other=0.0)
+
+
+@triton.jit
+def store_gate(gate, o_gate, heads, o_row, m_row, b_x):
+    tl.store(gate + o_gate + o_row.to(tl.int64) * heads, b_x, mask=m_row)
 
 
 @triton.jit
@@ -125,13 +139,13 @@ def row_at(b_x, o_t, t):
 
 
 @triton.jit
-def weigh(alpha, eta, theta, o_gate, heads, block, o_t, BOTH: tl.constexpr, BLOCK_T: tl.constexpr):
+def weigh(gates, o_gate, heads, block, o_t, BOTH: tl.constexpr, BLOCK_T: tl.constexpr):
     """W [BLOCK_T, BLOCK_T], with BOTH also E, and the factors. Rows past the last token are 0."""
     m_t = o_t < block.count
     o_row = block.first + o_t
-    b_decay = 1.0 - gates_of(alpha, o_gate, heads, o_row, m_t)
-    b_eta = gates_of(eta, o_gate, heads, o_row, m_t)
-    b_theta = gates_of(theta, o_gate, heads, o_row, m_t)
+    b_decay = 1.0 - load_gate(gates.alpha, o_gate, heads, o_row, m_t)
+    b_eta = load_gate(gates.eta, o_gate, heads, o_row, m_t)
+    b_theta = load_gate(gates.theta, o_gate, heads, o_row, m_t)
     b_w = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
     b_e = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
     b_memory = tl.zeros([BLOCK_T], tl.float32)
@@ -158,6 +172,15 @@ def weigh(alpha, eta, theta, o_gate, heads, block, o_t, BOTH: tl.constexpr, BLOC
         b_momentum = tl.where(o_t == t, b_run_momentum, b_momentum)
         b_kept = tl.where(o_t == t, b_run_kept, b_kept)
     return b_w, b_e, Factors(b_decay, b_eta, b_memory, b_momentum, b_kept, b_row_w, b_row_e)
+
+
+@triton.jit
+def end_of(f, block, o_t):
+    """Factors memory, momentum and kept of the last token of a block."""
+    last = block.count - 1
+    to_memory = at_token(f.memory, o_t, last)
+    to_momentum = at_token(f.momentum, o_t, last)
+    return to_memory, to_momentum, at_token(f.kept, o_t, last)
 
 
 @triton.jit

@@ -9,36 +9,16 @@ import triton
 from torch import Tensor
 
 from ..._call.operator import record_of
-from ..common import INTERPRETED, Rows, launch
-from .common import States
+from ..common import INTERPRETED, launch
+from .common import Layout, states_of
+from .titans_blocks import Gates
 from .titans_memory_kernels import block_kernel, gradients_kernel, states_kernel
 
 Record: Any = record_of("titans_memory")
 
 
-class Call(Record):
+class Call(Layout, Record):
     """The arguments of a call, and the kernel arguments derived from them."""
-
-    @classmethod
-    def of(cls, a: Any) -> Call:
-        """The call of a record of the forward or of the backward."""
-        return cls(*(getattr(a, name) for name in cls._fields))
-
-    @property
-    def packed(self) -> bool:
-        return self.cu_seqlens is not None
-
-    @property
-    def sequences(self) -> int:
-        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-
-    @property
-    def tokens(self) -> int:
-        return self.q.shape[-3]
-
-    @property
-    def heads(self) -> int:
-        return self.q.shape[-2]
 
     @property
     def chunk(self) -> int:
@@ -66,20 +46,8 @@ class Call(Record):
     def state_shape(self) -> tuple[int, ...]:
         return (self.sequences, self.heads, self.q.shape[-1], self.v.shape[-1])
 
-    def new(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Allocates an output. Tokens outside all packed sequences, which no program writes, are
-        0."""
-        allocate = self.q.new_zeros if self.packed else self.q.new_empty
-        return allocate(like.shape, dtype=dtype or like.dtype)
-
-    def float32(self, *shape: int) -> Tensor:
-        return self.q.new_empty(shape, dtype=torch.float32)
-
-    def rows(self, t: Tensor) -> Rows:
-        return Rows(t, 0 if self.packed else t.stride(0), t.stride(-3), t.stride(-2))
-
-    def gates(self) -> list[Tensor]:
-        return [t.contiguous() for t in (self.alpha, self.eta, self.theta)]
+    def gates(self) -> Gates:
+        return Gates(*(t.contiguous() for t in (self.alpha, self.eta, self.theta)))
 
     @property
     def tile(self) -> int:
@@ -123,10 +91,6 @@ class Call(Record):
         return triton.cdiv(self.v.shape[-1], self.tile)
 
 
-def _states(t: Tensor | None) -> States | None:
-    return None if t is None else States(t, t.stride(0), t.stride(1))
-
-
 def _sweep_states(
     call: Call,
     out: Tensor | None,
@@ -140,8 +104,8 @@ def _sweep_states(
         call.q,
         *(call.rows(t) for t in (call.q, call.k, call.v)),
         None if out is None else call.rows(out),
-        *call.gates(),
-        *map(_states, (call.initial_memory, call.initial_momentum, *final)),
+        call.gates(),
+        *map(states_of, (call.initial_memory, call.initial_momentum, *final)),
         call.scratch(),
         states,
         None if us is None else call.rows(us),
@@ -153,7 +117,7 @@ def _sweep_states(
 
 def titans_memory(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Call.of(a)
-    out = call.new(call.v)
+    out = call.new(call.v.shape, call.v.dtype)
     shape = call.state_shape if call.return_final_state else (0,)
     memory, momentum = call.float32(*shape), call.float32(*shape)
     wanted = (memory, momentum) if call.return_final_state else (None, None)
@@ -169,18 +133,18 @@ def titans_memory_backward(a: Any) -> tuple[Tensor, ...]:
     states = call.float32(call.slots, call.heads, 4, *call.state_shape[2:])
     us, dus = (call.float32(*call.v.shape) for _ in range(2))
     _sweep_states(call, None, (None, None), (states, us))
-    dq, dk, dv, dalpha, deta, dtheta = (call.new(t) for t in inputs)
+    gates = call.gates()
+    dq, dk, dv, *dgates = (call.new(t.shape, t.dtype) for t in inputs)
     wanted = a.needs_dinitial_state and call.initial_memory is not None
     shape = call.state_shape if wanted else (0,)
     dinitial = (call.float32(*shape), call.float32(*shape))
-    gates = call.gates()
     launch(
         gradients_kernel,
         call.sequences * call.heads * call.slices,
         call.q,
         *(call.rows(t) for t in (call.q, call.k, dout, dv)),
-        *gates,
-        *map(_states, (a.dmemory, a.dmomentum, *(dinitial if wanted else (None, None)))),
+        gates,
+        *map(states_of, (a.dmemory, a.dmomentum, *(dinitial if wanted else (None, None)))),
         call.scratch(),
         states,
         call.rows(dus),
@@ -192,13 +156,11 @@ def titans_memory_backward(a: Any) -> tuple[Tensor, ...]:
         call.slots * call.heads,
         call.q,
         *(call.rows(t) for t in (call.q, call.k, dout, dq, dk)),
-        *gates,
-        dalpha,
-        deta,
-        dtheta,
+        gates,
+        Gates(*dgates),
         states,
         *(call.rows(t) for t in (us, dus)),
         *call.place(),
         **call.options(),
     )
-    return dq, dk, dv, dalpha, deta, dtheta, *dinitial
+    return dq, dk, dv, *dgates, *dinitial

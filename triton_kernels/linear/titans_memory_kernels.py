@@ -14,12 +14,14 @@ from .titans_blocks import (
     at_token,
     block_of,
     blocks_of,
+    end_of,
     first_gate,
     kept_states,
     row_at,
     sequence_of_slot,
     slot_of,
     state_tile,
+    store_gate,
     weigh,
 )
 
@@ -78,10 +80,10 @@ def nan_from(m_finite, o_t):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def states_kernel(
-    q, k, v, out, alpha, eta, theta, initial_memory, initial_momentum, memory, momentum, scratch,
-    states, us, cu_seqlens, tokens, sequences, chunk_size, parts, halvings, heads, slices, head_dim,
-    value_dim, KEEP: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    q, k, v, out, gates, initial_memory, initial_momentum, memory, momentum, scratch, states, us,
+    cu_seqlens, tokens, sequences, chunk_size, parts, halvings, heads, slices, head_dim, value_dim,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Computes out and the final states; KEEP: stores the states entering each block and U instead,
     for the backward. scratch holds M, S and G."""
@@ -131,7 +133,7 @@ def states_kernel(
                 b_memory_q += product(b_q, b_memory, PRECISION)
                 b_momentum_q += product(b_q, b_momentum, PRECISION)
                 b_pairs += product(b_q, tl.trans(b_k), PRECISION)
-        b_w, _, f = weigh(alpha, eta, theta, o_gate, heads, block, o_t, False, BLOCK_T)
+        b_w, _, f = weigh(gates, o_gate, heads, block, o_t, False, BLOCK_T)
         if KEEP:
             store_tile(slice_of(us, i_b, i_h, start, end), o_row, o_c, b_u, VALUE_DIM)
         else:
@@ -144,10 +146,7 @@ def states_kernel(
             b_out += nan_from(m_finite, o_t)
             store_tile(slice_of(out, i_b, i_h, start, end), o_row, o_c, b_out, VALUE_DIM)
         tl.debug_barrier()
-        last = block.count - 1
-        to_memory = at_token(f.memory, o_t, last)
-        to_momentum = at_token(f.momentum, o_t, last)
-        stays = at_token(f.kept, o_t, last)
+        to_memory, to_momentum, stays = end_of(f, block, o_t)
         next_starts = block_of(i + 1, length, chunk_size, parts, BLOCK_T).starts
         for d in range(0, head_dim, BLOCK_D):
             o_d = d + tl.arange(0, BLOCK_D)
@@ -170,7 +169,7 @@ def states_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def gradients_kernel(
-    q, k, dout, dv, alpha, eta, theta, dmemory, dmomentum, dinitial_memory, dinitial_momentum,
+    q, k, dout, dv, gates, dmemory, dmomentum, dinitial_memory, dinitial_momentum,
     scratch, states, dus, cu_seqlens, tokens, sequences, chunk_size, parts, halvings, heads, slices,
     head_dim, value_dim, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -218,7 +217,7 @@ def gradients_kernel(
             b_memory_k += product(b_k, b_dmemory, PRECISION)
             b_momentum_k += product(b_k, b_dmomentum, PRECISION)
             b_pairs += product(b_q, tl.trans(b_k), PRECISION)
-        b_w, _, f = weigh(alpha, eta, theta, o_gate, heads, block, o_t, False, BLOCK_T)
+        b_w, _, f = weigh(gates, o_gate, heads, block, o_t, False, BLOCK_T)
         b_pairs = tl.where(o_t[:, None] >= o_t[None, :], -b_w * b_pairs, 0.0)
         b_dout = load_tile(slice_of(dout, i_b, i_h, start, end), o_row, o_c, VALUE_DIM)
         # dU = -(W * Q K^T)^T dO - w_end K dM - e_end K dS
@@ -227,10 +226,7 @@ def gradients_kernel(
         store_tile(slice_of(dv, i_b, i_h, start, end), o_row, o_c, -b_du, VALUE_DIM)
         store_tile(slice_of(dus, i_b, i_h, start, end), o_row, o_c, b_du, VALUE_DIM)
         tl.debug_barrier()
-        last = block.count - 1
-        to_memory = at_token(f.memory, o_t, last)
-        to_momentum = at_token(f.momentum, o_t, last)
-        stays = at_token(f.kept, o_t, last)
+        to_memory, to_momentum, stays = end_of(f, block, o_t)
         for d in range(0, head_dim, BLOCK_D):
             o_d = d + tl.arange(0, BLOCK_D)
             o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
@@ -257,7 +253,7 @@ def gradients_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def block_kernel(
-    q, k, dout, dq, dk, alpha, eta, theta, dalpha, deta, dtheta, states, us, dus,
+    q, k, dout, dq, dk, gates, dgates, states, us, dus,
     cu_seqlens, tokens, sequences, chunk_size, parts, halvings, heads, slices, head_dim,
     value_dim, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -297,7 +293,7 @@ def block_kernel(
         b_dout = load_tile(douts, o_row, o_c, VALUE_DIM)
         b_u = load_tile(errors, o_row, o_c, VALUE_DIM)
         b_x += product(b_dout, tl.trans(b_u), PRECISION)
-    b_w, b_e, f = weigh(alpha, eta, theta, o_gate, heads, block, o_t, True, BLOCK_T)
+    b_w, b_e, f = weigh(gates, o_gate, heads, block, o_t, True, BLOCK_T)
     m_seen = o_t[:, None] >= o_t[None, :]
     b_dw = tl.where(m_seen, -b_qk * b_x, 0.0)
     b_dqk = tl.where(m_seen, -b_w * b_x, 0.0)
@@ -406,6 +402,6 @@ def block_kernel(
         b_deta = tl.where(o_t == t, b_de + b_run_kept * before_kept, b_deta)
         b_dtheta = tl.where(o_t == t, b_row_e, b_dtheta)
     m_row = o_t < block.count
-    tl.store(dalpha + o_gate + o_row.to(tl.int64) * heads, b_dalpha, mask=m_row)
-    tl.store(deta + o_gate + o_row.to(tl.int64) * heads, b_deta, mask=m_row)
-    tl.store(dtheta + o_gate + o_row.to(tl.int64) * heads, b_dtheta, mask=m_row)
+    store_gate(dgates.alpha, o_gate, heads, o_row, m_row, b_dalpha)
+    store_gate(dgates.eta, o_gate, heads, o_row, m_row, b_deta)
+    store_gate(dgates.theta, o_gate, heads, o_row, m_row, b_dtheta)
