@@ -67,8 +67,8 @@ class Queries(NamedTuple):
 class Blocks(NamedTuple):
     """Keys and values of a head in blocks, and what scores them."""
 
-    keys: Any
-    values: Any
+    k: Any
+    v: Any  # not `values`, an attribute of Triton's tuples
     terms: Any
     head: Any
     tokens: Any
@@ -188,7 +188,7 @@ def values_at(columns, tokens):
 @triton.jit
 def part_scores(queries, blocks, first_block, part, shape):
     columns = columns_of(first_block, part, blocks.block, blocks.tokens, shape)
-    b_k = load_rows(blocks.keys, columns.o_j, shape.HEAD_DIM, shape.BLOCK_D)
+    b_k = load_rows(blocks.k, columns.o_j, shape.HEAD_DIM, shape.BLOCK_D)
     # S = Q K^T
     b_qk = dot(queries.b_q, tl.trans(b_k))
     o_j = columns.o_j[None, :]
@@ -208,7 +208,7 @@ def block_statistics(queries, blocks, first_block, parts, shape):
                 b_dp = None
                 if queries.b_dout is not None:
                     o_v = values_at(columns, blocks.tokens)
-                    b_v = load_rows(blocks.values, o_v, shape.VALUE_DIM, shape.BLOCK_V)
+                    b_v = load_rows(blocks.v, o_v, shape.VALUE_DIM, shape.BLOCK_V)
                     b_dp = dot(queries.b_dout, tl.trans(b_v))
                 found = add_statistics(found, b_z, b_dp, columns, shape.NB)
     return found
@@ -257,7 +257,7 @@ def landmark_kernel(q, k, v, out, lse, terms, tokens, block, heads, group, tiles
         found = block_statistics(queries, blocks, first_block, parts, shape)
         for part in range(parts):
             b_z, o_v = weighed_scores(found, queries, blocks, first_block, part, shape)
-            b_v = load_rows(blocks.values, o_v, shape.VALUE_DIM, shape.BLOCK_V)
+            b_v = load_rows(blocks.v, o_v, shape.VALUE_DIM, shape.BLOCK_V)
             # online softmax, O += P V
             b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
                 b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head
@@ -283,7 +283,7 @@ def landmark_kernel(q, k, v, out, lse, terms, tokens, block, heads, group, tiles
                 found = block_statistics(queries, blocks, first_block, parts, shape)
                 for part in range(parts):
                     b_z, o_v = weighed_scores(found, queries, blocks, first_block, part, shape)
-                    b_v = load_rows(blocks.values, o_v, shape.VALUE_DIM, COLUMNS, c)
+                    b_v = load_rows(blocks.v, o_v, shape.VALUE_DIM, COLUMNS, c)
                     b_y, b_y_lost = accumulate_seen(b_z, b_v, b_y, b_y_lost, b_top, head)
             p_out = outs.data + row_offsets(outs, o_i)
             store_tile(p_out, m_again, b_y * b_factor[:, None], shape.VALUE_DIM, c)

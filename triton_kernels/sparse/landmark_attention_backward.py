@@ -81,9 +81,9 @@ def landmark_queries_kernel(
         found = block_statistics(queries, blocks, first_block, parts, shape)
         for part in range(parts):
             columns = columns_of(first_block, part, block, tokens, shape)
-            b_k = load_rows(blocks.keys, columns.o_j, shape.HEAD_DIM, shape.BLOCK_D)
+            b_k = load_rows(blocks.k, columns.o_j, shape.HEAD_DIM, shape.BLOCK_D)
             o_v = values_at(columns, tokens)
-            b_v = load_rows(blocks.values, o_v, shape.VALUE_DIM, shape.BLOCK_V)
+            b_v = load_rows(blocks.v, o_v, shape.VALUE_DIM, shape.BLOCK_V)
             # S = Q K^T, dP = dO V^T
             b_qk = dot(queries.b_q, tl.trans(b_k))
             b_z = scores(b_qk, o_i[:, None], columns.o_j[None, :], terms, head, None)
