@@ -129,25 +129,10 @@ def exponents(b_qk, o_i, o_j, request, requests, factor, inverse_tau, seed, i_b,
 
 @triton.jit(do_not_specialize=[*LENGTHS, "seed", "window"])
 def rows_kernel(
-    q,
-    k,
-    row_max,
-    weights,
-    requests,
-    inverse_tau,
-    factor,
-    seed,
-    window,
-    tokens_q,
-    tokens_k,
-    heads,
-    group,
-    blocks,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    q, k, row_max, weights, requests, inverse_tau, factor, seed, window, tokens_q, tokens_k, heads,
+    group, blocks,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     i_block, i_h, i_b = program(blocks, heads)
     request = request_of(requests, window, tokens_q, tokens_k, i_b)
     first = request.first_row + i_block * BLOCK_M
@@ -186,27 +171,11 @@ def rows_kernel(
 
 @triton.jit(do_not_specialize=[*LENGTHS, "seed", "window"])
 def columns_kernel(
-    q,
-    k,
-    row_max,
-    weights,
-    scores,
-    requests,
-    inverse_tau,
-    factor,
-    seed,
-    window,
-    tokens_q,
-    tokens_k,
-    heads,
-    group,
-    blocks,
-    HEAD_DIM: tl.constexpr,
-    REDUCE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q, k, row_max, weights, scores, requests, inverse_tau, factor, seed, window, tokens_q, tokens_k,
+    heads, group, blocks,
+    HEAD_DIM: tl.constexpr, REDUCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     i_block, i_h, i_b = program(blocks, heads)
     request = request_of(requests, window, tokens_q, tokens_k, i_b)
     first = i_block * BLOCK_N

@@ -27,21 +27,9 @@ def end_of(o_r, rows, length, CAUSAL: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*LENGTHS, "rows"])
 def exponents_kernel(
-    q,
-    k,
-    exponents,
-    lengths,
-    factor,
-    rows,
-    tokens_k,
-    heads,
-    group,
-    blocks,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    q, k, exponents, lengths, factor, rows, tokens_k, heads, group, blocks,
+    HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0)
     kv_heads = heads // group
     i_kv = (i // blocks) % kv_heads
@@ -68,16 +56,9 @@ def exponents_kernel(
 
 @triton.jit(do_not_specialize=[*LENGTHS, "rows"])
 def weights_kernel(
-    exponents,
-    row_max,
-    weights,
-    lengths,
-    rows,
-    tokens_k,
-    heads,
-    CAUSAL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    exponents, row_max, weights, lengths, rows, tokens_k, heads,
+    CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     length = clamped(lengths, i_row // rows // heads, tokens_k)
     end = end_of((i_row % rows).to(tl.int32), rows, length, CAUSAL)
@@ -102,17 +83,9 @@ def weights_kernel(
 
 @triton.jit(do_not_specialize=[*LENGTHS, "rows", "skip"])
 def argmax_kernel(
-    exponents,
-    row_max,
-    places,
-    lengths,
-    rows,
-    tokens_k,
-    skip,
-    heads,
-    CAUSAL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    exponents, row_max, places, lengths, rows, tokens_k, skip, heads,
+    CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Index of the first maximum exponent of a row. NaN counts as +inf."""
     i_row = tl.program_id(0).to(tl.int64)
     length = clamped(lengths, i_row // rows // heads, tokens_k)
@@ -135,20 +108,9 @@ def argmax_kernel(
 
 @triton.jit(do_not_specialize=[*LENGTHS, "rows", "skip"])
 def reduce_kernel(
-    exponents,
-    row_max,
-    weights,
-    scores,
-    lengths,
-    rows,
-    tokens_k,
-    skip,
-    heads,
-    blocks,
-    CAUSAL: tl.constexpr,
-    REDUCE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    exponents, row_max, weights, scores, lengths, rows, tokens_k, skip, heads, blocks,
+    CAUSAL: tl.constexpr, REDUCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0)
     i_b = (i // blocks).to(tl.int64)
     length = clamped(lengths, i_b, tokens_k)

@@ -20,29 +20,11 @@ SIZES = ["out_batch", "heads", "block", "blocks", "slots"]
 
 @triton.jit(do_not_specialize=[*SIZES, *KEY_SIZES])
 def pool_kernel(
-    k,
-    table,
-    key_count,
-    table_stride,
-    page_size,
-    pages,
-    out,
-    lengths,
-    start,
-    out_batch,
-    out_block,
-    out_head,
-    out_half,
-    heads,
-    block,
-    blocks,
-    slots,
-    MEAN: tl.constexpr,
-    BOTH: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    k, table, key_count, table_stride, page_size, pages, out, lengths, start, out_batch, out_block,
+    out_head, out_half, heads, block, blocks, slots,
+    MEAN: tl.constexpr, BOTH: tl.constexpr, DIM: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     keys = KeyRows(k.data, k.batch, k.seq, k.head, key_count, table, table_stride, page_size, pages)
     i = tl.program_id(0)
     i_h = i % heads

@@ -38,38 +38,12 @@ def packed_span(ends, i_b, rows):
 
 @triton.jit(do_not_specialize=[*SIZES, *KEY_SIZES])
 def score_kernel(
-    q,
-    k,
-    weights,
-    table,
-    key_count,
-    table_stride,
-    page_size,
-    pages,
-    lengths,
-    ends_q,
-    ends_k,
-    k_scale,
-    out,
-    out_lengths,
-    first,
-    rows,
-    tokens,
-    queries,
-    batch,
-    halvings,
-    num_sink,
-    num_recent,
+    q, k, weights, table, key_count, table_stride, page_size, pages, lengths, ends_q, ends_k,
+    k_scale, out, out_lengths, first, rows, tokens, queries, batch, halvings, num_sink, num_recent,
     ld,
-    CAUSAL: tl.constexpr,
-    RELU: tl.constexpr,
-    FLOAT8: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    CAUSAL: tl.constexpr, RELU: tl.constexpr, FLOAT8: tl.constexpr, HEADS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Stores the number of visible keys of a row and their scores, -inf for keys that are never
     listed: sink keys, and keys of a missing page."""
     keys = KeyRows(k.data, k.batch, k.seq, k.head, key_count, table, table_stride, page_size, pages)

@@ -111,44 +111,13 @@ def tile_scores(q, keys, k_half, k_scale, pieces, i_b, i_kh, o_h, o_i, m_i, o_t,
 
 @triton.jit(do_not_specialize=[*SIZES, *SEEN, *KEY_SIZES])
 def score_kernel(
-    q,
-    k,
-    table,
-    key_count,
-    table_stride,
-    page_size,
-    pages,
-    queries,
-    block_q,
-    row_tokens,
-    num_sink,
-    num_recent,
-    lengths,
-    out,
-    k_half,
-    k_scale,
-    pieces,
-    scale,
-    out_batch,
-    rows,
-    blocks,
-    block_rows,
-    row_queries,
-    heads,
-    m_tiles,
-    n_tiles,
-    GROUP: tl.constexpr,
-    GROUPED: tl.constexpr,
-    MEAN: tl.constexpr,
-    MEAN_QUERIES: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BOXES: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    q, k, table, key_count, table_stride, page_size, pages, queries, block_q, row_tokens, num_sink,
+    num_recent, lengths, out, k_half, k_scale, pieces, scale, out_batch, rows, blocks, block_rows,
+    row_queries, heads, m_tiles, n_tiles,
+    GROUP: tl.constexpr, GROUPED: tl.constexpr, MEAN: tl.constexpr, MEAN_QUERIES: tl.constexpr,
+    CAUSAL: tl.constexpr, BOXES: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Scores of BLOCK_N key blocks, BLOCK_T rows of each per step. Score row m is row m // GROUP of
     head m % GROUP, or row m of all heads if GROUPED."""
     keys = KeyRows(k.data, k.batch, k.seq, k.head, key_count, table, table_stride, page_size, pages)
@@ -215,24 +184,10 @@ def score_kernel(
     do_not_specialize=["key_count", *SEEN, "rows", "blocks", "block_rows", "heads", "n_tiles"]
 )
 def vote_kernel(
-    scores,
-    lse,
-    key_count,
-    queries,
-    block_q,
-    row_tokens,
-    num_sink,
-    num_recent,
-    lengths,
-    out,
-    rows,
-    blocks,
-    block_rows,
-    heads,
-    n_tiles,
-    CAUSAL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    scores, lse, key_count, queries, block_q, row_tokens, num_sink, num_recent, lengths, out, rows,
+    blocks, block_rows, heads, n_tiles,
+    CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     seen = Seen(queries, block_q, row_tokens, num_sink, num_recent)
     i = tl.program_id(0)
     i_row = i // n_tiles % rows

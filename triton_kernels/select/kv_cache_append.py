@@ -36,29 +36,11 @@ class Rope(NamedTuple):
 
 @triton.jit(do_not_specialize=SIZES)
 def append_kernel(
-    new,
-    cache,
-    slots,
-    slots_stride,
-    pages,
-    page_size,
-    heads,
-    rope,
-    positions_stride,
-    table,
-    scale,
-    token_scale,
-    scale_page,
-    scale_row,
-    scale_head,
-    DIM: tl.constexpr,
-    PAIRS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    FLOAT8: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    new, cache, slots, slots_stride, pages, page_size, heads, rope, positions_stride, table, scale,
+    token_scale, scale_page, scale_row, scale_head,
+    DIM: tl.constexpr, PAIRS: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
+    FLOAT8: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """slots None: row t of a tensor [T, heads, DIM] is written in place of row t. scale is loaded
     per head; token_scale is stored at the page, row and head of the token."""
     i_t = tl.program_id(0).to(tl.int64)

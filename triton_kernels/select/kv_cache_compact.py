@@ -33,6 +33,22 @@ class Lists(NamedTuple):
     count: Any
 
 
+class Pages(NamedTuple):
+    """Page table of all requests, or None; stride in elements."""
+
+    table: Any
+    stride: Any
+    count: Any
+    size: Any
+
+
+@triton.jit
+def head_of_program(heads):
+    """Batch and head of this program."""
+    i = tl.program_id(0)
+    return (i // heads).to(tl.int64), (i % heads).to(tl.int64)
+
+
 @triton.jit
 def list_of(keep, counts, keep_batch, keep_head, counts_batch, counts_head, entries, i_b, i_h):
     count = tl.load(counts + i_b * counts_batch + i_h * counts_head)
@@ -41,16 +57,16 @@ def list_of(keep, counts, keep_batch, keep_head, counts_batch, counts_head, entr
 
 
 @triton.jit
-def offset_of(rows, table, table_stride, page_count, page_size, i_b, o_t, m_t):
-    """Element offsets of tokens in head 0, and the mask of tokens whose page exists. table None:
-    request b has only page b."""
+def offset_of(rows, pages, i_b, o_t, m_t):
+    """Element offsets of tokens in head 0, and the mask of tokens whose page exists. Without a page
+    table, request b has only page b."""
     o_page = i_b
     o_row = o_t.to(tl.int64)
-    if table is not None:
-        p_page = table + i_b * table_stride + o_t // page_size
+    if pages.table is not None:
+        p_page = pages.table + i_b * pages.stride + o_t // pages.size
         o_page = tl.load(p_page, mask=m_t, other=-1).to(tl.int64)
-        o_row = o_row % page_size
-        m_t = m_t & (o_page >= 0) & (o_page < page_count)
+        o_row = o_row % pages.size
+        m_t = m_t & (o_page >= 0) & (o_page < pages.count)
     return o_page * rows.batch + o_row * rows.seq, m_t
 
 
@@ -96,31 +112,12 @@ def turned(b_x, b_other, b_sign, b_delta, turns, rest, o_pair, m_pair):
 
 @triton.jit(do_not_specialize=SIZES)
 def move_kernel(
-    rows,
-    keep,
-    counts,
-    keep_batch,
-    keep_head,
-    counts_batch,
-    counts_head,
-    entries,
-    lengths,
-    table,
-    table_stride,
-    page_count,
-    page_size,
-    capacity,
-    heads,
-    turns,
-    rest,
-    pairs,
-    DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    i_h = (tl.program_id(0) % heads).to(tl.int64)
-    i_b = (tl.program_id(0) // heads).to(tl.int64)
+    rows, keep, counts, keep_batch, keep_head, counts_batch, counts_head, entries, lengths, table,
+    table_stride, page_count, page_size, capacity, heads, turns, rest, pairs,
+    DIM: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    i_b, i_h = head_of_program(heads)
+    pages = Pages(table, table_stride, page_count, page_size)
     lists = list_of(
         keep, counts, keep_batch, keep_head, counts_batch, counts_head, entries, i_b, i_h
     )
@@ -131,10 +128,8 @@ def move_kernel(
         o_to = first + tl.arange(0, BLOCK_T)
         o_from = tl.load(lists.keep + o_to, mask=o_to < lists.count, other=0)
         m_t = (o_to < lists.count) & (o_from > o_to) & (o_from < length)
-        o_source, m_t = offset_of(
-            rows, table, table_stride, page_count, page_size, i_b, o_from, m_t
-        )
-        o_target, m_t = offset_of(rows, table, table_stride, page_count, page_size, i_b, o_to, m_t)
+        o_source, m_t = offset_of(rows, pages, i_b, o_from, m_t)
+        o_target, m_t = offset_of(rows, pages, i_b, o_to, m_t)
         m_x = m_t[:, None] & (o_d < DIM)[None, :]
         b_x = tl.load(p_head + o_source[:, None] + o_d[None, :], mask=m_x, other=0.0)
         if turns is not None:
@@ -158,30 +153,13 @@ def move_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def sum_kernel(
-    rows,
-    keep,
-    counts,
-    keep_batch,
-    keep_head,
-    counts_batch,
-    counts_head,
-    entries,
-    lengths,
-    table,
-    table_stride,
-    page_count,
-    page_size,
-    capacity,
-    heads,
-    sums,
-    dropped,
-    DIM: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    rows, keep, counts, keep_batch, keep_head, counts_batch, counts_head, entries, lengths, table,
+    table_stride, page_count, page_size, capacity, heads, sums, dropped,
+    DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Sums over the tokens that are not in the list."""
-    i_h = (tl.program_id(0) % heads).to(tl.int64)
-    i_b = (tl.program_id(0) // heads).to(tl.int64)
+    i_b, i_h = head_of_program(heads)
+    pages = Pages(table, table_stride, page_count, page_size)
     lists = list_of(
         keep, counts, keep_batch, keep_head, counts_batch, counts_head, entries, i_b, i_h
     )
@@ -204,7 +182,7 @@ def sum_kernel(
         b_slot = tl.load(lists.keep + o_low, mask=o_low < lists.count, other=-1)
         m_t = (o_t < length) & (b_slot != o_t)
         number += tl.sum(m_t.to(tl.int32), 0)
-        o_source, m_t = offset_of(rows, table, table_stride, page_count, page_size, i_b, o_t, m_t)
+        o_source, m_t = offset_of(rows, pages, i_b, o_t, m_t)
         p_x = rows.data + i_h * rows.head + o_source[:, None] + o_d[None, :]
         b_x = tl.load(p_x, mask=m_t[:, None] & (o_d < DIM)[None, :], other=0.0)
         b_sum += tl.sum(b_x.to(tl.float32), 0)

@@ -66,17 +66,9 @@ def digit_counts(p_row, begin, end, prefix, DIGIT: tl.constexpr, BLOCK: tl.const
 
 @triton.jit(do_not_specialize=SIZES)
 def select_kernel(
-    rows,
-    indices,
-    counts,
-    stride,
-    columns,
-    k,
-    force_first,
-    force_last,
-    TIE_HIGH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    rows, indices, counts, stride, columns, k, force_first, force_last,
+    TIE_HIGH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     i_r = tl.program_id(0).to(tl.int64)
     p_row, length = window_of(rows, i_r, stride, columns)
     begin = tl.minimum(length, force_first)
@@ -132,22 +124,10 @@ PAGE_SIZES = ["page_stride", "page_rows", "pages", "page_size", "total"]
 
 @triton.jit(do_not_specialize=[*SIZES[:3], *PAGE_SIZES])
 def beside_kernel(
-    rows,
-    indices,
-    values,
-    block_table,
-    row_to_batch,
-    physical,
-    stride,
-    columns,
-    k,
-    page_stride,
-    page_rows,
-    pages,
-    page_size,
-    total,
+    rows, indices, values, block_table, row_to_batch, physical, stride, columns, k, page_stride,
+    page_rows, pages, page_size, total,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Scores and physical slots of the selected positions."""
     o_all = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_all = o_all < total

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tokenmill._call.operator import record_of
 
-from ..common import INTERPRETED, Rows, head_of, launch, program, terms_of
+from ..common import INTERPRETED, Rows, Terms, head_of, launch, program, terms_of
 from ..dense.attention import Plan, Tiles
-from .listed import LARGE_SPARSE_PLANS, LIST_SIZES, SPARSE_PLANS, Listed, Statistics, attend
-from .regions import divisor, grid_of, logit_of_pads, pixel_keys, pixel_tile
+from .listed import LARGE_SPARSE_PLANS, SPARSE_PLANS, Listed, Statistics, attend
+from .regions import divisor, grids_of, logit_of_pads, pixel_keys, pixel_tile
 
 # Smaller tiles than block_sparse_attention: pixel addressing takes registers.
 WIDE_PLAN = SPARSE_PLANS[2, 256]._replace(forward=Tiles(64, 16, 8, 2))
@@ -30,71 +30,43 @@ LARGE_REGION_PLANS = LARGE_SPARSE_PLANS | {
     (4, 128): LARGE_SPARSE_PLANS[4, 128]._replace(queries=Tiles(16, 16, 8, 1)),
 }
 # Arguments excluded from specialization: a new map or region size does not recompile.
-SIZES = [*LIST_SIZES, "q_height", "q_width", "q_region_height", "q_region_width", "k_height"]
-SIZES += ["k_width", "k_region_height", "k_region_width", "by_q_pixels", "by_q_width"]
-SIZES += ["by_k_pixels", "by_k_width", "by_columns"]
+SIZES = ["q_height", "q_width", "q_region_height", "q_region_width", "by_q_pixels", "by_q_width"]
+SIZES += ["k_height", "k_width", "k_region_height", "k_region_width", "by_k_pixels", "by_k_width"]
+SIZES += ["by_columns", "list_heads", "list_rows", "entries", "row_heads", "shared", "tiles"]
+
+
+@triton.jit
+def region_keys(keys, ids, counts, list_heads, list_rows, entries, i_b, i_h, i_r, shape):
+    """Keys of the queries of region i_r, and the number of listed regions."""
+    i_row = (i_b * list_heads + tl.minimum(i_h, list_heads - 1)) * list_rows + i_r
+    count = tl.load(counts + i_row)
+    return pixel_keys(keys, ids + i_row * entries, count, shape.BLOCK_N), count
 
 
 @triton.jit(do_not_specialize=[*SIZES, "pads_count"])
 def bilevel_routing_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    ids,
-    counts,
-    list_heads,
-    list_rows,
-    entries,
-    q_height,
-    q_width,
-    q_region_height,
-    q_region_width,
-    by_q_pixels,
-    by_q_width,
-    k_height,
-    k_width,
-    k_region_height,
-    k_region_width,
-    by_k_pixels,
-    by_k_width,
-    by_columns,
-    terms,
-    row_heads,
-    shared,
-    tiles,
-    pads_count,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    q, k, v, out, lse, ids, counts, terms, pads_count,
+    q_height, q_width, q_region_height, q_region_width, by_q_pixels, by_q_width,
+    k_height, k_width, k_region_height, k_region_width, by_k_pixels, by_k_width, by_columns,
+    list_heads, list_rows, entries, row_heads, shared, tiles, shape,
+):  # fmt: skip
+    queries, keys = grids_of(
+        q_height, q_width, q_region_height, q_region_width, by_q_pixels, by_q_width,
+        k_height, k_width, k_region_height, k_region_width, by_k_pixels, by_k_width, by_columns,
+    )  # fmt: skip
     i_block, i_h, i_b = program(list_rows * tiles, row_heads)
     i_r = i_block // tiles
-    queries = grid_of(
-        q_height, q_width, q_region_height, q_region_width, by_q_pixels, by_q_width, by_columns
-    )  # fmt: skip
-    tile = pixel_tile(queries, i_r, i_block % tiles, i_h, GROUP, BLOCK_M)
+    tile = pixel_tile(queries, i_r, i_block % tiles, i_h, shape.GROUP, shape.BLOCK_M)
     if tile.left <= 0:
         return
-    i_row = (i_b * list_heads + tl.minimum(i_h, list_heads - 1)) * list_rows + i_r
-    p_ids = ids + i_row * entries
-    count = tl.load(counts + i_row)
-    keys = grid_of(
-        k_height, k_width, k_region_height, k_region_width, by_k_pixels, by_k_width, by_columns
-    )  # fmt: skip
-    walk = pixel_keys(keys, p_ids, count, BLOCK_N)
-    b_sink = logit_of_pads(keys, p_ids, count * pads_count)
+    walk, count = region_keys(
+        keys, ids, counts, list_heads, list_rows, entries, i_b, i_h, i_r, shape
+    )
+    b_sink = logit_of_pads(keys, walk.p_ids, count * pads_count)
     head = head_of(terms, i_b, i_h, 1)
-    statistics = Statistics(row_heads * GROUP, q_height * q_width, q_width)
-    attend(
-        q, k, v, out, lse, statistics, tile, walk, None, b_sink, terms, head, i_b, i_h // shared,
-        HEAD_DIM, VALUE_DIM, False, 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
-    )  # fmt: skip
+    statistics = Statistics(row_heads * shape.GROUP, q_height * q_width, q_width)
+    i_kv = i_h // shared
+    attend(q, k, v, out, lse, statistics, tile, walk, None, b_sink, terms, head, i_b, i_kv, shape)
 
 
 Arguments: Any = record_of("bilevel_routing_attention")
@@ -127,24 +99,19 @@ class Call(Arguments):
             keys = keys._replace(block_m=16)  # list bits of several regions take registers
         return Plan(forward, queries, keys)
 
-    def arguments(self) -> tuple[Any, ...]:
-        """Arguments common to all kernels, from q_height to shared."""
+    def terms(self) -> Terms:
+        return terms_of(self.scale, 0.0, 0.0, False, None, None)
+
+    def sizes(self) -> tuple[int, ...]:
+        """Kernel arguments from q_height to shared."""
+        listed = self.listed
         return (
-            *self.q.shape[1:3],
-            self.region_y,
-            self.region_x,
-            divisor(self.listed.queries),
-            divisor(self.region_x),
-            *self.k.shape[1:3],
-            self.key_region_y,
-            self.key_region_x,
-            divisor(self.listed.keys),
-            divisor(self.key_region_x),
-            divisor(triton.cdiv(self.q.shape[2], self.region_x)),
-            terms_of(self.scale, 0.0, 0.0, False, None, None),
-            self.listed.row_heads,
-            self.listed.shared,
-        )
+            *self.q.shape[1:3], self.region_y, self.region_x, divisor(listed.queries),
+            divisor(self.region_x), *self.k.shape[1:3], self.key_region_y, self.key_region_x,
+            divisor(listed.keys), divisor(self.key_region_x),
+            divisor(triton.cdiv(self.q.shape[2], self.region_x)), *self.indices.shape[1:],
+            listed.row_heads, listed.shared,
+        )  # fmt: skip
 
 
 def map_rows(t: Tensor) -> Rows:
@@ -164,17 +131,9 @@ def bilevel_routing_attention(a: Any) -> tuple[Tensor, Tensor]:
     tiles = call.plan().forward
     lists = listed.compacted()
     launch(
-        bilevel_routing_kernel,
-        listed.programs(tiles),
-        call.q,
-        *map(map_rows, (call.q, call.k, call.v, out)),
-        lse,
-        lists.ids,
-        lists.counts,
-        *call.indices.shape[1:],
-        *call.arguments(),
-        listed.query_tiles(tiles),
-        int(not call.mask_padding),
+        bilevel_routing_kernel, listed.programs(tiles), call.q,
+        *map(map_rows, (call.q, call.k, call.v, out)), lse, lists.ids, lists.counts, call.terms(),
+        int(not call.mask_padding), *call.sizes(), listed.query_tiles(tiles),
         **listed.options(tiles),
-    )
+    )  # fmt: skip
     return out, lse

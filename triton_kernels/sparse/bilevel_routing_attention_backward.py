@@ -15,148 +15,73 @@ from torch import Tensor
 from tokenmill._call.operator import as_record
 
 from ..common import head_of, launch, load_rows, program, slice_of, store_rows
-from .bilevel_routing_attention import SIZES, Call, map_rows
+from .bilevel_routing_attention import SIZES, Call, map_rows, region_keys
 from .listed import Statistics, add_key_gradients, query_gradients
-from .regions import grid_of, pixel_key_tile, pixel_keys, pixel_queries, pixel_tile
+from .regions import grids_of, pixel_key_tile, pixel_queries, pixel_tile
 from .transpose_block_list import transposed
 
 
 @triton.jit(do_not_specialize=SIZES)
 def bilevel_routing_queries_kernel(
-    dout,
-    dlse,
-    out,
-    lse,
-    delta,
-    q,
-    k,
-    v,
-    dq,
-    ids,
-    counts,
-    list_heads,
-    list_rows,
-    entries,
-    q_height,
-    q_width,
-    q_region_height,
-    q_region_width,
-    by_q_pixels,
-    by_q_width,
-    k_height,
-    k_width,
-    k_region_height,
-    k_region_width,
-    by_k_pixels,
-    by_k_width,
-    by_columns,
-    terms,
-    row_heads,
-    shared,
-    tiles,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    dout, dlse, out, lse, delta, q, k, v, dq, ids, counts, terms,
+    q_height, q_width, q_region_height, q_region_width, by_q_pixels, by_q_width,
+    k_height, k_width, k_region_height, k_region_width, by_k_pixels, by_k_width, by_columns,
+    list_heads, list_rows, entries, row_heads, shared, tiles, shape,
+):  # fmt: skip
     """dq and delta of a tile of queries."""
+    queries, keys = grids_of(
+        q_height, q_width, q_region_height, q_region_width, by_q_pixels, by_q_width,
+        k_height, k_width, k_region_height, k_region_width, by_k_pixels, by_k_width, by_columns,
+    )  # fmt: skip
     i_block, i_h, i_b = program(list_rows * tiles, row_heads)
     i_r = i_block // tiles
-    queries = grid_of(
-        q_height, q_width, q_region_height, q_region_width, by_q_pixels, by_q_width, by_columns
-    )  # fmt: skip
-    tile = pixel_tile(queries, i_r, i_block % tiles, i_h, GROUP, BLOCK_M)
+    tile = pixel_tile(queries, i_r, i_block % tiles, i_h, shape.GROUP, shape.BLOCK_M)
     if tile.left <= 0:
         return
-    i_row = (i_b * list_heads + tl.minimum(i_h, list_heads - 1)) * list_rows + i_r
-    keys = grid_of(
-        k_height, k_width, k_region_height, k_region_width, by_k_pixels, by_k_width, by_columns
-    )  # fmt: skip
-    walk = pixel_keys(keys, ids + i_row * entries, tl.load(counts + i_row), BLOCK_N)
+    walk, _ = region_keys(keys, ids, counts, list_heads, list_rows, entries, i_b, i_h, i_r, shape)
     head = head_of(terms, i_b, i_h, 1)
-    statistics = Statistics(row_heads * GROUP, q_height * q_width, q_width)
+    statistics = Statistics(row_heads * shape.GROUP, q_height * q_width, q_width)
     query_gradients(
         dout, dlse, out, lse, delta, q, k, v, dq, statistics, tile, walk, terms, head, i_b,
-        i_h // shared, HEAD_DIM, VALUE_DIM, False, 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+        i_h // shared, shape,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*SIZES, "factor"])
+@triton.jit(do_not_specialize=[*SIZES, "wide", "factor"])
 def bilevel_routing_keys_kernel(
-    dout,
-    lse,
-    delta,
-    q,
-    k,
-    v,
-    dk,
-    dv,
-    offsets,
-    rows,
-    bits,
-    wide,
-    factor,
-    list_heads,
-    list_rows,
-    entries,
-    q_height,
-    q_width,
-    q_region_height,
-    q_region_width,
-    by_q_pixels,
-    by_q_width,
-    k_height,
-    k_width,
-    k_region_height,
-    k_region_width,
-    by_k_pixels,
-    by_k_width,
-    by_columns,
-    terms,
-    row_heads,
-    shared,
-    tiles,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    dout, lse, delta, q, k, v, dk, dv, lists, wide, factor, terms,
+    q_height, q_width, q_region_height, q_region_width, by_q_pixels, by_q_width,
+    k_height, k_width, k_region_height, k_region_width, by_k_pixels, by_k_width, by_columns,
+    list_heads, list_rows, entries, row_heads, shared, tiles, shape,
+):  # fmt: skip
     """dk and dv of a tile of keys, summed over the query heads that read it. A tile is cut from the
     concatenated pixels of `factor` regions."""
+    queries, keys = grids_of(
+        q_height, q_width, q_region_height, q_region_width, by_q_pixels, by_q_width,
+        k_height, k_width, k_region_height, k_region_width, by_k_pixels, by_k_width, by_columns,
+    )  # fmt: skip
     i_block, i_kv, i_b = program(wide * tiles, row_heads // shared)
     i_wide = i_block // tiles
-    keys = grid_of(
-        k_height, k_width, k_region_height, k_region_width, by_k_pixels, by_k_width, by_columns
-    )  # fmt: skip
-    tile = pixel_key_tile(keys, i_wide * factor, factor, i_block % tiles, BLOCK_N)
-    b_k = load_rows(slice_of(k, i_b, i_kv, 0, tile.end), tile.o_j, HEAD_DIM, BLOCK_D)
-    b_v = load_rows(slice_of(v, i_b, i_kv, 0, tile.end), tile.o_j, VALUE_DIM, BLOCK_V)
+    tile = pixel_key_tile(keys, i_wide * factor, factor, i_block % tiles, shape.BLOCK_N)
+    keys_of_head = slice_of(k, i_b, i_kv, 0, tile.end)
+    values = slice_of(v, i_b, i_kv, 0, tile.end)
+    b_k = load_rows(keys_of_head, tile.o_j, shape.HEAD_DIM, shape.BLOCK_D)
+    b_v = load_rows(values, tile.o_j, shape.VALUE_DIM, shape.BLOCK_V)
     head = head_of(terms, i_b, i_kv, 1)
-    queries = grid_of(
-        q_height, q_width, q_region_height, q_region_width, by_q_pixels, by_q_width, by_columns
-    )  # fmt: skip
-    statistics = Statistics(row_heads * GROUP, q_height * q_width, q_width)
+    statistics = Statistics(row_heads * shape.GROUP, q_height * q_width, q_width)
 
-    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    b_dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    b_dk = tl.zeros([shape.BLOCK_N, shape.BLOCK_D], tl.float32)
+    b_dv = tl.zeros([shape.BLOCK_N, shape.BLOCK_V], tl.float32)
     for i_h in range(i_kv * shared, i_kv * shared + shared):
         i_list = i_b * list_heads + tl.minimum(i_h, list_heads - 1)
-        walk = pixel_queries(
-            queries, offsets, rows, bits, i_list, wide, i_wide, list_rows * entries, GROUP
-        )
+        walk = pixel_queries(queries, lists, i_list, wide, i_wide, list_rows * entries, shape.GROUP)
         b_dk, b_dv = add_key_gradients(
             b_dk, b_dv, b_k, b_v, dout, lse, delta, q, statistics, tile, walk, terms, head, i_b,
-            i_h, GROUP, HEAD_DIM, VALUE_DIM, False, 1, BLOCK_M, BLOCK_D, BLOCK_V,
+            i_h, shape,
         )  # fmt: skip
 
-    store_rows(slice_of(dk, i_b, i_kv, 0, tile.end), tile.o_j, b_dk * terms.scale, HEAD_DIM)
-    store_rows(slice_of(dv, i_b, i_kv, 0, tile.end), tile.o_j, b_dv, VALUE_DIM)
+    store_rows(slice_of(dk, i_b, i_kv, 0, tile.end), tile.o_j, b_dk * terms.scale, shape.HEAD_DIM)
+    store_rows(slice_of(dv, i_b, i_kv, 0, tile.end), tile.o_j, b_dv, shape.VALUE_DIM)
 
 
 def bilevel_routing_attention_backward(a: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,45 +95,18 @@ def bilevel_routing_attention_backward(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     delta = torch.empty_like(a.lse)
     lists = listed.compacted()
     launch(
-        bilevel_routing_queries_kernel,
-        listed.programs(plan.queries),
-        call.q,
-        map_rows(a.dout),
-        a.dlse,
-        map_rows(a.out),
-        a.lse,
-        delta,
-        *qkv,
-        map_rows(dq),
-        lists.ids,
-        lists.counts,
-        *call.indices.shape[1:],
-        *call.arguments(),
-        listed.query_tiles(plan.queries),
+        bilevel_routing_queries_kernel, listed.programs(plan.queries), call.q, map_rows(a.dout),
+        a.dlse, map_rows(a.out), a.lse, delta, *qkv, map_rows(dq), lists.ids, lists.counts,
+        call.terms(), *call.sizes(), listed.query_tiles(plan.queries),
         **listed.options(plan.queries),
-    )
+    )  # fmt: skip
     factor = listed.factor(plan.keys)
     wide_lists = listed.compacted(factor)
-    offsets, rows, bits = transposed(wide_lists)
     tiles = triton.cdiv(listed.keys, plan.keys.block_n)
     launch(
-        bilevel_routing_keys_kernel,
-        call.q.shape[0] * listed.kv_heads * wide_lists.wide * tiles,
-        call.q,
-        map_rows(a.dout),
-        a.lse,
-        delta,
-        *qkv,
-        map_rows(dk),
-        map_rows(dv),
-        offsets,
-        rows,
-        bits,
-        wide_lists.wide,
-        factor,
-        *call.indices.shape[1:],
-        *call.arguments(),
-        tiles,
+        bilevel_routing_keys_kernel, call.q.shape[0] * listed.kv_heads * wide_lists.wide * tiles,
+        call.q, map_rows(a.dout), a.lse, delta, *qkv, map_rows(dk), map_rows(dv),
+        transposed(wide_lists), wide_lists.wide, factor, call.terms(), *call.sizes(), tiles,
         **listed.options(plan.keys),
-    )
+    )  # fmt: skip
     return dq, dk, dv

@@ -16,96 +16,45 @@ from torch import Tensor
 from tokenmill._call.operator import record_of
 from tokenmill._kv_cache import capacity
 
-from ..common import head_of, launch, program, terms_of
+from ..common import Terms, head_of, launch, terms_of
 from ..dense.attention import Tiles
 from ..dense.attention_decode_merge import rows_of
 from ..dense.kv_cache import LONG
 from ..tuned import tuned
 from .block_sparse_attention_mass import mass_of
 from .block_sparse_latent import latent_attention
-from .blocks import key_walk, query_tile, request_of, rows_from
-from .listed import LIST_SIZES, Listed, Pages, Statistics, attend
+from .blocks import PAGE_SIZES, Ends, Sizes, key_walk, listed_queries, rows_from
+from .listed import Listed, Statistics, attend, pages_of
 
 # Arguments excluded from specialization: a new length does not recompile.
-SIZES = [*LIST_SIZES, "halvings", "num_sink", "num_recent", "seqlen_q", "seqlen_k"]
-PAGE_SIZES = ["table_stride", "page_count", "page_size", "requests"]
+SIZES = [*Sizes._fields, "halvings", "tiles"]
 
 
 @triton.jit(do_not_specialize=[*SIZES, *PAGE_SIZES])
 def block_sparse_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    sink,
-    table,
-    table_stride,
-    page_count,
-    page_size,
-    ends_q,
-    ends_k,
-    requests,
-    lengths,
-    ids,
-    counts,
-    list_heads,
-    list_rows,
-    entries,
-    halvings,
-    num_sink,
-    num_recent,
-    terms,
-    seqlen_q,
-    seqlen_k,
-    row_heads,
-    shared,
-    tiles,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    i_block, i_h, i_b = program(list_rows * tiles, row_heads)
-    # Reversed block order: under a causal mask the last queries have most keys, so they start
-    # first.
-    i_block = list_rows * tiles - 1 - i_block
-    i_r = i_block // tiles
-    x = request_of(
-        ends_q, ends_k, requests, lengths, seqlen_q, seqlen_k, list_rows, i_b, i_r, BLOCK_Q
-    )
-    tile = query_tile(
-        x.i_r, i_block % tiles, i_h, x.length, x.queries, GROUP, CAUSAL, BLOCK_Q, BLOCK_M
-    )
+    q, k, v, out, lse, sink, table, table_stride, page_count, page_size, ends, ids, counts, terms,
+    halvings, tiles, requests, seqlen_q, seqlen_k, num_sink, num_recent, list_heads, list_rows,
+    entries, row_heads, shared, shape,
+):  # fmt: skip
+    sizes = Sizes(requests, seqlen_q, seqlen_k, num_sink, num_recent, list_heads, list_rows,
+                  entries, row_heads, shared)  # fmt: skip
+    i_b, i_h, i_r, x, tile = listed_queries(ends, sizes, tiles, shape)
     if tile.first >= x.queries:
         return
-    walk = key_walk(
-        ids, counts, list_heads, list_rows, entries, halvings, num_sink, num_recent, i_b,
-        tl.minimum(i_h, list_heads - 1), i_r, tile, x.length, BLOCK_K, BLOCK_N,
-    )  # fmt: skip
+    walk = key_walk(ids, counts, halvings, sizes, i_b, i_h, i_r, tile, x.length, shape)
     head = head_of(terms, i_b, i_h, x.length)
-    if ends_q is not None:
+    if ends.q is not None:
         q, out = rows_from(q, i_b, x.q_start), rows_from(out, i_b, x.q_start)
         lse += x.q_start
         if table is None:
             k, v = rows_from(k, x.i_b, x.k_start), rows_from(v, x.i_b, x.k_start)
-    statistics = Statistics(row_heads * GROUP, seqlen_q)
+    statistics = Statistics(row_heads * shape.GROUP, seqlen_q)
     b_sink = None
     if sink is not None:
         b_sink = tl.load(sink + tile.o_h)
-    pages = None
-    if table is not None:
-        pages = Pages(table + x.i_b * table_stride, page_count, page_size)
-    attend(
-        q, k, v, out, lse, statistics, tile, walk, pages, b_sink, terms, head, i_b, i_h // shared,
-        HEAD_DIM, VALUE_DIM, CAUSAL, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
-    )  # fmt: skip
+    pages = pages_of(table, table_stride, page_count, page_size, x.i_b)
+    i_kv = i_h // shared
+    attend(q, k, v, out, lse, statistics, tile, walk, pages, b_sink, terms, head, i_b, i_kv, shape)
 
 
 Arguments: Any = record_of("block_sparse_attention")
@@ -133,9 +82,8 @@ class Call(Arguments):
         return 1 if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1
 
     @property
-    def packed(self) -> tuple[Any, ...]:
-        """cu_seqlens_q, cu_seqlens_k and the number of packed requests."""
-        return self.cu_seqlens_q, self.cu_seqlens_k, self.requests
+    def ends(self) -> Ends:
+        return Ends(self.cu_seqlens_q, self.cu_seqlens_k, self.seqlens_k)
 
     @property
     def pages(self) -> tuple[Any, ...]:
@@ -163,26 +111,19 @@ class Call(Arguments):
             return self.seqlen_k // block_n + len(self.cu_seqlens_k) - 1
         return triton.cdiv(self.seqlen_k, block_n)
 
-    def arguments(self) -> tuple[Any, ...]:
-        """Arguments common to all kernels, from num_sink to shared."""
-        seqlen_k = self.seqlen_k
-        return (
-            min(self.num_sink, seqlen_k),
-            min(self.num_recent, seqlen_k),
-            terms_of(self.scale, self.softcap, 0.0, False, None, None),
-            self.q.shape[-3],
-            seqlen_k,
-            self.listed.row_heads,
-            self.listed.shared,
-        )
+    def terms(self) -> Terms:
+        return terms_of(self.scale, self.softcap, 0.0, False, None, None)
+
+    def sizes(self) -> Sizes:
+        seqlen_q, seqlen_k, listed = self.q.shape[-3], self.seqlen_k, self.listed
+        sink, recent = min(self.num_sink, seqlen_k), min(self.num_recent, seqlen_k)
+        return Sizes(
+            self.requests, seqlen_q, seqlen_k, sink, recent, *listed.indices.shape[1:],
+            listed.row_heads, listed.shared,
+        )  # fmt: skip
 
     def options(self, tiles: Tiles) -> dict[str, Any]:
-        return {
-            "CAUSAL": self.causal,
-            "BLOCK_Q": self.block_q,
-            "BLOCK_K": self.block_k,
-            **self.listed.options(tiles),
-        }
+        return self.listed.options(tiles, self.causal, self.block_q, self.block_k)
 
 
 def block_sparse_attention(a: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,25 +143,12 @@ def block_sparse_attention(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     width = call.v.shape[-1]
     tiles = tuned("block_sparse_attention", listed.plan().forward, call.q, width, plain)
     lists = listed.compacted()
-    entries = call.indices.shape[-1]
     launch(
-        block_sparse_kernel,
-        listed.programs(tiles),
-        call.q,
-        *map(rows_of, (call.q, call.k, call.v, out)),
-        lse,
-        call.sink,
-        *call.pages,
-        *call.packed,
-        call.seqlens_k,
-        lists.ids,
-        lists.counts,
-        *call.indices.shape[-3:],
-        entries.bit_length(),
-        *call.arguments(),
-        listed.query_tiles(tiles),
-        **call.options(tiles),
-    )
+        block_sparse_kernel, listed.programs(tiles), call.q,
+        *map(rows_of, (call.q, call.k, call.v, out)), lse, call.sink, *call.pages, call.ends,
+        lists.ids, lists.counts, call.terms(), call.indices.shape[-1].bit_length(),
+        listed.query_tiles(tiles), *call.sizes(), **call.options(tiles),
+    )  # fmt: skip
     return out, lse, _mass(call, lse)
 
 

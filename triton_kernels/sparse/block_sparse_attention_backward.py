@@ -17,73 +17,26 @@ from ..common import head_of, launch, load_rows, program, slice_of, store_rows
 from ..dense.attention import sink_terms
 from ..dense.attention_decode_merge import rows_of
 from .block_sparse_attention import SIZES, Call
-from .blocks import key_tile_request, key_walk, query_tile, query_walk, request_of, rows_from
+from .blocks import Sizes, key_tile_request, key_walk, listed_queries, query_walk, rows_from
 from .listed import KeyTile, Statistics, add_key_gradients, query_gradients
 from .transpose_block_list import transposed
-
-SIZES = [*SIZES, "requests"]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def block_sparse_queries_kernel(
-    dout,
-    dlse,
-    out,
-    lse,
-    delta,
-    q,
-    k,
-    v,
-    dq,
-    ends_q,
-    ends_k,
-    requests,
-    lengths,
-    ids,
-    counts,
-    list_heads,
-    list_rows,
-    entries,
-    halvings,
-    num_sink,
-    num_recent,
-    terms,
-    seqlen_q,
-    seqlen_k,
-    row_heads,
-    shared,
-    tiles,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    dout, dlse, out, lse, delta, q, k, v, dq, ends, ids, counts, terms, halvings, tiles, requests,
+    seqlen_q, seqlen_k, num_sink, num_recent, list_heads, list_rows, entries, row_heads, shared,
+    shape,
+):  # fmt: skip
     """dq and delta of a tile of queries."""
-    i_block, i_h, i_b = program(list_rows * tiles, row_heads)
-    # Reversed block order: under a causal mask the last queries have most keys, so they start
-    # first.
-    i_block = list_rows * tiles - 1 - i_block
-    i_r = i_block // tiles
-    x = request_of(
-        ends_q, ends_k, requests, lengths, seqlen_q, seqlen_k, list_rows, i_b, i_r, BLOCK_Q
-    )
-    tile = query_tile(
-        x.i_r, i_block % tiles, i_h, x.length, x.queries, GROUP, CAUSAL, BLOCK_Q, BLOCK_M
-    )
+    sizes = Sizes(requests, seqlen_q, seqlen_k, num_sink, num_recent, list_heads, list_rows,
+                  entries, row_heads, shared)  # fmt: skip
+    i_b, i_h, i_r, x, tile = listed_queries(ends, sizes, tiles, shape)
     if tile.first >= x.queries:
         return
-    walk = key_walk(
-        ids, counts, list_heads, list_rows, entries, halvings, num_sink, num_recent, i_b,
-        tl.minimum(i_h, list_heads - 1), i_r, tile, x.length, BLOCK_K, BLOCK_N,
-    )  # fmt: skip
+    walk = key_walk(ids, counts, halvings, sizes, i_b, i_h, i_r, tile, x.length, shape)
     head = head_of(terms, i_b, i_h, x.length)
-    if ends_q is not None:
+    if ends.q is not None:
         q, out = rows_from(q, i_b, x.q_start), rows_from(out, i_b, x.q_start)
         dq, dout = rows_from(dq, i_b, x.q_start), rows_from(dout, i_b, x.q_start)
         k, v = rows_from(k, x.i_b, x.k_start), rows_from(v, x.i_b, x.k_start)
@@ -91,93 +44,52 @@ def block_sparse_queries_kernel(
         delta += x.q_start
         if dlse is not None:
             dlse += x.q_start
-    statistics = Statistics(row_heads * GROUP, seqlen_q)
+    statistics = Statistics(row_heads * shape.GROUP, seqlen_q)
     query_gradients(
         dout, dlse, out, lse, delta, q, k, v, dq, statistics, tile, walk, terms, head, i_b,
-        i_h // shared, HEAD_DIM, VALUE_DIM, CAUSAL, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+        i_h // shared, shape,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "wide"])
 def block_sparse_keys_kernel(
-    dout,
-    lse,
-    delta,
-    q,
-    k,
-    v,
-    dk,
-    dv,
-    ends_q,
-    ends_k,
-    requests,
-    lengths,
-    offsets,
-    rows,
-    bits,
-    wide,
-    list_heads,
-    list_rows,
-    entries,
-    halvings,
-    num_sink,
-    num_recent,
-    terms,
-    seqlen_q,
-    seqlen_k,
-    row_heads,
-    shared,
-    tiles,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    dout, lse, delta, q, k, v, dk, dv, ends, lists, wide, terms, halvings, tiles, requests,
+    seqlen_q, seqlen_k, num_sink, num_recent, list_heads, list_rows, entries, row_heads, shared,
+    WIDTH: tl.constexpr, shape,
+):  # fmt: skip
     """dk and dv of a tile of keys, summed over the query heads that read it."""
+    sizes = Sizes(requests, seqlen_q, seqlen_k, num_sink, num_recent, list_heads, list_rows,
+                  entries, row_heads, shared)  # fmt: skip
     i_tile, i_kv, i_b = program(tiles, row_heads // shared)
-    x = key_tile_request(
-        ends_q, ends_k, requests, lengths, seqlen_q, seqlen_k, i_b, i_tile, BLOCK_Q, BLOCK_N
-    )
-    length = x.length
-    first = x.i_tile * BLOCK_N
+    x = key_tile_request(ends, sizes, i_b, i_tile, shape)
+    first = x.i_tile * shape.BLOCK_N
     if first >= x.keys:
         return
-    if ends_q is not None:
+    if ends.q is not None:
         q, dout = rows_from(q, i_b - i_b, x.q_start), rows_from(dout, i_b - i_b, x.q_start)
         k, v = rows_from(k, x.i_b, x.k_start), rows_from(v, x.i_b, x.k_start)
         dk, dv = rows_from(dk, x.i_b, x.k_start), rows_from(dv, x.i_b, x.k_start)
         lse += x.q_start
         delta += x.q_start
         i_b = i_b - i_b
-    o_j = first + tl.arange(0, BLOCK_N)
-    tile = KeyTile(o_j, (o_j - first) // BLOCK_K)
-    b_k = load_rows(slice_of(k, i_b, i_kv, 0, length), o_j, HEAD_DIM, BLOCK_D)
-    b_v = load_rows(slice_of(v, i_b, i_kv, 0, length), o_j, VALUE_DIM, BLOCK_V)
-    head = head_of(terms, i_b, i_kv, length)
-    statistics = Statistics(row_heads * GROUP, seqlen_q)
+    o_j = first + tl.arange(0, shape.BLOCK_N)
+    tile = KeyTile(o_j, (o_j - first) // shape.BLOCK_K)
+    b_k = load_rows(slice_of(k, i_b, i_kv, 0, x.length), o_j, shape.HEAD_DIM, shape.BLOCK_D)
+    b_v = load_rows(slice_of(v, i_b, i_kv, 0, x.length), o_j, shape.VALUE_DIM, shape.BLOCK_V)
+    head = head_of(terms, i_b, i_kv, x.length)
+    statistics = Statistics(row_heads * shape.GROUP, seqlen_q)
 
-    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    b_dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    b_dk = tl.zeros([shape.BLOCK_N, shape.BLOCK_D], tl.float32)
+    b_dv = tl.zeros([shape.BLOCK_N, shape.BLOCK_V], tl.float32)
     for i_h in range(i_kv * shared, i_kv * shared + shared):
-        walk = query_walk(
-            offsets, rows, bits, wide, list_heads, list_rows, entries, halvings, num_sink,
-            num_recent, i_b, tl.minimum(i_h, list_heads - 1), first, length, x.queries, x.first_row,
-            GROUP, CAUSAL, BLOCK_Q, WIDTH, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        walk = query_walk(lists, wide, halvings, sizes, x, i_b, i_h, WIDTH, shape)
         b_dk, b_dv = add_key_gradients(
             b_dk, b_dv, b_k, b_v, dout, lse, delta, q, statistics, tile, walk, terms, head, i_b,
-            i_h, GROUP, HEAD_DIM, VALUE_DIM, CAUSAL, BLOCK_Q, BLOCK_M, BLOCK_D, BLOCK_V,
+            i_h, shape,
         )  # fmt: skip
 
-    store_rows(slice_of(dk, i_b, i_kv, 0, x.keys), o_j, b_dk * terms.scale, HEAD_DIM)
-    store_rows(slice_of(dv, i_b, i_kv, 0, x.keys), o_j, b_dv, VALUE_DIM)
+    store_rows(slice_of(dk, i_b, i_kv, 0, x.keys), o_j, b_dk * terms.scale, shape.HEAD_DIM)
+    store_rows(slice_of(dv, i_b, i_kv, 0, x.keys), o_j, b_dv, shape.VALUE_DIM)
 
 
 def block_sparse_attention_backward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -198,59 +110,20 @@ def block_sparse_attention_backward(a: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     plan = listed.plan()
     qkv = tuple(map(rows_of, (call.q, call.k, call.v)))
     lists = listed.compacted()
-    list_heads, list_rows, entries = listed.indices.shape[1:]
     launch(
-        block_sparse_queries_kernel,
-        listed.programs(plan.queries),
-        call.q,
-        rows_of(a.dout),
-        a.dlse,
-        rows_of(a.out),
-        a.lse,
-        delta,
-        *qkv,
-        rows_of(dq),
-        *call.packed,
-        call.seqlens_k,
-        lists.ids,
-        lists.counts,
-        list_heads,
-        list_rows,
-        entries,
-        entries.bit_length(),
-        *call.arguments(),
-        listed.query_tiles(plan.queries),
-        **call.options(plan.queries),
-    )
-    width = max(plan.keys.block_n, call.block_k)
+        block_sparse_queries_kernel, listed.programs(plan.queries), call.q, rows_of(a.dout),
+        a.dlse, rows_of(a.out), a.lse, delta, *qkv, rows_of(dq), call.ends, lists.ids,
+        lists.counts, call.terms(), call.indices.shape[-1].bit_length(),
+        listed.query_tiles(plan.queries), *call.sizes(), **call.options(plan.queries),
+    )  # fmt: skip
     wide_lists = listed.compacted(listed.factor(plan.keys))
-    offsets, rows, bits = transposed(wide_lists)
     batch, blocks = 1 if call.k.dim() == 3 else call.k.shape[0], call.key_tiles(plan.keys.block_n)
     launch(
-        block_sparse_keys_kernel,
-        batch * listed.kv_heads * blocks,
-        call.q,
-        rows_of(a.dout),
-        a.lse,
-        delta,
-        *qkv,
-        rows_of(dk),
-        rows_of(dv),
-        *call.packed,
-        call.seqlens_k,
-        offsets,
-        rows,
-        bits,
-        wide_lists.wide,
-        list_heads,
-        list_rows,
-        entries,
-        list_rows.bit_length(),
-        *call.arguments(),
-        blocks,
-        WIDTH=width,
-        **call.options(plan.keys),
-    )
+        block_sparse_keys_kernel, batch * listed.kv_heads * blocks, call.q, rows_of(a.dout), a.lse,
+        delta, *qkv, rows_of(dk), rows_of(dv), call.ends, transposed(wide_lists), wide_lists.wide,
+        call.terms(), call.indices.shape[-2].bit_length(), blocks, *call.sizes(),
+        max(plan.keys.block_n, call.block_k), **call.options(plan.keys),
+    )  # fmt: skip
     if sink is not None:
         terms = sink_terms(a.lse, delta, sink)
         if packed:

@@ -62,24 +62,10 @@ class Columns(NamedTuple):
 
 @triton.jit
 def key_row(
-    indices,
-    counts,
-    indices_batch,
-    indices_head,
-    counts_batch,
-    counts_head,
-    entries,
-    halvings,
-    seqlens,
-    capacity,
-    num_sink,
-    num_recent,
-    seqlen_q,
-    extra_count,
-    i_b,
-    i_h,
+    indices, counts, indices_batch, indices_head, counts_batch, counts_head, entries, halvings,
+    seqlens, capacity, num_sink, num_recent, seqlen_q, extra_count, i_b, i_h,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     """Bounds of a key row. The list is used from the first entry that is not entirely among the
     sink tokens to the first that is entirely past what a query sees through it."""
     length = length_of(seqlens, capacity, i_b)
@@ -173,17 +159,10 @@ def load_columns(places, o_col, m_col, dtype: tl.constexpr):
 
 @triton.jit
 def load_turned(
-    places,
-    o_turn,
-    rope,
-    positions,
-    DIM: tl.constexpr,
-    PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    dtype: tl.constexpr,
-):
+    places, o_turn, rope, positions,
+    DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
     """Rows with their column pairs rotated by rows o_turn of the tables; extra rows are not
     rotated."""
     b_first = None

@@ -42,6 +42,39 @@ from ..dense.attention_forward import accumulate, accumulate_seen, no_sums, norm
 SIZES = ["tokens", "block", "heads", "group", "tiles"]  # excluded from specialization
 
 
+class Shape(NamedTuple):
+    """Compile-time choices."""
+
+    HEAD_DIM: tl.constexpr
+    VALUE_DIM: tl.constexpr
+    BLOCK_M: tl.constexpr
+    BLOCK_N: tl.constexpr
+    BLOCK_D: tl.constexpr
+    BLOCK_V: tl.constexpr
+    NB: tl.constexpr  # blocks per key tile
+    LONG: tl.constexpr  # a block spans several tiles
+
+
+class Queries(NamedTuple):
+    """Tile of queries of one head."""
+
+    b_q: Any
+    b_dout: Any  # None in the forward
+    o_i: Any
+    last: Any  # last query
+
+
+class Blocks(NamedTuple):
+    """Keys and values of a head in blocks, and what scores them."""
+
+    k: Any
+    v: Any  # not `values`, an attribute of Triton's tuples
+    terms: Any
+    head: Any
+    tokens: Any
+    block: Any
+
+
 class Columns(NamedTuple):
     """Keys of a tile: NB adjacent blocks, or a part of one block."""
 
@@ -62,11 +95,11 @@ class Statistics(NamedTuple):
 
 
 @triton.jit
-def columns_of(first_block, part, block, tokens, NB: tl.constexpr, BLOCK_N: tl.constexpr):
-    o_c = tl.arange(0, BLOCK_N)
-    WIDTH: tl.constexpr = BLOCK_N // NB
+def columns_of(first_block, part, block, tokens, shape):
+    o_c = tl.arange(0, shape.BLOCK_N)
+    WIDTH: tl.constexpr = shape.BLOCK_N // shape.NB
     o_block = first_block + o_c // WIDTH
-    o_in = part * BLOCK_N + o_c % WIDTH
+    o_in = part * shape.BLOCK_N + o_c % WIDTH
     o_j = tl.where(o_in < block, o_block * block + o_in, tokens)
     o_j = tl.minimum(o_j, tokens)
     return Columns(o_j, o_block, (o_in < block - 1) & (o_j < tokens), o_in == block - 1)
@@ -129,113 +162,98 @@ def seen_keys(o_i, columns, block):
 
 
 @triton.jit
-def part_scores(
-    b_q, keys, o_i, first_block, part, block, tokens, terms, head, HEAD_DIM: tl.constexpr,
-    NB: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    columns = columns_of(first_block, part, block, tokens, NB, BLOCK_N)
-    b_k = load_rows(keys, columns.o_j, HEAD_DIM, BLOCK_D)
-    # S = Q K^T
-    b_qk = dot(b_q, tl.trans(b_k))
-    return columns, scores(b_qk, o_i[:, None], columns.o_j[None, :], terms, head, None)
+def queries_of(q, dout, i_b, i_h, first, tokens, shape):
+    o_i = first + tl.arange(0, shape.BLOCK_M)
+    b_q = load_rows(slice_of(q, i_b, i_h, 0, tokens), o_i, shape.HEAD_DIM, shape.BLOCK_D)
+    b_dout = None
+    if dout is not None:
+        douts = slice_of(dout, i_b, i_h, 0, tokens)
+        b_dout = load_rows(douts, o_i, shape.VALUE_DIM, shape.BLOCK_V)
+    return Queries(b_q, b_dout, o_i, tl.minimum(first + shape.BLOCK_M, tokens) - 1)
 
 
 @triton.jit
-def block_statistics(
-    b_q, b_dout, keys, values, o_i, first_block, parts, block, tokens, terms, head,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Statistics of one block that spans several tiles."""
-    found = no_statistics(b_q.shape[0], 1)
-    for part in range(parts):
-        columns, b_z = part_scores(
-            b_q, keys, o_i, first_block, part, block, tokens, terms, head, HEAD_DIM, 1, BLOCK_N,
-            BLOCK_D,
-        )  # fmt: skip
-        b_dp = None
-        if b_dout is not None:
-            o_v = tl.where(columns.m_ordinary, columns.o_j, tokens)
-            b_dp = dot(b_dout, tl.trans(load_rows(values, o_v, VALUE_DIM, BLOCK_V)))
-        found = add_statistics(found, b_z, b_dp, columns, 1)
+def blocks_of(k, v, terms, head, tokens, block, i_b, i_kv):
+    keys = slice_of(k, i_b, i_kv, 0, tokens)
+    values = slice_of(v, i_b, i_kv, 0, tokens)
+    return Blocks(keys, values, terms, head, tokens, block)
+
+
+@triton.jit
+def values_at(columns, tokens):
+    """Value rows of a tile; landmarks have no value row."""
+    return tl.where(columns.m_ordinary, columns.o_j, tokens)
+
+
+@triton.jit
+def part_scores(queries, blocks, first_block, part, shape):
+    columns = columns_of(first_block, part, blocks.block, blocks.tokens, shape)
+    b_k = load_rows(blocks.k, columns.o_j, shape.HEAD_DIM, shape.BLOCK_D)
+    # S = Q K^T
+    b_qk = dot(queries.b_q, tl.trans(b_k))
+    o_j = columns.o_j[None, :]
+    return columns, scores(b_qk, queries.o_i[:, None], o_j, blocks.terms, blocks.head, None)
+
+
+@triton.jit
+def block_statistics(queries, blocks, first_block, parts, shape):
+    """Statistics of a block that spans several tiles, for the queries after it; none for other
+    blocks."""
+    found = no_statistics(shape.BLOCK_M, shape.NB)
+    if shape.LONG:
+        seen = first_block < queries.last // blocks.block
+        if seen:
+            for part in range(parts):
+                columns, b_z = part_scores(queries, blocks, first_block, part, shape)
+                b_dp = None
+                if queries.b_dout is not None:
+                    o_v = values_at(columns, blocks.tokens)
+                    b_v = load_rows(blocks.v, o_v, shape.VALUE_DIM, shape.BLOCK_V)
+                    b_dp = dot(queries.b_dout, tl.trans(b_v))
+                found = add_statistics(found, b_z, b_dp, columns, shape.NB)
     return found
 
 
 @triton.jit
-def weighed_scores(
-    found, b_q, keys, o_i, first_block, part, block, tokens, terms, head, LONG: tl.constexpr,
-    HEAD_DIM: tl.constexpr, NB: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Gated scores of a tile, for causal attention, and its value rows; landmarks have no value
-    row. found: statistics of a block that spans several tiles."""
-    columns, b_z = part_scores(
-        b_q, keys, o_i, first_block, part, block, tokens, terms, head, HEAD_DIM, NB, BLOCK_N,
-        BLOCK_D,
-    )  # fmt: skip
-    if not LONG:
-        found = add_statistics(found, b_z, None, columns, NB)
-    m_earlier, m_seen = seen_keys(o_i, columns, block)
+def weighed_scores(found, queries, blocks, first_block, part, shape):
+    """Gated scores of a tile, for causal attention, and its value rows. found: statistics of a
+    block that spans several tiles."""
+    columns, b_z = part_scores(queries, blocks, first_block, part, shape)
+    if not shape.LONG:
+        found = add_statistics(found, b_z, None, columns, shape.NB)
+    m_earlier, m_seen = seen_keys(queries.o_i, columns, blocks.block)
     # z += l - lse for earlier blocks
-    b_z += tl.where(m_earlier, spread(gate_of(found), BLOCK_N), 0.0)
-    return tl.where(m_seen, b_z, -INF), tl.where(columns.m_ordinary, columns.o_j, tokens)
+    b_z += tl.where(m_earlier, spread(gate_of(found), shape.BLOCK_N), 0.0)
+    return tl.where(m_seen, b_z, -INF), values_at(columns, blocks.tokens)
 
 
 @triton.jit
-def parts_seen(first_block, last, block, NB: tl.constexpr, BLOCK_N: tl.constexpr):
+def parts_seen(first_block, last, block, shape):
     """Number of tiles of a block visible to queries up to `last`."""
-    WIDTH: tl.constexpr = BLOCK_N // NB
-    return tl.cdiv(tl.minimum(block, last + 1 - first_block * block), WIDTH)
+    parts = 1
+    if shape.LONG:
+        parts = tl.cdiv(tl.minimum(block, last + 1 - first_block * block), shape.BLOCK_N)
+    return parts
 
 
 @triton.jit(do_not_specialize=SIZES)
-def landmark_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    terms,
-    tokens,
-    block,
-    heads,
-    group,
-    tiles,
-    NB: tl.constexpr,
-    LONG: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+def landmark_kernel(q, k, v, out, lse, terms, tokens, block, heads, group, tiles, shape):
     i_tile, i_h, i_b = program(tiles, heads)
     # Reversed tile order: the last queries have most keys, so they start first.
-    first = (tiles - 1 - i_tile) * BLOCK_M
+    first = (tiles - 1 - i_tile) * shape.BLOCK_M
     head = head_of(terms, i_b, i_h, tokens)
-    keys = slice_of(k, i_b, i_h // group, 0, tokens)
-    values = slice_of(v, i_b, i_h // group, 0, tokens)
-    o_i = first + tl.arange(0, BLOCK_M)
-    b_q = load_rows(slice_of(q, i_b, i_h, 0, tokens), o_i, HEAD_DIM, BLOCK_D)
-    last = tl.minimum(first + BLOCK_M, tokens) - 1
+    blocks = blocks_of(k, v, terms, head, tokens, block, i_b, i_h // group)
+    queries = queries_of(q, None, i_b, i_h, first, tokens, shape)
+    o_i = queries.o_i
+    last = queries.last
 
-    sums = no_sums(BLOCK_M, BLOCK_V)
-    for first_block in range(0, last // block + 1, NB):
-        found = no_statistics(BLOCK_M, NB)
-        parts = 1
-        if LONG:
-            parts = parts_seen(first_block, last, block, NB, BLOCK_N)
-            if first_block < last // block:
-                found = block_statistics(
-                    b_q, None, keys, values, o_i, first_block, parts, block, tokens, terms, head,
-                    HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
-                )  # fmt: skip
+    sums = no_sums(shape.BLOCK_M, shape.BLOCK_V)
+    for first_block in range(0, last // block + 1, shape.NB):
+        parts = parts_seen(first_block, last, block, shape)
+        found = block_statistics(queries, blocks, first_block, parts, shape)
         for part in range(parts):
-            b_z, o_v = weighed_scores(
-                found, b_q, keys, o_i, first_block, part, block, tokens, terms, head, LONG,
-                HEAD_DIM, NB, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
-            b_v = load_rows(values, o_v, VALUE_DIM, BLOCK_V)
+            b_z, o_v = weighed_scores(found, queries, blocks, first_block, part, shape)
+            b_v = load_rows(blocks.v, o_v, shape.VALUE_DIM, shape.BLOCK_V)
             # online softmax, O += P V
             sums = accumulate(sums, b_z, b_v, head)
 
@@ -245,34 +263,24 @@ def landmark_kernel(
     # O = O / row_sum
     outs = slice_of(out, i_b, i_h, 0, tokens)
     b_acc = sums.acc * b_factor[:, None]
-    store_rows(outs, o_i, b_acc, VALUE_DIM)
+    store_rows(outs, o_i, b_acc, shape.VALUE_DIM)
 
     # recompute rows that are NaN because a masked value is not finite
     m_again = rows_of_nan(b_acc) & (o_i < tokens)
     if tl.max(m_again.to(tl.int32), 0) != 0:
-        COLUMNS: tl.constexpr = min(BLOCK_V, STEP_COLUMNS)
-        for c in tl.range(0, VALUE_DIM, COLUMNS, num_stages=1):
-            b_y = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
-            b_y_lost = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
-            for first_block in range(0, last // block + 1, NB):
-                found = no_statistics(BLOCK_M, NB)
-                parts = 1
-                if LONG:
-                    parts = parts_seen(first_block, last, block, NB, BLOCK_N)
-                    if first_block < last // block:
-                        found = block_statistics(
-                            b_q, None, keys, values, o_i, first_block, parts, block, tokens, terms,
-                            head, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
-                        )  # fmt: skip
+        COLUMNS: tl.constexpr = min(shape.BLOCK_V, STEP_COLUMNS)
+        for c in tl.range(0, shape.VALUE_DIM, COLUMNS, num_stages=1):
+            b_y = tl.zeros([shape.BLOCK_M, COLUMNS], tl.float32)
+            b_y_lost = tl.zeros([shape.BLOCK_M, COLUMNS], tl.float32)
+            for first_block in range(0, last // block + 1, shape.NB):
+                parts = parts_seen(first_block, last, block, shape)
+                found = block_statistics(queries, blocks, first_block, parts, shape)
                 for part in range(parts):
-                    b_z, o_v = weighed_scores(
-                        found, b_q, keys, o_i, first_block, part, block, tokens, terms, head, LONG,
-                        HEAD_DIM, NB, BLOCK_N, BLOCK_D,
-                    )  # fmt: skip
-                    b_v = load_rows(values, o_v, VALUE_DIM, COLUMNS, c)
+                    b_z, o_v = weighed_scores(found, queries, blocks, first_block, part, shape)
+                    b_v = load_rows(blocks.v, o_v, shape.VALUE_DIM, COLUMNS, c)
                     b_y, b_y_lost = accumulate_seen(b_z, b_v, b_y, b_y_lost, sums.top, head)
             p_out = outs.data + row_offsets(outs, o_i)
-            store_tile(p_out, m_again, b_y * b_factor[:, None], VALUE_DIM, c)
+            store_tile(p_out, m_again, b_y * b_factor[:, None], shape.VALUE_DIM, c)
 
 
 def _half(tiles: Tiles) -> Tiles:
@@ -312,23 +320,16 @@ class Call(Arguments):
 
     def arguments(self, tiles: int) -> tuple[Any, ...]:
         """Arguments common to all kernels, from terms to tiles."""
-        heads = self.q.shape[2]
-        return (
-            terms_of(self.scale, 0.0, 0.0, False, None, None),
-            self.tokens,
-            self.keys_of_block,
-            heads,
-            heads // self.k.shape[2],
-            tiles,
-        )
+        terms, heads = terms_of(self.scale, 0.0, 0.0, False, None, None), self.q.shape[2]
+        return terms, self.tokens, self.keys_of_block, heads, heads // self.k.shape[2], tiles
 
     def options(self, tiles: Tiles) -> dict[str, Any]:
-        return {
-            "NB": self.blocks(tiles),
-            "LONG": self.keys_of_block > tiles.block_n,
-            **tile_options(tiles, self.q.shape[-1], self.v.shape[-1]),
-            "maxnreg": MAX_REGISTERS,
-        }
+        """Compile-time choices and launch options of a kernel."""
+        options = tile_options(tiles, self.q.shape[-1], self.v.shape[-1])
+        choices = [options.pop(name) for name in Shape._fields if name in options]
+        choices += [self.blocks(tiles), self.keys_of_block > tiles.block_n]
+        shape = Shape._make(map(tl.constexpr, choices))
+        return {"shape": shape, **options, "maxnreg": MAX_REGISTERS}
 
 
 def landmark_attention(a: Any) -> tuple[Tensor, Tensor]:
@@ -341,12 +342,8 @@ def landmark_attention(a: Any) -> tuple[Tensor, Tensor]:
     plan = call.plan().forward
     tiles = triton.cdiv(tokens, plan.block_m)
     launch(
-        landmark_kernel,
-        batch * heads * tiles,
-        call.q,
-        *map(rows_of, (call.q, call.k, call.v, out)),
-        lse,
-        *call.arguments(tiles),
+        landmark_kernel, batch * heads * tiles, call.q,
+        *map(rows_of, (call.q, call.k, call.v, out)), lse, *call.arguments(tiles),
         **call.options(plan),
-    )
+    )  # fmt: skip
     return out, lse

@@ -22,15 +22,18 @@ from ..dense.attention_backward import load_lse
 from ..dense.attention_decode_merge import rows_of
 from .landmark_attention import (
     SIZES,
+    Blocks,
     Call,
     add_statistics,
     block_statistics,
+    blocks_of,
     columns_of,
     gate_of,
-    no_statistics,
     parts_seen,
+    queries_of,
     seen_keys,
     spread,
+    values_at,
 )
 
 
@@ -52,41 +55,18 @@ def gradients(b_z, b_dp, b_lse, b_delta, found, o_i, columns, block):
 
 @triton.jit(do_not_specialize=SIZES)
 def landmark_queries_kernel(
-    dout,
-    dlse,
-    out,
-    lse,
-    delta,
-    q,
-    k,
-    v,
-    dq,
-    terms,
-    tokens,
-    block,
-    heads,
-    group,
-    tiles,
-    NB: tl.constexpr,
-    LONG: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    dout, dlse, out, lse, delta, q, k, v, dq, terms, tokens, block, heads, group, tiles, shape
 ):
     """dq and delta of a tile of queries."""
     i_tile, i_h, i_b = program(tiles, heads)
-    first = (tiles - 1 - i_tile) * BLOCK_M
+    first = (tiles - 1 - i_tile) * shape.BLOCK_M
     head = head_of(terms, i_b, i_h, tokens)
-    keys = slice_of(k, i_b, i_h // group, 0, tokens)
-    values = slice_of(v, i_b, i_h // group, 0, tokens)
-    o_i = first + tl.arange(0, BLOCK_M)
+    blocks = blocks_of(k, v, terms, head, tokens, block, i_b, i_h // group)
+    queries = queries_of(q, dout, i_b, i_h, first, tokens, shape)
+    o_i = queries.o_i
+    b_dout = queries.b_dout
     m_i = o_i < tokens
-    b_q = load_rows(slice_of(q, i_b, i_h, 0, tokens), o_i, HEAD_DIM, BLOCK_D)
-    b_dout = load_rows(slice_of(dout, i_b, i_h, 0, tokens), o_i, VALUE_DIM, BLOCK_V)
-    b_out = load_rows(slice_of(out, i_b, i_h, 0, tokens), o_i, VALUE_DIM, BLOCK_V)
+    b_out = load_rows(slice_of(out, i_b, i_h, 0, tokens), o_i, shape.VALUE_DIM, shape.BLOCK_V)
     o_row = (i_b * heads + i_h) * tokens + o_i
     # delta = rowsum(dO O) - dlse
     b_delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
@@ -94,111 +74,76 @@ def landmark_queries_kernel(
         b_delta -= tl.load(dlse + o_row, mask=m_i, other=0.0)
     tl.store(delta + o_row, b_delta, mask=m_i)
     b_lse = load_lse(lse + o_row, m_i, head)
-    last = tl.minimum(first + BLOCK_M, tokens) - 1
 
-    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first_block in range(0, last // block + 1, NB):
-        found = no_statistics(BLOCK_M, NB)
-        parts = 1
-        if LONG:
-            parts = parts_seen(first_block, last, block, NB, BLOCK_N)
-            if first_block < last // block:
-                found = block_statistics(
-                    b_q, b_dout, keys, values, o_i, first_block, parts, block, tokens, terms, head,
-                    HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
-                )  # fmt: skip
+    b_dq = tl.zeros([shape.BLOCK_M, shape.BLOCK_D], tl.float32)
+    for first_block in range(0, queries.last // block + 1, shape.NB):
+        parts = parts_seen(first_block, queries.last, block, shape)
+        found = block_statistics(queries, blocks, first_block, parts, shape)
         for part in range(parts):
-            columns = columns_of(first_block, part, block, tokens, NB, BLOCK_N)
-            b_k = load_rows(keys, columns.o_j, HEAD_DIM, BLOCK_D)
-            o_v = tl.where(columns.m_ordinary, columns.o_j, tokens)
-            b_v = load_rows(values, o_v, VALUE_DIM, BLOCK_V)
+            columns = columns_of(first_block, part, block, tokens, shape)
+            b_k = load_rows(blocks.k, columns.o_j, shape.HEAD_DIM, shape.BLOCK_D)
+            o_v = values_at(columns, tokens)
+            b_v = load_rows(blocks.v, o_v, shape.VALUE_DIM, shape.BLOCK_V)
             # S = Q K^T, dP = dO V^T
-            b_qk = dot(b_q, tl.trans(b_k))
+            b_qk = dot(queries.b_q, tl.trans(b_k))
             b_z = scores(b_qk, o_i[:, None], columns.o_j[None, :], terms, head, None)
             b_dp = dot(b_dout, tl.trans(b_v))
-            if not LONG:
-                found = add_statistics(found, b_z, b_dp, columns, NB)
+            if not shape.LONG:
+                found = add_statistics(found, b_z, b_dp, columns, shape.NB)
             _, b_dz = gradients(b_z, b_dp, b_lse, b_delta, found, o_i, columns, block)
             # dQ += dz K
             b_dq += dot(b_dz, b_k)
 
-    store_rows(slice_of(dq, i_b, i_h, 0, tokens), o_i, b_dq * terms.scale, HEAD_DIM)
+    store_rows(slice_of(dq, i_b, i_h, 0, tokens), o_i, b_dq * terms.scale, shape.HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def landmark_keys_kernel(
-    dout,
-    lse,
-    delta,
-    q,
-    k,
-    v,
-    dk,
-    dv,
-    terms,
-    tokens,
-    block,
-    heads,
-    group,
-    tiles,
-    NB: tl.constexpr,
-    LONG: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    dout, lse, delta, q, k, v, dk, dv, terms, tokens, block, heads, group, tiles, shape
 ):
     """dk and dv of a tile of keys, summed over the query heads that read it. For a tile that is
     part of a block, the statistics of the whole block are recomputed for each tile of queries."""
     i_tile, i_kv, i_b = program(tiles, heads // group)
     parts = 1
-    if LONG:
-        parts = tl.cdiv(block, BLOCK_N)
-    first_block = i_tile // parts * NB
+    if shape.LONG:
+        parts = tl.cdiv(block, shape.BLOCK_N)
+    first_block = i_tile // parts * shape.NB
     part = i_tile % parts
-    columns = columns_of(first_block, part, block, tokens, NB, BLOCK_N)
+    columns = columns_of(first_block, part, block, tokens, shape)
     keys = slice_of(k, i_b, i_kv, 0, tokens)
     values = slice_of(v, i_b, i_kv, 0, tokens)
-    b_k = load_rows(keys, columns.o_j, HEAD_DIM, BLOCK_D)
-    b_v = load_rows(values, tl.where(columns.m_ordinary, columns.o_j, tokens), VALUE_DIM, BLOCK_V)
+    b_k = load_rows(keys, columns.o_j, shape.HEAD_DIM, shape.BLOCK_D)
+    b_v = load_rows(values, values_at(columns, tokens), shape.VALUE_DIM, shape.BLOCK_V)
 
-    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    b_dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    begin = (first_block * block + part * BLOCK_N) // BLOCK_M * BLOCK_M
-    count = tl.maximum(tl.cdiv(tokens - begin, BLOCK_M), 0)
+    b_dk = tl.zeros([shape.BLOCK_N, shape.BLOCK_D], tl.float32)
+    b_dv = tl.zeros([shape.BLOCK_N, shape.BLOCK_V], tl.float32)
+    begin = (first_block * block + part * shape.BLOCK_N) // shape.BLOCK_M * shape.BLOCK_M
+    count = tl.maximum(tl.cdiv(tokens - begin, shape.BLOCK_M), 0)
     for n in range(group * count):
         i_h = i_kv * group + n // count
         head = head_of(terms, i_b, i_h, tokens)
-        first = begin + n % count * BLOCK_M
-        o_i = first + tl.arange(0, BLOCK_M)
+        first = begin + n % count * shape.BLOCK_M
+        queries = queries_of(q, dout, i_b, i_h, first, tokens, shape)
+        o_i = queries.o_i
         m_i = o_i < tokens
-        b_q = load_rows(slice_of(q, i_b, i_h, 0, tokens), o_i, HEAD_DIM, BLOCK_D)
-        b_dout = load_rows(slice_of(dout, i_b, i_h, 0, tokens), o_i, VALUE_DIM, BLOCK_V)
         o_row = (i_b * heads + i_h) * tokens + o_i
         # S = Q K^T, dP = dO V^T
         b_lse = load_lse(lse + o_row, m_i, head)
         b_delta = tl.load(delta + o_row, mask=m_i, other=0.0)
-        b_qk = dot(b_q, tl.trans(b_k))
+        b_qk = dot(queries.b_q, tl.trans(b_k))
         b_z = scores(b_qk, o_i[:, None], columns.o_j[None, :], terms, head, None)
-        b_dp = dot(b_dout, tl.trans(b_v))
-        found = no_statistics(BLOCK_M, NB)
-        if LONG:
-            if first_block < (tl.minimum(first + BLOCK_M, tokens) - 1) // block:
-                found = block_statistics(
-                    b_q, b_dout, keys, values, o_i, first_block, parts, block, tokens, terms, head,
-                    HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
-                )  # fmt: skip
-        else:
-            # dV += P^T dO, dK += dz^T Q
-            found = add_statistics(found, b_z, b_dp, columns, NB)
+        b_dp = dot(queries.b_dout, tl.trans(b_v))
+        blocks = Blocks(keys, values, terms, head, tokens, block)
+        found = block_statistics(queries, blocks, first_block, parts, shape)
+        if not shape.LONG:
+            found = add_statistics(found, b_z, b_dp, columns, shape.NB)
         b_p, b_dz = gradients(b_z, b_dp, b_lse, b_delta, found, o_i, columns, block)
-        b_dv += dot(tl.trans(b_p), b_dout)
-        b_dk += dot(tl.trans(b_dz), b_q)
+        # dV += P^T dO, dK += dz^T Q
+        b_dv += dot(tl.trans(b_p), queries.b_dout)
+        b_dk += dot(tl.trans(b_dz), queries.b_q)
 
-    store_rows(slice_of(dk, i_b, i_kv, 0, tokens), columns.o_j, b_dk * terms.scale, HEAD_DIM)
-    store_rows(slice_of(dv, i_b, i_kv, 0, tokens), columns.o_j, b_dv, VALUE_DIM)
+    store_rows(slice_of(dk, i_b, i_kv, 0, tokens), columns.o_j, b_dk * terms.scale, shape.HEAD_DIM)
+    store_rows(slice_of(dv, i_b, i_kv, 0, tokens), columns.o_j, b_dv, shape.VALUE_DIM)
 
 
 def landmark_attention_backward(a: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,33 +157,15 @@ def landmark_attention_backward(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     delta = torch.empty_like(a.lse)
     tiles = triton.cdiv(tokens, plan.queries.block_m)
     launch(
-        landmark_queries_kernel,
-        batch * heads * tiles,
-        call.q,
-        rows_of(a.dout),
-        a.dlse,
-        rows_of(a.out),
-        a.lse,
-        delta,
-        *qkv,
-        rows_of(dq),
-        *call.arguments(tiles),
+        landmark_queries_kernel, batch * heads * tiles, call.q, rows_of(a.dout), a.dlse,
+        rows_of(a.out), a.lse, delta, *qkv, rows_of(dq), *call.arguments(tiles),
         **call.options(plan.queries),
-    )
+    )  # fmt: skip
     width = call.blocks(plan.keys) * call.keys_of_block
     parts = max(triton.cdiv(call.keys_of_block, plan.keys.block_n), 1)
     tiles = triton.cdiv(tokens, width) * parts
     launch(
-        landmark_keys_kernel,
-        batch * call.k.shape[2] * tiles,
-        call.q,
-        rows_of(a.dout),
-        a.lse,
-        delta,
-        *qkv,
-        rows_of(dk),
-        rows_of(dv),
-        *call.arguments(tiles),
-        **call.options(plan.keys),
-    )
+        landmark_keys_kernel, batch * call.k.shape[2] * tiles, call.q, rows_of(a.dout), a.lse,
+        delta, *qkv, rows_of(dk), rows_of(dv), *call.arguments(tiles), **call.options(plan.keys),
+    )  # fmt: skip
     return dq, dk, dv

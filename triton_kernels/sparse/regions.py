@@ -86,17 +86,26 @@ def quotient(o_x, by):
 
 @triton.jit
 def grid_of(height, width, region_height, region_width, by_pixels, by_width, by_columns):
+    pixels = region_height * region_width
+    columns = quotient(width - 1, by_width) + 1
     return Grid(
-        height,
-        width,
-        region_height,
-        region_width,
-        region_height * region_width,
-        quotient(width - 1, by_width) + 1,
-        by_pixels,
-        by_width,
-        by_columns,
+        height, width, region_height, region_width, pixels, columns, by_pixels, by_width, by_columns
     )
+
+
+@triton.jit
+def grids_of(
+    q_height, q_width, q_region_height, q_region_width, by_q_pixels, by_q_width,
+    k_height, k_width, k_region_height, k_region_width, by_k_pixels, by_k_width, by_columns,
+):  # fmt: skip
+    """Regions of the queries and of the keys: equally many per row."""
+    queries = grid_of(
+        q_height, q_width, q_region_height, q_region_width, by_q_pixels, by_q_width, by_columns
+    )
+    keys = grid_of(
+        k_height, k_width, k_region_height, k_region_width, by_k_pixels, by_k_width, by_columns
+    )
+    return queries, keys
 
 
 @triton.jit
@@ -166,19 +175,19 @@ def pixel_key_tile(grid, i_r, regions, i_tile, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def pixel_queries(grid, offsets, rows, bits, i_list, wide, i_wide, entries, GROUP: tl.constexpr):
+def pixel_queries(grid, lists, i_list, wide, i_wide, entries, GROUP: tl.constexpr):
     """Queries of key tile i_wide, from transposed list i_list, each of which has room for `entries`
     entries."""
-    p_offset = offsets + i_list * (wide + 1) + i_wide
+    p_offset = lists.offsets + i_list * (wide + 1) + i_wide
     first = tl.load(p_offset)
     o_rows = i_list * entries + first
     p_bits = None
     total = (tl.load(p_offset + 1) - first) * (grid.pixels * GROUP)
     full = total - total
-    if bits is not None:
-        p_bits = bits + o_rows
+    if lists.bits is not None:
+        p_bits = lists.bits + o_rows
         full = total
-    return PixelQueries(rows + o_rows, p_bits, 0, full, total, NOWHERE, grid)
+    return PixelQueries(lists.rows + o_rows, p_bits, 0, full, total, NOWHERE, grid)
 
 
 @triton.jit

@@ -33,27 +33,10 @@ class Transposed(NamedTuple):
 
 @triton.jit(do_not_specialize=SIZES)
 def compact_kernel(
-    indices,
-    largest,
-    counts,
-    ids,
-    bits,
-    kept,
-    indices_batch,
-    indices_head,
-    indices_row,
-    counts_batch,
-    counts_head,
-    counts_row,
-    heads,
-    rows,
-    entries,
-    blocks,
-    maximum,
-    FACTOR: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    indices, largest, counts, ids, bits, kept, indices_batch, indices_head, indices_row,
+    counts_batch, counts_head, counts_row, heads, rows, entries, blocks, maximum,
+    FACTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     """Compacts BLOCK_R of the B heads rows = maximum lists. largest: running maximum of a list's
     ids."""
     o_row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -102,27 +85,10 @@ def compacted(indices: Tensor, counts: Tensor, blocks: int, factor: int = 1) -> 
     block_r = (1 << 16 if INTERPRETED.value else 1024) // block_e
     maximum = batch * heads * rows
     launch(
-        compact_kernel,
-        triton.cdiv(maximum, block_r),
-        indices,
-        indices,
-        largest,
-        counts,
-        ids,
-        bits,
-        kept,
-        *indices.stride()[:3],
-        *counts.stride(),
-        heads,
-        rows,
-        entries,
-        blocks,
-        maximum,
-        FACTOR=factor,
-        BLOCK_R=block_r,
-        BLOCK_E=block_e,
-        num_warps=4,
-    )
+        compact_kernel, triton.cdiv(maximum, block_r), indices, indices, largest, counts, ids, bits,
+        kept, *indices.stride()[:3], *counts.stride(), heads, rows, entries, blocks, maximum,
+        FACTOR=factor, BLOCK_R=block_r, BLOCK_E=block_e, num_warps=4,
+    )  # fmt: skip
     return Lists(ids, kept, bits, triton.cdiv(blocks, factor))
 
 

@@ -47,20 +47,9 @@ def factor_kernel(
 
 @triton.jit(do_not_specialize=["count", "partners", "tiles", "channels"])
 def match_kernel(
-    rows_a,
-    rows_b,
-    factors_a,
-    factors_b,
-    index,
-    score,
-    count,
-    partners,
-    tiles,
-    channels,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    rows_a, rows_b, factors_a, factors_b, index, score, count, partners, tiles, channels,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0)
     i_b = (i // tiles).to(tl.int64)
     o_m = i % tiles * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -94,19 +94,9 @@ def pixels_of(grid, first, cells, tiles, BLOCK_P: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def measure_kernel(
-    x,
-    centroids,
-    slab,
-    labels,
-    grid,
-    factor,
-    first,
-    cells,
-    tiles,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    x, centroids, slab, labels, grid, factor, first, cells, tiles,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """Distances, minimum and weight sum of each pixel; with labels, only the nearest cluster of its
     window. cells: number of cells in the slab."""
     i_b, home, m_p, o_y, o_x = pixels_of(grid, first, cells, tiles, BLOCK_P)
@@ -149,17 +139,9 @@ def measure_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def update_kernel(
-    x,
-    slab,
-    sums,
-    masses,
-    grid,
-    factor,
-    first,
-    last,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x, slab, sums, masses, grid, factor, first, last,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Adds the pixels in cell rows first .. last to a cluster."""
     i = tl.program_id(0).to(tl.int64)
     clusters = grid.grid_y * grid.grid_x
@@ -212,19 +194,9 @@ def update_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def spread_kernel(
-    dcentroids,
-    mass,
-    slab,
-    dx,
-    grid,
-    factor,
-    first,
-    cells,
-    tiles,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    dcentroids, mass, slab, dx, grid, factor, first, cells, tiles,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """dx_n = sum over m of Q_mn dcentroids_m / mass_m."""
     i_b, home, m_p, o_y, o_x = pixels_of(grid, first, cells, tiles, BLOCK_P)
     o_slab = (i_b * slab.lines + o_y - slab.line) * grid.width + o_x

@@ -21,22 +21,10 @@ ROWS = 32  # rows of rest per step
 
 @triton.jit(do_not_specialize=SIZES)
 def copy_kernel(
-    x,
-    keep_ids,
-    out,
-    x_batch,
-    x_token,
-    keep_batch,
-    prefix,
-    patches,
-    kept,
-    blocks,
-    channels,
-    out_batch,
-    out_row,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x, keep_ids, out, x_batch, x_token, keep_batch, prefix, patches, kept, blocks, channels,
+    out_batch, out_row,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0)
     i_b = (i // blocks).to(tl.int64)
     o_row = (i % blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -52,27 +40,10 @@ def copy_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def fuse_kernel(
-    x,
-    rest_ids,
-    weight,
-    out,
-    weight_sum,
-    x_batch,
-    x_token,
-    rest_batch,
-    weight_batch,
-    prefix,
-    patches,
-    kept,
-    rest,
-    blocks,
-    channels,
-    out_batch,
-    out_row,
-    NORMALIZE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x, rest_ids, weight, out, weight_sum, x_batch, x_token, rest_batch, weight_batch, prefix,
+    patches, kept, rest, blocks, channels, out_batch, out_row,
+    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0)
     i_b = (i // blocks).to(tl.int64)
     o_c = i % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -101,30 +72,10 @@ def fuse_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
-    dout,
-    out,
-    weight_sum,
-    x,
-    weight,
-    places,
-    dx,
-    dweight,
-    dout_batch,
-    dout_row,
-    out_batch,
-    out_row,
-    x_batch,
-    x_token,
-    weight_batch,
-    prefix,
-    patches,
-    kept,
-    blocks,
-    channels,
-    NORMALIZE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    dout, out, weight_sum, x, weight, places, dx, dweight, dout_batch, dout_row, out_batch, out_row,
+    x_batch, x_token, weight_batch, prefix, patches, kept, blocks, channels,
+    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0)
     i_b = (i // blocks).to(tl.int64)
     o_n = (i % blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -185,46 +136,16 @@ def _fuse(a: Any, out: Tensor) -> Tensor:
     tile = tile_of(channels)
     blocks = triton.cdiv(prefix + kept, tile["BLOCK_R"])
     launch(
-        copy_kernel,
-        batch * blocks if channels else 0,
-        x,
-        bits_of(x),
-        a.keep,
-        bits_of(out),
-        *steps_of(x, 2),
-        a.keep.stride(0),
-        prefix,
-        patches,
-        kept,
-        blocks,
-        channels,
-        *steps_of(out, 2),
-        **tile,
-    )
+        copy_kernel, batch * blocks if channels else 0, x, bits_of(x), a.keep, bits_of(out),
+        *steps_of(x, 2), a.keep.stride(0), prefix, patches, kept, blocks, channels,
+        *steps_of(out, 2), **tile,
+    )  # fmt: skip
     blocks = max(triton.cdiv(channels, SLICE), 1)
     launch(
-        fuse_kernel,
-        batch * blocks,
-        x,
-        x,
-        a.rest,
-        a.weight,
-        out,
-        weight_sum,
-        *steps_of(x, 2),
-        a.rest.stride(0),
-        a.weight.stride(0),
-        prefix,
-        patches,
-        kept,
-        a.rest.shape[1],
-        blocks,
-        channels,
-        *steps_of(out, 2),
-        NORMALIZE=a.normalize,
-        BLOCK_R=ROWS,
-        BLOCK_C=SLICE,
-    )
+        fuse_kernel, batch * blocks, x, x, a.rest, a.weight, out, weight_sum, *steps_of(x, 2),
+        a.rest.stride(0), a.weight.stride(0), prefix, patches, kept, a.rest.shape[1], blocks,
+        channels, *steps_of(out, 2), NORMALIZE=a.normalize, BLOCK_R=ROWS, BLOCK_C=SLICE,
+    )  # fmt: skip
     return weight_sum
 
 
@@ -238,42 +159,14 @@ def gather_fuse_backward(a: Any) -> tuple[Tensor, Tensor]:
     for ids, first in ((a.keep, 0), (a.rest, kept)):
         blocks = triton.cdiv(ids.shape[1], ENTRIES)
         launch(
-            places_kernel,
-            batch * blocks if patches else 0,
-            x,
-            ids,
-            places,
-            ids.stride(0),
-            ids.shape[1],
-            patches,
-            first,
-            blocks,
-            BLOCK=ENTRIES,
-        )
+            places_kernel, batch * blocks if patches else 0, x, ids, places, ids.stride(0),
+            ids.shape[1], patches, first, blocks, BLOCK=ENTRIES,
+        )  # fmt: skip
     tile = tile_of(channels, computed=True)
     blocks = triton.cdiv(tokens, tile["BLOCK_R"])
     launch(
-        backward_kernel,
-        batch * blocks,
-        x,
-        a.dout,
-        a.out,
-        a.weight_sum,
-        x,
-        a.weight,
-        places,
-        dx,
-        dweight,
-        *steps_of(a.dout, 2),
-        *steps_of(a.out, 2),
-        *steps_of(x, 2),
-        a.weight.stride(0),
-        a.prefix,
-        patches,
-        kept,
-        blocks,
-        channels,
-        NORMALIZE=a.normalize,
-        **tile,
-    )
+        backward_kernel, batch * blocks, x, a.dout, a.out, a.weight_sum, x, a.weight, places, dx,
+        dweight, *steps_of(a.dout, 2), *steps_of(a.out, 2), *steps_of(x, 2), a.weight.stride(0),
+        a.prefix, patches, kept, blocks, channels, NORMALIZE=a.normalize, **tile,
+    )  # fmt: skip
     return dx, dweight

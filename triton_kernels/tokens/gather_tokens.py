@@ -16,23 +16,10 @@ SIZES = ["x_batch", "indices_batch", "out_batch", "entries", "tokens", "rows", "
 
 @triton.jit(do_not_specialize=SIZES)
 def gather_kernel(
-    x,
-    indices,
-    out,
-    x_batch,
-    x_token,
-    indices_batch,
-    entries,
-    tokens,
-    rows,
-    blocks,
-    channels,
-    out_batch,
-    out_row,
-    FLAT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x, indices, out, x_batch, x_token, indices_batch, entries, tokens, rows, blocks, channels,
+    out_batch, out_row,
+    FLAT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0)
     i_b = (i // blocks).to(tl.int64)
     o_k = (i % blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -63,20 +50,8 @@ def _gather(a: Any, out: Tensor) -> None:
     tile = tile_of(channels)
     blocks = triton.cdiv(entries, tile["BLOCK_R"])
     launch(
-        gather_kernel,
-        (1 if flat else batch) * blocks if channels else 0,
-        a.x,
-        bits_of(a.x),
-        a.indices,
-        bits_of(out),
-        *steps_of(a.x, 2),
-        0 if flat else a.indices.stride(0),
-        entries,
-        max(tokens, 1),
-        batch * tokens if flat else tokens,
-        blocks,
-        channels,
-        *steps_of(out[None] if flat else out, 2),
-        FLAT=flat,
-        **tile,
-    )
+        gather_kernel, (1 if flat else batch) * blocks if channels else 0, a.x, bits_of(a.x),
+        a.indices, bits_of(out), *steps_of(a.x, 2), 0 if flat else a.indices.stride(0), entries,
+        max(tokens, 1), batch * tokens if flat else tokens, blocks, channels,
+        *steps_of(out[None] if flat else out, 2), FLAT=flat, **tile,
+    )  # fmt: skip

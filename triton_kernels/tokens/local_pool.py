@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,13 +18,34 @@ SIZES = ["height", "width", "tokens", "blocks", "dilation_y", "dilation_x", *STE
 NO_TAP = tl.constexpr(-1)
 
 
+class Map(NamedTuple):
+    """[B, height, width, ...]; strides in elements."""
+
+    data: Any
+    batch: Any
+    line: Any
+    token: Any
+
+
 @triton.jit
-def counts(mask, mask_batch, mask_line, mask_token, o_b, o_y, o_x, m):
+def pointers_of(tokens, o_b, o_y, o_x):
+    return tokens.data + o_b * tokens.batch + o_y * tokens.line + o_x * tokens.token
+
+
+@triton.jit
+def counts(mask, o_b, o_y, o_x, m):
     """Mask of tokens that take part in windows, restricted to m."""
-    if mask is not None:
-        p_mask = mask + o_b * mask_batch + o_y * mask_line + o_x * mask_token
-        m = m & (tl.load(p_mask, mask=m, other=0) != 0)
+    if mask.data is not None:
+        m = m & (tl.load(pointers_of(mask, o_b, o_y, o_x), mask=m, other=0) != 0)
     return m
+
+
+@triton.jit
+def shifted(o_y, o_x, step_y, step_x, height, width, m):
+    """Line and column of tokens after a step, and mask of those inside of the map."""
+    o_ty = o_y + step_y
+    o_tx = o_x + step_x
+    return o_ty, o_tx, m & (o_ty >= 0) & (o_ty < height) & (o_tx >= 0) & (o_tx < width)
 
 
 @triton.jit
@@ -43,32 +64,14 @@ def places_of(o_n, height, width):
 
 @triton.jit(do_not_specialize=SIZES)
 def pool_kernel(
-    x,
-    mask,
-    out,
-    x_batch,
-    x_line,
-    x_token,
-    mask_batch,
-    mask_line,
-    mask_token,
-    height,
-    width,
-    tokens,
-    blocks,
-    dilation_y,
-    dilation_x,
-    channels,
-    KERNEL_Y: tl.constexpr,
-    KERNEL_X: tl.constexpr,
-    MAX: tl.constexpr,
-    TAPS: tl.constexpr,
-    PAD: tl.constexpr,
-    SUBTRACT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x, mask, out, x_batch, x_line, x_token, mask_batch, mask_line, mask_token, height, width,
+    tokens, blocks, dilation_y, dilation_x, channels,
+    KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, MAX: tl.constexpr, TAPS: tl.constexpr,
+    PAD: tl.constexpr, SUBTRACT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Pooled tokens; with TAPS, out takes the tap that each maximum comes from."""
+    rows = Map(x, x_batch, x_line, x_token)
+    taken = Map(mask, mask_batch, mask_line, mask_token)
     o_n, o_c = tile_of_program(blocks, BLOCK_R, BLOCK_C)
     m_n = o_n < tokens
     m_c = (o_c < channels)[None, :]
@@ -79,12 +82,12 @@ def pool_kernel(
     for i_y in range(KERNEL_Y):
         b_line = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         for i_x in range(KERNEL_X):
-            o_ty = o_y + (i_y - KERNEL_Y // 2) * dilation_y
-            o_tx = o_x + (i_x - KERNEL_X // 2) * dilation_x
-            m_tap = m_n & (o_ty >= 0) & (o_ty < height) & (o_tx >= 0) & (o_tx < width)
-            m_tap = counts(mask, mask_batch, mask_line, mask_token, o_b, o_ty, o_tx, m_tap)
+            step_y = (i_y - KERNEL_Y // 2) * dilation_y
+            step_x = (i_x - KERNEL_X // 2) * dilation_x
+            o_ty, o_tx, m_tap = shifted(o_y, o_x, step_y, step_x, height, width, m_n)
+            m_tap = counts(taken, o_b, o_ty, o_tx, m_tap)
             b_count += m_tap.to(tl.int32)
-            p_x = x + o_b * x_batch + o_ty * x_line + o_tx * x_token
+            p_x = pointers_of(rows, o_b, o_ty, o_tx)
             m_x = m_tap[:, None] & m_c
             b_x = tl.load(p_x[:, None] + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)
             if MAX:
@@ -109,39 +112,28 @@ def pool_kernel(
             b_pooled = tl.div_rn(b_pooled, b_divisor.to(tl.float32)[:, None])
         b_pooled = tl.where((b_count > 0)[:, None], b_pooled, 0.0)
         if SUBTRACT:
-            p_x = x + o_b * x_batch + o_y * x_line + o_x * x_token
+            p_x = pointers_of(rows, o_b, o_y, o_x)
             b_pooled -= tl.load(p_x[:, None] + o_c[None, :], mask=m_out, other=0.0).to(tl.float32)
         tl.store(p_out, rounded(b_pooled, out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def scales_kernel(
-    mask,
-    scales,
-    mask_batch,
-    mask_line,
-    mask_token,
-    height,
-    width,
-    tokens,
-    dilation_y,
-    dilation_x,
-    KERNEL_Y: tl.constexpr,
-    KERNEL_X: tl.constexpr,
-    PAD: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    mask, scales, mask_batch, mask_line, mask_token, height, width, tokens, dilation_y, dilation_x,
+    KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, PAD: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """1 / divisor of the mean of each token, 0 for an empty window."""
+    taken = Map(mask, mask_batch, mask_line, mask_token)
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_n = o_n < tokens
     o_b, o_y, o_x = places_of(o_n, height, width)
     b_count = tl.zeros([BLOCK_R], tl.int32)
     for i_y in range(KERNEL_Y):
         for i_x in range(KERNEL_X):
-            o_ty = o_y + (i_y - KERNEL_Y // 2) * dilation_y
-            o_tx = o_x + (i_x - KERNEL_X // 2) * dilation_x
-            m_tap = m_n & (o_ty >= 0) & (o_ty < height) & (o_tx >= 0) & (o_tx < width)
-            m_tap = counts(mask, mask_batch, mask_line, mask_token, o_b, o_ty, o_tx, m_tap)
+            step_y = (i_y - KERNEL_Y // 2) * dilation_y
+            step_x = (i_x - KERNEL_X // 2) * dilation_x
+            o_ty, o_tx, m_tap = shifted(o_y, o_x, step_y, step_x, height, width, m_n)
+            m_tap = counts(taken, o_b, o_ty, o_tx, m_tap)
             b_count += m_tap.to(tl.int32)
     b_divisor = tl.maximum(b_count, 1)
     if PAD:
@@ -152,32 +144,15 @@ def scales_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
-    dout,
-    mask,
-    scales,
-    taps,
-    dx,
-    dout_batch,
-    dout_line,
-    dout_token,
-    mask_batch,
-    mask_line,
-    mask_token,
-    height,
-    width,
-    tokens,
-    blocks,
-    dilation_y,
-    dilation_x,
-    channels,
-    KERNEL_Y: tl.constexpr,
-    KERNEL_X: tl.constexpr,
-    SUBTRACT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    dout, mask, scales, taps, dx, dout_batch, dout_line, dout_token, mask_batch, mask_line,
+    mask_token, height, width, tokens, blocks, dilation_y, dilation_x, channels,
+    KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, SUBTRACT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """dx of a tile. A token is tap t in the window of the token at minus t's offset. Means read
     scales, maxima read taps."""
+    douts = Map(dout, dout_batch, dout_line, dout_token)
+    taken = Map(mask, mask_batch, mask_line, mask_token)
     o_n, o_c = tile_of_program(blocks, BLOCK_R, BLOCK_C)
     m_n = o_n < tokens
     m_c = (o_c < channels)[None, :]
@@ -186,9 +161,9 @@ def backward_kernel(
     for i_y in range(KERNEL_Y):
         b_line = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         for i_x in range(KERNEL_X):
-            o_ty = o_y - (i_y - KERNEL_Y // 2) * dilation_y
-            o_tx = o_x - (i_x - KERNEL_X // 2) * dilation_x
-            m_tap = m_n & (o_ty >= 0) & (o_ty < height) & (o_tx >= 0) & (o_tx < width)
+            step_y = (KERNEL_Y // 2 - i_y) * dilation_y
+            step_x = (KERNEL_X // 2 - i_x) * dilation_x
+            o_ty, o_tx, m_tap = shifted(o_y, o_x, step_y, step_x, height, width, m_n)
             o_t = (o_b * height + o_ty) * width + o_tx
             m_tile = m_tap[:, None] & m_c
             if taps is not None:
@@ -199,15 +174,15 @@ def backward_kernel(
             else:
                 b_scale = tl.load(scales + o_t, mask=m_tap, other=0.0)
                 m_tile = m_tile & (b_scale != 0.0)[:, None]
-            p_dout = dout + o_b * dout_batch + o_ty * dout_line + o_tx * dout_token
+            p_dout = pointers_of(douts, o_b, o_ty, o_tx)
             b_dout = tl.load(p_dout[:, None] + o_c[None, :], mask=m_tile, other=0.0)
             b_line += b_scale[:, None] * b_dout.to(tl.float32)
         b_sum += b_line
-    m_in = counts(mask, mask_batch, mask_line, mask_token, o_b, o_y, o_x, m_n)
+    m_in = counts(taken, o_b, o_y, o_x, m_n)
     b_sum = tl.where(m_in[:, None], b_sum, 0.0)
     m_out = m_n[:, None] & m_c
     if SUBTRACT:
-        p_dout = dout + o_b * dout_batch + o_y * dout_line + o_x * dout_token
+        p_dout = pointers_of(douts, o_b, o_y, o_x)
         b_sum -= tl.load(p_dout[:, None] + o_c[None, :], mask=m_out, other=0.0).to(tl.float32)
     p_dx = dx + o_n[:, None] * channels + o_c[None, :]
     tl.store(p_dx, rounded(b_sum, dx.dtype.element_ty), mask=m_out)
@@ -224,28 +199,12 @@ def _pool(a: Any, out: Tensor, *, taps: bool = False) -> None:
     tile = tile_of(channels, computed=True)
     blocks = triton.cdiv(channels, tile["BLOCK_C"])
     launch(
-        pool_kernel,
-        triton.cdiv(tokens, tile["BLOCK_R"]) * blocks,
-        a.x,
-        a.x,
-        a.mask,
-        out,
-        *steps_of(a.x, 3),
-        *_mask_steps(a.mask),
-        *lead[1:],
-        tokens,
-        blocks,
-        a.dilation_y,
-        a.dilation_x,
-        channels,
-        KERNEL_Y=a.kernel_y,
-        KERNEL_X=a.kernel_x,
-        MAX=a.pooling == "max",
-        TAPS=taps,
-        PAD=a.count_include_pad and not taps,
-        SUBTRACT=a.subtract_input and not taps,
+        pool_kernel, triton.cdiv(tokens, tile["BLOCK_R"]) * blocks, a.x, a.x, a.mask, out,
+        *steps_of(a.x, 3), *_mask_steps(a.mask), *lead[1:], tokens, blocks, a.dilation_y,
+        a.dilation_x, channels, KERNEL_Y=a.kernel_y, KERNEL_X=a.kernel_x, MAX=a.pooling == "max",
+        TAPS=taps, PAD=a.count_include_pad and not taps, SUBTRACT=a.subtract_input and not taps,
         **tile,
-    )
+    )  # fmt: skip
 
 
 def local_pool(a: Any) -> Tensor:
@@ -265,43 +224,16 @@ def local_pool_backward(a: Any) -> Tensor:
     else:
         scales = a.x.new_empty(lead, dtype=torch.float32)
         launch(
-            scales_kernel,
-            triton.cdiv(tokens, 1024),
-            a.x,
-            a.mask,
-            scales,
-            *_mask_steps(a.mask),
-            *lead[1:],
-            tokens,
-            a.dilation_y,
-            a.dilation_x,
-            KERNEL_Y=a.kernel_y,
-            KERNEL_X=a.kernel_x,
-            PAD=a.count_include_pad,
-            BLOCK_R=1024,
-        )
+            scales_kernel, triton.cdiv(tokens, 1024), a.x, a.mask, scales, *_mask_steps(a.mask),
+            *lead[1:], tokens, a.dilation_y, a.dilation_x, KERNEL_Y=a.kernel_y,
+            KERNEL_X=a.kernel_x, PAD=a.count_include_pad, BLOCK_R=1024,
+        )  # fmt: skip
     tile = tile_of(channels, computed=True)
     blocks = triton.cdiv(channels, tile["BLOCK_C"])
     launch(
-        backward_kernel,
-        triton.cdiv(tokens, tile["BLOCK_R"]) * blocks,
-        a.x,
-        a.dout,
-        a.mask,
-        scales,
-        taps,
-        dx,
-        *steps_of(a.dout, 3),
-        *_mask_steps(a.mask),
-        *lead[1:],
-        tokens,
-        blocks,
-        a.dilation_y,
-        a.dilation_x,
-        channels,
-        KERNEL_Y=a.kernel_y,
-        KERNEL_X=a.kernel_x,
-        SUBTRACT=a.subtract_input,
-        **tile,
-    )
+        backward_kernel, triton.cdiv(tokens, tile["BLOCK_R"]) * blocks, a.x, a.dout, a.mask, scales,
+        taps, dx, *steps_of(a.dout, 3), *_mask_steps(a.mask), *lead[1:], tokens, blocks,
+        a.dilation_y, a.dilation_x, channels, KERNEL_Y=a.kernel_y, KERNEL_X=a.kernel_x,
+        SUBTRACT=a.subtract_input, **tile,
+    )  # fmt: skip
     return dx

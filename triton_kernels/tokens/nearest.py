@@ -48,19 +48,9 @@ def squared_distances(p_a, m_a, p_b, m_b, channels, DEPTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def distance_kernel(
-    map_rows,
-    set_rows,
-    distances,
-    first,
-    count,
-    tiles,
-    width,
-    set_size,
-    channels,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    map_rows, set_rows, distances, first, count, tiles, width, set_size, channels,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """Stores distances [B, count, set_size] of rows first .. first + count - 1 of each batch
     row."""
     i = tl.program_id(0)
@@ -83,19 +73,9 @@ def distance_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def select_kernel(
-    distances,
-    index,
-    nearest,
-    minimum,
-    first,
-    count,
-    rows,
-    tiles,
-    set_size,
-    k,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    distances, index, nearest, minimum, first, count, rows, tiles, set_size, k,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Selects the k smallest of each row in k passes, each of which looks past the previous one,
     and one more pass that writes them in ascending order of ids."""
     i = tl.program_id(0)

@@ -18,21 +18,9 @@ SIZES = ["tokens", "tiles", "channels", "clusters", "k", "lists"]
 
 @triton.jit(do_not_specialize=SIZES)
 def mean_kernel(
-    index,
-    distances,
-    minimum,
-    weight,
-    values,
-    out,
-    factor,
-    tokens,
-    tiles,
-    channels,
-    k,
-    UNIT_NORM: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    index, distances, minimum, weight, values, out, factor, tokens, tiles, channels, k,
+    UNIT_NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """weights = exp2((min - d) factor) / norm, out = weights V."""
     i = tl.program_id(0)
     i_b = (i // tiles).to(tl.int64)
@@ -71,20 +59,9 @@ def mean_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
-    offsets,
-    listed,
-    index,
-    weight,
-    dout,
-    dvalues,
-    tokens,
-    clusters,
-    channels,
-    k,
-    lists,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    offsets, listed, index, weight, dout, dvalues, tokens, clusters, channels, k, lists,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """dvalues; one program per centroid sums over the tokens that list it, in order."""
     i = tl.program_id(0)
     i_m = i % clusters

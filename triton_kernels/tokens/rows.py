@@ -42,15 +42,9 @@ def copy_rows(p_to, p_from, m_to, m_from, channels, BLOCK_C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["indices_batch", "entries", "rows", "first", "blocks"])
 def places_kernel(
-    indices,
-    places,
-    indices_batch,
-    entries,
-    rows,
-    first,
-    blocks,
+    indices, places, indices_batch, entries, rows, first, blocks,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """places[s, id] = first + k over the entries k of a sequence, the maximum if several name the
     id."""
     i = tl.program_id(0)

@@ -18,20 +18,9 @@ ENTRIES = 1024  # entries per program
 
 @triton.jit(do_not_specialize=SIZES)
 def scatter_kernel(
-    y,
-    base,
-    places,
-    out,
-    y_batch,
-    y_row,
-    base_batch,
-    base_token,
-    tokens,
-    blocks,
-    channels,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    y, base, places, out, y_batch, y_row, base_batch, base_token, tokens, blocks, channels,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0)
     i_b = (i // blocks).to(tl.int64)
     o_n = (i % blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -53,34 +42,16 @@ def scatter_tokens(a: Any) -> Tensor:
     places = torch.full((a.batch, a.tokens), -1, dtype=torch.int32, device=a.y.device)
     blocks = triton.cdiv(entries, ENTRIES)
     launch(
-        places_kernel,
-        len(rows) * blocks if a.batch * a.tokens else 0,
-        a.y,
-        ids,
-        places,
-        0 if flat else ids.stride(0),
-        entries,
-        a.batch * a.tokens if flat else a.tokens,
-        0,
-        blocks,
+        places_kernel, len(rows) * blocks if a.batch * a.tokens else 0, a.y, ids, places,
+        0 if flat else ids.stride(0), entries, a.batch * a.tokens if flat else a.tokens, 0, blocks,
         BLOCK=ENTRIES,
-    )
+    )  # fmt: skip
     tile = tile_of(channels)
     blocks = triton.cdiv(a.tokens, tile["BLOCK_R"])
     launch(
-        scatter_kernel,
-        a.batch * blocks if channels else 0,
-        a.y,
-        bits_of(rows),
-        None if a.base is None else bits_of(a.base),
-        places,
-        bits_of(out),
-        0 if flat else steps_of(rows, 1)[0],
-        rows.stride(1),
-        *((0, 0) if a.base is None else steps_of(a.base, 2)),
-        a.tokens,
-        blocks,
-        channels,
-        **tile,
-    )
+        scatter_kernel, a.batch * blocks if channels else 0, a.y, bits_of(rows),
+        None if a.base is None else bits_of(a.base), places, bits_of(out),
+        0 if flat else steps_of(rows, 1)[0], rows.stride(1),
+        *((0, 0) if a.base is None else steps_of(a.base, 2)), a.tokens, blocks, channels, **tile,
+    )  # fmt: skip
     return out

@@ -43,25 +43,10 @@ def rows_of_places(places, i_b, o_p, m_p, perm_batch, tokens):
 
 @triton.jit(do_not_specialize=FORWARD_SIZES)
 def reduce_kernel(
-    x,
-    places,
-    y,
-    weight_sum,
-    arg,
-    x_batch,
-    x_row,
-    offsets_batch,
-    perm_batch,
-    weight_batch,
-    tokens,
-    place_count,
-    segments,
-    channels,
-    tiles,
-    REDUCE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x, places, y, weight_sum, arg, x_batch, x_row, offsets_batch, perm_batch, weight_batch, tokens,
+    place_count, segments, channels, tiles,
+    REDUCE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     EXTREME: tl.constexpr = REDUCE == "amax" or REDUCE == "amin"
     END: tl.constexpr = REDUCE == "first" or REDUCE == "last"
     i = tl.program_id(0)
@@ -143,29 +128,10 @@ def reduce_kernel(
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES)
 def backward_kernel(
-    dy,
-    dweight_sum,
-    y,
-    weight_sum,
-    arg,
-    x,
-    weight,
-    segment_of_row,
-    dx,
-    dweight,
-    x_batch,
-    x_row,
-    weight_batch,
-    tokens,
-    segments,
-    channels,
-    dy_batch,
-    dy_row,
-    count,
-    REDUCE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    dy, dweight_sum, y, weight_sum, arg, x, weight, segment_of_row, dx, dweight, x_batch, x_row,
+    weight_batch, tokens, segments, channels, dy_batch, dy_row, count,
+    REDUCE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_row = o_row < count
     o_b = o_row // tokens

@@ -44,21 +44,10 @@ def keys_of(row, o_i, tokens, protect_first, protect_last, LARGEST: tl.constexpr
 
 @triton.jit(do_not_specialize=SIZES)
 def partition_kernel(
-    rows,
-    counts,
-    keep,
-    rest,
-    kept_keys,
-    scores_batch,
-    valid_batch,
-    tokens,
-    k,
-    others,
-    protect_first,
-    protect_last,
-    LARGEST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    rows, counts, keep, rest, kept_keys, scores_batch, valid_batch, tokens, k, others,
+    protect_first, protect_last,
+    LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     if rows.valid is not None:
         row = Tokens(rows.scores + i_b * scores_batch, rows.valid + i_b * valid_batch)
