@@ -373,40 +373,10 @@ const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds, c
   return nullptr;
 }
 
-// Defined in a generated source for each element type.
-template <typename T>
-const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds, cudaStream_t stream);
-
-template <typename T, int kBucket>
-const char* launch_bucket(const AttentionParams& p, const MaskBounds& bounds, cudaStream_t stream) {
-  if (needs_general(p)) return launch_forward<T, kBucket, Weights::any, true>(p, bounds, stream);
-  if constexpr (sizeof(T) == 4) {
-    return launch_forward<T, kBucket, Weights::any, false>(p, bounds, stream);
-  } else {
-    switch (weights_of(p)) {
-      case Weights::softmax:
-        return launch_forward<T, kBucket, Weights::softmax, false>(p, bounds, stream);
-      case Weights::sigmoid:
-        return launch_forward<T, kBucket, Weights::sigmoid, false>(p, bounds, stream);
-      case Weights::fast_sigmoid:
-        return launch_forward<T, kBucket, Weights::fast_sigmoid, false>(p, bounds, stream);
-      default:
-        return launch_forward<T, kBucket, Weights::elementwise, false>(p, bounds, stream);
-    }
-  }
-}
-
 // Calls visit(Index<kBucket>{}) with the smallest bucket that holds both head_dim and value_dim.
 template <typename Visit>
 const char* visit_forward_bucket(const AttentionParams& p, const Visit& visit) {
   return visit_head_dim(p.head_dim > p.value_dim ? p.head_dim : p.value_dim, visit);
-}
-
-template <typename T>
-const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds,
-                           cudaStream_t stream) {
-  return visit_forward_bucket(
-      p, [&]<int kBucket>(Index<kBucket>) { return launch_bucket<T, kBucket>(p, bounds, stream); });
 }
 
 }  // namespace tokenmill::cuda

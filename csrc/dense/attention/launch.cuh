@@ -1,0 +1,64 @@
+// Launches of kernels that are compiled once for each element type, and mode (kernel*.cu).
+#pragma once
+#include <cuda_runtime.h>
+
+#include "attention/score_map.cuh"
+#include "cuda/sequences.cuh"
+#include "dense/attention/head_dim.cuh"
+#include "dense/attention/rules_sm90.h"
+
+namespace tokenmill::cuda {
+
+// --- sm_80
+
+template <typename T>
+const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds, cudaStream_t stream);
+
+struct BackwardArgs;
+enum class Mode;
+
+// Rarer modes have fewer instances, and not the largest ones.
+constexpr int64_t kLargestElementwise = 128;
+
+// dq, dk and dv. Requires the row statistics. float32 has the general mode only.
+template <typename T, Mode kMode>
+const char* launch_pairs(const BackwardArgs& args, cudaStream_t stream);
+
+// dbias of a broadcast bias.
+template <typename T>
+const char* launch_bias(const BackwardArgs& args, cudaStream_t stream);
+
+// --- sm_90a
+
+// Calls visit(Index<kDim>{}) with the smallest compiled dimension >= head_dim.
+template <typename Visit, int... kDims>
+auto visit_sm90_dim(int64_t head_dim, const Visit& visit, HeadDimList<kDims...>) {
+  return visit_least_dim<kDims...>(head_dim, visit);
+}
+template <typename Visit>
+auto visit_sm90_dim(int64_t head_dim, const Visit& visit) {
+  return visit_sm90_dim(head_dim, visit, Sm90HeadDims{});
+}
+
+// cache: the KV cache (p then has no keys); without one its seqlens are null. Of packed requests
+// with a cache it takes those with kMinSm90Tokens queries or more, so that the bits of a request do
+// not depend on its batch. Returns null, kNotMapped, or an error message.
+template <typename T, Weights kWeights>
+const char* launch_forward_sm90(const AttentionParams& p, const KvCache& cache,
+                                cudaStream_t stream);
+
+// The same for the dtype and the map of the call (cuda.cu).
+const char* launch_forward_sm90(const AttentionParams& p, const KvCache& cache,
+                                cudaStream_t stream);
+
+// A backward call that the sm_90a kernel takes.
+struct Sm90Backward {
+  AttentionBackwardParams params;
+  float* dq_sums;  // sm90_workspace_bytes(params.forward) bytes
+};
+
+// Returns null, kNotMapped, or an error message.
+template <typename T, Weights kWeights>
+const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream);
+
+}  // namespace tokenmill::cuda
