@@ -18,18 +18,18 @@ const char* launch_on_sm80(const Masked<AttentionParams>& m, void* stream) {
 }
 
 #if defined(TOKENMILL_SM90)
-const char* launch_forward_sm90(const AttentionParams& p, const KvCache& cache,
-                                cudaStream_t stream) {
+const char* launch_forward_sm90(const AttentionParams& p, const KvCache& cache, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
   const bool softmax = p.map == ScoreMap::softmax;
   if (p.dtype == DType::float16)
-    return softmax ? launch_forward_sm90<__half, Weights::softmax>(p, cache, stream)
-                   : launch_forward_sm90<__half, Weights::sigmoid>(p, cache, stream);
-  return softmax ? launch_forward_sm90<__nv_bfloat16, Weights::softmax>(p, cache, stream)
-                 : launch_forward_sm90<__nv_bfloat16, Weights::sigmoid>(p, cache, stream);
+    return softmax ? launch_forward_sm90<__half, Weights::softmax>(p, cache, on)
+                   : launch_forward_sm90<__half, Weights::sigmoid>(p, cache, on);
+  return softmax ? launch_forward_sm90<__nv_bfloat16, Weights::softmax>(p, cache, on)
+                 : launch_forward_sm90<__nv_bfloat16, Weights::sigmoid>(p, cache, on);
 }
 
 const char* launch_on_sm90(const Masked<AttentionParams>& m, void* stream) {
-  return launch_forward_sm90(m.params, {}, static_cast<cudaStream_t>(stream));
+  return launch_forward_sm90(m.params, {}, stream);
 }
 #endif
 

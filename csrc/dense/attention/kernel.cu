@@ -1,5 +1,5 @@
 // Launch of the sm_80 forward.
-#include "dense/attention/kernel.cuh"
+#include "attention/forward_kernel.cuh"
 #include "dense/attention/launch.cuh"
 
 namespace tokenmill::cuda {

@@ -51,10 +51,9 @@ int64_t workspace_of_sm80(const DecodeParams& d) {
 #if defined(TOKENMILL_SM90)
 // The forward takes requests with at least kMinSm90Tokens queries each.
 const char* launch_forward_on_sm90(const DecodeParams& d, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  const char* const error = launch_forward_sm90(d.attention, d.cache, on);
+  const char* const error = launch_forward_sm90(d.attention, d.cache, stream);
   if (error || !d.attention.cu_seqlens_q) return error;
-  return launch_prefills(d, kMinSm90Tokens - 1, on);
+  return launch_prefills(d, kMinSm90Tokens - 1, static_cast<cudaStream_t>(stream));
 }
 
 const char* launch_decode_on_sm90(const DecodeParams& d, void* stream) {

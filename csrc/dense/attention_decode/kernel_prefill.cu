@@ -1,5 +1,5 @@
 // Prefill over a KV cache of the queries' element type.
-#include "dense/attention/kernel.cuh"
+#include "attention/forward_kernel.cuh"
 #include "dense/attention_decode/cuda_plan.cuh"
 
 namespace tokenmill::cuda {

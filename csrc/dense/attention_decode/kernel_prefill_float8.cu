@@ -1,5 +1,5 @@
 // Prefill over a float8_e4m3fn KV cache.
-#include "dense/attention/kernel.cuh"
+#include "attention/forward_kernel.cuh"
 #include "dense/attention_decode/cuda_plan.cuh"
 
 namespace tokenmill::cuda {

@@ -1,6 +1,6 @@
 // Tile shape of the sm_90a decode kernel, and its launch.
 #pragma once
-#include "dense/attention/launch.cuh"
+#include "attention/rules_sm90.h"
 #include "dense/attention_decode/kernel_shape.cuh"
 #include "dense/attention_decode/kernels.h"
 

@@ -1,7 +1,7 @@
 // Epilogue of the sm_80 forward: from accumulators to rows of the output and their lse.
 #pragma once
 #include "attention/epilogue.cuh"
-#include "dense/attention/kernel_warp.cuh"
+#include "attention/forward_warp.cuh"
 
 namespace tokenmill::cuda {
 

@@ -3,12 +3,12 @@
 // memory; the warps of a CTA are split among the query heads of a GQA group, which share the tiles.
 // The host side, which plans the grid and launches an instance, follows the kernel.
 #pragma once
+#include "attention/forward_float8.cuh"
+#include "attention/forward_store.cuh"
 #include "attention/gmem_to_smem.cuh"
+#include "attention/head_dim.cuh"
 #include "core/kv_cache.h"
 #include "cuda/launch.cuh"
-#include "dense/attention/head_dim.cuh"
-#include "dense/attention/kernel_float8.cuh"
-#include "dense/attention/kernel_store.cuh"
 
 namespace tokenmill::cuda {
 

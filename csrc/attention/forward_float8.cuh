@@ -2,7 +2,7 @@
 // in float32.
 #pragma once
 #include "attention/float8_tile.cuh"
-#include "dense/attention/kernel_warp.cuh"
+#include "attention/forward_warp.cuh"
 
 namespace tokenmill::cuda {
 

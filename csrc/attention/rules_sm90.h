@@ -1,14 +1,11 @@
 // Rules of the calls that the sm_90a kernels of attention take. Host code without CUDA headers.
 #pragma once
+#include "attention/params.h"
 #include "core/kv_cache.h"
 #include "cuda/arch/sm90/calls.h"
 #include "cuda/tiles.h"
-#include "dense/attention/kernels.h"
 
 namespace tokenmill::cuda {
-
-const char* launch_on_sm90(const Masked<AttentionParams>&, void* stream);
-const char* launch_on_sm90(const AttentionBackwardCall&, void* stream);
 
 using Sm90HeadDims = HeadDimList<64, 96, 128, 192, 256>;
 
@@ -75,6 +72,12 @@ inline bool check_tiles(Rules& r, const AttentionParams& p) {
   const int64_t tiles = query_tiles(p, 64);
   return r.check(tiles <= 1 << 30, "q", "must have at most 2^30 tiles of 64 rows", tiles);
 }
+
+// Launches the forward of attention (csrc/dense/attention). cache: the KV cache (p then has no
+// keys); without one its seqlens are null. Of packed requests with a cache it takes those with
+// kMinSm90Tokens queries or more, so that the bits of a request do not depend on its batch. Returns
+// null, kNotMapped, or an error message.
+const char* launch_forward_sm90(const AttentionParams& p, const KvCache& cache, void* stream);
 
 // Every forward.
 inline bool check_forward(Rules& r, const AttentionParams& p, const Sm90Tensors& t) {
