@@ -184,8 +184,6 @@ def test_the_hub_project_has_every_source(monkeypatch, tmp_path):
     """Each source exists, each kernel for each instruction set and backend, each once per
     backend."""
     tomllib = pytest.importorskip("tomllib")  # CPython 3.11
-    if shutil.which("cmake") is None:
-        pytest.skip("cmake writes the instances of CUDA kernels")
     hub = script("hub", monkeypatch)
     monkeypatch.setattr(hub, "PROJECT", tmp_path)
     monkeypatch.delenv("TOKENMILL_OPS", raising=False)
@@ -208,6 +206,18 @@ def test_the_hub_project_has_every_source(monkeypatch, tmp_path):
     assert wanted <= set(sources["cpu"]) & set(sources["cuda"])
     cuda = set(sources["cuda"]) - set(sources["cpu"])
     assert cuda and all(s.endswith(".cu") for s in cuda)
+    once = {f"csrc/{p.relative_to(hub.ROOT / 'csrc')}" for p in hub.ROOT.glob("csrc/*/*/cuda*.cu")}
+    assert once <= cuda
+    for kernel in hub.ROOT.glob("csrc/*/*/kernel*.cu"):
+        name = kernel.relative_to(hub.ROOT / "csrc").as_posix()
+        folders = {
+            Path(s).parts[1] for s in cuda if s.startswith("built/") and s.endswith(f"/{name}")
+        }
+        on_sm80 = not kernel.stem.endswith("_sm90")
+        elements = {"half", "bfloat16", "float"} if on_sm80 else set()
+        assert {folder.split("_")[0] for folder in folders} == elements
+        by_mode = "TOKENMILL_MODE" in kernel.read_text()
+        assert all(by_mode == ("_" in folder) for folder in folders)
 
 
 @pytest.fixture

@@ -1,18 +1,13 @@
 #include "attention/mask_bounds.cuh"
+#include "attention/sequence.cuh"
 #include "cuda/choose.h"
 #include "cuda/refuse.cuh"
-#include "dense/attention/kernel.cuh"
+#include "cuda/vector.cuh"
 #include "dense/attention/kernels.h"
+#include "dense/attention/launch.cuh"
 
 namespace tokenmill {
 namespace cuda {
-
-extern template const char* launch_forward<__half>(const AttentionParams&, const MaskBounds&,
-                                                   cudaStream_t);
-extern template const char* launch_forward<__nv_bfloat16>(const AttentionParams&, const MaskBounds&,
-                                                          cudaStream_t);
-extern template const char* launch_forward<float>(const AttentionParams&, const MaskBounds&,
-                                                  cudaStream_t);
 
 const char* launch_on_sm80(const Masked<AttentionParams>& m, void* stream) {
   const AttentionParams& p = m.params;
@@ -21,6 +16,22 @@ const char* launch_on_sm80(const Masked<AttentionParams>& m, void* stream) {
     if (const char* error = launch_bounds(p, m.bounds, on)) return error;
   return visit_dtype(p.dtype, [&]<typename T>() { return launch_forward<T>(p, m.bounds, on); });
 }
+
+#if defined(TOKENMILL_SM90)
+const char* launch_forward_sm90(const AttentionParams& p, const KvCache& cache, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  const bool softmax = p.map == ScoreMap::softmax;
+  if (p.dtype == DType::float16)
+    return softmax ? launch_forward_sm90<__half, Weights::softmax>(p, cache, on)
+                   : launch_forward_sm90<__half, Weights::sigmoid>(p, cache, on);
+  return softmax ? launch_forward_sm90<__nv_bfloat16, Weights::softmax>(p, cache, on)
+                 : launch_forward_sm90<__nv_bfloat16, Weights::sigmoid>(p, cache, on);
+}
+
+const char* launch_on_sm90(const Masked<AttentionParams>& m, void* stream) {
+  return launch_forward_sm90(m.params, {}, stream);
+}
+#endif
 
 }  // namespace cuda
 

@@ -1,35 +1,22 @@
 #include "attention/backward_rows.cuh"
+#include "attention/backward_shape.cuh"
 #include "attention/backward_statistics.cuh"
 #include "attention/mask_bounds.cuh"
 #include "cuda/choose.h"
-#include "dense/attention/kernel_backward_launch.cuh"
+#include "cuda/launch.cuh"
 #include "dense/attention/kernels.h"
-#include "dense/attention/launch_backward_sm90.h"
+#include "dense/attention/launch.cuh"
 
 namespace tokenmill {
 namespace cuda {
-
-extern template const char* launch_pairs<__half, Mode::softmax>(const BackwardArgs&, cudaStream_t);
-extern template const char* launch_pairs<__half, Mode::sigmoid>(const BackwardArgs&, cudaStream_t);
-extern template const char* launch_pairs<__half, Mode::fast_sigmoid>(const BackwardArgs&,
-                                                                     cudaStream_t);
-extern template const char* launch_pairs<__half, Mode::elementwise>(const BackwardArgs&,
-                                                                    cudaStream_t);
-extern template const char* launch_pairs<__half, Mode::general>(const BackwardArgs&, cudaStream_t);
-extern template const char* launch_pairs<__nv_bfloat16, Mode::softmax>(const BackwardArgs&,
-                                                                       cudaStream_t);
-extern template const char* launch_pairs<__nv_bfloat16, Mode::sigmoid>(const BackwardArgs&,
-                                                                       cudaStream_t);
-extern template const char* launch_pairs<__nv_bfloat16, Mode::fast_sigmoid>(const BackwardArgs&,
-                                                                            cudaStream_t);
-extern template const char* launch_pairs<__nv_bfloat16, Mode::elementwise>(const BackwardArgs&,
-                                                                           cudaStream_t);
-extern template const char* launch_pairs<__nv_bfloat16, Mode::general>(const BackwardArgs&,
-                                                                       cudaStream_t);
-extern template const char* launch_pairs<float, Mode::general>(const BackwardArgs&, cudaStream_t);
-const char* launch_bias(const BackwardArgs&, cudaStream_t);
-
 namespace {
+
+// Rows per entry of sums on the queries' side.
+template <typename T>
+int rows_of_sum(int64_t dim) {
+  return visit_head_dim(
+      dim, []<int kDim>(Index<kDim>) { return int{PairShape<T, kDim, Mode::general>::kRows}; });
+}
 
 template <typename T>
 Mode mode_of(const AttentionBackwardParams& bp, int64_t dim) {
@@ -96,7 +83,7 @@ const char* launch_backward(const AttentionBackwardCall& call, int step, cudaStr
   if (error) return error;
   error = launch_main(args, mode);
   if (!error && bp.dbias && bias_is_broadcast && p.seqlen_q > 0 && p.seqlen_k > 0)
-    error = launch_bias(args, stream);
+    error = launch_bias<T>(args, stream);
   if (error || !(bp.sums || bp.dsink || bp.dscore_bias)) return error;
   return launch<sum_kernel>(p.batch * p.heads, kSumThreads, 0, stream, args, step);
 }
@@ -121,7 +108,10 @@ const char* launch_on_sm90(const AttentionBackwardCall& call, void* stream) {
   const int step = sm90_tile_queries(call.params.forward.head_dim);
   const auto launch_main = [&]<typename T>() {
     return launch_backward<T>(call, step, on, [&](BackwardArgs& args, Mode) {
-      return launch_backward_sm90<T>({args.p, static_cast<float*>(call.workspace)}, on);
+      const Sm90Backward on_sm90{args.p, static_cast<float*>(call.workspace)};
+      return args.p.forward.map == ScoreMap::softmax
+                 ? launch_backward_sm90<T, Weights::softmax>(on_sm90, on)
+                 : launch_backward_sm90<T, Weights::sigmoid>(on_sm90, on);
     });
   };
   return call.params.forward.dtype == DType::float16

@@ -1,4 +1,5 @@
-#include "dense/attention/rules_sm90.h"
+#include "attention/rules_sm90.h"
+#include "dense/attention/kernels.h"
 
 namespace tokenmill {
 namespace {

@@ -7,7 +7,7 @@
 #include "cuda/arch/sm90/tensor_map.h"
 #include "cuda/arch/sm90/warpgroup.cuh"
 #include "cuda/warp.cuh"
-#include "dense/attention/launch_backward_sm90.h"
+#include "dense/attention/launch.cuh"
 
 namespace tokenmill::cuda {
 

@@ -23,6 +23,8 @@ namespace cuda {
 
 const char* launch_on_sm80(const Masked<AttentionParams>&, void* stream);
 const char* launch_on_sm80(const AttentionBackwardCall&, void* stream);
+const char* launch_on_sm90(const Masked<AttentionParams>&, void* stream);
+const char* launch_on_sm90(const AttentionBackwardCall&, void* stream);
 
 }  // namespace cuda
 }  // namespace tokenmill

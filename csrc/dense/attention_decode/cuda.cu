@@ -1,44 +1,13 @@
 #include "attention/mask_bounds.cuh"
 #include "cuda/choose.h"
 #include "cuda/refuse.cuh"
-#include "dense/attention_decode/cuda_launch.cuh"
+#include "dense/attention_decode/cuda_plan.cuh"
+#include "dense/attention_decode/kernel_warp.cuh"
 #include "dense/attention_decode/kernels.h"
 #include "dense/attention_decode/launch_sm90.h"
 
 namespace tokenmill {
 namespace cuda {
-
-extern template const char* launch_decode<__half>(const DecodeParams&, cudaStream_t);
-extern template const char* launch_decode<__nv_bfloat16>(const DecodeParams&, cudaStream_t);
-extern template const char* launch_decode<float>(const DecodeParams&, cudaStream_t);
-
-// float8_launch.cuh
-template <typename T>
-const char* launch_float8(const DecodeParams&, cudaStream_t);
-extern template const char* launch_float8<__half>(const DecodeParams&, cudaStream_t);
-extern template const char* launch_float8<__nv_bfloat16>(const DecodeParams&, cudaStream_t);
-extern template const char* launch_float8<float>(const DecodeParams&, cudaStream_t);
-
-// prefill_launch.cuh
-template <typename T>
-const char* launch_prefill(const DecodeParams&, const MaskBounds&, int max_queries, cudaStream_t);
-extern template const char* launch_prefill<__half>(const DecodeParams&, const MaskBounds&, int,
-                                                   cudaStream_t);
-extern template const char* launch_prefill<__nv_bfloat16>(const DecodeParams&, const MaskBounds&,
-                                                          int, cudaStream_t);
-extern template const char* launch_prefill<float>(const DecodeParams&, const MaskBounds&, int,
-                                                  cudaStream_t);
-
-// prefill_float8_launch.cuh
-template <typename T>
-const char* launch_prefill_float8(const DecodeParams&, const MaskBounds&, cudaStream_t);
-extern template const char* launch_prefill_float8<__half>(const DecodeParams&, const MaskBounds&,
-                                                          cudaStream_t);
-extern template const char* launch_prefill_float8<__nv_bfloat16>(const DecodeParams&,
-                                                                 const MaskBounds&, cudaStream_t);
-extern template const char* launch_prefill_float8<float>(const DecodeParams&, const MaskBounds&,
-                                                         cudaStream_t);
-
 namespace {
 
 // max_queries: see ForwardPlan; 0: any number.
@@ -82,10 +51,9 @@ int64_t workspace_of_sm80(const DecodeParams& d) {
 #if defined(TOKENMILL_SM90)
 // The forward takes requests with at least kMinSm90Tokens queries each.
 const char* launch_forward_on_sm90(const DecodeParams& d, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  const char* const error = launch_forward_sm90(d.attention, d.cache, on);
+  const char* const error = launch_forward_sm90(d.attention, d.cache, stream);
   if (error || !d.attention.cu_seqlens_q) return error;
-  return launch_prefills(d, kMinSm90Tokens - 1, on);
+  return launch_prefills(d, kMinSm90Tokens - 1, static_cast<cudaStream_t>(stream));
 }
 
 const char* launch_decode_on_sm90(const DecodeParams& d, void* stream) {

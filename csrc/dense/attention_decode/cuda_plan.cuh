@@ -1,9 +1,15 @@
-// Grid and splits of the decode kernels.
+// Grid and splits of the decode kernels, and their launch.
 #pragma once
+#include "attention/mask_bounds.h"
 #include "cuda/launch.cuh"
 #include "dense/attention_decode/kernel_shape.cuh"
 
 namespace tokenmill::cuda {
+
+template <typename T>
+bool has_whole_chunks(const Rows& rows, int64_t columns) {
+  return is_vectorizable<T>(rows.data, columns, rows.batch, rows.seq, rows.head);
+}
 
 constexpr int64_t kMaxAutoSplits = 128;
 
@@ -64,6 +70,17 @@ DecodeLaunch plan_segments(const DecodeParams& d) {
   return plan_decode<Keys>(p, p.kv_heads, d.cache.capacity, d.num_splits, d.stream_k);
 }
 
+template <typename Keys>
+DecodeLaunch plan_decode(const DecodeParams& d) {
+  using Cache = typename Keys::Shape::Cache;
+  const AttentionParams& p = d.attention;
+  DecodeLaunch launch = plan_segments<Keys>(d);
+  launch.plan.aligned = has_whole_chunks<typename Keys::Element>(p.q, p.head_dim) &&
+                        has_whole_chunks<Cache>(d.cache.k, p.head_dim) &&
+                        has_whole_chunks<Cache>(d.cache.v, p.value_dim);
+  return launch;
+}
+
 inline int64_t workspace_bytes(const DecodeLaunch& launch) {
   return 4 * (launch.partial_floats + launch.outputs);
 }
@@ -75,5 +92,47 @@ inline const char* place_partials(DecodePlan& plan, const DecodeLaunch& launch, 
   plan.arrived = reinterpret_cast<int*>(plan.partials + launch.partial_floats);
   return set_bytes(plan.arrived, 0, launch.outputs * sizeof(int), stream);
 }
+
+// Launches kKernel(d, plan), with partial sums and counters at `workspace`.
+template <auto kKernel, typename Params>
+const char* launch_planned(const Params& d, DecodeLaunch planned, void* workspace,
+                           cudaStream_t stream) {
+  if (const char* error = place_partials(planned.plan, planned, workspace, stream)) return error;
+  return launch<kKernel>(planned.blocks, kDecodeThreads, planned.shared_bytes, stream, d,
+                         planned.plan);
+}
+
+// Calls visit.operator()<bucket>() with the smallest bucket that holds both head dimensions.
+template <typename Visit>
+auto visit_bucket(const AttentionParams& p, const Visit& visit) {
+  const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
+  if (dim <= 64) return visit.template operator()<64>();
+  if (dim <= 128) return visit.template operator()<128>();
+  if (dim <= 256) return visit.template operator()<256>();
+  return visit.template operator()<kLatentBucket>();
+}
+
+// The same for Float8 caches, with one instance for all narrow heads.
+template <typename Visit>
+auto visit_float8_bucket(const AttentionParams& p, const Visit& visit) {
+  const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
+  if (dim <= 128) return visit.template operator()<128>();
+  if (dim <= 256) return visit.template operator()<256>();
+  return visit.template operator()<kLatentBucket>();
+}
+
+// Compiled once for each element type (kernel*.cu).
+template <typename T>
+const char* launch_decode(const DecodeParams& d, cudaStream_t stream);
+template <typename T>
+const char* launch_float8(const DecodeParams& d, cudaStream_t stream);
+// Prefills: any number of queries per request, by the attention forward with a KV cache.
+// max_queries: see ForwardPlan.
+template <typename T>
+const char* launch_prefill(const DecodeParams& d, const MaskBounds& bounds, int max_queries,
+                           cudaStream_t stream);
+template <typename T>
+const char* launch_prefill_float8(const DecodeParams& d, const MaskBounds& bounds,
+                                  cudaStream_t stream);
 
 }  // namespace tokenmill::cuda

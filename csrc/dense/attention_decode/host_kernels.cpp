@@ -1,4 +1,4 @@
-#include "dense/attention/rules_sm90.h"
+#include "attention/rules_sm90.h"
 #include "dense/attention_decode/kernels.h"
 
 namespace tokenmill {

@@ -1,6 +1,6 @@
 // Tile shape of the sm_90a decode kernel, and its launch.
 #pragma once
-#include "dense/attention/launch_sm90.h"
+#include "attention/rules_sm90.h"
 #include "dense/attention_decode/kernel_shape.cuh"
 #include "dense/attention_decode/kernels.h"
 
@@ -41,7 +41,7 @@ auto visit_decode_sm90_dim(int64_t head_dim, const Visit& visit) {
   return head_dim <= 64 ? visit.template operator()<64>() : visit.template operator()<128>();
 }
 
-// Instantiated in a generated source for each element type. Returns null, kNotMapped, or an error
+// Compiled once for each element type (kernel_sm90.cu). Returns null, kNotMapped, or an error
 // message.
 template <typename T>
 const char* launch_decode_sm90(const DecodeParams& d, cudaStream_t stream);

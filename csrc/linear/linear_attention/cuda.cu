@@ -1,19 +1,11 @@
 #include "cuda/choose.h"
 #include "cuda/refuse.cuh"
-#include "linear/linear_attention/cuda_launch.cuh"
+#include "linear/linear_attention/cuda_plan.cuh"
 #include "linear/linear_attention/kernels.h"
 #include "linear/linear_attention/launch_sm90.h"
 
 namespace tokenmill {
 namespace cuda::linear_attention {
-
-extern template const char* launch_recurrence<__half>(const Recurrence&, const RecurrencePlan&,
-                                                      cudaStream_t);
-extern template const char* launch_recurrence<__nv_bfloat16>(const Recurrence&,
-                                                             const RecurrencePlan&, cudaStream_t);
-extern template const char* launch_recurrence<float>(const Recurrence&, const RecurrencePlan&,
-                                                     cudaStream_t);
-
 namespace {
 
 constexpr int kAhead = 4;  // loads in flight

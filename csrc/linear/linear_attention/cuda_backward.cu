@@ -7,7 +7,7 @@
 //
 // The normalizer's column of ones is an extra feature of the first two.
 #include "cuda/refuse.cuh"
-#include "linear/linear_attention/cuda_launch.cuh"
+#include "linear/linear_attention/cuda_plan.cuh"
 #include "linear/linear_attention/kernel_backward.cuh"
 
 namespace tokenmill {

@@ -18,7 +18,8 @@ struct Sm90Tensors : MappedTensors {
                       {p.out, batch, p.seqlen, p.heads, p.columns}} {}
 };
 
-// null, kNotMapped, or an error message. Defined in a generated source for each element type.
+// Compiled once for each element type (kernel_sm90.cu). Returns null, kNotMapped, or an error
+// message.
 template <typename T>
 const char* launch_sm90(const Recurrence& p, const RecurrencePlan& plan, cudaStream_t stream);
 

@@ -1,16 +1,8 @@
-#include "select/attention_column_scores/cuda_launch.cuh"
+#include "select/attention_column_scores/cuda_plan.cuh"
 #include "select/attention_column_scores/kernel_reduce.cuh"
 
 namespace tokenmill {
 namespace cuda::attention_column_scores {
-
-extern template const char* launch_pass<__half>(const ColumnScoresParams&, const ScorePlan&,
-                                                ScorePass, cudaStream_t);
-extern template const char* launch_pass<__nv_bfloat16>(const ColumnScoresParams&, const ScorePlan&,
-                                                       ScorePass, cudaStream_t);
-extern template const char* launch_pass<float>(const ColumnScoresParams&, const ScorePlan&,
-                                               ScorePass, cudaStream_t);
-
 namespace {
 
 struct ScoreSizes {

@@ -1,14 +1,6 @@
-#include "sparse/bilevel_routing_attention/cuda_launch.cuh"
+#include "sparse/bilevel_routing_attention/cuda_plan.cuh"
 
 namespace tokenmill {
-namespace cuda::bilevel_routing_attention {
-
-extern template const char* launch_bilevel<__half>(const RegionLaunch&, cudaStream_t);
-extern template const char* launch_bilevel<__nv_bfloat16>(const RegionLaunch&, cudaStream_t);
-extern template const char* launch_bilevel<float>(const RegionLaunch&, cudaStream_t);
-
-}  // namespace cuda::bilevel_routing_attention
-
 const char* launch_cuda(const BilevelParams& d, void* stream) {
   if (const char* error = cuda::bilevel_routing_attention::check_sizes(d)) return error;
   return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {

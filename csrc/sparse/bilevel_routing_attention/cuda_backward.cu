@@ -1,14 +1,6 @@
-#include "sparse/bilevel_routing_attention/cuda_backward_launch.cuh"
+#include "sparse/bilevel_routing_attention/cuda_plan.cuh"
 
 namespace tokenmill {
-namespace cuda::bilevel_routing_attention {
-
-extern template const char* launch_bilevel<__half>(const RegionGradients&, cudaStream_t);
-extern template const char* launch_bilevel<__nv_bfloat16>(const RegionGradients&, cudaStream_t);
-extern template const char* launch_bilevel<float>(const RegionGradients&, cudaStream_t);
-
-}  // namespace cuda::bilevel_routing_attention
-
 int64_t workspace_bytes(const BilevelBackwardParams& p) {
   const AttentionParams& f = p.forward.attention;
   return 2 * sizeof(float) * f.batch * f.heads * f.seqlen_q;

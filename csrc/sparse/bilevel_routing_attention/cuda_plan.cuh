@@ -1,7 +1,7 @@
-// Grid of a call, forward and backward.
+// Grid of a call, forward and backward, and its launch.
 #pragma once
 #include "cuda/refuse.cuh"
-#include "sparse/bilevel_routing_attention/kernel_keys.cuh"
+#include "sparse/bilevel_routing_attention/kernel_queries.cuh"
 #include "sparse/listed_plan.cuh"
 
 namespace tokenmill::cuda::bilevel_routing_attention {
@@ -59,5 +59,11 @@ inline const char* check_sizes(const BilevelParams& d) {
     return refuse("indices", "must list at most 2^29 keys of a region on CUDA", listed);
   return nullptr;
 }
+
+// Compiled once for each element type (kernel*.cu).
+template <typename T>
+const char* launch_bilevel(const RegionLaunch& d, cudaStream_t stream);
+template <typename T>
+const char* launch_bilevel(const RegionGradients& d, cudaStream_t stream);
 
 }  // namespace tokenmill::cuda::bilevel_routing_attention

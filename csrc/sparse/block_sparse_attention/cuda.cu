@@ -1,22 +1,25 @@
 #include "cuda/choose.h"
-#include "sparse/block_sparse_attention/cuda_launch.cuh"
+#include "sparse/block_sparse_attention/cuda_plan.cuh"
 #include "sparse/block_sparse_attention/kernels.h"
-#include "sparse/block_sparse_attention/requests.cuh"
+#include "sparse/block_sparse_attention/launch_sm90.h"
 
 namespace tokenmill {
 namespace cuda::block_sparse_attention {
 
-extern template const char* launch_block_sparse<__half>(const BlockSparseParams&, cudaStream_t);
-extern template const char* launch_block_sparse<__nv_bfloat16>(const BlockSparseParams&,
-                                                               cudaStream_t);
-extern template const char* launch_block_sparse<float>(const BlockSparseParams&, cudaStream_t);
-
 const char* launch_on_sm80(const BlockSparseParams& d, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  if (has_requests(d)) return launch_forward_of_requests(d, on);
-  return visit_dtype(d.attention.dtype,
-                     [&]<typename T>() { return launch_block_sparse<T>(d, on); });
+  return visit_dtype(d.attention.dtype, [&]<typename T>() {
+    return has_requests(d) ? launch_requests<T>(d, on) : launch_block_sparse<T>(d, on);
+  });
 }
+
+#if defined(TOKENMILL_SM90)
+const char* launch_on_sm90(const BlockSparseParams& d, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  return d.attention.dtype == DType::float16 ? launch_block_sparse_sm90<__half>(d, on)
+                                             : launch_block_sparse_sm90<__nv_bfloat16>(d, on);
+}
+#endif
 
 }  // namespace cuda::block_sparse_attention
 

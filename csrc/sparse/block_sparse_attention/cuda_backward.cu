@@ -1,22 +1,11 @@
 #include "attention/backward_rows.cuh"
 #include "cuda/choose.h"
-#include "sparse/block_sparse_attention/cuda_requests_backward_launch.cuh"
+#include "sparse/block_sparse_attention/cuda_backward_plan.cuh"
 #include "sparse/block_sparse_attention/kernels.h"
 #include "sparse/block_sparse_attention/launch_backward_sm90.h"
 
 namespace tokenmill {
 namespace cuda::block_sparse_attention {
-
-extern template const char* launch_block_sparse<__half>(const BlockSparseBackwardParams&,
-                                                        cudaStream_t);
-extern template const char* launch_block_sparse<__nv_bfloat16>(const BlockSparseBackwardParams&,
-                                                               cudaStream_t);
-extern template const char* launch_block_sparse<float>(const BlockSparseBackwardParams&,
-                                                       cudaStream_t);
-extern template const char* launch_requests<__half>(const BlockSparseBackwardParams&, cudaStream_t);
-extern template const char* launch_requests<__nv_bfloat16>(const BlockSparseBackwardParams&,
-                                                           cudaStream_t);
-extern template const char* launch_requests<float>(const BlockSparseBackwardParams&, cudaStream_t);
 
 const char* launch_on_sm80(const BlockSparseBackwardParams& p, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);

@@ -1,13 +1,14 @@
 #include "cuda/refuse.cuh"
-#include "sparse/block_sparse_attention/cuda_latent_launch.cuh"
+#include "sparse/block_sparse_attention/kernel_latent.cuh"
 #include "sparse/block_sparse_attention/kernel_latent_requests.cuh"
+#include "sparse/sparse_decode_attention/cuda_plan.cuh"
 
 namespace tokenmill {
 namespace cuda::block_sparse_attention {
 
-extern template const char* launch_latent<__half>(const LatentLaunch&, void*, cudaStream_t);
-extern template const char* launch_latent<__nv_bfloat16>(const LatentLaunch&, void*, cudaStream_t);
-extern template const char* launch_latent<float>(const LatentLaunch&, void*, cudaStream_t);
+// Compiled once for each element type (kernel_latent.cu).
+template <typename T>
+const char* launch_latent(const LatentLaunch& d, void* workspace, cudaStream_t stream);
 
 namespace {
 

@@ -1,7 +1,6 @@
 #include "cuda/refuse.cuh"
+#include "sparse/block_sparse_attention/cuda_plan.cuh"
 #include "sparse/block_sparse_attention/kernel_mass.cuh"
-#include "sparse/block_sparse_attention/requests.cuh"
-#include "sparse/listed_plan.cuh"
 
 namespace tokenmill {
 namespace cuda::block_sparse_attention {

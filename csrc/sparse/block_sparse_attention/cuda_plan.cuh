@@ -1,4 +1,4 @@
-// Grid of a call, forward and backward.
+// Grid of a call, forward and backward, and the launch of the forward.
 #pragma once
 #include "cuda/refuse.cuh"
 #include "sparse/block_sparse_attention/kernel_keys.cuh"
@@ -67,5 +67,16 @@ inline const char* check_sizes(const BlockSparseParams& d) {
     return refuse("indices", "must list at most 2^29 keys of a block on CUDA", listed);
   return nullptr;
 }
+
+// Such calls have separate kernels: packed requests, and paged keys.
+inline bool has_requests(const BlockSparseParams& d) {
+  return d.attention.cu_seqlens_q || d.pages.table;
+}
+
+// Compiled once for each element type (kernel*.cu).
+template <typename T>
+const char* launch_block_sparse(const BlockSparseParams& d, cudaStream_t stream);
+template <typename T>
+const char* launch_requests(const BlockSparseParams& d, cudaStream_t stream);
 
 }  // namespace tokenmill::cuda::block_sparse_attention

@@ -1,4 +1,4 @@
-// Key-side kernel of the sm_90a backward, see kernel_backward_sm90.cuh.
+// Key-side kernel of the sm_90a backward, see kernel_backward_sm90.cu.
 //
 // A CTA owns 64 keys of one key block. A producer warp loads K and V once, iterates over the query
 // blocks that see any of the keys, and loads Q, dO, lse and delta for 64 rows at a time. One

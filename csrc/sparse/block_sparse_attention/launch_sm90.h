@@ -1,6 +1,8 @@
 // Work units of the sm_90a forward, and its launch.
 #pragma once
-#include "dense/attention/launch_sm90.h"
+#include <cuda_runtime.h>
+
+#include "cuda/sequences.cuh"
 #include "sparse/block_sparse_attention/rules_sm90.h"
 
 namespace tokenmill::cuda::block_sparse_attention {

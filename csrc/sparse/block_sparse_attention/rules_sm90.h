@@ -1,7 +1,7 @@
 // Rules of the calls that the sm_90a kernels of block_sparse_attention take. Host code without CUDA
 // headers.
 #pragma once
-#include "dense/attention/rules_sm90.h"
+#include "attention/rules_sm90.h"
 #include "sparse/block_sparse_attention/kernels.h"
 
 namespace tokenmill::cuda::block_sparse_attention {

@@ -1,16 +1,8 @@
-#include "sparse/landmark_attention/cuda_backward_launch.cuh"
+#include "attention/sequence.cuh"
+#include "sparse/landmark_attention/cuda_plan.cuh"
 
 namespace tokenmill {
 namespace cuda::landmark_attention {
-
-extern template const char* launch_landmark<__half>(const LandmarkParams&, cudaStream_t);
-extern template const char* launch_landmark<__nv_bfloat16>(const LandmarkParams&, cudaStream_t);
-extern template const char* launch_landmark<float>(const LandmarkParams&, cudaStream_t);
-extern template const char* launch_landmark<__half>(const LandmarkBackwardParams&, cudaStream_t);
-extern template const char* launch_landmark<__nv_bfloat16>(const LandmarkBackwardParams&,
-                                                           cudaStream_t);
-extern template const char* launch_landmark<float>(const LandmarkBackwardParams&, cudaStream_t);
-
 namespace {
 
 template <typename Params>

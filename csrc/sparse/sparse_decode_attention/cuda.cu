@@ -1,21 +1,9 @@
 #include "cuda/refuse.cuh"
-#include "sparse/sparse_decode_attention/cuda_launch.cuh"
+#include "sparse/sparse_decode_attention/cuda_plan.cuh"
 #include "sparse/sparse_decode_attention/kernel_mass.cuh"
 
 namespace tokenmill {
 namespace cuda::sparse_decode_attention {
-
-extern template const char* launch_sparse<__half>(const SparseLaunch&, void*, cudaStream_t);
-extern template const char* launch_sparse<__nv_bfloat16>(const SparseLaunch&, void*, cudaStream_t);
-extern template const char* launch_sparse<float>(const SparseLaunch&, void*, cudaStream_t);
-
-// Defined in float8_launch.cuh.
-template <typename T>
-const char* launch_float8(const SparseLaunch&, void*, cudaStream_t);
-extern template const char* launch_float8<__half>(const SparseLaunch&, void*, cudaStream_t);
-extern template const char* launch_float8<__nv_bfloat16>(const SparseLaunch&, void*, cudaStream_t);
-extern template const char* launch_float8<float>(const SparseLaunch&, void*, cudaStream_t);
-
 namespace {
 
 int64_t rows_of_head(const SparseDecodeParams& d) {

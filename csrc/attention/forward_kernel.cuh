@@ -1,0 +1,382 @@
+// sm_80 forward. A CTA owns rows of queries of one KV head, each warp 16 or 32 rows of one query
+// head. K and V tiles that any row sees stream through a two-stage cp.async pipeline in shared
+// memory; the warps of a CTA are split among the query heads of a GQA group, which share the tiles.
+// The host side, which plans the grid and launches an instance, follows the kernel.
+#pragma once
+#include "attention/forward_float8.cuh"
+#include "attention/forward_store.cuh"
+#include "attention/gmem_to_smem.cuh"
+#include "attention/head_dim.cuh"
+#include "core/kv_cache.h"
+#include "cuda/launch.cuh"
+
+namespace tokenmill::cuda {
+
+// Launch plan, made on the host. blockIdx.x enumerates query tiles (fastest), then blocks of heads
+// of all sequences.
+struct ForwardPlan {
+  int warps;
+  // log2 of the warps per query head; the others take further heads of the group
+  int log2_warps_per_head;
+  unsigned tiles;             // query tiles per head; packed: over all sequences
+  unsigned head_blocks;       // blocks of heads per sequence
+  unsigned blocks_per_group;  // blocks of heads per KV head
+  unsigned first_head_block;
+  int64_t key_step, value_step;  // TileLoader::step
+  float factor;                  // ForwardWarp::factor()
+  bool inputs_aligned, output_aligned;
+  bool inputs_whole;  // aligned, and head_dim and value_dim fill the tile's rows
+  // cached: skip requests with more queries, which another kernel takes; 0: no limit
+  uint8_t max_queries;
+  MaskBounds bounds;  // bounds of the mask's rows, where the call has a mask
+  KvCache cache;      // the KV cache, where keys and values are cached
+};
+
+// Writes the result of query rows that belong to no sequence: out = 0, lse = -inf (0 for other
+// maps).
+template <typename T>
+__device__ void clear_queries(const AttentionParams& p, const ForwardPlan& plan,
+                              const LooseRows& rows, unsigned head_block) {
+  const int group = static_cast<int>(p.heads) / static_cast<int>(p.kv_heads);
+  const int heads = plan.warps >> plan.log2_warps_per_head;  // per CTA
+  const int first = head_block % plan.blocks_per_group * heads;
+#pragma unroll 1
+  for (int i = first; i < min(first + heads, group); ++i) {
+    const int h = head_block / plan.blocks_per_group * group + i;
+    rows.fill(rows_at<T>(p.out, 0, 0, h), p.out.seq, p.value_dim, 0);
+    if (p.lse)
+      rows.fill(lse_at(p, p.lse, 0, 0, h), 1, 1, p.map == ScoreMap::softmax ? -infinity() : 0);
+  }
+}
+
+// Copies keys key0 .. key0 + kRows - 1 of head `head` from their pages to a tile; zeros from
+// `length` on. Where the cache has scales, they go to the address `scales`.
+template <typename T, typename Tile, int kRows>
+__device__ __forceinline__ void copy_cached_rows(uint32_t tile, const KvCache& cache,
+                                                 const Rows& rows, int columns, int b, int head,
+                                                 int key0, int length, bool aligned,
+                                                 const CacheScale& scale = {},
+                                                 uint32_t scales = 0) {
+  using Copy = RowCopy<T, Tile>;
+#pragma unroll 1
+  for (int r = Copy::first_row(); r < kRows; r += Copy::row_step()) {
+    const int key = key0 + r;
+    const KvCache::Slot at = cache.slot(b, key < length ? key : length - 1);
+    const T* row = static_cast<const T*>(rows.data) + KvCache::offset(rows, at, head);
+    Copy::copy_to(tile, r, row, key < length ? columns : 0, aligned);
+    if constexpr (std::is_same_v<T, Float8>)
+      if (Copy::own_lane() == 0 && scale.data)
+        cp_async_word(scales + 4 * r,
+                      scale.data + at.page * scale.page + at.row * scale.row + head * scale.head);
+  }
+}
+
+// Cache: element type of the KV cache; void: no cache.
+template <typename T, int kBucket, Weights kWeights, bool kGeneral, typename Cache>
+__device__ __forceinline__ void run_forward(const AttentionParams& p, const ForwardPlan& plan) {
+  constexpr bool kCached = !std::is_void_v<Cache>, kFloat8 = std::is_same_v<Cache, Float8>;
+  static_assert(kGeneral || !kCached);
+  using Shape = std::conditional_t<kFloat8, Float8Shape<T, kBucket>, ForwardShape<T, kBucket>>;
+  using Stages = Float8Stages<T, kBucket>;
+  using Keys = TileLoader<T, typename Shape::KeyTile, Shape::kTileKeys>;
+  using Values = TileLoader<T, typename Shape::ValueTile, Shape::kTileKeys>;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const uint32_t stages = shared_address(shared + kParkedBytes<kGeneral>);
+
+  const int warp_index = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
+  const int block_rows = Shape::kWarpRows << plan.log2_warps_per_head;
+  const unsigned head_block = plan.first_head_block + blockIdx.x / plan.tiles;
+  const unsigned in_sequence = head_block % plan.head_blocks;
+  TilePlace place{static_cast<int>(head_block / plan.head_blocks),
+                  static_cast<int>(blockIdx.x % plan.tiles),
+                  {0, static_cast<int>(p.seqlen_q)}};
+  if (p.cu_seqlens_q) {
+    place = find_tile(p.cu_seqlens_q, p.batch, p.seqlen_q, block_rows, place.tile);
+    if (place.b < 0) {
+      clear_queries<T>(p, plan, LooseRows(place, p.seqlen_q, block_rows), in_sequence);
+      return;
+    }
+    if constexpr (kCached && !kFloat8 && !Shape::kFloat)
+      if (plan.max_queries > 0 && place.rows.length > plan.max_queries) return;
+  }
+  Sequence s{place.rows.start, 0, place.rows.length, 0};
+  if constexpr (kCached)
+    s.k_length = static_cast<int>(plan.cache.length(place.b));
+  else
+    s = sequence_of(p, place.b, place.rows);
+  // LPT order: under a causal mask the last query tiles see the most keys, so they start first.
+  const int first_row = ((s.q_length + block_rows - 1) / block_rows - 1 - place.tile) * block_rows;
+  const int last_row = min(first_row + block_rows, s.q_length) - 1;
+
+  const int kv_head = in_sequence / plan.blocks_per_group;
+  const int group = static_cast<int>(p.heads) / static_cast<int>(p.kv_heads);
+  const int heads_per_block = plan.warps >> plan.log2_warps_per_head;
+  const int in_group = in_sequence % plan.blocks_per_group * heads_per_block +
+                       (warp_index >> plan.log2_warps_per_head);
+  const bool idle = in_group >= group;
+  const int h = kv_head * group + (idle ? 0 : in_group);
+
+  const MaskBand band = MaskBand::of(p, s);
+  const GlobalRows<T> queries{rows_at<T>(p.q, place.b, s.q_start, h), p.q.seq, s.q_length,
+                              static_cast<int>(p.head_dim), plan.inputs_aligned};
+  // Skip fully masked tiles at both ends of the key range.
+  const auto input_rows = [&](const Rows& rows, int64_t columns, int b, int start, int length,
+                              int head) {
+    return GlobalRows<T>{rows_at<T>(rows, b, start, head), rows.seq, length,
+                         static_cast<int>(columns), plan.inputs_aligned};
+  };
+  const auto keys = input_rows(p.k, p.head_dim, place.b, s.k_start, s.k_length, kv_head);
+  const auto values = input_rows(p.v, p.value_dim, place.b, s.k_start, s.k_length, kv_head);
+
+  int begin = band.begin(first_row) / Shape::kTileKeys * Shape::kTileKeys;
+  int end = band.end(last_row);
+  if constexpr (kGeneral)
+    if (p.mask.any()) {
+      const int first_head = in_sequence % plan.blocks_per_group * heads_per_block;
+      const int heads = min(heads_per_block, group - first_head);
+      cut_hidden_ends<Shape::kTileKeys>(begin, end, reinterpret_cast<int*>(shared), [&](int key0) {
+        return any_sees(p.mask, plan.bounds, place.b, kv_head * group + first_head, heads, s,
+                        first_row, block_rows, key0, Shape::kTileKeys);
+      });
+    }
+  const uint32_t scales = stages + Stages::kScalesAt;
+  const auto load_cached_stage = [&](uint32_t stage, int key0, int b, int length, int head) {
+    const KvCache& cache = plan.cache;
+    if constexpr (kFloat8) {
+      const int number = Stages::stage(key0);
+      const uint32_t codes = stages + Stages::kCodesAt + number * 2 * Stages::kCodeTileBytes;
+      const uint32_t own_scales = scales + number * Stages::kScales * 4;
+      copy_cached_rows<Float8, CodeTile<kBucket>, Shape::kTileKeys>(
+          codes, cache, cache.k, static_cast<int>(p.head_dim), b, head, key0, length,
+          plan.inputs_aligned, cache.k_scale, own_scales);
+      copy_cached_rows<Float8, CodeTile<kBucket>, Shape::kTileKeys>(
+          codes + Stages::kCodeTileBytes, cache, cache.v, static_cast<int>(p.value_dim), b, head,
+          key0, length, plan.inputs_aligned, cache.v_scale, own_scales + Shape::kTileKeys * 4);
+      cp_async_commit();
+      return;
+    }
+    using Element = std::conditional_t<kCached, Cache, T>;
+    copy_cached_rows<Element, typename Shape::KeyTile, Shape::kTileKeys>(
+        stage, cache, cache.k, static_cast<int>(p.head_dim), b, head, key0, length,
+        plan.inputs_aligned);
+    copy_cached_rows<Element, typename Shape::ValueTile, Shape::kTileKeys>(
+        stage + Shape::kTileBytes, cache, cache.v, static_cast<int>(p.value_dim), b, head, key0,
+        length, plan.inputs_aligned);
+    cp_async_commit();
+  };
+  Keys load_keys(keys, begin, plan.key_step);
+  Values load_values(values, begin, plan.value_step);
+  int whole_end = plan.inputs_whole ? s.k_length : 0;
+  if constexpr (kBucket <= 64) opt_barrier(whole_end);
+  // Odd tiles use stage 1: the next stage follows from key0 and needs no register.
+  const auto to_other_stage = [](int key0) {
+    return key0 & Shape::kTileKeys ? -Shape::kStageBytes : Shape::kStageBytes;
+  };
+  const uint32_t first_stage =
+      stages + (!kFloat8 && begin & Shape::kTileKeys ? Shape::kStageBytes : 0);
+  // Shared-memory address of this thread's first chunk in the K tile; its V chunk is to_values
+  // further.
+  const uint32_t own = first_stage + (kCached ? 0 : Keys::own_offset());
+  const int to_values = Shape::kTileBytes + Values::own_offset() - Keys::own_offset();
+  const auto load_stage = [&](uint32_t stage, int key0) {
+    if (key0 + Shape::kTileKeys <= whole_end) {
+      if (blockDim.x == kMaxThreads) {
+        load_keys.template load_whole<kMaxThreads>(stage);
+        load_values.template load_whole<kMaxThreads>(stage + to_values);
+      } else {
+        load_keys.template load_whole<kMaxThreads / 2>(stage);
+        load_values.template load_whole<kMaxThreads / 2>(stage + to_values);
+      }
+    } else {
+      load_keys.load(stage, key0);
+      load_values.load(stage + to_values, key0);
+    }
+    cp_async_commit();
+  };
+  if constexpr (kFloat8)
+    for (int i = threadIdx.x; i < 2 * Stages::kScales; i += blockDim.x) {
+      const int first = i % Stages::kScales / Shape::kTileKeys;
+      if (!(first == 0 ? plan.cache.k_scale : plan.cache.v_scale).data)
+        store_element(scales + 4 * i, 1.f);
+    }
+  if (begin < end) {
+    if constexpr (kCached)
+      load_cached_stage(own, begin, place.b, s.k_length, kv_head);
+    else
+      load_stage(own, begin);
+  }
+
+  const int position = warp_index & ((1 << plan.log2_warps_per_head) - 1);
+  const int first = idle ? s.q_length : first_row + position * Shape::kWarpRows;
+  using Warp = std::conditional_t<kFloat8, Float8Warp<T, kBucket>,
+                                  ForwardWarp<T, kBucket, kWeights, kGeneral, Shape>>;
+  Warp warp(p, s, band, place.b, h, first, end, queries, plan.factor, plan.bounds,
+            reinterpret_cast<WarpPlace*>(shared));
+  WarpOutput<T, kBucket, kWeights, kGeneral, Shape> output(warp);
+  const auto output_rows = [&](const WarpPlace& at) {
+    return OutputRows<T>{rows_at<T>(p.out, at.b, at.q_start, at.h), p.out.seq,
+                         static_cast<int>(p.value_dim), plan.output_aligned};
+  };
+
+  typename Warp::Addresses at(first_stage);
+  warp.find_sights(begin);
+  warp.find_sights(begin + Shape::kTileKeys);
+  uint32_t next = own + to_other_stage(begin);
+  opt_barrier(next);
+  const auto block_end = [&] { return warp.kSpillBoundsToSmem ? warp.place().block_end : end; };
+  // Mainloop: wait for the stage of key0, prefetch the next one, then S = Q K^T, O += P V.
+#pragma unroll 1
+  for (int key0 = begin; key0 < block_end();) {
+    cp_async_wait<0>();
+    __syncthreads();
+    if (key0 + Shape::kTileKeys < block_end()) {
+      if constexpr (kCached) {
+        const WarpPlace at_warp = warp.place();
+        if (warp.block_sees(key0 + Shape::kTileKeys))
+          load_cached_stage(next, key0 + Shape::kTileKeys, at_warp.b, at_warp.band.columns,
+                            at_warp.h / group);
+      } else {
+        bool wanted = true;
+        // registers are too short to keep the loaders across tiles: rebuild them
+        if constexpr (kGeneral) {
+          const WarpPlace at_warp = warp.place();
+          const int b = at_warp.b, start = at_warp.k_start, length = at_warp.band.columns;
+          const int head = at_warp.h / group;
+          wanted = warp.block_sees(key0 + Shape::kTileKeys);
+          load_keys = Keys(input_rows(p.k, p.head_dim, b, start, length, head),
+                           key0 + Shape::kTileKeys, plan.key_step);
+          load_values = Values(input_rows(p.v, p.value_dim, b, start, length, head),
+                               key0 + Shape::kTileKeys, plan.value_step);
+          whole_end = plan.inputs_whole ? length : 0;
+        }
+        if (wanted) load_stage(next, key0 + Shape::kTileKeys);
+      }
+    }
+    if constexpr (kFloat8) {
+      const int number = Stages::stage(key0);
+      const uint32_t codes = stages + Stages::kCodesAt + number * 2 * Stages::kCodeTileBytes;
+      if (warp.block_sees(key0)) {
+        const auto nothing = [](int, int, uint32_t (&)[4]) {};
+        convert_codes<T, CodeTile<kBucket>, typename Shape::KeyTile, Shape::kTileKeys>(
+            codes, stages, nothing);
+        convert_codes<Float8Value<T>, CodeTile<kBucket>, typename Shape::ValueTile,
+                      Shape::kTileKeys>(codes + Stages::kCodeTileBytes, stages + Shape::kTileBytes,
+                                        nothing);
+      }
+      __syncthreads();
+    }
+    warp.add_tile(at, key0);
+    warp.find_sights(key0 + 2 * Shape::kTileKeys);
+    if constexpr (!kFloat8) {
+      const int other = to_other_stage(key0);
+      at.move(other);
+      next -= other;
+    }
+    key0 += Shape::kTileKeys;
+    if constexpr (Shape::kFloat)
+      if ((key0 - begin) % output.kFlushKeys == 0) {
+        const WarpPlace warp_place = warp.place();
+        output.flush(output_rows(warp_place), warp_place);
+      }
+  }
+  // Epilogue: the stages are free to stage O.
+  __syncthreads();
+  const WarpPlace warp_place = warp.place();
+  if (warp_place.first <= warp_place.last) {
+    float* lse = p.lse ? lse_at(p, p.lse, warp_place.b, warp_place.q_start, warp_place.h) : nullptr;
+    const uint32_t area = stages + threadIdx.x / kWarpSize * (Shape::kWarpRows * Shape::kRowBytes);
+    output.store(output_rows(warp_place), warp_place, lse, p.sink ? p.sink + warp_place.h : nullptr,
+                 area);
+  }
+}
+
+// Elementwise weights are limited to one CTA per SM: with two, ptxas spills on sm_100 and sm_120.
+// 0: ptxas chooses.
+template <typename T, int kBucket, Weights kWeights, bool kGeneral, bool kCached = false>
+__global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise ? 1 : 0)
+    attention_forward_kernel(const __grid_constant__ AttentionParams p,
+                             const __grid_constant__ ForwardPlan plan) {
+  run_forward<T, kBucket, kWeights, kGeneral, std::conditional_t<kCached, T, void>>(p, plan);
+}
+
+template <typename T, int kBucket>
+__global__ void __launch_bounds__(kMaxThreads)
+    attention_forward_float8_kernel(const __grid_constant__ AttentionParams p,
+                                    const __grid_constant__ ForwardPlan plan) {
+  run_forward<T, kBucket, Weights::any, true, Float8>(p, plan);
+}
+
+template <typename T, int kBucket, Weights kWeights, bool kGeneral, typename Cache>
+constexpr auto kForwardKernel =
+    attention_forward_kernel<T, kBucket, kWeights, kGeneral, !std::is_void_v<Cache>>;
+template <typename T, int kBucket>
+constexpr auto kForwardKernel<T, kBucket, Weights::any, true, Float8> =
+    attention_forward_float8_kernel<T, kBucket>;
+
+// Grid size from which larger CTAs, which read K and V less often, still fill a GPU.
+constexpr int64_t kManyBlocks = 256;
+
+template <typename Shape>
+ForwardPlan plan_forward(const AttentionParams& p) {
+  const int64_t group = p.heads / p.kv_heads, sequences = p.cu_seqlens_q ? 1 : p.batch;
+  const auto tiles = [&](int64_t rows) {
+    return max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, rows);
+  };
+  ForwardPlan plan{};
+  int log2_heads = 0;
+  while (log2_heads < 3 && 1 << log2_heads < group) ++log2_heads;
+  const bool many = tiles(8 * Shape::kWarpRows) * p.heads * sequences >= kManyBlocks;
+  const int log2_warps = log2_heads > 0 || many ? 3 : 2;
+  plan.warps = 1 << log2_warps;
+  plan.log2_warps_per_head = log2_warps - log2_heads;
+  plan.tiles = static_cast<unsigned>(tiles(Shape::kWarpRows << plan.log2_warps_per_head));
+  plan.blocks_per_group = static_cast<unsigned>(ceil_div(group, 1 << log2_heads));
+  plan.head_blocks = static_cast<unsigned>(p.kv_heads) * plan.blocks_per_group;
+  return plan;
+}
+
+// cache: the KV cache, where Cache is not void (p then has no keys). max_queries: see ForwardPlan.
+template <typename T, int kBucket, Weights kWeights, bool kGeneral, typename Cache = void>
+const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds, cudaStream_t stream,
+                           const KvCache& cache = {}, int max_queries = 0) {
+  constexpr bool kCached = !std::is_void_v<Cache>, kFloat8 = std::is_same_v<Cache, Float8>;
+  using Element = std::conditional_t<kCached, Cache, T>;
+  const Rows &k = kCached ? cache.k : p.k, &v = kCached ? cache.v : p.v;
+  using Shape = std::conditional_t<kFloat8, Float8Shape<T, kBucket>, ForwardShape<T, kBucket>>;
+  ForwardPlan plan = plan_forward<Shape>(p);
+  plan.bounds = bounds;
+  plan.inputs_aligned = is_vectorizable<T>(p.q.data, p.head_dim, p.q.batch, p.q.seq, p.q.head) &&
+                        is_vectorizable<Element>(k.data, p.head_dim, k.batch, k.seq, k.head) &&
+                        is_vectorizable<Element>(v.data, p.value_dim, v.batch, v.seq, v.head);
+  plan.output_aligned =
+      is_vectorizable<T>(p.out.data, p.value_dim, p.out.batch, p.out.seq, p.out.head);
+  using Keys = TileLoader<T, typename Shape::KeyTile, Shape::kTileKeys>;
+  plan.inputs_whole = plan.inputs_aligned && p.head_dim == kBucket && p.value_dim == kBucket;
+  plan.key_step = Keys::step(k.seq, plan.warps * kWarpSize);
+  plan.value_step = Keys::step(v.seq, plan.warps * kWarpSize);
+  plan.cache = cache;
+  plan.max_queries = static_cast<uint8_t>(max_queries);
+  plan.factor = ForwardWarp<T, kBucket, kWeights, kGeneral>::factor(p);
+  const int staged = plan.warps * Shape::kWarpRows * Shape::kRowBytes;
+  const int work = kFloat8 ? Float8Stages<T, kBucket>::kBytes : Shape::kSharedBytes;
+  const int bytes = kParkedBytes<kGeneral> + (Shape::kFloat || staged < work ? work : staged);
+  if (plan.tiles == 0) return nullptr;
+  const int64_t at_once = kMaxGrid / plan.tiles;
+  const int64_t head_blocks = plan.head_blocks * (p.cu_seqlens_q ? 1 : p.batch);
+  for (int64_t first = 0; first < head_blocks; first += at_once) {
+    plan.first_head_block = static_cast<unsigned>(first);
+    const int64_t count = head_blocks - first < at_once ? head_blocks - first : at_once;
+    if (const char* error = launch<kForwardKernel<T, kBucket, kWeights, kGeneral, Cache>>(
+            count * plan.tiles, plan.warps * kWarpSize, bytes, stream, p, plan))
+      return error;
+  }
+  return nullptr;
+}
+
+// Calls visit(Index<kBucket>{}) with the smallest bucket that holds both head_dim and value_dim.
+template <typename Visit>
+const char* visit_forward_bucket(const AttentionParams& p, const Visit& visit) {
+  return visit_head_dim(p.head_dim > p.value_dim ? p.head_dim : p.value_dim, visit);
+}
+
+}  // namespace tokenmill::cuda
