@@ -14,10 +14,16 @@ from torch import Tensor
 
 from tokenmill._call.library import triton_interpreted
 
+from ._triton36 import accept_none
+
+accept_none()
+
 # True if @triton.jit made interpreted kernels when this module was imported.
 INTERPRETED = tl.constexpr(triton_interpreted())
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
+SOFTMAX = tl.constexpr("softmax")  # defaults; Triton 3.6 takes no plain string as a default
+NONE = tl.constexpr("none")
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 # A float32 of this magnitude or above rounds to inf as a tf32 operand of tl.dot.
 TF32_INF = tl.constexpr(2.0**128 - 2.0**116)
@@ -210,7 +216,7 @@ def key_block(cu_seqlens, lengths, heads, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def head_of(terms, i_b, i_h, k_length, KIND: tl.constexpr = "softmax"):
+def head_of(terms, i_b, i_h, k_length, KIND: tl.constexpr = SOFTMAX):
     log2e = 1.0
     if terms.bias is not None or terms.slopes is not None:
         log2e = LOG2E

@@ -18,6 +18,8 @@ from ..common import (
     INF,
     LENGTHS,
     LOG2E,
+    NONE,
+    SOFTMAX,
     Lengths,
     Rows,
     distance,
@@ -103,7 +105,7 @@ def load_delta(delta, queries, C):
 @triton.jit
 def gradients(
     b_qk, b_dp, o_i, o_j, b_norm, b_delta, terms, head, sequence, m_seen,
-    KIND: tl.constexpr = "softmax", NORMALIZE: tl.constexpr = "none", FAST: tl.constexpr = False,
+    KIND: tl.constexpr = SOFTMAX, NORMALIZE: tl.constexpr = NONE, FAST: tl.constexpr = False,
 ):  # fmt: skip
     """P and dz of a tile. o_i and o_j broadcast along the query and key axes. b_norm: lse for
     softmax, else the row factor. m_seen None: no masked pair."""

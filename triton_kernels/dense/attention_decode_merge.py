@@ -9,7 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import INF, INTERPRETED, Rows, Terms, head_of, launch, row_pointers, store_tile
+from ..common import (
+    INF,
+    INTERPRETED,
+    NONE,
+    SOFTMAX,
+    Rows,
+    Terms,
+    head_of,
+    launch,
+    row_pointers,
+    store_tile,
+)
 from ..weights import exponential
 from .attention_decode_schedule import NO_STREAM, SIZES, Stream, share_of, steps_of
 from .attention_forward import normaliser, unscaled
@@ -30,7 +41,7 @@ class Partials(NamedTuple):
 @triton.jit
 def store_partials(
     partials, o_partial, m_row, sums, VALUE_DIM: tl.constexpr,
-    KIND: tl.constexpr = "softmax", NORMALIZE: tl.constexpr = "none",
+    KIND: tl.constexpr = SOFTMAX, NORMALIZE: tl.constexpr = NONE,
 ):  # fmt: skip
     store_tile(partials.outs + o_partial * VALUE_DIM, m_row, sums.acc, VALUE_DIM)
     if KIND == "softmax" or NORMALIZE != "none":

@@ -11,6 +11,8 @@ from ..common import (
     INF,
     LENGTHS,
     LOG2E,
+    NONE,
+    SOFTMAX,
     STEP,
     STEP_COLUMNS,
     Lengths,
@@ -72,7 +74,7 @@ def no_sums(BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def accumulate(
-    sums, b_z, b_v, head, KIND: tl.constexpr = "softmax", NORMALIZE: tl.constexpr = "none",
+    sums, b_z, b_v, head, KIND: tl.constexpr = SOFTMAX, NORMALIZE: tl.constexpr = NONE,
     FAST: tl.constexpr = False, b_fade=None,
 ):  # fmt: skip
     """Adds a tile of keys to the sums of its rows. The row sum of softmax is taken before post-sum
@@ -104,7 +106,7 @@ def accumulate(
 
 @triton.jit
 def accumulate_seen(
-    b_z, b_v, b_acc, b_acc_lost, b_top, head, KIND: tl.constexpr = "softmax",
+    b_z, b_v, b_acc, b_acc_lost, b_top, head, KIND: tl.constexpr = SOFTMAX,
     FAST: tl.constexpr = False, b_fade=None,
 ):  # fmt: skip
     """O += P V with weights relative to the final row_max. Skips keys whose score is -inf, and keys
