@@ -17,7 +17,7 @@ from tokenmill._call.operator import as_record
 from ..common import head_of, launch, load_rows, program, slice_of, store_rows
 from .bilevel_routing_attention import SIZES, Call, map_rows, region_keys
 from .listed import Statistics, add_key_gradients, query_gradients
-from .regions import grids_of, pixel_key_tile, pixel_queries, pixel_tile
+from .regions import grid_of, grids_of, pixel_key_tile, pixel_queries, pixel_tile
 from .transpose_block_list import transposed
 
 
@@ -29,15 +29,17 @@ def bilevel_routing_queries_kernel(
     list_heads, list_rows, entries, row_heads, shared, tiles, shape,
 ):  # fmt: skip
     """dq and delta of a tile of queries."""
-    queries, keys = grids_of(
-        q_height, q_width, q_region_height, q_region_width, by_q_pixels, by_q_width,
-        k_height, k_width, k_region_height, k_region_width, by_k_pixels, by_k_width, by_columns,
-    )  # fmt: skip
     i_block, i_h, i_b = program(list_rows * tiles, row_heads)
     i_r = i_block // tiles
+    queries = grid_of(
+        q_height, q_width, q_region_height, q_region_width, by_q_pixels, by_q_width, by_columns
+    )
     tile = pixel_tile(queries, i_r, i_block % tiles, i_h, shape.GROUP, shape.BLOCK_M)
     if tile.left <= 0:
         return
+    keys = grid_of(
+        k_height, k_width, k_region_height, k_region_width, by_k_pixels, by_k_width, by_columns
+    )
     walk, _ = region_keys(keys, ids, counts, list_heads, list_rows, entries, i_b, i_h, i_r, shape)
     head = head_of(terms, i_b, i_h, 1)
     statistics = Statistics(row_heads * shape.GROUP, q_height * q_width, q_width)
