@@ -109,8 +109,8 @@ class Call(Layout, Record):
     def inputs(self, *gradients: Any) -> Inputs:
         """gradients: dout, normalizer and delta, which only the backward has."""
         decay, _ = log_decay_of(self.log_decay)
-        rows = map(self.rows, (self.q, self.k, self.v))
-        return Inputs(*rows, decay, self.scale, self.cu_seqlens, *gradients)
+        q, k, v = map(self.rows, (self.q, self.k, self.v))
+        return Inputs(q, k, v, decay, self.scale, self.cu_seqlens, *gradients)
 
     def lengths(self, tiles: Tiles) -> Sequence[int]:
         """Lengths common to all kernels, from tokens to heads."""
@@ -224,8 +224,8 @@ def linear_attention_backward(a: Any) -> tuple[Tensor, ...]:
     delta = None if normalizer is None else torch.empty_like(normalizer)
     inputs = call.inputs(call.rows(dout), normalizer, delta)
     if normalizer is not None:
-        given = (inputs, call.rows(a.out), delta, *call.lengths(tiles))
-        launch(delta_kernel, slots * call.heads, q, *given, form=call.form(tiles))
+        outs = (call.rows(a.out), delta, *call.lengths(tiles))
+        launch(delta_kernel, slots * call.heads, q, inputs, *outs, form=call.form(tiles))
     # Compiled for the inputs of the forward.
     states = _states_of_chunks(call, tiles, call.inputs(), call.initial_state, None, queries=False)
     dinitial = None

@@ -117,8 +117,9 @@ class Call(Arguments):
     def sizes(self) -> Sizes:
         seqlen_q, seqlen_k, listed = self.q.shape[-3], self.seqlen_k, self.listed
         sink, recent = min(self.num_sink, seqlen_k), min(self.num_recent, seqlen_k)
+        list_heads, list_rows, entries = listed.indices.shape[1:]
         return Sizes(
-            self.requests, seqlen_q, seqlen_k, sink, recent, *listed.indices.shape[1:],
+            self.requests, seqlen_q, seqlen_k, sink, recent, list_heads, list_rows, entries,
             listed.row_heads, listed.shared,
         )  # fmt: skip
 
