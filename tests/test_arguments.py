@@ -190,3 +190,23 @@ def test_what_no_tensor_bounds_has_a_limit():
     for i in range(100):
         token = q[:, i % 20, None]
         assert torch.equal(wide.step(token, token, token), narrow.step(token, token, token))
+
+
+SCORES = torch.randn(1, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "message"),
+    [
+        (tm.topk_select, (SCORES[0],), "missing .*'k'"),
+        (tm.best_match, (SCORES,), "missing .*'b'"),
+        (tm.best_match, (SCORES, SCORES, True), "positional argument"),
+        (tm.mask_partition, (SCORES[0] > 0, 5), "positional argument"),
+        (tm.titans_memory, (SCORES[None],) * 3, "missing .*'alpha'"),
+        (tm.block_sparse_attention, (SCORES[None],) * 5, "missing .*'block_q'"),
+    ],
+)
+def test_a_call_and_its_explanation_want_the_same_arguments(function, args, message):
+    for run in (function, lambda *a: tm.explain(function.__name__, *a)):
+        with pytest.raises(TypeError, match=message):
+            run(*args)

@@ -125,6 +125,8 @@ def explain(
         own = inspect.signature(spec.function).parameters
         if other := {name: value for name, value in kwargs.items() if name not in own}:
             refuse(spec.function, other)
+        # Missing and superfluous arguments are a TypeError, as in a call of the function.
+        inspect.signature(spec.function, follow_wrapped=False).bind(*args, **kwargs)
         if spec.as_packed is not None and getattr(args[0] if args else None, "is_nested", False):
             packed, ends = spec.as_packed(*args[:3], kwargs)
             args, kwargs = (*packed, *args[3:]), {**kwargs, **ends}
