@@ -36,3 +36,10 @@ def widen(t: Tensor, q: Tensor) -> Tensor:
     if not t.is_floating_point():
         return t
     return t.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def widen_fields(fields: dict[str, Any], q: Tensor, *names: str) -> None:
+    """Widens the named arguments of a call that are given."""
+    for name in names:
+        if fields[name] is not None:
+            fields[name] = widen(fields[name], q)

@@ -27,7 +27,7 @@ class _Required:
         return "nothing"
 
 
-REQUIRED: Any = _Required()  # default of a required keyword that other libraries name differently
+REQUIRED: Any = _Required()  # stands for a required keyword that other libraries name differently
 
 # Foreign name -> our names, and a remark. The first name that the function has is suggested.
 RENAMED: dict[str, tuple[tuple[str, ...], str]] = {
@@ -133,11 +133,7 @@ ABSENT: dict[str, str] = {
 def refuses_other_names(function: F) -> F:
     """Hides ``**other``, which collects foreign names, from the signature of a function."""
     signature = inspect.signature(function)
-    own = [
-        p.replace(default=p.empty) if p.default is REQUIRED else p
-        for p in signature.parameters.values()
-        if p.kind is not p.VAR_KEYWORD
-    ]
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     function.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
     return function
 
@@ -148,10 +144,9 @@ def answered_by(run: Callable[..., Any]) -> Callable[[F], F]:
     """
 
     def declare(function: F) -> F:
-        kinds = {name: p.kind for name, p in inspect.signature(function).parameters.items()}
-        run.keywords = frozenset(  # type: ignore[attr-defined]
-            name for name, kind in kinds.items() if kind is inspect.Parameter.KEYWORD_ONLY
-        )
+        own = inspect.signature(function).parameters.values()
+        keywords = frozenset(p.name for p in own if p.kind is p.KEYWORD_ONLY)
+        run.keywords = keywords  # type: ignore[attr-defined]
         return functools.update_wrapper(run, function)  # type: ignore[return-value]
 
     return declare

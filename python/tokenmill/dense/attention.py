@@ -24,7 +24,7 @@ from .._check import (
     fail,
 )
 from .._flops import band, known, masked_pairs
-from .._lowering import scale_or_default, take_options, widen
+from .._lowering import scale_or_default, take_options, widen, widen_fields
 from .._other_names import answered_by
 from ..masks import Decay2d, Grid, Masks, lower_mask
 from ..reference.dense import attention as reference
@@ -300,9 +300,7 @@ def lower(
         )
     if alibi_grid is not None:
         a["grid_width"], a["grid_distance"], a["grid_window"] = _lower_grid(alibi_grid)
-    for name in ("alibi_slopes", "sink"):
-        if a[name] is not None:
-            a[name] = widen(a[name], q)
+    widen_fields(a, q, "alibi_slopes", "sink")
     return tuple(a.values())
 
 

@@ -21,7 +21,7 @@ from .._check import (
 )
 from .._flops import band, known
 from .._kv_cache import capacity, check_lengths_values
-from .._lowering import scale_or_default, take_options, widen
+from .._lowering import scale_or_default, take_options, widen_fields
 from .._other_names import REQUIRED, answered_by
 from ..masks import MASKS, Lowered, Masks, Prefix, Segments, lower_mask
 from ..reference.dense import attention_decode as reference
@@ -227,9 +227,7 @@ def lower(
         a["score_bias"], a["score_bias_value"], a["score_bias_neg_log_n"] = lower_score_bias(
             OP, score_bias, q
         )
-    for name in ("alibi_slopes", "sink"):
-        if a[name] is not None:
-            a[name] = widen(a[name], q)
+    widen_fields(a, q, "alibi_slopes", "sink")
     return tuple(a.values())
 
 

@@ -21,7 +21,7 @@ from .._check import (
     fail,
     reads_values,
 )
-from .._lowering import scale_or_default, take_options, widen
+from .._lowering import scale_or_default, take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.linear import linear_attention as reference
 from ..registry import OpSpec, Sharding, register_op
@@ -262,8 +262,7 @@ def decay_of_slopes(op: str, q: Tensor, slopes: Tensor) -> Tensor:
 def lower(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Any, ...]:
     a = FORWARD.fields(q=q, k=k, v=v, **given)
     a["scale"] = scale_or_default(OP, a["scale"], q)
-    if a["log_decay"] is not None:
-        a["log_decay"] = widen(a["log_decay"], q)
+    widen_fields(a, q, "log_decay")
     state = a["initial_state"]
     if state is not None and state.dim() == 4 and not rows_lie_together(state):
         a["initial_state"] = state.contiguous()

@@ -10,7 +10,7 @@ from .._call.attach import register
 from .._call.autocast import Autocast
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._lowering import scale_or_default, take_options, widen
+from .._lowering import scale_or_default, take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.linear import linear_attention_decode as reference
 from ..registry import OpSpec, Sharding, register_op
@@ -91,8 +91,7 @@ def linear_attention_decode(
 def lower(q: Tensor, k: Tensor, v: Tensor, state: Tensor, **given: Any) -> tuple[Any, ...]:
     a = FORWARD.fields(q=q, k=k, v=v, state=state, **given)
     a["scale"] = scale_or_default(OP, a["scale"], q)
-    if a["log_decay"] is not None:
-        a["log_decay"] = widen(a["log_decay"], q)
+    widen_fields(a, q, "log_decay")
     return tuple(a.values())
 
 

@@ -23,7 +23,7 @@ from .._check import (
     check_tensor,
     check_text,
 )
-from .._lowering import take_options, widen
+from .._lowering import take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.linear import titans_memory as reference
 from ..registry import OpSpec, Sharding, register_op
@@ -172,12 +172,11 @@ def lower(
     k: Tensor,
     v: Tensor,
     *,
-    chunk_size: int = 64,
     loss: str = "mse",
     initial_state: State | None = None,
     **given: Any,
 ) -> tuple[Any, ...]:
-    a = FORWARD.fields(q=q, k=k, v=v, chunk_size=chunk_size, **given)
+    a = FORWARD.fields(q=q, k=k, v=v, **given)
     check_text(OP, "loss", loss)
     check(loss == "mse", OP, "loss", "must be 'mse'", loss)
     if initial_state is not None:
@@ -192,8 +191,7 @@ def lower(
         )
     for name in ("q", "k", "v"):
         a[name] = _last_together(a[name])
-    for name in ("alpha", "eta", "theta"):
-        a[name] = widen(a[name], q)
+    widen_fields(a, q, "alpha", "eta", "theta")
     return tuple(a.values())
 
 

@@ -19,7 +19,7 @@ from .._check import (
     check,
     fail,
 )
-from .._lowering import scale_or_default, take_options, widen
+from .._lowering import scale_or_default, take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.select import attention_column_scores as reference
 from ..registry import OpSpec, Sharding, register_op
@@ -117,8 +117,7 @@ def lower(
     **given: Any,
 ) -> tuple[Any, ...]:
     a = FORWARD.fields(q=q, k=k, lse=lse, **given)
-    if lse is not None:
-        a["lse"] = widen(lse, q)
+    widen_fields(a, q, "lse")
     a["scale"] = scale_or_default(OP, a["scale"], q)
     if gumbel_tau is not None:
         a["gumbel_tau"] = tau = as_number(OP, "gumbel_tau", gumbel_tau)

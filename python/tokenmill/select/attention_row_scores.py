@@ -15,7 +15,7 @@ from .._call.run import call
 from .._check import (
     check_tensor,
 )
-from .._lowering import scale_or_default, take_options, widen
+from .._lowering import scale_or_default, take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.select import attention_row_scores as reference
 from ..registry import OpSpec, Sharding, register_op
@@ -97,11 +97,9 @@ def attention_row_scores(
 
 def lower(q_rows: Tensor, k: Tensor, **given: Any) -> tuple[Any, ...]:
     check_tensor(OP, "q_rows", q_rows)
-    given.setdefault("reduce", "mean")
     a = FORWARD.fields(q=q_rows, k=k, **given)
     a["scale"] = scale_or_default(OP, a["scale"], q_rows)
-    if a["lse"] is not None:
-        a["lse"] = widen(a["lse"], q_rows)
+    widen_fields(a, q_rows, "lse")
     return tuple(a.values())
 
 

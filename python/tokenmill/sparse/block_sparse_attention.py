@@ -24,7 +24,7 @@ from .._check import (
 )
 from .._flops import band, known
 from .._kv_cache import capacity
-from .._lowering import scale_or_default, take_options, widen
+from .._lowering import scale_or_default, take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.sparse import block_sparse_attention as reference
 from ..registry import OpSpec, Sharding, register_op
@@ -279,8 +279,7 @@ def lower(
     if a["cu_seqlens_q"] is not None and a["cu_seqlens_k"] is None and k.dim() == 3:
         a["cu_seqlens_k"] = a["cu_seqlens_q"]
     a["scale"] = scale_or_default(op, a["scale"], q)
-    if a["sink"] is not None:
-        a["sink"] = widen(a["sink"], q)
+    widen_fields(a, q, "sink")
     return tuple(a.values())
 
 

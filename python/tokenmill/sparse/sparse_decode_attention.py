@@ -20,7 +20,7 @@ from .._check import (
 )
 from .._flops import known
 from .._kv_cache import check_lengths_values
-from .._lowering import scale_or_default, take_options, widen
+from .._lowering import scale_or_default, take_options, widen, widen_fields
 from .._other_names import REQUIRED, answered_by
 from ..reference.sparse import sparse_decode_attention as reference
 from ..registry import OpSpec, Sharding, register_op
@@ -58,6 +58,7 @@ def _run(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, counts: Tensor, **given: Any
 ) -> tuple[Tensor, ...]:
     out, backend = take_options(sparse_decode_attention, given)
+    given.setdefault("seqlens_k", REQUIRED)
     results = call(SPEC, lower(q, k_cache, v_cache, indices, counts, **given), backend, out)
     return results if given.get("return_mass") else results[:2]
 
@@ -221,7 +222,6 @@ def lower(
     op: str = OP,
     **given: Any,
 ) -> tuple[Any, ...]:
-    given.setdefault("seqlens_k", REQUIRED)
     a = FORWARD.fields(
         op, q=q, k_cache=k_cache, v_cache=v_cache, indices=indices, counts=counts, **given
     )
@@ -232,9 +232,7 @@ def lower(
             check_tensor(op, "rope", t)
         a["cos"], a["sin"] = (widen(t, q) for t in rope)
     a["scale"] = scale_or_default(op, a["scale"], q)
-    for name in ("extra_log_count", "sink"):
-        if a[name] is not None:
-            a[name] = widen(a[name], q)
+    widen_fields(a, q, "extra_log_count", "sink")
     return tuple(a.values())
 
 
