@@ -53,7 +53,7 @@ def test_both_doors_give_the_same_bits(spec, backend):
     for sample in (s for s in samples if _explain.able(spec, s, backend)):
         values = arguments(spec, sample, backend)
         one, other = copied(values), copied(values)
-        found = spec.forward.direct(namespace)(*one)
+        found = as_tuple(spec.forward.direct(namespace)(*one))
         same(found, as_tuple(spec.forward.run(namespace, other)))
         same(one, other)  # written arguments
 
@@ -67,7 +67,7 @@ def test_arguments_go_by_name_and_have_defaults(spec, backend):
     for name, value in shown.items():
         if value is not None and type(names[name]) is type(value) and names[name] == value:
             del names[name]
-    same(op.direct(namespace)(**names), as_tuple(op.run(namespace, copied(values))))
+    same(as_tuple(op.direct(namespace)(**names)), as_tuple(op.run(namespace, copied(values))))
 
 
 @each_call
@@ -96,7 +96,7 @@ def test_both_doors_refuse_with_the_same_words(spec, backend):
                     op.direct(namespace)(*edited)
                 assert str(found.value) == str(error)
             else:
-                same(op.direct(namespace)(*edited), want)
+                same(as_tuple(op.direct(namespace)(*edited)), want)
 
 
 def test_arguments_of_a_wrong_kind_are_named():
@@ -165,8 +165,8 @@ def test_plain_calls_take_the_short_way(monkeypatch):
     op = tm._call.operator.registered("attention")
     x = torch.randn(1, 4, 2, 8)
 
-    def short(t, used=2):
-        return op.short(tm.registry.get("attention").lower(t, t, t), used)
+    def short(t, used=2, record=None):
+        return op.short((t, t), {"v": t}, used, record)
 
     out, lse = short(x)
     for used, want in ((0, ()), (1, (out,)), (9, (out, lse))):
@@ -174,9 +174,15 @@ def test_plain_calls_take_the_short_way(monkeypatch):
         assert len(found) == len(want) and all(map(torch.equal, found, want))
     assert short(x.double()) is NotImplemented
     assert short(torch.nn.Parameter(x, requires_grad=False)) is NotImplemented
-    assert short(x.clone().requires_grad_()) is None
+    assert op.short((x,), {"k": x}, 2, None) is NotImplemented  # the public function names v
+    assert op.short((x, x, x), {"causal": 1}, 2, None) is NotImplemented
+    g = x.clone().requires_grad_()
+    assert short(g) is None
+    noted = short(g, record=lambda *call: call)
+    assert noted == (op.direct("tokenmill"), ("q", "k", "v"), {}, g, g, g)
+    assert short(g, record=lambda *call: out) == (out,)
     with torch.no_grad():
-        assert torch.equal(short(x.clone().requires_grad_())[0], out)
+        assert torch.equal(short(g)[0], out)
     with torch.autocast("cpu", torch.bfloat16):
         assert short(x) is NotImplemented
     for name in ("TOKENMILL_BACKEND", "TOKENMILL_CHECK"):
@@ -184,21 +190,41 @@ def test_plain_calls_take_the_short_way(monkeypatch):
             environment.setenv(name, "1")
             assert short(x) is NotImplemented
     for given, rule in (
-        (((x, x, x), 1), f"takes a tuple of {len(op.arguments)} arguments"),
-        (((x, x, x),), "takes all arguments and a number of results"),
+        (((x,) * 99, {}, 1, None), f"takes a tuple of at most {len(op.arguments)} arguments"),
+        (((x, x), [x], 1, None), "takes a tuple of at most .* arguments, and a dict"),
+        (((x, x, x), {"q": x}, 1, None), "'q' is given twice"),
+        (((x, x, x), {"heads": 1}, 1, None), "there is no argument 'heads'"),
+        (((x, x, x), {}, 1), "takes arguments by position, by name, a number of results and"),
     ):
         with pytest.raises(TypeError, match=rf"^tokenmill\.attention: {rule}"):
             op.short(*given)
+
+
+@pytest.mark.parametrize(
+    "spec", [s for s in SPECS if s.sugar is not None], ids=lambda spec: spec.name
+)
+def test_a_call_without_sugar_is_only_checked(spec):
+    op, plain = spec.forward, 0
+    for sample in spec.samples:
+        for dtype in (torch.float32, torch.bfloat16):
+            args, kwargs = draw(sample, dtype)
+            kwargs = {n: x for n, x in kwargs.items() if n not in spec.sugar}
+            if kwargs.keys() <= set(op.arguments):
+                plain += 1
+                lowered, want = spec.lower(*args, **kwargs), op.bind(args, kwargs)
+                for x, y in zip(lowered, want, strict=True):
+                    assert x is y if isinstance(y, torch.Tensor) else x == y
+    assert plain
 
 
 def test_results_without_elements_have_shape_and_memory_of_their_own():
     op = tm._call.operator.registered("topk_select")
     scores = torch.randn(3, 5)
     lowered = tm.registry.get("topk_select").lower(scores, 2)
-    same(op.short(lowered, 4), op.run("tokenmill", lowered))
-    first, second = (op.short(lowered, 4)[2] for _ in range(2))
+    same(op.short(lowered, {}, 4, None), op.run("tokenmill", lowered))
+    first, second = (op.short(lowered, {}, 4, None)[2] for _ in range(2))
     assert first.shape == (0,) and first.is_contiguous() and first is not second
-    empty = op.short(tm.registry.get("topk_select").lower(scores[:0], 2), 2)
+    empty = op.short((scores[:0], 2), {}, 2, None)
     same(empty, op.run("tokenmill", tm.registry.get("topk_select").lower(scores[:0], 2))[:2])
 
 

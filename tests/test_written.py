@@ -64,7 +64,7 @@ def test_lazy_negatives_are_refused_and_do_no_harm(spec, op, name, backend):
         op.run(choose.namespace(backend), edited)
     if op is spec.forward:
         with pytest.raises(RuntimeError, match=rule):
-            run.call(spec, tuple(edited), backend)
+            run.call(spec, tuple(edited), None, backend)
     cycle = [view]
     cycle.append(cycle)
     del view, cycle, edited

@@ -278,7 +278,7 @@ class Call : public Framework {
 struct Function {
   Function(Operator& op, const Library& library, const Torch& torch);
   PyObject* call(PyObject* const* given, size_t positional, PyObject* names);
-  PyObject* call_plain(PyObject* values, size_t wanted);
+  PyObject* call_plain(PyObject* values, PyObject* named, size_t wanted, PyObject* record);
 
   Operator& op;
   const Schema& schema;
@@ -286,10 +286,13 @@ struct Function {
   const Torch& torch;
   std::vector<PyObject*> names;  // interned
   PyMethodDef method, plain_method;
+  PyObject* function = nullptr;  // of `call`
 
  private:
   // slots: arguments in schema order, null where not given. Makes only the first `wanted` results.
-  PyObject* run(PyObject* const* slots, size_t wanted, bool float64) const;
+  // record: null, or for a plain call what call_plain takes.
+  PyObject* run(PyObject* const* slots, size_t wanted, PyObject* record) const;
+  PyObject* recorded(PyObject* const* slots, PyObject* record) const;
   bool place(PyObject* name, PyObject* value, PyObject** slots) const;
   bool convert(const SchemaArgument& a, PyObject* value, Argument& argument) const;
 };
@@ -303,7 +306,8 @@ bool wrong(const char* op, const std::string& name, const char* rule, PyObject* 
 bool Function::convert(const SchemaArgument& a, PyObject* value, Argument& argument) const {
   if (value == Py_None) {
     argument.given = false;
-    return a.optional || wrong(op.name, a.name, "must be given", value);
+    const char* const rule = a.kind == Kind::array ? "must be a tensor" : "must be given";
+    return a.optional || wrong(op.name, a.name, rule, value);
   }
   switch (a.kind) {
     case Kind::integer:
@@ -354,25 +358,67 @@ PyObject* Function::call(PyObject* const* given, size_t positional, PyObject* ke
   const Py_ssize_t named = keywords ? PyTuple_GET_SIZE(keywords) : 0;
   for (Py_ssize_t i = 0; i < named; ++i)
     if (!place(PyTuple_GET_ITEM(keywords, i), given[positional + i], slots)) return nullptr;
-  return run(slots, schema.results.size(), true);
+  PyObject* const results = run(slots, schema.results.size(), nullptr);
+  if (!results || results == Py_NotImplemented || schema.results.size() > 1) return results;
+  PyObject* const only = schema.results.empty() ? Py_None : PyTuple_GET_ITEM(results, 0);
+  Py_INCREF(only);
+  Py_DECREF(results);
+  return only;
 }
 
-PyObject* Function::call_plain(PyObject* values, size_t wanted) {
-  const auto count = static_cast<Py_ssize_t>(schema.arguments.size());
-  if (!PyTuple_CheckExact(values) || PyTuple_GET_SIZE(values) != count)
-    return PyErr_Format(PyExc_TypeError, "tokenmill.%s: takes a tuple of %zd arguments", op.name,
+PyObject* Function::call_plain(PyObject* values, PyObject* named, size_t wanted, PyObject* record) {
+  const size_t count = schema.arguments.size();
+  if (!PyTuple_CheckExact(values) || static_cast<size_t>(PyTuple_GET_SIZE(values)) > count ||
+      !PyDict_CheckExact(named))
+    return PyErr_Format(PyExc_TypeError,
+                        "tokenmill.%s: takes a tuple of at most %zu arguments, and a dict", op.name,
                         count);
   const int watched = torch.watch->any();
   if (watched < 0) return nullptr;
   if (watched || environment_asks()) Py_RETURN_NOTIMPLEMENTED;
-  if (const int records = torch.watch->records(values)) {
-    if (records < 0) return nullptr;
-    Py_RETURN_NONE;
-  }
-  return run(&PyTuple_GET_ITEM(values, 0), wanted, false);
+  PyObject* slots[kMaxArguments] = {};
+  std::copy_n(&PyTuple_GET_ITEM(values, 0), PyTuple_GET_SIZE(values), slots);
+  PyObject *name, *value;
+  for (Py_ssize_t next = 0; PyDict_Next(named, &next, &name, &value);)
+    if (!place(name, value, slots)) return nullptr;
+  return run(slots, wanted, record);
 }
 
-PyObject* Function::run(PyObject* const* slots, size_t wanted, bool float64) const {
+// record(function, names, options, *tensors): the given tensors with their names, and the other
+// given arguments by name.
+PyObject* Function::recorded(PyObject* const* slots, PyObject* record) const {
+  if (record == Py_None) Py_RETURN_NONE;
+  PyObject* const options = PyDict_New();
+  if (!options) return nullptr;
+  PyObject* given[3 + kMaxArguments] = {function, nullptr, options};
+  PyObject* tensors[kMaxArguments];
+  size_t count = 0;
+  for (size_t i = 0; i < schema.arguments.size(); ++i) {
+    if (!slots[i] || slots[i] == Py_None) continue;
+    if (schema.arguments[i].kind == Kind::array) {
+      tensors[count] = names[i];
+      given[3 + count++] = slots[i];
+    } else if (PyDict_SetItem(options, names[i], slots[i]) < 0) {
+      Py_DECREF(options);
+      return nullptr;
+    }
+  }
+  given[1] = PyTuple_New(static_cast<Py_ssize_t>(count));
+  for (size_t i = 0; given[1] && i < count; ++i) {
+    Py_INCREF(tensors[i]);
+    PyTuple_SET_ITEM(given[1], static_cast<Py_ssize_t>(i), tensors[i]);
+  }
+  PyObject* const results =
+      given[1] ? PyObject_Vectorcall(record, given, 3 + count, nullptr) : nullptr;
+  Py_XDECREF(given[1]);
+  Py_DECREF(options);
+  if (!results || PyTuple_Check(results)) return results;
+  PyObject* const tuple = PyTuple_Pack(1, results);
+  Py_DECREF(results);
+  return tuple;
+}
+
+PyObject* Function::run(PyObject* const* slots, size_t wanted, PyObject* record) const {
   const size_t count = schema.arguments.size();
   // Not initialised: to clear all 5 KB would take as long as the rest.
   alignas(Argument) std::byte room[kMaxArguments * sizeof(Argument)];
@@ -383,23 +429,28 @@ PyObject* Function::run(PyObject* const* slots, size_t wanted, bool float64) con
     const SchemaArgument& a = schema.arguments[i];
     PyObject* const value = slots[i];
     Argument& argument = *std::construct_at(arguments + i);
-    if (!value) {
-      if (!a.has_default)
-        return PyErr_Format(PyExc_TypeError, "tokenmill.%s: %s must be given", op.name,
-                            a.name.c_str());
+    if (!value && a.has_default) {
       argument = a.value;
-    } else if (a.kind != Kind::array) {
-      if (!convert(a, value, argument)) return nullptr;
-    } else if (value == Py_None) {
-      argument.given = false;
-      if (!a.optional) return wrong(op.name, a.name, "must be a tensor", value), nullptr;
+    } else if (!value) {
+      if (record) Py_RETURN_NOTIMPLEMENTED;
+      return PyErr_Format(PyExc_TypeError, "tokenmill.%s: %s must be given", op.name,
+                          a.name.c_str());
+    } else if (a.kind != Kind::array || value == Py_None) {
+      if (convert(a, value, argument)) continue;
+      if (!record) return nullptr;
+      PyErr_Clear();
+      Py_RETURN_NOTIMPLEMENTED;
     } else {
       if (!call.view(value, argument.view) || (argument.view.on_gpu && !library.cuda))
         Py_RETURN_NOTIMPLEMENTED;
       wide |= argument.view.dtype == ScalarType::Double;
     }
   }
-  if (wide && !float64) Py_RETURN_NOTIMPLEMENTED;
+  if (record) {
+    if (wide) Py_RETURN_NOTIMPLEMENTED;
+    const int records = torch.watch->records({slots, count});
+    if (records) return records < 0 ? nullptr : recorded(slots, record);
+  }
 
   Array results[kMaxResults];
   std::string error;
@@ -440,13 +491,14 @@ PyObject* call_function(PyObject* self, PyObject* const* given, Py_ssize_t count
 }
 
 PyObject* call_plain_function(PyObject* self, PyObject* const* given, Py_ssize_t count) {
-  if (count != 2)
+  if (count != 4)
     return PyErr_Format(PyExc_TypeError,
-                        "tokenmill.%s: takes all arguments and a number of results",
+                        "tokenmill.%s: takes arguments by position, by name, a number of results "
+                        "and a function that records",
                         function_in(self)->op.name);
-  const size_t wanted = PyLong_AsSize_t(given[1]);
+  const size_t wanted = PyLong_AsSize_t(given[2]);
   if (wanted == static_cast<size_t>(-1) && PyErr_Occurred()) return nullptr;
-  return function_in(self)->call_plain(given[0], wanted);
+  return function_in(self)->call_plain(given[0], given[1], wanted, given[3]);
 }
 
 template <typename Method>
@@ -479,8 +531,8 @@ PyObject* functions_of(Operator& op, const Library& library) {
   auto* const function = new Function(op, library, *torch);
   PyObject* const self = PyCapsule_New(function, kCapsule, nullptr);
   if (!self) return nullptr;
-  return Py_BuildValue("(NN)", PyCFunction_New(&function->method, self),
-                       PyCFunction_New(&function->plain_method, self));
+  function->function = PyCFunction_New(&function->method, self);
+  return Py_BuildValue("(ON)", function->function, PyCFunction_New(&function->plain_method, self));
 }
 
 }  // namespace tokenmill::exchange

@@ -66,13 +66,12 @@ int Watch::any() const {
   return PyErr_Occurred() ? -1 : now >= 0;
 }
 
-int Watch::records(PyObject* values) const {
+int Watch::records(std::span<PyObject* const> values) const {
   const int recording = truth(PyObject_CallNoArgs(grad_mode_));
   if (recording <= 0) return recording;
   auto* const tensor = reinterpret_cast<PyTypeObject*>(tensor_);
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(values); ++i) {
-    PyObject* const value = PyTuple_GET_ITEM(values, i);
-    if (!PyObject_TypeCheck(value, tensor)) continue;
+  for (PyObject* const value : values) {
+    if (!value || !PyObject_TypeCheck(value, tensor)) continue;
     if (const int wanted = truth(PyObject_GetAttr(value, requires_grad_))) return wanted;
   }
   return 0;

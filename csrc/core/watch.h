@@ -3,6 +3,7 @@
 #pragma once
 #include <Python.h>
 
+#include <span>
 #include <vector>
 
 namespace tokenmill::exchange {
@@ -16,9 +17,9 @@ class Watch {
 
   // 1 if a mode, a transform, autocast, forward-mode AD, a trace or a profiler affects the call.
   int any() const;
-  // 1 if gradients are recorded and a tensor in this tuple requires one. torch's own function for
-  // this takes 50 ns per value, of any type.
-  int records(PyObject* values) const;
+  // 1 if gradients are recorded and a tensor among the values, which may be null, requires one.
+  // torch's own function for this takes 50 ns per value, of any type.
+  int records(std::span<PyObject* const> values) const;
 
  private:
   static const Watch* make();

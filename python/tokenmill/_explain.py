@@ -131,7 +131,7 @@ def explain(
             packed, ends = spec.as_packed(*args[:3], kwargs)
             args, kwargs = (*packed, *args[3:]), {**kwargs, **ends}
         lowered = spec.lower(*args, **kwargs)
-        copied = tuple(strided(spec, lowered))
+        copied = tuple(strided(spec, spec.forward.named(lowered, {})))
         lowered = with_rows(spec, lowered, empty_like)
         if out is None and autocast.device_of(lowered):
             lowered = spec.forward.cast(lowered)

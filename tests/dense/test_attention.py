@@ -517,7 +517,7 @@ def test_the_signature_has_the_defaults_of_the_schema(name):
     """A call runs with the defaults of the schema, wherever lower does not name the argument."""
     spec = tm.registry.get(name)
     lowered = inspect.signature(spec.lower).parameters
-    schema = {n: x for n, x in spec.forward.by_default.items() if n not in lowered}
+    schema = {n: x for n, x in spec.forward.defaults.items() if n not in lowered}
     declared = inspect.signature(spec.function).parameters
     shared = [
         n for n in declared if n in schema and declared[n].default is not inspect.Parameter.empty

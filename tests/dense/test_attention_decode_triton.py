@@ -81,7 +81,7 @@ def lowered(kind, dtype, head_dim, options, tokens=4096):
         given["schedule"] = "stream_k"
     latent = cache[..., :512]
     given |= {"q": q, "k_cache": cache, "v_cache": latent}
-    return FORWARD.record(**FORWARD.by_default | given)
+    return FORWARD.record(**FORWARD.defaults | given)
 
 
 def compiled(capability, call):

@@ -72,7 +72,7 @@ def lowered(kind, dtype, head_dim, band, *options, tokens=1024):
         given |= {"score_bias_neg_log_n": True, "alibi_slopes": empty(heads)}
         given |= {"bias": empty(batch, 1, tokens, tokens, dtype=dtype)}
         given |= {"sink": empty(heads)} if kind == "softmax" else {}
-    return FORWARD.record(**FORWARD.by_default | given)
+    return FORWARD.record(**FORWARD.defaults | given)
 
 
 def compiled(capability, call):

@@ -80,7 +80,7 @@ def run(spec, sample, values, cotangents):
     for i in leaves:
         if values[i] is not None:
             values[i] = values[i].detach().requires_grad_()
-    results = [r for r in call(spec, tuple(values), None) if r.shape != (0,)]
+    results = [r for r in call(spec, tuple(values)) if r.shape != (0,)]
     if not leaves:
         return [*results, *(values[i] for i in written)], []
     outs = [r for r in results if r.requires_grad]

@@ -7,6 +7,8 @@ silently 0; the reference supports all.
 
 from __future__ import annotations
 
+import collections
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -20,6 +22,7 @@ from .._check import fail
 from .operator import TorchOp, registered
 from .sharded import sharding_of
 
+Gradients = dict[str, Tensor | None]  # by the names of arguments
 ELSEWHERE = "use backend='reference'"
 
 
@@ -31,24 +34,33 @@ def transformed() -> bool:
     return level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-_recorded: dict[tuple[str, str], Callable[..., Any] | None] = {}
+# By namespace and name of an operator, what autograd_function returns, once it was called.
+recorders: dict[str, dict[str, Callable[..., Any] | None]] = collections.defaultdict(dict)
 
 
-def recorded(op: TorchOp, namespace: str) -> Callable[..., Any] | None:
-    """Runs the operator below the dispatcher's autograd and records its derivative; None if it has
-    none. It takes all arguments of a call, then the dispatch keys or None.
+def record(
+    op: TorchOp, namespace: str, given: dict[str, Any], run: Callable[..., Any] | None = None
+) -> Any:
+    """Runs the operator below the dispatcher's autograd and records its derivative; NotImplemented
+    if it has none. given: arguments by name; others have defaults. run takes all.
     """
-    key = (op.name, namespace)
-    if key not in _recorded:
-        function: Any = autograd_function(op, namespace)
-        _recorded[key] = function and function.apply
-    return _recorded[key]
+    known = recorders[namespace]
+    if op.name not in known:
+        known[op.name] = autograd_function(op, namespace)
+    recorder = known[op.name]
+    if recorder is None:
+        return NotImplemented
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    options = {name: value for name, value in given.items() if name not in tensors}
+    run = run or (lambda *values: below_autograd(op, namespace, values))
+    return recorder(run, tuple(tensors), options, *tensors.values())
 
 
-def autograd_function(op: TorchOp, namespace: str) -> type[_SingleLevelFunction] | None:
-    """The autograd function that runs the operator below autograd and defines its derivative; None
-    if it has none. It takes the arguments of the schema, then the dispatch keys or None. Each level
-    of torch.func enters here separately: torch.autograd.Function would restart at the top level.
+def autograd_function(op: TorchOp, namespace: str) -> Callable[..., Any] | None:
+    """The autograd function that runs the operator below autograd and records its derivative; None
+    if it has none. It takes a function that runs the call with all arguments, the names of the
+    given tensors, the other given arguments by name, and the tensors. Each level of torch.func
+    enters here separately: torch.autograd.Function would restart at the top level.
     """
     if op.differentiates:
         setup_context: Callable[..., Any] = _keep_nothing
@@ -60,27 +72,39 @@ def autograd_function(op: TorchOp, namespace: str) -> type[_SingleLevelFunction]
         return None
     ops = {below: _Calls(namespace, below) for below in (True, False)}
 
-    def run(ctx: Any, *args: Any) -> Any:
-        *arguments, keys = args
-        if torch._C._are_functorch_transforms_active():
-            # The next level records on its own; apply has disabled recording.
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                results = _below(op, namespace, keys, arguments)
-        else:
-            results = _below(op, namespace, keys, arguments)
-        setup_context(ctx, op.record(*arguments), results)
+    def forward(
+        ctx: Any,
+        run: Callable[..., Any],
+        names: tuple[str, ...],
+        options: dict[str, Any],
+        *tensors: Tensor,
+    ) -> Any:
+        a = op.defaults | options
+        a.update(zip(names, tensors, strict=True))
+        results = run(*a.values())
+        ctx.call = op, names, options
+        setup_context(ctx, a, results)
         return results
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return (*backward(ops[_plain()], ctx, *grads), None)
+        found = backward(ops[_plain()], ctx, *grads)
+        return (None, None, None, *map(found.get, ctx.call[1]))
 
     members: dict[str, Callable[..., Any]] = {
-        "forward": run,
+        "forward": forward,
         "backward": differentiate,
         "_compiled_autograd_key": torch.autograd.Function._compiled_autograd_key,
     }
     static = {name: staticmethod(member) for name, member in members.items()}
-    return type(f"{op.name}_autograd", (_SingleLevelFunction,), static)
+    function: Any = type(f"{op.name}_autograd", (_SingleLevelFunction,), static)
+    apply: Callable[..., Any] = function.apply
+    return apply
+
+
+def needed_gradients(ctx: Any) -> dict[str, bool]:
+    """Whether the backward must return the gradient of an argument, by name."""
+    needed = zip(ctx.call[1], ctx.needs_input_grad[3:], strict=True)
+    return collections.defaultdict(bool, needed)
 
 
 class _Calls:
@@ -122,33 +146,35 @@ def below_autograd(op: TorchOp, namespace: str, values: Sequence[Any]) -> Any:
         return op.run(namespace, values)
 
 
-def _below(op: TorchOp, namespace: str, keys: Any, values: Sequence[Any]) -> Any:
-    if keys is None:
-        return below_autograd(op, namespace, values)
+def _redispatch(op: TorchOp, namespace: str, keys: Any, *values: Any) -> Any:
+    """The results of the dispatcher's call below autograd."""
     with torch._C._AutoDispatchBelowAutograd():
         keys &= torch._C._after_autograd_keyset
         return op.call(op.overload(namespace).redispatch, values, keys)
 
 
-def keep(ctx: Any, record: Any, *results: Tensor | None) -> None:
+def _redispatch_to_next_level(*call: Any) -> Any:
+    """_redispatch within torch.func, whose next level records on its own; apply has disabled
+    recording.
+    """
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return _redispatch(*call)
+
+
+def keep(ctx: Any, a: dict[str, Any], *results: Tensor | None) -> None:
     """Saves, for the backward, the arguments of a call and the results that it needs."""
-    values, places = list(record), record.places
-    ctx.save_for_backward(*[values[i] for i in places], *results)
-    for i in places:
-        values[i] = None
-    ctx.type, ctx.values = type(record), values
+    ctx.save_for_backward(*map(a.get, ctx.call[1]), *results)
     ctx.set_materialize_grads(False)
 
 
 def kept(ctx: Any) -> tuple[Any, list[Any]]:
     """The record of the arguments and the results saved by `keep`."""
-    saved, values, places = ctx.saved_tensors, ctx.values.copy(), ctx.type.places
-    for i, t in zip(places, saved, strict=False):
-        values[i] = t
-    return ctx.type(*values), list(saved[len(places) :])
+    (op, names, options), saved = ctx.call, ctx.saved_tensors
+    values = op.bind((), options | dict(zip(names, saved, strict=False)))
+    return op.record(*values), list(saved[len(names) :])
 
 
-def _keep_nothing(ctx: Any, record: Any, output: Any) -> None:
+def _keep_nothing(ctx: Any, a: dict[str, Any], output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
@@ -157,7 +183,7 @@ def _refuse_second(op: TorchOp) -> Callable[..., Any]:
     assert forward
 
     def refuse(ops: Any, ctx: Any, *grads: Tensor | None) -> Any:
-        needed = [name for name, n in op.needed_gradients(ctx).items() if n]
+        needed = [name for name, n in needed_gradients(ctx).items() if n]
         name = next((name for name in needed if name in forward.arguments), needed[0])
         rule = f"must not be differentiated twice by a kernel, {ELSEWHERE}"
         fail(forward.name, name, rule, next(grad for grad in grads if grad is not None))
@@ -167,24 +193,27 @@ def _refuse_second(op: TorchOp) -> Callable[..., Any]:
 
 def autograd_kernel(op: TorchOp, namespace: str) -> Callable[..., Any]:
     """Registers the operator at the dispatcher's autograd keys, for every level of torch.func."""
-    apply = recorded(op, namespace)
+    differentiable = bool(op.differentiates or op.backward)
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = op.bind(args, kwargs)
+        given = op.named(arguments, {})
         tangent = None
         if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
             tangent = _find_tangent(op, arguments)
-        if tangent and (apply or op.written):
+        if tangent and (differentiable or op.written):
             _refuse_tangent(op, *tangent)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             refuse_gradient(op, arguments)
-            if apply:
+            if differentiable:
                 if not torch._C._are_functorch_transforms_active():
-                    return apply(*arguments, keys)
+                    run = functools.partial(_redispatch, op, namespace, keys)
+                    return record(op, namespace, given, run)
+                run = functools.partial(_redispatch_to_next_level, op, namespace, keys)
                 with enable_single_level_autograd_function():
-                    return apply(*arguments, keys)
-        results = _below(op, namespace, keys, arguments)
-        note_writes(op, arguments)
+                    return record(op, namespace, given, run)
+        results = _redispatch(op, namespace, keys, *arguments)
+        note_writes(op, given)
         if tangent and _has_floating(results):
             _refuse_tangent(op, *tangent)
         return results
@@ -225,9 +254,9 @@ def refuse_gradient(op: TorchOp, arguments: Sequence[Any]) -> None:
             fail(op.public_name, name, rule, value.requires_grad)
 
 
-def note_writes(op: TorchOp, arguments: Sequence[Any]) -> None:
+def note_writes(op: TorchOp, given: dict[str, Any]) -> None:
     """Notifies autograd that saved tensors were overwritten."""
     for name in op.written:
-        t = arguments[op.arguments.index(name)]
+        t = given.get(name)
         if t is not None and not t.is_inference():
             torch.autograd.graph.increment_version(t)

@@ -18,14 +18,17 @@ except ImportError:  # built for another Python version
 
 class Door(NamedTuple):
     """Fast path of one operator. call takes the arguments of the schema by position or name, and
-    returns a tuple, or NotImplemented for anything but ordinary tensors. plain takes all of them as
-    one tuple, and the number of results to compute. It also returns NotImplemented for float64,
-    which the reference runs, if an environment variable selects a backend or requests checks, and
-    if torch would do more than run the call; None if torch would record a gradient.
+    returns the results as torch.ops does, or NotImplemented for anything but ordinary tensors.
+    plain takes the first arguments as a tuple, others by name as a dict, the number of results to
+    compute, and a function; it returns a tuple. It also returns NotImplemented for float64, which
+    the reference runs, for a value of another kind, if an environment variable selects a backend or
+    requests checks, and if torch would do more than run the call. If torch would only record a
+    gradient, it returns the results of function(call, names of tensors, other arguments by name,
+    *tensors), or None without a function.
     """
 
     call: Callable[..., Any]
-    plain: Callable[[tuple[Any, ...], int], Any]
+    plain: Callable[[tuple[Any, ...], dict[str, Any], int, Callable[..., Any] | None], Any]
 
 
 def functions(library: Path) -> dict[str, Door]:

@@ -65,9 +65,10 @@ class TorchOp:
 
     check_values raises for bad values inside tensors, which costs a synchronisation on a GPU. fake
     returns the outputs without data. triton is the "module:function" of the Triton
-    implementation inside tokenmill.triton_kernels. backward and setup_context are as in
-    torch.library.register_autograd, with torch.ops.<namespace> before the context. A call of an
-    operator without backward has constant results, unless it refuses_gradients; an operator that
+    implementation inside tokenmill.triton_kernels. setup_context is as in
+    torch.library.register_autograd, with the arguments by name, and so is backward, with
+    torch.ops.<namespace> before the context; it returns gradients by name. A call of an operator
+    without backward has constant results, unless it refuses_gradients; an operator that
     writes into an argument always does. autocast declares what torch.autocast casts.
     """
 
@@ -81,9 +82,8 @@ class TorchOp:
     autocast: Autocast | None = None
     arguments: tuple[str, ...] = field(init=False)  # argument names of the schema
     positional: int = field(init=False)  # number of arguments that may be positional
-    # defaults of the arguments, None where there is none
-    defaults: tuple[Any, ...] = field(init=False)
-    by_default: dict[str, Any] = field(init=False, compare=False, repr=False)  # the same by name
+    # by name, in the order of the schema; None where there is none
+    defaults: dict[str, Any] = field(init=False, compare=False, repr=False)
     written: tuple[str, ...] = field(init=False)  # arguments that a call writes into
     kinds: tuple[str, ...] = field(init=False)  # "Tensor", "int", "float", "bool" or "str"
     tensors: frozenset[str] = field(init=False)  # arguments that must be tensors
@@ -93,9 +93,7 @@ class TorchOp:
     # The next two are created here: a graph traced by Dynamo cannot create them.
     record: Any = field(init=False, compare=False, repr=False)  # the arguments as a named tuple
     # The operator's fast path in module _C for plain calls (door.Door); None without one.
-    short: Callable[[tuple[Any, ...], int], Any] | None = field(
-        init=False, compare=False, repr=False
-    )
+    short: Callable[..., Any] | None = field(init=False, compare=False, repr=False)
 
     @property
     def qualname(self) -> str:
@@ -126,8 +124,7 @@ class TorchOp:
         written = tuple(a.name for a in schema if a.alias_info and a.alias_info.is_write)
         object.__setattr__(self, "arguments", tuple(a.name for a in schema))
         object.__setattr__(self, "positional", sum(not a.kwarg_only for a in schema))
-        object.__setattr__(self, "defaults", tuple(a.default_value for a in schema))
-        object.__setattr__(self, "by_default", {a.name: a.default_value for a in schema})
+        object.__setattr__(self, "defaults", {a.name: a.default_value for a in schema})
         object.__setattr__(self, "written", written)
         kinds = tuple(str(a.type).removeprefix("Optional[").removesuffix("]") for a in schema)
         object.__setattr__(self, "kinds", kinds)
@@ -164,17 +161,24 @@ class TorchOp:
         """All arguments by name, in the order of the schema: the given ones, whose kinds it checks,
         and defaults. Errors name op, or the operator itself.
         """
-        fields, exact = self.by_default.copy(), self.exact
+        return self.defaults | self.of_kind(given, op)
+
+    def of_kind(self, given: dict[str, Any], op: str | None = None) -> dict[str, Any]:
+        """The given arguments, converted to the kinds of the schema."""
+        exact = self.exact
         for name, value in given.items():
             kind = type(value)
             if kind is not exact[name] or (kind is torch.Tensor and value.layout is not _STRIDED):
-                value = self._as_kind(op or self.name, name, value)
-            fields[name] = value
-        return fields
+                given[name] = self._as_kind(op or self.name, name, value)
+        return given
 
     def lower(self, *args: Any, **given: Any) -> tuple[Any, ...]:
         """All arguments of a call, in the order of the schema; checks the kinds of given ones."""
-        return tuple(self.fields(**dict(zip(self.arguments, args, strict=False)), **given).values())
+        return tuple(self.fields(**self.named(args, given)).values())
+
+    def named(self, values: Sequence[Any], given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name: values are the first ones of the schema."""
+        return {**dict(zip(self.arguments, values, strict=False)), **given}
 
     def _as_kind(self, op: str, name: str, value: Any) -> Any:
         kind, optional = self.kinds[self.arguments.index(name)], name in self.optional
@@ -196,27 +200,15 @@ class TorchOp:
         """All arguments of a torch.ops call, in the order of the schema; a scale of None becomes
         the default for the head_dim.
         """
-        values = [*args, *self.defaults[len(args) :]]
-        for name, value in kwargs.items():
-            values[self.arguments.index(name)] = value
-        if "scale" in self.arguments:
-            q, at = values[self.arguments.index("q")], self.arguments.index("scale")
-            if values[at] is None and isinstance(q, torch.Tensor):
-                values[at] = scale_or_default(self.name, None, q)
-        return tuple(values)
+        fields = self.defaults | self.named(args, kwargs)
+        if "scale" in fields and fields["scale"] is None and isinstance(fields["q"], torch.Tensor):
+            fields["scale"] = scale_or_default(self.name, None, fields["q"])
+        return tuple(fields.values())
 
     def call(self, run: Callable[..., Any], values: Sequence[Any], *before: Any) -> Any:
         """run(*before, ...) with all arguments of a call, passed as torch.ops takes them."""
         named = dict(zip(self.arguments[self.positional :], values[self.positional :], strict=True))
         return run(*before, *values[: self.positional], **named)
-
-    def needed_gradients(self, ctx: Any) -> dict[str, bool]:
-        """The arguments for which the backward must return a gradient, by name."""
-        return dict(zip(self.arguments, ctx.needs_input_grad, strict=False))
-
-    def gradients(self, **of: Any) -> tuple[Any, ...]:
-        """The return value of the operator's backward: the gradients given by name, else None."""
-        return tuple(of.get(name) for name in self.arguments)
 
     def run(self, namespace: str, values: Sequence[Any]) -> Any:
         """torch.ops.<namespace>.<name> with all arguments of a call."""
@@ -239,12 +231,9 @@ class TorchOp:
         return found and found.call
 
     def run_direct(self, namespace: str, values: Sequence[Any]) -> Any:
-        """The results of a call without the dispatcher, in torch.ops form, or NotImplemented."""
+        """The results of a call without the dispatcher, or NotImplemented."""
         run = self.direct(namespace)
-        results = run(*values) if run and door.is_open() else NotImplemented
-        if results is NotImplemented or len(results) > 1:
-            return results
-        return results[0] if results else None
+        return run(*values) if run and door.is_open() else NotImplemented
 
     def cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments of a call after autocast."""

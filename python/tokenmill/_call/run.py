@@ -10,7 +10,7 @@ import torch
 
 from .._check import synchronising_checks
 from . import autocast, choose, library
-from .autograd import below_autograd, note_writes, recorded, refuse_gradient, transformed
+from .autograd import below_autograd, note_writes, record, recorders, refuse_gradient, transformed
 from .door import compiling
 from .operator import TorchOp
 from .sharded import sharding_of
@@ -18,39 +18,48 @@ from .spec import OpSpec
 from .strides import strided, with_rows
 
 ALL_RESULTS = 99
+_recorders = recorders[library.NAMESPACE]
 
 
 def call(
     spec: OpSpec,
-    lowered: tuple[Any, ...],
-    backend: str | None,
+    values: tuple[Any, ...],
+    given: dict[str, Any] | None = None,
+    backend: str | None = None,
     out: torch.Tensor | None = None,
     used: int = ALL_RESULTS,
 ) -> tuple[Any, ...]:
-    """Runs the lowered call on its backend; the first result is written into out. used: number of
-    results that the caller uses; a plain call computes no others.
+    """Runs a call of a public function on its backend; the first result is written into out.
+    values: the first arguments; given: the keywords that the call names, but for out and backend,
+    or None if values are lowered. used: number of results that the caller uses; a plain call
+    computes no others.
     """
     if backend is None and out is None and choose.asked is None and not compiling():
+        if given is not None and (spec.sugar is None or not spec.sugar.isdisjoint(given)):
+            values, given = spec.lower(*values, **given), None
         op = spec.forward
+        named = {} if given is None else given
         try:
-            results = op.short(lowered, used) if op.short else NotImplemented
+            recorder = _recorders.get(op.name)
+            results = op.short(values, named, used, recorder) if op.short else NotImplemented
             if results is None:
-                results = _call_and_record(op, lowered)
+                results = NotImplemented
             elif op.written and results is not NotImplemented:
-                note_writes(op, lowered)
+                note_writes(op, op.named(values, named))
         # reading strides costs as much as a check, so they are only read after a refusal
         except RuntimeError:
-            if not strided(spec, lowered):
+            if not strided(spec, op.named(values, named)):
                 raise
             results = NotImplemented
         if results is not NotImplemented:
             return results
+    lowered = values if given is None else spec.lower(*values, **given)
     lowered = with_rows(spec, lowered, torch.Tensor.contiguous)
     if autocast.enabled() and (device := autocast.device_of(lowered)):
         if out is None:
             lowered = spec.forward.cast(lowered)
         with torch.autocast(device, enabled=False):
-            return call(spec, lowered, backend, out)
+            return call(spec, lowered, None, backend, out)
     chosen = choose.choose(spec, lowered, backend)
     if chosen == "reference" and choose.wanted(backend) is None and not compiling():
         _warn_of_missing_kernel(spec, lowered)
@@ -74,23 +83,25 @@ def call(
             with _mode_of_reference(spec, checked, arguments):
                 return _results(sharding.run_reference(spec, lowered, checked, arguments), out)
         checked.check(*arguments, float64=True)
-        record = spec.forward.record(*lowered)
-        spec.forward.check_values(record)
+        a = spec.forward.record(*lowered)
+        spec.forward.check_values(a)
         with _mode_of_reference(spec, checked, arguments):
-            return _results(spec.reference(record), out)
+            return _results(spec.reference(a), out)
     if chosen != "cpu" and synchronising_checks() and not sharding:
         checked.check(*arguments)
         spec.forward.check_values(spec.forward.record(*lowered))
     if out is not None and not _has_out(spec, chosen):
         checked.check(*arguments)
-        return _results(call(spec, lowered, chosen), out)
+        return _results(call(spec, lowered, None, chosen), out)
     if torch.compiler.is_compiling() or transformed():
         return _results(checked.run(choose.namespace(chosen), arguments), None, out)
     # The dispatcher's autograd costs 10 us per call, as much as the rest of the dispatch.
-    if autograd and (apply := recorded(checked, choose.namespace(chosen))):
-        return _results(apply(*arguments, None), None, out)
+    if autograd:
+        results = record(checked, choose.namespace(chosen), checked.named(arguments, {}))
+        if results is not NotImplemented:
+            return _results(results, None, out)
     results = below_autograd(checked, choose.namespace(chosen), arguments)
-    note_writes(checked, arguments)
+    note_writes(checked, checked.named(arguments, {}))
     return _results(results, None, out)
 
 
@@ -110,14 +121,6 @@ def _warn_of_missing_kernel(spec: OpSpec, lowered: tuple[Any, ...]) -> None:
             "without TOKENMILL_OPS has every kernel)",
             stacklevel=4,
         )
-
-
-def _call_and_record(op: TorchOp, values: tuple[Any, ...]) -> Any:
-    """The results of a plain, differentiable call on the CPU; NotImplemented for any other call."""
-    apply = recorded(op, library.NAMESPACE)
-    if apply is None or not values[0].is_cpu or values[0].dtype is torch.float64:
-        return NotImplemented
-    return _results(apply(*values, None), None)
 
 
 def _mode_of_reference(

@@ -64,7 +64,8 @@ class OpSpec:
     """One public operator.
 
     lower maps the arguments of the public function to the arguments of the schema, in its order; by
-    default they are the same.
+    default they are the same. sugar names the keywords that it converts, None if it converts more
+    than these: it only checks a call without them.
     All other callables take the record of the call: these arguments by name.
     differentiable names the arguments with a gradient. out, if any, is the operator that writes the
     first result into its last argument; lower_out(out, record) is this argument in the form of the
@@ -101,6 +102,7 @@ class OpSpec:
     flops: Callable[[Any], float]
     backward_flops: Callable[[Any], float] | None = None
     lower: Callable[..., tuple[Any, ...]] = None  # type: ignore[assignment]
+    sugar: frozenset[str] | None = None
     out: TorchOp | None = None
     over_cache: str | None = None
     lower_out: Callable[[Any, Any], torch.Tensor] = field(default=lambda out, record: out)
@@ -115,6 +117,7 @@ class OpSpec:
         object.__setattr__(self, "written", self.written or self.forward.written)
         if self.lower is None:
             object.__setattr__(self, "lower", self.forward.lower)
+            object.__setattr__(self, "sugar", frozenset())
 
     def record(self, *args: Any, **kwargs: Any) -> Any:
         """The record of a call of the public function."""

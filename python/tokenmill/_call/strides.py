@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,18 +13,15 @@ from .spec import OpSpec
 JAGGED = "must be nested with layout=torch.jagged, or packed with cu_seqlens"
 
 
-def strided(spec: OpSpec, lowered: tuple[Any, ...]) -> dict[str, int]:
-    """The arguments that a call copies because their last dimension is not contiguous, with their
-    indices in the lowered list.
-    """
-    found = {}
+def strided(spec: OpSpec, given: Mapping[str, Any]) -> list[str]:
+    """The arguments that a call copies because their last dimension is not contiguous."""
+    found = []
     for name in spec.copied:
-        at = spec.forward.arguments.index(name)
-        t = lowered[at]
+        t = given[name]
         if t.is_nested:
             fail(spec.name, name, f"{JAGGED}; layout", t.layout)
         if t.dim() > 0 and not t.is_contiguous() and t.stride(-1) != 1:
-            found[name] = at
+            found.append(name)
     return found
 
 
@@ -32,10 +29,11 @@ def with_rows(
     spec: OpSpec, lowered: tuple[Any, ...], copy: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[Any, ...]:
     """The lowered call with copies of the arguments that need them."""
-    places = [*strided(spec, lowered).values()]
-    if not places:
+    given = spec.forward.named(lowered, {})
+    copied = strided(spec, given)
+    if not copied:
         return lowered
-    return tuple(copy(t) if at in places else t for at, t in enumerate(lowered))
+    return tuple(copy(t) if name in copied else t for name, t in given.items())
 
 
 def empty_like(t: torch.Tensor) -> torch.Tensor:

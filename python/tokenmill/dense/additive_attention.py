@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._call.attach import register
 from .._call.autocast import Autocast
-from .._call.autograd import keep, kept
+from .._call.autograd import Gradients, keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import check, check_device_of, check_dtype_of, check_tensor
@@ -75,7 +75,7 @@ def additive_attention(
         rule = f"must have shape [{k.shape[0]}, {k.shape[1]}, C]"
         ok = values.dim() == 3 and values.shape[:2] == k.shape[:2]
         check(ok, OP, "values", rule, values.shape)
-    (scores,) = call(SPEC, lowered, backend)
+    (scores,) = call(SPEC, lowered, None, backend)
     if values is None:
         return scores.to(q.dtype)
     if mask is not None:  # the whole row is -inf
@@ -117,7 +117,7 @@ def pointer_argmax(
     lowered = _lower(POINTER, q, k, v_weight, mask)
     FORWARD.check(*lowered, float64=True, op=POINTER)
     with torch.no_grad():
-        (scores,) = call(SPEC, lowered, backend)
+        (scores,) = call(SPEC, lowered, None, backend)
         if k.shape[1] == 0:
             return torch.full(q.shape[:2], -1, device=q.device)
         scores = scores.masked_fill(scores.isnan(), -torch.inf)
@@ -159,17 +159,17 @@ def _fake_backward(a: Any) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in (a.q, a.k, a.v_weight))
 
 
-def _setup_context(ctx: Any, a: Any, output: Tensor) -> None:
+def _setup_context(ctx: Any, a: dict[str, Any], output: Tensor) -> None:
     keep(ctx, a)
 
 
-def _backward(ops: Any, ctx: Any, dscores: Tensor | None) -> tuple[Any, ...]:
+def _backward(ops: Any, ctx: Any, dscores: Tensor | None) -> Gradients:
     if dscores is None:
-        return FORWARD.gradients()
+        return {}
     a, _ = kept(ctx)
     dscores = dscores if _is_whole(dscores) else dscores.contiguous()
     dq, dk, dv_weight = ops.additive_attention_backward(dscores, *a)
-    return FORWARD.gradients(q=dq, k=dk, v_weight=dv_weight)
+    return {"q": dq, "k": dk, "v_weight": dv_weight}
 
 
 def _tangents(a: Any) -> float:

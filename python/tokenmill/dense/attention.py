@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from .. import masks
 from .._call.attach import register
 from .._call.autocast import Autocast
-from .._call.autograd import keep, kept
+from .._call.autograd import Gradients, keep, kept, needed_gradients
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
@@ -46,23 +46,23 @@ from .terms import (
 )
 
 OP = "attention"
-OF_CACHE = ("seqlens_k", "block_table", "k_scale", "v_scale")
+OF_CACHE = frozenset({"seqlens_k", "block_table", "k_scale", "v_scale"})
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | tuple[Tensor, ...]:
     if type(q) is not Tensor and is_nested(q):
         return over_nested(attention, q, k, v, given)
     if not given:
-        return call(SPEC, lower(q, k, v), None, used=1)[0]
+        return call(SPEC, (q, k, v), given, used=1)[0]
     out, backend = take_options(attention, given)
-    if given.get("seqlens_k") is not None or given.get("block_table") is not None:
-        return _over_cache(q, k, v, out=out, backend=backend, **given)
-    for name in OF_CACHE:
-        if (value := given.pop(name, None)) is not None:
-            fail(OP, name, "requires a cache (seqlens_k)", value)
-    lowered = lower(q, k, v, **given)
-    used = 2 if given.get("return_lse") else 1
-    results = call(SPEC, lowered, backend, out, used=used)
+    if not OF_CACHE.isdisjoint(given):
+        if given.get("seqlens_k") is not None or given.get("block_table") is not None:
+            return _over_cache(q, k, v, out=out, backend=backend, **given)
+        for name in sorted(OF_CACHE & given.keys()):
+            if (value := given.pop(name, None)) is not None:
+                fail(OP, name, "requires a cache (seqlens_k)", value)
+    used = 2 if given.get("return_lse") is True else 1
+    results = call(SPEC, (q, k, v), given, backend, out, used=used)
     return results[:2] if used == 2 else results[0]
 
 
@@ -369,12 +369,12 @@ def _fake_backward(a: Any) -> tuple[Tensor, ...]:
     return (*(t.new_empty(t.shape) for t in (a.q, a.k, a.v)), *map(grad, EXTRAS))
 
 
-def _setup_context(ctx: Any, a: Any, output: tuple[Tensor, Tensor]) -> None:
-    out, lse = output if has_row_statistic(a.kind, a.normalize) else (None, None)
-    keep(ctx, a, None if a.normalize == "count" else out, lse)
+def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Tensor, Tensor]) -> None:
+    out, lse = output if has_row_statistic(a["kind"], a["normalize"]) else (None, None)
+    keep(ctx, a, None if a["normalize"] == "count" else out, lse)
 
 
-def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
     a, (out, lse) = kept(ctx)
     if dout is None:
         dout = a.q.new_zeros((*a.q.shape[:-1], a.v.shape[-1]))
@@ -382,7 +382,7 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
         dout = dout.contiguous()
     if dlse is not None:
         dlse = None if out is None else dlse.contiguous()  # the count has no gradient
-    needed = FORWARD.needed_gradients(ctx)
+    needed = needed_gradients(ctx)
     needs = [needed[name] for name in EXTRAS]
     dq, dk, dv, *grads = ops.attention_backward(dout, dlse, out, lse, *needs, *a)
     extra = {
@@ -390,7 +390,7 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
         for name, grad in zip(EXTRAS, grads, strict=True)
         if needed[name]
     }
-    return FORWARD.gradients(q=dq, k=dk, v=dv, **extra)
+    return dict(q=dq, k=dk, v=dv, **extra)
 
 
 def flops(a: Any) -> float:
@@ -435,6 +435,21 @@ SPEC = register_op(
         family="dense",
         function=attention,
         lower=lower,
+        sugar=frozenset(
+            {
+                "normalize",
+                "score_bias",
+                "bias",
+                "mask",
+                "alibi_grid",
+                "window",
+                "post_decay",
+                "return_lse",
+                "alibi_slopes",
+                "sink",
+                "cu_seqlens_q",
+            }
+        ),
         reference=reference.attention,
         plain=functools.partial(reference.attention, upcast=False),
         forward=FORWARD,

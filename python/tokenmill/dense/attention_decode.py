@@ -47,9 +47,8 @@ def _attend(
 ) -> Tensor | tuple[Tensor, ...]:
     out, backend = take_options(attention_decode, given)
     given.setdefault("seqlens_k", REQUIRED)
-    lowered = lower(q, k_cache, v_cache, **given)
-    used = 2 if given.get("return_lse") else 1
-    results = call(SPEC, lowered, backend, out, used=used)
+    used = 2 if given.get("return_lse") is True else 1
+    results = call(SPEC, (q, k_cache, v_cache), given, backend, out, used=used)
     return results[:2] if used == 2 else results[0]
 
 
@@ -310,6 +309,9 @@ SPEC = register_op(
         family="dense",
         function=attention_decode,
         lower=lower,
+        sugar=frozenset(
+            {"normalize", "score_bias", "mask", "window", "return_lse", "alibi_slopes", "sink"}
+        ),
         reference=reference.attention_decode,
         plain=functools.partial(reference.attention_decode, upcast=False),
         forward=FORWARD,

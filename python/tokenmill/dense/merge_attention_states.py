@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._call.attach import register
-from .._call.autograd import keep, kept
+from .._call.autograd import Gradients, keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
 from ..reference.dense import merge_attention_states as reference
@@ -59,7 +59,7 @@ def merge_attention_states(
         >>> torch.allclose(out, tm.attention(q, k, v), atol=1e-5)
         True
     """
-    out, lse = call(SPEC, FORWARD.lower(outs, lses), backend)
+    out, lse = call(SPEC, (outs, lses), {}, backend)
     return out, lse
 
 
@@ -73,11 +73,11 @@ def _fake_backward(a: Any) -> tuple[Tensor, Tensor]:
     return a.outs.new_empty(a.outs.shape), a.outs.new_empty(lses_shape, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, a: Any, output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Tensor, Tensor]) -> None:
     keep(ctx, a)
 
 
-def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
     a, _ = kept(ctx)
     if dout is None:
         dout = a.outs.new_zeros(a.outs.shape[1:])
@@ -86,7 +86,7 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
     if dlse is not None:
         dlse = dlse.contiguous() if a.lses is not None else None
     douts, dlses = ops.merge_attention_states_backward(dout, dlse, *a)
-    return FORWARD.gradients(outs=douts, lses=dlses if a.lses is not None else None)
+    return {"outs": douts, "lses": dlses if a.lses is not None else None}
 
 
 FORWARD = register(

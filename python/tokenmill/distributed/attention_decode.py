@@ -204,6 +204,6 @@ def _on_this_rank(
         ]
         options["mask"] = masks.ranges(*spans)
     lowered = lower(fold(q)[:, None], k_cache, v_cache, seqlens_k=here, **options)
-    out, statistic = run(SPEC, lowered, backend)
+    out, statistic = run(SPEC, lowered, None, backend)
     out = out[:, 0].unflatten(1, (*split, rows)).movedim(3, 1).flatten(2, 3)
     return out, statistic[..., 0].unflatten(1, (heads, rows)) if statistic.dim() == 3 else statistic

@@ -117,7 +117,7 @@ def block_sparse_attention(
     call = SPEC.forward.record(*lowered)
     if ranks.size > 1 and where.length > 0 and q.shape[0] * q.shape[2] > 0:
         call = _on_this_rank(call, ranks, where)
-    out, lse, _ = run(SPEC, tuple(call), backend)
+    out, lse, _ = run(SPEC, tuple(call), None, backend)
     return (out, lse) if return_lse else out
 
 

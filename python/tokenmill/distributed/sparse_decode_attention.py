@@ -134,7 +134,7 @@ def sparse_decode_attention(
     call = SPEC.forward.record(*lowered)
     ranks, where = _prepare(call, mesh, group, sizes, backend)
     if ranks.size == 1 or where.length == 0:
-        out, lse, mass = run(SPEC, lowered, backend)
+        out, lse, mass = run(SPEC, lowered, None, backend)
         return (out, lse, mass) if return_mass else (out, lse)
     return _on_all_ranks(call, ranks, where, backend)
 
@@ -196,7 +196,9 @@ def _on_all_ranks(
     if own.size > 0 and call.q.numel() > 0:
         call = _keys_of_this_rank(call, own, where.length)
         part, of_part, mass = (
-            _each_query(call, backend) if call.return_mass else run(SPEC, tuple(call), backend)
+            _each_query(call, backend)
+            if call.return_mass
+            else run(SPEC, tuple(call), None, backend)
         )
     else:
         batch, rows, heads = call.q.shape[:3]
@@ -333,6 +335,6 @@ def _each_query(call: Any, backend: str | None) -> tuple[Tensor, Tensor, Tensor]
     for i in range(rows):
         lengths = (call.seqlens_k - (rows - 1 - i)).clamp(min=0)
         alone = call._replace(q=call.q[:, i : i + 1], seqlens_k=lengths)
-        parts.append(run(SPEC, tuple(alone), backend))
+        parts.append(run(SPEC, tuple(alone), None, backend))
     outs, lses, masses = zip(*parts, strict=True)
     return torch.cat(outs, 1), torch.cat(lses, 2), torch.stack(masses)

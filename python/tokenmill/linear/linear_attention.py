@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from .._call.attach import register
 from .._call.autocast import Autocast
-from .._call.autograd import keep, kept
+from .._call.autograd import Gradients, keep, kept, needed_gradients
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
@@ -55,7 +55,7 @@ class LinearOptions(LightningOptions, total=False):
 
 def _run(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | tuple[Tensor, ...]:
     out, backend = take_options(linear_attention, given)
-    results = call(SPEC, lower(q, k, v, **given), backend, out)
+    results = call(SPEC, (q, k, v), given, backend, out)
     return results[:2] if given.get("return_final_state") else results[0]
 
 
@@ -307,21 +307,21 @@ def _fake_backward(a: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _setup_context(ctx: Any, a: Any, output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Tensor, ...]) -> None:
     out, _, normalizer = output
     ctx.mark_non_differentiable(normalizer)
-    keep(ctx, a, *((out, normalizer) if a.normalize else (None, None)))
+    keep(ctx, a, *((out, normalizer) if a["normalize"] else (None, None)))
 
 
 def _backward(
     ops: Any, ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, _: Tensor | None
-) -> tuple[Any, ...]:
+) -> Gradients:
     a, (out, normalizer) = kept(ctx)
     if dout is not None and dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
         dout = dout.contiguous()
     if dfinal_state is not None:
         dfinal_state = dfinal_state.contiguous() if a.return_final_state else None
-    needed = FORWARD.needed_gradients(ctx)
+    needed = needed_gradients(ctx)
     needs = needed["log_decay"], needed["initial_state"]
     dq, dk, dv, dlog_decay, dinitial_state = ops.linear_attention_backward(
         dout, dfinal_state, out, normalizer, *needs, *a
@@ -331,7 +331,7 @@ def _backward(
         extra["log_decay"] = dlog_decay if a.log_decay.dim() > 1 else dlog_decay.sum(0)
     if needed["initial_state"]:
         extra["initial_state"] = dinitial_state
-    return FORWARD.gradients(q=dq, k=dk, v=dv, **extra)
+    return dict(q=dq, k=dk, v=dv, **extra)
 
 
 def flops(a: Any) -> float:
@@ -365,6 +365,7 @@ SPEC = register_op(
         family="linear",
         function=linear_attention,
         lower=lower,
+        sugar=frozenset({"log_decay", "initial_state"}),
         reference=reference.linear_attention,
         plain=functools.partial(reference.linear_attention_quadratic, upcast=False),
         forward=FORWARD,

@@ -22,7 +22,7 @@ OP = "linear_attention_decode"
 
 def _run(q: Tensor, k: Tensor, v: Tensor, state: Tensor, **given: Any) -> Tensor:
     _, backend = take_options(linear_attention_decode, given)
-    out: Tensor = call(SPEC, lower(q, k, v, state, **given), backend)[0]
+    out: Tensor = call(SPEC, (q, k, v, state), given, backend)[0]
     return out
 
 
@@ -120,6 +120,7 @@ SPEC = register_op(
         family="linear",
         function=linear_attention_decode,
         lower=lower,
+        sugar=frozenset({"log_decay"}),
         reference=reference.linear_attention_decode,
         plain=reference.linear_attention_decode,
         forward=FORWARD,

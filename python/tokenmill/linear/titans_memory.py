@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from .._call.attach import register
 from .._call.autocast import Autocast
-from .._call.autograd import keep, kept
+from .._call.autograd import Gradients, keep, kept, needed_gradients
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
@@ -49,7 +49,7 @@ def _run(
 ) -> Tensor | tuple[Tensor, State]:
     _, backend = take_options(titans_memory, given)
     lowered = lower(q, k, v, alpha=alpha, eta=eta, theta=theta, **given)
-    out, memory, momentum = call(SPEC, lowered, backend)
+    out, memory, momentum = call(SPEC, lowered, None, backend)
     return (out, (memory, momentum)) if given.get("return_final_state") else out
 
 
@@ -229,13 +229,13 @@ def _fake_backward(a: Any) -> tuple[Tensor, ...]:
     return (*(t.new_empty(t.shape) for t in inputs), *states)
 
 
-def _setup_context(ctx: Any, a: Any, output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Tensor, ...]) -> None:
     keep(ctx, a)
 
 
 def _backward(
     ops: Any, ctx: Any, dout: Tensor | None, dmemory: Tensor | None, dmomentum: Tensor | None
-) -> tuple[Any, ...]:
+) -> Gradients:
     a, _ = kept(ctx)
     if dout is not None and dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
         dout = dout.contiguous()
@@ -243,7 +243,7 @@ def _backward(
         t.contiguous() if t is not None and a.return_final_state else None
         for t in (dmemory, dmomentum)
     ]
-    needed = FORWARD.needed_gradients(ctx)
+    needed = needed_gradients(ctx)
     of_state = needed["initial_memory"] or needed["initial_momentum"]
     *found, memory, momentum = ops.titans_memory_backward(dout, *dstates, of_state, *a)
     names = ("q", "k", "v", "alpha", "eta", "theta")
@@ -252,7 +252,7 @@ def _backward(
         extra["initial_memory"] = memory
     if needed["initial_momentum"]:
         extra["initial_momentum"] = momentum
-    return FORWARD.gradients(**dict(zip(names, found, strict=True)), **extra)
+    return dict(zip(names, found, strict=True)) | extra
 
 
 def _unsupported(backend: str, a: Any) -> list[str]:

@@ -30,7 +30,9 @@ OP = "attention_column_scores"
 
 def _run(q: Tensor, k: Tensor, lse: Tensor | None = None, **given: Any) -> Tensor:
     _, backend = take_options(attention_column_scores, given)
-    scores: Tensor = call(SPEC, lower(q, k, lse, **given), backend)[0]
+    if lse is not None:
+        given["lse"] = lse
+    scores: Tensor = call(SPEC, (q, k), given, backend)[0]
     return scores
 
 
@@ -165,6 +167,7 @@ SPEC = register_op(
         family="select",
         function=attention_column_scores,
         lower=lower,
+        sugar=frozenset({"lse", "gumbel_tau", "seed"}),
         reference=reference.attention_column_scores,
         plain=functools.partial(reference.attention_column_scores, upcast=False),
         forward=FORWARD,

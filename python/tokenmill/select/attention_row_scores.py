@@ -27,7 +27,7 @@ Reduce = Literal["none", "sum", "mean", "max", "argmax"]
 
 def _run(q_rows: Tensor, k: Tensor, **given: Any) -> Tensor:
     _, backend = take_options(attention_row_scores, given)
-    scores: Tensor = call(SPEC, lower(q_rows, k, **given), backend)[0]
+    scores: Tensor = call(SPEC, (q_rows, k), given, backend)[0]
     return scores
 
 
@@ -130,6 +130,7 @@ SPEC = register_op(
         family="select",
         function=attention_row_scores,
         lower=lower,
+        sugar=frozenset({"lse"}),
         reference=reference.attention_row_scores,
         plain=functools.partial(reference.attention_row_scores, upcast=False),
         forward=FORWARD,

@@ -74,7 +74,7 @@ def block_pool_keys(
         [[0.0, 1.0], [2.0, 3.0], [4.0, 4.0]]
     """
     lowered = lower(k, block, mode=mode, lengths=lengths, block_table=block_table)
-    return call(SPEC, lowered, backend)[0]
+    return call(SPEC, lowered, None, backend)[0]
 
 
 def block_pool_keys_update(
@@ -128,7 +128,7 @@ def block_pool_keys_update(
     lowered = lower_update(
         k, pooled, block, start=start, mode=mode, lengths=lengths, block_table=block_table
     )
-    call(UPDATE_SPEC, lowered, backend)
+    call(UPDATE_SPEC, lowered, None, backend)
     return pooled
 
 

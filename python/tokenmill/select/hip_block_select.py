@@ -36,7 +36,7 @@ HeadReduce = Literal["none", "group_max"]
 
 def _run(q: Tensor, k: Tensor, **given: Any) -> tuple[Tensor, ...]:
     _, backend = take_options(hip_block_select, given)
-    return call(SPEC, lower(q, k, **given), backend)
+    return call(SPEC, (q, k), given, backend)
 
 
 @answered_by(_run)
@@ -239,6 +239,7 @@ SPEC = register_op(
         family="select",
         function=hip_block_select,
         lower=lower,
+        sugar=frozenset({"start", "cu_seqlens_q"}),
         reference=reference.hip_block_select,
         plain=reference.hip_block_select,
         forward=FORWARD,

@@ -30,9 +30,8 @@ OP = "indexer_topk_select"
 
 def _run(q: Tensor, k: Tensor, weights: Tensor, topk: int, **given: Any) -> tuple[Tensor, ...]:
     _, backend = take_options(indexer_topk_select, given)
-    lowered = lower(q, k, weights, topk, **given)
-    used = 3 if given.get("return_values") else 2
-    return call(SPEC, lowered, backend, used=used)[:used]
+    used = 3 if given.get("return_values") is True else 2
+    return call(SPEC, (q, k, weights, topk), given, backend, used=used)[:used]
 
 
 @answered_by(_run)
@@ -195,6 +194,7 @@ SPEC = register_op(
         family="select",
         function=indexer_topk_select,
         lower=lower,
+        sugar=frozenset({"cu_seqlens_q"}),
         reference=reference.indexer_topk_select,
         plain=reference.indexer_topk_select,
         forward=FORWARD,

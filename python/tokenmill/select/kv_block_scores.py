@@ -26,7 +26,7 @@ OP = "kv_block_scores"
 
 def _run(q: Tensor, k: Tensor, **given: Any) -> Tensor:
     _, backend = take_options(kv_block_scores, given)
-    scores: Tensor = call(SPEC, lower(q, k, **given), backend)[0]
+    scores: Tensor = call(SPEC, (q, k), given, backend)[0]
     return scores
 
 
@@ -169,6 +169,7 @@ SPEC = register_op(
         family="select",
         function=kv_block_scores,
         lower=lower,
+        sugar=frozenset(),
         reference=reference.kv_block_scores,
         plain=functools.partial(reference.kv_block_scores, upcast=False),
         forward=FORWARD,

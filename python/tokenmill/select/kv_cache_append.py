@@ -34,7 +34,7 @@ def _run(
     **given: Any,
 ) -> Tensor | None:
     _, backend = take_options(kv_cache_append, given)
-    (turned,) = call(SPEC, lower(k_cache, v_cache, k, v, slots, **given), backend)
+    (turned,) = call(SPEC, (k_cache, v_cache, k, v, slots), given, backend)
     return None if given.get("q") is None else turned
 
 
@@ -188,6 +188,7 @@ SPEC = register_op(
         family="select",
         function=kv_cache_append,
         lower=lower,
+        sugar=frozenset({"rope", "k_scale", "v_scale"}),
         reference=reference.kv_cache_append,
         plain=functools.partial(reference.kv_cache_append, upcast=False),
         forward=FORWARD,

@@ -28,7 +28,7 @@ def _run(
     k_cache: Tensor, v_cache: Tensor, keep: Tensor, counts: Tensor, **given: Any
 ) -> Tensor | tuple[Tensor, ...]:
     _, backend = take_options(kv_cache_compact, given)
-    results = call(SPEC, lower(k_cache, v_cache, keep, counts, **given), backend)
+    results = call(SPEC, (k_cache, v_cache, keep, counts), given, backend)
     return results if given.get("compensation") else results[0]
 
 
@@ -190,6 +190,7 @@ SPEC = register_op(
         family="select",
         function=kv_cache_compact,
         lower=lower,
+        sugar=frozenset({"rerotate"}),
         reference=reference.kv_cache_compact,
         plain=functools.partial(reference.kv_cache_compact, upcast=False),
         forward=FORWARD,

@@ -50,7 +50,7 @@ def query_similarity_gate(
         >>> tm.query_similarity_gate(q, torch.tensor([3.0, 0.5]).expand(2, 1, 1, 2)).tolist()
         [True, False]
     """
-    return call(SPEC, FORWARD.lower(q, q_ref, threshold), backend)[0]
+    return call(SPEC, (q, q_ref, threshold), {}, backend)[0]
 
 
 FORWARD = register(

@@ -24,11 +24,10 @@ MAX_K = 65536
 
 def _run(scores: Tensor, k: int, **given: Any) -> tuple[Tensor, ...]:
     _, backend = take_options(topk_select, given)
-    lowered = FORWARD.lower(scores, k, **given)
-    used = 3 if given.get("return_values") else 2
+    used = 3 if given.get("return_values") is True else 2
     if given.get("block_table") is None:
-        return call(SPEC, lowered, backend, used=used)[:used]
-    *results, physical = call(SPEC, lowered, backend)
+        return call(SPEC, (scores, k), given, backend, used=used)[:used]
+    *results, physical = call(SPEC, (scores, k), given, backend)
     return (*results[:used], physical)
 
 

@@ -51,7 +51,7 @@ class BilevelRoutingOptions(TypedDict, total=False):
 def _run(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | tuple[Tensor, ...]:
     _, backend = take_options(bilevel_routing_attention, given)
     lowered = lower(q, k, v, **given)
-    out, lse = call(SPEC, lowered, backend)
+    out, lse = call(SPEC, lowered, None, backend)
     graph = (FORWARD.record(*lowered).indices,) if given.get("return_graph") else ()
     results = (out, *((lse,) if given.get("return_lse") else ()), *graph)
     return results if len(results) > 1 else out

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from .._call.attach import register
 from .._call.autocast import Autocast
-from .._call.autograd import keep, kept
+from .._call.autograd import Gradients, keep, kept, needed_gradients
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
@@ -71,10 +71,10 @@ def _run(
             if isinstance(t, Tensor) and t.requires_grad:
                 rule = f"must not require a gradient, there is none with {forward_only}"
                 fail(OP, name, rule, t.requires_grad)
-    lowered = lower(q, k, v, indices, counts, block_q=block_q, block_k=block_k, **given)
-    asked = (True, bool(given.get("return_lse")), bool(given.get("return_mass")))
+    given["block_q"], given["block_k"] = block_q, block_k
+    asked = (True, given.get("return_lse") is True, given.get("return_mass") is True)
     used = 3 if asked[2] else 2 if asked[1] else 1
-    results = call(SPEC, lowered, backend, out, used=used)
+    results = call(SPEC, (q, k, v, indices, counts), given, backend, out, used=used)
     wanted = tuple(r for r, keeps in zip(results, asked, strict=False) if keeps)
     return wanted if len(wanted) > 1 else wanted[0]
 
@@ -311,7 +311,7 @@ def _check_values(a: Any) -> None:
     check_block_table_values(OP, a.block_table, a.k, a.seqlens_k)
 
 
-def _setup_context(ctx: Any, a: Any, output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Tensor, ...]) -> None:
     out, lse, mass = output
     ctx.mark_non_differentiable(mass)
     keep(ctx, a, out, lse)
@@ -319,12 +319,12 @@ def _setup_context(ctx: Any, a: Any, output: tuple[Tensor, ...]) -> None:
 
 def _backward(
     ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None
-) -> tuple[Any, ...]:
+) -> Gradients:
     a, (out, lse) = kept(ctx)
     dout, dlse = cotangents(dout, dlse, out)
-    needs_dsink = FORWARD.needed_gradients(ctx)["sink"]
+    needs_dsink = needed_gradients(ctx)["sink"]
     dq, dk, dv, dsink = ops.block_sparse_attention_backward(dout, dlse, out, lse, needs_dsink, *a)
-    return FORWARD.gradients(q=dq, k=dk, v=dv, sink=dsink.sum(0) if needs_dsink else None)
+    return {"q": dq, "k": dk, "v": dv, "sink": dsink.sum(0) if needs_dsink else None}
 
 
 def flops(a: Any) -> float:
@@ -417,6 +417,7 @@ SPEC = register_op(
         family="sparse",
         function=block_sparse_attention,
         lower=lower,
+        sugar=frozenset({"return_lse", "cu_seqlens_q", "sink"}),
         reference=reference.block_sparse_attention,
         plain=functools.partial(reference.block_sparse_attention, upcast=False),
         forward=FORWARD,

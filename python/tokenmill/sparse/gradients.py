@@ -9,19 +9,19 @@ from torch import Tensor
 
 from .._call.attach import register
 from .._call.autocast import Autocast
-from .._call.autograd import keep, kept
+from .._call.autograd import Gradients, keep, kept
 from .._call.operator import TorchOp
 
 
 def register_pair(op: str, autocast: Autocast) -> tuple[TorchOp, TorchOp]:
     """Forward and backward of an operator (q, k, v, ...) -> (out, lse)."""
 
-    def backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    def backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
         a, (out, lse) = kept(ctx)
         dout, dlse = cotangents(dout, dlse, out)
         run = getattr(ops, f"{op}_backward")
         dq, dk, dv = run(dout, dlse, out, lse, *a)
-        return forward.gradients(q=dq, k=dk, v=dv)
+        return {"q": dq, "k": dk, "v": dv}
 
     forward = register(
         TorchOp(
@@ -56,7 +56,7 @@ def _fake_gradients(a: Any) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in (a.q, a.k, a.v))
 
 
-def _setup_context(ctx: Any, a: Any, output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Tensor, Tensor]) -> None:
     keep(ctx, a, *output)
 
 

@@ -98,8 +98,10 @@ def landmark_attention(
         >>> tm.landmark_attention(q, k, v, block=50).shape
         torch.Size([1, 200, 4, 32])
     """
-    lowered = lower(q, k, v, block=block, scale=scale, return_lse=return_lse)
-    out, lse = call(SPEC, lowered, backend)
+    given: dict[str, Any] = {"block": block, "scale": scale}
+    if return_lse is not False:
+        given["return_lse"] = return_lse
+    out, lse = call(SPEC, (q, k, v), given, backend)
     return (out, lse) if return_lse else out
 
 
@@ -130,6 +132,7 @@ SPEC = register_op(
         family="sparse",
         function=landmark_attention,
         lower=lower,
+        sugar=frozenset({"return_lse"}),
         reference=reference.landmark_attention,
         plain=functools.partial(reference.landmark_attention, upcast=False),
         forward=FORWARD,

@@ -59,7 +59,7 @@ def _run(
 ) -> tuple[Tensor, ...]:
     out, backend = take_options(sparse_decode_attention, given)
     given.setdefault("seqlens_k", REQUIRED)
-    results = call(SPEC, lower(q, k_cache, v_cache, indices, counts, **given), backend, out)
+    results = call(SPEC, (q, k_cache, v_cache, indices, counts), given, backend, out)
     return results if given.get("return_mass") else results[:2]
 
 
@@ -288,6 +288,7 @@ SPEC = register_op(
         family="sparse",
         function=sparse_decode_attention,
         lower=lower,
+        sugar=frozenset({"rope", "extra_log_count", "sink"}),
         reference=reference.sparse_decode_attention,
         plain=functools.partial(reference.sparse_decode_attention, upcast=False),
         forward=FORWARD,

@@ -49,7 +49,7 @@ def transpose_block_list(
         >>> offsets.tolist(), rows.tolist()
         ([[[0, 1, 1, 3]]], [[[0, 0, 1, -1]]])
     """
-    offsets, rows = call(SPEC, FORWARD.lower(indices, counts, num_blocks), backend)
+    offsets, rows = call(SPEC, (indices, counts, num_blocks), {}, backend)
     return offsets, rows
 
 

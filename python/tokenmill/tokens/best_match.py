@@ -61,7 +61,7 @@ def best_match(
         >>> index.shape, bool((score.abs() <= 1.00001).all())
         (torch.Size([2, 99]), True)
     """
-    index, score = call(SPEC, FORWARD.lower(a, b, normalize=normalize), backend)
+    index, score = call(SPEC, (a, b), {"normalize": normalize}, backend)
     return index, score
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._call.attach import register
-from .._call.autograd import keep, kept
+from .._call.autograd import Gradients, keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import as_int, check
@@ -78,7 +78,7 @@ def cluster_tokens(
         (torch.Size([1, 8, 8, 32]), torch.Size([1, 16, 16]), 256)
     """
     lowered = lower(x, grid, iters=iters, tau=tau, window=window, window_labels=window_labels)
-    centroids, labels, mass, _ = call(SPEC, lowered, backend)
+    centroids, labels, mass, _ = call(SPEC, lowered, None, backend)
     return centroids, labels, mass
 
 
@@ -101,7 +101,7 @@ def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _setup_context(ctx: Any, a: Any, output: tuple[Any, ...]) -> None:
+def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Any, ...]) -> None:
     _, labels, mass, previous = output
     ctx.mark_non_differentiable(labels, mass, previous)
     keep(ctx, a, mass, previous)
@@ -114,12 +114,12 @@ def _backward(
     dlabels: None,
     dmass: Tensor | None,
     dprevious: Tensor | None,
-) -> tuple[Any, ...]:
+) -> Gradients:
     a, (mass, previous) = kept(ctx)
     if dcentroids is None:
-        return FORWARD.gradients(x=a.x.new_zeros(a.x.shape))
+        return {"x": a.x.new_zeros(a.x.shape)}
     dx = ops.cluster_tokens_backward(dcentroids.contiguous(), mass, previous, *a)
-    return FORWARD.gradients(x=dx)
+    return {"x": dx}
 
 
 def _flops(a: Any) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._call.attach import register
-from .._call.autograd import keep, kept
+from .._call.autograd import Gradients, keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import check_tensor
@@ -78,7 +78,7 @@ def gather_fuse(
     """
     check_tensor(OP, "out", out, optional=True)
     lowered = lower(x, keep, rest, weight, prefix=prefix, normalize=normalize)
-    result: Tensor = call(SPEC, lowered, backend, out)[0]
+    result: Tensor = call(SPEC, lowered, None, backend, out)[0]
     return result
 
 
@@ -109,18 +109,18 @@ def _fake_backward(a: Any) -> tuple[Tensor, Tensor]:
     return a.x.new_empty(a.x.shape), a.x.new_empty(a.weight.shape, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, a: Any, output: tuple[Any, ...]) -> None:
+def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Any, ...]) -> None:
     _, weight_sum = output
     ctx.mark_non_differentiable(weight_sum)
     keep(ctx, a, *output)
 
 
-def _backward(ops: Any, ctx: Any, dout: Tensor | None, dweight_sum: None) -> tuple[Any, ...]:
+def _backward(ops: Any, ctx: Any, dout: Tensor | None, dweight_sum: None) -> Gradients:
     if dout is None:
-        return FORWARD.gradients()
+        return {}
     a, (out, weight_sum) = kept(ctx)
     dx, dweight = ops.gather_fuse_backward(contiguous_rows(dout), out, weight_sum, *a)
-    return FORWARD.gradients(x=dx, weight=dweight)
+    return {"x": dx, "weight": dweight}
 
 
 FORWARD = register(

@@ -8,6 +8,7 @@ from typing import Any, cast, overload
 from torch import Tensor
 
 from .._call.attach import register
+from .._call.autograd import Gradients
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import check, check_tensor, fail, show
@@ -99,9 +100,9 @@ def _gather(x: Tensor, indices: Tensor, out: Tensor | None, backend: str | None)
     if out is not None:
         wanted = (*indices.shape, *behind)
         check(out.shape == wanted, OP, "out", f"must have shape {show(wanted)}", out.shape)
-        call(SPEC, lowered, backend, lower_out(out, FORWARD.record(*lowered)))
+        call(SPEC, lowered, None, backend, lower_out(out, FORWARD.record(*lowered)))
         return out
-    rows: Tensor = call(SPEC, lowered, backend)[0]
+    rows: Tensor = call(SPEC, lowered, None, backend)[0]
     return rows if len(behind) == 1 else rows.unflatten(-1, behind) if behind else rows.squeeze(-1)
 
 
@@ -140,19 +141,19 @@ def _fake(a: Any) -> Tensor:
     return a.x.new_empty((*a.indices.shape, a.x.shape[2]))
 
 
-def _setup_context(ctx: Any, a: Any, output: Tensor) -> None:
-    ctx.save_for_backward(a.indices)
-    ctx.shape = a.x.shape
+def _setup_context(ctx: Any, a: dict[str, Any], output: Tensor) -> None:
+    ctx.save_for_backward(a["indices"])
+    ctx.shape = a["x"].shape
 
 
-def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+def _backward(ops: Any, ctx: Any, dout: Tensor) -> Gradients:
     (indices,) = ctx.saved_tensors
     batch, tokens, channels = ctx.shape
     dout = contiguous_rows(dout)
     if indices.dim() == 1:
         dx = sum_of_copies(ops, dout[None], indices[None], batch * tokens)
-        return FORWARD.gradients(x=dx.view(batch, tokens, channels))
-    return FORWARD.gradients(x=sum_of_copies(ops, dout, indices, tokens))
+        return {"x": dx.view(batch, tokens, channels)}
+    return {"x": sum_of_copies(ops, dout, indices, tokens)}
 
 
 def sum_of_copies(ops: Any, dout: Tensor, indices: Tensor, tokens: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .._call.attach import register
-from .._call.autograd import keep, kept
+from .._call.autograd import Gradients, keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import as_int, check, check_text
@@ -74,7 +74,7 @@ def local_pool(
         x, kernel, dilation=dilation, mode=mode, mask=mask, count_include_pad=count_include_pad,
         subtract_input=subtract_input,
     )  # fmt: skip
-    out: Tensor = call(SPEC, lowered, backend)[0]
+    out: Tensor = call(SPEC, lowered, None, backend)[0]
     return out.squeeze(1) if x.dim() == 3 else out
 
 
@@ -111,14 +111,14 @@ def _fake(a: Any) -> Tensor:
     return a.x.new_empty(a.x.shape)
 
 
-def _setup_context(ctx: Any, a: Any, output: Tensor) -> None:
+def _setup_context(ctx: Any, a: dict[str, Any], output: Tensor) -> None:
     keep(ctx, a)
     ctx.set_materialize_grads(True)  # an undefined gradient is 0
 
 
-def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+def _backward(ops: Any, ctx: Any, dout: Tensor) -> Gradients:
     a, _ = kept(ctx)
-    return FORWARD.gradients(x=ops.local_pool_backward(contiguous_rows(dout), *a))
+    return {"x": ops.local_pool_backward(contiguous_rows(dout), *a)}
 
 
 FORWARD = register(

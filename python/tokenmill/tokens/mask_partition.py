@@ -49,7 +49,7 @@ def mask_partition(
         >>> indices.tolist(), cu_seqlens.tolist(), inverse.tolist()
         ([0, 2, 5, -1], [0, 2, 3], [[0, -1, 1], [-1, -1, 2]])
     """
-    indices, cu_seqlens, inverse = call(SPEC, FORWARD.lower(mask, max_total=max_total), backend)
+    indices, cu_seqlens, inverse = call(SPEC, (mask,), {"max_total": max_total}, backend)
     return indices, cu_seqlens, inverse
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._call.attach import register
 from .._call.autocast import Autocast
-from .._call.autograd import keep, kept
+from .._call.autograd import Gradients, keep, kept
 from .._call.operator import TorchOp
 from .._call.run import call
 from ..reference.tokens import reconstruct_tokens as reference
@@ -75,7 +75,7 @@ def reconstruct_tokens(
         (torch.Size([1, 256, 32]), torch.Size([1, 256, 3]))
     """
     lowered = lower(features, centroids, values, k=k, tau=tau, norm=norm)
-    out, index, weight = call(SPEC, lowered, backend)
+    out, index, weight = call(SPEC, lowered, None, backend)
     return out, index, weight
 
 
@@ -98,7 +98,7 @@ def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _setup_context(ctx: Any, a: Any, output: tuple[Any, ...]) -> None:
+def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Any, ...]) -> None:
     _, index, weight = output
     ctx.mark_non_differentiable(index, weight)
     keep(ctx, a, index, weight)
@@ -106,12 +106,12 @@ def _setup_context(ctx: Any, a: Any, output: tuple[Any, ...]) -> None:
 
 def _backward(
     ops: Any, ctx: Any, dout: Tensor | None, dindex: None, dweight: Tensor | None
-) -> tuple[Any, ...]:
+) -> Gradients:
     a, (index, weight) = kept(ctx)
     if dout is None:
-        return FORWARD.gradients(values=a.values.new_zeros(a.values.shape))
+        return {"values": a.values.new_zeros(a.values.shape)}
     dvalues = ops.reconstruct_tokens_backward(contiguous_rows(dout), index, weight, *a)
-    return FORWARD.gradients(values=dvalues)
+    return {"values": dvalues}
 
 
 def _flops(a: Any) -> float:

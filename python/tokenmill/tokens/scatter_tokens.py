@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._call.attach import register
 from .._call.autocast import Autocast
+from .._call.autograd import Gradients, needed_gradients
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import as_int, check_tensor
@@ -59,7 +60,7 @@ def scatter_tokens(
         >>> tm.scatter_tokens(y, index, torch.full((1, 4, 1), 9.0)).flatten().tolist()
         [3.0, 9.0, 9.0, 1.0]
     """
-    out: Tensor = call(SPEC, lower(y, indices, base), backend)[0]
+    out: Tensor = call(SPEC, lower(y, indices, base), None, backend)[0]
     flat = indices.dim() == 1
     behind = y.shape[1 if flat else 2 :]
     if len(behind) != 1:
@@ -100,22 +101,22 @@ def _fake(a: Any) -> Tensor:
     return a.y.new_empty((a.batch, a.tokens, a.y.shape[-1]))
 
 
-def _setup_context(ctx: Any, a: Any, output: Tensor) -> None:
-    ctx.save_for_backward(a.indices)
-    ctx.shape, ctx.batch, ctx.tokens = a.y.shape, a.batch, a.tokens
+def _setup_context(ctx: Any, a: dict[str, Any], output: Tensor) -> None:
+    ctx.save_for_backward(a["indices"])
+    ctx.shape, ctx.batch, ctx.tokens = a["y"].shape, a["batch"], a["tokens"]
 
 
-def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+def _backward(ops: Any, ctx: Any, dout: Tensor) -> Gradients:
     (indices,) = ctx.saved_tensors
     dout = contiguous_rows(dout)
-    needed = FORWARD.needed_gradients(ctx)
+    needed = needed_gradients(ctx)
     dy = dbase = None
     if needed["y"]:
         dy = ops.gather_tokens(dout, indices)
     if needed["base"]:
         zeros = dout.new_zeros(ctx.shape[-1]).expand(ctx.shape)
         dbase = ops.scatter_tokens(zeros, indices, dout, ctx.batch, ctx.tokens)
-    return FORWARD.gradients(y=dy, base=dbase)
+    return {"y": dy, "base": dbase}
 
 
 FORWARD = register(

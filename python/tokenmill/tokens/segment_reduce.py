@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._call.attach import register
-from .._call.autograd import keep, kept
+from .._call.autograd import Gradients, keep, kept, needed_gradients
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import check, check_bool
@@ -76,7 +76,7 @@ def segment_reduce(
     """
     lowered = lower(x, offsets, weight=weight, perm=perm, reduce=reduce,
                     return_weight_sum=return_weight_sum)  # fmt: skip
-    y, weight_sum, _ = call(SPEC, lowered, backend)
+    y, weight_sum, _ = call(SPEC, lowered, None, backend)
     if x.dim() == 2:
         y, weight_sum = y.squeeze(0), weight_sum.squeeze(0)
     return (y, weight_sum) if return_weight_sum else y
@@ -130,22 +130,22 @@ def _fake_backward(a: Any) -> tuple[Tensor, Tensor]:
     return a.x.new_empty(a.x.shape), a.x.new_empty(shape, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, a: Any, output: tuple[Any, ...]) -> None:
+def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Any, ...]) -> None:
     keep(ctx, a, *output)
 
 
 def _backward(
     ops: Any, ctx: Any, dy: Tensor | None, dweight_sum: Tensor | None, darg: None
-) -> tuple[Any, ...]:
+) -> Gradients:
     a, (y, weight_sum, arg) = kept(ctx)
-    needs_dweight = FORWARD.needed_gradients(ctx)["weight"]
+    needs_dweight = needed_gradients(ctx)["weight"]
     dy = y.new_zeros(y.shape) if dy is None else contiguous_rows(dy)
     if dweight_sum is not None:
         dweight_sum = dweight_sum.contiguous() if needs_dweight else None
     dx, dweight = ops.segment_reduce_backward(
         dy, dweight_sum, y, weight_sum, arg, needs_dweight, *a
     )
-    return FORWARD.gradients(x=dx, weight=dweight if needs_dweight else None)
+    return {"x": dx, "weight": dweight if needs_dweight else None}
 
 
 FORWARD = register(

@@ -73,7 +73,7 @@ def topk_partition(
     """
     lowered = lower(scores, k, max_k=max_k, largest=largest, order=order, valid=valid,
                     protect_first=protect_first, protect_last=protect_last)  # fmt: skip
-    keep, rest = call(SPEC, lowered, backend)
+    keep, rest = call(SPEC, lowered, None, backend)
     return keep, rest
 
 
