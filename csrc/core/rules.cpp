@@ -5,10 +5,12 @@
 #include <charconv>
 #include <cmath>
 #include <cstring>
+#include <sstream>
 
 #include "core/check.h"
 #include "core/door.h"
 #include "core/stream.h"
+#include "core/written.h"
 
 namespace tokenmill {
 namespace {
@@ -202,6 +204,29 @@ tokenmill_rules(const char* name, const int64_t* words, const double* numbers, c
   try {
     op->call(arguments, results);
   } catch (const RulesHold&) {
+  } catch (const std::exception& broken) {
+    return copy(broken.what(), error, capacity);
+  }
+  return 0;
+}
+
+// Asks for the rules of an array that a function writes. names: its own and those of the arrays
+// that the function reads, each with '\n' after it; words describe all of them. Answers as
+// tokenmill_rules.
+extern "C" __attribute__((visibility("default"))) int64_t tokenmill_written(
+    const char* op, const char* names, const int64_t* words, char* error, int64_t capacity) {
+  using namespace tokenmill;
+  std::vector<std::string> each;
+  std::istringstream stream(names);
+  for (std::string name; std::getline(stream, name);) each.push_back(name);
+  const Question question(true);
+  std::vector<Argument> arrays(each.size());
+  const std::string kinds(each.size(), static_cast<char>(Kind::array));
+  Description(words, nullptr, nullptr, question).read(kinds, arrays.data());
+  std::vector<Read> read;
+  for (size_t i = 1; i < each.size(); ++i) read.emplace_back(each[i].c_str(), arrays[i].view);
+  try {
+    check_written(op, each[0].c_str(), arrays[0].view, read);
   } catch (const std::exception& broken) {
     return copy(broken.what(), error, capacity);
   }

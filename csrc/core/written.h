@@ -1,9 +1,9 @@
-// Checks of outputs given by the caller: the ones of python/tokenmill/_written.py, in its order and
-// words.
+// Checks of outputs given by the caller.
 #pragma once
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <span>
 
 #include "core/check.h"
 
@@ -60,7 +60,7 @@ inline bool meets(const std::vector<Step>& steps, size_t i, int64_t at, int64_t 
   return false;
 }
 
-// max multiples of strides tried per pair of tensors; as in _written.py
+// max multiples of strides tried per pair of tensors
 constexpr int kSearched = 4096;
 
 // True if an element of a may overlap one of b. For each cut, strides >= cut step by multiples of
@@ -115,7 +115,7 @@ struct Read {
 // Checks that each element has an address of its own, and that none overlaps memory that the call
 // reads.
 inline void check_written(const char* op, const char* name, const View& t,
-                          std::initializer_list<Read> read) {
+                          std::span<const Read> read) {
   if (!t.has_memory()) return;
   const Places places(t);
   check(elements_apart(places), op, name,
@@ -123,6 +123,10 @@ inline void check_written(const char* op, const char* name, const View& t,
   for (const Read& other : read)
     check(!other.view || !other.view->has_memory() || !share_memory(places, Places(*other.view)),
           op, name, Rule("must not share memory with ", other.name, "; strides"), t.strides);
+}
+inline void check_written(const char* op, const char* name, const View& t,
+                          std::initializer_list<Read> read) {
+  check_written(op, name, t, std::span(read.begin(), read.size()));
 }
 
 }  // namespace tokenmill

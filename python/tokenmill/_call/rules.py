@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._written import address_of
+from .._check import InputError, fail
 from .library import LIBRARY_PATH
 
 # Numbers of dtypes (c10/core/ScalarType.h).
@@ -50,6 +50,9 @@ symbols = ctypes.CDLL(str(LIBRARY_PATH))
 _ask_rules: Any = symbols.tokenmill_rules
 _ask_rules.restype = ctypes.c_int64
 _ask_rules.argtypes = [ctypes.c_char_p] * 4 + [ctypes.c_int32, ctypes.c_char_p, ctypes.c_int64]
+_ask_written: Any = symbols.tokenmill_written
+_ask_written.restype = ctypes.c_int64
+_ask_written.argtypes = [ctypes.c_char_p] * 4 + [ctypes.c_int64]
 
 
 class _NoHint(Exception):
@@ -71,6 +74,25 @@ def broken_rule(
         return None
     _, message = ask(_ask_rules, op, *described, float64)
     return message or None
+
+
+def check_written(op: str, name: str, t: Tensor, read: dict[str, Tensor | None]) -> None:
+    """A written argument must not be a lazy negative or conjugate, must have no overlapping
+    elements, and must share no element with an input. Where there are no addresses (while tracing a
+    graph), the kernel checks when it runs.
+    """
+    if torch.compiler.is_dynamo_compiling():  # Dynamo can trace none of this
+        return
+    if t.is_neg() or t.is_conj():
+        fail(op, name, "must not be a negative or conjugate view", t)
+    if not address_of(t):
+        return
+    arrays = {name: t} | {n: x for n, x in read.items() if x is not None and address_of(x)}
+    names = "".join(f"{n}\n" for n in arrays)
+    words, _, _ = describe(["Tensor"] * len(arrays), [*arrays.values()])
+    _, message = ask(_ask_written, op, names.encode(), words)
+    if message:
+        raise InputError(message)
 
 
 def ask(function: Any, op: str, *arguments: Any) -> tuple[int, str]:
@@ -130,6 +152,18 @@ def _describe(t: Tensor | Like, words: list[int]) -> None:
     words += (t.dim(), _DTYPES.get(t.dtype, -1), t.element_size(), on_gpu, index, address)
     words += [n if type(n) is int else _hint(n) for n in t.shape]
     words += [n if type(n) is int else _hint(n) for n in t.stride()]
+
+
+def address_of(t: Tensor) -> int | None:
+    """The address, 0 for a tensor without elements; None for one without its own memory: meta, fake
+    or another subclass, or wrapped by a transform.
+    """
+    if (type(t) is not Tensor and type(t) is not torch.nn.Parameter) or t.is_meta:
+        return None
+    try:
+        return t.data_ptr()
+    except RuntimeError:
+        return None
 
 
 def _hint(value: Any) -> Any:

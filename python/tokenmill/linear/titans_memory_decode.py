@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._call.autocast import Autocast
+from .._call.rules import check_written
 from .._check import (
     check,
     check_device_of_q,
@@ -18,7 +19,6 @@ from .._check import (
     reads_values,
     show,
 )
-from .._written import check_written
 from ._state import check_slot_values
 from .titans_memory import check_chunk_size
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._call.rules import check_written
 from .._check import (
     as_int,
     check,
@@ -20,7 +21,6 @@ from .._check import (
     synchronising_checks,
 )
 from .._kv_cache import capacity, check_int32
-from .._written import check_written
 from ..select.kv_cache_append import kv_cache_append
 from ..select.kv_cache_compact import kv_cache_compact
 
