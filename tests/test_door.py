@@ -179,7 +179,7 @@ def test_plain_calls_take_the_short_way(monkeypatch):
     g = x.clone().requires_grad_()
     assert short(g) is None
     noted = short(g, record=lambda *call: call)
-    assert noted == (op.direct("tokenmill"), ("q", "k", "v"), {}, g, g, g)
+    assert noted == (op.direct("tokenmill"), 2, ("q", "k", "v"), {}, g, g, g)
     assert short(g, record=lambda *call: out) == (out,)
     with torch.no_grad():
         assert torch.equal(short(g)[0], out)

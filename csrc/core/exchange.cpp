@@ -292,7 +292,7 @@ struct Function {
   // slots: arguments in schema order, null where not given. Makes only the first `wanted` results.
   // record: null, or for a plain call what call_plain takes.
   PyObject* run(PyObject* const* slots, size_t wanted, PyObject* record) const;
-  PyObject* recorded(PyObject* const* slots, PyObject* record) const;
+  PyObject* recorded(PyObject* const* slots, size_t wanted, PyObject* record) const;
   bool place(PyObject* name, PyObject* value, PyObject** slots) const;
   bool convert(const SchemaArgument& a, PyObject* value, Argument& argument) const;
 };
@@ -384,34 +384,32 @@ PyObject* Function::call_plain(PyObject* values, PyObject* named, size_t wanted,
   return run(slots, wanted, record);
 }
 
-// record(function, names, options, *tensors): the given tensors with their names, and the other
-// given arguments by name.
-PyObject* Function::recorded(PyObject* const* slots, PyObject* record) const {
+// record(function, wanted, names, options, *tensors): the given tensors with their names, and the
+// other given arguments by name.
+PyObject* Function::recorded(PyObject* const* slots, size_t wanted, PyObject* record) const {
   if (record == Py_None) Py_RETURN_NONE;
   PyObject* const options = PyDict_New();
   if (!options) return nullptr;
-  PyObject* given[3 + kMaxArguments] = {function, nullptr, options};
   PyObject* tensors[kMaxArguments];
+  PyObject* given[4 + kMaxArguments] = {function, PyLong_FromSize_t(wanted), nullptr, options};
   size_t count = 0;
-  for (size_t i = 0; i < schema.arguments.size(); ++i) {
+  bool good = given[1];
+  for (size_t i = 0; good && i < schema.arguments.size(); ++i) {
     if (!slots[i] || slots[i] == Py_None) continue;
     if (schema.arguments[i].kind == Kind::array) {
       tensors[count] = names[i];
-      given[3 + count++] = slots[i];
-    } else if (PyDict_SetItem(options, names[i], slots[i]) < 0) {
-      Py_DECREF(options);
-      return nullptr;
+      given[4 + count++] = slots[i];
+    } else {
+      good = PyDict_SetItem(options, names[i], slots[i]) == 0;
     }
   }
-  given[1] = PyTuple_New(static_cast<Py_ssize_t>(count));
-  for (size_t i = 0; given[1] && i < count; ++i) {
+  given[2] = good ? PyTuple_New(static_cast<Py_ssize_t>(count)) : nullptr;
+  for (size_t i = 0; given[2] && i < count; ++i) {
     Py_INCREF(tensors[i]);
-    PyTuple_SET_ITEM(given[1], static_cast<Py_ssize_t>(i), tensors[i]);
+    PyTuple_SET_ITEM(given[2], static_cast<Py_ssize_t>(i), tensors[i]);
   }
-  PyObject* const results =
-      given[1] ? PyObject_Vectorcall(record, given, 3 + count, nullptr) : nullptr;
-  Py_XDECREF(given[1]);
-  Py_DECREF(options);
+  PyObject* results = given[2] ? PyObject_Vectorcall(record, given, 4 + count, nullptr) : nullptr;
+  for (PyObject* made : {given[1], given[2], options}) Py_XDECREF(made);
   if (!results || PyTuple_Check(results)) return results;
   PyObject* const tuple = PyTuple_Pack(1, results);
   Py_DECREF(results);
@@ -449,7 +447,7 @@ PyObject* Function::run(PyObject* const* slots, size_t wanted, PyObject* record)
   if (record) {
     if (wide) Py_RETURN_NOTIMPLEMENTED;
     const int records = torch.watch->records({slots, count});
-    if (records) return records < 0 ? nullptr : recorded(slots, record);
+    if (records) return records < 0 ? nullptr : recorded(slots, wanted, record);
   }
 
   Array results[kMaxResults];

@@ -53,14 +53,15 @@ def record(
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     options = {name: value for name, value in given.items() if name not in tensors}
     run = run or (lambda *values: below_autograd(op, namespace, values))
-    return recorder(run, tuple(tensors), options, *tensors.values())
+    return recorder(run, len(op.results), tuple(tensors), options, *tensors.values())
 
 
 def autograd_function(op: TorchOp, namespace: str) -> Callable[..., Any] | None:
     """The autograd function that runs the operator below autograd and records its derivative; None
-    if it has none. It takes a function that runs the call with all arguments, the names of the
-    given tensors, the other given arguments by name, and the tensors. Each level of torch.func
-    enters here separately: torch.autograd.Function would restart at the top level.
+    if it has none. It takes a function that runs the call with all arguments, the number of results
+    to return, the names of the given tensors, the other given arguments by name, and the tensors.
+    Each level of torch.func enters here separately: torch.autograd.Function would restart at the
+    top level.
     """
     if op.differentiates:
         setup_context: Callable[..., Any] = _keep_nothing
@@ -71,10 +72,13 @@ def autograd_function(op: TorchOp, namespace: str) -> Callable[..., Any] | None:
     else:
         return None
     ops = {below: _Calls(namespace, below) for below in (True, False)}
+    count = len(op.results)
+    no_grads = (None,) * count
 
     def forward(
         ctx: Any,
         run: Callable[..., Any],
+        wanted: int,
         names: tuple[str, ...],
         options: dict[str, Any],
         *tensors: Tensor,
@@ -84,11 +88,11 @@ def autograd_function(op: TorchOp, namespace: str) -> Callable[..., Any] | None:
         results = run(*a.values())
         ctx.call = op, names, options
         setup_context(ctx, a, results)
-        return results
+        return results if wanted >= count else results[0] if wanted == 1 else results[:wanted]
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        found = backward(ops[_plain()], ctx, *grads)
-        return (None, None, None, *map(found.get, ctx.call[1]))
+        found = backward(ops[_plain()], ctx, *grads, *no_grads[len(grads) :])
+        return (None, None, None, None, *map(found.get, ctx.call[1]))
 
     members: dict[str, Callable[..., Any]] = {
         "forward": forward,
@@ -103,7 +107,7 @@ def autograd_function(op: TorchOp, namespace: str) -> Callable[..., Any] | None:
 
 def needed_gradients(ctx: Any) -> dict[str, bool]:
     """Whether the backward must return the gradient of an argument, by name."""
-    needed = zip(ctx.call[1], ctx.needs_input_grad[3:], strict=True)
+    needed = zip(ctx.call[1], ctx.needs_input_grad[4:], strict=True)
     return collections.defaultdict(bool, needed)
 
 

@@ -23,8 +23,8 @@ class Door(NamedTuple):
     compute, and a function; it returns a tuple. It also returns NotImplemented for float64, which
     the reference runs, for a value of another kind, if an environment variable selects a backend or
     requests checks, and if torch would do more than run the call. If torch would only record a
-    gradient, it returns the results of function(call, names of tensors, other arguments by name,
-    *tensors), or None without a function.
+    gradient, it returns the results of function(call, number of results, names of tensors, other
+    arguments by name, *tensors), or None without a function.
     """
 
     call: Callable[..., Any]
