@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from typing_extensions import Never
+from typing_extensions import Never, Unpack
 
 from .._call.autocast import Autocast
 from .._check import (
@@ -42,38 +42,46 @@ class HipLists:
     age: int = 0  # tokens since the lists were computed
 
 
+class HipOptions(TypedDict, total=False):
+    """Keywords of :func:`hip_attention` other than return_lse, which decides the type of the
+    result.
+    """
+
+    budget: int
+    block_q: int
+    block_k: int
+    stride_q: int
+    representative: Representative
+    num_sink: int
+    num_recent: int
+    bound: Bound
+    start: tuple[Tensor, Tensor] | None
+    restart_span: int
+    causal: bool
+    head_reduce: HeadReduce
+    scale: float | None
+    softcap: float
+    seqlens_q: Tensor | None
+    seqlens_k: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    block_table: Tensor | None
+    lists: HipLists | None
+    refresh_interval: int | None
+    num_splits: int
+    backend: str | None
+
+
 @overload
 def hip_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    budget: int = ...,
-    block_q: int = ...,
-    block_k: int = ...,
-    stride_q: int = ...,
-    representative: Representative = ...,
-    num_sink: int = ...,
-    num_recent: int = ...,
-    bound: Bound = ...,
-    start: tuple[Tensor, Tensor] | None = ...,
-    restart_span: int = ...,
-    causal: bool = ...,
-    head_reduce: HeadReduce = ...,
-    scale: float | None = ...,
-    softcap: float = ...,
     return_lse: Literal[False] = ...,
-    seqlens_q: Tensor | None = ...,
-    seqlens_k: Tensor | None = ...,
-    cu_seqlens_q: Tensor | None = ...,
-    cu_seqlens_k: Tensor | None = ...,
-    max_seqlen_q: int | None = ...,
-    max_seqlen_k: int | None = ...,
-    block_table: Tensor | None = ...,
-    lists: HipLists | None = ...,
-    refresh_interval: int | None = ...,
-    num_splits: int = ...,
-    backend: str | None = ...,
+    **options: Unpack[HipOptions],
 ) -> Tensor: ...
 
 
@@ -83,32 +91,8 @@ def hip_attention(
     k: Tensor,
     v: Tensor,
     *,
-    budget: int = ...,
-    block_q: int = ...,
-    block_k: int = ...,
-    stride_q: int = ...,
-    representative: Representative = ...,
-    num_sink: int = ...,
-    num_recent: int = ...,
-    bound: Bound = ...,
-    start: tuple[Tensor, Tensor] | None = ...,
-    restart_span: int = ...,
-    causal: bool = ...,
-    head_reduce: HeadReduce = ...,
-    scale: float | None = ...,
-    softcap: float = ...,
     return_lse: Literal[True],
-    seqlens_q: Tensor | None = ...,
-    seqlens_k: Tensor | None = ...,
-    cu_seqlens_q: Tensor | None = ...,
-    cu_seqlens_k: Tensor | None = ...,
-    max_seqlen_q: int | None = ...,
-    max_seqlen_k: int | None = ...,
-    block_table: Tensor | None = ...,
-    lists: HipLists | None = ...,
-    refresh_interval: int | None = ...,
-    num_splits: int = ...,
-    backend: str | None = ...,
+    **options: Unpack[HipOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 
