@@ -106,7 +106,7 @@ TOKENMILL_LIBRARY(library) {
       "bool causal=False, str reduce=\"mean\", SymInt skip=0, Tensor? seqlens_k=None) -> Tensor");
   m.def(
       "kv_cache_compact(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor keep, Tensor counts, *, "
-      "Tensor? seqlens_k=None, Tensor? block_table=None, Tensor? rotations=None, "
+      "Tensor? seqlens_k=None, Tensor? block_table=None, Tensor? rerotate=None, "
       "bool interleaved=False, bool compensation=False) -> (Tensor seqlens_k_now, Tensor k_sum, "
       "Tensor v_sum, Tensor dropped)");
   // A scale per token ([P, page size, Hk]) is written, any other is only read.

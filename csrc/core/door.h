@@ -52,8 +52,11 @@ void define_schema(std::string_view text);
 // Throws if there is no such schema.
 const Schema& schema_of(std::string_view name);
 
-// Base class of records.
-struct Record {};
+// Base class of records: the call as it was passed.
+struct Record {
+  const Schema* schema = nullptr;
+  const Argument* arguments = nullptr;
+};
 
 // An optional number. Not std::optional, which would convert from the type of any field.
 template <typename T>
@@ -173,7 +176,7 @@ constexpr size_t kMaxArguments = 48, kMaxResults = 8;  // limits for any schema
 
 struct Operator {
   const char* name;
-  void (*call)(const Argument* arguments, Array* results);
+  void (*call)(const Schema& schema, const Argument* arguments, Array* results);
   void (*boxed)(uint64_t* stack, uint64_t inputs, uint64_t outputs);  // torch's calling convention
   std::string kinds;                                                  // of the fields of the record
   std::atomic<const Schema*> found = nullptr;
@@ -201,10 +204,12 @@ struct Implementation;
 
 template <typename Result, IsRecord Args, Result (*function)(const Args&)>
 struct Implementation<function> {
-  static void call(const Argument* arguments, Array* results) {
+  static void call(const Schema& schema, const Argument* arguments, Array* results) {
     [[maybe_unused]] emulated::Frame frame;  // notes of this call last as long as the call
     Arguments source{arguments};
-    const Args args = record_from<Args>(source);
+    Args args = record_from<Args>(source);
+    args.schema = &schema;
+    args.arguments = arguments;
     if constexpr (std::is_void_v<Result>)
       function(args);
     else

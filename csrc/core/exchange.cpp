@@ -454,7 +454,7 @@ PyObject* Function::run(PyObject* const* slots, size_t wanted, PyObject* record)
   std::string error;
   Py_BEGIN_ALLOW_THREADS;
   try {
-    op.call(arguments, results);
+    op.call(schema, arguments, results);
   } catch (const std::exception& e) {
     error = e.what();
     if (error.empty()) error = "tokenmill: unknown error";

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "core/check.h"
+#include "core/door.h"
 
 namespace tokenmill {
 
@@ -124,9 +125,21 @@ inline void check_written(const char* op, const char* name, const View& t,
     check(!other.view || !other.view->has_memory() || !share_memory(places, Places(*other.view)),
           op, name, Rule("must not share memory with ", other.name, "; strides"), t.strides);
 }
-inline void check_written(const char* op, const char* name, const View& t,
-                          std::initializer_list<Read> read) {
-  check_written(op, name, t, std::span(read.begin(), read.size()));
+
+// Checks all arguments that a call writes, each with all that it reads and those before it.
+inline void check_written(const char* op, const Record& call) {
+  const std::vector<SchemaArgument>& all = call.schema->arguments;
+  std::vector<std::string> names;
+  for (const SchemaArgument& a : all)
+    names.push_back(a.name.ends_with("_out") ? a.name.substr(0, a.name.size() - 4) : a.name);
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (!all[i].written || !call.arguments[i].given) continue;
+    std::vector<Read> read;
+    for (size_t j = 0; j < all.size(); ++j)
+      if (all[j].kind == Kind::array && (!all[j].written || j < i))
+        read.emplace_back(names[j].c_str(), call.arguments[j].view);
+    check_written(op, names[i].c_str(), call.arguments[i].view, read);
+  }
 }
 
 }  // namespace tokenmill

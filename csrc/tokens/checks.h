@@ -41,14 +41,6 @@ inline void check_like(const char* op, const char* name, const View& t,
   check_device_of(op, name, t, other, first);
 }
 
-// Output of a call: has the given shape, and the dtype and device of the first input.
-inline void check_out(const char* op, const View& out, const std::vector<int64_t>& shape,
-                      std::initializer_list<Read> read) {
-  const View& first = *read.begin()->view;
-  check_like(op, "out", out, shape, first.dtype, read.begin()->name, first);
-  check_written(op, "out", out, read);
-}
-
 // [B, K] int32.
 inline void check_indices(const char* op, const char* name, const View& t, int64_t batch,
                           const char* other, const View& first) {

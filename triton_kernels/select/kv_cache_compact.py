@@ -210,8 +210,8 @@ def kv_cache_compact(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )  # fmt: skip
     for cache, total, number in ((a.k_cache, k_sum, dropped), (a.v_cache, v_sum, None)):
         turns: tuple[Any, ...] = (None, None, 0)
-        if a.rotations is not None and cache is a.k_cache:
-            turns = (*a.rotations, a.rotations.shape[1])
+        if a.rerotate is not None and cache is a.k_cache:
+            turns = (*a.rerotate, a.rerotate.shape[1])
         rows = Rows(cache, cache.stride(0), cache.stride(1), cache.stride(2))
         dim = cache.shape[3]
         options = {

@@ -203,19 +203,7 @@ Array attention_out(const AttentionOutArgs& a) {
   const AttentionArgs& in = a.forward;
   AttentionParams p = make_params(in);
   check_like_out(kOp, "out", a.out, out_sizes(in), in.q);
-  check_written(kOp, "out", a.out,
-                {{"q", in.q},
-                 {"k", in.k},
-                 {"v", in.v},
-                 {"score_bias", in.score_bias},
-                 {"bias", in.bias},
-                 {"mask_ranges", in.mask_ranges},
-                 {"mask_q_spans", in.mask_q_spans},
-                 {"mask_k_spans", in.mask_k_spans},
-                 {"alibi_slopes", in.alibi_slopes},
-                 {"sink", in.sink},
-                 {"cu_seqlens_q", in.cu_seqlens_q},
-                 {"cu_seqlens_k", in.cu_seqlens_k}});
+  check_written(kOp, a);
   check_values(in, p);
   return forward(p, in, a.out);
 }

@@ -162,21 +162,7 @@ Array attention_decode_out(const AttentionDecodeOutArgs& a) {
   const AttentionDecodeArgs& in = a.forward;
   DecodeParams d = make_params(in);
   check_like_out(kOp, "out", a.out, out_sizes(in), in.q);
-  check_written(kOp, "out", a.out,
-                {{"q", in.q},
-                 {"k_cache", in.k_cache},
-                 {"v_cache", in.v_cache},
-                 {"seqlens_k", in.seqlens_k},
-                 {"block_table", in.block_table},
-                 {"score_bias", in.score_bias},
-                 {"mask_ranges", in.mask_ranges},
-                 {"mask_q_spans", in.mask_q_spans},
-                 {"mask_k_spans", in.mask_k_spans},
-                 {"alibi_slopes", in.alibi_slopes},
-                 {"sink", in.sink},
-                 {"cu_seqlens_q", in.cu_seqlens_q},
-                 {"k_scale", in.k_scale},
-                 {"v_scale", in.v_scale}});
+  check_written(kOp, a);
   check_values(in, d);
   return answer(d, in, a.out);
 }

@@ -68,9 +68,7 @@ Array linear_attention_decode(const LinearAttentionDecodeArgs& a) {
           Rule("must have a slot for each sequence, ", p.batch, ", without state_indices"),
           p.slots);
   }
-  check_written(
-      kOp, "state", a.state,
-      {{"q", a.q}, {"k", a.k}, {"v", a.v}, {"log_decay", decay}, {"state_indices", indices}});
+  check_written(kOp, a);
   if (!a.q.is_cuda) check_values(a.state, decay, indices);
   p.dtype = to_dtype(a.q.dtype);
   p.normalize = a.normalize;

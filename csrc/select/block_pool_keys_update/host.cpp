@@ -22,9 +22,7 @@ void block_pool_keys_update(const BlockPoolKeysUpdateArgs& a) {
         a.pooled.dtype);
   check_last_contiguous(kOp, "pooled", a.pooled);
   check_device_of(kOp, "pooled", a.pooled, "k", a.k);
-  check_written(
-      kOp, "pooled", a.pooled,
-      {{"k", a.k}, {"start", a.start}, {"lengths", a.lengths}, {"block_table", a.block_table}});
+  check_written(kOp, a);
   a.pooled.note(true);
   set_pooled(p, a.pooled);
   run_pool(kOp, p, a.k);

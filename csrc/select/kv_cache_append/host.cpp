@@ -129,33 +129,6 @@ void set_scale(AppendedRows& rows, const char* name, const View& read, const Vie
   }
 }
 
-void check_memory(const KvCacheAppendArgs& a) {
-  const Read k_cache{"k_cache", a.k_cache}, v_cache{"v_cache", a.v_cache}, k{"k", a.k}, v{"v", a.v},
-      slots{"slots", a.slots}, q{"q", a.q}, cos{"cos", a.cos}, sin{"sin", a.sin},
-      positions{"positions", a.positions}, k_scale{"k_scale", a.k_scale},
-      v_scale{"v_scale", a.v_scale};
-  check_written(kOp, "k_cache", a.k_cache, {k, v, slots, q, cos, sin, positions, k_scale, v_scale});
-  if (a.v_cache)
-    check_written(kOp, "v_cache", a.v_cache,
-                  {k, v, slots, q, cos, sin, positions, k_scale, v_scale, k_cache});
-  if (a.k_scale_out)
-    check_written(kOp, "k_scale", a.k_scale_out,
-                  {k, v, slots, q, cos, sin, positions, k_scale, v_scale, k_cache, v_cache});
-  if (a.v_scale_out)
-    check_written(kOp, "v_scale", a.v_scale_out,
-                  {k,
-                   v,
-                   slots,
-                   q,
-                   cos,
-                   sin,
-                   positions,
-                   {"k_scale", a.k_scale_out ? a.k_scale_out : a.k_scale},
-                   v_scale,
-                   k_cache,
-                   v_cache});
-}
-
 void check_values(const AppendParams& p) {
   std::vector<int64_t> taken;
   bool ascending = true;
@@ -209,7 +182,7 @@ Array kv_cache_append(const KvCacheAppendArgs& a) {
   set_rope(p, a);
   set_scale(p.k, "k_scale", a.k_scale, a.k_scale_out, a);
   set_scale(p.v, "v_scale", a.v_scale, a.v_scale_out, a);
-  check_memory(a);
+  check_written(kOp, a);
   if (!a.k_cache.is_cuda) check_values(p);
   for (const View* t : {&a.k_cache, &a.v_cache, &a.k_scale_out, &a.v_scale_out})
     if (*t) t->note(true);

@@ -106,19 +106,7 @@ std::tuple<Array, Array, Array, Array> kv_cache_compact(const KvCacheCompactArgs
     p.turns_rest = p.turns + t.step(0);
     p.pairs = t.size(1);
   }
-  check_written(kOp, "k_cache", a.k_cache,
-                {{"keep", a.keep},
-                 {"counts", a.counts},
-                 {"seqlens_k", a.seqlens_k},
-                 {"block_table", a.block_table},
-                 {"rerotate", a.turns}});
-  check_written(kOp, "v_cache", a.v_cache,
-                {{"k_cache", a.k_cache},
-                 {"keep", a.keep},
-                 {"counts", a.counts},
-                 {"seqlens_k", a.seqlens_k},
-                 {"block_table", a.block_table},
-                 {"rerotate", a.turns}});
+  check_written(kOp, a);
   p.key_dim = a.k_cache.size(3);
   p.value_dim = a.v_cache.size(3);
   p.dtype = to_dtype(a.k_cache.dtype);

@@ -194,22 +194,7 @@ std::tuple<Array, Array> sparse_decode_attention_out(const SparseDecodeAttention
   const SparseDecodeAttentionArgs& in = a.forward;
   SparseDecodeParams d = make_params(in);
   check_like_out(kOp, "out", a.out, out_sizes(d), in.q);
-  check_written(kOp, "out", a.out,
-                {{"q", in.q},
-                 {"k_cache", in.k_cache},
-                 {"v_cache", in.v_cache},
-                 {"indices", in.indices},
-                 {"counts", in.counts},
-                 {"seqlens_k", in.seqlens_k},
-                 {"block_table", in.block_table},
-                 {"cos", in.cos},
-                 {"sin", in.sin},
-                 {"extra_k", in.extra_k},
-                 {"extra_v", in.extra_v},
-                 {"extra_log_count", in.extra_log_count},
-                 {"sink", in.sink},
-                 {"k_scale", in.k_scale},
-                 {"v_scale", in.v_scale}});
+  check_written(kOp, a);
   check_cache_values(kOp, in.k_cache, in.q.size(0), d.cache, true);
   return answer(d, in, a.out);
 }

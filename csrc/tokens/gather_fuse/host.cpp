@@ -107,8 +107,8 @@ struct GatherFuseOutArgs : Record {
 Array gather_fuse_out(const GatherFuseOutArgs& a) {
   const GatherFuseArgs& in = a.forward;
   GatherFuseParams p = make_params(in);
-  check_out(kOp, a.out, out_sizes(p),
-            {{"x", in.x}, {"keep", in.keep}, {"rest", in.rest}, {"weight", in.weight}});
+  check_like(kOp, "out", a.out, out_sizes(p), in.x.dtype, "x", in.x);
+  check_written(kOp, a);
   return forward(p, in.x, in.keep, in.rest, a.out);
 }
 

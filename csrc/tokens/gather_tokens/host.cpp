@@ -71,7 +71,8 @@ struct GatherTokensOutArgs : Record {
 void gather_tokens_out(const GatherTokensOutArgs& a) {
   const GatherTokensArgs& in = a.forward;
   GatherTokensParams p = make_params(in.x, in.indices);
-  check_out(kOp, a.out, out_sizes(in.x, in.indices), {{"x", in.x}, {"indices", in.indices}});
+  check_like(kOp, "out", a.out, out_sizes(in.x, in.indices), in.x.dtype, "x", in.x);
+  check_written(kOp, a);
   run(p, in.x, in.indices, a.out);
 }
 

@@ -111,7 +111,7 @@ def lower(
 ) -> tuple[Any, ...]:
     a = FORWARD.fields(k_cache=k_cache, v_cache=v_cache, keep=keep, counts=counts, **given)
     if rerotate is not None:
-        a["rotations"] = _rotations(rerotate, k_cache)
+        a["rerotate"] = _rotations(rerotate, k_cache)
     return tuple(a.values())
 
 

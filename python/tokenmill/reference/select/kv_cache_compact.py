@@ -1,6 +1,6 @@
 """kv_cache_compact: row t of a cache becomes row keep[t], for t < counts.
 
-    k'_t = R(t - keep_t) k_keep_t,    R(d) rotates column pair p by the angle 2 pi d rotations_p
+    k'_t = R(t - keep_t) k_keep_t,    R(d) rotates column pair p by the angle 2 pi d rerotate_p
 
 With compensation, also the sums of the dropped rows, and their number.
 """
@@ -41,7 +41,7 @@ def kv_cache_compact(a: Any, *, upcast: bool = True) -> tuple[Tensor, Tensor, Te
                 rows = cache[pages[:length], slots[:length], h]
                 total[b, h] = rows[gone].to(wide).sum(0)
                 moved = rows[source]
-                if cache is a.k_cache and a.rotations is not None:
+                if cache is a.k_cache and a.rerotate is not None:
                     turned = _turn(moved, target - source, a, wide if upcast else moved.dtype)
                     moved = torch.where((target == source)[:, None], moved, turned)
                 cache[pages[target], slots[target], h] = moved
@@ -53,8 +53,8 @@ def kv_cache_compact(a: Any, *, upcast: bool = True) -> tuple[Tensor, Tensor, Te
 
 def _turn(x: Tensor, delta: Tensor, a: Any, dtype: torch.dtype) -> Tensor:
     """Rotates column pairs of x [T, D] by delta steps each."""
-    pairs = a.rotations.shape[1]
-    turns = delta[:, None] * a.rotations.double().sum(0)
+    pairs = a.rerotate.shape[1]
+    turns = delta[:, None] * a.rerotate.double().sum(0)
     angle = 2 * torch.pi * (turns - turns.round())
     wide = x.to(dtype)
     cosine, sine = angle.cos().to(dtype), angle.sin().to(dtype)
