@@ -26,6 +26,14 @@ struct Float8Stages {
   static constexpr int kBytes = kScalesAt + 2 * kScales * 4;
 
   static __device__ int stage(int key0) { return key0 / Shape::kTileKeys % 2; }
+  // Addresses of the K codes and of the K scales of the tile from key0 on; the V codes and the V
+  // scales follow them.
+  static __device__ uint32_t codes(uint32_t stages, int key0) {
+    return stages + kCodesAt + stage(key0) * 2 * kCodeTileBytes;
+  }
+  static __device__ uint32_t scales(uint32_t stages, int key0) {
+    return stages + kScalesAt + stage(key0) * kScales * 4;
+  }
 };
 
 template <typename T, int kBucket>

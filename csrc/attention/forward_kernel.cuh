@@ -71,15 +71,129 @@ __device__ __forceinline__ void copy_cached_rows(uint32_t tile, const KvCache& c
   }
 }
 
-// Cache: element type of the KV cache; void: no cache.
-template <typename T, int kBucket, Weights kWeights, bool kGeneral, typename Cache>
-__device__ __forceinline__ void run_forward(const AttentionParams& p, const ForwardPlan& plan) {
-  constexpr bool kCached = !std::is_void_v<Cache>, kFloat8 = std::is_same_v<Cache, Float8>;
+// Types of one instance. Cache: element type of the KV cache; void: no cache.
+template <typename T, int kBucket_, Weights kWeights, bool kGeneral_, typename Cache>
+struct ForwardTraits {
+  static constexpr int kBucket = kBucket_;
+  static constexpr bool kGeneral = kGeneral_;
+  static constexpr bool kCached = !std::is_void_v<Cache>, kFloat8 = std::is_same_v<Cache, Float8>;
   static_assert(kGeneral || !kCached);
+
+  using Element = T;
+  using CacheElement = std::conditional_t<kCached, Cache, T>;
   using Shape = std::conditional_t<kFloat8, Float8Shape<T, kBucket>, ForwardShape<T, kBucket>>;
   using Stages = Float8Stages<T, kBucket>;
   using Keys = TileLoader<T, typename Shape::KeyTile, Shape::kTileKeys>;
   using Values = TileLoader<T, typename Shape::ValueTile, Shape::kTileKeys>;
+  using Warp = std::conditional_t<kFloat8, Float8Warp<T, kBucket>,
+                                  ForwardWarp<T, kBucket, kWeights, kGeneral, Shape>>;
+  using Output = WarpOutput<T, kBucket, kWeights, kGeneral, Shape>;
+};
+
+// Finds the sequence and the query tile of a CTA. Returns false if it has no queries to attend
+// with, after clearing those that belong to no sequence.
+template <typename Traits>
+__device__ __forceinline__ bool find_place(TilePlace& place, const AttentionParams& p,
+                                           const ForwardPlan& plan, unsigned in_sequence,
+                                           int block_rows) {
+  if (p.cu_seqlens_q) {
+    place = find_tile(p.cu_seqlens_q, p.batch, p.seqlen_q, block_rows, place.tile);
+    if (place.b < 0) {
+      clear_queries<typename Traits::Element>(
+          p, plan, LooseRows(place, p.seqlen_q, block_rows), in_sequence);
+      return false;
+    }
+    if constexpr (Traits::kCached && !Traits::kFloat8 && !Traits::Shape::kFloat)
+      if (plan.max_queries > 0 && place.rows.length > plan.max_queries) return false;
+  }
+  return true;
+}
+
+// Loads cached keys and values from key0 on: into `stage`, float8 into the codes of their stage.
+template <typename Traits>
+__device__ __forceinline__ void load_cached_stage(const AttentionParams& p, const ForwardPlan& plan,
+                                                  uint32_t stages, uint32_t stage, int key0, int b,
+                                                  int length, int head) {
+  using Shape = typename Traits::Shape;
+  const KvCache& cache = plan.cache;
+  if constexpr (Traits::kFloat8) {
+    using Stages = typename Traits::Stages;
+    using Tile = CodeTile<Traits::kBucket>;
+    const uint32_t codes = Stages::codes(stages, key0), scales = Stages::scales(stages, key0);
+    copy_cached_rows<Float8, Tile, Shape::kTileKeys>(
+        codes, cache, cache.k, static_cast<int>(p.head_dim), b, head, key0, length,
+        plan.inputs_aligned, cache.k_scale, scales);
+    copy_cached_rows<Float8, Tile, Shape::kTileKeys>(
+        codes + Stages::kCodeTileBytes, cache, cache.v, static_cast<int>(p.value_dim), b, head,
+        key0, length, plan.inputs_aligned, cache.v_scale, scales + Shape::kTileKeys * 4);
+  } else {
+    using Cache = typename Traits::CacheElement;
+    copy_cached_rows<Cache, typename Shape::KeyTile, Shape::kTileKeys>(
+        stage, cache, cache.k, static_cast<int>(p.head_dim), b, head, key0, length,
+        plan.inputs_aligned);
+    copy_cached_rows<Cache, typename Shape::ValueTile, Shape::kTileKeys>(
+        stage + Shape::kTileBytes, cache, cache.v, static_cast<int>(p.value_dim), b, head, key0,
+        length, plan.inputs_aligned);
+  }
+  cp_async_commit();
+}
+
+// Sets the scales that the cache does not have to 1, in both stages.
+template <typename Traits>
+__device__ __forceinline__ void fill_scales(const KvCache& cache, uint32_t stages) {
+  using Stages = typename Traits::Stages;
+  for (int i = threadIdx.x; i < 2 * Stages::kScales; i += blockDim.x) {
+    const int first = i % Stages::kScales / Traits::Shape::kTileKeys;
+    if (!(first == 0 ? cache.k_scale : cache.v_scale).data)
+      store_element(stages + Stages::kScalesAt + 4 * i, 1.f);
+  }
+}
+
+// Converts a stage of float8 codes to the K and V tiles.
+template <typename Traits>
+__device__ __forceinline__ void convert_stage(uint32_t codes, uint32_t stages) {
+  using Shape = typename Traits::Shape;
+  using Stages = typename Traits::Stages;
+  using T = typename Traits::Element;
+  using Codes = CodeTile<Traits::kBucket>;
+  const auto nothing = [](int, int, uint32_t (&)[4]) {};
+  convert_codes<T, Codes, typename Shape::KeyTile, Shape::kTileKeys>(codes, stages, nothing);
+  convert_codes<Float8Value<T>, Codes, typename Shape::ValueTile, Shape::kTileKeys>(
+      codes + Stages::kCodeTileBytes, stages + Shape::kTileBytes, nothing);
+}
+
+template <typename T>
+__device__ __forceinline__ OutputRows<T> output_rows(const AttentionParams& p,
+                                                     const ForwardPlan& plan,
+                                                     const WarpPlace& at) {
+  return {rows_at<T>(p.out, at.b, at.q_start, at.h), p.out.seq, static_cast<int>(p.value_dim),
+          plan.output_aligned};
+}
+
+// Epilogue: the stages are free to stage O.
+template <typename Traits>
+__device__ __forceinline__ void store_output(const AttentionParams& p, const ForwardPlan& plan,
+                                             typename Traits::Warp& warp,
+                                             typename Traits::Output& output, uint32_t stages) {
+  using Shape = typename Traits::Shape;
+  __syncthreads();
+  const WarpPlace place = warp.place();
+  if (place.first <= place.last) {
+    float* lse = p.lse ? lse_at(p, p.lse, place.b, place.q_start, place.h) : nullptr;
+    const uint32_t area = stages + threadIdx.x / kWarpSize * (Shape::kWarpRows * Shape::kRowBytes);
+    output.store(output_rows<typename Traits::Element>(p, plan, place), place, lse,
+                 p.sink ? p.sink + place.h : nullptr, area);
+  }
+}
+
+// Cache: element type of the KV cache; void: no cache.
+template <typename T, int kBucket, Weights kWeights, bool kGeneral, typename Cache>
+__device__ __forceinline__ void run_forward(const AttentionParams& p, const ForwardPlan& plan) {
+  using Traits = ForwardTraits<T, kBucket, kWeights, kGeneral, Cache>;
+  constexpr bool kCached = Traits::kCached, kFloat8 = Traits::kFloat8;
+  using Shape = typename Traits::Shape;
+  using Keys = typename Traits::Keys;
+  using Values = typename Traits::Values;
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t stages = shared_address(shared + kParkedBytes<kGeneral>);
 
@@ -90,15 +204,7 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
   TilePlace place{static_cast<int>(head_block / plan.head_blocks),
                   static_cast<int>(blockIdx.x % plan.tiles),
                   {0, static_cast<int>(p.seqlen_q)}};
-  if (p.cu_seqlens_q) {
-    place = find_tile(p.cu_seqlens_q, p.batch, p.seqlen_q, block_rows, place.tile);
-    if (place.b < 0) {
-      clear_queries<T>(p, plan, LooseRows(place, p.seqlen_q, block_rows), in_sequence);
-      return;
-    }
-    if constexpr (kCached && !kFloat8 && !Shape::kFloat)
-      if (plan.max_queries > 0 && place.rows.length > plan.max_queries) return;
-  }
+  if (!find_place<Traits>(place, p, plan, in_sequence, block_rows)) return;
   Sequence s{place.rows.start, 0, place.rows.length, 0};
   if constexpr (kCached)
     s.k_length = static_cast<int>(plan.cache.length(place.b));
@@ -139,31 +245,6 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
                         first_row, block_rows, key0, Shape::kTileKeys);
       });
     }
-  const uint32_t scales = stages + Stages::kScalesAt;
-  const auto load_cached_stage = [&](uint32_t stage, int key0, int b, int length, int head) {
-    const KvCache& cache = plan.cache;
-    if constexpr (kFloat8) {
-      const int number = Stages::stage(key0);
-      const uint32_t codes = stages + Stages::kCodesAt + number * 2 * Stages::kCodeTileBytes;
-      const uint32_t own_scales = scales + number * Stages::kScales * 4;
-      copy_cached_rows<Float8, CodeTile<kBucket>, Shape::kTileKeys>(
-          codes, cache, cache.k, static_cast<int>(p.head_dim), b, head, key0, length,
-          plan.inputs_aligned, cache.k_scale, own_scales);
-      copy_cached_rows<Float8, CodeTile<kBucket>, Shape::kTileKeys>(
-          codes + Stages::kCodeTileBytes, cache, cache.v, static_cast<int>(p.value_dim), b, head,
-          key0, length, plan.inputs_aligned, cache.v_scale, own_scales + Shape::kTileKeys * 4);
-      cp_async_commit();
-      return;
-    }
-    using Element = std::conditional_t<kCached, Cache, T>;
-    copy_cached_rows<Element, typename Shape::KeyTile, Shape::kTileKeys>(
-        stage, cache, cache.k, static_cast<int>(p.head_dim), b, head, key0, length,
-        plan.inputs_aligned);
-    copy_cached_rows<Element, typename Shape::ValueTile, Shape::kTileKeys>(
-        stage + Shape::kTileBytes, cache, cache.v, static_cast<int>(p.value_dim), b, head, key0,
-        length, plan.inputs_aligned);
-    cp_async_commit();
-  };
   Keys load_keys(keys, begin, plan.key_step);
   Values load_values(values, begin, plan.value_step);
   int whole_end = plan.inputs_whole ? s.k_length : 0;
@@ -193,30 +274,20 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
     }
     cp_async_commit();
   };
-  if constexpr (kFloat8)
-    for (int i = threadIdx.x; i < 2 * Stages::kScales; i += blockDim.x) {
-      const int first = i % Stages::kScales / Shape::kTileKeys;
-      if (!(first == 0 ? plan.cache.k_scale : plan.cache.v_scale).data)
-        store_element(scales + 4 * i, 1.f);
-    }
+  if constexpr (kFloat8) fill_scales<Traits>(plan.cache, stages);
   if (begin < end) {
     if constexpr (kCached)
-      load_cached_stage(own, begin, place.b, s.k_length, kv_head);
+      load_cached_stage<Traits>(p, plan, stages, own, begin, place.b, s.k_length, kv_head);
     else
       load_stage(own, begin);
   }
 
   const int position = warp_index & ((1 << plan.log2_warps_per_head) - 1);
   const int first = idle ? s.q_length : first_row + position * Shape::kWarpRows;
-  using Warp = std::conditional_t<kFloat8, Float8Warp<T, kBucket>,
-                                  ForwardWarp<T, kBucket, kWeights, kGeneral, Shape>>;
+  using Warp = typename Traits::Warp;
   Warp warp(p, s, band, place.b, h, first, end, queries, plan.factor, plan.bounds,
             reinterpret_cast<WarpPlace*>(shared));
-  WarpOutput<T, kBucket, kWeights, kGeneral, Shape> output(warp);
-  const auto output_rows = [&](const WarpPlace& at) {
-    return OutputRows<T>{rows_at<T>(p.out, at.b, at.q_start, at.h), p.out.seq,
-                         static_cast<int>(p.value_dim), plan.output_aligned};
-  };
+  typename Traits::Output output(warp);
 
   typename Warp::Addresses at(first_stage);
   warp.find_sights(begin);
@@ -233,7 +304,7 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
       if constexpr (kCached) {
         const WarpPlace at_warp = warp.place();
         if (warp.block_sees(key0 + Shape::kTileKeys))
-          load_cached_stage(next, key0 + Shape::kTileKeys, at_warp.b, at_warp.band.columns,
+          load_cached_stage<Traits>(p, plan, stages, next, key0 + Shape::kTileKeys, at_warp.b, at_warp.band.columns,
                             at_warp.h / group);
       } else {
         bool wanted = true;
@@ -253,16 +324,8 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
       }
     }
     if constexpr (kFloat8) {
-      const int number = Stages::stage(key0);
-      const uint32_t codes = stages + Stages::kCodesAt + number * 2 * Stages::kCodeTileBytes;
-      if (warp.block_sees(key0)) {
-        const auto nothing = [](int, int, uint32_t (&)[4]) {};
-        convert_codes<T, CodeTile<kBucket>, typename Shape::KeyTile, Shape::kTileKeys>(
-            codes, stages, nothing);
-        convert_codes<Float8Value<T>, CodeTile<kBucket>, typename Shape::ValueTile,
-                      Shape::kTileKeys>(codes + Stages::kCodeTileBytes, stages + Shape::kTileBytes,
-                                        nothing);
-      }
+      const uint32_t codes = Traits::Stages::codes(stages, key0);
+      if (warp.block_sees(key0)) convert_stage<Traits>(codes, stages);
       __syncthreads();
     }
     warp.add_tile(at, key0);
@@ -276,18 +339,10 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
     if constexpr (Shape::kFloat)
       if ((key0 - begin) % output.kFlushKeys == 0) {
         const WarpPlace warp_place = warp.place();
-        output.flush(output_rows(warp_place), warp_place);
+        output.flush(output_rows<T>(p, plan, warp_place), warp_place);
       }
   }
-  // Epilogue: the stages are free to stage O.
-  __syncthreads();
-  const WarpPlace warp_place = warp.place();
-  if (warp_place.first <= warp_place.last) {
-    float* lse = p.lse ? lse_at(p, p.lse, warp_place.b, warp_place.q_start, warp_place.h) : nullptr;
-    const uint32_t area = stages + threadIdx.x / kWarpSize * (Shape::kWarpRows * Shape::kRowBytes);
-    output.store(output_rows(warp_place), warp_place, lse, p.sink ? p.sink + warp_place.h : nullptr,
-                 area);
-  }
+  store_output<Traits>(p, plan, warp, output, stages);
 }
 
 // Elementwise weights are limited to one CTA per SM: with two, ptxas spills on sm_100 and sm_120.
