@@ -99,8 +99,8 @@ __device__ __forceinline__ bool find_place(TilePlace& place, const AttentionPara
   if (p.cu_seqlens_q) {
     place = find_tile(p.cu_seqlens_q, p.batch, p.seqlen_q, block_rows, place.tile);
     if (place.b < 0) {
-      clear_queries<typename Traits::Element>(
-          p, plan, LooseRows(place, p.seqlen_q, block_rows), in_sequence);
+      clear_queries<typename Traits::Element>(p, plan, LooseRows(place, p.seqlen_q, block_rows),
+                                              in_sequence);
       return false;
     }
     if constexpr (Traits::kCached && !Traits::kFloat8 && !Traits::Shape::kFloat)
@@ -164,8 +164,7 @@ __device__ __forceinline__ void convert_stage(uint32_t codes, uint32_t stages) {
 
 template <typename T>
 __device__ __forceinline__ OutputRows<T> output_rows(const AttentionParams& p,
-                                                     const ForwardPlan& plan,
-                                                     const WarpPlace& at) {
+                                                     const ForwardPlan& plan, const WarpPlace& at) {
   return {rows_at<T>(p.out, at.b, at.q_start, at.h), p.out.seq, static_cast<int>(p.value_dim),
           plan.output_aligned};
 }
@@ -186,14 +185,140 @@ __device__ __forceinline__ void store_output(const AttentionParams& p, const For
   }
 }
 
+// Rows of keys or values of sequence b, which start at row `start`.
+template <typename T>
+__device__ __forceinline__ GlobalRows<T> input_rows(const ForwardPlan& plan, const Rows& rows,
+                                                    int64_t columns, int b, int start, int length,
+                                                    int head) {
+  return {rows_at<T>(rows, b, start, head), rows.seq, length, static_cast<int>(columns),
+          plan.inputs_aligned};
+}
+
+// Loads successive tiles of K and V, which are not cached, into stages.
+template <typename Traits>
+struct StageLoader {
+  using Shape = typename Traits::Shape;
+  using T = typename Traits::Element;
+  using Keys = TileLoader<T, typename Shape::KeyTile, Shape::kTileKeys>;
+  using Values = TileLoader<T, typename Shape::ValueTile, Shape::kTileKeys>;
+
+  Keys keys;
+  Values values;
+  int whole_end;         // end of the keys that need no bounds checks
+  uint32_t first_stage;  // address of the first K tile; odd tiles use stage 1
+  uint32_t first;        // address of this thread's first chunk in it
+  int to_values;         // from there to its first chunk in the V tile
+
+  __device__ __forceinline__ StageLoader(const GlobalRows<T>& keys, const GlobalRows<T>& values,
+                                         const ForwardPlan& plan, uint32_t stages, int key0)
+      : keys(keys, key0, plan.key_step),
+        values(values, key0, plan.value_step),
+        whole_end(plan.inputs_whole ? keys.rows : 0) {
+    if constexpr (Traits::kBucket <= 64) opt_barrier(whole_end);
+    first_stage = stages + (!Traits::kFloat8 && key0 & Shape::kTileKeys ? Shape::kStageBytes : 0);
+    first = first_stage + (Traits::kCached ? 0 : Keys::own_offset());
+    to_values = Shape::kTileBytes + Values::own_offset() - Keys::own_offset();
+  }
+
+  __device__ __forceinline__ void rebuild(const AttentionParams& p, const ForwardPlan& plan, int b,
+                                          int start, int length, int head, int key0) {
+    keys = Keys(input_rows<T>(plan, p.k, p.head_dim, b, start, length, head), key0, plan.key_step);
+    values = Values(input_rows<T>(plan, p.v, p.value_dim, b, start, length, head), key0,
+                    plan.value_step);
+    whole_end = plan.inputs_whole ? length : 0;
+  }
+
+  // stage: address of this thread's first chunk in the K tile.
+  __device__ __forceinline__ void load(uint32_t stage, int key0) {
+    if (key0 + Shape::kTileKeys <= whole_end) {
+      if (blockDim.x == kMaxThreads) {
+        keys.template load_whole<kMaxThreads>(stage);
+        values.template load_whole<kMaxThreads>(stage + to_values);
+      } else {
+        keys.template load_whole<kMaxThreads / 2>(stage);
+        values.template load_whole<kMaxThreads / 2>(stage + to_values);
+      }
+    } else {
+      keys.load(stage, key0);
+      values.load(stage + to_values, key0);
+    }
+    cp_async_commit();
+  }
+};
+
+// Loads the tile from key0 on if the CTA sees any of its keys.
+template <typename Traits>
+__device__ __forceinline__ void load_next_stage(const AttentionParams& p, const ForwardPlan& plan,
+                                                StageLoader<Traits>& loader,
+                                                const typename Traits::Warp& warp, uint32_t stages,
+                                                uint32_t stage, int key0, int group) {
+  if constexpr (Traits::kCached) {
+    const WarpPlace at = warp.place();
+    if (warp.block_sees(key0))
+      load_cached_stage<Traits>(p, plan, stages, stage, key0, at.b, at.band.columns, at.h / group);
+  } else {
+    bool wanted = true;
+    // registers are too short to keep the loaders across tiles: rebuild them
+    if constexpr (Traits::kGeneral) {
+      const WarpPlace at = warp.place();
+      const int b = at.b, start = at.k_start, length = at.band.columns, head = at.h / group;
+      wanted = warp.block_sees(key0);
+      loader.rebuild(p, plan, b, start, length, head, key0);
+    }
+    if (wanted) loader.load(stage, key0);
+  }
+}
+
+// Mainloop: waits for the stage of key0, prefetches the next one, then S = Q K^T, O += P V.
+template <typename Traits>
+__device__ __forceinline__ void attend(const AttentionParams& p, const ForwardPlan& plan,
+                                       StageLoader<Traits>& loader, typename Traits::Warp& warp,
+                                       typename Traits::Output& output, uint32_t stages, int begin,
+                                       int end, int group) {
+  using Shape = typename Traits::Shape;
+  // Odd tiles use stage 1: the next stage follows from key0 and needs no register.
+  const auto to_other_stage = [](int key0) {
+    return key0 & Shape::kTileKeys ? -Shape::kStageBytes : Shape::kStageBytes;
+  };
+  typename Traits::Warp::Addresses at(loader.first_stage);
+  warp.find_sights(begin);
+  warp.find_sights(begin + Shape::kTileKeys);
+  uint32_t next = loader.first + to_other_stage(begin);
+  opt_barrier(next);
+  const auto block_end = [&] { return warp.kSpillBoundsToSmem ? warp.place().block_end : end; };
+#pragma unroll 1
+  for (int key0 = begin; key0 < block_end();) {
+    cp_async_wait<0>();
+    __syncthreads();
+    if (key0 + Shape::kTileKeys < block_end())
+      load_next_stage<Traits>(p, plan, loader, warp, stages, next, key0 + Shape::kTileKeys, group);
+    if constexpr (Traits::kFloat8) {
+      const uint32_t codes = Traits::Stages::codes(stages, key0);
+      if (warp.block_sees(key0)) convert_stage<Traits>(codes, stages);
+      __syncthreads();
+    }
+    warp.add_tile(at, key0);
+    warp.find_sights(key0 + 2 * Shape::kTileKeys);
+    if constexpr (!Traits::kFloat8) {
+      const int other = to_other_stage(key0);
+      at.move(other);
+      next -= other;
+    }
+    key0 += Shape::kTileKeys;
+    if constexpr (Shape::kFloat)
+      if ((key0 - begin) % output.kFlushKeys == 0) {
+        const WarpPlace place = warp.place();
+        output.flush(output_rows<typename Traits::Element>(p, plan, place), place);
+      }
+  }
+}
+
 // Cache: element type of the KV cache; void: no cache.
 template <typename T, int kBucket, Weights kWeights, bool kGeneral, typename Cache>
 __device__ __forceinline__ void run_forward(const AttentionParams& p, const ForwardPlan& plan) {
   using Traits = ForwardTraits<T, kBucket, kWeights, kGeneral, Cache>;
   constexpr bool kCached = Traits::kCached, kFloat8 = Traits::kFloat8;
   using Shape = typename Traits::Shape;
-  using Keys = typename Traits::Keys;
-  using Values = typename Traits::Values;
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t stages = shared_address(shared + kParkedBytes<kGeneral>);
 
@@ -225,15 +350,10 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
   const MaskBand band = MaskBand::of(p, s);
   const GlobalRows<T> queries{rows_at<T>(p.q, place.b, s.q_start, h), p.q.seq, s.q_length,
                               static_cast<int>(p.head_dim), plan.inputs_aligned};
+  const auto keys = input_rows<T>(plan, p.k, p.head_dim, place.b, s.k_start, s.k_length, kv_head);
+  const auto values =
+      input_rows<T>(plan, p.v, p.value_dim, place.b, s.k_start, s.k_length, kv_head);
   // Skip fully masked tiles at both ends of the key range.
-  const auto input_rows = [&](const Rows& rows, int64_t columns, int b, int start, int length,
-                              int head) {
-    return GlobalRows<T>{rows_at<T>(rows, b, start, head), rows.seq, length,
-                         static_cast<int>(columns), plan.inputs_aligned};
-  };
-  const auto keys = input_rows(p.k, p.head_dim, place.b, s.k_start, s.k_length, kv_head);
-  const auto values = input_rows(p.v, p.value_dim, place.b, s.k_start, s.k_length, kv_head);
-
   int begin = band.begin(first_row) / Shape::kTileKeys * Shape::kTileKeys;
   int end = band.end(last_row);
   if constexpr (kGeneral)
@@ -245,41 +365,13 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
                         first_row, block_rows, key0, Shape::kTileKeys);
       });
     }
-  Keys load_keys(keys, begin, plan.key_step);
-  Values load_values(values, begin, plan.value_step);
-  int whole_end = plan.inputs_whole ? s.k_length : 0;
-  if constexpr (kBucket <= 64) opt_barrier(whole_end);
-  // Odd tiles use stage 1: the next stage follows from key0 and needs no register.
-  const auto to_other_stage = [](int key0) {
-    return key0 & Shape::kTileKeys ? -Shape::kStageBytes : Shape::kStageBytes;
-  };
-  const uint32_t first_stage =
-      stages + (!kFloat8 && begin & Shape::kTileKeys ? Shape::kStageBytes : 0);
-  // Shared-memory address of this thread's first chunk in the K tile; its V chunk is to_values
-  // further.
-  const uint32_t own = first_stage + (kCached ? 0 : Keys::own_offset());
-  const int to_values = Shape::kTileBytes + Values::own_offset() - Keys::own_offset();
-  const auto load_stage = [&](uint32_t stage, int key0) {
-    if (key0 + Shape::kTileKeys <= whole_end) {
-      if (blockDim.x == kMaxThreads) {
-        load_keys.template load_whole<kMaxThreads>(stage);
-        load_values.template load_whole<kMaxThreads>(stage + to_values);
-      } else {
-        load_keys.template load_whole<kMaxThreads / 2>(stage);
-        load_values.template load_whole<kMaxThreads / 2>(stage + to_values);
-      }
-    } else {
-      load_keys.load(stage, key0);
-      load_values.load(stage + to_values, key0);
-    }
-    cp_async_commit();
-  };
+  StageLoader<Traits> loader(keys, values, plan, stages, begin);
   if constexpr (kFloat8) fill_scales<Traits>(plan.cache, stages);
   if (begin < end) {
     if constexpr (kCached)
-      load_cached_stage<Traits>(p, plan, stages, own, begin, place.b, s.k_length, kv_head);
+      load_cached_stage<Traits>(p, plan, stages, loader.first, begin, place.b, s.k_length, kv_head);
     else
-      load_stage(own, begin);
+      loader.load(loader.first, begin);
   }
 
   const int position = warp_index & ((1 << plan.log2_warps_per_head) - 1);
@@ -289,59 +381,7 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
             reinterpret_cast<WarpPlace*>(shared));
   typename Traits::Output output(warp);
 
-  typename Warp::Addresses at(first_stage);
-  warp.find_sights(begin);
-  warp.find_sights(begin + Shape::kTileKeys);
-  uint32_t next = own + to_other_stage(begin);
-  opt_barrier(next);
-  const auto block_end = [&] { return warp.kSpillBoundsToSmem ? warp.place().block_end : end; };
-  // Mainloop: wait for the stage of key0, prefetch the next one, then S = Q K^T, O += P V.
-#pragma unroll 1
-  for (int key0 = begin; key0 < block_end();) {
-    cp_async_wait<0>();
-    __syncthreads();
-    if (key0 + Shape::kTileKeys < block_end()) {
-      if constexpr (kCached) {
-        const WarpPlace at_warp = warp.place();
-        if (warp.block_sees(key0 + Shape::kTileKeys))
-          load_cached_stage<Traits>(p, plan, stages, next, key0 + Shape::kTileKeys, at_warp.b, at_warp.band.columns,
-                            at_warp.h / group);
-      } else {
-        bool wanted = true;
-        // registers are too short to keep the loaders across tiles: rebuild them
-        if constexpr (kGeneral) {
-          const WarpPlace at_warp = warp.place();
-          const int b = at_warp.b, start = at_warp.k_start, length = at_warp.band.columns;
-          const int head = at_warp.h / group;
-          wanted = warp.block_sees(key0 + Shape::kTileKeys);
-          load_keys = Keys(input_rows(p.k, p.head_dim, b, start, length, head),
-                           key0 + Shape::kTileKeys, plan.key_step);
-          load_values = Values(input_rows(p.v, p.value_dim, b, start, length, head),
-                               key0 + Shape::kTileKeys, plan.value_step);
-          whole_end = plan.inputs_whole ? length : 0;
-        }
-        if (wanted) load_stage(next, key0 + Shape::kTileKeys);
-      }
-    }
-    if constexpr (kFloat8) {
-      const uint32_t codes = Traits::Stages::codes(stages, key0);
-      if (warp.block_sees(key0)) convert_stage<Traits>(codes, stages);
-      __syncthreads();
-    }
-    warp.add_tile(at, key0);
-    warp.find_sights(key0 + 2 * Shape::kTileKeys);
-    if constexpr (!kFloat8) {
-      const int other = to_other_stage(key0);
-      at.move(other);
-      next -= other;
-    }
-    key0 += Shape::kTileKeys;
-    if constexpr (Shape::kFloat)
-      if ((key0 - begin) % output.kFlushKeys == 0) {
-        const WarpPlace warp_place = warp.place();
-        output.flush(output_rows<T>(p, plan, warp_place), warp_place);
-      }
-  }
+  attend<Traits>(p, plan, loader, warp, output, stages, begin, end, group);
   store_output<Traits>(p, plan, warp, output, stages);
 }
 
