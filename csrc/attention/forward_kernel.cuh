@@ -83,30 +83,73 @@ struct ForwardTraits {
   using CacheElement = std::conditional_t<kCached, Cache, T>;
   using Shape = std::conditional_t<kFloat8, Float8Shape<T, kBucket>, ForwardShape<T, kBucket>>;
   using Stages = Float8Stages<T, kBucket>;
-  using Keys = TileLoader<T, typename Shape::KeyTile, Shape::kTileKeys>;
-  using Values = TileLoader<T, typename Shape::ValueTile, Shape::kTileKeys>;
   using Warp = std::conditional_t<kFloat8, Float8Warp<T, kBucket>,
                                   ForwardWarp<T, kBucket, kWeights, kGeneral, Shape>>;
   using Output = WarpOutput<T, kBucket, kWeights, kGeneral, Shape>;
 };
 
-// Finds the sequence and the query tile of a CTA. Returns false if it has no queries to attend
-// with, after clearing those that belong to no sequence.
+// Work of a CTA: `rows` query rows of sequence b from first_row on, of which last_row is the last
+// one that exists, for `heads` query heads from first_head on in the group of kv_head.
+struct ForwardTile {
+  int b, first_row, last_row, rows;
+  Sequence s;
+  int kv_head, group, first_head, heads;
+};
+
+// Finds the work of a CTA. Returns false if it has no queries to attend with, after clearing those
+// that belong to no sequence.
 template <typename Traits>
-__device__ __forceinline__ bool find_place(TilePlace& place, const AttentionParams& p,
-                                           const ForwardPlan& plan, unsigned in_sequence,
-                                           int block_rows) {
+__device__ __forceinline__ bool find_work(ForwardTile& tile, const AttentionParams& p,
+                                          const ForwardPlan& plan) {
+  const int rows = Traits::Shape::kWarpRows << plan.log2_warps_per_head;
+  const unsigned head_block = plan.first_head_block + blockIdx.x / plan.tiles;
+  const unsigned in_sequence = head_block % plan.head_blocks;
+  TilePlace place{static_cast<int>(head_block / plan.head_blocks),
+                  static_cast<int>(blockIdx.x % plan.tiles),
+                  {0, static_cast<int>(p.seqlen_q)}};
   if (p.cu_seqlens_q) {
-    place = find_tile(p.cu_seqlens_q, p.batch, p.seqlen_q, block_rows, place.tile);
+    place = find_tile(p.cu_seqlens_q, p.batch, p.seqlen_q, rows, place.tile);
     if (place.b < 0) {
-      clear_queries<typename Traits::Element>(p, plan, LooseRows(place, p.seqlen_q, block_rows),
+      clear_queries<typename Traits::Element>(p, plan, LooseRows(place, p.seqlen_q, rows),
                                               in_sequence);
       return false;
     }
     if constexpr (Traits::kCached && !Traits::kFloat8 && !Traits::Shape::kFloat)
       if (plan.max_queries > 0 && place.rows.length > plan.max_queries) return false;
   }
+  Sequence s{place.rows.start, 0, place.rows.length, 0};
+  if constexpr (Traits::kCached)
+    s.k_length = static_cast<int>(plan.cache.length(place.b));
+  else
+    s = sequence_of(p, place.b, place.rows);
+  // LPT order: under a causal mask the last query tiles see the most keys, so they start first.
+  const int first_row = ((s.q_length + rows - 1) / rows - 1 - place.tile) * rows;
+  const int last_row = min(first_row + rows, s.q_length) - 1;
+  const int heads = plan.warps >> plan.log2_warps_per_head;
+  tile = {place.b,
+          first_row,
+          last_row,
+          rows,
+          s,
+          static_cast<int>(in_sequence / plan.blocks_per_group),
+          static_cast<int>(p.heads) / static_cast<int>(p.kv_heads),
+          static_cast<int>(in_sequence % plan.blocks_per_group * heads),
+          heads};
   return true;
+}
+
+// Shrinks begin .. end to the first and last tile of keys that a mask of pairs lets the CTA see.
+template <typename Traits>
+__device__ __forceinline__ void skip_hidden_tiles(int& begin, int& end, const AttentionParams& p,
+                                                  const ForwardPlan& plan, const ForwardTile& tile,
+                                                  int* shared) {
+  constexpr int kTileKeys = Traits::Shape::kTileKeys;
+  const int head = tile.kv_head * tile.group + tile.first_head;
+  const int heads = min(tile.heads, tile.group - tile.first_head);
+  cut_hidden_ends<kTileKeys>(begin, end, shared, [&](int key0) {
+    return any_sees(p.mask, plan.bounds, tile.b, head, heads, tile.s, tile.first_row, tile.rows,
+                    key0, kTileKeys);
+  });
 }
 
 // Loads cached keys and values from key0 on: into `stage`, float8 into the codes of their stage.
@@ -205,8 +248,8 @@ struct StageLoader {
   Keys keys;
   Values values;
   int whole_end;         // end of the keys that need no bounds checks
-  uint32_t first_stage;  // address of the first K tile; odd tiles use stage 1
-  uint32_t first;        // address of this thread's first chunk in it
+  uint32_t first_stage;  // address of the first tile's stage
+  uint32_t first;        // address of this thread's first chunk of K in it
   int to_values;         // from there to its first chunk in the V tile
 
   __device__ __forceinline__ StageLoader(const GlobalRows<T>& keys, const GlobalRows<T>& values,
@@ -220,6 +263,7 @@ struct StageLoader {
     to_values = Shape::kTileBytes + Values::own_offset() - Keys::own_offset();
   }
 
+  // Sets the loader to keys of head `head`, the next tile being the one from key0 on.
   __device__ __forceinline__ void rebuild(const AttentionParams& p, const ForwardPlan& plan, int b,
                                           int start, int length, int head, int key0) {
     keys = Keys(input_rows<T>(plan, p.k, p.head_dim, b, start, length, head), key0, plan.key_step);
@@ -323,65 +367,44 @@ __device__ __forceinline__ void run_forward(const AttentionParams& p, const Forw
   const uint32_t stages = shared_address(shared + kParkedBytes<kGeneral>);
 
   const int warp_index = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
-  const int block_rows = Shape::kWarpRows << plan.log2_warps_per_head;
-  const unsigned head_block = plan.first_head_block + blockIdx.x / plan.tiles;
-  const unsigned in_sequence = head_block % plan.head_blocks;
-  TilePlace place{static_cast<int>(head_block / plan.head_blocks),
-                  static_cast<int>(blockIdx.x % plan.tiles),
-                  {0, static_cast<int>(p.seqlen_q)}};
-  if (!find_place<Traits>(place, p, plan, in_sequence, block_rows)) return;
-  Sequence s{place.rows.start, 0, place.rows.length, 0};
-  if constexpr (kCached)
-    s.k_length = static_cast<int>(plan.cache.length(place.b));
-  else
-    s = sequence_of(p, place.b, place.rows);
-  // LPT order: under a causal mask the last query tiles see the most keys, so they start first.
-  const int first_row = ((s.q_length + block_rows - 1) / block_rows - 1 - place.tile) * block_rows;
-  const int last_row = min(first_row + block_rows, s.q_length) - 1;
-
-  const int kv_head = in_sequence / plan.blocks_per_group;
-  const int group = static_cast<int>(p.heads) / static_cast<int>(p.kv_heads);
-  const int heads_per_block = plan.warps >> plan.log2_warps_per_head;
-  const int in_group = in_sequence % plan.blocks_per_group * heads_per_block +
-                       (warp_index >> plan.log2_warps_per_head);
-  const bool idle = in_group >= group;
-  const int h = kv_head * group + (idle ? 0 : in_group);
+  ForwardTile tile;
+  if (!find_work<Traits>(tile, p, plan)) return;
+  const Sequence& s = tile.s;
+  const int in_group = tile.first_head + (warp_index >> plan.log2_warps_per_head);
+  const bool idle = in_group >= tile.group;
+  const int h = tile.kv_head * tile.group + (idle ? 0 : in_group);
 
   const MaskBand band = MaskBand::of(p, s);
-  const GlobalRows<T> queries{rows_at<T>(p.q, place.b, s.q_start, h), p.q.seq, s.q_length,
+  const GlobalRows<T> queries{rows_at<T>(p.q, tile.b, s.q_start, h), p.q.seq, s.q_length,
                               static_cast<int>(p.head_dim), plan.inputs_aligned};
-  const auto keys = input_rows<T>(plan, p.k, p.head_dim, place.b, s.k_start, s.k_length, kv_head);
+  const auto keys =
+      input_rows<T>(plan, p.k, p.head_dim, tile.b, s.k_start, s.k_length, tile.kv_head);
   const auto values =
-      input_rows<T>(plan, p.v, p.value_dim, place.b, s.k_start, s.k_length, kv_head);
+      input_rows<T>(plan, p.v, p.value_dim, tile.b, s.k_start, s.k_length, tile.kv_head);
   // Skip fully masked tiles at both ends of the key range.
-  int begin = band.begin(first_row) / Shape::kTileKeys * Shape::kTileKeys;
-  int end = band.end(last_row);
+  int begin = band.begin(tile.first_row) / Shape::kTileKeys * Shape::kTileKeys;
+  int end = band.end(tile.last_row);
   if constexpr (kGeneral)
-    if (p.mask.any()) {
-      const int first_head = in_sequence % plan.blocks_per_group * heads_per_block;
-      const int heads = min(heads_per_block, group - first_head);
-      cut_hidden_ends<Shape::kTileKeys>(begin, end, reinterpret_cast<int*>(shared), [&](int key0) {
-        return any_sees(p.mask, plan.bounds, place.b, kv_head * group + first_head, heads, s,
-                        first_row, block_rows, key0, Shape::kTileKeys);
-      });
-    }
+    if (p.mask.any())
+      skip_hidden_tiles<Traits>(begin, end, p, plan, tile, reinterpret_cast<int*>(shared));
   StageLoader<Traits> loader(keys, values, plan, stages, begin);
   if constexpr (kFloat8) fill_scales<Traits>(plan.cache, stages);
   if (begin < end) {
     if constexpr (kCached)
-      load_cached_stage<Traits>(p, plan, stages, loader.first, begin, place.b, s.k_length, kv_head);
+      load_cached_stage<Traits>(p, plan, stages, loader.first, begin, tile.b, s.k_length,
+                                tile.kv_head);
     else
       loader.load(loader.first, begin);
   }
 
   const int position = warp_index & ((1 << plan.log2_warps_per_head) - 1);
-  const int first = idle ? s.q_length : first_row + position * Shape::kWarpRows;
+  const int first = idle ? s.q_length : tile.first_row + position * Shape::kWarpRows;
   using Warp = typename Traits::Warp;
-  Warp warp(p, s, band, place.b, h, first, end, queries, plan.factor, plan.bounds,
+  Warp warp(p, s, band, tile.b, h, first, end, queries, plan.factor, plan.bounds,
             reinterpret_cast<WarpPlace*>(shared));
   typename Traits::Output output(warp);
 
-  attend<Traits>(p, plan, loader, warp, output, stages, begin, end, group);
+  attend<Traits>(p, plan, loader, warp, output, stages, begin, end, tile.group);
   store_output<Traits>(p, plan, warp, output, stages);
 }
 
