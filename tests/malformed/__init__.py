@@ -1,9 +1,10 @@
 """Calls that every backend must refuse: malformed/<family>/<op>.py lists those of an operator as
-CALLS, and test_contract.py makes them."""
+CALLS, and test_contract.py makes them. The message names a call."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +13,29 @@ import torch
 
 from tokenmill.registry import OpSpec
 
-Edit = Callable[[list[Any], dict[str, Any]], None]  # changes positional and keyword arguments
+Call = dict[str, Any]  # the arguments of a call by name
+Edit = Callable[[Call], None]
 
 
 @dataclass(frozen=True)
 class Malformed:
-    """A call that every backend must refuse: `change` edits the arguments of the operator's first
-    sample in place."""
+    """A call that every backend must refuse: `edits` change the arguments of the operator's first
+    sample in place; then `changes` replace arguments, by a value or by a function of the old one.
+    """
 
-    name: str
     error: str  # a piece of the message: argument, rule and value
-    change: Edit
+    edits: tuple[Edit, ...]
+    changes: Call
     values: bool = False  # breaks a rule on values inside tensors, not on metadata
+
+    def __call__(self, spec: OpSpec, args: Any, kwargs: Call) -> tuple[list[Any], Call]:
+        names = list(inspect.signature(spec.function).parameters)[: len(args)]
+        call = dict(zip(names, args, strict=True)) | kwargs
+        for edit in self.edits:
+            edit(call)
+        for name, change in self.changes.items():
+            call[name] = change(call[name]) if callable(change) else change
+        return [call.pop(name) for name in names], call
 
 
 def calls(spec: OpSpec) -> tuple[Malformed, ...]:
@@ -31,22 +43,14 @@ def calls(spec: OpSpec) -> tuple[Malformed, ...]:
     return importlib.import_module(f"{__name__}.{spec.family}.{spec.name}").CALLS
 
 
-def set_argument(index: int, change: Callable[[Any], Any]) -> Edit:
-    """Replaces a positional argument by what `change` makes of it."""
-
-    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
-        args[index] = change(args[index])
-
-    return edit
+def refused(error: str, /, *edits: Edit, **changes: Any) -> Malformed:
+    """A call that breaks a rule on metadata."""
+    return Malformed(error, edits, changes)
 
 
-def set_options(**options: Any) -> Edit:
-    """Replaces keyword arguments."""
-
-    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
-        kwargs.update(options)
-
-    return edit
+def refused_values(error: str, /, *edits: Edit, **changes: Any) -> Malformed:
+    """A call that breaks a rule on values inside tensors."""
+    return Malformed(error, edits, changes, values=True)
 
 
 def ints(*values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:

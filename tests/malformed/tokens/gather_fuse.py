@@ -3,72 +3,23 @@
 from __future__ import annotations
 
 import torch
-from malformed import Malformed, set_argument, set_options
+from malformed import ints, refused, refused_values
+from malformed.rules import FLOATS, TOKENS, dtype, option, out, rank, shared
 
 CALLS = (
-    Malformed(
-        "rank",
-        "x: must have 3 dimensions [B, N, C]; got 2",
-        set_argument(0, lambda t: t[0]),
-    ),
-    Malformed(
-        "dtype",
-        "x: must be float16, bfloat16 or float32; got int32",
-        set_argument(0, lambda t: t.int()),
-    ),
-    Malformed(
-        "prefix",
-        "prefix: must be 0 to the number of tokens, 14; got 15",
-        set_options(prefix=15),
-    ),
-    Malformed(
-        "batch of keep",
-        "keep: must have shape [2, K]; got [1, 7]",
-        set_argument(1, lambda t: t[:1]),
-    ),
-    Malformed(
-        "dtype of rest",
-        "rest: must be int32; got int16",
-        set_argument(2, lambda t: t.short()),
-    ),
-    Malformed(
-        "shape of weight",
-        "weight: must have shape [2, 13]; got [2, 12]",
-        set_argument(3, lambda t: t[:, 1:]),
-    ),
-    Malformed(
-        "dtype of weight",
-        "weight: must be float32; got int64",
-        set_argument(3, lambda t: t.long()),
-    ),
-    Malformed(
-        "shape of out",
-        "out: must have shape [2, 9, 24]; got [2, 8, 24]",
-        set_options(out=torch.zeros(2, 8, 24)),
-    ),
-    Malformed(
-        "expanded out",
-        "out: must have each element at an address of its own; strides; got [0, 24, 1]",
-        set_options(out=torch.zeros(9, 24).expand(2, 9, 24)),
-    ),
-    Malformed(
-        "out over x",
-        "out: must not share memory with x; strides; got [336, 24, 1]",
-        lambda a, k: k.update(out=a[0][:, 5:]),
-    ),
-    Malformed(
-        "beyond the end",
-        "keep: must be -1 to 12; got 13",
-        set_argument(1, lambda t: torch.full_like(t, 13)),
-        values=True,
-    ),
-    Malformed(
-        "in both",
+    rank("x", TOKENS),
+    *dtype("x", FLOATS, "int32"),
+    *option("prefix", "must be 0 to the number of tokens, 14", 15),
+    refused("keep: must have shape [2, K]; got [1, 7]", keep=lambda t: t[:1]),
+    *dtype("rest", "must be int32", "int16"),
+    refused("weight: must have shape [2, 13]; got [2, 12]", weight=lambda t: t[:, 1:]),
+    *dtype("weight", "must be float32", "int64"),
+    *out([2, 9, 24], [2, 8, 24], "must be float32"),
+    shared("out", "x", [336, 24, 1], lambda call: call.update(out=call["x"][:, 5:])),
+    refused_values("keep: must be -1 to 12; got 13", keep=lambda t: torch.full_like(t, 13)),
+    refused_values(
         "rest: must not name a token twice; got 3",
-        lambda a, k: (
-            a.__setitem__(1, torch.tensor([[3], [4]])),
-            a.__setitem__(2, torch.tensor([[3], [5]])),
-        )[0],
-        values=True,
+        keep=ints([3], [4], dtype=torch.int64),
+        rest=ints([3], [5], dtype=torch.int64),
     ),
 )

@@ -3,85 +3,29 @@
 from __future__ import annotations
 
 import torch
-from malformed import Malformed, set_argument, set_options
+from malformed import refused, refused_values
+from malformed.rules import FLOATS, dtype, layout, option, rank, tensor
 
 # Edits of the first sample.
 CALLS = (
-    Malformed(
-        "rank",
-        "x: must have 3 dimensions [B, N, C] or 2 [T, C]; got 1",
-        set_argument(0, lambda t: t[0, 0]),
-    ),
-    Malformed(
-        "packed with offsets of a batch",
-        "offsets: must have 1 dimension with x [T, C]; got 2",
-        set_argument(0, lambda t: t[0]),
-    ),
-    Malformed(
-        "dtype",
-        "x: must be float16, bfloat16 or float32; got int32",
-        set_argument(0, lambda t: t.int()),
-    ),
-    Malformed(
-        "layout",
-        "x: must have a contiguous last dimension",
-        set_argument(0, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)),
-    ),
-    Malformed(
-        "batch of offsets",
-        "offsets: must have shape [2, S + 1]; got [1, 7]",
-        set_argument(1, lambda t: t[:1]),
-    ),
-    Malformed(
-        "dtype of offsets", "offsets: must be int32; got int64", set_argument(1, torch.Tensor.long)
-    ),
-    Malformed(
-        "batch of perm",
-        "perm: must have shape [2, K]; got [2]",
-        set_options(perm=torch.zeros(2, dtype=torch.int32)),
-    ),
-    Malformed(
-        "reduce",
-        "reduce: must be 'sum', 'mean', 'amax', 'amin', 'first' or 'last'; got 'max'",
-        set_options(reduce="max"),
-    ),
-    Malformed(
-        "shape of weight",
-        "weight: must have shape [2, 37]; got [2, 36]",
-        set_options(weight=torch.ones(2, 36)),
-    ),
-    Malformed(
-        "type of weight",
-        "weight: must be of a floating type; got int64",
-        set_options(weight=torch.ones(2, 37, dtype=torch.int64)),
-    ),
-    Malformed(
-        "weight of an extreme",
-        "weight: requires reduce 'sum' and 'mean'; got 'amax'",
-        set_options(reduce="amax"),
-    ),
-    Malformed(
-        "offset",
-        "offsets: must be 0 to 40; got 41",
-        set_argument(1, lambda t: t.where(t < t.amax(), 41)),
-        values=True,
-    ),
-    Malformed(
-        "decreasing offsets",
-        "offsets: must not decrease; got",
-        set_argument(1, lambda t: t.flip(1).contiguous()),
-        values=True,
-    ),
-    Malformed(
-        "row of perm",
-        "perm: must be -1 to 36; got 37",
-        set_options(perm=torch.full((2, 40), 37, dtype=torch.int32)),
-        values=True,
-    ),
-    Malformed(
-        "row twice",
-        "perm: must not name a token twice; got 5",
-        set_options(perm=torch.full((2, 40), 5, dtype=torch.int32)),
-        values=True,
+    rank("x", "[B, N, C] or 2 [T, C]", got=1),
+    refused("offsets: must have 1 dimension with x [T, C]; got 2", x=lambda t: t[0]),
+    *dtype("x", FLOATS, "int32"),
+    layout("x"),
+    refused("offsets: must have shape [2, S + 1]; got [1, 7]", offsets=lambda t: t[:1]),
+    *dtype("offsets", "must be int32", "int64"),
+    *tensor("perm", "[2, K]", [2], "int32"),
+    *option("reduce", "must be 'sum', 'mean', 'amax', 'amin', 'first' or 'last'", "max"),
+    refused("weight: must have shape [2, 37]; got [2, 36]", weight=torch.ones(2, 36)),
+    *dtype("weight", "must be of a floating type", "int64"),
+    refused("weight: requires reduce 'sum' and 'mean'; got 'amax'", reduce="amax"),
+    refused_values("offsets: must be 0 to 40; got 41", offsets=lambda t: t.where(t < t.amax(), 41)),
+    refused_values("offsets: must not decrease; got", offsets=lambda t: t.flip(1).contiguous()),
+    *(
+        refused_values(f"perm: {rule}", perm=torch.full((2, 40), row, dtype=torch.int32))
+        for row, rule in (
+            (37, "must be -1 to 36; got 37"),
+            (5, "must not name a token twice; got 5"),
+        )
     ),
 )
