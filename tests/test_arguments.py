@@ -7,7 +7,8 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
+from each import each_backend
 from test_contract import each_spec, outputs, same_bits
 
 import tokenmill as tm
@@ -132,7 +133,7 @@ def test_flags_are_bools(function, name):
             function(*args, **{**kwargs, name: value})
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_more_than_there_is_means_all(backend):
     """Sums with the largest integers do not wrap."""
     q, k = torch.randn(2, 20, 4, 8), torch.randn(2, 20, 2, 8)

@@ -6,7 +6,8 @@ import inspect
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
+from each import each_backend
 from torch.nn.functional import scaled_dot_product_attention
 
 import tokenmill as tm
@@ -95,7 +96,7 @@ def test_the_rules_are_those_of_sdpa_and_cat():
         tm.attention(q, q.to(HALF), q)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @each(CAST)
 def test_results_are_those_of_arguments_cast_by_hand(spec, backend):
     device = device_of(backend)

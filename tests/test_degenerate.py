@@ -7,7 +7,8 @@ import itertools
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
+from each import each_backend, each_kernel
 
 import tokenmill as tm
 from tokenmill import _explain, registry
@@ -84,7 +85,7 @@ def wanted(op):
     return found
 
 
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 @pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
 def test_sizes_of_zero(spec, backend):
     tried = wanted(spec.name)
@@ -107,7 +108,7 @@ def test_sizes_of_zero(spec, backend):
             torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_tokens_without_channels_have_a_sum_of_weights(backend):
     x, weight = torch.randn(2, 1, 0), torch.rand(2, 0)
     none = torch.empty(2, 0, dtype=torch.int32)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
+from each import each_backend
 
 import tokenmill as tm
 from tokenmill import registry
@@ -17,7 +18,6 @@ from tokenmill.testing import map_tensors
 NAN = float("nan")
 FLOAT8 = torch.float8_e4m3fn
 
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 CALLS = {
     "decode": (

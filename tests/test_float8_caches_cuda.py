@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from each import ints
 
 import tokenmill as tm
 from tokenmill import masks, registry
@@ -22,10 +23,6 @@ INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 CODES = torch.arange(256, dtype=torch.uint8).view(FLOAT8)
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def check(op, make, dtype):

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
+from each import each_backend
 
 import tokenmill as tm
 
@@ -28,7 +29,7 @@ def last_apart(t):
     return t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @pytest.mark.parametrize("op", ["attention", "linear_attention"])
 def test_a_last_dimension_with_gaps_is_copied(op, backend):
     function, device = getattr(tm, op), device_of(backend)
@@ -91,7 +92,7 @@ def jagged(*lengths, heads=2, device="cpu", grad=False):
     return torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=grad)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @pytest.mark.parametrize("function", [tm.attention, tm.sigmoid_attention], ids=lambda f: f.__name__)
 def test_jagged_tensors_are_packed_sequences(function, backend):
     torch.manual_seed(0)

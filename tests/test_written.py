@@ -8,6 +8,7 @@ import inspect
 import pytest
 import torch
 from conftest import backends, device_of
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from test_contract import draw
@@ -83,7 +84,7 @@ def test_a_graph_refuses_lazy_negatives():
         torch.compile(run, fullgraph=True, backend="aot_eager")(q, state)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_a_negative_that_repeats_is_read_beside_what_is_written(backend):
     """It gets its own strides only when it is negated."""
     caches = torch.zeros(2, 1, 8, 2, 4, device=device_of(backend))
@@ -94,7 +95,7 @@ def test_a_negative_that_repeats_is_read_beside_what_is_written(backend):
     assert lengths.tolist() == [1]
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_lazy_negatives_are_read_as_what_they_stand_for(backend):
     q, k, v = torch.randn(3, 1, 5, 2, 8, device=device_of(backend))
     state = torch.randn(1, 2, 8, 8, device=device_of(backend))
@@ -113,7 +114,7 @@ def test_lazy_negatives_are_read_as_what_they_stand_for(backend):
     assert torch.equal(*states)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_parts_of_one_tensor_are_apart(backend):
     """Keys and values share one cache, in any layout."""
     keep = torch.tensor([[1, 3, 4], [0, 5, 7]], dtype=torch.int32)

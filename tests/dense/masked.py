@@ -5,23 +5,19 @@ from __future__ import annotations
 import conftest
 import pytest
 import torch
-from conftest import backends, cpu_variants, device_of
+from conftest import cpu_variants, device_of
 
 from tokenmill import masks
 from tokenmill.testing import map_tensors
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INF, NAN = float("inf"), float("nan")
 EXACT = ("cpu", "reference")  # row results do not depend on tile boundaries
 
-each_kernel = pytest.mark.parametrize("backend", backends())
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 each_isa = pytest.mark.parametrize(
     ("backend", "isa"),
     [pytest.param(b, i, id=i or b) for b, i in cpu_variants()],
     indirect=["isa"],
 )
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def integers(*shape, low=0, high, g=None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -84,7 +85,7 @@ def test_what_the_mask_hides_reaches_nothing(backend):
     assert not got[1][0][0, 3].any() and not got[1][1][:, 7:].any()
 
 
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 def test_scores_without_a_gradient_add_nothing(backend):
     inputs = draw(1, 3, 5, 4)
     cotangent = torch.ones(1, 3, 5)

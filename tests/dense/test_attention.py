@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_backend, each_dtype, each_kernel, randn
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import attention_samples
@@ -18,17 +19,9 @@ from tokenmill import registry
 from tokenmill.testing import assert_accurate, compare, error
 
 SPEC = registry.get("attention")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INF, NAN = float("inf"), float("nan")
 
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
-each_kernel = pytest.mark.parametrize("backend", backends())
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_kind = pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-
-
-def randn(*shape, dtype=torch.float32, backend="cpu"):
-    return torch.randn(shape).to(dtype).to(device_of(backend))
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])

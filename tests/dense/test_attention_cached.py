@@ -6,20 +6,14 @@ import itertools
 
 import pytest
 import torch
-from conftest import backends, device_of, in_each_dtype
+from conftest import backends, device_of
+from each import each_backend, each_dtype_and_kernel, each_kernel, ints
 
 import tokenmill as tm
 from tokenmill import masks
 from tokenmill.dense.attention_decode_cases import decode_call
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INF = float("inf")
-
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
-each_kernel = pytest.mark.parametrize("backend", backends())
-each_dtype_and_kernel = pytest.mark.parametrize(
-    ("dtype", "backend"), in_each_dtype(DTYPES, [(b,) for b in backends()])
-)
 
 
 def drawn(backend, lengths, queries, dtype=torch.float32, **options):
@@ -30,10 +24,6 @@ def drawn(backend, lengths, queries, dtype=torch.float32, **options):
     device = device_of(backend)
     moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
     return [a.to(device) for a in args], moved
-
-
-def ints(*values, backend="cpu"):
-    return torch.tensor(values, dtype=torch.int32, device=device_of(backend))
 
 
 @each_dtype_and_kernel

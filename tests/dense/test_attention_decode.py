@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of, in_each_dtype
+from each import DTYPES, each_backend, each_dtype, each_dtype_and_kernel, each_kernel, ints, randn
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import HEAD_DIMS
@@ -18,24 +19,9 @@ from tokenmill.testing import compare
 
 SPEC = registry.get("attention_decode")
 INF = float("inf")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GPU_KERNELS = [b for b in backends() if b != "cpu"]  # these do not check lengths and pages
 
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
-each_kernel = pytest.mark.parametrize("backend", backends())
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_dtype_and_kernel = pytest.mark.parametrize(
-    ("dtype", "backend"), in_each_dtype(DTYPES, [(b,) for b in backends()])
-)
 each_kind = pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-
-
-def randn(*shape, dtype=torch.float32, backend="cpu"):
-    return torch.randn(shape).to(dtype).to(device_of(backend))
-
-
-def ints(*values, backend="cpu"):
-    return torch.tensor(values, dtype=torch.int32, device=device_of(backend))
 
 
 def outputs(result):

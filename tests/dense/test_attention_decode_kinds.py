@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_backend, each_dtype
 from hypothesis import given
-from test_attention_decode import GPU_KERNELS, SPEC, close, decode_samples, drawn, each_dtype
-from test_attention_kinds import KINDS, NORMALIZERS, each_backend, each_form
+from test_attention_decode import GPU_KERNELS, SPEC, close, decode_samples, drawn
+from test_attention_kinds import KINDS, NORMALIZERS, each_form
 from tier import examples
 
 import tokenmill as tm

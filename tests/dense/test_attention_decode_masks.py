@@ -7,8 +7,8 @@ import functools
 import pytest
 import torch
 from conftest import cpu_variants
+from each import DTYPES, each_dtype, each_kernel
 from masked import (
-    DTYPES,
     INF,
     NAN,
     B,
@@ -16,9 +16,7 @@ from masked import (
     S,
     assert_same,
     documents,
-    each_dtype,
     each_isa,
-    each_kernel,
     everywhere,
     inputs,
     integers,

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import DTYPES, each_backend, each_dtype, each_kernel, randn
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import attention_samples
-from test_attention import DTYPES, INF, NAN, SPEC, each_dtype, each_kernel, randn
+from test_attention import INF, NAN, SPEC
 from tier import examples
 
 import tokenmill as tm
@@ -34,9 +35,6 @@ def each_form(*others):
             for kind, normalize in (FEW if backend in INTERPRETERS else FORMS)
         ],
     )
-
-
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])
@@ -225,7 +223,7 @@ def test_derivatives_at_a_logit_of_zero(kind, normalize, backend):
     assert slope.item() == pytest.approx(want, abs=1e-6)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @pytest.mark.parametrize("logit", [1.0, -1.0])
 def test_a_sum_of_one_does_not_divide(logit, backend):
     """Weights of either sign are divided by max(|sum|, 1): at a sum of 1 by the constant."""

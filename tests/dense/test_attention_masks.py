@@ -8,10 +8,10 @@ import conftest
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import DTYPES, each_backend, each_dtype
 from hypothesis import given
 from hypothesis import strategies as st
 from masked import (
-    DTYPES,
     EXACT,
     INF,
     NAN,
@@ -20,8 +20,6 @@ from masked import (
     S,
     assert_same,
     documents,
-    each_backend,
-    each_dtype,
     each_isa,
     everywhere,
     inputs,

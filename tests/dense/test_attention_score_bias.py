@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
+from each import each_kernel
 
 import tokenmill as tm
 from tokenmill import registry
@@ -43,7 +44,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_gradient_of_a_score_bias_beside_a_sink(case, dtype, backend):
@@ -54,7 +55,7 @@ def test_gradient_of_a_score_bias_beside_a_sink(case, dtype, backend):
             assert found.ok, (seed, found)
 
 
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_without_a_sink_only_lse_sees_it(dtype, backend):
     q, k, v = (torch.randn(1, 40, HEADS, 16).to(dtype).to(device_of(backend)) for _ in range(3))
@@ -67,7 +68,7 @@ def test_without_a_sink_only_lse_sees_it(dtype, backend):
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 def test_a_score_bias_that_is_not_finite(backend, kind, value):
     g = torch.Generator().manual_seed(0)
     drawn = [torch.randn(1, n, 2, 16, generator=g) for n in (3, 5, 5)]

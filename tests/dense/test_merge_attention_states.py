@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_same, backends, device_of
+from conftest import assert_same, device_of
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -14,7 +15,6 @@ from tokenmill._check import check_wide
 from tokenmill._kv_cache import check_cache_scale
 
 LOWEST = torch.finfo(torch.float32).min
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def merge(backend, outs, lses):

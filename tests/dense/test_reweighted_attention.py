@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -13,8 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenmill as tm
 from tokenmill.testing import assert_accurate
-
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def weights_of(q, k, causal):

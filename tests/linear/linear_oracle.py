@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 from conftest import device_of
+from each import randn
 
 from tokenmill import registry
 from tokenmill.reference.linear import linear_attention as reference
@@ -43,10 +44,6 @@ def relative_error(a, b) -> float:
 
 def close(a, b, tolerance=2e-5):
     assert relative_error(a, b) < tolerance
-
-
-def randn(*shape, dtype=torch.float32, backend="cpu"):
-    return torch.randn(shape).to(dtype).to(device_of(backend))
 
 
 def inputs(backend, length, heads=2, d=16, dv=16, batch=1, dtype=torch.float32, kv_heads=None):

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from conftest import backends, device_of
+from each import each_backend, each_dtype, each_kernel, randn
 from hypothesis import given
 from hypothesis import strategies as st
-from linear_oracle import chunked, close, inputs, interpreted, randn
+from linear_oracle import chunked, close, inputs, interpreted
 from strategies import linear_samples
 from tier import examples
 
@@ -20,15 +21,11 @@ from tokenmill.registry import Sample
 from tokenmill.testing import compare, convert, error, evaluate, magnitude, oracle
 
 SPEC = registry.get("linear_attention")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAPS = ("identity", "elu1", "relu", "silu", "taylor2")
 INF, NAN = float("inf"), float("nan")
 
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
-each_kernel = pytest.mark.parametrize("backend", backends())
 # Interpreters are too slow for long sequences.
 each_fast_kernel = pytest.mark.parametrize("backend", [b for b in backends() if not interpreted(b)])
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_map = pytest.mark.parametrize("feature_map", MAPS)
 
 
@@ -77,7 +74,7 @@ def test_any_call_keeps_the_error_budget(dtype, backend, sample):
     assert not [c for c in found if not c.ok], sample.name
 
 
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length, dim", [(16, 1), (16, 16), (40, 32)])
 def test_the_gradient_of_a_decay_beside_the_final_state(length, dim, dtype, backend):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, device_of
+from each import each_backend, each_dtype, each_kernel, randn
 from hypothesis import given
 from hypothesis import strategies as st
-from linear_oracle import close, inputs, randn
+from linear_oracle import close, inputs
 from strategies import HEAD_DIMS
 from tier import examples
 
@@ -19,11 +20,6 @@ from tokenmill.testing import compare
 
 SPEC = registry.get("linear_attention_decode")
 MAPS = ("identity", "elu1", "relu", "silu", "taylor2")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
-each_kernel = pytest.mark.parametrize("backend", backends())
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def slots(*found, backend="cpu"):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_backend, each_dtype, each_kernel
 from linear_oracle import chunked, inputs, interpreted, relative_error
 from strategies import layouts
 
@@ -17,15 +18,11 @@ from tokenmill.registry import Sample
 from tokenmill.testing import compare
 
 SPEC = registry.get("linear_attention")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAPS = ("identity", "elu1", "relu", "silu", "taylor2")
 INF, NAN = float("inf"), float("nan")
 
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
-each_kernel = pytest.mark.parametrize("backend", backends())
 # Interpreters are too slow for long sequences.
 each_fast_kernel = pytest.mark.parametrize("backend", [b for b in backends() if not interpreted(b)])
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_map = pytest.mark.parametrize("feature_map", MAPS)
 
 

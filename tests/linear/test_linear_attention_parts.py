@@ -6,14 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends
-from linear_oracle import chunked, inputs, randn, relative_error
+from each import DTYPES, randn
+from linear_oracle import chunked, inputs, relative_error
 
 import tokenmill as tm
 from tokenmill import registry
 from tokenmill._call import choose
 from tokenmill.linear.linear_attention_cases import draw_state
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PART = 256  # tokens per part of a short sequence
 
 each_kernel = pytest.mark.parametrize(

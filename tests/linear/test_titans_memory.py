@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import backends, device_of
+from each import each_kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -160,7 +161,7 @@ def test_tokens_of_no_sequence_have_results_and_gradients_0(backend):
     assert not run(*inputs, cu_seqlens=i32(7).to(device), **options)[0].any()
 
 
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 def test_later_tokens_are_hidden(backend):
     device = device_of(backend)
     inputs = [t.detach().float().to(device) for t in draw(1, 12)[:6]]

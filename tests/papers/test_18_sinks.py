@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends
+from each import each_backend
 from tensors import close, draw, same_gradients
 
 import tokenmill as tm
 
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 B, S, H, D = 1, 13, 3, 16
 
 

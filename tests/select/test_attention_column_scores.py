@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import HEAD_DIMS, layouts
@@ -84,7 +85,7 @@ def test_several_tiles_and_splits(backend, isa, d, dtype):
     assert all(c.ok for c in found), found
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_scores_of_all_keys_count_the_queries_that_see_one(backend):
     q, k = draw(2, 50, 30, 4, 2, 16, device=device_of(backend))
     scores = tm.attention_column_scores(q, k, causal=True, backend=backend)
@@ -99,7 +100,7 @@ def test_scores_of_all_keys_count_the_queries_that_see_one(backend):
     torch.testing.assert_close(means, sums / divisor)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_lse_of_the_forward_gives_the_same_as_none(backend):
     q, k = draw(2, 40, 40, 4, 2, 32, device=device_of(backend))
     z = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * 32**-0.5
@@ -114,7 +115,7 @@ def test_lse_of_the_forward_gives_the_same_as_none(backend):
     torch.testing.assert_close(given - without, p, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_nothing_beyond_the_lengths_counts(backend):
     device = device_of(backend)
     q, k = draw(2, 20, 70, 2, 1, 32, device=device)
@@ -127,7 +128,7 @@ def test_nothing_beyond_the_lengths_counts(backend):
     assert (found[0, :, 33:] == 0).all() and (found[1, :, 64:] == 0).all()
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_nan_stays_with_what_sees_it(backend):
     q, k = draw(1, 30, 30, 1, 1, 16, device=device_of(backend))
     q[0, 12] = NAN
@@ -176,7 +177,7 @@ def test_noise_is_that_of_the_helper(backend, isa, seed):
     torch.testing.assert_close(found.double(), (noise / 0.8).softmax(-1), rtol=4e-6, atol=0)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_noise_knows_positions_not_rows(backend):
     """Chunks of a causal prefill give the result of the whole, and each decode step has fresh
     noise."""

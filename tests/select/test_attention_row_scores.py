@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import HEAD_DIMS, layouts
@@ -59,7 +60,7 @@ def test_any_call_keeps_the_error_budget(backend, isa, data):
     assert not [c for c in found if not c.ok]
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_class_token_of_evit(backend):
     """Mean over heads of row 0 of the attention map, excluding the class token's own column."""
     q, k = draw(2, 197, 197, 3, 3, 64, device_of(backend))
@@ -68,7 +69,7 @@ def test_class_token_of_evit(backend):
     torch.testing.assert_close(found, maps[:, :, 0, 1:].mean(1), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_sums_are_those_of_columns(backend):
     q, k = draw(2, 5, 40, 4, 2, 32, device_of(backend))
     lengths = torch.tensor([40, 23], dtype=torch.int32, device=q.device)
@@ -78,7 +79,7 @@ def test_sums_are_those_of_columns(backend):
     torch.testing.assert_close(rows, columns.sum(1), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_nothing_beyond_the_lengths_counts(backend):
     q, k = draw(2, 2, 70, 2, 1, 32, device_of(backend))
     lengths = torch.tensor([33, 0], dtype=torch.int32, device=q.device)
@@ -123,7 +124,7 @@ def test_argmax_is_the_first_of_the_largest(backend, isa, data):
                 assert found[i, h, row] == want
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_argmax_of_nan_infinities_and_empty_rows(backend):
     x = [[1.0, NAN, 3.0], [1.0, float("inf"), NAN], [-float("inf")] * 3, [0.0, 0.0, 0.0]]
     k = torch.tensor(x, device=device_of(backend))[:, :, None, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -88,7 +89,7 @@ def test_definition(call, backend):
     check(call, backend)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @examples(25)
 @given(
     mode=st.sampled_from(["mean", "max", "minmax"]),
@@ -112,7 +113,7 @@ def test_updates_after_each_append_equal_pooling_anew(mode, block, steps, backen
         assert torch.equal(pooled.nan_to_num(99), wanted.nan_to_num(99))
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_an_update_touches_no_other_block(backend):
     device = device_of(backend)
     k = torch.randn(1, 64, 1, 8, device=device)
@@ -123,7 +124,7 @@ def test_an_update_touches_no_other_block(backend):
     assert touched.nonzero().flatten().tolist() == [7, 8, 9, 10]
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_box_holds_every_key_exactly(dtype, backend):
     k = torch.randn(2, 100, 2, 64).to(dtype).to(device_of(backend))

@@ -9,15 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import backends, device_of
+from each import each_backend, ints
 
 import tokenmill as tm
 
 LENGTHS = (5, 0, 9)
 PAGE, HEADS, DIM, PAGES = 4, 2, 16, 5
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def tables(behind):
@@ -107,7 +104,7 @@ def caches():
     return [torch.randn(PAGES, PAGE, HEADS, DIM, generator=generator) for _ in range(2)]
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @pytest.mark.parametrize("name", CALLS)
 def test_pages_behind_the_length_may_be_anything(name, backend):
     k, v = (t.to(device_of(backend)) for t in caches())

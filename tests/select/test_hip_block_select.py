@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_backend
 from hip_requests import Requests, ends, forms
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,6 @@ from tier import examples
 import tokenmill as tm
 
 NAN = float("nan")
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def whole(shape, generator, dtype=torch.float32, maximum=4):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_backend, each_kernel, ints
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -14,10 +15,6 @@ import tokenmill as tm
 from tokenmill.testing import map_tensors
 
 INF, NAN = float("inf"), float("nan")
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def one_list(scores, topk, block_k):
@@ -208,7 +205,7 @@ def test_more_candidates_than_are_kept(order, backend, threads):
         assert counts.item() == topk and torch.equal(indices.cpu().flatten(), best.int())
 
 
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 def test_queries_in_stripes(backend, monkeypatch):
     """GPUs score the queries in stripes if their rows are long."""
     queries, n = 70, 8400
@@ -229,7 +226,7 @@ def test_queries_in_stripes(backend, monkeypatch):
             assert torch.equal(a, b.cpu())
 
 
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 def test_a_long_sequence_among_short_ones(backend):
     """The CUDA grid is sized for sequences of the mean length, and its CTAs take the rest in
     turn."""
@@ -246,7 +243,7 @@ def test_a_long_sequence_among_short_ones(backend):
         assert torch.equal(a, b.cpu())
 
 
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scores_of_random_numbers(dtype, backend):
     """Values keep the error budget, and no key outside a list clearly exceeds the keys in it."""
@@ -291,7 +288,7 @@ def test_every_code_of_float8(dtype, backend, isa):
         assert counts.item() == 254 and torch.equal(values[0, 0, :254].cpu(), want[~want.isnan()])
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_keys_of_a_float8_cache(backend):
     """kv_cache_append writes the keys and their scales; lists match the contents of the cache."""
     generator = torch.Generator().manual_seed(5)
@@ -311,7 +308,7 @@ def test_keys_of_a_float8_cache(backend):
     torch.testing.assert_close(found[2].cpu(), want[2])
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_it_is_the_scores_of_a_cache_and_a_selection(backend):
     """With one head, kv_block_scores and topk_select give the same blocks."""
     generator = torch.Generator().manual_seed(2)

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_backend, each_kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -159,7 +160,7 @@ def test_definition(call, backend):
     check(call, backend)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_bound_of_a_box_holds(dtype, backend):
     """Rounded boxes would break the bound in 16 bits: minima and maxima are elements of the
@@ -176,7 +177,7 @@ def test_the_bound_of_a_box_holds(dtype, backend):
     torch.testing.assert_close(bound, exact, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @pytest.mark.parametrize("scoring", ["dot", "minmax", "max_block"])
 @pytest.mark.parametrize("head_reduce", ["none", "group_mean", "softmax_vote"])
 def test_nothing_beyond_the_length_counts(scoring, head_reduce, backend):
@@ -193,7 +194,7 @@ def test_nothing_beyond_the_length_counts(scoring, head_reduce, backend):
     assert not clean.isnan().any() and (clean[..., 7:] == -INF).all()
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @pytest.mark.parametrize("at", [0, 15, 16, 31, 40])
 @pytest.mark.parametrize("block_k", [1, 4, 16, 32, 20])
 def test_a_nan_stays_in_its_block(at, block_k, backend):
@@ -208,7 +209,7 @@ def test_a_nan_stays_in_its_block(at, block_k, backend):
     assert torch.equal(poisoned.nan_to_num(0), torch.where(poisoned.isnan(), 0, clean))
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_a_nan_of_a_query_stays_in_its_rows(backend):
     """A vote is NaN everywhere: every block sums all heads."""
     device = device_of(backend)
@@ -220,7 +221,7 @@ def test_a_nan_of_a_query_stays_in_its_rows(backend):
         assert bad[1, heads, 2].all() and bad.sum() == 20
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_a_vote_sums_to_the_heads_over_many_tokens(backend):
     """Small weights are accurate relative to their size: uniform ones over 5000 tokens, in several
     pieces of a row."""
@@ -242,7 +243,7 @@ def test_a_vote_sums_to_the_heads_over_many_tokens(backend):
     torch.testing.assert_close(vote[0, 0, 0].double(), wanted, rtol=2e-5, atol=1e-30)
 
 
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 def test_long_sets_go_through_shared_memory_in_pieces(backend):
     """130 queries of 2 heads give one result."""
     generator = torch.Generator().manual_seed(0)
@@ -273,7 +274,7 @@ def test_gradients_are_not_asked_for():
     assert not tm.kv_block_scores(q, k).requires_grad
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @pytest.mark.parametrize("angle", [0.0, 0.44, 0.46, 3.1])
 def test_gate(angle, backend):
     """The thresholds are cos 0.44 = 0.905 and cos 0.46 = 0.896."""

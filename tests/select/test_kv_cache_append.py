@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from test_contract import equal, map_tensors
@@ -105,7 +106,7 @@ def test_every_backend_writes_the_bits_of_the_reference(backend, isa, make):
 @pytest.mark.parametrize(
     ("pages", "heads", "queries", "tokens"), [(0, 2, 2, 3), (2, 0, 0, 2), (2, 2, 0, 0)], ids=str
 )
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_there_may_be_nothing(backend, pages, heads, queries, tokens):
     device = device_of(backend)
     k = torch.ones(tokens, heads, 8, device=device)
@@ -117,7 +118,7 @@ def test_there_may_be_nothing(backend, pages, heads, queries, tokens):
     assert turned.shape == q.shape and bool((turned == 1).all()) and bool((caches == 1).all())
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_scales_of_tokens_come_from_finite_numbers(backend):
     """A row of zeros or without a finite number has scale 1; infinities saturate, NaN stays."""
     inf, nan = float("inf"), float("nan")
@@ -156,7 +157,7 @@ def test_what_is_read_back_is_near(scales):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_rows_turn_as_complex_numbers(backend, interleaved):
     """Products of a rotated query and key depend only on the distance of their positions."""
     device = device_of(backend)
@@ -179,7 +180,7 @@ def test_rows_turn_as_complex_numbers(backend, interleaved):
     assert torch.equal(caches[1, 0].cpu(), x)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_a_request_that_grows_in_pages_is_one_that_was_there(backend):
     """Keys and values in pages of one tensor, filled in three calls, and read by decode."""
     device, dtype = device_of(backend), torch.float32
@@ -209,7 +210,7 @@ def test_a_request_that_grows_in_pages_is_one_that_was_there(backend):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_a_latent_row_is_its_parts(backend, interleaved):
     """Columns from rope_offset on are rotated like a key, the latent columns before them are copied
     like a value."""

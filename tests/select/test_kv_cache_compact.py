@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -84,7 +85,7 @@ def test_any_call_keeps_the_error_budget(backend, isa, data):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_long_lists_move_bit_by_bit(backend, dtype):
     """More tokens than a CTA holds at once, with every gap and with none."""
     k, v = caches(2, 900, 1, 64, device_of(backend), dtype)
@@ -105,7 +106,7 @@ def test_long_lists_move_bit_by_bit(backend, dtype):
         assert torch.equal(v[b, len(kept) :], tails[b][1])
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_streaming_keys_are_as_if_embedded_at_their_new_slots(backend):
     """StreamingLLM: sinks and a recent window of a long cache."""
     s, d = 20000, 32
@@ -121,7 +122,7 @@ def test_streaming_keys_are_as_if_embedded_at_their_new_slots(backend):
     torch.testing.assert_close(k[:, :32].double(), want, rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_compensation_is_one_key_more(backend):
     """RazorAttention: the mean of the dropped keys, with log of their count added to the logit,
     stands for that many equal keys."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
+from each import each_backend, each_kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -23,7 +24,7 @@ def votes(q, keys, scale, sink, recent, kernel):
     return torch.stack(around) if around else found
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @examples(20)
 @given(
     lengths=st.lists(st.integers(0, 90), min_size=1, max_size=3),
@@ -66,7 +67,7 @@ def test_definition(lengths, queries, heads, sink, recent, k, kernel, page, back
             assert wanted[chosen].min() >= wanted[~chosen].max() * (1 - 1e-5)
 
 
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 def test_a_nan_key_is_not_selected_and_hides_no_other(backend):
     device = device_of(backend)
     q, keys = torch.ones(1, 1, 2, 8, device=device), torch.zeros(1, 40, 1, 8, device=device)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_backend, each_kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -186,7 +187,7 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 @pytest.mark.parametrize("tie", ["low", "high"])
 @pytest.mark.parametrize(("kind", "n", "k"), LONG, ids=str)
 def test_long_rows(kind, n, k, tie, backend):
@@ -288,7 +289,7 @@ def test_a_row_in_several_blocks(backend):
     assert positions(found) == [wanted]
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_pages(backend):
     device = device_of(backend)
     scores = torch.zeros(3, 40, device=device)

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
+from each import ints
 
 import tokenmill as tm
 from tokenmill.sparse.sparse_decode_attention_cases import sparse_call
 
 INF, NAN = float("inf"), float("nan")
 MIN, MAX = -(2**31), 2**31 - 1
-
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
-each_kernel = pytest.mark.parametrize("backend", backends())
-
-
-def randn(*shape, dtype=torch.float32, backend="cpu"):
-    return torch.randn(shape).to(dtype).to(device_of(backend))
-
-
-def ints(values, backend="cpu"):
-    return torch.tensor(values, dtype=torch.int32, device=device_of(backend))
 
 
 def moved(value, device):
@@ -62,7 +51,7 @@ def lists_of(rows, backend):
     """One list per request, for all heads."""
     longest = max(map(len, rows))
     padded = [[[*row, *[-1] * (longest - len(row))]] for row in rows]
-    return ints(padded, backend), ints([[len(row)] for row in rows], backend)
+    return ints(*padded, backend=backend), ints(*([len(row)] for row in rows), backend=backend)
 
 
 def inside(value, fill):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from biformer_oracle import last_stage, routed_channels_first, routed_channels_last
-from conftest import backends, device_of
+from conftest import device_of
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
 
 import tokenmill as tm
-
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def weights(dim, side, g):

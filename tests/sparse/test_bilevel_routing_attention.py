@@ -7,6 +7,7 @@ import torch
 from bilevel_calls import bilevel_samples
 from block_sparse_calls import NAN, gradients
 from conftest import assert_same, backends, cpu_variants, device_of
+from each import each_backend, each_dtype, each_kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -18,12 +19,6 @@ from tokenmill.sparse.bilevel_routing_attention_cases import bilevel_call
 from tokenmill.testing import compare
 
 SPEC = registry.get("bilevel_routing_attention")
-
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
-each_kernel = pytest.mark.parametrize("backend", backends())
-each_dtype = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str
-)
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from block_sparse_calls import INF, NAN, block_sparse_samples, drawn, full_lists, gradients, run
 from conftest import assert_same, backends, cpu_variants, device_of
+from each import each_backend, each_dtype, each_kernel
 from hypothesis import given
 from tier import examples
 
@@ -15,12 +16,6 @@ from tokenmill.sparse.block_sparse_attention_cases import block_sparse_call
 from tokenmill.testing import compare
 
 SPEC = registry.get("block_sparse_attention")
-
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
-each_kernel = pytest.mark.parametrize("backend", backends())
-each_dtype = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str
-)
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])

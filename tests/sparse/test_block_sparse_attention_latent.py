@@ -6,6 +6,7 @@ import pytest
 import torch
 from block_sparse_calls import INF, NAN, drawn, full_lists, inside, run
 from conftest import assert_same, backends, cpu_variants, device_of
+from each import each_backend
 
 import tokenmill as tm
 from tokenmill import registry
@@ -14,7 +15,6 @@ from tokenmill.testing import assert_accurate
 SPEC = registry.get("block_sparse_attention")
 SERIAL = ("triton", "emulated")  # an interpreter runs the same programs in any dtype
 
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 LATENT = {"hk": 1, "d": 576, "dv": 512, "latent": True, "block_q": 1}
 CASES = {

@@ -8,10 +8,10 @@ import pytest
 import torch
 from block_sparse_calls import INF, NAN, drawn, gradients, run
 from conftest import assert_same, backends, device_of
+from each import each_backend
 
 import tokenmill as tm
 
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 on_cpu = pytest.mark.skipif("cpu" not in backends(), reason="of the CPU backend")
 
 # Ends of queries and keys: no queries, no keys, blocks that end early, more queries than keys.

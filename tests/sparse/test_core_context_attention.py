@@ -6,14 +6,13 @@ import pytest
 import torch
 from block_sparse_calls import gradients
 from conftest import backends, device_of
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
 
 import tokenmill as tm
 from tokenmill.sparse import CoreContextState
-
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def inputs(backend, length, heads=4, kv_heads=2, b=1, d=8, dv=12, seed=0, dtype=torch.float32):

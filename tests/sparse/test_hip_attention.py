@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 from conftest import assert_same, backends, device_of
+from each import each_backend
 from hip_requests import Requests, forms, int32
 
 import tokenmill as tm
 from tokenmill.sparse import HipLists, hip_attention
 
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 SIZES = {"budget": 16, "block_q": 16, "block_k": 2, "num_sink": 4, "num_recent": 8}
 
 

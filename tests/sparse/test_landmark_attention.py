@@ -6,14 +6,13 @@ import pytest
 import torch
 from block_sparse_calls import gradients
 from conftest import backends
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from landmark_calls import inputs, weights_of
 from tier import examples
 
 import tokenmill as tm
-
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def by_hand(q, k, v, block):

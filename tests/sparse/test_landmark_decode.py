@@ -9,6 +9,7 @@ import pytest
 import torch
 from block_sparse_calls import gradients
 from conftest import assert_same, backends
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from landmark_calls import inputs, weights_of
@@ -16,8 +17,6 @@ from tier import examples
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenmill as tm
-
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 BEHIND = (-1, -(2**31), 2**31 - 1, 1000)  # ids beyond the lengths
 

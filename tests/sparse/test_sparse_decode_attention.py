@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of, in_each_dtype
+from each import DTYPES, each_backend, each_dtype, each_dtype_and_kernel, each_kernel, ints
 from hypothesis import given
 from hypothesis import strategies as st
 from sparse_decode_calls import (
@@ -14,11 +15,8 @@ from sparse_decode_calls import (
     NAN,
     close,
     drawn,
-    each_backend,
-    each_kernel,
     every_block,
     inside,
-    ints,
     moved,
     run,
     same,
@@ -32,13 +30,7 @@ from tokenmill.sparse.sparse_decode_attention_cases import rotations, sparse_cal
 from tokenmill.testing import compare
 
 SPEC = registry.get("sparse_decode_attention")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GPU_KERNELS = [b for b in backends() if b != "cpu"]  # these do not check lengths
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_dtype_and_kernel = pytest.mark.parametrize(
-    ("dtype", "backend"), in_each_dtype(DTYPES, [(b,) for b in backends()])
-)
 
 
 def spoil(indices, counts, kinds, g):
@@ -336,10 +328,10 @@ def test_softmax_survives_scores_that_grow_along_the_keys(dtype, backend):
     k = torch.linspace(-300, 300, n)[None, :, None, None].repeat(1, 1, 1, 8)
     k, v = (t.to(dtype).to(device_of(backend)) for t in (k, torch.randn(1, n, 1, 8)))
     args = [torch.ones_like(k[:, :1]), k, v, *every_block(1, 1, n, 1, backend)]
-    options = {"seqlens_k": ints([n], backend), "scale": 1.0, "return_mass": True}
+    options = {"seqlens_k": ints(n, backend=backend), "scale": 1.0, "return_mass": True}
     found = run(backend, args, options)
     wide = [t.cpu().double() if t.is_floating_point() else t.cpu() for t in args]
-    want = run("reference", wide, options | {"seqlens_k": ints([n])})
+    want = run("reference", wide, options | {"seqlens_k": ints(n)})
     for got, oracle in zip(found, want, strict=True):
         torch.testing.assert_close(
             got.cpu().double(), oracle.to(got.dtype).double(), rtol=1e-5, atol=1e-5
@@ -358,7 +350,7 @@ def test_nothing_reaches_beyond_the_cache(block_k, page_size, backend):
     args[3][:, :, ::5] = MAX
     args[3][:, :, 1::5] = MIN
     args[4][2:] = MAX
-    kwargs["seqlens_k"] = ints([MIN, MAX, 65, -1], backend)
+    kwargs["seqlens_k"] = ints(MIN, MAX, 65, -1, backend=backend)
     if page_size is not None:
         kwargs["block_table"] = kwargs["block_table"].clone()
         kwargs["block_table"][:, ::2] = MAX

@@ -6,21 +6,10 @@ import math
 
 import pytest
 import torch
+from each import each_backend, each_kernel, ints, randn
 from hypothesis import given
 from hypothesis import strategies as st
-from sparse_decode_calls import (
-    INF,
-    close,
-    drawn,
-    each_backend,
-    each_kernel,
-    every_block,
-    ints,
-    lists_of,
-    randn,
-    run,
-    same,
-)
+from sparse_decode_calls import INF, close, drawn, every_block, lists_of, run, same
 from tier import examples
 
 import tokenmill as tm
@@ -105,7 +94,9 @@ def test_tokens_at_once_are_tokens_one_by_one(block_k, backend):
     total = torch.zeros_like(mass)
     for i in range(sq):
         n = [max(length - sq + i + 1, 0) for length in lengths]
-        one = run(backend, [args[0][:, i : i + 1], *args[1:]], kwargs, seqlens_k=ints(n, backend))
+        one = run(
+            backend, [args[0][:, i : i + 1], *args[1:]], kwargs, seqlens_k=ints(*n, backend=backend)
+        )
         there = [b for b in range(len(lengths)) if n[b]]
         close((one[0][there, 0], one[1][there, :, 0]), (out[there, i], lse[there, :, i]))
         total += one[2]
@@ -154,8 +145,8 @@ def test_places_are_those_of_a_cache_rotated_from_scratch(entries, interleaved, 
         k = rotate(args[1][b, kept], *turn, interleaved)[None]
         q = rotate(args[0][b], *(t[-1] for t in turn), interleaved)[None]
         want = tm.attention_decode(
-            q, k, args[2][b, kept][None], seqlens_k=ints([len(kept)], backend), return_lse=True,
-            backend=backend,
+            q, k, args[2][b, kept][None], seqlens_k=ints(len(kept), backend=backend),
+            return_lse=True, backend=backend,
         )  # fmt: skip
         close((out[b : b + 1], lse[b : b + 1]), want, atol=2e-5)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
 
 import tokenmill as tm
 
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = st.one_of(st.sampled_from([0, 1, 15, 16, 17, 63, 64, 65]), st.integers(0, 150))
 

@@ -7,11 +7,10 @@ import doctest
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import backends, device_of
+from conftest import device_of
+from each import each_backend
 
 import tokenmill as tm
-
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def published_clusters(x, grid, iters, tau, window):

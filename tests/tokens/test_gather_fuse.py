@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -82,7 +83,7 @@ def test_definition(call, backend):
     check(call, backend)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @examples(15)
 @given(call=calls())
 def test_gradients_go_where_rows_come_from(call, backend):
@@ -110,7 +111,7 @@ def test_gradients_go_where_rows_come_from(call, backend):
     torch.testing.assert_close(w.grad.cpu(), dw, atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @pytest.mark.parametrize("normalize", [False, True])
 def test_what_no_list_names_does_not_matter(normalize, backend):
     device = device_of(backend)
@@ -130,7 +131,7 @@ def test_what_no_list_names_does_not_matter(normalize, backend):
     assert not x.grad[0, dropped].any()
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_normalized_weights_keep_a_constant(backend):
     device = device_of(backend)
     x = torch.full((2, 33, 8), 3.0, device=device)
@@ -140,7 +141,7 @@ def test_normalized_weights_keep_a_constant(backend):
     torch.testing.assert_close(found, torch.full_like(found, 3.0))
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_a_long_sum_keeps_its_digits(backend):
     """One row of 2^12 and many of 2^-12, which a single float32 chain would round off."""
     device = device_of(backend)
@@ -153,7 +154,7 @@ def test_a_long_sum_keeps_its_digits(backend):
     assert abs(found[0, 0, 0].item() - (2.0**12 + (rows - 1) * 2.0**-12)) < 2**-5
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_out_is_written_and_returned(backend):
     """Rows have gaps between them, and nothing around them is written."""
     device = device_of(backend)

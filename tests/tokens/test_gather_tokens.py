@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_backend, each_kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -57,7 +58,7 @@ def rows_and_indices(draw, *, repeats):
     return (batch, tokens, channels), indices, draw(st.sampled_from(DTYPES)), layout, generator
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @examples(30)
 @given(case=rows_and_indices(repeats=True))
 def test_every_bit_is_copied(case, backend):
@@ -76,7 +77,7 @@ def test_every_bit_is_copied(case, backend):
             assert torch.equal(row, want)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @examples(30)
 @given(case=rows_and_indices(repeats=False), based=st.booleans())
 def test_scattered_rows_replace_those_of_the_base(case, based, backend):
@@ -98,7 +99,7 @@ def test_scattered_rows_replace_those_of_the_base(case, based, backend):
     assert torch.equal(bits(found.cpu()), wanted)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @examples(20)
 @given(case=rows_and_indices(repeats=False))
 def test_scatter_and_gather_are_adjoint(case, backend):
@@ -114,7 +115,7 @@ def test_scatter_and_gather_are_adjoint(case, backend):
     assert torch.equal(tm.scatter_tokens(gathered, indices, z, backend=backend), z)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_one_index_gathers_tensors_of_any_shape(backend):
     device = device_of(backend)
     x = torch.randn(2, 9, 4, device=device)
@@ -136,7 +137,7 @@ def test_one_index_gathers_tensors_of_any_shape(backend):
     assert tm.gather_tokens((), index, backend=backend) == ()
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_scatter_takes_tensors_of_any_shape(backend):
     device = device_of(backend)
     index = torch.tensor([[3, -1, 0], [4, 1, 2]], device=device)
@@ -158,7 +159,7 @@ def test_scatter_takes_tensors_of_any_shape(backend):
         assert torch.equal(pairs.flatten(0, 1), packed)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_gradient_of_a_row_is_the_sum_over_its_copies(backend):
     device = device_of(backend)
     x = torch.randn(2, 4, 3, device=device, requires_grad=True)
@@ -199,7 +200,7 @@ def test_of_rows_of_one_token_the_last_is_taken(backend):
     assert found.flatten().tolist() == [3.0, 0.0, 4.0]
 
 
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 def test_compiles_with_other_ranks(backend):
     device = device_of(backend)
 
@@ -215,8 +216,6 @@ def test_compiles_with_other_ranks(backend):
 
 
 # --- writing into out ---------------------------------------------------------------------------
-
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 @each_backend
@@ -264,7 +263,7 @@ def test_out_has_no_gradient_and_no_input(backend):
     assert tm.explain("gather_tokens", x[..., 0], index, out=out[..., 0].clone()).error is None
 
 
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 def test_out_compiles_as_one_graph(backend):
     device = device_of(backend)
     x, index = torch.randn(2, 9, 4, device=device), torch.tensor([[3, 0], [8, -1]], device=device)
@@ -278,7 +277,7 @@ def test_out_compiles_as_one_graph(backend):
     assert torch.equal(compiled(x, index), run(x, index))
 
 
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 def test_gradients_take_indices_whose_rows_overlap(backend):
     """Tensors created like them do not keep their strides."""
     x = torch.randn(2, 4, 5, device=device_of(backend)).requires_grad_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from each import each_backend, each_kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -98,7 +99,7 @@ def test_definition(drawn, backend):
     check(drawn, backend)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @examples(20)
 @given(drawn=calls())
 def test_gradient_by_definition(drawn, backend):
@@ -148,7 +149,7 @@ def test_gradient_of_a_maximum_in_the_order_of_the_elements(kernel, dtype, isa):
         assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_nan_wins_and_the_first_has_the_gradient(backend):
     device = device_of(backend)
     for channels in (1, 16, 37):
@@ -165,7 +166,7 @@ def test_nan_wins_and_the_first_has_the_gradient(backend):
         assert grad == [0.0, 3.0, 0.0, 2.0, 0.0, 2.0, 1.0, 1.0, 1.0, 0.0]
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 @pytest.mark.parametrize("mode", ["avg", "max"])
 def test_masked_tokens_are_in_no_window(mode, backend):
     device = device_of(backend)
@@ -182,7 +183,7 @@ def test_masked_tokens_are_in_no_window(mode, backend):
     assert not tm.local_pool(x, 3, mode=mode, mask=empty, backend=backend).any()
 
 
-@pytest.mark.parametrize("backend", backends("reference"))
+@each_backend
 def test_a_sequence_is_a_map_of_one_line(backend):
     device = device_of(backend)
     x = torch.randn(2, 11, 8, device=device)
@@ -196,7 +197,7 @@ def test_a_sequence_is_a_map_of_one_line(backend):
         tm.local_pool(x, (1, 5), backend=backend)
 
 
-@pytest.mark.parametrize("backend", backends())
+@each_kernel
 def test_agrees_with_pooling_channels_first(backend):
     x = torch.randn(2, 9, 8, 24, device=device_of(backend))
     first = x.permute(0, 3, 1, 2)

@@ -6,14 +6,13 @@ import math
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
 
 import tokenmill as tm
-
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def class_row(q, k):

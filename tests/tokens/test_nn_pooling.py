@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import backends, device_of
+from conftest import device_of
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
 
 import tokenmill as tm
 
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 LITERAL = {
     "sum": lambda w: w.sum(0),
     "mean": lambda w: w.mean(0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, device_of
+from each import each_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -12,8 +13,6 @@ from tier import examples
 import tokenmill as tm
 
 INF, NAN = float("inf"), float("nan")
-
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
 def by_definition(scores, k, largest, order, valid, first, last):

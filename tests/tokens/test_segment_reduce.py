@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import device_of
+from each import each_backend, each_kernel, ints
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -14,13 +15,6 @@ from tokenmill.tokens.segment_reduce_cases import draw_offsets
 
 REDUCES = ("sum", "mean", "amax", "amin", "first", "last")
 NAN, INF = float("nan"), float("inf")
-
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
-each_kernel = pytest.mark.parametrize("backend", backends())
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def reduced(x, offsets, backend, **options):

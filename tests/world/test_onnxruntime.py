@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, device_of
+from each import each_backend, ints
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx_models import MICROSOFT, answer
@@ -20,7 +21,6 @@ import tokenmill as tm
 # Both sum in float32; they differ only in summation order.
 CLOSE = {"rtol": 1e-5, "atol": 3e-6}
 ON_HOST = [b for b in backends("reference") if b in ("cpu", "reference")]
-each_backend = pytest.mark.parametrize("backend", backends("reference"))
 on_host = pytest.mark.parametrize("backend", ON_HOST)
 
 
@@ -31,10 +31,6 @@ def close(found, wanted):
 def heads_first(x):
     """[B, S, H, D] <-> [B, H, S, D]."""
     return x.transpose(1, 2).contiguous()
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def moved(backend, *tensors):
