@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import backends, device_of, in_each_dtype
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenmill.testing import assert_accurate
@@ -13,6 +13,11 @@ from tokenmill.testing import assert_accurate
 FAST = [b for b in backends("reference") if b != "triton" or device_of(b) == "cuda"]
 each_backend = pytest.mark.parametrize("backend", FAST)
 KERNELS = backends("reference")
+every_backend = pytest.mark.parametrize("backend", KERNELS)
+in_each_16_bits = pytest.mark.parametrize(
+    ("dtype", "backend"),
+    in_each_dtype([torch.bfloat16, torch.float16], [(b,) for b in KERNELS]),
+)
 
 
 def draw(backend, *shapes, seed=0, dtype=torch.float32):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import device_of
-from tensors import KERNELS
+from tensors import every_backend
 
 import tokenmill as tm
 
@@ -20,7 +20,7 @@ def released(maps, features, start, keep):
     return features[:, 1:].gather(1, places[..., None].expand(-1, -1, features.shape[2])), places
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@every_backend
 @pytest.mark.parametrize(("start", "keep"), [(0, 9), (3, 4), (4, 16)])
 @torch.no_grad()
 def test_patches_that_the_release_keeps(start, keep, backend):

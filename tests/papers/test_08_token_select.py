@@ -16,12 +16,10 @@ from __future__ import annotations
 import pytest
 import torch
 from policy_inputs import DV, LENGTHS, D, assert_steps, draw, new_cache, rotation
-from tensors import KERNELS, device_of, each_backend
+from tensors import device_of, each_backend, every_backend
 from torch import Tensor
 
 from tokenmill import policies
-
-every_backend = pytest.mark.parametrize("backend", KERNELS)
 
 
 def turned(x: Tensor, at: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from literal import assert_reads_as, randomised
-from tensors import KERNELS, each_backend
+from tensors import each_backend, every_backend
 
 import tokenmill as tm
 
@@ -81,7 +81,7 @@ def test_the_equations(batch, dim, heads, grid, agents, class_token, backend):
     assert_reads_as(randomised(layer), reading(layer), x, backend=backend)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@every_backend
 def test_given_agents(backend):
     layer = tm.nn.AgentAttention(8, 2, (3, 4), (1, 5), backend=backend)
     x, agents = (torch.randn(2, n, 8, requires_grad=True) for n in (12, 5))

@@ -5,17 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import in_each_dtype
-from tensors import KERNELS, close, draw, same_gradients
+from tensors import close, draw, every_backend, in_each_16_bits, same_gradients
 
 import tokenmill as tm
 from tokenmill.testing import assert_accurate
 
-each_backend = pytest.mark.parametrize("backend", KERNELS)
-in_each_16_bits = pytest.mark.parametrize(
-    ("dtype", "backend"),
-    in_each_dtype([torch.bfloat16, torch.float16], [(b,) for b in KERNELS]),
-)
 BETA, THRESHOLD = 0.4, 0.1
 S, H = 12, 4
 SHAPES = (2, S, H, 16), (2, S, 2, 16), (2, S, 2, 8)
@@ -58,7 +52,7 @@ def by_hand(q, k, v, heads, **numbers):
     return torch.einsum("bhij,bjhd->bihd", changed, v.repeat_interleave(H // v.shape[2], 2))
 
 
-@each_backend
+@every_backend
 @pytest.mark.parametrize("heads", [[1, 2], None, []], ids=["two heads", "all", "none"])
 def test_chosen_heads_are_those_of_the_release(heads, backend):
     q, k, v = leaves = draw(backend, *SHAPES, seed=SEED)

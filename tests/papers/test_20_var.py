@@ -5,17 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import device_of, in_each_dtype
-from tensors import KERNELS, close, draw, same_gradients
+from conftest import device_of
+from tensors import close, draw, every_backend, in_each_16_bits, same_gradients
 
 import tokenmill as tm
 from tokenmill.testing import assert_accurate
 
-each_backend = pytest.mark.parametrize("backend", KERNELS)
-in_each_16_bits = pytest.mark.parametrize(
-    ("dtype", "backend"),
-    in_each_dtype([torch.bfloat16, torch.float16], [(b,) for b in KERNELS]),
-)
 TAU, RHO, MIN, P = 20, 0.5, 0.2, 0.6
 S, H, C, DIMS = 14, 4, 640, (3, 200)
 IMAGE = (3, 9)
@@ -75,7 +70,7 @@ def by_hand(q, k, v, sinks, chosen):
     return torch.einsum("bhij,bjhd->bihd", changed, v)
 
 
-@each_backend
+@every_backend
 def test_sinks_are_those_of_the_release(backend):
     hidden = hidden_states(backend)
     found = tm.massive_activations(hidden, DIMS, threshold=TAU)
@@ -83,7 +78,7 @@ def test_sinks_are_those_of_the_release(backend):
         assert row.nonzero().flatten().tolist() == released_sinks(hidden[b]) == SINKS[b]
 
 
-@each_backend
+@every_backend
 def test_a_prompt_is_that_of_the_release(backend):
     q, k, v = leaves = draw(backend, *SHAPES)
     hidden, chosen = hidden_states(backend), []
@@ -98,7 +93,7 @@ def test_a_prompt_is_that_of_the_release(backend):
     close(got[1], plain[1])
 
 
-@each_backend
+@every_backend
 def test_steps_of_decoding_keep_the_sinks_of_the_prompt(backend):
     q, k, v = (t.detach()[:1] for t in draw(backend, *SHAPES))
     sinks = tm.massive_activations(hidden_states(backend)[:1, : S - 1], DIMS)

@@ -10,11 +10,10 @@ import sys
 import pytest
 import torch
 from conftest import device_of
-from tensors import KERNELS, close, draw, same_gradients
+from tensors import close, draw, every_backend, same_gradients
 
 import tokenmill as tm
 
-each_backend = pytest.mark.parametrize("backend", KERNELS)
 VISUAL, S, H, D = 5, 12, 4, 16
 IGNORED = -100
 
@@ -30,7 +29,7 @@ def attend(q, k, v, sees):
     return torch.stack(rows).view(1, S, H, D)
 
 
-@each_backend
+@every_backend
 def test_the_mask_of_the_release_is_a_prefix_up_to_the_first_label(backend):
     """All tokens see the text before the image, the image and the text before the answer; the
     answer is causal."""
@@ -46,7 +45,7 @@ def test_the_mask_of_the_release_is_a_prefix_up_to_the_first_label(backend):
     same_gradients(got, want, leaves)
 
 
-@each_backend
+@every_backend
 def test_text_before_an_image_can_stay_causal(backend):
     """The paper's text: visual tokens see each other, text sees everything before it."""
     q, k, v = leaves = draw(backend, (1, S, H, D), (1, S, 2, D), (1, S, 2, D))

@@ -5,18 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import device_of, in_each_dtype
-from tensors import KERNELS, close, draw, same_gradients
+from conftest import device_of
+from tensors import close, draw, every_backend, in_each_16_bits, same_gradients
 from torch.nn.functional import interpolate
 
 import tokenmill as tm
 from tokenmill.testing import assert_accurate
 
-each_backend = pytest.mark.parametrize("backend", KERNELS)
-in_each_16_bits = pytest.mark.parametrize(
-    ("dtype", "backend"),
-    in_each_dtype([torch.bfloat16, torch.float16], [(b,) for b in KERNELS]),
-)
 GRID = HEIGHT, WIDTH = 4, 6
 N, H, D, R = HEIGHT * WIDTH, 2, 16, 3
 SHAPES = (1, N, H, D), (1, N, 1, D), (1, N, 1, 8), (1, R, N, 1, D), (1, R, N, 1, 8)
@@ -88,7 +83,7 @@ def inputs(backend, dtype=torch.float32):
     return draw(backend, *SHAPES, dtype=dtype), subjects, masks
 
 
-@each_backend
+@every_backend
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 def test_attention_of_the_picture_is_that_of_the_release(mode, backend):
     leaves, subjects, masks = inputs(backend)
@@ -98,7 +93,7 @@ def test_attention_of_the_picture_is_that_of_the_release(mode, backend):
     same_gradients(got, want, leaves)
 
 
-@each_backend
+@every_backend
 def test_some_queries_can_be_kept_from_the_references(backend):
     """The released code drops half of the queries of each subject in each layer."""
     leaves, subjects, masks = inputs(backend)
@@ -135,7 +130,7 @@ def test_references_may_stay_in_their_place():
     close(a, b)
 
 
-@each_backend
+@every_backend
 def test_projections_may_come_before_the_resampling(backend):
     """The released code resizes hidden states and projects them; without a bias the order does not
     matter."""
@@ -149,7 +144,7 @@ def test_projections_may_come_before_the_resampling(backend):
         close(tm.reposition_tokens(x @ weight.T, source, target, GRID, **options), after)
 
 
-@each_backend
+@every_backend
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 def test_boxes_are_resized_as_interpolate_does(mode, backend):
     """Boxes grow, shrink, or have one cell; each request has its own boxes."""

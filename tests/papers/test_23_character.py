@@ -8,11 +8,10 @@ import math
 import pytest
 import torch
 from literal import assert_reads_as, randomised
-from tensors import KERNELS, close
+from tensors import close, every_backend
 
 from tokenmill import nn
 
-EVERY = pytest.mark.parametrize("backend", KERNELS)
 GRID, HEADS, DIM = (2, 5), 2, 8
 
 
@@ -43,7 +42,7 @@ def mixed(decay, rotary, distance):
     return literal
 
 
-@EVERY
+@every_backend
 @pytest.mark.parametrize(
     ("decay", "rotary", "distance"),
     [(True, True, "chebyshev"), (False, True, "chebyshev"), (True, False, "manhattan")],

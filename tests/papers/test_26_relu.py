@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tensors import KERNELS, close, draw, same_gradients
+from tensors import close, draw, every_backend, same_gradients
 
 import tokenmill as tm
 
 B, S, H, D = 1, 13, 2, 16
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@every_backend
 @pytest.mark.parametrize("normalize", ["count", None], ids=["released", "text"])
 def test_relu_in_place_of_softmax(normalize, backend):
     q, k, v = leaves = draw(backend, *[(B, S, H, D)] * 3)

@@ -14,11 +14,9 @@ import itertools
 import pytest
 import torch
 from conftest import device_of
-from tensors import KERNELS, each_backend
+from tensors import each_backend, every_backend
 
 from tokenmill import policies
-
-every_backend = pytest.mark.parametrize("backend", KERNELS)
 
 LAYERS, HEADS, KEY_HEADS, D = 12, 4, 2, 8
 WIDTH = HEADS * D

@@ -28,11 +28,9 @@ from policy_inputs import (
     over,
 )
 from policy_inputs import H as HEADS
-from tensors import KERNELS
+from tensors import every_backend
 
 from tokenmill import policies
-
-every_backend = pytest.mark.parametrize("backend", KERNELS)
 
 
 class Literal:

@@ -6,20 +6,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import device_of, in_each_dtype
+from conftest import device_of
 from hypothesis import given
 from hypothesis import strategies as st
-from tensors import KERNELS, close, draw, same_gradients
+from tensors import close, draw, every_backend, in_each_16_bits, same_gradients
 from tier import examples
 
 import tokenmill as tm
 from tokenmill.testing import assert_accurate
 
-each_backend = pytest.mark.parametrize("backend", KERNELS)
-in_each_16_bits = pytest.mark.parametrize(
-    ("dtype", "backend"),
-    in_each_dtype([torch.bfloat16, torch.float16], [(b,) for b in KERNELS]),
-)
 ALPHA, BETA = 0.7, 0.3
 
 
@@ -64,7 +59,7 @@ def gains_of(keys, raised, backend):
 RAISED = [(ALPHA, [2, 3, 6]), (BETA, [4, 8])]
 
 
-@each_backend
+@every_backend
 @pytest.mark.parametrize("rows", [10, 1], ids=["prompt", "step"])
 def test_logits_of_the_last_row_are_those_of_the_release(rows, backend):
     q, k, v = leaves = draw(backend, (2, rows, 4, 16), (2, 10, 2, 16), (2, 10, 2, 8))
@@ -94,7 +89,7 @@ def test_factors_of_weights_do_not_reach_it():
     assert minimum > 0.1 * want.norm()
 
 
-@each_backend
+@every_backend
 def test_tokens_are_those_of_the_release(backend):
     batch, patches, heads = 2, 40, 3
     maps, found = [], []
@@ -115,7 +110,7 @@ def test_tokens_are_those_of_the_release(backend):
         assert len(wanted[1]) >= 3 and len(wanted[0]) >= 6
 
 
-@each_backend
+@every_backend
 def test_a_call_from_scores_to_the_step(backend):
     """Tokens of an image after 3 text tokens, and the gains of each request."""
     first = torch.arange(8.0).expand(2, 8).clone()

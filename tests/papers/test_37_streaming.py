@@ -14,12 +14,11 @@ import pytest
 import torch
 from conftest import device_of
 from policy_inputs import attend, rotation
-from tensors import KERNELS
+from tensors import every_backend
 
 import tokenmill as tm
 from tokenmill import policies
 
-every_backend = pytest.mark.parametrize("backend", KERNELS)
 H, HK, D = 2, 1, 16
 
 

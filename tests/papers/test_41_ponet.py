@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import device_of
-from tensors import KERNELS
+from tensors import every_backend
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenmill import nn
@@ -37,7 +37,7 @@ def released(layer, x, segments):
     return out
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@every_backend
 @pytest.mark.parametrize("exclude_first", [False, True])
 def test_tokens_are_mixed_as_released(exclude_first, backend):
     g = torch.Generator().manual_seed(1)

@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 from conftest import device_of
 from literal import assert_reads_as, randomised
-from tensors import KERNELS, assert_keeps_budget, close, draw
+from tensors import KERNELS, assert_keeps_budget, close, draw, every_backend
 from titans_literal import Memory, linear, of_heads
 
 import tokenmill as tm
 from tokenmill import nn
 
-EVERY = pytest.mark.parametrize("backend", KERNELS)
 # A memory of several matrices uses PyTorch's own operations on every backend.
 DEPTHS = pytest.mark.parametrize(
     ("depth", "backend"), [(1, b) for b in KERNELS] + [(2, "reference")]
@@ -59,7 +58,7 @@ def test_the_reference_computes_the_equations(chunk):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@EVERY
+@every_backend
 @DTYPES
 @pytest.mark.parametrize("chunk", [1, 5], ids=["each token", "chunks"])
 def test_results_and_gradients_keep_the_error_budget(chunk, dtype, backend):
@@ -70,7 +69,7 @@ def test_results_and_gradients_keep_the_error_budget(chunk, dtype, backend):
     assert_keeps_budget(ours(chunk, backend), literal(chunk), [q, k, v, *gates])
 
 
-@EVERY
+@every_backend
 def test_chunks_of_64_tokens(backend):
     inputs = draw(backend, *[(1, 70, 1, 8)] * 3, *[(1, 70, 1)] * 3)
     with torch.no_grad():
@@ -138,7 +137,7 @@ def test_a_memory_of_three_matrices():
     assert_reads_as(layer, module_by_hand(layer), x, backend="cpu", tolerance=2e-4)
 
 
-@EVERY
+@every_backend
 def test_the_layer_at_its_defaults(backend):
     torch.manual_seed(0)
     layer = nn.TitansMemory(16, 2, backend=backend)
@@ -148,7 +147,7 @@ def test_the_layer_at_its_defaults(backend):
     assert_reads_as(layer, module_by_hand(layer), x, backend=backend, tolerance=2e-4)
 
 
-@EVERY
+@every_backend
 def test_the_memory_forgets_nothing_but_what_its_gate_says(backend):
     """A pair of key and value that was written is recalled many tokens later."""
     device = device_of(backend)

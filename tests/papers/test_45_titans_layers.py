@@ -6,12 +6,11 @@ import pytest
 import torch
 from conftest import device_of
 from literal import assert_reads_as, randomised
-from tensors import KERNELS, close
+from tensors import close, every_backend
 from titans_literal import Memory, rms
 
 from tokenmill import nn
 
-EVERY = pytest.mark.parametrize("backend", KERNELS)
 DIM, HEADS, SEGMENT, WINDOW = 8, 2, 4, 3
 
 
@@ -120,7 +119,7 @@ def made(kind, backend, depth=1):
     return randomised(MAKE[kind](memory(depth, backend), backend))
 
 
-@EVERY
+@every_backend
 @each_kind
 def test_the_equations(kind, backend):
     layer = made(kind, backend)
@@ -135,7 +134,7 @@ def test_a_deep_memory(kind):
     assert_reads_as(layer, LITERAL[kind](layer), x, backend="reference", tolerance=3e-4)
 
 
-@EVERY
+@every_backend
 @each_kind
 def test_a_sequence_in_pieces(kind, backend):
     """Pieces are whole segments, or end with a chunk of the memory: 2 persistent tokens and 4, then
@@ -151,7 +150,7 @@ def test_a_sequence_in_pieces(kind, backend):
         close(torch.cat(parts, 1), layer(x), 1e-4)
 
 
-@EVERY
+@every_backend
 @pytest.mark.parametrize("kind", ["gate", "layer"])
 def test_token_by_token(kind, backend):
     """The memory has chunks of one token."""

@@ -7,7 +7,7 @@ import torch
 from conftest import device_of
 from hypothesis import given
 from hypothesis import strategies as st
-from tensors import KERNELS, Largest, assert_keeps_budget, draw
+from tensors import KERNELS, Largest, assert_keeps_budget, draw, every_backend
 from tier import examples
 
 import tokenmill as tm
@@ -21,7 +21,6 @@ def by_hand(q, k, v, values=None, mask=None):
     return u if values is None else u.softmax(-1).nan_to_num() @ values
 
 
-EVERY = pytest.mark.parametrize("backend", KERNELS)
 PLAIN_SHAPES = [b for b in ("cpu", "reference") if b in KERNELS] or ["reference"]
 
 
@@ -36,7 +35,7 @@ def some(*shape):
     return mask
 
 
-@EVERY
+@every_backend
 @pytest.mark.parametrize("pooled", [False, True], ids=["scores", "values"])
 @pytest.mark.parametrize("mask", [None, some(2, 7), some(2, 5, 7)], ids=["all", "keys", "pairs"])
 def test_results_and_gradients(pooled, mask, backend):
@@ -56,7 +55,7 @@ def test_results_and_gradients(pooled, mask, backend):
     )
 
 
-@EVERY
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_error_budget(dtype, backend):
     def run(*tensors):
@@ -65,7 +64,7 @@ def test_the_error_budget(dtype, backend):
     assert_keeps_budget(run, by_hand, inputs(16, 24, 32, 8, dtype, backend=backend))
 
 
-@EVERY
+@every_backend
 def test_pointers(backend):
     """The maximum score of each query; equal to the formula where scores are distinct."""
     q, k, v, _ = (t.detach() for t in inputs(6, 9, 8, backend=backend))
@@ -112,7 +111,7 @@ def test_derivatives_of_both_orders():
     assert torch.autograd.gradgradcheck(tm.additive_attention, given, fast_mode=True)
 
 
-@EVERY
+@every_backend
 def test_a_query_that_sees_nothing(backend):
     given = inputs(backend=backend)
     mask = torch.ones(2, 5, 7, dtype=torch.bool, device=device_of(backend))
@@ -123,7 +122,7 @@ def test_a_query_that_sees_nothing(backend):
     assert tm.pointer_argmax(*given[:3], mask=mask, backend=backend)[0, 1] == -1
 
 
-@EVERY
+@every_backend
 def test_pointers_pass_over_nan_and_take_the_first_of_equals(backend):
     device = device_of(backend)
     q, v = torch.zeros(1, 1, 1, device=device), torch.ones(1, device=device)

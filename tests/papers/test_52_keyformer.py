@@ -15,12 +15,11 @@ import pytest
 import torch
 from conftest import device_of
 from policy_inputs import attend, best
-from tensors import KERNELS
+from tensors import every_backend
 
 import tokenmill as tm
 from tokenmill import policies
 
-every_backend = pytest.mark.parametrize("backend", KERNELS)
 H, HK, D, SCALE = 2, 1, 16, 0.25
 each_rule = pytest.mark.parametrize("released", [False, True])
 

@@ -12,11 +12,9 @@ import doctest
 
 import pytest
 import torch
-from tensors import KERNELS, draw
+from tensors import draw, every_backend
 
 from tokenmill import policies
-
-every_backend = pytest.mark.parametrize("backend", KERNELS)
 
 CONTEXT, NEEDLE, AT, H, HK, D = 80, 6, 23, 6, 3, 16
 STEPS = NEEDLE + 14  # more than are in memory at once

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import device_of
 from literal import assert_reads_as, randomised
-from tensors import KERNELS, each_backend
+from tensors import each_backend, every_backend
 
 import tokenmill as tm
 from tokenmill import nn
@@ -105,7 +105,7 @@ def test_slopes_stay_float32():
     assert meta.slopes.is_meta and not meta.to_empty(device="cpu").slopes.is_meta
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@every_backend
 def test_layers_of_transformers_load(backend):
     """Weights have the names of the transformers layer, which agrees in results and gradients."""
     minimax = pytest.importorskip("transformers.models.minimax.modeling_minimax")

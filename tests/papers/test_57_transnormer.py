@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from conftest import device_of
 from literal import assert_reads_as, randomised
-from tensors import KERNELS, close
+from tensors import close, every_backend
 
 import tokenmill as tm
 from tokenmill import nn
 
-EVERY = pytest.mark.parametrize("backend", KERNELS)
 LAYERS = 5
 
 
@@ -58,7 +57,7 @@ def reading(heads, layer):
     return literal
 
 
-@EVERY
+@every_backend
 @pytest.mark.parametrize("layer", [0, 3], ids=["positions", "no positions"])
 def test_the_released_layer(layer, backend):
     module = nn.TransNormerLayer(8, 2, layer=layer, num_layers=LAYERS, glu_dim=6, backend=backend)
@@ -67,7 +66,7 @@ def test_the_released_layer(layer, backend):
     assert_reads_as(randomised(module), reading(2, layer), x, backend=backend, tolerance=1e-4)
 
 
-@EVERY
+@every_backend
 @pytest.mark.parametrize("layer", [0, 3], ids=["positions", "no positions"])
 def test_prompts_and_single_tokens(layer, backend):
     module = nn.TransNormerLayer(8, 2, layer=layer, num_layers=LAYERS, backend=backend)

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from conftest import device_of
 from literal import assert_reads_as, randomised
-from tensors import KERNELS, close
+from tensors import close, every_backend
 
 from tokenmill import nn
 
-EVERY = pytest.mark.parametrize("backend", KERNELS)
 DIM, HEADS, WINDOW = 8, 2, 3
 
 
@@ -75,7 +74,7 @@ def layer(w, x, mix):
     return x + (values * F.silu(gate)) @ w["mlp.fc2.weight"].T
 
 
-@EVERY
+@every_backend
 @pytest.mark.parametrize("features", [16, 5])
 def test_the_taylor_layer(features, backend):
     module = nn.TaylorAttention(DIM, HEADS, features, backend=backend)
@@ -85,7 +84,7 @@ def test_the_taylor_layer(features, backend):
     )
 
 
-@EVERY
+@every_backend
 @pytest.mark.parametrize("reach", [0, 3])
 def test_the_window_layer(reach, backend):
     module = nn.WindowAttention(DIM, HEADS, reach, backend=backend)
@@ -95,7 +94,7 @@ def test_the_window_layer(reach, backend):
     )
 
 
-@EVERY
+@every_backend
 def test_the_block(backend):
     module = nn.TaylorWindowBlock(DIM, HEADS, window=WINDOW, mlp_dim=6, backend=backend)
     x = torch.randn(2, 9, DIM, requires_grad=True)
@@ -107,7 +106,7 @@ def test_the_block(backend):
     assert_reads_as(randomised(module), literal, x, backend=backend, tolerance=2e-4)
 
 
-@EVERY
+@every_backend
 def test_prompts_and_single_tokens(backend):
     module = nn.TaylorWindowBlock(DIM, HEADS, feature_dim=4, window=WINDOW, backend=backend)
     module = randomised(module).to(device_of(backend))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from literal import assert_reads_as, randomised
-from tensors import KERNELS
+from tensors import every_backend
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenmill as tm
@@ -54,7 +54,7 @@ def released(depths):
     return literal
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@every_backend
 def test_the_released_model(backend):
     depths = (1, 2, 1, 1)
     model = randomised(tm.nn.PoolFormer(depths, (8, 12, 8, 16), num_classes=5, backend=backend))
