@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from conftest import device_of
+from each import ints
 
 FORMS = (
     "padded", "padded over pages", "packed", "packed queries", "packed over pages", "pages",
@@ -18,12 +19,8 @@ def forms(backends):
     return [(f, b) for b in backends for f in FORMS if b != "triton" or f in few]
 
 
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
 def ends(lengths):
-    return int32(0, *lengths).cumsum(0).int()
+    return ints(0, *lengths).cumsum(0).int()
 
 
 def pages_of(rows):
@@ -66,13 +63,13 @@ class Requests:
         self.alone = [[t[None].to(device) for t in x] for x in zip(q, k, v, strict=True)]
         self.options = {"cu_seqlens_q": ends(queries)} if self.packed else {}
         if form.startswith("padded"):
-            self.options["seqlens_q"] = int32(*queries)
+            self.options["seqlens_q"] = ints(*queries)
         rows = torch.cat(q) if self.packed else padded(q, max(queries))
         if form == "packed":
             self.options["cu_seqlens_k"] = ends(keys)
             tensors = [rows, torch.cat(k), torch.cat(v)]
         else:
-            self.options["seqlens_k"] = int32(*keys)
+            self.options["seqlens_k"] = ints(*keys)
             tensors = [rows, padded(k, max(keys)), padded(v, max(keys))]
         if "pages" in form:
             tensors[1:] = [pages_of(t)[0] for t in (k, v)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import device_of
-from each import each_backend
+from each import each_backend, ints
 from test_contract import each_spec, outputs, same_bits
 
 import tokenmill as tm
@@ -18,14 +18,10 @@ from tokenmill.testing import map_tensors
 HUGE = 2**63 - 1
 
 
-def i32(*values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
 def composites():
     """A call of each public function that is composed of operators."""
     q, k = torch.randn(2, 20, 4, 8), torch.randn(2, 20, 2, 8)
-    assign = i32([0, 1, 2, 0, 1, 2], [0, 1, 2, 2, 1, 2])
+    assign = ints([0, 1, 2, 0, 1, 2], [0, 1, 2, 2, 1, 2])
     return {
         tm.sigmoid_attention: ((q, k, k), {}),
         tm.lightning_attention: ((q, k, k, torch.rand(4)), {}),
@@ -36,8 +32,8 @@ def composites():
                 q,
                 k[:, :, 0],
                 torch.rand(2, 20, 4),
-                i32([0, 3]).expand(2, 20, 2),
-                i32([2]).expand(2, 20),
+                ints([0, 3]).expand(2, 20, 2),
+                ints([2]).expand(2, 20),
                 torch.rand(2, 20, 2),
             ),
             {},
@@ -50,7 +46,7 @@ def composites():
             {"block": 4, "stride": 2, "select_block": 4, "topk": 3},
         ),
         tm.landmark_attention: ((q, k, k), {"block": 8}),
-        tm.landmark_decode: ((q[:, :1], k, k), {"seqlens_k": i32(20, 3), "block": 8}),
+        tm.landmark_decode: ((q[:, :1], k, k), {"seqlens_k": ints(20, 3), "block": 8}),
         tm.bipartite_match: ((torch.randn(2, 20, 8), 4), {}),
         tm.merge_tokens: ((torch.randn(2, 6, 8), assign, 3), {}),
         tm.unmerge_tokens: ((torch.randn(2, 3, 8), assign), {}),
@@ -142,8 +138,8 @@ def test_more_than_there_is_means_all(backend):
     ends = {"num_sink": 50, "num_recent": 50}
     calls = [
         (tm.attention, (q, k, k), {"window": (50, 50)}),
-        (tm.attention_decode, (q[:, :1], k, k), {"seqlens_k": i32(20, 7), "window": (50, -1)}),
-        (tm.sparse_decode_attention, (q[:, :1], k, k, *listed), {"seqlens_k": i32(20, 7), **ends}),
+        (tm.attention_decode, (q[:, :1], k, k), {"seqlens_k": ints(20, 7), "window": (50, -1)}),
+        (tm.sparse_decode_attention, (q[:, :1], k, k, *listed), {"seqlens_k": ints(20, 7), **ends}),
         (
             tm.block_sparse_attention,
             (q, k, k, *lists),
@@ -167,7 +163,7 @@ def test_a_short_rope_table_is_refused_however_many_keys_are_recent():
     none = torch.zeros(1, 1, 0, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
     with pytest.raises(RuntimeError, match=r"rope: must have shape \[positions, pairs\], 20 posi"):
         tm.sparse_decode_attention(
-            q, k, k, *none, seqlens_k=i32(20), num_sink=HUGE, num_recent=HUGE, pos_mode="cache",
+            q, k, k, *none, seqlens_k=ints(20), num_sink=HUGE, num_recent=HUGE, pos_mode="cache",
             rope=(torch.ones(1, 4), torch.zeros(1, 4)),
         )  # fmt: skip
 
@@ -180,9 +176,9 @@ def test_what_no_tensor_bounds_has_a_limit():
         tm.lightning_slopes(2**31)
     for block in (2**40, 2**63 - 1):
         with pytest.raises(RuntimeError, match=f"block: must be 2 to 2\\^31 - 1; got {block}"):
-            tm.landmark_decode(q[:, :1], q, q, seqlens_k=i32(20), block=block)
-    want = tm.landmark_decode(q[:, :1], q, q, seqlens_k=i32(20), block=32)
-    found = tm.landmark_decode(q[:, :1], q, q, seqlens_k=i32(20), block=2**31 - 1)
+            tm.landmark_decode(q[:, :1], q, q, seqlens_k=ints(20), block=block)
+    want = tm.landmark_decode(q[:, :1], q, q, seqlens_k=ints(20), block=32)
+    found = tm.landmark_decode(q[:, :1], q, q, seqlens_k=ints(20), block=2**31 - 1)
     torch.testing.assert_close(found, want)
     wide = tm.sparse.CoreContextState(group=4, window=2**30)
     narrow = tm.sparse.CoreContextState(group=4, window=128)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import backends, device_of
-from each import each_kernel
+from each import each_kernel, ints
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -50,10 +50,6 @@ def run(q, k, v, alpha, eta, theta, *state, **options):
         return_final_state=True, **options,
     )  # fmt: skip
     return out, *final
-
-
-def i32(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def with_gradients(results, leaves):
@@ -118,7 +114,7 @@ def test_packed_sequences_are_apart():
     ]
     out, *states = zip(*wanted, strict=True)
     wanted = torch.cat(out, 1)[0], *(torch.cat(s) for s in states)
-    found = with_gradients(run(*given, chunk_size=3, cu_seqlens=i32(*PACKED)), given)
+    found = with_gradients(run(*given, chunk_size=3, cu_seqlens=ints(*PACKED)), given)
     wanted = with_gradients(wanted, given)
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
 
@@ -127,7 +123,7 @@ def test_packed_sequences_are_apart():
 def test_what_is_not_finite_stays_in_its_sequence(backend):
     device = device_of(backend)
     given = [t.detach().float().to(device).requires_grad_() for t in draw(12, states=4)]
-    options = {"chunk_size": 3, "cu_seqlens": i32(*PACKED).to(device), "backend": backend}
+    options = {"chunk_size": 3, "cu_seqlens": ints(*PACKED).to(device), "backend": backend}
     wanted = [t.detach() for t in run(*given, **options)]
     with torch.no_grad():
         for t in given:
@@ -150,15 +146,15 @@ def test_tokens_of_no_sequence_have_results_and_gradients_0(backend):
         given[2][:2] = torch.nan
     inputs = given[:6]
     options = {"chunk_size": 3, "backend": backend}
-    out, *_ = run(*given, cu_seqlens=i32(2, 5, 9).to(device), **options)
+    out, *_ = run(*given, cu_seqlens=ints(2, 5, 9).to(device), **options)
     inside = torch.zeros(12, dtype=torch.bool).index_fill(0, torch.arange(2, 9), True)
     assert not out[~inside].any() and (out[inside] != 0).all()
     for grad in torch.autograd.grad(out.sum(), inputs):
         assert not grad[~inside].any() and grad[inside].isfinite().all()
-    out, *_ = run(*inputs, cu_seqlens=i32(2, 90, -4).to(device), **options)
+    out, *_ = run(*inputs, cu_seqlens=ints(2, 90, -4).to(device), **options)
     torch.autograd.grad(out.sum(), inputs)
     assert torch.isfinite(out).all()
-    assert not run(*inputs, cu_seqlens=i32(7).to(device), **options)[0].any()
+    assert not run(*inputs, cu_seqlens=ints(7).to(device), **options)[0].any()
 
 
 @each_kernel
@@ -183,7 +179,7 @@ def test_batches_are_apart():
 
 @pytest.mark.parametrize("packed", [False, True], ids=["sequences", "packed"])
 def test_derivatives_of_both_orders(packed):
-    lead, options = ((5,), {"cu_seqlens": i32(0, 3, 5)}) if packed else ((2, 3), {})
+    lead, options = ((5,), {"cu_seqlens": ints(0, 3, 5)}) if packed else ((2, 3), {})
     given = draw(*lead, heads=1, d=2, dv=2)
 
     def function(*tensors):
@@ -235,7 +231,7 @@ def test_empty_calls():
         torch.testing.assert_close((memory, momentum), (*given[6:],))
         out.sum().backward()
     given = draw(0, states=2)
-    out, *state = run(*given, cu_seqlens=i32(0, 0, 0))
+    out, *state = run(*given, cu_seqlens=ints(0, 0, 0))
     assert out.shape == (0, 2, 4) and all(
         torch.equal(a, b) for a, b in zip(state, given[6:], strict=True)
     )
@@ -262,7 +258,7 @@ def test_decode_is_titans_memory_token_by_token(steps, chunk, order):
     for t in table[:3]:  # not read for unfilled slots
         t[3] = torch.nan if order is None else t[3]
     table[0].fill_(torch.nan)
-    slots = None if order is None else i32(*order[:3])
+    slots = None if order is None else ints(*order[:3])
     outs, begin = [], 0
     for step in steps:
         q, k, v, *gates = (t[:, begin : begin + step] for t in given)
@@ -292,7 +288,7 @@ def test_decode_skips_and_goes_on_from_a_prompt():
         q, k, v, *gates = (x[:, t : t + 1] for x in given)
         out = tm.titans_memory_decode(
             q, k, v, *table, **dict(zip(GATES, gates, strict=True)), chunk_size=4,
-            state_indices=i32(-1, 1),
+            state_indices=ints(-1, 1),
         )  # fmt: skip
         assert not out[0].any()
         torch.testing.assert_close(out[1:], wanted[1:, t : t + 1])
@@ -302,7 +298,7 @@ def test_decode_skips_and_goes_on_from_a_prompt():
     kept = [t.clone() for t in table]
     options = dict(zip(GATES, gates, strict=True))
     out = tm.titans_memory_decode(
-        q, k, v, *table, **options, chunk_size=4, state_indices=i32(-1, -1)
+        q, k, v, *table, **options, chunk_size=4, state_indices=ints(-1, -1)
     )
     assert not out.any() and all(torch.equal(a, b) for a, b in zip(table, kept, strict=True))
 
@@ -319,7 +315,7 @@ def test_decode_goes_on_from_the_prompt_of_each_backend(dtype, backend):
     wanted = run(*given, chunk_size=4, backend=backend)
     begun = run(*(t[:, :8] for t in given), chunk_size=4, backend=backend)
     state = [torch.full_like(begun[1], torch.nan), *(t.clone() for t in begun[1:])]
-    filled = i32(0, 0).to(given[0].device)
+    filled = ints(0, 0).to(given[0].device)
     q, k, v, *gates = (t[:, 8:] for t in given)
     out = tm.titans_memory_decode(
         q, k, v, *state, filled, **dict(zip(GATES, gates, strict=True)), chunk_size=4
@@ -339,7 +335,7 @@ def test_decode_compiles():
     for function, table in zip((compiled, tm.titans_memory_decode), tables, strict=True):
         out = function(
             q, k, v, *table, **dict(zip(GATES, gates, strict=True)), chunk_size=2,
-            state_indices=i32(2, -1),
+            state_indices=ints(2, -1),
         )  # fmt: skip
         assert out[0].any()
     for a, b in zip(*tables, strict=True):
@@ -356,16 +352,16 @@ Z = torch.zeros
         ({"memory": Z(3, 2, 3, 4)}, "memory: must have the slots of start, 4; got 3"),
         ({"momentum": Z(4, 2, 3, 4).half()}, "momentum: must be float32; got float16"),
         ({"filled": Z(4)}, "filled: must be int32; got float32"),
-        ({"filled": i32(0, 1, 0)}, r"filled: must have shape \[4\]; got \[3\]"),
-        ({"filled": i32(0, 64, 0, 0)}, "filled: must be 0 to 63; got 64"),
+        ({"filled": ints(0, 1, 0)}, r"filled: must have shape \[4\]; got \[3\]"),
+        ({"filled": ints(0, 64, 0, 0)}, "filled: must be 0 to 63; got 64"),
         ({"start": Z(1, 2, 3, 4), "memory": Z(1, 2, 3, 4), "momentum": Z(1, 2, 3, 4),
-          "filled": i32(0)}, "start: must have a slot for each sequence, 2, without .*; got 1"),
-        ({"state_indices": i32(1, 1)}, r"state_indices: must not repeat a slot; got \[1, 1\]"),
-        ({"state_indices": i32(1, 4)}, r"state_indices: must be -1 .* below 4; got 4"),
+          "filled": ints(0)}, "start: must have a slot for each sequence, 2, without .*; got 1"),
+        ({"state_indices": ints(1, 1)}, r"state_indices: must not repeat a slot; got \[1, 1\]"),
+        ({"state_indices": ints(1, 4)}, r"state_indices: must be -1 .* below 4; got 4"),
         ({"v": Z(2, 1, 2, 4).requires_grad_()}, "v: must not require a gradient.*; got True"),
         ({"memory": Z(1, 2, 3, 4).expand(4, -1, -1, -1)}, "memory: must have each element at .*"),
-        ({"state_indices": i32(1, -2)}, r"state_indices: must be -1 .* below 4; got -2"),
-        ({"state_indices": i32(1)}, r"state_indices: must have shape \[2\]; got \[1\]"),
+        ({"state_indices": ints(1, -2)}, r"state_indices: must be -1 .* below 4; got -2"),
+        ({"state_indices": ints(1)}, r"state_indices: must have shape \[2\]; got \[1\]"),
         ({"q": Z(2, 1, 3)}, r"q: must have 4 dimensions \[B, S, H, D\]; got 3"),
         ({"v": Z(2, 1, 3, 4)}, "v: must have the shape of q up to the head dimension, .*"),
         ({"theta": Z(2, 2)}, r"theta: must have shape \[2, 1, 2\]; got \[2, 2\]"),
@@ -410,7 +406,7 @@ def test_decode_refuses_states_that_share_memory(edits, says):
 
 
 def test_decode_refuses_counts_that_are_its_slots():
-    numbers = i32(0, 1, 2, 3, 0)
+    numbers = ints(0, 1, 2, 3, 0)
     with pytest.raises(RuntimeError, match="filled: must not share memory with state_indices"):
         decode_of_zeros(filled=numbers[:4], state_indices=numbers[3:])
 

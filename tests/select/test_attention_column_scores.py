@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
-from each import each_backend
+from each import each_backend, ints
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import HEAD_DIMS, layouts
@@ -23,10 +23,6 @@ def draw(b, sq, sk, h, hk, d, dtype=torch.float32, device="cpu"):
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(b, sq, h, d, generator=g), torch.randn(b, sk, hk, d, generator=g)
     return q.to(device, dtype), k.to(device, dtype)
-
-
-def ints(*values, device="cpu"):
-    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 @st.composite
@@ -119,7 +115,7 @@ def test_lse_of_the_forward_gives_the_same_as_none(backend):
 def test_nothing_beyond_the_lengths_counts(backend):
     device = device_of(backend)
     q, k = draw(2, 20, 70, 2, 1, 32, device=device)
-    seqlens_k, seqlens_q = ints(33, 64, device=device), ints(20, 5, device=device)
+    seqlens_k, seqlens_q = ints(33, 64, backend=backend), ints(20, 5, backend=backend)
     options = {"seqlens_k": seqlens_k, "seqlens_q": seqlens_q, "causal": True}
     want = tm.attention_column_scores(q, k, backend=backend, **options)
     k[0, 33:], k[1, 64:], q[1, 5:] = NAN, INF, NAN
@@ -140,11 +136,11 @@ def test_nan_stays_with_what_sees_it(backend):
 def test_lengths_out_of_range_are_clamped(backend):
     device = device_of(backend)
     q, k = draw(4, 6, 9, 1, 1, 8, device=device)
-    wild = ints(-5, 2**31 - 1, 10, -(2**31), device=device)
+    wild = ints(-5, 2**31 - 1, 10, -(2**31), backend=backend)
     found = tm.attention_column_scores(q, k, seqlens_k=wild, seqlens_q=wild, backend=backend)
     want = tm.attention_column_scores(
-        q, k, seqlens_k=ints(0, 9, 9, 0, device=device),
-        seqlens_q=ints(0, 6, 6, 0, device=device), backend=backend,
+        q, k, seqlens_k=ints(0, 9, 9, 0, backend=backend),
+        seqlens_q=ints(0, 6, 6, 0, backend=backend), backend=backend,
     )  # fmt: skip
     assert torch.equal(found, want)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
-from each import each_backend
+from each import each_backend, ints
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -14,10 +14,6 @@ import tokenmill as tm
 from tokenmill.registry import Sample
 
 SPEC = tm.registry.get("kv_cache_compact")
-
-
-def ints(*values, device="cpu"):
-    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def caches(b, s, hk, d, device="cpu", dtype=torch.float32):
@@ -115,7 +111,7 @@ def test_streaming_keys_are_as_if_embedded_at_their_new_slots(backend):
     k = rotary(raw, slots).float()
     keep = torch.cat([slots[:4], slots[-28:]])
     tm.kv_cache_compact(
-        k, k.clone(), keep[None].int(), ints(32, device=raw.device), rerotate=10000.0,
+        k, k.clone(), keep[None].int(), ints(32, backend=backend), rerotate=10000.0,
         backend=backend,
     )  # fmt: skip
     want = rotary(raw[:, keep], torch.arange(32, device=raw.device))
@@ -132,7 +128,7 @@ def test_compensation_is_one_key_more(backend):
     full = tm.attention(q, k, v, backend="reference")
     keep = torch.arange(12, device=k.device, dtype=torch.int32)[None]
     _, k_sum, v_sum, dropped = tm.kv_cache_compact(
-        k, v, keep, ints(12, device=k.device), compensation=True, backend=backend
+        k, v, keep, ints(12, backend=backend), compensation=True, backend=backend
     )
     assert dropped.tolist() == [[18, 18]]
     number = dropped[..., None].float()
@@ -150,8 +146,8 @@ def test_compensation_is_one_key_more(backend):
 def test_entries_that_do_not_move_down_move_nothing(backend):
     k, v = caches(1, 12, 1, 8, device_of(backend))
     before = k.clone()
-    keep = ints([3, 0, 2**31 - 1, -5, 9, 4, 11, 20], device=k.device)
-    tm.kv_cache_compact(k, v, keep, ints(99, device=k.device), backend=backend)
+    keep = ints([3, 0, 2**31 - 1, -5, 9, 4, 11, 20], backend=backend)
+    tm.kv_cache_compact(k, v, keep, ints(99, backend=backend), backend=backend)
     want = before.clone()
     for d, source in ((0, 3), (4, 9), (6, 11)):
         want[0, d] = before[0, source]
@@ -162,10 +158,10 @@ def test_entries_that_do_not_move_down_move_nothing(backend):
 def test_pages_out_of_range_are_left_alone(backend):
     k, v = caches(3, 4, 1, 8, device_of(backend))
     before = k.clone()
-    table = ints([1, -1, 7, 2], device=k.device)
-    keep = ints([1, 5, 9, 14], device=k.device)
+    table = ints([1, -1, 7, 2], backend=backend)
+    keep = ints([1, 5, 9, 14], backend=backend)
     result = tm.kv_cache_compact(
-        k, v, keep, ints(4, device=k.device), block_table=table, compensation=True, backend=backend
+        k, v, keep, ints(4, backend=backend), block_table=table, compensation=True, backend=backend
     )
     want = before.clone()
     want[1, 0], want[1, 3] = before[1, 1], before[2, 2]

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 from conftest import assert_same, backends, device_of
-from each import each_backend
-from hip_requests import Requests, forms, int32
+from each import each_backend, ints
+from hip_requests import Requests, forms
 
 import tokenmill as tm
 from tokenmill.sparse import HipLists, hip_attention
@@ -197,7 +197,7 @@ def test_right_padding_has_gradients_and_hides_what_it_holds(backend):
         ("max_seqlen_k: must not be negative; got -1", {"max_seqlen_k": -1}),
         ("max_seqlen_k: requires cu_seqlens_k", {"max_seqlen_k": 9, "cu_seqlens_k": None}),
         ("lists: are for decoding: causal, up to 8 queries; got False", {"lists": HipLists()}),
-        ("cu_seqlens_k: must have the length of cu_seqlens_q", {"cu_seqlens_k": int32(0)}),
+        ("cu_seqlens_k: must have the length of cu_seqlens_q", {"cu_seqlens_k": ints(0)}),
     ],
 )
 def test_bad_packed_calls_are_refused(message, changes):

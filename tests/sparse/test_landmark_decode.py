@@ -9,7 +9,7 @@ import pytest
 import torch
 from block_sparse_calls import gradients
 from conftest import assert_same, backends
-from each import each_backend
+from each import each_backend, ints
 from hypothesis import given
 from hypothesis import strategies as st
 from landmark_calls import inputs, weights_of
@@ -19,10 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tokenmill as tm
 
 BEHIND = (-1, -(2**31), 2**31 - 1, 1000)  # ids beyond the lengths
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def with_room(t, length):
@@ -107,7 +103,7 @@ def test_pages_give_the_bits_of_a_dense_cache(
 ):
     length = max(*lengths, 1)
     q, k, v = (t.detach() for t in inputs(backend, length, *heads, b=len(lengths), seed=seed))
-    n = int32(*lengths).to(q.device)
+    n = ints(*lengths).to(q.device)
     options = {"seqlens_k": n, "block": block, "topk": topk, "return_lse": True}
     *pages, table = in_pages(k, v, n, page_size, behind)
     want = tm.landmark_decode(q[:, :1], k, v, **options, backend=backend)
@@ -123,7 +119,7 @@ def test_pages_give_the_bits_of_a_dense_cache(
 def test_pages_of_other_dtypes_and_layouts(dtype, backend):
     """Pages [P, Hk, page_size, D] are passed as their transpose."""
     q, k, v = (t.detach() for t in inputs(backend, 48, dtype=dtype))
-    n = int32(41, 16).to(q.device)
+    n = ints(41, 16).to(q.device)
     options = {"seqlens_k": n, "block": 5, "topk": 3, "return_lse": True, "backend": backend}
     want = tm.landmark_decode(q[:, :1], k, v, **options)
     *pages, table = in_pages(k, v, n, 16)
@@ -136,7 +132,7 @@ def test_pages_of_other_dtypes_and_layouts(dtype, backend):
 @pytest.mark.parametrize("topk", [1, None])
 def test_gradients_reach_pages_that_were_read(topk, backend):
     q, k, v = inputs(backend, 20, b=2)
-    n = int32(20, 9).to(q.device)
+    n = ints(20, 9).to(q.device)
     options = {"seqlens_k": n, "block": 3, "topk": topk, "backend": backend}
     want = gradients([tm.landmark_decode(q[:, :1], k, v, **options)], [q, k, v])
     *pages, table = in_pages(k, v, n, 4)
@@ -149,8 +145,8 @@ def test_gradients_reach_pages_that_were_read(topk, backend):
 
 def test_no_cache_without_pages_or_entries():
     q, k, v = (t.detach() for t in inputs("cpu", 4))
-    options = {"seqlens_k": int32(0, 0), "block": 2, "backend": "reference"}
-    for pages, table in ((0, int32((1, 2), (3, 4))), (4, int32((), ()).view(2, 0))):
+    options = {"seqlens_k": ints(0, 0), "block": 2, "backend": "reference"}
+    for pages, table in ((0, ints((1, 2), (3, 4))), (4, ints((), ()).view(2, 0))):
         caches = (t[:1].expand(pages, -1, -1, -1) if pages else t[:0] for t in (k, v))
         out = tm.landmark_decode(q[:, :1], *caches, **options, block_table=table)
         assert not out.any()
@@ -171,7 +167,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("paged", [False, True], ids=["dense", "pages"])
 def test_no_more_of_the_cache_is_copied_than_blocks_and_landmarks(paged):
     q, k, v = (t.detach() for t in inputs("cpu", 8192, d=16, dv=16))
-    n = int32(8192, 8000)
+    n = ints(8192, 8000)
     options = {"block_table": torch.arange(2 * 512).view(2, 512).int()} if paged else {}
     k, v = (t.reshape(-1, 16, *t.shape[2:]) if paged else t for t in (k, v))
     with Largest() as largest:
@@ -189,7 +185,7 @@ def test_where_no_value_is_read_none_leads_out_of_the_cache(monkeypatch):
     caches = [t.view(4, 2, *t.shape[2:]) for t in (k, v)]
     options = {"block": 3, "backend": "reference"}
     want, got = (
-        tm.landmark_decode(q[:, :1], *caches, seqlens_k=int32(n), block_table=int32(row), **options)
+        tm.landmark_decode(q[:, :1], *caches, seqlens_k=ints(n), block_table=ints(row), **options)
         for n, row in ((8, (1, 0, 3, 0)), (99, (1, 4, 3, -7)))
     )
     assert torch.equal(got, want)
@@ -216,21 +212,21 @@ def test_bad_steps_are_refused(edit, message):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"block_table": int32((0, 1, 2), (3, 4, 5))},
+        ({"block_table": ints((0, 1, 2), (3, 4, 5))},
          "block_table: must name pages below 5 where keys lie; got 5"),
-        ({"block_table": int32((0, -1, 2), (3, 4, 9))},
+        ({"block_table": ints((0, -1, 2), (3, 4, 9))},
          "block_table: must name pages below 5 where keys lie; got -1"),
-        ({"block_table": int32((0, 1), (3, 4))},
+        ({"block_table": ints((0, 1), (3, 4))},
          "seqlens_k: must be 0 to what the cache holds of a request, 8; got 9"),
-        ({"block_table": int32(0, 1)}, r"block_table: must have shape \[2, pages\]; got \[2\]"),
-        ({"block_table": int32((0, 1, 2)).view(1, 3)},
+        ({"block_table": ints(0, 1)}, r"block_table: must have shape \[2, pages\]; got \[2\]"),
+        ({"block_table": ints((0, 1, 2)).view(1, 3)},
          r"block_table: must have shape \[2, pages\]; got \[1, 3\]"),
         ({"block_table": torch.zeros(2, 3).long()}, "block_table: must be int32; got int64"),
         ({"block_table": [[0, 1]]}, "block_table: must be a tensor or None"),
         ({"k_cache": torch.zeros(5, 3, 2, 8), "v_cache": torch.zeros(5, 3, 2, 12)},
          "k_cache: must have pages of a power of two of tokens; got 3"),
         ({"v_cache": torch.zeros(4, 4, 2, 12)}, "v_cache: must have the shape of k_cache up to"),
-        ({"seqlens_k": int32(3, -1)},
+        ({"seqlens_k": ints(3, -1)},
          "seqlens_k: must be 0 to what the cache holds of a request, 12; got -1"),
     ],
 )  # fmt: skip
@@ -241,8 +237,8 @@ def test_bad_pages_are_refused(edit, message):
         "q": torch.randn(2, 1, 4, 8, generator=g),
         "k_cache": torch.randn(5, 4, 2, 8, generator=g),
         "v_cache": torch.randn(5, 4, 2, 12, generator=g),
-        "seqlens_k": int32(9, 12),
-        "block_table": int32((0, 1, 2), (3, 4, 0)),
+        "seqlens_k": ints(9, 12),
+        "block_table": ints((0, 1, 2), (3, 4, 0)),
     }
     assert tm.landmark_decode(**arguments, block=4).isfinite().all()
     for function, options in ((tm.landmark_decode, {"block": 4}), (tm.attention_decode, {})):

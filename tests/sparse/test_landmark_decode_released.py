@@ -7,17 +7,13 @@ import pytest
 import torch
 from block_sparse_calls import gradients
 from conftest import backends
-from each import each_backend
+from each import each_backend, ints
 from hypothesis import given
 from hypothesis import strategies as st
 from landmark_calls import inputs
 from tier import examples
 
 import tokenmill as tm
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def angles(positions, pairs):
@@ -129,7 +125,7 @@ def test_the_rule_of_the_release(
     held = max(lengths)
     q, k, v = (t.detach() for t in inputs(backend, held, *heads, b=len(lengths), seed=seed))
     q = q[:, :count]
-    n = int32(*lengths).to(q.device)
+    n = ints(*lengths).to(q.device)
     caches = paged(k, v, page_size) if page_size else (k, v, None)
     room = caches[2].shape[1] * page_size if page_size else held
     rope = tables(min(room, (topk + 2) * block + count - 1), 4, q.device) if rotate else None
@@ -147,7 +143,7 @@ def test_the_rule_of_the_release(
 def test_gradients_are_those_of_the_rule(share, backend):
     q, k, v = inputs(backend, 41, b=1)
     rope = tables(8 * 4 + 2, 4, q.device)
-    n = int32(41).to(q.device)
+    n = ints(41).to(q.device)
     got = tm.landmark_decode(
         q[:, :3], k, v, seqlens_k=n, block=8, topk=2, share=share, rope=rope, backend=backend
     )
@@ -160,7 +156,7 @@ def test_gradients_are_those_of_the_rule(share, backend):
 def test_all_blocks_are_the_last_rows_of_the_whole(count, backend):
     q, k, v = (t.detach() for t in inputs(backend, 21, b=2))
     rope = tables(21, 4, q.device)
-    n = int32(21, 21).to(q.device)
+    n = ints(21, 21).to(q.device)
     got = tm.landmark_decode(
         q[:, -count:], k, v, seqlens_k=n, block=6, rope=rope, return_lse=True, backend=backend
     )
@@ -203,7 +199,7 @@ def test_a_model_reads_a_prompt_in_chunks_and_goes_on(backend):
 
     def attend(q, k, v, length):
         return tm.landmark_decode(
-            q[None], k[None], v[None], seqlens_k=int32(length).to(q.device), block=block,
+            q[None], k[None], v[None], seqlens_k=ints(length).to(q.device), block=block,
             topk=topk, rope=rope, backend=backend,
         )[0]  # fmt: skip
 
@@ -217,7 +213,7 @@ def test_a_model_reads_a_prompt_in_chunks_and_goes_on(backend):
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])
 def test_a_request_has_the_bits_that_it_has_alone(backend, share):
     q, k, v = (t.detach() for t in inputs(backend, 60, b=5))
-    rope, n = tables(60, 4), int32(60, 17, 33, 48, 5)
+    rope, n = tables(60, 4), ints(60, 17, 33, 48, 5)
 
     def result(requests):
         return tm.landmark_decode(
@@ -242,7 +238,7 @@ def test_a_request_has_the_bits_that_it_has_alone(backend, share):
 )  # fmt: skip
 def test_bad_options_are_refused(edit, message):
     q, k, v = (t.detach() for t in inputs("cpu", 40))
-    arguments = {"seqlens_k": int32(40, 40), "block": 4, "topk": 2, **edit}
+    arguments = {"seqlens_k": ints(40, 40), "block": 4, "topk": 2, **edit}
     with pytest.raises(tm.InputError, match=rf"^tokenmill\.landmark_decode: {message}"):
         tm.landmark_decode(q[:, :4], k, v, **arguments)
 
@@ -251,7 +247,7 @@ def test_bad_options_are_refused(edit, message):
 @pytest.mark.parametrize(("count", "held"), [(0, 6), (3, 0)])
 def test_nothing_to_see_or_to_ask(count, held, backend):
     q, k, v = (t.detach() for t in inputs(backend, 6))
-    n = int32(held, held).to(q.device)
+    n = ints(held, held).to(q.device)
     out, lse = tm.landmark_decode(
         q[:, :count], k[:, :held], v[:, :held], seqlens_k=n, block=2, return_lse=True,
         backend=backend,
@@ -262,7 +258,7 @@ def test_nothing_to_see_or_to_ask(count, held, backend):
 
 def test_pairs_of_neighbours():
     q, k, v = (t.detach() for t in inputs("cpu", 40))
-    options = {"seqlens_k": int32(40, 31), "block": 4, "topk": 2, "rope": tables(40, 4)}
+    options = {"seqlens_k": ints(40, 31), "block": 4, "topk": 2, "rope": tables(40, 4)}
     order = [0, 4, 1, 5, 2, 6, 3, 7]
     want = tm.landmark_decode(q[:, :4], k, v, **options)
     got = tm.landmark_decode(q[:, :4, :, order], k[..., order], v, interleaved=True, **options)
