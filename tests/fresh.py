@@ -1,4 +1,5 @@
-"""Processes that start with torch and tokenmill imported: importing takes longer than most scripts.
+"""Processes that start with torch, its compiler and tokenmill imported: importing takes longer than
+most scripts.
 
 A server that has imported them and done nothing else forks each process.
 """
@@ -13,7 +14,18 @@ import tempfile
 from pathlib import Path
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "tokenmill"])
+context.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed",
+        "torch._dynamo.convert_frame",
+        "functorch.compile",
+        "numpy",
+        "pytest",
+        "hypothesis.strategies",
+        "tokenmill",
+    ]
+)
 
 
 def run_script(path: Path, *arguments: object) -> str:
