@@ -4,6 +4,10 @@ import gc
 import importlib.util
 import os
 
+# NumPy computes the products of Triton's interpreter. Two threads that wait for each other on busy
+# cores take 100 times as long as one thread for a product of tiles.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -111,6 +115,21 @@ def in_each_dtype(dtypes, variants):
         for variant in variants
         if dtype == dtypes[0] or variant[0] != "triton" or DEVICE == "cuda"
     ]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request):
+    """One thread of torch for tests of a backend that has none of its own: with a worker on each
+    core a second thread only waits. Tests of the CPU kernels keep the threads of the machine."""
+    called = getattr(request.node, "callspec", None)
+    backend = called.params.get("backend") if called else None
+    if backend not in ("triton", "emulated", "reference") or device_of(backend) != "cpu":
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
