@@ -10,7 +10,7 @@
 #include <numeric>
 
 #include "attention/epilogue_sm90.cuh"
-#include "attention/masked_values_sm90.cuh"
+#include "attention/mainloop_sm90.cuh"
 #include "core/knobs.h"
 #include "cuda/launch.cuh"
 #include "dense/attention/kernel_sm90_shape.cuh"
@@ -87,49 +87,79 @@ __device__ void producer(const AttentionParams& p, const Sm90Plan& plan,
   }
 }
 
+// Key tiles that 64 rows from `first` on see under a band mask. Rows beyond the sequence count too,
+// which saves a register.
+template <typename Shape>
+class BandTiles : public Sm90Tiles {
+ public:
+  static constexpr int kKeys = Shape::kTileKeys;
+
+  __device__ BandTiles(const Sm90Tile& tile, int first)
+      : band_(tile.band), first_(first), key0_(tile.begin), end_(tile.end) {}
+
+  __device__ bool is_left() const { return key0_ < end_; }
+  __device__ void next(unsigned) { key0_ += kKeys; }
+  __device__ bool sees_any() const {
+    return key0_ < band_.end(last()) && key0_ + kKeys > band_.begin(first_);
+  }
+  __device__ bool sees_all() const {
+    return key0_ >= band_.begin(last()) && key0_ + kKeys <= band_.end(first_);
+  }
+  __device__ KeySpan seen() const {
+    return {band_.begin(last()) - key0_, band_.end(first_) - key0_};
+  }
+  __device__ int end() const { return band_.end(last()) - key0_; }
+  __device__ __forceinline__ RowBounds bounds(int own) const {
+    const int rows[2] = {first_ + warpgroup_row(0), first_ + warpgroup_row(1)};
+    const int from = key0_ + own;
+    return {{band_.begin(rows[0]) - from, band_.begin(rows[1]) - from},
+            {band_.end(rows[0]) - from, band_.end(rows[1]) - from}};
+  }
+
+ private:
+  __device__ int last() const { return first_ + Shape::kRows - 1; }
+
+  MaskBand band_;
+  int first_;       // first row within the sequence
+  int key0_, end_;  // first key of the tile, end of the tiles
+};
+
 // Consumer warpgroup: 64 rows of each query tile.
 template <typename T, typename Shape, Weights kWeights>
 class Consumer {
  public:
-  static constexpr int kRows = Shape::kRows, kKeys = Shape::kTileKeys, kHeadDim = Shape::kHeadDim;
+  static constexpr int kRows = Shape::kRows, kHeadDim = Shape::kHeadDim;
   static constexpr int kColumns = Shape::kColumns;
+  using Shared = Sm90Shared<Shape>;
+  using ScoreMap = Sm90ScoreMap<T, kWeights>;
 
-  __device__ Consumer(const AttentionParams& p, const Sm90Plan& plan, Sm90Shared<Shape>& shared,
-                      int warpgroup)
-      : p_(p), plan_(plan), shared_(shared), warpgroup_(warpgroup) {}
+  __device__ Consumer(const AttentionParams& p, const Sm90Plan& plan, Shared& shared, int warpgroup)
+      : p_(p),
+        plan_(plan),
+        shared_(shared),
+        warpgroup_(warpgroup),
+        mainloop_(shared, plan, warpgroup) {}
 
   __device__ __forceinline__ void run() {
 #pragma unroll 1
     for (unsigned round = 0; index_of(round) < plan_.tiles; ++round) {
       shared_.q_full.wait(round % 2);
       const Sm90Tile tile = shared_.tiles[round % 2];
-      queries_ = shared_address(shared_.q[warpgroup_]);
+      uint32_t queries = shared_address(shared_.q[warpgroup_]);
       // Otherwise the key loop recomputes the operand from warpgroup_. With 256 columns of O no
       // register is left to hold it.
-      if constexpr (kColumns < 256) opt_barrier(queries_);
+      if constexpr (kColumns < 256) opt_barrier(queries);
       if (tile.b < 0) {
         clear(tile);
         release(shared_.q_empty);
         continue;
       }
       // A warpgroup without rows in the sequence is placed before all rows that see a key.
-      first_ = tile.first + warpgroup_ * kRows;
-      if (first_ >= tile.s.q_length) first_ = -2 * static_cast<int>(kMaxLength);
-      band_ = tile.band;
-#pragma unroll
-      for (int j = 0; j < kColumns / 2; ++j) o_[j] = 0;
-      Sm90ScoreMap<T, kWeights> weights(plan_, constant_of(p_, tile.b, tile.h, tile.s.k_length));
-#pragma unroll 1
-      for (int key0 = tile.begin; key0 < tile.end;) {
-        if (!sees(key0))
-          skip_tile(key0);
-        else if (is_whole(key0))
-          mainloop_unmasked(key0, weights);
-        else if (kKeys == kRows || band_.end(last()) > key0 + kRows)
-          masked_tile<kKeys>(key0, weights);
-        else
-          masked_tile<kRows>(key0, weights);
-      }
+      int first = tile.first + warpgroup_ * kRows;
+      if (first >= tile.s.q_length) first = -2 * static_cast<int>(kMaxLength);
+      BandTiles<Shape> tiles(tile, first);
+      ScoreMap weights(plan_, constant_of(p_, tile.b, tile.h, tile.s.k_length));
+      mainloop_.run(tiles, queries, weights);
       release(shared_.q_empty);
       opt_barrier(round);  // reload `round` here so that it holds no register through the key loop
       store(shared_.tiles[round % 2], weights);
@@ -138,118 +168,8 @@ class Consumer {
   }
 
  private:
-  // sees: some row sees some key of a tile; is_whole: all rows see all keys. Rows beyond the
-  // sequence count too, which saves a register.
-  __device__ int last() const { return first_ + kRows - 1; }
-  __device__ bool sees(int key0) const {
-    return key0 < band_.end(last()) && key0 + kKeys > band_.begin(first_);
-  }
-  __device__ bool is_whole(int key0) const {
-    return key0 >= band_.begin(last()) && key0 + kKeys <= band_.end(first_);
-  }
-
-  __device__ __forceinline__ void skip_tile(int& key0) {
-    const Stage<Shape> stage(number_);
-    shared_.k_full[stage.index].wait(stage.parity);
-    release(shared_.k_empty[stage.index]);
-    shared_.v_full[stage.index].wait(stage.parity);
-    release(shared_.v_empty[stage.index]);
-    ++number_;
-    key0 += kKeys;
-  }
-
-  // Unmasked tiles from key0 on, as many as follow each other.
-  __device__ __forceinline__ void mainloop_unmasked(int& key0, Sm90ScoreMap<T, kWeights>& weights) {
-    float s[kKeys / 2];
-    uint32_t p[kKeys / 4];
-    // S = Q K^T and P = f(S) of the first tile
-    multiply_keys(s, number_);
-    finish_keys<0>(s, number_);
-    weights.apply_map(s);
-    weights.rescale(o_);
-    pack_weights(p, s, weights);
-#pragma unroll 1
-    for (key0 += kKeys; is_whole(key0); key0 += kKeys, ++number_) {
-      // Issue S_next = Q K_next^T and O += P V, then compute P_next under them
-      multiply_keys(s, number_ + 1);
-      multiply_values(p, number_);
-      finish_keys<1>(s, number_ + 1);
-      weights.apply_map(s);
-      finish_values(number_);
-      weights.rescale(o_);
-      pack_weights(p, s, weights);
-    }
-    // O += P V of the last tile
-    multiply_values(p, number_);
-    finish_values(number_);
-    ++number_;
-  }
-
-  // A tile cut by a mask or by the end of the keys; its rows see keys only in the first kSeen.
-  template <int kSeen>
-  __device__ __forceinline__ void masked_tile(int& key0, Sm90ScoreMap<T, kWeights>& weights) {
-    float s[kSeen / 2];
-    uint32_t p[kSeen / 4];
-    multiply_keys(s, number_);
-    finish_keys<0>(s, number_);
-    const int seen_begin = band_.begin(last()) - key0, seen_end = band_.end(first_) - key0;
-    bounds(key0, 2 * static_cast<int>(threadIdx.x % 4)).hide(s, seen_begin > 0, seen_end < kSeen);
-    weights.apply_map(s);
-    weights.rescale(o_);
-    pack_weights(p, s, weights);
-    const Stage<Shape> stage(number_);
-    shared_.v_full[stage.index].wait(stage.parity);
-    const uint32_t values = shared_address(shared_.v[stage.index]);
-    const bool infinite = has_nonfinite<T, kColumns, kKeys, kSeen>(values, seen_begin, seen_end);
-    if (any_in_warpgroup(warpgroup_, infinite)) {
-      // step of keys whose finite copy fits into the `out` buffer
-      constexpr int kStep = Shape::kOutBytes / (2 * kColumns) / kWgmmaDepth * kWgmmaDepth;
-      if (warpgroup_thread() == 0) wait_for_stores();
-      multiply_seen_values<T, kKeys, kStep>(o_, p, values, shared_address(shared_.out[warpgroup_]),
-                                            warpgroup_, bounds(key0, 0));
-    } else {
-      start_pv<T, kKeys>(o_, p, values);
-    }
-    // values were read through the generic proxy, and the next TMA copy overwrites them
-    fence_stores();
-    finish_values(number_);
-    ++number_;
-    key0 += kKeys;
-  }
-
-  template <int kCount>
-  __device__ __forceinline__ void multiply_keys(float (&s)[kCount], unsigned number) {
-    const Stage<Shape> stage(number);
-    shared_.k_full[stage.index].wait(stage.parity);
-    start_qk<T, kHeadDim, kKeys>(s, queries_, shared_address(shared_.k[stage.index]));
-  }
-  template <int kPending, int kCount>
-  __device__ __forceinline__ void finish_keys(float (&s)[kCount], unsigned number) {
-    wait_for_product<kPending>(s);
-    release(shared_.k_empty[Stage<Shape>(number).index]);
-    plan_.cap(s);
-  }
-  __device__ __forceinline__ void multiply_values(const uint32_t (&p)[kKeys / 4], unsigned number) {
-    const Stage<Shape> stage(number);
-    shared_.v_full[stage.index].wait(stage.parity);
-    start_pv<T, kKeys>(o_, p, shared_address(shared_.v[stage.index]));
-  }
-  __device__ __forceinline__ void finish_values(unsigned number) {
-    wait_for_product<0>(o_);
-    release(shared_.v_empty[Stage<Shape>(number).index]);
-  }
-
-  // Visible columns of both rows of this thread, relative to column `own` of the tile at key0.
-  __device__ __forceinline__ RowBounds bounds(int key0, int own) const {
-    const int rows[2] = {first_ + warpgroup_row(0), first_ + warpgroup_row(1)};
-    const int from = key0 + own;
-    return {{band_.begin(rows[0]) - from, band_.begin(rows[1]) - from},
-            {band_.end(rows[0]) - from, band_.end(rows[1]) - from}};
-  }
-
   // Epilogue: normalise O, write it through shared memory, and write lse.
-  __device__ __forceinline__ void store(const Sm90Tile& tile,
-                                        const Sm90ScoreMap<T, kWeights>& weights) {
+  __device__ __forceinline__ void store(const Sm90Tile& tile, const ScoreMap& weights) {
     const int first = tile.first + warpgroup_ * kRows, rows = min(tile.s.q_length - first, kRows);
     const float shift = constant_of(p_, tile.b, tile.h, tile.s.k_length);
     float factor[2];
@@ -276,7 +196,7 @@ class Consumer {
       // An empty row is cleared: a NaN bias makes NaN of the weights of masked keys too.
       const int row = first + warpgroup_row(h);
       const bool empty = kWeights == Weights::sigmoid && tile.band.begin(row) >= tile.band.end(row);
-      stage_row<T, h, kTaken, kFirst>(staged, o_, factor[h], empty);
+      stage_row<T, h, kTaken, kFirst>(staged, mainloop_.o(), factor[h], empty);
     });
     fence_stores();
     sync_warpgroup(warpgroup_);
@@ -312,13 +232,9 @@ class Consumer {
 
   const AttentionParams& p_;
   const Sm90Plan& plan_;
-  Sm90Shared<Shape>& shared_;
+  Shared& shared_;
   int warpgroup_;
-  uint32_t queries_;  // shared-memory address of the warpgroup's Q rows
-  int first_;         // first row within the sequence
-  MaskBand band_;
-  unsigned number_ = 0;  // index of the next key tile
-  float o_[kColumns / 2];
+  Sm90Mainloop<T, Shape, Shared, ScoreMap> mainloop_;
 };
 
 template <typename T, int kHeadDim, Weights kWeights>

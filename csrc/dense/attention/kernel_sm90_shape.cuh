@@ -72,6 +72,15 @@ struct alignas(1024) Sm90Shared {
   Mbarrier k_full[Shape::kStages], k_empty[Shape::kStages];
   Mbarrier v_full[Shape::kStages], v_empty[Shape::kStages];
 
+  // Memory of a warpgroup for values of a cut tile made finite, kFiniteKeys keys at a time: `out`.
+  static constexpr bool kFiniteInKeys = false;
+  static constexpr int kFiniteKeys =
+      Shape::kOutBytes / (2 * Shape::kColumns) / kWgmmaDepth * kWgmmaDepth;
+  __device__ char* finite_values(int warpgroup, int) {
+    if (warpgroup_thread() == 0) wait_for_stores();
+    return out[warpgroup];
+  }
+
   __device__ void init_barriers() {
     constexpr int kWarps = Shape::kWarpgroups * kWarpgroupThreads / 32;
     q_full.init(1), q_empty.init(kWarps);

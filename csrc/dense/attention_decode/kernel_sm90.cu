@@ -9,8 +9,8 @@
 // j+1. Segments that share an output tile leave partial sums in memory, and the CTA that finishes
 // last merges all of them, in order.
 #include "attention/epilogue_sm90.cuh"
+#include "attention/mainloop_sm90.cuh"
 #include "attention/mask.cuh"
-#include "attention/masked_values_sm90.cuh"
 #include "cuda/arch/sm90/tma.cuh"
 #include "dense/attention_decode/cuda_plan.cuh"
 #include "dense/attention_decode/kernel_merge.cuh"
@@ -105,7 +105,67 @@ class DecodeSm90Loader {
   unsigned number_ = 0;  // key tiles loaded so far
 };
 
-// Consumer warpgroup. Rows beyond the last one are zeros, and see the same keys as the last one.
+// Key tiles of a segment. Rows beyond the last one see the same keys as the last one.
+template <typename Shape>
+class SegmentTiles : public Sm90Tiles {
+ public:
+  static constexpr int kKeys = Shape::kTileKeys;
+
+  // query: queries of the thread's rows; active: some row of the warp exists
+  __device__ SegmentTiles(const Segment& s, const MaskBand& band, int queries,
+                          const int (&query)[2], bool active)
+      : band_(band),
+        query_{query[0], query[1]},
+        several_(queries > 1),
+        active_(active),
+        key0_(s.begin),
+        end_(s.end),
+        seen_{band.begin(queries - 1), min(band.end(0), s.end)} {}
+
+  __device__ bool is_left() const { return key0_ < end_; }
+  __device__ void next(unsigned) { key0_ += kKeys; }
+  __device__ static bool sees_any() { return true; }
+  __device__ bool sees_all() const { return key0_ >= seen_.begin && key0_ + kKeys <= seen_.end; }
+  __device__ KeySpan seen() const { return {seen_.begin - key0_, seen_.end - key0_}; }
+  __device__ __forceinline__ RowBounds bounds(int own) const {
+    const int from = key0_ + own;
+    return {{band_.begin(query_[0]) - from, band_.begin(query_[1]) - from},
+            {band_.end(query_[0]) - from, band_.end(query_[1]) - from}};
+  }
+  __device__ bool has_rows() const { return active_; }
+  // A single query hides only keys that were cleared.
+  __device__ bool hides_values() const { return several_; }
+
+  // The tile is loaded in parts: only a part that an edge of the seen keys cuts holds such values.
+  // 0 times NaN would be NaN.
+  __device__ __forceinline__ void clear_values(uint32_t values) const {
+    const int begin = band_.begin(0) - key0_, end = band_.columns - key0_;
+    constexpr uint32_t kZeros[4] = {0, 0, 0, 0};
+    constexpr int kPart = Shape::kPartKeys;
+    static_assert(kPart * kBoxRowBytes == kWarpgroupThreads * 16);
+    const auto clear = [&](int edge) {
+      if (edge <= 0 || edge >= kKeys || edge % kPart == 0) return;
+      const int key = edge / kPart * kPart + warpgroup_thread() / 8;
+      if (key >= begin && key < end) return;
+      unroll<Shape::kColumns / kBoxColumns>([&](auto block) {
+        store_shared<block * kKeys * kBoxRowBytes>(
+            values + key * kBoxRowBytes + warpgroup_thread() % 8 * 16, kZeros);
+      });
+    };
+    clear(begin);
+    clear(end);
+    fence_stores();
+  }
+
+ private:
+  MaskBand band_;
+  int query_[2];
+  bool several_, active_;
+  int key0_, end_;
+  KeySpan seen_;  // keys that all rows see
+};
+
+// Consumer warpgroup. Rows beyond the last one are zeros.
 template <typename T, typename Shape, Weights kWeights>
 class DecodeConsumer {
  public:
@@ -115,7 +175,12 @@ class DecodeConsumer {
 
   __device__ DecodeConsumer(const DecodeParams& d, const DecodeSm90Plan& plan,
                             DecodeSm90Shared<Shape>& shared)
-      : d_(d), p_(d.attention), plan_(plan), shared_(shared), queries_(shared_address(shared.q)) {
+      : d_(d),
+        p_(d.attention),
+        plan_(plan),
+        shared_(shared),
+        queries_(shared_address(shared.q)),
+        mainloop_(shared, plan.scores, 0) {
     // Broadcast from lane 0 so that the compiler knows the value to be warp-uniform.
     active_ = __shfl_sync(kFullWarp, warpgroup_row(0), 0) < plan.rows;
 #pragma unroll
@@ -140,18 +205,9 @@ class DecodeConsumer {
   __device__ __forceinline__ void add(const Segment& s) {
     load_queries(s);
     band_ = decode_mask_band(d_, s.b);
-    whole_begin_ = band_.begin(static_cast<int>(p_.seqlen_q) - 1);
-    whole_end_ = min(band_.end(0), s.end);
-#pragma unroll
-    for (int j = 0; j < kHeadDim / 2; ++j) o_[j] = 0;
+    SegmentTiles<Shape> tiles(s, band_, static_cast<int>(p_.seqlen_q), query_, active_);
     Scores weights(plan_.scores, constant(s, 0), constant(s, 1));
-#pragma unroll 1
-    for (int key0 = s.begin; key0 < s.end;) {
-      if (is_whole(key0))
-        mainloop_unmasked(key0, weights);
-      else
-        masked_tile(key0, weights);
-    }
+    mainloop_.run(tiles, queries_, weights);
     sync_warpgroup(0);  // all warps are done with Q
     if (s.parts == 1) return store(s, weights);
     store_sums(s, weights);
@@ -182,125 +238,6 @@ class DecodeConsumer {
     sync_warpgroup(0);
   }
 
-  // All rows see all keys of the tile.
-  __device__ bool is_whole(int key0) const {
-    return key0 >= whole_begin_ && key0 + kKeys <= whole_end_;
-  }
-
-  // Unmasked tiles from key0 on, as many as follow each other.
-  __device__ __forceinline__ void mainloop_unmasked(int& key0, Scores& weights) {
-    float s[kKeys / 2];
-    uint32_t p[kKeys / 4] = {};
-    // S = Q K^T and P = f(S) of the first tile
-    multiply_keys(s, number_);
-    finish_keys<0>(s, number_);
-    if (active_) {
-      plan_.scores.cap(s);
-      weights.apply_map(s);
-      weights.rescale(o_);
-      pack_weights(p, s, weights);
-    }
-#pragma unroll 1
-    for (key0 += kKeys; is_whole(key0); key0 += kKeys, ++number_) {
-      // Issue S_next = Q K_next^T and O += P V, then compute P_next under them
-      multiply_keys(s, number_ + 1);
-      multiply_values(p, number_);
-      finish_keys<1>(s, number_ + 1);
-      if (active_) {
-        plan_.scores.cap(s);
-        weights.apply_map(s);
-      }
-      finish_values(number_);
-      if (active_) {
-        weights.rescale(o_);
-        pack_weights(p, s, weights);
-      }
-    }
-    // O += P V of the last tile
-    multiply_values(p, number_);
-    finish_values(number_);
-    ++number_;
-  }
-
-  // A tile cut by a mask or by the end of the keys.
-  __device__ __forceinline__ void masked_tile(int& key0, Scores& weights) {
-    float s[kKeys / 2];
-    uint32_t p[kKeys / 4] = {};
-    multiply_keys(s, number_);
-    wait_for_product<0>(s);
-    const int seen_begin = whole_begin_ - key0, seen_end = whole_end_ - key0;
-    if (active_) {
-      plan_.scores.cap(s);
-      bounds(key0, 2 * static_cast<int>(threadIdx.x % 4)).hide(s, seen_begin > 0, seen_end < kKeys);
-      weights.apply_map(s);
-      weights.rescale(o_);
-      pack_weights(p, s, weights);
-    }
-    const Stage<Shape> stage(number_);
-    shared_.v_full[stage.index].wait(stage.parity);
-    const uint32_t values = shared_address(shared_.v[stage.index]);
-    clear_unseen_values(values, band_.begin(0) - key0, band_.columns - key0);
-    // A single query hides only keys that were cleared.
-    const bool infinite =
-        p_.seqlen_q > 1 && has_nonfinite<T, kHeadDim, kKeys, kKeys>(values, seen_begin, seen_end);
-    fence_stores();
-    if (any_in_warpgroup(0, infinite))  // finite values overwrite the K stage
-      multiply_seen_values<T, kKeys, kKeys>(o_, p, values, shared_address(shared_.k[stage.index]),
-                                            0, bounds(key0, 0));
-    else
-      start_pv<T, kKeys>(o_, p, values);
-    fence_stores();  // generic accesses precede the next TMA copies
-    release(shared_.k_empty[stage.index]);
-    finish_values(number_);
-    ++number_;
-    key0 += kKeys;
-  }
-
-  // Clears values of keys that were loaded but that no row sees: 0 times NaN would be NaN. Visible
-  // are the keys begin .. end - 1 of the tile, which is loaded in parts.
-  __device__ __forceinline__ void clear_unseen_values(uint32_t values, int begin, int end) const {
-    constexpr uint32_t kZeros[4] = {0, 0, 0, 0};
-    constexpr int kPart = Shape::kPartKeys;
-    static_assert(kPart * kBoxRowBytes == kWarpgroupThreads * 16);
-    const auto clear = [&](int edge) {
-      if (edge <= 0 || edge >= kKeys || edge % kPart == 0) return;
-      const int key = edge / kPart * kPart + warpgroup_thread() / 8;
-      if (key >= begin && key < end) return;
-      unroll<kHeadDim / kBoxColumns>([&](auto block) {
-        store_shared<block * kKeys * kBoxRowBytes>(
-            values + key * kBoxRowBytes + warpgroup_thread() % 8 * 16, kZeros);
-      });
-    };
-    clear(begin);
-    clear(end);
-  }
-
-  __device__ __forceinline__ void multiply_keys(float (&s)[kKeys / 2], unsigned number) {
-    const Stage<Shape> stage(number);
-    shared_.k_full[stage.index].wait(stage.parity);
-    start_qk<T, kHeadDim, kKeys>(s, queries_, shared_address(shared_.k[stage.index]));
-  }
-  template <int kPending>
-  __device__ __forceinline__ void finish_keys(float (&s)[kKeys / 2], unsigned number) {
-    wait_for_product<kPending>(s);
-    release(shared_.k_empty[Stage<Shape>(number).index]);
-  }
-  __device__ __forceinline__ void multiply_values(const uint32_t (&p)[kKeys / 4], unsigned number) {
-    const Stage<Shape> stage(number);
-    shared_.v_full[stage.index].wait(stage.parity);
-    start_pv<T, kKeys>(o_, p, shared_address(shared_.v[stage.index]));
-  }
-  __device__ __forceinline__ void finish_values(unsigned number) {
-    wait_for_product<0>(o_);
-    release(shared_.v_empty[Stage<Shape>(number).index]);
-  }
-
-  // Visible columns of both rows of this thread, relative to column `own` of the tile at key0.
-  __device__ __forceinline__ RowBounds bounds(int key0, int own) const {
-    const int from = key0 + own;
-    return {{band_.begin(query_[0]) - from, band_.begin(query_[1]) - from},
-            {band_.end(query_[0]) - from, band_.end(query_[1]) - from}};
-  }
   // A NaN bias makes NaN of the weights of masked keys too.
   __device__ bool is_empty(int h) const {
     return !kSoftmax && band_.begin(query_[h]) >= band_.end(query_[h]);
@@ -315,7 +252,7 @@ class DecodeConsumer {
         const RowScale scale = weights.finish(h, p_.sink ? p_.sink + of : nullptr, shift);
         if (warpgroup_row(h) >= plan_.rows) return;
         if (kSoftmax && threadIdx.x % 4 == 0) p_.lse[d_.lse_at(s.b, query_[h], of)] = scale.lse;
-        stage_row<T, h, kHeadDim>(queries_, o_, scale.factor, is_empty(h));
+        stage_row<T, h, kHeadDim>(queries_, mainloop_.o(), scale.factor, is_empty(h));
       });
     }
     sync_warpgroup(0);
@@ -339,6 +276,7 @@ class DecodeConsumer {
   // Partial sums, relative to the rounded row_max by which they are merged.
   __device__ __forceinline__ void store_sums(const Segment& s, const Scores& weights) const {
     if (!active_) return;
+    const auto& o = mainloop_.o();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float factor = weights.to_row_max(h), sum = weights.sum(h) * factor;
@@ -348,7 +286,7 @@ class DecodeConsumer {
       const int c = threadIdx.x % 4;
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
-        const float2 x{o_[4 * n + 2 * h] * factor, o_[4 * n + 2 * h + 1] * factor};
+        const float2 x{o[4 * n + 2 * h] * factor, o[4 * n + 2 * h + 1] * factor};
         *reinterpret_cast<float2*>(row + 8 * n + 2 * c) = empty ? float2{0, 0} : x;
       }
       if (c == 0) row[Shape::kSumAt] = sum, row[Shape::kRowMaxAt] = weights.row_max(h);
@@ -379,9 +317,7 @@ class DecodeConsumer {
   bool active_;   // some rows of the warp exist
   int query_[2];  // query of row h of this thread
   MaskBand band_;
-  int whole_begin_, whole_end_;  // keys that all rows see
-  unsigned number_ = 0;          // index of the next key tile
-  float o_[kHeadDim / 2];
+  Sm90Mainloop<T, Shape, DecodeSm90Shared<Shape>, Scores> mainloop_;
 };
 
 template <typename T, int kHeadDim, Weights kWeights>

@@ -30,6 +30,11 @@ struct alignas(1024) DecodeSm90Shared {
   Segment segments[2];
   int is_last;  // this CTA finishes an output tile last
 
+  // Memory for values of a cut tile made finite: its K stage.
+  static constexpr bool kFiniteInKeys = true;
+  static constexpr int kFiniteKeys = Shape::kTileKeys;
+  __device__ char* finite_values(int, int stage) { return k[stage]; }
+
   __device__ void init_barriers() {
     constexpr int kWarps = Shape::kRows / 16;
     for (int i = 0; i < Shape::kStages; ++i) {

@@ -9,7 +9,7 @@ namespace tokenmill::cuda {
 // A CTA has one consumer warpgroup and one producer warp; two CTAs run per SM.
 template <int kHeadDim_>
 struct DecodeSm90Shape {
-  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDim = kHeadDim_, kColumns = kHeadDim;
   static constexpr int kRows = kMaxSm90DecodeRows;
   static constexpr int kTileKeys = 64;  // all of one page
   static constexpr int kPartKeys = 16;  // keys per copy in a tile that is cut

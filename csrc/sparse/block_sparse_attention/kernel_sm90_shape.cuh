@@ -12,7 +12,7 @@ namespace tokenmill::cuda::block_sparse_attention {
 // the kernel that computes dQ.
 template <int kHeadDim_, bool kGradient_ = false>
 struct Sm90Shape {
-  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDim = kHeadDim_, kColumns = kHeadDim;
   static constexpr bool kGradient = kGradient_;
   static constexpr int kRows = 64;  // per consumer warpgroup: queries of one head
   static constexpr int kTileKeys = 64;
@@ -71,6 +71,11 @@ struct alignas(1024) Sm90Shared {
     return static_cast<int>(sizeof(Sm90Shared) + warpgroups * sizeof(Rows));
   }
   __device__ Rows& rows(int warpgroup) { return reinterpret_cast<Rows*>(this + 1)[warpgroup]; }
+
+  // Memory of a warpgroup for values of a cut tile made finite, kFiniteKeys keys at a time: `out`.
+  static constexpr bool kFiniteInKeys = false;
+  static constexpr int kFiniteKeys = Shape::kTileKeys;
+  __device__ char* finite_values(int warpgroup, int) { return rows(warpgroup).out; }
 
   __device__ void init_barriers(int warpgroups) {
     const int warps = warpgroups * kWarpgroupThreads / kWarpSize;
