@@ -27,14 +27,10 @@ from .library import EMULATED_NAMESPACE, NAMESPACE, doors, emulated_operators, n
 
 @functools.cache
 def record_of(name: str) -> Any:
-    """The arguments of an operator as a named tuple type, in the order of the schema. `places` are
-    the indices of tensors.
-    """
+    """The arguments of an operator as a named tuple type, in the order of the schema."""
     arguments = getattr(native, name).default._schema.arguments
     named: Any = collections.namedtuple  # mypy wants literal names
-    record = named(name, [a.name for a in arguments])
-    record.places = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
-    return record
+    return named(name, [a.name for a in arguments])
 
 
 def as_record(name: str, record: Any, **given: Any) -> Any:
@@ -239,8 +235,7 @@ class TorchOp:
         """The arguments of a call after autocast."""
         if self.autocast is None:
             return args
-        given = self.autocast.apply(dict(zip(self.arguments, args, strict=True)))
-        return tuple(given.values())
+        return tuple(self.autocast.apply(self.named(args, {})).values())
 
     def overload(self, namespace: str = NAMESPACE) -> Any:
         return getattr(getattr(torch.ops, namespace), self.name).default
