@@ -110,7 +110,9 @@ class BandTiles : public Sm90Tiles {
   }
   __device__ int end() const { return band_.end(last()) - key0_; }
   __device__ __forceinline__ RowBounds bounds(int own) const {
-    const int rows[2] = {first_ + warpgroup_row(0), first_ + warpgroup_row(1)};
+    int first = first_;
+    opt_barrier(first);  // otherwise four bounds hold registers through the key loop
+    const int rows[2] = {first + warpgroup_row(0), first + warpgroup_row(1)};
     const int from = key0_ + own;
     return {{band_.begin(rows[0]) - from, band_.begin(rows[1]) - from},
             {band_.end(rows[0]) - from, band_.end(rows[1]) - from}};
