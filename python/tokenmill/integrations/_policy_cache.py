@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -33,6 +35,7 @@ SLACK = 64  # slots of a new cache in addition to the prompt's
 _pending: ContextVar[PolicyLayer | None] = ContextVar("_pending", default=None)
 _prompt_end: ContextVar[int | None] = ContextVar("_prompt_end", default=None)  # in columns
 _generates: ContextVar[bool] = ContextVar("_generates", default=False)
+_decodes: ContextVar[bool] = ContextVar("_decodes", default=False)
 
 
 class _Offset(int):
@@ -83,7 +86,8 @@ class PolicyLayer(CacheLayerMixin):
         assert policy is not None
         empty = policy.cache.longest == 0 or policy._waiting is not None
         keeps = isinstance(policy, Keeping)
-        reads = _prompt_end.get() is not None or (not _generates.get() and q.shape[1] > 1)
+        steps = _generates.get() or _decodes.get() or q.shape[1] == 1
+        reads = _prompt_end.get() is not None or not steps
         if not empty and not (keeps and (reads or there is not None)):
             if there is not None:
                 rule = "must be True for the tokens of a step"
@@ -186,7 +190,11 @@ class PolicyCache(Cache):
                 of_policy.append(PolicyLayer(recipes[number], number, before, config))
                 layers[i] = of_policy[-1]
         super().__init__(layers=layers)
-        self._of_policy = of_policy
+        self._config, self._of_policy = config, of_policy
+
+    def copy(self) -> PolicyCache:
+        """A copy from which another continuation of the same prompt can be read."""
+        return copy.deepcopy(self, {id(self._config): self._config})
 
     @property
     def policies(self) -> list[Policy]:
@@ -200,13 +208,14 @@ class AppliedPolicy:
     Attributes:
         cache: the newest cache created for the model, None before its first call; `cache.policies`
             has `kept` and `bytes_read` of each layer.
+        cache_name: the argument of the model that takes a cache.
     """
 
     def __init__(self, model: Any, recipes: list[Policy], config: Any):
         self.model, self._recipes, self._config = model, recipes, config
         self.cache: PolicyCache | None = None
         self._parameters = [*inspect.signature(model.forward).parameters]
-        self._argument = "cache" if "cache" in self._parameters else "past_key_values"
+        self.cache_name = "cache" if "cache" in self._parameters else "past_key_values"
         self._configs = [(c, c._attn_implementation) for c in configs_of(model, config)]
         try:
             model.set_attn_implementation(POLICY)
@@ -243,6 +252,33 @@ class AppliedPolicy:
         vars(self.model).update(self._own)
         self._restore()
 
+    @contextlib.contextmanager
+    def decoding(self) -> Iterator[None]:
+        """A context manager in which a call of the model with several tokens after a prompt is
+        as many steps of decoding, as in generate(): to score a text under the policy.
+
+        Example:
+            >>> import torch, tokenmill as tm
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from tokenmill.integrations.transformers import apply_policy
+            >>> config = LlamaConfig(
+            ...     vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+            ...     num_attention_heads=4, num_key_value_heads=2)
+            >>> model = LlamaForCausalLM(config).eval()
+            >>> prompt, text = torch.randint(50, (1, 40)), torch.randint(50, (1, 8))
+            >>> with apply_policy(model, tm.policies.StreamingLLM(num_recent=12)) as applied:
+            ...     with torch.no_grad(), applied.decoding():
+            ...         _ = model(prompt)
+            ...         logits = model(text, **{applied.cache_name: applied.cache}).logits
+            >>> logits.shape, applied.cache.policies[0].kept.tolist()
+            (torch.Size([1, 8, 50]), [16])
+        """
+        token = _decodes.set(True)
+        try:
+            yield
+        finally:
+            _decodes.reset(token)
+
     def _restore(self) -> None:
         for config, implementation in self._configs:
             config._attn_implementation_internal = implementation
@@ -253,21 +289,21 @@ class AppliedPolicy:
         """Before each call of the model: ensures that its cache is new, or a policy cache."""
         _pending.set(None)  # left over from a failed call
         by_place = dict(zip(self._parameters, args, strict=False))
-        spellings = {self._argument, "past_key_values"}
-        given = [by_place.get(self._argument), *(kwargs.get(name) for name in spellings)]
+        spellings = {self.cache_name, "past_key_values"}
+        given = [by_place.get(self.cache_name), *(kwargs.get(name) for name in spellings)]
         given = [cache for cache in given if cache is not None]
-        check(len(given) <= 1, NAME, self._argument, "must be given once", len(given))
+        check(len(given) <= 1, NAME, self.cache_name, "must be given once", len(given))
         kwargs = {name: value for name, value in kwargs.items() if name not in spellings}
         uses = by_place.get("use_cache", kwargs.get("use_cache"))
         uses = getattr(self._config, "use_cache", True) if uses is None else uses
         cache = None
         if given or (uses and not model.training):
             cache = self._cache_for(given[0] if given else None)
-        if self._argument in by_place:
-            by_place[self._argument] = cache
+        if self.cache_name in by_place:
+            by_place[self.cache_name] = cache
             return (*by_place.values(), *args[len(by_place) :]), kwargs
         if cache is not None:
-            kwargs[self._argument] = cache
+            kwargs[self.cache_name] = cache
         return args, kwargs
 
     def _cache_for(self, given: Any) -> PolicyCache:
@@ -277,7 +313,7 @@ class AppliedPolicy:
             if type(given) is DynamicCache and _generates.get():
                 fresh = not given.offloading and given.get_seq_length() == 0
             rule = "must be None, or come from the model under a policy"
-            check(fresh, NAME, self._argument, rule, type(given).__name__)
+            check(fresh, NAME, self.cache_name, rule, type(given).__name__)
             cache = PolicyCache(self._config, self._recipes)
             if any(getattr(layer, "record_past", False) for layer in getattr(given, "layers", ())):
                 cache.activate_past_recording()
@@ -290,10 +326,10 @@ class AppliedPolicy:
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         """generate() reads a prompt, whole or in chunks; the layers must know its length."""
-        if model_kwargs.get(self._argument) is None:  # use_cache=False
+        if model_kwargs.get(self.cache_name) is None:  # use_cache=False
             return self._read_prompt(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        cache = self._cache_for(model_kwargs[self._argument])
-        model_kwargs[self._argument] = cache
+        cache = self._cache_for(model_kwargs[self.cache_name])
+        model_kwargs[self.cache_name] = cache
         mask = model_kwargs.get("attention_mask")
         end = cache.get_seq_length() + input_ids.shape[1] if mask is None else mask.shape[-1]
         token = _prompt_end.set(end)
@@ -319,10 +355,10 @@ def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy
     by the policies. Layers with a window or a state keep their own attention and cache; the policy
     uses the scales, soft caps and sinks of the model.
 
-    A call with several tokens after a prompt is a step within generate(), which has drafts;
-    otherwise it is the next chunk of the prompt, except for policies that evict, for which it is a
-    step. Pass the cache of the last result to the next call; a cache of another class would not be
-    filled, and is refused.
+    A call with several tokens after a prompt is a step within generate(), which has drafts, and
+    within :meth:`AppliedPolicy.decoding`; otherwise it is the next chunk of the prompt, except for
+    policies that evict, for which it is a step. Pass the cache of the last result to the next call;
+    a cache of another class would not be filled, and is refused.
 
     Args:
         model: a decoder of transformers 5.24 or later (:class:`LlamaForCausalLM` and the like).
