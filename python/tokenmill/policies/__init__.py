@@ -35,6 +35,7 @@ Example:
     (torch.Size([1, 1, 8, 64]), [3001], 0.5853...)
 """
 
+from .budget import at_budget
 from .cache import KVCache
 from .evicting import H2O, Keyformer, SnapKV, StreamingLLM
 from .hip import HiP
@@ -66,6 +67,7 @@ __all__ = [
     "StreamingLLM",
     "TidalDecode",
     "TokenSelect",
+    "at_budget",
     "choose_retrieval_heads",
     "profile_repeated_tokens",
     "profile_retrieval_heads",
