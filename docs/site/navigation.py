@@ -7,6 +7,7 @@ NAVIGATION = {
         "models",
         "generate",
         "policies",
+        "evaluate",
         "vit",
         "long-training",
         "serving",

@@ -34,6 +34,7 @@ PACKAGES = {
     "masks": "Masks without a matrix of pairs",
     "nn": "Modules with the defaults of their papers",
     "policies": "Policies of caches",
+    "evaluation": "Policies judged on a model",
     "distributed": "Sequences on several ranks",
     "papers": "The index of papers",
     "testing": "Kernels against the float64 reference",

@@ -1,5 +1,5 @@
 """python -m tokenmill info | ops | explain | check | bench | bench primitives | bench report |
-bench scale | tune | report | demo | papers"""
+bench scale | tune | report | demo | evaluate | papers"""
 
 from __future__ import annotations
 
@@ -128,6 +128,14 @@ def _parser() -> _cli.Parser:
         "page",
     )
     demo.add_arguments(sub)
+    from .evaluation import command as evaluation
+
+    sub = command(
+        "evaluate",
+        evaluation.run,
+        "policies on a language model: loss, needles, tokens per second and bytes read",
+    )
+    evaluation.add_arguments(sub)
     from .papers import show
 
     sub = command("papers", show.run, "the papers behind the package, and what computes each")

