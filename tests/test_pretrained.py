@@ -56,6 +56,35 @@ def test_dinov2_is_the_model_of_the_onnx_file():
     torch.testing.assert_close(found, torch.from_numpy(expected).squeeze(1), rtol=0, atol=1e-5)
 
 
+def test_merged_patches_keep_the_features_of_dinov2():
+    """ToMe without training: class features and saliency maps stay close."""
+    from tokenmill.integrations.transformers import patch, unpatch
+
+    model = models.dinov2()
+    g = torch.Generator().manual_seed(0)
+    # Structure at all scales, as pictures have.
+    scales = [torch.randn(2, 3, n, n, generator=g) for n in (2, 4, 8, 16, 32)]
+    pixels = sum(
+        torch.nn.functional.interpolate(s, (224, 224), mode="bicubic") * (2 / s.shape[2]) ** 0.5
+        for s in scales
+    )
+    with torch.no_grad():
+        expected = model.backbone(pixels).last_hidden_state
+        reduction = patch(model.backbone, merge=8)
+        merged = model.backbone(pixels).last_hidden_state
+        unpatch(model.backbone)
+        again = model.backbone(pixels).last_hidden_state
+        saliency, found = (
+            model.saliency(x[:, 1:], 224, 224) for x in (expected, reduction.unmerge(merged))
+        )
+    assert torch.equal(again, expected)
+    assert merged.shape[1] == 257 - 12 * 8
+    cosine = torch.nn.functional.cosine_similarity(merged[:, 0], expected[:, 0])
+    assert cosine.min() > 0.99
+    same = torch.corrcoef(torch.stack([saliency.flatten(), found.flatten()]))[0, 1]
+    assert same > 0.9
+
+
 @pytest.fixture
 def loaded(smollm2, monkeypatch):
     """A second load would take as long as the first, 10 seconds."""

@@ -32,6 +32,32 @@ def deit():
     return model, ours
 
 
+class Pooled(torch.nn.Module):
+    """A backbone whose pooled features are the logits."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        for parameter in backbone.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+
+    def forward(self, images):
+        return self.backbone(images).pooler_output
+
+
+def dinov2(kind="Dinov2", **options):
+    sizes = {name: size for name, size in SMALL.items() if name != "intermediate_size"}
+    config = getattr(transformers, f"{kind}Config")(**sizes, mlp_ratio=2, **options)
+    return Pooled(getattr(transformers, f"{kind}Model")(config)), ours
+
+
+def of_pair(kind):
+    config = getattr(transformers, f"{kind}VisionConfig")(
+        **{name: size for name, size in SMALL.items() if name != "initializer_range"}
+    )
+    return Pooled(getattr(transformers, f"{kind}VisionModel")(config)), ours
+
+
 def of_timm(**options):
     pytest.importorskip("timm")
     from timm.models import VisionTransformer
@@ -48,6 +74,10 @@ def of_timm(**options):
 MODELS = {
     "vit": vit,
     "deit": deit,
+    "dinov2": dinov2,
+    "dinov2_registers": lambda: dinov2("Dinov2WithRegisters", num_register_tokens=3),
+    "clip": lambda: of_pair("CLIP"),
+    "siglip": lambda: of_pair("Siglip"),
     "timm": of_timm,
     "timm_registers": lambda: of_timm(reg_tokens=4, init_values=0.5, qk_norm=True),
     "timm_mean": lambda: of_timm(global_pool="avg", class_token=False, mlp_ratio=2),
@@ -235,8 +265,18 @@ def test_what_cannot_be_is_refused():
     two = torch.nn.ModuleList([model, vit()[0]])
     with pytest.raises(RuntimeError, match=name + r"model: must have one stack of such layers: .*"):
         ours.patch(two, merge=1)
-    with pytest.raises(RuntimeError, match=name + r"model: must have layers of ViT or DeiT; got"):
+    with pytest.raises(RuntimeError, match=name + r"model: must have layers of ViT, DeiT, DINO"):
         ours.patch(torch.nn.Identity(), merge=1)
+
+
+def test_text_models_of_pairs_and_class_tokens_that_are_missing_are_refused():
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 3}
+    for kind in ("CLIP", "Siglip"):
+        config = getattr(transformers, f"{kind}TextConfig")(**sizes, num_hidden_layers=2)
+        with pytest.raises(RuntimeError, match=r"model: must have layers of ViT"):
+            ours.patch(getattr(transformers, f"{kind}TextModel")(config), merge=1)
+    with pytest.raises(RuntimeError, match=r"model: must have a class token for keep_rate"):
+        ours.patch(of_pair("Siglip")[0], keep_rate=0.5)
 
 
 def test_what_cannot_be_is_refused_of_timm():

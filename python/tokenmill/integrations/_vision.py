@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import transformers
@@ -14,24 +16,87 @@ from ._reduction import Reduction, install, make_reduction, uninstall
 NAME = "integrations.transformers.patch"
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Names of the parts of a layer, and its tokens before the patches."""
+
+    norms: tuple[str, str]  # before attention and before the MLP
+    attention: str
+    heads: str
+    out: str
+    scale: str
+    dropout: str  # of attention weights
+    after: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # attention and the MLP, in order
+    prefix: int = 1
+    class_token: bool = True
+
+
+VIT = Layout(
+    norms=("layernorm_before", "layernorm_after"),
+    attention="attention",
+    heads="num_attention_heads",
+    out="o_proj",
+    scale="scaling",
+    dropout="attention_dropout",
+    after=(("dropout",), ("dropout",)),
+)
+DINOV2 = replace(
+    VIT,
+    norms=("norm1", "norm2"),
+    after=(("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")),
+)
+CLIP = Layout(
+    norms=("layer_norm1", "layer_norm2"),
+    attention="self_attn",
+    heads="num_heads",
+    out="out_proj",
+    scale="scale",
+    dropout="dropout",
+)
+
+
+def layout_of(layer: nn.Module) -> Layout | None:
+    """The layout of a layer of transformers, None: not known."""
+    name = type(layer).__name__
+    if not type(layer).__module__.startswith("transformers.models."):
+        return None
+    config = getattr(getattr(layer, "self_attn", None), "config", None)
+    if name == "ViTLayer":
+        return VIT
+    if name == "DeiTLayer":
+        return replace(VIT, prefix=2)
+    if name == "Dinov2Layer":
+        return DINOV2
+    if name == "Dinov2WithRegistersLayer":
+        registers: int = layer.attention.config.num_register_tokens  # type: ignore
+        return replace(DINOV2, prefix=1 + registers)
+    if name == "CLIPEncoderLayer" and type(config).__name__ == "CLIPVisionConfig":
+        return CLIP
+    if name == "SiglipEncoderLayer" and type(config).__name__ == "SiglipVisionConfig":
+        return replace(CLIP, prefix=0, class_token=False)
+    return None
+
+
 def patch(
     model: nn.Module, merge: int | Sequence[int] | None = None, *,
     keep_rate: float | None = None, layers: Sequence[int] | None = None, fuse: bool = True,
     backend: str | None = None,
 ) -> Reduction:  # fmt: skip
-    """Merges or drops tokens in the layers of a ViT or a DeiT, between attention and MLP.
+    """Merges or drops tokens in the layers of a vision transformer, between attention and MLP.
 
     Weights are unchanged, and attention is :func:`tokenmill.attention`; with dropout of attention
     weights, in training, PyTorch's attention runs. The last hidden states hold the remaining rows,
     class and distillation tokens first.
 
     Args:
-        model: a ViT or DeiT of transformers 5.24 or later, with any head that reads its class
-            tokens.
+        model: a ViT, DeiT, DINOv2 (with registers or without) or the vision model of a CLIP or
+            SigLIP of transformers 5.24 or later, with any head that does not need a row for each
+            patch (:meth:`Reduction.unmerge` makes these of merged tokens). SigLIP's pooling counts
+            rows, however many tokens they hold.
         merge: ToMe: number of tokens that each layer merges, one number or one per layer. Merged
             keys count in attention as many times as there are tokens in them.
         keep_rate: EViT: fraction of the patches that the given layers keep, chosen by the attention
-            of the class token.
+            of the class token, which SigLIP has not.
         layers: indices (from 0) of these layers; None: at a quarter, half and three quarters of the
             depth (3, 6 and 9 of 12).
         fuse: fuse the dropped patches into one token.
@@ -58,23 +123,22 @@ def patch(
         >>> unpatch(model)
     """
     check_version(NAME, "transformers", transformers.__version__, 5, 24)
-    from transformers.models.deit.modeling_deit import DeiTLayer
-    from transformers.models.vit.modeling_vit import ViTLayer
 
-    def layers_in(module: nn.Module) -> list[nn.Module]:
-        return [m for m in module.children() if type(m) in (ViTLayer, DeiTLayer)]
+    def layers_in(module: nn.Module) -> list[tuple[nn.Module, Layout]]:
+        found = ((layer, layout_of(layer)) for layer in module.children())
+        return [(layer, layout) for layer, layout in found if layout is not None]
 
     stacks = [stack for stack in map(layers_in, model.modules()) if stack]
-    rule = "must have layers of ViT or DeiT"
+    rule = "must have layers of ViT, DeiT, DINOv2, CLIP's or SigLIP's vision"
     check(len(stacks) > 0, NAME, "model", rule, type(model).__name__)
     rule = "must have one stack of such layers: patch one encoder at a time"
     check(len(stacks) == 1, NAME, "model", rule, len(stacks))
-    found = stacks[0]
-    prefix = 2 if type(found[0]) is DeiTLayer else 1
+    found = [layer for layer, _ in stacks[0]]
+    layout = stacks[0][0][1]
     reduction = make_reduction(
-        NAME, len(found), prefix, True, merge, keep_rate, layers, fuse, backend
+        NAME, len(found), layout.prefix, layout.class_token, merge, keep_rate, layers, fuse, backend
     )
-    install(NAME, model, found, reduction, _forward)
+    install(NAME, model, found, reduction, functools.partial(_forward, layout))
     return reduction
 
 
@@ -84,21 +148,29 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _forward(
-    layer: Any, number: int, reduction: Reduction, hidden_states: Tensor,
+    layout: Layout, layer: Any, number: int, reduction: Reduction, hidden_states: Tensor,
     attention_mask: Tensor | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     check(attention_mask is None, NAME, "attention_mask", "must be None", "a mask")
-    attn, x = layer.attention, hidden_states
+    attn, x = getattr(layer, layout.attention), hidden_states
     wanted = options.get("output_attentions") or attn.config.output_attentions
     rule = "must be False, as the weights are never in memory"
     check(not wanted, NAME, "output_attentions", rule, wanted)
-    h = layer.layernorm_before(x)
+    norm, norm_mlp = (getattr(layer, name) for name in layout.norms)
+    h = norm(x)
     q, k, v = (
-        linear(h).unflatten(2, (attn.num_attention_heads, attn.head_dim))
+        linear(h).unflatten(2, (getattr(attn, layout.heads), attn.head_dim))
         for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
     )
-    dropout = attn.attention_dropout if attn.training else 0.0
-    out = reduction.attend(number, q, k, v, attn.scaling, dropout).flatten(2)
-    x = layer.dropout(attn.o_proj(out)) + x
-    x = reduction.reduce(number, x, q, k, attn.scaling)
-    return layer.dropout(layer.mlp(layer.layernorm_after(x))) + x
+    scale = getattr(attn, layout.scale)
+    dropout = getattr(attn, layout.dropout) if attn.training else 0.0
+    out = getattr(attn, layout.out)(reduction.attend(number, q, k, v, scale, dropout).flatten(2))
+    x = _through(layer, layout.after[0], out) + x
+    x = reduction.reduce(number, x, q, k, scale)
+    return _through(layer, layout.after[1], layer.mlp(norm_mlp(x))) + x
+
+
+def _through(layer: nn.Module, names: Sequence[str], x: Tensor) -> Tensor:
+    for name in names:
+        x = getattr(layer, name)(x)
+    return x
