@@ -295,6 +295,7 @@ def test_what_cannot_be_is_refused(llama):
             policies.FullAttention(empty),
             r"policy: must have no cache, as the model brings its own; got 'KVCache'",
         ),
+        (llama, policies.Indexer(), r"policy: must have an indexer, as the model gives no index"),
         (
             transformers.MistralForCausalLM(transformers.MistralConfig(**WINDOW)),
             RECIPES[0],

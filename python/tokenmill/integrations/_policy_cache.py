@@ -25,7 +25,7 @@ from .._check import check, check_version, fail
 from .._transformers.attention import attention_forward
 from .._transformers.masks import build_mask
 from .._transformers.models import KEEP, POLICY, configs_of
-from ..policies import KVCache, Policy
+from ..policies import Indexer, KVCache, Policy
 from ..policies.policy import Keeping
 
 NAME = "integrations.transformers.apply_policy"
@@ -413,6 +413,8 @@ def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy
     check(len(recipes) == sum(layers), NAME, "policy", rule, len(recipes))
     for number, recipe in enumerate(recipes):
         recipe.cache_heads(0, number)  # raises if it has no heads for a layer
+        if isinstance(recipe, Indexer) and recipe.indexer is None:
+            fail(NAME, "policy", "must have an indexer, as the model gives no index", "Indexer()")
         rule = "must have no {}, as the model brings its own"
         for name in ("cache", "rope", "index_cache", "sink"):
             value = getattr(recipe, name, None)
