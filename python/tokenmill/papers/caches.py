@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from .paper import BACKENDS, Paper
+from functools import partial
 
+from .paper import BACKENDS, IMPORTS, Paper
+
+Row = partial(Paper, family="caches", backends=BACKENDS)
 ROWS = (
-    Paper(
+    Row(
         number=8,
         name="TokenSelect",
         title=(
@@ -14,7 +17,6 @@ ROWS = (
         ),
         authors="Wu et al.",
         arxiv="2411.02886",
-        family="caches",
         computes=(
             "the k tokens of a cache with the largest sum over heads of softmaxed q.k, "
             "next to sink and recent ones; kept while the cosine of successive queries "
@@ -37,7 +39,6 @@ ROWS = (
             "tests/sparse/test_sparse_decode_attention.py",
         ),
         example="examples/papers/extrapolation.py",
-        backends=BACKENDS,
         checked="released code: pzs19/TokenSelect at 8e1e97f",
         differs=(
             "the release never reuses a selection (threshold=2 here; its branch for it "
@@ -71,10 +72,8 @@ ROWS = (
             "LLM",
             "training-free",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 k = torch.randn(1, 64, 2, 16)
 layer = tm.policies.TokenSelect(tm.policies.KVCache.like(k, k, 80), k=8, num_sink=2, num_recent=8)
 layer.prefill(torch.randn(1, 64, 4, 16), k, k)
@@ -83,7 +82,7 @@ layer.step(torch.randn(1, 1, 4, 16), k[:, :1], k[:, :1])
 print(layer.bytes_read)  # 12928
 """,
     ),
-    Paper(
+    Row(
         number=27,
         name="TidalDecode",
         title=(
@@ -91,7 +90,6 @@ print(layer.bytes_read)  # 12928
         ),
         authors="Yang et al.",
         arxiv="2410.05076",
-        family="caches",
         computes=(
             "two layers select the keys with the largest q.k, for each query head, and "
             "the layers after them attend to those; now and then a full pass corrects "
@@ -112,7 +110,6 @@ print(layer.bytes_read)  # 12928
             "tests/sparse/test_sparse_decode_attention.py",
         ),
         example="examples/needle.py",
-        backends=BACKENDS,
         checked="released code: DerrickYLJ/TidalDecode at d67a1bd",
         differs=(
             "model code and kernels of the release differ: in the first the newest token"
@@ -143,10 +140,8 @@ print(layer.bytes_read)  # 12928
             "LLM",
             "training-free",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 k = torch.randn(1, 64, 2, 16)
 caches = [tm.policies.KVCache.like(k, k, 80) for _ in range(4)]
 layers = tm.policies.stack(tm.policies.TidalDecode, caches, budget=8)
@@ -156,13 +151,12 @@ for layer in layers:
 print([layer.bytes_read for layer in layers])
 """,
     ),
-    Paper(
+    Row(
         number=28,
         name="Recycled Attention",
         title="Recycled Attention: Efficient inference for long-context language models",
         authors="Xu et al.",
         arxiv="2411.05787",
-        family="caches",
         computes=(
             "a full step now and then chooses the keys that it weighed most, and the "
             "steps between attend to those and to new ones. First version: all new ones"
@@ -183,7 +177,6 @@ print([layer.bytes_read for layer in layers])
             "tests/select/test_attention_row_scores.py",
         ),
         example="examples/needle.py",
-        backends=BACKENDS,
         checked=(
             "text only (the authors' repository, carriex/refreshkv at 3e41006, has a "
             "README and no code)"
@@ -221,10 +214,8 @@ print([layer.bytes_read for layer in layers])
             "LLM",
             "long context",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 k = torch.randn(1, 64, 2, 16)
 layer = tm.policies.RefreshKV(tm.policies.KVCache.like(k, k, 80), stride=5)
 layer.prefill(torch.randn(1, 64, 4, 16), k, k)
@@ -233,13 +224,12 @@ layer.step(torch.randn(1, 1, 4, 16), k[:, :1], k[:, :1])
 print(layer.bytes_read / (65 * 2 * 2 * 16 * 4))  # 0.13846153846153847
 """,
     ),
-    Paper(
+    Row(
         number=37,
         name="StreamingLLM",
         title="Efficient Streaming Language Models with Attention Sinks",
         authors="Xiao et al.",
         arxiv="2309.17453",
-        family="caches",
         computes=(
             "attention to the first 4 keys and the last ones, rotated by their places in the cache"
         ),
@@ -255,7 +245,6 @@ print(layer.bytes_read / (65 * 2 * 2 * 16 * 4))  # 0.13846153846153847
             "tests/select/test_kv_cache_compact.py",
         ),
         example="examples/needle.py",
-        backends=BACKENDS,
         checked="released code: mit-han-lab/streaming-llm at 2e50426",
         differs=(
             "the release has two orders: eval_long_ppl.py cuts after a token has "
@@ -294,10 +283,8 @@ print(layer.bytes_read / (65 * 2 * 2 * 16 * 4))  # 0.13846153846153847
             "attention sinks",
             "KV cache eviction",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 angle = torch.arange(64)[:, None] * 10000.0 ** (-torch.arange(8) / 8)
 k = torch.randn(1, 40, 2, 16)
 cache = tm.policies.KVCache.like(k, k, 48)
@@ -306,7 +293,7 @@ layer.prefill(torch.randn(1, 40, 4, 16), k, k)
 print(layer.step(torch.randn(1, 1, 4, 16), k[:, :1], k[:, :1]).shape, layer.kept)
 """,
     ),
-    Paper(
+    Row(
         number=52,
         name="Keyformer",
         title=(
@@ -315,7 +302,6 @@ print(layer.step(torch.randn(1, 1, 4, 16), k[:, :1], k[:, :1]).shape, layer.kept
         ),
         authors="Adnan et al.",
         arxiv="2403.09054",
-        family="caches",
         computes=(
             "keys by their attention so far, softmax((z + Gumbel noise) / tau) with tau"
             " rising, with recent ones"
@@ -330,7 +316,6 @@ print(layer.step(torch.randn(1, 1, 4, 16), k[:, :1], k[:, :1]).shape, layer.kept
             "tests/select/test_attention_column_scores.py",
         ),
         example="examples/needle.py",
-        backends=BACKENDS,
         checked="released code: d-matrix-ai/keyformer-llm at f327831",
         differs=(
             "the release's mask is one token longer than its scores: the token to come "
@@ -363,10 +348,8 @@ print(layer.step(torch.randn(1, 1, 4, 16), k[:, :1], k[:, :1]).shape, layer.kept
             "decode",
             "KV cache eviction",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 k = torch.randn(1, 40, 2, 16)
 layer = tm.policies.Keyformer(tm.policies.KVCache.like(k, k, 48))
 layer.prefill(torch.randn(1, 40, 4, 16), k, k)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from .paper import BACKENDS, PLAIN, Paper
+from functools import partial
 
+from .paper import BACKENDS, IMPORTS, PLAIN, Paper
+
+Row = partial(Paper, family="dense", backends=BACKENDS)
 ROWS = (
-    Paper(
+    Row(
         number=2,
         name="iLLaMA",
         title="Adapting LLaMA Decoder to Vision Transformer",
         authors="Wang et al.",
         arxiv="2404.06773",
-        family="dense",
         computes="(softmax(z) * (alpha + (1 - alpha) tril)) v, alpha from 1 to 0, not renormalised",
         call=("tokenmill.soft_causal_attention",),
         test=("tests/papers/test_02_illama.py",),
         example="examples/papers/digits.py",
-        backends=BACKENDS,
         checked="released code: techmonsterwang/iLLaMA at dfc93b9",
         claim="75.1 % top-1 with 5.7 M parameters, 86.0 % with 310 M",
         keywords=(
@@ -31,16 +32,14 @@ ROWS = (
             "ImageNet",
             "classification",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 q = k = v = torch.randn(1, 197, 4, 32)
 out = tm.soft_causal_attention(q, k, v, alpha=0.5)
 print(out.shape)  # torch.Size([1, 197, 4, 32])
 """,
     ),
-    Paper(
+    Row(
         number=23,
         name="CACE",
         title=(
@@ -49,7 +48,6 @@ print(out.shape)  # torch.Size([1, 197, 4, 32])
         ),
         authors="Zhou et al.",
         arxiv="2407.05562",
-        family="dense",
         computes=(
             "softmax weights times gamma_h^dist(i, j) on a grid, gamma_h = 1 - 2^(-5 - "
             "h), not renormalised, after rotary positions; a loss with a memory of each"
@@ -66,7 +64,6 @@ print(out.shape)  # torch.Size([1, 197, 4, 32])
             "tests/papers/test_23_cace.py",
         ),
         example="examples/papers/digits.py",
-        backends=BACKENDS,
         checked="released code: bang123-box/CFE at 0f2ea6f",
         missing="the convolutions between stages and the text decoder are ordinary PyTorch",
         claim="94.1 and 61.6 % accuracy",
@@ -88,15 +85,13 @@ print(out.shape)  # torch.Size([1, 197, 4, 32])
             "intra-class",
             "inter-class",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 y = tm.nn.CharacterAttention(16, 2, grid=(2, 4))(torch.randn(1, 8, 16))
 print(tm.nn.CharacterConsistencyLoss(10, 16)(y, torch.arange(8)[None]))
 """,
     ),
-    Paper(
+    Row(
         number=26,
         name="Active-dormant heads",
         title=(
@@ -105,7 +100,6 @@ print(tm.nn.CharacterConsistencyLoss(10, 16)(y, torch.arange(8)[None]))
         ),
         authors="Guo et al.",
         arxiv="2410.13835",
-        family="dense",
         computes="relu(q.k) in place of softmax, divided by the number of keys that a token sees",
         call=(
             "tokenmill.attention(kind='relu', normalize='count', causal=True)",
@@ -115,7 +109,6 @@ print(tm.nn.CharacterConsistencyLoss(10, 16)(y, torch.arange(8)[None]))
             "tests/papers/test_26_relu.py",
             "tests/dense/test_attention_kinds.py",
         ),
-        backends=BACKENDS,
         checked="released code: GuoTianYu2000/Active-Dormant-Attention at 16b3593",
         differs=(
             "the released code divides the weights of token i by the i + 1 keys that it "
@@ -132,21 +125,18 @@ print(tm.nn.CharacterConsistencyLoss(10, 16)(y, torch.arange(8)[None]))
             "bigram-backcopy",
             "softmax",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 q, k, v = torch.randn(3, 1, 6, 2, 16).unbind()
 print(tm.attention(q, k, v, kind="relu", normalize="count", causal=True).shape)
 """,
     ),
-    Paper(
+    Row(
         number=40,
         name="Sigmoid attention",
         title="Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
         authors="Ramapuram et al.",
         arxiv="2409.04431",
-        family="dense",
         computes="sigmoid(q k^T / sqrt(d) - log n) v",
         call=(
             "tokenmill.sigmoid_attention(score_bias='neg_log_n')",
@@ -157,7 +147,6 @@ print(tm.attention(q, k, v, kind="relu", normalize="count", causal=True).shape)
             "tests/dense/test_attention.py",
         ),
         example="examples/papers/digits.py",
-        backends=BACKENDS,
         checked="released code: apple/ml-sigmoid-attention at 9273b49",
         claim="17 % faster than FlashAttention-2 on an H100, forward",
         measured=(
@@ -175,22 +164,19 @@ print(tm.attention(q, k, v, kind="relu", normalize="count", causal=True).shape)
             "LayerScale",
             "QK norm",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 q, k, v = torch.randn(2, 100, 8, 64), *torch.randn(2, 2, 100, 2, 64)
 out = tm.sigmoid_attention(q, k, v, causal=True)  # score bias -log n
 print(out.shape)  # torch.Size([2, 100, 8, 64])
 """,
     ),
-    Paper(
+    Row(
         number=47,
         name="TokenFormer",
         title="TokenFormer: Rethinking Transformer Scaling with Tokenized Model Parameters",
         authors="Wang et al.",
         arxiv="2410.23168",
-        family="dense",
         computes="act(x K^T) V against learned keys and values, act = gelu(z sqrt(n) / |z|)",
         call=(
             "tokenmill.pattention(activation='l2_norm_gelu')",
@@ -225,22 +211,19 @@ print(out.shape)  # torch.Size([2, 100, 8, 64])
             "linear layer",
             "incremental",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 layer = tm.nn.Pattention(16, 8, num_tokens=6)
 layer.append(10)
 print(layer(torch.randn(3, 16)).shape)
 """,
     ),
-    Paper(
+    Row(
         number=51,
         name="Pointer Networks",
         title="Pointer Networks",
         authors="Vinyals et al.",
         arxiv="1506.03134",
-        family="dense",
         computes="softmax over inputs of v . tanh(W1 e_j + W2 d_i), and the largest of them",
         call=(
             "tokenmill.additive_attention",
@@ -251,7 +234,6 @@ print(layer(torch.randn(3, 16)).shape)
             "tests/dense/test_additive_attention.py",
         ),
         example="examples/papers/sort_numbers.py",
-        backends=BACKENDS,
         checked="text only",
         missing="the LSTM around it is torch.nn.LSTM",
         measured=(
@@ -275,10 +257,8 @@ print(layer(torch.randn(3, 16)).shape)
             "sequence to sequence",
             "argmax",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 q, k, v = torch.randn(1, 3, 8), torch.randn(1, 5, 8), torch.randn(8)
 print(tm.pointer_argmax(q, k, v))
 """,

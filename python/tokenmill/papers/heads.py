@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from .paper import BACKENDS, Paper
+from functools import partial
 
+from .paper import BACKENDS, IMPORTS, Paper
+
+Row = partial(Paper, family="heads", backends=BACKENDS)
 ROWS = (
-    Paper(
+    Row(
         number=24,
         name="RazorAttention",
         title="RazorAttention: Efficient KV Cache Compression Through Retrieval Heads",
         authors="Tang et al.",
         arxiv="2407.15891",
-        family="heads",
         computes=(
             "retrieval heads keep all keys; the others sink and recent ones, and one "
             "token for the N that went: their mean, with logit q.k + log N. Which "
@@ -33,7 +35,6 @@ ROWS = (
             "tests/select/test_kv_cache_compact.py",
         ),
         example="examples/needle.py",
-        backends=BACKENDS,
         checked=(
             "released code: mindspore-ai/golden-stick at a50ddc9 (Huawei, the authors' "
             "firm; choice of heads); text for the attention, which that release has "
@@ -73,10 +74,8 @@ ROWS = (
             "LLM",
             "decode",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 k = torch.randn(1, 40, 2, 16)
 cache = tm.policies.KVCache.like(k[:, :, :1], k[:, :, :1], 64)
 layer = tm.policies.RazorAttention(cache, retrieval=(1,), local=8)
@@ -86,13 +85,12 @@ layer.step(torch.randn(1, 1, 4, 16), k[:, :1], k[:, :1])
 print(layer.kept)  # tensor([[12, 41]], dtype=torch.int32)
 """,
     ),
-    Paper(
+    Row(
         number=53,
         name="Retrieval heads",
         title="Retrieval Head Mechanistically Explains Long-Context Factuality",
         authors="Wu et al.",
         arxiv="2404.15574",
-        family="heads",
         computes=(
             "for each head, how often the key of the largest weight is the needle's "
             "token that is being copied"
@@ -108,7 +106,6 @@ print(layer.kept)  # tensor([[12, 41]], dtype=torch.int32)
             "tests/select/test_attention_row_scores.py",
         ),
         example="examples/needle.py",
-        backends=BACKENDS,
         checked="released code: nightdessert/Retrieval_Head at 3ac171a",
         differs=(
             "the release counts a token in each step that copies it (every_step=True), "
@@ -136,10 +133,8 @@ print(layer.kept)  # tensor([[12, 41]], dtype=torch.int32)
             "LLM",
             "profiling",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 tokens = torch.tensor([[7, 5, 6, 7, 9, 9]])
 k = 9 * torch.eye(6).view(1, 6, 1, 6)
 q = k[:, 1:3]  # the two steps look at keys 1 and 2

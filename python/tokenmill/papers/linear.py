@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from .paper import BACKENDS, Paper
+from functools import partial
 
+from .paper import BACKENDS, IMPORTS, Paper
+
+Row = partial(Paper, family="linear", backends=BACKENDS)
 ROWS = (
-    Paper(
+    Row(
         number=11,
         name="Agent Attention",
         title="Agent Attention: On the Integration of Softmax and Linear Attention",
         authors="Han et al.",
         arxiv="2312.08874",
-        family="linear",
         computes=(
             "softmax(q A^T + B2) softmax(A k^T + B1) v, A = pooled queries, and a "
             "depthwise convolution of v; in Stable Diffusion without training, A = "
@@ -26,7 +28,6 @@ ROWS = (
             "tests/test_diffusion_models.py",
             "tests/dense/test_attention.py",
         ),
-        backends=BACKENDS,
         checked="released code: LeapLabTHU/Agent-Attention at 207ce3e",
         missing=(
             "keys of fewer pixels in PVT (sr_ratio above 1) and stripes of CSWin: the "
@@ -58,21 +59,18 @@ ROWS = (
             "token merging",
             "ImageNet",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 layer = tm.nn.AgentAttention(16, num_heads=2, grid=4, agents=2, class_token=True)
 print(layer(torch.randn(1, 17, 16)).shape)
 """,
     ),
-    Paper(
+    Row(
         number=45,
         name="Titans",
         title="Titans: Learning to Memorize at Test Time",
         authors="Behrouz et al.",
         arxiv="2501.00663",
-        family="linear",
         computes=(
             "a memory M_t = (1 - alpha_t) M + S_t, S_t = eta_t S - theta_t grad |k M - "
             "v|^2: with a linear M a gated delta rule with momentum; and the three ways"
@@ -93,7 +91,6 @@ print(layer(torch.randn(1, 17, 16)).shape)
             "tests/linear/test_titans_memory.py",
         ),
         example="examples/papers/titans.py",
-        backends=BACKENDS,
         checked="text only",
         differs=(
             "the authors released no code. titans-pytorch (lucidrains, cc016eb), the "
@@ -126,16 +123,14 @@ print(layer(torch.randn(1, 17, 16)).shape)
             "recurrent",
             "linear attention",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 layer = tm.nn.TitansMAC(16, 2, segment=4)
 y, state = layer(torch.randn(1, 8, 16), return_state=True)
 print(layer(torch.randn(1, 4, 16), state).shape)
 """,
     ),
-    Paper(
+    Row(
         number=57,
         name="Lightning Attention",
         title=(
@@ -143,7 +138,6 @@ print(layer(torch.randn(1, 4, 16), state).shape)
         ),
         authors="Qin et al.",
         arxiv="2405.17381",
-        family="linear",
         computes=(
             "sum over s <= t of lambda^(t - s) (q_t.k_s) v_s, by blocks with a state "
             "between them; the layer of TransNormerLLM around it, with learned "
@@ -166,7 +160,6 @@ print(layer(torch.randn(1, 4, 16), state).shape)
             "tests/linear/test_linear_attention_decode.py",
         ),
         example="examples/long_context_lm.py",
-        backends=BACKENDS,
         checked="released code: Doraemonzzz/nanoTransNormer at d9e635a",
         differs=(
             "slopes: the formula of the text is linear in the head, the released code "
@@ -206,22 +199,19 @@ print(layer(torch.randn(1, 4, 16), state).shape)
             "gated linear unit",
             "recurrent state",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 layer = tm.nn.TransNormerLayer(16, 2, layer=0, num_layers=4)
 y, state = layer(torch.randn(1, 9, 16), return_state=True)
 print(layer(torch.randn(1, 1, 16), state).shape)
 """,
     ),
-    Paper(
+    Row(
         number=58,
         name="Based",
         title="Simple linear attention language models balance the recall-throughput tradeoff",
         authors="Arora et al.",
         arxiv="2402.18668",
-        family="linear",
         computes=(
             "causal linear attention with the features 1, x, x x^T / sqrt(2) of "
             "dimension 16, in turn with layers of softmax in a window of 128 tokens"
@@ -236,7 +226,6 @@ print(layer(torch.randn(1, 1, 16), state).shape)
             "tests/papers/test_58_based.py",
             "tests/linear/test_linear_attention.py",
         ),
-        backends=BACKENDS,
         checked="released code: HazyResearch/based at 32c1bd4",
         differs=(
             "window_size=256 of the released models is a reach of 128 tokens to the "
@@ -266,10 +255,8 @@ print(layer(torch.randn(1, 1, 16), state).shape)
             "based",
             "softmax approximation",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 block = tm.nn.TaylorWindowBlock(16, 2, window=4)
 y, state = block(torch.randn(1, 9, 16), return_state=True)
 print(block(torch.randn(1, 1, 16), state).shape)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from .paper import BACKENDS, Paper
+from functools import partial
 
+from .paper import BACKENDS, IMPORTS, Paper
+
+Row = partial(Paper, family="masks", backends=BACKENDS)
 ROWS = (
-    Paper(
+    Row(
         number=14,
         name="xAR",
         title="Beyond Next-Token: Next-X Prediction for Autoregressive Visual Generation",
         authors="Ren et al.",
         arxiv="2502.20388",
-        family="masks",
         computes=(
             "attention that is causal by cells: tokens see all of their own cell and of"
             " earlier ones; a permutation that makes cells of an image contiguous"
@@ -25,7 +27,6 @@ ROWS = (
             "tests/dense/test_attention_masks.py",
             "tests/tokens/test_gather_tokens.py",
         ),
-        backends=BACKENDS,
         checked="released code: OliverRensu/xAR at 121e9c9",
         claim="sampling 20 and 2.2 times as fast, for the whole model",
         note="a way to generate: the model around it is ordinary",
@@ -40,10 +41,8 @@ ROWS = (
             "segments",
             "ImageNet",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 from tokenmill import masks
 
 cells = torch.arange(64, dtype=torch.int32).div(16, rounding_mode="floor")[None]
@@ -52,13 +51,12 @@ out = tm.attention(q, k, v, mask=masks.segments(cells, rule="not_after"))
 print(out.shape)  # torch.Size([1, 64, 4, 32])
 """,
     ),
-    Paper(
+    Row(
         number=21,
         name="Croc",
         title="Croc: Pretraining Large Multimodal Models with Cross-Modal Comprehension",
         authors="Xie et al.",
         arxiv="2410.14332",
-        family="masks",
         computes=(
             "three quarters of the tokens of an image are replaced by learned prompt "
             "tokens that are assigned to them, by the Hungarian algorithm or the "
@@ -77,7 +75,6 @@ print(out.shape)  # torch.Size([1, 64, 4, 32])
             "tests/papers/test_21_croc.py",
             "tests/dense/test_attention_masks.py",
         ),
-        backends=BACKENDS,
         checked="released code: deepglint/Croc at e758f86",
         differs=(
             "the paper assigns by the Hungarian algorithm; the release imports scipy's "
@@ -108,10 +105,8 @@ print(out.shape)  # torch.Size([1, 64, 4, 32])
             "bidirectional visual attention",
             "prefix mask",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 pool = tm.nn.PromptTokenPool(8, num_prompts=16, match="nearest")
 x = torch.nn.functional.normalize(torch.randn(2, 12, 8), dim=-1)
 y, assigned = pool(x)
@@ -120,7 +115,7 @@ mask = tm.masks.prefix(torch.tensor([12, 15], dtype=torch.int32))
 y.shape, tm.attention(q, k, v, mask=mask).shape
 """,
     ),
-    Paper(
+    Row(
         number=22,
         name="IR-Diffusion",
         title=(
@@ -129,7 +124,6 @@ y.shape, tm.attention(q, k, v, mask=mask).shape
         ),
         authors="He et al.",
         arxiv="2411.19261",
-        family="masks",
         computes=(
             "attention of an image to itself and to a reference of each subject: "
             "queries of a subject see the background, themselves and their reference, "
@@ -145,7 +139,6 @@ y.shape, tm.attention(q, k, v, mask=mask).shape
             "tests/papers/test_22_isolation.py",
             "tests/dense/test_attention_masks.py",
         ),
-        backends=BACKENDS,
         checked=(
             "released code: hehuiguo/DreamStory at 91e1a4b "
             "(src/DreamStory/attention_processor/DreamStoryScaledAttnProcessor.py)"
@@ -184,10 +177,8 @@ y.shape, tm.attention(q, k, v, mask=mask).shape
             "grid_sample",
             "training-free",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 q = k = v = torch.randn(1, 64, 2, 16)  # a picture of 8 x 8
 k_ref = v_ref = torch.randn(1, 1, 64, 2, 16)  # a reference of one subject
 subject = (torch.arange(64) % 8 < 3).int()[None]  # 3 columns of the picture
@@ -195,13 +186,12 @@ ref_mask = (torch.arange(64) >= 32)[None, None]  # the lower half of the referen
 tm.multi_subject_attention(q, k, v, k_ref, v_ref, subject, ref_mask, (8, 8)).shape
 """,
     ),
-    Paper(
+    Row(
         number=43,
         name="Distributed attention",
         title="A Unified View of Long-Sequence Models towards Modeling Million-Scale Dependencies",
         authors="He and Kabic",
         arxiv="2302.06218",
-        family="masks",
         computes="attention of all queries to each shard of the keys, and the results joined",
         call=(
             "tokenmill.attention(return_lse=True)",
@@ -211,7 +201,6 @@ tm.multi_subject_attention(q, k, v, k_ref, v_ref, subject, ref_mask, (8, 8)).sha
             "tests/papers/test_43_shards.py",
             "tests/dense/test_merge_attention_states.py",
         ),
-        backends=BACKENDS,
         checked="text only",
         claim="some 40 times as fast as ordinary attention, on four RTX 4090",
         measured="merging 4 parts of S = 4096: 4.08 times as fast as eager",
@@ -231,17 +220,15 @@ tm.multi_subject_attention(q, k, v, k_ref, v_ref, subject, ref_mask, (8, 8)).sha
             "shards",
             "merge states",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 q, k, v = torch.randn(3, 1, 64, 4, 32)
 parts = [tm.attention(q, *kv, return_lse=True) for kv in zip(k.chunk(2, 1), v.chunk(2, 1))]
 out, lse = tm.merge_attention_states(*(torch.stack(t) for t in zip(*parts)))
 print(torch.allclose(out, tm.attention(q, k, v), atol=1e-5))  # True
 """,
     ),
-    Paper(
+    Row(
         number=54,
         name="LeanAttention",
         title=(
@@ -250,7 +237,6 @@ print(torch.allclose(out, tm.attention(q, k, v), atol=1e-5))  # True
         ),
         authors="Sanovar et al.",
         arxiv="2405.10480",
-        family="masks",
         computes=(
             "exact decode; the keys of all requests and heads cut into equally long "
             "ranges, whose results are joined"
@@ -263,7 +249,6 @@ print(torch.allclose(out, tm.attention(q, k, v), atol=1e-5))  # True
             "tests/papers/test_54_lean.py",
             "tests/dense/test_attention_decode.py",
         ),
-        backends=BACKENDS,
         checked="text only",
         claim="2.6 times as fast as FlashAttention-2 on average, 8.33 times at 512k",
         measured=(
@@ -288,10 +273,8 @@ print(torch.allclose(out, tm.attention(q, k, v), atol=1e-5))  # True
             "occupancy",
             "KV cache",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 q, k, v = torch.randn(2, 1, 2, 16), torch.randn(2, 40, 2, 16), torch.randn(2, 40, 2, 16)
 lengths = torch.tensor([40, 7], dtype=torch.int32)
 print(tm.attention_decode(q, k, v, seqlens_k=lengths, schedule="stream_k").shape)

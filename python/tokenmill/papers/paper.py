@@ -7,6 +7,7 @@ from dataclasses import dataclass
 STATES = ("whole", "in part", "no computation")
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 PLAIN = ("plain PyTorch",)
+IMPORTS = "import torch\nimport tokenmill as tm\n\n"  # the first lines of every snippet
 
 FAMILIES = {
     "dense": "Attention with other weights and scores",

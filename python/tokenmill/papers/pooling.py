@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from .paper import BACKENDS, Paper
+from functools import partial
 
+from .paper import BACKENDS, IMPORTS, Paper
+
+Row = partial(Paper, family="pooling", backends=BACKENDS)
 ROWS = (
-    Paper(
+    Row(
         number=16,
         name="TAP, ADL",
         title="Robustifying Token Attention for Vision Transformers",
         authors="Guo et al.",
         arxiv="2303.11126",
-        family="pooling",
         computes=(
             "a mean of dilated 3 x 3 means, weighted per token; the cosine between rows"
             " of attention and their mean, as a loss"
@@ -24,7 +26,6 @@ ROWS = (
             "tests/papers/test_16_token_aware_pooling.py",
             "tests/tokens/test_local_pool.py",
         ),
-        backends=BACKENDS,
         checked="released code: guoyongcs/TAPADL at 6e4dbff",
         claim="+2.4 % on ImageNet-C",
         keywords=(
@@ -39,23 +40,20 @@ ROWS = (
             "ImageNet",
             "loss",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 pooling = tm.nn.TokenAwarePooling(64, num_scales=4)
 print(pooling(torch.randn(1, 14, 14, 64)).shape)  # torch.Size([1, 14, 14, 64])
 loss = tm.nn.AttentionDiversificationLoss(threshold=2.0)
 print(loss(torch.rand(1, 196, 196).softmax(-1)).shape)  # torch.Size([])
 """,
     ),
-    Paper(
+    Row(
         number=35,
         name="Learn Your Tokens",
         title="Learn Your Tokens: Word-Pooled Tokenization for Language Modeling",
         authors="Thawani et al.",
         arxiv="2310.11628",
-        family="pooling",
         computes=(
             "a small encoder within each word, whose first p rows stand for the word "
             "and are put back in front of the next one"
@@ -69,7 +67,6 @@ print(loss(torch.rand(1, 196, 196).softmax(-1)).shape)  # torch.Size([])
             "tests/tokens/test_nn_pooling.py",
             "tests/tokens/test_segment_reduce.py",
         ),
-        backends=BACKENDS,
         checked="text only",
         claim="accuracy of next words up by more than 300 %",
         keywords=(
@@ -83,22 +80,19 @@ print(loss(torch.rand(1, 196, 196).softmax(-1)).shape)  # torch.Size([])
             "variable-length words",
             "packed sequences",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 pool = tm.nn.WordPooling(dim=32, num_heads=4, num_layers=2, prefix=4)
 x, offsets = torch.randn(11, 32), torch.tensor([0, 4, 9, 11], dtype=torch.int32)
 print(pool(x, offsets).shape)  # torch.Size([3, 4, 32])
 """,
     ),
-    Paper(
+    Row(
         number=41,
         name="PoNet",
         title="PoNet: Pooling Network for Efficient Token Mixing in Long Sequences",
         authors="Tan et al.",
         arxiv="2110.02442",
-        family="pooling",
         computes=(
             "(g + the maximum of the segment) * o + the maximum of 3 neighbours, g the "
             "attention of the mean query"
@@ -111,7 +105,6 @@ print(pool(x, offsets).shape)  # torch.Size([3, 4, 32])
             "tests/papers/test_41_ponet.py",
             "tests/tokens/test_local_pool.py",
         ),
-        backends=BACKENDS,
         checked="released code: lxchtan/PoNet at cc9a29a",
         claim="95.7 % of BERT on GLUE, nearly as fast as FNet",
         counted=(
@@ -132,22 +125,19 @@ print(pool(x, offsets).shape)  # torch.Size([3, 4, 32])
             "Long Range Arena",
             "FNet",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 layer = tm.nn.PoNetMixing(64, num_heads=4)
 segments = tm.nn.segments_of(torch.rand(2, 30) < 0.2)
 print(layer(torch.randn(2, 30, 64), segments).shape)  # torch.Size([2, 30, 64])
 """,
     ),
-    Paper(
+    Row(
         number=49,
         name="Pooling and attention",
         title="Pooling And Attention: What Are Effective Designs For LLm-Based Embedding Models?",
         authors="Tang and Yang",
         arxiv="2409.02727",
-        family="pooling",
         computes=(
             "the last token, the mean, or trainable cross-attention over tokens and over layers"
         ),
@@ -159,7 +149,6 @@ print(layer(torch.randn(2, 30, 64), segments).shape)  # torch.Size([2, 30, 64])
             "tests/papers/test_49_embedding_pooling.py",
             "tests/tokens/test_segment_reduce.py",
         ),
-        backends=BACKENDS,
         checked="released code: yixuantt/PoolingAndAttn at 57791d5",
         keywords=(
             "text embedding",
@@ -174,22 +163,19 @@ print(layer(torch.randn(2, 30, 64), segments).shape)  # torch.Size([2, 30, 64])
             "LLM",
             "MTEB",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 pool = tm.nn.EmbeddingPooling(64, "mean", layers=2, num_latents=16, num_heads=4, head_dim=16)
 states, mask = [torch.randn(2, 9, 64)] * 2, torch.ones(2, 9, dtype=torch.bool)
 print(pool(states, mask).shape)  # torch.Size([2, 64])
 """,
     ),
-    Paper(
+    Row(
         number=59,
         name="PoolFormer",
         title="MetaFormer Is Actually What You Need for Vision",
         authors="Yu et al.",
         arxiv="2111.11418",
-        family="pooling",
         computes=(
             "the mean of 3 x 3 pixels, minus the pixel, in place of attention; the "
             "whole models S12 to M48"
@@ -208,7 +194,6 @@ print(pool(states, mask).shape)  # torch.Size([2, 64])
             "tests/tokens/test_nn_pooling.py",
             "tests/tokens/test_local_pool.py",
         ),
-        backends=BACKENDS,
         checked="released code: sail-sg/poolformer at a075575; peer: timm's poolformer_s12",
         claim="82.1 % top-1 on ImageNet (M36, 8.8 G multiplications)",
         measured="64 x 56 x 56 x 64: 4.6 to 5.0 times as fast as avg_pool2d",
@@ -233,10 +218,8 @@ print(pool(states, mask).shape)  # torch.Size([2, 64])
             "image classification",
             "attention-free",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 model = tm.nn.PoolFormer((1, 1, 1, 1), (8, 8, 16, 16), num_classes=10).eval()
 print(model(torch.randn(1, 3, 32, 32)).shape)
 """,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from .paper import BACKENDS, Paper
+from functools import partial
 
+from .paper import BACKENDS, IMPORTS, Paper
+
+Row = partial(Paper, family="sinks", backends=BACKENDS)
 ROWS = (
-    Paper(
+    Row(
         number=17,
         name="ACT",
         title=(
@@ -14,7 +17,6 @@ ROWS = (
         ),
         authors="Yu et al.",
         arxiv="2406.15765",
-        family="sinks",
         computes=(
             "in chosen heads, keys whose mean weight over the rows that see them is "
             "above 0.1, but for the first such key, keep 0.4 of their weight; what they"
@@ -30,7 +32,6 @@ ROWS = (
             "tests/dense/test_reweighted_attention.py",
             "tests/select/test_attention_column_scores.py",
         ),
-        backends=BACKENDS,
         checked="released code: GATECH-EIC/ACT at a267af7",
         differs=(
             "the release skips the first key above the threshold, which is key 0 only "
@@ -67,22 +68,19 @@ ROWS = (
             "LLaMA",
             "calibration",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 q = torch.randn(1, 50, 4, 32)
 k = v = torch.randn(1, 50, 2, 32)
 tm.sink_calibrated_attention(q, k, v, heads=[1, 3], beta=0.4, threshold=0.1).shape
 """,
     ),
-    Paper(
+    Row(
         number=18,
         name="Emergence of sinks",
         title="When Attention Sink Emerges in Language Models: An Empirical View",
         authors="Gu et al.",
         arxiv="2410.10781",
-        family="sinks",
         computes=(
             "attention without a softmax (sigmoid, elu + 1; as they are or divided by "
             "their sum); softmax with one learnable logit or key more"
@@ -94,7 +92,6 @@ tm.sink_calibrated_attention(q, k, v, heads=[1, 3], beta=0.4, threshold=0.1).sha
             "tokenmill.attention(sink=logits)",
         ),
         test=("tests/papers/test_18_sinks.py",),
-        backends=BACKENDS,
         checked="released code: sail-sg/Attention-Sink at af49727",
         claim="no sinks with sigmoid weights in models of up to 1 B parameters",
         note=(
@@ -114,21 +111,18 @@ tm.sink_calibrated_attention(q, k, v, heads=[1, 3], beta=0.4, threshold=0.1).sha
             "KV bias",
             "attention sinks",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 q, k, v = torch.randn(3, 1, 6, 2, 16).unbind()
 print(tm.attention(q, k, v, kind="sigmoid", normalize="sum", causal=True).shape)
 """,
     ),
-    Paper(
+    Row(
         number=20,
         name="VAR",
         title="See What You Are Told: Visual Attention Sink in Large Multimodal Models",
         authors="Kang et al.",
         arxiv="2503.03321",
-        family="sinks",
         computes=(
             "sinks are tokens with massive activations (tau 20) in known dimensions of "
             "the hidden state; in rows after the image whose visual sinks have at most "
@@ -147,7 +141,6 @@ print(tm.attention(q, k, v, kind="sigmoid", normalize="sum", causal=True).shape)
             "tests/papers/test_20_var.py",
             "tests/dense/test_reweighted_attention.py",
         ),
-        backends=BACKENDS,
         checked="released code: seilk/VisAttnSink at 98e62d6",
         differs=(
             "the index said that only visual sinks give; in the release sinks of the "
@@ -178,17 +171,15 @@ print(tm.attention(q, k, v, kind="sigmoid", normalize="sum", causal=True).shape)
             "visual tokens",
             "attention budget",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 q, k, v = (torch.randn(1, 50, 4, 32) for _ in range(3))
 hidden = torch.randn(1, 50, 512).clamp(-3, 3)
 hidden[0, [0, 7], 100] = 60.0  # the first token and one of the image are sinks
 tm.redistributed_attention(q, k, v, image=(5, 41), hidden=hidden, sink_dims=(100,)).shape
 """,
     ),
-    Paper(
+    Row(
         number=36,
         name="PAINT",
         title=(
@@ -197,7 +188,6 @@ tm.redistributed_attention(q, k, v, image=(5, 41), hidden=hidden, sink_dims=(100
         ),
         authors="Arif et al.",
         arxiv="2501.12206",
-        family="sinks",
         computes=(
             "the logits z of local and summary tokens of an image become z + 0.7 abs(z)"
             " and z + 0.3 abs(z) in the last row, before the softmax; local tokens are "
@@ -212,7 +202,6 @@ tm.redistributed_attention(q, k, v, image=(5, 41), hidden=hidden, sink_dims=(100
             "tests/papers/test_36_paint.py",
             "tests/dense/test_reweighted_attention.py",
         ),
-        backends=BACKENDS,
         checked="released code: hasanar1f/PAINT at 2a9e8f8",
         differs=(
             "the abstract speaks of learned margins; the release has the constants 0.7 "
@@ -246,10 +235,8 @@ tm.redistributed_attention(q, k, v, image=(5, 41), hidden=hidden, sink_dims=(100
             "visual attention",
             "image captioning",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 first, late = torch.rand(2, 1, 36)  # attention of the class token to 36 patches, two layers
 local, summary = tm.paint_tokens(first, late)
 gains = torch.nn.functional.pad(0.7 * local + 0.3 * summary, (5, 9))  # 5 tokens of text before

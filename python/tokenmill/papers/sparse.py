@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from .paper import BACKENDS, Paper
+from functools import partial
 
+from .paper import BACKENDS, IMPORTS, Paper
+
+Row = partial(Paper, family="sparse", backends=BACKENDS)
 ROWS = (
-    Paper(
+    Row(
         number=6,
         name="Landmark Attention",
         title="Landmark Attention: Random-Access Infinite Context Length for Transformers",
         authors="Mohtashami and Jaggi",
         arxiv="2305.16300",
-        family="sparse",
         computes=(
             "a grouped softmax: the tokens of an earlier block share the weight of its "
             "landmark; at inference the topk blocks whose landmarks score highest, "
@@ -27,7 +29,6 @@ ROWS = (
             "tests/sparse/test_landmark_attention.py",
             "tests/sparse/test_landmark_decode.py",
         ),
-        backends=BACKENDS,
         checked="released code: epfml/landmark-attention at d963e50",
         differs=(
             "the release numbers positions through the whole text and puts the topk + 1 "
@@ -72,10 +73,8 @@ ROWS = (
             "sparse attention",
             "LLaMA",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 k, v = torch.randn(2, 1, 256, 2, 16)
 angles = torch.arange(79.0)[:, None] / 10000 ** (torch.arange(8) / 8)
 out = tm.landmark_decode(
@@ -90,13 +89,12 @@ out = tm.landmark_decode(
 print(out.shape)
 """,
     ),
-    Paper(
+    Row(
         number=9,
         name="CCA",
         title="Core Context Aware Attention for Long Context Language Modeling",
         authors="Chen et al.",
         arxiv="2412.12465",
-        family="sparse",
         computes=(
             "causal attention to a window of tokens and to one core for each group "
             "before it: the keys and values of the group, weighted as its last query "
@@ -107,7 +105,6 @@ print(out.shape)
             "tokenmill.sparse.CoreContextState(cores='query', window=1024, group=16)",
         ),
         test=("tests/sparse/test_core_context_attention.py",),
-        backends=BACKENDS,
         checked="released code: chenyaofo/CCA-Attention at 052cc8e",
         differs=(
             "the paper's formulas pool the inputs of a group and project the sum, and "
@@ -145,10 +142,8 @@ print(out.shape)
             "fine-tuning",
             "LLM",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 q, k, v = torch.randn(1, 100, 4, 16), torch.randn(1, 100, 2, 16), torch.randn(1, 100, 2, 16)
 out = tm.core_context_attention(q, k, v, window=32, group=8)
 state = tm.sparse.CoreContextState(window=32, group=8)
@@ -156,7 +151,7 @@ state.prefill(q[:, :99], k[:, :99], v[:, :99])
 print((state.step(q[:, 99:], k[:, 99:], v[:, 99:]) - out[:, 99:]).abs().max() < 1e-5)
 """,
     ),
-    Paper(
+    Row(
         number=10,
         name="Sparsifiner",
         title=(
@@ -165,7 +160,6 @@ print((state.step(q[:, 99:], k[:, 99:], v[:, 99:]) - out[:, 99:]).abs().max() < 
         ),
         authors="Wei et al.",
         arxiv="2303.13755",
-        family="sparse",
         computes=(
             "attention of each token to the tokens with the largest low-rank estimate "
             "of it; tokens to which the class token attends least leave in some blocks"
@@ -175,7 +169,6 @@ print((state.step(q[:, 99:], k[:, 99:], v[:, 99:]) - out[:, 99:]).abs().max() < 
             "tokenmill.nn.SparsifinerEncoder(layers=(3, 6, 9), token_keep_rate=0.7)",
         ),
         test=("tests/sparse/test_sparsifiner.py",),
-        backends=BACKENDS,
         checked="released code: lim142857/Sparsifiner at 9a11e26",
         differs=(
             "the release scales the estimate by 1 / sqrt(heads), and its class token "
@@ -213,22 +206,19 @@ print((state.step(q[:, 99:], k[:, 99:], v[:, 99:]) - out[:, 99:]).abs().max() < 
             "ImageNet",
             "FLOPs",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 encoder = tm.nn.SparsifinerEncoder(32, 2, 4, num_tokens=26, layers=(1,), token_keep_rate=0.5)
 y, source = encoder(torch.randn(1, 26, 32))
 print(y.shape, source.shape)
 """,
     ),
-    Paper(
+    Row(
         number=12,
         name="BiFormer",
         title="BiFormer: Vision Transformer with Bi-Level Routing Attention",
         authors="Zhu et al.",
         arxiv="2303.08810",
-        family="sparse",
         computes=(
             "attention of each region of a map to the topk regions with the largest "
             "products of mean query and mean key, and a depthwise convolution of v"
@@ -247,7 +237,6 @@ print(y.shape, source.shape)
             "tests/sparse/test_bilevel_routing_attention.py",
         ),
         example="examples/biformer_model.py",
-        backends=BACKENDS,
         checked="released code: rayleizhu/BiFormer at 1697bbb",
         differs=(
             "where the map is no multiple of the regions, the refactored release pads "
@@ -274,23 +263,20 @@ print(y.shape, source.shape)
             "local context enhancement",
             "LePE",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 layer = tm.nn.BiFormerAttention(64, num_heads=2, regions=7, topk=4)
 print(layer(torch.randn(1, 28, 28, 64)).shape)  # torch.Size([1, 28, 28, 64])
 q = k = v = torch.randn(1, 28, 28, 2, 32)
 out = tm.bilevel_routing_attention(q, k, v, regions=7, topk=4)
 """,
     ),
-    Paper(
+    Row(
         number=33,
         name="HiP",
         title="HiP Attention: Sparse Sub-Quadratic Attention with Hierarchical Attention Pruning",
         authors="Lee et al.",
         arxiv="2406.09827",
-        family="sparse",
         computes=(
             "attention to the blocks of keys that a tree search finds for each block of queries"
         ),
@@ -305,7 +291,6 @@ out = tm.bilevel_routing_attention(q, k, v, regions=7, topk=4)
             "tests/sparse/test_block_sparse_attention.py",
         ),
         example="examples/hip_text.py",
-        backends=BACKENDS,
         checked="text only",
         claim="time O(S log S) and memory O(S) in the length",
         measured=(
@@ -331,10 +316,8 @@ out = tm.bilevel_routing_attention(q, k, v, regions=7, topk=4)
             "decoding",
             "linear memory",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 q, k, v = torch.randn(1, 1024, 4, 32), *torch.randn(2, 1, 1024, 2, 32)
 out = tm.hip_attention(q, k, v, budget=256, block_q=64, block_k=2)
 print(out.shape)  # torch.Size([1, 1024, 4, 32])

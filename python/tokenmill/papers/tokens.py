@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from .paper import BACKENDS, PLAIN, Paper
+from functools import partial
 
+from .paper import BACKENDS, IMPORTS, PLAIN, Paper
+
+Row = partial(Paper, family="tokens", backends=BACKENDS)
 ROWS = (
-    Paper(
+    Row(
         number=1,
         name="EViT",
         title=(
@@ -14,7 +17,6 @@ ROWS = (
         ),
         authors="Liang et al.",
         arxiv="2202.07800",
-        family="tokens",
         computes=(
             "the patches that the class token attends to most, and the others as one: sum_j a_j x_j"
         ),
@@ -29,7 +31,6 @@ ROWS = (
             "tests/tokens/test_gather_fuse.py",
         ),
         example="examples/vit_tokens.py",
-        backends=BACKENDS,
         checked="released code: youweiliang/evit at 5ca95a7",
         claim="DeiT-S: 50 % more images/s at -0.3 % top-1, keep rate 0.7",
         measured=(
@@ -51,17 +52,15 @@ ROWS = (
             "classification",
             "inattentive tokens",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 x = torch.randn(2, 197, 64)  # a class token and 14 x 14 patches
 encoder = tm.nn.EViTEncoder(64, 4, layers=(3, 6, 9), keep_rate=0.7)
 rows, source = encoder(x)
 print(rows.shape[1])  # 72
 """,
     ),
-    Paper(
+    Row(
         number=3,
         name="MULTI-LANE",
         title=(
@@ -70,7 +69,6 @@ print(rows.shape[1])  # 72
         ),
         authors="De Min et al.",
         arxiv="2405.15633",
-        family="tokens",
         computes=(
             "softmax(S x^T / sqrt(C)) x: learned selectors S against raw patches, one "
             "head of C = 768"
@@ -92,21 +90,18 @@ print(rows.shape[1])  # 72
             "cross-attention",
             "prompt",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 layer = tm.nn.SelectorSummary(dim=64, num_selectors=4, num_tasks=3)
 print(layer(torch.randn(2, 197, 64)).shape)  # torch.Size([3, 2, 4, 64])
 """,
     ),
-    Paper(
+    Row(
         number=7,
         name="VTC-CLS",
         title="[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs",
         authors="Wang et al.",
         arxiv="2412.05819",
-        family="tokens",
         computes=(
             "the k patches with the largest attention of the class token, averaged over"
             " heads and summed over layers, in the order of the image"
@@ -116,7 +111,6 @@ print(layer(torch.randn(2, 197, 64)).shape)  # torch.Size([3, 2, 4, 64])
             "tests/papers/test_07_vtc_cls.py",
             "tests/tokens/test_partition.py",
         ),
-        backends=BACKENDS,
         checked="released code: THU-MIG/VTC-CLS at e41ac9b",
         claim=(
             "the best answers of LLaVA at 64 to 192 of 576 image tokens without training, "
@@ -142,23 +136,20 @@ print(layer(torch.randn(2, 197, 64)).shape)  # torch.Size([3, 2, 4, 64])
             "image tokens",
             "prune",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 prune = tm.nn.ClsTokenPruning(keep=4)
 scores = [prune.scores(*torch.randn(2, 1, 17, 2, 8)) for _ in range(3)]
 patches, indices = prune(torch.randn(1, 17, 16), scores)
 print(patches.shape, indices)
 """,
     ),
-    Paper(
+    Row(
         number=29,
         name="Expedit",
         title="Expediting Large-Scale Vision Transformer for Dense Prediction without Fine-tuning",
         authors="Liang et al.",
         arxiv="2210.01035",
-        family="tokens",
         computes=(
             "soft k-means in windows of a map, and each token back as a combination of "
             "its k nearest clusters"
@@ -175,7 +166,6 @@ print(patches.shape, indices)
             "tests/tokens/test_cluster_tokens.py",
             "tests/tokens/test_reconstruct_tokens.py",
         ),
-        backends=BACKENDS,
         checked="released code: Expedit-LargeScale-Vision-Transformer/Expedit-SAM at 75a1c30",
         measured=(
             "cluster_tokens, 64 x 64 to 32 x 32, C = 192: 11.5 times as fast as the "
@@ -198,10 +188,8 @@ print(patches.shape, indices)
             "vision transformer",
             "ViT",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 x = torch.randn(1, 16, 16, 32)
 centres, *_ = tm.cluster_tokens(x, (8, 8), tau=0.01, window=5)
 flat = [t.flatten(1, 2) for t in (x, centres, centres)]
@@ -209,13 +197,12 @@ back, *_ = tm.reconstruct_tokens(*flat, k=4, tau=0.01)
 print(back.shape)  # torch.Size([1, 256, 32])
 """,
     ),
-    Paper(
+    Row(
         number=31,
         name="Focus-DETR",
         title="Less is More: Focus Attention for Efficient DETR",
         authors="Zheng et al.",
         arxiv="2307.12612",
-        family="tokens",
         computes=(
             "the best tokens of each picture, fewer in each layer, gathered, processed "
             "and put back; within a layer, attention among the 300 best"
@@ -231,7 +218,6 @@ print(back.shape)  # torch.Size([1, 256, 32])
             "tests/tokens/test_nn_stages.py",
             "tests/tokens/test_gather_tokens.py",
         ),
-        backends=BACKENDS,
         checked="released code: linxid/Focus-DETR at 1610f23",
         claim="50.4 AP (+2.2)",
         keywords=(
@@ -247,23 +233,20 @@ print(back.shape)  # torch.Size([1, 256, 32])
             "scatter",
             "COCO",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 focus, x = tm.nn.FocusSelect(ratio=0.5), torch.randn(2, 100, 16)
 layer = focus.layer(focus(torch.rand(2, 100)), 2)
 (tokens,) = focus.gather((x,), layer)
 print(tokens.shape)  # torch.Size([2, 30, 16])
 """,
     ),
-    Paper(
+    Row(
         number=39,
         name="DToP",
         title="Dynamic Token Pruning in Plain Vision Transformers for Semantic Segmentation",
         authors="Tang et al.",
         arxiv="2308.01045",
-        family="tokens",
         computes=(
             "active tokens whose likeliest class is above a threshold leave, but the 5 "
             "surest active ones of each class"
@@ -278,7 +261,6 @@ print(tokens.shape)  # torch.Size([2, 30, 16])
             "tests/papers/test_39_dtop.py",
             "tests/tokens/test_partition.py",
         ),
-        backends=BACKENDS,
         checked="released code: zbwxp/Dynamic-Token-Pruning at 2baefff",
         claim="20 to 35 % fewer operations without a loss of accuracy",
         counted=(
@@ -308,10 +290,8 @@ print(tokens.shape)  # torch.Size([2, 30, 16])
             "prune tokens",
             "segmentation",
         ),
-        snippet="""\
-import torch
-import tokenmill as tm
-
+        snippet=IMPORTS
+        + """\
 leave = tm.nn.DToPExit(threshold=0.9, keep=2)
 x, p = torch.randn(1, 16, 8), torch.full((1, 16, 3), 0.95)
 first = leave(x, p)  # at the first exit
