@@ -108,6 +108,10 @@ class TorchOp:
         """Name of the public operator that this operator belongs to."""
         return self.name.removesuffix("_backward").removesuffix("_out")
 
+    def companion(self, suffix: str) -> TorchOp | None:
+        """The operator registered under this name and a suffix, "_backward" or "_out"."""
+        return _registered.get(self.name + suffix)
+
     @property
     def differentiates(self) -> TorchOp | None:
         """The operator whose gradients this one computes."""

@@ -61,15 +61,15 @@ class Sharding:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One public operator.
+    """One public operator. Its name is its forward operator's, its family the folder of its
+    reference, and backward and out are the operators registered under its name and their suffix.
 
     lower maps the arguments of the public function to the arguments of the schema, in its order; by
     default they are the same. sugar names the keywords that it converts, None if it converts more
     than these: it only checks a call without them.
     All other callables take the record of the call: these arguments by name.
-    differentiable names the arguments with a gradient. out, if any, is the operator that writes the
-    first result into its last argument; lower_out(out, record) is this argument in the form of the
-    schema.
+    differentiable names the arguments with a gradient. out, if any, writes the first result into
+    its last argument; lower_out(out, record) is this argument in the form of the schema.
     logarithms are the outputs (by position) whose errors are absolute while they are below 1: an
     absolute error of a logarithm is a relative error of its argument.
     flops counts the operations of a forward call, backward_flops the operations of its backward;
@@ -78,7 +78,7 @@ class OpSpec:
     unsupported(backend, record) lists the reasons why CUDA or Triton cannot run a call, beyond
     the rules for every operator. The cpu backend runs all calls.
     plain is ordinary PyTorch code in the dtype of the inputs, without care for precision: the
-    baseline of the error budget.
+    baseline of the error budget; None = the reference.
     over_cache names the operator that runs calls of the public function with seqlens_k.
     sharding declares how a call on DTensors is split, or why it cannot be.
     copied names arguments that the public function copies if their last dimension is not
@@ -90,20 +90,16 @@ class OpSpec:
     and tools load.
     """
 
-    name: str
-    family: str
     function: Callable[..., Any]
     reference: Callable[[Any], tuple[Any, ...]]
-    plain: Callable[[Any], tuple[Any, ...]]
     forward: TorchOp
-    backward: TorchOp | None
-    differentiable: tuple[str, ...]
     paper: str
     flops: Callable[[Any], float]
+    plain: Callable[[Any], tuple[Any, ...]] = None  # type: ignore[assignment]
+    differentiable: tuple[str, ...] = ()
     backward_flops: Callable[[Any], float] | None = None
     lower: Callable[..., tuple[Any, ...]] = None  # type: ignore[assignment]
     sugar: frozenset[str] | None = None
-    out: TorchOp | None = None
     over_cache: str | None = None
     lower_out: Callable[[Any, Any], torch.Tensor] = field(default=lambda out, record: out)
     logarithms: tuple[int, ...] = ()
@@ -113,8 +109,19 @@ class OpSpec:
     copied: tuple[str, ...] = ()
     as_packed: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None
 
+    name: str = field(init=False)
+    family: str = field(init=False)
+    backward: TorchOp | None = field(init=False)
+    out: TorchOp | None = field(init=False)
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.forward.name)
+        object.__setattr__(self, "family", self.reference.__module__.split(".")[2])
+        object.__setattr__(self, "backward", self.forward.companion("_backward"))
+        object.__setattr__(self, "out", self.forward.companion("_out"))
         object.__setattr__(self, "written", self.written or self.forward.written)
+        if self.plain is None:
+            object.__setattr__(self, "plain", self.reference)
         if self.lower is None:
             object.__setattr__(self, "lower", self.forward.lower)
             object.__setattr__(self, "sugar", frozenset())

@@ -195,14 +195,10 @@ BACKWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="dense",
         function=additive_attention,
         lower=lower,
         reference=reference.additive_attention,
-        plain=reference.additive_attention,
         forward=FORWARD,
-        backward=BACKWARD,
         differentiable=("q", "k", "v_weight"),
         sharding=Sharding({"q": "br.", "k": "b..", "v_weight": ".", "mask": "br. b."}, ("br.",)),
         paper="Pointer Networks (Vinyals et al. 2015)",

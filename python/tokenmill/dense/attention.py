@@ -431,8 +431,6 @@ BACKWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="dense",
         function=attention,
         lower=lower,
         sugar=frozenset(
@@ -453,8 +451,6 @@ SPEC = register_op(
         reference=reference.attention,
         plain=functools.partial(reference.attention, upcast=False),
         forward=FORWARD,
-        backward=BACKWARD,
-        out=OUT,
         as_packed=as_packed,
         copied=("q", "k", "v"),
         differentiable=("q", "k", "v", "score_bias", "bias", "alibi_slopes", "sink"),

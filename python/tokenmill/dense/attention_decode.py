@@ -305,8 +305,6 @@ FORWARD = register(
 OUT = register(TorchOp(OP + "_out", fake=_fake_out))
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="dense",
         function=attention_decode,
         lower=lower,
         sugar=frozenset(
@@ -315,10 +313,7 @@ SPEC = register_op(
         reference=reference.attention_decode,
         plain=functools.partial(reference.attention_decode, upcast=False),
         forward=FORWARD,
-        out=OUT,
-        backward=None,
         copied=("q",),
-        differentiable=(),
         logarithms=(1,),
         unsupported=_unsupported,
         sharding=Sharding(

@@ -107,13 +107,9 @@ BACKWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="dense",
         function=merge_attention_states,
         reference=reference.merge_attention_states,
-        plain=reference.merge_attention_states,
         forward=FORWARD,
-        backward=BACKWARD,
         differentiable=("outs", "lses"),
         logarithms=(1,),
         sharding=Sharding(

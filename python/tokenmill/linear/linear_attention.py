@@ -361,16 +361,12 @@ BACKWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="linear",
         function=linear_attention,
         lower=lower,
         sugar=frozenset({"log_decay", "initial_state"}),
         reference=reference.linear_attention,
         plain=functools.partial(reference.linear_attention_quadratic, upcast=False),
         forward=FORWARD,
-        backward=BACKWARD,
-        out=OUT,
         copied=("q", "k", "v"),
         differentiable=("q", "k", "v", "log_decay", "initial_state"),
         sharding=Sharding(

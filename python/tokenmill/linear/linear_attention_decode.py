@@ -116,17 +116,12 @@ FORWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="linear",
         function=linear_attention_decode,
         lower=lower,
         sugar=frozenset({"log_decay"}),
         reference=reference.linear_attention_decode,
-        plain=reference.linear_attention_decode,
         forward=FORWARD,
-        backward=None,
         copied=("q", "k", "v"),
-        differentiable=(),
         sharding=Sharding(
             {
                 "q k v": "b.h.",

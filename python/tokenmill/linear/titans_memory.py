@@ -287,14 +287,11 @@ BACKWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="linear",
         function=titans_memory,
         lower=lower,
         reference=reference.titans_memory,
         plain=functools.partial(reference.titans_memory_by_token, upcast=False),
         forward=FORWARD,
-        backward=BACKWARD,
         differentiable=(
             "q",
             "k",

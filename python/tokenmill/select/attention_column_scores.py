@@ -163,16 +163,12 @@ FORWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="select",
         function=attention_column_scores,
         lower=lower,
         sugar=frozenset({"lse", "gumbel_tau", "seed"}),
         reference=reference.attention_column_scores,
         plain=functools.partial(reference.attention_column_scores, upcast=False),
         forward=FORWARD,
-        backward=None,
-        differentiable=(),
         sharding=Sharding(
             {"q k": "b.h.", "lse": "bh.", "seqlens_k seqlens_q": "b"},
             ("bh.",),

@@ -126,16 +126,12 @@ FORWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="select",
         function=attention_row_scores,
         lower=lower,
         sugar=frozenset({"lse"}),
         reference=reference.attention_row_scores,
         plain=functools.partial(reference.attention_row_scores, upcast=False),
         forward=FORWARD,
-        backward=None,
-        differentiable=(),
         sharding=Sharding({"q k": "b.h.", "lse": "bh.", "seqlens_k": "b"}, ("bh.. bh. b.",)),
         paper="EViT (Liang et al. 2022), VTC-CLS (Wang et al. 2024), TOVA (Oren et al. 2024)",
         flops=lambda a: 2.0 * a.q.numel() * a.k.shape[1],

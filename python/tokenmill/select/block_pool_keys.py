@@ -165,15 +165,10 @@ FORWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="select",
         function=block_pool_keys,
         lower=lower,
         reference=reference.block_pool_keys,
-        plain=reference.block_pool_keys,
         forward=FORWARD,
-        backward=None,
-        differentiable=(),
         sharding=Sharding(
             {"k": "b.hc", "k@block_table": "..hc~b", "lengths": "b", "block_table": "b."},
             ("b.hc b.h.c",),
@@ -193,15 +188,10 @@ UPDATE_FORWARD = register(
 )
 UPDATE_SPEC = register_op(
     OpSpec(
-        name=UPDATE,
-        family="select",
         function=block_pool_keys_update,
         lower=lower_update,
         reference=reference.block_pool_keys_update,
-        plain=reference.block_pool_keys_update,
         forward=UPDATE_FORWARD,
-        backward=None,
-        differentiable=(),
         sharding=Sharding(
             {
                 "k": "b.hc",

@@ -235,16 +235,11 @@ FORWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="select",
         function=hip_block_select,
         lower=lower,
         sugar=frozenset({"start", "cu_seqlens_q"}),
         reference=reference.hip_block_select,
-        plain=reference.hip_block_select,
         forward=FORWARD,
-        backward=None,
-        differentiable=(),
         sharding=Sharding(
             {
                 "q k": "b.h.",

@@ -190,16 +190,11 @@ FORWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="select",
         function=indexer_topk_select,
         lower=lower,
         sugar=frozenset({"cu_seqlens_q"}),
         reference=reference.indexer_topk_select,
-        plain=reference.indexer_topk_select,
         forward=FORWARD,
-        backward=None,
-        differentiable=(),
         sharding=Sharding(
             {
                 "q": "b...",

@@ -165,16 +165,12 @@ FORWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="select",
         function=kv_block_scores,
         lower=lower,
         sugar=frozenset(),
         reference=reference.kv_block_scores,
         plain=functools.partial(reference.kv_block_scores, upcast=False),
         forward=FORWARD,
-        backward=None,
-        differentiable=(),
         sharding=Sharding(
             {
                 "q": "b.h.",

@@ -184,16 +184,12 @@ FORWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="select",
         function=kv_cache_append,
         lower=lower,
         sugar=frozenset({"rope", "k_scale", "v_scale"}),
         reference=reference.kv_cache_append,
         plain=functools.partial(reference.kv_cache_append, upcast=False),
         forward=FORWARD,
-        backward=None,
-        differentiable=(),
         unsupported=_unsupported,
         sharding=Sharding(
             {

@@ -186,16 +186,12 @@ FORWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="select",
         function=kv_cache_compact,
         lower=lower,
         sugar=frozenset({"rerotate"}),
         reference=reference.kv_cache_compact,
         plain=functools.partial(reference.kv_cache_compact, upcast=False),
         forward=FORWARD,
-        backward=None,
-        differentiable=(),
         sharding=Sharding(
             {
                 "k_cache v_cache": "b.h.",

@@ -63,14 +63,9 @@ FORWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="select",
         function=query_similarity_gate,
         reference=reference.query_similarity_gate,
-        plain=reference.query_similarity_gate,
         forward=FORWARD,
-        backward=None,
-        differentiable=(),
         sharding=Sharding({"q q_ref": "b..."}, ("b",)),
         paper="TokenSelect (Wu et al. 2024)",
         flops=lambda a: 1.0 * a.q.numel() + a.q_ref.numel(),

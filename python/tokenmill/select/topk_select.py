@@ -138,14 +138,9 @@ FORWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="select",
         function=topk_select,
         reference=reference.topk_select,
-        plain=reference.topk_select,  # exact in any dtype
         forward=FORWARD,
-        backward=None,
-        differentiable=(),
         sharding=Sharding(
             {
                 "scores": "r.",

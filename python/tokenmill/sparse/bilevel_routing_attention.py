@@ -260,14 +260,11 @@ def backward_flops(a: Any) -> float:
 FORWARD, BACKWARD = register_pair(OP, AUTOCAST)
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="sparse",
         function=bilevel_routing_attention,
         lower=lower,
         reference=reference.bilevel_routing_attention,
         plain=functools.partial(reference.bilevel_routing_attention, upcast=False),
         forward=FORWARD,
-        backward=BACKWARD,
         differentiable=("q", "k", "v"),
         logarithms=(1,),
         sharding=Sharding(

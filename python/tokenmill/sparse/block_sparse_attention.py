@@ -413,16 +413,12 @@ BACKWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="sparse",
         function=block_sparse_attention,
         lower=lower,
         sugar=frozenset({"return_lse", "cu_seqlens_q", "sink"}),
         reference=reference.block_sparse_attention,
         plain=functools.partial(reference.block_sparse_attention, upcast=False),
         forward=FORWARD,
-        backward=BACKWARD,
-        out=OUT,
         differentiable=("q", "k", "v", "sink"),
         logarithms=(1,),
         sharding=Sharding(

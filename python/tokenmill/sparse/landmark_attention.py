@@ -128,15 +128,12 @@ def backward_flops(a: Any) -> float:
 FORWARD, BACKWARD = register_pair(OP, Autocast(lower=("q", "k", "v")))
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="sparse",
         function=landmark_attention,
         lower=lower,
         sugar=frozenset({"return_lse"}),
         reference=reference.landmark_attention,
         plain=functools.partial(reference.landmark_attention, upcast=False),
         forward=FORWARD,
-        backward=BACKWARD,
         differentiable=("q", "k", "v"),
         logarithms=(1,),
         sharding=Sharding({"q k v": "b.h."}, ("b.h.", "bh.")),

@@ -284,17 +284,12 @@ FORWARD = register(
 OUT = register(TorchOp(OP + "_out", fake=_fake_out))
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="sparse",
         function=sparse_decode_attention,
         lower=lower,
         sugar=frozenset({"rope", "extra_log_count", "sink"}),
         reference=reference.sparse_decode_attention,
         plain=functools.partial(reference.sparse_decode_attention, upcast=False),
         forward=FORWARD,
-        out=OUT,
-        backward=None,
-        differentiable=(),
         logarithms=(1,),
         unsupported=unsupported,
         sharding=Sharding(

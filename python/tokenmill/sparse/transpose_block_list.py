@@ -66,14 +66,9 @@ FORWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="sparse",
         function=transpose_block_list,
         reference=reference.transpose_block_list,
-        plain=reference.transpose_block_list,  # exact
         forward=FORWARD,
-        backward=None,
-        differentiable=(),
         sharding=Sharding({"indices": "bh..", "counts": "bh."}, ("bh.", "bh.")),
         paper="counting sort (Gustavson 1978)",
         flops=lambda a: 0.0,

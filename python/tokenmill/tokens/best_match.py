@@ -92,14 +92,10 @@ FORWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="tokens",
         function=best_match,
         reference=reference.best_match,
         plain=_plain,
         forward=FORWARD,
-        backward=None,
-        differentiable=(),
         sharding=Sharding({"a": "br.", "b": "b.."}, ("br", "br")),
         paper="ToMe (Bolya et al. 2023)",
         flops=_flops,

@@ -153,14 +153,10 @@ BACKWARD = register(
 # hardly depends on x.
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="tokens",
         function=cluster_tokens,
         lower=lower,
         reference=reference.cluster_tokens,
-        plain=reference.cluster_tokens,
         forward=FORWARD,
-        backward=BACKWARD,
         differentiable=("x",),
         sharding=Sharding({"x": "b..."}, ("b...", "b..", "b..", "b...")),
         paper="Expedit (Liang et al. 2022)",

@@ -149,15 +149,10 @@ BACKWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="tokens",
         function=gather_fuse,
         lower=lower,
         reference=reference.gather_fuse,
-        plain=reference.gather_fuse,
         forward=FORWARD,
-        backward=BACKWARD,
-        out=OUT,
         differentiable=("x", "weight"),
         sharding=Sharding(
             {"x": "b.c", "keep rest weight": "b."},

@@ -186,15 +186,10 @@ OUT = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="tokens",
         function=gather_tokens,
         lower=lower,
         reference=reference.gather_tokens,
-        plain=reference.gather_tokens,
         forward=FORWARD,
-        backward=None,
-        out=OUT,
         lower_out=lower_out,
         differentiable=("x",),
         sharding=Sharding({"x": "b.c", "indices": "b."}, ("b.c",)),

@@ -139,14 +139,10 @@ BACKWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="tokens",
         function=local_pool,
         lower=lower,
         reference=reference.local_pool,
-        plain=reference.local_pool,
         forward=FORWARD,
-        backward=BACKWARD,
         differentiable=("x",),
         sharding=Sharding({"x": "b..c", "mask": "b.."}, ("b..c",)),
         paper="PoolFormer (Yu et al. 2022)",

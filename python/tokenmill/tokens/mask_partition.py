@@ -80,14 +80,9 @@ FORWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="tokens",
         function=mask_partition,
         reference=reference.mask_partition,
-        plain=reference.mask_partition,  # exact
         forward=FORWARD,
-        backward=None,
-        differentiable=(),
         sharding="places count through all sequences",
         paper="DToP (Tang et al. 2023)",
         flops=lambda a: 1.0 * a.mask.numel(),

@@ -141,14 +141,10 @@ BACKWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="tokens",
         function=reconstruct_tokens,
         lower=lower,
         reference=reference.reconstruct_tokens,
-        plain=reference.reconstruct_tokens,
         forward=FORWARD,
-        backward=BACKWARD,
         differentiable=("values",),
         sharding=Sharding(
             {"features": "br.~c", "centroids": "b..", "values": "b.c"},

@@ -132,14 +132,10 @@ FORWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="tokens",
         function=scatter_tokens,
         lower=lower,
         reference=reference.scatter_tokens,
-        plain=reference.scatter_tokens,
         forward=FORWARD,
-        backward=None,
         differentiable=("y", "base"),
         sharding=Sharding(
             {"y": "b.c", "indices": "b.", "base": "b.c", "batch": "b"},

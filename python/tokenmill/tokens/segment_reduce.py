@@ -167,14 +167,11 @@ BACKWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="tokens",
         function=segment_reduce,
         lower=lower,
         reference=reference.segment_reduce,
         plain=reference.segment_reduce,  # float32 sums: a 16-bit sum of PyTorch's is no closer
         forward=FORWARD,
-        backward=BACKWARD,
         differentiable=("x", "weight"),
         sharding=Sharding(
             {"x": "b.c", "offsets perm weight": "b."},

@@ -119,15 +119,10 @@ FORWARD = register(
 )
 SPEC = register_op(
     OpSpec(
-        name=OP,
-        family="tokens",
         function=topk_partition,
         lower=lower,
         reference=reference.topk_partition,
-        plain=reference.topk_partition,  # exact in any dtype
         forward=FORWARD,
-        backward=None,
-        differentiable=(),
         sharding=Sharding({"scores": "b.", "counts": "b", "valid": "b."}, ("b.", "b.")),
         paper="EViT (Liang et al. 2022), Focus-DETR (Zheng et al. 2023)",
         flops=lambda a: 1.0 * a.scores.numel(),
