@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +13,13 @@ from .._check import as_int, as_number, check, check_bool, fail
 from ..dense.attention import attention
 from .class_token import EViTReorganize
 from .rules import (
-    DropPath,
+    VisionBlock,
     begin,
     check_chance,
+    check_depth,
     check_heads,
     check_input,
+    check_layers,
     check_mlp_ratio,
     drop_chances,
 )
@@ -98,16 +99,12 @@ class EViTEncoder(nn.Module):
     ) -> None:
         super().__init__()
         dim, num_heads = check_heads(NAME, dim, num_heads)
-        depth = as_int(NAME, "depth", depth)
-        check(1 <= depth <= 1000, NAME, "depth", "must be 1 to 1000", depth)
-        check(isinstance(layers, tuple | list), NAME, "layers", "must be several", layers)
-        layers = [as_int(NAME, "layers", i) for i in layers]
-        rising = all(i < j for i, j in zip([-1, *layers], [*layers, depth], strict=True))
-        check(rising, NAME, "layers", f"must ascend from 0 to {depth - 1} at most", layers)
+        depth = check_depth(NAME, depth)
+        layers = check_layers(NAME, layers, depth)
         check_bool(NAME, "qkv_bias", qkv_bias)
         mlp_ratio = check_mlp_ratio(NAME, mlp_ratio, dim)
         chances = drop_chances(check_chance(NAME, "drop_path", drop_path), depth)
-        self.num_heads, self.layers, self.backend = num_heads, tuple(layers), backend
+        self.num_heads, self.layers, self.backend = num_heads, layers, backend
         self.blocks = nn.ModuleList(
             _Block(dim, int(mlp_ratio * dim), qkv_bias, chance) for chance in chances
         )
@@ -156,18 +153,12 @@ class EViTEncoder(nn.Module):
         return f"num_heads={self.num_heads}, layers={self.layers}"
 
 
-class _Block(nn.Module):
+class _Block(VisionBlock):
     """A vision transformer block, split into its two halves."""
 
     def __init__(self, dim: int, hidden: int, qkv_bias: bool, chance: float) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
-        self.attn = nn.ModuleDict(
-            {"qkv": nn.Linear(dim, 3 * dim, bias=qkv_bias), "proj": nn.Linear(dim, dim)}
-        )
-        layers = {"fc1": nn.Linear(dim, hidden), "act": nn.GELU(), "fc2": nn.Linear(hidden, dim)}
-        self.mlp = nn.Sequential(OrderedDict(layers))
-        self.drop_path = DropPath(chance)
+        attention = {"qkv": nn.Linear(dim, 3 * dim, bias=qkv_bias), "proj": nn.Linear(dim, dim)}
+        super().__init__(dim, hidden, nn.ModuleDict(attention), chance)
 
     def qkv(self, x: Tensor, heads: int) -> tuple[Tensor, ...]:
         """[B, N, heads, D] each"""
@@ -175,9 +166,6 @@ class _Block(nn.Module):
 
     def attended(self, x: Tensor, out: Tensor) -> Tensor:
         return x + self.drop_path(self.attn["proj"](out.flatten(2)))
-
-    def fed(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 def keep_rate_schedule(

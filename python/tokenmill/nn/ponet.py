@@ -9,7 +9,7 @@ from .._check import as_int, check, check_bool, check_device_of, check_tensor, f
 from ..dense.attention import attention
 from ..tokens.local_pool import local_pool
 from ..tokens.merge_tokens import merge_tokens, unmerge_tokens
-from .rules import check_input
+from .rules import check_tokens
 
 NAME, SEGMENTS = "nn.PoNetMixing", "nn.segments_of"
 
@@ -108,10 +108,7 @@ class PoNetMixing(nn.Module):
         )
 
     def forward(self, x: Tensor, segments: Tensor) -> Tensor:
-        check_input(NAME, "x", x, self.query.weight)
-        channels = self.query.in_features
-        shaped = x.dim() == 3 and x.shape[2] == channels
-        check(shaped, NAME, "x", f"must have shape [B, N, {channels}]", x.shape)
+        check_tokens(NAME, x, self.query.weight)
         check_tensor(NAME, "segments", segments)
         whole = segments.dtype in (torch.int32, torch.int64)
         check(whole, NAME, "segments", "must be int32 or int64", segments.dtype)

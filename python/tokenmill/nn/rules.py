@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections import OrderedDict
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._check import as_int, as_number, check, check_device_of, check_dtype_of, check_tensor
+from .._check import as_int, as_number, check, check_device_of, check_dtype_of, check_tensor, fail
 
 
 def check_input(name: str, argument: str, x: Tensor, weight: Tensor) -> None:
@@ -19,6 +20,45 @@ def check_input(name: str, argument: str, x: Tensor, weight: Tensor) -> None:
     # Autocast does not support the meta device.
     if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
         check_dtype_of(name, argument, x, "the weights", weight)
+
+
+def check_tokens(name: str, x: Tensor, weight: Tensor) -> None:
+    """Checks tokens [B, N, C] against a weight [..., C]."""
+    check_input(name, "x", x, weight)
+    channels = weight.shape[-1]
+    shaped = x.dim() == 3 and x.shape[-1] == channels
+    check(shaped, name, "x", f"must have shape [B, N, {channels}]", x.shape)
+
+
+def check_part(name: str, part: str, t: Tensor, shape: list[int], x: Tensor) -> None:
+    """Checks one part of a recurrent state."""
+    check_tensor(name, "state", t)
+    check_device_of(name, "state", t, "x", x)
+    if list(t.shape) != shape:
+        fail(name, "state", f"must have {part} of shape {shape}", t.shape)
+
+
+def check_kept(name: str, k: Tensor, v: Tensor, heads: list[int], x: Tensor) -> None:
+    """Checks keys and values [B, M, *heads] that a recurrent state keeps."""
+    check_tensor(name, "state", k)
+    rows = k.shape[1] if k.dim() == 4 else 0
+    for part, t in (("k", k), ("v", v)):
+        check_part(name, part, t, [x.shape[0], rows, *heads], x)
+
+
+def check_depth(name: str, depth: int) -> int:
+    depth = as_int(name, "depth", depth)
+    check(1 <= depth <= 1000, name, "depth", "must be 1 to 1000", depth)
+    return depth
+
+
+def check_layers(name: str, layers: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Checks indices of some of `depth` blocks."""
+    check(isinstance(layers, tuple | list), name, "layers", "must be several", layers)
+    layers = tuple(as_int(name, "layers", i) for i in layers)
+    rising = all(i < j for i, j in zip([-1, *layers], [*layers, depth], strict=True))
+    check(rising, name, "layers", f"must ascend from 0 to {depth - 1} at most", layers)
+    return layers
 
 
 def check_heads(name: str, dim: int, num_heads: int) -> tuple[int, int]:
@@ -107,6 +147,23 @@ class DropPath(nn.Module):
         kept = 1 - self.chance
         ones = (1,) * (x.dim() - 1)
         return x * x.new_empty(x.shape[0], *ones).bernoulli_(kept).div_(kept)
+
+
+class VisionBlock(nn.Module):
+    """A vision transformer block around an attention, with the names of DeiT."""
+
+    attn: Any
+
+    def __init__(self, dim: int, hidden: int, attention: nn.Module, chance: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
+        self.attn = attention
+        layers = {"fc1": nn.Linear(dim, hidden), "act": nn.GELU(), "fc2": nn.Linear(hidden, dim)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
+        self.drop_path = DropPath(chance)
+
+    def fed(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .._check import as_int, check, check_bool, check_device_of, check_tensor, fail
-from .rules import check_input
+from .rules import check_input, check_tokens
 
 NAME = "nn.SelectorSummary"
 
@@ -70,10 +70,8 @@ class SelectorSummary(nn.Module):
     def forward(
         self, x: Tensor, selectors: Tensor | None = None, tasks: Tensor | None = None
     ) -> Tensor:
-        check_input(NAME, "x", x, self.selectors)
-        channels = self.selectors.shape[2]
-        shaped = x.dim() == 3 and x.shape[2] == channels
-        check(shaped, NAME, "x", f"must have shape [B, N, {channels}]", x.shape)
+        check_tokens(NAME, x, self.selectors)
+        channels = x.shape[2]
         given = self._chosen(tasks) if selectors is None else selectors
         if selectors is not None:
             check(tasks is None, NAME, "tasks", "requires the module's selectors", tasks)

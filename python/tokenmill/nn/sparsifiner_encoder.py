@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._check import as_int, as_number, check
+from .._check import as_number, check
 from ..tokens.gather_tokens import gather_tokens
 from ..tokens.topk_partition import topk_partition
 from .rules import (
-    DropPath,
+    VisionBlock,
     begin,
     check_chance,
+    check_depth,
     check_heads,
     check_input,
+    check_layers,
     check_mlp_ratio,
     drop_chances,
 )
@@ -108,12 +109,8 @@ class SparsifinerEncoder(nn.Module):
     ) -> None:
         super().__init__()
         dim, num_heads = check_heads(NAME, dim, num_heads)
-        depth = as_int(NAME, "depth", depth)
-        check(1 <= depth <= 1000, NAME, "depth", "must be 1 to 1000", depth)
-        check(isinstance(layers, tuple | list), NAME, "layers", "must be several", layers)
-        layers = [as_int(NAME, "layers", i) for i in layers]
-        rising = all(i < j for i, j in zip([-1, *layers], [*layers, depth], strict=True))
-        check(rising, NAME, "layers", f"must ascend from 0 to {depth - 1} at most", layers)
+        depth = check_depth(NAME, depth)
+        layers = check_layers(NAME, layers, depth)
         rate = as_number(NAME, "token_keep_rate", token_keep_rate)
         check(0 < rate <= 1, NAME, "token_keep_rate", "must be above 0 and at most 1", rate)
         rates: list[Any] = [keep_rate] * depth
@@ -137,7 +134,7 @@ class SparsifinerEncoder(nn.Module):
             for i, layer in enumerate(layers)
         }
         self.blocks = nn.ModuleList(
-            _Block(dim, hidden, attention, chance)
+            VisionBlock(dim, hidden, attention, chance)
             for attention, chance in zip(attentions, chances, strict=True)
         )
         self.apply(begin)
@@ -150,7 +147,7 @@ class SparsifinerEncoder(nn.Module):
         source = torch.arange(self.num_tokens - 1, dtype=torch.int32, device=x.device)
         source = source.expand(x.shape[0], -1)
         for i, block in enumerate(self.blocks):
-            assert isinstance(block, _Block)
+            assert isinstance(block, VisionBlock)
             places = source if source.shape[1] < self.num_tokens - 1 else None
             budget = self.budgets.get(i, source.shape[1])
             out, scores = block.attn.attend(block.norm1(x), places, budget < source.shape[1])
@@ -160,20 +157,8 @@ class SparsifinerEncoder(nn.Module):
                 source = source.gather(1, keep.long())
                 rows = F.pad(keep + 1, (1, 0))  # the class token first
                 x = gather_tokens(x, rows, backend=self.backend)
-            x = x + block.drop_path(block.mlp(block.norm2(x)))
+            x = block.fed(x)
         return x, source
 
     def extra_repr(self) -> str:
         return f"num_tokens={self.num_tokens}, budgets={self.budgets}"
-
-
-class _Block(nn.Module):
-    def __init__(
-        self, dim: int, hidden: int, attention: SparsifinerAttention, chance: float
-    ) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
-        self.attn = attention
-        layers = {"fc1": nn.Linear(dim, hidden), "act": nn.GELU(), "fc2": nn.Linear(hidden, dim)}
-        self.mlp = nn.Sequential(OrderedDict(layers))
-        self.drop_path = DropPath(chance)

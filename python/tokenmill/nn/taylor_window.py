@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._check import as_int, as_number, check, check_bool, check_device_of, check_tensor, fail
+from .._check import as_int, as_number, check, check_bool
 from ..dense.attention import attention
 from ..linear._state import MAX_TAYLOR_HEAD_DIM, feature_dim
 from ..linear.linear_attention import linear_attention
 from ._rotary import angles_at, rotated
-from .rules import check_heads, check_input, check_wide_heads
+from .rules import check_heads, check_kept, check_part, check_tokens, check_wide_heads
 
 TAYLOR, WINDOW, BLOCK = "nn.TaylorAttention", "nn.WindowAttention", "nn.TaylorWindowBlock"
 
@@ -101,21 +101,11 @@ class TaylorAttention(nn.Module):
         self.proj_v = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.out_proj = nn.Linear(num_heads * head_dim, dim, bias=False)
 
-    @overload
-    def forward(
-        self, x: Tensor, state: Tensor | None = ..., *, return_state: Literal[False] = ...
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self, x: Tensor, state: Tensor | None = ..., *, return_state: Literal[True]
-    ) -> tuple[Tensor, Tensor]: ...
-
     def forward(
         self, x: Tensor, state: Tensor | None = None, *, return_state: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         check_bool(TAYLOR, "return_state", return_state)
-        check_tokens(TAYLOR, x, self.proj_q)
+        check_tokens(TAYLOR, x, self.proj_q.weight)
         if state is not None:
             rows = feature_dim("taylor2", self.feature_dim)
             shape = [x.shape[0], self.num_heads, rows, self.head_dim + 1]
@@ -192,24 +182,6 @@ class WindowAttention(nn.Module):
         self.Wqkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        state: tuple[Tensor, Tensor, Tensor] | None = ...,
-        *,
-        return_state: Literal[False] = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        state: tuple[Tensor, Tensor, Tensor] | None = ...,
-        *,
-        return_state: Literal[True],
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]: ...
-
     def forward(
         self,
         x: Tensor,
@@ -218,7 +190,7 @@ class WindowAttention(nn.Module):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         check_bool(WINDOW, "return_state", return_state)
-        check_tokens(WINDOW, x, self.Wqkv)
+        check_tokens(WINDOW, x, self.Wqkv.weight)
         self._check_state(state, x)
         batch, tokens = x.shape[:2]
         q, k, v = self.Wqkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
@@ -243,10 +215,7 @@ class WindowAttention(nn.Module):
         triple = isinstance(state, tuple) and len(state) == 3
         check(triple, WINDOW, "state", "must be (k, v, length)", state)
         heads = [self.num_heads, self.Wqkv.in_features // self.num_heads]
-        check_tensor(WINDOW, "state", state[0])
-        rows = state[0].shape[1] if state[0].dim() == 4 else 0
-        for part, t in zip(("k", "v"), state[:2], strict=True):
-            check_part(WINDOW, part, t, [x.shape[0], rows, *heads], x)
+        check_kept(WINDOW, state[0], state[1], heads, x)
         check_part(WINDOW, "length", state[2], [x.shape[0]], x)
 
     def extra_repr(self) -> str:
@@ -323,20 +292,6 @@ class TaylorWindowBlock(nn.Module):
         near = WindowAttention(dim, num_heads, window, rotary_base=rotary_base, backend=backend)
         self.layers = nn.ModuleList(_Layer(mixer, dim, mlp_dim, eps) for mixer in (taylor, near))
 
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        state: TaylorWindowState | None = ...,
-        *,
-        return_state: Literal[False] = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self, x: Tensor, state: TaylorWindowState | None = ..., *, return_state: Literal[True]
-    ) -> tuple[Tensor, TaylorWindowState]: ...
-
     def forward(
         self, x: Tensor, state: TaylorWindowState | None = None, *, return_state: bool = False
     ) -> Tensor | tuple[Tensor, TaylorWindowState]:
@@ -360,7 +315,7 @@ class _Layer(nn.Module):
         self.mlp = _GatedMlp(dim, mlp_dim)
 
     def forward(self, x: Tensor, state: object) -> tuple[Tensor, object]:
-        check_tokens(BLOCK, x, self.mlp.fc1)
+        check_tokens(BLOCK, x, self.mlp.fc1.weight)
         mixed, after = self.mixer(self._normed(self.norm1, x), state, return_state=True)
         x = x + mixed
         return x + self.mlp(self._normed(self.norm2, x)), after
@@ -381,18 +336,3 @@ class _GatedMlp(nn.Module):
         values, gate = self.fc1(x).chunk(2, -1)
         y: Tensor = self.fc2(values * F.silu(gate))
         return y
-
-
-def check_tokens(name: str, x: Tensor, layer: nn.Linear) -> None:
-    check_input(name, "x", x, layer.weight)
-    channels = layer.in_features
-    shaped = x.dim() == 3 and x.shape[-1] == channels
-    check(shaped, name, "x", f"must have shape [B, N, {channels}]", x.shape)
-
-
-def check_part(name: str, part: str, t: Tensor, shape: list[int], x: Tensor) -> None:
-    """Checks one part of a state."""
-    check_tensor(name, "state", t)
-    check_device_of(name, "state", t, "x", x)
-    if list(t.shape) != shape:
-        fail(name, "state", f"must have {part} of shape {shape}", t.shape)

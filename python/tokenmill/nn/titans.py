@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,11 @@ from .._check import (
     as_number,
     check,
     check_bool,
-    check_device_of,
     check_float32,
-    check_tensor,
-    fail,
 )
 from ..linear.titans_memory import check_chunk_size, titans_memory
 from ..reference.linear.titans_memory import weights_of
-from .rules import check_input, check_wide_heads
+from .rules import check_part, check_tokens, check_wide_heads
 
 NAME = "nn.TitansMemory"
 
@@ -160,21 +157,6 @@ class TitansMemory(nn.Module):
         self.norm = nn.RMSNorm(head_dim, eps=as_number(NAME, "eps", eps))
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
-    @overload
-    def forward(
-        self, x: Tensor, state: TitansState | None = ..., *, return_state: Literal[False] = ...
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self, x: Tensor, state: TitansState | None = ..., *, return_state: Literal[True]
-    ) -> tuple[Tensor, TitansState]: ...
-
-    @overload
-    def forward(
-        self, x: Tensor, state: TitansState | None = ..., *, return_state: bool
-    ) -> Tensor | tuple[Tensor, TitansState]: ...
-
     def forward(
         self, x: Tensor, state: TitansState | None = None, *, return_state: bool = False
     ) -> Tensor | tuple[Tensor, TitansState]:
@@ -240,10 +222,7 @@ class TitansMemory(nn.Module):
         return y
 
     def _check(self, x: Tensor, state: TitansState | None) -> None:
-        check_input(NAME, "x", x, self.qkv_proj.weight)
-        channels = self.qkv_proj.in_features
-        shaped = x.dim() == 3 and x.shape[-1] == channels
-        check(shaped, NAME, "x", f"must have shape [B, N, {channels}]", x.shape)
+        check_tokens(NAME, x, self.qkv_proj.weight)
         if state is None:
             return
         check(isinstance(state, TitansState), NAME, "state", "must be a TitansState", state)
@@ -264,10 +243,7 @@ def _check_part(part: str, shapes: list[Any], given: Any, x: Tensor) -> None:
     rule = f"must have {len(shapes)} tensors of {part}"
     check(len(given) == len(shapes), NAME, "state", rule, len(given))
     for t, shape in zip(given, shapes, strict=True):
-        check_tensor(NAME, "state", t)
-        check_device_of(NAME, "state", t, "x", x)
-        if list(t.shape) != shape:
-            fail(NAME, "state", f"must have {part} of shape {shape}", t.shape)
+        check_part(NAME, part, t, shape, x)
 
 
 def _convolved(seen: Tensor, weight: Tensor) -> Tensor:

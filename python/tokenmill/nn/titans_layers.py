@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,10 @@ from .._check import (
     as_number,
     check,
     check_bool,
-    check_device_of,
-    check_tensor,
     check_text,
-    fail,
 )
 from ..dense.attention import attention
-from .rules import check_input, check_wide_heads
+from .rules import check_kept, check_tokens, check_wide_heads
 from .titans import TitansMemory, TitansState
 
 
@@ -83,24 +80,14 @@ class _Layer(nn.Module):
 
     def _check_x(self, x: Tensor, return_state: bool) -> None:
         check_bool(self.name, "return_state", return_state)
-        check_input(self.name, "x", x, self.qkv_proj.weight)
-        channels = self.qkv_proj.in_features
-        shaped = x.dim() == 3 and x.shape[-1] == channels
-        check(shaped, self.name, "x", f"must have shape [B, N, {channels}]", x.shape)
+        check_tokens(self.name, x, self.qkv_proj.weight)
 
     def _check_state(self, x: Tensor, state: TitansLayerState | None) -> None:
         if state is None:
             return
         held = isinstance(state, TitansLayerState)
         check(held, self.name, "state", "must be a TitansLayerState", state)
-        for part in ("k", "v"):
-            t = getattr(state, part)
-            check_tensor(self.name, "state", t)
-            check_device_of(self.name, "state", t, "x", x)
-            rows = state.k.shape[1] if state.k.dim() == 4 else 0
-            shape = [x.shape[0], rows, self.num_heads, self.head_dim]
-            if list(t.shape) != shape:
-                fail(self.name, "state", f"must have {part} of shape {shape}", t.shape)
+        check_kept(self.name, state.k, state.v, [self.num_heads, self.head_dim], x)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
@@ -213,16 +200,6 @@ class TitansMAC(_Layer):
         check(known, self.name, "retrieved", "must be 'past' or 'segment'", retrieved)
         self.segment, self.retrieved = segment, retrieved
 
-    @overload
-    def forward(
-        self, x: Tensor, state: TitansState | None = ..., *, return_state: Literal[False] = ...
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self, x: Tensor, state: TitansState | None = ..., *, return_state: Literal[True]
-    ) -> tuple[Tensor, TitansState]: ...
-
     def forward(
         self, x: Tensor, state: TitansState | None = None, *, return_state: bool = False
     ) -> Tensor | tuple[Tensor, TitansState]:
@@ -308,16 +285,6 @@ class TitansMAG(_Layer):
         super().__init__(dim, num_heads, head_dim, persistent, memory, True, eps, backend)
         self.window = _window(self.name, window)
 
-    @overload
-    def forward(
-        self, x: Tensor, state: TitansLayerState | None = ..., *, return_state: Literal[False] = ...
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self, x: Tensor, state: TitansLayerState | None = ..., *, return_state: Literal[True]
-    ) -> tuple[Tensor, TitansLayerState]: ...
-
     def forward(
         self, x: Tensor, state: TitansLayerState | None = None, *, return_state: bool = False
     ) -> Tensor | tuple[Tensor, TitansLayerState]:
@@ -392,16 +359,6 @@ class TitansMAL(_Layer):
     ) -> None:
         super().__init__(dim, num_heads, head_dim, persistent, memory, False, 0.0, backend)
         self.window = _window(self.name, window)
-
-    @overload
-    def forward(
-        self, x: Tensor, state: TitansLayerState | None = ..., *, return_state: Literal[False] = ...
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self, x: Tensor, state: TitansLayerState | None = ..., *, return_state: Literal[True]
-    ) -> tuple[Tensor, TitansLayerState]: ...
 
     def forward(
         self, x: Tensor, state: TitansLayerState | None = None, *, return_state: bool = False

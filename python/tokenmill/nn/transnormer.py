@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._check import as_int, as_number, check, check_bool, check_device_of, check_tensor, fail
+from .._check import as_int, as_number, check, check_bool
 from ..linear.lightning_slopes import lightning_slopes
 from ..linear.linear_attention import lightning_attention
-from .rules import Slopes, check_heads, check_input
+from .rules import Slopes, check_heads, check_part, check_tokens
 
 NAME, ATTENTION = "nn.TransNormerLayer", "nn.TransNormerAttention"
 MAX_HEAD_DIM = 256
@@ -114,21 +114,6 @@ class TransNormerAttention(Slopes):
         slopes = lightning_slopes(num_heads, layer, num_layers, convention=convention)
         self.register_buffer("slopes", slopes, persistent=False)
 
-    @overload
-    def forward(
-        self, x: Tensor, state: TransNormerState | None = ..., *, return_state: Literal[False] = ...
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self, x: Tensor, state: TransNormerState | None = ..., *, return_state: Literal[True]
-    ) -> tuple[Tensor, TransNormerState]: ...
-
-    @overload
-    def forward(
-        self, x: Tensor, state: TransNormerState | None = ..., *, return_state: bool
-    ) -> Tensor | tuple[Tensor, TransNormerState]: ...
-
     def forward(
         self, x: Tensor, state: TransNormerState | None = None, *, return_state: bool = False
     ) -> Tensor | tuple[Tensor, TransNormerState]:
@@ -151,26 +136,19 @@ class TransNormerAttention(Slopes):
         return (y, TransNormerState(kv, length + tokens)) if return_state else y
 
     def _check(self, x: Tensor, state: TransNormerState | None) -> None:
-        check_input(ATTENTION, "x", x, self.qkvu_proj.weight)
-        channels = self.qkvu_proj.in_features
-        shaped = x.dim() == 3 and x.shape[-1] == channels
-        check(shaped, ATTENTION, "x", f"must have shape [B, N, {channels}]", x.shape)
+        check_tokens(ATTENTION, x, self.qkvu_proj.weight)
         if state is None:
             return
         held = isinstance(state, TransNormerState)
         check(held, ATTENTION, "state", "must be a TransNormerState", state)
-        head_dim = channels // self.num_heads
+        head_dim = x.shape[-1] // self.num_heads
         features = head_dim if self.lrpe is None else 2 * head_dim
         shapes = {
             "kv": [x.shape[0], self.num_heads, features, head_dim],
             "length": [x.shape[0]],
         }
         for part, shape in shapes.items():
-            t = getattr(state, part)
-            check_tensor(ATTENTION, "state", t)
-            check_device_of(ATTENTION, "state", t, "x", x)
-            if list(t.shape) != shape:
-                fail(ATTENTION, "state", f"must have {part} of shape {shape}", t.shape)
+            check_part(ATTENTION, part, getattr(state, part), shape, x)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, eps={self.eps:g}"
@@ -242,29 +220,11 @@ class TransNormerLayer(nn.Module):
         check(1 <= hidden < 2**31, NAME, "glu_dim", "must be 1 to 2^31 - 1", hidden)
         self.channel_mixer = SimpleGatedLinearUnit(dim, hidden)
 
-    @overload
-    def forward(
-        self, x: Tensor, state: TransNormerState | None = ..., *, return_state: Literal[False] = ...
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self, x: Tensor, state: TransNormerState | None = ..., *, return_state: Literal[True]
-    ) -> tuple[Tensor, TransNormerState]: ...
-
-    @overload
-    def forward(
-        self, x: Tensor, state: TransNormerState | None = ..., *, return_state: bool
-    ) -> Tensor | tuple[Tensor, TransNormerState]: ...
-
     def forward(
         self, x: Tensor, state: TransNormerState | None = None, *, return_state: bool = False
     ) -> Tensor | tuple[Tensor, TransNormerState]:
         check_bool(NAME, "return_state", return_state)
-        check_input(NAME, "x", x, self.channel_mixer.l1.weight)
-        channels = self.channel_mixer.l1.in_features
-        shaped = x.dim() == 3 and x.shape[-1] == channels
-        check(shaped, NAME, "x", f"must have shape [B, N, {channels}]", x.shape)
+        check_tokens(NAME, x, self.channel_mixer.l1.weight)
         eps = self.token_mixer.eps
         mixed, after = self.token_mixer(srms_norm(x, eps), state, return_state=True)
         x = x + mixed
