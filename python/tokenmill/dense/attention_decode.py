@@ -58,7 +58,6 @@ def attention_decode(
     k_cache: Tensor,
     v_cache: Tensor,
     *,
-    seqlens_k: Tensor,
     return_lse: Literal[False] = ...,
     **options: Unpack[DecodeOptions],
 ) -> Tensor: ...
@@ -70,7 +69,6 @@ def attention_decode(
     k_cache: Tensor,
     v_cache: Tensor,
     *,
-    seqlens_k: Tensor,
     return_lse: Literal[True],
     **options: Unpack[DecodeOptions],
 ) -> tuple[Tensor, Tensor]: ...

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, overload
 
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Required, Unpack
 
 from .._call.attach import register
 from .._call.autocast import Autocast
@@ -35,8 +35,11 @@ Loss = Literal["mse"]
 
 
 class TitansOptions(TypedDict, total=False):
-    """Keywords of :func:`titans_memory` other than gates and return_final_state."""
+    """Keywords of :func:`titans_memory` other than return_final_state."""
 
+    alpha: Required[Tensor]
+    eta: Required[Tensor]
+    theta: Required[Tensor]
     chunk_size: int
     loss: Loss
     initial_state: State | None
@@ -59,9 +62,6 @@ def titans_memory(
     k: Tensor,
     v: Tensor,
     *,
-    alpha: Tensor,
-    eta: Tensor,
-    theta: Tensor,
     return_final_state: Literal[False] = ...,
     **options: Unpack[TitansOptions],
 ) -> Tensor: ...
@@ -73,9 +73,6 @@ def titans_memory(
     k: Tensor,
     v: Tensor,
     *,
-    alpha: Tensor,
-    eta: Tensor,
-    theta: Tensor,
     return_final_state: Literal[True],
     **options: Unpack[TitansOptions],
 ) -> tuple[Tensor, State]: ...

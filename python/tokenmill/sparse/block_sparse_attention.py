@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Required, Unpack
 
 from .._call.attach import register
 from .._call.autocast import Autocast
@@ -35,8 +35,10 @@ OP = "block_sparse_attention"
 
 
 class BlockSparseOptions(TypedDict, total=False):
-    """Keywords of :func:`block_sparse_attention` other than the block sizes and return_lse."""
+    """Keywords of :func:`block_sparse_attention` other than return_lse and return_mass."""
 
+    block_q: Required[int]
+    block_k: Required[int]
     causal: bool
     num_sink: int
     num_recent: int
@@ -87,8 +89,6 @@ def block_sparse_attention(
     indices: Tensor,
     counts: Tensor,
     *,
-    block_q: int,
-    block_k: int,
     return_lse: Literal[False] = ...,
     return_mass: Literal[False] = ...,
     **options: Unpack[BlockSparseOptions],
@@ -103,8 +103,6 @@ def block_sparse_attention(
     indices: Tensor,
     counts: Tensor,
     *,
-    block_q: int,
-    block_k: int,
     return_lse: Literal[True],
     return_mass: Literal[False] = ...,
     **options: Unpack[BlockSparseOptions],
@@ -119,8 +117,6 @@ def block_sparse_attention(
     indices: Tensor,
     counts: Tensor,
     *,
-    block_q: int,
-    block_k: int,
     return_lse: Literal[False] = ...,
     return_mass: Literal[True],
     **options: Unpack[BlockSparseOptions],
@@ -135,8 +131,6 @@ def block_sparse_attention(
     indices: Tensor,
     counts: Tensor,
     *,
-    block_q: int,
-    block_k: int,
     return_lse: Literal[True],
     return_mass: Literal[True],
     **options: Unpack[BlockSparseOptions],
