@@ -11,7 +11,7 @@ Written for kvpress 0.5.5, which needs transformers below 5.3.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,6 +62,26 @@ class _Press(ScorerPress):
         k, v = (x.unflatten(0, keys.shape[:2]) for x in rows)
         return k, v
 
+    def score(
+        self,
+        module: torch.nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attentions: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        return self._scores(module, hidden_states, keys, kwargs)
+
+    def _scores(
+        self, module: torch.nn.Module, hidden_states: Tensor, keys: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def _name(self) -> str:
+        return f"integrations.kvpress.{type(self).__name__}"
+
     @property
     def _backend(self) -> str | None:
         backend: str | None = getattr(self, "backend", None)
@@ -77,9 +97,8 @@ class _Press(ScorerPress):
         """The last queries of the layer, rotated: [B, S, H, D]."""
         places = kwargs["position_embeddings"][0].shape[1]
         if last is None and hidden_states.shape[1] != places:
-            op = f"integrations.kvpress.{type(self).__name__}"
             rule = f"must have the {places} tokens of the call (ChunkPress hides their places)"
-            fail(op, "hidden_states", rule, hidden_states.shape[1])
+            fail(self._name, "hidden_states", rule, hidden_states.shape[1])
         newest = slice(None if last is None else -last, None)
         q = get_prerope_query_states(module, hidden_states[:, newest])
         cos, sin = (x[:, None, newest] for x in kwargs["position_embeddings"])
@@ -89,11 +108,23 @@ class _Press(ScorerPress):
         q = torch.cat([rotated * cos + turned * sin, rest], dim=-1)
         return q.transpose(1, 2)
 
+    def _columns(
+        self,
+        module: torch.nn.Module,
+        q: Tensor,
+        keys: Tensor,
+        reduce: Literal["mean", "visible_mean"],
+    ) -> Tensor:
+        """Attention of queries [B, S, H, D] to each key, for each KV head."""
+        return attention_column_scores(
+            q, keys.transpose(1, 2), causal=True, reduce=reduce, head_reduce="group_mean",
+            scale=getattr(module, "scaling", None), backend=self._backend,
+        )  # fmt: skip
+
     def _check_window(self, window: int, tokens: int) -> None:
-        op = f"integrations.kvpress.{type(self).__name__}"
-        check(window > 0, op, "window_size", "must be positive", window)
-        if tokens <= window:
-            fail(op, "window_size", f"must be less than the number of tokens, {tokens}", window)
+        check(window > 0, self._name, "window_size", "must be positive", window)
+        rule = f"must be less than the number of tokens, {tokens}"
+        check(window < tokens, self._name, "window_size", rule, window)
 
 
 def _with_window(scores: Tensor, window: int) -> Tensor:
@@ -130,28 +161,14 @@ class SnapKVPress(_Press):
     kernel_size: int = 5
     backend: str | None = None
 
-    def score(
-        self,
-        module: torch.nn.Module,
-        hidden_states: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        attentions: Tensor | None,
-        kwargs: dict[str, Any],
+    def _scores(
+        self, module: torch.nn.Module, hidden_states: Tensor, keys: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
         self._check_window(self.window_size, hidden_states.shape[1])
         odd = self.kernel_size > 0 and self.kernel_size % 2 == 1
-        op = "integrations.kvpress.SnapKVPress"
-        check(odd, op, "kernel_size", "must be odd and positive", self.kernel_size)
-        scores = attention_column_scores(
-            self._queries(module, hidden_states, kwargs, self.window_size),
-            keys.transpose(1, 2),
-            causal=True,
-            reduce="mean",
-            head_reduce="group_mean",
-            scale=getattr(module, "scaling", None),
-            backend=self.backend,
-        )[..., : -self.window_size]
+        check(odd, self._name, "kernel_size", "must be odd and positive", self.kernel_size)
+        q = self._queries(module, hidden_states, kwargs, self.window_size)
+        scores = self._columns(module, q, keys, "mean")[..., : -self.window_size]
         scores = torch.nn.functional.avg_pool1d(
             scores, self.kernel_size, stride=1, padding=self.kernel_size // 2
         )
@@ -179,24 +196,11 @@ class ObservedAttentionPress(_Press):
     compression_ratio: float = 0.0
     backend: str | None = None
 
-    def score(
-        self,
-        module: torch.nn.Module,
-        hidden_states: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        attentions: Tensor | None,
-        kwargs: dict[str, Any],
+    def _scores(
+        self, module: torch.nn.Module, hidden_states: Tensor, keys: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
-        return attention_column_scores(
-            self._queries(module, hidden_states, kwargs),
-            keys.transpose(1, 2),
-            causal=True,
-            reduce="visible_mean",
-            head_reduce="group_mean",
-            scale=getattr(module, "scaling", None),
-            backend=self.backend,
-        )
+        q = self._queries(module, hidden_states, kwargs)
+        return self._columns(module, q, keys, "visible_mean")
 
 
 @dataclass
@@ -222,20 +226,13 @@ class StreamingLLMPress(_Press):
     n_sink: int = 4
     backend: str | None = None
 
-    def score(
-        self,
-        module: torch.nn.Module,
-        hidden_states: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        attentions: Tensor | None,
-        kwargs: dict[str, Any],
+    def _scores(
+        self, module: torch.nn.Module, hidden_states: Tensor, keys: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
         length = keys.shape[2]
-        op = "integrations.kvpress.StreamingLLMPress"
-        check(self.n_sink >= 0, op, "n_sink", "must not be negative", self.n_sink)
-        if length <= self.n_sink:
-            fail(op, "n_sink", f"must be less than the number of tokens, {length}", self.n_sink)
+        check(self.n_sink >= 0, self._name, "n_sink", "must not be negative", self.n_sink)
+        rule = f"must be less than the number of tokens, {length}"
+        check(self.n_sink < length, self._name, "n_sink", rule, self.n_sink)
         scores = torch.arange(length, dtype=torch.float32, device=keys.device)
         scores[: self.n_sink] = length
         return scores.repeat(*keys.shape[:2], 1)  # wrappers write into the scores
@@ -267,14 +264,8 @@ class QuestPress(_Press):
     window_size: int = 16
     backend: str | None = None
 
-    def score(
-        self,
-        module: torch.nn.Module,
-        hidden_states: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        attentions: Tensor | None,
-        kwargs: dict[str, Any],
+    def _scores(
+        self, module: torch.nn.Module, hidden_states: Tensor, keys: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
         self._check_window(self.window_size, hidden_states.shape[1])
         older = keys.transpose(1, 2)[:, : -self.window_size]
