@@ -151,8 +151,6 @@ def _check(
     sinks: Tensor | None,
     causal: bool,
 ) -> tuple[int, int]:
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        check_tensor(OP, name, t)
     check_tensor(OP, "hidden", hidden, optional=True)
     check_tensor(OP, "sinks", sinks, optional=True)
     check_qkv(OP, q, k, v, 4, True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._call.autocast import Autocast
-from .._check import as_int, as_number, check, check_bool, check_qkv, check_tensor, fail
+from .._check import as_int, as_number, check, check_bool, check_qkv, fail
 from ..select.attention_column_scores import attention_column_scores
 from .attention import attention
 from .reweighted_attention import reweighted_attention
@@ -108,8 +108,6 @@ def _check(
     threshold: float,
     causal: bool,
 ) -> tuple[list[int], float, float]:
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        check_tensor(OP, name, t)
     check_qkv(OP, q, k, v, 4, True)
     check_bool(OP, "causal", causal)
     count = q.shape[2]

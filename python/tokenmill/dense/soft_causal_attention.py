@@ -12,7 +12,6 @@ from .._check import (
     check_device_of_q,
     check_float32,
     check_qkv,
-    check_tensor,
 )
 from .attention import attention
 from .terms import share_of
@@ -70,8 +69,6 @@ def soft_causal_attention(
         >>> torch.equal(tm.soft_causal_attention(x, x, x, 1.0), tm.attention(x, x, x))
         True
     """
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        check_tensor(OP, name, t)
     check_qkv(OP, q, k, v, 4, True)
     if isinstance(alpha, Tensor):
         check(alpha.dim() == 0, OP, "alpha", "must be a number or have no dimensions", alpha.dim())

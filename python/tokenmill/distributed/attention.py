@@ -177,8 +177,6 @@ def _prepare(
     return_lse: bool,
     options: Any,
 ) -> tuple[Any, Call]:
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        check_tensor(op, name, t)
     check_tensor(op, "cu_seqlens", cu_seqlens, optional=True)
     check_bool(op, "return_lse", return_lse)
     packed = cu_seqlens is not None

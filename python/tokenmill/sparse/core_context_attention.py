@@ -14,7 +14,6 @@ from .._check import (
     check,
     check_bool,
     check_qkv,
-    check_tensor,
     fail,
     is_power_of_two,
 )
@@ -105,8 +104,6 @@ def core_context_attention(
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
     """Checks the inputs of a whole sequence and returns the scale."""
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        check_tensor(OP, name, t)
     check_qkv(OP, q, k, v, 4, True)
     check(k.shape[1] == q.shape[1], OP, "k", f"must have the length of q, {q.shape[1]}", k.shape[1])
     return scale_or_default(OP, scale, q)
@@ -295,8 +292,6 @@ class CoreContextState:
     @AUTOCAST.applied
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one new token per request, ``[B, 1, H, D]``."""
-        for name, t in (("q", q), ("k", k), ("v", v)):
-            check_tensor(OP, name, t)
         check_qkv(OP, q, k, v, 4, True)
         check(q.shape[1] == 1, OP, "q", "must have 1 token", q.shape[1])
         if not self.tokens:
