@@ -67,8 +67,8 @@ def autograd_function(op: TorchOp, namespace: str) -> Callable[..., Any] | None:
         setup_context: Callable[..., Any] = _keep_nothing
         backward: Callable[..., Any] = _refuse_second(op)
     elif op.backward:
-        assert op.setup_context
-        setup_context, backward = op.setup_context, op.backward
+        setup_context = op.setup_context or functools.partial(_keep_results, op)
+        backward = op.backward
     else:
         return None
     ops = {below: _Calls(namespace, below) for below in (True, False)}
@@ -176,6 +176,13 @@ def kept(ctx: Any) -> tuple[Any, list[Any]]:
     (op, names, options), saved = ctx.call, ctx.saved_tensors
     values = op.bind((), options | dict(zip(names, saved, strict=False)))
     return op.record(*values), list(saved[len(names) :])
+
+
+def _keep_results(op: TorchOp, ctx: Any, a: dict[str, Any], output: Any) -> None:
+    results = output if isinstance(output, tuple) else (output,)
+    named = dict(zip(op.results, results, strict=True))
+    ctx.mark_non_differentiable(*map(named.get, op.constant))
+    keep(ctx, a, *map(named.get, op.saves))
 
 
 def _keep_nothing(ctx: Any, a: dict[str, Any], output: Any) -> None:

@@ -61,10 +61,11 @@ class TorchOp:
 
     check_values raises for bad values inside tensors, which costs a synchronisation on a GPU. fake
     returns the outputs without data. triton is the "module:function" of the Triton
-    implementation inside tokenmill.triton_kernels. setup_context is as in
-    torch.library.register_autograd, with the arguments by name, and so is backward, with
-    torch.ops.<namespace> before the context; it returns gradients by name. A call of an operator
-    without backward has constant results, unless it refuses_gradients; an operator that
+    implementation inside tokenmill.triton_kernels. backward is as in
+    torch.library.register_autograd, with torch.ops.<namespace> before the context; it returns
+    gradients by name. saves names the results that it needs besides the arguments, constant those
+    without a gradient; setup_context, with the arguments by name, replaces both. A call of an
+    operator without backward has constant results, unless it refuses_gradients; an operator that
     writes into an argument always does. autocast declares what torch.autocast casts.
     """
 
@@ -73,6 +74,8 @@ class TorchOp:
     check_values: Callable[[Any], None] = lambda record: None
     triton: str | None = None
     backward: Callable[..., Any] | None = None
+    saves: tuple[str, ...] = ()
+    constant: tuple[str, ...] = ()
     setup_context: Callable[..., Any] | None = None
     refuses_gradients: bool = False
     autocast: Autocast | None = None

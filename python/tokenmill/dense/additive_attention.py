@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._call.attach import register
 from .._call.autocast import Autocast
-from .._call.autograd import Gradients, keep, kept
+from .._call.autograd import Gradients, kept
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import check, check_device_of, check_dtype_of, check_tensor
@@ -159,10 +159,6 @@ def _fake_backward(a: Any) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in (a.q, a.k, a.v_weight))
 
 
-def _setup_context(ctx: Any, a: dict[str, Any], output: Tensor) -> None:
-    keep(ctx, a)
-
-
 def _backward(ops: Any, ctx: Any, dscores: Tensor | None) -> Gradients:
     if dscores is None:
         return {}
@@ -183,7 +179,6 @@ FORWARD = register(
         fake=_fake,
         triton="dense.additive_attention:additive_attention",
         backward=_backward,
-        setup_context=_setup_context,
     )
 )
 BACKWARD = register(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._call.attach import register
-from .._call.autograd import Gradients, keep, kept
+from .._call.autograd import Gradients, kept
 from .._call.operator import TorchOp
 from .._call.run import call
 from ..reference.dense import merge_attention_states as reference
@@ -73,10 +73,6 @@ def _fake_backward(a: Any) -> tuple[Tensor, Tensor]:
     return a.outs.new_empty(a.outs.shape), a.outs.new_empty(lses_shape, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Tensor, Tensor]) -> None:
-    keep(ctx, a)
-
-
 def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
     a, _ = kept(ctx)
     if dout is None:
@@ -95,7 +91,6 @@ FORWARD = register(
         fake=_fake,
         triton="dense.merge_attention_states:merge_attention_states",
         backward=_backward,
-        setup_context=_setup_context,
     )
 )
 BACKWARD = register(

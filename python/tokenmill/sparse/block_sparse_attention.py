@@ -13,7 +13,7 @@ from typing_extensions import Required, Unpack
 
 from .._call.attach import register
 from .._call.autocast import Autocast
-from .._call.autograd import Gradients, keep, kept, needed_gradients
+from .._call.autograd import Gradients, kept, needed_gradients
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
@@ -305,12 +305,6 @@ def _check_values(a: Any) -> None:
     check_block_table_values(OP, a.block_table, a.k, a.seqlens_k)
 
 
-def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Tensor, ...]) -> None:
-    out, lse, mass = output
-    ctx.mark_non_differentiable(mass)
-    keep(ctx, a, out, lse)
-
-
 def _backward(
     ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None
 ) -> Gradients:
@@ -394,7 +388,8 @@ FORWARD = register(
         fake=_fake,
         triton=f"sparse.{OP}:{OP}",
         backward=_backward,
-        setup_context=_setup_context,
+        saves=("out", "lse"),
+        constant=("mass",),
     )
 )
 OUT = register(TorchOp(OP + "_out", fake=_fake_out))

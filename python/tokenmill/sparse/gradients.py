@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._call.attach import register
 from .._call.autocast import Autocast
-from .._call.autograd import Gradients, keep, kept
+from .._call.autograd import Gradients, kept
 from .._call.operator import TorchOp
 
 
@@ -30,7 +30,7 @@ def register_pair(op: str, autocast: Autocast) -> tuple[TorchOp, TorchOp]:
             fake=_fake,
             triton=f"sparse.{op}:{op}",
             backward=backward,
-            setup_context=_setup_context,
+            saves=("out", "lse"),
         )
     )
     gradients = register(
@@ -54,10 +54,6 @@ def _fake(a: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_gradients(a: Any) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in (a.q, a.k, a.v))
-
-
-def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Tensor, Tensor]) -> None:
-    keep(ctx, a, *output)
 
 
 def cotangents(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._call.attach import register
-from .._call.autograd import Gradients, keep, kept
+from .._call.autograd import Gradients, kept
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import as_int, check
@@ -101,12 +101,6 @@ def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Any, ...]) -> None:
-    _, labels, mass, previous = output
-    ctx.mark_non_differentiable(labels, mass, previous)
-    keep(ctx, a, mass, previous)
-
-
 def _backward(
     ops: Any,
     ctx: Any,
@@ -139,7 +133,8 @@ FORWARD = register(
         fake=_fake,
         triton="tokens.cluster_tokens:cluster_tokens",
         backward=_backward,
-        setup_context=_setup_context,
+        saves=("mass", "previous"),
+        constant=("labels", "mass", "previous"),
     )
 )
 BACKWARD = register(

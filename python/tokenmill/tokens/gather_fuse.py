@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._call.attach import register
-from .._call.autograd import Gradients, keep, kept
+from .._call.autograd import Gradients, kept
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import check_tensor
@@ -109,12 +109,6 @@ def _fake_backward(a: Any) -> tuple[Tensor, Tensor]:
     return a.x.new_empty(a.x.shape), a.x.new_empty(a.weight.shape, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Any, ...]) -> None:
-    _, weight_sum = output
-    ctx.mark_non_differentiable(weight_sum)
-    keep(ctx, a, *output)
-
-
 def _backward(ops: Any, ctx: Any, dout: Tensor | None, dweight_sum: None) -> Gradients:
     if dout is None:
         return {}
@@ -130,7 +124,8 @@ FORWARD = register(
         check_values=_check_values,
         triton="tokens.gather_fuse:gather_fuse",
         backward=_backward,
-        setup_context=_setup_context,
+        saves=("out", "weight_sum"),
+        constant=("weight_sum",),
     )
 )
 OUT = register(

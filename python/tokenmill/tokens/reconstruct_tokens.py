@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._call.attach import register
 from .._call.autocast import Autocast
-from .._call.autograd import Gradients, keep, kept
+from .._call.autograd import Gradients, kept
 from .._call.operator import TorchOp
 from .._call.run import call
 from ..reference.tokens import reconstruct_tokens as reference
@@ -98,12 +98,6 @@ def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Any, ...]) -> None:
-    _, index, weight = output
-    ctx.mark_non_differentiable(index, weight)
-    keep(ctx, a, index, weight)
-
-
 def _backward(
     ops: Any, ctx: Any, dout: Tensor | None, dindex: None, dweight: Tensor | None
 ) -> Gradients:
@@ -129,7 +123,8 @@ FORWARD = register(
         fake=_fake,
         triton="tokens.reconstruct_tokens:reconstruct_tokens",
         backward=_backward,
-        setup_context=_setup_context,
+        saves=("index", "weight"),
+        constant=("index", "weight"),
     )
 )
 BACKWARD = register(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._call.attach import register
-from .._call.autograd import Gradients, keep, kept, needed_gradients
+from .._call.autograd import Gradients, kept, needed_gradients
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import check, check_bool
@@ -130,10 +130,6 @@ def _fake_backward(a: Any) -> tuple[Tensor, Tensor]:
     return a.x.new_empty(a.x.shape), a.x.new_empty(shape, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Any, ...]) -> None:
-    keep(ctx, a, *output)
-
-
 def _backward(
     ops: Any, ctx: Any, dy: Tensor | None, dweight_sum: Tensor | None, darg: None
 ) -> Gradients:
@@ -155,7 +151,7 @@ FORWARD = register(
         check_values=_check_values,
         triton="tokens.segment_reduce:segment_reduce",
         backward=_backward,
-        setup_context=_setup_context,
+        saves=("y", "weight_sum", "arg"),
     )
 )
 BACKWARD = register(
