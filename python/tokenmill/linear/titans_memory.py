@@ -12,7 +12,7 @@ from typing_extensions import Required, Unpack
 
 from .._call.attach import register
 from .._call.autocast import Autocast
-from .._call.autograd import Gradients, keep, kept, needed_gradients
+from .._call.autograd import Gradients, kept, needed_gradients
 from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
@@ -226,10 +226,6 @@ def _fake_backward(a: Any) -> tuple[Tensor, ...]:
     return (*(t.new_empty(t.shape) for t in inputs), *states)
 
 
-def _setup_context(ctx: Any, a: dict[str, Any], output: tuple[Tensor, ...]) -> None:
-    keep(ctx, a)
-
-
 def _backward(
     ops: Any, ctx: Any, dout: Tensor | None, dmemory: Tensor | None, dmomentum: Tensor | None
 ) -> Gradients:
@@ -272,7 +268,6 @@ FORWARD = register(
         fake=_fake,
         triton="linear.titans_memory:titans_memory",
         backward=_backward,
-        setup_context=_setup_context,
     )
 )
 BACKWARD = register(
