@@ -73,14 +73,22 @@ def check_tensor(op: str, argument: str, value: Any, *, optional: bool = False) 
         fail(op, argument, "must be a tensor with strides; layout", value.layout)
 
 
-def as_int(op: str, argument: str, value: Any, rule: str = "must be an integer") -> int:
+def as_int(
+    op: str,
+    argument: str,
+    value: Any,
+    rule: str = "must be an integer",
+    *,
+    minimum: int | None = None,
+    maximum: int | None = None,
+) -> int:
     """An int from an int, a NumPy integer or any other index-like object; bools and tensors are
-    refused. A SymInt is kept.
+    refused. A SymInt is kept. maximum requires a minimum.
     """
     if type(value) is int:
         found = value
     elif isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]
+        found = value  # type: ignore[assignment]
     elif isinstance(value, bool | torch.Tensor):
         fail(op, argument, rule, value)
     else:
@@ -88,9 +96,19 @@ def as_int(op: str, argument: str, value: Any, rule: str = "must be an integer")
             found = operator.index(value)
         except TypeError:
             fail(op, argument, rule, value)
-    if not -(2**63) <= found < 2**63:
+    if type(found) is int and not -(2**63) <= found < 2**63:
         fail(op, argument, "must fit 64 bits", found)
+    if minimum is not None and (found < minimum or (maximum is not None and found > maximum)):
+        fail(op, argument, _range_rule(minimum, maximum), found)
     return found
+
+
+def _range_rule(minimum: int, maximum: int | None) -> str:
+    if maximum is None:
+        return f"must be at least {minimum}" if minimum else "must not be negative"
+    bits = maximum.bit_length()
+    power = bits >= 15 and maximum == 2**bits - 1
+    return f"must be {minimum} to " + (f"2^{bits} - 1" if power else str(maximum))
 
 
 def as_number(op: str, argument: str, value: Any, rule: str = "must be a number") -> float:
@@ -128,6 +146,14 @@ def check_bool(op: str, argument: str, value: Any) -> None:
 def check_text(op: str, argument: str, value: Any) -> None:
     if not isinstance(value, str):
         fail(op, argument, "must be a string", value)
+
+
+def check_choice(op: str, argument: str, value: Any, *choices: str) -> None:
+    check_text(op, argument, value)
+    if value not in choices:
+        *others, last = map(repr, choices)
+        rule = f"must be {', '.join(others)} or {last}" if others else f"must be {last}"
+        fail(op, argument, rule, value)
 
 
 def check_last_contiguous(op: str, argument: str, t: torch.Tensor) -> None:

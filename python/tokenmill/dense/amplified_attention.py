@@ -112,8 +112,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, gains: Tensor, rows: int, causal: bo
     for name, t in (("q", q), ("k", k), ("v", v), ("gains", gains)):
         check_tensor(OP, name, t)
     check_qkv(OP, q, k, v, 4, True)
-    rows = as_int(OP, "rows", rows)
-    check(rows >= 1, OP, "rows", "must be at least 1", rows)
+    rows = as_int(OP, "rows", rows, minimum=1)
     check_bool(OP, "causal", causal)
     batch, heads, keys = q.shape[0], q.shape[2], k.shape[1]
     shape = tuple(gains.shape)

@@ -12,12 +12,12 @@ from .._call.autocast import Autocast
 from .._check import (
     as_number,
     check,
+    check_choice,
     check_device_of,
     check_dtype,
     check_dtype_of,
     check_float32,
     check_tensor,
-    check_text,
 )
 
 OP = "pattention"
@@ -113,9 +113,7 @@ def pattention(
 
 
 def check_activation(op: str, activation: str) -> None:
-    check_text(op, "activation", activation)
-    rule = "must be 'l2_norm_gelu', 'gelu_l2_norm' or 'softmax'"
-    check(activation in ACTIVATIONS, op, "activation", rule, activation)
+    check_choice(op, "activation", activation, *ACTIVATIONS)
 
 
 def default_norm_scale(activation: str, count: int) -> float:

@@ -11,10 +11,10 @@ from .._call.autocast import Autocast
 from .._check import (
     check,
     check_bool,
+    check_choice,
     check_device_of_q,
     check_qkv,
     check_tensor,
-    check_text,
     fail,
     is_any,
     reads_values,
@@ -142,9 +142,7 @@ def _check(
         check_tensor(OP, name, t)
     check_qkv(OP, q, k, v, 4, True)
     check_bool(OP, "causal", causal)
-    check_text(OP, "renormalize", renormalize)
-    ok = renormalize in ("others", "all", "none")
-    check(ok, OP, "renormalize", "must be 'others', 'all' or 'none'", renormalize)
+    check_choice(OP, "renormalize", renormalize, "others", "all", "none")
     batch, heads, keys = q.shape[0], q.shape[2], k.shape[1]
     ok = groups.dtype in (torch.int32, torch.int64)
     check(ok, OP, "groups", "must be int32 or int64", groups.dtype)

@@ -17,6 +17,7 @@ from .._check import (
     as_number,
     check,
     check_bool,
+    check_choice,
     check_cu_seqlens,
     check_cu_seqlens_values,
     check_qkv,
@@ -254,9 +255,7 @@ def _check_options(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
 
 
 def _choose(op: str, q: Tensor, k: Tensor, v: Tensor, call: Call, schedule: str) -> str:
-    check_text(op, "schedule", schedule)
-    rule = "must be 'auto', 'ring', 'allgather' or 'ulysses'"
-    check(schedule in (*SCHEDULES, "auto"), op, "schedule", rule, schedule)
+    check_choice(op, "schedule", schedule, "auto", *SCHEDULES)
     against = {name: _reason(name, q, k, call) for name in SCHEDULES}
     if schedule != "auto":
         why = against[schedule]

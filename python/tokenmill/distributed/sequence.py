@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._check import as_int, check, check_tensor, check_text, fail
+from .._check import as_int, check, check_choice, check_tensor, fail
 from ._group import Group
 
 Order = Literal["contiguous", "zigzag"]
@@ -58,8 +58,7 @@ def as_sizes(op: str, sizes: Any) -> list[int]:
 
 
 def layout(op: str, length: int, ranks: int, order: str, sizes: Sequence[int] | None) -> Layout:
-    check_text(op, "order", order)
-    check(order in ("contiguous", "zigzag"), op, "order", "must be 'contiguous' or 'zigzag'", order)
+    check_choice(op, "order", order, "contiguous", "zigzag")
     if sizes is not None:
         check(order == "contiguous", op, "sizes", "must be None in zigzag order", sizes)
         counts = as_sizes(op, sizes)

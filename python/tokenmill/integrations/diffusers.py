@@ -179,8 +179,7 @@ def patch(
     check(isinstance(cell, tuple | list) and len(cell) == 2, NAME, "cell", rule, cell)
     sizes = tuple(as_int(NAME, "cell", n, rule) for n in cell)
     check(min(sizes) >= 1, NAME, "cell", rule, cell)
-    max_downsample = as_int(NAME, "max_downsample", max_downsample)
-    check(max_downsample >= 1, NAME, "max_downsample", "must be at least 1", max_downsample)
+    max_downsample = as_int(NAME, "max_downsample", max_downsample, minimum=1)
     check(KEEP not in vars(model), NAME, "model", "must not be patched yet", type(model).__name__)
     blocks = [m for m in model.modules() if type(m) is BasicTransformerBlock]
     attentions: list[Any] = [b.attn1 for b in blocks if not b.only_cross_attention]

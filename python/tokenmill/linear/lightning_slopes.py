@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._check import as_int, check, check_text, fail
+from .._check import as_int, check, check_choice, fail
 
 OP = "lightning_slopes"
 MAX_HEADS = 65536
@@ -54,8 +54,7 @@ def lightning_slopes(
         >>> tm.lightning_slopes(4, layer=0, num_layers=2, convention="paper")
         tensor([0., 2., 4., 6.])
     """
-    num_heads = as_int(OP, "num_heads", num_heads)
-    check(1 <= num_heads <= MAX_HEADS, OP, "num_heads", f"must be 1 to {MAX_HEADS}", num_heads)
+    num_heads = as_int(OP, "num_heads", num_heads, minimum=1, maximum=MAX_HEADS)
     factor = _layer_factor(layer, num_layers, convention)
     if convention == "paper":
         slopes = [8.0 * h / num_heads for h in range(num_heads)]
@@ -73,9 +72,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def _layer_factor(layer: int | None, num_layers: int | None, convention: str) -> float:
-    check_text(OP, "convention", convention)
-    if convention not in ("minimax", "paper"):
-        fail(OP, "convention", "must be 'minimax' or 'paper'", convention)
+    check_choice(OP, "convention", convention, "minimax", "paper")
     if layer is None and num_layers is None:
         return 1.0
     rule = "must be an integer, as its counterpart is given"

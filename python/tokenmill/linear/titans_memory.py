@@ -17,11 +17,10 @@ from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
     MAX_HEAD_DIM,
-    as_int,
     check,
+    check_choice,
     check_cu_seqlens_values,
     check_tensor,
-    check_text,
 )
 from .._lowering import take_options, widen_fields
 from .._other_names import answered_by
@@ -174,8 +173,7 @@ def lower(
     **given: Any,
 ) -> tuple[Any, ...]:
     a = FORWARD.fields(q=q, k=k, v=v, **given)
-    check_text(OP, "loss", loss)
-    check(loss == "mse", OP, "loss", "must be 'mse'", loss)
+    check_choice(OP, "loss", loss, "mse")
     if initial_state is not None:
         pair = isinstance(initial_state, Sequence) and len(initial_state) == 2
         pair = pair and all(isinstance(t, Tensor) for t in initial_state)
@@ -190,12 +188,6 @@ def lower(
         a[name] = _last_together(a[name])
     widen_fields(a, q, "alpha", "eta", "theta")
     return tuple(a.values())
-
-
-def check_chunk_size(op: str, chunk_size: int) -> int:
-    chunk_size = as_int(op, "chunk_size", chunk_size)
-    check(chunk_size > 0, op, "chunk_size", "must be at least 1", chunk_size)
-    return chunk_size
 
 
 def _last_together(t: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from .._call.autocast import Autocast
 from .._call.rules import check_written
 from .._check import (
+    as_int,
     check,
     check_device_of_q,
     check_dtype,
@@ -20,7 +21,6 @@ from .._check import (
     show,
 )
 from ._state import check_slot_values
-from .titans_memory import check_chunk_size
 
 OP = "titans_memory_decode"
 AUTOCAST = Autocast(lower=("q", "k", "v"))
@@ -96,7 +96,7 @@ def titans_memory_decode(
         check_tensor(OP, name, t)
     _check_queries(q, k, v)
     _check_gates(gates, q)
-    chunk_size = check_chunk_size(OP, chunk_size)
+    chunk_size = as_int(OP, "chunk_size", chunk_size, minimum=1)
     _check_states(states, filled, q, v)
     batch, slots, wide = q.shape[0], memory.shape[0], memory.dtype
     check_tensor(OP, "state_indices", state_indices, optional=True)

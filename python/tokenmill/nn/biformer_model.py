@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from .._check import as_int, check, check_bool, fail
 from .biformer import AttentionLePE, BiFormerAttention, Padding
-from .rules import DropPath, begin, check_chance, check_input, check_mlp_ratio, drop_chances
+from .rules import DropPath, begin, check_chance, check_input, check_mlp_ratio, drop_chances, four
 
 NAME = "nn.BiFormer"
-STAGES = 4
 NARROW, WIDE = (64, 128, 256, 512), (96, 192, 384, 768)
 Layout = Literal["biformer", "swin"]
 
@@ -104,25 +103,20 @@ class BiFormer(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        depths = [as_int(NAME, "depths", n) for n in _four("depths", depths)]
-        for n in depths:
-            check(1 <= n <= 100, NAME, "depths", "must be 1 to 100", n)
+        depths = four(NAME, "depths", depths)
+        depths = [as_int(NAME, "depths", n, minimum=1, maximum=100) for n in depths]
         regions = as_int(NAME, "regions", regions)
         rule = "must be 1 to 64, whose fourth power is the number of products of regions"
         check(1 <= regions <= 64, NAME, "regions", rule, regions)
-        head_dim = as_int(NAME, "head_dim", head_dim)
-        check(head_dim >= 1, NAME, "head_dim", "must be at least 1", head_dim)
-        channels = [as_int(NAME, "channels", n) for n in _four("channels", channels)]
-        for dim in channels:
-            check(1 <= dim < 2**24, NAME, "channels", "must be 1 to 2^24 - 1", dim)
+        head_dim = as_int(NAME, "head_dim", head_dim, minimum=1)
+        channels = four(NAME, "channels", channels)
+        channels = [as_int(NAME, "channels", n, minimum=1, maximum=2**24 - 1) for n in channels]
         if channels[0] < 2:
             fail(NAME, "channels", "must begin with 2 or more", channels)
         mlp_ratio = check_mlp_ratio(NAME, mlp_ratio, *channels)
         drop_path = check_chance(NAME, "drop_path", drop_path)
-        in_channels = as_int(NAME, "in_channels", in_channels)
-        check(1 <= in_channels < 2**31, NAME, "in_channels", "must be 1 to 2^31 - 1", in_channels)
-        num_classes = as_int(NAME, "num_classes", num_classes)
-        check(0 <= num_classes < 2**31, NAME, "num_classes", "must be 0 to 2^31 - 1", num_classes)
+        in_channels = as_int(NAME, "in_channels", in_channels, minimum=1, maximum=2**31 - 1)
+        num_classes = as_int(NAME, "num_classes", num_classes, minimum=0, maximum=2**31 - 1)
         known = isinstance(layout, str) and layout in ("biformer", "swin")
         check(known, NAME, "layout", "must be 'biformer' or 'swin'", layout)
         check_bool(NAME, "channels_first", channels_first)
@@ -133,7 +127,7 @@ class BiFormer(nn.Module):
         stage: type[nn.Module] = _Stage if layout == "swin" else nn.Sequential
         chances = iter(drop_chances(drop_path, sum(depths)))
         self.stages = nn.ModuleList()
-        for depth, dim, k in zip(depths, channels, _four("topk", topk), strict=True):
+        for depth, dim, k in zip(depths, channels, four(NAME, "topk", topk), strict=True):
             if k is not None and dim % head_dim:
                 rule = f"must divide the channels of a routed stage, {dim}"
                 fail(NAME, "head_dim", rule, head_dim)
@@ -281,9 +275,3 @@ def _patches(pixels: int, before: int | None, dim: int) -> nn.Sequential:
     if before is None:
         return nn.Sequential(nn.Conv2d(pixels, dim, 4, 4), nn.BatchNorm2d(dim))
     return nn.Sequential(nn.BatchNorm2d(before), nn.Conv2d(before, dim, 2, 2))
-
-
-def _four(argument: str, values: Any) -> list[Any]:
-    four = isinstance(values, tuple | list) and len(values) == STAGES
-    check(four, NAME, argument, "must be four, one for each stage", values)
-    return list(values)

@@ -189,8 +189,7 @@ class ClsTokenPruning(nn.Module):
 
     def __init__(self, keep: int, *, backend: str | None = None) -> None:
         super().__init__()
-        keep = as_int(PRUNING, "keep", keep)
-        check(keep >= 0, PRUNING, "keep", "must not be negative", keep)
+        keep = as_int(PRUNING, "keep", keep, minimum=0)
         self.keep, self.backend = keep, backend
 
     def scores(self, q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:

@@ -84,8 +84,7 @@ class DToPExit(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        keep = as_int(NAME, "keep", keep)
-        check(keep >= 0, NAME, "keep", "must not be negative", keep)
+        keep = as_int(NAME, "keep", keep, minimum=0)
         if max_total is not None:
             max_total = as_int(NAME, "max_total", max_total)
         self.threshold = as_number(NAME, "threshold", threshold)

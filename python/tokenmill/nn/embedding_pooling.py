@@ -99,8 +99,7 @@ class EmbeddingPooling(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        dim = as_int(NAME, "dim", dim)
-        check(1 <= dim < 2**28, NAME, "dim", "must be 1 to 2^28 - 1", dim)
+        dim = as_int(NAME, "dim", dim, minimum=1, maximum=2**28 - 1)
         known = isinstance(method, str) and method in ("last", "mean", "attention")
         check(known, NAME, "method", "must be 'last', 'mean' or 'attention'", method)
         check_bool(NAME, "normalize", normalize)

@@ -16,7 +16,6 @@ from .rules import (
     VisionBlock,
     begin,
     check_chance,
-    check_depth,
     check_heads,
     check_input,
     check_layers,
@@ -99,7 +98,7 @@ class EViTEncoder(nn.Module):
     ) -> None:
         super().__init__()
         dim, num_heads = check_heads(NAME, dim, num_heads)
-        depth = check_depth(NAME, depth)
+        depth = as_int(NAME, "depth", depth, minimum=1, maximum=1000)
         layers = check_layers(NAME, layers, depth)
         check_bool(NAME, "qkv_bias", qkv_bias)
         mlp_ratio = check_mlp_ratio(NAME, mlp_ratio, dim)
@@ -200,11 +199,8 @@ def keep_rate_schedule(
         >>> [round(nn.keep_rate_schedule(50 * epoch, 50), 3) for epoch in (0, 10, 35, 60, 110, 299)]
         [1.0, 1.0, 0.956, 0.85, 0.7, 0.7]
     """
-    step = as_int(SCHEDULE, "step", step)
-    check(step >= 0, SCHEDULE, "step", "must not be negative", step)
-    steps_per_epoch = as_int(SCHEDULE, "steps_per_epoch", steps_per_epoch)
-    rule = "must be at least 1"
-    check(steps_per_epoch >= 1, SCHEDULE, "steps_per_epoch", rule, steps_per_epoch)
+    step = as_int(SCHEDULE, "step", step, minimum=0)
+    steps_per_epoch = as_int(SCHEDULE, "steps_per_epoch", steps_per_epoch, minimum=1)
     base_rate = as_number(SCHEDULE, "base_rate", base_rate)
     rule = "must be above 0 and at most 1"
     check(0 < base_rate <= 1, SCHEDULE, "base_rate", rule, base_rate)

@@ -102,8 +102,7 @@ class ExpeditedBlocks(nn.Module):
         check(0 <= start < len(modules), NAME, "start", f"must be 0 to {len(modules) - 1}", start)
         check(start < end <= len(modules), NAME, "end", f"must be {start + 1} to {len(modules)}",
               end)  # fmt: skip
-        prefix = as_int(NAME, "prefix", prefix)
-        check(0 <= prefix < 2**31, NAME, "prefix", "must be 0 to 2^31 - 1", prefix)
+        prefix = as_int(NAME, "prefix", prefix, minimum=0, maximum=2**31 - 1)
         if partition is not None:
             partition = as_int(NAME, "partition", partition, "must be an integer or None")
             rule = f"must be 1 to {MAX_SIDE}"

@@ -130,8 +130,7 @@ class MiniMaxLightningAttention(Slopes):
 
     def new_state(self, slots: int) -> MiniMaxLightningState:
         """An empty state for a number of sequences."""
-        slots = as_int(NAME, "slots", slots)
-        check(slots >= 0, NAME, "slots", "must not be negative", slots)
+        slots = as_int(NAME, "slots", slots, minimum=0)
         shape = (slots, self.num_heads, self.head_dim, self.head_dim)
         return MiniMaxLightningState(torch.zeros(shape, device=self.slopes.device))
 

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from .._check import as_int, as_number, check, fail
 from .pooling import PoolFormerMixing
-from .rules import DropPath, begin, check_chance, check_input, check_mlp_ratio, drop_chances
+from .rules import DropPath, begin, check_chance, check_input, check_mlp_ratio, drop_chances, four
 
 NAME = "nn.PoolFormer"
-STAGES = 4
 NARROW, WIDE = (64, 128, 320, 512), (96, 192, 384, 768)
 
 
@@ -87,14 +86,15 @@ class PoolFormer(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        depths, channels = _four("depths", depths, 100), _four("channels", channels, 2**24 - 1)
+        depths = four(NAME, "depths", depths)
+        depths = [as_int(NAME, "depths", n, minimum=1, maximum=100) for n in depths]
+        channels = four(NAME, "channels", channels)
+        channels = [as_int(NAME, "channels", n, minimum=1, maximum=2**24 - 1) for n in channels]
         mlp_ratio = check_mlp_ratio(NAME, mlp_ratio, *channels)
         if layer_scale is not None:
             layer_scale = as_number(NAME, "layer_scale", layer_scale)
-        in_channels = as_int(NAME, "in_channels", in_channels)
-        check(1 <= in_channels < 2**31, NAME, "in_channels", "must be 1 to 2^31 - 1", in_channels)
-        num_classes = as_int(NAME, "num_classes", num_classes)
-        check(0 <= num_classes < 2**31, NAME, "num_classes", "must be 0 to 2^31 - 1", num_classes)
+        in_channels = as_int(NAME, "in_channels", in_channels, minimum=1, maximum=2**31 - 1)
+        num_classes = as_int(NAME, "num_classes", num_classes, minimum=0, maximum=2**31 - 1)
         chances = iter(drop_chances(check_chance(NAME, "drop_path", drop_path), sum(depths)))
         self.in_channels = in_channels
         self.patch_embed = _convolution(in_channels, channels[0], 7, 4, 2)
@@ -247,13 +247,3 @@ def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
 def _convolution(before: int, dim: int, side: int, stride: int, padding: int) -> nn.Sequential:
     conv = nn.Conv2d(before, dim, side, stride=stride, padding=padding)
     return nn.Sequential(OrderedDict({"proj": conv}))
-
-
-def _four(argument: str, values: Any, maximum: int) -> list[int]:
-    four = isinstance(values, tuple | list) and len(values) == STAGES
-    check(four, NAME, argument, "must be four, one for each stage", values)
-    numbers = [as_int(NAME, argument, n) for n in values]
-    limit = str(maximum) if maximum < 1000 else "2^24 - 1"
-    for n in numbers:
-        check(1 <= n <= maximum, NAME, argument, f"must be 1 to {limit}", n)
-    return numbers

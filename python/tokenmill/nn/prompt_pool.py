@@ -12,9 +12,9 @@ from .._check import (
     as_int,
     as_number,
     check,
+    check_choice,
     check_device_of,
     check_tensor,
-    check_text,
     fail,
 )
 
@@ -83,9 +83,7 @@ class PromptTokenPool(nn.Module):
             check(value >= 1, OP, name, "must be at least 1", value)
         self.share = as_number(OP, "share", share)
         check(0 <= self.share <= 1, OP, "share", "must be 0 to 1", share)
-        check_text(OP, "match", match)
-        known = match in ("hungarian", "nearest")
-        check(known, OP, "match", "must be 'hungarian' or 'nearest'", match)
+        check_choice(OP, "match", match, "hungarian", "nearest")
         self.match = match
         self.prompts = nn.Parameter(torch.randn(num_prompts, dim))
 

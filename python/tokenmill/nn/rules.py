@@ -46,10 +46,11 @@ def check_kept(name: str, k: Tensor, v: Tensor, heads: list[int], x: Tensor) -> 
         check_part(name, part, t, [x.shape[0], rows, *heads], x)
 
 
-def check_depth(name: str, depth: int) -> int:
-    depth = as_int(name, "depth", depth)
-    check(1 <= depth <= 1000, name, "depth", "must be 1 to 1000", depth)
-    return depth
+def four(name: str, argument: str, values: Any) -> list[Any]:
+    """One value for each of the four stages of a vision model."""
+    held = isinstance(values, tuple | list) and len(values) == 4
+    check(held, name, argument, "must be four, one for each stage", values)
+    return list(values)
 
 
 def check_layers(name: str, layers: Sequence[int], depth: int) -> tuple[int, ...]:

@@ -61,8 +61,7 @@ class SelectorSummary(nn.Module):
         super().__init__()
         sizes = {"num_tasks": num_tasks, "num_selectors": num_selectors, "dim": dim}
         for name, size in sizes.items():
-            sizes[name] = as_int(NAME, name, size)
-            check(1 <= sizes[name] < 2**31, NAME, name, "must be 1 to 2^31 - 1", size)
+            sizes[name] = as_int(NAME, name, size, minimum=1, maximum=2**31 - 1)
         check_bool(NAME, "detach", detach)
         self.selectors = nn.Parameter(torch.randn(*sizes.values()))
         self.detach = detach

@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._check import as_number, check
+from .._check import as_int, as_number, check
 from ..tokens.gather_tokens import gather_tokens
 from ..tokens.topk_partition import topk_partition
 from .rules import (
     VisionBlock,
     begin,
     check_chance,
-    check_depth,
     check_heads,
     check_input,
     check_layers,
@@ -109,7 +108,7 @@ class SparsifinerEncoder(nn.Module):
     ) -> None:
         super().__init__()
         dim, num_heads = check_heads(NAME, dim, num_heads)
-        depth = check_depth(NAME, depth)
+        depth = as_int(NAME, "depth", depth, minimum=1, maximum=1000)
         layers = check_layers(NAME, layers, depth)
         rate = as_number(NAME, "token_keep_rate", token_keep_rate)
         check(0 < rate <= 1, NAME, "token_keep_rate", "must be above 0 and at most 1", rate)

@@ -170,8 +170,7 @@ class WindowAttention(nn.Module):
     ) -> None:
         super().__init__()
         dim, num_heads = check_heads(WINDOW, dim, num_heads)
-        window = as_int(WINDOW, "window", window)
-        check(0 <= window < 2**31, WINDOW, "window", "must be 0 to 2^31 - 1", window)
+        window = as_int(WINDOW, "window", window, minimum=0, maximum=2**31 - 1)
         if rotary_base is not None:
             rotary_base = as_number(WINDOW, "rotary_base", rotary_base)
             check(rotary_base > 0, WINDOW, "rotary_base", "must be above 0", rotary_base)
@@ -285,8 +284,8 @@ class TaylorWindowBlock(nn.Module):
     ) -> None:
         super().__init__()
         dim, num_heads = check_heads(BLOCK, dim, num_heads)
-        mlp_dim = 2 * dim if mlp_dim is None else as_int(BLOCK, "mlp_dim", mlp_dim)
-        check(1 <= mlp_dim < 2**30, BLOCK, "mlp_dim", "must be 1 to 2^30 - 1", mlp_dim)
+        mlp_dim = 2 * dim if mlp_dim is None else mlp_dim
+        mlp_dim = as_int(BLOCK, "mlp_dim", mlp_dim, minimum=1, maximum=2**30 - 1)
         eps = as_number(BLOCK, "eps", eps)
         taylor = TaylorAttention(dim, num_heads, feature_dim, backend=backend)
         near = WindowAttention(dim, num_heads, window, rotary_base=rotary_base, backend=backend)

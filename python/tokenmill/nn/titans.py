@@ -18,7 +18,7 @@ from .._check import (
     check_bool,
     check_float32,
 )
-from ..linear.titans_memory import check_chunk_size, titans_memory
+from ..linear.titans_memory import titans_memory
 from ..reference.linear.titans_memory import weights_of
 from .rules import check_part, check_tokens, check_wide_heads
 
@@ -131,9 +131,8 @@ class TitansMemory(nn.Module):
         dim, num_heads, head_dim = check_wide_heads(NAME, dim, num_heads, head_dim, maximum=2**16)
         small = {"depth": depth, "expansion": expansion, "conv_size": conv_size}
         for name, size in small.items():
-            small[name] = as_int(NAME, name, size)
-            check(1 <= small[name] <= 64, NAME, name, "must be 1 to 64", small[name])
-        chunk_size = check_chunk_size(NAME, chunk_size)
+            small[name] = as_int(NAME, name, size, minimum=1, maximum=64)
+        chunk_size = as_int(NAME, "chunk_size", chunk_size, minimum=1)
         max_step = 2 / head_dim if max_step is None else as_number(NAME, "max_step", max_step)
         check_float32(NAME, "max_step", max_step)
         inner = num_heads * head_dim

@@ -13,7 +13,7 @@ from .._check import (
     as_number,
     check,
     check_bool,
-    check_text,
+    check_choice,
 )
 from ..dense.attention import attention
 from .rules import check_kept, check_tokens, check_wide_heads
@@ -60,8 +60,7 @@ class _Layer(nn.Module):
         dim, num_heads, head_dim = check_wide_heads(
             self.name, dim, num_heads, head_dim, maximum=256
         )
-        persistent = as_int(self.name, "persistent", persistent)
-        check(0 <= persistent < 2**20, self.name, "persistent", "must be 0 to 2^20 - 1", persistent)
+        persistent = as_int(self.name, "persistent", persistent, minimum=0, maximum=2**20 - 1)
         if memory is None:
             memory = TitansMemory(dim, num_heads, head_dim, backend=backend)
         held = isinstance(memory, TitansMemory)
@@ -193,11 +192,8 @@ class TitansMAC(_Layer):
         backend: str | None = None,
     ) -> None:
         super().__init__(dim, num_heads, head_dim, persistent, memory, True, eps, backend)
-        segment = as_int(self.name, "segment", segment)
-        check(1 <= segment < 2**20, self.name, "segment", "must be 1 to 2^20 - 1", segment)
-        check_text(self.name, "retrieved", retrieved)
-        known = retrieved in ("past", "segment")
-        check(known, self.name, "retrieved", "must be 'past' or 'segment'", retrieved)
+        segment = as_int(self.name, "segment", segment, minimum=1, maximum=2**20 - 1)
+        check_choice(self.name, "retrieved", retrieved, "past", "segment")
         self.segment, self.retrieved = segment, retrieved
 
     def forward(
@@ -283,7 +279,7 @@ class TitansMAG(_Layer):
         backend: str | None = None,
     ) -> None:
         super().__init__(dim, num_heads, head_dim, persistent, memory, True, eps, backend)
-        self.window = _window(self.name, window)
+        self.window = as_int(self.name, "window", window, minimum=1, maximum=2**31 - 1)
 
     def forward(
         self, x: Tensor, state: TitansLayerState | None = None, *, return_state: bool = False
@@ -358,7 +354,7 @@ class TitansMAL(_Layer):
         backend: str | None = None,
     ) -> None:
         super().__init__(dim, num_heads, head_dim, persistent, memory, False, 0.0, backend)
-        self.window = _window(self.name, window)
+        self.window = as_int(self.name, "window", window, minimum=1, maximum=2**31 - 1)
 
     def forward(
         self, x: Tensor, state: TitansLayerState | None = None, *, return_state: bool = False
@@ -378,12 +374,6 @@ class TitansMAL(_Layer):
         if not return_state:
             return out
         return out, TitansLayerState(after, *self._kept(k, v, self.window))
-
-
-def _window(name: str, window: int) -> int:
-    window = as_int(name, "window", window)
-    check(1 <= window < 2**31, name, "window", "must be 1 to 2^31 - 1", window)
-    return window
 
 
 def _joined(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

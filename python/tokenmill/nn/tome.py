@@ -75,8 +75,7 @@ class TokenMerging(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        r = as_int(NAME, "r", r)
-        check(r >= 0, NAME, "r", "must not be negative", r)
+        r = as_int(NAME, "r", r, minimum=0)
         for name, flag in (("class_token", class_token), ("distill_token", distill_token)):
             check_bool(NAME, name, flag)
         if threshold is not None:

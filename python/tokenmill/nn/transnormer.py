@@ -216,8 +216,8 @@ class TransNormerLayer(nn.Module):
             dim, num_heads, layer=layer, num_layers=num_layers, lrpe=lrpe, convention=convention,
             eps=eps, backend=backend,
         )  # fmt: skip
-        hidden = 2 * dim if glu_dim is None else as_int(NAME, "glu_dim", glu_dim)
-        check(1 <= hidden < 2**31, NAME, "glu_dim", "must be 1 to 2^31 - 1", hidden)
+        hidden = 2 * dim if glu_dim is None else glu_dim
+        hidden = as_int(NAME, "glu_dim", hidden, minimum=1, maximum=2**31 - 1)
         self.channel_mixer = SimpleGatedLinearUnit(dim, hidden)
 
     def forward(

@@ -77,10 +77,8 @@ class WordPooling(nn.Module):
         counts = {"num_layers": num_layers, "prefix": prefix, "max_length": max_length,
                   "dim_feedforward": dim_feedforward}  # fmt: skip
         for name, count in counts.items():
-            counts[name] = as_int(NAME, name, count)
             minimum = int(name != "num_layers")
-            rule = f"must be {minimum} to 2^20 - 1"
-            check(minimum <= counts[name] < 2**20, NAME, name, rule, count)
+            counts[name] = as_int(NAME, name, count, minimum=minimum, maximum=2**20 - 1)
         self.num_heads, self.prefix, self.max_length = num_heads, prefix, max_length
         self.backend = backend
         self.prefix_rows = nn.Parameter(torch.randn(prefix, dim) * 0.02)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._check import check, check_tensor, check_text, fail, show
+from .._check import check, check_choice, check_tensor, fail, show
 from ..dense.attention import attention
 from ..select.indexer_topk_select import indexer_topk_select
 from ..sparse.block_sparse_attention import block_sparse_attention
@@ -70,9 +70,7 @@ class Indexer(Keeping):
         super().__post_init__()
         known = self.indexer is None or callable(self.indexer)
         check(known, self._name, "indexer", "must be callable or None", self.indexer)
-        check_text(self._name, "activation", self.activation)
-        known = self.activation in ("relu", "none")
-        check(known, self._name, "activation", "must be 'relu' or 'none'", self.activation)
+        check_choice(self._name, "activation", self.activation, "relu", "none")
         check_tensor(self._name, "index_cache", self.index_cache, optional=True)
         if self.index_cache is not None and self.cache is not None:
             wanted = self.cache.k.shape[:2]

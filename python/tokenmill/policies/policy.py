@@ -16,10 +16,10 @@ from .._check import (
     as_number,
     check,
     check_bool,
+    check_choice,
     check_device_of_q,
     check_dtype,
     check_tensor,
-    check_text,
     fail,
     reads_values,
     show,
@@ -110,8 +110,7 @@ class Policy:
             elif entry.type == "float" or (entry.type == "float | None" and value is not None):
                 value = as_number(self._name, name, value)
             elif entry.type == "Lists":
-                check_text(self._name, name, value)
-                check(value in HEAD_REDUCE, self._name, name, "must be 'query' or 'key'", value)
+                check_choice(self._name, name, value, *HEAD_REDUCE)
             elif entry.type == "bool":
                 check_bool(self._name, name, value)
             setattr(self, name, value)
@@ -151,9 +150,7 @@ class Policy:
         """
         self._check_prompt(q, k)
         check_bool(self._name, "more", more)
-        check_text(self._name, "padding", padding)
-        rule = "must be 'right' or 'left'"
-        check(padding in ("right", "left"), self._name, "padding", rule, padding)
+        check_choice(self._name, "padding", padding, "right", "left")
         count = self._count(q, k, v, lengths)
         if padding == "right" or lengths is None:
             return self._prefill(q, k, v, lengths, more)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .._check import as_int, check, check_tensor, check_text
+from .._check import as_int, check, check_choice, check_tensor
 from ..select.kv_cache_compact import kv_cache_compact
 from .cache import KVCache
 from .evicting import first_and_last
@@ -129,10 +129,8 @@ class RazorAttention(Policy):
 
     def _check_fields(self) -> None:
         super()._check_fields()
-        check_text(self._name, "compensation", self.compensation)
-        known = self.compensation in ("counted", "single", "none")
-        rule = "must be 'counted', 'single' or 'none'"
-        check(known, self._name, "compensation", rule, self.compensation)
+        kinds = ("counted", "single", "none")
+        check_choice(self._name, "compensation", self.compensation, *kinds)
         rule = (
             "must name the key heads that keep every key, in one tuple for all layers or one for "
             "each, and () for none (RazorAttention.profile finds them)"

@@ -13,12 +13,12 @@ from .._call.autocast import Autocast
 from .._call.run import call
 from .._check import (
     check,
+    check_choice,
     check_device_of_q,
     check_dtype,
     check_dtype_of,
     check_last_contiguous,
     check_tensor,
-    check_text,
     fail,
     reads_values,
     show,
@@ -106,8 +106,7 @@ def indexer_kl_loss(
     }  # fmt: skip
     for name, t in given.items():
         check_tensor(OP, name, t)
-    check_text(OP, "activation", activation)
-    check(activation in ("relu", "none"), OP, "activation", "must be 'relu' or 'none'", activation)
+    check_choice(OP, "activation", activation, "relu", "none")
     _check_rows(q, k, weights)
     _check_lists(q, indices, counts, target)
     target = target.detach()

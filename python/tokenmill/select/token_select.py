@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from .._check import as_int, check, check_tensor, check_text
+from .._check import as_int, check, check_choice, check_tensor
 from .kv_block_scores import kv_block_scores
 from .topk_select import topk_select
 
@@ -86,8 +86,7 @@ def token_select(
     check_tensor(OP, "q", q)
     check(q.dim() == 4, OP, "q", "must have 4 dimensions [B, S, H, D]", q.dim())
     k = as_int(OP, "k", k)
-    check_text(OP, "vote", vote)
-    check(vote == "softmax", OP, "vote", "must be 'softmax'", vote)
+    check_choice(OP, "vote", vote, "softmax")
     kernel_size = as_int(OP, "kernel_size", kernel_size)
     odd = 1 <= kernel_size <= MAX_KERNEL and kernel_size % 2 == 1
     check(odd, OP, "kernel_size", f"must be odd and 1 to {MAX_KERNEL}", kernel_size)

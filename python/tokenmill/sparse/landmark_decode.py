@@ -124,8 +124,7 @@ def landmark_decode(
     ):  # fmt: skip
         check_tensor(OP, name, t)
     check_tensor(OP, "block_table", block_table, optional=True)
-    block = as_int(OP, "block", block)
-    check(2 <= block < 2**31, OP, "block", "must be 2 to 2^31 - 1", block)
+    block = as_int(OP, "block", block, minimum=2, maximum=2**31 - 1)
     check_cache(OP, q, k_cache, v_cache, block_table is not None, True)
     for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_dtype_of(OP, name, t, "q", q)
@@ -136,8 +135,7 @@ def landmark_decode(
     check_lengths(OP, q, q.shape[0], seqlens_k, block_table)
     held = capacity(k_cache, block_table)
     if topk is not None:
-        topk = as_int(OP, "topk", topk)
-        check(topk >= 1, OP, "topk", "must be at least 1", topk)
+        topk = as_int(OP, "topk", topk, minimum=1)
     ok = isinstance(share, str) and share in ("none", "queries", "heads")
     check(ok, OP, "share", "must be 'none', 'queries' or 'heads'", share)
     blocks = held // block

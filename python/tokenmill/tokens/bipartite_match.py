@@ -14,8 +14,8 @@ from .._check import (
     as_number,
     check,
     check_bool,
+    check_choice,
     check_tensor,
-    check_text,
     fail,
     reads_values,
     show,
@@ -248,10 +248,7 @@ def _check_call(
     channels = metric.shape[2]
     rule = f"must have 1 to {MAX_CHANNELS} channels"
     check(1 <= channels <= MAX_CHANNELS, OP, "metric", rule, channels)
-    check_text(OP, "partition", partition)
-    known = partition in ("alternate", "grid", "index", "kth", "random")
-    rule = "must be 'alternate', 'grid', 'index', 'kth' or 'random'"
-    check(known, OP, "partition", rule, partition)
+    check_choice(OP, "partition", partition, "alternate", "grid", "index", "kth", "random")
     tokens = metric.shape[1]
     if not 0 <= protect_first <= tokens:
         fail(OP, "protect_first", f"must be 0 to the number of tokens, {tokens}", protect_first)

@@ -73,8 +73,7 @@ def merge_tokens(
     for name, t in (("x", x), ("assign", assign)):
         check_tensor(OP, name, t)
     check_tensor(OP, "weight", weight, optional=True)
-    num_out = as_int(OP, "num_out", num_out)
-    check(0 <= num_out < 2**30, OP, "num_out", "must be 0 to 2^30 - 1", num_out)
+    num_out = as_int(OP, "num_out", num_out, minimum=0, maximum=2**30 - 1)
     check(x.dim() in (2, 3), OP, "x", "must have 3 dimensions [B, N, C] or 2 [N, C]", x.dim())
     if assign.shape != x.shape[:-1]:
         fail(OP, "assign", f"must have shape {list(x.shape[:-1])}", assign.shape)
