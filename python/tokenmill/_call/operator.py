@@ -60,7 +60,8 @@ class TorchOp:
     name.
 
     check_values raises for bad values inside tensors, which costs a synchronisation on a GPU. fake
-    returns the outputs without data. triton is the "module:function" of the Triton
+    returns the outputs without data; without one, they are those of the public operator but the
+    first, which the call writes. triton is the "module:function" of the Triton
     implementation inside tokenmill.triton_kernels. backward is as in
     torch.library.register_autograd, with torch.ops.<namespace> before the context; it returns
     gradients by name. saves names the results that it needs besides the arguments, constant those
@@ -70,7 +71,7 @@ class TorchOp:
     """
 
     name: str
-    fake: Callable[[Any], Any]
+    fake: Callable[[Any], Any] = None  # type: ignore[assignment]
     check_values: Callable[[Any], None] = lambda record: None
     triton: str | None = None
     backward: Callable[..., Any] | None = None
@@ -121,6 +122,8 @@ class TorchOp:
         return _registered[self.public_name] if self.name.endswith("_backward") else None
 
     def __post_init__(self) -> None:
+        if self.fake is None:
+            object.__setattr__(self, "fake", functools.partial(_fake_rest, self.public_name))
         schema = self.overload()._schema.arguments
         results = tuple(r.name for r in self.overload()._schema.returns)
         object.__setattr__(self, "results", results)
@@ -257,6 +260,13 @@ def add(op: TorchOp) -> None:
         if torch._C._dispatch_has_kernel_for_dispatch_key(op.qualname, key):
             native_keys.add((op.name, key))
     _registered[op.name] = op
+
+
+def _fake_rest(name: str, record: Any) -> Any:
+    """The fake results of operator `name` but the first."""
+    results = _registered[name].fake(record)
+    rest = results[1:] if isinstance(results, tuple) else ()
+    return rest if len(rest) > 1 else rest[0] if rest else None
 
 
 def registered(name: str) -> TorchOp:

@@ -351,11 +351,8 @@ EXTRAS = ("score_bias", "bias", "alibi_slopes", "sink")
 
 
 def _fake(a: Any) -> tuple[Tensor, Tensor]:
-    return a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1])), _fake_out(a)
-
-
-def _fake_out(a: Any) -> Tensor:
-    return row_statistic_like(a.q, a.kind, a.normalize)
+    out = a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1]))
+    return out, row_statistic_like(a.q, a.kind, a.normalize)
 
 
 def _fake_backward(a: Any) -> tuple[Tensor, ...]:
@@ -421,7 +418,7 @@ FORWARD = register(
         setup_context=_setup_context,
     )
 )
-OUT = register(TorchOp(OP + "_out", fake=_fake_out))
+OUT = register(TorchOp(OP + "_out"))
 BACKWARD = register(
     TorchOp(
         OP + "_backward",

@@ -263,11 +263,8 @@ def _unsupported(backend: str, a: Any) -> list[str]:
 
 
 def _fake(a: Any) -> tuple[Tensor, Tensor]:
-    return a.q.new_empty((*a.q.shape[:-1], a.v_cache.shape[-1])), _fake_out(a)
-
-
-def _fake_out(a: Any) -> Tensor:
-    return row_statistic_like(a.q, a.kind, a.normalize)
+    out = a.q.new_empty((*a.q.shape[:-1], a.v_cache.shape[-1]))
+    return out, row_statistic_like(a.q, a.kind, a.normalize)
 
 
 def flops(a: Any) -> float:
@@ -300,7 +297,7 @@ FORWARD = register(
         refuses_gradients=True,
     )
 )
-OUT = register(TorchOp(OP + "_out", fake=_fake_out))
+OUT = register(TorchOp(OP + "_out"))
 SPEC = register_op(
     OpSpec(
         function=attention_decode,

@@ -276,10 +276,6 @@ def _check_values(a: Any) -> None:
 
 
 def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return (a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1])), *_fake_out(a))
-
-
-def _fake_out(a: Any) -> tuple[Tensor, Tensor]:
     q = a.q
     packed = a.cu_seqlens is not None
     state: tuple[int, ...] = (0,)
@@ -290,7 +286,8 @@ def _fake_out(a: Any) -> tuple[Tensor, Tensor]:
     normalizer: tuple[int, ...] = (0,)
     if a.normalize:
         normalizer = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
-    return tuple(q.new_empty(shape, dtype=torch.float32) for shape in (state, normalizer))
+    rest = (q.new_empty(shape, dtype=torch.float32) for shape in (state, normalizer))
+    return (q.new_empty((*q.shape[:-1], a.v.shape[-1])), *rest)
 
 
 def _fake_backward(a: Any) -> tuple[Tensor, ...]:
@@ -351,7 +348,7 @@ FORWARD = register(
         setup_context=_setup_context,
     )
 )
-OUT = register(TorchOp(OP + "_out", fake=_fake_out))
+OUT = register(TorchOp(OP + "_out"))
 BACKWARD = register(
     TorchOp(
         OP + "_backward",

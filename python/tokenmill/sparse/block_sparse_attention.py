@@ -278,14 +278,13 @@ def lower(
 
 
 def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return (a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1])), *_fake_out(a))
-
-
-def _fake_out(a: Any) -> tuple[Tensor, Tensor]:
     mass = a.indices.shape if a.return_mass else (0,)
     shape = a.q[..., 0].transpose(-1, -2).shape
-    lse = a.q.new_empty(shape, dtype=torch.float32)
-    return lse, a.q.new_empty(mass, dtype=torch.float32)
+    return (
+        a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1])),
+        a.q.new_empty(shape, dtype=torch.float32),
+        a.q.new_empty(mass, dtype=torch.float32),
+    )
 
 
 def _fake_backward(a: Any) -> tuple[Tensor, ...]:
@@ -392,7 +391,7 @@ FORWARD = register(
         constant=("mass",),
     )
 )
-OUT = register(TorchOp(OP + "_out", fake=_fake_out))
+OUT = register(TorchOp(OP + "_out"))
 BACKWARD = register(
     TorchOp(
         OP + "_backward",

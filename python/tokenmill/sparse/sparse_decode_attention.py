@@ -237,14 +237,11 @@ def lower(
 
 
 def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return (a.q.new_empty((*a.q.shape[:-1], a.v_cache.shape[-1])), *_fake_out(a))
-
-
-def _fake_out(a: Any) -> tuple[Tensor, Tensor]:
     batch, queries, heads = a.q.shape[:3]
     row_heads = heads if a.indices.shape[1] > a.k_cache.shape[2] else a.k_cache.shape[2]
     mass = (batch, row_heads, a.indices.shape[2]) if a.return_mass else (0,)
     return (
+        a.q.new_empty((*a.q.shape[:-1], a.v_cache.shape[-1])),
         a.q.new_empty((batch, heads, queries), dtype=torch.float32),
         a.q.new_empty(mass, dtype=torch.float32),
     )
@@ -281,7 +278,7 @@ FORWARD = register(
         refuses_gradients=True,
     )
 )
-OUT = register(TorchOp(OP + "_out", fake=_fake_out))
+OUT = register(TorchOp(OP + "_out"))
 SPEC = register_op(
     OpSpec(
         function=sparse_decode_attention,

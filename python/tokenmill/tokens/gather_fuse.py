@@ -98,11 +98,7 @@ def _check_values(a: Any) -> None:
 def _fake(a: Any) -> tuple[Tensor, Tensor]:
     batch, _, channels = a.x.shape
     out = a.x.new_empty((batch, a.prefix + a.keep.shape[1] + 1, channels))
-    return out, _fake_out(a)
-
-
-def _fake_out(a: Any) -> Tensor:
-    return a.x.new_empty(a.x.shape[:1], dtype=torch.float32)
+    return out, a.x.new_empty(a.x.shape[:1], dtype=torch.float32)
 
 
 def _fake_backward(a: Any) -> tuple[Tensor, Tensor]:
@@ -128,13 +124,7 @@ FORWARD = register(
         constant=("weight_sum",),
     )
 )
-OUT = register(
-    TorchOp(
-        OP + "_out",
-        fake=_fake_out,
-        triton="tokens.gather_fuse:gather_fuse_out",
-    )
-)
+OUT = register(TorchOp(OP + "_out", triton="tokens.gather_fuse:gather_fuse_out"))
 BACKWARD = register(
     TorchOp(
         OP + "_backward",

@@ -177,13 +177,7 @@ FORWARD = register(
         setup_context=_setup_context,
     )
 )
-OUT = register(
-    TorchOp(
-        OP + "_out",
-        fake=lambda a: None,
-        triton="tokens.gather_tokens:gather_tokens_out",
-    )
-)
+OUT = register(TorchOp(OP + "_out", triton="tokens.gather_tokens:gather_tokens_out"))
 SPEC = register_op(
     OpSpec(
         function=gather_tokens,
