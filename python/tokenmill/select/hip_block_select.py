@@ -14,7 +14,6 @@ from .._call.operator import TorchOp
 from .._call.run import call
 from .._check import (
     check,
-    check_cu_seqlens_values,
 )
 from .._flops import known
 from .._lowering import take_options
@@ -24,7 +23,8 @@ from ..registry import OpSpec, Sharding, register_op
 from .rules import (
     check_block_table_values,
     check_length_values,
-    rows_of_request,
+    check_packed_values,
+    keys_of,
 )
 
 OP = "hip_block_select"
@@ -181,13 +181,6 @@ def lower(
     return tuple(a.values())
 
 
-def _keys(a: Any) -> int:
-    """Number of keys of the longest request; of packed sequences, of all requests."""
-    if a.cu_seqlens_k is not None:
-        return int(a.k.shape[0])
-    return rows_of_request(a.k, a.block_table)
-
-
 def _list_shape(a: Any) -> list[int]:
     lists, entries = a.q.shape[-2], a.budget // a.block_k
     if a.head_reduce == "group_max":
@@ -198,14 +191,9 @@ def _list_shape(a: Any) -> list[int]:
 
 
 def _check_values(a: Any) -> None:
-    if a.cu_seqlens_q is not None:
-        check_cu_seqlens_values(OP, "cu_seqlens_q", a.cu_seqlens_q, a.q.shape[0])
-    else:
-        check_length_values(OP, "seqlens_q", a.seqlens_q, a.q.shape[1])
-    if a.cu_seqlens_k is not None:
-        check_cu_seqlens_values(OP, "cu_seqlens_k", a.cu_seqlens_k, a.k.shape[0])
-        return
-    check_length_values(OP, "seqlens_k", a.seqlens_k, _keys(a))
+    check_packed_values(OP, a)
+    check_length_values(OP, "seqlens_q", a.seqlens_q, a.q.shape[-3])
+    check_length_values(OP, "seqlens_k", a.seqlens_k, keys_of(a))
     check_block_table_values(OP, a.block_table, a.k, a.seqlens_k)
 
 
@@ -217,7 +205,7 @@ def _fake(a: Any) -> tuple[Tensor, Tensor]:
 
 def _flops(a: Any) -> float:
     """Operations of a search, if every query block of the longest request sees half the keys."""
-    keys = _keys(a)
+    keys = keys_of(a)
     if a.cu_seqlens_k is not None and known(a.cu_seqlens_k):
         keys = int(a.cu_seqlens_k.diff().max()) if len(a.cu_seqlens_k) > 1 else 0
     steps = math.ceil(math.log2(max(keys / 2 / a.budget, 1)))

@@ -11,9 +11,6 @@ from .._call.attach import register
 from .._call.autocast import Autocast
 from .._call.operator import TorchOp
 from .._call.run import call
-from .._check import (
-    check_cu_seqlens_values,
-)
 from .._flops import band, known
 from .._lowering import take_options
 from .._other_names import answered_by
@@ -22,7 +19,8 @@ from ..registry import OpSpec, Sharding, register_op
 from .rules import (
     check_block_table_values,
     check_length_values,
-    rows_of_request,
+    check_packed_values,
+    keys_of,
 )
 
 OP = "indexer_topk_select"
@@ -136,19 +134,9 @@ def lower(q: Tensor, k: Tensor, weights: Tensor, topk: int, **given: Any) -> tup
     return tuple(a.values())
 
 
-def _keys(a: Any) -> int:
-    """Number of keys of the longest request; of packed sequences, of all requests."""
-    if a.cu_seqlens_k is not None:
-        return int(a.k.shape[0])
-    return rows_of_request(a.k, a.block_table)
-
-
 def _check_values(a: Any) -> None:
-    if a.cu_seqlens_q is not None:
-        check_cu_seqlens_values(OP, "cu_seqlens_q", a.cu_seqlens_q, a.q.shape[0])
-    if a.cu_seqlens_k is not None:
-        check_cu_seqlens_values(OP, "cu_seqlens_k", a.cu_seqlens_k, a.k.shape[0])
-    check_length_values(OP, "seqlens_k", a.seqlens_k, _keys(a))
+    check_packed_values(OP, a)
+    check_length_values(OP, "seqlens_k", a.seqlens_k, keys_of(a))
     check_block_table_values(OP, a.block_table, a.k, a.seqlens_k)
 
 
@@ -164,7 +152,7 @@ def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _flops(a: Any) -> float:
     """Operations of the product over visible pairs."""
-    starts_q, starts_k, keys = a.cu_seqlens_q, a.cu_seqlens_k, _keys(a)
+    starts_q, starts_k, keys = a.cu_seqlens_q, a.cu_seqlens_k, keys_of(a)
     if starts_q is None:
         queries = [a.q.shape[1]] * a.q.shape[0]
     else:

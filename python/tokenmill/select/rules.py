@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._check import (
     check,
+    check_cu_seqlens_values,
     check_device_of,
     check_last_contiguous,
     fail,
@@ -36,6 +39,21 @@ def batch_of(k: Tensor, block_table: Tensor | None) -> int:
 
 def rows_of_request(k: Tensor, block_table: Tensor | None) -> int:
     return k.shape[1] if block_table is None else block_table.shape[1] * k.shape[1]
+
+
+def keys_of(a: Any) -> int:
+    """Number of keys of the longest request; of packed sequences, of all requests."""
+    if a.cu_seqlens_k is not None:
+        return int(a.k.shape[0])
+    return rows_of_request(a.k, a.block_table)
+
+
+def check_packed_values(op: str, a: Any) -> None:
+    """Offsets of packed queries and keys."""
+    if a.cu_seqlens_q is not None:
+        check_cu_seqlens_values(op, "cu_seqlens_q", a.cu_seqlens_q, a.q.shape[0])
+    if a.cu_seqlens_k is not None:
+        check_cu_seqlens_values(op, "cu_seqlens_k", a.cu_seqlens_k, a.k.shape[0])
 
 
 def check_block_table_values(

@@ -19,7 +19,6 @@ from .._call.run import call
 from .._check import (
     MAX_HEAD_DIM,
     check_bool,
-    check_cu_seqlens_values,
     fail,
 )
 from .._flops import band, known
@@ -28,7 +27,7 @@ from .._lowering import scale_or_default, take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.sparse import block_sparse_attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from ..select.rules import check_block_table_values
+from ..select.rules import check_block_table_values, check_packed_values
 from .gradients import cotangents
 
 OP = "block_sparse_attention"
@@ -297,10 +296,7 @@ def _fake_backward(a: Any) -> tuple[Tensor, ...]:
 
 
 def _check_values(a: Any) -> None:
-    for name, ends, tokens in (("cu_seqlens_q", a.cu_seqlens_q, a.q.shape[0]),
-                               ("cu_seqlens_k", a.cu_seqlens_k, a.k.shape[0])):  # fmt: skip
-        if ends is not None:
-            check_cu_seqlens_values(OP, name, ends, tokens)
+    check_packed_values(OP, a)
     check_block_table_values(OP, a.block_table, a.k, a.seqlens_k)
 
 
