@@ -109,10 +109,7 @@ class H2O(Policy):
     def slots(self, tokens: int) -> int | None:
         return max(tokens, maximum(self.heavy, tokens) + max(maximum(self.recent, tokens), 1)) + 1
 
-    def begin(
-        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
-    ) -> None:
-        super().begin(q, k, v, lse, lengths=lengths)
+    def _begin(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
         n, tokens = self.cache.lengths, q.shape[1]
         scores = attention_column_scores(
             q, k, self._for_scores(lse), causal=True, scale=self.scale, head_reduce="group_mean",
@@ -192,10 +189,7 @@ class Keyformer(Policy):
         if "_wanted" in vars(self):
             self._max = min(self._wanted, self.cache.capacity)
 
-    def begin(
-        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
-    ) -> None:
-        super().begin(q, k, v, lse, lengths=lengths)
+    def _begin(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
         n, tokens = self.cache.lengths, q.shape[1]
         self._steps = 0
         self._read = n  # tokens so far
@@ -260,10 +254,7 @@ class SnapKV(Policy):
     kernel: int = 5
     _LEAST: ClassVar[dict[str, int]] = {"kernel": 1}
 
-    def begin(
-        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
-    ) -> None:
-        super().begin(q, k, v, lse, lengths=lengths)
+    def _begin(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
         n, heads = self.cache.lengths, k.shape[2]
         check(self.kernel % 2 == 1, self._name, "kernel", "must be odd", self.kernel)
         scores = attention_column_scores(

@@ -67,14 +67,9 @@ class HiP(Keeping):
     def _first(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
         if self.layer < self.dense_layers:
             return super()._first(q, k, v, lengths)
-        self._start(q, k, v, lengths)
+        self._store(q, k, v, lengths)
         own = None if lengths is None else self.cache.lengths
         return self._hip(q, k, v, own, queries=own)
-
-    def begin(
-        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
-    ) -> None:
-        self._start(q, k, v, lengths)
 
     def reorder(self, requests: Tensor) -> None:
         super().reorder(requests)
@@ -106,7 +101,7 @@ class HiP(Keeping):
         self._note_reads()
         return out
 
-    def _start(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
+    def _store(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         self._check_prompt(q, k)
         self.cache.fill(k, v, lengths)
         self._found = HipLists()

@@ -228,8 +228,15 @@ class Policy:
         """Stores prompts in the cache and selects the keys to keep: `prefill` for prompts whose
         attention was computed elsewhere, with its lse ``[B, H, S]``.
         """
+        self._store(q, k, v, lengths)
+        self._begin(q, k, lse)
+
+    def _store(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         self._check_prompt(q, k)
         self.cache.fill(k, v, lengths)
+
+    def _begin(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
+        """begin() of prompts that are in the cache."""
 
     def _for_scores(self, lse: Tensor) -> Tensor | None:
         """The lse that normalises column scores, whose logits are not capped."""

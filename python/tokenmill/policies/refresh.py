@@ -53,10 +53,7 @@ class RefreshKV(Keeping):
     _LEAST: ClassVar[dict[str, int]] = {"budget": 1, "stride": 1, "kernel": 1}
     _ROWS: ClassVar[tuple[str, ...]] = ("_ranked", "_counts", "_query", "_end", "_size")
 
-    def begin(
-        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
-    ) -> None:
-        super().begin(q, k, v, lse, lengths=lengths)
+    def _begin(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
         check(self.kernel % 2 == 1, self._name, "kernel", "must be odd", self.kernel)
         n = self.cache.lengths
         # mean over heads, at the last full step

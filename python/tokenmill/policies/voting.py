@@ -71,7 +71,7 @@ class TokenSelect(Keeping):
     _LEAST: ClassVar[dict[str, int]] = {"k": 1, "chunk": 1, "kernel_size": 1}
 
     def _first(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        self._start(q, k, v, lengths)
+        self._store(q, k, v, lengths)
         begin = torch.zeros_like(self.cache.lengths)
         return self._read(q, k, v, begin, self.cache.lengths, 0)
 
@@ -81,11 +81,6 @@ class TokenSelect(Keeping):
         self.cache.extend(k, v, lengths)
         self._reads = []
         return self._read(q, k, v, begin, self.cache.lengths, before)
-
-    def begin(
-        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
-    ) -> None:
-        self._start(q, k, v, lengths)
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._append(k, v)
@@ -105,7 +100,7 @@ class TokenSelect(Keeping):
         self._reads.append((asked, self.cache.key_bytes))
         return out
 
-    def _start(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
+    def _store(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         self._check_prompt(q, k)
         odd = self.kernel_size % 2 == 1
         check(odd, self._name, "kernel_size", "must be odd", self.kernel_size)
