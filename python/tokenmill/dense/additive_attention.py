@@ -17,10 +17,9 @@ from ..reference.dense import additive_attention as reference
 from ..registry import OpSpec, Sharding, register_op
 
 OP, POINTER = "additive_attention", "pointer_argmax"
-AUTOCAST = Autocast(lower=("q", "k", "v_weight", "values"))
 
 
-@AUTOCAST.applied
+@Autocast(lower=("q", "k", "v_weight", "values")).applied
 def additive_attention(
     q: Tensor,
     k: Tensor,

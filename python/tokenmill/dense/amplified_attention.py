@@ -21,10 +21,9 @@ from .._lowering import scale_or_default
 from .attention import attention
 
 OP = "amplified_attention"
-AUTOCAST = Autocast(lower=("q", "k", "v"))
 
 
-@AUTOCAST.applied
+@Autocast(lower=("q", "k", "v")).applied
 def amplified_attention(
     q: Tensor,
     k: Tensor,

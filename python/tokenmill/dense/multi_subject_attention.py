@@ -23,10 +23,9 @@ from ..tokens.reposition_tokens import Mode, check_grid, reposition_tokens, subj
 from .attention import attention
 
 OP = "multi_subject_attention"
-AUTOCAST = Autocast(lower=("q", "k", "v", "k_ref", "v_ref"))
 
 
-@AUTOCAST.applied
+@Autocast(lower=("q", "k", "v", "k_ref", "v_ref")).applied
 def multi_subject_attention(
     q: Tensor,
     k: Tensor,

@@ -21,12 +21,11 @@ from .._check import (
 )
 
 OP = "pattention"
-AUTOCAST = Autocast(lower=("x", "key_tokens", "value_tokens"))
 Activation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 
 
-@AUTOCAST.applied
+@Autocast(lower=("x", "key_tokens", "value_tokens")).applied
 def pattention(
     x: Tensor,
     key_tokens: Tensor,

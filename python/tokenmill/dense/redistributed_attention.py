@@ -25,11 +25,10 @@ from .attention import attention
 from .terms import share_of
 
 OP = "redistributed_attention"
-AUTOCAST = Autocast(lower=("q", "k", "v"))
 EPS = 1e-6  # added to each visual weight where their sum is a divisor
 
 
-@AUTOCAST.applied
+@Autocast(lower=("q", "k", "v")).applied
 def redistributed_attention(
     q: Tensor,
     k: Tensor,

@@ -23,11 +23,10 @@ from .attention import attention
 from .terms import share_of
 
 OP = "reweighted_attention"
-AUTOCAST = Autocast(lower=("q", "k", "v"))
 Renormalize = Literal["others", "all", "none"]
 
 
-@AUTOCAST.applied
+@Autocast(lower=("q", "k", "v")).applied
 def reweighted_attention(
     q: Tensor,
     k: Tensor,

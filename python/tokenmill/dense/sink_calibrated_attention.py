@@ -14,10 +14,9 @@ from .attention import attention
 from .reweighted_attention import reweighted_attention
 
 OP = "sink_calibrated_attention"
-AUTOCAST = Autocast(lower=("q", "k", "v"))
 
 
-@AUTOCAST.applied
+@Autocast(lower=("q", "k", "v")).applied
 def sink_calibrated_attention(
     q: Tensor,
     k: Tensor,

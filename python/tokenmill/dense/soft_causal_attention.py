@@ -17,10 +17,9 @@ from .attention import attention
 from .terms import share_of
 
 OP = "soft_causal_attention"
-AUTOCAST = Autocast(lower=("q", "k", "v"))
 
 
-@AUTOCAST.applied
+@Autocast(lower=("q", "k", "v")).applied
 def soft_causal_attention(
     q: Tensor,
     k: Tensor,

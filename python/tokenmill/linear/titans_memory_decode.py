@@ -23,10 +23,9 @@ from .._check import (
 from ._state import check_slot_values
 
 OP = "titans_memory_decode"
-AUTOCAST = Autocast(lower=("q", "k", "v"))
 
 
-@AUTOCAST.applied
+@Autocast(lower=("q", "k", "v")).applied
 def titans_memory_decode(
     q: Tensor,
     k: Tensor,

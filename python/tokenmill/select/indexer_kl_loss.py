@@ -28,10 +28,9 @@ from ..tokens.gather_tokens import SPEC as GATHER
 from ..tokens.segment_reduce import SPEC as SEGMENT_REDUCE
 
 OP = "indexer_kl_loss"
-AUTOCAST = Autocast(lower=("q", "k", "weights"), wide=("weights",))
 
 
-@AUTOCAST.applied
+@Autocast(lower=("q", "k", "weights"), wide=("weights",)).applied
 def indexer_kl_loss(
     q: Tensor,
     k: Tensor,

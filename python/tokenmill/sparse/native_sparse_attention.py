@@ -29,10 +29,9 @@ from .block_sparse_attention import block_sparse_attention
 from .query_lists import check_block, for_heads, positions, stripes
 
 OP = "native_sparse_attention"
-AUTOCAST = Autocast(lower=("q", "k", "v", "k_compressed", "v_compressed", "k_window", "v_window"))
 
 
-@AUTOCAST.applied
+@Autocast(lower=("q", "k", "v", "k_compressed", "v_compressed", "k_window", "v_window")).applied
 @refuses_other_names
 def native_sparse_attention(
     q: Tensor,
