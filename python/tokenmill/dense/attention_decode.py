@@ -119,7 +119,7 @@ def attention_decode(
             page size, Hk, D]`` and ``[P, page size, Hk, Dv]``, the page size a power of two. Any
             strides with a contiguous last dimension, so ``[P, Hk, page size, D]`` is passed as its
             transpose, and v_cache may be a view of k_cache: ``k_cache[..., :512]`` are the values
-                of a latent cache. The new keys must already be in the cache.
+            of a latent cache. The new keys must already be in the cache.
         seqlens_k: int32 ``[B]``, number of keys of each request, from 0 to S (pages: pages times
             page size). Later slots are never read.
         block_table: int32 ``[B, pages]``, the pages of each request in order; entries beyond its

@@ -64,12 +64,12 @@ def attention(
     sequence. Schedules:
 
     - "ring": keys and values travel from rank to rank, overlapped with computation on the current
-    shard; memory of one shard. Partial results are merged in float32, softmax by its lse, kinds
-    with normalize="sum" by numerators and row sums, others by a sum.
+      shard; memory of one shard. Partial results are merged in float32, softmax by its lse, kinds
+      with normalize="sum" by numerators and row sums, others by a sum.
     - "allgather": every rank gathers all keys and values; used for packed sequences.
     - "ulysses": an all-to-all gives each rank whole sequences of some heads, and another returns
-    the results: the same bits as one process. The number of ranks divides the query heads, and
-    divides the KV heads or is divided by them.
+      the results: the same bits as one process. The number of ranks divides the query heads, and
+      divides the KV heads or is divided by them.
 
     Args:
         q: ``[B, n, H, D]`` with the n tokens of this rank, or packed ``[n, H, D]`` with cu_seqlens.

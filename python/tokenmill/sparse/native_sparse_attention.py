@@ -61,7 +61,7 @@ def native_sparse_attention(
        out_t = \sum_{c \in \{cmp, slc, win\}} g^c_t \operatorname{Attn}(q_t, K^c_t, V^c_t)
 
     - Compressed: key i represents the tokens i stride to i stride + block - 1, and is visible to
-    queries at or after the last of these. Its weights in a head are :math:`p^{cmp}_t`.
+      queries at or after the last of these. Its weights in a head are :math:`p^{cmp}_t`.
     - Selected: a query attends to the first num_first and the last num_local of the blocks of
       select_block tokens up to its own, and to those with the largest importance, topk in all. A
       block's importance is the weight of the compressed keys that represent its tokens, counted

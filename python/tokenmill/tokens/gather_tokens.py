@@ -46,7 +46,7 @@ def gather_tokens(
         xs: ``[B, N, C]`` float16, bfloat16, float32, int32 or int64 (float64 on the reference), any
             strides with a contiguous last dimension; or ``[B, N]`` (scores), ``[B, N, H, D]``.
             With flat indices also packed: ``[N]``, ``[N, C]``. Or several such tensors, of any
-                dtypes, gathered by one index.
+            dtypes, gathered by one index.
         indices: ``[B, K]`` int32 or int64, -1 to N - 1. Or flat: ``[K]``, where b * N + n is token
             n of sequence b.
         out: preallocated result: shape and dtype as returned, any non-overlapping strides with a
