@@ -38,6 +38,18 @@ def test_import_is_light():
     assert python(code).strip() == "[]"
 
 
+def test_import_of_triton_kernels_needs_no_gpu_and_starts_none():
+    pytest.importorskip("triton")
+    code = (
+        "import pkgutil, importlib, torch, tokenmill.triton_kernels as kernels\n"
+        "for module in pkgutil.walk_packages(kernels.__path__, 'tokenmill.triton_kernels.'):\n"
+        "    print(importlib.import_module(module.name).__name__)\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    names = python(code, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0").split()
+    assert "tokenmill.triton_kernels.dense.attention" in names
+
+
 def test_malformed_calls_and_the_fuzzer_are_not_installed():
     for path in PACKAGE.rglob("*.py"):
         assert not re.search("malformed|fuzz", path.relative_to(PACKAGE).as_posix())

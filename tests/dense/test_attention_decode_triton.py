@@ -1,20 +1,13 @@
-"""Resources that Triton's compiler gives the kernels of attention_decode.
-
-As a script, it compiles them without a GPU and prints their use of resources:
-python tests/dense/test_attention_decode_triton.py CAPABILITY [softmax:float16:64 ...]
-"""
+"""Resources that Triton's compiler gives the kernels of attention_decode."""
 
 from __future__ import annotations
 
 import functools
-import json
-import sys
 
 import pytest
 import torch
-import triton_compiler
 from tier import daily
-from triton_compiler import OPERANDS, SHARED, assert_fits, fresh_process, resources, without_code
+from triton_compiler import assert_fits, assert_multiplies
 
 import tokenmill as tm
 from tokenmill.dense.attention_decode import FORWARD
@@ -52,8 +45,10 @@ CASES = daily(
 )
 
 
-def lowered(kind, dtype, head_dim, options, tokens=4096):
+def lowered(case, tokens=4096):
     """A call of attention_decode on meta tensors."""
+    kind, dtype, head_dim, options = case.split(":")
+    dtype, head_dim = getattr(torch, dtype), int(head_dim)
     batch, heads, kv_heads = 4, 32, 8
     empty = functools.partial(torch.empty, device="meta")
     queries = 16 if "rows" in options else 4 if "several" in options else 1
@@ -84,61 +79,28 @@ def lowered(kind, dtype, head_dim, options, tokens=4096):
     return FORWARD.record(**FORWARD.defaults | given)
 
 
-def compiled(capability, call):
-    from tokenmill.triton_kernels.dense import attention_decode
+def call(case, *sizes):
+    from tokenmill.triton_kernels.dense.attention_decode import attention_decode
 
-    return triton_compiler.compiled(capability, lambda: attention_decode.attention_decode(call))
-
-
-def main(capability, *cases):
-    for case in cases:
-        kind, dtype, head_dim, options = case.split(":")
-        call = lowered(kind, getattr(torch, dtype), int(head_dim), options)
-        for kernel, code in compiled(int(capability), call):
-            print(json.dumps({"case": case, **resources(kernel, code)}), flush=True)
+    return lambda: attention_decode(lowered(case, *sizes))
 
 
-run = functools.partial(fresh_process, __file__)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("triton")
-
-
-@pytest.mark.parametrize("capability", SHARED)
-def test_kernels_compile_without_spills_and_use_tensor_cores(capability, folder):
-    text = run(__file__, capability, *CASES, folder=folder)
-    found = [json.loads(line) for line in text.splitlines()]
+def test_kernels_compile_without_spills_and_use_tensor_cores(programs):
     streams = [c for c in CASES if "stream" in c]  # a kernel counts their steps first
     packed = [c for c in CASES if "packed" in c]  # no merge kernel
     latent = [c for c in CASES if ":576:" in c]  # one launch per half of the values
     twice = 2 * len(latent) - len([c for c in latent if c in packed])
-    assert len(found) == 2 * len(CASES) + len(streams) - len(packed) + twice
-    for program in found:
-        assert_fits(program, capability)
-        if program["kernel"] not in ("ranges_kernel", "stream_kernel", "attention_kernel"):
-            continue
-        operands = {OPERANDS[program["case"].split(":")[1]]}
-        if "float8" in program["case"]:  # float32 values
-            operands.add("tf32")
-        assert program["products"], program
-        for product in program["products"]:
-            assert any(f".f32.{operand}.{operand}" in product for operand in operands), program
+    assert len(programs) == 2 * len(CASES) + len(streams) - len(packed) + twice
+    for program in programs:
+        assert_fits(program)
+        if program["kernel"] in ("ranges_kernel", "stream_kernel", "attention_kernel"):
+            float32_values = ["float32"] if "float8" in program["case"] else []
+            assert_multiplies(program, program["case"].split(":")[1], *float32_values)
 
 
-def test_no_length_compiles_anew(folder):
-    code = """
-import torch
-from test_attention_decode_triton import compiled, lowered
-
-for options in ("paged,masked", "paged,stream", "paged,packed"):
-    call = ("softmax", torch.float16, 64, options)
-    calls = [lowered(*call, tokens=n) for n in (4096, 1024, 16)]
-    first, *others = [[code for _, code in compiled(80, call)] for call in calls]
-    assert all(a is b for other in others for a, b in zip(first, other, strict=True))
-"""
-    without_code(__file__, code, folder=folder)
+def test_no_length_compiles_anew(compiles_once):
+    cases = [f"softmax:float16:64:{o}" for o in ("paged,masked", "paged,stream", "paged,packed")]
+    compiles_once(dict.fromkeys(cases, ((4096,), (1024,), (16,))))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +127,3 @@ def test_stream_k_gives_what_split_gives(options, masked):
     out = run("stream_k")
     torch.testing.assert_close(out, run("split"), rtol=1e-4, atol=1e-5)
     assert torch.equal(out, run("stream_k"))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,21 +1,15 @@
-"""Triton specifics of attention: the code that its compiler generates, the cost of an import, and
-memory that no length may reach. tests/test_contract.py and test_attention.py check the results.
-As a script, it compiles the kernels of attention without a GPU and prints their use of resources:
-python tests/dense/test_attention_triton.py CAPABILITY [softmax:float16:64:causal relu,sum:... ...]
-"""
+"""Triton specifics of attention: the code that its compiler generates, and memory that no length
+may reach. tests/test_contract.py and test_attention.py check the results."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import json
-import sys
 
 import pytest
 import torch
-import triton_compiler
 from tier import daily
-from triton_compiler import OPERANDS, SHARED, assert_fits, fresh_process, resources, without_code
+from triton_compiler import assert_fits, assert_multiplies
 
 import tokenmill as tm
 from tokenmill.dense.attention import BACKWARD, EXTRAS, FORWARD, SPEC
@@ -51,8 +45,10 @@ BANDS = {
 }
 
 
-def lowered(kind, dtype, head_dim, band, *options, tokens=1024):
+def lowered(case, tokens=1024):
     """A call of attention on meta tensors."""
+    kind, dtype, head_dim, band, *options = case.split(":")
+    dtype, head_dim = getattr(torch, dtype), int(head_dim)
     batch, heads, kv_heads = 2, 8, 2
     empty = functools.partial(torch.empty, device="meta")
     q = empty(batch, tokens, heads, head_dim, dtype=dtype)
@@ -75,93 +71,46 @@ def lowered(kind, dtype, head_dim, band, *options, tokens=1024):
     return FORWARD.record(**FORWARD.defaults | given)
 
 
-def compiled(capability, call):
-    """The kernels that forward and backward of a call would launch."""
+def call(case, *sizes):
     from tokenmill.triton_kernels.dense import attention
 
     def launch():
-        out, lse = attention.attention(call)
+        a = lowered(case, *sizes)
+        out, lse = attention.attention(a)
         lse = None if lse.numel() == 0 else lse
-        kept = out if call.kind == "softmax" or call.normalize == "sum" else None
+        kept = out if a.kind == "softmax" or a.normalize == "sum" else None
         needs = [True] * len(EXTRAS)
-        attention.attention_backward(BACKWARD.record(out, lse, kept, lse, *needs, *call))
+        attention.attention_backward(BACKWARD.record(out, lse, kept, lse, *needs, *a))
 
-    return triton_compiler.compiled(capability, launch)
-
-
-def main(capability, *cases):
-    for case in cases:
-        kind, dtype, head_dim, *rest = case.split(":")
-        call = lowered(kind, getattr(torch, dtype), int(head_dim), *rest)
-        for kernel, code in compiled(int(capability), call):
-            print(json.dumps({"case": case, **resources(kernel, code)}), flush=True)
-
-
-run = functools.partial(fresh_process, __file__)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("triton")
-
-
-@pytest.fixture(scope="module", params=SHARED)
-def programs(request, folder):
-    """A compute capability, and the resources of every kernel compiled for it."""
-    text = run(__file__, request.param, *CASES, folder=folder)
-    return request.param, [json.loads(line) for line in text.splitlines()]
+    return launch
 
 
 def test_every_kernel_compiles_without_spilling_registers(programs):
-    capability, found = programs
     biased = [c for c in CASES if "every term" in c]  # dbias has its own kernel
     masked = [c for c in CASES if "masked" in c]  # each has a kernel that builds its lists
-    assert len(found) == 3 * len(CASES) + len(biased) + 3 * len(masked)
-    for program in found:
-        assert_fits(program, capability)
+    assert len(programs) == 3 * len(CASES) + len(biased) + 3 * len(masked)
+    for program in programs:
+        assert_fits(program)
 
 
 def test_products_run_on_tensor_cores(programs):
-    capability, found = programs
-    for program in found:
+    for program in programs:
         if program["kernel"] in LISTS:
             continue
-        operand = OPERANDS[program["case"].split(":")[1]]
-        assert program["products"], program
+        assert_multiplies(program, program["case"].split(":")[1])
         for product in program["products"]:
-            assert f".f32.{operand}.{operand}" in product, program
-            assert capability == 90 or product.startswith("mma.sync."), program
+            assert program["capability"] == 90 or product.startswith("mma.sync."), program
 
 
 def test_float32_products_split_their_operands(programs):
     """Plain tf32 has 11 bits."""
-    for program in programs[1]:
+    for program in programs:
         if ":float32:" in program["case"] and program["kernel"] not in LISTS:
             assert program["precisions"] == ["tf32x3"], program
 
 
-def test_no_length_compiles_anew(folder):
-    code = """
-import torch
-from test_attention_triton import compiled, lowered
-
-call = ("softmax", torch.float16, 64, "causal", "masked")
-calls = [lowered(*call, tokens=n) for n in (1024, 1023, 1)]
-first, *others = [[code for _, code in compiled(80, call)] for call in calls]
-assert all(a is b for other in others for a, b in zip(first, other, strict=True))
-"""
-    without_code(__file__, code, folder=folder)
-
-
-def test_import_needs_no_gpu_and_starts_none(folder):
-    code = """
-import torch
-import tokenmill.triton_kernels.dense.attention
-import tokenmill.triton_kernels.dense.merge_attention_states
-
-assert not torch.cuda.is_initialized()
-"""
-    run("-c", code, folder=folder, CUDA_VISIBLE_DEVICES="")
+def test_no_length_compiles_anew(compiles_once):
+    compiles_once({"softmax:float16:64:causal:masked": ((1024,), (1023,), (1,))})
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
@@ -247,7 +196,3 @@ def test_lists_name_the_tiles_that_a_mask_leaves(name, of_keys):
             assert seen == listed and set(whole) == full
         found += [len(part), len(whole)]
     assert any(found[::2]) and (any(found[1::2]) or kind in ("shared", "ranges"))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

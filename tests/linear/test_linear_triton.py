@@ -1,21 +1,15 @@
-"""Triton specifics of linear attention: the code that its compiler generates, the cost of an
-import, and memory that no value inside tensors may reach. tests/test_contract.py and the other
-files here check the results.
-As a script, it compiles the kernels of linear attention without a GPU and prints resources:
-python tests/linear/test_linear_triton.py CAPABILITY [identity:float16:64:64:head ...]
-"""
+"""Triton specifics of linear attention: the code that its compiler generates, and memory that no
+value inside tensors may reach. tests/test_contract.py and the other files here check the
+results."""
 
 from __future__ import annotations
 
 import functools
-import json
-import sys
 
 import pytest
 import torch
-import triton_compiler
 from tier import daily
-from triton_compiler import OPERANDS, SHARED, assert_fits, fresh_process, resources, without_code
+from triton_compiler import OPERANDS, assert_fits
 
 import tokenmill as tm
 from tokenmill import registry
@@ -43,7 +37,7 @@ CASES = daily(
 PRODUCTS = ("sums", "results", "results_again", "queries", "keys", "values", "decay")
 
 
-def calls(feature_map, dtype, head_dim, value_dim, decay, *options, tokens=1024):
+def call(case, tokens=1024):
     """Forward, backward and decode on meta tensors."""
     from tokenmill.triton_kernels.linear.linear_attention import (
         linear_attention,
@@ -51,6 +45,8 @@ def calls(feature_map, dtype, head_dim, value_dim, decay, *options, tokens=1024)
     )
     from tokenmill.triton_kernels.linear.linear_attention_decode import linear_attention_decode
 
+    feature_map, dtype, head_dim, value_dim, decay, *options = case.split(":")
+    dtype, head_dim, value_dim = getattr(torch, dtype), int(head_dim), int(value_dim)
     sequences, heads, kv_heads = 2, 8, 2
     empty = functools.partial(torch.empty, device="meta")
     packed, normalize = "packed" in options, "normalized" in options
@@ -79,48 +75,17 @@ def calls(feature_map, dtype, head_dim, value_dim, decay, *options, tokens=1024)
     return launch
 
 
-def compiled(capability, case, **options):
-    feature_map, dtype, head_dim, value_dim, *rest = case.split(":")
-    launch = calls(
-        feature_map, getattr(torch, dtype), int(head_dim), int(value_dim), *rest, **options
-    )
-    return triton_compiler.compiled(capability, launch)
-
-
-def main(capability, *cases):
-    for case in cases:
-        for kernel, code in compiled(int(capability), case):
-            print(json.dumps({"case": case, **resources(kernel, code)}), flush=True)
-
-
-run = functools.partial(fresh_process, __file__)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("triton")
-
-
-@pytest.fixture(scope="module", params=SHARED)
-def programs(request, folder):
-    """A compute capability, and the resources of every kernel compiled for it."""
-    text = run(__file__, request.param, *CASES, folder=folder)
-    return request.param, [json.loads(line) for line in text.splitlines()]
-
-
 def test_every_kernel_compiles_without_spilling_registers(programs):
-    capability, found = programs
-    for program in found:
-        assert_fits(program, capability)
-    kernels = {program["kernel"].removesuffix("_kernel") for program in found}
+    for program in programs:
+        assert_fits(program)
+    kernels = {program["kernel"].removesuffix("_kernel") for program in programs}
     assert kernels == {*PRODUCTS, "scan", "delta", "sum_chunks", "decode"}
 
 
 def test_products_run_on_tensor_cores(programs):
     """Stored 16-bit numbers are multiplied as they are, computed ones in tf32, and everything in
     float32 calls in tf32x3: plain tf32 has 11 bits."""
-    capability, found = programs
-    for program in found:
+    for program in programs:
         if program["kernel"].removesuffix("_kernel") not in PRODUCTS:
             assert not program["products"], program
             continue
@@ -130,34 +95,17 @@ def test_products_run_on_tensor_cores(programs):
         for product in program["products"]:
             types = product.split(".f32", 1)[1]
             assert types.startswith((f".{stored}.{stored}", ".tf32.tf32")), program
-            assert capability == 90 or product.startswith("mma.sync."), program
+            assert program["capability"] == 90 or product.startswith("mma.sync."), program
         assert program["precisions"] == ["tf32x3" if dtype == "float32" else "tf32"], program
 
 
-def test_no_length_compiles_anew(folder):
-    code = """
-from test_linear_triton import compiled
-
-for case in (
-    "identity:float16:64:64:head",
-    "elu1:bfloat16:64:64:token:normalized",
-    "relu:float16:64:64:token:packed",
-):
-    first, *others = [[c for _, c in compiled(80, case, tokens=n)] for n in (1024, 1023, 130)]
-    assert all(a is b for other in others for a, b in zip(first, other, strict=True)), case
-"""
-    without_code(__file__, code, folder=folder)
-
-
-def test_import_needs_no_gpu_and_starts_none(folder):
-    code = """
-import torch
-import tokenmill.triton_kernels.linear.linear_attention_decode
-import tokenmill.triton_kernels.linear.linear_attention
-
-assert not torch.cuda.is_initialized()
-"""
-    run("-c", code, folder=folder, CUDA_VISIBLE_DEVICES="")
+def test_no_length_compiles_anew(compiles_once):
+    cases = (
+        "identity:float16:64:64:head",
+        "elu1:bfloat16:64:64:token:normalized",
+        "relu:float16:64:64:token:packed",
+    )
+    compiles_once(dict.fromkeys(cases, ((1024,), (1023,), (130,))))
 
 
 def surrounded(*shape):
@@ -198,7 +146,3 @@ def test_no_slot_reaches_beyond_the_states():
     changed = (state != before).flatten(1).any(1)
     assert changed.tolist() == [False, False, True, False]
     assert (out[2] != 0).any() and not out[[0, 1, 3, 4]].any()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

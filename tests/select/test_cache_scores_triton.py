@@ -3,33 +3,30 @@ recompiles."""
 
 from __future__ import annotations
 
-import json
-import sys
+import functools
 
-import pytest
 import torch
-from triton_compiler import (
-    OPERANDS,
-    SHARED,
-    assert_fits,
-    compiled,
-    fresh_process,
-    resources,
-    without_code,
-)
+from triton_compiler import OPERANDS, assert_fits
 
 from tokenmill.registry import get
 
-pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
+CASES = [
+    f"{dtype}:{kernels}:{head_dim}"
+    for dtype in DTYPES
+    for kernels, head_dims in {
+        "columns": (64, 128, 256), "noise": (64,), "rows": (64, 256), "compact": (64, 256),
+        "append": (64, 256),
+    }.items()
+    for head_dim in head_dims
+]  # fmt: skip
 KERNELS = {
     "rows_kernel", "columns_kernel", "exponents_kernel", "weights_kernel", "reduce_kernel",
     "sum_kernel", "move_kernel", "append_kernel",
 }  # fmt: skip
 
 
-def columns(dtype, d, noise=False, rows=500, keys=700):
+def columns(dtype, d, rows=500, keys=700, noise=False):
     from tokenmill.triton_kernels.select.attention_column_scores import attention_column_scores
 
     q, k = torch.zeros(2, rows, 4, d, dtype=dtype), torch.zeros(2, keys, 2, d, dtype=dtype)
@@ -77,46 +74,28 @@ def append(dtype, d, pages=9, size=16, tokens=7, heads=3, table=50, scale=True):
     return lambda: kv_cache_append(call)
 
 
-def main(capability):
-    """Prints the ptxas resources of each kernel."""
-    found = []
-    for name, dtype in DTYPES.items():
-        calls = [columns(dtype, d) for d in (64, 128, 256)] + [columns(dtype, 64, True)]
-        calls += [make(dtype, d) for make in (rows, compact, append) for d in (64, 256)]
-        for call in calls:
-            for kernel, code in compiled(int(capability), call):
-                found.append({"case": name, **resources(kernel, code)})
-                if kernel.__name__ == "append_kernel":  # rounds each product: its bits are fixed
-                    assert "fma.rn.f32" not in code.asm["ptx"]
-    print(json.dumps(found))
+def call(case, *sizes):
+    dtype, kernels, head_dim = case.split(":")
+    made = {"columns": columns, "rows": rows, "compact": compact, "append": append}
+    made["noise"] = functools.partial(columns, noise=True)
+    return made[kernels](getattr(torch, dtype), int(head_dim), *sizes)
 
 
-@pytest.mark.parametrize("capability", list(SHARED))
-def test_kernels_fit(capability, tmp_path):
-    found = json.loads(fresh_process(__file__, __file__, capability, folder=tmp_path))
-    assert {p["kernel"] for p in found} == KERNELS
-    for program in found:
-        assert_fits(program, capability)
-        assert all(OPERANDS[program["case"]] in p for p in program["products"])
+def test_kernels_fit(programs):
+    assert {p["kernel"] for p in programs} == KERNELS
+    for program in programs:
+        assert_fits(program)
+        assert all(OPERANDS[program["case"].split(":")[0]] in p for p in program["products"])
+        if program["kernel"] == "append_kernel":  # rounds each product: its bits are fixed
+            assert not program["fma"]
 
 
-def test_no_length_compiles_anew(tmp_path):
-    code = """
-import torch
-from test_cache_scores_triton import append, columns, compact, compiled, rows
-
-half = torch.float16
-for calls in (
-    [columns(half, 64, True, *n) for n in ((500, 700), (16, 4096), (1001, 77))],
-    [rows(half, 64, *n) for n in ((700, 1, 1), (4096, 16, 16), (77, 3, 7))],
-    [compact(half, 64, *n) for n in ((700, 300), (4096, 16), (77, 1))],
-    [append(half, 64, *n) for n in ((9, 16, 7, 4, 50), (16, 1, 1, 4, 16), (1, 3, 33, 4, 1))],
-):
-    first, *others = [[code for _, code in compiled(80, c)] for c in calls]
-    assert all(a is b for other in others for a, b in zip(first, other, strict=True))
-"""
-    without_code(__file__, code, folder=tmp_path)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def test_no_length_compiles_anew(compiles_once):
+    compiles_once(
+        {
+            "float16:noise:64": ((500, 700), (16, 4096), (1001, 77)),
+            "float16:rows:64": ((700, 1, 1), (4096, 16, 16), (77, 3, 7)),
+            "float16:compact:64": ((700, 300), (4096, 16), (77, 1)),
+            "float16:append:64": ((9, 16, 7, 4, 50), (16, 1, 1, 4, 16), (1, 3, 33, 4, 1)),
+        }
+    )

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import sys
-
-import pytest
 import torch
-from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources, without_code
+from triton_compiler import assert_fits
 
 from tokenmill.registry import get
 
-pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
+CASES = [
+    f"{dtype}:{layout}"
+    for dtype in ("float32", "bfloat16")
+    for layout in ("dense", "paged", "paged,float8")
+]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-
-def call(dtype, keys=1000, queries=5, heads=64, paged=False, float8=False):
+def call(case, keys=1000, queries=5, heads=64):
     from tokenmill.triton_kernels.select.indexer_topk_select import indexer_topk_select
 
+    dtype, layout = case.split(":")
+    dtype, paged, float8 = getattr(torch, dtype), "paged" in layout, "float8" in layout
     ints = torch.zeros(3, dtype=torch.int32)
     k = torch.zeros(2, keys, 128, dtype=torch.float8_e4m3fn if float8 else dtype)
     table = None
@@ -33,38 +33,14 @@ def call(dtype, keys=1000, queries=5, heads=64, paged=False, float8=False):
     return lambda: indexer_topk_select(record)
 
 
-def main(capability):
-    """Prints the ptxas resources of each kernel."""
-    found = []
-    for name, dtype in DTYPES.items():
-        for paged, float8 in ((False, False), (True, False), (True, True)):
-            made = call(dtype, paged=paged, float8=float8)
-            for kernel, code in compiled(int(capability), made):
-                found.append({"case": name, **resources(kernel, code)})
-    print(json.dumps(found))
-
-
-@pytest.mark.parametrize("capability", list(SHARED))
-def test_kernels_fit(capability, tmp_path):
-    found = json.loads(fresh_process(__file__, __file__, capability, folder=tmp_path))
-    scores = [program for program in found if program["kernel"] == "score_kernel"]
+def test_kernels_fit(programs):
+    scores = [program for program in programs if program["kernel"] == "score_kernel"]
     assert len(scores) == 6
     for program in scores:
-        assert_fits(program, capability)
+        assert_fits(program)
         assert program["products"], program
 
 
-def test_no_length_compiles_anew(tmp_path):
-    code = """
-import torch
-from test_indexer_triton import call, compiled
-
-calls = [call(torch.bfloat16, n, s) for n, s in ((1000, 5), (4096, 16), (72, 17))]
-first, *others = [compiled(80, c)[0] for c in calls]
-assert first[0].__name__ == "score_kernel" and all(first[1] is code for _, code in others)
-"""
-    without_code(__file__, code, folder=tmp_path)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def test_no_length_compiles_anew(compiles_once):
+    sizes = (1000, 5), (4096, 16), (72, 17)
+    compiles_once({"bfloat16:dense": sizes}, kernel="score_kernel")

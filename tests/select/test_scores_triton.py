@@ -3,18 +3,11 @@ recompiles."""
 
 from __future__ import annotations
 
-import json
-import sys
-
-import pytest
 import torch
-from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources, without_code
+from triton_compiler import assert_fits
 
 from tokenmill.registry import get
 
-pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SCORES = {
     "dot": {},
     "paged": {"paged": True, "causal": True, "head_reduce": "group_max"},
@@ -23,6 +16,9 @@ SCORES = {
     "codes": {"scoring": "max_block", "block_k": 64, "paged": True, "float8": True},
     "vote": {"head_reduce": "softmax_vote", "q_reduce": "mean", "block_q": 4},
 }
+POOLS = {f"pool_{mode}": mode for mode in ("mean", "minmax", "max")}
+DTYPES = ("float32", "float16", "bfloat16")
+CASES = [f"{dtype}:{name}" for dtype in DTYPES for name in (*SCORES, "gate", *list(POOLS)[:2])]
 
 
 def scores(dtype, case, tokens=1000, queries=5, dim=128):
@@ -63,45 +59,24 @@ def gate(dtype):
     return lambda: query_similarity_gate(call)
 
 
-def main(capability):
-    """Prints the ptxas resources of each kernel."""
-    found = []
-    for name, dtype in DTYPES.items():
-        calls = [*(scores(dtype, case) for case in SCORES), gate(dtype)]
-        calls += [pool(dtype, mode) for mode in ("mean", "minmax")]
-        for call in calls:
-            for kernel, code in compiled(int(capability), call):
-                found.append({"case": name, **resources(kernel, code)})
-    print(json.dumps(found))
+def call(case, *sizes):
+    dtype, name = case.split(":")
+    dtype = getattr(torch, dtype)
+    if name in SCORES:
+        return scores(dtype, name, *sizes)
+    return gate(dtype) if name == "gate" else pool(dtype, POOLS[name], *sizes)
 
 
-@pytest.mark.parametrize("capability", list(SHARED))
-def test_kernels_fit(capability, tmp_path):
-    found = json.loads(fresh_process(__file__, __file__, capability, folder=tmp_path))
-    assert {p["kernel"] for p in found} == {
-        "score_kernel", "vote_kernel", "pool_kernel", "gate_kernel"
-    }  # fmt: skip
-    for program in found:
-        assert_fits(program, capability)
+def test_kernels_fit(programs):
+    kernels = {"score_kernel", "vote_kernel", "pool_kernel", "gate_kernel"}
+    assert {p["kernel"] for p in programs} == kernels
+    for program in programs:
+        assert_fits(program)
         if program["kernel"] == "score_kernel":
             assert program["products"], program
 
 
-def test_no_length_compiles_anew(tmp_path):
-    code = """
-import torch
-from test_scores_triton import compiled, pool, scores
-
-for case in ("dot", "vote", "paged"):
-    calls = [scores(torch.float16, case, n, s) for n, s in ((1000, 5), (4096, 16), (72, 17))]
-    first, *others = [[code for _, code in compiled(80, c)] for c in calls]
-    assert all(a is b for other in others for a, b in zip(first, other, strict=True)), case
-first, *others = [[code for _, code in compiled(80, pool(torch.float16, "max", n))]
-                  for n in (1000, 4096, 17)]
-assert all(a is b for other in others for a, b in zip(first, other, strict=True))
-"""
-    without_code(__file__, code, folder=tmp_path)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def test_no_length_compiles_anew(compiles_once):
+    sizes = dict.fromkeys(("dot", "vote", "paged"), ((1000, 5), (4096, 16), (72, 17)))
+    sizes["pool_max"] = (1000,), (4096,), (17,)
+    compiles_once({f"float16:{name}": of for name, of in sizes.items()})

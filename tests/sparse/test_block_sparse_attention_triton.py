@@ -1,30 +1,13 @@
 """The Triton kernels of block_sparse_attention compile for GPUs: they fit, and no length
-recompiles.
-As a script, it compiles them without a GPU and prints their use of resources:
-python tests/sparse/test_block_sparse_attention_triton.py CAPABILITY [float16:64:64:64:causal,ends]
-"""
+recompiles."""
 
 from __future__ import annotations
 
-import json
-import sys
-
-import pytest
 import torch
 from tier import daily
-from triton_compiler import (
-    OPERANDS,
-    SHARED,
-    assert_fits,
-    compiled,
-    fresh_process,
-    resources,
-    without_code,
-)
+from triton_compiler import assert_fits, assert_multiplies
 
 from tokenmill import registry
-
-pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
 SPEC = registry.get("block_sparse_attention")
 CASES = daily(  # dtype, head_dim, block_q, block_k, options
@@ -47,8 +30,10 @@ KERNELS = {
 }
 
 
-def record(dtype, dim, block_q, block_k, options, batch=2, tokens=4096, entries=64):
+def record(case, batch=2, tokens=4096, entries=64):
     """A call of block_sparse_attention on meta tensors."""
+    dtype, dim, block_q, block_k, options = case.split(":")
+    dtype, dim, block_q, block_k = getattr(torch, dtype), int(dim), int(block_q), int(block_k)
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -76,56 +61,27 @@ def record(dtype, dim, block_q, block_k, options, batch=2, tokens=4096, entries=
     )  # fmt: skip
 
 
-def kernels(capability, *call, **sizes):
+def call(case, *sizes):
     from tokenmill.triton_kernels.sparse import block_sparse_attention as forward
     from tokenmill.triton_kernels.sparse import block_sparse_attention_backward as backward
 
     def launch():
-        a = record(*call, **sizes)
+        a = record(case, *sizes)
         out, lse, _ = forward.block_sparse_attention(a)
         if a.block_table is None:  # pages support only the forward
             b = SPEC.backward.record(out, lse, out, lse, True, *a)
             backward.block_sparse_attention_backward(b)
 
-    return compiled(capability, launch)
+    return launch
 
 
-def main(capability, *cases):
-    for case in cases:
-        dtype, dim, block_q, block_k, options = case.split(":")
-        sizes = int(dim), int(block_q), int(block_k)
-        for kernel, code in kernels(int(capability), getattr(torch, dtype), *sizes, options):
-            print(json.dumps({"case": case, **resources(kernel, code)}), flush=True)
-
-
-@pytest.mark.parametrize("capability", SHARED)
-def test_kernels_compile_without_spills_and_use_tensor_cores(capability, tmp_path):
-    text = fresh_process(__file__, __file__, capability, *CASES, folder=tmp_path)
-    found = [json.loads(line) for line in text.splitlines()]
-    assert {p["kernel"] for p in found} == KERNELS
-    for program in found:
-        assert_fits(program, capability)
+def test_kernels_compile_without_spills_and_use_tensor_cores(programs):
+    assert {p["kernel"] for p in programs} == KERNELS
+    for program in programs:
+        assert_fits(program)
         if program["kernel"] != "compact_kernel":
-            operand = OPERANDS[program["case"].split(":")[0]]
-            assert program["products"], program
-            for product in program["products"]:
-                assert f".f32.{operand}.{operand}" in product, program
+            assert_multiplies(program, program["case"].split(":")[0])
 
 
-def test_no_length_compiles_anew(tmp_path):
-    code = """
-import torch
-from test_block_sparse_attention_triton import kernels
-
-call = 80, torch.float16, 64, 64, 64, "causal,ends"
-names = "batch", "tokens", "entries"
-sizes = (2, 4096, 64), (1, 1023, 17), (3, 64, 1)
-calls = [[code for _, code in kernels(*call, **dict(zip(names, n)))] for n in sizes]
-first, *others = calls
-assert all(a is b for other in others for a, b in zip(first, other, strict=True))
-"""
-    without_code(__file__, code, folder=tmp_path)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def test_no_length_compiles_anew(compiles_once):
+    compiles_once({"float16:64:64:64:causal,ends": ((2, 4096, 64), (1, 1023, 17), (3, 64, 1))})

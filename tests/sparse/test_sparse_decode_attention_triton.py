@@ -1,30 +1,13 @@
 """The Triton kernels of sparse_decode_attention compile for GPUs: they fit, and no length
-recompiles.
-As a script, it compiles them without a GPU and prints their use of resources:
-python tests/sparse/test_sparse_decode_attention_triton.py CAPABILITY [float16:64:paged,rope,extra]
-"""
+recompiles."""
 
 from __future__ import annotations
 
-import json
-import sys
-
-import pytest
 import torch
 from tier import daily
-from triton_compiler import (
-    OPERANDS,
-    SHARED,
-    assert_fits,
-    compiled,
-    fresh_process,
-    resources,
-    without_code,
-)
+from triton_compiler import assert_fits, assert_multiplies
 
 from tokenmill import registry
-
-pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
 SPEC = registry.get("sparse_decode_attention")
 CASES = daily(  # dtype, head_dim, terms
@@ -42,8 +25,10 @@ CASES = daily(  # dtype, head_dim, terms
 )
 
 
-def record(dtype, dim, options, tokens=4096, entries=1024, queries=1, batch=4):
+def record(case, tokens=4096, entries=1024, queries=1, batch=4):
     """A call of sparse_decode_attention on meta tensors."""
+    dtype, dim, options = case.split(":")
+    dtype, dim = getattr(torch, dtype), int(dim)
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -75,56 +60,26 @@ def record(dtype, dim, options, tokens=4096, entries=1024, queries=1, batch=4):
     )  # fmt: skip
 
 
-def kernels(capability, *call, **sizes):
+def call(case, *sizes):
     from tokenmill.triton_kernels.sparse.sparse_decode_attention import sparse_decode_attention
 
-    return compiled(capability, lambda: sparse_decode_attention(record(*call, **sizes)))
+    return lambda: sparse_decode_attention(record(case, *sizes))
 
 
-def main(capability, *cases):
-    for case in cases:
-        dtype, dim, options = case.split(":")
-        for kernel, code in kernels(int(capability), getattr(torch, dtype), int(dim), options):
-            print(json.dumps({"case": case, **resources(kernel, code)}), flush=True)
-
-
-@pytest.mark.parametrize("capability", SHARED)
-def test_kernels_compile_without_spills_and_use_tensor_cores(capability, tmp_path):
-    text = fresh_process(__file__, __file__, capability, *CASES, folder=tmp_path)
-    found = [json.loads(line) for line in text.splitlines()]
-    kernels = {p["kernel"].removesuffix("_kernel") for p in found}
+def test_kernels_compile_without_spills_and_use_tensor_cores(programs):
+    kernels = {p["kernel"].removesuffix("_kernel") for p in programs}
     assert kernels == {"sparse_ranges", "merge", "mass"}
-    ranges = [p["case"] for p in found if p["kernel"] == "sparse_ranges_kernel"]
+    ranges = [p["case"] for p in programs if p["kernel"] == "sparse_ranges_kernel"]
     several = [c for c in CASES if "several" in c]  # a second launch recomputes NaN rows
     assert sorted(ranges) == sorted([*CASES, *several])
-    for program in found:
-        assert_fits(program, capability)
+    for program in programs:
+        assert_fits(program)
         if program["kernel"].startswith("sparse_ranges"):
-            operands = {OPERANDS[program["case"].split(":")[0]]}
-            if "float8" in program["case"]:  # float32 values
-                operands.add("tf32")
-            assert program["products"], program
-            for product in program["products"]:
-                assert any(f".f32.{operand}.{operand}" in product for operand in operands), program
+            float32_values = ["float32"] if "float8" in program["case"] else []
+            assert_multiplies(program, program["case"].split(":")[0], *float32_values)
 
 
-def test_no_length_compiles_anew(tmp_path):
-    code = """
-import torch
-from test_sparse_decode_attention_triton import kernels
-
-options = "paged,rope,extra,mass"
-sizes = [(4096, 1024, 2, 4), (1024, 16, 3, 1), (256, 77, 4, 5)]  # one query has its own code
-names = ("tokens", "entries", "queries", "batch")
-calls = [
-    [code for _, code in kernels(80, torch.float16, 64, options, **dict(zip(names, n)))]
-    for n in sizes
-]
-first, *others = calls
-assert all(a is b for other in others for a, b in zip(first, other, strict=True))
-"""
-    without_code(__file__, code, folder=tmp_path)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def test_no_length_compiles_anew(compiles_once):
+    # One query has its own code.
+    sizes = (4096, 1024, 2, 4), (1024, 16, 3, 1), (256, 77, 4, 5)
+    compiles_once({"float16:64:paged,rope,extra,mass": sizes})

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
-
-import pytest
 import torch
-from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources
+from triton_compiler import assert_fits
 
 from tokenmill import registry
 
-pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CASES = ("float32", "bfloat16")
 KERNELS = {"measure_kernel", "update_kernel", "spread_kernel", "distance_kernel", "select_kernel",
            "mean_kernel", "gradient_kernel", "compact_kernel"}  # fmt: skip
 
@@ -21,7 +15,7 @@ KERNELS = {"measure_kernel", "update_kernel", "spread_kernel", "distance_kernel"
 def call(dtype, channels=192):
     from tokenmill.triton_kernels.tokens import cluster_tokens, reconstruct_tokens
 
-    x = torch.zeros(1, 64, 64, channels, dtype=dtype)
+    x = torch.zeros(1, 64, 64, channels, dtype=getattr(torch, dtype))
     rows = x[:, :16].flatten(1, 2)
     cluster, reconstruct = map(registry.get, ("cluster_tokens", "reconstruct_tokens"))
 
@@ -41,22 +35,7 @@ def call(dtype, channels=192):
     return run
 
 
-def main(capability):
-    """Prints the ptxas resources of each kernel."""
-    found = []
-    for name, dtype in DTYPES.items():
-        for kernel, code in compiled(int(capability), call(dtype)):
-            found.append({"case": name, **resources(kernel, code)})
-    print(json.dumps(found))
-
-
-@pytest.mark.parametrize("capability", list(SHARED))
-def test_kernels_fit(capability, tmp_path):
-    found = json.loads(fresh_process(__file__, __file__, capability, folder=tmp_path))
-    assert {p["kernel"] for p in found} == KERNELS
-    for program in found:
-        assert_fits(program, capability)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def test_kernels_fit(programs):
+    assert {p["kernel"] for p in programs} == KERNELS
+    for program in programs:
+        assert_fits(program)

@@ -3,17 +3,12 @@ length recompiles."""
 
 from __future__ import annotations
 
-import json
-import sys
-
-import pytest
 import torch
-from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources, without_code
+from triton_compiler import assert_fits
 
 from tokenmill import registry
 
-pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
-
+CASES = ("bfloat16:everything", "float32:plain")
 KERNELS = {
     "gather_kernel",
     "places_kernel",
@@ -26,12 +21,14 @@ KERNELS = {
 }
 
 
-def call(dtype=torch.float32, tokens=600, channels=256, everything=True):
+def call(case, tokens=600, channels=256):
     from tokenmill.triton_kernels.tokens.gather_fuse import gather_fuse, gather_fuse_backward
     from tokenmill.triton_kernels.tokens.gather_tokens import gather_tokens
     from tokenmill.triton_kernels.tokens.local_pool import local_pool, local_pool_backward
     from tokenmill.triton_kernels.tokens.scatter_tokens import scatter_tokens
 
+    dtype, how = case.split(":")
+    dtype, everything = getattr(torch, dtype), how == "everything"
     x = torch.zeros(2, tokens, channels, dtype=dtype)
     ids = torch.zeros(2, tokens // 3, dtype=torch.int32)
     y = torch.zeros(*ids.shape, channels, dtype=dtype)
@@ -58,34 +55,11 @@ def call(dtype=torch.float32, tokens=600, channels=256, everything=True):
     return run
 
 
-def main(capability):
-    """Prints the ptxas resources of each kernel."""
-    found = []
-    for dtype, everything in ((torch.bfloat16, True), (torch.float32, False)):
-        for kernel, code in compiled(int(capability), call(dtype, everything=everything)):
-            found.append({"case": str(dtype), **resources(kernel, code)})
-    print(json.dumps(found))
+def test_kernels_fit(programs):
+    assert {p["kernel"] for p in programs} == KERNELS
+    for program in programs:
+        assert_fits(program)
 
 
-@pytest.mark.parametrize("capability", list(SHARED))
-def test_kernels_fit(capability, tmp_path):
-    found = json.loads(fresh_process(__file__, __file__, capability, folder=tmp_path))
-    assert {p["kernel"] for p in found} == KERNELS
-    for program in found:
-        assert_fits(program, capability)
-
-
-def test_no_length_compiles_anew(tmp_path):
-    code = """
-from test_move_triton import call, compiled
-
-first, *others = [
-    [code for _, code in compiled(80, call(tokens=n))] for n in (6000, 70014, 2406)
-]
-assert all(a is b for other in others for a, b in zip(first, other, strict=True))
-"""
-    without_code(__file__, code, folder=tmp_path)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def test_no_length_compiles_anew(compiles_once):
+    compiles_once({"float32:everything": ((6000,), (70014,), (2406,))})

@@ -3,21 +3,16 @@ fit, and no length recompiles."""
 
 from __future__ import annotations
 
-import json
-import sys
-
-import pytest
 import torch
-from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources, without_code
+from triton_compiler import assert_fits
 
 from tokenmill import registry
 
-pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
-
+CASES = ("bfloat16:mean:everything", "bfloat16:amax:everything", "float32:mean:plain")
 KERNELS = {"reduce_kernel", "backward_kernel", "partition_kernel", "count_kernel", "write_kernel"}
 
 
-def call(dtype=torch.float32, reduce="mean", tokens=600, channels=256, everything=True):
+def call(case, tokens=600, channels=256):
     from tokenmill.triton_kernels.tokens.mask_partition import mask_partition
     from tokenmill.triton_kernels.tokens.segment_reduce import (
         segment_reduce,
@@ -25,6 +20,8 @@ def call(dtype=torch.float32, reduce="mean", tokens=600, channels=256, everythin
     )
     from tokenmill.triton_kernels.tokens.topk_partition import topk_partition
 
+    dtype, reduce, how = case.split(":")
+    dtype, everything = getattr(torch, dtype), how == "everything"
     segments = registry.get("segment_reduce")
     x = torch.zeros(2, tokens, channels, dtype=dtype)
     offsets = torch.zeros(2, tokens // 40 + 1, dtype=torch.int32)
@@ -51,37 +48,11 @@ def call(dtype=torch.float32, reduce="mean", tokens=600, channels=256, everythin
     return run
 
 
-def main(capability):
-    """Prints the ptxas resources of each kernel."""
-    found = []
-    for reduce in ("mean", "amax"):
-        for kernel, code in compiled(int(capability), call(torch.bfloat16, reduce)):
-            found.append({"case": reduce, **resources(kernel, code)})
-    for kernel, code in compiled(int(capability), call(everything=False)):
-        found.append({"case": "plain", **resources(kernel, code)})
-    print(json.dumps(found))
+def test_kernels_fit(programs):
+    assert {p["kernel"] for p in programs} == KERNELS
+    for program in programs:
+        assert_fits(program)
 
 
-@pytest.mark.parametrize("capability", list(SHARED))
-def test_kernels_fit(capability, tmp_path):
-    found = json.loads(fresh_process(__file__, __file__, capability, folder=tmp_path))
-    assert {p["kernel"] for p in found} == KERNELS
-    for program in found:
-        assert_fits(program, capability)
-
-
-def test_no_length_compiles_anew(tmp_path):
-    code = """
-from test_reduce_triton import call, compiled
-
-first, *others = [
-    [code for _, code in compiled(80, call(tokens=n, channels=c))]
-    for n, c in ((6000, 256), (70016, 200), (2401, 513))
-]
-assert all(a is b for other in others for a, b in zip(first, other, strict=True))
-"""
-    without_code(__file__, code, folder=tmp_path)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def test_no_length_compiles_anew(compiles_once):
+    compiles_once({"float32:mean:everything": ((6000, 256), (70016, 200), (2401, 513))})
