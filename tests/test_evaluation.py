@@ -10,7 +10,15 @@ transformers = pytest.importorskip("transformers")
 
 from tokenmill import InputError, policies  # noqa: E402
 from tokenmill.demo import models  # noqa: E402
-from tokenmill.evaluation import evaluate, make_text, markdown, picture, run  # noqa: E402
+from tokenmill.evaluation import (  # noqa: E402
+    evaluate,
+    evaluate_vision,
+    make_text,
+    markdown,
+    picture,
+    run,
+    vision_markdown,
+)
 from tokenmill.evaluation.table import mean, share, summaries  # noqa: E402
 from tokenmill.integrations.transformers import apply_policy  # noqa: E402
 
@@ -200,6 +208,54 @@ def test_a_model_in_training_is_an_error(model):
             small(model, [policies.FullAttention()])
     finally:
         model.eval()
+
+
+@pytest.fixture
+def vit():
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        image_size=32,
+        patch_size=4,
+        hidden_size=24,
+        intermediate_size=32,
+        num_attention_heads=3,
+        num_hidden_layers=4,
+        initializer_range=0.2,
+    )
+    return transformers.ViTModel(config).eval()
+
+
+def test_features_of_a_reduction_that_does_nothing_are_those_of_the_model(vit):
+    images = torch.rand(2, 3, 40, 50)
+    seen = []
+    rows = evaluate_vision(
+        vit,
+        images,
+        {"none": {"merge": 0}, "many": {"merge": 12}, "few": {"keep_rate": 0.5}},
+        pixels=[32],
+        after=seen.append,
+    )
+    assert rows == seen
+    assert [row.kept for row in rows[:3]] == [65, 65, 17]
+    assert min(rows[1].class_cosine) > 0.9999 and min(rows[1].patch_cosine) > 0.9999
+    assert max(rows[2].patch_cosine) < 0.9999
+    assert all(map(math.isnan, rows[3].patch_cosine)) and math.isnan(rows[3].saliency)
+    table = vision_markdown(rows)
+    assert len(table.splitlines()) == 6 and "| few | 32 |" in table and "nan" not in table
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "rule"),
+    [
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), {"merge": 1}, "images: must be float"),
+        (torch.zeros(3, 32, 32), {"merge": 1}, "images: must be float"),
+        (torch.zeros(1, 3, 32, 32), {"merge": -1}, "merge: must not be negative"),
+    ],
+)
+def test_images_and_reductions_are_checked(vit, images, options, rule):
+    with pytest.raises(InputError, match=rule):
+        evaluate_vision(vit, images, {"wrong": options}, pixels=[32])
+    evaluate_vision(vit, torch.zeros(1, 3, 32, 32), {}, pixels=[32])  # nothing is left patched
 
 
 def test_weights_that_are_missing_are_named(monkeypatch):

