@@ -210,6 +210,28 @@ def test_a_model_in_training_is_an_error(model):
         model.eval()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--length=40"], "needles: must leave a quarter of 40 tokens"),
+        (["--source=none.txt"], "--source: "),
+        (["--json=LICENSE"], "results: must be a file of rows"),
+        (["--budget=0"], "--budget: must be a whole number of at least 1; got '0'"),
+        (["--needles=99"], "--needles: must be a whole number from 0 to 67; got '99'"),
+    ],
+)
+def test_the_command_names_what_is_wrong(model, monkeypatch, capsys, tmp_path, options, words):
+    from tokenmill.__main__ import main
+    from tokenmill.evaluation import command
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "LICENSE").write_text("no rows")
+    monkeypatch.setattr(command, "load", lambda *_: (model, Characters()))
+    assert main(["evaluate", "tiny", *options]) == 2
+    assert words in capsys.readouterr().err
+    assert (tmp_path / "LICENSE").read_text() == "no rows"
+
+
 @pytest.fixture
 def vit():
     torch.manual_seed(0)

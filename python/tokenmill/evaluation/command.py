@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,12 @@ def rates(value: str) -> list[float]:
 
 
 def run(options: argparse.Namespace) -> int:
-    return run_vision(options) if options.model == DINOV2 else run_language(options)
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise _cli.UsageError("--plot needs matplotlib (pip install tokenmill[models])")
+    try:
+        return run_vision(options) if options.model == DINOV2 else run_language(options)
+    except InputError as error:
+        raise _cli.UsageError(str(error)) from error
 
 
 def run_vision(options: argparse.Namespace) -> int:
@@ -145,8 +151,11 @@ def run_language(options: argparse.Namespace) -> int:
     from .run import evaluate
     from .table import markdown, picture
 
+    try:
+        source = None if options.source is None else options.source.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _cli.UsageError(f"--source: {error}") from error
     model, tokenizer = load(options.model, options.dtype, options.device)
-    source = None if options.source is None else options.source.read_text()
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     rows = []
     for length in options.length:

@@ -193,6 +193,7 @@ def picture(rows: Iterable[Row], path: str | Path) -> None:
     for number, length in enumerate(lengths):
         axes[0].plot([], [], "o", color=f"C{number}", label=f"{length} tokens")
     axes[0].legend(fontsize=8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
