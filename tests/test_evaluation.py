@@ -1,4 +1,4 @@
-"""evaluate() on models of transformers: scores are those of decoding token by token."""
+"""evaluate() on models of transformers: scores equal token-by-token decoding."""
 
 import json
 import math
@@ -124,8 +124,9 @@ def test_questions_do_not_see_each_other(model):
     text = make_text(Characters(), 300, source=SOURCE, needles=4, continuation=20)
     last = text.questions[-1]
     policy = policies.H2O(heavy=40, recent=40)
-    row = run.judge(model, text, 0, "all", policy)
-    only = run.judge(model, type(text)(text.prompt, (last,)), 0, "last", policy)
+    row = run.judge(model, text, policy, run.key_of(model, text, 0, "all", policy))
+    alone = type(text)(text.prompt, (last,))
+    only = run.judge(model, alone, policy, run.key_of(model, alone, 0, "last", policy))
     assert only.found == row.found[-1:]
 
 

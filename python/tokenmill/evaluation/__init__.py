@@ -8,11 +8,10 @@ beside the keys and bytes that a step reads. Of a vision transformer the feature
 
 from .run import evaluate
 from .table import Row, markdown, picture
-from .tasks import TASKS, Text, make_text
+from .tasks import Text, make_text
 from .vision import VisionRow, evaluate_vision, photographs, vision_markdown
 
 __all__ = [
-    "TASKS",
     "Row",
     "Text",
     "VisionRow",

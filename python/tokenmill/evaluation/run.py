@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .._check import check, fail
+from ..demo.encoder import now
 from ..policies import Policy
-from .table import Row
+from .table import Key, Row
 from .tasks import NAME, Text, make_text
 
 STEPS = 16  # steps of one token that are timed
@@ -85,18 +85,17 @@ def evaluate(
                 needles=needles,
             )
             for name, policy in named.items():
-                row = stored.find(key_of(model, text, number, name, policy))
+                key = key_of(model, text, number, name, policy)
+                row = stored.find(key)
                 if row is None:
-                    row = judge(model, text, number, name, policy)
+                    row = judge(model, text, policy, key)
                     stored.add(row)
                 rows.append(row)
                 after(row)
     return rows
 
 
-def key_of(
-    model: Any, text: Text, number: int, name: str, policy: Policy
-) -> tuple[str, str, str, int, int, str]:
+def key_of(model: Any, text: Text, number: int, name: str, policy: Policy) -> Key:
     """What a row was measured for."""
     digest = hashlib.sha256(repr(text).encode()).hexdigest()[:16]
     dtype = str(model.dtype).removeprefix("torch.")
@@ -129,7 +128,7 @@ class Stored:
             except (ValueError, TypeError):
                 fail(NAME, "results", "must be a file of rows of evaluate()", str(path))
 
-    def find(self, key: tuple[Any, ...]) -> Row | None:
+    def find(self, key: Key) -> Row | None:
         return next((row for row in self.rows if row.key == key), None)
 
     def add(self, row: Row) -> None:
@@ -142,7 +141,7 @@ class Stored:
         new.replace(self.path)
 
 
-def judge(model: Any, text: Text, number: int, name: str, policy: Policy) -> Row:
+def judge(model: Any, text: Text, policy: Policy, key: Key) -> Row:
     """One policy on one text."""
     from ..integrations.transformers import apply_policy
 
@@ -154,9 +153,9 @@ def judge(model: Any, text: Text, number: int, name: str, policy: Policy) -> Row
         PeakMemory(device) as peak,
     ):
         prompt = torch.tensor([text.prompt], device=device)
-        start = seconds(device)
+        start = now(device)
         read = model(prompt, logits_to_keep=1)
-        prefill = seconds(device) - start
+        prefill = now(device) - start
         cache, last = applied.cache, read.logits[0, -1]
         assert cache is not None
         losses: dict[str, list[float]] = {"continuation": [], "copy": []}
@@ -176,7 +175,7 @@ def judge(model: Any, text: Text, number: int, name: str, policy: Policy) -> Row
         held = sum(p.bytes_held for p in cache.policies)
         whole = sum(token_bytes(model, p) for p in cache.policies)
     return Row(
-        *key_of(model, text, number, name, policy),
+        *key,
         losses=losses,
         found=found,
         depths=depths,
@@ -207,10 +206,10 @@ def time_steps(applied: Any, cache: Any, last: Tensor) -> tuple[list[float], flo
     times, reads = [], []
     token = last.argmax()[None, None]
     for _ in range(STEPS + 1):  # the first one warms up
-        start = seconds(token.device)
+        start = now(token.device)
         logits = call(applied, token, cache)
         token = logits[:, -1].argmax(-1)[None]
-        times.append(seconds(token.device) - start)
+        times.append(now(token.device) - start)
         reads.append(sum(p.bytes_read for p in cache.policies))
     return times[1:], statistics.mean(reads[1:])
 
@@ -221,12 +220,6 @@ def token_bytes(model: Any, policy: Policy) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     k, v = policy.cache.k, policy.cache.v
     return heads * (k.shape[-1] * k.element_size() + v.shape[-1] * v.element_size())
-
-
-def seconds(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 class PeakMemory:

@@ -12,6 +12,7 @@ from typing import Any
 from ..policies import FullAttention
 
 Z = 1.96  # 95 % of a normal distribution
+Key = tuple[str, str, str, int, int, str]  # the first fields of a row
 Estimate = tuple[float, float]  # a mean, and half the width of its interval of 95 %
 
 
@@ -49,7 +50,7 @@ class Row:
     peak: int | None
 
     @property
-    def key(self) -> tuple[str, str, str, int, int, str]:
+    def key(self) -> Key:
         return self.model, self.name, self.policy, self.length, self.text, self.digest
 
 
@@ -61,7 +62,7 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def share(found: Sequence[bool]) -> Estimate:
-    """A share of successes, with Wilson's interval around its own centre."""
+    """A share of successes, and half the width of its Wilson interval."""
     n = len(found)
     if n == 0:
         return math.nan, math.nan
@@ -72,8 +73,8 @@ def share(found: Sequence[bool]) -> Estimate:
 
 @dataclass(frozen=True)
 class Summary:
-    """All texts of one policy and length. The losses are followed by what they exceed those of full
-    attention by, token by token."""
+    """All texts of one policy and length. excess: losses minus those under full attention, averaged
+    over tokens."""
 
     name: str
     length: int
@@ -163,11 +164,15 @@ def cells(found: Summary) -> tuple[str, ...]:
     )
 
 
-def markdown(rows: Iterable[Row]) -> str:
-    """A table with a line for each policy and length. Losses are followed by what they exceed those
-    of full attention by, if it was measured, with an interval of 95 %."""
-    lines = [HEADER, tuple("---" for _ in HEADER), *map(cells, summaries(rows))]
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """A table with a line for each policy and length. In parentheses: the excess of a loss over
+    full attention, if that was measured, with an interval of 95 %."""
+    return table(HEADER, map(cells, summaries(rows)))
 
 
 def picture(rows: Iterable[Row], path: str | Path) -> None:

@@ -10,8 +10,7 @@ from .._check import check
 from ..demo import text
 
 NAME = "evaluate"
-TASKS = ("continuation", "copy", "needle")
-DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.9)  # of the passages that are repeated
+DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.9)  # positions of the repeated passages
 GIVEN, REPEATED = 16, 32  # tokens of a passage: read again, then scored
 WORDS = (
     "anchor apple arrow basket beacon bell bottle bridge broom button cabin candle canoe carpet "
@@ -27,10 +26,10 @@ NOUNS = WORDS.split()
 class Question:
     """Tokens that follow a text: those that are given, then those that are scored."""
 
-    task: str
+    task: str  # "continuation", "copy" or "needle"
     given: tuple[int, ...]
     scored: tuple[int, ...]
-    depth: float = 1.0  # of what it asks for, as a share of the text
+    depth: float = 1.0  # position of what it asks for, as a fraction of the text
 
 
 @dataclass(frozen=True)

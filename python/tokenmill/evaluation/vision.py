@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +13,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
 from .._check import check, needs
+from ..demo.encoder import now
+from .table import table
 
 NAME = "evaluation.evaluate_vision"
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet statistics
 ROUNDS = 3  # timed calls, of which the best counts
 
 
@@ -130,13 +131,9 @@ def timed(backbone: Any, seen: Tensor) -> tuple[Tensor, float]:
     times = []
     with torch.inference_mode():
         for _ in range(1 + ROUNDS):
-            if seen.is_cuda:
-                torch.cuda.synchronize(seen.device)
-            start = time.perf_counter()
+            start = now(seen.device)
             found: Tensor = backbone(seen).last_hidden_state
-            if seen.is_cuda:
-                torch.cuda.synchronize(seen.device)
-            times.append(time.perf_counter() - start)
+            times.append(now(seen.device) - start)
     return found, min(times[1:])
 
 
@@ -170,9 +167,9 @@ def vision_markdown(rows: Sequence[VisionRow]) -> str:
     def show(value: float) -> str:
         return "" if math.isnan(value) else f"{value:.4f}"
 
-    lines = [HEADER, tuple("---" for _ in HEADER)]
-    for row in rows:
-        lines.append(
+    return table(
+        HEADER,
+        (
             (
                 row.name,
                 str(row.pixels),
@@ -183,5 +180,6 @@ def vision_markdown(rows: Sequence[VisionRow]) -> str:
                 f"{row.rate:.1f}",
                 f"{row.speed:.2f}",
             )
-        )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            for row in rows
+        ),
+    )
