@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import math
 import os
 import re
@@ -125,8 +124,8 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
     if gpu and not torch.cuda.is_available():
         rule = "must be a device of this machine (cpu: there is no GPU)"
         raise _cli.UsageError(f"--device: {rule}; got 'cuda'")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise _cli.UsageError("--plot: needs matplotlib (pip install tokenmill[bench])")
+    if options.plot:
+        _cli.check_plot("bench")
     cases_module.device = torch.device(options.device)
     chosen, failed = _cases(options)
     if not chosen and not failed:

@@ -161,7 +161,7 @@ def test_counters_are_refused_without_the_machine(monkeypatch, capsys):
 
 
 def test_a_missing_matplotlib_is_found_before_measuring(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_cli.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(run, "_cases", lambda options: pytest.fail("it went on"))
     assert main(["bench", "--plot", str(tmp_path)]) == 2
     assert "--plot: needs matplotlib (pip install tokenmill[bench])" in capsys.readouterr().err

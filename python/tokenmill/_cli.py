@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import re
@@ -22,6 +23,12 @@ class UsageError(Exception):
     def __init__(self, message: str, command: str = "") -> None:
         super().__init__(message)
         self.command = command  # "" stands for the running command
+
+
+def check_plot(extra: str) -> None:
+    """Raises if --plot cannot draw."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(f"--plot: needs matplotlib (pip install tokenmill[{extra}])")
 
 
 class Parser(argparse.ArgumentParser):

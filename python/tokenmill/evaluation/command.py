@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=numbers,
         default=[2048],
         metavar="TOKENS,...",
-        help="of the texts (default 2048)",
+        help="length of the texts (default 2048)",
     )
     parser.add_argument(
-        "--texts", type=_cli.integer(1), default=1, metavar="N", help="of each length (default 1)"
+        "--texts", type=_cli.integer(1), default=1, metavar="N", help="texts per length (default 1)"
     )
     parser.add_argument(
         "--needles",
@@ -68,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help="of weights and caches (default float32)",
+        help="dtype of weights and caches (default float32)",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
     parser.add_argument(
@@ -115,8 +114,8 @@ def rates(value: str) -> list[float]:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise _cli.UsageError("--plot needs matplotlib (pip install tokenmill[models])")
+    if options.plot is not None:
+        _cli.check_plot("models")
     try:
         return run_vision(options) if options.model == DINOV2 else run_language(options)
     except InputError as error:
