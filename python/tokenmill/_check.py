@@ -186,9 +186,9 @@ def check_qkv(
     maximum: int = MAX_HEAD_DIM,
     max_value: int = MAX_HEAD_DIM,
 ) -> None:
-    """That queries, keys and values are tensors, their rank (3: packed, 4: sequences, 5: maps),
-    dtype, device, layout and the shapes that they share. paged: keys are in pages, any number of
-    them. maximum, max_value: maximum head_dim of q and k, and of v."""
+    """Checks queries, keys and values: tensors, rank (3: packed, 4: sequences, 5: maps), dtype,
+    device, layout and shared shapes. paged: keys are in pages, any number of them. maximum,
+    max_value: maximum head_dim of q and k, and of v."""
     layout = {3: "[T, H, D] (packed)", 4: "[B, S, H, D]", 5: "[B, Y, X, H, D]"}[rank]
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(op, name, t)

@@ -39,8 +39,8 @@ def attended(policy, length, steps=1):
             layer.step(*draw(1))
             token = layer.cache.token_bytes
             for rows, size in layer._reads:
-                if size in (token, token // KV_HEADS):  # of attention, not of a selection
-                    found += rows.float().mean().item()  # over heads with lists of their own
+                if size in (token, token // KV_HEADS):  # attention read it, not a selection
+                    found += rows.float().mean().item()  # mean over per-head lists
     return found / LAYERS / steps
 
 

@@ -60,8 +60,8 @@ class TorchOp:
     name.
 
     check_values raises for bad values inside tensors, which costs a synchronisation on a GPU. fake
-    returns the outputs without data; without one, they are those of the public operator but the
-    first, which the call writes. triton is the "module:function" of the Triton
+    returns the outputs without data; None: the public operator's outputs after the first, which the
+    call writes. triton is the "module:function" of the Triton
     implementation inside tokenmill.triton_kernels. backward is as in
     torch.library.register_autograd, with torch.ops.<namespace> before the context; it returns
     gradients by name. saves names the results that it needs besides the arguments, constant those

@@ -25,7 +25,7 @@ class Layout:
     heads: str
     out: str
     scale: str
-    dropout: str  # of attention weights
+    dropout: str  # attention-weight dropout
     after: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # attention and the MLP, in order
     prefix: int = 1
     class_token: bool = True
