@@ -180,10 +180,11 @@ class Encoder:
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
 
-        from tokenmill.demo.encoder import model_folder
+        from tokenmill.demo.encoder import PACKAGE
+        from tokenmill.demo.models import find_weights
 
         logging.disable_progress_bar()
-        folder = model_folder()
+        folder = find_weights(PACKAGE, "model")
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
 
