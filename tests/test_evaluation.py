@@ -1,5 +1,6 @@
 """evaluate() on models of transformers: scores equal token-by-token decoding."""
 
+import dataclasses
 import json
 import math
 
@@ -53,27 +54,29 @@ def small(model, chosen, **options):
 
 
 def test_a_text_has_its_facts_and_asks_for_each():
-    text = make_text(Characters(), 400, source=SOURCE, needles=5, continuation=30)
+    options = {"source": SOURCE, "needles": 5, "asked": 2, "continuation": 30}
+    text = make_text(Characters(), 400, **options)
     words = "".join(map(chr, text.prompt))
     assert len(words) == 400
     tasks = [q.task for q in text.questions]
-    assert tasks == ["continuation"] + ["copy"] * 5 + ["needle"] * 5
+    assert tasks == ["continuation"] + ["copy"] * 5 + ["needle"] * 5 + ["asked"] * 2
     for question in text.questions:
         asked = "".join(map(chr, (*question.given, *question.scored)))
         if question.task == "continuation":
             assert (words + asked)[-60:] in SOURCE
         else:
             assert asked in words
-    other = make_text(Characters(), 400, number=1, source=SOURCE, needles=5, continuation=30)
-    assert other != text
-    assert make_text(Characters(), 400, source=SOURCE, needles=5, continuation=30) == text
+    needles, asked = text.questions[6:11], text.questions[11:]
+    assert [q.given for q in asked] == [needles[1].given, needles[3].given]
+    assert make_text(Characters(), 400, number=1, **options) != text
+    assert make_text(Characters(), 400, **options) == text
 
 
 @pytest.mark.parametrize(
     ("length", "rule"), [(100, "needles: .*facts leave"), (4000, "source: must have")]
 )
 def test_a_text_that_cannot_be_made_is_an_error(length, rule):
-    with pytest.raises(InputError, match=rf"tokenmill\.evaluate: .*{rule}"):
+    with pytest.raises(InputError, match=rf"tokenmill\.evaluation\.evaluate: .*{rule}"):
         make_text(Characters(), length, source=SOURCE, needles=6, continuation=10)
 
 
@@ -122,12 +125,42 @@ def test_full_attention_gives_the_losses_of_the_model(model):
 def test_questions_do_not_see_each_other(model):
     """A needle's answer is the same whether others were asked before it or not."""
     text = make_text(Characters(), 300, source=SOURCE, needles=4, continuation=20)
-    last = text.questions[-1]
+    last = [q for q in text.questions if q.task == "needle"][-1]
     policy = policies.H2O(heavy=40, recent=40)
     row = run.judge(model, text, policy, run.key_of(model, text, 0, "all", policy))
     alone = type(text)(text.prompt, (last,))
     only = run.judge(model, alone, policy, run.key_of(model, alone, 0, "last", policy))
     assert only.found == row.found[-1:]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        policies.FullAttention(),
+        policies.SnapKV(budget=60, window=16),
+        policies.Quest(budget=64, dense_layers=0),
+    ],
+    ids=lambda p: type(p).__name__,
+)
+def test_an_asked_question_is_the_end_of_the_prompt(model, policy):
+    """The answer is what greedy decoding says after text and question in one prompt."""
+    text = make_text(Characters(), 300, source=SOURCE, needles=4, asked=4, continuation=20)
+    said = []
+    asked = []
+    for question in text.questions:
+        if question.task == "asked":
+            ids = torch.tensor([(*text.prompt, *question.given)])
+            count = len(question.scored)
+            options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": -1}
+            with apply_policy(model, policy):
+                new = model.generate(ids, pad_token_id=0, **options)
+            said.append(new[0, -count:].tolist())
+            asked.append(dataclasses.replace(question, scored=tuple(said[-1])))
+    right = type(text)(text.prompt, tuple(asked))
+    wrong = [dataclasses.replace(q, scored=(*q.scored[:-1], q.scored[-1] ^ 1)) for q in asked]
+    key = run.key_of(model, text, 0, "all", policy)
+    assert run.judge(model, right, policy, key).asked == [True] * 4
+    assert run.judge(model, type(text)(text.prompt, tuple(wrong)), policy, key).asked == [False] * 4
 
 
 def test_a_run_goes_on_where_it_stopped(model, tmp_path):
@@ -156,7 +189,9 @@ def test_a_run_goes_on_where_it_stopped(model, tmp_path):
 def test_a_file_that_has_no_rows_is_an_error(model, tmp_path, content):
     file = tmp_path / "rows.json"
     file.write_text(content)
-    with pytest.raises(InputError, match=r"tokenmill\.evaluate: results: must be a file of rows"):
+    with pytest.raises(
+        InputError, match=r"tokenmill\.evaluation\.evaluate: results: must be a file of rows"
+    ):
         small(model, [policies.FullAttention()], results=file)
     assert file.read_text() == content
 
@@ -168,7 +203,7 @@ def test_tables_compare_with_full_attention_token_by_token(model, tmp_path):
     assert full.excess["copy"] == (0, 0)
     difference = short.copy[0] - full.copy[0]
     assert math.isclose(short.excess["copy"][0], difference, rel_tol=1e-6, abs_tol=1e-6)
-    assert short.asked == 8
+    assert short.hidden == 8
     table = markdown(rows)
     assert len(table.splitlines()) == 4
     assert "| full | 300 |" in table
@@ -196,7 +231,7 @@ def test_intervals():
     ],
 )
 def test_policies_are_checked(model, chosen, rule):
-    with pytest.raises(InputError, match=rf"tokenmill\.evaluate: policies: {rule}"):
+    with pytest.raises(InputError, match=rf"tokenmill\.evaluation\.evaluate: policies: {rule}"):
         small(model, chosen)
 
 
@@ -204,7 +239,7 @@ def test_a_model_in_training_is_an_error(model):
     model.train()
     try:
         with pytest.raises(
-            InputError, match=r"tokenmill\.evaluate: model: must be in evaluation mode"
+            InputError, match=r"tokenmill\.evaluation\.evaluate: model: must be in evaluation mode"
         ):
             small(model, [policies.FullAttention()])
     finally:

@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="facts in a text (default 50)",
     )
     parser.add_argument(
+        "--asked",
+        type=_cli.integer(0, 67),
+        default=10,
+        metavar="N",
+        help="facts for which the end of the prompt asks, too (default 10)",
+    )
+    parser.add_argument(
         "--continuation",
         type=_cli.integer(1),
         default=256,
@@ -77,7 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows are kept here, and a second run measures only what is missing",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="quality against speed as a PNG")
-    vision = parser.add_argument_group("dinov2")
+    add_vision_arguments(parser.add_argument_group("dinov2"))
+
+
+def add_vision_arguments(vision: argparse._ArgumentGroup) -> None:
     vision.add_argument(
         "--pixels", type=numbers, default=[224], metavar="N,...", help="heights (default 224)"
     )
@@ -169,6 +179,7 @@ def run_language(options: argparse.Namespace) -> int:
             source=source,
             continuation=options.continuation,
             needles=options.needles,
+            asked=options.asked,
             results=options.json,
             after=lambda row: print(f"  {row.name}, text {row.text}", flush=True),
         )

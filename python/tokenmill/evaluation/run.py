@@ -15,8 +15,9 @@ from torch import Tensor
 from .._check import check, fail
 from ..demo.encoder import now
 from ..policies import Policy
+from ..policies.policy import Keeping
 from .table import Key, Row
-from .tasks import NAME, Text, make_text
+from .tasks import NAME, Question, Text, make_text
 
 STEPS = 16  # steps of one token that are timed
 
@@ -31,13 +32,15 @@ def evaluate(
     source: str | None = None,
     continuation: int = 256,
     needles: int = 50,
+    asked: int = 10,
     results: str | Path | None = None,
     after: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Judges policies on long texts: quality, speed and memory.
 
     Each text is read once under each policy, and every question is decoded from a copy of that
-    cache, so that policies that evict have made their choice before they know the question.
+    cache, so that policies that evict have made their choice before they know the question. A few
+    questions are then asked at the end of the prompt, which such policies read before they choose.
 
     Args:
         model: a causal model of transformers that :func:`apply_policy` takes.
@@ -49,6 +52,7 @@ def evaluate(
         source: the text that they are cut from; None: the language reference of Python.
         continuation: tokens after a text that are scored.
         needles: facts hidden in a text, each asked for once, at most 67.
+        asked: how many of them the end of the prompt asks for, too; more than needles: each.
         results: a JSON file. Rows that it has are not measured again, and each new row is written
             at once, so that an interrupted run goes on where it stopped.
         after: called with each row, also with those that the file had.
@@ -66,7 +70,7 @@ def evaluate(
         >>> model, tokenizer = models.smollm2()
         >>> rows = evaluate(
         ...     model, tokenizer, [policies.FullAttention(), policies.StreamingLLM(num_recent=60)],
-        ...     lengths=[256], needles=4, continuation=8)
+        ...     lengths=[256], needles=4, asked=0, continuation=8)
         >>> [(row.name, row.keys) for row in rows]
         [('FullAttention', 265.5), ('StreamingLLM', 64.0)]
     """
@@ -83,6 +87,7 @@ def evaluate(
                 source=source,
                 continuation=continuation,
                 needles=needles,
+                asked=asked,
             )
             for name, policy in named.items():
                 key = key_of(model, text, number, name, policy)
@@ -162,6 +167,8 @@ def judge(model: Any, text: Text, policy: Policy, key: Key) -> Row:
         found: list[bool] = []
         depths = []
         for question in text.questions:
+            if question.task == "asked":
+                continue
             logits = decode(applied, cache.copy(), last, [*question.given, *question.scored])
             logits = logits[len(question.given) :].float()
             scored = torch.tensor(question.scored, device=device)
@@ -174,11 +181,13 @@ def judge(model: Any, text: Text, policy: Policy, key: Key) -> Row:
         times, reads = time_steps(applied, cache.copy(), last)
         held = sum(p.bytes_held for p in cache.policies)
         whole = sum(token_bytes(model, p) for p in cache.policies)
+        asked = ask(applied, cache, prompt, [q for q in text.questions if q.task == "asked"])
     return Row(
         *key,
         losses=losses,
         found=found,
         depths=depths,
+        asked=asked,
         prefill=prefill,
         step=statistics.median(times),
         bytes_read=reads,
@@ -186,6 +195,25 @@ def judge(model: Any, text: Text, policy: Policy, key: Key) -> Row:
         bytes_held=held,
         peak=peak.bytes,
     )
+
+
+def ask(applied: Any, cache: Any, prompt: Tensor, questions: Sequence[Question]) -> list[bool]:
+    """Whether the answer to each question is the likeliest, if the question ends the prompt."""
+    if not questions:
+        return []
+    tokens = prompt.shape[1]
+    if not all(isinstance(policy, Keeping) for policy in cache.policies):  # it has chosen its keys
+        with applied.reading(tokens + max(len(q.given) for q in questions)):
+            applied.model(prompt, logits_to_keep=1)
+        cache = applied.cache
+    found = []
+    for question in questions:
+        own = cache.copy()
+        with applied.reading(tokens + len(question.given)):
+            last = call(applied, prompt.new_tensor([question.given]), own)[0, -1]
+        answer = decode(applied, own, last, [*question.scored]).argmax(-1)
+        found.append(answer.tolist() == [*question.scored])
+    return found
 
 
 def decode(applied: Any, cache: Any, last: Tensor, tokens: list[int]) -> Tensor:

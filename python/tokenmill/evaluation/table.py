@@ -26,6 +26,7 @@ class Row:
         length, text, digest: tokens of the text, its number, and a hash of it and its questions.
         losses: nats of each scored token, by task: continuation and copy.
         found, depths: whether each needle's answer was the likeliest, and where its fact stood.
+        asked: the same of those for which the end of the prompt asked.
         prefill, step: seconds of reading the text, and median seconds of a token after it.
         bytes_read: bytes of caches, and of what stands for keys, that a step reads, on average.
         keys: the same in keys with their values, per layer and KV head.
@@ -42,6 +43,7 @@ class Row:
     losses: dict[str, list[float]]
     found: list[bool]
     depths: list[float]
+    asked: list[bool]
     prefill: float
     step: float
     bytes_read: float
@@ -82,7 +84,9 @@ class Summary:
     copy: Estimate
     excess: dict[str, Estimate]
     needles: Estimate
-    asked: int
+    hidden: int  # how many
+    asked: Estimate
+    questions: int  # how many
     prefill: float
     rate: float  # tokens per second
     keys: float
@@ -118,12 +122,15 @@ def summary(
             ]
         )
     found = [x for row in rows for x in row.found]
+    asked = [x for row in rows for x in row.asked]
     return Summary(
         name=name,
         length=length,
         excess=excess,
         needles=share(found),
-        asked=len(found),
+        hidden=len(found),
+        asked=share(asked),
+        questions=len(asked),
         prefill=average(lambda row: row.prefill),
         rate=1 / average(lambda row: row.step),
         keys=average(lambda row: row.keys),
@@ -135,8 +142,8 @@ def summary(
 
 
 HEADER = (
-    "policy", "tokens", "continuation, nats", "copy, nats", "needles", "tokens/s", "keys a step",
-    "MB a step", "MB held", "prompt, s", "peak, MB",
+    "policy", "tokens", "continuation, nats", "copy, nats", "needles", "asked in the prompt",
+    "tokens/s", "keys a step", "MB a step", "MB held", "prompt, s", "peak, MB",
 )  # fmt: skip
 
 
@@ -147,14 +154,18 @@ def show_loss(loss: Estimate, excess: Estimate) -> str:
     return f"{found:.3f} ({more:+.3f} ± {half:.3f})"
 
 
+def show_share(found: Estimate, of: int) -> str:
+    return f"{found[0]:.2f} ± {found[1]:.2f} of {of}" if of else ""
+
+
 def cells(found: Summary) -> tuple[str, ...]:
-    share, half = found.needles
     return (
         found.name,
         str(found.length),
         show_loss(found.continuation, found.excess["continuation"]),
         show_loss(found.copy, found.excess["copy"]),
-        f"{share:.2f} ± {half:.2f} of {found.asked}" if found.asked else "",
+        show_share(found.needles, found.hidden),
+        show_share(found.asked, found.questions),
         f"{found.rate:.1f}",
         f"{found.keys:.0f}",
         f"{found.bytes_read / 1e6:.1f}",

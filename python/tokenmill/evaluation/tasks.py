@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .._check import check
 from ..demo import text
 
-NAME = "evaluate"
+NAME = "evaluation.evaluate"
 DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.9)  # positions of the repeated passages
 GIVEN, REPEATED = 16, 32  # tokens of a passage: read again, then scored
 WORDS = (
@@ -24,9 +24,11 @@ NOUNS = WORDS.split()
 
 @dataclass(frozen=True)
 class Question:
-    """Tokens that follow a text: those that are given, then those that are scored."""
+    """Tokens that follow a text: those that are given, then those that are scored. An asked
+    question is the end of the prompt: a policy reads it before it chooses keys.
+    """
 
-    task: str  # "continuation", "copy" or "needle"
+    task: str  # "continuation", "copy", "needle" or "asked"
     given: tuple[int, ...]
     scored: tuple[int, ...]
     depth: float = 1.0  # position of what it asks for, as a fraction of the text
@@ -48,6 +50,7 @@ def make_text(
     source: str | None = None,
     continuation: int = 256,
     needles: int = 50,
+    asked: int = 10,
 ) -> Text:
     """A text of `length` tokens with hidden facts, and its questions.
 
@@ -58,12 +61,16 @@ def make_text(
         source: a long text; None: the language reference of Python, which help() prints.
         continuation: tokens after the text that are scored.
         needles: facts "anchor: 4821", each a paragraph, spread evenly; at most 67.
+        asked: how many of them the end of the prompt asks for, too, spread evenly; more than
+            needles: each.
 
     Raises:
         RuntimeError: naming argument, rule and value, where text or source are too short.
     """
     limit = f"must be from 0 to {len(NOUNS)}"
     check(0 <= needles <= len(NOUNS), NAME, "needles", limit, needles)
+    check(asked >= 0, NAME, "asked", "must be at least 0", asked)
+    asked = min(asked, needles)
     draw = random.Random(number)
     words = tokenizer(source if source is not None else reference(), add_special_tokens=False)
     tokens: list[int] = words["input_ids"]
@@ -92,10 +99,14 @@ def make_text(
         start = int(depth * (length - GIVEN - REPEATED))
         passage = tuple(prompt[start : start + GIVEN + REPEATED])
         questions.append(Question("copy", passage[:GIVEN], passage[GIVEN:], depth))
+    needed = []
     for (noun, code), place in zip(told, places, strict=False):
         given = encode(tokenizer, f"\n\n{noun}:")
         answer = encode(tokenizer, f"\n\n{noun}: {code}")[len(given) :]
-        questions.append(Question("needle", tuple(given), tuple(answer), place))
+        needed.append(Question("needle", tuple(given), tuple(answer), place))
+    questions += needed
+    for i in range(asked):
+        questions.append(replace(needed[(2 * i + 1) * needles // (2 * asked)], task="asked"))
     return Text(tuple(prompt), tuple(questions))
 
 

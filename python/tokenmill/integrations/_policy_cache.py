@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from .._check import check, check_version, fail
+from .._check import as_int, check, check_version, fail
 from .._transformers.attention import attention_forward
 from .._transformers.masks import build_mask
 from .._transformers.models import KEEP, POLICY, configs_of
@@ -279,6 +279,38 @@ class AppliedPolicy:
         finally:
             _decodes.reset(token)
 
+    @contextlib.contextmanager
+    def reading(self, tokens: int) -> Iterator[None]:
+        """A context manager in which calls of the model read chunks of a prompt, as generate()
+        does: a policy that evicts waits with its selection for the end of the prompt.
+
+        Args:
+            tokens: number of tokens of the prompt, padding included.
+
+        Example:
+            >>> import torch, tokenmill as tm
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from tokenmill.integrations.transformers import apply_policy
+            >>> config = LlamaConfig(
+            ...     vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+            ...     num_attention_heads=4, num_key_value_heads=2)
+            >>> model = LlamaForCausalLM(config).eval()
+            >>> text, question = torch.randint(50, (1, 40)), torch.randint(50, (1, 8))
+            >>> with apply_policy(model, tm.policies.SnapKV(budget=16, window=8)) as applied:
+            ...     with torch.no_grad(), applied.reading(48):
+            ...         _ = model(text)
+            ...         _ = model(question, **{applied.cache_name: applied.cache})
+            >>> applied.cache.policies[0].kept.tolist()
+            [16]
+        """
+        tokens = as_int(NAME, "tokens", tokens)
+        check(tokens >= 1, NAME, "tokens", "must be at least 1", tokens)
+        token = _prompt_end.set(tokens)
+        try:
+            yield
+        finally:
+            _prompt_end.reset(token)
+
     def _restore(self) -> None:
         for config, implementation in self._configs:
             config._attn_implementation_internal = implementation
@@ -332,11 +364,8 @@ class AppliedPolicy:
         model_kwargs[self.cache_name] = cache
         mask = model_kwargs.get("attention_mask")
         end = cache.get_seq_length() + input_ids.shape[1] if mask is None else mask.shape[-1]
-        token = _prompt_end.set(end)
-        try:
+        with self.reading(end):
             return self._read_prompt(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        finally:
-            _prompt_end.reset(token)
 
 
 def _marked(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
