@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import tokenmill as tm
-from tokenmill.demo import text
+from tokenmill.samples import text
 
 HEADS, DIM = 4, 32  # heads and head_dim of an indexer
 

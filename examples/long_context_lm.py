@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, silu
 
 import tokenmill as tm
-from tokenmill.demo import text
+from tokenmill.samples import text
 
 Mix = Callable[
     [Tensor, Tensor, Tensor], Tensor

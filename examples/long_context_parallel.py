@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 import tokenmill as tm
 import tokenmill.distributed as tmd
-from tokenmill.demo import text
+from tokenmill.samples import text
 
 
 @dataclass(frozen=True)

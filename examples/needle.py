@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy, pad
 
 import tokenmill as tm
 from tokenmill import policies
-from tokenmill.demo import text
+from tokenmill.samples import text
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, H, D], k, v [B, S, Hk, D] -> as q
 WINDOW = 12  # characters that a key encodes

@@ -181,7 +181,7 @@ class Encoder:
         from transformers.utils import logging
 
         from tokenmill.demo.encoder import PACKAGE
-        from tokenmill.demo.models import find_weights
+        from tokenmill.samples.models import find_weights
 
         logging.disable_progress_bar()
         folder = find_weights(PACKAGE, "model")
@@ -209,7 +209,7 @@ class Encoder:
 
 @torch.inference_mode()
 def embed(passages: int, words: int) -> None:
-    from tokenmill.demo import text
+    from tokenmill.samples import text
 
     encoder = Encoder()
     texts = text.passages(passages, words)

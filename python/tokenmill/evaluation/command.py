@@ -135,7 +135,7 @@ def run(options: argparse.Namespace) -> int:
 def run_vision(options: argparse.Namespace) -> int:
     import torch
 
-    from ..demo import models
+    from ..samples import models
     from .vision import evaluate_vision, photographs, vision_markdown
 
     try:
@@ -212,7 +212,7 @@ def choose(
 def load(name: str, dtype_name: str, device: str) -> tuple[Any, Any]:
     import torch
 
-    from ..demo import models
+    from ..samples import models
 
     dtype = getattr(torch, dtype_name)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,10 @@ import torch
 from torch import Tensor
 
 from .._check import check, fail
-from ..demo.encoder import now
 from ..policies import Policy
 from ..policies.policy import Keeping
 from .table import Key, Row
-from .tasks import NAME, Question, Text, make_text
+from .tasks import DEPTHS, NAME, Question, Text, make_text
 
 STEPS = 16  # steps of one token that are timed
 
@@ -33,6 +33,7 @@ def evaluate(
     continuation: int = 256,
     needles: int = 50,
     asked: int = 10,
+    depths: Sequence[float] = DEPTHS,
     results: str | Path | None = None,
     after: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
@@ -53,6 +54,7 @@ def evaluate(
         continuation: tokens after a text that are scored.
         needles: facts hidden in a text, each asked for once, at most 67.
         asked: how many of them the end of the prompt asks for, too; more than needles: each.
+        depths: positions of the passages that are repeated, as fractions of a text.
         results: a JSON file. Rows that it has are not measured again, and each new row is written
             at once, so that an interrupted run goes on where it stopped.
         after: called with each row, also with those that the file had.
@@ -65,7 +67,7 @@ def evaluate(
 
     Example:
         >>> from tokenmill import policies
-        >>> from tokenmill.demo import models
+        >>> from tokenmill.samples import models
         >>> from tokenmill.evaluation import evaluate
         >>> model, tokenizer = models.smollm2()
         >>> rows = evaluate(
@@ -88,6 +90,7 @@ def evaluate(
                 continuation=continuation,
                 needles=needles,
                 asked=asked,
+                depths=depths,
             )
             for name, policy in named.items():
                 key = key_of(model, text, number, name, policy)
@@ -248,6 +251,13 @@ def token_bytes(model: Any, policy: Policy) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     k, v = policy.cache.k, policy.cache.v
     return heads * (k.shape[-1] * k.element_size() + v.shape[-1] * v.element_size())
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, after all work of the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class PeakMemory:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .._check import check
-from ..demo import text
+from ..samples import text
 
 NAME = "evaluation.evaluate"
 DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.9)  # positions of the repeated passages
@@ -51,6 +52,7 @@ def make_text(
     continuation: int = 256,
     needles: int = 50,
     asked: int = 10,
+    depths: Sequence[float] = DEPTHS,
 ) -> Text:
     """A text of `length` tokens with hidden facts, and its questions.
 
@@ -63,6 +65,7 @@ def make_text(
         needles: facts "anchor: 4821", each a paragraph, spread evenly; at most 67.
         asked: how many of them the end of the prompt asks for, too, spread evenly; more than
             needles: each.
+        depths: positions of the repeated passages, as fractions of the text.
 
     Raises:
         RuntimeError: naming argument, rule and value, where text or source are too short.
@@ -71,6 +74,8 @@ def make_text(
     check(0 <= needles <= len(NOUNS), NAME, "needles", limit, needles)
     check(asked >= 0, NAME, "asked", "must be at least 0", asked)
     asked = min(asked, needles)
+    wrong = [depth for depth in depths if not 0 <= depth <= 1]
+    check(not wrong, NAME, "depths", "must be from 0 to 1", wrong and wrong[0])
     draw = random.Random(number)
     words = tokenizer(source if source is not None else reference(), add_special_tokens=False)
     tokens: list[int] = words["input_ids"]
@@ -95,7 +100,7 @@ def make_text(
         places.append(len(prompt) / length)
         prompt += fact
     questions = [Question("continuation", (), tuple(body[plain:]))]
-    for depth in DEPTHS:
+    for depth in depths:
         start = int(depth * (length - GIVEN - REPEATED))
         passage = tuple(prompt[start : start + GIVEN + REPEATED])
         questions.append(Question("copy", passage[:GIVEN], passage[GIVEN:], depth))

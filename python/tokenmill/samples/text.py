@@ -48,16 +48,8 @@ def characters() -> tuple[Tensor, Tensor]:
     """The text as codes below VOCABULARY: nine tenths for training, the last tenth for
     validation.
     """
-    return _codes("\n\n".join(paragraphs()))
-
-
-def sentences() -> tuple[Tensor, Tensor]:
-    """The same for prose only, on one line."""
-    return _codes(" ".join(" ".join(prose()).split()))
-
-
-def _codes(whole: str) -> tuple[Tensor, Tensor]:
-    codes = torch.frombuffer(bytearray(whole, "ascii"), dtype=torch.uint8).long()
+    whole = bytearray("\n\n".join(paragraphs()), "ascii")
+    codes = torch.frombuffer(whole, dtype=torch.uint8).long()
     split = len(codes) * 9 // 10
     return codes[:split], codes[split:]
 

