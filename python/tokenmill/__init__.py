@@ -95,6 +95,7 @@ from .tokens import (
     subject_boxes,
     topk_partition,
     unmerge_tokens,
+    video_prune,
 )
 
 __all__ = [
@@ -174,6 +175,7 @@ __all__ = [
     "topk_select",
     "transpose_block_list",
     "unmerge_tokens",
+    "video_prune",
 ]
 
 _flops.install([*registry.ops().values()])

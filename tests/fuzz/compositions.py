@@ -238,6 +238,10 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
         lambda r: {"metric": r(2, 13, 8), "r": 4, "partition": "kth", "group": 3},
         lambda r: {"metric": r(2, 13, 8), "r": 4, "partition": "random"},
     ),
+    tokens.video_prune: (
+        lambda r: {"frames": r(2, 4, 6, 8), "keep_rate": 0.5},
+        lambda r: {"frames": r(1, 3, 4, 8), "keep_rate": 0.8, "scores": r(1, 3, 4)},
+    ),
     policies.profile_retrieval_heads: (
         lambda r: {
             "q": r(2, 3, 4, 16), "k": r(2, 11, 2, 16), "tokens": r.ints(9, 2, 11),

@@ -13,6 +13,7 @@ from .reposition_tokens import reposition_tokens, subject_boxes
 from .scatter_tokens import scatter_tokens
 from .segment_reduce import segment_reduce
 from .topk_partition import topk_partition
+from .video_prune import video_prune
 
 __all__ = [
     "best_match",
@@ -30,4 +31,5 @@ __all__ = [
     "subject_boxes",
     "topk_partition",
     "unmerge_tokens",
+    "video_prune",
 ]
