@@ -66,6 +66,7 @@ from .select import (
     query_similarity_gate,
     token_select,
     topk_select,
+    visual_select,
 )
 from .sparse import (
     bilevel_routing_attention,
@@ -176,6 +177,7 @@ __all__ = [
     "transpose_block_list",
     "unmerge_tokens",
     "video_prune",
+    "visual_select",
 ]
 
 _flops.install([*registry.ops().values()])

@@ -214,6 +214,16 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
             "block_table": torch.tensor(TABLE, dtype=torch.int32),
         },
     ),
+    select.visual_select: (
+        lambda r: {
+            "x": r(2, 17, 8), "keep": 4, "q": r(2, 1, 4, 16), "k": r(2, 17, 2, 16),
+            "image": (1, 17), "merge": 5, "scale": 0.3,
+        },
+        lambda r: {"x": r(2, 17, 8), "keep": 4, "q": r(2, 17, 4, 16), "k": r(2, 17, 2, 16),
+                   "causal": True, "image": [3, 12]},
+        lambda r: {"x": r(2, 9, 8), "keep": 3, "scores": r(2, 9), "merge": 2,
+                   "metric": r(2, 9, 4)},
+    ),
     select.indexer_kl_loss: (
         lambda r: {
             "q": r(2, 3, 4, 16), "k": r(2, 9, 16), "weights": r(2, 3, 4),

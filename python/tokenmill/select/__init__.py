@@ -15,6 +15,7 @@ from .paint_tokens import paint_tokens
 from .query_similarity_gate import query_similarity_gate
 from .token_select import token_select
 from .topk_select import topk_select
+from .visual_select import visual_select
 
 __all__ = [
     "attention_column_scores",
@@ -33,4 +34,5 @@ __all__ = [
     "query_similarity_gate",
     "token_select",
     "topk_select",
+    "visual_select",
 ]
