@@ -22,6 +22,7 @@ from .._check import (
 )
 from .._lowering import scale_or_default
 from ..select.attention_row_scores import attention_row_scores
+from ..select.visual_select import visual_select
 from ..tokens.gather_fuse import gather_fuse
 from ..tokens.gather_tokens import gather_tokens
 from ..tokens.topk_partition import topk_partition
@@ -210,8 +211,7 @@ class ClsTokenPruning(nn.Module):
         patches = scores.shape[1]
         if self.keep > patches:
             fail(PRUNING, "keep", f"must be at most the number of patches, {patches}", self.keep)
-        keep, _ = topk_partition(scores, self.keep, order="index", backend=self.backend)
-        return gather_tokens(x[:, 1:], keep, backend=self.backend), keep
+        return visual_select(x[:, 1:], self.keep, scores=scores, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"keep={self.keep}"
