@@ -9,6 +9,7 @@ NAVIGATION = {
         "policies",
         "evaluate",
         "vit",
+        "vlm",
         "long-training",
         "serving",
         "frameworks",
