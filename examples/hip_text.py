@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 import tokenmill as tm
-from tokenmill.demo import encoder, text
+from tokenmill.demo import encoder
+from tokenmill.samples import text
 
 BLOCK_Q, BLOCK_K, NUM_SINK, NUM_RECENT = 32, 2, 4, 60
 

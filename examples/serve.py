@@ -28,8 +28,9 @@ from serve_engine import Engine, Request, greedy
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tokenmill.demo import language_model, text
+from tokenmill.demo import language_model
 from tokenmill.demo.language_model import LanguageModel, Setup
+from tokenmill.samples import text
 
 QUICK = Setup(width=32, heads=2, layers=2, context=64, batch=8, steps=24)
 
