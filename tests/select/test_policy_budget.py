@@ -80,7 +80,7 @@ def test_full_steps_of_recycled_attention_count():
 @pytest.mark.parametrize(
     ("policy", "keys", "text"),
     [
-        (policies.Quest, 40, "keys: must be at least 149 for Quest with 2 full layers of 5 at 300"),
+        (policies.Quest, 40, "keys: must be at least 135 for Quest with 2 full layers of 5 at 300"),
         (policies.RazorAttention, 64, "a policy with a budget; got 'RazorAttention'"),
         (policies.Policy, 64, "policy: must be a policy with a budget; got 'Policy'"),
         (policies.H2O, 8, "keys: must be at least 16; got 8"),

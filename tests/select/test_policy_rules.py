@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import sys
 
@@ -233,3 +234,13 @@ def test_a_page_that_is_not_there_is_refused():
 def test_examples_of_the_documentation(module):
     found = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert found.attempted > 0 and found.failed == 0
+
+
+@pytest.mark.parametrize("policy", [p for p in vars(policies).values() if hasattr(p, "PAPER")])
+def test_the_paper_has_its_own_values(policy):
+    """A preset names fields, and none whose default is already the paper's."""
+    defaults = {field.name: field.default for field in dataclasses.fields(policy)}
+    for name, value in policy.PAPER.items():
+        assert defaults[name] != value
+        assert getattr(policy.paper(), name) == value
+        assert getattr(policy.paper(**{name: defaults[name]}), name) == defaults[name]

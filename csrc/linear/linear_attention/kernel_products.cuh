@@ -121,16 +121,14 @@ struct RowScale {
   // Scales that also keep `sums` finite. A state that this limits is 2^-86 of the sums.
   template <int kTiles, int kSumTiles>
   __device__ RowScale(const float (&s)[kTiles][4], const float (&sums)[kSumTiles][4]) {
+    float top[2] = {0, 0};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float top = 0;
+    for (int n = 0; n < kSumTiles; ++n)
 #pragma unroll
-      for (const auto& x : sums)
+      for (int i = 0; i < 4; ++i)
+        top[i / 2] = fmaxf(top[i / 2], fabsf(sums[n][i]) < infinity() ? fabsf(sums[n][i]) : 0);
 #pragma unroll
-        for (int i = 2 * h; i < 2 * h + 2; ++i)
-          if (fabsf(x[i]) < infinity()) top = fmaxf(top, fabsf(x[i]));
-      set(h, max(exponent_of(s, h), biased_exponent(top) - 86));
-    }
+    for (int h = 0; h < 2; ++h) set(h, max(exponent_of(s, h), biased_exponent(top[h]) - 86));
   }
 
  private:

@@ -246,12 +246,14 @@ class SnapKV(Policy):
         window: number of last prompt tokens, whose queries select keys, and which are kept.
         kernel: number of neighbours averaged, odd.
 
-    Paper: SnapKV (Li et al. 2024), section 4.
+    Paper: SnapKV (Li et al. 2024), section 4. :meth:`paper` has window and kernel of the released
+    code.
     """
 
     budget: int = 1024
-    window: int = 64
-    kernel: int = 5
+    window: int = 32
+    kernel: int = 13
+    PAPER: ClassVar[dict[str, Any]] = {"window": 64, "kernel": 5}
     _LEAST: ClassVar[dict[str, int]] = {"kernel": 1}
 
     def _begin(self, q: Tensor, k: Tensor, lse: Tensor) -> None:

@@ -69,6 +69,7 @@ class Policy:
     softcap: float = 0.0
     sink: Tensor | None = field(default=None, repr=False)
 
+    PAPER: ClassVar[dict[str, Any]] = {}  # the paper's values of fields with other defaults
     # Minimum of integer fields, where it is not 0.
     _LEAST: ClassVar[dict[str, int]] = {}
     _MOST: ClassVar[dict[str, int]] = {}  # maximum, where it is not int32's, the dtype of lengths
@@ -83,6 +84,18 @@ class Policy:
         self._list: Tensor  # selected keys [B, 1 | Hk, K], and their counts
         self._counts: Tensor
         self._query: Tensor  # query [B, 1, H, D] for which they were selected
+
+    @classmethod
+    def paper(cls: type[AnyPolicy], **options: Any) -> AnyPolicy:
+        """A policy with the values of its paper where the defaults differ, because they keep more
+        of a text (docs/evaluate.md).
+
+        Example:
+            >>> from tokenmill import policies
+            >>> policies.SnapKV.paper(budget=512).kernel, policies.SnapKV(budget=512).kernel
+            (5, 13)
+        """
+        return cls(**(cls.PAPER | options))
 
     @property
     def _name(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -119,12 +119,14 @@ class Quest(Keeping):
             cache.
         dense_layers: number of first layers with full attention.
 
-    Paper: Quest (Tang et al. 2024), section 3.3. The released kernels need one request and H = Hk.
+    Paper: Quest (Tang et al. 2024), section 3.3; :meth:`paper` has its pages of 16. The released
+    kernels need one request and H = Hk.
     """
 
     budget: int = 1024
-    page: int = 16
+    page: int = 8
     dense_layers: int = 2
+    PAPER: ClassVar[dict[str, Any]] = {"page": 16}
     _LEAST: ClassVar[dict[str, int]] = {"page": 1}
     _ROWS: ClassVar[tuple[str, ...]] = ("_boxes",)
 
