@@ -168,13 +168,13 @@ print([layer.bytes_read for layer in layers])
             "tokenmill.policies.RefreshKV(budget=0.125, stride=10, threshold=0.85, kernel=7)",
             "tokenmill.policies.RecycledAttention(budget=4096, stride=50)",
             "tokenmill.policies.RecycledAttention(threshold=0.9)",
-            "tokenmill.attention_row_scores(reduce='none')",
+            "tokenmill.kv_block_scores",
             "tokenmill.sparse_decode_attention",
         ),
         test=(
             "tests/papers/test_28_recycled_attention.py",
             "tests/sparse/test_sparse_decode_attention.py",
-            "tests/select/test_attention_row_scores.py",
+            "tests/select/test_kv_block_scores.py",
         ),
         example="examples/needle.py",
         checked=(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d, pad
 
 from .._check import check
-from ..select.attention_row_scores import attention_row_scores
+from ..select.kv_block_scores import kv_block_scores
 from ..select.query_similarity_gate import query_similarity_gate
 from ..select.topk_select import topk_select
 from .cache import Back
@@ -121,11 +121,11 @@ class RefreshKV(Keeping):
         """
         cache, heads = self.cache, self.cache.k.shape[2]
         n = cache.lengths.masked_fill(~full, 0)
-        p = attention_row_scores(
-            q, cache.dense(cache.k), scale=self.scale, reduce="none", seqlens_k=n,
+        logits = kv_block_scores(
+            q, cache.k, scale=self.scale, seqlens_k=n, block_table=cache.block_table,
             backend=self.backend,
         )  # fmt: skip
-        scores = p[:, :, 0].unflatten(1, (heads, -1)).amax(2)
+        scores = logits[:, :, 0].softmax(-1).unflatten(1, (heads, -1)).amax(2)
         scores = max_pool1d(scores, self.kernel, 1, self.kernel // 2)
         ranked, counts = topk_select(
             scores.flatten(0, 1), self._max, lengths=rows_of(n, heads), order="score",
