@@ -27,10 +27,10 @@ MAX_CACHE_DIM, MAX_CACHE_VALUE_DIM = 576, 512
 
 
 def check_cache_scale(
-    op: str, name: str, t: Tensor | None, of: str, cache: Tensor, rows: Tensor
+    op: str, name: str, t: Tensor | None, of: str, cache: Tensor, rows: torch.dtype
 ) -> None:
     """Checks the scale of keys or values of a cache [P, page size, Hk, D]: [1], [Hk] or [P, page
-    size, Hk]. float64 is also accepted with float64 rows.
+    size, Hk]. float64 is also accepted with rows in float64.
     """
     if t is None:
         return
@@ -39,7 +39,7 @@ def check_cache_scale(
     shape, each, every = list(t.shape), [cache.shape[2]], list(cache.shape[:3])
     if not is_any(shape, [1], each, every):
         fail(op, name, f"must have shape [1], {show(each)} or {show(every)}", t.shape)
-    wide = torch.promote_types(rows.dtype, torch.float32)
+    wide = torch.promote_types(rows, torch.float32)
     either = "" if wide == torch.float32 else f" or {show(wide)}"
     check(t.dtype in (torch.float32, wide), op, name, f"must be float32{either}", t.dtype)
     check_device_of(op, name, t, of, cache)

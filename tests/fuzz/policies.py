@@ -28,6 +28,13 @@ def _paged(r: Draw, **options: Any) -> Arguments:
     return {**pages, "block_table": table, **_prompt(r), **options}
 
 
+def _float8(r: Draw, **options: Any) -> Arguments:
+    """Pages in float8, with one scale of all keys and one of each head for values."""
+    given = _paged(r, **options)
+    given |= {name: given[name].to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")}
+    return {**given, "k_scale": torch.tensor([0.3]), "v_scale": torch.tensor([0.5, 2.0])}
+
+
 def _both(**options: Any) -> tuple[Make, ...]:
     return (lambda r: _dense(r, **options), lambda r: _paged(r, **options))
 
@@ -39,7 +46,7 @@ def _indexer(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 _RAZOR = {"retrieval": (0,), "num_sink": 1, "local": 6, "slack": 3}
 POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
-    policies.FullAttention: (*_both(), *_both(padding="left")),
+    policies.FullAttention: (_float8, *_both(), *_both(padding="left")),
     policies.TokenSelect: (
         *_both(k=4, num_sink=2, num_recent=3),
         lambda r: _dense(
@@ -56,7 +63,10 @@ POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
         *_both(budget=5, layer=2),
         lambda r: _dense(r, budget=5, layer=2, lists="key", keep_newest=False),
     ),
-    policies.Quest: _both(budget=12, page=4, dense_layers=0),
+    policies.Quest: (
+        *_both(budget=12, page=4, dense_layers=0),
+        lambda r: _float8(r, budget=12, page=4, dense_layers=0),
+    ),
     policies.HiP: (
         *_both(budget=4, block_q=4, num_sink=2, num_recent=3, refresh_interval=2, dense_layers=0),
         lambda r: _dense(r, budget=4, num_recent=3, refresh_interval=1, layer=3, lists="key"),
@@ -79,7 +89,11 @@ POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
     ),
     policies.H2O: (*_both(heavy=3, recent=3), *_both(heavy=3, recent=3, more=True)),
     policies.Keyformer: (*_both(budget=6, recent=3), *_both(released=True)),
-    policies.SnapKV: (*_both(budget=8, window=4), *_both(budget=8, window=4, more=True)),
+    policies.SnapKV: (
+        *_both(budget=8, window=4),
+        *_both(budget=8, window=4, more=True),
+        lambda r: _float8(r, budget=8, window=4),
+    ),
     policies.RazorAttention: (  # the cache holds one of two KV heads
         lambda r: _dense(r, **_RAZOR, **r.cache(24, hk=1)),
         lambda r: _paged(r, **_RAZOR, k_cache=r(8, 8, 1, 16), v_cache=r(8, 8, 1, 16)),
@@ -100,8 +114,9 @@ def policy_targets() -> list[Target]:
             options: tuple[str, ...] = options,
         ) -> Any:
             cache = policies.KVCache(
-                arguments["k_cache"], arguments["v_cache"], arguments.get("block_table")
-            )
+                arguments["k_cache"], arguments["v_cache"], arguments.get("block_table"),
+                k_scale=arguments.get("k_scale"), v_scale=arguments.get("v_scale"),
+            )  # fmt: skip
             chosen = {k: v for k, v in arguments.items() if k in options}
             policy = method(cache, **{"backend": backend, **chosen})
             prompt = (arguments[f"prompt_{name}"] for name in "qkv")
@@ -116,12 +131,13 @@ def policy_targets() -> list[Target]:
             return [*outs[1:], policy.kept]  # rows past the lengths are undefined
 
         name = f"policies.{method.__name__}"
-        known, written = (*_INPUTS, *options), ("k_cache", "v_cache", "index_cache")
+        known = (*_INPUTS, *options)
+        written = ("k_cache", "v_cache", "k_scale", "v_scale", "index_cache")
         found.append(Target(name, run, samples_of(makes), given_by, known, written))
     return found
 
 
 _INPUTS = (
-    "k_cache", "v_cache", "block_table", "prompt_q", "prompt_k", "prompt_v", "lengths", "padding",
-    "more", "step_q", "step_k", "step_v",
+    "k_cache", "v_cache", "k_scale", "v_scale", "block_table", "prompt_q", "prompt_k", "prompt_v",
+    "lengths", "padding", "more", "step_q", "step_k", "step_v",
 )  # fmt: skip

@@ -118,7 +118,7 @@ def attention_decode(
     check_cache(OP, q, k_cache, v_cache, block_table is not None, True)
     check_lengths(OP, q, q.shape[0], seqlens_k, block_table)
     for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
-        check_cache_scale(OP, name, scales, "k_cache", k_cache, q)
+        check_cache_scale(OP, name, scales, "k_cache", k_cache, q.dtype)
     ranks = Group(OP, mesh, group)
     room = capacity(k_cache, block_table)
     where = layout_of_shard(ranks, "k_cache", room, None, "contiguous", sizes, "positions")

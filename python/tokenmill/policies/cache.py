@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ from .._check import (
     show,
     synchronising_checks,
 )
-from .._kv_cache import capacity, check_int32
+from .._kv_cache import capacity, check_cache_scale, check_int32
 from ..select.kv_cache_append import kv_cache_append
 from ..select.kv_cache_compact import kv_cache_compact
 
 NAME = "policies.KVCache"
+FLOAT8 = torch.float8_e4m3fn
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Back = int | Sequence[int] | Tensor  # number of tokens to take back, per request
 
 
@@ -34,12 +37,24 @@ class KVCache:
     Lengths live on the device; an upper bound on them is known on the host, so that nothing here
     synchronises with the device.
 
+    A cache in float8_e4m3fn is given tokens in the dtype of the model and rounds them once, as
+    :func:`kv_cache_append` does; operators read it as it is. Its policies attend to a prompt that
+    comes whole with its own keys and values, and to everything before a chunk or a step as it is in
+    the cache.
+
     Args:
         k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, or with block_table pages ``[P, page size,
             Hk, ...]`` that no two requests share. Written in place, so no two elements may share
-            memory; of the same floating-point dtype. No gradient flows through them.
+            memory; of the same dtype, floating-point or float8_e4m3fn (then with even D, Dv and
+            strides). No gradient flows through them.
         block_table: int32 ``[B, pages]``, the pages of each request in order. Pages that tokens are
             written to must exist; a GPU only checks this with TOKENMILL_CHECK=1.
+        k_scale, v_scale: of a cache in float8_e4m3fn, float32: ``[1]`` or ``[Hk]``, read; or both
+            ``[B, S, Hk]`` (``[P, page size, Hk]``), a scale of each token, written with it. None:
+            1, which keeps 4 significant bits of what lies between 1/64 and 448.
+
+    Raises:
+        RuntimeError: naming argument, rule and value, here and in every method.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -49,16 +64,29 @@ class KVCache:
         >>> cache.append(k[:, :1], k[:, :1])
         >>> cache.lengths.tolist(), cache.longest
         ([6, 4], 6)
+        >>> narrow = tm.policies.KVCache.like(k, k, 8, dtype=torch.float8_e4m3fn)
+        >>> narrow.token_bytes, cache.token_bytes
+        (8, 32)
     """
 
-    def __init__(self, k: Tensor, v: Tensor, block_table: Tensor | None = None):
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        block_table: Tensor | None = None,
+        *,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ):
         for name, t in (("k", k), ("v", v)):
             check_tensor(NAME, name, t)
             rule = "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])"
             check(t.dim() == 4, NAME, name, rule, t.dim())
             rule = "must not require a gradient, as tokens are written into it"
             check(not t.requires_grad, NAME, name, rule, t.requires_grad)
-        check_dtype(NAME, "k", k, float64=True)
+        rule = "must be float16, bfloat16, float32 or float8_e4m3fn"
+        check(k.dtype in (*FLOATS, FLOAT8), NAME, "k", rule, k.dtype)
+        check_dtype_of(NAME, "v", v, "the cache", k)
         _check_like("v", v, k, k.shape[:3], "that of k up to the head dimension")
         check_written(NAME, "k", k, {"v": v})
         check_written(NAME, "v", v, {})
@@ -68,16 +96,39 @@ class KVCache:
             check_device_of(NAME, "block_table", block_table, "the cache", k)
             check(block_table.dim() == 2, NAME, "block_table", "must have shape [B, pages]",
                   block_table.shape)  # fmt: skip
+        for name, t in (("k", k), ("v", v)):
+            _check_pairs(name, t)
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            check_tensor(NAME, name, scale, optional=True)
+            check_cache_scale(NAME, name, scale, "k", k, torch.float32)
+        if _of_tokens(k_scale) != _of_tokens(v_scale):
+            rule = "must have a scale of each token, as v_scale, or neither"
+            fail(NAME, "k_scale", rule, None if k_scale is None else k_scale.shape)
         self.k, self.v, self.block_table = k, v, block_table
+        self.k_scale, self.v_scale = k_scale, v_scale
+        # Where several queries see different keys of a step, cpu_codes.h reads a scale of values.
+        self._one = torch.ones(1, device=k.device) if k.dtype == FLOAT8 else None
         batch = k.shape[0] if block_table is None else block_table.shape[0]
         self.requests = torch.arange(batch, device=k.device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=k.device)
         self.longest = 0
 
     @classmethod
-    def like(cls, k: Tensor, v: Tensor, capacity: int) -> KVCache:
-        """An empty dense cache of the given capacity for keys and values like k and v."""
-        return cls(*(t.new_empty(t.shape[0], capacity, *t.shape[2:]) for t in (k, v)))
+    def like(
+        cls,
+        k: Tensor,
+        v: Tensor,
+        capacity: int,
+        *,
+        dtype: torch.dtype | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> KVCache:
+        """An empty dense cache of the given capacity for keys and values like k and v; dtype None:
+        theirs.
+        """
+        caches = (t.new_empty(t.shape[0], capacity, *t.shape[2:], dtype=dtype) for t in (k, v))
+        return cls(*caches, k_scale=k_scale, v_scale=v_scale)
 
     @property
     def capacity(self) -> int:
@@ -85,13 +136,21 @@ class KVCache:
 
     @property
     def key_bytes(self) -> int:
-        """Bytes of the key of one token, over all heads."""
-        return self.k.shape[2] * self.k.shape[3] * self.k.element_size()
+        """Bytes of the key of one token, over all heads, and of its scales."""
+        return _row_bytes(self.k, self.k_scale)
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of the key and value of one token, over all heads."""
-        return self.key_bytes + self.v.shape[2] * self.v.shape[3] * self.v.element_size()
+        """Bytes of the key and value of one token, over all heads, and of its scales."""
+        return self.key_bytes + _row_bytes(self.v, self.v_scale)
+
+    @property
+    def scales(self) -> dict[str, Any]:
+        """Arguments of the operators that attend to the cache."""
+        return {
+            name: self._one if scale is None else scale
+            for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale))
+        }
 
     def fill(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
         """Fills the cache with the first lengths[b] tokens of k ``[B, S, Hk, D]`` and v; None:
@@ -102,7 +161,7 @@ class KVCache:
         own = self.count(tokens, lengths)
         check(tokens <= self.capacity, NAME, "k", f"must fit into {self.capacity}", tokens)
         self.lengths, self.longest = own, tokens
-        if self.block_table is None:
+        if self.block_table is None and self.k.dtype != FLOAT8:
             self.k[:, :tokens], self.v[:, :tokens] = k.detach(), v.detach()
             return
         at = torch.arange(tokens, device=k.device)
@@ -163,9 +222,8 @@ class KVCache:
         check(self.block_table is None, NAME, "slots", rule, slots)
         more = slots - self.capacity
         if more > 0:
-            self.k, self.v = (
-                torch.cat([t, t.new_zeros(t.shape[0], more, *t.shape[2:])], 1)
-                for t in (self.k, self.v)
+            self._replace_rows(
+                lambda t: torch.cat([t, t.new_zeros(t.shape[0], more, *t.shape[2:])], 1)
             )
 
     def reorder(self, requests: Tensor) -> None:
@@ -174,7 +232,7 @@ class KVCache:
         """
         rule = "cannot be reordered in pages: reorder the block table"
         check(self.block_table is None, NAME, "requests", rule, requests.shape)
-        self.k, self.v = self.k.index_select(0, requests), self.v.index_select(0, requests)
+        self._replace_rows(lambda t: t.index_select(0, requests))
         self.lengths = self.lengths.index_select(0, requests)
         self.requests = torch.arange(len(requests), device=self.k.device)
 
@@ -201,45 +259,70 @@ class KVCache:
         check(tokens <= minimum, NAME, "k", rule, tokens)
         self._write(*self._slots(self._last(tokens, tokens)), k, v)
 
-    def rows(self, at: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(self, at: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values at positions ``[B, n]`` of each request: ``[B, n, Hk, D]``. Arbitrary
         where a page does not exist.
         """
-        page, row = self._slots(at.long())
-        page = page.clamp(0, max(self.k.shape[0] - 1, 0))
-        return self.k[page, row], self.v[page, row]
+        k, v = (
+            self._read(self.k, self.k_scale, at, dtype),
+            self._read(self.v, self.v_scale, at, dtype),
+        )
+        return k, v
 
-    def dense(self, t: Tensor) -> Tensor:
-        """The cache's k or v as ``[B, capacity, Hk, D]``; a copy if paged."""
+    def keys(self, dtype: torch.dtype) -> Tensor:
+        """All keys as ``[B, capacity, Hk, D]``; a copy if paged or in float8."""
         if self.block_table is None:
-            return t
-        at = torch.arange(self.capacity, device=t.device)
-        page, row = self._slots(at.expand(len(self.lengths), -1))
-        return t[page.clamp(0, max(t.shape[0] - 1, 0)), row]
+            return _decoded(self.k, self.k_scale, dtype)
+        at = torch.arange(self.capacity, device=self.k.device)
+        return self._read(self.k, self.k_scale, at.expand(len(self.lengths), -1), dtype)
 
     def compact(self, keep: Tensor, counts: Tensor, backend: str | None) -> None:
         """Keeps the slots of lists ``[B, K]`` or ``[B, Hk, K]``; see kv_cache_compact."""
-        if self.block_table is not None and keep.dim() == 3:
-            self._compact_heads(keep, counts)
-        else:
-            kv_cache_compact(
-                self.k, self.v, keep, counts, seqlens_k=self.lengths, block_table=self.block_table,
-                backend=backend,
-            )  # fmt: skip
+        # Two float8 numbers move as one of 16 bits, a scale as a row of one column.
+        moved = [(_pairs(self.k), _pairs(self.v))]
+        if self.k_scale is not None and self.v_scale is not None and _of_tokens(self.k_scale):
+            moved.append((self.k_scale[..., None], self.v_scale[..., None]))
+        for k, v in moved:
+            if self.block_table is not None and keep.dim() == 3:
+                self._compact_heads(k, v, keep, counts)
+            else:
+                kv_cache_compact(
+                    k, v, keep, counts, seqlens_k=self.lengths, block_table=self.block_table,
+                    backend=backend,
+                )  # fmt: skip
         self.lengths = counts if counts.dim() == 1 else counts[:, 0]
         self.longest = min(self.longest, keep.shape[-1])
 
-    def _compact_heads(self, keep: Tensor, counts: Tensor) -> None:
-        """Moves entry i of each head's list to slot i."""
+    def _compact_heads(self, k: Tensor, v: Tensor, keep: Tensor, counts: Tensor) -> None:
+        """Moves entry i of each head's list to slot i of k and v."""
         place = torch.arange(keep.shape[2], device=keep.device)
         for head in range(keep.shape[1]):
             page, row = self._slots(keep[:, head].long().clamp(min=0))
-            page = page.clamp(0, max(self.k.shape[0] - 1, 0))
+            page = page.clamp(0, max(k.shape[0] - 1, 0))
             one = slice(head, head + 1)
-            k, v = self.k[:, :, one], self.v[:, :, one]
+            own_k, own_v = k[:, :, one], v[:, :, one]
             there = place < counts[:, head, None]
             target = self._slots(place.expand_as(there))
-            _write_some(k, v, *target, k[page, row], v[page, row], there)
+            _append_some(own_k, own_v, *target, own_k[page, row], own_v[page, row], there)
+
+    def _replace_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replaces keys, values and the scales of tokens; float8 as bytes, which torch moves on
+        every device.
+        """
+        for name in ("k", "v", "k_scale", "v_scale"):
+            t = getattr(self, name)
+            if t is not None and t.dim() > 1:
+                moved = change(t.view(torch.uint8) if t.dtype == FLOAT8 else t)
+                setattr(self, name, moved.view(t.dtype))
+
+    def _read(self, t: Tensor, scale: Tensor | None, at: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows [B, n, Hk, D] of k or v at positions [B, n]."""
+        page, row = self._slots(at.long())
+        page = page.clamp(0, max(t.shape[0] - 1, 0))
+        codes = t.view(torch.uint8)[page, row].view(FLOAT8) if t.dtype == FLOAT8 else t[page, row]
+        if scale is not None and _of_tokens(scale):
+            scale = scale[page, row]
+        return _decoded(codes, scale, dtype)
 
     def _checked_lengths(self, lengths: Tensor, name: str) -> Tensor:
         check_tensor(NAME, name, lengths, optional=name == "lengths")
@@ -256,7 +339,11 @@ class KVCache:
             rule = "must have 4 dimensions [B, S, Hk, D]"
             check(t.dim() == 4, NAME, name, rule, t.dim())
             wanted = [batch, k.shape[1], *like.shape[2:]]
+            if like.dtype != FLOAT8:
+                check_dtype_of(NAME, name, t, "the cache", like)
             _check_like(name, t, like, wanted, "what the cache is for")
+        check_dtype(NAME, "k", k, float64=True)
+        check_dtype_of(NAME, "v", v, "k", k)
 
     def _last(self, back: int, tokens: int) -> Tensor:
         """[B, tokens]: consecutive positions, starting `back` before the end of each request."""
@@ -281,25 +368,67 @@ class KVCache:
             wrong = page[bad if there is None else bad & there].tolist()
             rule = f"must name pages below {pages} where tokens go"
             check(not wrong, NAME, "block_table", rule, wrong and wrong[0])
-        if there is None:
+        if there is None and self.k.dtype != FLOAT8:
             self.k[page, row], self.v[page, row] = k.detach(), v.detach()
         else:
-            _write_some(self.k, self.v, page, row, k, v, there)
+            scales = {"k_scale": self.k_scale, "v_scale": self.v_scale}
+            _append_some(self.k, self.v, page, row, k, v, there, **scales)
 
 
-def _write_some(
-    k_cache: Tensor, v_cache: Tensor, page: Tensor, row: Tensor, k: Tensor, v: Tensor, there: Tensor
-) -> None:
-    """Writes rows [B, n, Hk, D] into pages where there is True, without a host synchronisation."""
-    slots = torch.where(there, page * k_cache.shape[1] + row, -1).flatten()
+def check_reads(op: str, argument: str, dtype: torch.dtype, operator: str | None) -> None:
+    """Raises for a cache in float8, if an operator of the policy does not read such caches."""
+    rule = f"must be in the dtype of the model, as {operator} reads no float8 (but all policies "
+    check(dtype != FLOAT8 or operator is None, op, argument, rule + "except HiP do)", dtype)
+
+
+def _append_some(
+    k_cache: Tensor, v_cache: Tensor, page: Tensor, row: Tensor, k: Tensor, v: Tensor,
+    there: Tensor | None, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Writes rows [B, n, Hk, D] into pages where there is True (None: all), without a host
+    synchronisation.
+    """
+    slots = page * k_cache.shape[1] + row
+    slots = slots if there is None else torch.where(there, slots, -1)
     k, v = (t.detach().flatten(0, 1).contiguous() for t in (k, v))
-    values = (v_cache, v) if v.shape[2] > 0 else (None, None)
-    kv_cache_append(k_cache, values[0], k, values[1], slots)
+    if v.shape[2] == 0:
+        kv_cache_append(k_cache, None, k, None, slots.flatten(), k_scale=k_scale)
+    else:
+        kv_cache_append(k_cache, v_cache, k, v, slots.flatten(), k_scale=k_scale, v_scale=v_scale)
+
+
+def _decoded(t: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Keys or values [..., Hk, D] of a cache in dtype; the product with a scale in float32."""
+    if t.dtype != FLOAT8:
+        return t.to(dtype)
+    t = t.to(torch.promote_types(dtype, torch.float32))
+    return (t if scale is None else t * scale[..., None]).to(dtype)
+
+
+def _pairs(t: Tensor) -> Tensor:
+    return t.view(torch.float16) if t.dtype == FLOAT8 else t
+
+
+def _of_tokens(scale: Tensor | None) -> bool:
+    """Whether each token has a scale."""
+    return scale is not None and scale.dim() == 3
+
+
+def _row_bytes(t: Tensor, scale: Tensor | None) -> int:
+    of_scale = 4 if _of_tokens(scale) else 0
+    return t.shape[2] * (t.shape[3] * t.element_size() + of_scale)
+
+
+def _check_pairs(name: str, t: Tensor) -> None:
+    try:
+        _pairs(t)
+    except RuntimeError:
+        rule = "must have even sizes, strides and offset in float8_e4m3fn, [sizes, strides]"
+        fail(NAME, name, rule, [t.shape, t.stride()])
 
 
 def _check_like(name: str, t: Tensor, like: Tensor, shape: Sequence[int], why: str) -> None:
-    """Checks for the dtype and device of like, and for the leading sizes in shape."""
-    check_dtype_of(NAME, name, t, "the cache", like)
+    """Checks for the device of like, and for the leading sizes in shape."""
     check_device_of(NAME, name, t, "the cache", like)
     if list(t.shape[: len(shape)]) != list(shape):
         fail(NAME, name, f"must have shape {show(list(shape))}, {why}", t.shape)

@@ -205,7 +205,7 @@ class Keyformer(Policy):
         self._steps += 1
         self._read = self._read + 1
         out = self._attend_all(q)
-        new = self._scores_of(q, cache.dense(cache.k), seqlens_k=cache.lengths)
+        new = self._scores_of(q, cache.keys(q.dtype), seqlens_k=cache.lengths)
         new[..., : self._scores.shape[-1]] += self._scores
         self._reads.append((cache.lengths, cache.key_bytes))
         self._evict(new)

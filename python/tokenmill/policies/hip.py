@@ -51,6 +51,7 @@ class HiP(Keeping):
     dense_layers: int = 3
     refresh_interval: int = 8
     lists: Lists = "query"
+    NOT_FLOAT8: ClassVar[str | None] = "hip_attention"
     _LEAST: ClassVar[dict[str, int]] = {
         "budget": 1, "block_q": 1, "block_k": 1, "stride_q": 1, "num_recent": 1,
         "refresh_interval": 1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..dense.attention import attention
 from ..select.indexer_topk_select import indexer_topk_select
 from ..sparse.block_sparse_attention import block_sparse_attention
 from ..sparse.sparse_decode_attention import sparse_decode_attention
-from .cache import Back, KVCache
+from .cache import FLOAT8, Back, KVCache
 from .chunks import rolled
 from .policy import Keeping
 
@@ -187,21 +187,41 @@ class Indexer(Keeping):
         if tokens == 1:
             return self._attend(q, indices, counts)[0]
         self._reads.append((counts, cache.token_bytes))
-        if cache.block_table is None:
+        if cache.block_table is None and cache.k.dtype != FLOAT8:
             return block_sparse_attention(
                 q, cache.k, cache.v, indices[:, None], counts[:, None], block_q=1, block_k=1,
                 causal=True, seqlens_k=cache.lengths, **self._scoring,
             )  # fmt: skip
         behind = torch.arange(1 - tokens, 1, dtype=torch.int32, device=q.device)
         n = (cache.lengths[:, None] + behind).clamp(min=0)
-        # One call with each query as its own request: on a CPU 1.7 to 2.1 times as fast as
-        # block_sparse_attention over pages with blocks of one query.
+        held = {"k_cache": cache.k, "v_cache": cache.v, **cache.scales}
+        if cache.block_table is not None:
+            table = cache.block_table.repeat_interleave(tokens, 0)
+            return self._read_each(q, indices, counts, n, held=held, block_table=table)
+        outs = [q.new_empty(0, *q.shape[1:3], cache.v.shape[3])]
+        for b in range(len(q)):  # block_sparse_attention reads no float8
+            own = {
+                name: t[b : b + 1].expand(tokens, *t.shape[1:]) if t.dim() > 1 else t
+                for name, t in held.items()
+                if t is not None
+            }
+            call = [t[b : b + 1] for t in (q, indices, counts, n)]
+            outs.append(self._read_each(*call, held=own))
+        return torch.cat(outs)
+
+    def _read_each(
+        self, q: Tensor, indices: Tensor, counts: Tensor, n: Tensor, *, held: dict[str, Any],
+        block_table: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Attention of queries [B, n, H, D], each a request of its own. On a CPU 1.7 to 2.1 times
+        as fast as block_sparse_attention over pages with blocks of one query.
+        """
         out, _ = sparse_decode_attention(
-            q.flatten(0, 1)[:, None], cache.k, cache.v, indices.flatten(0, 1)[:, None],
-            counts.flatten()[:, None], seqlens_k=n.flatten(),
-            block_table=cache.block_table.repeat_interleave(tokens, 0), **self._scoring,
+            q.flatten(0, 1)[:, None], **held, indices=indices.flatten(0, 1)[:, None],
+            counts=counts.flatten()[:, None], seqlens_k=n.flatten(), block_table=block_table,
+            **self._scoring,
         )  # fmt: skip
-        return out[:, 0].unflatten(0, (q.shape[0], tokens))
+        return out[:, 0].unflatten(0, q.shape[:2])
 
     def _of_call(self, q: Tensor, lengths: Tensor | None) -> Index | None:
         """The index given by the caller of prefill, right-padded."""

@@ -29,7 +29,7 @@ from ..dense.attention_decode import attention_decode
 from ..masks import INT32_MAX
 from ..select.hip_block_select import HeadReduce
 from ..sparse.sparse_decode_attention import sparse_decode_attention
-from .cache import Back, KVCache
+from .cache import Back, KVCache, check_reads
 from .chunks import Waiting, attend_last, joined, rolled
 
 # Each query head or each KV head has its own list; maps to the head_reduce of the scores.
@@ -73,6 +73,7 @@ class Policy:
     # Minimum of integer fields, where it is not 0.
     _LEAST: ClassVar[dict[str, int]] = {}
     _MOST: ClassVar[dict[str, int]] = {}  # maximum, where it is not int32's, the dtype of lengths
+    NOT_FLOAT8: ClassVar[str | None] = None  # an operator that reads no cache in float8
     # attributes with one row per request
     _ROWS: ClassVar[tuple[str, ...]] = ("_list", "_counts", "_query")
 
@@ -105,6 +106,8 @@ class Policy:
         """Checks the fields, and converts NumPy numbers to Python's."""
         known = self.cache is None or isinstance(self.cache, KVCache)
         check(known, self._name, "cache", "must be a KVCache or None", self.cache)
+        if self.cache is not None:
+            check_reads(self._name, "cache", self.cache.k.dtype, self.NOT_FLOAT8)
         known = self.previous is None or isinstance(self.previous, Policy)
         check(known, self._name, "previous", "must be a policy or None", self.previous)
         for entry in fields(self):
@@ -383,7 +386,7 @@ class Policy:
         self._reads.append((cache.lengths, cache.token_bytes))
         return attention_decode(
             q, cache.k, cache.v, seqlens_k=cache.lengths, block_table=cache.block_table,
-            **self._scoring,
+            **cache.scales, **self._scoring,
         )  # fmt: skip
 
     def _attend(
@@ -401,7 +404,7 @@ class Policy:
         self._reads.append((listed, cache.token_bytes // max(shared, 1)))
         return sparse_decode_attention(
             q, cache.k, cache.v, indices, counts, seqlens_k=cache.lengths,
-            block_table=cache.block_table, **self._scoring, **options,
+            block_table=cache.block_table, **cache.scales, **self._scoring, **options,
         )  # fmt: skip
 
 
@@ -474,7 +477,7 @@ class Keeping(Policy):
         self._reads.append((cache.lengths, cache.token_bytes))
         out, _ = attend_last(
             q, cache.k, cache.v, cache.lengths, count, block_table=cache.block_table,
-            **self._scoring,
+            **cache.scales, **self._scoring,
         )  # fmt: skip
         return out
 

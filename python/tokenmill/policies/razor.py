@@ -170,7 +170,10 @@ class RazorAttention(Policy):
         others = [h for h in heads if h not in kept]
         self._heads = [torch.tensor(h, dtype=torch.long, device=k.device) for h in (kept, others)]
         short = self.num_sink + max(self.local, k.shape[1] // self.share) + max(self.slack, 1)
-        cache = KVCache.like(k[:, :, : len(others)], v[:, :, : len(others)], short)
+        cache = KVCache.like(
+            k[:, :, : len(others)], v[:, :, : len(others)], short, dtype=self.cache.k.dtype,
+            **self._scales_of(k.shape[0], short, len(others)),
+        )  # fmt: skip
         self._parts = (
             FullAttention(self.cache, **self._scoring),
             _Compensated(
@@ -182,6 +185,17 @@ class RazorAttention(Policy):
             if self.sink is not None:
                 part.sink = self.sink.unflatten(0, (k.shape[2], -1))[own].flatten()
             part.begin(q, k[:, :, own], v[:, :, own], lse, lengths=lengths)
+
+    def _scales_of(self, batch: int, capacity: int, heads: int) -> dict[str, Any]:
+        """Scales of the short cache, of the kind that the retrieval heads have."""
+        scales = {"k_scale": self.cache.k_scale, "v_scale": self.cache.v_scale}
+        for name, scale in scales.items():
+            if scale is not None and scale.dim() == 3:
+                scales[name] = scale.new_ones(batch, capacity, heads)
+            elif scale is not None:
+                rule = f"must have one {name} for all heads, or of each token"
+                check(scale.shape == (1,), self._name, "cache", rule, scale.shape)
+        return scales
 
     def reorder(self, requests: Tensor) -> None:
         super().reorder(requests)
@@ -282,9 +296,9 @@ class _Compensated(Policy):
     def _drop(self) -> None:
         """Adds the token that is no longer recent to the sums."""
         cache = self.cache
-        slot = (cache.lengths - 1 - self._local).long()
+        slot = cache.lengths - 1 - self._local
         leaves = slot >= self.num_sink
-        at = (cache.requests, slot.clamp(min=0))
-        self._k_sum = self._k_sum + cache.k[at].float().where(leaves[:, None, None], 0)
-        self._v_sum = self._v_sum + cache.v[at].float().where(leaves[:, None, None], 0)
+        k, v = (x[:, 0] for x in cache.rows(slot.clamp(min=0)[:, None], self._k_sum.dtype))
+        self._k_sum = self._k_sum + k.where(leaves[:, None, None], 0)
+        self._v_sum = self._v_sum + v.where(leaves[:, None, None], 0)
         self._dropped = self._dropped + leaves[:, None].int()

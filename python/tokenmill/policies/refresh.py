@@ -123,7 +123,7 @@ class RefreshKV(Keeping):
         n = cache.lengths.masked_fill(~full, 0)
         logits = kv_block_scores(
             q, cache.k, scale=self.scale, seqlens_k=n, block_table=cache.block_table,
-            backend=self.backend,
+            backend=self.backend, k_scale=cache.k_scale,
         )  # fmt: skip
         scores = logits[:, :, 0].softmax(-1).unflatten(1, (heads, -1)).amax(2)
         scores = max_pool1d(scores, self.kernel, 1, self.kernel // 2)

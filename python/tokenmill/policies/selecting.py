@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from ..select.block_pool_keys import block_pool_keys, block_pool_keys_update
 from ..select.kv_block_scores import kv_block_scores
 from ..select.query_similarity_gate import query_similarity_gate
 from ..select.topk_select import topk_select
-from .cache import Back
+from .cache import FLOAT8, Back
 from .policy import HEAD_REDUCE, Keeping, Lists, rows_of, span
 
 
@@ -95,7 +96,7 @@ class TidalDecode(Keeping):
         logits = kv_block_scores(
             q, cache.k, head_reduce=HEAD_REDUCE[self.lists],
             scale=self.scale, num_recent=int(self.keep_newest), seqlens_k=cache.lengths,
-            block_table=cache.block_table, backend=self.backend,
+            block_table=cache.block_table, backend=self.backend, k_scale=cache.k_scale,
         )  # fmt: skip
         rows = logits.shape[:2]
         indices, counts = topk_select(logits.flatten(0, 2), self.budget, backend=self.backend)
@@ -139,11 +140,18 @@ class Quest(Keeping):
             self._boxes = torch.cat([boxes, more], 1)
 
     def _begin(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
-        if self.layer >= self.dense_layers:
-            self._boxes = block_pool_keys(
-                self.cache.k, self.page, mode="minmax", lengths=self.cache.lengths,
-                block_table=self.cache.block_table, backend=self.backend,
-            )  # fmt: skip
+        if self.layer < self.dense_layers:
+            return
+        cache = self.cache
+        keys, table = cache.k, cache.block_table
+        if keys.dtype == FLOAT8:
+            # 16 bits hold float8 numbers exactly, but not their products with a scale.
+            wide = q.dtype if cache.k_scale is None else torch.promote_types(q.dtype, torch.float32)
+            keys, table = cache.keys(wide), None
+        self._boxes = block_pool_keys(
+            keys, self.page, mode="minmax", lengths=cache.lengths, block_table=table,
+            backend=self.backend,
+        )  # fmt: skip
 
     @property
     def _at_once(self) -> bool:
@@ -154,10 +162,11 @@ class Quest(Keeping):
         self._append(k, v)
         if self.layer < self.dense_layers:
             return self._attend_all(q)
-        self._pool(cache.lengths - 1)
+        self._pool(cache.lengths - 1, 1)
         bounds = kv_block_scores(
-            q, self._boxes, scoring="minmax", block_k=self.page, head_reduce="group_max",
-            scale=self.scale, seqlens_k=cache.lengths, backend=self.backend,
+            q.to(self._boxes.dtype), self._boxes, scoring="minmax", block_k=self.page,
+            head_reduce="group_max", scale=self.scale, seqlens_k=cache.lengths,
+            backend=self.backend,
         )  # fmt: skip
         pages = (cache.lengths + self.page - 1) // self.page
         indices, counts = topk_select(
@@ -167,22 +176,38 @@ class Quest(Keeping):
         out, _ = self._attend(
             q, indices.unflatten(0, (-1, heads)), counts.view(-1, heads), block_k=self.page
         )
-        self._reads.append((pages, 2 * cache.key_bytes))
+        box = math.prod(self._boxes.shape[2:]) * self._boxes.element_size()
+        self._reads.append((pages, box))
         return out
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         before = self.cache.lengths
         out = super().extend(q, k, v, lengths=lengths)
         if self.layer >= self.dense_layers:
-            self._pool(before)
+            self._pool(before, q.shape[1])
         return out
 
-    def _pool(self, start: Tensor) -> None:
-        """Updates the boxes of the pages with tokens from start[b] on."""
+    def _pool(self, start: Tensor, tokens: int) -> None:
+        """Updates the boxes of the pages with tokens start[b] to at most start[b] + tokens - 1."""
+        cache = self.cache
+        keys, table = cache.k, cache.block_table
+        if keys.dtype == FLOAT8:
+            keys, table = self._decoded_pages(start, tokens)
         block_pool_keys_update(
-            self.cache.k, self._boxes, self.page, start=start, mode="minmax",
-            lengths=self.cache.lengths, block_table=self.cache.block_table, backend=self.backend,
+            keys, self._boxes, self.page, start=start, mode="minmax", lengths=cache.lengths,
+            block_table=table, backend=self.backend,
         )  # fmt: skip
+
+    def _decoded_pages(self, start: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """The keys of those pages [B * n, page, Hk, D], and a block table that leads there."""
+        cache, page = self.cache, self.page
+        number = (tokens + 2 * page - 2) // page  # pages that the tokens can touch
+        first = start // page
+        at = span(first * page, number * page).clamp(max=max(cache.capacity - 1, 0))
+        keys, _ = cache.rows(at, self._boxes.dtype)
+        own = number * torch.arange(len(first), dtype=torch.int32, device=first.device)
+        table = span(own - first, self._boxes.shape[1]).clamp(0, max(number * len(first) - 1, 0))
+        return keys.reshape(len(first) * number, page, *keys.shape[2:]), table
 
 
 @dataclass(eq=False)

@@ -134,6 +134,7 @@ class TokenSelect(Keeping):
             q, self.cache.k, k=self.k, num_sink=self.num_sink, num_recent=num_recent,
             kernel_size=self.kernel_size, seqlens_k=n, block_table=self.cache.block_table,
             scale=self.scale if self.vote_scale is None else self.vote_scale, backend=self.backend,
+            k_scale=self.cache.k_scale,
         )  # fmt: skip
         return indices[:, :, 0], counts[:, :, 0]
 
@@ -161,7 +162,7 @@ class TokenSelect(Keeping):
         bias, places = None, rows.expand(q.shape[0], -1)
         if before > 0:
             at, count = self._before(q, begin, lengths, before)
-            old_k, old_v = self.cache.rows(at)
+            old_k, old_v = self.cache.rows(at, k.dtype)
             order = span(torch.zeros_like(begin), at.shape[1])
             unused = order >= count[:, None]
             bias = torch.zeros(unused.shape, device=q.device).masked_fill(unused, -torch.inf)
