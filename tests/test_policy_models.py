@@ -81,6 +81,7 @@ RECIPES = [
     policies.RazorAttention(retrieval=(), num_sink=1, local=6, slack=2),
 ]
 NAMES = [type(recipe).__name__ for recipe in RECIPES]
+FLOAT8 = ("FullAttention", "Quest", "SnapKV")
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,37 @@ def followed(model, ids, tokens):
         total = total + out.logits[0, -1].log_softmax(-1)[token]
         out = model(token.view(1, 1), cache=out.cache, use_cache=True)
     return total
+
+
+class Rounding(policies.KVCache):
+    """A cache that rounds tokens to float8 and keeps them in their dtype."""
+
+    def fill(self, k, v, lengths=None):
+        super().fill(*(x.to(torch.float8_e4m3fn).to(x) for x in (k, v)), lengths)
+
+    def extend(self, k, v, lengths=None):
+        super().extend(*(x.to(torch.float8_e4m3fn).to(x) for x in (k, v)), lengths)
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if type(r).__name__ in FLOAT8])
+def test_a_cache_in_float8(recipe, llama, monkeypatch):
+    """Tokens, scores and beams are of a cache that holds the same numbers in float32."""
+    ids, mask = prompts()
+    monkeypatch.setattr("tokenmill.integrations._policy_cache.SLACK", 0)
+
+    def found(cache_dtype):
+        with apply_policy(llama, recipe, cache_dtype=cache_dtype) as applied:
+            whole = generate(llama, ids, mask)
+            held = sum(policy.bytes_held for policy in applied.cache.policies)
+            beams = llama.generate(ids, attention_mask=mask, num_beams=3, max_new_tokens=NEW)
+        return whole, beams, held
+
+    ours = found(torch.float8_e4m3fn)
+    monkeypatch.setattr("tokenmill.integrations._policy_cache.KVCache", Rounding)
+    theirs = found(None)
+    assert_alike(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+    assert 4 * ours[2] == theirs[2]
 
 
 @torch.no_grad()
@@ -304,6 +336,16 @@ def test_what_cannot_be_is_refused(llama):
     ):
         with pytest.raises(RuntimeError, match=rule + words):
             apply_policy(model, policy)
+    for recipe, dtype, words in (
+        (RECIPES[0], torch.bfloat16, r"must be None or float8_e4m3fn; got bfloat16"),
+        (
+            policies.HiP(),
+            torch.float8_e4m3fn,
+            r"must be in the dtype of the model, as hip_atten",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=rule + "cache_dtype: " + words):
+            apply_policy(llama, recipe, cache_dtype=dtype)
     for family in ("Gemma3n", "Gemma4"):
         config = getattr(transformers, f"{family}TextConfig")(num_hidden_layers=4)
         config.num_kv_shared_layers = 2

@@ -26,6 +26,7 @@ from .._transformers.attention import attention_forward
 from .._transformers.masks import build_mask
 from .._transformers.models import KEEP, POLICY, configs_of
 from ..policies import Indexer, KVCache, Policy
+from ..policies.cache import check_reads
 from ..policies.policy import Keeping
 
 NAME = "integrations.transformers.apply_policy"
@@ -48,10 +49,13 @@ class PolicyLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, recipe: Policy, number: int, previous: PolicyLayer | None, config: Any):
+    def __init__(
+        self, recipe: Policy, number: int, previous: PolicyLayer | None, config: Any,
+        cache_dtype: torch.dtype | None,
+    ):  # fmt: skip
         super().__init__()
         self.recipe, self.number, self.previous = recipe, number, previous
-        self.config = config
+        self.config, self.cache_dtype = config, cache_dtype
         self.is_croppable = isinstance(recipe, Keeping)
         self.policy: Policy | None = None
         self.columns = 0  # tokens so far, including padding
@@ -147,7 +151,9 @@ class PolicyLayer(CacheLayerMixin):
         heads = recipe.cache_heads(k.shape[2], self.number)
         end = _prompt_end.get() or self.columns
         slots = [max(end, self.columns) + SLACK, heads]
-        cache = KVCache(*(t.new_zeros(t.shape[0], *slots, t.shape[3]) for t in (k, v)))
+        cache = KVCache(
+            *(t.new_zeros(t.shape[0], *slots, t.shape[3], dtype=self.cache_dtype) for t in (k, v))
+        )
         previous = None if self.previous is None else self.previous.policy
         self.policy = dataclasses.replace(
             recipe, cache=cache, layer=self.number, previous=previous, **scoring
@@ -178,16 +184,19 @@ class PolicyCache(Cache):
     Args:
         config: configuration of the model; its DynamicCache determines the layers.
         recipes: the policy of each layer with full attention, without a cache.
+        cache_dtype: as in :func:`apply_policy`.
     """
 
-    def __init__(self, config: Any, recipes: Sequence[Policy]):
+    def __init__(
+        self, config: Any, recipes: Sequence[Policy], cache_dtype: torch.dtype | None = None
+    ):
         layers = DynamicCache(config=config).layers
         of_policy: list[PolicyLayer] = []
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 number = len(of_policy)
                 before = of_policy[-1] if of_policy else None
-                of_policy.append(PolicyLayer(recipes[number], number, before, config))
+                of_policy.append(PolicyLayer(recipes[number], number, before, config, cache_dtype))
                 layers[i] = of_policy[-1]
         super().__init__(layers=layers)
         self._config, self._of_policy = config, of_policy
@@ -211,8 +220,11 @@ class AppliedPolicy:
         cache_name: the argument of the model that takes a cache.
     """
 
-    def __init__(self, model: Any, recipes: list[Policy], config: Any):
+    def __init__(
+        self, model: Any, recipes: list[Policy], config: Any, cache_dtype: torch.dtype | None
+    ):
         self.model, self._recipes, self._config = model, recipes, config
+        self._cache_dtype = cache_dtype
         self.cache: PolicyCache | None = None
         self._parameters = [*inspect.signature(model.forward).parameters]
         self.cache_name = "cache" if "cache" in self._parameters else "past_key_values"
@@ -346,7 +358,7 @@ class AppliedPolicy:
                 fresh = not given.offloading and given.get_seq_length() == 0
             rule = "must be None, or come from the model under a policy"
             check(fresh, NAME, self.cache_name, rule, type(given).__name__)
-            cache = PolicyCache(self._config, self._recipes)
+            cache = PolicyCache(self._config, self._recipes, self._cache_dtype)
             if any(getattr(layer, "record_past", False) for layer in getattr(given, "layers", ())):
                 cache.activate_past_recording()
             given = cache
@@ -376,7 +388,9 @@ def _marked(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         _generates.reset(token)
 
 
-def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy:
+def apply_policy(
+    model: Any, policy: Policy | Sequence[Policy], *, cache_dtype: torch.dtype | None = None
+) -> AppliedPolicy:
     """Generates with a policy: the layers of a model attend to the keys that it selects.
 
     Works with :meth:`generate` (greedy, sampling, beams, prompt lookup and other drafts, chunked
@@ -394,6 +408,9 @@ def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy
             Layers that read the keys of other layers (Gemma 3n, Gemma 4) are refused.
         policy: a policy without a cache, e.g. ``policies.Quest(budget=1024)``, copied for each
             layer; or one policy per layer with full attention.
+        cache_dtype: torch.float8_e4m3fn: keys and values are kept in 8 bits, with a scale of 1 (see
+            :class:`tokenmill.policies.KVCache`); all policies but HiP read them so. None: the dtype
+            of the model.
 
     Returns:
         A context manager; `remove` is the same as leaving it. A cache created under the policy has
@@ -440,8 +457,12 @@ def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy
     rule = f"must be a policy, or one for each of {sum(layers)} layers with full attention"
     check(several, NAME, "policy", rule, policy)
     check(len(recipes) == sum(layers), NAME, "policy", rule, len(recipes))
+    rule = "must be None or float8_e4m3fn"
+    check(cache_dtype in (None, torch.float8_e4m3fn), NAME, "cache_dtype", rule, cache_dtype)
     for number, recipe in enumerate(recipes):
         recipe.cache_heads(0, number)  # raises if it has no heads for a layer
+        if cache_dtype is not None:
+            check_reads(NAME, "cache_dtype", cache_dtype, recipe.NOT_FLOAT8)
         if isinstance(recipe, Indexer) and recipe.indexer is None:
             fail(NAME, "policy", "must have an indexer, as the model gives no index", "Indexer()")
         rule = "must have no {}, as the model brings its own"
@@ -449,7 +470,7 @@ def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy
             value = getattr(recipe, name, None)
             if value is not None:
                 fail(NAME, "policy", rule.format(name), type(value).__name__)
-    return AppliedPolicy(model, [*recipes], config)
+    return AppliedPolicy(model, [*recipes], config, cache_dtype)
 
 
 def _attend(
