@@ -24,6 +24,7 @@ except ModuleNotFoundError as missing:
     raise needs("transformers", missing) from missing
 
 from .._transformers.attention import Kind, attention_forward
+from .._transformers.growing import GrowingCache
 from .._transformers.masks import build_mask
 from .._transformers.models import pretrained
 from .._transformers.pages import give_pages
@@ -33,6 +34,7 @@ from ._vision import patch, unpatch
 
 __all__ = [
     "AppliedPolicy",
+    "GrowingCache",
     "PolicyCache",
     "apply_policy",
     "attention_forward",
