@@ -66,6 +66,7 @@ POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
     policies.Quest: (
         *_both(budget=12, page=4, dense_layers=0),
         lambda r: _float8(r, budget=12, page=4, dense_layers=0),
+        *_both(budget=12, page=4, reader=policies.StreamingLLM(num_sink=2, num_recent=4)),
     ),
     policies.HiP: (
         *_both(budget=4, block_q=4, num_sink=2, num_recent=3, refresh_interval=2, dense_layers=0),
@@ -93,6 +94,11 @@ POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
         *_both(budget=8, window=4),
         *_both(budget=8, window=4, more=True),
         lambda r: _float8(r, budget=8, window=4),
+        *_both(
+            budget=8,
+            window=4,
+            reader=policies.HiP(budget=4, num_recent=3, refresh_interval=2, dense_layers=0),
+        ),
     ),
     policies.RazorAttention: (  # the cache holds one of two KV heads
         lambda r: _dense(r, **_RAZOR, **r.cache(24, hk=1)),

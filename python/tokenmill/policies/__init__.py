@@ -1,9 +1,10 @@
 """KV selection methods behind one interface, each a short composition of operators.
 
 A policy is one layer's attention: `prefill` reads prompts, whole or in chunks (with full attention,
-unless the method changes it), and `step` lets the new tokens of each request, one or several,
-attend to the keys that the method selects. All support GQA, requests of different lengths, padding
-on either side, dense or paged caches, and any backend.
+unless the method changes it, or with the attention of another policy, its `reader`), and `step`
+lets the new tokens of each request, one or several, attend to the keys that the method selects. All
+support GQA, requests of different lengths, padding on either side, dense or paged caches, and any
+backend.
 
 ==========================  ==================================================  ======
 policy                      keys attended to                                    cache

@@ -31,7 +31,70 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Back = int | Sequence[int] | Tensor  # number of tokens to take back, per request
 
 
-class KVCache:
+class Keys:
+    """Keys and values of a batch of requests, dense or paged, which are only read.
+
+    Args:
+        k, v, block_table, k_scale, v_scale: as in :class:`KVCache`.
+        lengths: int32 ``[B]``, number of keys of each request.
+        longest: upper bound on them.
+    """
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor,
+        longest: int,
+        block_table: Tensor | None = None,
+        *,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ):
+        self.k, self.v, self.block_table = k, v, block_table
+        self.k_scale, self.v_scale = k_scale, v_scale
+        # Where several queries see different keys of a step, cpu_codes.h reads a scale of values.
+        self._one = torch.ones(1, device=k.device) if k.dtype == FLOAT8 else None
+        self.requests = torch.arange(len(lengths), device=k.device)
+        self.lengths, self.longest = lengths, longest
+
+    @property
+    def scales(self) -> dict[str, Any]:
+        """Arguments of the operators that attend to the cache."""
+        return {
+            name: self._one if scale is None else scale
+            for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale))
+        }
+
+    def rows(self, at: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values at positions ``[B, n]`` of each request: ``[B, n, Hk, D]``. Arbitrary
+        where a page does not exist.
+        """
+        k, v = (
+            self._read(self.k, self.k_scale, at, dtype),
+            self._read(self.v, self.v_scale, at, dtype),
+        )
+        return k, v
+
+    def _read(self, t: Tensor, scale: Tensor | None, at: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows [B, n, Hk, D] of k or v at positions [B, n]."""
+        page, row = self._slots(at.long())
+        page = page.clamp(0, max(t.shape[0] - 1, 0))
+        codes = t.view(torch.uint8)[page, row].view(FLOAT8) if t.dtype == FLOAT8 else t[page, row]
+        if scale is not None and _of_tokens(scale):
+            scale = scale[page, row]
+        return _decoded(codes, scale, dtype)
+
+    def _slots(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Page (request, if dense) and row of positions [B, n]."""
+        if self.block_table is None:
+            return self.requests[:, None].expand_as(at), at
+        size = self.k.shape[1]
+        page = (at // size).clamp(max=self.block_table.shape[1] - 1)
+        return self.block_table.long().gather(1, page), at % size
+
+
+class KVCache(Keys):
     r"""The KV cache of one layer for a batch of requests, dense or paged.
 
     Lengths live on the device; an upper bound on them is known on the host, so that nothing here
@@ -104,14 +167,9 @@ class KVCache:
         if _of_tokens(k_scale) != _of_tokens(v_scale):
             rule = "must have a scale of each token, as v_scale, or neither"
             fail(NAME, "k_scale", rule, None if k_scale is None else k_scale.shape)
-        self.k, self.v, self.block_table = k, v, block_table
-        self.k_scale, self.v_scale = k_scale, v_scale
-        # Where several queries see different keys of a step, cpu_codes.h reads a scale of values.
-        self._one = torch.ones(1, device=k.device) if k.dtype == FLOAT8 else None
         batch = k.shape[0] if block_table is None else block_table.shape[0]
-        self.requests = torch.arange(batch, device=k.device)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=k.device)
-        self.longest = 0
+        lengths = torch.zeros(batch, dtype=torch.int32, device=k.device)
+        super().__init__(k, v, lengths, 0, block_table, k_scale=k_scale, v_scale=v_scale)
 
     @classmethod
     def like(
@@ -143,14 +201,6 @@ class KVCache:
     def token_bytes(self) -> int:
         """Bytes of the key and value of one token, over all heads, and of its scales."""
         return self.key_bytes + _row_bytes(self.v, self.v_scale)
-
-    @property
-    def scales(self) -> dict[str, Any]:
-        """Arguments of the operators that attend to the cache."""
-        return {
-            name: self._one if scale is None else scale
-            for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale))
-        }
 
     def fill(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
         """Fills the cache with the first lengths[b] tokens of k ``[B, S, Hk, D]`` and v; None:
@@ -259,16 +309,6 @@ class KVCache:
         check(tokens <= minimum, NAME, "k", rule, tokens)
         self._write(*self._slots(self._last(tokens, tokens)), k, v)
 
-    def rows(self, at: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values at positions ``[B, n]`` of each request: ``[B, n, Hk, D]``. Arbitrary
-        where a page does not exist.
-        """
-        k, v = (
-            self._read(self.k, self.k_scale, at, dtype),
-            self._read(self.v, self.v_scale, at, dtype),
-        )
-        return k, v
-
     def keys(self, dtype: torch.dtype) -> Tensor:
         """All keys as ``[B, capacity, Hk, D]``; a copy if paged or in float8."""
         if self.block_table is None:
@@ -315,15 +355,6 @@ class KVCache:
                 moved = change(t.view(torch.uint8) if t.dtype == FLOAT8 else t)
                 setattr(self, name, moved.view(t.dtype))
 
-    def _read(self, t: Tensor, scale: Tensor | None, at: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows [B, n, Hk, D] of k or v at positions [B, n]."""
-        page, row = self._slots(at.long())
-        page = page.clamp(0, max(t.shape[0] - 1, 0))
-        codes = t.view(torch.uint8)[page, row].view(FLOAT8) if t.dtype == FLOAT8 else t[page, row]
-        if scale is not None and _of_tokens(scale):
-            scale = scale[page, row]
-        return _decoded(codes, scale, dtype)
-
     def _checked_lengths(self, lengths: Tensor, name: str) -> Tensor:
         check_tensor(NAME, name, lengths, optional=name == "lengths")
         check_int32(NAME, name, lengths)
@@ -349,14 +380,6 @@ class KVCache:
         """[B, tokens]: consecutive positions, starting `back` before the end of each request."""
         first = (self.lengths - back).clamp(min=0)
         return first[:, None].long() + torch.arange(tokens, device=self.k.device)
-
-    def _slots(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        """Page (request, if dense) and row of positions [B, n]."""
-        if self.block_table is None:
-            return self.requests[:, None].expand_as(at), at
-        size = self.k.shape[1]
-        page = (at // size).clamp(max=self.block_table.shape[1] - 1)
-        return self.block_table.long().gather(1, page), at % size
 
     def _write(
         self, page: Tensor, row: Tensor, k: Tensor, v: Tensor, there: Tensor | None = None

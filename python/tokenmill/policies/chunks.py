@@ -18,7 +18,7 @@ class Waiting:
     q: Tensor
     k: Tensor
     v: Tensor
-    lse: Tensor  # [B, S, H]
+    lse: Tensor | None  # [B, S, H], of full attention
     lengths: Tensor
 
     @classmethod
@@ -28,8 +28,11 @@ class Waiting:
         return cls(q[:, :0], k[:, :0], v[:, :0], lse, torch.zeros_like(like))
 
     def reordered(self, requests: Tensor) -> Waiting:
-        every = (self.q, self.k, self.v, self.lse, self.lengths)
-        return Waiting(*(t.index_select(0, requests) for t in every))
+        q, k, v, lengths = (
+            t.index_select(0, requests) for t in (self.q, self.k, self.v, self.lengths)
+        )
+        lse = None if self.lse is None else self.lse.index_select(0, requests)
+        return Waiting(q, k, v, lse, lengths)
 
 
 def joined(old: Tensor, new: Tensor, before: Tensor, width: int) -> Tensor:
@@ -60,10 +63,10 @@ def attend_last(
     block_table: Tensor | None = None, **scoring: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Causal attention of queries [B, S, H, D], the first count[b] of which are the last of n[b]
-    tokens; returns out [B, S, H, Dv] and lse [B, S, H].
+    tokens; returns out [B, S, H, Dv] and lse [B, H, S].
     """
     missing = q.shape[1] - count
     out, lse = attention_decode(
         rolled(q, missing), k, v, seqlens_k=n, block_table=block_table, return_lse=True, **scoring
     )
-    return rolled(out, -missing), rolled(lse.transpose(1, 2), -missing)
+    return rolled(out, -missing), rolled(lse.transpose(1, 2), -missing).transpose(1, 2)

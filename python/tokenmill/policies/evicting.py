@@ -12,10 +12,14 @@ from torch.nn.functional import avg_pool1d
 from .._check import as_int, check
 from ..select.attention_column_scores import attention_column_scores
 from ..select.topk_select import topk_select
-from .policy import Policy, rows_of, span
+from ..sparse.block_sparse_attention import block_sparse_attention
+from .cache import Keys
+from .chunks import rolled
+from .policy import FullAttention, Policy, rows_of, span
 from .rotation import Rope, check_rope, rotated
 
 Share = int | float
+BLOCK = 64  # queries that share the bounds of a window with sinks
 ROUNDED = 1e-6  # makes 0.57 of 100 keys, 56.99999999999999 in double, 57
 
 
@@ -38,13 +42,39 @@ class StreamingLLM(Policy):
         interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + pairs).
 
     Paper: StreamingLLM (Xiao et al. 2024), section 3.2. Prompts are read with full attention, as
-    in the released code.
+    in the released code. As a reader of prompts each token attends to the num_sink first and the
+    num_recent last keys, at their positions in the text, in O(S (num_sink + num_recent)).
     """
 
     num_sink: int = 4
     num_recent: int = 2044
     rope: Rope | None = None
     interleaved: bool = False
+    _READS: ClassVar[bool] = True
+
+    @property
+    def _reader(self) -> Policy:
+        return self._reading(FullAttention() if self.reader is None else self.reader)
+
+    def _attend_prompt(
+        self, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None, seen: Keys | None
+    ) -> tuple[Tensor, Tensor | None]:
+        blocks = -(-q.shape[1] // BLOCK)
+        lists = q.new_zeros(q.shape[0], 1, blocks, 0, dtype=torch.int32)
+        options: dict[str, Any] = {
+            "block_q": BLOCK, "block_k": BLOCK, "causal": True, "num_sink": self.num_sink,
+            "num_recent": self.num_recent, **self._scoring,
+        }  # fmt: skip
+        counts = lists.sum(-1, dtype=torch.int32)
+        if seen is None:
+            return block_sparse_attention(q, k, v, lists, counts, **options), None
+        options |= {"seqlens_k": seen.lengths, "block_table": seen.block_table}
+        if count is None:
+            return block_sparse_attention(q, seen.k, seen.v, lists, counts, **options), None
+        missing = q.shape[1] - count
+        q = rolled(q, missing)
+        out = block_sparse_attention(q, seen.k, seen.v, lists, counts, **options)
+        return rolled(out, -missing), None
 
     def _turned(self, x: Tensor, at: Tensor, positions: int) -> Tensor:
         if self.rope is None:
@@ -109,7 +139,7 @@ class H2O(Policy):
     def slots(self, tokens: int) -> int | None:
         return max(tokens, maximum(self.heavy, tokens) + max(maximum(self.recent, tokens), 1)) + 1
 
-    def _begin(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
+    def _begin(self, q: Tensor, k: Tensor, lse: Tensor | None) -> None:
         n, tokens = self.cache.lengths, q.shape[1]
         scores = attention_column_scores(
             q, k, self._for_scores(lse), causal=True, scale=self.scale, head_reduce="group_mean",
@@ -189,7 +219,7 @@ class Keyformer(Policy):
         if "_wanted" in vars(self):
             self._max = min(self._wanted, self.cache.capacity)
 
-    def _begin(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
+    def _begin(self, q: Tensor, k: Tensor, lse: Tensor | None) -> None:
         n, tokens = self.cache.lengths, q.shape[1]
         self._steps = 0
         self._read = n  # tokens so far
@@ -256,7 +286,7 @@ class SnapKV(Policy):
     PAPER: ClassVar[dict[str, Any]] = {"window": 64, "kernel": 5}
     _LEAST: ClassVar[dict[str, int]] = {"kernel": 1}
 
-    def _begin(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
+    def _begin(self, q: Tensor, k: Tensor, lse: Tensor | None) -> None:
         n, heads = self.cache.lengths, k.shape[2]
         check(self.kernel % 2 == 1, self._name, "kernel", "must be odd", self.kernel)
         scores = attention_column_scores(

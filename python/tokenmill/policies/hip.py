@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._check import check
 from ..sparse.hip_attention import HipLists, hip_attention
+from .cache import Keys
 from .policy import HEAD_REDUCE, Keeping, Lists
 
 
@@ -52,6 +53,7 @@ class HiP(Keeping):
     refresh_interval: int = 8
     lists: Lists = "query"
     NOT_FLOAT8: ClassVar[str | None] = "hip_attention"
+    _READS: ClassVar[bool] = True
     _LEAST: ClassVar[dict[str, int]] = {
         "budget": 1, "block_q": 1, "block_k": 1, "stride_q": 1, "num_recent": 1,
         "refresh_interval": 1,
@@ -65,13 +67,6 @@ class HiP(Keeping):
         short = self.refresh_interval <= self.num_recent
         check(short, self._name, "refresh_interval", rule, self.refresh_interval)
 
-    def _first(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        if self.layer < self.dense_layers:
-            return super()._first(q, k, v, lengths)
-        self._store(q, k, v, lengths)
-        own = None if lengths is None else self.cache.lengths
-        return self._hip(q, k, v, own, queries=own)
-
     def reorder(self, requests: Tensor) -> None:
         super().reorder(requests)
         if (found := self._found.lists) is not None:
@@ -79,14 +74,19 @@ class HiP(Keeping):
             self._found.lists = indices, counts
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        out = super().extend(q, k, v, lengths=lengths)
+        self._found = HipLists()
+        return out
+
+    def _attend_prompt(
+        self, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None, seen: Keys | None
+    ) -> tuple[Tensor, Tensor | None]:
         if self.layer < self.dense_layers:
-            return super().extend(q, k, v, lengths=lengths)
-        self._check_prompt(q, k)
-        cache = self.cache
-        cache.extend(k, v, lengths)
-        self._reads, self._found = [], HipLists()
-        own = None if lengths is None else cache.count(q.shape[1], lengths)
-        return self._hip(q, cache.k, cache.v, cache.lengths, cache.block_table, queries=own)
+            return super()._attend_prompt(q, k, v, count, seen)
+        if seen is None:
+            return self._hip(q, k, v, count, queries=count), None
+        at = (seen.lengths, seen.block_table)
+        return self._hip(q, seen.k, seen.v, *at, queries=count), None
 
     @property
     def _at_once(self) -> bool:

@@ -92,7 +92,7 @@ class Indexer(Keeping):
             self._given, self._left = None, False
 
     def begin(
-        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, *, lengths: Tensor | None = None,
         index: Index | None = None,
     ) -> None:  # fmt: skip
         self._check_prompt(q, k)
@@ -107,6 +107,8 @@ class Indexer(Keeping):
             index = self._of_call(q, lengths)
         index_q, index_k, weights = self._index(q, k, index)
         self._add(index_k, k, v, lengths)
+        if self.reader is not None:
+            return self._attend_chunk(q, k, v, lengths)
         if lengths is None:
             return self._read(q, index_q, weights)
         missing = q.shape[1] - self.cache.count(q.shape[1], lengths)
@@ -141,6 +143,9 @@ class Indexer(Keeping):
     def _first(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
         index = self._index(q, k, self._of_call(q, lengths))
         self._start(index, k, v, lengths)
+        if self.reader is not None:
+            count = None if lengths is None else self.cache.lengths
+            return self._reader._attend_prompt(q, k, v, count, None)[0]
         if q.shape[1] <= self.topk:
             return attention(q, k, v, causal=True, **self._scoring)
         indices, counts = indexer_topk_select(

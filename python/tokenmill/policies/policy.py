@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -29,7 +29,7 @@ from ..dense.attention_decode import attention_decode
 from ..masks import INT32_MAX
 from ..select.hip_block_select import HeadReduce
 from ..sparse.sparse_decode_attention import sparse_decode_attention
-from .cache import Back, KVCache, check_reads
+from .cache import Back, Keys, KVCache, check_reads
 from .chunks import Waiting, attend_last, joined, rolled
 
 # Each query head or each KV head has its own list; maps to the head_reduce of the scores.
@@ -56,6 +56,9 @@ class Policy:
             selection of keys uses uncapped logits.
         sink: float ``[H]``, a logit of each head that adds to the row sum and has no value; None:
             none.
+        reader: the policy whose attention prompts are read with, without a cache: FullAttention,
+            HiP, StreamingLLM (a window with sinks) or TokenSelect. It has the layer, scale, softcap
+            and sink of this policy. None: the method's own attention, which for most is full.
 
     Raises:
         RuntimeError: naming argument, rule and value, here and in every method.
@@ -68,8 +71,10 @@ class Policy:
     backend: str | None = None
     softcap: float = 0.0
     sink: Tensor | None = field(default=None, repr=False)
+    reader: Policy | None = None
 
     PAPER: ClassVar[dict[str, Any]] = {}  # the paper's values of fields with other defaults
+    _READS: ClassVar[bool] = False  # whether it may be a reader
     # Minimum of integer fields, where it is not 0.
     _LEAST: ClassVar[dict[str, int]] = {}
     _MOST: ClassVar[dict[str, int]] = {}  # maximum, where it is not int32's, the dtype of lengths
@@ -133,6 +138,8 @@ class Policy:
         rule = "must be finite and at least 0"
         check(0 <= self.softcap < math.inf, self._name, "softcap", rule, self.softcap)
         check_tensor(self._name, "sink", self.sink, optional=True)
+        if self.reader is not None:
+            check_reader(self._name, "reader", self.reader)
 
     @property
     def _scoring(self) -> dict[str, Any]:
@@ -146,7 +153,7 @@ class Policy:
         self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None, more: bool = False,
         padding: str = "right",
     ) -> Tensor:  # fmt: skip
-        """Causal attention over prompts, or over their next chunks, then :meth:`begin`.
+        """Attention over prompts, or over their next chunks, as `reader` says, then :meth:`begin`.
 
         A policy that keeps every key accepts further chunks at any time: of a prompt, or of the
         next turn. A policy that evicts makes its selection at the end of a prompt, and must know
@@ -183,9 +190,42 @@ class Policy:
             return self._read_chunk_of_prompt(q, k, v, lengths, more)
         at = torch.arange(q.shape[1], device=q.device)
         turned_q, turned_k = (self._turned(x, at, q.shape[1]) for x in (q, k))
-        out, lse = attention(turned_q, turned_k, v, causal=True, return_lse=True, **self._scoring)
+        count = None if lengths is None else self._count(q, k, v, lengths)
+        out, lse = self._reader._attend_prompt(turned_q, turned_k, v, count, None)
         self.begin(q, k, v, lse, lengths=lengths)
         return out
+
+    @property
+    def _reader(self) -> Policy:
+        """The policy whose attention prompts are read with."""
+        return self if self.reader is None else self._reading(self.reader)
+
+    def _reading(self, reader: Policy) -> Policy:
+        """A reader for this layer."""
+        return replace(
+            reader, layer=self.layer, scale=self.scale, softcap=self.softcap, sink=self.sink,
+            backend=self.backend if reader.backend is None else reader.backend,
+        )  # fmt: skip
+
+    def _attend_prompt(
+        self, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None, seen: Keys | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of tokens of prompts, and its lse [B, H, S] if it is over all keys.
+
+        q, k, v [B, S, ...]: of each request the first count[b] tokens; None: S. seen: the keys up
+        to these tokens, theirs included; None: there are none before.
+        """
+        if seen is None:
+            return attention(q, k, v, causal=True, return_lse=True, **self._scoring)
+        if count is None:
+            return attention_decode(
+                q, seen.k, seen.v, seqlens_k=seen.lengths, block_table=seen.block_table,
+                return_lse=True, **seen.scales, **self._scoring,
+            )  # fmt: skip
+        return attend_last(
+            q, seen.k, seen.v, seen.lengths, count, block_table=seen.block_table, **seen.scales,
+            **self._scoring,
+        )  # fmt: skip
 
     def _turned(self, x: Tensor, at: Tensor, positions: int) -> Tensor:
         """Queries or keys rotated as prompts attend with them, at positions [S] or [B, S]."""
@@ -211,18 +251,23 @@ class Policy:
             joined(old, new, before, width) for old, new in ((waiting.k, k), (waiting.v, v))
         )
         at = torch.arange(width, device=q.device)
-        own = torch.arange(tokens, device=q.device)
-        asks = self._turned(q, (before[:, None] + own).clamp(max=max(width - 1, 0)), width)
-        out, lse = attend_last(
-            asks, self._turned(keys, at, width), values, total, count, **self._scoring
+        own = before[:, None] + torch.arange(tokens, device=q.device)
+        turned_q, turned_k = (
+            self._turned(x, own.clamp(max=max(width - 1, 0)), width) for x in (q, k)
         )
-        queries, lses = (
-            joined(old, new, before, width) for old, new in ((waiting.q, q), (waiting.lse, lse))
-        )
-        self._waiting = Waiting(queries, keys, values, lses, total)
+        seen = None
+        if self._waiting is not None:
+            turned = self._turned(keys, at, width)
+            seen = Keys(turned, values, total, waiting.k.shape[1] + tokens)
+        out, lse = self._reader._attend_prompt(turned_q, turned_k, v, count, seen)
+        queries = joined(waiting.q, q, before, width)
+        if lse is not None and waiting.lse is not None:
+            lse = joined(waiting.lse, lse.transpose(1, 2), before, width)
+        self._waiting = Waiting(queries, keys, values, lse, total)
         if not more:
             self._waiting = None
-            self.begin(queries, keys, values, lses.transpose(1, 2).contiguous(), lengths=total)
+            lse = None if lse is None else lse.transpose(1, 2).contiguous()
+            self.begin(queries, keys, values, lse, lengths=total)
         return out
 
     def _count(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
@@ -239,10 +284,11 @@ class Policy:
         return self.cache.count(q.shape[1], lengths)
 
     def begin(
-        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, *, lengths: Tensor | None = None
     ) -> None:
         """Stores prompts in the cache and selects the keys to keep: `prefill` for prompts whose
-        attention was computed elsewhere, with its lse ``[B, H, S]``.
+        attention was computed elsewhere. lse ``[B, H, S]``: of full attention; None: policies whose
+        scores need it compute it, without a sink.
         """
         self._store(q, k, v, lengths)
         self._begin(q, k, lse)
@@ -251,10 +297,10 @@ class Policy:
         self._check_prompt(q, k)
         self.cache.fill(k, v, lengths)
 
-    def _begin(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
+    def _begin(self, q: Tensor, k: Tensor, lse: Tensor | None) -> None:
         """begin() of prompts that are in the cache."""
 
-    def _for_scores(self, lse: Tensor) -> Tensor | None:
+    def _for_scores(self, lse: Tensor | None) -> Tensor | None:
         """The lse that normalises column scores, whose logits are not capped."""
         return lse if self.softcap == 0 else None
 
@@ -466,19 +512,18 @@ class Keeping(Policy):
                 rows of the result are undefined.
 
         Returns:
-            ``[B, n, H, Dv]``: causal attention of each token to all tokens up to it.
+            ``[B, n, H, Dv]``: attention of each token to tokens up to it, as in `prefill`.
         """
         self._check_prompt(q, k)
         self.cache.extend(k, v, lengths)
-        self._reads = []
-        if lengths is None:
-            return self._attend_all(q)
-        cache, count = self.cache, self._count(q, k, v, lengths)
-        self._reads.append((cache.lengths, cache.token_bytes))
-        out, _ = attend_last(
-            q, cache.k, cache.v, cache.lengths, count, block_table=cache.block_table,
-            **cache.scales, **self._scoring,
-        )  # fmt: skip
+        return self._attend_chunk(q, k, v, lengths)
+
+    def _attend_chunk(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+        """extend() of tokens that are in the cache."""
+        cache = self.cache
+        count = None if lengths is None else self._count(q, k, v, lengths)
+        out, lse = self._reader._attend_prompt(q, k, v, count, cache)
+        self._reads = [] if lse is None else [(cache.lengths, cache.token_bytes)]
         return out
 
     def _check_step(self, k: Tensor, v: Tensor) -> None:
@@ -491,6 +536,8 @@ class Keeping(Policy):
 class FullAttention(Keeping):
     """Attends to all keys: the baseline that the other policies approximate."""
 
+    _READS: ClassVar[bool] = True
+
     @property
     def _at_once(self) -> bool:
         return True
@@ -498,6 +545,22 @@ class FullAttention(Keeping):
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._append(k, v)
         return self._attend_all(q)
+
+
+def check_reader(name: str, argument: str, reader: Any) -> None:
+    """Checks for a policy that can read the prompts of another."""
+    rule = "must be FullAttention, HiP, StreamingLLM or TokenSelect, as only these read prompts"
+    check(isinstance(reader, Policy), name, argument, rule, reader)
+    check(reader._READS, name, argument, rule, type(reader).__name__)
+    for of_policy in ("cache", "layer", "previous", "scale", "softcap", "sink", "reader"):
+        value = getattr(reader, of_policy)
+        number = isinstance(value, int | float)
+        rule = f"must leave {of_policy} to the policy that it reads for"
+        shown = value if number else type(value).__name__
+        check(value is None or (number and value == 0), name, argument, rule, shown)
+    rule = "must have no rope, as it is given keys as they are attended to"
+    rope = getattr(reader, "rope", None)
+    check(rope is None, name, argument, rule, type(rope).__name__)
 
 
 def rows_of(x: Tensor, heads: int) -> Tensor:

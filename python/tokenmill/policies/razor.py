@@ -159,7 +159,7 @@ class RazorAttention(Policy):
         return len(self.heads_kept(layer))
 
     def begin(
-        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, *, lengths: Tensor | None = None
     ) -> None:
         self._check_prompt(q, k)
         heads, kept = range(k.shape[2]), self.heads_kept()
@@ -243,7 +243,7 @@ class _Compensated(Policy):
     _ROWS: ClassVar[tuple[str, ...]] = ("_local", "_k_sum", "_v_sum", "_dropped")
 
     def begin(
-        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, *, lengths: Tensor | None = None
     ) -> None:
         tokens = k.shape[1]
         n = torch.full_like(self.cache.lengths, tokens) if lengths is None else lengths

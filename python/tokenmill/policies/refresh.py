@@ -53,7 +53,7 @@ class RefreshKV(Keeping):
     _LEAST: ClassVar[dict[str, int]] = {"budget": 1, "stride": 1, "kernel": 1}
     _ROWS: ClassVar[tuple[str, ...]] = ("_ranked", "_counts", "_query", "_end", "_size")
 
-    def _begin(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
+    def _begin(self, q: Tensor, k: Tensor, lse: Tensor | None) -> None:
         check(self.kernel % 2 == 1, self._name, "kernel", "must be odd", self.kernel)
         n = self.cache.lengths
         # mean over heads, at the last full step

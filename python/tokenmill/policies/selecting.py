@@ -139,7 +139,7 @@ class Quest(Keeping):
             more = boxes.new_zeros(boxes.shape[0], pages - boxes.shape[1], *boxes.shape[2:])
             self._boxes = torch.cat([boxes, more], 1)
 
-    def _begin(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
+    def _begin(self, q: Tensor, k: Tensor, lse: Tensor | None) -> None:
         if self.layer < self.dense_layers:
             return
         cache = self.cache
@@ -234,7 +234,7 @@ class RecycledAttention(Keeping):
     _LEAST: ClassVar[dict[str, int]] = {"budget": 1, "stride": 1}
     _ROWS: ClassVar[tuple[str, ...]] = ("_list", "_counts", "_query", "_since", "_end")
 
-    def _begin(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
+    def _begin(self, q: Tensor, k: Tensor, lse: Tensor | None) -> None:
         n, heads = self.cache.lengths, k.shape[2]
         self._steps, self._longest = 0, 0  # step count, and length at the last full step
         self._since = torch.zeros_like(n)  # steps since the last full step, per request

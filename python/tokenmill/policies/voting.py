@@ -12,6 +12,7 @@ from .._check import check
 from ..dense.attention import attention
 from ..select.query_similarity_gate import query_similarity_gate
 from ..select.token_select import token_select
+from .cache import Keys
 from .policy import Keeping, span
 from .rotation import Rope, check_rope, rotated
 
@@ -68,26 +69,23 @@ class TokenSelect(Keeping):
     kernel_size: int = 1
     rope: Rope | None = None
     interleaved: bool = False
+    _READS: ClassVar[bool] = True
     _LEAST: ClassVar[dict[str, int]] = {"k": 1, "chunk": 1, "kernel_size": 1}
 
-    def _first(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        self._store(q, k, v, lengths)
-        begin = torch.zeros_like(self.cache.lengths)
-        return self._read(q, k, v, begin, self.cache.lengths, 0)
-
-    def extend(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        self._check_prompt(q, k)
-        begin, before = self.cache.lengths, self.cache.longest
-        self.cache.extend(k, v, lengths)
-        self._reads = []
-        return self._read(q, k, v, begin, self.cache.lengths, before)
+    def _check_fields(self) -> None:
+        super()._check_fields()
+        odd = self.kernel_size % 2 == 1
+        check(odd, self._name, "kernel_size", "must be odd", self.kernel_size)
+        rule = "must be None with rope, as it would be given keys without rotary embedding"
+        free = self.rope is None or self.reader is None
+        check(free, self._name, "reader", rule, type(self.reader).__name__)
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._append(k, v)
         serves = query_similarity_gate(q, self._query, self.threshold, backend=self.backend)
         # requests that reuse their list get length 0, so nothing is read
         asked = self.cache.lengths.masked_fill(serves, 0)
-        indices, counts = self._vote(self._from_afar(q), asked, self.num_recent)
+        indices, counts = self._vote(self._from_afar(q), self.cache, asked, self.num_recent)
         serves = serves[:, None, None]
         self._list = torch.where(serves, self._list, indices)
         self._counts = torch.where(serves[:, 0], self._counts, counts)
@@ -102,18 +100,20 @@ class TokenSelect(Keeping):
 
     def _store(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         self._check_prompt(q, k)
-        odd = self.kernel_size % 2 == 1
-        check(odd, self._name, "kernel_size", "must be odd", self.kernel_size)
-        if self.rope is not None:
-            places = self.cache.capacity
-            if places > self._listed:
-                beside = self.num_recent, self.chunk
-                places = max(self.num_sink + self.k + max(beside), sum(beside))
-            check_rope(self._name, self.rope, q, places, "each place of a list")
+        self._check_rope(q)
         self.cache.fill(k, v, lengths)
         self._query = q.new_zeros(q.shape[0], 1, *q.shape[2:])  # zeros: similar to no query
         self._list = self.cache.lengths.new_zeros(()).expand(q.shape[0], 1, self.k)
         self._counts = self.cache.lengths.new_zeros(q.shape[0], 1)
+
+    def _check_rope(self, q: Tensor) -> None:
+        if self.rope is None:
+            return
+        places = self.cache.capacity
+        if places > self._listed:
+            beside = self.num_recent, self.chunk
+            places = max(self.num_sink + self.k + max(beside), sum(beside))
+        check_rope(self._name, self.rope, q, places, "each place of a list")
 
     @property
     def _listed(self) -> int:
@@ -128,41 +128,44 @@ class TokenSelect(Keeping):
         at = at.clamp(max=len(self.rope[0]) - 1)  # only for a cache without candidates
         return rotated(q, self.rope, at, self.interleaved)
 
-    def _vote(self, q: Tensor, n: Tensor, num_recent: int) -> tuple[Tensor, Tensor]:
-        """Lists [B, 1, k] and counts [B, 1] among the first n[b] tokens of the cache."""
+    def _vote(self, q: Tensor, keys: Keys, n: Tensor, num_recent: int) -> tuple[Tensor, Tensor]:
+        """Lists [B, 1, k] and counts [B, 1] among the first n[b] keys."""
         indices, counts = token_select(
-            q, self.cache.k, k=self.k, num_sink=self.num_sink, num_recent=num_recent,
-            kernel_size=self.kernel_size, seqlens_k=n, block_table=self.cache.block_table,
+            q, keys.k, k=self.k, num_sink=self.num_sink, num_recent=num_recent,
+            kernel_size=self.kernel_size, seqlens_k=n, block_table=keys.block_table,
             scale=self.scale if self.vote_scale is None else self.vote_scale, backend=self.backend,
-            k_scale=self.cache.k_scale,
+            k_scale=keys.k_scale,
         )  # fmt: skip
         return indices[:, :, 0], counts[:, :, 0]
 
-    def _read(
-        self, q: Tensor, k: Tensor, v: Tensor, begin: Tensor, lengths: Tensor, before: int
-    ) -> Tensor:
-        """Attention of tokens stored in the cache from begin[b] on, valid up to lengths[b]. before:
-        upper bound on begin.
-        """
+    def _attend_prompt(
+        self, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None, seen: Keys | None
+    ) -> tuple[Tensor, Tensor | None]:
+        self._check_rope(q)
         tokens = q.shape[1]
-        size = self.chunk if before + tokens > self._listed else max(tokens, 1)
+        if count is None:
+            count = torch.full((q.shape[0],), tokens, dtype=torch.int32, device=q.device)
+        if seen is None:
+            seen = Keys(k, v, count, tokens)
+        begin, before = seen.lengths - count, seen.longest - tokens  # a bound on begin
+        size = self.chunk if seen.longest > self._listed else max(tokens, 1)
         outs = []
         for start in range(0, max(tokens, 1), size):
-            queries, keys, values = (x[:, start : start + size] for x in (q, k, v))
-            outs.append(
-                self._read_chunk(queries, keys, values, begin + start, lengths, before + start)
-            )
-        return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+            queries, own_k, own_v = (x[:, start : start + size] for x in (q, k, v))
+            outs.append(self._attend_at(queries, own_k, own_v, seen, begin + start, before + start))
+        return torch.cat(outs, 1) if len(outs) > 1 else outs[0], None
 
-    def _read_chunk(
-        self, q: Tensor, k: Tensor, v: Tensor, begin: Tensor, lengths: Tensor, before: int
+    def _attend_at(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Keys, begin: Tensor, before: int
     ) -> Tensor:
-        """Attention of q, k, v [B, n, ...] at positions begin[b] to begin[b] + n - 1."""
+        """Attention of q, k, v [B, n, ...] at positions begin[b] to begin[b] + n - 1. before: upper
+        bound on begin.
+        """
         rows = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
         bias, places = None, rows.expand(q.shape[0], -1)
         if before > 0:
-            at, count = self._before(q, begin, lengths, before)
-            old_k, old_v = self.cache.rows(at, k.dtype)
+            at, count = self._before(q, keys, begin, before)
+            old_k, old_v = keys.rows(at, k.dtype)
             order = span(torch.zeros_like(begin), at.shape[1])
             unused = order >= count[:, None]
             bias = torch.zeros(unused.shape, device=q.device).masked_fill(unused, -torch.inf)
@@ -178,19 +181,17 @@ class TokenSelect(Keeping):
             k = rotated(k, self.rope, order.clamp(max=maximum), self.interleaved)
         return attention(q, k, v, causal=True, bias=bias, **self._scoring)
 
-    def _before(
-        self, q: Tensor, begin: Tensor, lengths: Tensor, before: int
-    ) -> tuple[Tensor, Tensor]:
+    def _before(self, q: Tensor, keys: Keys, begin: Tensor, before: int) -> tuple[Tensor, Tensor]:
         """Positions before a chunk that it attends to, ascending, and their number."""
-        valid = (lengths - begin).clamp(0, q.shape[1])
+        valid = (keys.lengths - begin).clamp(0, q.shape[1])
         if before + q.shape[1] <= self._listed:
             return span(torch.zeros_like(begin), before), begin
-        there = torch.minimum(begin, lengths)
+        there = torch.minimum(begin, keys.lengths)
         old = torch.minimum((begin + valid - self.num_recent).clamp(min=0), there)
         speaks = span(torch.zeros_like(valid), q.shape[1]) < valid[:, None]
         voice = self._from_afar(q).float().masked_fill(~speaks[..., None, None], 0)
         mean = voice.sum(1, keepdim=True) / valid.clamp(min=1).view(-1, 1, 1, 1)
-        chosen, _ = self._vote(mean.to(q), old, 0)
+        chosen, _ = self._vote(mean.to(q), keys, old, 0)
         first = span(torch.zeros_like(begin), self.num_sink)
         last = span(old, self.num_recent)
         after = torch.iinfo(torch.int32).max
