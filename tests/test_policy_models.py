@@ -182,6 +182,60 @@ def test_rows_chunks_and_beams(recipe, llama, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_a_prompt_is_read_with_a_window_and_sinks(name):
+    """Logits are those of the model with a complete mask: its prompt's rows in the window, and the
+    rows of steps over all keys."""
+    model, ids, prompt = MODELS[name]().eval(), prompts()[0], 12
+    i, j = torch.arange(17)[:, None], torch.arange(17)
+    visible = (j <= i) & ((i >= prompt) | (j < 2) | (j > i - 5))
+    full = torch.zeros(17, 17).masked_fill(~visible, torch.finfo(torch.float32).min)
+    own = full.clone()  # of layers with a window of their own, which have no policy
+    own[:] = torch.zeros(17, 17).masked_fill((j > i) | (j <= i - 4), own.min())
+    masks = {"full_attention": full[None, None], "sliding_attention": own[None, None]}
+    model.set_attn_implementation("eager")
+    expected = model(ids, attention_mask=masks if name != "llama" else full[None, None]).logits
+    reader = policies.StreamingLLM(num_sink=2, num_recent=5)
+    steps = policies.Quest(budget=64, page=2, dense_layers=0)
+    with apply_policy(model, steps, prefill=reader) as applied:
+        for chunks in ((12,), (7, 5)):
+            found, cache = [], {}
+            for part in ids[:, :prompt].split(chunks, 1):
+                found.append(model(part, use_cache=True, **cache).logits)
+                cache = {"cache": applied.cache}
+            for t in range(prompt, 17):
+                found.append(model(ids[:, t : t + 1], **cache).logits)
+            torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=2e-5)
+        assert all(type(p) is policies.Quest for p in applied.cache.policies)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [policies.Quest(budget=6, page=2, dense_layers=1), policies.SnapKV(budget=8, window=3)],
+    ids=lambda recipe: type(recipe).__name__,
+)
+def test_generation_with_a_reader(recipe, llama):
+    """Padding and chunks of prompts do not change a row; the reader changes it."""
+    ids, mask = prompts()
+    for prefill in (
+        policies.StreamingLLM(num_sink=2, num_recent=5),
+        policies.HiP(budget=4, block_q=4, num_sink=1, num_recent=4, refresh_interval=2,
+                     dense_layers=1),
+    ):  # fmt: skip
+        with apply_policy(llama, recipe) as applied:
+            plain = generate(llama, ids)
+        with apply_policy(llama, recipe, prefill=prefill) as applied:
+            together = generate(llama, ids, mask)
+            for b in (0, 1):
+                alone = generate(llama, ids[b : b + 1, 5 * b :])
+                assert_alike([x[b : b + 1] for x in together], alone)
+            assert_alike(generate(llama, ids[:1], prefill_chunk_size=8), [x[:1] for x in together])
+            read = [policy._reader for policy in applied.cache.policies]
+        assert [(type(r), r.layer) for r in read] == [(type(prefill), 0), (type(prefill), 1)]
+        assert (plain[1][0] - together[1][0]).abs().max() > 1e-3
+
+
+@torch.no_grad()
 def followed(model, ids, tokens):
     """The log probability of tokens after a prompt, one step at a time."""
     out, total = model(ids, use_cache=True), 0.0
@@ -346,6 +400,19 @@ def test_what_cannot_be_is_refused(llama):
     ):
         with pytest.raises(RuntimeError, match=rule + "cache_dtype: " + words):
             apply_policy(llama, recipe, cache_dtype=dtype)
+    hip = policies.HiP()
+    for policy, prefill, words in (
+        (RECIPES[0], policies.Quest(), "must be FullAttention, HiP, StreamingLLM or .*'Quest'"),
+        (RECIPES[0], "HiP", "must be FullAttention, HiP, StreamingLLM or TokenSelect.*'HiP'"),
+        (RECIPES[0], policies.HiP(layer=2), "must leave layer to the policy .*; got 2"),
+        (
+            policies.Quest(reader=hip),
+            hip,
+            "must be None, as the policy has a reader, .*; got 'HiP'",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=rule + "prefill: " + words):
+            apply_policy(llama, policy, prefill=prefill)
     for family in ("Gemma3n", "Gemma4"):
         config = getattr(transformers, f"{family}TextConfig")(num_hidden_layers=4)
         config.num_kv_shared_layers = 2

@@ -27,7 +27,7 @@ from .._transformers.masks import build_mask
 from .._transformers.models import KEEP, POLICY, configs_of
 from ..policies import Indexer, KVCache, Policy
 from ..policies.cache import check_reads
-from ..policies.policy import Keeping
+from ..policies.policy import Keeping, check_float8_reader, check_reader
 
 NAME = "integrations.transformers.apply_policy"
 SLACK = 64  # slots of a new cache in addition to the prompt's
@@ -389,7 +389,11 @@ def _marked(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def apply_policy(
-    model: Any, policy: Policy | Sequence[Policy], *, cache_dtype: torch.dtype | None = None
+    model: Any,
+    policy: Policy | Sequence[Policy],
+    *,
+    prefill: Policy | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> AppliedPolicy:
     """Generates with a policy: the layers of a model attend to the keys that it selects.
 
@@ -408,6 +412,9 @@ def apply_policy(
             Layers that read the keys of other layers (Gemma 3n, Gemma 4) are refused.
         policy: a policy without a cache, e.g. ``policies.Quest(budget=1024)``, copied for each
             layer; or one policy per layer with full attention.
+        prefill: the policy whose attention prompts are read with, e.g. ``policies.HiP()`` or a
+            window with sinks, ``policies.StreamingLLM(num_recent=1020)``: the `reader` of each
+            policy. None: what each policy says.
         cache_dtype: torch.float8_e4m3fn: keys and values are kept in 8 bits, with a scale of 1 (see
             :class:`tokenmill.policies.KVCache`); all policies but HiP read them so. None: the dtype
             of the model.
@@ -470,6 +477,14 @@ def apply_policy(
             value = getattr(recipe, name, None)
             if value is not None:
                 fail(NAME, "policy", rule.format(name), type(value).__name__)
+    if prefill is not None:
+        check_reader(NAME, "prefill", prefill)
+        for recipe in recipes:
+            rule = f"must be None, as the policy has a reader, {type(recipe.reader).__name__}"
+            check(recipe.reader is None, NAME, "prefill", rule, type(prefill).__name__)
+        recipes = [dataclasses.replace(recipe, reader=prefill) for recipe in recipes]
+    for recipe in recipes:
+        check_float8_reader(NAME, "cache_dtype", cache_dtype, recipe.reader)
     return AppliedPolicy(model, [*recipes], config, cache_dtype)
 
 

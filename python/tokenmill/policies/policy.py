@@ -29,7 +29,7 @@ from ..dense.attention_decode import attention_decode
 from ..masks import INT32_MAX
 from ..select.hip_block_select import HeadReduce
 from ..sparse.sparse_decode_attention import sparse_decode_attention
-from .cache import Back, Keys, KVCache, check_reads
+from .cache import FLOAT8, Back, Keys, KVCache, check_reads
 from .chunks import Waiting, attend_last, joined, rolled
 
 # Each query head or each KV head has its own list; maps to the head_reduce of the scores.
@@ -140,6 +140,8 @@ class Policy:
         check_tensor(self._name, "sink", self.sink, optional=True)
         if self.reader is not None:
             check_reader(self._name, "reader", self.reader)
+            if self.cache is not None:
+                check_float8_reader(self._name, "cache", self.cache.k.dtype, self.reader)
 
     @property
     def _scoring(self) -> dict[str, Any]:
@@ -561,6 +563,17 @@ def check_reader(name: str, argument: str, reader: Any) -> None:
     rule = "must have no rope, as it is given keys as they are attended to"
     rope = getattr(reader, "rope", None)
     check(rope is None, name, argument, rule, type(rope).__name__)
+
+
+def check_float8_reader(
+    name: str, argument: str, dtype: torch.dtype | None, reader: Policy | None
+) -> None:
+    """Raises for a cache in float8, if its reader cannot attend to what is in it."""
+    if reader is None or dtype != FLOAT8:
+        return
+    rule = "must be in the dtype of the model with a reader that is not FullAttention or "
+    known = type(reader).__name__ in ("FullAttention", "TokenSelect")
+    check(known, name, argument, f"{rule}TokenSelect, here {type(reader).__name__}", dtype)
 
 
 def rows_of(x: Tensor, heads: int) -> Tensor:
