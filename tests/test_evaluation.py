@@ -122,6 +122,22 @@ def test_full_attention_gives_the_losses_of_the_model(model):
     assert row.keys == 300 + (run.STEPS + 3) / 2  # lengths of the timed steps, on average
 
 
+def test_a_reader_is_judged_and_shows(model, tmp_path):
+    """A table names it, full attention after it is no baseline, and rows have their own keys."""
+    reader = policies.StreamingLLM(num_sink=1, num_recent=8)
+    chosen = [policies.FullAttention(), policies.FullAttention(reader=reader)]
+    file = tmp_path / "rows.json"
+    rows = small(model, chosen, results=file)
+    assert [row.name for row in rows] == ["FullAttention", "FullAttention, prefill StreamingLLM"]
+    assert rows[0].policy == str(chosen[0]) and "num_recent=8" in rows[1].policy
+    assert rows[0].losses != rows[1].losses and rows[0].keys == rows[1].keys
+    full, windowed = summaries(rows)
+    assert full.excess["copy"] == (0, 0) != windowed.excess["copy"]
+    wider = policies.FullAttention(reader=policies.StreamingLLM(num_sink=1, num_recent=9))
+    small(model, {rows[1].name: wider}, results=file)
+    assert len(json.loads(file.read_text())) == 3
+
+
 def test_questions_do_not_see_each_other(model):
     """A needle's answer is the same whether others were asked before it or not."""
     text = make_text(Characters(), 300, source=SOURCE, needles=4, continuation=20)

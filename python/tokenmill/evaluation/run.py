@@ -46,8 +46,8 @@ def evaluate(
     Args:
         model: a causal model of transformers that :func:`apply_policy` takes.
         tokenizer: its tokenizer.
-        policies: policies without a cache, by name; or a sequence, named by their class. Quality is
-            easiest to read beside FullAttention's.
+        policies: policies without a cache, by name; or a sequence, named by their classes and the
+            classes of their readers. Quality is easiest to read beside FullAttention's.
         lengths: tokens of the texts.
         texts: texts of each length, with other passages and other facts.
         source: the text that they are cut from; None: the language reference of Python.
@@ -113,7 +113,7 @@ def key_of(model: Any, text: Text, number: int, name: str, policy: Policy) -> Ke
 
 def name_policies(policies: Mapping[str, Policy] | Sequence[Policy]) -> dict[str, Policy]:
     if not isinstance(policies, Mapping):
-        names = [type(p).__name__ for p in policies]
+        names = [name_of(p) for p in policies]
         numbered = [n if names.count(n) == 1 else f"{n} {i}" for i, n in enumerate(names, 1)]
         policies = dict(zip(numbered, policies, strict=True))
     for policy in policies.values():
@@ -123,6 +123,11 @@ def name_policies(policies: Mapping[str, Policy] | Sequence[Policy]) -> dict[str
     if not policies:
         fail(NAME, "policies", "must be at least one", "none")
     return dict(policies)
+
+
+def name_of(policy: Any) -> str:
+    name, reader = type(policy).__name__, getattr(policy, "reader", None)
+    return name if reader is None else f"{name}, prefill {type(reader).__name__}"
 
 
 class Stored:
