@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from policy_inputs import DV, GROUP, HK, LENGTHS, SCALE, TinyIndexer, draw, new_cache, rotation
@@ -217,3 +219,30 @@ def test_unrotated_keys_have_no_reader():
     rule = r"^tokenmill.policies.TokenSelect: reader: must be None with rope, .*; got 'HiP'"
     with pytest.raises(tm.InputError, match=rule):
         policies.TokenSelect(new_cache(None), rope=rotation(64), reader=policies.HiP())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+@pytest.mark.parametrize("chunks", CHUNKINGS[:2])
+@pytest.mark.parametrize("reader", [policies.FullAttention(), policies.TokenSelect(k=64)])
+def test_memory_without_tokens_may_hold_anything(reader, chunks, dtype):
+    """A new cache is uninitialised memory. In float8 a later chunk sees the rounded keys, as under
+    the reader itself."""
+    tokens = draw()
+    empty = new_cache(None)
+    caches = [
+        policies.KVCache(*(torch.full_like(t, torch.nan).to(dtype) for t in (empty.k, empty.v)))
+        for _ in range(2)
+    ]
+    policy = policies.Quest(caches[0], budget=16, page=4, reader=reader)
+    alone = dataclasses.replace(reader, cache=caches[1])
+    for mine, theirs in zip(read(policy, tokens, chunks), read(alone, tokens, chunks), strict=True):
+        assert not mine.isnan().any()
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reader", [WINDOW, policies.HiP()])
+def test_a_reader_that_reads_no_float8_is_refused(reader):
+    cache = policies.KVCache(*torch.zeros(2, 1, 8, 1, 16, dtype=torch.float8_e4m3fn))
+    rule = rf"^tokenmill.policies.Quest: cache: .* here {type(reader).__name__}; got float8"
+    with pytest.raises(tm.InputError, match=rule):
+        policies.Quest(cache, reader=reader)

@@ -165,9 +165,11 @@ class TokenSelect(Keeping):
         bias, places = None, rows.expand(q.shape[0], -1)
         if before > 0:
             at, count = self._before(q, keys, begin, before)
-            old_k, old_v = keys.rows(at, k.dtype)
             order = span(torch.zeros_like(begin), at.shape[1])
             unused = order >= count[:, None]
+            # A row without a token may hold NaN, which no bias hides.
+            hidden = unused[..., None, None]
+            old_k, old_v = (x.masked_fill(hidden, 0) for x in keys.rows(at, k.dtype))
             bias = torch.zeros(unused.shape, device=q.device).masked_fill(unused, -torch.inf)
             bias = torch.nn.functional.pad(bias, (0, q.shape[1]))[:, None, None]
             k, v = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1)
