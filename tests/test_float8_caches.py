@@ -176,3 +176,18 @@ def test_sparse_decode_writes_into_out(backend):
     rule = "out: must not share memory with q; strides"
     with pytest.raises(RuntimeError, match=rule):
         tm.sparse_decode_attention(*args, **kwargs, out=args[0], backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [2, 3, 4])
+@each_backend
+def test_drafts_read_a_cache_without_scales(rows, dtype, backend):
+    """Rows that see different keys take the scales of values one by one, where there are some."""
+    device = device_of(backend)
+    k, v = torch.randn(2, 2, 64, 2, 16, device=device).to(torch.float8_e4m3fn)
+    q = torch.randn(2, rows, 4, 16, device=device).to(dtype)
+    call = {"seqlens_k": torch.tensor([45, 30], dtype=torch.int32, device=device)}
+    one = torch.ones(1, device=device)
+    found = tm.attention_decode(q, k, v, **call, backend=backend)
+    expected = tm.attention_decode(q, k, v, **call, k_scale=one, v_scale=one, backend=backend)
+    torch.testing.assert_close(found, expected)

@@ -92,8 +92,8 @@ __attribute__((noinline, cold)) void show_nan_values(const float* p, const char*
   }
 }
 
-// multiply_values of float8 codes. kShown: weights do not yet include the V scales, which are
-// given.
+// multiply_values of float8 codes. kShown: weights do not yet include the V scales; null: there are
+// none.
 template <int kRows, bool kShown>
 __attribute__((noinline)) void multiply_value_codes(const float* p, const float* scales,
                                                     const char* const* rows, int64_t offset,
@@ -102,7 +102,8 @@ __attribute__((noinline)) void multiply_value_codes(const float* p, const float*
   constexpr int kCount = kKeys<kRows>;
   const auto weighted = [&](vf value, int64_t key, float weight) TM_LAMBDA {
     if (!kShown) return value;
-    return weight == 0 ? zero() : value * set(scales[key]);
+    if (weight == 0) return zero();
+    return scales ? value * set(scales[key]) : value;
   };
   int64_t column = 0;
   for (; column + NanCodes::kCount <= columns; column += NanCodes::kCount) {

@@ -325,8 +325,9 @@ class DecodeWorker {
         if (!placed.widened) {
           const auto product = block_[n].uneven ? &multiply_value_codes<kRows, true>
                                                 : &multiply_value_codes<kRows, false>;
-          product(weights, value_scales(own) + key, placed.v + key, placed.v_offset, count,
-                  p_.value_dim, out, plan_.ldo);
+          const float* const scales = scaled_ ? value_scales(own) + key : nullptr;
+          product(weights, scales, placed.v + key, placed.v_offset, count, p_.value_dim, out,
+                  plan_.ldo);
           continue;
         }
       }

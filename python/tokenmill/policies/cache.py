@@ -53,18 +53,13 @@ class Keys:
     ):
         self.k, self.v, self.block_table = k, v, block_table
         self.k_scale, self.v_scale = k_scale, v_scale
-        # Where several queries see different keys of a step, cpu_codes.h reads a scale of values.
-        self._one = torch.ones(1, device=k.device) if k.dtype == FLOAT8 else None
         self.requests = torch.arange(len(lengths), device=k.device)
         self.lengths, self.longest = lengths, longest
 
     @property
     def scales(self) -> dict[str, Any]:
         """Arguments of the operators that attend to the cache."""
-        return {
-            name: self._one if scale is None else scale
-            for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale))
-        }
+        return {"k_scale": self.k_scale, "v_scale": self.v_scale}
 
     def rows(self, at: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values at positions ``[B, n]`` of each request: ``[B, n, Hk, D]``. Arbitrary
