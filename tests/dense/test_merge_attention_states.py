@@ -89,4 +89,4 @@ def test_a_rule_about_wide_dtypes_names_that_of_the_call():
         tm.merge_attention_states(outs, lses)
     cache, scale = torch.zeros(1, 2, 1, 4, dtype=torch.float8_e4m3fn), torch.ones(1).half()
     with pytest.raises(ValueError, match="k_scale: must be float32 or float64; got float16"):
-        check_cache_scale("op", "k_scale", scale, "k_cache", cache, outs)
+        check_cache_scale("op", "k_scale", scale, "k_cache", cache, outs.dtype)
