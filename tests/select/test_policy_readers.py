@@ -6,7 +6,18 @@ import dataclasses
 
 import pytest
 import torch
-from policy_inputs import DV, GROUP, HK, LENGTHS, SCALE, TinyIndexer, draw, new_cache, rotation
+from policy_inputs import (
+    DV,
+    FLOAT32,
+    GROUP,
+    HK,
+    LENGTHS,
+    SCALE,
+    TinyIndexer,
+    draw,
+    new_cache,
+    rotation,
+)
 from torch import Tensor
 
 import tokenmill as tm
@@ -80,7 +91,7 @@ def test_windows_with_sinks(method, options, page):
                 for b, n in enumerate(LENGTHS):
                     q, k, v = (t[:n] for t in tokens.of(b))
                     want = windowed(q, k, v, softcap, sink)
-                    torch.testing.assert_close(found[b].double(), want, rtol=0, atol=1e-5)
+                    torch.testing.assert_close(found[b].double(), want, **FLOAT32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -141,7 +152,7 @@ def test_a_prompt_is_read_as_by_the_reader_itself(method, options, page, reader)
     want = read(alone, tokens, [LENGTHS])
     found = read(new(method, options | {"sink": sink}, page, reader), tokens, chunks)
     for b in range(2):
-        torch.testing.assert_close(found[b], want[b], rtol=0, atol=2e-6)
+        torch.testing.assert_close(found[b], want[b], **FLOAT32)
 
 
 @pytest.mark.parametrize("chunks", CHUNKINGS[:2])
@@ -157,7 +168,7 @@ def test_eviction_scores_are_of_full_attention(method, options, chunks):
     for policy in (ours, plain):
         read(policy, tokens, chunks)
     for step in tokens.steps:
-        torch.testing.assert_close(ours.step(*step), plain.step(*step), rtol=0, atol=2e-6)
+        torch.testing.assert_close(ours.step(*step), plain.step(*step), **FLOAT32)
 
 
 def test_a_reader_has_keys_as_streaming_llm_rotates_them():
@@ -171,7 +182,7 @@ def test_a_reader_has_keys_as_streaming_llm_rotates_them():
     chunked = policies.StreamingLLM(new_cache(None), rope=rope, reader=WINDOW)
     found = read(chunked, tokens, CHUNKINGS[1])
     for b, n in enumerate(LENGTHS):
-        torch.testing.assert_close(found[b], given[b, :n], rtol=0, atol=2e-6)
+        torch.testing.assert_close(found[b], given[b, :n], **FLOAT32)
 
 
 def test_a_reader_shows():

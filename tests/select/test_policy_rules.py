@@ -10,6 +10,7 @@ import pytest
 import torch
 from policy_inputs import (
     DV,
+    FLOAT32,
     HK,
     LENGTHS,
     SPARING,
@@ -47,7 +48,7 @@ def test_a_budget_for_all_keys_is_full_attention(method, options):
     heads = len(options.get("retrieval", range(HK)))
     out = run(method(new_cache(None, heads=heads), **options), draw())
     full = run(policies.FullAttention(new_cache(None)), draw())
-    torch.testing.assert_close(out, full, rtol=0, atol=2e-6)
+    torch.testing.assert_close(out, full, **FLOAT32)
 
 
 @pytest.mark.parametrize(("method", "options"), [case for case in SPARING if case[1]])
@@ -76,9 +77,9 @@ def test_chunks_are_attended_to_like_prompts(method, options, page):
         policy.prefill(*(t[:, : n - 7] for t in tokens.prompt))
     for i in (n - 7, n - 3):
         chunk = [t[:, i : min(i + 4, n)] for t in tokens.prompt]
-        torch.testing.assert_close(ours.extend(*chunk), full.extend(*chunk), rtol=0, atol=2e-6)
+        torch.testing.assert_close(ours.extend(*chunk), full.extend(*chunk), **FLOAT32)
     for step in tokens.steps:
-        torch.testing.assert_close(ours.step(*step), full.step(*step), rtol=0, atol=2e-6)
+        torch.testing.assert_close(ours.step(*step), full.step(*step), **FLOAT32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from policy_inputs import HK, LENGTHS, SPARING, STEPS, TinyIndexer, draw, new_cache, rotation
+from policy_inputs import (
+    FLOAT32,
+    HK,
+    LENGTHS,
+    SPARING,
+    STEPS,
+    TinyIndexer,
+    draw,
+    new_cache,
+    rotation,
+)
 from torch import Tensor
 
 import tokenmill as tm
@@ -73,7 +83,7 @@ def test_a_request_in_company_is_as_alone(method, options, padding):
         alone.cache = policies.KVCache(alone.cache.k[own], alone.cache.v[own])
         want = [alone.prefill(*(t[own, :n] for t in tokens.prompt))[0]]
         want += [alone.step(*(t[own] for t in step))[0] for step in tokens.steps]
-        torch.testing.assert_close(torch.cat(found[b]), torch.cat(want), rtol=0, atol=2e-6)
+        torch.testing.assert_close(torch.cat(found[b]), torch.cat(want), **FLOAT32)
 
 
 @pytest.mark.parametrize("page", [None, 4])
@@ -148,7 +158,7 @@ def test_drafts_are_taken_back(method, options, page):
         step = tokens.steps[full.cache.longest - max(LENGTHS)]
         got, same, whole = (policy.step(*step) for policy in (ours, clean, full))
         want = same if method is policies.Indexer else whole
-        torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+        torch.testing.assert_close(got, want, **FLOAT32)
 
 
 def test_a_step_of_several_layers_passes_a_list_for_each_token():
@@ -164,7 +174,7 @@ def test_a_step_of_several_layers_passes_a_list_for_each_token():
     for t in range(STEPS):
         for out, layer in zip(outs, alone, strict=True):
             want = layer.step(*tokens.steps[t])
-            torch.testing.assert_close(out[:, t : t + 1], want, rtol=0, atol=2e-6)
+            torch.testing.assert_close(out[:, t : t + 1], want, **FLOAT32)
 
 
 def test_what_the_caller_indexes_is_padded_like_its_tokens():
