@@ -240,6 +240,18 @@ def test_compiles_as_one_graph(spec, sample, backend):
     assert same_bits(want, outputs(compiled(*args, **kwargs)))
 
 
+FIRST_RULE = {spec.name: (spec, bad) for spec, bad in reversed(MALFORMED) if not bad.values}
+
+
+@pytest.mark.parametrize(("spec", "bad"), FIRST_RULE.values(), ids=FIRST_RULE)
+def test_bad_input_of_the_reference_is_refused_in_a_graph(spec, bad):
+    args, kwargs = bad(spec, *draw(spec.samples[0]))
+    torch._dynamo.reset()
+    compiled = torch.compile(spec.function, fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError, match=re.escape(f"tokenmill.{spec.name}: {bad.error}")):
+        compiled(*args, backend="reference", **kwargs)
+
+
 @each_spec
 def test_exports(spec):
     for sample in spec.samples[:2]:
