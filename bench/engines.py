@@ -287,8 +287,8 @@ def zentorch_decode(q: Tensor, k: Tensor, v: Tensor, *, seqlens_k: Tensor) -> Ca
 def folded_sdpa(q: Tensor, k: Tensor, v: Tensor, *, seqlens_k: Tensor) -> Call:
     """SDPA reads each key once for the rows of a matrix, and once a head with enable_gqa."""
     _equal_lengths("SDPA", q, k, seqlens_k)
-    rows, cache = folded(q, k), heads_first(k, v)
-    return lambda: F.scaled_dot_product_attention(rows, *cache).flatten(1, 2)[:, None]
+    rows, (k, v) = folded(q, k), heads_first(k, v)
+    return lambda: F.scaled_dot_product_attention(rows, k, v).flatten(1, 2)[:, None]
 
 
 def numpy_topk(scores: Tensor, *, k: int) -> Call:

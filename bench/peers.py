@@ -40,8 +40,8 @@ def _sentences() -> Case:
         cu_seqlens = place(ends)
 
         def sdpa() -> Run:
-            rows = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
-            return lambda: F.scaled_dot_product_attention(*rows, attn_mask=mask)
+            a, b, c = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+            return lambda: F.scaled_dot_product_attention(a, b, c, attn_mask=mask)
 
         def ours() -> Tensor:
             return tm.attention(
