@@ -18,7 +18,7 @@ os.environ["TOKENMILL_TUNE_CACHE"] = os.devnull  # default knobs of an untuned m
 from hypothesis import HealthCheck, settings
 from shares import pytest_terminal_summary  # noqa: F401 a hook
 from tier import QUICK
-from triton_compiler import compiles_once, programs  # noqa: F401 fixtures
+from triton_compiler import compiles_once, processes, programs  # noqa: F401 fixtures
 
 import tokenmill as tm
 import tokenmill._emulator

@@ -1,8 +1,9 @@
 """Compiles Triton kernels without a GPU, and reads the resources of the compiled code.
 
 A test file has `call(case, *sizes)`, which returns a function that launches kernels, and CASES for
-the fixture `programs`. As a script, prints the resources of the kernels of some cases:
-TRITON_CACHE_DIR=/tmp/code python tests/triton_compiler.py TEST_FILE CAPABILITY [CASE ...]
+the fixture `programs`. Triton keeps the code in its cache, by kernel, types, options and its own
+version: what it has compiled before is read from there. As a script, prints the resources of the
+kernels of some cases: python tests/triton_compiler.py TEST_FILE CAPABILITY [CASE ...]
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -64,11 +66,11 @@ def resources(kernel, code):
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
-    cubin.write_bytes(code.asm["cubin"])
-    dump = subprocess.run(
-        [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(code.asm["cubin"])
+        cubin.flush()
+        command = [cuobjdump, "--dump-resource-usage", cubin.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump)}
     products = re.findall(r"(?:wgmma\.mma_async|mma)\.sync\.\S+|tcgen05\.mma\S+", code.asm["ptx"])
     return {
@@ -96,37 +98,88 @@ def assert_multiplies(program, *dtypes):
         assert any(operand in product for operand in operands), program
 
 
-@pytest.fixture(scope="module", params=SHARED)
-def programs(request, tmp_path_factory):
-    """Resources of all kernels of the file's CASES, for each compute capability."""
+class Processes:
+    """Forks processes from one that has Triton and tokenmill imported, and has compiled nothing.
+    Importing takes longer than most kernels. Interpretation is decided on import: a process of
+    Python's fork server, which may interpret, cannot compile."""
+
+    def __init__(self):
+        inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        inherited["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+        self.server = subprocess.Popen(
+            [sys.executable, __file__, "serve"],
+            env=inherited, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(self, function, test, *arguments):
+        """What a function of this file prints for a test file."""
+        with tempfile.NamedTemporaryFile("r") as said:
+            self.server.stdin.write(json.dumps((said.name, function, str(test), arguments)) + "\n")
+            self.server.stdin.flush()
+            status = self.server.stdout.readline()
+            assert status == "0\n", said.read()
+            return said.read()
+
+    def close(self):
+        self.server.communicate()
+
+
+def serve():
+    import triton.runtime.cache
+
+    import tokenmill.triton_kernels.dense.attention  # noqa: F401 what other kernels import too
+
+    triton.runtime.cache.triton_key()  # of all files of Triton, a second
+    for line in sys.stdin:
+        if child := os.fork():
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            continue
+        said, function, test, arguments = json.loads(line)
+        file = os.open(said, os.O_WRONLY | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(file, stream)
+        globals()[function](load(test), *arguments)
+        return
+
+
+def load(test):
+    sys.path.insert(0, str(Path(test).parent))
+    return importlib.import_module(Path(test).stem)
+
+
+@pytest.fixture(scope="session")
+def processes():
     pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
-    test = request.path
-    arguments = (__file__, test, request.param, *request.module.CASES)
-    text = fresh_process(test, *arguments, folder=tmp_path_factory.mktemp("triton"))
+    forked = Processes()
+    yield forked
+    forked.close()
+
+
+@pytest.fixture(scope="module", params=SHARED)
+def programs(request, processes):
+    """Resources of all kernels of the file's CASES, for each compute capability."""
+    text = processes.run("describe", request.path, request.param, *request.module.CASES)
     return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.fixture
-def compiles_once(request, tmp_path):
+def compiles_once(request, processes):
     """Asserts that cases launch the same code, of one kernel or of all, for all of their sizes."""
-    pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
     def check(sizes_of_cases, kernel=None):
-        arguments = request.path.stem, sizes_of_cases, kernel
-        script = f"import triton_compiler\n\ntriton_compiler.assert_compiles_once(*{arguments!r})"
-        fresh_process(request.path, "-c", script, folder=tmp_path)
+        processes.run("assert_compiles_once", request.path, sizes_of_cases, kernel)
 
     return check
 
 
-def assert_compiles_once(test, sizes_of_cases, kernel):
+def assert_compiles_once(module, sizes_of_cases, kernel):
     """Kernels compile to nothing: an object for each key under which Triton would keep code."""
     import triton.compiler
 
     triton.compiler.compile = lambda *_, **__: object()
-    call = importlib.import_module(test).call
     for case, sizes in sizes_of_cases.items():
-        launched = [compiled(80, call(case, *size)) for size in sizes]
+        launched = [compiled(80, module.call(case, *size)) for size in sizes]
         first, *others = [
             [code for k, code in found if kernel in (None, k.__name__)] for found in launched
         ]
@@ -134,30 +187,16 @@ def assert_compiles_once(test, sizes_of_cases, kernel):
         assert all(a is b for other in others for a, b in zip(first, other, strict=True)), case
 
 
-def fresh_process(test, *arguments, folder, **environment):
-    """Runs Python on a test file, compiling into folder: interpretation is decided on import."""
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [str(Path(__file__).parent), inherited.get("PYTHONPATH", "")]
-    inherited["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env=inherited | {"TRITON_CACHE_DIR": str(folder)} | environment,
-        cwd=Path(test).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def main(test, capability, *cases):
-    sys.path.insert(0, str(Path(test).parent))
-    module = importlib.import_module(Path(test).stem)
+def describe(module, capability, *cases):
+    """Prints the resources of the kernels of some cases, or of all."""
     for case in cases or module.CASES:
-        for kernel, code in compiled(int(capability), module.call(case)):
-            found = {"case": case, "capability": int(capability), **resources(kernel, code)}
+        for kernel, code in compiled(capability, module.call(case)):
+            found = {"case": case, "capability": capability, **resources(kernel, code)}
             print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1:] == ["serve"]:
+        serve()
+    else:
+        describe(load(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
