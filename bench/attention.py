@@ -15,7 +15,7 @@ import tokenmill as tm
 
 from . import case
 from .case import Case, Run, causal_pairs, place
-from .peers import builders, compiled_flex, windowed_flex
+from .packages import builders, compiled_flex, windowed_flex
 
 SHORT, MIDDLE, LONG, WINDOWED = 512, 2048, 4096, 8192
 # Lengths of the documents packed into one sequence.
@@ -69,7 +69,7 @@ def with_backward(forward: Callable[..., Tensor], tensors: list[Tensor]) -> Run:
     return lambda: torch.autograd.grad(forward(*leaves), leaves, cotangent)
 
 
-def _case(
+def build_case(
     kind: str,
     dtype: torch.dtype,
     length: int,
@@ -119,8 +119,9 @@ def _case(
         others = {name: functools.partial(peer, function) for name, function in peers.items()}
         if kind == "softmax" and not documents:
             others |= builders(
-                "attention", ours, lambda: forward(*ours), call, causal=causal, left=left
-            )
+                "attention", ours, lambda: forward(*ours), call, backward=backward, causal=causal,
+                left=left,
+            )  # fmt: skip
         return call(forward, ours), others
 
     mask = f"window {left + 1}" if left >= 0 else "causal" if causal else "dense"
@@ -142,8 +143,8 @@ def _gpu_cases() -> Iterator[Case]:
     for dtype in (F16, BF16):
         for length in (4096, 16384):
             shape: dict[str, Any] = {"causal": True, "head_dim": 128, "heads": 16}
-            yield _case("softmax", dtype, length, {}, **shape)
-            yield _case("softmax", dtype, length, {}, **shape, backward=True)
+            yield build_case("softmax", dtype, length, {}, **shape)
+            yield build_case("softmax", dtype, length, {}, **shape, backward=True)
 
 
 def cases() -> Iterator[Case]:
@@ -154,32 +155,32 @@ def cases() -> Iterator[Case]:
     eager = {"eager": functools.partial(eager_sigmoid, causal=False)}
     for length in (SHORT, MIDDLE, LONG):
         extra = eager if length < LONG else {}
-        yield _case("sigmoid", F32, length, dense | extra)
-        yield _case("sigmoid", F32, length, triangle, causal=True)
+        yield build_case("sigmoid", F32, length, dense | extra)
+        yield build_case("sigmoid", F32, length, triangle, causal=True)
     for dtype in (BF16, F16):
-        yield _case("sigmoid", dtype, SHORT, dense)
-        yield _case("sigmoid", dtype, MIDDLE, dense)
-        yield _case("sigmoid", dtype, MIDDLE, triangle, causal=True)
+        yield build_case("sigmoid", dtype, SHORT, dense)
+        yield build_case("sigmoid", dtype, MIDDLE, dense)
+        yield build_case("sigmoid", dtype, MIDDLE, triangle, causal=True)
     for dtype in (F32, BF16):
-        yield _case("sigmoid", dtype, MIDDLE, dense, backward=True)
-        yield _case("sigmoid", dtype, MIDDLE, triangle, causal=True, backward=True)
+        yield build_case("sigmoid", dtype, MIDDLE, dense, backward=True)
+        yield build_case("sigmoid", dtype, MIDDLE, triangle, causal=True, backward=True)
     for dtype in (F32, BF16):
-        yield _case("softmax", dtype, MIDDLE, dense)
+        yield build_case("softmax", dtype, MIDDLE, dense)
         flex = {"flex (compiled)": functools.partial(flex_window, left=255)}
-        yield _case("softmax", dtype, WINDOWED, flex, causal=True, left=255)
+        yield build_case("softmax", dtype, WINDOWED, flex, causal=True, left=255)
     for dtype in (F32, BF16):
-        yield _case("softmax", dtype, WINDOWED, dense, queries=1)
+        yield build_case("softmax", dtype, WINDOWED, dense, queries=1)
     for documents in (EQUAL, RAGGED):
         others = {"sdpa": sdpa_documents, "flex (compiled)": flex_documents}
         bound = {name: functools.partial(f, lengths=documents) for name, f in others.items()}
         for dtype in (F32, BF16):
-            yield _case("softmax", dtype, LONG, bound, documents=documents)
+            yield build_case("softmax", dtype, LONG, bound, documents=documents)
         del bound["flex (compiled)"]  # has no backward on CPUs
-        yield _case("softmax", F32, LONG, bound, documents=documents, backward=True)
+        yield build_case("softmax", F32, LONG, bound, documents=documents, backward=True)
     for kind in ("relu", "elu1"):
         for dtype in (F32, BF16):
-            yield _case(kind, dtype, MIDDLE, dense)
-            yield _case(kind, dtype, MIDDLE, dense, backward=True)
+            yield build_case(kind, dtype, MIDDLE, dense)
+            yield build_case(kind, dtype, MIDDLE, dense, backward=True)
     for head_dim in (32, 96, 128):
-        yield _case("sigmoid", F32, MIDDLE, dense, head_dim=head_dim)
-        yield _case("sigmoid", BF16, MIDDLE, dense, head_dim=head_dim)
+        yield build_case("sigmoid", F32, MIDDLE, dense, head_dim=head_dim)
+        yield build_case("sigmoid", BF16, MIDDLE, dense, head_dim=head_dim)

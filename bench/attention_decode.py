@@ -14,7 +14,7 @@ import tokenmill as tm
 
 from . import case
 from .case import Absent, Case, Run, place
-from .peers import builders
+from .packages import builders
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
 RAGGED = (300, 1200, 2500, 5000, 9000, 14000, 20000, 32768)
@@ -26,7 +26,7 @@ def in_pages(cache: Tensor, order: Tensor) -> Tensor:
     return torch.empty_like(pages).index_copy_(0, order, pages)
 
 
-def _case(
+def build_case(
     name: str, dtype: torch.dtype, lengths: Sequence[int], paged: bool = False, tokens: int = 1
 ) -> Case:
     longest, batch, keys = max(lengths), len(lengths), sum(lengths)
@@ -222,11 +222,11 @@ def _served(
 def cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         for length in (8192, 65536):
-            yield _case(f"S={length}", dtype, (length,))
-    yield _case("S=8192 pages of 16", torch.bfloat16, (8192,), paged=True)
-    yield _case("S=8192 4 tokens", torch.bfloat16, (8192,), tokens=4)
-    yield _case("S=300..32768", torch.bfloat16, RAGGED)
-    yield _case("S=300..32768 pages of 16", torch.bfloat16, RAGGED, paged=True)
+            yield build_case(f"S={length}", dtype, (length,))
+    yield build_case("S=8192 pages of 16", torch.bfloat16, (8192,), paged=True)
+    yield build_case("S=8192 4 tokens", torch.bfloat16, (8192,), tokens=4)
+    yield build_case("S=300..32768", torch.bfloat16, RAGGED)
+    yield build_case("S=300..32768 pages of 16", torch.bfloat16, RAGGED, paged=True)
     yield _float8("S=8192 float8", 8192)
     yield _latent("S=8192 latent", 1, 8192)
     served = ((256, 4096),) * 4 + ((1, 16384),) * 4
@@ -234,4 +234,4 @@ def cases() -> Iterator[Case]:
     if case.device.type == "cuda":  # dtypes and shapes that the sm_90a kernels take
         yield _served("4 chunks of 256 on 4096 pages of 64", torch.bfloat16, served[:4], 64)
         for tokens in (128, 256, 512):
-            yield _case(f"S=8192 {tokens} tokens", torch.bfloat16, (8192,), tokens=tokens)
+            yield build_case(f"S=8192 {tokens} tokens", torch.bfloat16, (8192,), tokens=tokens)

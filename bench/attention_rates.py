@@ -14,7 +14,7 @@ import tokenmill as tm
 
 from . import case
 from .case import Absent, Case, Run
-from .peers import builders
+from .packages import builders
 
 LENGTHS, TINY = (512, 2048, 8192, 32768), (128,)
 TOKENS, CHANNELS = 16384, 2048

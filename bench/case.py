@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -27,7 +28,12 @@ RECIPES = {
     "moba_attention": "sparse",
     "native_sparse_attention": "sparse",
     "attention_rates": "dense",
+    "peers": "dense",
 }
+
+
+# Names of peers that do a part of the work, which bounds the time from below, begin so.
+PARTS = ("read of", "copy", "clone of", "product of")
 
 
 class Absent(Exception):
@@ -101,6 +107,17 @@ def causal_pairs(sq: int, sk: int, left: int = -1) -> float:
         begin = 0 if left < 0 else max(0, i + sk - sq - left)
         total += max(0, end - begin)
     return total
+
+
+def ratios_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """By peer, its time divided by ours."""
+    return {name: peer["ratio"] for name, peer in row["peers"].items()}
+
+
+def best_peer(ratios: Mapping[str, float]) -> str | None:
+    """The fastest of the peers, by their ratios, that do the whole work."""
+    whole = [name for name in ratios if not name.startswith(PARTS)]
+    return min(whole, key=lambda name: ratios[name], default=None)
 
 
 def geometric_mean(values: list[float]) -> float:

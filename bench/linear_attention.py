@@ -15,7 +15,7 @@ import tokenmill as tm
 from . import case
 from .attention import sdpa
 from .case import Case, Run, place
-from .peers import builders
+from .packages import builders
 
 HEADS, HEAD_DIM = 8, 64
 CHUNK = 64  # chunk length that defines the useful work

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from .case import ratios_of
 from .report import METHODS, figure, interval
 
 TITLE = 58
 COLUMNS = (("ms", 9), ("95 % of the median", 21), ("GFLOP/s", 9), ("% of peak", 12), ("GB/s", 8))
 GPU_COLUMNS = tuple((name, len(name) + 2) for name in METHODS.values())
-LAST = "ratio to peers (their time / ours)"
+LAST = "ratio to peers (their time / ours), the fastest first"
 
 
 class Lines:
@@ -35,7 +36,8 @@ class Lines:
         for method in [*METHODS][: len(self.columns) - len(cells)]:
             timed = row.get(method, {})
             cells.append(figure(timed["seconds"] * 1e3) if "seconds" in timed else "-")
-        peers = [f"{name} {p['ratio']:.2f}x" for name, p in row["peers"].items()]
+        ratios = sorted(ratios_of(row).items(), key=lambda found: found[1])
+        peers = [f"{name} {ratio:.2f}x" for name, ratio in ratios]
         peers += [
             f"{name} absent ({why})"
             for name, why in row["absent"].items()

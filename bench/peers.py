@@ -1,238 +1,82 @@
-"""Peers from other packages, by name: installed versions, and the calls that they support.
-
-They run on GPUs. A peer whose result differs from ours is left out of a row, so that all peers are
-timed at the same task. Tensors are [B, S, H, D].
-"""
+"""Calls that other engines have, too: sizes at which a user would choose between them and us."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import importlib.metadata
-import importlib.util
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import case
-from .case import Absent, Run
+import tokenmill as tm
 
-Forward = Callable[..., Tensor]
-TOLERANCE = 0.02  # relative to the maximum element, for 16-bit results
+from . import attention, attention_decode, topk_select
+from .case import Case, Run, place
 
-
-@dataclass(frozen=True)
-class Peer:
-    """calls: by operator, a factory that turns the options of a case into a function of the
-    tensors."""
-
-    name: str
-    module: str
-    package: str  # distribution name in pip
-    calls: Mapping[str, Callable[..., Forward]] = field(default_factory=dict)
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+BATCH, TOKENS, HEADS, HEAD_DIM = 16, 24, 12, 32  # a batch of sentences in all-MiniLM-L6-v2
 
 
-def _sixteen_bits(name: str, tensors: tuple[Tensor, ...]) -> None:
-    if tensors[0].dtype not in (torch.float16, torch.bfloat16):
-        raise Absent(f"{name}: only float16 and bfloat16")
+def _dense(dtype: torch.dtype, length: int, **options: Any) -> Case:
+    function = functools.partial(attention.sdpa, causal=options.get("causal", False))
+    return attention.build_case("softmax", dtype, length, {"sdpa": function}, **options)
 
 
-def _flash_attention(*, causal: bool, left: int) -> Forward:
-    from flash_attn import flash_attn_func
+def _sentences() -> Case:
+    """A batch of ragged sentences, packed: peers compute the padding, too."""
+    lengths = [TOKENS - b % 12 for b in range(BATCH)]
 
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        _sixteen_bits("flash-attn", (q,))
-        return flash_attn_func(q, k, v, causal=causal, window_size=(left, 0 if left >= 0 else -1))
+    def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
+        generator = torch.Generator().manual_seed(0)
+        shape = (BATCH, TOKENS, HEADS, HEAD_DIM)
+        q, k, v = (place(torch.randn(shape, generator=generator)) for _ in range(3))
+        there = torch.arange(TOKENS) < torch.tensor(lengths)[:, None]
+        mask = place(there[:, None, None])
+        packed = [t[place(there)] for t in (q, k, v)]
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        cu_seqlens = place(ends)
 
-    return forward
+        def sdpa() -> Run:
+            a, b, c = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+            return lambda: F.scaled_dot_product_attention(a, b, c, attn_mask=mask)
 
+        def ours() -> Tensor:
+            return tm.attention(
+                *packed, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=TOKENS,
+                max_seqlen_k=TOKENS,
+            )  # fmt: skip
 
-def _flash_attention_3(*, causal: bool, left: int) -> Forward:
-    from flash_attn_interface import flash_attn_func
+        return ours, {"sdpa": sdpa}
 
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        _sixteen_bits("flash-attn 3", (q,))
-        found = flash_attn_func(q, k, v, causal=causal, window_size=(left, 0 if left >= 0 else -1))
-        return found[0] if isinstance(found, tuple) else found  # older versions return lse, too
-
-    return forward
-
-
-def _flash_decode(*, seqlens_k: Tensor) -> Forward:
-    from flash_attn import flash_attn_with_kvcache
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        _sixteen_bits("flash-attn", (q,))
-        return flash_attn_with_kvcache(q, k, v, cache_seqlens=seqlens_k, causal=True)
-
-    return forward
-
-
-def _flashinfer_prefill(*, causal: bool, left: int) -> Forward:
-    import flashinfer
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if len(q) != 1 or q.requires_grad:
-            raise Absent("flashinfer: one sequence, only forward")
-        call = flashinfer.single_prefill_with_kv_cache
-        return call(q[0], k[0], v[0], causal=causal, window_left=left)[None]
-
-    return forward
+    pairs = sum(n * n for n in lengths)
+    size = float(BATCH * TOKENS * HEADS * HEAD_DIM * 4)
+    work = 4.0 * HEADS * HEAD_DIM * pairs
+    name = f"{BATCH} sentences of {min(lengths)} to {TOKENS} tokens, H={HEADS} D={HEAD_DIM}"
+    return Case("attention", name, F32, work, 4 * size, prepare)
 
 
-def _flashinfer_decode(*, seqlens_k: Tensor) -> Forward:
-    import flashinfer
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.shape[:2] != (1, 1):
-            raise Absent("flashinfer: one query of one sequence")
-        return flashinfer.single_decode_with_kv_cache(q[0, 0], k[0], v[0])[None, None]
-
-    return forward
-
-
-def _xformers(*, causal: bool, left: int) -> Forward:
-    from xformers.ops import memory_efficient_attention
-    from xformers.ops.fmha import attn_bias
-
-    bias: Any = attn_bias.LowerTriangularMask() if causal else None
-    if left >= 0:
-        bias = attn_bias.LowerTriangularFromBottomRightLocalAttentionMask(left + 1)
-    return lambda q, k, v: memory_efficient_attention(q, k, v, attn_bias=bias)
+def _calls() -> Iterator[Case]:
+    for length in (16, 64, 128):
+        yield _dense(F32, length)
+    yield _sentences()
+    for length in (16, 64):
+        yield _dense(F32, length, backward=True)
+    for causal in (False, True):
+        for dtype in (F32, BF16, F16):
+            for length in (512, 2048, 8192) if dtype != F16 else (512, 2048):
+                yield _dense(dtype, length, causal=causal)
+    for dtype in (F32, BF16):
+        yield _dense(dtype, 2048, head_dim=128)
+    for dtype in (F32, BF16, F16):
+        for lengths in ((4096,), (32768,), (4096,) * 8):
+            yield attention_decode.build_case(f"S={lengths[0]}", dtype, lengths)
+    for columns in (8192, 65536):
+        yield topk_select.build_case("normal", topk_select.ROWS[columns], columns, 512, F32)
 
 
-def _simple_gla(*, slopes: Tensor) -> Forward:
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        decay = (-slopes).expand(*q.shape[:3]).contiguous()
-        return chunk_simple_gla(q, k, v, g=decay, scale=q.shape[-1] ** -0.5)[0]
-
-    return forward
-
-
-def _sdpa(backend: str) -> Callable[..., Forward]:
-    """scaled_dot_product_attention restricted to one of its backends."""
-
-    def make(*, causal: bool, left: int) -> Forward:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        if left >= 0:
-            raise Absent("SDPA: no window without a matrix")
-        chosen = getattr(SDPBackend, backend, None)
-        if chosen is None:
-            raise Absent(f"SDPA of torch {torch.__version__} has no such backend")
-
-        def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            with sdpa_kernel(chosen):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
-
-        return forward
-
-    return make
-
-
-def compiled_flex(length: int, visible: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """flex_attention on [B, H, S, D], with a precomputed mask."""
-    try:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    except ImportError as error:
-        raise Absent(f"flex_attention: {error}") from None
-    mask = create_block_mask(visible, None, None, length, length, device=case.device.type)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return functools.partial(compiled, block_mask=mask)
-
-
-@functools.cache
-def windowed_flex(length: int, left: int) -> Callable[..., Tensor]:
-    """Causal flex_attention; left < 0: no window."""
-    if left < 0:
-        return compiled_flex(length, lambda b, h, i, j: j <= i)
-    return compiled_flex(length, lambda b, h, i, j: (j <= i) & (i - j <= left))
-
-
-def _flex(*, causal: bool, left: int) -> Forward:
-    if not causal:
-        raise Absent("flex_attention: its masks are the point; here is none")
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        own = (t.transpose(1, 2) for t in (q, k, v))
-        return windowed_flex(q.shape[1], left)(*own).transpose(1, 2)
-
-    return forward
-
-
-PEERS = (
-    Peer("flash-attn", "flash_attn", "flash-attn",
-         {"attention": _flash_attention, "attention_decode": _flash_decode}),
-    Peer("flash-attn 3", "flash_attn_interface", "flash-attn-3", {"attention": _flash_attention_3}),
-    Peer("flashinfer", "flashinfer", "flashinfer-python",
-         {"attention": _flashinfer_prefill, "attention_decode": _flashinfer_decode}),
-    Peer("xformers", "xformers", "xformers", {"attention": _xformers}),
-    Peer("fla", "fla", "flash-linear-attention", {"linear_attention": _simple_gla}),
-    Peer("flex", "torch.nn.attention.flex_attention", "torch", {"attention": _flex}),
-    Peer("sdpa flash", "torch", "torch", {"attention": _sdpa("FLASH_ATTENTION")}),
-    Peer("sdpa efficient", "torch", "torch", {"attention": _sdpa("EFFICIENT_ATTENTION")}),
-    Peer("sdpa cudnn", "torch", "torch", {"attention": _sdpa("CUDNN_ATTENTION")}),
-)  # fmt: skip
-
-
-def status(gpu: bool) -> dict[str, str]:
-    """Version of each peer by name, or the reason why it is absent."""
-    return {peer.name: _status(peer, gpu) for peer in PEERS}
-
-
-def _status(peer: Peer, gpu: bool) -> str:
-    if not gpu:
-        return "absent (needs --device cuda)"
-    if not _installed(peer):
-        return f"absent (not installed: pip install {peer.package})"
-    try:
-        return importlib.metadata.version(peer.package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown version"
-
-
-def _installed(peer: Peer) -> bool:
-    try:
-        return importlib.util.find_spec(peer.module) is not None
-    except ImportError:  # import error inside the peer's package
-        return False
-
-
-def builders(
-    op: str,
-    tensors: list[Tensor],
-    expected: Callable[[], Tensor],
-    wrap: Callable[[Forward, list[Tensor]], Run],
-    **options: Any,
-) -> dict[str, Callable[[], Run]]:
-    """Builders of the peers' calls of an operator, for the prepared case; none on a CPU. expected:
-    our result. wrap makes a run of a forward and its tensors."""
-    if case.device.type != "cuda":
-        return {}
-
-    def build(peer: Peer) -> Run:
-        if not _installed(peer):
-            raise Absent("not installed")
-        forward = peer.calls[op](**options)
-        agree(forward(*tensors), expected())
-        run = wrap(forward, tensors)
-        run()  # compiles the backward too
-        return run
-
-    return {p.name: functools.partial(build, p) for p in PEERS if op in p.calls}
-
-
-def agree(theirs: Tensor, ours: Tensor) -> None:
-    """Raises Absent if the results are not of the same task."""
-    if theirs.shape != ours.shape:
-        raise Absent(f"another result: shape {[*theirs.shape]}, ours {[*ours.shape]}")
-    difference = float((theirs.float() - ours.float()).abs().max())
-    limit = TOLERANCE * max(float(ours.float().abs().max()), 1e-3)
-    if not difference <= limit:
-        raise Absent(f"another result: {difference:.2g} away, {limit:.2g} allowed")
+def cases() -> Iterator[Case]:
+    for case in _calls():
+        yield dataclasses.replace(case, op="peers", name=f"{case.op}: {case.name}")

@@ -18,8 +18,8 @@ from tokenmill import _cli, _info, registry
 from tokenmill._version import __version__
 
 from . import case as cases_module
-from . import ceilings, peers, plot
-from .case import RECIPES, Case, cases, geometric_mean
+from . import ceilings, packages, plot
+from .case import RECIPES, Case, best_peer, cases, geometric_mean, ratios_of
 from .ceilings import Ceilings
 from .gpu import CudaDevice
 from .lines import Lines
@@ -155,7 +155,7 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
         "ceilings": {"flops": limits.flops, "from": limits.source},
         "copy_bandwidth": limits.memory,
         "primitives": document.get("primitives", []),
-        "peers": peers.status(gpu),
+        "peers": packages.status(options.device),
         "sensors": "none" if sensors is None else sensors.absent or "NVML",
     }
     if options.primitives:
@@ -267,7 +267,7 @@ def _print_head(head: dict[str, Any], gpu: bool) -> None:
     print(f"memory bandwidth: {head['copy_bandwidth'] / 1e9:.1f} GB/s ({source})")
     if gpu:
         print(f"clocks and power: {head['sensors']}")
-        print("peers: " + ", ".join(f"{name} {state}" for name, state in head["peers"].items()))
+    print("peers: " + ", ".join(f"{name} {state}" for name, state in head["peers"].items()))
     print()
 
 
@@ -285,6 +285,11 @@ def _cases(options: argparse.Namespace) -> tuple[list[Case], list[dict[str, Any]
 def _summary(rows: list[dict[str, Any]], left_out: list[Case], options: argparse.Namespace) -> None:
     measured = [row for row in rows if "error" not in row]
     names = dict.fromkeys(name for row in measured for name in row["peers"])
+    best = [r[name] for r in map(ratios_of, measured) if (name := best_peer(r))]
+    if best:
+        print(
+            f"geometric mean against the best peer: {geometric_mean(best):.2f}x ({len(best)} cases)"
+        )
     for name in names:
         ratios = [row["peers"][name]["ratio"] for row in measured if name in row["peers"]]
         print(f"geometric mean against {name}: {geometric_mean(ratios):.2f}x ({len(ratios)} cases)")

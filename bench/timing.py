@@ -1,8 +1,9 @@
 """Interleaved timing in one process.
 
-One thread: processor time of the thread, which other processes do not lengthen; the median of all
-rounds is quoted. More threads: wall time, of which the minimum is quoted, because waiting for a
-preempted thread spoils every other statistic. A GPU: bench/gpu.py.
+One thread: processor time of the process, some of whose peers compute in threads of their own;
+other processes do not lengthen it. The median of all rounds is quoted. More threads: wall time, of
+which the minimum is quoted, because waiting for a preempted thread spoils every other statistic. A
+GPU: bench/gpu.py.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def interleave(
 
 
 def cpu_seconds(threads: int) -> Measure:
-    clock = time.thread_time if threads == 1 else time.perf_counter
+    clock = time.process_time if threads == 1 else time.perf_counter
 
     def measure(run: Run) -> float:
         start = clock()

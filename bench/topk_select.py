@@ -9,6 +9,7 @@ import torch
 import tokenmill as tm
 
 from .case import Case, Run, place
+from .packages import builders
 
 ROWS = {8192: 32, 65536: 8, 1 << 20: 2}
 COUNTS = (64, 256, 1024, 2048)
@@ -17,11 +18,11 @@ COUNTS = (64, 256, 1024, 2048)
 def cases() -> Iterator[Case]:
     for columns, rows in ROWS.items():
         for k in COUNTS:
-            yield _case("normal", rows, columns, k, torch.float32)
+            yield build_case("normal", rows, columns, k, torch.float32)
         for kind in ("equal", "relu"):
-            yield _case(kind, rows, columns, 512, torch.float32)
-    yield _case("normal", ROWS[65536], 65536, 512, torch.bfloat16)
-    yield _case("99.9 % ties", 2, 1 << 20, 512, torch.float32)
+            yield build_case(kind, rows, columns, 512, torch.float32)
+    yield build_case("normal", ROWS[65536], 65536, 512, torch.bfloat16)
+    yield build_case("99.9 % ties", 2, 1 << 20, 512, torch.float32)
     for columns, k in ((8192, 512), (65536, 512), (65536, 2048), (1 << 20, 2048)):
         yield _hinted(ROWS[columns], columns, k)
 
@@ -67,12 +68,17 @@ def _hinted(rows: int, columns: int, k: int) -> Case:
     )
 
 
-def _case(kind: str, rows: int, columns: int, k: int, dtype: torch.dtype) -> Case:
+def build_case(kind: str, rows: int, columns: int, k: int, dtype: torch.dtype) -> Case:
     def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
         scores = place(scores_of(kind, rows, columns).to(dtype))
+        peers = builders(
+            "topk_select", [scores], lambda: tm.topk_select(scores, k)[0],
+            lambda forward, tensors: lambda: forward(*tensors), k=k,
+        )  # fmt: skip
         return lambda: tm.topk_select(scores, k), {
             "topk + sort": lambda: lambda: torch.topk(scores, k)[1].sort(),
             "clone of the scores": lambda: scores.clone,
+            **peers,
         }
 
     return Case(

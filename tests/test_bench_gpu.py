@@ -16,7 +16,7 @@ from tokenmill.bench import (
     ceilings,
     gpu,
     measure,
-    peers,
+    packages,
     primitives,
     primitives_cuda,
     sensors,
@@ -255,16 +255,16 @@ def test_probes_refuse_what_they_cannot_do(probe, x, options, message):
 
 
 def test_peers_are_listed_with_the_reason_why_they_are_absent(monkeypatch):
-    assert {*peers.status(gpu=False).values()} == {"absent (needs --device cuda)"}
-    monkeypatch.setattr(peers, "_installed", lambda peer: peer.module.startswith("torch"))
-    found = peers.status(gpu=True)
+    assert "sdpa flash" not in packages.status("cpu") and "OpenVINO" not in packages.status("cuda")
+    monkeypatch.setattr(packages, "_installed", lambda peer: peer.module.startswith("torch"))
+    found = packages.status("cuda")
     assert found["flash-attn"] == "absent (not installed: pip install flash-attn)"
     assert found["sdpa flash"] == found["flex"] == importlib.metadata.version("torch")
 
 
 def test_a_peer_is_timed_at_the_same_task_or_not_at_all(monkeypatch):
     q, k, v = torch.randn(3, 1, 8, 2, 16).unbind()
-    ours = peers._sdpa("MATH")(causal=True, left=-1)
+    ours = packages._sdpa("MATH")(causal=True, left=-1)
     made = {
         "same": ours,
         "other": lambda q, k, v: v,
@@ -272,10 +272,11 @@ def test_a_peer_is_timed_at_the_same_task_or_not_at_all(monkeypatch):
     }
     calls = {"attention": lambda name: lambda **options: made[name]}
     every = [
-        peers.Peer(name, "torch", "torch", {"attention": calls["attention"](name)}) for name in made
+        packages.Peer(name, "torch", "torch", {"attention": calls["attention"](name)})
+        for name in made
     ]
-    every.append(peers.Peer("gone", "no_such_module", "gone", {"attention": None}))
-    monkeypatch.setattr(peers, "PEERS", every)
+    every.append(packages.Peer("gone", "no_such_module", "gone", {"attention": None}))
+    monkeypatch.setattr(packages, "PEERS", every)
 
     wrapped = []
 
@@ -283,7 +284,7 @@ def test_a_peer_is_timed_at_the_same_task_or_not_at_all(monkeypatch):
         def wrap(forward, tensors):
             return lambda: wrapped.append(1) or forward(*tensors)
 
-        return peers.builders(
+        return packages.builders(
             "attention", [q, k, v], lambda: ours(q, k, v), wrap, causal=True, left=-1
         )
 
@@ -301,4 +302,4 @@ def test_a_peer_is_timed_at_the_same_task_or_not_at_all(monkeypatch):
         with pytest.raises(Absent, match=why):
             found[name]()
     with pytest.raises(Absent, match="no window"):
-        peers._sdpa("MATH")(causal=True, left=3)
+        packages._sdpa("MATH")(causal=True, left=3)

@@ -270,6 +270,9 @@ def test_a_model_in_training_is_an_error(model):
         (["--json=LICENSE"], "results: must be a file of rows"),
         (["--budget=0"], "--budget: must be a whole number of at least 1; got '0'"),
         (["--needles=99"], "--needles: must be a whole number from 0 to 67; got '99'"),
+        (["--prefill=Quest"], "--prefill: must be one of FullAttention, HiP, StreamingLLM, Token"),
+        (["--prefill=HiP=some"], "--prefill: must be a whole number of at least 1; got 'some'"),
+        (["--prefill=HiP=2"], "keys: must be at least 16; got 2"),
     ],
 )
 def test_the_command_names_what_is_wrong(model, monkeypatch, capsys, tmp_path, options, words):
@@ -282,6 +285,47 @@ def test_the_command_names_what_is_wrong(model, monkeypatch, capsys, tmp_path, o
     assert main(["evaluate", "tiny", *options]) == 2
     assert words in capsys.readouterr().err
     assert (tmp_path / "LICENSE").read_text() == "no rows"
+
+
+def test_the_command_reads_texts_with_another_policy(model, monkeypatch, capsys, tmp_path):
+    from tokenmill.__main__ import main
+    from tokenmill.evaluation import command
+
+    monkeypatch.setattr(command, "load", lambda *_: (model, Characters()))
+    source, rows = tmp_path / "source.txt", tmp_path / "rows.json"
+    source.write_text(SOURCE)
+    options = ["--length=300", "--needles=2", "--asked=0", "--continuation=4", f"--source={source}"]
+    options += ["--policy=SnapKV", "--budget=40,400", "--prefill=StreamingLLM=64"]
+    assert main(["evaluate", "tiny", *options, f"--json={rows}"]) == 0
+    found = json.loads(rows.read_text())
+    window = "prefill StreamingLLM=64"
+    names = ["FullAttention", f"FullAttention, {window}", f"SnapKV 40, {window}"]
+    assert [row["name"] for row in found] == names
+    read = ["num_sink=4, num_recent=60" in row["policy"] for row in found]
+    assert read == [False, True, True]
+    assert f"| SnapKV 40, {window} | 300 |" in capsys.readouterr().out
+
+
+def test_full_measures_what_no_option_names(model, monkeypatch):
+    from tokenmill.__main__ import main
+    from tokenmill.evaluation import command
+
+    asked = []
+
+    def record(model, tokenizer, chosen, lengths, **options):
+        asked.append((*lengths, *chosen))
+        return []
+
+    monkeypatch.setattr(command, "load", lambda *_: (model, Characters()))
+    monkeypatch.setattr(run, "evaluate", record)
+    assert main(["evaluate", "tiny", "--policy=SnapKV"]) == 0
+    assert main(["evaluate", "tiny", "--full", "--policy=SnapKV", "--length=2048,8192"]) == 0
+    assert main(["evaluate", "tiny", "--full"]) == 0
+    budgets = ["SnapKV 256", "SnapKV 512", "SnapKV 1024"]
+    assert asked[0] == (2048, "FullAttention", "SnapKV 512")
+    assert asked[1:3] == [(n, "FullAttention", *budgets) for n in (2048, 8192)]
+    assert [n for n, *_ in asked[3:]] == [2048, 4096, 8192]
+    assert {"H2O 256", "Keyformer 1024"} < {*asked[-1]}
 
 
 @pytest.fixture

@@ -32,7 +32,8 @@ def test_import_is_light():
     code = (
         "import sys, torch, tokenmill\n"
         "assert not torch.cuda.is_initialized()\n"
-        "heavy = ('triton', 'matplotlib', 'rich', 'transformers', 'tokenmill.papers')\n"
+        "heavy = ('triton', 'matplotlib', 'rich', 'transformers', 'tokenmill.papers', "
+        "'tokenmill.policies', 'tokenmill.evaluation')\n"
         "print([m for m in sys.modules if m in heavy or m.endswith('_cases')])"
     )
     assert python(code).strip() == "[]"

@@ -2,6 +2,8 @@
 
 import doctest
 import functools
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +119,22 @@ def test_merging_keeps_more_than_dropping(capsys):
     assert float(found["merge=16"][3]) > 0.99 > float(found["keep_rate=0.5"][3])
     assert float(found["merge=16"][5]) > 0.98 and found["keep_rate=0.5"][5] == ""
     assert main(["evaluate", "dinov2", "--keep-rate=1.5"]) == 2
+
+
+def test_the_example_of_needles_reads_with_smollm2(loaded, capsys):
+    """What exceeds its budget by its full layers is left out, in words."""
+    pytest.importorskip("rich")
+    path = Path(__file__).resolve().parents[1] / "examples" / "needle.py"
+    if not path.exists():
+        pytest.skip("not a source tree")
+    needle = runpy.run_path(str(path))
+    rows = needle["ask_pretrained"](160, 3, 20, ["full", "StreamingLLM", "TidalDecode"])
+    assert [row.name for row in rows] == ["full", "StreamingLLM"]
+    assert sum(rows[0].right) >= 2 and rows[0].kept == 160 and len(rows[1].right) == 3
+    needle["show"](rows, 160, "tokens", "keys held")
+    out = capsys.readouterr().out
+    assert "TidalDecode is left out: tokenmill.policies.at_budget: keys: must be at least" in out
+    assert "3 needles in 160 tokens" in out
 
 
 def test_the_command_ends_with_a_table(loaded, capsys, tmp_path):

@@ -269,6 +269,15 @@ def test_what_cannot_be_is_refused():
         ours.patch(torch.nn.Identity(), merge=1)
 
 
+@pytest.mark.parametrize("kind", ["Beit", "Data2VecVision"])
+def test_a_bias_by_relative_position_is_named(kind):
+    config = getattr(transformers, f"{kind}Config")(**SMALL, use_relative_position_bias=True)
+    model = getattr(transformers, f"{kind}Model")(config)
+    rule = rf"model: must have no bias by relative position, .*; got '{kind}Model with {kind}Layer'"
+    with pytest.raises(RuntimeError, match=rule):
+        ours.patch(model, merge=1)
+
+
 def test_text_models_of_pairs_and_class_tokens_that_are_missing_are_refused():
     sizes = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 3}
     for kind in ("CLIP", "Siglip"):

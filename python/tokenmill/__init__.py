@@ -119,6 +119,7 @@ __all__ = [
     "cluster_tokens",
     "core_context_attention",
     "dense",
+    "evaluate",
     "explain",
     "gather_fuse",
     "gather_tokens",
@@ -186,12 +187,16 @@ _sharded.load = _functools.partial(_importlib.import_module, f"{__name__}.distri
 
 if _typing.TYPE_CHECKING:
     from . import nn, papers, policies
+
+    evaluate: _typing.Callable[..., list[_typing.Any]]  # evaluation imports this module
 else:
     _LATER = ("nn", "papers", "policies")  # subpackages built on the operators: loaded at first use
 
     def __getattr__(name: str) -> object:
         if name in _LATER:
             return _importlib.import_module(f"{__name__}.{name}")
+        if name == "evaluate":
+            return _importlib.import_module(f"{__name__}.evaluation").evaluate
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 

@@ -35,7 +35,7 @@ def test_malformed_calls_are_refused(backend):
 def test_everything_public_is_called():
     functions = {f for n in tm.__all__ if inspect.isfunction(f := getattr(tm, n))}
     called = {spec.function for spec in registry.ops().values()} | set(COMPOSITIONS)
-    assert functions - called == {tm.backends, tm.build_info, tm.explain}
+    assert functions - called == {tm.backends, tm.build_info, tm.evaluate, tm.explain}
     classes = {c for n in tm.nn.__all__ if issubclass(c := type_of(tm.nn, n), torch.nn.Module)}
     # The encoder wraps layers of the caller.
     assert classes - {tm.nn.FocusEncoder} == {kind for kind, _, _ in MODULES}

@@ -132,6 +132,12 @@ def test_without_scipy_the_error_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "x", "chosen", "says"),
     [
+        (
+            {},
+            torch.zeros(1, 9, 6, dtype=torch.float8_e4m3fn),
+            None,
+            "x: must be float16, bfloat16, float32 or float64; got float8_e4m3fn",
+        ),
         ({"match": "greedy"}, None, None, "match: must be 'hungarian' or 'nearest'; got 'greedy'"),
         ({"share": 2.0}, None, None, "share: must be 0 to 1; got 2"),
         ({"num_prompts": 0}, None, None, "num_prompts: must be at least 1; got 0"),

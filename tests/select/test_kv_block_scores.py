@@ -274,6 +274,20 @@ def test_gradients_are_not_asked_for():
     assert not tm.kv_block_scores(q, k).requires_grad
 
 
+@pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [64, 24])
+def test_heads_of_a_group_have_the_bits_of_one_head(backend, dtype, dim):
+    """Up to 8 heads share a read of a key, in parts of 4, 3, 2 and 1."""
+    k = torch.randn(1, 41, 2, dim).to(dtype)
+    for group in range(1, 9):
+        q = torch.randn(1, 1, 2, group, dim).to(dtype)
+        z = tm.kv_block_scores(q.flatten(2, 3), k, backend=backend).view(2, group, 41)
+        for g in range(group):
+            one = tm.kv_block_scores(q[:, :, :, g], k, backend=backend)
+            assert torch.equal(z[:, g], one[0, :, 0])
+
+
 @each_backend
 @pytest.mark.parametrize("angle", [0.0, 0.44, 0.46, 3.1])
 def test_gate(angle, backend):

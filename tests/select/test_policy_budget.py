@@ -38,9 +38,9 @@ def attended(policy, length, steps=1):
         for _ in range(steps):
             layer.step(*draw(1))
             token = layer.cache.token_bytes
-            for rows, size in layer._reads:
-                if size in (token, token // KV_HEADS):  # attention read it, not a selection
-                    found += rows.float().mean().item()  # mean over per-head lists
+            for read in layer._reads:
+                if read.size in (token, token // KV_HEADS):  # attention read it, not a selection
+                    found += read.counted().float().mean().item()  # mean over per-head lists
     return found / LAYERS / steps
 
 

@@ -150,7 +150,7 @@ def test_boxes_of_quest_bound_the_decoded_keys(scale):
     for call, first, end in calls:  # the chunk ends a page, fills one, and begins one
         call(*(t[:, first:end] for t in tokens))
         keys = rounded(tokens[1][:, :end].float(), of_k)
-        assert torch.equal(cache.keys(torch.float32)[:, :end], keys)
+        assert torch.equal(cache.keys(torch.float32, end), keys)
         for i, own in enumerate(keys.split(8, 1)):
             assert torch.equal(policy._boxes[:, i, :, 0].float(), own.amin(1))
             assert torch.equal(policy._boxes[:, i, :, 1].float(), own.amax(1))

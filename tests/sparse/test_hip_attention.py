@@ -143,6 +143,7 @@ def test_lists_serve_an_interval_and_new_tokens_are_seen(backend, monkeypatch):
         ("lists: are for decoding: causal, up to 8 queries; got False", {"causal": False}),
         ("budget: ", {"budget": 17}),
         ("block_q: must be an integer; got 16", {"block_q": 16.0}),
+        ("hip_attention: seqlens_k: must be a tensor or None; got 3", {"seqlens_k": 3}),
     ],
 )
 def test_bad_calls_are_refused(message, changes):
@@ -198,6 +199,10 @@ def test_right_padding_has_gradients_and_hides_what_it_holds(backend):
         ("max_seqlen_k: requires cu_seqlens_k", {"max_seqlen_k": 9, "cu_seqlens_k": None}),
         ("lists: are for decoding: causal, up to 8 queries; got False", {"lists": HipLists()}),
         ("cu_seqlens_k: must have the length of cu_seqlens_q", {"cu_seqlens_k": ints(0)}),
+        (
+            "hip_attention: cu_seqlens_k: must be a tensor or None; got [0.5]",
+            {"cu_seqlens_k": [0.5], "max_seqlen_k": 9},
+        ),
     ],
 )
 def test_bad_packed_calls_are_refused(message, changes):

@@ -146,9 +146,14 @@ class TorchOp:
     def check(self, *values: Any, float64: bool = False, op: str | None = None) -> None:
         """Raises if metadata of the arguments breaks a rule (rules.broken_rule). float64 admits
         this dtype, which only the reference runs. Errors name op, or the public operator. Within a
-        trace of Dynamo the fake kernel of an operator checks.
+        trace of Dynamo the operator's fake kernel checks: a call of the reference has it called on
+        the meta device, whose results nothing uses.
         """
         if torch.compiler.is_dynamo_compiling():
+            if float64:
+                tensors = (isinstance(value, torch.Tensor) for value in values)
+                pairs = zip(tensors, values, strict=True)
+                self.run(NAMESPACE, [t.detach().to("meta") if known else t for known, t in pairs])
             return
         for name, value in zip(self.arguments, values, strict=True):
             if value is None and name in self.tensors:  # torch passes None for any tensor

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=_cli.integer(1),
         metavar="N",
-        help="training steps of each character model (default 300)",
+        help="training steps of each character model (default 150)",
     )
     parser.add_argument(
         "--seed",

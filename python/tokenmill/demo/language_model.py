@@ -28,7 +28,7 @@ class Setup:
     layers: int = 3
     context: int = 128
     batch: int = 16
-    steps: int = 300
+    steps: int = 150
     learning_rate: float = 3e-3
     seed: int = 0
 

@@ -9,10 +9,15 @@ from typing import Any
 
 from .. import _cli, policies
 from .._check import InputError
+from ..policies import at_budget
 
 SMOLLM2, DINOV2 = "smollm2", "dinov2"
 DEFAULT = ("StreamingLLM", "SnapKV", "H2O", "Quest", "TokenSelect", "HiP")
-BUDGETED = sorted(policy.__name__ for policy in policies.budget.FITS)
+BUDGET, LENGTH = (512,), (2048,)
+# Indexer needs an indexer of the model.
+EVERY = tuple(sorted(p.__name__ for p in policies.budget.FITS if p is not policies.Indexer))
+READERS = tuple(n for n in policies.__all__ if getattr(getattr(policies, n), "_READS", False))
+FULL_BUDGET, FULL_LENGTH = (256, 512, 1024), (2048, 4096, 8192)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,22 +33,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         action="append",
-        choices=BUDGETED,
+        choices=EVERY,
         help=f"repeatable (default: {', '.join(DEFAULT)}); full attention is always measured",
+    )
+    parser.add_argument(
+        "--prefill",
+        type=reader,
+        metavar="POLICY[=KEYS]",
+        help=f"the policy that reads the texts: {', '.join(READERS)}, with its defaults or at a "
+        "budget (default: each policy's own reading, mostly full attention)",
     )
     parser.add_argument(
         "--budget",
         type=numbers,
-        default=[512],
         metavar="KEYS,...",
         help="keys that a step attends to, averaged over layers and KV heads (default 512)",
     )
     parser.add_argument(
         "--length",
         type=numbers,
-        default=[2048],
         metavar="TOKENS,...",
         help="length of the texts (default 2048)",
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="all policies, budgets of 256, 512 and 1024 keys and texts of 2048, 4096 and 8192 "
+        "tokens, where no option says otherwise: hours on a CPU, best with --json",
     )
     parser.add_argument(
         "--texts", type=_cli.integer(1), default=1, metavar="N", help="texts per length (default 1)"
@@ -111,6 +127,15 @@ def numbers(value: str) -> list[int]:
     return [_cli.integer(1)(part) for part in value.split(",")]
 
 
+def reader(value: str) -> tuple[str, int | None]:
+    """A policy that reads prompts, and its budget."""
+    name, given, keys = value.partition("=")
+    if name not in READERS:
+        rule = f"must be one of {', '.join(READERS)}"
+        raise argparse.ArgumentTypeError(f"{rule}, or one with =KEYS; got '{value}'")
+    return name, _cli.integer(1)(keys) if given else None
+
+
 def rates(value: str) -> list[float]:
     found = []
     for part in value.split(","):
@@ -166,9 +191,11 @@ def run_language(options: argparse.Namespace) -> int:
         raise _cli.UsageError(f"--source: {error}") from error
     model, tokenizer = load(options.model, options.dtype, options.device)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    names = options.policy or (EVERY if options.full else DEFAULT)
+    budgets = options.budget or (FULL_BUDGET if options.full else BUDGET)
     rows = []
-    for length in options.length:
-        chosen = dict(choose(options.policy or DEFAULT, options.budget, length, layers))
+    for length in options.length or (FULL_LENGTH if options.full else LENGTH):
+        chosen = dict(choose(names, budgets, length, layers, options.prefill))
         print(f"{length} tokens: {', '.join(chosen)}", flush=True)
         rows += evaluate(
             model,
@@ -191,22 +218,34 @@ def run_language(options: argparse.Namespace) -> int:
 
 
 def choose(
-    names: Sequence[str], budgets: Sequence[int], length: int, layers: int
+    names: Sequence[str],
+    budgets: Sequence[int],
+    length: int,
+    layers: int,
+    prefill: tuple[str, int | None] | None = None,
 ) -> Iterator[tuple[str, policies.Policy]]:
-    """Full attention, and each policy at each budget below the length that it can keep to."""
+    """Full attention, and each policy at each budget below the length that it can keep to. With
+    prefill, the latter read by that policy, and full attention after it, too."""
     yield "FullAttention", policies.FullAttention()
+    options: dict[str, Any] = {}
+    after = ""
+    if prefill is not None:
+        kind, keys = getattr(policies, prefill[0]), prefill[1]
+        read = kind() if keys is None else at_budget(kind, keys, length=length, layers=layers)
+        options, after = {"reader": read}, ", prefill " + "=".join(map(str, filter(None, prefill)))
+        yield f"FullAttention{after}", policies.FullAttention(**options)
     for name in names:
         for budget in budgets:
             if budget >= length:
                 continue
             try:
-                policy = policies.at_budget(
-                    getattr(policies, name), budget, length=length, layers=layers
+                policy = at_budget(
+                    getattr(policies, name), budget, length=length, layers=layers, **options
                 )
             except InputError as error:
                 print(f"left out: {error}", flush=True)
                 continue
-            yield f"{name} {budget}", policy
+            yield f"{name} {budget}{after}", policy
 
 
 def load(name: str, dtype_name: str, device: str) -> tuple[Any, Any]:

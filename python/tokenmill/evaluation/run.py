@@ -66,11 +66,11 @@ def evaluate(
         RuntimeError: naming argument, rule and value.
 
     Example:
+        >>> import tokenmill as tm
         >>> from tokenmill import policies
         >>> from tokenmill.samples import models
-        >>> from tokenmill.evaluation import evaluate
         >>> model, tokenizer = models.smollm2()
-        >>> rows = evaluate(
+        >>> rows = tm.evaluate(
         ...     model, tokenizer, [policies.FullAttention(), policies.StreamingLLM(num_recent=60)],
         ...     lengths=[256], needles=4, asked=0, continuation=8)
         >>> [(row.name, row.keys) for row in rows]

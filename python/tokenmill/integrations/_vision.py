@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-from .._check import check, check_version
+from .._check import check, check_version, fail
 from ._reduction import Reduction, install, make_reduction, uninstall
 
 NAME = "integrations.transformers.patch"
@@ -53,6 +53,10 @@ CLIP = Layout(
     scale="scale",
     dropout="dropout",
 )
+
+
+# Layers with a bias for each pair of patches.
+RELATIVE = ("BeitLayer", "Data2VecVisionLayer")
 
 
 def layout_of(layer: nn.Module) -> Layout | None:
@@ -128,6 +132,9 @@ def patch(
         found = ((layer, layout_of(layer)) for layer in module.children())
         return [(layer, layout) for layer, layout in found if layout is not None]
 
+    for kind in {type(module).__name__ for module in model.modules()} & {*RELATIVE}:
+        rule = "must have no bias by relative position, as a merged token has no one position"
+        fail(NAME, "model", rule, f"{type(model).__name__} with {kind}")
     stacks = [stack for stack in map(layers_in, model.modules()) if stack]
     rule = "must have layers of ViT, DeiT, DINOv2, CLIP's or SigLIP's vision"
     check(len(stacks) > 0, NAME, "model", rule, type(model).__name__)

@@ -121,7 +121,8 @@ class PromptTokenPool(nn.Module):
         dim = self.prompts.shape[1]
         ok = x.dim() == 3 and x.shape[2] == dim
         check(ok, OP, "x", f"must have shape [B, N, {dim}]", x.shape)
-        check(x.is_floating_point(), OP, "x", "must be floating-point", x.dtype)
+        rule = "must be float16, bfloat16, float32 or float64"
+        check(x.is_floating_point() and x.dtype.itemsize > 1, OP, "x", rule, x.dtype)
         check_device_of(OP, "x", x, "prompts", self.prompts)
         check_tensor(OP, "chosen", chosen, optional=True)
         if chosen is not None:

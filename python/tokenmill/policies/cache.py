@@ -22,6 +22,7 @@ from .._check import (
     synchronising_checks,
 )
 from .._kv_cache import capacity, check_cache_scale, check_int32
+from ..masks import INT32_MAX
 from ..select.kv_cache_append import kv_cache_append
 from ..select.kv_cache_compact import kv_cache_compact
 
@@ -73,14 +74,14 @@ class Keys:
 
     def _read(self, t: Tensor, scale: Tensor | None, at: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows [B, n, Hk, D] of k or v at positions [B, n]."""
-        page, row = self._slots(at.long())
+        page, row = self._places(at.long())
         page = page.clamp(0, max(t.shape[0] - 1, 0))
         codes = t.view(torch.uint8)[page, row].view(FLOAT8) if t.dtype == FLOAT8 else t[page, row]
         if scale is not None and _of_tokens(scale):
             scale = scale[page, row]
         return _decoded(codes, scale, dtype)
 
-    def _slots(self, at: Tensor) -> tuple[Tensor, Tensor]:
+    def _places(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """Page (request, if dense) and row of positions [B, n]."""
         if self.block_table is None:
             return self.requests[:, None].expand_as(at), at
@@ -165,6 +166,11 @@ class KVCache(Keys):
         batch = k.shape[0] if block_table is None else block_table.shape[0]
         lengths = torch.zeros(batch, dtype=torch.int32, device=k.device)
         super().__init__(k, v, lengths, 0, block_table, k_scale=k_scale, v_scale=v_scale)
+        self._number(batch)
+        self.key_bytes = _row_bytes(k, k_scale)
+        self.token_bytes = self.key_bytes + _row_bytes(v, v_scale)
+        # An addition of a number instead of a tensor takes 2.5 us instead of 1.
+        self.one = torch.ones((), dtype=torch.int32, device=k.device)
 
     @classmethod
     def like(
@@ -187,16 +193,6 @@ class KVCache(Keys):
     def capacity(self) -> int:
         return capacity(self.k, self.block_table)
 
-    @property
-    def key_bytes(self) -> int:
-        """Bytes of the key of one token, over all heads, and of its scales."""
-        return _row_bytes(self.k, self.k_scale)
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of the key and value of one token, over all heads, and of its scales."""
-        return self.key_bytes + _row_bytes(self.v, self.v_scale)
-
     def fill(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
         """Fills the cache with the first lengths[b] tokens of k ``[B, S, Hk, D]`` and v; None:
         all.
@@ -209,9 +205,8 @@ class KVCache(Keys):
         if self.block_table is None and self.k.dtype != FLOAT8:
             self.k[:, :tokens], self.v[:, :tokens] = k.detach(), v.detach()
             return
-        at = torch.arange(tokens, device=k.device)
-        there = at < self.lengths[:, None]
-        self._write(*self._slots(at.expand_as(there)), k, v, there)
+        there = torch.arange(tokens, device=k.device) < self.lengths[:, None]
+        self._write(self._slots(torch.zeros_like(self.lengths), tokens, there), k, v)
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Appends a token to each request: k ``[B, 1, Hk, D]``, v ``[B, 1, Hk, Dv]``."""
@@ -223,20 +218,22 @@ class KVCache(Keys):
         """Appends the first lengths[b] tokens of k ``[B, n, Hk, D]`` and v to each request; None:
         all. `longest` grows by n."""
         self.check_room(k, v)
-        added = self.count(k.shape[1], lengths)
-        there = None
-        # dense: rows past the length are free
-        if lengths is not None and self.block_table is not None:
-            there = torch.arange(k.shape[1], device=k.device) < added[:, None]
-        self._write(*self._slots(self._last(0, k.shape[1])), k, v, there)
+        tokens, there = k.shape[1], None
+        added = self.one if tokens == 1 else tokens
+        if lengths is not None:
+            added = self.count(tokens, lengths)
+            if self.block_table is not None:  # dense: rows past the length are free
+                there = torch.arange(tokens, device=k.device) < added[:, None]
+        self._write(self._slots(self.lengths, tokens, there), k, v)
         self.lengths = self.lengths + added
-        self.longest += k.shape[1]
+        self.longest += tokens
 
     def check_room(self, k: Tensor, v: Tensor) -> None:
         """Raises unless k ``[B, n, Hk, D]`` and v can be appended."""
         self._check_tokens(k, v)
         longest = self.longest + k.shape[1]
-        check(longest <= self.capacity, NAME, "k", f"must fit into {self.capacity}", longest)
+        if longest > self.capacity:
+            fail(NAME, "k", f"must fit into {self.capacity}", longest)
 
     def rewind(self, tokens: Back) -> None:
         """Removes the last tokens of each request: a number, a sequence with one number per
@@ -270,6 +267,7 @@ class KVCache(Keys):
             self._replace_rows(
                 lambda t: torch.cat([t, t.new_zeros(t.shape[0], more, *t.shape[2:])], 1)
             )
+            self._number(len(self.requests))
 
     def reorder(self, requests: Tensor) -> None:
         """Request i becomes the former requests[i] of a dense cache: int64 ``[B']``; requests may
@@ -279,7 +277,7 @@ class KVCache(Keys):
         check(self.block_table is None, NAME, "requests", rule, requests.shape)
         self._replace_rows(lambda t: t.index_select(0, requests))
         self.lengths = self.lengths.index_select(0, requests)
-        self.requests = torch.arange(len(requests), device=self.k.device)
+        self._number(len(requests))
 
     def count(self, tokens: int, lengths: Tensor | None) -> Tensor:
         """int32 ``[B]``: number of valid tokens, out of `tokens`, of each request."""
@@ -302,13 +300,17 @@ class KVCache(Keys):
             minimum = int(self.lengths.min()) if len(self.lengths) else 0
         rule = f"must have no more tokens than each request, {minimum}"
         check(tokens <= minimum, NAME, "k", rule, tokens)
-        self._write(*self._slots(self._last(tokens, tokens)), k, v)
+        first = (self.lengths - tokens).clamp(min=0)
+        self._write(self._slots(first, tokens), k, v)
 
-    def keys(self, dtype: torch.dtype) -> Tensor:
-        """All keys as ``[B, capacity, Hk, D]``; a copy if paged or in float8."""
+    def keys(self, dtype: torch.dtype, tokens: int) -> Tensor:
+        """The first tokens' keys as ``[B, tokens, Hk, D]``; a copy if paged or in float8."""
         if self.block_table is None:
-            return _decoded(self.k, self.k_scale, dtype)
-        at = torch.arange(self.capacity, device=self.k.device)
+            scale = self.k_scale
+            if scale is not None and _of_tokens(scale):
+                scale = scale[:, :tokens]
+            return _decoded(self.k[:, :tokens], scale, dtype)
+        at = torch.arange(tokens, device=self.k.device)
         return self._read(self.k, self.k_scale, at.expand(len(self.lengths), -1), dtype)
 
     def compact(self, keep: Tensor, counts: Tensor, backend: str | None) -> None:
@@ -332,13 +334,13 @@ class KVCache(Keys):
         """Moves entry i of each head's list to slot i of k and v."""
         place = torch.arange(keep.shape[2], device=keep.device)
         for head in range(keep.shape[1]):
-            page, row = self._slots(keep[:, head].long().clamp(min=0))
+            page, row = self._places(keep[:, head].long().clamp(min=0))
             page = page.clamp(0, max(k.shape[0] - 1, 0))
             one = slice(head, head + 1)
             own_k, own_v = k[:, :, one], v[:, :, one]
             there = place < counts[:, head, None]
-            target = self._slots(place.expand_as(there))
-            _append_some(own_k, own_v, *target, own_k[page, row], own_v[page, row], there)
+            slots = self._slots(torch.zeros_like(self.lengths), keep.shape[2], there)
+            _append(own_k, own_v, slots, own_k[page, row], own_v[page, row])
 
     def _replace_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replaces keys, values and the scales of tokens; float8 as bytes, which torch moves on
@@ -359,38 +361,48 @@ class KVCache(Keys):
         return lengths
 
     def _check_tokens(self, k: Tensor, v: Tensor) -> None:
-        batch = self.lengths.shape[0]
         for name, t, like in (("k", k, self.k), ("v", v, self.v)):
             check_tensor(NAME, name, t)
-            rule = "must have 4 dimensions [B, S, Hk, D]"
-            check(t.dim() == 4, NAME, name, rule, t.dim())
-            wanted = [batch, k.shape[1], *like.shape[2:]]
+            check(t.dim() == 4, NAME, name, "must have 4 dimensions [B, S, Hk, D]", t.dim())
+            shape = (self.requests.shape[0], k.shape[1], *like.shape[2:])
             if like.dtype != FLOAT8:
                 check_dtype_of(NAME, name, t, "the cache", like)
-            _check_like(name, t, like, wanted, "what the cache is for")
+            _check_like(name, t, like, shape, "what the cache is for")
         check_dtype(NAME, "k", k, float64=True)
         check_dtype_of(NAME, "v", v, "k", k)
 
-    def _last(self, back: int, tokens: int) -> Tensor:
-        """[B, tokens]: consecutive positions, starting `back` before the end of each request."""
-        first = (self.lengths - back).clamp(min=0)
-        return first[:, None].long() + torch.arange(tokens, device=self.k.device)
+    def _number(self, batch: int) -> None:
+        """Numbers the requests of a cache of new size."""
+        self.requests = torch.arange(batch, device=self.k.device)
+        self._first = self.requests * self.k.shape[1]  # slots, if dense
+        if batch * self.k.shape[1] <= INT32_MAX:
+            self._first = self._first.int()
 
-    def _write(
-        self, page: Tensor, row: Tensor, k: Tensor, v: Tensor, there: Tensor | None = None
-    ) -> None:
-        """Writes tokens [B, n], only where there is True."""
-        if self.block_table is not None and reads_values(page):
-            pages = self.k.shape[0]
-            bad = (page < 0) | (page >= pages)
-            wrong = page[bad if there is None else bad & there].tolist()
-            rule = f"must name pages below {pages} where tokens go"
-            check(not wrong, NAME, "block_table", rule, wrong and wrong[0])
-        if there is None and self.k.dtype != FLOAT8:
-            self.k[page, row], self.v[page, row] = k.detach(), v.detach()
+    def _slots(self, first: Tensor, tokens: int, there: Tensor | None = None) -> Tensor:
+        """[B * tokens], for kv_cache_append: slots of the tokens from position first[b] on, -1
+        where `there` [B, tokens] is False. Raises if pages are missing where tokens go.
+        """
+        if self.block_table is None:
+            slots = first + self._first
+            if tokens != 1:
+                slots = slots[:, None] + torch.arange(tokens, device=slots.device)
         else:
-            scales = {"k_scale": self.k_scale, "v_scale": self.v_scale}
-            _append_some(self.k, self.v, page, row, k, v, there, **scales)
+            at = first[:, None].long() + torch.arange(tokens, device=first.device)
+            page, row = self._places(at)
+            if reads_values(page):
+                pages = self.k.shape[0]
+                bad = (page < 0) | (page >= pages)
+                wrong = page[bad if there is None else bad & there].tolist()
+                rule = f"must name pages below {pages} where tokens go"
+                check(not wrong, NAME, "block_table", rule, wrong and wrong[0])
+            slots = page * self.k.shape[1] + row
+        if there is not None:
+            slots = torch.where(there, slots.view(there.shape), -1)
+        return slots.flatten()
+
+    def _write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Writes tokens [B, n, Hk, D] into slots [B * n]."""
+        _append(self.k, self.v, slots, k, v, self.k_scale, self.v_scale)
 
 
 def check_reads(op: str, argument: str, dtype: torch.dtype, operator: str | None) -> None:
@@ -399,20 +411,17 @@ def check_reads(op: str, argument: str, dtype: torch.dtype, operator: str | None
     check(dtype != FLOAT8 or operator is None, op, argument, rule + "except HiP do)", dtype)
 
 
-def _append_some(
-    k_cache: Tensor, v_cache: Tensor, page: Tensor, row: Tensor, k: Tensor, v: Tensor,
-    there: Tensor | None, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+def _append(
+    k_cache: Tensor, v_cache: Tensor, slots: Tensor, k: Tensor, v: Tensor,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Writes rows [B, n, Hk, D] into pages where there is True (None: all), without a host
-    synchronisation.
-    """
-    slots = page * k_cache.shape[1] + row
-    slots = slots if there is None else torch.where(there, slots, -1)
-    k, v = (t.detach().flatten(0, 1).contiguous() for t in (k, v))
+    """Writes tokens [B, n, Hk, D] into slots [B * n]."""
+    k, v = (t.detach() if t.requires_grad else t for t in (k, v))
+    k, v = (t.flatten(0, 1).contiguous() for t in (k, v))
     if v.shape[2] == 0:
-        kv_cache_append(k_cache, None, k, None, slots.flatten(), k_scale=k_scale)
+        kv_cache_append(k_cache, None, k, None, slots, k_scale=k_scale)
     else:
-        kv_cache_append(k_cache, v_cache, k, v, slots.flatten(), k_scale=k_scale, v_scale=v_scale)
+        kv_cache_append(k_cache, v_cache, k, v, slots, k_scale=k_scale, v_scale=v_scale)
 
 
 def _decoded(t: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -448,5 +457,5 @@ def _check_pairs(name: str, t: Tensor) -> None:
 def _check_like(name: str, t: Tensor, like: Tensor, shape: Sequence[int], why: str) -> None:
     """Checks for the device of like, and for the leading sizes in shape."""
     check_device_of(NAME, name, t, "the cache", like)
-    if list(t.shape[: len(shape)]) != list(shape):
-        fail(NAME, name, f"must have shape {show(list(shape))}, {why}", t.shape)
+    if t.shape[: len(shape)] != shape:
+        fail(NAME, name, f"must have shape {show(shape)}, {why}", t.shape)

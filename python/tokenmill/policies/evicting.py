@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
+from torch.nn.functional import avg_pool1d, pad
 
 from .._check import as_int, check
 from ..select.attention_column_scores import attention_column_scores
@@ -15,8 +15,8 @@ from ..select.topk_select import topk_select
 from ..sparse.block_sparse_attention import block_sparse_attention
 from .cache import Keys
 from .chunks import rolled
-from .policy import FullAttention, Policy, rows_of, span
-from .rotation import Rope, check_rope, rotated
+from .policy import FullAttention, Policy, Rows, rows_of, span
+from .rotation import Rope, by_rank, check_rope, rotated
 
 Share = int | float
 BLOCK = 64  # queries that share the bounds of a window with sinks
@@ -90,7 +90,7 @@ class StreamingLLM(Policy):
         nothing = cache.lengths.new_zeros(len(cache.lengths), 1)
         out, _ = self._attend(
             q, nothing[..., None], nothing, num_sink=self.num_sink, num_recent=self.num_recent,
-            pos_mode="cache", rope=self.rope, interleaved=self.interleaved,
+            **by_rank(self.rope, self.interleaved),
         )  # fmt: skip
         return out
 
@@ -134,7 +134,7 @@ class H2O(Policy):
 
     heavy: Share = 0.1
     recent: Share = 0.1
-    _ROWS: ClassVar[tuple[str, ...]] = ("_list", "_counts", "_scores", "_budget", "_recent")
+    _ROWS: ClassVar[tuple[str, ...]] = ("_slots", "_counts", "_scores", "_budget", "_recent")
 
     def slots(self, tokens: int) -> int | None:
         return max(tokens, maximum(self.heavy, tokens) + max(maximum(self.recent, tokens), 1)) + 1
@@ -145,40 +145,39 @@ class H2O(Policy):
             q, k, self._for_scores(lse), causal=True, scale=self.scale, head_reduce="group_mean",
             seqlens_k=n, seqlens_q=n, backend=self.backend,
         )  # fmt: skip
-        self._recent = amount(self.recent, n).clamp(min=1)
-        self._budget = amount(self.heavy, n) + self._recent
+        self._recent = amount(self.recent, n).clamp(min=1)[:, None]
+        self._budget = amount(self.heavy, n)[:, None] + self._recent
         self._max = maximum(self.heavy, tokens) + max(maximum(self.recent, tokens), 1)
-        self._list = span(torch.zeros_like(n), tokens)[:, None].expand(scores.shape).contiguous()
-        self._counts = n[:, None].repeat(1, k.shape[2])
-        self._evict(scores)
+        counts = n[:, None].repeat(1, k.shape[2])
+        chosen, scores, self._counts = keep_best(
+            scores, counts, self._budget, self._recent, self._max, self.backend
+        )
+        later = torch.arange(self._max + 2, dtype=torch.int32, device=n.device)
+        later = later + (n[:, None] - self._counts)[..., None]
+        slots = torch.where(later < n[:, None, None], pad(chosen, (0, 2)), later)
+        # the kept slots, then the next ones of the cache
+        self._slots, self._scores = Shifting(slots, self._max + 1), negated(scores)
+        self._share = torch.tensor(k.shape[2] / max(q.shape[2], 1), dtype=torch.float64)
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache = self.cache
+        cache, slots, scores = self.cache, self._slots, self._scores
         if cache.longest == cache.capacity:
-            cache.compact(self._list, self._counts, self.backend)
-            self._list = torch.arange(self._max, dtype=torch.int32, device=q.device).expand_as(
-                self._list
-            )
-        newest = self._counts[..., None].long()
+            cache.compact(slots.row[..., : self._max], self._counts, self.backend)
+            slots.row.copy_(torch.arange(self._max + 2, device=q.device))
         self._append(k, v)
-        pad = (*newest.shape[:2], 1)
-        slot = (cache.lengths - 1)[:, None, None].expand(pad)
-        lists = torch.cat([self._list, slot.new_zeros(pad)], -1).scatter(-1, newest, slot)
-        scores = torch.cat([self._scores, self._scores.new_zeros(pad)], -1)
-        out, _, mass = self._attend(q, lists, self._counts + 1, return_mass=True)
-        self._list, self._counts = lists, self._counts + 1
-        self._evict(scores + mass * (cache.k.shape[2] / max(q.shape[2], 1)))
+        counts = self._counts + cache.one
+        out, _, mass = self._attend(q, slots.first, counts, return_mass=True)
+        scores.first.sub_(mass.mul_(self._share))
+        moves = find_gap(scores, counts, self._budget, self._recent, self.backend)
+        self._counts = torch.minimum(counts, self._budget)
+        slots.close(moves)
+        torch.add(slots.spare_last, moves[..., -1], out=slots.last)
+        scores.close(moves)
         return out
 
     @property
     def kept(self) -> Tensor:
         return self._counts
-
-    def _evict(self, scores: Tensor) -> None:
-        chosen, self._scores, self._counts = keep_best(
-            scores, self._counts, self._budget, self._recent, self._max, self.backend
-        )
-        self._list = self._list.gather(-1, chosen.long())
 
 
 @dataclass(eq=False)
@@ -217,17 +216,17 @@ class Keyformer(Policy):
     def grow(self, slots: int) -> None:
         super().grow(slots)
         if "_wanted" in vars(self):
-            self._max = min(self._wanted, self.cache.capacity)
+            self._set_scores(-self._scores.row[..., : self._max])
 
     def _begin(self, q: Tensor, k: Tensor, lse: Tensor | None) -> None:
         n, tokens = self.cache.lengths, q.shape[1]
         self._steps = 0
         self._read = n  # tokens so far
-        self._budget = amount(self.budget, n).clamp(min=1)
-        self._recent = amount(self.recent, self._budget).clamp(min=1)
+        self._budget = amount(self.budget, n).clamp(min=1)[:, None]
+        recent = amount(self.recent, self._budget).clamp(min=1)
+        self._recent = torch.minimum(recent, self._budget)
         self._wanted = max(maximum(self.budget, tokens), 1)
-        self._max = min(self._wanted, self.cache.capacity)
-        self._evict(self._scores_of(q, k, causal=True, seqlens_k=n, seqlens_q=n))
+        self._select(self._scores_of(q, k, causal=True, seqlens_k=n, seqlens_q=n))
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
@@ -235,32 +234,45 @@ class Keyformer(Policy):
         self._steps += 1
         self._read = self._read + 1
         out = self._attend_all(q)
-        new = self._scores_of(q, cache.keys(q.dtype), seqlens_k=cache.lengths)
-        new[..., : self._scores.shape[-1]] += self._scores
-        self._reads.append((cache.lengths, cache.key_bytes))
-        self._evict(new)
+        new = self._scores_of(q, cache.keys(q.dtype, cache.longest), seqlens_k=cache.lengths)
+        self._reads.append(Rows(cache.lengths, cache.key_bytes))
+        scores = self._scores.row[..., : cache.longest].sub_(new)
+        if self.released:
+            self._select(-scores)
+            return out
+        counts = cache.lengths[:, None].expand(scores.shape[:2])
+        moves = find_gap(self._scores, counts, self._budget, self._recent, self.backend)
+        self._scores.close(moves)
+        keep = (self._scores.places + moves)[..., : self._max]
+        cache.compact(keep, torch.minimum(counts, self._budget), self.backend)
         return out
 
     def _scores_of(self, q: Tensor, k: Tensor, **options: Any) -> Tensor:
-        # The length of the cache is constant, so only the seed changes the noise at a slot.
+        # The noise of a pair depends on its slot and on the number of keys, which a full cache
+        # keeps: there only the seed changes it.
         return attention_column_scores(
             q, k, gumbel_tau=self.tau + self._steps * self.tau_step, seed=self.seed + self._steps,
             scale=self.scale, head_reduce="group_mean", backend=self.backend, **options,
         )  # fmt: skip
 
-    def _evict(self, scores: Tensor) -> None:
+    def _select(self, scores: Tensor) -> None:
+        """Keeps the keys with the largest scores [B, Hk, S]."""
         n = self.cache.lengths
         counts = n[:, None].repeat(1, scores.shape[1])
         budget, recent = self._budget, self._recent
         if self.released:
-            full = self._read > budget
-            leaves = torch.arange(scores.shape[2], device=n.device) == (n - recent)[:, None]
-            scores = scores.masked_fill((leaves & full[:, None])[:, None], -torch.inf)
-            budget, recent = torch.where(full, budget - 1, n), recent - 1
-        chosen, self._scores, counts = keep_best(
-            scores, counts, budget, recent, self._max, self.backend
-        )
+            full = self._read[:, None] > budget
+            leaves = torch.arange(scores.shape[2], device=n.device) == n[:, None] - recent
+            scores = scores.masked_fill((leaves & full)[:, None], -torch.inf)
+            budget, recent = torch.where(full, budget - 1, n[:, None]), recent - 1
+        maximum = min(self._wanted, self.cache.capacity)
+        chosen, scores, counts = keep_best(scores, counts, budget, recent, maximum, self.backend)
+        self._set_scores(scores)
         self.cache.compact(chosen, counts, self.backend)
+
+    def _set_scores(self, scores: Tensor) -> None:
+        self._max = min(self._wanted, self.cache.capacity)
+        self._scores = negated(pad(scores, (0, self._max - scores.shape[2])))
 
 
 @dataclass(eq=False)
@@ -340,18 +352,67 @@ def keep_best(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Among the first counts[b, h] scores [B, Hk, S], selects the budget[b] largest, always
-    including the last recent[b]: int32 [B, Hk, most] ascending, their scores (0 after the last),
-    and counts.
+    including the last recent[b] (both [B, 1]): int32 [B, Hk, maximum] ascending, their scores (0
+    after the last), and counts.
     """
     at = torch.arange(max(scores.shape[2], maximum), device=scores.device)
-    last = at[: scores.shape[2]] >= (counts - recent[:, None])[..., None]
+    last = at[: scores.shape[2]] >= (counts - recent)[..., None]
     chosen, found = topk_select(
         scores.masked_fill(last, torch.inf).flatten(0, 1), maximum, lengths=counts.flatten(),
         order="score", backend=backend,
     )  # fmt: skip
-    counts = torch.minimum(found.view(counts.shape), budget[:, None])
+    counts = torch.minimum(found.view(counts.shape), budget)
     unused = at[:maximum] >= counts[..., None]
     end = torch.iinfo(torch.int32).max
     chosen = chosen.view(unused.shape).masked_fill(unused, end).sort(-1).values
     chosen = chosen.masked_fill(unused, 0)
     return chosen, scores.gather(-1, chosen.long()).masked_fill(unused, 0), counts
+
+
+class Shifting:
+    """Rows [B, Hk, n + 1 or more] that drop one of their first n entries at a time, between two
+    buffers. Views of both are kept: to make one costs as much as an addition of small tensors.
+    """
+
+    def __init__(self, row: Tensor, n: int):
+        self.row, self._spare = row, row.clone()
+        self.places = torch.arange(n, dtype=torch.int32, device=row.device)
+        self.first, self._spare_first = self.row[..., :n], self._spare[..., :n]
+        self._next, self._spare_next = self.row[..., 1 : n + 1], self._spare[..., 1 : n + 1]
+        self.last, self.spare_last = self.row[..., -1], self._spare[..., -1]
+
+    def close(self, moves: Tensor) -> None:
+        """Entries i become entries i + 1 where moves[..., i] [B, Hk, n]; entries after the first n
+        are those of the other buffer.
+        """
+        torch.where(moves, self._next, self.first, out=self._spare_first)
+        self.row, self._spare = self._spare, self.row
+        self.first, self._spare_first = self._spare_first, self.first
+        self._next, self._spare_next = self._spare_next, self._next
+        self.last, self.spare_last = self.spare_last, self.last
+
+    def index_select(self, dim: int, index: Tensor) -> Shifting:
+        return Shifting(self.row.index_select(dim, index), len(self.places))
+
+
+def negated(scores: Tensor) -> Shifting:
+    """Scores [B, Hk, n] for find_gap, [B, Hk, n + 3]: with the opposite sign, 0 for the newest key
+    and the one after it, and +inf.
+    """
+    row = pad(pad(-scores, (0, 2)), (0, 1), value=torch.inf)
+    return Shifting(row, scores.shape[2] + 1)
+
+
+def find_gap(
+    scores: Shifting, counts: Tensor, budget: Tensor, recent: Tensor, backend: str | None
+) -> Tensor:
+    """Where a list of counts[b, h] keys moves up by an entry, bool [B, Hk, places], when it drops
+    the key with the lowest score before the last recent[b], the last one of equal scores: nowhere,
+    if there are at most budget[b] keys.
+    """
+    # The last score is +inf, and after all places.
+    searched = torch.where(counts > budget, counts - recent, scores.row.shape[2])
+    at, _ = topk_select(
+        scores.row.flatten(0, 1), 1, lengths=searched.flatten(), tie="high", backend=backend
+    )
+    return scores.places >= at.view(*counts.shape, 1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._check import check
-from ..sparse.hip_attention import HipLists, hip_attention
+from ..select.hip_block_select import hip_block_select
+from ..sparse.hip_attention import hip_attention
 from .cache import Keys
 from .policy import HEAD_REDUCE, Keeping, Lists
 
@@ -67,15 +68,9 @@ class HiP(Keeping):
         short = self.refresh_interval <= self.num_recent
         check(short, self._name, "refresh_interval", rule, self.refresh_interval)
 
-    def reorder(self, requests: Tensor) -> None:
-        super().reorder(requests)
-        if (found := self._found.lists) is not None:
-            indices, counts = (t.index_select(0, requests) for t in found)
-            self._found.lists = indices, counts
-
     def extend(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         out = super().extend(q, k, v, lengths=lengths)
-        self._found = HipLists()
+        self._age = 0
         return out
 
     def _attend_prompt(
@@ -97,28 +92,45 @@ class HiP(Keeping):
         if self.layer < self.dense_layers:
             return self._attend_all(q)
         cache = self.cache
-        at = (cache.lengths, cache.block_table)
-        out = self._hip(q, cache.k, cache.v, *at, found=self._found)
-        self._note_reads()
+        sizes, search = self._sizes, self._age % self.refresh_interval == 0
+        if search:
+            found = hip_block_select(
+                q, cache.k, seqlens_k=cache.lengths, block_table=cache.block_table,
+                backend=self.backend, **sizes,
+            )  # fmt: skip
+            self._list, self._counts = (t[:, :, 0] for t in found)
+        self._age += 1
+        out, _ = self._attend(
+            q, self._list, self._counts, block_k=self.block_k, num_sink=sizes["num_sink"],
+            num_recent=self.num_recent,
+        )  # fmt: skip
+        if search:
+            size = cache.key_bytes // max(cache.k.shape[2], 1)
+            self._reads.append(Search(cache.lengths, self._counts, sizes, size))
         return out
 
     def _store(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         self._check_prompt(q, k)
         self.cache.fill(k, v, lengths)
-        self._found = HipLists()
+        self._age = 0  # steps since the prompt or chunk
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        """Arguments of a search; sink tokens fill whole blocks."""
+        return {
+            "budget": self.budget, "block_q": self.block_q, "block_k": self.block_k,
+            "stride_q": self.stride_q, "num_recent": self.num_recent,
+            "num_sink": -(-self.num_sink // self.block_k) * self.block_k,
+            "head_reduce": HEAD_REDUCE[self.lists],
+        }  # fmt: skip
 
     def _hip(
         self, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None = None,
         block_table: Tensor | None = None, queries: Tensor | None = None,
-        found: HipLists | None = None,
     ) -> Tensor:  # fmt: skip
         options: dict[str, Any] = {
-            "budget": self.budget, "block_q": self.block_q, "block_k": self.block_k,
-            "stride_q": self.stride_q, "num_sink": self.num_sink, "num_recent": self.num_recent,
-            "head_reduce": HEAD_REDUCE[self.lists], "scale": self.scale, "softcap": self.softcap,
-            "seqlens_q": queries, "seqlens_k": n, "block_table": block_table, "lists": found,
-            "refresh_interval": None if found is None else self.refresh_interval,
-            "backend": self.backend,
+            "scale": self.scale, "softcap": self.softcap, "seqlens_q": queries, "seqlens_k": n,
+            "block_table": block_table, "backend": self.backend, **self._sizes,
         }  # fmt: skip
         if self.sink is None:
             return hip_attention(q, k, v, **options)
@@ -127,24 +139,20 @@ class HiP(Keeping):
         share = torch.sigmoid(lse - self.sink.to(lse)[:, None])
         return (out * share.transpose(1, 2)[..., None]).to(out.dtype)
 
-    def _note_reads(self) -> None:
-        """Counts the reads of a step; for the search, the keys that it visits, assuming that none
-        is visited twice.
-        """
-        cache, lists = self.cache, self._found.lists
-        assert lists is not None
-        n, heads = cache.lengths, max(cache.k.shape[2], 1)
-        # Clamped to the cache capacity, so that all numbers fit the dtype of lengths.
-        sink, recent = (min(x, cache.capacity) for x in (self.num_sink, self.num_recent))
-        first = -(-sink // self.block_k)  # first block after the sink tokens
-        always = min(first * self.block_k + recent, cache.capacity)
-        self._reads.append((n.clamp(max=always), cache.token_bytes))
-        counts = lists[1][:, :, 0]
-        self._reads.append((counts * self.block_k, cache.token_bytes // heads))
-        if self._found.age > 1:
-            return
-        wanted = self.budget // self.block_k
-        blocks = (-(-(n - recent) // self.block_k) - first).clamp(min=0)
-        halvings = (blocks / wanted).clamp(min=1).log2().ceil().int()
-        seen = torch.minimum(2 * wanted * halvings, blocks) * self.block_k
-        self._reads.append((seen[:, None].expand(counts.shape), cache.key_bytes // heads))
+
+class Search(NamedTuple):
+    """The keys that a search of HiP visits, assuming that none is visited twice."""
+
+    n: Tensor  # [B], number of keys
+    lists: Tensor  # [B, heads], of the lists found
+    sizes: dict[str, Any]
+    size: int
+
+    def counted(self) -> Tensor:
+        block_k, wanted = self.sizes["block_k"], self.sizes["budget"] // self.sizes["block_k"]
+        first = self.sizes["num_sink"] // block_k  # first block after the sink tokens
+        recent = self.sizes["num_recent"] - self.n.long()
+        blocks = (-(recent // block_k) - first).clamp(min=0)
+        halvings = (blocks / wanted).clamp(min=1).log2().ceil().long()
+        seen = torch.minimum(2 * wanted * halvings, blocks) * block_k
+        return seen[:, None].expand(self.lists.shape)

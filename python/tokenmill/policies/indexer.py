@@ -16,7 +16,7 @@ from ..sparse.block_sparse_attention import block_sparse_attention
 from ..sparse.sparse_decode_attention import sparse_decode_attention
 from .cache import FLOAT8, Back, KVCache
 from .chunks import rolled
-from .policy import Keeping
+from .policy import Keeping, Rows
 
 # Indexer output for tokens [B, n]: q [B, n, Hi, D], k [B, n, D], weights [B, n, Hi].
 Index = tuple[Tensor, Tensor, Tensor]
@@ -188,10 +188,10 @@ class Indexer(Keeping):
             index_q, self._keys.k[:, :, 0], weights, self.topk, activation=self.activation,
             seqlens_k=cache.lengths, block_table=cache.block_table, backend=self.backend,
         )  # fmt: skip
-        self._reads.append((cache.lengths, self._keys.key_bytes))
+        self._reads.append(Rows(cache.lengths, self._keys.key_bytes))
         if tokens == 1:
             return self._attend(q, indices, counts)[0]
-        self._reads.append((counts, cache.token_bytes))
+        self._reads.append(Rows(counts, cache.token_bytes))
         if cache.block_table is None and cache.k.dtype != FLOAT8:
             return block_sparse_attention(
                 q, cache.k, cache.v, indices[:, None], counts[:, None], block_q=1, block_k=1,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,29 @@ from .chunks import Waiting, attend_last, joined, rolled
 # Each query head or each KV head has its own list; maps to the head_reduce of the scores.
 Lists = Literal["query", "key"]
 HEAD_REDUCE: dict[Lists, HeadReduce] = {"query": "none", "key": "group_max"}
+
+
+class Reading(Protocol):
+    """What a step reads: a number of rows, each of `size` bytes, for each request or list."""
+
+    @property
+    def size(self) -> int: ...
+
+    def counted(self) -> Tensor: ...
+
+
+class Rows(NamedTuple):
+    """rows[...] rows of a cache, or where they are entries of lists, blocks of `block` rows; at
+    most `most`. A step only notes them.
+    """
+
+    rows: Tensor
+    size: int
+    block: int = 1
+    most: int = INT32_MAX
+
+    def counted(self) -> Tensor:
+        return (self.rows * self.block).clamp(max=min(self.most, INT32_MAX))
 
 
 @dataclass(eq=False)
@@ -84,12 +107,17 @@ class Policy:
 
     def __post_init__(self) -> None:
         self._check_fields()
-        self._reads: list[tuple[Tensor, int]] = []  # rows, and bytes per row
+        self._reads: list[Reading] = []  # of the last step
         self._waiting: Waiting | None = None  # a prompt whose last chunk is still to come
         self._token = 0  # index within a step of several tokens
         self._list: Tensor  # selected keys [B, 1 | Hk, K], and their counts
         self._counts: Tensor
         self._query: Tensor  # query [B, 1, H, D] for which they were selected
+
+    _name: ClassVar[str] = "policies.Policy"
+
+    def __init_subclass__(cls) -> None:
+        cls._name = f"policies.{cls.__name__}"
 
     @classmethod
     def paper(cls: type[AnyPolicy], **options: Any) -> AnyPolicy:
@@ -102,10 +130,6 @@ class Policy:
             (5, 13)
         """
         return cls(**(cls.PAPER | options))
-
-    @property
-    def _name(self) -> str:
-        return f"policies.{type(self).__name__}"
 
     def _check_fields(self) -> None:
         """Checks the fields, and converts NumPy numbers to Python's."""
@@ -145,11 +169,12 @@ class Policy:
 
     @property
     def _scoring(self) -> dict[str, Any]:
-        """Arguments common to every attention operator."""
-        return {
+        """Arguments common to every attention operator, without those that are None."""
+        given = {
             "scale": self.scale, "softcap": self.softcap, "sink": self.sink,
             "backend": self.backend,
         }  # fmt: skip
+        return {name: value for name, value in given.items() if value is not None}
 
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None, more: bool = False,
@@ -307,17 +332,18 @@ class Policy:
         return lse if self.softcap == 0 else None
 
     def _check_prompt(self, q: Tensor, k: Tensor) -> None:
-        rule = "must be given to a policy that attends"
-        check(self.cache is not None, self._name, "cache", rule, self.cache)
+        if self.cache is None:
+            fail(self._name, "cache", "must be given to a policy that attends", self.cache)
         for name, t in (("q", q), ("k", k)):
             check_tensor(self._name, name, t)
             check(t.dim() == 4, self._name, name, "must have 4 dimensions [B, S, H, D]", t.dim())
             check_dtype(self._name, name, t, float64=True)
         check_device_of_q(self._name, "k", k, q)
-        rule = f"must have the tokens of q, {q.shape[1]}"
-        check(k.shape[1] == q.shape[1], self._name, "k", rule, k.shape)
-        rule = f"must have the head dimension of q, {q.shape[3]}"
-        check(k.shape[3] == q.shape[3], self._name, "k", rule, k.shape[3])
+        asked, there = q.shape, k.shape
+        if there[1] != asked[1]:
+            fail(self._name, "k", f"must have the tokens of q, {asked[1]}", there)
+        if there[3] != asked[3]:
+            fail(self._name, "k", f"must have the head dimension of q, {asked[3]}", there[3])
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the new tokens of each request: one, or several with known keys, such as a
@@ -335,10 +361,10 @@ class Policy:
         check(tokens >= 1, self._name, "q", "must have at least 1 token", tokens)
         rule = "must be False in the last chunk of a prompt, before a step"
         check(self._waiting is None, self._name, "more", rule, True)
-        self._check_step(k, v)
         self._token = 0
         if tokens == 1 or self._at_once:
             return self._step(q, k, v)
+        self._check_step(k, v)
         self._count(q, k, v, None)
         outs, reads = [], []
         for self._token in range(tokens):
@@ -422,7 +448,7 @@ class Policy:
         """Bytes of cache (and of pooled keys and the like) that the last step had to read, each
         counted once for all query heads that share it. Synchronises with the device.
         """
-        return sum(int(rows.sum()) * size for rows, size in self._reads)
+        return sum(int(read.counted().sum()) * read.size for read in self._reads)
 
     def _append(self, k: Tensor, v: Tensor) -> None:
         self.cache.extend(k, v)
@@ -431,7 +457,7 @@ class Policy:
     def _attend_all(self, q: Tensor) -> Tensor:
         """Attends to the whole cache."""
         cache = self.cache
-        self._reads.append((cache.lengths, cache.token_bytes))
+        self._reads.append(Rows(cache.lengths, cache.token_bytes))
         return attention_decode(
             q, cache.k, cache.v, seqlens_k=cache.lengths, block_table=cache.block_table,
             **cache.scales, **self._scoring,
@@ -443,13 +469,10 @@ class Policy:
         """Attends to the keys of lists ``[B, 1 | Hk | H, K]``, and to sink and recent keys."""
         cache = self.cache
         # number of KV heads; 1 for a list shared by all heads
-        shared = 1 if counts.shape[1] == 1 else cache.k.shape[2]
+        shared = 1 if counts.shape[1] == 1 else max(cache.k.shape[2], 1)
         always = options.get("num_sink", 0) + options.get("num_recent", 0)
-        listed = counts * options.get("block_k", 1)
-        self._reads.append(
-            (cache.lengths.clamp(max=min(always, cache.capacity)), cache.token_bytes)
-        )
-        self._reads.append((listed, cache.token_bytes // max(shared, 1)))
+        self._reads.append(Rows(cache.lengths, cache.token_bytes, most=always))
+        self._reads.append(Rows(counts, cache.token_bytes // shared, options.get("block_k", 1)))
         return sparse_decode_attention(
             q, cache.k, cache.v, indices, counts, seqlens_k=cache.lengths,
             block_table=cache.block_table, **cache.scales, **self._scoring, **options,
@@ -525,7 +548,7 @@ class Keeping(Policy):
         cache = self.cache
         count = None if lengths is None else self._count(q, k, v, lengths)
         out, lse = self._reader._attend_prompt(q, k, v, count, cache)
-        self._reads = [] if lse is None else [(cache.lengths, cache.token_bytes)]
+        self._reads = [] if lse is None else [Rows(cache.lengths, cache.token_bytes)]
         return out
 
     def _check_step(self, k: Tensor, v: Tensor) -> None:

@@ -12,7 +12,7 @@ from .._check import as_int, check, check_choice, check_tensor
 from ..select.kv_cache_compact import kv_cache_compact
 from .cache import KVCache
 from .evicting import first_and_last
-from .policy import FullAttention, Policy, span
+from .policy import FullAttention, Policy, Rows, span
 from .retrieval import choose_retrieval_heads
 
 Heads = tuple[int, ...]
@@ -270,7 +270,7 @@ class _Compensated(Policy):
         out, _ = self._attend(q, last, counts, num_sink=self.num_sink, **mean)
         if mean:
             size = cache.token_bytes // max(k.shape[2], 1)
-            self._reads.append((self._dropped.clamp(max=1), size))
+            self._reads.append(Rows(self._dropped, size, most=1))
         return out
 
     def _mean(self, q: Tensor) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from ..select.topk_select import topk_select
 from .cache import Back
 from .chunks import of_rows
 from .evicting import Share, amount, maximum
-from .policy import Keeping, rows_of, span
+from .policy import Keeping, Rows, rows_of, span
 
 LATER = torch.iinfo(torch.int32).max  # after every position
 
@@ -137,7 +137,7 @@ class RefreshKV(Keeping):
         self._counts = torch.where(full[:, None], counts, self._counts)
         self._end = torch.where(full, cache.lengths, self._end)
         self._query = torch.where(full[:, None, None, None], mean, self._query)
-        self._reads.append((n, cache.key_bytes))
+        self._reads.append(Rows(n, cache.key_bytes))
 
     def rewind(self, tokens: Back) -> None:
         super().rewind(tokens)

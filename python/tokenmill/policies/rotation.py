@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .._check import check, check_device_of_q, check_dtype
@@ -26,6 +28,13 @@ def check_rope(name: str, rope: Rope, q: Tensor, positions: int, what: str) -> N
     for t in rope:
         check_dtype(name, "rope", t, float64=True)
         check_device_of_q(name, "rope", t, q)
+
+
+def by_rank(rope: Rope | None, interleaved: bool) -> dict[str, Any]:
+    """Arguments of sparse_decode_attention that rotate keys by their rank among those attended to;
+    none without rope.
+    """
+    return {} if rope is None else {"pos_mode": "cache", "rope": rope, "interleaved": interleaved}
 
 
 def rotated(x: Tensor, rope: Rope, at: Tensor, interleaved: bool) -> Tensor:

@@ -16,7 +16,7 @@ from ..select.kv_block_scores import kv_block_scores
 from ..select.query_similarity_gate import query_similarity_gate
 from ..select.topk_select import topk_select
 from .cache import FLOAT8, Back
-from .policy import HEAD_REDUCE, Keeping, Lists, rows_of, span
+from .policy import HEAD_REDUCE, Keeping, Lists, Rows, rows_of, span
 
 
 @dataclass(eq=False)
@@ -102,7 +102,7 @@ class TidalDecode(Keeping):
         indices, counts = topk_select(logits.flatten(0, 2), self.budget, backend=self.backend)
         self._lists.append((indices.unflatten(0, rows), counts.view(rows)))
         out = self._attend_all(q)
-        self._reads.append((cache.lengths, cache.key_bytes))
+        self._reads.append(Rows(cache.lengths, cache.key_bytes))
         return out
 
 
@@ -147,37 +147,41 @@ class Quest(Keeping):
         if keys.dtype == FLOAT8:
             # 16 bits hold float8 numbers exactly, but not their products with a scale.
             wide = q.dtype if cache.k_scale is None else torch.promote_types(q.dtype, torch.float32)
-            keys, table = cache.keys(wide), None
+            keys, table = cache.keys(wide, cache.capacity), None
         self._boxes = block_pool_keys(
             keys, self.page, mode="minmax", lengths=cache.lengths, block_table=table,
             backend=self.backend,
         )  # fmt: skip
+        # divisor of lengths, and what rounds a quotient up in each KV head
+        self._tokens = cache.lengths.new_full((), self.page)
+        self._up = cache.lengths.new_full((k.shape[2],), self.page - 1)
 
     @property
     def _at_once(self) -> bool:
         return self.layer < self.dense_layers
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache, heads = self.cache, self.cache.k.shape[2]
+        cache, start = self.cache, self.cache.lengths
         self._append(k, v)
         if self.layer < self.dense_layers:
             return self._attend_all(q)
-        self._pool(cache.lengths - 1, 1)
+        self._pool(start, 1)
         bounds = kv_block_scores(
             q.to(self._boxes.dtype), self._boxes, scoring="minmax", block_k=self.page,
             head_reduce="group_max", scale=self.scale, seqlens_k=cache.lengths,
             backend=self.backend,
         )  # fmt: skip
-        pages = (cache.lengths + self.page - 1) // self.page
+        rows = bounds.shape[:2]
+        pages = (cache.lengths[:, None] + self._up) // self._tokens  # [B, Hk]
         indices, counts = topk_select(
-            bounds.flatten(0, 2), max(3, self.budget // self.page), lengths=rows_of(pages, heads),
+            bounds.flatten(0, 2), max(3, self.budget // self.page), lengths=pages.flatten(),
             force_last=1, backend=self.backend,
         )  # fmt: skip
         out, _ = self._attend(
-            q, indices.unflatten(0, (-1, heads)), counts.view(-1, heads), block_k=self.page
+            q, indices.view(*rows, indices.shape[1]), counts.view(rows), block_k=self.page
         )
-        box = math.prod(self._boxes.shape[2:]) * self._boxes.element_size()
-        self._reads.append((pages, box))
+        box = math.prod(self._boxes.shape[3:]) * self._boxes.element_size()
+        self._reads.append(Rows(pages, box))
         return out
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:

@@ -13,8 +13,8 @@ from ..dense.attention import attention
 from ..select.query_similarity_gate import query_similarity_gate
 from ..select.token_select import token_select
 from .cache import Keys
-from .policy import Keeping, span
-from .rotation import Rope, check_rope, rotated
+from .policy import Keeping, Rows, span
+from .rotation import Rope, by_rank, check_rope, rotated
 
 
 @dataclass(eq=False)
@@ -92,10 +92,9 @@ class TokenSelect(Keeping):
         self._query = torch.where(serves[..., None], self._query, q)
         out, _ = self._attend(
             q, self._list, self._counts, num_sink=self.num_sink, num_recent=self.num_recent,
-            pos_mode="absolute" if self.rope is None else "cache", rope=self.rope,
-            interleaved=self.interleaved,
+            **by_rank(self.rope, self.interleaved),
         )  # fmt: skip
-        self._reads.append((asked, self.cache.key_bytes))
+        self._reads.append(Rows(asked, self.cache.key_bytes))
         return out
 
     def _store(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:

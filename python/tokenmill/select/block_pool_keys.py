@@ -73,8 +73,9 @@ def block_pool_keys(
         >>> tm.block_pool_keys(k, 2, mode="minmax").view(3, 2).tolist()
         [[0.0, 1.0], [2.0, 3.0], [4.0, 4.0]]
     """
-    lowered = lower(k, block, mode=mode, lengths=lengths, block_table=block_table)
-    return call(SPEC, lowered, None, backend)[0]
+    check_text(OP, "mode", mode)
+    given = {"pooling": mode, "lengths": lengths, "block_table": block_table}
+    return call(SPEC, (k, block), given, backend)[0]
 
 
 def block_pool_keys_update(
@@ -125,23 +126,22 @@ def block_pool_keys_update(
         >>> torch.equal(pooled, tm.block_pool_keys(k, 16, lengths=length))
         True
     """
-    lowered = lower_update(
-        k, pooled, block, start=start, mode=mode, lengths=lengths, block_table=block_table
-    )
-    call(UPDATE_SPEC, lowered, None, backend)
+    check_text(UPDATE, "mode", mode)
+    given = {"start": start, "pooling": mode, "lengths": lengths, "block_table": block_table}
+    call(UPDATE_SPEC, (k, pooled, block), given, backend)
     return pooled
 
 
 def lower(k: Tensor, block: int, *, mode: str = "mean", **given: Any) -> tuple[Any, ...]:
     check_text(OP, "mode", mode)
-    return FORWARD.lower(k, block, pooling=mode, **given)
+    return FORWARD.lower(k, block, **{"pooling": mode, **given})
 
 
 def lower_update(
     k: Tensor, pooled: Tensor, block: int, *, mode: str = "mean", **given: Any
 ) -> tuple[Any, ...]:
     check_text(UPDATE, "mode", mode)
-    return UPDATE_FORWARD.lower(k, pooled, block, pooling=mode, **given)
+    return UPDATE_FORWARD.lower(k, pooled, block, **{"pooling": mode, **given})
 
 
 def _fake(a: Any) -> Tensor:
@@ -167,6 +167,7 @@ SPEC = register_op(
     OpSpec(
         function=block_pool_keys,
         lower=lower,
+        sugar=frozenset({"mode"}),
         reference=reference.block_pool_keys,
         forward=FORWARD,
         sharding=Sharding(
@@ -190,6 +191,7 @@ UPDATE_SPEC = register_op(
     OpSpec(
         function=block_pool_keys_update,
         lower=lower_update,
+        sugar=frozenset({"mode"}),
         reference=reference.block_pool_keys_update,
         forward=UPDATE_FORWARD,
         sharding=Sharding(

@@ -101,5 +101,8 @@ def token_select(
         out = ~(votes > -torch.inf)  # not a candidate, or NaN, which is never selected
         votes = votes.masked_fill(out, -torch.inf)
         votes = max_pool1d(votes, kernel_size, 1, kernel_size // 2).masked_fill(out, -torch.inf)
-    indices, counts = topk_select(votes, k, backend=backend)
+    # one row of votes for each request
+    indices, counts = topk_select(
+        votes, k, lengths=seqlens_k if rows == 1 else None, backend=backend
+    )
     return indices.view(batch, 1, rows, k), counts.view(batch, 1, rows)
