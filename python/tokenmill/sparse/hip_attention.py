@@ -206,11 +206,11 @@ def hip_attention(
         refuse(hip_attention, other)
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(OP, name, t)
-    for name, t in (
+    for name, given in (
         ("seqlens_q", seqlens_q), ("seqlens_k", seqlens_k), ("cu_seqlens_q", cu_seqlens_q),
         ("cu_seqlens_k", cu_seqlens_k), ("block_table", block_table),
     ):  # fmt: skip
-        check_tensor(OP, name, t, optional=True)
+        check_tensor(OP, name, given, optional=True)
     packed = cu_seqlens_q is not None
     rule = "must have 4 dimensions [B, S, H, D]"
     rule = "must have 3 dimensions [T, H, D] (packed)" if packed else rule
