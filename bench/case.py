@@ -29,6 +29,7 @@ RECIPES = {
     "native_sparse_attention": "sparse",
     "attention_rates": "dense",
     "peers": "dense",
+    "models": "dense",
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -231,6 +232,26 @@ def openvino_decode(q: Tensor, k: Tensor, v: Tensor, *, seqlens_k: Tensor) -> Ca
     return lambda: run().flatten(1, 2)[:, None]
 
 
+def openvino_model(model: torch.nn.Module, inputs: Sequence[Tensor]) -> Call:
+    """A module that takes tensors of these shapes and returns one, converted as OpenVINO does."""
+    import openvino
+
+    dtype = next(model.parameters()).dtype
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        converted = openvino.convert_model(
+            model, example_input=tuple(inputs), input=[[*t.shape] for t in inputs]
+        )
+    options = {
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+    }
+    request = _core().compile_model(converted, "CPU", options).create_infer_request()
+    arrays = [t.numpy() for t in inputs]
+    return lambda: torch.from_numpy(request.infer(arrays)[0])
+
+
 def _words(t: Tensor) -> Any:
     """The memory of a tensor as an array of NumPy, which has no bfloat16."""
     return t.view(torch.int16).numpy() if t.dtype == torch.bfloat16 else t.numpy()
@@ -239,14 +260,22 @@ def _words(t: Tensor) -> Any:
 # JAX
 
 
-def jax_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, left: int = -1) -> Call:
-    """jax.nn.dot_product_attention, in our layout."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    single = "--xla_cpu_multi_thread_eigen=false"
-    if torch.get_num_threads() == 1 and single not in flags:  # read when JAX makes its client
-        os.environ["XLA_FLAGS"] = f"{flags} {single} intra_op_parallelism_threads=1"
+@functools.cache
+def _jax() -> Any:
+    """JAX makes as many threads as the calling thread may use processors."""
     import jax
 
+    if torch.get_num_threads() == 1:
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(before)})
+        jax.devices()  # makes the threads
+        os.sched_setaffinity(0, before)
+    return jax
+
+
+def jax_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, left: int = -1) -> Call:
+    """jax.nn.dot_product_attention, in our layout."""
+    jax = _jax()
     arrays = [jax.dlpack.from_dlpack(t.contiguous()) for t in (q, k, v)]
     window = (left, 0) if left >= 0 else None
     attend = jax.jit(

@@ -177,16 +177,12 @@ class Encoder:
     """all-MiniLM-L6-v2, whose layers merge r tokens after their attention."""
 
     def __init__(self) -> None:
-        from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
 
-        from tokenmill.demo.encoder import PACKAGE
-        from tokenmill.samples.models import find_weights
+        from tokenmill.samples import models
 
         logging.disable_progress_bar()
-        folder = find_weights(PACKAGE, "model")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        self.model, self.tokenizer = models.minilm()
 
     def __call__(self, tokens: Tensor, r: int) -> tuple[Tensor, int]:
         """Embeddings [B, 384] of ids [B, N], and the number of remaining tokens per passage."""

