@@ -3,16 +3,22 @@
 One thread: processor time of the process, some of whose peers compute in threads of their own;
 other processes do not lengthen it. The median of all rounds is quoted. More threads: wall time, of
 which the minimum is quoted, because waiting for a preempted thread spoils every other statistic. A
-GPU: bench/gpu.py.
+call begins when the threads of the call before it sleep: thread pools spin for some milliseconds. A
+call that is shorter than MIN_SAMPLE is repeated: a sample is the mean of its calls after the first.
+A GPU: bench/gpu.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -21,6 +27,9 @@ from .interval import Interval, median_interval
 Run = Callable[[], object]
 Measure = Callable[[Run], float]  # seconds of a call
 SLOW = 5.0  # seconds
+MIN_SAMPLE = 1e-3  # seconds
+MAX_CALLS = 1000  # in a sample
+MAX_WAIT = 0.2  # seconds
 ROUNDS = 5  # min rounds if time permits
 
 
@@ -105,9 +114,34 @@ def interleave(
 def cpu_seconds(threads: int) -> Measure:
     clock = time.process_time if threads == 1 else time.perf_counter
 
-    def measure(run: Run) -> float:
+    def seconds(run: Run, calls: int) -> float:
         start = clock()
-        run()
-        return clock() - start
+        for _ in range(calls):
+            run()
+        return (clock() - start) / calls
+
+    def measure(run: Run) -> float:
+        _wait_for_threads()
+        once = seconds(run, 1)
+        calls = min(math.ceil(MIN_SAMPLE / max(once, 1e-9)), MAX_CALLS)
+        return once if calls == 1 else seconds(run, calls)
 
     return measure
+
+
+def _wait_for_threads() -> None:
+    """Until all threads but this one sleep, or for MAX_WAIT. Processor time would not show it: the
+    kernel adds that of a running thread at its next tick."""
+    tasks, own = Path("/proc/self/task"), str(threading.get_native_id())
+    end = time.perf_counter() + MAX_WAIT
+    while any(name != own and _runs(tasks / name) for name in os.listdir(tasks)):
+        if time.perf_counter() > end:
+            return
+        time.sleep(1e-3)
+
+
+def _runs(task: Path) -> bool:
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] == "R"
+    except OSError:  # the thread has ended
+        return False

@@ -3,9 +3,12 @@ simulated GPU. No test depends on a measured time."""
 
 from __future__ import annotations
 
+import collections
+import hashlib
 import json
 import math
 import threading
+import time
 import types
 
 import pytest
@@ -72,8 +75,43 @@ def test_a_limited_run_is_content_with_one_round():
     calls = []
     runs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
     found = timing.interleave(runs, seconds=1e-9, limited=True, on_error=lambda *_: None)
-    assert calls == ["a", "a"] and found["a"].rounds == 1  # no time was left for b
+    assert {*calls} == {"a"} and found["a"].rounds == 1  # no time was left for b
     assert timing.interleave(runs, seconds=0.0)["a"].rounds == timing.ROUNDS
+
+
+def test_a_short_call_is_repeated_and_a_long_one_is_not():
+    calls = collections.Counter()
+
+    def long():
+        calls["long"] += 1
+        end = time.process_time() + 2 * timing.MIN_SAMPLE
+        while time.process_time() < end:
+            pass
+
+    timing.interleave({"short": lambda: calls.update(["short"]), "long": long}, seconds=0.0)
+    assert calls["long"] == timing.ROUNDS + 1 and calls["short"] > 10 * timing.ROUNDS
+
+
+def test_a_call_waits_until_the_threads_of_the_call_before_sleep():
+    work, done, seen = bytes(20_000_000), [0], []  # hashed without the interpreter's lock
+
+    def start_a_thread():
+        begun = threading.Event()
+
+        def spin():
+            begun.set()
+            hashlib.sha256(work)
+            done[0] += 1
+
+        threading.Thread(target=spin).start()
+        begun.wait()
+        seen.append(done[0])
+
+    def own():
+        assert done[0] == len(seen)
+
+    timing.interleave({"other": start_a_thread, "own": own}, seconds=0.0)
+    assert len(seen) > timing.ROUNDS
 
 
 # Resumed runs
