@@ -15,13 +15,13 @@ struct RowScale {
 };
 
 // Normalises a softmax row whose weights sum to `sum` relative to 2^row_max. The sink is a logit
-// without a value; shift was left out of the exponents.
+// without a value; shift was left out of the exponents. lse is 0 unless it is needed.
 inline RowScale softmax_epilogue(float sum, float row_max, bool seen, const float* sink,
-                                 float shift) {
+                                 float shift, bool needs_lse) {
   if (!seen) row_max = -kInf;
   if (!sink) {
     if (sum == 0) return {0, -kInf};
-    return {1 / sum, (row_max + std::log2(sum)) * kLn2 + shift};
+    return {1 / sum, needs_lse ? (row_max + std::log2(sum)) * kLn2 + shift : 0};
   }
   const float a = (*sink - shift) * kLog2e;
   const bool sink_leads = a > row_max || !(row_max > -kInf);
@@ -30,6 +30,7 @@ inline RowScale softmax_epilogue(float sum, float row_max, bool seen, const floa
   if (top == kInf) return {0, kInf};
   const float weight = row_max == -kInf ? 0 : std::exp2(row_max - top);
   const float total = sum * weight + std::exp2(a - top);
+  if (!needs_lse) return {weight / total, 0};
   // lse is exactly the sink where the keys have no weight.
   const float lse =
       sink_leads ? *sink + std::log2(total) * kLn2 : (top + std::log2(total)) * kLn2 + shift;

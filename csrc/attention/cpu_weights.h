@@ -80,8 +80,9 @@ struct QueryRows {
   }
   float sum(int64_t r) const { return sum_lanes(load(sums + r * kWidth)); }
   float divisor(int64_t r) const { return sum_lanes(load(divisors + r * kWidth)); }
-  RowScale epilogue(int64_t r, const float* sink) const {
-    return softmax_epilogue(sum(r), row_max[r], raise_above[r] > -kInf, sink, score_mod->shift);
+  RowScale epilogue(int64_t r, const float* sink, bool needs_lse) const {
+    return softmax_epilogue(sum(r), row_max[r], raise_above[r] > -kInf, sink, score_mod->shift,
+                            needs_lse);
   }
 };
 
@@ -96,14 +97,17 @@ TM_INLINE vf scale_words(vf x, float factor) {
 #endif
 }
 
-// Raises row_max of a softmax row to `top` and rescales P, O and sums.
+// Raises row_max of a softmax row to `top` and rescales P, O and sums, which are 0 before the first
+// maximum.
 template <class Op>
 __attribute__((noinline)) void update_row_max(const QueryRows& t, int64_t row, float top,
                                               int64_t words_done) {
   if (!(top > t.raise_above[row])) return;
-  const float factor = t.raise_above[row] == -kInf ? 0 : std::exp2(t.row_max[row] - top);
+  const float old = t.raise_above[row] == -kInf ? -kInf : t.row_max[row];
   t.row_max[row] = top;
   t.raise_above[row] = top + kHeadroom;
+  if (old == -kInf) return;
+  const float factor = std::exp2(old - top);
   float* p = t.p + row * t.ldp;
   for (int64_t w = 0; w < words_done; w += kWidth)
     store(p + w, scale_words<Op>(load(p + w), factor));

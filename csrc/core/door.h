@@ -56,6 +56,7 @@ const Schema& schema_of(std::string_view name);
 struct Record {
   const Schema* schema = nullptr;
   const Argument* arguments = nullptr;
+  size_t wanted = 0;  // results that the caller takes: the first ones
 };
 
 // An optional number. Not std::optional, which would convert from the type of any field.
@@ -176,7 +177,7 @@ constexpr size_t kMaxArguments = 48, kMaxResults = 8;  // limits for any schema
 
 struct Operator {
   const char* name;
-  void (*call)(const Schema& schema, const Argument* arguments, Array* results);
+  void (*call)(const Schema& schema, const Argument* arguments, Array* results, size_t wanted);
   void (*boxed)(uint64_t* stack, uint64_t inputs, uint64_t outputs);  // torch's calling convention
   std::string kinds;                                                  // of the fields of the record
   std::atomic<const Schema*> found = nullptr;
@@ -204,12 +205,13 @@ struct Implementation;
 
 template <typename Result, IsRecord Args, Result (*function)(const Args&)>
 struct Implementation<function> {
-  static void call(const Schema& schema, const Argument* arguments, Array* results) {
+  static void call(const Schema& schema, const Argument* arguments, Array* results, size_t wanted) {
     [[maybe_unused]] emulated::Frame frame;  // notes of this call last as long as the call
     Arguments source{arguments};
     Args args = record_from<Args>(source);
     args.schema = &schema;
     args.arguments = arguments;
+    args.wanted = wanted;
     if constexpr (std::is_void_v<Result>)
       function(args);
     else

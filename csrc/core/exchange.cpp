@@ -450,11 +450,12 @@ PyObject* Function::run(PyObject* const* slots, size_t wanted, PyObject* record)
     if (records) return records < 0 ? nullptr : recorded(slots, wanted, record);
   }
 
+  const size_t outputs = std::min(wanted, schema.results.size());
   Array results[kMaxResults];
   std::string error;
   Py_BEGIN_ALLOW_THREADS;
   try {
-    op.call(schema, arguments, results);
+    op.call(schema, arguments, results, outputs);
   } catch (const std::exception& e) {
     error = e.what();
     if (error.empty()) error = "tokenmill: unknown error";
@@ -464,7 +465,6 @@ PyObject* Function::run(PyObject* const* slots, size_t wanted, PyObject* record)
     PyErr_SetString(PyExc_RuntimeError, error.c_str());
     return nullptr;
   }
-  const size_t outputs = std::min(wanted, schema.results.size());
   PyObject* const tuple = PyTuple_New(static_cast<Py_ssize_t>(outputs));
   for (size_t i = 0; tuple && i < outputs; ++i) {
     PyObject* const made = call.object(results[i]);

@@ -202,7 +202,7 @@ tokenmill_rules(const char* name, const int64_t* words, const double* numbers, c
   Array results[kMaxResults];
   Description(words, numbers, text, question).read(op->kinds, arguments);
   try {
-    op->call(op->schema(), arguments, results);
+    op->call(op->schema(), arguments, results, kMaxResults);
   } catch (const RulesHold&) {
   } catch (const std::exception& broken) {
     return copy(broken.what(), error, capacity);
@@ -250,7 +250,7 @@ tokenmill_kernels(const char* name, const int64_t* words, const double* numbers,
     const KernelQuestion question(call);
     Description(words, numbers, text, question).read(op->kinds, arguments);
     try {
-      op->call(op->schema(), arguments, results);
+      op->call(op->schema(), arguments, results, kMaxResults);
     } catch (const Answered&) {
     }
     return copy(question.inquiry()->text(), answer, capacity);

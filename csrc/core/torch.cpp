@@ -143,7 +143,7 @@ void torch_call(Operator& op, uint64_t* stack, uint64_t inputs, uint64_t outputs
     }
   }
   Array results[kMaxResults];
-  op.call(schema, arguments, results);
+  op.call(schema, arguments, results, outputs);
   for (size_t i = 0; i < outputs; ++i)
     stack[i] = torch::stable::detail::from(*static_cast<const Tensor*>(results[i].owner.get()));
 }

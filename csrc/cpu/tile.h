@@ -261,16 +261,16 @@ inline void pack_rows(const void* src, DType t, int64_t stride, int64_t rows, in
 }
 
 // Packs a B operand for a reduction over `length`: up to kColumns rows transposed, word (k, row) at
-// dst[k * kColumns + row]; rows past `rows` are zero.
+// dst[k * kColumns + row]; rows past `rows` are zero, up to `columns` of them in whole vectors.
 template <class Op, int kColumns = kPanel, class Source>
 inline void pack_transposed(const Source from, DType t, int64_t rows, int64_t length, float factor,
-                            float* dst) {
+                            float* dst, int64_t columns = kColumns) {
   const int64_t all = words_of<Op>(length);
   visit_words<Op>(nullptr, t, factor, [&]<typename T>(const T*, const auto words) TM_LAMBDA {
     const auto word = [&](int64_t r, int64_t w) TM_LAMBDA {
       return words(from.template at<T>(r), w * Op::kPair, length);
     };
-    for (int64_t c = 0; c < kColumns; c += kWidth)
+    for (int64_t c = 0; c < columns; c += kWidth)
       for (int64_t w = 0; w < all; w += kWidth) {
         vf block[kWidth];
         if (c + kWidth <= rows) {

@@ -396,7 +396,7 @@ class ForwardWorker {
     RowCursor at(tile);
     for (int64_t r = 0; r < t.rows; ++r, at.next()) {
       const float* logit = p.sink ? p.sink + at.head() : sink > -kInf ? &sink : nullptr;
-      const RowScale scale = t.epilogue(r, logit);
+      const RowScale scale = t.epilogue(r, logit, true);
       p.lse[walk.lse_at(tile.b, at.head(), at.query())] = scale.lse;
       store_row(t.out + r * t.ldo, scale.factor,
                 walk.query_row(walk.out(), tile.b, at.query(), at.head()), p.dtype, p.value_dim);

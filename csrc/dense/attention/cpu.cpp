@@ -340,7 +340,8 @@ class Worker {
   void store_rows() {
     for (int64_t r = 0; r < t.rows; ++r) {
       RowScale scale{1, 0};
-      if (kKind == Exponent::softmax) scale = t.epilogue(r, p.sink ? p.sink + place.h : nullptr);
+      if (kKind == Exponent::softmax)
+        scale = t.epilogue(r, p.sink ? p.sink + place.h : nullptr, p.lse);
       if (kKind == Exponent::logit) scale = divide(r);
       if (p.lse) lse_of(p, p.lse, place.b, place.s.q_start, place.h)[t.first + r] = scale.lse;
       store_row(t.out + r * t.ldo, scale.factor, row_at(p.out, place, r), p.dtype, p.value_dim);

@@ -62,7 +62,8 @@ struct PackedHead {
   }
   template <class Source>
   void pack(const Source k_rows, const Source v_rows, int64_t column, int64_t n) {
-    pack_transposed<Op>(k_rows, p->dtype, n, p->head_dim, 1.f, k + column * words);
+    pack_transposed<Op>(k_rows, p->dtype, n, p->head_dim, 1.f, k + column * words,
+                        round_up(n, Op::kPair * kWidth));
     pack_reduced_rows<Op>(v_rows, p->dtype, n, p->value_dim, v + column / Op::kPair * width, width);
   }
   // Widens float8 rows to floats, times their scales; v rows need no further packing.

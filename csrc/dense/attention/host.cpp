@@ -171,12 +171,13 @@ std::vector<int64_t> out_sizes(const AttentionArgs& a) {
   return sizes;
 }
 
-// Writes out; returns lse.
-Array forward(AttentionParams& p, const AttentionArgs& a, const View& out) {
+// Writes out; returns lse, which is empty on a CPU if the caller does not take it.
+Array forward(AttentionParams& p, const AttentionArgs& a, const View& out, bool wants_lse) {
   out.note(true);
   p.out = rows_of(out, a.packed());
-  Array lse = empty(lse_sizes(p), a.q, ScalarType::Float);
-  p.lse = has_row_statistic(p) ? float_data(lse) : nullptr;
+  const bool makes_lse = wants_lse || a.q.is_cuda;
+  Array lse = empty(makes_lse ? lse_sizes(p) : std::vector<int64_t>{0}, a.q, ScalarType::Float);
+  p.lse = makes_lse && has_row_statistic(p) ? float_data(lse) : nullptr;
   if (p.batch == 0) {
     fill(0, out);
     fill(p.map == ScoreMap::softmax ? -std::numeric_limits<double>::infinity() : 0, lse);
@@ -190,7 +191,7 @@ std::tuple<Array, Array> attention(const AttentionArgs& a) {
   AttentionParams p = make_params(a);
   check_values(a, p);
   Array out = empty(out_sizes(a), a.q);
-  Array lse = forward(p, a, out);
+  Array lse = forward(p, a, out, a.wanted > 1);
   return {out, lse};
 }
 
@@ -205,7 +206,7 @@ Array attention_out(const AttentionOutArgs& a) {
   check_like_out(kOp, "out", a.out, out_sizes(in), in.q);
   check_written(kOp, a);
   check_values(in, p);
-  return forward(p, in, a.out);
+  return forward(p, in, a.out, a.wanted > 0);
 }
 
 void run_backward(const AttentionBackwardParams& p, const View& q) {

@@ -461,7 +461,7 @@ class DecodeWorker {
       RowScale scale{1, 0};
       if (kind_ == Exponent::softmax) {
         scale = softmax_epilogue(sum, top, top > -kInf, p_.sink ? p_.sink + head : nullptr,
-                                 constant_of(head).shift);
+                                 constant_of(head).shift, p_.lse);
       } else if (kind_ == Exponent::logit) {
         if (p_.normalize == Normalize::count) sum = divisor = keys_.visible(i, head);
         scale = {normalizer(p_, divisor), sum};

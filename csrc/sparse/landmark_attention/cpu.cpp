@@ -314,7 +314,7 @@ class ForwardWorker {
     float* lse = lse_of(p, p.lse, b, 0, h);
     for (int64_t r = 0; r < rows; ++r) {
       const RowScale scale =
-          softmax_epilogue(sums[r], row_max[r], raise_above[r] > -kInf, nullptr, 0);
+          softmax_epilogue(sums[r], row_max[r], raise_above[r] > -kInf, nullptr, 0, true);
       lse[first + r] = scale.lse;
       store_row(out + r * ldo, scale.factor, row_at(p.out, r), p.dtype, p.value_dim);
     }

@@ -34,14 +34,15 @@ def call(
     or None if values are lowered. used: number of results that the caller uses; a plain call
     computes no others.
     """
-    if backend is None and out is None and choose.asked is None and not compiling():
+    if backend is None and choose.asked is None and not compiling():
         if given is not None and (spec.sugar is None or not spec.sugar.isdisjoint(given)):
             values, given = spec.lower(*values, **given), None
-        op = spec.forward
-        named = {} if given is None else given
+        op, named, wanted = spec.forward, {} if given is None else given, used
+        if out is not None and spec.out is not None:
+            op, named, wanted = spec.out, {**named, "out": out}, used - 1
         try:
             recorder = _recorders.get(op.name)
-            results = op.short(values, named, used, recorder) if op.short else NotImplemented
+            results = op.short(values, named, wanted, recorder) if op.short else NotImplemented
             if results is None:
                 results = NotImplemented
             elif op.written and results is not NotImplemented:
@@ -52,7 +53,7 @@ def call(
                 raise
             results = NotImplemented
         if results is not NotImplemented:
-            return results
+            return results if out is None else (out, *results)
     lowered = values if given is None else spec.lower(*values, **given)
     lowered = with_rows(spec, lowered, torch.Tensor.contiguous)
     if autocast.enabled() and (device := autocast.device_of(lowered)):
