@@ -1,18 +1,22 @@
 """HTML report of result files: `python -m tokenmill report FILE ... [--out PAGE]`. A file is output
-of `bench --json`, `bench primitives --json`, `check --json`, `bench --counters` or
-`bench --launches`, or the steps of `ci/gpu`. Machines are in separate columns, never in one table.
-The page loads nothing and runs no script."""
+of `bench --json`, `bench primitives --json`, `check --json`, `bench --counters`,
+`bench --launches` or `evaluate --json`, or the steps of `ci/gpu`. Machines are in separate columns,
+never in one table. The page loads nothing and runs no script."""
 
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
+import io
+import json
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from tokenmill import _cli, registry
+from tokenmill.evaluation import table as evaluation
 
 from . import report
 from .case import RECIPES, geometric_mean
@@ -31,7 +35,7 @@ th { background: #f3f4f6; }
 td.why, th.why { text-align: left; } .none { color: #777; }
 .ok { background: #e3f1e3; } .bad { background: #f7d4d0; }
 .bar { display: inline-block; height: 9px; background: #4c78a8; } .slow { background: #c8553d; }
-svg { max-width: 100%; height: auto; } pre { overflow-x: auto; }
+svg, img { max-width: 100%; height: auto; } pre { overflow-x: auto; }
 svg text { font: 11px system-ui, sans-serif; }
 """
 Rows = list[dict[str, Any]]
@@ -72,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="+",
         metavar="FILE",
-        help="what bench --json, bench primitives --json or check --json wrote",
+        help="what bench --json, bench primitives --json, check --json or evaluate --json wrote",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("report.html"), metavar="PAGE",
@@ -81,12 +85,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    files = [(Path(name).stem, report.load(name, checks=True)) for name in options.files]
+    judged, files = {}, []
+    for name in options.files:
+        if rows := evaluated(name):
+            judged[Path(name).stem] = rows
+        else:
+            files.append((Path(name).stem, report.load(name, checks=True)))
     others = [(n, d) for n, d in files if "machine" not in d]
-    text = page(machines(files), others)
+    if judged:
+        _cli.check_plot("FILE: the picture of evaluate's rows", "models")
+    text = page(machines(files), others, judged)
     _cli.writable_folder("--out", options.out.parent)
     _cli.write_text("--out", options.out, text)
     return 0
+
+
+def evaluated(name: str) -> list[evaluation.Row] | None:
+    """Rows that evaluate --json wrote; None if the file has none."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        document = json.loads(Path(name).read_text())
+        if isinstance(document, list):
+            return [evaluation.Row(**row) for row in document]
+    return None
 
 
 def machines(files: list[tuple[str, dict[str, Any]]]) -> list[Machine]:
@@ -117,7 +137,11 @@ def _title(name: str, document: dict[str, Any]) -> str:
     return f"{name}: {facts['gpu'] if gpu and facts['gpu'] != 'none' else facts['cpu']}"
 
 
-def page(columns: list[Machine], counts: list[tuple[str, dict[str, Any]]]) -> str:
+def page(
+    columns: list[Machine],
+    counts: list[tuple[str, dict[str, Any]]],
+    judged: dict[str, list[evaluation.Row]],
+) -> str:
     sections = (
         ("Machines", _facts),
         ("Correct?", _checks),
@@ -130,7 +154,8 @@ def page(columns: list[Machine], counts: list[tuple[str, dict[str, Any]]]) -> st
     body = "".join(_section(title, make, columns) for title, make in sections)
     body = "".join(_steps(d) for _, d in counts if "steps" in d) + body
     body += "".join(_counts(name, document) for name, document in counts if "steps" not in document)
-    names = ", ".join([*(m.name for m in columns), *(name for name, _ in counts)])
+    body += "".join(_evaluation(name, rows) for name, rows in judged.items())
+    names = ", ".join([*(m.name for m in columns), *(name for name, _ in counts), *judged])
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -163,6 +188,26 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     head = f"<tr>{head}</tr>\n" if any(header) else ""
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>\n" for row in rows)
     return f"<table>{head}{body}</table>\n"
+
+
+def _evaluation(name: str, rows: list[evaluation.Row]) -> str:
+    """Quality against speed of policies on a model: the picture and the table."""
+    found = []
+    for model in dict.fromkeys(row.model for row in rows):
+        of_model = [row for row in rows if row.model == model]
+        drawn = io.BytesIO()
+        evaluation.picture(of_model, drawn)
+        source = "data:image/png;base64," + base64.b64encode(drawn.getvalue()).decode()
+        lines = [
+            [escape(cell) for cell in evaluation.cells(summary)]
+            for summary in evaluation.summaries(of_model)
+        ]
+        found += [
+            f"<h3>{escape(model)}</h3>\n",
+            f'<img alt="quality against tokens per second" src="{source}">\n',
+            f'<div class="wide">{table(list(evaluation.HEADER), lines)}</div>',
+        ]
+    return f"<h2>Policies: {escape(name)}</h2>\n{''.join(found)}"
 
 
 def _facts(machine: Machine) -> str:

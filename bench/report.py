@@ -262,7 +262,7 @@ def load(name: str, *, checks: bool = False) -> dict[str, Any]:
         if not all(isinstance(row, dict) for row in results.get("rows", ())):
             raise ValueError("a row is no object")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        wrote = "bench --json or check --json" if checks else "bench --json"
+        wrote = "bench --json, check --json or evaluate --json" if checks else "bench --json"
         rule = f"must be results that {wrote} wrote"
         raise _cli.UsageError(f"FILE: {rule}; got '{name}' ({_cli.one_line(error)})") from None
     return results

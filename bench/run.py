@@ -125,7 +125,7 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
         rule = "must be a device of this machine (cpu: there is no GPU)"
         raise _cli.UsageError(f"--device: {rule}; got 'cuda'")
     if options.plot:
-        _cli.check_plot("bench")
+        _cli.check_plot("--plot", "bench")
     cases_module.device = torch.device(options.device)
     chosen, failed = _cases(options)
     if not chosen and not failed:

@@ -1,5 +1,6 @@
 """evaluate() on models of transformers: scores equal token-by-token decoding."""
 
+import base64
 import dataclasses
 import json
 import math
@@ -10,6 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from tokenmill import InputError, policies  # noqa: E402
+from tokenmill.__main__ import main  # noqa: E402
 from tokenmill.evaluation import (  # noqa: E402
     evaluate,
     evaluate_vision,
@@ -201,6 +203,24 @@ def test_a_run_goes_on_where_it_stopped(model, tmp_path):
     assert len(json.loads(file.read_text())) == 4
 
 
+def test_the_report_has_picture_and_table(model, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    file, page = tmp_path / "rows.json", tmp_path / "page.html"
+    small(model, {"full": policies.FullAttention(), "<short>": policies.Quest()}, results=file)
+    assert main(["report", str(file), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "<h2>Policies: rows</h2>" in text and "<td>&lt;short&gt;</td>" in text
+    start = text.index("base64,") + len("base64,")
+    assert base64.b64decode(text[start : text.index('"', start)]).startswith(b"\x89PNG")
+    file.write_text('[{"name": "full"}]')
+    assert main(["report", str(file), "--out", str(page)]) == 2
+    assert (
+        "must be results that bench --json, check --json or evaluate --json wrote"
+        in capsys.readouterr().err
+    )
+    assert page.read_text() == text
+
+
 @pytest.mark.parametrize("content", ["{", "[1]", '[{"name": "full"}]', '{"rows": []}'])
 def test_a_file_that_has_no_rows_is_an_error(model, tmp_path, content):
     file = tmp_path / "rows.json"
@@ -276,7 +296,6 @@ def test_a_model_in_training_is_an_error(model):
     ],
 )
 def test_the_command_names_what_is_wrong(model, monkeypatch, capsys, tmp_path, options, words):
-    from tokenmill.__main__ import main
     from tokenmill.evaluation import command
 
     monkeypatch.chdir(tmp_path)
@@ -288,7 +307,6 @@ def test_the_command_names_what_is_wrong(model, monkeypatch, capsys, tmp_path, o
 
 
 def test_the_command_reads_texts_with_another_policy(model, monkeypatch, capsys, tmp_path):
-    from tokenmill.__main__ import main
     from tokenmill.evaluation import command
 
     monkeypatch.setattr(command, "load", lambda *_: (model, Characters()))
@@ -307,7 +325,6 @@ def test_the_command_reads_texts_with_another_policy(model, monkeypatch, capsys,
 
 
 def test_full_measures_what_no_option_names(model, monkeypatch):
-    from tokenmill.__main__ import main
     from tokenmill.evaluation import command
 
     asked = []

@@ -138,7 +138,7 @@ def test_a_report_refuses_what_is_no_result(tmp_path, capsys):
     bad = tmp_path / "bad.json"
     bad.write_text('{"checks": []}')
     assert main(["report", str(bad)]) == 2
-    rule = "FILE: must be results that bench --json or check --json wrote; got '"
+    rule = "FILE: must be results that bench --json, check --json or evaluate --json wrote; got '"
     assert capsys.readouterr().err.startswith(f"tokenmill report: {rule}{bad}'")
     good = tmp_path / "good.json"
     good.write_text(json.dumps(measured(ROW)))

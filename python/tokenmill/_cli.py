@@ -25,10 +25,10 @@ class UsageError(Exception):
         self.command = command  # "" stands for the running command
 
 
-def check_plot(extra: str) -> None:
-    """Raises if --plot cannot draw."""
+def check_plot(option: str, extra: str) -> None:
+    """Raises if matplotlib, with which this option draws, is missing."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(f"--plot: needs matplotlib (pip install tokenmill[{extra}])")
+        raise UsageError(f"{option}: needs matplotlib (pip install tokenmill[{extra}])")
 
 
 class Parser(argparse.ArgumentParser):

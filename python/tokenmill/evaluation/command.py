@@ -150,7 +150,7 @@ def rates(value: str) -> list[float]:
 
 def run(options: argparse.Namespace) -> int:
     if options.plot is not None:
-        _cli.check_plot("models")
+        _cli.check_plot("--plot", "models")
     try:
         return run_vision(options) if options.model == DINOV2 else run_language(options)
     except InputError as error:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..policies import FullAttention
 
@@ -186,7 +186,7 @@ def markdown(rows: Iterable[Row]) -> str:
     return table(HEADER, map(cells, summaries(rows)))
 
 
-def picture(rows: Iterable[Row], path: str | Path) -> None:
+def picture(rows: Iterable[Row], target: str | Path | BinaryIO) -> None:
     """A PNG of quality against speed, one panel a task, one colour a length. Needs matplotlib."""
     import matplotlib
 
@@ -209,8 +209,9 @@ def picture(rows: Iterable[Row], path: str | Path) -> None:
     for number, length in enumerate(lengths):
         axes[0].plot([], [], "o", color=f"C{number}", label=f"{length} tokens")
     axes[0].legend(fontsize=8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    if isinstance(target, str | Path):
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=120)
     pyplot.close(figure)
 
 
