@@ -77,6 +77,17 @@ TOKENMILL_LIBRARY(library) {
       "linear_attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) state, *, "
       "Tensor? log_decay=None, str feature_map=\"identity\", float? scale=None, "
       "bool normalize=False, Tensor? state_indices=None) -> Tensor");
+  const Arguments delta =
+      "Tensor q, Tensor k, Tensor v, Tensor beta, *, Tensor? log_decay=None, float? scale=None, "
+      "bool qk_l2norm=False, Tensor? initial_state=None, bool return_final_state=False, "
+      "Tensor? cu_seqlens=None";
+  m.def("delta_attention(" + delta + ") -> (Tensor out, Tensor final_state)");
+  m.def(
+      "delta_attention_backward(Tensor? dout, Tensor? dfinal_state, bool needs_dlog_decay, "
+      "bool needs_dinitial_state, " +
+      delta +
+      ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbeta, Tensor dlog_decay, "
+      "Tensor dinitial_state)");
   const Arguments titans =
       "Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor eta, Tensor theta, *, "
       "SymInt chunk_size=64, Tensor? initial_memory=None, Tensor? initial_momentum=None, "

@@ -24,6 +24,7 @@ CALLS = {
     tm.attention_decode: ((Q[:, :1], Q, Q), {"seqlens_k": N}),
     tm.linear_attention: ((Q, Q, Q), {}),
     tm.lightning_attention: ((Q, Q, Q, torch.ones(2)), {}),
+    tm.delta_attention: ((Q, Q, Q, Q[..., 0]), {}),
     tm.linear_attention_decode: ((Q, Q, Q, torch.zeros(1, 2, 8, 8)), {}),
     tm.sparse_decode_attention: (
         (Q[:, :1], Q, Q, LISTS[0][0], LISTS[1][0]),
@@ -67,6 +68,8 @@ THEIRS = [
     (tm.linear_attention, "g", "is called log_decay here"),
     (tm.linear_attention, "output_final_state", "is called return_final_state here"),
     (tm.linear_attention, "head_first", "there is one layout"),
+    (tm.delta_attention, "g", "is called log_decay here"),
+    (tm.delta_attention, "use_qk_l2norm_in_kernel", "is called qk_l2norm here"),
     (tm.lightning_attention, "output_final_state", "is called return_final_state here"),
     (tm.block_sparse_attention, "softmax_scale", "is called scale here"),
     (tm.hip_attention, "mask_k", "is called budget here"),

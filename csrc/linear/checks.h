@@ -54,17 +54,25 @@ inline LogDecay log_decay_of(const View& t, bool packed) {
 inline void check_decay_values(const char* op, const View& t) {
   float largest = 0;
   const int64_t rank = t.dim();
-  const int64_t n0 = rank > 2 ? t.size(-3) : 1, n1 = rank > 1 ? t.size(-2) : 1, n2 = t.size(-1);
-  const int64_t s0 = rank > 2 ? t.strides[rank - 3] : 0, s1 = rank > 1 ? t.strides[rank - 2] : 0;
-  for (int64_t i = 0; i < n0; ++i)
-    for (int64_t j = 0; j < n1; ++j) {
-      const float* row = t.data<float>() + i * s0 + j * s1;
-      for (int64_t h = 0; h < n2; ++h) {
-        const float x = row[h * t.strides.back()];
-        if (x > largest) largest = x;
+  int64_t sizes[4] = {1, 1, 1, 1}, strides[4] = {};
+  for (int64_t i = 0; i < rank; ++i) {
+    sizes[4 - rank + i] = t.sizes[i];
+    strides[4 - rank + i] = t.strides[i];
+  }
+  for (int64_t i = 0; i < sizes[0]; ++i)
+    for (int64_t j = 0; j < sizes[1]; ++j)
+      for (int64_t k = 0; k < sizes[2]; ++k) {
+        const float* row = t.data<float>() + i * strides[0] + j * strides[1] + k * strides[2];
+        for (int64_t h = 0; h < sizes[3]; ++h) {
+          const float x = row[h * strides[3]];
+          if (x > largest) largest = x;
+        }
       }
-    }
   check(!(largest > 0), op, "log_decay", "must not be positive; largest", double{largest});
+}
+
+inline TokenGates gates_of(const View& t, bool packed) {
+  return {t.mutable_data<float>(), packed ? 0 : t.step(0), t.step(-2), t.step(-1)};
 }
 
 inline States states_of(const View& t) { return {t.mutable_data<float>(), t.step(0), t.step(1)}; }

@@ -18,6 +18,12 @@ struct LogDecay {
   bool per_token;
 };
 
+// One number per token and head, [B, S, H]; strides in elements, batch = 0 if packed.
+struct TokenGates {
+  float* data;
+  int64_t batch, seq, head;
+};
+
 // [N, H, F, Dv], with a normalizer [N, H, F, Dv + 1]: each head is contiguous.
 struct States {
   float* data;

@@ -43,6 +43,7 @@ from .dense import (
     soft_causal_attention,
 )
 from .linear import (
+    delta_attention,
     lightning_attention,
     lightning_slopes,
     linear_attention,
@@ -118,6 +119,7 @@ __all__ = [
     "build_info",
     "cluster_tokens",
     "core_context_attention",
+    "delta_attention",
     "dense",
     "evaluate",
     "explain",

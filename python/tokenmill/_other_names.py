@@ -67,6 +67,7 @@ RENAMED: dict[str, tuple[tuple[str, ...], str]] = {
     "g": (("log_decay",), ""),
     "g_gamma": (("log_decay",), ", with one number for each head"),
     "output_final_state": (("return_final_state",), ""),
+    "use_qk_l2norm_in_kernel": (("qk_l2norm",), ""),
     "block_size": (("select_block", "block", "block_k"), ""),
     "block_counts": (("topk",), ""),
     # xformers and models of transformers

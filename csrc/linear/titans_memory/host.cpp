@@ -55,10 +55,6 @@ void check_inputs(const TitansArgs& a) {
   }
 }
 
-TokenGates gates_of(const View& t, bool packed) {
-  return {t.mutable_data<float>(), packed ? 0 : t.step(0), t.step(-2), t.step(-1)};
-}
-
 // All rules on metadata.
 TitansParams make_params(const TitansArgs& a) {
   const bool packed = a.packed();

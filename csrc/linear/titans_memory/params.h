@@ -4,12 +4,6 @@
 
 namespace tokenmill {
 
-// One number per token and head, [B, S, H]; strides in elements, batch = 0 if packed.
-struct TokenGates {
-  float* data;
-  int64_t batch, seq, head;
-};
-
 struct TitansParams {
   int64_t batch, heads;  // batch counts sequences
   int64_t seqlen;        // packed: all tokens

@@ -1,5 +1,6 @@
 """Attention as a recurrence over a state: cost linear in the length."""
 
+from .delta_attention import delta_attention
 from .lightning_slopes import lightning_slopes
 from .linear_attention import lightning_attention, linear_attention
 from .linear_attention_decode import linear_attention_decode
@@ -7,6 +8,7 @@ from .titans_memory import titans_memory
 from .titans_memory_decode import titans_memory_decode
 
 __all__ = [
+    "delta_attention",
     "lightning_attention",
     "lightning_slopes",
     "linear_attention",

@@ -1,0 +1,175 @@
+#include "linear/checks.h"
+#include "linear/delta_attention/params.h"
+
+namespace tokenmill {
+namespace {
+
+constexpr const char* kOp = "delta_attention";
+
+struct DeltaAttentionArgs : Record {
+  View q, k, v, beta, log_decay;
+  Optional<double> scale;
+  bool qk_l2norm;
+  View initial_state;
+  bool return_final_state;
+  View cu_seqlens;
+
+  bool packed() const { return bool(cu_seqlens); }
+  bool per_channel() const { return log_decay && log_decay.dim() > beta.dim(); }
+};
+
+std::vector<int64_t> state_sizes(const DeltaAttentionParams& p) {
+  return {p.batch, p.heads, p.head_dim, p.value_dim};
+}
+
+void check_inputs(const DeltaAttentionArgs& a) {
+  const View &q = a.q, &k = a.k, &v = a.v;
+  // q is a key: the heads of v are a multiple of them.
+  check_qkv(kOp, q, k, k, a.packed() ? 3 : 4);
+  check(k.sizes == q.sizes, kOp, "k", Rule("must have the shape of q, ", q.sizes), k.sizes);
+  check(v.dim() == q.dim(), kOp, "v", Rule("must have ", q.dim(), " dimensions"), v.dim());
+  check(v.dtype == q.dtype, kOp, "v", Rule("must have the dtype of q, ", q.dtype), v.dtype);
+  check_device_of_q(kOp, "v", v, q);
+  check_last_contiguous(kOp, "v", v);
+  check_head_dim(kOp, "v", v);
+  const int64_t heads = v.size(-2), key_heads = q.size(-2);
+  check(std::equal(v.sizes.begin(), v.sizes.end() - 2, q.sizes.begin()), kOp, "v",
+        Rule("must have the shape of q up to the heads, ", q.sizes), v.sizes);
+  check(heads == key_heads || (key_heads > 0 && heads % key_heads == 0), kOp, "v",
+        Rule("number of heads must be a multiple of that of q, ", key_heads), heads);
+  check_scale(kOp, scale_of(a));
+  std::vector<int64_t> token(v.sizes.begin(), v.sizes.end() - 1);
+  check(a.beta.sizes == token, kOp, "beta", Rule("must have shape ", token), a.beta.sizes);
+  check_wide(kOp, "beta", a.beta, q);
+  check_device_of_q(kOp, "beta", a.beta, q);
+  if (!a.log_decay) return;
+  std::vector<int64_t> channel = token;
+  channel.push_back(q.size(-1));
+  check(a.log_decay.sizes == token || a.log_decay.sizes == channel, kOp, "log_decay",
+        Rule("must have shape ", token, " or ", channel), a.log_decay.sizes);
+  check_wide(kOp, "log_decay", a.log_decay, q);
+  check_device_of_q(kOp, "log_decay", a.log_decay, q);
+  if (a.per_channel()) check_last_contiguous(kOp, "log_decay", a.log_decay);
+}
+
+// The strides of [B, S, H] or of [B, S, H, D].
+TokenGates decays_of(const View& t, bool packed, bool per_channel) {
+  if (!per_channel) return gates_of(t, packed);
+  return {t.mutable_data<float>(), packed ? 0 : t.step(0), t.step(-3), t.step(-2)};
+}
+
+// All rules on metadata.
+DeltaAttentionParams make_params(const DeltaAttentionArgs& a) {
+  const bool packed = a.packed();
+  check_inputs(a);
+  DeltaAttentionParams p{};
+  p.batch = a.q.size(0);
+  if (packed) {
+    check_cu_seqlens(kOp, "cu_seqlens", a.cu_seqlens, a.q);
+    p.batch = a.cu_seqlens.size(0) - 1;
+    p.cu_seqlens = a.cu_seqlens.data<int32_t>();
+  }
+  p.heads = a.v.size(-2);
+  p.key_heads = a.q.size(-2);
+  p.seqlen = a.q.size(-3);
+  p.head_dim = a.q.size(-1);
+  p.value_dim = a.v.size(-1);
+  p.dtype = to_dtype(a.q.dtype);
+  p.l2norm = a.qk_l2norm;
+  p.scale = static_cast<float>(scale_of(a));
+  p.q = rows_of(a.q, packed);
+  p.k = rows_of(a.k, packed);
+  p.v = rows_of(a.v, packed);
+  p.beta = gates_of(a.beta, packed);
+  p.per_channel = a.per_channel();
+  if (a.log_decay) p.log_decay = decays_of(a.log_decay, packed, p.per_channel);
+  if (a.initial_state) {
+    const std::vector<int64_t> wanted = state_sizes(p);
+    check(a.initial_state.sizes == wanted, kOp, "initial_state", Rule("must have shape ", wanted),
+          a.initial_state.sizes);
+    check_state(kOp, "initial_state", a.initial_state, a.q);
+    p.initial = states_of(a.initial_state);
+  }
+  return p;
+}
+
+void check_values(const DeltaAttentionArgs& a) {
+  if (a.q.is_cuda) return;
+  if (a.cu_seqlens) check_cu_seqlens_values(kOp, "cu_seqlens", a.cu_seqlens, a.q.size(0));
+  if (a.log_decay) check_decay_values(kOp, a.log_decay);
+}
+
+void run(const DeltaAttentionParams& p, const View& q) {
+  check(!q.is_cuda, kOp, "q", "must be on a CPU: there is no CUDA kernel", show_device(q));
+  cpu::delta_attention_forward(p);
+}
+void run(const DeltaAttentionBackwardParams& p, const View& q) {
+  check(!q.is_cuda, kOp, "q", "must be on a CPU: there is no CUDA kernel", show_device(q));
+  cpu::delta_attention_backward(p);
+}
+
+std::tuple<Array, Array> delta_attention(const DeltaAttentionArgs& a) {
+  DeltaAttentionParams p = make_params(a);
+  check_values(a);
+  Array out = empty(a.v.sizes, a.q);
+  Array final_state = empty(a.return_final_state ? state_sizes(p) : std::vector<int64_t>{0}, a.q,
+                            ScalarType::Float);
+  p.out = rows_of(out, a.packed());
+  if (a.return_final_state) p.final = states_of(final_state);
+  if (p.batch == 0)
+    fill(0, out);
+  else if (out.numel() + final_state.numel() > 0)
+    run(p, a.q);
+  return {out, final_state};
+}
+
+struct DeltaAttentionBackwardArgs : Record {
+  View dout, dfinal_state;
+  bool needs_dlog_decay, needs_dinitial_state;
+  DeltaAttentionArgs forward;
+};
+
+using Gradients = std::tuple<Array, Array, Array, Array, Array, Array>;
+
+Gradients delta_attention_backward(const DeltaAttentionBackwardArgs& a) {
+  const DeltaAttentionArgs& in = a.forward;
+  DeltaAttentionBackwardParams p{};
+  p.forward = make_params(in);
+  DeltaAttentionParams& f = p.forward;
+  const bool packed = in.packed();
+  if (a.dout) {
+    check_like_out(kOp, "dout", a.dout, in.v.sizes, in.q);
+    p.dout = rows_of(a.dout, packed);
+  }
+  if (a.dfinal_state) {
+    check_like_lse(kOp, "dfinal_state", a.dfinal_state, state_sizes(f), in.q);
+    p.dfinal = states_of(a.dfinal_state);
+  }
+  check_values(in);
+
+  const bool wants_decay = a.needs_dlog_decay && in.log_decay,
+             wants_initial = a.needs_dinitial_state && in.initial_state;
+  const std::vector<int64_t> nothing{0}, state = state_sizes(f);
+  Array dq = empty(in.q.sizes, in.q), dk = empty(in.k.sizes, in.q), dv = empty(in.v.sizes, in.q);
+  Array dbeta = empty(in.beta.sizes, in.q, ScalarType::Float);
+  Array ddecay = empty(wants_decay ? in.log_decay.sizes : Sizes(nothing), in.q, ScalarType::Float);
+  Array dinitial = empty(wants_initial ? state : nothing, in.q, ScalarType::Float);
+  p.dq = rows_of(dq, packed);
+  p.dk = rows_of(dk, packed);
+  p.dv = rows_of(dv, packed);
+  p.dbeta = gates_of(dbeta, packed);
+  if (wants_decay) p.dlog_decay = decays_of(ddecay, packed, f.per_channel);
+  if (wants_initial) p.dinitial = states_of(dinitial);
+  if (f.batch == 0 || f.heads == 0)
+    fill(0, dq, dk, dv, dbeta, ddecay);
+  else if (in.q.numel() + dinitial.numel() > 0)
+    run(p, in.q);
+  return {dq, dk, dv, dbeta, ddecay, dinitial};
+}
+
+const Registration kOperators({&implement<delta_attention>("delta_attention"),
+                               &implement<delta_attention_backward>("delta_attention_backward")},
+                              Devices::cpu);
+
+}  // namespace
+}  // namespace tokenmill
