@@ -9,7 +9,9 @@ from conftest import backends
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
+from torch._subclasses import FakeTensorMode
 
+import tokenmill as tm
 from tokenmill import registry
 from tokenmill.__main__ import main
 from tokenmill._promise import rows, table
@@ -34,7 +36,7 @@ def test_what_is_promised_holds(op, draw):
 
 
 @pytest.mark.parametrize(
-    ("op", "column"), [(op, c) for op, row in PROMISE.items() for c in row if row[c].because]
+    ("op", "column"), [(op, c) for op, row in PROMISE.items() for c in row if row[c].breaks]
 )
 def test_what_is_not_promised_differs(op, column):
     """Otherwise the table may say "always"."""
@@ -73,6 +75,19 @@ def test_a_result_that_depends_on_the_batch_or_on_strides_is_found(op, monkeypat
     monkeypatch.undo()
     assert main(words) == 0
     assert "DIFFERS" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_gpus_refuse_an_invariant_call(cached):
+    def call(device, backend):
+        q = torch.empty(1, 8, 2, 16, device=device)
+        lengths = torch.full((1,), 8, dtype=torch.int32, device=device) if cached else None
+        tm.attention(q, q, q, causal=True, seqlens_k=lengths, invariant=True, backend=backend)
+
+    with pytest.raises(RuntimeError, match=r"cannot run this call: .*invariant must be"):
+        call("cpu", "cuda")
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="invariant: must be False on a GPU"):
+        call("cuda", None)
 
 
 @pytest.mark.parametrize("others", [["--json", "x"], ["--verbose"], ["--backend", "reference"]])

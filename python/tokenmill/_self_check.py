@@ -100,7 +100,8 @@ def _run_invariance(options: argparse.Namespace) -> int:
                 with place.chosen():
                     found = differences(row, Draw(DTYPES[dtype]))
                 problems |= {column: f"{dtype}: {text}" for column, text in found.items()}
-            said = {c: "DIFFERS" if c in problems else cell.verdict for c, cell in row.items()}
+            said = {c: cell.word for c, cell in row.items()}
+            said |= dict.fromkeys(problems, "DIFFERS")
             print(f"{place!s:<18}{op:<26}" + "".join(f"{said.get(c, ''):<11}" for c in COLUMNS))
             for column, problem in problems.items():
                 print(f"    {column}: {problem}")

@@ -215,6 +215,17 @@ def attention(
     return split(pieces, out, lse.T)
 
 
+def dense_attention(pieces: list[Piece], *, backend: str, **mods: Any) -> list[Any]:
+    """Each piece in a call of its own."""
+
+    def one(p: Piece) -> Any:
+        q, k, v = p.new("q")[None], p.seen("k")[None], p.seen("v")[None]
+        out, lse = tm.attention(q, k, v, causal=True, return_lse=True, backend=backend, **mods)
+        return out[0], lse[0].T
+
+    return [one(p) for p in pieces]
+
+
 def padded_attention(pieces: list[Piece], *, backend: str, extra: int = 0) -> list[Any]:
     """Whole prompts: causal rows see no padding after them."""
     q, k, v = (padded([p.new(n) for p in pieces], extra=extra)[0] for n in "qkv")
@@ -232,12 +243,14 @@ def attention_decode(
     return split(pieces, out, lse.T)
 
 
-def attention_steps(pieces: list[Piece], *, backend: str, place: Place = 16) -> list[Any]:
+def attention_steps(
+    pieces: list[Piece], *, backend: str, place: Place = 16, **mods: Any
+) -> list[Any]:
     """attention_decode of [B, S, H, D]."""
 
     def group(some: list[Piece]) -> list[Any]:
         [q], ([k, v], where) = stacked(some, "q"), seen(some, place, "k", "v")
-        out, lse = tm.attention_decode(q, k, v, return_lse=True, backend=backend, **where)
+        out, lse = tm.attention_decode(q, k, v, return_lse=True, backend=backend, **where, **mods)
         return list(zip(out, lse.transpose(1, 2), strict=True))
 
     return grouped(group, pieces)

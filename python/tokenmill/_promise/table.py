@@ -55,22 +55,20 @@ Case = Callable[[Draw], None]  # raises AssertionError where bits differ
 
 @dataclass(frozen=True)
 class Cell:
-    """holds: what is promised. because: "", or why the promise has exceptions; then `breaks`
-    differs, and `but` says what is promised nevertheless.
+    """holds: what is promised. breaks: a case that differs, if the promise is not "always"; `but`
+    says what is promised nevertheless.
     """
 
     holds: tuple[Case, ...] = ()
-    because: str = ""
+    text: str = "always"
     breaks: Case | None = None
     but: str = ""
 
     @property
-    def verdict(self) -> str:
-        return "no" if self.because else "always"
-
-    @property
-    def text(self) -> str:
-        return f"no, because {self.because}" if self.because else "always"
+    def word(self) -> str:
+        if self.breaks is None:
+            return "always"
+        return "no" if self.text.startswith("no") else "invariant"
 
 
 Row = dict[str, Cell]
@@ -81,7 +79,11 @@ def always(*holds: Case, but: str = "") -> Cell:
 
 
 def no(because: str, breaks: Case, *holds: Case, but: str = "") -> Cell:
-    return Cell(holds, because, breaks, but)
+    return Cell(holds, f"no, because {because}", breaks, but)
+
+
+def asked(breaks: Case, *holds: Case) -> Cell:
+    return Cell(holds, "with invariant=True", breaks)
 
 
 def kit(
@@ -178,13 +180,28 @@ def two_noises(draw: Draw) -> None:
     assert torch.equal(scores(slice(2))[1:], scores(slice(1, 2)))
 
 
-def heads_of(op: str, sample: str) -> Cell:
-    """The cell of ranks of an operator in which heads share a product."""
+def heads_of(op: str, sample: str) -> Case:
     spec = registry.get(op)
     [case] = [parts(spec, s, "h") for s in spec.samples if s.name == sample]
-    return no("heads with few rows are multiplied together", case)
+    return case
 
 
+def invariant(**mods: Any) -> Case:
+    """Every way to a result of attention, with one order of sums."""
+    given = {"invariant": True, **mods}
+    ways: dict[str, Run] = {
+        "packed": partial(runs.attention, **given),
+        "pages": partial(runs.attention, place=4, **given),
+        "dense": partial(runs.dense_attention, **given),
+        "decode": partial(runs.attention_decode, **given),
+        "steps": partial(runs.attention_steps, place="wide", **given),
+    }
+    if not mods:  # of all heads
+        ways |= {f"{n} by heads": by_head(ways[n]) for n in ("dense", "decode")}
+    return kit(ways, ("alone", "sizes", *PARTS))
+
+
+SHARED = "heads with few rows are multiplied together"
 FEW = "few rows of queries take another kernel than many"
 BEGIN = "blocks of queries begin with the chunk"
 CHOSEN = "it chooses blocks by kv_block_scores"
@@ -196,35 +213,20 @@ ALIGNED_DO = "chunks of a multiple of block_q tokens do"
 def dense() -> dict[str, Row]:
     packed, decode = runs.attention, runs.attention_decode
     modified, modified_decode = (partial(f, **runs.MODS) for f in (packed, decode))
-    alone = runs.chunks(tm.attention, causal=True)
+    alone = runs.dense_attention
     steps = last(runs.attention_steps, 3)
     one_by_one = last(each(runs.attention_steps), 3)
     prefills: dict[str, Run] = {"packed": packed, "padded": runs.padded_attention}
     prefills["wider"] = partial(runs.padded_attention, extra=3)
     heads = {"whole": last(alone, 1), "by heads": last(by_head(alone), 1)}
+    every, every_modified = invariant(), invariant(**runs.MODS)
     return {
         "attention": {
             "batch": always(kit(prefills), kit(modified, ("order",))),
             "placement": always(kit(placed(packed), PLACES)),
-            "chunks": no(
-                "few queries of many keys are cut into ranges of keys",
-                kit(alone, ("chunks", "decode")),
-                kit(packed, PARTS),
-                kit(modified, PARTS),
-                but="packed chunks (cu_seqlens) do",
-            ),
-            "decode": no(
-                "attention_decode cuts keys into ranges",
-                kit(either(packed, decode), ("decode",)),
-                kit(packed, PARTS),
-                but="a packed call of one token over all its keys does",
-            ),
-            "ranks": no(
-                "few queries of many keys are cut by the number of heads",
-                kit(heads, ("alone",)),
-                kit({"whole": packed, "by heads": by_head(packed)}, ("alone",)),
-                but="packed calls do",
-            ),
+            "chunks": asked(kit(alone, ("chunks", "decode")), every, every_modified),
+            "decode": asked(kit(either(packed, decode), ("decode",)), every, every_modified),
+            "ranks": asked(kit(heads, ("alone",)), every),
             "backward": always(kit(gradients(packed, "q", "k", "v"), LEARNS)),
         },
         "attention_decode": {
@@ -232,11 +234,13 @@ def dense() -> dict[str, Row]:
             "placement": always(
                 kit(placed(modified_decode), PLACES), kit(placed(steps), PLACES, shortest=3)
             ),
-            "chunks": no(
-                FEW, kit({"together": steps, "one by one": one_by_one}, ("alone",), shortest=3)
+            "chunks": asked(
+                kit({"together": steps, "one by one": one_by_one}, ("alone",), shortest=3),
+                every,
+                every_modified,
             ),
-            "decode": no(FEW, kit(runs.attention_steps, ("decode",))),
-            "ranks": heads_of("attention_decode", "dense"),
+            "decode": asked(kit(runs.attention_steps, ("decode",)), every, every_modified),
+            "ranks": asked(heads_of("attention_decode", "dense"), every),
         },
     }
 
@@ -340,7 +344,7 @@ def select() -> dict[str, Row]:
             "placement": always(kit(placed(scores), PLACES, shortest=3)),
             "chunks": no(FEW, kit(runs.block_scores, ("mixed",))),
             "decode": no(FEW, kit(runs.block_scores, ("decode",))),
-            "ranks": heads_of("kv_block_scores", "odd blocks"),
+            "ranks": no(SHARED, heads_of("kv_block_scores", "odd blocks")),
         },
         "kv_cache_append": {
             "batch": always(kit(appended)),
@@ -370,7 +374,7 @@ def sparse() -> dict[str, Row]:
                 kit(of_tokens, ("decode",)),
                 but="a call of one token with block_q = 1 does",
             ),
-            "ranks": heads_of("block_sparse_attention", "latent"),
+            "ranks": no(SHARED, heads_of("block_sparse_attention", "latent")),
             "backward": always(kit(gradients(blocks, "q", "k", "v"), LEARNS)),
         },
         "sparse_decode_attention": {
@@ -380,7 +384,7 @@ def sparse() -> dict[str, Row]:
                 FEW, kit({"together": steps, "one by one": one_by_one}, ("alone",), shortest=3)
             ),
             "decode": no("block_sparse_attention computes a prompt", apart),
-            "ranks": heads_of("sparse_decode_attention", "shared list"),
+            "ranks": no(SHARED, heads_of("sparse_decode_attention", "shared list")),
         },
         **landmarks(),
         **compositions(),
@@ -467,7 +471,7 @@ def promise() -> dict[str, Row]:
     for op, row in (dense() | linear() | select() | sparse()).items():
         before = found.setdefault(op, {})
         for column, cell in row.items():
-            partly = column in before and (not cell.because or cell.but)
+            partly = column in before and (not cell.breaks or cell.but)
             also = before[column].holds if partly else ()
             before[column] = replace(cell, holds=(*also, *cell.holds))
     return found
