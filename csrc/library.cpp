@@ -32,7 +32,7 @@ TOKENMILL_LIBRARY(library) {
       "Tensor? sink=None, float softcap=0.0, bool causal=False, SymInt window_left=-1, "
       "SymInt window_right=-1, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
       "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, str precision=\"accurate\", "
-      "bool post_decay=False";
+      "bool post_decay=False, bool invariant=False";
   m.def("attention(" + attention + ") -> (Tensor out, Tensor lse)");
   m.def("attention_out(" + attention + ", Tensor(a!) out) -> (Tensor lse)");
   m.def(
@@ -49,7 +49,7 @@ TOKENMILL_LIBRARY(library) {
       "Tensor? mask_k_spans=None, Tensor? alibi_slopes=None, Tensor? sink=None, "
       "float softcap=0.0, bool causal=True, SymInt window_left=-1, SymInt window_right=-1, "
       "Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None, SymInt num_splits=0, "
-      "str schedule=\"auto\", Tensor? k_scale=None, Tensor? v_scale=None";
+      "str schedule=\"auto\", Tensor? k_scale=None, Tensor? v_scale=None, bool invariant=False";
   m.def("attention_decode(" + decode + ") -> (Tensor out, Tensor lse)");
   m.def("attention_decode_out(" + decode + ", Tensor(a!) out) -> (Tensor lse)");
   const Arguments merge = "Tensor outs, Tensor? lses=None";

@@ -37,7 +37,7 @@ PACKAGES = {
     "evaluation": "Policies judged on a model",
     "distributed": "Sequences on several ranks",
     "papers": "The index of papers",
-    "testing": "Kernels against the float64 reference",
+    "testing": "Kernels against the float64 reference, and requests against their batch",
 }
 LANGUAGES = {".py": "python", ".cpp": "cpp", ".h": "cpp", ".cu": "cpp", ".cuh": "cpp"}
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")

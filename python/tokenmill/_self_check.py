@@ -44,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--verbose", action="store_true", help="a line for every tensor")
     parser.add_argument("--json", metavar="FILE", help="write what was found as JSON")
+    parser.add_argument(
+        "--invariance",
+        action="store_true",
+        help="instead, whether a request has the same bits in any batch where docs/numerics.md "
+        "says so (backend cpu)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,6 +58,8 @@ def run(options: argparse.Namespace) -> int:
     """
     from .bench.progress import progress
 
+    if options.invariance:
+        return _run_invariance(options)
     if options.json:
         _cli.writable_folder("--json", Path(options.json).parent)
     ops = list(dict.fromkeys(options.ops)) or list(registry.ops())
@@ -73,6 +81,33 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         _write(Path(options.json), rows)
     return 0 if all(row.ok for row in rows) and any(row.compared for row in rows) else 1
+
+
+def _run_invariance(options: argparse.Namespace) -> int:
+    """Exit status: 1 if a bit differs where the table of docs/numerics.md promises otherwise."""
+    from ._promise.table import COLUMNS, Draw, differences, promise
+
+    if options.json or options.verbose or set(options.backend or ["cpu"]) != {"cpu"}:
+        rule = "must go without --json, --verbose and backends other than cpu"
+        raise _cli.UsageError(f"--invariance: {rule}")
+    options.backend = ["cpu"]
+    places, wrong = _places(options), 0
+    print(f"{'':<44}" + "".join(f"{column:<11}" for column in COLUMNS))
+    for op, row in promise().items():
+        for place in places if not options.ops or op in options.ops else ():
+            problems: dict[str, str] = {}
+            for dtype in dict.fromkeys(options.dtype or DTYPES):
+                with place.chosen():
+                    found = differences(row, Draw(DTYPES[dtype]))
+                problems |= {column: f"{dtype}: {text}" for column, text in found.items()}
+            said = {c: cell.word for c, cell in row.items()}
+            said |= dict.fromkeys(problems, "DIFFERS")
+            print(f"{place!s:<18}{op:<26}" + "".join(f"{said.get(c, ''):<11}" for c in COLUMNS))
+            for column, problem in problems.items():
+                print(f"    {column}: {problem}")
+            sys.stdout.flush()
+            wrong += len(problems)
+    return 1 if wrong else 0
 
 
 @dataclass(frozen=True)

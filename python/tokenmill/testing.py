@@ -1,5 +1,5 @@
-"""The error budget, and helpers for checking a kernel: oracle access, instruction-set selection,
-timing.
+"""The error budget, bits of a request in any batch, and helpers for checking a kernel: oracle
+access, instruction-set selection.
 
 A result is correct if its error against the float64 oracle is at most `factor` times the error of
 plain PyTorch in the same dtype, plus a floor that covers the rounding of one output element
@@ -21,7 +21,36 @@ from torch import Tensor
 
 from . import _emulator, _explain, registry
 from ._call import choose, library
+from ._invariance import Piece, assert_batch_invariant, packed, padded, paged
 from .registry import OpSpec, Sample
+
+__all__ = [
+    "FORWARD_FACTOR",
+    "FORWARD_FLOOR",
+    "GRADIENT_FACTOR",
+    "GRADIENT_FLOOR",
+    "LSE_FLOOR",
+    "Comparison",
+    "Piece",
+    "assert_accurate",
+    "assert_batch_invariant",
+    "budget",
+    "compare",
+    "convert",
+    "cpu_isa",
+    "cpu_isas",
+    "emulated_cuda",
+    "error",
+    "evaluate",
+    "magnitude",
+    "map_tensors",
+    "oracle",
+    "packed",
+    "padded",
+    "paged",
+    "tensors_of",
+    "without_side_effects",
+]
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 # In units of the largest magnitude of the result: roundings that a kernel has and plain PyTorch may

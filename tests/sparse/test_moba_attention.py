@@ -58,10 +58,25 @@ def test_formulas_forward_and_backward(backend, case):
         torch.testing.assert_close(leaf.grad.cpu().double(), its.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_stripes_change_no_choice(monkeypatch):
+    """Stripes of scores depend on the batch. Scores of few queries have other bits than those of
+    many, which shows in the choice among blocks whose mean keys are permutations of one."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 193, 2, 1, generator=g).expand(-1, -1, -1, 32).contiguous()
+    key, v = torch.randn(32, generator=g), torch.randn(1, 193, 1, 8, generator=g)
+    blocks = torch.stack([key[torch.randperm(32, generator=g)] for _ in range(13)])
+    k = blocks.repeat_interleave(16, 0)[None, :193, None]
+    whole = tm.moba_attention(q, k, v, block=16, topk=3)
+    monkeypatch.setattr(query_lists, "CPU_ELEMENTS", 1)
+    assert torch.equal(tm.moba_attention(q, k, v, block=16, topk=3), whole)
+    monkeypatch.setattr(query_lists, "MIN_ROWS", 1)  # what the rule prevents
+    assert not torch.equal(tm.moba_attention(q, k, v, block=16, topk=3), whole)
+
+
 def test_blocks_of_several_parts_and_requests_of_their_own_lengths(monkeypatch):
     monkeypatch.setattr(query_lists, "CPU_ELEMENTS", 64)  # several stripes
     lengths = torch.tensor([560, 2, 0], dtype=torch.int32)
-    q, k, v = (t.detach() for t in inputs("cpu", 5, 560, 2, 1, b=3))
+    q, k, v = (t.detach() for t in inputs("cpu", 40, 560, 2, 1, b=3))
     k[1, 2:], v[0, 560:] = torch.nan, torch.nan
     out, lse = tm.moba_attention(
         q, k, v, block=256, topk=2, seqlens_k=lengths, return_lse=True

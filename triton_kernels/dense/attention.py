@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from tokenmill._call.operator import as_record, record_of
+from tokenmill._check import check
 from tokenmill._kv_cache import capacity
 from tokenmill.dense.terms import has_row_statistic
 
@@ -291,6 +292,7 @@ def _bounded(tokens: int, bound: int | None) -> int:
 
 
 def attention(a: Any) -> tuple[Tensor, Tensor]:
+    check(not a.invariant, "attention", "invariant", "must be False on a GPU", a.invariant)
     return forward(Call(*a))
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill._check import check
 from tokenmill.dense.terms import has_row_statistic
 
 from ..common import (
@@ -249,6 +250,7 @@ def tile_of(q: Tensor, v: Tensor, rows: int, longest: int) -> Tile:
 
 
 def attention_decode(a: Any) -> tuple[Tensor, Tensor]:
+    check(not a.invariant, "attention_decode", "invariant", "must be False on a GPU", a.invariant)
     if len(parts := value_parts(a.v_cache)) > 1:
         results = [attention_decode(a._replace(v_cache=part)) for part in parts]
         return torch.cat([out for out, _ in results], -1), results[0][1]

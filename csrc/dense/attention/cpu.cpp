@@ -6,6 +6,7 @@
 #include "core/knobs.h"
 #include "cpu/parallel.h"
 #include "dense/attention/cpu_few_rows.h"
+#include "dense/attention/cpu_kernels.h"
 #include "dense/attention/cpu_mask_forward.h"
 #include "dense/attention/cpu_packed_head.h"
 
@@ -407,6 +408,7 @@ void attention_forward(const AttentionParams& p) {
   if (has_few_rows(p)) return attend_few_rows(p);
   forward({p});
 }
+void attention_forward_in_tiles(const AttentionParams& p) { forward({p}); }
 void attention_prefill(const DecodeParams& d) { forward({d.attention, &d}); }
 
 }  // namespace tokenmill::TOKENMILL_ISA

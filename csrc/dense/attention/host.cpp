@@ -7,6 +7,7 @@
 #include "core/qkv.h"
 #include "core/stream.h"
 #include "core/written.h"
+#include "dense/attention/cpu_kernels.h"
 #include "dense/attention/kernels.h"
 
 namespace tokenmill {
@@ -33,6 +34,7 @@ struct AttentionArgs : Record {
   Optional<int64_t> max_seqlen_q, max_seqlen_k;
   std::string_view precision;
   bool post_decay;
+  bool invariant;
 
   bool packed() const { return cu_seqlens_q || cu_seqlens_k; }
 };
@@ -156,13 +158,14 @@ void check_values(const AttentionArgs& a, const AttentionParams& p) {
 
 float* float_data(const View& t) { return t.mutable_data<float>(); }
 
-void run_forward(const AttentionParams& p, const View& q) {
-  if (q.is_cuda) {
+void run_forward(const AttentionParams& p, const AttentionArgs& a) {
+  if (a.q.is_cuda) {
+    check(!a.invariant, kOp, "invariant", "must be False on a GPU", a.invariant);
     Array bounds;
-    if (p.mask.any()) bounds = empty({MaskBounds::bytes(p)}, q, ScalarType::Byte);
-    return launch_on_device(kOp, q, Masked{p, MaskBounds::at(p, bounds.mutable_data())});
+    if (p.mask.any()) bounds = empty({MaskBounds::bytes(p)}, a.q, ScalarType::Byte);
+    return launch_on_device(kOp, a.q, Masked{p, MaskBounds::at(p, bounds.mutable_data())});
   }
-  cpu::attention_forward(p);
+  a.invariant ? cpu::attention_forward_in_tiles(p) : cpu::attention_forward(p);
 }
 
 std::vector<int64_t> out_sizes(const AttentionArgs& a) {
@@ -182,7 +185,7 @@ Array forward(AttentionParams& p, const AttentionArgs& a, const View& out, bool 
     fill(0, out);
     fill(p.map == ScoreMap::softmax ? -std::numeric_limits<double>::infinity() : 0, lse);
   } else if (out.numel() > 0) {
-    run_forward(p, a.q);
+    run_forward(p, a);
   }
   return lse;
 }

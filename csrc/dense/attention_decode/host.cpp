@@ -17,10 +17,19 @@ constexpr int64_t kMaxSplits = 1024;
 // Max query rows per key for which keys are read in place; more rows share packed keys.
 constexpr int64_t kFewRows = 64;
 
-// The result of a request depends only on its own number of queries.
-void run_on_cpu(DecodeParams& d) {
+bool packs_keys(const AttentionParams& p) {
+  return std::max(p.head_dim, p.value_dim) <= kMaxHeadDim;
+}
+
+// The result of a request depends only on its own number of queries, if invariant not even on it.
+void run_on_cpu(DecodeParams& d, bool invariant) {
   const AttentionParams& p = d.attention;
-  const bool packs = std::max(p.head_dim, p.value_dim) <= kMaxHeadDim;
+  if (invariant) {
+    d.num_requests = p.batch;
+    d.queries = p.seqlen_q;
+    return cpu::attention_prefill(d);
+  }
+  const bool packs = packs_keys(p);
   const int64_t few = packs ? kFewRows / (p.heads / p.kv_heads) : p.seqlen_q;
   if (!p.cu_seqlens_q) {
     d.num_requests = p.batch;
@@ -42,11 +51,6 @@ void run_on_cpu(DecodeParams& d) {
   }
 }
 
-void run(DecodeParams& d, const View& q, const View& k, const View& v) {
-  if (q.is_cuda) return launch_with_workspace(kOp, q, d, d.workspace);
-  run_on_cpu(d);
-}
-
 struct AttentionDecodeArgs : Record {
   View q, k_cache, v_cache, seqlens_k, block_table;
   std::string_view kind, normalize;
@@ -63,6 +67,7 @@ struct AttentionDecodeArgs : Record {
   int64_t num_splits;
   std::string_view schedule;
   View k_scale, v_scale;
+  bool invariant;
 
   bool packed() const { return bool(cu_seqlens_q); }
 };
@@ -98,6 +103,8 @@ DecodeParams make_params(const AttentionDecodeArgs& a) {
   p.kv_heads = a.k_cache.size(2);
   p.head_dim = a.q.size(-1);
   p.value_dim = a.v_cache.size(3);
+  check(!a.invariant || packs_keys(p), kOp, "invariant",
+        Rule("must be False with head dimensions above ", kMaxHeadDim), a.invariant);
   p.dtype = to_dtype(a.q.dtype);
   p.map = map;
   p.normalize = normalize;
@@ -134,6 +141,12 @@ std::vector<int64_t> out_sizes(const AttentionDecodeArgs& a) {
   return sizes;
 }
 
+void run(DecodeParams& d, const AttentionDecodeArgs& a) {
+  if (!a.q.is_cuda) return run_on_cpu(d, a.invariant);
+  check(!a.invariant, kOp, "invariant", "must be False on a GPU", a.invariant);
+  launch_with_workspace(kOp, a.q, d, d.workspace);
+}
+
 // Writes out; returns lse.
 Array answer(DecodeParams& d, const AttentionDecodeArgs& a, const View& out) {
   AttentionParams& p = d.attention;
@@ -141,7 +154,7 @@ Array answer(DecodeParams& d, const AttentionDecodeArgs& a, const View& out) {
   p.out = rows_of(out, a.packed());
   Array lse = empty(lse_sizes(p), a.q, ScalarType::Float);
   p.lse = has_row_statistic(p) ? lse.mutable_data<float>() : nullptr;
-  if (out.numel() > 0) run(d, a.q, a.k_cache, a.v_cache);
+  if (out.numel() > 0) run(d, a);
   return lse;
 }
 

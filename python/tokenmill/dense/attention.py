@@ -119,6 +119,7 @@ def attention(
     backend: str | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Exact attention with any score map; the score matrix is never materialised.
 
@@ -194,6 +195,10 @@ def attention(
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
         k_scale, v_scale: scales of caches (seqlens_k) in float8_e4m3fn, as in
             :func:`attention_decode`.
+        invariant: on CPUs one order of sums for any number of queries: a token has the same bits in
+            a prompt, in any chunk of it and decoded (:func:`attention_decode` with invariant), a
+            head the same alone and among others. Few queries of many keys take up to 4 times as
+            long. True is refused on GPUs; the reference, which promises no bits, ignores it.
 
     Returns:
         out ``[B, Sq, H, Dv]`` (packed ``[Tq, H, Dv]``) in the dtype of q; with return_lse also lse
@@ -300,6 +305,8 @@ def lower(
         )
     if alibi_grid is not None:
         a["grid_width"], a["grid_distance"], a["grid_window"] = _lower_grid(alibi_grid)
+    if a["invariant"] and q.is_cuda:
+        fail(OP, "invariant", "must be False on a GPU", True)
     widen_fields(a, q, "alibi_slopes", "sink")
     return tuple(a.values())
 
@@ -407,6 +414,12 @@ def flops(a: Any) -> float:
     return 2.0 * a.q.shape[-2] * pairs * (a.q.shape[-1] + a.v.shape[-1])
 
 
+def _unsupported(backend: str, a: Any) -> list[str]:
+    if a.invariant and backend in ("cuda", "triton"):
+        return ["invariant must be False"]
+    return []
+
+
 FORWARD = register(
     TorchOp(
         OP,
@@ -440,6 +453,7 @@ SPEC = register_op(
                 "window",
                 "post_decay",
                 "return_lse",
+                "invariant",
                 "alibi_slopes",
                 "sink",
                 "cu_seqlens_q",
@@ -453,6 +467,7 @@ SPEC = register_op(
         differentiable=("q", "k", "v", "score_bias", "bias", "alibi_slopes", "sink"),
         logarithms=(1,),
         over_cache="attention_decode",
+        unsupported=_unsupported,
         sharding=Sharding(
             {
                 "q k v": "b.h.",

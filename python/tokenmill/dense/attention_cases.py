@@ -141,6 +141,10 @@ SAMPLES = (
             alibi_grid=masks.grid(7, "manhattan", window=5),
         ),
     ),
+    Sample(
+        "few rows, invariant",
+        _dense({"sq": 2, "sk": 150}, causal=True, invariant=True, softcap=4.0),
+    ),
     Sample("weights that fade", _dense({}, post_decay=draw_decay(4, width=5))),
     Sample(
         "weights that fade, every term",

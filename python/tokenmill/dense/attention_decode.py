@@ -101,6 +101,7 @@ def attention_decode(
     backend: str | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention of the newest tokens of each request over its KV cache, dense or paged.
 
@@ -154,6 +155,10 @@ def attention_decode(
             token, ``[P, page size, Hk]`` (dense ``[B, S, Hk]``), any strides: keys and values are
             the stored numbers times their scale, in float32. None = 1. :func:`kv_cache_append` uses
             the same scales.
+        invariant: on CPUs a token has the bits that :func:`tokenmill.attention` with invariant
+            gives it in a prompt, whatever the number of queries of its request; D and Dv up to 256.
+            One query takes up to 4 times as long. num_splits has no effect then. True is refused
+            on GPUs; the reference, which promises no bits, ignores it.
 
     Returns:
         out ``[B, Sq, H, Dv]`` (packed ``[T, H, Dv]``) in the dtype of q; with return_lse also lse
@@ -224,6 +229,8 @@ def lower(
         a["score_bias"], a["score_bias_value"], a["score_bias_neg_log_n"] = lower_score_bias(
             OP, score_bias, q
         )
+    if a["invariant"] and q.is_cuda:
+        fail(OP, "invariant", "must be False on a GPU", True)
     widen_fields(a, q, "alibi_slopes", "sink")
     return tuple(a.values())
 
@@ -252,6 +259,8 @@ def _check_values(a: Any) -> None:
 
 
 def _unsupported(backend: str, a: Any) -> list[str]:
+    if a.invariant and backend in ("cuda", "triton"):
+        return ["invariant must be False"]
     # A call without these dimensions breaks a rule, which names them.
     dim, value_dim = [t.shape[-1] if t.dim() else 0 for t in (a.q, a.v_cache)]
     widest = max(dim, value_dim)
@@ -303,7 +312,16 @@ SPEC = register_op(
         function=attention_decode,
         lower=lower,
         sugar=frozenset(
-            {"normalize", "score_bias", "mask", "window", "return_lse", "alibi_slopes", "sink"}
+            {
+                "normalize",
+                "score_bias",
+                "mask",
+                "window",
+                "return_lse",
+                "alibi_slopes",
+                "sink",
+                "invariant",
+            }
         ),
         reference=reference.attention_decode,
         plain=functools.partial(reference.attention_decode, upcast=False),

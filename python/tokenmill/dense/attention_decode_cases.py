@@ -319,6 +319,8 @@ SAMPLES = (
             return_lse=True,
         ),
     ),
+    Sample("invariant", decode_call((40, 7, 0), sq=2, page_size=8, invariant=True)),
+    Sample("invariant, packed", decode_call((40, 20, 7), queries=(17, 0, 3), invariant=True)),
     Sample("latent", decode_call((30, 7), h=3, hk=1, d=576, dv=512, capacity=32, latent=True)),
     Sample(
         "latent, float8, packed",

@@ -31,6 +31,7 @@ class SharedOptions(TypedDict, total=False):
     backend: str | None
     k_scale: Tensor | None
     v_scale: Tensor | None
+    invariant: bool
 
 
 class KindOptions(TypedDict, total=False):

@@ -86,10 +86,10 @@ def attention(
             on every rank. Read on the host.
         return_lse: also return lse (softmax) or the row sums (normalize="sum") of these tokens.
         options: options of :func:`tokenmill.attention`: kind, normalize, scale, score_bias, sink,
-            softcap, causal, window, precision, backend; with "ulysses" alibi_slopes too. Parameters
-            (score_bias, sink, alibi_slopes) are the same on all ranks; their gradients are the
-            contributions of this rank's rows ("ulysses": heads), to be summed over the ranks as for
-            any replicated parameter.
+            softcap, causal, window, precision, backend; with "ulysses" alibi_slopes and invariant
+            too. Parameters (score_bias, sink, alibi_slopes) are the same on all ranks; their
+            gradients are the contributions of this rank's rows ("ulysses": heads), to be summed
+            over the ranks as for any replicated parameter.
 
     Returns:
         out ``[B, n, H, Dv]`` (packed ``[n, H, Dv]``) in the dtype of q; with return_lse also
@@ -274,6 +274,8 @@ def _reason(schedule: str, q: Tensor, k: Tensor, call: Call) -> str | None:
     for name in WHOLE:
         if options.get(name) is not None and (name != "alibi_slopes" or schedule != "ulysses"):
             return f"{name} needs the whole sequence on a rank"
+    if options.get("invariant") and schedule != "ulysses":
+        return "invariant needs the whole sequence on a rank"
     packed = call.cu_seqlens is not None
     if schedule == "ulysses":
         return heads_divide(q.shape[-2], k.shape[-2], call.group.size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import torch
@@ -22,7 +21,7 @@ from ..dense.attention import attention
 from ..dense.attention_decode import attention_decode
 from ..dense.merge_attention_states import merge_attention_states
 from .block_sparse_attention import block_sparse_attention
-from .query_lists import MAX_BLOCK
+from .query_lists import MAX_BLOCK, ordered_sum
 
 OP = "core_context_attention"
 AUTOCAST = Autocast(lower=("q", "k", "v"))
@@ -176,9 +175,9 @@ def core_tokens(
     """
     kv_heads, tokens = k.shape[2], count * group
     last = q[:, group - 1 : tokens : group].unflatten(2, (kv_heads, -1))
-    if cores == "kv":  # explicit order of summation: torch's mean depends on the batch size
-        wide = last.to(torch.promote_types(q.dtype, torch.float32)).unbind(3)
-        last = (functools.reduce(torch.add, wide) / len(wide)).to(q.dtype).unsqueeze(3)
+    if cores == "kv":
+        wide = last.to(torch.promote_types(q.dtype, torch.float32))
+        last = (ordered_sum(wide, 3) / wide.shape[3]).to(q.dtype).unsqueeze(3)
     queries = last.flatten(0, 1).transpose(1, 2)  # [B count, GQA group, Hk, D]
     keys, values = (t[:, :tokens].unflatten(1, (count, group)).flatten(0, 1) for t in (k, v))
     core_k, core_v = (

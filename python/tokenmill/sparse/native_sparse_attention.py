@@ -26,7 +26,7 @@ from ..dense.attention import attention
 from ..select.kv_block_scores import kv_block_scores
 from ..select.topk_select import MAX_K, topk_select
 from .block_sparse_attention import block_sparse_attention
-from .query_lists import check_block, for_heads, positions, stripes
+from .query_lists import check_block, for_heads, ordered_sum, positions, stripes
 
 OP = "native_sparse_attention"
 
@@ -226,7 +226,7 @@ def _means(t: Tensor, block: int, stride: int, count: int) -> Tensor:
     """Block means [B, count, Hk, D], summed in float32."""
     wide = torch.promote_types(t.dtype, torch.float32)
     tokens = (count - 1) * stride + block if count else 0
-    sums = t[:, :tokens].to(wide).unflatten(1, (tokens // stride, stride)).sum(2)
+    sums = ordered_sum(t[:, :tokens].to(wide).unflatten(1, (tokens // stride, stride)), 2)
     total = sums[:, :count]
     for part in range(1, block // stride if count else 1):
         total = total + sums[:, part : part + count]
@@ -257,7 +257,7 @@ def _selected(
         z = kv_block_scores(q[:, rows], k_compressed, scale=scale, backend=backend)
         visible = column < complete[0, rows, None]
         weight = torch.where(visible, (z - lse[:, :, rows, None]).exp(), 0)
-        weight = weight.unflatten(1, (kv_heads, -1)).sum(2)  # [B, Hk, rows, N]
+        weight = ordered_sum(weight.unflatten(1, (kv_heads, -1)), 2)  # [B, Hk, rows, N]
         importance = _shared(weight, sizes["block"], sizes["stride"], size, blocks)
         indices, counts = topk_select(
             importance.flatten(0, 2), topk, lengths=for_heads(seen[:, rows], kv_heads),
@@ -279,4 +279,4 @@ def _shared(weight: Tensor, block: int, stride: int, select_block: int, blocks: 
     of_strides = padded[..., : each * blocks].clone()
     for n in range(1, over):
         of_strides = of_strides + padded[..., n : n + each * blocks]
-    return of_strides.unflatten(-1, (blocks, each)).sum(-1)
+    return ordered_sum(of_strides.unflatten(-1, (blocks, each)), -1)

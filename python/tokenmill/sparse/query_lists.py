@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +12,9 @@ from .._check import check, is_power_of_two
 
 MAX_BLOCK = 128
 CPU_ELEMENTS, GPU_ELEMENTS = 2**24, 2**26  # scores held in memory at a time
+# Minimum number of queries of a stripe: few rows of scores have other bits than many on a CPU, and
+# the stripes depend on the batch.
+MIN_ROWS = 16
 
 
 def check_block(op: str, name: str, value: int) -> None:
@@ -20,12 +24,15 @@ def check_block(op: str, name: str, value: int) -> None:
 
 def stripes(q: Tensor, columns: int) -> Iterator[slice]:
     """Stripes of the queries [B, Sq, H, D] whose scores over so many columns are held in memory
-    together; at least one stripe, which may be empty.
+    together; at least one stripe, which may be empty. Several have MIN_ROWS queries or more each.
     """
     elements = CPU_ELEMENTS if q.device.type == "cpu" else GPU_ELEMENTS
-    rows = max(1, elements // max(q.shape[0] * q.shape[2] * columns, 1))
-    for first in range(0, max(q.shape[1], 1), rows):
+    rows = max(MIN_ROWS, elements // max(q.shape[0] * q.shape[2] * columns, 1))
+    first, queries = 0, q.shape[1]
+    while queries - first >= rows + MIN_ROWS:
         yield slice(first, first + rows)
+        first += rows
+    yield slice(first, queries)
 
 
 def positions(queries: int, lengths: Tensor) -> Tensor:
@@ -39,6 +46,13 @@ def positions(queries: int, lengths: Tensor) -> Tensor:
 def for_heads(rows: Tensor, heads: int) -> Tensor:
     """[B, n] -> [B * heads * n]."""
     return rows[:, None].expand(-1, heads, -1).reshape(-1).contiguous()
+
+
+def ordered_sum(x: Tensor, dim: int) -> Tensor:
+    """The sum over a dimension, in its order: that of torch.sum depends on shapes and strides. For
+    dimensions with few elements.
+    """
+    return functools.reduce(torch.add, x.unbind(dim))
 
 
 def split_blocks(indices: Tensor, counts: Tensor, parts: int) -> tuple[Tensor, Tensor]:

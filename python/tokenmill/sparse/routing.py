@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..select.topk_select import topk_select
+from .query_lists import ordered_sum
 
 
 def region_means(x: Tensor, region_y: int, region_x: int) -> Tensor:
@@ -24,10 +25,11 @@ def _means(x: Tensor, axis: int, size: int) -> Tensor:
     whole = side // size * size
     parts = []
     if whole > 0:
-        part = x.narrow(axis, 0, whole).unflatten(axis, (-1, size))
-        parts.append(part.mean(axis + 1, dtype=dtype))
+        part = x.narrow(axis, 0, whole).to(dtype).unflatten(axis, (-1, size))
+        parts.append(ordered_sum(part, axis + 1) / size)
     if whole < side:
-        parts.append(x.narrow(axis, whole, side - whole).mean(axis, keepdim=True, dtype=dtype))
+        rest = x.narrow(axis, whole, side - whole).to(dtype)
+        parts.append((ordered_sum(rest, axis) / (side - whole)).unsqueeze(axis))
     return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
@@ -45,7 +47,7 @@ def route(
     mean_q, mean_k = region_means(q, *region), region_means(k, *key_region)
     group = q.shape[3] // max(k.shape[3], 1)
     if group > 1:
-        mean_q = mean_q.unflatten(2, (-1, group)).sum(3)
+        mean_q = ordered_sum(mean_q.unflatten(2, (-1, group)), 3)
     scores = mean_q.flatten(2) @ mean_k.flatten(2).transpose(1, 2)  # [B, R, R]
     regions = scores.shape[1]
     indices, counts = topk_select(scores.flatten(0, 1), topk)[:2]

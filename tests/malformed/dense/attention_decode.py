@@ -57,5 +57,11 @@ CALLS = (
         for page in (12, -1)
     ),
     *option("schedule", "must be 'auto', 'split' or 'stream_k'", "lean"),
+    refused(
+        "invariant: must be False with head dimensions above 256; got True",
+        q=zeros(3, 1, 4, 264),
+        k_cache=zeros(3, 64, 2, 264),
+        invariant=True,
+    ),
     *option("schedule", "must be 'auto' or 'split' with num_splits 2", "stream_k", num_splits=2),
 )
