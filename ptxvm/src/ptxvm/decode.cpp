@@ -6,6 +6,7 @@
 
 #include "ptxvm/decode_state.h"
 #include "ptxvm/device.h"
+#include "ptxvm/store_buffer.h"
 
 namespace ptxvm {
 
@@ -267,6 +268,19 @@ void Decoder::State::append(Instruction instruction) {
   kernel.code.push_back(instruction);
 }
 
+namespace {
+
+// What an instruction other than ld, st, atom, red and fence does to stores that wait.
+uint8_t buffer_rule(const Statement& statement) {
+  static const std::unordered_set<std::string> kFlushing = {
+      "cp", "mbarrier", "ldmatrix", "stmatrix", "wgmma", "wmma", "griddepcontrol", "tensormap"};
+  const std::string& opcode = statement.opcode[0];
+  if (opcode == "bar" || opcode == "barrier") return statement.has("cluster") ? kFlushes : kShares;
+  return kFlushing.contains(opcode) ? kFlushes : 0;
+}
+
+}  // namespace
+
 // Pushes a frame for a function and parses its body if necessary.
 Frame& Decoder::State::enter(Function& function) {
   if (function.scopes.empty()) {
@@ -308,6 +322,7 @@ void Decoder::State::decode_body(Frame& body) {
     Decoder decoder(*this);
     check_capability(decoder, next);
     found->second(decoder, next, instruction);
+    instruction.order |= buffer_rule(next);
     append(instruction);
   }
   body.first.push_back(static_cast<uint32_t>(kernel.code.size()));

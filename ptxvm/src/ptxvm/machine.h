@@ -178,6 +178,15 @@ struct Undefined {
   Mask values[8] = {};  // lanes without a value, per destination or per stored value
 };
 
+// A store that memory does not hold yet: store_buffer.h.
+struct PendingStore {
+  uint64_t address;
+  uint32_t epoch, warp;  // epoch: number of releases and fences of the warp before it
+  uint8_t bytes, lane;
+  bool shared;  // other threads of the block see it
+  char data[16];
+};
+
 struct Product;   // ops_wgmma.cpp: a wgmma that has not taken effect
 struct Timeline;  // clocks.h: what happens before the next access of a warp
 
@@ -201,6 +210,7 @@ struct Warp {
   uint32_t polls = 0;                 // number of mbarrier.test_wait that found nothing
   Mask cluster_arrived = 0, cluster_phase = 0;  // at barrier.cluster: lanes, phase parity
   uint32_t registers = 0;                       // registers per lane, set by setmaxnreg
+  uint32_t store_epoch = 0;                     // PendingStore::epoch of its next store
   std::vector<std::shared_ptr<Product>> products;
   // Check mode: slots that products in flight write; the lanes that will hold a value after they
   // have landed, and the group of the last product.
@@ -246,6 +256,7 @@ struct Block {
   Cluster* cluster;
   uint32_t rank = 0;                     // in the cluster
   uint32_t exited = 0;                   // number of threads that have exited
+  std::vector<PendingStore> stores;      // order=weak
   std::shared_ptr<SharedShadow> shadow;  // check mode
 };
 
@@ -280,7 +291,8 @@ struct Options {
   int approximate =
       0;  // -1, 0, 1: ex2, rcp, ... as good as can be, or off by their bound down or up
   bool hardware_mma = false;  // tensor cores add as the device's do, not exactly: tensor.h
-  enum class Order : uint8_t { forward, reverse, seeded } order = Order::forward;
+  // weak: seeded, and stores wait in a buffer: store_buffer.h
+  enum class Order : uint8_t { forward, reverse, seeded, weak } order = Order::forward;
   uint64_t seed = 0;
   uint32_t resident_blocks = 8;  // number of blocks that run interleaved
   uint32_t fuel = 20000;         // instructions before the next warp's turn (seeded: upper bound)

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "ptxvm/memory_ops.h"
+#include "ptxvm/store_buffer.h"
 
 namespace ptxvm {
 namespace {
@@ -16,7 +17,16 @@ bool is_in(const std::string& word, std::initializer_list<const char*> words) {
 
 void nothing(Warp&, const Instruction&, Mask) {}
 
-void run_fence(Warp& warp, const Instruction& in, Mask) { fence_executed(warp, in); }
+void run_fence(Warp& warp, const Instruction& in, Mask) {
+  fence_executed(warp, in);
+  if (!is_weak()) return;
+  if (!(in.order & kSequential))
+    order_stores(warp);
+  else if (scope_of(in) == kCta)
+    share_stores(warp);
+  else
+    flush_stores(warp);
+}
 
 template <bool shared, bool global>
 void run_proxy_fence(Warp& warp, const Instruction&, Mask) {

@@ -10,6 +10,7 @@
 #include "ptxvm/parse.h"
 #include "ptxvm/random.h"
 #include "ptxvm/special.h"
+#include "ptxvm/store_buffer.h"
 #include "ptxvm/warps.h"
 
 namespace ptxvm {
@@ -63,7 +64,7 @@ class Grid {
   }
 
   void run() {
-    const bool seeded = options.order == Options::Order::seeded;
+    const bool seeded = options.order >= Options::Order::seeded;
     do admit();
     while (launch_.workspace && next_ < blocks_);  // cooperative: all at once
     while (!residents_.empty()) {
@@ -73,18 +74,7 @@ class Grid {
       }
       for (auto resident = residents_.begin(); resident != residents_.end();) {
         Block& block = (*resident)->block;
-        if ((*resident)->unfinished > 0) {
-          run_block(**resident);
-          land_for_those_that_poll(*block.cluster);
-          if ((*resident)->unfinished == 0) {
-            finish_transfers(block);
-            if (--block.cluster->unfinished == 0) {
-              finish_transfers(*block.cluster);
-              // All blocks of a cluster at once: a released block becomes part of another cluster.
-              for (Block* each : block.cluster->blocks) block_finished(*each);
-            }
-          }
-        }
+        if (!(*resident)->finished) run_turn(**resident);
         // A block's memory stays valid until the last block of its cluster has finished.
         if (block.cluster->unfinished > 0) {
           ++resident;
@@ -139,6 +129,24 @@ class Grid {
       start(resident);
       residents_.splice(residents_.end(), fresh);
     }
+  }
+
+  // A block has finished when all its threads have exited and memory holds what they stored.
+  void run_turn(Resident& resident) {
+    Block& block = resident.block;
+    if (resident.unfinished > 0) {
+      run_block(resident);
+      land_for_those_that_poll(*block.cluster);
+    } else {
+      land_some_stores(block, random_);
+    }
+    if (resident.unfinished > 0 || !block.stores.empty()) return;
+    resident.finished = true;
+    finish_transfers(block);
+    if (--block.cluster->unfinished > 0) return;
+    finish_transfers(*block.cluster);
+    // All blocks of a cluster at once: a released block becomes part of another cluster.
+    for (Block* each : block.cluster->blocks) block_finished(*each);
   }
 
   uint64_t block_at(uint64_t position) const {
@@ -202,11 +210,13 @@ class Grid {
   void start(Resident& resident) {
     Block& block = resident.block;
     block.exited = 0;
+    block.stores.clear();
     block.shadow.reset();
     std::memset(block.shared, 0xff, shared_bytes_);
     std::memset(block.local, 0xff, uint64_t{threads_} * kernel_.local_bytes);
     for (Barrier& barrier : resident.barriers) barrier = {};
     resident.unfinished = warps_;
+    resident.finished = false;
     for (Warp& warp : block.warps) {
       const uint32_t first = warp.index * kLanes;
       const uint32_t count = std::min<uint32_t>(threads_ - first, kLanes);
@@ -231,8 +241,9 @@ class Grid {
 
   // One turn of a block: its warps take turns, until it has finished or used up its share.
   void run_block(Resident& resident) {
-    const bool seeded = options.order == Options::Order::seeded;
-    const uint64_t most = launch_.workspace ? std::min(options.fuel, kShortTurn) : options.fuel;
+    const bool seeded = options.order >= Options::Order::seeded;
+    uint64_t most = launch_.workspace ? std::min(options.fuel, kShortTurn) : options.fuel;
+    if (is_weak()) most = std::min<uint64_t>(most, kWeakTurn);
     uint64_t share = most * warps_;
     if (seeded) share = 1 + random_.below(share);
     for (uint64_t used = 0; used < share && resident.unfinished > 0;) {
@@ -243,6 +254,7 @@ class Grid {
         if (seeded) index = (i + rotation) % warps_;
         Warp& warp = resident.block.warps[index];
         if (!warp.live) continue;
+        if (is_weak()) land_some_stores(resident.block, random_);
         set_clocks(warp, issued_in_all + issued);
         const uint64_t fuel = seeded ? 1 + random_.below(most) : most;
         issued += run_warp(resident, warp, kernel_, fuel);
@@ -330,6 +342,9 @@ class Grid {
   static constexpr uint64_t kPatience = 16;       // turns of all blocks without a finished block
 
   static constexpr uint32_t kShortTurn = 500;  // instructions: cooperative blocks poll a barrier
+
+  // Instructions of a turn in order=weak: few, so that other threads run while a store waits.
+  static constexpr uint32_t kWeakTurn = 16;
 
   static constexpr uint32_t kRefusals = 1000;    // waits cut short that count as a deadlock
   static constexpr uint64_t kShortWork = 10000;  // instructions of a warp between two of them

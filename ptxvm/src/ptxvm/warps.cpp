@@ -8,6 +8,7 @@
 #include "ptxvm/clocks.h"
 #include "ptxvm/parse.h"
 #include "ptxvm/special.h"
+#include "ptxvm/store_buffer.h"
 
 namespace ptxvm {
 namespace {
@@ -37,7 +38,7 @@ class Runner {
   Runner(Resident& resident, Warp& warp, Kernel& kernel)
       : resident_(resident), warp_(warp), kernel_(kernel), code_(kernel.code.data()) {}
 
-  template <bool kCheck, bool kCount>
+  template <bool kCheck, bool kCount, bool kWeak>
   uint64_t run(uint64_t fuel);
 
  private:
@@ -98,7 +99,7 @@ uint32_t Runner::limit_from(uint32_t pc) const {
 
 constexpr uint32_t kLowest = UINT32_MAX;  // as warp.pc: pick the lowest program counter
 
-template <bool kCheck, bool kCount>
+template <bool kCheck, bool kCount, bool kWeak>
 uint64_t Runner::run(uint64_t fuel) {
   if (!warp_.mask && !pick()) return 0;
   uint32_t pc = warp_.pc, limit = limit_from(pc);
@@ -156,6 +157,9 @@ uint64_t Runner::run(uint64_t fuel) {
       ++kernel_.issued[pc];
       kernel_.active[pc] += static_cast<uint64_t>(count(active));
     }
+    if constexpr (kWeak)
+      if (instruction.order & (kFlushes | kShares))
+        instruction.order& kFlushes ? flush_stores(warp_) : share_stores(warp_);
     // Converging lanes are checked together, once all have arrived.
     if constexpr (kCheck)
       if (instruction.control != Control::converge) check_registers(warp_, instruction, active);
@@ -445,9 +449,12 @@ void Runner::complete(Barrier& barrier, uint32_t number) {
 
 uint64_t run_warp(Resident& resident, Warp& warp, Kernel& kernel, uint64_t fuel) {
   Runner runner(resident, warp, kernel);
+  const auto run = [&]<bool check, bool count>() {
+    return is_weak() ? runner.run<check, count, true>(fuel) : runner.run<check, count, false>(fuel);
+  };
   if (options.check)
-    return options.count ? runner.run<true, true>(fuel) : runner.run<true, false>(fuel);
-  return options.count ? runner.run<false, true>(fuel) : runner.run<false, false>(fuel);
+    return options.count ? run.operator()<true, true>() : run.operator()<true, false>();
+  return options.count ? run.operator()<false, true>() : run.operator()<false, false>();
 }
 
 std::string describe(const Warp& warp) {

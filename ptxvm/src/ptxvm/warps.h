@@ -16,6 +16,7 @@ struct Resident {
   std::shared_ptr<Cluster> cluster;
   std::array<Barrier, kBarriers> barriers;
   uint32_t unfinished = 0;  // warps that have not finished
+  bool finished = false;
   std::unique_ptr<char[]> files, shared, local;
 };
 
