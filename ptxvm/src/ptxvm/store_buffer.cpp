@@ -44,6 +44,13 @@ void land(Block& block, Choose choose) {
 }  // namespace
 
 void defer_store(Warp& warp, int lane, uint64_t address, const void* data, uint32_t bytes) {
+  // No other thread reads local memory.
+  const Block& block = *warp.block;
+  if (address - reinterpret_cast<uint64_t>(block.local) <
+      uint64_t{block.threads} * block.kernel->local_bytes) {
+    std::memcpy(reinterpret_cast<void*>(address), data, bytes);
+    return;
+  }
   PendingStore store{address,
                      warp.store_epoch,
                      warp.index,
