@@ -229,11 +229,34 @@ void groups_waited(Warp& warp, Mask mask, uint32_t keep, bool reads_only) {
   }
 }
 
-uint32_t signal_segment(Warp& warp, Block& target, uint32_t mbarrier, Segment::Kind kind,
-                        bool reduces) {
+uint32_t signal_segment(Warp& warp, Block& target, uint32_t mbarrier, bool reduces) {
   Signal& signal = target.shadow->signals[mbarrier];
   if (!signal.agent) signal.agent = new_agent(warp);
-  return new_segment(warp, signal.agent, signal.phases + 1, kind, reduces, kClusterScope);
+  return new_segment(warp, signal.agent, signal.phases + 1, Segment::Kind::bulk, reduces,
+                     kClusterScope);
+}
+
+namespace {
+
+uint32_t copy_agent(Warp& warp, int lane) {
+  auto& agents = warp.timeline->copy_agents;
+  if (agents.empty())
+    for (int i = 0; i < kLanes; ++i) agents.push_back(new_agent(warp));
+  return agents[static_cast<size_t>(lane)];
+}
+
+}  // namespace
+
+uint32_t copies_segment(Warp& warp, int lane, uint32_t count) {
+  return new_segment(warp, copy_agent(warp, lane), count, Segment::Kind::copies, false,
+                     kClusterScope);
+}
+
+void copies_arrived(Warp& warp, int lane, uint32_t count, uint32_t mbarrier) {
+  if (!warp.block->shadow) return;
+  const uint32_t agent = copy_agent(warp, lane);
+  raise(warp.block->shadow->signals[mbarrier].copies_gathering, agent, count);
+  warp.timeline->arrivals.push_back({agent, count, count, lane});
 }
 
 void copies_waited(Warp& warp) {

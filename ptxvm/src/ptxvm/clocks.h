@@ -115,6 +115,9 @@ struct Timeline {
     int lane;
   };
   std::vector<Arrival> arrivals;
+  // By lane: the agent of its cp.async copies that arrive at an mbarrier; its time is the number of
+  // copies. Empty before the first one.
+  std::vector<uint32_t> copy_agents;
   // Register state in kernels with wgmma (definedness.cpp), per unit of the register file. fence:
   // number, from 1, of wgmma.fence executed before the last write by anything but wgmma. group:
   // number, from 1, of the group of the last wgmma that uses it.
@@ -135,6 +138,7 @@ struct Signal {
   uint32_t agent = 0;   // agent of the copies that signal it
   uint32_t phases = 0;  // number of completed phases
   std::array<Gathered, 2> gathering, complete;
+  Times copies_gathering, copies_complete;  // cp.async copies that arrived in this and past phases
   std::vector<Timeline::Refused> refused;
 };
 
@@ -167,7 +171,10 @@ uint32_t join_writers(Warp&, uint32_t before, uint32_t writer, Proxy, bool sees)
 // group `group`, its reads and its writes; one that signals an mbarrier.
 uint32_t product_segment(Warp&);
 std::pair<uint32_t, uint32_t> group_segments(Warp&, uint32_t group, bool reduces);
-uint32_t signal_segment(Warp&, Block& target, uint32_t mbarrier, Segment::Kind, bool reduces);
+uint32_t signal_segment(Warp&, Block& target, uint32_t mbarrier, bool reduces);
+// The first `count` cp.async copies of a lane; they have arrived at an mbarrier of its block.
+uint32_t copies_segment(Warp&, int lane, uint32_t count);
+void copies_arrived(Warp&, int lane, uint32_t count, uint32_t mbarrier);
 // The warp has waited: for wgmma groups below `due`; for all bulk groups of lanes except the last
 // `keep`, or only for their reads; for cp.async copies that arrived at an mbarrier.
 void products_waited(Warp&, uint32_t due);

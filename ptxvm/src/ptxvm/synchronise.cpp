@@ -112,6 +112,8 @@ void mbarrier_completed(Block& block, uint32_t offset) {
   signal.gathering = {};
   ++signal.phases;
   if (signal.agent) raise(signal.complete[0].near.seen, signal.agent, signal.phases);
+  raise(signal.copies_complete, signal.copies_gathering);
+  signal.copies_gathering.clear();
 }
 
 void mbarrier_passed(Warp& warp, const Instruction& in, Block& block, uint32_t offset) {
@@ -134,6 +136,7 @@ void mbarrier_passed(Warp& warp, const Instruction& in, Block& block, uint32_t o
   }
   // Copied bytes are visible to all warps that observe the phase.
   if (signal.agent) raise(t.near.seen, signal.agent, signal.phases);
+  if (!signal.copies_complete.empty()) raise(t.near.seen, signal.copies_complete);
 }
 
 void fence_executed(Warp& warp, const Instruction& in) {
