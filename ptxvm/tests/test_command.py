@@ -139,7 +139,7 @@ BAD = [
     (["--kernel", "nosuch", "--arg", "1"], "--kernel: must name one kernel; got 'nosuch'"),
     (
         ["--set", "check=0", *ARGUMENTS],
-        "--set: must be one of approximate, seed, resident_blocks, ",
+        "--set: must be one of approximate, proxy, seed, resident_blocks, ",
     ),
     (["--set", "watchdog=x", *ARGUMENTS], "--set: watchdog: must be from 0 to 4294967295; got x"),
     (["--set", "seed=1,check=0", *ARGUMENTS], "--set: must be NAME=VALUE; got 'seed=1,check=0'"),
@@ -185,7 +185,7 @@ def test_files_that_are_none(tmp_path, capsys, monkeypatch):
         (["false", "--", "x"], "'false' launched none (exit status 1)"),
         (["true", "--grid", "1"], "--grid: is for PTX text; FILE is a program"),
         (["true", "--shared", "1"], "--shared: is for PTX text; FILE is a program"),
-        (["true", "--set", "nosuch=1"], "--set: must be one of approximate, seed, "),
+        (["true", "--set", "nosuch=1"], "--set: must be one of approximate, proxy, seed, "),
         (["x" * 300], "FILE: must be a program or PTX text; got 'xxx"),
         ([str(orphan)], "orphan' (No such file or directory)"),
         ([str(foreign)], "FILE: must be a program for x86-64; got '"),

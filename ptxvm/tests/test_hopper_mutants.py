@@ -73,7 +73,7 @@ def judge(programs: Path, program: str, text: str, folder: Path) -> tuple[str, s
     (folder / f"{program}.ptx").write_text(text)
     verdict = ("survived", "")
     for mode in MODES:
-        options = {"device": "sm_90a", "check": 1, "watchdog": 50, **mode}
+        options = {"device": "sm_90a", "check": 1, "proxy": "strict", "watchdog": 50, **mode}
         try:
             if program.startswith("matmul"):
                 run_matmul(folder, torch.float16, 1e-6, options)
@@ -115,7 +115,8 @@ def judge_program(path: Path) -> tuple[str, str]:
     """Like judge. The program prints its number of wrong results."""
     verdict = ("survived", "")
     for mode in MODES:
-        done = run_program(path, {"check": 1, "device": "sm_90a", "watchdog": 50} | mode)
+        options = {"check": 1, "proxy": "strict", "device": "sm_90a", "watchdog": 50}
+        done = run_program(path, options | mode)
         if report := report_of(done):
             return "report", f"{mode}: {report}"
         if any(line.split()[3] != "0" for line in done.stdout.splitlines()):

@@ -31,6 +31,7 @@ class Case:
     block: int = 64
     cluster: int = 1
     orders: tuple[str, ...] = ("forward", "reverse", "seeded")
+    proxy: str = "usual"
 
 
 def flag(write: str, read: str, before: str = "", after: str = "") -> str:
@@ -225,7 +226,11 @@ CASES = {
         REUSE, FENCE + "bar.sync 0;\n", FENCE, rf"race: write to .*{NONE}|in flight"
     ),
     "bulk copy over what others read: proxy": Case(
-        REUSE, FENCE + "bar.sync 0;\n", "bar.sync 0;\n", rf"race: write to .*read by warp .*{PROXY}"
+        REUSE,
+        FENCE + "bar.sync 0;\n",
+        "bar.sync 0;\n",
+        rf"race: write to .*read by warp .*{PROXY}",
+        proxy="strict",
     ),
     "bulk store: proxy fence of the writers": Case(
         FILLED, FENCE + "bar.sync 0;\n", "bar.sync 0;\n", rf"race: read of .*written by .*{PROXY}"
@@ -480,7 +485,8 @@ def check(
 ) -> None:
     fuel = 7 if order == "seeded" else 20000
     for mode in modes:
-        with sm90(check=1, **{"async": mode}, order=order, seed=3, fuel=fuel, watchdog=1):
+        options = {"order": order, "async": mode, "proxy": case.proxy}
+        with sm90(check=1, **options, seed=3, fuel=fuel, watchdog=1):
             run(case, case.right)
             with pytest.raises(MachineError, match=case.report):
                 run(case, case.wrong)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cstdio>
+#include <string_view>
 
 #include "ptxvm/async.h"
 #include "ptxvm/parse.h"
@@ -41,6 +42,9 @@ struct Look {
   uint32_t flight;    // flags of what is in flight from now on
   uint64_t host = 0;  // address that the lane accesses
   uint32_t cell = 0;  // bytes of a cell there, for writes
+
+  // The proxy whose fence must lie between the access and earlier reads.
+  Proxy after_reads() const { return options.strict_proxy ? proxy : kGeneric; }
 
   std::string place(uint64_t where) const {
     char text[64];
@@ -130,6 +134,15 @@ bool was_seen(const Look& look, const Cell& cell, uint64_t host) {
   return std::any_of(all.begin(), all.end(), before);
 }
 
+// True if an asynchronous access needs no proxy fence after the write, which cp.async made.
+bool needs_no_fence(const Look& look, const Cell& cell) {
+  if (options.strict_proxy || look.proxy == kGeneric || cell.wrote & kSet) return false;
+  const auto& code = look.warp.block->kernel->code;
+  return std::string_view(code[cell.write_info & ((1u << kIndexBits) - 1)].text)
+             .starts_with("cp.async.c") &&
+         comes_before(look.warp, cell.wrote, kGeneric);
+}
+
 // True if another lane wrote the bytes by the same instruction: CUTLASS stores the same with all
 // lanes.
 bool is_of_another_lane(const Cell& cell, uint32_t mine, uint32_t info) {
@@ -158,16 +171,18 @@ uint32_t racing_writer(const Look& look, const Cell& cell, uint64_t host) {
   if (!over && cell.write_info & kInFlight && !both_reduce) {
     explain_flight(look, cell, where);
   } else if (!comes_before(look.warp, cell.wrote, look.proxy) &&
-             !is_of_another_lane(cell, mine, info)) {
+             !is_of_another_lane(cell, mine, info) && !needs_no_fence(look, cell)) {
     if (const uint32_t other = racing_writer(look, cell, host))
       explain_race(look, cell, where, other, true);
     else if (look.strong && !look.writes && look.proxy == kGeneric)
       saw_at(look, host) = {host, cell.wrote};
   }
   if (look.writes) {
-    if (!comes_before(look.warp, cell.read, look.proxy))
-      if (const uint32_t other = race_in(look, cell.read, cell.read_info >> kIndexBits, 8))
-        explain_race(look, cell, where, other, false);
+    Look after = look;
+    after.proxy = look.after_reads();
+    if (!comes_before(look.warp, cell.read, after.proxy))
+      if (const uint32_t other = race_in(after, cell.read, cell.read_info >> kIndexBits, 8))
+        explain_race(after, cell, where, other, false);
     if (!look.strong && cell.write_info & kStrongWrite && !over) forget_flags(host, look.cell);
     if (look.strong) {
       const bool sees = look.proxy == kGeneric && observes(look.in);
@@ -192,8 +207,8 @@ inline void touch(const Look& look, Cell& cell, uint64_t where, uint64_t host, u
   const Timeline& t = *look.warp.timeline;
   const auto passed = [&](uint32_t id) { return t.has_passed(id, async ? look.proxy : kGeneric); };
   if constexpr (writes) {
-    if (passed(cell.wrote) && passed(cell.read) && !(cell.write_info >> kIndexBits) && !look.strong)
-        [[likely]] {
+    if (passed(cell.wrote) && t.has_passed(cell.read, async ? look.after_reads() : kGeneric) &&
+        !(cell.write_info >> kIndexBits) && !look.strong) [[likely]] {
       cell = {mine, info | look.flight, 0, 0};
       return;
     }

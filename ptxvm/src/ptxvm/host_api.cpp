@@ -36,6 +36,10 @@ void set_option(const std::string& name, const std::string& value) {
     if (value != "-1" && value != "0" && value != "1")
       throw Fault("ptxvm_configure: approximate: must be -1, 0 or 1; got " + value);
     options.approximate = value == "-1" ? -1 : value == "1";
+  } else if (name == "proxy") {
+    if (value != "usual" && value != "strict")
+      throw Fault("ptxvm_configure: proxy: must be usual or strict; got " + value);
+    options.strict_proxy = value == "strict";
   } else if (name == "mma") {
     if (value != "exact" && value != "hardware")
       throw Fault("ptxvm_configure: mma: must be exact or hardware; got " + value);
@@ -102,6 +106,7 @@ std::string settings() {
       {"count", std::to_string(options.count)},
       {"approximate", std::to_string(options.approximate)},
       {"mma", options.hardware_mma ? "hardware" : "exact"},
+      {"proxy", options.strict_proxy ? "strict" : "usual"},
       {"seed", std::to_string(options.seed)},
       {"resident_blocks", std::to_string(options.resident_blocks)},
       {"fuel", std::to_string(options.fuel)},
@@ -120,8 +125,9 @@ std::string settings() {
 
 // PTXVM_CHECK=1 and so on: the option names in capitals.
 const bool configured = [] {
-  for (const char* name : {"CHECK", "COUNT", "APPROXIMATE", "MMA", "SEED", "RESIDENT_BLOCKS",
-                           "FUEL", "WATCHDOG", "ORDER", "DEVICE", "ON_FAULT", "ASYNC"}) {
+  for (const char* name :
+       {"CHECK", "COUNT", "APPROXIMATE", "MMA", "PROXY", "SEED", "RESIDENT_BLOCKS", "FUEL",
+        "WATCHDOG", "ORDER", "DEVICE", "ON_FAULT", "ASYNC"}) {
     const char* value = std::getenv(("PTXVM_" + std::string(name)).c_str());
     if (!value) continue;
     std::string lower = name;

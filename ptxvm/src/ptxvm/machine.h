@@ -288,6 +288,9 @@ struct Options {
   bool go_on = false;  // continue after a broken rule of check mode: reports.h
   bool quiet = false;  // reports are fetched or logged, not printed
   bool count = false;  // counters.h
+  // Ask for proxy fences that the PTX ISA asks for and that practice omits: before an asynchronous
+  // write over what ordinary reads read, and between cp.async and asynchronous reads.
+  bool strict_proxy = false;
   int approximate =
       0;  // -1, 0, 1: ex2, rcp, ... as good as can be, or off by their bound down or up
   bool hardware_mma = false;  // tensor cores add as the device's do, not exactly: tensor.h
