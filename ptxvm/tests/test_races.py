@@ -452,6 +452,14 @@ CASES = {
         block=32,
         orders=("forward", "seeded"),
     ),
+    "one of many readers": Case(
+        "ld.shared.u32 %r5, [%r2];\nsetp.ne.u32 %p3, %r3, 15;\nHERE;\n"
+        "@%p0 st.shared.u32 [%r2], 1;\n",
+        "bar.sync 1",
+        "@%p3 bar.sync 1, 928",
+        rf"race: (write to shared .*read by warp 15|read of shared .*written by warp 0).*{NONE}",
+        block=960,
+    ),
     "blocks that overlap": Case(
         "mul.wide.u32 %d2, %r1, HERE; mad.wide.u32 %d2, %r0, 4, %d2; add.u64 %d2, %d2, %d0;\n"
         "st.global.u32 [%d2], %r0;\n",

@@ -130,7 +130,7 @@ bool was_seen(const Look& look, const Cell& cell, uint64_t host) {
   if (is_over(cell.read)) return false;
   const auto before = [&](uint32_t each) { return !first_unordered(look.warp, each, kGeneric); };
   if (!(cell.read & kSet)) return before(cell.read);
-  const auto& all = members(cell.read);
+  const auto all = members(cell.read);
   return std::any_of(all.begin(), all.end(), before);
 }
 

@@ -10,16 +10,29 @@
 namespace ptxvm {
 namespace {
 
-constexpr size_t kMostReaders = 12, kMostWriters = 5;  // maximum size of a set: the latest are kept
+constexpr size_t kMostLatest = 12;  // readers of a set that are pruned at each join
+constexpr size_t kMostWriters = 5;  // maximum size of a set of writers: the latest are kept
 constexpr uint32_t kLastNumber = 1u << 30;
 const char* const kNoNumbers = "check=1: too many accesses between barriers in one launch";
 
 // State of the launch.
 uint32_t first_segment = 1, first_set = 1;
 std::vector<Segment> segments;
-std::vector<std::vector<uint32_t>> sets;
-std::map<std::vector<uint32_t>, uint32_t> numbers;  // numbers of sets
-uint32_t clusters[2], shape[3];                     // clusters of the grid in x, y; cluster shape
+// Sets share their older members, lists in `chains`: a cell that n warps read takes O(n).
+struct Chain {
+  uint32_t member, next;  // next: its position + 1, or 0
+  auto operator<=>(const Chain&) const = default;
+};
+struct Set {
+  std::vector<uint32_t> latest;
+  uint32_t older;  // as Chain::next
+  auto operator<=>(const Set&) const = default;
+};
+std::vector<Set> sets;
+std::vector<Chain> chains;
+std::map<Set, uint32_t> numbers;  // numbers of sets
+std::map<Chain, uint32_t> chain_numbers;
+uint32_t clusters[2], shape[3];  // clusters of the grid in x, y; cluster shape
 
 uint32_t new_segment(const Warp& warp, uint32_t agent, uint32_t time, Segment::Kind kind,
                      bool strong, uint8_t scope) {
@@ -52,6 +65,8 @@ void clocks_launched(const uint32_t grid[3], const uint32_t cluster[3]) {
   segments.clear();
   sets.clear();
   numbers.clear();
+  chains.clear();
+  chain_numbers.clear();
   forget_flags();
   for (int i = 0; i < 3; ++i) {
     shape[i] = std::max(cluster[i], 1u);
@@ -109,14 +124,29 @@ bool are_same(uint32_t id, uint32_t other) {
 
 bool is_over(uint32_t id) { return id & kSet ? (id & ~kSet) < first_set : id < first_segment; }
 
-const std::vector<uint32_t>& members(uint32_t set) { return sets[(set & ~kSet) - first_set]; }
+namespace {
+
+const Set& set_of(uint32_t number) { return sets[(number & ~kSet) - first_set]; }
+
+}  // namespace
+
+std::vector<uint32_t> members(uint32_t set) {
+  const Set& all = set_of(set);
+  std::vector<uint32_t> found = all.latest;
+  for (uint32_t at = all.older; at; at = chains[at - 1].next)
+    found.push_back(chains[at - 1].member);
+  return found;
+}
 
 uint32_t first_unordered(Warp& warp, uint32_t id, Proxy proxy) {
   if (is_over(id)) return 0;
   const Timeline& t = *warp.timeline;
   if (!(id & kSet)) return comes_before(t, segment(id), proxy) ? 0 : id;
-  for (const uint32_t member : members(id))
+  const Set& all = set_of(id);
+  for (const uint32_t member : all.latest)
     if (!comes_before(t, segment(member), proxy)) return member;
+  for (uint32_t at = all.older; at; at = chains[at - 1].next)
+    if (!comes_before(t, segment(chains[at - 1].member), proxy)) return chains[at - 1].member;
   return 0;
 }
 
@@ -128,17 +158,34 @@ bool comes_before(Warp& warp, uint32_t id, Proxy proxy) {
 
 namespace {
 
-// Number of the set of `kept` and `id`.
-uint32_t number_of(std::vector<uint32_t>& kept, uint32_t id) {
-  if (kept.empty()) return id;
+// Number of the set of `kept`, `older` and `id`.
+uint32_t number_of(std::vector<uint32_t>& kept, uint32_t id, uint32_t older = 0) {
+  if (kept.empty() && !older) return id;
   kept.insert(std::upper_bound(kept.begin(), kept.end(), id), id);
   const auto next = first_set + static_cast<uint32_t>(sets.size());
-  const auto [entry, is_new] = numbers.try_emplace(kept, next | kSet);
+  const auto [entry, is_new] = numbers.try_emplace(Set{std::move(kept), older}, next | kSet);
   if (is_new) {
     if (sets.size() >= kLastNumber) throw Fault(kNoNumbers);
-    sets.push_back(std::move(kept));
+    sets.push_back(entry->first);
   }
   return entry->second;
+}
+
+// The list `next` with one more member.
+uint32_t chained(uint32_t member, uint32_t next) {
+  const auto [entry, is_new] =
+      chain_numbers.try_emplace({member, next}, static_cast<uint32_t>(chains.size()) + 1);
+  if (is_new) chains.push_back(entry->first);
+  return entry->second;
+}
+
+// The older members of a set, or none if all of them happen before the warp's next access.
+uint32_t older_needed(const Timeline& t, uint32_t before, Proxy proxy) {
+  if (!(before & kSet) || is_over(before)) return 0;
+  const uint32_t older = set_of(before).older;
+  for (uint32_t at = older; at; at = chains[at - 1].next)
+    if (!comes_before(t, segment(chains[at - 1].member), proxy)) return older;
+  return 0;
 }
 
 // Members of `before` that the predicate keeps and that `own` does not supersede.
@@ -153,7 +200,7 @@ std::vector<uint32_t> those_kept(uint32_t before, const Segment& own, Keeps keep
   };
   if (is_over(before)) return kept;
   if (before & kSet)
-    for (const uint32_t id : members(before)) keep(id);
+    for (const uint32_t id : set_of(before).latest) keep(id);
   else
     keep(before);
   return kept;
@@ -167,8 +214,12 @@ uint32_t join_readers(Warp& warp, uint32_t before, uint32_t reader, Proxy proxy)
   std::vector<uint32_t> kept = those_kept(before, segment(reader), [&](const Segment& s) {
     return !comes_before(*warp.timeline, s, proxy);
   });
-  if (kept.size() >= kMostReaders) kept.erase(kept.begin());
-  known = {before, reader, number_of(kept, reader)};
+  uint32_t older = older_needed(*warp.timeline, before, proxy);
+  if (kept.size() >= kMostLatest) {
+    older = chained(kept.front(), older);
+    kept.erase(kept.begin());
+  }
+  known = {before, reader, number_of(kept, reader, older)};
   return known.result;
 }
 

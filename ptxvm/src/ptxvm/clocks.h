@@ -67,8 +67,8 @@ constexpr uint32_t kRemembered = 64;
 // Knowledge of one warp.
 struct Timeline {
   uint32_t cluster = 0, agent = 0;
-  Known near;     // near.seen[agent] is its own time
-  Published far;  // other clusters; entries for its own cluster are in near too
+  Known near;        // near.seen[agent] is its own time
+  Published far;     // other clusters; entries for its own cluster are in near too
   // Knowledge at the last fence of each scope: a strong write of that scope publishes it.
   std::array<Published, kScopes> fences;
   // Releases seen by strong reads, by the scope of the fence that acquires them.
@@ -154,9 +154,9 @@ void start_timelines(Block&);
 uint32_t segment_of(Warp&);
 uint32_t strong_segment_of(Warp&, uint8_t scope);
 const Segment& segment(uint32_t id);
-bool are_same(uint32_t id, uint32_t other);  // same agent at the same time
-bool is_over(uint32_t id);                   // belongs to an earlier launch, or is 0
-const std::vector<uint32_t>& members(uint32_t set);
+bool are_same(uint32_t id, uint32_t other);   // same agent at the same time
+bool is_over(uint32_t id);                    // belongs to an earlier launch, or is 0
+std::vector<uint32_t> members(uint32_t set);  // the latest ones first
 // comes_before: everything that a number names happens before the next access of the warp; the
 // result is cached. first_unordered: the first segment that does not.
 bool comes_before(Warp&, uint32_t id, Proxy);
