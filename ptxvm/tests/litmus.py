@@ -19,7 +19,8 @@ from machine import machine
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "litmus.md"
 UNREAD = 0xFFFFFFFF
-PLACES = ("x", "y", "z", "d", "f", "g")  # g is in global memory always
+PLACES = ("x", "y", "z", "d", "f", "g")
+GLOBAL = ("f", "g")  # always in global memory
 REGISTERS = 8
 STRIDE = 64  # bytes between places
 SEEDS = 12
@@ -44,7 +45,7 @@ mov.u32 %thread, %tid.x; mov.u32 %lane, %laneid; setp.eq.u32 %lead, %lane, 0;
 
 def operand(name: str, shared: bool) -> str:
     at = PLACES.index(name) * STRIDE
-    return f"[data+{at}]" if shared and name != "g" else f"[%memory+{at}]"
+    return f"[data+{at}]" if shared and name not in GLOBAL else f"[%memory+{at}]"
 
 
 def value(text: str) -> str:
@@ -53,7 +54,7 @@ def value(text: str) -> str:
 
 def memory_step(step: Step, shared: bool) -> str:
     parts, place = list(step.parts), str(step.place)
-    own = "shared" if shared and place != "g" else "global"
+    own = "shared" if shared and place not in GLOBAL else "global"
     operation = [parts.pop()] if step.kind in ("atom", "red") else []
     opcode = ".".join([*parts, own, *operation, "b32" if "exch" in operation else "u32"])
     values = [value(v) for v in step.operands if v != place]

@@ -579,6 +579,25 @@ BARRIERS = [
         by_hand=(True, True),
         **SHARED,
     ),
+    *(
+        Litmus(
+            f"bulk store of a block and bulk load of another, {name}",
+            (
+                f"st x 1; fence.proxy.async; store.bulk g x; wait.bulk; {before}st.release.gpu f 1",
+                f"ld.acquire.gpu r0 f; if r0 1; {after}{LOAD}; {WAIT}; ld r1 x",
+            ),
+            "r0=1 r1=0",
+            PROXIES,
+            shared=True,
+            by_hand=(race, race),
+            remark="a copy sees all that happened before it" * race,
+        )
+        for name, before, after, race in (
+            ("no proxy fence", "", "", True),
+            ("proxy fence before the release", "fence.proxy.async; ", "", False),
+            ("proxy fence behind the acquire", "", "fence.proxy.async; ", False),
+        )
+    ),
 ]
 
 

@@ -45,7 +45,11 @@ uint32_t new_segment(const Warp& warp, uint32_t agent, uint32_t time, Segment::K
 uint32_t new_agent(const Warp& warp) { return warp.block->cluster->clocks->agents++; }
 
 bool comes_before(const Timeline& t, const Segment& s, Proxy proxy) {
-  const int crossed = proxy != kGeneric && !s.async() ? proxy - 1 : -1;
+  // The completion of a bulk operation is a proxy fence to the generic proxy only: in global memory
+  // the asynchronous operations of another block need one to theirs.
+  const bool of_own_block = s.cluster == t.cluster && s.rank == t.rank;
+  const bool same_proxy = s.async() && (proxy == kAsyncShared || of_own_block);
+  const int crossed = proxy != kGeneric && !same_proxy ? proxy - 1 : -1;
   const Times* known = crossed < 0 ? &t.near.seen : &t.near.proxied[crossed];
   if (s.cluster != t.cluster)
     known = (crossed < 0 ? t.far.seen : t.far.proxied[crossed]).find(s.cluster);
@@ -90,6 +94,7 @@ void start_timelines(Block& block) {
     Timeline& t = *warp.timeline;
     t = {};
     t.cluster = cluster.number;
+    t.rank = static_cast<uint8_t>(block.rank);
     t.agent = block.rank * warps + warp.index;
     t.near.seen.assign(cluster.clocks->agents, 0);
     t.near.seen[t.agent] = 1;

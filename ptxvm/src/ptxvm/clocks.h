@@ -67,6 +67,7 @@ constexpr uint32_t kRemembered = 64;
 // Knowledge of one warp.
 struct Timeline {
   uint32_t cluster = 0, agent = 0;
+  uint8_t rank = 0;  // of its block in the cluster
   Known near;        // near.seen[agent] is its own time
   Published far;     // other clusters; entries for its own cluster are in near too
   // Knowledge at the last fence of each scope: a strong write of that scope publishes it.
