@@ -452,6 +452,18 @@ CASES = {
         block=32,
         orders=("forward", "seeded"),
     ),
+    "ld.global.nc behind a write": Case(
+        "@%p0 st.global.u32 [%d0], 7;\nbar.sync 0;\nld.globalHERE.u32 %r5, [%d0];\n",
+        "",
+        ".nc",
+        r"read of global .* by ld\.global\.nc, written in the same launch at line",
+    ),
+    "ld.global.nc before a write": Case(
+        "ld.globalHERE.u32 %r5, [%d0];\nbar.sync 0;\n@%p0 st.global.u32 [%d0], 7;\n",
+        "",
+        ".nc",
+        r"write to global .*, which ld\.global\.nc reads in the same launch, at line",
+    ),
     "one of many readers": Case(
         "ld.shared.u32 %r5, [%r2];\nsetp.ne.u32 %p3, %r3, 15;\nHERE;\n"
         "@%p0 st.shared.u32 [%r2], 1;\n",

@@ -59,7 +59,7 @@ struct Look {
   // " at line 12 (file.cu:3): st.shared.b32 [%r1], %r2"
   std::string at(uint32_t info) const {
     const Kernel& kernel = *warp.block->kernel;
-    const Instruction& other = kernel.code[info & ((1u << kIndexBits) - 1)];
+    const Instruction& other = kernel.code[info & kIndexMask];
     return " at line " + std::to_string(other.line) + source_of(*kernel.module, other.line) + ": " +
            other.text;
   }
@@ -138,15 +138,14 @@ bool was_seen(const Look& look, const Cell& cell, uint64_t host) {
 bool needs_no_fence(const Look& look, const Cell& cell) {
   if (options.strict_proxy || look.proxy == kGeneric || cell.wrote & kSet) return false;
   const auto& code = look.warp.block->kernel->code;
-  return std::string_view(code[cell.write_info & ((1u << kIndexBits) - 1)].text)
-             .starts_with("cp.async.c") &&
+  return std::string_view(code[cell.write_info & kIndexMask].text).starts_with("cp.async.c") &&
          comes_before(look.warp, cell.wrote, kGeneric);
 }
 
 // True if another lane wrote the bytes by the same instruction: CUTLASS stores the same with all
 // lanes.
 bool is_of_another_lane(const Cell& cell, uint32_t mine, uint32_t info) {
-  return ((cell.write_info ^ info) & ((1u << kIndexBits) - 1)) == 0 && !(cell.wrote & kSet) &&
+  return ((cell.write_info ^ info) & kIndexMask) == 0 && !(cell.wrote & kSet) &&
          are_same(cell.wrote, mine);
 }
 
@@ -320,6 +319,25 @@ Region& global_region(uint64_t address) {
   return known.page->regions[address >> Region::kShift & (known.page->regions.size() - 1)];
 }
 
+// ld.global.nc reads no memory that its launch writes, before or after. Of several readers the last
+// one is known.
+template <bool writes>
+void check_read_only(const Look& look, const Cell& cell, uint64_t where) {
+  const Instruction* other = nullptr;
+  if constexpr (writes) {
+    if (!cell.read || is_over(cell.read)) return;
+    other = &look.warp.block->kernel->code[cell.read_info & kIndexMask];
+    if (!is_read_only(*other)) return;
+  } else {
+    if (!is_read_only(look.in) || !cell.wrote || is_over(cell.wrote)) return;
+    other = &look.warp.block->kernel->code[cell.write_info & kIndexMask];
+  }
+  look.broke("read-only", look.act(where) +
+                              (writes ? ", which ld.global.nc reads in the same launch, at line "
+                                      : " by ld.global.nc, written in the same launch at line ") +
+                              std::to_string(other->line) + ": " + other->text);
+}
+
 template <bool writes>
 void shadow_addresses(Look look, const uint64_t* addresses, Mask mask, uint32_t bytes,
                       uint32_t mine) {
@@ -330,8 +348,10 @@ void shadow_addresses(Look look, const uint64_t* addresses, Mask mask, uint32_t 
     Region& region = global_region(where);
     Cell* cell = region.at(where, bytes);
     look.cell = 1u << region.shift;
-    for (uint32_t n = bytes >> region.shift; n > 0; --n, ++cell, where += look.cell)
+    for (uint32_t n = bytes >> region.shift; n > 0; --n, ++cell, where += look.cell) {
+      check_read_only<writes>(look, *cell, where);
       touch<writes, false>(look, *cell, where, where, mine, info);
+    }
   }
 }
 
@@ -350,8 +370,10 @@ void touch_range(Look look, uint64_t begin, uint64_t host, uint64_t bytes, uint3
     const uint64_t region_end = (where | (Region::kBytes - 1)) + 1;
     const uint64_t end = std::min(region_end, begin + bytes);
     look.cell = 1u << region.shift;
-    for (; where + look.cell <= end; where += look.cell, ++cell)
+    for (; where + look.cell <= end; where += look.cell, ++cell) {
+      if (writes && !look.block) check_read_only<true>(look, *cell, where);
       touch<writes, true>(look, *cell, where, host + (where - begin), mine, info);
+    }
   }
 }
 

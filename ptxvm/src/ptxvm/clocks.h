@@ -19,6 +19,11 @@ namespace ptxvm {
 // Instruction::order: the scope in the lowest two bits, then the kind of access or fence.
 constexpr uint8_t kCta = 0, kClusterScope = 1, kGpu = 2, kScopes = 3;  // .sys is treated as .gpu
 constexpr uint8_t kScopeBits = 3, kIsStrong = 4, kAcquires = 8, kReleases = 16, kSequential = 32;
+// ld.global.nc, which is not strong: the memory does not change during the launch.
+constexpr uint8_t kReadOnly = kSequential;
+inline bool is_read_only(const Instruction& in) {
+  return (in.order & (kIsStrong | kReadOnly)) == kReadOnly;
+}
 inline uint8_t scope_of(const Instruction& in) { return in.order & kScopeBits; }
 
 // The proxy of an access: generic, or the async proxy on shared or on global memory.

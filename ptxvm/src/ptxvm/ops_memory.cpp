@@ -241,6 +241,8 @@ Words read_words(Decoder& decoder, const Statement& statement,
       scope = word == "cta" ? kCta : word == "cluster" ? kClusterScope : kGpu;
     } else if (word == "L2::cache_hint") {
       words.cache_hint = true;
+    } else if (word == "nc") {
+      words.order |= kReadOnly;
     } else if (!is_in(word, {"weak",
                              "ca",
                              "cg",
@@ -249,7 +251,6 @@ Words read_words(Decoder& decoder, const Statement& statement,
                              "lu",
                              "wb",
                              "wt",
-                             "nc",
                              "unified",
                              "L1::evict_normal",
                              "L1::evict_unchanged",

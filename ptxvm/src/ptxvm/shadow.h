@@ -19,7 +19,7 @@ namespace ptxvm {
 struct Cell {
   uint32_t wrote = 0, write_info = 0, read = 0, read_info = 0;
 };
-constexpr uint32_t kIndexBits = 24;
+constexpr uint32_t kIndexBits = 24, kIndexMask = (1u << kIndexBits) - 1;
 constexpr uint32_t kStrongWrite = 1u << 24;  // the cell may hold a flag
 constexpr uint32_t kCopying = 2u << 24;      // cp.async in flight
 constexpr uint32_t kBulk = 4u << 24;         // bulk copy in flight
