@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cstdio>
+#include <cstring>
 #include <string_view>
 
 #include "ptxvm/async.h"
 #include "ptxvm/parse.h"
 #include "ptxvm/reports.h"
 #include "ptxvm/shadow.h"
+#include "ptxvm/store_buffer.h"
 
 namespace ptxvm {
 namespace {
@@ -23,8 +25,14 @@ uint32_t index_of(const Warp& warp, const Instruction& in) {
   return static_cast<uint32_t>(&in - warp.block->kernel->code.data());
 }
 
-// Info of a reader: the index of its instruction, and the low bits of its number.
-uint32_t read_info(uint32_t index, uint32_t reader) { return index | reader << kIndexBits; }
+// Info of a reader: the index of its instruction, its lane or kSeveralLanes, and the low bits of
+// its number.
+constexpr uint32_t kFlagShift = kLaneShift + 6, kReaderBits = 32 - kFlagShift;
+uint32_t info_of(uint32_t index, int lane) {
+  return index | static_cast<uint32_t>(lane) << kLaneShift;
+}
+uint32_t read_info(uint32_t info, uint32_t reader) { return info | reader << kFlagShift; }
+uint32_t lane_of(uint32_t info) { return std::min(info >> kLaneShift & kLaneMask, kSeveralLanes); }
 
 // Info of the last of several writers: the low bits of its number.
 uint32_t write_info(uint32_t info, uint32_t writer) { return info | (writer & 15) << kWriterShift; }
@@ -96,7 +104,7 @@ void explain_race(const Look& look, const Cell& cell, uint64_t where, uint32_t o
   const uint32_t info = wrote ? cell.write_info : cell.read_info;
   // If there are several, the info describes the last one.
   const bool has_info = wrote ? !(cell.wrote & kSet) || info >> kWriterShift == (other & 15)
-                              : info >> kIndexBits == (other & 0xff);
+                              : info >> kFlagShift == (other & ((1u << kReaderBits) - 1));
   const std::string at = has_info ? look.at(info) : std::string();
   look.broke(wrote ? "race with a write" : "race with a read",
              "race: " + look.act(where) + (wrote ? ", written by " : ", read by ") +
@@ -104,10 +112,12 @@ void explain_race(const Look& look, const Cell& cell, uint64_t where, uint32_t o
 }
 
 // The segment that the access races with, 0 if there is none; among several, preferably the one
-// whose number is `last` modulo 2^bits.
-uint32_t race_in(const Look& look, uint32_t id, uint32_t last, uint32_t bits) {
+// whose number is `last` modulo 2^bits. lane: of a single one.
+uint32_t race_in(const Look& look, uint32_t id, uint32_t last, uint32_t bits, uint32_t lane) {
+  if (id & kSet) lane = kUnknownLane;
   const auto races = [&](uint32_t each) {
-    return first_unordered(look.warp, each, look.proxy) && look.is_race(segment(each));
+    return first_unordered(look.warp, each, look.proxy) && look.is_race(segment(each)) &&
+           !is_covered(look.warp, each, lane, look.proxy);
   };
   if (is_over(id)) return 0;
   if (!(id & kSet)) return races(id) ? id : 0;
@@ -142,18 +152,68 @@ bool needs_no_fence(const Look& look, const Cell& cell) {
          comes_before(look.warp, cell.wrote, kGeneric);
 }
 
-// True if another lane wrote the bytes by the same instruction: CUTLASS stores the same with all
+// True if another lane wrote the bytes by the same instruction: CUTLASS copies the same with all
 // lanes.
-bool is_of_another_lane(const Cell& cell, uint32_t mine, uint32_t info) {
+bool is_repeated(const Cell& cell, uint32_t mine, uint32_t info) {
   return ((cell.write_info ^ info) & kIndexMask) == 0 && !(cell.wrote & kSet) &&
          are_same(cell.wrote, mine);
+}
+
+// A store over what a racing store wrote, of this or of another warp, before it is known whether
+// both store the same.
+struct Doubt {
+  Look look;
+  Cell* at;
+  Cell cell;  // before the store
+  uint64_t where;
+  uint32_t other;  // the earlier segment
+  char before[16];
+};
+std::vector<Doubt> doubts;
+
+bool is_store(const Instruction& in) { return std::string_view(in.text).starts_with("st."); }
+
+bool is_same_instruction(const Cell& cell, uint32_t info) {
+  return ((cell.write_info ^ info) & kIndexMask) == 0;
+}
+
+// An access to what another lane of the warp wrote since the lanes met.
+bool is_of_another_lane(const Look& look, const Cell& cell, uint32_t mine) {
+  return cell.wrote == mine && !look.strong && look.proxy == kGeneric &&
+         lane_of(cell.write_info) != static_cast<uint32_t>(look.lane) &&
+         (look.writes || lane_of(cell.write_info) != kSeveralLanes);
+}
+
+void explain_lanes(const Look& look, const Cell& cell, uint64_t where) {
+  look.broke("race of lanes", "race: " + look.act(where) + ", written by lane " +
+                                  std::to_string(cell.write_info >> kLaneShift & (kLanes - 1)) +
+                                  " of the warp" + look.at(cell.write_info) +
+                                  "; no bar.warp.sync (__syncwarp) or barrier lies between them");
+}
+
+// The access races with the write of another warp, or of another lane if `other` is its own
+// segment.
+void explain_write(const Look& look, Cell& cell, uint64_t where, uint64_t host, uint32_t other,
+                   uint32_t mine) {
+  const bool of_lane = other == mine;
+  if (look.writes && !look.strong && is_store(look.in) && !segment(other).strong) {
+    Doubt& doubt = doubts.emplace_back(Doubt{look, &cell, cell, where, other, {}});
+    doubt.look.host = host;
+    read_last_stored(host, look.cell, doubt.before);
+  } else if (of_lane) {
+    explain_lanes(look, cell, where);
+  } else {
+    explain_race(look, cell, where, other, true);
+  }
 }
 
 // The writer that the access races with. What an acquire takes over here happens before the access.
 uint32_t racing_writer(const Look& look, const Cell& cell, uint64_t host) {
   if (was_seen(look, cell, host)) return 0;
+  const uint32_t lane = lane_of(cell.write_info);
   const auto find = [&] {
-    return race_in(look, cell.wrote, cell.write_info >> kWriterShift, 32 - kWriterShift);
+    return race_in(look, cell.wrote, cell.write_info >> kWriterShift, 32 - kWriterShift,
+                   lane == kSeveralLanes ? kUnknownLane : lane);
   };
   const uint32_t other = find();
   if (!other || !look.strong || look.proxy != kGeneric || !(look.in.order & kAcquires))
@@ -169,10 +229,13 @@ uint32_t racing_writer(const Look& look, const Cell& cell, uint64_t host) {
   const bool both_reduce = look.flight & cell.write_info & kReducing;
   if (!over && cell.write_info & kInFlight && !both_reduce) {
     explain_flight(look, cell, where);
-  } else if (!comes_before(look.warp, cell.wrote, look.proxy) &&
-             !is_of_another_lane(cell, mine, info) && !needs_no_fence(look, cell)) {
+  } else if (is_of_another_lane(look, cell, mine)) {
+    if (!look.writes || is_store(look.in) || !is_same_instruction(cell, info))
+      explain_write(look, cell, where, host, mine, mine);
+  } else if (!comes_before(look.warp, cell.wrote, look.proxy) && !is_repeated(cell, mine, info) &&
+             !needs_no_fence(look, cell)) {
     if (const uint32_t other = racing_writer(look, cell, host))
-      explain_race(look, cell, where, other, true);
+      explain_write(look, cell, where, host, other, mine);
     else if (look.strong && !look.writes && look.proxy == kGeneric)
       saw_at(look, host) = {host, cell.wrote};
   }
@@ -180,7 +243,8 @@ uint32_t racing_writer(const Look& look, const Cell& cell, uint64_t host) {
     Look after = look;
     after.proxy = look.after_reads();
     if (!comes_before(look.warp, cell.read, after.proxy))
-      if (const uint32_t other = race_in(after, cell.read, cell.read_info >> kIndexBits, 8))
+      if (const uint32_t other = race_in(after, cell.read, cell.read_info >> kFlagShift,
+                                         kReaderBits, lane_of(cell.read_info)))
         explain_race(after, cell, where, other, false);
     if (!look.strong && cell.write_info & kStrongWrite && !over) forget_flags(host, look.cell);
     if (look.strong) {
@@ -188,8 +252,9 @@ uint32_t racing_writer(const Look& look, const Cell& cell, uint64_t host) {
       cell.wrote = join_writers(look.warp, cell.wrote, mine, look.proxy, sees);
       cell.write_info = write_info(info, mine) | (look.proxy ? 0 : kStrongWrite) | look.flight;
     } else {
-      cell.wrote = mine;
-      cell.write_info = info | look.flight;
+      const bool doubted = !doubts.empty() && doubts.back().look.host == host;
+      cell.wrote = doubted ? join_writers(look.warp, cell.wrote, mine, kGeneric, false) : mine;
+      cell.write_info = (cell.wrote & kSet ? write_info(info, mine) : info) | look.flight;
     }
     cell.read = cell.read_info = 0;
   } else if (cell.read != mine) {
@@ -205,15 +270,21 @@ inline void touch(const Look& look, Cell& cell, uint64_t where, uint64_t host, u
                   uint32_t info) {
   const Timeline& t = *look.warp.timeline;
   const auto passed = [&](uint32_t id) { return t.has_passed(id, async ? look.proxy : kGeneric); };
+  const bool of_lane =
+      !async && cell.wrote == mine && (cell.write_info ^ info) >> kLaneShift & kLaneMask;
   if constexpr (writes) {
     if (passed(cell.wrote) && t.has_passed(cell.read, async ? look.after_reads() : kGeneric) &&
-        !(cell.write_info >> kIndexBits) && !look.strong) [[likely]] {
+        !(cell.write_info >> kFlagShift) && !look.strong && !of_lane) [[likely]] {
       cell = {mine, info | look.flight, 0, 0};
       return;
     }
   } else {
-    if (passed(cell.wrote) && !(cell.write_info & kInFlight)) [[likely]] {
-      if (cell.read == mine) return;
+    if (passed(cell.wrote) && !(cell.write_info & kInFlight) && !of_lane) [[likely]] {
+      if (cell.read == mine) {
+        if (lane_of(cell.read_info) != static_cast<uint32_t>(look.lane))
+          cell.read_info |= kSeveralLanes << kLaneShift;
+        return;
+      }
       const Timeline::Joined& joined = t.joined[cell.read % kRemembered];
       if (passed(cell.read)) {
         cell.read = mine;
@@ -256,7 +327,7 @@ template <bool writes>
 void shadow_lanes(Look look, SharedShadow& shadow, const uint64_t* offsets, Mask mask,
                   uint32_t bytes, bool atomic, uint32_t mine) {
   Warp& warp = look.warp;
-  const uint32_t info = index_of(warp, look.in);
+  const uint32_t index = index_of(warp, look.in);
   if (writes) ++shadow.writes;
   const bool stores = writes && warp.undefined.by == &look.in;
   for (Mask rest = mask; rest; rest &= rest - 1) {
@@ -270,7 +341,8 @@ void shadow_lanes(Look look, SharedShadow& shadow, const uint64_t* offsets, Mask
     uint64_t where = offset;
     for (uint32_t n = bytes >> region.shift; n > 0; --n, ++cell, where += 1u << region.shift)
       touch<writes, false>(look, *cell, where,
-                           reinterpret_cast<uint64_t>(look.block->shared) + where, mine, info);
+                           reinterpret_cast<uint64_t>(look.block->shared) + where, mine,
+                           info_of(index, lane));
     const uint32_t unset = shadow.unset_in(offset, bytes);
     if (!writes) {
       if (unset) [[unlikely]]
@@ -341,7 +413,7 @@ void check_read_only(const Look& look, const Cell& cell, uint64_t where) {
 template <bool writes>
 void shadow_addresses(Look look, const uint64_t* addresses, Mask mask, uint32_t bytes,
                       uint32_t mine) {
-  const uint32_t info = index_of(look.warp, look.in);
+  const uint32_t index = index_of(look.warp, look.in);
   for (Mask rest = mask; rest; rest &= rest - 1) {
     look.lane = __builtin_ctz(rest);
     uint64_t where = look.host = addresses[look.lane];
@@ -350,7 +422,7 @@ void shadow_addresses(Look look, const uint64_t* addresses, Mask mask, uint32_t 
     look.cell = 1u << region.shift;
     for (uint32_t n = bytes >> region.shift; n > 0; --n, ++cell, where += look.cell) {
       check_read_only<writes>(look, *cell, where);
-      touch<writes, false>(look, *cell, where, where, mine, info);
+      touch<writes, false>(look, *cell, where, where, mine, info_of(index, look.lane));
     }
   }
 }
@@ -360,7 +432,7 @@ void shadow_addresses(Look look, const uint64_t* addresses, Mask mask, uint32_t 
 template <bool writes, typename Of>
 void touch_range(Look look, uint64_t begin, uint64_t host, uint64_t bytes, uint32_t mine,
                  Of region_of) {
-  const uint32_t info = index_of(look.warp, look.in);
+  const uint32_t info = info_of(index_of(look.warp, look.in), look.lane);
   for (uint64_t where = begin; where < begin + bytes;) {
     Region& region = region_of(where);
     uint32_t size = 16;
@@ -383,6 +455,7 @@ void shadow_shared(Warp& warp, const Instruction& in, Block& block, const uint64
                    Mask mask, uint32_t bytes, Access kind) {
   const Look look = look_of(warp, in, &block, kind);
   const uint32_t mine = segment_for(look);
+  if (in.control != Control::converge) warp.timeline->touched |= mask;
   const bool atomic = kind == Access::atomic;
   if (look.writes)
     shadow_lanes<true>(look, *block.shadow, offsets, mask, bytes, atomic, mine);
@@ -395,10 +468,40 @@ void shadow_global(Warp& warp, const Instruction& in, const uint64_t* addresses,
   if (!warp.timeline) return;
   const Look look = look_of(warp, in, nullptr, kind);
   const uint32_t mine = segment_for(look);
+  if (look.writes) warp.timeline->touched |= mask;
   if (look.writes)
     shadow_addresses<true>(look, addresses, mask, bytes, mine);
   else
     shadow_addresses<false>(look, addresses, mask, bytes, mine);
+}
+
+bool has_doubts() { return !doubts.empty(); }
+
+void stored(const uint64_t* addresses, Mask mask, const char* const* rows, uint32_t bytes) {
+  for (const Doubt& doubt : std::exchange(doubts, {})) {
+    const Look& look = doubt.look;
+    const uint64_t from = look.host - addresses[look.lane];
+    const bool of_lane = segment(doubt.other).agent == look.warp.timeline->agent;
+    // The value of a lane that runs the same instruction is not in memory yet.
+    const uint32_t lane = doubt.cell.write_info >> kLaneShift & (kLanes - 1);
+    const bool of_instruction = of_lane &&
+                                is_same_instruction(doubt.cell, index_of(look.warp, look.in)) &&
+                                mask >> lane & 1 && look.host - addresses[lane] < bytes;
+    const char* before = of_instruction ? rows[lane] + (look.host - addresses[lane]) : doubt.before;
+    if (std::memcmp(before, rows[look.lane] + from, look.cell) == 0) {
+      if (of_instruction)
+        doubt.at->write_info |= kSeveralLanes << kLaneShift;
+      else
+        note(look.warp, look.in, look.lane, "equal values",
+             look.act(doubt.where) + ", to which " +
+                 (of_lane ? "another lane of the warp" : name_of(look.warp, segment(doubt.other))) +
+                 " stores the same value in no order");
+    } else if (of_lane) {
+      explain_lanes(look, doubt.cell, doubt.where);
+    } else {
+      explain_race(look, doubt.cell, doubt.where, doubt.other, true);
+    }
+  }
 }
 
 void forget_global_shadow() {
@@ -407,6 +510,8 @@ void forget_global_shadow() {
 }
 
 void shadow_launched() {
+  doubts.clear();
+  forget_last_stored();
   if (pages.size() > kMostPages) forget_global_shadow();
 }
 
@@ -442,7 +547,7 @@ void copy_landed(Warp& warp, const AsyncCopy& copy, uint32_t segment) {
   const uint32_t mine = segment ? segment : segment_of(warp);
   ++warp.block->shadow->writes;
   for (uint32_t n = copy.bytes >> region.shift; n > 0; --n, ++cell)
-    *cell = {mine, index_of(warp, *copy.from), 0, 0};
+    *cell = {mine, info_of(index_of(warp, *copy.from), copy.lane), 0, 0};
 }
 
 void bulk_issued(Warp& warp, const Instruction& in, int lane, Block& target, uint32_t offset,

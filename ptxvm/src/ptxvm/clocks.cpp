@@ -38,7 +38,7 @@ uint32_t new_segment(const Warp& warp, uint32_t agent, uint32_t time, Segment::K
                      bool strong, uint8_t scope) {
   if (segments.size() >= kLastNumber) throw Fault(kNoNumbers);
   segments.push_back({warp.timeline->cluster, agent, time, static_cast<uint16_t>(warp.index),
-                      static_cast<uint8_t>(warp.block->rank), kind, strong, scope});
+                      static_cast<uint8_t>(warp.block->rank), kind, strong, scope, 0, 0});
   return first_segment + static_cast<uint32_t>(segments.size()) - 1;
 }
 
@@ -53,7 +53,8 @@ bool comes_before(const Timeline& t, const Segment& s, Proxy proxy) {
   const Times* known = crossed < 0 ? &t.near.seen : &t.near.proxied[crossed];
   if (s.cluster != t.cluster)
     known = (crossed < 0 ? t.far.seen : t.far.proxied[crossed]).find(s.cluster);
-  return known && at(*known, s.agent) >= s.time;
+  const bool is_own = s.cluster == t.cluster && s.agent == t.agent;
+  return known && at(*known, s.agent) >= (s.full && !is_own ? s.full : s.time);
 }
 
 }  // namespace
@@ -103,6 +104,10 @@ void start_timelines(Block& block) {
 
 uint32_t segment_of(Warp& warp) {
   Timeline& t = *warp.timeline;
+  if (t.parts) {
+    tick(t);
+    t.parts = false;
+  }
   if (!t.weak) {
     t.weak = new_segment(warp, t.agent, t.near.seen[t.agent], Segment::Kind::warp, false, 0);
     t.ordered[kGeneric][t.weak % kRemembered] = t.weak;
@@ -125,6 +130,31 @@ const Segment& segment(uint32_t id) { return segments[id - first_segment]; }
 bool are_same(uint32_t id, uint32_t other) {
   const Segment &a = segment(id), &b = segment(other);
   return a.cluster == b.cluster && a.agent == b.agent && a.time == b.time;
+}
+
+bool is_covered(const Warp& warp, uint32_t id, uint32_t lane, Proxy proxy) {
+  Segment s = segment(id);
+  if (!s.full || lane == kSeveralLanes) return false;
+  s.full = 0;
+  return comes_before(*warp.timeline, s, proxy) && (lane == kUnknownLane || s.covered >> lane & 1);
+}
+
+void release_part(Timeline& t) {
+  if (t.weak && t.touched & ~t.acting && !segments[t.weak - first_segment].full) {
+    segments[t.weak - first_segment].full = UINT32_MAX;
+    t.partial.push_back(t.weak);
+  }
+  for (const uint32_t id : t.partial) segments[id - first_segment].covered |= t.acting;
+}
+
+void lanes_met(Warp& warp) {
+  Timeline& t = *warp.timeline;
+  t.parts = t.parts || t.touched;
+  t.touched = 0;
+  if (t.partial.empty()) return;
+  tick(t);
+  for (const uint32_t id : t.partial) segments[id - first_segment].full = t.near.seen[t.agent];
+  t.partial.clear();
 }
 
 bool is_over(uint32_t id) { return id & kSet ? (id & ~kSet) < first_set : id < first_segment; }
@@ -235,10 +265,12 @@ uint32_t join_writers(Warp& warp, uint32_t before, uint32_t writer, Proxy proxy,
   std::vector<uint32_t> kept = those_kept(before, segment(writer), [&](const Segment& s) {
     return !s.strong || !(sees || comes_before(*warp.timeline, s, proxy));
   });
-  // At most one member is weak.
-  if (kept.size() >= kMostWriters)
-    kept.erase(
-        std::find_if(kept.begin(), kept.end(), [](uint32_t id) { return segment(id).strong; }));
+  // Several members are weak only if they stored the same.
+  if (kept.size() >= kMostWriters) {
+    const auto strong =
+        std::find_if(kept.begin(), kept.end(), [](uint32_t id) { return segment(id).strong; });
+    kept.erase(strong == kept.end() ? kept.begin() : strong);
+  }
   known = {before, with, number_of(kept, writer)};
   return known.result;
 }

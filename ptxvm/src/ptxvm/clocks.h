@@ -2,7 +2,9 @@
 // asynchronous operation) has a time; a warp knows for each agent the time up to which its accesses
 // happen before the warp's next instruction. Releases publish what a warp knows, acquires merge it.
 //
-// Lanes of a warp are one agent: a fence or an atomic of one lane counts for all of them.
+// Lanes of a warp are one agent between the points where they meet: .sync instructions and
+// barriers. What a lane acquires counts for all of them; what it releases does not include accesses
+// of other lanes since the last such point.
 #pragma once
 #include <array>
 #include <memory>
@@ -61,6 +63,9 @@ struct Segment {
   Kind kind;
   bool strong;
   uint8_t scope;
+  // If some lanes only have released it: these, and the time at which all have (0: by all at once).
+  Mask covered = 0;
+  uint32_t full = 0;
   bool async() const { return kind != Kind::warp && kind != Kind::copies; }
 };
 
@@ -97,6 +102,10 @@ struct Timeline {
   // Current segments, 0 if there is none yet: weak accesses and, by scope, strong ones.
   uint32_t weak = 0;
   std::array<uint32_t, kScopes> strong{};
+  Mask acting = 0;     // lanes that run the instruction
+  Mask touched = 0;    // lanes that accessed shared or wrote global memory since the lanes met
+  bool parts = false;  // the lanes have met: the next access begins a segment
+  std::vector<uint32_t> partial;  // segments that some lanes only have released
   // Caches, indexed by number modulo kRemembered. ordered: segments and sets that happen before the
   // next access of a proxy. joined, joined_writes: the set of readers or writers that results when
   // a segment joins a set (a writer that observes the set has kSet in `with`).
@@ -160,7 +169,11 @@ void start_timelines(Block&);
 uint32_t segment_of(Warp&);
 uint32_t strong_segment_of(Warp&, uint8_t scope);
 const Segment& segment(uint32_t id);
-bool are_same(uint32_t id, uint32_t other);   // same agent at the same time
+bool are_same(uint32_t id, uint32_t other);  // same agent at the same time
+// A segment that is not known to come before: true if this lane's part of it does.
+constexpr uint32_t kSeveralLanes = 32, kUnknownLane = 33;
+bool is_covered(const Warp&, uint32_t id, uint32_t lane, Proxy);
+void lanes_met(Warp&);
 bool is_over(uint32_t id);                    // belongs to an earlier launch, or is 0
 std::vector<uint32_t> members(uint32_t set);  // the latest ones first
 // comes_before: everything that a number names happens before the next access of the warp; the

@@ -273,6 +273,8 @@ void check_guard(Warp& warp, const Instruction& instruction, Mask mask) {
 
 void check_registers(Warp& warp, const Instruction& instruction, Mask mask) {
   if (warp.defined.empty()) return;
+  warp.timeline->acting = mask;
+  if (instruction.control == Control::converge) lanes_met(warp);
   Mask lost = 0;
   const uint32_t* sources = instruction.slots + instruction.writes;
   const bool crosses_lanes = instruction.control == Control::converge;

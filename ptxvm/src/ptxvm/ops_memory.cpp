@@ -103,6 +103,15 @@ void store(Warp& warp, const Instruction& in, Mask mask) {
 
   const R* values[vector];
   for (int j = 0; j < vector; ++j) values[j] = lanes<const R>(warp, in.slots[1 + j]);
+  if (has_doubts()) [[unlikely]] {
+    M all[kLanes][vector];
+    const char* rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = 0; j < vector; ++j) all[i][j] = static_cast<M>(values[j][i]);
+      rows[i] = reinterpret_cast<const char*>(all[i]);
+    }
+    stored(addresses, mask, rows, bytes);
+  }
   if (mask == kFullMask && !waits) {
     if constexpr (vector == 1) {
       if (are_consecutive(addresses, sizeof(M))) {

@@ -50,6 +50,11 @@ void broke_rule(Warp& warp, const Instruction& instruction, int lane, const std:
   log_event("{\"broken\": {" + list.back().members() + "}}");
 }
 
+void note(Warp& warp, const Instruction& instruction, int lane, const std::string& rule,
+          const std::string& what) {
+  if (options.go_on) broke_rule(warp, instruction, lane, "note: " + rule, what);
+}
+
 std::string take_reports() {
   std::string json = "[";
   for (const Entry& entry : entries.list)

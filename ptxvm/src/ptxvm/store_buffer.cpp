@@ -1,9 +1,17 @@
 #include "ptxvm/store_buffer.h"
 
 #include <algorithm>
+#include <unordered_map>
 
 namespace ptxvm {
 namespace {
+
+// The last store to each byte, by address / 16.
+struct Line {
+  uint16_t stored = 0;  // a bit for each byte
+  char data[16];
+};
+std::unordered_map<uint64_t, Line> last_stored;
 
 bool overlap(const PendingStore& store, uint64_t address, uint32_t bytes) {
   return store.address < address + bytes && address < store.address + store.bytes;
@@ -60,7 +68,23 @@ void defer_store(Warp& warp, int lane, uint64_t address, const void* data, uint3
                      {}};
   std::memcpy(store.data, data, bytes);
   warp.block->stores.push_back(store);
+  if (!options.check) return;
+  Line& line = last_stored[address / 16];
+  line.stored |= static_cast<uint16_t>(((1u << bytes) - 1) << address % 16);
+  std::memcpy(line.data + address % 16, data, bytes);
 }
+
+void read_last_stored(uint64_t address, uint32_t bytes, void* data) {
+  const auto found = last_stored.find(address / 16);
+  for (uint32_t i = 0; i < bytes; ++i) {
+    const uint64_t at = address % 16 + i;
+    const bool waited = found != last_stored.end() && found->second.stored >> at & 1;
+    static_cast<char*>(data)[i] =
+        waited ? found->second.data[at] : reinterpret_cast<const char*>(address)[i];
+  }
+}
+
+void forget_last_stored() { last_stored.clear(); }
 
 void settle_stores(Warp& warp, const uint64_t* addresses, Mask mask, uint32_t bytes,
                    bool all_before) {

@@ -26,5 +26,8 @@ void share_stores(Warp&);
 void flush_stores(Warp&);
 // Some stores of the block reach memory, at a moment that nothing else determines.
 void land_some_stores(Block&, Random&);
+// Check mode: the value at a place if all stores had reached memory. Of the launch.
+void read_last_stored(uint64_t address, uint32_t bytes, void* data);
+void forget_last_stored();
 
 }  // namespace ptxvm
