@@ -146,7 +146,7 @@ BAD = [
     (["--set", "speed", *ARGUMENTS], "--set: must be NAME=VALUE; got 'speed'"),
     (["--mma", "nosuch", *ARGUMENTS], "--mma: invalid choice: 'nosuch'"),
     (["--grid", "1,2,3,4"], "--grid: must be X, X,Y or X,Y,Z; got '1,2,3,4'"),
-    (["--order", "up"], "--order: must be forward, reverse, seeded or weak; got 'up'"),
+    (["--order", "up"], "--order: must be forward, reverse, seeded, weak or sleepy; got 'up'"),
     (["--async", "latest,earliest"], "--async: must be latest, earliest or seed:N; got 'latest,e"),
     (["--print", "2", *ARGUMENTS], "--print: must be the number of an array; got 2"),
     (["--save", "1=out.txt"], "--save: must be N=FILE.npy; got '1=out.txt'"),

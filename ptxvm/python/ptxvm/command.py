@@ -20,7 +20,7 @@ CLEAN, FOUND = 0, 1  # exit statuses; 2 if the command could not run
 DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 MAX_OF_A_NAME = 48
 HAS_SOURCE_LINE = re.compile(r", line \d+ \(.+?:\d+\): ")
-ORDERS = ("forward", "reverse", "seeded", "weak")
+ORDERS = ("forward", "reverse", "seeded", "weak", "sleepy")
 FLAGS = ("check", "count", "on_fault", "device", "fuel", "mma", "async", "order")  # not in --set
 
 GUIDE = """\
@@ -111,7 +111,7 @@ def _add_options(sub: argparse.ArgumentParser, action: str) -> None:
         "--order",
         type=_orders(several),
         default=["forward", "reverse"] if several else ["forward"],
-        help="of warps and blocks: forward, reverse, seeded, weak"
+        help="of warps and blocks: forward, reverse, seeded, weak, sleepy"
         + (", or several (default forward,reverse)" if several else ""),
     )
     machine.add_argument(
@@ -178,7 +178,7 @@ def _list_of(rule: str, fits: Callable[[str], bool], several: bool) -> Callable[
 
 
 def _orders(several: bool) -> Callable[[str], list[str]]:
-    return _list_of("forward, reverse, seeded or weak", lambda x: x in ORDERS, several)
+    return _list_of("forward, reverse, seeded, weak or sleepy", lambda x: x in ORDERS, several)
 
 
 def _moments(several: bool) -> Callable[[str], list[str]]:

@@ -81,8 +81,11 @@ void set_option(const std::string& name, const std::string& value) {
       options.order = Options::Order::seeded;
     else if (value == "weak")
       options.order = Options::Order::weak;
+    else if (value == "sleepy")
+      options.order = Options::Order::sleepy;
     else
-      throw Fault("ptxvm_configure: order: must be forward, reverse, seeded or weak; got " + value);
+      throw Fault("ptxvm_configure: order: must be forward, reverse, seeded, weak or sleepy; got " +
+                  value);
   } else {
     throw Fault("ptxvm_configure: unknown option " + name);
   }
@@ -98,7 +101,7 @@ void configure(const std::string& settings) {
 }
 
 std::string settings() {
-  constexpr const char* kOrders[] = {"forward", "reverse", "seeded", "weak"};
+  constexpr const char* kOrders[] = {"forward", "reverse", "seeded", "weak", "sleepy"};
   constexpr const char* kMoments[] = {"latest", "earliest", "seed:"};
   const auto moment = static_cast<size_t>(options.async);
   const std::pair<const char*, std::string> all[] = {

@@ -294,8 +294,9 @@ struct Options {
   int approximate =
       0;  // -1, 0, 1: ex2, rcp, ... as good as can be, or off by their bound down or up
   bool hardware_mma = false;  // tensor cores add as the device's do, not exactly: tensor.h
-  // weak: seeded, and stores wait in a buffer: store_buffer.h
-  enum class Order : uint8_t { forward, reverse, seeded, weak } order = Order::forward;
+  // weak: seeded, and stores wait in a buffer: store_buffer.h. sleepy: seeded, and one warp of each
+  // block at a time runs only when no other can.
+  enum class Order : uint8_t { forward, reverse, seeded, weak, sleepy } order = Order::forward;
   uint64_t seed = 0;
   uint32_t resident_blocks = 8;  // number of blocks that run interleaved
   uint32_t fuel = 20000;         // instructions before the next warp's turn (seeded: upper bound)

@@ -217,6 +217,9 @@ class Grid {
     for (Barrier& barrier : resident.barriers) barrier = {};
     resident.unfinished = warps_;
     resident.finished = false;
+    if (options.order == Options::Order::sleepy)
+      resident.sleeper = static_cast<uint32_t>(random_.below(warps_));
+    resident.slept = 0;
     for (Warp& warp : block.warps) {
       const uint32_t first = warp.index * kLanes;
       const uint32_t count = std::min<uint32_t>(threads_ - first, kLanes);
@@ -248,17 +251,20 @@ class Grid {
     if (seeded) share = 1 + random_.below(share);
     for (uint64_t used = 0; used < share && resident.unfinished > 0;) {
       uint64_t issued = 0;
+      const bool sleepy = options.order == Options::Order::sleepy;
       const uint32_t rotation = seeded ? static_cast<uint32_t>(random_.below(warps_)) : 0;
       for (uint32_t i = 0; i < warps_; ++i) {
         uint32_t index = options.order == Options::Order::reverse ? warps_ - 1 - i : i;
         if (seeded) index = (i + rotation) % warps_;
         Warp& warp = resident.block.warps[index];
-        if (!warp.live) continue;
+        if (!warp.live || (sleepy && index == resident.sleeper)) continue;
         if (is_weak()) land_some_stores(resident.block, random_);
         set_clocks(warp, issued_in_all + issued);
         const uint64_t fuel = seeded ? 1 + random_.below(most) : most;
         issued += run_warp(resident, warp, kernel_, fuel);
       }
+      if (sleepy && (issued == 0 || (resident.slept += issued) > kLongSleep))
+        issued += wake_sleeper(resident, issued_in_all + issued);
       issued_in_all += issued;
       since_finish_ += issued;
       used += issued;
@@ -278,6 +284,16 @@ class Grid {
         if (cluster.unfinished > 1) return;
       }
     }
+  }
+
+  // The sleeping warp runs for a while; then another one falls asleep.
+  uint64_t wake_sleeper(Resident& resident, uint64_t now) {
+    Warp& warp = resident.block.warps[resident.sleeper];
+    resident.sleeper = static_cast<uint32_t>(random_.below(warps_));
+    resident.slept = 0;
+    if (!warp.live) return 0;
+    set_clocks(warp, now);
+    return run_warp(resident, warp, kernel_, 1 + random_.below(options.fuel));
   }
 
   // Warps that poll memory never wait, but what they poll for may depend on a transfer.
@@ -339,6 +355,7 @@ class Grid {
   }
 
   static constexpr uint64_t kLongQuiet = 300000;  // instructions of a cluster without an event
+  static constexpr uint64_t kLongSleep = 30000;   // instructions of a block: others may poll
   static constexpr uint64_t kPatience = 16;       // turns of all blocks without a finished block
 
   static constexpr uint32_t kShortTurn = 500;  // instructions: cooperative blocks poll a barrier

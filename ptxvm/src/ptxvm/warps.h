@@ -17,6 +17,8 @@ struct Resident {
   std::array<Barrier, kBarriers> barriers;
   uint32_t unfinished = 0;  // warps that have not finished
   bool finished = false;
+  uint32_t sleeper = 0;  // order=sleepy: the warp that sleeps
+  uint64_t slept = 0;    // instructions of the others since it fell asleep
   std::unique_ptr<char[]> files, shared, local;
 };
 
