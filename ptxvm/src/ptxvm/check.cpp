@@ -52,15 +52,19 @@ struct Look {
   std::string act(uint64_t where) const {
     return (writes ? "write to " : "read of ") + place(where);
   }
-  // " at line 12 (file.cu:3): st.shared.b32 [%r1], %r2"
-  std::string at(uint32_t info) const {
-    const Kernel& kernel = *warp.block->kernel;
-    const Instruction& other = kernel.code[info & ((1u << kIndexBits) - 1)];
-    return " at line " + std::to_string(other.line) + source_of(*kernel.module, other.line) + ": " +
-           other.text;
+  // The instruction of an earlier access.
+  const Instruction& other(uint32_t info) const {
+    return warp.block->kernel->code[info & ((1u << kIndexBits) - 1)];
   }
-  void broke(const char* rule, const std::string& what) const {
-    broke_rule(warp, in, lane, rule, what);
+  std::string at(uint32_t info) const { return " at" + at_line(warp, other(info)); }
+  void broke(const char* rule, const std::string& what, const Instruction* cause = nullptr) const {
+    broke_rule(warp, in, lane, rule, what, cause);
+  }
+  // "; the address is tile+0x80"
+  std::string variable(uint64_t where) const {
+    const std::string name =
+        block ? shared_symbol(*block->kernel, static_cast<uint32_t>(where)) : std::string();
+    return name.empty() ? name : "; the address is " + name;
   }
   // Strong accesses do not race if the scope of each includes the other.
   bool is_race(const Segment& other) const {
@@ -81,10 +85,13 @@ void explain_flight(const Look& look, const Cell& cell, uint64_t where) {
     return look.broke("copy",
                       look.act(where) + " while a cp.async of " + who +
                           " into it is in flight (no cp.async.wait_group or wait_all since)" +
-                          look.at(cell.write_info));
-  look.broke("copy", look.act(where) + " while a bulk copy of " + who +
-                         " into it is in flight (its mbarrier has not completed)" +
-                         look.at(cell.write_info));
+                          look.at(cell.write_info),
+                      &look.other(cell.write_info));
+  look.broke("copy",
+             look.act(where) + " while a bulk copy of " + who +
+                 " into it is in flight (its mbarrier has not completed)" +
+                 look.at(cell.write_info),
+             &look.other(cell.write_info));
 }
 
 void explain_race(const Look& look, const Cell& cell, uint64_t where, uint32_t other, bool wrote) {
@@ -96,7 +103,8 @@ void explain_race(const Look& look, const Cell& cell, uint64_t where, uint32_t o
   const std::string at = has_info ? look.at(info) : std::string();
   look.broke(wrote ? "race with a write" : "race with a read",
              "race: " + look.act(where) + (wrote ? ", written by " : ", read by ") +
-                 name_of(look.warp, s) + at + "; " + look.missing(s));
+                 name_of(look.warp, s) + at + "; " + look.missing(s) + look.variable(where),
+             has_info ? &look.other(info) : nullptr);
 }
 
 // The segment that the access races with, 0 if there is none; among several, preferably the one

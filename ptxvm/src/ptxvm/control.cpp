@@ -3,6 +3,7 @@
 
 #include "ptxvm/check.h"
 #include "ptxvm/decode_state.h"
+#include "ptxvm/reports.h"
 
 namespace ptxvm {
 namespace {
@@ -50,9 +51,9 @@ void fail_assertion(Warp& warp, const Instruction& instruction, Mask mask) {
                    argument<uint64_t>(warp, instruction, lane, static_cast<uint64_t>(where)));
   };
   const auto line = argument<uint32_t>(warp, instruction, lane, kLocalWindow + instruction.target);
-  throw FailedAssertion(report_of(warp, instruction, lane,
-                                  "assertion '" + text(instruction.offset) + "' failed at " +
-                                      text(instruction.offset2) + ":" + std::to_string(line)));
+  throw KernelFault(finding_at(warp, instruction, lane, "assertion",
+                               "assertion '" + text(instruction.offset) + "' failed at " +
+                                   text(instruction.offset2) + ":" + std::to_string(line)));
 }
 
 void only(Decoder& decoder, const Statement& statement,

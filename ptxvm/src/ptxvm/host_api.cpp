@@ -191,6 +191,12 @@ const char* ptxvm_last_report(void) {
   return text.c_str();
 }
 
+const char* ptxvm_last_finding(void) {
+  thread_local std::string text;
+  text = std::exchange(last_finding(), "null");
+  return text.c_str();
+}
+
 const char* ptxvm_reports(void) {
   thread_local std::string text;
   const std::lock_guard lock(runtime().mutex);
@@ -241,6 +247,12 @@ int ptxvm_launch(void* module, const char* name, const uint32_t grid[3], const u
 void ptxvm_unload(void* module) {
   const std::lock_guard lock(runtime().mutex);
   unload(static_cast<LoadedModule*>(module));
+}
+
+const char* ptxvm_demangled(const char* name) {
+  thread_local std::string text;
+  text = demangled(name);
+  return text.c_str();
 }
 
 const char* ptxvm_kernels(void* module) {

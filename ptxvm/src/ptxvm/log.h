@@ -3,7 +3,8 @@
 //
 //   {"launch": {"kernel": ..., "grid": [...], "block": [...], ...}}      counters too, if counted
 //   {"broken": {"kernel": ..., "line": ..., "rule": ..., "report": ...}} the first time at a line
-//   {"error": code, "report": ...}                                       of a call that failed
+//   {"error": code, "report": ..., "finding": {...}}     of a call that failed, null if no kernel
+//   did
 #pragma once
 #include <string>
 

@@ -57,10 +57,12 @@ LoadedModule* load(const std::string& ptx);
 void unload(LoadedModule*);
 
 // Records a failure of the calling thread for cudaGetLastError and cudaGetErrorString; returns the
-// error.
-int fail(int error, const std::string& report);
+// error. `finding`: the rule that a kernel broke, if one did.
+struct Finding;
+int fail(int error, const std::string& report, const Finding* finding = nullptr);
 int last_error(bool clear);
 std::string& last_report();              // of the thread's last failure
+std::string& last_finding();             // its finding as JSON, or null
 std::string report_of_error(int error);  // of that failure or of the device's, by its error
 
 // Error of the kernel that failed last: as on a GPU, every later call returns it. 0 if no kernel

@@ -1,0 +1,190 @@
+"""Findings: one for each cause, with names that people read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hopper
+import numpy as np
+import pytest
+from machine import Report, machine
+from ptxvm.__main__ import main
+from ptxvm.findings import Mode, Run, in_lines, short_name, summarise
+
+import ptxvm
+
+LINES = 12
+# Each thread stores and reads a word in LINES places; nothing orders the two parts.
+KERNEL = """
+.visible .entry _Z5tilesPfi(.param .u64 x, .param .u32 n) {
+.shared .align 16 .b8 _ZZ5tilesPfiE4tile[8192];
+.reg .b64 %d<4>; .reg .b32 %r<8>; .reg .f32 %f<40>; .reg .pred %p<4>;
+ld.param.u64 %d0, [x];
+mov.u32 %r0, %tid.x;
+mul.wide.u32 %d1, %r0, 4;
+add.u64 %d0, %d0, %d1;
+shl.b32 %r1, %r0, 2;
+mov.u32 %r2, _ZZ5tilesPfiE4tile;
+add.u32 %r3, %r2, %r1;
+xor.b32 %r4, %r1, 128;
+add.u32 %r4, %r4, %r2;
+mov.f32 %f0, 0f00000000;
+WRITES
+BARRIER
+READS
+st.global.f32 [%d0], %f0;
+ret; }
+"""
+WRITES = "\n".join(f"st.shared.f32 [%r3+{256 * i}], %f0;" for i in range(LINES))
+READS = "\n".join(
+    f"ld.shared.f32 %f1, [%r4+{256 * i}];\nadd.f32 %f0, %f0, %f1;" for i in range(LINES)
+)
+FIRST_READ = 15 + LINES + 1
+LAUNCH = ["--block", "64", "--arg", "f32[64]=zeros", "--arg", "3"]
+
+
+def text(barrier: str = "", **parts: str) -> str:
+    parts = {"WRITES": WRITES, "READS": READS, "BARRIER": barrier or "// none"} | parts
+    made = KERNEL
+    for name, part in parts.items():
+        made = made.replace(name, part)
+    return made
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes PTX text into the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(ptx: str) -> str:
+        Path("kernel.ptx").write_text(ptx)
+        return "kernel.ptx"
+
+    return write
+
+
+def findings(capfd: Any, *words: str) -> list[dict[str, Any]]:
+    status = main(["check", *words, *LAUNCH, "--json"])
+    found: list[dict[str, Any]] = json.loads(capfd.readouterr().out)["findings"]
+    assert status == (1 if found else 0)
+    return found
+
+
+def test_one_cause_is_one_finding_with_its_lines(write, capfd):
+    assert findings(capfd, write(text("bar.sync 0;"))) == []
+    (finding,) = findings(capfd, write(text()))
+    assert finding["rule"] == "race with a write" and finding["line"] == FIRST_READ
+    assert finding["kernel"] == "_Z5tilesPfi" and finding["name"] == "tiles(float*, int)"
+    assert finding["cause"]["line"] == 15 and len(finding["modes"]) == 6
+    reads = [x["line"] for x in finding["lines"] if x["rule"] == "race with a write"]
+    assert reads == [FIRST_READ + 2 * i for i in range(LINES)]
+    assert main(["check", write(text()), *LAUNCH]) == 1
+    out = capfd.readouterr().out
+    assert out.startswith(
+        f"race with a write: tiles(float*, int), line {FIRST_READ} [all 6 modes]\n"
+        f"    tiles(float*, int), line {FIRST_READ}: ld.shared.f32 %f1, [%r4+0]: race: read of "
+        "shared address 0x"
+    )
+    assert "written by warp 0 at line 15: st.shared.f32; no barrier" in out
+    assert "; the address is tile (block (0, 0, 0), thread 32, warp 1, lane 0)" in out
+    wrapped = " ".join(out.split())
+    assert f"and race with a write, lines {FIRST_READ + 2}, {FIRST_READ + 4}, " in wrapped
+    assert f"and race with a read, lines 15-{14 + LINES} and" in wrapped
+    assert (
+        "and other result 0: 64 of 64 elements of argument 0 are not those of [forward" in wrapped
+    )
+    assert ": 1 finding; 6 runs" in out
+
+
+def test_two_causes_are_two_findings(write, capfd):
+    """Between the parts of one race and those of the other lies a barrier."""
+    again = f"{READS}\nbar.sync 0;\n{WRITES}\n// none\n{READS}"
+    (one, other, result) = findings(capfd, write(text(READS=again)))
+    assert one["line"] == FIRST_READ and other["line"] == FIRST_READ + 3 * LINES + 2
+    assert one["rule"] == other["rule"] == "race with a write"
+    assert result["rule"] == "other result 0"  # of either cause
+
+
+def test_a_value_that_a_race_leaves_unset_belongs_to_the_race():
+    def report(rule: str, line: int, part: int, cause: tuple[int, int] | None = None) -> Report:
+        at = cause and ptxvm.Position(*cause)
+        return Report("k", line, rule, "", part=part, cause=at)
+
+    race = report("race with a write", 20, 18, (9, 5))
+    unset = report("depends on an uninitialised value", 40, 38, (20, 18))
+    elsewhere = report("depends on an uninitialised value", 50, 48, (60, 58))
+    runs = [Run(Mode("forward", "latest"), [unset, elsewhere]), Run(Mode("reverse", "l"), [race])]
+    first, second = summarise(runs)
+    assert first.reports == [race, unset] and [m.order for m in first.modes] == [
+        "forward",
+        "reverse",
+    ]
+    assert second.reports == [elsewhere]
+    # Other rules: a line is a cause.
+    twice = [report("memory", 7, 5), report("memory", 7, 5), report("memory", 8, 5)]
+    found = summarise([Run(Mode("forward", "latest"), twice)])
+    assert [(f.report.line, f.count) for f in found] == [(7, 2), (8, 1)]
+
+
+def test_a_report_names_few_registers():
+    accumulators = [f"%f{i}" for i in range(64)]
+    body = "".join(f"mov.f32 {name}, 0f00000000;\n" for name in accumulators) + (
+        f"wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {{{', '.join(accumulators)}}}, "
+        "%d1, %d1, 1, 1, 1, 0, 0;\nwgmma.commit_group.sync.aligned;\n"
+        "wgmma.wait_group.sync.aligned 0;\nret; }"
+    )
+    kernel = ".entry k(.param .u64 x) {\n.reg .b64 %d<2>; .reg .f32 %f<64>;\nmov.b64 %d1, 0;\n"
+    machine.reports()
+    with hopper.sm90(check=1), machine.reporting() as reports:
+        machine.run(kernel + body, "k", np.zeros(1), block=128, shared=4096)
+    assert {r.rule for r in reports} == {"wgmma.fence"}
+    assert all("{%f0, ..., %f63}" in r.report for r in reports)
+    assert max(len(r.report) for r in reports) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("k(float*)", "k(float*)"),
+        ("void f<A<B<int> >, 3>(A<B<int> >, " + "int, " * 20 + "int)", "void f<...>(...)"),
+        ("(anonymous namespace)::" + "a" * 80, "{anonymous}::" + "a" * 59 + "..."),
+    ],
+)
+def test_short_names(name, short):
+    assert short_name(name) == short
+
+
+def test_lines_by_those_of_the_source():
+    lines = [
+        (60, "x/a.cu", 3),
+        (61, "x/a.cu", 3),
+        (64, "x/a.cu", 3),
+        (71, "x/a.cu", 4),
+        (80, "", 0),
+    ]
+    reports = [Report("k", n, "copy", "", file=f, source_line=s) for n, f, s in lines]
+    assert list(in_lines(reports)) == ["copy, lines 60-61, 64 (a.cu:3), 71 (a.cu:4), 80"]
+    assert list(in_lines([])) == []
+
+
+def test_count_goes_on_after_a_fault_and_says_so(write, capfd):
+    outside = "ld.global.f32 %f1, [%d0+65536];\nst.global.f32 [%d0], %f0;\n"
+    path = write(text(READS=outside))
+    assert main(["count", path, *LAUNCH]) == 1
+    out = capfd.readouterr().out
+    assert out.startswith("memory: tiles(float*, int), line 28\n") and "ended by" not in out
+    assert "went on after broken rules" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["store", "4", "512", "16", "16"] in rows  # both stores that follow it
+    path = write(text(READS="trap;"))
+    assert main(["count", path, *LAUNCH]) == 1
+    out = capfd.readouterr().out
+    assert "  ended by a fault, and counted up to it: 1 of 1\n" in out and "went on" not in out
+    assert ["store", str(LINES), f"{LINES * 128:,}", str(LINES), str(LINES)] in [
+        line.split() for line in out.splitlines()
+    ]
+    assert main(["count", path, *LAUNCH, "--json"]) == 1
+    (run,) = json.loads(capfd.readouterr().out)["runs"]
+    assert run["kernels"] == 1 and run["launches"][0]["complete"] is False
