@@ -1,10 +1,11 @@
-"""Findings: one for each cause, with names that people read."""
+"""Findings: one for each cause, with names that people read, on the command line and as SARIF."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import hopper
 import numpy as np
@@ -188,3 +189,96 @@ def test_count_goes_on_after_a_fault_and_says_so(write, capfd):
     assert main(["count", path, *LAUNCH, "--json"]) == 1
     (run,) = json.loads(capfd.readouterr().out)["runs"]
     assert run["kernels"] == 1 and run["launches"][0]["complete"] is False
+
+
+# Of the objects of SARIF 2.1.0 that we write (sections 3.13 to 3.58): required properties, others.
+SARIF: dict[str, tuple[set[str], set[str]]] = {
+    "log": ({"version", "runs"}, {"$schema"}),
+    "run": ({"tool"}, {"invocations", "originalUriBaseIds", "results"}),
+    "tool": ({"driver"}, set()),
+    "driver": ({"name"}, {"version", "rules"}),
+    "rule": ({"id"}, {"shortDescription", "defaultConfiguration"}),
+    "invocation": ({"executionSuccessful"}, {"exitCode", "toolExecutionNotifications"}),
+    "notification": ({"message"}, {"level"}),
+    "result": ({"message"}, {"ruleId", "ruleIndex", "level", "locations", "relatedLocations"}),
+    "location": (set(), {"id", "physicalLocation", "logicalLocations", "message"}),
+    "physical": ({"artifactLocation"}, {"region"}),
+    "artifact": ({"uri"}, {"uriBaseId"}),
+}
+
+
+def follow(kind: str, entry: dict[str, Any]) -> None:
+    required, others = SARIF[kind]
+    assert required <= entry.keys() <= required | others, (kind, entry.keys())
+
+
+def check_sarif(path: Path, folder: Path) -> list[dict[str, Any]]:
+    """Checks the structure; returns the results."""
+    document = json.loads(path.read_text())
+    follow("log", document)
+    assert document["version"] == "2.1.0"
+    (run,) = document["runs"]
+    follow("run", run)
+    follow("tool", run["tool"])
+    follow("driver", run["tool"]["driver"])
+    rules = run["tool"]["driver"]["rules"]
+    for rule in rules:
+        follow("rule", rule)
+        assert rule["shortDescription"]["text"].endswith(".")
+    assert len({rule["id"] for rule in rules}) == len(rules)
+    (invocation,) = run["invocations"]
+    follow("invocation", invocation)
+    for notification in invocation.get("toolExecutionNotifications", []):
+        follow("notification", notification)
+    (base,) = run["originalUriBaseIds"].values()
+    assert base["uri"] == folder.as_uri() + "/"
+    for result in run["results"]:
+        follow("result", result)
+        assert rules[result["ruleIndex"]]["id"] == result["ruleId"] and result["message"]["text"]
+        assert len(result["locations"]) == 1
+        related = result.get("relatedLocations", [])
+        assert [each["id"] for each in related] == list(range(len(related)))
+        for location in [*result["locations"], *related]:
+            follow("location", location)
+            physical = location["physicalLocation"]
+            follow("physical", physical)
+            follow("artifact", physical["artifactLocation"])
+            assert physical.get("region", {"startLine": 1})["startLine"] >= 1
+            if "uriBaseId" in physical["artifactLocation"]:
+                assert physical["artifactLocation"]["uriBaseId"] in run["originalUriBaseIds"]
+                assert (folder / unquote(physical["artifactLocation"]["uri"])).is_file()
+    results: list[dict[str, Any]] = run["results"]
+    return results
+
+
+def test_sarif_locates_findings_in_the_text(write, tmp_path, capfd):
+    path, out = write(text()), tmp_path / "findings.sarif"
+    assert main(["check", path, *LAUNCH, "--sarif", str(out)]) == 1
+    (result,) = check_sarif(out, tmp_path)
+    assert "64 of 64 elements of argument 0" in result["message"]["text"]
+    physical = result["locations"][0]["physicalLocation"]
+    assert physical["artifactLocation"]["uri"] == "kernel.ptx"
+    assert physical["region"]["startLine"] == FIRST_READ
+    assert result["ruleId"] == "race-with-a-write" and result["level"] == "error"
+    (logical,) = result["locations"][0]["logicalLocations"]
+    assert logical["name"] == "tiles(float*, int)"
+    assert logical["fullyQualifiedName"] == "_Z5tilesPfi"
+    lines = {x["physicalLocation"]["region"]["startLine"] for x in result["relatedLocations"]}
+    assert lines > {FIRST_READ + 2, 15}
+    assert main(["check", write(text("bar.sync 0;")), *LAUNCH, "--sarif", str(out)]) == 0
+    assert check_sarif(out, tmp_path) == []
+    assert main(["check", path, *LAUNCH, "--sarif", "no/such.sarif"]) == 2
+    assert "--sarif: must be writable; got 'no/such.sarif'" in capfd.readouterr().err
+
+
+def test_sarif_locates_findings_in_the_source(write, tmp_path):
+    lines = text().splitlines()
+    lines.insert(FIRST_READ - 1, ".loc 1 77 3")
+    (tmp_path / "a b.cu").touch()
+    lines.append(f'.file 1 "{tmp_path}/a b.cu"')
+    out = tmp_path / "findings.sarif"
+    assert main(["check", write("\n".join(lines)), *LAUNCH, "--sarif", str(out)]) == 1
+    (result,) = check_sarif(out, tmp_path)
+    physical = result["locations"][0]["physicalLocation"]
+    assert physical["artifactLocation"]["uri"] == "a%20b.cu"
+    assert physical["region"]["startLine"] == 77

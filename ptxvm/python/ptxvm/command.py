@@ -57,7 +57,7 @@ it. Results of a kernel that differ between the runs are reported too.
 
   ptxvm check kernel.ptx --block 64 --arg "f32[64]=zeros" --json
   ptxvm check --device sm_90a --async latest,seed:1,seed:2 ./gemm
-  ptxvm check ./app
+  ptxvm check --sarif findings.sarif ./app
 """
 COUNT = """\
 Runs the kernel or program and prints its counters: instructions by class, tensor-core products,
@@ -163,6 +163,10 @@ def _add_options(sub: argparse.ArgumentParser, action: str) -> None:
     program = sub.add_argument_group("programs")
     program.add_argument("--entry", metavar="NAME", help="the function of a shared object to call")
     sub.add_argument("--json", action="store_true", help="print one JSON document")
+    if several:
+        sub.add_argument(
+            "--sarif", metavar="FILE", type=Path, help="write the findings as SARIF 2.1.0 to FILE"
+        )
 
 
 def _list_of(rule: str, fits: Callable[[str], bool], several: bool) -> Callable[[str], list[str]]:
@@ -230,11 +234,31 @@ def run(options: argparse.Namespace) -> int:
     findings = summarise(runs)
     failed = any(r.status or r.lost for r in runs)
     status = FOUND if findings else FAILED if failed else CLEAN
+    if getattr(options, "sarif", None):
+        _write_sarif(options, runs, findings, status, ptx)
     if options.json:
         print(json.dumps(_document(options, runs, findings, status, ptx), indent=1))
     else:
         _print(options, runs, modes, findings, ptx)
     return status
+
+
+def _write_sarif(
+    options: argparse.Namespace,
+    runs: Sequence[Run],
+    findings: Sequence[Finding],
+    status: int,
+    ptx: str | None,
+) -> None:
+    from . import sarif
+
+    refused = dict.fromkeys(refusal for r in runs for refusal in r.refused)
+    checked = sarif.Checked(Path(options.file), ptx is not None)
+    document = sarif.log(findings, list(refused), status, checked)
+    try:
+        options.sarif.write_text(json.dumps(document, indent=1) + "\n")
+    except OSError as error:
+        raise _cli.UsageError(_cli.unwritable("--sarif", options.sarif, error)) from None
 
 
 def _check_settings(options: argparse.Namespace, vm: Machine) -> None:
