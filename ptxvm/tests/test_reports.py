@@ -157,6 +157,21 @@ def test_short_names(name, short):
     assert short_name(name) == short
 
 
+@pytest.mark.parametrize(
+    ("name", "demangled"),
+    [
+        ("_Z1kPf", "k(float*)"),
+        ("_Z1kILi3EEvPf", "void k<3>(float*)"),
+        ("_ZN3lib6kernelINS_bad", "lib::kernel<...>"),  # what libstdc++ cannot read
+        ("_Z9", "_Z9"),
+        ("_Z99999999999999999999k", "_Z99999999999999999999k"),
+        ("k$1", "k$1"),
+    ],
+)
+def test_demangled_names(name, demangled):
+    assert machine.demangled(name) == demangled
+
+
 def test_lines_by_those_of_the_source():
     lines = [
         (60, "x/a.cu", 3),

@@ -193,14 +193,15 @@ def in_lines(reports: Sequence[Report]) -> Iterator[str]:
         if report.line:
             sources = rules.setdefault(report.rule, {})
             sources.setdefault((report.file, report.source_line), []).append(report.line)
-        else:
-            yield f"{report.rule}: {report.report}"
     for rule, sources in rules.items():
         parts = [
             _ranges(lines) + (f" ({Path(file).name}:{line})" if file else "")
             for (file, line), lines in sources.items()
         ]
         yield f"{rule}, line{'s' if sum(map(len, sources.values())) > 1 else ''} {', '.join(parts)}"
+    for report in reports:
+        if not report.line:
+            yield f"{report.rule}: {report.report}"
 
 
 def _ranges(lines: Sequence[int]) -> str:

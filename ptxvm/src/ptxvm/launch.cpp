@@ -21,7 +21,7 @@ namespace ptxvm {
 namespace {
 
 thread_local int thread_error = cudaSuccess, reported_error = cudaSuccess;
-thread_local std::string thread_report, thread_finding;
+thread_local std::string thread_report, thread_finding = "null";
 
 // Error of the kernel that failed last, until the machine recovers.
 int device_fault = cudaSuccess;

@@ -3,8 +3,7 @@
 //
 //   {"launch": {"kernel": ..., "grid": [...], "block": [...], ...}}      counters too, if counted
 //   {"broken": {"kernel": ..., "line": ..., "rule": ..., "report": ...}} the first time at a line
-//   {"error": code, "report": ..., "finding": {...}}     of a call that failed, null if no kernel
-//   did
+//   {"error": code, "report": ..., "finding": {...} or null}             of a call that failed
 #pragma once
 #include <string>
 

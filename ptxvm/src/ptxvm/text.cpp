@@ -101,13 +101,35 @@ void read_source_lines(Module& module, const std::string& ptx) {
   }
 }
 
+namespace {
+
+// Of a mangled name the scopes and the name itself: "_ZN7cutlass13device_kernelI..." is
+// "cutlass::device_kernel<...>". Any other name as it is.
+std::string outer_names(const std::string& mangled) {
+  std::string names;
+  size_t at = mangled.starts_with("_ZN") ? 3 : 2;
+  while (at < mangled.size() && std::isdigit(static_cast<unsigned char>(mangled[at]))) {
+    const char* const rest = mangled.c_str() + at;
+    char* name = nullptr;
+    const size_t length = std::strtoul(rest, &name, 10);
+    const size_t end = at + static_cast<size_t>(name - rest) + length;
+    if (length > mangled.size() || end > mangled.size()) return mangled;
+    names += (names.empty() ? "" : "::") + std::string(name, length);
+    at = end;
+  }
+  if (names.empty()) return mangled;
+  return names + (at < mangled.size() && mangled[at] == 'I' ? "<...>" : "");
+}
+
+}  // namespace
+
 std::string demangled(const std::string& name) {
+  if (!name.starts_with("_Z")) return name;
   int status = 0;
   const std::unique_ptr<char, void (*)(void*)> text(
-      name.starts_with("_Z") ? abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status)
-                             : nullptr,
-      std::free);
-  return text ? text.get() : name;
+      abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status), std::free);
+  // libstdc++ cannot read some names of nvcc, such as those of CUTLASS.
+  return text ? text.get() : outer_names(name);
 }
 
 std::pair<std::string, uint32_t> source_position(const Module& module, uint32_t ptx_line) {
