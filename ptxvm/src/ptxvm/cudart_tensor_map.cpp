@@ -134,3 +134,9 @@ PTXVM_EXPORT cudaError_t cudaGetDriverEntryPoint(const char* symbol, void** func
                                                  cudaDriverEntryPointQueryResult* result) {
   return cudaGetDriverEntryPointByVersion(symbol, function, 0, flags, result);
 }
+
+PTXVM_PER_THREAD(cudaGetDriverEntryPointByVersion, _ptsz);
+// Deprecated, so that PTXVM_PER_THREAD would warn.
+extern "C" __attribute__((visibility("default"), alias("cudaGetDriverEntryPoint"))) cudaError_t
+cudaGetDriverEntryPoint_ptsz(const char*, void**, unsigned long long,
+                             cudaDriverEntryPointQueryResult*);

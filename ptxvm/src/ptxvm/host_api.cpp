@@ -154,7 +154,8 @@ void ptxvm_unregister_all(void) {
   const std::lock_guard lock(state.mutex);
   unregister_all_memory();
   // The machine's own allocations stay registered.
-  for (const auto& [base, bytes] : state.allocations) register_memory(base, bytes, true);
+  for (const auto& [base, allocation] : state.allocations)
+    register_memory(base, allocation.bytes, true);
   for (const auto& loaded : state.modules)
     for (const auto& [place, image] : loaded->images)
       if (image.module) register_variables(*image.module);

@@ -8,6 +8,8 @@
 
 #include "ptxvm/parse.h"
 
+struct CUmemPoolHandle_st;
+
 namespace ptxvm {
 
 // Contents of a fat binary for one device, or raw text for all devices.
@@ -39,12 +41,18 @@ struct VariableRecord {
   std::string name;
 };
 
+// Memory that the host program allocated. `pool`: null, or where it came from.
+struct HostAllocation {
+  size_t bytes;
+  std::shared_ptr<CUmemPoolHandle_st> pool;
+};
+
 struct Runtime {
   std::recursive_mutex mutex;
   std::vector<std::unique_ptr<LoadedModule>> modules;
   std::unordered_map<const void*, std::unique_ptr<KernelRecord>> kernels;  // by host function
   std::unordered_map<const void*, VariableRecord> variables;  // by host shadow variable
-  std::unordered_map<const void*, size_t> allocations;
+  std::unordered_map<const void*, HostAllocation> allocations;
 
   // Kernel of a host function or of a handle; null if there is none.
   KernelRecord* find(const void* function);
