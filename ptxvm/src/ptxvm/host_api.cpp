@@ -13,6 +13,7 @@
 #include "ptxvm/check.h"
 #include "ptxvm/counters.h"
 #include "ptxvm/device.h"
+#include "ptxvm/heap.h"
 #include "ptxvm/log.h"
 #include "ptxvm/reports.h"
 #include "ptxvm/runtime.h"
@@ -156,6 +157,7 @@ void ptxvm_unregister_all(void) {
   // The machine's own allocations stay registered.
   for (const auto& [base, allocation] : state.allocations)
     register_memory(base, allocation.bytes, true);
+  register_heap();
   for (const auto& loaded : state.modules)
     for (const auto& [place, image] : loaded->images)
       if (image.module) register_variables(*image.module);

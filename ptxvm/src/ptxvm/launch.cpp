@@ -12,6 +12,7 @@
 #include "ptxvm/decode.h"
 #include "ptxvm/device.h"
 #include "ptxvm/fatbin.h"
+#include "ptxvm/heap.h"
 #include "ptxvm/log.h"
 #include "ptxvm/reports.h"
 #include "ptxvm/runtime.h"
@@ -309,6 +310,7 @@ int launch(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3]
   std::optional<Workspace> workspace;
   if (cooperative) run.workspace = &workspace.emplace();
   const DefaultRounding rounding;
+  heap_launched();
   try {
     if (options.check) clocks_launched(run.grid, run.cluster);
     if (options.count) start_counting(kernel);
