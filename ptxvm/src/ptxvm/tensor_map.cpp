@@ -94,6 +94,49 @@ void pack(const TensorMap& map, uint32_t element_number, uint64_t words[kTensorM
   }
 }
 
+std::string replace_field(uint64_t words[kTensorMapWords], const std::string& field, int dimension,
+                          uint64_t value) {
+  const auto must = [&](const char* rule) {
+    return field + ": must be " + rule + "; got " + std::to_string(value);
+  };
+  Element element;
+  uint8_t bytes;
+  kKind.set(words, kTiled);
+  kAlwaysSet.set(words, 1);
+  if (field == "global_address") {
+    words[0] = value;
+  } else if (field == "rank") {
+    if (value >= kMaxRank) return must("the rank less 1, from 0 to 4");
+    kRank.set(words, value);
+  } else if (field == "box_dim") {
+    if (value < 1 || value > 256) return must("from 1 to 256");
+    box_of(dimension).set(words, value - 1);
+  } else if (field == "global_dim") {
+    extent(dimension).set(words, value - 1);  // 0: 2^32
+  } else if (field == "global_stride") {
+    if (dimension + 1 == kMaxRank) return "global_stride: has 4 dimensions";
+    if (value % 16 || value >> 40) return must("a multiple of 16 below 2^40");
+    stride_low(dimension + 1).set(words, value >> 4);
+    stride_high(dimension + 1).set(words, value >> 36);
+  } else if (field == "element_stride") {
+    if (value != 1) return must("1 here");
+  } else if (field == "elemtype") {
+    if (!find_element(static_cast<uint32_t>(value), element, bytes))
+      return must("a type that the machine knows");
+    kElement.set(words, value == kTf32 ? kF32 : value);
+    kRoundsToTf32.set(words, value == kTf32);
+  } else if (field == "swizzle_mode") {
+    if (value > 3) return must("from 0 to 3");
+    kSwizzle.set(words, value);
+  } else if (field == "fill_mode") {
+    if (value > 1) return must("0 or 1");
+    kFillNan.set(words, value);
+  } else if (value != 0) {
+    return must("0 here");
+  }
+  return {};
+}
+
 std::string unpack(const uint64_t words[kTensorMapWords], TensorMap& map) {
   if (kKind.of(words) != kTiled) return "no tensor map (cuTensorMapEncodeTiled) at its address";
   const std::string at = "the tensor map at its address: ";

@@ -33,6 +33,10 @@ void pack(const TensorMap&, uint32_t element_number, uint64_t words[kTensorMapWo
 // Empty, or why these words are no tensor map.
 std::string unpack(const uint64_t words[kTensorMapWords], TensorMap&);
 
+// Writes a field of tensormap.replace, which makes the words a tiled map; empty, or why it cannot.
+std::string replace_field(uint64_t words[kTensorMapWords], const std::string& field, int dimension,
+                          uint64_t value);
+
 // A swizzle permutes the 16-byte units within 32, 64 or 128 bytes by XOR with the address bits 7
 // and up.
 constexpr uint64_t swizzled(uint64_t address, int bits) {
