@@ -111,7 +111,7 @@ std::string outer_names(const std::string& mangled) {
   while (at < mangled.size() && std::isdigit(static_cast<unsigned char>(mangled[at]))) {
     const char* const rest = mangled.c_str() + at;
     char* name = nullptr;
-    const size_t length = std::strtoul(rest, &name, 10);
+    const size_t length = std::strtoull(rest, &name, 10);
     const size_t end = at + static_cast<size_t>(name - rest) + length;
     if (length > mangled.size() || end > mangled.size()) return mangled;
     names += (names.empty() ? "" : "::") + std::string(name, length);
