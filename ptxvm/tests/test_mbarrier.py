@@ -252,8 +252,8 @@ def test_deadlock_names_the_mbarrier() -> None:
     assert report.startswith("k: deadlock in block (0, 0, 0)")
     assert "warp 0, lanes 0xffffffff, line " in report
     assert (
-        "waits for the mbarrier at shared address 0x400: phase of parity 0, of 3 arrivals 2 "
-        "pending, 96 bytes pending" in report
+        "waits for the mbarrier at shared address 0x400 (bar): phase of parity 0 lacks 2 of 3 "
+        "arrivals and 96 bytes" in report
     )
 
 

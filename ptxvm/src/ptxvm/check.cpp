@@ -64,15 +64,19 @@ struct Look {
   std::string act(uint64_t where) const {
     return (writes ? "write to " : "read of ") + place(where);
   }
-  // " at line 12 (file.cu:3): st.shared.b32 [%r1], %r2"
-  std::string at(uint32_t info) const {
-    const Kernel& kernel = *warp.block->kernel;
-    const Instruction& other = kernel.code[info & kIndexMask];
-    return " at line " + std::to_string(other.line) + source_of(*kernel.module, other.line) + ": " +
-           other.text;
+  // The instruction of an earlier access.
+  const Instruction& other(uint32_t info) const {
+    return warp.block->kernel->code[info & kIndexMask];
   }
-  void broke(const char* rule, const std::string& what) const {
-    broke_rule(warp, in, lane, rule, what);
+  std::string at(uint32_t info) const { return " at" + at_line(warp, other(info)); }
+  void broke(const char* rule, const std::string& what, const Instruction* cause = nullptr) const {
+    broke_rule(warp, in, lane, rule, what, cause);
+  }
+  // "; the address is tile+0x80"
+  std::string variable(uint64_t where) const {
+    const std::string name =
+        block ? shared_symbol(*block->kernel, static_cast<uint32_t>(where)) : std::string();
+    return name.empty() ? name : "; the address is " + name;
   }
   // Strong accesses do not race if the scope of each includes the other.
   bool is_race(const Segment& other) const {
@@ -93,10 +97,13 @@ void explain_flight(const Look& look, const Cell& cell, uint64_t where) {
     return look.broke("copy",
                       look.act(where) + " while a cp.async of " + who +
                           " into it is in flight (no cp.async.wait_group or wait_all since)" +
-                          look.at(cell.write_info));
-  look.broke("copy", look.act(where) + " while a bulk copy of " + who +
-                         " into it is in flight (its mbarrier has not completed)" +
-                         look.at(cell.write_info));
+                          look.at(cell.write_info),
+                      &look.other(cell.write_info));
+  look.broke("copy",
+             look.act(where) + " while a bulk copy of " + who +
+                 " into it is in flight (its mbarrier has not completed)" +
+                 look.at(cell.write_info),
+             &look.other(cell.write_info));
 }
 
 void explain_race(const Look& look, const Cell& cell, uint64_t where, uint32_t other, bool wrote) {
@@ -108,7 +115,8 @@ void explain_race(const Look& look, const Cell& cell, uint64_t where, uint32_t o
   const std::string at = has_info ? look.at(info) : std::string();
   look.broke(wrote ? "race with a write" : "race with a read",
              "race: " + look.act(where) + (wrote ? ", written by " : ", read by ") +
-                 name_of(look.warp, s) + at + "; " + look.missing(s));
+                 name_of(look.warp, s) + at + "; " + look.missing(s) + look.variable(where),
+             has_info ? &look.other(info) : nullptr);
 }
 
 // The segment that the access races with, 0 if there is none; among several, preferably the one
@@ -147,8 +155,7 @@ bool was_seen(const Look& look, const Cell& cell, uint64_t host) {
 // True if an asynchronous access needs no proxy fence after the write, which cp.async made.
 bool needs_no_fence(const Look& look, const Cell& cell) {
   if (options.strict_proxy || look.proxy == kGeneric || cell.wrote & kSet) return false;
-  const auto& code = look.warp.block->kernel->code;
-  return std::string_view(code[cell.write_info & kIndexMask].text).starts_with("cp.async.c") &&
+  return std::string_view(look.other(cell.write_info).text).starts_with("cp.async.c") &&
          comes_before(look.warp, cell.wrote, kGeneric);
 }
 
@@ -185,10 +192,13 @@ bool is_of_another_lane(const Look& look, const Cell& cell, uint32_t mine) {
 }
 
 void explain_lanes(const Look& look, const Cell& cell, uint64_t where) {
-  look.broke("race of lanes", "race: " + look.act(where) + ", written by lane " +
-                                  std::to_string(cell.write_info >> kLaneShift & (kLanes - 1)) +
-                                  " of the warp" + look.at(cell.write_info) +
-                                  "; no bar.warp.sync (__syncwarp) or barrier lies between them");
+  look.broke("race of lanes",
+             "race: " + look.act(where) + ", written by lane " +
+                 std::to_string(cell.write_info >> kLaneShift & (kLanes - 1)) + " of the warp" +
+                 look.at(cell.write_info) +
+                 "; no bar.warp.sync (__syncwarp) or barrier lies between them" +
+                 look.variable(where),
+             &look.other(cell.write_info));
 }
 
 // The access races with the write of another warp, or of another lane if `other` is its own
@@ -398,16 +408,18 @@ void check_read_only(const Look& look, const Cell& cell, uint64_t where) {
   const Instruction* other = nullptr;
   if constexpr (writes) {
     if (!cell.read || is_over(cell.read)) return;
-    other = &look.warp.block->kernel->code[cell.read_info & kIndexMask];
+    other = &look.other(cell.read_info);
     if (!is_read_only(*other)) return;
   } else {
     if (!is_read_only(look.in) || !cell.wrote || is_over(cell.wrote)) return;
-    other = &look.warp.block->kernel->code[cell.write_info & kIndexMask];
+    other = &look.other(cell.write_info);
   }
-  look.broke("read-only", look.act(where) +
-                              (writes ? ", which ld.global.nc reads in the same launch, at line "
-                                      : " by ld.global.nc, written in the same launch at line ") +
-                              std::to_string(other->line) + ": " + other->text);
+  look.broke("read-only",
+             look.act(where) +
+                 (writes ? ", which ld.global.nc reads in the same launch, at"
+                         : " by ld.global.nc, written in the same launch at") +
+                 at_line(look.warp, *other),
+             other);
 }
 
 template <bool writes>

@@ -13,6 +13,7 @@
 #include "ptxvm/check.h"
 #include "ptxvm/counters.h"
 #include "ptxvm/device.h"
+#include "ptxvm/heap.h"
 #include "ptxvm/log.h"
 #include "ptxvm/reports.h"
 #include "ptxvm/runtime.h"
@@ -165,7 +166,9 @@ void ptxvm_unregister_all(void) {
   const std::lock_guard lock(state.mutex);
   unregister_all_memory();
   // The machine's own allocations stay registered.
-  for (const auto& [base, bytes] : state.allocations) register_memory(base, bytes, true);
+  for (const auto& [base, allocation] : state.allocations)
+    register_memory(base, allocation.bytes, true);
+  register_heap();
   for (const auto& loaded : state.modules)
     for (const auto& [place, image] : loaded->images)
       if (image.module) register_variables(*image.module);
@@ -199,6 +202,12 @@ void ptxvm_recover(void) { recover(); }
 const char* ptxvm_last_report(void) {
   thread_local std::string text;
   text = std::exchange(last_report(), {});
+  return text.c_str();
+}
+
+const char* ptxvm_last_finding(void) {
+  thread_local std::string text;
+  text = std::exchange(last_finding(), "null");
   return text.c_str();
 }
 
@@ -252,6 +261,12 @@ int ptxvm_launch(void* module, const char* name, const uint32_t grid[3], const u
 void ptxvm_unload(void* module) {
   const std::lock_guard lock(runtime().mutex);
   unload(static_cast<LoadedModule*>(module));
+}
+
+const char* ptxvm_demangled(const char* name) {
+  thread_local std::string text;
+  text = demangled(name);
+  return text.c_str();
 }
 
 const char* ptxvm_kernels(void* module) {

@@ -20,15 +20,11 @@ constexpr uint32_t kNoSlot = 0xffffffffu;
 constexpr uint32_t kScratchBytes = 8 * 4 * kLanes;  // fragments of wgmma, or D of wmma
 using Mask = uint32_t;                              // one bit per lane
 
-// A program that the machine refuses, or a kernel that broke a rule. The message names kernel, PTX
-// line and instruction text; the launch catches it and returns a CUDA error.
+// A program that the machine refuses, or a kernel that broke a rule (KernelFault of reports.h). The
+// message names kernel, PTX line and instruction text; the launch catches it and returns a CUDA
+// error.
 struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
-};
-
-// The kernel's own assertion failed.
-struct FailedAssertion : Fault {
-  using Fault::Fault;
 };
 
 struct Warp;
@@ -108,20 +104,27 @@ struct Statement {
   }
 };
 
+// A variable in shared memory; `bytes` is 0 for dynamic shared memory.
+struct SharedVariable {
+  std::string name;  // mangled
+  uint32_t offset, bytes;
+};
+
 struct Kernel {
-  std::string name;
+  std::string name, title;  // mangled and demangled
   Module* module = nullptr;
   std::vector<Parameter> parameters;
   uint32_t parameter_bytes = 0;
-  uint32_t max_threads = 0;     // .maxntid, 0 if none
-  uint32_t required[3] = {};    // .reqntid, 0 if none
-  uint32_t cluster[3] = {};     // .reqnctapercluster, 0 if none
-  bool any_cluster = false;     // by attribute: more than 8 blocks are allowed too
-  uint32_t min_blocks = 1;      // .minnctapersm
-  uint32_t static_shared = 0;   // bytes
-  uint32_t dynamic_offset = 0;  // start of .extern .shared
-  uint32_t local_bytes = 0;     // per lane
-  uint32_t stack = 0;           // offset of the alloca stack in local memory, 0 if there is none
+  uint32_t max_threads = 0;                      // .maxntid, 0 if none
+  uint32_t required[3] = {};                     // .reqntid, 0 if none
+  uint32_t cluster[3] = {};                      // .reqnctapercluster, 0 if none
+  bool any_cluster = false;                      // by attribute: more than 8 blocks are allowed too
+  uint32_t min_blocks = 1;                       // .minnctapersm
+  uint32_t static_shared = 0;                    // bytes
+  uint32_t dynamic_offset = 0;                   // start of .extern .shared
+  std::vector<SharedVariable> shared_variables;  // that the code names
+  uint32_t local_bytes = 0;                      // per lane
+  uint32_t stack = 0;  // offset of the alloca stack in local memory, 0 if there is none
   std::map<int, uint32_t> max_dynamic_shared;  // by device, set by cudaFuncSetAttribute
   uint32_t registers = 0;          // per thread, from the cubin next to the PTX, 0 if unknown
   std::vector<Instruction> code;   // empty until the first launch decodes it
@@ -279,8 +282,6 @@ void assign(T* destination, const T* values, Mask mask) {
 
 // Reports and throws Fault for a rule that `instruction` broke in `lane`.
 [[noreturn]] void fault(Warp&, const Instruction&, int lane, const std::string& what);
-// Text of such a report.
-std::string report_of(const Warp&, const Instruction&, int lane, const std::string& what);
 
 // Options of the machine: environment PTXVM_* at start, ptxvm_configure later.
 struct Options {

@@ -33,15 +33,24 @@ void run_proxy_fence(Warp& warp, const Instruction&, Mask) {
   proxy_fence_executed(warp, shared, global);
 }
 
-uint8_t scope_named(const std::string& word) {
-  return word == "cta" ? kCta : word == "cluster" ? kClusterScope : kGpu;
-}
-
 void decode_membar(Decoder& decoder, const Statement& statement, Instruction& in) {
   const auto& parts = statement.opcode;
   require(decoder,
           parts.size() == 2 && is_in(parts[1], {"cta", "gl", "sys"}) && statement.operands.empty());
   in.order = kIsStrong | kAcquires | kReleases | kSequential | scope_named(parts[1]);
+  in.run = run_fence;
+}
+
+// fence.proxy.tensormap::generic: a fence of the generic proxy, which reads tensor maps here.
+void decode_map_fence(Decoder& decoder, const Statement& statement, Instruction& in) {
+  const auto& parts = statement.opcode;
+  const bool acquires = parts[3] == "acquire";
+  require(decoder, is_in(parts[3], {"acquire", "release"}) &&
+                       is_in(parts[4], {"cta", "cluster", "gpu", "sys"}) &&
+                       statement.operands.size() == (acquires ? 2u : 0u) &&
+                       (!acquires || is_in(statement.operands[1], {"128", "0x80"})));
+  if (acquires) decoder.read_address(statement.operands[0]);
+  in.order = scope_named(parts[4]) | (acquires ? kAcquires : kReleases);
   in.run = run_fence;
 }
 
@@ -57,6 +66,8 @@ void decode_fence(Decoder& decoder, const Statement& statement, Instruction& in)
                         is_in(parts[3], {"global", "shared::cta", "shared::cluster"});
   const bool is_init = parts.size() == 4 && parts[1] == "mbarrier_init" && parts[2] == "release" &&
                        parts[3] == "cluster";
+  if (parts.size() == 5 && parts[1] == "proxy" && parts[2] == "tensormap::generic")
+    return decode_map_fence(decoder, statement, in);
   require(decoder, (has_scope || is_proxy || is_async || is_init) && statement.operands.empty());
   if (is_proxy || is_async) {
     in.run = parts[2] != "async"    ? nothing

@@ -294,6 +294,7 @@ void read_memory_operand(Decoder& decoder, const std::string& operand, const Wor
 void add_memory(OpcodeTable& table) {
   table["ld"] = table["ldu"] = decode_access<true>;
   table["st"] = decode_access<false>;
+  table["tensormap"] = decode_tensormap;
   add_atomics(table);
   add_copies(table);
   add_matrices(table);

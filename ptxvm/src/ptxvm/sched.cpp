@@ -9,6 +9,7 @@
 #include "ptxvm/device.h"
 #include "ptxvm/parse.h"
 #include "ptxvm/random.h"
+#include "ptxvm/reports.h"
 #include "ptxvm/special.h"
 #include "ptxvm/store_buffer.h"
 #include "ptxvm/warps.h"
@@ -20,11 +21,6 @@ Options options;
 namespace {
 
 uint64_t issued_in_all = 0;
-
-std::string place(const Block& block) {
-  return "block (" + std::to_string(block.x) + ", " + std::to_string(block.y) + ", " +
-         std::to_string(block.z) + ")";
-}
 
 std::unique_ptr<char[]> allocate(uint64_t bytes, char*& aligned) {
   constexpr uint64_t kAlignment = 1024;
@@ -334,24 +330,25 @@ class Grid {
 
   [[noreturn]] void report_deadlock(const Cluster& cluster) const {
     std::string text;
-    for (const Block* block : cluster.blocks) {
-      if (block->exited == block->threads) continue;
-      text += (text.empty() ? kernel_.name + ": deadlock in " : "and in ") + place(*block) + "\n";
-      for (const Warp& warp : block->warps) text += describe(warp);
+    const Instruction* first = nullptr;
+    for (const auto& resident : residents_) {
+      const Block& block = resident->block;
+      if (block.cluster != &cluster || block.exited == block.threads) continue;
+      text += (text.empty() ? kernel_.title + ": deadlock in " : "and in ") + describe(*resident);
+      if (!first) first = waiting_instruction(block);
     }
-    throw Fault(text);
+    throw KernelFault(finding_of(kernel_, first, "deadlock", text));
   }
 
   [[noreturn]] void report_hang() const {
-    std::string text = kernel_.name + ": no block finished within " +
+    std::string text = kernel_.title + ": no block finished within " +
                        std::to_string(options.watchdog) + " million instructions\n";
     size_t shown = 0;
     for (const auto& resident : residents_) {
       if (shown++ == 8) break;
-      text += " " + place(resident->block) + "\n";
-      for (const Warp& warp : resident->block.warps) text += describe(warp);
+      text += " " + describe(*resident);
     }
-    throw Fault(text);
+    throw KernelFault(finding_of(kernel_, nullptr, "hang", text));
   }
 
   static constexpr uint64_t kLongQuiet = 300000;  // instructions of a cluster without an event
@@ -380,20 +377,6 @@ class Grid {
 
 void run_grid(const Launch& launch) {
   if (launch.grid[0] && launch.grid[1] && launch.grid[2]) Grid(launch).run();
-}
-
-std::string report_of(const Warp& warp, const Instruction& instruction, int lane,
-                      const std::string& what) {
-  const Block& block = *warp.block;
-  return block.kernel->name + ", line " + std::to_string(instruction.line) +
-         source_of(*block.kernel->module, instruction.line) + ": " + instruction.text + ": " +
-         what + " (" + place(block) + ", thread " +
-         std::to_string(warp.index * kLanes + static_cast<uint32_t>(lane)) + ", warp " +
-         std::to_string(warp.index) + ", lane " + std::to_string(lane) + ")";
-}
-
-void fault(Warp& warp, const Instruction& instruction, int lane, const std::string& what) {
-  throw Fault(report_of(warp, instruction, lane, what));
 }
 
 }  // namespace ptxvm

@@ -7,6 +7,7 @@
 #include "ptxvm/check.h"
 #include "ptxvm/clocks.h"
 #include "ptxvm/parse.h"
+#include "ptxvm/reports.h"
 #include "ptxvm/special.h"
 #include "ptxvm/store_buffer.h"
 
@@ -14,12 +15,6 @@ namespace ptxvm {
 namespace {
 
 int count(Mask mask) { return __builtin_popcount(mask); }
-
-std::string in_hex(Mask mask) {
-  char text[16];
-  std::snprintf(text, sizeof text, "0x%08x", mask);
-  return text;
-}
 
 uint32_t uniform(Warp& warp, const Instruction& instruction, int slot, Mask mask,
                  const char* what) {
@@ -455,37 +450,6 @@ uint64_t run_warp(Resident& resident, Warp& warp, Kernel& kernel, uint64_t fuel)
   if (options.check)
     return options.count ? run.operator()<true, true>() : run.operator()<true, false>();
   return options.count ? run.operator()<false, true>() : run.operator()<false, false>();
-}
-
-std::string describe(const Warp& warp) {
-  const auto& code = warp.block->kernel->code;
-  std::string text;
-  const auto line = [&](uint32_t pc, Mask mask, const std::string& why) {
-    text += "  warp " + std::to_string(warp.index) + ", lanes " + in_hex(mask) + ", line " +
-            std::to_string(code[pc].line) + source_of(*warp.block->kernel->module, code[pc].line) +
-            ": " + code[pc].text + ": " + why + "\n";
-  };
-  if (warp.mask) line(warp.pc, warp.mask, "ready");
-  for (const Group& group : warp.others) switch (group.wait) {
-      case Group::Wait::barrier:
-        line(group.pc - 1, group.mask, "waits at barrier " + std::to_string(group.barrier));
-        break;
-      case Group::Wait::converge:
-        line(group.pc, group.mask,
-             "waits for other lanes of the warp, of which " + in_hex(warp.live) + " live");
-        break;
-      case Group::Wait::sleep:
-        line(group.pc, group.mask,
-             group.barrier == kClusterBarrier ? "waits at the barrier of the cluster"
-             : group.barrier == kWarpgroup    ? "waits for wgmma of other warps of the warpgroup"
-             : group.barrier == kRegisters
-                 ? "waits for registers of the block"
-                 : "waits for " + describe_mbarrier(*warp.block, group.barrier));
-        break;
-      default:
-        line(group.pc, group.mask, "ready");
-    }
-  return text;
 }
 
 }  // namespace ptxvm
