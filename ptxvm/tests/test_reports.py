@@ -266,6 +266,15 @@ def check_sarif(path: Path, folder: Path) -> list[dict[str, Any]]:
     return results
 
 
+def test_accesses_of_long_kernels_are_named(write, capfd):
+    """Kernels of more than 2^18 instructions."""
+    skipped = "bra BEHIND;\n" + "bar.warp.sync -1;\n" * 2**18 + "BEHIND:\n"
+    path = write(text(WRITES=skipped + WRITES.splitlines()[0], READS=READS.splitlines()[0]))
+    (finding,) = findings(capfd, path, "--order", "forward", "--async", "latest")
+    written = 15 + 2**18 + 2
+    assert f"written by warp 0 at line {written}: st.shared.f32;" in finding["report"]
+
+
 def test_sarif_locates_findings_in_the_text(write, tmp_path, capfd):
     path, out = write(text()), tmp_path / "findings.sarif"
     assert main(["check", path, *LAUNCH, "--sarif", str(out)]) == 1

@@ -21,15 +21,36 @@ bool is_read(Access kind) { return kind == Access::read || kind == Access::stron
 // Scope of a strong access; system scope (kGpu here) if its opcode names none.
 uint8_t reach(const Instruction& in) { return in.order & kIsStrong ? scope_of(in) : kGpu; }
 
-uint32_t index_of(const Warp& warp, const Instruction& in) {
-  return static_cast<uint32_t>(&in - warp.block->kernel->code.data());
+// Numbers of the instructions that have accessed memory in this launch, for kernels with more
+// instructions than a cell has numbers.
+struct Numbers {
+  std::unordered_map<uint32_t, uint32_t> of;  // by index
+  std::vector<uint32_t> indices;              // by number
+} numbers;
+bool is_long(const Kernel& kernel) { return kernel.code.size() > kNumberMask + 1; }
+
+[[gnu::noinline]] uint32_t new_number(Warp& warp, const Instruction& in, uint32_t index) {
+  const auto next = static_cast<uint32_t>(numbers.indices.size());
+  const auto [found, added] = numbers.of.try_emplace(index, next);
+  if (added && next > kNumberMask)
+    fault(warp, in, 0,
+          "check=1 follows the accesses of at most " + std::to_string(kNumberMask + 1) +
+              " instructions of a launch");
+  if (added) numbers.indices.push_back(index);
+  return found->second;
 }
 
-// Info of a reader: the index of its instruction, its lane or kSeveralLanes, and the low bits of
-// its number.
-constexpr uint32_t kFlagShift = kLaneShift + 6, kReaderBits = 32 - kFlagShift;
-uint32_t info_of(uint32_t index, int lane) {
-  return index | static_cast<uint32_t>(lane) << kLaneShift;
+uint32_t number_of(Warp& warp, const Instruction& in) {
+  const Kernel& kernel = *warp.block->kernel;
+  const auto index = static_cast<uint32_t>(&in - kernel.code.data());
+  return is_long(kernel) ? new_number(warp, in, index) : index;
+}
+
+// Info of a reader: the number of its instruction, its lane or kSeveralLanes, and the low bits of
+// its segment's number.
+constexpr uint32_t kReaderBits = 32 - kFlagShift;
+uint32_t info_of(uint32_t number, int lane) {
+  return number | static_cast<uint32_t>(lane) << kLaneShift;
 }
 uint32_t read_info(uint32_t info, uint32_t reader) { return info | reader << kFlagShift; }
 uint32_t lane_of(uint32_t info) { return std::min(info >> kLaneShift & kLaneMask, kSeveralLanes); }
@@ -66,7 +87,9 @@ struct Look {
   }
   // The instruction of an earlier access.
   const Instruction& other(uint32_t info) const {
-    return warp.block->kernel->code[info & kIndexMask];
+    const Kernel& kernel = *warp.block->kernel;
+    const uint32_t number = info & kNumberMask;
+    return kernel.code[is_long(kernel) ? numbers.indices[number] : number];
   }
   std::string at(uint32_t info) const { return " at" + at_line(warp, other(info)); }
   void broke(const char* rule, const std::string& what, const Instruction* cause = nullptr) const {
@@ -162,7 +185,7 @@ bool needs_no_fence(const Look& look, const Cell& cell) {
 // True if another lane wrote the bytes by the same instruction: CUTLASS copies the same with all
 // lanes.
 bool is_repeated(const Cell& cell, uint32_t mine, uint32_t info) {
-  return ((cell.write_info ^ info) & kIndexMask) == 0 && !(cell.wrote & kSet) &&
+  return ((cell.write_info ^ info) & kNumberMask) == 0 && !(cell.wrote & kSet) &&
          are_same(cell.wrote, mine);
 }
 
@@ -181,7 +204,7 @@ std::vector<Doubt> doubts;
 bool is_store(const Instruction& in) { return std::string_view(in.text).starts_with("st."); }
 
 bool is_same_instruction(const Cell& cell, uint32_t info) {
-  return ((cell.write_info ^ info) & kIndexMask) == 0;
+  return ((cell.write_info ^ info) & kNumberMask) == 0;
 }
 
 // An access to what another lane of the warp wrote since the lanes met.
@@ -337,7 +360,7 @@ template <bool writes>
 void shadow_lanes(Look look, SharedShadow& shadow, const uint64_t* offsets, Mask mask,
                   uint32_t bytes, bool atomic, uint32_t mine) {
   Warp& warp = look.warp;
-  const uint32_t index = index_of(warp, look.in);
+  const uint32_t number = number_of(warp, look.in);
   if (writes) ++shadow.writes;
   const bool stores = writes && warp.undefined.by == &look.in;
   for (Mask rest = mask; rest; rest &= rest - 1) {
@@ -352,7 +375,7 @@ void shadow_lanes(Look look, SharedShadow& shadow, const uint64_t* offsets, Mask
     for (uint32_t n = bytes >> region.shift; n > 0; --n, ++cell, where += 1u << region.shift)
       touch<writes, false>(look, *cell, where,
                            reinterpret_cast<uint64_t>(look.block->shared) + where, mine,
-                           info_of(index, lane));
+                           info_of(number, lane));
     const uint32_t unset = shadow.unset_in(offset, bytes);
     if (!writes) {
       if (unset) [[unlikely]]
@@ -425,7 +448,7 @@ void check_read_only(const Look& look, const Cell& cell, uint64_t where) {
 template <bool writes>
 void shadow_addresses(Look look, const uint64_t* addresses, Mask mask, uint32_t bytes,
                       uint32_t mine) {
-  const uint32_t index = index_of(look.warp, look.in);
+  const uint32_t number = number_of(look.warp, look.in);
   for (Mask rest = mask; rest; rest &= rest - 1) {
     look.lane = __builtin_ctz(rest);
     uint64_t where = look.host = addresses[look.lane];
@@ -434,7 +457,7 @@ void shadow_addresses(Look look, const uint64_t* addresses, Mask mask, uint32_t 
     look.cell = 1u << region.shift;
     for (uint32_t n = bytes >> region.shift; n > 0; --n, ++cell, where += look.cell) {
       check_read_only<writes>(look, *cell, where);
-      touch<writes, false>(look, *cell, where, where, mine, info_of(index, look.lane));
+      touch<writes, false>(look, *cell, where, where, mine, info_of(number, look.lane));
     }
   }
 }
@@ -444,7 +467,7 @@ void shadow_addresses(Look look, const uint64_t* addresses, Mask mask, uint32_t 
 template <bool writes, typename Of>
 void touch_range(Look look, uint64_t begin, uint64_t host, uint64_t bytes, uint32_t mine,
                  Of region_of) {
-  const uint32_t info = info_of(index_of(look.warp, look.in), look.lane);
+  const uint32_t info = info_of(number_of(look.warp, look.in), look.lane);
   for (uint64_t where = begin; where < begin + bytes;) {
     Region& region = region_of(where);
     uint32_t size = 16;
@@ -497,7 +520,7 @@ void stored(const uint64_t* addresses, Mask mask, const char* const* rows, uint3
     // The value of a lane that runs the same instruction is not in memory yet.
     const uint32_t lane = doubt.cell.write_info >> kLaneShift & (kLanes - 1);
     const bool of_instruction = of_lane &&
-                                is_same_instruction(doubt.cell, index_of(look.warp, look.in)) &&
+                                is_same_instruction(doubt.cell, number_of(look.warp, look.in)) &&
                                 mask >> lane & 1 && look.host - addresses[lane] < bytes;
     const char* before = of_instruction ? rows[lane] + (look.host - addresses[lane]) : doubt.before;
     if (std::memcmp(before, rows[look.lane] + from, look.cell) == 0) {
@@ -522,6 +545,7 @@ void forget_global_shadow() {
 }
 
 void shadow_launched() {
+  numbers = {};
   doubts.clear();
   forget_last_stored();
   if (pages.size() > kMostPages) forget_global_shadow();
@@ -559,7 +583,7 @@ void copy_landed(Warp& warp, const AsyncCopy& copy, uint32_t segment) {
   const uint32_t mine = segment ? segment : segment_of(warp);
   ++warp.block->shadow->writes;
   for (uint32_t n = copy.bytes >> region.shift; n > 0; --n, ++cell)
-    *cell = {mine, info_of(index_of(warp, *copy.from), copy.lane), 0, 0};
+    *cell = {mine, info_of(number_of(warp, *copy.from), copy.lane), 0, 0};
 }
 
 void bulk_issued(Warp& warp, const Instruction& in, int lane, Block& target, uint32_t offset,
@@ -618,7 +642,7 @@ void operand_read(Warp& warp, const Instruction& in, const uint64_t* offsets, ui
                   uint32_t segment, const uint64_t* b) {
   SharedShadow& shadow = *warp.block->shadow;
   const Look look{warp, in, 0, warp.block, false, kAsyncShared, false, kCta, 0};
-  const uint32_t info = index_of(warp, in), reader_info = read_info(info, segment);
+  const uint32_t info = number_of(warp, in), reader_info = read_info(info, segment);
   const Timeline& t = *warp.timeline;
   ReadOperand found{&in, b ? *b : 0, segment, shadow.writes};
   bool alike = b, known = false;
