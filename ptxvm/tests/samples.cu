@@ -367,6 +367,63 @@ EXPORT int run_cooperative(int threads, int kilobytes) {
                                      nullptr, static_cast<size_t>(kilobytes) << 10, nullptr);
 }
 
+// Error codes and numbers of bytes of a pool of at most 1000 bytes; out[0] becomes 2 * 3.
+EXPORT int run_pool(float* out, int* results) {
+  int n = 0;
+  cudaMemPool_t standard, pool, current;
+  cudaMemPoolProps properties = {};
+  properties.allocType = cudaMemAllocationTypePinned;
+  properties.location = {cudaMemLocationTypeDevice, 0};
+  properties.maxSize = 1000;
+  const auto attribute = [&](cudaMemPool_t of, cudaMemPoolAttr which) {
+    uint64_t value = ~0ull;
+    cudaMemPoolGetAttribute(of, which, &value);
+    return static_cast<int>(value);
+  };
+  results[n++] = cudaDeviceGetDefaultMemPool(&standard, 0);
+  results[n++] = cudaMemPoolCreate(&pool, &properties);
+  results[n++] = cudaDeviceSetMemPool(0, pool);
+  results[n++] = cudaDeviceGetMemPool(&current, 0) || current != pool;
+  uint64_t threshold = ~0ull;
+  cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &threshold);
+  results[n++] = attribute(pool, cudaMemPoolAttrReleaseThreshold);
+  float *x, *y, *z;
+  results[n++] = cudaMallocAsync(&x, 600, nullptr);
+  results[n++] = cudaMallocAsync(&y, 600, nullptr);  // beyond the maximum
+  results[n++] = cudaMallocFromPoolAsync(&z, 600, standard, nullptr);
+  results[n++] = attribute(pool, cudaMemPoolAttrUsedMemCurrent);
+  results[n++] = attribute(standard, cudaMemPoolAttrUsedMemCurrent);
+  const float three = 3;
+  cudaMemcpyAsync(x, &three, 4, cudaMemcpyHostToDevice, nullptr);
+  scale<<<1, 1>>>(x, 2, 1);
+  cudaMemcpyAsync(out, x, 4, cudaMemcpyDeviceToHost, nullptr);
+  cudaFreeAsync(z, nullptr);
+  results[n++] = cudaMemPoolDestroy(pool);  // x stays
+  results[n++] = cudaDeviceGetMemPool(&current, 0) || current != standard;
+  results[n++] = cudaMemPoolTrimTo(pool, 0);
+  results[n++] = cudaFreeAsync(x, nullptr);
+  results[n++] = cudaMemPoolDestroy(standard);
+  uint64_t zero = 0;
+  results[n++] = attribute(standard, cudaMemPoolAttrUsedMemHigh);
+  cudaMemPoolSetAttribute(standard, cudaMemPoolAttrUsedMemHigh, &zero);
+  results[n++] = attribute(standard, cudaMemPoolAttrUsedMemHigh);
+  properties.handleTypes = cudaMemHandleTypePosixFileDescriptor;
+  results[n++] = cudaMemPoolCreate(&pool, &properties);
+  cudaMemAccessFlags flags;
+  results[n++] = cudaMemPoolGetAccess(&flags, standard, &properties.location);
+  results[n++] = flags;
+  cudaGetLastError();
+  return n;
+}
+
+// A call that the machine does not have.
+EXPORT int run_missing() {
+  cudaPitchedPtr memory;
+  const int error = cudaMalloc3D(&memory, make_cudaExtent(4, 4, 4));
+  cudaGetLastError();
+  return error;
+}
+
 EXPORT const char* text_of(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }

@@ -144,6 +144,7 @@ ALONE:
     assert "warp 0, lanes 0x00000020, line 22: bar.sync 4, 64" in report
     assert "warp 0, lanes 0xffffffdf, line 18: shfl.sync.bfly.b32 %r3, %t, 1, 0x1f, -1" in report
     assert "warp 1, lanes 0xffffffff, line 13: bar.sync 3, 96: waits at barrier 3" in report
+    assert "barrier 3: 32 of 96 threads have arrived, 64 are missing\n" in report
 
 
 def test_barrier_divergence() -> None:

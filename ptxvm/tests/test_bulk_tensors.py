@@ -62,7 +62,7 @@ def encode(
         steps,
         changes.get("interleave", 0),
         swizzle,
-        0,
+        changes.get("promotion", 0),
         int(nan),
     )
     return error, place
@@ -284,6 +284,55 @@ def test_rules_of_a_map(changes: dict[str, Any], error: int, report: str) -> Non
     assert encode(aligned((8, 32), np.uint32), **arguments)[0] == error
     assert report in machine.library.ptxvm_last_report().decode()
     assert machine.library.cudaGetLastError() == 0
+
+
+def test_layout_of_a_map() -> None:
+    """As nvidia-cutlass-dsl 4.8.1 writes one: bf16, box 64 x 128, 128-byte swizzle."""
+    array = aligned((2, 8, 1024, 128), np.uint16)
+    error, map_ = encode(
+        array, (1, 1, 128, 64), "bf16", 3, strides=(2048, 256, 1 << 21), promotion=2
+    )
+    assert error == 0
+    words = map_.view(np.uint64).tolist()
+    assert words[0] == array.ctypes.data and words[8:] == [0] * 8
+    assert words[1:8] == [
+        0x0000008000246532,
+        0x0002000000000010,
+        0,
+        0x000003FF0000007F,
+        0x0000000100000007,
+        0x3F00000000000000,
+        0x7F,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "bit", "report"),
+    [
+        (1, 21, None),  # as CUTLASS clears it for older drivers
+        (9, 5, None),
+        (1, 0, "no tensor map"),
+        (1, 6, "the tensor map at its address: rank 6"),
+        (1, 16, "the tensor map at its address: element type 2"),  # tf32 of integers
+        (1, 11, "bits 0x800 of word 1 are unknown"),
+        (6, 33, "bits 0x200000000 of word 6 are unknown"),
+        (6, 56, "base and rows must be multiples of 16 bytes"),
+        (1, 13, None),  # 32 bytes, as the row has
+        (1, 14, "a row of 32 bytes under a swizzle of 64"),
+    ],
+)
+def test_a_map_that_host_code_changed(word: int, bit: int, report: str | None) -> None:
+    array = aligned((8, 32), np.uint32)
+    _, map_ = encode(array, (8, 8), promotion=2)
+    map_.view(np.uint64)[word] ^= np.uint64(1 << bit)
+    memory = np.zeros(4096, np.uint8)
+    if report:
+        with pytest.raises(MachineError, match=report):
+            run(map_, memory, (0, 0), array, 256, "load")
+        return
+    run(map_, memory, (0, 0), array, 256, "load")
+    if bit != 13:
+        assert np.array_equal(memory[:256].view(np.uint32).reshape(8, 8), array[:, :8])
 
 
 def test_im2col_is_refused() -> None:

@@ -42,6 +42,9 @@ FORMS = {
     "cvt.rna.tf32.f32 %r1, %f2;": 80,
     "ld.acquire.cluster.global.u32 %r1, [%d1];": 90,
     "fence.acq_rel.cluster;": 90,
+    "fence.proxy.tensormap::generic.acquire.gpu [%d1], 128;": 90,
+    "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%d1], "
+    "[%r1], 128;": 90,
     "fence.acq_rel.gpu;": 80,
     "atom.global.cas.b16 %h1, [%d1], %h2, %h3;": 80,
     "mma.sync.aligned.m16n8k16.row.col.f32.e4m3.e5m2.f32 {%f1, %f2, %f3, %f4}, {%r1, %r2}, {%r3},"

@@ -74,28 +74,27 @@ RACES = {
         race(),
     ),
     "write after write": (
-        "st.shared.b32 [%r3], %r0;\n",
-        "@%p0 st.shared.b32 [%r3], %r0;\nbar.sync 0;\n@%p1 st.shared.b32 [%r3], %r0;\n",
+        "st.shared.b32 [%r3], %r1;\n",
+        "@%p0 st.shared.b32 [%r3], %r1;\nbar.sync 0;\n@%p1 st.shared.b32 [%r3], %r1;\n",
         race("0"),
     ),
     "read by several warps, then written": (
-        FILL + "ld.shared.b32 %r5, [%r3];\n@%p1 st.shared.b32 [%r3], %r0;\n",
-        FILL + "ld.shared.b32 %r5, [%r3];\nbar.sync 0;\n@%p1 st.shared.b32 [%r3], %r0;\n",
+        FILL + "ld.shared.b32 %r5, [%r3];\n@%p1 st.shared.b32 [%r3], %r1;\n",
+        FILL + "ld.shared.b32 %r5, [%r3];\nbar.sync 0;\n@%p1 st.shared.b32 [%r3], %r1;\n",
         race("0"),
     ),
     "one byte of a word": (
-        "shr.u32 %r4, %r0, 5;\nadd.u32 %r5, %r3, %r4;\nst.shared.b8 [%r5], %r0;\n"
+        "shr.u32 %r4, %r0, 5;\nadd.u32 %r5, %r3, %r4;\nst.shared.b8 [%r5], %r1;\n"
         "@%p1 ld.shared.b8 %r6, [%r3+2];\n",
-        "shr.u32 %r4, %r0, 5;\nadd.u32 %r5, %r3, %r4;\nst.shared.b8 [%r5], %r0;\n"
+        "shr.u32 %r4, %r0, 5;\nadd.u32 %r5, %r3, %r4;\nst.shared.b8 [%r5], %r1;\n"
         "@%p1 ld.shared.b8 %r6, [%r3+1];\n",
         race("2"),
     ),
     "wide accesses": (
-        FILL
-        + "@%p0 ld.shared.v4.b32 {%r5, %r6, %r7, %r8}, [%r3+112];\n"
-        "@%p1 st.shared.b16 [%r3+126], %h0;\n".replace("%h0", "%r0"),
         FILL + "@%p0 ld.shared.v4.b32 {%r5, %r6, %r7, %r8}, [%r3+112];\n"
-        "@%p1 st.shared.b16 [%r3+128], %r0;\n",
+        "@%p1 st.shared.b16 [%r3+126], %r1;\n",
+        FILL + "@%p0 ld.shared.v4.b32 {%r5, %r6, %r7, %r8}, [%r3+112];\n"
+        "@%p1 st.shared.b16 [%r3+128], %r1;\n",
         race("7e"),
     ),
     "plain read of what atomics changed": (
@@ -104,7 +103,7 @@ RACES = {
         race("0"),
     ),
     "plain write of what atomics change": (
-        FILL + "@%p0 st.shared.b32 [%r3], %r0;\n@%p1 red.shared.add.u32 [%r3], %r0;\n",
+        FILL + "@%p0 st.shared.b32 [%r3], %r1;\n@%p1 red.shared.add.u32 [%r3], %r0;\n",
         FILL + "@%p0 red.shared.add.u32 [%r3], %r0;\n@%p1 red.shared.add.u32 [%r3], %r0;\n",
         race("0"),
     ),
@@ -194,7 +193,9 @@ def test_without_check_mode_nothing_is_reported(name):
 
 
 SILENT = {
-    "a warp with itself": STORE + "xor.b32 %r5, %r2, 4;\nld.shared.b32 %r6, [%r5];\n" + STORE,
+    "a warp with itself": STORE
+    + "bar.warp.sync -1;\nxor.b32 %r5, %r2, 4;\nld.shared.b32 %r6, [%r5];\n"
+    + STORE,
     "named barrier of two warps": """
 setp.lt.u32 %p3, %r1, 2;
 @!%p3 bra OTHERS;

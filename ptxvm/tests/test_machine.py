@@ -359,7 +359,7 @@ def test_options() -> None:
         "speed": "'speed' is not of the form name=value",
         "speed=1": "unknown option speed",
         "check=2": "check: must be from 0 to 1; got 2",
-        "order=random": "must be forward, reverse or seeded; got random",
+        "order=random": "must be forward, reverse, seeded, weak or sleepy; got random",
         "fuel=0": "fuel: must be from 1",
         "on_fault=1": "on_fault: must be stop, report or collect; got 1",
         "device=sm_70": "device: must be sm_80, sm_86, sm_89, sm_90a or sm_120; got sm_70",

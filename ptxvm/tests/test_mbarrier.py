@@ -252,8 +252,8 @@ def test_deadlock_names_the_mbarrier() -> None:
     assert report.startswith("k: deadlock in block (0, 0, 0)")
     assert "warp 0, lanes 0xffffffff, line " in report
     assert (
-        "waits for the mbarrier at shared address 0x400: phase of parity 0, of 3 arrivals 2 "
-        "pending, 96 bytes pending" in report
+        "waits for the mbarrier at shared address 0x400 (bar): phase of parity 0 lacks 2 of 3 "
+        "arrivals and 96 bytes" in report
     )
 
 
@@ -288,3 +288,34 @@ def test_misuse(statement: str, report: str) -> None:
     with sm90(), pytest.raises(MachineError) as error:
         machine.run(kernel(body), "k", np.zeros(1))
     assert report in str(error.value)
+
+
+def test_a_consumer_that_sleeps_for_two_phases() -> None:
+    """The producer waits for one of two consumers, which is right while the other one keeps up."""
+
+    def body(count: int) -> str:
+        arrive = "mbarrier.arrive.shared::cta.b64 _, [bar+8];\n"
+        other = arrive * (count == 2)
+        return (
+            f"@%p0 mbarrier.init.shared::cta.b64 [bar+8], {count};\n{init(1)}"
+            "mov.u32 %r5, %laneid; setp.ne.u32 %p3, %r5, 0; @%p3 ret;\n"
+            "setp.eq.u32 %p4, %r3, 2; @%p2 bra FIRST; @%p4 bra SECOND;\n"
+            + "".join(
+                "mbarrier.arrive.shared::cta.b64 _, [bar];\n" + wait(parity, "bar+8")
+                for parity in "01"
+            )
+            + f"ret;\nFIRST: {wait('0')}{arrive}{wait('1')}{arrive}ret;\n"
+            + f"SECOND: {wait('0')}{other}{wait('1')}{other}"
+        )
+
+    def run(count: int, **options: object) -> None:
+        with sm90(check=1, watchdog=1, **options):
+            machine.run(kernel(body(count)), "k", np.zeros(4, np.uint32), block=96)
+
+    for seed in range(8):
+        run(2, order="sleepy", seed=seed)
+    for order in ("forward", "reverse"):
+        run(1, order=order)
+    with pytest.raises(MachineError, match="deadlock"):
+        for seed in range(8):
+            run(1, order="sleepy", seed=seed)

@@ -31,6 +31,7 @@ class Case:
     block: int = 64
     cluster: int = 1
     orders: tuple[str, ...] = ("forward", "reverse", "seeded")
+    proxy: str = "usual"
 
 
 def flag(write: str, read: str, before: str = "", after: str = "") -> str:
@@ -61,13 +62,14 @@ st.global.u32 [%d0], 0;
 """
 
 
+LANES = r"no bar\.warp\.sync \(__syncwarp\) or barrier lies between them"
 NONE = "no barrier, mbarrier, or release and acquire lies between them"
 GPU = r"no release and acquire of \.gpu scope lies between them"
 CTA = r"a release and acquire of \.cta scope does not order them: \.{} is needed"
 NARROW = r"one of them is of \.cta scope: \.gpu is needed"
 PROXY = r"fence\.proxy\.async is missing between them"
 
-THREE = """@%p1 st.shared.u32 [%r2], %r0;
+THREE = """@%p1 st.shared.u32 [%r2], %r3;
 setp.lt.u32 %p3, %r0, 64;
 @%p3 bar.sync 1, 64;
 @%p3 bar.sync 2, 64;
@@ -77,7 +79,7 @@ PAIR = """@%p1 bra WRITE;
 HERE
 ld.shared.u32 %r5, [%r2];
 ret;
-WRITE: st.shared.u32 [%r2], %r0;
+WRITE: st.shared.u32 [%r2], %r3;
 bar.sync 1, 64;
 """
 ARRIVE = (
@@ -225,7 +227,11 @@ CASES = {
         REUSE, FENCE + "bar.sync 0;\n", FENCE, rf"race: write to .*{NONE}|in flight"
     ),
     "bulk copy over what others read: proxy": Case(
-        REUSE, FENCE + "bar.sync 0;\n", "bar.sync 0;\n", rf"race: write to .*read by warp .*{PROXY}"
+        REUSE,
+        FENCE + "bar.sync 0;\n",
+        "bar.sync 0;\n",
+        rf"race: write to .*read by warp .*{PROXY}",
+        proxy="strict",
     ),
     "bulk store: proxy fence of the writers": Case(
         FILLED, FENCE + "bar.sync 0;\n", "bar.sync 0;\n", rf"race: read of .*written by .*{PROXY}"
@@ -447,6 +453,70 @@ CASES = {
         block=32,
         orders=("forward", "seeded"),
     ),
+    "ld.global.nc behind a write": Case(
+        "@%p0 st.global.u32 [%d0], 7;\nbar.sync 0;\nld.globalHERE.u32 %r5, [%d0];\n",
+        "",
+        ".nc",
+        r"read of global .* by ld\.global\.nc, written in the same launch at line",
+    ),
+    "ld.global.nc before a write": Case(
+        "ld.globalHERE.u32 %r5, [%d0];\nbar.sync 0;\n@%p0 st.global.u32 [%d0], 7;\n",
+        "",
+        ".nc",
+        r"write to global .*, which ld\.global\.nc reads in the same launch, at line",
+    ),
+    "lanes of a warp": Case(
+        "@%p1 st.shared.u32 [%r4], %r0;\nHERE\n@%p0 ld.shared.u32 %r5, [%r4+16];\n",
+        "bar.warp.sync -1;",
+        "",
+        rf"race: read of shared .*written by lane 1 of the warp at line .*{LANES}",
+    ),
+    "lanes that store to one word": Case(
+        "HERE st.shared.u32 [%r2], %r0;\n",
+        "@%p0",
+        "@%p1",
+        rf"race: write to shared address 0x0, written by lane 0 of the warp.*{LANES}",
+    ),
+    "an arrival of lane 0 for other lanes": Case(
+        init(1)
+        + "@!%p1 bra READ;\nst.shared.u32 [%r4], 5;\nHERE\n"
+        + "@%p0 mbarrier.arrive.shared.b64 _, [bar];\nret;\nREAD: "
+        + wait("0")
+        + "sub.u32 %r4, %r4, 512;\nld.shared.u32 %r5, [%r4];\n",
+        "bar.warp.sync -1;",
+        "",
+        rf"race: read of shared address 0x10, written by warp 0 .*{NONE}",
+    ),
+    "an arrival of lane 0 for the reads of other lanes": Case(
+        init(1)
+        + "@!%p1 bra WRITE;\nld.shared.u32 %r5, [%r4];\nHERE\n"
+        + "@%p0 mbarrier.arrive.shared.b64 _, [bar];\nret;\nWRITE: "
+        + wait("0")
+        + "sub.u32 %r4, %r4, 512;\nst.shared.u32 [%r4], 5;\n",
+        "bar.warp.sync -1;",
+        "",
+        rf"race: write to shared address 0x10, read by warp 0 .*{NONE}",
+    ),
+    "a flag of lane 0 for other lanes": Case(
+        "@!%p5 bra READ;\nmul.wide.u32 %d1, %r0, 4; add.u64 %d1, %d1, %d0;\n"
+        "st.global.u32 [%d1+256], 7;\nHERE\n@%p0 fence.acq_rel.gpu;\n"
+        "@%p0 st.relaxed.gpu.global.u32 [%d0], 1;\nret;\n"
+        "READ: ld.acquire.gpu.global.u32 %r5, [%d0]; setp.eq.u32 %p4, %r5, 0; @%p4 bra READ;\n"
+        "ld.global.u32 %r6, [%d0+260];\n",
+        "bar.warp.sync -1;",
+        "",
+        rf"race: read of global .*, written by warp 0 .*{GPU}",
+        grid=2,
+        block=32,
+    ),
+    "one of many readers": Case(
+        "ld.shared.u32 %r5, [%r2];\nsetp.ne.u32 %p3, %r3, 15;\nHERE;\n"
+        "@%p0 st.shared.u32 [%r2], 1;\n",
+        "bar.sync 1",
+        "@%p3 bar.sync 1, 928",
+        rf"race: (write to shared .*read by warp 15|read of shared .*written by warp 0).*{NONE}",
+        block=960,
+    ),
     "blocks that overlap": Case(
         "mul.wide.u32 %d2, %r1, HERE; mad.wide.u32 %d2, %r0, 4, %d2; add.u64 %d2, %d2, %d0;\n"
         "st.global.u32 [%d2], %r0;\n",
@@ -480,7 +550,8 @@ def check(
 ) -> None:
     fuel = 7 if order == "seeded" else 20000
     for mode in modes:
-        with sm90(check=1, **{"async": mode}, order=order, seed=3, fuel=fuel, watchdog=1):
+        options = {"order": order, "async": mode, "proxy": case.proxy}
+        with sm90(check=1, **options, seed=3, fuel=fuel, watchdog=1):
             run(case, case.right)
             with pytest.raises(MachineError, match=case.report):
                 run(case, case.wrong)

@@ -126,6 +126,24 @@ def test_calls_through_pointers_are_faults_of_their_kernel(samples: Abi) -> None
     samples.release()
 
 
+def test_memory_pools(samples: Abi) -> None:
+    out, results = np.zeros(1, np.float32), np.full(32, -9, np.int32)
+    count = samples.call("run_pool", out, results)
+    assert results[:count].tolist() == [
+        *(0, 0, 0, 0, -1),  # pools; the threshold
+        *(0, 2, 0, 600, 600),  # allocations
+        *(0, 0, 1, 0, 1),  # the destroyed pool, and the default one
+        *(600, 0, 801, 0, 3),  # high-water mark; shared handles; access
+    ]
+    assert out[0] == 6
+    samples.release()
+
+
+def test_a_call_that_is_missing_names_itself(samples: Abi) -> None:
+    assert samples.call("run_missing") == 801
+    assert samples.text(801).endswith("cudaMalloc3D: the machine does not have this call")
+
+
 def test_simd_in_a_word(samples: Abi) -> None:
     a, b, out = (np.array([v], np.uint32) for v in (0x80FF0102, 0x7F017F80, 0))
     out = np.zeros(8, np.uint32)

@@ -46,12 +46,15 @@ def programs_sm90(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def launch(programs: Path, name: str, *arguments: Any, grid: tuple[int, ...]) -> None:
     facts = json.loads((programs / f"{name}.json").read_text())
-    scratch = np.uint64(0)  # two hidden parameters: scratch memory of the grid and of the profiler
+    # Two hidden parameters: scratch memory of the grid and of the profiler.
+    bytes_ = facts["scratch"] * int(np.prod(grid))
+    space = np.zeros(bytes_ + 128, np.uint8)
+    scratch = space[-space.ctypes.data % 128 :][:bytes_] if bytes_ else np.uint64(0)
     machine.load((programs / f"{name}.ptx").read_text()).launch(
         facts["name"],
         *arguments,
         scratch,
-        scratch,
+        np.uint64(0),
         grid=grid,
         block=facts["threads"],
         shared=facts["shared"],
@@ -140,6 +143,16 @@ def test_matmul_sm90(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_attention_sm90(programs_sm90: Path, dtype: torch.dtype, mode: dict[str, Any]) -> None:
     run_attention(programs_sm90, dtype, 200, mode)
+
+
+@pytest.mark.parametrize("mode", MODES_SM90, ids=str)
+def test_descriptors_sm90(programs_sm90: Path, mode: dict[str, Any]) -> None:
+    torch.manual_seed(2)
+    x = torch.randn(70, 128).to(torch.float16)
+    out = torch.full_like(x, float("nan"))
+    with machine.options(**{"check": 1} | mode):
+        launch(programs_sm90, "double_tiles", x, out, np.int32(70), np.int32(128), grid=(3, 2))
+    assert torch.equal(out, x + x)
 
 
 MODES_OF_GEMMS: dict[str, list[dict[str, Any]]] = {

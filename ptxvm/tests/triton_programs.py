@@ -1,7 +1,7 @@
 """Triton kernels compiled without a GPU.
 
 python triton_programs.py FOLDER CAPABILITY (80 or 90) writes NAME.ptx and NAME.json: kernel name,
-threads, shared memory.
+threads, shared memory, scratch memory of a block.
 """
 
 from __future__ import annotations
@@ -75,6 +75,16 @@ def attention(
     tl.store(out + base + rows[:, None] * D + depth[None, :], total / weight[:, None], mask=inside)
 
 
+@triton.jit
+def double_tiles(x, out, m, n, BM: tl.constexpr, BN: tl.constexpr):
+    """out = x + x of [m, n], by descriptors that the kernel makes in scratch memory."""
+    source = tl.make_tensor_descriptor(x, [m, n], [n, 1], [BM, BN])
+    target = tl.make_tensor_descriptor(out, [m, n], [n, 1], [BM, BN])
+    row, column = tl.program_id(0) * BM, tl.program_id(1) * BN
+    tile = source.load([row, column])
+    target.store([row, column], tile + tile)
+
+
 def compile_kernel(
     function: Any, signature: dict[str, str], constants: dict[str, int], capability: int
 ) -> Any:
@@ -108,6 +118,11 @@ def main(folder: Path, capability: int) -> None:
             *(attention, pointers | {"length": "i32", "scale_log2": "fp32"}),
             {"D": 64, "BM": 64, "BN": 64},
         )
+    if capability == 90:
+        programs["double_tiles"] = (
+            *(double_tiles, {"x": "*fp16", "out": "*fp16", "m": "i32", "n": "i32"}),
+            {"BM": 32, "BN": 64},
+        )
     for name, (function, signature, constants) in programs.items():
         compiled = compile_kernel(function, signature, constants, capability)
         metadata = compiled.metadata
@@ -116,6 +131,7 @@ def main(folder: Path, capability: int) -> None:
             "name": metadata.name,
             "threads": 32 * metadata.num_warps,
             "shared": metadata.shared,
+            "scratch": metadata.global_scratch_size,
         }
         (folder / f"{name}.json").write_text(json.dumps(facts))
 

@@ -106,7 +106,7 @@ UNINITIALISED = {
     "a value computed from one": (
         "mul.lo.u32 %r5, %r6, 3;\nadd.u32 %r5, %r5, 1;\n" + SINK,
         "mul.lo.u32 %r5, %r6, 3;\nselp.b32 %r5, %r0, %r5, %p2;\n" + SINK,
-        r"source 2, which has none since line \d+: mul.lo.u32 %r5, %r6, 3",
+        r"source 2, which has none since line \d+: mul.lo.u32 \(block",
     ),
     "a value that is selected": (
         "selp.b32 %r5, %r7, %r0, %p2;\n" + SINK,

@@ -402,7 +402,7 @@ def in_child(path: Path, work: Callable[[], tuple[str, str]]) -> tuple[str, str]
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         signal.setitimer(signal.ITIMER_REAL, CLOCK)
         try:
-            _emulator.configure("check=1,watchdog=20")
+            _emulator.configure("check=1,proxy=strict,watchdog=20")
             verdict = work()
         except BaseException as error:  # report every error to the parent
             verdict = ("error", repr(error))

@@ -29,9 +29,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .vm import Machine, MachineError, Module, Report
+from .vm import Machine, MachineError, Module, Position, Report
 
-__all__ = ["Machine", "MachineError", "Module", "Report", "find_library", "machine"]
+__all__ = ["Machine", "MachineError", "Module", "Position", "Report", "find_library", "machine"]
 
 LIBRARY = "libcudart.so.13"
 # Instruction sets of a wheel and the /proc/cpuinfo flags that each requires, best first. A library

@@ -14,7 +14,7 @@ INTERRUPTED = 128 + 2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, 1 if something was found, 2 if the command could not run."""
+    """Exit status, as the guide of the command defines it."""
     try:
         try:
             return _run(sys.argv[1:] if argv is None else argv)
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno == errno.EPIPE:  # the reader has closed the pipe, as head does
             return BROKEN_PIPE
         print(f"ptxvm: {error.strerror}", file=sys.stderr)
-        return 1
+        return command.FAILED
 
 
 def _run(argv: list[str]) -> int:
@@ -49,7 +49,10 @@ def _run(argv: list[str]) -> int:
         return command.run(options)
     except _cli.UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        return command.USAGE
+    except _cli.CannotRun as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return command.FAILED
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED

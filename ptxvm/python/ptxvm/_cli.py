@@ -1,5 +1,5 @@
-"""What actions of the command line share: errors, which are one line on stderr and exit status 2,
-options of the machine, and output."""
+"""What actions of the command line share: errors, which are one line on stderr, options of the
+machine, and output."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from typing import NoReturn
 
 class UsageError(Exception):
     """A command line that cannot run: `argument: rule; got value`."""
+
+
+class CannotRun(Exception):
+    """A program or a text that fails before anything is checked: one line on stderr and exit status
+    3."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,7 +53,7 @@ def machine_options(options: argparse.Namespace) -> dict[str, int | str]:
     chosen: dict[str, int | str] = {
         name: int(options.action == name) for name in ("check", "count")
     }
-    goes_on = getattr(options, "on_fault", "stop") == "report"
+    goes_on = options.action == "count" or getattr(options, "on_fault", "stop") == "report"
     chosen["on_fault"] = "collect" if goes_on else "stop"
     for name in ("device", "fuel", "mma"):
         if (value := getattr(options, name)) is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,30 +15,29 @@ if TYPE_CHECKING:
     from .findings import Finding, Mode, Run
     from .vm import Machine
 
-CLEAN, FOUND = 0, 1  # exit statuses; 2 if the command could not run
+CLEAN, FOUND, USAGE, FAILED = range(4)  # exit statuses
 DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
-MAX_OF_A_NAME = 48
-HAS_SOURCE_LINE = re.compile(r", line \d+ \(.+?:\d+\): ")
-ORDERS = ("forward", "reverse", "seeded")
+ORDERS = ("forward", "reverse", "seeded", "weak", "sleepy")
 FLAGS = ("check", "count", "on_fault", "device", "fuel", "mma", "async", "order")  # not in --set
 
 GUIDE = """\
 Runs CUDA kernels on a CPU: no GPU, no driver, no CUDA toolkit.
 
-FILE is a program that was linked with the shared CUDA runtime, or the PTX text of a kernel:
-
-  nvcc -cudart shared -gencode arch=compute_80,code=compute_80 -lineinfo app.cu -o app
-  ptxvm check ./app -- --size 512
+FILE is the PTX text of a kernel, or a program that was linked with the shared CUDA runtime:
 
   nvcc -ptx -arch=compute_80 -lineinfo kernel.cu
   ptxvm check kernel.ptx --grid 8 --block 128 \\
       --arg "f32[1024]=arange" --arg "f32[1024]=nan" --arg 1024
 
+  nvcc -cudart shared -gencode arch=compute_80,code=compute_80 -lineinfo app.cu -o app
+  ptxvm check ./app -- --size 512
+
 A shared object runs by one of its functions, --entry NAME, which takes nothing and returns an int.
 FILE may also be another command, such as python, whose libraries launch kernels.
 
-Exit status: 0 nothing was found; 1 a rule was broken, results differ, a launch was refused or the
-program's own status is not 0; 2 it could not run.
+Exit status: 0 nothing was found; 1 a rule was broken or results differ; 2 a wrong command line;
+3 nothing was found, but a launch was refused, the program's own status is not 0, or it could not
+run.
 """
 RUN = """\
 Runs the kernel or program and prints what the kernel wrote. The rules that always hold (bounds,
@@ -54,19 +52,21 @@ launch.json: {"kernel": "scale", "grid": [8], "block": [128], "shared": 0,
 """
 CHECK = """\
 Runs the kernel or program with check=1 in each order of warps and at each moment for what is
-asynchronous, and prints every rule that was broken, once for each line. Results of a kernel that
-differ between the runs are reported too.
+asynchronous, and prints every rule that was broken, once for each cause, with the lines that showed
+it. Results of a kernel that differ between the runs are reported too.
 
-  ptxvm check ./app
-  ptxvm check --device sm_90a --async latest,seed:1,seed:2 ./gemm
   ptxvm check kernel.ptx --block 64 --arg "f32[64]=zeros" --json
+  ptxvm check --device sm_90a --async latest,seed:1,seed:2 ./gemm
+  ptxvm check --sarif findings.sarif ./app
 """
 COUNT = """\
 Runs the kernel or program and prints its counters: instructions by class, tensor-core products,
-requests to memory, waves and sectors, exact and the same in every run (docs/guide.md).
+requests to memory, waves and sectors, exact and the same in every run (docs/guide.md). It goes on
+after an access that breaks a rule, where that is possible; a launch that a fault ends is counted up
+to it.
 
-  ptxvm count ./app
   ptxvm count kernel.ptx --grid 8 --block 128 --arg "f32[1024]=zeros" --json
+  ptxvm count ./app
 """
 ARGUMENTS = """\
 arguments of a kernel, --arg, once for each of its parameters:
@@ -111,7 +111,7 @@ def _add_options(sub: argparse.ArgumentParser, action: str) -> None:
         "--order",
         type=_orders(several),
         default=["forward", "reverse"] if several else ["forward"],
-        help="of warps and blocks: forward, reverse, seeded"
+        help="of warps and blocks: forward, reverse, seeded, weak, sleepy"
         + (", or several (default forward,reverse)" if several else ""),
     )
     machine.add_argument(
@@ -163,6 +163,10 @@ def _add_options(sub: argparse.ArgumentParser, action: str) -> None:
     program = sub.add_argument_group("programs")
     program.add_argument("--entry", metavar="NAME", help="the function of a shared object to call")
     sub.add_argument("--json", action="store_true", help="print one JSON document")
+    if several:
+        sub.add_argument(
+            "--sarif", metavar="FILE", type=Path, help="write the findings as SARIF 2.1.0 to FILE"
+        )
 
 
 def _list_of(rule: str, fits: Callable[[str], bool], several: bool) -> Callable[[str], list[str]]:
@@ -178,7 +182,7 @@ def _list_of(rule: str, fits: Callable[[str], bool], several: bool) -> Callable[
 
 
 def _orders(several: bool) -> Callable[[str], list[str]]:
-    return _list_of("forward, reverse or seeded", lambda x: x in ORDERS, several)
+    return _list_of("forward, reverse, seeded, weak or sleepy", lambda x: x in ORDERS, several)
 
 
 def _moments(several: bool) -> Callable[[str], list[str]]:
@@ -229,12 +233,33 @@ def run(options: argparse.Namespace) -> int:
         runs = kernel.runs(options, modes, ptx)
     findings = summarise(runs)
     failed = any(r.status or r.lost for r in runs)
-    status = FOUND if findings or failed else CLEAN
+    broken = any(not finding.report.is_note for finding in findings)
+    status = FOUND if broken else FAILED if failed else CLEAN
+    if getattr(options, "sarif", None):
+        _write_sarif(options, runs, findings, status, ptx)
     if options.json:
         print(json.dumps(_document(options, runs, findings, status, ptx), indent=1))
     else:
         _print(options, runs, modes, findings, ptx)
     return status
+
+
+def _write_sarif(
+    options: argparse.Namespace,
+    runs: Sequence[Run],
+    findings: Sequence[Finding],
+    status: int,
+    ptx: str | None,
+) -> None:
+    from . import sarif
+
+    refused = dict.fromkeys(refusal for r in runs for refusal in r.refused)
+    checked = sarif.Checked(Path(options.file), ptx is not None)
+    document = sarif.log(findings, list(refused), status, checked)
+    try:
+        options.sarif.write_text(json.dumps(document, indent=1) + "\n")
+    except OSError as error:
+        raise _cli.UsageError(_cli.unwritable("--sarif", options.sarif, error)) from None
 
 
 def _check_settings(options: argparse.Namespace, vm: Machine) -> None:
@@ -296,9 +321,15 @@ def _print(
     if options.action == "count":
         for line in counters.table(runs[0].launches):
             print(line)
+        if sum(not report.is_note for report in runs[0].reports) > runs[0].faults:
+            print("went on after broken rules (above): the numbers include what followed them")
     if options.action == "check":
         times = f"{runs[0].kernels} launch{'es' if runs[0].kernels != 1 else ''}"
-        what = f"{len(findings)} finding{'s' if len(findings) != 1 else ''}"
+        notes = sum(finding.report.is_note for finding in findings)
+        broken = len(findings) - notes
+        what = f"{broken} finding{'s' if broken != 1 else ''}"
+        if notes:
+            what += f", {notes} note{'s' if notes != 1 else ''}"
         each = f"{len(modes)} runs" if len(modes) > 1 else "1 run"
         lost = max(r.lost for r in runs)
         refused = f"; {lost} launch{'es' if lost != 1 else ''} refused" if lost else ""
@@ -306,24 +337,22 @@ def _print(
 
 
 def _print_findings(findings: Sequence[Finding], modes: Sequence[Mode], ptx: str | None) -> None:
-    from .findings import around, modes_in_words
+    from .findings import around, in_lines, modes_in_words, short_name
 
     for finding in findings:
         report = finding.report
         shown_in = modes_in_words(finding.modes, modes)
         line = f", line {report.line}" if report.line else ""
-        rule, name = report.rule.partition(":")[0], _short(report.kernel)
-        print(f"{rule}: {name}{line}" + (f" [{shown_in}]" if shown_in else ""))
-        said = report.report.rstrip()
-        print(textwrap.indent(said.replace(report.kernel, name) if name else said, "    "))
+        name = report.name or report.kernel
+        print(f"{report.rule}: {short_name(name)}{line}" + (f" [{shown_in}]" if shown_in else ""))
+        said = report.report.rstrip().replace(name, short_name(name))
+        print(textwrap.indent(said, "    "))
+        for more in in_lines(finding.reports[1:]):
+            print(
+                textwrap.fill(f"and {more}", 100, initial_indent="    ", subsequent_indent="    ")
+            )
         for row in around(ptx, report.line) if ptx else []:
             print(f"  {row}")
         print()
-    at_lines = [finding.report.report for finding in findings if finding.report.line]
-    if at_lines and not any(map(HAS_SOURCE_LINE.search, at_lines)):
+    if any(f.report.line for f in findings) and not any(f.report.file for f in findings):
         print("hint: nvcc -lineinfo adds the lines of the source to reports\n")
-
-
-def _short(kernel: str) -> str:
-    """Abbreviates a long mangled name."""
-    return kernel if len(kernel) <= MAX_OF_A_NAME else kernel[:MAX_OF_A_NAME] + "..."

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from .findings import short_name
+
 SUMMED = (
     ("instructions", "warp instructions"),
     ("lanes", "lanes"),
@@ -21,9 +23,11 @@ def table(launches: Sequence[dict[str, Any]]) -> Iterator[str]:
     kernels: dict[str, list[dict[str, Any]]] = {}
     for launch in launches:
         kernels.setdefault(launch["kernel"], []).append(launch)
-    for name, group in kernels.items():
-        yield name
+    for group in kernels.values():
+        yield short_name(group[0]["name"])
         yield from _shape(group)
+        if cut := sum(not launch.get("complete", True) for launch in group):
+            yield f"  ended by a fault, and counted up to it: {cut} of {len(group)}"
         for key, title in SUMMED:
             if total := sum(launch[key] for launch in group):
                 yield f"  {title:<26}{_number(total):>18}"

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from . import _cli, arguments, machine
-from .findings import FAULTS, Mode, Run
-from .vm import Machine, MachineError, Module, Report
+from .findings import Mode, Run
+from .vm import INVALID_PTX, Machine, MachineError, Module, Report
 
 FIELDS = {"kernel": str, "grid": list, "block": list, "shared": int, "args": list}
 MAX_SHOWN = 8  # elements of an array shown in one line
@@ -126,7 +126,7 @@ def runs(options: argparse.Namespace, modes: Sequence[Mode], ptx: str) -> list[R
         with vm.options(**_cli.machine_options(options)):
             module = vm.load(ptx)
     except MachineError as error:
-        raise _cli.UsageError(str(error)) from None
+        raise _cli.CannotRun(str(error)) from None
     launch = launch_of(options, module)
     inputs = _arguments(launch)
     numbers = [*getattr(options, "shown", []), *(n for n, _ in getattr(options, "save", []))]
@@ -144,8 +144,11 @@ def runs(options: argparse.Namespace, modes: Sequence[Mode], ptx: str) -> list[R
                 values = _arguments(launch)
                 done.append(_launch(vm, module, launch, mode, values))
                 first = first or values
-                done[-1].reports += _differences(launch, first, values, done)
-    except (MachineError, ValueError) as error:  # the launch does not match the kernel
+                done[-1].reports += _differences(vm, launch, first, values, done)
+    except MachineError as error:  # the machine refuses the kernel, or the launch does not fit it
+        refuses = error.code == INVALID_PTX
+        raise (_cli.CannotRun if refuses else _cli.UsageError)(str(error)) from None
+    except ValueError as error:
         raise _cli.UsageError(str(error)) from None
     if options.action == "run" and not done[0].reports:
         _show(options, launch, inputs, first)
@@ -178,9 +181,10 @@ def _launch(vm: Machine, module: Module, launch: Launch, mode: Mode, values: lis
                 )
             run.launches = vm.counters() or [started]
         except MachineError as error:
-            if error.code not in FAULTS:
+            if error.finding is None:
                 raise
-            run.reports.append(Report.of_fault(str(error)))
+            run.launches = vm.counters()
+            run.ended(error.finding)
     run.reports[:0] = vm.reports()
     return run
 
@@ -201,7 +205,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _differences(
-    launch: Launch, first: list[Any], values: list[Any], done: Sequence[Run]
+    vm: Machine, launch: Launch, first: list[Any], values: list[Any], done: Sequence[Run]
 ) -> list[Report]:
     """Reports arrays that differ bitwise from the first run's, if both runs ended."""
     if not (done[0].launches and done[-1].launches):
@@ -213,7 +217,8 @@ def _differences(
         if differ := _differ(wanted, got):
             name = launch.kernel.name
             what = f"{differ} of {got.size} elements of argument {i} are not those of "
-            found.append(Report(name, 0, f"other result {i}", f"{name}: {what}[{done[0].mode}]"))
+            said = f"{what}[{done[0].mode}]"
+            found.append(Report(name, 0, f"other result {i}", said, name=vm.demangled(name)))
     return found
 
 

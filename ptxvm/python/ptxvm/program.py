@@ -39,7 +39,7 @@ def runs(options: argparse.Namespace, modes: Sequence[Mode], library: Path) -> l
         ]
     if not done[0].kernels:
         said = [*done[0].refused, *done[0].output.strip().splitlines()[-1:]]
-        raise _cli.UsageError(
+        raise _cli.CannotRun(
             f"FILE: must launch a kernel on the machine; '{options.file}' launched none"
             + (f" (exit status {done[0].status})" if done[0].status else "")
             + (f": {said[0]}" if said else "")
@@ -103,11 +103,11 @@ def _run(
         )
     except OSError as error:  # another architecture, or a script without its interpreter
         rule = "must be a program that runs here"
-        raise _cli.UsageError(f"FILE: {rule}; got '{options.file}' ({error.strerror})") from None
+        raise _cli.CannotRun(f"FILE: {rule}; got '{options.file}' ({error.strerror})") from None
     run = read_log(log, mode)
     run.status, run.output = done.returncode, done.stdout or ""
     if not run.kernels and run.status == LOADER_FAILED:
-        raise _cli.UsageError(f"FILE: {run.output.strip() or 'could not be loaded'}")
+        raise _cli.CannotRun(f"FILE: {run.output.strip() or 'could not be loaded'}")
     if not run.kernels and run.output.startswith("PTXVM_") and run.status == 2:
         raise _cli.UsageError(run.output.strip().splitlines()[0])
     return run

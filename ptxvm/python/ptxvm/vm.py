@@ -16,44 +16,64 @@ import ctypes
 import json
 import operator
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 INVALID_VALUE, INVALID_PTX = 1, 218  # cudaErrorInvalidValue, cudaErrorInvalidPtx
+_TEXTS = ("options", "last_report", "last_finding", "reports", "counters", "kernels", "demangled")
 
 
-class MachineError(RuntimeError):
-    """Error of a failed call, with the machine's report. `code` is the CUDA error: 719 if the
-    kernel broke a rule, 710 if an assertion failed, 218 if the machine cannot run the PTX."""
+@dataclass(frozen=True)
+class Position:
+    """An instruction. `part` is the first line of the code around it that has neither branches nor
+    instructions that order accesses; `file` and `source_line` come from -lineinfo ("" and 0)."""
 
-    def __init__(self, report: str, code: int) -> None:
-        super().__init__(report)
-        self.code = code
+    line: int  # of the PTX; 0: none
+    part: int = 0
+    file: str = ""
+    source_line: int = 0
 
 
 @dataclass(frozen=True)
 class Report:
-    """A check-mode rule that a kernel broke at a line of its PTX, and how often. `report` is the
-    text of the first time. A fault that ended a launch has the rule "fault" or "deadlock", and line
-    0 if it has no line."""
+    """A rule that a kernel broke at a line of its PTX, and how often. `report` is the text of the
+    first time; `cause` is an earlier access, or where a value was lost. A fault that ended a launch
+    may have line 0: none."""
 
-    kernel: str
+    kernel: str  # mangled
     line: int
     rule: str
     report: str
     count: int = 1
+    name: str = ""  # demangled
+    part: int = 0
+    file: str = ""
+    source_line: int = 0
+    cause: Position | None = None
+
+    @property
+    def is_note(self) -> bool:
+        """True for what is worth a look and breaks no rule."""
+        return self.rule.startswith("note: ")
 
     @classmethod
-    def of_fault(cls, text: str) -> Report:
-        """Builds the report of a MachineError: "kernel, line 12: ..." or "kernel: ..."."""
-        found = re.match(r"(?P<kernel>[\w$.]+)(, line (?P<line>\d+))?", text)
-        if found is None:
-            return cls("", 0, "fault", text)
-        rule = "deadlock" if text.startswith(f"{found['kernel']}: deadlock") else "fault"
-        return cls(found["kernel"], int(found["line"] or 0), rule, text)
+    def of(cls, entry: Mapping[str, Any]) -> Report:
+        """Builds a report from an object of the machine's JSON (src/ptxvm/host_api.h)."""
+        cause = entry["cause"] and Position(**entry["cause"])
+        return cls(**{**entry, "cause": cause})
+
+
+class MachineError(RuntimeError):
+    """Error of a failed call, with the machine's report. `code` is the CUDA error: 719 if the
+    kernel broke a rule, 710 if an assertion failed, 218 if the machine cannot run the PTX.
+    `finding` is the rule that the kernel broke."""
+
+    def __init__(self, report: str, code: int, finding: Report | None = None) -> None:
+        super().__init__(report)
+        self.code = code
+        self.finding = finding
 
 
 class Module:
@@ -185,13 +205,15 @@ class Machine:
         self.path = Path(path)
         self.library = ctypes.CDLL(str(path))
         self.library.ptxvm_load.restype = ctypes.c_void_p
-        for name in ("options", "last_report", "reports", "counters", "kernels"):
+        for name in _TEXTS:
             getattr(self.library, f"ptxvm_{name}").restype = ctypes.c_char_p
 
     def check(self, error: int) -> None:
         """Raises MachineError with the last report if the error is not 0."""
         if error:
-            raise MachineError(self.library.ptxvm_last_report().decode(), error)
+            finding = json.loads(self.library.ptxvm_last_finding())
+            report = self.library.ptxvm_last_report().decode()
+            raise MachineError(report, error, finding and Report.of(finding))
 
     def load(self, ptx: str) -> Module:
         """Parses PTX text. The lines .version, .target and .address_size may be omitted."""
@@ -226,9 +248,13 @@ class Machine:
         finally:
             self.configure(**{name: before[name] for name in options})
 
+    def demangled(self, name: str) -> str:
+        """The C++ name of a kernel; any other name as it is."""
+        return str(self.library.ptxvm_demangled(name.encode()).decode())
+
     def reports(self) -> list[Report]:
         """Reports collected under on_fault=report since the last call."""
-        return [Report(**entry) for entry in json.loads(self.library.ptxvm_reports())]
+        return [Report.of(entry) for entry in json.loads(self.library.ptxvm_reports())]
 
     def counters(self) -> list[dict[str, Any]]:
         """Counters of each launch since the last reset, as docs/guide.md defines them."""

@@ -136,15 +136,17 @@ void land(Transfer transfer) {
   Warp& warp = *transfer.warp;
   happened(*warp.block);
   if (transfer.arrives) {
+    // Arrivals track all earlier copies of their thread, and may overtake one another.
+    const auto land_before = [&](const Transfer& arrival) {
+      land_copies(warp, transfer.lane, arrival.group);
+    };
+    for (const Transfer& other : warp.block->cluster->transfers)
+      if (other.arrives && other.warp == &warp && other.lane == transfer.lane &&
+          static_cast<int32_t>(other.group - transfer.group) < 0)
+        land_before(other);
+    land_before(transfer);
     const auto& target = transfer.targets[0];
-    uint32_t segment = 0;
-    if (target.block->shadow) {
-      segment = signal_segment(warp, *target.block, target.mbarrier, Segment::Kind::copies, false);
-      const Segment& arrival = ptxvm::segment(segment);
-      warp.timeline->arrivals.push_back(
-          {arrival.agent, arrival.time, transfer.group, transfer.lane});
-    }
-    land_copies(warp, transfer.lane, transfer.group, segment);
+    copies_arrived(warp, transfer.lane, transfer.group, target.mbarrier);
     return arrive_at(warp, *transfer.from, transfer.lane, *target.block, target.mbarrier);
   }
   for (const auto& target : transfer.targets)
@@ -156,8 +158,8 @@ void land(Transfer transfer) {
   read_source(transfer);
   for (auto& target : transfer.targets)
     if (target.block->shadow)
-      target.segment = signal_segment(warp, *target.block, target.mbarrier, Segment::Kind::bulk,
-                                      transfer.combine != Combine::copy);
+      target.segment =
+          signal_segment(warp, *target.block, target.mbarrier, transfer.combine != Combine::copy);
   const char* at = transfer.data.data();
   for (const auto& piece : transfer.pieces) {
     if (transfer.to_global) {
@@ -224,8 +226,7 @@ void watch(Warp& warp, Transfer& transfer) {
   uint32_t reads = 0, writes = 0;
   if (transfer.to_global) std::tie(reads, writes) = group_segments(warp, transfer.group, reduces);
   for (auto& target : transfer.targets) {
-    target.segment =
-        signal_segment(warp, *target.block, target.mbarrier, Segment::Kind::bulk, reduces);
+    target.segment = signal_segment(warp, *target.block, target.mbarrier, reduces);
     if (!reads) reads = target.segment;
     for (const auto& piece : transfer.pieces)
       bulk_issued(warp, in, lane, *target.block, static_cast<uint32_t>(piece.to), piece.bytes,

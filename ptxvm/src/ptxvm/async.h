@@ -98,9 +98,9 @@ std::string describe_mbarrier(const Block&, uint32_t offset);
 void do_alike(Warp&, const Instruction&, uint64_t a, uint64_t b);
 void require_alike(Warp& exited);
 
-// ops_copy.cpp. Lands the cp.async copies of a lane with a number below `end`, as seen by the
-// agents that know of the segment.
-void land_copies(Warp&, int lane, uint32_t end, uint32_t segment);
+// ops_copy.cpp. Lands the cp.async copies of a lane with a number below `end`, which have arrived
+// at an mbarrier.
+void land_copies(Warp&, int lane, uint32_t end);
 
 // ops_cluster.cpp. Exiting threads no longer count at barrier.cluster.
 void leave_cluster_barrier(Warp&, Mask exiting);

@@ -27,8 +27,9 @@ int capability_of(const Statement& s) {
   const std::string& base = s.opcode[0];
   const bool brain = has_any(s, {"bf16", "bf16x2"});
   const bool memory = is_in(base, {"ld", "st", "atom", "red", "fence"});
-  if (is_in(base, {"elect", "stmatrix", "mapa", "getctarank", "griddepcontrol"}) ||
-      (memory && has_any(s, {"cluster", "shared::cluster", "async", "mbarrier_init"})) ||
+  if (is_in(base, {"elect", "stmatrix", "mapa", "getctarank", "griddepcontrol", "tensormap"}) ||
+      (memory && has_any(s, {"cluster", "shared::cluster", "async", "mbarrier_init",
+                             "tensormap::generic"})) ||
       (is_in(base, {"mbarrier", "barrier"}) && has_any(s, {"cluster", "shared::cluster"})) ||
       (base == "cp" && s.has("bulk")) || (base == "prefetch" && s.has("tensormap")))
     return 90;
@@ -54,7 +55,8 @@ int capability_of(const Statement& s) {
 
 void check_capability(const Decoder& decoder, const Statement& statement) {
   const std::string& base = statement.opcode[0];
-  if (is_in(base, {"wgmma", "setmaxnreg"}) && !device().specific)
+  if ((is_in(base, {"wgmma", "setmaxnreg"}) || (base == "tensormap" && statement.has("replace"))) &&
+      !device().specific)
     decoder.fail(std::string("this form needs sm_90a; this is ") + device().name);
   const int needed = capability_of(statement), given = device().major * 10 + device().minor;
   if (given < needed)

@@ -3,11 +3,14 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cstdio>
+#include <cstring>
+#include <string_view>
 
 #include "ptxvm/async.h"
 #include "ptxvm/parse.h"
 #include "ptxvm/reports.h"
 #include "ptxvm/shadow.h"
+#include "ptxvm/store_buffer.h"
 
 namespace ptxvm {
 namespace {
@@ -18,12 +21,39 @@ bool is_read(Access kind) { return kind == Access::read || kind == Access::stron
 // Scope of a strong access; system scope (kGpu here) if its opcode names none.
 uint8_t reach(const Instruction& in) { return in.order & kIsStrong ? scope_of(in) : kGpu; }
 
-uint32_t index_of(const Warp& warp, const Instruction& in) {
-  return static_cast<uint32_t>(&in - warp.block->kernel->code.data());
+// Numbers of the instructions that have accessed memory in this launch, for kernels with more
+// instructions than a cell has numbers.
+struct Numbers {
+  std::unordered_map<uint32_t, uint32_t> of;  // by index
+  std::vector<uint32_t> indices;              // by number
+} numbers;
+bool is_long(const Kernel& kernel) { return kernel.code.size() > kNumberMask + 1; }
+
+[[gnu::noinline]] uint32_t new_number(Warp& warp, const Instruction& in, uint32_t index) {
+  const auto next = static_cast<uint32_t>(numbers.indices.size());
+  const auto [found, added] = numbers.of.try_emplace(index, next);
+  if (added && next > kNumberMask)
+    fault(warp, in, 0,
+          "check=1 follows the accesses of at most " + std::to_string(kNumberMask + 1) +
+              " instructions of a launch");
+  if (added) numbers.indices.push_back(index);
+  return found->second;
 }
 
-// Info of a reader: the index of its instruction, and the low bits of its number.
-uint32_t read_info(uint32_t index, uint32_t reader) { return index | reader << kIndexBits; }
+uint32_t number_of(Warp& warp, const Instruction& in) {
+  const Kernel& kernel = *warp.block->kernel;
+  const auto index = static_cast<uint32_t>(&in - kernel.code.data());
+  return is_long(kernel) ? new_number(warp, in, index) : index;
+}
+
+// Info of a reader: the number of its instruction, its lane or kSeveralLanes, and the low bits of
+// its segment's number.
+constexpr uint32_t kReaderBits = 32 - kFlagShift;
+uint32_t info_of(uint32_t number, int lane) {
+  return number | static_cast<uint32_t>(lane) << kLaneShift;
+}
+uint32_t read_info(uint32_t info, uint32_t reader) { return info | reader << kFlagShift; }
+uint32_t lane_of(uint32_t info) { return std::min(info >> kLaneShift & kLaneMask, kSeveralLanes); }
 
 // Info of the last of several writers: the low bits of its number.
 uint32_t write_info(uint32_t info, uint32_t writer) { return info | (writer & 15) << kWriterShift; }
@@ -42,6 +72,9 @@ struct Look {
   uint64_t host = 0;  // address that the lane accesses
   uint32_t cell = 0;  // bytes of a cell there, for writes
 
+  // The proxy whose fence must lie between the access and earlier reads.
+  Proxy after_reads() const { return options.strict_proxy ? proxy : kGeneric; }
+
   std::string place(uint64_t where) const {
     char text[64];
     snprintf(text, sizeof text, "%s address 0x%" PRIx64, block ? "shared" : "global", where);
@@ -52,15 +85,21 @@ struct Look {
   std::string act(uint64_t where) const {
     return (writes ? "write to " : "read of ") + place(where);
   }
-  // " at line 12 (file.cu:3): st.shared.b32 [%r1], %r2"
-  std::string at(uint32_t info) const {
+  // The instruction of an earlier access.
+  const Instruction& other(uint32_t info) const {
     const Kernel& kernel = *warp.block->kernel;
-    const Instruction& other = kernel.code[info & ((1u << kIndexBits) - 1)];
-    return " at line " + std::to_string(other.line) + source_of(*kernel.module, other.line) + ": " +
-           other.text;
+    const uint32_t number = info & kNumberMask;
+    return kernel.code[is_long(kernel) ? numbers.indices[number] : number];
   }
-  void broke(const char* rule, const std::string& what) const {
-    broke_rule(warp, in, lane, rule, what);
+  std::string at(uint32_t info) const { return " at" + at_line(warp, other(info)); }
+  void broke(const char* rule, const std::string& what, const Instruction* cause = nullptr) const {
+    broke_rule(warp, in, lane, rule, what, cause);
+  }
+  // "; the address is tile+0x80"
+  std::string variable(uint64_t where) const {
+    const std::string name =
+        block ? shared_symbol(*block->kernel, static_cast<uint32_t>(where)) : std::string();
+    return name.empty() ? name : "; the address is " + name;
   }
   // Strong accesses do not race if the scope of each includes the other.
   bool is_race(const Segment& other) const {
@@ -81,10 +120,13 @@ void explain_flight(const Look& look, const Cell& cell, uint64_t where) {
     return look.broke("copy",
                       look.act(where) + " while a cp.async of " + who +
                           " into it is in flight (no cp.async.wait_group or wait_all since)" +
-                          look.at(cell.write_info));
-  look.broke("copy", look.act(where) + " while a bulk copy of " + who +
-                         " into it is in flight (its mbarrier has not completed)" +
-                         look.at(cell.write_info));
+                          look.at(cell.write_info),
+                      &look.other(cell.write_info));
+  look.broke("copy",
+             look.act(where) + " while a bulk copy of " + who +
+                 " into it is in flight (its mbarrier has not completed)" +
+                 look.at(cell.write_info),
+             &look.other(cell.write_info));
 }
 
 void explain_race(const Look& look, const Cell& cell, uint64_t where, uint32_t other, bool wrote) {
@@ -92,18 +134,21 @@ void explain_race(const Look& look, const Cell& cell, uint64_t where, uint32_t o
   const uint32_t info = wrote ? cell.write_info : cell.read_info;
   // If there are several, the info describes the last one.
   const bool has_info = wrote ? !(cell.wrote & kSet) || info >> kWriterShift == (other & 15)
-                              : info >> kIndexBits == (other & 0xff);
+                              : info >> kFlagShift == (other & ((1u << kReaderBits) - 1));
   const std::string at = has_info ? look.at(info) : std::string();
   look.broke(wrote ? "race with a write" : "race with a read",
              "race: " + look.act(where) + (wrote ? ", written by " : ", read by ") +
-                 name_of(look.warp, s) + at + "; " + look.missing(s));
+                 name_of(look.warp, s) + at + "; " + look.missing(s) + look.variable(where),
+             has_info ? &look.other(info) : nullptr);
 }
 
 // The segment that the access races with, 0 if there is none; among several, preferably the one
-// whose number is `last` modulo 2^bits.
-uint32_t race_in(const Look& look, uint32_t id, uint32_t last, uint32_t bits) {
+// whose number is `last` modulo 2^bits. lane: of a single one.
+uint32_t race_in(const Look& look, uint32_t id, uint32_t last, uint32_t bits, uint32_t lane) {
+  if (id & kSet) lane = kUnknownLane;
   const auto races = [&](uint32_t each) {
-    return first_unordered(look.warp, each, look.proxy) && look.is_race(segment(each));
+    return first_unordered(look.warp, each, look.proxy) && look.is_race(segment(each)) &&
+           !is_covered(look.warp, each, lane, look.proxy);
   };
   if (is_over(id)) return 0;
   if (!(id & kSet)) return races(id) ? id : 0;
@@ -126,22 +171,82 @@ bool was_seen(const Look& look, const Cell& cell, uint64_t host) {
   if (is_over(cell.read)) return false;
   const auto before = [&](uint32_t each) { return !first_unordered(look.warp, each, kGeneric); };
   if (!(cell.read & kSet)) return before(cell.read);
-  const auto& all = members(cell.read);
+  const auto all = members(cell.read);
   return std::any_of(all.begin(), all.end(), before);
 }
 
-// True if another lane wrote the bytes by the same instruction: CUTLASS stores the same with all
+// True if an asynchronous access needs no proxy fence after the write, which cp.async made.
+bool needs_no_fence(const Look& look, const Cell& cell) {
+  if (options.strict_proxy || look.proxy == kGeneric || cell.wrote & kSet) return false;
+  return std::string_view(look.other(cell.write_info).text).starts_with("cp.async.c") &&
+         comes_before(look.warp, cell.wrote, kGeneric);
+}
+
+// True if another lane wrote the bytes by the same instruction: CUTLASS copies the same with all
 // lanes.
-bool is_of_another_lane(const Cell& cell, uint32_t mine, uint32_t info) {
-  return ((cell.write_info ^ info) & ((1u << kIndexBits) - 1)) == 0 && !(cell.wrote & kSet) &&
+bool is_repeated(const Cell& cell, uint32_t mine, uint32_t info) {
+  return ((cell.write_info ^ info) & kNumberMask) == 0 && !(cell.wrote & kSet) &&
          are_same(cell.wrote, mine);
+}
+
+// A store over what a racing store wrote, of this or of another warp, before it is known whether
+// both store the same.
+struct Doubt {
+  Look look;
+  Cell* at;
+  Cell cell;  // before the store
+  uint64_t where;
+  uint32_t other;  // the earlier segment
+  char before[16];
+};
+std::vector<Doubt> doubts;
+
+bool is_store(const Instruction& in) { return std::string_view(in.text).starts_with("st."); }
+
+bool is_same_instruction(const Cell& cell, uint32_t info) {
+  return ((cell.write_info ^ info) & kNumberMask) == 0;
+}
+
+// An access to what another lane of the warp wrote since the lanes met.
+bool is_of_another_lane(const Look& look, const Cell& cell, uint32_t mine) {
+  return cell.wrote == mine && !look.strong && look.proxy == kGeneric &&
+         lane_of(cell.write_info) != static_cast<uint32_t>(look.lane) &&
+         (look.writes || lane_of(cell.write_info) != kSeveralLanes);
+}
+
+void explain_lanes(const Look& look, const Cell& cell, uint64_t where) {
+  look.broke("race of lanes",
+             "race: " + look.act(where) + ", written by lane " +
+                 std::to_string(cell.write_info >> kLaneShift & (kLanes - 1)) + " of the warp" +
+                 look.at(cell.write_info) +
+                 "; no bar.warp.sync (__syncwarp) or barrier lies between them" +
+                 look.variable(where),
+             &look.other(cell.write_info));
+}
+
+// The access races with the write of another warp, or of another lane if `other` is its own
+// segment.
+void explain_write(const Look& look, Cell& cell, uint64_t where, uint64_t host, uint32_t other,
+                   uint32_t mine) {
+  const bool of_lane = other == mine;
+  if (look.writes && !look.strong && is_store(look.in) && !segment(other).strong) {
+    Doubt& doubt = doubts.emplace_back(Doubt{look, &cell, cell, where, other, {}});
+    doubt.look.host = host;
+    read_last_stored(host, look.cell, doubt.before);
+  } else if (of_lane) {
+    explain_lanes(look, cell, where);
+  } else {
+    explain_race(look, cell, where, other, true);
+  }
 }
 
 // The writer that the access races with. What an acquire takes over here happens before the access.
 uint32_t racing_writer(const Look& look, const Cell& cell, uint64_t host) {
   if (was_seen(look, cell, host)) return 0;
+  const uint32_t lane = lane_of(cell.write_info);
   const auto find = [&] {
-    return race_in(look, cell.wrote, cell.write_info >> kWriterShift, 32 - kWriterShift);
+    return race_in(look, cell.wrote, cell.write_info >> kWriterShift, 32 - kWriterShift,
+                   lane == kSeveralLanes ? kUnknownLane : lane);
   };
   const uint32_t other = find();
   if (!other || !look.strong || look.proxy != kGeneric || !(look.in.order & kAcquires))
@@ -157,25 +262,32 @@ uint32_t racing_writer(const Look& look, const Cell& cell, uint64_t host) {
   const bool both_reduce = look.flight & cell.write_info & kReducing;
   if (!over && cell.write_info & kInFlight && !both_reduce) {
     explain_flight(look, cell, where);
-  } else if (!comes_before(look.warp, cell.wrote, look.proxy) &&
-             !is_of_another_lane(cell, mine, info)) {
+  } else if (is_of_another_lane(look, cell, mine)) {
+    if (!look.writes || is_store(look.in) || !is_same_instruction(cell, info))
+      explain_write(look, cell, where, host, mine, mine);
+  } else if (!comes_before(look.warp, cell.wrote, look.proxy) && !is_repeated(cell, mine, info) &&
+             !needs_no_fence(look, cell)) {
     if (const uint32_t other = racing_writer(look, cell, host))
-      explain_race(look, cell, where, other, true);
+      explain_write(look, cell, where, host, other, mine);
     else if (look.strong && !look.writes && look.proxy == kGeneric)
       saw_at(look, host) = {host, cell.wrote};
   }
   if (look.writes) {
-    if (!comes_before(look.warp, cell.read, look.proxy))
-      if (const uint32_t other = race_in(look, cell.read, cell.read_info >> kIndexBits, 8))
-        explain_race(look, cell, where, other, false);
+    Look after = look;
+    after.proxy = look.after_reads();
+    if (!comes_before(look.warp, cell.read, after.proxy))
+      if (const uint32_t other = race_in(after, cell.read, cell.read_info >> kFlagShift,
+                                         kReaderBits, lane_of(cell.read_info)))
+        explain_race(after, cell, where, other, false);
     if (!look.strong && cell.write_info & kStrongWrite && !over) forget_flags(host, look.cell);
     if (look.strong) {
       const bool sees = look.proxy == kGeneric && observes(look.in);
       cell.wrote = join_writers(look.warp, cell.wrote, mine, look.proxy, sees);
       cell.write_info = write_info(info, mine) | (look.proxy ? 0 : kStrongWrite) | look.flight;
     } else {
-      cell.wrote = mine;
-      cell.write_info = info | look.flight;
+      const bool doubted = !doubts.empty() && doubts.back().look.host == host;
+      cell.wrote = doubted ? join_writers(look.warp, cell.wrote, mine, kGeneric, false) : mine;
+      cell.write_info = (cell.wrote & kSet ? write_info(info, mine) : info) | look.flight;
     }
     cell.read = cell.read_info = 0;
   } else if (cell.read != mine) {
@@ -191,15 +303,21 @@ inline void touch(const Look& look, Cell& cell, uint64_t where, uint64_t host, u
                   uint32_t info) {
   const Timeline& t = *look.warp.timeline;
   const auto passed = [&](uint32_t id) { return t.has_passed(id, async ? look.proxy : kGeneric); };
+  const bool of_lane =
+      !async && cell.wrote == mine && (cell.write_info ^ info) >> kLaneShift & kLaneMask;
   if constexpr (writes) {
-    if (passed(cell.wrote) && passed(cell.read) && !(cell.write_info >> kIndexBits) && !look.strong)
-        [[likely]] {
+    if (passed(cell.wrote) && t.has_passed(cell.read, async ? look.after_reads() : kGeneric) &&
+        !(cell.write_info >> kFlagShift) && !look.strong && !of_lane) [[likely]] {
       cell = {mine, info | look.flight, 0, 0};
       return;
     }
   } else {
-    if (passed(cell.wrote) && !(cell.write_info & kInFlight)) [[likely]] {
-      if (cell.read == mine) return;
+    if (passed(cell.wrote) && !(cell.write_info & kInFlight) && !of_lane) [[likely]] {
+      if (cell.read == mine) {
+        if (lane_of(cell.read_info) != static_cast<uint32_t>(look.lane))
+          cell.read_info |= kSeveralLanes << kLaneShift;
+        return;
+      }
       const Timeline::Joined& joined = t.joined[cell.read % kRemembered];
       if (passed(cell.read)) {
         cell.read = mine;
@@ -242,7 +360,7 @@ template <bool writes>
 void shadow_lanes(Look look, SharedShadow& shadow, const uint64_t* offsets, Mask mask,
                   uint32_t bytes, bool atomic, uint32_t mine) {
   Warp& warp = look.warp;
-  const uint32_t info = index_of(warp, look.in);
+  const uint32_t number = number_of(warp, look.in);
   if (writes) ++shadow.writes;
   const bool stores = writes && warp.undefined.by == &look.in;
   for (Mask rest = mask; rest; rest &= rest - 1) {
@@ -256,7 +374,8 @@ void shadow_lanes(Look look, SharedShadow& shadow, const uint64_t* offsets, Mask
     uint64_t where = offset;
     for (uint32_t n = bytes >> region.shift; n > 0; --n, ++cell, where += 1u << region.shift)
       touch<writes, false>(look, *cell, where,
-                           reinterpret_cast<uint64_t>(look.block->shared) + where, mine, info);
+                           reinterpret_cast<uint64_t>(look.block->shared) + where, mine,
+                           info_of(number, lane));
     const uint32_t unset = shadow.unset_in(offset, bytes);
     if (!writes) {
       if (unset) [[unlikely]]
@@ -305,18 +424,41 @@ Region& global_region(uint64_t address) {
   return known.page->regions[address >> Region::kShift & (known.page->regions.size() - 1)];
 }
 
+// ld.global.nc reads no memory that its launch writes, before or after. Of several readers the last
+// one is known.
+template <bool writes>
+void check_read_only(const Look& look, const Cell& cell, uint64_t where) {
+  const Instruction* other = nullptr;
+  if constexpr (writes) {
+    if (!cell.read || is_over(cell.read)) return;
+    other = &look.other(cell.read_info);
+    if (!is_read_only(*other)) return;
+  } else {
+    if (!is_read_only(look.in) || !cell.wrote || is_over(cell.wrote)) return;
+    other = &look.other(cell.write_info);
+  }
+  look.broke("read-only",
+             look.act(where) +
+                 (writes ? ", which ld.global.nc reads in the same launch, at"
+                         : " by ld.global.nc, written in the same launch at") +
+                 at_line(look.warp, *other),
+             other);
+}
+
 template <bool writes>
 void shadow_addresses(Look look, const uint64_t* addresses, Mask mask, uint32_t bytes,
                       uint32_t mine) {
-  const uint32_t info = index_of(look.warp, look.in);
+  const uint32_t number = number_of(look.warp, look.in);
   for (Mask rest = mask; rest; rest &= rest - 1) {
     look.lane = __builtin_ctz(rest);
     uint64_t where = look.host = addresses[look.lane];
     Region& region = global_region(where);
     Cell* cell = region.at(where, bytes);
     look.cell = 1u << region.shift;
-    for (uint32_t n = bytes >> region.shift; n > 0; --n, ++cell, where += look.cell)
-      touch<writes, false>(look, *cell, where, where, mine, info);
+    for (uint32_t n = bytes >> region.shift; n > 0; --n, ++cell, where += look.cell) {
+      check_read_only<writes>(look, *cell, where);
+      touch<writes, false>(look, *cell, where, where, mine, info_of(number, look.lane));
+    }
   }
 }
 
@@ -325,7 +467,7 @@ void shadow_addresses(Look look, const uint64_t* addresses, Mask mask, uint32_t 
 template <bool writes, typename Of>
 void touch_range(Look look, uint64_t begin, uint64_t host, uint64_t bytes, uint32_t mine,
                  Of region_of) {
-  const uint32_t info = index_of(look.warp, look.in);
+  const uint32_t info = info_of(number_of(look.warp, look.in), look.lane);
   for (uint64_t where = begin; where < begin + bytes;) {
     Region& region = region_of(where);
     uint32_t size = 16;
@@ -335,8 +477,10 @@ void touch_range(Look look, uint64_t begin, uint64_t host, uint64_t bytes, uint3
     const uint64_t region_end = (where | (Region::kBytes - 1)) + 1;
     const uint64_t end = std::min(region_end, begin + bytes);
     look.cell = 1u << region.shift;
-    for (; where + look.cell <= end; where += look.cell, ++cell)
+    for (; where + look.cell <= end; where += look.cell, ++cell) {
+      if (writes && !look.block) check_read_only<true>(look, *cell, where);
       touch<writes, true>(look, *cell, where, host + (where - begin), mine, info);
+    }
   }
 }
 
@@ -346,6 +490,7 @@ void shadow_shared(Warp& warp, const Instruction& in, Block& block, const uint64
                    Mask mask, uint32_t bytes, Access kind) {
   const Look look = look_of(warp, in, &block, kind);
   const uint32_t mine = segment_for(look);
+  if (in.control != Control::converge) warp.timeline->touched |= mask;
   const bool atomic = kind == Access::atomic;
   if (look.writes)
     shadow_lanes<true>(look, *block.shadow, offsets, mask, bytes, atomic, mine);
@@ -358,10 +503,40 @@ void shadow_global(Warp& warp, const Instruction& in, const uint64_t* addresses,
   if (!warp.timeline) return;
   const Look look = look_of(warp, in, nullptr, kind);
   const uint32_t mine = segment_for(look);
+  if (look.writes) warp.timeline->touched |= mask;
   if (look.writes)
     shadow_addresses<true>(look, addresses, mask, bytes, mine);
   else
     shadow_addresses<false>(look, addresses, mask, bytes, mine);
+}
+
+bool has_doubts() { return !doubts.empty(); }
+
+void stored(const uint64_t* addresses, Mask mask, const char* const* rows, uint32_t bytes) {
+  for (const Doubt& doubt : std::exchange(doubts, {})) {
+    const Look& look = doubt.look;
+    const uint64_t from = look.host - addresses[look.lane];
+    const bool of_lane = segment(doubt.other).agent == look.warp.timeline->agent;
+    // The value of a lane that runs the same instruction is not in memory yet.
+    const uint32_t lane = doubt.cell.write_info >> kLaneShift & (kLanes - 1);
+    const bool of_instruction = of_lane &&
+                                is_same_instruction(doubt.cell, number_of(look.warp, look.in)) &&
+                                mask >> lane & 1 && look.host - addresses[lane] < bytes;
+    const char* before = of_instruction ? rows[lane] + (look.host - addresses[lane]) : doubt.before;
+    if (std::memcmp(before, rows[look.lane] + from, look.cell) == 0) {
+      if (of_instruction)
+        doubt.at->write_info |= kSeveralLanes << kLaneShift;
+      else
+        note(look.warp, look.in, look.lane, "equal values",
+             look.act(doubt.where) + ", to which " +
+                 (of_lane ? "another lane of the warp" : name_of(look.warp, segment(doubt.other))) +
+                 " stores the same value in no order");
+    } else if (of_lane) {
+      explain_lanes(look, doubt.cell, doubt.where);
+    } else {
+      explain_race(look, doubt.cell, doubt.where, doubt.other, true);
+    }
+  }
 }
 
 void forget_global_shadow() {
@@ -370,6 +545,9 @@ void forget_global_shadow() {
 }
 
 void shadow_launched() {
+  numbers = {};
+  doubts.clear();
+  forget_last_stored();
   if (pages.size() > kMostPages) forget_global_shadow();
 }
 
@@ -405,7 +583,7 @@ void copy_landed(Warp& warp, const AsyncCopy& copy, uint32_t segment) {
   const uint32_t mine = segment ? segment : segment_of(warp);
   ++warp.block->shadow->writes;
   for (uint32_t n = copy.bytes >> region.shift; n > 0; --n, ++cell)
-    *cell = {mine, index_of(warp, *copy.from), 0, 0};
+    *cell = {mine, info_of(number_of(warp, *copy.from), copy.lane), 0, 0};
 }
 
 void bulk_issued(Warp& warp, const Instruction& in, int lane, Block& target, uint32_t offset,
@@ -464,7 +642,7 @@ void operand_read(Warp& warp, const Instruction& in, const uint64_t* offsets, ui
                   uint32_t segment, const uint64_t* b) {
   SharedShadow& shadow = *warp.block->shadow;
   const Look look{warp, in, 0, warp.block, false, kAsyncShared, false, kCta, 0};
-  const uint32_t info = index_of(warp, in), reader_info = read_info(info, segment);
+  const uint32_t info = number_of(warp, in), reader_info = read_info(info, segment);
   const Timeline& t = *warp.timeline;
   ReadOperand found{&in, b ? *b : 0, segment, shadow.writes};
   bool alike = b, known = false;

@@ -18,6 +18,11 @@ char* access(Warp&, const Instruction&, Space, uint64_t address, int lane, uint3
 // become the first active lane's address, so that reading them is harmless.
 void resolve(Warp&, const Instruction&, Space, uint64_t* addresses, Mask, uint32_t bytes, Access);
 
+// Stores over what racing stores wrote are reported if the values differ. The handler of st passes
+// the host addresses and values of its lanes if there are such.
+bool has_doubts();
+void stored(const uint64_t* addresses, Mask, const char* const* rows, uint32_t bytes);
+
 // Checks that a range of global memory, of any size, lies in one allocation.
 void require_global(Warp&, const Instruction&, int lane, uint64_t address, uint32_t bytes,
                     uint32_t alignment, Access);

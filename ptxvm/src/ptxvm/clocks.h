@@ -2,7 +2,9 @@
 // asynchronous operation) has a time; a warp knows for each agent the time up to which its accesses
 // happen before the warp's next instruction. Releases publish what a warp knows, acquires merge it.
 //
-// Lanes of a warp are one agent: a fence or an atomic of one lane counts for all of them.
+// Lanes of a warp are one agent between the points where they meet: .sync instructions and
+// barriers. What a lane acquires counts for all of them; what it releases does not include accesses
+// of other lanes since the last such point.
 #pragma once
 #include <array>
 #include <memory>
@@ -19,6 +21,11 @@ namespace ptxvm {
 // Instruction::order: the scope in the lowest two bits, then the kind of access or fence.
 constexpr uint8_t kCta = 0, kClusterScope = 1, kGpu = 2, kScopes = 3;  // .sys is treated as .gpu
 constexpr uint8_t kScopeBits = 3, kIsStrong = 4, kAcquires = 8, kReleases = 16, kSequential = 32;
+// ld.global.nc, which is not strong: the memory does not change during the launch.
+constexpr uint8_t kReadOnly = kSequential;
+inline bool is_read_only(const Instruction& in) {
+  return (in.order & (kIsStrong | kReadOnly)) == kReadOnly;
+}
 inline uint8_t scope_of(const Instruction& in) { return in.order & kScopeBits; }
 
 // The proxy of an access: generic, or the async proxy on shared or on global memory.
@@ -56,6 +63,9 @@ struct Segment {
   Kind kind;
   bool strong;
   uint8_t scope;
+  // If some lanes only have released it: these, and the time at which all have (0: by all at once).
+  Mask covered = 0;
+  uint32_t full = 0;
   bool async() const { return kind != Kind::warp && kind != Kind::copies; }
 };
 
@@ -67,8 +77,9 @@ constexpr uint32_t kRemembered = 64;
 // Knowledge of one warp.
 struct Timeline {
   uint32_t cluster = 0, agent = 0;
-  Known near;     // near.seen[agent] is its own time
-  Published far;  // other clusters; entries for its own cluster are in near too
+  uint8_t rank = 0;  // of its block in the cluster
+  Known near;        // near.seen[agent] is its own time
+  Published far;     // other clusters; entries for its own cluster are in near too
   // Knowledge at the last fence of each scope: a strong write of that scope publishes it.
   std::array<Published, kScopes> fences;
   // Releases seen by strong reads, by the scope of the fence that acquires them.
@@ -91,6 +102,10 @@ struct Timeline {
   // Current segments, 0 if there is none yet: weak accesses and, by scope, strong ones.
   uint32_t weak = 0;
   std::array<uint32_t, kScopes> strong{};
+  Mask acting = 0;     // lanes that run the instruction
+  Mask touched = 0;    // lanes that accessed shared or wrote global memory since the lanes met
+  bool parts = false;  // the lanes have met: the next access begins a segment
+  std::vector<uint32_t> partial;  // segments that some lanes only have released
   // Caches, indexed by number modulo kRemembered. ordered: segments and sets that happen before the
   // next access of a proxy. joined, joined_writes: the set of readers or writers that results when
   // a segment joins a set (a writer that observes the set has kSet in `with`).
@@ -115,6 +130,9 @@ struct Timeline {
     int lane;
   };
   std::vector<Arrival> arrivals;
+  // By lane: the agent of its cp.async copies that arrive at an mbarrier; its time is the number of
+  // copies. Empty before the first one.
+  std::vector<uint32_t> copy_agents;
   // Register state in kernels with wgmma (definedness.cpp), per unit of the register file. fence:
   // number, from 1, of wgmma.fence executed before the last write by anything but wgmma. group:
   // number, from 1, of the group of the last wgmma that uses it.
@@ -135,6 +153,7 @@ struct Signal {
   uint32_t agent = 0;   // agent of the copies that signal it
   uint32_t phases = 0;  // number of completed phases
   std::array<Gathered, 2> gathering, complete;
+  Times copies_gathering, copies_complete;  // cp.async copies that arrived in this and past phases
   std::vector<Timeline::Refused> refused;
 };
 
@@ -151,8 +170,12 @@ uint32_t segment_of(Warp&);
 uint32_t strong_segment_of(Warp&, uint8_t scope);
 const Segment& segment(uint32_t id);
 bool are_same(uint32_t id, uint32_t other);  // same agent at the same time
-bool is_over(uint32_t id);                   // belongs to an earlier launch, or is 0
-const std::vector<uint32_t>& members(uint32_t set);
+// A segment that is not known to come before: true if this lane's part of it does.
+constexpr uint32_t kSeveralLanes = 32, kUnknownLane = 33;
+bool is_covered(const Warp&, uint32_t id, uint32_t lane, Proxy);
+void lanes_met(Warp&);
+bool is_over(uint32_t id);                    // belongs to an earlier launch, or is 0
+std::vector<uint32_t> members(uint32_t set);  // the latest ones first
 // comes_before: everything that a number names happens before the next access of the warp; the
 // result is cached. first_unordered: the first segment that does not.
 bool comes_before(Warp&, uint32_t id, Proxy);
@@ -167,7 +190,10 @@ uint32_t join_writers(Warp&, uint32_t before, uint32_t writer, Proxy, bool sees)
 // group `group`, its reads and its writes; one that signals an mbarrier.
 uint32_t product_segment(Warp&);
 std::pair<uint32_t, uint32_t> group_segments(Warp&, uint32_t group, bool reduces);
-uint32_t signal_segment(Warp&, Block& target, uint32_t mbarrier, Segment::Kind, bool reduces);
+uint32_t signal_segment(Warp&, Block& target, uint32_t mbarrier, bool reduces);
+// The first `count` cp.async copies of a lane; they have arrived at an mbarrier of its block.
+uint32_t copies_segment(Warp&, int lane, uint32_t count);
+void copies_arrived(Warp&, int lane, uint32_t count, uint32_t mbarrier);
 // The warp has waited: for wgmma groups below `due`; for all bulk groups of lanes except the last
 // `keep`, or only for their reads; for cp.async copies that arrived at an mbarrier.
 void products_waited(Warp&, uint32_t due);

@@ -1,8 +1,12 @@
 // Decoding of control flow: branches, calls, barriers, traps. sched.cpp executes them.
 #include "ptxvm/control.h"
 
+#include <algorithm>
+
 #include "ptxvm/check.h"
 #include "ptxvm/decode_state.h"
+#include "ptxvm/heap.h"
+#include "ptxvm/reports.h"
 
 namespace ptxvm {
 namespace {
@@ -13,7 +17,7 @@ void raise_trap(Warp& warp, const Instruction& instruction, Mask mask) {
   fault(warp, instruction, __builtin_ctz(mask), "the kernel stopped itself");
 }
 
-// int vprintf(format, arguments): prints nothing. offset: address of the result.
+// int vprintf(format, arguments): prints nothing.
 void ignore_printf(Warp& warp, const Instruction& instruction, Mask mask) {
   for (int lane = 0; lane < kLanes; ++lane)
     if (mask >> lane & 1)
@@ -41,8 +45,7 @@ std::string text_at(Warp& warp, const Instruction& instruction, int lane, uint64
   return text;
 }
 
-// void __assertfail(message, file, line, function, character size). offset, offset2, target:
-// positions of the first three arguments.
+// void __assertfail(message, file, line, function, character size).
 void fail_assertion(Warp& warp, const Instruction& instruction, Mask mask) {
   const int lane = __builtin_ctz(mask);
   const auto text = [&](int64_t where) {
@@ -50,9 +53,33 @@ void fail_assertion(Warp& warp, const Instruction& instruction, Mask mask) {
                    argument<uint64_t>(warp, instruction, lane, static_cast<uint64_t>(where)));
   };
   const auto line = argument<uint32_t>(warp, instruction, lane, kLocalWindow + instruction.target);
-  throw FailedAssertion(report_of(warp, instruction, lane,
-                                  "assertion '" + text(instruction.offset) + "' failed at " +
-                                      text(instruction.offset2) + ":" + std::to_string(line)));
+  throw KernelFault(finding_at(warp, instruction, lane, "assertion",
+                               "assertion '" + text(instruction.offset) + "' failed at " +
+                                   text(instruction.offset2) + ":" + std::to_string(line)));
+}
+
+// void* malloc(bytes).
+void run_malloc(Warp& warp, const Instruction& instruction, Mask mask) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    void* const memory = allocate_on_heap(
+        argument<uint64_t>(warp, instruction, lane, static_cast<uint64_t>(instruction.offset2)));
+    std::memcpy(access(warp, instruction, Space::local, static_cast<uint64_t>(instruction.offset),
+                       lane, sizeof memory, Access::write),
+                &memory, sizeof memory);
+  }
+}
+
+// void free(pointer).
+void run_free(Warp& warp, const Instruction& instruction, Mask mask) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    const auto address =
+        argument<uint64_t>(warp, instruction, lane, static_cast<uint64_t>(instruction.offset));
+    if (address && !free_on_heap(address))
+      fault(warp, instruction, lane,
+            "free of what malloc did not return, or of what was freed before");
+  }
 }
 
 void only(Decoder& decoder, const Statement& statement,
@@ -144,6 +171,18 @@ void refuse_pointer(Warp& warp, const Instruction& instruction, Mask mask) {
   fault(warp, instruction, __builtin_ctz(mask), "calls through pointers are not supported");
 }
 
+// Functions of the device runtime. Positions of their results, then of their arguments: offset,
+// offset2, and target from kLocalWindow on.
+struct Builtin {
+  const char* name;
+  size_t results, arguments;
+  void (*run)(Warp&, const Instruction&, Mask);
+};
+constexpr Builtin kBuiltins[] = {{"vprintf", 1, 2, ignore_printf},
+                                 {"__assertfail", 0, 5, fail_assertion},
+                                 {"malloc", 1, 1, run_malloc},
+                                 {"free", 0, 1, run_free}};
+
 std::vector<std::string> names_in(const std::string& list) {
   return split_list(list.substr(1, list.rfind(')') - 1));
 }
@@ -176,17 +215,19 @@ void Decoder::State::decode_call() {
     append(instruction);
     return;
   }
-  if (name == "vprintf" && results.size() == 1) {
-    instruction.run = ignore_printf;
-    instruction.offset = static_cast<int64_t>(address(results[0]));
-    append(instruction);
-    return;
-  }
-  if (name == "__assertfail" && arguments.size() == 5) {
-    instruction.run = fail_assertion;
-    instruction.offset = static_cast<int64_t>(address(arguments[0]));
-    instruction.offset2 = static_cast<int64_t>(address(arguments[1]));
-    instruction.target = static_cast<uint32_t>(address(arguments[2]) - kLocalWindow);
+  const auto* const builtin =
+      std::find_if(std::begin(kBuiltins), std::end(kBuiltins), [&](const Builtin& each) {
+        return name == each.name && results.size() == each.results &&
+               arguments.size() == each.arguments;
+      });
+  if (builtin != std::end(kBuiltins)) {
+    std::vector<std::string> variables = results;
+    variables.insert(variables.end(), arguments.begin(), arguments.end());
+    instruction.run = builtin->run;
+    instruction.offset = static_cast<int64_t>(address(variables[0]));
+    if (variables.size() > 1) instruction.offset2 = static_cast<int64_t>(address(variables[1]));
+    if (variables.size() > 2)
+      instruction.target = static_cast<uint32_t>(address(variables[2]) - kLocalWindow);
     append(instruction);
     return;
   }

@@ -7,6 +7,7 @@
 #include <map>
 
 #include "ptxvm/check.h"
+#include "ptxvm/log.h"
 
 namespace ptxvm {
 namespace {
@@ -249,7 +250,7 @@ void start_counting(Kernel& kernel) {
 }
 
 void finish_counting(const Kernel& kernel, const uint32_t grid[3], const uint32_t block[3],
-                     uint32_t dynamic_shared) {
+                     uint32_t dynamic_shared, bool complete) {
   if (!options.count) return;
   struct Executed {
     uint64_t issued = 0, active = 0;
@@ -281,7 +282,8 @@ void finish_counting(const Kernel& kernel, const uint32_t grid[3], const uint32_
   char mma_text[32];
   snprintf(mma_text, sizeof mma_text, "%.10g", mma);
   std::string json =
-      "{\"kernel\": \"" + kernel.name + "\", \"grid\": " + list(grid) +
+      "{\"kernel\": " + quoted(kernel.name) + ", \"name\": " + quoted(kernel.title) +
+      (complete ? "" : ", \"complete\": false") + ", \"grid\": " + list(grid) +
       ", \"block\": " + list(block) + ", \"dynamic_shared\": " + text(dynamic_shared) +
       ", \"static_shared\": " + text(kernel.static_shared) +
       ", \"local_bytes\": " + text(kernel.local_bytes) +

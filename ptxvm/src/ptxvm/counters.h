@@ -11,7 +11,7 @@ namespace ptxvm {
 // Called around a launch. The scheduler adds to kernel.issued and kernel.active between the two.
 void start_counting(Kernel&);
 void finish_counting(const Kernel&, const uint32_t grid[3], const uint32_t block[3],
-                     uint32_t dynamic_shared);
+                     uint32_t dynamic_shared, bool complete);
 
 // One object per launch since the last reset, in order, as {"launches": [...]}.
 std::string counters_json();

@@ -4,6 +4,7 @@
 #include <unordered_set>
 
 #include "ptxvm/device.h"
+#include "ptxvm/heap.h"
 #include "ptxvm/streams.h"
 
 using namespace ptxvm;
@@ -129,11 +130,12 @@ PTXVM_EXPORT cudaError_t cudaProfilerStop() { return finish(); }
 
 namespace {
 
-// Limits that are stored but have no effect. Bytes, except for the depth.
+// Limits that are stored but have no effect, except for that of the heap. Bytes, except for the
+// depth.
 size_t limits[] = {
     1024,     // cudaLimitStackSize
     1 << 20,  // cudaLimitPrintfFifoSize
-    8 << 20,  // cudaLimitMallocHeapSize
+    0,        // cudaLimitMallocHeapSize: heap_limit
     2,        // cudaLimitDevRuntimeSyncDepth
     2048,     // cudaLimitDevRuntimePendingLaunchCount
     64,       // cudaLimitMaxL2FetchGranularity
@@ -141,6 +143,7 @@ size_t limits[] = {
 };
 
 size_t* find_limit(cudaLimit limit) {
+  if (limit == cudaLimitMallocHeapSize) return &heap_limit;
   return static_cast<size_t>(limit) < std::size(limits) ? &limits[limit] : nullptr;
 }
 

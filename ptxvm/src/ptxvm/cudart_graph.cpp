@@ -364,3 +364,6 @@ PTXVM_PER_THREAD(cudaStreamGetCaptureInfo, _ptsz);
 PTXVM_PER_THREAD(cudaStreamBeginCapture, _ptsz);
 PTXVM_PER_THREAD(cudaStreamEndCapture, _ptsz);
 PTXVM_PER_THREAD(cudaGraphLaunch, _ptsz);
+PTXVM_PER_THREAD(cudaGraphUpload, _ptsz);
+PTXVM_PER_THREAD(cudaStreamBeginCaptureToGraph, _ptsz);
+PTXVM_PER_THREAD(cudaStreamUpdateCaptureDependencies, _ptsz);

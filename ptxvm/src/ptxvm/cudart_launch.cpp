@@ -224,7 +224,8 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
       static_cast<int>(device().shared_per_block()) - static_cast<int>(kernel.static_shared);
   if (value < 0 || value > limit)
     return refuse(cudaErrorInvalidValue,
-                  record->name + ": cudaFuncSetAttribute: dynamic shared memory is at most " +
+                  demangled(record->name) +
+                      ": cudaFuncSetAttribute: dynamic shared memory is at most " +
                       std::to_string(limit) + " bytes on " + device().name + "; got " +
                       std::to_string(value));
   kernel.max_dynamic_shared[device_position()] = static_cast<uint32_t>(value);

@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "ptxvm/check.h"
+#include "ptxvm/pool.h"
 #include "ptxvm/streams.h"
 
 using namespace ptxvm;
@@ -13,15 +14,21 @@ namespace {
 constexpr size_t kAlignment = 256;  // bytes, of cudaMalloc
 constexpr size_t kPitch = 512;      // bytes, of cudaMallocPitch
 
-cudaError_t allocate(const char* function, void** pointer, size_t bytes) {
+cudaError_t allocate(const char* function, void** pointer, size_t bytes,
+                     const PoolOwner& pool = nullptr) {
+  const std::lock_guard lock(runtime().mutex);
+  if (pool && !pool->take(bytes))
+    return refuse(cudaErrorMemoryAllocation,
+                  std::string(function) + ": the pool has no " + std::to_string(bytes) + " bytes");
   const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   void* const memory = std::aligned_alloc(kAlignment, rounded);
-  if (!memory)
+  if (!memory) {
+    if (pool) pool->give_back(bytes);
     return refuse(cudaErrorMemoryAllocation,
                   std::string(function) + ": no memory for " + std::to_string(bytes) + " bytes");
+  }
   std::memset(memory, 0xff, rounded);  // NaN wherever a kernel reads uninitialised memory
-  const std::lock_guard lock(runtime().mutex);
-  runtime().allocations[memory] = bytes;
+  runtime().allocations[memory] = {bytes, pool};
   register_memory(memory, bytes, true);
   *pointer = memory;
   return cudaSuccess;
@@ -29,9 +36,12 @@ cudaError_t allocate(const char* function, void** pointer, size_t bytes) {
 
 cudaError_t release(const char* function, void* pointer) {
   const std::lock_guard lock(runtime().mutex);
-  if (!runtime().allocations.erase(pointer))
+  const auto found = runtime().allocations.find(pointer);
+  if (found == runtime().allocations.end())
     return refuse(cudaErrorInvalidValue,
                   std::string(function) + ": the pointer is not one of cudaMalloc");
+  if (const auto& [bytes, pool] = found->second; pool) pool->give_back(bytes);
+  runtime().allocations.erase(found);
   unregister_memory(pointer);
   std::free(pointer);
   return finish();
@@ -43,6 +53,17 @@ cudaError_t allocate_at_once(const char* function, void** pointer, size_t bytes)
   if (const auto error = finish(); error || bytes == 0) return error;
   if (const auto error = forbid_in_capture(function)) return error;
   return allocate(function, pointer, bytes);
+}
+
+// Null `handle`: from the current pool.
+cudaError_t allocate_in_stream(const char* function, void** pointer, size_t bytes,
+                               const cudaMemPool_t* handle, cudaStream_t stream) {
+  *pointer = nullptr;
+  if (const auto error = leave_out_of_capture(function, stream)) return error;
+  const std::lock_guard lock(runtime().mutex);
+  const PoolOwner pool = handle ? owner_of(*handle) : current_pool();
+  if (!pool) return refuse(cudaErrorInvalidValue, std::string(function) + ": no such pool");
+  return bytes ? allocate(function, pointer, bytes, pool) : finish();
 }
 
 cudaError_t release_at_once(const char* function, void* pointer) {
@@ -182,9 +203,11 @@ cudaError_t cudaMallocManaged(void** pointer, size_t bytes, unsigned) {
   return allocate_at_once("cudaMallocManaged", pointer, bytes);
 }
 cudaError_t cudaMallocAsync(void** pointer, size_t bytes, cudaStream_t stream) {
-  *pointer = nullptr;
-  if (const auto error = leave_out_of_capture("cudaMallocAsync", stream)) return error;
-  return bytes ? allocate("cudaMallocAsync", pointer, bytes) : finish();
+  return allocate_in_stream("cudaMallocAsync", pointer, bytes, nullptr, stream);
+}
+cudaError_t cudaMallocFromPoolAsync(void** pointer, size_t bytes, cudaMemPool_t pool,
+                                    cudaStream_t stream) {
+  return allocate_in_stream("cudaMallocFromPoolAsync", pointer, bytes, &pool, stream);
 }
 cudaError_t cudaMallocPitch(void** pointer, size_t* pitch, size_t width, size_t height) {
   *pitch = (width + kPitch - 1) / kPitch * kPitch;
@@ -218,9 +241,9 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   const std::lock_guard lock(runtime().mutex);
   *attributes = {};
   attributes->type = cudaMemoryTypeUnregistered;
-  for (const auto& [base, bytes] : runtime().allocations) {
+  for (const auto& [base, allocation] : runtime().allocations) {
     const auto* const first = static_cast<const char*>(base);
-    if (pointer < first || pointer >= first + bytes) continue;
+    if (pointer < first || pointer >= first + allocation.bytes) continue;
     attributes->type = cudaMemoryTypeDevice;
     attributes->devicePointer = attributes->hostPointer = const_cast<void*>(pointer);
   }
@@ -317,4 +340,6 @@ PTXVM_PER_THREAD(cudaMemcpyFromSymbolAsync, _ptsz);
 PTXVM_PER_THREAD(cudaMemsetAsync, _ptsz);
 PTXVM_PER_THREAD(cudaMemset2DAsync, _ptsz);
 PTXVM_PER_THREAD(cudaMallocAsync, _ptsz);
+PTXVM_PER_THREAD(cudaMallocFromPoolAsync, _ptsz);
 PTXVM_PER_THREAD(cudaFreeAsync, _ptsz);
+PTXVM_PER_THREAD(cudaMemPrefetchAsync, _ptsz);

@@ -121,3 +121,7 @@ PTXVM_PER_THREAD(cudaStreamWaitEvent, _ptsz);
 PTXVM_PER_THREAD(cudaLaunchHostFunc, _ptsz);
 PTXVM_PER_THREAD(cudaEventRecord, _ptsz);
 PTXVM_PER_THREAD(cudaEventRecordWithFlags, _ptsz);
+PTXVM_PER_THREAD(cudaStreamAddCallback, _ptsz);
+PTXVM_PER_THREAD(cudaStreamGetDevice, _ptsz);
+PTXVM_PER_THREAD(cudaStreamGetFlags, _ptsz);
+PTXVM_PER_THREAD(cudaStreamGetPriority, _ptsz);

@@ -2,9 +2,9 @@
 #include <cuda.h>
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 
-#include "ptxvm/async.h"
 #include "ptxvm/cudart.h"
 #include "ptxvm/tensor_map.h"
 
@@ -12,39 +12,20 @@ using namespace ptxvm;
 
 namespace {
 
-using Element = Transfer::Element;
-
 // Driver functions leave no error for cudaGetLastError.
 CUresult reject(const std::string& rule, CUresult error = CUDA_ERROR_INVALID_VALUE) {
   last_report() = "cuTensorMapEncodeTiled: " + rule;
   return error;
 }
 
-// False for a type that the machine does not know.
-bool find_type(CUtensorMapDataType type, Element& element, uint32_t& bytes) {
-  struct Entry {
-    CUtensorMapDataType type;
-    Element element;
-    uint32_t bytes;
-  };
-  static constexpr Entry kEntries[] = {{CU_TENSOR_MAP_DATA_TYPE_UINT8, Element::b8, 1},
-                                       {CU_TENSOR_MAP_DATA_TYPE_UINT16, Element::b8, 2},
-                                       {CU_TENSOR_MAP_DATA_TYPE_UINT32, Element::u32, 4},
-                                       {CU_TENSOR_MAP_DATA_TYPE_INT32, Element::s32, 4},
-                                       {CU_TENSOR_MAP_DATA_TYPE_UINT64, Element::u64, 8},
-                                       {CU_TENSOR_MAP_DATA_TYPE_INT64, Element::s64, 8},
-                                       {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, Element::f16, 2},
-                                       {CU_TENSOR_MAP_DATA_TYPE_FLOAT32, Element::f32, 4},
-                                       {CU_TENSOR_MAP_DATA_TYPE_FLOAT64, Element::f64, 8},
-                                       {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, Element::bf16, 2},
-                                       {CU_TENSOR_MAP_DATA_TYPE_TFLOAT32, Element::tf32, 4}};
-  for (const Entry& entry : kEntries)
-    if (entry.type == type) {
-      element = entry.element;
-      bytes = entry.bytes;
-      return true;
-    }
-  return false;
+// The number of a type in PTX; one of no type if the machine does not know it.
+uint32_t number_of(CUtensorMapDataType type) {
+  constexpr uint32_t kNone = ~0u;
+  if (type >= CU_TENSOR_MAP_DATA_TYPE_UINT8 && type <= CU_TENSOR_MAP_DATA_TYPE_FLOAT32) return type;
+  return type == CU_TENSOR_MAP_DATA_TYPE_FLOAT64    ? 9
+         : type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 10
+         : type == CU_TENSOR_MAP_DATA_TYPE_TFLOAT32 ? 11
+                                                    : kNone;
 }
 
 std::string got(uint64_t value) { return "; got " + std::to_string(value); }
@@ -52,15 +33,13 @@ std::string got(uint64_t value) { return "; got " + std::to_string(value); }
 CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* base,
                       const cuuint64_t* extents, const cuuint64_t* strides, const cuuint32_t* box,
                       const cuuint32_t* steps, CUtensorMapInterleave interleave,
-                      CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                      CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                       CUtensorMapFloatOOBfill fill) {
   TensorMap map{};
-  map.magic = TensorMap::kMagic;
-  Element element{};
-  uint32_t bytes = 0;
+  const uint32_t number = number_of(type);
   if (!out || !base || !extents || !box || !steps || (rank > 1 && !strides))
     return reject("a null pointer");
-  if (!find_type(type, element, bytes))
+  if (!find_element(number, map.element, map.element_bytes))
     return reject("data type " + std::to_string(type) + " is not supported",
                   CUDA_ERROR_NOT_SUPPORTED);
   if (rank < 1 || rank > kMaxRank) return reject("rank: must be from 1 to 5" + got(rank));
@@ -70,15 +49,14 @@ CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ran
     return reject("swizzle: must be none, 32, 64 or 128 bytes", CUDA_ERROR_NOT_SUPPORTED);
   if (reinterpret_cast<uint64_t>(base) % 16)
     return reject("the address of the tensor must be a multiple of 16 bytes");
-  const bool is_float = element >= Element::f16;
+  const bool is_float = map.element >= Transfer::Element::f16;
   map.fill_nan = fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA;
   if (map.fill_nan && !is_float) return reject("NaN fills floating-point tensors only");
   map.base = reinterpret_cast<uint64_t>(base);
   map.rank = static_cast<uint8_t>(rank);
-  map.element_bytes = static_cast<uint8_t>(bytes);
-  map.element = static_cast<uint8_t>(element);
   map.swizzle = static_cast<uint8_t>(swizzle);
-  map.strides[0] = bytes;
+  map.promotion = static_cast<uint8_t>(promotion);
+  map.strides[0] = map.element_bytes;
   for (cuuint32_t d = 0; d < rank; ++d) {
     const std::string at = " of dimension " + std::to_string(d);
     if (extents[d] < 1 || extents[d] > uint64_t{1} << 32)
@@ -94,7 +72,7 @@ CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ran
     map.box[d] = static_cast<uint16_t>(box[d]);
     if (d > 0) map.strides[d] = strides[d - 1];
   }
-  const uint32_t row = box[0] * bytes;
+  const uint32_t row = box[0] * map.element_bytes;
   if (row % 16) return reject("a row of the box must be a multiple of 16 bytes" + got(row));
   if (map.swizzle && row > 16u << map.swizzle)
     return reject("a row of the box must not exceed the " + std::to_string(16u << map.swizzle) +
@@ -104,8 +82,10 @@ CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ran
     return reject("a row of the box shorter than the " + std::to_string(16u << map.swizzle) +
                       " bytes of the swizzle is not supported" + got(row),
                   CUDA_ERROR_NOT_SUPPORTED);
-  *out = {};
-  std::copy_n(reinterpret_cast<const char*>(&map), sizeof map, reinterpret_cast<char*>(out));
+  uint64_t words[kTensorMapWords];
+  pack(map, number, words);
+  static_assert(sizeof words == sizeof *out);
+  std::memcpy(out, words, sizeof words);
   return CUDA_SUCCESS;
 }
 
@@ -134,3 +114,9 @@ PTXVM_EXPORT cudaError_t cudaGetDriverEntryPoint(const char* symbol, void** func
                                                  cudaDriverEntryPointQueryResult* result) {
   return cudaGetDriverEntryPointByVersion(symbol, function, 0, flags, result);
 }
+
+PTXVM_PER_THREAD(cudaGetDriverEntryPointByVersion, _ptsz);
+// Deprecated, so that PTXVM_PER_THREAD would warn.
+extern "C" __attribute__((visibility("default"), alias("cudaGetDriverEntryPoint"))) cudaError_t
+cudaGetDriverEntryPoint_ptsz(const char*, void**, unsigned long long,
+                             cudaDriverEntryPointQueryResult*);

@@ -6,6 +6,7 @@
 
 #include "ptxvm/decode_state.h"
 #include "ptxvm/device.h"
+#include "ptxvm/store_buffer.h"
 
 namespace ptxvm {
 
@@ -82,7 +83,10 @@ bool Decoder::State::find_symbol(const std::string& name, uint64_t& address, boo
     switch (variable->space) {
       case Space::shared:
         dynamic_shared = variable->external;
-        if (dynamic_shared) dynamic_alignment = std::max(dynamic_alignment, variable->alignment);
+        if (dynamic_shared) {
+          dynamic = variable;
+          dynamic_alignment = std::max(dynamic_alignment, variable->alignment);
+        }
         address = dynamic_shared ? 0 : shared_offset(*variable);
         return true;
       case Space::local:
@@ -212,7 +216,7 @@ std::vector<std::string> Decoder::elements(const std::string& operand) {
 }
 
 void Decoder::fail(const std::string& why) const {
-  throw Fault(state_.kernel.name + ", line " + std::to_string(state_.statement->line) + ": " +
+  throw Fault(state_.kernel.title + ", line " + std::to_string(state_.statement->line) + ": " +
               state_.statement->text + ": " + why);
 }
 
@@ -267,6 +271,19 @@ void Decoder::State::append(Instruction instruction) {
   kernel.code.push_back(instruction);
 }
 
+namespace {
+
+// What an instruction other than ld, st, atom, red and fence does to stores that wait.
+uint8_t buffer_rule(const Statement& statement) {
+  static const std::unordered_set<std::string> kFlushing = {
+      "cp", "mbarrier", "ldmatrix", "stmatrix", "wgmma", "wmma", "griddepcontrol", "tensormap"};
+  const std::string& opcode = statement.opcode[0];
+  if (opcode == "bar" || opcode == "barrier") return statement.has("cluster") ? kFlushes : kShares;
+  return kFlushing.contains(opcode) ? kFlushes : 0;
+}
+
+}  // namespace
+
 // Pushes a frame for a function and parses its body if necessary.
 Frame& Decoder::State::enter(Function& function) {
   if (function.scopes.empty()) {
@@ -308,6 +325,7 @@ void Decoder::State::decode_body(Frame& body) {
     Decoder decoder(*this);
     check_capability(decoder, next);
     found->second(decoder, next, instruction);
+    instruction.order |= buffer_rule(next);
     append(instruction);
   }
   body.first.push_back(static_cast<uint32_t>(kernel.code.size()));
@@ -377,8 +395,14 @@ void decode_into(Kernel& kernel) {
       kernel.code[fixup.instruction].target = target;
   }
   kernel.static_shared = state.shared_top;
+  kernel.shared_variables.clear();
+  for (const auto& [variable, offset] : state.shared_offsets)
+    kernel.shared_variables.push_back(
+        {variable->name, offset, static_cast<uint32_t>(variable->bytes)});
   kernel.dynamic_offset = (state.shared_top + state.dynamic_alignment - 1) /
                           state.dynamic_alignment * state.dynamic_alignment;
+  if (state.dynamic)
+    kernel.shared_variables.push_back({state.dynamic->name, kernel.dynamic_offset, 0});
   kernel.local_bytes = (kernel.local_bytes + 15) / 16 * 16;
   place_slots(state);
 }
@@ -392,7 +416,7 @@ void decode(Kernel& kernel) {
     decode_into(kernel);
   } catch (const std::bad_alloc&) {
     kernel.code.clear();
-    throw Fault(kernel.name + ": no memory for its instructions");
+    throw Fault(kernel.title + ": no memory for its instructions");
   } catch (...) {
     kernel.code.clear();
     throw;

@@ -54,6 +54,7 @@ struct Decoder::State {
   std::vector<Fixup> fixups;
   std::unordered_map<const Variable*, uint32_t> shared_offsets;
   uint32_t shared_top = 0, dynamic_alignment = 1;
+  const Variable* dynamic = nullptr;  // .extern .shared that the code names, the last one
 
   uint32_t add_value(Value value);
   uint32_t constant(int bits, uint64_t value, bool dynamic_shared = false);

@@ -49,11 +49,12 @@ struct Step {
     const Mask lost = mask & missing(warp, slot);
     if (!lost) return;
     const Instruction* origin = warp.origins[slot / kUnit];
-    const std::string rule = "depends on an uninitialised " +
-                             (origin ? "value: " + what + ", which has none since line " +
-                                           std::to_string(origin->line) + ": " + origin->text
-                                     : "register: " + what);
-    broke_rule(warp, instruction, __builtin_ctz(lost), rule, rule);
+    const std::string rule =
+        std::string("depends on an uninitialised ") + (origin ? "value" : "register");
+    broke_rule(warp, instruction, __builtin_ctz(lost), rule,
+               rule + ": " + what +
+                   (origin ? ", which has none since" + at_line(warp, *origin) : std::string()),
+               origin);
   }
   void require_sources(int from, int to) const {
     for (int i = from; i < to; ++i)
@@ -273,6 +274,8 @@ void check_guard(Warp& warp, const Instruction& instruction, Mask mask) {
 
 void check_registers(Warp& warp, const Instruction& instruction, Mask mask) {
   if (warp.defined.empty()) return;
+  warp.timeline->acting = mask;
+  if (instruction.control == Control::converge) lanes_met(warp);
   Mask lost = 0;
   const uint32_t* sources = instruction.slots + instruction.writes;
   const bool crosses_lanes = instruction.control == Control::converge;
@@ -346,8 +349,9 @@ void product_registers(Warp& warp, const Instruction& in, const uint32_t* slots,
     Timeline::Register& used = t.registers[slots[i] / kUnit];
     if (used.fence == t.register_fences)
       broke_rule(warp, in, 0, "wgmma.fence",
-                 "a register of it was written at line " + std::to_string(used.written_by->line) +
-                     ": " + used.written_by->text + ", and no wgmma.fence lies between them");
+                 "a register of it was written at" + at_line(warp, *used.written_by) +
+                     ", and no wgmma.fence lies between them",
+                 used.written_by);
     used.group = warp.product_groups + 1;
     used.used_by = &in;
   }
@@ -367,8 +371,9 @@ void write_registers(Warp& warp, Timeline& t, const Instruction& in, Mask mask) 
     written.written_by = &in;
     if (written.group > t.products_waited_for)
       broke_rule(warp, in, __builtin_ctz(mask), "register of wgmma",
-                 "write to a register of wgmma at line " + std::to_string(written.used_by->line) +
-                     ": " + written.used_by->text + ", before its wgmma.wait_group");
+                 "write to a register of wgmma at" + at_line(warp, *written.used_by) +
+                     ", before its wgmma.wait_group",
+                 written.used_by);
   }
 }
 

@@ -13,6 +13,7 @@
 #include "ptxvm/check.h"
 #include "ptxvm/counters.h"
 #include "ptxvm/device.h"
+#include "ptxvm/heap.h"
 #include "ptxvm/log.h"
 #include "ptxvm/reports.h"
 #include "ptxvm/runtime.h"
@@ -36,6 +37,10 @@ void set_option(const std::string& name, const std::string& value) {
     if (value != "-1" && value != "0" && value != "1")
       throw Fault("ptxvm_configure: approximate: must be -1, 0 or 1; got " + value);
     options.approximate = value == "-1" ? -1 : value == "1";
+  } else if (name == "proxy") {
+    if (value != "usual" && value != "strict")
+      throw Fault("ptxvm_configure: proxy: must be usual or strict; got " + value);
+    options.strict_proxy = value == "strict";
   } else if (name == "mma") {
     if (value != "exact" && value != "hardware")
       throw Fault("ptxvm_configure: mma: must be exact or hardware; got " + value);
@@ -75,8 +80,13 @@ void set_option(const std::string& name, const std::string& value) {
       options.order = Options::Order::reverse;
     else if (value == "seeded")
       options.order = Options::Order::seeded;
+    else if (value == "weak")
+      options.order = Options::Order::weak;
+    else if (value == "sleepy")
+      options.order = Options::Order::sleepy;
     else
-      throw Fault("ptxvm_configure: order: must be forward, reverse or seeded; got " + value);
+      throw Fault("ptxvm_configure: order: must be forward, reverse, seeded, weak or sleepy; got " +
+                  value);
   } else {
     throw Fault("ptxvm_configure: unknown option " + name);
   }
@@ -92,7 +102,7 @@ void configure(const std::string& settings) {
 }
 
 std::string settings() {
-  constexpr const char* kOrders[] = {"forward", "reverse", "seeded"};
+  constexpr const char* kOrders[] = {"forward", "reverse", "seeded", "weak", "sleepy"};
   constexpr const char* kMoments[] = {"latest", "earliest", "seed:"};
   const auto moment = static_cast<size_t>(options.async);
   const std::pair<const char*, std::string> all[] = {
@@ -100,6 +110,7 @@ std::string settings() {
       {"count", std::to_string(options.count)},
       {"approximate", std::to_string(options.approximate)},
       {"mma", options.hardware_mma ? "hardware" : "exact"},
+      {"proxy", options.strict_proxy ? "strict" : "usual"},
       {"seed", std::to_string(options.seed)},
       {"resident_blocks", std::to_string(options.resident_blocks)},
       {"fuel", std::to_string(options.fuel)},
@@ -118,8 +129,9 @@ std::string settings() {
 
 // PTXVM_CHECK=1 and so on: the option names in capitals.
 const bool configured = [] {
-  for (const char* name : {"CHECK", "COUNT", "APPROXIMATE", "MMA", "SEED", "RESIDENT_BLOCKS",
-                           "FUEL", "WATCHDOG", "ORDER", "DEVICE", "ON_FAULT", "ASYNC"}) {
+  for (const char* name :
+       {"CHECK", "COUNT", "APPROXIMATE", "MMA", "PROXY", "SEED", "RESIDENT_BLOCKS", "FUEL",
+        "WATCHDOG", "ORDER", "DEVICE", "ON_FAULT", "ASYNC"}) {
     const char* value = std::getenv(("PTXVM_" + std::string(name)).c_str());
     if (!value) continue;
     std::string lower = name;
@@ -154,7 +166,9 @@ void ptxvm_unregister_all(void) {
   const std::lock_guard lock(state.mutex);
   unregister_all_memory();
   // The machine's own allocations stay registered.
-  for (const auto& [base, bytes] : state.allocations) register_memory(base, bytes, true);
+  for (const auto& [base, allocation] : state.allocations)
+    register_memory(base, allocation.bytes, true);
+  register_heap();
   for (const auto& loaded : state.modules)
     for (const auto& [place, image] : loaded->images)
       if (image.module) register_variables(*image.module);
@@ -188,6 +202,12 @@ void ptxvm_recover(void) { recover(); }
 const char* ptxvm_last_report(void) {
   thread_local std::string text;
   text = std::exchange(last_report(), {});
+  return text.c_str();
+}
+
+const char* ptxvm_last_finding(void) {
+  thread_local std::string text;
+  text = std::exchange(last_finding(), "null");
   return text.c_str();
 }
 
@@ -241,6 +261,12 @@ int ptxvm_launch(void* module, const char* name, const uint32_t grid[3], const u
 void ptxvm_unload(void* module) {
   const std::lock_guard lock(runtime().mutex);
   unload(static_cast<LoadedModule*>(module));
+}
+
+const char* ptxvm_demangled(const char* name) {
+  thread_local std::string text;
+  text = demangled(name);
+  return text.c_str();
 }
 
 const char* ptxvm_kernels(void* module) {

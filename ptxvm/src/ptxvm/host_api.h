@@ -26,10 +26,17 @@ void ptxvm_recover(void);
 // Report of the last failed launch or call of this thread; empty if none has failed since.
 const char* ptxvm_last_report(void);
 
+// The rule that the kernel of that launch broke, as an object of ptxvm_reports; null if it broke
+// none. Read once, and valid until the next call in this thread.
+const char* ptxvm_last_finding(void);
+
 // With on_fault=report or collect: a JSON list with one object for each rule broken at a line:
-// kernel, line, rule, count, and the report of the first time. Valid until the next call in this
-// thread. The call clears the list; reports that were never fetched are printed when the process
-// ends, unless on_fault is collect.
+// kernel, name (demangled), rule, count, and the report of the first time; the line of the PTX, the
+// first line of the part around it that has neither branches nor what orders accesses, and file and
+// source_line of -lineinfo ("" and 0 without); the same of `cause`, the earlier access or where a
+// value was lost (null if there is none). Valid until the next call in this thread. The call clears
+// the list; reports that were never fetched are printed when the process ends, unless on_fault is
+// collect.
 const char* ptxvm_reports(void);
 
 // Counters of all launches since the last reset as JSON text, valid until the next call.
@@ -47,6 +54,10 @@ void ptxvm_unload(void* module);
 // "bytes": 8}, ...], ...}. type: element type; count: elements of an array (0: a scalar). Valid
 // until the next call in this thread.
 const char* ptxvm_kernels(void* module);
+
+// C++ name of a mangled name, such as a kernel's: "_Z1kPf" is "k(float*)". Any other name as it is.
+// Valid until the next call in this thread.
+const char* ptxvm_demangled(const char* name);
 
 #ifdef __cplusplus
 }

@@ -17,6 +17,8 @@ void take(Timeline&, const Gathered&);
 void gather(Gathered&, const Timeline&);
 // Starts a new segment: later accesses of the warp are not published yet.
 void tick(Timeline&);
+// Before a release of the lanes that run: it does not cover what other lanes did since they met.
+void release_part(Timeline&);
 // Records a release that does not order, for reports.
 void refuse(std::vector<Timeline::Refused>&, const Published&, uint8_t has, uint8_t needs);
 

@@ -12,7 +12,9 @@
 #include "ptxvm/decode.h"
 #include "ptxvm/device.h"
 #include "ptxvm/fatbin.h"
+#include "ptxvm/heap.h"
 #include "ptxvm/log.h"
+#include "ptxvm/reports.h"
 #include "ptxvm/runtime.h"
 #include "ptxvm/sched.h"
 
@@ -20,7 +22,7 @@ namespace ptxvm {
 namespace {
 
 thread_local int thread_error = cudaSuccess, reported_error = cudaSuccess;
-thread_local std::string thread_report;
+thread_local std::string thread_report, thread_finding = "null";
 
 // Error of the kernel that failed last, until the machine recovers.
 int device_fault = cudaSuccess;
@@ -199,15 +201,18 @@ void unload(LoadedModule* loaded) {
   std::erase_if(state.modules, [&](const auto& owned) { return owned.get() == loaded; });
 }
 
-int fail(int error, const std::string& report) {
+int fail(int error, const std::string& report, const Finding* finding) {
   thread_report = report;
+  thread_finding = finding ? finding->json() : "null";
   thread_error = reported_error = error;
   if (has_log())
-    log_event("{\"error\": " + std::to_string(error) + ", \"report\": " + quoted(report) + "}");
+    log_event("{\"error\": " + std::to_string(error) + ", \"report\": " + quoted(report) +
+              ", \"finding\": " + thread_finding + "}");
   return error;
 }
 
 std::string& last_report() { return thread_report; }
+std::string& last_finding() { return thread_finding; }
 
 std::string report_of_error(int error) {
   const std::lock_guard lock(runtime().mutex);
@@ -242,11 +247,12 @@ int prepare(KernelRecord* record) {
   if (!record) return fail(cudaErrorInvalidDeviceFunction, "no such kernel is registered");
   Image& image = record->loaded->open();
   Module* const module = image.module.get();
-  if (!module) return fail(image.error, record->name + ": " + image.report);
+  if (!module) return fail(image.error, demangled(record->name) + ": " + image.report);
   if (!record->kernel || record->kernel->module != module) {
     const auto found = module->kernels.find(record->name);
     if (found == module->kernels.end())
-      return fail(cudaErrorInvalidKernelImage, record->name + ": the module has no such kernel");
+      return fail(cudaErrorInvalidKernelImage,
+                  demangled(record->name) + ": the module has no such kernel");
     record->kernel = found->second.get();
     const auto registers = image.registers.find(record->name);
     if (registers != image.registers.end()) record->kernel->registers = registers->second;
@@ -268,7 +274,7 @@ int check_launch(KernelRecord* record, const uint32_t grid[3], const uint32_t bl
   if (!refusal.error) refusal = check_cluster(kernel, grid, cluster_of(kernel, cluster));
   if (!refusal.error && cooperative)
     refusal = check_cooperative(kernel, grid, block, dynamic_shared);
-  return refusal.error ? fail(refusal.error, kernel.name + ": launch: " + refusal.rule) : 0;
+  return refusal.error ? fail(refusal.error, kernel.title + ": launch: " + refusal.rule) : 0;
 }
 
 int launch_on_device(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3],
@@ -304,18 +310,22 @@ int launch(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3]
   std::optional<Workspace> workspace;
   if (cooperative) run.workspace = &workspace.emplace();
   const DefaultRounding rounding;
+  heap_launched();
   try {
     if (options.check) clocks_launched(run.grid, run.cluster);
     if (options.count) start_counting(kernel);
     run_grid(run);
-    if (options.count) finish_counting(kernel, run.grid, run.block, run.dynamic_shared);
+    if (options.count) finish_counting(kernel, run.grid, run.block, run.dynamic_shared, true);
     log_launch(run);
-  } catch (const FailedAssertion& assertion) {
-    return fail(cudaErrorAssert, assertion.what());
-  } catch (const Fault& fault) {
+  } catch (const KernelFault& fault) {
+    if (options.count) finish_counting(kernel, run.grid, run.block, run.dynamic_shared, false);
+    if (options.count) log_launch(run);
+    return fail(fault.finding.rule == "assertion" ? cudaErrorAssert : cudaErrorLaunchFailure,
+                fault.what(), &fault.finding);
+  } catch (const Fault& fault) {  // no more room for what the checks know
     return fail(cudaErrorLaunchFailure, fault.what());
   } catch (const std::bad_alloc&) {
-    return fail(cudaErrorMemoryAllocation, kernel.name + ": launch: no memory for its blocks" +
+    return fail(cudaErrorMemoryAllocation, kernel.title + ": launch: no memory for its blocks" +
                                                (options.check ? " or for check=1" : ""));
   }
   return cudaSuccess;

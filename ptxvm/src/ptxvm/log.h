@@ -3,7 +3,7 @@
 //
 //   {"launch": {"kernel": ..., "grid": [...], "block": [...], ...}}      counters too, if counted
 //   {"broken": {"kernel": ..., "line": ..., "rule": ..., "report": ...}} the first time at a line
-//   {"error": code, "report": ...}                                       of a call that failed
+//   {"error": code, "report": ..., "finding": {...} or null}             of a call that failed
 #pragma once
 #include <string>
 

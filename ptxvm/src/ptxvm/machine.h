@@ -20,15 +20,11 @@ constexpr uint32_t kNoSlot = 0xffffffffu;
 constexpr uint32_t kScratchBytes = 8 * 4 * kLanes;  // fragments of wgmma, or D of wmma
 using Mask = uint32_t;                              // one bit per lane
 
-// A program that the machine refuses, or a kernel that broke a rule. The message names kernel, PTX
-// line and instruction text; the launch catches it and returns a CUDA error.
+// A program that the machine refuses, or a kernel that broke a rule (KernelFault of reports.h). The
+// message names kernel, PTX line and instruction text; the launch catches it and returns a CUDA
+// error.
 struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
-};
-
-// The kernel's own assertion failed.
-struct FailedAssertion : Fault {
-  using Fault::Fault;
 };
 
 struct Warp;
@@ -108,20 +104,27 @@ struct Statement {
   }
 };
 
+// A variable in shared memory; `bytes` is 0 for dynamic shared memory.
+struct SharedVariable {
+  std::string name;  // mangled
+  uint32_t offset, bytes;
+};
+
 struct Kernel {
-  std::string name;
+  std::string name, title;  // mangled and demangled
   Module* module = nullptr;
   std::vector<Parameter> parameters;
   uint32_t parameter_bytes = 0;
-  uint32_t max_threads = 0;     // .maxntid, 0 if none
-  uint32_t required[3] = {};    // .reqntid, 0 if none
-  uint32_t cluster[3] = {};     // .reqnctapercluster, 0 if none
-  bool any_cluster = false;     // by attribute: more than 8 blocks are allowed too
-  uint32_t min_blocks = 1;      // .minnctapersm
-  uint32_t static_shared = 0;   // bytes
-  uint32_t dynamic_offset = 0;  // start of .extern .shared
-  uint32_t local_bytes = 0;     // per lane
-  uint32_t stack = 0;           // offset of the alloca stack in local memory, 0 if there is none
+  uint32_t max_threads = 0;                      // .maxntid, 0 if none
+  uint32_t required[3] = {};                     // .reqntid, 0 if none
+  uint32_t cluster[3] = {};                      // .reqnctapercluster, 0 if none
+  bool any_cluster = false;                      // by attribute: more than 8 blocks are allowed too
+  uint32_t min_blocks = 1;                       // .minnctapersm
+  uint32_t static_shared = 0;                    // bytes
+  uint32_t dynamic_offset = 0;                   // start of .extern .shared
+  std::vector<SharedVariable> shared_variables;  // that the code names
+  uint32_t local_bytes = 0;                      // per lane
+  uint32_t stack = 0;  // offset of the alloca stack in local memory, 0 if there is none
   std::map<int, uint32_t> max_dynamic_shared;  // by device, set by cudaFuncSetAttribute
   uint32_t registers = 0;          // per thread, from the cubin next to the PTX, 0 if unknown
   std::vector<Instruction> code;   // empty until the first launch decodes it
@@ -178,6 +181,15 @@ struct Undefined {
   Mask values[8] = {};  // lanes without a value, per destination or per stored value
 };
 
+// A store that memory does not hold yet: store_buffer.h.
+struct PendingStore {
+  uint64_t address;
+  uint32_t epoch, warp;  // epoch: number of releases and fences of the warp before it
+  uint8_t bytes, lane;
+  bool shared;  // other threads of the block see it
+  char data[16];
+};
+
 struct Product;   // ops_wgmma.cpp: a wgmma that has not taken effect
 struct Timeline;  // clocks.h: what happens before the next access of a warp
 
@@ -201,6 +213,7 @@ struct Warp {
   uint32_t polls = 0;                 // number of mbarrier.test_wait that found nothing
   Mask cluster_arrived = 0, cluster_phase = 0;  // at barrier.cluster: lanes, phase parity
   uint32_t registers = 0;                       // registers per lane, set by setmaxnreg
+  uint32_t store_epoch = 0;                     // PendingStore::epoch of its next store
   std::vector<std::shared_ptr<Product>> products;
   // Check mode: slots that products in flight write; the lanes that will hold a value after they
   // have landed, and the group of the last product.
@@ -246,6 +259,7 @@ struct Block {
   Cluster* cluster;
   uint32_t rank = 0;                     // in the cluster
   uint32_t exited = 0;                   // number of threads that have exited
+  std::vector<PendingStore> stores;      // order=weak
   std::shared_ptr<SharedShadow> shadow;  // check mode
 };
 
@@ -268,8 +282,6 @@ void assign(T* destination, const T* values, Mask mask) {
 
 // Reports and throws Fault for a rule that `instruction` broke in `lane`.
 [[noreturn]] void fault(Warp&, const Instruction&, int lane, const std::string& what);
-// Text of such a report.
-std::string report_of(const Warp&, const Instruction&, int lane, const std::string& what);
 
 // Options of the machine: environment PTXVM_* at start, ptxvm_configure later.
 struct Options {
@@ -277,10 +289,15 @@ struct Options {
   bool go_on = false;  // continue after a broken rule of check mode: reports.h
   bool quiet = false;  // reports are fetched or logged, not printed
   bool count = false;  // counters.h
+  // Ask for proxy fences that the PTX ISA asks for and that practice omits: before an asynchronous
+  // write over what ordinary reads read, and between cp.async and asynchronous reads.
+  bool strict_proxy = false;
   int approximate =
       0;  // -1, 0, 1: ex2, rcp, ... as good as can be, or off by their bound down or up
   bool hardware_mma = false;  // tensor cores add as the device's do, not exactly: tensor.h
-  enum class Order : uint8_t { forward, reverse, seeded } order = Order::forward;
+  // weak: seeded, and stores wait in a buffer: store_buffer.h. sleepy: seeded, and one warp of each
+  // block at a time runs only when no other can.
+  enum class Order : uint8_t { forward, reverse, seeded, weak, sleepy } order = Order::forward;
   uint64_t seed = 0;
   uint32_t resident_blocks = 8;  // number of blocks that run interleaved
   uint32_t fuel = 20000;         // instructions before the next warp's turn (seeded: upper bound)

@@ -17,6 +17,12 @@ void add_mbarrier(OpcodeTable&);
 // cp.async.mbarrier (ops_mbarrier.cpp) and cp.async.bulk (ops_bulk.cpp).
 void decode_copy_arrive(Decoder&, const Statement&, Instruction&);
 void decode_bulk(Decoder&, const Statement&, Instruction&);
+void decode_tensormap(Decoder&, const Statement&, Instruction&);  // ops_tensormap.cpp
+
+// The scope of a modifier: kCta, kClusterScope, or kGpu for .gpu, .gl and .sys.
+inline uint8_t scope_named(const std::string& word) {
+  return word == "cta" ? kCta : word == "cluster" ? kClusterScope : kGpu;
+}
 
 // Transposes an 8 x 8 matrix of 16-bit elements in row-major order.
 void transpose(const uint16_t* from, uint16_t* to);

@@ -3,6 +3,7 @@
 
 #include "ptxvm/floats.h"
 #include "ptxvm/memory_ops.h"
+#include "ptxvm/store_buffer.h"
 
 namespace ptxvm {
 namespace {
@@ -103,6 +104,10 @@ void run_atomic(Warp& warp, const Instruction& in, Mask mask) {
   if (options.count) count_request(warp, in, space_of(in), addresses, mask, bytes, Traffic::atomic);
   resolve(warp, in, space_of(in), addresses, mask, bytes, Access::atomic);
   strong_accessed(warp, in, addresses, mask, true, true, vector, sizeof(T));
+  if (is_weak()) {
+    if (in.order & kReleases) order_stores(warp);
+    settle_stores(warp, addresses, mask, bytes, true);
+  }
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int i = __builtin_ctz(rest);
     char* memory = reinterpret_cast<char*>(addresses[i]);

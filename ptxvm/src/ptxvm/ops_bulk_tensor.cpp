@@ -10,7 +10,6 @@ namespace ptxvm {
 namespace {
 
 using Combine = Transfer::Combine;
-using Element = Transfer::Element;
 
 constexpr uint32_t kAlignment = 128;  // bytes; alignment of a box in shared memory
 constexpr uint32_t kUnit = 16;        // bytes that a swizzle keeps contiguous
@@ -20,16 +19,15 @@ const char* const kNames[] = {"u8 or u16", "u32",  "s32", "u64",  "s64",
                               "f16",       "bf16", "f32", "tf32", "f64"};
 
 TensorMap map_at(Warp& warp, const Instruction& in, int lane, uint64_t address) {
-  char bytes[128];
+  uint64_t words[kTensorMapWords];
   if (address % 64)
     fault(warp, in, lane, "the address of a tensor map must be a multiple of 64 bytes");
-  for (uint32_t i = 0; i < sizeof bytes; i += 64)
-    std::memcpy(bytes + i,
-                access(warp, in, Space::generic, address + i, lane, 64, Access::strong_read), 64);
+  for (uint32_t i = 0; i < kTensorMapWords; i += 8)
+    std::memcpy(words + i,
+                access(warp, in, Space::generic, address + i * 8, lane, 64, Access::strong_read),
+                64);
   TensorMap map;
-  std::memcpy(&map, bytes, sizeof map);
-  if (map.magic != TensorMap::kMagic)
-    fault(warp, in, lane, "no tensor map (cuTensorMapEncodeTiled) at its address");
+  if (const std::string why = unpack(words, map); !why.empty()) fault(warp, in, lane, why);
   const int rank = in.width & 15;
   if (map.rank != rank)
     fault(warp, in, lane,
@@ -154,11 +152,12 @@ void run_tensor(Warp& warp, const Instruction& in, Mask mask) {
                 std::to_string(warp.block->shared_bytes));
     transfer.bytes = static_cast<uint32_t>(box.bytes());
     transfer.combine = combine_of(in);
-    transfer.element = static_cast<Element>(map.element);
+    transfer.element = map.element;
     transfer.fill_nan = map.fill_nan;
     if (!reduces(transfer.combine, transfer.element, Reduced::tensor))
       fault(warp, in, lane,
-            "no such reduction for a tensor of " + std::string(kNames[map.element]));
+            "no such reduction for a tensor of " +
+                std::string(kNames[static_cast<int>(map.element)]));
     if (kind == Bulk::load)
       load_box(warp, in, lane, box, near[lane], std::move(transfer));
     else

@@ -194,10 +194,12 @@ void decode_cp(Decoder& decoder, const Statement& statement, Instruction& in) {
 
 }  // namespace
 
-void land_copies(Warp& warp, int lane, uint32_t end, uint32_t segment) {
-  land_chosen(warp, segment, [&](const AsyncCopy& copy) {
+void land_copies(Warp& warp, int lane, uint32_t end) {
+  const auto is_tracked = [&](const AsyncCopy& copy) {
     return copy.lane == lane && static_cast<int32_t>(copy.number - end) < 0;
-  });
+  };
+  if (std::none_of(warp.copies.begin(), warp.copies.end(), is_tracked)) return;
+  land_chosen(warp, warp.timeline ? copies_segment(warp, lane, end) : 0, is_tracked);
 }
 
 void add_copies(OpcodeTable& table) { table["cp"] = decode_cp; }

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "ptxvm/memory_ops.h"
+#include "ptxvm/store_buffer.h"
 
 namespace ptxvm {
 namespace {
@@ -16,15 +17,20 @@ bool is_in(const std::string& word, std::initializer_list<const char*> words) {
 
 void nothing(Warp&, const Instruction&, Mask) {}
 
-void run_fence(Warp& warp, const Instruction& in, Mask) { fence_executed(warp, in); }
+void run_fence(Warp& warp, const Instruction& in, Mask) {
+  fence_executed(warp, in);
+  if (!is_weak()) return;
+  if (!(in.order & kSequential))
+    order_stores(warp);
+  else if (scope_of(in) == kCta)
+    share_stores(warp);
+  else
+    flush_stores(warp);
+}
 
 template <bool shared, bool global>
 void run_proxy_fence(Warp& warp, const Instruction&, Mask) {
   proxy_fence_executed(warp, shared, global);
-}
-
-uint8_t scope_named(const std::string& word) {
-  return word == "cta" ? kCta : word == "cluster" ? kClusterScope : kGpu;
 }
 
 void decode_membar(Decoder& decoder, const Statement& statement, Instruction& in) {
@@ -32,6 +38,19 @@ void decode_membar(Decoder& decoder, const Statement& statement, Instruction& in
   require(decoder,
           parts.size() == 2 && is_in(parts[1], {"cta", "gl", "sys"}) && statement.operands.empty());
   in.order = kIsStrong | kAcquires | kReleases | kSequential | scope_named(parts[1]);
+  in.run = run_fence;
+}
+
+// fence.proxy.tensormap::generic: a fence of the generic proxy, which reads tensor maps here.
+void decode_map_fence(Decoder& decoder, const Statement& statement, Instruction& in) {
+  const auto& parts = statement.opcode;
+  const bool acquires = parts[3] == "acquire";
+  require(decoder, is_in(parts[3], {"acquire", "release"}) &&
+                       is_in(parts[4], {"cta", "cluster", "gpu", "sys"}) &&
+                       statement.operands.size() == (acquires ? 2u : 0u) &&
+                       (!acquires || is_in(statement.operands[1], {"128", "0x80"})));
+  if (acquires) decoder.read_address(statement.operands[0]);
+  in.order = scope_named(parts[4]) | (acquires ? kAcquires : kReleases);
   in.run = run_fence;
 }
 
@@ -47,6 +66,8 @@ void decode_fence(Decoder& decoder, const Statement& statement, Instruction& in)
                         is_in(parts[3], {"global", "shared::cta", "shared::cluster"});
   const bool is_init = parts.size() == 4 && parts[1] == "mbarrier_init" && parts[2] == "release" &&
                        parts[3] == "cluster";
+  if (parts.size() == 5 && parts[1] == "proxy" && parts[2] == "tensormap::generic")
+    return decode_map_fence(decoder, statement, in);
   require(decoder, (has_scope || is_proxy || is_async || is_init) && statement.operands.empty());
   if (is_proxy || is_async) {
     in.run = parts[2] != "async"    ? nothing

@@ -7,6 +7,7 @@
 
 #include "ptxvm/async.h"
 #include "ptxvm/memory_ops.h"
+#include "ptxvm/reports.h"
 
 namespace ptxvm {
 namespace {
@@ -33,9 +34,9 @@ struct State {
 };
 
 std::string words(const State& state) {
-  return "phase of parity " + std::to_string(state.parity) + ", of " +
-         std::to_string(state.expected) + " arrivals " + std::to_string(state.pending) +
-         " pending, " + std::to_string(state.bytes) + " bytes pending";
+  return "phase of parity " + std::to_string(state.parity) + " lacks " +
+         std::to_string(state.pending) + " of " + std::to_string(state.expected) +
+         " arrivals and " + std::to_string(state.bytes) + " bytes";
 }
 
 // The mbarrier operand of one lane.
@@ -398,10 +399,12 @@ void arrive_at(Warp& warp, const Instruction& in, int lane, Block& block, uint32
 
 std::string describe_mbarrier(const Block& block, uint32_t offset) {
   char place[48];
-  std::snprintf(place, sizeof place, "the mbarrier at shared address 0x%x: ", offset);
+  std::snprintf(place, sizeof place, "the mbarrier at shared address 0x%x", offset);
   uint64_t bits;
   std::memcpy(&bits, block.shared + offset, sizeof bits);
-  return place + (State::is_valid(bits) ? words(State::of(bits)) : std::string("it is none now"));
+  const std::string name = shared_symbol(*block.kernel, offset);
+  return place + (name.empty() ? name : " (" + name + ")") + ": " +
+         (State::is_valid(bits) ? words(State::of(bits)) : std::string("it is none now"));
 }
 
 void add_mbarrier(OpcodeTable& table) { table["mbarrier"] = decode_mbarrier; }

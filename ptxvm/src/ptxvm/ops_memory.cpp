@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "ptxvm/memory_ops.h"
+#include "ptxvm/store_buffer.h"
 
 namespace ptxvm {
 namespace {
@@ -55,6 +56,7 @@ void load(Warp& warp, const Instruction& in, Mask mask) {
           in.order & kIsStrong ? Access::strong_read : Access::read);
   if (in.order & kIsStrong)
     strong_accessed(warp, in, addresses, mask, true, false, vector, sizeof(M));
+  if (is_weak()) settle_stores(warp, addresses, mask, bytes, false);
 
   alignas(64) R values[vector][kLanes];
   if constexpr (vector == 1) {
@@ -93,10 +95,24 @@ void store(Warp& warp, const Instruction& in, Mask mask) {
           in.order & kIsStrong ? Access::strong_write : Access::write);
   if (in.order & kIsStrong)
     strong_accessed(warp, in, addresses, mask, false, true, vector, sizeof(M));
+  const bool waits = is_weak();
+  if (waits) {
+    settle_stores(warp, addresses, mask, bytes, false);
+    if (in.order & kReleases) order_stores(warp);
+  }
 
   const R* values[vector];
   for (int j = 0; j < vector; ++j) values[j] = lanes<const R>(warp, in.slots[1 + j]);
-  if (mask == kFullMask) {
+  if (has_doubts()) [[unlikely]] {
+    M all[kLanes][vector];
+    const char* rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = 0; j < vector; ++j) all[i][j] = static_cast<M>(values[j][i]);
+      rows[i] = reinterpret_cast<const char*>(all[i]);
+    }
+    stored(addresses, mask, rows, bytes);
+  }
+  if (mask == kFullMask && !waits) {
     if constexpr (vector == 1) {
       if (are_consecutive(addresses, sizeof(M))) {
         alignas(64) M row[kLanes];
@@ -118,7 +134,10 @@ void store(Warp& warp, const Instruction& in, Mask mask) {
     const int i = __builtin_ctz(rest);
     M row[vector];
     for (int j = 0; j < vector; ++j) row[j] = static_cast<M>(values[j][i]);
-    std::memcpy(reinterpret_cast<void*>(addresses[i]), row, sizeof row);
+    if (waits) [[unlikely]]
+      defer_store(warp, i, addresses[i], row, sizeof row);
+    else
+      std::memcpy(reinterpret_cast<void*>(addresses[i]), row, sizeof row);
   }
 }
 
@@ -231,6 +250,8 @@ Words read_words(Decoder& decoder, const Statement& statement,
       scope = word == "cta" ? kCta : word == "cluster" ? kClusterScope : kGpu;
     } else if (word == "L2::cache_hint") {
       words.cache_hint = true;
+    } else if (word == "nc") {
+      words.order |= kReadOnly;
     } else if (!is_in(word, {"weak",
                              "ca",
                              "cg",
@@ -239,7 +260,6 @@ Words read_words(Decoder& decoder, const Statement& statement,
                              "lu",
                              "wb",
                              "wt",
-                             "nc",
                              "unified",
                              "L1::evict_normal",
                              "L1::evict_unchanged",
@@ -274,6 +294,7 @@ void read_memory_operand(Decoder& decoder, const std::string& operand, const Wor
 void add_memory(OpcodeTable& table) {
   table["ld"] = table["ldu"] = decode_access<true>;
   table["st"] = decode_access<false>;
+  table["tensormap"] = decode_tensormap;
   add_atomics(table);
   add_copies(table);
   add_matrices(table);

@@ -301,6 +301,7 @@ class Parser {
     if (entry) {
       auto kernel = std::make_unique<Kernel>();
       kernel->name = function->name;
+      kernel->title = demangled(function->name);
       kernel->module = &module_;
       kernel->parameters = function->parameters;
       kernel->parameter_bytes = function->parameter_bytes;

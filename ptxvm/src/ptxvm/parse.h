@@ -68,6 +68,11 @@ struct Module {
 // Parses the text and allocates and initialises the variables of the module. Throws Fault.
 std::unique_ptr<Module> load_module(const std::string& ptx);
 
+// The C++ name of a mangled one ("_Z1kPf": "k(float*)"); any other name as it is.
+std::string demangled(const std::string& name);
+
+// Source file and line of a line of PTX; line 0 if they are not known.
+std::pair<std::string, uint32_t> source_position(const Module&, uint32_t ptx_line);
 // " (file.cuh:12)" for a line of PTX, or an empty string.
 std::string source_of(const Module&, uint32_t ptx_line);
 

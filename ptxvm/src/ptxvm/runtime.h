@@ -8,6 +8,8 @@
 
 #include "ptxvm/parse.h"
 
+struct CUmemPoolHandle_st;
+
 namespace ptxvm {
 
 // Contents of a fat binary for one device, or raw text for all devices.
@@ -39,12 +41,18 @@ struct VariableRecord {
   std::string name;
 };
 
+// Memory that the host program allocated. `pool`: null, or where it came from.
+struct HostAllocation {
+  size_t bytes;
+  std::shared_ptr<CUmemPoolHandle_st> pool;
+};
+
 struct Runtime {
   std::recursive_mutex mutex;
   std::vector<std::unique_ptr<LoadedModule>> modules;
   std::unordered_map<const void*, std::unique_ptr<KernelRecord>> kernels;  // by host function
   std::unordered_map<const void*, VariableRecord> variables;  // by host shadow variable
-  std::unordered_map<const void*, size_t> allocations;
+  std::unordered_map<const void*, HostAllocation> allocations;
 
   // Kernel of a host function or of a handle; null if there is none.
   KernelRecord* find(const void* function);
@@ -57,10 +65,12 @@ LoadedModule* load(const std::string& ptx);
 void unload(LoadedModule*);
 
 // Records a failure of the calling thread for cudaGetLastError and cudaGetErrorString; returns the
-// error.
-int fail(int error, const std::string& report);
+// error. `finding`: the rule that a kernel broke, if one did.
+struct Finding;
+int fail(int error, const std::string& report, const Finding* finding = nullptr);
 int last_error(bool clear);
 std::string& last_report();              // of the thread's last failure
+std::string& last_finding();             // its finding as JSON, or null
 std::string report_of_error(int error);  // of that failure or of the device's, by its error
 
 // Error of the kernel that failed last: as on a GPU, every later call returns it. 0 if no kernel

@@ -9,7 +9,9 @@
 #include "ptxvm/device.h"
 #include "ptxvm/parse.h"
 #include "ptxvm/random.h"
+#include "ptxvm/reports.h"
 #include "ptxvm/special.h"
+#include "ptxvm/store_buffer.h"
 #include "ptxvm/warps.h"
 
 namespace ptxvm {
@@ -19,11 +21,6 @@ Options options;
 namespace {
 
 uint64_t issued_in_all = 0;
-
-std::string place(const Block& block) {
-  return "block (" + std::to_string(block.x) + ", " + std::to_string(block.y) + ", " +
-         std::to_string(block.z) + ")";
-}
 
 std::unique_ptr<char[]> allocate(uint64_t bytes, char*& aligned) {
   constexpr uint64_t kAlignment = 1024;
@@ -63,7 +60,7 @@ class Grid {
   }
 
   void run() {
-    const bool seeded = options.order == Options::Order::seeded;
+    const bool seeded = options.order >= Options::Order::seeded;
     do admit();
     while (launch_.workspace && next_ < blocks_);  // cooperative: all at once
     while (!residents_.empty()) {
@@ -73,18 +70,7 @@ class Grid {
       }
       for (auto resident = residents_.begin(); resident != residents_.end();) {
         Block& block = (*resident)->block;
-        if ((*resident)->unfinished > 0) {
-          run_block(**resident);
-          land_for_those_that_poll(*block.cluster);
-          if ((*resident)->unfinished == 0) {
-            finish_transfers(block);
-            if (--block.cluster->unfinished == 0) {
-              finish_transfers(*block.cluster);
-              // All blocks of a cluster at once: a released block becomes part of another cluster.
-              for (Block* each : block.cluster->blocks) block_finished(*each);
-            }
-          }
-        }
+        if (!(*resident)->finished) run_turn(**resident);
         // A block's memory stays valid until the last block of its cluster has finished.
         if (block.cluster->unfinished > 0) {
           ++resident;
@@ -139,6 +125,24 @@ class Grid {
       start(resident);
       residents_.splice(residents_.end(), fresh);
     }
+  }
+
+  // A block has finished when all its threads have exited and memory holds what they stored.
+  void run_turn(Resident& resident) {
+    Block& block = resident.block;
+    if (resident.unfinished > 0) {
+      run_block(resident);
+      land_for_those_that_poll(*block.cluster);
+    } else {
+      land_some_stores(block, random_);
+    }
+    if (resident.unfinished > 0 || !block.stores.empty()) return;
+    resident.finished = true;
+    finish_transfers(block);
+    if (--block.cluster->unfinished > 0) return;
+    finish_transfers(*block.cluster);
+    // All blocks of a cluster at once: a released block becomes part of another cluster.
+    for (Block* each : block.cluster->blocks) block_finished(*each);
   }
 
   uint64_t block_at(uint64_t position) const {
@@ -202,11 +206,16 @@ class Grid {
   void start(Resident& resident) {
     Block& block = resident.block;
     block.exited = 0;
+    block.stores.clear();
     block.shadow.reset();
     std::memset(block.shared, 0xff, shared_bytes_);
     std::memset(block.local, 0xff, uint64_t{threads_} * kernel_.local_bytes);
     for (Barrier& barrier : resident.barriers) barrier = {};
     resident.unfinished = warps_;
+    resident.finished = false;
+    if (options.order == Options::Order::sleepy)
+      resident.sleeper = static_cast<uint32_t>(random_.below(warps_));
+    resident.slept = 0;
     for (Warp& warp : block.warps) {
       const uint32_t first = warp.index * kLanes;
       const uint32_t count = std::min<uint32_t>(threads_ - first, kLanes);
@@ -231,22 +240,27 @@ class Grid {
 
   // One turn of a block: its warps take turns, until it has finished or used up its share.
   void run_block(Resident& resident) {
-    const bool seeded = options.order == Options::Order::seeded;
-    const uint64_t most = launch_.workspace ? std::min(options.fuel, kShortTurn) : options.fuel;
+    const bool seeded = options.order >= Options::Order::seeded;
+    uint64_t most = launch_.workspace ? std::min(options.fuel, kShortTurn) : options.fuel;
+    if (is_weak()) most = std::min<uint64_t>(most, kWeakTurn);
     uint64_t share = most * warps_;
     if (seeded) share = 1 + random_.below(share);
     for (uint64_t used = 0; used < share && resident.unfinished > 0;) {
       uint64_t issued = 0;
+      const bool sleepy = options.order == Options::Order::sleepy;
       const uint32_t rotation = seeded ? static_cast<uint32_t>(random_.below(warps_)) : 0;
       for (uint32_t i = 0; i < warps_; ++i) {
         uint32_t index = options.order == Options::Order::reverse ? warps_ - 1 - i : i;
         if (seeded) index = (i + rotation) % warps_;
         Warp& warp = resident.block.warps[index];
-        if (!warp.live) continue;
+        if (!warp.live || (sleepy && index == resident.sleeper)) continue;
+        if (is_weak()) land_some_stores(resident.block, random_);
         set_clocks(warp, issued_in_all + issued);
         const uint64_t fuel = seeded ? 1 + random_.below(most) : most;
         issued += run_warp(resident, warp, kernel_, fuel);
       }
+      if (sleepy && (issued == 0 || (resident.slept += issued) > kLongSleep))
+        issued += wake_sleeper(resident, issued_in_all + issued);
       issued_in_all += issued;
       since_finish_ += issued;
       used += issued;
@@ -266,6 +280,16 @@ class Grid {
         if (cluster.unfinished > 1) return;
       }
     }
+  }
+
+  // The sleeping warp runs for a while; then another one falls asleep.
+  uint64_t wake_sleeper(Resident& resident, uint64_t now) {
+    Warp& warp = resident.block.warps[resident.sleeper];
+    resident.sleeper = static_cast<uint32_t>(random_.below(warps_));
+    resident.slept = 0;
+    if (!warp.live) return 0;
+    set_clocks(warp, now);
+    return run_warp(resident, warp, kernel_, 1 + random_.below(options.fuel));
   }
 
   // Warps that poll memory never wait, but what they poll for may depend on a transfer.
@@ -306,30 +330,35 @@ class Grid {
 
   [[noreturn]] void report_deadlock(const Cluster& cluster) const {
     std::string text;
-    for (const Block* block : cluster.blocks) {
-      if (block->exited == block->threads) continue;
-      text += (text.empty() ? kernel_.name + ": deadlock in " : "and in ") + place(*block) + "\n";
-      for (const Warp& warp : block->warps) text += describe(warp);
+    const Instruction* first = nullptr;
+    for (const auto& resident : residents_) {
+      const Block& block = resident->block;
+      if (block.cluster != &cluster || block.exited == block.threads) continue;
+      text += (text.empty() ? kernel_.title + ": deadlock in " : "and in ") + describe(*resident);
+      if (!first) first = waiting_instruction(block);
     }
-    throw Fault(text);
+    throw KernelFault(finding_of(kernel_, first, "deadlock", text));
   }
 
   [[noreturn]] void report_hang() const {
-    std::string text = kernel_.name + ": no block finished within " +
+    std::string text = kernel_.title + ": no block finished within " +
                        std::to_string(options.watchdog) + " million instructions\n";
     size_t shown = 0;
     for (const auto& resident : residents_) {
       if (shown++ == 8) break;
-      text += " " + place(resident->block) + "\n";
-      for (const Warp& warp : resident->block.warps) text += describe(warp);
+      text += " " + describe(*resident);
     }
-    throw Fault(text);
+    throw KernelFault(finding_of(kernel_, nullptr, "hang", text));
   }
 
   static constexpr uint64_t kLongQuiet = 300000;  // instructions of a cluster without an event
+  static constexpr uint64_t kLongSleep = 30000;   // instructions of a block: others may poll
   static constexpr uint64_t kPatience = 16;       // turns of all blocks without a finished block
 
   static constexpr uint32_t kShortTurn = 500;  // instructions: cooperative blocks poll a barrier
+
+  // Instructions of a turn in order=weak: few, so that other threads run while a store waits.
+  static constexpr uint32_t kWeakTurn = 16;
 
   static constexpr uint32_t kRefusals = 1000;    // waits cut short that count as a deadlock
   static constexpr uint64_t kShortWork = 10000;  // instructions of a warp between two of them
@@ -348,20 +377,6 @@ class Grid {
 
 void run_grid(const Launch& launch) {
   if (launch.grid[0] && launch.grid[1] && launch.grid[2]) Grid(launch).run();
-}
-
-std::string report_of(const Warp& warp, const Instruction& instruction, int lane,
-                      const std::string& what) {
-  const Block& block = *warp.block;
-  return block.kernel->name + ", line " + std::to_string(instruction.line) +
-         source_of(*block.kernel->module, instruction.line) + ": " + instruction.text + ": " +
-         what + " (" + place(block) + ", thread " +
-         std::to_string(warp.index * kLanes + static_cast<uint32_t>(lane)) + ", warp " +
-         std::to_string(warp.index) + ", lane " + std::to_string(lane) + ")";
-}
-
-void fault(Warp& warp, const Instruction& instruction, int lane, const std::string& what) {
-  throw Fault(report_of(warp, instruction, lane, what));
 }
 
 }  // namespace ptxvm

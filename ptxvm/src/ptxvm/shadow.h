@@ -14,12 +14,14 @@ namespace ptxvm {
 
 // wrote: the segment of the last write to the cell or, for a strong write, a set that includes
 // earlier writes with which a later access may still race. read: the segment or set that has read
-// the cell since (clocks.h). write_info, read_info: instruction index of the last one, and flag
-// bits.
+// the cell since (clocks.h). write_info, read_info: number (check.cpp) of the last instruction, its
+// lane, and flag bits.
 struct Cell {
   uint32_t wrote = 0, write_info = 0, read = 0, read_info = 0;
 };
-constexpr uint32_t kIndexBits = 24;
+constexpr uint32_t kNumberBits = 18, kNumberMask = (1u << kNumberBits) - 1;
+// The lane of the last write or read, or several lanes: readers, or writers of the same.
+constexpr uint32_t kLaneShift = kNumberBits, kLaneMask = 63, kFlagShift = kLaneShift + 6;
 constexpr uint32_t kStrongWrite = 1u << 24;  // the cell may hold a flag
 constexpr uint32_t kCopying = 2u << 24;      // cp.async in flight
 constexpr uint32_t kBulk = 4u << 24;         // bulk copy in flight

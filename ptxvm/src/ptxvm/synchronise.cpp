@@ -51,6 +51,7 @@ void forget_flags(const Block& block) {
 
 void barrier_entered(Warp& warp, uint32_t number) {
   if (!warp.timeline) return;
+  lanes_met(warp);
   gather(warp.block->shadow->barriers[number], *warp.timeline);
   tick(*warp.timeline);
 }
@@ -66,6 +67,7 @@ void barrier_emptied(Block& block, uint32_t number) {
 void cluster_arrived(Warp& warp, const Instruction& in) {
   if (!warp.timeline) return;
   Timeline& t = *warp.timeline;
+  lanes_met(warp);
   Gathered& gathered = warp.block->cluster->clocks->gathering;
   if (in.order & kReleases) {
     gather(gathered, t);
@@ -93,6 +95,7 @@ void mbarrier_arrived(Warp& warp, const Instruction& in, int lane, Block& block,
   Gathered& gathered = signal.gathering[remote];
   const uint8_t scope = scope_of(in);
   if (in.order & kReleases) {
+    release_part(t);
     if (remote && scope < kClusterScope) {
       refuse(signal.refused, publish(t), scope, kClusterScope);
     } else {
@@ -112,6 +115,8 @@ void mbarrier_completed(Block& block, uint32_t offset) {
   signal.gathering = {};
   ++signal.phases;
   if (signal.agent) raise(signal.complete[0].near.seen, signal.agent, signal.phases);
+  raise(signal.copies_complete, signal.copies_gathering);
+  signal.copies_gathering.clear();
 }
 
 void mbarrier_passed(Warp& warp, const Instruction& in, Block& block, uint32_t offset) {
@@ -134,6 +139,7 @@ void mbarrier_passed(Warp& warp, const Instruction& in, Block& block, uint32_t o
   }
   // Copied bytes are visible to all warps that observe the phase.
   if (signal.agent) raise(t.near.seen, signal.agent, signal.phases);
+  if (!signal.copies_complete.empty()) raise(t.near.seen, signal.copies_complete);
 }
 
 void fence_executed(Warp& warp, const Instruction& in) {
@@ -151,6 +157,7 @@ void fence_executed(Warp& warp, const Instruction& in) {
     for (uint8_t s = 0; s <= scope; ++s) t.pending[s] = {};
   }
   if (in.order & kReleases) {
+    release_part(t);
     const Published now = publish(t);
     for (uint8_t s = 0; s <= scope; ++s) t.fences[s] = now;
     if (in.order & kSequential)
@@ -261,7 +268,9 @@ void access_flags(Warp& warp, const Instruction& in, const uint64_t* places, Mas
           write_flag(warp, flag, s, t.met_release[s]);
     }
   }
-  if (releases) tick(t);
+  if (!releases) return;
+  release_part(t);
+  tick(t);
 }
 
 }  // namespace

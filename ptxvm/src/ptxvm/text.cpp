@@ -1,4 +1,6 @@
 // Lexical level of PTX: comments, lists, literals, types.
+#include <cxxabi.h>
+
 #include <algorithm>
 #include <bit>
 #include <cctype>
@@ -99,19 +101,56 @@ void read_source_lines(Module& module, const std::string& ptx) {
   }
 }
 
-std::string source_of(const Module& module, uint32_t ptx_line) {
+namespace {
+
+// Of a mangled name the scopes and the name itself: "_ZN7cutlass13device_kernelI..." is
+// "cutlass::device_kernel<...>". Any other name as it is.
+std::string outer_names(const std::string& mangled) {
+  std::string names;
+  size_t at = mangled.starts_with("_ZN") ? 3 : 2;
+  while (at < mangled.size() && std::isdigit(static_cast<unsigned char>(mangled[at]))) {
+    const char* const rest = mangled.c_str() + at;
+    char* name = nullptr;
+    const size_t length = std::strtoull(rest, &name, 10);
+    const size_t end = at + static_cast<size_t>(name - rest) + length;
+    if (length > mangled.size() || end > mangled.size()) return mangled;
+    names += (names.empty() ? "" : "::") + std::string(name, length);
+    at = end;
+  }
+  if (names.empty()) return mangled;
+  return names + (at < mangled.size() && mangled[at] == 'I' ? "<...>" : "");
+}
+
+}  // namespace
+
+std::string demangled(const std::string& name) {
+  if (!name.starts_with("_Z")) return name;
+  int status = 0;
+  const std::unique_ptr<char, void (*)(void*)> text(
+      abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status), std::free);
+  // libstdc++ cannot read some names of nvcc, such as those of CUTLASS.
+  return text ? text.get() : outer_names(name);
+}
+
+std::pair<std::string, uint32_t> source_position(const Module& module, uint32_t ptx_line) {
   const auto& lines = module.source_lines;
   auto next = std::upper_bound(lines.begin(), lines.end(), ptx_line,
                                [](uint32_t l, const SourceLine& s) { return l < s.ptx_line; });
   if (next == lines.begin()) return {};
   const auto file = module.source_files.find((--next)->file);
   if (file == module.source_files.end()) return {};
+  return {file->second, next->line};
+}
+
+std::string source_of(const Module& module, uint32_t ptx_line) {
+  const auto [file, line] = source_position(module, ptx_line);
+  if (!line) return {};
   // The last two folders distinguish files of the same name.
-  size_t from = file->second.size();
+  size_t from = file.size();
   for (int parts = 0; parts < 3 && from != std::string::npos && from > 0; ++parts)
-    from = file->second.rfind('/', from - 1);
+    from = file.rfind('/', from - 1);
   const size_t begin = from == std::string::npos ? 0 : from + 1;
-  return " (" + file->second.substr(begin) + ":" + std::to_string(next->line) + ")";
+  return " (" + file.substr(begin) + ":" + std::to_string(line) + ")";
 }
 
 namespace {

@@ -7,18 +7,14 @@
 #include "ptxvm/check.h"
 #include "ptxvm/clocks.h"
 #include "ptxvm/parse.h"
+#include "ptxvm/reports.h"
 #include "ptxvm/special.h"
+#include "ptxvm/store_buffer.h"
 
 namespace ptxvm {
 namespace {
 
 int count(Mask mask) { return __builtin_popcount(mask); }
-
-std::string in_hex(Mask mask) {
-  char text[16];
-  std::snprintf(text, sizeof text, "0x%08x", mask);
-  return text;
-}
 
 uint32_t uniform(Warp& warp, const Instruction& instruction, int slot, Mask mask,
                  const char* what) {
@@ -37,7 +33,7 @@ class Runner {
   Runner(Resident& resident, Warp& warp, Kernel& kernel)
       : resident_(resident), warp_(warp), kernel_(kernel), code_(kernel.code.data()) {}
 
-  template <bool kCheck, bool kCount>
+  template <bool kCheck, bool kCount, bool kWeak>
   uint64_t run(uint64_t fuel);
 
  private:
@@ -98,7 +94,7 @@ uint32_t Runner::limit_from(uint32_t pc) const {
 
 constexpr uint32_t kLowest = UINT32_MAX;  // as warp.pc: pick the lowest program counter
 
-template <bool kCheck, bool kCount>
+template <bool kCheck, bool kCount, bool kWeak>
 uint64_t Runner::run(uint64_t fuel) {
   if (!warp_.mask && !pick()) return 0;
   uint32_t pc = warp_.pc, limit = limit_from(pc);
@@ -156,6 +152,9 @@ uint64_t Runner::run(uint64_t fuel) {
       ++kernel_.issued[pc];
       kernel_.active[pc] += static_cast<uint64_t>(count(active));
     }
+    if constexpr (kWeak)
+      if (instruction.order & (kFlushes | kShares))
+        instruction.order& kFlushes ? flush_stores(warp_) : share_stores(warp_);
     // Converging lanes are checked together, once all have arrived.
     if constexpr (kCheck)
       if (instruction.control != Control::converge) check_registers(warp_, instruction, active);
@@ -445,40 +444,12 @@ void Runner::complete(Barrier& barrier, uint32_t number) {
 
 uint64_t run_warp(Resident& resident, Warp& warp, Kernel& kernel, uint64_t fuel) {
   Runner runner(resident, warp, kernel);
-  if (options.check)
-    return options.count ? runner.run<true, true>(fuel) : runner.run<true, false>(fuel);
-  return options.count ? runner.run<false, true>(fuel) : runner.run<false, false>(fuel);
-}
-
-std::string describe(const Warp& warp) {
-  const auto& code = warp.block->kernel->code;
-  std::string text;
-  const auto line = [&](uint32_t pc, Mask mask, const std::string& why) {
-    text += "  warp " + std::to_string(warp.index) + ", lanes " + in_hex(mask) + ", line " +
-            std::to_string(code[pc].line) + source_of(*warp.block->kernel->module, code[pc].line) +
-            ": " + code[pc].text + ": " + why + "\n";
+  const auto run = [&]<bool check, bool count>() {
+    return is_weak() ? runner.run<check, count, true>(fuel) : runner.run<check, count, false>(fuel);
   };
-  if (warp.mask) line(warp.pc, warp.mask, "ready");
-  for (const Group& group : warp.others) switch (group.wait) {
-      case Group::Wait::barrier:
-        line(group.pc - 1, group.mask, "waits at barrier " + std::to_string(group.barrier));
-        break;
-      case Group::Wait::converge:
-        line(group.pc, group.mask,
-             "waits for other lanes of the warp, of which " + in_hex(warp.live) + " live");
-        break;
-      case Group::Wait::sleep:
-        line(group.pc, group.mask,
-             group.barrier == kClusterBarrier ? "waits at the barrier of the cluster"
-             : group.barrier == kWarpgroup    ? "waits for wgmma of other warps of the warpgroup"
-             : group.barrier == kRegisters
-                 ? "waits for registers of the block"
-                 : "waits for " + describe_mbarrier(*warp.block, group.barrier));
-        break;
-      default:
-        line(group.pc, group.mask, "ready");
-    }
-  return text;
+  if (options.check)
+    return options.count ? run.operator()<true, true>() : run.operator()<true, false>();
+  return options.count ? run.operator()<false, true>() : run.operator()<false, false>();
 }
 
 }  // namespace ptxvm

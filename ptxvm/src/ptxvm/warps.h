@@ -16,6 +16,9 @@ struct Resident {
   std::shared_ptr<Cluster> cluster;
   std::array<Barrier, kBarriers> barriers;
   uint32_t unfinished = 0;  // warps that have not finished
+  bool finished = false;
+  uint32_t sleeper = 0;  // order=sleepy: the warp that sleeps
+  uint64_t slept = 0;    // instructions of the others since it fell asleep
   std::unique_ptr<char[]> files, shared, local;
 };
 
@@ -28,7 +31,9 @@ uint64_t run_warp(Resident&, Warp&, Kernel&, uint64_t fuel);
 // Registers per lane before setmaxnreg: from the machine code, or the compiler's maximum.
 uint32_t registers_at_start(const Kernel&, uint32_t warps);
 
-// Where the lanes of the warp stand and what they wait for, one line per group.
-std::string describe(const Warp&);
+// waits.cpp. "block (0, 1, 0)" and, in the lines after it, where its lanes stand and what they wait
+// for; the instruction at which the first of them wait for a barrier, or where they stand.
+std::string describe(const Resident&);
+const Instruction* waiting_instruction(const Block&);
 
 }  // namespace ptxvm
