@@ -34,6 +34,7 @@ MODS: dict[str, Any] = {
     "alibi_slopes": torch.arange(HEADS) / 16.0,
 }
 MODS["sink"] = torch.arange(HEADS) - 1.0
+DELTA = ("q", "wide_k", "wide_v", "beta", "log_decay")
 TITANS = ("q", "wide_k", "wide_v", "alpha", "eta", "theta")
 
 
@@ -51,7 +52,7 @@ def prompt(tokens: int, g: torch.Generator, dtype: torch.dtype) -> dict[str, Ten
         "wide_k": functional.normalize(draw(HEADS, D), dim=-1), "wide_v": draw(HEADS, DV),
         "log_decay": gate(-1, 0), "alpha": gate(0, 0.1), "eta": gate(0, 0.9),
         "theta": gate(0, 0.1), "weights": draw(HEADS), "gates": draw(HEADS, 3),
-        "dout": draw(HEADS, DV),
+        "dout": draw(HEADS, DV), "beta": gate(0, 1),
     }  # fmt: skip
 
 
@@ -312,6 +313,24 @@ def linear_steps(
         return [(o,) for o in torch.cat(outs, 1)]
 
     return grouped(group, pieces)
+
+
+def delta_state(p: Piece, backend: str) -> Tensor:
+    if not p.start:
+        return torch.zeros(1, HEADS, D, DV)
+    *qkv, beta, decay = (p.request[n][None, : p.start] for n in DELTA)
+    return tm.delta_attention(
+        *qkv, beta, log_decay=decay, return_final_state=True, backend=backend
+    )[1]
+
+
+def delta(pieces: list[Piece], *, backend: str) -> list[Any]:
+    *qkv, beta, decay = new(pieces, *DELTA)
+    state = torch.cat([delta_state(p, backend) for p in pieces])
+    out = tm.delta_attention(
+        *qkv, beta, log_decay=decay, initial_state=state, cu_seqlens=starts(pieces), backend=backend
+    )
+    return split(pieces, out)
 
 
 def titans_state(p: Piece, backend: str) -> tuple[Tensor, Tensor]:

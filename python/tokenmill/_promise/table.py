@@ -246,7 +246,8 @@ def dense() -> dict[str, Row]:
 
 
 def linear() -> dict[str, Row]:
-    packed, steps, titans = runs.linear, runs.linear_steps, runs.titans
+    packed, steps = runs.linear, runs.linear_steps
+    delta, titans = runs.delta, runs.titans
     prefills: dict[str, Run] = {"packed": packed, "padded": runs.padded_linear}
     prefills["wider"] = partial(runs.padded_linear, extra=3)
     linear_apart = kit(either(packed, steps), ("decode",))
@@ -274,6 +275,20 @@ def linear() -> dict[str, Row]:
         "linear_attention_decode": {
             **of_steps(steps, 40),
             "decode": no("linear_attention adds to the state chunk by chunk", linear_apart),
+        },
+        "delta_attention": {
+            "batch": always(kit(delta)),
+            "chunks": no(
+                "its own chunks are counted from the first token of the call",
+                kit(delta, ("chunks",)),
+                kit(delta, ("chunks",), chunk_sizes=(64, 128)),
+                but="chunks of a multiple of 64 tokens do",
+            ),
+            "decode": no(
+                "a step is a chunk of one token",
+                kit(delta, ("decode",)),
+            ),
+            "backward": always(kit(gradients(delta, *runs.DELTA), LEARNS)),
         },
         "titans_memory": {
             "batch": always(kit(titans)),

@@ -243,6 +243,7 @@ SPEC = register_op(
                 "q k v": "b.h.",
                 "beta": "b.h",
                 "log_decay": "b.h. b.h",
+                "log_decay@cu_seqlens": ".h. .h",
                 "initial_state": "bh..",
             },
             ("b.h.", "bh.."),
