@@ -89,7 +89,7 @@ class _Labels:
     """Axis labels of a forward or backward operator."""
 
     arguments: dict[str, str]
-    results: tuple[str, ...]
+    results: tuple[str, ...]  # of gradients the names of their arguments
     saved: frozenset[str]  # arguments that are results of the forward
     cotangents: frozenset[str]
     gradients: bool  # whether the results are gradients
@@ -126,7 +126,9 @@ def labels_of(name: str) -> _Labels:
             cotangents.add(name)
     own = _result_names(op, f"d{forward.arguments[0]}" if op.differentiates else "out")
     if op.differentiates:
-        found = tuple(sharding.arguments[name.removeprefix("d")] for name in own)
+        found = tuple(name.removeprefix("d") for name in own)
+        if not {*found} <= {*sharding.arguments}:
+            raise KeyError(found)
     else:
         found = tuple(results[name] for name in own)
     return _Labels(
@@ -172,9 +174,11 @@ class _Planner:
             name: parse(self._labels_of(name, t), len(t.shape)) for name, t in self.tensors.items()
         }
         self.results = _global_results(op, values)
+        found = self.labels.results
+        if self.labels.gradients:
+            found = tuple(self.labels.of(name, self.given) for name in found)
         self.result_axes = [
-            parse(labels, r.dim())
-            for labels, r in zip(self.labels.results, self.results, strict=True)
+            parse(labels, r.dim()) for labels, r in zip(found, self.results, strict=True)
         ]
         self.chosen: list[str | None] = []
 
