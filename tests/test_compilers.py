@@ -31,6 +31,7 @@ class Everything(torch.nn.Module):
         cached = cached + tm.additive_attention(words, words[:, ::2], words.mean((0, 1))).mean()
         gate = x.mean(-1).sigmoid()
         memory = tm.titans_memory(x, x, x, alpha=gate, eta=gate, theta=gate / 16, chunk_size=4)
+        memory = memory + tm.delta_attention(x, x, x, gate, qk_l2norm=True)
         cached = cached + memory + tm.landmark_attention(x, x, x, block=4)
         # The mean: the sum of the slots is so large that its rounding shows in the sine.
         return (linear + following + kept + slots.mean()).sin() + cached

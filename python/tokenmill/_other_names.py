@@ -126,7 +126,7 @@ ABSENT: dict[str, str] = {
     "gk": "a decay is one number for each head or each token of a head (log_decay), not a vector",
     "gv": "a decay is one number for each head or each token of a head (log_decay), not a vector",
     "largest": "the largest scores are taken: negate them for the smallest",
-    "beta": "there is no delta rule here",
+    "beta": "the delta rule is delta_attention",
     "op": "is called backend in tokenmill, and chosen by itself",
 }
 
