@@ -318,18 +318,19 @@ def linear_steps(
 def delta_state(p: Piece, backend: str) -> Tensor:
     if not p.start:
         return torch.zeros(1, HEADS, D, DV)
-    *qkv, beta, decay = (p.request[n][None, : p.start] for n in DELTA)
+    q, k, v, beta, decay = (p.request[n][None, : p.start] for n in DELTA)
     return tm.delta_attention(
-        *qkv, beta, log_decay=decay, return_final_state=True, backend=backend
+        q, k, v, beta, log_decay=decay, return_final_state=True, backend=backend
     )[1]
 
 
 def delta(pieces: list[Piece], *, backend: str) -> list[Any]:
-    *qkv, beta, decay = new(pieces, *DELTA)
+    q, k, v, beta, decay = new(pieces, *DELTA)
     state = torch.cat([delta_state(p, backend) for p in pieces])
     out = tm.delta_attention(
-        *qkv, beta, log_decay=decay, initial_state=state, cu_seqlens=starts(pieces), backend=backend
-    )
+        *(q, k, v, beta), log_decay=decay, initial_state=state, cu_seqlens=starts(pieces),
+        backend=backend,
+    )  # fmt: skip
     return split(pieces, out)
 
 
