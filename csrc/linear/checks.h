@@ -77,4 +77,39 @@ inline TokenGates gates_of(const View& t, bool packed) {
 
 inline States states_of(const View& t) { return {t.mutable_data<float>(), t.step(0), t.step(1)}; }
 
+// A given state of a shape.
+inline States initial_state_of(const char* op, const View& t, const std::vector<int64_t>& sizes,
+                               const View& q) {
+  check(t.sizes == sizes, op, "initial_state", Rule("must have shape ", sizes), t.sizes);
+  check_state(op, "initial_state", t, q);
+  return states_of(t);
+}
+
+// Sizes and rows that the records of all recurrences have; heads are the operator's.
+template <typename Params, typename Args>
+void place_tokens(const char* op, Params& p, const Args& a) {
+  const bool packed = a.packed();
+  p.batch = a.q.size(0);
+  if (packed) {
+    check_cu_seqlens(op, "cu_seqlens", a.cu_seqlens, a.q);
+    p.batch = a.cu_seqlens.size(0) - 1;
+    p.cu_seqlens = a.cu_seqlens.template data<int32_t>();
+  }
+  p.seqlen = a.q.size(-3);
+  p.head_dim = a.q.size(-1);
+  p.value_dim = a.v.size(-1);
+  p.dtype = to_dtype(a.q.dtype);
+  p.q = rows_of(a.q, packed);
+  p.k = rows_of(a.k, packed);
+  p.v = rows_of(a.v, packed);
+}
+
+// Rules on values of offsets and decays.
+template <typename Args>
+void check_recurrence_values(const char* op, const Args& a) {
+  if (a.q.is_cuda) return;
+  if (a.cu_seqlens) check_cu_seqlens_values(op, "cu_seqlens", a.cu_seqlens, a.q.size(0));
+  if (a.log_decay) check_decay_values(op, a.log_decay);
+}
+
 }  // namespace tokenmill

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/parallel.h"
 #include "cpu/tile.h"
 #include "cpu/workspace.h"
 #include "linear/params.h"
@@ -128,6 +129,29 @@ struct Sequence {
       : start(p.cu_seqlens ? p.cu_seqlens[b] : 0),
         length(p.cu_seqlens ? p.cu_seqlens[b + 1] - p.cu_seqlens[b] : p.seqlen) {}
 };
+
+template <typename Params>
+int64_t longest_sequence(const Params& p) {
+  int64_t found = 0;
+  for (int64_t b = 0; b < p.batch; ++b) found = std::max(found, Sequence(p, b).length);
+  return found;
+}
+
+// Runs `items` items of a call on a Worker per thread. p has the sizes of the call; operations: for
+// each element of a state, token and head.
+template <typename Worker, typename Params, typename Call>
+void run_items(const Params& p, const Call& call, int64_t items, double operations) {
+  const int64_t tokens = p.cu_seqlens ? p.seqlen : p.batch * p.seqlen;
+  // A parallel region costs about as much as 2 Mflop on one thread.
+  const double work = operations * static_cast<double>(tokens * p.heads) *
+                      static_cast<double>(p.head_dim * p.value_dim);
+  const int threads = work < 2e6 ? 1 : cpu::num_threads();
+  cpu::parallel_items(items, threads, [&](cpu::ItemCounter& counter) {
+    FlushDenormals flush;
+    Worker worker(call);
+    for (int64_t item; (item = counter.next()) >= 0;) worker.run(item);
+  });
+}
 
 TM_INLINE char* row_of(const Rows& r, DType t, int64_t b, int64_t token, int64_t h) {
   return static_cast<char*>(r.data) +

@@ -1,5 +1,4 @@
 // Forward, chunk by chunk, with the state in cache. A worker owns a value head of a sequence.
-#include "cpu/parallel.h"
 #include "linear/delta_attention/cpu_chunk.h"
 
 namespace tokenmill::TOKENMILL_ISA {
@@ -56,16 +55,7 @@ class Worker {
 }  // namespace
 
 void delta_attention_forward(const DeltaAttentionParams& p) {
-  const int64_t tokens = p.cu_seqlens ? p.seqlen : p.batch * p.seqlen;
-  // A parallel region costs about as much as 2 Mflop on one thread.
-  const double work =
-      8.0 * static_cast<double>(tokens * p.heads) * static_cast<double>(p.head_dim * p.value_dim);
-  const int threads = work < 2e6 ? 1 : cpu::num_threads();
-  cpu::parallel_items(p.batch * p.heads, threads, [&](cpu::ItemCounter& items) {
-    FlushDenormals flush;
-    Worker worker(p);
-    for (int64_t item; (item = items.next()) >= 0;) worker.run(item);
-  });
+  run_items<Worker>(p, p, p.batch * p.heads, 8);
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -2,13 +2,14 @@
 // the last chunk to the first. A worker owns a head of q and k, with all its value heads. With dS'
 // the gradient of the state after a chunk, a chunk has (cpu_chunk.h)
 //
-//   dU = M^T dO + k_end dS'    dY = beta (dU + N^T dY)    dv = dY    dbeta_i = (dU + N^T dY)_i .
-//   y_i dM = dO U^T                dN = dY U^T dq_in = dO S^T             dk_in = dY S^T dk_end = U
-//   dS'^T dS = e^(G_n) dS' + q_in^T dO + k_in^T dY
+//   dU = M^T dO + k_end dS'     dZ = dU + N^T dY     dY = beta dZ
+//   dv = dY                     dbeta_i = dZ_i . y_i
+//   dM = dO U^T                 dN = dY U^T
+//   dq_in = dO S^T              dk_in = dY S^T       dk_end = U dS'^T
+//   dS = e^(G_n) dS' + q_in^T dO + k_in^T dY
 //
 // log_decay of token t is in all weights from a j < t (or the state before) to an i >= t (or the
 // state after): its gradient is the sum of these weights times their gradients.
-#include "cpu/parallel.h"
 #include "linear/delta_attention/cpu_chunk.h"
 
 namespace tokenmill::TOKENMILL_ISA {
@@ -24,7 +25,7 @@ class Worker {
         ldk(round_up(dim, kWidth)),
         ldv(round_up(f.value_dim, kWidth)),
         state_size((dim + kTileRows) * ldv),
-        chunks(ceil_div(longest_sequence(), kBlock)),
+        chunks(ceil_div(longest_sequence(f), kBlock)),
         chunk(f),
         workspace(chunk.floats() + group * (chunks + 2) * state_size +
                   group * (chunks * kBlock + kTileRows) * ldv + 10 * kRows * ldk + 4 * kRows * ldv +
@@ -85,11 +86,6 @@ class Worker {
   }
 
  private:
-  int64_t longest_sequence() const {
-    int64_t found = 0;
-    for (int64_t b = 0; b < f.batch; ++b) found = std::max(found, Sequence(f, b).length);
-    return found;
-  }
   Matrix keys() { return {workspace.take(kRows * ldk), ldk}; }
   Matrix values() { return {workspace.take(kRows * ldv), ldv}; }
   Matrix state_before(int64_t l, int64_t i) const {
@@ -155,7 +151,7 @@ class Worker {
       heads(b, first, h, n);
   }
 
-  // du becomes dU + N^T dY.
+  // du becomes dZ.
   void solve_backward(int64_t n) const {
     each_tile_backward(n, [&]<int M>(int64_t row) TM_LAMBDA {
       const int64_t last = std::min(row + M, n);
@@ -370,15 +366,7 @@ class Worker {
 
 void delta_attention_backward(const DeltaAttentionBackwardParams& p) {
   const DeltaAttentionParams& f = p.forward;
-  const int64_t tokens = f.cu_seqlens ? f.seqlen : f.batch * f.seqlen;
-  const double work =
-      24.0 * static_cast<double>(tokens * f.heads) * static_cast<double>(f.head_dim * f.value_dim);
-  const int threads = work < 2e6 ? 1 : cpu::num_threads();
-  cpu::parallel_items(f.batch * f.key_heads, threads, [&](cpu::ItemCounter& items) {
-    FlushDenormals flush;
-    Worker worker(p);
-    for (int64_t item; (item = items.next()) >= 0;) worker.run(item);
-  });
+  run_items<Worker>(f, p, f.batch * f.key_heads, 24);
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -63,54 +63,27 @@ DeltaAttentionParams make_params(const DeltaAttentionArgs& a) {
   const bool packed = a.packed();
   check_inputs(a);
   DeltaAttentionParams p{};
-  p.batch = a.q.size(0);
-  if (packed) {
-    check_cu_seqlens(kOp, "cu_seqlens", a.cu_seqlens, a.q);
-    p.batch = a.cu_seqlens.size(0) - 1;
-    p.cu_seqlens = a.cu_seqlens.data<int32_t>();
-  }
+  place_tokens(kOp, p, a);
   p.heads = a.v.size(-2);
   p.key_heads = a.q.size(-2);
-  p.seqlen = a.q.size(-3);
-  p.head_dim = a.q.size(-1);
-  p.value_dim = a.v.size(-1);
-  p.dtype = to_dtype(a.q.dtype);
   p.l2norm = a.qk_l2norm;
   p.scale = static_cast<float>(scale_of(a));
-  p.q = rows_of(a.q, packed);
-  p.k = rows_of(a.k, packed);
-  p.v = rows_of(a.v, packed);
   p.beta = gates_of(a.beta, packed);
   p.per_channel = a.per_channel();
   if (a.log_decay) p.log_decay = decays_of(a.log_decay, packed, p.per_channel);
-  if (a.initial_state) {
-    const std::vector<int64_t> wanted = state_sizes(p);
-    check(a.initial_state.sizes == wanted, kOp, "initial_state", Rule("must have shape ", wanted),
-          a.initial_state.sizes);
-    check_state(kOp, "initial_state", a.initial_state, a.q);
-    p.initial = states_of(a.initial_state);
-  }
+  if (a.initial_state) p.initial = initial_state_of(kOp, a.initial_state, state_sizes(p), a.q);
   return p;
 }
 
-void check_values(const DeltaAttentionArgs& a) {
-  if (a.q.is_cuda) return;
-  if (a.cu_seqlens) check_cu_seqlens_values(kOp, "cu_seqlens", a.cu_seqlens, a.q.size(0));
-  if (a.log_decay) check_decay_values(kOp, a.log_decay);
-}
-
-void run(const DeltaAttentionParams& p, const View& q) {
+template <typename Params>
+void run(const Params& p, const View& q, void (*kernel)(const Params&)) {
   check(!q.is_cuda, kOp, "q", "must be on a CPU: there is no CUDA kernel", show_device(q));
-  cpu::delta_attention_forward(p);
-}
-void run(const DeltaAttentionBackwardParams& p, const View& q) {
-  check(!q.is_cuda, kOp, "q", "must be on a CPU: there is no CUDA kernel", show_device(q));
-  cpu::delta_attention_backward(p);
+  kernel(p);
 }
 
 std::tuple<Array, Array> delta_attention(const DeltaAttentionArgs& a) {
   DeltaAttentionParams p = make_params(a);
-  check_values(a);
+  check_recurrence_values(kOp, a);
   Array out = empty(a.v.sizes, a.q);
   Array final_state = empty(a.return_final_state ? state_sizes(p) : std::vector<int64_t>{0}, a.q,
                             ScalarType::Float);
@@ -119,7 +92,7 @@ std::tuple<Array, Array> delta_attention(const DeltaAttentionArgs& a) {
   if (p.batch == 0)
     fill(0, out);
   else if (out.numel() + final_state.numel() > 0)
-    run(p, a.q);
+    run(p, a.q, cpu::delta_attention_forward);
   return {out, final_state};
 }
 
@@ -145,7 +118,7 @@ Gradients delta_attention_backward(const DeltaAttentionBackwardArgs& a) {
     check_like_lse(kOp, "dfinal_state", a.dfinal_state, state_sizes(f), in.q);
     p.dfinal = states_of(a.dfinal_state);
   }
-  check_values(in);
+  check_recurrence_values(kOp, in);
 
   const bool wants_decay = a.needs_dlog_decay && in.log_decay,
              wants_initial = a.needs_dinitial_state && in.initial_state;
@@ -163,7 +136,7 @@ Gradients delta_attention_backward(const DeltaAttentionBackwardArgs& a) {
   if (f.batch == 0 || f.heads == 0)
     fill(0, dq, dk, dv, dbeta, ddecay);
   else if (in.q.numel() + dinitial.numel() > 0)
-    run(p, in.q);
+    run(p, in.q, cpu::delta_attention_backward);
   return {dq, dk, dv, dbeta, ddecay, dinitial};
 }
 

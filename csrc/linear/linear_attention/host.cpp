@@ -42,42 +42,18 @@ LinearAttentionParams make_params(const LinearAttentionArgs& a) {
   const bool packed = a.packed();
   LinearAttentionParams p{};
   p.map = check_linear_inputs(kOp, a.q, a.k, a.v, a.log_decay, a.feature_map, scale_of(a), packed);
-  p.batch = a.q.size(0);
-  if (packed) {
-    check_cu_seqlens(kOp, "cu_seqlens", a.cu_seqlens, a.q);
-    p.batch = a.cu_seqlens.size(0) - 1;
-    p.cu_seqlens = a.cu_seqlens.data<int32_t>();
-  }
+  place_tokens(kOp, p, a);
   p.heads = a.q.size(-2);
   p.kv_heads = a.k.size(-2);
-  p.seqlen = a.q.size(-3);
-  p.head_dim = a.q.size(-1);
-  p.value_dim = a.v.size(-1);
-  p.dtype = to_dtype(a.q.dtype);
   p.normalize = a.normalize;
   p.scale = static_cast<float>(scale_of(a));
-  p.q = rows_of(a.q, packed);
-  p.k = rows_of(a.k, packed);
-  p.v = rows_of(a.v, packed);
   if (a.log_decay) p.decay = log_decay_of(a.log_decay, packed);
-  if (a.initial_state) {
-    const std::vector<int64_t> wanted = state_sizes(p);
-    check(a.initial_state.sizes == wanted, kOp, "initial_state", Rule("must have shape ", wanted),
-          a.initial_state.sizes);
-    check_state(kOp, "initial_state", a.initial_state, a.q);
-    p.initial = states_of(a.initial_state);
-  }
+  if (a.initial_state) p.initial = initial_state_of(kOp, a.initial_state, state_sizes(p), a.q);
   const int64_t chunk = a.chunk_size.value_or(0);
   const bool power = chunk >= 16 && chunk <= 256 && (chunk & (chunk - 1)) == 0;
   check(!a.chunk_size || power, kOp, "chunk_size", "must be a power of two from 16 to 256", chunk);
   p.chunk_size = chunk;
   return p;
-}
-
-void check_values(const LinearAttentionArgs& a) {
-  if (a.q.is_cuda) return;
-  if (a.cu_seqlens) check_cu_seqlens_values(kOp, "cu_seqlens", a.cu_seqlens, a.q.size(0));
-  if (a.log_decay) check_decay_values(kOp, a.log_decay);
 }
 
 float* float_data(const View& t) { return t.mutable_data<float>(); }
@@ -110,7 +86,7 @@ std::tuple<Array, Array> forward(LinearAttentionParams& p, const LinearAttention
 
 std::tuple<Array, Array, Array> linear_attention(const LinearAttentionArgs& a) {
   LinearAttentionParams p = make_params(a);
-  check_values(a);
+  check_recurrence_values(kOp, a);
   Array out = empty(out_sizes(a.q, a.v), a.q);
   auto [final_state, normalizer] = forward(p, a, out);
   return {out, final_state, normalizer};
@@ -126,7 +102,7 @@ std::tuple<Array, Array> linear_attention_out(const LinearAttentionOutArgs& a) {
   LinearAttentionParams p = make_params(in);
   check_like_out(kOp, "out", a.out, out_sizes(in.q, in.v), in.q);
   check_written(kOp, a);
-  check_values(in);
+  check_recurrence_values(kOp, in);
   return forward(p, in, a.out);
 }
 
@@ -161,7 +137,7 @@ Gradients linear_attention_backward(const LinearAttentionBackwardArgs& a) {
     f.out = rows_of(a.out, packed);
     f.normalizer = check_like_lse(kOp, "normalizer", a.normalizer, normalizer_sizes(f), in.q);
   }
-  check_values(in);
+  check_recurrence_values(kOp, in);
 
   Array dq = empty(in.q.sizes, in.q), dk = empty(in.k.sizes, in.q), dv = empty(in.v.sizes, in.q);
   p.dq = rows_of(dq, packed);

@@ -1,7 +1,6 @@
 // Forward, block by block, with the state in cache. A worker owns a head of a sequence.
 #include <initializer_list>
 
-#include "cpu/parallel.h"
 #include "linear/titans_memory/cpu_block.h"
 
 namespace tokenmill::TOKENMILL_ISA {
@@ -112,16 +111,7 @@ class Worker {
 }  // namespace
 
 void titans_memory_forward(const TitansParams& p) {
-  const int64_t tokens = p.cu_seqlens ? p.seqlen : p.batch * p.seqlen;
-  // A parallel region costs about as much as 2 Mflop on one thread.
-  const double work =
-      10.0 * static_cast<double>(tokens * p.heads) * static_cast<double>(p.head_dim * p.value_dim);
-  const int threads = work < 2e6 ? 1 : cpu::num_threads();
-  cpu::parallel_items(p.batch * p.heads, threads, [&](cpu::ItemCounter& items) {
-    FlushDenormals flush;
-    Worker worker(p);
-    for (int64_t item; (item = items.next()) >= 0;) worker.run(item);
-  });
+  run_items<Worker>(p, p, p.batch * p.heads, 10);
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

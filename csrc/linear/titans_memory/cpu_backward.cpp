@@ -10,7 +10,6 @@
 // where dM' and dS' are the gradients of the state after the block.
 #include <initializer_list>
 
-#include "cpu/parallel.h"
 #include "linear/titans_memory/cpu_block.h"
 
 namespace tokenmill::TOKENMILL_ISA {
@@ -25,7 +24,7 @@ class Worker {
         ldk(round_up(dim, kWidth)),
         ldv(round_up(f.value_dim, kWidth)),
         state_size((dim + kTileRows) * ldv),
-        longest(longest_sequence()),
+        longest(longest_sequence(f)),
         workspace(2 * state_size * (titans_blocks(longest, f.chunk_size, kBlock) + 1) +
                   (longest + kTileRows) * ldv + 3 * state_size + 6 * kRows * ldk + 3 * kRows * ldv +
                   std::max(ldk, ldv) * kBlock + ldv * ldk + 6 * kRows * kBlock + 32 * 16),
@@ -78,11 +77,6 @@ class Worker {
   }
 
  private:
-  int64_t longest_sequence() const {
-    int64_t found = 0;
-    for (int64_t b = 0; b < f.batch; ++b) found = std::max(found, Sequence(f, b).length);
-    return found;
-  }
   Matrix state(float* data) const { return {data, ldv}; }
   Matrix keys() { return {workspace.take(kRows * ldk), ldk}; }
   Matrix values() { return {workspace.take(kRows * ldv), ldv}; }
@@ -306,15 +300,7 @@ class Worker {
 
 void titans_memory_backward(const TitansBackwardParams& p) {
   const TitansParams& f = p.forward;
-  const int64_t tokens = f.cu_seqlens ? f.seqlen : f.batch * f.seqlen;
-  const double work =
-      26.0 * static_cast<double>(tokens * f.heads) * static_cast<double>(f.head_dim * f.value_dim);
-  const int threads = work < 2e6 ? 1 : cpu::num_threads();
-  cpu::parallel_items(f.batch * f.heads, threads, [&](cpu::ItemCounter& items) {
-    FlushDenormals flush;
-    Worker worker(p);
-    for (int64_t item; (item = items.next()) >= 0;) worker.run(item);
-  });
+  run_items<Worker>(f, p, f.batch * f.heads, 26);
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -61,34 +61,19 @@ TitansParams make_params(const TitansArgs& a) {
   check_inputs(a);
   check(a.chunk_size > 0, kOp, "chunk_size", "must be at least 1", a.chunk_size);
   TitansParams p{};
-  p.batch = a.q.size(0);
-  if (packed) {
-    check_cu_seqlens(kOp, "cu_seqlens", a.cu_seqlens, a.q);
-    p.batch = a.cu_seqlens.size(0) - 1;
-    p.cu_seqlens = a.cu_seqlens.data<int32_t>();
-  }
+  place_tokens(kOp, p, a);
   p.heads = a.q.size(-2);
-  p.seqlen = a.q.size(-3);
-  p.head_dim = a.q.size(-1);
-  p.value_dim = a.v.size(-1);
   p.chunk_size = std::min(a.chunk_size, std::max<int64_t>(p.seqlen, 1));
-  p.dtype = to_dtype(a.q.dtype);
-  p.q = rows_of(a.q, packed);
-  p.k = rows_of(a.k, packed);
-  p.v = rows_of(a.v, packed);
   p.alpha = gates_of(a.alpha, packed);
   p.eta = gates_of(a.eta, packed);
   p.theta = gates_of(a.theta, packed);
   const View &memory = a.initial_memory, &momentum = a.initial_momentum;
   if (bool(memory) != bool(momentum))
     fail(kOp, "initial_state", "must be a pair of tensors (M, S) or None", "None");
-  const std::vector<int64_t> wanted = state_sizes(p);
-  for (const View* t : {&memory, &momentum}) {
-    if (!*t) continue;
-    check(t->sizes == wanted, kOp, "initial_state", Rule("must have shape ", wanted), t->sizes);
-    check_state(kOp, "initial_state", *t, a.q);
+  if (memory) {
+    p.initial_memory = initial_state_of(kOp, memory, state_sizes(p), a.q);
+    p.initial_momentum = initial_state_of(kOp, momentum, state_sizes(p), a.q);
   }
-  if (memory) p.initial_memory = states_of(memory), p.initial_momentum = states_of(momentum);
   return p;
 }
 
