@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .._check import check, fail
@@ -19,6 +21,21 @@ def feature_dim(feature_map: str, head_dim: int) -> int:
 def rows_lie_together(t: Tensor) -> bool:
     last = t.shape[-1] == 1 or t.stride(-1) == 1
     return t.numel() == 0 or (last and (t.shape[-2] == 1 or t.stride(-2) == t.shape[-1]))
+
+
+def with_rows_together(state: Tensor | None) -> Tensor | None:
+    """A state as kernels read it: copied if there are gaps between its rows."""
+    if state is None or state.dim() != 4 or rows_lie_together(state):
+        return state
+    return state.contiguous()
+
+
+def cotangents(a: Any, dout: Tensor | None, *dstates: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cotangents as kernels read them; none of states that the call did not return."""
+    if dout is not None and dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
+        dout = dout.contiguous()
+    kept = dstates if a.return_final_state else (None,) * len(dstates)
+    return dout, *(t if t is None else t.contiguous() for t in kept)
 
 
 def check_slot_values(op: str, state_indices: Tensor, slots: int) -> None:

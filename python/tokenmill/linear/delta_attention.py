@@ -19,7 +19,7 @@ from .._lowering import scale_or_default, take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.linear import delta_attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from ._state import check_decay_values, rows_lie_together
+from ._state import check_decay_values, cotangents, with_rows_together
 
 OP = "delta_attention"
 
@@ -157,11 +157,10 @@ def lower(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **given: Any) -> tuple[
     a = FORWARD.fields(q=q, k=k, v=v, beta=beta, **given)
     a["scale"] = scale_or_default(OP, a["scale"], q)
     widen_fields(a, q, "beta", "log_decay")
-    decay, state = a["log_decay"], a["initial_state"]
+    decay = a["log_decay"]
     if decay is not None and decay.dim() > beta.dim() and decay.stride(-1) != 1:
         a["log_decay"] = decay.contiguous()
-    if state is not None and state.dim() == 4 and not rows_lie_together(state):
-        a["initial_state"] = state.contiguous()
+    a["initial_state"] = with_rows_together(a["initial_state"])
     return tuple(a.values())
 
 
@@ -190,13 +189,9 @@ def _fake_backward(a: Any) -> tuple[Tensor, ...]:
 
 def _backward(ops: Any, ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None) -> Gradients:
     a, _ = kept(ctx)
-    if dout is not None and dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
-        dout = dout.contiguous()
-    if dfinal_state is not None:
-        dfinal_state = dfinal_state.contiguous() if a.return_final_state else None
     needed = needed_gradients(ctx)
     needs = needed["log_decay"], needed["initial_state"]
-    found = ops.delta_attention_backward(dout, dfinal_state, *needs, *a)
+    found = ops.delta_attention_backward(*cotangents(a, dout, dfinal_state), *needs, *a)
     always = ("q", "k", "v", "beta")
     names = (*always, "log_decay", "initial_state")
     gradients = dict(zip(names, found, strict=True))

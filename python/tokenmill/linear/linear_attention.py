@@ -25,7 +25,7 @@ from .._lowering import scale_or_default, take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.linear import linear_attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from ._state import check_decay_values, feature_dim, rows_lie_together
+from ._state import check_decay_values, cotangents, feature_dim, with_rows_together
 
 OP = "linear_attention"
 FeatureMap = Literal["identity", "elu1", "relu", "silu", "taylor2"]
@@ -263,9 +263,7 @@ def lower(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Any, ...]:
     a = FORWARD.fields(q=q, k=k, v=v, **given)
     a["scale"] = scale_or_default(OP, a["scale"], q)
     widen_fields(a, q, "log_decay")
-    state = a["initial_state"]
-    if state is not None and state.dim() == 4 and not rows_lie_together(state):
-        a["initial_state"] = state.contiguous()
+    a["initial_state"] = with_rows_together(a["initial_state"])
     return tuple(a.values())
 
 
@@ -314,14 +312,10 @@ def _backward(
     ops: Any, ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, _: Tensor | None
 ) -> Gradients:
     a, (out, normalizer) = kept(ctx)
-    if dout is not None and dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
-        dout = dout.contiguous()
-    if dfinal_state is not None:
-        dfinal_state = dfinal_state.contiguous() if a.return_final_state else None
     needed = needed_gradients(ctx)
     needs = needed["log_decay"], needed["initial_state"]
     dq, dk, dv, dlog_decay, dinitial_state = ops.linear_attention_backward(
-        dout, dfinal_state, out, normalizer, *needs, *a
+        *cotangents(a, dout, dfinal_state), out, normalizer, *needs, *a
     )
     extra = {}
     if needed["log_decay"]:

@@ -26,7 +26,7 @@ from .._lowering import take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.linear import titans_memory as reference
 from ..registry import OpSpec, Sharding, register_op
-from ._state import rows_lie_together
+from ._state import cotangents, with_rows_together
 
 OP = "titans_memory"
 State = tuple[Tensor, Tensor]
@@ -181,9 +181,7 @@ def lower(
         check(pair, OP, "initial_state", rule, initial_state)
         for t in initial_state:
             check_tensor(OP, "initial_state", t)
-        a["initial_memory"], a["initial_momentum"] = (
-            t if t.dim() != 4 or rows_lie_together(t) else t.contiguous() for t in initial_state
-        )
+        a["initial_memory"], a["initial_momentum"] = map(with_rows_together, initial_state)
     for name in ("q", "k", "v"):
         a[name] = _last_together(a[name])
     widen_fields(a, q, "alpha", "eta", "theta")
@@ -222,15 +220,11 @@ def _backward(
     ops: Any, ctx: Any, dout: Tensor | None, dmemory: Tensor | None, dmomentum: Tensor | None
 ) -> Gradients:
     a, _ = kept(ctx)
-    if dout is not None and dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
-        dout = dout.contiguous()
-    dstates = [
-        t.contiguous() if t is not None and a.return_final_state else None
-        for t in (dmemory, dmomentum)
-    ]
     needed = needed_gradients(ctx)
     of_state = needed["initial_memory"] or needed["initial_momentum"]
-    *found, memory, momentum = ops.titans_memory_backward(dout, *dstates, of_state, *a)
+    *found, memory, momentum = ops.titans_memory_backward(
+        *cotangents(a, dout, dmemory, dmomentum), of_state, *a
+    )
     names = ("q", "k", "v", "alpha", "eta", "theta")
     extra = {}
     if needed["initial_memory"]:
