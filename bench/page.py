@@ -9,7 +9,6 @@ import argparse
 import base64
 import contextlib
 import io
-import json
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -102,10 +101,8 @@ def run(options: argparse.Namespace) -> int:
 
 def evaluated(name: str) -> list[evaluation.Row] | None:
     """Rows that evaluate --json wrote; None if the file has none."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        document = json.loads(Path(name).read_text())
-        if isinstance(document, list):
-            return [evaluation.Row(**row) for row in document]
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        return evaluation.read_rows(Path(name))
     return None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._check import check, fail
 from ..policies import Policy
 from ..policies.policy import Keeping
-from .table import Key, Row
+from .table import Key, Row, read_rows
 from .tasks import DEPTHS, NAME, Question, Text, make_text
 
 STEPS = 16  # steps of one token that are timed
@@ -137,7 +137,7 @@ class Stored:
         self.path, self.rows = path, list[Row]()
         if path is not None and path.exists():
             try:
-                self.rows = [Row(**row) for row in json.loads(path.read_text())]
+                self.rows = read_rows(path)
             except (ValueError, TypeError):
                 fail(NAME, "results", "must be a file of rows of evaluate()", str(path))
 

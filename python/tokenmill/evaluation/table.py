@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,6 +55,11 @@ class Row:
     @property
     def key(self) -> Key:
         return self.model, self.name, self.policy, self.length, self.text, self.digest
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows that a run kept in a file. ValueError or TypeError if it holds anything else."""
+    return [Row(**row) for row in json.loads(path.read_text())]
 
 
 def mean(values: Sequence[float]) -> Estimate:
