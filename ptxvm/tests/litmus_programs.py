@@ -103,7 +103,7 @@ MESSAGES = [
         "8.9.4",
     ),
     (
-        "MP, a strong write behind the release",
+        "MP, a strong write after the release",
         (
             "st x 1; st.release.gpu f 1; st.relaxed.gpu f 2",
             "ld.acquire.gpu r0 f; if r0 2; ld r1 x",
@@ -161,7 +161,7 @@ MESSAGES = [
 ]
 # Programs whose outcome is r0=2 r1=0.
 LATER = {
-    "MP, a strong write behind the release",
+    "MP, a strong write after the release",
     "MP, an atomic of another thread goes on",
     "MP, a store of another thread does not",
     "MP, red does not acquire",
@@ -397,7 +397,7 @@ BARRIERS = [
         **SHARED,
     ),
     Litmus(
-        "mbarrier, relaxed arrival behind a fence",
+        "mbarrier, relaxed arrival after a fence",
         (f"st x 1; fence.acq_rel.cta; {ARRIVE}.relaxed.cta", f"{WAIT}; ld r0 x"),
         "r0=0",
         "8.8",
@@ -422,7 +422,7 @@ BARRIERS = [
         **SHARED,
     ),
     Litmus(
-        "mbarrier, a store behind the arrival",
+        "mbarrier, a store after the arrival",
         (f"{ARRIVE}; st x 1", f"{WAIT}; ld r0 x"),
         "r0=0",
         RACE,
@@ -499,7 +499,7 @@ BARRIERS = [
         **SHARED,
     ),
     Litmus(
-        "bulk store, proxy fence behind the barrier",
+        "bulk store, proxy fence after the barrier",
         ("st x 1; bar", "bar; fence.proxy.async; store.bulk g x; wait.bulk"),
         "g=0",
         PROXIES,
@@ -595,7 +595,7 @@ BARRIERS = [
         for name, before, after, race in (
             ("no proxy fence", "", "", True),
             ("proxy fence before the release", "fence.proxy.async; ", "", False),
-            ("proxy fence behind the acquire", "", "fence.proxy.async; ", False),
+            ("proxy fence after the acquire", "", "fence.proxy.async; ", False),
         )
     ),
 ]
