@@ -111,7 +111,7 @@ def peak_flops(dtype: torch.dtype, gpu: bool = False) -> float:
         # CUDA has no integer matrix product; float32 stands in for it.
         return _gpu_product_rate(dtype if dtype.is_floating_point else torch.float32)
     isa = torch.ops.tokenmill.cpu_isa()
-    wide = dtype == torch.bfloat16 and isa == "avx512_bf16"
+    wide = dtype == torch.bfloat16 and isa in ("avx512_bf16", "avx512_amx")
     return torch.ops.tokenmill.cpu_peak_flops("bfloat16" if wide else "float32")
 
 

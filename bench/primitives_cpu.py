@@ -54,7 +54,7 @@ def sizes() -> list[int]:
 
 def _arithmetic(threads: int) -> Iterator[Probe]:
     loops = ["float32"]
-    if torch.ops.tokenmill.cpu_isa() == "avx512_bf16":
+    if torch.ops.tokenmill.cpu_isa() in ("avx512_bf16", "avx512_amx"):
         loops.append("bfloat16")
     for dtype in loops:
         peak = _together(threads, functools.partial(torch.ops.tokenmill.cpu_peak_flops, dtype, 1))

@@ -194,7 +194,7 @@ def test_the_hub_project_has_every_source(monkeypatch, tmp_path):
     for kernel in build["kernel"].values():
         sources[kernel["backend"]] += kernel["src"]
     kernels = [p.relative_to(hub.ROOT / "csrc") for p in (hub.ROOT / "csrc").glob("*/*/cpu*.cpp")]
-    sets = {"baseline", "avx2", "avx512", "avx512_bf16"}
+    sets = {"baseline", "avx2", "avx512", "avx512_bf16", "avx512_amx"}
     assert hub.instruction_sets().keys() == sets
     for listed in sources.values():
         assert len(listed) == len(set(listed))

@@ -23,7 +23,9 @@ TM_INLINE void prefetch_row(const char* row, int64_t bytes) {
 }
 
 // Rows of the next register tile, with `left` rows to do.
+template <class Op>
 constexpr int64_t rows_of_tile(int64_t left) {
+  if (kInTiles<Op>) return Op::kWords;
   const bool fits = left <= kShortRows || (left > kTileRows && left <= 2 * kShortRows);
   return fits ? kShortRows : kTileRows;
 }

@@ -4,10 +4,16 @@
 #include <cstring>
 #include <initializer_list>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace tokenmill::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "avx512_amx"};
 
 bool built(Isa isa) {
 #define TOKENMILL_IS_BUILT(name, ...) \
@@ -20,10 +26,26 @@ bool built(Isa isa) {
   }
 }
 
+// Linux saves the tile registers of a process that has asked for them; one without room for them on
+// a signal stack is refused.
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(SYS_arch_prctl)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of leaf 7, edx
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 bool machine_has(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   switch (isa) {
+    case Isa::avx512_amx:
+      return machine_has(Isa::avx512_bf16) && may_use_tiles();
     case Isa::avx512_bf16:
       return __builtin_cpu_supports("avx512bf16") && machine_has(Isa::avx512);
     case Isa::avx512:
@@ -53,7 +75,7 @@ bool dots_pay() {
 }
 
 bool find(const char* name, Isa& out) {
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < 5; ++i)
     if (std::strcmp(name, kNames[i]) == 0) {
       out = static_cast<Isa>(i);
       return built(out) && machine_has(out);
@@ -76,7 +98,7 @@ std::atomic<Isa>& current() {
 
 Isa best_isa() {
   Isa best = Isa::baseline;
-  for (const Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
+  for (const Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::avx512_amx}) {
     const bool slower = isa == Isa::avx512_bf16 && best == Isa::avx512 && !dots_pay();
     if (built(isa) && machine_has(isa) && !slower) best = isa;
   }

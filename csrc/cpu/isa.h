@@ -12,7 +12,7 @@
 
 namespace tokenmill::cpu {
 
-enum class Isa : int32_t { baseline, avx2, avx512, avx512_bf16 };
+enum class Isa : int32_t { baseline, avx2, avx512, avx512_bf16, avx512_amx };
 
 Isa best_isa();     // best built instruction set that this machine has
 Isa current_isa();  // best_isa(), or the selected one

@@ -18,6 +18,12 @@
 #define TM_UNROLL(n) _Pragma(TM_STRINGIFY(GCC unroll n))
 #define TM_STRINGIFY(x) #x
 
+// Products of bfloat16 by vdpbf16ps. Where there are tiles (AMX), operators without tiles multiply
+// in float32: on Intel cores that takes half of the time of vdpbf16ps (csrc/cpu/isa.cpp).
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#define TM_DOTS
+#endif
+
 #if defined(__AVX512F__)
 #include "cpu/simd_avx512.h"
 #elif defined(__AVX2__)

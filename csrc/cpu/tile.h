@@ -15,7 +15,11 @@ namespace tokenmill::TOKENMILL_ISA {
 constexpr int kPanel = kTileVectors * kWidth;  // columns of a register tile
 
 struct Float32 {
-  static constexpr int kPair = 1;  // reduction steps per word
+  static constexpr int kPair = 1;   // reduction steps per word
+  static constexpr int kWords = 1;  // a reduction takes a multiple of as many words
+  struct Unit {
+    Unit() {}  // nothing to configure
+  };
   static TM_INLINE vf madd(vf acc, vf a, vf b) { return fma(a, b, acc); }
   // shown: b where a is not 0, else 0; first: the first n reduction steps of b, n at least 1.
   static TM_INLINE vf shown(float a, vf b) { return a == 0 ? zero() : b; }
@@ -25,6 +29,8 @@ struct Float32 {
 #if defined(__AVX512BF16__)
 struct BFloat16 {
   static constexpr int kPair = 2;
+  static constexpr int kWords = 1;
+  using Unit = Float32::Unit;
   static TM_INLINE vf madd(vf acc, vf a, vf b) { return dot_bfloat(acc, a, b); }
   static TM_INLINE vf shown(float a, vf b) {
     const uint32_t pair = std::bit_cast<uint32_t>(a);
@@ -180,9 +186,13 @@ __attribute__((noinline)) void add_to_rows(float* const* c, int64_t column, cons
     if (n < width) add_to_rows<Op, kTransposedA, M, N - 1>(c, n, a, lda, b, ldb, words, width);
 }
 
+// Products in tile registers (cpu/tile_amx.h) take whole tiles of 16 rows and words.
+template <class Op>
+constexpr bool kInTiles = Op::kWords > 1;
+
 template <class Op>
 constexpr int64_t words_of(int64_t elements) {
-  return ceil_div(elements, Op::kPair);
+  return round_up(ceil_div(elements, Op::kPair), Op::kWords);
 }
 
 // Conversion of elements to words: reads kWidth words that start at element i, zero-filled beyond
@@ -343,6 +353,32 @@ TM_INLINE void store_row(const float* src, float factor, void* dst, DType t, int
     const vf f = set(factor);
     for (int64_t d = 0; d < length; d += kWidth) e.store_n(dst, d, load(src + d) * f, length - d);
   });
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA
+
+#if defined(__AMX_BF16__)
+#include "cpu/tile_amx.h"
+#endif
+
+namespace tokenmill::TOKENMILL_ISA {
+
+#if defined(__AMX_BF16__)
+using FastBFloat16 = BFloat16Tiles;
+#elif defined(__AVX512BF16__)
+using FastBFloat16 = BFloat16;
+#endif
+
+// multiply_rows, or the same in tiles, where a weight of 0 in A hides its row of B. finite: B has
+// no infinities and NaN.
+template <class Op, int M>
+constexpr auto* rows_product([[maybe_unused]] bool finite) {
+#if defined(__AMX_BF16__)
+  if constexpr (kInTiles<Op>)
+    return finite ? &multiply_rows_in_tiles<false> : &multiply_rows_in_tiles<true>;
+  else
+#endif
+    return &multiply_rows<Op, false, M, false, true>;
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

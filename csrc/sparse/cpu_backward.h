@@ -392,7 +392,7 @@ template <class Walk>
 void listed_backward(const Walk* walks, const typename Walk::BackwardParams* each, int64_t count) {
   if (count == 0) return;
   const DType dtype = walks[0].d.attention.dtype;
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
   if (dtype == DType::bfloat16) return backward_on<BFloat16, true>(walks, each, count);
 #endif
   dtype == DType::float32 ? backward_on<Float32, false>(walks, each, count)

@@ -204,7 +204,7 @@ class ForwardWorker {
     pack_rows<Op>(ScatteredRows{q_rows}, p.dtype, t.rows, padded, p.head_dim, factor, t.q, t.ldq);
     t.clear<Exponent::softmax>(padded);
     for (int64_t row = 0, n; row < t.rows; row += n) {
-      n = rows_of_tile(t.rows - row);
+      n = rows_of_tile<Op>(t.rows - row);
       t.lowest[row] = t.highest[row] = t.query[row];
       for (int64_t r = row + 1; r < row + n; ++r) {
         t.lowest[row] = t.query[r] < t.lowest[row] ? t.query[r] : t.lowest[row];
@@ -231,7 +231,7 @@ class ForwardWorker {
         const int64_t end = c + kTileVectors < now->count ? c + kTileVectors : now->count;
         for (int64_t j = c; j < end; ++j) pack(now->vectors[j], j);
         for (int64_t row = 0, n; row < t.rows; row += n) {
-          n = rows_of_tile(t.rows - row);
+          n = rows_of_tile<Op>(t.rows - row);
           prefetch(rows_done, rows_done + n, rows_of_step);
           if (last && c == 0) prefetch_rows(row, n);
           rows_done += n;
@@ -243,7 +243,7 @@ class ForwardWorker {
         }
       }
       for (int64_t row = 0, n; row < t.rows; row += n) {
-        n = rows_of_tile(t.rows - row);
+        n = rows_of_tile<Op>(t.rows - row);
         uint64_t seen = 0;
         for (int64_t j = 0; j < now->count; ++j) seen |= uint64_t{sees(now->vectors[j], row)} << j;
         if (!seen) continue;
@@ -463,7 +463,7 @@ template <class Walk>
 void listed_forward(const Walk* walks, int64_t count) {
   if (count == 0) return;
   const DType dtype = walks[0].d.attention.dtype;
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
   if (dtype == DType::bfloat16) return forward_on<BFloat16, true>(walks, count);
 #endif
   dtype == DType::float32 ? forward_on<Float32, false>(walks, count)

@@ -33,7 +33,7 @@ struct RowSets {
 
 // Products of a screen: pairs of bfloat16 where available. csrc/cpu/isa.cpp selects them on
 // machines where they are faster.
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
 using ScreenOp = BFloat16;
 #else
 using ScreenOp = Float32;

@@ -17,7 +17,7 @@ ENVIRONMENT = {
     "TOKENMILL_BACKEND": "backend where a call names none",
     "TOKENMILL_CHECK": "1: check values inside GPU tensors too, synchronising",
     "TOKENMILL_EMULATED": "_emulated.so of a development build, if not next to the package",
-    "TOKENMILL_CPU_ISA": "baseline, avx2, avx512 or avx512_bf16, if the machine has it",
+    "TOKENMILL_CPU_ISA": "baseline, avx2, avx512, avx512_bf16 or avx512_amx, if it is there",
     "TOKENMILL_TUNE_CACHE": "file of tuned values, if not ~/.cache/tokenmill/tune.json",
     "TRITON_INTERPRET": "1: Triton kernels run in Triton's interpreter, on CPU tensors too",
 }

@@ -379,8 +379,8 @@ def _is_float(x: Any) -> bool:
 
 @contextlib.contextmanager
 def cpu_isa(name: str) -> Iterator[None]:
-    """Runs the CPU kernels of another instruction set: "baseline", "avx2", "avx512" or
-    "avx512_bf16", if it was built and the machine supports it.
+    """Runs the CPU kernels of another instruction set: "baseline", "avx2", "avx512",
+    "avx512_bf16" or "avx512_amx", if it was built and the machine supports it.
 
     Example:
         >>> import tokenmill as tm
@@ -400,7 +400,7 @@ def cpu_isas() -> list[str]:
     """The instruction sets that this machine can run, narrowest first."""
     before = library.native.cpu_isa()
     found = []
-    for name in ("baseline", "avx2", "avx512", "avx512_bf16"):
+    for name in ("baseline", "avx2", "avx512", "avx512_bf16", "avx512_amx"):
         with contextlib.suppress(RuntimeError):
             library.native.cpu_isa(name)
             found.append(name)

@@ -17,11 +17,10 @@ namespace {
 // Returns the instruction set in use; `select` switches to another one ("" for the best).
 std::string cpu_isa(std::optional<std::string> select) {
   if (select)
-    check(
-        cpu::select_isa(select->c_str()), "cpu_isa", "select",
-        "must be '' or one of 'baseline', 'avx2', 'avx512', 'avx512_bf16' that was built and that "
-        "this machine has",
-        *select);
+    check(cpu::select_isa(select->c_str()), "cpu_isa", "select",
+          "must be '' or one of 'baseline', 'avx2', 'avx512', 'avx512_bf16', 'avx512_amx' that was "
+          "built and that this machine has",
+          *select);
   return cpu::isa_name(cpu::current_isa());
 }
 

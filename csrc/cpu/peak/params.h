@@ -7,7 +7,7 @@ namespace tokenmill {
 
 struct PeakParams {
   DType dtype;         // float32, or bfloat16 where the instruction set has a dot product for it
-  int64_t iterations;  // of 24 independent accumulator chains
+  int64_t iterations;  // of 24 independent accumulator chains, or of 4 tiles
   int64_t* flops;      // out: floating-point operations done
   float* sink;         // out: keeps the compiler from removing the work
 };

@@ -29,10 +29,13 @@ struct Sequences {
   }
 };
 
+struct ScoresAhead;
+
 struct QueryTile : QueryRows {
   Band band;
   int64_t first;        // queries first .. first + rows - 1
   const PairTest* cut;  // mask of the next register tile; null if it hides no pairs
+  ScoresAhead* ahead;   // in tiles only
 
   // Vectors of the panel at `column` that one of `count` rows sees, in whole units of `pair`.
   Vectors seen(int64_t row, int64_t count, int64_t column, int64_t pair) const {
@@ -53,15 +56,11 @@ __attribute__((noinline)) void hide_pairs(const PairTest& cut, float hidden, vf*
       *s = select(cut.seen(i + r, column + j * kWidth), *s, set(hidden));
 }
 
-// S = Q K^T and weights of kRows queries and kVectors vectors of keys from `column` on, stored at
-// `slot` of the step. panel: the first of these keys in its packed panel.
+// Weights of S = Q K^T for kRows queries and kVectors vectors of keys from `column` on, stored at
+// `slot` of the step.
 template <class Op, Exponent kKind, bool kCoarse, bool kPlain, int kRows, int kVectors>
-__attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const float* panel,
-                                          int64_t column, int64_t slot) {
-  vf s[kRows][kVectors];  // S = Q K^T
-  clear(s);
-  multiply<Op, false>(s, t.q + row * t.ldq, t.ldq, panel, kPanel, t.words);
-
+TM_INLINE void weigh(const QueryTile& t, int64_t row, vf (&s)[kRows][kVectors], int64_t column,
+                     int64_t slot) {
   const int64_t i = t.first + row;
   if constexpr (!kPlain) {
     via_stack(s, [&](vf* tile) TM_LAMBDA {
@@ -104,6 +103,67 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
   store_weights<Op, kKind, kCoarse>(t, row, s, slot);
 }
 
+#if defined(__AMX_BF16__)
+// Scores of two register tiles: the product of the next rows runs while these rows are weighed.
+struct ScoresAhead {
+  alignas(64) float scores[2][kTile][kPanel];
+  int now = 0;  // which of the two
+  // Operands of the product that the other one holds, or null.
+  const float *q = nullptr, *panel = nullptr;
+  int vectors = 0;
+};
+
+// S = Q K^T of 16 rows in tiles, and its weights.
+template <class Op, Exponent kKind, bool kCoarse, bool kPlain, int kVectors>
+__attribute__((noinline)) void score_rows_in_tiles(const QueryTile& t, int64_t row,
+                                                   const float* panel, int64_t column,
+                                                   int64_t slot) {
+  ScoresAhead& ahead = *t.ahead;
+  const float* q = t.q + row * t.ldq;
+  if (ahead.q == q && ahead.panel == panel && ahead.vectors == kVectors) {
+    ahead.now ^= 1;
+  } else {
+    clear_tiles<kVectors>();
+    add_to_tiles<kVectors>(q, t.ldq, panel, kPanel, 0, t.words);
+    store_tiles<kVectors>(ahead.scores[ahead.now][0], kPanel);
+  }
+  const bool more = row + kTile < t.rows;
+  ahead.q = more ? q + kTile * t.ldq : nullptr;
+  ahead.panel = panel;
+  ahead.vectors = kVectors;
+  if (more) clear_tiles<kVectors>();
+  constexpr int kParts = kTile / kShortRows;
+  TM_UNROLL(1)
+  for (int64_t part = 0, word = 0; part < kParts; ++part) {
+    if (more) {
+      const int64_t until = t.words / kTile * (part + 1) / kParts * kTile;
+      add_to_tiles<kVectors>(ahead.q, t.ldq, panel, kPanel, word, until);
+      word = until;
+    }
+    const int64_t first = part * kShortRows;
+    vf s[kShortRows][kVectors];
+    TM_UNROLL(8)
+    for (int r = 0; r < kShortRows; ++r) {
+      TM_UNROLL(4)
+      for (int j = 0; j < kVectors; ++j)
+        s[r][j] = load(ahead.scores[ahead.now][first + r] + j * kWidth);
+    }
+    weigh<Op, kKind, kCoarse, kPlain>(t, row + first, s, column, slot);
+  }
+  if (more) store_tiles<kVectors>(ahead.scores[ahead.now ^ 1][0], kPanel);
+}
+#endif
+
+// S = Q K^T and its weights. panel: the first of the keys in its packed panel.
+template <class Op, Exponent kKind, bool kCoarse, bool kPlain, int kRows, int kVectors>
+__attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const float* panel,
+                                          int64_t column, int64_t slot) {
+  vf s[kRows][kVectors];
+  clear(s);
+  multiply<Op, false>(s, t.q + row * t.ldq, t.ldq, panel, kPanel, t.words);
+  weigh<Op, kKind, kCoarse, kPlain>(t, row, s, column, slot);
+}
+
 using ScoreTile = void (*)(const QueryTile&, int64_t, const float*, int64_t, int64_t);
 
 // Instance of score_tile for 1 .. kTileVectors vectors.
@@ -113,7 +173,12 @@ ScoreTile score_tile_for(int64_t vectors) {
   if constexpr (kVectors > Op::kPair)
     if (vectors < kVectors)
       return score_tile_for<Op, kKind, kCoarse, kPlain, kRows, kVectors - Op::kPair>(vectors);
-  return &score_tile<Op, kKind, kCoarse, kPlain, kRows, kVectors>;
+#if defined(__AMX_BF16__)
+  if constexpr (kInTiles<Op>)
+    return &score_rows_in_tiles<Op, kKind, kCoarse, kPlain, kVectors>;
+  else
+#endif
+    return &score_tile<Op, kKind, kCoarse, kPlain, kRows, kVectors>;
 }
 
 struct Sizes {
@@ -175,6 +240,10 @@ class Worker {
       t.band = place.band;
       t.first = place.first;
       t.rows = place.rows;
+#if defined(__AMX_BF16__)
+      scores_ahead.q = nullptr;
+      t.ahead = &scores_ahead;
+#endif
       if (mask.any()) mask.enter(place.s, place.b, place.h, place.first, place.rows);
       load_queries();
       stream_keys();
@@ -235,7 +304,7 @@ class Worker {
   }
 
   void load_queries() {
-    const int64_t padded = round_up(t.rows, kTileRows);
+    const int64_t padded = round_up(t.rows, kFullRows);
     const float factor = t.score_mod->plain && Op::kPair == 1 ? t.score_mod->factor : 1;
     pack_rows<Op>(row_at(p.q, place, 0), p.dtype, p.q.seq, t.rows, padded, p.head_dim, factor, t.q,
                   t.ldq);
@@ -248,8 +317,8 @@ class Worker {
   void stream_keys() {
     ScoreTile full[kTileVectors + 1], shorter[kTileVectors + 1];
     for (int n = 1; n <= kTileVectors; ++n) {
-      full[n] = score_tile_for<Op, kKind, kCoarse, kPlain, kTileRows>(n);
-      shorter[n] = score_tile_for<Op, kKind, kCoarse, kPlain, kShortRows>(n);
+      full[n] = score_tile_for<Op, kKind, kCoarse, kPlain, kFullRows>(n);
+      shorter[n] = score_tile_for<Op, kKind, kCoarse, kPlain, kFewerRows>(n);
     }
     const int64_t begin = t.band.begin(t.first) / kPanel * kPanel;
     const int64_t end = t.band.end(t.first + t.rows - 1);
@@ -264,7 +333,7 @@ class Worker {
         if (masked && !mask.enter_panel(column)) continue;
         head.ensure(column);
         for (int64_t row = 0, n, g = 0; row < t.rows; row += n, ++g) {
-          n = rows_of_tile(t.rows - row);
+          n = rows_of_tile<Op>(t.rows - row);
           prefetch(row, n, column, first_panel);
           Vectors seen = t.seen(row, n, column, Op::kPair);
           if (masked) seen = seen.within(mask.vectors(g));
@@ -275,17 +344,17 @@ class Worker {
             const int64_t vector = (column - step) / kWidth + seen.first;
             done[g] |= bits_of(vector, vector + seen.count);
           }
-          (n == kTileRows ? full : shorter)[seen.count](t, row, head.k_panel(column) + skip,
+          (n == kFullRows ? full : shorter)[seen.count](t, row, head.k_panel(column) + skip,
                                                         column + skip, column + skip - step);
         }
         first_panel = false;
       }
       for (int64_t row = 0, n, g = 0; row < t.rows; row += n, ++g) {
-        n = rows_of_tile(t.rows - row);
+        n = rows_of_tile<Op>(t.rows - row);
         const int64_t i = t.first + row;
         int64_t from = t.band.begin(i), to = t.band.end(i + n - 1);
-        from = (from < step ? step : from) / Op::kPair * Op::kPair;
-        to = round_up(to > step_end ? step_end : to, Op::kPair);
+        from = (from < step ? step : from) / kUnit * kUnit;
+        to = round_up(to > step_end ? step_end : to, kUnit);
         if (!masked) {
           add_values(row, n, step, from, to);
           continue;
@@ -301,8 +370,9 @@ class Worker {
   // O += P V: weights of rows row .. row + n - 1 times values from .. to - 1.
   void add_values(int64_t row, int64_t n, int64_t step, int64_t from, int64_t to) {
     if (from >= to) return;
-    const auto product = n == kTileRows ? &multiply_rows<Op, false, kTileRows, false, true>
-                                        : &multiply_rows<Op, false, kShortRows, false, true>;
+    const bool finite = head.finite(from, to);
+    const auto product =
+        n == kFullRows ? rows_product<Op, kFullRows>(finite) : rows_product<Op, kFewerRows>(finite);
     product(t.out + row * t.ldo, t.ldo, t.p + row * t.ldp + (from - step) / Op::kPair, t.ldp,
             head.v_rows(from), head.width, (to - from) / Op::kPair, t.width);
   }
@@ -349,10 +419,18 @@ class Worker {
     }
   }
 
+  // Rows of a register tile.
+  static constexpr int kFullRows = kInTiles<Op> ? Op::kWords : kTileRows;
+  static constexpr int kFewerRows = kInTiles<Op> ? kFullRows : kShortRows;
+  static constexpr int64_t kUnit = Op::kPair * Op::kWords;  // keys that a reduction takes at once
+
   const Sequences& sequences;
   const AttentionParams& p;
   int64_t shares, panels;
   QueryTile t;
+#if defined(__AMX_BF16__)
+  ScoresAhead scores_ahead;
+#endif
   TileMask<Op> mask;
   cpu::Workspace workspace;
   PackedHead<Op> head{.s = Sequence(p, 0)};
@@ -376,6 +454,7 @@ void forward(const Sequences& sequences) {
   const int64_t items = sequences.count() * p.kv_heads * shares;
   cpu::parallel_items(items, threads, [&](cpu::ItemCounter& counter) {
     FlushDenormals flush;
+    typename Op::Unit unit;
     Worker<Op, kKind, kCoarse> worker(sequences, sizes, shares);
     for (int64_t item; (item = counter.next()) >= 0;) worker.run(item);
   });
@@ -396,7 +475,7 @@ void forward(const Sequences& sequences) {
 void forward(const Sequences& sequences) {
 #if defined(__AVX512BF16__)
   const bool codes = sequences.cached && holds_codes(sequences.cached->cache);
-  if (sequences.p.dtype == DType::bfloat16 && !codes) return forward<BFloat16, true>(sequences);
+  if (sequences.p.dtype == DType::bfloat16 && !codes) return forward<FastBFloat16, true>(sequences);
 #endif
   sequences.p.dtype == DType::float32 ? forward<Float32, false>(sequences)
                                       : forward<Float32, true>(sequences);

@@ -491,7 +491,7 @@ void backward(const AttentionBackwardParams& p) {
 }  // namespace
 
 void attention_backward(const AttentionBackwardParams& p) {
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
   if (p.forward.dtype == DType::bfloat16) return backward<BFloat16, true>(p);
 #endif
   p.forward.dtype == DType::float32 ? backward<Float32, false>(p) : backward<Float32, true>(p);

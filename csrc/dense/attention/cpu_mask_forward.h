@@ -66,7 +66,7 @@ class TileMask {
     tile = {};
     groups = 0;
     for (int64_t row = 0, n; row < rows; row += n) {
-      n = rows_of_tile(rows - row);
+      n = rows_of_tile<Op>(rows - row);
       QueryHull& queries = group[groups++].queries;
       queries = {};
       for (int64_t r = row; r < row + n && r < rows; ++r) mask.add_query(first + r, queries);

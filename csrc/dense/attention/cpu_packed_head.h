@@ -14,7 +14,7 @@ TM_INLINE bool holds_codes(const KvCache& cache) { return cache.dtype == DType::
 template <class Op>
 struct PackedHead {
   float *k, *v;
-  uint8_t* done;
+  uint8_t* done;         // per panel: 1 where packed, 2 where some value is not finite
   float* codes;          // float8 only: widened rows of keys, [kPanel][words]; else null
   int64_t words, width;  // words per k row; floats per v row
   const AttentionParams* p;
@@ -50,10 +50,8 @@ struct PackedHead {
     if (done[column / kPanel]) return;
     done[column / kPanel] = 1;
     const int64_t n = rows_at(column);
-    if (!cache) {
-      pack(EvenRows{k_row(column), p->k.seq}, EvenRows{v_row(column), p->v.seq}, column, n);
-      return;
-    }
+    if (!cache)
+      return pack(EvenRows{k_row(column), p->k.seq}, EvenRows{v_row(column), p->v.seq}, column, n);
     if constexpr (Op::kPair == 1)
       if (holds_codes(*cache)) return pack_codes(column, n);
     const char *k_rows[kPanel], *v_rows[kPanel];
@@ -64,7 +62,19 @@ struct PackedHead {
   void pack(const Source k_rows, const Source v_rows, int64_t column, int64_t n) {
     pack_transposed<Op>(k_rows, p->dtype, n, p->head_dim, 1.f, k + column * words,
                         round_up(n, Op::kPair * kWidth));
-    pack_reduced_rows<Op>(v_rows, p->dtype, n, p->value_dim, v + column / Op::kPair * width, width);
+    float* to = v + column / Op::kPair * width;
+    pack_reduced_rows<Op>(v_rows, p->dtype, n, p->value_dim, to, width);
+#if defined(__AMX_BF16__)
+    if constexpr (kInTiles<Op>)
+      if (!are_finite(to, words_of<Op>(n) * width)) done[column / kPanel] = 2;
+#endif
+  }
+  // False where a packed value of keys begin .. end - 1 is not finite. Only products in tiles ask.
+  bool finite(int64_t begin, int64_t end) const {
+    bool all = true;
+    if constexpr (kInTiles<Op>)
+      for (int64_t n = begin / kPanel; n < ceil_div(end, kPanel); ++n) all &= done[n] != 2;
+    return all;
   }
   // Widens float8 rows to floats, times their scales; v rows need no further packing.
   void pack_codes(int64_t column, int64_t n) {

@@ -42,7 +42,7 @@ void decode_narrow(const Params& d) {
     case DType::float16:
       return decode<KeysOf<Float32, DType::float16>>(d);
     case DType::bfloat16:
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
       return decode<KeysOf<BFloat16, DType::bfloat16>>(d);
 #else
       return decode<KeysOf<Float32, DType::bfloat16>>(d);
@@ -53,7 +53,7 @@ void decode_narrow(const Params& d) {
 }
 template <template <class, DType> class KeysOf, class Params>
 void decode_tiles(const Params& d) {
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
   if (d.cache.dtype == DType::bfloat16)
     return decode_rows<KeysOf<BFloat16, DType::bfloat16>, kWidth, true>(d);
 #endif

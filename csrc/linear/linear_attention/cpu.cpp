@@ -24,7 +24,7 @@ class Worker {
         o(feature_dim(p.map, p.head_dim), division.slice_width + p.normalize, taylor),
         scale_at_end(p.map == FeatureMap::identity),
         decay(p.decay, false, scale_at_end ? p.scale : 1),
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
         pairs(o),
 #endif
         ldo(round_up(o.width, kWidth)),
@@ -37,7 +37,7 @@ class Worker {
       o.score_features = p.head_dim;
     }
     o.place(workspace);
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
     if (narrow) {
       pairs.place(workspace);
       tokens = kPairChunk;
@@ -78,7 +78,7 @@ class Worker {
 
  private:
   int64_t narrow_size() const {
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
     if (narrow) return pairs.size();
 #endif
     return 0;
@@ -104,7 +104,7 @@ class Worker {
     const bool advance = t + n < s.length || p.final.data;
     const Span q = span_of(p.q, p.dtype, b, h, at, n);
     const Span to = span_of(p.out, p.dtype, b, h, at, n).columns(first);
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
     if (narrow) {
       decay.start_chunk(tables + i * ChunkDecay::kTable, b, h, at, n);
       pairs.pack(q, span_of(p.k, p.dtype, b, kv_head, at, n),
@@ -182,7 +182,7 @@ class Worker {
   ChunkOperands o;
   bool scale_at_end;  // applies the scale to the products of queries instead of to queries
   ChunkDecay decay;
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
   BFloat16Operands pairs;
 #endif
   int64_t ldo;

@@ -5,7 +5,7 @@
 #pragma once
 #include "linear/linear_attention/cpu_rows.h"
 
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
 namespace tokenmill::TOKENMILL_ISA {
 
 constexpr int64_t kPairChunk = 2 * kWidth;  // tokens

@@ -302,7 +302,7 @@ void column_scores(const ColumnScoresParams& p) {
 }  // namespace
 
 void attention_column_scores(const ColumnScoresParams& p) {
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
   if (p.dtype == DType::bfloat16) return column_scores<BFloat16, true>(p);
 #endif
   p.dtype == DType::float32 ? column_scores<Float32, false>(p) : column_scores<Float32, true>(p);

@@ -474,7 +474,7 @@ void hip_block_select(const HipParams& p) {
   // Below about 64 Ki products a parallel region costs more than it gains.
   const int64_t products = p.requests() * p.lists * p.group * p.queries * p.k.rows;
   const int threads = products < (1 << 16) ? 1 : cpu::num_threads();
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
   if (p.dtype == DType::bfloat16) return search<BFloat16>(p, threads);
 #endif
   search<Float32>(p, threads);

@@ -446,7 +446,7 @@ void indexer_topk_select(const IndexerParams& p) {
   // Below about 64 Ki products a parallel region costs more than it gains.
   const int64_t products = p.tokens * p.heads * p.k.rows * p.head_dim;
   const int threads = products < (1 << 16) ? 1 : cpu::num_threads();
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
   if (p.dtype == DType::bfloat16) return select_keys<BFloat16>(p, threads);
 #endif
   select_keys<Float32>(p, threads);

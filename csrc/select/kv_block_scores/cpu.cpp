@@ -468,7 +468,7 @@ void kv_block_scores(const BlockScoreParams& p) {
   // Below about 64 Ki products a parallel region costs more than it gains.
   const int64_t products = p.batch * p.heads * p.queries * p.k.rows * p.head_dim;
   const int threads = products < (1 << 16) ? 1 : cpu::num_threads();
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
   if (p.k_dtype == DType::bfloat16)
     score<BFloat16>(p, threads);
   else

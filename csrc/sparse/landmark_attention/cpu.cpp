@@ -360,7 +360,7 @@ void forward(const LandmarkParams& d) {
 }  // namespace
 
 void landmark_attention_forward(const LandmarkParams& d) {
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
   if (d.attention.dtype == DType::bfloat16) return forward<BFloat16, true>(d);
 #endif
   d.attention.dtype == DType::float32 ? forward<Float32, false>(d) : forward<Float32, true>(d);

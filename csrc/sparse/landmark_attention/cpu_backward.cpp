@@ -402,7 +402,7 @@ void backward(const LandmarkBackwardParams& g) {
 }  // namespace
 
 void landmark_attention_backward(const LandmarkBackwardParams& g) {
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
   if (g.attention.forward.dtype == DType::bfloat16) return backward<BFloat16, true>(g);
 #endif
   g.attention.forward.dtype == DType::float32 ? backward<Float32, false>(g)

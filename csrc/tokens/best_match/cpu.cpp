@@ -184,7 +184,7 @@ void match(const MatchParams& p) {
 }  // namespace
 
 void best_match(const MatchParams& p) {
-#if defined(__AVX512BF16__)
+#if defined(TM_DOTS)
   if (p.dtype == DType::bfloat16) return match<BFloat16>(p);
 #endif
   match<Float32>(p);
