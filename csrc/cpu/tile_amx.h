@@ -77,6 +77,49 @@ TM_INLINE void store_tiles(float* c, int64_t ldc) {
   if constexpr (N > 3) _tile_stored(3, c + 3 * kTile, ldc * 4);
 }
 
+// Lanes of 16 bits that hold an infinity or a NaN.
+TM_INLINE __mmask32 not_finite(vf pairs) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  return _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_castps_si512(pairs), exponent), exponent);
+}
+TM_INLINE vf only(__mmask32 lanes, vf pairs) {
+  return _mm512_castsi512_ps(_mm512_maskz_mov_epi16(lanes, _mm512_castps_si512(pairs)));
+}
+
+// True if none of `words` words, a multiple of kWidth, holds an infinity or a NaN.
+inline bool are_finite(const float* pairs, int64_t words) {
+  __mmask32 found = 0;
+  for (int64_t i = 0; i < words; i += kWidth) found |= not_finite(load(pairs + i));
+  return found == 0;
+}
+
+// add_to_tiles with zeros in place of infinities and NaN: the same bits as add_to_tiles for
+// rows of A with weights of 0 there.
+template <int N>
+inline void add_finite_to_tiles(const float* a, int64_t lda, const float* b, int64_t ldb,
+                                int64_t words) {
+  alignas(64) float block[kTile][N * kTile];
+  for (int64_t k = 0; k < words; k += kTile) {
+    for (int64_t r = 0; r < kTile; ++r)
+      for (int64_t n = 0; n < N * kTile; n += kWidth) {
+        const vf x = load(b + (k + r) * ldb + n);
+        store(block[r] + n, only(~not_finite(x), x));
+      }
+    add_to_tiles<N>(a + k, lda, block[0], N * kTile, 0, kTile);
+  }
+}
+
+// The rest of the product for one row of A and kWidth columns: infinities and NaN times weights
+// other than 0.
+inline vf product_of_others(const float* a, const float* b, int64_t ldb, int64_t words) {
+  vf sum = zero();
+  for (int64_t k = 0; k < words; ++k) {
+    const vf x = load(b + k * ldb);
+    sum = BFloat16::madd(sum, set(a[k]), BFloat16::shown(a[k], only(not_finite(x), x)));
+  }
+  return sum;
+}
+
 // C[16][width] += A B, summed from zero and added once, as multiply_rows does. kHides: a weight of
 // 0 in A hides its row of B, which has infinities or NaN.
 template <bool kHides, int N = 4>
@@ -87,38 +130,27 @@ __attribute__((noinline)) void multiply_rows_in_tiles(float* c, int64_t ldc, con
   alignas(64) float sums[kTile * kRow];
   int64_t n = 0;
   for (; n + kRow <= width; n += kRow) {
-    if constexpr (!kHides) {
-      clear_tiles<N>();
+    clear_tiles<N>();
+    if constexpr (kHides) {
+      add_finite_to_tiles<N>(a, lda, b + n, ldb, words);
+    } else {
       add_to_tiles<N>(a, lda, b + n, ldb, 0, words);
-      store_tiles<N>(sums, kRow);
     }
+    store_tiles<N>(sums, kRow);
     TM_UNROLL(4)
     for (int i = 0; i < kTile; ++i) {
-      vf x[1][N];
-      if constexpr (kHides) {
-        clear(x);
-        multiply_shown<BFloat16>(x, a + i * lda, lda, b + n, ldb, words);
-      }
       TM_UNROLL(4)
-      for (int j = 0; j < N; ++j) {
-        float* out = c + i * ldc + n + j * kTile;
-        store(out, load(out) + (kHides ? x[0][j] : load(sums + i * kRow + j * kTile)));
+      for (int j = 0; j < kRow; j += kTile) {
+        vf x = load(sums + i * kRow + j);
+        if constexpr (kHides) x = x + product_of_others(a + i * lda, b + n + j, ldb, words);
+        float* out = c + i * ldc + n + j;
+        store(out, load(out) + x);
       }
     }
   }
   if constexpr (N > 1)
     if (n < width)
       multiply_rows_in_tiles<kHides, N - 1>(c + n, ldc, a, lda, b + n, ldb, words, width - n);
-}
-
-// True if none of `words` words, a multiple of kWidth, holds an infinity or a NaN.
-inline bool are_finite(const float* pairs, int64_t words) {
-  const __m512i exponent = _mm512_set1_epi16(0x7f80);
-  __mmask32 found = 0;
-  for (int64_t i = 0; i < words; i += kWidth)
-    found |= _mm512_cmpeq_epi16_mask(
-        _mm512_and_si512(_mm512_castps_si512(load(pairs + i)), exponent), exponent);
-  return found == 0;
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -132,13 +132,17 @@ __attribute__((noinline)) void score_rows_in_tiles(const QueryTile& t, int64_t r
   ahead.panel = panel;
   ahead.vectors = kVectors;
   if (more) clear_tiles<kVectors>();
+  // The sums are stored before the last rows are weighed, so that the next call does not wait.
   constexpr int kParts = kTile / kShortRows;
+  const int64_t steps = t.words / kTile;
   TM_UNROLL(1)
   for (int64_t part = 0, word = 0; part < kParts; ++part) {
-    if (more) {
-      const int64_t until = t.words / kTile * (part + 1) / kParts * kTile;
+    if (more && part + 1 < kParts) {
+      const int64_t until = ceil_div(steps * (part + 1), kParts - 1) * kTile;
       add_to_tiles<kVectors>(ahead.q, t.ldq, panel, kPanel, word, until);
       word = until;
+    } else if (more) {
+      store_tiles<kVectors>(ahead.scores[ahead.now ^ 1][0], kPanel);
     }
     const int64_t first = part * kShortRows;
     vf s[kShortRows][kVectors];
@@ -150,7 +154,6 @@ __attribute__((noinline)) void score_rows_in_tiles(const QueryTile& t, int64_t r
     }
     weigh<Op, kKind, kCoarse, kPlain>(t, row + first, s, column, slot);
   }
-  if (more) store_tiles<kVectors>(ahead.scores[ahead.now ^ 1][0], kPanel);
 }
 #endif
 
