@@ -375,7 +375,8 @@ template <class Op, int M>
 constexpr auto* rows_product([[maybe_unused]] bool finite) {
 #if defined(__AMX_BF16__)
   if constexpr (kInTiles<Op>)
-    return finite ? &multiply_rows_in_tiles<false> : &multiply_rows_in_tiles<true>;
+    return finite ? &multiply_rows_in_tiles<false, M / kTile>
+                  : &multiply_rows_in_tiles<true, M / kTile>;
   else
 #endif
     return &multiply_rows<Op, false, M, false, true>;

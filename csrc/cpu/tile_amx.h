@@ -32,19 +32,20 @@ struct BFloat16Tiles {
   };
 };
 
-// A product C = A B of 16 rows and N tiles of columns, in parts: sums are in tiles 0 to 3, A in 4,
-// B in 5 to 7 in turn. Strides are of rows, in words and floats.
-template <int N>
+// A product C = A B of M tiles of rows and N tiles of columns, in parts. Sums are in tiles 0 to 3.
+// One tile of rows: A is in 4, B in 5 to 7 in turn; two: A in 4 and 5, B in 6 and 7, so that every
+// load serves two products. Strides are of rows, in words and floats.
+template <int M, int N>
 TM_INLINE void clear_tiles() {
-  static_assert(N >= 1 && N <= 4);
+  static_assert(N >= 1 && M * N <= 4 && M <= 2);
   _tile_zero(0);
   if constexpr (N > 1) _tile_zero(1);
-  if constexpr (N > 2) _tile_zero(2);
-  if constexpr (N > 3) _tile_zero(3);
+  if constexpr (N > 2 || M > 1) _tile_zero(2);
+  if constexpr (N > 3 || M * N > 3) _tile_zero(3);
 }
 
 // Words `from` to `to` of the reduction.
-template <int N>
+template <int M, int N>
 TM_INLINE void add_to_tiles(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t from,
                             int64_t to) {
   asm volatile("" ::: "memory");  // GCC's loads of tiles do not say that they read memory
@@ -52,29 +53,46 @@ TM_INLINE void add_to_tiles(const float* a, int64_t lda, const float* b, int64_t
   for (int64_t k = from; k < to; k += kTile) {
     const float* rows = b + k * ldb;
     _tile_loadd(4, a + k, lda * 4);
-    _tile_loadd(5, rows, ldb * 4);
-    _tile_dpbf16ps(0, 4, 5);
-    if constexpr (N > 1) {
-      _tile_loadd(6, rows + kTile, ldb * 4);
-      _tile_dpbf16ps(1, 4, 6);
-    }
-    if constexpr (N > 2) {
-      _tile_loadd(7, rows + 2 * kTile, ldb * 4);
-      _tile_dpbf16ps(2, 4, 7);
-    }
-    if constexpr (N > 3) {
-      _tile_loadd(5, rows + 3 * kTile, ldb * 4);
-      _tile_dpbf16ps(3, 4, 5);
+    if constexpr (M == 2) {
+      _tile_loadd(6, rows, ldb * 4);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (N > 1) {
+        _tile_loadd(7, rows + kTile, ldb * 4);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      _tile_loadd(5, a + kTile * lda + k, lda * 4);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (N > 1) _tile_dpbf16ps(3, 5, 7);
+    } else {
+      _tile_loadd(5, rows, ldb * 4);
+      _tile_dpbf16ps(0, 4, 5);
+      if constexpr (N > 1) {
+        _tile_loadd(6, rows + kTile, ldb * 4);
+        _tile_dpbf16ps(1, 4, 6);
+      }
+      if constexpr (N > 2) {
+        _tile_loadd(7, rows + 2 * kTile, ldb * 4);
+        _tile_dpbf16ps(2, 4, 7);
+      }
+      if constexpr (N > 3) {
+        _tile_loadd(5, rows + 3 * kTile, ldb * 4);
+        _tile_dpbf16ps(3, 4, 5);
+      }
     }
   }
 }
 
-template <int N>
+template <int M, int N>
 TM_INLINE void store_tiles(float* c, int64_t ldc) {
   _tile_stored(0, c, ldc * 4);
   if constexpr (N > 1) _tile_stored(1, c + kTile, ldc * 4);
-  if constexpr (N > 2) _tile_stored(2, c + 2 * kTile, ldc * 4);
-  if constexpr (N > 3) _tile_stored(3, c + 3 * kTile, ldc * 4);
+  if constexpr (M == 2) {
+    _tile_stored(2, c + kTile * ldc, ldc * 4);
+    if constexpr (N > 1) _tile_stored(3, c + kTile * ldc + kTile, ldc * 4);
+  } else {
+    if constexpr (N > 2) _tile_stored(2, c + 2 * kTile, ldc * 4);
+    if constexpr (N > 3) _tile_stored(3, c + 3 * kTile, ldc * 4);
+  }
 }
 
 // Lanes of 16 bits that hold an infinity or a NaN.
@@ -95,7 +113,7 @@ inline bool are_finite(const float* pairs, int64_t words) {
 
 // add_to_tiles with zeros in place of infinities and NaN: the same bits as add_to_tiles for
 // rows of A with weights of 0 there.
-template <int N>
+template <int M, int N>
 inline void add_finite_to_tiles(const float* a, int64_t lda, const float* b, int64_t ldb,
                                 int64_t words) {
   alignas(64) float block[kTile][N * kTile];
@@ -105,7 +123,7 @@ inline void add_finite_to_tiles(const float* a, int64_t lda, const float* b, int
         const vf x = load(b + (k + r) * ldb + n);
         store(block[r] + n, only(~not_finite(x), x));
       }
-    add_to_tiles<N>(a + k, lda, block[0], N * kTile, 0, kTile);
+    add_to_tiles<M, N>(a + k, lda, block[0], N * kTile, 0, kTile);
   }
 }
 
@@ -120,25 +138,25 @@ inline vf product_of_others(const float* a, const float* b, int64_t ldb, int64_t
   return sum;
 }
 
-// C[16][width] += A B, summed from zero and added once, as multiply_rows does. kHides: a weight of
-// 0 in A hides its row of B, which has infinities or NaN.
-template <bool kHides, int N = 4>
+// C[16 M][width] += A B, summed from zero and added once, as multiply_rows does. kHides: a weight
+// of 0 in A hides its row of B, which has infinities or NaN.
+template <bool kHides, int M, int N = 4 / M>
 __attribute__((noinline)) void multiply_rows_in_tiles(float* c, int64_t ldc, const float* a,
                                                       int64_t lda, const float* b, int64_t ldb,
                                                       int64_t words, int64_t width) {
   constexpr int kRow = N * kTile;
-  alignas(64) float sums[kTile * kRow];
+  alignas(64) float sums[M * kTile * kRow];
   int64_t n = 0;
   for (; n + kRow <= width; n += kRow) {
-    clear_tiles<N>();
+    clear_tiles<M, N>();
     if constexpr (kHides) {
-      add_finite_to_tiles<N>(a, lda, b + n, ldb, words);
+      add_finite_to_tiles<M, N>(a, lda, b + n, ldb, words);
     } else {
-      add_to_tiles<N>(a, lda, b + n, ldb, 0, words);
+      add_to_tiles<M, N>(a, lda, b + n, ldb, 0, words);
     }
-    store_tiles<N>(sums, kRow);
+    store_tiles<M, N>(sums, kRow);
     TM_UNROLL(4)
-    for (int i = 0; i < kTile; ++i) {
+    for (int i = 0; i < M * kTile; ++i) {
       TM_UNROLL(4)
       for (int j = 0; j < kRow; j += kTile) {
         vf x = load(sums + i * kRow + j);
@@ -150,7 +168,7 @@ __attribute__((noinline)) void multiply_rows_in_tiles(float* c, int64_t ldc, con
   }
   if constexpr (N > 1)
     if (n < width)
-      multiply_rows_in_tiles<kHides, N - 1>(c + n, ldc, a, lda, b + n, ldb, words, width - n);
+      multiply_rows_in_tiles<kHides, M, N - 1>(c + n, ldc, a, lda, b + n, ldb, words, width - n);
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

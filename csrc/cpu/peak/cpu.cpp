@@ -37,7 +37,7 @@ void spin<BFloat16Tiles>(const PeakParams& p) {
   const BFloat16Tiles::Unit unit;
   alignas(64) float ones[2 * kTile * kTile];
   for (float& pair : ones) pair = std::bit_cast<float>(0x3f803f80);
-  clear_tiles<4>();
+  clear_tiles<2, 2>();
   _tile_loadd(4, ones, 64);
   _tile_loadd(5, ones + kTile * kTile, 64);
   _tile_loadd(6, ones, 64);
@@ -48,7 +48,7 @@ void spin<BFloat16Tiles>(const PeakParams& p) {
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  store_tiles<1>(ones, kTile);
+  store_tiles<1, 1>(ones, kTile);
   *p.sink = ones[0];
   *p.flops = p.iterations * 4 * 2 * kTile * kTile * kTile * BFloat16Tiles::kPair;
 }
