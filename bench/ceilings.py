@@ -110,9 +110,13 @@ def peak_flops(dtype: torch.dtype, gpu: bool = False) -> float:
     if gpu:
         # CUDA has no integer matrix product; float32 stands in for it.
         return _gpu_product_rate(dtype if dtype.is_floating_point else torch.float32)
-    isa = torch.ops.tokenmill.cpu_isa()
-    wide = dtype == torch.bfloat16 and isa in ("avx512_bf16", "avx512_amx")
+    wide = dtype == torch.bfloat16 and multiplies_bfloat16()
     return torch.ops.tokenmill.cpu_peak_flops("bfloat16" if wide else "float32")
+
+
+def multiplies_bfloat16() -> bool:
+    """True if the CPU kernels in use have products of bfloat16."""
+    return torch.ops.tokenmill.cpu_isa() in ("avx512_bf16", "avx512_amx")
 
 
 def _gpu_product_rate(dtype: torch.dtype) -> float:

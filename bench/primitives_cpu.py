@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from .ceilings import multiplies_bfloat16
 from .probe import Probe
 from .timing import Run, interleave, use_threads
 
@@ -54,7 +55,7 @@ def sizes() -> list[int]:
 
 def _arithmetic(threads: int) -> Iterator[Probe]:
     loops = ["float32"]
-    if torch.ops.tokenmill.cpu_isa() in ("avx512_bf16", "avx512_amx"):
+    if multiplies_bfloat16():
         loops.append("bfloat16")
     for dtype in loops:
         peak = _together(threads, functools.partial(torch.ops.tokenmill.cpu_peak_flops, dtype, 1))

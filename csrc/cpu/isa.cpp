@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstring>
 #include <initializer_list>
+#include <iterator>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -75,7 +76,7 @@ bool dots_pay() {
 }
 
 bool find(const char* name, Isa& out) {
-  for (int i = 0; i < 5; ++i)
+  for (size_t i = 0; i < std::size(kNames); ++i)
     if (std::strcmp(name, kNames[i]) == 0) {
       out = static_cast<Isa>(i);
       return built(out) && machine_has(out);

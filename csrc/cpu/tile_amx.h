@@ -11,8 +11,6 @@ constexpr int kTile = 16;  // rows of a tile, words of its rows, and vectors' wi
 struct BFloat16Tiles {
   static constexpr int kPair = 2;
   static constexpr int kWords = kTile;
-  static TM_INLINE vf madd(vf acc, vf a, vf b) { return BFloat16::madd(acc, a, b); }
-  static TM_INLINE vf shown(float a, vf b) { return BFloat16::shown(a, b); }
 
   // Configures the tile registers of a thread for as long as it multiplies.
   class Unit {
