@@ -88,6 +88,10 @@ TOKENMILL_LIBRARY(library) {
       delta +
       ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbeta, Tensor dlog_decay, "
       "Tensor dinitial_state)");
+  m.def(
+      "delta_attention_decode(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor(a!) state, *, "
+      "Tensor? log_decay=None, float? scale=None, bool qk_l2norm=False, "
+      "Tensor? state_indices=None) -> Tensor");
   const Arguments titans =
       "Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor eta, Tensor theta, *, "
       "SymInt chunk_size=64, Tensor? initial_memory=None, Tensor? initial_momentum=None, "

@@ -166,6 +166,7 @@ ROWS = {
     "attention_row_scores": ("", {"traffic_over_least": 1.4}),
     "block_pool_keys": ("^mean", {"traffic_over_least": 1.05}),
     "block_pool_keys_update": ("", {"traffic_over_least": 1.1}),
+    "delta_attention_decode": ("", {"traffic_over_least": 1.1}),
     "kv_cache_append": ("tokens$", {"traffic_over_least": 1.1}),
     "kv_cache_compact": ("", {"traffic_over_least": 1.1}),
     "linear_attention_decode": ("", {"traffic_over_least": 1.05}),

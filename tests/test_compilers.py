@@ -32,6 +32,9 @@ class Everything(torch.nn.Module):
         gate = x.mean(-1).sigmoid()
         memory = tm.titans_memory(x, x, x, alpha=gate, eta=gate, theta=gate / 16, chunk_size=4)
         memory = memory + tm.delta_attention(x, x, x, gate, qk_l2norm=True)
+        memory = memory + tm.delta_attention_decode(
+            *(token,) * 3, gate.detach()[:, -1:], slots, qk_l2norm=True
+        )
         cached = cached + memory + tm.landmark_attention(x, x, x, block=4)
         # The mean: the sum of the slots is so large that its rounding shows in the sine.
         return (linear + following + kept + slots.mean()).sin() + cached

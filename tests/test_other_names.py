@@ -25,6 +25,7 @@ CALLS = {
     tm.linear_attention: ((Q, Q, Q), {}),
     tm.lightning_attention: ((Q, Q, Q, torch.ones(2)), {}),
     tm.delta_attention: ((Q, Q, Q, Q[..., 0]), {}),
+    tm.delta_attention_decode: ((Q, Q, Q, Q[..., 0], torch.zeros(1, 2, 8, 8)), {}),
     tm.linear_attention_decode: ((Q, Q, Q, torch.zeros(1, 2, 8, 8)), {}),
     tm.sparse_decode_attention: (
         (Q[:, :1], Q, Q, LISTS[0][0], LISTS[1][0]),

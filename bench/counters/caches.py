@@ -51,6 +51,22 @@ def state() -> Iterator[CounterCase]:
     yield _case(f"a token of {batch} sequences", heads * (2 * DIM * DIM * 4 + 4 * ROW), prepare)
 
 
+def delta_state() -> Iterator[CounterCase]:
+    batch = 4
+
+    def prepare() -> Callable[[], object]:
+        q, k, v = (_draw(batch, 1, HEADS, DIM) for _ in range(3))
+        memory = _draw(batch, HEADS, DIM, DIM, dtype=torch.float32)
+        beta, decay = (_draw(batch, 1, HEADS, dtype=torch.float32) for _ in range(2))
+        return lambda: tm.delta_attention_decode(
+            q, k, v, beta.sigmoid(), memory, log_decay=-decay.exp(), qk_l2norm=True,
+            backend="emulated",
+        )  # fmt: skip
+
+    heads = batch * HEADS
+    yield _case(f"a token of {batch} sequences", heads * (2 * DIM * DIM * 4 + 4 * ROW), prepare)
+
+
 def pool() -> Iterator[CounterCase]:
     tokens, block = 2048, 16
 
@@ -150,6 +166,7 @@ PER = f"KiB that must move; H={HEADS}, D={DIM}, {str(DTYPE)[6:]}"
 COUNTED = {
     "block_pool_keys": Counted(PER, pool),
     "block_pool_keys_update": Counted(PER, pool_update),
+    "delta_attention_decode": Counted(PER, delta_state),
     "kv_cache_append": Counted(PER, append),
     "kv_cache_compact": Counted(PER, compact),
     "linear_attention_decode": Counted(PER, state),

@@ -65,6 +65,11 @@ def _linear_step() -> object:
     return tm.linear_attention_decode(q, q, q, state, log_decay=-tm.lightning_slopes(8))
 
 
+def _delta_step() -> object:
+    q, state = _draw(1, 1, 8, D), _draw(1, 8, D, D, dtype=torch.float32)
+    return tm.delta_attention_decode(q, q, q, torch.ones(1, 1, 8), state, qk_l2norm=True)
+
+
 def _titans() -> object:
     q = torch.nn.functional.normalize(_draw(1, 512, 8, 64).float(), dim=-1).half()
     gates = (torch.full((1, 512, 8), x) for x in (0.01, 0.5, 0.01))
@@ -178,6 +183,7 @@ CALLS: dict[str, dict[str, Call]] = {
     },
     "linear_attention": {"2048 tokens, H=8": _linear},
     "linear_attention_decode": {"a token, H=8": _linear_step},
+    "delta_attention_decode": {"a token, H=8": _delta_step},
     "sparse_decode_attention": {
         "512 of 8192 keys": lambda: _made(
             tm.sparse_decode_attention,

@@ -1,5 +1,7 @@
 // Checks of the linear family.
 #pragma once
+#include <algorithm>
+
 #include "core/qkv.h"
 #include "linear/params.h"
 
@@ -75,7 +77,82 @@ inline TokenGates gates_of(const View& t, bool packed) {
   return {t.mutable_data<float>(), packed ? 0 : t.step(0), t.step(-2), t.step(-1)};
 }
 
+// Strides of [B, S, H], or of [B, S, H, D] with contiguous channels.
+inline TokenGates decays_of(const View& t, bool packed, bool per_channel) {
+  if (!per_channel) return gates_of(t, packed);
+  return {t.mutable_data<float>(), packed ? 0 : t.step(0), t.step(-3), t.step(-2)};
+}
+
 inline States states_of(const View& t) { return {t.mutable_data<float>(), t.step(0), t.step(1)}; }
+
+// log_decay of the delta rule has a number for each row of the state.
+template <typename Args>
+bool per_channel(const Args& a) {
+  return a.log_decay && a.log_decay.dim() > a.beta.dim();
+}
+
+// q, k, v, beta and log_decay of the delta rule.
+template <typename Args>
+void check_delta_inputs(const char* op, const Args& a, bool packed) {
+  const View &q = a.q, &k = a.k, &v = a.v;
+  // q is a key: the heads of v are a multiple of them.
+  check_qkv(op, q, k, k, packed ? 3 : 4);
+  check(k.sizes == q.sizes, op, "k", Rule("must have the shape of q, ", q.sizes), k.sizes);
+  check(v.dim() == q.dim(), op, "v", Rule("must have ", q.dim(), " dimensions"), v.dim());
+  check(v.dtype == q.dtype, op, "v", Rule("must have the dtype of q, ", q.dtype), v.dtype);
+  check_device_of_q(op, "v", v, q);
+  check_last_contiguous(op, "v", v);
+  check_head_dim(op, "v", v);
+  const int64_t heads = v.size(-2), key_heads = q.size(-2);
+  check(std::equal(v.sizes.begin(), v.sizes.end() - 2, q.sizes.begin()), op, "v",
+        Rule("must have the shape of q up to the heads, ", q.sizes), v.sizes);
+  check(heads == key_heads || (key_heads > 0 && heads % key_heads == 0), op, "v",
+        Rule("number of heads must be a multiple of that of q, ", key_heads), heads);
+  check_scale(op, scale_of(a));
+  std::vector<int64_t> token(v.sizes.begin(), v.sizes.end() - 1);
+  check(a.beta.sizes == token, op, "beta", Rule("must have shape ", token), a.beta.sizes);
+  check_wide(op, "beta", a.beta, q);
+  check_device_of_q(op, "beta", a.beta, q);
+  if (!a.log_decay) return;
+  std::vector<int64_t> channel = token;
+  channel.push_back(q.size(-1));
+  check(a.log_decay.sizes == token || a.log_decay.sizes == channel, op, "log_decay",
+        Rule("must have shape ", token, " or ", channel), a.log_decay.sizes);
+  check_wide(op, "log_decay", a.log_decay, q);
+  check_device_of_q(op, "log_decay", a.log_decay, q);
+  if (per_channel(a)) check_last_contiguous(op, "log_decay", a.log_decay);
+}
+
+// Slots of states, one for each request of a batch; null without them.
+inline const int32_t* slots_of(const char* op, const View& indices, const View& state,
+                               int64_t batch, const View& q) {
+  if (!indices) {
+    check(state.size(0) >= batch, op, "state",
+          Rule("must have a slot for each sequence, ", batch, ", without state_indices"),
+          state.size(0));
+    return nullptr;
+  }
+  check(indices.dtype == ScalarType::Int, op, "state_indices", "must be int32", indices.dtype);
+  const std::vector<int64_t> wanted{batch};
+  check(indices.sizes == wanted, op, "state_indices", Rule("must have shape ", wanted),
+        indices.sizes);
+  check_last_contiguous(op, "state_indices", indices);
+  check_device_of_q(op, "state_indices", indices, q);
+  return indices.data<int32_t>();
+}
+
+inline void check_slot_values(const char* op, const View& indices, int64_t slots) {
+  const int32_t* first = indices.data<int32_t>();
+  std::vector<int64_t> found(first, first + indices.size(0));
+  for (const int64_t i : found)
+    check(i >= -1 && i < slots, op, "state_indices",
+          Rule("must be -1 (skip) or a slot below ", slots), i);
+  std::vector<int64_t> used = found;
+  std::sort(used.begin(), used.end());
+  const auto begin = std::lower_bound(used.begin(), used.end(), 0);
+  check(std::adjacent_find(begin, used.end()) == used.end(), op, "state_indices",
+        "must not repeat a slot", found);
+}
 
 // A given state of a shape.
 inline States initial_state_of(const char* op, const View& t, const std::vector<int64_t>& sizes,

@@ -37,4 +37,7 @@ TOKENMILL_HOST_DEVICE constexpr int64_t feature_dim(FeatureMap map, int64_t head
 // Added to the normalizer.
 constexpr float kNormalizerEpsilon = 1e-6f;
 
+// Added to the sum of squares that normalizes q and k of the delta rule.
+constexpr float kL2NormEpsilon = 1e-6f;
+
 }  // namespace tokenmill

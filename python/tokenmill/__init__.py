@@ -44,6 +44,7 @@ from .dense import (
 )
 from .linear import (
     delta_attention,
+    delta_attention_decode,
     lightning_attention,
     lightning_slopes,
     linear_attention,
@@ -120,6 +121,7 @@ __all__ = [
     "cluster_tokens",
     "core_context_attention",
     "delta_attention",
+    "delta_attention_decode",
     "dense",
     "evaluate",
     "explain",

@@ -25,6 +25,7 @@ def call(case, tokens=1024):
         delta_attention,
         delta_attention_backward,
     )
+    from tokenmill.triton_kernels.linear.delta_attention_decode import delta_attention_decode
 
     dtype, head_dim, value_dim, kind, *options = case.split(":")
     sequences, heads, packed = 2, 8, "packed" in options
@@ -38,7 +39,7 @@ def call(case, tokens=1024):
     decays["channel"] = empty(*lead, heads, int(head_dim))
     state = empty(sequences, heads, int(head_dim), int(value_dim))
     cu = empty(sequences + 1, dtype=torch.int32) if packed else None
-    spec = registry.get("delta_attention")
+    spec, decode = map(registry.get, ("delta_attention", "delta_attention_decode"))
     a = spec.record(
         q, k, v, empty(*lead, heads), log_decay=decays[kind], qk_l2norm="l2norm" in options,
         initial_state=state, return_final_state=True, cu_seqlens=cu,
@@ -47,6 +48,13 @@ def call(case, tokens=1024):
     def launch():
         out, final = delta_attention(a)
         delta_attention_backward(spec.backward.record(out, final, True, True, *a))
+        if not packed:
+            delta_attention_decode(
+                decode.record(
+                    q, k, v, a.beta, state, log_decay=a.log_decay, qk_l2norm=a.qk_l2norm,
+                    state_indices=empty(sequences, dtype=torch.int32),
+                )
+            )  # fmt: skip
 
     return launch
 
@@ -54,8 +62,9 @@ def call(case, tokens=1024):
 def test_every_kernel_compiles_without_spilling_registers(programs):
     for program in programs:
         assert_fits(program)
-        assert program["products"], program  # on tensor cores
-    kernels = {"states_kernel", "gradients_kernel", "chunk_kernel"}
+        decodes = program["kernel"] == "decode_kernel"
+        assert bool(program["products"]) != decodes, program  # on tensor cores
+    kernels = {"states_kernel", "gradients_kernel", "chunk_kernel", "decode_kernel"}
     assert {program["kernel"] for program in programs} == kernels
 
 

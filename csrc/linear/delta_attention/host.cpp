@@ -15,53 +15,16 @@ struct DeltaAttentionArgs : Record {
   View cu_seqlens;
 
   bool packed() const { return bool(cu_seqlens); }
-  bool per_channel() const { return log_decay && log_decay.dim() > beta.dim(); }
 };
 
 std::vector<int64_t> state_sizes(const DeltaAttentionParams& p) {
   return {p.batch, p.heads, p.head_dim, p.value_dim};
 }
 
-void check_inputs(const DeltaAttentionArgs& a) {
-  const View &q = a.q, &k = a.k, &v = a.v;
-  // q is a key: the heads of v are a multiple of them.
-  check_qkv(kOp, q, k, k, a.packed() ? 3 : 4);
-  check(k.sizes == q.sizes, kOp, "k", Rule("must have the shape of q, ", q.sizes), k.sizes);
-  check(v.dim() == q.dim(), kOp, "v", Rule("must have ", q.dim(), " dimensions"), v.dim());
-  check(v.dtype == q.dtype, kOp, "v", Rule("must have the dtype of q, ", q.dtype), v.dtype);
-  check_device_of_q(kOp, "v", v, q);
-  check_last_contiguous(kOp, "v", v);
-  check_head_dim(kOp, "v", v);
-  const int64_t heads = v.size(-2), key_heads = q.size(-2);
-  check(std::equal(v.sizes.begin(), v.sizes.end() - 2, q.sizes.begin()), kOp, "v",
-        Rule("must have the shape of q up to the heads, ", q.sizes), v.sizes);
-  check(heads == key_heads || (key_heads > 0 && heads % key_heads == 0), kOp, "v",
-        Rule("number of heads must be a multiple of that of q, ", key_heads), heads);
-  check_scale(kOp, scale_of(a));
-  std::vector<int64_t> token(v.sizes.begin(), v.sizes.end() - 1);
-  check(a.beta.sizes == token, kOp, "beta", Rule("must have shape ", token), a.beta.sizes);
-  check_wide(kOp, "beta", a.beta, q);
-  check_device_of_q(kOp, "beta", a.beta, q);
-  if (!a.log_decay) return;
-  std::vector<int64_t> channel = token;
-  channel.push_back(q.size(-1));
-  check(a.log_decay.sizes == token || a.log_decay.sizes == channel, kOp, "log_decay",
-        Rule("must have shape ", token, " or ", channel), a.log_decay.sizes);
-  check_wide(kOp, "log_decay", a.log_decay, q);
-  check_device_of_q(kOp, "log_decay", a.log_decay, q);
-  if (a.per_channel()) check_last_contiguous(kOp, "log_decay", a.log_decay);
-}
-
-// The strides of [B, S, H] or of [B, S, H, D].
-TokenGates decays_of(const View& t, bool packed, bool per_channel) {
-  if (!per_channel) return gates_of(t, packed);
-  return {t.mutable_data<float>(), packed ? 0 : t.step(0), t.step(-3), t.step(-2)};
-}
-
 // All rules on metadata.
 DeltaAttentionParams make_params(const DeltaAttentionArgs& a) {
   const bool packed = a.packed();
-  check_inputs(a);
+  check_delta_inputs(kOp, a, packed);
   DeltaAttentionParams p{};
   place_tokens(kOp, p, a);
   p.heads = a.v.size(-2);
@@ -69,7 +32,7 @@ DeltaAttentionParams make_params(const DeltaAttentionArgs& a) {
   p.l2norm = a.qk_l2norm;
   p.scale = static_cast<float>(scale_of(a));
   p.beta = gates_of(a.beta, packed);
-  p.per_channel = a.per_channel();
+  p.per_channel = per_channel(a);
   if (a.log_decay) p.log_decay = decays_of(a.log_decay, packed, p.per_channel);
   if (a.initial_state) p.initial = initial_state_of(kOp, a.initial_state, state_sizes(p), a.q);
   return p;

@@ -28,8 +28,6 @@ struct DeltaAttentionBackwardParams {
   States dinitial;               // null: not wanted
 };
 
-constexpr float kL2NormEpsilon = 1e-6f;  // added to the sum of squares
-
 }  // namespace tokenmill
 
 TOKENMILL_CPU_KERNEL(delta_attention_forward, DeltaAttentionParams)

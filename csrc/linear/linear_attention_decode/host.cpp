@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "core/stream.h"
 #include "core/written.h"
 #include "linear/checks.h"
@@ -9,21 +7,6 @@ namespace tokenmill {
 namespace {
 
 constexpr const char* kOp = "linear_attention_decode";
-
-void check_values(const View& state, const View& decay, const View& indices) {
-  if (decay) check_decay_values(kOp, decay);
-  if (!indices) return;
-  const int32_t* first = indices.data<int32_t>();
-  std::vector<int64_t> found(first, first + indices.size(0));
-  for (const int64_t i : found)
-    check(i >= -1 && i < state.size(0), kOp, "state_indices",
-          Rule("must be -1 (skip) or a slot below ", state.size(0)), i);
-  std::vector<int64_t> used = found;
-  std::sort(used.begin(), used.end());
-  const auto begin = std::lower_bound(used.begin(), used.end(), 0);
-  check(std::adjacent_find(begin, used.end()) == used.end(), kOp, "state_indices",
-        "must not repeat a slot", found);
-}
 
 void run(const LinearDecodeParams& p, const View& q) {
   if (q.is_cuda) return launch_on_device(kOp, q, p);
@@ -55,21 +38,12 @@ Array linear_attention_decode(const LinearAttentionDecodeArgs& a) {
         a.state.sizes);
   check_state(kOp, "state", a.state, a.q);
   p.slots = a.state.size(0);
-  if (indices) {
-    check(indices.dtype == ScalarType::Int, kOp, "state_indices", "must be int32", indices.dtype);
-    const std::vector<int64_t> wanted{p.batch};
-    check(indices.sizes == wanted, kOp, "state_indices", Rule("must have shape ", wanted),
-          indices.sizes);
-    check_last_contiguous(kOp, "state_indices", indices);
-    check_device_of_q(kOp, "state_indices", indices, a.q);
-    p.indices = indices.data<int32_t>();
-  } else {
-    check(p.slots >= p.batch, kOp, "state",
-          Rule("must have a slot for each sequence, ", p.batch, ", without state_indices"),
-          p.slots);
-  }
+  p.indices = slots_of(kOp, indices, a.state, p.batch, a.q);
   check_written(kOp, a);
-  if (!a.q.is_cuda) check_values(a.state, decay, indices);
+  if (!a.q.is_cuda) {
+    if (decay) check_decay_values(kOp, decay);
+    if (indices) check_slot_values(kOp, indices, p.slots);
+  }
   p.dtype = to_dtype(a.q.dtype);
   p.normalize = a.normalize;
   p.scale = static_cast<float>(scale_of(a));

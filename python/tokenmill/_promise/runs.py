@@ -334,6 +334,28 @@ def delta(pieces: list[Piece], *, backend: str) -> list[Any]:
     return split(pieces, out)
 
 
+def delta_steps(
+    pieces: list[Piece], *, backend: str, tokens: int = 1, apart: bool = False
+) -> list[Any]:
+    """delta_attention_decode, so many tokens in a call."""
+
+    def group(some: list[Piece]) -> list[Any]:
+        given = stacked(some, *DELTA)
+        own, size = slots(len(some), apart)
+        state = torch.full((size, HEADS, D, DV), torch.nan)
+        state[own] = torch.cat([delta_state(p, backend) for p in some])
+        outs = []
+        for *inputs, decay in zip(*(t.split(tokens, 1) for t in given), strict=True):
+            outs.append(
+                tm.delta_attention_decode(
+                    *inputs, state, log_decay=decay, state_indices=own, backend=backend
+                )
+            )
+        return [(o,) for o in torch.cat(outs, 1)]
+
+    return grouped(group, pieces)
+
+
 def titans_state(p: Piece, backend: str) -> tuple[Tensor, Tensor]:
     if not p.start:
         return torch.zeros(1, HEADS, D, DV), torch.zeros(1, HEADS, D, DV)

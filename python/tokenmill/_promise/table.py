@@ -251,6 +251,7 @@ def linear() -> dict[str, Row]:
     prefills: dict[str, Run] = {"packed": packed, "padded": runs.padded_linear}
     prefills["wider"] = partial(runs.padded_linear, extra=3)
     linear_apart = kit(either(packed, steps), ("decode",))
+    delta_apart = kit(either(delta, runs.delta_steps), ("decode",))
     titans_apart = kit({"prompt": titans, "steps": runs.titans_steps}, ("alone",), longest=40)
 
     def of_steps(run: Run, longest: int) -> Row:
@@ -289,6 +290,10 @@ def linear() -> dict[str, Row]:
                 kit(delta, ("decode",)),
             ),
             "backward": always(kit(gradients(delta, *runs.DELTA), LEARNS)),
+        },
+        "delta_attention_decode": {
+            **of_steps(runs.delta_steps, 40),
+            "decode": no("delta_attention solves for the corrections of a chunk", delta_apart),
         },
         "titans_memory": {
             "batch": always(kit(titans)),

@@ -1,6 +1,7 @@
 """Attention as a recurrence over a state: cost linear in the length."""
 
 from .delta_attention import delta_attention
+from .delta_attention_decode import delta_attention_decode
 from .lightning_slopes import lightning_slopes
 from .linear_attention import lightning_attention, linear_attention
 from .linear_attention_decode import linear_attention_decode
@@ -9,6 +10,7 @@ from .titans_memory_decode import titans_memory_decode
 
 __all__ = [
     "delta_attention",
+    "delta_attention_decode",
     "lightning_attention",
     "lightning_slopes",
     "linear_attention",

@@ -157,11 +157,16 @@ def lower(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **given: Any) -> tuple[
     a = FORWARD.fields(q=q, k=k, v=v, beta=beta, **given)
     a["scale"] = scale_or_default(OP, a["scale"], q)
     widen_fields(a, q, "beta", "log_decay")
-    decay = a["log_decay"]
-    if decay is not None and decay.dim() > beta.dim() and decay.stride(-1) != 1:
-        a["log_decay"] = decay.contiguous()
+    a["log_decay"] = with_channels_together(a["log_decay"], beta)
     a["initial_state"] = with_rows_together(a["initial_state"])
     return tuple(a.values())
+
+
+def with_channels_together(log_decay: Tensor | None, beta: Tensor) -> Tensor | None:
+    """A decay as kernels read it: one per channel is copied if there are gaps between channels."""
+    if log_decay is None or log_decay.dim() <= beta.dim() or log_decay.stride(-1) == 1:
+        return log_decay
+    return log_decay.contiguous()
 
 
 def _check_values(a: Any) -> None:
@@ -202,7 +207,7 @@ def _unsupported(backend: str, a: Any) -> list[str]:
     return ["it has no CUDA kernel yet"] if backend == "cuda" else []
 
 
-def _flops(a: Any) -> float:
+def flops(a: Any) -> float:
     """Operations of the correction, the update and the query, per token."""
     return 6.0 * math.prod(a.v.shape) * a.q.shape[-1]
 
@@ -244,8 +249,8 @@ SPEC = register_op(
             ("b.h.", "bh.."),
         ),
         paper="Gated Delta Networks (Yang et al. 2024); Kimi Linear (2025)",
-        flops=_flops,
+        flops=flops,
         unsupported=_unsupported,
-        backward_flops=lambda a: 3.0 * _flops(a),
+        backward_flops=lambda a: 3.0 * flops(a),
     )
 )

@@ -12,7 +12,7 @@ from ..registry import Sample
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def _sample(
+def sample(
     b: int = 1,
     s: int = 33,
     h: int = 2,
@@ -58,22 +58,22 @@ def _sample(
 
 
 SAMPLES = (
-    Sample("gated", _sample(b=2)),
-    Sample("per channel", _sample(s=20, d=24, dv=40, decay="channel", state=True)),
-    Sample("no decay", _sample(s=70, h=1, decay=None, state=True)),
-    Sample("normalized", _sample(s=130, h=1, state=True, qk_l2norm=True)),
+    Sample("gated", sample(b=2)),
+    Sample("per channel", sample(s=20, d=24, dv=40, decay="channel", state=True)),
+    Sample("no decay", sample(s=70, h=1, decay=None, state=True)),
+    Sample("normalized", sample(s=130, h=1, state=True, qk_l2norm=True)),
     Sample(
-        "normalized, per channel", _sample(s=66, h=1, decay="channel", qk_l2norm=True, scale=0.5)
+        "normalized, per channel", sample(s=66, h=1, decay="channel", qk_l2norm=True, scale=0.5)
     ),
-    Sample("steep", _sample(s=67, h=1, decay=-30.0, state=True)),
-    Sample("beta of 2", _sample(s=35, d=8, dv=16, beta=2.0, state=True)),
-    Sample("beta of 0", _sample(s=20, beta=0.0, state=True)),
-    Sample("packed", _sample(lengths=(5, 0, 66, 1), h=1, d=20, dv=12, state=True)),
-    Sample("packed, per channel", _sample(lengths=(33, 0, 3), decay="channel", state=True)),
-    Sample("wide heads", _sample(s=18, d=200, dv=136, state=True)),
-    Sample("narrow heads", _sample(s=20, h=3, d=1, dv=3, decay="channel")),
-    Sample("one token", _sample(s=1, state=True)),
-    Sample("no tokens", _sample(s=0, state=True)),
-    Sample("packed, no tokens", _sample(lengths=(0, 0), state=True)),
-    Sample("no sequences", _sample(lengths=(), return_final_state=True)),
+    Sample("steep", sample(s=67, h=1, decay=-30.0, state=True)),
+    Sample("beta of 2", sample(s=35, d=8, dv=16, beta=2.0, state=True)),
+    Sample("beta of 0", sample(s=20, beta=0.0, state=True)),
+    Sample("packed", sample(lengths=(5, 0, 66, 1), h=1, d=20, dv=12, state=True)),
+    Sample("packed, per channel", sample(lengths=(33, 0, 3), decay="channel", state=True)),
+    Sample("wide heads", sample(s=18, d=200, dv=136, state=True)),
+    Sample("narrow heads", sample(s=20, h=3, d=1, dv=3, decay="channel")),
+    Sample("one token", sample(s=1, state=True)),
+    Sample("no tokens", sample(s=0, state=True)),
+    Sample("packed, no tokens", sample(lengths=(0, 0), state=True)),
+    Sample("no sequences", sample(lengths=(), return_final_state=True)),
 )
