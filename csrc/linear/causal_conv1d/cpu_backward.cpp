@@ -34,7 +34,8 @@ class Worker {
     slice_ = slice;
     if (tile >= tiles) return initial_gradients<kType, kTaps, kSilu>(tile - tiles);
     std::memset(sums_, 0, (kTaps + 1) * ld_ * sizeof(float));
-    const int64_t first = tile * kConvPartRows, last = std::min(first + kConvPartRows, p_.rows);
+    const int64_t first = tile * params_.part_rows;
+    const int64_t last = std::min(first + params_.part_rows, p_.rows);
     each_segment(p_, first, last, [&](const Segment& s) {
       for (int64_t i = 0; i < s.count; i += kBlock)
         block<kType, kTaps, kSilu>(s.b, s.position + i, std::min(kBlock, s.count - i), s.length);
@@ -196,7 +197,7 @@ void add_parts(const CausalConv1dBackwardParams& params, int64_t tiles, int64_t 
 
 void causal_conv1d_backward(const CausalConv1dBackwardParams& params) {
   const CausalConv1dParams& p = params.forward;
-  const int64_t tiles = ceil_div(p.rows, kConvPartRows), slices = ceil_div(p.channels, kChannels);
+  const int64_t tiles = ceil_div(p.rows, params.part_rows), slices = ceil_div(p.channels, kChannels);
   const int64_t items = (tiles + (params.dinitial.data ? p.batch : 0)) * slices;
   const int threads = p.rows * p.channels < kAlone ? 1 : cpu::num_threads();
   visit_conv(p.filter, p.dtype, [&]<DType kType, int kTaps, bool kSilu>() {

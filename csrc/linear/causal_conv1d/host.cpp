@@ -128,7 +128,8 @@ std::tuple<Array, Array, Array, Array> causal_conv1d_backward(const CausalConv1d
     fill(0, dx, dweight, dbias);
     return {dx, dweight, dbias, dinitial};
   }
-  const int64_t parts = ceil_div(f.rows, kConvPartRows);
+  p.part_rows = x.is_cuda ? 64 : 256;
+  const int64_t parts = ceil_div(f.rows, p.part_rows);
   Array partial = empty({parts, f.filter.width + 1, f.channels}, x, ScalarType::Float);
   Array dpre = empty({x.is_cuda ? f.rows * f.channels : 0}, x, ScalarType::Float);
   p.parts = partial.mutable_data<float>();

@@ -16,14 +16,12 @@ struct CausalConv1dParams {
   const int32_t* cu_seqlens;  // [batch + 1], null unless packed
 };
 
-// Rows summed into one partial gradient of the weights.
-constexpr int64_t kConvPartRows = 256;
-
 struct CausalConv1dBackwardParams {
   CausalConv1dParams forward;
   ConvRows dout, dx;
   ConvStates dfinal, dinitial;  // null: zeros; not wanted
-  float* parts;                 // [ceil(rows / kConvPartRows), W + 1, C], row W of the bias
+  int64_t part_rows;            // tokens summed into one part of the gradients of the filter
+  float* parts;                 // [ceil(rows / part_rows), W + 1, C], row W of the bias
   float* dpre;                  // [rows, C], gradients before the activation; null on CPUs
   void *dweight, *dbias;        // [C, W] and [C] in the dtypes of the filter; null dbias: no bias
 };
