@@ -92,6 +92,16 @@ TOKENMILL_LIBRARY(library) {
       "delta_attention_decode(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor(a!) state, *, "
       "Tensor? log_decay=None, float? scale=None, bool qk_l2norm=False, "
       "Tensor? state_indices=None) -> Tensor");
+  const Arguments conv =
+      "Tensor x, Tensor weight, Tensor? bias=None, *, str activation=\"none\", "
+      "Tensor? initial_state=None, bool return_final_state=False, Tensor? cu_seqlens=None";
+  m.def("causal_conv1d(" + conv + ") -> (Tensor out, Tensor final_state)");
+  m.def(
+      "causal_conv1d_backward(Tensor? dout, Tensor? dfinal_state, bool needs_dinitial_state, " +
+      conv + ") -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
+  m.def(
+      "causal_conv1d_decode(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias=None, *, "
+      "str activation=\"none\", Tensor? state_indices=None) -> Tensor");
   const Arguments titans =
       "Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor eta, Tensor theta, *, "
       "SymInt chunk_size=64, Tensor? initial_memory=None, Tensor? initial_momentum=None, "

@@ -43,6 +43,8 @@ from .dense import (
     soft_causal_attention,
 )
 from .linear import (
+    causal_conv1d,
+    causal_conv1d_decode,
     delta_attention,
     delta_attention_decode,
     lightning_attention,
@@ -118,6 +120,8 @@ __all__ = [
     "block_pool_keys_update",
     "block_sparse_attention",
     "build_info",
+    "causal_conv1d",
+    "causal_conv1d_decode",
     "cluster_tokens",
     "core_context_attention",
     "delta_attention",

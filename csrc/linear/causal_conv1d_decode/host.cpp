@@ -1,0 +1,82 @@
+#include "core/stream.h"
+#include "core/written.h"
+#include "linear/causal_conv1d_decode/params.h"
+#include "linear/conv_checks.h"
+
+namespace tokenmill {
+namespace {
+
+constexpr const char* kOp = "causal_conv1d_decode";
+
+void check_slots(const View& indices, int64_t slots) {
+  const int32_t* first = indices.data<int32_t>();
+  std::vector<int64_t> found(first, first + indices.size(0));
+  for (const int64_t i : found)
+    check(i >= -1 && i < slots, kOp, "state_indices",
+          Rule("must be -1 (skip) or a slot below ", slots), i);
+  std::vector<int64_t> used = found;
+  std::sort(used.begin(), used.end());
+  const auto begin = std::lower_bound(used.begin(), used.end(), 0);
+  check(std::adjacent_find(begin, used.end()) == used.end(), kOp, "state_indices",
+        "must not repeat a slot", found);
+}
+
+struct CausalConv1dDecodeArgs : Record {
+  View x, state, weight, bias;
+  std::string_view activation;
+  View state_indices;
+};
+
+Array causal_conv1d_decode(const CausalConv1dDecodeArgs& a) {
+  const View &x = a.x, &state = a.state, &indices = a.state_indices;
+  ConvDecodeParams p{};
+  check(x.dim() == 2 || x.dim() == 3, kOp, "x", "must have 2 or 3 dimensions, [B, C] or [B, T, C]",
+        x.dim());
+  check_dtype(kOp, "x", x);
+  check_last_contiguous(kOp, "x", x);
+  p.filter = conv_filter(kOp, x, a.weight, a.bias, a.activation);
+  p.batch = x.size(0);
+  p.seqlen = x.dim() == 3 ? x.size(1) : 1;
+  p.channels = x.size(-1);
+  p.dtype = to_dtype(x.dtype);
+  const int64_t least = p.filter.width - 1;
+  check(state.dim() == 3 && state.size(1) == p.channels && state.size(2) >= least, kOp, "state",
+        Rule("must have shape [slots, ", p.channels, ", K] with K of at least ", least),
+        state.sizes);
+  check(state.dtype == x.dtype, kOp, "state", Rule("must have the dtype of x, ", x.dtype),
+        state.dtype);
+  check_device_of(kOp, "state", state, "x", x);
+  p.slots = state.size(0);
+  p.columns = state.size(2);
+  if (indices) {
+    check(indices.dtype == ScalarType::Int, kOp, "state_indices", "must be int32", indices.dtype);
+    const std::vector<int64_t> wanted{p.batch};
+    check(indices.sizes == wanted, kOp, "state_indices", Rule("must have shape ", wanted),
+          indices.sizes);
+    check_last_contiguous(kOp, "state_indices", indices);
+    check_device_of(kOp, "state_indices", indices, "x", x);
+    p.indices = indices.data<int32_t>();
+  } else {
+    check(p.slots >= p.batch, kOp, "state",
+          Rule("must have a slot for each sequence, ", p.batch, ", without state_indices"),
+          p.slots);
+  }
+  check_written(kOp, a);
+  if (!x.is_cuda && indices) check_slots(indices, p.slots);
+  state.note(true);
+  p.state = conv_states_of(state);
+  const bool tokens = x.dim() == 3;
+  const auto rows = [tokens](const View& t) {
+    return ConvRows{t.mutable_data(), t.step(0), tokens ? t.step(1) : 0};
+  };
+  p.x = rows(x);
+  Array out = empty(x.sizes, x);
+  p.out = rows(out);
+  if (out.numel() > 0) x.is_cuda ? launch_on_device(kOp, x, p) : cpu::causal_conv1d_decode(p);
+  return out;
+}
+
+const Registration kOperators({&implement<causal_conv1d_decode>("causal_conv1d_decode")});
+
+}  // namespace
+}  // namespace tokenmill

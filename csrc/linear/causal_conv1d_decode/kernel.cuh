@@ -1,0 +1,52 @@
+// Decode: a thread holds a channel, whose inputs pass through its registers.
+#pragma once
+#include "linear/causal_conv1d_decode/params.h"
+#include "linear/conv.cuh"
+
+namespace tokenmill::cuda::causal_conv1d_decode {
+
+using conv::kThreads;
+
+template <typename T, int kTaps>
+__global__ void __launch_bounds__(kThreads)
+    conv_decode_kernel(const __grid_constant__ ConvDecodeParams p, int slices) {
+  const int64_t slice = blockIdx.x % static_cast<unsigned>(slices);
+  const int64_t b = blockIdx.x / static_cast<unsigned>(slices);
+  const int64_t channel = slice * kThreads + threadIdx.x;
+  if (channel >= p.channels) return;
+  const int64_t slot = p.indices ? p.indices[b] : b;
+  T* const out = static_cast<T*>(p.out.data) + b * p.out.batch + channel;
+  if (slot < 0 || slot >= p.slots) {
+#pragma unroll 1
+    for (int64_t t = 0; t < p.seqlen; ++t) out[t * p.out.seq] = static_cast<T>(0.f);
+    return;
+  }
+  const T* const x = static_cast<const T*>(p.x.data) + b * p.x.batch + channel;
+  T* const state =
+      static_cast<T*>(p.state.data) + slot * p.state.sequence + channel * p.state.channel;
+  const conv::Taps<1, kTaps> taps(p.filter, channel);
+  float window[kTaps - 1][1];
+#pragma unroll
+  for (int s = 0; s < kTaps - 1; ++s) {
+    const int64_t column = p.columns - (kTaps - 1) + s;
+    window[s][0] =
+        s >= taps.unused ? static_cast<float>(state[column * p.state.column]) : 0;
+  }
+#pragma unroll 1
+  for (int64_t t = 0; t < p.seqlen; ++t) {
+    const float own[1] = {static_cast<float>(x[t * p.x.seq])};
+    float sum[1];
+    taps.convolve(sum, window, own);
+    out[t * p.out.seq] = static_cast<T>(p.filter.silu ? sum[0] * sigmoid(sum[0]) : sum[0]);
+    conv::shift<1, kTaps>(window, own);
+  }
+  // Column k takes input k + T; it is read before column k + T is written.
+#pragma unroll 1
+  for (int64_t k = 0; k < p.columns; ++k) {
+    const int64_t from = k + p.seqlen;
+    state[k * p.state.column] =
+        from < p.columns ? state[from * p.state.column] : x[(from - p.columns) * p.x.seq];
+  }
+}
+
+}  // namespace tokenmill::cuda::causal_conv1d_decode
