@@ -345,10 +345,10 @@ def delta_steps(
         state = torch.full((size, HEADS, D, DV), torch.nan)
         state[own] = torch.cat([delta_state(p, backend) for p in some])
         outs = []
-        for *inputs, decay in zip(*(t.split(tokens, 1) for t in given), strict=True):
+        for q, k, v, beta, decay in zip(*(t.split(tokens, 1) for t in given), strict=True):
             outs.append(
                 tm.delta_attention_decode(
-                    *inputs, state, log_decay=decay, state_indices=own, backend=backend
+                    q, k, v, beta, state, log_decay=decay, state_indices=own, backend=backend
                 )
             )
         return [(o,) for o in torch.cat(outs, 1)]

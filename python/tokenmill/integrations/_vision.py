@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import transformers
 from torch import Tensor, nn
 
-from .._check import check, check_version, fail
-from ._reduction import Reduction, install, make_reduction, uninstall
+from .._check import check, fail
+from ._reduction import Reduction, install, make_reduction
 
 NAME = "integrations.transformers.patch"
 
@@ -81,52 +80,11 @@ def layout_of(layer: nn.Module) -> Layout | None:
     return None
 
 
-def patch(
-    model: nn.Module, merge: int | Sequence[int] | None = None, *,
-    keep_rate: float | None = None, layers: Sequence[int] | None = None, fuse: bool = True,
-    backend: str | None = None,
+def reduce_tokens(
+    model: nn.Module, merge: int | Sequence[int] | None, keep_rate: float | None,
+    layers: Sequence[int] | None, fuse: bool, backend: str | None,
 ) -> Reduction:  # fmt: skip
-    """Merges or drops tokens in the layers of a vision transformer, between attention and MLP.
-
-    Weights are unchanged, and attention is :func:`tokenmill.attention`; with dropout of attention
-    weights, in training, PyTorch's attention runs. The last hidden states hold the remaining rows,
-    class and distillation tokens first.
-
-    Args:
-        model: a ViT, DeiT, DINOv2 (with registers or without) or the vision model of a CLIP or
-            SigLIP of transformers 5.24 or later, with any head that does not need a row for each
-            patch (:meth:`Reduction.unmerge` makes these of merged tokens). SigLIP's pooling counts
-            rows, however many tokens they hold.
-        merge: ToMe: number of tokens that each layer merges, one number or one per layer. Merged
-            keys count in attention as many times as there are tokens in them.
-        keep_rate: EViT: fraction of the patches that the given layers keep, chosen by the attention
-            of the class token, which SigLIP has not.
-        layers: indices (from 0) of these layers; None: at a quarter, half and three quarters of the
-            depth (3, 6 and 9 of 12).
-        fuse: fuse the dropped patches into one token.
-        backend: backend of the operators (see :func:`tokenmill.explain`).
-
-    Returns:
-        After each call of the model its `source` and `size` describe the reduction of the tokens.
-
-    Raises:
-        RuntimeError: naming argument, rule and value.
-
-    Papers: ToMe (Bolya et al. 2023), section 3; EViT (Liang et al. 2022), section 3.
-
-    Example:
-        >>> import torch
-        >>> from transformers import ViTConfig, ViTModel
-        >>> from tokenmill.integrations.transformers import patch, unpatch
-        >>> model = ViTModel(ViTConfig(hidden_size=48, num_attention_heads=4)).eval()
-        >>> reduction = patch(model, merge=13)
-        >>> with torch.no_grad():
-        ...     out = model(torch.randn(1, 3, 224, 224)).last_hidden_state
-        >>> out.shape, reduction.unmerge(out).shape
-        (torch.Size([1, 41, 48]), torch.Size([1, 197, 48]))
-        >>> unpatch(model)
-    """
-    check_version(NAME, "transformers", transformers.__version__, 5, 24)
+    """Installs a reduction in the layers of a vision transformer; arguments as of patch."""
 
     def layers_in(module: nn.Module) -> list[tuple[nn.Module, Layout]]:
         found = ((layer, layout_of(layer)) for layer in module.children())
@@ -147,11 +105,6 @@ def patch(
     )
     install(NAME, model, found, reduction, functools.partial(_forward, layout))
     return reduction
-
-
-def unpatch(model: nn.Module) -> None:
-    """Restores the layers' own forward."""
-    uninstall("integrations.transformers.unpatch", model)
 
 
 def _forward(

@@ -1,5 +1,6 @@
 """Hugging Face transformers: attention on :func:`tokenmill.attention` (register), generate() under
-a policy (apply_policy), token reduction in vision transformers (patch).
+a policy (apply_policy), the delta rule of language models and token reduction in vision
+transformers (patch).
 
 Needs transformers 5.4 or later, whose masks are built from the lengths of queries and keys;
 apply_policy and patch need 5.24.
@@ -29,8 +30,8 @@ from .._transformers.masks import build_mask
 from .._transformers.models import pretrained
 from .._transformers.pages import give_pages
 from .._transformers.watch import watch_attention
+from ._patch import patch, unpatch
 from ._policy_cache import AppliedPolicy, PolicyCache, apply_policy
-from ._vision import patch, unpatch
 
 __all__ = [
     "AppliedPolicy",

@@ -1,0 +1,171 @@
+"""The recurrent layers of transformers' models on tokenmill's operators.
+
+The forward of such a layer calls functions of its module by name. A patched layer runs the code of
+this forward with these names bound to the functions below, so that other models keep their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..linear import (
+    causal_conv1d,
+    causal_conv1d_decode,
+    delta_attention,
+    delta_attention_decode,
+)
+
+
+def _cu_seqlens(cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:
+    """Offsets of the sequences that a batch entry packs, from transformers' cu_seq_lens_q or from
+    the index of the sequence of each token, [1, T].
+    """
+    if cu_seqlens is not None:
+        return cu_seqlens.to(torch.int32)
+    if seq_idx is None:
+        return None
+    starts = torch.nn.functional.pad(seq_idx[0].diff() != 0, (1, 0), value=True).nonzero()[:, 0]
+    return torch.nn.functional.pad(starts, (0, 1), value=seq_idx.shape[1]).to(torch.int32)
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def chunk_delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, chunk_size: int = 64,
+    initial_state: Tensor | None = None, output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False, cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None, *, backend: str | None = None, **others: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """A prompt: q, k [B, T, Hk, D], v [B, T, Hv, Dv], g [B, T, Hv] or [B, T, Hv, D]."""
+    offsets = _cu_seqlens(cu_seqlens, seq_idx)
+    tensors = query, key, value, beta, g.float()
+    q, k, v, b, decay = tensors if offsets is None else (t[0] for t in tensors)
+    before = None if initial_state is None else initial_state.float()
+    out, state = delta_attention(
+        q, k, v, b, log_decay=decay, initial_state=before, return_final_state=True,
+        qk_l2norm=use_qk_l2norm_in_kernel, cu_seqlens=offsets, backend=backend,
+    )  # fmt: skip
+    return out if offsets is None else out[None], state if output_final_state else None
+
+
+def recurrent_delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor,
+    initial_state: Tensor | None = None, output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False, *, backend: str | None = None, **others: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """A decode step. The layer writes the state that it gets here into its cache: a state in
+    float32 is updated in place, which makes that a copy onto itself.
+    """
+    if (
+        initial_state is None
+        or initial_state.dtype != torch.float32
+        or _needs_gradient(query, key, value, g, beta, initial_state)
+    ):
+        return chunk_delta_rule(
+            query, key, value, g, beta, initial_state=initial_state,
+            output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, backend=backend, **others,
+        )  # fmt: skip
+    out = delta_attention_decode(
+        query, key, value, beta, initial_state, log_decay=g.float(),
+        qk_l2norm=use_qk_l2norm_in_kernel, backend=backend,
+    )  # fmt: skip
+    return out, initial_state if output_final_state else None
+
+
+def _activated(out: Tensor, activation: str | None) -> Tensor:
+    if activation in (None, "silu", "swish"):
+        return out
+    from transformers.activations import ACT2FN
+
+    activated: Tensor = ACT2FN[activation](out)
+    return activated
+
+
+def convolve(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None,
+    activation: str | None = None, cu_seq_lens_q: Tensor | None = None,
+    seq_idx: Tensor | None = None, *, backend: str | None = None, **others: Any,
+) -> Tensor:  # fmt: skip
+    """A prompt, [B, C, T]."""
+    offsets = _cu_seqlens(cu_seq_lens_q, seq_idx)
+    x = hidden_states.transpose(1, 2).to(weight.dtype)
+    own = "silu" if activation in ("silu", "swish") else None
+    out = causal_conv1d(
+        x if offsets is None else x[0], weight, bias, activation=own, cu_seqlens=offsets,
+        backend=backend,
+    )  # fmt: skip
+    out = _activated(out if offsets is None else out[None], activation)
+    return out.transpose(1, 2).to(hidden_states.dtype)
+
+
+def convolve_step(
+    hidden_states: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None,
+    activation: str | None = None, *, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """New tokens [B, C, T] against the inputs before them, [B, C, K], which are updated."""
+    x = hidden_states.transpose(1, 2).to(weight.dtype)
+    own = "silu" if activation in ("silu", "swish") else None
+    if conv_state.dtype == x.dtype and not _needs_gradient(x, conv_state, weight, bias):
+        out = causal_conv1d_decode(x, conv_state, weight, bias, activation=own, backend=backend)
+    else:
+        before = conv_state[..., conv_state.shape[-1] - weight.shape[-1] + 1 :].to(x.dtype)
+        out = causal_conv1d(
+            x, weight, bias, activation=own, initial_state=before, backend=backend
+        )
+        columns = torch.cat([conv_state, hidden_states.to(conv_state.dtype)], -1)
+        conv_state.copy_(columns[..., -conv_state.shape[-1] :])
+    return _activated(out, activation).transpose(1, 2).to(hidden_states.dtype)
+
+
+# By the names that the modules of transformers give them.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "torch_chunk_gated_delta_rule": chunk_delta_rule,
+    "torch_recurrent_gated_delta_rule": recurrent_delta_rule,
+    "chunk_kimi_delta_attention": chunk_delta_rule,
+    "recurrent_kimi_delta_attention": recurrent_delta_rule,
+    "causal_conv1d_fn": convolve,
+    "causal_conv1d_update": convolve_step,
+}
+RULES = {name for name in FUNCTIONS if "delta" in name}
+
+
+def own_forward(layer: nn.Module) -> FunctionType | None:
+    """The forward of a layer of transformers that calls a delta rule by name, None: another one."""
+    if not type(layer).__module__.startswith("transformers.models."):
+        return None
+    forward = inspect.unwrap(type(layer).forward)
+    if not isinstance(forward, FunctionType) or RULES.isdisjoint(forward.__code__.co_names):
+        return None
+    return forward
+
+
+def replace_functions(layer: nn.Module, backend: str | None) -> None:
+    """Gives a layer its class's forward with the functions above.
+
+    The wrappers around the forward of the class are left out: they rename an argument of old
+    releases, and run hooks of accelerate on weights that the layer reads without calling their
+    module.
+    """
+    forward = own_forward(layer)
+    assert forward is not None
+    given = {
+        name: functools.partial(function, backend=backend)
+        for name, function in FUNCTIONS.items()
+        if name in forward.__globals__
+    }
+    names = {**forward.__globals__, **given}
+    own = FunctionType(
+        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    own.__kwdefaults__ = forward.__kwdefaults__
+    layer.forward = MethodType(own, layer)  # type: ignore[method-assign]
