@@ -35,9 +35,18 @@ class Everything(torch.nn.Module):
         memory = memory + tm.delta_attention_decode(
             *(token,) * 3, gate.detach()[:, -1:], slots, qk_l2norm=True
         )
+        cached = cached + convolve(x.flatten(2)).unflatten(2, (4, 16))
         cached = cached + memory + tm.landmark_attention(x, x, x, block=4)
         # The mean: the sum of the slots is so large that its rounding shows in the sine.
         return (linear + following + kept + slots.mean()).sin() + cached
+
+
+def convolve(x):
+    """A short convolution, and its next token."""
+    taps = x[0, :4].T
+    out, inputs = tm.causal_conv1d(x, taps, activation="silu", return_final_state=True)
+    following = inputs.detach().clone(), taps.detach()
+    return out + tm.causal_conv1d_decode(x.detach()[:, -1:], *following)
 
 
 def decode_from_cache(q, k):

@@ -26,6 +26,8 @@ CALLS = {
     tm.lightning_attention: ((Q, Q, Q, torch.ones(2)), {}),
     tm.delta_attention: ((Q, Q, Q, Q[..., 0]), {}),
     tm.delta_attention_decode: ((Q, Q, Q, Q[..., 0], torch.zeros(1, 2, 8, 8)), {}),
+    tm.causal_conv1d: ((TOKENS, torch.ones(4, 3)), {}),
+    tm.causal_conv1d_decode: ((TOKENS, torch.zeros(1, 4, 2), torch.ones(4, 3)), {}),
     tm.linear_attention_decode: ((Q, Q, Q, torch.zeros(1, 2, 8, 8)), {}),
     tm.sparse_decode_attention: (
         (Q[:, :1], Q, Q, LISTS[0][0], LISTS[1][0]),
@@ -72,6 +74,8 @@ THEIRS = [
     (tm.linear_attention, "beta", "the delta rule is delta_attention"),
     (tm.delta_attention, "g", "is called log_decay here"),
     (tm.delta_attention, "use_qk_l2norm_in_kernel", "is called qk_l2norm here"),
+    (tm.causal_conv1d, "initial_states", "is called initial_state here"),
+    (tm.causal_conv1d_decode, "conv_state_indices", "is called state_indices here"),
     (tm.lightning_attention, "output_final_state", "is called return_final_state here"),
     (tm.block_sparse_attention, "softmax_scale", "is called scale here"),
     (tm.hip_attention, "mask_k", "is called budget here"),

@@ -68,6 +68,11 @@ RENAMED: dict[str, tuple[tuple[str, ...], str]] = {
     "g_gamma": (("log_decay",), ", with one number for each head"),
     "output_final_state": (("return_final_state",), ""),
     "use_qk_l2norm_in_kernel": (("qk_l2norm",), ""),
+    # causal-conv1d
+    "initial_states": (("initial_state",), ""),
+    "return_final_states": (("return_final_state",), ""),
+    "conv_state": (("state",), ""),
+    "conv_state_indices": (("state_indices",), ""),
     "block_size": (("select_block", "block", "block_k"), ""),
     "block_counts": (("topk",), ""),
     # xformers and models of transformers

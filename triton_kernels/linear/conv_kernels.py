@@ -97,7 +97,9 @@ def store_rows(tokens, where, o_row, o_c, m_tile, cu_seqlens, b_x):
 
 
 @triton.jit
-def load_input(x, state, where, o_row, o_c, m_tile, back: tl.constexpr, cu_seqlens, WIDTH: tl.constexpr):
+def load_input(
+    x, state, where, o_row, o_c, m_tile, back: tl.constexpr, cu_seqlens, WIDTH: tl.constexpr
+):
     """Inputs `back` tokens before rows o_row; before their sequences those of the state, or 0."""
     m_own = (where.position >= back)[:, None] & m_tile
     b_x = load_rows(x, where, o_row - back, o_c, m_own, cu_seqlens)
@@ -139,12 +141,16 @@ def tile_of(rows, channels, slices, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
 
 
 @triton.jit
-def sum_of_taps(x, state, taps, where, o_row, o_c, m_tile, cu_seqlens, channels, WIDTH: tl.constexpr):
+def sum_of_taps(
+    x, state, taps, where, o_row, o_c, m_tile, cu_seqlens, channels, WIDTH: tl.constexpr
+):
     # bias + sum_j weight_j x_(t - W + 1 + j)
     b_sum = load_bias(taps, o_c, o_c < channels, o_row.shape[0], o_c.shape[0])
     for j in tl.static_range(WIDTH):
         b_x = load_input(x, state, where, o_row, o_c, m_tile, WIDTH - 1 - j, cu_seqlens, WIDTH)
-        b_sum = tl.fma(tl.broadcast_to(load_tap(taps, j, o_c, o_c < channels), b_x.shape), b_x, b_sum)
+        b_sum = tl.fma(
+            tl.broadcast_to(load_tap(taps, j, o_c, o_c < channels), b_x.shape), b_x, b_sum
+        )
     return b_sum
 
 

@@ -14,7 +14,7 @@ def lower_activation(op: str, activation: Any) -> str:
     """The activation as the schema names it."""
     if activation is None:
         return "none"
-    if activation != "silu":
+    if not isinstance(activation, str) or activation != "silu":
         fail(op, "activation", ACTIVATIONS, activation)
     return "silu"
 
