@@ -119,9 +119,7 @@ def convolve_step(
         out = causal_conv1d_decode(x, conv_state, weight, bias, activation=own, backend=backend)
     else:
         before = conv_state[..., conv_state.shape[-1] - weight.shape[-1] + 1 :].to(x.dtype)
-        out = causal_conv1d(
-            x, weight, bias, activation=own, initial_state=before, backend=backend
-        )
+        out = causal_conv1d(x, weight, bias, activation=own, initial_state=before, backend=backend)
         columns = torch.cat([conv_state, hidden_states.to(conv_state.dtype)], -1)
         conv_state.copy_(columns[..., -conv_state.shape[-1] :])
     return _activated(out, activation).transpose(1, 2).to(hidden_states.dtype)

@@ -8,6 +8,7 @@ inputs, some of which may be those of initial_state. PyTorch's autograd differen
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def _in_dtype(a: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     sequences = [a.x]
     if a.cu_seqlens is not None:
         ends = a.cu_seqlens.tolist()
-        sequences = [a.x[None, b:e] for b, e in zip(ends, ends[1:], strict=False)]
+        sequences = [a.x[None, b:e] for b, e in itertools.pairwise(ends)]
     outs, states = [], []
     for n, x in enumerate(sequences):
         each = slice(None) if a.cu_seqlens is None else slice(n, n + 1)
