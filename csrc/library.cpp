@@ -96,9 +96,8 @@ TOKENMILL_LIBRARY(library) {
       "Tensor x, Tensor weight, Tensor? bias=None, *, str activation=\"none\", "
       "Tensor? initial_state=None, bool return_final_state=False, Tensor? cu_seqlens=None";
   m.def("causal_conv1d(" + conv + ") -> (Tensor out, Tensor final_state)");
-  m.def(
-      "causal_conv1d_backward(Tensor? dout, Tensor? dfinal_state, bool needs_dinitial_state, " +
-      conv + ") -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
+  m.def("causal_conv1d_backward(Tensor? dout, Tensor? dfinal_state, bool needs_dinitial_state, " +
+        conv + ") -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
   m.def(
       "causal_conv1d_decode(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias=None, *, "
       "str activation=\"none\", Tensor? state_indices=None) -> Tensor");

@@ -31,8 +31,7 @@ class ConvTaps {
       load_row(f.weight, f.dtype, channel * f.channel + j * f.tap, f.channel, n, rows_ + j * ld_);
     float* bias = rows_ + width_ * ld_;
     std::memset(bias, 0, ld_ * sizeof(float));
-    if (f.bias)
-      load_row(f.bias, f.bias_dtype, channel * f.bias_channel, f.bias_channel, n, bias);
+    if (f.bias) load_row(f.bias, f.bias_dtype, channel * f.bias_channel, f.bias_channel, n, bias);
   }
   const float* tap(int64_t j) const { return rows_ + j * ld_; }
   const float* bias() const { return rows_ + width_ * ld_; }
@@ -85,11 +84,11 @@ TM_INLINE void convolve(const void* const* x, const ConvTaps& taps, int64_t n, c
 template <DType kType, int kTaps, bool kSilu, int kRows>
 __attribute__((noinline)) void convolve_rows(const void* const* x, const ConvTaps& taps, int64_t n,
                                              void* const* out) {
-  convolve<kType, kTaps, kSilu, kRows>(
-      x, taps, n, [&](int r, int64_t c, int64_t count, vf sum) TM_LAMBDA {
-        if constexpr (kSilu) sum = sum * sigmoid_of(sum);
-        Elements<kType>::store_n(out[r], c, sum, count);
-      });
+  convolve<kType, kTaps, kSilu, kRows>(x, taps, n,
+                                       [&](int r, int64_t c, int64_t count, vf sum) TM_LAMBDA {
+                                         if constexpr (kSilu) sum = sum * sigmoid_of(sum);
+                                         Elements<kType>::store_n(out[r], c, sum, count);
+                                       });
 }
 
 // Calls visit.operator()<kType, kTaps, kSilu>() with the kind of a call.

@@ -4,9 +4,9 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kTile = 64;          // tokens of an item
-constexpr int64_t kChannels = 2048;    // and channels
-constexpr int64_t kAlone = 1 << 14;    // elements that one thread computes faster than two
+constexpr int64_t kTile = 64;        // tokens of an item
+constexpr int64_t kChannels = 2048;  // and channels
+constexpr int64_t kAlone = 1 << 14;  // elements that one thread computes faster than two
 
 struct Items {
   explicit Items(const CausalConv1dParams& p)

@@ -55,12 +55,13 @@ class Worker {
     input_rows(p_, before_, b, position, kRows, channel_, in);
     for (int r = 0; r < kRows; ++r)
       dout[r] = row_at(params_.dout, p_.dtype, p_, b, position + r, channel_);
-    convolve<kType, kTaps, kSilu, kRows>(
-        in, taps_, n_, [&](int r, int64_t c, int64_t count, vf sum) TM_LAMBDA {
-          vf d = E::load_n(dout[r], c, count);
-          if constexpr (kSilu) d = d * feature_slope<FeatureMap::silu>(sum);
-          store(dpre_ + (at + r) * ld_ + c, d);
-        });
+    convolve<kType, kTaps, kSilu, kRows>(in, taps_, n_,
+                                         [&](int r, int64_t c, int64_t count, vf sum) TM_LAMBDA {
+                                           vf d = E::load_n(dout[r], c, count);
+                                           if constexpr (kSilu)
+                                             d = d * feature_slope<FeatureMap::silu>(sum);
+                                           store(dpre_ + (at + r) * ld_ + c, d);
+                                         });
     if constexpr (kSum) {
       // dweight_j += sum_r dpre_r x_(r + j), dbias += sum_r dpre_r
       for (int64_t c = 0; c < n_; c += kWidth) {
@@ -90,8 +91,7 @@ class Worker {
     int64_t i = 0;
     for (; i + kConvRows <= count; i += kConvRows)
       before_activation<kType, kTaps, kSilu, kConvRows, kSum>(b, position + i, at + i);
-    for (; i < count; ++i)
-      before_activation<kType, kTaps, kSilu, 1, kSum>(b, position + i, at + i);
+    for (; i < count; ++i) before_activation<kType, kTaps, kSilu, 1, kSum>(b, position + i, at + i);
   }
 
   template <DType kType, int kTaps, bool kSilu>
@@ -104,7 +104,8 @@ class Worker {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t taps = std::min<int64_t>(kTaps, left - r);
       const float* added = nullptr;
-      if (params_.dfinal.data && left - r < kTaps) added = dfinal_row<kType>(b, kTaps - 1 - left + r);
+      if (params_.dfinal.data && left - r < kTaps)
+        added = dfinal_row<kType>(b, kTaps - 1 - left + r);
       void* dx = row_at(params_.dx, p_.dtype, p_, b, position + r, channel_);
       input_gradient<kType, kTaps>(r, kTaps - 1, taps, added, dx);
     }
@@ -188,8 +189,8 @@ void add_parts(const CausalConv1dBackwardParams& params, int64_t tiles, int64_t 
       continue;
     }
     for (int64_t c = 0; c < n; ++c)
-      store_from_float_n(params.dweight, p.filter.dtype, (channel + c) * width + j,
-                         set(narrow[c]), 1);
+      store_from_float_n(params.dweight, p.filter.dtype, (channel + c) * width + j, set(narrow[c]),
+                         1);
   }
 }
 
@@ -197,7 +198,8 @@ void add_parts(const CausalConv1dBackwardParams& params, int64_t tiles, int64_t 
 
 void causal_conv1d_backward(const CausalConv1dBackwardParams& params) {
   const CausalConv1dParams& p = params.forward;
-  const int64_t tiles = ceil_div(p.rows, params.part_rows), slices = ceil_div(p.channels, kChannels);
+  const int64_t tiles = ceil_div(p.rows, params.part_rows),
+                slices = ceil_div(p.channels, kChannels);
   const int64_t items = (tiles + (params.dinitial.data ? p.batch : 0)) * slices;
   const int threads = p.rows * p.channels < kAlone ? 1 : cpu::num_threads();
   visit_conv(p.filter, p.dtype, [&]<DType kType, int kTaps, bool kSilu>() {

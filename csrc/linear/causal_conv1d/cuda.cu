@@ -14,15 +14,14 @@ const char* launch_forward(const CausalConv1dParams& p, cudaStream_t stream) {
   int tile = kMaxTile;
   while (tile > kMinTile && ceil_div(p.rows, tile) * slices < 2 * cuda::multiprocessors())
     tile /= 2;
-  return cuda::launch<conv_forward_kernel<T, kVector, kTaps>>(
-      ceil_div(p.rows, tile) * slices, kThreads, 0, stream, p, tile, slices);
+  return cuda::launch<conv_forward_kernel<T, kVector, kTaps>>(ceil_div(p.rows, tile) * slices,
+                                                              kThreads, 0, stream, p, tile, slices);
 }
 
 template <typename T, int kTaps>
 const char* launch_vectors(const CausalConv1dParams& p, cudaStream_t stream) {
-  const bool vector =
-      cuda::is_vectorizable<T>(p.x.data, p.channels, p.x.batch, p.x.seq) &&
-      cuda::is_vectorizable<T>(p.out.data, p.channels, p.out.batch, p.out.seq);
+  const bool vector = cuda::is_vectorizable<T>(p.x.data, p.channels, p.x.batch, p.x.seq) &&
+                      cuda::is_vectorizable<T>(p.out.data, p.channels, p.out.batch, p.out.seq);
   return vector ? launch_forward<T, cuda::conv::kChannels<T, kTaps>, kTaps>(p, stream)
                 : launch_forward<T, 1, kTaps>(p, stream);
 }

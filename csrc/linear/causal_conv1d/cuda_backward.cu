@@ -43,8 +43,8 @@ const char* launch_cuda(const CausalConv1dBackwardParams& params, void* stream) 
     }
     const int slices = static_cast<int>(ceil_div(p.channels, kThreads));
     if (params.dinitial.data) {
-      const char* error = cuda::launch<conv_initial_kernel<T>>(p.batch * slices, kThreads, 0, s,
-                                                               params, slices);
+      const char* error =
+          cuda::launch<conv_initial_kernel<T>>(p.batch * slices, kThreads, 0, s, params, slices);
       if (error) return error;
     }
     const dim3 grid(static_cast<unsigned>(slices), static_cast<unsigned>(p.filter.width + 1));

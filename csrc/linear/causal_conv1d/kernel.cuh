@@ -64,8 +64,8 @@ __device__ void load_window(float (&window)[kTaps - 1][kVector], const CausalCon
     } else if (p.initial.data) {
 #pragma unroll
       for (int e = 0; e < kVector; ++e)
-        window[i][e] = static_cast<float>(
-            *state_at<T>(p.initial, s.b, channel + e, width - 1 + position));
+        window[i][e] =
+            static_cast<float>(*state_at<T>(p.initial, s.b, channel + e, width - 1 + position));
     }
   }
 }
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads)
   const conv::Taps<kVector, kTaps> taps(p.filter, channel);
   each_row<T, kVector, kTaps>(
       p, first, min(first + tile, p.rows), channel, taps,
-      [&](const Sequence& s, int64_t row, const auto&, const auto&, float(&sum)[kVector]) {
+      [&](const Sequence& s, int64_t row, const auto&, const auto&, float (&sum)[kVector]) {
         if (p.filter.silu) {
 #pragma unroll
           for (int e = 0; e < kVector; ++e) sum[e] *= sigmoid(sum[e]);

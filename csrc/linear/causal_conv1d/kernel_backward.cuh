@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = part * params.part_rows;
   each_row<T, kVector, kTaps>(
       p, first, min(first + params.part_rows, p.rows), channel, taps,
-      [&](const Sequence& s, int64_t row, const float(&own)[kVector],
-          const float(&window)[kTaps - 1][kVector], float(&sum)[kVector]) {
+      [&](const Sequence& s, int64_t row, const float (&own)[kVector],
+          const float (&window)[kTaps - 1][kVector], float (&sum)[kVector]) {
         float d[kVector];
         load_floats(d, row_at<T>(params.dout, p, s, row) + channel);
 #pragma unroll
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
             const float y = sigmoid(sum[e]);
             d[e] *= y * fmaf(sum[e], 1 - y, 1);
           }
-          // dweight_j += dpre x_j, dbias += dpre
+      // dweight_j += dpre x_j, dbias += dpre
 #pragma unroll
           for (int i = 0; i < kTaps - 1; ++i) sums[i][e] = fmaf(d[e], window[i][e], sums[i][e]);
           sums[kTaps - 1][e] = fmaf(d[e], own[e], sums[kTaps - 1][e]);
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kThreads)
     if (params.dfinal.data && left < width) {
 #pragma unroll
       for (int e = 0; e < kVector; ++e)
-        sum[e] += static_cast<float>(
-            *state_at<T>(params.dfinal, s.b, channel + e, width - 1 - left));
+        sum[e] +=
+            static_cast<float>(*state_at<T>(params.dfinal, s.b, channel + e, width - 1 - left));
     }
     store_floats(row_at<T>(params.dx, p, s, row) + channel, sum);
   }

@@ -5,9 +5,9 @@
 namespace tokenmill {
 
 struct CausalConv1dParams {
-  int64_t batch;    // sequences
-  int64_t seqlen;   // tokens of a sequence; packed: of all
-  int64_t rows;     // tokens of all sequences
+  int64_t batch;   // sequences
+  int64_t seqlen;  // tokens of a sequence; packed: of all
+  int64_t rows;    // tokens of all sequences
   int64_t channels;
   DType dtype;
   ConvFilter filter;

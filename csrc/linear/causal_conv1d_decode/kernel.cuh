@@ -29,8 +29,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int s = 0; s < kTaps - 1; ++s) {
     const int64_t column = p.columns - (kTaps - 1) + s;
-    window[s][0] =
-        s >= taps.unused ? static_cast<float>(state[column * p.state.column]) : 0;
+    window[s][0] = s >= taps.unused ? static_cast<float>(state[column * p.state.column]) : 0;
   }
 #pragma unroll 1
   for (int64_t t = 0; t < p.seqlen; ++t) {
