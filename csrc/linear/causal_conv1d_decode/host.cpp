@@ -2,24 +2,12 @@
 #include "core/written.h"
 #include "linear/causal_conv1d_decode/params.h"
 #include "linear/conv_checks.h"
+#include "linear/slots.h"
 
 namespace tokenmill {
 namespace {
 
 constexpr const char* kOp = "causal_conv1d_decode";
-
-void check_slots(const View& indices, int64_t slots) {
-  const int32_t* first = indices.data<int32_t>();
-  std::vector<int64_t> found(first, first + indices.size(0));
-  for (const int64_t i : found)
-    check(i >= -1 && i < slots, kOp, "state_indices",
-          Rule("must be -1 (skip) or a slot below ", slots), i);
-  std::vector<int64_t> used = found;
-  std::sort(used.begin(), used.end());
-  const auto begin = std::lower_bound(used.begin(), used.end(), 0);
-  check(std::adjacent_find(begin, used.end()) == used.end(), kOp, "state_indices",
-        "must not repeat a slot", found);
-}
 
 struct CausalConv1dDecodeArgs : Record {
   View x, state, weight, bias;
@@ -48,21 +36,9 @@ Array causal_conv1d_decode(const CausalConv1dDecodeArgs& a) {
   check_device_of(kOp, "state", state, "x", x);
   p.slots = state.size(0);
   p.columns = state.size(2);
-  if (indices) {
-    check(indices.dtype == ScalarType::Int, kOp, "state_indices", "must be int32", indices.dtype);
-    const std::vector<int64_t> wanted{p.batch};
-    check(indices.sizes == wanted, kOp, "state_indices", Rule("must have shape ", wanted),
-          indices.sizes);
-    check_last_contiguous(kOp, "state_indices", indices);
-    check_device_of(kOp, "state_indices", indices, "x", x);
-    p.indices = indices.data<int32_t>();
-  } else {
-    check(p.slots >= p.batch, kOp, "state",
-          Rule("must have a slot for each sequence, ", p.batch, ", without state_indices"),
-          p.slots);
-  }
+  p.indices = slots_of(kOp, indices, state, p.batch, "x", x);
   check_written(kOp, a);
-  if (!x.is_cuda && indices) check_slots(indices, p.slots);
+  if (!x.is_cuda && indices) check_slot_values(kOp, indices, p.slots);
   state.note(true);
   p.state = conv_states_of(state);
   const bool tokens = x.dim() == 3;

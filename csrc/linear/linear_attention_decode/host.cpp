@@ -2,6 +2,7 @@
 #include "core/written.h"
 #include "linear/checks.h"
 #include "linear/linear_attention_decode/params.h"
+#include "linear/slots.h"
 
 namespace tokenmill {
 namespace {
@@ -38,7 +39,7 @@ Array linear_attention_decode(const LinearAttentionDecodeArgs& a) {
         a.state.sizes);
   check_state(kOp, "state", a.state, a.q);
   p.slots = a.state.size(0);
-  p.indices = slots_of(kOp, indices, a.state, p.batch, a.q);
+  p.indices = slots_of(kOp, indices, a.state, p.batch, "q", a.q);
   check_written(kOp, a);
   if (!a.q.is_cuda) {
     if (decay) check_decay_values(kOp, decay);
