@@ -28,7 +28,7 @@ ROWS = 64 if INTERPRETED.value else 16
 CHANNELS = 64
 
 
-class Call(Record):  # type: ignore[misc]
+class Call(Record):
     """The arguments of a call, and the kernel arguments derived from them."""
 
     @classmethod
@@ -116,7 +116,8 @@ class Call(Record):  # type: ignore[misc]
 
 
 def filter_of(weight: Tensor, bias: Tensor | None) -> Filter:
-    return Filter(weight, *weight.stride(), bias, 0 if bias is None else bias.stride(0))
+    channel, tap = weight.stride()
+    return Filter(weight, channel, tap, bias, 0 if bias is None else bias.stride(0))
 
 
 def states_of(t: Tensor | None) -> ConvStates | None:

@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +82,12 @@ def recurrent_delta_rule(
     return out, initial_state if output_final_state else None
 
 
+def _own(activation: str | None) -> Literal["silu"] | None:
+    return "silu" if activation in ("silu", "swish") else None
+
+
 def _activated(out: Tensor, activation: str | None) -> Tensor:
-    if activation in (None, "silu", "swish"):
+    if activation is None or _own(activation):
         return out
     from transformers.activations import ACT2FN
 
@@ -99,9 +103,8 @@ def convolve(
     """A prompt, [B, C, T]."""
     offsets = _cu_seqlens(cu_seq_lens_q, seq_idx)
     x = hidden_states.transpose(1, 2).to(weight.dtype)
-    own = "silu" if activation in ("silu", "swish") else None
     out = causal_conv1d(
-        x if offsets is None else x[0], weight, bias, activation=own, cu_seqlens=offsets,
+        x if offsets is None else x[0], weight, bias, activation=_own(activation), cu_seqlens=offsets,
         backend=backend,
     )  # fmt: skip
     out = _activated(out if offsets is None else out[None], activation)
@@ -114,7 +117,7 @@ def convolve_step(
 ) -> Tensor:  # fmt: skip
     """New tokens [B, C, T] against the inputs before them, [B, C, K], which are updated."""
     x = hidden_states.transpose(1, 2).to(weight.dtype)
-    own = "silu" if activation in ("silu", "swish") else None
+    own = _own(activation)
     if conv_state.dtype == x.dtype and not _needs_gradient(x, conv_state, weight, bias):
         out = causal_conv1d_decode(x, conv_state, weight, bias, activation=own, backend=backend)
     else:
@@ -166,4 +169,4 @@ def replace_functions(layer: nn.Module, backend: str | None) -> None:
         forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
     )
     own.__kwdefaults__ = forward.__kwdefaults__
-    layer.forward = MethodType(own, layer)  # type: ignore[method-assign]
+    layer.forward = MethodType(own, layer)

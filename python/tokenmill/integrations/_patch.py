@@ -90,9 +90,9 @@ def patch(
     """
     check_version(NAME, "transformers", transformers.__version__, 5, 24)
     if merge is None and keep_rate is None:
-        layers = {name: m for name, m in model.named_modules() if own_forward(m) is not None}
-        if layers:
-            return _patch_recurrences(model, layers, backend)
+        found = {name: m for name, m in model.named_modules() if own_forward(m) is not None}
+        if found:
+            return _patch_recurrences(model, found, backend)
     return reduce_tokens(model, merge, keep_rate, layers, fuse, backend)
 
 
