@@ -14,7 +14,7 @@ from tokenmill._version import __version__
 
 from ..progress import progress
 from ..results import Results
-from . import additive, attention, caches, decode, linear, select, sparse, titans, tokens
+from . import additive, attention, caches, conv, decode, linear, select, sparse, titans, tokens
 from .case import FIGURES, Counted, CounterCase, measure
 
 OPS: dict[str, Counted] = {
@@ -30,6 +30,7 @@ OPS: dict[str, Counted] = {
     "titans_memory": titans.COUNTED,
     "topk_select": select.TOPK,
     **caches.COUNTED,
+    **conv.COUNTED,
     **sparse.COUNTED,
     **tokens.COUNTED,
 }

@@ -70,6 +70,15 @@ def _delta_step() -> object:
     return tm.delta_attention_decode(q, q, q, torch.ones(1, 1, 8), state, qk_l2norm=True)
 
 
+def _conv() -> object:
+    return tm.causal_conv1d(_draw(1, 2048, 1024), _draw(1024, 4), activation="silu")
+
+
+def _conv_step() -> object:
+    x, state = _draw(1, 1024), _draw(1, 1024, 4)
+    return tm.causal_conv1d_decode(x, state, _draw(1024, 4), activation="silu")
+
+
 def _titans() -> object:
     q = torch.nn.functional.normalize(_draw(1, 512, 8, 64).float(), dim=-1).half()
     gates = (torch.full((1, 512, 8), x) for x in (0.01, 0.5, 0.01))
@@ -184,6 +193,8 @@ CALLS: dict[str, dict[str, Call]] = {
     "linear_attention": {"2048 tokens, H=8": _linear},
     "linear_attention_decode": {"a token, H=8": _linear_step},
     "delta_attention_decode": {"a token, H=8": _delta_step},
+    "causal_conv1d": {"2048 tokens, 1024 channels": _conv},
+    "causal_conv1d_decode": {"a token, 1024 channels": _conv_step},
     "sparse_decode_attention": {
         "512 of 8192 keys": lambda: _made(
             tm.sparse_decode_attention,

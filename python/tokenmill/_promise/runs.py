@@ -356,6 +356,49 @@ def delta_steps(
     return grouped(group, pieces)
 
 
+def _taps(like: Tensor) -> Tensor:
+    """A filter of four taps for each channel."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(like.shape[1:].numel(), 4, generator=g).to(like.dtype)
+
+
+def conv_state(p: Piece) -> Tensor:
+    """The three tokens before a piece, [1, C, 3]."""
+    before = p.request["wide_v"][max(p.start - 3, 0) : p.start].flatten(1)
+    return functional.pad(before.T, (3 - len(before), 0))[None]
+
+
+def conv(pieces: list[Piece], *, backend: str) -> list[Any]:
+    (x,) = new(pieces, "wide_v")
+    out = tm.causal_conv1d(
+        x.flatten(1), _taps(x), activation="silu", cu_seqlens=starts(pieces), backend=backend,
+        initial_state=torch.cat([conv_state(p) for p in pieces]),
+    )  # fmt: skip
+    return split(pieces, out.reshape(x.shape))
+
+
+def conv_steps(
+    pieces: list[Piece], *, backend: str, tokens: int = 1, apart: bool = False
+) -> list[Any]:
+    """causal_conv1d_decode, so many tokens in a call."""
+
+    def group(some: list[Piece]) -> list[Any]:
+        (x,) = stacked(some, "wide_v")
+        own, size = slots(len(some), apart)
+        state = torch.full((size, HEADS * DV, 3), torch.nan, dtype=x.dtype)
+        state[own] = torch.cat([conv_state(p) for p in some])
+        taps = _taps(x[0])
+        outs = [
+            tm.causal_conv1d_decode(
+                part, state, taps, activation="silu", state_indices=own, backend=backend
+            )
+            for part in x.flatten(2).split(tokens, 1)
+        ]
+        return [(o,) for o in torch.cat(outs, 1)]
+
+    return grouped(group, pieces)
+
+
 def titans_state(p: Piece, backend: str) -> tuple[Tensor, Tensor]:
     if not p.start:
         return torch.zeros(1, HEADS, D, DV), torch.zeros(1, HEADS, D, DV)

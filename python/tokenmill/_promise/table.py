@@ -247,11 +247,12 @@ def dense() -> dict[str, Row]:
 
 def linear() -> dict[str, Row]:
     packed, steps = runs.linear, runs.linear_steps
-    delta, titans = runs.delta, runs.titans
+    delta, conv, titans = runs.delta, runs.conv, runs.titans
     prefills: dict[str, Run] = {"packed": packed, "padded": runs.padded_linear}
     prefills["wider"] = partial(runs.padded_linear, extra=3)
     linear_apart = kit(either(packed, steps), ("decode",))
     delta_apart = kit(either(delta, runs.delta_steps), ("decode",))
+    conv_apart = kit(either(conv, runs.conv_steps), ("decode",))
     titans_apart = kit({"prompt": titans, "steps": runs.titans_steps}, ("alone",), longest=40)
 
     def of_steps(run: Run, longest: int) -> Row:
@@ -294,6 +295,16 @@ def linear() -> dict[str, Row]:
         "delta_attention_decode": {
             **of_steps(runs.delta_steps, 40),
             "decode": no("delta_attention solves for the corrections of a chunk", delta_apart),
+        },
+        "causal_conv1d": {
+            "batch": always(kit(conv)),
+            "chunks": always(kit(conv, ("chunks",))),
+            "decode": always(conv_apart),
+            "backward": always(kit(gradients(conv, "wide_v"), LEARNS)),
+        },
+        "causal_conv1d_decode": {
+            **of_steps(runs.conv_steps, 40),
+            "decode": always(conv_apart),
         },
         "titans_memory": {
             "batch": always(kit(titans)),
