@@ -104,8 +104,8 @@ def convolve(
     offsets = _cu_seqlens(cu_seq_lens_q, seq_idx)
     x = hidden_states.transpose(1, 2).to(weight.dtype)
     out = causal_conv1d(
-        x if offsets is None else x[0], weight, bias, activation=_own(activation), cu_seqlens=offsets,
-        backend=backend,
+        x if offsets is None else x[0], weight, bias, activation=_own(activation),
+        cu_seqlens=offsets, backend=backend,
     )  # fmt: skip
     out = _activated(out if offsets is None else out[None], activation)
     return out.transpose(1, 2).to(hidden_states.dtype)
