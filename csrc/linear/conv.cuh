@@ -27,6 +27,16 @@ __device__ inline void store_from_float(void* data, DType dtype, int64_t i, floa
     static_cast<float*>(data)[i] = x;
 }
 
+// Four adjacent elements, aligned as one.
+__device__ inline void load_four(float (&to)[4], const void* data, DType dtype, int64_t i) {
+  if (dtype == DType::float16)
+    load_floats(to, static_cast<const __half*>(data) + i);
+  else if (dtype == DType::bfloat16)
+    load_floats(to, static_cast<const __nv_bfloat16*>(data) + i);
+  else
+    load_floats(to, static_cast<const float*>(data) + i);
+}
+
 __device__ inline float load_tap(const ConvFilter& f, int64_t channel, int64_t j) {
   return load_as_float(f.weight, f.dtype, channel * f.channel + j * f.tap);
 }
@@ -43,8 +53,19 @@ struct Taps {
   __device__ Taps(const ConvFilter& f, int64_t channel)
       : unused(kTaps - static_cast<int>(f.width)) {
 #pragma unroll
+    for (int e = 0; e < kVector; ++e) bias[e] = load_bias(f, channel + e);
+    if (kTaps == 4 && f.quads) {
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        float row[4];
+        load_four(row, f.weight, f.dtype, (channel + e) * 4);
+#pragma unroll
+        for (int s = 0; s < 4; ++s) tap[s][e] = row[s];
+      }
+      return;
+    }
+#pragma unroll
     for (int e = 0; e < kVector; ++e) {
-      bias[e] = load_bias(f, channel + e);
 #pragma unroll
       for (int s = 0; s < kTaps; ++s)
         tap[s][e] = s >= unused ? load_tap(f, channel + e, s - unused) : 0;

@@ -33,6 +33,9 @@ inline ConvFilter conv_filter(const char* op, const View& x, const View& weight,
   f.tap = weight.step(1);
   f.dtype = to_dtype(weight.dtype);
   f.silu = activation == "silu";
+  const uintptr_t row_bytes = f.dtype == DType::float32 ? 16 : 8;
+  f.quads = f.width == 4 && f.tap == 1 && f.channel == 4 &&
+            reinterpret_cast<uintptr_t>(f.weight) % row_bytes == 0;
   if (!bias) return f;
   f.bias = bias.mutable_data();
   f.bias_channel = bias.step(0);

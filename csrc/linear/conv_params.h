@@ -29,6 +29,7 @@ struct ConvFilter {
   int64_t bias_channel;
   DType bias_dtype;
   bool silu;
+  bool quads;  // rows of four taps, each aligned as one access
 };
 
 }  // namespace tokenmill

@@ -6,7 +6,7 @@ namespace {
 
 using namespace cuda::causal_conv1d;
 
-constexpr int kMaxTile = 64, kMinTile = 4;  // tokens of a block
+constexpr int kMaxTile = 64, kMinTile = 16;  // tokens of a block
 
 template <typename T, int kVector, int kTaps>
 const char* launch_forward(const CausalConv1dParams& p, cudaStream_t stream) {

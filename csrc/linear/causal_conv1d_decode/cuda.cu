@@ -8,10 +8,16 @@ const char* launch_cuda(const ConvDecodeParams& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const int slices = static_cast<int>(ceil_div(p.channels, kThreads));
   return cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    return p.filter.width <= 4
-               ? cuda::launch<conv_decode_kernel<T, 4>>(p.batch * slices, kThreads, 0, s, p, slices)
-               : cuda::launch<conv_decode_kernel<T, 8>>(p.batch * slices, kThreads, 0, s, p,
-                                                        slices);
+    const auto launch = [&]<int kTaps, bool kQuads>() {
+      return cuda::launch<conv_decode_kernel<T, kTaps, kQuads>>(p.batch * slices, kThreads, 0, s, p,
+                                                                slices);
+    };
+    const ConvStates& state = p.state;
+    const bool quads = p.columns == 4 && state.column == 1 && state.channel == 4 &&
+                       state.sequence % 4 == 0 &&
+                       reinterpret_cast<uintptr_t>(state.data) % sizeof(cuda::Pack<T, 4>) == 0;
+    if (p.filter.width > 4) return launch.template operator()<8, false>();
+    return quads ? launch.template operator()<4, true>() : launch.template operator()<4, false>();
   });
 }
 

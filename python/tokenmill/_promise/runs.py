@@ -394,7 +394,7 @@ def conv_steps(
             )
             for part in x.flatten(2).split(tokens, 1)
         ]
-        return [(o,) for o in torch.cat(outs, 1)]
+        return [(o,) for o in torch.cat(outs, 1).view_as(x)]
 
     return grouped(group, pieces)
 
