@@ -166,8 +166,8 @@ ROWS = {
     "attention_row_scores": ("", {"traffic_over_least": 1.4}),
     "block_pool_keys": ("^mean", {"traffic_over_least": 1.05}),
     "block_pool_keys_update": ("", {"traffic_over_least": 1.1}),
-    "causal_conv1d": ("^forward", {"traffic_over_least": 2}),
-    "causal_conv1d_decode": ("", {"traffic_over_least": 2}),
+    "causal_conv1d": ("^forward", {"traffic_over_least": 3.1}),  # the filter of each 16 tokens
+    "causal_conv1d_decode": ("", {"traffic_over_least": 1.8}),
     "delta_attention_decode": ("", {"traffic_over_least": 1.1}),
     "kv_cache_append": ("tokens$", {"traffic_over_least": 1.1}),
     "kv_cache_compact": ("", {"traffic_over_least": 1.1}),

@@ -49,14 +49,14 @@ __global__ void __launch_bounds__(kThreads)
   }
   if constexpr (kQuads) {
     *reinterpret_cast<Pack<T, 4>*>(state) = columns;
-    return;
-  }
-  // Column k takes input k + T; it is read before column k + T is written.
+  } else {
+    // Column k takes input k + T; it is read before column k + T is written.
 #pragma unroll 1
-  for (int64_t k = 0; k < p.columns; ++k) {
-    const int64_t from = k + p.seqlen;
-    state[k * p.state.column] =
-        from < p.columns ? state[from * p.state.column] : x[(from - p.columns) * p.x.seq];
+    for (int64_t k = 0; k < p.columns; ++k) {
+      const int64_t from = k + p.seqlen;
+      state[k * p.state.column] =
+          from < p.columns ? state[from * p.state.column] : x[(from - p.columns) * p.x.seq];
+    }
   }
 }
 
