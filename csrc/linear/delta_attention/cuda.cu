@@ -10,10 +10,10 @@ using namespace cuda::delta_attention;
 template <typename T, bool kPerChannel>
 const char* launch_forward(const DeltaAttentionParams& p, cudaStream_t stream) {
   const Scratch scratch = scratch_of<T>(p, false).scratch;
-  if (const char* error = cuda::launch<pairs_kernel<T, kPerChannel>>(
+  if (const char* error = cuda::launch<delta_pairs_kernel<T, kPerChannel>>(
           chunk_blocks(p), kThreads, 0, stream, p, scratch))
     return error;
-  return cuda::launch<states_kernel<T, kPerChannel, false>>(
+  return cuda::launch<delta_states_kernel<T, kPerChannel, false>>(
       sweep_blocks(p), kThreads, sweep_bytes(p.head_dim), stream, p, scratch);
 }
 

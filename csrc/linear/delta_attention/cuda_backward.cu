@@ -12,22 +12,20 @@ const char* launch_backward(const DeltaAttentionBackwardParams& p, cudaStream_t 
   const DeltaAttentionParams& f = p.forward;
   const Scratch scratch = scratch_of<T>(f, true).scratch;
   const int64_t bytes = sweep_bytes(f.head_dim), tokens = rows_in(f);
-  if (const char* error = cuda::launch<pairs_kernel<T, kPerChannel>>(chunk_blocks(f), kThreads, 0,
-                                                                     stream, f, scratch))
+  if (const char* error = cuda::launch<delta_pairs_kernel<T, kPerChannel>>(
+          chunk_blocks(f), kThreads, 0, stream, f, scratch))
     return error;
-  if (const char* error = cuda::launch<states_kernel<T, kPerChannel, true>>(
+  if (const char* error = cuda::launch<delta_states_kernel<T, kPerChannel, true>>(
           sweep_blocks(f), kThreads, bytes, stream, f, scratch))
     return error;
-  if (const char* error = cuda::launch<gradients_kernel<T, kPerChannel>>(
+  if (const char* error = cuda::launch<delta_gradients_kernel<T, kPerChannel>>(
           sweep_blocks(f), kThreads, bytes, stream, p, scratch, tokens))
     return error;
-  if (const char* error =
-          cuda::launch<chunk_kernel<T, kPerChannel>>(chunk_blocks(f), kThreads,
-                                                     chunk_bytes(kPerChannel), stream, p, scratch,
-                                                     tokens))
+  if (const char* error = cuda::launch<delta_chunk_kernel<T, kPerChannel>>(
+          chunk_blocks(f), kThreads, chunk_bytes(kPerChannel), stream, p, scratch, tokens))
     return error;
-  return cuda::launch<finish_kernel<T>>(ceil_div(tokens * f.key_heads, kWarps), kThreads, 0, stream,
-                                        p, scratch, tokens);
+  return cuda::launch<delta_finish_kernel<T>>(ceil_div(tokens * f.key_heads, kWarps), kThreads, 0,
+                                              stream, p, scratch, tokens);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // Sweeps over the chunks of a sequence. A CTA owns a value head and kColumns columns of the state,
 // which are independent of each other, in shared memory:
 //
-//   states_kernel     out and the state after the last token, or the inputs of the backward
-//   gradients_kernel  from the last chunk to the first: dv, and the gradients of the states
+//   delta_states_kernel     out and the state after the last token, or the inputs of the backward
+//   delta_gradients_kernel  from the last chunk to the first: dv, and the gradients of the states
 //
 // A warp owns 16 tokens and 8 columns of the products with columns of v.
 #pragma once
@@ -180,8 +180,8 @@ class Sweep {
 // kKeep: stores S before each chunk and Y instead of out.
 template <typename T, bool kPerChannel, bool kKeep>
 __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
-    states_kernel(const __grid_constant__ DeltaAttentionParams p,
-                  const __grid_constant__ Scratch scratch) {
+    delta_states_kernel(const __grid_constant__ DeltaAttentionParams p,
+                        const __grid_constant__ Scratch scratch) {
   extern __shared__ float4 shared[];
   Sweep<T, kPerChannel> sweep(p, scratch, shared);
   SweepShared& s = sweep.s;
@@ -212,9 +212,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
     sweep.each(u, [&](float x, int, int at) { s.y[at] = x; });
     finite = sweep.all_finite(u);
     // out = q_in S + M u, or y = y0 + N u
-    sweep.each(out, [&](float& x, int t, int at) {
-      x = kKeep ? s.x[at] : p.scale * s.f.enter[t] * x;
-    });
+    sweep.each(out,
+               [&](float& x, int t, int at) { x = kKeep ? s.x[at] : p.scale * s.f.enter[t] * x; });
     multiply_pairs<false>(out, s.pairs[kRead], sweep.warp_row, s.y + column, finite);
     sweep.each(out, [&](float x, int, int at) { s.z[at] = x; });
     // S = e^(G_n) S + k_end^T u

@@ -90,6 +90,7 @@ class ChunkGradients {
 
   __device__ __forceinline__ void load_state(float* to, const float* states, int64_t d, int64_t c) {
     const float* const own = states + own_ * f_.head_dim * f_.value_dim;
+#pragma unroll 2
     for (int i = threadIdx.x; i < kChannels * kChannels; i += kThreads) {
       const int r = i / kChannels, x = i % kChannels;
       const bool exists = d + r < f_.head_dim && c + x < f_.value_dim;
@@ -396,8 +397,7 @@ class ChunkGradients {
   // Sums over the rows that a pair ends in, less those that it begins in.
   __device__ __forceinline__ void store_ddecay_of(int c, int64_t d) {
     auto& tiles = s.tiles.channels;
-    const float total =
-        scratch_.enters[(own_ * kTokens + kTokens - 1) * f_.head_dim + d + c];
+    const float total = scratch_.enters[(own_ * kTokens + kTokens - 1) * f_.head_dim + d + c];
     float after = total * s.crossing[c], pairs = 0;
     for (int t = 0; t < kTokens; ++t) {
       tiles.weights[t * kKeyStep + c] = after;
@@ -417,8 +417,7 @@ class ChunkGradients {
       const int t = i / kChannels, at = t * kKeyStep + i % kChannels;
       const float own = s.dm[t * kPairStep + t];
       tiles.dq[at] = fmaf(own, tiles.k[at], tiles.dq[at]);
-      tiles.dk[at] =
-          fmaf(own, tiles.q[at], tiles.dk[at] + (tiles.dk_later[at] + tiles.dk_end[at]));
+      tiles.dk[at] = fmaf(own, tiles.q[at], tiles.dk[at] + (tiles.dk_later[at] + tiles.dk_end[at]));
     }
     __syncthreads();
     store_rows(scratch_.dq, tiles.dq, d);
@@ -436,8 +435,8 @@ class ChunkGradients {
 
 template <typename T, bool kPerChannel>
 __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
-    chunk_kernel(const __grid_constant__ DeltaAttentionBackwardParams p,
-                 const __grid_constant__ Scratch scratch, int64_t tokens) {
+    delta_chunk_kernel(const __grid_constant__ DeltaAttentionBackwardParams p,
+                       const __grid_constant__ Scratch scratch, int64_t tokens) {
   extern __shared__ float4 shared[];
   const DeltaAttentionParams& f = p.forward;
   const auto clear_gate = [](const LooseRows& rows, const TokenGates& g, int64_t h, int64_t width) {
@@ -491,9 +490,9 @@ __device__ __forceinline__ void finish_row(const DeltaAttentionParams& f, const 
 
 // dq and dk, a warp for each token and head of them.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    finish_kernel(const __grid_constant__ DeltaAttentionBackwardParams p,
-                  const __grid_constant__ Scratch scratch, int64_t tokens) {
+__global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
+    delta_finish_kernel(const __grid_constant__ DeltaAttentionBackwardParams p,
+                        const __grid_constant__ Scratch scratch, int64_t tokens) {
   const DeltaAttentionParams& f = p.forward;
   const int64_t item = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
   if (item >= tokens * f.key_heads) return;

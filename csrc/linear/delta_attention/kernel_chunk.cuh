@@ -8,9 +8,9 @@
 //   y0 = v + k_in S     u = X y0  with  X = diag(beta) (1 - N diag(beta))^-1     y = y0 + N u
 //   out = q_in S + M u                                S after = e^(G_n) S + k_end^T u
 //
-// M, N and X do not depend on the state: pairs_kernel computes them for all chunks at once, and the
-// sweeps over the chunks of a sequence multiply by them. Tiles are float32 in shared memory, and
-// products three tf32 products.
+// M, N and X do not depend on the state: delta_pairs_kernel computes them for all chunks at once,
+// and the sweeps over the chunks of a sequence multiply by them. Tiles are float32 in shared
+// memory, and products three tf32 products.
 #pragma once
 #include "cuda/arch/mma_sm80.cuh"
 #include "cuda/sequences.cuh"
@@ -48,11 +48,11 @@ enum : int { kOfQueries, kOfKeys, kInverse, kPairMatrices };  // M, N, X
 // Memory between the kernels. A chunk of a sequence and head has a slot; a token of a head a row.
 struct Scratch {
   int64_t slots;
-  bool vectors;      // rows of q and k allow 16-byte loads
-  float* pairs;      // [slots, H, kPairMatrices, kTokens, kTokens]
-  float* factors;    // [slots, H, kFactorFloats]
-  float* enters;     // [slots, H, kTokens, D] e^(G_i) per channel, row kTokens - 1 that of the chunk
-  float* stays;      // [slots, H, kTokens, D] e^(G_n - G_i) per channel
+  bool vectors;    // rows of q and k allow 16-byte loads
+  float* pairs;    // [slots, H, kPairMatrices, kTokens, kTokens]
+  float* factors;  // [slots, H, kFactorFloats]
+  float* enters;   // [slots, H, kTokens, D] e^(G_i) per channel, row kTokens - 1 that of the chunk
+  float* stays;    // [slots, H, kTokens, D] e^(G_n - G_i) per channel
   float *states, *dstates;  // [slots, H, D, Dv] S before a chunk, and its gradient after it
   float *y, *dy;            // [tokens, H, Dv]
   float* dbeta;             // [slices of the columns, tokens, H]
@@ -143,9 +143,9 @@ __device__ __forceinline__ void multiply(float (&d)[kTiles][4], const float* a, 
 #pragma unroll 2
   for (int k = 0; k < depth; k += 8) {
     const float* const x = own_a + k * a_depth;
-    const auto fragment = make_fragment<float>(
-        __float_as_uint(x[0]), __float_as_uint(x[a_row]), __float_as_uint(x[4 * a_depth]),
-        __float_as_uint(x[4 * a_depth + a_row]));
+    const auto fragment = make_fragment<float>(__float_as_uint(x[0]), __float_as_uint(x[a_row]),
+                                               __float_as_uint(x[4 * a_depth]),
+                                               __float_as_uint(x[4 * a_depth + a_row]));
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       const float* const y = own_b + k * b_depth + t * b_column;

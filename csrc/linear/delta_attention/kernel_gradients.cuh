@@ -44,8 +44,8 @@ __device__ __forceinline__ void store_dbeta(SweepT& sweep, const DeltaAttentionP
 
 template <typename T, bool kPerChannel>
 __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
-    gradients_kernel(const __grid_constant__ DeltaAttentionBackwardParams p,
-                     const __grid_constant__ Scratch scratch, int64_t tokens) {
+    delta_gradients_kernel(const __grid_constant__ DeltaAttentionBackwardParams p,
+                           const __grid_constant__ Scratch scratch, int64_t tokens) {
   extern __shared__ float4 shared[];
   const DeltaAttentionParams& f = p.forward;
   Sweep<T, kPerChannel> sweep(f, scratch, shared);

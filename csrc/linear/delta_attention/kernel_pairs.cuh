@@ -176,8 +176,8 @@ __device__ __forceinline__ void invert(const PairsShared& s, float* inverse) {
 
 template <typename T, bool kPerChannel>
 __global__ void __launch_bounds__(kThreads)
-    pairs_kernel(const __grid_constant__ DeltaAttentionParams p,
-                 const __grid_constant__ Scratch scratch) {
+    delta_pairs_kernel(const __grid_constant__ DeltaAttentionParams p,
+                       const __grid_constant__ Scratch scratch) {
   __shared__ PairsShared s;
   const Place place = place_of_block(p, [&](const LooseRows& rows, int64_t h) {
     if (p.out.data) rows.fill(rows_at<T>(p.out, 0, 0, h), p.out.seq, p.value_dim, 0);
@@ -195,7 +195,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int at = threadIdx.x; at < kTokens * kTokens; at += kThreads) {
     const int i = at / kTokens, j = at % kTokens;
     float weight = i < j ? 0 : 1;
-    if (!kPerChannel && i > j) weight = exp2_approx((s.high[i] - s.high[j]) + (s.low[i] - s.low[j]));
+    if (!kPerChannel && i > j)
+      weight = exp2_approx((s.high[i] - s.high[j]) + (s.low[i] - s.low[j]));
     // Pairs without weight are 0, even if their product is not finite.
     const float m = weight == 0 ? 0 : p.scale * weight * s.m[i * kPairStep + j];
     const float n = weight == 0 || i == j ? 0 : -weight * s.n[i * kPairStep + j];
