@@ -434,7 +434,7 @@ class ChunkGradients {
 };
 
 template <typename T, bool kPerChannel>
-__global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kPerChannel ? 1 : kBlocksOfMultiprocessor)
     delta_chunk_kernel(const __grid_constant__ DeltaAttentionBackwardParams p,
                        const __grid_constant__ Scratch scratch, int64_t tokens) {
   extern __shared__ float4 shared[];

@@ -43,7 +43,7 @@ __device__ __forceinline__ void store_dbeta(SweepT& sweep, const DeltaAttentionP
 }
 
 template <typename T, bool kPerChannel>
-__global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kPerChannel ? 1 : kBlocksOfMultiprocessor)
     delta_gradients_kernel(const __grid_constant__ DeltaAttentionBackwardParams p,
                            const __grid_constant__ Scratch scratch, int64_t tokens) {
   extern __shared__ float4 shared[];
