@@ -130,6 +130,18 @@ CASES = {
         lambda: nn.FocusScorer(16, 2), lambda n: (randn(2, n, 4, 16), randn(2, n // 2, 2, 16))
     ),
     "FocusSelect": Case(nn.FocusSelect, lambda n: (torch.rand(2, n), torch.rand(2, n) < 0.8)),
+    "GatedDeltaNet": Case(
+        lambda: nn.GatedDeltaNet(16, 2, head_dim=8), lambda n: (randn(2, n, 16),)
+    ),
+    "KimiDeltaAttention": Case(
+        lambda: nn.KimiDeltaAttention(16, 2, 8), lambda n: (randn(2, n, 16),)
+    ),
+    "Mamba2": Case(
+        lambda: nn.Mamba2(16, head_dim=8, state_size=8), lambda n: (randn(2, n, 16),)
+    ),
+    "Mamba2, groups": Case(
+        lambda: nn.Mamba2(16, head_dim=8, state_size=8, n_groups=2), lambda n: (randn(2, n, 16),)
+    ),
     "MiniMaxLightningAttention": Case(
         lambda: nn.MiniMaxLightningAttention(16, 2, layer=1, num_layers=4),
         lambda n: (randn(2, n, 16),),

@@ -92,10 +92,33 @@ def test_generate_says_the_same(name):
     assert torch.equal(patched.generate(ids, **options), model.generate(ids, **options))
 
 
+@each_model
 @torch.no_grad()
-def test_packed_sequences_are_kept_apart():
-    """The models' own layers refuse these without other packages."""
-    model, patched = make("Qwen3Next")
+def test_tokens_are_taken_back(name):
+    """A cache that records its states, as assisted decoding asks it to."""
+    model, patched = make(name)
+    ids = tokens(1, 40)
+    results = []
+    for each in (model, patched):
+        cache, logits, end = transformers.DynamicCache(config=each.config), [], 0
+        for layer in cache.layers:
+            if hasattr(layer, "recurrent_states"):
+                layer.activate_past_recording(4)
+        for count, back in ((10, 0), (4, -3), (1, 0), (1, 0), (1, -2), (5, -1), (1, 0)):
+            out = each(ids[:, end : end + count], cache=cache, use_cache=True)
+            logits.append(out.logits[:, -1])
+            end += count + back
+            if back:
+                cache.crop(back)
+        results.append(torch.stack(logits, 1))
+    torch.testing.assert_close(results[1], results[0], atol=2e-5, rtol=1e-4)
+
+
+@each_model
+@torch.no_grad()
+def test_packed_sequences_are_kept_apart(name):
+    """The models' own layers refuse these without other packages, or mix the sequences."""
+    model, patched = make(name)
     parts = tokens(1, 5), tokens(1, 2, 2), tokens(1, 11, 3)
     ids = torch.cat(parts, 1)
     positions = torch.cat([torch.arange(p.shape[1]) for p in parts])[None]

@@ -21,7 +21,7 @@ PLAIN: tuple[Any, ...] = (
     nn.TaylorWindowBlock, nn.CharacterAttention, nn.CharacterConsistencyLoss,
     nn.TokenAwarePooling, nn.EmbeddingPooling, nn.WordPooling, nn.FocusScorer,
     nn.FocusDualAttention, nn.SelectorSummary, nn.BiFormer, nn.EViTEncoder, nn.PoolFormer,
-    nn.SparsifinerEncoder,
+    nn.SparsifinerEncoder, nn.GatedDeltaNet, nn.KimiDeltaAttention, nn.Mamba2,
 )  # fmt: skip
 
 # Class, method, and valid arguments for both.
@@ -106,6 +106,22 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
     )),
     (nn.MiniMaxLightningAttention, "forward", (
         lambda r: {"dim": 16, "num_heads": 2, "layer": 1, "num_layers": 4, "x": r(2, 9, 16)},
+    )),
+    (nn.GatedDeltaNet, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "head_dim": 8, "x": r(2, 9, 16)},
+        lambda r: {"dim": 16, "num_heads": 2, "num_v_heads": 2, "head_dim": 8, "head_v_dim": 4,
+                   "conv_kernel": 3, "x": r(9, 16), "cu_seqlens": int32(0, 4, 9)},
+    )),
+    (nn.KimiDeltaAttention, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "head_dim": 8, "x": r(2, 9, 16)},
+        lambda r: {"dim": 16, "num_heads": 2, "head_dim": 8, "x": r(9, 16),
+                   "cu_seqlens": int32(0, 4, 9)},
+    )),
+    (nn.Mamba2, "forward", (
+        lambda r: {"dim": 16, "head_dim": 8, "state_size": 8, "x": r(2, 9, 16)},
+        lambda r: {"dim": 16, "num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 2,
+                   "bias": True, "time_step_limit": (0.01, 0.1), "x": r(9, 16),
+                   "cu_seqlens": int32(0, 4, 9)},
     )),
     (nn.TitansMemory, "forward", (
         lambda r: {"dim": 16, "num_heads": 2, "chunk_size": 4, "x": r(2, 9, 16)},

@@ -21,54 +21,44 @@ from ..linear import (
     delta_attention,
     delta_attention_decode,
 )
-
-
-def _cu_seqlens(cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:
-    """Offsets of the sequences that a batch entry packs, from transformers' cu_seq_lens_q or from
-    the index of the sequence of each token, [1, T].
-    """
-    if cu_seqlens is not None:
-        return cu_seqlens.to(torch.int32)
-    if seq_idx is None:
-        return None
-    starts = torch.nn.functional.pad(seq_idx[0].diff() != 0, (1, 0), value=True).nonzero()[:, 0]
-    return torch.nn.functional.pad(starts, (0, 1), value=seq_idx.shape[1]).to(torch.int32)
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+from .packing import first_of, last_of, needs_gradient, offsets_of
 
 
 def chunk_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, chunk_size: int = 64,
     initial_state: Tensor | None = None, output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False, cu_seqlens: Tensor | None = None,
-    seq_idx: Tensor | None = None, *, backend: str | None = None, **others: Any,
+    seq_idx: Tensor | None = None, cu_seq_lens_q: Tensor | None = None, *,
+    backend: str | None = None, **others: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """A prompt: q, k [B, T, Hk, D], v [B, T, Hv, Dv], g [B, T, Hv] or [B, T, Hv, D]."""
-    offsets = _cu_seqlens(cu_seqlens, seq_idx)
+    offsets = offsets_of(cu_seq_lens_q if cu_seqlens is None else cu_seqlens, seq_idx)
     tensors = query, key, value, beta, g.float()
     q, k, v, b, decay = tensors if offsets is None else (t[0] for t in tensors)
     before = None if initial_state is None else initial_state.float()
     out, state = delta_attention(
-        q, k, v, b, log_decay=decay, initial_state=before, return_final_state=True,
-        qk_l2norm=use_qk_l2norm_in_kernel, cu_seqlens=offsets, backend=backend,
+        q, k, v, b, log_decay=decay, initial_state=first_of(before, offsets),
+        return_final_state=True, qk_l2norm=use_qk_l2norm_in_kernel, cu_seqlens=offsets,
+        backend=backend,
     )  # fmt: skip
-    return out if offsets is None else out[None], state if output_final_state else None
+    after = last_of(state, offsets) if output_final_state else None
+    return out if offsets is None else out[None], after
 
 
 def recurrent_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor,
     initial_state: Tensor | None = None, output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False, *, backend: str | None = None, **others: Any,
+    use_qk_l2norm_in_kernel: bool = False, *, backend: str | None = None,
+    in_place: bool = True, **others: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """A decode step. The layer writes the state that it gets here into its cache: a state in
-    float32 is updated in place, which makes that a copy onto itself.
+    """A decode step. The layer writes the state that it gets here into its cache: with in_place a
+    state in float32 is updated in place, which makes that a copy onto itself.
     """
     if (
-        initial_state is None
+        not in_place
+        or initial_state is None
         or initial_state.dtype != torch.float32
-        or _needs_gradient(query, key, value, g, beta, initial_state)
+        or needs_gradient(query, key, value, g, beta, initial_state)
     ):
         return chunk_delta_rule(
             query, key, value, g, beta, initial_state=initial_state,
@@ -101,7 +91,7 @@ def convolve(
     seq_idx: Tensor | None = None, *, backend: str | None = None, **others: Any,
 ) -> Tensor:  # fmt: skip
     """A prompt, [B, C, T]."""
-    offsets = _cu_seqlens(cu_seq_lens_q, seq_idx)
+    offsets = offsets_of(cu_seq_lens_q, seq_idx)
     x = hidden_states.transpose(1, 2).to(weight.dtype)
     out = causal_conv1d(
         x if offsets is None else x[0], weight, bias, activation=_own(activation),
@@ -111,6 +101,33 @@ def convolve(
     return out.transpose(1, 2).to(hidden_states.dtype)
 
 
+def convolve_layer(
+    conv1d: nn.Conv1d, hidden_states: Tensor, cache: Any, layer_idx: int,
+    activation: str | None = None, state_idx: int = 0, cu_seq_lens_q: Tensor | None = None,
+    seq_idx: Tensor | None = None, *, backend: str | None = None, **others: Any,
+) -> Tensor:  # fmt: skip
+    """The convolution of a layer, [B, C, T], and its state in the cache (transformers 5.25)."""
+    weight, tokens = conv1d.weight.squeeze(1), hidden_states.shape[-1]
+    state = None if cache is None else cache.get_conv_state(layer_idx, state_idx=state_idx)
+    if state is not None and tokens == 1 and not cache.is_recording_past(layer_idx):
+        cache.increase_count(layer_idx, state_idx)
+        return convolve_step(
+            hidden_states, state, weight, conv1d.bias, activation, backend=backend
+        )  # fmt: skip
+    if cache is not None:  # [B, C, columns in front of the tokens + T]
+        hidden_states = cache.update_conv_state(
+            hidden_states, layer_idx, state_idx=state_idx, conv_kernel_size=weight.shape[-1]
+        )
+    offsets = offsets_of(cu_seq_lens_q, seq_idx)
+    if offsets is not None:  # the columns in front belong to the first sequence
+        before = hidden_states.shape[-1] - tokens
+        offsets = torch.cat([offsets[:1], offsets[1:] + before])
+    out = convolve(
+        hidden_states, weight, conv1d.bias, activation, cu_seq_lens_q=offsets, backend=backend
+    )  # fmt: skip
+    return out[..., out.shape[-1] - tokens :]
+
+
 def convolve_step(
     hidden_states: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None,
     activation: str | None = None, *, backend: str | None = None,
@@ -118,7 +135,7 @@ def convolve_step(
     """New tokens [B, C, T] against the inputs before them, [B, C, K], which are updated."""
     x = hidden_states.transpose(1, 2).to(weight.dtype)
     own = _own(activation)
-    if conv_state.dtype == x.dtype and not _needs_gradient(x, conv_state, weight, bias):
+    if conv_state.dtype == x.dtype and not needs_gradient(x, conv_state, weight, bias):
         out = causal_conv1d_decode(x, conv_state, weight, bias, activation=own, backend=backend)
     else:
         before = conv_state[..., conv_state.shape[-1] - weight.shape[-1] + 1 :].to(x.dtype)
@@ -136,12 +153,14 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "recurrent_kimi_delta_attention": recurrent_delta_rule,
     "causal_conv1d_fn": convolve,
     "causal_conv1d_update": convolve_step,
+    "causal_conv1d_forward": convolve_layer,
 }
+STEPS = {name for name, function in FUNCTIONS.items() if function is recurrent_delta_rule}
 RULES = {name for name in FUNCTIONS if "delta" in name}
 
 
 def own_forward(layer: nn.Module) -> FunctionType | None:
-    """The forward of a layer of transformers that calls a delta rule by name, None: another one."""
+    """The forward of a layer of transformers that calls a delta rule by name. None: another one."""
     if not type(layer).__module__.startswith("transformers.models."):
         return None
     forward = inspect.unwrap(type(layer).forward)
@@ -150,23 +169,38 @@ def own_forward(layer: nn.Module) -> FunctionType | None:
     return forward
 
 
-def replace_functions(layer: nn.Module, backend: str | None) -> None:
-    """Gives a layer its class's forward with the functions above.
-
-    The wrappers around the forward of the class are left out: they rename an argument of old
-    releases, and run hooks of accelerate on weights that the layer reads without calling their
-    module.
-    """
-    forward = own_forward(layer)
-    assert forward is not None
+def _rebound(forward: FunctionType, backend: str | None, in_place: bool) -> FunctionType:
+    """A forward with the functions above. in_place: whether decode steps update cached states."""
     given = {
         name: functools.partial(function, backend=backend)
         for name, function in FUNCTIONS.items()
         if name in forward.__globals__
     }
+    for name in STEPS & given.keys():
+        given[name] = functools.partial(given[name], in_place=in_place)
     names = {**forward.__globals__, **given}
     own = FunctionType(
         forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
     )
     own.__kwdefaults__ = forward.__kwdefaults__
-    layer.forward = MethodType(own, layer)
+    return own
+
+
+def replace_functions(layer: nn.Module, backend: str | None) -> None:
+    """Gives a layer its class's forward with the functions above.
+
+    The wrappers around the forward of the class are left out: they rename an argument of old
+    releases, and run hooks of accelerate on weights that the layer reads without calling their
+    module. A cache that records its states, so that assisted decoding can take tokens back, keeps
+    the state that a step begins with: these steps update a copy.
+    """
+    forward = own_forward(layer)
+    assert forward is not None
+    usual, recording = (_rebound(forward, backend, in_place) for in_place in (True, False))
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("cache", args[1] if len(args) > 1 else None)
+        records = cache is not None and cache.is_recording_past(self.layer_idx)
+        return (recording if records else usual)(self, *args, **kwargs)
+
+    layer.forward = MethodType(functools.wraps(forward)(run), layer)

@@ -8,6 +8,7 @@ Example:
     torch.Size([1, 56, 56, 64])
 """
 
+from ._recurrent import RecurrentState
 from .agent import AgentAttention
 from .biformer import AttentionLePE, BiFormerAttention
 from .biformer_model import BiFormer, biformer_base, biformer_small, biformer_stl, biformer_tiny
@@ -20,7 +21,10 @@ from .evit import EViTEncoder, keep_rate_schedule
 from .expedit import ExpeditedBlocks
 from .focus import FocusSelect
 from .focus_encoder import FocusDualAttention, FocusEncoder, FocusScorer
+from .gated_delta_net import GatedDeltaNet
+from .kimi_delta import KimiDeltaAttention
 from .lightning import MiniMaxLightningAttention, MiniMaxLightningState
+from .mamba2 import Mamba2
 from .pattention import Pattention
 from .ponet import PoNetMixing, segments_of
 from .poolformer import (
@@ -69,6 +73,9 @@ __all__ = [
     "FocusEncoder",
     "FocusScorer",
     "FocusSelect",
+    "GatedDeltaNet",
+    "KimiDeltaAttention",
+    "Mamba2",
     "MiniMaxLightningAttention",
     "MiniMaxLightningState",
     "Pattention",
@@ -76,6 +83,7 @@ __all__ = [
     "PoolFormer",
     "PoolFormerMixing",
     "PromptTokenPool",
+    "RecurrentState",
     "SegmentPooling",
     "SelectorSummary",
     "SigmoidAttention",
