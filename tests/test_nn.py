@@ -131,7 +131,7 @@ CASES = {
     ),
     "FocusSelect": Case(nn.FocusSelect, lambda n: (torch.rand(2, n), torch.rand(2, n) < 0.8)),
     "GatedDeltaNet": Case(
-        lambda: nn.GatedDeltaNet(16, 2, head_dim=8), lambda n: (randn(2, n, 16),)
+        lambda: nn.GatedDeltaNet(16, 2, head_dim=16), lambda n: (randn(2, n, 16),)
     ),
     "KimiDeltaAttention": Case(
         lambda: nn.KimiDeltaAttention(16, 2, 8), lambda n: (randn(2, n, 16),)

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import backends
 from each import ints
 from hypothesis import given
 from hypothesis import strategies as st
