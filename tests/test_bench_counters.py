@@ -168,6 +168,10 @@ ROWS = {
     "block_pool_keys_update": ("", {"traffic_over_least": 1.1}),
     "causal_conv1d": ("^forward", {"traffic_over_least": 3.1}),  # the filter of each 16 tokens
     "causal_conv1d_decode": ("", {"traffic_over_least": 1.8}),
+    "delta_attention": (
+        "^forward .* head, bfloat16$",
+        {"traffic_over_least": 6.1, "mma_over_least": 6.7},
+    ),
     "delta_attention_decode": ("", {"traffic_over_least": 1.1}),
     "kv_cache_append": ("tokens$", {"traffic_over_least": 1.1}),
     "kv_cache_compact": ("", {"traffic_over_least": 1.1}),
@@ -193,15 +197,15 @@ ROWS = {
 }
 # Sums over few lanes, and histograms, have bank conflicts.
 WAVES = {
-    "bilevel_routing_attention": 1.02, "cluster_tokens": 1.1, "gather_fuse": 3.3,
-    "hip_block_select": 1.1, "indexer_topk_select": 1.02, "linear_attention_decode": 1.6,
-    "reconstruct_tokens": 1.1, "topk_partition": 1.7, "topk_select": 1.5,
+    "bilevel_routing_attention": 1.02, "cluster_tokens": 1.1, "delta_attention": 1.45,
+    "gather_fuse": 3.3, "hip_block_select": 1.1, "indexer_topk_select": 1.02,
+    "linear_attention_decode": 1.6, "reconstruct_tokens": 1.1, "topk_partition": 1.7, "topk_select": 1.5,
 }  # fmt: skip
 # Operators whose products run on tensor cores.
 PRODUCTS = {
     "attention_column_scores", "attention_decode", "best_match", "bilevel_routing_attention",
-    "block_sparse_attention", "hip_block_select", "indexer_topk_select", "kv_block_scores",
-    "landmark_attention", "linear_attention", "sparse_decode_attention",
+    "block_sparse_attention", "delta_attention", "hip_block_select", "indexer_topk_select",
+    "kv_block_scores", "linear_attention", "sparse_decode_attention",
 }  # fmt: skip
 
 

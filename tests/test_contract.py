@@ -517,16 +517,11 @@ def run_doctest(function):
         assert runner.run(test).failed == 0
 
 
-# Operators without CUDA kernels, which GPUs run with Triton; this list only gets shorter.
-WITHOUT_CUDA = {"delta_attention"}
-
-
 @each_spec
 def test_every_backend_is_there(spec):
     """A missing backend is a row in `python -m tokenmill ops`."""
-    cuda = spec.name not in WITHOUT_CUDA
-    keys = ["CPU"] if tm.backends()["cuda"] == "not in this build" or not cuda else ["CPU", "CUDA"]
+    keys = ["CPU"] if tm.backends()["cuda"] == "not in this build" else ["CPU", "CUDA"]
     for op in spec.torch_ops:
         assert op.triton
         assert all(op.has_native(key) for key in keys)
-        assert op.has_emulated() == (cuda and library.emulated_built())
+        assert op.has_emulated() == library.emulated_built()

@@ -93,6 +93,15 @@ def test_long_context(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_delta_net():
+    out = run_script(EXAMPLES / "delta_net_lm.py", "--quick", "--prompt", "The ")
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)  \d+ s", out)]
+    assert losses[-1] < losses[0]
+    assert re.search(r"validation: loss [\d.]+, of character pairs [\d.]+", out)
+    first, second = out.split("\n\n")[-1].split("-" * 40)
+    assert all(len(text.strip("\n")) >= 20 for text in (first, second))
+
+
 def test_needle(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")

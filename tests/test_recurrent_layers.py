@@ -1,7 +1,7 @@
 """nn.GatedDeltaNet, nn.KimiDeltaAttention and nn.Mamba2 against the layers of transformers.
 
-The layers of transformers 5.24 and later, in plain PyTorch, are the oracle: Qwen3Next, Qwen3.5, Kimi
-Linear, Mamba-2 and Zamba2, on weights that are loaded unchanged.
+The layers of transformers 5.24 and later, in plain PyTorch, are the oracle: Qwen3Next, Qwen3.5,
+Kimi Linear, Mamba-2 and Zamba2, on weights that are loaded unchanged.
 """
 
 from __future__ import annotations
@@ -211,8 +211,10 @@ def test_one_sequence_does_not_reach_another(kind):
         (r"state: must have the dtype of the weights",
          lambda m, s: m.prefill(inputs(2, 1), nn.RecurrentState(s.conv.half(), s.recurrent))),
         (r"slots: must be -1 to 2; got 3", lambda m, s: m.decode(inputs(2, 1), s, slots_of(0, 3))),
-        (r"slots: must be -1 to 2; got -2", lambda m, s: m.decode(inputs(2, 1), s, slots_of(0, -2))),
-        (r"slots: must be 0 to 2; got -1", lambda m, s: m.prefill(inputs(2, 1), s, slots_of(0, -1))),
+        (r"slots: must be -1 to 2; got -2",
+         lambda m, s: m.decode(inputs(2, 1), s, slots_of(0, -2))),
+        (r"slots: must be 0 to 2; got -1",
+         lambda m, s: m.prefill(inputs(2, 1), s, slots_of(0, -1))),
         (r"slots: must be 0 to 2; got 3", lambda m, s: m.prefill(inputs(2, 1), s, slots_of(0, 3))),
         (r"slots: must not repeat a slot", lambda m, s: m.decode(inputs(2, 1), s, slots_of(1, 1))),
         (r"slots: must have shape \[2\]", lambda m, s: m.decode(inputs(2, 1), s, slots_of(1))),

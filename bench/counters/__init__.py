@@ -14,7 +14,19 @@ from tokenmill._version import __version__
 
 from ..progress import progress
 from ..results import Results
-from . import additive, attention, caches, conv, decode, linear, select, sparse, titans, tokens
+from . import (
+    additive,
+    attention,
+    caches,
+    conv,
+    decode,
+    delta,
+    linear,
+    select,
+    sparse,
+    titans,
+    tokens,
+)
 from .case import FIGURES, Counted, CounterCase, measure
 
 OPS: dict[str, Counted] = {
@@ -23,6 +35,7 @@ OPS: dict[str, Counted] = {
     "attention_column_scores": select.COLUMNS_OF_WEIGHTS,
     "attention_decode": decode.DENSE,
     "attention_row_scores": select.ROWS,
+    "delta_attention": delta.COUNTED,
     "indexer_topk_select": select.INDEXER,
     "kv_block_scores": select.SCORES,
     "linear_attention": linear.COUNTED,

@@ -65,6 +65,11 @@ def _linear_step() -> object:
     return tm.linear_attention_decode(q, q, q, state, log_decay=-tm.lightning_slopes(8))
 
 
+def _delta() -> object:
+    q, beta = _draw(1, 2048, 8, D), torch.full((1, 2048, 8), 0.5)
+    return tm.delta_attention(q, q, q, beta, log_decay=-beta, qk_l2norm=True)
+
+
 def _delta_step() -> object:
     q, state = _draw(1, 1, 8, D), _draw(1, 8, D, D, dtype=torch.float32)
     return tm.delta_attention_decode(q, q, q, torch.ones(1, 1, 8), state, qk_l2norm=True)
@@ -192,6 +197,7 @@ CALLS: dict[str, dict[str, Call]] = {
     },
     "linear_attention": {"2048 tokens, H=8": _linear},
     "linear_attention_decode": {"a token, H=8": _linear_step},
+    "delta_attention": {"2048 tokens, H=8": _delta},
     "delta_attention_decode": {"a token, H=8": _delta_step},
     "causal_conv1d": {"2048 tokens, 1024 channels": _conv},
     "causal_conv1d_decode": {"a token, 1024 channels": _conv_step},

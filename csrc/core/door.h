@@ -242,13 +242,9 @@ constexpr bool kHasKernels = false;  // the build leaves out the operators of th
 constexpr bool kHasKernels = true;
 #endif
 
-// The devices that operators have kernels for.
-enum class Devices { cpu, all };
-
 // Registers operators for CPU and, in builds that have it, CUDA. Without kernels, only their rules.
 struct Registration {
-  Registration(std::initializer_list<Operator*> operators, Devices devices = Devices::all,
-               bool has_kernels = kHasKernels);
+  Registration(std::initializer_list<Operator*> operators, bool has_kernels = kHasKernels);
 };
 
 // A library as module _C finds it, with the schemas of its operators.

@@ -118,19 +118,11 @@ struct Taken {
   std::vector<StringHandle> texts;
 };
 
-#if defined(TOKENMILL_EMULATED)
-constexpr bool kEmulatedLibrary = true;
-#else
-constexpr bool kEmulatedLibrary = false;
-#endif
-
-std::vector<const char*> dispatch_keys(Devices devices) {
-  if (kEmulatedLibrary && devices == Devices::cpu) return {};
 #if defined(TOKENMILL_WITH_CUDA) && !defined(TOKENMILL_EMULATED)
-  if (devices == Devices::all) return {"CPU", "CUDA"};
+constexpr const char* kKeys[] = {"CPU", "CUDA"};
+#else
+constexpr const char* kKeys[] = {"CPU"};
 #endif
-  return {"CPU"};
-}
 
 }  // namespace
 
@@ -156,12 +148,10 @@ void torch_call(Operator& op, uint64_t* stack, uint64_t inputs, uint64_t outputs
     stack[i] = torch::stable::detail::from(*static_cast<const Tensor*>(results[i].owner.get()));
 }
 
-Registration::Registration(std::initializer_list<Operator*> added, Devices devices,
-                           bool has_kernels) {
+Registration::Registration(std::initializer_list<Operator*> added, bool has_kernels) {
   for (Operator* op : added) all_operators().emplace(op->name, op);
-  const std::vector<const char*> keys = dispatch_keys(devices);
-  if (!has_kernels || keys.empty()) return;
-  for (const char* key : keys) {
+  if (!has_kernels) return;
+  for (const char* key : kKeys) {
     // Never freed: registrations live as long as the library.
     auto* const library = new StableLibrary(StableLibrary::Kind::IMPL,
                                             C10_STRINGIZE(TOKENMILL_NAMESPACE), key, "", 0);

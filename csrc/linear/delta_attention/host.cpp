@@ -1,3 +1,4 @@
+#include "core/stream.h"
 #include "linear/checks.h"
 #include "linear/delta_attention/params.h"
 
@@ -38,10 +39,13 @@ DeltaAttentionParams make_params(const DeltaAttentionArgs& a) {
   return p;
 }
 
-template <typename Params>
-void run(const Params& p, const View& q, void (*kernel)(const Params&)) {
-  check(!q.is_cuda, kOp, "q", "must be on a CPU: there is no CUDA kernel", show_device(q));
-  kernel(p);
+void run(DeltaAttentionParams& p, const View& q) {
+  if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
+  cpu::delta_attention_forward(p);
+}
+void run(DeltaAttentionBackwardParams& p, const View& q) {
+  if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.forward.workspace);
+  cpu::delta_attention_backward(p);
 }
 
 std::tuple<Array, Array> delta_attention(const DeltaAttentionArgs& a) {
@@ -55,7 +59,7 @@ std::tuple<Array, Array> delta_attention(const DeltaAttentionArgs& a) {
   if (p.batch == 0)
     fill(0, out);
   else if (out.numel() + final_state.numel() > 0)
-    run(p, a.q, cpu::delta_attention_forward);
+    run(p, a.q);
   return {out, final_state};
 }
 
@@ -99,13 +103,12 @@ Gradients delta_attention_backward(const DeltaAttentionBackwardArgs& a) {
   if (f.batch == 0 || f.heads == 0)
     fill(0, dq, dk, dv, dbeta, ddecay);
   else if (in.q.numel() + dinitial.numel() > 0)
-    run(p, in.q, cpu::delta_attention_backward);
+    run(p, in.q);
   return {dq, dk, dv, dbeta, ddecay, dinitial};
 }
 
 const Registration kOperators({&implement<delta_attention>("delta_attention"),
-                               &implement<delta_attention_backward>("delta_attention_backward")},
-                              Devices::cpu);
+                               &implement<delta_attention_backward>("delta_attention_backward")});
 
 }  // namespace
 }  // namespace tokenmill

@@ -17,6 +17,7 @@ struct DeltaAttentionParams {
   bool per_channel;            // log_decay has head_dim contiguous numbers per token and head
   States initial, final;       // null: zeros; not wanted
   const int32_t* cu_seqlens;   // [B + 1], null unless packed
+  float* workspace;            // CUDA only
 };
 
 struct DeltaAttentionBackwardParams {
@@ -27,6 +28,14 @@ struct DeltaAttentionBackwardParams {
   TokenGates dbeta, dlog_decay;  // null dlog_decay: not wanted
   States dinitial;               // null: not wanted
 };
+
+// CUDA workspace; depends on shapes only.
+int64_t workspace_bytes(const DeltaAttentionParams&);
+int64_t workspace_bytes(const DeltaAttentionBackwardParams&);
+
+// null, or an error message
+const char* launch_cuda(const DeltaAttentionParams&, void* stream);
+const char* launch_cuda(const DeltaAttentionBackwardParams&, void* stream);
 
 }  // namespace tokenmill
 
