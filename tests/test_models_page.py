@@ -17,7 +17,7 @@ def test_the_code_of_the_page_on_models_runs():
     """Blocks that need libraries that are not installed are skipped."""
     has: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     for block in blocks:
         libraries = set(re.findall(r"(?:from|import) (timm|diffusers|jax)\b", block))
         libraries |= set(re.findall(r"integrations\.(kvpress)\b", block))

@@ -35,8 +35,8 @@ MODELS = {
     "Zamba2": {
         **ATTENTION, "mamba_d_state": 12, "mamba_expand": 2, "mamba_headdim": 8,
         "n_mamba_heads": 8, "mamba_ngroups": 2, "chunk_size": 16, "num_mem_blocks": 1,
-        "layers_block_type": ["mamba", "hybrid"], "num_key_value_heads": 2, "attention_head_dim": 32,
-        "adapter_rank": 4,
+        "layers_block_type": ["mamba", "hybrid"], "num_key_value_heads": 2,
+        "attention_head_dim": 32, "adapter_rank": 4,
     },
 }  # fmt: skip
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -96,9 +96,9 @@ def test_generation_goes_on_from_the_same_cache(name):
         for end in ends:
             out = each(
                 ids[:, start:end], attention_mask=mask[:, :end], use_cache=True,
-                **({} if cache is None else {CACHE[name]: cache}),
+                cache=cache,
             )  # fmt: skip
-            cache, start = getattr(out, OUT[name]), end
+            cache, start = out.past_key_values, end
             logits.append(out.logits[:, -1])
         results.append([torch.stack(logits, 1), *(t for pair in states(cache) for t in pair)])
     assert len(results[0]) > 2
@@ -113,3 +113,24 @@ def test_generate_says_the_same(name):
     ids = tokens(2, 9)
     options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     assert torch.equal(patched.generate(ids, **options), model.generate(ids, **options))
+
+
+@torch.no_grad()
+def test_packed_sequences_are_kept_apart():
+    model, patched = make("Mamba2")
+    parts = tokens(1, 5), tokens(1, 2, 2), tokens(1, 11, 3)
+    offsets = torch.tensor([0, 5, 7, 18], dtype=torch.int32)
+    index = torch.cat([torch.full(p.shape, i) for i, p in enumerate(parts)], 1).int()
+    want = torch.cat([model(p, use_cache=False).logits for p in parts], 1)
+    for how in ({"cu_seq_lens_q": offsets}, {"seq_idx": index}):
+        found = patched(torch.cat(parts, 1), use_cache=False, **how).logits
+        torch.testing.assert_close(found, want, atol=2e-5, rtol=1e-4)
+
+
+def test_training_and_unpatching():
+    model, patched = make("Mamba2")
+    ids = tokens(2, 20)
+    wanted, found = (m.train()(ids, labels=ids, use_cache=False).loss for m in (model, patched))
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+    unpatch(patched)
+    assert all("forward" not in vars(m) for m in patched.modules())

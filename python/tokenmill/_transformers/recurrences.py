@@ -21,6 +21,7 @@ from ..linear import (
     delta_attention,
     delta_attention_decode,
 )
+from . import mamba
 from .packing import first_of, last_of, needs_gradient, offsets_of
 
 
@@ -154,13 +155,14 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": convolve,
     "causal_conv1d_update": convolve_step,
     "causal_conv1d_forward": convolve_layer,
+    **mamba.FUNCTIONS,
 }
 STEPS = {name for name, function in FUNCTIONS.items() if function is recurrent_delta_rule}
-RULES = {name for name in FUNCTIONS if "delta" in name}
+RULES = {name for name in FUNCTIONS if "delta" in name or "mamba2" in name}
 
 
 def own_forward(layer: nn.Module) -> FunctionType | None:
-    """The forward of a layer of transformers that calls a delta rule by name. None: another one."""
+    """The forward of a layer of transformers that calls a recurrence by name. None: another one."""
     if not type(layer).__module__.startswith("transformers.models."):
         return None
     forward = inspect.unwrap(type(layer).forward)

@@ -37,14 +37,17 @@ def patch(
     keep_rate: float | None = None, layers: Sequence[int] | None = None, fuse: bool = True,
     backend: str | None = None,
 ) -> Reduction | tuple[str, ...]:  # fmt: skip
-    """Runs the delta rule of a language model, or a vision transformer with fewer tokens.
+    """Runs the recurrences of a language model, or a vision transformer with fewer tokens.
 
     Without merge and keep_rate: the layers with a delta rule (Qwen3-Next, Qwen3.5, Kimi Linear,
-    OLMo Hybrid) run :func:`tokenmill.delta_attention` and :func:`tokenmill.causal_conv1d`, with
-    gradients, and in decoding :func:`tokenmill.delta_attention_decode` and
-    :func:`tokenmill.causal_conv1d_decode`, which update the states of the model's cache in place.
-    Weights, caches and results are the model's own, but for rounding. Sequences packed in one batch
-    entry (cu_seq_lens_q or seq_idx) are kept apart. Layers of attention are left as they are:
+    OLMo Hybrid) run :func:`tokenmill.delta_attention`, those with Mamba-2 (Mamba-2, Bamba, Granite
+    4, Nemotron-H, Falcon-H1, Zamba2) :func:`tokenmill.linear_attention`, and both
+    :func:`tokenmill.causal_conv1d`, with gradients; in decoding :func:`delta_attention_decode
+    <tokenmill.delta_attention_decode>`, :func:`linear_attention_decode
+    <tokenmill.linear_attention_decode>` and :func:`causal_conv1d_decode
+    <tokenmill.causal_conv1d_decode>` update the states of the model's cache in place. Weights,
+    caches and results are the model's own, but for rounding. Sequences packed in one batch entry
+    (cu_seq_lens_q or seq_idx) are kept apart. Layers of attention are left as they are:
     :func:`register` is for them.
 
     With merge or keep_rate: tokens are merged or dropped in the layers of a vision transformer,
@@ -73,8 +76,8 @@ def patch(
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Papers: Gated Delta Networks (Yang et al. 2024); Kimi Linear (2025); ToMe (Bolya et al. 2023),
-    section 3; EViT (Liang et al. 2022), section 3.
+    Papers: Gated Delta Networks (Yang et al. 2024); Kimi Linear (2025); Mamba-2 (Dao and Gu 2024);
+    ToMe (Bolya et al. 2023), section 3; EViT (Liang et al. 2022), section 3.
 
     Example:
         >>> import torch

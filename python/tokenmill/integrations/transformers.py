@@ -1,6 +1,6 @@
 """Hugging Face transformers: attention on :func:`tokenmill.attention` (register), generate() under
-a policy (apply_policy), the delta rule of language models and token reduction in vision
-transformers (patch).
+a policy (apply_policy), recurrences of language models and token reduction in vision transformers
+(patch).
 
 Needs transformers 5.4 or later, whose masks are built from the lengths of queries and keys;
 apply_policy and patch need 5.24.
