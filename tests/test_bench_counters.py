@@ -199,7 +199,8 @@ ROWS = {
 WAVES = {
     "bilevel_routing_attention": 1.02, "cluster_tokens": 1.1, "delta_attention": 1.45,
     "gather_fuse": 3.3, "hip_block_select": 1.1, "indexer_topk_select": 1.02,
-    "linear_attention_decode": 1.6, "reconstruct_tokens": 1.1, "topk_partition": 1.7, "topk_select": 1.5,
+    "linear_attention_decode": 1.6, "reconstruct_tokens": 1.1, "topk_partition": 1.7,
+    "topk_select": 1.5,
 }  # fmt: skip
 # Operators whose products run on tensor cores.
 PRODUCTS = {
