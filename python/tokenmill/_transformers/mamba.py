@@ -58,7 +58,6 @@ def state_update(
     """
     x, b, c = (t[:, None] for t in (hidden_states, B, C))
     bias = None if dt_bias is None else dt_bias[:, 0]
-    step = {"softplus": dt_softplus, "dt_bias": bias}
     rates = dt[:, None, :, 0], A[:, 0, 0]
     if (
         state.dtype != torch.float32
@@ -72,7 +71,7 @@ def state_update(
         state.copy_(after)
     else:
         heads = hidden_states.shape[1]
-        decay, v = decays_and_values(x, *rates, **step)
+        decay, v = decays_and_values(x, *rates, dt_bias=bias, softplus=dt_softplus)
         out = linear_attention_decode(
             shared_heads(c, heads), shared_heads(b, heads), v, state.mT, log_decay=decay,
             scale=1.0, backend=backend,
