@@ -206,7 +206,7 @@ WAVES = {
 PRODUCTS = {
     "attention_column_scores", "attention_decode", "best_match", "bilevel_routing_attention",
     "block_sparse_attention", "delta_attention", "hip_block_select", "indexer_topk_select",
-    "kv_block_scores", "linear_attention", "sparse_decode_attention",
+    "kv_block_scores", "landmark_attention", "linear_attention", "sparse_decode_attention",
 }  # fmt: skip
 
 
