@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tokenmill.__main__ import main
 from tokenmill.bench import counters
 from tokenmill.bench.counters import attention, case, decode, launches, linear, select
 
+LAUNCHES = Path(__file__).parent.parent / "bench/results/ptx-launches.json"
 built = pytest.mark.skipif(
     not tm._call.library.emulated_built(),
     reason="only a development build has the PTX machine (TOKENMILL_PTXVM=1)",
@@ -216,6 +218,13 @@ def test_every_operator_with_a_cuda_kernel_has_cases():
     assert kernels == set(counters.OPS)
     assert kernels == {*ROWS, "attention"}
     assert kernels == set(launches.CALLS)
+
+
+@built
+@pytest.mark.skipif(not LAUNCHES.exists(), reason="the results are not beside the tests")
+def test_the_table_of_launches_has_every_call():
+    counted = [(row["op"], row["case"]) for row in json.loads(LAUNCHES.read_text())["rows"]]
+    assert counted == [(op, title) for op, calls in launches.CALLS.items() for title in calls]
 
 
 @built
