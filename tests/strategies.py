@@ -123,7 +123,10 @@ def linear_samples(
     n, length = draw(st.integers(0, 2)), draw(lengths)
     lead = (sum(sequences),) if packed else (n, length)
     n = len(sequences) if packed else n
-    decay = draw(st.sampled_from([None, "head", "steep", "token", "steep token"]))
+    decays = [None, "head", "steep", "token", "steep token"]
+    if feature_map == "identity":
+        decays += ["channel", "steep channel"]
+    decay = draw(st.sampled_from(decays))
     with_state = draw(st.booleans())
     # Weights of both signs may have a normalizer near 0. Over one token out is v, and gradients of
     # q and k are rounding errors.
@@ -146,11 +149,12 @@ def linear_samples(
         )
         wide = torch.promote_types(dtype, torch.float32)
         kwargs = dict(options)
-        if decay == "token":
-            gates = torch.randn(*lead, heads, generator=g) * 3 + 2
+        shape = (*lead, heads, d) if decay and "channel" in decay else (*lead, heads)
+        if decay in ("token", "channel"):
+            gates = torch.randn(shape, generator=g) * 3 + 2
             kwargs["log_decay"] = torch.nn.functional.logsigmoid(gates).to(wide)
-        elif decay == "steep token":
-            kwargs["log_decay"] = -(20 * torch.rand(*lead, heads, generator=g)).to(wide)
+        elif decay in ("steep token", "steep channel"):
+            kwargs["log_decay"] = -(20 * torch.rand(shape, generator=g)).to(wide)
         elif decay is not None:
             top = 0.5 if decay == "head" else 20.0
             kwargs["log_decay"] = -(top * torch.rand(heads, generator=g)).to(wide)

@@ -9,7 +9,7 @@ namespace tokenmill {
 
 inline FeatureMap check_linear_inputs(const char* op, const View& q, const View& k, const View& v,
                                       const View& log_decay, std::string_view feature_map,
-                                      double scale, bool packed) {
+                                      double scale, bool normalize, bool packed) {
   check_qkv(op, q, k, v, packed ? 3 : 4);
   check(k.size(-3) == q.size(-3), op, "k", Rule("must have the length of q, ", q.size(-3)),
         k.size(-3));
@@ -25,10 +25,20 @@ inline FeatureMap check_linear_inputs(const char* op, const View& q, const View&
   check_scale(op, scale);
   if (log_decay) {
     const std::vector<int64_t> head{q.size(-2)}, token(q.sizes.begin(), q.sizes.end() - 1);
-    check(log_decay.sizes == head || log_decay.sizes == token, op, "log_decay",
-          Rule("must have shape ", head, " or ", token), log_decay.sizes);
+    const bool per_channel = log_decay.sizes == q.sizes;
+    check(log_decay.sizes == head || log_decay.sizes == token || per_channel, op, "log_decay",
+          Rule("must have shape ", head, ", ", token, " or ", q.sizes), log_decay.sizes);
     check_wide(op, "log_decay", log_decay, q);
     check_device_of_q(op, "log_decay", log_decay, q);
+    if (per_channel) {
+      check_last_contiguous(op, "log_decay", log_decay);
+      check(map == FeatureMap::identity, op, "feature_map",
+            "must be 'identity' with a log_decay per channel", feature_map);
+      check(!normalize, op, "normalize", "must be False with a log_decay per channel", "True");
+      check(k.size(-2) == q.size(-2), op, "k",
+            Rule("must have the heads of q, ", q.size(-2), ", with a log_decay per channel"),
+            k.size(-2));
+    }
   }
   return map;
 }
@@ -44,12 +54,26 @@ inline void check_state(const char* op, const char* name, const View& t, const V
 }
 
 inline LogDecay log_decay_of(const View& t, bool packed) {
-  LogDecay d{t.mutable_data<float>(), 0, 0, t.step(-1), t.dim() > 1};
+  const bool per_channel = t.dim() == (packed ? 3 : 4);
+  const int64_t head = per_channel ? -2 : -1;
+  LogDecay d{t.mutable_data<float>(), 0, 0, t.step(head), t.dim() > 1, per_channel};
   if (d.per_token) {
-    d.seq = t.step(-2);
+    d.seq = t.step(head - 1);
     d.batch = packed ? 0 : t.step(0);
   }
   return d;
+}
+
+// The largest of n numbers and 0; NaN is not compared. Independent maxima fill vectors.
+inline float largest_of(const float* x, int64_t n, int64_t stride) {
+  constexpr int64_t kMaxima = 16;
+  float largest[kMaxima] = {};
+  int64_t i = 0;
+  for (; stride == 1 && i + kMaxima <= n; i += kMaxima)
+    for (int64_t j = 0; j < kMaxima; ++j)
+      largest[j] = x[i + j] > largest[j] ? x[i + j] : largest[j];
+  for (; i < n; ++i) largest[0] = x[i * stride] > largest[0] ? x[i * stride] : largest[0];
+  return *std::max_element(largest, largest + kMaxima);
 }
 
 // NaN propagates; it is not rejected.
@@ -65,10 +89,7 @@ inline void check_decay_values(const char* op, const View& t) {
     for (int64_t j = 0; j < sizes[1]; ++j)
       for (int64_t k = 0; k < sizes[2]; ++k) {
         const float* row = t.data<float>() + i * strides[0] + j * strides[1] + k * strides[2];
-        for (int64_t h = 0; h < sizes[3]; ++h) {
-          const float x = row[h * strides[3]];
-          if (x > largest) largest = x;
-        }
+        largest = std::max(largest, largest_of(row, sizes[3], strides[3]));
       }
   check(!(largest > 0), op, "log_decay", "must not be positive; largest", double{largest});
 }

@@ -158,15 +158,18 @@ TM_INLINE char* row_of(const Rows& r, DType t, int64_t b, int64_t token, int64_t
          (b * r.batch + token * r.seq + h * r.head) * (t == DType::float32 ? 4 : 2);
 }
 
-// Prefetches rows of a head: they are far apart, which hardware prefetchers do not follow.
+// Prefetches rows, `stride` bytes apart: hardware prefetchers do not follow rows of a head.
+template <bool kWrite = false>
+inline void ask_for(const void* first, int64_t stride, int64_t rows, int64_t bytes) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < bytes; c += 64)
+      __builtin_prefetch(static_cast<const char*>(first) + i * stride + c, kWrite, 2);
+}
 template <bool kWrite = false>
 inline void ask_for(const Rows& r, DType t, int64_t b, int64_t token, int64_t h, int64_t rows,
                     int64_t length) {
   const int64_t size = t == DType::float32 ? 4 : 2;
-  const char* const first = row_of(r, t, b, token, h);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t c = 0; c < length * size; c += 64)
-      __builtin_prefetch(first + i * r.seq * size + c, kWrite, 2);
+  ask_for<kWrite>(row_of(r, t, b, token, h), r.seq * size, rows, length * size);
 }
 
 // Copies a state in memory, whose rows are contiguous, to rows of `to`.

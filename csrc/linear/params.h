@@ -16,6 +16,7 @@ struct LogDecay {
   float* data;
   int64_t batch, seq, head;
   bool per_token;
+  bool per_channel;  // contiguous numbers for each row of the state
 };
 
 // One number per token and head, [B, S, H]; strides in elements, batch = 0 if packed.

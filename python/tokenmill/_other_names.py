@@ -65,6 +65,7 @@ RENAMED: dict[str, tuple[tuple[str, ...], str]] = {
     "top_k": (("topk", "k"), ""),
     # flash-linear-attention
     "g": (("log_decay",), ""),
+    "gk": (("log_decay",), ", with one number for each channel"),
     "g_gamma": (("log_decay",), ", with one number for each head"),
     "output_final_state": (("return_final_state",), ""),
     "use_qk_l2norm_in_kernel": (("qk_l2norm",), ""),
@@ -128,8 +129,7 @@ ABSENT: dict[str, str] = {
     "cache_batch_idx": "a cache is found by block_table, whose rows belong to requests",
     "cache_leftpad": "caches begin at their first key; pad after the last key, and set seqlens_k",
     "leftpad_k": "caches begin at their first key; pad after the last key, and set seqlens_k",
-    "gk": "a decay is one number for each head or each token of a head (log_decay), not a vector",
-    "gv": "a decay is one number for each head or each token of a head (log_decay), not a vector",
+    "gv": "a decay is per head, per token or per channel of k (log_decay), not of v",
     "largest": "the largest scores are taken: negate them for the smallest",
     "beta": "the delta rule is delta_attention",
     "op": "is called backend in tokenmill, and chosen by itself",

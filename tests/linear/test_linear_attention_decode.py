@@ -35,7 +35,8 @@ def decode_samples(draw, max_batch=4, max_length=6):
     d, dv = draw(st.integers(1, 20) if feature_map == "taylor2" else HEAD_DIMS), draw(HEAD_DIMS)
     batch, length = draw(st.integers(0, max_batch)), draw(st.integers(0, max_length))
     normalize = draw(st.booleans()) if feature_map in ("elu1", "taylor2") else False
-    decay = draw(st.sampled_from([None, "head", "token"]))
+    decays = [None, "head", "token"] + (["channel"] if feature_map == "identity" else [])
+    decay = draw(st.sampled_from(decays))
     order = draw(st.one_of(st.none(), st.permutations(range(6))))
     skipped = draw(st.lists(st.booleans(), min_size=batch, max_size=batch))
     scale = draw(st.sampled_from([None, 0.4]))
@@ -49,6 +50,7 @@ def decode_samples(draw, max_batch=4, max_length=6):
         kwargs = {"feature_map": feature_map, "normalize": normalize, "scale": scale}
         if decay is not None:
             shape = (heads,) if decay == "head" else (batch, length, heads)
+            shape += (d,) if decay == "channel" else ()
             kwargs["log_decay"] = -3 * torch.rand(shape, generator=g).to(wide)
         if order is not None:
             found = [-1 if s else i for i, s in zip(order, skipped, strict=False)]

@@ -26,15 +26,20 @@ CASES = daily(
     "taylor2:float16:32:64:token:normalized",
     "elu1:float32:256:256:token:normalized",
     "silu:float16:64:64:none",
+    "identity:bfloat16:64:64:channel",
     full=(
+        "identity:float32:128:128:channel:packed",
         "elu1:bfloat16:256:256:token:normalized",
         "taylor2:bfloat16:16:64:none",
         "identity:float32:128:128:head",
         "taylor2:float32:16:64:head:normalized",
     ),
 )
-# Kernels with matrix products.
-PRODUCTS = ("sums", "results", "results_again", "queries", "keys", "values", "decay")
+# Kernels with matrix products; the last three are of decays per channel.
+PRODUCTS = (
+    *("sums", "results", "results_again", "queries", "keys", "values", "decay"),
+    *("states", "gradients", "chunk"),
+)
 
 
 def call(case, tokens=1024):
@@ -54,7 +59,11 @@ def call(case, tokens=1024):
     q = empty(*lead, heads, head_dim, dtype=dtype)
     k = empty(*lead, kv_heads, head_dim, dtype=dtype)
     v = empty(*lead, kv_heads, value_dim, dtype=dtype)
-    log_decay = {"none": None, "head": empty(heads), "token": empty(*lead, heads)}[decay]
+    decays = {"none": None, "head": empty(heads), "token": empty(*lead, heads)}
+    if decay == "channel":  # as lowered: k and v have the heads of q
+        decays["channel"] = empty(*lead, heads, head_dim)
+        k, v = (t.repeat_interleave(heads // kv_heads, -2) for t in (k, v))
+    log_decay = decays[decay]
     columns = value_dim + int(normalize)
     state = empty(sequences, heads, feature_dim(feature_map, head_dim), columns)
     cu = empty(sequences + 1, dtype=torch.int32) if packed else None
@@ -84,9 +93,10 @@ def test_every_kernel_compiles_without_spilling_registers(programs):
 
 def test_products_run_on_tensor_cores(programs):
     """Stored 16-bit numbers are multiplied as they are, computed ones in tf32, and everything in
-    float32 calls in tf32x3: plain tf32 has 11 bits."""
+    float32 calls in tf32x3: plain tf32 has 11 bits. With a decay per channel everything is."""
     for program in programs:
-        if program["kernel"].removesuffix("_kernel") not in PRODUCTS:
+        name = program["kernel"].removesuffix("_kernel")
+        if name not in PRODUCTS:
             assert not program["products"], program
             continue
         dtype = program["case"].split(":")[1]
@@ -96,7 +106,8 @@ def test_products_run_on_tensor_cores(programs):
             types = product.split(".f32", 1)[1]
             assert types.startswith((f".{stored}.{stored}", ".tf32.tf32")), program
             assert program["capability"] == 90 or product.startswith("mma.sync."), program
-        assert program["precisions"] == ["tf32x3" if dtype == "float32" else "tf32"], program
+        precise = dtype == "float32" or name in ("states", "gradients", "chunk")
+        assert program["precisions"] == ["tf32x3" if precise else "tf32"], program
 
 
 def test_no_length_compiles_anew(compiles_once):

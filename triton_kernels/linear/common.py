@@ -43,11 +43,13 @@ class LogDecay(NamedTuple):
 
 
 def log_decay_of(t: Tensor | None) -> tuple[LogDecay | None, int]:
-    """LogDecay of [H], [B, S, H] or [T, H], and its stride over sequences."""
+    """LogDecay of [H], [B, S, H], [T, H] or, with contiguous channels, [B, S, H, D], and its stride
+    over sequences."""
     if t is None:
         return None, 0
-    seq = None if t.dim() == 1 else t.stride(-2)
-    return LogDecay(t, seq, t.stride(-1)), t.stride(0) if t.dim() == 3 else 0
+    head = -2 if t.dim() == 4 else -1
+    seq = None if t.dim() == 1 else t.stride(head - 1)
+    return LogDecay(t, seq, t.stride(head)), t.stride(0) if t.dim() >= 3 else 0
 
 
 class States(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -18,7 +19,8 @@ BLOCK_T = 16  # tokens per chunk
 
 
 class Call(Layout, Record):
-    """The arguments of a call, and the kernel arguments derived from them."""
+    """The arguments of a call, and the kernel arguments derived from them. Without beta there is no
+    correction."""
 
     @property
     def heads(self) -> int:
@@ -59,11 +61,11 @@ class Call(Layout, Record):
     def kind(self) -> str:
         if self.log_decay is None:
             return "none"
-        return "channel" if self.log_decay.dim() > self.beta.dim() else "head"
+        return "channel" if self.log_decay.dim() == self.q.dim() else "head"
 
     @property
-    def beta_rows(self) -> Tensor:
-        return self.beta.contiguous()
+    def beta_rows(self) -> Tensor | None:
+        return None if self.beta is None else self.beta.contiguous()
 
     @property
     def decay(self) -> Tensor | None:
@@ -127,7 +129,10 @@ def _sweep_states(
 
 
 def delta_attention(a: Any) -> tuple[Tensor, Tensor]:
-    call = Call.of(a)
+    return forward_of(Call.of(a))
+
+
+def forward_of(call: Call) -> tuple[Tensor, Tensor]:
     out = call.new(call.v.shape, call.v.dtype)
     final = call.float32(*(call.state_shape if call.return_final_state else (0,)))
     _sweep_states(call, out, final if call.return_final_state else None, None, None)
@@ -135,15 +140,29 @@ def delta_attention(a: Any) -> tuple[Tensor, Tensor]:
 
 
 def delta_attention_backward(a: Any) -> tuple[Tensor, ...]:
-    call, dout = Call.of(a), a.dout
+    needs = a.needs_dlog_decay, a.needs_dinitial_state
+    dq, dk, dv, dbetas, *rest = backward_of(Call.of(a), a.dout, a.dfinal_state, *needs)
+    return dq, dk, dv, dbetas.sum(0), *rest
+
+
+def backward_of(
+    call: Call,
+    dout: Tensor | None,
+    dfinal_state: Tensor | None,
+    needs_dlog_decay: bool,
+    needs_dinitial_state: bool,
+) -> tuple[Tensor, ...]:
+    """dbeta is a part for each slice of the columns, [slices, ...]; [0] without beta."""
     if dout is None:
         dout = call.v.new_zeros(call.v.shape[-1]).expand(call.v.shape)
     states, dstates = (call.float32(call.slots, *call.state_shape[1:]) for _ in range(2))
-    ys, dys = (call.float32(*call.v.shape) for _ in range(2))
+    ys, dys, dbetas = None, None, call.float32(0)
+    if call.beta is not None:
+        ys, dys = (call.float32(*call.v.shape) for _ in range(2))
+        dbetas = call.new((call.slices, *call.beta.shape), call.beta.dtype)
     _sweep_states(call, None, None, states, ys)
     dv = call.new(call.v.shape, call.v.dtype)
-    dbetas = call.new((call.slices, *call.beta.shape), call.beta.dtype)
-    wanted = a.needs_dinitial_state and call.initial_state is not None
+    wanted = needs_dinitial_state and call.initial_state is not None
     dinitial = call.float32(*(call.state_shape if wanted else (0,)))
     launch(
         gradients_kernel,
@@ -152,19 +171,19 @@ def delta_attention_backward(a: Any) -> tuple[Tensor, ...]:
         *(call.rows(t) for t in (call.q, call.k, dout, dv)),
         call.beta_rows,
         call.decay,
-        states_of(a.dfinal_state),
+        states_of(dfinal_state),
         states_of(dinitial if wanted else None),
         call.scratch(),
         dstates,
-        *(call.rows(t) for t in (ys, dys)),
+        *(None if t is None else call.rows(t) for t in (ys, dys)),
         States(dbetas, dbetas.stride(0), 0),
         *call.place(),
         **call.options(),
     )
     shape = (*call.v.shape[:-1], call.q.shape[-1])
-    dq, dk = (call.new(shape, call.beta.dtype) for _ in range(2))
-    wants_decay = a.needs_dlog_decay and call.log_decay is not None
-    ddecay = call.new(call.log_decay.shape if wants_decay else (0,), call.beta.dtype)
+    dq, dk = (call.new(shape, torch.float32) for _ in range(2))
+    wants_decay = needs_dlog_decay and call.log_decay is not None
+    ddecay = call.new(call.log_decay.shape if wants_decay else (0,), torch.float32)
     launch(
         chunk_kernel,
         call.slots * call.heads,
@@ -175,12 +194,13 @@ def delta_attention_backward(a: Any) -> tuple[Tensor, ...]:
         ddecay if wants_decay else None,
         states,
         dstates,
-        *(call.rows(t) for t in (ys, dys)),
+        call.rows(call.v if ys is None else ys),
+        None if dys is None else call.rows(dys),
         *call.place(),
         **call.options() | ({} if INTERPRETED.value else {"BLOCK_V": 16}),
     )
     gradients = (of_inputs(call, x, dx) for x, dx in ((call.q, dq), (call.k, dk)))
-    return *gradients, dv, dbetas.sum(0), ddecay, dinitial
+    return *gradients, dv, dbetas, ddecay, dinitial
 
 
 def of_inputs(call: Call, x: Tensor, dx: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ With G_i the sum of log_decay up to token i of the chunk, and S the state before
     out = q_in S + M U,   S after = e^(G_n) S + k_end^T U
 
 Each exponent is a sum of log decays, at most 0, and no difference of two sums. The rows of U follow
-from each other one by one: weights of 0 must hide what is not finite in later tokens.
+from each other one by one: weights of 0 must hide what is not finite in later tokens. Without beta
+there is no correction: u = v, and neither N nor k_in exists.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import triton
 import triton.language as tl
 
 from .common import load_tile, product
+from .titans_blocks import load_gate
 
 MIN_LOG_DECAY = tl.constexpr(-128.0)  # e^-128 is 0 in float32
 L2NORM_EPSILON = tl.constexpr(1e-6)
@@ -55,6 +57,15 @@ def norms_of(
 def load_keys(rows, o_row, o_d, b_norm, HEAD_DIM: tl.constexpr):
     """Rows of q or k in float32, times factors."""
     return load_tile(rows, o_row, o_d, HEAD_DIM).to(tl.float32) * b_norm[:, None]
+
+
+@triton.jit
+def load_beta(beta, o_gate, heads, o_row, length):
+    """[T] factors of the corrections, 1 without one."""
+    b_beta = tl.full([o_row.shape[0]], 1.0, tl.float32)
+    if beta is not None:
+        b_beta = load_gate(beta, o_gate, heads, o_row, o_row < length)
+    return b_beta
 
 
 @triton.jit

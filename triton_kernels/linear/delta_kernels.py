@@ -13,6 +13,7 @@ from .delta_chunks import (
     after,
     column_of,
     decays_of,
+    load_beta,
     load_decay,
     load_keys,
     norms_of,
@@ -23,7 +24,7 @@ from .delta_chunks import (
     row_of,
     sums_to_end,
 )
-from .titans_blocks import at_token, first_gate, load_gate, state_tile, store_gate
+from .titans_blocks import at_token, first_gate, state_tile, store_gate
 from .titans_memory_kernels import begin_state, end_state, share_of
 
 # Arguments excluded from specialization: a new length does not recompile.
@@ -73,7 +74,7 @@ def states_kernel(
         count = tl.minimum(length - first, BLOCK_T)
         b_q_norm = norms_of(queries, o_row, head_dim, L2NORM, HEAD_DIM, BLOCK_D)
         b_k_norm = norms_of(keys, o_row, head_dim, L2NORM, HEAD_DIM, BLOCK_D)
-        b_beta = load_gate(beta, o_gate, heads, o_row, o_row < length)
+        b_beta = load_beta(beta, o_gate, heads, o_row, length)
         p_kept = p_state
         if KEEP:
             p_kept = state_of_slot(states, slot + first // BLOCK_T, i_h, heads, SIZE)
@@ -93,20 +94,23 @@ def states_kernel(
             b_s = tl.load(p_state + o_tile, mask=m_tile, other=0.0)
             if KEEP:
                 tl.store(p_kept + o_tile, b_s, mask=m_tile)
-            b_y -= product(b_k * f.enters, b_s, PRECISION)
+            if beta is not None:
+                b_y -= product(b_k * f.enters, b_s, PRECISION)
             b_out += product(b_q * (scale * f.enters), b_s, PRECISION)
         b_each = load_decay(decay, o_gate, heads, o_row, length, o_t, DECAY, HEAD_DIM)
         b_m, b_n = pairs_of(b_m, b_n, b_each, o_t, count, scale, DECAY)
         b_u = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
         for i in range(count):
             b_row = (row_of(b_y, o_t, i) * at_token(b_beta, o_t, i))[None, :]
-            b_more = column_of(b_n, o_t, i)[:, None] * b_row
-            b_y = tl.where(o_t[:, None] > i, b_y + b_more, b_y)
+            if beta is not None:
+                b_more = column_of(b_n, o_t, i)[:, None] * b_row
+                b_y = tl.where(o_t[:, None] > i, b_y + b_more, b_y)
             b_more = column_of(b_m, o_t, i)[:, None] * b_row
             b_out = tl.where(o_t[:, None] >= i, b_out + b_more, b_out)
             b_u = tl.where(o_t[:, None] == i, b_row, b_u)
         if KEEP:
-            store_tile(slice_of(ys, i_b, i_h, start, length), o_row, o_c, b_y, VALUE_DIM)
+            if beta is not None:
+                store_tile(slice_of(ys, i_b, i_h, start, length), o_row, o_c, b_y, VALUE_DIM)
         else:
             store_tile(slice_of(out, i_b, i_h, start, length), o_row, o_c, b_out, VALUE_DIM)
         tl.debug_barrier()
@@ -143,7 +147,6 @@ def gradients_kernel(
     o_t = tl.arange(0, BLOCK_T)
     queries = slice_of(q, i_b, i_h // group, start, length)
     keys = slice_of(k, i_b, i_h // group, start, length)
-    p_dbeta = dbetas.data + (tl.program_id(0) % slices).to(tl.int64) * dbetas.sequence
     chunks = tl.cdiv(length, BLOCK_T)
     for back in range(chunks):
         tl.debug_barrier()  # makes stores of other threads visible
@@ -152,7 +155,7 @@ def gradients_kernel(
         count = tl.minimum(length - index * BLOCK_T, BLOCK_T)
         b_q_norm = norms_of(queries, o_row, head_dim, L2NORM, HEAD_DIM, BLOCK_D)
         b_k_norm = norms_of(keys, o_row, head_dim, L2NORM, HEAD_DIM, BLOCK_D)
-        b_beta = load_gate(beta, o_gate, heads, o_row, o_row < length)
+        b_beta = load_beta(beta, o_gate, heads, o_row, length)
         p_kept = state_of_slot(dstates, slot + index, i_h, heads, SIZE)
         b_m = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
         b_n = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
@@ -179,13 +182,16 @@ def gradients_kernel(
         for i in range(count):
             j = count - 1 - i
             b_row = (row_of(b_du, o_t, j) * at_token(b_beta, o_t, j))[None, :]
-            b_more = row_of(b_n, o_t, j)[:, None] * b_row
-            b_du = tl.where(o_t[:, None] < j, b_du + b_more, b_du)
+            if beta is not None:
+                b_more = row_of(b_n, o_t, j)[:, None] * b_row
+                b_du = tl.where(o_t[:, None] < j, b_du + b_more, b_du)
             b_dy = tl.where(o_t[:, None] == j, b_row, b_dy)
         store_tile(slice_of(dv, i_b, i_h, start, length), o_row, o_c, b_dy, VALUE_DIM)
-        store_tile(slice_of(dys, i_b, i_h, start, length), o_row, o_c, b_dy, VALUE_DIM)
-        b_y = load_tile(slice_of(ys, i_b, i_h, start, length), o_row, o_c, VALUE_DIM)
-        store_gate(p_dbeta, o_gate, heads, o_row, o_row < length, tl.sum(b_du * b_y, 1))
+        if beta is not None:
+            store_tile(slice_of(dys, i_b, i_h, start, length), o_row, o_c, b_dy, VALUE_DIM)
+            b_y = load_tile(slice_of(ys, i_b, i_h, start, length), o_row, o_c, VALUE_DIM)
+            p_dbeta = dbetas.data + (tl.program_id(0) % slices).to(tl.int64) * dbetas.sequence
+            store_gate(p_dbeta, o_gate, heads, o_row, o_row < length, tl.sum(b_du * b_y, 1))
         tl.debug_barrier()
         for d in range(0, head_dim, BLOCK_D):
             o_d = d + tl.arange(0, BLOCK_D)
@@ -196,7 +202,8 @@ def gradients_kernel(
             # dS = e^(G_n) dS' + q_in^T dO + k_in^T dY
             b_ds = f.total[:, None] * tl.load(p_dstate + o_tile, mask=m_tile, other=0.0)
             b_ds += product(tl.trans(b_q * (scale * f.enters)), b_dout, PRECISION)
-            b_ds -= product(tl.trans(b_k * f.enters), b_dy, PRECISION)
+            if beta is not None:
+                b_ds -= product(tl.trans(b_k * f.enters), b_dy, PRECISION)
             tl.store(p_dstate + o_tile, b_ds, mask=m_tile)
     tl.debug_barrier()
     end_state(p_dstate, dinitial, i_b, i_h, o_c, head_dim, HEAD_DIM, VALUE_DIM, BLOCK_D)
@@ -207,15 +214,16 @@ def gradients_of_pairs(
     douts, dys, ys, o_row, b_beta, value_dim,
     PRECISION: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dM = dO U^T and dN = dY U^T."""
+    """dM = dO U^T and dN = dY U^T; 0 without dY."""
     b_dm = tl.zeros([o_row.shape[0], o_row.shape[0]], tl.float32)
     b_dn = tl.zeros([o_row.shape[0], o_row.shape[0]], tl.float32)
     for c in range(0, value_dim, BLOCK_V):
         o_c = c + tl.arange(0, BLOCK_V)
-        b_u = load_tile(ys, o_row, o_c, VALUE_DIM) * b_beta[:, None]
+        b_u = load_tile(ys, o_row, o_c, VALUE_DIM).to(tl.float32) * b_beta[:, None]
         b_dout = load_tile(douts, o_row, o_c, VALUE_DIM).to(tl.float32)
         b_dm += product(b_dout, tl.trans(b_u), PRECISION)
-        b_dn += product(load_tile(dys, o_row, o_c, VALUE_DIM), tl.trans(b_u), PRECISION)
+        if dys is not None:
+            b_dn += product(load_tile(dys, o_row, o_c, VALUE_DIM), tl.trans(b_u), PRECISION)
     return b_dm, b_dn
 
 
@@ -235,10 +243,10 @@ def gradients_of_states(
         b_s = tl.load(p_state + o_tile, mask=m_tile, other=0.0)
         b_dout = load_tile(douts, o_row, o_c, VALUE_DIM).to(tl.float32)
         b_dq += product(b_dout, tl.trans(b_s), PRECISION)
-        b_dy = load_tile(dys, o_row, o_c, VALUE_DIM)
-        b_dk -= product(b_dy, tl.trans(b_s), PRECISION)
+        if dys is not None:
+            b_dk -= product(load_tile(dys, o_row, o_c, VALUE_DIM), tl.trans(b_s), PRECISION)
         b_ds = tl.load(p_dstate + o_tile, mask=m_tile, other=0.0)
-        b_u = load_tile(ys, o_row, o_c, VALUE_DIM) * b_beta[:, None]
+        b_u = load_tile(ys, o_row, o_c, VALUE_DIM).to(tl.float32) * b_beta[:, None]
         b_dk_end += product(b_u, tl.trans(b_ds), PRECISION)
         b_state += tl.sum(b_s * b_ds, 1)
     return b_dq, b_dk, b_dk_end, b_state
@@ -296,7 +304,8 @@ def chunk_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the (normalized) queries and keys of a value head, and of log_decay."""
+    """Gradients of the (normalized) queries and keys of a value head, and of log_decay. ys: v
+    without a correction."""
     i_h = tl.program_id(0) % heads
     i_slot = tl.program_id(0) // heads
     chunk = chunk_of(i_slot, cu_seqlens, tokens, sequences, per_sequence, halvings, heads, BLOCK_T)
@@ -307,11 +316,13 @@ def chunk_kernel(
     m_row = o_row < chunk.length
     o_gate = first_gate(cu_seqlens, chunk.batch, i_h, chunk.start, tokens, heads)
     queries, keys = rows_of(q, chunk, i_h // group), rows_of(k, chunk, i_h // group)
-    douts, dys_of = rows_of(dout, chunk, i_h), rows_of(dys, chunk, i_h)
-    ys_of = rows_of(ys, chunk, i_h)
+    douts, ys_of = rows_of(dout, chunk, i_h), rows_of(ys, chunk, i_h)
+    dys_of = None
+    if dys is not None:
+        dys_of = rows_of(dys, chunk, i_h)
     b_q_norm = norms_of(queries, o_row, head_dim, L2NORM, HEAD_DIM, BLOCK_D)
     b_k_norm = norms_of(keys, o_row, head_dim, L2NORM, HEAD_DIM, BLOCK_D)
-    b_beta = load_gate(beta, o_gate, heads, o_row, m_row)
+    b_beta = load_beta(beta, o_gate, heads, o_row, chunk.length)
     p_state = state_of_slot(states, i_slot, i_h, heads, HEAD_DIM * VALUE_DIM)
     p_dstate = state_of_slot(dstates, i_slot, i_h, heads, HEAD_DIM * VALUE_DIM)
 

@@ -15,6 +15,8 @@ from ..common import INTERPRETED, MAX_REGISTERS, launch
 from ..tuned import tuned
 from .common import Form, Inputs, Layout, form_of, log_decay_of, states_of
 from .decay_gradient import decay_kernel, sum_chunks_kernel
+from .delta_attention import Call as DeltaCall
+from .delta_attention import backward_of, forward_of
 from .linear_attention_backward import delta_kernel, keys_kernel, queries_kernel, values_kernel
 from .linear_attention_forward import TILES_AGAIN, results_again_kernel, results_kernel
 from .states import scan_kernel, sums_kernel
@@ -188,8 +190,21 @@ def _states_of_chunks(
     return sums
 
 
+def per_channel(call: Call) -> bool:
+    return call.log_decay is not None and call.log_decay.dim() == call.q.dim()
+
+
+def without_correction(call: Call) -> DeltaCall:
+    """A call with decays per channel, for the kernels of delta_attention, which keep the decays
+    inside the products of pairs."""
+    state = call.initial_state, call.return_final_state, call.cu_seqlens
+    return DeltaCall(call.q, call.k, call.v, None, call.log_decay, call.scale, False, *state)
+
+
 def linear_attention(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Call.of(a)
+    if per_channel(call):
+        return *forward_of(without_correction(call)), call.float32(0)
     q, v, inputs = call.q, call.v, call.inputs()
     plain = call.feature_map != "taylor2"
     tiles = tuned("linear_attention", call.plan().forward, q, v.shape[-1], plain)
@@ -215,6 +230,10 @@ def linear_attention(a: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def linear_attention_backward(a: Any) -> tuple[Tensor, ...]:
     call = Call.of(a)
+    if per_channel(call):
+        needs = a.needs_dlog_decay, a.needs_dinitial_state
+        found = backward_of(without_correction(call), a.dout, a.dfinal_state, *needs)
+        return *found[:3], *found[4:]  # without dbeta
     q, k, v, dout, normalizer = a.q, a.k, a.v, a.dout, a.normalizer
     plan = call.plan()
     tiles = plan.backward

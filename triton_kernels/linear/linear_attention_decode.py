@@ -32,7 +32,7 @@ LENGTHS = ["decay_batch", "tokens", "slots", "heads", "group", "tiles"]
 @triton.jit(do_not_specialize=LENGTHS)
 def decode_kernel(
     inputs, out, normalizer, state, indices, decay_batch, tokens, slots, heads, group, tiles,
-    KEYS_ALONE: tl.constexpr, form,
+    KEYS_ALONE: tl.constexpr, PER_CHANNEL: tl.constexpr, form,
 ):  # fmt: skip
     """KEYS_ALONE: handles only the last column (the sum of keys) and the normalizer of every token.
     The programs of the other columns load that normalizer, since the column itself changes
@@ -67,7 +67,10 @@ def decode_kernel(
             p_decay = inputs.decay.data + tl.cast(i_h, tl.int64) * inputs.decay.head
             if inputs.decay.seq is not None:
                 p_decay += i_b * decay_batch + tl.cast(t, tl.int64) * inputs.decay.seq
-            x = tl.load(p_decay)
+            if PER_CHANNEL:
+                x = tl.load(p_decay + o_f, mask=o_f < form.FEATURES, other=0.0)[:, None]
+            else:
+                x = tl.load(p_decay)
             # S *= exp(log decay)
             b_state *= tl.exp(tl.where(x < MIN_OF_TOKEN, MIN_OF_TOKEN, x))
         b_k = load_features(keys, o_row, o_f, inputs.scale, False, form)
@@ -126,6 +129,7 @@ def linear_attention_decode(a: Any) -> Tensor:
             heads // max(k.shape[-2], 1),
             tiles,
             KEYS_ALONE=keys_alone,
+            PER_CHANNEL=a.log_decay is not None and a.log_decay.dim() == 4,
             form=form_of(*form, block_f, block_v),
             num_warps=4,
         )

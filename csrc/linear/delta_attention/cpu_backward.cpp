@@ -8,6 +8,8 @@
 //   dq_in = dO S^T              dk_in = dY S^T       dk_end = U dS'^T
 //   dS = e^(G_n) dS' + q_in^T dO + k_in^T dY
 //
+// Without the correction U = Y = V, and dv = dU; the products with dY are not taken.
+//
 // log_decay of token t is in all weights from a j < t (or the state before) to an i >= t (or the
 // state after): its gradient is the sum of these weights times their gradients.
 #include "linear/delta_attention/cpu_chunk.h"
@@ -43,7 +45,7 @@ class Worker {
         own(keys()),
         q_tile(keys()),
         k_tile(keys()),
-        u(values()),
+        scaled(values()),
         dout(values()),
         du(values()),
         dy(values()),
@@ -56,6 +58,7 @@ class Worker {
     chunk.place(workspace);
     std::memset(crossing, 0, ldk * sizeof(float));
     for (const Matrix& m : {dout, dy}) std::memset(m.data, 0, kRows * ldv * sizeof(float));
+    std::memset(dk_in.data, 0, kRows * ldk * sizeof(float));
   }
 
   void run(int64_t item) {
@@ -104,9 +107,12 @@ class Worker {
     load_state(state_before(l, 0), f.initial, b, h, dim, f.value_dim);
     for (int64_t i = 0; i * kBlock < s.length; ++i) {
       const int64_t first = s.start + i * kBlock, n = std::min(kBlock, s.length - i * kBlock);
+      const int64_t ahead = std::min(kBlock, s.length - i * kBlock - n);
+      chunk.ask_for_tokens(b, first + n, h, ahead);
+      ask_for(f.v, f.dtype, b, first + n, h, ahead, f.value_dim);
       chunk.load_tokens(b, first, h, n);
       load_values(y_of(l, i), f.v, b, first, h, n);
-      chunk.solve(y_of(l, i), u, state_before(l, i), n);
+      const Matrix u = chunk.solve(y_of(l, i), scaled, state_before(l, i), n);
       chunk.carry(state_before(l, i + 1), state_before(l, i), u, n);
     }
   }
@@ -114,8 +120,14 @@ class Worker {
   // Adds chunk i of value head h, the l-th of the worker, to dq and dk.
   void block(int64_t i, int64_t b, int64_t first, int64_t h, int64_t l, int64_t n) {
     const Matrix y = y_of(l, i), state = state_before(l, i), ds = dstate(l);
+    const bool corrects = chunk.corrects;
+    const Matrix &u = corrects ? scaled : y, &dv = corrects ? dy : du;
+    if (i > 0) {
+      chunk.ask_for_tokens(b, first - kBlock, h, kBlock);
+      if (p.dout.data) ask_for(p.dout, f.dtype, b, first - kBlock, h, kBlock, f.value_dim);
+    }
     chunk.load_tokens(b, first, h, n);
-    scale_rows(u, y, chunk.beta, n, ldv);
+    if (corrects) scale_rows(scaled, y, chunk.beta, n, ldv);
     if (p.dout.data)
       load_values(dout, p.dout, b, first, h, n);
     else
@@ -123,18 +135,18 @@ class Worker {
 
     product_upper<true>(du, n, chunk.of_queries, dout, ldv);
     product<true, false>(du, n, chunk.k_end, ds, dim, ldv);
-    solve_backward(n);
+    if (corrects) solve_backward(n);
     for (int64_t t = 0; t < n; ++t) {
-      *Chunk::gate(p.dbeta, b, first + t, h) = dot(du.row(t), y.row(t), ldv);
-      store_row(dy.row(t), 1.f, row_of(p.dv, f.dtype, b, first + t, h), f.dtype, f.value_dim);
+      if (corrects) *Chunk::gate(p.dbeta, b, first + t, h) = dot(du.row(t), y.row(t), ldv);
+      store_row(dv.row(t), 1.f, row_of(p.dv, f.dtype, b, first + t, h), f.dtype, f.value_dim);
     }
 
     transpose_into(transposed, u, n, f.value_dim);
     product_pairs(dqueries, n, dout, transposed, f.value_dim);
-    product_pairs(dkeys, n, dy, transposed, f.value_dim);
+    if (corrects) product_pairs(dkeys, n, dy, transposed, f.value_dim);
     transpose_into(turned, state, dim, f.value_dim);
     product<false, true>(dq_in, n, dout, turned, f.value_dim, ldk);
-    product<false, true>(dk_in, n, dy, turned, f.value_dim, ldk);
+    if (corrects) product<false, true>(dk_in, n, dy, turned, f.value_dim, ldk);
     transpose_into(turned, ds, dim, f.value_dim);
     product<false, true>(dk_end, n, u, turned, f.value_dim, ldk);
     for (int64_t d = 0; d < dim; ++d)
@@ -143,12 +155,14 @@ class Worker {
       for (int64_t c = 0; c < ldv; c += kWidth)
         store(ds.row(d) + c, load(ds.row(d) + c) * set(chunk.total[d]));
     product<true, false>(ds, dim, chunk.q_in, dout, n, ldv);
-    product<true, false>(ds, dim, chunk.k_in, dy, n, ldv);
+    if (corrects) product<true, false>(ds, dim, chunk.k_in, dy, n, ldv);
 
-    if (f.log_decay.data && f.per_channel)
-      channels(b, first, h, n);
-    else
+    if (!f.per_channel)
       heads(b, first, h, n);
+    else if (corrects)
+      channels<true>(b, first, h, n);
+    else
+      channels<false>(b, first, h, n);
   }
 
   // du becomes dZ.
@@ -230,6 +244,7 @@ class Worker {
 
   // Gradients of q, k and log_decay per channel. dq_in and dk_in become the gradients of q and k as
   // the later token of a pair, `later` of k as the earlier one, dk_end of k in the state after.
+  template <bool kCorrects>
   void channels(int64_t b, int64_t first, int64_t h, int64_t n) {
     std::memset(later.data, 0, n * ldk * sizeof(float));
     for (int64_t d = 0; d < ldk; d += kWidth) store(before + d, set(1.f));
@@ -238,77 +253,81 @@ class Worker {
       for (int64_t i = row; i < last; ++i)
         for (int64_t d = 0; d < ldk; d += kWidth) {
           store(dq_in.row(i) + d, load(dq_in.row(i) + d) * load(before + d));
-          store(dk_in.row(i) + d, load(dk_in.row(i) + d) * load(before + d));
+          if constexpr (kCorrects)
+            store(dk_in.row(i) + d, load(dk_in.row(i) + d) * load(before + d));
         }
       multiply_rows<Float32, false, M, false>(dq_in.row(row), ldk, dqueries.row(row), kBlock,
                                               decayed.data, ldk, row, ldk);
-      multiply_rows<Float32, false, M, false>(dk_in.row(row), ldk, dkeys.row(row), kBlock,
-                                              decayed.data, ldk, row, ldk);
-      own_channels(row, last);
+      if constexpr (kCorrects)
+        multiply_rows<Float32, false, M, false>(dk_in.row(row), ldk, dkeys.row(row), kBlock,
+                                                decayed.data, ldk, row, ldk);
+      own_channels<kCorrects>(row, last);
     });
-    each_tile_backward(
-        n, [&]<int M>(int64_t row) TM_LAMBDA { earlier_channels(row, std::min(row + M, n)); });
+    each_tile_backward(n, [&]<int M>(int64_t row) TM_LAMBDA {
+      earlier_channels<kCorrects>(row, std::min(row + M, n));
+    });
     store_channels(b, first, h, n);
   }
 
   // The rows of a tile, whose keys join `decayed`, the keys as they are at the end of the tile.
+  template <bool kCorrects>
   void own_channels(int64_t row, int64_t last) {
     for (int64_t d = 0; d < ldk; d += kWidth) {
-      vf sum = zero();
+      vf tile = set(1.f);
       for (int64_t i = row; i < last; ++i) {
-        sum = sum + load(chunk.gates.row(i) + d);
-        const vf decay = exp2<5>(sum);
-        const vf q_decay = decay * set(f.scale), k_decay = zero() - decay;
+        tile = tile * load(chunk.decays.row(i) + d);
+        const vf q_decay = tile * set(f.scale), k_decay = zero() - tile;
         store(q_tile.row(i) + d, load(chunk.q.row(i) + d) * q_decay);
-        store(k_tile.row(i) + d, load(chunk.k.row(i) + d) * k_decay);
         store(dq_in.row(i) + d, load(dq_in.row(i) + d) * q_decay);
-        store(dk_in.row(i) + d, load(dk_in.row(i) + d) * k_decay);
+        if constexpr (kCorrects) {
+          store(k_tile.row(i) + d, load(chunk.k.row(i) + d) * k_decay);
+          store(dk_in.row(i) + d, load(dk_in.row(i) + d) * k_decay);
+        }
       }
-      const vf tile = exp2<5>(sum);
       for (int64_t j = 0; j < row; ++j) store(decayed.row(j) + d, load(decayed.row(j) + d) * tile);
       store(before + d, load(before + d) * tile);
       for (int64_t j = row; j < last; ++j) {
         const vf key = load(chunk.k.row(j) + d);
-        vf of_key = zero();
-        sum = zero();
+        vf of_key = zero(), decay = set(1.f);
         for (int64_t i = j + 1; i < last; ++i) {
-          sum = sum + load(chunk.gates.row(i) + d);
-          const vf decay = exp2<5>(sum), dm = set(f.scale * dqueries.row(i)[j]),
-                   dn = set(-dkeys.row(i)[j]);
-          const vf decayed_key = key * decay;
+          decay = decay * load(chunk.decays.row(i) + d);
+          const vf dm = set(f.scale * dqueries.row(i)[j]), decayed_key = key * decay;
+          vf of_rows = dm * load(chunk.q.row(i) + d);
           store(dq_in.row(i) + d, fma(dm, decayed_key, load(dq_in.row(i) + d)));
-          store(dk_in.row(i) + d, fma(dn, decayed_key, load(dk_in.row(i) + d)));
-          const vf of_rows =
-              fma(dm, load(chunk.q.row(i) + d), dn * load(chunk.k.row(i) + d)) * decay;
-          of_key = of_key + of_rows;
+          if constexpr (kCorrects) {
+            const vf dn = set(-dkeys.row(i)[j]);
+            of_rows = fma(dn, load(chunk.k.row(i) + d), of_rows);
+            store(dk_in.row(i) + d, fma(dn, decayed_key, load(dk_in.row(i) + d)));
+          }
+          of_key = fma(of_rows, decay, of_key);
         }
         store(own.row(j) + d, of_key);
-        store(decayed.row(j) + d, key * exp2<5>(sum));
+        store(decayed.row(j) + d, key * decay);
       }
     }
   }
 
   // `later` of the rows before the tile, as they are at its beginning, from those at its end.
+  template <bool kCorrects>
   void earlier_channels(int64_t row, int64_t last) {
     for (int64_t d = 0; d < ldk; d += kWidth) {
-      vf sum = zero();
+      vf decay = set(1.f);
       for (int64_t j = last; j-- > row;) {
-        const vf decay = exp2<5>(sum);
         store(later.row(j) + d, fma(load(later.row(j) + d), decay, load(own.row(j) + d)));
         store(dk_end.row(j) + d, load(dk_end.row(j) + d) * decay);
-        sum = sum + load(chunk.gates.row(j) + d);
+        decay = decay * load(chunk.decays.row(j) + d);
       }
-      const vf tile = exp2<5>(sum);
       for (int64_t j = 0; j < row; ++j) {
-        store(later.row(j) + d, load(later.row(j) + d) * tile);
-        store(dk_end.row(j) + d, load(dk_end.row(j) + d) * tile);
+        store(later.row(j) + d, load(later.row(j) + d) * decay);
+        store(dk_end.row(j) + d, load(dk_end.row(j) + d) * decay);
       }
     }
     each_tile(row, [&]<int M>(int64_t j) TM_LAMBDA {
       multiply_rows<Float32, true, M, false>(later.row(j), ldk, dqueries.row(row) + j, kBlock,
                                              q_tile.row(row), ldk, last - row, ldk);
-      multiply_rows<Float32, true, M, false>(later.row(j), ldk, dkeys.row(row) + j, kBlock,
-                                             k_tile.row(row), ldk, last - row, ldk);
+      if constexpr (kCorrects)
+        multiply_rows<Float32, true, M, false>(later.row(j), ldk, dkeys.row(row) + j, kBlock,
+                                               k_tile.row(row), ldk, last - row, ldk);
     });
   }
 
@@ -355,9 +374,9 @@ class Worker {
   float *const states, *const ys, *const dstates;
   const Matrix dq, dk, dq_in, dk_in, dk_end;
   const Matrix decayed, later, own, q_tile, k_tile;
-  const Matrix u, dout, du, dy;
-  const Matrix transposed;  // [D or Dv][kBlock]
-  const Matrix turned;      // a state, [Dv][D]
+  const Matrix scaled, dout, du, dy;  // scaled: U = beta Y
+  const Matrix transposed;            // [D or Dv][kBlock]
+  const Matrix turned;                // a state, [Dv][D]
   const Matrix dqueries, dkeys;
   float *const crossing, *const before;  // [D] gradient times value of e^(G_n); e^(G) before a tile
 };

@@ -10,6 +10,7 @@
 //
 // All exponents are at most 0. Decays per channel multiply inside the products of M and N: a tile
 // of rows meets earlier keys that have decayed up to the tile, and keys of its own one by one.
+// Without beta there is no correction: u = v, and neither N nor k_in exists.
 #pragma once
 #include <cmath>
 
@@ -24,21 +25,29 @@ constexpr float kMinLogDecay = -128;
 class Chunk {
  public:
   explicit Chunk(const DeltaAttentionParams& p)
-      : p(p), dim(p.head_dim), ld(round_up(dim, kWidth)) {}
+      : p(p), corrects(p.beta.data), dim(p.head_dim), ld(round_up(dim, kWidth)) {}
 
   int64_t floats() const {
     return 5 * kRows * ld + ld * kBlock + ld + 3 * kRows * kBlock + 16 * 16;
   }
   void place(cpu::Workspace& workspace) {
-    for (Matrix* m : {&q, &k, &q_in, &k_in, &gates}) *m = {workspace.take(kRows * ld), ld};
+    for (Matrix* m : {&q, &k, &q_in, &k_in, &decays}) *m = {workspace.take(kRows * ld), ld};
     k_end = {workspace.take(ld * kBlock), kBlock};
     total = workspace.take(ld);
     for (Matrix* m : {&of_queries, &of_keys, &pair}) *m = {workspace.take(kRows * kBlock), kBlock};
     // Rows past the tokens of the last chunk are read, and must be finite.
-    for (const Matrix& m : {q_in, k_in, gates}) std::memset(m.data, 0, kRows * ld * sizeof(float));
+    for (const Matrix& m : {q_in, k_in, decays}) std::memset(m.data, 0, kRows * ld * sizeof(float));
     for (const Matrix& m : {of_queries, of_keys, pair})
       std::memset(m.data, 0, kRows * kBlock * sizeof(float));
     if (!p.log_decay.data) decays_of_head(nullptr, 0, kBlock);
+  }
+
+  // Prefetches the tokens of a later load_tokens.
+  void ask_for_tokens(int64_t b, int64_t first, int64_t h, int64_t n) const {
+    const int64_t key_head = h / (p.heads / p.key_heads);
+    ask_for(p.q, p.dtype, b, first, key_head, n, dim);
+    ask_for(p.k, p.dtype, b, first, key_head, n, dim);
+    if (p.per_channel) ask_for(gate(p.log_decay, b, first, h), p.log_decay.seq * 4, n, dim * 4);
   }
 
   // Loads n tokens from `first` of value head h.
@@ -46,11 +55,9 @@ class Chunk {
     const int64_t key_head = h / (p.heads / p.key_heads);
     load_rows(q, q_norm, p.q, b, first, key_head, n);
     load_rows(k, k_norm, p.k, b, first, key_head, n);
-    for (int64_t t = 0; t < n; ++t) beta[t] = *gate(p.beta, b, first + t, h);
-    if (p.log_decay.data && p.per_channel) {
-      channels(b, first, h, n);
-      return;
-    }
+    for (int64_t t = 0; corrects && t < n; ++t) beta[t] = *gate(p.beta, b, first + t, h);
+    if (p.per_channel)
+      return corrects ? channels<true>(b, first, h, n) : channels<false>(b, first, h, n);
     if (p.log_decay.data) decays_of_head(gate(p.log_decay, b, first, h), p.log_decay.seq, n);
     heads(n);
   }
@@ -59,8 +66,9 @@ class Chunk {
     return g.data + b * g.batch + token * g.seq + h * g.head;
   }
 
-  // y [n] holds v, and u follows from it.
-  void solve(const Matrix& y, const Matrix& u, const Matrix& state, int64_t n) const {
+  // y [n] holds v and becomes Y; returns U, in `u` if it differs from y.
+  Matrix solve(const Matrix& y, const Matrix& u, const Matrix& state, int64_t n) const {
+    if (!corrects) return y;
     product<false, false>(y, n, k_in, state, dim, y.ld);
     each_tile(n, [&]<int M>(int64_t row) TM_LAMBDA {
       multiply_rows<Float32, false, M, false>(y.row(row), y.ld, of_keys.row(row), kBlock, u.data,
@@ -74,6 +82,7 @@ class Chunk {
           store(u.row(i) + c, sum * set(beta[i]));
         }
     });
+    return u;
   }
 
   // state = e^(G_n) from + k_end^T u
@@ -85,12 +94,13 @@ class Chunk {
   }
 
   const DeltaAttentionParams& p;
+  const bool corrects;
   const int64_t dim, ld;
   Matrix q, k;                 // [n][ld]
   Matrix q_in, k_in;           // [n][ld]
   Matrix k_end;                // [D][kBlock]
   Matrix of_queries, of_keys;  // M and N, [n][kBlock]
-  Matrix gates;                // per channel: log2 of the decays, [n][ld]
+  Matrix decays;               // per channel: of each token, [n][ld]
   Matrix pair;                 // per head: e^(G_i - G_j), 0 for j > i, [n][kBlock]
   float* total;                // [ld] e^(G_n)
   float beta[kBlock], q_norm[kBlock], k_norm[kBlock];
@@ -166,12 +176,13 @@ class Chunk {
     for (int64_t d = 0; d < ld; d += kWidth) store(total + d, set(all_tokens));
   }
 
+  template <bool kCorrects>
   void channels(int64_t b, int64_t first, int64_t h, int64_t n) {
     for (int64_t t = 0; t < n; ++t) {
       const float* from = gate(p.log_decay, b, first + t, h);
       for (int64_t d = 0; d < ld; d += kWidth) {
         const vf x = Elements<DType::float32>::load_n(from, d, dim - d);
-        store(gates.row(t) + d, max_of(set(kMinLogDecay), x) * set(kLog2e));
+        store(decays.row(t) + d, exp2<5>(max_of(set(kMinLogDecay), x) * set(kLog2e)));
       }
     }
     for (int64_t d = 0; d < ld; d += kWidth) store(total + d, set(1.f));
@@ -179,66 +190,70 @@ class Chunk {
     each_tile(n, [&]<int M>(int64_t row) TM_LAMBDA {
       const int64_t last = std::min(row + M, n);
       for (int64_t d = 0; d < ld; d += kWidth) {
-        vf sum = zero();
+        vf decay = set(1.f);
         for (int64_t i = row; i < last; ++i) {
-          sum = sum + load(gates.row(i) + d);
-          const vf decay = exp2<5>(sum);
+          decay = decay * load(decays.row(i) + d);
           store(q_in.row(i) + d, load(q.row(i) + d) * (decay * set(p.scale)));
-          store(k_in.row(i) + d, zero() - load(k.row(i) + d) * decay);
+          if constexpr (kCorrects) store(k_in.row(i) + d, zero() - load(k.row(i) + d) * decay);
         }
       }
       const int64_t width = std::min(round_up(row + M, kWidth), kBlock);
       multiply_rows<Float32, false, M, true>(of_queries.row(row), kBlock, q_in.row(row), ld,
                                              k_end.data, kBlock, dim, width);
-      multiply_rows<Float32, false, M, true>(of_keys.row(row), kBlock, k_in.row(row), ld,
-                                             k_end.data, kBlock, dim, width);
-      own_pairs<M>(row, last);
-      decay_to<M>(row, last);
+      if constexpr (kCorrects)
+        multiply_rows<Float32, false, M, true>(of_keys.row(row), kBlock, k_in.row(row), ld,
+                                               k_end.data, kBlock, dim, width);
+      own_pairs<M, kCorrects>(row, last);
+      decay_to<kCorrects>(row, last);
     });
   }
 
-  // M and N between tokens row .. last - 1.
-  template <int M>
+  // M and N of key row + kKey, and of those after it, with the M tokens from `row` on; a tile may
+  // extend past `last`.
+  template <int M, bool kCorrects, int kKey = 0>
   void own_pairs(int64_t row, int64_t last) {
-    for (int64_t j = row; j < last; ++j) {
-      vf queries[M], keys[M];
-      for (int i = 0; i < M; ++i) queries[i] = keys[i] = zero();
-      for (int64_t d = 0; d < ld; d += kWidth) {
-        vf sum = zero(), key = load(k.row(j) + d);
-        queries[j - row] = fma(load(q.row(j) + d), key, queries[j - row]);
-        for (int64_t i = j + 1; i < last; ++i) {
-          sum = sum + load(gates.row(i) + d);
-          const vf decayed = key * exp2<5>(sum);
-          queries[i - row] = fma(load(q.row(i) + d), decayed, queries[i - row]);
-          keys[i - row] = fma(load(k.row(i) + d), decayed, keys[i - row]);
-        }
-      }
-      for (int64_t i = row; i < last; ++i) {
-        of_queries.row(i)[j] = i < j ? 0 : p.scale * sum_lanes(queries[i - row]);
-        of_keys.row(i)[j] = i <= j ? 0 : -sum_lanes(keys[i - row]);
+    const int64_t j = row + kKey;
+    if (j >= last) return;
+    vf queries[M - kKey], keys[M - kKey];
+    TM_UNROLL(8)
+    for (int i = 0; i < M - kKey; ++i) queries[i] = keys[i] = zero();
+    for (int64_t d = 0; d < ld; d += kWidth) {
+      vf key = load(k.row(j) + d);
+      TM_UNROLL(8)
+      for (int i = 0; i < M - kKey; ++i) {
+        if (i > 0) key = key * load(decays.row(j + i) + d);
+        queries[i] = fma(load(q.row(j + i) + d), key, queries[i]);
+        if (kCorrects && i > 0) keys[i] = fma(load(k.row(j + i) + d), key, keys[i]);
       }
     }
+    for (int i = 0; i < M; ++i) {
+      of_queries.row(row + i)[j] =
+          i < kKey ? 0 : p.scale * sum_lanes(queries[std::max(i - kKey, 0)]);
+      if constexpr (kCorrects)
+        of_keys.row(row + i)[j] = i <= kKey ? 0 : -sum_lanes(keys[std::max(i - kKey, 0)]);
+    }
+    if constexpr (kKey + 1 < M) own_pairs<M, kCorrects, kKey + 1>(row, last);
   }
 
   // Lets keys decay to the end of the tile, and what entered the chunk to its rows.
-  template <int M>
+  template <bool kCorrects>
   void decay_to(int64_t row, int64_t last) {
     for (int64_t d = 0; d < ld; d += kWidth) {
       const vf before = load(total + d);
       for (int64_t i = row; i < last; ++i) {
         store(q_in.row(i) + d, load(q_in.row(i) + d) * before);
-        store(k_in.row(i) + d, load(k_in.row(i) + d) * before);
+        if constexpr (kCorrects) store(k_in.row(i) + d, load(k_in.row(i) + d) * before);
       }
-      vf sum = zero();
+      vf decay = set(1.f);
       for (int64_t j = last; j-- > row;) {
         float key[kWidth];
-        store(key, load(k.row(j) + d) * exp2<5>(sum));
+        store(key, load(k.row(j) + d) * decay);
         for (int64_t c = 0; c < kWidth && d + c < dim; ++c) k_end.row(d + c)[j] = key[c];
-        sum = sum + load(gates.row(j) + d);
+        decay = decay * load(decays.row(j) + d);
       }
       float tile[kWidth];
-      store(tile, exp2<5>(sum));
-      store(total + d, before * load(tile));
+      store(tile, decay);
+      store(total + d, before * decay);
       for (int64_t c = 0; c < kWidth && d + c < dim; ++c)
         for (int64_t j = 0; j < row; j += kWidth) {
           float* const to = k_end.row(d + c) + j;

@@ -7,13 +7,13 @@ namespace {
 
 using namespace cuda::delta_attention;
 
-template <typename T, bool kPerChannel>
+template <typename T, bool kPerChannel, bool kCorrects>
 const char* launch_forward(const DeltaAttentionParams& p, cudaStream_t stream) {
   const Scratch scratch = scratch_of<T>(p, false).scratch;
-  if (const char* error = cuda::launch<delta_pairs_kernel<T, kPerChannel>>(
+  if (const char* error = cuda::launch<delta_pairs_kernel<T, kPerChannel, kCorrects>>(
           chunk_blocks(p), kThreads, 0, stream, p, scratch))
     return error;
-  return cuda::launch<delta_states_kernel<T, kPerChannel, false>>(
+  return cuda::launch<delta_states_kernel<T, kPerChannel, kCorrects, false>>(
       sweep_blocks(p), kThreads, sweep_bytes(p.head_dim), stream, p, scratch);
 }
 
@@ -24,9 +24,8 @@ int64_t workspace_bytes(const DeltaAttentionParams& p) {
 }
 
 const char* launch_cuda(const DeltaAttentionParams& p, void* stream) {
-  return cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    const auto s = static_cast<cudaStream_t>(stream);
-    return p.per_channel ? launch_forward<T, true>(p, s) : launch_forward<T, false>(p, s);
+  return visit_rule(p, [&]<typename T, bool kPerChannel, bool kCorrects>() {
+    return launch_forward<T, kPerChannel, kCorrects>(p, static_cast<cudaStream_t>(stream));
   });
 }
 

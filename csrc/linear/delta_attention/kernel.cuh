@@ -71,12 +71,13 @@ class Sweep {
   }
 
   // Tiles of the channels from d on: of q and of k as they enter the chunk, or of k at its end.
-  __device__ __forceinline__ void load_entering(int64_t d, bool with_queries) {
+  __device__ __forceinline__ void load_entering(int64_t d, bool queries, bool keys) {
     const float* const enters = kPerChannel ? scratch_.enters + by_channel_ : nullptr;
     __syncthreads();
-    load_keys(s.k, place.at<T>(p_.k, place.key_head), p_.k.seq, place.n, p_.head_dim, d, s.f.key,
-              enters, scratch_.vectors);
-    if (with_queries)
+    if (keys)
+      load_keys(s.k, place.at<T>(p_.k, place.key_head), p_.k.seq, place.n, p_.head_dim, d, s.f.key,
+                enters, scratch_.vectors);
+    if (queries)
       load_keys(s.q, place.at<T>(p_.q, place.key_head), p_.q.seq, place.n, p_.head_dim, d,
                 s.f.query, enters, scratch_.vectors);
     __syncthreads();
@@ -178,7 +179,7 @@ class Sweep {
 };
 
 // kKeep: stores S before each chunk and Y instead of out.
-template <typename T, bool kPerChannel, bool kKeep>
+template <typename T, bool kPerChannel, bool kCorrects, bool kKeep>
 __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
     delta_states_kernel(const __grid_constant__ DeltaAttentionParams p,
                         const __grid_constant__ Scratch scratch) {
@@ -187,46 +188,57 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
   SweepShared& s = sweep.s;
   const int column = sweep.warp_column;
   constexpr int kRead = kKeep ? kOfKeys : kOfQueries;
+  constexpr bool kReads = kCorrects || !kKeep;
   sweep.load_state(p.initial);
   for (int64_t i = 0, chunks = sweep.chunks(); i < chunks; ++i) {
     sweep.begin(i);
-    sweep.load_matrix(kRead);
-    sweep.load_matrix(kInverse);
+    if constexpr (kReads) sweep.load_matrix(kRead);
+    if constexpr (kCorrects) sweep.load_matrix(kInverse);
     sweep.template load<T>(s.x, p.v);
     if constexpr (kKeep) sweep.keep_state(scratch.states);
     float y[1][4] = {}, out[1][4] = {}, u[1][4] = {};
-    for (int64_t d = 0; d < p.head_dim; d += kChannels) {
-      sweep.load_entering(d, !kKeep);
-      sweep.multiply_state(y, s.k, d);
+    for (int64_t d = 0; kReads && d < p.head_dim; d += kChannels) {
+      sweep.load_entering(d, !kKeep, kCorrects);
+      if constexpr (kCorrects) sweep.multiply_state(y, s.k, d);
       if constexpr (!kKeep) sweep.multiply_state(out, s.q, d);
     }
+    if constexpr (!kReads) __syncthreads();
     if (threadIdx.x < kTokens) s.end[threadIdx.x] = s.f.key[threadIdx.x] * s.f.stay[threadIdx.x];
-    // y0 = v + k_in S
-    sweep.each(y, [&](float& x, int t, int at) {
-      x = s.x[at] - s.f.enter[t] * x;
-      s.x[at] = x;
-    });
-    bool finite = sweep.all_finite(y);
-    // u = X y0
-    multiply_pairs<false>(u, s.pairs[kInverse], sweep.warp_row, s.x + column, finite);
-    sweep.each(u, [&](float x, int, int at) { s.y[at] = x; });
-    finite = sweep.all_finite(u);
-    // out = q_in S + M u, or y = y0 + N u
-    sweep.each(out,
-               [&](float& x, int t, int at) { x = kKeep ? s.x[at] : p.scale * s.f.enter[t] * x; });
-    multiply_pairs<false>(out, s.pairs[kRead], sweep.warp_row, s.y + column, finite);
-    sweep.each(out, [&](float x, int, int at) { s.z[at] = x; });
+    bool finite = true;
+    if constexpr (kCorrects) {
+      // y0 = v + k_in S
+      sweep.each(y, [&](float& x, int t, int at) {
+        x = s.x[at] - s.f.enter[t] * x;
+        s.x[at] = x;
+      });
+      finite = sweep.all_finite(y);
+      // u = X y0
+      multiply_pairs<false>(u, s.pairs[kInverse], sweep.warp_row, s.x + column, finite);
+      sweep.each(u, [&](float x, int, int at) { s.y[at] = x; });
+      finite = sweep.all_finite(u);
+    } else if constexpr (kReads) {
+      sweep.each(u, [&](float& x, int, int at) { x = s.x[at]; });
+      finite = sweep.all_finite(u);
+    }
+    const float* const rows = kCorrects ? s.y : s.x;  // u
+    if constexpr (kReads) {
+      // out = q_in S + M u, or y = y0 + N u
+      sweep.each(
+          out, [&](float& x, int t, int at) { x = kKeep ? s.x[at] : p.scale * s.f.enter[t] * x; });
+      multiply_pairs<false>(out, s.pairs[kRead], sweep.warp_row, rows + column, finite);
+      sweep.each(out, [&](float x, int, int at) { s.z[at] = x; });
+    }
     // S = e^(G_n) S + k_end^T u
     for (int64_t d = 0; d < p.head_dim; d += kChannels) {
       sweep.load_leaving(d);
       sweep.update_state(d, [&](float (&acc)[1][4], int channel) {
-        multiply<true, false>(acc, s.k + channel, kKeyStep, s.y + column, kColumnStep, kTokens);
+        multiply<true, false>(acc, s.k + channel, kKeyStep, rows + column, kColumnStep, kTokens);
       });
     }
-    if constexpr (kKeep)
+    if constexpr (kKeep && kCorrects)
       store_columns(sweep.row_of(scratch.y), p.heads * p.value_dim, s.z, kColumnStep, kColumns,
                     sweep.place.n, sweep.first, p.value_dim);
-    else
+    else if constexpr (!kKeep)
       sweep.template store<T>(p.out, s.z);
   }
   __syncthreads();

@@ -42,7 +42,7 @@ constexpr int64_t chunk_bytes(bool per_channel) {
          (per_channel ? sizeof(ChunkTiles) : sizeof(ChunkTiles::columns));
 }
 
-template <typename T, bool kPerChannel>
+template <typename T, bool kPerChannel, bool kCorrects>
 class ChunkGradients {
  public:
   __device__ ChunkGradients(const DeltaAttentionBackwardParams& p, const Scratch& scratch,
@@ -59,7 +59,7 @@ class ChunkGradients {
     load_factors(s.f, scratch_.factors_of(place_.slot, f_.heads, place_.h));
     if (threadIdx.x < kTokens) s.entered[threadIdx.x] = s.ended[threadIdx.x] = 0;
     if (threadIdx.x == 0) s.all = 0;
-    store_dbeta(tokens);
+    if constexpr (kCorrects) store_dbeta(tokens);
 #pragma unroll 1
     for (int64_t d = 0; d < f_.head_dim; d += kChannels) {
       multiply_states(d);
@@ -111,22 +111,29 @@ class ChunkGradients {
       load_columns(tiles.dout, kKeyStep, kChannels,
                    p_.dout.data ? place_.at<T>(p_.dout, place_.h) : nullptr, p_.dout.seq, place_.n,
                    c, f_.value_dim);
-      load_columns(tiles.dy, kKeyStep, kChannels, row_of(scratch_.dy, f_.value_dim), seq, place_.n,
-                   c, f_.value_dim);
-      load_columns(tiles.u, kKeyStep, kChannels, row_of(scratch_.y, f_.value_dim), seq, place_.n, c,
-                   f_.value_dim, s.f.beta);
+      if constexpr (kCorrects) {
+        load_columns(tiles.dy, kKeyStep, kChannels, row_of(scratch_.dy, f_.value_dim), seq,
+                     place_.n, c, f_.value_dim);
+        load_columns(tiles.u, kKeyStep, kChannels, row_of(scratch_.y, f_.value_dim), seq, place_.n,
+                     c, f_.value_dim, s.f.beta);
+      } else {
+        load_columns(tiles.u, kKeyStep, kChannels, place_.at<T>(f_.v, place_.h), f_.v.seq, place_.n,
+                     c, f_.value_dim);
+      }
       load_state(tiles.state, scratch_.states, d, c);
       load_state(tiles.dstate, scratch_.dstates, d, c);
       __syncthreads();
       const int row = row_ * kKeyStep;
       multiply<false, true>(dq, tiles.dout + row, kKeyStep, of_channel, kKeyStep, kChannels);
-      multiply<false, true>(dk, tiles.dy + row, kKeyStep, of_channel, kKeyStep, kChannels);
+      if constexpr (kCorrects)
+        multiply<false, true>(dk, tiles.dy + row, kKeyStep, of_channel, kKeyStep, kChannels);
       multiply<false, true>(end, tiles.u + row, kKeyStep, of_channel + 2 * kKeyTile, kKeyStep,
                             kChannels);
       if (d == 0 && pair_column_ <= row_ + 8) {
         const float* const u = tiles.u + pair_column_ * kKeyStep;
         multiply<false, true>(dm, tiles.dout + row, kKeyStep, u, kKeyStep, kChannels);
-        multiply<false, true>(dn, tiles.dy + row, kKeyStep, u, kKeyStep, kChannels);
+        if constexpr (kCorrects)
+          multiply<false, true>(dn, tiles.dy + row, kKeyStep, u, kKeyStep, kChannels);
       }
       // Four threads a channel.
       const int at = threadIdx.x / 4 * kKeyStep + threadIdx.x % 4;
@@ -140,9 +147,10 @@ class ChunkGradients {
       each_element(dm[0], [&](float x, int r, int c) {
         s.dm[(row_ + r) * kPairStep + pair_column_ + c] = x;
       });
-      each_element(dn[0], [&](float x, int r, int c) {
-        s.dn[(row_ + r) * kPairStep + pair_column_ + c] = x;
-      });
+      if constexpr (kCorrects)
+        each_element(dn[0], [&](float x, int r, int c) {
+          s.dn[(row_ + r) * kPairStep + pair_column_ + c] = x;
+        });
     }
     store_tiles(dq, s.tiles.channels.dq);
     store_tiles(dk, s.tiles.channels.dk);
@@ -312,7 +320,7 @@ class ChunkGradients {
     for (int i = threadIdx.x; i < kTokens * kTokens; i += kThreads) {
       const int row = i / kTokens, column = i % kTokens, at = row * kPairStep + column;
       s.dm[at] = column <= row ? f_.scale * s.dm[at] : 0;
-      s.dn[at] = column < row ? -s.dn[at] : 0;
+      if constexpr (kCorrects) s.dn[at] = column < row ? -s.dn[at] : 0;
     }
   }
 
@@ -334,7 +342,7 @@ class ChunkGradients {
       const float weight = exp2_approx(sum);
       tiles.weights[at] = weight;
       tiles.q_block[i * kKeyStep + c] = weight * tiles.q[at];
-      tiles.k_block[i * kKeyStep + c] = weight * tiles.k[at];
+      if constexpr (kCorrects) tiles.k_block[i * kKeyStep + c] = weight * tiles.k[at];
     }
   }
 
@@ -345,11 +353,13 @@ class ChunkGradients {
     float dq[1][4] = {}, dk[1][4] = {}, dk_later[1][4] = {};
     const float* const keys = tiles.k_early + column;
     multiply<false, false>(dq, s.dm + later, kPairStep, keys, kKeyStep, kBlock);
-    multiply<false, false>(dk, s.dn + later, kPairStep, keys, kKeyStep, kBlock);
     multiply<true, false>(dk_later, s.dm + later, kPairStep, tiles.q_block + column, kKeyStep,
                           kBlock);
-    multiply<true, false>(dk_later, s.dn + later, kPairStep, tiles.k_block + column, kKeyStep,
-                          kBlock);
+    if constexpr (kCorrects) {
+      multiply<false, false>(dk, s.dn + later, kPairStep, keys, kKeyStep, kBlock);
+      multiply<true, false>(dk_later, s.dn + later, kPairStep, tiles.k_block + column, kKeyStep,
+                            kBlock);
+    }
     const auto add = [&](float* to, float (&x)[1][4], int row) {
       each_element(x[0], [&](float y, int r, int c) {
         const int at = (row + r) * kKeyStep + column + c;
@@ -357,7 +367,7 @@ class ChunkGradients {
       });
     };
     add(tiles.dq, dq, kBlock);
-    add(tiles.dk, dk, kBlock);
+    if constexpr (kCorrects) add(tiles.dk, dk, kBlock);
     add(tiles.dk_later, dk_later, 0);
   }
 
@@ -371,10 +381,10 @@ class ChunkGradients {
         sum += tiles.gates[(j + 1) * kKeyStep + c];
         const float key = tiles.k[j * kKeyStep + c] * exp2_approx(sum);
         dq = fmaf(s.dm[i * kPairStep + j], key, dq);
-        dk = fmaf(s.dn[i * kPairStep + j], key, dk);
+        if constexpr (kCorrects) dk = fmaf(s.dn[i * kPairStep + j], key, dk);
       }
       tiles.dq[i * kKeyStep + c] += dq;
-      tiles.dk[i * kKeyStep + c] += dk;
+      if constexpr (kCorrects) tiles.dk[i * kKeyStep + c] += dk;
     }
   }
 
@@ -386,8 +396,8 @@ class ChunkGradients {
       float sum = 0, dk = 0;
       for (int i = j + 1; i < first + kBlock; ++i) {
         sum += tiles.gates[i * kKeyStep + c];
-        const float of_row = s.dm[i * kPairStep + j] * tiles.q[i * kKeyStep + c] +
-                             s.dn[i * kPairStep + j] * tiles.k[i * kKeyStep + c];
+        float of_row = s.dm[i * kPairStep + j] * tiles.q[i * kKeyStep + c];
+        if constexpr (kCorrects) of_row += s.dn[i * kPairStep + j] * tiles.k[i * kKeyStep + c];
         dk = fmaf(exp2_approx(sum), of_row, dk);
       }
       tiles.dk_later[j * kKeyStep + c] += dk;
@@ -433,7 +443,7 @@ class ChunkGradients {
   int64_t own_;
 };
 
-template <typename T, bool kPerChannel>
+template <typename T, bool kPerChannel, bool kCorrects>
 __global__ void __launch_bounds__(kThreads, kPerChannel ? 1 : kBlocksOfMultiprocessor)
     delta_chunk_kernel(const __grid_constant__ DeltaAttentionBackwardParams p,
                        const __grid_constant__ Scratch scratch, int64_t tokens) {
@@ -450,7 +460,8 @@ __global__ void __launch_bounds__(kThreads, kPerChannel ? 1 : kBlocksOfMultiproc
     clear_gate(rows, p.dlog_decay, h, f.per_channel ? f.head_dim : 1);
   });
   if (place.n == 0) return;
-  ChunkGradients<T, kPerChannel>(p, scratch, place, *reinterpret_cast<ChunkShared*>(shared))
+  ChunkGradients<T, kPerChannel, kCorrects>(p, scratch, place,
+                                            *reinterpret_cast<ChunkShared*>(shared))
       .run(tokens);
 }
 

@@ -8,6 +8,9 @@
 //   y0 = v + k_in S     u = X y0  with  X = diag(beta) (1 - N diag(beta))^-1     y = y0 + N u
 //   out = q_in S + M u                                S after = e^(G_n) S + k_end^T u
 //
+// kPerChannel: decays per channel, inside the products of pairs. kCorrects: with beta; without it
+// u = v, and N, X and k_in do not exist.
+//
 // M, N and X do not depend on the state: delta_pairs_kernel computes them for all chunks at once,
 // and the sweeps over the chunks of a sequence multiply by them. Tiles are float32 in shared
 // memory, and products three tf32 products.
@@ -45,11 +48,16 @@ constexpr int kFactorFloats = sizeof(RowFactors) / sizeof(float);
 
 enum : int { kOfQueries, kOfKeys, kInverse, kPairMatrices };  // M, N, X
 
+__host__ __device__ constexpr int pair_matrices(bool corrects) {
+  return corrects ? kPairMatrices : 1;
+}
+
 // Memory between the kernels. A chunk of a sequence and head has a slot; a token of a head a row.
 struct Scratch {
   int64_t slots;
   bool vectors;    // rows of q and k allow 16-byte loads
-  float* pairs;    // [slots, H, kPairMatrices, kTokens, kTokens]
+  int matrices;    // of pairs
+  float* pairs;    // [slots, H, matrices, kTokens, kTokens]
   float* factors;  // [slots, H, kFactorFloats]
   float* enters;   // [slots, H, kTokens, D] e^(G_i) per channel, row kTokens - 1 that of the chunk
   float* stays;    // [slots, H, kTokens, D] e^(G_n - G_i) per channel
@@ -59,7 +67,7 @@ struct Scratch {
   float *dq, *dk;           // [tokens, H, D] of the normalized rows of each value head
 
   __device__ float* pairs_of(int64_t slot, int64_t heads, int64_t h, int which) const {
-    return pairs + ((slot * heads + h) * kPairMatrices + which) * kTokens * kTokens;
+    return pairs + ((slot * heads + h) * matrices + which) * kTokens * kTokens;
   }
   __device__ RowFactors& factors_of(int64_t slot, int64_t heads, int64_t h) const {
     return *reinterpret_cast<RowFactors*>(factors + (slot * heads + h) * kFactorFloats);

@@ -5,6 +5,8 @@
 //   dM = dO U^T                 dN = dY U^T
 //   dq_in = dO S^T              dk_in = dY S^T  dk_end = U dS'^T
 //   dS = e^(G_n) dS' + q_in^T dO + k_in^T dY
+//
+// Without the correction dv = dU, and the products with dY are not taken.
 #pragma once
 #include "linear/delta_attention/kernel.cuh"
 
@@ -42,7 +44,7 @@ __device__ __forceinline__ void store_dbeta(SweepT& sweep, const DeltaAttentionP
   scratch.dbeta[row * p.heads + sweep.place.h] = sum;
 }
 
-template <typename T, bool kPerChannel>
+template <typename T, bool kPerChannel, bool kCorrects>
 __global__ void __launch_bounds__(kThreads, kPerChannel ? 1 : kBlocksOfMultiprocessor)
     delta_gradients_kernel(const __grid_constant__ DeltaAttentionBackwardParams p,
                            const __grid_constant__ Scratch scratch, int64_t tokens) {
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, kPerChannel ? 1 : kBlocksOfMultiproc
   for (int64_t i = sweep.chunks(); i-- > 0;) {
     sweep.begin(i);
 #pragma unroll
-    for (int which = 0; which < kPairMatrices; ++which) sweep.load_matrix(which);
+    for (int which = 0; which < pair_matrices(kCorrects); ++which) sweep.load_matrix(which);
     sweep.template load<T>(s.x, p.dout);
     sweep.keep_state(scratch.dstates);
     __syncthreads();
@@ -71,17 +73,21 @@ __global__ void __launch_bounds__(kThreads, kPerChannel ? 1 : kBlocksOfMultiproc
     bool finite = sweep.all_finite(dout);
     multiply_pairs<true>(du, s.pairs[kOfQueries], row, s.x + column, finite);
     sweep.each(du, [&](float x, int, int at) { s.y[at] = x; });
-    finite = sweep.all_finite(du);
-    // dY = X^T dU
-    multiply_pairs<true>(dy, s.pairs[kInverse], row, s.y + column, finite);
-    sweep.each(dy, [&](float x, int, int at) { s.z[at] = x; });
-    finite = sweep.all_finite(dy);
-    // dZ = dU + N^T dY
-    multiply_pairs<true>(du, s.pairs[kOfKeys], row, s.z + column, finite);
-    store_dbeta(sweep, f, scratch, du, tokens);
-    sweep.template store<T>(p.dv, s.z);
-    store_columns(sweep.row_of(scratch.dy), f.heads * f.value_dim, s.z, kColumnStep, kColumns,
-                  sweep.place.n, sweep.first, f.value_dim);
+    if constexpr (kCorrects) {
+      finite = sweep.all_finite(du);
+      // dY = X^T dU
+      multiply_pairs<true>(dy, s.pairs[kInverse], row, s.y + column, finite);
+      sweep.each(dy, [&](float x, int, int at) { s.z[at] = x; });
+      finite = sweep.all_finite(dy);
+      // dZ = dU + N^T dY
+      multiply_pairs<true>(du, s.pairs[kOfKeys], row, s.z + column, finite);
+      store_dbeta(sweep, f, scratch, du, tokens);
+      store_columns(sweep.row_of(scratch.dy), f.heads * f.value_dim, s.z, kColumnStep, kColumns,
+                    sweep.place.n, sweep.first, f.value_dim);
+    } else {
+      __syncthreads();
+    }
+    sweep.template store<T>(p.dv, kCorrects ? s.z : s.y);
     // dS = e^(G_n) dS' + q_in^T dO + k_in^T dY
     __syncthreads();
     if (threadIdx.x < kTokens) {
@@ -89,10 +95,11 @@ __global__ void __launch_bounds__(kThreads, kPerChannel ? 1 : kBlocksOfMultiproc
       s.f.key[threadIdx.x] *= -s.f.enter[threadIdx.x];
     }
     for (int64_t d = 0; d < f.head_dim; d += kChannels) {
-      sweep.load_entering(d, true);
+      sweep.load_entering(d, true, kCorrects);
       sweep.update_state(d, [&](float (&acc)[1][4], int channel) {
         multiply<true, false>(acc, s.q + channel, kKeyStep, s.x + column, kColumnStep, kTokens);
-        multiply<true, false>(acc, s.k + channel, kKeyStep, s.z + column, kColumnStep, kTokens);
+        if constexpr (kCorrects)
+          multiply<true, false>(acc, s.k + channel, kKeyStep, s.z + column, kColumnStep, kTokens);
       });
     }
   }

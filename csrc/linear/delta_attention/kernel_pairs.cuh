@@ -32,8 +32,9 @@ __device__ __forceinline__ void find_norms(float* norms, const T* rows, int64_t 
 }
 
 // beta and, per head, the factors of decays. Called by one warp, a lane for each token.
-__device__ inline void find_gates(PairsShared& s, const DeltaAttentionParams& p,
-                                  const Place& place) {
+template <bool kCorrects>
+__device__ __forceinline__ void find_gates(PairsShared& s, const DeltaAttentionParams& p,
+                                           const Place& place) {
   const int t = threadIdx.x % kWarpSize;
   const bool exists = t < place.n;
   double sum = 0;
@@ -45,7 +46,7 @@ __device__ inline void find_gates(PairsShared& s, const DeltaAttentionParams& p,
     if (t >= by) sum += before;
   }
   const double last = __shfl_sync(kFullWarp, sum, kWarpSize - 1);
-  s.factors.beta[t] = exists ? *place.gate(p.beta, t) : 0;
+  s.factors.beta[t] = kCorrects && exists ? *place.gate(p.beta, t) : 0;
   s.factors.enter[t] = exists ? exp2_exact(sum) : 0;
   s.factors.stay[t] = exists ? exp2_exact(last - sum) : 0;
   s.factors.total[t] = exp2_exact(last);
@@ -55,6 +56,7 @@ __device__ inline void find_gates(PairsShared& s, const DeltaAttentionParams& p,
 
 // Adds to M and N the products of tokens of the same block, pair by pair: a warp takes key j, and
 // a lane two channels.
+template <bool kCorrects>
 __device__ __forceinline__ void add_own_pairs(PairsShared& s) {
   const int lane = threadIdx.x % kWarpSize;
   const auto two = [&](const float* tile, int t) {
@@ -70,16 +72,21 @@ __device__ __forceinline__ void add_own_pairs(PairsShared& s) {
         const float2 gate = two(s.gates, i);
         sum.x += gate.x, sum.y += gate.y;
       }
-      const float2 q = two(s.q, i), k = two(s.k, i);
+      const float2 q = two(s.q, i), k = kCorrects ? two(s.k, i) : float2{};
       const float x = key.x * exp2_approx(sum.x), y = key.y * exp2_approx(sum.y);
-      const float m = warp_sum(fmaf(q.x, x, q.y * y)), n = warp_sum(fmaf(k.x, x, k.y * y));
-      if (lane == 0) s.m[i * kPairStep + j] += m, s.n[i * kPairStep + j] += n;
+      const float m = warp_sum(fmaf(q.x, x, q.y * y));
+      if (lane == 0) s.m[i * kPairStep + j] += m;
+      if constexpr (kCorrects) {
+        const float n = warp_sum(fmaf(k.x, x, k.y * y));
+        if (lane == 0) s.n[i * kPairStep + j] += n;
+      }
     }
   }
 }
 
 // A thread takes a channel: keys of the first block decay to its end, rows of the second from
 // there; the factors of all rows go to memory.
+template <bool kCorrects>
 __device__ __forceinline__ void decay_channels(PairsShared& s, const DeltaAttentionParams& p,
                                                float* enters, float* stays, int64_t first) {
   const int d = threadIdx.x % kChannels, task = threadIdx.x / kChannels;
@@ -95,7 +102,7 @@ __device__ __forceinline__ void decay_channels(PairsShared& s, const DeltaAttent
       sum += s.gates[i * kKeyStep + d];
       const float decay = exp2_approx(sum);
       s.q[i * kKeyStep + d] *= decay;
-      s.k[i * kKeyStep + d] *= decay;
+      if constexpr (kCorrects) s.k[i * kKeyStep + d] *= decay;
     }
   } else if (task == 2) {
     for (int i = 0; i < kTokens; ++i) {
@@ -111,7 +118,7 @@ __device__ __forceinline__ void decay_channels(PairsShared& s, const DeltaAttent
 }
 
 // Products of all pairs: q_i . k_j in M and k_i . k_j in N, with decays per channel inside.
-template <typename T, bool kPerChannel>
+template <typename T, bool kPerChannel, bool kCorrects>
 __device__ __forceinline__ void multiply_all(PairsShared& s, const DeltaAttentionParams& p,
                                              const Scratch& scratch, const Place& place) {
   const int warp = threadIdx.x / kWarpSize;
@@ -141,23 +148,23 @@ __device__ __forceinline__ void multiply_all(PairsShared& s, const DeltaAttentio
     }
     __syncthreads();
     if constexpr (kPerChannel) {
-      add_own_pairs(s);
+      add_own_pairs<kCorrects>(s);
       __syncthreads();
       const int64_t offset = own * kTokens * p.head_dim;
-      decay_channels(s, p, scratch.enters + offset, scratch.stays + offset, d);
+      decay_channels<kCorrects>(s, p, scratch.enters + offset, scratch.stays + offset, d);
       __syncthreads();
     }
     const float* const b = s.k + column * kKeyStep;
     if (kPerChannel ? warp < 2 : column <= row + 8)
       multiply<false, true>(m, s.q + row * kKeyStep, kKeyStep, b, kKeyStep, kChannels);
-    if (kPerChannel ? warp / 2 == 1 : column <= row + 8)
+    if (kCorrects && (kPerChannel ? warp / 2 == 1 : column <= row + 8))
       multiply<false, true>(n, s.k + row * kKeyStep, kKeyStep, b, kKeyStep, kChannels);
   }
   const auto store = [&](float* to, float (&x)[4]) {
     each_element(x, [&](float y, int r, int c) { to[(row + r) * kPairStep + column + c] = y; });
   };
   if (kPerChannel ? warp < 2 : true) store(s.m, m[0]);
-  if (kPerChannel ? warp / 2 == 1 : true) store(s.n, n[0]);
+  if (kCorrects && (kPerChannel ? warp / 2 == 1 : true)) store(s.n, n[0]);
 }
 
 // Column `lane` of X, from the first row to the last.
@@ -174,7 +181,7 @@ __device__ __forceinline__ void invert(const PairsShared& s, float* inverse) {
   }
 }
 
-template <typename T, bool kPerChannel>
+template <typename T, bool kPerChannel, bool kCorrects>
 __global__ void __launch_bounds__(kThreads)
     delta_pairs_kernel(const __grid_constant__ DeltaAttentionParams p,
                        const __grid_constant__ Scratch scratch) {
@@ -185,8 +192,8 @@ __global__ void __launch_bounds__(kThreads)
   if (place.n == 0) return;
   find_norms(s.factors.query, place.at<T>(p.q, place.key_head), p.q.seq, place.n, p);
   find_norms(s.factors.key, place.at<T>(p.k, place.key_head), p.k.seq, place.n, p);
-  if (threadIdx.x < kWarpSize) find_gates(s, p, place);
-  multiply_all<T, kPerChannel>(s, p, scratch, place);
+  if (threadIdx.x < kWarpSize) find_gates<kCorrects>(s, p, place);
+  multiply_all<T, kPerChannel, kCorrects>(s, p, scratch, place);
   __syncthreads();
 
   const auto matrix = [&](int which) {
@@ -199,16 +206,20 @@ __global__ void __launch_bounds__(kThreads)
       weight = exp2_approx((s.high[i] - s.high[j]) + (s.low[i] - s.low[j]));
     // Pairs without weight are 0, even if their product is not finite.
     const float m = weight == 0 ? 0 : p.scale * weight * s.m[i * kPairStep + j];
-    const float n = weight == 0 || i == j ? 0 : -weight * s.n[i * kPairStep + j];
-    s.n[i * kPairStep + j] = n;
     matrix(kOfQueries)[at] = m;
-    matrix(kOfKeys)[at] = n;
+    if constexpr (kCorrects) {
+      const float n = weight == 0 || i == j ? 0 : -weight * s.n[i * kPairStep + j];
+      s.n[i * kPairStep + j] = n;
+      matrix(kOfKeys)[at] = n;
+    }
   }
   if (threadIdx.x < kFactorFloats)
     reinterpret_cast<float*>(&scratch.factors_of(place.slot, p.heads, place.h))[threadIdx.x] =
         reinterpret_cast<const float*>(&s.factors)[threadIdx.x];
-  __syncthreads();
-  if (threadIdx.x < kWarpSize) invert(s, matrix(kInverse));
+  if constexpr (kCorrects) {
+    __syncthreads();
+    if (threadIdx.x < kWarpSize) invert(s, matrix(kInverse));
+  }
 }
 
 }  // namespace tokenmill::cuda::delta_attention

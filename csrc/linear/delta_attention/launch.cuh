@@ -26,6 +26,16 @@ struct SizedScratch {
   int64_t floats;
 };
 
+// Calls fn.template operator()<T, kPerChannel, kCorrects>().
+template <typename Fn>
+const char* visit_rule(const DeltaAttentionParams& p, const Fn& fn) {
+  return visit_dtype(p.dtype, [&]<typename T>() {
+    if (!p.per_channel) return fn.template operator()<T, false, true>();
+    return p.beta.data ? fn.template operator()<T, true, true>()
+                       : fn.template operator()<T, true, false>();
+  });
+}
+
 // Places in the workspace.
 template <typename T>
 SizedScratch scratch_of(const DeltaAttentionParams& p, bool backward) {
@@ -39,7 +49,9 @@ SizedScratch scratch_of(const DeltaAttentionParams& p, bool backward) {
   s.vectors = is_vectorizable<T>(p.q.data, p.head_dim, p.q.batch, p.q.seq, p.q.head) &&
               is_vectorizable<T>(p.k.data, p.head_dim, p.k.batch, p.k.seq, p.k.head);
   const int64_t owned = s.slots * p.heads, rows = rows_in(p) * p.heads;
-  s.pairs = take(owned * kPairMatrices * kTokens * kTokens);
+  const bool corrects = p.beta.data;
+  s.matrices = pair_matrices(corrects);
+  s.pairs = take(owned * s.matrices * kTokens * kTokens);
   s.factors = take(owned * kFactorFloats);
   const int64_t channels = p.per_channel ? owned * kTokens * p.head_dim : 0;
   s.enters = take(channels);
@@ -47,9 +59,9 @@ SizedScratch scratch_of(const DeltaAttentionParams& p, bool backward) {
   if (!backward) return sized;
   s.states = take(owned * p.head_dim * p.value_dim);
   s.dstates = take(owned * p.head_dim * p.value_dim);
-  s.y = take(rows * p.value_dim);
-  s.dy = take(rows * p.value_dim);
-  s.dbeta = take(slices_of(p) * rows);
+  s.y = take(corrects ? rows * p.value_dim : 0);
+  s.dy = take(corrects ? rows * p.value_dim : 0);
+  s.dbeta = take(corrects ? slices_of(p) * rows : 0);
   s.dq = take(rows * p.head_dim);
   s.dk = take(rows * p.head_dim);
   return sized;

@@ -13,11 +13,12 @@ struct DeltaAttentionParams {
   bool l2norm;  // of q and k
   float scale;
   Rows q, k, v, out;
-  TokenGates beta, log_decay;  // null log_decay: none
-  bool per_channel;            // log_decay has head_dim contiguous numbers per token and head
-  States initial, final;       // null: zeros; not wanted
-  const int32_t* cu_seqlens;   // [B + 1], null unless packed
-  float* workspace;            // CUDA only
+  TokenGates beta;            // null: no correction, u = v; decays are per channel then
+  TokenGates log_decay;       // null: none
+  bool per_channel;           // log_decay has head_dim contiguous numbers per token and head
+  States initial, final;      // null: zeros; not wanted
+  const int32_t* cu_seqlens;  // [B + 1], null unless packed
+  float* workspace;           // CUDA only
 };
 
 struct DeltaAttentionBackwardParams {
@@ -25,7 +26,7 @@ struct DeltaAttentionBackwardParams {
   Rows dout;                     // null data: zeros
   States dfinal;                 // null: zeros
   Rows dq, dk, dv;               // dtype of q
-  TokenGates dbeta, dlog_decay;  // null dlog_decay: not wanted
+  TokenGates dbeta, dlog_decay;  // null dbeta: no beta; null dlog_decay: not wanted
   States dinitial;               // null: not wanted
 };
 

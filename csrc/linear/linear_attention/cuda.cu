@@ -3,6 +3,7 @@
 #include "linear/linear_attention/cuda_plan.cuh"
 #include "linear/linear_attention/kernels.h"
 #include "linear/linear_attention/launch_sm90.h"
+#include "linear/linear_attention/per_channel.h"
 
 namespace tokenmill {
 namespace cuda::linear_attention {
@@ -147,6 +148,7 @@ const char* launch_on_sm90(const LinearAttentionParams& p, void* stream_handle) 
 
 int64_t workspace_bytes(const LinearAttentionParams& p) {
   if (p.batch == 0 || p.heads == 0) return 0;
+  if (p.decay.per_channel) return workspace_bytes(without_correction(p));
   return 4 * cuda::linear_attention::workspace_floats(cuda::linear_attention::forward_of(p));
 }
 

@@ -9,6 +9,7 @@
 #include "cuda/refuse.cuh"
 #include "linear/linear_attention/cuda_plan.cuh"
 #include "linear/linear_attention/kernel_backward.cuh"
+#include "linear/linear_attention/per_channel.h"
 
 namespace tokenmill {
 namespace cuda::linear_attention {
@@ -234,6 +235,7 @@ const char* launch_backward(const Backward& of, cudaStream_t stream) {
 
 int64_t workspace_bytes(const LinearAttentionBackwardParams& p) {
   if (p.forward.batch == 0 || p.forward.heads == 0) return 0;
+  if (p.forward.decay.per_channel) return workspace_bytes(without_correction(p));
   LinearAttentionBackwardParams unplaced = p;
   unplaced.forward.workspace = nullptr;
   return 4 * cuda::linear_attention::Backward(unplaced).floats;
@@ -241,6 +243,7 @@ int64_t workspace_bytes(const LinearAttentionBackwardParams& p) {
 
 const char* launch_cuda(const LinearAttentionBackwardParams& p, void* stream) {
   if (p.forward.batch == 0 || p.forward.heads == 0) return nullptr;
+  if (p.forward.decay.per_channel) return launch_cuda(without_correction(p), stream);
   return cuda::linear_attention::launch_backward(cuda::linear_attention::Backward(p),
                                                  static_cast<cudaStream_t>(stream));
 }

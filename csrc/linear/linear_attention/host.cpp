@@ -2,6 +2,7 @@
 #include "core/written.h"
 #include "linear/checks.h"
 #include "linear/linear_attention/kernels.h"
+#include "linear/linear_attention/per_channel.h"
 
 namespace tokenmill {
 namespace {
@@ -41,7 +42,8 @@ std::vector<int64_t> out_sizes(const View& q, const View& v) {
 LinearAttentionParams make_params(const LinearAttentionArgs& a) {
   const bool packed = a.packed();
   LinearAttentionParams p{};
-  p.map = check_linear_inputs(kOp, a.q, a.k, a.v, a.log_decay, a.feature_map, scale_of(a), packed);
+  p.map = check_linear_inputs(kOp, a.q, a.k, a.v, a.log_decay, a.feature_map, scale_of(a),
+                              a.normalize, packed);
   place_tokens(kOp, p, a);
   p.heads = a.q.size(-2);
   p.kv_heads = a.k.size(-2);
@@ -60,10 +62,12 @@ float* float_data(const View& t) { return t.mutable_data<float>(); }
 
 void run(LinearAttentionParams& p, const View& q) {
   if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
+  if (p.decay.per_channel) return cpu::delta_attention_forward(without_correction(p));
   cpu::linear_attention_forward(p);
 }
 void run(LinearAttentionBackwardParams& p, const View& q) {
   if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.forward.workspace);
+  if (p.forward.decay.per_channel) return cpu::delta_attention_backward(without_correction(p));
   cpu::linear_attention_backward(p);
 }
 
@@ -147,7 +151,7 @@ Gradients linear_attention_backward(const LinearAttentionBackwardArgs& a) {
              wants_initial = a.needs_dinitial_state && in.initial_state;
   std::vector<int64_t> decay_sizes{0};
   if (wants_decay && f.decay.per_token)
-    decay_sizes.assign(in.q.sizes.begin(), in.q.sizes.end() - 1);
+    decay_sizes = in.log_decay.sizes;
   else if (wants_decay)
     decay_sizes = {f.batch, f.heads};
   Array ddecay = empty(decay_sizes, in.q, ScalarType::Float);

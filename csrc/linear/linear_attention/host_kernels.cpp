@@ -1,5 +1,6 @@
 #include "cuda/arch/sm90/calls.h"
 #include "linear/linear_attention/kernels.h"
+#include "linear/linear_attention/per_channel.h"
 
 namespace tokenmill {
 namespace {
@@ -19,6 +20,14 @@ void why_not_sm90(const LinearAttentionParams& p, Rules& r) {
       check_out(r, {p.out, batch, p.seqlen, p.heads, p.value_dim});
 }
 
+[[maybe_unused]] const char* launch_per_channel(const LinearAttentionParams& p, void* stream) {
+  return launch_cuda(without_correction(p), stream);
+}
+
+constexpr Kernel<LinearAttentionParams> kPerChannel[] = {
+    {.name = "csrc/linear/delta_attention", .launch = TOKENMILL_IF_CUDA(launch_per_channel)},
+};
+
 constexpr Kernel<LinearAttentionParams> kKernels[] = {
     {.name = "csrc/linear/linear_attention/kernel_sm90",
      .chips = cuda::kSm90,
@@ -31,7 +40,8 @@ constexpr Kernel<LinearAttentionParams> kKernels[] = {
 
 }  // namespace
 
-std::span<const Kernel<LinearAttentionParams>> kernels_of(const LinearAttentionParams&) {
+std::span<const Kernel<LinearAttentionParams>> kernels_of(const LinearAttentionParams& p) {
+  if (p.decay.per_channel) return kPerChannel;
   return kKernels;
 }
 

@@ -22,12 +22,13 @@ class Worker {
         width(p.value_dim + p.normalize),
         ldf(round_up(features, kWidth)),
         ldw(round_up(width, kWidth)),
-        workspace(p.seqlen * (2 * (ldf + ldw) + 16) + 5 * 16) {
+        ldd(p.decay.per_channel ? ldf : 1),
+        workspace(p.seqlen * (2 * (ldf + ldw) + ldd) + 5 * 16) {
     q = workspace.take(p.seqlen * ldf);
     k = workspace.take(p.seqlen * ldf);
     v = workspace.take(p.seqlen * ldw);
     out = workspace.take(p.seqlen * ldw);
-    keep = workspace.take(p.seqlen);
+    keep = workspace.take(p.seqlen * ldd);
   }
 
   void run(int64_t item) {
@@ -60,10 +61,25 @@ class Worker {
       for (int64_t d = 0; d < p.value_dim; d += kWidth)
         store(v + t * ldw + d, load_as_float_n(row, p.dtype, d, p.value_dim - d));
       if (p.normalize) v[t * ldw + p.value_dim] = 1;
-      const LogDecay& decay = p.decay;
-      keep[t] =
-          decay.data ? std::exp(decay.data[b * decay.batch + t * decay.seq + h * decay.head]) : 1.f;
+      load_decay(b, h, t);
     }
+  }
+
+  void load_decay(int64_t b, int64_t h, int64_t t) {
+    const LogDecay& decay = p.decay;
+    const float* const from = decay.data + b * decay.batch + t * decay.seq + h * decay.head;
+    if (!decay.per_channel) {
+      keep[t] = decay.data ? std::exp(*from) : 1.f;
+      return;
+    }
+    for (int64_t d = 0; d < ldd; d += kWidth)
+      store(keep + t * ldd + d,
+            exp_below(Elements<DType::float32>::load_n(from, d, p.head_dim - d)));
+  }
+
+  // Decay of row f of the state at token t.
+  TM_INLINE float kept(int64_t t, int64_t f) const {
+    return keep[t * ldd + (p.decay.per_channel ? f : 0)];
   }
 
   template <bool kQuery>
@@ -91,13 +107,12 @@ class Worker {
       value[j] = TOKENMILL_ISA::load(v + c + j * kWidth);
       acc[j] = zero();
     }
-    const vf kept = set(keep[0]);
     for (int64_t f = 0; f < features; ++f) {
       float* row = state + f * width + c;
-      const vf key = set(k[f]), query = set(q[f]);
+      const vf decay = set(kept(0, f)), key = set(k[f]), query = set(q[f]);
       TM_UNROLL(8)
       for (int j = 0; j < N; ++j) {
-        const vf s = fma(TOKENMILL_ISA::load(row + j * kWidth), kept, key * value[j]);
+        const vf s = fma(TOKENMILL_ISA::load(row + j * kWidth), decay, key * value[j]);
         store(row + j * kWidth, s);
         acc[j] = fma(query, s, acc[j]);
       }
@@ -115,10 +130,10 @@ class Worker {
       TM_UNROLL(8)
       for (int j = 0; j < N; ++j) s[j] = TOKENMILL_ISA::load(row + j * kWidth);
       for (int64_t t = 0; t < p.seqlen; ++t) {
-        const vf kept = set(keep[t]), key = set(k[t * ldf + f]), query = set(q[t * ldf + f]);
+        const vf decay = set(kept(t, f)), key = set(k[t * ldf + f]), query = set(q[t * ldf + f]);
         TM_UNROLL(8)
         for (int j = 0; j < N; ++j) {
-          s[j] = fma(s[j], kept, key * TOKENMILL_ISA::load(v + t * ldw + c + j * kWidth));
+          s[j] = fma(s[j], decay, key * TOKENMILL_ISA::load(v + t * ldw + c + j * kWidth));
           float* sum = out + t * ldw + c + j * kWidth;
           store(sum, fma(query, s[j], TOKENMILL_ISA::load(sum)));
         }
@@ -134,7 +149,7 @@ class Worker {
       for (int64_t i = c; i < width; ++i) {
         float s = state[f * width + i];
         for (int64_t t = 0; t < p.seqlen; ++t) {
-          s = s * keep[t] + k[t * ldf + f] * v[t * ldw + i];
+          s = s * kept(t, f) + k[t * ldf + f] * v[t * ldw + i];
           out[t * ldw + i] += q[t * ldf + f] * s;
         }
         state[f * width + i] = s;
@@ -153,7 +168,7 @@ class Worker {
   }
 
   const LinearDecodeParams& p;
-  int64_t features, width, ldf, ldw;
+  int64_t features, width, ldf, ldw, ldd;
   cpu::Workspace workspace;
   float *q, *k, *v, *out, *keep;
 };

@@ -25,7 +25,8 @@ struct LinearAttentionDecodeArgs : Record {
 Array linear_attention_decode(const LinearAttentionDecodeArgs& a) {
   const View &decay = a.log_decay, &indices = a.state_indices;
   LinearDecodeParams p{};
-  p.map = check_linear_inputs(kOp, a.q, a.k, a.v, decay, a.feature_map, scale_of(a), false);
+  p.map = check_linear_inputs(kOp, a.q, a.k, a.v, decay, a.feature_map, scale_of(a), a.normalize,
+                              false);
   p.batch = a.q.size(0);
   p.seqlen = a.q.size(1);
   p.heads = a.q.size(2);

@@ -12,6 +12,7 @@ namespace tokenmill::cuda::linear_attention_decode {
 constexpr int kDecodeThreads = 256;
 constexpr int kDecodeFeatures = 9 * 64;  // at least the features of taylor2 with 32 dimensions
 constexpr int kDecodeColumns = 257;      // value_dim and the normalizer
+constexpr int kDecodeChannels = 256;     // head_dim
 constexpr int kDecodeBatch = 4;          // state rows loaded at once per thread
 
 struct DecodePlan {
@@ -22,6 +23,7 @@ struct DecodePlan {
 struct DecodeShared {
   float q[kDecodeFeatures], k[kDecodeFeatures];
   float v[kDecodeColumns], y[kDecodeColumns];
+  float decay[kDecodeChannels];  // per channel
   float parts[kDecodeThreads * 4];
 };
 
@@ -83,10 +85,13 @@ __global__ void __launch_bounds__(kDecodeThreads)
         shared.k[f] = decode_feature(raw + dim, f, dim, p.scale, false);
       }
     }
-    float decay = 1;
+    float of_head = 1;
     if (p.decay.data) {
-      const float x = p.decay.data[b * p.decay.batch + t * p.decay.seq + h * p.decay.head];
-      decay = exp2_exact(log2_decay(x, kMinHeadDecay));
+      const float* const x = p.decay.data + b * p.decay.batch + t * p.decay.seq + h * p.decay.head;
+      if (!p.decay.per_channel)
+        of_head = exp2_exact(log2_decay(*x, kMinHeadDecay));
+      else if (threadIdx.x < dim)
+        shared.decay[threadIdx.x] = exp2_exact(log2_decay(x[threadIdx.x], kMinTokenDecay));
     }
     __syncthreads();
 #pragma unroll 1
@@ -110,6 +115,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
             const int f = f0 + i * rows;
             if (f >= features) break;
             const float key = shared.k[f], query = shared.q[f];
+            const float decay = p.decay.per_channel ? shared.decay[f] : of_head;
 #pragma unroll
             for (int e = 0; e < kVector; ++e) {
               // S = decay S + k^T v, out += q S

@@ -30,6 +30,27 @@ def with_rows_together(state: Tensor | None) -> Tensor | None:
     return state.contiguous()
 
 
+def with_channels_together(log_decay: Tensor | None, rank: int) -> Tensor | None:
+    """A decay as kernels read it: one per channel, which has this rank, is copied if there are gaps
+    between its channels.
+    """
+    if log_decay is None or log_decay.dim() != rank or log_decay.stride(-1) == 1:
+        return log_decay
+    return log_decay.contiguous()
+
+
+def with_heads_of_queries(fields: dict[str, Any]) -> None:
+    """Repeats k and v for each head of q in a call whose log_decay is per channel, if they fit."""
+    q, k, v, log_decay = (fields[name] for name in ("q", "k", "v", "log_decay"))
+    if log_decay is None or not (log_decay.dim() == q.dim() == k.dim() == v.dim() > 2):
+        return
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if v.shape[-2] != kv_heads or kv_heads in (0, heads) or heads % kv_heads:
+        return
+    for name, t in (("k", k), ("v", v)):
+        fields[name] = t.repeat_interleave(heads // kv_heads, -2)
+
+
 def cotangents(a: Any, dout: Tensor | None, *dstates: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cotangents as kernels read them; none of states that the call did not return."""
     if dout is not None and dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum

@@ -19,7 +19,12 @@ from .._lowering import scale_or_default, take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.linear import delta_attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from ._state import check_decay_values, cotangents, with_rows_together
+from ._state import (
+    check_decay_values,
+    cotangents,
+    with_channels_together,
+    with_rows_together,
+)
 
 OP = "delta_attention"
 
@@ -157,16 +162,9 @@ def lower(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **given: Any) -> tuple[
     a = FORWARD.fields(q=q, k=k, v=v, beta=beta, **given)
     a["scale"] = scale_or_default(OP, a["scale"], q)
     widen_fields(a, q, "beta", "log_decay")
-    a["log_decay"] = with_channels_together(a["log_decay"], beta)
+    a["log_decay"] = with_channels_together(a["log_decay"], v.dim())
     a["initial_state"] = with_rows_together(a["initial_state"])
     return tuple(a.values())
-
-
-def with_channels_together(log_decay: Tensor | None, beta: Tensor) -> Tensor | None:
-    """A decay as kernels read it: one per channel is copied if there are gaps between channels."""
-    if log_decay is None or log_decay.dim() <= beta.dim() or log_decay.stride(-1) == 1:
-        return log_decay
-    return log_decay.contiguous()
 
 
 def _check_values(a: Any) -> None:

@@ -14,8 +14,8 @@ from .._lowering import scale_or_default, take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.linear import delta_attention_decode as reference
 from ..registry import OpSpec, Sharding, register_op
-from ._state import check_decay_values, check_slot_values
-from .delta_attention import flops, with_channels_together
+from ._state import check_decay_values, check_slot_values, with_channels_together
+from .delta_attention import flops
 
 OP = "delta_attention_decode"
 
@@ -95,7 +95,7 @@ def lower(
     a = FORWARD.fields(q=q, k=k, v=v, beta=beta, state=state, **given)
     a["scale"] = scale_or_default(OP, a["scale"], q)
     widen_fields(a, q, "beta", "log_decay")
-    a["log_decay"] = with_channels_together(a["log_decay"], beta)
+    a["log_decay"] = with_channels_together(a["log_decay"], v.dim())
     return tuple(a.values())
 
 

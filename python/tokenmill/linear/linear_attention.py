@@ -25,7 +25,14 @@ from .._lowering import scale_or_default, take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.linear import linear_attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from ._state import check_decay_values, cotangents, feature_dim, with_rows_together
+from ._state import (
+    check_decay_values,
+    cotangents,
+    feature_dim,
+    with_channels_together,
+    with_heads_of_queries,
+    with_rows_together,
+)
 
 OP = "linear_attention"
 FeatureMap = Literal["identity", "elu1", "relu", "silu", "taylor2"]
@@ -119,7 +126,9 @@ def linear_attention(
             query head h reads head h // (H // Hk) (GQA, MQA) without copies. Dv up to 256.
         log_decay: natural logarithm of the factor on the state, at most 0; -inf forgets everything.
             ``[H]`` for a constant per head, ``[B, S, H]`` (packed ``[T, H]``) for a gate per token,
-            in float32. None: no decay.
+            ``[B, S, H, D]`` (packed ``[T, H, D]``) for one per row of the state, with which
+            feature_map is "identity", normalize False, and k and v are repeated if they have fewer
+            heads than q; in float32. None: no decay.
         feature_map: :math:`\phi`: "identity", "elu1" (elu(x) + 1), "relu", "silu"; or "taylor2",
             weights :math:`1 + u + u^2/2` with :math:`u = scale\; q_t \cdot k_s`, for D up to 32.
         scale: None = 1/sqrt(D). With "taylor2" it is the scale inside u.
@@ -151,7 +160,8 @@ def linear_attention(
     linear in S.
 
     Paper: Transformers are RNNs (Katharopoulos et al. 2020); decay per head: Lightning Attention-2
-    (Qin et al. 2024); gates: Mamba-2 (Dao and Gu 2024), section 6; "taylor2": Simple linear
+    (Qin et al. 2024); gates: Mamba-2 (Dao and Gu 2024), section 6, and per channel
+    Gated Linear Attention Transformers (Yang et al. 2024), equation 3; "taylor2": Simple linear
     attention language models balance the recall-throughput tradeoff (Arora et al. 2024).
 
     Example:
@@ -263,6 +273,8 @@ def lower(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Any, ...]:
     a = FORWARD.fields(q=q, k=k, v=v, **given)
     a["scale"] = scale_or_default(OP, a["scale"], q)
     widen_fields(a, q, "log_decay")
+    a["log_decay"] = with_channels_together(a["log_decay"], q.dim())
+    with_heads_of_queries(a)
     a["initial_state"] = with_rows_together(a["initial_state"])
     return tuple(a.values())
 
@@ -363,7 +375,8 @@ SPEC = register_op(
         sharding=Sharding(
             {
                 "q k v": "b.h.",
-                "log_decay": "b.h bh",  # the gradient of the second form, [H], is summed
+                "log_decay": "b.h. b.h bh h",  # [B, H]: the gradient of [H], which is summed
+                "log_decay@cu_seqlens": ".h. .h h",
                 "initial_state": "bh..",
             },
             ("b.h.", "bh..", "bh."),

@@ -46,7 +46,7 @@ def _sample(
     state: bool = False,
     **options: Any,
 ) -> Any:
-    """decay: "head", "token", or one slope per head. lengths packs sequences."""
+    """decay: "head", "token", "channel", or one slope per head. lengths packs sequences."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         n, lead = b, [b, s]
@@ -60,8 +60,8 @@ def _sample(
         )
         if decay == "head":
             kwargs["log_decay"] = -torch.rand(h, generator=g).to(_wide(dtype))
-        elif decay == "token":
-            gates = torch.randn(*lead, h, generator=g) + 2
+        elif decay in ("token", "channel"):
+            gates = torch.randn(*lead, h, *([d] if decay == "channel" else []), generator=g) + 2
             kwargs["log_decay"] = torch.nn.functional.logsigmoid(gates).to(_wide(dtype))
         elif decay is not None:
             kwargs["log_decay"] = -torch.tensor(decay, dtype=_wide(dtype))
@@ -82,6 +82,8 @@ SAMPLES = (
         "gated",
         _sample(s=130, hk=1, d=24, dv=40, decay="token", state=True, chunk_size=32),
     ),
+    Sample("per channel", _sample(b=1, s=70, d=24, dv=40, decay="channel", state=True)),
+    Sample("packed, per channel", _sample(lengths=(5, 0, 64, 1), d=20, dv=12, decay="channel")),
     Sample(
         "steep", _sample(b=1, s=129, hk=4, d=16, dv=16, decay=(1e-3, 0.1, 2.0, 20.0), state=True)
     ),

@@ -14,7 +14,12 @@ from .._lowering import scale_or_default, take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.linear import linear_attention_decode as reference
 from ..registry import OpSpec, Sharding, register_op
-from ._state import check_decay_values, check_slot_values
+from ._state import (
+    check_decay_values,
+    check_slot_values,
+    with_channels_together,
+    with_heads_of_queries,
+)
 from .linear_attention import FeatureMap, flops
 
 OP = "linear_attention_decode"
@@ -53,7 +58,8 @@ def linear_attention_decode(
         state: float32 ``[slots, H, F, Dv]``, with normalize ``[slots, H, F, Dv + 1]``, as
             :func:`linear_attention` returns it; updated in place. The ``[F, Dv]`` block of a head
             is contiguous; no two elements overlap, and none is shared with another argument.
-        log_decay: ``[H]`` or ``[B, S, H]``, at most 0, as in :func:`linear_attention`.
+        log_decay: ``[H]``, ``[B, S, H]`` or ``[B, S, H, D]``, at most 0, as in
+            :func:`linear_attention`.
         feature_map, normalize: as in :func:`linear_attention`, the same as when the state was made.
         state_indices: int32 ``[B]``, the slot of each request; -1 skips a request (padding of a
             batch): its out is 0 and no state changes. No slot twice. None: slot b for request b.
@@ -92,6 +98,8 @@ def lower(q: Tensor, k: Tensor, v: Tensor, state: Tensor, **given: Any) -> tuple
     a = FORWARD.fields(q=q, k=k, v=v, state=state, **given)
     a["scale"] = scale_or_default(OP, a["scale"], q)
     widen_fields(a, q, "log_decay")
+    a["log_decay"] = with_channels_together(a["log_decay"], q.dim())
+    with_heads_of_queries(a)
     return tuple(a.values())
 
 
@@ -128,7 +136,7 @@ SPEC = register_op(
                 "state": "bh..",
                 "state@state_indices": ".h..",
                 "state_indices": "b",
-                "log_decay": "b.h",
+                "log_decay": "b.h. b.h h",
             },
             ("b.h.",),
         ),

@@ -30,7 +30,7 @@ def _sample(
         kwargs: dict[str, Any] = {"feature_map": feature_map, "normalize": normalize}
         wide = torch.promote_types(dtype, torch.float32)
         if decay is not None:
-            shape = (h,) if decay == "head" else (b, s, h)
+            shape = {"head": (h,), "token": (b, s, h), "channel": (b, s, h, d)}[decay]
             kwargs["log_decay"] = -torch.rand(shape, generator=g).to(wide)
         count = b
         if slots is not None:
@@ -49,6 +49,7 @@ SAMPLES = (
         "several tokens",
         _sample(s=5, hk=1, slots=(0, 3, 2), decay="token", feature_map="elu1", normalize=True),
     ),
+    Sample("per channel", _sample(s=3, d=20, dv=9, slots=(3, -1, 1), decay="channel")),
     Sample("silu", _sample(s=2, d=20, dv=9, feature_map="silu", decay="token")),
     Sample("relu", _sample(b=1, h=3, hk=1, d=7, dv=5, feature_map="relu")),
     Sample("taylor2", _sample(d=16, dv=20, slots=(2, 1, 0), feature_map="taylor2")),

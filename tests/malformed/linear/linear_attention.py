@@ -28,7 +28,25 @@ CALLS = (
         feature_map="taylor2",
     ),
     *scale(),
-    *tensor("log_decay", "[4] or [2, 33, 4]", [2, 4]),
+    *tensor("log_decay", "[4], [2, 33, 4] or [2, 33, 4, 32]", [2, 4]),
+    refused(
+        "log_decay: must have shape [4], [2, 33, 4] or [2, 33, 4, 32]; got [2, 33, 4, 1]",
+        log_decay=zeros(2, 33, 4, 1),
+    ),
+    refused(
+        "feature_map: must be 'identity' with a log_decay per channel; got 'elu1'",
+        log_decay=zeros(2, 33, 4, 32),
+        feature_map="elu1",
+    ),
+    refused(
+        "normalize: must be False with a log_decay per channel; got True",
+        log_decay=zeros(2, 33, 4, 32),
+        normalize=True,
+    ),
+    refused_values(
+        "log_decay: must not be positive; largest; got 0.25",
+        log_decay=torch.full((2, 33, 4, 32), 0.25),
+    ),
     *option("log_decay", "must be a tensor or None", -0.5),
     refused_values(
         "log_decay: must not be positive; largest; got 0.5",

@@ -30,7 +30,12 @@ CALLS = (
         state=lambda s: s[:2],
         state_indices=None,
     ),
-    *tensor("log_decay", "[4] or [3, 1, 4]", [3, 4]),
+    *tensor("log_decay", "[4], [3, 1, 4] or [3, 1, 4, 32]", [3, 4]),
+    refused(
+        "feature_map: must be 'identity' with a log_decay per channel; got 'silu'",
+        log_decay=torch.zeros(3, 1, 4, 32),
+        feature_map="silu",
+    ),
     *tensor("state_indices", "[3]", [2], "int32"),
     refused_values(
         "log_decay: must not be positive; largest; got 2",

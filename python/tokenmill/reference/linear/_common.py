@@ -21,15 +21,18 @@ NORMALIZER_EPSILON = 1e-6
 def recurrence(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """q, k [B, S, H, F], v [B, S, H, E], log_decay [H] | [B, S, H], state [B, H, F, E]: the sums y
-    [B, S, H, E] and the state after the last token.
+    """q, k [B, S, H, F], v [B, S, H, E], log_decay [H] | [B, S, H] | [B, S, H, F], state [B, H, F,
+    E]: the sums y [B, S, H, E] and the state after the last token.
     """
     batch, length, heads, features = k.shape
     if state is None:
         state = k.new_zeros(batch, heads, features, v.shape[-1])
     decay = None
     if log_decay is not None:
-        decay = torch.exp(log_decay).expand(batch, length, heads)[..., None, None]
+        decay = torch.exp(log_decay)
+        if decay.dim() < 4:
+            decay = decay.expand(batch, length, heads)[..., None]
+        decay = decay[..., None]
     sums = [v[:, :0]]
     for t in range(length):
         if decay is not None:

@@ -29,8 +29,9 @@ from ._common import (
 
 
 def linear_attention(a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, S, H, D], k [B, S, Hk, D], v [B, S, Hk, Dv] (packed [T, ...]), log_decay [H] or [B, S,
-    H], initial_state [B, H, F, Dv (+ 1)]: out, the state after the last token, the normaliser.
+    """q [B, S, H, D], k [B, S, Hk, D], v [B, S, Hk, Dv] (packed [T, ...]), log_decay [H], [B, S, H]
+    or [B, S, H, D], initial_state [B, H, F, Dv (+ 1)]: out, the state after the last token, the
+    normaliser.
     """
 
     def one(
@@ -54,6 +55,8 @@ def linear_attention_quadratic(a: Any, *, upcast: bool = True) -> tuple[Tensor, 
         wide = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(dtype), expand_heads(k, q.shape[2]).to(dtype)
         v = append_ones(expand_heads(v, q.shape[2]).to(dtype), a.normalize)
+        if log_decay is not None and log_decay.dim() == 4:
+            return by_channel(q * a.scale, k, v, log_decay, state)
         if a.feature_map == "taylor2":
             u = torch.einsum("bihd,bjhd->bhij", q, k) * a.scale
             weights = 1 + u + u * u / 2
@@ -73,6 +76,31 @@ def linear_attention_quadratic(a: Any, *, upcast: bool = True) -> tuple[Tensor, 
         return y, after
 
     return by_sequence(one, a)
+
+
+def by_channel(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The sums y and the state after the last token with a decay [B, S, H, D] per channel, which
+    the products of all pairs hold.
+    """
+    dtype, wide = q.dtype, log_decay.dtype
+    log_decay = log_decay.clamp(min=-128.0 if wide == torch.float32 else -1e4)
+    prefix = log_decay.transpose(1, 2).cumsum(2)  # [B, H, S, D]
+    length = q.shape[1]
+    end = prefix[:, :, -1:] if length else log_decay.new_zeros(*prefix.shape[:2], 1, q.shape[-1])
+    visible = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    exponent = prefix[:, :, :, None] - prefix[:, :, None]
+    pairs = torch.exp(exponent.masked_fill(~visible[..., None], -torch.inf)).to(dtype)
+    weights = torch.einsum("bihd,bjhd,bhijd->bhij", q, k, pairs)
+    y = torch.einsum("bhij,bjhe->bihe", weights, v)
+    stays = k * torch.exp(end - prefix).transpose(1, 2).to(dtype)
+    after = torch.einsum("bjhd,bjhe->bhde", stays, v).to(wide)
+    if state is not None:
+        enters = q * torch.exp(prefix).transpose(1, 2).to(dtype)
+        y = y + torch.einsum("bihd,bhde->bihe", enters, state.to(dtype))
+        after = after + torch.exp(end).transpose(2, 3) * state
+    return y, after
 
 
 class Decay:
