@@ -26,6 +26,7 @@ CALLS = {
     "no decay": {},
     "constant": {"decay": "constant", "initial": True},
     "gates": {"decay": "gates"},
+    "gates of channels": {"decay": "channels", "initial": True},
     "gates from a state": {"decay": "gates", "initial": True, "normalize": True, "map": "elu1"},
     "relu": {"map": "relu", "normalize": True},
     "silu": {"map": "silu", "initial": True, "scale": 0.3, "chunk_size": 16},
@@ -69,7 +70,8 @@ class Case:
             self.replicated["log_decay"] = -torch.rand(heads, generator=draw) / 4
             self.replicated["log_decay"][0] = call.get("minimum", -1e-3)
         elif decay:
-            gates = -torch.rand(*lead, heads, generator=draw) / 4
+            channels = dims[:1] if decay == "channels" else ()
+            gates = -torch.rand(*lead, heads, *channels, generator=draw) / 4
             if decay == "forgets":
                 gates[torch.rand(gates.shape, generator=draw) < 0.1] = -INF
             self.tokens["log_decay"] = gates

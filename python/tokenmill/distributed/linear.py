@@ -78,8 +78,8 @@ def linear_attention(
         length: number of tokens of the whole sequence. None: the sum of sizes, or equal shards on
             all ranks.
         sizes: number of tokens of each rank. None: the rule of :func:`shard_sequence`.
-        log_decay: float32, at most 0: ``[H]``, the same on all ranks, or gates ``[B, n, H]``
-            (packed ``[n, H]``) of the tokens of this rank. None: no decay.
+        log_decay: float32, at most 0: ``[H]``, the same on all ranks, or gates ``[B, n, H]`` or
+            ``[B, n, H, D]`` (packed ``[n, ...]``) of the tokens of this rank. None: no decay.
         feature_map, scale, normalize, chunk_size, backend: as in
             :func:`tokenmill.linear_attention`, the same on all ranks.
         initial_state: float32 ``[B, H, F, Dv]`` (normalize: Dv + 1), the state before the first
@@ -348,7 +348,7 @@ class States:
         flat = torch.cat([t.flatten() for t in sent])[None]
         together = shard.group.gather(flat, 0, [1] * shard.group.size)
         parts = together.split([t.numel() for t in sent], 1)
-        # [P, B, H / copies, F, E], and for gates [P, B, H]
+        # [P, B, H / copies, F, E], and for gates [P, B, H] or, per channel, [P, B, H, F]
         self.found = [part.unflatten(1, t.shape) for part, t in zip(parts, sent, strict=True)]
 
     def after(self, state: Tensor | None, ranks: Iterable[int]) -> Tensor:
@@ -360,7 +360,8 @@ class States:
             if self.tokens[rank] == 0:
                 continue
             if sums:
-                found = found * sums[0][rank].exp()[..., None, None]
+                decay = sums[0][rank].exp()[..., None]
+                found = found * (decay if decay.dim() == 4 else decay[..., None])
             elif self.constant is not None:
                 found = found * (self.tokens[rank] * self.constant).exp()[:, None, None]
             found = found + self._of_heads(states[rank])
