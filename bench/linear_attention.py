@@ -56,6 +56,7 @@ def _case(
     with_eager: bool = True,
     backward: bool = False,
     head_dim: int = HEAD_DIM,
+    per_channel: bool = False,
     options: dict[str, Any] | None = None,
     name: str = "constant decay",
 ) -> Case:
@@ -71,9 +72,13 @@ def _case(
         if not with_sdpa and not with_eager:
             theirs = []
         on_device = place(slopes)
+        log_decay = -on_device
+        if per_channel:
+            gates = torch.randn(1, length, HEADS, head_dim, generator=generator) + 3
+            log_decay = place(torch.nn.functional.logsigmoid(gates))
 
         def forward(q: Tensor, k: Tensor, v: Tensor, **extra: Any) -> Tensor:
-            return tm.linear_attention(q, k, v, log_decay=-on_device, **(options or {}), **extra)
+            return tm.linear_attention(q, k, v, log_decay=log_decay, **(options or {}), **extra)
 
         peers: dict[str, Callable[..., Tensor]] = {}
         if with_eager:
@@ -96,7 +101,7 @@ def _case(
             own = functools.partial(forward, out=torch.empty_like(ours[2]))
         others: dict[str, Callable[[], Run]]
         others = {name: functools.partial(call, f, theirs) for name, f in peers.items()}
-        if not options:
+        if not options and not per_channel:
             others |= builders(
                 "linear_attention", ours, lambda: forward(*ours), call, slopes=on_device
             )
@@ -125,6 +130,15 @@ def cases() -> Iterator[Case]:
     yield _case(8192, head_dim=128)
     if case.device.type == "cuda":
         yield _case(8192, BF16, head_dim=128)
+    for backward in (False, True):
+        yield _case(
+            8192,
+            with_eager=False,
+            backward=backward,
+            head_dim=128,
+            per_channel=True,
+            name="decay per channel, no peers,",
+        )
     yield _case(
         8192,
         with_eager=False,
