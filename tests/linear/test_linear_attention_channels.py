@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import device_of
+from conftest import backends, device_of
 from each import each_backend, each_kernel
-from linear_oracle import close
+from linear_oracle import close, interpreted
 from torch.nn.functional import logsigmoid
 
 import tokenmill as tm
@@ -207,3 +207,24 @@ def test_channels_apart_in_memory(backend):
         for x in (gates, apart)
     ]  # fmt: skip
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if not interpreted(b)])
+def test_slow_decays_over_a_long_memory(backend):
+    """A bias of 1e-8 of each decay would be seen after 20,000 tokens. Sums of decays of tokens are
+    float64, of decays per channel float32."""
+    length = 1 << 17
+    q, k, v, gates = draw(backend, length=length, heads=1, d=8, dv=8)
+    token = gates[..., 0].clamp(min=-1) * 1e-4
+    channels = token[..., None].expand(1, length, 1, 8)
+    found = [
+        tm.linear_attention(
+            q, k, v, log_decay=decay, return_final_state=True, backend=backend
+        )
+        for decay in (channels, token)
+    ]  # fmt: skip
+    for ours, of_token in zip(*found, strict=True):
+        close(ours, of_token, 3e-6)
+    state = torch.zeros(1, 1, 8, 8, device=q.device)
+    tm.linear_attention_decode(q, k, v, state, log_decay=channels, backend=backend)
+    close(state, found[1][1], 1e-5)

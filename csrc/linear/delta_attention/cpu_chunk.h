@@ -14,6 +14,7 @@
 #pragma once
 #include <cmath>
 
+#include "linear/cpu_features.h"
 #include "linear/cpu_matrix.h"
 #include "linear/delta_attention/params.h"
 
@@ -28,12 +29,13 @@ class Chunk {
       : p(p), corrects(p.beta.data), dim(p.head_dim), ld(round_up(dim, kWidth)) {}
 
   int64_t floats() const {
-    return 5 * kRows * ld + ld * kBlock + ld + 3 * kRows * kBlock + 16 * 16;
+    return 5 * kRows * ld + ld * kBlock + 2 * ld + 3 * kRows * kBlock + 16 * 16;
   }
   void place(cpu::Workspace& workspace) {
     for (Matrix* m : {&q, &k, &q_in, &k_in, &decays}) *m = {workspace.take(kRows * ld), ld};
     k_end = {workspace.take(ld * kBlock), kBlock};
     total = workspace.take(ld);
+    log_total = workspace.take(ld);
     for (Matrix* m : {&of_queries, &of_keys, &pair}) *m = {workspace.take(kRows * kBlock), kBlock};
     // Rows past the tokens of the last chunk are read, and must be finite.
     for (const Matrix& m : {q_in, k_in, decays}) std::memset(m.data, 0, kRows * ld * sizeof(float));
@@ -103,6 +105,7 @@ class Chunk {
   Matrix decays;               // per channel: of each token, [n][ld]
   Matrix pair;                 // per head: e^(G_i - G_j), 0 for j > i, [n][kBlock]
   float* total;                // [ld] e^(G_n)
+  float* log_total;            // [ld] per channel: G_n
   float beta[kBlock], q_norm[kBlock], k_norm[kBlock];
   float from_start[kBlock + kWidth], to_end[kBlock + kWidth];  // per head: e^(G_i), e^(G_n - G_i)
 
@@ -178,11 +181,13 @@ class Chunk {
 
   template <bool kCorrects>
   void channels(int64_t b, int64_t first, int64_t h, int64_t n) {
+    std::memset(log_total, 0, ld * sizeof(float));
     for (int64_t t = 0; t < n; ++t) {
       const float* from = gate(p.log_decay, b, first + t, h);
       for (int64_t d = 0; d < ld; d += kWidth) {
-        const vf x = Elements<DType::float32>::load_n(from, d, dim - d);
-        store(decays.row(t) + d, exp2<5>(max_of(set(kMinLogDecay), x) * set(kLog2e)));
+        const vf x = max_of(set(kMinLogDecay), Elements<DType::float32>::load_n(from, d, dim - d));
+        store(decays.row(t) + d, decay_of(x));
+        store(log_total + d, load(log_total + d) + x);
       }
     }
     for (int64_t d = 0; d < ld; d += kWidth) store(total + d, set(1.f));
@@ -206,6 +211,8 @@ class Chunk {
       own_pairs<M, kCorrects>(row, last);
       decay_to<kCorrects>(row, last);
     });
+    // A product of decays near 1 is biased by 4e-9 for each token, which a long memory would show.
+    for (int64_t d = 0; d < ld; d += kWidth) store(total + d, decay_of(load(log_total + d)));
   }
 
   // M and N of key row + kKey, and of those after it, with the M tokens from `row` on; a tile may

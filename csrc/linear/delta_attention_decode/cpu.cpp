@@ -61,7 +61,7 @@ class Worker {
     for (int64_t d = 0; d < ldk; d += kWidth) {
       vf kept = set(1.f);
       if (gates)
-        kept = exp_below(p.per_channel ? Float::load_n(gates, d, p.head_dim - d) : set(*gates));
+        kept = decay_of(p.per_channel ? Float::load_n(gates, d, p.head_dim - d) : set(*gates));
       store(decay.row(t) + d, kept);
       store(k_in.row(t) + d, load(k.row(t) + d) * kept);
     }

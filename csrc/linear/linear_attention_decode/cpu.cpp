@@ -74,7 +74,7 @@ class Worker {
     }
     for (int64_t d = 0; d < ldd; d += kWidth)
       store(keep + t * ldd + d,
-            exp_below(Elements<DType::float32>::load_n(from, d, p.head_dim - d)));
+            decay_of(Elements<DType::float32>::load_n(from, d, p.head_dim - d)));
   }
 
   // Decay of row f of the state at token t.
