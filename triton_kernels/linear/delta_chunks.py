@@ -153,9 +153,13 @@ def column_of(b_x, o_t, j):
 
 
 @triton.jit
-def products_of(b_q, b_k, b_each, o_t, count, DECAY: tl.constexpr, PRECISION: tl.constexpr):
+def products_of(
+    b_q, b_k, b_each, o_t, count,
+    CORRECTS: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """q_i . e^(G_i - G_j) k_j and k_i . e^(G_i - G_j) k_j over some channels, without the factor if
-    it is the same for all channels."""
+    it is the same for all channels; 0 instead of the second if not CORRECTS, and decays are per
+    channel."""
     if DECAY == "channel":
         b_m = tl.zeros([o_t.shape[0], o_t.shape[0]], tl.float32)
         b_n = tl.zeros([o_t.shape[0], o_t.shape[0]], tl.float32)
@@ -163,7 +167,8 @@ def products_of(b_q, b_k, b_each, o_t, count, DECAY: tl.constexpr, PRECISION: tl
             b_key = after(b_each, o_t, j, DECAY) * row_of(b_k, o_t, j)[None, :]
             m_column = o_t[None, :] == j
             b_m = tl.where(m_column, tl.sum(b_q * b_key, 1)[:, None], b_m)
-            b_n = tl.where(m_column, tl.sum(b_k * b_key, 1)[:, None], b_n)
+            if CORRECTS:
+                b_n = tl.where(m_column, tl.sum(b_k * b_key, 1)[:, None], b_n)
     else:
         b_m = product(b_q, tl.trans(b_k), PRECISION)
         b_n = product(b_k, tl.trans(b_k), PRECISION)

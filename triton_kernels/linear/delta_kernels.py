@@ -88,7 +88,9 @@ def states_kernel(
             b_q = load_keys(queries, o_row, o_d, b_q_norm, HEAD_DIM)
             b_k = load_keys(keys, o_row, o_d, b_k_norm, HEAD_DIM)
             f = decays_of(decay, o_gate, heads, o_row, length, o_d, DECAY, HEAD_DIM)
-            b_more_m, b_more_n = products_of(b_q, b_k, f.each, o_t, count, DECAY, PRECISION)
+            b_more_m, b_more_n = products_of(
+                b_q, b_k, f.each, o_t, count, beta is not None, DECAY, PRECISION
+            )
             b_m += b_more_m
             b_n += b_more_n
             b_s = tl.load(p_state + o_tile, mask=m_tile, other=0.0)
@@ -105,9 +107,11 @@ def states_kernel(
             if beta is not None:
                 b_more = column_of(b_n, o_t, i)[:, None] * b_row
                 b_y = tl.where(o_t[:, None] > i, b_y + b_more, b_y)
+                b_u = tl.where(o_t[:, None] == i, b_row, b_u)
             b_more = column_of(b_m, o_t, i)[:, None] * b_row
             b_out = tl.where(o_t[:, None] >= i, b_out + b_more, b_out)
-            b_u = tl.where(o_t[:, None] == i, b_row, b_u)
+        if beta is None:
+            b_u = b_y
         if KEEP:
             if beta is not None:
                 store_tile(slice_of(ys, i_b, i_h, start, length), o_row, o_c, b_y, VALUE_DIM)
@@ -166,7 +170,9 @@ def gradients_kernel(
             b_q = load_keys(queries, o_row, o_d, b_q_norm, HEAD_DIM)
             b_k = load_keys(keys, o_row, o_d, b_k_norm, HEAD_DIM)
             f = decays_of(decay, o_gate, heads, o_row, length, o_d, DECAY, HEAD_DIM)
-            b_more_m, b_more_n = products_of(b_q, b_k, f.each, o_t, count, DECAY, PRECISION)
+            b_more_m, b_more_n = products_of(
+                b_q, b_k, f.each, o_t, count, beta is not None, DECAY, PRECISION
+            )
             b_m += b_more_m
             b_n += b_more_n
             b_ds = tl.load(p_dstate + o_tile, mask=m_tile, other=0.0)
