@@ -245,7 +245,8 @@ def two_levels(case, sizes):
                 state = state + alone
             else:
                 total = decay[:, a:b].double().sum(1).float() if gates else (b - a) * decay
-                state = state * total.exp()[..., None, None] + alone
+                factor = total.exp()[..., None]
+                state = state * (factor if factor.dim() == 4 else factor[..., None]) + alone
         finals.append(state if case.ends is None else last)
     out = torch.cat(outs, 1)
     return (out, finals[0]) if case.ends is None else (out[0], torch.cat(finals))
