@@ -84,7 +84,7 @@ def test_least_work_of_linear_attention():
     macs = 1024 * 2 * (2 * 32.5 * 64 + 2 * 64 * 64)
     assert shape.min_mma == macs * 2 / 4096
     assert shape.min_bytes == 4 * 1024 * 2 * 64 * 2
-    backward = linear.Shape(64, backward=True, gates=True)
+    backward = linear.Shape(64, backward=True, gates="tokens")
     assert backward.min_mma == 2.5 * shape.min_mma
     assert backward.min_bytes == 7 * 1024 * 2 * 64 * 2 + 2 * 1024 * 2 * 4
 

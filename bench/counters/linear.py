@@ -25,7 +25,7 @@ class Shape:
 
     head_dim: int
     backward: bool = False
-    gates: bool = False  # decay per token, with its gradient, instead of decay per head
+    gates: str = ""  # decay per "tokens" or "channels", with its gradient, instead of per head
     dtype: torch.dtype = torch.float16
     batch: int = 1
     sm90: bool = False
@@ -39,7 +39,7 @@ class Shape:
         ]
         parts += [f"B{self.batch}"] if self.batch > 1 else []
         parts += [str(self.dtype)[6:]] if self.dtype != torch.float16 else []
-        return " ".join(parts) + (", gates of tokens" if self.gates else ", decay of a head")
+        return " ".join(parts) + (f", gates of {self.gates}" if self.gates else ", decay of a head")
 
     @property
     def tokens(self) -> int:
@@ -56,7 +56,8 @@ class Shape:
     @property
     def min_bytes(self) -> float:
         """Minimum traffic: every tensor once."""
-        gates = 4 * (self.backward + 1) * self.gates
+        numbers = {"": 0, "tokens": 1, "channels": self.head_dim}[self.gates]
+        gates = 4 * (self.backward + 1) * numbers
         return self.tokens * ((7 if self.backward else 4) * self.head_dim * 2 + gates)
 
 
@@ -72,8 +73,9 @@ def prepare(shape: Shape) -> Callable[[], object]:
 
     q, k, v = draw(), draw(), draw()
     if shape.gates:
-        gates = torch.randn(LENGTH, HEADS, generator=generator) * 3 + 2
-        log_decay = torch.nn.functional.logsigmoid(gates).expand(shape.batch, LENGTH, HEADS)
+        of_channels = (shape.head_dim,) if shape.gates == "channels" else ()
+        gates = torch.randn(LENGTH, HEADS, *of_channels, generator=generator) * 3 + 2
+        log_decay = torch.nn.functional.logsigmoid(gates).expand(shape.batch, *gates.shape)
         log_decay = log_decay.detach().requires_grad_(shape.backward)
     else:
         log_decay = -tm.lightning_slopes(HEADS)
@@ -120,13 +122,15 @@ def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:
 def shapes() -> Iterator[Shape]:
     for head_dim in (64, 128):
         for backward in (False, True):
-            for gates in (False, True):
+            for gates in ("", "tokens"):
                 yield Shape(head_dim, backward, gates)
             yield Shape(head_dim, backward, batch=FILLING)
     for head_dim in (64, 128):
         yield Shape(head_dim, dtype=torch.bfloat16)
     yield Shape(256, batch=FILLING)
-    for gates in (False, True):
+    for backward in (False, True):
+        yield Shape(128, backward, "channels")
+    for gates in ("", "tokens"):
         yield Shape(128, gates=gates, sm90=True)
     for dtype in (torch.float16, torch.bfloat16):
         for head_dim in (128, 256):
@@ -142,7 +146,7 @@ def cases() -> Iterator[CounterCase]:
             shape.min_bytes,
             shape.min_mma,
             functools.partial(on_device, "sm_90a", call) if shape.sm90 else call,
-            {} if shape.backward else bounds(shape.head_dim),
+            {} if shape.backward or shape.gates == "channels" else bounds(shape.head_dim),
         )
 
 
