@@ -184,14 +184,16 @@ def gradients_kernel(
         b_dout = b_dout.to(tl.float32)
         # dU = M^T dO + k_end dS
         b_du += product(tl.trans(b_m), b_dout, PRECISION)
-        b_dy = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-        for i in range(count):
-            j = count - 1 - i
-            b_row = (row_of(b_du, o_t, j) * at_token(b_beta, o_t, j))[None, :]
-            if beta is not None:
+        if beta is None:
+            b_dy = b_du
+        else:
+            b_dy = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+            for i in range(count):
+                j = count - 1 - i
+                b_row = (row_of(b_du, o_t, j) * at_token(b_beta, o_t, j))[None, :]
                 b_more = row_of(b_n, o_t, j)[:, None] * b_row
                 b_du = tl.where(o_t[:, None] < j, b_du + b_more, b_du)
-            b_dy = tl.where(o_t[:, None] == j, b_row, b_dy)
+                b_dy = tl.where(o_t[:, None] == j, b_row, b_dy)
         store_tile(slice_of(dv, i_b, i_h, start, length), o_row, o_c, b_dy, VALUE_DIM)
         if beta is not None:
             store_tile(slice_of(dys, i_b, i_h, start, length), o_row, o_c, b_dy, VALUE_DIM)
