@@ -76,7 +76,7 @@ TOKENMILL_LIBRARY(library) {
   m.def(
       "linear_attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) state, *, "
       "Tensor? log_decay=None, str feature_map=\"identity\", float? scale=None, "
-      "bool normalize=False, Tensor? state_indices=None) -> Tensor");
+      "bool normalize=False, Tensor? state_indices=None, Tensor? accepted=None) -> Tensor");
   const Arguments delta =
       "Tensor q, Tensor k, Tensor v, Tensor beta, *, Tensor? log_decay=None, float? scale=None, "
       "bool qk_l2norm=False, Tensor? initial_state=None, bool return_final_state=False, "
@@ -91,7 +91,7 @@ TOKENMILL_LIBRARY(library) {
   m.def(
       "delta_attention_decode(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor(a!) state, *, "
       "Tensor? log_decay=None, float? scale=None, bool qk_l2norm=False, "
-      "Tensor? state_indices=None) -> Tensor");
+      "Tensor? state_indices=None, Tensor? accepted=None) -> Tensor");
   const Arguments conv =
       "Tensor x, Tensor weight, Tensor? bias=None, *, str activation=\"none\", "
       "Tensor? initial_state=None, bool return_final_state=False, Tensor? cu_seqlens=None";
@@ -100,7 +100,7 @@ TOKENMILL_LIBRARY(library) {
         conv + ") -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
   m.def(
       "causal_conv1d_decode(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias=None, *, "
-      "str activation=\"none\", Tensor? state_indices=None) -> Tensor");
+      "str activation=\"none\", Tensor? state_indices=None, Tensor? accepted=None) -> Tensor");
   const Arguments titans =
       "Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor eta, Tensor theta, *, "
       "SymInt chunk_size=64, Tensor? initial_memory=None, Tensor? initial_momentum=None, "

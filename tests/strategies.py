@@ -13,6 +13,11 @@ HEAD_DIMS = st.one_of(st.sampled_from([1, 8, 16, 32, 64]), st.integers(1, 80))
 WINDOWS = st.one_of(st.just(-1), st.integers(0, 70))
 
 
+def accepted_tokens(batch, tokens):
+    """The tokens that the states of a decode step keep, None or a number for each request."""
+    return st.one_of(st.none(), st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
+
+
 def layouts(shape, dtype, generator):
     """Tensors of one shape in the memory layouts that callers use."""
     return (

@@ -77,6 +77,11 @@ THEIRS = [
     (tm.delta_attention, "use_qk_l2norm_in_kernel", "is called qk_l2norm here"),
     (tm.causal_conv1d, "initial_states", "is called initial_state here"),
     (tm.causal_conv1d_decode, "conv_state_indices", "is called state_indices here"),
+    (
+        tm.causal_conv1d_decode,
+        "num_accepted_tokens",
+        "is called accepted here, of the",
+    ),
     (tm.lightning_attention, "output_final_state", "is called return_final_state here"),
     (tm.block_sparse_attention, "softmax_scale", "is called scale here"),
     (tm.hip_attention, "mask_k", "is called budget here"),

@@ -74,6 +74,7 @@ RENAMED: dict[str, tuple[tuple[str, ...], str]] = {
     "return_final_states": (("return_final_state",), ""),
     "conv_state": (("state",), ""),
     "conv_state_indices": (("state_indices",), ""),
+    "num_accepted_tokens": (("accepted",), ", of the tokens of this call"),
     "block_size": (("select_block", "block", "block_k"), ""),
     "block_counts": (("topk",), ""),
     # xformers and models of transformers

@@ -10,6 +10,7 @@ from conftest import backends, device_of
 from each import each_dtype, each_kernel, ints, randn
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import accepted_tokens
 from tier import examples
 
 import tokenmill as tm
@@ -31,6 +32,7 @@ def decode_samples(draw, max_batch=4, max_tokens=6, max_channels=70):
     columns = width - 1 + draw(st.integers(0, 3))
     order = draw(st.one_of(st.none(), st.permutations(range(6))))
     skipped = draw(st.lists(st.booleans(), min_size=batch, max_size=batch))
+    accepted = draw(accepted_tokens(batch, 1 if tokens is None else tokens))
     layout = draw(st.sampled_from(["plain", "channels last", "view"]))
     activation, bias = draw(st.sampled_from([None, "silu"])), draw(st.booleans())
 
@@ -42,6 +44,8 @@ def decode_samples(draw, max_batch=4, max_tokens=6, max_channels=70):
         if order is not None:
             found = [-1 if s else i for i, s in zip(order, skipped, strict=False)]
             kwargs["state_indices"] = torch.tensor(found, dtype=torch.int32)
+        if accepted is not None:
+            kwargs["accepted"] = torch.tensor(accepted, dtype=torch.int32)
         count = batch if order is None else 6
         if layout == "channels last":
             state = normal(count, columns, channels).transpose(1, 2)
@@ -52,7 +56,8 @@ def decode_samples(draw, max_batch=4, max_tokens=6, max_channels=70):
         x = normal(batch, channels) if tokens is None else normal(batch, tokens, channels)
         return (x, state, normal(channels, width), normal(channels) if bias else None), kwargs
 
-    name = f"{batch} {tokens} C={channels} W={width} K={columns} {layout} {activation} {order}"
+    shapes = f"{batch} {tokens} C={channels} W={width} K={columns}"
+    name = f"{shapes} {layout} {activation} {order} {accepted}"
     return Sample(name, make)
 
 

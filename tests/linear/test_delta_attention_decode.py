@@ -8,7 +8,7 @@ from conftest import backends, device_of
 from each import each_backend, each_dtype, randn
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import HEAD_DIMS
+from strategies import HEAD_DIMS, accepted_tokens
 from tier import examples
 from torch.nn.functional import logsigmoid, normalize
 
@@ -56,6 +56,7 @@ def decode_samples(draw_from, max_batch=4, max_length=6):
     steep = draw_from(st.sampled_from([0.01, 1.0, 30.0, 1000.0]))
     order = draw_from(st.one_of(st.none(), st.permutations(range(6))))
     skipped = draw_from(st.lists(st.booleans(), min_size=batch, max_size=batch))
+    accepted = draw_from(accepted_tokens(batch, length))
     options = {"scale": draw_from(st.sampled_from([None, 0.4]))}
     options["qk_l2norm"] = draw_from(st.booleans())
 
@@ -68,12 +69,14 @@ def decode_samples(draw_from, max_batch=4, max_length=6):
         if order is not None:
             found = [-1 if s else i for i, s in zip(order, skipped, strict=False)]
             kwargs["state_indices"] = torch.tensor(found, dtype=torch.int32)
+        if accepted is not None:
+            kwargs["accepted"] = torch.tensor(accepted, dtype=torch.int32)
         count = batch if order is None else 6
         state = torch.randn(count, heads, d, dv, generator=g).to(wide)
         return (*(t.to(dtype) for t in tensors), beta.to(wide), state), kwargs
 
     shapes = f"{batch} x {length} heads {heads} of {key_heads}, {d} and {dv}"
-    return Sample(f"{shapes} {kind} {steep} {options} {order} {skipped}", make)
+    return Sample(f"{shapes} {kind} {steep} {options} {order} {skipped} {accepted}", make)
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])

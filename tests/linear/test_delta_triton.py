@@ -53,6 +53,7 @@ def call(case, tokens=1024):
                 decode.record(
                     q, k, v, a.beta, state, log_decay=a.log_decay, qk_l2norm=a.qk_l2norm,
                     state_indices=empty(sequences, dtype=torch.int32),
+                    accepted=empty(sequences, dtype=torch.int32),
                 )
             )  # fmt: skip
 

@@ -9,7 +9,7 @@ from each import each_backend, each_dtype, each_kernel, randn
 from hypothesis import given
 from hypothesis import strategies as st
 from linear_oracle import close, inputs
-from strategies import HEAD_DIMS
+from strategies import HEAD_DIMS, accepted_tokens
 from tier import examples
 
 import tokenmill as tm
@@ -39,6 +39,7 @@ def decode_samples(draw, max_batch=4, max_length=6):
     decay = draw(st.sampled_from(decays))
     order = draw(st.one_of(st.none(), st.permutations(range(6))))
     skipped = draw(st.lists(st.booleans(), min_size=batch, max_size=batch))
+    accepted = draw(accepted_tokens(batch, length))
     scale = draw(st.sampled_from([None, 0.4]))
 
     def make(dtype, g):
@@ -55,12 +56,14 @@ def decode_samples(draw, max_batch=4, max_length=6):
         if order is not None:
             found = [-1 if s else i for i, s in zip(order, skipped, strict=False)]
             kwargs["state_indices"] = torch.tensor(found, dtype=torch.int32)
+        if accepted is not None:
+            kwargs["accepted"] = torch.tensor(accepted, dtype=torch.int32)
         count = batch if order is None else 6
         state = draw_state((count, heads, d, dv), feature_map, normalize, dtype, g)
         return (q, k, v, state), kwargs
 
     shapes = f"q {(batch, length, heads, d)} kv heads {kv_heads} v {dv}"
-    return Sample(f"{shapes} {feature_map} {normalize} {decay} {order} {skipped}", make)
+    return Sample(f"{shapes} {feature_map} {normalize} {decay} {order} {skipped} {accepted}", make)
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])

@@ -78,8 +78,12 @@ def call(case, tokens=1024):
         needs = log_decay is not None, True
         linear_attention_backward(spec.backward.record(out, final, *saved, *needs, *a))
         if not packed:
-            slots = empty(sequences, dtype=torch.int32)
-            linear_attention_decode(decode.record(q, k, v, state, **how, state_indices=slots))
+            slots, accepted = (
+                empty(sequences, dtype=torch.int32),
+                empty(sequences, dtype=torch.int32),
+            )
+            step = decode.record(q, k, v, state, **how, state_indices=slots, accepted=accepted)
+            linear_attention_decode(step)
 
     return launch
 

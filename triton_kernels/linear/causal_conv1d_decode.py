@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..common import INTERPRETED, launch
 from .causal_conv1d import filter_of
+from .common import Requests
 from .conv_kernels import ConvStates, TokenRows, decode_kernel
 
 
@@ -30,7 +31,7 @@ def causal_conv1d_decode(a: Any) -> Tensor:
         rows(out),
         ConvStates(state, *state.stride()),
         filter_of(a.weight, a.bias),
-        a.state_indices,
+        Requests(a.state_indices, a.accepted),
         tokens,
         state.shape[0],
         slices,

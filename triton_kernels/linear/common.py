@@ -64,6 +64,27 @@ def states_of(t: Tensor | None) -> States | None:
     return None if t is None else States(t, t.stride(0), t.stride(1))
 
 
+class Requests(NamedTuple):
+    """Slots and kept tokens of a decode step's requests, int32 [B]; None: slot b, all tokens."""
+
+    indices: Tensor | None
+    accepted: Tensor | None
+
+
+@triton.jit
+def load_request(requests, i_b, tokens, slots):
+    """Slot of request i_b (0 if it has none), whether it has one, tokens that its state keeps."""
+    slot = i_b
+    if requests.indices is not None:
+        slot = tl.load(requests.indices + i_b).to(tl.int64)
+    used = (slot >= 0) & (slot < slots)
+    kept = tl.cast(tokens, tl.int64)
+    if requests.accepted is not None:
+        found = tl.load(requests.accepted + i_b).to(tl.int64)
+        kept = tl.minimum(tl.maximum(found, 0), kept)
+    return tl.where(used, slot, 0), used, kept
+
+
 class Inputs(NamedTuple):
     """Tensors and scalars that the kernels read. Triton specializes integers in a tuple even if
     do_not_specialize names the tuple: LENGTHS are parameters."""

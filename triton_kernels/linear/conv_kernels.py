@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import LOG2E, rounded
+from .common import load_request
 
 # Arguments excluded from specialization: a new length does not recompile.
 LENGTHS = ["rows", "seqlen", "sequences", "halvings", "slices", "channels"]
@@ -287,17 +288,13 @@ def initial_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "slots", "slices", "channels", "columns"])
 def decode_kernel(
-    x, out, state, taps, indices, tokens, slots, slices, channels, columns,
+    x, out, state, taps, requests, tokens, slots, slices, channels, columns,
     WIDTH: tl.constexpr, SILU: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     i_b = (tl.program_id(0) // slices).to(tl.int64)
     o_c = (tl.program_id(0) % slices) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
-    slot = i_b
-    if indices is not None:
-        slot = tl.load(indices + i_b).to(tl.int64)
-    used = (slot >= 0) & (slot < slots)
-    slot = tl.where(used, slot, 0)
+    slot, used, kept = load_request(requests, i_b, tokens, slots)
     m_used = m_c & (tl.zeros([BLOCK_C], tl.int64) < tl.where(used, 1, 0))
     p_state = state.data + slot * state.sequence + o_c.to(tl.int64) * state.channel
     p_x = x.data + i_b * x.batch + o_c
@@ -320,11 +317,11 @@ def decode_kernel(
         b_sum = tl.where(m_used, b_sum, 0.0)
         p_out = out.data + i_b * out.batch + tl.cast(t, tl.int64) * out.seq + o_c
         tl.store(p_out, rounded(b_sum, out.data.dtype.element_ty), mask=m_c)
-    # Ascending columns: column k is read before it is written, as k + tokens > k.
+    # Ascending columns: column k + kept is read before it is written.
     for k in range(columns):
-        i_x = k + tokens - columns + tl.zeros([BLOCK_C], tl.int32)
-        b_x = tl.load(p_x + i_x.to(tl.int64) * x.seq, mask=m_used & (i_x >= 0), other=0.0)
-        p_old = p_state + tl.cast(k + tokens, tl.int64) * state.column
+        i_x = k + kept - columns + tl.zeros([BLOCK_C], tl.int64)
+        b_x = tl.load(p_x + i_x * x.seq, mask=m_used & (i_x >= 0), other=0.0)
+        p_old = p_state + (k + kept) * state.column
         b_old = tl.load(p_old, mask=m_used & (i_x < 0), other=0.0)
         b_new = tl.where(i_x >= 0, b_x, b_old)
         tl.store(p_state + tl.cast(k, tl.int64) * state.column, b_new, mask=m_used)

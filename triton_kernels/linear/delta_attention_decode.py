@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import Rows, launch, slice_of
-from .common import States, load_tile, store_tile
+from .common import Requests, States, load_request, load_tile, store_tile
 from .delta_chunks import L2NORM_EPSILON, load_decay
 
 ELEMENTS = 4096  # elements of a state per program
@@ -28,7 +28,7 @@ def load_key(rows, o_row, o_d, L2NORM: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def decode_kernel(
-    q, k, v, beta, decay, out, state, indices, tokens, slots, heads, group, tiles, scale,
+    q, k, v, beta, decay, out, state, requests, tokens, slots, heads, group, tiles, scale,
     L2NORM: tl.constexpr, DECAY: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -36,11 +36,7 @@ def decode_kernel(
     i_tile = i % tiles
     i_h = i // tiles % heads
     i_b = (i // (tiles * heads)).to(tl.int64)
-    slot = i_b
-    if indices is not None:
-        slot = tl.load(indices + i_b).to(tl.int64)
-    used = (slot >= 0) & (slot < slots)
-    slot = tl.where(used, slot, 0)
+    slot, used, kept = load_request(requests, i_b, tokens, slots)
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     o_state = slot * state.sequence + tl.cast(i_h, tl.int64) * state.head
@@ -64,7 +60,8 @@ def decode_kernel(
         b_y = tl.sum(b_q * scale * b_state, 0)[None, :]
         b_y = tl.where(tl.zeros([1, BLOCK_V], tl.int64) < tl.where(used, 1, 0), b_y, 0.0)
         store_tile(slice_of(out, i_b, i_h, 0, tokens), o_row, o_c, b_y, VALUE_DIM)
-    tl.store(p_state, b_state, mask=m_state)
+        if t + 1 == kept:
+            tl.store(p_state, b_state, mask=m_state)
 
 
 def delta_attention_decode(a: Any) -> Tensor:
@@ -89,7 +86,7 @@ def delta_attention_decode(a: Any) -> Tensor:
         None if decay is None else decay.contiguous(),
         rows(out),
         States(state, *state.stride()[:2]),
-        a.state_indices,
+        Requests(a.state_indices, a.accepted),
         tokens,
         state.shape[0],
         heads,

@@ -15,9 +15,11 @@ from ..common import Rows, launch, slice_of
 from .common import (
     MIN_OF_TOKEN,
     Inputs,
+    Requests,
     States,
     form_of,
     load_features,
+    load_request,
     load_tile,
     log_decay_of,
     scale_beside,
@@ -31,7 +33,7 @@ LENGTHS = ["decay_batch", "tokens", "slots", "heads", "group", "tiles"]
 
 @triton.jit(do_not_specialize=LENGTHS)
 def decode_kernel(
-    inputs, out, normalizer, state, indices, decay_batch, tokens, slots, heads, group, tiles,
+    inputs, out, normalizer, state, requests, decay_batch, tokens, slots, heads, group, tiles,
     KEYS_ALONE: tl.constexpr, PER_CHANNEL: tl.constexpr, form,
 ):  # fmt: skip
     """KEYS_ALONE: handles only the last column (the sum of keys) and the normalizer of every token.
@@ -41,11 +43,7 @@ def decode_kernel(
     i_tile = i % tiles
     i_h = i // tiles % heads
     i_b = (i // (tiles * heads)).to(tl.int64)
-    slot = i_b
-    if indices is not None:
-        slot = tl.load(indices + i_b).to(tl.int64)
-    used = (slot >= 0) & (slot < slots)
-    slot = tl.where(used, slot, 0)
+    slot, used, kept = load_request(requests, i_b, tokens, slots)
     queries = slice_of(inputs.q, i_b, i_h, 0, tokens)
     keys = slice_of(inputs.k, i_b, i_h // group, 0, tokens)
     o_f = tl.arange(0, form.BLOCK_F)
@@ -91,7 +89,8 @@ def decode_kernel(
                 b_y = b_y / tl.load(normalizer + o_z + t)
             b_y = tl.where(tl.zeros([1, form.BLOCK_V], tl.int64) < tl.where(used, 1, 0), b_y, 0.0)
             store_tile(slice_of(out, i_b, i_h, 0, tokens), o_row, o_c, b_y, form.VALUE_DIM)
-    tl.store(p_state, b_state, mask=m_state)
+        if t + 1 == kept:
+            tl.store(p_state, b_state, mask=m_state)
 
 
 def linear_attention_decode(a: Any) -> Tensor:
@@ -121,7 +120,7 @@ def linear_attention_decode(a: Any) -> Tensor:
             rows(out),
             normalizer,
             States(state, *state.stride()[:2]),
-            a.state_indices,
+            Requests(a.state_indices, a.accepted),
             decay_batch,
             tokens,
             state.shape[0],

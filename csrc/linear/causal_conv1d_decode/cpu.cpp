@@ -23,8 +23,8 @@ class Worker {
   void run(int64_t item) {
     const int64_t b = item % p_.batch, channel = item / p_.batch * kChannels;
     const int64_t n = std::min(kChannels, p_.channels - channel);
-    const int64_t slot = p_.indices ? p_.indices[b] : b;
-    if (slot < 0 || slot >= p_.slots) {
+    const int64_t slot = p_.requests.slot(b);
+    if (slot < 0) {
       for (int64_t t = 0; t < p_.seqlen; ++t)
         std::memset(token(p_.out, b, t, channel), 0, n * bytes_of(p_.dtype));
       return;
@@ -37,10 +37,9 @@ class Worker {
     for (; t + kConvRows <= p_.seqlen; t += kConvRows)
       tokens<kType, kTaps, kSilu, kConvRows>(b, t, channel, n);
     for (; t < p_.seqlen; ++t) tokens<kType, kTaps, kSilu, 1>(b, t, channel, n);
-    for (int64_t k = 0; k < p_.columns; ++k) {
-      const int64_t from = k + p_.seqlen;
-      store_column(p_.state, p_.dtype, slot, k, channel, n, input(b, from, channel));
-    }
+    const int64_t kept = p_.requests.kept(b, p_.seqlen);
+    for (int64_t k = 0; k < p_.columns; ++k)
+      store_column(p_.state, p_.dtype, slot, k, channel, n, input(b, k + kept, channel));
   }
 
  private:

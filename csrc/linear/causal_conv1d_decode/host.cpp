@@ -2,7 +2,7 @@
 #include "core/written.h"
 #include "linear/causal_conv1d_decode/params.h"
 #include "linear/conv_checks.h"
-#include "linear/slots.h"
+#include "linear/request_checks.h"
 
 namespace tokenmill {
 namespace {
@@ -12,11 +12,11 @@ constexpr const char* kOp = "causal_conv1d_decode";
 struct CausalConv1dDecodeArgs : Record {
   View x, state, weight, bias;
   std::string_view activation;
-  View state_indices;
+  View state_indices, accepted;
 };
 
 Array causal_conv1d_decode(const CausalConv1dDecodeArgs& a) {
-  const View &x = a.x, &state = a.state, &indices = a.state_indices;
+  const View &x = a.x, &state = a.state;
   ConvDecodeParams p{};
   check(x.dim() == 2 || x.dim() == 3, kOp, "x", "must have 2 or 3 dimensions, [B, C] or [B, T, C]",
         x.dim());
@@ -34,11 +34,10 @@ Array causal_conv1d_decode(const CausalConv1dDecodeArgs& a) {
   check(state.dtype == x.dtype, kOp, "state", Rule("must have the dtype of x, ", x.dtype),
         state.dtype);
   check_device_of(kOp, "state", state, "x", x);
-  p.slots = state.size(0);
   p.columns = state.size(2);
-  p.indices = slots_of(kOp, indices, state, p.batch, "x", x);
+  p.requests = requests_of(kOp, a, p.batch, "x", x);
   check_written(kOp, a);
-  if (!x.is_cuda && indices) check_slot_values(kOp, indices, p.slots);
+  if (!x.is_cuda) check_request_values(kOp, p.requests, p.batch, p.seqlen);
   state.note(true);
   p.state = conv_states_of(state);
   const bool tokens = x.dim() == 3;

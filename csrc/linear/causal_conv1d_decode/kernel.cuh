@@ -15,9 +15,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t b = blockIdx.x / static_cast<unsigned>(slices);
   const int64_t channel = slice * kThreads + threadIdx.x;
   if (channel >= p.channels) return;
-  const int64_t slot = p.indices ? p.indices[b] : b;
+  const int64_t slot = p.requests.slot(b);
   T* const out = static_cast<T*>(p.out.data) + b * p.out.batch + channel;
-  if (slot < 0 || slot >= p.slots) {
+  if (slot < 0) {
 #pragma unroll 1
     for (int64_t t = 0; t < p.seqlen; ++t) out[t * p.out.seq] = static_cast<T>(0.f);
     return;
@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kThreads)
     else
       window[s][0] = s >= taps.unused ? static_cast<float>(state[column * p.state.column]) : 0;
   }
+  const int64_t kept = p.requests.kept(b, p.seqlen);
 #pragma unroll 1
   for (int64_t t = 0; t < p.seqlen; ++t) {
     const T input = x[t * p.x.seq];
@@ -45,15 +46,15 @@ __global__ void __launch_bounds__(kThreads)
     taps.convolve(sum, window, own);
     out[t * p.out.seq] = static_cast<T>(p.filter.silu ? sum[0] * sigmoid(sum[0]) : sum[0]);
     conv::shift<1, kTaps>(window, own);
-    if constexpr (kQuads) columns = {columns.x[1], columns.x[2], columns.x[3], input};
+    if (kQuads && t < kept) columns = {columns.x[1], columns.x[2], columns.x[3], input};
   }
   if constexpr (kQuads) {
     *reinterpret_cast<Pack<T, 4>*>(state) = columns;
   } else {
-    // Column k takes input k + T; it is read before column k + T is written.
+    // Column k takes input k + kept; it is read before column k + kept is written.
 #pragma unroll 1
     for (int64_t k = 0; k < p.columns; ++k) {
-      const int64_t from = k + p.seqlen;
+      const int64_t from = k + kept;
       state[k * p.state.column] =
           from < p.columns ? state[from * p.state.column] : x[(from - p.columns) * p.x.seq];
     }

@@ -4,7 +4,8 @@
 //
 // The rows of S pass through the registers once for k S of the first token, and once more for each
 // token: while a token updates a row, the next one reads it. A tile of columns stays in cache
-// meanwhile, so that memory is read and written once.
+// meanwhile, so that memory is read and written once. Tokens that the state does not keep update a
+// draft of the tile.
 #include <cmath>
 #include <cstring>
 
@@ -25,20 +26,22 @@ class Worker {
       : p(p),
         ldk(round_up(p.head_dim, kWidth)),
         ldv(round_up(p.value_dim, kWidth)),
-        workspace(p.seqlen * (4 * ldk + 2 * ldv + 16) + 7 * 16),
+        workspace(p.seqlen * (4 * ldk + 2 * ldv + 16) + ldk * kVectors * kWidth + 8 * 16),
         q{workspace.take(p.seqlen * ldk), ldk},
         k{workspace.take(p.seqlen * ldk), ldk},
         decay{workspace.take(p.seqlen * ldk), ldk},
         k_in{workspace.take(p.seqlen * ldk), ldk},
         v{workspace.take(p.seqlen * ldv), ldv},
         out{workspace.take(p.seqlen * ldv), ldv},
+        draft{workspace.take(ldk * kVectors * kWidth), kVectors * kWidth},
         beta(workspace.take(p.seqlen)) {}
 
   void run(int64_t item) {
     const int64_t b = item / p.heads, h = item % p.heads;
-    const int64_t slot = p.indices ? p.indices[b] : b;
+    const int64_t slot = p.requests.slot(b);
     std::memset(out.data, 0, p.seqlen * ldv * sizeof(float));
-    if (slot >= 0 && slot < p.slots) {
+    if (slot >= 0) {
+      kept_tokens = p.requests.kept(b, p.seqlen);
       for (int64_t t = 0; t < p.seqlen; ++t) load_token(b, h, t);
       float* const state = p.state.data + slot * p.state.sequence + h * p.state.head;
       int64_t c = 0;
@@ -100,6 +103,8 @@ class Worker {
     }
     for (int64_t t = 0; t < p.seqlen; ++t) {
       const int64_t next = std::min(t + 1, p.seqlen - 1);
+      const Matrix tile{state + c, p.value_dim};
+      const Matrix from = t <= kept_tokens ? tile : draft, to = t < kept_tokens ? tile : draft;
       vf u[N], y[N];
       TM_UNROLL(4)
       for (int j = 0; j < N; ++j) {
@@ -107,12 +112,13 @@ class Worker {
         y[j] = of_key[j] = zero();
       }
       for (int64_t d = 0; d < p.head_dim; ++d) {
-        float* const row = state + d * p.value_dim + c;
+        const float* const old = from.row(d);
+        float* const row = to.row(d);
         const vf kept = set(decay.row(t)[d]), key = set(k.row(t)[d]), query = set(q.row(t)[d]);
         const vf next_key = set(k_in.row(next)[d]);
         TM_UNROLL(4)
         for (int j = 0; j < N; ++j) {
-          const vf s = fma(load_state(row + j * kWidth), kept, key * u[j]);
+          const vf s = fma(load_state(old + j * kWidth), kept, key * u[j]);
           if constexpr (kTail)
             Float::store_n(row, 0, s, left);
           else
@@ -140,7 +146,9 @@ class Worker {
   cpu::Workspace workspace;
   const Matrix q, k, decay, k_in;  // [S][ldk]; k_in: keys times decays
   const Matrix v, out;             // [S][ldv]
+  const Matrix draft;              // [ldk][kVectors * kWidth]
   float* const beta;
+  int64_t kept_tokens = 0;  // of the request
 };
 
 }  // namespace

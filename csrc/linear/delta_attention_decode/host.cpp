@@ -2,7 +2,7 @@
 #include "core/written.h"
 #include "linear/checks.h"
 #include "linear/delta_attention_decode/params.h"
-#include "linear/slots.h"
+#include "linear/request_checks.h"
 
 namespace tokenmill {
 namespace {
@@ -13,11 +13,11 @@ struct DeltaAttentionDecodeArgs : Record {
   View q, k, v, beta, state, log_decay;
   Optional<double> scale;
   bool qk_l2norm;
-  View state_indices;
+  View state_indices, accepted;
 };
 
 Array delta_attention_decode(const DeltaAttentionDecodeArgs& a) {
-  const View &decay = a.log_decay, &indices = a.state_indices;
+  const View& decay = a.log_decay;
   check_delta_inputs(kOp, a, false);
   DeltaDecodeParams p{};
   p.batch = a.q.size(0);
@@ -32,12 +32,11 @@ Array delta_attention_decode(const DeltaAttentionDecodeArgs& a) {
         Rule("must have shape [slots, ", p.heads, ", ", p.head_dim, ", ", p.value_dim, "]"),
         a.state.sizes);
   check_state(kOp, "state", a.state, a.q);
-  p.slots = a.state.size(0);
-  p.indices = slots_of(kOp, indices, a.state, p.batch, "q", a.q);
+  p.requests = requests_of(kOp, a, p.batch, "q", a.q);
   check_written(kOp, a);
   if (!a.q.is_cuda) {
     if (decay) check_decay_values(kOp, decay);
-    if (indices) check_slot_values(kOp, indices, p.slots);
+    check_request_values(kOp, p.requests, p.batch, p.seqlen);
   }
   p.dtype = to_dtype(a.q.dtype);
   p.l2norm = a.qk_l2norm;

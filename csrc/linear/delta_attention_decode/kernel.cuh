@@ -1,6 +1,7 @@
 // Decode of the delta rule: a CTA holds columns of the state of a head in registers, for all tokens
 // of the call. Adjacent lanes hold adjacent columns; the other lanes and the warps hold other rows.
 #pragma once
+#include "cuda/arch/opaque.cuh"
 #include "cuda/vector.cuh"
 #include "cuda/warp.cuh"
 #include "linear/decay.cuh"
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t item = blockIdx.x / static_cast<unsigned>(slices);
   const int slice = static_cast<int>(blockIdx.x % static_cast<unsigned>(slices));
   const Head<T> head{p, item / p.heads, item % p.heads};
-  const int64_t slot = p.indices ? p.indices[head.b] : head.b;
+  const int64_t slot = p.requests.slot(head.b);
   const int column = (slice * kLanes + threadIdx.x % kLanes) * kVector;
   const bool has_columns = column < p.value_dim;
   const int row = threadIdx.x / kLanes;
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int e = 0; e < kVector; ++e) head.at(p.out, t, head.h)[column + e] = static_cast<T>(y[e]);
   };
-  if (slot < 0 || slot >= p.slots) {
+  if (slot < 0) {
     for (int64_t t = 0; t < p.seqlen; ++t) store_out(t, {});
     return;
   }
@@ -159,6 +160,7 @@ __global__ void __launch_bounds__(kThreads)
   float* const state = p.state.data + slot * p.state.sequence + head.h * p.state.head + column;
   Columns<kVector> columns{{}, row, has_columns ? static_cast<int>(p.head_dim) : 0};
   columns.each([&](float (&x)[kVector], int r) { load_floats(x, state + r * p.value_dim); });
+  const int64_t kept = p.requests.kept(head.b, p.seqlen);
 #pragma unroll 1
   for (int64_t t = 0; t < p.seqlen; ++t) {
     load_token(head, t, shared);
@@ -174,8 +176,12 @@ __global__ void __launch_bounds__(kThreads)
     columns.update(shared, u, y);
     sum_rows(y, shared.parts[1]);
     store_out(t, y);
+    if (t + 1 == kept) {
+      int64_t stride = p.value_dim;
+      opt_barrier(stride);  // addresses of rows in registers of the loop would spill
+      columns.each([&](float (&x)[kVector], int r) { store_floats(state + r * stride, x); });
+    }
   }
-  columns.each([&](float (&x)[kVector], int r) { store_floats(state + r * p.value_dim, x); });
 }
 
 }  // namespace tokenmill::cuda::delta_attention_decode

@@ -1,6 +1,7 @@
 #pragma once
 #include "cpu/isa.h"
 #include "linear/params.h"
+#include "linear/requests.h"
 
 namespace tokenmill {
 
@@ -8,7 +9,6 @@ struct DeltaDecodeParams {
   int64_t batch, heads;  // heads of v
   int64_t key_heads;     // of q and k
   int64_t seqlen, head_dim, value_dim;
-  int64_t slots;
   DType dtype;
   bool l2norm;  // of q and k
   float scale;
@@ -16,7 +16,7 @@ struct DeltaDecodeParams {
   TokenGates beta, log_decay;  // null log_decay: none
   bool per_channel;            // log_decay has head_dim contiguous numbers per token and head
   States state;                // [slots, H, D, Dv], updated in place
-  const int32_t* indices;  // [B], a slot each; < 0 or >= slots: out is 0, no state changes. null: b
+  Requests requests;
 };
 
 // null, or an error message

@@ -33,9 +33,10 @@ class Worker {
 
   void run(int64_t item) {
     const int64_t b = item / p.heads, h = item % p.heads;
-    const int64_t slot = p.indices ? p.indices[b] : b;
+    const int64_t slot = p.requests.slot(b);
     std::memset(out, 0, p.seqlen * ldw * sizeof(float));
-    if (slot >= 0 && slot < p.slots) {
+    if (slot >= 0) {
+      kept_tokens = p.requests.kept(b, p.seqlen);
       load(b, h);
       float* state = p.state.data + slot * p.state.sequence + h * p.state.head;
       int64_t c = 0;
@@ -113,7 +114,7 @@ class Worker {
       TM_UNROLL(8)
       for (int j = 0; j < N; ++j) {
         const vf s = fma(TOKENMILL_ISA::load(row + j * kWidth), decay, key * value[j]);
-        store(row + j * kWidth, s);
+        if (kept_tokens > 0) store(row + j * kWidth, s);
         acc[j] = fma(query, s, acc[j]);
       }
     }
@@ -137,9 +138,10 @@ class Worker {
           float* sum = out + t * ldw + c + j * kWidth;
           store(sum, fma(query, s[j], TOKENMILL_ISA::load(sum)));
         }
+        if (t + 1 != kept_tokens) continue;
+        TM_UNROLL(8)
+        for (int j = 0; j < N; ++j) store(row + j * kWidth, s[j]);
       }
-      TM_UNROLL(8)
-      for (int j = 0; j < N; ++j) store(row + j * kWidth, s[j]);
     }
   }
 
@@ -151,8 +153,8 @@ class Worker {
         for (int64_t t = 0; t < p.seqlen; ++t) {
           s = s * kept(t, f) + k[t * ldf + f] * v[t * ldw + i];
           out[t * ldw + i] += q[t * ldf + f] * s;
+          if (t + 1 == kept_tokens) state[f * width + i] = s;
         }
-        state[f * width + i] = s;
       }
   }
 
@@ -171,6 +173,7 @@ class Worker {
   int64_t features, width, ldf, ldw, ldd;
   cpu::Workspace workspace;
   float *q, *k, *v, *out, *keep;
+  int64_t kept_tokens = 0;  // of the request
 };
 
 }  // namespace

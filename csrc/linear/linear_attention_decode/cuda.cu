@@ -26,6 +26,11 @@ const char* launch_decode(const LinearDecodeParams& p, cudaStream_t stream) {
 
 }  // namespace
 
+int64_t workspace_bytes(const LinearDecodeParams& p) {
+  const int64_t state = feature_dim(p.map, p.head_dim) * (p.value_dim + p.normalize);
+  return p.batch * p.heads * state * static_cast<int64_t>(sizeof(float));
+}
+
 const char* launch_cuda(const LinearDecodeParams& p, void* stream) {
   if (p.batch == 0 || p.heads == 0 || p.seqlen == 0) return nullptr;
   const bool vector = cuda::is_vectorizable<float>(p.state.data, p.value_dim + p.normalize,

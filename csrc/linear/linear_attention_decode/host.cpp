@@ -2,14 +2,15 @@
 #include "core/written.h"
 #include "linear/checks.h"
 #include "linear/linear_attention_decode/params.h"
-#include "linear/slots.h"
+#include "linear/request_checks.h"
 
 namespace tokenmill {
 namespace {
 
 constexpr const char* kOp = "linear_attention_decode";
 
-void run(const LinearDecodeParams& p, const View& q) {
+void run(LinearDecodeParams& p, const View& q) {
+  if (q.is_cuda && p.requests.accepted) return launch_with_workspace(kOp, q, p, p.draft);
   if (q.is_cuda) return launch_on_device(kOp, q, p);
   cpu::linear_attention_decode(p);
 }
@@ -19,11 +20,11 @@ struct LinearAttentionDecodeArgs : Record {
   std::string_view feature_map;
   Optional<double> scale;
   bool normalize;
-  View state_indices;
+  View state_indices, accepted;
 };
 
 Array linear_attention_decode(const LinearAttentionDecodeArgs& a) {
-  const View &decay = a.log_decay, &indices = a.state_indices;
+  const View& decay = a.log_decay;
   LinearDecodeParams p{};
   p.map = check_linear_inputs(kOp, a.q, a.k, a.v, decay, a.feature_map, scale_of(a), a.normalize,
                               false);
@@ -39,12 +40,11 @@ Array linear_attention_decode(const LinearAttentionDecodeArgs& a) {
         kOp, "state", Rule("must have shape [slots, ", p.heads, ", ", rows, ", ", columns, "]"),
         a.state.sizes);
   check_state(kOp, "state", a.state, a.q);
-  p.slots = a.state.size(0);
-  p.indices = slots_of(kOp, indices, a.state, p.batch, "q", a.q);
+  p.requests = requests_of(kOp, a, p.batch, "q", a.q);
   check_written(kOp, a);
   if (!a.q.is_cuda) {
     if (decay) check_decay_values(kOp, decay);
-    if (indices) check_slot_values(kOp, indices, p.slots);
+    check_request_values(kOp, p.requests, p.batch, p.seqlen);
   }
   p.dtype = to_dtype(a.q.dtype);
   p.normalize = a.normalize;

@@ -1,6 +1,7 @@
 // Decode: the state of a head passes through the registers of one CTA once per token. Adjacent
 // lanes hold adjacent columns; warps, and the remaining lanes of a warp, hold different features.
 #pragma once
+#include "cuda/arch/opaque.cuh"
 #include "cuda/vector.cuh"
 #include "cuda/warp.cuh"
 #include "linear/decay.cuh"
@@ -49,13 +50,14 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const int columns = value_dim + p.normalize;
   const bool taylor = p.map == FeatureMap::taylor2;
   const int features = taylor ? 1 + dim + dim * (dim + 1) / 2 : dim;
-  const int64_t slot = p.indices ? p.indices[b] : b;
-  const bool skipped = slot < 0 || slot >= p.slots;
+  const int64_t slot = p.requests.slot(b), kept = p.requests.kept(b, p.seqlen);
+  const bool skipped = slot < 0;
   const int width = plan.lanes * kVector;  // columns per pass of the CTA
   const int lane = threadIdx.x % plan.lanes * kVector, row = threadIdx.x / plan.lanes;
   const int rows = kDecodeThreads / plan.lanes;
   float* const state =
       skipped ? nullptr : p.state.data + slot * p.state.sequence + h * p.state.head;
+  float* const draft = p.draft ? p.draft + head * features * columns : nullptr;
   const auto at = [](const Rows& x, int64_t batch, int64_t t, int64_t of_head) {
     return static_cast<T*>(x.data) + batch * x.batch + t * x.seq + of_head * x.head;
   };
@@ -94,6 +96,10 @@ __global__ void __launch_bounds__(kDecodeThreads)
         shared.decay[threadIdx.x] = exp2_exact(log2_decay(x[threadIdx.x], kMinTokenDecay));
     }
     __syncthreads();
+    const float* from = t <= kept ? state : draft;
+    float* to = t < kept ? state : draft;
+    opt_barrier(from);
+    opt_barrier(to);
 #pragma unroll 1
     for (int first = slice * width; first < columns; first += plan.slices * width) {
       const int column = first + lane;
@@ -109,7 +115,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
           for (int i = 0; i < kDecodeBatch; ++i)
             if (f0 + i * rows < features)
               s[i] = *reinterpret_cast<const Pack<float, kVector>*>(
-                  state + int64_t{f0 + i * rows} * columns + column);
+                  from + int64_t{f0 + i * rows} * columns + column);
 #pragma unroll
           for (int i = 0; i < kDecodeBatch; ++i) {
             const int f = f0 + i * rows;
@@ -122,7 +128,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
               s[i].x[e] = fmaf(decay, s[i].x[e], key * value[e]);
               sum[e] = fmaf(query, s[i].x[e], sum[e]);
             }
-            *reinterpret_cast<Pack<float, kVector>*>(state + int64_t{f} * columns + column) = s[i];
+            *reinterpret_cast<Pack<float, kVector>*>(to + int64_t{f} * columns + column) = s[i];
           }
         }
       }

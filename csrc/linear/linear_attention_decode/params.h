@@ -1,12 +1,12 @@
 #pragma once
 #include "cpu/isa.h"
 #include "linear/params.h"
+#include "linear/requests.h"
 
 namespace tokenmill {
 
 struct LinearDecodeParams {
   int64_t batch, heads, kv_heads, seqlen, head_dim, value_dim;
-  int64_t slots;
   DType dtype;
   FeatureMap map;
   bool normalize;
@@ -14,8 +14,12 @@ struct LinearDecodeParams {
   Rows q, k, v, out;
   LogDecay decay;
   States state;            // [slots, H, F, Dv(+ 1)], updated in place
-  const int32_t* indices;  // [B], a slot each; < 0 or >= slots: out is 0, no state changes. null: b
+  Requests requests;
+  float* draft;  // CUDA only, with requests.accepted: [B, H, F, Dv(+ 1)] after tokens not kept
 };
+
+// CUDA workspace; depends on shapes only.
+int64_t workspace_bytes(const LinearDecodeParams&);
 
 // null, or an error message
 const char* launch_cuda(const LinearDecodeParams&, void* stream);

@@ -68,6 +68,15 @@ def check_slot_values(op: str, state_indices: Tensor, slots: int) -> None:
     check(len(set(used)) == len(used), op, "state_indices", "must not repeat a slot", found)
 
 
+def check_request_values(op: str, a: Any, tokens: int) -> None:
+    """Checks the values of state_indices and accepted of a decode step."""
+    for n in [] if a.accepted is None else a.accepted.tolist():
+        if not 0 <= n <= tokens:
+            fail(op, "accepted", f"must be 0 to the number of tokens, {tokens}", n)
+    if a.state_indices is not None:
+        check_slot_values(op, a.state_indices, a.state.shape[0])
+
+
 def check_decay_values(op: str, log_decay: Tensor | None) -> None:
     """Checks log_decay values. NaN is allowed: it propagates."""
     if log_decay is None:

@@ -15,7 +15,7 @@ from .._other_names import answered_by
 from ..reference.linear import causal_conv1d_decode as reference
 from ..registry import OpSpec, Sharding, register_op
 from ._conv import flops, lower_activation
-from ._state import check_slot_values
+from ._state import check_request_values
 from .causal_conv1d import Activation
 
 OP = "causal_conv1d_decode"
@@ -38,6 +38,7 @@ def causal_conv1d_decode(
     *,
     activation: Activation | None = None,
     state_indices: Tensor | None = None,
+    accepted: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Decode step of :func:`causal_conv1d`, updating caches in slots in place.
@@ -58,6 +59,9 @@ def causal_conv1d_decode(
         activation: None or "silu".
         state_indices: int32 ``[B]``, the slot of each request; -1 skips a request (padding of a
             batch): its out is 0 and no state changes. No slot twice. None: slot b for request b.
+        accepted: int32 ``[B]``, 0 to T: the tokens of each request, from the first one on, that its
+            state keeps; out has all T. For speculative decoding: 0 verifies a draft, and a second
+            call with the tokens that were accepted brings the state up to date. None: T.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -66,7 +70,7 @@ def causal_conv1d_decode(
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is written. On a GPU a slot
-            out of range is skipped like -1, and a repeated slot is undefined.
+            out of range is skipped like -1, a repeated slot is undefined, and accepted is clamped.
 
     Complexity: 2 B T C W operations; reads and writes each state once, whatever T.
 
@@ -103,8 +107,7 @@ def lower(
 
 
 def _check_values(a: Any) -> None:
-    if a.state_indices is not None:
-        check_slot_values(OP, a.state_indices, a.state.shape[0])
+    check_request_values(OP, a, a.x.shape[1] if a.x.dim() == 3 else 1)
 
 
 def _fake(a: Any) -> Tensor:
@@ -133,7 +136,7 @@ SPEC = register_op(
                 "x": "b.c bc",
                 "state": "bc.",
                 "state@state_indices": ".c.",
-                "state_indices": "b",
+                "state_indices accepted": "b",
                 "weight": "c.",
                 "bias": "c",
             },

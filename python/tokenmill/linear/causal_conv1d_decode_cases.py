@@ -17,6 +17,7 @@ def _sample(
     w: int = 4,
     columns: int = 3,
     slots: tuple[int, ...] | None = None,
+    accepted: tuple[int, ...] | None = None,
     bias: bool = True,
     wide: bool = False,
     **options: Any,
@@ -29,6 +30,8 @@ def _sample(
         if slots is not None:
             kwargs["state_indices"] = torch.tensor(slots, dtype=torch.int32)
             count = 5
+        if accepted is not None:
+            kwargs["accepted"] = torch.tensor(accepted, dtype=torch.int32)
         filters = torch.promote_types(dtype, torch.float32) if wide else dtype
         lead = (b,) if t is None else (b, t)
         x = torch.randn(*lead, c, generator=g).to(dtype)
@@ -45,6 +48,8 @@ SAMPLES = (
     Sample("a column more", _sample(columns=4, activation="silu", bias=False)),
     Sample("several tokens", _sample(t=6, slots=(0, 3, 2))),
     Sample("a token of a sequence", _sample(t=1, columns=7, w=3, c=33)),
+    Sample("drafts", _sample(t=5, columns=4, slots=(0, 3, 2), accepted=(0, 2, 5))),
+    Sample("a draft", _sample(b=1, accepted=(0,), activation="silu")),
     Sample("one tap", _sample(w=1, columns=0, activation="silu")),
     Sample("eight taps", _sample(w=8, columns=8, t=3, wide=True, slots=(1, 0, 4))),
     Sample("wide", _sample(b=1, c=600, activation="silu")),

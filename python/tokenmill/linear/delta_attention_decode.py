@@ -14,7 +14,7 @@ from .._lowering import scale_or_default, take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.linear import delta_attention_decode as reference
 from ..registry import OpSpec, Sharding, register_op
-from ._state import check_decay_values, check_slot_values, with_channels_together
+from ._state import check_decay_values, check_request_values, with_channels_together
 from .delta_attention import flops
 
 OP = "delta_attention_decode"
@@ -38,6 +38,7 @@ def delta_attention_decode(
     scale: float | None = None,
     qk_l2norm: bool = False,
     state_indices: Tensor | None = None,
+    accepted: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Decode step of :func:`delta_attention`, updating states in slots in place.
@@ -59,6 +60,9 @@ def delta_attention_decode(
         qk_l2norm: divide q and k by :math:`\sqrt{|x|^2 + 10^{-6}}` first.
         state_indices: int32 ``[B]``, the slot of each request; -1 skips a request (padding of a
             batch): its out is 0 and no state changes. No slot twice. None: slot b for request b.
+        accepted: int32 ``[B]``, 0 to S: the tokens of each request, from the first one on, that its
+            state keeps; out has all S. For speculative decoding: 0 verifies a draft, and a second
+            call with the tokens that were accepted brings the state up to date. None: S.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -67,7 +71,7 @@ def delta_attention_decode(
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is written. On a GPU a slot
-            out of range is skipped like -1, and a repeated slot is undefined.
+            out of range is skipped like -1, a repeated slot is undefined, and accepted is clamped.
 
     Complexity: 6 B S Hv D Dv operations; reads and writes each state once, whatever S.
 
@@ -101,8 +105,7 @@ def lower(
 
 def _check_values(a: Any) -> None:
     check_decay_values(OP, a.log_decay)
-    if a.state_indices is not None:
-        check_slot_values(OP, a.state_indices, a.state.shape[0])
+    check_request_values(OP, a, a.v.shape[1])
 
 
 FORWARD = register(
@@ -127,7 +130,7 @@ SPEC = register_op(
                 "beta": "b.h",
                 "state": "bh..",
                 "state@state_indices": ".h..",
-                "state_indices": "b",
+                "state_indices accepted": "b",
                 "log_decay": "b.h. b.h",
             },
             ("b.h.",),

@@ -16,7 +16,7 @@ from ..reference.linear import linear_attention_decode as reference
 from ..registry import OpSpec, Sharding, register_op
 from ._state import (
     check_decay_values,
-    check_slot_values,
+    check_request_values,
     with_channels_together,
     with_heads_of_queries,
 )
@@ -42,6 +42,7 @@ def linear_attention_decode(
     feature_map: FeatureMap = "identity",
     normalize: bool = False,
     state_indices: Tensor | None = None,
+    accepted: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -63,6 +64,9 @@ def linear_attention_decode(
         feature_map, normalize: as in :func:`linear_attention`, the same as when the state was made.
         state_indices: int32 ``[B]``, the slot of each request; -1 skips a request (padding of a
             batch): its out is 0 and no state changes. No slot twice. None: slot b for request b.
+        accepted: int32 ``[B]``, 0 to S: the tokens of each request, from the first one on, that its
+            state keeps; out has all S. For speculative decoding: 0 verifies a draft, and a second
+            call with the tokens that were accepted brings the state up to date. None: S.
         scale: None = 1/sqrt(D), as in :func:`linear_attention`.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
@@ -72,7 +76,7 @@ def linear_attention_decode(
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is written. On a GPU a slot
-            out of range is skipped like -1, and a repeated slot is undefined.
+            out of range is skipped like -1, a repeated slot is undefined, and accepted is clamped.
 
     Complexity: 4 B S H F Dv operations; reads and writes each state once, whatever S.
 
@@ -105,8 +109,7 @@ def lower(q: Tensor, k: Tensor, v: Tensor, state: Tensor, **given: Any) -> tuple
 
 def _check_values(a: Any) -> None:
     check_decay_values(OP, a.log_decay)
-    if a.state_indices is not None:
-        check_slot_values(OP, a.state_indices, a.state.shape[0])
+    check_request_values(OP, a, a.v.shape[1])
 
 
 def _fake(a: Any) -> Tensor:
@@ -135,7 +138,7 @@ SPEC = register_op(
                 "q k v": "b.h.",
                 "state": "bh..",
                 "state@state_indices": ".h..",
-                "state_indices": "b",
+                "state_indices accepted": "b",
                 "log_decay": "b.h. b.h h",
             },
             ("b.h.",),

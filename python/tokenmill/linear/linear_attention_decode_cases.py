@@ -18,6 +18,7 @@ def _sample(
     d: int = 32,
     dv: int = 32,
     slots: tuple[int, ...] | None = None,
+    accepted: tuple[int, ...] | None = None,
     decay: str | None = "head",
     feature_map: str = "identity",
     normalize: bool = False,
@@ -36,6 +37,8 @@ def _sample(
         if slots is not None:
             kwargs["state_indices"] = torch.tensor(slots, dtype=torch.int32)
             count = 5
+        if accepted is not None:
+            kwargs["accepted"] = torch.tensor(accepted, dtype=torch.int32)
         state = draw_state((count, h, d, dv), feature_map, normalize, dtype, g)
         return (q, k, v, state), kwargs
 
@@ -50,6 +53,12 @@ SAMPLES = (
         _sample(s=5, hk=1, slots=(0, 3, 2), decay="token", feature_map="elu1", normalize=True),
     ),
     Sample("per channel", _sample(s=3, d=20, dv=9, slots=(3, -1, 1), decay="channel")),
+    Sample("drafts", _sample(s=4, slots=(4, 0, 3), accepted=(0, 2, 4), decay="token")),
+    Sample("a draft", _sample(b=1, d=24, dv=9, accepted=(0,), decay="channel")),
+    Sample(
+        "drafts, normalized",
+        _sample(b=2, s=3, d=9, accepted=(1, 0), feature_map="taylor2", normalize=True),
+    ),
     Sample("silu", _sample(s=2, d=20, dv=9, feature_map="silu", decay="token")),
     Sample("relu", _sample(b=1, h=3, hk=1, d=7, dv=5, feature_map="relu")),
     Sample("taylor2", _sample(d=16, dv=20, slots=(2, 1, 0), feature_map="taylor2")),

@@ -145,18 +145,25 @@ class RecurrentMixer(nn.Module):
         state.conv[rows], state.recurrent[rows] = conv.to(state.conv.dtype), recurrent
         return self._output(out, mixed, rest)
 
-    def decode(self, x: Tensor, state: RecurrentState, slots: Tensor | None = None) -> Tensor:
+    def decode(
+        self,
+        x: Tensor,
+        state: RecurrentState,
+        slots: Tensor | None = None,
+        accepted: Tensor | None = None,
+    ) -> Tensor:
         """Like prefill, for few tokens, usually one; reads and writes each state once. A slot of -1
-        skips its sequence, whose result is 0.
+        skips its sequence, whose result is 0. accepted, int32 ``[B]``: the state keeps as many of
+        the first tokens of each sequence, as in :func:`tokenmill.delta_attention_decode`.
         """
         self._check_state(x, state, slots)
+        kept: dict[str, Any] = {
+            "state_indices": slots, "accepted": accepted, "backend": self.backend,
+        }  # fmt: skip
         mixed, rest = self._project(x)
-        mixed = causal_conv1d_decode(
-            mixed, state.conv, *self._taps(), activation="silu", state_indices=slots,
-            backend=self.backend,
-        )  # fmt: skip
+        mixed = causal_conv1d_decode(mixed, state.conv, *self._taps(), activation="silu", **kept)
         _, step, arguments = self._recurrence(mixed, rest)
-        out = step(**arguments, state=state.recurrent, state_indices=slots, backend=self.backend)
+        out = step(**arguments, state=state.recurrent, **kept)
         y = self._output(out, mixed, rest)
         return y if slots is None else y.masked_fill((slots < 0)[:, None, None], 0)
 

@@ -57,4 +57,13 @@ CALLS = (
     refused_values(
         "state_indices: must not repeat a slot; got [1, 0, 1]", state_indices=ints(1, 0, 1)
     ),
+    refused("accepted: must be int32; got int64", accepted=ints(0, 1, 0, dtype=torch.int64)),
+    refused("accepted: must have shape [3]; got [2]", accepted=ints(0, 1)),
+    *(
+        refused_values(
+            f"accepted: must be 0 to the number of tokens, 1; got {count}",
+            accepted=ints(0, count, 1),
+        )
+        for count in (2, -1)
+    ),
 )

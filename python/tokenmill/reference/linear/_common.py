@@ -42,6 +42,28 @@ def recurrence(
     return torch.cat(sums, 1), state
 
 
+def requests_of(a: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Which requests of a decode step have a slot [B], and the slot of each [B]; x: an input."""
+    slots = a.state_indices
+    if slots is None:
+        slots = torch.arange(len(x), device=x.device)
+    return slots >= 0, slots.long()
+
+
+def keep_states(a: Any, active: Tensor, slots: Tensor, step: Callable[..., Any]) -> Tensor:
+    """The outputs of step(requests, tokens) -> (outputs, states) with all tokens. a.state gets the
+    states after the tokens that each request keeps.
+    """
+    y, after = step(active, None)
+    if a.accepted is None:
+        a.state[slots[active]] = after
+        return y
+    for count in a.accepted[active].unique().tolist():
+        kept = active & (a.accepted == count)
+        a.state[slots[kept]] = step(kept, count)[1]
+    return y
+
+
 def by_sequence(one: Callable[..., tuple[Tensor, Tensor]], a: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs of the operator from one(q, k, v, log_decay, state) -> (y, state) over a batch of
     sequences of equal length."""

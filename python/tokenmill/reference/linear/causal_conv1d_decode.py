@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._common import requests_of
 from .causal_conv1d import convolve
 
 
@@ -15,11 +16,8 @@ def causal_conv1d_decode(a: Any) -> tuple[Tensor]:
     place.
     """
     x = a.x if a.x.dim() == 3 else a.x[:, None]
-    slots = a.state_indices
-    if slots is None:
-        slots = torch.arange(x.shape[0], device=x.device)
-    active = slots >= 0
-    own = slots[active].long()
+    active, slots = requests_of(a, x)
+    own = slots[active]
     columns, width = a.state.shape[-1], a.weight.shape[1]
     inputs = torch.cat([a.state[own], x[active].transpose(1, 2)], -1)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -27,5 +25,7 @@ def causal_conv1d_decode(a: Any) -> tuple[Tensor]:
     seen = inputs[..., columns - (width - 1) :].to(dtype)
     out = x.new_zeros(x.shape)
     out[active] = convolve(seen, a.weight.to(dtype), bias, a.activation).transpose(1, 2).to(x.dtype)
-    a.state[own] = inputs[..., inputs.shape[-1] - columns :]
+    kept = torch.full_like(slots, x.shape[1]) if a.accepted is None else a.accepted.long()
+    newest = kept[active, None] + torch.arange(columns, device=x.device)
+    a.state[own] = inputs.gather(-1, newest[:, None].expand(-1, x.shape[2], -1))
     return (out.view(a.x.shape),)

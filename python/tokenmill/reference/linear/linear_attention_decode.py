@@ -7,26 +7,26 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ._common import divide, features_of, recurrence, values_of
+from ._common import divide, features_of, keep_states, recurrence, requests_of, values_of
 
 
 def linear_attention_decode(a: Any) -> tuple[Tensor]:
     """q [B, S, H, D], k [B, S, Hk, D], v [B, S, Hk, Dv]: out [B, S, H, Dv]. state [slots, H, F, Dv
     (+ 1)] is updated in place.
     """
-    q, log_decay, state_indices = a.q, a.log_decay, a.state_indices
-    if state_indices is None:
-        state_indices = torch.arange(q.shape[0], device=q.device)
-    active = state_indices >= 0
-    slots = state_indices[active].long()
-    decay = log_decay[active] if log_decay is not None and log_decay.dim() > 1 else log_decay
-    features = features_of(q[active], a.k[active], a.feature_map, a.scale)
-    values = values_of(a.v[active], q, a.normalize)
-    y, after = recurrence(*features, values, decay, a.state[slots])
-    out = q.new_zeros(*q.shape[:-1], a.v.shape[-1])
-    out[active] = divide(y, a.normalize)[0].to(q.dtype)
-    a.state[slots] = after
+    active, slots = requests_of(a, a.q)
+
+    def step(requests: Tensor, tokens: int | None) -> tuple[Tensor, Tensor]:
+        q, k, v = (t[requests][:, :tokens] for t in (a.q, a.k, a.v))
+        decay = a.log_decay
+        if decay is not None and decay.dim() > 1:
+            decay = decay[requests][:, :tokens]
+        features = features_of(q, k, a.feature_map, a.scale)
+        values = values_of(v, q, a.normalize)
+        return recurrence(*features, values, decay, a.state[slots[requests]])
+
+    out = a.q.new_zeros(*a.q.shape[:-1], a.v.shape[-1])
+    out[active] = divide(keep_states(a, active, slots, step), a.normalize)[0].to(a.q.dtype)
     return (out,)
