@@ -96,14 +96,19 @@ def _language_model() -> Any:
 
 
 class _Prompt(nn.Module):
-    """Ids to the logits of the last token."""
+    """Ids to the logits of the last token. masked: with a mask, so that transformers does not look
+    for packed sequences by torch.diff, which OpenVINO cannot convert.
+    """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, masked: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.masked = model, masked
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        found: Tensor = self.model(input_ids, use_cache=False, logits_to_keep=1).logits
+        mask = torch.ones_like(input_ids) if self.masked else None
+        found: Tensor = self.model(
+            input_ids, attention_mask=mask, use_cache=False, logits_to_keep=1
+        ).logits
         return found
 
 
@@ -118,7 +123,7 @@ def _prefill() -> Case:
         return run_of(_with_ours(model)), {
             "SDPA": lambda: run_of(model),
             "ours, linear layers of torch": lambda: run_of(_with_ours(model, linear=False)),
-            "OpenVINO": lambda: engines.openvino_model(_Prompt(model), given),
+            "OpenVINO": lambda: engines.openvino_model(_Prompt(model, masked=True), given),
         }
 
     return _llama_case(f"prompt of {PROMPT} tokens", PROMPT, PROMPT * (PROMPT + 1) // 2, prepare)
