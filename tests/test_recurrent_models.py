@@ -143,6 +143,28 @@ def test_half_precision_models():
     assert torch.isfinite(patched.generate(ids[:, :5], max_new_tokens=3, do_sample=False)).all()
 
 
+@each_model
+@torch.no_grad()
+def test_gated_norms_have_their_bits_by_blocks(name, monkeypatch):
+    """Blocks of two or three rows, the last one cut."""
+    model, patched = make(name)
+    own, ours = (
+        next(m for m in each.modules() if "NormGated" in type(m).__name__)
+        for each in (model, patched)
+    )
+    assert "forward" in vars(ours)
+    width = len(own.weight)
+    monkeypatch.setattr("tokenmill.nn._blocks.ELEMENTS", 3 * width // torch.get_num_threads())
+    for dtype in (torch.float32, torch.bfloat16):
+        x, gate = torch.randn(2, 5, 7, 2 * width).to(dtype).chunk(2, -1)
+        assert torch.equal(ours.to(dtype)(x, gate), own.to(dtype)(x, gate))
+        flat = x.flatten(0, -2), gate.flatten(0, -2)
+        assert torch.equal(ours(*flat), own(*flat))
+        assert torch.equal(ours(x[:0], gate[:0]), own(x[:0], gate[:0]))
+    with torch.enable_grad():
+        assert ours(x, gate).requires_grad
+
+
 def test_other_models_keep_their_own_layers():
     model, patched = make("Qwen3Next")
     assert "forward" not in vars(model.model.layers[0].linear_attn)
@@ -151,6 +173,7 @@ def test_other_models_keep_their_own_layers():
     again = copy.deepcopy(patched)
     unpatch(patched)
     assert "forward" not in vars(patched.model.layers[0].linear_attn)
+    assert "forward" not in vars(patched.model.layers[0].linear_attn.norm)
     own = vars(again.model.layers[0].linear_attn)["forward"]
     assert own.__self__ is again.model.layers[0].linear_attn
     unpatch(again)

@@ -9,7 +9,12 @@ import transformers
 from torch import nn
 
 from .._check import check, check_version
-from .._transformers.recurrences import own_forward, replace_functions
+from .._transformers.recurrences import (
+    gated_norms,
+    normalize_by_blocks,
+    own_forward,
+    replace_functions,
+)
 from ._reduction import KEEP, Reduction, check_own_forward, uninstall
 from ._vision import NAME, reduce_tokens
 
@@ -104,9 +109,12 @@ def _patch_recurrences(
 ) -> tuple[str, ...]:
     check(KEEP not in vars(model), NAME, "model", "must not be patched yet", type(model).__name__)
     check_own_forward(NAME, list(layers.values()))
+    norms = [norm for layer in layers.values() for norm in gated_norms(layer)]
     for layer in layers.values():
         replace_functions(layer, backend)
-    vars(model)[KEEP] = (None, list(layers.values()))
+    for norm in norms:
+        normalize_by_blocks(norm)
+    vars(model)[KEEP] = (None, [*layers.values(), *norms])
     return tuple(layers)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._check import as_int, as_number, check, check_device_of, check_tensor, fail, reads_values
 from ..linear import causal_conv1d, causal_conv1d_decode
+from ._blocks import by_blocks
 from .rules import check_input
 
 STATE = "nn.RecurrentState"
@@ -68,6 +69,9 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return by_blocks(self._normalize, x, gate)
+
+    def _normalize(self, x: Tensor, gate: Tensor) -> Tensor:
         gate = F.silu(gate.float()) if self.gate == "silu" else gate.float().sigmoid()
         x = x.float() * gate if self.gate_first else x.float()
         grouped = x.unflatten(-1, (self.groups, -1))
