@@ -190,7 +190,7 @@ def _rebound(forward: FunctionType, backend: str | None, in_place: bool) -> Func
 
 
 def gated_norms(layer: nn.Module) -> list[nn.Module]:
-    """The norms within a layer that take a gate, each row of its own, as their classes have them."""
+    """The norms with a gate within a layer that run the forward of their class, row by row."""
     return [
         m for m in layer.modules()
         if type(m).__name__.endswith("RMSNormGated") and "forward" not in vars(m)
