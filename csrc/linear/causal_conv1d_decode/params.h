@@ -11,7 +11,7 @@ struct ConvDecodeParams {
   DType dtype;
   ConvFilter filter;
   ConvRows x, out;
-  ConvStates state;        // [slots, C, columns], updated in place
+  ConvStates state;  // [slots, C, columns], updated in place
   Requests requests;
 };
 

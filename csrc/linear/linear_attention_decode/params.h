@@ -13,7 +13,7 @@ struct LinearDecodeParams {
   float scale;
   Rows q, k, v, out;
   LogDecay decay;
-  States state;            // [slots, H, F, Dv(+ 1)], updated in place
+  States state;  // [slots, H, F, Dv(+ 1)], updated in place
   Requests requests;
   float* draft;  // CUDA only, with requests.accepted: [B, H, F, Dv(+ 1)] after tokens not kept
 };

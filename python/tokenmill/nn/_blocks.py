@@ -15,17 +15,12 @@ def by_blocks(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
     blocks: a chain of operations in PyTorch would write and read each temporary through memory.
     With gradients, and in compiled calls, all at once.
     """
+    # A comparison of sizes in a compiled call would bind its graph to one length.
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu":
+        return function(x, y)
     width = x.shape[-1]
     rows = ELEMENTS * torch.get_num_threads() // max(width, 1)
-    whole = (
-        x.device.type != "cpu"
-        or x.shape != y.shape
-        or x.numel() <= rows * width
-        or rows == 0
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-    )
-    if whole:
+    if x.shape != y.shape or rows == 0 or x.numel() <= rows * width:
         return function(x, y)
     parts = zip(*(t.reshape(-1, width).split(rows) for t in (x, y)), strict=True)
     return torch.cat([function(*part) for part in parts]).view(x.shape)
