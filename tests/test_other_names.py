@@ -69,6 +69,7 @@ THEIRS = [
     (tm.attention, "p", "there is no dropout of attention weights here"),
     (tm.sigmoid_attention, "is_causal", "is called causal here"),
     (tm.linear_attention, "g", "is called log_decay here"),
+    (tm.linear_attention, "u", "is called bonus here"),
     (tm.linear_attention, "gk", "is called log_decay here, with one number for each channel"),
     (tm.linear_attention, "output_final_state", "is called return_final_state here"),
     (tm.linear_attention, "head_first", "there is one layout"),

@@ -275,7 +275,8 @@ def synchronising_checks() -> bool:
 def reads_values(t: torch.Tensor) -> bool:
     """Whether a function composed of operators may read the values of t."""
     here = t.device.type == "cpu" or synchronising_checks()
-    return here and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return here and not traced and not isinstance(t, FakeTensor)
 
 
 def needs(library: str, missing: ModuleNotFoundError) -> ModuleNotFoundError:

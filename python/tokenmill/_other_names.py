@@ -65,6 +65,7 @@ RENAMED: dict[str, tuple[tuple[str, ...], str]] = {
     "top_k": (("topk", "k"), ""),
     # flash-linear-attention
     "g": (("log_decay",), ""),
+    "u": (("bonus",), ""),
     "gk": (("log_decay",), ", with one number for each channel"),
     "g_gamma": (("log_decay",), ", with one number for each head"),
     "output_final_state": (("return_final_state",), ""),

@@ -1,5 +1,5 @@
-"""linear_attention and linear_attention_decode with a decay per channel: what fla computes, the
-recurrence of RWKV-6 as a recipe, heads, and gates without measure."""
+"""linear_attention and linear_attention_decode with a decay per channel: what fla computes,
+heads, and gates without measure."""
 
 from __future__ import annotations
 
@@ -41,19 +41,6 @@ def naive_recurrent_gla(q, k, v, gk, initial_state=None):
     return torch.stack(outs, 2).transpose(1, 2), state
 
 
-def naive_recurrent_rwkv6(r, k, v, w, u, initial_state):
-    """naive_recurrent_rwkv6 of fla/ops/rwkv6/recurrent_naive.py, in float64: a token is read before
-    the state decays and takes it, with weight u on the token itself."""
-    r, k, v, w = (t.double().transpose(1, 2) for t in (r, k, v, w))
-    state, outs = initial_state.double(), []
-    for t in range(r.shape[2]):
-        pair = k[:, :, t, :, None] * v[:, :, t, None]
-        read = state + u.double()[None, :, :, None] * pair
-        outs.append((r[:, :, t, :, None] * r.shape[-1] ** -0.5 * read).sum(-2))
-        state = state * w[:, :, t, :, None].exp() + pair
-    return torch.stack(outs, 2).transpose(1, 2), state
-
-
 @each_backend
 def test_the_recurrence_of_gla(backend):
     q, k, v, gates = draw(backend, batch=2)
@@ -87,30 +74,6 @@ def test_gradients_of_the_recurrence_of_gla(backend):
         found.append(torch.autograd.grad(results, leaves, weights))
     for exact, ours in zip(*found, strict=True):
         close(ours, exact)
-
-
-@each_kernel
-def test_rwkv6_reads_before_the_update(backend):
-    """RWKV-6 is linear_attention with keys one token later, and a product of each token."""
-    r, k, v, w = draw(backend, length=33, dv=16)
-    u = torch.randn(2, 16).to(r.device)
-    before = torch.randn(1, 2, 16, 16).to(r.device)
-    want, after = naive_recurrent_rwkv6(r, k, v, w, u, before)
-
-    # Query t meets the state after key t - 1.
-    nothing = torch.zeros_like(r[:, :1])
-    out, state = tm.linear_attention(
-        torch.cat([r, nothing], 1),
-        torch.cat([nothing, k], 1),
-        torch.cat([torch.zeros_like(v[:, :1]), v], 1),
-        log_decay=torch.cat([nothing, w], 1),
-        initial_state=before,
-        return_final_state=True,
-        backend=backend,
-    )
-    own = (r * u * k).sum(-1, keepdim=True) * r.shape[-1] ** -0.5
-    close(out[:, :-1] + own * v, want)
-    close(state, after)
 
 
 @each_backend

@@ -25,6 +25,7 @@ from .._lowering import scale_or_default, take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.linear import linear_attention as reference
 from ..registry import OpSpec, Sharding, register_op
+from ._bonus import check_bonus, move_keys, with_own_tokens
 from ._state import (
     check_decay_values,
     cotangents,
@@ -57,12 +58,20 @@ class LinearOptions(LightningOptions, total=False):
     """
 
     log_decay: Tensor | None
+    bonus: Tensor | None
     scale: float | None
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | tuple[Tensor, ...]:
     out, backend = take_options(linear_attention, given)
+    bonus = given.get("bonus")
+    if bonus is not None and out is not None:
+        fail(OP, "out", "must be None with a bonus", out)
     results = call(SPEC, (q, k, v), given, backend, out)
+    if bonus is not None:
+        scale = scale_or_default(OP, given.get("scale"), q)
+        seen = with_own_tokens(results[0], q, k, v, bonus, scale, given.get("cu_seqlens"))
+        results = (seen, *results[1:])
     return results[:2] if given.get("return_final_state") else results[0]
 
 
@@ -95,6 +104,7 @@ def linear_attention(
     v: Tensor,
     *,
     log_decay: Tensor | None = None,
+    bonus: Tensor | None = None,
     feature_map: FeatureMap = "identity",
     scale: float | None = None,
     normalize: bool = False,
@@ -129,6 +139,11 @@ def linear_attention(
             ``[B, S, H, D]`` (packed ``[T, H, D]``) for one per row of the state, with which
             feature_map is "identity", normalize False, and k and v are repeated if they have fewer
             heads than q; in float32. None: no decay.
+        bonus: ``[H, D]``, of any floating-point dtype: a token reads the state before its own
+            update, and itself with its key times bonus,
+            :math:`out_t = scale\; q_t (S_{t-1} + \mathrm{diag}(bonus)\, k_t^T v_t)` (RWKV-6, with
+            log_decay per channel). Keys, values and decays are copied a token later for it;
+            feature_map is "identity", normalize False and out None. None: as above.
         feature_map: :math:`\phi`: "identity", "elu1" (elu(x) + 1), "relu", "silu"; or "taylor2",
             weights :math:`1 + u + u^2/2` with :math:`u = scale\; q_t \cdot k_s`, for D up to 32.
         scale: None = 1/sqrt(D). With "taylor2" it is the scale inside u.
@@ -151,7 +166,7 @@ def linear_attention(
     Returns:
         out ``[B, S, H, Dv]`` (packed ``[T, H, Dv]``) in the dtype of q; with return_final_state
         also the state, float32. An empty sequence leaves its state unchanged. Gradients: q, k, v,
-        log_decay, initial_state, through out and state.
+        log_decay, bonus, initial_state, through out and state.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
@@ -161,8 +176,9 @@ def linear_attention(
 
     Paper: Transformers are RNNs (Katharopoulos et al. 2020); decay per head: Lightning Attention-2
     (Qin et al. 2024); gates: Mamba-2 (Dao and Gu 2024), section 6, and per channel
-    Gated Linear Attention Transformers (Yang et al. 2024), equation 3; "taylor2": Simple linear
-    attention language models balance the recall-throughput tradeoff (Arora et al. 2024).
+    Gated Linear Attention Transformers (Yang et al. 2024), equation 3; bonus: Eagle and Finch
+    (Peng et al. 2024), section 4; "taylor2": Simple linear attention language models balance the
+    recall-throughput tradeoff (Arora et al. 2024).
 
     Example:
         >>> import torch, tokenmill as tm
@@ -270,12 +286,16 @@ def decay_of_slopes(op: str, q: Tensor, slopes: Tensor) -> Tensor:
 
 
 def lower(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Any, ...]:
+    bonus = given.pop("bonus", None)
     a = FORWARD.fields(q=q, k=k, v=v, **given)
     a["scale"] = scale_or_default(OP, a["scale"], q)
     widen_fields(a, q, "log_decay")
     a["log_decay"] = with_channels_together(a["log_decay"], q.dim())
     with_heads_of_queries(a)
     a["initial_state"] = with_rows_together(a["initial_state"])
+    if bonus is not None:
+        check_bonus(FORWARD, a, bonus)
+        move_keys(a)
     return tuple(a.values())
 
 
@@ -366,7 +386,7 @@ SPEC = register_op(
     OpSpec(
         function=linear_attention,
         lower=lower,
-        sugar=frozenset({"log_decay", "initial_state"}),
+        sugar=frozenset({"log_decay", "bonus", "initial_state"}),
         reference=reference.linear_attention,
         plain=functools.partial(reference.linear_attention_quadratic, upcast=False),
         forward=FORWARD,

@@ -14,6 +14,7 @@ from .._lowering import scale_or_default, take_options, widen_fields
 from .._other_names import answered_by
 from ..reference.linear import linear_attention_decode as reference
 from ..registry import OpSpec, Sharding, register_op
+from ._bonus import check_bonus, move_keys, with_own_tokens
 from ._state import (
     check_decay_values,
     check_request_values,
@@ -27,8 +28,15 @@ OP = "linear_attention_decode"
 
 def _run(q: Tensor, k: Tensor, v: Tensor, state: Tensor, **given: Any) -> Tensor:
     _, backend = take_options(linear_attention_decode, given)
+    bonus, indices = given.get("bonus"), given.get("state_indices")
     out: Tensor = call(SPEC, (q, k, v, state), given, backend)[0]
-    return out
+    if bonus is None:
+        return out
+    seen = with_own_tokens(out, q, k, v, bonus, scale_or_default(OP, given.get("scale"), q))
+    if indices is None:
+        return seen
+    skipped = (indices < 0) | (indices >= state.shape[0])
+    return seen.masked_fill(skipped[:, None, None, None], 0)
 
 
 @answered_by(_run)
@@ -39,6 +47,7 @@ def linear_attention_decode(
     state: Tensor,
     *,
     log_decay: Tensor | None = None,
+    bonus: Tensor | None = None,
     feature_map: FeatureMap = "identity",
     normalize: bool = False,
     state_indices: Tensor | None = None,
@@ -61,6 +70,7 @@ def linear_attention_decode(
             is contiguous; no two elements overlap, and none is shared with another argument.
         log_decay: ``[H]``, ``[B, S, H]`` or ``[B, S, H, D]``, at most 0, as in
             :func:`linear_attention`.
+        bonus: ``[H, D]``, as in :func:`linear_attention`.
         feature_map, normalize: as in :func:`linear_attention`, the same as when the state was made.
         state_indices: int32 ``[B]``, the slot of each request; -1 skips a request (padding of a
             batch): its out is 0 and no state changes. No slot twice. None: slot b for request b.
@@ -99,11 +109,15 @@ def linear_attention_decode(
 
 
 def lower(q: Tensor, k: Tensor, v: Tensor, state: Tensor, **given: Any) -> tuple[Any, ...]:
+    bonus = given.pop("bonus", None)
     a = FORWARD.fields(q=q, k=k, v=v, state=state, **given)
     a["scale"] = scale_or_default(OP, a["scale"], q)
     widen_fields(a, q, "log_decay")
     a["log_decay"] = with_channels_together(a["log_decay"], q.dim())
     with_heads_of_queries(a)
+    if bonus is not None:
+        check_bonus(FORWARD, a, bonus)
+        move_keys(a)
     return tuple(a.values())
 
 
@@ -129,7 +143,7 @@ SPEC = register_op(
     OpSpec(
         function=linear_attention_decode,
         lower=lower,
-        sugar=frozenset({"log_decay"}),
+        sugar=frozenset({"log_decay", "bonus"}),
         reference=reference.linear_attention_decode,
         forward=FORWARD,
         copied=("q", "k", "v"),

@@ -109,7 +109,7 @@ def indexer_kl_loss(
     _check_rows(q, k, weights)
     _check_lists(q, indices, counts, target)
     target = target.detach()
-    if reads_values(q) and not torch._C._are_functorch_transforms_active():
+    if reads_values(q):
         _check_values(k, indices, counts, target)
     apply = _Rows.apply
     if torch.compiler.is_compiling() and not any(t.requires_grad for t in (q, k, weights)):
