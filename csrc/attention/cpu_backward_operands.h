@@ -5,7 +5,11 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-constexpr int64_t kKeyTile = 96;      // a multiple of kTileRows
+// Keys of a register tile of S^T; in tiles the keys of a reduction, so that a load serves two
+// products.
+template <class Op>
+constexpr int kKeyRows = kInTiles<Op> ? Op::kPair * Op::kWords : kTileRows;
+constexpr int64_t kKeyTile = 96;      // a multiple of kKeyRows
 constexpr int64_t kQueryBlock = 128;  // a multiple of kPanel and of kQueryRows
 constexpr int64_t kQueryRows = 4;     // rows of the register tile of dQ
 constexpr int64_t kSplits = 8;
@@ -137,18 +141,24 @@ template <class Op>
 struct KeyOperands : RowSizes<Op> {
   using RowSizes<Op>::lda_d, RowSizes<Op>::lda_v, RowSizes<Op>::width_d;
 
+  static constexpr int64_t kLdk = kKeyTile / 2 + 16;  // rows start in different cache sets
+
   const AttentionParams& p;
   float *kr, *vr;  // k and v as A operands
-  float* kb;       // k as B operand
+  float* kb;       // k as B operand of dQ
+  float* kt;       // in tiles: k transposed, as A operand of dQ^T, [width_d][kLdk]
 
   explicit KeyOperands(const AttentionParams& p) : RowSizes<Op>(p), p(p) {}
 
-  int64_t size(int64_t keys) const { return keys * (lda_d + lda_v + width_d) + 3 * 16; }
+  int64_t size(int64_t keys) const {
+    return keys * (lda_d + lda_v + width_d) + (kInTiles<Op> ? width_d * kLdk : 0) + 4 * 16;
+  }
   void place(cpu::Workspace& workspace, int64_t keys) {
     kr = workspace.take(keys * lda_d);
     vr = workspace.take(keys * lda_v);
     // same layout for float32
     kb = Op::kPair == 1 ? kr : workspace.take(keys / Op::kPair * width_d);
+    kt = kInTiles<Op> ? workspace.take(width_d * kLdk) : nullptr;
   }
 
   // Packs keys begin .. begin + count - 1 of KV head h.
@@ -158,10 +168,14 @@ struct KeyOperands : RowSizes<Op> {
   }
   template <class Source>
   void pack(int64_t count, const Source& k, const Source& v) {
-    const int64_t padded = round_up(count, kTileRows);
+    const int64_t padded = round_up(count, kKeyRows<Op>);
     pack_rows<Op>(k, p.dtype, count, padded, p.head_dim, 1.f, kr, lda_d);
     pack_rows<Op>(v, p.dtype, count, padded, p.value_dim, 1.f, vr, lda_v);
     if constexpr (Op::kPair != 1) pack_reduced_rows<Op>(k, p.dtype, count, p.head_dim, kb, width_d);
+    if constexpr (kInTiles<Op>)
+      for (int64_t w = 0; w < words_of<Op>(count); w += kWidth)
+        for (int64_t d = 0; d < width_d; d += kWidth)
+          transpose_words(kb + w * width_d + d, width_d, kt + d * kLdk + w, kLdk);
   }
 };
 
@@ -181,6 +195,28 @@ TM_INLINE void multiply_scores(vf (&z)[kTileRows][N], float (&dp)[kTileRows][kPa
   multiply<Op, false>(z, keys.kr + r * keys.lda_d, keys.lda_d, queries.qt + i * queries.words_d,
                       kPanel, queries.words_d);
 }
+
+#if defined(__AMX_BF16__)
+// The same in tiles for kKeyRows keys and kPanel queries.
+template <int kRows>
+void multiply_scores(float (&z)[kRows][kPanel], float (&dp)[kRows][kPanel],
+                     const KeyOperands<BFloat16Tiles>& keys, int64_t r,
+                     const QueryOperands<BFloat16Tiles>& queries, int64_t i) {
+  constexpr int kColumns = 4 / (kRows / kTile);
+  for (int64_t c = 0; c < kPanel; c += kColumns * kTile) {
+    clear_tiles<kRows / kTile, kColumns>();
+    add_to_tiles<kRows / kTile, kColumns>(keys.vr + r * keys.lda_v, keys.lda_v,
+                                          queries.gt + i * queries.words_v + c, kPanel, 0,
+                                          queries.words_v);
+    store_tiles<kRows / kTile, kColumns>(dp[0] + c, kPanel);
+    clear_tiles<kRows / kTile, kColumns>();
+    add_to_tiles<kRows / kTile, kColumns>(keys.kr + r * keys.lda_d, keys.lda_d,
+                                          queries.qt + i * queries.words_d + c, kPanel, 0,
+                                          queries.words_d);
+    store_tiles<kRows / kTile, kColumns>(z[0] + c, kPanel);
+  }
+}
+#endif
 
 // P^T and dS^T of a key tile (rows) and a block of queries, as operands of dV, dK and dQ.
 template <class Op, int64_t kQueries>
@@ -218,13 +254,13 @@ struct ScoreOperands {
 #endif
     }
   }
-  // Stores dS^T of keys r .. r + kTileRows - 1 as pairs of keys, where words are pairs.
-  template <int N>
-  TM_INLINE void store_pairs(int64_t r, int64_t c, const vf (&dz)[kTileRows][N]) const {
+  // Stores dS^T of keys r .. r + M - 1 as pairs of keys, where words are pairs.
+  template <int M, int N>
+  TM_INLINE void store_pairs(int64_t r, int64_t c, const vf (&dz)[M][N]) const {
 #if defined(__AVX512BF16__)
     if constexpr (Op::kPair == 2) {
       TM_UNROLL(4)
-      for (int m = 0; m < kTileRows; m += 2) {
+      for (int m = 0; m < M; m += 2) {
         TM_UNROLL(4)
         for (int n = 0; n < N; ++n)
           store(sp + (r + m) / 2 * kLdsp + c + n * kWidth, pair_bfloat(dz[m][n], dz[m + 1][n]));

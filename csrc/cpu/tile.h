@@ -347,6 +347,16 @@ inline void pack_reduced_rows(const void* src, DType t, int64_t stride, int64_t 
   pack_reduced_rows<Op>(EvenRows{src, stride}, t, rows, length, dst, ld);
 }
 
+// Transposes kWidth rows of kWidth words.
+TM_INLINE void transpose_words(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+  vf block[kWidth];
+  TM_UNROLL(16)
+  for (int i = 0; i < kWidth; ++i) block[i] = load(from + i * ld_from);
+  transpose(block);
+  TM_UNROLL(16)
+  for (int i = 0; i < kWidth; ++i) store(to + i * ld_to, block[i]);
+}
+
 // Stores a row of floats, times factor, as elements.
 TM_INLINE void store_row(const float* src, float factor, void* dst, DType t, int64_t length) {
   visit_elements(t, [&](auto e) TM_LAMBDA {
@@ -380,6 +390,17 @@ constexpr auto* rows_product([[maybe_unused]] bool finite) {
   else
 #endif
     return &multiply_rows<Op, false, M, false, true>;
+}
+
+// The same without rows to hide.
+template <class Op, int M>
+constexpr auto* sum_product() {
+#if defined(__AMX_BF16__)
+  if constexpr (kInTiles<Op>)
+    return &multiply_rows_in_tiles<false, M / kTile>;
+  else
+#endif
+    return &multiply_rows<Op, false, M, false>;
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

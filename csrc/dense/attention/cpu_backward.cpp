@@ -5,7 +5,7 @@
 //   sigmoid: dS = P (1 - P) dP;   softmax: dS = P (dP - delta), delta = rowsum(dO O) - dlse
 //   with ALiBi decay F: dS = P (F dP - delta), with P F in place of P in dV
 //   others: P = n f(z), dS = f'(z) (n dP - delta), n the factor of the row, delta by its sum
-//   dV += P^T dO,  dK += dS^T Q,  dQ += dS K
+//   dV += P^T dO,  dK += dS^T Q,  dQ += dS K, in tiles dQ^T += K^T dS^T
 //
 // For softmax a row of dS adds up to dlse + P_sink delta. The gradient of score_bias is computed
 // from that: the sum itself cancels, down to the errors of P and dP.
@@ -27,7 +27,7 @@ constexpr int64_t kPartFloats = int64_t{1} << 22;
 
 // Partial result of one part of one head.
 struct Partials {
-  float* dq;  // [Sq padded][width_d]
+  float* dq;  // [Sq padded][width_d], in tiles [Sq padded / kQueryBlock][width_d][kQueryBlock]
   HeadSums sums;
 };
 
@@ -51,6 +51,7 @@ class Worker {
     dq_total = workspace.take(padded_q * width_d);
     dk = workspace.take(max_keys * width_d);
     dv = workspace.take(max_keys * width_v);
+    if (kInTiles<Op>) query_rows = workspace.take(kRowsAtOnce * width_d);
     scores.place(workspace, kKeyTile);
     mask.place(workspace, padded_q);
   }
@@ -108,10 +109,12 @@ class Worker {
 
  private:
   using Scores = ScoreOperands<Op, kQueryBlock>;
+  static constexpr int kRows = kKeyRows<Op>;
 
   int64_t floats_needed() const {
     return queries.size(padded_q) + tile.size(kKeyTile) + 2 * padded_q * width_d +
-           max_keys * (width_d + width_v) + scores.size(kKeyTile) + mask.size(padded_q) + 4 * 16;
+           max_keys * (width_d + width_v) + kRowsAtOnce * width_d + scores.size(kKeyTile) +
+           mask.size(padded_q) + 5 * 16;
   }
 
   void enter(int64_t batch, int64_t head) {
@@ -194,46 +197,54 @@ class Worker {
     // ones without a mask.
     uint64_t seen_keys[kQueryBlock / kWidth];
     for (uint64_t& groups : seen_keys) groups = mask.any() ? 0 : ~uint64_t{0};
-    for (int64_t r = 0; r < keys; r += kTileRows) {
+    uint64_t computed[kQueryBlock / kPanel] = {};  // per panel of queries its groups of keys
+    for (int64_t r = 0; r < keys; r += kRows) {
       const int64_t j = first_key + r;
-      const int64_t from = seen_by.begin(j), to = seen_by.end(j + kTileRows - 1);
+      const int64_t from = seen_by.begin(j), to = seen_by.end(j + kRows - 1);
       uint64_t seen = ~uint64_t{0}, cuts = 0;
       if (mask.any()) {
         seen = mask.queries(r, i, &cuts);
         for (int64_t n = 0; n < kQueryBlock / kWidth; ++n)
-          seen_keys[n] |= (seen >> n & 1) << r / kTileRows;
+          seen_keys[n] |= (seen >> n & 1) << r / kRows;
       }
       for (int64_t c = 0; c < kQueryBlock; c += kPanel) {
         const uint64_t panel = bits_of(c / kWidth, (c + kPanel) / kWidth);
         if (i + c >= to || i + c + kPanel <= from || !(seen & panel)) continue;
         cut = cuts & panel;
+        computed[c / kPanel] |= uint64_t{1} << r / kRows;
         plain ? score_tile<true>(r, i, c, sums) : score_tile<false>(r, i, c, sums);
       }
       // dV += P^T dO and dK += dS^T Q over the words of the queries that these keys see.
-      const int64_t begin = upper(from - i, 0) / Op::kPair;
-      const int64_t end = ceil_div(lower(to - i, kQueryBlock), Op::kPair);
+      const int64_t begin = upper(from - i, 0) / kUnit * Op::kWords;
+      const int64_t end = ceil_div(lower(to - i, kQueryBlock), kUnit) * Op::kWords;
       for_each_run(seen, [&](int64_t first, int64_t behind) {
         const int64_t word = upper(begin, first * kWidth / Op::kPair);
         const int64_t words = lower(end, behind * kWidth / Op::kPair) - word;
         if (words <= 0) return;
         const int64_t at = i / Op::kPair + word;
-        multiply_rows<Op, false, kTileRows, false>(
-            dv_rows + r * width_v, width_v, scores.pt + r * Scores::kLdp + word, Scores::kLdp,
-            queries.gr + at * width_v, width_v, words, width_v);
-        multiply_rows<Op, false, kTileRows, false>(
-            dk_rows + r * width_d, width_d, scores.st + r * Scores::kLdp + word, Scores::kLdp,
-            queries.qr + at * width_d, width_d, words, width_d);
+        const auto product = sum_product<Op, kRows>();
+        product(dv_rows + r * width_v, width_v, scores.pt + r * Scores::kLdp + word, Scores::kLdp,
+                queries.gr + at * width_v, width_v, words, width_v);
+        product(dk_rows + r * width_d, width_d, scores.st + r * Scores::kLdp + word, Scores::kLdp,
+                queries.qr + at * width_d, width_d, words, width_d);
       });
     }
+    if constexpr (kInTiles<Op>)
+      add_queries_in_tiles(computed, dq_rows);
+    else
+      add_queries(i, seen_keys, dq_rows);
+  }
+
+  // dQ += dS K
+  void add_queries(int64_t i, const uint64_t (&seen_keys)[kQueryBlock / kWidth], float* dq_rows) {
     for (int64_t q = 0; q < kQueryBlock && i + q < s->q_length; q += kQueryRows) {
       const int64_t begin = upper(band.begin(i + q) - first_key, 0) / Op::kPair;
       const int64_t end =
           ceil_div(lower(band.end(i + q + kQueryRows - 1) - first_key, keys), Op::kPair);
       for_each_run(seen_keys[q / kWidth], [&](int64_t first, int64_t behind) {
-        const int64_t from = upper(begin, first * kTileRows / Op::kPair);
-        const int64_t to = lower(end, behind * kTileRows / Op::kPair);
+        const int64_t from = upper(begin, first * kRows / Op::kPair);
+        const int64_t to = lower(end, behind * kRows / Op::kPair);
         if (from >= to) return;
-        // dQ += dS K
         multiply_rows<Op, true, kQueryRows, false>(
             dq_rows + q * width_d, width_d, scores.gradient(from, q), Scores::gradient_ld(),
             tile.kb + from * width_d, width_d, to - from, width_d);
@@ -241,16 +252,58 @@ class Worker {
     }
   }
 
-  // P^T and dS^T of kTileRows keys (from row r of the tile) and kPanel queries (from i + c).
+  // dQ^T += K^T dS^T
+  void add_queries_in_tiles(const uint64_t (&computed)[kQueryBlock / kPanel], float* dq_block) {
+    for (int64_t c = 0; c < kQueryBlock; c += kPanel)
+      for_each_run(computed[c / kPanel], [&](int64_t first, int64_t behind) {
+        const int64_t word = first * Op::kWords, words = (behind - first) * Op::kWords;
+        for (int64_t d = 0; d < width_d; d += kRows) {
+          const auto product =
+              d + kRows <= width_d ? sum_product<Op, kRows>() : sum_product<Op, kWidth>();
+          product(dq_block + d * kQueryBlock + c, kQueryBlock, tile.kt + d * tile.kLdk + word,
+                  tile.kLdk, scores.sp + word * Scores::kLdsp + c, Scores::kLdsp, words, kPanel);
+        }
+      });
+  }
+
+#if defined(__AMX_BF16__)
+  // P^T and dS^T of kRows keys (from row r of the tile) and kPanel queries (from i + c).
   template <bool kPlain>
-  __attribute__((noinline)) void score_tile(int64_t r, int64_t i, int64_t c, HeadSums& sums) {
+  __attribute__((noinline)) void score_tile(int64_t r, int64_t i, int64_t c, HeadSums& sums)
+    requires kInTiles<Op>
+  {
+    alignas(64) float scores_of[kRows][kPanel], dp[kRows][kPanel];
+    multiply_scores(scores_of, dp, tile, r, queries, i + c);
+    const int64_t query = i + c, key = first_key + r;
+    const bool masked = cuts_band(query, key);
+    const ScoreMod mod = score_mod;  // a local copy, which stores cannot alias
+    LaneSums lane_sums;
+    TM_UNROLL(1)
+    for (int m = 0; m < kRows; m += 2) {
+      vf z[2][kTileVectors];
+      TM_UNROLL(2)
+      for (int l = 0; l < 2; ++l) {
+        TM_UNROLL(4)
+        for (int n = 0; n < kTileVectors; ++n) z[l][n] = load(scores_of[m + l] + n * kWidth);
+        score_row<kPlain>(mod, z[l], dp[m + l], r + m + l, query, c, masked, lane_sums);
+      }
+      scores.store_pairs(r + m, c, z);
+    }
+    if constexpr (!kPlain) add_lanes(lane_sums, sums);
+  }
+#endif
+
+  // P^T and dS^T of kRows keys (from row r of the tile) and kPanel queries (from i + c).
+  template <bool kPlain>
+  __attribute__((noinline)) void score_tile(int64_t r, int64_t i, int64_t c, HeadSums& sums)
+    requires(!kInTiles<Op>)
+  {
     vf z[kTileRows][kTileVectors];
     alignas(64) float dp[kTileRows][kPanel];
     multiply_scores<Op>(z, dp, tile, r, queries, i + c);
 
     const int64_t query = i + c, key = first_key + r;
-    const bool masked = query < seen_by.begin(key + kTileRows - 1) ||
-                        query + kPanel > seen_by.end(key) || key + kTileRows > s->k_length;
+    const bool masked = cuts_band(query, key);
     const ScoreMod mod = score_mod;  // a local copy, which stores cannot alias
     LaneSums lane_sums;
     if constexpr (kPlain) {
@@ -270,14 +323,23 @@ class Worker {
       for (int m = 0; m < kTileRows; ++m)
         score_row<false>(mod, rows[m], dp[m], r + m, query, c, masked, lane_sums);
       scores.store_pairs(r, c, rows);
-      if constexpr (kKind != Exponent::softmax) sums.score_bias += sum_lanes(lane_sums.score_bias);
-      sums.alibi_slopes -= sum_lanes(lane_sums.alibi_slopes);
+      add_lanes(lane_sums, sums);
     }
+  }
+
+  // True where the band hides a pair of kRows keys and kPanel queries.
+  bool cuts_band(int64_t query, int64_t key) const {
+    return query < seen_by.begin(key + kRows - 1) || query + kPanel > seen_by.end(key) ||
+           key + kRows > s->k_length;
   }
 
   struct LaneSums {
     vf score_bias = zero(), alibi_slopes = zero();
   };
+  static void add_lanes(const LaneSums& lane_sums, HeadSums& sums) {
+    if constexpr (kKind != Exponent::softmax) sums.score_bias += sum_lanes(lane_sums.score_bias);
+    sums.alibi_slopes -= sum_lanes(lane_sums.alibi_slopes);
+  }
 
   // Weights of key r of the tile and kPanel queries from `query` on; z becomes the gradient of q.k.
   template <bool kPlain>
@@ -356,11 +418,24 @@ class Worker {
   }
 
   void finish_queries(const float* total, const HeadSums& sums) {
-    for (int64_t i = 0; i < s->q_length; ++i)
-      store_row(total + i * width_d, p.scale, row(bp.dq, s->q_start, i, h), p.dtype, p.head_dim);
+    for (int64_t i = 0; i < s->q_length; i += kRowsAtOnce) {
+      const float* rows = total + i * width_d;
+      if constexpr (kInTiles<Op>) rows = transposed(total, i);
+      for (int64_t n = 0; n < kRowsAtOnce && i + n < s->q_length; ++n)
+        store_row(rows + n * width_d, p.scale, row(bp.dq, s->q_start, i + n, h), p.dtype,
+                  p.head_dim);
+    }
     if (bp.dscore_bias) bp.dscore_bias[b * p.heads + h] = static_cast<float>(sums.score_bias);
     if (bp.dalibi_slopes) bp.dalibi_slopes[b * p.heads + h] = static_cast<float>(sums.alibi_slopes);
     if (bp.dsink) bp.dsink[b * p.heads + h] = static_cast<float>(sums.sink);
+  }
+
+  // Rows of queries i .. i + kWidth - 1 of dQ^T.
+  const float* transposed(const float* total, int64_t i) const {
+    const float* block = total + i / kQueryBlock * kQueryBlock * width_d + i % kQueryBlock;
+    for (int64_t d = 0; d < width_d; d += kWidth)
+      transpose_words(block + d * kQueryBlock, kQueryBlock, query_rows + d, width_d);
+    return query_rows;
   }
 
   // Softmax row sums: d loss / d sink = -sum_i P_i,sink delta_i, as the sink has no value, and d
@@ -391,6 +466,9 @@ class Worker {
     }
   }
 
+  static constexpr int64_t kUnit = Op::kPair * Op::kWords;  // rows that a reduction takes at once
+  static constexpr int64_t kRowsAtOnce = kInTiles<Op> ? kWidth : 1;
+
   const AttentionBackwardParams& bp;
   const AttentionParams& p;
   QueryOperands<Op> queries;
@@ -400,6 +478,7 @@ class Worker {
   int64_t padded_q, max_keys;
   cpu::Workspace workspace;
   float *dq, *dq_total, *dk, *dv;
+  float* query_rows = nullptr;  // in tiles: rows on their way from dQ^T, [kWidth][width_d]
   Scores scores;
 
   int64_t b = 0, kv_head = 0, h = 0, group = 1;
@@ -455,6 +534,7 @@ void backward(const AttentionBackwardParams& bp) {
     std::memset(finished, 0, in_flight * sizeof(int32_t));
     cpu::parallel_items(batches * heads * parts_apart, threads, [&](cpu::ItemCounter& items) {
       FlushDenormals flush;
+      typename Op::Unit unit;
       W worker(bp, longest_q, longest_k, whole_head);
       for (int64_t item; (item = items.next()) >= 0;) {
         const int64_t part = item % parts_apart, own = item / parts_apart;
@@ -491,8 +571,8 @@ void backward(const AttentionBackwardParams& p) {
 }  // namespace
 
 void attention_backward(const AttentionBackwardParams& p) {
-#if defined(TM_DOTS)
-  if (p.forward.dtype == DType::bfloat16) return backward<BFloat16, true>(p);
+#if defined(__AVX512BF16__)
+  if (p.forward.dtype == DType::bfloat16) return backward<FastBFloat16, true>(p);
 #endif
   p.forward.dtype == DType::float32 ? backward<Float32, false>(p) : backward<Float32, true>(p);
 }

@@ -48,8 +48,8 @@ class BlockMask {
     first_key = first;
     keys = count;
     tile = {};
-    for (int64_t r = 0; r < count; r += kTileRows) {
-      Hull& group = groups[r / kTileRows] = {};
+    for (int64_t r = 0; r < count; r += kKeyRows<Op>) {
+      Hull& group = groups[r / kKeyRows<Op>] = {};
       for (int64_t j = r; mask.k_spans && j < end_of(r); ++j) group.add(mask.key(first + j));
       tile.add(group);
     }
@@ -61,10 +61,10 @@ class BlockMask {
   }
 
   // Bits, one per kWidth queries of the block at i, of those that may see the keys of the tile from
-  // r on, at most kTileRows; *cut: bits of panels that do not see all of these keys.
+  // r on, at most kKeyRows; *cut: bits of panels that do not see all of these keys.
   uint64_t queries(int64_t r, int64_t i, uint64_t* cut) const {
     const int64_t begin = first_key + r, end = first_key + end_of(r);
-    const Hull& group = groups[r / kTileRows];
+    const Hull& group = groups[r / kKeyRows<Op>];
     uint64_t found = 0;
     *cut = 0;
     for (int64_t c = 0; c < kQueryBlock; c += kPanel) {
@@ -108,14 +108,14 @@ class BlockMask {
     return padded_q / kUnit + padded_q / kPanel + padded_q / kQueryBlock;
   }
   static int64_t floats_of(int64_t hulls) { return hulls * (sizeof(QueryHull) / sizeof(float)); }
-  int64_t end_of(int64_t r) const { return r + kTileRows < keys ? r + kTileRows : keys; }
+  int64_t end_of(int64_t r) const { return r + kKeyRows<Op> < keys ? r + kKeyRows<Op> : keys; }
 
   const AttentionParams& p;
   HeadMask mask;
   Plane range[kMaxRanges] = {}, ids = {};
   QueryHull *units = nullptr, *panels = nullptr, *blocks = nullptr;
   int64_t first_key = 0, keys = 0;
-  Hull groups[kKeyTile / kTileRows], tile;  // hulls of the ids of keys
+  Hull groups[kKeyTile / kKeyRows<Op>], tile;  // hulls of the ids of keys
 };
 
 }  // namespace tokenmill::TOKENMILL_ISA
