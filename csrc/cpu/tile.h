@@ -17,6 +17,7 @@ constexpr int kPanel = kTileVectors * kWidth;  // columns of a register tile
 struct Float32 {
   static constexpr int kPair = 1;   // reduction steps per word
   static constexpr int kWords = 1;  // a reduction takes a multiple of as many words
+  using Words = Float32;            // the same words, any number of them
   struct Unit {
     Unit() {}  // nothing to configure
   };
@@ -30,6 +31,7 @@ struct Float32 {
 struct BFloat16 {
   static constexpr int kPair = 2;
   static constexpr int kWords = 1;
+  using Words = BFloat16;
   using Unit = Float32::Unit;
   static TM_INLINE vf madd(vf acc, vf a, vf b) { return dot_bfloat(acc, a, b); }
   static TM_INLINE vf shown(float a, vf b) {
@@ -375,8 +377,10 @@ namespace tokenmill::TOKENMILL_ISA {
 
 #if defined(__AMX_BF16__)
 using FastBFloat16 = BFloat16Tiles;
+using FastBFloat16Vectors = BFloat16HalfTiles;
 #elif defined(__AVX512BF16__)
 using FastBFloat16 = BFloat16;
+using FastBFloat16Vectors = BFloat16;
 #endif
 
 // multiply_rows, or the same in tiles, where a weight of 0 in A hides its row of B. finite: B has

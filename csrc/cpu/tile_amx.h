@@ -11,23 +11,33 @@ constexpr int kTile = 16;  // rows of a tile, words of its rows, and vectors' wi
 struct BFloat16Tiles {
   static constexpr int kPair = 2;
   static constexpr int kWords = kTile;
+  using Words = BFloat16;
 
-  // Configures the tile registers of a thread for as long as it multiplies.
-  class Unit {
+  // Configures the tile registers of a thread for as long as it multiplies. kHalves: tiles 6 and 7
+  // take a reduction of 8 words, as A and as B.
+  template <bool kHalves>
+  class Tiles {
    public:
-    Unit() {
+    Tiles() {
       struct alignas(64) {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
         uint16_t row_bytes[16] = {};
         uint8_t rows[16] = {};
       } config;
       for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = kTile;
+      if (kHalves) config.row_bytes[6] = 32, config.rows[7] = kTile / 2;
       _tile_loadconfig(&config);
     }
-    ~Unit() { _tile_release(); }
-    Unit(const Unit&) = delete;
-    Unit& operator=(const Unit&) = delete;
+    ~Tiles() { _tile_release(); }
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
   };
+  using Unit = Tiles<false>;
+};
+
+// For keys in vectors of kWidth, whose values are a reduction of 8 words.
+struct BFloat16HalfTiles : BFloat16Tiles {
+  using Unit = Tiles<true>;
 };
 
 // A product C = A B of M tiles of rows and N tiles of columns, in parts. Sums are in tiles 0 to 3.
@@ -167,6 +177,54 @@ __attribute__((noinline)) void multiply_rows_in_tiles(float* c, int64_t ldc, con
   if constexpr (N > 1)
     if (n < width)
       multiply_rows_in_tiles<kHides, M, N - 1>(c + n, ldc, a, lda, b + n, ldb, words, width - n);
+}
+
+// C[16][16 N] = A B with B in N panels of kWidth columns, as multiply_panels. BFloat16HalfTiles.
+template <int N>
+TM_INLINE void multiply_panels_in_tiles(float* c, int64_t ldc, const float* a, int64_t lda,
+                                        const float* const (&b)[N], int64_t words) {
+  clear_tiles<1, N>();
+  asm volatile("" ::: "memory");  // GCC's loads of tiles do not say that they read memory
+  TM_UNROLL(1)
+  for (int64_t k = 0; k < words; k += kTile) {
+    _tile_loadd(4, a + k, lda * 4);
+    _tile_loadd(5, b[0] + k * kWidth, kWidth * 4);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (N > 1) {
+      _tile_loadd(5, b[1] + k * kWidth, kWidth * 4);
+      _tile_dpbf16ps(1, 4, 5);
+    }
+    if constexpr (N > 2) {
+      _tile_loadd(5, b[2] + k * kWidth, kWidth * 4);
+      _tile_dpbf16ps(2, 4, 5);
+    }
+    if constexpr (N > 3) {
+      _tile_loadd(5, b[3] + k * kWidth, kWidth * 4);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  store_tiles<1, N>(c, ldc);
+}
+
+// Adds 8 words of a reduction to the sums in tiles 0 to N - 1. BFloat16HalfTiles.
+template <int N>
+TM_INLINE void add_half_to_tiles(const float* a, int64_t lda, const float* b, int64_t ldb) {
+  asm volatile("" ::: "memory");  // GCC's loads of tiles do not say that they read memory
+  _tile_loadd(6, a, lda * 4);
+  _tile_loadd(7, b, ldb * 4);
+  _tile_dpbf16ps(0, 6, 7);
+  if constexpr (N > 1) {
+    _tile_loadd(7, b + kTile, ldb * 4);
+    _tile_dpbf16ps(1, 6, 7);
+  }
+  if constexpr (N > 2) {
+    _tile_loadd(7, b + 2 * kTile, ldb * 4);
+    _tile_dpbf16ps(2, 6, 7);
+  }
+  if constexpr (N > 3) {
+    _tile_loadd(7, b + 3 * kTile, ldb * 4);
+    _tile_dpbf16ps(3, 6, 7);
+  }
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -16,28 +16,24 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-constexpr int64_t kRowsOfTile = 144;  // multiple of kTileRows
+// Rows of a register tile, or of a tile of AMX.
+template <class Op>
+constexpr int kFullRows = kInTiles<Op> ? Op::kWords : kTileRows;
+constexpr int64_t kRowsOfTile = 144;  // multiple of kFullRows
 
 struct SparseRows : QueryRows {
   float* query;             // per row, relative to the block's first query
   float *lowest, *highest;  // query range of the register tile that starts at a row
 };
 
-// S = Q K^T and softmax weights P of kRows rows and kVectors vectors of keys, stored at `slot` of
-// the step.
+// Softmax weights of S = Q K^T for kRows rows and kVectors vectors of keys, stored at `slot` of the
+// step. tile: first row of the register tile that these rows are of.
 template <class Op, bool kCoarse, bool kPlain, int kRows, int kVectors>
-__attribute__((noinline)) void score_tile(const SparseRows& t, int64_t row, const KeyVector* keys,
-                                          int64_t slot) {
-  vf s[kRows][kVectors];
-  clear(s);
-  const float* panels[kVectors];
-  for (int j = 0; j < kVectors; ++j) panels[j] = keys[j].k;
-  multiply_panels<Op>(s, t.q + row * t.ldq, t.ldq, panels, t.words);
-
+TM_INLINE void weigh(const SparseRows& t, int64_t tile, int64_t row, vf (&s)[kRows][kVectors],
+                     const KeyVector* keys, int64_t slot) {
   if constexpr (!kPlain) {
-    via_stack(s, [&](vf* tile) TM_LAMBDA {
-      for (int x = 0; x < kRows * kVectors; ++x)
-        tile[x] = t.score_mod->exponent(tile[x], zero(), zero());
+    via_stack(s, [&](vf* z) TM_LAMBDA {
+      for (int x = 0; x < kRows * kVectors; ++x) z[x] = t.score_mod->exponent(z[x], zero(), zero());
     });
   } else if constexpr (Op::kPair != 1) {  // otherwise q includes the factor
     const vf factor = set(t.score_mod->factor);
@@ -50,7 +46,7 @@ __attribute__((noinline)) void score_tile(const SparseRows& t, int64_t row, cons
   const vf hidden = set(hidden_exponent(Exponent::softmax));
   TM_UNROLL(4)
   for (int j = 0; j < kVectors; ++j) {
-    if (keys[j].whole(t.lowest[row], t.highest[row])) [[likely]]
+    if (keys[j].whole(t.lowest[tile], t.highest[tile])) [[likely]]
       continue;
     const vf from = load(keys[j].from), until = load(keys[j].until);
     TM_UNROLL(8)
@@ -60,6 +56,37 @@ __attribute__((noinline)) void score_tile(const SparseRows& t, int64_t row, cons
     }
   }
   store_weights<Op, Exponent::softmax, kCoarse>(t, row, s, slot);
+}
+
+// S = Q K^T and softmax weights P of kRows rows and kVectors vectors of keys, stored at `slot` of
+// the step.
+template <class Op, bool kCoarse, bool kPlain, int kRows, int kVectors>
+__attribute__((noinline)) void score_tile(const SparseRows& t, int64_t row, const KeyVector* keys,
+                                          int64_t slot) {
+  const float* panels[kVectors];
+  for (int j = 0; j < kVectors; ++j) panels[j] = keys[j].k;
+#if defined(__AMX_BF16__)
+  if constexpr (kInTiles<Op>) {
+    alignas(64) float scores[kRows][kPanel];
+    multiply_panels_in_tiles(scores[0], kPanel, t.q + row * t.ldq, t.ldq, panels, t.words);
+    TM_UNROLL(1)
+    for (int r = 0; r < kRows; r += kShortRows) {
+      vf s[kShortRows][kVectors];
+      TM_UNROLL(8)
+      for (int i = 0; i < kShortRows; ++i) {
+        TM_UNROLL(4)
+        for (int j = 0; j < kVectors; ++j) s[i][j] = load(scores[r + i] + j * kWidth);
+      }
+      weigh<Op, kCoarse, kPlain>(t, row, row + r, s, keys, slot);
+    }
+  } else
+#endif
+  {
+    vf s[kRows][kVectors];
+    clear(s);
+    multiply_panels<Op>(s, t.q + row * t.ldq, t.ldq, panels, t.words);
+    weigh<Op, kCoarse, kPlain>(t, row, row, s, keys, slot);
+  }
 }
 
 using ScoreTile = void (*)(const SparseRows&, int64_t, const KeyVector*, int64_t);
@@ -111,13 +138,80 @@ __attribute__((noinline)) void add_values(float* c, int64_t ldc, const float* p,
     if (n < width) add_values<Op, M, N - 1>(c, ldc, p, ldp, keys, seen, n, width);
 }
 
+#if defined(__AMX_BF16__)
+// The same in tiles for 16 rows.
+template <int N = 4>
+__attribute__((noinline)) void add_values_in_tiles(float* c, int64_t ldc, const float* p,
+                                                   int64_t ldp, const KeyVector* keys,
+                                                   uint64_t seen, int64_t column, int64_t width) {
+  constexpr int64_t kWords = kWidth / 2;
+  constexpr int kRow = N * kTile;
+  alignas(64) float sums[kTile][kRow], finite_values[kWords][kRow];
+  const auto each = [&](const auto& product) TM_LAMBDA {
+    for (uint64_t left = seen; left; left &= left - 1) {
+      const int64_t j = __builtin_ctzll(left);
+      product(p + j * kWords, keys[j].v);
+    }
+  };
+  int64_t n = column;
+  for (; n + kRow <= width; n += kRow) {
+    clear_tiles<1, N>();
+    each([&](const float* weights, const float* v)
+             TM_LAMBDA { add_half_to_tiles<N>(weights, ldp, v + n, width); });
+    store_tiles<1, N>(sums[0], kRow);
+    vf nothing = zero();  // becomes NaN after an infinity or a NaN
+    for (int i = 0; i < kTile; ++i) {
+      TM_UNROLL(4)
+      for (int j = 0; j < kRow; j += kWidth) nothing = fma(load(sums[i] + j), zero(), nothing);
+    }
+    if (sum_lanes(nothing) != 0) [[unlikely]] {
+      clear_tiles<1, N>();
+      each([&](const float* weights, const float* v) {
+        for (int64_t w = 0; w < kWords; ++w)
+          for (int j = 0; j < kRow; j += kWidth) {
+            const vf x = load(v + w * width + n + j);
+            store(finite_values[w] + j, only(~not_finite(x), x));
+          }
+        add_half_to_tiles<N>(weights, ldp, finite_values[0], kRow);
+      });
+      store_tiles<1, N>(sums[0], kRow);
+      each([&](const float* weights, const float* v) {
+        for (int i = 0; i < kTile; ++i)
+          for (int j = 0; j < kRow; j += kWidth)
+            store(sums[i] + j, load(sums[i] + j) +
+                                   product_of_others(weights + i * ldp, v + n + j, width, kWords));
+      });
+    }
+    for (int i = 0; i < kTile; ++i) {
+      TM_UNROLL(4)
+      for (int j = 0; j < kRow; j += kWidth) {
+        float* out = c + i * ldc + n + j;
+        store(out, load(out) + load(sums[i] + j));
+      }
+    }
+  }
+  if constexpr (N > 1)
+    if (n < width) add_values_in_tiles<N - 1>(c, ldc, p, ldp, keys, seen, n, width);
+}
+#endif
+
+template <class Op, int M>
+constexpr auto* values_product() {
+#if defined(__AMX_BF16__)
+  if constexpr (kInTiles<Op>)
+    return &add_values_in_tiles<>;
+  else
+#endif
+    return &add_values<Op, M>;
+}
+
 template <class Op, bool kCoarse, class Walk>
 class ForwardWorker {
  public:
   ForwardWorker(const Walk& walk, int64_t shares)
       : walk(walk),
         p(walk.d.attention),
-        tiles(walk, kRowsOfTile, kTileRows),
+        tiles(walk, kRowsOfTile, kFull),
         runs(walk.max_runs()),
         shares(shares),
         places(walk.key_places()),
@@ -170,6 +264,8 @@ class ForwardWorker {
   }
 
  private:
+  using Words = typename Op::Words;
+  static constexpr int kFull = kFullRows<Op>, kShort = kInTiles<Op> ? kFull : kShortRows;
   static constexpr int64_t kStepFloats = sizeof(Step) / sizeof(float);
 
   static SparseRows sparse_rows(const AttentionParams& p) {
@@ -192,7 +288,7 @@ class ForwardWorker {
   }
 
   void load_queries() {
-    const int64_t padded = round_up(t.rows, kTileRows);
+    const int64_t padded = round_up(t.rows, kFull);
     const float factor = t.score_mod->plain && Op::kPair == 1 ? t.score_mod->factor : 1;
     const char* q_rows[kRowsOfTile];
     RowCursor at(tile);
@@ -217,8 +313,8 @@ class ForwardWorker {
   void stream_keys() {
     ScoreTile full[kTileVectors + 1], shorter[kTileVectors + 1];
     for (int n = 1; n <= kTileVectors; ++n) {
-      full[n] = score_tile_for<Op, kCoarse, kPlain, kTileRows>(n);
-      shorter[n] = score_tile_for<Op, kCoarse, kPlain, kShortRows>(n);
+      full[n] = score_tile_for<Op, kCoarse, kPlain, kFull>(n);
+      shorter[n] = score_tile_for<Op, kCoarse, kPlain, kShort>(n);
     }
     for (bool last = false; !last;) {
       std::swap(now, coming);
@@ -238,8 +334,7 @@ class ForwardWorker {
           int64_t count = end - c;
           while (count > 0 && !sees(now->vectors[c + count - 1], row)) --count;
           count = round_up(count, Op::kPair);
-          if (count > 0)
-            (n == kTileRows ? full : shorter)[count](t, row, now->vectors + c, c * kWidth);
+          if (count > 0) (n == kFull ? full : shorter)[count](t, row, now->vectors + c, c * kWidth);
         }
       }
       for (int64_t row = 0, n; row < t.rows; row += n) {
@@ -248,7 +343,7 @@ class ForwardWorker {
         for (int64_t j = 0; j < now->count; ++j) seen |= uint64_t{sees(now->vectors[j], row)} << j;
         if (!seen) continue;
         const auto product =
-            n == kTileRows ? &add_values<Op, kTileRows> : &add_values<Op, kShortRows>;
+            n == kFull ? values_product<Op, kFull>() : values_product<Op, kShort>();
         product(t.out + row * t.ldo, t.ldo, t.p + row * t.ldp, t.ldp, now->vectors, seen, 0,
                 t.width);
       }
@@ -381,7 +476,7 @@ class ForwardWorker {
       v_rows[l] = k_rows[l] + k_bytes;
     }
     pack_rows_of(k_rows, v_rows, keys.keys, k, v);
-    const int64_t set = words_of<Op>(keys.keys) * t.width;
+    const int64_t set = words_of<Words>(keys.keys) * t.width;
     std::memset(v + set, 0, (v_floats - set) * sizeof(float));
     keys.k = k;
     keys.v = v;
@@ -389,7 +484,7 @@ class ForwardWorker {
   void pack_rows_of(const char* const* k_rows, const char* const* v_rows, int64_t count, float* k,
                     float* v) const {
     pack_transposed<Op, kWidth>(ScatteredRows{k_rows}, p.dtype, count, p.head_dim, 1.f, k);
-    pack_reduced_rows<Op>(ScatteredRows{v_rows}, p.dtype, count, p.value_dim, v, t.width);
+    pack_reduced_rows<Words>(ScatteredRows{v_rows}, p.dtype, count, p.value_dim, v, t.width);
   }
 
   void store_rows() {
@@ -433,7 +528,7 @@ void forward_on(const Walk* walks, int64_t count) {
   double pairs = 0;
   int64_t max_tiles = 1;
   for (int64_t r = 0; r < count; ++r) {
-    const int64_t tiles = RowTiles<Walk>(walks[r], kRowsOfTile, kTileRows).count;
+    const int64_t tiles = RowTiles<Walk>(walks[r], kRowsOfTile, kFullRows<Op>).count;
     max_tiles = tiles > max_tiles ? tiles : max_tiles;
     pairs += walks[r].d.max_pairs();
   }
@@ -447,6 +542,7 @@ void forward_on(const Walk* walks, int64_t count) {
   if (shares > max_tiles) shares = max_tiles;
   cpu::parallel_items(count * heads * shares, threads, [&](cpu::ItemCounter& items) {
     FlushDenormals flush;
+    typename Op::Unit unit;
     std::optional<ForwardWorker<Op, kCoarse, Walk>> worker;
     for (int64_t item, walk = -1; (item = items.next()) >= 0;) {
       if (item / (heads * shares) != walk) {
@@ -463,8 +559,8 @@ template <class Walk>
 void listed_forward(const Walk* walks, int64_t count) {
   if (count == 0) return;
   const DType dtype = walks[0].d.attention.dtype;
-#if defined(TM_DOTS)
-  if (dtype == DType::bfloat16) return forward_on<BFloat16, true>(walks, count);
+#if defined(__AVX512BF16__)
+  if (dtype == DType::bfloat16) return forward_on<FastBFloat16Vectors, true>(walks, count);
 #endif
   dtype == DType::float32 ? forward_on<Float32, false>(walks, count)
                           : forward_on<Float32, true>(walks, count);
